@@ -1,0 +1,78 @@
+"""The budget law: how many of the n keys that a query may see it attends.
+
+Every other module receives integers from here; nothing else evaluates ``alpha * n**C``.
+"""
+
+import math
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+
+Law = Literal["power", "log"]
+LAWS: tuple[Law, ...] = ("power", "log")
+
+# A table is computed once per law and length class; the next power of two keeps the number of tables small.
+_SMALLEST_TABLE = 1024
+# Relative distance to an integer below which the vectorised power is not trusted to round like the scalar one.
+_ROUNDING_DOUBT = 1e-9
+
+
+def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, law: Law = "power") -> int:
+    """Number of keys attended by a query that may see ``n`` keys.
+
+    ``min(n, max(min_keys, ceil(alpha * n**C)))`` in float64 for ``law="power"`` (arXiv 2404.02690: Ω(n^C) entries
+    suffice), and ``ceil(alpha * log2(n))`` in its place for ``law="log"`` (the paper's counter-example, o(log n)).
+
+    Args:
+        n: number of visible keys, at least 0.
+        alpha: factor, positive.
+        C: exponent in [0, 1]; not used by ``law="log"``.
+        min_keys: lower limit of the budget, at least 1.
+        law: ``"power"`` or ``"log"``.
+
+    Returns:
+        The budget, between 0 (only for ``n = 0``) and ``n``.
+    """
+    if n < 0:
+        raise ValueError(f"n must be the number of visible keys, at least 0, got {n}")
+    if n == 0:
+        return 0
+    raw = alpha * float(n) ** C if law == "power" else alpha * math.log2(n)
+    return n if raw >= n else min(n, max(min_keys, math.ceil(raw)))
+
+
+def is_dense_law(alpha: float, C: float, law: Law = "power") -> bool:
+    """Whether the law gives every query all of its keys at every n (alpha >= 1 with C = 1)."""
+    return law == "power" and C == 1.0 and alpha >= 1.0
+
+
+@lru_cache(maxsize=4096)
+def _host_table(length: int, alpha: float, C: float, min_keys: int, law: Law) -> torch.Tensor:
+    """Budgets for n = 0 … length - 1 as int32 ``[length]`` on the host, equal to ``budget_of`` entry by entry."""
+    n = np.arange(length, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        raw = alpha * np.power(n, C) if law == "power" else alpha * np.log2(n)
+    raw = np.clip(raw, 0.0, n)
+    table = np.minimum(n, np.maximum(min_keys, np.ceil(raw))).astype(np.int32)
+    # The vectorised power may differ from the scalar one in the last bit, which matters where the law meets an integer.
+    nearest = np.rint(raw)
+    for i in np.flatnonzero(np.abs(raw - nearest) <= _ROUNDING_DOUBT * np.maximum(nearest, 1.0)):
+        table[i] = budget_of(int(i), alpha, C, min_keys, law)
+    return torch.from_numpy(table)
+
+
+@lru_cache(maxsize=4096)
+def _device_table(length: int, alpha: float, C: float, min_keys: int, law: Law, device: torch.device) -> torch.Tensor:
+    # Made outside inference mode's reach, so that a table built inside it can be used outside.
+    with torch.inference_mode(False), torch.no_grad():
+        return _host_table(length, alpha, C, min_keys, law).to(device)
+
+
+def budget_table(
+    max_n: int, alpha: float, C: float, min_keys: int = 1, law: Law = "power", device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Budgets for n = 0 … ``max_n`` (and beyond, up to a power of two) as an int32 vector on ``device``; cached."""
+    length = max(_SMALLEST_TABLE, 1 << max_n.bit_length())
+    return _device_table(length, float(alpha), float(C), int(min_keys), law, torch.device(device))

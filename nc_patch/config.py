@@ -1,0 +1,234 @@
+"""``NCConfig``: every setting of sparse attention in one frozen, validated object that JSON can hold."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+
+from nc_patch.budget import LAWS, Law, budget_of, budget_table, is_dense_law
+
+Selection = Literal["topk", "block", "window", "dense"]
+Backend = Literal["auto", "triton", "torch"]
+PerHead = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
+
+SELECTIONS: tuple[Selection, ...] = ("topk", "block", "window", "dense")
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class NCConfig:
+    """Settings of attention over ``k(n) = min(n, max(min_keys, ceil(alpha * n**C)))`` of the n visible keys.
+
+    Args:
+        alpha: factor of the budget law, positive. One number; one per layer; or one per layer and query head.
+        C: exponent of the budget law, in [0, 1]; the same forms as ``alpha``. 0 is a fixed budget; 1 with
+            ``alpha >= 1`` is dense.
+        prefill: selection for calls with more than one query: ``"topk"``, ``"block"``, ``"window"`` or ``"dense"``.
+        decode: selection for calls with one query per sequence.
+        sink_keys: the first visible keys, attended always (within the budget).
+        recent_keys: the last visible keys, attended always (within the budget, before the sinks).
+        min_keys: lower limit of the budget.
+        block_size: keys per block of ``"block"``: 16, 32, 64 or 128.
+        dense_layers: indices of layers that keep dense attention.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs and PyTorch elsewhere.
+        law: ``"power"``, or ``"log"`` for ``ceil(alpha * log2(n))``, a baseline to compare with; it takes no C.
+
+    Raises:
+        ValueError: a value is outside its range; the message names the range.
+        TypeError: a value has the wrong type.
+    """
+
+    alpha: PerHead
+    C: PerHead = 0.0
+    _: dataclasses.KW_ONLY
+    prefill: Selection = "topk"
+    decode: Selection = "topk"
+    sink_keys: int = 4
+    recent_keys: int = 1
+    min_keys: int = 1
+    block_size: int = 32
+    dense_layers: tuple[int, ...] = ()
+    backend: Backend = "auto"
+    law: Law = "power"
+
+    def __post_init__(self) -> None:
+        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        _choice("law", self.law, LAWS)
+        set_field("alpha", _per_head("alpha", self.alpha, "a positive number", lambda v: v > 0))
+        set_field("C", _per_head("C", self.C, "a number in [0, 1]", lambda v: 0 <= v <= 1))
+        if self.law == "log" and self.C != 0.0:
+            raise ValueError(f'law="log" has no exponent: C must be 0, got {self.C}')
+        _same_form(self.alpha, self.C)
+        _choice("prefill", self.prefill, SELECTIONS)
+        _choice("decode", self.decode, SELECTIONS)
+        _choice("backend", self.backend, BACKENDS)
+        _integer("sink_keys", self.sink_keys, 0)
+        _integer("recent_keys", self.recent_keys, 0)
+        _integer("min_keys", self.min_keys, 1)
+        _integer("block_size", self.block_size, 1)
+        _choice("block_size", self.block_size, BLOCK_SIZES)
+        if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
+            raise TypeError(f"dense_layers must be a sequence of layer indices, got {self.dense_layers!r}")
+        layers = tuple(self.dense_layers)
+        for layer in layers:
+            _integer("dense_layers", layer, 0)
+        set_field("dense_layers", tuple(sorted(set(layers))))
+
+    @classmethod
+    def create(cls, alpha: Any, C: Any = 0.0, *, selection: Selection | None = None, **options: Any) -> "NCConfig":
+        """Builds a config from keyword options, where ``selection`` sets both ``prefill`` and ``decode``.
+
+        Raises:
+            TypeError: an option has no such name, or ``selection`` comes together with ``prefill`` or ``decode``.
+        """
+        if selection is not None:
+            clash = sorted({"prefill", "decode"} & options.keys())
+            if clash:
+                raise TypeError(f"selection sets prefill and decode; leave it out or leave out {' and '.join(clash)}")
+            _choice("selection", selection, SELECTIONS)
+            options |= {"prefill": selection, "decode": selection}
+        return cls(**_known_options({"alpha": alpha, "C": C, **options}))
+
+    def budget(self, n: int | torch.Tensor, layer: int | None = None, head: int | None = None) -> Any:
+        """The budget law: how many of ``n`` visible keys a query attends.
+
+        Args:
+            n: number of visible keys, an int or an int tensor of any shape.
+            layer: layer index; needed when alpha or C are per layer.
+            head: query head; needed when alpha or C are per layer and head.
+
+        Returns:
+            An int for an int, an int32 tensor of the same shape and device for a tensor.
+        """
+        alpha, C = _pick("alpha", self.alpha, layer, head), _pick("C", self.C, layer, head)
+        if not isinstance(n, torch.Tensor):
+            return budget_of(int(n), alpha, C, self.min_keys, self.law)
+        if n.dtype.is_floating_point or n.dtype == torch.bool:
+            raise TypeError(f"n must be an int tensor, got {n.dtype}")
+        if n.numel() == 0:
+            return n.to(torch.int32)
+        if int(n.min()) < 0:
+            raise ValueError(f"n must be at least 0 everywhere, got {int(n.min())}")
+        return budget_table(int(n.max()), alpha, C, self.min_keys, self.law, n.device)[n.long()]
+
+    def laws(self, layer: int | None = None) -> tuple[tuple[float, float], ...]:
+        """The (alpha, C) pairs of a layer: one pair shared by all heads, or one per query head."""
+        alpha, C = _of_layer("alpha", self.alpha, layer), _of_layer("C", self.C, layer)
+        heads = max(len(v) if isinstance(v, tuple) else 1 for v in (alpha, C))
+        spread = lambda v: v if isinstance(v, tuple) else (v,) * heads  # noqa: E731
+        return tuple(zip(spread(alpha), spread(C), strict=True))
+
+    def is_dense(self, layer: int | None = None) -> bool:
+        """Whether the layer attends every key at every length, whatever the selection."""
+        if layer is not None and layer in self.dense_layers:
+            return True
+        return all(is_dense_law(alpha, C, self.law) for alpha, C in self.laws(layer))
+
+    def check_model(self, num_layers: int, num_heads: int) -> None:
+        """Raises ValueError unless per-layer and per-head values, and dense_layers, fit a model of this shape."""
+        for name, value in (("alpha", self.alpha), ("C", self.C)):
+            if not isinstance(value, tuple):
+                continue
+            if len(value) != num_layers:
+                raise ValueError(f"{name} has {len(value)} layers, the model has {num_layers}")
+            for layer, heads in enumerate(value):
+                if isinstance(heads, tuple) and len(heads) != num_heads:
+                    raise ValueError(f"{name}[{layer}] has {len(heads)} heads, the model has {num_heads}")
+        beyond = [layer for layer in self.dense_layers if layer >= num_layers]
+        if beyond:
+            raise ValueError(f"dense_layers names layers {beyond}, the model has layers 0 to {num_layers - 1}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary that JSON can hold and ``from_dict`` takes back."""
+        return {name: _as_lists(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "NCConfig":
+        """The config that ``to_dict`` wrote; unknown names are refused."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a config is a mapping of names to values, got {type(values).__name__}")
+        return cls(**_known_options(dict(values)))
+
+    def to_json(self) -> str:
+        """The config as a JSON object."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "NCConfig":
+        """The config that ``to_json`` wrote."""
+        return cls.from_dict(json.loads(text))
+
+
+def _known_options(options: dict[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(NCConfig)]
+    unknown = sorted(options.keys() - set(names))
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(unknown)}; allowed are {', '.join(names)}, and selection")
+    if "alpha" not in options:
+        raise TypeError("alpha is missing: give the factor of the budget law, for example alpha=2.0")
+    return options
+
+
+def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _per_head(name: str, value: Any, allowed: str, ok: Any, depth: int = 0) -> Any:
+    """Checks a number, a list per layer, or a list of lists, and returns it as floats and tuples."""
+    if isinstance(value, (list, tuple)):
+        if depth == 2 or not value:
+            raise ValueError(f"{name} must be a number, a list per layer, or a list per layer and head, got {value!r}")
+        return tuple(_per_head(name, item, allowed, ok, depth + 1) for item in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {allowed}, or a list of them, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or not ok(number):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    return number
+
+
+def _same_form(alpha: PerHead, C: PerHead) -> None:
+    if isinstance(alpha, tuple) and isinstance(C, tuple):
+        if len(alpha) != len(C):
+            raise ValueError(f"alpha has {len(alpha)} layers and C has {len(C)}; give both the same number")
+        for layer, (a, c) in enumerate(zip(alpha, C, strict=True)):
+            if isinstance(a, tuple) and isinstance(c, tuple) and len(a) != len(c):
+                raise ValueError(f"layer {layer}: alpha has {len(a)} heads and C has {len(c)}; give both the same")
+
+
+def _of_layer(name: str, value: PerHead, layer: int | None) -> float | tuple[float, ...]:
+    if not isinstance(value, tuple):
+        return value
+    if layer is None:
+        raise ValueError(f"{name} is given per layer: say which layer")
+    if not 0 <= layer < len(value):
+        raise ValueError(f"{name} is given for {len(value)} layers, got layer {layer}")
+    return value[layer]
+
+
+def _pick(name: str, value: PerHead, layer: int | None, head: int | None) -> float:
+    of_layer = _of_layer(name, value, layer)
+    if not isinstance(of_layer, tuple):
+        return of_layer
+    if head is None:
+        raise ValueError(f"{name} is given per head: say which head")
+    if not 0 <= head < len(of_layer):
+        raise ValueError(f"{name} is given for {len(of_layer)} heads, got head {head}")
+    return cast(float, of_layer[head])
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,248 @@
+"""The float64 definition of every selection. Slow, O(Lq * Lk) memory; all else is tested against it.
+
+Shapes: B batch, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Lq queries, Lk keys, D head dimension.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class AttentionResult(NamedTuple):
+    """What attention returns: the output, and on request what it attended.
+
+    Attributes:
+        output: ``[B, Hq, Lq, Dv]``; zero for a query that sees no key.
+        lse: float ``[B, Hq, Lq]``, the natural log of the softmax denominator (attended keys, and the sink logit where
+            there is one); ``-inf`` for a query that sees no key and has no sink.
+        kept_mass: float ``[B, Hq, Lq]``, the sum of the dense softmax weights, over the keys alone, of the keys that were
+            attended; 1 for a query that sees no key.
+        attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor | None = None
+    kept_mass: torch.Tensor | None = None
+    attended: torch.Tensor | None = None
+
+
+def forced_counts(
+    budget: torch.Tensor, sink_keys: int, recent_keys: int, selection: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many first (sink) and last (recent) visible keys a query attends whatever their scores.
+
+    ``topk``: the recent keys come first in the budget, then the sinks, and the rest goes by score. ``window``: one key
+    is always recent, then the sinks, and the rest of the budget is recent.
+
+    Args:
+        budget: int tensor of any shape, k(n) of each query.
+        sink_keys, recent_keys: the settings.
+        selection: ``"topk"`` or ``"window"``.
+
+    Returns:
+        (sinks, recents): two tensors of ``budget``'s shape; their sum is at most ``budget``.
+    """
+    if selection == "window":
+        sinks = (budget - 1).clamp(0, sink_keys)
+        return sinks, budget - sinks
+    recents = budget.clamp(max=recent_keys)
+    return (budget - recents).clamp(max=sink_keys), recents
+
+
+def causal_intervals(batch: int, query_length: int, key_length: int, device: torch.device | str) -> torch.Tensor:
+    """Intervals ``int32[B, Lq, 2]`` of plain causal attention, the last query aligned with the last key."""
+    end = torch.arange(key_length - query_length + 1, key_length + 1, dtype=torch.int32, device=device).clamp(min=0)
+    return torch.stack((torch.zeros_like(end), end), dim=-1).expand(batch, -1, -1)
+
+
+def visible_mask(visible: torch.Tensor, key_length: int) -> torch.Tensor:
+    """The intervals ``int32[B, Lq, 2]`` as a bool mask ``[B, 1, Lq, Lk]``."""
+    position = torch.arange(key_length, device=visible.device)
+    start, end = visible[:, None, :, :1], visible[:, None, :, 1:]
+    return (position >= start) & (position < end)
+
+
+def topk_mask(
+    scores: torch.Tensor, visible: torch.Tensor, budget: torch.Tensor, sink_keys: int, recent_keys: int
+) -> torch.Tensor:
+    """Keys attended by ``topk``: sinks, recents, then the highest scores; ties go to the lower position, NaN is highest.
+
+    Args:
+        scores: ``[B, Hq, Lq, Lk]``.
+        visible: int32 ``[B, Lq, 2]``.
+        budget: int32 ``[B, Hq or 1, Lq]``.
+
+    Returns:
+        bool ``[B, Hq, Lq, Lk]``.
+    """
+    seen = visible_mask(visible, scores.shape[-1])
+    start, end = visible[:, None, :, 0, None], visible[:, None, :, 1, None]
+    sinks, recents = forced_counts(budget[..., None], sink_keys, recent_keys, "topk")
+    position = torch.arange(scores.shape[-1], device=scores.device)
+    forced = seen & ((position < start + sinks) | (position >= end - recents))
+    # Order: forced keys, then visible keys by falling score, then the rest; a stable sort keeps ties by position.
+    by_score = torch.where(scores.isnan(), torch.inf, scores)
+    order = torch.sort(by_score, dim=-1, descending=True, stable=True).indices
+    tier = torch.where(forced, 0, torch.where(seen, 1, 2)).expand_as(scores).gather(-1, order)
+    order = order.gather(-1, torch.sort(tier, dim=-1, stable=True).indices)
+    rank = torch.empty_like(order).scatter_(-1, order, position.expand_as(order))
+    return seen & (rank < budget[..., None])
+
+
+def window_mask(visible: torch.Tensor, budget: torch.Tensor, sink_keys: int, key_length: int) -> torch.Tensor:
+    """Keys attended by ``window``, bool ``[B, Hq or 1, Lq, Lk]``: the first ``sink_keys`` and the most recent ones."""
+    start, end = visible[:, None, :, 0, None], visible[:, None, :, 1, None]
+    sinks, recents = forced_counts(budget[..., None], sink_keys, 0, "window")
+    position = torch.arange(key_length, device=visible.device)
+    return visible_mask(visible, key_length) & ((position < start + sinks) | (position >= end - recents))
+
+
+def block_mask(
+    scores: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    budget: torch.Tensor,
+    num_kv_heads: int,
+    block_size: int,
+    query_block_size: int,
+    sample_stride: int,
+) -> torch.Tensor:
+    """Keys attended by ``block``, bool ``[B, Hq, Lq, Lk]``.
+
+    Queries and keys are cut into blocks by their position within the sequence, that is their distance from ``origin``.
+    In each query block every ``sample_stride``-th row (the last of each stride, and the block's last row) is scored
+    against all keys; a key block's score is the dense softmax mass the sampled rows put on it, summed over the G
+    query heads of a key/value head. Attended are the first visible block, the blocks that hold the query block's own
+    positions, and the best of the others until ``ceil(k / block_size)`` are chosen, ties to the lower position, where k
+    is the largest budget among the block's rows and heads of the group.
+
+    Args:
+        scores: final scores (scaled, soft-capped) ``[B, Hq, Lq, Lk]``, float64.
+        visible: int32 ``[B, Lq, 2]``.
+        origin: int32 ``[B, Lq]``, the key position at which each query's sequence begins.
+        budget: int32 ``[B, Hq or 1, Lq]``.
+    """
+    B, Hq, Lq, Lk = scores.shape
+    group = Hq // num_kv_heads
+    seen = visible_mask(visible, Lk)
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+    budget = budget.expand(B, Hq, Lq)
+    attended = torch.zeros(B, Hq, Lq, Lk, dtype=torch.bool, device=scores.device)
+    for b in range(B):
+        for rows in query_blocks(visible[b], origin[b], query_block_size):
+            first, last = rows[0], rows[-1]
+            start = int(origin[b, first])
+            offset = visible[b, rows, 1] - 1 - start
+            sampled = rows[((offset % sample_stride) == sample_stride - 1) | (rows == last)]
+            low = (int(visible[b, rows, 0].min()) - start) // block_size
+            high = (int(visible[b, rows, 1].max()) - 1 - start) // block_size
+            diagonal = (int(visible[b, first, 1]) - 1 - start) // block_size
+            for h in range(num_kv_heads):
+                heads = slice(h * group, (h + 1) * group)
+                count = -(-int(budget[b, heads][:, rows].max()) // block_size)
+                mass = weights[b, heads][:, sampled].sum(dim=(0, 1))
+                per_block = [
+                    float(mass[max(start + j * block_size, 0) : start + (j + 1) * block_size].sum())
+                    for j in range(low, high + 1)
+                ]
+                always = {low, *range(diagonal, high + 1)}
+                others = sorted((j for j in range(low, high + 1) if j not in always), key=lambda j: -per_block[j - low])
+                chosen = sorted(always | set(others[: max(0, count - len(always))]))
+                for j in chosen:
+                    begin, stop = max(start + j * block_size, 0), start + (j + 1) * block_size
+                    attended[b, heads, rows[0] : rows[-1] + 1, begin:stop] = True
+    return attended & seen
+
+
+def query_blocks(visible: torch.Tensor, origin: torch.Tensor, query_block_size: int) -> list[torch.Tensor]:
+    """Runs of consecutive rows ``visible[Lq, 2]`` of one sequence that share a query block; rows without keys are left out."""
+    position = (visible[:, 1] - 1 - origin).tolist()
+    sequence, empty = origin.tolist(), (visible[:, 1] <= visible[:, 0]).tolist()
+    runs: list[list[int]] = []
+    for row in range(len(position)):
+        if empty[row]:
+            continue
+        previous = runs[-1][-1] if runs else -2
+        joined = (
+            previous == row - 1
+            and sequence[row] == sequence[previous]
+            and position[row] // query_block_size == position[previous] // query_block_size
+        )
+        if joined:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return [torch.tensor(run) for run in runs]
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    selection: str,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    sink_keys: int = 0,
+    recent_keys: int = 0,
+    origin: torch.Tensor | None = None,
+    block_size: int = 32,
+    query_block_size: int = 64,
+    sample_stride: int = 16,
+) -> AttentionResult:
+    """Attention in float64, as the design defines it.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``. Any float dtype.
+        visible: int32 ``[B, Lq, 2]``, the half-open interval of keys each query may see.
+        budget: int32 ``[B, Hq or 1, Lq]``, keys to attend, between 0 and the interval's length.
+        selection: ``"topk"``, ``"block"``, ``"window"`` or ``"dense"``.
+        scale: factor of the scores q·k, positive.
+        softcap: scores become ``softcap * tanh(score / softcap)`` after scaling.
+        sinks: ``[Hq]`` learned logits that join the softmax's denominator.
+        origin: int32 ``[B, Lq]``, where each query's sequence begins; by default its interval's start. ``"block"`` only.
+
+    Returns:
+        All four fields of ``AttentionResult``, in float64 (``attended`` in int32).
+    """
+    B, Hq, Lq, _ = query.shape
+    Hkv, Lk = key.shape[1], key.shape[2]
+    group = Hq // Hkv
+    q, k, v = query.double(), key.double().repeat_interleave(group, 1), value.double().repeat_interleave(group, 1)
+    raw = q @ k.transpose(-1, -2)
+    scores = raw * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = visible_mask(visible, Lk)
+    if selection == "topk":
+        attended = topk_mask(raw, visible, budget, sink_keys, recent_keys)
+    elif selection == "window":
+        attended = window_mask(visible, budget, sink_keys, Lk).expand(B, Hq, Lq, Lk)
+    elif selection == "block":
+        origin = visible[..., 0] if origin is None else origin
+        attended = block_mask(
+            scores, visible, origin, budget, Hkv, block_size, query_block_size, sample_stride
+        )
+    elif selection == "dense":
+        attended = seen.expand(B, Hq, Lq, Lk)
+    else:
+        raise ValueError(f"selection must be 'topk', 'block', 'window' or 'dense', got {selection!r}")
+
+    kept = scores.masked_fill(~attended, -torch.inf)
+    lse_keys = torch.logsumexp(kept, dim=-1)
+    lse_dense = torch.logsumexp(scores.masked_fill(~seen, -torch.inf), dim=-1)
+    lse = lse_keys
+    if sinks is not None:
+        lse = torch.logaddexp(lse_keys, sinks.double()[None, :, None].expand_as(lse_keys))
+    empty = ~seen.any(-1)
+    weights = torch.where(attended, torch.exp(scores - lse[..., None]), 0.0)
+    # A key that is not attended contributes nothing, whatever its value holds.
+    finite = v.isfinite()
+    output = weights @ torch.where(finite, v, 0.0)
+    touched = attended.double() @ (~finite).double() > 0
+    output = torch.where(touched, torch.nan, output).masked_fill(empty[..., None], 0.0)
+    kept_mass = torch.where(empty, 1.0, torch.exp(lse_keys - lse_dense))
+    return AttentionResult(output, lse, kept_mass, attended.sum(-1, dtype=torch.int32))
