@@ -12,6 +12,7 @@ import torch
 
 Law = Literal["power", "log"]
 LAWS: tuple[Law, ...] = ("power", "log")
+Laws = tuple[tuple[float, float], ...]
 
 # A table is computed once per law and length class; the next power of two keeps the number of tables small.
 _SMALLEST_TABLE = 1024
@@ -63,16 +64,29 @@ def _host_table(length: int, alpha: float, C: float, min_keys: int, law: Law) ->
     return torch.from_numpy(table)
 
 
-@lru_cache(maxsize=4096)
-def _device_table(length: int, alpha: float, C: float, min_keys: int, law: Law, device: torch.device) -> torch.Tensor:
-    # Made outside inference mode's reach, so that a table built inside it can be used outside.
+@lru_cache(maxsize=1024)
+def _device_table(length: int, laws: Laws, min_keys: int, law: Law, device: torch.device) -> torch.Tensor:
+    # Made outside inference mode, so that a table first needed inside it can be used outside.
     with torch.inference_mode(False), torch.no_grad():
-        return _host_table(length, alpha, C, min_keys, law).to(device)
+        return torch.stack([_host_table(length, alpha, C, min_keys, law) for alpha, C in laws]).to(device)
 
 
 def budget_table(
-    max_n: int, alpha: float, C: float, min_keys: int = 1, law: Law = "power", device: torch.device | str = "cpu"
+    max_n: int, laws: Laws, min_keys: int = 1, law: Law = "power", device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Budgets for n = 0 … ``max_n`` (and beyond, up to a power of two) as an int32 vector on ``device``; cached."""
+    """Budgets for n = 0 … ``max_n`` as int32 ``[len(laws), N]`` on ``device``, N > max_n a power of two; cached.
+
+    Args:
+        max_n: the largest n that will be looked up.
+        laws: (alpha, C) pairs: one for all heads, or one per query head.
+        min_keys, law: as in ``budget_of``.
+        device: where the table lies.
+    """
     length = max(_SMALLEST_TABLE, 1 << max_n.bit_length())
-    return _device_table(length, float(alpha), float(C), int(min_keys), law, torch.device(device))
+    return _device_table(length, laws, min_keys, law, torch.device(device))
+
+
+def row_budgets(visible: torch.Tensor, max_n: int, laws: Laws, min_keys: int = 1, law: Law = "power") -> torch.Tensor:
+    """Budgets int32 ``[B, len(laws), Lq]`` of the queries with intervals ``visible`` int32 ``[B, Lq, 2]``."""
+    n = (visible[..., 1] - visible[..., 0]).long()
+    return budget_table(max_n, laws, min_keys, law, visible.device)[:, n].transpose(0, 1).contiguous()

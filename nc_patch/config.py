@@ -114,7 +114,7 @@ class NCConfig:
             return n.to(torch.int32)
         if int(n.min()) < 0:
             raise ValueError(f"n must be at least 0 everywhere, got {int(n.min())}")
-        return budget_table(int(n.max()), alpha, C, self.min_keys, self.law, n.device)[n.long()]
+        return budget_table(int(n.max()), ((alpha, C),), self.min_keys, self.law, n.device)[0, n.long()]
 
     def laws(self, layer: int | None = None) -> tuple[tuple[float, float], ...]:
         """The (alpha, C) pairs of a layer: one pair shared by all heads, or one per query head."""

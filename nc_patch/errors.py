@@ -1,0 +1,9 @@
+"""The exceptions of this package that callers may want to catch by name."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be patched, or asks of attention what sparse attention cannot do; the message says why and what to do."""
+
+
+class UnsupportedMaskError(ValueError):
+    """A mask is not one interval of keys per query; the message names it and says what to do."""

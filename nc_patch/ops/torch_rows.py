@@ -1,0 +1,139 @@
+"""What the PyTorch operations share: blocks of query rows, their scores, and softmax times value over a mask.
+
+Everything here works on one sequence of the batch and one block of its rows, so that the extra memory is
+O(rows * keys), whatever Lq. Scores and softmax are float32.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Score elements held at once per buffer: 16 MB in float32, near the size of a core's share of the last-level cache.
+_SCORES_PER_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows ``first:last`` of one sequence and the keys ``low:high`` that any of them sees; ``batch`` is the sequence."""
+
+    batch: int
+    first: int
+    last: int
+    low: int
+    high: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last)
+
+
+def rows_per_block(num_heads: int, key_length: int, most: int = 128) -> int:
+    """How many rows keep ``num_heads * rows * key_length`` scores within the block's memory."""
+    return max(1, min(most, _SCORES_PER_BLOCK // max(1, num_heads * key_length)))
+
+
+def row_blocks(visible: torch.Tensor, rows: int) -> Iterator[RowBlock]:
+    """Blocks of at most ``rows`` rows over ``visible`` int32 ``[B, Lq, 2]``; blocks in which no row sees a key are left out."""
+    B, Lq, _ = visible.shape
+    blocks = -(-Lq // rows)
+    start, end = visible[..., 0].long(), visible[..., 1].long()
+    empty = end <= start
+    far = torch.iinfo(torch.int64).max
+    edges = []
+    for edge, fill in ((start, far), (end, 0)):
+        padded = torch.full((B, blocks * rows), fill, dtype=torch.int64, device=visible.device)
+        padded[:, :Lq] = edge.masked_fill(empty, fill)
+        edges.append(padded.view(B, blocks, rows))
+    lows, highs = edges[0].amin(-1).tolist(), edges[1].amax(-1).tolist()
+    for b in range(B):
+        for i in range(blocks):
+            if highs[b][i] > 0:
+                yield RowBlock(b, i * rows, min(Lq, (i + 1) * rows), lows[b][i], highs[b][i])
+
+
+def split_scale(scale: float) -> tuple[float, float]:
+    """``scale`` as (factor of the query, factor of the scores): a power of two changes no rounding and goes to the query."""
+    return (scale, 1.0) if math.frexp(scale)[0] == 0.5 else (1.0, scale)
+
+
+def scores_of(query: torch.Tensor, key: torch.Tensor, buffers: "Buffers", name: str = "scores") -> torch.Tensor:
+    """q·k in float32: ``[Hq, R, D]`` with ``[Hkv, N, D]`` gives ``[Hq, R, N]``, query heads in groups of G."""
+    Hq, R, D = query.shape
+    Hkv, N, _ = key.shape
+    grouped = (Hkv, Hq // Hkv * R)
+    scores = buffers.get(name, (*grouped, N))
+    return torch.bmm(query.reshape(*grouped, D), key.transpose(1, 2), out=scores).view(Hq, R, N)
+
+
+def final_scores_(raw: torch.Tensor, factor: float, softcap: float) -> torch.Tensor:
+    """Scales and soft-caps raw scores in place."""
+    if softcap:
+        return raw.mul_(factor / softcap).tanh_().mul_(softcap)
+    return raw if factor == 1.0 else raw.mul_(factor)
+
+
+def softmax_(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Weights ``[H, R, N]`` of scores masked with -inf, written over them; ``sinks`` float32 ``[H]`` joins the denominator.
+
+    A row with nothing but -inf becomes NaN, as in dense attention; the caller knows which rows see no key.
+    """
+    peak = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        peak = torch.maximum(peak, sinks[:, None, None])
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    weights = scores.sub_(peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks[:, None, None] - peak)
+    return weights.mul_(1.0 / total)
+
+
+def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``[Hq, R, N]`` times ``[Hkv, N, Dv]``: ``[Hq, R, Dv]``. A value under a zero weight contributes nothing, NaN or not."""
+    Hq, R, N = weights.shape
+    Hkv = value.shape[0]
+    grouped = weights.view(Hkv, (Hq // Hkv) * R, N)
+    output = torch.bmm(grouped, value)
+    # 0 * NaN and 0 * inf show as NaN, so a finite output, the common case, needs no second look.
+    if not bool(output.isfinite().all()):
+        finite = value.isfinite()
+        output = torch.bmm(grouped, torch.where(finite, value, 0.0))
+        touched = torch.bmm((grouped != 0).float(), (~finite).float()) > 0
+        output = torch.where(touched, torch.nan, output)
+    return output.view(Hq, R, value.shape[-1])
+
+
+class Buffers:
+    """Scratch memory of one call, reused from block to block: fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self._elements, self._device = elements, device
+        self._made: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The buffer ``name`` as an uninitialised tensor of ``shape``, at most the elements given at the start."""
+        if name not in self._made:
+            self._made[name] = torch.empty(self._elements, dtype=dtype, device=self._device)
+        return self._made[name][: math.prod(shape)].view(shape)
+
+
+class RowStats:
+    """Collects lse and kept mass, ``float32 [B, Hq, Lq]`` each, row block by row block; holds nothing unless wanted."""
+
+    def __init__(self, query: torch.Tensor, sinks: torch.Tensor | None, wanted: bool) -> None:
+        B, Hq, Lq, _ = query.shape
+        self.wanted, self._sinks = wanted, sinks
+        shape = (B, Hq, Lq) if wanted else (0,)
+        self.lse = torch.full(shape, -torch.inf, device=query.device)
+        self.kept_mass = torch.ones(shape, device=query.device)
+        if wanted and sinks is not None:
+            self.lse.copy_(sinks[None, :, None].expand(shape))
+
+    def record(self, block: RowBlock, attended: torch.Tensor, dense: torch.Tensor, empty: torch.Tensor) -> None:
+        """Takes the log-sum-exp over attended and over visible keys, ``[H, R]`` each; ``empty`` bool ``[R]``."""
+        self.kept_mass[block.batch, :, block.rows] = torch.where(empty, 1.0, torch.exp(attended - dense))
+        if self._sinks is not None:
+            attended = torch.logaddexp(attended, self._sinks[:, None].expand_as(attended))
+        self.lse[block.batch, :, block.rows] = attended
