@@ -75,19 +75,15 @@ def final_scores_(raw: torch.Tensor, factor: float, softcap: float) -> torch.Ten
 
 
 def softmax_(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Weights ``[H, R, N]`` of scores masked with -inf, written over them; ``sinks`` float32 ``[H]`` joins the denominator.
+    """Weights ``[H, R, N]`` of scores masked with -inf, written over them; ``sinks`` float32 ``[H, R]`` joins the denominator.
 
     A row with nothing but -inf becomes NaN, as in dense attention; the caller knows which rows see no key.
     """
-    peak = scores.amax(-1, keepdim=True)
-    if sinks is not None:
-        peak = torch.maximum(peak, sinks[:, None, None])
-    peak = torch.where(peak == -torch.inf, 0.0, peak)
-    weights = scores.sub_(peak).exp_()
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sinks[:, None, None] - peak)
-    return weights.mul_(1.0 / total)
+    if sinks is None:
+        return torch.softmax(scores, -1, out=scores)
+    share_of_keys = torch.sigmoid(torch.logsumexp(scores, -1) - sinks)
+    weights = torch.softmax(scores, -1, out=scores)
+    return weights.mul_(share_of_keys[..., None]).masked_fill_(share_of_keys[..., None] == 0, 0.0)
 
 
 def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -97,7 +93,7 @@ def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     grouped = weights.view(Hkv, (Hq // Hkv) * R, N)
     output = torch.bmm(grouped, value)
     # 0 * NaN and 0 * inf show as NaN, so a finite output, the common case, needs no second look.
-    if not bool(output.isfinite().all()):
+    if not bool(output.sum().isfinite()):
         finite = value.isfinite()
         output = torch.bmm(grouped, torch.where(finite, value, 0.0))
         touched = torch.bmm((grouped != 0).float(), (~finite).float()) > 0

@@ -19,6 +19,8 @@ from nc_patch.ops.torch_rows import (
 
 # Rows in which scores tie at the threshold are mended in groups of this many elements.
 _TIE_ELEMENTS = 1 << 20
+# The float32 just below zero: a score that is lower than the threshold at all is dropped, one that equals it is kept.
+_BELOW_ZERO = -(2.0**-149)
 
 
 def torch_topk_attention(
@@ -61,22 +63,32 @@ def torch_topk_attention(
         if b != loaded:
             keys, values, loaded = key[b].float(), value[b].float(), b
         seen = visible[b, block.rows]
-        raw = scores_of(query[b, :, block.rows].float() * before, keys[:, block.low : block.high], buffers)
-        unattended = topk_unattended(raw, seen, budget[b, :, block.rows], block, sink_keys, recent_keys, buffers)
-        scores = final_scores_(raw, after, softcap)
         empty = seen[:, 1] <= seen[:, 0]
+        scores = scores_of(query[b, :, block.rows].float() * before, keys[:, block.low : block.high], buffers)
         if want_stats:
             hidden = ~_seen_columns(seen, block.low, slice(0, block.high - block.low))
-            dense = torch.logsumexp(scores.masked_fill(hidden, -torch.inf), -1)
-        scores.masked_fill_(unattended, -torch.inf)
+            dense = torch.logsumexp(final_scores_(scores.clone(), after, softcap).masked_fill_(hidden, -torch.inf), -1)
+        shift = keep_topk_(scores, seen, budget[b, :, block.rows], block, sink_keys, recent_keys, buffers)
+        shift = finish_kept_(scores, shift, after, softcap)
         if want_stats:
-            stats.record(block, torch.logsumexp(scores, -1), dense, empty)
-        attended = weighted_values(softmax_(scores, logits), values[:, block.low : block.high])
+            stats.record(block, torch.logsumexp(scores, -1) + shift, dense, empty)
+        weights = softmax_(scores, None if logits is None else logits[:, None] - shift)
+        attended = weighted_values(weights, values[:, block.low : block.high])
         output[b, :, block.rows] = attended.masked_fill_(empty[:, None], 0.0).to(output.dtype)
     return output, stats.lse, stats.kept_mass
 
 
-def topk_unattended(
+def finish_kept_(scores: torch.Tensor, shift: torch.Tensor, factor: float, softcap: float) -> torch.Tensor:
+    """Scales and soft-caps in place what ``keep_topk_`` left; returns the shift of the final scores."""
+    if not softcap:
+        scores.mul_(factor)
+        return shift * factor
+    dropped = scores == -torch.inf
+    final_scores_(scores.add_(shift[..., None]), factor, softcap).masked_fill_(dropped, -torch.inf)
+    return torch.zeros_like(shift)
+
+
+def keep_topk_(
     raw: torch.Tensor,
     seen: torch.Tensor,
     budget: torch.Tensor,
@@ -85,69 +97,76 @@ def topk_unattended(
     recent_keys: int,
     buffers: Buffers,
 ) -> torch.Tensor:
-    """The keys of a row block that ``topk`` leaves out, as a bool mask that broadcasts to ``raw``.
+    """Keeps the scores that ``topk`` attends and makes the others -inf, in place.
+
+    What is kept is lowered by a shift that is constant along a row, which softmax does not see: comparing with the threshold
+    is then one vectorised subtraction and one comparison with zero, several times faster than a bool mask on a CPU.
 
     Args:
         raw: unscaled scores float32 ``[H, R, N]`` against the keys ``block.low:block.high``.
         seen: int32 ``[R, 2]``, the rows' intervals. budget: int32 ``[H or 1, R]``.
 
     Returns:
-        bool ``[H, R, N]``, or ``[1, R, N]`` where every row attends all that it sees.
+        The shift, float32 ``[H or 1, R]``.
     """
-    N = raw.shape[-1]
-    length = (seen[:, 1] - seen[:, 0]).clamp(min=0)
-    if bool((budget >= length).all()):
-        return ~_seen_columns(seen, block.low, slice(0, N))
+    H, R, N = raw.shape
+    if bool((budget >= (seen[:, 1] - seen[:, 0])).all()):
+        inner = _inner_columns(seen[None, :, 0], seen[None, :, 1], block)
+        for columns in (slice(0, inner.start), slice(inner.stop, N)):
+            raw[..., columns].masked_fill_(~_seen_columns(seen, block.low, columns), -torch.inf)
+        return raw.new_zeros(1, R)
+
     sinks, recents = forced_counts(budget, sink_keys, recent_keys, "topk")
     wanted = budget - sinks - recents
     # Rivals for the rest of the budget are the keys from `begin` to `stop`, int32 [H or 1, R].
     begin, stop = seen[:, 0] + sinks, seen[:, 1] - recents
-    inner_low = min(max(int(begin.max()) - block.low, 0), N)
-    inner_high = max(min(int(stop.min()) - block.low, N), inner_low)
-    edges = (slice(0, inner_low), slice(inner_high, N))
-
-    rivals = buffers.get("rivals", tuple(raw.shape)).copy_(raw)
+    inner = _inner_columns(begin, stop, block)
+    edges = (slice(0, inner.start), slice(inner.stop, N))
+    rivals = buffers.get("rivals", (H, R, N)).copy_(raw)
     for columns in edges:
-        rivals[..., columns].masked_fill_(~_rival_columns(begin, stop, block.low, columns), -torch.inf)
+        rivals[..., columns].masked_fill_(~_columns_between(begin, stop, block.low, columns), -torch.inf)
     threshold, tied = kth_largest(rivals, wanted)
-    unattended = torch.lt(raw, threshold[..., None], out=buffers.get("mask", tuple(raw.shape), torch.bool))
-    nothing_wanted = (wanted <= 0).expand(raw.shape[:2])
-    if bool(nothing_wanted.any()):
-        unattended[nothing_wanted] = True
-    _mend_ties_(unattended, raw, threshold, tied, wanted, begin, stop, block.low)
-    for columns in edges:
+
+    shift = torch.where(threshold.isfinite(), threshold, 0.0)
+    # Subtraction cannot tell which of several equal keys come first, nor what lies above an infinite threshold.
+    awkward = (tied | (threshold == -torch.inf)).nonzero(as_tuple=True)
+    mended = _keep_first_ties(raw, awkward, threshold, shift, wanted, begin, stop, block.low)
+    saved = [raw[..., columns].clone() for columns in edges]
+    raw.sub_(threshold[..., None])
+    torch.nn.functional.threshold_(raw, _BELOW_ZERO, -torch.inf)
+    no_rival = wanted <= 0
+    if bool(no_rival.any()):
+        raw.masked_fill_(no_rival[..., None], -torch.inf)
+    raw[awkward] = mended
+    for columns, before in zip(edges, saved, strict=True):
         # Outside the rivals a key is attended exactly where it is seen: it is a sink or recent.
-        rival = _rival_columns(begin, stop, block.low, columns)
-        hidden = ~_seen_columns(seen, block.low, columns)
-        unattended[..., columns] = torch.where(rival, unattended[..., columns], hidden)
-    return unattended
+        rival = _columns_between(begin, stop, block.low, columns)
+        forced = before.sub_(shift[..., None]).masked_fill_(~_seen_columns(seen, block.low, columns), -torch.inf)
+        raw[..., columns] = torch.where(rival, raw[..., columns], forced)
+    return shift
 
 
-def _seen_columns(seen: torch.Tensor, low: int, columns: slice) -> torch.Tensor:
-    """bool ``[1, R, C]``: which keys of ``columns``, counted from ``low``, each row sees."""
-    position = torch.arange(columns.start + low, columns.stop + low, device=seen.device, dtype=torch.int32)
-    return ((position >= seen[:, :1]) & (position < seen[:, 1:]))[None]
+def _inner_columns(begin: torch.Tensor, stop: torch.Tensor, block: RowBlock) -> slice:
+    """The columns that lie in [begin, stop) for every row: only those outside need a mask."""
+    N = block.high - block.low
+    low = min(max(int(begin.max()) - block.low, 0), N)
+    return slice(low, max(min(int(stop.min()) - block.low, N), low))
 
 
-def _rival_columns(begin: torch.Tensor, stop: torch.Tensor, low: int, columns: slice) -> torch.Tensor:
-    """bool ``[H or 1, R, C]``: which keys of ``columns``, counted from ``low``, lie in [begin, stop)."""
-    position = torch.arange(columns.start + low, columns.stop + low, device=begin.device, dtype=torch.int32)
-    return (position >= begin[..., None]) & (position < stop[..., None])
-
-
-def _mend_ties_(
-    unattended: torch.Tensor,
+def _keep_first_ties(
     raw: torch.Tensor,
+    at: tuple[torch.Tensor, ...],
     threshold: torch.Tensor,
-    tied: torch.Tensor,
+    shift: torch.Tensor,
     wanted: torch.Tensor,
     begin: torch.Tensor,
     stop: torch.Tensor,
     low: int,
-) -> None:
-    """In rows where more keys reach the threshold than are wanted, keeps those above it and the first of those on it."""
-    heads, rows = tied.nonzero(as_tuple=True)
+) -> torch.Tensor:
+    """The rows ``at`` (heads, rows) of ``raw`` less their shift, -inf but for rivals above the threshold and the first on it."""
+    heads, rows = at
     H, _, N = raw.shape
+    kept = raw.new_empty(len(heads), N)
     position = torch.arange(low, low + N, device=raw.device, dtype=torch.int32)
     step = max(1, _TIE_ELEMENTS // N)
     for i in range(0, len(heads), step):
@@ -157,4 +176,18 @@ def _mend_ties_(
         rival = (position >= first) & (position < last)
         above, equal = rival & (values > limit), rival & (values == limit)
         room = count - above.sum(-1, keepdim=True)
-        unattended[h, r] = ~(above | (equal & (equal.cumsum(-1) <= room)))
+        attended = above | (equal & (equal.cumsum(-1) <= room)) | (rival & values.isnan())
+        kept[i : i + step] = torch.where(attended, values - shift[h, r][:, None], -torch.inf)
+    return kept
+
+
+def _seen_columns(seen: torch.Tensor, low: int, columns: slice) -> torch.Tensor:
+    """bool ``[1, R, C]``: which keys of ``columns``, counted from ``low``, each row sees."""
+    position = torch.arange(columns.start + low, columns.stop + low, device=seen.device, dtype=torch.int32)
+    return ((position >= seen[:, :1]) & (position < seen[:, 1:]))[None]
+
+
+def _columns_between(begin: torch.Tensor, stop: torch.Tensor, low: int, columns: slice) -> torch.Tensor:
+    """bool ``[H or 1, R, C]``: which keys of ``columns``, counted from ``low``, lie in [begin, stop)."""
+    position = torch.arange(columns.start + low, columns.stop + low, device=begin.device, dtype=torch.int32)
+    return (position >= begin[..., None]) & (position < stop[..., None])

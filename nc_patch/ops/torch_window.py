@@ -73,6 +73,6 @@ def torch_window_attention(
             place = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
             every.masked_fill_((place < seen[:, :1]) | (place >= seen[:, 1:]), -torch.inf)
             stats.record(block, torch.logsumexp(scores, -1), torch.logsumexp(every, -1), empty)
-        attended = weighted_values(softmax_(scores, logits), values)
+        attended = weighted_values(softmax_(scores, None if logits is None else logits[:, None]), values)
         output[b, :, block.rows] = attended.masked_fill_(empty[:, None], 0.0).to(output.dtype)
     return output, stats.lse, stats.kept_mass

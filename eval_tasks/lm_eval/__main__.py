@@ -1,0 +1,44 @@
+"""lm-eval's own command line with the model ``nc_hf`` and the tasks of ``eval_tasks`` in it.
+
+``python -m eval_tasks.lm_eval run --model nc_hf --model_args pretrained=NAME,alpha=2,C=0.7 --tasks nc_perplexity``
+takes every option of ``lm_eval``; so do ``ls`` and ``validate``.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lm_eval._cli import HarnessCLI
+from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval.utils import setup_logging
+
+from eval_tasks.lm_eval.options import ArgumentError
+from nc_patch.errors import UnsupportedModelError
+
+TASKS = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Runs lm-eval's command line on ``sys.argv``; exits with 1 and one line on arguments that cannot be used."""
+    setup_logging()
+    cli = HarnessCLI()
+    arguments = cli.parse_args()
+    if hasattr(arguments, "include_path"):
+        arguments.include_path = task_directories(arguments)
+    try:
+        cli.execute(arguments)
+    except (ArgumentError, UnsupportedModelError) as error:
+        sys.exit(f"error: {error}")
+
+
+def task_directories(arguments: argparse.Namespace) -> list[str]:
+    """This package's tasks, then the user's ``--include_path`` (or the one in ``--config``), whose names win."""
+    given = arguments.include_path
+    if given is None and getattr(arguments, "config", None):
+        given = EvaluatorConfig.load_yaml_config(arguments.config).get("include_path")
+    directories = [] if given is None else [given] if isinstance(given, str) else list(given)
+    return [str(TASKS), *(path for path in directories if Path(path).resolve() != TASKS)]
+
+
+if __name__ == "__main__":
+    main()

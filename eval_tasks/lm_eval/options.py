@@ -1,0 +1,128 @@
+"""From lm-eval's ``--model_args`` to a validated ``NCConfig``, before any model is loaded."""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nc_patch.config import BACKENDS, NCConfig
+
+OPTIONS: tuple[str, ...] = (*(field.name for field in dataclasses.fields(NCConfig)), "selection")
+# Options of NCConfig that hold text; every other one holds numbers.
+_TEXT = frozenset({"prefill", "decode", "selection", "backend", "law"})
+# HFLM has an argument of the same name as NCConfig.backend; their values differ, so the value says which is meant.
+_HFLM_BACKENDS = ("default", "causal", "seq2seq")
+_LIKENESS = 0.7
+
+
+class ArgumentError(ValueError):
+    """An argument of ``nc_hf`` or of one of this package's tasks is missing, unknown or out of range."""
+
+
+def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divides model arguments into the options of ``NCConfig`` and what is left for ``HFLM``.
+
+    Raises:
+        ArgumentError: ``backend`` is neither one of ``NCConfig`` nor one of ``HFLM``.
+    """
+    options = {name: value for name, value in arguments.items() if name in OPTIONS and value is not None}
+    others = {name: value for name, value in arguments.items() if name not in OPTIONS}
+    backend = options.get("backend", BACKENDS[0])
+    if backend in _HFLM_BACKENDS:
+        others["backend"] = options.pop("backend")
+    elif backend not in BACKENDS:
+        raise ArgumentError(
+            f"backend must be one of {', '.join(BACKENDS)} (which kernels run) or {', '.join(_HFLM_BACKENDS)}"
+            f" (lm-eval's kind of model), got {backend!r}"
+        )
+    return options, others
+
+
+def read_config(options: Mapping[str, Any], nc_config: NCConfig | Mapping[str, Any] | str | None = None) -> NCConfig:
+    """The ``NCConfig`` that model arguments describe.
+
+    Args:
+        options: values by option name, as ``--model_args`` gives them: numbers, texts, and lists as Python lists or,
+            for ``dense_layers``, as ``0+1+29``.
+        nc_config: in place of ``options``, a path to a JSON file that ``NCConfig.to_json`` wrote, the same as a
+            mapping, or an ``NCConfig``.
+
+    Raises:
+        ArgumentError: an option is missing or out of range, or the file cannot be read; the message says what to give.
+    """
+    if nc_config is not None:
+        if options:
+            raise ArgumentError(f"nc_config holds every setting: leave out {', '.join(sorted(options))}, or nc_config")
+        return _given_config(nc_config)
+    if "alpha" not in options:
+        raise ArgumentError(
+            "alpha is missing: give the factor of the budget k(n) = alpha * n**C, for example alpha=2,C=0.7, or"
+            " nc_config=FILE"
+        )
+    if "C" not in options and options.get("law") != "log":
+        raise ArgumentError(
+            f"C is missing: give the exponent of the budget k(n) = alpha * n**C, for example C=0.7; C=0 is a fixed"
+            f" budget of alpha={options['alpha']} keys"
+        )
+    try:
+        return NCConfig.create(**{name: _typed(name, value) for name, value in options.items()})
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(str(error)) from error
+
+
+def misspelt(names: Iterable[str]) -> dict[str, str]:
+    """Those of ``names`` that look like an option of ``NCConfig`` and are none, with the option they look like."""
+    by_lowercase = {option.lower(): option for option in (*OPTIONS, "nc_config")}
+    found = {}
+    for name in names:
+        match = difflib.get_close_matches(name.lower(), by_lowercase, n=1, cutoff=_LIKENESS)
+        if match:
+            found[name] = by_lowercase[match[0]]
+    return found
+
+
+def _given_config(given: NCConfig | Mapping[str, Any] | str | os.PathLike[str]) -> NCConfig:
+    if isinstance(given, NCConfig):
+        return given
+    try:
+        if isinstance(given, Mapping):
+            return NCConfig.from_dict(given)
+        return NCConfig.from_json(Path(given).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"nc_config={given}: {error.strerror}; give a JSON file of settings") from error
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"nc_config={given} is not JSON: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"nc_config: {error}") from error
+
+
+def _typed(name: str, value: Any) -> Any:
+    """The value in the type that ``NCConfig`` asks for; what cannot be converted is left for it to refuse."""
+    if name in _TEXT:
+        return value
+    if name == "dense_layers":
+        parts = value.split("+") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        return [_integer(part) for part in parts]
+    if name in ("alpha", "C"):
+        return _number(value)
+    return _integer(value)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_number(item) for item in value]
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _integer(value: Any) -> Any:
+    # lm-eval reads "-1" as the float -1.0.
+    number = _number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else number

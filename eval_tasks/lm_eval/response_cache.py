@@ -1,0 +1,45 @@
+"""lm-eval's response cache (``--use_cache``) made to tell one model's answers from another's.
+
+The cache's key is the request alone, so a second run with another alpha would read the first run's answers. Here every
+set of model arguments gets a table of its own in the same file.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sqlitedict import SqliteDict
+
+from nc_patch.version import __version__
+
+# Where and in what portions the model runs; rounding apart, the answers do not depend on it.
+_PLACEMENT = frozenset(
+    "batch_size max_batch_size device device_map parallelize max_memory max_memory_per_gpu max_cpu_memory"
+    " offload_folder tp_plan logits_cache token cache_dir local_files_only force_download".split()
+)
+
+
+def fingerprint(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+    """A short hash of everything that an answer depends on: settings of attention, model arguments, this version."""
+    relevant = {name: value for name, value in arguments.items() if name not in _PLACEMENT and value is not None}
+    content = {"nc_patch": __version__, "settings": settings, "arguments": relevant}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def use_own_table(store: Any, name: str) -> None:
+    """Makes an open response cache read and write the table ``name`` of its file, created where it is missing.
+
+    Args:
+        store: the ``SqliteDict`` that lm-eval opened; its ``CachingLM`` and its ``CacheHook`` share it.
+
+    Raises:
+        RuntimeError: lm-eval keeps its answers in something else, so they cannot be told apart.
+    """
+    if not isinstance(store, SqliteDict):
+        raise RuntimeError(
+            f"lm-eval's response cache is a {type(store).__name__}, not a SqliteDict: answers of different settings could"
+            " not be told apart; leave out --use_cache"
+        )
+    SqliteDict(store.filename, tablename=name).close()
+    store.tablename = name
