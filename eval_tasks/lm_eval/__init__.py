@@ -1,6 +1,6 @@
 """lm-eval with sparse attention: the model ``nc_hf`` and the command ``python -m eval_tasks.lm_eval``.
 
-Importing this package registers ``nc_hf`` with lm-eval, so that ``lm_eval.simple_evaluate(model="nc_hf", ...)`` finds it.
+Importing this package registers ``nc_hf``, so that ``lm_eval.simple_evaluate(model="nc_hf", ...)`` finds it.
 """
 
 if __name__ != "eval_tasks.lm_eval":

@@ -12,7 +12,7 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-from eval_tasks.lm_eval.options import ArgumentError
+from eval_tasks.errors import EvalError
 from nc_patch.errors import UnsupportedModelError
 
 TASKS = Path(__file__).resolve().parents[1]
@@ -27,7 +27,7 @@ def main() -> None:
         arguments.include_path = task_directories(arguments)
     try:
         cli.execute(arguments)
-    except (ArgumentError, UnsupportedModelError) as error:
+    except (EvalError, UnsupportedModelError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
-from torch import nn
 from transformers import PreTrainedModel
 
-from eval_tasks.lm_eval.options import OPTIONS, ArgumentError, misspelt, read_config, split_arguments
+from eval_tasks.errors import EvalError
+from eval_tasks.lm_eval.options import OPTIONS, misspelt, read_config, split_arguments
 from eval_tasks.lm_eval.response_cache import fingerprint, use_own_table
 from nc_patch import NCConfig, nc_stats, patch_model
 from nc_patch.version import __version__
@@ -24,7 +24,7 @@ class NCHFLM(HFLM):
         arguments: alpha, C and every other option of ``NCConfig`` and ``NCConfig.create``; all else goes to ``HFLM``.
 
     Raises:
-        ArgumentError: an argument is missing, misspelt or out of range; before the weights are read.
+        EvalError: an argument is missing, misspelt or out of range; before the weights are read.
         UnsupportedModelError: the model's attention cannot be patched.
     """
 
@@ -37,7 +37,7 @@ class NCHFLM(HFLM):
         options, others = split_arguments(arguments)
         self.nc_config = read_config(options, nc_config)
         if pretrained is None:
-            raise ArgumentError("pretrained is missing: give a hub name or a local directory")
+            raise EvalError("pretrained is missing: give a hub name or a local directory")
         self._answers_depend_on = {"pretrained": pretrained, **others}
         self._loader_arguments = others.keys() - inspect.signature(HFLM.__init__).parameters.keys()
         super().__init__(pretrained, **others)
@@ -48,11 +48,11 @@ class NCHFLM(HFLM):
         try:
             super()._get_config(pretrained, **options)
         except OSError as error:
-            raise ArgumentError(f"pretrained={pretrained} cannot be loaded: {error}") from error
+            raise EvalError(f"pretrained={pretrained} cannot be loaded: {error}") from error
         wrong = misspelt(name for name in self._loader_arguments if not hasattr(self.config, name))
         if wrong:
             advice = ", ".join(f"{name} (is it {option}?)" for name, option in wrong.items())
-            raise ArgumentError(f"unknown argument {advice}; {_allowed()}")
+            raise EvalError(f"unknown argument {advice}; {_allowed()}")
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -60,11 +60,11 @@ class NCHFLM(HFLM):
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
-            raise ArgumentError(f"{error}; {_allowed()}") from error
+            raise EvalError(f"{error}; {_allowed()}") from error
         self._patch()
 
     def _patch(self) -> None:
-        model: nn.Module = self._model
+        model: Any = self._model
         # A PeftModel wraps the model that holds the attention modules; patching those leaves the adapters in place.
         patch_model(model.get_base_model() if hasattr(model, "get_base_model") else model, config=self.nc_config)
 
@@ -76,7 +76,8 @@ class NCHFLM(HFLM):
         """
         if self.nc_config.prefill != "block":
             return super()._loglikelihood_tokens(*args, **kwargs)
-        batch_size, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
+        batch_size: int | str = self.batch_size_per_gpu
+        self.batch_size_per_gpu = 1
         try:
             return super()._loglikelihood_tokens(*args, **kwargs)
         finally:
@@ -86,11 +87,11 @@ class NCHFLM(HFLM):
         """Attaches lm-eval's response cache, in a table of its own for these model arguments.
 
         Raises:
-            ArgumentError: the model was given as an object, which has no name that tells its answers from another's.
+            EvalError: the model was given as an object, which has no name that tells its answers from another's.
         """
         if cache_hook.dbdict is not None:
             if not isinstance(self._answers_depend_on["pretrained"], str):
-                raise ArgumentError("use_cache needs pretrained as a name or a path, got a loaded model")
+                raise EvalError("use_cache needs pretrained as a name or a path, got a loaded model")
             key = fingerprint(self.nc_config.to_dict(), self._answers_depend_on)
             use_own_table(cache_hook.dbdict, f"nc_hf {key}")
         super().set_cache_hook(cache_hook)
@@ -107,6 +108,6 @@ class NCHFLM(HFLM):
 
 def _allowed() -> str:
     return (
-        f"nc_hf takes {', '.join(OPTIONS)} and nc_config beside the arguments of lm-eval's hf, of from_pretrained and of"
-        " the model's config"
+        f"nc_hf takes {', '.join(OPTIONS)} and nc_config beside the arguments of lm-eval's hf, of from_pretrained"
+        " and of the model's config"
     )

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from eval_tasks.errors import EvalError
+from eval_tasks.models import find_model
 from nc_patch.config import BACKENDS, NCConfig
 
 OPTIONS: tuple[str, ...] = (*(field.name for field in dataclasses.fields(NCConfig)), "selection")
@@ -18,15 +20,11 @@ _HFLM_BACKENDS = ("default", "causal", "seq2seq")
 _LIKENESS = 0.7
 
 
-class ArgumentError(ValueError):
-    """An argument of ``nc_hf`` or of one of this package's tasks is missing, unknown or out of range."""
-
-
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divides model arguments into the options of ``NCConfig`` and what is left for ``HFLM``.
 
     Raises:
-        ArgumentError: ``backend`` is neither one of ``NCConfig`` nor one of ``HFLM``.
+        EvalError: ``backend`` is neither one of ``NCConfig`` nor one of ``HFLM``.
     """
     options = {name: value for name, value in arguments.items() if name in OPTIONS and value is not None}
     others = {name: value for name, value in arguments.items() if name not in OPTIONS}
@@ -34,11 +32,24 @@ def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     if backend in _HFLM_BACKENDS:
         others["backend"] = options.pop("backend")
     elif backend not in BACKENDS:
-        raise ArgumentError(
+        raise EvalError(
             f"backend must be one of {', '.join(BACKENDS)} (which kernels run) or {', '.join(_HFLM_BACKENDS)}"
             f" (lm-eval's kind of model), got {backend!r}"
         )
     return options, others
+
+
+def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with ``pretrained`` resolved as everywhere in this package: ``smollm2`` and ``.gguf`` files work.
+
+    Raises:
+        EvalError: ``pretrained`` is a path where there is no model.
+    """
+    name = arguments.get("pretrained")
+    if not isinstance(name, str) or arguments.get("gguf_file") or arguments.get("subfolder"):
+        return dict(arguments)
+    source = find_model(name)
+    return {**arguments, "pretrained": source.location, **source.options}
 
 
 def read_config(options: Mapping[str, Any], nc_config: NCConfig | Mapping[str, Any] | str | None = None) -> NCConfig:
@@ -51,26 +62,26 @@ def read_config(options: Mapping[str, Any], nc_config: NCConfig | Mapping[str, A
             mapping, or an ``NCConfig``.
 
     Raises:
-        ArgumentError: an option is missing or out of range, or the file cannot be read; the message says what to give.
+        EvalError: an option is missing or out of range, or the file cannot be read; the message says what to give.
     """
     if nc_config is not None:
         if options:
-            raise ArgumentError(f"nc_config holds every setting: leave out {', '.join(sorted(options))}, or nc_config")
+            raise EvalError(f"nc_config holds every setting: leave out {', '.join(sorted(options))}, or nc_config")
         return _given_config(nc_config)
     if "alpha" not in options:
-        raise ArgumentError(
+        raise EvalError(
             "alpha is missing: give the factor of the budget k(n) = alpha * n**C, for example alpha=2,C=0.7, or"
             " nc_config=FILE"
         )
     if "C" not in options and options.get("law") != "log":
-        raise ArgumentError(
+        raise EvalError(
             f"C is missing: give the exponent of the budget k(n) = alpha * n**C, for example C=0.7; C=0 is a fixed"
             f" budget of alpha={options['alpha']} keys"
         )
     try:
         return NCConfig.create(**{name: _typed(name, value) for name, value in options.items()})
     except (TypeError, ValueError) as error:
-        raise ArgumentError(str(error)) from error
+        raise EvalError(str(error)) from error
 
 
 def misspelt(names: Iterable[str]) -> dict[str, str]:
@@ -92,11 +103,11 @@ def _given_config(given: NCConfig | Mapping[str, Any] | str | os.PathLike[str]) 
             return NCConfig.from_dict(given)
         return NCConfig.from_json(Path(given).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArgumentError(f"nc_config={given}: {error.strerror}; give a JSON file of settings") from error
+        raise EvalError(f"nc_config={given}: {error.strerror}; give a JSON file of settings") from error
     except json.JSONDecodeError as error:
-        raise ArgumentError(f"nc_config={given} is not JSON: {error}") from error
+        raise EvalError(f"nc_config={given} is not JSON: {error}") from error
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"nc_config: {error}") from error
+        raise EvalError(f"nc_config: {error}") from error
 
 
 def _typed(name: str, value: Any) -> Any:

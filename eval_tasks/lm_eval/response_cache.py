@@ -9,14 +9,29 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sqlitedict import SqliteDict
+from sqlitedict import SqliteDict  # type: ignore[import-untyped]
 
 from nc_patch.version import __version__
 
 # Where and in what portions the model runs; rounding apart, the answers do not depend on it.
 _PLACEMENT = frozenset(
-    "batch_size max_batch_size device device_map parallelize max_memory max_memory_per_gpu max_cpu_memory"
-    " offload_folder tp_plan logits_cache token cache_dir local_files_only force_download".split()
+    {
+        "batch_size",
+        "cache_dir",
+        "device",
+        "device_map",
+        "force_download",
+        "local_files_only",
+        "logits_cache",
+        "max_batch_size",
+        "max_cpu_memory",
+        "max_memory",
+        "max_memory_per_gpu",
+        "offload_folder",
+        "parallelize",
+        "token",
+        "tp_plan",
+    }
 )
 
 
@@ -38,8 +53,8 @@ def use_own_table(store: Any, name: str) -> None:
     """
     if not isinstance(store, SqliteDict):
         raise RuntimeError(
-            f"lm-eval's response cache is a {type(store).__name__}, not a SqliteDict: answers of different settings could"
-            " not be told apart; leave out --use_cache"
+            f"lm-eval's response cache is a {type(store).__name__}, not a SqliteDict: answers of different settings"
+            " could not be told apart; leave out --use_cache"
         )
     SqliteDict(store.filename, tablename=name).close()
     store.tablename = name
