@@ -1,0 +1,1 @@
+"""The measuring harness of ``nc_patch``: what sparse attention keeps and loses at every context length."""

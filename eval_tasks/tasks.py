@@ -1,0 +1,210 @@
+"""The tasks of a sweep, in one list: which tokens a model reads, and which of them are scored."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from eval_tasks.errors import EvalError
+
+
+@dataclass(frozen=True)
+class TokenisedText:
+    """A text as tokens.
+
+    Attributes:
+        ids: int64 ``[N]``, the tokens without any that the tokenizer adds.
+        byte_ends: int64 ``[N]``, the bytes of UTF-8 up to the end of each token.
+        prefix: the tokens that the tokenizer puts before a text (for example a BOS token); often none.
+    """
+
+    ids: np.ndarray
+    byte_ends: np.ndarray
+    prefix: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one forward pass reads and what is scored.
+
+    Attributes:
+        ids: int64 ``[length + 1]``: the model reads all but the last and predicts all but the first.
+        scored: how many of the last predictions count.
+        scored_bytes: bytes of UTF-8 of the scored tokens.
+    """
+
+    ids: np.ndarray
+    scored: int
+    scored_bytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples of a sweep lie in the text, so that every length and method sees the same ones.
+
+    Attributes:
+        lengths: the context lengths in tokens, ascending.
+        samples: number of places in the text.
+        scored: tokens scored at the end of each perplexity sample.
+        passage: tokens of the passage that recall repeats.
+        seed: of the choice of places.
+    """
+
+    lengths: tuple[int, ...]
+    samples: int
+    scored: int
+    passage: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One way to score a model at a context length.
+
+    Attributes:
+        name: what the command line and the results call it.
+        title: a short label for plots and tables.
+        description: one sentence for a newcomer.
+        build: the sample at a place of the text, from (text, start of the place, length, layout).
+        shortest: the shortest length for which there is a sample, from (layout, tokens of the prefix).
+        dense_only: a reference that is measured with dense attention alone.
+    """
+
+    name: str
+    title: str
+    description: str
+    build: Callable[[TokenisedText, int, int, Layout], Sample]
+    shortest: Callable[[Layout, int], int]
+    dense_only: bool = False
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, content: str) -> TokenisedText:
+    """Tokenises a text, keeping the bytes that each token stands for.
+
+    Raises:
+        EvalError: the tokenizer is not a fast one, which alone knows where its tokens lie in the text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise EvalError(
+            f"{type(tokenizer).__name__} is a slow tokenizer and cannot tell the bytes of its tokens; load the model "
+            "with a fast one (tokenizer.json)"
+        )
+    encoded = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    char_ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
+    bytes_of_chars = np.frombuffer(content.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + (bytes_of_chars >= 0x80) + (bytes_of_chars >= 0x800) + (bytes_of_chars >= 0x10000)
+    byte_ends = np.concatenate(([0], np.cumsum(widths, dtype=np.int64)))[char_ends]
+    return TokenisedText(ids, byte_ends, _prefix(tokenizer))
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    with_special = tokenizer("a", verbose=False)["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    return tuple(with_special[: next(i for i in range(len(with_special)) if with_special[i:][: len(plain)] == plain)])
+
+
+def places(text: TokenisedText, layout: Layout) -> list[int]:
+    """The starts, in tokens, of ``layout.samples`` stretches of text that do not overlap, chosen by the seed.
+
+    Fewer samples are the first of more.
+
+    Raises:
+        EvalError: the text is too short; the message says how many tokens it has and how many are needed.
+    """
+    stretch = max(layout.lengths) + 1
+    slots = len(text.ids) // stretch
+    if slots < layout.samples:
+        raise EvalError(
+            f"the text has {len(text.ids):,} tokens; {layout.samples} samples of up to {max(layout.lengths):,} tokens "
+            f"need {layout.samples * stretch:,}. Ask for fewer samples or shorter lengths, or give a longer text."
+        )
+    chosen = np.random.default_rng(layout.seed).permutation(slots)[: layout.samples]
+    return [int(slot) * stretch for slot in chosen]
+
+
+def check_lengths(tasks: list[Task], layout: Layout, prefix: int) -> None:
+    """Raises EvalError for a length that is too short for a task."""
+    for task in tasks:
+        needed = task.shortest(layout, prefix)
+        if min(layout.lengths) < needed:
+            raise EvalError(
+                f"length {min(layout.lengths)} is too short for the task {task.name}, which needs {needed} tokens: "
+                f"{layout.scored} scored (--scored), a passage of {layout.passage} (--passage)"
+            )
+
+
+def _span_bytes(text: TokenisedText, start: int, stop: int) -> int:
+    """Bytes of the tokens from ``start`` (at least 0) up to ``stop``."""
+    before = text.byte_ends[start - 1] if start else 0
+    return int(text.byte_ends[stop - 1] - before)
+
+
+def _join(text: TokenisedText, spans: list[tuple[int, int]]) -> np.ndarray:
+    return np.concatenate([np.asarray(text.prefix, dtype=np.int64), *(text.ids[start:stop] for start, stop in spans)])
+
+
+def _perplexity(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
+    # The stretch ends at the same token for every length: what grows is the context to the left.
+    stop = place + max(layout.lengths) + 1
+    ids = _join(text, [(stop - length - 1 + len(text.prefix), stop)])
+    return Sample(ids, layout.scored, _span_bytes(text, stop - layout.scored, stop))
+
+
+def _recall(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
+    passage = (place, place + layout.passage)
+    filler = (passage[1], place + length + 1 - len(text.prefix) - layout.passage)
+    return Sample(_join(text, [passage, filler, passage]), layout.passage, _span_bytes(text, *passage))
+
+
+def _unseen(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
+    passage = (place, place + layout.passage)
+    filler = (passage[1], place + length + 1 - len(text.prefix))
+    return Sample(_join(text, [filler, passage]), layout.passage, _span_bytes(text, *passage))
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "perplexity",
+            "perplexity",
+            "the same last tokens of a stretch of text, under a left context that grows with the length",
+            _perplexity,
+            lambda layout, prefix: layout.scored + prefix,
+        ),
+        Task(
+            "recall",
+            "recall perplexity",
+            "a passage, the text that follows it as filler, and the passage again, which is scored: only attention that "
+            "reaches back to the first copy makes the second one easy",
+            _recall,
+            lambda layout, prefix: 2 * layout.passage + prefix,
+        ),
+        Task(
+            "unseen",
+            "passage not seen before",
+            "the passage of recall behind the filler alone, without its first copy: what recalling nothing looks like",
+            _unseen,
+            lambda layout, prefix: layout.passage + 1 + prefix,
+            dense_only=True,
+        ),
+    )
+}
+
+
+def ascending(lengths: list[int]) -> tuple[int, ...]:
+    """The lengths in ascending order.
+
+    Raises:
+        EvalError: a length is below 2 or given twice.
+    """
+    ordered = sorted(lengths)
+    if ordered[0] < 2:
+        raise EvalError(f"lengths must be at least 2 tokens, got {ordered[0]}")
+    for shorter, longer in pairwise(ordered):
+        if shorter == longer:
+            raise EvalError(f"the length {longer} is given twice")
+    return tuple(ordered)
