@@ -68,14 +68,11 @@ def torch_block_attention(
         begin = int(origin[b, block.first])
         rows_query = query[b, :, block.rows].float() * before
 
-        offset = seen[:, 1].long() - 1 - begin
-        sampled = offset % SAMPLE_STRIDE == SAMPLE_STRIDE - 1
-        sampled[-1] = True
-        mass = final_scores_(scores_of(rows_query[:, sampled], keys[:, block.low : block.high], buffers), after, softcap)
-        mass = softmax_(_hide(mass, seen[sampled], torch.arange(block.low, block.high, device=query.device)), None)
-        mass = mass.view(Hkv, -1, mass.shape[-1]).sum(1)
-        allowed = budget[b, :, block.rows].expand(Hq, -1).reshape(Hkv, -1).amax(-1)
-        chosen = _choose(mass, -(-allowed // block_size), block, begin, int(offset[0]), block_size)
+        sampled = sampled_rows(seen, begin)
+        mass = scores_of(rows_query[:, sampled], keys[:, block.low : block.high], buffers)
+        chosen = _choose(
+            final_scores_(mass, after, softcap), seen, sampled, budget[b, :, block.rows], block, begin, block_size, Hkv
+        )
 
         position = chosen.position.clamp(0, Lk - 1)
         index = torch.arange(Hkv, device=query.device)[:, None]
@@ -121,16 +118,62 @@ def _hide(scores: torch.Tensor, seen: torch.Tensor, position: torch.Tensor) -> t
     return scores.masked_fill_((position < seen[:, :1]) | (position >= seen[:, 1:]), -torch.inf)
 
 
+def sampled_rows(seen: torch.Tensor, begin: int) -> torch.Tensor:
+    """Which rows of a query block are scored, bool ``[R]``: the last of every ``SAMPLE_STRIDE`` and the block's last."""
+    sampled = (seen[:, 1].long() - 1 - begin) % SAMPLE_STRIDE == SAMPLE_STRIDE - 1
+    sampled[-1] = True
+    return sampled
+
+
+def keep_blocks_(
+    raw: torch.Tensor,
+    seen: torch.Tensor,
+    budget: torch.Tensor,
+    begin: int,
+    block: RowBlock,
+    num_kv_heads: int,
+    *,
+    factor: float,
+    softcap: float,
+    block_size: int,
+) -> torch.Tensor:
+    """Makes the scores of keys outside the chosen blocks -inf, in place; returns the shift of the others, zero.
+
+    Arguments as in ``keep_topk_``; ``begin`` is the key position of the sequence's first token.
+    """
+    sampled = sampled_rows(seen, begin)
+    scores = final_scores_(raw[:, sampled].clone(), factor, softcap)
+    chosen = _choose(scores, seen, sampled, budget, block, begin, block_size, num_kv_heads)
+    inside = chosen.exists & (chosen.position >= block.low) & (chosen.position < block.high)
+    attended = torch.zeros(num_kv_heads, raw.shape[-1] + 1, dtype=torch.bool, device=raw.device)
+    attended.scatter_(1, torch.where(inside, chosen.position - block.low, raw.shape[-1]), True)
+    hidden = ~attended[:, None, None, :-1]
+    raw.view(num_kv_heads, -1, *raw.shape[1:]).masked_fill_(hidden, -torch.inf)
+    _hide(raw, seen, torch.arange(block.low, block.high, device=raw.device))
+    return raw.new_zeros(1, raw.shape[1])
+
+
 def _choose(
-    mass: torch.Tensor, count: torch.Tensor, block: RowBlock, begin: int, first_offset: int, block_size: int
+    scores: torch.Tensor,
+    seen: torch.Tensor,
+    sampled: torch.Tensor,
+    budget: torch.Tensor,
+    block: RowBlock,
+    begin: int,
+    block_size: int,
+    num_kv_heads: int,
 ) -> _Chosen:
-    """The first block, the blocks that hold the query block, and the heaviest of the others, up to ``count`` per head.
+    """The first block, the blocks that hold the query block, and the heaviest of the others, as many as the budget has.
 
     Args:
-        mass: float32 ``[Hkv, N]``, what the sampled rows put on each key of ``block.low:block.high``.
-        count: int ``[Hkv]``, how many blocks.
-        begin: key position of the sequence's first token. first_offset: position in the sequence of the first query.
+        scores: final scores float32 ``[Hq, S, N]`` of the sampled rows against ``block.low:block.high``; overwritten.
+        seen: int32 ``[R, 2]``. sampled: bool ``[R]`` with S true. budget: int32 ``[Hq or 1, R]``.
+        begin: key position of the sequence's first token.
     """
+    mass = softmax_(_hide(scores, seen[sampled], torch.arange(block.low, block.high, device=scores.device)), None)
+    mass = mass.view(num_kv_heads, -1, mass.shape[-1]).sum(1)
+    count = -(-budget.expand(scores.shape[0], -1).reshape(num_kv_heads, -1).amax(-1) // block_size)
+    first_offset = int(seen[0, 1]) - 1 - begin
     lowest, highest = (block.low - begin) // block_size, (block.high - 1 - begin) // block_size
     blocks = highest - lowest + 1
     lead = block.low - (begin + lowest * block_size)

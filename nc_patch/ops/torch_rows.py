@@ -104,15 +104,16 @@ def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 class Buffers:
     """Scratch memory of one call, reused from block to block: fresh pages cost more than the arithmetic on them."""
 
-    def __init__(self, elements: int, device: torch.device) -> None:
-        self._elements, self._device = elements, device
+    def __init__(self, expected_elements: int, device: torch.device) -> None:
+        self._expected, self._device = expected_elements, device
         self._made: dict[str, torch.Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The buffer ``name`` as an uninitialised tensor of ``shape``, at most the elements given at the start."""
-        if name not in self._made:
-            self._made[name] = torch.empty(self._elements, dtype=dtype, device=self._device)
-        return self._made[name][: math.prod(shape)].view(shape)
+        """The buffer ``name`` as an uninitialised tensor of ``shape``; what it held before may be lost."""
+        needed = math.prod(shape)
+        if name not in self._made or self._made[name].numel() < needed:
+            self._made[name] = torch.empty(max(needed, self._expected), dtype=dtype, device=self._device)
+        return self._made[name][:needed].view(shape)
 
 
 class RowStats:

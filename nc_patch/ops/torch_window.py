@@ -5,6 +5,7 @@ import torch
 from nc_patch.ops.reference import forced_counts
 from nc_patch.ops.torch_rows import (
     Buffers,
+    RowBlock,
     RowStats,
     final_scores_,
     row_blocks,
@@ -46,7 +47,7 @@ def torch_window_attention(
     before, after = split_scale(scale)
     most_keys = min(Lk, int(budget.max()) + _MOST_ROWS + sink_keys) if budget.numel() and not want_stats else Lk
     rows = rows_per_block(Hq, most_keys, _MOST_ROWS)
-    buffers = Buffers(Hq * min(rows, Lq) * Lk, query.device) if want_stats else None
+    buffers = Buffers(Hq * min(rows, Lq) * most_keys, query.device)
     for block in row_blocks(visible, rows):
         b = block.batch
         seen, allowed = visible[b, block.rows], budget[b, :, block.rows]
@@ -62,17 +63,32 @@ def torch_window_attention(
             torch.cat((t[b, :, block.low : left], t[b, :, right : block.high]), dim=1).float() for t in (key, value)
         )
         rows_query = query[b, :, block.rows].float() * before
-        scratch = Buffers(Hq * len(empty) * len(position), query.device) if buffers is None else buffers
-        scores = final_scores_(scores_of(rows_query, keys, scratch), after, softcap)
+        scores = final_scores_(scores_of(rows_query, keys, buffers), after, softcap)
         unattended = (position < seen[:, :1]) | (position >= seen[:, 1:])
         unattended = unattended | ((position >= sink_stop[..., None]) & (position < recent_begin[..., None]))
         scores.masked_fill_(unattended, -torch.inf)
         if want_stats:
             span = slice(block.low, block.high)
-            every = final_scores_(scores_of(rows_query, key[b, :, span].float(), scratch, "dense"), after, softcap)
+            every = final_scores_(scores_of(rows_query, key[b, :, span].float(), buffers, "dense"), after, softcap)
             place = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
             every.masked_fill_((place < seen[:, :1]) | (place >= seen[:, 1:]), -torch.inf)
             stats.record(block, torch.logsumexp(scores, -1), torch.logsumexp(every, -1), empty)
         attended = weighted_values(softmax_(scores, None if logits is None else logits[:, None]), values)
         output[b, :, block.rows] = attended.masked_fill_(empty[:, None], 0.0).to(output.dtype)
     return output, stats.lse, stats.kept_mass
+
+
+def keep_window_(
+    raw: torch.Tensor, seen: torch.Tensor, sinks: torch.Tensor, recents: torch.Tensor, block: RowBlock
+) -> torch.Tensor:
+    """Makes the scores of keys outside the window -inf, in place; returns the shift of the others, zero.
+
+    Args:
+        raw: float32 ``[H, R, N]`` against the keys ``block.low:block.high``.
+        seen: int32 ``[R, 2]``. sinks, recents: int32 ``[H or 1, R]``, how many first and last keys are attended.
+    """
+    position = torch.arange(block.low, block.high, device=raw.device, dtype=torch.int32)
+    sink_stop, recent_begin = (seen[:, 0] + sinks)[..., None], (seen[:, 1] - recents)[..., None]
+    hidden = (position < seen[:, :1]) | (position >= seen[:, 1:]) | ((position >= sink_stop) & (position < recent_begin))
+    raw.masked_fill_(hidden, -torch.inf)
+    return raw.new_zeros(1, raw.shape[1])

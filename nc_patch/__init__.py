@@ -1,0 +1,27 @@
+"""Sparse attention with an n^C budget for Hugging Face models.
+
+``patch_model(model, alpha, C)`` makes every query attend ``k(n) = alpha * n**C`` of the n keys it may see (arXiv 2404.02690).
+Importing the package registers one attention implementation, ``"nc_sparse"``, with ``transformers``; nothing else happens.
+"""
+
+from nc_patch.config import NCConfig
+from nc_patch.errors import UnsupportedMaskError, UnsupportedModelError
+from nc_patch.functional import sparse_attention
+from nc_patch.ops.reference import AttentionResult
+from nc_patch.patch import is_patched, nc_stats, patch_model, patched, reset_stats, unpatch_model
+from nc_patch.version import __version__
+
+__all__ = [
+    "AttentionResult",
+    "NCConfig",
+    "UnsupportedMaskError",
+    "UnsupportedModelError",
+    "__version__",
+    "is_patched",
+    "nc_stats",
+    "patch_model",
+    "patched",
+    "reset_stats",
+    "sparse_attention",
+    "unpatch_model",
+]

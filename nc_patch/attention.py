@@ -1,0 +1,213 @@
+"""The attention function that ``transformers`` calls in place of its own, and its registration."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from nc_patch.config import NCConfig
+from nc_patch.errors import UnsupportedMaskError, UnsupportedModelError
+from nc_patch.functional import attend, budgets_of, check_scale, check_tensors
+from nc_patch.stats import LayerCounters, tally
+from nc_patch.visibility import Visibility, interval_mask, is_packed, is_plain_causal
+
+# The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
+IMPLEMENTATION = "nc_sparse"
+# The attribute of an attention module that holds its LayerPatch.
+PATCH_ATTRIBUTE = "_nc_patch"
+
+# Arguments by which a model asks of attention what cannot be had by attending fewer keys.
+_REFUSED_ARGUMENTS = {
+    "position_bias": "adds a learned bias to every score",
+    "indices": "brings its own sparse attention",
+    "block_indices": "brings its own sparse attention",
+    "cache": "uses a paged cache (continuous batching)",
+}
+
+
+@dataclass(frozen=True)
+class LayerPatch:
+    """What one attention module needs to know: its settings, its place, what ran before, and its counters."""
+
+    config: NCConfig
+    layer: int
+    original_implementation: str
+    counters: LayerCounters = field(default_factory=LayerCounters, compare=False)
+
+
+def nc_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as ``transformers`` asks for it: ``[B, H, L, D]`` in, ``([B, Lq, Hq, Dv], None)`` out.
+
+    A module that carries no ``LayerPatch`` shares its config object with a patched model: it runs dense.
+
+    Raises:
+        UnsupportedMaskError: the mask is not one interval of keys per query.
+        UnsupportedModelError: the model asks for what sparse attention cannot do.
+    """
+    patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
+    _refuse_unsupported(module, dropout, is_causal, kwargs)
+    B, _, Lq, Lk = check_tensors(query, key, value, s_aux)
+    scale = check_scale(scaling, softcap, query.shape[-1])
+    config = NCConfig(1.0, 1.0) if patch is None else patch.config
+    layer = 0 if patch is None else patch.layer
+    selection = config.decode if Lq == 1 else config.prefill
+    dense_reason = _dense_reason(patch, config, layer, selection)
+
+    if not is_packed(attention_mask):
+        if attention_mask is None or dense_reason is None:
+            raise UnsupportedMaskError(_mask_problem(module, attention_mask))
+        output = _sdpa(query, key, value, attention_mask, scale, softcap, s_aux, module)
+        return output.transpose(1, 2).contiguous(), None
+    assert attention_mask is not None
+    visible, origin = Visibility.unpack(attention_mask)
+    if visible.shape[0] != B:
+        visible, origin = visible.expand(B, -1, -1), origin.expand(B, -1)
+
+    if dense_reason is not None:
+        selection, budget = "dense", None
+    else:
+        key_of_law = (config.laws(layer), config.min_keys, config.law)
+        budget = _once(attention_mask, ("budget", *key_of_law, Lk), lambda: budgets_of(config, layer, visible, Lk))
+    attended = None
+    reading_allowed = not torch.compiler.is_compiling() and not _capturing(query)
+    plain = selection == "dense" and softcap is None and s_aux is None and Lq in (1, Lk) and reading_allowed
+    if plain and is_plain_causal(attention_mask, Lk):
+        output = _sdpa(query, key, value, None, scale, None, None, module)
+    else:
+        result = attend(
+            query,
+            key,
+            value,
+            visible=visible,
+            origin=origin,
+            budget=visible.new_empty(0) if budget is None else budget,
+            selection=selection,
+            config=config,
+            scale=scale,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        output, attended = result.output, result.attended
+    if patch is not None and not torch.compiler.is_compiling():
+        _count(patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _dense_reason(patch: LayerPatch | None, config: NCConfig, layer: int, selection: str) -> str | None:
+    """Why a call attends every key, or None when it does not."""
+    if patch is None:
+        return "the module is not patched"
+    if layer in config.dense_layers:
+        return "the layer is in dense_layers"
+    if selection == "dense":
+        return 'the selection is "dense"'
+    if config.is_dense(layer):
+        return "alpha >= 1 with C = 1 attends every key"
+    return None
+
+
+def _refuse_unsupported(module: torch.nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    for argument, what in _REFUSED_ARGUMENTS.items():
+        if kwargs.get(argument) is not None:
+            raise UnsupportedModelError(f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it.")
+    if dropout:
+        raise UnsupportedModelError(
+            f"{name} asks for attention dropout {dropout}, which sparse attention has not. Set attention_dropout to 0 or use model.eval()."
+        )
+    if is_causal is False:
+        raise UnsupportedModelError(f"{name} asks for attention that is not causal, which sparse attention cannot do.")
+
+
+def _mask_problem(module: torch.nn.Module, mask: Any) -> str:
+    name = type(module).__name__
+    if mask is None:
+        return (
+            f"{name} passed no mask, so that causality and padding would be lost: its model does not build masks through "
+            "transformers' mask interface. It cannot be patched."
+        )
+    shape = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+    return (
+        f"{name} got a custom attention mask ({shape}). Sparse attention needs each query to see one run of keys: pass a 2-D "
+        "padding mask [batch, positions], or leave the layer dense with dense_layers=..."
+    )
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    module: torch.nn.Module,
+) -> torch.Tensor:
+    """PyTorch's dense attention; without a mask plain causal, for which Lq must be 1 or Lk."""
+    if softcap is not None or sinks is not None:
+        raise UnsupportedMaskError(
+            f"{_mask_problem(module, mask)} This layer cannot be left dense: it has a soft-cap or sinks, which SDPA has not."
+        )
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and query.device.type == "cpu":
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        group = 1
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, is_causal=mask is None and query.shape[2] > 1, enable_gqa=group > 1
+    )
+
+
+def _count(
+    patch: LayerPatch,
+    mask: torch.Tensor,
+    visible: torch.Tensor,
+    attended: torch.Tensor | None,
+    dense_reason: str | None,
+    own: bool,
+) -> None:
+    """Counts one call; what follows from the mask and the settings alone is worked out once for all layers."""
+    tail = patch.counters.tail
+    if own and attended is not None:
+        counts = tally(attended, visible, tail)
+    elif attended is None:
+        n = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
+        counts = _once(mask, ("tally", "dense", tail), lambda: tally(n, visible, tail))
+    else:
+        law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.law)
+        counts = _once(mask, ("tally", *law, tail), lambda: tally(attended, visible, tail))
+    patch.counters.add(counts, dense_reason)
+
+
+def _once(mask: torch.Tensor, key: tuple[Any, ...], make: Any) -> torch.Tensor:
+    """``make()``, remembered on the mask tensor that all layers of one forward pass share."""
+    if torch.compiler.is_compiling():
+        return make()
+    made: dict[tuple[Any, ...], torch.Tensor] | None = getattr(mask, "_nc_once", None)
+    if made is None:
+        made = {}
+        mask._nc_once = made  # type: ignore[attr-defined]
+    if key not in made:
+        made[key] = make()
+    return made[key]
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+AttentionInterface.register(IMPLEMENTATION, nc_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, interval_mask)

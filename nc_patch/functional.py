@@ -1,0 +1,223 @@
+"""``sparse_attention``: the functional form, like ``scaled_dot_product_attention`` with a budget."""
+
+import logging
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from nc_patch.config import NCConfig, Selection
+from nc_patch.ops import custom_ops
+from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.reference import AttentionResult, causal_intervals
+
+logger = logging.getLogger("nc_patch")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    alpha: float | Sequence[float],
+    C: float | Sequence[float] = 0.0,
+    selection: Selection = "topk",
+    scale: float | None = None,
+    visible: torch.Tensor | None = None,
+    origin: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_stats: bool = False,
+    **options: Any,
+) -> torch.Tensor | AttentionResult:
+    """Causal attention of each query over ``k(n) = min(n, max(min_keys, ceil(alpha * n**C)))`` of its n visible keys.
+
+    With ``alpha >= 1`` and ``C = 1``, or ``selection="dense"``, it equals ``scaled_dot_product_attention`` to rounding.
+    Scores and softmax are float32. Gradients flow through the attended keys; the choice of keys is a constant. When a
+    gradient is required the PyTorch backend runs.
+
+    A NaN or infinite score that is attended makes its row NaN, as in dense attention; NaN counts as the highest score, so
+    ``"topk"`` attends it. Other rows are not touched.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``, bfloat16, float16 or float32.
+        key: ``[B, Hkv, Lk, D]``, Hkv a divisor of Hq (grouped queries).
+        value: ``[B, Hkv, Lk, Dv]``.
+        alpha: factor of the budget, positive; a number, or one per query head.
+        C: exponent of the budget in [0, 1]; a number, or one per query head.
+        selection: ``"topk"`` (highest scores), ``"block"`` (key blocks shared by a block of queries), ``"window"`` (sinks
+            and most recent keys) or ``"dense"``.
+        scale: factor of the scores, by default ``1 / sqrt(D)``.
+        visible: int32 ``[B, Lq, 2]``, the half-open interval [start, end) of keys that each query may see; by default
+            causal, the last query aligned with the last key, which needs Lq <= Lk.
+        origin: int32 ``[B, Lq]``, the key position at which each query's sequence begins, by default its interval's start.
+            ``"block"`` aligns its blocks to it.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        sinks: ``[Hq]``, learned logits that join the softmax's denominator.
+        return_stats: return an ``AttentionResult`` (output, lse, kept_mass, attended) instead of the output alone.
+        options: ``sink_keys``, ``recent_keys``, ``min_keys``, ``block_size``, ``law`` and ``backend`` of ``NCConfig``.
+
+    Returns:
+        ``[B, Hq, Lq, Dv]`` in query's dtype, zero for queries that see no key; or an ``AttentionResult``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or values that do not fit; the message names them.
+        TypeError: an option has an unknown name or a wrong type.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    per_head = lambda v: [list(v)] if isinstance(v, Sequence) else v  # noqa: E731
+    config = NCConfig.create(per_head(alpha), per_head(C), selection=selection, **options)
+    B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
+    if len(config.laws(0)) not in (1, Hq):
+        raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
+    if visible is None:
+        if Lq > Lk:
+            raise ValueError(f"causal attention needs at least as many keys as queries, got Lq={Lq} and Lk={Lk}; pass visible")
+        visible = causal_intervals(B, Lq, Lk, query.device)
+    else:
+        check_intervals(visible, B, Lq, Lk, query.device)
+    if origin is None:
+        origin = visible[..., 0]
+    elif origin.shape != (B, Lq) or origin.dtype != torch.int32 or origin.device != query.device:
+        raise ValueError(f"origin must be int32 [{B}, {Lq}] on {query.device}, got {_describe(origin)}")
+    scale = check_scale(scale, softcap, query.shape[-1])
+    result = attend(
+        query,
+        key,
+        value,
+        visible=visible,
+        origin=origin,
+        budget=budgets_of(config, 0, visible, Lk),
+        selection="dense" if config.is_dense(0) else selection,
+        config=config,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        want_stats=return_stats,
+    )
+    return result if return_stats else result.output
+
+
+def budgets_of(config: NCConfig, layer: int, visible: torch.Tensor, key_length: int) -> torch.Tensor:
+    """Budgets int32 ``[B, 1 or Hq, Lq]`` of a layer's queries with intervals ``visible`` int32 ``[B, Lq, 2]``."""
+    alphas, exponents = zip(*config.laws(layer), strict=True)
+    return custom_ops.row_budgets(visible, key_length, list(alphas), list(exponents), config.min_keys, config.law)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    budget: torch.Tensor,
+    selection: str,
+    config: NCConfig,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    want_stats: bool = False,
+) -> AttentionResult:
+    """Runs one selection on checked tensors; ``sparse_attention`` has the meaning of each argument.
+
+    ``budget`` is int32 ``[B, 1 or Hq, Lq]``; ``"dense"`` does not look at it.
+
+    Returns:
+        The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``.
+    """
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (query, key, value, sinks)
+    )
+    backend, reason = choose_backend("torch" if needs_grad else config.backend, selection, query.device)
+    if reason is not None:
+        _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
+    cap = 0.0 if softcap is None else float(softcap)
+    if selection == "block":
+        output, lse, kept_mass, attended = custom_ops.block_attention(
+            query, key, value, visible, origin, budget, sinks, scale, cap, config.block_size, want_stats
+        )
+        return AttentionResult(output, lse, kept_mass, attended) if want_stats else AttentionResult(output, attended=attended)
+    run = custom_ops.window_attention if selection == "window" else custom_ops.topk_attention
+    if selection == "dense":
+        budget = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
+        # With all keys attended the kinds are the same; each backend has one that does the least for it.
+        run = custom_ops.window_attention if backend == "triton" else custom_ops.topk_attention
+    output, lse, kept_mass = run(
+        query,
+        key,
+        value,
+        visible,
+        budget,
+        sinks,
+        scale,
+        cap,
+        config.sink_keys,
+        config.recent_keys,
+        want_stats,
+        backend,
+    )
+    if not want_stats:
+        return AttentionResult(output)
+    return AttentionResult(output, lse, kept_mass, budget.expand(query.shape[:3]).contiguous())
+
+
+def check_tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+) -> tuple[int, int, int, int]:
+    """Raises ValueError unless the tensors fit together; returns B, Hq, Lq and Lk."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"{name} must have query's dtype, one of {allowed}; got {tensor.dtype}, query {query.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move them to one device")
+    B, Hq, Lq, D = query.shape
+    Hkv, Lk = key.shape[1], key.shape[2]
+    if key.shape != (B, Hkv, Lk, D) or value.shape[:3] != (B, Hkv, Lk):
+        raise ValueError(
+            "key must be [B, Hkv, Lk, D] and value [B, Hkv, Lk, Dv] with query's B and D, got "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(f"the number of query heads must be a multiple of the key/value heads, got {Hq} and {Hkv}")
+    if sinks is not None and (sinks.shape != (Hq,) or sinks.device != query.device):
+        raise ValueError(f"sinks must be [{Hq}] on {query.device}, got {_describe(sinks)}")
+    return B, Hq, Lq, Lk
+
+
+def check_intervals(visible: torch.Tensor, B: int, Lq: int, Lk: int, device: torch.device) -> None:
+    """Raises ValueError unless ``visible`` holds intervals within the keys; reads the tensor."""
+    if visible.shape != (B, Lq, 2) or visible.dtype != torch.int32 or visible.device != device:
+        raise ValueError(f"visible must be int32 [{B}, {Lq}, 2] on {device}, got {_describe(visible)}")
+    if visible.numel():
+        low, high = int(visible.min()), int(visible.max())
+        if low < 0 or high > Lk:
+            raise ValueError(f"visible must lie within the keys, 0 to {Lk}, got {low} to {high}")
+        if bool((visible[..., 1] < visible[..., 0]).any()):
+            raise ValueError("visible has an interval that ends before it starts; make start and end equal where it is empty")
+
+
+def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> float:
+    """The scale, by default ``1 / sqrt(D)``; raises ValueError unless scale and softcap are positive and finite."""
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive number, got {scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    return scale
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+@lru_cache(maxsize=256)
+def _say_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,47 @@
+"""The one place that chooses which implementation runs an operation."""
+
+import torch
+
+# What each backend implements; what is missing runs on "torch", which implements everything, and is reported.
+IMPLEMENTED: dict[str, frozenset[str]] = {
+    "torch": frozenset({"topk", "window", "block", "dense"}),
+    "triton": frozenset({"topk", "window", "dense"}),
+}
+
+
+def choose_backend(requested: str, selection: str, device: torch.device) -> tuple[str, str | None]:
+    """The backend that runs ``selection`` on ``device``, and why it is not the one asked for, if it is not.
+
+    Args:
+        requested: ``"auto"``, ``"triton"`` or ``"torch"``.
+        selection: ``"topk"``, ``"window"``, ``"block"`` or ``"dense"``.
+
+    Raises:
+        RuntimeError: Triton was asked for by name where it cannot run.
+    """
+    if requested == "torch":
+        return "torch", None
+    problem = triton_problem(device)
+    if requested == "triton" and problem is not None:
+        raise RuntimeError(f'backend="triton" {problem}. Use backend="auto" or backend="torch".')
+    if problem is not None:
+        return "torch", None if device.type == "cpu" else f"Triton {problem}"
+    if selection not in IMPLEMENTED["triton"]:
+        if requested == "triton":
+            raise RuntimeError(
+                f'backend="triton" has no kernel for selection "{selection}"; it has '
+                f'{", ".join(sorted(IMPLEMENTED["triton"]))}. Use backend="auto" or backend="torch".'
+            )
+        return "torch", f'Triton has no kernel for selection "{selection}"'
+    return "triton", None
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton cannot run on ``device``, or None where it can: on a GPU, or anywhere in Triton's interpreter."""
+    try:
+        import triton
+    except ImportError:
+        return "is not installed (pip install triton)"
+    if device.type == "cuda" or triton.knobs.runtime.interpret:
+        return None
+    return f"needs a GPU, and the tensors are on {device.type}"

@@ -1,0 +1,234 @@
+"""The operations as ``torch.library`` custom ops: opaque to ``torch.compile``, with fakes and gradients.
+
+One op a selection. Every op returns the output, the log-sum-exp and the kept mass; the last two are empty unless
+``want_stats``. ``block_attention`` also returns how many keys each query attended, which only it does not know beforehand.
+"""
+
+from typing import Any
+
+import torch
+
+from nc_patch.budget import row_budgets as _row_budgets
+from nc_patch.ops.reference import forced_counts
+from nc_patch.ops.torch_backward import attention_gradients
+from nc_patch.ops.torch_block import keep_blocks_, query_blocks, torch_block_attention
+from nc_patch.ops.torch_rows import Buffers, RowBlock, row_blocks, rows_per_block, split_scale
+from nc_patch.ops.torch_topk import keep_topk_, torch_topk_attention
+from nc_patch.ops.torch_window import keep_window_, torch_window_attention
+
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@torch.library.custom_op("nc_patch::row_budgets", mutates_args=())
+def row_budgets(
+    visible: torch.Tensor, max_n: int, alphas: list[float], exponents: list[float], min_keys: int, law: str
+) -> torch.Tensor:
+    """Budgets int32 ``[B, len(alphas), Lq]`` of the queries with intervals ``visible``; see ``nc_patch.budget``."""
+    return _row_budgets(visible, max_n, tuple(zip(alphas, exponents, strict=True)), min_keys, law)  # type: ignore[arg-type]
+
+
+@row_budgets.register_fake
+def _(visible, max_n, alphas, exponents, min_keys, law):  # type: ignore[no-untyped-def]
+    return visible.new_empty(visible.shape[0], len(alphas), visible.shape[1])
+
+
+@torch.library.custom_op("nc_patch::topk_attention", mutates_args=())
+def topk_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+    want_stats: bool,
+    backend: str,
+) -> Three:
+    """Exact token-level top-k attention; see ``torch_topk_attention`` for shapes. ``backend``: "torch" or "triton"."""
+    settings: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "sink_keys": sink_keys,
+        "recent_keys": recent_keys,
+        "want_stats": want_stats,
+    }
+    if backend == "triton":
+        from nc_patch.ops.triton_topk import triton_topk_attention
+
+        return triton_topk_attention(query, key, value, visible, budget, sinks, **settings)
+    return torch_topk_attention(query, key, value, visible, budget, sinks, **settings)
+
+
+@torch.library.custom_op("nc_patch::window_attention", mutates_args=())
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+    want_stats: bool,
+    backend: str,
+) -> Three:
+    """Attention over sink keys and the most recent ones; arguments as in ``topk_attention``."""
+    settings: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "sink_keys": sink_keys,
+        "recent_keys": recent_keys,
+        "want_stats": want_stats,
+    }
+    if backend == "triton":
+        from nc_patch.ops.triton_window import triton_window_attention
+
+        return triton_window_attention(query, key, value, visible, budget, sinks, **settings)
+    return torch_window_attention(query, key, value, visible, budget, sinks, **settings)
+
+
+@torch.library.custom_op("nc_patch::block_attention", mutates_args=())
+def block_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    block_size: int,
+    want_stats: bool,
+) -> Four:
+    """Attention over key blocks chosen by sampled query rows; see ``torch_block_attention`` for shapes."""
+    return torch_block_attention(
+        query,
+        key,
+        value,
+        visible,
+        origin,
+        budget,
+        sinks,
+        scale=scale,
+        softcap=softcap,
+        block_size=block_size,
+        want_stats=want_stats,
+    )
+
+
+def _fake_outputs(query: torch.Tensor, value: torch.Tensor, want_stats: bool) -> Three:
+    B, Hq, Lq, _ = query.shape
+    stats = (B, Hq, Lq) if want_stats else (0,)
+    return (
+        query.new_empty(B, Hq, Lq, value.shape[-1]),
+        query.new_empty(stats, dtype=torch.float32),
+        query.new_empty(stats, dtype=torch.float32),
+    )
+
+
+@topk_attention.register_fake
+def _(query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, want_stats, backend):  # type: ignore[no-untyped-def]
+    return _fake_outputs(query, value, want_stats)
+
+
+@window_attention.register_fake
+def _(query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, want_stats, backend):  # type: ignore[no-untyped-def]
+    return _fake_outputs(query, value, want_stats)
+
+
+@block_attention.register_fake
+def _(query, key, value, visible, origin, budget, sinks, scale, softcap, block_size, want_stats):  # type: ignore[no-untyped-def]
+    return *_fake_outputs(query, value, want_stats), query.new_empty(query.shape[:3], dtype=torch.int32)
+
+
+@torch.library.custom_op("nc_patch::attention_backward", mutates_args=())
+def attention_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor | None,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+    block_size: int,
+    selection: str,
+) -> Four:
+    """Gradients of query, key, value and sinks (empty without sinks) for any selection, on the PyTorch backend."""
+    rows = row_blocks(visible, rows_per_block(query.shape[1], key.shape[2]))
+
+    def keep(raw: torch.Tensor, seen: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
+        allowed = budget[block.batch, :, block.rows]
+        if selection == "topk":
+            return keep_topk_(raw, seen, allowed, block, sink_keys, recent_keys, buffers)
+        if selection == "window":
+            return keep_window_(raw, seen, *forced_counts(allowed, sink_keys, recent_keys, "window"), block)
+        assert origin is not None
+        begin = int(origin[block.batch, block.first])
+        factor = split_scale(scale)[1]
+        return keep_blocks_(
+            raw, seen, allowed, begin, block, key.shape[1], factor=factor, softcap=softcap, block_size=block_size
+        )
+
+    blocks = query_blocks(visible, origin) if selection == "block" and origin is not None else rows
+    *gradients, grad_sinks = attention_gradients(
+        grad_output, query, key, value, visible, sinks, keep, blocks, scale=scale, softcap=softcap
+    )
+    return (*gradients, query.new_empty(0) if grad_sinks is None else grad_sinks)  # type: ignore[return-value]
+
+
+@attention_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grad_output, query, key, value, visible, origin, budget, sinks, scale, softcap, sink_keys, recent_keys, block_size, selection
+):
+    new = torch.empty_like
+    return new(query), new(key), new(value), query.new_empty(0) if sinks is None else new(sinks)
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, _, backend = inputs
+    if backend != "torch":
+        raise RuntimeError('gradients need backend="torch": forward and backward must choose the same keys')
+    ctx.save_for_backward(query, key, value, visible, budget, sinks)
+    ctx.settings = (scale, softcap, sink_keys, recent_keys)
+
+
+def _rows_backward(selection: str) -> Any:
+    def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        query, key, value, visible, budget, sinks = ctx.saved_tensors
+        grads = attention_backward(
+            grad_output, query, key, value, visible, None, budget, sinks, *ctx.settings, 0, selection
+        )
+        return *grads[:3], None, None, None if sinks is None else grads[3], *(None,) * 6
+
+    return backward
+
+
+def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    query, key, value, visible, origin, budget, sinks, scale, softcap, block_size, _ = inputs
+    ctx.save_for_backward(query, key, value, visible, origin, budget, sinks)
+    ctx.settings = (scale, softcap, 0, 0, block_size)
+
+
+def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    query, key, value, visible, origin, budget, sinks = ctx.saved_tensors
+    grads = attention_backward(
+        grad_output, query, key, value, visible, origin, budget, sinks, *ctx.settings, "block"
+    )
+    return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * 4
+
+
+topk_attention.register_autograd(_rows_backward("topk"), setup_context=_setup_rows)
+window_attention.register_autograd(_rows_backward("window"), setup_context=_setup_rows)
+block_attention.register_autograd(_block_backward, setup_context=_setup_block)

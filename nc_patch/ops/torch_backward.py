@@ -1,0 +1,87 @@
+"""Gradients of sparse attention in PyTorch, in blocks of query rows: the choice of keys is a constant, all else is exact.
+
+Which keys are attended is piecewise constant in the inputs, so that almost everywhere the gradient through the attended
+keys is the gradient.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from nc_patch.ops.torch_rows import Buffers, RowBlock, rows_per_block, scores_of, softmax_, split_scale
+
+# (raw scores, seen, block, buffers) -> shift; keeps what is attended and makes the rest -inf, as keep_topk_ does.
+Keep = Callable[[torch.Tensor, torch.Tensor, RowBlock, Buffers], torch.Tensor]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def attention_gradients(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    sinks: torch.Tensor | None,
+    keep: Keep,
+    blocks: Iterable[RowBlock],
+    *,
+    scale: float,
+    softcap: float,
+) -> Gradients:
+    """Gradients with respect to query, key, value and sinks.
+
+    Args:
+        grad_output: ``[B, Hq, Lq, Dv]``. The other tensors as in the forward operation.
+        keep: chooses the attended keys of a row block, the same as in the forward operation.
+        blocks: the row blocks, which together hold every row that sees a key.
+        scale, softcap: as in the forward operation.
+
+    Returns:
+        Gradients in the dtypes of query, key, value and sinks (None without sinks).
+    """
+    B, Hq, Lq, D = query.shape
+    Hkv, Lk = key.shape[1], key.shape[2]
+    group = Hq // Hkv
+    grad_query = torch.zeros(query.shape, device=query.device)
+    grad_key, grad_value = torch.zeros(key.shape, device=key.device), torch.zeros(value.shape, device=value.device)
+    grad_sinks = None if sinks is None else torch.zeros(Hq, device=query.device)
+    before, after = split_scale(scale)
+    buffers = Buffers(Hq * min(rows_per_block(Hq, Lk), Lq) * Lk, query.device)
+    for block in blocks:
+        b, span = block.batch, slice(block.low, block.high)
+        seen = visible[b, block.rows]
+        empty = (seen[:, 1] <= seen[:, 0])[:, None]
+        q, k, v = query[b, :, block.rows].float(), key[b, :, span].float(), value[b, :, span].float()
+        scores = scores_of(q * before, k, buffers)
+        shift = keep(scores, seen, block, buffers)
+        slope = None
+        if softcap:
+            dropped = scores == -torch.inf
+            tanh = scores.add_(shift[..., None]).mul_(after / softcap).tanh_()
+            slope = 1 - tanh.square()
+            scores, shift = tanh.mul_(softcap).masked_fill_(dropped, -torch.inf), torch.zeros_like(shift)
+        else:
+            scores, shift = scores.mul_(after), shift * after
+        logits = None if sinks is None else sinks.float()[:, None] - shift
+        to_sink = None if logits is None else torch.sigmoid(logits - torch.logsumexp(scores, -1))
+        weights = softmax_(scores, logits).masked_fill_(empty, 0.0)
+        grad = grad_output[b, :, block.rows].float().masked_fill(empty, 0.0)
+
+        R = grad.shape[1]
+        by_group = lambda t: t.reshape(Hkv, group * R, t.shape[-1])  # noqa: E731
+        grad_value[b, :, span] += by_group(weights).transpose(1, 2) @ by_group(grad)
+        grad_weights = (by_group(grad) @ v.transpose(1, 2)).view_as(weights)
+        mean = (weights * grad_weights).sum(-1, keepdim=True)
+        if grad_sinks is not None and to_sink is not None:
+            grad_sinks -= (to_sink.masked_fill(empty[:, 0], 0.0) * mean[..., 0]).sum(-1)
+        grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(scale)
+        if slope is not None:
+            grad_scores.mul_(slope)
+        grad_query[b, :, block.rows] = (by_group(grad_scores) @ k).view(Hq, R, D)
+        grad_key[b, :, span] += by_group(grad_scores).transpose(1, 2) @ by_group(q)
+    return (
+        grad_query.to(query.dtype),
+        grad_key.to(key.dtype),
+        grad_value.to(value.dtype),
+        None if grad_sinks is None or sinks is None else grad_sinks.to(sinks.dtype),
+    )

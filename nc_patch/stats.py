@@ -1,0 +1,86 @@
+"""What a patched model did: calls, attended keys, and what ran dense and why, layer by layer.
+
+Counting never reads the device while the model runs: a call appends one small tensor that all layers share, and the sums
+are taken when somebody asks.
+"""
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+
+# Pending tensors are folded into one at this number, so that a long generation does not pile them up.
+_FOLD_AT = 512
+
+
+def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> torch.Tensor:
+    """Counts of one call, float64 ``[6]``: attended keys, visible keys and queries, over all and over the last ``tail`` queries.
+
+    Args:
+        attended: int32 ``[B, H or 1, Lq]``, averaged over heads.
+        visible: int32 ``[B, Lq, 2]``; queries that see nothing are not counted.
+        tail: how many of the last queries of the call, or None.
+    """
+    n = (visible[..., 1] - visible[..., 0]).clamp(min=0).double()
+    rows = torch.stack((attended.double().mean(1), n, (n > 0).double()))
+    last = rows[..., max(rows.shape[-1] - tail, 0) :] if tail else rows[..., :0]
+    return torch.cat((rows.sum((1, 2)), last.sum((1, 2))))
+
+
+class LayerCounters:
+    """The counters of one attention layer."""
+
+    def __init__(self) -> None:
+        self.tail: int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Sets all counts to zero."""
+        self.calls = 0
+        self.dense_calls: Counter[str] = Counter()
+        self._sums = [0.0] * 6
+        self._pending: list[torch.Tensor] = []
+
+    def add(self, counts: torch.Tensor, dense_reason: str | None) -> None:
+        """Counts one call; ``counts`` as from ``tally``."""
+        self.calls += 1
+        if dense_reason is not None:
+            self.dense_calls[dense_reason] += 1
+        self._pending.append(counts)
+        if len(self._pending) >= _FOLD_AT:
+            pending, self._pending = self._pending, []
+            self._pending.append(torch.stack(pending).sum(0))
+
+    def sums(self) -> list[float]:
+        """The six sums of ``tally`` over all calls; reads the device."""
+        pending, self._pending = self._pending, []
+        for counts in pending:
+            self._sums = [a + b for a, b in zip(self._sums, counts.tolist(), strict=True)]
+        return list(self._sums)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles hold numbers, not tensors of a device or of inference mode.
+        self.sums()
+        return self.__dict__.copy()
+
+
+def summary(counters: LayerCounters) -> dict[str, Any]:
+    """The counts of one layer as a dictionary; fractions are None where nothing was counted."""
+    return {"calls": counters.calls, **_ratios(counters.sums()), "dense_calls": dict(counters.dense_calls)}
+
+
+def total(layers: list[LayerCounters]) -> dict[str, Any]:
+    """The counts of all layers together."""
+    return _ratios([math.fsum(column) for column in zip(*(layer.sums() for layer in layers), strict=True)])
+
+
+def _ratios(sums: list[float]) -> dict[str, float | None]:
+    attended, visible, queries, tail_attended, tail_visible, tail_queries = sums
+    ratio = lambda a, b: a / b if b else None  # noqa: E731
+    return {
+        "attended_fraction": ratio(attended, visible),
+        "mean_keys": ratio(attended, queries),
+        "tail_attended_fraction": ratio(tail_attended, tail_visible),
+        "tail_mean_keys": ratio(tail_attended, tail_queries),
+    }
