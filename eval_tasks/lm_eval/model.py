@@ -1,17 +1,22 @@
 """The lm-eval model ``nc_hf``: lm-eval's Hugging Face model with sparse attention of budget alpha * n**C."""
 
+import copy
+import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.options import OPTIONS, misspelt, read_config, split_arguments
+from eval_tasks.lm_eval.options import OPTIONS, located, misspelt, read_config, split_arguments
 from eval_tasks.lm_eval.response_cache import fingerprint, use_own_table
-from nc_patch import NCConfig, nc_stats, patch_model
+from eval_tasks.models import tokenizer_fingerprint, weights_fingerprint
+from nc_patch import NCConfig, UnsupportedModelError, nc_stats, patch_model
 from nc_patch.version import __version__
 
 
@@ -19,13 +24,13 @@ class NCHFLM(HFLM):
     """``HFLM`` whose model is patched right after it is loaded.
 
     Args:
-        pretrained: a hub name, a local directory, or a loaded model (patched in place).
+        pretrained: a hub name, a local directory, ``smollm2``, or a loaded model (patched in place).
         nc_config: a JSON file of settings in place of alpha, C and the other options.
         arguments: alpha, C and every other option of ``NCConfig`` and ``NCConfig.create``; all else goes to ``HFLM``.
 
     Raises:
         EvalError: an argument is missing, misspelt or out of range; before the weights are read.
-        UnsupportedModelError: the model's attention cannot be patched.
+        UnsupportedModelError: the model's attention cannot be patched; before the weights are read.
     """
 
     def __init__(
@@ -38,35 +43,50 @@ class NCHFLM(HFLM):
         self.nc_config = read_config(options, nc_config)
         if pretrained is None:
             raise EvalError("pretrained is missing: give a hub name or a local directory")
-        self._answers_depend_on = {"pretrained": pretrained, **others}
-        self._loader_arguments = others.keys() - inspect.signature(HFLM.__init__).parameters.keys()
-        super().__init__(pretrained, **others)
+        others = located({"pretrained": pretrained, **others})
+        taken = inspect.signature(HFLM.__init__).parameters
+        self._nc_model_arguments = others
+        self._nc_loader_arguments = {name: value for name, value in others.items() if name not in taken}
+        super().__init__(**others)
         if not isinstance(pretrained, str):
-            self._patch()
+            patch_model(self._model, config=self.nc_config)
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
         try:
             super()._get_config(pretrained, **options)
         except OSError as error:
             raise EvalError(f"pretrained={pretrained} cannot be loaded: {error}") from error
-        wrong = misspelt(name for name in self._loader_arguments if not hasattr(self.config, name))
+        wrong = misspelt(name for name in self._nc_loader_arguments if not hasattr(self.config, name))
         if wrong:
             advice = ", ".join(f"{name} (is it {option}?)" for name, option in wrong.items())
             raise EvalError(f"unknown argument {advice}; {_allowed()}")
 
-    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+    def _create_model(self, *args: Any, trust_remote_code: bool | None = False, **kwargs: Any) -> None:
+        if not kwargs.get("autogptq") and not kwargs.get("gptqmodel"):
+            self._try_settings(bool(trust_remote_code))
         try:
-            super()._create_model(*args, **kwargs)
+            super()._create_model(*args, trust_remote_code=trust_remote_code, **kwargs)
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
             raise EvalError(f"{error}; {_allowed()}") from error
-        self._patch()
+        patch_model(self._model, config=self.nc_config)
 
-    def _patch(self) -> None:
-        model: Any = self._model
-        # A PeftModel wraps the model that holds the attention modules; patching those leaves the adapters in place.
-        patch_model(model.get_base_model() if hasattr(model, "get_base_model") else model, config=self.nc_config)
+    def _try_settings(self, trust_remote_code: bool) -> None:
+        """Patches the model without its weights, which may be many gigabytes away, and throws it away."""
+        config = copy.deepcopy(self.config)
+        for name, value in self._nc_loader_arguments.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+        with torch.device("meta"):
+            trial = self.AUTO_MODEL_CLASS.from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            # Which kernels can run is a matter of the device, and this model is on none.
+            patch_model(trial, config=dataclasses.replace(self.nc_config, backend="auto"))
+        except ValueError as error:
+            if isinstance(error, UnsupportedModelError):
+                raise
+            raise EvalError(str(error)) from error
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         """As in ``HFLM``, but one sequence at a time with ``prefill="block"``.
@@ -76,7 +96,7 @@ class NCHFLM(HFLM):
         """
         if self.nc_config.prefill != "block":
             return super()._loglikelihood_tokens(*args, **kwargs)
-        batch_size: int | str = self.batch_size_per_gpu
+        batch_size = self.batch_size
         self.batch_size_per_gpu = 1
         try:
             return super()._loglikelihood_tokens(*args, **kwargs)
@@ -84,25 +104,29 @@ class NCHFLM(HFLM):
             self.batch_size_per_gpu = batch_size
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Attaches lm-eval's response cache, in a table of its own for these model arguments.
-
-        Raises:
-            EvalError: the model was given as an object, which has no name that tells its answers from another's.
-        """
+        """Attaches lm-eval's response cache, in a table of its own for these settings, arguments and weights."""
         if cache_hook.dbdict is not None:
-            if not isinstance(self._answers_depend_on["pretrained"], str):
-                raise EvalError("use_cache needs pretrained as a name or a path, got a loaded model")
-            key = fingerprint(self.nc_config.to_dict(), self._answers_depend_on)
-            use_own_table(cache_hook.dbdict, f"nc_hf {key}")
+            arguments = {
+                **self._nc_model_arguments,
+                "pretrained": weights_fingerprint(self._model),
+                "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            }
+            use_own_table(cache_hook.dbdict, f"nc_hf {fingerprint(self.nc_config.to_dict(), arguments)}")
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes under ``config`` in its results, with the settings and what was attended."""
+        """What lm-eval writes under ``config`` in its results, with the settings and what this process attended."""
+        stats = nc_stats(self._model)
+        dense_calls: Counter[str] = Counter()
+        for layer in stats["layers"]:
+            dense_calls.update(layer["dense_calls"])
         return {
             **super().get_model_info(),
             "nc_patch_version": __version__,
             "nc_config": self.nc_config.to_dict(),
-            "nc_stats": _summary(nc_stats(self._model)),
+            "nc_attended_fraction": stats["attended_fraction"],
+            "nc_mean_keys": stats["mean_keys"],
+            "nc_dense_calls": dict(dense_calls),
         }
 
 

@@ -1,21 +1,18 @@
 """Passages of a text cut for lm-eval, which takes strings: one scored end under left contexts of several lengths.
 
-Cuts fall before whitespace, where a tokenizer yields the same tokens for the parts as for the whole; lengths are
-therefore reached from below, within a few tokens.
+They lie where the harness's own task ``perplexity`` puts its samples. Cuts fall before whitespace, where a tokenizer
+yields the same tokens for the parts as for the whole, so lengths are reached from below, within a few tokens.
 """
 
-import random
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from eval_tasks.errors import EvalError
+from eval_tasks.tasks import Layout, TokenisedText, places
 
-Encode = Callable[[str], list[int]]
-_LEAST_FILL = 0.9
+Encode = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Passage:
     Attributes:
         contexts: one left context per length, shortest first, each the end of the next.
         continuation: the text that is scored, the same after every context.
-        context_tokens: tokens of each context and the continuation together, special ones included.
+        context_tokens: tokens that the model reads at each length, those it puts before a text included.
         scored_tokens: tokens of the continuation after each context.
     """
 
@@ -35,83 +32,65 @@ class Passage:
     scored_tokens: tuple[int, ...]
 
 
-def cut_passages(
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    lengths: Sequence[int],
-    scored_tokens: int,
-    count: int,
-    encode: Encode,
-) -> list[Passage]:
-    """Cuts up to ``count`` passages whose ends are spread over the text, in a fixed shuffled order.
+def cut_passages(content: str, text: TokenisedText, layout: Layout, encode: Encode) -> list[Passage]:
+    """Cuts ``layout.samples`` passages; fewer are the first of more.
 
     Args:
-        text: the text; at least as long as the longest length.
-        tokenizer: a tokenizer that reports character offsets.
-        lengths: context lengths in tokens, ascending, each with the scored tokens and the special tokens included.
-        scored_tokens: tokens to score at the end of each context.
-        count: number of passages; fewer where the longest contexts would overlap.
+        content: the text.
+        text: its tokens.
+        layout: lengths (tokens read), number of samples, tokens scored, and the seed.
         encode: how the model under test will encode a string.
 
     Raises:
-        EvalError: the text is too short, or has too few word borders to cut at.
+        EvalError: the text is too short, or has too few spaces to cut at.
     """
-    try:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    except NotImplementedError as error:
-        raise EvalError(
-            f"{type(tokenizer).__name__} reports no character offsets: give a fast tokenizer, as tokenizer=... in"
-            " --metadata"
-        ) from error
-    starts = [start for start, _ in encoded["offset_mapping"]]
-    borders = [0, *(match.start() for match in re.finditer(r"\s+(?=\S)", text) if match.start()), len(text)]
-    special = len(encode("a")) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
-    longest = lengths[-1] - special
-    if len(starts) < longest:
-        raise EvalError(f"the text has {len(starts)} tokens, the longest length is {lengths[-1]}")
-    count = min(count, len(starts) // longest)
-    step = (len(starts) - longest) / max(1, count - 1)
-    ends = [longest + round(i * step) for i in range(count)]
-    cutter = _Cutter(text, [*starts, len(text)], borders, encode, special)
-    passages = [cutter.passage(end, lengths, scored_tokens) for end in ends]
-    # The first N passages, which is what --limit takes, should not all come from the beginning of the text.
-    random.Random(0).shuffle(passages)
-    return passages
+    cutter = _Cutter(content, text, encode)
+    stretch = max(layout.lengths) + 1
+    return [cutter.passage(place + stretch, layout) for place in places(text, layout)]
 
 
-@dataclass(frozen=True)
 class _Cutter:
-    text: str
-    starts: list[int]  # character at which each token begins, and the text's length
-    borders: list[int]  # characters before which a cut may fall, the text's ends included
-    encode: Encode
-    special: int
+    def __init__(self, content: str, text: TokenisedText, encode: Encode) -> None:
+        self.content = content.encode("utf-8")
+        self.token_starts = [0, *text.byte_ends.tolist()]
+        # Bytes before which a cut may fall: runs of whitespace, and the text's ends.
+        inner = (match.start() for match in re.finditer(rb"\s+(?=\S)", self.content) if match.start())
+        self.borders = [0, *inner, len(self.content)]
+        self.prefix = len(text.prefix)
+        self.encode = encode
 
-    def passage(self, end_token: int, lengths: Sequence[int], scored_tokens: int) -> Passage:
+    def passage(self, end_token: int, layout: Layout) -> Passage:
         """The passage that ends at the last border before token ``end_token``."""
-        end = self.borders[bisect_right(self.borders, self.starts[end_token]) - 1]
-        last = bisect_left(self.starts, end)
-        cut = self._border_from(last, scored_tokens)
-        continuation = self.text[cut:end]
-        contexts, totals, scored = [], [], []
-        for length in lengths:
-            begin = self._border_from(last, length - self.special)
-            total = len(self.encode(self.text[begin:end]))
+        end = self.borders[bisect_right(self.borders, self.token_starts[end_token]) - 1]
+        last = bisect_left(self.token_starts, end)
+        cut = self._border_from(last - layout.scored)
+        contexts, read, scored = [], [], []
+        for length in layout.lengths:
+            begin = self._border_from(last - length - 1 + self.prefix)
+            total = len(self.encode(self._part(begin, end)))
             # Cut off from what stood before it, the first word can take more tokens than it did in place.
-            while total > length:
+            while total > length + 1 and begin < cut:
                 begin = self.borders[bisect_right(self.borders, begin)]
-                total = len(self.encode(self.text[begin:end]))
-            context = self.text[begin:cut]
-            contexts.append(context)
-            totals.append(total)
-            scored.append(total - len(self.encode(context)))
-            if total < _LEAST_FILL * length or scored[-1] < _LEAST_FILL * scored_tokens:
+                total = len(self.encode(self._part(begin, end)))
+            contexts.append(self._part(begin, cut))
+            # The last token is predicted and not read.
+            read.append(total - 1)
+            scored.append(total - len(self.encode(contexts[-1])))
+            if not _fills(read[-1], length) or not _fills(scored[-1], layout.scored):
                 raise EvalError(
-                    f"the text has too few spaces near character {end} to cut {scored_tokens} tokens after a context of"
-                    f" {length}: got {scored[-1]} and {total}; give a text with words, or larger lengths"
+                    f"the text has too few spaces near byte {end} to score {layout.scored} tokens under a context of"
+                    f" {length}: got {scored[-1]} and {read[-1]}; give a text with words, or larger lengths"
                 )
-        return Passage(tuple(contexts), continuation, tuple(totals), tuple(scored))
+        return Passage(tuple(contexts), self._part(cut, end), tuple(read), tuple(scored))
 
-    def _border_from(self, last: int, tokens: int) -> int:
-        """The first border with at most ``tokens`` tokens from there to token ``last``."""
-        return self.borders[bisect_left(self.borders, self.starts[max(0, last - tokens)])]
+    def _border_from(self, token: int) -> int:
+        """The first border at or after the start of a token."""
+        return self.borders[bisect_left(self.borders, self.token_starts[max(0, token)])]
+
+    def _part(self, begin: int, end: int) -> str:
+        return self.content[begin:end].decode("utf-8")
+
+
+def _fills(tokens: int, wanted: int) -> bool:
+    """Whether a cut at a word border came within a tenth, or a long word, of what was wanted."""
+    return wanted - max(8, wanted // 10) <= tokens <= wanted

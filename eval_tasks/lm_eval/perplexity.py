@@ -1,7 +1,8 @@
 """The lm-eval task ``nc_perplexity``: the same last tokens under a growing left context.
 
 One document is one passage scored once per context length, so ``--limit N`` takes N passages at every length, and the
-lengths are compared on the same tokens. Nothing here needs ``nc_patch``: any of lm-eval's models can run the task.
+lengths are compared on the same tokens, placed as in the harness's own task ``perplexity``. Nothing here needs
+``nc_patch``: any of lm-eval's models can run the task.
 """
 
 import dataclasses
@@ -21,11 +22,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.options import located
 from eval_tasks.lm_eval.passages import cut_passages
+from eval_tasks.tasks import TASKS, Layout, ascending, check_lengths, tokenise
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 
 LENGTHS = (512, 1024, 2048, 4096)
-SCORED_TOKENS = 256
-PASSAGES = 24
+SCORED = 256
+SAMPLES = 16
 
 _log = logging.getLogger(__name__)
 
@@ -88,8 +90,9 @@ class PerplexityByLength(ConfigurableTask):
 def documents(
     *,
     lengths: Sequence[int] | int | None = None,
-    scored_tokens: int = SCORED_TOKENS,
-    passages: int = PASSAGES,
+    scored: int = SCORED,
+    samples: int = SAMPLES,
+    seed: int = 0,
     text: str = PYTHON_REFERENCE,
     **model: Any,
 ) -> dict[str, Dataset]:
@@ -98,8 +101,9 @@ def documents(
     Args:
         lengths: context lengths in tokens of the model's tokenizer; by default those of 512, 1024, 2048 and 4096 that
             the model has positions for.
-        scored_tokens: tokens scored at the end of each context.
-        passages: how many passages; fewer where the text is too short for as many contexts of the longest length.
+        scored: tokens scored at the end of each context.
+        samples: how many passages.
+        seed: of their places in the text.
         text: where they come from: ``python-reference``, a file or a data set, as ``eval_tasks.texts.load_text`` says.
         model: the model's arguments: ``tokenizer`` or ``pretrained`` names the tokenizer, ``pretrained`` and
             ``max_length`` limit the lengths.
@@ -108,25 +112,21 @@ def documents(
         ``{"test": Dataset}``, one row per passage.
 
     Raises:
-        EvalError: no tokenizer is named, or a setting is out of range, or the text is too short.
+        EvalError: no tokenizer is named, a setting is out of range, or the text is too short.
     """
-    if isinstance(passages, bool) or not isinstance(passages, int) or passages < 1:
-        raise EvalError(f"passages must be a positive integer, got {passages!r}")
+    for name, value in (("scored", scored), ("samples", samples)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise EvalError(f"{name} must be a positive integer, got {value!r}")
     model = located(model)
     tokenizer = _tokenizer(model)
-    lengths = _checked_lengths(lengths, scored_tokens, _max_length(model, tokenizer))
-    add_special = model.get("add_bos_token")
-    encode_options = {} if add_special is None else {"add_special_tokens": add_special}
+    layout = Layout(_checked_lengths(lengths, _max_length(model, tokenizer)), samples, scored, passage=0, seed=seed)
     source = load_text(text)
-    cut = cut_passages(
-        source.content,
-        tokenizer,
-        lengths,
-        scored_tokens,
-        passages,
-        lambda part: tokenizer.encode(part, **encode_options),
-    )
-    origin = {"lengths": lengths, "text": source.origin, "text_sha256": source.sha256}
+    tokens = tokenise(tokenizer, source.content)
+    check_lengths([TASKS["perplexity"]], layout, len(tokens.prefix))
+    add_special = model.get("add_bos_token")
+    options = {} if add_special is None else {"add_special_tokens": add_special}
+    cut = cut_passages(source.content, tokens, layout, lambda part: tokenizer.encode(part, **options))
+    origin = {"lengths": layout.lengths, "text": source.origin, "text_sha256": source.sha256}
     return {"test": Dataset.from_list([dataclasses.asdict(passage) | origin for passage in cut])}
 
 
@@ -164,18 +164,16 @@ def _max_length(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     return resolve_max_length(AutoConfig.from_pretrained(pretrained, **options), tokenizer)
 
 
-def _checked_lengths(lengths: Sequence[int] | int | None, scored_tokens: int, limit: int | None) -> list[int]:
-    if isinstance(scored_tokens, bool) or not isinstance(scored_tokens, int) or scored_tokens < 1:
-        raise EvalError(f"scored_tokens must be a positive integer, got {scored_tokens!r}")
+def _checked_lengths(lengths: Sequence[int] | int | None, limit: int | None) -> tuple[int, ...]:
     if lengths is None:
         lengths = [length for length in LENGTHS if limit is None or length <= limit]
         if not lengths:
             raise EvalError(f"the model has {limit} positions: give lengths of at most {limit} in --metadata")
     given = [lengths] if isinstance(lengths, int | str) else list(lengths)
-    wrong = [n for n in given if isinstance(n, bool) or not isinstance(n, int) or n <= scored_tokens]
+    wrong = [n for n in given if isinstance(n, bool) or not isinstance(n, int)]
     if wrong or not given:
-        raise EvalError(f"lengths must be integers above scored_tokens={scored_tokens}, got {wrong or given}")
-    beyond = sorted(n for n in given if limit is not None and n > limit)
-    if beyond:
-        raise EvalError(f"lengths {beyond} exceed the {limit} positions of the model")
-    return sorted(set(given))
+        raise EvalError(f"lengths must be a list of integers, got {lengths!r}")
+    ordered = ascending(given)
+    if limit is not None and ordered[-1] > limit:
+        raise EvalError(f"lengths {[n for n in ordered if n > limit]} exceed the {limit} positions of the model")
+    return ordered
