@@ -41,6 +41,10 @@ class PerplexityByLength(ConfigurableTask):
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__(config={name: value for name, value in (config or {}).items() if name != "class"})
+        # lm-eval writes the metadata beside the results; defaults and the text's hash belong there too.
+        row = self.dataset["test"][0]
+        resolved = {"lengths": row["lengths"], "text_origin": row["text"], "text_sha256": row["text_sha256"]}
+        self.config.metadata = {**(self.config.metadata or {}), **resolved, "samples": len(self.dataset["test"])}
 
     @property
     def lengths(self) -> list[int]:

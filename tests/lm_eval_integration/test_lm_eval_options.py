@@ -1,0 +1,77 @@
+"""Model arguments of ``nc_hf``: from what lm-eval parses to settings, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+
+from eval_tasks.errors import EvalError
+from eval_tasks.lm_eval.options import misspelt, read_config, split_arguments
+from nc_patch import NCConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"alpha": 2, "C": 0.5}, NCConfig(2.0, 0.5)),
+        ({"alpha": "2", "C": "5e-1"}, NCConfig(2.0, 0.5)),
+        ({"alpha": [1, 2.5], "C": 0.5}, NCConfig((1.0, 2.5), 0.5)),
+        ({"alpha": 2, "C": 0.5, "selection": "window"}, NCConfig(2.0, 0.5, prefill="window", decode="window")),
+        ({"alpha": 2, "C": 0.5, "dense_layers": "0+1+29"}, NCConfig(2.0, 0.5, dense_layers=(0, 1, 29))),
+        ({"alpha": 2, "C": 0.5, "dense_layers": 3}, NCConfig(2.0, 0.5, dense_layers=(3,))),
+        ({"alpha": 2, "C": 0.5, "dense_layers": [0, 1]}, NCConfig(2.0, 0.5, dense_layers=(0, 1))),
+        ({"alpha": 2, "C": 0.5, "sink_keys": "8", "min_keys": 16.0}, NCConfig(2.0, 0.5, sink_keys=8, min_keys=16)),
+        ({"alpha": 6, "law": "log"}, NCConfig(6.0, law="log")),
+    ],
+)
+def test_model_arguments_become_typed_settings(options: dict[str, Any], expected: NCConfig) -> None:
+    assert read_config(options) == expected
+
+
+def test_settings_come_from_a_file(tmp_path: Path) -> None:
+    config = NCConfig((1.0, 2.0), (0.5, 0.7), prefill="window", dense_layers=(1,))
+    file = tmp_path / "settings.json"
+    file.write_text(config.to_json())
+    assert read_config({}, str(file)) == read_config({}, config.to_dict()) == config
+    with pytest.raises(EvalError, match="leave out alpha"):
+        read_config({"alpha": 1}, str(file))
+    with pytest.raises(EvalError, match="No such file"):
+        read_config({}, str(tmp_path / "absent.json"))
+    file.write_text("{")
+    with pytest.raises(EvalError, match="not JSON"):
+        read_config({}, str(file))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"C": 0.5}, "alpha is missing"),
+        ({"alpha": 2}, "C is missing"),
+        ({"alpha": 0, "C": 0.5}, "alpha must be a positive number, got 0"),
+        ({"alpha": float("nan"), "C": 0.5}, "alpha must be a positive number"),
+        ({"alpha": "two", "C": 0.5}, "alpha must be a positive number"),
+        ({"alpha": 2, "C": 1.5}, r"C must be a number in \[0, 1\], got 1.5"),
+        ({"alpha": 2, "C": 0.5, "selection": "best"}, "selection must be one of 'topk', 'block', 'window', 'dense'"),
+        ({"alpha": 2, "C": 0.5, "selection": "topk", "decode": "dense"}, "leave out decode"),
+        ({"alpha": 2, "C": 0.5, "sink_keys": -1.0}, "sink_keys must be at least 0, got -1"),
+        ({"alpha": 2, "C": 0.5, "block_size": 33}, "block_size must be one of"),
+        ({"alpha": 2, "C": 0.5, "dense_layers": "a+b"}, "dense_layers must be an integer"),
+    ],
+)
+def test_a_bad_argument_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvalError, match=message):
+        read_config(options)
+
+
+def test_backend_means_the_kernels_or_lm_evals_kind_of_model() -> None:
+    assert split_arguments({"backend": "torch", "dtype": "auto"}) == ({"backend": "torch"}, {"dtype": "auto"})
+    assert split_arguments({"backend": "causal", "alpha": 1}) == ({"alpha": 1}, {"backend": "causal"})
+    with pytest.raises(EvalError, match=r"auto, triton, torch .* default, causal, seq2seq"):
+        split_arguments({"backend": "cuda"})
+
+
+def test_misspelt_options_are_recognised_and_other_arguments_are_not() -> None:
+    found = misspelt(["c", "alhpa", "sink_key", "dense_layer", "device_map", "attn_implementation", "use_safetensors"])
+    assert found == {"c": "C", "alhpa": "alpha", "sink_key": "sink_keys", "dense_layer": "dense_layers"}
