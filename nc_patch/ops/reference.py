@@ -125,7 +125,7 @@ def block_mask(
     B, Hq, Lq, Lk = scores.shape
     group = Hq // num_kv_heads
     seen = visible_mask(visible, Lk)
-    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+    weights = torch.softmax(scores.detach().masked_fill(~seen, -torch.inf), dim=-1)
     budget = budget.expand(B, Hq, Lq)
     attended = torch.zeros(B, Hq, Lq, Lk, dtype=torch.bool, device=scores.device)
     for b in range(B):

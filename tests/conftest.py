@@ -1,0 +1,34 @@
+"""Shared pieces of the tests: no network, tiny models, and outputs poisoned before anything writes them."""
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ``torch.empty`` and ``new_empty`` returns NaN, so that an element nobody writes shows."""
+    plain_empty, plain_new_empty, plain_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(1)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(plain_new_empty(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed_and_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same random numbers every time; one thread, which is fastest on small tensors, except for real models."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,159 @@
+"""NCConfig: validation, JSON, and the budget law."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nc_patch import NCConfig
+from nc_patch.budget import budget_table, row_budgets
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 0.0, "C": 0.5}, "alpha must be a positive number, got 0.0"),
+        ({"alpha": -1.0, "C": 0.5}, "alpha must be a positive number, got -1.0"),
+        ({"alpha": math.nan, "C": 0.5}, "alpha must be a positive number, got nan"),
+        ({"alpha": math.inf, "C": 0.5}, "alpha must be a positive number, got inf"),
+        ({"alpha": 1.0, "C": -0.1}, r"C must be a number in \[0, 1\], got -0.1"),
+        ({"alpha": 1.0, "C": 1.1}, r"C must be a number in \[0, 1\], got 1.1"),
+        ({"alpha": 1.0, "C": math.nan}, r"C must be a number in \[0, 1\], got nan"),
+        ({"alpha": [1.0, -2.0], "C": 0.5}, "alpha must be a positive number, got -2.0"),
+        ({"alpha": [1.0, 2.0], "C": [0.5]}, "alpha has 2 layers and C has 1"),
+        ({"alpha": [[1.0, 2.0]], "C": [[0.5]]}, "layer 0: alpha has 2 heads and C has 1"),
+        ({"alpha": [[[1.0]]], "C": 0.5}, "alpha must be a number, a list per layer"),
+        ({"alpha": [], "C": 0.5}, "alpha must be a number, a list per layer"),
+        ({"alpha": 1.0, "C": 0.5, "prefill": "best"}, "prefill must be one of 'topk', 'block', 'window', 'dense', got 'best'"),
+        ({"alpha": 1.0, "C": 0.5, "decode": None}, "decode must be one of"),
+        ({"alpha": 1.0, "C": 0.5, "backend": "cuda"}, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ({"alpha": 1.0, "C": 0.5, "sink_keys": -1}, "sink_keys must be at least 0, got -1"),
+        ({"alpha": 1.0, "C": 0.5, "min_keys": 0}, "min_keys must be at least 1, got 0"),
+        ({"alpha": 1.0, "C": 0.5, "block_size": 48}, "block_size must be one of 16, 32, 64, 128, got 48"),
+        ({"alpha": 1.0, "C": 0.5, "dense_layers": [-1]}, "dense_layers must be at least 0, got -1"),
+        ({"alpha": 1.0, "C": 0.5, "law": "log"}, "C must be 0, got 0.5"),
+    ],
+)
+def test_values_outside_their_range_are_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NCConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": "2", "C": 0.5}, "alpha must be a positive number, or a list of them, got '2'"),
+        ({"alpha": True, "C": 0.5}, "alpha must be a positive number"),
+        ({"alpha": 1.0, "C": 0.5, "sink_keys": 2.5}, "sink_keys must be an integer, got 2.5"),
+        ({"alpha": 1.0, "C": 0.5, "dense_layers": "0"}, "dense_layers must be a sequence"),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused_by_name(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        NCConfig(**arguments)
+
+
+def test_unknown_options_are_refused_and_the_allowed_ones_listed():
+    with pytest.raises(TypeError, match=r"unknown option blocksize; allowed are alpha, C, .*block_size.*selection"):
+        NCConfig.create(1.0, 0.5, blocksize=3)
+    with pytest.raises(TypeError, match="unknown option magic"):
+        NCConfig.from_dict({"alpha": 1.0, "magic": 1})
+    with pytest.raises(TypeError, match="alpha is missing"):
+        NCConfig.from_dict({"C": 1.0})
+    with pytest.raises(TypeError, match="leave out prefill"):
+        NCConfig.create(1.0, 0.5, selection="topk", prefill="block")
+
+
+def test_it_is_frozen_and_hashable():
+    config = NCConfig(2.0, 0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.alpha = 3.0
+    assert hash(config) == hash(NCConfig(2, 0.5))
+
+
+def test_selection_sets_both_phases():
+    config = NCConfig.create(2.0, 0.5, selection="window")
+    assert (config.prefill, config.decode) == ("window", "window")
+
+
+@pytest.mark.parametrize("alpha", [2.0, [1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]]])
+def test_json_round_trip(alpha):
+    config = NCConfig(alpha, 0.5, prefill="block", dense_layers=[1, 0, 1], sink_keys=2, backend="torch")
+    assert NCConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["dense_layers"] == [0, 1]
+
+
+numbers = st.floats(1e-3, 1e3), st.floats(0, 1), st.integers(1, 100), st.integers(0, 1 << 20)
+
+
+@given(*numbers)
+@settings(max_examples=200, deadline=None)
+def test_budget_is_the_law_in_float64(alpha, C, min_keys, n):
+    expected = min(n, max(min_keys, math.ceil(alpha * float(n) ** C))) if n else 0
+    assert NCConfig(alpha, C, min_keys=min_keys).budget(n) == expected
+
+
+@given(st.floats(1e-2, 1e2), st.sampled_from([0.0, 1 / 3, 0.5, 0.6, 0.7, 2 / 3, 1.0]) | st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_tensors_get_the_same_budgets_as_ints(alpha, C):
+    config = NCConfig(alpha, C)
+    n = torch.randint(0, 5000, (7, 100))
+    n[0, :70] = torch.arange(70) ** 2  # where n**0.5 is an integer, a rounding error would show
+    assert config.budget(n).tolist() == [[config.budget(int(i)) for i in row] for row in n]
+
+
+def test_log_law():
+    config = NCConfig(6.4, law="log")
+    assert [config.budget(n) for n in (0, 1, 2, 1024, 2048)] == [0, 1, 2, 64, 71]
+    assert config.budget(torch.tensor([0, 1, 2, 1024, 2048])).tolist() == [0, 1, 2, 64, 71]
+
+
+def test_budgets_per_layer_and_head():
+    config = NCConfig([[1.0, 2.0], [3.0, 4.0]], [0.5, 0.0])
+    assert config.budget(100, layer=0, head=1) == 20
+    assert config.budget(100, layer=1, head=0) == 3
+    with pytest.raises(ValueError, match="alpha is given per layer: say which layer"):
+        config.budget(100)
+    with pytest.raises(ValueError, match="alpha is given per head: say which head"):
+        config.budget(100, layer=0)
+    with pytest.raises(ValueError, match="alpha is given for 2 layers, got layer 2"):
+        config.budget(100, layer=2)
+    visible = torch.tensor([[[0, 100], [4, 20]]], dtype=torch.int32)
+    assert row_budgets(visible, 100, config.laws(0)).tolist() == [[[10, 4], [20, 8]]]
+
+
+def test_bad_n_is_refused():
+    with pytest.raises(ValueError, match="at least 0"):
+        NCConfig(1.0, 0.5).budget(-1)
+    with pytest.raises(ValueError, match="at least 0 everywhere, got -3"):
+        NCConfig(1.0, 0.5).budget(torch.tensor([2, -3]))
+    with pytest.raises(TypeError, match="int tensor"):
+        NCConfig(1.0, 0.5).budget(torch.tensor([2.0]))
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    with torch.inference_mode():
+        inside = budget_table(3000, ((1.25, 0.75),))
+    assert not budget_table(3000, ((1.25, 0.75),)).is_inference()
+    assert inside.shape == (1, 4096)
+
+
+def test_dense_laws_are_recognised():
+    assert NCConfig(1.0, 1.0).is_dense()
+    assert not NCConfig(0.5, 1.0).is_dense()
+    assert not NCConfig(5.0, 0.9).is_dense()
+    assert NCConfig(0.5, 0.5, dense_layers=[3]).is_dense(3)
+    assert NCConfig([1.0, 0.5], 1.0).is_dense(0)
+
+
+def test_a_model_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="alpha has 2 layers, the model has 3"):
+        NCConfig([1.0, 2.0], 0.5).check_model(3, 4)
+    with pytest.raises(ValueError, match=r"C\[1\] has 3 heads, the model has 4"):
+        NCConfig(1.0, [0.5, [0.1, 0.2, 0.3]]).check_model(2, 4)
+    with pytest.raises(ValueError, match=r"dense_layers names layers \[7\], the model has layers 0 to 2"):
+        NCConfig(1.0, 0.5, dense_layers=[0, 7]).check_model(3, 4)

@@ -1,0 +1,85 @@
+"""The float64 reference against definitions written out key by key, and against SDPA."""
+
+import pytest
+import torch
+
+from attention_cases import random_case, relative_error
+from nc_patch.ops.reference import causal_intervals, forced_counts, reference_attention, topk_mask, visible_mask
+
+
+def topk_by_hand(scores, start, end, budget, sink_keys, recent_keys):
+    recents = min(recent_keys, budget)
+    sinks = min(sink_keys, budget - recents)
+    kept = set(range(end - recents, end)) | set(range(start, start + sinks))
+    rivals = sorted((j for j in range(start, end) if j not in kept), key=lambda j: (-scores[j], j))
+    return kept | set(rivals[: budget - len(kept)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_topk_mask_is_the_definition_read_aloud(seed):
+    case = random_case(seed, longest=30)
+    group = case.query.shape[1] // case.key.shape[1]
+    scores = case.query.double() @ case.key.double().repeat_interleave(group, 1).transpose(-1, -2)
+    mask = topk_mask(scores, case.visible, case.budget, case.sink_keys, case.recent_keys)
+    budget = case.budget.expand(scores.shape[:3])
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
+        start, end = case.visible[b, i].tolist()
+        by_hand = topk_by_hand(
+            scores[b, h, i].tolist(), start, end, int(budget[b, h, i]), case.sink_keys, case.recent_keys
+        )
+        assert set(mask[b, h, i].nonzero()[:, 0].tolist()) == by_hand
+
+
+@pytest.mark.parametrize("selection", ["topk", "block", "window", "dense"])
+def test_a_full_budget_is_dense_attention(selection):
+    query, key, value = torch.randn(2, 6, 33, 16), torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 8)
+    visible = causal_intervals(2, 33, 70, "cpu")
+    budget = (visible[..., 1] - visible[..., 0])[:, None]
+    result = reference_attention(query, key, value, visible=visible, budget=budget, selection=selection, scale=0.25)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=visible_mask(visible, 70), scale=0.25, enable_gqa=True
+    )
+    assert relative_error(result.output, dense) < 1e-13
+    assert torch.allclose(result.kept_mass, torch.ones(2, 6, 33, dtype=torch.float64))
+    assert torch.equal(result.attended, budget.expand(2, 6, 33))
+
+
+@pytest.mark.parametrize("selection", ["topk", "window"])
+def test_exactly_the_budget_is_attended(selection):
+    for seed in range(20):
+        case = random_case(seed)
+        assert torch.equal(case.reference(selection).attended, case.budget.expand(case.query.shape[:3]))
+
+
+def test_forced_keys_never_exceed_the_budget():
+    budget = torch.arange(12)
+    for selection in ("topk", "window"):
+        sinks, recents = forced_counts(budget, 4, 3, selection)
+        assert bool(((sinks + recents) <= budget).all())
+        assert bool((sinks >= 0).all())
+        assert bool((recents[1:] >= 1).all()), "the query's own position is attended from a budget of one"
+
+
+def test_topk_keeps_the_most_mass():
+    query, key = torch.randn(1, 1, 1, 32), torch.randn(1, 1, 500, 32)
+    visible, budget = torch.tensor([[[0, 500]]], dtype=torch.int32), torch.tensor([[[50]]], dtype=torch.int32)
+    mass = {
+        selection: float(
+            reference_attention(
+                query, key, key, visible=visible, budget=budget, selection=selection, scale=0.3
+            ).kept_mass
+        )
+        for selection in ("topk", "block", "window")
+    }
+    weights = torch.softmax((query.double() @ key.double().transpose(-1, -2)) * 0.3, -1).flatten()
+    assert mass["topk"] == pytest.approx(float(weights.topk(50).values.sum()), rel=1e-12)
+    assert mass["topk"] > max(mass["block"], mass["window"])
+
+
+def test_a_nan_reaches_only_the_rows_that_attend_it():
+    query, key, value = (torch.randn(1, 1, 8, 4) for _ in range(3))
+    value[0, 0, 5] = torch.nan
+    visible = causal_intervals(1, 8, 8, "cpu")
+    budget = (visible[..., 1] - visible[..., 0])[:, None]
+    output = reference_attention(query, key, value, visible=visible, budget=budget, selection="dense", scale=1.0).output
+    assert output.isnan().any(-1).flatten().tolist() == [False] * 5 + [True] * 3
