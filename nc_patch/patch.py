@@ -198,9 +198,11 @@ def _attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Modul
 
 def _routes_attention(kind: type) -> bool:
     """Whether a method of the class looks its attention function up in ``ALL_ATTENTION_FUNCTIONS``."""
+    if issubclass(kind, PreTrainedModel):  # the base class names it too, to list what may be chosen
+        return False
     for base in kind.__mro__:
-        if base.__module__.startswith("torch.") or base is object:
-            continue
+        if base is torch.nn.Module:
+            break
         for attribute in vars(base).values():
             function = inspect.unwrap(attribute) if callable(attribute) else None
             if "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(function, "__code__", None), "co_names", ()):

@@ -1,0 +1,157 @@
+"""sparse_attention: equality with SDPA, what it returns, custom-op contracts, compilation, and what it refuses."""
+
+import pytest
+import torch
+from attention_cases import random_case, relative_error
+from torch.nn.functional import scaled_dot_product_attention
+
+from nc_patch import AttentionResult, sparse_attention
+from nc_patch.ops import custom_ops
+
+
+def tensors(Lq=20, Lk=31, dtype=torch.float32, **kwargs):
+    shapes = (2, 6, Lq, 16), (2, 2, Lk, 16), (2, 2, Lk, 8)
+    return [torch.randn(shape, dtype=dtype, **kwargs) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", [{"C": 1.0}, {"C": 1.0, "selection": "window"}, {"selection": "dense"}, {"alpha": 99.0}])
+def test_a_full_budget_equals_sdpa(settings, dtype):
+    query, key, value = tensors(31, 31, dtype)
+    output = sparse_attention(query, key, value, **{"alpha": 1.0, **settings})
+    dense = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    assert output.dtype == dtype
+    assert relative_error(output, dense) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_statistics_on_request():
+    query, key, value = tensors()
+    result = sparse_attention(query, key, value, alpha=2.0, C=0.5, return_stats=True)
+    assert isinstance(result, AttentionResult)
+    assert result.output.shape == (2, 6, 20, 8)
+    assert result.lse.shape == result.kept_mass.shape == result.attended.shape == (2, 6, 20)
+    assert result.attended[0, 0].tolist() == [min(n, -(-2 * n**0.5 // 1)) for n in range(12, 32)]
+    assert bool(((result.kept_mass > 0) & (result.kept_mass <= 1 + 1e-6)).all())
+    assert torch.equal(result.output, sparse_attention(query, key, value, alpha=2.0, C=0.5))
+
+
+def test_budgets_per_head():
+    query, key, value = tensors()
+    result = sparse_attention(query, key, value, alpha=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], return_stats=True)
+    assert result.attended[0, :, -1].tolist() == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ValueError, match="given for 2 heads, query has 6"):
+        sparse_attention(query, key, value, alpha=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block"])
+def test_strided_and_expanded_inputs(selection):
+    query, key, value = tensors()
+    expected = sparse_attention(query, key, value, alpha=2.0, C=0.5, selection=selection)
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
+    assert relative_error(sparse_attention(*strided, alpha=2.0, C=0.5, selection=selection), expected) < 1e-6
+    key, value = key[:1].expand(2, -1, -1, -1), value[:1].expand(2, -1, -1, -1)
+    repeated = sparse_attention(query, key.contiguous(), value.contiguous(), alpha=2.0, C=0.5, selection=selection)
+    assert relative_error(sparse_attention(query, key, value, alpha=2.0, C=0.5, selection=selection), repeated) < 1e-6
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block", "dense"])
+def test_gradients_flow_through_the_functional_form(selection):
+    query, key, value = tensors(requires_grad=True)
+    sparse_attention(query, key, value, alpha=2.0, C=0.5, selection=selection).square().sum().backward()
+    assert all(bool(t.grad.abs().sum() > 0) for t in (query, key, value))
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block"])
+def test_custom_ops_keep_the_contract_of_torch(selection):
+    case = random_case(8, longest=40)
+    inputs = [t.requires_grad_() for t in (case.query, case.key, case.value)]
+    if selection == "block":
+        op, arguments = custom_ops.block_attention, (case.scale, case.softcap, case.block_size, True)
+        arguments = (*inputs, case.visible, case.origin, case.budget, case.sinks, *arguments)
+    else:
+        op = {"topk": custom_ops.topk_attention, "window": custom_ops.window_attention}[selection]
+        arguments = (case.scale, case.softcap, case.sink_keys, case.recent_keys, True, "torch")
+        arguments = (*inputs, case.visible, case.budget, case.sinks, *arguments)
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block", "dense"])
+def test_it_compiles_without_a_graph_break(selection):
+    query, key, value = tensors()
+    visible = torch.stack((torch.zeros(2, 20), torch.arange(12, 32).expand(2, -1)), -1).int()
+
+    def attention(query, key, value):
+        from nc_patch.config import NCConfig
+        from nc_patch.functional import attend, budgets_of
+
+        config = NCConfig(2.0, 0.5, backend="torch")
+        return attend(
+            query,
+            key,
+            value,
+            visible=visible,
+            origin=visible[..., 0],
+            budget=budgets_of(config, 0, visible, key.shape[2]),
+            selection=selection,
+            config=config,
+            scale=0.25,
+        ).output
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(query, key, value)
+    assert torch.equal(compiled, attention(query, key, value))
+
+
+def test_empty_batches_and_single_tokens():
+    empty = [torch.zeros(0, 2, 5, 16) for _ in range(3)]
+    assert sparse_attention(*empty, alpha=1.0, C=0.5).shape == (0, 2, 5, 16)
+    query, key, value = (torch.randn(1, 2, 1, 16) for _ in range(3))
+    for selection in ("topk", "window", "block", "dense"):
+        assert torch.allclose(sparse_attention(query, key, value, alpha=0.1, C=0.5, selection=selection), value)
+    nothing = torch.tensor([[[1, 1]]], dtype=torch.int32)
+    for selection in ("topk", "window", "block", "dense"):
+        output = sparse_attention(query, key, value, alpha=1.0, C=0.5, selection=selection, visible=nothing)
+        assert torch.equal(output, torch.zeros(1, 2, 1, 16))
+
+
+def bad(change):
+    query, key, value = tensors()
+    arguments = {"query": query, "key": key, "value": value, "alpha": 2.0, "C": 0.5, **change}
+    return arguments.pop("query"), arguments.pop("key"), arguments.pop("value"), arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 0}, "alpha must be a positive number, got 0"),
+        ({"C": 2}, r"C must be a number in \[0, 1\], got 2"),
+        ({"selection": "magic"}, "selection must be one of 'topk', 'block', 'window', 'dense', got 'magic'"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"query": torch.randn(6, 20, 16)}, r"query must be \[batch, heads, length, head_dim\], got shape \(6, 20, 16\)"),
+        ({"query": torch.randn(2, 5, 20, 16)}, "multiple of the key/value heads, got 5 and 2"),
+        ({"query": torch.randn(2, 6, 20, 16).double()}, "query must have query's dtype, one of bfloat16, float16, float32"),
+        ({"key": torch.randn(2, 2, 31, 16).half()}, "key must have query's dtype"),
+        ({"key": torch.randn(2, 2, 31, 8)}, "key must be"),
+        ({"value": torch.randn(2, 2, 30, 8)}, "key must be"),
+        ({"query": torch.randn(2, 6, 40, 16)}, "at least as many keys as queries, got Lq=40 and Lk=31"),
+        ({"scale": 0.0}, "scale must be a positive number, got 0.0"),
+        ({"scale": float("nan")}, "scale must be a positive number, got nan"),
+        ({"softcap": -1.0}, "softcap must be a positive number or None, got -1.0"),
+        ({"sinks": torch.zeros(2)}, r"sinks must be \[6\]"),
+        ({"visible": torch.zeros(2, 20, 2)}, r"visible must be int32 \[2, 20, 2\]"),
+        ({"visible": torch.full((2, 20, 2), 32).int()}, "within the keys, 0 to 31, got 32 to 32"),
+        ({"visible": torch.tensor([5, 3]).int().expand(2, 20, 2)}, "ends before it starts"),
+        ({"origin": torch.zeros(2, 20)}, r"origin must be int32 \[2, 20\]"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, message):
+    query, key, value, arguments = bad(change)
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(query, key, value, **arguments)
+
+
+def test_triton_without_a_gpu_is_refused_with_the_remedy():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here; the tensors of this test lie on the CPU all the same, but Triton may interpret")
+    query, key, value = tensors()
+    with pytest.raises(RuntimeError, match=r'backend="triton" needs a GPU, and the tensors are on cpu. Use backend="auto"'):
+        sparse_attention(query, key, value, alpha=1.0, C=0.5, backend="triton")
