@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
 from nc_patch.budget import budget_of
 from nc_patch.config import Backend, NCConfig
 
@@ -19,18 +18,22 @@ class Budgets:
         alpha: factor of the power law, positive.
         C: exponent of the power law, in [0, 1].
         equal_at: the length n0 at which all methods have the same budget, at least 2.
+        block_size: keys per block of the method ``block``; as in ``NCConfig``.
         backend: as in ``NCConfig``.
     """
 
     alpha: float
     C: float
     equal_at: int
+    block_size: int = 32
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         if self.equal_at < 2:
             raise ValueError(f"equal_at must be a length of at least 2, got {self.equal_at}")
-        NCConfig(self.alpha, self.C, backend=self.backend)  # raises for values outside their ranges
+        NCConfig(
+            self.alpha, self.C, block_size=self.block_size, backend=self.backend
+        )  # raises for values outside their ranges
 
     @property
     def fixed(self) -> int:
@@ -99,7 +102,9 @@ def _nc_topk(budgets: Budgets) -> NCConfig:
 
 
 def _block(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.alpha, budgets.C, selection="block", backend=budgets.backend)
+    return NCConfig.create(
+        budgets.alpha, budgets.C, selection="block", block_size=budgets.block_size, backend=budgets.backend
+    )
 
 
 METHODS: dict[str, Method] = {

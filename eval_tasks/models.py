@@ -76,6 +76,12 @@ def max_positions(source: ModelSource) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; raises EvalError when it is missing."""
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, source)
+    return tokenizer
+
+
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Loads a causal language model with SDPA attention, and its tokenizer.
 
@@ -92,13 +98,13 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
         raise EvalError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     chosen: Any = DTYPES.get(dtype, "auto" if target.type == "cuda" else torch.float32)
     source = find_model(name)
-    tokenizer = _from_pretrained(AutoTokenizer, source)
+    tokenizer = load_tokenizer(source)
     model = _from_pretrained(AutoModelForCausalLM, source, dtype=chosen, attn_implementation="sdpa")
     return LoadedModel(name, model.to(target).eval(), tokenizer)
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that a name means here; ``"auto"`` is the GPU where there is one. Raises EvalError for an absent one."""
+    """The device that a name means; ``"auto"`` is the GPU where there is one. Raises EvalError for an absent one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -103,7 +103,8 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, content: str) -> TokenisedText:
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     with_special = tokenizer("a", verbose=False)["input_ids"]
     plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    return tuple(with_special[: next(i for i in range(len(with_special)) if with_special[i:][: len(plain)] == plain)])
+    before = (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
+    return tuple(with_special[: next(before, 0)])
 
 
 def places(text: TokenisedText, layout: Layout) -> list[int]:
@@ -178,8 +179,8 @@ TASKS: dict[str, Task] = {
         Task(
             "recall",
             "recall perplexity",
-            "a passage, the text that follows it as filler, and the passage again, which is scored: only attention that "
-            "reaches back to the first copy makes the second one easy",
+            "a passage, the text that follows it as filler, and the passage again, which is scored: only attention "
+            "that reaches back to the first copy makes the second one easy",
             _recall,
             lambda layout, prefix: 2 * layout.passage + prefix,
         ),

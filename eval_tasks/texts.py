@@ -72,7 +72,6 @@ def python_reference() -> tuple[str, str]:
     Topics are joined in sorted order. The text depends on the Python version: compare figures by the hash.
     """
     import platform
-
     from pydoc_data.topics import topics
 
     content = "\n\n".join(reflow(topics[topic].strip("\n")) for topic in sorted(topics)) + "\n"

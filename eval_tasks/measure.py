@@ -1,0 +1,195 @@
+"""One measurement: a forward pass, its loss at the scored tokens, what it attended, its time and its memory."""
+
+import contextlib
+import ctypes
+import inspect
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from eval_tasks.errors import EvalError
+from eval_tasks.tasks import Sample
+from nc_patch import NCConfig, nc_stats, patched, reset_stats
+
+_SAMPLING_SECONDS = 0.005
+_WARM_UP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one forward pass gave.
+
+    Attributes:
+        loss_sum: sum over the scored tokens of −ln p, in nats.
+        tokens: number of scored tokens.
+        bytes: bytes of UTF-8 that they stand for.
+        attended_fraction: attended keys / visible keys over all queries, layers and heads; 1 for dense.
+        mean_keys: attended keys per query, over all queries; None for dense attention that is not plain causal.
+        tail_attended_fraction, tail_mean_keys: the same over the queries whose predictions are scored.
+        seconds: of the forward pass.
+        peak_memory: bytes held at the peak of the forward pass above what was held before it: resident memory on the
+            CPU, allocated memory on a GPU.
+        ran_dense: how many attention calls ran dense although patched, by reason.
+    """
+
+    loss_sum: float
+    tokens: int
+    bytes: int
+    attended_fraction: float
+    mean_keys: float | None
+    tail_attended_fraction: float
+    tail_mean_keys: float | None
+    seconds: float
+    peak_memory: int
+    ran_dense: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurement as JSON holds it."""
+        return asdict(self)
+
+
+def measure(model: Any, config: NCConfig | None, sample: Sample) -> Measurement:
+    """Runs one sample through a model, patched with ``config``, or as it is for None.
+
+    Args:
+        model: a causal language model of ``transformers``, not patched.
+        config: the sparse attention to use.
+        sample: what to read and score.
+
+    Raises:
+        EvalError: the loss is not finite, or memory ran out.
+    """
+    ids = torch.from_numpy(sample.ids).to(model.device)
+    with torch.inference_mode(), patched(model, config=config) if config else contextlib.nullcontext():
+        if config:
+            reset_stats(model, tail=sample.scored)
+        with _Peak(model.device) as peak:
+            logits = _forward(model, ids[None, :-1], sample.scored)
+        loss_sum = _loss_sum(logits, ids[-sample.scored :])
+        attended = _attended(model) if config else _attended_dense(model, len(ids) - 1, sample.scored)
+    if not math.isfinite(loss_sum):
+        raise EvalError(
+            f"the loss is {loss_sum}: the logits hold NaN or Inf in {model.dtype}. Try --dtype float32 or another model."
+        )
+    return Measurement(
+        loss_sum=loss_sum,
+        tokens=sample.scored,
+        bytes=sample.scored_bytes,
+        seconds=peak.seconds,
+        peak_memory=peak.bytes,
+        **attended,
+    )
+
+
+def warm_up(model: Any, config: NCConfig | None) -> None:
+    """Runs a few tokens, so that one-off costs (thread pools, compilation) do not enter the first measurement."""
+    ids = torch.zeros(1, _WARM_UP_TOKENS, dtype=torch.long, device=model.device)
+    with torch.inference_mode(), patched(model, config=config) if config else contextlib.nullcontext():
+        _forward(model, ids, 1)
+
+
+def _forward(model: Any, ids: torch.Tensor, keep: int) -> torch.Tensor:
+    """Logits ``[keep, V]`` of the last positions; only these are computed where the model can."""
+    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    try:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False, **options).logits[0, -keep:]
+    except torch.OutOfMemoryError as error:
+        raise EvalError(f"memory ran out at {ids.shape[1]:,} tokens; ask for shorter lengths") from error
+    return logits
+
+
+def _loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return float(losses.double().sum())
+
+
+def _attended(model: Any) -> dict[str, Any]:
+    stats = nc_stats(model)
+    ran_dense: dict[str, int] = {}
+    for layer in stats["layers"]:
+        for reason, calls in layer["dense_calls"].items():
+            ran_dense[reason] = ran_dense.get(reason, 0) + calls
+    keys = ("attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys")
+    return {**{key: stats[key] for key in keys}, "ran_dense": ran_dense}
+
+
+def _attended_dense(model: Any, length: int, scored: int) -> dict[str, Any]:
+    """Dense attention as it follows from the shape; sliding layers see fewer keys, so there the count is left open."""
+    sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
+    return {
+        "attended_fraction": 1.0,
+        "mean_keys": None if sliding else (length + 1) / 2,
+        "tail_attended_fraction": 1.0,
+        "tail_mean_keys": None if sliding else length - (scored - 1) / 2,
+        "ran_dense": {},
+    }
+
+
+class _Peak:
+    """Times a block and finds its peak memory above the start: ``seconds`` and ``bytes`` when it is left."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.bytes = 0
+
+    def __enter__(self) -> "_Peak":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            _return_freed_memory()
+            self._sampler = _ResidentSampler()
+            self._sampler.start()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds = time.perf_counter() - self._start
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        else:
+            self.bytes = self._sampler.stop()
+
+
+class _ResidentSampler(threading.Thread):
+    """Samples the resident memory of this process in the background."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._process = psutil.Process()
+        self._done = threading.Event()
+        self._before = self._peak = self._process.memory_info().rss
+
+    def run(self) -> None:
+        while not self._done.wait(_SAMPLING_SECONDS):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    def stop(self) -> int:
+        """Ends the sampling and returns the bytes of the peak above the start."""
+        self._done.set()
+        self.join()
+        return max(self._peak, self._process.memory_info().rss) - self._before
+
+
+def _return_freed_memory() -> None:
+    """Gives freed memory back to the system, so that a later peak is not hidden in what an earlier one left (glibc)."""
+    for trim in _malloc_trim():
+        trim(0)
+
+
+def _malloc_trim() -> Iterator[Any]:
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            yield library.malloc_trim

@@ -1,0 +1,128 @@
+"""``run.json``: everything that is needed to believe a figure and to measure it again."""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+import nc_patch
+from eval_tasks.errors import EvalError
+from eval_tasks.store import RUN, read_run, write_atomically
+
+
+def versions() -> dict[str, str]:
+    """The versions that figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "nc_patch": nc_patch.__version__,
+    }
+
+
+def hardware(device: torch.device, threads: int) -> dict[str, Any]:
+    """What the run is measured on: processor, cores, memory, and the GPU where it is used."""
+    found: dict[str, Any] = {
+        "device": device.type,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.system(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 1e9, 1)}
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of the installed source, with ``-dirty`` when tracked files differ from it; None outside git."""
+    root = Path(nc_patch.__file__).resolve().parent.parent
+    head = _git(root, "rev-parse", "HEAD")
+    if head is None:
+        return None
+    return head + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command as a shell takes it."""
+    return shlex.join(["nc-patch", *arguments])
+
+
+def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Refuses a directory that holds a run of another identity.
+
+    Args:
+        directory: of the run.
+        identity: name → value of everything that must not change within one directory; a name that the directory's
+            record lacks is not compared.
+
+    Raises:
+        EvalError: the message names what differs, before and now.
+    """
+    run = read_run(directory)
+    if run is None:
+        return
+    before = run.get("identity", {})
+    differing = [
+        f"{name} was {json.dumps(before[name], ensure_ascii=False)}, is {json.dumps(_plain(value), ensure_ascii=False)}"
+        for name, value in identity.items()
+        if name in before and before[name] != _plain(value)
+    ]
+    if differing:
+        raise EvalError(
+            f"{directory} holds a run of other arguments: {'; '.join(differing)}. Give another --out, the same "
+            "arguments as before, or remove the directory."
+        )
+
+
+def record_session(directory: Path, identity: Mapping[str, Any], details: Mapping[str, Any], command: str) -> None:
+    """Writes ``run.json``, or adds this session to the one there is.
+
+    Args:
+        directory: of the run.
+        identity: as for ``check_same``.
+        details: more about the run that later sessions need not repeat.
+        command: the command line.
+    """
+    run = read_run(directory) or {"command": command, "identity": dict(identity), **details, "sessions": []}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    run["sessions"].append({"started": now, "commit": commit(), "command": command})
+    write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"The git commit could not be read ({error}); it is recorded as unknown.", file=sys.stderr)
+        return None
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

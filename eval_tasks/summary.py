@@ -1,0 +1,142 @@
+"""Rows of measurements summed up by method, task and length, each beside dense on the same samples."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from statistics import fmean, median
+from typing import Any
+
+from eval_tasks.bootstrap import paired_difference
+from eval_tasks.methods import DENSE, METHODS
+from eval_tasks.tasks import TASKS
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method at one task and length.
+
+    Attributes:
+        task, length, method: which.
+        samples: how many places of the text were measured.
+        budget: k(n) of the method's law at this length; the length itself for dense.
+        attended_fraction, mean_keys: realised, over all queries, layers and heads.
+        tail_attended_fraction, tail_mean_keys: realised at the scored positions.
+        loss: mean over samples of nats per scored token.
+        perplexity: exp(loss).
+        bits_per_byte: of the scored text.
+        loss_minus_dense: mean paired difference of the loss from dense; None where dense was not measured.
+        low, high: its bootstrap interval; None with fewer than two samples.
+        worse_samples: in how many samples the loss is above dense.
+        perplexity_ratio: perplexity / dense perplexity on the same samples.
+        seconds: median of the forward pass.
+        tokens_per_second: length / seconds.
+        peak_memory_mb: largest over samples, in 10^6 bytes above what was held before.
+    """
+
+    task: str
+    length: int
+    method: str
+    samples: int
+    budget: int
+    attended_fraction: float
+    mean_keys: float | None
+    tail_attended_fraction: float
+    tail_mean_keys: float | None
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    loss_minus_dense: float | None
+    low: float | None
+    high: float | None
+    worse_samples: int | None
+    perplexity_ratio: float | None
+    seconds: float
+    tokens_per_second: float
+    peak_memory_mb: float
+
+
+def loss_of(row: Row) -> float:
+    """Nats per scored token of a row."""
+    return float(row["loss_sum"]) / int(row["tokens"])
+
+
+def losses(rows: Iterable[Row], task: str, length: int, method: str) -> dict[int, float]:
+    """Loss by sample of one method at one task and length."""
+    return {
+        int(row["sample"]): loss_of(row)
+        for row in rows
+        if (row["task"], row["length"], row["method"]) == (task, length, method)
+    }
+
+
+def summarise(rows: Iterable[Row]) -> list[Summary]:
+    """Sums up rows of ``results.jsonl``, ordered by task, length and method as they are listed.
+
+    Dense is compared on the samples that both have.
+    """
+    cells: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row["task"], int(row["length"]), row["method"]), []).append(row)
+    tasks, methods = list(TASKS), list(METHODS)
+    order = sorted(cells, key=lambda cell: (tasks.index(cell[0]), cell[1], methods.index(cell[2])))
+    return [_summary(cell, cells[cell], cells.get((cell[0], cell[1], DENSE), [])) for cell in order]
+
+
+def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row]) -> Summary:
+    task, length, method = cell
+    dense = {int(row["sample"]): loss_of(row) for row in dense_rows}
+    own = {int(row["sample"]): loss_of(row) for row in rows}
+    shared = sorted(own.keys() & dense.keys()) if method != DENSE else []
+    pairs = [(own[sample], dense[sample]) for sample in shared]
+    difference = paired_difference([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
+    loss = fmean(own.values())
+    seconds = median(float(row["seconds"]) for row in rows)
+    nats_per_byte = math.fsum(row["loss_sum"] for row in rows) / sum(row["bytes"] for row in rows)
+    return Summary(
+        task=task,
+        length=length,
+        method=method,
+        samples=len(own),
+        budget=int(rows[0]["budget"]),
+        attended_fraction=fmean(row["attended_fraction"] for row in rows),
+        mean_keys=_mean_or_none(rows, "mean_keys"),
+        tail_attended_fraction=fmean(row["tail_attended_fraction"] for row in rows),
+        tail_mean_keys=_mean_or_none(rows, "tail_mean_keys"),
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=nats_per_byte / math.log(2),
+        loss_minus_dense=difference.mean if difference else None,
+        low=difference.low if difference else None,
+        high=difference.high if difference else None,
+        worse_samples=sum(a > b for a, b in pairs) if pairs else None,
+        perplexity_ratio=math.exp(difference.mean) if difference else None,
+        seconds=seconds,
+        tokens_per_second=length / seconds,
+        peak_memory_mb=max(int(row["peak_memory"]) for row in rows) / 1e6,
+    )
+
+
+def _mean_or_none(rows: list[Row], name: str) -> float | None:
+    values = [row[name] for row in rows]
+    return None if None in values else fmean(values)
+
+
+def to_csv(summaries: Iterable[Summary]) -> str:
+    """The summaries as CSV with a header; a value that does not exist is an empty field."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = [field.name for field in fields(Summary)]
+    writer.writerow(names)
+    for summary in summaries:
+        writer.writerow([_cell(getattr(summary, name)) for name in names])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
