@@ -1,7 +1,8 @@
 """Sparse attention with an n^C budget for Hugging Face models.
 
-``patch_model(model, alpha, C)`` makes every query attend ``k(n) = alpha * n**C`` of the n keys it may see (arXiv 2404.02690).
-Importing the package registers one attention implementation, ``"nc_sparse"``, with ``transformers``; nothing else happens.
+``patch_model(model, alpha, C)`` makes every query attend ``k(n) = alpha * n**C`` of the n keys it may see (arXiv
+2404.02690). Importing the package registers one attention implementation, ``"nc_sparse"``, with ``transformers``;
+nothing else happens.
 """
 
 from nc_patch.config import NCConfig

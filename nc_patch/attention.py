@@ -103,7 +103,9 @@ def nc_attention_forward(
         )
         output, attended = result.output, result.attended
     if patch is not None and not torch.compiler.is_compiling():
-        _count(patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None)
+        _count(
+            patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None
+        )
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -120,14 +122,19 @@ def _dense_reason(patch: LayerPatch | None, config: NCConfig, layer: int, select
     return None
 
 
-def _refuse_unsupported(module: torch.nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
+def _refuse_unsupported(
+    module: torch.nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]
+) -> None:
     name = type(module).__name__
     for argument, what in _REFUSED_ARGUMENTS.items():
         if kwargs.get(argument) is not None:
-            raise UnsupportedModelError(f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it.")
+            raise UnsupportedModelError(
+                f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
+            )
     if dropout:
         raise UnsupportedModelError(
-            f"{name} asks for attention dropout {dropout}, which sparse attention has not. Set attention_dropout to 0 or use model.eval()."
+            f"{name} asks for attention dropout {dropout}, which sparse attention has not. Set attention_dropout to 0 "
+            "or use model.eval()."
         )
     if is_causal is False:
         raise UnsupportedModelError(f"{name} asks for attention that is not causal, which sparse attention cannot do.")
@@ -137,13 +144,13 @@ def _mask_problem(module: torch.nn.Module, mask: Any) -> str:
     name = type(module).__name__
     if mask is None:
         return (
-            f"{name} passed no mask, so that causality and padding would be lost: its model does not build masks through "
-            "transformers' mask interface. It cannot be patched."
+            f"{name} passed no mask, so that causality and padding would be lost: its model does not build masks "
+            "through transformers' mask interface. It cannot be patched."
         )
     shape = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
     return (
-        f"{name} got a custom attention mask ({shape}). Sparse attention needs each query to see one run of keys: pass a 2-D "
-        "padding mask [batch, positions], or leave the layer dense with dense_layers=..."
+        f"{name} got a custom attention mask ({shape}). Sparse attention needs each query to see one run of keys: pass "
+        "a 2-D padding mask [batch, positions], or leave the layer dense with dense_layers=..."
     )
 
 
@@ -160,14 +167,20 @@ def _sdpa(
     """PyTorch's dense attention; without a mask plain causal, for which Lq must be 1 or Lk."""
     if softcap is not None or sinks is not None:
         raise UnsupportedMaskError(
-            f"{_mask_problem(module, mask)} This layer cannot be left dense: it has a soft-cap or sinks, which SDPA has not."
+            f"{_mask_problem(module, mask)} This layer cannot be left dense: SDPA has no soft-cap and no sinks."
         )
     group = query.shape[1] // key.shape[1]
     if group > 1 and query.device.type == "cpu":
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         group = 1
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, is_causal=mask is None and query.shape[2] > 1, enable_gqa=group > 1
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=scale,
+        is_causal=mask is None and query.shape[2] > 1,
+        enable_gqa=group > 1,
     )
 
 

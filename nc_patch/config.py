@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -227,7 +227,7 @@ def _pick(name: str, value: PerHead, layer: int | None, head: int | None) -> flo
         raise ValueError(f"{name} is given per head: say which head")
     if not 0 <= head < len(of_layer):
         raise ValueError(f"{name} is given for {len(of_layer)} heads, got head {head}")
-    return cast(float, of_layer[head])
+    return of_layer[head]
 
 
 def _as_lists(value: Any) -> Any:

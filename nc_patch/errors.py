@@ -2,7 +2,7 @@
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot be patched, or asks of attention what sparse attention cannot do; the message says why and what to do."""
+    """The model, or what it asks of attention, is not supported; the message says why and what to do."""
 
 
 class UnsupportedMaskError(ValueError):

@@ -40,8 +40,8 @@ def sparse_attention(
     Scores and softmax are float32. Gradients flow through the attended keys; the choice of keys is a constant. When a
     gradient is required the PyTorch backend runs.
 
-    A NaN or infinite score that is attended makes its row NaN, as in dense attention; NaN counts as the highest score, so
-    ``"topk"`` attends it. Other rows are not touched.
+    A NaN or infinite score that is attended makes its row NaN, as in dense attention; NaN counts as the highest score,
+    so ``"topk"`` attends it. Other rows are not touched.
 
     Args:
         query: ``[B, Hq, Lq, D]``, bfloat16, float16 or float32.
@@ -49,13 +49,13 @@ def sparse_attention(
         value: ``[B, Hkv, Lk, Dv]``.
         alpha: factor of the budget, positive; a number, or one per query head.
         C: exponent of the budget in [0, 1]; a number, or one per query head.
-        selection: ``"topk"`` (highest scores), ``"block"`` (key blocks shared by a block of queries), ``"window"`` (sinks
-            and most recent keys) or ``"dense"``.
+        selection: ``"topk"`` (highest scores), ``"block"`` (key blocks shared by a block of queries), ``"window"``
+            (sinks and most recent keys) or ``"dense"``.
         scale: factor of the scores, by default ``1 / sqrt(D)``.
         visible: int32 ``[B, Lq, 2]``, the half-open interval [start, end) of keys that each query may see; by default
             causal, the last query aligned with the last key, which needs Lq <= Lk.
-        origin: int32 ``[B, Lq]``, the key position at which each query's sequence begins, by default its interval's start.
-            ``"block"`` aligns its blocks to it.
+        origin: int32 ``[B, Lq]``, the key position at which each query's sequence begins, by default its interval's
+            start. ``"block"`` aligns its blocks to it.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[Hq]``, learned logits that join the softmax's denominator.
         return_stats: return an ``AttentionResult`` (output, lse, kept_mass, attended) instead of the output alone.
@@ -76,7 +76,9 @@ def sparse_attention(
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
     if visible is None:
         if Lq > Lk:
-            raise ValueError(f"causal attention needs at least as many keys as queries, got Lq={Lq} and Lk={Lk}; pass visible")
+            raise ValueError(
+                f"causal attention needs at least as many keys as queries, got Lq={Lq} and Lk={Lk}; pass visible"
+            )
         visible = causal_intervals(B, Lq, Lk, query.device)
     else:
         check_intervals(visible, B, Lq, Lk, query.device)
@@ -130,9 +132,7 @@ def attend(
     Returns:
         The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``.
     """
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (query, key, value, sinks)
-    )
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, sinks))
     backend, reason = choose_backend("torch" if needs_grad else config.backend, selection, query.device)
     if reason is not None:
         _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
@@ -141,7 +141,11 @@ def attend(
         output, lse, kept_mass, attended = custom_ops.block_attention(
             query, key, value, visible, origin, budget, sinks, scale, cap, config.block_size, want_stats
         )
-        return AttentionResult(output, lse, kept_mass, attended) if want_stats else AttentionResult(output, attended=attended)
+        return (
+            AttentionResult(output, lse, kept_mass, attended)
+            if want_stats
+            else AttentionResult(output, attended=attended)
+        )
     run = custom_ops.window_attention if selection == "window" else custom_ops.topk_attention
     if selection == "dense":
         budget = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
@@ -175,7 +179,9 @@ def check_tensors(
             raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise ValueError(f"{name} must have query's dtype, one of {allowed}; got {tensor.dtype}, query {query.dtype}")
+            raise ValueError(
+                f"{name} must have query's dtype, one of {allowed}; got {tensor.dtype}, query {query.dtype}"
+            )
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move them to one device")
     B, Hq, Lq, D = query.shape
@@ -201,7 +207,9 @@ def check_intervals(visible: torch.Tensor, B: int, Lq: int, Lk: int, device: tor
         if low < 0 or high > Lk:
             raise ValueError(f"visible must lie within the keys, 0 to {Lk}, got {low} to {high}")
         if bool((visible[..., 1] < visible[..., 0]).any()):
-            raise ValueError("visible has an interval that ends before it starts; make start and end equal where it is empty")
+            raise ValueError(
+                "visible has an interval that ends before it starts; make start and end equal where it is empty"
+            )
 
 
 def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> float:

@@ -1,4 +1,4 @@
-"""``patch_model``, ``unpatch_model``, ``patched`` and ``nc_stats``: sparse attention in and out of a model, in place."""
+"""``patch_model`` and its kin: sparse attention into and out of a model, in place."""
 
 import inspect
 import weakref
@@ -18,19 +18,22 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 # Attributes that mark an attention module which selects keys by itself.
 _ALREADY_SPARSE = ("indexer", "block_indexer")
-# Patched modules alive in this process: a config object that several models share keeps its implementation while one needs it.
+# Patched modules alive in this process: a config object that several models share keeps its implementation while one
+# needs it.
 _PATCHED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
 
-def patch_model(model: Model, alpha: Any = None, C: Any = None, *, config: NCConfig | None = None, **options: Any) -> Model:
+def patch_model(
+    model: Model, alpha: Any = None, C: Any = None, *, config: NCConfig | None = None, **options: Any
+) -> Model:
     """Turns a model's attention into attention over ``k(n) = alpha * n**C`` of the n keys each query may see.
 
-    The model is changed in place and returned. Nothing is written to ``model.config``; ``save_pretrained`` writes the same
-    files as before. Patching a patched model replaces its settings. ``deepcopy`` and pickle keep the patch.
+    The model is changed in place and returned. Nothing is written to ``model.config``; ``save_pretrained`` writes the
+    same files as before. Patching a patched model replaces its settings. ``deepcopy`` and pickle keep the patch.
 
     Args:
-        model: a causal language model of ``transformers`` whose attention goes through ``AttentionInterface``; one wrapped
-            by PEFT works too.
+        model: a causal language model of ``transformers`` whose attention goes through ``AttentionInterface``; one
+            wrapped by PEFT works too.
         alpha: factor of the budget; a number, a list per layer, or a list per layer and query head.
         C: exponent of the budget in [0, 1], in the same forms.
         config: all settings as an ``NCConfig``, instead of alpha, C and options.
@@ -45,7 +48,9 @@ def patch_model(model: Model, alpha: Any = None, C: Any = None, *, config: NCCon
     """
     if config is None:
         if alpha is None or C is None:
-            raise TypeError("give alpha and C, for example patch_model(model, alpha=2.0, C=0.7), or config=NCConfig(...)")
+            raise TypeError(
+                "give alpha and C, for example patch_model(model, alpha=2.0, C=0.7), or config=NCConfig(...)"
+            )
         config = NCConfig.create(alpha, C, **options)
     elif alpha is not None or C is not None or options:
         extra = [name for name, value in (("alpha", alpha), ("C", C)) if value is not None] + sorted(options)
@@ -56,7 +61,7 @@ def patch_model(model: Model, alpha: Any = None, C: Any = None, *, config: NCCon
     _check_shape(config, modules)
     for layer, module in modules:
         before = _patch_of(module)
-        original = module.config._attn_implementation if before is None else before.original_implementation
+        original = _config_of(module)._attn_implementation if before is None else before.original_implementation
         if original == IMPLEMENTATION:  # another model that shares this config object is patched
             original = _original_of_shared(module)
         setattr(module, PATCH_ATTRIBUTE, LayerPatch(config, layer, original))
@@ -77,12 +82,14 @@ def unpatch_model(model: Model) -> Model:
         delattr(module, PATCH_ATTRIBUTE)
         _PATCHED.discard(module)
         if not any(other.config is module.config for other in _PATCHED):
-            module.config._attn_implementation_internal = patch.original_implementation
+            _config_of(module)._attn_implementation_internal = patch.original_implementation
     return model
 
 
 @contextmanager
-def patched(model: Model, alpha: Any = None, C: Any = None, *, config: NCConfig | None = None, **options: Any) -> Iterator[Model]:
+def patched(
+    model: Model, alpha: Any = None, C: Any = None, *, config: NCConfig | None = None, **options: Any
+) -> Iterator[Model]:
     """``with patched(model, alpha, C):`` patches for the block, and afterwards restores what the model was before.
 
     Arguments and errors as in ``patch_model``.
@@ -111,18 +118,16 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
 
     Returns:
         ``attended_fraction`` (attended keys / visible keys), ``mean_keys`` (attended keys per query and head),
-        ``tail_attended_fraction`` and ``tail_mean_keys`` (the same over the last queries of each call, where ``reset_stats``
-        was told how many), each None where nothing was counted; and ``layers``, a list with the same for each
-        layer, beside ``layer``, ``name``, ``calls`` and ``dense_calls`` (how many calls ran dense, by reason).
+        ``tail_attended_fraction`` and ``tail_mean_keys`` (the same over the last queries of each call, where
+        ``reset_stats`` was told how many), each None where nothing was counted; and ``layers``, a list with the same
+        for each layer, beside ``layer``, ``name``, ``calls`` and ``dense_calls`` (how many calls ran dense, by reason).
 
     Raises:
         ValueError: the model is not patched.
     """
     names = {module: name for name, module in model.named_modules()}
     modules = _patched_modules(model)
-    layers = [
-        {"layer": patch.layer, "name": names[module], **summary(patch.counters)} for module, patch in modules
-    ]
+    layers = [{"layer": patch.layer, "name": names[module], **summary(patch.counters)} for module, patch in modules]
     return {**total([patch.counters for _, patch in modules]), "layers": layers}
 
 
@@ -151,8 +156,12 @@ def _patched_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, Laye
     return modules
 
 
+def _config_of(module: torch.nn.Module) -> Any:
+    return module.config
+
+
 def _configs(modules: list[tuple[int, torch.nn.Module]]) -> list[Any]:
-    return list({id(module.config): module.config for _, module in modules}.values())
+    return list({id(_config_of(module)): _config_of(module) for _, module in modules}.values())
 
 
 def _original_of_shared(module: torch.nn.Module) -> str:
@@ -164,7 +173,7 @@ def _original_of_shared(module: torch.nn.Module) -> str:
 
 
 def _attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
-    """(layer index, module) of the attention modules to patch; raises UnsupportedModelError with the reason and the remedy."""
+    """(layer index, module) of the attention modules to patch; raises UnsupportedModelError where there are none."""
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
@@ -174,7 +183,9 @@ def _attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Modul
             f"{name} is not a model of transformers; load it with AutoModelForCausalLM.from_pretrained"
         )
     if getattr(inner.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoders with causal self-attention can be patched")
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder; only decoders with causal self-attention can be patched"
+        )
     routed = [m for m in inner.modules() if _routes_attention(type(m))]
     if not routed:
         raise UnsupportedModelError(
@@ -191,7 +202,9 @@ def _attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Modul
                 f"the attention of {name} is already sparse: {type(module).__name__} selects keys by its {sparse}"
             )
         if not hasattr(module, "config"):
-            raise UnsupportedModelError(f"{type(module).__name__} of {name} does not hold its config, so it cannot be switched")
+            raise UnsupportedModelError(
+                f"{type(module).__name__} of {name} does not hold its config, so it cannot be switched"
+            )
     index = lambda module, place: place if getattr(module, "layer_idx", None) is None else int(module.layer_idx)  # noqa: E731
     return [(index(module, place), module) for place, module in enumerate(causal)]
 

@@ -1,7 +1,7 @@
 """What a patched model did: calls, attended keys, and what ran dense and why, layer by layer.
 
-Counting never reads the device while the model runs: a call appends one small tensor that all layers share, and the sums
-are taken when somebody asks.
+Counting never reads the device while the model runs: a call appends one small tensor that all layers share, and the
+sums are taken when somebody asks.
 """
 
 import math
@@ -15,7 +15,7 @@ _FOLD_AT = 512
 
 
 def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> torch.Tensor:
-    """Counts of one call, float64 ``[6]``: attended keys, visible keys and queries, over all and over the last ``tail`` queries.
+    """Counts of a call, float64 ``[6]``: attended keys, visible keys, queries; the same of the last ``tail`` queries.
 
     Args:
         attended: int32 ``[B, H or 1, Lq]``, averaged over heads.

@@ -1,8 +1,8 @@
 """Turns the masks of ``transformers`` into visible intervals; nothing downstream knows any other mask.
 
 A visible interval is the half-open range [start, end) of key positions that a query may see. With it goes the origin,
-the key position at which the query's sequence begins: blocks are aligned to it. Both are counted in the key buffer, so an
-origin may be negative where a sliding cache has dropped the first keys.
+the key position at which the query's sequence begins: blocks are aligned to it. Both are counted in the key buffer, so
+an origin may be negative where a sliding cache has dropped the first keys.
 
 Between the mask function and the attention function ``transformers`` carries one tensor, ``int32[B, 1, Lq, 3]`` (start,
 end, origin): four dimensions, because ``generate`` hands masks in twice and a 4-D mask is passed through as it is.
@@ -19,8 +19,8 @@ from nc_patch.errors import UnsupportedMaskError
 MaskFunction = Callable[..., Any]
 
 _REMEDY = (
-    "Sparse attention needs each query to see one run of keys. Remove the custom mask, or leave the layers that need it "
-    "dense with dense_layers=..."
+    "Sparse attention needs each query to see one run of keys. Remove the custom mask, or leave the layers that need "
+    "it dense with dense_layers=..."
 )
 
 
@@ -47,7 +47,9 @@ class Visibility(NamedTuple):
 
 def is_packed(mask: Any) -> bool:
     """Whether a mask is one that ``Visibility.pack`` made."""
-    return isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1::2] == (1, 3)
+    return (
+        isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1::2] == (1, 3)
+    )
 
 
 def interval_mask(
@@ -155,10 +157,8 @@ def _parts(mask_function: MaskFunction, positions: torch.Tensor | None = None) -
     """The elementary mask functions whose intersection ``mask_function`` is, each with what it closes over."""
     kind = _CODES.get(getattr(mask_function, "__code__", None))
     if kind is None:
-        raise UnsupportedMaskError(
-            f"the mask {getattr(mask_function, '__qualname__', repr(mask_function))} is not one interval of keys per query. "
-            f"{_REMEDY}"
-        )
+        name = getattr(mask_function, "__qualname__", repr(mask_function))
+        raise UnsupportedMaskError(f"the mask {name} is not one interval of keys per query. {_REMEDY}")
     names = mask_function.__code__.co_freevars
     closed = dict(zip(names, (cell.cell_contents for cell in mask_function.__closure__ or ()), strict=True))
     if kind == "and":
@@ -171,7 +171,7 @@ def _parts(mask_function: MaskFunction, positions: torch.Tensor | None = None) -
 
 
 def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First visible position and origin ``[B or 1, Lq]`` of the queries at ``position[1, Lq]``, from the mask's parts."""
+    """First visible position and origin ``[B or 1, Lq]`` of the queries at ``position[1, Lq]``, from a mask's parts."""
     parts = list(_parts(mask_function))
     if not any(kind == "causal" for kind, _ in parts):
         raise UnsupportedMaskError(f"the mask {mask_function.__qualname__} is not causal. {_REMEDY}")

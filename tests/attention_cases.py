@@ -87,7 +87,9 @@ def random_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float3
     budget = (share * (n + 1)).floor().clamp(min=1).minimum(n).to(torch.int32)
     sinks = torch.randn(Hq, generator=g) if pick(0, 2) == 0 else None
     scale, softcap = (0.125, 0.3)[pick(0, 1)], (0.0, 3.0)[pick(0, 1)]
-    return Case(query, key, value, visible, origin, budget, sinks, scale, softcap, pick(0, 5), pick(0, 5), (16, 32)[pick(0, 1)])
+    return Case(
+        query, key, value, visible, origin, budget, sinks, scale, softcap, pick(0, 5), pick(0, 5), (16, 32)[pick(0, 1)]
+    )
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -28,7 +28,10 @@ from nc_patch.budget import budget_table, row_budgets
         ({"alpha": [[1.0, 2.0]], "C": [[0.5]]}, "layer 0: alpha has 2 heads and C has 1"),
         ({"alpha": [[[1.0]]], "C": 0.5}, "alpha must be a number, a list per layer"),
         ({"alpha": [], "C": 0.5}, "alpha must be a number, a list per layer"),
-        ({"alpha": 1.0, "C": 0.5, "prefill": "best"}, "prefill must be one of 'topk', 'block', 'window', 'dense', got 'best'"),
+        (
+            {"alpha": 1.0, "C": 0.5, "prefill": "best"},
+            "prefill must be one of 'topk', 'block', 'window', 'dense', got 'best'",
+        ),
         ({"alpha": 1.0, "C": 0.5, "decode": None}, "decode must be one of"),
         ({"alpha": 1.0, "C": 0.5, "backend": "cuda"}, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
         ({"alpha": 1.0, "C": 0.5, "sink_keys": -1}, "sink_keys must be at least 0, got -1"),

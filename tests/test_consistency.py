@@ -1,5 +1,7 @@
 """A sequence scores the same alone, in a padded batch, packed, prefilled in chunks, and decoded token by token."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_models import FAMILIES, NOT_PACKABLE, random_ids, tiny_model
@@ -11,9 +13,7 @@ LENGTH, PADDING = 150, 20
 
 
 def logits_in_pieces(model, ids, cuts, cache):
-    pieces = [
-        model(ids[:, first:last], past_key_values=cache).logits[0] for first, last in zip(cuts, cuts[1:], strict=False)
-    ]
+    pieces = [model(ids[:, first:last], past_key_values=cache).logits[0] for first, last in itertools.pairwise(cuts)]
     return torch.cat(pieces)
 
 

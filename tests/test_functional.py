@@ -15,7 +15,9 @@ def tensors(Lq=20, Lk=31, dtype=torch.float32, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("settings", [{"C": 1.0}, {"C": 1.0, "selection": "window"}, {"selection": "dense"}, {"alpha": 99.0}])
+@pytest.mark.parametrize(
+    "settings", [{"C": 1.0}, {"C": 1.0, "selection": "window"}, {"selection": "dense"}, {"alpha": 99.0}]
+)
 def test_a_full_budget_equals_sdpa(settings, dtype):
     query, key, value = tensors(31, 31, dtype)
     output = sparse_attention(query, key, value, **{"alpha": 1.0, **settings})
@@ -126,9 +128,15 @@ def bad(change):
         ({"C": 2}, r"C must be a number in \[0, 1\], got 2"),
         ({"selection": "magic"}, "selection must be one of 'topk', 'block', 'window', 'dense', got 'magic'"),
         ({"backend": "cuda"}, "backend must be one of"),
-        ({"query": torch.randn(6, 20, 16)}, r"query must be \[batch, heads, length, head_dim\], got shape \(6, 20, 16\)"),
+        (
+            {"query": torch.randn(6, 20, 16)},
+            r"query must be \[batch, heads, length, head_dim\], got shape \(6, 20, 16\)",
+        ),
         ({"query": torch.randn(2, 5, 20, 16)}, "multiple of the key/value heads, got 5 and 2"),
-        ({"query": torch.randn(2, 6, 20, 16).double()}, "query must have query's dtype, one of bfloat16, float16, float32"),
+        (
+            {"query": torch.randn(2, 6, 20, 16).double()},
+            "query must have query's dtype, one of bfloat16, float16, float32",
+        ),
         ({"key": torch.randn(2, 2, 31, 16).half()}, "key must have query's dtype"),
         ({"key": torch.randn(2, 2, 31, 8)}, "key must be"),
         ({"value": torch.randn(2, 2, 30, 8)}, "key must be"),
@@ -153,5 +161,7 @@ def test_triton_without_a_gpu_is_refused_with_the_remedy():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here; the tensors of this test lie on the CPU all the same, but Triton may interpret")
     query, key, value = tensors()
-    with pytest.raises(RuntimeError, match=r'backend="triton" needs a GPU, and the tensors are on cpu. Use backend="auto"'):
+    with pytest.raises(
+        RuntimeError, match=r'backend="triton" needs a GPU, and the tensors are on cpu. Use backend="auto"'
+    ):
         sparse_attention(query, key, value, alpha=1.0, C=0.5, backend="triton")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from attention_cases import random_case, relative_error
+
 from nc_patch.ops.reference import causal_intervals, forced_counts, reference_attention, topk_mask, visible_mask
 
 

@@ -20,7 +20,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 def run(case: Case, selection: str, want_stats: bool):
     tensors = (case.query, case.key, case.value, case.visible)
     if selection == "block":
-        settings_ = {"scale": case.scale, "softcap": case.softcap, "block_size": case.block_size, "want_stats": want_stats}
+        settings_ = {
+            "scale": case.scale,
+            "softcap": case.softcap,
+            "block_size": case.block_size,
+            "want_stats": want_stats,
+        }
         return torch_block_attention(*tensors, case.origin, case.budget, case.sinks, **settings_)
     function = {"topk": torch_topk_attention, "window": torch_window_attention}[selection]
     output, lse, kept_mass = function(*tensors, case.budget, case.sinks, **case.row_settings(want_stats))
@@ -67,14 +72,18 @@ def revealing_case(keys: torch.Tensor, budget: int, sink_keys: int = 0, recent_k
     query = torch.full((1, 1, 1, D), 0.5)
     visible = torch.tensor([[[0, Lk]]], dtype=torch.int32)
     allowed = torch.tensor([[[budget]]], dtype=torch.int32)
-    return Case(query, keys[None, None], value, visible, visible[..., 0], allowed, None, 0.01, 0.0, sink_keys, recent_keys)
+    return Case(
+        query, keys[None, None], value, visible, visible[..., 0], allowed, None, 0.01, 0.0, sink_keys, recent_keys
+    )
 
 
 ADVERSARIAL = {
     "all equal": lambda n: torch.ones(n, 4),
     "all zero": lambda n: torch.zeros(n, 4),
     "two values": lambda n: (torch.rand(n, 1) > 0.5).float().expand(n, 4) / 2,
-    "one outlier": lambda n: torch.cat((torch.full((n // 2, 4), -1.0), torch.full((1, 4), 900.0), torch.full((n - n // 2 - 1, 4), -1.0))),
+    "one outlier": lambda n: torch.cat(
+        (torch.full((n // 2, 4), -1.0), torch.full((1, 4), 900.0), torch.full((n - n // 2 - 1, 4), -1.0))
+    ),
     "denormals": lambda n: torch.randint(1, 9, (n, 1)).float().expand(n, 4) * 2.0**-148,
     "neighbouring floats": lambda n: (1 + torch.randint(0, 4, (n, 1)) * 2.0**-22).expand(n, 4).contiguous(),
     "huge": lambda n: torch.randn(n, 4) * 1e30,
@@ -155,7 +164,15 @@ def test_gradients_equal_those_of_the_reference(selection):
         sinks = mine[3] if case.sinks is not None else None
         if selection == "block":
             output = custom_ops.block_attention(
-                *mine[:3], case.visible, case.origin, case.budget, sinks, case.scale, case.softcap, case.block_size, False
+                *mine[:3],
+                case.visible,
+                case.origin,
+                case.budget,
+                sinks,
+                case.scale,
+                case.softcap,
+                case.block_size,
+                False,
             )[0]
         else:
             op = {"topk": custom_ops.topk_attention, "window": custom_ops.window_attention}[selection]

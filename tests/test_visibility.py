@@ -46,7 +46,9 @@ def test_whole_sequence(kind):
 
 
 @pytest.mark.parametrize("kind", ["causal", "sliding"])
-@pytest.mark.parametrize(("q_length", "kv_length", "q_offset", "kv_offset"), [(5, 40, 35, 0), (1, 40, 39, 0), (4, 12, 30, 22)])
+@pytest.mark.parametrize(
+    ("q_length", "kv_length", "q_offset", "kv_offset"), [(5, 40, 35, 0), (1, 40, 39, 0), (4, 12, 30, 22)]
+)
 def test_against_a_cache(kind, q_length, kv_length, q_offset, kv_offset):
     mask_function, local = KINDS[kind]
     packed_mask = interval_mask(2, q_length, kv_length, q_offset, kv_offset, mask_function, local_size=local)
@@ -86,7 +88,9 @@ def test_chunks_are_counted_from_the_first_token_of_a_left_padded_row():
     padding = torch.ones(2, LENGTH, dtype=torch.bool)
     padding[1, :5] = False
     mask_function = mu.chunked_causal_mask_function(8, torch.tensor([0, 5]))
-    visible, _ = Visibility.unpack(interval_mask(2, LENGTH, LENGTH, mask_function=mask_function, attention_mask=padding))
+    visible, _ = Visibility.unpack(
+        interval_mask(2, LENGTH, LENGTH, mask_function=mask_function, attention_mask=padding)
+    )
     mask = expected(mask_function, LENGTH, LENGTH, 0, 0, padding, 2)
     assert torch.equal(visible_mask(visible, LENGTH), mask & padding[:, None, :, None])
 
@@ -133,7 +137,10 @@ def test_masks_that_are_not_causal_intervals_are_refused_by_name(mask_function, 
 
 def test_custom_masks_are_refused_while_compiling(monkeypatch):
     monkeypatch.setattr(visibility.torch.compiler, "is_compiling", lambda: True)
-    for mask_function, custom in ((mu.or_masks(mu.causal_mask_function), False), (mu.and_masks(mu.causal_mask_function), True)):
+    for mask_function, custom in (
+        (mu.or_masks(mu.causal_mask_function), False),
+        (mu.and_masks(mu.causal_mask_function), True),
+    ):
         with pytest.raises(UnsupportedMaskError, match="not one interval"):
             interval_mask(1, 4, 4, mask_function=mask_function, use_vmap=custom)
 

@@ -48,7 +48,8 @@ FAMILIES = {
         "eager",
     ),
 }
-# transformers builds this family's masks without position ids, so that packed sequences see each other in it, dense or not.
+# transformers builds this family's masks without position ids, so that packed sequences see each other in it, dense or
+# not.
 NOT_PACKABLE = {"gpt_oss"}
 
 

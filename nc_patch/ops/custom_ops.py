@@ -1,7 +1,8 @@
 """The operations as ``torch.library`` custom ops: opaque to ``torch.compile``, with fakes and gradients.
 
 One op a selection. Every op returns the output, the log-sum-exp and the kept mass; the last two are empty unless
-``want_stats``. ``block_attention`` also returns how many keys each query attended, which only it does not know beforehand.
+``want_stats``. ``block_attention`` also returns how many keys each query attended, which only it does not know
+beforehand.
 """
 
 from typing import Any
@@ -190,7 +191,20 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_output, query, key, value, visible, origin, budget, sinks, scale, softcap, sink_keys, recent_keys, block_size, selection
+    grad_output,
+    query,
+    key,
+    value,
+    visible,
+    origin,
+    budget,
+    sinks,
+    scale,
+    softcap,
+    sink_keys,
+    recent_keys,
+    block_size,
+    selection,
 ):
     new = torch.empty_like
     return new(query), new(key), new(value), query.new_empty(0) if sinks is None else new(sinks)
@@ -223,9 +237,7 @@ def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     query, key, value, visible, origin, budget, sinks = ctx.saved_tensors
-    grads = attention_backward(
-        grad_output, query, key, value, visible, origin, budget, sinks, *ctx.settings, "block"
-    )
+    grads = attention_backward(grad_output, query, key, value, visible, origin, budget, sinks, *ctx.settings, "block")
     return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * 4
 
 

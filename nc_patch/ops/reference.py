@@ -15,8 +15,8 @@ class AttentionResult(NamedTuple):
         output: ``[B, Hq, Lq, Dv]``; zero for a query that sees no key.
         lse: float ``[B, Hq, Lq]``, the natural log of the softmax denominator (attended keys, and the sink logit where
             there is one); ``-inf`` for a query that sees no key and has no sink.
-        kept_mass: float ``[B, Hq, Lq]``, the sum of the dense softmax weights, over the keys alone, of the keys that were
-            attended; 1 for a query that sees no key.
+        kept_mass: float ``[B, Hq, Lq]``, the sum of the dense softmax weights, over the keys alone, of the keys that
+            were attended; 1 for a query that sees no key.
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
     """
 
@@ -65,7 +65,7 @@ def visible_mask(visible: torch.Tensor, key_length: int) -> torch.Tensor:
 def topk_mask(
     scores: torch.Tensor, visible: torch.Tensor, budget: torch.Tensor, sink_keys: int, recent_keys: int
 ) -> torch.Tensor:
-    """Keys attended by ``topk``: sinks, recents, then the highest scores; ties go to the lower position, NaN is highest.
+    """Keys that ``topk`` attends: sinks, recents, then the highest scores; ties go to the lower position, NaN is first.
 
     Args:
         scores: ``[B, Hq, Lq, Lk]``.
@@ -155,7 +155,7 @@ def block_mask(
 
 
 def query_blocks(visible: torch.Tensor, origin: torch.Tensor, query_block_size: int) -> list[torch.Tensor]:
-    """Runs of consecutive rows ``visible[Lq, 2]`` of one sequence that share a query block; rows without keys are left out."""
+    """Runs of rows of one sequence, ``visible[Lq, 2]``, that share a query block; rows without keys are left out."""
     position = (visible[:, 1] - 1 - origin).tolist()
     sequence, empty = origin.tolist(), (visible[:, 1] <= visible[:, 0]).tolist()
     runs: list[list[int]] = []
@@ -203,7 +203,8 @@ def reference_attention(
         scale: factor of the scores q·k, positive.
         softcap: scores become ``softcap * tanh(score / softcap)`` after scaling.
         sinks: ``[Hq]`` learned logits that join the softmax's denominator.
-        origin: int32 ``[B, Lq]``, where each query's sequence begins; by default its interval's start. ``"block"`` only.
+        origin: int32 ``[B, Lq]``, where each query's sequence begins; by default its interval's start. ``"block"``
+            only.
 
     Returns:
         All four fields of ``AttentionResult``, in float64 (``attended`` in int32).
@@ -223,9 +224,7 @@ def reference_attention(
         attended = window_mask(visible, budget, sink_keys, Lk).expand(B, Hq, Lq, Lk)
     elif selection == "block":
         origin = visible[..., 0] if origin is None else origin
-        attended = block_mask(
-            scores, visible, origin, budget, Hkv, block_size, query_block_size, sample_stride
-        )
+        attended = block_mask(scores, visible, origin, budget, Hkv, block_size, query_block_size, sample_stride)
     elif selection == "dense":
         attended = seen.expand(B, Hq, Lq, Lk)
     else:

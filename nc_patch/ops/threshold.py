@@ -1,9 +1,10 @@
 """The k-th largest value of each row, for a k that differs from row to row.
 
-``scripts/measure_thresholds.py`` times the algorithms; ``docs/results/thresholds.json`` holds the result that the choice in
-``kth_largest`` follows: on the CPU NumPy's vectorised partition, elsewhere ``torch.topk``.
+``scripts/measure_thresholds.py`` times the algorithms; ``docs/results/thresholds.json`` holds the result that the
+choice in ``kth_largest`` follows: on the CPU NumPy's vectorised partition, elsewhere ``torch.topk``.
 """
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -49,7 +50,7 @@ def _around(descending: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def by_partition_(values: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kth_largest`` with NumPy's partition (AVX-512 and AVX2 quickselect) in place, heads split over torch's threads."""
+    """``kth_largest`` with NumPy's vectorised partition, in place, the heads split over torch's threads."""
     H, R, N = values.shape
     if k.ndim == 2 and k.shape[0] == 1:
         k = k[0]
@@ -80,7 +81,7 @@ def by_partition_(values: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, 
         select(slice(0, H))
     else:
         bounds = [H * i // workers for i in range(workers + 1)]
-        list(_pool(workers).map(select, [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]))
+        list(_pool(workers).map(select, [slice(a, b) for a, b in itertools.pairwise(bounds)]))
     return at, (at == after) & (k > 0)
 
 

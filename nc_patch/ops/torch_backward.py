@@ -1,4 +1,4 @@
-"""Gradients of sparse attention in PyTorch, in blocks of query rows: the choice of keys is a constant, all else is exact.
+"""Gradients of sparse attention in PyTorch, in blocks of query rows; the choice of keys is a constant.
 
 Which keys are attended is piecewise constant in the inputs, so that almost everywhere the gradient through the attended
 keys is the gradient.
@@ -39,9 +39,8 @@ def attention_gradients(
     Returns:
         Gradients in the dtypes of query, key, value and sinks (None without sinks).
     """
-    B, Hq, Lq, D = query.shape
+    _, Hq, Lq, D = query.shape
     Hkv, Lk = key.shape[1], key.shape[2]
-    group = Hq // Hkv
     grad_query = torch.zeros(query.shape, device=query.device)
     grad_key, grad_value = torch.zeros(key.shape, device=key.device), torch.zeros(value.shape, device=value.device)
     grad_sinks = None if sinks is None else torch.zeros(Hq, device=query.device)
@@ -67,21 +66,24 @@ def attention_gradients(
         weights = softmax_(scores, logits).masked_fill_(empty, 0.0)
         grad = grad_output[b, :, block.rows].float().masked_fill(empty, 0.0)
 
-        R = grad.shape[1]
-        by_group = lambda t: t.reshape(Hkv, group * R, t.shape[-1])  # noqa: E731
-        grad_value[b, :, span] += by_group(weights).transpose(1, 2) @ by_group(grad)
-        grad_weights = (by_group(grad) @ v.transpose(1, 2)).view_as(weights)
+        grad_value[b, :, span] += _grouped(weights, Hkv).transpose(1, 2) @ _grouped(grad, Hkv)
+        grad_weights = (_grouped(grad, Hkv) @ v.transpose(1, 2)).view_as(weights)
         mean = (weights * grad_weights).sum(-1, keepdim=True)
         if grad_sinks is not None and to_sink is not None:
             grad_sinks -= (to_sink.masked_fill(empty[:, 0], 0.0) * mean[..., 0]).sum(-1)
         grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(scale)
         if slope is not None:
             grad_scores.mul_(slope)
-        grad_query[b, :, block.rows] = (by_group(grad_scores) @ k).view(Hq, R, D)
-        grad_key[b, :, span] += by_group(grad_scores).transpose(1, 2) @ by_group(q)
+        grad_query[b, :, block.rows] = (_grouped(grad_scores, Hkv) @ k).view(Hq, -1, D)
+        grad_key[b, :, span] += _grouped(grad_scores, Hkv).transpose(1, 2) @ _grouped(q, Hkv)
     return (
         grad_query.to(query.dtype),
         grad_key.to(key.dtype),
         grad_value.to(value.dtype),
         None if grad_sinks is None or sinks is None else grad_sinks.to(sinks.dtype),
     )
+
+
+def _grouped(tensor: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """``[Hq, R, N]`` as ``[Hkv, G * R, N]``."""
+    return tensor.reshape(num_kv_heads, -1, tensor.shape[-1])

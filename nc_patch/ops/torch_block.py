@@ -1,5 +1,6 @@
 """``block`` attention in PyTorch: sampled query rows choose the key blocks that a whole query block attends."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def torch_block_attention(
     block_size: int,
     want_stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention over key blocks that every query of a query block shares, as ``reference_attention`` defines ``"block"``.
+    """Attention over key blocks that a query block shares, as ``reference_attention`` defines ``"block"``.
 
     Args:
         query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``.
@@ -49,7 +50,8 @@ def torch_block_attention(
         want_stats: whether lse and kept mass are wanted; the kept mass costs as much as dense attention.
 
     Returns:
-        (output ``[B, Hq, Lq, Dv]``, lse and kept mass float32 ``[B, Hq, Lq]`` or empty, attended int32 ``[B, Hq, Lq]``).
+        (output ``[B, Hq, Lq, Dv]``, lse and kept mass float32 ``[B, Hq, Lq]`` or empty, attended int32 ``[B, Hq,
+        Lq]``).
     """
     B, Hq, Lq, _ = query.shape
     Hkv, Lk = key.shape[1], key.shape[2]
@@ -86,7 +88,9 @@ def torch_block_attention(
         if want_stats:
             kept = torch.logsumexp(scores, -1)
             every = scores_of(rows_query, keys[:, block.low : block.high], buffers, "dense")
-            every = _hide(final_scores_(every, after, softcap), seen, torch.arange(block.low, block.high, device=seen.device))
+            every = _hide(
+                final_scores_(every, after, softcap), seen, torch.arange(block.low, block.high, device=seen.device)
+            )
             stats.record(block, kept, torch.logsumexp(every, -1), seen[:, 1] <= seen[:, 0])
         weights = softmax_(scores, None if logits is None else logits[:, None])
         output[b, :, block.rows] = weighted_values(weights, values[index, position]).to(output.dtype)
@@ -94,7 +98,7 @@ def torch_block_attention(
 
 
 def query_blocks(visible: torch.Tensor, origin: torch.Tensor) -> list[RowBlock]:
-    """Runs of rows that share a query block: same sequence, same ``position // QUERY_BLOCK_SIZE``; empty rows are left out."""
+    """Runs of rows that share a query block: same sequence, same ``position // QUERY_BLOCK_SIZE``, none empty."""
     start, end = visible[..., 0].long(), visible[..., 1].long()
     number = torch.div(end - 1 - origin, QUERY_BLOCK_SIZE, rounding_mode="floor")
     changes = torch.ones_like(start, dtype=torch.bool)
@@ -106,7 +110,7 @@ def query_blocks(visible: torch.Tensor, origin: torch.Tensor) -> list[RowBlock]:
     for b, (changed, is_empty) in enumerate(zip(changes, empty, strict=True)):
         edges = [*changed.nonzero()[:, 0].tolist(), changes.shape[1]]
         nothing = is_empty.tolist()
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             if not nothing[first]:
                 low, high = int(start[b, first:last].min()), int(end[b, first:last].max())
                 blocks.append(RowBlock(b, first, last, low, high))
@@ -119,7 +123,7 @@ def _hide(scores: torch.Tensor, seen: torch.Tensor, position: torch.Tensor) -> t
 
 
 def sampled_rows(seen: torch.Tensor, begin: int) -> torch.Tensor:
-    """Which rows of a query block are scored, bool ``[R]``: the last of every ``SAMPLE_STRIDE`` and the block's last."""
+    """Which rows of a query block are scored, bool ``[R]``: the last of each ``SAMPLE_STRIDE`` and the block's last."""
     sampled = (seen[:, 1].long() - 1 - begin) % SAMPLE_STRIDE == SAMPLE_STRIDE - 1
     sampled[-1] = True
     return sampled

@@ -16,7 +16,7 @@ _SCORES_PER_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows ``first:last`` of one sequence and the keys ``low:high`` that any of them sees; ``batch`` is the sequence."""
+    """Rows ``first:last`` of the sequence ``batch``, and the keys ``low:high`` that any of them sees."""
 
     batch: int
     first: int
@@ -35,7 +35,7 @@ def rows_per_block(num_heads: int, key_length: int, most: int = 128) -> int:
 
 
 def row_blocks(visible: torch.Tensor, rows: int) -> Iterator[RowBlock]:
-    """Blocks of at most ``rows`` rows over ``visible`` int32 ``[B, Lq, 2]``; blocks in which no row sees a key are left out."""
+    """Blocks of at most ``rows`` rows over ``visible`` int32 ``[B, Lq, 2]``, without those that see no key."""
     B, Lq, _ = visible.shape
     blocks = -(-Lq // rows)
     start, end = visible[..., 0].long(), visible[..., 1].long()
@@ -54,7 +54,7 @@ def row_blocks(visible: torch.Tensor, rows: int) -> Iterator[RowBlock]:
 
 
 def split_scale(scale: float) -> tuple[float, float]:
-    """``scale`` as (factor of the query, factor of the scores): a power of two changes no rounding and goes to the query."""
+    """``scale`` as factors of the query and of the scores: a power of two rounds nothing and goes to the query."""
     return (scale, 1.0) if math.frexp(scale)[0] == 0.5 else (1.0, scale)
 
 
@@ -75,7 +75,7 @@ def final_scores_(raw: torch.Tensor, factor: float, softcap: float) -> torch.Ten
 
 
 def softmax_(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Weights ``[H, R, N]`` of scores masked with -inf, written over them; ``sinks`` float32 ``[H, R]`` joins the denominator.
+    """Weights ``[H, R, N]`` of scores masked with -inf, in place; ``sinks`` float32 ``[H, R]`` joins the denominator.
 
     A row with nothing but -inf becomes NaN, as in dense attention; the caller knows which rows see no key.
     """
@@ -87,7 +87,7 @@ def softmax_(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
 
 
 def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """``[Hq, R, N]`` times ``[Hkv, N, Dv]``: ``[Hq, R, Dv]``. A value under a zero weight contributes nothing, NaN or not."""
+    """``[Hq, R, N]`` times ``[Hkv, N, Dv]``: ``[Hq, R, Dv]``. Under a zero weight even NaN contributes nothing."""
     Hq, R, N = weights.shape
     Hkv = value.shape[0]
     grouped = weights.view(Hkv, (Hq // Hkv) * R, N)

@@ -1,4 +1,4 @@
-"""Exact token-level ``topk`` attention in PyTorch, in blocks of query rows; with a full budget, dense attention over intervals."""
+"""Exact token-level ``topk`` attention in PyTorch, in blocks of query rows; dense where the budget is full."""
 
 import torch
 
@@ -46,8 +46,8 @@ def torch_topk_attention(
         want_stats: whether lse and kept mass are wanted.
 
     Returns:
-        (output ``[B, Hq, Lq, Dv]`` in query's dtype, lse float32 ``[B, Hq, Lq]``, kept mass float32 ``[B, Hq, Lq]``); the
-        last two are empty unless wanted.
+        (output ``[B, Hq, Lq, Dv]`` in query's dtype, lse float32 ``[B, Hq, Lq]``, kept mass float32 ``[B, Hq, Lq]``);
+        the last two are empty unless wanted.
     """
     B, Hq, Lq, _ = query.shape
     Lk = key.shape[2]
@@ -99,8 +99,9 @@ def keep_topk_(
 ) -> torch.Tensor:
     """Keeps the scores that ``topk`` attends and makes the others -inf, in place.
 
-    What is kept is lowered by a shift that is constant along a row, which softmax does not see: comparing with the threshold
-    is then one vectorised subtraction and one comparison with zero, several times faster than a bool mask on a CPU.
+    What is kept is lowered by a shift that is constant along a row, which softmax does not see: comparing with the
+    threshold is then one vectorised subtraction and one comparison with zero, several times faster than a bool mask on
+    a CPU.
 
     Args:
         raw: unscaled scores float32 ``[H, R, N]`` against the keys ``block.low:block.high``.
@@ -133,7 +134,7 @@ def keep_topk_(
     mended = _keep_first_ties(raw, awkward, threshold, shift, wanted, begin, stop, block.low)
     saved = [raw[..., columns].clone() for columns in edges]
     raw.sub_(threshold[..., None])
-    torch.nn.functional.threshold_(raw, _BELOW_ZERO, -torch.inf)
+    torch.threshold_(raw, _BELOW_ZERO, -torch.inf)
     no_rival = wanted <= 0
     if bool(no_rival.any()):
         raw.masked_fill_(no_rival[..., None], -torch.inf)
@@ -163,7 +164,7 @@ def _keep_first_ties(
     stop: torch.Tensor,
     low: int,
 ) -> torch.Tensor:
-    """The rows ``at`` (heads, rows) of ``raw`` less their shift, -inf but for rivals above the threshold and the first on it."""
+    """Rows ``at`` (heads, rows) of ``raw``, -inf but for rivals above the threshold and the first of those on it."""
     heads, rows = at
     H, _, N = raw.shape
     kept = raw.new_empty(len(heads), N)

@@ -37,7 +37,8 @@ def torch_window_attention(
     """Attention over the first ``sink_keys`` and the most recent keys of each interval, ``budget`` in all.
 
     Arguments and results as in ``torch_topk_attention``; ``recent_keys`` plays no part, since all of the budget but the
-    sinks is recent. The kept mass, when wanted, needs the scores of every visible key and costs as much as dense attention.
+    sinks is recent. The kept mass, when wanted, needs the scores of every visible key and costs as much as dense
+    attention.
     """
     B, Hq, Lq, _ = query.shape
     Lk = key.shape[2]
@@ -89,6 +90,8 @@ def keep_window_(
     """
     position = torch.arange(block.low, block.high, device=raw.device, dtype=torch.int32)
     sink_stop, recent_begin = (seen[:, 0] + sinks)[..., None], (seen[:, 1] - recents)[..., None]
-    hidden = (position < seen[:, :1]) | (position >= seen[:, 1:]) | ((position >= sink_stop) & (position < recent_begin))
+    hidden = (
+        (position < seen[:, :1]) | (position >= seen[:, 1:]) | ((position >= sink_stop) & (position < recent_begin))
+    )
     raw.masked_fill_(hidden, -torch.inf)
     return raw.new_zeros(1, raw.shape[1])
