@@ -75,9 +75,7 @@ def measure(model: Any, config: NCConfig | None, sample: Sample) -> Measurement:
         loss_sum = _loss_sum(logits, ids[-sample.scored :])
         attended = _attended(model) if config else _attended_dense(model, len(ids) - 1, sample.scored)
     if not math.isfinite(loss_sum):
-        raise EvalError(
-            f"the loss is {loss_sum}: the logits hold NaN or Inf in {model.dtype}. Try --dtype float32 or another model."
-        )
+        raise EvalError(f"the loss is {loss_sum}: the logits hold NaN or Inf in {model.dtype}; try --dtype float32")
     return Measurement(
         loss_sum=loss_sum,
         tokens=sample.scored,

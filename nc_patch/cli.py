@@ -1,0 +1,82 @@
+"""The command line: ``nc-patch COMMAND ...``, also as ``python -m nc_patch COMMAND ...``.
+
+Commands live in ``eval_tasks`` and are imported when they are called, so that the library needs none of their packages.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nc_patch.version import __version__
+
+USAGE_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: a function of the remaining arguments that returns the exit code, and what it needs installed.
+
+    Attributes:
+        module, function: where it is.
+        summary: one line for the help.
+        requires: modules that must be there.
+        extra: the extra of this package that installs them.
+    """
+
+    module: str
+    function: str
+    summary: str
+    requires: tuple[str, ...]
+    extra: str
+
+
+_EVAL_PACKAGES = ("matplotlib", "numpy", "psutil", "torch", "tqdm", "transformers")
+COMMANDS = {
+    "eval": Command(
+        "eval_tasks.command", "run_eval", "measure sparse attention by context length", _EVAL_PACKAGES, "eval"
+    ),
+    "report": Command(
+        "eval_tasks.command", "run_report", "write the report of an earlier eval again", _EVAL_PACKAGES, "eval"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0, 2 for arguments or an environment that do not fit, or what the command returns.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else USAGE_ERROR
+    if arguments[0] == "--version":
+        print(f"nc_patch {__version__}")
+        return 0
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        print(f"nc-patch: unknown command {arguments[0]!r}; allowed are {', '.join(COMMANDS)}", file=sys.stderr)
+        return USAGE_ERROR
+    missing = [name for name in command.requires if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"nc-patch: {arguments[0]} needs {', '.join(missing)}: pip install 'nc_patch[{command.extra}]'",
+            file=sys.stderr,
+        )
+        return USAGE_ERROR
+    function = getattr(importlib.import_module(command.module), command.function)
+    try:
+        return int(function(arguments[1:]))
+    except SystemExit as stop:  # argparse ends this way, after its message
+        return stop.code if isinstance(stop.code, int) else USAGE_ERROR
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
+    return f"usage: nc-patch [--version] COMMAND ...\n\n{commands}\n\nnc-patch COMMAND --help says more."
