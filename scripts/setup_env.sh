@@ -16,7 +16,7 @@ nc_python_fits() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
 }
 
-# Prints the first interpreter that fits.
+# Prints the first interpreter that fits, beginning with those the pinned versions are tested with.
 nc_find_python() {
     local candidate
     if [ -n "${PYTHON:-}" ]; then
@@ -24,7 +24,7 @@ nc_find_python() {
         printf '%s\n' "$PYTHON"
         return
     fi
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14 python; do
+    for candidate in python3.11 python3.12 python3.13 python3 python3.14 python3.10 python; do
         if nc_python_fits "$candidate"; then
             printf '%s\n' "$candidate"
             return
