@@ -133,7 +133,7 @@ def attend(
         The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``.
     """
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, sinks))
-    backend, reason = choose_backend("torch" if needs_grad else config.backend, selection, query.device)
+    backend, reason = choose_backend(config.backend, selection, query.device, needs_grad)
     if reason is not None:
         _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)

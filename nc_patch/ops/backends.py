@@ -9,12 +9,15 @@ IMPLEMENTED: dict[str, frozenset[str]] = {
 }
 
 
-def choose_backend(requested: str, selection: str, device: torch.device) -> tuple[str, str | None]:
-    """The backend that runs ``selection`` on ``device``, and why it is not the one asked for, if it is not.
+def choose_backend(
+    requested: str, selection: str, device: torch.device, needs_grad: bool = False
+) -> tuple[str, str | None]:
+    """The backend that runs ``selection`` on ``device``, and why it is not the fast one, if it is not.
 
     Args:
         requested: ``"auto"``, ``"triton"`` or ``"torch"``.
         selection: ``"topk"``, ``"window"``, ``"block"`` or ``"dense"``.
+        needs_grad: whether a gradient will be asked for, which only the PyTorch operations have.
 
     Raises:
         RuntimeError: Triton was asked for by name where it cannot run.
@@ -22,6 +25,8 @@ def choose_backend(requested: str, selection: str, device: torch.device) -> tupl
     if requested == "torch":
         return "torch", None
     problem = triton_problem(device)
+    if problem is None and needs_grad:
+        problem = "has no gradient, and one is required (under torch.inference_mode() none is)"
     if requested == "triton" and problem is not None:
         raise RuntimeError(f'backend="triton" {problem}. Use backend="auto" or backend="torch".')
     if problem is not None:
