@@ -3,31 +3,29 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from eval_tasks.errors import EvalError
-from eval_tasks.methods import METHODS, Budgets
+from eval_tasks.methods import METHODS, Budgets, Method
 from eval_tasks.models import DTYPES
 from eval_tasks.provenance import command_line
 from eval_tasks.report import REPORT, write_report
 from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.sweep import Sweep, run_sweep
-from eval_tasks.tasks import TASKS, Layout, ascending
+from eval_tasks.tasks import TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
+from nc_patch.cli import INTERRUPTED, USAGE_ERROR
 from nc_patch.config import BACKENDS, BLOCK_SIZES
-
-USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 def run_eval(argv: Sequence[str]) -> int:
     """Measures methods by context length and writes the report; returns 0, 2 for errors, or 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     if arguments.list_methods or arguments.list_tasks:
-        for entry in (METHODS if arguments.list_methods else TASKS).values():
-            print(f"{entry.name:12} {entry.description}")
+        print(_listed(METHODS if arguments.list_methods else TASKS))
         return 0
     transformers_logging.disable_progress_bar()
     command = command_line(["eval", *argv])
@@ -102,9 +100,10 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nc-patch eval",
-        description="Measure what sparse attention keeps of a model, by context length. Interrupted, the same command "
-        "goes on where it was.",
-        epilog="methods: " + "; ".join(f"{m.name}: {m.description}" for m in METHODS.values()),
+        description="Measure what sparse attention keeps of a model, by context length.\n"
+        "Interrupted, the same command goes on where it was.",
+        epilog=f"methods:\n{_listed(METHODS)}\n\ntasks:\n{_listed(TASKS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="directory for results.jsonl, summary.csv, run.json and report.html")
@@ -137,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--list-methods", action="store_true", help="print the methods and end")
     add("--list-tasks", action="store_true", help="print the tasks and end")
     return parser
+
+
+def _listed(entries: Mapping[str, Method | Task]) -> str:
+    return "\n".join(f"  {entry.name:12} {entry.description}" for entry in entries.values())
 
 
 def _positive(text: str) -> int:

@@ -57,7 +57,7 @@ def budget_figure(summaries: Sequence[Summary], task: str) -> Figure:
 
 def main_figure(summaries: Sequence[Summary]) -> Figure:
     """The result in one picture: every scored task side by side."""
-    tasks = [task for task in reversed(TASKS) if any(s.task == task for s in summaries) and not TASKS[task].dense_only]
+    tasks = [task for task in TASKS if any(s.task == task for s in summaries) and not TASKS[task].dense_only]
     figure, axes = _axes(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         _draw_task(axis, summaries, task)

@@ -112,8 +112,10 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = (directory / RESULTS).read_bytes().split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise EvalError(f"{directory / RESULTS} cannot be read: {error.strerror}") from error
     return [row for _, row in _parse(directory / RESULTS, lines)]
 
 
@@ -126,8 +128,10 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     path = directory / RUN
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise EvalError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise EvalError(f"{path} is damaged ({error}); give another --out, or remove the directory") from error
     if not isinstance(run, dict):

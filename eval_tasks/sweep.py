@@ -40,7 +40,8 @@ class Sweep:
         layout: lengths, samples and seed.
         dtype, device: as ``load_model`` takes them.
         threads: of PyTorch on the CPU; None leaves its choice.
-        minutes: no sample is begun that is not expected to end within so many minutes; None for no limit.
+        minutes: after the first, no sample is begun that is not expected to end within so many minutes; None for no
+            limit.
     """
 
     model: str
@@ -198,8 +199,9 @@ def _measure_all(
     source_commit = commit()
     progress = Progress([planned.step for planned in todo], forecast)
     try:
-        for group in _groups(todo):
-            if _exceeds(sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)):
+        for number, group in enumerate(_groups(todo)):
+            # One group is measured whatever the limit, so that runs that are repeated always get further.
+            if number and _exceeds(sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)):
                 left = sum(planned.key not in {row["key"] for row in store.rows} for planned in todo)
                 print(
                     f"Stopped before the limit of {sweep.minutes:g} minutes with {left} of {len(plan)} measurements to "

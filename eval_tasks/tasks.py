@@ -170,13 +170,6 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
-            "perplexity",
-            "perplexity",
-            "the same last tokens of a stretch of text, under a left context that grows with the length",
-            _perplexity,
-            lambda layout, prefix: layout.scored + prefix,
-        ),
-        Task(
             "recall",
             "recall perplexity",
             "a passage, the text that follows it as filler, and the passage again, which is scored: only attention "
@@ -191,6 +184,13 @@ TASKS: dict[str, Task] = {
             _unseen,
             lambda layout, prefix: layout.passage + 1 + prefix,
             dense_only=True,
+        ),
+        Task(
+            "perplexity",
+            "perplexity",
+            "the same last tokens of a stretch of text, under a left context that grows with the length",
+            _perplexity,
+            lambda layout, prefix: layout.scored + prefix,
         ),
     )
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nc_patch.version import __version__
 
-USAGE_ERROR = 2
+USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USAGE_ERROR
-    function = getattr(importlib.import_module(command.module), command.function)
     try:
+        function = getattr(importlib.import_module(command.module), command.function)
         return int(function(arguments[1:]))
     except SystemExit as stop:  # argparse ends this way, after its message
         return stop.code if isinstance(stop.code, int) else USAGE_ERROR
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _help() -> str:

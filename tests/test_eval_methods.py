@@ -1,0 +1,59 @@
+"""The list of methods: budgets equal where it says so, and each method what its name says."""
+
+import pytest
+
+from eval_tasks.methods import DENSE, METHODS, Budgets, budget_at
+
+LAWS = [(2.0, 0.5, 1024), (2.0, 0.7, 512), (1.0, 0.9, 4096), (4.0, 0.6, 1000), (3.3, 0.0, 77), (50.0, 1.0, 64)]
+SPARSE = [name for name in METHODS if name != DENSE]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("name", SPARSE)
+def test_all_budgets_are_equal_at_the_stated_length(name, law):
+    alpha, C, equal_at = law
+    budgets = Budgets(alpha, C, equal_at)
+    assert budget_at(name, budgets, equal_at) == budgets.fixed
+
+
+def test_rounding_never_lifts_the_logarithmic_budget():
+    for equal_at in range(2, 2000):
+        budgets = Budgets(2.0, 0.5, equal_at)
+        assert budget_at("log-topk", budgets, equal_at) == budgets.fixed, equal_at
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_budgets_grow_as_the_method_says(name):
+    budgets = Budgets(2.0, 0.5, 1024)
+    later = budget_at(name, budgets, 4096)
+    if METHODS[name].grows:
+        assert later == 2 * budgets.fixed
+    elif name == "log-topk":
+        assert budgets.fixed < later < 1.25 * budgets.fixed
+    else:
+        assert later == budgets.fixed
+
+
+def test_dense_is_the_unpatched_model_and_attends_everything():
+    budgets = Budgets(2.0, 0.5, 1024)
+    assert METHODS[DENSE].config(budgets) is None
+    assert budget_at(DENSE, budgets, 4096) == 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "selection", "sinks"),
+    [("window", "window", 0), ("streaming", "window", 4), ("nc-window", "window", 4), ("nc-topk", "topk", None)],
+)
+def test_selection_and_sinks_are_those_of_the_method(name, selection, sinks):
+    config = METHODS[name].config(Budgets(2.0, 0.5, 1024))
+    assert (config.prefill, config.decode) == (selection, selection)
+    assert sinks is None or config.sink_keys == sinks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0.0, 0.5, 64), "alpha"), ((2.0, 1.5, 64), "C must be"), ((2.0, 0.5, 1), "at least 2"), ((2.0, 0.5, 64, 7), "7")],
+)
+def test_budgets_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Budgets(*arguments)

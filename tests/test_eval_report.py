@@ -1,0 +1,162 @@
+"""The report: everything in it escaped and inside one file, and sentences that follow the numbers."""
+
+import math
+import re
+
+import pytest
+
+from eval_tasks.findings import Findings
+from eval_tasks.methods import METHODS
+from eval_tasks.progress import Forecast, Step, duration
+from eval_tasks.provenance import record_session
+from eval_tasks.report import write_report
+from eval_tasks.store import ResultStore
+from eval_tasks.summary import summarise, to_csv
+
+NASTY = "<script>alert('x')</script>&"
+
+
+def row(task, length, sample, method, perplexity, budget=64, **further):
+    return {
+        "key": f"{task}{length}{sample}{method}",
+        "method": method,
+        "task": task,
+        "length": length,
+        "sample": sample,
+        "budget": budget,
+        "loss_sum": 10 * math.log(perplexity),
+        "tokens": 10,
+        "bytes": 40,
+        "attended_fraction": 1.0 if method == "dense" else 0.05,
+        "mean_keys": 50.0,
+        "tail_attended_fraction": 0.05,
+        "tail_mean_keys": 60.0,
+        "seconds": 2.0,
+        "peak_memory": 5_000_000,
+        "ran_dense": {},
+        "commit": NASTY,
+        **further,
+    }
+
+
+def rows_of(task, length, perplexities, samples=3):
+    return [row(task, length, i, method, p) for i in range(samples) for method, p in perplexities.items()]
+
+
+def run_of(**identity):
+    known = {"model": NASTY, "methods": list(METHODS), "tasks": ["recall", "unseen", "perplexity"], "lengths": [4096]}
+    settings = {"samples": 3, "scored": 10, "passage": 10, "alpha": 2.0, "C": 0.5, "equal_at": 1024}
+    return {
+        "identity": known | settings | identity,
+        "text_origin": NASTY,
+        "text_tokens": 1000,
+        "model_class": "LlamaForCausalLM",
+        "model_dtype": "float32",
+        "model_parameters": 10,
+        "budget_at_equal": 64,
+        "log_factor": 6.4,
+        "hardware": {"processor": NASTY, "threads": 2},
+    }
+
+
+def findings(rows):
+    return Findings(run_of(), rows, summarise(rows))
+
+
+def test_the_report_escapes_every_text_and_refers_to_nothing_outside_itself(tmp_path):
+    rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 7.0, "fixed-topk": 25.7})
+    rows[0]["ran_dense"] = {NASTY: 3}
+    run = run_of()
+    with ResultStore(tmp_path) as store:
+        for entry in rows:
+            store.append(entry)
+        record_session(tmp_path, run.pop("identity"), run, f"nc-patch eval --model '{NASTY}'")
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 5
+    assert page.count("<svg") == page.count("</svg>") == 2
+    assert not re.search(r"(?:src|href)=\"(?!#)", page)
+    assert re.search(r"\$\w", page) is None
+
+
+def test_the_headline_says_that_the_growing_budget_is_better_where_it_is():
+    rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 7.0, "fixed-topk": 25.7, "log-topk": 19.1})
+    said = " ".join(findings(rows).headline())
+    assert "At 4,096 tokens, α·n^C top-k attention reads 5.0 % of the keys" in said
+    assert "recall perplexity of 7.00" in said
+    assert "3.5 times dense" in said
+    assert "better than both, and ahead in 3 of 3 samples" in said
+
+
+def test_the_headline_says_that_the_growing_budget_is_worse_where_it_is():
+    rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 7.0, "fixed-topk": 5.0, "log-topk": 6.0})
+    said = " ".join(findings(rows).headline())
+    assert "worse than both, and ahead in 0 of 3 samples" in said
+
+
+def test_equal_budgets_are_not_called_a_comparison():
+    rows = rows_of("recall", 1024, {"dense": 2.0, "nc-topk": 2.5, "fixed-topk": 2.4})
+    assert "At this length all budgets are equal" in " ".join(findings(rows).headline())
+
+
+@pytest.mark.parametrize(
+    ("window", "verdict"),
+    [(44.0, "does not recall the passage"), (1.35, "it recalls the passage"), (6.0, "recalls a part of the passage")],
+)
+def test_windows_are_judged_by_the_share_of_the_gain_they_keep(window, verdict):
+    rows = rows_of("recall", 4096, {"dense": 1.3, "nc-topk": 1.4, "streaming": window})
+    rows += rows_of("unseen", 4096, {"dense": 37.0})
+    said = " ".join(findings(rows).headline())
+    assert verdict in said
+    assert "it keeps 98 % of what dense attention gains" in said
+
+
+def test_a_length_at_which_a_method_lacks_samples_is_not_compared():
+    rows = rows_of("recall", 2048, {"dense": 2.0, "nc-topk": 3.0})
+    rows += rows_of("recall", 4096, {"dense": 2.0}) + rows_of("recall", 4096, {"nc-topk": 9.0}, samples=1)
+    assert findings(rows).headline()[0].startswith("At 2,048 tokens")
+
+
+def test_without_dense_nothing_is_compared():
+    rows = rows_of("recall", 2048, {"nc-topk": 3.0, "window": 9.0})
+    assert "nothing is compared" in findings(rows).headline()[0]
+    assert findings(rows).details()
+
+
+def test_details_name_where_sparse_attention_loses_and_where_dense_fails():
+    rows = rows_of("recall", 4096, {"dense": 30.0, "nc-topk": 33.0}) + rows_of("unseen", 4096, {"dense": 37.0})
+    said = " ".join(findings(rows).details())
+    assert "worse than dense by more than 2 %: recall perplexity at 4,096 (+10.0 %)" in said
+    assert "recalls little at 4,096: judge no method there" in said
+    assert "with so few they are rough" in said
+
+
+def test_the_summary_pairs_samples_and_counts_them():
+    rows = [row("perplexity", 512, i, "dense", p) for i, p in enumerate((10.0, 20.0, 40.0))]
+    rows += [row("perplexity", 512, i, "nc-topk", p) for i, p in enumerate((11.0, 22.0))]
+    dense, sparse = summarise(rows)
+    assert dense.perplexity == pytest.approx(20.0)
+    assert (dense.loss_minus_dense, dense.low, dense.perplexity_ratio) == (None, None, None)
+    assert sparse.perplexity_ratio == pytest.approx(1.1)
+    assert (sparse.low, sparse.high) == pytest.approx((math.log(1.1), math.log(1.1)))
+    assert (sparse.samples, sparse.worse_samples) == (2, 2)
+    assert dense.bits_per_byte == pytest.approx(math.log2(20) / 4)
+    header, first, second = to_csv([dense, sparse]).splitlines()
+    assert header.startswith("task,length,method,samples")
+    assert first.startswith("perplexity,512,dense,3")
+    assert len(first.split(",")) == len(second.split(",")) == len(header.split(","))
+
+
+def test_the_time_left_follows_what_each_method_has_cost():
+    forecast = Forecast()
+    assert forecast.seconds([Step("dense", 512)]) is None
+    forecast.learn(Step("dense", 2048), 4.0)
+    forecast.learn(Step("nc-topk", 2048), 12.0)
+    assert forecast.seconds([Step("dense", 2048), Step("nc-topk", 2048)]) == pytest.approx(16.0)
+    assert forecast.seconds([Step("block", 2048)]) == pytest.approx(8.0)
+    assert forecast.seconds([Step("dense", 4096)]) == pytest.approx(12.0)
+
+
+def test_durations_are_in_words():
+    assert [duration(s) for s in (None, 4.4, 125.0, 7260.0)] == ["unknown time", "4 s", "2 min 05 s", "2 h 01 min"]

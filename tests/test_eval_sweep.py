@@ -1,0 +1,179 @@
+"""Whole sweeps on a tiny model: what is measured, and that interruptions lose nothing."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
+
+from eval_tasks.errors import EvalError
+from eval_tasks.measure import measure
+from eval_tasks.methods import METHODS, Budgets
+from eval_tasks.store import read_rows
+from eval_tasks.tasks import TASKS, Layout, tokenise
+from nc_patch.cli import main
+
+LAYOUT = Layout((96,), 1, 16, 12, 0)
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return TASKS["perplexity"].build(tokenise(tiny_tokenizer(), tiny_text(2000)), 0, 96, LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A directory that a whole sweep filled."""
+    directory = tmp_path_factory.mktemp("sweep")
+    assert main(sweep_arguments(directory, directory / "out")) == 0
+    return directory / "out"
+
+
+def test_the_loss_is_that_of_the_whole_forward_pass_at_the_scored_tokens(sample):
+    model = tiny_model("llama")
+    ids = torch.from_numpy(sample.ids)
+    with torch.inference_mode():
+        logits = model(ids[None, :-1]).logits[0].double()
+    expected = -torch.log_softmax(logits, -1)[torch.arange(96), ids[1:]][-16:].sum()
+    measured = measure(model, None, sample)
+    assert measured.loss_sum == pytest.approx(float(expected), rel=1e-5)
+    assert (measured.tokens, measured.bytes) == (16, 16 * len(" w00"))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "block"])
+def test_realised_budgets_are_those_of_the_law(sample, method):
+    config = METHODS[method].config(Budgets(2.0, 0.5, 48))
+    measured = measure(tiny_model("llama"), config, sample)
+    law = (lambda n: n) if config is None else config.budget
+    budgets = [law(n) for n in range(1, 97)]
+    assert measured.mean_keys == pytest.approx(sum(budgets) / 96)
+    assert measured.tail_mean_keys == pytest.approx(sum(budgets[-16:]) / 16)
+    assert measured.attended_fraction == pytest.approx(sum(budgets) / sum(range(1, 97)))
+    assert measured.tail_attended_fraction == pytest.approx(sum(budgets[-16:]) / sum(range(81, 97)))
+    assert measured.ran_dense == {}
+
+
+def test_a_measurement_leaves_the_model_unpatched(sample):
+    model = tiny_model("llama")
+    before = measure(model, None, sample).loss_sum
+    assert measure(model, METHODS["nc-topk"].config(Budgets(2.0, 0.5, 48)), sample).loss_sum != before
+    assert measure(model, None, sample).loss_sum == before
+
+
+def test_dense_keys_are_left_open_where_layers_slide(sample):
+    measured = measure(tiny_model("mistral"), None, sample)
+    assert (measured.attended_fraction, measured.mean_keys, measured.tail_mean_keys) == (1.0, None, None)
+
+
+def test_a_loss_that_is_no_number_is_an_error(sample):
+    model = tiny_model("llama")
+    model.lm_head.weight.data[5] = math.nan
+    with pytest.raises(EvalError, match="NaN or Inf"):
+        measure(model, None, sample)
+
+
+def test_a_sweep_holds_every_measurement_once_short_lengths_first(swept):
+    rows = read_rows(swept)
+    every = {
+        (task, length, i, method)
+        for task in TASKS
+        for length in (48, 96)
+        for i in (0, 1)
+        for method in METHODS
+        if method == "dense" or not TASKS[task].dense_only
+    }
+    assert {(row["task"], row["length"], row["sample"], row["method"]) for row in rows} == every
+    assert len({row["key"] for row in rows}) == len(rows) == len(every)
+    assert [row["length"] for row in rows] == sorted(row["length"] for row in rows)
+    assert all(row["seconds"] > 0 and math.isfinite(row["loss_sum"]) for row in rows)
+
+
+def test_the_outputs_are_whole_and_agree_with_the_rows(swept):
+    run = json.loads((swept / "run.json").read_text(encoding="utf-8"))
+    assert run["identity"]["lengths"] == [48, 96]
+    assert run["identity"]["torch"] == torch.__version__
+    assert len(run["identity"]["text_sha256"]) == 64
+    with (swept / "summary.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    dense = [row for row in read_rows(swept) if (row["task"], row["length"], row["method"]) == ("recall", 96, "dense")]
+    expected = math.exp(sum(row["loss_sum"] / row["tokens"] for row in dense) / 2)
+    [cell] = [c for c in table if (c["task"], c["length"], c["method"]) == ("recall", "96", "dense")]
+    assert float(cell["perplexity"]) == pytest.approx(expected, rel=1e-4)
+    assert cell["loss_minus_dense"] == ""
+    assert (swept / "main.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_again_measures_nothing_and_keeps_the_results(swept, capsys):
+    before = (swept / "results.jsonl").read_bytes()
+    assert main(sweep_arguments(swept.parent, swept)) == 0
+    assert (swept / "results.jsonl").read_bytes() == before
+    assert "68 of 68 measurements are there already" in capsys.readouterr().err
+
+
+def test_other_arguments_are_refused_by_name_and_change_nothing(swept, capsys):
+    before = (swept / "results.jsonl").read_bytes()
+    assert main(sweep_arguments(swept.parent, swept, "--seed", "3", "--alpha", "2.5")) == 2
+    message = capsys.readouterr().err
+    assert "seed was 0, is 3" in message
+    assert "alpha was 2.0, is 2.5" in message
+    assert "samples" not in message
+    assert (swept / "results.jsonl").read_bytes() == before
+
+
+def test_another_text_under_the_same_name_is_refused(tmp_path, capsys):
+    arguments = sweep_arguments(tmp_path, tmp_path / "out", "--methods", "dense", "--tasks", "recall")
+    assert main(arguments) == 0
+    (tmp_path / "text.txt").write_text(tiny_text(2000, seed=9), encoding="utf-8")
+    assert main(arguments) == 2
+    assert "text_sha256 was" in capsys.readouterr().err
+
+
+def test_a_time_limit_keeps_what_is_whole_and_the_next_run_goes_on(tmp_path, capsys):
+    further = ("--methods", "dense", "nc-topk", "--tasks", "recall", "perplexity")
+    out = tmp_path / "out"
+    assert main(sweep_arguments(tmp_path, out, *further, "--minutes", "1e-9")) == 0
+    first = (out / "results.jsonl").read_text()
+    groups = {(row["task"], row["length"], row["sample"]) for row in read_rows(out)}
+    assert len(read_rows(out)) == 2 * len(groups) < 16
+    assert "the same command goes on" in capsys.readouterr().err
+    assert "of 16 measurements are made" in (out / "report.html").read_text(encoding="utf-8")
+    assert main(sweep_arguments(tmp_path, out, *further)) == 0
+    assert (out / "results.jsonl").read_text().startswith(first)
+    assert len(read_rows(out)) == 16
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+def test_an_interrupted_sweep_loses_nothing_and_goes_on(tmp_path, ending):
+    out = tmp_path / "out"
+    arguments = sweep_arguments(tmp_path, out, "--lengths", "400", "--samples", "8", words=5000)
+    command = [sys.executable, "-m", "nc_patch", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    results = out / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not results.exists() or results.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(ending)
+    _, said = process.communicate(timeout=60)
+    before = results.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    assert 5 <= before.count(b"\n") < 136
+    if ending == signal.SIGINT:
+        assert process.returncode == 130
+        assert "To go on: nc-patch eval" in said
+    assert main(arguments) == 0
+    after = results.read_bytes()
+    assert after.startswith(before)
+    rows = read_rows(out)
+    assert len(rows) == len({row["key"] for row in rows}) == 8 * (2 * len(METHODS) + 1)
+    assert len(json.loads((out / "run.json").read_text())["sessions"]) == 2

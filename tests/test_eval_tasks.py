@@ -1,0 +1,99 @@
+"""What the tasks hand to a model, and where the samples lie in the text."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from tiny_sweep import tiny_text, tiny_tokenizer
+
+from eval_tasks.errors import EvalError
+from eval_tasks.tasks import TASKS, Layout, ascending, check_lengths, places, tokenise
+
+LAYOUT = Layout(lengths=(64, 100, 257), samples=3, scored=20, passage=24, seed=5)
+
+
+@pytest.fixture(params=[False, True], ids=["no-bos", "bos"])
+def text(request):
+    return tokenise(tiny_tokenizer(bos=request.param), tiny_text(3000))
+
+
+def sample(text, task, length, index=0):
+    return TASKS[task].build(text, places(text, LAYOUT)[index], length, LAYOUT)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", LAYOUT.lengths)
+def test_the_model_reads_exactly_as_many_tokens_as_asked(text, task, length):
+    ids = sample(text, task, length).ids
+    assert len(ids[:-1]) == length
+    assert tuple(ids[: len(text.prefix)]) == text.prefix
+
+
+@pytest.mark.parametrize("length", LAYOUT.lengths)
+def test_recall_holds_the_same_passage_at_both_ends_and_the_text_between(text, length):
+    place = places(text, LAYOUT)[1]
+    ids = sample(text, "recall", length, 1).ids[len(text.prefix) :]
+    passage = text.ids[place : place + LAYOUT.passage]
+    np.testing.assert_array_equal(ids[: LAYOUT.passage], passage)
+    np.testing.assert_array_equal(ids[-LAYOUT.passage :], passage)
+    np.testing.assert_array_equal(ids[: -LAYOUT.passage], text.ids[place : place + len(ids) - LAYOUT.passage])
+
+
+def test_the_unseen_passage_stands_only_at_the_end(text):
+    ids = sample(text, "unseen", 100).ids
+    passage = sample(text, "recall", 100).ids[-LAYOUT.passage :]
+    np.testing.assert_array_equal(ids[-LAYOUT.passage :], passage)
+    earlier = np.lib.stride_tricks.sliding_window_view(ids[: -LAYOUT.passage], LAYOUT.passage)
+    assert not (earlier == passage).all(axis=1).any()
+
+
+def test_perplexity_scores_the_same_tokens_under_every_length(text):
+    ends = [sample(text, "perplexity", length).ids[-LAYOUT.scored :] for length in LAYOUT.lengths]
+    assert all((end == ends[0]).all() for end in ends)
+    short, long = (sample(text, "perplexity", length).ids[len(text.prefix) :] for length in (64, 257))
+    np.testing.assert_array_equal(long[-len(short) :], short)
+
+
+def test_bytes_are_those_of_the_scored_words_and_the_blanks_before_them(text):
+    assert sample(text, "perplexity", 64).scored_bytes == LAYOUT.scored * len(" w00")
+
+
+def test_bytes_count_utf8_and_not_characters():
+    text = tokenise(tiny_tokenizer(), "w03 é€😀 w04")
+    assert list(text.byte_ends) == [3, 3 + 1 + 2 + 3 + 4, 3 + 1 + 2 + 3 + 4 + 4]
+
+
+def test_places_do_not_overlap_and_fewer_are_the_first_of_more(text):
+    starts = places(text, LAYOUT)
+    ordered = sorted(starts)
+    assert all(b - a >= max(LAYOUT.lengths) + 1 for a, b in pairwise(ordered))
+    assert ordered[-1] + max(LAYOUT.lengths) + 1 <= len(text.ids)
+    fewer = Layout(LAYOUT.lengths, 2, LAYOUT.scored, LAYOUT.passage, LAYOUT.seed)
+    assert places(text, fewer) == starts[:2]
+    other_seed = Layout(LAYOUT.lengths, 3, LAYOUT.scored, LAYOUT.passage, LAYOUT.seed + 1)
+    assert places(text, other_seed) != starts
+
+
+def test_a_short_text_is_refused_with_what_it_has_and_what_is_needed():
+    text = tokenise(tiny_tokenizer(), tiny_text(500))
+    with pytest.raises(EvalError, match=r"500 tokens; 3 samples of up to 257 tokens need 774"):
+        places(text, LAYOUT)
+
+
+@pytest.mark.parametrize(("task", "least"), [("perplexity", 20), ("recall", 48), ("unseen", 25)])
+def test_lengths_below_what_a_task_needs_are_refused_and_that_length_works(text, task, least):
+    least += len(text.prefix)
+    fits = Layout((least,), 1, LAYOUT.scored, LAYOUT.passage, 0)
+    check_lengths([TASKS[task]], fits, len(text.prefix))
+    assert len(TASKS[task].build(text, 0, least, fits).ids) == least + 1
+    short = Layout((least - 1,), 1, LAYOUT.scored, LAYOUT.passage, 0)
+    with pytest.raises(EvalError, match=f"length {least - 1} is too short for the task {task}, which needs {least}"):
+        check_lengths([TASKS[task]], short, len(text.prefix))
+
+
+def test_lengths_are_sorted_and_repeats_and_nonsense_are_refused():
+    assert ascending([2048, 512]) == (512, 2048)
+    with pytest.raises(EvalError, match="512 is given twice"):
+        ascending([512, 1024, 512])
+    with pytest.raises(EvalError, match="at least 2"):
+        ascending([0, 512])

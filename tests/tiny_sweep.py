@@ -1,0 +1,58 @@
+"""A tiny model with a word-level tokenizer in a directory, and a text for it: what a sweep needs, without a network."""
+
+import random
+from pathlib import Path
+
+from tiny_models import VOCABULARY, tiny_model
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+WORDS = [f"w{number:02d}" for number in range(3, VOCABULARY)]
+
+
+def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per word of ``WORDS``; with ``bos``, a BOS token is put before every text."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "<unk>": 2} | {word: index + 3 for index, word in enumerate(WORDS)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", pad_token="<pad>")
+
+
+def tiny_text(words: int, seed: int = 0) -> str:
+    """So many random words, separated by blanks."""
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def save_tiny_model(directory: Path, family: str = "llama") -> Path:
+    """Writes a tiny model and its tokenizer, and returns the directory."""
+    tiny_model(family).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def sweep_arguments(directory: Path, out: Path, *further: str, words: int = 2000) -> list[str]:
+    """Arguments of ``nc-patch`` for a sweep of a second or two on a tiny model; makes model and text when missing."""
+    model, text = directory / "model", directory / "text.txt"
+    if not model.exists():
+        save_tiny_model(model)
+        text.write_text(tiny_text(words), encoding="utf-8")
+    settings = {
+        "--model": str(model),
+        "--text": str(text),
+        "--out": str(out),
+        "--lengths": "48 96",
+        "--samples": "2",
+        "--scored": "16",
+        "--passage": "12",
+        "--equal-at": "48",
+        "--device": "cpu",
+    }
+    arguments = ["eval"]
+    for name, value in settings.items():
+        if name not in further:
+            arguments += [name, *value.split()] if name == "--lengths" else [name, value]
+    return [*arguments, *further]
