@@ -65,7 +65,7 @@ nc_pip() {
     local why="see the lines above"
     if grep -qiE 'No space left|Errno 28' "$log"; then
         why="the disk is full"
-    elif grep -qiE 'name resolution|name or service|NewConnectionError|ConnectTimeout|Network is unreachable|Connection refused|ProxyError|SSLError|No matching distribution' "$log"; then
+    elif grep -qiE 'name resolution|name or service|NewConnectionError|ConnectTimeout|Network is unreachable|Connection refused|ProxyError|SSLError|No matching distribution|ResolutionImpossible' "$log"; then
         why="the package index could not be reached or lacks a package; check the network and the settings of pip"
     fi
     rm -f "$log"
