@@ -166,11 +166,11 @@ def _check_method(model: Any, name: str, budgets: Budgets) -> None:
 
 
 def _plan(sweep: Sweep, constants: dict[str, Any]) -> list[Planned]:
-    """Short lengths first, and at each length sample by sample with all tasks and methods."""
+    """Short lengths first, at each length task by task, and each sample with all methods."""
     plan = []
     layout = sweep.layout
-    for length, sample, task, method in itertools.product(
-        layout.lengths, range(layout.samples), sweep.tasks, sweep.methods
+    for length, task, sample, method in itertools.product(
+        layout.lengths, sweep.tasks, range(layout.samples), sweep.methods
     ):
         if TASKS[task].dense_only and method != DENSE:
             continue

@@ -17,11 +17,13 @@ class TokenisedText:
     Attributes:
         ids: int64 ``[N]``, the tokens without any that the tokenizer adds.
         byte_ends: int64 ``[N]``, the bytes of UTF-8 up to the end of each token.
+        letter_ends: int64 ``[N]``, the letters up to the end of each token.
         prefix: the tokens that the tokenizer puts before a text (for example a BOS token); often none.
     """
 
     ids: np.ndarray
     byte_ends: np.ndarray
+    letter_ends: np.ndarray
     prefix: tuple[int, ...]
 
 
@@ -57,6 +59,16 @@ class Layout:
     scored: int
     passage: int
     seed: int
+
+    @property
+    def slack(self) -> int:
+        """Tokens at the start of a stretch among which the passage of recall is chosen."""
+        return max(self.lengths) // 2
+
+    @property
+    def stretch(self) -> int:
+        """Tokens of text that one sample takes up."""
+        return self.slack + max(self.lengths) + 1
 
 
 @dataclass(frozen=True)
@@ -96,8 +108,9 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, content: str) -> TokenisedText:
     char_ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
     bytes_of_chars = np.frombuffer(content.encode("utf-32-le"), dtype=np.uint32)
     widths = 1 + (bytes_of_chars >= 0x80) + (bytes_of_chars >= 0x800) + (bytes_of_chars >= 0x10000)
-    byte_ends = np.concatenate(([0], np.cumsum(widths, dtype=np.int64)))[char_ends]
-    return TokenisedText(ids, byte_ends, _prefix(tokenizer))
+    letters = np.fromiter((char.isalpha() for char in content), dtype=np.int64, count=len(content))
+    up_to = lambda counts: np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))[char_ends]  # noqa: E731
+    return TokenisedText(ids, up_to(widths), up_to(letters), _prefix(tokenizer))
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -115,15 +128,14 @@ def places(text: TokenisedText, layout: Layout) -> list[int]:
     Raises:
         EvalError: the text is too short; the message says how many tokens it has and how many are needed.
     """
-    stretch = max(layout.lengths) + 1
-    slots = len(text.ids) // stretch
+    slots = len(text.ids) // layout.stretch
     if slots < layout.samples:
         raise EvalError(
             f"the text has {len(text.ids):,} tokens; {layout.samples} samples of up to {max(layout.lengths):,} tokens "
-            f"need {layout.samples * stretch:,}. Ask for fewer samples or shorter lengths, or give a longer text."
+            f"need {layout.samples * layout.stretch:,}. Ask for fewer samples or shorter lengths, or give more text."
         )
     chosen = np.random.default_rng(layout.seed).permutation(slots)[: layout.samples]
-    return [int(slot) * stretch for slot in chosen]
+    return [int(slot) * layout.stretch for slot in chosen]
 
 
 def check_lengths(tasks: list[Task], layout: Layout, prefix: int) -> None:
@@ -147,22 +159,35 @@ def _join(text: TokenisedText, spans: list[tuple[int, int]]) -> np.ndarray:
     return np.concatenate([np.asarray(text.prefix, dtype=np.int64), *(text.ids[start:stop] for start, stop in spans)])
 
 
+def passage_start(text: TokenisedText, place: int, layout: Layout) -> int:
+    """Where the passage of recall begins: the tokens near the start of the stretch that hold the most letters.
+
+    That is prose where there is some. A model guesses tables, grammars and code without looking back, so they say
+    little about recall. The choice depends on the text alone.
+    """
+    starts = np.arange(place, place + layout.slack + 1)
+    before = np.where(starts > 0, text.letter_ends[starts - 1], 0)
+    return int(starts[np.argmax(text.letter_ends[starts + layout.passage - 1] - before)])
+
+
 def _perplexity(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
     # The stretch ends at the same token for every length: what grows is the context to the left.
-    stop = place + max(layout.lengths) + 1
+    stop = place + layout.stretch
     ids = _join(text, [(stop - length - 1 + len(text.prefix), stop)])
     return Sample(ids, layout.scored, _span_bytes(text, stop - layout.scored, stop))
 
 
 def _recall(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
-    passage = (place, place + layout.passage)
-    filler = (passage[1], place + length + 1 - len(text.prefix) - layout.passage)
+    start = passage_start(text, place, layout)
+    passage = (start, start + layout.passage)
+    filler = (passage[1], start + length + 1 - len(text.prefix) - layout.passage)
     return Sample(_join(text, [passage, filler, passage]), layout.passage, _span_bytes(text, *passage))
 
 
 def _unseen(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
-    passage = (place, place + layout.passage)
-    filler = (passage[1], place + length + 1 - len(text.prefix))
+    start = passage_start(text, place, layout)
+    passage = (start, start + layout.passage)
+    filler = (passage[1], start + length + 1 - len(text.prefix))
     return Sample(_join(text, [filler, passage]), layout.passage, _span_bytes(text, *passage))
 
 

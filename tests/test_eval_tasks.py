@@ -7,7 +7,7 @@ import pytest
 from tiny_sweep import tiny_text, tiny_tokenizer
 
 from eval_tasks.errors import EvalError
-from eval_tasks.tasks import TASKS, Layout, ascending, check_lengths, places, tokenise
+from eval_tasks.tasks import TASKS, Layout, ascending, check_lengths, passage_start, places, tokenise
 
 LAYOUT = Layout(lengths=(64, 100, 257), samples=3, scored=20, passage=24, seed=5)
 
@@ -31,7 +31,7 @@ def test_the_model_reads_exactly_as_many_tokens_as_asked(text, task, length):
 
 @pytest.mark.parametrize("length", LAYOUT.lengths)
 def test_recall_holds_the_same_passage_at_both_ends_and_the_text_between(text, length):
-    place = places(text, LAYOUT)[1]
+    place = passage_start(text, places(text, LAYOUT)[1], LAYOUT)
     ids = sample(text, "recall", length, 1).ids[len(text.prefix) :]
     passage = text.ids[place : place + LAYOUT.passage]
     np.testing.assert_array_equal(ids[: LAYOUT.passage], passage)
@@ -54,6 +54,15 @@ def test_perplexity_scores_the_same_tokens_under_every_length(text):
     np.testing.assert_array_equal(long[-len(short) :], short)
 
 
+def test_the_passage_is_prose_where_the_stretch_begins_with_something_else():
+    words = ["12"] * 40 + ["abcdefgh"] * 24 + ["34"] * 100 + ["abcdefghij"] * 400
+    text = tokenise(tiny_tokenizer(), " ".join(words))
+    layout = Layout(lengths=(128,), samples=1, scored=20, passage=24, seed=0)
+    assert passage_start(text, 0, layout) == 40
+    later = passage_start(text, 30, layout)
+    assert later == 40
+
+
 def test_bytes_are_those_of_the_scored_words_and_the_blanks_before_them(text):
     assert sample(text, "perplexity", 64).scored_bytes == LAYOUT.scored * len(" w00")
 
@@ -66,8 +75,8 @@ def test_bytes_count_utf8_and_not_characters():
 def test_places_do_not_overlap_and_fewer_are_the_first_of_more(text):
     starts = places(text, LAYOUT)
     ordered = sorted(starts)
-    assert all(b - a >= max(LAYOUT.lengths) + 1 for a, b in pairwise(ordered))
-    assert ordered[-1] + max(LAYOUT.lengths) + 1 <= len(text.ids)
+    assert all(b - a >= LAYOUT.stretch for a, b in pairwise(ordered))
+    assert ordered[-1] + LAYOUT.stretch <= len(text.ids)
     fewer = Layout(LAYOUT.lengths, 2, LAYOUT.scored, LAYOUT.passage, LAYOUT.seed)
     assert places(text, fewer) == starts[:2]
     other_seed = Layout(LAYOUT.lengths, 3, LAYOUT.scored, LAYOUT.passage, LAYOUT.seed + 1)
@@ -76,7 +85,7 @@ def test_places_do_not_overlap_and_fewer_are_the_first_of_more(text):
 
 def test_a_short_text_is_refused_with_what_it_has_and_what_is_needed():
     text = tokenise(tiny_tokenizer(), tiny_text(500))
-    with pytest.raises(EvalError, match=r"500 tokens; 3 samples of up to 257 tokens need 774"):
+    with pytest.raises(EvalError, match=r"500 tokens; 3 samples of up to 257 tokens need 1,158"):
         places(text, LAYOUT)
 
 
