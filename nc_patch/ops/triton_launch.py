@@ -1,12 +1,15 @@
 """From tensors to a kernel launch: what the kernels take, the tile sizes they use, and their outputs."""
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
+
+from nc_patch.ops.triton_attend import attend_kernel
+from nc_patch.ops.triton_threshold import threshold_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -14,7 +17,7 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Tiles:
-    """Shape of a program: rows, keys per tile, warps, software pipeline stages, and head_dim elements per dot (None: all)."""
+    """Shape of a program: rows, keys per tile, warps, pipeline stages, and head_dim elements per dot (None: all)."""
 
     rows: int
     keys: int
@@ -23,23 +26,41 @@ class Tiles:
     chunk: int | None = None
 
 
-# The one place where tile sizes are chosen, by (bytes per element, padded head_dim). The ahead-of-time tests hold every
-# entry to the registers and shared memory of sm_80, sm_90, sm_100 and gfx942.
-TILES = {
-    (2, 64): Tiles(64, 64, 4, 3),
-    (2, 128): Tiles(64, 64, 4, 2),
-    (2, 256): Tiles(64, 32, 8, 2),
-    (4, 64): Tiles(32, 32, 4, 1, 32),
-    (4, 128): Tiles(32, 32, 4, 1, 32),
-    (4, 256): Tiles(32, 32, 8, 1, 32),
+# The one place where tile sizes are chosen: by architecture, bytes per element and padded head_dim, once for many rows
+# and once for few (decoding). The ahead-of-time tests hold every entry to its architecture's registers and shared memory.
+# float32 multiplies on the plain floating point units of NVIDIA GPUs and is summed in chunks of head_dim.
+_FLOAT32 = {64: Tiles(32, 32, 4, 1, 32), 128: Tiles(32, 32, 8, 1, 32), 256: Tiles(16, 32, 8, 1, 32)}
+_FLOAT32_FEW = {64: Tiles(16, 32, 4, 1, 32), 128: Tiles(16, 32, 4, 1, 32), 256: Tiles(16, 32, 8, 1, 32)}
+_HALF_FEW = {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 32, 8, 2)}
+_HALF = {
+    "sm_80": {64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 2)},
+    "sm_90": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
+    "sm_100": {64: Tiles(64, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
+    "gfx942": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
+_HALF_FEW_BY_ARCHITECTURE = {"gfx942": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 4, 2)}}
+_FEW_ROWS = 16
 
 
-def tiles_for(dtype: torch.dtype, head_dim: int, value_dim: int, rows: int) -> Tiles:
+def tiles_for(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int) -> Tiles:
     """Tiles for inputs of this dtype and these head dimensions, ``rows`` (Lq times the group) being there to fill them."""
     padded = max(64, padded_dim(head_dim), padded_dim(value_dim))
-    tiles = TILES[dtype.itemsize, padded]
-    return Tiles(16, tiles.keys, 4, tiles.stages, tiles.chunk) if rows <= 16 else tiles
+    few = rows <= _FEW_ROWS
+    if dtype == torch.float32:
+        return (_FLOAT32_FEW if few else _FLOAT32)[padded]
+    if few:
+        return _HALF_FEW_BY_ARCHITECTURE.get(architecture, _HALF_FEW)[padded]
+    return _HALF[architecture][padded]
+
+
+@lru_cache(maxsize=64)
+def architecture_of(device: torch.device) -> str:
+    """The row of the tile table for a device: architectures that are not in it use the nearest one that asks for less."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
 def padded_dim(head_dim: int) -> int:
@@ -47,77 +68,105 @@ def padded_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """Arguments of one launch, in the order in which ``topk_kernel`` and ``window_kernel`` take them, and its results."""
-
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    tiles: Tiles
-    programs: int
-    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-    def launch(self, kernel: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Runs the kernel on the device of its tensors and returns (output, lse, kept_mass)."""
-        if self.programs == 0:
-            return self.results
-        device = self.results[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[(self.programs,)](
-                *self.arguments, **self.constants, num_warps=self.tiles.warps, num_stages=self.tiles.stages
-            )
-        return self.results
-
-
-def attention_call(
+def launch_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     visible: torch.Tensor,
     budget: torch.Tensor,
     sinks: torch.Tensor | None,
+    *,
+    by_score: bool,
     scale: float,
     softcap: float,
     sink_keys: int,
     recent_keys: int,
     want_stats: bool,
-) -> AttentionCall:
-    """Checks the inputs, allocates the results, and lays out the launch; see ``triton_topk_attention`` for the shapes."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Checks the inputs, allocates the results and launches the kernels; see ``triton_topk_attention`` for the shapes.
+
+    ``by_score`` is ``topk``: a first kernel finds each row's threshold. Without it the selection is ``window``.
+    """
     check_inputs(query, key, value, visible, budget, sinks)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    visible = visible if visible.stride(-1) == 1 else visible.contiguous()
     B, Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
     group = Hq // Hkv
-    output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=query.device)
+    architecture = architecture_of(query.device)
+    tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group)
+    query, key, value = (_addressable(x, tiles.keys) for x in (query, key, value))
+    visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+    device = query.device
+    output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
     stats_shape = (B, Hq, Lq) if want_stats else (0,)
-    lse = torch.empty(stats_shape, dtype=torch.float32, device=query.device)
-    kept_mass = torch.empty(stats_shape, dtype=torch.float32, device=query.device)
-    tiles = tiles_for(query.dtype, D, DV, Lq * group)
-    arguments = (
-        *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), output, lse, kept_mass),
-        *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *visible.stride()[:2]),
-        *(budget.stride(0), 0 if budget.shape[1] == 1 else budget.stride(1), budget.stride(2)),
-        *(Hkv, group, Lq, Lk, sink_keys, recent_keys, scale, softcap),
-    )
-    constants = kernel_constants(D, DV, tiles, sinks is not None, softcap > 0, want_stats)
+    lse = torch.empty(stats_shape, dtype=torch.float32, device=device)
+    kept_mass = torch.empty(stats_shape, dtype=torch.float32, device=device)
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
-    return AttentionCall(arguments, constants, tiles, programs, (output, lse, kept_mass))
+    if programs == 0:
+        return output, lse, kept_mass
+    # Where no threshold is searched for, the kernel reads neither of these.
+    threshold = torch.empty((B, Hq, Lq) if by_score else (0,), dtype=torch.float32, device=device)
+    ties_end = torch.empty(threshold.shape, dtype=torch.int32, device=device)
+    query_key = (*query.stride()[:3], *key.stride()[:3])
+    rows = (*visible.stride()[:2], budget.stride(0), 0 if budget.shape[1] == 1 else budget.stride(1), budget.stride(2))
+    sizes = (Hkv, group, Lq, Lk, sink_keys, recent_keys)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if by_score:
+            threshold_kernel[(programs,)](
+                *(query, key, visible, budget, threshold, ties_end, *query_key, *rows, *sizes),
+                **threshold_constants(D, tiles),
+                **compile_options(tiles, architecture),
+            )
+        attend_kernel[(programs,)](
+            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), threshold, ties_end),
+            *(output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
+            **attend_constants(D, DV, tiles, by_score, sinks is not None, softcap > 0, want_stats),
+            **compile_options(tiles, architecture),
+        )
+    return output, lse, kept_mass
 
 
-def kernel_constants(
-    head_dim: int, value_dim: int, tiles: Tiles, has_sinks: bool, has_softcap: bool, want_stats: bool
-) -> dict[str, Any]:
-    """The compile-time arguments of both kernels."""
+def _addressable(tensor: torch.Tensor, keys: int) -> torch.Tensor:
+    """The tensor with its last axis dense and, within a tile of ``keys``, offsets that fit 32 bits; else a copy."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(2) * keys < 2**31 else tensor.contiguous()
+
+
+def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:
+    """Options of the compiler.
+
+    Fused multiply-adds are asked for by name, since the default differs between releases. Naming all registers keeps
+    NVIDIA's assembler from spilling some to fit one more program on a multiprocessor.
+    """
+    options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+    return options if architecture.startswith("gfx") else {**options, "maxnreg": 255}
+
+
+def threshold_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
+    """The compile-time arguments of ``threshold_kernel``."""
     padded = padded_dim(head_dim)
     return {
         "D": head_dim,
-        "DV": value_dim,
         "BLOCK_M": tiles.rows,
         "BLOCK_N": tiles.keys,
         "BLOCK_D": padded,
-        "BLOCK_DV": padded_dim(value_dim),
         "CHUNK_D": min(padded, tiles.chunk or padded),
+    }
+
+
+def attend_constants(
+    head_dim: int,
+    value_dim: int,
+    tiles: Tiles,
+    by_score: bool,
+    has_sinks: bool = False,
+    has_softcap: bool = False,
+    want_stats: bool = False,
+) -> dict[str, Any]:
+    """The compile-time arguments of ``attend_kernel``."""
+    return {
+        **threshold_constants(head_dim, tiles),
+        "DV": value_dim,
+        "BLOCK_DV": padded_dim(value_dim),
+        "BY_SCORE": by_score,
         "HAS_SINKS": has_sinks,
         "HAS_SOFTCAP": has_softcap,
         "WANT_STATS": want_stats,
@@ -148,7 +197,9 @@ def check_inputs(
             f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
     if max(D, value.shape[-1]) > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {D} and {value.shape[-1]}: use the torch backend")
+        raise ValueError(
+            f"head_dim must be at most {MAX_HEAD_DIM}, got {D} and {value.shape[-1]}: use the torch backend"
+        )
     for name, tensor, shapes in (
         ("visible", visible, ((B, Lq, 2),)),
         ("budget", budget, ((B, 1, Lq), (B, Hq, Lq))),

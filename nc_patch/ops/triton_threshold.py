@@ -7,14 +7,14 @@ interpolation of the logarithm of the count), which decides how fast the bracket
 ``GUESSED_PASSES`` the bracket is quartered by the rank of its floats instead, so that 17 more passes end the search for
 any input: the bracket is at most 2**32 floats wide.
 
-A search ends when the count at a threshold is exactly k, when it is k - 1 at the middle one (the score below it is the
-k-th), or when the bracket holds a single float (that score is tied).
+A search ends when the count at a threshold is exactly k, or when the bracket holds a single float: that score is tied, and
+one more pass finds the position of the last tie that is admitted.
 """
 
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton_tiles import EVERY_TIE, dot_scores, span
+from nc_patch.ops.triton_tiles import FAR, dot_scores, forced_keys, load_query, program_rows, span
 
 GUESSED_PASSES = tl.constexpr(8)
 _NEGATIVE_INFINITY = tl.constexpr(-2139095041)
@@ -22,6 +22,187 @@ _ABOVE_INFINITY = tl.constexpr(2139095041)
 # Three counts of a tile travel in one int32, ten bits each, so that they are summed over the tile at once.
 _FIELD_BITS = tl.constexpr(10)
 _FIELD = tl.constexpr((1 << 10) - 1)
+
+
+@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+def threshold_kernel(
+    query,
+    key,
+    visible,
+    budget,
+    threshold,
+    ties_end,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_ib,
+    stride_il,
+    stride_nb,
+    stride_nh,
+    stride_nl,
+    num_kv_heads,
+    group,
+    Lq,
+    Lk,
+    sink_keys,
+    recent_keys,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+):
+    """Threshold and end of its ties, ``[B, Hq, Lq]``, of one block of rows: what ``find_thresholds`` returns."""
+    batch, kv_head, index, head, row, valid, start, end, wanted = program_rows(
+        visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
+    )
+    query_rows = query + batch * stride_qb + head * stride_qh + index * stride_ql
+    keys = key + batch * stride_kb + kv_head * stride_kh
+    firsts, recents = forced_keys(wanted, sink_keys, recent_keys, True)
+    origin, _last = span(start, end, end > start)
+    limit, limit_end = find_thresholds(
+        query_rows, valid, keys, stride_kl, start + firsts, end - recents, wanted - firsts - recents, origin, D, BLOCK_M,
+        BLOCK_N, BLOCK_D, CHUNK_D,
+    )  # fmt: skip
+    tl.store(threshold + row, limit, mask=valid)
+    tl.store(ties_end + row, limit_end, mask=valid)
+
+
+@triton.jit
+def find_thresholds(
+    query_rows,
+    valid,
+    keys,
+    stride_kl,
+    first,
+    last,
+    needed,
+    origin,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+):
+    """(threshold, ties_end): the ``needed`` highest keys of ``[first, last)`` are those that score above the threshold and,
+    at positions below ``ties_end``, those that equal it.
+
+    Blocks in which every row takes all or none of its candidates make no pass.
+    """
+    candidates = last - first
+    threshold = tl.where(needed > 0, float("-inf"), float("inf"))
+    ties_end = tl.where(needed > 0, FAR, 0)
+    searching = (needed > 0) & (needed < candidates)
+    remaining = tl.sum(searching.to(tl.int32), axis=0)
+    if remaining > 0:
+        queries = load_query(query_rows, valid, D, BLOCK_D, CHUNK_D)
+        mean, deviation = sample_moments(
+            queries, query_rows, valid, keys, stride_kl, first, last, searching, D, BLOCK_N, BLOCK_D, CHUNK_D
+        )
+        low = tl.full([BLOCK_M], _NEGATIVE_INFINITY, dtype=tl.int32)
+        high = tl.full([BLOCK_M], _ABOVE_INFINITY, dtype=tl.int32)
+        count_low = candidates
+        count_high = tl.zeros([BLOCK_M], dtype=tl.int32)
+        suspect = searching & False
+        spare = tl.zeros([BLOCK_M], dtype=tl.int32)
+        number = 0
+        while remaining > 0:
+            a, b, c = next_thresholds(
+                low, high, count_low, count_high, needed, candidates, mean, deviation, suspect, number
+            )
+            count_a, count_b, count_c, below = count_range(
+                queries,
+                query_rows,
+                valid,
+                keys,
+                stride_kl,
+                first,
+                last,
+                searching,
+                origin,
+                score_of(a),
+                score_of(b),
+                score_of(c),
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                CHUNK_D,
+            )
+            was_low = count_low
+            was_high = count_high
+            low = tl.where(count_c >= needed, c, tl.where(count_b >= needed, b, tl.where(count_a >= needed, a, low)))
+            count_low = tl.where(
+                count_c >= needed,
+                count_c,
+                tl.where(count_b >= needed, count_b, tl.where(count_a >= needed, count_a, count_low)),
+            )
+            high = tl.where(count_a < needed, a, tl.where(count_b < needed, b, tl.where(count_c < needed, c, high)))
+            count_high = tl.where(
+                count_a < needed,
+                count_a,
+                tl.where(count_b < needed, count_b, tl.where(count_c < needed, count_c, count_high)),
+            )
+            # No score lies between the largest below the middle threshold and that threshold.
+            high = tl.where(count_b < needed, tl.minimum(high, rank_of(below) + 1), high)
+            # One key is missing: the score below is the k-th, unless it is tied. Nothing moved: the rest are ties.
+            one_short = count_b == needed - 1
+            suspect = one_short | ((count_low == was_low) & (count_high == was_high))
+            exact = count_low == needed
+            closed = high.to(tl.int64) - low.to(tl.int64) <= 1
+            ended = searching & (exact | closed)
+            threshold = tl.where(ended, score_of(low), threshold)
+            spare = tl.where(ended & ~exact, needed - count_high, spare)
+            searching = searching & ~ended
+            remaining = tl.sum(searching.to(tl.int32), axis=0)
+            number += 1
+        ties_end = end_ties(
+            queries, query_rows, valid, keys, stride_kl, first, last, threshold, spare, origin, ties_end, D, BLOCK_M,
+            BLOCK_N, BLOCK_D, CHUNK_D,
+        )  # fmt: skip
+    return threshold, ties_end
+
+
+@triton.jit
+def end_ties(
+    queries,
+    query_rows,
+    valid,
+    keys,
+    stride_kl,
+    first,
+    last,
+    threshold,
+    spare,
+    origin,
+    ties_end,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+):
+    """``ties_end`` with, for rows that have room for only ``spare`` > 0 of their ties, the position after the last of them."""
+    n = tl.arange(0, BLOCK_N)
+    low, high = span(first, last, spare > 0)
+    for tile in range((low - origin) // BLOCK_N, tl.cdiv(high - origin, BLOCK_N)):
+        columns = origin + tile * BLOCK_N + n
+        first_key = keys + (origin + tile * BLOCK_N).to(tl.int64) * stride_kl
+        raw = dot_scores(
+            queries, query_rows, valid, first_key, n * stride_kl, columns < high, D, BLOCK_D, CHUNK_D, True
+        )
+        ranked = tl.where(raw == raw, raw, float("inf"))
+        tied = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+        tied = (tied & (ranked == threshold[:, None])).to(tl.int32)
+        within = (tied > 0) & (tl.cumsum(tied, axis=1) <= spare[:, None])
+        past = tl.max(tl.where(within, columns[None, :] + 1, 0), axis=1)
+        count = tl.sum(tied, axis=1)
+        ties_end = tl.where((spare > 0) & (count >= spare), past, ties_end)
+        spare = tl.maximum(spare - count, 0)
+    return ties_end
 
 
 @triton.jit
@@ -82,7 +263,9 @@ def sample_moments(
     low, high = span(first, last, searching)
     at = (2 * tl.arange(0, BLOCK_N) + 1).to(tl.int64)
     columns = low + ((high - low).to(tl.int64) * at // (2 * BLOCK_N)).to(tl.int32)
-    raw = dot_scores(queries, query_rows, valid, keys, columns, columns < high, stride_kl, D, BLOCK_D, CHUNK_D, True)
+    raw = dot_scores(
+        queries, query_rows, valid, keys, columns.to(tl.int64) * stride_kl, columns < high, D, BLOCK_D, CHUNK_D, True
+    )
     among = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
     among = among & (tl.abs(raw) < float("inf"))
     mean = tl.zeros_like(first).to(tl.float32)
@@ -97,7 +280,7 @@ def sample_moments(
 
 
 @triton.jit
-def next_thresholds(low, high, count_low, count_high, needed, candidates, mean, deviation, stalled, number):
+def next_thresholds(low, high, count_low, count_high, needed, candidates, mean, deviation, suspect, number):
     """Three ascending ranks strictly inside the bracket ``(low, high)``, to be counted in pass ``number``."""
     least = score_of(low)
     most = score_of(tl.minimum(high, _ABOVE_INFINITY - 1))
@@ -125,9 +308,9 @@ def next_thresholds(low, high, count_low, count_high, needed, candidates, mean, 
         normal = mean + deviation * normal_quantile(tl.minimum(tl.maximum(upper, 1e-9), 0.9999))
         guess = tl.where(number == 0, normal, guess)
         rank = rank_of(guess)
-        # Counts that a pass left as they were mean ties: try the top of the bracket, which may be a score that occurs.
+        # The top of the bracket may be a score that occurs; where it is, its count ends the search.
         if i > 0:
-            rank = tl.where(stalled, high - 1, rank)
+            rank = tl.where(suspect, high - 1, rank)
         quarter = (low.to(tl.int64) + width * (i + 1) // 4).to(tl.int32)
         rank = tl.where(number >= GUESSED_PASSES, quarter, rank)
         rank = tl.minimum(tl.maximum(rank, low + 1), high - 1)
@@ -165,19 +348,18 @@ def count_range(
     count_second = tl.zeros([BLOCK_M], dtype=tl.int32)
     count_third = tl.zeros([BLOCK_M], dtype=tl.int32)
     below = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    n = tl.arange(0, BLOCK_N)
     low, high = span(first, last, searching)
     begin = (low - origin) // BLOCK_N
     stop = tl.cdiv(high - origin, BLOCK_N)
     # Tiles that lie inside every row's candidates need no mask.
     all_first = tl.max(tl.where(searching, first, 0), axis=0)
-    all_last = tl.min(tl.where(searching, last, 2147483647), axis=0)
+    all_last = tl.min(tl.where(searching, last, FAR), axis=0)
     inner_begin = tl.minimum(tl.cdiv(all_first - origin, BLOCK_N), stop)
     inner_stop = tl.maximum((all_last - origin) // BLOCK_N, inner_begin)
     for tile in range(inner_begin, inner_stop):
-        columns = origin + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        raw = dot_scores(
-            queries, query_rows, valid, keys, columns, columns >= 0, stride_kl, D, BLOCK_D, CHUNK_D, False
-        )
+        first_key = keys + (origin + tile * BLOCK_N).to(tl.int64) * stride_kl
+        raw = dot_scores(queries, query_rows, valid, first_key, n * stride_kl, n >= 0, D, BLOCK_D, CHUNK_D, False)
         packed, largest = count_tile(
             raw,
             thresholds_first[:, None],
@@ -193,9 +375,10 @@ def count_range(
     before = inner_begin - begin
     for edge in range(0, before + stop - inner_stop):
         tile = tl.where(edge < before, begin + edge, inner_stop + edge - before)
-        columns = origin + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        columns = origin + tile * BLOCK_N + n
+        first_key = keys + (origin + tile * BLOCK_N).to(tl.int64) * stride_kl
         raw = dot_scores(
-            queries, query_rows, valid, keys, columns, columns < high, stride_kl, D, BLOCK_D, CHUNK_D, True
+            queries, query_rows, valid, first_key, n * stride_kl, columns < high, D, BLOCK_D, CHUNK_D, True
         )
         among = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
         packed, largest = count_tile(
@@ -206,94 +389,3 @@ def count_range(
         count_third += packed >> (2 * _FIELD_BITS)
         below = tl.maximum(below, largest)
     return count_first, count_second, count_third, below
-
-
-@triton.jit
-def find_thresholds(
-    queries,
-    query_rows,
-    valid,
-    keys,
-    stride_kl,
-    first,
-    last,
-    needed,
-    origin,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK_D: tl.constexpr,
-):
-    """(threshold, ties): the keys in ``[first, last)`` that score above the threshold, and the first ``ties`` equal to it,
-    are the ``needed`` highest.
-
-    ``ties`` is ``EVERY_TIE`` where all that equal the threshold belong. Blocks in which every row takes all or none of
-    its candidates make no pass.
-    """
-    candidates = last - first
-    threshold = tl.where(needed > 0, float("-inf"), float("inf"))
-    ties = tl.where(needed > 0, EVERY_TIE, 0)
-    searching = (needed > 0) & (needed < candidates)
-    remaining = tl.sum(searching.to(tl.int32), axis=0)
-    if remaining > 0:
-        mean, deviation = sample_moments(
-            queries, query_rows, valid, keys, stride_kl, first, last, searching, D, BLOCK_N, BLOCK_D, CHUNK_D
-        )
-        low = tl.full([BLOCK_M], _NEGATIVE_INFINITY, dtype=tl.int32)
-        high = tl.full([BLOCK_M], _ABOVE_INFINITY, dtype=tl.int32)
-        count_low = candidates
-        count_high = tl.zeros([BLOCK_M], dtype=tl.int32)
-        stalled = searching & False
-        number = 0
-        while remaining > 0:
-            a, b, c = next_thresholds(
-                low, high, count_low, count_high, needed, candidates, mean, deviation, stalled, number
-            )
-            count_a, count_b, count_c, below = count_range(
-                queries,
-                query_rows,
-                valid,
-                keys,
-                stride_kl,
-                first,
-                last,
-                searching,
-                origin,
-                score_of(a),
-                score_of(b),
-                score_of(c),
-                D,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                CHUNK_D,
-            )
-            was_low = count_low
-            was_high = count_high
-            low = tl.where(count_c >= needed, c, tl.where(count_b >= needed, b, tl.where(count_a >= needed, a, low)))
-            count_low = tl.where(
-                count_c >= needed,
-                count_c,
-                tl.where(count_b >= needed, count_b, tl.where(count_a >= needed, count_a, count_low)),
-            )
-            high = tl.where(count_a < needed, a, tl.where(count_b < needed, b, tl.where(count_c < needed, c, high)))
-            count_high = tl.where(
-                count_a < needed,
-                count_a,
-                tl.where(count_b < needed, count_b, tl.where(count_c < needed, count_c, count_high)),
-            )
-            # No score lies between the largest below the middle threshold and that threshold.
-            high = tl.where(count_b < needed, tl.minimum(high, rank_of(below) + 1), high)
-            stalled = (count_low == was_low) & (count_high == was_high)
-
-            exact = count_low == needed
-            one_short = count_b == needed - 1
-            closed = high.to(tl.int64) - low.to(tl.int64) <= 1
-            ended = searching & (exact | one_short | closed)
-            threshold = tl.where(ended, tl.where(exact | ~one_short, score_of(low), below), threshold)
-            ties = tl.where(ended, tl.where(exact, EVERY_TIE, tl.where(one_short, 1, needed - count_high)), ties)
-            searching = searching & ~ended
-            remaining = tl.sum(searching.to(tl.int32), axis=0)
-            number += 1
-    return threshold, ties

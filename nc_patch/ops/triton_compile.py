@@ -1,0 +1,204 @@
+"""Compiles the kernels ahead of time, without a GPU, and reads off what each needs: ``python -m nc_patch.ops.triton_compile``."""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nc_patch.ops.triton_attend import attend_kernel
+from nc_patch.ops.triton_launch import attend_constants, compile_options, threshold_constants, tiles_for
+from nc_patch.ops.triton_threshold import threshold_kernel
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture to compile for, and the bytes of shared memory that one program may use there."""
+
+    gpu: GPUTarget
+    shared_limit: int
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_MANY_ROWS = 1 << 20
+_MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+k\d+|tcgen05\.mma|v_mfma_\w+")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel: ``threshold``, ``topk`` (attend by score) or ``window`` (attend the forced keys)."""
+
+    kernel: str
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int | None = None
+    few_rows: bool = False
+    sinks: bool = False
+    softcap: bool = False
+    stats: bool = False
+
+    def __str__(self) -> str:
+        flags = [name for name in ("few_rows", "sinks", "softcap", "stats") if getattr(self, name)]
+        dims = f"d{self.head_dim}" + ("" if self.value_dim is None else f"v{self.value_dim}")
+        return "-".join([self.kernel, _NAMES[self.dtype], dims, *flags])
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled variant needs on one target.
+
+    Attributes:
+        registers: per thread; on AMD the accumulation registers are counted in.
+        shared: bytes of shared memory per program. shared_limit: what the target has.
+        spills: on NVIDIA bytes of stack per thread, which is where spilled registers go; on AMD spilled vector registers.
+        matrix: the matrix instructions in the code; empty where the plain floating point units multiply.
+    """
+
+    variant: str
+    target: str
+    registers: int
+    shared: int
+    shared_limit: int
+    spills: int
+    matrix: tuple[str, ...]
+
+
+def variants() -> Iterator[Variant]:
+    """Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels."""
+    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
+    for kernel in ("threshold", "topk", "window"):
+        for head_dim in (64, 80, 96, 128, 192, 256):
+            yield Variant(kernel, bfloat16, head_dim)
+        for head_dim in (64, 128, 256):
+            yield Variant(kernel, bfloat16, head_dim, few_rows=True)
+            yield Variant(kernel, float32, head_dim)
+            yield Variant(kernel, float32, head_dim, few_rows=True)
+        yield Variant(kernel, float16, 128)
+    for kernel in ("topk", "window"):
+        for head_dim in (64, 128, 256):
+            yield Variant(kernel, bfloat16, head_dim, sinks=True, softcap=True, stats=True)
+        yield Variant(kernel, float32, 128, sinks=True, softcap=True, stats=True)
+        yield Variant(kernel, bfloat16, 192, 128)
+
+
+def compile_variant(variant: Variant, target: str) -> Resources:
+    """Compiles one variant for a target of ``TARGETS`` and reads its resources from the machine code.
+
+    Raises:
+        RuntimeError: the kernels run in Triton's interpreter (TRITON_INTERPRET is set), so that there is nothing to compile.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the kernels")
+    kernel, constants, options = _specialise(variant, target)
+    signature = {name: "constexpr" if name in constants else _type_of(name, variant) for name in kernel.arg_names}
+    # As at run time: pointers and strides of queries, keys and values are multiples of 16.
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or _is_data_stride(name)]
+    source = ASTSource(
+        kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    compiled = triton.compile(source, target=TARGETS[target].gpu, options=options)
+    if TARGETS[target].gpu.backend == "cuda":
+        registers, spills = _cubin_usage(compiled.asm["cubin"])
+        text = compiled.asm["ptx"]
+    else:
+        text = compiled.asm["amdgcn"]
+        registers, spills = (
+            int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in ("vgpr_count", "vgpr_spill_count")
+        )
+    matrix = tuple(sorted(set(_MATRIX_INSTRUCTION.findall(text))))
+    limit = TARGETS[target].shared_limit
+    return Resources(str(variant), target, registers, compiled.metadata.shared, limit, spills, matrix)
+
+
+def _specialise(variant: Variant, target: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    head_dim, value_dim = variant.head_dim, variant.value_dim or variant.head_dim
+    tiles = tiles_for(target, variant.dtype, head_dim, value_dim, 1 if variant.few_rows else _MANY_ROWS)
+    options = compile_options(tiles, target)
+    if variant.kernel == "threshold":
+        return threshold_kernel, threshold_constants(head_dim, tiles), options
+    by_score = variant.kernel == "topk"
+    flags = (variant.sinks, variant.softcap, variant.stats)
+    return attend_kernel, attend_constants(head_dim, value_dim, tiles, by_score, *flags), options
+
+
+def _type_of(name: str, variant: Variant) -> str:
+    if name in ("query", "key", "value", "output"):
+        return _POINTER[variant.dtype]
+    if name in ("visible", "budget", "ties_end"):
+        return "*i32"
+    if name in ("sinks", "threshold", "lse", "kept_mass"):
+        return "*fp32"
+    if name in ("scale", "softcap"):
+        return "fp32"
+    # Long caches need 64 bits between sequences.
+    return "i64" if name in ("stride_qb", "stride_kb", "stride_vb") else "i32"
+
+
+def _is_data_stride(name: str) -> bool:
+    return re.fullmatch(r"stride_[qkv][bhl]", name) is not None
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) per thread, as the disassembler that Triton ships reports them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if found is None:
+        raise RuntimeError(f"{tool} reported no registers; it said: {report.strip() or 'nothing'}")
+    return int(found[1]), int(found[2])
+
+
+def _table(rows: Sequence[Resources]) -> str:
+    lines = [f"{'variant':<44}{'target':<8}{'registers':>10}{'shared':>9}{'limit':>9}{'spills':>8}"]
+    lines += [
+        f"{r.variant:<44}{r.target:<8}{r.registers:>10}{r.shared:>9}{r.shared_limit:>9}{r.spills:>8}" for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles every variant for every target and prints or writes the table; 1 if any spills or does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m nc_patch.ops.triton_compile", description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="architectures (all)")
+    parser.add_argument("--match", default="", help="only variants whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    chosen = parser.parse_args(arguments)
+    rows = []
+    for variant in variants():
+        for target in chosen.targets:
+            if chosen.match in str(variant):
+                rows.append(compile_variant(variant, target))
+                print(f"compiled {rows[-1].variant} for {target}", file=sys.stderr)
+    print(_table(rows))
+    if chosen.json is not None:
+        command = "python -m nc_patch.ops.triton_compile --json docs/results/kernel_resources.json"
+        kernels = [dataclasses.asdict(row) for row in rows]
+        record = {"command": command, "versions": {"triton": triton.__version__}, "kernels": kernels}
+        chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+    return int(any(row.spills or row.shared > row.shared_limit for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
