@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")
     add("--block-size", type=int, choices=BLOCK_SIZES, default=32, help="keys per block of block (default: 32)")
     add("--scored", type=_positive, default=256, help="last tokens that perplexity scores (default: 256)")
-    add("--passage", type=_positive, default=256, help="tokens of the passage that recall repeats (default: 256)")
+    add("--passage", type=_positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
     add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
     add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")

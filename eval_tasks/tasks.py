@@ -61,6 +61,11 @@ class Layout:
     seed: int
 
     @property
+    def lead(self) -> int:
+        """Tokens of text before the passage of recall, whose own start would otherwise serve as attention sink."""
+        return self.passage // 4
+
+    @property
     def slack(self) -> int:
         """Tokens at the start of a stretch among which the passage of recall is chosen."""
         return max(self.lengths) // 2
@@ -68,7 +73,7 @@ class Layout:
     @property
     def stretch(self) -> int:
         """Tokens of text that one sample takes up."""
-        return self.slack + max(self.lengths) + 1
+        return self.lead + self.slack + max(self.lengths) + 1
 
 
 @dataclass(frozen=True)
@@ -165,14 +170,14 @@ def passage_start(text: TokenisedText, place: int, layout: Layout) -> int:
     That is prose where there is some. A model guesses tables, grammars and code without looking back, so they say
     little about recall. The choice depends on the text alone.
     """
-    starts = np.arange(place, place + layout.slack + 1)
+    starts = place + layout.lead + np.arange(layout.slack + 1)
     before = np.where(starts > 0, text.letter_ends[starts - 1], 0)
     return int(starts[np.argmax(text.letter_ends[starts + layout.passage - 1] - before)])
 
 
 def _perplexity(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
     # The stretch ends at the same token for every length: what grows is the context to the left.
-    stop = place + layout.stretch
+    stop = place + max(layout.lengths) + 1
     ids = _join(text, [(stop - length - 1 + len(text.prefix), stop)])
     return Sample(ids, layout.scored, _span_bytes(text, stop - layout.scored, stop))
 
@@ -180,8 +185,9 @@ def _perplexity(text: TokenisedText, place: int, length: int, layout: Layout) ->
 def _recall(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
     start = passage_start(text, place, layout)
     passage = (start, start + layout.passage)
-    filler = (passage[1], start + length + 1 - len(text.prefix) - layout.passage)
-    return Sample(_join(text, [passage, filler, passage]), layout.passage, _span_bytes(text, *passage))
+    before = (start - layout.lead, start)
+    filler = (passage[1], before[0] + length + 1 - len(text.prefix) - layout.passage)
+    return Sample(_join(text, [before, passage, filler, passage]), layout.passage, _span_bytes(text, *passage))
 
 
 def _unseen(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
@@ -197,10 +203,10 @@ TASKS: dict[str, Task] = {
         Task(
             "recall",
             "recall perplexity",
-            "a passage, the text that follows it as filler, and the passage again, which is scored: only attention "
-            "that reaches back to the first copy makes the second one easy",
+            "a few words, a passage, the text that follows it as filler, and the passage again, which is scored: only "
+            "attention that reaches back to the first copy makes the second one easy",
             _recall,
-            lambda layout, prefix: 2 * layout.passage + prefix,
+            lambda layout, prefix: layout.lead + 2 * layout.passage + prefix,
         ),
         Task(
             "unseen",

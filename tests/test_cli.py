@@ -44,7 +44,7 @@ def test_eval_help_names_every_method_and_the_lists_print_them(capsys):
         (("--lengths", "48", "1024"), "length 1,024 is beyond the 512 positions"),
         (("--lengths", "8"), "length 8 is too short for the task recall"),
         (("--lengths", "48", "48"), "48 is given twice"),
-        (("--samples", "99"), "the text has 2,000 tokens; 99 samples of up to 96 tokens need 14,355"),
+        (("--samples", "99"), "the text has 2,000 tokens; 99 samples of up to 96 tokens need 14,652"),
         (("--alpha", "-1"), "alpha must be a positive number"),
         (("--alpha", "nan"), "alpha must be a positive number"),
         (("--C", "1.5"), "C must be a number in [0, 1]"),
