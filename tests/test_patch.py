@@ -15,6 +15,7 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     LlamaForCausalLM,
+    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
