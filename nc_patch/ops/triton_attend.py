@@ -91,17 +91,17 @@ def attend_kernel(
         late_tiles = tl.cdiv(tl.maximum(high - late_low, 0), BLOCK_N)
 
     acc, peak, total = attend(
-        queries, query_rows, valid, keys, values, stride_kl, stride_vl, start, end, sinks_end, recents_start, limit, limit_end,
-        low, early_tiles, late_low, late_tiles, high, scale, softcap, 0, DV, D, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        CHUNK_D, BY_SCORE, HAS_SOFTCAP, False,
+        queries, query_rows, valid, keys, values, stride_kl, stride_vl, start, end, sinks_end, recents_start, limit,
+        limit_end, low, early_tiles, late_low, late_tiles, high, scale, softcap, 0, DV, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        BLOCK_DV, CHUNK_D, BY_SCORE, HAS_SOFTCAP, False,
     )  # fmt: skip
     base, share, denominator = join_sink(peak, total, sinks, head, valid, HAS_SINKS)
     write_rows(output + row * DV, acc, share / denominator, valid, wanted, DV, BLOCK_DV)
     # The passes below read the queries anew, so that none but the main pass has to hold them.
     if WANT_STATS:
         seen_peak, seen_total = sum_seen(
-            load_query(query_rows, valid, D, BLOCK_D, CHUNK_D), query_rows, valid, keys, stride_kl, start, end, low, high,
-            scale, softcap, D, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, HAS_SOFTCAP,
+            load_query(query_rows, valid, D, BLOCK_D, CHUNK_D), query_rows, valid, keys, stride_kl, start, end, low,
+            high, scale, softcap, D, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, HAS_SOFTCAP,
         )  # fmt: skip
         kept = total * tl.exp2(peak - seen_peak) / seen_total
         tl.store(lse + row, (base + tl.log2(denominator)) * LN_2, mask=valid)
@@ -110,11 +110,12 @@ def attend_kernel(
     if not_finite(acc) > 0:
         again = load_query(query_rows, valid, D, BLOCK_D, CHUNK_D)
         for column in range(0, DV, _MEND_COLUMNS):
-            for count_broken in range(0, 2):
+            for count_broken in range(2):
                 mended, _peak, _total = attend(
                     again, query_rows, valid, keys, values + column, stride_kl, stride_vl, start, end, sinks_end,
-                    recents_start, limit, limit_end, low, early_tiles, late_low, late_tiles, high, scale, softcap, count_broken,
-                    DV - column, D, BLOCK_M, BLOCK_N, BLOCK_D, _MEND_COLUMNS, CHUNK_D, BY_SCORE, HAS_SOFTCAP, True,
+                    recents_start, limit, limit_end, low, early_tiles, late_low, late_tiles, high, scale, softcap,
+                    count_broken, DV - column, D, BLOCK_M, BLOCK_N, BLOCK_D, _MEND_COLUMNS, CHUNK_D, BY_SCORE,
+                    HAS_SOFTCAP, True,
                 )  # fmt: skip
                 tl.debug_barrier()
                 if count_broken == 0:
@@ -167,15 +168,15 @@ def attend(
 ):
     """One online-softmax pass over two runs of key tiles: (acc, peak, total).
 
-    Logits are in base 2. ``MEND`` is for values that hold NaN or infinity: with ``count_broken = 0`` these count as zero,
-    with ``count_broken = 1`` acc holds how many of them each row attends.
+    Logits are in base 2. ``MEND`` is for values that hold NaN or infinity: with ``count_broken = 0`` these count as
+    zero, with ``count_broken = 1`` acc holds how many of them each row attends.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     dv = tl.arange(0, BLOCK_DV)
     n = tl.arange(0, BLOCK_N)
-    for tile in range(0, early_tiles + late_tiles):
+    for tile in range(early_tiles + late_tiles):
         begin = tl.where(tile < early_tiles, early_low + tile * BLOCK_N, late_low + (tile - early_tiles) * BLOCK_N)
         columns = begin + n
         in_range = columns < high
@@ -266,7 +267,7 @@ def finite_or_zero(peak):
 
 @triton.jit
 def fold(logits, peak, total):
-    """Takes a tile of base-2 logits into a running softmax: (peak, total, the tile's weights, factor of what came before)."""
+    """Takes a tile of logits into a running softmax: (peak, total, the tile's weights, factor of what came before)."""
     higher = tl.maximum(peak, tl.max(logits, axis=1))
     base = finite_or_zero(higher)
     weights = tl.exp2(logits - base[:, None])
@@ -276,7 +277,7 @@ def fold(logits, peak, total):
 
 @triton.jit
 def join_sink(peak, total, sinks, head, valid, HAS_SINKS: tl.constexpr):
-    """(base, share, denominator): the softmax's denominator, sink included, relative to 2**base; share rescales acc to it."""
+    """(base, share, denominator): the softmax's denominator relative to 2**base, and the factor of acc to match it."""
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
         base = finite_or_zero(tl.maximum(peak, sink))
@@ -291,7 +292,7 @@ def join_sink(peak, total, sinks, head, valid, HAS_SINKS: tl.constexpr):
 
 @triton.jit
 def write_rows(output_rows, acc, factor, valid, wanted, columns_left, BLOCK_DV: tl.constexpr):
-    """Stores ``acc * factor``; a row that attends nothing is zero (one that attends only -inf is 0 / 0, as in any softmax)."""
+    """Stores ``acc * factor``, and zero where a row attends nothing; one that attends only -inf stays 0 / 0."""
     dv = tl.arange(0, BLOCK_DV)
     rows = tl.where((wanted > 0)[:, None], acc * factor[:, None], 0.0)
     mask = valid[:, None] & (dv[None, :] < columns_left)

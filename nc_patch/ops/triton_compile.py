@@ -1,4 +1,7 @@
-"""Compiles the kernels ahead of time, without a GPU, and reads off what each needs: ``python -m nc_patch.ops.triton_compile``."""
+"""Compiles the kernels ahead of time, which needs no GPU, and reads off the registers and memory that each needs.
+
+``python -m nc_patch.ops.triton_compile`` prints the table and fails if a kernel spills or does not fit.
+"""
 
 import argparse
 import dataclasses
@@ -24,17 +27,18 @@ from nc_patch.ops.triton_threshold import threshold_kernel
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture to compile for, and the bytes of shared memory that one program may use there."""
+    """An architecture to compile for, and what one program may use there: bytes of shared memory, and registers."""
 
     gpu: GPUTarget
     shared_limit: int
+    register_limit: int
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, 65536),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, 65536),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, 65536),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 4 * 64 * 512),
 }
 
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -45,7 +49,7 @@ _MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a kernel: ``threshold``, ``topk`` (attend by score) or ``window`` (attend the forced keys)."""
+    """One specialisation of a kernel: ``threshold``, ``topk`` (attend by score) or ``window`` (forced keys only)."""
 
     kernel: str
     dtype: torch.dtype
@@ -67,19 +71,27 @@ class Resources:
     """What one compiled variant needs on one target.
 
     Attributes:
-        registers: per thread; on AMD the accumulation registers are counted in.
+        registers: per thread; on AMD the accumulation registers are counted in. threads: per program.
         shared: bytes of shared memory per program. shared_limit: what the target has.
-        spills: on NVIDIA bytes of stack per thread, which is where spilled registers go; on AMD spilled vector registers.
+        spills: on NVIDIA bytes of stack per thread, where spilled registers go; on AMD spilled vector registers.
         matrix: the matrix instructions in the code; empty where the plain floating point units multiply.
     """
 
     variant: str
     target: str
     registers: int
+    threads: int
     shared: int
     shared_limit: int
     spills: int
     matrix: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing spills, and one program's shared memory and registers (given out in eights) are there."""
+        registers = (self.registers + 7) // 8 * 8 * self.threads
+        fits = registers <= TARGETS[self.target].register_limit and self.shared <= self.shared_limit
+        return fits and self.spills == 0
 
 
 def variants() -> Iterator[Variant]:
@@ -104,7 +116,7 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     """Compiles one variant for a target of ``TARGETS`` and reads its resources from the machine code.
 
     Raises:
-        RuntimeError: the kernels run in Triton's interpreter (TRITON_INTERPRET is set), so that there is nothing to compile.
+        RuntimeError: TRITON_INTERPRET is set, so that there is nothing to compile.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the kernels")
@@ -125,8 +137,17 @@ def compile_variant(variant: Variant, target: str) -> Resources:
             int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in ("vgpr_count", "vgpr_spill_count")
         )
     matrix = tuple(sorted(set(_MATRIX_INSTRUCTION.findall(text))))
-    limit = TARGETS[target].shared_limit
-    return Resources(str(variant), target, registers, compiled.metadata.shared, limit, spills, matrix)
+    threads = options["num_warps"] * TARGETS[target].gpu.warp_size
+    return Resources(
+        variant=str(variant),
+        target=target,
+        registers=registers,
+        threads=threads,
+        shared=compiled.metadata.shared,
+        shared_limit=TARGETS[target].shared_limit,
+        spills=spills,
+        matrix=matrix,
+    )
 
 
 def _specialise(variant: Variant, target: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -197,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kernels = [dataclasses.asdict(row) for row in rows]
         record = {"command": command, "versions": {"triton": triton.__version__}, "kernels": kernels}
         chosen.json.write_text(json.dumps(record, indent=1) + "\n")
-    return int(any(row.spills or row.shared > row.shared_limit for row in rows))
+    return int(any(not row.fits for row in rows))
 
 
 if __name__ == "__main__":

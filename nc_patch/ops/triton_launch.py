@@ -27,14 +27,14 @@ class Tiles:
 
 
 # The one place where tile sizes are chosen: by architecture, bytes per element and padded head_dim, once for many rows
-# and once for few (decoding). The ahead-of-time tests hold every entry to its architecture's registers and shared memory.
+# and once for few (decoding). The ahead-of-time tests hold each to its architecture's registers and shared memory.
 # float32 multiplies on the plain floating point units of NVIDIA GPUs and is summed in chunks of head_dim.
 _FLOAT32 = {64: Tiles(32, 32, 4, 1, 32), 128: Tiles(32, 32, 8, 1, 32), 256: Tiles(16, 32, 8, 1, 32)}
 _FLOAT32_FEW = {64: Tiles(16, 32, 4, 1, 32), 128: Tiles(16, 32, 4, 1, 32), 256: Tiles(16, 32, 8, 1, 32)}
 _HALF_FEW = {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 32, 8, 2)}
 _HALF = {
     "sm_80": {64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 2)},
-    "sm_90": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
+    "sm_90": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 8, 2)},
     "sm_100": {64: Tiles(64, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
     "gfx942": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
@@ -43,7 +43,7 @@ _FEW_ROWS = 16
 
 
 def tiles_for(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int) -> Tiles:
-    """Tiles for inputs of this dtype and these head dimensions, ``rows`` (Lq times the group) being there to fill them."""
+    """Tiles for inputs of this dtype and these head dimensions, to be filled by ``rows``, Lq times the group."""
     padded = max(64, padded_dim(head_dim), padded_dim(value_dim))
     few = rows <= _FEW_ROWS
     if dtype == torch.float32:
@@ -55,7 +55,7 @@ def tiles_for(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: i
 
 @lru_cache(maxsize=64)
 def architecture_of(device: torch.device) -> str:
-    """The row of the tile table for a device: architectures that are not in it use the nearest one that asks for less."""
+    """The row of the tile table for a device; NVIDIA GPUs without one use that of sm_80, which asks for least."""
     if device.type != "cuda":
         return "sm_80"
     if torch.version.hip is not None:

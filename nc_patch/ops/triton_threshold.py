@@ -1,14 +1,14 @@
 """The search for each row's k-th largest score, over tiles of QK^T that are recomputed in every pass.
 
 A row keeps a bracket ``[low, high)`` of scores such that at least k candidates score ``low`` or more and fewer than k
-score ``high`` or more. A pass counts, for three thresholds inside the bracket, how many candidates reach each, and finds
-the largest score below the middle one. Where the thresholds lie is a guess (a normal quantile of a sample at first, then
-interpolation of the logarithm of the count), which decides how fast the bracket closes, not what it closes on. After
-``GUESSED_PASSES`` the bracket is quartered by the rank of its floats instead, so that 17 more passes end the search for
-any input: the bracket is at most 2**32 floats wide.
+score ``high`` or more. A pass counts, for three thresholds inside the bracket, how many candidates reach each, and
+finds the largest score below the middle one. Where the thresholds lie is a guess (a normal quantile of a sample at
+first, then interpolation of the logarithm of the count), which decides how fast the bracket closes, not what it closes
+on. After ``GUESSED_PASSES`` the bracket is quartered by the rank of its floats instead, so that 17 more passes end the
+search for any input: the bracket is at most 2**32 floats wide.
 
-A search ends when the count at a threshold is exactly k, or when the bracket holds a single float: that score is tied, and
-one more pass finds the position of the last tie that is admitted.
+A search ends when the count at a threshold is exactly k, or when the bracket holds a single float: that score is tied,
+and one more pass finds the position of the last tie that is admitted.
 """
 
 import triton
@@ -64,8 +64,8 @@ def threshold_kernel(
     firsts, recents = forced_keys(wanted, sink_keys, recent_keys, True)
     origin, _last = span(start, end, end > start)
     limit, limit_end = find_thresholds(
-        query_rows, valid, keys, stride_kl, start + firsts, end - recents, wanted - firsts - recents, origin, D, BLOCK_M,
-        BLOCK_N, BLOCK_D, CHUNK_D,
+        query_rows, valid, keys, stride_kl, start + firsts, end - recents, wanted - firsts - recents, origin, D,
+        BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D,
     )  # fmt: skip
     tl.store(threshold + row, limit, mask=valid)
     tl.store(ties_end + row, limit_end, mask=valid)
@@ -87,10 +87,10 @@ def find_thresholds(
     BLOCK_D: tl.constexpr,
     CHUNK_D: tl.constexpr,
 ):
-    """(threshold, ties_end): the ``needed`` highest keys of ``[first, last)`` are those that score above the threshold and,
-    at positions below ``ties_end``, those that equal it.
+    """(threshold, ties_end) of each row's ``needed`` highest keys in ``[first, last)``.
 
-    Blocks in which every row takes all or none of its candidates make no pass.
+    They are the keys that score above the threshold and, at positions below ``ties_end``, those that equal it. Blocks
+    in which every row takes all or none of its candidates make no pass.
     """
     candidates = last - first
     threshold = tl.where(needed > 0, float("-inf"), float("inf"))
@@ -185,7 +185,7 @@ def end_ties(
     BLOCK_D: tl.constexpr,
     CHUNK_D: tl.constexpr,
 ):
-    """``ties_end`` with, for rows that have room for only ``spare`` > 0 of their ties, the position after the last of them."""
+    """``ties_end``, changed where a row has room for ``spare`` > 0 of its ties: to the position after the last one."""
     n = tl.arange(0, BLOCK_N)
     low, high = span(first, last, spare > 0)
     for tile in range((low - origin) // BLOCK_N, tl.cdiv(high - origin, BLOCK_N)):
@@ -220,7 +220,7 @@ def score_of(rank):
 
 @triton.jit
 def normal_quantile(upper):
-    """The z above which a standard normal lies with probability ``upper`` (Abramowitz and Stegun 26.2.23, error 5e-4)."""
+    """The z that a standard normal exceeds with probability ``upper`` (Abramowitz and Stegun 26.2.23, error 5e-4)."""
     tail = tl.minimum(upper, 1.0 - upper)
     t = tl.sqrt(-2.0 * 0.6931471805599453 * tl.log2(tail))
     over = 2.515517 + t * (0.802853 + t * 0.010328)
@@ -231,7 +231,7 @@ def normal_quantile(upper):
 
 @triton.jit
 def count_tile(raw, first, second, third, among, MASKED: tl.constexpr):
-    """Per row of a tile: three counts of scores at or above ascending thresholds, packed, and the largest below ``second``.
+    """Of each row of a tile, counts at or above three ascending thresholds, packed, and the largest below ``second``.
 
     A NaN compares below nothing, so it is counted at every threshold, as +inf is.
     """
@@ -343,7 +343,7 @@ def count_range(
     BLOCK_D: tl.constexpr,
     CHUNK_D: tl.constexpr,
 ):
-    """One pass over the keys of the rows still searching: three counts and the largest score below the middle threshold."""
+    """One pass over the keys of the rows still searching: three counts, and the largest below the middle threshold."""
     count_first = tl.zeros([BLOCK_M], dtype=tl.int32)
     count_second = tl.zeros([BLOCK_M], dtype=tl.int32)
     count_third = tl.zeros([BLOCK_M], dtype=tl.int32)
@@ -373,7 +373,7 @@ def count_range(
         count_third += packed >> (2 * _FIELD_BITS)
         below = tl.maximum(below, largest)
     before = inner_begin - begin
-    for edge in range(0, before + stop - inner_stop):
+    for edge in range(before + stop - inner_stop):
         tile = tl.where(edge < before, begin + edge, inner_stop + edge - before)
         columns = origin + tile * BLOCK_N + n
         first_key = keys + (origin + tile * BLOCK_N).to(tl.int64) * stride_kl

@@ -31,8 +31,8 @@ def program_rows(
 ):
     """The rows of this program: (batch, kv head, query index, query head, row, valid, start, end, budget).
 
-    ``row`` is the offset in a contiguous ``[B, Hq, Lq]``. Blocks run from the last queries to the first, so that the long ones start first. Rows beyond the end, and rows that
-    see no key, come out with ``start = end`` and a budget of 0.
+    ``row`` is the offset in a contiguous ``[B, Hq, Lq]``. Blocks run from the last queries to the first, so that the
+    long ones start first. Rows beyond the end, and rows that see no key, have ``start = end`` and a budget of 0.
     """
     blocks = tl.cdiv(Lq * group, BLOCK_M)
     program = tl.program_id(0)
@@ -63,7 +63,7 @@ def span(low, high, among):
 
 @triton.jit
 def load_query(query_rows, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr):
-    """The block's queries ``[BLOCK_M, BLOCK_D]``; where scores are summed in chunks, only a stand-in that is not read."""
+    """The queries ``[BLOCK_M, BLOCK_D]``; where scores are summed in chunks, only a stand-in that is not read."""
     if CHUNK_D == BLOCK_D:
         d = tl.arange(0, BLOCK_D)
         queries = tl.load(query_rows[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0)

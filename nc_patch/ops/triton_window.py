@@ -1,8 +1,8 @@
 """Attention over the first and the most recent visible keys in one Triton kernel; ``reference.py`` defines it.
 
-A program takes a block of rows of one key/value head and reads K and V once, in the tiles from its rows' first starts to
-their last sink keys and from their first recent key on; a budget that covers the interval makes it dense attention. With
-statistics asked for, it also reads all visible K once, for the dense log-sum-exp.
+A program takes a block of rows of one key/value head and reads K and V once, in the tiles from its rows' first start to
+their last sink key and in those from their first recent key on; a budget that covers the interval makes it dense
+attention. With statistics asked for, one more pass over all visible K gives the dense log-sum-exp.
 """
 
 import torch
@@ -26,8 +26,8 @@ def triton_window_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of each query over its ``sink_keys`` first and its most recent visible keys, ``budget`` in all.
 
-    Arguments, results and errors are those of ``triton_topk_attention``; ``recent_keys`` changes nothing, since whatever the
-    budget leaves after the sinks is recent.
+    Arguments, results and errors are those of ``triton_topk_attention``; ``recent_keys`` changes nothing, since
+    whatever the budget leaves after the sinks is recent.
     """
     return launch_attention(
         query,
