@@ -15,7 +15,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from nc_patch.ops import triton_launch  # noqa: E402
+from nc_patch.ops import triton_launch, triton_threshold  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, forced_counts, reference_attention, topk_mask  # noqa: E402
 from nc_patch.ops.triton_topk import triton_topk_attention  # noqa: E402
 from nc_patch.ops.triton_window import triton_window_attention  # noqa: E402
@@ -270,6 +270,25 @@ def test_topk_ends_and_is_exact_for_keys_that_are(spoil, device):
     if spoil not in (_infinite, _nan):
         inputs["key"][..., 1:] = 0.0
     check("topk", case, device, inputs)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="passes are counted in the interpreter")
+@pytest.mark.parametrize(
+    ("spoil", "budgets", "most"),
+    [(None, "full", 0), (None, "small", 9), (_all_equal, "small", 4), (_tiny, "small", 25), (_far_apart, "any", 25)],
+    ids=["full-budget", "normal", "all-equal", "tiny", "far-apart"],
+)
+def test_counting_passes_are_few_and_bounded(spoil, budgets, most, device, monkeypatch):
+    passes = []
+    count_range = triton_threshold.count_range
+    monkeypatch.setattr(triton_threshold, "count_range", lambda *args: passes.append(1) or count_range(*args))
+    case = Case("one-program", group=1, queries=30, keys=90, budgets=budgets, sink_keys=0, recent_keys=0, stats=False)
+    inputs = inputs_of(case)
+    if spoil is not None:
+        spoil(inputs["key"])
+    check("topk", case, device, inputs)
+    assert (len(passes) > 0) == (budgets != "full")
+    assert len(passes) <= most
 
 
 @on_kernel_device

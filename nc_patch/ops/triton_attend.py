@@ -107,7 +107,8 @@ def attend_kernel(
         tl.store(lse + row, (base + tl.log2(denominator)) * LN_2, mask=valid)
         tl.store(kept_mass + row, tl.where(end > start, kept, 1.0), mask=valid)
     # In a tile, 0 * NaN and 0 * inf reach rows that do not attend the key: such blocks are computed again.
-    if not_finite(acc) > 0:
+    tl.debug_barrier()
+    if count_not_finite(output + row * DV, valid, DV, BLOCK_DV) > 0:
         again = load_query(query_rows, valid, D, BLOCK_D, CHUNK_D)
         for column in range(0, DV, _MEND_COLUMNS):
             for count_broken in range(2):
@@ -309,6 +310,9 @@ def write_nan_where(output_rows, broken, valid, columns_left, BLOCK_DV: tl.const
 
 
 @triton.jit
-def not_finite(acc):
-    """How many elements are NaN or infinite."""
-    return tl.sum(tl.sum((~(tl.abs(acc) < float("inf"))).to(tl.int32), axis=1), axis=0)
+def count_not_finite(output_rows, valid, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """How many elements of the stored output are NaN or infinite; read back, so that acc can be let go."""
+    dv = tl.arange(0, BLOCK_DV)
+    mask = valid[:, None] & (dv[None, :] < DV)
+    stored = tl.load(output_rows[:, None] + dv[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(tl.sum((~(tl.abs(stored) < float("inf"))).to(tl.int32), axis=1), axis=0)
