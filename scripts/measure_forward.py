@@ -61,10 +61,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/results/forward_cpu.json"))
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if "dense" not in arguments.methods:
+        parser.error("--methods must hold dense, which the others are compared with")
     if arguments.memory_of:
         model, ids = load(arguments.model, arguments.lengths[0])
         forward(model, ids, METHODS[arguments.memory_of])
@@ -73,17 +76,17 @@ def main() -> None:
     results = []
     print(f"{'tokens':>6}  {'method':18} {'seconds':>8} {'of dense':>8} {'attended':>8} {'peak MB':>8}")
     for length in arguments.lengths:
-        memory = {method: peak_memory(arguments, length, method) for method in METHODS}
+        memory = {method: peak_memory(arguments, length, method) for method in arguments.methods}
         model, ids = load(arguments.model, length)
         forward(model, ids[:, :256], None)
-        seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+        seconds: dict[str, list[float]] = {method: [] for method in arguments.methods}
         fractions: dict[str, float] = {}
         for _ in range(arguments.repeats):
-            for method, config in METHODS.items():
-                taken, fractions[method] = forward(model, ids, config)
+            for method in arguments.methods:
+                taken, fractions[method] = forward(model, ids, METHODS[method])
                 seconds[method].append(taken)
         dense = statistics.median(seconds["dense"])
-        for method in METHODS:
+        for method in arguments.methods:
             median = statistics.median(seconds[method])
             row = {
                 "tokens": length,
