@@ -48,8 +48,8 @@ def perplexity(smollm2):
 
 
 def test_topk_is_within_three_percent_of_dense_at_2048(perplexity):
-    dense = perplexity("perplexity", 2048, None, samples=3)
-    assert perplexity("perplexity", 2048, NCConfig(2.0, 0.7), samples=3) <= 1.03 * dense
+    dense = perplexity("perplexity", 2048, None, samples=2)
+    assert perplexity("perplexity", 2048, NCConfig(2.0, 0.7), samples=2) <= 1.03 * dense
 
 
 def test_topk_recalls_at_2048_and_a_window_of_the_same_budget_does_not(perplexity):
