@@ -73,7 +73,7 @@ class Resources:
     Attributes:
         registers: per thread; on AMD the accumulation registers are counted in. threads: per program.
         shared: bytes of shared memory per program. shared_limit: what the target has.
-        spills: on NVIDIA bytes of stack per thread, where spilled registers go; on AMD spilled vector registers.
+        spills: on NVIDIA instructions that store a register to local memory; on AMD spilled vector registers.
         matrix: the matrix instructions in the code; empty where the plain floating point units multiply.
     """
 
@@ -179,16 +179,19 @@ def _is_data_stride(name: str) -> bool:
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) per thread, as the disassembler that Triton ships reports them."""
+    """(registers per thread, stores to local memory), as the disassembler that Triton ships shows them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    if found is None:
-        raise RuntimeError(f"{tool} reported no registers; it said: {report.strip() or 'nothing'}")
-    return int(found[1]), int(found[2])
+        usage, code = (
+            subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+)", usage)
+    if found is None or "EXIT" not in code:
+        raise RuntimeError(f"{tool} showed no code; it said: {usage.strip() or 'nothing'}")
+    return int(found[1]), len(re.findall(r"\bSTL\b", code))
 
 
 def _table(rows: Sequence[Resources]) -> str:
@@ -215,9 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(_table(rows))
     if chosen.json is not None:
         command = "python -m nc_patch.ops.triton_compile --json docs/results/kernel_resources.json"
-        kernels = [dataclasses.asdict(row) for row in rows]
-        record = {"command": command, "versions": {"triton": triton.__version__}, "kernels": kernels}
-        chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        # One kernel a line, so that a change of one shows as one.
+        kernels = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
+        head = json.dumps({"command": command, "versions": versions})[:-1]
+        chosen.json.write_text(f'{head}, "kernels": [\n{kernels}\n]}}\n')
     return int(any(not row.fits for row in rows))
 
 
