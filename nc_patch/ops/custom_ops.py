@@ -34,6 +34,17 @@ def _(visible, max_n, alphas, exponents, min_keys, law):  # type: ignore[no-unty
     return visible.new_empty(visible.shape[0], len(alphas), visible.shape[1])
 
 
+def _row_settings(scale: float, softcap: float, sink_keys: int, recent_keys: int, want_stats: bool) -> dict[str, Any]:
+    """The keyword arguments that the row operations of every backend share."""
+    return {
+        "scale": scale,
+        "softcap": softcap,
+        "sink_keys": sink_keys,
+        "recent_keys": recent_keys,
+        "want_stats": want_stats,
+    }
+
+
 @torch.library.custom_op("nc_patch::topk_attention", mutates_args=())
 def topk_attention(
     query: torch.Tensor,
@@ -50,13 +61,7 @@ def topk_attention(
     backend: str,
 ) -> Three:
     """Exact token-level top-k attention; see ``torch_topk_attention`` for shapes. ``backend``: "torch" or "triton"."""
-    settings: dict[str, Any] = {
-        "scale": scale,
-        "softcap": softcap,
-        "sink_keys": sink_keys,
-        "recent_keys": recent_keys,
-        "want_stats": want_stats,
-    }
+    settings = _row_settings(scale, softcap, sink_keys, recent_keys, want_stats)
     if backend == "triton":
         from nc_patch.ops.triton_topk import triton_topk_attention
 
@@ -80,13 +85,7 @@ def window_attention(
     backend: str,
 ) -> Three:
     """Attention over sink keys and the most recent ones; arguments as in ``topk_attention``."""
-    settings: dict[str, Any] = {
-        "scale": scale,
-        "softcap": softcap,
-        "sink_keys": sink_keys,
-        "recent_keys": recent_keys,
-        "want_stats": want_stats,
-    }
+    settings = _row_settings(scale, softcap, sink_keys, recent_keys, want_stats)
     if backend == "triton":
         from nc_patch.ops.triton_window import triton_window_attention
 

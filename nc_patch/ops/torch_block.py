@@ -10,6 +10,7 @@ from nc_patch.ops.torch_rows import (
     RowBlock,
     RowStats,
     final_scores_,
+    hide_unseen_,
     scores_of,
     softmax_,
     split_scale,
@@ -88,7 +89,7 @@ def torch_block_attention(
         if want_stats:
             kept = torch.logsumexp(scores, -1)
             every = scores_of(rows_query, keys[:, block.low : block.high], buffers, "dense")
-            every = _hide(
+            every = hide_unseen_(
                 final_scores_(every, after, softcap), seen, torch.arange(block.low, block.high, device=seen.device)
             )
             stats.record(block, kept, torch.logsumexp(every, -1), seen[:, 1] <= seen[:, 0])
@@ -115,11 +116,6 @@ def query_blocks(visible: torch.Tensor, origin: torch.Tensor) -> list[RowBlock]:
                 low, high = int(start[b, first:last].min()), int(end[b, first:last].max())
                 blocks.append(RowBlock(b, first, last, low, high))
     return blocks
-
-
-def _hide(scores: torch.Tensor, seen: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Makes the scores ``[H, R, N]`` of keys outside the intervals ``seen [R, 2]`` -inf, in place."""
-    return scores.masked_fill_((position < seen[:, :1]) | (position >= seen[:, 1:]), -torch.inf)
 
 
 def sampled_rows(seen: torch.Tensor, begin: int) -> torch.Tensor:
@@ -153,7 +149,7 @@ def keep_blocks_(
     attended.scatter_(1, torch.where(inside, chosen.position - block.low, raw.shape[-1]), True)
     hidden = ~attended[:, None, None, :-1]
     raw.view(num_kv_heads, -1, *raw.shape[1:]).masked_fill_(hidden, -torch.inf)
-    _hide(raw, seen, torch.arange(block.low, block.high, device=raw.device))
+    hide_unseen_(raw, seen, torch.arange(block.low, block.high, device=raw.device))
     return raw.new_zeros(1, raw.shape[1])
 
 
@@ -174,7 +170,9 @@ def _choose(
         seen: int32 ``[R, 2]``. sampled: bool ``[R]`` with S true. budget: int32 ``[Hq or 1, R]``.
         begin: key position of the sequence's first token.
     """
-    mass = softmax_(_hide(scores, seen[sampled], torch.arange(block.low, block.high, device=scores.device)), None)
+    mass = softmax_(
+        hide_unseen_(scores, seen[sampled], torch.arange(block.low, block.high, device=scores.device)), None
+    )
     mass = mass.view(num_kv_heads, -1, mass.shape[-1]).sum(1)
     count = -(-budget.expand(scores.shape[0], -1).reshape(num_kv_heads, -1).amax(-1) // block_size)
     first_offset = int(seen[0, 1]) - 1 - begin

@@ -74,6 +74,11 @@ def final_scores_(raw: torch.Tensor, factor: float, softcap: float) -> torch.Ten
     return raw if factor == 1.0 else raw.mul_(factor)
 
 
+def hide_unseen_(scores: torch.Tensor, seen: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Makes the scores ``[H, R, N]`` of keys outside the intervals ``seen [R, 2]`` -inf, in place."""
+    return scores.masked_fill_((position < seen[:, :1]) | (position >= seen[:, 1:]), -torch.inf)
+
+
 def softmax_(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """Weights ``[H, R, N]`` of scores masked with -inf, in place; ``sinks`` float32 ``[H, R]`` joins the denominator.
 

@@ -8,6 +8,7 @@ from nc_patch.ops.torch_rows import (
     RowBlock,
     RowStats,
     final_scores_,
+    hide_unseen_,
     row_blocks,
     rows_per_block,
     scores_of,
@@ -72,7 +73,7 @@ def torch_window_attention(
             span = slice(block.low, block.high)
             every = final_scores_(scores_of(rows_query, key[b, :, span].float(), buffers, "dense"), after, softcap)
             place = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
-            every.masked_fill_((place < seen[:, :1]) | (place >= seen[:, 1:]), -torch.inf)
+            hide_unseen_(every, seen, place)
             stats.record(block, torch.logsumexp(scores, -1), torch.logsumexp(every, -1), empty)
         attended = weighted_values(softmax_(scores, None if logits is None else logits[:, None]), values)
         output[b, :, block.rows] = attended.masked_fill_(empty[:, None], 0.0).to(output.dtype)
