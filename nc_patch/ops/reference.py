@@ -3,9 +3,12 @@
 Shapes: B batch, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Lq queries, Lk keys, D head dimension.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+
+from nc_patch.ops.pages import page_logits
 
 
 class AttentionResult(NamedTuple):
@@ -154,6 +157,65 @@ def block_mask(
     return attended & seen
 
 
+def page_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scores: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    budget: torch.Tensor,
+    block_size: int,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Keys attended by ``pages``, bool ``[B, Hq, Lq, Lk]``: what ``block`` is while decoding, a query at a time.
+
+    Keys are cut into pages of ``block_size`` from the sequence's ``origin``. For a query and a head the logit of a page
+    is the log of the number of its visible keys plus ``pages.page_logits`` of the mean and variance of its keys; the
+    logit of the page that holds the query's own position is exact, the log-sum-exp of its visible scores. A page's
+    weight is the softmax of the logits over the visible pages, summed over the G query heads of a key/value head; a
+    logit that is NaN or +inf gives an infinite weight and stays out of the softmax. Attended are the first visible page
+    and the query's own, then the heaviest of the others, ties to the lower position, until ``ceil(k / block_size)`` are
+    chosen, where k is the group's largest budget.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``, key: ``[B, Hkv, Lk, D]``, both float64. scores: final scores ``[B, Hq, Lq, Lk]``.
+        visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``. budget: int32 ``[B, Hq or 1, Lq]``.
+    """
+    B, Hq, Lq, Lk = scores.shape
+    Hkv = key.shape[1]
+    group = Hq // Hkv
+    attended = torch.zeros(B, Hq, Lq, Lk, dtype=torch.bool, device=scores.device)
+    for b, i in ((b, i) for b in range(B) for i in range(Lq)):
+        start, end, begin = (int(x) for x in (visible[b, i, 0], visible[b, i, 1], origin[b, i]))
+        if end <= start:
+            continue
+        low, own = (start - begin) // block_size, (end - 1 - begin) // block_size
+        for h in range(Hkv):
+            heads = slice(h * group, (h + 1) * group)
+            logits = torch.empty(group, own + 1 - low, dtype=torch.float64)
+            for j in range(low, own + 1):
+                first, last = begin + j * block_size, begin + (j + 1) * block_size
+                if j == own:
+                    logits[:, j - low] = torch.logsumexp(scores[b, heads, i, max(first, start) : end], -1)
+                    continue
+                keys = key[b, h, max(first, 0) : last]
+                mean, variance = keys.mean(0, keepdim=True), keys.var(0, correction=0, keepdim=True)
+                estimate = page_logits(query[b, heads, i], mean, variance, scale, softcap or 0.0)[:, 0]
+                logits[:, j - low] = estimate + math.log(min(last, end) - max(first, start))
+            overwhelming = logits.isnan() | (logits == torch.inf)
+            weights = torch.softmax(logits.masked_fill(overwhelming, -torch.inf), -1).nan_to_num(nan=0.0)
+            weight = weights.masked_fill(overwhelming, torch.inf).sum(0)
+            weight[0] = weight[-1] = torch.inf
+            count = -(-int(budget[b].expand(Hq, Lq)[heads, i].max()) // block_size)
+            others = sorted(range(1, own - low), key=lambda j: -float(weight[j]))
+            always = {0, own - low}
+            for j in always | set(others[: max(0, count - len(always))]):
+                first = begin + (low + j) * block_size
+                attended[b, heads, i, max(first, start) : min(first + block_size, end)] = True
+    return attended
+
+
 def query_blocks(visible: torch.Tensor, origin: torch.Tensor, query_block_size: int) -> list[torch.Tensor]:
     """Runs of rows of one sequence, ``visible[Lq, 2]``, that share a query block; rows without keys are left out."""
     position = (visible[:, 1] - 1 - origin).tolist()
@@ -199,7 +261,7 @@ def reference_attention(
         query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``. Any float dtype.
         visible: int32 ``[B, Lq, 2]``, the half-open interval of keys each query may see.
         budget: int32 ``[B, Hq or 1, Lq]``, keys to attend, between 0 and the interval's length.
-        selection: ``"topk"``, ``"block"``, ``"window"`` or ``"dense"``.
+        selection: ``"topk"``, ``"block"``, ``"pages"`` (``"block"`` while decoding), ``"window"`` or ``"dense"``.
         scale: factor of the scores q·k, positive.
         softcap: scores become ``softcap * tanh(score / softcap)`` after scaling.
         sinks: ``[Hq]`` learned logits that join the softmax's denominator.
@@ -225,10 +287,13 @@ def reference_attention(
     elif selection == "block":
         origin = visible[..., 0] if origin is None else origin
         attended = block_mask(scores, visible, origin, budget, Hkv, block_size, query_block_size, sample_stride)
+    elif selection == "pages":
+        origin = visible[..., 0] if origin is None else origin
+        attended = page_mask(q, key.double(), scores, visible, origin, budget, block_size, scale, softcap)
     elif selection == "dense":
         attended = seen.expand(B, Hq, Lq, Lk)
     else:
-        raise ValueError(f"selection must be 'topk', 'block', 'window' or 'dense', got {selection!r}")
+        raise ValueError(f"selection must be 'topk', 'block', 'pages', 'window' or 'dense', got {selection!r}")
 
     kept = scores.masked_fill(~attended, -torch.inf)
     lse_keys = torch.logsumexp(kept, dim=-1)
