@@ -1,7 +1,8 @@
 """Pages: runs of ``block_size`` keys, and the statistics from which decoding chooses among them.
 
 A page's share of a query's softmax is estimated from the mean and the variance of its keys. If they were normal with
-independent channels, the mean of ``exp(s * q.k)`` would be ``exp(s * q.mean + s^2 / 2 * sum(q^2 * variance))``. Pages are counted from the sequence's origin, not from the start of the padded buffer.
+independent channels, the mean of ``exp(s * q.k)`` would be ``exp(s * q.mean + s^2 / 2 * sum(q^2 * variance))``.
+Pages are counted from the sequence's origin, not from the start of the padded buffer.
 """
 
 from typing import NamedTuple
