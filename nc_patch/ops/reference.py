@@ -298,11 +298,16 @@ def reference_attention(
     kept = scores.masked_fill(~attended, -torch.inf)
     lse_keys = torch.logsumexp(kept, dim=-1)
     lse_dense = torch.logsumexp(scores.masked_fill(~seen, -torch.inf), dim=-1)
-    lse = lse_keys
+    lse, peak = lse_keys, kept.amax(-1)
     if sinks is not None:
-        lse = torch.logaddexp(lse_keys, sinks.double()[None, :, None].expand_as(lse_keys))
+        sink = sinks.double()[None, :, None].expand_as(lse_keys)
+        lse, peak = torch.logaddexp(lse_keys, sink), torch.maximum(peak, sink)
     empty = ~seen.any(-1)
-    weights = torch.where(attended, torch.exp(scores - lse[..., None]), 0.0)
+    # Relative to the largest logit, not to lse: next to huge scores the logarithm of the sum is lost.
+    base = torch.where(peak.isfinite(), peak, 0.0)
+    weights = torch.exp(kept - base[..., None])
+    denominator = weights.sum(-1) if sinks is None else weights.sum(-1) + torch.exp(sink - base)
+    weights = torch.where(attended, weights / denominator[..., None], 0.0)
     # A key that is not attended contributes nothing, whatever its value holds.
     finite = v.isfinite()
     output = weights @ torch.where(finite, v, 0.0)

@@ -1,0 +1,178 @@
+"""Exact ``topk`` while decoding, in PyTorch: codes bound the scores, and only keys that may be best are read."""
+
+from typing import NamedTuple
+
+import torch
+
+from nc_patch.ops.codes import KeyCodes, code_slack, score_slack
+from nc_patch.ops.reference import forced_counts
+from nc_patch.ops.threshold import by_topk
+from nc_patch.ops.torch_rows import final_scores_, softmax_, weighted_values
+
+# Relative width given to bounds of sums of exponentials, for their rounding in float32.
+_SUM_SLACK = 1e-4
+_SMALLEST_MASS = 1e-30
+
+
+class ScoreBounds(NamedTuple):
+    """Raw scores from codes.
+
+    Attributes:
+        score: float32 ``[H, R, N]``, approximations.
+        error: float32 ``[H, R, N]``, what they may be off by.
+        rounding: float32 ``[H, R]``, what an exact score that is computed in float32 may be off by.
+    """
+
+    score: torch.Tensor
+    error: torch.Tensor
+    rounding: torch.Tensor
+
+
+def torch_topk_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    codes: KeyCodes,
+    *,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+    refine: bool,
+    want_bounds: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention over the ``budget`` best keys of each query, chosen by codes; the set is ``reference_attention``'s.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``, Lq small. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``.
+        visible: int32 ``[B, Lq, 2]``. budget: int32 ``[B, Hq or 1, Lq]``. sinks: ``[Hq]`` or None.
+        codes: of the keys; what lies beyond the intervals is not looked at.
+        scale: factor of the scores. softcap: 0 for none. sink_keys, recent_keys: keys attended always.
+        refine: read the keys that may be among the best and score them exactly. Without, the codes' scores choose and
+            weigh, no key is read, and the result is approximate.
+        want_bounds: whether bounds of the kept mass are wanted.
+
+    Returns:
+        (output ``[B, Hq, Lq, Dv]``, lse float32 ``[B, Hq, Lq]``, kept mass from below and above float32 ``[B, Hq, Lq,
+        2]`` or empty).
+    """
+    B, Hq, Lq, _ = query.shape
+    Hkv = key.shape[1]
+    group = Hq // Hkv
+    output = query.new_zeros(B, Hq, Lq, value.shape[-1])
+    lse = torch.full((B, Hq, Lq), -torch.inf, device=query.device)
+    bounds = torch.ones((B, Hq, Lq, 2) if want_bounds else (0,), device=query.device)
+    logits = None if sinks is None else sinks.float()
+    if logits is not None:
+        lse.copy_(logits[None, :, None].expand_as(lse))
+    for b in range(B):
+        seen = visible[b]
+        rows = seen[:, 1] > seen[:, 0]
+        if not bool(rows.any()):
+            continue
+        low, high = int(seen[rows, 0].min()), int(seen[rows, 1].max())
+        position = torch.arange(low, high, device=query.device)
+        is_seen = (position >= seen[:, :1]) & (position < seen[:, 1:])
+        k = budget[b].expand(Hq, Lq)
+        forced_first, forced_last = forced_counts(k, sink_keys, recent_keys, "topk")
+        for h in range(Hkv):
+            heads = slice(h * group, (h + 1) * group)
+            first, last = (t[heads, :, None] for t in (forced_first, forced_last))
+            forced = is_seen & ((position < seen[:, :1] + first) | (position >= seen[:, 1:] - last))
+            rival = is_seen & ~forced
+            wanted = k[heads] - (first + last)[..., 0]
+            rough = bound_scores(query[b, heads].float(), codes, b, h, low, high)
+            needed = forced | (_may_be_best(rough, rival, wanted) if refine else rival)
+            columns = needed.any(1).any(0).nonzero()[:, 0]
+            if refine:
+                # In float64 equal keys have equal scores after rounding, wherever they stand.
+                exact = (query[b, heads].double() @ key[b, h, low + columns].double().T).float()
+            else:
+                exact = rough.score[..., columns]
+            attends = _best(exact, forced[..., columns], rival[..., columns], wanted)
+            scores = final_scores_(exact.clone(), scale, softcap).masked_fill_(~attends, -torch.inf)
+            kept = torch.logsumexp(scores, -1)
+            if want_bounds:
+                bounds[b, heads] = _kept_mass(
+                    kept, rough, exact if refine else None, columns, attends, is_seen, scale, softcap
+                )
+            sink = None if logits is None else logits[heads, None].expand_as(kept)
+            lse[b, heads] = kept if sink is None else torch.logaddexp(kept, sink)
+            weights = softmax_(scores, sink)
+            values = value[b, h, low + columns].float()
+            result = weighted_values(weights.view(1, -1, weights.shape[-1]), values[None])
+            output[b, heads] = result.view(group, Lq, -1).masked_fill_(~rows[:, None], 0.0).to(output.dtype)
+            lse[b, heads] = torch.where(rows, lse[b, heads], -torch.inf if sink is None else sink)
+    if want_bounds:
+        bounds[(visible[..., 1] <= visible[..., 0])[:, None].expand(B, Hq, Lq)] = 1.0
+    return output, lse, bounds
+
+
+def bound_scores(query: torch.Tensor, codes: KeyCodes, batch: int, head: int, low: int, high: int) -> ScoreBounds:
+    """Raw scores of ``query`` float32 ``[H, R, D]`` against the keys ``low:high`` of one key/value head."""
+    D = query.shape[-1]
+    center, spread = codes.center[batch, head], codes.spread[batch, head]
+    scale, residual = codes.scale[batch, head, low:high], codes.residual[batch, head, low:high]
+    weighted = query * spread
+    score = (weighted @ codes.codes[batch, head, low:high].float().T) * scale + (query @ center)[..., None]
+    off = residual + scale * code_slack(D)
+    slack = score_slack(query, center.expand(query.shape[0], D))
+    size = weighted.norm(dim=-1)
+    # |q||k| at most, but for the centre, whose share is in the slack.
+    rounding = slack + size * (scale.amax() * code_slack(D) * spread.amax() / spread.amin())
+    return ScoreBounds(score, size[..., None] * off + slack[..., None], rounding)
+
+
+def _may_be_best(rough: ScoreBounds, rival: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """bool ``[H, R, N]``: rivals that are not certainly below ``wanted [H, R]`` others."""
+    lower = torch.where(rival, rough.score - rough.error, -torch.inf).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+    threshold = by_topk(lower, wanted.clamp(min=0))[0]
+    upper = rough.score + rough.error
+    return rival & ~(upper < threshold[..., None])
+
+
+def _best(scores: torch.Tensor, forced: torch.Tensor, rival: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """bool ``[H, R, C]``: the forced keys and the ``wanted [H, R]`` best rivals; ties to the lower place, NaN first."""
+    ranked = torch.where(rival, torch.where(scores.isnan(), torch.inf, scores), -torch.inf)
+    # A rival of -inf ties with what is no rival, so that the count at the threshold goes by rivals alone.
+    threshold = by_topk(ranked, torch.minimum(wanted.clamp(min=0), rival.sum(-1)))[0][..., None]
+    above = rival & (ranked > threshold)
+    equal = rival & (ranked == threshold)
+    room = wanted[..., None] - above.sum(-1, keepdim=True)
+    return forced | above | (equal & (equal.cumsum(-1) <= room))
+
+
+def _kept_mass(
+    kept: torch.Tensor,
+    rough: ScoreBounds,
+    exact: torch.Tensor | None,
+    columns: torch.Tensor,
+    attends: torch.Tensor,
+    is_seen: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Bounds ``[H, R, 2]`` of the kept mass; without ``exact`` what is attended is bounded as the rest is."""
+    rest = is_seen.expand(rough.score.shape).clone()
+    rest[..., columns] &= ~attends
+    result = []
+    for sign in (1.0, -1.0):
+        # The kept mass is least where the rest scores highest and what is attended lowest.
+        score = rough.score + sign * rough.error
+        attended = kept
+        if exact is None:
+            opposite = (rough.score - sign * rough.error)[..., columns]
+            attended = torch.logsumexp(final_scores_(opposite, scale, softcap).masked_fill_(~attends, -torch.inf), -1)
+        else:
+            score[..., columns] = exact
+        score = final_scores_(score, scale, softcap)
+        score = score.nan_to_num_(nan=sign * torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        dropped = torch.logsumexp(score.masked_fill_(~rest, -torch.inf), -1)
+        result.append(torch.sigmoid((attended - dropped).double() - sign * scale * rough.rounding))
+    lower, upper = result
+    lower = (lower * (1 - _SUM_SLACK) - _SMALLEST_MASS).nan_to_num(nan=0.0)
+    upper = (upper * (1 + _SUM_SLACK) + _SMALLEST_MASS).nan_to_num(nan=1.0)
+    return torch.stack((lower.clamp(0, 1), upper.clamp(0, 1)), -1).float()
