@@ -8,7 +8,15 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from nc_patch.ops.triton_compile import TARGETS, Resources, Variant, compile_variant, main, variants  # noqa: E402
+from nc_patch.ops import triton_compile  # noqa: E402
+from nc_patch.ops.triton_compile import (  # noqa: E402
+    TARGETS,
+    Resources,
+    compile_specialisation,
+    main,
+    row_specialisations,
+    specialisations,
+)
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set")
 
@@ -29,8 +37,11 @@ QUICK = [
     "topk-fp32-d128",
     "window-bf16-d128",
     "window-fp32-d256",
+    "combine-fp16-s64-sinks-stats",
+    "combine-fp32-s256-sinks-stats",
 ]
-VARIANTS = {str(variant): variant for variant in variants()}
+VARIANTS = {target: specialisations(target) for target in TARGETS}
+NAMES = list(VARIANTS["sm_90"])
 
 
 def assert_fits(found: Resources) -> None:
@@ -43,13 +54,13 @@ def assert_fits(found: Resources) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", QUICK)
 def test_kernel_compiles_and_fits(name, target):
-    assert_fits(compile_variant(VARIANTS[name], target))
+    assert_fits(compile_specialisation(VARIANTS[target][name], target))
 
 
 def test_the_recorded_table_has_every_variant_and_each_fits():
     path = Path(__file__).parent.parent / "docs" / "results" / "kernel_resources.json"
     recorded = [Resources(**kernel) for kernel in json.loads(path.read_text())["kernels"]]
-    expected = {(name, target) for name in VARIANTS for target in TARGETS}
+    expected = {(name, target) for name in NAMES for target in TARGETS}
     assert {(row.variant, row.target) for row in recorded} == expected
     assert all(row.fits for row in recorded)
 
@@ -57,21 +68,39 @@ def test_the_recorded_table_has_every_variant_and_each_fits():
 @pytest.mark.parametrize("target", TARGETS)
 def test_both_kernels_score_with_the_same_matrix_instruction(target):
     # A score must have the same bits in the search and in the pass that uses its threshold.
-    search, attention = (compile_variant(VARIANTS[f"{kernel}-bf16-d128"], target) for kernel in ("threshold", "topk"))
+    search, attention = (
+        compile_specialisation(VARIANTS[target][f"{kernel}-bf16-d128"], target) for kernel in ("threshold", "topk")
+    )
     assert len(search.matrix) == 1
     assert attention.matrix == search.matrix
 
 
-def test_variant_names_are_unique_and_quick_ones_exist():
-    assert len(VARIANTS) == len(list(variants()))
-    assert set(QUICK) <= VARIANTS.keys()
+def test_every_target_has_the_same_variants_and_quick_ones_exist():
+    assert all(list(variants) == NAMES for variants in VARIANTS.values())
+    assert set(QUICK) <= set(NAMES)
+
+
+def test_two_variants_of_one_name_are_refused(monkeypatch):
+    monkeypatch.setattr(triton_compile, "SOURCES", (row_specialisations, row_specialisations))
+    with pytest.raises(ValueError, match="names must be unique"):
+        specialisations("sm_90")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variant_names_the_arguments_of_its_kernel(name):
+    # A misspelt name would leave the type of the real argument to the default.
+    found = VARIANTS["sm_90"][name]
+    arguments = set(found.kernel.arg_names)
+    assert found.constants.keys() <= arguments
+    assert found.aligned <= arguments
+    assert not found.constants.keys() & found.types.keys()
 
 
 def test_the_table_is_written_as_json(tmp_path, capsys):
     path = tmp_path / "kernels.json"
     assert main(["--targets", "sm_90", "--match", "threshold-bf16-d64", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
-    expected = [name for name in VARIANTS if "threshold-bf16-d64" in name]
+    expected = [name for name in NAMES if "threshold-bf16-d64" in name]
     assert [kernel["variant"] for kernel in record["kernels"]] == expected
     assert all(name in capsys.readouterr().out for name in expected[:1])
 
@@ -83,11 +112,11 @@ def test_a_kernel_that_does_not_fit_fails_the_command(change, monkeypatch):
     fitting = Resources("threshold-bf16-d64", "sm_90", 255, 256, 49_152, 232_448, 0, ())
     assert fitting.fits
     too_large = replace(fitting, **change)
-    monkeypatch.setattr("nc_patch.ops.triton_compile.compile_variant", lambda variant, target: too_large)
+    monkeypatch.setattr("nc_patch.ops.triton_compile.compile_specialisation", lambda variant, target: too_large)
     assert main(["--targets", "sm_90", "--match", "threshold-bf16-d64"]) == 1
 
 
 def test_compiling_under_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(RuntimeError, match="unset it"):
-        compile_variant(Variant("threshold", next(iter(VARIANTS.values())).dtype, 64), "sm_90")
+        compile_specialisation(VARIANTS["sm_90"]["threshold-bf16-d64"], "sm_90")

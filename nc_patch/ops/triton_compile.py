@@ -10,18 +10,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nc_patch.ops import triton_split
 from nc_patch.ops.triton_attend import attend_kernel
 from nc_patch.ops.triton_launch import attend_constants, compile_options, threshold_constants, tiles_for
+from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 from nc_patch.ops.triton_threshold import threshold_kernel
 
 
@@ -41,29 +42,8 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 4 * 64 * 512),
 }
 
-_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _MANY_ROWS = 1 << 20
 _MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+k\d+|tcgen05\.mma|v_mfma_\w+")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One specialisation of a kernel: ``threshold``, ``topk`` (attend by score) or ``window`` (forced keys only)."""
-
-    kernel: str
-    dtype: torch.dtype
-    head_dim: int
-    value_dim: int | None = None
-    few_rows: bool = False
-    sinks: bool = False
-    softcap: bool = False
-    stats: bool = False
-
-    def __str__(self) -> str:
-        flags = [name for name in ("few_rows", "sinks", "softcap", "stats") if getattr(self, name)]
-        dims = f"d{self.head_dim}" + ("" if self.value_dim is None else f"v{self.value_dim}")
-        return "-".join([self.kernel, _NAMES[self.dtype], dims, *flags])
 
 
 @dataclass(frozen=True)
@@ -94,25 +74,79 @@ class Resources:
         return fits and self.spills == 0
 
 
-def variants() -> Iterator[Variant]:
-    """Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels."""
+def row_specialisations(target: str) -> Iterator[Specialisation]:
+    """The kernels of ``topk`` (``threshold`` and ``topk``) and ``window`` over whole rows.
+
+    Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels.
+    """
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
     for kernel in ("threshold", "topk", "window"):
         for head_dim in (64, 80, 96, 128, 192, 256):
-            yield Variant(kernel, bfloat16, head_dim)
+            yield _row_specialisation(kernel, bfloat16, target, head_dim)
         for head_dim in (64, 128, 256):
-            yield Variant(kernel, bfloat16, head_dim, few_rows=True)
-            yield Variant(kernel, float32, head_dim)
-            yield Variant(kernel, float32, head_dim, few_rows=True)
-        yield Variant(kernel, float16, 128)
+            yield _row_specialisation(kernel, bfloat16, target, head_dim, few_rows=True)
+            yield _row_specialisation(kernel, float32, target, head_dim)
+            yield _row_specialisation(kernel, float32, target, head_dim, few_rows=True)
+        yield _row_specialisation(kernel, float16, target, 128)
     for kernel in ("topk", "window"):
         for head_dim in (64, 128, 256):
-            yield Variant(kernel, bfloat16, head_dim, sinks=True, softcap=True, stats=True)
-        yield Variant(kernel, float32, 128, sinks=True, softcap=True, stats=True)
-        yield Variant(kernel, bfloat16, 192, 128)
+            yield _row_specialisation(kernel, bfloat16, target, head_dim, options=("sinks", "softcap", "stats"))
+        yield _row_specialisation(kernel, float32, target, 128, options=("sinks", "softcap", "stats"))
+        yield _row_specialisation(kernel, bfloat16, target, 192, 128)
 
 
-def compile_variant(variant: Variant, target: str) -> Resources:
+def _row_specialisation(
+    kernel: str,
+    dtype: torch.dtype,
+    target: str,
+    head_dim: int,
+    value_dim: int | None = None,
+    few_rows: bool = False,
+    options: tuple[str, ...] = (),
+) -> Specialisation:
+    dims = f"d{head_dim}" + ("" if value_dim is None else f"v{value_dim}")
+    name = "-".join([kernel, DTYPE_NAMES[dtype], dims, *(["few_rows"] if few_rows else []), *options])
+    value_dim = value_dim or head_dim
+    tiles = tiles_for(target, dtype, head_dim, value_dim, 1 if few_rows else _MANY_ROWS)
+    if kernel == "threshold":
+        function, constants = threshold_kernel, threshold_constants(head_dim, tiles)
+    else:
+        flags = ("sinks" in options, "softcap" in options, "stats" in options)
+        function, constants = attend_kernel, attend_constants(head_dim, value_dim, tiles, kernel == "topk", *flags)
+    types = {
+        **dict.fromkeys(("query", "key", "value", "output"), pointer_to(dtype)),
+        **dict.fromkeys(("visible", "budget", "ties_end"), "*i32"),
+        **dict.fromkeys(("sinks", "threshold", "lse", "kept_mass"), "*fp32"),
+        # Long caches need 64 bits between sequences.
+        **dict.fromkeys(("stride_qb", "stride_kb", "stride_vb"), "i64"),
+    }
+    compiler = compile_options(tiles, target)
+    return Specialisation(name, function, constants, types, compiler, data_strides(function))
+
+
+# Where the specialisations come from: a module's kernels are compiled ahead of time by adding its function here.
+SOURCES: tuple[Callable[[str], Iterator[Specialisation]], ...] = (
+    row_specialisations,
+    triton_split.specialisations,
+)
+
+
+def specialisations(target: str) -> dict[str, Specialisation]:
+    """Every kernel variant for a target of ``TARGETS``, by name.
+
+    Raises:
+        ValueError: two variants share a name.
+    """
+    found: dict[str, Specialisation] = {}
+    for source in SOURCES:
+        for specialisation in source(target):
+            if specialisation.name in found:
+                raise ValueError(f"two kernel variants are named {specialisation.name!r}: names must be unique")
+            found[specialisation.name] = specialisation
+    return found
+
+
+def compile_specialisation(specialisation: Specialisation, target: str) -> Resources:
     """Compiles one variant for a target of ``TARGETS`` and reads its resources from the machine code.
 
     Raises:
@@ -120,10 +154,12 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the kernels")
-    kernel, constants, options = _specialise(variant, target)
-    signature = {name: "constexpr" if name in constants else _type_of(name, variant) for name in kernel.arg_names}
-    # As at run time: pointers and strides of queries, keys and values are multiples of 16.
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or _is_data_stride(name)]
+    kernel, constants, options = specialisation.kernel, dict(specialisation.constants), dict(specialisation.options)
+    signature = {name: specialisation.type_of(name) for name in kernel.arg_names}
+    # As at run time: pointers are multiples of 16.
+    aligned = [
+        i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in specialisation.aligned
+    ]
     source = ASTSource(
         kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
@@ -139,7 +175,7 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     matrix = tuple(sorted(set(_MATRIX_INSTRUCTION.findall(text))))
     threads = options["num_warps"] * TARGETS[target].gpu.warp_size
     return Resources(
-        variant=str(variant),
+        variant=specialisation.name,
         target=target,
         registers=registers,
         threads=threads,
@@ -148,34 +184,6 @@ def compile_variant(variant: Variant, target: str) -> Resources:
         spills=spills,
         matrix=matrix,
     )
-
-
-def _specialise(variant: Variant, target: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    head_dim, value_dim = variant.head_dim, variant.value_dim or variant.head_dim
-    tiles = tiles_for(target, variant.dtype, head_dim, value_dim, 1 if variant.few_rows else _MANY_ROWS)
-    options = compile_options(tiles, target)
-    if variant.kernel == "threshold":
-        return threshold_kernel, threshold_constants(head_dim, tiles), options
-    by_score = variant.kernel == "topk"
-    flags = (variant.sinks, variant.softcap, variant.stats)
-    return attend_kernel, attend_constants(head_dim, value_dim, tiles, by_score, *flags), options
-
-
-def _type_of(name: str, variant: Variant) -> str:
-    if name in ("query", "key", "value", "output"):
-        return _POINTER[variant.dtype]
-    if name in ("visible", "budget", "ties_end"):
-        return "*i32"
-    if name in ("sinks", "threshold", "lse", "kept_mass"):
-        return "*fp32"
-    if name in ("scale", "softcap"):
-        return "fp32"
-    # Long caches need 64 bits between sequences.
-    return "i64" if name in ("stride_qb", "stride_kb", "stride_vb") else "i32"
-
-
-def _is_data_stride(name: str) -> bool:
-    return re.fullmatch(r"stride_[qkv][bhl]", name) is not None
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
@@ -210,11 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     chosen = parser.parse_args(arguments)
     rows = []
-    for variant in variants():
+    variants = {target: specialisations(target) for target in chosen.targets}
+    for name in variants[chosen.targets[0]]:
         for target in chosen.targets:
-            if chosen.match in str(variant):
-                rows.append(compile_variant(variant, target))
-                print(f"compiled {rows[-1].variant} for {target}", file=sys.stderr)
+            if chosen.match in name:
+                rows.append(compile_specialisation(variants[target][name], target))
+                print(f"compiled {name} for {target}", file=sys.stderr)
     print(_table(rows))
     if chosen.json is not None:
         command = "python -m nc_patch.ops.triton_compile --json docs/results/kernel_resources.json"

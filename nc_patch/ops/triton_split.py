@@ -12,12 +12,14 @@ That is what ``triton_attend.fold`` keeps. A split that attended nothing has ``p
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
 from nc_patch.ops.triton_attend import LN_2, finite_or_zero, join_sink
+from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, pointer_to
 
 MAX_SPLITS = 256
 # Four programs for each of an H200's 132 multiprocessors: enough loads in flight to keep the memory busy.
@@ -140,3 +142,18 @@ def combine_kernel(
         first = block == 0
         tl.store(lse + row, (base + tl.log2(denominator)) * LN_2, mask=first)
         tl.store(lse_keys + row, (finite_or_zero(highest) + tl.log2(whole)) * LN_2, mask=first)
+
+
+def specialisations(target: str) -> Iterator[Specialisation]:
+    """The kernel for few and for the most splits, with and without its options."""
+    pointers = {**dict.fromkeys(("acc", "peak", "total", "sinks", "lse", "lse_keys"), "*fp32"), "attended": "*i32"}
+    for dtype, splits, options in (
+        (torch.bfloat16, _MOST_USEFUL_SPLITS, False),
+        (torch.float16, _MOST_USEFUL_SPLITS, True),
+        (torch.float32, MAX_SPLITS, True),
+        (torch.float32, 1, False),
+    ):
+        name = f"combine-{DTYPE_NAMES[dtype]}-s{splits}" + ("-sinks-stats" if options else "")
+        constants = combine_constants(splits, options, options)
+        types = {**pointers, "output": pointer_to(dtype)}
+        yield Specialisation(name, combine_kernel, constants, types, combine_options())
