@@ -88,41 +88,78 @@ def launch_attention(
     ``by_score`` is ``topk``: a first kernel finds each row's threshold. Without it the selection is ``window``.
     """
     check_inputs(query, key, value, visible, budget, sinks)
-    B, Hq, Lq, D = query.shape
-    Hkv, Lk, DV = value.shape[1:]
-    group = Hq // Hkv
-    architecture = architecture_of(query.device)
-    tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group)
-    query, key, value = (_addressable(x, tiles.keys) for x in (query, key, value))
-    visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+    B, Hq, Lq, _ = query.shape
     device = query.device
-    output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
+    output = torch.empty(B, Hq, Lq, value.shape[-1], dtype=query.dtype, device=device)
     stats_shape = (B, Hq, Lq) if want_stats else (0,)
     lse = torch.empty(stats_shape, dtype=torch.float32, device=device)
     kept_mass = torch.empty(stats_shape, dtype=torch.float32, device=device)
+    launch_rows(
+        *(query, key, value, visible, budget, sinks, None, output, lse, kept_mass),
+        by_score=by_score,
+        scale=scale,
+        softcap=softcap,
+        sink_keys=sink_keys,
+        recent_keys=recent_keys,
+    )
+    return output, lse, kept_mass
+
+
+def launch_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    flags: torch.Tensor | None,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    kept_mass: torch.Tensor,
+    *,
+    by_score: bool,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+) -> None:
+    """Launches the kernels on inputs that fit. Results are contiguous; ``lse`` and ``kept_mass`` empty if not wanted.
+
+    With ``flags``, int32 and contiguous ``[B, Hq, Lq]``, only the rows are computed and written whose flag is not 0.
+    """
+    B, _Hq, Lq, D = query.shape
+    Hkv, Lk, DV = value.shape[1:]
+    group = query.shape[1] // Hkv
+    device = query.device
+    architecture = architecture_of(device)
+    tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group)
+    query, key, value = (_addressable(x, tiles.keys) for x in (query, key, value))
+    visible = visible if visible.stride(-1) == 1 else visible.contiguous()
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
     if programs == 0:
-        return output, lse, kept_mass
+        return
     # Where no threshold is searched for, the kernel reads neither of these.
-    threshold = torch.empty((B, Hq, Lq) if by_score else (0,), dtype=torch.float32, device=device)
+    threshold = torch.empty(output.shape[:3] if by_score else (0,), dtype=torch.float32, device=device)
     ties_end = torch.empty(threshold.shape, dtype=torch.int32, device=device)
+    chosen = ties_end if flags is None else flags
     query_key = (*query.stride()[:3], *key.stride()[:3])
     rows = (*visible.stride()[:2], budget.stride(0), 0 if budget.shape[1] == 1 else budget.stride(1), budget.stride(2))
     sizes = (Hkv, group, Lq, Lk, sink_keys, recent_keys)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if by_score:
             threshold_kernel[(programs,)](
-                *(query, key, visible, budget, threshold, ties_end, *query_key, *rows, *sizes),
-                **threshold_constants(D, tiles),
+                *(query, key, visible, budget, chosen, threshold, ties_end, *query_key, *rows, *sizes),
+                **threshold_constants(D, tiles, flags is not None),
                 **compile_options(tiles, architecture),
             )
         attend_kernel[(programs,)](
-            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), threshold, ties_end),
-            *(output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
-            **attend_constants(D, DV, tiles, by_score, sinks is not None, softcap > 0, want_stats),
+            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), chosen, threshold),
+            *(ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
+            **attend_constants(
+                D, DV, tiles, by_score, sinks is not None, softcap > 0, lse.numel() > 0, flags is not None
+            ),
             **compile_options(tiles, architecture),
         )
-    return output, lse, kept_mass
 
 
 def _addressable(tensor: torch.Tensor, keys: int) -> torch.Tensor:
@@ -140,8 +177,12 @@ def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:
     return options if architecture.startswith("gfx") else {**options, "maxnreg": 255}
 
 
-def threshold_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
+def threshold_constants(head_dim: int, tiles: Tiles, flagged: bool = False) -> dict[str, Any]:
     """The compile-time arguments of ``threshold_kernel``."""
+    return {**_tile_constants(head_dim, tiles), "FLAGGED": flagged}
+
+
+def _tile_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
     padded = padded_dim(head_dim)
     return {
         "D": head_dim,
@@ -160,10 +201,12 @@ def attend_constants(
     has_sinks: bool = False,
     has_softcap: bool = False,
     want_stats: bool = False,
+    flagged: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of ``attend_kernel``."""
     return {
-        **threshold_constants(head_dim, tiles),
+        **_tile_constants(head_dim, tiles),
+        "FLAGGED": flagged,
         "DV": value_dim,
         "BLOCK_DV": padded_dim(value_dim),
         "BY_SCORE": by_score,
