@@ -7,9 +7,13 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from nc_patch.cache import LayerCache, layer_cache
 from nc_patch.config import NCConfig
 from nc_patch.errors import UnsupportedMaskError, UnsupportedModelError
-from nc_patch.functional import attend, budgets_of, check_scale, check_tensors
+from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
+from nc_patch.index import KIND_OF, KeyIndex
+from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
 from nc_patch.stats import LayerCounters, tally
 from nc_patch.visibility import Visibility, interval_mask, is_packed, is_plain_causal
 
@@ -48,11 +52,13 @@ def nc_attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
+    nc_layer_cache: LayerCache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as ``transformers`` asks for it: ``[B, H, L, D]`` in, ``([B, Lq, Hq, Dv], None)`` out.
 
     A module that carries no ``LayerPatch`` shares its config object with a patched model: it runs dense.
+    ``nc_layer_cache`` comes from ``hand_on_cache``.
 
     Raises:
         UnsupportedMaskError: the mask is not one interval of keys per query.
@@ -64,7 +70,9 @@ def nc_attention_forward(
     scale = check_scale(scaling, softcap, query.shape[-1])
     config = NCConfig(1.0, 1.0) if patch is None else patch.config
     layer = 0 if patch is None else patch.layer
-    selection = config.decode if Lq == 1 else config.prefill
+    started = nc_layer_cache is not None and nc_layer_cache.started
+    decoding = Lq == 1 or (started and Lq <= MAX_DECODE_QUERIES)
+    selection = config.decode if decoding else config.prefill
     dense_reason = _dense_reason(patch, config, layer, selection)
 
     if not is_packed(attention_mask):
@@ -82,6 +90,9 @@ def nc_attention_forward(
     else:
         key_of_law = (config.laws(layer), config.min_keys, config.law)
         budget = _once(attention_mask, ("budget", *key_of_law, Lk), lambda: budgets_of(config, layer, visible, Lk))
+    index = None
+    if patch is not None and not config.is_dense(layer) and not needs_gradient(query, key, value, s_aux):
+        index = _key_index(config, key, visible, origin, nc_layer_cache, decoding)
     attended = None
     reading_allowed = not torch.compiler.is_compiling() and not _capturing(query)
     plain = selection == "dense" and softcap is None and s_aux is None and Lq in (1, Lk) and reading_allowed
@@ -100,13 +111,55 @@ def nc_attention_forward(
             scale=scale,
             softcap=softcap,
             sinks=s_aux,
+            index=index if decoding else None,
+            max_budget=config.largest_budget(Lk, layer) if index is not None else 0,
         )
         output, attended = result.output, result.attended
+    if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
+        nc_layer_cache.layer.nc_settle()
     if patch is not None and not torch.compiler.is_compiling():
         _count(
             patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None
         )
     return output.transpose(1, 2).contiguous(), None
+
+
+def hand_on_cache(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a patched attention module: hands the layer of the cache on to the attention function."""
+    cache = kwargs.get("past_key_values")
+    found = None if cache is None else layer_cache(cache, getattr(module, "layer_idx", None))
+    return None if found is None else (args, {**kwargs, "nc_layer_cache": found})
+
+
+def _key_index(
+    config: NCConfig,
+    key: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    cache: LayerCache | None,
+    decoding: bool,
+) -> KeyIndex | None:
+    """The index of a layer's keys, brought up to date, or None where it does not decode by one."""
+    kind = KIND_OF.get(config.decode)
+    if kind is None or not visible.numel():
+        return None
+    layer = None if cache is None else cache.layer
+    backend, _ = choose_backend(config.backend, kind, key.device)
+    use = config.key_index == "always" or not config.refine or (config.key_index == "auto" and _pays(kind, backend))
+    if use and layer is not None and (layer.nc_index is not None or not torch.compiler.is_compiling()):
+        return layer.nc_update(key, visible, origin, kind, config.block_size, config.backend)
+    if decoding and (kind == "pages" or not config.refine):
+        # The same choice as with an index that is kept, from one that is not.
+        start, end = origin[:, -1].clamp(min=0), visible[..., 1].amax(-1)
+        return KeyIndex.build(key, kind, start=start, end=end, block_size=config.block_size, backend=config.backend)
+    return None
+
+
+def _pays(kind: str, backend: str) -> bool:
+    """Whether keeping an index saves time: reading a byte an element does only where reading is what takes the time."""
+    return kind == "pages" or backend == "triton"
 
 
 def _dense_reason(patch: LayerPatch | None, config: NCConfig, layer: int, selection: str) -> str | None:

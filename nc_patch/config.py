@@ -13,10 +13,12 @@ from nc_patch.budget import LAWS, Law, budget_of, budget_table, is_dense_law
 
 Selection = Literal["topk", "block", "window", "dense"]
 Backend = Literal["auto", "triton", "torch"]
+IndexUse = Literal["auto", "always", "never"]
 PerHead = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 SELECTIONS: tuple[Selection, ...] = ("topk", "block", "window", "dense")
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
+INDEX_USES: tuple[IndexUse, ...] = ("auto", "always", "never")
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
@@ -29,13 +31,17 @@ class NCConfig:
         C: exponent of the budget law, in [0, 1]; the same forms as ``alpha``. 0 is a fixed budget; 1 with
             ``alpha >= 1`` is dense.
         prefill: selection for calls with more than one query: ``"topk"``, ``"block"``, ``"window"`` or ``"dense"``.
-        decode: selection for calls with one query per sequence.
+        decode: selection for calls with one query per sequence, and for up to 16 that continue a cache.
         sink_keys: the first visible keys, attended always (within the budget).
         recent_keys: the last visible keys, attended always (within the budget, before the sinks).
         min_keys: lower limit of the budget.
         block_size: keys per block of ``"block"``: 16, 32, 64 or 128.
         dense_layers: indices of layers that keep dense attention.
         backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs and PyTorch elsewhere.
+        key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
+            where it saves time: for ``"block"``, and for ``"topk"`` on Triton. It changes no result.
+        refine: whether ``"topk"`` decodes exactly by its index. Without, the index's 8-bit scores choose and weigh the
+            keys: cheaper, and approximate.
         law: ``"power"``, or ``"log"`` for ``ceil(alpha * log2(n))``, a baseline to compare with; it takes no C.
 
     Raises:
@@ -54,6 +60,8 @@ class NCConfig:
     block_size: int = 32
     dense_layers: tuple[int, ...] = ()
     backend: Backend = "auto"
+    key_index: IndexUse = "auto"
+    refine: bool = True
     law: Law = "power"
 
     def __post_init__(self) -> None:
@@ -67,6 +75,11 @@ class NCConfig:
         _choice("prefill", self.prefill, SELECTIONS)
         _choice("decode", self.decode, SELECTIONS)
         _choice("backend", self.backend, BACKENDS)
+        _choice("key_index", self.key_index, INDEX_USES)
+        if not isinstance(self.refine, bool):
+            raise TypeError(f"refine must be True or False, got {self.refine!r}")
+        if not self.refine and self.key_index == "never":
+            raise ValueError('refine=False scores keys by their index, which key_index="never" takes away')
         _integer("sink_keys", self.sink_keys, 0)
         _integer("recent_keys", self.recent_keys, 0)
         _integer("min_keys", self.min_keys, 1)
@@ -115,6 +128,10 @@ class NCConfig:
         if int(n.min()) < 0:
             raise ValueError(f"n must be at least 0 everywhere, got {int(n.min())}")
         return budget_table(int(n.max()), ((alpha, C),), self.min_keys, self.law, n.device)[0, n.long()]
+
+    def largest_budget(self, n: int, layer: int | None = None) -> int:
+        """The largest budget that any head of a layer has for up to ``n`` visible keys."""
+        return max(budget_of(n, alpha, C, self.min_keys, self.law) for alpha, C in self.laws(layer))
 
     def laws(self, layer: int | None = None) -> tuple[tuple[float, float], ...]:
         """The (alpha, C) pairs of a layer: one pair shared by all heads, or one per query head."""

@@ -4,12 +4,13 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from nc_patch.config import NCConfig, Selection
-from nc_patch.ops import custom_ops
+from nc_patch.index import KIND_OF, KeyIndex
+from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.reference import AttentionResult, causal_intervals
 
@@ -31,7 +32,9 @@ def sparse_attention(
     origin: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    index: KeyIndex | None = None,
     return_stats: bool = False,
+    return_kept_mass: Literal["bounds"] | None = None,
     **options: Any,
 ) -> torch.Tensor | AttentionResult:
     """Causal attention of each query over ``k(n) = min(n, max(min_keys, ceil(alpha * n**C)))`` of its n visible keys.
@@ -58,8 +61,15 @@ def sparse_attention(
             start. ``"block"`` aligns its blocks to it.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[Hq]``, learned logits that join the softmax's denominator.
-        return_stats: return an ``AttentionResult`` (output, lse, kept_mass, attended) instead of the output alone.
-        options: ``sink_keys``, ``recent_keys``, ``min_keys``, ``block_size``, ``law`` and ``backend`` of ``NCConfig``.
+        index: for decoding, at most 16 queries a sequence: the ``KeyIndex`` of ``key``, of kind ``"codes"`` for
+            ``"topk"``, which changes no result, or ``"pages"`` for ``"block"``, by which every query chooses pages for
+            itself. Given, it decides ``origin`` and ``block_size``. It has no gradient.
+        return_stats: return an ``AttentionResult`` (output, lse, kept_mass, attended) instead of the output alone. The
+            kept mass needs the score of every key.
+        return_kept_mass: ``"bounds"`` returns an ``AttentionResult`` with ``kept_mass_bounds``, which a codes index
+            gives almost for free.
+        options: ``sink_keys``, ``recent_keys``, ``min_keys``, ``block_size``, ``refine``, ``law`` and ``backend`` of
+            ``NCConfig``.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in query's dtype, zero for queries that see no key; or an ``AttentionResult``.
@@ -86,6 +96,20 @@ def sparse_attention(
         origin = visible[..., 0]
     elif origin.shape != (B, Lq) or origin.dtype != torch.int32 or origin.device != query.device:
         raise ValueError(f"origin must be int32 [{B}, {Lq}] on {query.device}, got {_describe(origin)}")
+    if return_kept_mass not in (None, "bounds"):
+        raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
+    if index is not None:
+        check_index(index, key, selection, Lq)
+    wants_bounds = return_kept_mass is not None
+    if wants_bounds and (index is None or index.kind != "codes"):
+        raise ValueError('bounds of the kept mass come from codes: pass index=KeyIndex.build(key, "codes")')
+    if return_stats and index is not None and index.kind == "codes":
+        raise ValueError(
+            "return_stats needs the score of every key, which an index is there to avoid: leave out index, or ask for "
+            'return_kept_mass="bounds"'
+        )
+    if not config.refine and index is None:
+        raise ValueError('refine=False scores keys by their codes: pass index=KeyIndex.build(key, "codes")')
     scale = check_scale(scale, softcap, query.shape[-1])
     result = attend(
         query,
@@ -94,14 +118,17 @@ def sparse_attention(
         visible=visible,
         origin=origin,
         budget=budgets_of(config, 0, visible, Lk),
-        selection="dense" if config.is_dense(0) else selection,
+        selection="dense" if config.is_dense(0) and not wants_bounds else selection,
         config=config,
         scale=scale,
         softcap=softcap,
         sinks=sinks,
+        index=index,
+        max_budget=config.largest_budget(Lk, 0),
         want_stats=return_stats,
+        want_bounds=wants_bounds,
     )
-    return result if return_stats else result.output
+    return result if return_stats or wants_bounds else result.output
 
 
 def budgets_of(config: NCConfig, layer: int, visible: torch.Tensor, key_length: int) -> torch.Tensor:
@@ -123,17 +150,26 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    index: KeyIndex | None = None,
+    max_budget: int = 0,
     want_stats: bool = False,
+    want_bounds: bool = False,
 ) -> AttentionResult:
     """Runs one selection on checked tensors; ``sparse_attention`` has the meaning of each argument.
 
-    ``budget`` is int32 ``[B, 1 or Hq, Lq]``; ``"dense"`` does not look at it.
+    ``budget`` is int32 ``[B, 1 or Hq, Lq]``; ``"dense"`` does not look at it. With an index, ``max_budget`` is the
+    largest that any of them may be.
 
     Returns:
         The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``.
     """
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, sinks))
-    backend, reason = choose_backend(config.backend, selection, query.device, needs_grad)
+    if index is not None and selection != "dense":
+        return _attend_by_index(
+            *(query, key, value, visible, budget, sinks, index, config, scale, softcap, max_budget),
+            want_stats=want_stats,
+            want_bounds=want_bounds,
+        )
+    backend, reason = choose_backend(config.backend, selection, query.device, needs_gradient(query, key, value, sinks))
     if reason is not None:
         _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
@@ -168,6 +204,64 @@ def attend(
     if not want_stats:
         return AttentionResult(output)
     return AttentionResult(output, lse, kept_mass, budget.expand(query.shape[:3]).contiguous())
+
+
+def _attend_by_index(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    index: KeyIndex,
+    config: NCConfig,
+    scale: float,
+    softcap: float | None,
+    max_budget: int,
+    *,
+    want_stats: bool,
+    want_bounds: bool,
+) -> AttentionResult:
+    backend, reason = choose_backend(config.backend, index.kind, query.device)
+    if reason is not None:
+        _say_once(f"decoding by {index.kind} runs on the PyTorch backend: {reason}.")
+    cap = 0.0 if softcap is None else float(softcap)
+    if index.kind == "pages":
+        origin = index.origin[:, None].expand(visible.shape[:2])
+        output, lse, kept_mass, attended = decode_ops.block_decode(
+            *(query, key, value, visible, origin, budget, sinks, *index.pages(), scale, cap),
+            *(index.block_size, max_budget, want_stats, backend),
+        )
+        return AttentionResult(output, *((lse, kept_mass) if want_stats else (None, None)), attended)
+    output, lse, bounds = decode_ops.topk_decode(
+        *(query, key, value, visible, budget, sinks, *index.codes(), scale, cap),
+        *(config.sink_keys, config.recent_keys, config.refine, max_budget, want_bounds, backend),
+    )
+    if not want_bounds:
+        return AttentionResult(output)
+    attended = budget.expand(query.shape[:3]).contiguous()
+    return AttentionResult(output, lse, attended=attended, kept_mass_bounds=bounds)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will want the gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_index(index: KeyIndex, key: torch.Tensor, selection: str, query_length: int) -> None:
+    """Raises ValueError unless an index is of the kind that the selection decodes by, and of keys of this shape."""
+    if KIND_OF.get(selection) != index.kind:
+        wanted = ", ".join(f'"{kind}" for selection "{name}"' for name, kind in KIND_OF.items())
+        raise ValueError(f'an index must be of kind {wanted}; got "{index.kind}" for "{selection}"')
+    if not index.fits(key) or index.capacity < key.shape[2]:
+        raise ValueError(
+            f"the index is of other keys than {tuple(key.shape)} on {key.device} (room for {index.capacity}); build it "
+            "from these keys, or extend it"
+        )
+    if query_length > decode_ops.MAX_DECODE_QUERIES:
+        raise ValueError(
+            f"an index serves at most {decode_ops.MAX_DECODE_QUERIES} queries at a time, got {query_length}"
+        )
 
 
 def check_tensors(

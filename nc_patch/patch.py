@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from nc_patch.attention import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch
+from nc_patch.attention import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, hand_on_cache
 from nc_patch.config import NCConfig
 from nc_patch.errors import UnsupportedModelError
 from nc_patch.stats import summary, total
@@ -65,6 +65,8 @@ def patch_model(
         if original == IMPLEMENTATION:  # another model that shares this config object is patched
             original = _original_of_shared(module)
         setattr(module, PATCH_ATTRIBUTE, LayerPatch(config, layer, original))
+        if before is None and _takes_more_arguments(module):
+            module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
         _PATCHED.add(module)
     for module_config in _configs(modules):
         module_config._attn_implementation_internal = IMPLEMENTATION
@@ -80,6 +82,7 @@ def unpatch_model(model: Model) -> Model:
     modules = _patched_modules(model)
     for module, patch in modules:
         delattr(module, PATCH_ATTRIBUTE)
+        _remove_hook(module)
         _PATCHED.discard(module)
         if not any(other.config is module.config for other in _PATCHED):
             _config_of(module)._attn_implementation_internal = patch.original_implementation
@@ -154,6 +157,19 @@ def _patched_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, Laye
     if not modules:
         raise ValueError(f"{type(model).__name__} is not patched; call patch_model first")
     return modules
+
+
+def _takes_more_arguments(module: torch.nn.Module) -> bool:
+    """Whether a module hands keyword arguments that it does not know on to its attention function."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _remove_hook(module: torch.nn.Module) -> None:
+    hooks = module._forward_pre_hooks
+    for number in [number for number, hook in hooks.items() if hook is hand_on_cache]:
+        del hooks[number]
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _config_of(module: torch.nn.Module) -> Any:

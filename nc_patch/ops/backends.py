@@ -3,9 +3,10 @@
 import torch
 
 # What each backend implements; what is missing runs on "torch", which implements everything, and is reported.
+# "codes" and "pages" are decoding by a key index of that kind, and its upkeep.
 IMPLEMENTED: dict[str, frozenset[str]] = {
-    "torch": frozenset({"topk", "window", "block", "dense"}),
-    "triton": frozenset({"topk", "window", "dense"}),
+    "torch": frozenset({"topk", "window", "block", "dense", "codes", "pages"}),
+    "triton": frozenset({"topk", "window", "dense", "codes", "pages"}),
 }
 
 
@@ -16,7 +17,7 @@ def choose_backend(
 
     Args:
         requested: ``"auto"``, ``"triton"`` or ``"torch"``.
-        selection: ``"topk"``, ``"window"``, ``"block"`` or ``"dense"``.
+        selection: ``"topk"``, ``"window"``, ``"block"`` or ``"dense"``, or the kind of a key index.
         needs_grad: whether a gradient will be asked for, which only the PyTorch operations have.
 
     Raises:

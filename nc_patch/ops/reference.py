@@ -21,12 +21,14 @@ class AttentionResult(NamedTuple):
         kept_mass: float ``[B, Hq, Lq]``, the sum of the dense softmax weights, over the keys alone, of the keys that
             were attended; 1 for a query that sees no key.
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
+        kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
     """
 
     output: torch.Tensor
     lse: torch.Tensor | None = None
     kept_mass: torch.Tensor | None = None
     attended: torch.Tensor | None = None
+    kept_mass_bounds: torch.Tensor | None = None
 
 
 def forced_counts(

@@ -1,0 +1,209 @@
+"""Cache layers of ``transformers`` that carry a key index, and follow it through everything a cache goes through.
+
+The layers of a cache that a patched model meets become, in place, layers of the classes below. They hold the same keys
+and values, and are used by any other model as before. An index is trusted only while its keys are the very ones that it
+was last seen with, unchanged; otherwise it is dropped, and built again when attention runs.
+"""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from nc_patch.index import IndexKind, KeyIndex
+
+
+class LayerCache(NamedTuple):
+    """What the attention function is told of the cache layer that its keys come from.
+
+    Attributes:
+        layer: the layer, if it can carry an index.
+        started: whether it held keys before this call.
+    """
+
+    layer: "KeyIndexMixin | None"
+    started: bool
+
+
+class _Seen(NamedTuple):
+    """The keys that an index was last known to describe: the tensor itself, its shape, and how often it was written."""
+
+    keys: "weakref.ref[torch.Tensor]"
+    shape: torch.Size
+    version: int | None
+
+    @classmethod
+    def of(cls, keys: torch.Tensor) -> "_Seen":
+        return cls(weakref.ref(keys), keys.shape, _version(keys))
+
+    def still(self, keys: torch.Tensor | None) -> bool:
+        return keys is not None and self.keys() is keys and self.shape == keys.shape and self.version == _version(keys)
+
+
+def _version(keys: torch.Tensor) -> int | None:
+    return None if keys.is_inference() else keys._version
+
+
+class KeyIndexMixin:
+    """A cache layer with a key index.
+
+    In-place writes to the keys from outside are noticed by the tensor's version, which PyTorch does not count for
+    tensors made in inference mode, nor inside a compiled graph: call ``forget_index`` after writing there.
+    """
+
+    __slots__ = ()  # so that a layer's class can be exchanged in place
+    _layer_type = None
+    keys: torch.Tensor | None
+    nc_index: KeyIndex | None = None
+    _nc_seen: _Seen | None = None
+    _nc_offloads = False
+
+    def nc_check(self) -> None:
+        """Drops the index if the keys are not those it was made of."""
+        if self.nc_index is not None and (self._nc_seen is None or not self._nc_seen.still(self.keys)):
+            self.nc_forget()
+
+    def nc_forget(self) -> None:
+        """Drops the index; attention builds a new one from the keys."""
+        self.nc_index = self._nc_seen = None
+
+    def nc_update(
+        self,
+        key: torch.Tensor,
+        visible: torch.Tensor,
+        origin: torch.Tensor,
+        kind: IndexKind,
+        block_size: int,
+        backend: str,
+    ) -> KeyIndex:
+        """The index of all keys, those of this call taken in.
+
+        Args:
+            key: ``[B, Hkv, L, D]``, what ``update`` returned.
+            visible: int32 ``[B, Lq, 2]``, the intervals of this call's queries. origin: int32 ``[B, Lq]``.
+        """
+        end = visible[..., 1].amax(-1)
+        index = self.nc_index
+        if index is not None and (index.kind != kind or index.block_size != block_size or not index.fits(key)):
+            index = None
+        if index is None:
+            # The key at which the sequence starts: its interval may start later.
+            start = origin[:, -1].clamp(min=0)
+            index = KeyIndex.build(key, kind, start=start, end=end, block_size=block_size, backend=backend)
+            if isinstance(self, StaticLayer):
+                for tensor in index.tensors():
+                    torch._dynamo.mark_static_address(tensor)
+            self.nc_index = index
+        else:
+            index.extend(key, visible.shape[1], end)
+        return index
+
+    def nc_settle(self) -> None:
+        """To be called when attention is done with the index: it belongs to the keys as they are now."""
+        if self.nc_index is not None and self.keys is not None:
+            if self._nc_offloads:
+                self.nc_index.to(self.keys.device)
+                self._nc_offloads = False
+            self._nc_seen = _Seen.of(self.keys)
+
+    def offload(self) -> None:
+        # The cache offloads a layer as soon as it is updated, before attention has run.
+        self._nc_offloads = self.nc_index is not None
+        super().offload()  # type: ignore[misc]
+
+    def prefetch(self) -> None:
+        self.nc_check()
+        super().prefetch()  # type: ignore[misc]
+        if self.nc_index is not None and self.keys is not None:
+            self.nc_index.to(self.keys.device)
+            self.nc_settle()
+
+    def reset(self) -> None:
+        self.nc_forget()
+        super().reset()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._nc_follow(lambda index: index.select(beam_idx), "reorder_cache", beam_idx)
+
+    def _nc_follow(self, change: Any, method: str, *arguments: Any) -> None:
+        self.nc_check()
+        getattr(super(), method)(*arguments)
+        if self.nc_index is not None and self.keys is not None:
+            change(self.nc_index)
+            self.nc_settle()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the keys were last seen as does not survive a copy or a pickle: only whether the index was right.
+        self.nc_check()
+        return {name: value for name, value in self.__dict__.items() if name != "_nc_seen"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.nc_index is not None:
+            self.nc_index = self.nc_index.clone()  # a shallow copy must not write into the other's
+        self.nc_settle()
+
+
+class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
+    """``DynamicLayer`` with a key index."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._nc_follow(lambda index: index.repeat(repeats), "batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._nc_follow(lambda index: index.select(_as_indices(indices)), "batch_select_indices", indices)
+
+    def crop(self, *arguments: Any) -> None:
+        # Nothing of an index depends on later keys, but for the page of the last one, which is written again when the
+        # next key comes.
+        self._nc_follow(lambda index: None, "crop", *arguments)
+
+
+class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
+    """``StaticLayer`` with a key index at static addresses."""
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._nc_follow(lambda index: index.copy_selected_(beam_idx), "reorder_cache", beam_idx)
+
+
+# Exactly these classes: a subclass may keep its keys in another form.
+_INDEXED: dict[type, type] = {DynamicLayer: IndexedDynamicLayer, StaticLayer: IndexedStaticLayer}
+
+
+def layer_cache(cache: Any, layer: int) -> LayerCache | None:
+    """What a cache holds for an attention layer that is about to run; None where there is no cache.
+
+    Turns the cache's layer into one that carries an index, where that is possible. While ``torch.compile`` traces,
+    classes cannot be changed: layers that carry none yet decode without.
+    """
+    if not isinstance(cache, Cache) or layer is None:
+        return None
+    while len(cache.layers) <= layer:
+        if getattr(cache, "layer_class_to_replicate", None) is None:
+            return None
+        cache.layers.append(cache.layer_class_to_replicate())
+    found = cache.layers[layer]
+    compiling = torch.compiler.is_compiling()
+    if not isinstance(found, KeyIndexMixin):
+        indexed = None if compiling else _INDEXED.get(type(found))
+        if indexed is None:
+            length = getattr(found, "get_seq_length", lambda: 0)()
+            return LayerCache(None, isinstance(length, int) and length > 0)
+        found.__class__ = indexed
+    if not compiling:
+        found.nc_check()
+    length = found.get_seq_length()  # type: ignore[attr-defined]
+    return LayerCache(found, length > 0 if isinstance(length, int) else found.nc_index is not None)
+
+
+def forget_index(cache: Cache) -> None:
+    """Drops the key indexes of a cache, after its keys were written from outside; the next call builds them again."""
+    for layer in cache.layers:
+        if isinstance(layer, KeyIndexMixin):
+            layer.nc_forget()
+
+
+def _as_indices(indices: torch.Tensor) -> torch.Tensor:
+    indices = torch.as_tensor(indices)
+    return indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices

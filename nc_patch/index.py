@@ -1,0 +1,186 @@
+"""The key index: what a layer keeps beside its keys so that decoding can choose among them almost for free.
+
+Two kinds. ``"codes"``: one byte an element and two floats a key, which bound every score (``ops/codes.py``); ``topk``
+decodes by them. ``"pages"``: mean and variance of each run of ``block_size`` keys (``ops/pages.py``); ``block`` decodes
+by them. An index is an accelerator: what it holds follows from the keys, and it can be dropped and built again.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from nc_patch.ops import decode_ops
+from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.codes import KeyCodes, channel_moments
+from nc_patch.ops.pages import PageStatistics, page_count
+
+IndexKind = Literal["codes", "pages"]
+INDEX_KINDS: tuple[IndexKind, ...] = ("codes", "pages")
+# The kind that a selection decodes by.
+KIND_OF: dict[str, IndexKind] = {"topk": "codes", "block": "pages"}
+
+# A growing index reserves this many keys, or this part of its length if more, so that few steps copy it.
+_SMALLEST_RESERVE = 128
+_RESERVED_PART = 64
+
+
+class KeyIndex:
+    """Index of the keys ``[B, Hkv, L, D]`` of one layer; made by ``build``, extended as keys arrive.
+
+    Attributes:
+        kind: ``"codes"`` or ``"pages"``.
+        block_size: keys per page.
+        origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
+        capacity: how many keys fit without a new allocation.
+    """
+
+    def __init__(
+        self,
+        kind: IndexKind,
+        block_size: int,
+        origin: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+        capacity: int,
+        backend: str,
+    ) -> None:
+        self.kind, self.block_size, self.capacity = kind, block_size, capacity
+        self.origin = origin
+        self._tensors, self._backend = tensors, backend
+
+    @classmethod
+    def build(
+        cls,
+        key: torch.Tensor,
+        kind: IndexKind,
+        *,
+        start: torch.Tensor | None = None,
+        end: torch.Tensor | None = None,
+        block_size: int = 32,
+        capacity: int | None = None,
+        backend: str = "auto",
+    ) -> "KeyIndex":
+        """Indexes keys that are there; reads nothing back from the device.
+
+        Args:
+            key: ``[B, Hkv, L, D]``, bfloat16, float16 or float32.
+            kind: ``"codes"`` or ``"pages"``.
+            start, end: int ``[B]``, where each sequence begins and ends within L; by default everywhere 0 and L.
+            block_size: keys per page.
+            capacity: how many keys to make room for; by default L.
+            backend: as in ``NCConfig``.
+
+        Raises:
+            ValueError: a kind or a shape that does not fit.
+        """
+        if kind not in INDEX_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, INDEX_KINDS))}, got {kind!r}")
+        if key.ndim != 4:
+            raise ValueError(f"key must be [batch, heads, length, head_dim], got shape {tuple(key.shape)}")
+        B, Hkv, L, D = key.shape
+        start = torch.zeros(B, dtype=torch.int32, device=key.device) if start is None else start
+        end = torch.full((B,), L, dtype=torch.int32, device=key.device) if end is None else end
+        for name, tensor in (("start", start), ("end", end)):
+            if tensor.shape != (B,) or tensor.dtype.is_floating_point:
+                raise ValueError(f"{name} must be int [{B}], got {tensor.dtype} {list(tensor.shape)}")
+        capacity = L if capacity is None else capacity
+        if capacity < L:
+            raise ValueError(f"capacity must be at least the {L} keys that are there, got {capacity}")
+        new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
+        if kind == "codes":
+            center, spread = channel_moments(key, start, end) if L else (new(D, dtype=torch.float32),) * 2
+            tensors = {
+                "codes": new(capacity, D, dtype=torch.int8),
+                "scale": new(capacity, dtype=torch.float32),
+                "residual": new(capacity, dtype=torch.float32),
+                "center": center,
+                "spread": spread,
+            }
+        else:
+            pages = page_count(capacity, block_size)
+            tensors = {"mean": new(pages, D, dtype=key.dtype), "variance": new(pages, D, dtype=key.dtype)}
+        chosen, _ = choose_backend(backend, kind, key.device)
+        index = cls(kind, block_size, start.to(torch.int32).clone(), tensors, capacity, chosen)
+        if L:
+            index._write(key, torch.zeros_like(index.origin), L, end)
+        return index
+
+    def extend(self, key: torch.Tensor, count: int, end: torch.Tensor) -> None:
+        """Takes in the last ``count`` keys before ``end[b]`` of each sequence b.
+
+        Args:
+            key: ``[B, Hkv, L, D]``, all keys of the layer.
+            count: how many are new.
+            end: int ``[B]``, where each sequence ends now.
+        """
+        if key.shape[2] > self.capacity:
+            self._reserve(key.shape[2])
+        self._write(key, end - count, count, end)
+
+    def codes(self) -> KeyCodes:
+        """The codes of all keys; what lies beyond the sequences' ends means nothing."""
+        return KeyCodes(*(self._tensors[name] for name in ("codes", "scale", "residual", "center", "spread")))
+
+    def pages(self) -> PageStatistics:
+        """The statistics of all pages; only those of pages that are full, or that hold the last key, mean something."""
+        return PageStatistics(self._tensors["mean"], self._tensors["variance"])
+
+    def fits(self, key: torch.Tensor) -> bool:
+        """Whether the index can belong to keys of this shape, on this device."""
+        tensor = next(iter(self._tensors.values()))
+        return tensor.shape[:2] == key.shape[:2] and tensor.shape[-1] == key.shape[-1] and tensor.device == key.device
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keeps the sequences ``indices`` of the batch, in this order; indices may repeat (beams)."""
+        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    def copy_selected_(self, indices: torch.Tensor) -> None:
+        """``select`` with as many indices as sequences, into the same memory: static addresses stay."""
+        for tensor in (*self._tensors.values(), self.origin):
+            tensor.copy_(tensor.index_select(0, indices.to(tensor.device)))
+
+    def repeat(self, repeats: int) -> None:
+        """Repeats every sequence ``repeats`` times, copies side by side."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def clone(self) -> "KeyIndex":
+        """A copy in memory of its own."""
+        tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
+        return KeyIndex(self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend)
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the index to a device."""
+        self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that the index keeps."""
+        return [*self._tensors.values(), self.origin]
+
+    def nbytes(self) -> int:
+        """Bytes that the index takes, reserve included."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def _write(self, key: torch.Tensor, first: torch.Tensor, count: int, end: torch.Tensor) -> None:
+        t = self._tensors
+        if self.kind == "codes":
+            decode_ops.encode_keys_(
+                key, first, count, t["codes"], t["scale"], t["residual"], t["center"], t["spread"], self._backend
+            )
+        else:
+            decode_ops.summarize_pages_(
+                key, self.origin, first, count, end, t["mean"], t["variance"], self.block_size, self._backend
+            )
+
+    def _reserve(self, length: int) -> None:
+        capacity = length + max(_SMALLEST_RESERVE, length // _RESERVED_PART)
+        rows = capacity if self.kind == "codes" else page_count(capacity, self.block_size)
+        for name in ("codes", "scale", "residual") if self.kind == "codes" else ("mean", "variance"):
+            old = self._tensors[name]
+            grown = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
+            grown[:, :, : old.shape[2]] = old
+            self._tensors[name] = grown
+        self.capacity = capacity
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._tensors = {name: change(tensor) for name, tensor in self._tensors.items()}
+        self.origin = change(self.origin)

@@ -1,0 +1,244 @@
+"""The operations of decoding as ``torch.library`` custom ops: upkeep of the key index, and attention over it.
+
+They have no gradients: where one is required the operations of ``custom_ops`` run, which need no index.
+"""
+
+import torch
+
+from nc_patch.ops.codes import KeyCodes, encode_keys
+from nc_patch.ops.custom_ops import Four, Three
+from nc_patch.ops.pages import summarize_pages
+from nc_patch.ops.torch_decode_block import torch_block_decode
+from nc_patch.ops.torch_decode_topk import torch_topk_decode
+
+# Most queries of a call that count as decoding: several at once verify what another model has proposed.
+MAX_DECODE_QUERIES = 16
+# Keys that the PyTorch backend encodes at once, to bound its memory.
+_KEYS_AT_ONCE = 8192
+
+
+@torch.library.custom_op("nc_patch::encode_keys_", mutates_args=("codes", "code_scale", "residual"))
+def encode_keys_(
+    key: torch.Tensor,
+    first: torch.Tensor,
+    count: int,
+    codes: torch.Tensor,
+    code_scale: torch.Tensor,
+    residual: torch.Tensor,
+    center: torch.Tensor,
+    spread: torch.Tensor,
+    backend: str,
+) -> None:
+    """Writes the codes of the keys ``first[b]`` to ``first[b] + count`` of each sequence b; see ``KeyCodes``.
+
+    ``key`` is ``[B, Hkv, N, D]``, ``first`` int ``[B]``; positions that do not exist are left out.
+    """
+    if backend == "triton":
+        from nc_patch.ops.triton_encode import triton_encode_keys_
+
+        return triton_encode_keys_(key, first, count, KeyCodes(codes, code_scale, residual, center, spread))
+    Hkv, N, D = key.shape[1:]
+    for begin in range(0, count, _KEYS_AT_ONCE):
+        offset = torch.arange(begin, min(begin + _KEYS_AT_ONCE, count), device=key.device)
+        # A key's codes depend on it alone, so that writing one twice, where a position is clamped, does no harm.
+        index = (first.long()[:, None] + offset).clamp(0, N - 1)[:, None].expand(-1, Hkv, -1)
+        keys = key.gather(2, index[..., None].expand(-1, -1, -1, D))
+        new_codes, new_scale, new_residual = encode_keys(keys, center, spread)
+        codes.scatter_(2, index[..., None].expand(-1, -1, -1, D), new_codes)
+        code_scale.scatter_(2, index, new_scale)
+        residual.scatter_(2, index, new_residual)
+    return None
+
+
+@encode_keys_.register_fake
+def _(key, first, count, codes, code_scale, residual, center, spread, backend):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.custom_op("nc_patch::summarize_pages_", mutates_args=("mean", "variance"))
+def summarize_pages_(
+    key: torch.Tensor,
+    origin: torch.Tensor,
+    first: torch.Tensor,
+    count: int,
+    end: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    block_size: int,
+    backend: str,
+) -> None:
+    """Writes the statistics of each page that holds any of the keys ``first[b]`` to ``first[b] + count``.
+
+    ``key`` is ``[B, Hkv, N, D]``; ``origin``, ``first`` and ``end`` are int ``[B]``; see ``pages.summarize_pages``.
+    """
+    if backend == "triton":
+        from nc_patch.ops.triton_summarize import triton_summarize_pages_
+
+        return triton_summarize_pages_(key, origin, first, count, end, mean, variance, block_size)
+    Hkv, P, D = mean.shape[1:]
+    start = torch.maximum(first.long(), origin.long()) - origin.long()
+    touched = (count + block_size - 2) // block_size + 1
+    at_once = max(1, _KEYS_AT_ONCE // block_size)
+    for begin in range(0, touched, at_once):
+        pages = min(at_once, touched - begin, P)
+        # Statistics depend on the page alone, so that writing one twice, where a page is clamped, does no harm.
+        first_page = (torch.div(start, block_size, rounding_mode="floor") + begin).clamp(0, P - pages)
+        new = summarize_pages(key, origin, end, first_page, pages, block_size)
+        index = (first_page[:, None] + torch.arange(pages, device=key.device))[:, None, :, None]
+        index = index.expand(-1, Hkv, -1, D)
+        mean.scatter_(2, index, new.mean)
+        variance.scatter_(2, index, new.variance)
+    return None
+
+
+@summarize_pages_.register_fake
+def _(key, origin, first, count, end, mean, variance, block_size, backend):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.custom_op("nc_patch::topk_decode", mutates_args=())
+def topk_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    codes: torch.Tensor,
+    code_scale: torch.Tensor,
+    residual: torch.Tensor,
+    center: torch.Tensor,
+    spread: torch.Tensor,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+    refine: bool,
+    max_budget: int,
+    want_bounds: bool,
+    backend: str,
+) -> Three:
+    """Top-k attention over keys chosen by their codes; see ``torch_topk_decode``.
+
+    ``max_budget`` is the largest budget that any query may have, from which buffers are sized.
+    """
+    key_codes = KeyCodes(codes, code_scale, residual, center, spread)
+    if backend == "triton":
+        from nc_patch.ops.triton_decode_topk import triton_topk_decode
+
+        return triton_topk_decode(
+            *(query, key, value, visible, budget, sinks, key_codes),
+            scale=scale,
+            softcap=softcap,
+            sink_keys=sink_keys,
+            recent_keys=recent_keys,
+            refine=refine,
+            max_budget=max_budget,
+            want_bounds=want_bounds,
+        )
+    return torch_topk_decode(
+        *(query, key, value, visible, budget, sinks, key_codes),
+        scale=scale,
+        softcap=softcap,
+        sink_keys=sink_keys,
+        recent_keys=recent_keys,
+        refine=refine,
+        want_bounds=want_bounds,
+    )
+
+
+@topk_decode.register_fake
+def _(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    visible,
+    budget,
+    sinks,
+    codes,
+    code_scale,
+    residual,
+    center,
+    spread,
+    scale,
+    softcap,
+    sink_keys,
+    recent_keys,
+    refine,
+    max_budget,
+    want_bounds,
+    backend,
+):
+    rows = query.shape[:3]
+    return (
+        query.new_empty(*rows, value.shape[-1]),
+        query.new_empty(rows, dtype=torch.float32),
+        query.new_empty((*rows, 2) if want_bounds else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("nc_patch::block_decode", mutates_args=())
+def block_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    scale: float,
+    softcap: float,
+    block_size: int,
+    max_budget: int,
+    want_stats: bool,
+    backend: str,
+) -> Four:
+    """Attention over pages chosen by their statistics; see ``torch_block_decode``. ``max_budget`` as above."""
+    if backend == "triton":
+        from nc_patch.ops.triton_decode_block import triton_block_decode
+
+        return triton_block_decode(
+            *(query, key, value, visible, origin, budget, sinks, mean, variance),
+            scale=scale,
+            softcap=softcap,
+            block_size=block_size,
+            max_budget=max_budget,
+            want_stats=want_stats,
+        )
+    return torch_block_decode(
+        *(query, key, value, visible, origin, budget, sinks, mean, variance),
+        scale=scale,
+        softcap=softcap,
+        block_size=block_size,
+        want_stats=want_stats,
+    )
+
+
+@block_decode.register_fake
+def _(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    visible,
+    origin,
+    budget,
+    sinks,
+    mean,
+    variance,
+    scale,
+    softcap,
+    block_size,
+    max_budget,
+    want_stats,
+    backend,
+):
+    rows = query.shape[:3]
+    stats = rows if want_stats else (0,)
+    return (
+        query.new_empty(*rows, value.shape[-1]),
+        query.new_empty(stats, dtype=torch.float32),
+        query.new_empty(stats, dtype=torch.float32),
+        query.new_empty(rows, dtype=torch.int32),
+    )
