@@ -1,7 +1,7 @@
 """Cache layers of ``transformers`` that carry a key index, and follow it through everything a cache goes through.
 
-The layers of a cache that a patched model meets become, in place, layers of the classes below. They hold the same keys
-and values, and are used by any other model as before. An index is trusted only while its keys are the very ones that it
+The layers of a cache that a patched model meets are replaced by layers of the classes below. They hold the same keys and
+values, and serve any other model as before. An index is trusted only while its keys are the very ones that it
 was last seen with, unchanged; otherwise it is dropped, and built again when attention runs.
 """
 
@@ -52,7 +52,6 @@ class KeyIndexMixin:
     tensors made in inference mode, nor inside a compiled graph: call ``forget_index`` after writing there.
     """
 
-    __slots__ = ()  # so that a layer's class can be exchanged in place
     _layer_type = None
     keys: torch.Tensor | None
     nc_index: KeyIndex | None = None
@@ -174,8 +173,8 @@ _INDEXED: dict[type, type] = {DynamicLayer: IndexedDynamicLayer, StaticLayer: In
 def layer_cache(cache: Any, layer: int) -> LayerCache | None:
     """What a cache holds for an attention layer that is about to run; None where there is no cache.
 
-    Turns the cache's layer into one that carries an index, where that is possible. While ``torch.compile`` traces,
-    classes cannot be changed: layers that carry none yet decode without.
+    Replaces the cache's layer by one that carries an index, where that is possible. While ``torch.compile`` traces,
+    nothing is replaced: layers that carry none yet decode without.
     """
     if not isinstance(cache, Cache) or layer is None:
         return None
@@ -190,7 +189,9 @@ def layer_cache(cache: Any, layer: int) -> LayerCache | None:
         if indexed is None:
             length = getattr(found, "get_seq_length", lambda: 0)()
             return LayerCache(None, isinstance(length, int) and length > 0)
-        found.__class__ = indexed
+        plain, found = found, indexed.__new__(indexed)
+        found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
+        cache.layers[layer] = found
     if not compiling:
         found.nc_check()
     length = found.get_seq_length()  # type: ignore[attr-defined]
