@@ -1,7 +1,7 @@
 """Cache layers of ``transformers`` that carry a key index, and follow it through everything a cache goes through.
 
-The layers of a cache that a patched model meets are replaced by layers of the classes below. They hold the same keys and
-values, and serve any other model as before. An index is trusted only while its keys are the very ones that it
+The layers of a cache that a patched model meets are replaced by layers of the classes below. They hold the same keys
+and values, and serve any other model as before. An index is trusted only while its keys are the very ones that it
 was last seen with, unchanged; otherwise it is dropped, and built again when attention runs.
 """
 

@@ -1,0 +1,214 @@
+"""Decoding by codes and by pages on the PyTorch backend, against the float64 definition."""
+
+import pytest
+import torch
+from attention_cases import Case, random_case, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nc_patch import KeyIndex, sparse_attention
+from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys
+from nc_patch.ops.pages import page_count, summarize_pages
+from nc_patch.ops.torch_decode_block import torch_block_decode
+from nc_patch.ops.torch_decode_topk import torch_topk_decode
+
+DECODED = 5
+
+
+def decode_case(seed: int) -> Case:
+    """A random case of at most five queries a sequence, each sequence with one origin."""
+    case = random_case(seed)
+    case.query, case.budget = case.query[:, :, -DECODED:], case.budget[..., -DECODED:].contiguous()
+    case.origin = case.origin[:, -1:].expand(-1, case.query.shape[2]).contiguous()
+    visible = case.visible[:, -DECODED:].contiguous()
+    visible[..., 0] = torch.maximum(visible[..., 0], case.origin)
+    visible[..., 1] = torch.maximum(visible[..., 1], visible[..., 0])
+    case.visible = visible
+    case.budget = torch.minimum(case.budget, (visible[..., 1] - visible[..., 0])[:, None])
+    return case
+
+
+# Keys on which bounds are easily wrong. Their scores are exact in float32, so that ties are ties in every arithmetic.
+def all_equal(key: torch.Tensor) -> torch.Tensor:
+    return key[:, :, :1].round().expand(key.shape).clone()
+
+
+def one_outlier_a_page(key: torch.Tensor) -> torch.Tensor:
+    key[:, :, ::16] *= 64
+    return key
+
+
+def huge_norms(key: torch.Tensor) -> torch.Tensor:
+    key[:, :, ::7] *= 2.0**60
+    return key
+
+
+def denormals(key: torch.Tensor) -> torch.Tensor:
+    return key * 2.0**-130
+
+
+def far_from_zero(key: torch.Tensor) -> torch.Tensor:
+    return key.round() + torch.arange(key.shape[-1]) * 4.0
+
+
+def heavy_tails(key: torch.Tensor) -> torch.Tensor:
+    return (key.pow(5) * 1024).round()
+
+
+def clustered(key: torch.Tensor) -> torch.Tensor:
+    return key * 0.125 + key[:, :, :1].round() * (torch.arange(key.shape[2]) % 3)[:, None]
+
+
+KINDS = [lambda key: key, all_equal, one_outlier_a_page, huge_norms, denormals, far_from_zero, heavy_tails, clustered]
+
+
+def codes_of(case: Case) -> KeyCodes:
+    center, spread = channel_moments(case.key, case.visible[:, -1, 0], case.visible[:, -1, 1])
+    return KeyCodes(*encode_keys(case.key, center, spread), center, spread)
+
+
+def topk_decode(case: Case, codes: KeyCodes, refine: bool = True):
+    return torch_topk_decode(
+        *(case.query, case.key, case.value, case.visible, case.budget, case.sinks, codes),
+        scale=case.scale,
+        softcap=case.softcap,
+        sink_keys=case.sink_keys,
+        recent_keys=case.recent_keys,
+        refine=refine,
+        want_bounds=True,
+    )
+
+
+@given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1))
+@settings(max_examples=2000, deadline=None)
+def test_codes_choose_the_references_keys_and_bound_the_kept_mass(seed, kind):
+    case = decode_case(seed)
+    if kind in (1, 5, 6):
+        case.query = (case.query * 4).round()
+    case.key = KINDS[kind](case.key)
+    expected = case.reference("topk")
+    output, _, bounds = topk_decode(case, codes_of(case))
+    assert relative_error(output, expected.output) < 1e-5
+    lower, upper = bounds.double().unbind(-1)
+    assert bool((lower <= expected.kept_mass).all())
+    assert bool((expected.kept_mass <= upper).all())
+
+
+def test_bounds_are_narrow_where_attention_is_sharp():
+    g = torch.Generator().manual_seed(0)
+    key, value = torch.randn(1, 2, 4000, 64, generator=g), torch.randn(1, 2, 4000, 64, generator=g)
+    query = 2 * torch.randn(1, 6, 1, 64, generator=g)
+    index = KeyIndex.build(key, "codes")
+    result = sparse_attention(query, key, value, alpha=4.0, C=0.6, index=index, return_kept_mass="bounds")
+    lower, upper = result.kept_mass_bounds.unbind(-1)
+    dense = sparse_attention(query, key, value, alpha=4.0, C=0.6, return_stats=True)
+    torch.testing.assert_close(result.output, dense.output, atol=1e-6, rtol=1e-5)
+    assert bool((lower <= dense.kept_mass).all())
+    assert bool((dense.kept_mass <= upper).all())
+    assert float((upper - lower).max()) < 0.05
+
+
+def test_without_refinement_the_keys_are_not_read_and_the_output_is_close():
+    g = torch.Generator().manual_seed(1)
+    key, value = torch.randn(2, 2, 600, 64, generator=g), torch.randn(2, 2, 600, 64, generator=g)
+    query = torch.randn(2, 4, 3, 64, generator=g)
+    index = KeyIndex.build(key, "codes")
+    exact = sparse_attention(query, key, value, alpha=2.0, C=0.7, index=index)
+    rough = sparse_attention(query, key * torch.nan, value, alpha=2.0, C=0.7, index=index, refine=False)
+    assert relative_error(rough, exact) < 0.05
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_nan_and_inf_reach_only_the_rows_that_attend_them(what, where):
+    for seed in range(40):
+        case = decode_case(seed)
+        tensor = getattr(case, where)
+        tensor[0, 0, tensor.shape[2] // 2, 0] = what
+        expected = case.reference("topk")
+        output, _, bounds = topk_decode(case, codes_of(case))
+        assert torch.equal(output.isnan(), expected.output.isnan()), seed
+        sound = ~expected.output.isnan()
+        torch.testing.assert_close(output.double()[sound], expected.output[sound], atol=1e-5, rtol=1e-5)
+        assert not bool(bounds.isnan().any())
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_pages_are_chosen_and_attended_as_defined(block):
+    for seed in range(block * 60, block * 60 + 60):
+        case = decode_case(seed)
+        B, _, Lk, _ = case.key.shape
+        end, first = torch.full((B,), Lk), torch.zeros(B, dtype=torch.int64)
+        pages = summarize_pages(
+            case.key, case.origin[:, 0], end, first, page_count(Lk, case.block_size), case.block_size
+        )
+        output, lse, kept_mass, attended = torch_block_decode(
+            *(case.query, case.key, case.value, case.visible, case.origin, case.budget, case.sinks, *pages),
+            scale=case.scale,
+            softcap=case.softcap,
+            block_size=case.block_size,
+            want_stats=True,
+        )
+        expected = case.reference("pages")
+        assert relative_error(output, expected.output) < 1e-5, seed
+        assert torch.equal(attended, expected.attended), seed
+        torch.testing.assert_close(lse.double(), expected.lse, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(kept_mass.double(), expected.kept_mass, atol=1e-5, rtol=1e-5)
+
+
+def test_each_query_of_a_call_chooses_pages_as_it_would_alone():
+    g = torch.Generator().manual_seed(2)
+    key, value = torch.randn(1, 2, 300, 32, generator=g), torch.randn(1, 2, 300, 32, generator=g)
+    query = torch.randn(1, 4, 8, 32, generator=g)
+    index = KeyIndex.build(key, "pages", block_size=16)
+    options = {"alpha": 2.0, "C": 0.6, "selection": "block", "block_size": 16}
+    together = sparse_attention(query, key, value, index=index, **options)
+    for i in range(8):
+        length = 300 - 7 + i
+        keys, values = key[:, :, :length], value[:, :, :length]
+        alone = KeyIndex.build(keys, "pages", block_size=16)
+        result = sparse_attention(query[:, :, i : i + 1], keys, values, index=alone, **options)
+        torch.testing.assert_close(result[:, :, 0], together[:, :, i], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_an_index_takes_the_bytes_it_promises(D):
+    key = torch.randn(1, 8, 8192, D).bfloat16()
+    kv_bytes = 2 * key.nbytes
+    codes, pages = KeyIndex.build(key, "codes"), KeyIndex.build(key, "pages")
+    assert pages.nbytes() <= kv_bytes / 8
+    if D == 128:
+        assert codes.nbytes() <= 0.27 * kv_bytes
+        grown = KeyIndex.build(key[:, :, :8191], "codes")
+        grown.extend(key, 1, torch.tensor([8192]))
+        assert grown.nbytes() <= 0.27 * kv_bytes * 8320 / 8192
+
+
+def test_wrong_uses_of_an_index_are_refused():
+    key, query = torch.randn(1, 2, 50, 16), torch.randn(1, 4, 1, 16)
+    codes, pages = KeyIndex.build(key, "codes"), KeyIndex.build(key, "pages")
+    refused = lambda match, *tensors, **options: pytest.raises(ValueError, match=match)  # noqa: E731
+    with refused('"pages" for "topk"'):
+        sparse_attention(query, key, key, alpha=2.0, index=pages)
+    with refused('"codes" for "block"'):
+        sparse_attention(query, key, key, alpha=2.0, selection="block", index=codes)
+    with refused("other keys"):
+        sparse_attention(query, torch.cat((key, key), 2), torch.cat((key, key), 2), alpha=2.0, index=codes)
+    with refused("at most 16 queries"):
+        sparse_attention(query.expand(1, 4, 17, 16), key, key, alpha=2.0, index=codes)
+    with refused("come from codes"):
+        sparse_attention(query, key, key, alpha=2.0, return_kept_mass="bounds")
+    with refused('must be "bounds"'):
+        sparse_attention(query, key, key, alpha=2.0, return_kept_mass="exact")
+    with refused("every key"):
+        sparse_attention(query, key, key, alpha=2.0, index=codes, return_stats=True)
+    with refused("refine=False"):
+        sparse_attention(query, key, key, alpha=2.0, refine=False)
+    with refused("kind must be"):
+        KeyIndex.build(key, "bits")
+    with refused("capacity"):
+        KeyIndex.build(key, "codes", capacity=10)
+    with refused("start must be int"):
+        KeyIndex.build(key, "codes", start=torch.zeros(3))
+    with refused("shape"):
+        KeyIndex.build(key[0], "codes")
