@@ -48,6 +48,6 @@ def pointer_to(dtype: torch.dtype) -> str:
 
 
 def data_strides(kernel: Any, prefixes: str = "qkv") -> frozenset[str]:
-    """The arguments named as strides of queries, keys and values, ``stride_qb`` to ``stride_vl``: multiples of 16."""
-    names = {f"stride_{tensor}{axis}" for tensor in prefixes for axis in "bhl"}
+    """The arguments named as strides of queries, keys and values, such as ``stride_qb``: multiples of 16."""
+    names = {f"stride_{tensor}{axis}" for tensor in prefixes for axis in "bhlp"}
     return frozenset(names.intersection(kernel.arg_names))
