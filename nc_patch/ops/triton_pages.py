@@ -287,7 +287,7 @@ def page_weights(
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """(each page's softmax weight summed over the group, the group's largest budget); NaN and +inf logits weigh +inf."""
+    """(each page's softmax weight summed over the group, the largest budget); NaN and +inf logits weigh +inf."""
     weight = tl.zeros([BLOCK_P], dtype=tl.float32)
     overwhelming = page < 0
     largest_budget = 0

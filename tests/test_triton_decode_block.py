@@ -1,0 +1,340 @@
+"""Decoding over pages against the float64 reference: on a GPU where there is one, and in Triton's interpreter.
+
+``test_every_case_in_the_interpreter`` runs this file again in a process in which kernels are interpreted.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+from nc_patch.ops.pages import page_count, summarize_pages  # noqa: E402
+from nc_patch.ops.reference import reference_attention  # noqa: E402
+from nc_patch.ops.triton_decode_block import triton_block_decode  # noqa: E402
+from nc_patch.ops.triton_split import combine_splits  # noqa: E402
+from nc_patch.ops.triton_summarize import triton_summarize_pages_  # noqa: E402
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def on_kernel_device(test):
+    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
+    if INTERPRETED:
+        return test
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
+    return pytest.mark.gpu(no_gpu(test))
+
+
+@pytest.fixture
+def device(poisoned_memory: None) -> str:
+    """Where the kernels run; memory that is only allocated holds NaN, so that whatever a kernel leaves out shows."""
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input. ``origins`` are those of the sequences; ``window`` slides over the keys; ``spare`` keys follow."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    kv_heads: int = 1
+    group: int = 2
+    queries: int = 1
+    keys: int = 200
+    head_dim: int = 64
+    value_dim: int | None = None
+    origins: tuple[int, ...] = (0,)
+    window: int = 0
+    spare: int = 0
+    block_size: int = 16
+    budget: int = 70
+    per_head: bool = False
+    softcap: float = 0.0
+    sinks: bool = False
+    stats: bool = True
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("plain"),
+    Case("bf16-g4-d128-p32", torch.bfloat16, group=4, head_dim=128, keys=331, block_size=32, budget=90),
+    Case("fp16-g3-d80-left-padding", torch.float16, group=3, head_dim=80, origins=(0, 37), queries=2),
+    Case("g7-per-head-budgets", group=7, kv_heads=2, per_head=True, sinks=True),
+    Case("g1-sliding-window-softcap", group=1, queries=5, window=111, softcap=2.0, origins=(3, 50), budget=50),
+    Case("bf16-sinks-softcap", torch.bfloat16, kv_heads=2, softcap=5.0, sinks=True),
+    Case("sixteen-queries", group=1, queries=16, keys=150, budget=40, stats=False),
+    Case("negative-origin", origins=(-21, -5), queries=2),
+    Case("static-cache", origins=(0, 29), queries=2, spare=83),
+    Case("transposed", kv_heads=2, transposed=True, origins=(0, 8)),
+    Case("narrow-values-p64", head_dim=96, value_dim=40, block_size=64, keys=350, budget=130),
+    Case("everything", budget=1000, queries=2, sinks=True),
+    Case("budget-of-one", budget=1),
+    Case("one-key", keys=1, group=3),
+    Case("wide-group", group=19, budget=40),
+]
+
+
+def inputs_of(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
+    """Random inputs on the CPU; keys and values after the sequences' end hold NaN."""
+    g = torch.Generator().manual_seed(seed)
+    B, heads, Lq = len(case.origins), case.kv_heads * case.group, case.queries
+
+    def normal(count: int, length: int, width: int) -> torch.Tensor:
+        shape = (B, length, count, width) if case.transposed else (B, count, length, width)
+        made = torch.randn(shape, generator=g).to(case.dtype)
+        return made.transpose(1, 2) if case.transposed else made
+
+    key = normal(case.kv_heads, case.keys + case.spare, case.head_dim)
+    value = normal(case.kv_heads, case.keys + case.spare, case.value_dim or case.head_dim)
+    key[:, :, case.keys :] = value[:, :, case.keys :] = torch.nan
+    origin = torch.tensor(case.origins, dtype=torch.int32)[:, None].repeat(1, Lq)
+    end = torch.arange(case.keys - Lq + 1, case.keys + 1, dtype=torch.int32).repeat(B, 1)
+    start = origin.clamp(min=0)
+    if case.window:
+        start = torch.maximum(start, end - case.window)
+    n = (end - start)[:, None]
+    share = torch.rand(B, heads, Lq, generator=g) if case.per_head else torch.ones(B, 1, Lq)
+    return {
+        "query": normal(heads, Lq, case.head_dim),
+        "key": key,
+        "value": value,
+        "visible": torch.stack((start, end), -1),
+        "origin": origin,
+        "budget": (share * case.budget).ceil().int().minimum(n).contiguous(),
+        "sinks": torch.randn(heads, generator=g) if case.sinks else None,
+    }
+
+
+def statistics_of(case: Case, inputs: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The page statistics; pages after the last that is seen hold NaN, and so does the last, which is read from K."""
+    key, origin = inputs["key"], inputs["origin"][:, 0]
+    pages = page_count(key.shape[2] - min(0, *case.origins), case.block_size) + 3
+    end = torch.full_like(origin, case.keys)
+    found = summarize_pages(key, origin, end, torch.zeros_like(origin), pages, case.block_size)
+    for b, begin in enumerate(case.origins):
+        # A query's own page is read from K, so that no later page's statistics matter.
+        unseen = (case.keys - 1 - begin) // case.block_size
+        found.mean[b, :, unseen:] = found.variance[b, :, unseen:] = torch.nan
+    return found.mean, found.variance
+
+
+def run(case: Case, device: str, inputs, statistics=None):
+    mean, variance = statistics_of(case, inputs) if statistics is None else statistics
+    moved = [None if x is None else x.to(device) for x in (*inputs.values(), mean, variance)]
+    result = triton_block_decode(
+        *moved,
+        scale=case.head_dim**-0.5,
+        softcap=case.softcap,
+        block_size=case.block_size,
+        max_budget=case.budget,
+        want_stats=case.stats,
+    )
+    return [x.cpu() for x in result]
+
+
+def reference(case: Case, inputs):
+    # Zero has the same effect as what is unwritten, which the reference multiplies by zero.
+    clean = {**inputs, "key": inputs["key"].clone()}
+    clean["key"][:, :, case.keys :] = 0
+    return reference_attention(
+        **clean,
+        selection="pages",
+        scale=case.head_dim**-0.5,
+        softcap=case.softcap,
+        block_size=case.block_size,
+    )
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """The same NaNs and infinities, and elsewhere a relative error of the norm below the tolerance."""
+    actual = actual.double()
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual[expected.isinf()], expected[expected.isinf()])
+    finite = expected.isfinite()
+    difference, size = (actual[finite] - expected[finite]).norm(), expected[finite].norm()
+    assert difference <= tolerance * size, f"relative error {difference / size:.2e}"
+
+
+def check(case: Case, device: str, inputs) -> None:
+    output, lse, kept_mass, attended = run(case, device, inputs)
+    expected = reference(case, inputs)
+    assert output.dtype == case.dtype
+    assert torch.equal(attended, expected.attended)
+    assert_close(output, expected.output, TOLERANCE[case.dtype])
+    if case.stats:
+        assert_close(lse, expected.lse, 1e-5)
+        assert_close(kept_mass, expected.kept_mass, 1e-5)
+    else:
+        assert lse.numel() == kept_mass.numel() == 0
+
+
+@on_kernel_device
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_equals_the_reference(case, device):
+    check(case, device, inputs_of(case))
+
+
+@on_kernel_device
+def test_ties_go_to_the_lower_page(device):
+    case = Case("ties", group=1, queries=2, keys=256, budget=112)
+    inputs = inputs_of(case)
+    # Pages of equal keys of a few kinds: their statistics and logits are exact, and most pages tie.
+    kinds = torch.arange(16) % 3
+    inputs["query"].zero_()[..., 0] = 8.0
+    inputs["key"].zero_()[..., 0] = kinds.repeat_interleave(16).float() * 0.25
+    output, _, _, attended = run(case, device, inputs)
+    expected = reference(case, inputs)
+    assert torch.equal(attended, expected.attended)
+    assert_close(output, expected.output, 1e-5)
+
+
+@on_kernel_device
+def test_equal_pages_are_all_tied(device):
+    case = Case("equal", group=3, keys=192, budget=80)
+    inputs = inputs_of(case)
+    # Whole numbers: their sums have the same bits in any order.
+    inputs["query"] = inputs["query"].round()
+    inputs["key"].fill_(0.5)
+    check(case, device, inputs)
+
+
+@on_kernel_device
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_an_unattended_value_may_be_anything_and_an_attended_one_is_seen(broken, device):
+    case = Case("values", group=2, stats=False)
+    inputs = inputs_of(case)
+    plain = reference(case, inputs).output
+    # An all-zero query weighs every page alike: pages 0 to 3 and the own one are attended.
+    inputs["query"].zero_()
+    inputs["key"].fill_(0.25)
+    inputs["value"][:, :, 150] = broken
+    output = run(case, device, inputs)[0]
+    assert plain.isfinite().all()
+    assert output.isfinite().all()
+    inputs["value"][:, :, 3, 5] = broken
+    assert_close(run(case, device, inputs)[0], reference(case, inputs).output, 1e-5)
+
+
+@on_kernel_device
+def test_a_page_with_a_nan_key_is_chosen_first(device):
+    case = Case("nan-key", group=2, kv_heads=2, budget=48)
+    inputs = inputs_of(case)
+    inputs["key"][:, 0, 100] = torch.nan
+    output, lse, kept_mass, attended = run(case, device, inputs)
+    expected = reference(case, inputs)
+    assert_close(output, expected.output, 1e-5)
+    assert torch.equal(attended, expected.attended)
+    assert output[:, :2].isnan().all()
+    assert output[:, 2:].isfinite().all()
+    assert lse[:, 2:].isfinite().all()
+    assert kept_mass[:, 2:].isfinite().all()
+
+
+@on_kernel_device
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_row_without_keys_is_zero(sinks, device):
+    case = Case("empty", queries=3, keys=60, origins=(0, 20), sinks=sinks)
+    inputs = inputs_of(case)
+    inputs["visible"][1, 0] = 25
+    inputs["visible"][0, 1] = 0
+    inputs["budget"] = inputs["budget"].minimum((inputs["visible"][..., 1] - inputs["visible"][..., 0])[:, None])
+    check(case, device, inputs)
+
+
+@on_kernel_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("first", "count"), [((40, 55), 1), ((33, 47), 16), ((0, 0), 90)])
+def test_summaries_follow_new_keys(first, count, dtype, device):
+    g = torch.Generator().manual_seed(0)
+    block_size, pages, D = 16, 9, 80
+    key = torch.randn(2, 3, 100, D, generator=g).to(dtype)
+    origin, first = torch.tensor([0, 13]), torch.tensor(first)
+    end = first + count
+    for b in range(2):
+        key[b, :, int(end[b]) :] = torch.nan
+    old = torch.full((2, 3, pages, D), 7.0, dtype=dtype)
+    mean, variance = old.to(device), old.to(device)
+    # As the buffers of a cache may be: views of something larger.
+    mean, variance = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (mean, variance))
+    triton_summarize_pages_(
+        *(x.to(device) for x in (key, origin.int(), first)), count, end.to(device), mean, variance, block_size
+    )
+    fresh = summarize_pages(key, origin, end, torch.zeros_like(origin), pages, block_size)
+    for b in range(2):
+        touched = [
+            j for j in range(pages)
+            if int(origin[b]) + j * block_size < int(end[b]) and int(origin[b]) + (j + 1) * block_size > int(first[b])
+        ]  # fmt: skip
+        for actual, expected in ((mean.cpu(), fresh.mean), (variance.cpu(), fresh.variance)):
+            assert_close(actual[b, :, touched], expected[b, :, touched].double(), TOLERANCE[dtype])
+            rest = [j for j in range(pages) if j not in touched]
+            assert (actual[b, :, rest] == 7).all()
+
+
+@on_kernel_device
+@pytest.mark.parametrize("sinks", [False, True])
+def test_splits_combine_to_the_whole(sinks, device):
+    g = torch.Generator().manual_seed(0)
+    rows, splits, width = 12, 5, 40
+    logits, values = torch.randn(rows, splits, 7, generator=g).double() * 3, torch.randn(rows, splits, 7, width)
+    logits[3] = -torch.inf
+    sink = torch.randn(3, generator=g) if sinks else None
+    base2 = logits * 1.4426950408889634
+    peak = base2.amax(-1)
+    weights = torch.exp2(base2 - torch.where(peak.isinf(), 0.0, peak)[..., None])
+    acc, total = (weights[..., None] * values).sum(-2).float(), weights.sum(-1).float()
+    peak = peak.float()
+    for idle in ((1, 2), (5,)):
+        peak[idle], total[idle], acc[idle], logits[idle] = -torch.inf, 0.0, torch.nan, -torch.inf
+    attended = torch.full((2, 3, 2), 9, dtype=torch.int32)
+    attended.view(-1)[5] = 0
+    output, lse, lse_keys = torch.empty(2, 3, 2, width), torch.empty(2, 3, 2), torch.empty(2, 3, 2)
+    moved = [x if x is None else x.to(device) for x in (acc, peak, total, sink, attended, output, lse, lse_keys)]
+    combine_splits(*moved)
+    expected_keys = torch.logsumexp(logits.flatten(1), -1)
+    expected = expected_keys
+    if sink is not None:
+        expected = torch.logaddexp(expected, sink.double()[None, :, None].expand(2, 3, 2).reshape(-1))
+    result = torch.einsum("rsn,rsnd->rd", torch.exp(logits - expected[:, None, None]), values.double())
+    result[5] = 0
+    assert_close(moved[5].cpu().view(rows, width), result, 1e-5)
+    assert_close(moved[6].cpu().view(rows), expected, 1e-5)
+    assert_close(moved[7].cpu().view(rows), expected_keys, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"origin": torch.zeros(1, 2, dtype=torch.int32)}, "origin must be int32"),
+        ({"mean": torch.zeros(1, 1, 13, 32)}, "mean must be"),
+        ({"variance": torch.zeros(1, 1, 13, 64).double()}, "variance must be"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, message):
+    case = Case("plain")
+    inputs = inputs_of(case)
+    mean, variance = statistics_of(case, inputs)
+    inputs = {**inputs, "mean": mean, "variance": variance, **change}
+    with pytest.raises(ValueError, match=message):
+        triton_block_decode(*inputs.values(), scale=1.0, softcap=0.0, block_size=16, max_budget=70, want_stats=False)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_every_case_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout[-2000:]
