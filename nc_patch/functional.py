@@ -61,7 +61,7 @@ def sparse_attention(
             start. ``"block"`` aligns its blocks to it.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[Hq]``, learned logits that join the softmax's denominator.
-        index: for decoding, at most 16 queries a sequence: the ``KeyIndex`` of ``key``, of kind ``"codes"`` for
+        index: for decoding, at most 32 queries a sequence: the ``KeyIndex`` of ``key``, of kind ``"codes"`` for
             ``"topk"``, which changes no result, or ``"pages"`` for ``"block"``, by which every query chooses pages for
             itself. Given, it decides ``origin`` and ``block_size``. It has no gradient.
         return_stats: return an ``AttentionResult`` (output, lse, kept_mass, attended) instead of the output alone. The

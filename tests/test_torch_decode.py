@@ -194,8 +194,8 @@ def test_wrong_uses_of_an_index_are_refused():
         sparse_attention(query, key, key, alpha=2.0, selection="block", index=codes)
     with refused("other keys"):
         sparse_attention(query, torch.cat((key, key), 2), torch.cat((key, key), 2), alpha=2.0, index=codes)
-    with refused("at most 16 queries"):
-        sparse_attention(query.expand(1, 4, 17, 16), key, key, alpha=2.0, index=codes)
+    with refused("at most 32 queries"):
+        sparse_attention(query.expand(1, 4, 33, 16), key, key, alpha=2.0, index=codes)
     with refused("come from codes"):
         sparse_attention(query, key, key, alpha=2.0, return_kept_mass="bounds")
     with refused('must be "bounds"'):

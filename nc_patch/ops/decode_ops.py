@@ -11,8 +11,8 @@ from nc_patch.ops.pages import summarize_pages
 from nc_patch.ops.torch_decode_block import torch_block_decode
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
 
-# Most queries of a call that count as decoding: several at once verify what another model has proposed.
-MAX_DECODE_QUERIES = 16
+# Most queries of a call that count as decoding: several at once verify what another model has proposed (20 by default).
+MAX_DECODE_QUERIES = 32
 # Keys that the PyTorch backend encodes at once, to bound its memory.
 _KEYS_AT_ONCE = 8192
 

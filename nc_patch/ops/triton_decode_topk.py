@@ -58,7 +58,7 @@ from nc_patch.ops.triton_split import combine_splits, split_count
 from nc_patch.ops.triton_threshold import threshold_kernel
 
 # Queries that one call takes; more are a prefill.
-MAX_QUERIES = 16
+MAX_QUERIES = 32
 # Keys that a guess is taken from, and room in a row's list: per key of the largest budget, and besides.
 _MOST_SAMPLES = 4096
 _ROOM_PER_KEY = 8
@@ -142,7 +142,7 @@ def triton_topk_decode(
     """Attention over the ``budget`` best keys of each query, chosen by codes; the set is ``reference_attention``'s.
 
     Args:
-        query: ``[B, Hq, Lq, D]``, Lq at most 16. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``. Any strides
+        query: ``[B, Hq, Lq, D]``, Lq at most 32. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``. Any strides
             with a dense last axis.
         visible: int32 ``[B, Lq, 2]``. budget: int32 ``[B, Hq or 1, Lq]``. sinks: ``[Hq]`` or None.
         codes: of the keys, for at least Lk positions; what lies beyond the intervals is not looked at.

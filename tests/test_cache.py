@@ -1,0 +1,276 @@
+"""The key index follows its cache through everything, and is dropped when the cache changes behind its back."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tiny_models import random_ids, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from nc_patch import KeyIndex, forget_index, patch_model, unpatch_model
+from nc_patch.cache import IndexedDynamicLayer, IndexedStaticLayer, layer_cache
+from nc_patch.ops.codes import encode_keys
+
+HEADS, DIM, BLOCK = 2, 8, 16
+
+
+def assert_equals_fresh(index: KeyIndex, keys: torch.Tensor, lengths: list[int]) -> None:
+    """The index equals one built from the keys: bit for bit where a key or a whole page decides, to rounding else."""
+    if index.kind == "codes":
+        held = index.codes()
+        fresh = encode_keys(keys, held.center, held.spread)
+        for b, length in enumerate(lengths):
+            assert torch.equal(held.codes[b, :, :length], fresh[0][b, :, :length])
+            assert torch.equal(held.scale[b, :, :length], fresh[1][b, :, :length])
+            torch.testing.assert_close(held.residual[b, :, :length], fresh[2][b, :, :length], atol=0, rtol=1e-6)
+        return
+    fresh = KeyIndex.build(keys, "pages", start=index.origin, block_size=index.block_size).pages()
+    for b, length in enumerate(lengths):
+        whole = (length - int(index.origin[b])) // index.block_size
+        for held_tensor, fresh_tensor in zip(index.pages(), fresh, strict=True):
+            torch.testing.assert_close(held_tensor[b, :, :whole], fresh_tensor[b, :, :whole], atol=1e-6, rtol=1e-5)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """A cache layer driven at random, its index beside it."""
+
+    kind: str
+
+    @initialize(batch=st.integers(1, 3), length=st.integers(1, 60), static=st.booleans(), seed=st.integers(0, 9999))
+    def prefill(self, batch, length, static, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.static = static
+        self.cache = StaticCache(config=tiny_model("llama").config, max_cache_len=400) if static else DynamicCache()
+        self.layer = layer_cache(self.cache, 0).layer
+        assert type(self.layer) is (IndexedStaticLayer if static else IndexedDynamicLayer)
+        self.batch, self.length = batch, 0
+        self.start = torch.randint(0, length, (batch,), generator=self.generator)
+        self.append(length)
+
+    def append(self, count):
+        new = torch.randn(self.batch, HEADS, count, DIM, generator=self.generator)
+        found = layer_cache(self.cache, 0)
+        assert found.layer is self.layer
+        keys, _ = self.layer.update(new, new)
+        self.length += count
+        end = torch.arange(self.length - count + 1, self.length + 1).expand(self.batch, -1)
+        start = self.start[:, None].expand_as(end)
+        visible = torch.stack((start, torch.maximum(start, end)), -1).int()
+        self.layer.nc_update(keys, visible, start.int(), self.kind, BLOCK, "torch")
+        self.layer.nc_settle()
+
+    @rule(count=st.integers(1, 20))
+    def update(self, count):
+        if self.length + count <= 400:
+            self.append(count)
+
+    @precondition(lambda self: not self.static)
+    @rule(share=st.floats(0, 1))
+    def crop(self, share):
+        removed = int(share * (self.length - int(self.start.max()) - 1))
+        if removed > 0:
+            self.cache.crop(-removed)
+            self.length -= removed
+
+    @rule(data=st.data())
+    def reorder(self, data):
+        order = torch.tensor(
+            data.draw(st.lists(st.integers(0, self.batch - 1), min_size=self.batch, max_size=self.batch))
+        )
+        self.cache.reorder_cache(order)
+        self.start = self.start[order]
+
+    @precondition(lambda self: not self.static)
+    @rule(data=st.data())
+    def select(self, data):
+        kept = torch.tensor(data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=3)))
+        self.cache.batch_select_indices(kept)
+        self.start, self.batch = self.start[kept], len(kept)
+
+    @precondition(lambda self: not self.static and self.batch <= 2)
+    @rule()
+    def repeat(self):
+        self.cache.batch_repeat_interleave(2)
+        self.start, self.batch = self.start.repeat_interleave(2), 2 * self.batch
+
+    @rule(length=st.integers(1, 40))
+    def reset(self, length):
+        self.cache.reset()
+        assert self.layer.nc_index is None
+        self.length, self.start = 0, torch.zeros(self.batch, dtype=torch.int64)
+        self.append(length)
+
+    @rule()
+    def copy(self):
+        self.cache = copy.deepcopy(self.cache)
+        self.layer = self.cache.layers[0]
+        assert self.layer.nc_index is not None
+
+    @rule()
+    def write_behind_its_back(self):
+        self.layer.keys.mul_(2.0)
+        self.layer.nc_check()
+        assert self.layer.nc_index is None
+        self.append(1) if self.length < 400 else self.reset(3)
+
+    @invariant()
+    def index_equals_a_fresh_one(self):
+        if hasattr(self, "layer"):
+            assert self.layer.nc_index is not None
+            assert_equals_fresh(self.layer.nc_index, self.layer.keys, [self.length] * self.batch)
+
+
+class CodesMachine(CacheMachine):
+    kind = "codes"
+
+
+class PagesMachine(CacheMachine):
+    kind = "pages"
+
+
+for machine in (CodesMachine, PagesMachine):
+    machine.TestCase.settings = settings(
+        max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+TestCodes, TestPages = CodesMachine.TestCase, PagesMachine.TestCase
+
+
+OPTIONS = {
+    "topk": {"key_index": "always"},
+    "block": {"selection": "block", "block_size": 16},
+}
+
+
+def generated(model, ids, **options):
+    return model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize("selection", OPTIONS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"padded": True}],
+    ids=["dynamic", "static", "beams", "left-padding"],
+)
+def test_generation_is_the_same_with_the_index_and_without(family, selection, options):
+    model, ids = tiny_model(family), random_ids(2, 90)
+    if options.pop("padded", False):
+        mask = torch.ones_like(ids)
+        mask[0, :30] = 0
+        options["attention_mask"] = mask
+    results = {}
+    for use in ("always", "never"):
+        patch_model(model, 1.0, 0.7, **OPTIONS[selection] | {"key_index": use})
+        results[use] = generated(model, ids, **options)
+    assert torch.equal(results["always"], results["never"])
+
+
+def test_assisted_generation_gives_the_tokens_of_plain_generation():
+    # With blocks it need not: the first call holds the prompt and what is proposed, and chooses for whole query blocks.
+    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **OPTIONS["topk"]), random_ids(1, 90)
+    plain = generated(model, ids)
+    assert torch.equal(plain, generated(model, ids, prompt_lookup_num_tokens=4))
+    assert torch.equal(plain, generated(model, ids, assistant_model=tiny_model("llama")))
+
+
+@pytest.mark.parametrize("selection", OPTIONS)
+def test_a_cache_that_the_user_passes_in_is_used_and_goes_on(selection):
+    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **OPTIONS[selection]), random_ids(1, 80)
+    plain = generated(model, ids)
+    for cache in (DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=120)):
+        with torch.no_grad():
+            model(ids[:, :50], past_key_values=cache)
+        assert all(layer.nc_index is not None for layer in cache.layers)
+        prefix = copy.deepcopy(cache)
+        assert torch.equal(generated(model, ids, past_key_values=cache), plain)
+        assert torch.equal(generated(model, ids, past_key_values=prefix), plain)
+
+
+def test_a_cache_filled_by_an_unpatched_model_is_indexed_when_it_is_met():
+    model, ids = tiny_model("llama"), random_ids(1, 80)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        patch_model(model, 1.0, 0.7, **OPTIONS["topk"])
+        with_index = model(ids[:, -1:], past_key_values=cache).logits
+        assert cache.layers[0].nc_index is not None
+        patch_model(model, 1.0, 0.7, key_index="never")
+        torch.testing.assert_close(with_index, model(ids[:, -1:], past_key_values=twin).logits, atol=1e-5, rtol=0)
+
+
+def test_keys_written_in_inference_mode_need_forget_index():
+    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **OPTIONS["topk"]), random_ids(1, 60)
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        cache.layers[0].keys.mul_(0.5)
+        forget_index(cache)
+        assert all(layer.nc_index is None for layer in cache.layers)
+        model(ids[:, -1:], past_key_values=cache)
+        assert_equals_fresh(cache.layers[0].nc_index, cache.layers[0].keys, [61])
+
+
+def test_settings_of_another_kind_build_the_index_again():
+    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **OPTIONS["topk"]), random_ids(1, 60)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for selection, kind in (("block", "pages"), ("topk", "codes")):
+            patch_model(model, 1.0, 0.7, **OPTIONS[selection])
+            model(ids[:, -1:], past_key_values=cache)
+            assert cache.layers[0].nc_index.kind == kind
+
+
+def test_an_indexed_cache_pickles_and_serves_an_unpatched_model():
+    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **OPTIONS["topk"]), random_ids(1, 60)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache = pickle.load(io.BytesIO(pickle.dumps(cache)))
+        assert cache.layers[0].nc_index is not None
+        shallow = copy.copy(cache.layers[0])
+        assert shallow.nc_index is not cache.layers[0].nc_index
+        patch_model(model, 1.0, 0.7, key_index="never")
+        plain = DynamicCache()
+        model(ids[:, :50], past_key_values=plain)
+        unpatch_model(model)
+        cache.crop(-10)
+        expected, found = (model(ids[:, 50:51], past_key_values=c).logits for c in (plain, cache))
+        torch.testing.assert_close(found, expected)
+
+
+def test_offloading_moves_the_index_when_attention_is_done_with_it():
+    cache = DynamicCache()
+    layer = layer_cache(cache, 0).layer
+    new = torch.randn(1, HEADS, 20, DIM)
+    keys, _ = layer.update(new, new)
+    visible = torch.tensor([[[0, i + 1] for i in range(20)]], dtype=torch.int32)
+    layer.nc_update(keys, visible, visible[..., 0], "codes", BLOCK, "torch")
+    layer.nc_settle()
+    layer.offload()
+    layer.nc_settle()
+    assert layer.nc_index.codes().codes.device == layer.keys.device
+    layer.prefetch()
+    layer.nc_check()
+    assert layer.nc_index is not None
+
+
+def test_an_index_that_grows_a_key_at_a_time_keeps_within_its_reserve():
+    layer = layer_cache(DynamicCache(), 0).layer
+    new = torch.randn(1, 1, 1, 16)
+    for step in range(10_000):
+        if step % 2000 == 1999:
+            layer.crop(-1500)
+        keys, _ = layer.update(new, new)
+        visible = torch.tensor([[[0, keys.shape[2]]]], dtype=torch.int32)
+        layer.nc_update(keys, visible, visible[..., 0], "codes", BLOCK, "torch")
+        layer.nc_settle()
+    length, longest = layer.keys.shape[2], 2000 + 4 * 500
+    assert layer.nc_index.capacity <= longest + max(128, longest // 64), length
+    assert layer.nc_index.nbytes() <= layer.nc_index.capacity * (16 + 8) + 2 * 16 * 4 + 4
