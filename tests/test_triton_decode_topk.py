@@ -1,0 +1,495 @@
+"""Top-k decoding from codes against the float64 reference: on a GPU where there is one, and in Triton's interpreter.
+
+As in ``test_triton_kernels.py`` the interpreter needs a process of its own, which the last test starts.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+from nc_patch.ops import triton_decode_topk, triton_launch  # noqa: E402
+from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
+from nc_patch.ops.reference import causal_intervals, reference_attention, topk_mask  # noqa: E402
+from nc_patch.ops.triton_decode_topk import triton_topk_decode  # noqa: E402
+from nc_patch.ops.triton_encode import triton_encode_keys_  # noqa: E402
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+plan_for = triton_decode_topk.plan_for
+
+
+def on_kernel_device(test):
+    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
+    if INTERPRETED:
+        return test
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
+    return pytest.mark.gpu(no_gpu(test))
+
+
+@pytest.fixture
+def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the kernels run; memory that is only allocated holds NaN. In the interpreter there are few programs."""
+    if not INTERPRETED:
+        return "cuda"
+    tiles = triton_launch.Tiles(32, 32, 4, 1, 32)
+    monkeypatch.setattr(triton_launch, "tiles_for", lambda *_: tiles)
+    plan_with(monkeypatch)
+    return "cpu"
+
+
+def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    """Plans small enough for the interpreter, that still have several tiles, splits and blocks; or with ``changes``."""
+
+    def small(*args):
+        plan = plan_for(*args)
+        splits = min(plan.splits, 2)
+        tile = 32
+        tiles = -(-args[4] // tile) + 1
+        segment = -(-tiles // splits) * tile
+        capacity = min(plan.capacity, args[4])
+        plan = replace(
+            plan, keys=tile, splits=splits, samples=64, segment=segment, capacity=capacity, chunks=min(plan.chunks, 2)
+        )
+        return replace(plan, held=64, **changes)
+
+    monkeypatch.setattr(triton_decode_topk, "plan_for", small)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: its shape, what its queries may see, and its settings."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+    kv_heads: int = 1
+    group: int = 3
+    queries: int = 1
+    keys: int = 200
+    head_dim: int = 64
+    value_dim: int | None = None
+    intervals: str = "causal"
+    budgets: str = "small"
+    softcap: float = 0.0
+    sinks: bool = False
+    sink_keys: int = 4
+    recent_keys: int = 2
+    refine: bool = True
+    bounds: bool = True
+    capacity: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("plain"),
+    Case("bf16-g4", torch.bfloat16, 2, 2, 4, bounds=False),
+    Case("bf16-d80-g7-left-padding", torch.bfloat16, 2, group=7, head_dim=80, queries=2, intervals="padding"),
+    Case("fp16-d96-g1", torch.float16, group=1, head_dim=96, queries=5, sink_keys=0, recent_keys=0),
+    Case("fp32-d128-sinks-softcap", head_dim=128, sinks=True, softcap=3.0, queries=2),
+    Case("sixteen-queries-per-head-budgets", queries=16, group=3, budgets="per_head", keys=90, kv_heads=2),
+    Case("fp32-d192-narrow-values", head_dim=192, value_dim=128, group=1),
+    Case("bf16-d256-softcap", torch.bfloat16, head_dim=256, softcap=5.0, keys=70),
+    Case("ragged-and-empty", batch=2, queries=5, intervals="ragged", budgets="any", keys=120),
+    Case("all-empty", intervals="empty", sinks=True),
+    Case("sliding", queries=5, intervals="sliding", sinks=True),
+    Case("forced-keys-fill-the-budget", sink_keys=60, recent_keys=70, budgets="any", queries=3),
+    Case("full-budget", budgets="full", keys=77),
+    Case("one-key", keys=1),
+    Case("garbage-beyond-the-end", intervals="static", capacity=230, batch=2),
+]
+
+
+def inputs_of(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
+    """Random inputs of a case, on the CPU."""
+    g = torch.Generator().manual_seed(seed)
+    B, Lq, Lk, D = case.batch, case.queries, case.keys, case.head_dim
+    heads = case.kv_heads * case.group
+    query = torch.randn(B, heads, Lq, D, generator=g)
+    key = torch.randn(B, case.kv_heads, Lk, D, generator=g) + torch.randn(D, generator=g)
+    value = torch.randn(B, case.kv_heads, Lk, case.value_dim or D, generator=g)
+    visible = causal_intervals(B, Lq, Lk, "cpu").clone()
+    if case.intervals == "padding":
+        visible[..., 0] = (37 * torch.arange(B, dtype=torch.int32))[:, None]
+    elif case.intervals == "sliding":
+        visible[..., 0] = (visible[..., 1] - 70).clamp(min=0)
+    elif case.intervals == "static":
+        visible[..., 1] -= 41
+    elif case.intervals == "empty":
+        visible[...] = 5
+    elif case.intervals == "ragged":
+        visible = torch.randint(0, Lk + 1, (B, Lq, 2), generator=g).sort(-1).values.to(torch.int32)
+        visible[:, 1] = 3
+    n = (visible[..., 1] - visible[..., 0])[:, None]
+    if case.budgets == "full":
+        budget = n.clone()
+    elif case.budgets == "small":
+        budget = torch.minimum(n, 1 + (1.2 * n.double() ** 0.6).int())
+    else:
+        share = torch.rand((B, heads if case.budgets == "per_head" else 1, Lq), generator=g)
+        budget = (share * (n + 1)).int().minimum(n).contiguous()
+    sinks = torch.randn(heads, generator=g) if case.sinks else None
+    query, key, value = (x.to(case.dtype) for x in (query, key, value))
+    if case.intervals == "static":
+        key[:, :, Lk - 41 :] = torch.nan
+        value[:, :, Lk - 41 :] = torch.nan
+    return {"query": query, "key": key, "value": value, "visible": visible, "budget": budget, "sinks": sinks}
+
+
+def codes_of(case: Case, inputs: dict[str, torch.Tensor | None]) -> KeyCodes:
+    """The codes of a case's keys, in buffers that are larger where the case has a capacity, garbage beyond."""
+    key, visible = inputs["key"], inputs["visible"]
+    center, spread = channel_moments(key, visible[..., 0].amin(1), visible[..., 1].amax(1))
+    codes, scale, residual = encode_keys(key, center, spread)
+    if case.capacity:
+        B, H, N, D = codes.shape
+        wide = torch.full((B, H, case.capacity, D), 77, dtype=torch.int8)
+        wide_scale, wide_residual = torch.full((2, B, H, case.capacity), torch.nan)
+        wide[:, :, :N], wide_scale[:, :, :N], wide_residual[:, :, :N] = codes, scale, residual
+        codes, scale, residual = wide, wide_scale, wide_residual
+    return KeyCodes(codes, scale, residual, center, spread)
+
+
+def run(case: Case, device: str, inputs: dict[str, torch.Tensor | None], codes: KeyCodes | None = None):
+    """What the kernels return, on the CPU."""
+    codes = codes_of(case, inputs) if codes is None else codes
+    moved = {name: None if x is None else x.to(device) for name, x in inputs.items()}
+    results = triton_topk_decode(
+        *moved.values(),
+        KeyCodes(*(x.to(device) for x in codes)),
+        scale=case.head_dim**-0.5,
+        softcap=case.softcap,
+        sink_keys=case.sink_keys,
+        recent_keys=case.recent_keys,
+        refine=case.refine,
+        max_budget=int(inputs["budget"].max()),
+        want_bounds=case.bounds,
+    )
+    return tuple(x.cpu() for x in results)
+
+
+def expect(case: Case, inputs: dict[str, torch.Tensor | None]):
+    return reference_attention(
+        **inputs,
+        selection="topk",
+        scale=case.head_dim**-0.5,
+        softcap=case.softcap,
+        sink_keys=case.sink_keys,
+        recent_keys=case.recent_keys,
+    )
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """The same NaNs and infinities, and elsewhere a relative error of the norm below the tolerance."""
+    actual = actual.double()
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan())
+    infinite = expected.isinf()
+    assert torch.equal(actual[infinite], expected[infinite])
+    finite = expected.isfinite()
+    difference, size = (actual[finite] - expected[finite]).norm(), expected[finite].norm()
+    assert difference <= tolerance * size, f"relative error {difference / size:.2e}"
+
+
+def assert_contains(bounds: torch.Tensor, kept_mass: torch.Tensor) -> None:
+    assert torch.equal(bounds.isnan(), torch.zeros_like(bounds, dtype=torch.bool))
+    assert bounds.min() >= 0
+    assert bounds.max() <= 1
+    known = ~kept_mass.isnan()
+    assert (bounds[..., 0].double() <= kept_mass)[known].all()
+    assert (bounds[..., 1].double() >= kept_mass)[known].all()
+
+
+def check(case: Case, device: str, inputs: dict[str, torch.Tensor | None], codes: KeyCodes | None = None):
+    output, lse, bounds = run(case, device, inputs, codes)
+    expected = expect(case, inputs)
+    assert output.dtype == case.dtype
+    assert_close(output, expected.output, TOLERANCE[case.dtype])
+    assert_close(lse, expected.lse, 1e-5)
+    if case.bounds:
+        assert_contains(bounds, expected.kept_mass)
+    else:
+        assert bounds.numel() == 0
+    return output, bounds
+
+
+@pytest.fixture
+def flagged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each call handed to the search over all keys."""
+    seen: list[int] = []
+    launch_rows = triton_decode_topk.launch_rows
+
+    def counting(*args, **kwargs):
+        seen.append(int(args[6].sum()))
+        return launch_rows(*args, **kwargs)
+
+    monkeypatch.setattr(triton_decode_topk, "launch_rows", counting)
+    return seen
+
+
+@on_kernel_device
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decoding_equals_the_reference_and_bounds_hold(case, device, flagged):
+    check(case, device, inputs_of(case))
+    assert flagged == [0]
+
+
+@on_kernel_device
+def test_an_empty_row_keeps_all_mass(device):
+    case = Case("empty", intervals="empty")
+    _, _, bounds = run(case, device, inputs_of(case))
+    assert torch.equal(bounds, torch.ones_like(bounds))
+
+
+@on_kernel_device
+@pytest.mark.parametrize("spoiled", ["capacity", "segment", "guess", "none"])
+def test_exactly_the_reference_set_is_attended_where_scores_tie(spoiled, device, flagged, monkeypatch):
+    # Scores on a small integer grid are exact, and most of them tie; values that are the identity show the keys.
+    case = Case("grid", queries=6, keys=128, group=2, kv_heads=2, budgets="any", head_dim=64, value_dim=128)
+    spoil(spoiled, monkeypatch)
+    inputs = inputs_of(case)
+    g = torch.Generator().manual_seed(1)
+    for name in ("query", "key"):
+        inputs[name] = torch.zeros_like(inputs[name])
+        inputs[name][..., :3] = torch.randint(-1, 2, (*inputs[name].shape[:3], 3), generator=g).float()
+    inputs["value"] = torch.eye(128).expand(1, 2, 128, 128).contiguous()
+    output, bounds = check(case, device, inputs)
+    scores = inputs["query"].double() @ inputs["key"].double().repeat_interleave(2, 1).transpose(-1, -2)
+    expected = topk_mask(scores, inputs["visible"], inputs["budget"], case.sink_keys, case.recent_keys)
+    assert torch.equal(output > 0, expected)
+    assert (flagged[0] > 0) == (spoiled != "none")
+    assert bounds.shape == (1, 4, 6, 2)
+
+
+def spoil(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the certificate fail on purpose: a list or a segment too small, or a guess too high."""
+    if what == "guess":
+        spoiled = SpoiledGuess(triton_decode_topk.guess_kernel)
+        monkeypatch.setattr(triton_decode_topk, "guess_kernel", spoiled)
+    elif what != "none":
+        plan_with(monkeypatch, **{what: 40 if what == "capacity" else 10})
+
+
+class SpoiledGuess:
+    """The kernel of the guesses, after which every second guess is above all scores."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.kernel[grid](*args, **kwargs)
+            args[3][::2] = 1e30
+
+        return launch
+
+
+@on_kernel_device
+@pytest.mark.parametrize("what", ["capacity", "segment", "guess"])
+def test_rows_without_a_certificate_are_searched_in_full(what, device, flagged, monkeypatch):
+    case = Case("spoiled", queries=3, softcap=4.0, sinks=True, budgets="per_head")
+    spoil(what, monkeypatch)
+    check(case, device, inputs_of(case))
+    assert 0 < flagged[0]
+    assert what != "guess" or flagged[0] < 9
+
+
+def _all_equal(key):
+    key.fill_(0.5)
+
+
+def _all_zero(key):
+    key.zero_()
+    key[:, :, ::2] *= -1
+
+
+def _huge(key):
+    key *= 1e30
+
+
+def _tiny(key):
+    key *= 1e-38
+
+
+def _outlier(key):
+    key[:, :, ::16] = 1e6
+
+
+def _far_apart(key):
+    key *= torch.logspace(-30, 16, key.shape[2])[:, None]
+
+
+def _infinite(key):
+    key[:, :, 11] = torch.inf
+    key[:, :, 12] = -torch.inf
+    key[:, :, 30] = torch.inf
+
+
+def _nan(key):
+    key[:, :, 11] = torch.nan
+    key[:, :, 40] = torch.nan
+
+
+SPOILS = [_all_equal, _all_zero, _huge, _tiny, _outlier, _far_apart, _infinite, _nan]
+
+
+@on_kernel_device
+@pytest.mark.parametrize("capacity", [200, 40])
+@pytest.mark.parametrize("change", SPOILS, ids=lambda f: f.__name__[1:])
+def test_decoding_is_exact_for_keys_that_are(change, capacity, device, monkeypatch):
+    plan_with(monkeypatch, capacity=capacity)
+    case = Case("adversarial", group=1, queries=3)
+    inputs = inputs_of(case, seed=3)
+    # Positive queries along one axis: then no order of summation changes which score is larger.
+    inputs["query"] = torch.zeros_like(inputs["query"])
+    inputs["query"][..., 0] = 1.5
+    inputs["key"][..., 1:] = 0.0
+    change(inputs["key"])
+    if change not in (_infinite, _nan):
+        inputs["key"][..., 1:] = 0.0
+    check(case, device, inputs)
+
+
+@on_kernel_device
+def test_a_query_that_is_not_finite_gives_nan_and_leaves_others_alone(device):
+    case = Case("broken-query", queries=3)
+    inputs = inputs_of(case)
+    inputs["query"][0, 1, 1, 5] = torch.nan
+    output, _, bounds = run(case, device, inputs)
+    assert output[0, 1, 1].isnan().all()
+    assert not bounds.isnan().any()
+    whole = torch.ones(1, 3, 3, dtype=torch.bool)
+    whole[0, 1, 1] = False
+    assert_close(output[whole], expect(case, inputs).output[whole], 1e-5)
+
+
+@on_kernel_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_broken_value_reaches_only_the_rows_that_attend_it(dtype, device):
+    case = Case("broken-values", dtype, queries=5)
+    inputs = inputs_of(case)
+    for position in range(0, 200, 40):
+        inputs["value"][:, :, position + 20, 3] = torch.nan
+        inputs["value"][:, :, position + 31, 50] = torch.inf
+    output, _ = check(case, device, inputs)
+    assert 0 < int(output.isnan().sum()) < output.numel() // 4
+
+
+@on_kernel_device
+@pytest.mark.parametrize("seed", range(8))
+def test_bounds_contain_the_kept_mass_of_random_cases(seed, device):
+    g = torch.Generator().manual_seed(200 + seed)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=g))]
+
+    case = Case(
+        f"random-{seed}",
+        dtype=pick(torch.float32, torch.bfloat16),
+        batch=pick(1, 2),
+        kv_heads=pick(1, 2),
+        group=pick(1, 3, 4),
+        queries=pick(1, 2, 5),
+        keys=pick(70, 130, 201),
+        head_dim=pick(64, 80),
+        intervals=pick("causal", "sliding", "ragged"),
+        budgets=pick("small", "per_head", "any"),
+        softcap=pick(0.0, 4.0),
+        sinks=pick(False, True),
+        sink_keys=pick(0, 1, 4),
+        recent_keys=pick(0, 1, 6),
+    )
+    inputs = inputs_of(case, seed)
+    inputs["query"] *= pick(0.1, 1.0, 4.0)
+    check(case, device, inputs)
+
+
+@on_kernel_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_without_refining_no_key_is_read_and_the_result_is_close(dtype, device):
+    case = Case("rough", dtype, refine=False, queries=2, keys=300, budgets="any")
+    inputs = inputs_of(case)
+    expected = expect(case, inputs)
+    codes = codes_of(case, inputs)
+    inputs["key"] = torch.full_like(inputs["key"], torch.nan)
+    output, lse, bounds = run(case, device, inputs, codes)
+    assert (output.double() - expected.output).norm() < 0.1 * expected.output.norm()
+    assert (lse.double() - expected.lse).abs().max() < 0.05
+    # The sets differ by keys whose scores nearly tie, so that the bounds are of nearly the same mass.
+    assert (bounds[..., 0].double() <= expected.kept_mass + 0.01).all()
+    assert (bounds[..., 1].double() >= expected.kept_mass - 0.01).all()
+
+
+@on_kernel_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("change", [None, _huge, _tiny, _far_apart, _infinite, _nan], ids=lambda f: f and f.__name__)
+def test_codes_written_in_place_bound_the_keys(change, dtype, device):
+    case = Case("encode", dtype, batch=2, kv_heads=2, keys=60, head_dim=80, capacity=70)
+    inputs = inputs_of(case)
+    key = inputs["key"]
+    center, spread = channel_moments(key, torch.zeros(2), torch.full((2,), 60))
+    if change is not None and dtype == torch.float32:
+        change(key)
+    expected = encode_keys(key, center, spread)
+    codes = torch.full((2, 2, 70, 80), 77, dtype=torch.int8, device=device)
+    scale, residual = torch.full((2, 2, 2, 70), -1.0, device=device)
+    first = torch.tensor([-3, 25], dtype=torch.int64, device=device)
+    moved = KeyCodes(codes, scale, residual, center.to(device), spread.to(device))
+    triton_encode_keys_(key.to(device), first, 40, moved)
+    codes, scale, residual = codes.cpu(), scale.cpu(), residual.cpu()
+    for b, low, high in ((0, 0, 37), (1, 25, 60)):
+        outside = torch.ones(70, dtype=torch.bool)
+        outside[low:high] = False
+        assert (codes[b][:, outside] == 77).all()
+        assert (scale[b][:, outside] == -1).all()
+        assert (residual[b][:, outside] == -1).all()
+        near = (codes[b, :, low:high].int() - expected[0][b, :, low:high].int()).abs()
+        assert near.max() <= 1
+        x = (key[b, :, low:high].double() - center[b, :, None]) / spread[b, :, None]
+        left_over = (x - scale[b, :, low:high, None].double() * codes[b, :, low:high].double()).norm(dim=-1)
+        sound = x.isfinite().all(-1) & expected[2][b, :, low:high].isfinite()
+        assert (left_over <= residual[b, :, low:high].double())[sound].all()
+        assert (residual[b, :, low:high] <= 1.01 * expected[2][b, :, low:high] + 1e-6).all()
+        assert torch.equal(residual[b, :, low:high].isinf(), expected[2][b, :, low:high].isinf())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": 17, "keys": 40}, "at most 16 queries"),
+        ({"keys": 20}, "codes must be those of keys"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, message):
+    case = Case("plain", keys=10)
+    codes = codes_of(case, inputs_of(case))
+    case = replace(case, **change)
+    with pytest.raises(ValueError, match=message):
+        run(case, "cpu", inputs_of(case), codes)
+
+
+def test_a_plan_grows_with_the_budget_and_never_beyond_the_keys():
+    for keys in (1, 7, 1000, 131072, 1 << 20):
+        for budget in (1, 100, 5000, keys):
+            plan = plan_for(1, 8, 4, 1, keys, (128, 128), min(budget, keys))
+            assert 0 < plan.capacity <= keys
+            assert plan.segment * plan.splits >= plan.capacity >= min(budget, keys)
+            assert plan.samples % plan.keys == 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_every_case_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout[-2000:]
