@@ -39,6 +39,12 @@ QUICK = [
     "window-fp32-d256",
     "combine-fp16-s64-sinks-stats",
     "combine-fp32-s256-sinks-stats",
+    "score_pages-bf16-d256-p128-softcap",
+    "choose_pages-1024",
+    "choose_pages-4096",
+    "attend_pages-bf16-d128-p32",
+    "attend_pages-fp32-d128-p128-softcap",
+    "summarize-bf16-p128",
 ]
 VARIANTS = {target: specialisations(target) for target in TARGETS}
 NAMES = list(VARIANTS["sm_90"])

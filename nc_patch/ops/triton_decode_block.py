@@ -2,8 +2,8 @@
 
 1. Score: means and variances are read once for the query heads of a group: ``4 * D`` bytes in 16 bits for each visible
    page and key/value head, and a float32 logit written for each query head.
-2. Choose: one program for a query and group reads the logits once, keeps the pages' weights in registers and finds the
-   cut by bisection; it writes the list of pages.
+2. Choose: one program for a query and group reads the logits once, writes the pages' weights over the first
+   head's, and finds the cut by bisection, reading them back from the cache; it writes the list of pages.
 3. Attend: the list is divided among programs, which gather ``2 * (D + Dv)`` bytes in 16 bits for each attended key.
 4. Combine: see ``triton_split``.
 
@@ -27,8 +27,9 @@ from nc_patch.ops.triton_pages import attend_pages_kernel, choose_pages_kernel, 
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 from nc_patch.ops.triton_split import combine_splits, split_count
 
-# The weights of all pages stay in the registers of one program.
-MAX_PAGES = 32768
+# Counts of pages have 21 bits.
+MAX_PAGES = 2**21 - 1
+_CHOOSE_AT_ONCE = 4096
 _HEADS = 16
 
 
@@ -137,7 +138,7 @@ def triton_block_decode(
             *(visible, origin, budget, page_logits, page_peak, page_total, chosen, chosen_count, attended),
             *(*interval, *budget_strides, *sizes, width, score_splits + 1, capacity),
             **choose_constants(width, score_splits + 1, block_size),
-            **choose_options(width),
+            **choose_options(width, architecture),
         )
         attend_pages_kernel[(numbers, splits, head_blocks)](
             *(query, key, value, visible, origin, chosen, chosen_count, acc, peak, total, *query_key),
@@ -191,16 +192,16 @@ def score_constants(head_dim: int, block_size: int, tiles: RowTiles, has_softcap
 def choose_constants(width: int, splits: int, block_size: int) -> dict[str, Any]:
     """The compile-time arguments of ``choose_pages_kernel``."""
     return {
-        "BLOCK_P": max(128, triton.next_power_of_2(width)),
+        "BLOCK_P": min(_CHOOSE_AT_ONCE, max(128, triton.next_power_of_2(width))),
         "BLOCK_S": triton.next_power_of_2(splits),
         "BLOCK_SIZE": block_size,
     }
 
 
-def choose_options(width: int) -> dict[str, Any]:
-    """Options of the compiler for ``choose_pages_kernel``: warps for about 16 pages a thread."""
-    warps = min(16, max(4, triton.next_power_of_2(width) // 512))
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+def choose_options(width: int, architecture: str) -> dict[str, Any]:
+    """Options of the compiler for ``choose_pages_kernel``: at most 16 pages a thread at a time."""
+    at_once = choose_constants(width, 1, 1)["BLOCK_P"]
+    return compile_options(RowTiles(1, at_once, max(4, at_once // 512), 1), architecture)
 
 
 def attend_constants(
@@ -253,10 +254,10 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             options = compile_options(tile, target)
             aligned = data_strides(kernel, "qkvm")
             yield Specialisation(f"{name}-{suffix}", kernel, constants, types, options, aligned)
-    for pages in (1024, 4096, 16384, MAX_PAGES):
+    for pages in (1024, 4096):
         types = {
             **dict.fromkeys(("page_logits", "peak", "total"), "*fp32"),
             **dict.fromkeys(("visible", "origin", "budget", "chosen", "chosen_count", "attended"), "*i32"),
         }
-        constants, options = choose_constants(pages, 65, 32), choose_options(pages)
+        constants, options = choose_constants(pages, 65, 32), choose_options(pages, target)
         yield Specialisation(f"choose_pages-{pages}", choose_pages_kernel, constants, types, options)
