@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 from nc_patch.ops import triton_decode_topk, triton_launch  # noqa: E402
 from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, reference_attention, topk_mask  # noqa: E402
-from nc_patch.ops.triton_decode_topk import triton_topk_decode  # noqa: E402
+from nc_patch.ops.triton_decode_topk import MAX_QUERIES, triton_topk_decode  # noqa: E402
 from nc_patch.ops.triton_encode import triton_encode_keys_  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -127,7 +127,7 @@ def inputs_of(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
         visible[...] = 5
     elif case.intervals == "ragged":
         visible = torch.randint(0, Lk + 1, (B, Lq, 2), generator=g).sort(-1).values.to(torch.int32)
-        visible[:, 1] = 3
+        visible[:, 1:2] = 3
     n = (visible[..., 1] - visible[..., 0])[:, None]
     if case.budgets == "full":
         budget = n.clone()
@@ -298,7 +298,7 @@ def test_rows_without_a_certificate_are_searched_in_full(what, device, flagged, 
     case = Case("spoiled", queries=3, softcap=4.0, sinks=True, budgets="per_head")
     spoil(what, monkeypatch)
     check(case, device, inputs_of(case))
-    assert 0 < flagged[0]
+    assert flagged[0] > 0
     assert what != "guess" or flagged[0] < 9
 
 
@@ -398,7 +398,7 @@ def test_bounds_contain_the_kept_mass_of_random_cases(seed, device):
         kv_heads=pick(1, 2),
         group=pick(1, 3, 4),
         queries=pick(1, 2, 5),
-        keys=pick(70, 130, 201),
+        keys=pick(70, 100, 130),
         head_dim=pick(64, 80),
         intervals=pick("causal", "sliding", "ragged"),
         budgets=pick("small", "per_head", "any"),
@@ -464,7 +464,7 @@ def test_codes_written_in_place_bound_the_keys(change, dtype, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"queries": 17, "keys": 40}, "at most 16 queries"),
+        ({"queries": MAX_QUERIES + 1, "keys": 80}, f"at most {MAX_QUERIES} queries"),
         ({"keys": 20}, "codes must be those of keys"),
     ],
 )

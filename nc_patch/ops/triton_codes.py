@@ -1,4 +1,4 @@
-"""Scores from codes: how a Triton program bounds q.k of a tile of keys without reading a key, and lists what may matter.
+"""Scores from codes: how a program bounds q.k of a tile of keys without reading a key, and lists what may matter.
 
 ``codes.py`` defines the codes and the bounds. A weighted query ``w = q * spread`` is itself rounded to 16 bits,
 ``w ~= step * (256 * high + low)`` with two int8 vectors, so that its product with a key's codes is an exact integer
@@ -181,11 +181,8 @@ def scan_kernel(
         error = per_residual[:, None] * residuals[None, :] + (per_scale[:, None] * sizes[None, :] + slack[:, None])
         seen = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None])
         forced = (columns[None, :] < first[:, None]) | (columns[None, :] >= last[:, None])
-        if REFINE:
-            below = score + error < least[:, None]
-        else:
-            # A key whose score is not known at all stays out of nothing.
-            below = score < least[:, None]
+        # NaN is below nothing, so that a key whose score is not known at all is listed.
+        below = (score + error if REFINE else score) < least[:, None]
         chosen = seen & (forced | ~below)
         ones = chosen.to(tl.int32)
         place = listed[:, None] + tl.cumsum(ones, axis=1) - ones

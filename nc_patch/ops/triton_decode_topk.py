@@ -44,7 +44,6 @@ from nc_patch.ops.triton_candidates import choose_kernel, guess_kernel, score_ke
 from nc_patch.ops.triton_codes import sample_kernel, scan_kernel
 from nc_patch.ops.triton_gather import bounds_kernel, gather_kernel
 from nc_patch.ops.triton_launch import (
-    architecture_of,
     attend_constants,
     check_inputs,
     compile_options,
@@ -99,7 +98,7 @@ def plan_for(
     """The one place where tiles, splits and capacities are chosen; ``dims`` are D and Dv, ``budget`` the largest."""
     head_dim, value_dim = (padded_dim(d) for d in dims)
     rows = 8 if group * queries <= 8 else 16
-    tile = 128 if head_dim <= 128 else 64
+    tile = 128 if head_dim <= 128 and rows == 8 else 64
     blocks = triton.cdiv(group * queries, rows) * batch * kv_heads
     tiles = triton.cdiv(keys, tile) + 1
     splits = split_count(blocks, tiles)
@@ -238,9 +237,13 @@ def triton_topk_decode(
             **options["gather"],
         )
         combine_splits(acc, peak, total, sinks, attended, output, lse, torch.empty_like(lse))
-        settings = {"scale": scale, "softcap": softcap, "sink_keys": sink_keys, "recent_keys": recent_keys}
         launch_rows(
-            *(query, key, value, visible, budget, sinks, flags, output, lse, kept_mass), by_score=True, **settings
+            *(query, key, value, visible, budget, sinks, flags, output, lse, kept_mass),
+            by_score=True,
+            scale=scale,
+            softcap=softcap,
+            sink_keys=sink_keys,
+            recent_keys=recent_keys,
         )
         if want_bounds:
             bounds_kernel[(rows,)](
@@ -289,7 +292,7 @@ def decode_options(plan: Plan) -> dict[str, dict[str, Any]]:
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     return {
         **dict.fromkeys(("sample", "score", "gather", "bounds"), plain),
-        "scan": {**plain, "num_stages": 2},
+        "scan": {**plain, "num_warps": 8, "num_stages": 2},
         "guess": {**plain, "num_warps": 8 if plan.samples >= 2048 else 4},
         "choose": {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4},
     }
