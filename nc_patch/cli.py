@@ -1,6 +1,7 @@
 """The command line: ``nc-patch COMMAND ...``, also as ``python -m nc_patch COMMAND ...``.
 
-Commands live in ``eval_tasks`` and are imported when they are called, so that the library needs none of their packages.
+Commands live in ``eval_tasks`` and ``nc_patch.bench`` and are imported when they are called, so that the library needs
+none of their packages.
 """
 
 import importlib
@@ -39,6 +40,13 @@ COMMANDS = {
     ),
     "report": Command(
         "eval_tasks.command", "run_report", "write the report of an earlier eval again", _EVAL_PACKAGES, "eval"
+    ),
+    "bench": Command(
+        "nc_patch.bench.command",
+        "run_bench",
+        "time decoding against dense attention",
+        ("torch", "transformers"),
+        "eval",
     ),
 }
 

@@ -1,0 +1,1 @@
+"""``nc-patch bench``: times decoding against the fastest dense attention that is there."""

@@ -1,0 +1,101 @@
+"""Times of short steps: CUDA graphs where they can be captured, medians of interleaved repeats, inputs in rotation."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+# A method that takes this many times as long as the fastest is not repeated beyond the fewest.
+_HOPELESS, _FEWEST = 4.0, 3
+_WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Steps that are ready to be timed.
+
+    Attributes:
+        launch: runs one step on each set of inputs.
+        steps: how many sets there are.
+        captured: whether launch replays a CUDA graph; None where there are none.
+        reason: why it does not.
+    """
+
+    launch: Callable[[], object]
+    steps: int
+    captured: bool | None = None
+    reason: str | None = None
+
+
+def prepare(step: Callable[[int], torch.Tensor], steps: int, device: torch.device) -> Prepared:
+    """Warms up ``step(i)`` for i below ``steps`` and captures all of them as one graph, in a row, as layers come.
+
+    What the warm-up raises is raised here. What cannot be captured is timed as it is, and says so.
+    """
+
+    def all_steps() -> None:
+        for i in range(steps):
+            step(i)
+
+    if device.type != "cuda":
+        all_steps()
+        return Prepared(all_steps, steps)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UPS):
+            all_steps()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            all_steps()
+        graph.replay()
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        torch.cuda.synchronize(device)
+        return Prepared(all_steps, steps, False, first_line(error))
+    return Prepared(graph.replay, steps, True)
+
+
+def seconds_of(prepared: Prepared, device: torch.device) -> float:
+    """Seconds of one step, the mean over the sets of inputs."""
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        prepared.launch()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / prepared.steps
+    start = time.perf_counter()
+    prepared.launch()
+    return (time.perf_counter() - start) / prepared.steps
+
+
+def interleave(
+    methods: Mapping[str, Prepared], repeats: int, device: torch.device, deadline: float = float("inf")
+) -> dict[str, list[float]]:
+    """Seconds of a step of every method, in ``repeats`` rounds in which each has its turn.
+
+    A method that is hopelessly slow is left out after a few rounds; after the deadline (``time.monotonic``) all are.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in methods}
+    for turn in range(repeats):
+        best = min((min(seconds) for seconds in taken.values() if seconds), default=float("inf"))
+        for name, prepared in methods.items():
+            if turn >= _FEWEST and min(taken[name]) > _HOPELESS * best:
+                continue
+            taken[name].append(seconds_of(prepared, device))
+        if turn + 1 >= _FEWEST and time.monotonic() > deadline:
+            break
+    return taken
+
+
+def first_line(error: BaseException) -> str:
+    """An error as one line: its type and the beginning of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:300]}" if said else type(error).__name__

@@ -1,0 +1,74 @@
+"""How many bytes a decoding step must read and write at least, and how fast the machine copies.
+
+Counted is what an implementation cannot avoid, each byte once: a step that takes ``bytes / bandwidth`` is as fast as
+the machine's memory. What is read again, intermediate results and the budget's integers are not counted.
+"""
+
+import statistics
+import time
+
+import torch
+
+from nc_patch.bench.inputs import Geometry
+
+# Bytes of a codes index besides the codes, per key: scale and residual, float32 each.
+_CODE_FLOATS = 8
+_COPIES = 7
+
+
+def dense_bytes(geometry: Geometry, batch: int, length: int, itemsize: int) -> int:
+    """Every key and every value once; query and output."""
+    return batch * geometry.kv_heads * length * 2 * geometry.head_dim * itemsize + _ends(geometry, batch, itemsize)
+
+
+def sparse_bytes(
+    selection: str, geometry: Geometry, batch: int, length: int, budget: int, itemsize: int, block_size: int
+) -> int:
+    """Bytes of a step of a selection, upkeep of its index included.
+
+    Per sequence and key/value head, with n keys, G query heads in a group, budget k, head dimension D:
+
+    - ``window``: keys and values of k positions, which the group shares.
+    - ``block``: mean and variance of the ``ceil(n / block_size)`` pages; keys and values of ``ceil(k / block_size)`` of
+      them, which the group shares; upkeep reads the keys of the last page and writes its mean and variance.
+    - ``topk``: codes of n keys, ``D + 8`` bytes each; keys and values of ``min(n, G * k)`` positions: what several
+      heads of a group choose is counted once for each; upkeep reads a key and writes its code.
+
+    Query and output come on top.
+    """
+    D, group = geometry.head_dim, geometry.heads // geometry.kv_heads
+    row = D * itemsize
+    if selection == "window":
+        per_head = budget * 2 * row
+    elif selection == "block":
+        pages = -(-length // block_size)
+        chosen = min(length, -(-budget // block_size) * block_size)
+        per_head = pages * 2 * row + chosen * 2 * row + min(length, block_size) * row + 2 * row
+    else:
+        per_head = length * (D + _CODE_FLOATS) + min(length, group * budget) * 2 * row + row + D + _CODE_FLOATS
+    return batch * geometry.kv_heads * per_head + _ends(geometry, batch, itemsize)
+
+
+def copy_bandwidth(device: torch.device, megabytes: int) -> float:
+    """Bytes a second of a large copy within the device's memory, read and written both counted; the median of seven."""
+    source = torch.empty(megabytes * (1 << 20) // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = []
+    for _ in range(_COPIES):
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            target.copy_(source)
+            seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def _ends(geometry: Geometry, batch: int, itemsize: int) -> int:
+    return 2 * batch * geometry.heads * geometry.head_dim * itemsize
