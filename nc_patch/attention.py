@@ -71,7 +71,9 @@ def nc_attention_forward(
     config = NCConfig(1.0, 1.0) if patch is None else patch.config
     layer = 0 if patch is None else patch.layer
     started = nc_layer_cache is not None and nc_layer_cache.started
-    decoding = Lq == 1 or (started and Lq <= MAX_DECODE_QUERIES)
+    # A prompt in pieces, whose last may be short, chooses blocks as if it were whole.
+    several_decode = started and Lq <= MAX_DECODE_QUERIES and not config.prefill == config.decode == "block"
+    decoding = Lq == 1 or several_decode
     selection = config.decode if decoding else config.prefill
     dense_reason = _dense_reason(patch, config, layer, selection)
 

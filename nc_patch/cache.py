@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from nc_patch.index import IndexKind, KeyIndex
+from nc_patch.index import IndexKind, KeyIndex, reserve_for
 
 
 class LayerCache(NamedTuple):
@@ -145,7 +145,57 @@ class KeyIndexMixin:
 
 
 class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
-    """``DynamicLayer`` with a key index."""
+    """``DynamicLayer`` with a key index, and with room for keys to come, so that a step does not copy all of them."""
+
+    _nc_room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        length, new = self.get_seq_length(), key_states.shape[-2]
+        if not (length and self._nc_may_grow(key_states, value_states)):
+            self._nc_room = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self._nc_room is None or not self._nc_has_room(length + new):
+            self._nc_room = None
+            self._nc_room = (with_room(self.keys, length + new), with_room(self.values, length + new))
+        keys, values = self._nc_room
+        keys[:, :, length : length + new] = key_states
+        values[:, :, length : length + new] = value_states
+        self.keys, self.values = keys[:, :, : length + new], values[:, :, : length + new]
+        return self.keys, self.values
+
+    def _nc_may_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Whether new keys may be written into memory that is there: not where a gradient or a graph is recorded."""
+        assert self.keys is not None
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (key_states, value_states, self.keys))
+        return not recorded and not torch.compiler.is_compiling() and key_states.shape[0] == self.keys.shape[0]
+
+    def _nc_has_room(self, length: int) -> bool:
+        """Whether keys and values still are the beginning of the buffers with room, and those have enough of it."""
+        assert self._nc_room is not None
+        return all(
+            room.shape[2] >= length
+            and room.data_ptr() == held.data_ptr()
+            and room.stride() == held.stride()
+            and room.shape[0] == held.shape[0]
+            and room.is_inference() == torch.is_inference_mode_enabled()
+            for room, held in zip(self._nc_room, (self.keys, self.values), strict=True)
+        )
+
+    def offload(self) -> None:
+        self._nc_room = None
+        super().offload()
+
+    def reset(self) -> None:
+        self._nc_room = None
+        super().reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must not write into the room of the original.
+        state = super().__getstate__()
+        state.pop("_nc_room", None)
+        return state
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._nc_follow(lambda index: index.repeat(repeats), "batch_repeat_interleave", repeats)
@@ -203,6 +253,13 @@ def forget_index(cache: Cache) -> None:
     for layer in cache.layers:
         if isinstance(layer, KeyIndexMixin):
             layer.nc_forget()
+
+
+def with_room(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """A buffer ``[B, H, N, D]`` that begins with ``tensor`` and has room for ``length`` and some more, N in all."""
+    room = tensor.new_empty(*tensor.shape[:2], reserve_for(length), tensor.shape[3])
+    room[:, :, : tensor.shape[2]] = tensor
+    return room
 
 
 def _as_indices(indices: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,8 @@ class NCConfig:
         C: exponent of the budget law, in [0, 1]; the same forms as ``alpha``. 0 is a fixed budget; 1 with
             ``alpha >= 1`` is dense.
         prefill: selection for calls with more than one query: ``"topk"``, ``"block"``, ``"window"`` or ``"dense"``.
-        decode: selection for calls with one query per sequence, and for up to 32 that continue a cache.
+        decode: selection for calls with one query per sequence, and for up to 32 that continue a cache; with
+            ``"block"`` for both, several queries count as prefill.
         sink_keys: the first visible keys, attended always (within the budget).
         recent_keys: the last visible keys, attended always (within the budget, before the sinks).
         min_keys: lower limit of the budget.

@@ -25,6 +25,11 @@ _SMALLEST_RESERVE = 128
 _RESERVED_PART = 64
 
 
+def reserve_for(length: int) -> int:
+    """How many keys a growing buffer makes room for when it has to hold ``length``."""
+    return length + max(_SMALLEST_RESERVE, length // _RESERVED_PART)
+
+
 class KeyIndex:
     """Index of the keys ``[B, Hkv, L, D]`` of one layer; made by ``build``, extended as keys arrive.
 
@@ -172,7 +177,7 @@ class KeyIndex:
             )
 
     def _reserve(self, length: int) -> None:
-        capacity = length + max(_SMALLEST_RESERVE, length // _RESERVED_PART)
+        capacity = reserve_for(length)
         rows = capacity if self.kind == "codes" else page_count(capacity, self.block_size)
         for name in ("codes", "scale", "residual") if self.kind == "codes" else ("mean", "variance"):
             old = self._tensors[name]

@@ -274,3 +274,28 @@ def test_an_index_that_grows_a_key_at_a_time_keeps_within_its_reserve():
     length, longest = layer.keys.shape[2], 2000 + 4 * 500
     assert layer.nc_index.capacity <= longest + max(128, longest // 64), length
     assert layer.nc_index.nbytes() <= layer.nc_index.capacity * (16 + 8) + 2 * 16 * 4 + 4
+
+
+@pytest.mark.parametrize("first_in_inference_mode", [True, False])
+def test_room_for_keys_to_come_is_shared_by_nobody(first_in_inference_mode):
+    layer, plain = layer_cache(DynamicCache(), 0).layer, DynamicCache()
+    pieces = [torch.randn(2, HEADS, 1 + i % 3, DIM) for i in range(40)]
+    with torch.inference_mode(first_in_inference_mode), torch.no_grad():
+        for piece in pieces[:20]:
+            layer.update(piece, -piece)
+    with torch.no_grad():
+        copies = [copy.copy(layer), copy.deepcopy(layer)]
+        layer.update(pieces[20], -pieces[20])
+        for other in copies:
+            other.update(pieces[30], -pieces[30])
+        layer.crop(-5)
+        for piece in pieces[21:]:
+            layer.update(piece, -piece)
+        expected = torch.cat(pieces[:21], 2)[:, :, :-5]
+        for piece in pieces[21:]:
+            plain.update(piece, -piece, 0)
+        expected = torch.cat((expected, plain.layers[0].keys), 2)
+        assert torch.equal(layer.keys, expected)
+        assert torch.equal(layer.values, -expected)
+        for other in copies:
+            assert torch.equal(other.keys, torch.cat((*pieces[:20], pieces[30]), 2))

@@ -15,7 +15,7 @@ from nc_patch.index import KIND_OF, KeyIndex
 from nc_patch.ops.reference import AttentionResult, causal_intervals, reference_attention
 
 # Up to this many keys the reference, which takes pages one by one, is computed.
-REFERENCE_KEYS = 4096
+REFERENCE_KEYS = 8192
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 # Rounded statistics may exchange the lightest page that is chosen for the heaviest that is not.
 BLOCK_TOLERANCE = 0.1

@@ -113,6 +113,8 @@ def _measure(parsed: argparse.Namespace, settings: Settings, generate_lengths: t
             _write(path, record)
     except RuntimeError as error:  # the device itself; what was measured before stays
         lost = record["stopped"] = first_line(error)
+    except KeyboardInterrupt:
+        lost = record["stopped"] = "interrupted"
     record["minutes"] = (time.monotonic() - started) / 60
     _write(path, record)
     law = f"{settings.alpha:g} n^{settings.C:g}"
@@ -125,7 +127,7 @@ def _measure(parsed: argparse.Namespace, settings: Settings, generate_lengths: t
         row["method"] != "dense" and row["status"] == FAILED for row in record["generate"]
     )
     if lost:
-        print(f"nc-patch bench: stopped by the device: {lost}", file=sys.stderr)
+        print(f"nc-patch bench: stopped: {lost}", file=sys.stderr)
     if failed:
         print(f"nc-patch bench: sparse attention failed or was wrong in {failed} rows, see above", file=sys.stderr)
     timed = any("median_seconds" in row for row in record["rows"])

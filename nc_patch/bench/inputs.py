@@ -7,7 +7,8 @@ same space; those of one key/value head share half of their direction.
 
 **The model of the scores.** Over many keys the scores of a query are then near normal, and its length is set so that
 their standard deviation is ``score_deviation(n)``, for which 95 % of the softmax lie in the n^0.5 best keys (arXiv
-2404.02690 finds Ω(n^C)). What came of it is measured in every case and written beside the times.
+2404.02690 finds Ω(n^C)). Clusters and finite lengths make that about twice as many keys; what came of it is measured in
+every case and written beside the times.
 """
 
 import statistics

@@ -141,7 +141,10 @@ def _chosen_positions(
 def _rows_at(tensor: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Rows ``position [H, C]`` of ``tensor [H, L, D]`` in float32, ``[H, C, D]``."""
     H, L, D = tensor.shape
-    if not tensor.is_contiguous():
+    if tensor.stride(2) != 1 or tensor.stride(1) != D or tensor.stride(0) % D:
         return tensor.gather(1, position[..., None].expand(-1, -1, D)).float()
-    flat = (position + torch.arange(H, device=position.device)[:, None] * L).view(-1)
-    return tensor.view(H * L, D).index_select(0, flat).view(H, -1, D).float()
+    # One row after another, whatever room there is between the heads.
+    heads_apart = tensor.stride(0) // D
+    rows = tensor.as_strided(((H - 1) * heads_apart + L, D), (D, 1))
+    flat = (position + torch.arange(H, device=position.device)[:, None] * heads_apart).view(-1)
+    return rows.index_select(0, flat).view(H, -1, D).float()
