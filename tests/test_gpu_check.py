@@ -1,0 +1,115 @@
+"""``scripts/gpu_check.sh`` on machines without a GPU, and with a stand-in for Python that claims to see one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "gpu_check.sh"
+# Answers the check of the environment, and ends pytest and bench as it is told to.
+STAND_IN = """#!/bin/bash
+case "$*" in
+    -) cat >/dev/null; echo "gpu of cardboard" ;;
+    "-m pytest "*) echo "$PYTEST_SAYS"; exit "$PYTEST_ENDS" ;;
+    "-m nc_patch bench "*) echo "$@"; exit "$BENCH_ENDS" ;;
+esac
+"""
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)],
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def on_a_gpu(tmp_path):
+    """Runs the check with the stand-in; without compute-sanitizer."""
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+
+    def check(*arguments, tests="5 passed in 0.10s", tests_end=0, bench_ends=0):
+        return run(
+            *arguments,
+            tmp_path / "out",
+            PYTHON=str(python),
+            PATH="/usr/bin:/bin",
+            PYTEST_SAYS=tests,
+            PYTEST_ENDS=str(tests_end),
+            BENCH_ENDS=str(bench_ends),
+        )
+
+    return check
+
+
+def test_a_dry_run_collects_the_tests_and_benches_on_the_cpu_with_few_packages(tmp_path):
+    done = run("--dry-run", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = [line.split() for line in (tmp_path / "summary.txt").read_text().splitlines()]
+    assert [line[:2] for line in summary] == [["tests", "dry"], ["sanitizer", "dry"], ["bench", "dry"]]
+    assert int(summary[0][4]) > 50
+    assert "would run: timeout 900" in done.stdout
+    assert "--device cuda" in done.stdout
+    record = json.loads((tmp_path / "bench" / "decode.json").read_text())
+    assert {row["method"] for row in record["rows"] if row["status"] == "ok"} >= {"topk", "block", "window"}
+    assert "no plot: matplotlib is not installed" in done.stdout
+
+
+def test_steps_that_pass_are_summed_up(on_a_gpu, tmp_path):
+    done = on_a_gpu()
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "5 passed in 0.10s" in summary
+    assert "compute-sanitizer is not there" in summary
+    assert "--device cuda" in (tmp_path / "out" / "bench.log").read_text()
+    assert done.stdout.endswith(summary)
+
+
+@pytest.mark.parametrize(
+    ("ends", "line"),
+    [
+        ({"tests": "1 failed, 4 passed in 0.10s", "tests_end": 1}, "1 failed, 4 passed in 0.10s; see tests.log"),
+        ({"tests": "5 skipped in 0.10s"}, "5 skipped in 0.10s; see tests.log"),
+        ({"tests": "Traceback", "tests_end": 4}, "pytest ended with 4; see tests.log"),
+        ({"bench_ends": 1}, "ended with 1; see bench.log"),
+    ],
+    ids=["test-fails", "all-skipped", "pytest-breaks", "bench-fails"],
+)
+def test_a_step_that_fails_fails_the_check_and_the_others_still_run(on_a_gpu, tmp_path, ends, line):
+    done = on_a_gpu(**ends)
+    assert done.returncode == 1
+    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert len(summary) == 3
+    assert [row.endswith(line) for row in summary if " FAILED " in row] == [True]
+
+
+def test_one_step_alone(on_a_gpu, tmp_path):
+    assert on_a_gpu("--only", "bench").returncode == 0
+    assert [line.split()[0] for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()] == ["bench"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (("--quick",), {}, "unknown option --quick"),
+        (("--only", "juggling"), {}, "--only must be one of: tests sanitizer bench; got juggling"),
+        (("--only",), {}, "--only needs one of"),
+        (("a", "b"), {}, "one OUT is enough"),
+        ((), {"MINUTES": "soon"}, "MINUTES must be a whole number"),
+        ((), {"PYTHON": "/no/such/python"}, "PYTHON=/no/such/python does not run"),
+    ],
+    ids=["option", "step", "no-step", "outs", "minutes", "python"],
+)
+def test_what_does_not_fit_is_refused(tmp_path, arguments, environment, message):
+    done = run(*(arguments or (tmp_path,)), **environment)
+    assert done.returncode == 2
+    assert message in done.stderr
