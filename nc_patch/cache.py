@@ -54,6 +54,7 @@ class KeyIndexMixin:
 
     _layer_type = None
     keys: torch.Tensor | None
+    values: torch.Tensor
     nc_index: KeyIndex | None = None
     _nc_seen: _Seen | None = None
     _nc_offloads = False
@@ -148,21 +149,24 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
     """``DynamicLayer`` with a key index, and with room for keys to come, so that a step does not copy all of them."""
 
     _nc_room: tuple[torch.Tensor, torch.Tensor] | None = None
+    # How many keys were ever written to the room: what is there may be held by others, and is never written again.
+    _nc_written = 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        length, new = self.get_seq_length(), key_states.shape[-2]
-        if not (length and self._nc_may_grow(key_states, value_states)):
+        held, length = (self.keys, self.values), self.get_seq_length()
+        if held[0] is None or not length or not self._nc_may_grow(key_states, value_states):
             self._nc_room = None
             return super().update(key_states, value_states, *args, **kwargs)
-        if self._nc_room is None or not self._nc_has_room(length + new):
+        end = length + key_states.shape[-2]
+        if self._nc_room is None or not self._nc_has_room(length, end):
             self._nc_room = None
-            self._nc_room = (with_room(self.keys, length + new), with_room(self.values, length + new))
-        keys, values = self._nc_room
-        keys[:, :, length : length + new] = key_states
-        values[:, :, length : length + new] = value_states
-        self.keys, self.values = keys[:, :, : length + new], values[:, :, : length + new]
+            self._nc_room = (with_room(held[0], end), with_room(held[1], end))
+        for room, new in zip(self._nc_room, (key_states, value_states), strict=True):
+            room[:, :, length:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self._nc_room)
+        self._nc_written = end
         return self.keys, self.values
 
     def _nc_may_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
@@ -171,11 +175,11 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (key_states, value_states, self.keys))
         return not recorded and not torch.compiler.is_compiling() and key_states.shape[0] == self.keys.shape[0]
 
-    def _nc_has_room(self, length: int) -> bool:
-        """Whether keys and values still are the beginning of the buffers with room, and those have enough of it."""
-        assert self._nc_room is not None
-        return all(
-            room.shape[2] >= length
+    def _nc_has_room(self, length: int, end: int) -> bool:
+        """Whether keys and values still are all that was written to the room, and ``end`` fit there."""
+        assert self._nc_room is not None and self.keys is not None  # noqa: PT018
+        return self._nc_written == length and all(
+            room.shape[2] >= end
             and room.data_ptr() == held.data_ptr()
             and room.stride() == held.stride()
             and room.shape[0] == held.shape[0]
@@ -220,7 +224,7 @@ class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
 _INDEXED: dict[type, type] = {DynamicLayer: IndexedDynamicLayer, StaticLayer: IndexedStaticLayer}
 
 
-def layer_cache(cache: Any, layer: int) -> LayerCache | None:
+def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
     """What a cache holds for an attention layer that is about to run; None where there is no cache.
 
     Replaces the cache's layer by one that carries an index, where that is possible. While ``torch.compile`` traces,
@@ -239,12 +243,12 @@ def layer_cache(cache: Any, layer: int) -> LayerCache | None:
         if indexed is None:
             length = getattr(found, "get_seq_length", lambda: 0)()
             return LayerCache(None, isinstance(length, int) and length > 0)
-        plain, found = found, indexed.__new__(indexed)
+        plain, found = found, object.__new__(indexed)
         found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
         cache.layers[layer] = found
     if not compiling:
         found.nc_check()
-    length = found.get_seq_length()  # type: ignore[attr-defined]
+    length = found.get_seq_length()
     return LayerCache(found, length > 0 if isinstance(length, int) else found.nc_index is not None)
 
 

@@ -232,7 +232,9 @@ def _attend_by_index(
             *(query, key, value, visible, origin, budget, sinks, *index.pages(), scale, cap),
             *(index.block_size, max_budget, want_stats, backend),
         )
-        return AttentionResult(output, *((lse, kept_mass) if want_stats else (None, None)), attended)
+        if not want_stats:
+            return AttentionResult(output, attended=attended)
+        return AttentionResult(output, lse, kept_mass, attended)
     output, lse, bounds = decode_ops.topk_decode(
         *(query, key, value, visible, budget, sinks, *index.codes(), scale, cap),
         *(config.sink_keys, config.recent_keys, config.refine, max_budget, want_bounds, backend),

@@ -288,9 +288,11 @@ def test_room_for_keys_to_come_is_shared_by_nobody(first_in_inference_mode):
         layer.update(pieces[20], -pieces[20])
         for other in copies:
             other.update(pieces[30], -pieces[30])
+        held, before = layer.keys, layer.keys.clone()
         layer.crop(-5)
         for piece in pieces[21:]:
             layer.update(piece, -piece)
+        assert torch.equal(held, before)
         expected = torch.cat(pieces[:21], 2)[:, :, :-5]
         for piece in pieces[21:]:
             plain.update(piece, -piece, 0)

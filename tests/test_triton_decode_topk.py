@@ -342,8 +342,12 @@ SPOILS = [_all_equal, _all_zero, _huge, _tiny, _outlier, _far_apart, _infinite, 
 
 
 @on_kernel_device
-@pytest.mark.parametrize("capacity", [130, 40])
-@pytest.mark.parametrize("change", SPOILS, ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize(
+    ("change", "capacity"),
+    # With room for all keys in the list, and without, so that rows are searched in full.
+    [(change, (130, 40)[i % 2]) for i, change in enumerate(SPOILS)] + [(_all_equal, 40), (_infinite, 40), (_nan, 130)],
+    ids=lambda value: value.__name__[1:] if callable(value) else str(value),
+)
 def test_decoding_is_exact_for_keys_that_are(change, capacity, device, monkeypatch):
     plan_with(monkeypatch, capacity=capacity)
     case = Case("adversarial", group=1, queries=3)
