@@ -226,8 +226,20 @@ def test_hopeless_methods_are_not_repeated(monkeypatch):
     seconds = {"fast": 1.0, "slow": 9.0}
     monkeypatch.setattr(timing, "seconds_of", lambda prepared, device: seconds[prepared.launch()])
     methods = {name: timing.Prepared(lambda name=name: name, 1) for name in seconds}
-    taken = timing.interleave(methods, 10, CPU)
+    taken, raised = timing.interleave(methods, 10, CPU)
     assert {name: len(times) for name, times in taken.items()} == {"fast": 10, "slow": 3}
+    assert not raised
+
+
+def test_a_method_that_raises_while_it_is_timed_leaves_the_others():
+    def breaks():
+        raise MemoryError("gone")
+
+    methods = {"sound": timing.Prepared(lambda: None, 1), "broken": timing.Prepared(breaks, 1)}
+    taken, raised = timing.interleave(methods, 4, CPU)
+    assert len(taken["sound"]) == 4
+    assert list(raised) == ["broken"]
+    assert "broken" not in taken
 
 
 def test_rivals_that_are_not_installed_are_absent_by_name(monkeypatch):

@@ -304,16 +304,26 @@ def test_a_compiled_forward_equals_the_eager_one():
     assert torch.allclose(compiled, eager, atol=1e-5)
 
 
-def test_compiled_decoding_on_a_static_cache_equals_generate():
-    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, backend="torch"), random_ids(1, 20)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"key_index": "always"}, {"selection": "block", "block_size": 16}],
+    ids=["topk", "topk-by-codes", "block"],
+)
+def test_compiled_decoding_on_a_static_cache_equals_generate(options):
+    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, backend="torch", **options), random_ids(1, 60)
     with torch.inference_mode():
-        expected = model.generate(ids, max_new_tokens=8, do_sample=False)
-        cache = StaticCache(config=model.config, max_cache_len=40)
+        expected = model.generate(ids, max_new_tokens=24, do_sample=False)
+        cache = StaticCache(config=model.config, max_cache_len=90)
         tokens = [model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)]
-        step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-        for _ in range(7):
+        torch._dynamo.reset()
+        frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        step = torch.compile(model.forward, fullgraph=True, backend=frames)
+        for _ in range(23):
             tokens.append(step(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
-    assert torch.equal(torch.cat(tokens, -1), expected[:, 20:])
+    assert torch.equal(torch.cat(tokens, -1), expected[:, 60:])
+    assert frames.frame_count <= 2  # a step is not compiled anew for every token
+    if options:
+        assert all(layer.nc_index is not None for layer in cache.layers)
 
 
 def changed_nothing(model, call, exception, message):

@@ -87,10 +87,9 @@ def measure_all(
         try:
             with torch.inference_mode():
                 rows = measure_case(case, settings, bandwidth, deadline)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            rows = [_row(case, "all", "case", NO_MEMORY, message=first_line(error))]
         except Exception as error:
-            rows = [_row(case, "all", "case", FAILED, message=first_line(error))]
+            rows = [_row(case, "all", "case")]
+            _fail(rows[0], error)
         yield rows
         if settings.device.type == "cuda":
             torch.cuda.synchronize(settings.device)  # raises where an earlier failure has taken the device along
@@ -113,9 +112,6 @@ def measure_case(case: Case, settings: Settings, bandwidth: float, deadline: flo
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Prepared] = {}
     right = {kind: expected_output(sets[0], kind, config) for kind in ("dense", *settings.selections)}
-    for name, make in rivals(device).items():
-        rows[name] = _row(case, name, "dense", bytes=dense, **shared)
-        _try(rows[name], ready, partial(make, sets), sets, "dense", right["dense"], device)
     for selection in settings.selections:
         moved = sparse_bytes(selection, geometry, case.batch, case.length, budget, itemsize, config.block_size)
         rows[selection] = _row(case, selection, "sparse", bytes=moved, **shared)
@@ -129,7 +125,13 @@ def measure_case(case: Case, settings: Settings, bandwidth: float, deadline: flo
             right[selection],
             device,
         )
-    for name, seconds in interleave(ready, settings.repeats, device, deadline).items():
+    for name, make in rivals(device).items():
+        rows[name] = _row(case, name, "dense", bytes=dense, **shared)
+        _try(rows[name], ready, partial(make, sets), sets, "dense", right["dense"], device)
+    taken, raised = interleave(ready, settings.repeats, device, deadline)
+    for name, error in raised.items():
+        _fail(rows[name], error)
+    for name, seconds in taken.items():
         rows[name] |= {"seconds": seconds, "median_seconds": _median(seconds)}
         rows[name]["roofline_fraction"] = rows[name]["bytes"] / bandwidth / rows[name]["median_seconds"]
     return list(rows.values())
@@ -175,15 +177,19 @@ def _try(
             row |= {"status": WRONG, "message": f"off by {row['relative_error']:.2g} from the {right.against}"}
             return
         prepared = prepare(step, len(sets), device)
-    except Absent as error:
-        row |= {"status": ABSENT, "message": str(error)}
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        row |= {"status": NO_MEMORY, "message": first_line(error)}
     except Exception as error:
-        row |= {"status": FAILED, "message": first_line(error)}
+        _fail(row, error)
     else:
         ready[row["method"]] = prepared
         row |= {"captured": prepared.captured, "message": prepared.reason}
+
+
+def _fail(row: dict[str, Any], error: Exception) -> None:
+    if isinstance(error, Absent):
+        row |= {"status": ABSENT, "message": str(error)}
+        return
+    short_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    row |= {"status": NO_MEMORY if short_of_memory else FAILED, "message": first_line(error)}
 
 
 def _row(case: Case, method: str, kind: str, status: str = OK, **more: Any) -> dict[str, Any]:

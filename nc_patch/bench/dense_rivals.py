@@ -40,14 +40,16 @@ def rivals(device: torch.device) -> dict[str, Callable[[Sequence[DecodeInputs]],
     Making, or the first step, raises ``Absent`` or whatever the implementation raises.
     """
     found: dict[str, Callable[[Sequence[DecodeInputs]], Step]] = {}
-    for backend in _BACKENDS:
-        for form in _FORMS:
-            found[f"sdpa {backend}, {form}"] = partial(_sdpa, backend=backend, form=form)
+    for backend, form in ((backend, form) for backend in _BACKENDS for form in _FORMS):
+        found[f"sdpa {backend}, {form}"] = partial(_sdpa, backend=backend, form=form)
     if device.type == "cuda":
         found["flex attention"] = _flex
         found["flash_attn"] = partial(_flash, module="flash_attn")
         found["flash_attn 3"] = partial(_flash, module="flash_attn_interface")
         found["flashinfer"] = _flashinfer
+    # Last, since it takes so much memory that little may be left for others.
+    for form in _FORMS:
+        found[f"sdpa math, {form}"] = found.pop(f"sdpa math, {form}")
     return found
 
 

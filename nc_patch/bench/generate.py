@@ -113,6 +113,8 @@ def _measure(model: Any, settings: Settings, batch: int, length: int, cache: str
         config = NCConfig.create(settings.alpha, settings.C, prefill="dense", decode=method)
         attention = patched(model, config=config)
     rates = []
+    if device == "cuda":
+        torch._dynamo.reset()  # PyTorch limits how often one model is compiled, and each attention compiles it anew
     with torch.inference_mode(), attention:
         for _ in range(1 + _RUNS):
             times = TokenTimes()

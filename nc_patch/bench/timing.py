@@ -48,6 +48,7 @@ def prepare(step: Callable[[int], torch.Tensor], steps: int, device: torch.devic
             all_steps()
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # a graph allocates memory of its own, and nothing is freed during capture
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -78,21 +79,26 @@ def seconds_of(prepared: Prepared, device: torch.device) -> float:
 
 def interleave(
     methods: Mapping[str, Prepared], repeats: int, device: torch.device, deadline: float = float("inf")
-) -> dict[str, list[float]]:
-    """Seconds of a step of every method, in ``repeats`` rounds in which each has its turn.
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Seconds of a step of every method, in ``repeats`` rounds in which each has its turn, and what methods raised.
 
     A method that is hopelessly slow is left out after a few rounds; after the deadline (``time.monotonic``) all are.
+    One that raises is in the second result alone.
     """
+    raised: dict[str, Exception] = {}
     taken: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeats):
         best = min((min(seconds) for seconds in taken.values() if seconds), default=float("inf"))
         for name, prepared in methods.items():
-            if turn >= _FEWEST and min(taken[name]) > _HOPELESS * best:
+            if name in raised or (turn >= _FEWEST and min(taken[name]) > _HOPELESS * best):
                 continue
-            taken[name].append(seconds_of(prepared, device))
+            try:
+                taken[name].append(seconds_of(prepared, device))
+            except Exception as error:
+                raised[name] = error
         if turn + 1 >= _FEWEST and time.monotonic() > deadline:
             break
-    return taken
+    return {name: seconds for name, seconds in taken.items() if name not in raised}, raised
 
 
 def first_line(error: BaseException) -> str:

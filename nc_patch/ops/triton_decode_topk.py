@@ -12,19 +12,20 @@ Nothing is read back from the device and all sizes follow from shapes, so that a
    searched over all keys. No other row costs them anything.
 7. ``bounds_kernel``, where bounds are wanted.
 
-Nine launches, eight without ``refine``, one more with bounds.
+Nine launches, one more with bounds.
 
 Bytes, for a key/value head with n keys and G rows of budget k, of which c * k are listed (c about 2: 1.2 for the width
 of the bounds times 1.6 for the safe side of the guess): codes n * (D + 8); keys at most G * c * k * D * 2 and values
 G * k * Dv * 2 in bfloat16; a list entry is written and read back three times, 8 bytes each. With 8 heads, D = 128, G =
-4, k = 2 n^0.6: predicted for an H200 (4.3 TB/s, 1.2 us a launch, 10 us for the latency of the small kernels)
+4, k = 4 n^0.6: predicted, not measured, for an H200 (4.3 TB/s, 1.2 us a launch, 10 us for the latency of the small
+kernels)
 
 ======= ======== ======= ========= ======= ======= =========
 n       codes    keys    values    lists   time    dense
 ======= ======== ======= ========= ======= ======= =========
-32,768  36 MB    17 MB   8 MB      4 MB    36 us   31 us
-131,072 143 MB   39 MB   19 MB     10 MB   70 us   125 us
-524,288 570 MB   89 MB   44 MB     21 MB   189 us  499 us
+32,768  36 MB    34 MB   17 MB     8 MB    43 us   31 us
+131,072 143 MB   77 MB   39 MB     20 MB   86 us   125 us
+524,288 570 MB   177 MB  89 MB     42 MB   225 us  499 us
 ======= ======== ======= ========= ======= ======= =========
 
 where keys and values count as read once for every row; rows of a group that want the same keys find them in the cache.
