@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -248,3 +249,37 @@ def test_rivals_that_are_not_installed_are_absent_by_name(monkeypatch):
     for name in ("flash_attn", "flash_attn 3", "flashinfer"):
         with pytest.raises(dense_rivals.Absent, match="is not installed"):
             dense_rivals.rivals(torch.device("cuda"))[name]([one])
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn 3", "flashinfer"])
+def test_rivals_of_other_packages_are_called_with_their_layouts(name, monkeypatch):
+    """Stand-ins with the packages' documented layouts; whether the packages agree only a GPU can tell."""
+
+    def attend(query, key, value):
+        groups = query.shape[2] // key.shape[2]
+        query, key, value = (t.transpose(1, 2).float() for t in (query, key, value))
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+    class Wrapper:
+        def __init__(self, workspace, layout, **options):
+            assert layout == "HND"
+
+        def plan(self, indptr, indices, last, heads, kv_heads, head_dim, page_size, **options):
+            self.pages = [indices[indptr[b] : indptr[b + 1]].long() for b in range(len(last))]
+            assert last.tolist() == [page_size] * len(last)
+
+        def run(self, query, pages):
+            flat = [torch.stack([t[p].transpose(1, 2).flatten(0, 1) for p in self.pages]) for t in pages]
+            return attend(query[:, None], *flat)[:, 0]
+
+    module = types.SimpleNamespace(
+        flash_attn_with_kvcache=attend, BatchDecodeWithPagedKVCacheWrapper=Wrapper, __spec__=object()
+    )
+    for package in ("flash_attn", "flash_attn_interface", "flashinfer"):
+        monkeypatch.setitem(sys.modules, package, module)
+    sets = [inputs.make_inputs(TINY, 2, 128, torch.float32, CPU, [], seed) for seed in (0, 1)]
+    step = dense_rivals.rivals(torch.device("cuda"))[name](sets)
+    for i in (0, 1):
+        right = checks.expected_output(sets[i], "dense", decode.NCConfig(4.0, 0.6))
+        assert checks.compare(step(i), right, "dense", sets[i])["right"]

@@ -4,6 +4,7 @@ A step is what a layer does once its new key and value are in the cache: upkeep 
 of keys, attention. The projections and the write to the cache are the same for all methods and left out.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def measure_all(
             rows = [_row(case, "all", "case")]
             _fail(rows[0], error)
         yield rows
+        gc.collect()  # what failed may hold inputs in its traceback
         if settings.device.type == "cuda":
             torch.cuda.synchronize(settings.device)  # raises where an earlier failure has taken the device along
             torch.cuda.empty_cache()
