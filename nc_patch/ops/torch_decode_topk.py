@@ -6,7 +6,7 @@ import torch
 
 from nc_patch.ops.codes import KeyCodes, code_slack, score_slack
 from nc_patch.ops.reference import forced_counts
-from nc_patch.ops.threshold import by_topk
+from nc_patch.ops.threshold import kth_largest
 from nc_patch.ops.torch_rows import final_scores_, softmax_, weighted_values
 
 # Relative width given to bounds of sums of exponentials, for their rounding in float32.
@@ -129,7 +129,7 @@ def bound_scores(query: torch.Tensor, codes: KeyCodes, batch: int, head: int, lo
 def _may_be_best(rough: ScoreBounds, rival: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """bool ``[H, R, N]``: rivals that are not certainly below ``wanted [H, R]`` others."""
     lower = torch.where(rival, rough.score - rough.error, -torch.inf).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-    threshold = by_topk(lower, wanted.clamp(min=0))[0]
+    threshold = kth_largest(lower, wanted.clamp(min=0))[0]
     upper = rough.score + rough.error
     return rival & ~(upper < threshold[..., None])
 
@@ -138,7 +138,7 @@ def _best(scores: torch.Tensor, forced: torch.Tensor, rival: torch.Tensor, wante
     """bool ``[H, R, C]``: the forced keys and the ``wanted [H, R]`` best rivals; ties to the lower place, NaN first."""
     ranked = torch.where(rival, torch.where(scores.isnan(), torch.inf, scores), -torch.inf)
     # A rival of -inf ties with what is no rival, so that the count at the threshold goes by rivals alone.
-    threshold = by_topk(ranked, torch.minimum(wanted.clamp(min=0), rival.sum(-1)))[0][..., None]
+    threshold = kth_largest(ranked.clone(), torch.minimum(wanted.clamp(min=0), rival.sum(-1)))[0][..., None]
     above = rival & (ranked > threshold)
     equal = rival & (ranked == threshold)
     room = wanted[..., None] - above.sum(-1, keepdim=True)
