@@ -1,5 +1,6 @@
 """``nc-patch bench``: what it measures and writes on the CPU, at sizes that say nothing about speed."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -74,6 +75,18 @@ def test_a_wrong_output_is_recorded_and_the_run_fails(tmp_path, capsys, monkeypa
     rows = [row for row in read(tmp_path)["rows"] if row["method"] == "window"]
     assert all(row["status"] == "wrong" and "median_seconds" not in row for row in rows)
     assert "sparse attention failed or was wrong in 2 rows" in capsys.readouterr().err
+
+
+def test_a_graph_that_replays_something_else_is_recorded_as_wrong(tmp_path, monkeypatch):
+    def prepare(step, steps, device):
+        prepared = timing.prepare(step, steps, device)
+        return dataclasses.replace(prepared, captured=True, replayed=step(0) * torch.nan)
+
+    monkeypatch.setattr(decode, "prepare", prepare)
+    assert bench(tmp_path, "--selections", "topk") == 1
+    rows = [row for row in read(tmp_path)["rows"] if row["method"] == "topk"]
+    assert [row["status"] for row in rows] == ["wrong"] * 2
+    assert all(row["message"].endswith("in a CUDA graph") for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -174,16 +174,24 @@ def _try(
     """Makes, checks and prepares one method; whatever goes wrong is written into its row."""
     try:
         step = make()
-        row |= compare(step(0), right, selection, sets[0])
-        if not row["right"]:
-            row |= {"status": WRONG, "message": f"off by {row['relative_error']:.2g} from the {right.against}"}
+        if not _is_right(row, step(0), right, selection, sets[0]):
             return
         prepared = prepare(step, len(sets), device)
+        if prepared.replayed is not None and not _is_right(row, prepared.replayed, right, selection, sets[0]):
+            row["message"] += ", in a CUDA graph"
+            return
     except Exception as error:
         _fail(row, error)
     else:
         ready[row["method"]] = prepared
         row |= {"captured": prepared.captured, "message": prepared.reason}
+
+
+def _is_right(row: dict[str, Any], output: torch.Tensor, right: Expected, selection: str, inputs: DecodeInputs) -> bool:
+    row |= compare(output, right, selection, inputs)
+    if not row["right"]:
+        row |= {"status": WRONG, "message": f"off by {row['relative_error']:.2g} from the {right.against}"}
+    return bool(row["right"])
 
 
 def _fail(row: dict[str, Any], error: Exception) -> None:

@@ -20,12 +20,14 @@ class Prepared:
         steps: how many sets there are.
         captured: whether launch replays a CUDA graph; None where there are none.
         reason: why it does not.
+        replayed: what a replay of the graph returned for the first set.
     """
 
     launch: Callable[[], object]
     steps: int
     captured: bool | None = None
     reason: str | None = None
+    replayed: torch.Tensor | None = None
 
 
 def prepare(step: Callable[[int], torch.Tensor], steps: int, device: torch.device) -> Prepared:
@@ -41,26 +43,29 @@ def prepare(step: Callable[[int], torch.Tensor], steps: int, device: torch.devic
     if device.type != "cuda":
         all_steps()
         return Prepared(all_steps, steps)
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
+    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(_WARM_UPS):
             all_steps()
-    torch.cuda.current_stream(device).wait_stream(side)
+    current.wait_stream(side)
     torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()  # a graph allocates memory of its own, and nothing is freed during capture
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            all_steps()
+            replayed = step(0)
+            for i in range(1, steps):
+                step(i)
+        replayed.fill_(torch.nan)  # so that a replay which leaves something out shows
         graph.replay()
         torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         torch.cuda.synchronize(device)
         return Prepared(all_steps, steps, False, first_line(error))
-    return Prepared(graph.replay, steps, True)
+    return Prepared(graph.replay, steps, True, replayed=replayed)
 
 
 def seconds_of(prepared: Prepared, device: torch.device) -> float:
