@@ -125,6 +125,26 @@ def test_a_case_without_memory_is_skipped_with_its_message(tmp_path, capsys, mon
     assert "out of memory" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt(), RuntimeError("CUDA error: the device is gone")], ids=["key", "gpu"]
+)
+def test_what_was_measured_before_a_stop_is_written_and_reported(tmp_path, capsys, monkeypatch, stop):
+    plain = command.measure_all
+
+    def measure(*arguments):
+        yield next(plain(*arguments))
+        raise stop
+
+    monkeypatch.setattr(command, "measure_all", measure)
+    assert bench(tmp_path) == 1
+    record = read(tmp_path)
+    assert record["stopped"] in ("interrupted", "RuntimeError: CUDA error: the device is gone")
+    assert {row["length"] for row in record["rows"]} == {64}
+    said = capsys.readouterr()
+    assert "tiny, batch 1, budget" in said.out
+    assert "nc-patch bench: stopped: " in said.err
+
+
 def test_after_the_deadline_no_case_begins(tmp_path, capsys):
     assert bench(tmp_path, "--minutes", "1e-9") == 1
     assert {row["status"] for row in read(tmp_path)["rows"]} == {"out of time"}
