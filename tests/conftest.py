@@ -25,7 +25,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seed_and_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The same random numbers every time; one thread, which is fastest on small tensors, except for real models alone."""
+    """The same random numbers every time; one thread, which is fastest on small tensors, except for real models."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     if request.node.get_closest_marker("slow") is None or "PYTEST_XDIST_WORKER" in os.environ:

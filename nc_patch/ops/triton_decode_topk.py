@@ -45,6 +45,7 @@ from nc_patch.ops.triton_candidates import choose_kernel, guess_kernel, score_ke
 from nc_patch.ops.triton_codes import sample_kernel, scan_kernel
 from nc_patch.ops.triton_gather import bounds_kernel, gather_kernel
 from nc_patch.ops.triton_launch import (
+    architecture_of,
     attend_constants,
     check_inputs,
     compile_options,
@@ -201,7 +202,7 @@ def triton_topk_decode(
     by_row = (Hq, Lq, Lk, sink_keys, recent_keys)
     programs = triton.cdiv(group * Lq, plan.rows) * B * Hkv
     constants = decode_constants(plan, D, DV, refine, want_bounds, softcap > 0)
-    options = decode_options(plan)
+    options = decode_options(plan, architecture_of(query.device))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         sample_kernel[(programs, plan.samples // plan.keys)](
             *(query, visible, budget, codes.codes, codes.scale, center, spread, samples, *q, *c, *s, *limits, *by_head),
@@ -288,12 +289,12 @@ def decode_constants(
     }
 
 
-def decode_options(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Options of the compiler for each kernel."""
+def decode_options(plan: Plan, architecture: str) -> dict[str, dict[str, Any]]:
+    """Options of the compiler for each kernel. AMD's warps are twice as wide, and eight leave too few registers."""
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     return {
         **dict.fromkeys(("sample", "score", "gather", "bounds"), plain),
-        "scan": {**plain, "num_warps": 8, "num_stages": 2},
+        "scan": {**plain, "num_warps": 4 if architecture.startswith("gfx") else 8, "num_stages": 2},
         "guess": {**plain, "num_warps": 8 if plan.samples >= 2048 else 4},
         "choose": {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4},
     }
@@ -331,7 +332,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
     ):
         plan = plan_for(1, 8, 4, queries, 131072, (head_dim, head_dim), 2354)
         constants = decode_constants(plan, head_dim, head_dim, refine, want_bounds, want_bounds)
-        options = decode_options(plan)
+        options = decode_options(plan, target)
         types = {
             **dict.fromkeys(("query", "key", "value", "output"), pointer_to(dtype)),
             **dict.fromkeys(_INTEGERS, "*i32"),
