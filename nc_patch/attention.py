@@ -93,8 +93,10 @@ def nc_attention_forward(
         key_of_law = (config.laws(layer), config.min_keys, config.law)
         budget = _once(attention_mask, ("budget", *key_of_law, Lk), lambda: budgets_of(config, layer, visible, Lk))
     index = None
-    if patch is not None and not config.is_dense(layer) and not needs_gradient(query, key, value, s_aux):
-        index = _key_index(config, key, visible, origin, nc_layer_cache, decoding)
+    # Top-k has a gradient where it decodes without an index; decoding by pages has none, and says so in backward.
+    by_index = KIND_OF.get(config.decode) == "pages" or not needs_gradient(query, key, value, s_aux)
+    if patch is not None and not config.is_dense(layer) and by_index:
+        index = _key_index(config, key.detach(), visible, origin, nc_layer_cache, decoding)
     attended = None
     reading_allowed = not torch.compiler.is_compiling() and not _capturing(query)
     plain = selection == "dense" and softcap is None and s_aux is None and Lq in (1, Lk) and reading_allowed
@@ -118,7 +120,7 @@ def nc_attention_forward(
         )
         output, attended = result.output, result.attended
     if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
-        nc_layer_cache.layer.nc_settle()
+        nc_layer_cache.layer.nc_done()
     if patch is not None and not torch.compiler.is_compiling():
         _count(
             patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None

@@ -58,6 +58,7 @@ class KeyIndexMixin:
     nc_index: KeyIndex | None = None
     _nc_seen: _Seen | None = None
     _nc_offloads = False
+    _nc_updated = False
 
     def nc_check(self) -> None:
         """Drops the index if the keys are not those it was made of."""
@@ -97,10 +98,19 @@ class KeyIndexMixin:
             self.nc_index = index
         else:
             index.extend(key, visible.shape[1], end)
+        self._nc_updated = True
         return index
 
+    def nc_done(self) -> None:
+        """To be called at the end of each call of attention: an index that did not take in its keys is dropped."""
+        if self._nc_updated:
+            self.nc_settle()
+        else:
+            self.nc_forget()
+        self._nc_updated = False
+
     def nc_settle(self) -> None:
-        """To be called when attention is done with the index: it belongs to the keys as they are now."""
+        """Takes note that the index belongs to the keys as they are now."""
         if self.nc_index is not None and self.keys is not None:
             if self._nc_offloads:
                 self.nc_index.to(self.keys.device)

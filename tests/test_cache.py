@@ -301,3 +301,37 @@ def test_room_for_keys_to_come_is_shared_by_nobody(first_in_inference_mode):
         assert torch.equal(layer.values, -expected)
         for other in copies:
             assert torch.equal(other.keys, torch.cat((*pieces[:20], pieces[30]), 2))
+
+
+def test_an_index_that_missed_a_call_is_not_trusted():
+    model, ids = tiny_model("llama"), random_ids(1, 60)
+    cache, plain = DynamicCache(), DynamicCache()
+    steps = [
+        {"key_index": "always"},
+        {"decode": "window", "key_index": "always"},
+        {"key_index": "always"},
+        {"key_index": "always", "with_gradient": True},
+        {"key_index": "always"},
+    ]
+    for i, options in enumerate(steps):
+        with torch.set_grad_enabled(options.pop("with_gradient", False)):
+            new = ids[:, :50] if i == 0 else ids[:, 49 + i : 50 + i]
+            patch_model(model, 1.0, 0.7, **options)
+            found = model(new, past_key_values=cache).logits.detach()
+            patch_model(model, 1.0, 0.7, **options | {"key_index": "never"})
+            expected = model(new, past_key_values=plain).logits.detach()
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_blocks_decode_the_same_where_a_gradient_is_recorded_and_refuse_to_give_it():
+    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **OPTIONS["block"]), random_ids(1, 60)
+    results = []
+    for recorded in (False, True):
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(ids[:, :-1], past_key_values=cache)
+        with torch.set_grad_enabled(recorded):
+            results.append(model(ids[:, -1:], past_key_values=cache).logits)
+    torch.testing.assert_close(results[0], results[1].detach(), atol=1e-6, rtol=0)
+    with pytest.raises(RuntimeError, match="block_decode"):
+        results[1].sum().backward()
