@@ -135,7 +135,11 @@ class PagesMachine(CacheMachine):
 
 for machine in (CodesMachine, PagesMachine):
     machine.TestCase.settings = settings(
-        max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=40,
+        stateful_step_count=20,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
     )
 TestCodes, TestPages = CodesMachine.TestCase, PagesMachine.TestCase
 

@@ -21,6 +21,8 @@ from nc_patch.ops.triton_decode_topk import MAX_QUERIES, triton_topk_decode  # n
 from nc_patch.ops.triton_encode import triton_encode_keys_  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# The interpreter is slow: there some variations run only with NC_PATCH_LONG=1.
+THOROUGH = not INTERPRETED or os.environ.get("NC_PATCH_LONG") == "1"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 plan_for = triton_decode_topk.plan_for
 
@@ -345,7 +347,8 @@ SPOILS = [_all_equal, _all_zero, _huge, _tiny, _outlier, _far_apart, _infinite, 
 @pytest.mark.parametrize(
     ("change", "capacity"),
     # With room for all keys in the list, and without, so that rows are searched in full.
-    [(change, (130, 40)[i % 2]) for i, change in enumerate(SPOILS)] + [(_all_equal, 40), (_infinite, 40), (_nan, 130)],
+    [(change, (130, 40)[i % 2]) for i, change in enumerate(SPOILS)]
+    + ([(_all_equal, 40), (_infinite, 40), (_nan, 130)] if THOROUGH else []),
     ids=lambda value: value.__name__[1:] if callable(value) else str(value),
 )
 def test_decoding_is_exact_for_keys_that_are(change, capacity, device, monkeypatch):
@@ -388,7 +391,7 @@ def test_a_broken_value_reaches_only_the_rows_that_attend_it(dtype, device):
 
 
 @on_kernel_device
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(8 if THOROUGH else 2))
 def test_bounds_contain_the_kept_mass_of_random_cases(seed, device):
     g = torch.Generator().manual_seed(200 + seed)
 

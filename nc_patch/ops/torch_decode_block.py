@@ -1,5 +1,7 @@
 """``block`` while decoding, in PyTorch: each query chooses pages by their statistics and attends them."""
 
+import math
+
 import torch
 
 from nc_patch.ops.pages import page_logits
@@ -105,8 +107,9 @@ def page_weights(
     estimates = page_logits(query, mean[:, low:own].float(), variance[:, low:own].float(), scale, softcap)
     if own > low:
         visible_in_first = block_size - max(start - (origin + low * block_size), 0)
-        estimates[..., 0] += torch.log(torch.tensor(visible_in_first / block_size))
-        estimates += torch.log(torch.tensor(float(block_size)))
+        estimates += math.log(block_size)
+        if visible_in_first < block_size:
+            estimates[..., 0] += math.log(visible_in_first / block_size)
     last = key[:, max(origin + own * block_size, start) : end].float()
     exact = torch.logsumexp(final_scores_(query @ last.transpose(1, 2), scale, softcap), -1, keepdim=True)
     logits = torch.cat((estimates, exact), -1)
