@@ -25,7 +25,7 @@ class Case:
     recent_keys: int
     block_size: int = 16
 
-    def reference(self, selection: str) -> AttentionResult:
+    def reference(self, selection: str, tail: bool = False) -> AttentionResult:
         """What the float64 definition makes of the case."""
         return reference_attention(
             self.query,
@@ -41,6 +41,7 @@ class Case:
             recent_keys=self.recent_keys,
             origin=self.origin,
             block_size=self.block_size,
+            tail=tail,
         )
 
     def row_settings(self, want_stats: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 from nc_patch.budget import row_budgets as _row_budgets
 from nc_patch.ops.reference import forced_counts
+from nc_patch.ops.tail import PageMeans
 from nc_patch.ops.torch_backward import attention_gradients
 from nc_patch.ops.torch_block import keep_blocks_, query_blocks, torch_block_attention
 from nc_patch.ops.torch_rows import Buffers, RowBlock, row_blocks, rows_per_block, split_scale
@@ -59,14 +60,25 @@ def topk_attention(
     recent_keys: int,
     want_stats: bool,
     backend: str,
+    tail_key: torch.Tensor | None = None,
+    tail_value: torch.Tensor | None = None,
+    origin: torch.Tensor | None = None,
 ) -> Three:
     """Exact token-level top-k attention; see ``torch_topk_attention`` for shapes. ``backend``: "torch" or "triton"."""
     settings = _row_settings(scale, softcap, sink_keys, recent_keys, want_stats)
+    tail = tail_of(tail_key, tail_value)
     if backend == "triton":
         from nc_patch.ops.triton_topk import triton_topk_attention
 
+        if tail is not None:
+            raise NotImplementedError("the Triton kernel of topk has no tail")
         return triton_topk_attention(query, key, value, visible, budget, sinks, **settings)
-    return torch_topk_attention(query, key, value, visible, budget, sinks, **settings)
+    return torch_topk_attention(query, key, value, visible, budget, sinks, **settings, tail=tail, origin=origin)
+
+
+def tail_of(key: torch.Tensor | None, value: torch.Tensor | None) -> PageMeans | None:
+    """The two tensors of a tail as one, or None where there is none."""
+    return None if key is None or value is None else PageMeans(key, value)
 
 
 @torch.library.custom_op("nc_patch::window_attention", mutates_args=())
@@ -134,7 +146,23 @@ def _fake_outputs(query: torch.Tensor, value: torch.Tensor, want_stats: bool) ->
 
 
 @topk_attention.register_fake
-def _(query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, want_stats, backend):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    visible,
+    budget,
+    sinks,
+    scale,
+    softcap,
+    sink_keys,
+    recent_keys,
+    want_stats,
+    backend,
+    tail_key=None,
+    tail_value=None,
+    origin=None,
+):
     return _fake_outputs(query, value, want_stats)
 
 
@@ -210,20 +238,22 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, _, backend = inputs
+    query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, _, backend, *tail = inputs
+    if any(part is not None for part in tail):
+        raise RuntimeError('tail="mean" has no gradient: leave tail out where one is needed')
     if backend != "torch":
         raise RuntimeError('gradients need backend="torch": forward and backward must choose the same keys')
     ctx.save_for_backward(query, key, value, visible, budget, sinks)
     ctx.settings = (scale, softcap, sink_keys, recent_keys)
 
 
-def _rows_backward(selection: str) -> Any:
+def _rows_backward(selection: str, more: int = 0) -> Any:
     def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         query, key, value, visible, budget, sinks = ctx.saved_tensors
         grads = attention_backward(
             grad_output, query, key, value, visible, None, budget, sinks, *ctx.settings, 0, selection
         )
-        return *grads[:3], None, None, None if sinks is None else grads[3], *(None,) * 6
+        return *grads[:3], None, None, None if sinks is None else grads[3], *(None,) * (more + 6)
 
     return backward
 
@@ -240,6 +270,6 @@ def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, 
     return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * 4
 
 
-topk_attention.register_autograd(_rows_backward("topk"), setup_context=_setup_rows)
+topk_attention.register_autograd(_rows_backward("topk", more=3), setup_context=_setup_rows)
 window_attention.register_autograd(_rows_backward("window"), setup_context=_setup_rows)
 block_attention.register_autograd(_block_backward, setup_context=_setup_block)

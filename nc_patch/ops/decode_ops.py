@@ -6,8 +6,10 @@ They have no gradients: where one is required the operations of ``custom_ops`` r
 import torch
 
 from nc_patch.ops.codes import KeyCodes, encode_keys
-from nc_patch.ops.custom_ops import Four, Three
+from nc_patch.ops.custom_ops import Four, Three, tail_of
 from nc_patch.ops.pages import summarize_pages
+from nc_patch.ops.tail import page_means as _page_means
+from nc_patch.ops.tail import TAIL_PAGE_SIZE, page_starts, slot_count
 from nc_patch.ops.torch_decode_block import torch_block_decode
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
 
@@ -96,6 +98,55 @@ def _(key, origin, first, count, end, mean, variance, block_size, backend):  # t
     return None
 
 
+@torch.library.custom_op("nc_patch::page_means", mutates_args=())
+def page_means(
+    key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means of all pages that the tail of queries with these intervals may need, by slot; see ``ops/tail.py``.
+
+    ``key`` is ``[B, Hkv, N, D]``, ``value`` ``[B, Hkv, N, Dv]``, ``visible`` int32 ``[B, Lq, 2]``, ``origin`` int32
+    ``[B, Lq]``.
+    """
+    means = _page_means(key, value, page_starts(visible, origin, key.shape[2]))
+    return means.key, means.value
+
+
+@page_means.register_fake
+def _(key, value, visible, origin):  # type: ignore[no-untyped-def]
+    slots = slot_count(key.shape[2])
+    return key.new_empty(*key.shape[:2], slots, key.shape[3]), value.new_empty(*value.shape[:2], slots, value.shape[3])
+
+
+@torch.library.custom_op("nc_patch::page_means_", mutates_args=("mean_key", "mean_value"))
+def page_means_(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    origin: torch.Tensor,
+    first: torch.Tensor,
+    count: int,
+    mean_key: torch.Tensor,
+    mean_value: torch.Tensor,
+) -> None:
+    """Writes the means of each page that holds any of the keys ``first[b]`` to ``first[b] + count``.
+
+    ``origin`` and ``first`` are int ``[B]``. The mean of a page that is not full yet is overwritten when it is.
+    """
+    slots = mean_key.shape[2]
+    touched = min((count + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1, slots)
+    begin = origin.long() % TAIL_PAGE_SIZE
+    # Means depend on the page alone, so that writing one twice, where a slot is clamped, does no harm.
+    slot = torch.div(first.long() - begin, TAIL_PAGE_SIZE, rounding_mode="floor").clamp(0, slots - touched)
+    index = slot[:, None] + torch.arange(touched, device=key.device)
+    means = _page_means(key, value, index * TAIL_PAGE_SIZE + begin[:, None])
+    for kept, new in ((mean_key, means.key), (mean_value, means.value)):
+        kept.scatter_(2, index[:, None, :, None].expand_as(new), new)
+
+
+@page_means_.register_fake
+def _(key, value, origin, first, count, mean_key, mean_value):  # type: ignore[no-untyped-def]
+    return None
+
+
 @torch.library.custom_op("nc_patch::topk_decode", mutates_args=())
 def topk_decode(
     query: torch.Tensor,
@@ -117,13 +168,19 @@ def topk_decode(
     max_budget: int,
     want_bounds: bool,
     backend: str,
+    tail_key: torch.Tensor | None = None,
+    tail_value: torch.Tensor | None = None,
+    origin: torch.Tensor | None = None,
 ) -> Three:
     """Top-k attention over keys chosen by their codes; see ``torch_topk_decode``.
 
     ``max_budget`` is the largest budget that any query may have, from which buffers are sized.
     """
     key_codes = KeyCodes(codes, code_scale, residual, center, spread)
+    tail = tail_of(tail_key, tail_value)
     if backend == "triton":
+        if tail is not None:
+            raise NotImplementedError("the Triton kernels of topk have no tail")
         from nc_patch.ops.triton_decode_topk import triton_topk_decode
 
         return triton_topk_decode(
@@ -144,6 +201,8 @@ def topk_decode(
         recent_keys=recent_keys,
         refine=refine,
         want_bounds=want_bounds,
+        tail=tail,
+        origin=origin,
     )
 
 
@@ -168,6 +227,9 @@ def _(  # type: ignore[no-untyped-def]
     max_budget,
     want_bounds,
     backend,
+    tail_key=None,
+    tail_value=None,
+    origin=None,
 ):
     rows = query.shape[:3]
     return (

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from nc_patch.ops.pages import page_logits
+from nc_patch.ops.tail import TAIL_PAGE_SIZE
 
 
 class AttentionResult(NamedTuple):
@@ -16,8 +17,8 @@ class AttentionResult(NamedTuple):
 
     Attributes:
         output: ``[B, Hq, Lq, Dv]``; zero for a query that sees no key.
-        lse: float ``[B, Hq, Lq]``, the natural log of the softmax denominator (attended keys, and the sink logit where
-            there is one); ``-inf`` for a query that sees no key and has no sink.
+        lse: float ``[B, Hq, Lq]``, the natural log of the softmax denominator (attended keys, the tail, and the sink
+            logit where there is one); ``-inf`` for a query that sees no key and has no sink.
         kept_mass: float ``[B, Hq, Lq]``, the sum of the dense softmax weights, over the keys alone, of the keys that
             were attended; 1 for a query that sees no key.
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
@@ -256,6 +257,7 @@ def reference_attention(
     block_size: int = 32,
     query_block_size: int = 64,
     sample_stride: int = 16,
+    tail: bool = False,
 ) -> AttentionResult:
     """Attention in float64, as the design defines it.
 
@@ -267,8 +269,9 @@ def reference_attention(
         scale: factor of the scores q·k, positive.
         softcap: scores become ``softcap * tanh(score / softcap)`` after scaling.
         sinks: ``[Hq]`` learned logits that join the softmax's denominator.
-        origin: int32 ``[B, Lq]``, where each query's sequence begins; by default its interval's start. ``"block"``
-            only.
+        origin: int32 ``[B, Lq]``, where each query's sequence begins; by default its interval's start. For
+            ``"block"`` and the tail.
+        tail: whether the keys that are not attended enter by the means of their pages, see ``ops/tail.py``.
 
     Returns:
         All four fields of ``AttentionResult``, in float64 (``attended`` in int32).
@@ -300,10 +303,16 @@ def reference_attention(
     kept = scores.masked_fill(~attended, -torch.inf)
     lse_keys = torch.logsumexp(kept, dim=-1)
     lse_dense = torch.logsumexp(scores.masked_fill(~seen, -torch.inf), dim=-1)
-    lse, peak = lse_keys, kept.amax(-1)
+    own_keys = attended.sum(-1, dtype=torch.int32)
+    if tail:
+        origin = visible[..., 0] if origin is None else origin
+        logits, means = tail_columns(q, key, value, kept, visible, origin, scale, softcap)
+        kept, v = torch.cat((kept, logits), -1), torch.cat((v, means.repeat_interleave(group, 1)), -2)
+        attended = torch.cat((attended, logits != -torch.inf), -1)
+    lse, peak = torch.logsumexp(kept, -1), kept.amax(-1)
     if sinks is not None:
         sink = sinks.double()[None, :, None].expand_as(lse_keys)
-        lse, peak = torch.logaddexp(lse_keys, sink), torch.maximum(peak, sink)
+        lse, peak = torch.logaddexp(lse, sink), torch.maximum(peak, sink)
     empty = ~seen.any(-1)
     # Relative to the largest logit, not to lse: next to huge scores the logarithm of the sum is lost.
     base = torch.where(peak.isfinite(), peak, 0.0)
@@ -316,4 +325,42 @@ def reference_attention(
     touched = attended.double() @ (~finite).double() > 0
     output = torch.where(touched, torch.nan, output).masked_fill(empty[..., None], 0.0)
     kept_mass = torch.where(empty, 1.0, torch.exp(lse_keys - lse_dense))
-    return AttentionResult(output, lse, kept_mass, attended.sum(-1, dtype=torch.int32))
+    return AttentionResult(output, lse, kept_mass, own_keys)
+
+
+def tail_columns(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tail of each query as more columns of scores, ``[B, Hq, Lq, P]``, and their values ``[B, Hkv, P, Dv]``.
+
+    Means are rounded to the dtype of what they are means of, since that is how they are kept.
+
+    Args:
+        query: float64 ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``.
+        kept: final scores of the attended keys, -inf elsewhere, ``[B, Hq, Lq, Lk]``.
+        visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``.
+    """
+    B, Hq, Lq, Lk = kept.shape
+    group, size = Hq // key.shape[1], TAIL_PAGE_SIZE
+    logits, values = [kept.new_empty(B, Hq, Lq, 0)], [value.double()[:, :, :0]]
+    for b, begin in ((b, begin) for b in range(B) for begin in sorted(set(origin[b].tolist()))):
+        for j in range(-(min(begin, 0) // size), (Lk - begin) // size):
+            first, last = begin + j * size, begin + (j + 1) * size
+            own = torch.div(visible[b, :, 1] - 1 - begin, size, rounding_mode="floor")
+            counts = (origin[b] == begin) & (visible[b, :, 0] <= first) & (j < own)
+            mean_key, mean_value = (t[:, :, first:last].double().mean(2, keepdim=True).to(t.dtype) for t in (key, value))
+            score = scale * (query[b] @ mean_key[b].double().repeat_interleave(group, 0).transpose(-1, -2))[..., 0]
+            score = softcap * torch.tanh(score / softcap) if softcap else score
+            missing = (kept[b, :, :, first:last] == -torch.inf).sum(-1)
+            logit = torch.full((B, Hq, Lq), -torch.inf, dtype=torch.float64, device=kept.device)
+            logit[b] = torch.where(counts & (missing > 0), score + missing.double().log(), -torch.inf)
+            logits.append(logit[..., None])
+            values.append(mean_value.double())
+    return torch.cat(logits, -1), torch.cat(values, 2)

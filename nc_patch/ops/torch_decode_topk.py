@@ -6,6 +6,7 @@ import torch
 
 from nc_patch.ops.codes import KeyCodes, code_slack, score_slack
 from nc_patch.ops.reference import forced_counts
+from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans
 from nc_patch.ops.threshold import kth_largest
 from nc_patch.ops.torch_rows import final_scores_, softmax_, weighted_values
 
@@ -43,6 +44,8 @@ def torch_topk_decode(
     recent_keys: int,
     refine: bool,
     want_bounds: bool,
+    tail: PageMeans | None = None,
+    origin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over the ``budget`` best keys of each query, chosen by codes; the set is ``reference_attention``'s.
 
@@ -54,6 +57,8 @@ def torch_topk_decode(
         refine: read the keys that may be among the best and score them exactly. Without, the codes' scores choose and
             weigh, no key is read, and the result is approximate.
         want_bounds: whether bounds of the kept mass are wanted.
+        tail: the means by which keys that are not attended enter, with the ``origin`` int32 ``[B, Lq]`` of each query's
+            sequence; None to drop them.
 
     Returns:
         (output ``[B, Hq, Lq, Dv]``, lse float32 ``[B, Hq, Lq]``, kept mass from below and above float32 ``[B, Hq, Lq,
@@ -99,11 +104,17 @@ def torch_topk_decode(
                 bounds[b, heads] = _kept_mass(
                     kept, rough, exact if refine else None, columns, attends, is_seen, scale, softcap
                 )
+            values = [value[b, h, low + columns].float()[None]]
+            if tail is not None and origin is not None:
+                more = _tail_logits(
+                    query[b, heads].float(), tail.key[b, h], attends, low + columns, origin[b], seen, scale, softcap
+                )
+                scores, values = torch.cat((scores, more), -1), [*values, tail.value[b, h].float()[None]]
+                kept = torch.logsumexp(scores, -1)
             sink = None if logits is None else logits[heads, None].expand_as(kept)
             lse[b, heads] = kept if sink is None else torch.logaddexp(kept, sink)
             weights = softmax_(scores, sink)
-            values = value[b, h, low + columns].float()
-            result = weighted_values(weights.view(1, -1, weights.shape[-1]), values[None])
+            result = weighted_values(weights.view(1, -1, weights.shape[-1]), *values)
             output[b, heads] = result.view(group, Lq, -1).masked_fill_(~rows[:, None], 0.0).to(output.dtype)
             lse[b, heads] = torch.where(rows, lse[b, heads], -torch.inf if sink is None else sink)
     if want_bounds:
@@ -143,6 +154,36 @@ def _best(scores: torch.Tensor, forced: torch.Tensor, rival: torch.Tensor, wante
     equal = rival & (ranked == threshold)
     room = wanted[..., None] - above.sum(-1, keepdim=True)
     return forced | above | (equal & (equal.cumsum(-1) <= room))
+
+
+def _tail_logits(
+    query: torch.Tensor,
+    mean: torch.Tensor,
+    attends: torch.Tensor,
+    position: torch.Tensor,
+    origin: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Logits of the tail, float32 ``[H, R, S]``, -inf for slots without a page that counts.
+
+    Args:
+        query: float32 ``[H, R, D]``. mean: ``[S, D]``. attends: bool ``[H, R, C]``, the attended ones of the keys at
+            ``position`` int64 ``[C]``. origin: int32 ``[R]``. seen: int32 ``[R, 2]``.
+    """
+    H, R, _ = query.shape
+    S, size = mean.shape[0], TAIL_PAGE_SIZE
+    begin = origin.long()[:, None]
+    # Where the page in each slot starts: at the slot's only position that is a multiple of the page size from origin.
+    start = torch.arange(S, device=query.device) * size + begin % size
+    own = begin + torch.div(seen[:, 1:] - 1 - begin, size, rounding_mode="floor") * size
+    counts = (start >= seen[:, :1]) & (start < own)
+    slot = torch.div(position - begin % size, size, rounding_mode="floor").clamp_(min=-1) + 1
+    attended = torch.zeros(H, R, S + 1, device=query.device)
+    attended.scatter_add_(-1, slot.expand(H, -1, -1), attends.float())
+    logits = final_scores_(query @ mean.float().T, scale, softcap) + (size - attended[..., 1:]).log_()
+    return logits.masked_fill_(~counts, -torch.inf)
 
 
 def _kept_mass(

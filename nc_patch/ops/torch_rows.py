@@ -91,19 +91,25 @@ def softmax_(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     return weights.mul_(share_of_keys[..., None]).masked_fill_(share_of_keys[..., None] == 0, 0.0)
 
 
-def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """``[Hq, R, N]`` times ``[Hkv, N, Dv]``: ``[Hq, R, Dv]``. Under a zero weight even NaN contributes nothing."""
+def weighted_values(weights: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+    """``[Hq, R, N]`` times ``[Hkv, N, Dv]``, given in parts of N: ``[Hq, R, Dv]``.
+
+    Under a zero weight even NaN contributes nothing.
+    """
     Hq, R, N = weights.shape
-    Hkv = value.shape[0]
-    grouped = weights.view(Hkv, (Hq // Hkv) * R, N)
-    output = torch.bmm(grouped, value)
+    Hkv = values[0].shape[0]
+    columns = weights.view(Hkv, (Hq // Hkv) * R, N).split([value.shape[1] for value in values], -1)
+    output = torch.bmm(columns[0], values[0])
+    for part, value in zip(columns[1:], values[1:], strict=True):
+        output.baddbmm_(part, value)
     # 0 * NaN and 0 * inf show as NaN, so a finite output, the common case, needs no second look.
     if not bool(output.sum().isfinite()):
+        grouped, value = torch.cat(columns, -1), torch.cat(values, 1)
         finite = value.isfinite()
         output = torch.bmm(grouped, torch.where(finite, value, 0.0))
         touched = torch.bmm((grouped != 0).float(), (~finite).float()) > 0
         output = torch.where(touched, torch.nan, output)
-    return output.view(Hq, R, value.shape[-1])
+    return output.view(Hq, R, values[0].shape[-1])
 
 
 class Buffers:
@@ -133,9 +139,19 @@ class RowStats:
         if wanted and sinks is not None:
             self.lse.copy_(sinks[None, :, None].expand(shape))
 
-    def record(self, block: RowBlock, attended: torch.Tensor, dense: torch.Tensor, empty: torch.Tensor) -> None:
-        """Takes the log-sum-exp over attended and over visible keys, ``[H, R]`` each; ``empty`` bool ``[R]``."""
+    def record(
+        self,
+        block: RowBlock,
+        attended: torch.Tensor,
+        dense: torch.Tensor,
+        empty: torch.Tensor,
+        with_tail: torch.Tensor | None = None,
+    ) -> None:
+        """Takes the log-sum-exp over attended keys, over visible keys, and over attended keys and the tail, where there
+        is one: ``[H, R]`` each; ``empty`` bool ``[R]``.
+        """
         self.kept_mass[block.batch, :, block.rows] = torch.where(empty, 1.0, torch.exp(attended - dense))
+        lse = attended if with_tail is None else with_tail
         if self._sinks is not None:
-            attended = torch.logaddexp(attended, self._sinks[:, None].expand_as(attended))
-        self.lse[block.batch, :, block.rows] = attended
+            lse = torch.logaddexp(lse, self._sinks[:, None].expand_as(lse))
+        self.lse[block.batch, :, block.rows] = lse

@@ -3,6 +3,7 @@
 import torch
 
 from nc_patch.ops.reference import forced_counts
+from nc_patch.ops.tail import PageMeans
 from nc_patch.ops.threshold import kth_largest
 from nc_patch.ops.torch_rows import (
     Buffers,
@@ -16,6 +17,7 @@ from nc_patch.ops.torch_rows import (
     split_scale,
     weighted_values,
 )
+from nc_patch.ops.torch_tail import join_tail, of_one_origin
 
 # Rows in which scores tie at the threshold are mended in groups of this many elements.
 _TIE_ELEMENTS = 1 << 20
@@ -36,6 +38,8 @@ def torch_topk_attention(
     sink_keys: int,
     recent_keys: int,
     want_stats: bool,
+    tail: PageMeans | None = None,
+    origin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over the ``budget`` best keys of each query's interval, as ``reference_attention`` defines ``"topk"``.
 
@@ -44,6 +48,8 @@ def torch_topk_attention(
         visible: int32 ``[B, Lq, 2]``. budget: int32 ``[B, Hq or 1, Lq]``. sinks: ``[Hq]`` or None.
         scale: factor of the scores. softcap: 0 for none. sink_keys, recent_keys: keys attended always.
         want_stats: whether lse and kept mass are wanted.
+        tail: the means by which keys that are not attended enter, with the ``origin`` int32 ``[B, Lq]`` of each query's
+            sequence; None to drop them.
 
     Returns:
         (output ``[B, Hq, Lq, Dv]`` in query's dtype, lse float32 ``[B, Hq, Lq]``, kept mass float32 ``[B, Hq, Lq]``);
@@ -58,22 +64,31 @@ def torch_topk_attention(
     rows = rows_per_block(Hq, Lk)
     buffers = Buffers(Hq * min(rows, Lq) * Lk, query.device)
     loaded = -1
-    for block in row_blocks(visible, rows):
+    blocks = row_blocks(visible, rows)
+    for block in blocks if origin is None else of_one_origin(blocks, visible, origin):
         b = block.batch
         if b != loaded:
             keys, values, loaded = key[b].float(), value[b].float(), b
         seen = visible[b, block.rows]
         empty = seen[:, 1] <= seen[:, 0]
-        scores = scores_of(query[b, :, block.rows].float() * before, keys[:, block.low : block.high], buffers)
+        rows_query = query[b, :, block.rows].float() * before
+        scores = scores_of(rows_query, keys[:, block.low : block.high], buffers)
         if want_stats:
             hidden = ~_seen_columns(seen, block.low, slice(0, block.high - block.low))
             dense = torch.logsumexp(final_scores_(scores.clone(), after, softcap).masked_fill_(hidden, -torch.inf), -1)
         shift = keep_topk_(scores, seen, budget[b, :, block.rows], block, sink_keys, recent_keys, buffers)
         shift = finish_kept_(scores, shift, after, softcap)
+        attended_values = [values[:, block.low : block.high]]
+        joined = scores
+        if tail is not None and origin is not None:
+            begin = int(origin[b, block.first])
+            joined, more = join_tail(scores, shift, rows_query, tail, b, begin, seen, block, after, softcap, buffers)
+            attended_values += more
         if want_stats:
-            stats.record(block, torch.logsumexp(scores, -1) + shift, dense, empty)
-        weights = softmax_(scores, None if logits is None else logits[:, None] - shift)
-        attended = weighted_values(weights, values[:, block.low : block.high])
+            kept, every = (torch.logsumexp(t, -1) + shift for t in (scores, joined))
+            stats.record(block, kept, dense, empty, every)
+        weights = softmax_(joined, None if logits is None else logits[:, None] - shift)
+        attended = weighted_values(weights, *attended_values)
         output[b, :, block.rows] = attended.masked_fill_(empty[:, None], 0.0).to(output.dtype)
     return output, stats.lse, stats.kept_mass
 

@@ -1,0 +1,123 @@
+"""The tail of top-k: what is not attended enters by the means of its pages, in every way of running."""
+
+import pytest
+import torch
+from attention_cases import Case, random_case, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys
+from nc_patch.ops.tail import PageMeans, page_means, page_starts
+from nc_patch.ops.torch_decode_topk import torch_topk_decode
+from nc_patch.ops.torch_topk import torch_topk_attention
+
+
+def tail_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32) -> Case:
+    """A random case whose rows see intervals of the sequences they belong to: one, padded, or several packed."""
+    case = random_case(seed, longest, dtype)
+    g = torch.Generator().manual_seed(seed)
+    B, Lq, _ = case.visible.shape
+    Lk = case.key.shape[2]
+    kind = seed % 4
+    if kind == 1:  # any interval of one sequence
+        first = torch.randint(0, 20, (B, 1), generator=g, dtype=torch.int32).expand(B, Lq)
+        case.origin = first.clamp(max=Lk).contiguous()
+        case.visible[..., 1] = torch.maximum(case.visible[..., 1], case.origin)
+        case.visible[..., 0] = torch.maximum(case.visible[..., 0], case.origin).minimum(case.visible[..., 1])
+    elif kind == 2:  # packed sequences
+        end = torch.arange(Lk - Lq + 1, Lk + 1, dtype=torch.int32)
+        borders = torch.randint(0, Lk, (4,), generator=g, dtype=torch.int32).sort().values
+        borders[0] = 0
+        start = borders[torch.searchsorted(borders, end - 1, right=True) - 1].to(torch.int32)
+        case.visible = torch.stack((start, end), -1).expand(B, -1, -1).contiguous()
+        case.origin = case.visible[..., 0].clone()
+    else:
+        case.origin = torch.zeros(B, Lq, dtype=torch.int32)
+    n = (case.visible[..., 1] - case.visible[..., 0])[:, None]
+    share = torch.rand(case.budget.shape, generator=g)
+    case.budget = (share * share * (n + 1)).floor().clamp(min=1).minimum(n).to(torch.int32)
+    return case
+
+
+def means_of(case: Case) -> PageMeans:
+    return page_means(case.key, case.value, page_starts(case.visible, case.origin, case.key.shape[2]))
+
+
+def attend(case: Case, want_stats: bool = True):
+    return torch_topk_attention(
+        *(case.query, case.key, case.value, case.visible, case.budget, case.sinks),
+        **case.row_settings(want_stats),
+        tail=means_of(case),
+        origin=case.origin,
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
+def test_random_cases_equal_the_reference(dtype, tolerance):
+    for seed in range(60):
+        case = tail_case(seed, dtype=dtype)
+        expected = case.reference("topk", tail=True)
+        output, lse, kept_mass = attend(case)
+        assert output.dtype == dtype
+        assert relative_error(output, expected.output) < tolerance, seed
+        assert torch.allclose(lse.double(), expected.lse, atol=1e-4 if dtype == torch.float32 else 1e-2), seed
+        assert torch.allclose(kept_mass.double(), expected.kept_mass, atol=1e-5), seed
+
+
+@given(st.integers(1000, 10**9))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_more_random_cases(seed):
+    case = tail_case(seed)
+    assert relative_error(attend(case, False)[0], case.reference("topk", tail=True).output) < 1e-5
+
+
+@given(st.integers(0, 10**9), st.booleans())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_decoding_by_codes_equals_the_reference(seed, refine):
+    case = tail_case(seed)
+    case.query, case.visible = case.query[:, :, -5:], case.visible[:, -5:].contiguous()
+    case.budget, case.origin = case.budget[..., -5:].contiguous(), case.origin[:, -5:].contiguous()
+    center, spread = channel_moments(case.key, case.visible[:, -1, 0], case.visible[:, -1, 1])
+    codes = KeyCodes(*encode_keys(case.key, center, spread), center, spread)
+    if not refine:  # what the codes hold is what is attended
+        case.query = torch.zeros_like(case.query)
+    output, lse, _ = torch_topk_decode(
+        *(case.query, case.key, case.value, case.visible, case.budget, case.sinks, codes),
+        scale=case.scale,
+        softcap=case.softcap,
+        sink_keys=case.sink_keys,
+        recent_keys=case.recent_keys,
+        refine=refine,
+        want_bounds=False,
+        tail=means_of(case),
+        origin=case.origin,
+    )
+    expected = case.reference("topk", tail=True)
+    assert relative_error(output, expected.output) < 1e-5
+    assert torch.allclose(lse.double(), expected.lse, atol=1e-4)
+
+
+def test_a_page_whose_keys_are_equal_is_not_missed():
+    """Keys and values that are constant over pages are approximated without an error, however few are attended."""
+    g = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(1, 2, 9, 8, generator=g).repeat_interleave(16, 2) for _ in range(2))
+    query = torch.randn(1, 4, 144, 8, generator=g)
+    visible = torch.stack((torch.zeros(144), torch.arange(1, 145)), -1).int()[None]
+    budget = (visible[..., 1] - (visible[..., 1] - 1) // 16 * 16)[:, None]  # no more than the own page
+    rows = torch.arange(144) % 16 == 15  # the others' own page is cut
+    case = Case(query, key, value, visible, visible[..., 0], budget, None, 0.5, 0.0, 0, 16)
+    dense, sparse = case.reference("dense").output, attend(case)[0]
+    dropped = case.reference("topk").output
+    assert relative_error(sparse[:, :, rows], dense[:, :, rows]) < 1e-6
+    assert relative_error(dropped[:, :, rows], dense[:, :, rows]) > 0.1
+
+
+def test_pages_of_packed_sequences_lie_in_slots_of_their_own():
+    origin = torch.tensor([[0] * 20 + [20] * 33 + [53] * 40], dtype=torch.int32)
+    end = torch.arange(1, 94, dtype=torch.int32)[None]
+    starts = page_starts(torch.stack((origin, end), -1), origin, 93)
+    assert starts.tolist() == [[0, 20, 36, 53, 69, -1]]
+    negative = torch.full_like(origin, -5)  # a sequence whose first five keys are gone
+    starts = page_starts(torch.stack((torch.zeros_like(end), end), -1), negative, 93)
+    assert starts.tolist() == [[11, 27, 43, 59, 75, -1]]
