@@ -11,7 +11,7 @@ from nc_patch.cache import LayerCache, layer_cache
 from nc_patch.config import NCConfig
 from nc_patch.errors import UnsupportedMaskError, UnsupportedModelError
 from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
-from nc_patch.index import KIND_OF, KeyIndex
+from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
 from nc_patch.stats import LayerCounters, tally
@@ -92,11 +92,13 @@ def nc_attention_forward(
     else:
         key_of_law = (config.laws(layer), config.min_keys, config.law)
         budget = _once(attention_mask, ("budget", *key_of_law, Lk), lambda: budgets_of(config, layer, visible, Lk))
-    index = None
+    index = means = None
     # Top-k has a gradient where it decodes without an index; decoding by pages has none, and says so in backward.
     by_index = KIND_OF.get(config.decode) == "pages" or not needs_gradient(query, key, value, s_aux)
     if patch is not None and not config.is_dense(layer) and by_index:
-        index = _key_index(config, key.detach(), visible, origin, nc_layer_cache, decoding)
+        keys = (key.detach(), value.detach())
+        index = _key_index(config, *keys, visible, origin, nc_layer_cache, decoding)
+        means = _key_means(config, *keys, visible, origin, nc_layer_cache)
     attended = None
     reading_allowed = not torch.compiler.is_compiling() and not _capturing(query)
     plain = selection == "dense" and softcap is None and s_aux is None and Lq in (1, Lk) and reading_allowed
@@ -116,6 +118,7 @@ def nc_attention_forward(
             softcap=softcap,
             sinks=s_aux,
             index=index if decoding else None,
+            means=means if decoding else None,
             max_budget=config.largest_budget(Lk, layer) if index is not None else 0,
         )
         output, attended = result.output, result.attended
@@ -140,6 +143,7 @@ def hand_on_cache(
 def _key_index(
     config: NCConfig,
     key: torch.Tensor,
+    value: torch.Tensor,
     visible: torch.Tensor,
     origin: torch.Tensor,
     cache: LayerCache | None,
@@ -149,16 +153,44 @@ def _key_index(
     kind = KIND_OF.get(config.decode)
     if kind is None or not visible.numel():
         return None
-    layer = None if cache is None else cache.layer
     backend, _ = choose_backend(config.backend, kind, key.device)
     use = config.key_index == "always" or not config.refine or (config.key_index == "auto" and _pays(kind, backend))
-    if use and layer is not None and (layer.nc_index is not None or not torch.compiler.is_compiling()):
-        return layer.nc_update(key, visible, origin, kind, config.block_size, config.backend)
-    if decoding and (kind == "pages" or not config.refine):
+    kept = _kept_index(config, kind, key, value, visible, origin, cache) if use else None
+    if kept is None and decoding and (kind == "pages" or not config.refine):
         # The same choice as with an index that is kept, from one that is not.
         start, end = origin[:, -1].clamp(min=0), visible[..., 1].amax(-1)
         return KeyIndex.build(key, kind, start=start, end=end, block_size=config.block_size, backend=config.backend)
-    return None
+    return kept
+
+
+def _key_means(
+    config: NCConfig,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    cache: LayerCache | None,
+) -> KeyIndex | None:
+    """The means of a layer's pages, brought up to date, where decoding approximates what it leaves out by them."""
+    if config.tail != "mean" or config.decode != "topk" or config.key_index == "never" or not visible.numel():
+        return None
+    return _kept_index(config, "means", key, value, visible, origin, cache)
+
+
+def _kept_index(
+    config: NCConfig,
+    kind: IndexKind,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    cache: LayerCache | None,
+) -> KeyIndex | None:
+    """The index of a kind that a cache layer keeps, brought up to date; None where the cache can keep none."""
+    layer = None if cache is None else cache.layer
+    if layer is None or (kind not in layer.nc_indexes and torch.compiler.is_compiling()):
+        return None
+    return layer.nc_update(key, value, visible, origin, kind, config.block_size, config.backend)
 
 
 def _pays(kind: str, backend: str) -> bool:

@@ -46,7 +46,7 @@ def _version(keys: torch.Tensor) -> int | None:
 
 
 class KeyIndexMixin:
-    """A cache layer with a key index.
+    """A cache layer with key indexes, at most one of a kind.
 
     In-place writes to the keys from outside are noticed by the tensor's version, which PyTorch does not count for
     tensors made in inference mode, nor inside a compiled graph: call ``forget_index`` after writing there.
@@ -55,78 +55,83 @@ class KeyIndexMixin:
     _layer_type = None
     keys: torch.Tensor | None
     values: torch.Tensor
-    nc_index: KeyIndex | None = None
+    # Never changed in place: the class's empty one is shared.
+    nc_indexes: "dict[IndexKind, KeyIndex]" = {}  # noqa: RUF012
     _nc_seen: _Seen | None = None
     _nc_offloads = False
-    _nc_updated = False
+    _nc_updated: frozenset[IndexKind] = frozenset()
 
     def nc_check(self) -> None:
-        """Drops the index if the keys are not those it was made of."""
-        if self.nc_index is not None and (self._nc_seen is None or not self._nc_seen.still(self.keys)):
+        """Drops the indexes if the keys are not those they were made of."""
+        if self.nc_indexes and (self._nc_seen is None or not self._nc_seen.still(self.keys)):
             self.nc_forget()
 
     def nc_forget(self) -> None:
-        """Drops the index; attention builds a new one from the keys."""
-        self.nc_index = self._nc_seen = None
+        """Drops the indexes; attention builds new ones from the keys."""
+        self.nc_indexes, self._nc_seen = {}, None
 
     def nc_update(
         self,
         key: torch.Tensor,
+        value: torch.Tensor,
         visible: torch.Tensor,
         origin: torch.Tensor,
         kind: IndexKind,
         block_size: int,
         backend: str,
     ) -> KeyIndex:
-        """The index of all keys, those of this call taken in.
+        """The index of one kind of all keys, those of this call taken in.
 
         Args:
-            key: ``[B, Hkv, L, D]``, what ``update`` returned.
+            key: ``[B, Hkv, L, D]``, value: ``[B, Hkv, L, Dv]``, what ``update`` returned.
             visible: int32 ``[B, Lq, 2]``, the intervals of this call's queries. origin: int32 ``[B, Lq]``.
         """
         end = visible[..., 1].amax(-1)
-        index = self.nc_index
-        if index is not None and (index.kind != kind or index.block_size != block_size or not index.fits(key)):
+        index = self.nc_indexes.get(kind)
+        if index is not None and (index.block_size != block_size or not index.fits(key)):
             index = None
         if index is None:
             # The key at which the sequence starts: its interval may start later.
             start = origin[:, -1].clamp(min=0)
-            index = KeyIndex.build(key, kind, start=start, end=end, block_size=block_size, backend=backend)
+            index = KeyIndex.build(key, kind, value=value, start=start, end=end, block_size=block_size, backend=backend)
             if isinstance(self, StaticLayer):
                 for tensor in index.tensors():
                     torch._dynamo.mark_static_address(tensor)
-            self.nc_index = index
+            self.nc_indexes = {**self.nc_indexes, kind: index}
         else:
-            index.extend(key, visible.shape[1], end)
-        self._nc_updated = True
+            index.extend(key, visible.shape[1], end, value)
+        self._nc_updated |= {kind}
         return index
 
     def nc_done(self) -> None:
         """To be called at the end of each call of attention: an index that did not take in its keys is dropped."""
-        if self._nc_updated:
-            self.nc_settle()
-        else:
-            self.nc_forget()
-        self._nc_updated = False
+        if len(self.nc_indexes) != len(self._nc_updated):
+            self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind in self._nc_updated}
+        self.nc_settle()
+        self._nc_updated = frozenset()
 
     def nc_settle(self) -> None:
-        """Takes note that the index belongs to the keys as they are now."""
-        if self.nc_index is not None and self.keys is not None:
+        """Takes note that the indexes belong to the keys as they are now."""
+        if self.nc_indexes and self.keys is not None:
             if self._nc_offloads:
-                self.nc_index.to(self.keys.device)
+                self._nc_move(self.keys.device)
                 self._nc_offloads = False
             self._nc_seen = _Seen.of(self.keys)
 
+    def _nc_move(self, device: torch.device) -> None:
+        for index in self.nc_indexes.values():
+            index.to(device)
+
     def offload(self) -> None:
         # The cache offloads a layer as soon as it is updated, before attention has run.
-        self._nc_offloads = self.nc_index is not None
+        self._nc_offloads = bool(self.nc_indexes)
         super().offload()  # type: ignore[misc]
 
     def prefetch(self) -> None:
         self.nc_check()
         super().prefetch()  # type: ignore[misc]
-        if self.nc_index is not None and self.keys is not None:
-            self.nc_index.to(self.keys.device)
+        if self.nc_indexes and self.keys is not None:
+            self._nc_move(self.keys.device)
             self.nc_settle()
 
     def reset(self) -> None:
@@ -139,8 +144,9 @@ class KeyIndexMixin:
     def _nc_follow(self, change: Any, method: str, *arguments: Any) -> None:
         self.nc_check()
         getattr(super(), method)(*arguments)
-        if self.nc_index is not None and self.keys is not None:
-            change(self.nc_index)
+        if self.nc_indexes and self.keys is not None:
+            for index in self.nc_indexes.values():
+                change(index)
             self.nc_settle()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,8 +156,8 @@ class KeyIndexMixin:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.nc_index is not None:
-            self.nc_index = self.nc_index.clone()  # a shallow copy must not write into the other's
+        # A shallow copy must not write into the other's.
+        self.nc_indexes = {kind: index.clone() for kind, index in self.nc_indexes.items()}
         self.nc_settle()
 
 
@@ -259,7 +265,7 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
     if not compiling:
         found.nc_check()
     length = found.get_seq_length()
-    return LayerCache(found, length > 0 if isinstance(length, int) else found.nc_index is not None)
+    return LayerCache(found, length > 0 if isinstance(length, int) else bool(found.nc_indexes))
 
 
 def forget_index(cache: Cache) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from nc_patch.config import NCConfig, Selection
-from nc_patch.index import KIND_OF, KeyIndex
+from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.reference import AttentionResult, causal_intervals
@@ -33,6 +33,7 @@ def sparse_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     index: KeyIndex | None = None,
+    means: KeyIndex | None = None,
     return_stats: bool = False,
     return_kept_mass: Literal["bounds"] | None = None,
     **options: Any,
@@ -64,12 +65,14 @@ def sparse_attention(
         index: for decoding, at most 32 queries a sequence: the ``KeyIndex`` of ``key``, of kind ``"codes"`` for
             ``"topk"``, which changes no result, or ``"pages"`` for ``"block"``, by which every query chooses pages for
             itself. Given, it decides ``origin`` and ``block_size``. It has no gradient.
+        means: the ``KeyIndex`` of kind ``"means"`` of ``key`` and ``value``, which spares ``tail="mean"`` the reading of
+            all of them; at most 32 queries a sequence, of one origin.
         return_stats: return an ``AttentionResult`` (output, lse, kept_mass, attended) instead of the output alone. The
             kept mass needs the score of every key.
         return_kept_mass: ``"bounds"`` returns an ``AttentionResult`` with ``kept_mass_bounds``, which a codes index
             gives almost for free.
-        options: ``sink_keys``, ``recent_keys``, ``min_keys``, ``block_size``, ``refine``, ``law`` and ``backend`` of
-            ``NCConfig``.
+        options: ``sink_keys``, ``recent_keys``, ``min_keys``, ``block_size``, ``refine``, ``tail``, ``law`` and
+            ``backend`` of ``NCConfig``.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in query's dtype, zero for queries that see no key; or an ``AttentionResult``.
@@ -99,7 +102,9 @@ def sparse_attention(
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
     if index is not None:
-        check_index(index, key, selection, Lq)
+        check_index(index, key, KIND_OF.get(selection), f'selection "{selection}"', Lq)
+    if means is not None:
+        check_index(means, key, "means" if config.tail == "mean" else None, f'tail="{config.tail}"', Lq)
     wants_bounds = return_kept_mass is not None
     if wants_bounds and (index is None or index.kind != "codes"):
         raise ValueError('bounds of the kept mass come from codes: pass index=KeyIndex.build(key, "codes")')
@@ -124,6 +129,7 @@ def sparse_attention(
         softcap=softcap,
         sinks=sinks,
         index=index,
+        means=means,
         max_budget=config.largest_budget(Lk, 0),
         want_stats=return_stats,
         want_bounds=wants_bounds,
@@ -151,6 +157,7 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     index: KeyIndex | None = None,
+    means: KeyIndex | None = None,
     max_budget: int = 0,
     want_stats: bool = False,
     want_bounds: bool = False,
@@ -163,13 +170,18 @@ def attend(
     Returns:
         The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``.
     """
+    tail: tuple[torch.Tensor, ...] = ()
+    if config.tail == "mean" and selection == "topk":
+        pair = decode_ops.page_means(key, value, visible, origin) if means is None else means.means()
+        tail = (*pair, origin)
     if index is not None and selection != "dense":
         return _attend_by_index(
-            *(query, key, value, visible, budget, sinks, index, config, scale, softcap, max_budget),
+            *(query, key, value, visible, budget, sinks, index, tail, config, scale, softcap, max_budget),
             want_stats=want_stats,
             want_bounds=want_bounds,
         )
-    backend, reason = choose_backend(config.backend, selection, query.device, needs_gradient(query, key, value, sinks))
+    kind = "means" if tail else selection
+    backend, reason = choose_backend(config.backend, kind, query.device, needs_gradient(query, key, value, sinks))
     if reason is not None:
         _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
@@ -200,6 +212,7 @@ def attend(
         config.recent_keys,
         want_stats,
         backend,
+        *tail,
     )
     if not want_stats:
         return AttentionResult(output)
@@ -214,6 +227,7 @@ def _attend_by_index(
     budget: torch.Tensor,
     sinks: torch.Tensor | None,
     index: KeyIndex,
+    tail: tuple[torch.Tensor, ...],
     config: NCConfig,
     scale: float,
     softcap: float | None,
@@ -222,7 +236,7 @@ def _attend_by_index(
     want_stats: bool,
     want_bounds: bool,
 ) -> AttentionResult:
-    backend, reason = choose_backend(config.backend, index.kind, query.device)
+    backend, reason = choose_backend(config.backend, "means" if tail else index.kind, query.device)
     if reason is not None:
         _say_once(f"decoding by {index.kind} runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
@@ -237,7 +251,7 @@ def _attend_by_index(
         return AttentionResult(output, lse, kept_mass, attended)
     output, lse, bounds = decode_ops.topk_decode(
         *(query, key, value, visible, budget, sinks, *index.codes(), scale, cap),
-        *(config.sink_keys, config.recent_keys, config.refine, max_budget, want_bounds, backend),
+        *(config.sink_keys, config.recent_keys, config.refine, max_budget, want_bounds, backend, *tail),
     )
     if not want_bounds:
         return AttentionResult(output)
@@ -250,11 +264,13 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def check_index(index: KeyIndex, key: torch.Tensor, selection: str, query_length: int) -> None:
-    """Raises ValueError unless an index is of the kind that the selection decodes by, and of keys of this shape."""
-    if KIND_OF.get(selection) != index.kind:
+def check_index(index: KeyIndex, key: torch.Tensor, kind: IndexKind | None, used_by: str, query_length: int) -> None:
+    """Raises ValueError unless an index is of the kind that goes with ``used_by``, and of keys of this shape."""
+    if kind != index.kind:
         wanted = ", ".join(f'"{kind}" for selection "{name}"' for name, kind in KIND_OF.items())
-        raise ValueError(f'an index must be of kind {wanted}; got "{index.kind}" for "{selection}"')
+        raise ValueError(
+            f'an index must be of kind {wanted}, and means "means" for tail="mean"; got "{index.kind}" for {used_by}'
+        )
     if not index.fits(key) or index.capacity < key.shape[2]:
         raise ValueError(
             f"the index is of other keys than {tuple(key.shape)} on {key.device} (room for {index.capacity}); build it "

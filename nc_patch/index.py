@@ -1,8 +1,9 @@
 """The key index: what a layer keeps beside its keys so that decoding can choose among them almost for free.
 
-Two kinds. ``"codes"``: one byte an element and two floats a key, which bound every score (``ops/codes.py``); ``topk``
+Three kinds. ``"codes"``: one byte an element and two floats a key, which bound every score (``ops/codes.py``); ``topk``
 decodes by them. ``"pages"``: mean and variance of each run of ``block_size`` keys (``ops/pages.py``); ``block`` decodes
-by them. An index is an accelerator: what it holds follows from the keys, and it can be dropped and built again.
+by them. ``"means"``: means of keys and values of each run of 16 (``ops/tail.py``), by which ``topk`` approximates what
+it leaves out. An index is an accelerator: what it holds follows from the keys, and it can be dropped and built again.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from nc_patch.ops import decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.codes import KeyCodes, channel_moments
 from nc_patch.ops.pages import PageStatistics, page_count
+from nc_patch.ops.tail import PageMeans, slot_count
 
-IndexKind = Literal["codes", "pages"]
-INDEX_KINDS: tuple[IndexKind, ...] = ("codes", "pages")
+IndexKind = Literal["codes", "pages", "means"]
+INDEX_KINDS: tuple[IndexKind, ...] = ("codes", "pages", "means")
 # The kind that a selection decodes by.
 KIND_OF: dict[str, IndexKind] = {"topk": "codes", "block": "pages"}
 
@@ -34,8 +36,8 @@ class KeyIndex:
     """Index of the keys ``[B, Hkv, L, D]`` of one layer; made by ``build``, extended as keys arrive.
 
     Attributes:
-        kind: ``"codes"`` or ``"pages"``.
-        block_size: keys per page.
+        kind: ``"codes"``, ``"pages"`` or ``"means"``.
+        block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
         capacity: how many keys fit without a new allocation.
     """
@@ -59,6 +61,7 @@ class KeyIndex:
         key: torch.Tensor,
         kind: IndexKind,
         *,
+        value: torch.Tensor | None = None,
         start: torch.Tensor | None = None,
         end: torch.Tensor | None = None,
         block_size: int = 32,
@@ -69,7 +72,8 @@ class KeyIndex:
 
         Args:
             key: ``[B, Hkv, L, D]``, bfloat16, float16 or float32.
-            kind: ``"codes"`` or ``"pages"``.
+            kind: ``"codes"``, ``"pages"`` or ``"means"``.
+            value: ``[B, Hkv, L, Dv]``, for ``"means"``.
             start, end: int ``[B]``, where each sequence begins and ends within L; by default everywhere 0 and L.
             block_size: keys per page.
             capacity: how many keys to make room for; by default L.
@@ -88,6 +92,7 @@ class KeyIndex:
         for name, tensor in (("start", start), ("end", end)):
             if tensor.shape != (B,) or tensor.dtype.is_floating_point:
                 raise ValueError(f"{name} must be int [{B}], got {tensor.dtype} {list(tensor.shape)}")
+        check_value(kind, key, value)
         capacity = L if capacity is None else capacity
         if capacity < L:
             raise ValueError(f"capacity must be at least the {L} keys that are there, got {capacity}")
@@ -101,26 +106,35 @@ class KeyIndex:
                 "center": center,
                 "spread": spread,
             }
-        else:
+        elif kind == "pages":
             pages = page_count(capacity, block_size)
             tensors = {"mean": new(pages, D, dtype=key.dtype), "variance": new(pages, D, dtype=key.dtype)}
+        else:
+            assert value is not None
+            slots = slot_count(capacity)
+            tensors = {"key": new(slots, D, dtype=key.dtype), "value": new(slots, value.shape[3], dtype=value.dtype)}
         chosen, _ = choose_backend(backend, kind, key.device)
         index = cls(kind, block_size, start.to(torch.int32).clone(), tensors, capacity, chosen)
         if L:
-            index._write(key, torch.zeros_like(index.origin), L, end)
+            index._write(key, value, torch.zeros_like(index.origin), L, end)
         return index
 
-    def extend(self, key: torch.Tensor, count: int, end: torch.Tensor) -> None:
+    def extend(self, key: torch.Tensor, count: int, end: torch.Tensor, value: torch.Tensor | None = None) -> None:
         """Takes in the last ``count`` keys before ``end[b]`` of each sequence b.
 
         Args:
             key: ``[B, Hkv, L, D]``, all keys of the layer.
             count: how many are new.
             end: int ``[B]``, where each sequence ends now.
+            value: ``[B, Hkv, L, Dv]``, for ``"means"``.
+
+        Raises:
+            ValueError: ``"means"`` without values that fit.
         """
+        check_value(self.kind, key, value)
         if key.shape[2] > self.capacity:
             self._reserve(key.shape[2])
-        self._write(key, end - count, count, end)
+        self._write(key, value, end - count, count, end)
 
     def codes(self) -> KeyCodes:
         """The codes of all keys; what lies beyond the sequences' ends means nothing."""
@@ -129,6 +143,10 @@ class KeyIndex:
     def pages(self) -> PageStatistics:
         """The statistics of all pages; only those of pages that are full, or that hold the last key, mean something."""
         return PageStatistics(self._tensors["mean"], self._tensors["variance"])
+
+    def means(self) -> PageMeans:
+        """The means of all pages of 16 by slot; only those of full pages mean something."""
+        return PageMeans(self._tensors["key"], self._tensors["value"])
 
     def fits(self, key: torch.Tensor) -> bool:
         """Whether the index can belong to keys of this shape, on this device."""
@@ -165,12 +183,17 @@ class KeyIndex:
         """Bytes that the index takes, reserve included."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
-    def _write(self, key: torch.Tensor, first: torch.Tensor, count: int, end: torch.Tensor) -> None:
+    def _write(
+        self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, count: int, end: torch.Tensor
+    ) -> None:
         t = self._tensors
         if self.kind == "codes":
             decode_ops.encode_keys_(
                 key, first, count, t["codes"], t["scale"], t["residual"], t["center"], t["spread"], self._backend
             )
+        elif self.kind == "means":
+            assert value is not None
+            decode_ops.page_means_(key, value, self.origin, first, count, t["key"], t["value"])
         else:
             decode_ops.summarize_pages_(
                 key, self.origin, first, count, end, t["mean"], t["variance"], self.block_size, self._backend
@@ -178,8 +201,10 @@ class KeyIndex:
 
     def _reserve(self, length: int) -> None:
         capacity = reserve_for(length)
-        rows = capacity if self.kind == "codes" else page_count(capacity, self.block_size)
-        for name in ("codes", "scale", "residual") if self.kind == "codes" else ("mean", "variance"):
+        rows = {"codes": capacity, "pages": page_count(capacity, self.block_size), "means": slot_count(capacity)}[
+            self.kind
+        ]
+        for name in [name for name in self._tensors if name not in ("center", "spread")]:
             old = self._tensors[name]
             grown = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
             grown[:, :, : old.shape[2]] = old
@@ -189,3 +214,10 @@ class KeyIndex:
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._tensors = {name: change(tensor) for name, tensor in self._tensors.items()}
         self.origin = change(self.origin)
+
+
+def check_value(kind: IndexKind, key: torch.Tensor, value: torch.Tensor | None) -> None:
+    """Raises ValueError unless the values that an index of this kind needs are there and fit ``key``."""
+    if kind == "means" and (value is None or value.ndim != 4 or value.shape[:3] != key.shape[:3]):
+        got = "none" if value is None else f"shape {tuple(value.shape)}"
+        raise ValueError(f'an index of kind "means" needs the values {[*key.shape[:3], "Dv"]} of the keys, got {got}')

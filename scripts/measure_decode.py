@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
-from nc_patch import KeyIndex, patch_model, unpatch_model
+from nc_patch import patch_model, unpatch_model
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -44,8 +44,7 @@ def step(model: Any, token: torch.Tensor, cache: DynamicCache, options: dict[str
 
 def index_bytes(cache: DynamicCache) -> int:
     """Bytes of the key indexes that a cache carries."""
-    indexes = [getattr(layer, "nc_index", None) for layer in cache.layers]
-    return sum(index.nbytes() for index in indexes if isinstance(index, KeyIndex))
+    return sum(index.nbytes() for layer in cache.layers for index in getattr(layer, "nc_indexes", {}).values())
 
 
 def main() -> None:

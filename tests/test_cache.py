@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import CacheLayerMixin
 
 from nc_patch import KeyIndex, forget_index, patch_model, unpatch_model
 from nc_patch.cache import IndexedDynamicLayer, IndexedStaticLayer, layer_cache
@@ -19,8 +20,9 @@ from nc_patch.ops.codes import encode_keys
 HEADS, DIM, BLOCK = 2, 8, 16
 
 
-def assert_equals_fresh(index: KeyIndex, keys: torch.Tensor, lengths: list[int]) -> None:
+def assert_equals_fresh(index: KeyIndex, layer: CacheLayerMixin, lengths: list[int]) -> None:
     """The index equals one built from the keys: bit for bit where a key or a whole page decides, to rounding else."""
+    keys = layer.keys
     if index.kind == "codes":
         held = index.codes()
         fresh = encode_keys(keys, held.center, held.spread)
@@ -28,6 +30,14 @@ def assert_equals_fresh(index: KeyIndex, keys: torch.Tensor, lengths: list[int])
             assert torch.equal(held.codes[b, :, :length], fresh[0][b, :, :length])
             assert torch.equal(held.scale[b, :, :length], fresh[1][b, :, :length])
             torch.testing.assert_close(held.residual[b, :, :length], fresh[2][b, :, :length], atol=0, rtol=1e-6)
+        return
+    if index.kind == "means":
+        fresh = KeyIndex.build(keys, "means", value=layer.values, start=index.origin)
+        for b, length in enumerate(lengths):
+            begin = int(index.origin[b])
+            slots = [(begin + 16 * j) // 16 for j in range((length - begin) // 16)]
+            for held_tensor, fresh_tensor in zip(index.means(), fresh.means(), strict=True):
+                assert torch.equal(held_tensor[b, :, slots], fresh_tensor[b, :, slots])
         return
     fresh = KeyIndex.build(keys, "pages", start=index.origin, block_size=index.block_size).pages()
     for b, length in enumerate(lengths):
@@ -54,14 +64,15 @@ class CacheMachine(RuleBasedStateMachine):
 
     def append(self, count):
         new = torch.randn(self.batch, HEADS, count, DIM, generator=self.generator)
+        new_values = new.flip(-1)
         found = layer_cache(self.cache, 0)
         assert found.layer is self.layer
-        keys, _ = self.layer.update(new, new)
+        keys, values = self.layer.update(new, new_values)
         self.length += count
         end = torch.arange(self.length - count + 1, self.length + 1).expand(self.batch, -1)
         start = self.start[:, None].expand_as(end)
         visible = torch.stack((start, torch.maximum(start, end)), -1).int()
-        self.layer.nc_update(keys, visible, start.int(), self.kind, BLOCK, "torch")
+        self.layer.nc_update(keys, values, visible, start.int(), self.kind, BLOCK, "torch")
         self.layer.nc_settle()
 
     @rule(count=st.integers(1, 20))
@@ -101,7 +112,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(length=st.integers(1, 40))
     def reset(self, length):
         self.cache.reset()
-        assert self.layer.nc_index is None
+        assert not self.layer.nc_indexes
         self.length, self.start = 0, torch.zeros(self.batch, dtype=torch.int64)
         self.append(length)
 
@@ -109,20 +120,20 @@ class CacheMachine(RuleBasedStateMachine):
     def copy(self):
         self.cache = copy.deepcopy(self.cache)
         self.layer = self.cache.layers[0]
-        assert self.layer.nc_index is not None
+        assert self.layer.nc_indexes
 
     @rule()
     def write_behind_its_back(self):
         self.layer.keys.mul_(2.0)
         self.layer.nc_check()
-        assert self.layer.nc_index is None
+        assert not self.layer.nc_indexes
         self.append(1) if self.length < 400 else self.reset(3)
 
     @invariant()
     def index_equals_a_fresh_one(self):
         if hasattr(self, "layer"):
-            assert self.layer.nc_index is not None
-            assert_equals_fresh(self.layer.nc_index, self.layer.keys, [self.length] * self.batch)
+            assert self.layer.nc_indexes
+            assert_equals_fresh(self.layer.nc_indexes[self.kind], self.layer, [self.length] * self.batch)
 
 
 class CodesMachine(CacheMachine):
@@ -133,7 +144,11 @@ class PagesMachine(CacheMachine):
     kind = "pages"
 
 
-for machine in (CodesMachine, PagesMachine):
+class MeansMachine(CacheMachine):
+    kind = "means"
+
+
+for machine in (CodesMachine, PagesMachine, MeansMachine):
     machine.TestCase.settings = settings(
         max_examples=40,
         stateful_step_count=20,
@@ -141,12 +156,13 @@ for machine in (CodesMachine, PagesMachine):
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],
     )
-TestCodes, TestPages = CodesMachine.TestCase, PagesMachine.TestCase
+TestCodes, TestPages, TestMeans = CodesMachine.TestCase, PagesMachine.TestCase, MeansMachine.TestCase
 
 
 OPTIONS = {
     "topk": {"key_index": "always"},
     "block": {"selection": "block", "block_size": 16},
+    "tail": {"key_index": "always", "tail": "mean"},
 }
 
 
@@ -189,7 +205,7 @@ def test_a_cache_that_the_user_passes_in_is_used_and_goes_on(selection):
     for cache in (DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=120)):
         with torch.no_grad():
             model(ids[:, :50], past_key_values=cache)
-        assert all(layer.nc_index is not None for layer in cache.layers)
+        assert all(layer.nc_indexes for layer in cache.layers)
         prefix = copy.deepcopy(cache)
         assert torch.equal(generated(model, ids, past_key_values=cache), plain)
         assert torch.equal(generated(model, ids, past_key_values=prefix), plain)
@@ -203,7 +219,7 @@ def test_a_cache_filled_by_an_unpatched_model_is_indexed_when_it_is_met():
         twin = copy.deepcopy(cache)
         patch_model(model, 1.0, 0.7, **OPTIONS["topk"])
         with_index = model(ids[:, -1:], past_key_values=cache).logits
-        assert cache.layers[0].nc_index is not None
+        assert cache.layers[0].nc_indexes
         patch_model(model, 1.0, 0.7, key_index="never")
         torch.testing.assert_close(with_index, model(ids[:, -1:], past_key_values=twin).logits, atol=1e-5, rtol=0)
 
@@ -215,9 +231,9 @@ def test_keys_written_in_inference_mode_need_forget_index():
         model(ids, past_key_values=cache)
         cache.layers[0].keys.mul_(0.5)
         forget_index(cache)
-        assert all(layer.nc_index is None for layer in cache.layers)
+        assert all(not layer.nc_indexes for layer in cache.layers)
         model(ids[:, -1:], past_key_values=cache)
-        assert_equals_fresh(cache.layers[0].nc_index, cache.layers[0].keys, [61])
+        assert_equals_fresh(cache.layers[0].nc_indexes["codes"], cache.layers[0], [61])
 
 
 def test_settings_of_another_kind_build_the_index_again():
@@ -228,7 +244,7 @@ def test_settings_of_another_kind_build_the_index_again():
         for selection, kind in (("block", "pages"), ("topk", "codes")):
             patch_model(model, 1.0, 0.7, **OPTIONS[selection])
             model(ids[:, -1:], past_key_values=cache)
-            assert cache.layers[0].nc_index.kind == kind
+            assert list(cache.layers[0].nc_indexes) == [kind]
 
 
 def test_an_indexed_cache_pickles_and_serves_an_unpatched_model():
@@ -237,9 +253,9 @@ def test_an_indexed_cache_pickles_and_serves_an_unpatched_model():
     with torch.no_grad():
         model(ids, past_key_values=cache)
         cache = pickle.load(io.BytesIO(pickle.dumps(cache)))
-        assert cache.layers[0].nc_index is not None
+        assert cache.layers[0].nc_indexes
         shallow = copy.copy(cache.layers[0])
-        assert shallow.nc_index is not cache.layers[0].nc_index
+        assert shallow.nc_indexes["codes"] is not cache.layers[0].nc_indexes["codes"]
         patch_model(model, 1.0, 0.7, key_index="never")
         plain = DynamicCache()
         model(ids[:, :50], past_key_values=plain)
@@ -253,16 +269,16 @@ def test_offloading_moves_the_index_when_attention_is_done_with_it():
     cache = DynamicCache()
     layer = layer_cache(cache, 0).layer
     new = torch.randn(1, HEADS, 20, DIM)
-    keys, _ = layer.update(new, new)
+    keys, values = layer.update(new, new)
     visible = torch.tensor([[[0, i + 1] for i in range(20)]], dtype=torch.int32)
-    layer.nc_update(keys, visible, visible[..., 0], "codes", BLOCK, "torch")
+    layer.nc_update(keys, values, visible, visible[..., 0], "codes", BLOCK, "torch")
     layer.nc_settle()
     layer.offload()
     layer.nc_settle()
-    assert layer.nc_index.codes().codes.device == layer.keys.device
+    assert layer.nc_indexes["codes"].codes().codes.device == layer.keys.device
     layer.prefetch()
     layer.nc_check()
-    assert layer.nc_index is not None
+    assert layer.nc_indexes
 
 
 def test_an_index_that_grows_a_key_at_a_time_keeps_within_its_reserve():
@@ -271,13 +287,13 @@ def test_an_index_that_grows_a_key_at_a_time_keeps_within_its_reserve():
     for step in range(10_000):
         if step % 2000 == 1999:
             layer.crop(-1500)
-        keys, _ = layer.update(new, new)
+        keys, values = layer.update(new, new)
         visible = torch.tensor([[[0, keys.shape[2]]]], dtype=torch.int32)
-        layer.nc_update(keys, visible, visible[..., 0], "codes", BLOCK, "torch")
+        layer.nc_update(keys, values, visible, visible[..., 0], "codes", BLOCK, "torch")
         layer.nc_settle()
     length, longest = layer.keys.shape[2], 2000 + 4 * 500
-    assert layer.nc_index.capacity <= longest + max(128, longest // 64), length
-    assert layer.nc_index.nbytes() <= layer.nc_index.capacity * (16 + 8) + 2 * 16 * 4 + 4
+    assert layer.nc_indexes["codes"].capacity <= longest + max(128, longest // 64), length
+    assert layer.nc_indexes["codes"].nbytes() <= layer.nc_indexes["codes"].capacity * (16 + 8) + 2 * 16 * 4 + 4
 
 
 @pytest.mark.parametrize("first_in_inference_mode", [True, False])

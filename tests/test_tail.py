@@ -5,7 +5,10 @@ import torch
 from attention_cases import Case, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import random_ids, tiny_model
+from transformers import DynamicCache
 
+from nc_patch import KeyIndex, NCConfig, patch_model, sparse_attention
 from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys
 from nc_patch.ops.tail import PageMeans, page_means, page_starts
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
@@ -121,3 +124,59 @@ def test_pages_of_packed_sequences_lie_in_slots_of_their_own():
     negative = torch.full_like(origin, -5)  # a sequence whose first five keys are gone
     starts = page_starts(torch.stack((torch.zeros_like(end), end), -1), negative, 93)
     assert starts.tolist() == [[11, 27, 43, 59, 75, -1]]
+
+
+def test_prefill_chunks_and_single_tokens_score_alike():
+    model = patch_model(tiny_model("llama"), 1.0, 0.6, tail="mean")
+    ids = random_ids(2, 90)
+    mask = torch.ones_like(ids)
+    mask[1, :21] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        alone = model(ids[1:, 21:]).logits
+        torch.testing.assert_close(whole[1:, 21:], alone, atol=2e-5, rtol=0)
+        for pieces in ([90], [50, 40], [64, *[1] * 26], [70, 9, 1, 10]):
+            cache, done, logits = DynamicCache(), 0, []
+            for piece in pieces:
+                part = model(ids[:, done : done + piece], attention_mask=mask[:, : done + piece], past_key_values=cache)
+                logits.append(part.logits)
+                done += piece
+            assert list(cache.layers[0].nc_indexes) == ["means"]
+            torch.testing.assert_close(torch.cat(logits, 1)[mask == 1], whole[mask == 1], atol=2e-5, rtol=0)
+
+
+def test_an_index_of_means_changes_no_result():
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, length, 16, generator=g) for heads, length in ((4, 3), (2, 77), (2, 77)))
+    options = {"alpha": 1.0, "C": 0.5, "tail": "mean"}
+    plain = sparse_attention(query, key, value, **options)
+    means, codes = KeyIndex.build(key, "means", value=value), KeyIndex.build(key, "codes")
+    assert relative_error(sparse_attention(query, key, value, means=means, **options), plain) < 1e-6
+    both = sparse_attention(query, key, value, means=means, index=codes, return_kept_mass="bounds", **options)
+    assert relative_error(both.output, plain) < 1e-5
+    assert relative_error(sparse_attention(query, key, value, alpha=1.0, C=0.5), plain) > 1e-2
+    assert means.nbytes() * 16 <= (key.nbytes + value.nbytes) * 80 / 77 + 16 * 8  # whole pages, and the origins
+
+
+def test_a_full_budget_is_dense():
+    g = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, 2, 80, 16, generator=g) for _ in range(3))
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    output = sparse_attention(query, key, value, alpha=80.0, C=0.0, tail="mean")
+    assert relative_error(output, dense) < 1e-5
+
+
+def test_what_a_tail_cannot_do_is_refused_by_name():
+    with pytest.raises(ValueError, match="tail must be one of 'drop', 'mean', got 'none'"):
+        NCConfig(2.0, 0.5, tail="none")
+    with pytest.raises(ValueError, match='tail="mean" belongs to "topk", and prefill is "block" and decode "block"'):
+        NCConfig.create(2.0, 0.5, selection="block", tail="mean")
+    query = torch.randn(1, 2, 40, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match='tail="mean" has no gradient'):
+        sparse_attention(query, query, query, alpha=1.0, C=0.5, tail="mean")
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"needs the values \[1, 2, 40, \'Dv\'\] of the keys, got none"):
+            KeyIndex.build(query, "means")
+        means = KeyIndex.build(query, "means", value=query)
+        with pytest.raises(ValueError, match='means "means" for tail="mean"; got "means" for tail="drop"'):
+            sparse_attention(query[:, :, -1:], query, query, alpha=1.0, C=0.5, means=means)

@@ -3,9 +3,9 @@
 import torch
 
 # What each backend implements; what is missing runs on "torch", which implements everything, and is reported.
-# "codes" and "pages" are decoding by a key index of that kind, and its upkeep.
+# "codes", "pages" and "means" are decoding by a key index of that kind, and its upkeep.
 IMPLEMENTED: dict[str, frozenset[str]] = {
-    "torch": frozenset({"topk", "window", "block", "dense", "codes", "pages"}),
+    "torch": frozenset({"topk", "window", "block", "dense", "codes", "pages", "means"}),
     "triton": frozenset({"topk", "window", "dense", "codes", "pages"}),
 }
 

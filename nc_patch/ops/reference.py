@@ -355,7 +355,9 @@ def tail_columns(
             first, last = begin + j * size, begin + (j + 1) * size
             own = torch.div(visible[b, :, 1] - 1 - begin, size, rounding_mode="floor")
             counts = (origin[b] == begin) & (visible[b, :, 0] <= first) & (j < own)
-            mean_key, mean_value = (t[:, :, first:last].double().mean(2, keepdim=True).to(t.dtype) for t in (key, value))
+            mean_key, mean_value = (
+                t[:, :, first:last].double().mean(2, keepdim=True).to(t.dtype) for t in (key, value)
+            )
             score = scale * (query[b] @ mean_key[b].double().repeat_interleave(group, 0).transpose(-1, -2))[..., 0]
             score = softcap * torch.tanh(score / softcap) if softcap else score
             missing = (kept[b, :, :, first:last] == -torch.inf).sum(-1)
