@@ -89,9 +89,8 @@ class NCConfig:
             raise ValueError('refine=False scores keys by their index, which key_index="never" takes away')
         _choice("tail", self.tail, TAILS)
         if self.tail == "mean" and "topk" not in (self.prefill, self.decode):
-            raise ValueError(
-                f'tail="mean" belongs to "topk", and prefill is "{self.prefill}" and decode "{self.decode}": leave tail out'
-            )
+            selections = f'prefill is "{self.prefill}" and decode "{self.decode}"'
+            raise ValueError(f'tail="mean" belongs to "topk", and {selections}: leave tail out')
         _integer("sink_keys", self.sink_keys, 0)
         _integer("recent_keys", self.recent_keys, 0)
         _integer("min_keys", self.min_keys, 1)

@@ -65,8 +65,8 @@ def sparse_attention(
         index: for decoding, at most 32 queries a sequence: the ``KeyIndex`` of ``key``, of kind ``"codes"`` for
             ``"topk"``, which changes no result, or ``"pages"`` for ``"block"``, by which every query chooses pages for
             itself. Given, it decides ``origin`` and ``block_size``. It has no gradient.
-        means: the ``KeyIndex`` of kind ``"means"`` of ``key`` and ``value``, which spares ``tail="mean"`` the reading of
-            all of them; at most 32 queries a sequence, of one origin.
+        means: the ``KeyIndex`` of kind ``"means"`` of ``key`` and ``value``, which spares ``tail="mean"`` the reading
+            of all of them; at most 32 queries a sequence, of one origin.
         return_stats: return an ``AttentionResult`` (output, lse, kept_mass, attended) instead of the output alone. The
             kept mass needs the score of every key.
         return_kept_mass: ``"bounds"`` returns an ``AttentionResult`` with ``kept_mass_bounds``, which a codes index

@@ -8,8 +8,8 @@ import torch
 from nc_patch.ops.codes import KeyCodes, encode_keys
 from nc_patch.ops.custom_ops import Four, Three, tail_of
 from nc_patch.ops.pages import summarize_pages
-from nc_patch.ops.tail import page_means as _page_means
 from nc_patch.ops.tail import TAIL_PAGE_SIZE, page_starts, slot_count
+from nc_patch.ops.tail import page_means as _page_means
 from nc_patch.ops.torch_decode_block import torch_block_decode
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
 

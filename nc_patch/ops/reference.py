@@ -350,7 +350,7 @@ def tail_columns(
     B, Hq, Lq, Lk = kept.shape
     group, size = Hq // key.shape[1], TAIL_PAGE_SIZE
     logits, values = [kept.new_empty(B, Hq, Lq, 0)], [value.double()[:, :, :0]]
-    for b, begin in ((b, begin) for b in range(B) for begin in sorted(set(origin[b].tolist()))):
+    for b, begin in [(row, begin) for row in range(B) for begin in sorted(set(origin[row].tolist()))]:
         for j in range(-(min(begin, 0) // size), (Lk - begin) // size):
             first, last = begin + j * size, begin + (j + 1) * size
             own = torch.div(visible[b, :, 1] - 1 - begin, size, rounding_mode="floor")
