@@ -47,7 +47,7 @@ class NCConfig:
             keys: cheaper, and approximate.
         tail: what ``"topk"`` does with the keys that it does not attend: ``"drop"``, the paper's definition, or
             ``"mean"``: in every page of 16 keys they enter as one, the page's mean, as often as they are. It costs a
-            sixteenth of dense attention more and has no gradient. For ``"block"`` it was measured to do harm.
+            sixteenth of dense attention more. For ``"block"`` it was measured to do harm.
         law: ``"power"``, or ``"log"`` for ``ceil(alpha * log2(n))``, a baseline to compare with; it takes no C.
 
     Raises:

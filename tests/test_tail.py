@@ -9,6 +9,7 @@ from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache
 
 from nc_patch import KeyIndex, NCConfig, patch_model, sparse_attention
+from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys
 from nc_patch.ops.tail import PageMeans, page_means, page_starts
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
@@ -171,12 +172,43 @@ def test_what_a_tail_cannot_do_is_refused_by_name():
         NCConfig(2.0, 0.5, tail="none")
     with pytest.raises(ValueError, match='tail="mean" belongs to "topk", and prefill is "block" and decode "block"'):
         NCConfig.create(2.0, 0.5, selection="block", tail="mean")
-    query = torch.randn(1, 2, 40, 8, requires_grad=True)
-    with pytest.raises(RuntimeError, match='tail="mean" has no gradient'):
-        sparse_attention(query, query, query, alpha=1.0, C=0.5, tail="mean")
+    query = torch.randn(1, 2, 40, 8)
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"needs the values \[1, 2, 40, \'Dv\'\] of the keys, got none"):
             KeyIndex.build(query, "means")
         means = KeyIndex.build(query, "means", value=query)
         with pytest.raises(ValueError, match='means "means" for tail="mean"; got "means" for tail="drop"'):
             sparse_attention(query[:, :, -1:], query, query, alpha=1.0, C=0.5, means=means)
+
+
+def test_gradients_are_those_of_the_reference():
+    for seed in range(24):
+        case = tail_case(seed, longest=90)
+        inputs = [case.query, case.key, case.value] + ([] if case.sinks is None else [case.sinks])
+        grad = torch.randn(*case.query.shape[:3], case.value.shape[-1])
+        found = []
+        for double in (False, True):
+            leaves = [(t.double() if double else t).clone().requires_grad_() for t in inputs]
+            case.query, case.key, case.value = leaves[:3]
+            case.sinks = leaves[3] if len(leaves) > 3 else None
+            if double:
+                output = case.reference("topk", tail=True).output
+            else:
+                output = custom_ops.topk_attention(
+                    *(
+                        case.query,
+                        case.key,
+                        case.value,
+                        case.visible,
+                        case.budget,
+                        case.sinks,
+                        case.scale,
+                        case.softcap,
+                    ),
+                    *(case.sink_keys, case.recent_keys, False, "torch"),
+                    *decode_ops.page_means(case.key, case.value, case.visible, case.origin),
+                    case.origin,
+                )[0]
+            found.append(torch.autograd.grad(output, leaves, grad.to(output.dtype)))
+        for result, expected in zip(*found, strict=True):
+            assert relative_error(result, expected) < 1e-4, seed

@@ -5,6 +5,7 @@ One op a selection. Every op returns the output, the log-sum-exp and the kept ma
 beforehand.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from nc_patch.ops.tail import PageMeans
 from nc_patch.ops.torch_backward import attention_gradients
 from nc_patch.ops.torch_block import keep_blocks_, query_blocks, torch_block_attention
 from nc_patch.ops.torch_rows import Buffers, RowBlock, row_blocks, rows_per_block, split_scale
+from nc_patch.ops.torch_tail import of_one_origin
 from nc_patch.ops.torch_topk import keep_topk_, torch_topk_attention
 from nc_patch.ops.torch_window import keep_window_, torch_window_attention
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Six = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -192,9 +195,17 @@ def attention_backward(
     recent_keys: int,
     block_size: int,
     selection: str,
-) -> Four:
-    """Gradients of query, key, value and sinks (empty without sinks) for any selection, on the PyTorch backend."""
-    rows = row_blocks(visible, rows_per_block(query.shape[1], key.shape[2]))
+    tail_key: torch.Tensor | None = None,
+    tail_value: torch.Tensor | None = None,
+) -> Six:
+    """Gradients of query, key, value, sinks, tail_key and tail_value (empty where there is none), for any selection.
+
+    On the PyTorch backend.
+    """
+    rows: Iterable[RowBlock] = row_blocks(visible, rows_per_block(query.shape[1], key.shape[2]))
+    tail = tail_of(tail_key, tail_value)
+    if tail is not None and origin is not None:
+        rows = of_one_origin(rows, visible, origin)
 
     def keep(raw: torch.Tensor, seen: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
         allowed = budget[block.batch, :, block.rows]
@@ -210,10 +221,14 @@ def attention_backward(
         )
 
     blocks = query_blocks(visible, origin) if selection == "block" and origin is not None else rows
-    *gradients, grad_sinks = attention_gradients(
-        grad_output, query, key, value, visible, sinks, keep, blocks, scale=scale, softcap=softcap
+    gradients = attention_gradients(
+        *(grad_output, query, key, value, visible, sinks, keep, blocks),
+        scale=scale,
+        softcap=softcap,
+        tail=tail,
+        origin=origin,
     )
-    return (*gradients, query.new_empty(0) if grad_sinks is None else grad_sinks)  # type: ignore[return-value]
+    return tuple(query.new_empty(0) if grad is None else grad for grad in gradients)  # type: ignore[return-value]
 
 
 @attention_backward.register_fake
@@ -232,28 +247,38 @@ def _(  # type: ignore[no-untyped-def]
     recent_keys,
     block_size,
     selection,
+    tail_key=None,
+    tail_value=None,
 ):
-    new = torch.empty_like
-    return new(query), new(key), new(value), query.new_empty(0) if sinks is None else new(sinks)
+    new = lambda tensor: query.new_empty(0) if tensor is None else torch.empty_like(tensor)  # noqa: E731
+    return tuple(new(tensor) for tensor in (query, key, value, sinks, tail_key, tail_value))
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, _, backend, *tail = inputs
-    if any(part is not None for part in tail):
-        raise RuntimeError('tail="mean" has no gradient: leave tail out where one is needed')
     if backend != "torch":
         raise RuntimeError('gradients need backend="torch": forward and backward must choose the same keys')
-    ctx.save_for_backward(query, key, value, visible, budget, sinks)
+    tail_key, tail_value, origin = tail or (None, None, None)
+    ctx.save_for_backward(query, key, value, visible, origin, budget, sinks, tail_key, tail_value)
     ctx.settings = (scale, softcap, sink_keys, recent_keys)
+    ctx.inputs = len(inputs)
 
 
-def _rows_backward(selection: str, more: int = 0) -> Any:
+def _rows_backward(selection: str) -> Any:
     def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        query, key, value, visible, budget, sinks = ctx.saved_tensors
+        query, key, value, visible, origin, budget, sinks, tail_key, tail_value = ctx.saved_tensors
         grads = attention_backward(
-            grad_output, query, key, value, visible, None, budget, sinks, *ctx.settings, 0, selection
+            *(grad_output, query, key, value, visible, origin, budget, sinks, *ctx.settings, 0, selection),
+            *(tail_key, tail_value),
         )
-        return *grads[:3], None, None, None if sinks is None else grads[3], *(None,) * (more + 6)
+        of_tail = (None, None) if tail_key is None else grads[4:]
+        return (
+            *grads[:3],
+            None,
+            None,
+            None if sinks is None else grads[3],
+            *((None,) * 6 + of_tail + (None,))[: ctx.inputs - 6],
+        )
 
     return backward
 
@@ -270,6 +295,6 @@ def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, 
     return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * 4
 
 
-topk_attention.register_autograd(_rows_backward("topk", more=3), setup_context=_setup_rows)
+topk_attention.register_autograd(_rows_backward("topk"), setup_context=_setup_rows)
 window_attention.register_autograd(_rows_backward("window"), setup_context=_setup_rows)
 block_attention.register_autograd(_block_backward, setup_context=_setup_block)

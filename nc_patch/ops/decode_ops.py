@@ -1,14 +1,17 @@
 """The operations of decoding as ``torch.library`` custom ops: upkeep of the key index, and attention over it.
 
-They have no gradients: where one is required the operations of ``custom_ops`` run, which need no index.
+They have no gradients, but for ``page_means``: where one is required the operations of ``custom_ops`` run, which need
+no index.
 """
+
+from typing import Any
 
 import torch
 
 from nc_patch.ops.codes import KeyCodes, encode_keys
 from nc_patch.ops.custom_ops import Four, Three, tail_of
 from nc_patch.ops.pages import summarize_pages
-from nc_patch.ops.tail import TAIL_PAGE_SIZE, page_starts, slot_count
+from nc_patch.ops.tail import TAIL_PAGE_SIZE, page_starts, slot_count, spread_over_pages
 from nc_patch.ops.tail import page_means as _page_means
 from nc_patch.ops.torch_decode_block import torch_block_decode
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
@@ -115,6 +118,26 @@ def page_means(
 def _(key, value, visible, origin):  # type: ignore[no-untyped-def]
     slots = slot_count(key.shape[2])
     return key.new_empty(*key.shape[:2], slots, key.shape[3]), value.new_empty(*value.shape[:2], slots, value.shape[3])
+
+
+def _setup_means(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    key, _, visible, origin = inputs
+    ctx.save_for_backward(visible, origin)
+    ctx.key_length = key.shape[2]
+
+
+def _means_backward(ctx: Any, grad_key: torch.Tensor, grad_value: torch.Tensor) -> tuple[Any, ...]:
+    visible, origin = ctx.saved_tensors
+    starts = page_starts(visible, origin, ctx.key_length)
+    return (
+        spread_over_pages(grad_key, starts, ctx.key_length),
+        spread_over_pages(grad_value, starts, ctx.key_length),
+        None,
+        None,
+    )
+
+
+page_means.register_autograd(_means_backward, setup_context=_setup_means)
 
 
 @torch.library.custom_op("nc_patch::page_means_", mutates_args=("mean_key", "mean_value"))

@@ -71,3 +71,14 @@ def _mean_of(tensor: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         # Divided before they are added, so that the sum of finite numbers stays finite.
         sums += tensor.gather(2, index).float() / TAIL_PAGE_SIZE
     return sums.to(tensor.dtype)
+
+
+def spread_over_pages(grad: torch.Tensor, starts: torch.Tensor, key_length: int) -> torch.Tensor:
+    """The gradient ``[B, H, N, D]`` of what ``page_means`` took means of, from that of the means ``[B, H, S, D]``."""
+    B, H, _, D = grad.shape
+    result = grad.new_zeros(B, H, key_length, D)
+    share = torch.where((starts >= 0)[:, None, :, None], grad / TAIL_PAGE_SIZE, 0.0)
+    for offset in range(TAIL_PAGE_SIZE if key_length else 0):
+        index = (starts.long() + offset).clamp(0, key_length - 1)[:, None, :, None].expand_as(share)
+        result.scatter_add_(2, index, share)
+    return result

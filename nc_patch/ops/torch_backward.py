@@ -5,14 +5,27 @@ keys is the gradient.
 """
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
-from nc_patch.ops.torch_rows import Buffers, RowBlock, rows_per_block, scores_of, softmax_, split_scale
+from nc_patch.ops.tail import PageMeans
+from nc_patch.ops.torch_rows import Buffers, RowBlock, final_scores_, rows_per_block, scores_of, softmax_, split_scale
+from nc_patch.ops.torch_tail import join_tail, pages_of
 
 # (raw scores, seen, block, buffers) -> shift; keeps what is attended and makes the rest -inf, as keep_topk_ does.
 Keep = Callable[[torch.Tensor, torch.Tensor, RowBlock, Buffers], torch.Tensor]
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+class Gradients(NamedTuple):
+    """Gradients in the dtypes of what they are gradients of; None where there is no such input."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    sinks: torch.Tensor | None
+    tail_key: torch.Tensor | None
+    tail_value: torch.Tensor | None
 
 
 def attention_gradients(
@@ -27,23 +40,23 @@ def attention_gradients(
     *,
     scale: float,
     softcap: float,
+    tail: PageMeans | None = None,
+    origin: torch.Tensor | None = None,
 ) -> Gradients:
-    """Gradients with respect to query, key, value and sinks.
+    """Gradients with respect to query, key, value, sinks, and the means of the tail.
 
     Args:
         grad_output: ``[B, Hq, Lq, Dv]``. The other tensors as in the forward operation.
         keep: chooses the attended keys of a row block, the same as in the forward operation.
         blocks: the row blocks, which together hold every row that sees a key.
-        scale, softcap: as in the forward operation.
-
-    Returns:
-        Gradients in the dtypes of query, key, value and sinks (None without sinks).
+        scale, softcap, tail, origin: as in the forward operation. With a tail every block is of one origin.
     """
     _, Hq, Lq, D = query.shape
     Hkv, Lk = key.shape[1], key.shape[2]
     grad_query = torch.zeros(query.shape, device=query.device)
     grad_key, grad_value = torch.zeros(key.shape, device=key.device), torch.zeros(value.shape, device=value.device)
     grad_sinks = None if sinks is None else torch.zeros(Hq, device=query.device)
+    grad_tail = None if tail is None else [torch.zeros(mean.shape, device=mean.device) for mean in tail]
     before, after = split_scale(scale)
     buffers = Buffers(Hq * min(rows_per_block(Hq, Lk), Lq) * Lk, query.device)
     for block in blocks:
@@ -62,11 +75,21 @@ def attention_gradients(
         else:
             scores, shift = scores.mul_(after), shift * after
         logits = None if sinks is None else sinks.float()[:, None] - shift
+        if tail is not None and grad_tail is not None and origin is not None:
+            begin = int(origin[b, block.first])
+            scores, more = join_tail(scores, shift, q * before, tail, b, begin, seen, block, after, softcap, buffers)
+            slots = pages_of(block, begin)[1]
+            if more:
+                mean_keys = tail.key[b, :, slots].float()
+                if slope is not None:
+                    capped = final_scores_(scores_of(q * before, mean_keys, buffers, "tail"), after, softcap)
+                    slope = torch.cat((slope, 1 - (capped / softcap).square()), -1)
+                k, v = torch.cat((k, mean_keys), 1), torch.cat((v, *more), 1)
         to_sink = None if logits is None else torch.sigmoid(logits - torch.logsumexp(scores, -1))
         weights = softmax_(scores, logits).masked_fill_(empty, 0.0)
         grad = grad_output[b, :, block.rows].float().masked_fill(empty, 0.0)
 
-        grad_value[b, :, span] += _grouped(weights, Hkv).transpose(1, 2) @ _grouped(grad, Hkv)
+        grad_values = _grouped(weights, Hkv).transpose(1, 2) @ _grouped(grad, Hkv)
         grad_weights = (_grouped(grad, Hkv) @ v.transpose(1, 2)).view_as(weights)
         mean = (weights * grad_weights).sum(-1, keepdim=True)
         if grad_sinks is not None and to_sink is not None:
@@ -75,12 +98,23 @@ def attention_gradients(
         if slope is not None:
             grad_scores.mul_(slope)
         grad_query[b, :, block.rows] = (_grouped(grad_scores, Hkv) @ k).view(Hq, -1, D)
-        grad_key[b, :, span] += _grouped(grad_scores, Hkv).transpose(1, 2) @ _grouped(q, Hkv)
-    return (
+        grad_keys = _grouped(grad_scores, Hkv).transpose(1, 2) @ _grouped(q, Hkv)
+        length = block.high - block.low
+        grad_key[b, :, span] += grad_keys[:, :length]
+        grad_value[b, :, span] += grad_values[:, :length]
+        if grad_tail is not None and k.shape[1] > length:
+            grad_tail[0][b, :, slots] += grad_keys[:, length:]
+            grad_tail[1][b, :, slots] += grad_values[:, length:]
+    return Gradients(
         grad_query.to(query.dtype),
         grad_key.to(key.dtype),
         grad_value.to(value.dtype),
         None if grad_sinks is None or sinks is None else grad_sinks.to(sinks.dtype),
+        *(
+            (None, None)
+            if tail is None or grad_tail is None
+            else (g.to(t.dtype) for g, t in zip(grad_tail, tail, strict=True))
+        ),
     )
 
 

@@ -51,22 +51,35 @@ def join_tail(
     """
     H, R, N = scores.shape
     size = TAIL_PAGE_SIZE
-    first_page, pages = -((begin - block.low) // size), (block.high - 1 - begin) // size
-    if pages <= first_page:
+    first_page, slots = pages_of(block, begin)
+    count = slots.stop - slots.start
+    if not count:
         return scores, []
-    count = pages - first_page
     column = begin + first_page * size - block.low
-    attended = scores[..., column : column + count * size] > -torch.inf
-    missing = size - attended.unflatten(-1, (count, size)).sum(-1, dtype=torch.float32)
-    slot = first_page + begin // size
-    keys, values = (t[batch, :, slot : slot + count].float() for t in means)
+    missing = size - _sums_of_pages(scores[..., column : column + count * size] > -torch.inf)
+    keys, values = (t[batch, :, slots].float() for t in means)
     logits = final_scores_(scores_of(query, keys, buffers, "tail"), factor, softcap)
     logits += missing.log_()
     logits -= shift[..., None]
-    page = torch.arange(first_page, pages, device=seen.device)
+    page = torch.arange(first_page, first_page + count, device=seen.device)
     own = torch.div(seen[:, 1:] - 1 - begin, size, rounding_mode="floor")
     logits.masked_fill_((begin + page * size < seen[:, :1]) | (page >= own), -torch.inf)
     joined = buffers.get("joined", (H, R, N + count))
     joined[..., :N] = scores
     joined[..., N:] = logits
     return joined, [values]
+
+
+def pages_of(block: RowBlock, begin: int) -> tuple[int, slice]:
+    """Number of the first page that any row of a block may approximate, and the slots of all of them."""
+    first = -((begin - block.low) // TAIL_PAGE_SIZE)
+    count = max((block.high - 1 - begin) // TAIL_PAGE_SIZE - first, 0)
+    slot = first + begin // TAIL_PAGE_SIZE
+    return first, slice(slot, slot + count)
+
+
+def _sums_of_pages(attended: torch.Tensor) -> torch.Tensor:
+    """How many are true in each page, float32 ``[H, R, P]`` of bool ``[H, R, P * TAIL_PAGE_SIZE]``."""
+    # Eight bytes at once: the product's highest byte is the sum of all eight, several times faster than a sum of bools.
+    eights = (attended.view(torch.int64) * 0x0101010101010101) >> 56
+    return eights.unflatten(-1, (-1, TAIL_PAGE_SIZE // 8)).sum(-1).float()
