@@ -59,7 +59,7 @@ def sparse_attention(
         visible: int32 ``[B, Lq, 2]``, the half-open interval [start, end) of keys that each query may see; by default
             causal, the last query aligned with the last key, which needs Lq <= Lk.
         origin: int32 ``[B, Lq]``, the key position at which each query's sequence begins, by default its interval's
-            start. ``"block"`` aligns its blocks to it.
+            start. ``"block"`` aligns its blocks to it, the tail of ``"topk"`` its pages.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[Hq]``, learned logits that join the softmax's denominator.
         index: for decoding, at most 32 queries a sequence: the ``KeyIndex`` of ``key``, of kind ``"codes"`` for
@@ -87,6 +87,7 @@ def sparse_attention(
     B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
+    visible_given = visible is not None
     if visible is None:
         if Lq > Lk:
             raise ValueError(
@@ -99,6 +100,8 @@ def sparse_attention(
         origin = visible[..., 0]
     elif origin.shape != (B, Lq) or origin.dtype != torch.int32 or origin.device != query.device:
         raise ValueError(f"origin must be int32 [{B}, {Lq}] on {query.device}, got {_describe(origin)}")
+    if visible_given and config.tail == "mean" and selection == "topk":
+        check_sequences(visible, origin)
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
     if index is not None:
@@ -321,6 +324,28 @@ def check_intervals(visible: torch.Tensor, B: int, Lq: int, Lk: int, device: tor
         if bool((visible[..., 1] < visible[..., 0]).any()):
             raise ValueError(
                 "visible has an interval that ends before it starts; make start and end equal where it is empty"
+            )
+
+
+def check_sequences(visible: torch.Tensor, origin: torch.Tensor) -> None:
+    """Raises ValueError unless every interval lies within its own sequence; reads the tensors.
+
+    A sequence reaches from its origin to the next one in the same row of the batch.
+    """
+    for b, (seen, begin) in enumerate(zip(visible, origin, strict=True)):
+        rows = seen[:, 1] > seen[:, 0]
+        begin, seen = begin[rows], seen[rows]
+        origins = begin.unique()
+        following = torch.cat((origins, origins.new_tensor([torch.iinfo(torch.int32).max])))
+        after = following[torch.searchsorted(origins, begin, right=True)]
+        wrong = ((seen[:, 0] < begin) | (seen[:, 1] > after)).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            interval, reach = seen[row].tolist(), [int(begin[row]), int(after[row])]
+            raise ValueError(
+                f"visible has the interval {interval} in sequence {b} of the batch, which reaches from {reach[0]} to "
+                f"{reach[1]}, and the tail cuts sequences into pages. Pass origin, int32 [B, Lq], where each query's "
+                'sequence begins, or tail="drop"'
             )
 
 

@@ -117,8 +117,9 @@ def test_without_refinement_the_keys_are_not_read_and_the_output_is_close():
     key, value = torch.randn(2, 2, 600, 64, generator=g), torch.randn(2, 2, 600, 64, generator=g)
     query = torch.randn(2, 4, 3, 64, generator=g)
     index = KeyIndex.build(key, "codes")
-    exact = sparse_attention(query, key, value, alpha=2.0, C=0.7, index=index)
-    rough = sparse_attention(query, key * torch.nan, value, alpha=2.0, C=0.7, index=index, refine=False)
+    indexes = {"index": index, "means": KeyIndex.build(key, "means", value=value)}
+    exact = sparse_attention(query, key, value, alpha=2.0, C=0.7, **indexes)
+    rough = sparse_attention(query, key * torch.nan, value, alpha=2.0, C=0.7, refine=False, **indexes)
     assert relative_error(rough, exact) < 0.05
 
 
@@ -192,9 +193,9 @@ def test_wrong_uses_of_an_index_are_refused():
     key, query = torch.randn(1, 2, 50, 16), torch.randn(1, 4, 1, 16)
     codes, pages = KeyIndex.build(key, "codes"), KeyIndex.build(key, "pages")
     refused = lambda match, *tensors, **options: pytest.raises(ValueError, match=match)  # noqa: E731
-    with refused('"pages" for "topk"'):
+    with refused('got "pages" for selection "topk"'):
         sparse_attention(query, key, key, alpha=2.0, index=pages)
-    with refused('"codes" for "block"'):
+    with refused('got "codes" for selection "block"'):
         sparse_attention(query, key, key, alpha=2.0, selection="block", index=codes)
     with refused("other keys"):
         sparse_attention(query, torch.cat((key, key), 2), torch.cat((key, key), 2), alpha=2.0, index=codes)
