@@ -1,8 +1,8 @@
 """The key index: what a layer keeps beside its keys so that decoding can choose among them almost for free.
 
 Two kinds. ``"codes"``: one byte an element and two floats a key, which bound every score (``ops/codes.py``); ``topk``
-decodes by them. ``"pages"``: mean and variance of each run of ``block_size`` keys (``ops/pages.py``); ``block`` decodes
-by them. An index is an accelerator: what it holds follows from the keys, and it can be dropped and built again.
+decodes by them. ``"pages"``: statistics of each run of ``block_size`` keys (``ops/pages.py``); ``block`` decodes by
+them. An index is an accelerator: what it holds follows from the keys, and it can be dropped and built again.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from nc_patch.ops import decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.codes import KeyCodes, channel_moments
-from nc_patch.ops.pages import PageStatistics, page_count
+from nc_patch.ops.pages import VECTORS, PageStatistics, page_count
 
 IndexKind = Literal["codes", "pages"]
 INDEX_KINDS: tuple[IndexKind, ...] = ("codes", "pages")
@@ -103,7 +103,10 @@ class KeyIndex:
             }
         else:
             pages = page_count(capacity, block_size)
-            tensors = {"mean": new(pages, D, dtype=key.dtype), "variance": new(pages, D, dtype=key.dtype)}
+            tensors = {
+                "page_codes": new(pages, VECTORS, D, dtype=torch.int8),
+                "page_scales": new(pages, VECTORS, dtype=torch.float32),
+            }
         chosen, _ = choose_backend(backend, kind, key.device)
         index = cls(kind, block_size, start.to(torch.int32).clone(), tensors, capacity, chosen)
         if L:
@@ -127,8 +130,8 @@ class KeyIndex:
         return KeyCodes(*(self._tensors[name] for name in ("codes", "scale", "residual", "center", "spread")))
 
     def pages(self) -> PageStatistics:
-        """The statistics of all pages; only those of pages that are full, or that hold the last key, mean something."""
-        return PageStatistics(self._tensors["mean"], self._tensors["variance"])
+        """The statistics of all pages; only those of whole pages mean something."""
+        return PageStatistics(self._tensors["page_codes"], self._tensors["page_scales"])
 
     def fits(self, key: torch.Tensor) -> bool:
         """Whether the index can belong to keys of this shape, on this device."""
@@ -173,13 +176,13 @@ class KeyIndex:
             )
         else:
             decode_ops.summarize_pages_(
-                key, self.origin, first, count, end, t["mean"], t["variance"], self.block_size, self._backend
+                key, self.origin, first, count, end, t["page_codes"], t["page_scales"], self.block_size, self._backend
             )
 
     def _reserve(self, length: int) -> None:
         capacity = reserve_for(length)
         rows = capacity if self.kind == "codes" else page_count(capacity, self.block_size)
-        for name in ("codes", "scale", "residual") if self.kind == "codes" else ("mean", "variance"):
+        for name in ("codes", "scale", "residual") if self.kind == "codes" else ("page_codes", "page_scales"):
             old = self._tensors[name]
             grown = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
             grown[:, :, : old.shape[2]] = old
