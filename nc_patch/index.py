@@ -13,7 +13,7 @@ import torch
 from nc_patch.ops import decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.codes import KeyCodes, channel_moments
-from nc_patch.ops.pages import VECTORS, PageStatistics, page_count
+from nc_patch.ops.pages import VECTORS, PageStatistics, page_count, update_pages_
 
 IndexKind = Literal["codes", "pages"]
 INDEX_KINDS: tuple[IndexKind, ...] = ("codes", "pages")
@@ -174,6 +174,8 @@ class KeyIndex:
             decode_ops.encode_keys_(
                 key, first, count, t["codes"], t["scale"], t["residual"], t["center"], t["spread"], self._backend
             )
+        elif self._backend == "torch" and decode_ops.runs_directly(key, self.origin, first, end):
+            update_pages_(key, self.origin, first, count, end, self.pages(), self.block_size)
         else:
             decode_ops.summarize_pages_(
                 key, self.origin, first, count, end, t["page_codes"], t["page_scales"], self.block_size, self._backend

@@ -17,6 +17,19 @@ MAX_DECODE_QUERIES = 32
 _KEYS_AT_ONCE = 8192
 
 
+def runs_directly(*tensors: torch.Tensor | None) -> bool:
+    """Whether an operation of the PyTorch backend may be called without its custom op.
+
+    So it may where nothing traces it and nothing records a gradient; going through the dispatcher takes longer than a
+    step over the pages of a small model.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor is None or type(tensor) is torch.Tensor for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
+    )
+
+
 @torch.library.custom_op("nc_patch::encode_keys_", mutates_args=("codes", "code_scale", "residual"))
 def encode_keys_(
     key: torch.Tensor,
