@@ -172,12 +172,12 @@ def page_mask(
     """Keys attended by ``pages``, bool ``[B, Hq, Lq, Lk]``: what ``block`` is while decoding, a query at a time.
 
     Keys are cut into pages of ``block_size`` from the sequence's ``origin``. For a query and a head the logit of a page
-    is ``pages.page_logits`` of what ``pages.summarize`` keeps of its keys, codes and scales, and of how many of them are
-    visible; the logit of the page that holds the query's own position is exact, the log-sum-exp of its visible scores.
-    A page's weight is the softmax of the logits over the visible pages, summed over the G query heads of a key/value head; a
-    logit that is NaN or +inf gives an infinite weight and stays out of the softmax. Attended are the first visible page
-    and the query's own, then the heaviest of the others, ties to the lower position, until ``ceil(k / block_size)`` are
-    chosen, where k is the group's largest budget.
+    is ``pages.page_logits`` of what ``pages.summarize`` keeps of its keys and of how many of them are visible; that of
+    the page that holds the query's own position is exact, the log-sum-exp of its visible scores. A page's weight is the
+    softmax of the logits over the visible pages, summed over the G query heads of a key/value head; a logit that is NaN
+    or +inf gives an infinite weight and stays out of the softmax. Attended are the first visible page and the query's
+    own, then the heaviest of the others, ties to the lower position, until ``ceil(k / block_size)`` are chosen, where k
+    is the group's largest budget.
 
     Args:
         query: ``[B, Hq, Lq, D]``, key: ``[B, Hkv, Lk, D]``, both float64. scores: final scores ``[B, Hq, Lq, Lk]``.
