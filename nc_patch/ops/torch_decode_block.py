@@ -4,12 +4,17 @@ A step of a small model takes as long as its number of operations, so that there
 the host, heads are taken together, and pages that are seen whole are copied as rows of ``block_size * D`` elements.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 
 from nc_patch.ops.pages import PageStatistics, page_logits
-from nc_patch.ops.torch_rows import RowBlock, RowStats, final_scores_, softmax_, weighted_values
+from nc_patch.ops.torch_rows import RowBlock, RowStats, final_scores_, plain_softmax_, softmax_, weighted_values
+
+# Elements of keys, or of statistics, up to which a query is quicker done by one thread than others are woken.
+_ONE_THREAD = 1 << 19
 
 
 def torch_block_decode(
@@ -52,57 +57,74 @@ def torch_block_decode(
     heads_of_budget = (B, Hkv, group, Lq) if budget.shape[1] > 1 else (B, 1, 1, Lq)
     budgets = budget.view(heads_of_budget).amax(2).expand(B, Hkv, Lq).tolist()
     intervals, origins = visible.tolist(), origin.tolist()
-    for b in range(B):
-        for i in range(Lq):
-            (start, end), begin = intervals[b][i], origins[b][i]
-            start, end = max(start, begin, 0), min(end, key.shape[2])
-            if end <= start:
-                continue
-            low, own = (start - begin) // block_size, (end - 1 - begin) // block_size
-            counts = [-(-budgets[b][h][i] // block_size) for h in range(Hkv)]
-            # The query's own page, whose scores also weigh it against the others.
-            last = slice(max(begin + own * block_size, start), end)
-            rows = query[b, :, i].view(Hkv, group, D).float()
-            keys, values = [key[b, :, last].float()], [value[b, :, last].float()]
-            scores = [final_scores_(rows @ keys[0].transpose(1, 2), scale, softcap)]
-            kept_keys = [end - last.start] * Hkv
-            if own > low:
-                first_page = begin + low * block_size
-                seen_in_first = first_page + block_size - start
-                pages = PageStatistics(page_codes[b, :, low:own], page_scales[b, :, low:own])
-                weight = page_weights(rows, pages, scores[0], seen_in_first, block_size, scale, softcap)
-                # A first page that is seen in part is attended apart; of the others as many as the budgets ask for.
-                apart = seen_in_first < block_size
-                most = own - low - apart
-                wanted = [min(max(count - 1, 1) - apart, most) for count in counts]
-                chosen = _heaviest(weight[:, apart:], wanted)
-                if apart:
-                    first = slice(start, first_page + block_size)
-                    keys.append(key[b, :, first].float())
-                    values.append(value[b, :, first].float())
-                    scores.append(final_scores_(rows @ keys[-1].transpose(1, 2), scale, softcap))
-                if chosen.shape[1]:
-                    at = first_page + apart * block_size
-                    keys.append(_pages_at(key[b], chosen, at, block_size))
-                    values.append(_pages_at(value[b], chosen, at, block_size))
-                    scores.append(final_scores_(rows @ keys[-1].transpose(1, 2), scale, softcap))
-                    if min(wanted) < max(wanted):
-                        _hide_beyond_(scores[-1], wanted, block_size)
-                kept_keys = [kept_keys[0] + apart * seen_in_first + n * block_size for n in wanted]
-            attended[b, :, i] = (
-                kept_keys[0]
-                if min(kept_keys) == max(kept_keys)
-                else torch.tensor(kept_keys, device=query.device).repeat_interleave(group)
-            )
-            every_score = torch.cat(scores, -1)
-            if want_stats:
-                dense = final_scores_(rows @ key[b, :, start:end].float().transpose(1, 2), scale, softcap)
-                kept, whole = (torch.logsumexp(t, -1).view(Hq, 1) for t in (every_score, dense))
-                empty = torch.zeros(1, dtype=torch.bool, device=query.device)
-                stats.record(RowBlock(b, i, i + 1, start, end), kept, whole, empty)
-            weights = softmax_(every_score.view(Hq, 1, -1), None if logits is None else logits[:, None])
-            output[b, :, i] = _weighted_parts(weights, values, Hkv).to(output.dtype)
+    most = max((count for heads in budgets for rows in heads for count in rows), default=0)
+    elements = Hkv * D * max(most, 3 * key.shape[2] // block_size)
+    with _one_thread() if elements <= _ONE_THREAD and query.device.type == "cpu" else contextlib.nullcontext():
+        for b in range(B):
+            for i in range(Lq):
+                (start, end), begin = intervals[b][i], origins[b][i]
+                start, end = max(start, begin, 0), min(end, key.shape[2])
+                if end <= start:
+                    continue
+                low, own = (start - begin) // block_size, (end - 1 - begin) // block_size
+                counts = [-(-budgets[b][h][i] // block_size) for h in range(Hkv)]
+                # The query's own page, whose scores also weigh it against the others.
+                last = slice(max(begin + own * block_size, start), end)
+                rows = query[b, :, i].view(Hkv, group, D).float()
+                keys, values = [key[b, :, last].float()], [value[b, :, last].float()]
+                scores = [final_scores_(rows @ keys[0].transpose(1, 2), scale, softcap)]
+                kept_keys = [end - last.start] * Hkv
+                if own > low:
+                    first_page = begin + low * block_size
+                    seen_in_first = first_page + block_size - start
+                    pages = PageStatistics(page_codes[b, :, low:own], page_scales[b, :, low:own])
+                    weight = page_weights(rows, pages, scores[0], seen_in_first, block_size, scale, softcap)
+                    # A first page that is seen in part is attended apart; of the others as many as the budgets ask for.
+                    apart = seen_in_first < block_size
+                    most = own - low - apart
+                    wanted = [min(max(count - 1, 1) - apart, most) for count in counts]
+                    chosen = _heaviest(weight[:, apart:], wanted)
+                    if apart:
+                        first = slice(start, first_page + block_size)
+                        keys.append(key[b, :, first].float())
+                        values.append(value[b, :, first].float())
+                        scores.append(final_scores_(rows @ keys[-1].transpose(1, 2), scale, softcap))
+                    if chosen.shape[1]:
+                        at = first_page + apart * block_size
+                        keys.append(_pages_at(key[b], chosen, at, block_size))
+                        values.append(_pages_at(value[b], chosen, at, block_size))
+                        scores.append(final_scores_(rows @ keys[-1].transpose(1, 2), scale, softcap))
+                        if min(wanted) < max(wanted):
+                            _hide_beyond_(scores[-1], wanted, block_size)
+                    kept_keys = [kept_keys[0] + apart * seen_in_first + n * block_size for n in wanted]
+                attended[b, :, i] = (
+                    kept_keys[0]
+                    if min(kept_keys) == max(kept_keys)
+                    else torch.tensor(kept_keys, device=query.device).repeat_interleave(group)
+                )
+                every_score = torch.cat(scores, -1)
+                if want_stats:
+                    dense = final_scores_(rows @ key[b, :, start:end].float().transpose(1, 2), scale, softcap)
+                    kept, whole = (torch.logsumexp(t, -1).view(Hq, 1) for t in (every_score, dense))
+                    empty = torch.zeros(1, dtype=torch.bool, device=query.device)
+                    stats.record(RowBlock(b, i, i + 1, start, end), kept, whole, empty)
+                weights = softmax_(every_score.view(Hq, 1, -1), None if logits is None else logits[:, None])
+                output[b, :, i] = _weighted_parts(weights, values, Hkv).to(output.dtype)
     return output, stats.lse, stats.kept_mass, attended
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Lets PyTorch's operations on the CPU use one thread."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def page_weights(
@@ -128,7 +150,7 @@ def page_weights(
         count[0] = seen_in_first
     estimates = page_logits(query, pages, count, scale, softcap)
     logits = torch.cat((estimates, torch.logsumexp(own_scores, -1, keepdim=True)), -1)
-    weight = torch.softmax(logits, -1)[..., :-1].sum(1)
+    weight = plain_softmax_(logits.clone())[..., :-1].sum(1)
     # A row that holds NaN or +inf has become NaN throughout.
     if math.isnan(float(weight[:, 0].sum())):
         overwhelming = logits.isnan() | (logits == torch.inf)
