@@ -13,6 +13,7 @@ from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.reference import AttentionResult, causal_intervals
+from nc_patch.ops.torch_decode_block import torch_block_decode
 
 logger = logging.getLogger("nc_patch")
 
@@ -245,10 +246,15 @@ def _attend_by_index(
     cap = 0.0 if softcap is None else float(softcap)
     if index.kind == "pages":
         origin = index.origin[:, None].expand(visible.shape[:2])
-        output, lse, kept_mass, attended = decode_ops.block_decode(
-            *(query, key, value, visible, origin, budget, sinks, *index.pages(), scale, cap),
-            *(index.block_size, max_budget, want_stats, backend),
-        )
+        tensors = (query, key, value, visible, origin, budget, sinks, *index.pages())
+        if backend == "torch" and decode_ops.runs_directly(*tensors):
+            output, lse, kept_mass, attended = torch_block_decode(
+                *tensors, scale=scale, softcap=cap, block_size=index.block_size, want_stats=want_stats
+            )
+        else:
+            output, lse, kept_mass, attended = decode_ops.block_decode(
+                *tensors, scale, cap, index.block_size, max_budget, want_stats, backend
+            )
         if not want_stats:
             return AttentionResult(output, attended=attended)
         return AttentionResult(output, lse, kept_mass, attended)

@@ -44,7 +44,7 @@ QUICK = [
     "choose_pages-4096",
     "attend_pages-bf16-d128-p32",
     "attend_pages-fp32-d128-p128-softcap",
-    "summarize-bf16-p128",
+    "summarize-bf16-d256-p128",
     "codes_scan-bf16-d128-q1-refine",
     "codes_scan-bf16-d128-q16-refine-bounds",
     "codes_score-bf16-d128-q1-refine",

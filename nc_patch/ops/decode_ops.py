@@ -10,7 +10,7 @@ import torch
 
 from nc_patch.ops.codes import KeyCodes, encode_keys
 from nc_patch.ops.custom_ops import Four, Three, tail_of
-from nc_patch.ops.pages import summarize_pages
+from nc_patch.ops.pages import PageStatistics, update_pages_
 from nc_patch.ops.tail import TAIL_PAGE_SIZE, page_starts, slot_count, spread_over_pages
 from nc_patch.ops.tail import page_means as _page_means
 from nc_patch.ops.torch_decode_block import torch_block_decode
@@ -20,6 +20,19 @@ from nc_patch.ops.torch_decode_topk import torch_topk_decode
 MAX_DECODE_QUERIES = 32
 # Keys that the PyTorch backend encodes at once, to bound its memory.
 _KEYS_AT_ONCE = 8192
+
+
+def runs_directly(*tensors: torch.Tensor | None) -> bool:
+    """Whether an operation of the PyTorch backend may be called without its custom op.
+
+    So it may where nothing traces it and nothing records a gradient; going through the dispatcher takes longer than a
+    step over the pages of a small model.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor is None or type(tensor) is torch.Tensor for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
+    )
 
 
 @torch.library.custom_op("nc_patch::encode_keys_", mutates_args=("codes", "code_scale", "residual"))
@@ -60,44 +73,32 @@ def _(key, first, count, codes, code_scale, residual, center, spread, backend): 
     return None
 
 
-@torch.library.custom_op("nc_patch::summarize_pages_", mutates_args=("mean", "variance"))
+@torch.library.custom_op("nc_patch::summarize_pages_", mutates_args=("page_codes", "page_scales"))
 def summarize_pages_(
     key: torch.Tensor,
     origin: torch.Tensor,
     first: torch.Tensor,
     count: int,
     end: torch.Tensor,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
+    page_codes: torch.Tensor,
+    page_scales: torch.Tensor,
     block_size: int,
     backend: str,
 ) -> None:
-    """Writes the statistics of each page that holds any of the keys ``first[b]`` to ``first[b] + count``.
+    """Writes the statistics of each whole page that holds any of the keys ``first[b]`` to ``first[b] + count``.
 
-    ``key`` is ``[B, Hkv, N, D]``; ``origin``, ``first`` and ``end`` are int ``[B]``; see ``pages.summarize_pages``.
+    ``key`` is ``[B, Hkv, N, D]``; ``origin``, ``first`` and ``end`` are int ``[B]``; see ``pages.update_pages_``.
     """
+    statistics = PageStatistics(page_codes, page_scales)
     if backend == "triton":
         from nc_patch.ops.triton_summarize import triton_summarize_pages_
 
-        return triton_summarize_pages_(key, origin, first, count, end, mean, variance, block_size)
-    Hkv, P, D = mean.shape[1:]
-    start = torch.maximum(first.long(), origin.long()) - origin.long()
-    touched = (count + block_size - 2) // block_size + 1
-    at_once = max(1, _KEYS_AT_ONCE // block_size)
-    for begin in range(0, touched, at_once):
-        pages = min(at_once, touched - begin, P)
-        # Statistics depend on the page alone, so that writing one twice, where a page is clamped, does no harm.
-        first_page = (torch.div(start, block_size, rounding_mode="floor") + begin).clamp(0, P - pages)
-        new = summarize_pages(key, origin, end, first_page, pages, block_size)
-        index = (first_page[:, None] + torch.arange(pages, device=key.device))[:, None, :, None]
-        index = index.expand(-1, Hkv, -1, D)
-        mean.scatter_(2, index, new.mean)
-        variance.scatter_(2, index, new.variance)
-    return None
+        return triton_summarize_pages_(key, origin, first, count, end, statistics, block_size)
+    return update_pages_(key, origin, first, count, end, statistics, block_size)
 
 
 @summarize_pages_.register_fake
-def _(key, origin, first, count, end, mean, variance, block_size, backend):  # type: ignore[no-untyped-def]
+def _(key, origin, first, count, end, page_codes, page_scales, block_size, backend):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -271,8 +272,8 @@ def block_decode(
     origin: torch.Tensor,
     budget: torch.Tensor,
     sinks: torch.Tensor | None,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
+    page_codes: torch.Tensor,
+    page_scales: torch.Tensor,
     scale: float,
     softcap: float,
     block_size: int,
@@ -285,7 +286,7 @@ def block_decode(
         from nc_patch.ops.triton_decode_block import triton_block_decode
 
         return triton_block_decode(
-            *(query, key, value, visible, origin, budget, sinks, mean, variance),
+            *(query, key, value, visible, origin, budget, sinks, page_codes, page_scales),
             scale=scale,
             softcap=softcap,
             block_size=block_size,
@@ -293,7 +294,7 @@ def block_decode(
             want_stats=want_stats,
         )
     return torch_block_decode(
-        *(query, key, value, visible, origin, budget, sinks, mean, variance),
+        *(query, key, value, visible, origin, budget, sinks, page_codes, page_scales),
         scale=scale,
         softcap=softcap,
         block_size=block_size,
@@ -310,8 +311,8 @@ def _(  # type: ignore[no-untyped-def]
     origin,
     budget,
     sinks,
-    mean,
-    variance,
+    page_codes,
+    page_scales,
     scale,
     softcap,
     block_size,
