@@ -141,7 +141,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--memory-lengths", type=int, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--repeats", type=int, default=3, help="of attention alone (default: 3)")
+    parser.add_argument("--forward-repeats", type=int, default=3, help="of the whole forward pass (default: 3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/prefill_cpu.json"))
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
@@ -151,6 +153,8 @@ def main() -> None:
     if arguments.operator_memory:
         print(operator_memory(arguments.operator_memory))
         return
+    if "dense" not in arguments.methods:
+        parser.error("--methods must hold dense, which the others are compared with")
     model, ids = load(arguments.model, arguments.length)
     if arguments.memory_of:
         forward(model, ids, METHODS[arguments.memory_of])
@@ -163,14 +167,11 @@ def main() -> None:
     del captured
     fractions: dict[str, float] = {}
     runs: dict[str, Callable[[], Any]] = {
-        name: lambda name=name, config=config: fractions.update({name: forward(model, ids, config)[1]})
-        for name, config in METHODS.items()
+        name: lambda name=name: fractions.update({name: forward(model, ids, METHODS[name])[1]})
+        for name in arguments.methods
     }
-    whole = compared(interleaved(runs, arguments.repeats)) | {"attended_fraction": fractions}
+    whole = compared(interleaved(runs, arguments.forward_repeats)) | {"attended_fraction": fractions}
     print("whole forward", {name: round(x, 2) for name, x in whole["speedup"].items()}, fractions, flush=True)
-    memory = {name: in_own_process(arguments, "--memory-of", name, "--length", str(len(ids[0]))) for name in METHODS}
-    operator = {str(n): in_own_process(arguments, "--operator-memory", str(n)) for n in arguments.memory_lengths}
-    print("peak memory", memory, "of the operator", operator)
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
@@ -180,10 +181,14 @@ def main() -> None:
         "tokens": arguments.length,
         "whole_forward": whole,
         "attention_alone": alone,
-        "peak_memory_bytes": memory,
-        "operator_peak_memory_bytes": operator,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    length = str(arguments.length)
+    operator = {str(n): in_own_process(arguments, "--operator-memory", str(n)) for n in arguments.memory_lengths}
+    memory = {name: in_own_process(arguments, "--memory-of", name, "--length", length) for name in arguments.methods}
+    print("peak memory", memory, "of the operator", operator)
+    record |= {"peak_memory_bytes": memory, "operator_peak_memory_bytes": operator}
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
