@@ -12,7 +12,7 @@ and grids.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_str
 SCORE_BYTES = 64 * 2**20
 # Keys that one program scores, about: enough to use what it loads of its queries, few enough to have programs.
 _SEGMENT = 4096
+_EDGE_KEYS = 32
 _ROWS_AT_ONCE = 16
 _BLOCKS_AT_ONCE = 256
 _RANKS_AT_ONCE = 1024
@@ -68,17 +69,13 @@ _ATTEND = {
 
 
 def block_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, block_size: int) -> BlockTiles:
-    """The one place where tile sizes of block-sparse prefill are chosen; a tile of keys holds whole blocks."""
+    """The one place where tile sizes of block-sparse prefill are chosen; a tile that is scored holds whole blocks."""
     padded = max(64, padded_dim(head_dim), padded_dim(value_dim))
     if dtype == torch.float32:
         score = attend = _FLOAT32[padded]
     else:
         score, attend = _SCORE[architecture][max(64, padded_dim(head_dim))], _ATTEND[architecture][padded]
-    return BlockTiles(_whole_blocks(score, block_size), _whole_blocks(attend, block_size))
-
-
-def _whole_blocks(tiles: Tiles, block_size: int) -> Tiles:
-    return Tiles(tiles.rows, max(tiles.keys, block_size), tiles.warps, tiles.stages, tiles.chunk)
+    return BlockTiles(replace(score, keys=max(score.keys, block_size)), attend)
 
 
 def triton_block_attention(
@@ -300,6 +297,8 @@ def attend_constants(
         **score_constants(head_dim, block_size, tiles, has_softcap),
         "DV": value_dim,
         "BLOCK_DV": padded_dim(value_dim),
+        # Few keys where masks cost registers, and where a tile is rarely full.
+        "EDGE_N": min(tiles.keys, _EDGE_KEYS),
     }
 
 

@@ -68,6 +68,7 @@ def attend_blocks_kernel(
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     CHUNK_D: tl.constexpr,
@@ -108,8 +109,8 @@ def attend_blocks_kernel(
         n = tl.arange(0, BLOCK_N)
         dv = tl.arange(0, BLOCK_DV)
         for tile in range(clear_tiles):
-            entry = before + tile * (BLOCK_N // BLOCK_SIZE) + n // BLOCK_SIZE
-            columns = begin + tl.load(block_list + entry) * BLOCK_SIZE + n % BLOCK_SIZE
+            place = before + tile * BLOCK_N + n
+            columns = begin + tl.load(block_list + place // BLOCK_SIZE) * BLOCK_SIZE + place % BLOCK_SIZE
             raw = dot_scores(
                 queries, query_rows, valid, keys, columns.to(tl.int64) * stride_kl, columns >= 0, D, BLOCK_D,
                 CHUNK_D, CHUNK_D != BLOCK_D,
@@ -135,13 +136,13 @@ def attend_blocks_kernel(
             acc = dot(weights.to(values.dtype.element_ty), tile_values, acc * shrink[:, None])
 
         # What lies at the edges, where rows differ in what they see; values that are hidden from a row may be NaN.
-        clear_blocks = clear_tiles * (BLOCK_N // BLOCK_SIZE)
-        edge_blocks = count - clear_blocks
-        seen_keys = tl.zeros([BLOCK_M], dtype=tl.int32) + clear_tiles * BLOCK_N
+        clear_keys = clear_tiles * BLOCK_N
+        edge_keys = count * BLOCK_SIZE - clear_keys
+        seen_keys = tl.zeros([BLOCK_M], dtype=tl.int32) + clear_keys
         broken = clear_tiles * 0
-        for tile in range(tl.cdiv(edge_blocks * BLOCK_SIZE, BLOCK_N)):
+        for tile in range(tl.cdiv(edge_keys, EDGE_N)):
             columns, in_range = edge_columns(
-                block_list, tile, edge_blocks, before, clear_blocks, begin, Lk, BLOCK_N, BLOCK_SIZE
+                block_list, tile, edge_keys, before, clear_keys, begin, Lk, EDGE_N, BLOCK_SIZE
             )
             raw = dot_scores(
                 queries, query_rows, valid, keys, columns.to(tl.int64) * stride_kl, in_range, D, BLOCK_D, CHUNK_D, True
@@ -174,7 +175,7 @@ def attend_blocks_kernel(
             for column in range(0, DV, _MEND_COLUMNS):
                 spoil_rows(
                     output + row * DV + column, values + column, block_list, stride_vl, valid, start, end, before,
-                    clear_blocks, edge_blocks, begin, Lk, DV - column, BLOCK_M, BLOCK_N, BLOCK_SIZE,
+                    clear_keys, edge_keys, begin, Lk, DV - column, BLOCK_M, EDGE_N, BLOCK_SIZE,
                 )  # fmt: skip
 
 
@@ -182,7 +183,7 @@ def attend_blocks_kernel(
 def clear_run(
     block_list, count, begin, valid, start, end, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
-    """(entries before the first block that every row sees whole, number of tiles of such blocks)."""
+    """(listed keys before the first block that every row sees whole, number of tiles of such blocks)."""
     clear_from = tl.max(tl.where(valid, start, 0), axis=0)
     clear_to = tl.min(tl.where(valid, end, FAR), axis=0)
     before = count * 0
@@ -192,20 +193,19 @@ def clear_run(
         position = begin + tl.load(block_list + entry, mask=entry < count, other=0) * BLOCK_SIZE
         before += tl.sum(((entry < count) & (position < clear_from)).to(tl.int32), axis=0)
         until += tl.sum(((entry < count) & (position + BLOCK_SIZE <= clear_to)).to(tl.int32), axis=0)
-    return before, tl.maximum(until - before, 0) * BLOCK_SIZE // BLOCK_N
+    return before * BLOCK_SIZE, tl.maximum(until - before, 0) * BLOCK_SIZE // BLOCK_N
 
 
 @triton.jit
 def edge_columns(
-    block_list, tile, edge_blocks, before, clear_blocks, begin, Lk, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    block_list, tile, edge_keys, before, clear_keys, begin, Lk, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
     """(key positions, which of them there are) of a tile of the blocks before and after the run of clear tiles."""
-    n = tl.arange(0, BLOCK_N)
-    entry = tile * (BLOCK_N // BLOCK_SIZE) + n // BLOCK_SIZE
-    listed = tl.where(entry < before, entry, entry + clear_blocks)
-    block = tl.load(block_list + listed, mask=entry < edge_blocks, other=0)
-    columns = begin + block * BLOCK_SIZE + n % BLOCK_SIZE
-    return columns, (entry < edge_blocks) & (columns >= 0) & (columns < Lk)
+    place = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    listed = tl.where(place < before, place, place + clear_keys)
+    block = tl.load(block_list + listed // BLOCK_SIZE, mask=place < edge_keys, other=0)
+    columns = begin + block * BLOCK_SIZE + listed % BLOCK_SIZE
+    return columns, (place < edge_keys) & (columns >= 0) & (columns < Lk)
 
 
 @triton.jit
@@ -218,8 +218,8 @@ def spoil_rows(
     start,
     end,
     before,
-    clear_blocks,
-    edge_blocks,
+    clear_keys,
+    edge_keys,
     begin,
     Lk,
     columns_left,
@@ -230,9 +230,9 @@ def spoil_rows(
     """Stores NaN in the rows that attend, in a tile at the edges, a value that is NaN or infinite."""
     dv = tl.arange(0, _MEND_COLUMNS)
     touched = tl.zeros([BLOCK_M, _MEND_COLUMNS], dtype=tl.float32)
-    for tile in range(tl.cdiv(edge_blocks * BLOCK_SIZE, BLOCK_N)):
+    for tile in range(tl.cdiv(edge_keys, BLOCK_N)):
         columns, in_range = edge_columns(
-            block_list, tile, edge_blocks, before, clear_blocks, begin, Lk, BLOCK_N, BLOCK_SIZE
+            block_list, tile, edge_keys, before, clear_keys, begin, Lk, BLOCK_N, BLOCK_SIZE
         )
         seen = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None]) & in_range[None, :]
         tile_values = tl.load(
