@@ -108,9 +108,13 @@ def attend_blocks_kernel(
         total = tl.zeros([BLOCK_M], dtype=tl.float32)
         n = tl.arange(0, BLOCK_N)
         dv = tl.arange(0, BLOCK_DV)
+        # The list is read a tile ahead, so that the compiler may load keys and values ahead too.
+        place = before + n
+        block = tl.load(block_list + place // BLOCK_SIZE, mask=place < count * BLOCK_SIZE, other=0)
         for tile in range(clear_tiles):
-            place = before + tile * BLOCK_N + n
-            columns = begin + tl.load(block_list + place // BLOCK_SIZE) * BLOCK_SIZE + place % BLOCK_SIZE
+            columns = begin + block * BLOCK_SIZE + place % BLOCK_SIZE
+            place += BLOCK_N
+            block = tl.load(block_list + place // BLOCK_SIZE, mask=place < count * BLOCK_SIZE, other=0)
             raw = dot_scores(
                 queries, query_rows, valid, keys, columns.to(tl.int64) * stride_kl, columns >= 0, D, BLOCK_D,
                 CHUNK_D, CHUNK_D != BLOCK_D,
