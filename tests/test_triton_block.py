@@ -44,10 +44,9 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     def small(architecture, dtype, head_dim, value_dim, block_size):
         chunk = 32 if dtype == torch.float32 else None
         score = Tiles(32, max(32, block_size), 4, 1, chunk)
-        return triton_block.BlockTiles(score, Tiles(64, 32, 4, 1, chunk))
+        return triton_block.BlockTiles(score, Tiles(64, 32, 4, 1, chunk), 16)
 
     monkeypatch.setattr(triton_block, "block_tiles", small)
-    monkeypatch.setattr(triton_block, "_EDGE_KEYS", 16)
     monkeypatch.setattr(triton_block, "_BLOCKS_AT_ONCE", 4)
     monkeypatch.setattr(triton_block, "_RANKS_AT_ONCE", 8)
     monkeypatch.setattr(triton_block, "_SEGMENT", 64)
@@ -380,7 +379,7 @@ def test_attention_over_given_blocks_equals_float64(name, device):
     lse, lse_without_sink = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     attended = torch.empty(shape, dtype=torch.int32, device=device)
     sizes = (case.head_dim, output.shape[-1], case.block_size)
-    tiles = triton_block.block_tiles(triton_block.architecture_of(output.device), case.dtype, *sizes).attend
+    tiles = triton_block.block_tiles(triton_block.architecture_of(output.device), case.dtype, *sizes)
     attend_blocks(
         moved["query"], moved["key"], moved["value"], moved["visible"], moved["sinks"], plan,
         block_indices.int().to(device), block_counts.int().to(device), tiles, output, lse, lse_without_sink, attended,
