@@ -2,7 +2,7 @@
 
 One op a selection. Every op returns the output, the log-sum-exp and the kept mass; the last two are empty unless
 ``want_stats``. ``block_attention`` also returns how many keys each query attended, which only it does not know
-beforehand.
+beforehand, and what its choice is expected to keep.
 """
 
 from typing import Any
@@ -10,15 +10,18 @@ from typing import Any
 import torch
 
 from nc_patch.budget import row_budgets as _row_budgets
+from nc_patch.ops.blocks import BlockSettings, query_block_table
 from nc_patch.ops.reference import forced_counts
 from nc_patch.ops.torch_backward import attention_gradients
-from nc_patch.ops.torch_block import keep_blocks_, query_blocks, torch_block_attention
-from nc_patch.ops.torch_rows import Buffers, RowBlock, row_blocks, rows_per_block, split_scale
+from nc_patch.ops.torch_block import ChosenBlocks, torch_block_attention
+from nc_patch.ops.torch_block_choose import choose_blocks
+from nc_patch.ops.torch_rows import Buffers, RowBlock, row_blocks, rows_per_block
 from nc_patch.ops.torch_topk import keep_topk_, torch_topk_attention
 from nc_patch.ops.torch_window import keep_window_, torch_window_attention
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @torch.library.custom_op("nc_patch::row_budgets", mutates_args=())
@@ -105,20 +108,27 @@ def block_attention(
     scale: float,
     softcap: float,
     block_size: int,
+    query_block_size: int,
+    sample_stride: int,
+    min_mass: float,
+    max_factor: float,
+    estimator: str,
     want_stats: bool,
-) -> Four:
+    backend: str,
+) -> Five:
     """Attention over key blocks chosen by sampled query rows; see ``torch_block_attention`` for shapes."""
+    if backend != "torch":
+        raise RuntimeError(f'block attention runs on backend="torch", got "{backend}"')
     return torch_block_attention(
-        query,
-        key,
-        value,
-        visible,
-        origin,
-        budget,
-        sinks,
+        *(query, key, value, visible, origin, budget, sinks),
         scale=scale,
         softcap=softcap,
         block_size=block_size,
+        query_block_size=query_block_size,
+        sample_stride=sample_stride,
+        min_mass=min_mass,
+        max_factor=max_factor,
+        estimator=estimator,
         want_stats=want_stats,
     )
 
@@ -144,53 +154,7 @@ def _(query, key, value, visible, budget, sinks, scale, softcap, sink_keys, rece
 
 
 @block_attention.register_fake
-def _(query, key, value, visible, origin, budget, sinks, scale, softcap, block_size, want_stats):  # type: ignore[no-untyped-def]
-    return *_fake_outputs(query, value, want_stats), query.new_empty(query.shape[:3], dtype=torch.int32)
-
-
-@torch.library.custom_op("nc_patch::attention_backward", mutates_args=())
-def attention_backward(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    origin: torch.Tensor | None,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    sink_keys: int,
-    recent_keys: int,
-    block_size: int,
-    selection: str,
-) -> Four:
-    """Gradients of query, key, value and sinks (empty without sinks) for any selection, on the PyTorch backend."""
-    rows = row_blocks(visible, rows_per_block(query.shape[1], key.shape[2]))
-
-    def keep(raw: torch.Tensor, seen: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
-        allowed = budget[block.batch, :, block.rows]
-        if selection == "topk":
-            return keep_topk_(raw, seen, allowed, block, sink_keys, recent_keys, buffers)
-        if selection == "window":
-            return keep_window_(raw, seen, *forced_counts(allowed, sink_keys, recent_keys, "window"), block)
-        assert origin is not None
-        begin = int(origin[block.batch, block.first])
-        factor = split_scale(scale)[1]
-        return keep_blocks_(
-            raw, seen, allowed, begin, block, key.shape[1], factor=factor, softcap=softcap, block_size=block_size
-        )
-
-    blocks = query_blocks(visible, origin) if selection == "block" and origin is not None else rows
-    *gradients, grad_sinks = attention_gradients(
-        grad_output, query, key, value, visible, sinks, keep, blocks, scale=scale, softcap=softcap
-    )
-    return (*gradients, query.new_empty(0) if grad_sinks is None else grad_sinks)  # type: ignore[return-value]
-
-
-@attention_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_output,
     query,
     key,
     value,
@@ -200,19 +164,111 @@ def _(  # type: ignore[no-untyped-def]
     sinks,
     scale,
     softcap,
-    sink_keys,
-    recent_keys,
     block_size,
-    selection,
+    query_block_size,
+    sample_stride,
+    min_mass,
+    max_factor,
+    estimator,
+    want_stats,
+    backend,
 ):
+    attended = query.new_empty(query.shape[:3], dtype=torch.int32)
+    estimate = query.new_empty(query.shape[1], 5, dtype=torch.float32)
+    return *_fake_outputs(query, value, want_stats), attended, estimate
+
+
+@torch.library.custom_op("nc_patch::attention_backward", mutates_args=())
+def attention_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+    selection: str,
+) -> Four:
+    """Gradients of query, key, value and sinks (empty without sinks) for ``topk`` and ``window``, in PyTorch."""
+
+    def keep(raw: torch.Tensor, seen: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
+        allowed = budget[block.batch, :, block.rows]
+        if selection == "topk":
+            return keep_topk_(raw, seen, allowed, block, sink_keys, recent_keys, buffers)
+        return keep_window_(raw, seen, *forced_counts(allowed, sink_keys, recent_keys, "window"), block)
+
+    rows = row_blocks(visible, rows_per_block(query.shape[1], key.shape[2]))
+    *gradients, grad_sinks = attention_gradients(
+        grad_output, query, key, value, visible, sinks, keep, rows, scale=scale, softcap=softcap
+    )
+    return (*gradients, query.new_empty(0) if grad_sinks is None else grad_sinks)  # type: ignore[return-value]
+
+
+@torch.library.custom_op("nc_patch::block_attention_backward", mutates_args=())
+def block_attention_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    block_size: int,
+    query_block_size: int,
+    sample_stride: int,
+    min_mass: float,
+    max_factor: float,
+    estimator: str,
+) -> Four:
+    """Gradients as from ``attention_backward`` for ``block``.
+
+    The blocks are chosen once more, by the computation of the forward pass on the same tensors: they are the same.
+    Keeping them instead would make an output's shape depend on what is in ``visible``.
+    """
+    settings = BlockSettings(block_size, query_block_size, sample_stride, min_mass, max_factor, estimator)
+    table = query_block_table(visible, origin, query_block_size)
+    choice, _ = choose_blocks(query, key, visible, origin, budget, table, settings, scale=scale, softcap=softcap)
+    chosen = ChosenBlocks(table, choice, block_size)
+
+    def keep(raw: torch.Tensor, seen: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
+        return chosen.keep_(raw, seen, block)
+
+    *gradients, grad_sinks = attention_gradients(
+        grad_output, query, key, value, visible, sinks, keep, chosen.blocks, scale=scale, softcap=softcap
+    )
+    return (*gradients, query.new_empty(0) if grad_sinks is None else grad_sinks)  # type: ignore[return-value]
+
+
+def _fake_gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None) -> Four:
     new = torch.empty_like
     return new(query), new(key), new(value), query.new_empty(0) if sinks is None else new(sinks)
 
 
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, _, backend = inputs
+@attention_backward.register_fake
+def _(grad_output, query, key, value, visible, budget, sinks, *settings):  # type: ignore[no-untyped-def]
+    return _fake_gradients(query, key, value, sinks)
+
+
+@block_attention_backward.register_fake
+def _(grad_output, query, key, value, visible, origin, budget, sinks, *settings):  # type: ignore[no-untyped-def]
+    return _fake_gradients(query, key, value, sinks)
+
+
+def _refuse_backend(backend: str) -> None:
     if backend != "torch":
         raise RuntimeError('gradients need backend="torch": forward and backward must choose the same keys')
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, _, backend = inputs
+    _refuse_backend(backend)
     ctx.save_for_backward(query, key, value, visible, budget, sinks)
     ctx.settings = (scale, softcap, sink_keys, recent_keys)
 
@@ -220,24 +276,27 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _rows_backward(selection: str) -> Any:
     def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         query, key, value, visible, budget, sinks = ctx.saved_tensors
-        grads = attention_backward(
-            grad_output, query, key, value, visible, None, budget, sinks, *ctx.settings, 0, selection
-        )
+        grads = attention_backward(grad_output, query, key, value, visible, budget, sinks, *ctx.settings, selection)
         return *grads[:3], None, None, None if sinks is None else grads[3], *(None,) * 6
 
     return backward
 
 
 def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, visible, origin, budget, sinks, scale, softcap, block_size, _ = inputs
-    ctx.save_for_backward(query, key, value, visible, origin, budget, sinks)
-    ctx.settings = (scale, softcap, 0, 0, block_size)
+    *tensors, scale, softcap, block_size, query_block_size, sample_stride, min_mass, max_factor = inputs[:14]
+    estimator, _, backend = inputs[14:]
+    _refuse_backend(backend)
+    ctx.save_for_backward(*tensors)
+    ctx.settings = (
+        *(scale, softcap, block_size, query_block_size),
+        *(sample_stride, min_mass, max_factor, estimator),
+    )
 
 
 def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    query, key, value, visible, origin, budget, sinks = ctx.saved_tensors
-    grads = attention_backward(grad_output, query, key, value, visible, origin, budget, sinks, *ctx.settings, "block")
-    return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * 4
+    *_, sinks = ctx.saved_tensors
+    grads = block_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+    return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * 10
 
 
 topk_attention.register_autograd(_rows_backward("topk"), setup_context=_setup_rows)
