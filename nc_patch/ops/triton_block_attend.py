@@ -184,9 +184,7 @@ def attend_blocks_kernel(
 
 
 @triton.jit
-def clear_run(
-    block_list, count, begin, valid, start, end, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
+def clear_run(block_list, count, begin, valid, start, end, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """(listed keys before the first block that every row sees whole, number of tiles of such blocks)."""
     clear_from = tl.max(tl.where(valid, start, 0), axis=0)
     clear_to = tl.min(tl.where(valid, end, FAR), axis=0)
@@ -247,9 +245,7 @@ def attend_sound(
     dv = tl.arange(0, _MEND_COLUMNS)
     element = values.dtype.element_ty
     for tile in range(tl.cdiv(count * BLOCK_SIZE, BLOCK_N)):
-        columns, in_range = edge_columns(
-            block_list, tile, count * BLOCK_SIZE, 0, 0, begin, Lk, BLOCK_N, BLOCK_SIZE
-        )
+        columns, in_range = edge_columns(block_list, tile, count * BLOCK_SIZE, 0, 0, begin, Lk, BLOCK_N, BLOCK_SIZE)
         raw = dot_scores(
             queries, query_rows, valid, keys, columns.to(tl.int64) * stride_kl, in_range, D, BLOCK_D, CHUNK_D, True
         )
