@@ -82,7 +82,7 @@ def block_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim:
         # A wide block of wide keys leaves shared memory for one stage, and registers for fewer rows.
         score = replace(score, rows=64, stages=1)
     # As many as fit the registers.
-    edge_keys = 32 if dtype == torch.float32 or padded <= 128 and architecture in ("sm_90", "gfx942") else 16
+    edge_keys = 32 if dtype == torch.float32 or (padded <= 128 and architecture in ("sm_90", "gfx942")) else 16
     return BlockTiles(replace(score, keys=max(score.keys, block_size)), attend, edge_keys)
 
 
@@ -201,7 +201,7 @@ def choose_blocks(
             *(query, key, visible, plan.table, plan.samples, scores, *strides),
             *(Hkv, group, Lk, slots, first, row_count, width, scale, softcap),
             **score_constants(query.shape[3], block_size, tiles, softcap > 0),
-            **compile_options(tiles, architecture),
+            **score_options(query.shape[3], tiles, architecture),
         )
         choose_blocks_kernel[(last - first, Hkv)](
             *(plan.table, plan.samples, scores, plan.law, plan.limit, weights, row_lse, block_indices, block_counts),
@@ -286,6 +286,14 @@ def score_constants(head_dim: int, block_size: int, tiles: Tiles, has_softcap: b
     }
 
 
+def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, Any]:
+    """Options of the compiler for ``score_blocks_kernel``: on Hopper registers for two programs, where they suffice."""
+    options = compile_options(tiles, architecture)
+    if architecture == "sm_90" and tiles.keys <= 64 and padded_dim(head_dim) <= 128:
+        options["maxnreg"] = 65536 // (2 * 32 * tiles.warps)
+    return options
+
+
 def choose_constants(has_min_mass: bool) -> dict[str, Any]:
     """The compile-time arguments of ``choose_blocks_kernel``."""
     sizes = {"BLOCK_R": _ROWS_AT_ONCE, "BLOCK_C": _BLOCKS_AT_ONCE, "BLOCK_P": _RANKS_AT_ONCE}
@@ -360,12 +368,11 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         }
         score = score_constants(D, block_size, tiles.score, softcap)
         attend = {**attend_constants(D, DV, block_size, tiles, softcap), **flags}
-        for name, kernel, constants, tile in (
-            ("score_blocks", score_blocks_kernel, score, tiles.score),
-            ("attend_blocks", attend_blocks_kernel, attend, tiles.attend),
+        for name, kernel, constants, compiler in (
+            ("score_blocks", score_blocks_kernel, score, score_options(D, tiles.score, target)),
+            ("attend_blocks", attend_blocks_kernel, attend, compile_options(tiles.attend, target)),
         ):
-            compiler, aligned = compile_options(tile, target), data_strides(kernel)
-            yield Specialisation(f"{name}-{suffix}", kernel, constants, types, compiler, aligned)
+            yield Specialisation(f"{name}-{suffix}", kernel, constants, types, compiler, data_strides(kernel))
     types = {
         **dict.fromkeys(("scores", "weights", "row_lse", "kept"), "*fp32"),
         **dict.fromkeys(("plan", "samples", "law", "limit", "block_indices", "block_counts", "enlarged"), "*i32"),

@@ -1,9 +1,9 @@
 """The kernel that attends the chosen key blocks, and the one that writes the rows that see no key.
 
-A program takes ``BLOCK_M`` rows of one query block and key/value head, a row for each query and query head of the group,
-the head running fastest. All of them attend the same blocks, so that a tile of keys, gathered from several blocks, is
-loaded once for the group. Only the blocks at the edges of what the rows see are masked: the chosen blocks ascend, so
-that those that every row sees whole are one run of the list.
+A program takes ``BLOCK_M`` rows of one query block and key/value head, a row for each query and query head of the
+group, the head running fastest. All of them attend the same blocks, so that a tile of keys, gathered from several
+blocks, is loaded once for the group. Only the blocks at the edges of what the rows see are masked: the chosen blocks
+ascend, so that those that every row sees whole are one run of the list.
 """
 
 import triton
@@ -110,7 +110,7 @@ def attend_blocks_kernel(
         # The list is read a tile ahead, so that the compiler may load keys and values ahead too.
         place = before + n
         block = tl.load(block_list + place // BLOCK_SIZE, mask=place < count * BLOCK_SIZE, other=0)
-        for tile in range(clear_tiles):
+        for _ in range(clear_tiles):
             columns = begin + block * BLOCK_SIZE + place % BLOCK_SIZE
             place += BLOCK_N
             block = tl.load(block_list + place // BLOCK_SIZE, mask=place < count * BLOCK_SIZE, other=0)
