@@ -193,7 +193,7 @@ class KeyIndex:
             )
         elif self.kind == "means":
             assert value is not None
-            decode_ops.page_means_(key, value, self.origin, first, count, t["key"], t["value"])
+            decode_ops.page_means_(key, value, self.origin, first, count, t["key"], t["value"], self._backend)
         else:
             decode_ops.summarize_pages_(
                 key, self.origin, first, count, end, t["mean"], t["variance"], self.block_size, self._backend
