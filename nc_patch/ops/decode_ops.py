@@ -8,8 +8,8 @@ import torch
 from nc_patch.ops.codes import KeyCodes, encode_keys
 from nc_patch.ops.custom_ops import Four, Three, tail_of
 from nc_patch.ops.pages import summarize_pages
-from nc_patch.ops.tail import page_means as _page_means
 from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans, page_starts, slot_count
+from nc_patch.ops.tail import page_means as _page_means
 from nc_patch.ops.torch_decode_block import torch_block_decode
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
 
@@ -191,8 +191,6 @@ def topk_decode(
     key_codes = KeyCodes(codes, code_scale, residual, center, spread)
     tail = tail_of(tail_key, tail_value)
     if backend == "triton":
-        if tail is not None:
-            raise NotImplementedError("the Triton kernels of topk have no tail")
         from nc_patch.ops.triton_decode_topk import triton_topk_decode
 
         return triton_topk_decode(
@@ -204,6 +202,8 @@ def topk_decode(
             refine=refine,
             max_budget=max_budget,
             want_bounds=want_bounds,
+            tail=tail,
+            origin=origin,
         )
     return torch_topk_decode(
         *(query, key, value, visible, budget, sinks, key_codes),

@@ -1,7 +1,7 @@
 """The tail: keys that ``topk`` does not attend, approximated by means of keys and values instead of dropped.
 
-The keys of a sequence are cut into pages of ``TAIL_PAGE_SIZE``, counted from its origin. For a query a page counts if it
-lies within the query's interval and before the page of the query's own position. It enters the softmax as one key, the
+The keys of a sequence are cut into pages of ``TAIL_PAGE_SIZE``, counted from its origin. For a query a page counts if
+it lies within the query's interval and before the page of the query's own position. It enters the softmax as one key, the
 mean of the page's keys, with the mean of the page's values, as often as the page has keys that are not attended.
 
 The means of all pages are kept by slot: slot i holds the page that starts at one of the positions ``16 i`` to
@@ -56,7 +56,7 @@ def page_starts(visible: torch.Tensor, origin: torch.Tensor, key_length: int) ->
 
 
 def page_means(key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> PageMeans:
-    """Means over the pages that start at ``starts`` int ``[B, S]``, of key ``[B, Hkv, N, D]``, value ``[B, Hkv, N, Dv]``.
+    """Means of key ``[B, Hkv, N, D]`` and value ``[B, Hkv, N, Dv]`` over the pages that start at int ``[B, S]``.
 
     A negative start gives a mean of other keys.
     """

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from nc_patch.ops import (
     triton_decode_block,
+    triton_decode_tail,
     triton_decode_topk,
     triton_encode,
     triton_means,
@@ -28,8 +29,15 @@ from nc_patch.ops import (
     triton_summarize,
 )
 from nc_patch.ops.triton_attend import attend_kernel
-from nc_patch.ops.triton_launch import attend_constants, compile_options, threshold_constants, tiles_for
+from nc_patch.ops.triton_launch import (
+    attend_constants,
+    compile_options,
+    tail_constants,
+    threshold_constants,
+    tiles_for,
+)
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
+from nc_patch.ops.triton_tail import attend_tail_kernel
 from nc_patch.ops.triton_threshold import threshold_kernel
 
 
@@ -84,12 +92,12 @@ class Resources:
 
 
 def row_specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernels of ``topk`` (``threshold`` and ``topk``) and ``window`` over whole rows.
+    """The kernels of ``topk`` (``threshold`` and ``topk``, or ``topk_tail``) and ``window`` over whole rows.
 
     Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels.
     """
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
-    for kernel in ("threshold", "topk", "window"):
+    for kernel in ("threshold", "topk", "window", "topk_tail"):
         for head_dim in (64, 80, 96, 128, 192, 256):
             yield _row_specialisation(kernel, bfloat16, target, head_dim)
         for head_dim in (64, 128, 256):
@@ -97,7 +105,7 @@ def row_specialisations(target: str) -> Iterator[Specialisation]:
             yield _row_specialisation(kernel, float32, target, head_dim)
             yield _row_specialisation(kernel, float32, target, head_dim, few_rows=True)
         yield _row_specialisation(kernel, float16, target, 128)
-    for kernel in ("topk", "window"):
+    for kernel in ("topk", "window", "topk_tail"):
         for head_dim in (64, 128, 256):
             yield _row_specialisation(kernel, bfloat16, target, head_dim, options=("sinks", "softcap", "stats"))
         yield _row_specialisation(kernel, float32, target, 128, options=("sinks", "softcap", "stats"))
@@ -122,15 +130,17 @@ def _row_specialisation(
     else:
         flags = ("sinks" in options, "softcap" in options, "stats" in options)
         function, constants = attend_kernel, attend_constants(head_dim, value_dim, tiles, kernel == "topk", *flags)
+        if kernel == "topk_tail":
+            function, constants = attend_tail_kernel, tail_constants(head_dim, value_dim, tiles, *flags)
     types = {
-        **dict.fromkeys(("query", "key", "value", "output"), pointer_to(dtype)),
-        **dict.fromkeys(("visible", "budget", "ties_end"), "*i32"),
+        **dict.fromkeys(("query", "key", "value", "mean_key", "mean_value", "output"), pointer_to(dtype)),
+        **dict.fromkeys(("visible", "origin", "budget", "ties_end"), "*i32"),
         **dict.fromkeys(("sinks", "threshold", "lse", "kept_mass"), "*fp32"),
         # Long caches need 64 bits between sequences.
         **dict.fromkeys(("stride_qb", "stride_kb", "stride_vb"), "i64"),
     }
     compiler = compile_options(tiles, target)
-    return Specialisation(name, function, constants, types, compiler, data_strides(function))
+    return Specialisation(name, function, constants, types, compiler, data_strides(function, "qkvmw"))
 
 
 # Where the specialisations come from: a module's kernels are compiled ahead of time by adding its function here.
@@ -140,6 +150,7 @@ SOURCES: tuple[Callable[[str], Iterator[Specialisation]], ...] = (
     triton_decode_block.specialisations,
     triton_summarize.specialisations,
     triton_decode_topk.specialisations,
+    triton_decode_tail.specialisations,
     triton_encode.specialisations,
     triton_means.specialisations,
 )
