@@ -94,10 +94,11 @@ class Resources:
 def row_specialisations(target: str) -> Iterator[Specialisation]:
     """The kernels of ``topk`` (``threshold`` and ``topk``, or ``topk_tail``) and ``window`` over whole rows.
 
-    Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels.
+    Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels; of
+    ``topk_tail`` the largest shapes of each kind.
     """
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
-    for kernel in ("threshold", "topk", "window", "topk_tail"):
+    for kernel in ("threshold", "topk", "window"):
         for head_dim in (64, 80, 96, 128, 192, 256):
             yield _row_specialisation(kernel, bfloat16, target, head_dim)
         for head_dim in (64, 128, 256):
@@ -105,11 +106,18 @@ def row_specialisations(target: str) -> Iterator[Specialisation]:
             yield _row_specialisation(kernel, float32, target, head_dim)
             yield _row_specialisation(kernel, float32, target, head_dim, few_rows=True)
         yield _row_specialisation(kernel, float16, target, 128)
-    for kernel in ("topk", "window", "topk_tail"):
+    for kernel in ("topk", "window"):
         for head_dim in (64, 128, 256):
             yield _row_specialisation(kernel, bfloat16, target, head_dim, options=("sinks", "softcap", "stats"))
         yield _row_specialisation(kernel, float32, target, 128, options=("sinks", "softcap", "stats"))
         yield _row_specialisation(kernel, bfloat16, target, 192, 128)
+    for head_dim in (64, 80, 128, 256):
+        yield _row_specialisation("topk_tail", bfloat16, target, head_dim)
+    for head_dim in (64, 128, 256):
+        yield _row_specialisation("topk_tail", bfloat16, target, head_dim, few_rows=True)
+    for dtype, head_dim in ((bfloat16, 128), (bfloat16, 256), (float32, 128), (float32, 256)):
+        yield _row_specialisation("topk_tail", dtype, target, head_dim, options=("sinks", "softcap", "stats"))
+    yield _row_specialisation("topk_tail", float32, target, 128, few_rows=True)
 
 
 def _row_specialisation(

@@ -200,9 +200,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         (torch.bfloat16, 64, True),
         (torch.bfloat16, 80, False),
         (torch.bfloat16, 128, False),
-        (torch.float16, 128, True),
         (torch.bfloat16, 256, True),
-        (torch.float32, 64, False),
         (torch.float32, 128, True),
         (torch.float32, 256, False),
     ):

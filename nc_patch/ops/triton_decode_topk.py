@@ -217,7 +217,7 @@ def triton_topk_decode(
     by_row = (Hq, Lq, Lk, sink_keys, recent_keys)
     programs = triton.cdiv(group * Lq, plan.rows) * B * Hkv
     constants = decode_constants(plan, D, DV, refine, want_bounds, softcap > 0, tail is not None)
-    options = decode_options(plan, architecture_of(query.device))
+    options = decode_options(plan, architecture_of(query.device), tail is not None)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         sample_kernel[(programs, plan.samples // plan.keys)](
             *(query, visible, budget, codes.codes, codes.scale, center, spread, samples, *q, *c, *s, *limits, *by_head),
@@ -321,11 +321,14 @@ def decode_constants(
     }
 
 
-def decode_options(plan: Plan, architecture: str) -> dict[str, dict[str, Any]]:
+def decode_options(plan: Plan, architecture: str, has_tail: bool = False) -> dict[str, dict[str, Any]]:
     """Options of the compiler for each kernel. AMD's warps are twice as wide, and eight leave too few registers."""
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    # As in ``compile_options``: otherwise NVIDIA's assembler spills some.
+    all_registers = {"maxnreg": 255} if has_tail and not architecture.startswith("gfx") else {}
     return {
-        **dict.fromkeys(("sample", "score", "gather", "bounds"), plain),
+        **dict.fromkeys(("sample", "score", "bounds"), plain),
+        "gather": {**plain, **all_registers},
         "scan": {**plain, "num_warps": 4 if architecture.startswith("gfx") else 8, "num_stages": 2},
         "guess": {**plain, "num_warps": 8 if plan.samples >= 2048 else 4},
         "choose": {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4},
@@ -380,8 +383,9 @@ def specialisations(target: str) -> Iterator[Specialisation]:
                 f"codes_{name}-{suffix}", kernel, constants[name], types, options[name], data_strides(kernel, "qkvc")
             )
         counting = {**constants["gather"], "COUNT_PAGES": True}
+        counting_options = decode_options(plan, target, True)["gather"]
         aligned = data_strides(gather_kernel)
-        yield Specialisation(f"codes_gather-{suffix}-tail", gather_kernel, counting, types, options["gather"], aligned)
+        yield Specialisation(f"codes_gather-{suffix}-tail", gather_kernel, counting, types, counting_options, aligned)
         if queries > 1 or not refine or not want_bounds:
             continue
         tiles = tiles_for(target, dtype, head_dim, head_dim, 1)

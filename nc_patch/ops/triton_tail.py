@@ -123,7 +123,7 @@ def attend_tail_kernel(
         True, HAS_SOFTCAP, False,
     )  # fmt: skip
     acc, peak, total = add_tail(
-        acc, kept_peak, kept_total, queries, query_rows, valid, keys, mean_keys, mean_values, stride_kl, stride_mp,
+        acc, kept_peak, kept_total, query_rows, valid, keys, mean_keys, mean_values, stride_kl, stride_mp,
         stride_wp, start, end, sinks_end, recents_start, limit, limit_end, begin, scale, softcap, 0, DV, D, BLOCK_M,
         BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, HAS_SOFTCAP, False,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def attend_tail_kernel(
                     DV - column, D, BLOCK_M, BLOCK_N, BLOCK_D, _MEND_COLUMNS, CHUNK_D, True, HAS_SOFTCAP, True,
                 )  # fmt: skip
                 mended, _peak, _total = add_tail(
-                    mended, peak_again, total_again, again, query_rows, valid, keys, mean_keys, mean_values + column,
+                    mended, peak_again, total_again, query_rows, valid, keys, mean_keys, mean_values + column,
                     stride_kl, stride_mp, stride_wp, start, end, sinks_end, recents_start, limit, limit_end, begin,
                     scale, softcap, count_broken, DV - column, D, BLOCK_M, BLOCK_N, BLOCK_D, _MEND_COLUMNS, CHUNK_D,
                     HAS_SOFTCAP, True,
@@ -175,7 +175,6 @@ def add_tail(
     acc,
     peak,
     total,
-    queries,
     query_rows,
     valid,
     keys,
@@ -221,6 +220,9 @@ def add_tail(
         first = tl.cdiv(low - current, PAGE)
         last = (high - current) // PAGE
         for slot in range(first, last, PAGES):
+            # Read anew, so that they are held for this loop alone; the barrier keeps the compiler from merging loads.
+            tl.debug_barrier()
+            queries = load_query(query_rows, valid, D, BLOCK_D, CHUNK_D)
             counts = tl.zeros([BLOCK_M, PAGES], dtype=tl.float32)
             for part in range(0, tl.minimum(last - slot, PAGES) * PAGE, BLOCK_N):
                 begin = slot * PAGE + current + part
