@@ -184,7 +184,9 @@ def tail_kernel(
         sound = tl.abs(values.to(tl.float32)) < float("inf")
         if tl.max(tl.max(tl.where(sound, 0, 1), axis=1), axis=0) > 0:
             spoilt = tl.where(sound, 0.0, 1.0).to(values.dtype)
-            spoilt = dot(within.to(values.dtype), spoilt, tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32))
+            spoilt = dot(
+                within.to(tl.float32).to(values.dtype), spoilt, tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+            )
             sums = tl.where(spoilt > 0, float("nan"), sums)
             values = tl.where(sound, values, 0.0)
         sums = dot(weights.to(values.dtype), values, sums)

@@ -234,7 +234,8 @@ def add_tail(
                 attended = attended_keys(raw, columns, start, end, sinks_end, recents_start, threshold, ties_end, True)
                 page = (part + n)[:, None] // PAGE == p[None, :]
                 element = mean_values.dtype.element_ty
-                counts = dot(attended.to(element), page.to(element), counts)
+                # By way of float32: the interpreter knows no other conversion to bfloat16.
+                counts = dot(attended.to(tl.float32).to(element), page.to(tl.float32).to(element), counts)
             page_begin = (slot + p) * PAGE + current
             missing = -counts + PAGE
             within = (page_begin[None, :] >= start[:, None]) & (page_begin[None, :] < own[:, None])
