@@ -108,10 +108,10 @@ def assert_equals_reference(case: Case, output: torch.Tensor, lse: torch.Tensor)
     ("kind", "dtype", "queries", "keys"),
     [
         ("causal", torch.bfloat16, 5, 300),
-        ("padding", torch.float32, 30, 60),
+        ("padding", torch.float32, 20, 60),
         ("negative", torch.float32, 7, 45),
         ("sliding", torch.float32, 9, 90),
-        ("packed", torch.float32, 70, 70),
+        ("packed", torch.float32, 50, 50),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
@@ -145,10 +145,11 @@ def decode(case: Case, device: str, refine: bool = True) -> tuple[torch.Tensor, 
 
 
 @on_kernel_device
-@pytest.mark.parametrize("refine", [True, False], ids=["refine", "codes"])
-@pytest.mark.parametrize("kind", ["causal", "packed", "sliding"])
+@pytest.mark.parametrize(
+    ("kind", "refine"), [("causal", False), ("packed", True), ("sliding", True)], ids=lambda value: str(value).lower()
+)
 def test_decoding_equals_the_reference(kind, refine, device):
-    case = case_of(kind, 3, 90 if kind == "packed" else 150)
+    case = case_of(kind, 2, 90)
     if kind == "packed":  # rows of two sequences in one call
         case = replace(case, visible=case.visible.clone(), origin=case.origin.clone())
         case.origin[0, 0] = case.visible[0, 0, 0] = 3
@@ -211,7 +212,7 @@ def test_a_page_that_is_attended_whole_hides_what_its_mean_holds(decoding, whole
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_means_are_those_of_pytorch(dtype, device):
     g = torch.Generator().manual_seed(0)
-    key, value = (torch.randn(2, 2, 93, width, generator=g).to(dtype) for width in (80, 70))
+    key, value = (torch.randn(2, 1, 93, width, generator=g).to(dtype) for width in (16, 70))
     # The interpreter cuts what does not fit 16 bits.
     close = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-6, "atol": 1e-6}
     origin = torch.tensor([[0] * 20 + [20] * 33 + [53] * 40, [3] * 93], dtype=torch.int32)
@@ -220,9 +221,9 @@ def test_means_are_those_of_pytorch(dtype, device):
     expected = decode_ops.page_means(key, value, visible, origin, "torch")
     for ours, theirs in zip(decode_ops.page_means(*moved, "triton"), expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, **close)
-    for begin, first, count in (([0, 5], [0, 5], 93), ([-3, 17], [40, 41], 1), ([0, 2], [80, 92], 1)):
+    for begin, first, count in (([0, 5], [0, 5], 93), ([-3, 17], [40, 92], 1)):
         starts = torch.tensor(begin, dtype=torch.int32), torch.tensor(first)
-        kept = {name: [key.new_zeros(2, 2, 6, 80), key.new_zeros(2, 2, 6, 70)] for name in ("torch", "triton")}
+        kept = {name: [key.new_zeros(2, 1, 6, 16), key.new_zeros(2, 1, 6, 70)] for name in ("torch", "triton")}
         decode_ops.page_means_(key, value, *starts, count, *kept["torch"], "torch")
         kept["triton"] = [t.to(device) for t in kept["triton"]]
         decode_ops.page_means_(*moved[:2], *(t.to(device) for t in starts), count, *kept["triton"], "triton")
@@ -232,12 +233,12 @@ def test_means_are_those_of_pytorch(dtype, device):
 
 @on_kernel_device
 def test_a_patched_model_generates_as_with_pytorch(device):
-    ids = random_ids(1, 40).to(device)
+    ids = random_ids(1, 35).to(device)
     tokens, logits = {}, {}
     for backend in ("torch", "triton"):
         model = tiny_model("llama", num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=2).to(device)
         patch_model(model, 1.0, 0.5, tail="mean", backend=backend, key_index="always")
-        made = model.generate(ids, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        made = model.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
         tokens[backend], logits[backend] = made.sequences.tolist(), torch.cat(made.logits)
     assert tokens["triton"] == tokens["torch"]
     torch.testing.assert_close(logits["triton"], logits["torch"], atol=1e-4, rtol=1e-4)
