@@ -1,8 +1,8 @@
 """The tail: keys that ``topk`` does not attend, approximated by means of keys and values instead of dropped.
 
 The keys of a sequence are cut into pages of ``TAIL_PAGE_SIZE``, counted from its origin. For a query a page counts if
-it lies within the query's interval and before the page of the query's own position. It enters the softmax as one key, the
-mean of the page's keys, with the mean of the page's values, as often as the page has keys that are not attended.
+it lies within the query's interval and before the page of the query's own position. It enters the softmax as one key,
+the mean of the page's keys, with the mean of the page's values, as often as the page has keys that are not attended.
 
 The means of all pages are kept by slot: slot i holds the page that starts at one of the positions ``16 i`` to
 ``16 i + 15``. Pages do not overlap, so that several sequences in one row share the slots.

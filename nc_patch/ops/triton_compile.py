@@ -111,10 +111,8 @@ def row_specialisations(target: str) -> Iterator[Specialisation]:
             yield _row_specialisation(kernel, bfloat16, target, head_dim, options=("sinks", "softcap", "stats"))
         yield _row_specialisation(kernel, float32, target, 128, options=("sinks", "softcap", "stats"))
         yield _row_specialisation(kernel, bfloat16, target, 192, 128)
-    for head_dim in (64, 80, 128, 256):
-        yield _row_specialisation("topk_tail", bfloat16, target, head_dim)
-    for head_dim in (64, 128, 256):
-        yield _row_specialisation("topk_tail", bfloat16, target, head_dim, few_rows=True)
+    yield _row_specialisation("topk_tail", bfloat16, target, 64)
+    yield _row_specialisation("topk_tail", bfloat16, target, 128, few_rows=True)
     for dtype, head_dim in ((bfloat16, 128), (bfloat16, 256), (float32, 128), (float32, 256)):
         yield _row_specialisation("topk_tail", dtype, target, head_dim, options=("sinks", "softcap", "stats"))
     yield _row_specialisation("topk_tail", float32, target, 128, few_rows=True)
