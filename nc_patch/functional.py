@@ -177,7 +177,11 @@ def attend(
     """
     tail: tuple[torch.Tensor, ...] = ()
     if config.tail == "mean" and selection == "topk":
-        pair = decode_ops.page_means(key, value, visible, origin) if means is None else means.means()
+        if means is None:
+            upkeep, _ = choose_backend(config.backend, "means", query.device, needs_gradient(query, key, value, sinks))
+            pair = decode_ops.page_means(key, value, visible, origin, upkeep)
+        else:
+            pair = means.means()
         tail = (*pair, origin)
     if index is not None and selection != "dense":
         return _attend_by_index(

@@ -196,7 +196,7 @@ class KeyIndex:
             )
         elif self.kind == "means":
             assert value is not None
-            decode_ops.page_means_(key, value, self.origin, first, count, t["key"], t["value"])
+            decode_ops.page_means_(key, value, self.origin, first, count, t["key"], t["value"], self._backend)
         elif self._backend == "torch" and decode_ops.runs_directly(key, self.origin, first, end):
             update_pages_(key, self.origin, first, count, end, self.pages(), self.block_size)
         else:

@@ -212,7 +212,7 @@ def test_gradients_are_those_of_the_reference():
                         case.softcap,
                     ),
                     *(case.sink_keys, case.recent_keys, False, "torch"),
-                    *decode_ops.page_means(case.key, case.value, case.visible, case.origin),
+                    *decode_ops.page_means(case.key, case.value, case.visible, case.origin, "torch"),
                     case.origin,
                 )[0]
             found.append(torch.autograd.grad(output, leaves, grad.to(output.dtype)))

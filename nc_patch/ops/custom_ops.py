@@ -76,9 +76,7 @@ def topk_attention(
     if backend == "triton":
         from nc_patch.ops.triton_topk import triton_topk_attention
 
-        if tail is not None:
-            raise NotImplementedError("the Triton kernel of topk has no tail")
-        return triton_topk_attention(query, key, value, visible, budget, sinks, **settings)
+        return triton_topk_attention(query, key, value, visible, budget, sinks, **settings, tail=tail, origin=origin)
     return torch_topk_attention(query, key, value, visible, budget, sinks, **settings, tail=tail, origin=origin)
 
 

@@ -11,7 +11,7 @@ import torch
 from nc_patch.ops.codes import KeyCodes, encode_keys
 from nc_patch.ops.custom_ops import Four, Three, tail_of
 from nc_patch.ops.pages import PageStatistics, update_pages_
-from nc_patch.ops.tail import TAIL_PAGE_SIZE, page_starts, slot_count, spread_over_pages
+from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans, page_starts, slot_count, spread_over_pages
 from nc_patch.ops.tail import page_means as _page_means
 from nc_patch.ops.torch_decode_block import torch_block_decode
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
@@ -104,25 +104,31 @@ def _(key, origin, first, count, end, page_codes, page_scales, block_size, backe
 
 @torch.library.custom_op("nc_patch::page_means", mutates_args=())
 def page_means(
-    key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The means of all pages that the tail of queries with these intervals may need, by slot; see ``ops/tail.py``.
 
     ``key`` is ``[B, Hkv, N, D]``, ``value`` ``[B, Hkv, N, Dv]``, ``visible`` int32 ``[B, Lq, 2]``, ``origin`` int32
     ``[B, Lq]``.
     """
-    means = _page_means(key, value, page_starts(visible, origin, key.shape[2]))
+    starts = page_starts(visible, origin, key.shape[2])
+    if backend == "triton":
+        from nc_patch.ops.triton_means import triton_page_means
+
+        means = triton_page_means(key, value, starts)
+    else:
+        means = _page_means(key, value, starts)
     return means.key, means.value
 
 
 @page_means.register_fake
-def _(key, value, visible, origin):  # type: ignore[no-untyped-def]
+def _(key, value, visible, origin, backend):  # type: ignore[no-untyped-def]
     slots = slot_count(key.shape[2])
     return key.new_empty(*key.shape[:2], slots, key.shape[3]), value.new_empty(*value.shape[:2], slots, value.shape[3])
 
 
 def _setup_means(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    key, _, visible, origin = inputs
+    key, _, visible, origin, _ = inputs
     ctx.save_for_backward(visible, origin)
     ctx.key_length = key.shape[2]
 
@@ -133,6 +139,7 @@ def _means_backward(ctx: Any, grad_key: torch.Tensor, grad_value: torch.Tensor) 
     return (
         spread_over_pages(grad_key, starts, ctx.key_length),
         spread_over_pages(grad_value, starts, ctx.key_length),
+        None,
         None,
         None,
     )
@@ -150,11 +157,16 @@ def page_means_(
     count: int,
     mean_key: torch.Tensor,
     mean_value: torch.Tensor,
+    backend: str,
 ) -> None:
     """Writes the means of each page that holds any of the keys ``first[b]`` to ``first[b] + count``.
 
     ``origin`` and ``first`` are int ``[B]``. The mean of a page that is not full yet is overwritten when it is.
     """
+    if backend == "triton":
+        from nc_patch.ops.triton_means import triton_page_means_
+
+        return triton_page_means_(key, value, origin, first, count, PageMeans(mean_key, mean_value))
     slots = mean_key.shape[2]
     touched = min((count + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1, slots)
     begin = origin.long() % TAIL_PAGE_SIZE
@@ -164,10 +176,11 @@ def page_means_(
     means = _page_means(key, value, index * TAIL_PAGE_SIZE + begin[:, None])
     for kept, new in ((mean_key, means.key), (mean_value, means.value)):
         kept.scatter_(2, index[:, None, :, None].expand_as(new), new)
+    return None
 
 
 @page_means_.register_fake
-def _(key, value, origin, first, count, mean_key, mean_value):  # type: ignore[no-untyped-def]
+def _(key, value, origin, first, count, mean_key, mean_value, backend):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -203,8 +216,6 @@ def topk_decode(
     key_codes = KeyCodes(codes, code_scale, residual, center, spread)
     tail = tail_of(tail_key, tail_value)
     if backend == "triton":
-        if tail is not None:
-            raise NotImplementedError("the Triton kernels of topk have no tail")
         from nc_patch.ops.triton_decode_topk import triton_topk_decode
 
         return triton_topk_decode(
@@ -216,6 +227,8 @@ def topk_decode(
             refine=refine,
             max_budget=max_budget,
             want_bounds=want_bounds,
+            tail=tail,
+            origin=origin,
         )
     return torch_topk_decode(
         *(query, key, value, visible, budget, sinks, key_codes),
