@@ -56,8 +56,7 @@ QUICK = [
     "codes_gather-bf16-d128-q1-refine",
     "codes_gather-bf16-d64-q1-refine-bounds-tail",
     "codes_tail-bf16-d128",
-    "topk_tail-bf16-d128-sinks-softcap-stats",
-    "means-bf16-touched",
+    "topk_tail-fp32-d128-few_rows",
     "encode-bf16-d128",
 ]
 VARIANTS = {target: specialisations(target) for target in TARGETS}

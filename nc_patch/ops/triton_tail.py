@@ -31,6 +31,7 @@ from nc_patch.ops.triton_tiles import dot, dot_scores, forced_keys, load_query, 
 PAGE = tl.constexpr(TAIL_PAGE_SIZE)
 # Pages that are taken at once: the least that a matrix instruction takes along each of its axes.
 PAGES = tl.constexpr(16)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # Elements of head_dim that are multiplied at once with mean keys.
 _MEAN_CHUNK = tl.constexpr(64)
 # Columns of V that are mended at once, as in ``triton_attend``.
@@ -234,8 +235,11 @@ def add_tail(
                 attended = attended_keys(raw, columns, start, end, sinks_end, recents_start, threshold, ties_end, True)
                 page = (part + n)[:, None] // PAGE == p[None, :]
                 element = mean_values.dtype.element_ty
-                # By way of float32: the interpreter knows no other conversion to bfloat16.
-                counts = dot(attended.to(tl.float32).to(element), page.to(tl.float32).to(element), counts)
+                if _INTERPRETED:
+                    # There conversions to bfloat16 are from float32 alone, and ``dot`` takes its operands in float32.
+                    counts = dot(attended.to(tl.float32), page.to(tl.float32), counts)
+                else:
+                    counts = dot(attended.to(element), page.to(element), counts)
             page_begin = (slot + p) * PAGE + current
             missing = -counts + PAGE
             within = (page_begin[None, :] >= start[:, None]) & (page_begin[None, :] < own[:, None])
