@@ -36,7 +36,7 @@ def main() -> None:
             result = sparse_attention(query, key, value, alpha=4.0, C=0.6, selection="block", return_stats=True)
         number, kept, squares, *_ = result.block_estimate.double().unbind(-1)
         estimate, true = 1 - kept / number, 1 - result.kept_mass.double().mean((0, 2))
-        error = ((squares / number - (kept / number).square()) / (number - 1)).sqrt()
+        error = ((squares / number - (kept / number).square()).clamp(min=0) / (number - 1)).sqrt()
         row = {"layer": layer, "estimate": float(estimate.mean()), "true": float(true.mean())}
         row |= {"standard_error": float(error.mean()), "largest_error": float((estimate - true).abs().max())}
         rows.append(row)
