@@ -62,8 +62,6 @@ def main() -> None:
     source = load_text(arguments.text)
     text = tokenise(loaded.tokenizer, source.content)
     record: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit(),
         "versions": versions(),
         "hardware": hardware(torch.device("cpu"), torch.get_num_threads()),
         "model": arguments.model,
@@ -85,6 +83,7 @@ def main() -> None:
                 ]
                 perplexity = math.exp(sum(m.loss_sum for m in found) / sum(m.tokens for m in found))
                 row = {"n": length, "task": task, "method": name, "samples": arguments.samples}
+                row |= {"command": shlex.join(["python", *sys.argv]), "commit": commit()}
                 row |= {"perplexity": perplexity, "config": None if config is None else config.to_dict()}
                 row["attended_fraction"] = sum(m.attended_fraction for m in found) / len(found)
                 record["results"].append(row)

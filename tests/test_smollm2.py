@@ -61,6 +61,19 @@ def test_topk_recalls_at_2048_and_a_window_of_the_same_budget_does_not(perplexit
     assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
 
 
+def test_blocks_stay_near_dense_at_2048_and_a_floor_on_the_mass_brings_them_nearer(perplexity):
+    block = NCConfig.create(4.0, 0.6, selection="block")
+    floor = NCConfig.create(4.0, 0.6, selection="block", min_mass=0.9)
+    dense = perplexity("perplexity", 2048, None, samples=2)
+    assert perplexity("perplexity", 2048, block, samples=2) <= 1.08 * dense
+    assert perplexity("perplexity", 2048, floor, samples=2) <= 1.05 * dense
+    dense = perplexity("recall", 2048, None, samples=2)
+    assert perplexity("recall", 2048, block, samples=2) <= 1.5 * dense
+    assert perplexity("recall", 2048, floor, samples=2) <= 1.1 * dense
+    window = NCConfig.create(4.0, 0.6, selection="window", sink_keys=4)
+    assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
+
+
 def test_a_growing_budget_beats_the_fixed_and_the_logarithmic_one_at_4096(perplexity):
     growing = perplexity("recall", 4096, NCConfig(2.0, 0.5))
     assert NCConfig(2.0, 0.5).budget(1024) == NCConfig(64).budget(1024) == NCConfig(6.4, law="log").budget(1024) == 64
