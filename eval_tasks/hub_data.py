@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: from the hub, its cache, or copies on disk; with errors that say what is missing."""
+"""Data sets of the Hugging Face hub: from the hub, its cache, or copies on disk; errors say what is missing."""
 
 import contextlib
 import logging

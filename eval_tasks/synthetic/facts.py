@@ -1,6 +1,6 @@
 """Facts in a haystack after BABILong (arXiv 2406.10149): the first five bAbI tasks (arXiv 1502.05698), in prose.
 
-Stories are simulated here, not taken from bAbI: people walk, take, drop and give, and the answer follows from the state.
+Stories are simulated here, not taken from bAbI: people walk, take, drop and give, and the state gives the answer.
 """
 
 import random

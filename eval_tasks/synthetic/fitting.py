@@ -63,8 +63,8 @@ def counter(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None = Non
 def fill(tokens_at: Callable[[int], int], room: int, largest: int | None = None) -> int:
     """How many units of filler fit: the largest number found whose text has at most ``room`` tokens.
 
-    Tokens grow almost in proportion to units, so secants land within a few steps; the search stops when at most 0.2 % of
-    the room, or no whole unit, is left.
+    Tokens grow almost in proportion to units, so secants land within a few steps; the search stops when at most 0.2 %
+    of the room, or no whole unit, is left.
 
     Args:
         tokens_at: tokens of the whole text with that many units of filler; grows with its argument, but for a few

@@ -130,8 +130,8 @@ def _listed(keys: list[str]) -> str:
 
 
 _PASSKEY_TEMPLATE = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about"
-    " the important information there.\n{context}\nWhat is the pass key?"
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you"
+    " about the important information there.\n{context}\nWhat is the pass key?"
 )
 
 

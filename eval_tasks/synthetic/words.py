@@ -3,8 +3,7 @@
 import random
 from functools import cache
 
-ADJECTIVES: tuple[str, ...] = tuple(
-    """
+_ADJECTIVES = """
     able absent active actual adult agile alert alive amber ample ancient angry annual anxious apt arid ashen aware
     awful bald bare basic bitter blank bleak blind blond blue blunt bold bored brave brief bright brisk broad broken
     bronze brown bulky busy calm careful casual central charming cheap cheerful chief chilly civil classic clean clear
@@ -27,11 +26,10 @@ ADJECTIVES: tuple[str, ...] = tuple(
     tense thick thin thirsty tidy tight tiny tired tough tranquil tropical true ugly unique upper upset urban urgent
     useful usual vague vain valid vast violet vital vivid warm wary weak wealthy weary western wet white whole wicked
     wide wild willing windy wise witty wooden worthy yearly yellow young zealous
-    """.split()
-)
-
-NOUNS: tuple[str, ...] = tuple(
     """
+ADJECTIVES: tuple[str, ...] = tuple(_ADJECTIVES.split())
+
+_NOUNS = """
     acorn actor airport album alley almond anchor ankle answer apple apron arch arena arm arrow artist atlas attic
     aunt author autumn avenue axis bakery balloon banana band bank banner barn barrel basin basket battle beach beacon
     beak beam bean bear beard beast bed beetle bell belt bench berry bicycle bird blade blanket blossom board boat body
@@ -69,11 +67,10 @@ NOUNS: tuple[str, ...] = tuple(
     turkey turnip turtle twig umbrella uncle valley van vase vessel village vine violin volcano voyage wagon waist
     wall walnut walrus wasp watch water wave wax wheat wheel whistle wife willow window wing winter wizard wolf woman
     wool worm wrist yacht yard zebra
-    """.split()
-)
-
-VERBS: tuple[str, ...] = tuple(
     """
+NOUNS: tuple[str, ...] = tuple(_NOUNS.split())
+
+_VERBS = """
     accept admire admit advise afford agree allow announce appear applaud argue arrange arrive ask attach attempt
     attend bake balance bathe become beg begin behave believe bend bless blink boast boil borrow bounce breathe build
     burn bury buy calculate carry carve catch celebrate chase chew choose claim climb collect compare complain compose
@@ -91,8 +88,8 @@ VERBS: tuple[str, ...] = tuple(
     supply suppose surprise surround swim swing talk teach tell tempt think throw tickle travel tremble trust try twist
     understand unite unlock untie vanish visit wait wake walk wander warn wash waste weave weigh welcome whisper wonder
     worry wrestle write yawn yell
-    """.split()
-)
+    """
+VERBS: tuple[str, ...] = tuple(_VERBS.split())
 
 _ONSETS = ("b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "kr", "pl")
 _NUCLEI = ("a", "e", "i", "o", "u", "ai", "ea", "ou")
