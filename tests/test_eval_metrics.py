@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-evaluate = pytest.importorskip("evaluate", reason="the extra eval is not installed")
+pytest.importorskip("evaluate", reason="the extra eval is not installed")
 
+import evaluate
 from eval_tasks.errors import EvalError
 from eval_tasks.metrics import METRICS, load_metric, metric_path
 
@@ -88,6 +89,14 @@ def test_runs_of_tokens_count_by_their_number() -> None:
     later = metric.compute(predictions=[[-3.0]], references=[[2]], edges=[0, 2, 4], first_position=2)
     assert later["tokens"] == [0, 2]
     assert later["perplexity"][0] is None
+
+
+def test_a_run_counts_where_its_middle_lies() -> None:
+    metric = load_metric("perplexity_by_position")
+    found = metric.compute(predictions=[[-1.0, -2.0]], references=[[9, 10]], edges=[0, 10, 20], tolerance=1)
+    assert found["tokens"] == [9, 10]
+    with pytest.raises(ValueError, match="the 10 tokens from position 8 on lie across an edge"):
+        metric.compute(predictions=[[-1.0, -2.0]], references=[[8, 10]], edges=[0, 10, 20], tolerance=1)
 
 
 def test_ranges_double_by_default() -> None:

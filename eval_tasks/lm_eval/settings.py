@@ -114,8 +114,8 @@ def tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBase
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise EvalError(
-            f"the tokenizer {name} cannot be loaded: {reason} Give tokenizer=... in --metadata: a directory, or a name on"
-            " the hub where that can be reached"
+            f"the tokenizer {name} cannot be loaded: {reason} Give tokenizer=... in --metadata: a directory, or a name"
+            " on the hub where that can be reached"
         ) from error
 
 

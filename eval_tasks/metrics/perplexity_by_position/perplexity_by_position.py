@@ -10,8 +10,8 @@ import datasets
 import evaluate
 
 _DESCRIPTION = """\
-Perplexity of the tokens at each range of positions in the context. A model that uses its context has a lower one further
-back; one that loses hold of it does not. Log-likelihoods are given, so any model can be measured."""
+Perplexity of the tokens at each range of positions in the context. It falls with the position where a model uses its
+context, and rises where the model loses hold of it. Log-likelihoods are given, so any model can be measured."""
 _INPUTS = """
 Args:
     predictions: for each document a list of log-likelihoods (natural logarithm, at most 0), in order: of single tokens,
@@ -21,6 +21,7 @@ Args:
         1024] gives 0 to 511 and 512 to 1,023. By default 0, 1, 2, 4, 8 and so on to the end of the longest document.
         Tokens outside are left out of every range.
     first_position: position of each document's first token.
+    tolerance: how many tokens of a run may lie across an edge; it counts where its middle lies.
 Returns:
     edges: as used.
     perplexity: of each range, exp of the mean negative log-likelihood of its tokens; None where there are none.
@@ -28,7 +29,7 @@ Returns:
     tokens: how many tokens each range holds.
     overall: perplexity of all tokens in the ranges.
 Raises:
-    ValueError: a run of tokens lies across an edge, the lists differ in length, or the edges do not ascend.
+    ValueError: a run of tokens lies across an edge by more than the tolerance, the lists differ in length, or the edges do not ascend.
 """
 
 
@@ -37,6 +38,7 @@ def by_position(
     counts: Sequence[Sequence[int]],
     edges: Sequence[int] | None = None,
     first_position: int = 0,
+    tolerance: int = 0,
 ) -> dict[str, Any]:
     """What ``PerplexityByPosition`` computes, from the same arguments."""
     totals = [first_position + sum(document) for document in counts]
@@ -53,8 +55,8 @@ def by_position(
         for value, size in zip(values, sizes, strict=True):
             if size < 1:
                 raise ValueError(f"document {number} has a log-likelihood of {size} tokens; each covers at least one")
-            bucket = bisect_right(edges, position) - 1
-            if bisect_right(edges, position + size - 1) - 1 != bucket:
+            bucket = bisect_right(edges, position + (size - 1) // 2) - 1
+            if _across(edges, bucket, position, position + size) > tolerance:
                 raise ValueError(
                     f"document {number}: the {size} tokens from position {position} on lie across an edge of"
                     f" {list(edges)}; split them, or move the edge"
@@ -71,6 +73,13 @@ def by_position(
         "tokens": tokens,
         "overall": _exp(-sum(sums) / sum(tokens)) if sum(tokens) else None,
     }
+
+
+def _across(edges: Sequence[int], bucket: int, begin: int, end: int) -> int:
+    """How many tokens of a run lie outside the range that holds its middle."""
+    before = max(0, edges[bucket] - begin) if bucket >= 0 else 0
+    behind = max(0, end - edges[bucket + 1]) if bucket + 1 < len(edges) else 0
+    return before + behind
 
 
 def _doubling(end: int) -> list[int]:
@@ -110,5 +119,6 @@ class PerplexityByPosition(evaluate.Metric):
         references: Sequence[Sequence[int]],
         edges: Sequence[int] | None = None,
         first_position: int = 0,
+        tolerance: int = 0,
     ) -> dict[str, Any]:
-        return by_position(predictions, references, edges, first_position)
+        return by_position(predictions, references, edges, first_position, tolerance)
