@@ -41,10 +41,12 @@ def load_with(loader: Any, name: str, config: str | None = None, *, copies: str 
         with cache_only_where_offline():
             return loader(name, config, **options)
     except Exception as error:  # `datasets` raises its own, its file systems' and its HTTP client's exceptions
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').split(chr(10))[0]}"
+        if copies is None and not hub_resolves():
+            reason = "the hub cannot be reached from here, and its cache on this machine does not hold the data set"
         where = "could not be loaded from its copy" if copies is not None else "could not be downloaded from the hub"
         raise EvalError(
-            f"the data set {given} {where} ({type(error).__name__}: {reason}). Download it where there is a network"
+            f"the data set {given} {where} ({reason}). Download it where there is a network"
             f" (hf download --repo-type dataset {name} --local-dir DIR/{name}) and give"
             ' --metadata \'{"hub_copies": "DIR"}\''
         ) from error

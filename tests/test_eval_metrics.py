@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("evaluate", reason="the extra eval is not installed")
 
 import evaluate
+
 from eval_tasks.errors import EvalError
 from eval_tasks.metrics import METRICS, load_metric, metric_path
 

@@ -1,6 +1,7 @@
 """The common ground of this package's lm-eval tasks: one document is one sample, scored once per context length.
 
-So ``--limit N`` takes N samples at every length, where lm-eval's own tasks list all samples of the shortest length first.
+So ``--limit N`` takes N samples at every length, where lm-eval's own tasks list all samples of the shortest length
+first.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """The lm-eval task ``nc_recall``: perplexity of a passage that the model has read at the start of its context.
 
 The same passage is scored behind filler of growing length, so lengths are compared on the same tokens. It is the
-harness's own task ``recall`` for lm-eval, which takes strings, and at any length: the filler is prose that repeats where
-the text ends, always without the passage.
+harness's own task ``recall`` for lm-eval, which takes strings, and at any length: the filler is prose that repeats
+where the text ends, always without the passage.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def _row(prose: Prose, settings: Settings, passage: int, index: int) -> dict[str
             return " ".join([lead, repeated, *(rest * whole), *rest[:part]])
 
         def total(words: int) -> int:
-            return count(f"{context(words)} {repeated}")  # noqa: B023 - called within the iteration
+            return count(f"{context(words)} {repeated}")
 
         words = fill(cache(total), length)
         contexts.append(context(words))

@@ -17,17 +17,19 @@ _PREFIX = (
     " value {value}, they are:"
 )
 _HOPS = 4
-# Below this length RULER's worked example (500 tokens) takes more than a fifth, so it shrinks.
-_SHORT = 2560
+# Below the first length RULER's worked example (500 tokens) takes more than a fifth, so it shrinks; below the second it
+# goes.
+_SHORT, _SHORTEST = 2560, 1024
 _EXAMPLE_LINES = 12  # lines of noise in the worked example at 2,560 tokens and above: 500 tokens
 
 
 def _recipe(request: Request) -> Recipe:
     chain = _Chain(request.random("chain"), letters=5)
     example = _Chain(request.random("example"), letters=3)
-    lines = _EXAMPLE_LINES if request.length >= _SHORT else max(0, request.length // 512 - 1)
-    sentences = lines * len(NOISE)
-    shown = f"{example.question(sentences)} {example.prefix} {' '.join(example.names)}\n\n"
+    lines = _EXAMPLE_LINES if request.length >= _SHORT else request.length // 512 - 1
+    shown = ""
+    if request.length >= _SHORTEST:
+        shown = f"{example.question(lines * len(NOISE))} {example.prefix} {' '.join(example.names)}\n\n"
 
     def build(units: int, padding: int) -> Draft:
         return Draft(shown + chain.question(units), chain.prefix, chain.assignments)
