@@ -19,6 +19,8 @@ _TAKE = ("got", "took", "picked up", "grabbed")
 _DROP = ("dropped", "left", "put down", "discarded")
 _GIVE = ("gave", "handed", "passed")
 _OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
+# Below this length the examples would take up to a third.
+_SHORTEST_WITH_EXAMPLES = 1024
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ class _FactTask:
 
         def build(units: int, padding: int) -> Draft:
             context = " ".join(insert(prose.sentences(start, units), list(story.facts), depths))
-            return Draft(f"{self.instructions}\n\n{shown}{context}\n{story.question}", "", story.evidence)
+            opening = shown if request.length >= _SHORTEST_WITH_EXAMPLES else ""
+            return Draft(f"{self.instructions}\n\n{opening}{context}\n{story.question}", "", story.evidence)
 
         return Recipe(build, (story.answer,))
 

@@ -219,6 +219,12 @@ def synthesize(
         )
     draft = recipe.build(units, padding)
     prompt = render(draft.question, draft.prefix)
+    for sentence in draft.evidence:
+        if (times := prompt.count(sentence)) != 1:
+            text = (material or Material()).text
+            raise EvalError(
+                f"{sentence!r} stands {times} times in the prompt, so the text {text!r} says it too; give another text"
+            )
     depths = tuple(prompt.index(sentence) / len(prompt) for sentence in draft.evidence)
     return SyntheticSample(
         prompt, draft.question, draft.prefix, recipe.answers, generator.match, length, tokens, reserve, depths

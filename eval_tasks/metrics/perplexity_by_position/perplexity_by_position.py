@@ -29,8 +29,8 @@ Returns:
     tokens: how many tokens each range holds.
     overall: perplexity of all tokens in the ranges.
 Raises:
-    ValueError: a run of tokens lies across an edge by more than the tolerance, the lists differ in length, or the edges do
-        not ascend.
+    ValueError: a run of tokens lies across an edge by more than the tolerance, the lists differ in length, or the edges
+        do not ascend.
 """
 
 
