@@ -203,7 +203,8 @@ def _cut(text: str, settings: Settings) -> dict[str, Any]:
     text = text[: _CHARACTERS_PER_TOKEN * settings.lengths[-1]]
     content = text.encode("utf-8")
     tokens = tokenise(settings.tokenizer, text)
-    borders = [match.start() for match in re.finditer(rb"\s+(?=\S)", content) if match.start()] + [len(content)]
+    inner = (match.start() for match in re.finditer(rb"\s+(?=\S)", content) if match.start())
+    borders = [0, *inner, len(content)]
     # Special tokens are read, and none is scored.
     special = len(settings.encode("a")) - len(settings.tokenizer.encode("a", add_special_tokens=False))
     parts: list[str] = []

@@ -1,6 +1,7 @@
 """A tiny random Llama with its tokenizer and a text, and ``nc_perplexity`` run on them."""
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,5 +143,21 @@ def run_tasks(long_model_dir: Path) -> Callable[..., dict[str, Any]]:
             model=model, model_args=arguments, tasks=names, task_manager=manager, **options
         )
         return results
+
+    return run
+
+
+@pytest.fixture
+def our_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs ``main`` on arguments, without lm-eval's own thousands of tasks, whose index takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    from eval_tasks.lm_eval import __main__ as command
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: TaskManager(include_defaults=False, **options))
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+        command.main()
 
     return run
