@@ -127,10 +127,11 @@ def documents(
     return _rows((_from_a_word_on(piece) for piece in pieces), settings, source.origin, source.sha256)
 
 
-def hub_documents(name: str, **load: Any) -> Callable[..., dict[str, Dataset]]:
+def hub_documents(task: str, name: str, **load: Any) -> Callable[..., dict[str, Dataset]]:
     """``documents`` for a data set of the hub: the starts of its first documents that are long enough.
 
     Args:
+        task: named in errors.
         name: of the data set; its column ``text`` is read.
         load: further arguments of ``datasets.load_dataset``.
     """
@@ -145,7 +146,7 @@ def hub_documents(name: str, **load: Any) -> Callable[..., dict[str, Dataset]]:
         **model: Any,
     ) -> dict[str, Dataset]:
         settings = read_settings(
-            "this task", LENGTHS, samples, lengths=lengths, max_seq_lengths=max_seq_lengths, seed=seed, model=model
+            task, LENGTHS, samples, lengths=lengths, max_seq_lengths=max_seq_lengths, seed=seed, model=model
         )
         found = load_hub(name, copies=hub_copies, **load)
         texts = _long_enough(islice(found, _MOST_ROWS), settings, name)
@@ -155,9 +156,11 @@ def hub_documents(name: str, **load: Any) -> Callable[..., dict[str, Dataset]]:
 
 
 # The books of PG-19's test split as parquet; the data set `deepmind/pg19` itself is a script, which datasets 5 refuses.
-pg19 = hub_documents("emozilla/pg19-test", split="test")
+pg19 = hub_documents("nc_pg19", "emozilla/pg19-test", split="test")
 # The test split of proof-pile as one JSON file; `hoskinson-center/proof-pile` is a script too.
-proof_pile = hub_documents("dwzhu/PoSE-Datasets", data_files="proof-pile/test.jsonl", split="train", streaming=True)
+proof_pile = hub_documents(
+    "nc_proof_pile", "dwzhu/PoSE-Datasets", data_files="proof-pile/test.jsonl", split="train", streaming=True
+)
 
 
 def _long_enough(rows: Iterable[Mapping[str, Any]], settings: Settings, name: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from lm_eval.models.utils import resolve_max_length
@@ -109,7 +111,7 @@ def tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBase
             options[name] = model[name]
     name = given if isinstance(given, str) else given.name_or_path
     try:
-        with cache_only_where_offline():
+        with nullcontext() if Path(name).is_dir() else cache_only_where_offline():
             return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
