@@ -146,3 +146,18 @@ def test_the_stock_command_runs_the_tasks_with_another_kind_of_model(
     assert written["groups"]["nc_babi"]["string_match_512,none"] == 0
     assert written["results"]["nc_recall"]["perplexity_2048,none"] > 0
     assert written["n-samples"]["nc_babi_qa1"] == {"original": 3, "effective": 2}
+
+
+@pytest.mark.slow
+def test_a_real_model_finds_needles_in_prose(run_tasks: Callable[..., Any]) -> None:
+    from eval_tasks.smollm2 import smollm2_directory
+
+    results = run_tasks(
+        ["nc_niah_single_2"],
+        metadata={"lengths": [512]},
+        model_args={"pretrained": str(smollm2_directory())},
+        limit=3,
+        apply_chat_template=True,
+        gen_kwargs="max_gen_toks=14",
+    )
+    assert score(results, "nc_niah_single_2", "string_match_512") == 1
