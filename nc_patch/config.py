@@ -22,6 +22,10 @@ BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 INDEX_USES: tuple[IndexUse, ...] = ("auto", "always", "never")
 TAILS: tuple[Tail, ...] = ("drop", "mean")
 BLOCK_SIZES = (16, 32, 64, 128)
+QUERY_BLOCK_SIZES = (64, 128)
+SAMPLE_STRIDES = (4, 8, 16, 32, 64)
+Estimator = Literal["sampled", "antidiagonal", "pooled"]
+ESTIMATORS: tuple[Estimator, ...] = ("sampled", "antidiagonal", "pooled")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,15 @@ class NCConfig:
         recent_keys: the last visible keys, attended always (within the budget, before the sinks).
         min_keys: lower limit of the budget.
         block_size: keys per block of ``"block"``: 16, 32, 64 or 128.
+        query_block_size: how many positions choose their blocks together in prefill: 64 or 128.
+        sample_stride: in prefill every how many positions a query is scored against all keys to choose blocks: 4, 8,
+            16, 32 or 64.
+        estimator: how blocks are scored in prefill: ``"sampled"`` queries, ``"antidiagonal"`` sums as in XAttention, or
+            means of queries and keys, ``"pooled"``. The alternatives are there to compare with.
+        min_mass: kept mass in (0, 1) to aim at: where the estimate says that the budget's blocks keep less, a query
+            block takes more. None for the budget alone.
+        max_factor: how many times the budget's blocks ``min_mass`` may take, at least 1.
+        track: whether ``nc_stats`` holds what the blocks of prefill are estimated to have dropped.
         dense_layers: indices of layers that keep dense attention.
         backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs and PyTorch elsewhere.
         key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
@@ -64,6 +77,12 @@ class NCConfig:
     recent_keys: int = 1
     min_keys: int = 1
     block_size: int = 32
+    query_block_size: int = 64
+    sample_stride: int = 16
+    estimator: Estimator = "sampled"
+    min_mass: float | None = None
+    max_factor: float = 4.0
+    track: bool = False
     dense_layers: tuple[int, ...] = ()
     backend: Backend = "auto"
     key_index: IndexUse = "auto"
@@ -96,12 +115,39 @@ class NCConfig:
         _integer("min_keys", self.min_keys, 1)
         _integer("block_size", self.block_size, 1)
         _choice("block_size", self.block_size, BLOCK_SIZES)
+        self._check_blocks()
         if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
             raise TypeError(f"dense_layers must be a sequence of layer indices, got {self.dense_layers!r}")
         layers = tuple(self.dense_layers)
         for layer in layers:
             _integer("dense_layers", layer, 0)
         set_field("dense_layers", tuple(sorted(set(layers))))
+
+    def _check_blocks(self) -> None:
+        """Checks the settings of block prefill."""
+        for name, allowed in (("query_block_size", QUERY_BLOCK_SIZES), ("sample_stride", SAMPLE_STRIDES)):
+            _integer(name, getattr(self, name), 1)
+            _choice(name, getattr(self, name), allowed)
+        _choice("estimator", self.estimator, ESTIMATORS)
+        if self.estimator == "antidiagonal" and self.sample_stride > self.block_size:
+            raise ValueError(
+                'estimator="antidiagonal" scores whole strides of keys: sample_stride must be at most block_size, got '
+                f"{self.sample_stride} and {self.block_size}"
+            )
+        for name, allowed_range, fits in (
+            ("min_mass", "a number in (0, 1), or None", lambda v: 0 < v < 1),
+            ("max_factor", "a number of at least 1", lambda v: 1 <= v < math.inf),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "min_mass":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be {allowed_range}, got {value!r}")
+            if not fits(value):
+                raise ValueError(f"{name} must be {allowed_range}, got {value}")
+            object.__setattr__(self, name, float(value))
+        if not isinstance(self.track, bool):
+            raise TypeError(f"track must be True or False, got {self.track!r}")
 
     @classmethod
     def create(cls, alpha: Any, C: Any = 0.0, *, selection: Selection | None = None, **options: Any) -> "NCConfig":

@@ -71,8 +71,8 @@ def sparse_attention(
             kept mass needs the score of every key.
         return_kept_mass: ``"bounds"`` returns an ``AttentionResult`` with ``kept_mass_bounds``, which a codes index
             gives almost for free.
-        options: ``sink_keys``, ``recent_keys``, ``min_keys``, ``block_size``, ``refine``, ``tail``, ``law`` and
-            ``backend`` of ``NCConfig``.
+        options: ``sink_keys``, ``recent_keys``, ``min_keys``, ``block_size``, ``query_block_size``, ``sample_stride``,
+            ``estimator``, ``min_mass``, ``max_factor``, ``refine``, ``tail``, ``law`` and ``backend`` of ``NCConfig``.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in query's dtype, zero for queries that see no key; or an ``AttentionResult``.
@@ -186,14 +186,14 @@ def attend(
         _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
     if selection == "block":
-        output, lse, kept_mass, attended = custom_ops.block_attention(
-            query, key, value, visible, origin, budget, sinks, scale, cap, config.block_size, want_stats
+        output, lse, kept_mass, attended, estimate = custom_ops.block_attention(
+            *(query, key, value, visible, origin, budget, sinks, scale, cap, config.block_size),
+            *(config.query_block_size, config.sample_stride, config.min_mass or 0.0, config.max_factor),
+            *(config.estimator, want_stats, backend),
         )
-        return (
-            AttentionResult(output, lse, kept_mass, attended)
-            if want_stats
-            else AttentionResult(output, attended=attended)
-        )
+        if not want_stats:
+            return AttentionResult(output, attended=attended, block_estimate=estimate)
+        return AttentionResult(output, lse, kept_mass, attended, block_estimate=estimate)
     run = custom_ops.window_attention if selection == "window" else custom_ops.topk_attention
     if selection == "dense":
         budget = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]

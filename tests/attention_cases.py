@@ -24,6 +24,10 @@ class Case:
     sink_keys: int
     recent_keys: int
     block_size: int = 16
+    query_block_size: int = 64
+    sample_stride: int = 16
+    min_mass: float = 0.0
+    max_factor: float = 4.0
 
     def reference(self, selection: str, tail: bool = False) -> AttentionResult:
         """What the float64 definition makes of the case."""
@@ -40,9 +44,19 @@ class Case:
             sink_keys=self.sink_keys,
             recent_keys=self.recent_keys,
             origin=self.origin,
-            block_size=self.block_size,
             tail=tail,
+            **self.block_settings(),
         )
+
+    def block_settings(self) -> dict[str, Any]:
+        """The keyword arguments of the ``block`` operation that say how blocks are cut and chosen, in its order."""
+        return {
+            "block_size": self.block_size,
+            "query_block_size": self.query_block_size,
+            "sample_stride": self.sample_stride,
+            "min_mass": self.min_mass,
+            "max_factor": self.max_factor,
+        }
 
     def row_settings(self, want_stats: bool) -> dict[str, Any]:
         """The keyword arguments of the ``topk`` and ``window`` operations."""

@@ -68,8 +68,9 @@ def test_custom_ops_keep_the_contract_of_torch(selection):
     case = random_case(8, longest=40)
     inputs = [t.requires_grad_() for t in (case.query, case.key, case.value)]
     if selection == "block":
-        op, arguments = custom_ops.block_attention, (case.scale, case.softcap, case.block_size, True)
-        arguments = (*inputs, case.visible, case.origin, case.budget, case.sinks, *arguments)
+        op, arguments = custom_ops.block_attention, (*case.block_settings().values(), "sampled", True, "torch")
+        tensors_ = (*inputs, case.visible, case.origin, case.budget, case.sinks)
+        arguments = (*tensors_, case.scale, case.softcap, *arguments)
     else:
         op = {"topk": custom_ops.topk_attention, "window": custom_ops.window_attention}[selection]
         arguments = (case.scale, case.softcap, case.sink_keys, case.recent_keys, True, "torch")

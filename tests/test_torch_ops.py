@@ -20,13 +20,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 def run(case: Case, selection: str, want_stats: bool):
     tensors = (case.query, case.key, case.value, case.visible)
     if selection == "block":
-        settings_ = {
-            "scale": case.scale,
-            "softcap": case.softcap,
-            "block_size": case.block_size,
-            "want_stats": want_stats,
-        }
-        return torch_block_attention(*tensors, case.origin, case.budget, case.sinks, **settings_)
+        settings_ = {"scale": case.scale, "softcap": case.softcap, "want_stats": want_stats, **case.block_settings()}
+        return torch_block_attention(*tensors, case.origin, case.budget, case.sinks, **settings_)[:4]
     function = {"topk": torch_topk_attention, "window": torch_window_attention}[selection]
     output, lse, kept_mass = function(*tensors, case.budget, case.sinks, **case.row_settings(want_stats))
     return output, lse, kept_mass, case.budget.expand(case.query.shape[:3])
@@ -61,7 +56,7 @@ def test_more_random_cases(seed, selection):
 def test_many_row_blocks_equal_one(selection, monkeypatch):
     case = random_case(5, longest=150)
     whole = run(case, selection, want_stats=False)[0]
-    monkeypatch.setattr(torch_rows, "_SCORES_PER_BLOCK", 64)
+    monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 64)
     assert relative_error(run(case, selection, want_stats=False)[0], whole) < 1e-6
 
 
@@ -164,15 +159,8 @@ def test_gradients_equal_those_of_the_reference(selection):
         sinks = mine[3] if case.sinks is not None else None
         if selection == "block":
             output = custom_ops.block_attention(
-                *mine[:3],
-                case.visible,
-                case.origin,
-                case.budget,
-                sinks,
-                case.scale,
-                case.softcap,
-                case.block_size,
-                False,
+                *(*mine[:3], case.visible, case.origin, case.budget, sinks, case.scale, case.softcap),
+                *(*case.block_settings().values(), "sampled", False, "torch"),
             )[0]
         else:
             op = {"topk": custom_ops.topk_attention, "window": custom_ops.window_attention}[selection]

@@ -54,9 +54,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _measure(
-    model: Any, settings: Settings, batch: int, length: int, method: str, deadline: float
-) -> dict[str, Any]:
+def _measure(model: Any, settings: Settings, batch: int, length: int, method: str, deadline: float) -> dict[str, Any]:
     device = settings.device
     generator = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(1, model.config.vocab_size, (batch, length), generator=generator).to(device)

@@ -100,7 +100,5 @@ def _flashinfer(inputs: PromptInputs) -> Step:
     workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=query.device)
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
     ends = torch.arange(B + 1, dtype=torch.int32, device=query.device) * n
-    wrapper.plan(
-        *(ends, ends, Hq, key.shape[1], D), causal=True, q_data_type=query.dtype, kv_data_type=key.dtype
-    )
+    wrapper.plan(*(ends, ends, Hq, key.shape[1], D), causal=True, q_data_type=query.dtype, kv_data_type=key.dtype)
     return lambda _: wrapper.run(query, key, value).view(B, n, Hq, -1).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 One op a selection. Every op returns the output, the log-sum-exp and the kept mass; the last two are empty unless
 ``want_stats``. ``block_attention`` also returns how many keys each query attended, which only it does not know
-beforehand.
+beforehand, and what its choice is expected to keep.
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from nc_patch.budget import row_budgets as _row_budgets
+from nc_patch.ops.blocks import BlockSettings, query_block_table
 from nc_patch.ops.reference import forced_counts
 from nc_patch.ops.tail import PageMeans
 from nc_patch.ops.torch_backward import attention_gradients
-from nc_patch.ops.torch_block import keep_blocks_, query_blocks, torch_block_attention
-from nc_patch.ops.torch_rows import Buffers, RowBlock, row_blocks, rows_per_block, split_scale
+from nc_patch.ops.torch_block import ChosenBlocks, torch_block_attention
+from nc_patch.ops.torch_block_choose import choose_blocks
+from nc_patch.ops.torch_rows import Buffers, RowBlock, row_blocks, rows_per_block
 from nc_patch.ops.torch_tail import of_one_origin
 from nc_patch.ops.torch_topk import keep_topk_, torch_topk_attention
 from nc_patch.ops.torch_window import keep_window_, torch_window_attention
@@ -23,6 +25,7 @@ from nc_patch.ops.torch_window import keep_window_, torch_window_attention
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Six = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @torch.library.custom_op("nc_patch::row_budgets", mutates_args=())
@@ -120,20 +123,27 @@ def block_attention(
     scale: float,
     softcap: float,
     block_size: int,
+    query_block_size: int,
+    sample_stride: int,
+    min_mass: float,
+    max_factor: float,
+    estimator: str,
     want_stats: bool,
-) -> Four:
+    backend: str,
+) -> Five:
     """Attention over key blocks chosen by sampled query rows; see ``torch_block_attention`` for shapes."""
+    if backend != "torch":
+        raise RuntimeError(f'block attention runs on backend="torch", got "{backend}"')
     return torch_block_attention(
-        query,
-        key,
-        value,
-        visible,
-        origin,
-        budget,
-        sinks,
+        *(query, key, value, visible, origin, budget, sinks),
         scale=scale,
         softcap=softcap,
         block_size=block_size,
+        query_block_size=query_block_size,
+        sample_stride=sample_stride,
+        min_mass=min_mass,
+        max_factor=max_factor,
+        estimator=estimator,
         want_stats=want_stats,
     )
 
@@ -175,8 +185,28 @@ def _(query, key, value, visible, budget, sinks, scale, softcap, sink_keys, rece
 
 
 @block_attention.register_fake
-def _(query, key, value, visible, origin, budget, sinks, scale, softcap, block_size, want_stats):  # type: ignore[no-untyped-def]
-    return *_fake_outputs(query, value, want_stats), query.new_empty(query.shape[:3], dtype=torch.int32)
+def _(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    visible,
+    origin,
+    budget,
+    sinks,
+    scale,
+    softcap,
+    block_size,
+    query_block_size,
+    sample_stride,
+    min_mass,
+    max_factor,
+    estimator,
+    want_stats,
+    backend,
+):
+    attended = query.new_empty(query.shape[:3], dtype=torch.int32)
+    estimate = query.new_empty(query.shape[1], 5, dtype=torch.float32)
+    return *_fake_outputs(query, value, want_stats), attended, estimate
 
 
 @torch.library.custom_op("nc_patch::attention_backward", mutates_args=())
@@ -193,14 +223,13 @@ def attention_backward(
     softcap: float,
     sink_keys: int,
     recent_keys: int,
-    block_size: int,
     selection: str,
     tail_key: torch.Tensor | None = None,
     tail_value: torch.Tensor | None = None,
 ) -> Six:
-    """Gradients of query, key, value, sinks, tail_key and tail_value (empty where there is none), for any selection.
+    """Gradients of query, key, value, sinks, tail_key and tail_value (empty where there is none).
 
-    On the PyTorch backend.
+    For ``topk`` and ``window``, on the PyTorch backend.
     """
     rows: Iterable[RowBlock] = row_blocks(visible, rows_per_block(query.shape[1], key.shape[2]))
     tail = tail_of(tail_key, tail_value)
@@ -211,24 +240,54 @@ def attention_backward(
         allowed = budget[block.batch, :, block.rows]
         if selection == "topk":
             return keep_topk_(raw, seen, allowed, block, sink_keys, recent_keys, buffers)
-        if selection == "window":
-            return keep_window_(raw, seen, *forced_counts(allowed, sink_keys, recent_keys, "window"), block)
-        assert origin is not None
-        begin = int(origin[block.batch, block.first])
-        factor = split_scale(scale)[1]
-        return keep_blocks_(
-            raw, seen, allowed, begin, block, key.shape[1], factor=factor, softcap=softcap, block_size=block_size
-        )
+        return keep_window_(raw, seen, *forced_counts(allowed, sink_keys, recent_keys, "window"), block)
 
-    blocks = query_blocks(visible, origin) if selection == "block" and origin is not None else rows
     gradients = attention_gradients(
-        *(grad_output, query, key, value, visible, sinks, keep, blocks),
+        *(grad_output, query, key, value, visible, sinks, keep, rows),
         scale=scale,
         softcap=softcap,
         tail=tail,
         origin=origin,
     )
     return tuple(query.new_empty(0) if grad is None else grad for grad in gradients)  # type: ignore[return-value]
+
+
+@torch.library.custom_op("nc_patch::block_attention_backward", mutates_args=())
+def block_attention_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    block_size: int,
+    query_block_size: int,
+    sample_stride: int,
+    min_mass: float,
+    max_factor: float,
+    estimator: str,
+) -> Four:
+    """Gradients as from ``attention_backward`` for ``block``.
+
+    The blocks are chosen once more, by the computation of the forward pass on the same tensors: they are the same.
+    Keeping them instead would make an output's shape depend on what is in ``visible``.
+    """
+    settings = BlockSettings(block_size, query_block_size, sample_stride, min_mass, max_factor, estimator)
+    table = query_block_table(visible, origin, query_block_size)
+    choice, _ = choose_blocks(query, key, visible, origin, budget, table, settings, scale=scale, softcap=softcap)
+    chosen = ChosenBlocks(table, choice, block_size)
+
+    def keep(raw: torch.Tensor, seen: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
+        return chosen.keep_(raw, seen, block)
+
+    *gradients, grad_sinks, _, _ = attention_gradients(
+        grad_output, query, key, value, visible, sinks, keep, chosen.blocks, scale=scale, softcap=softcap
+    )
+    return (*gradients, query.new_empty(0) if grad_sinks is None else grad_sinks)  # type: ignore[return-value]
 
 
 @attention_backward.register_fake
@@ -245,19 +304,30 @@ def _(  # type: ignore[no-untyped-def]
     softcap,
     sink_keys,
     recent_keys,
-    block_size,
     selection,
     tail_key=None,
     tail_value=None,
 ):
-    new = lambda tensor: query.new_empty(0) if tensor is None else torch.empty_like(tensor)  # noqa: E731
-    return tuple(new(tensor) for tensor in (query, key, value, sinks, tail_key, tail_value))
+    return tuple(_fake_gradient(query, tensor) for tensor in (query, key, value, sinks, tail_key, tail_value))
+
+
+@block_attention_backward.register_fake
+def _(grad_output, query, key, value, visible, origin, budget, sinks, *settings):  # type: ignore[no-untyped-def]
+    return tuple(_fake_gradient(query, tensor) for tensor in (query, key, value, sinks))
+
+
+def _fake_gradient(query: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
+    return query.new_empty(0) if tensor is None else torch.empty_like(tensor)
+
+
+def _refuse_backend(backend: str) -> None:
+    if backend != "torch":
+        raise RuntimeError('gradients need backend="torch": forward and backward must choose the same keys')
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, _, backend, *tail = inputs
-    if backend != "torch":
-        raise RuntimeError('gradients need backend="torch": forward and backward must choose the same keys')
+    _refuse_backend(backend)
     tail_key, tail_value, origin = tail or (None, None, None)
     ctx.save_for_backward(query, key, value, visible, origin, budget, sinks, tail_key, tail_value)
     ctx.settings = (scale, softcap, sink_keys, recent_keys)
@@ -268,7 +338,7 @@ def _rows_backward(selection: str) -> Any:
     def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         query, key, value, visible, origin, budget, sinks, tail_key, tail_value = ctx.saved_tensors
         grads = attention_backward(
-            *(grad_output, query, key, value, visible, origin, budget, sinks, *ctx.settings, 0, selection),
+            *(grad_output, query, key, value, visible, origin, budget, sinks, *ctx.settings, selection),
             *(tail_key, tail_value),
         )
         of_tail = (None, None) if tail_key is None else grads[4:]
@@ -284,15 +354,20 @@ def _rows_backward(selection: str) -> Any:
 
 
 def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, visible, origin, budget, sinks, scale, softcap, block_size, _ = inputs
-    ctx.save_for_backward(query, key, value, visible, origin, budget, sinks)
-    ctx.settings = (scale, softcap, 0, 0, block_size)
+    *tensors, scale, softcap, block_size, query_block_size, sample_stride, min_mass, max_factor = inputs[:14]
+    estimator, _, backend = inputs[14:]
+    _refuse_backend(backend)
+    ctx.save_for_backward(*tensors)
+    ctx.settings = (
+        *(scale, softcap, block_size, query_block_size),
+        *(sample_stride, min_mass, max_factor, estimator),
+    )
 
 
 def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    query, key, value, visible, origin, budget, sinks = ctx.saved_tensors
-    grads = attention_backward(grad_output, query, key, value, visible, origin, budget, sinks, *ctx.settings, "block")
-    return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * 4
+    *_, sinks = ctx.saved_tensors
+    grads = block_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+    return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * 10
 
 
 topk_attention.register_autograd(_rows_backward("topk"), setup_context=_setup_rows)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from nc_patch.ops.blocks import BlockChoice
 from nc_patch.ops.pages import page_logits
 from nc_patch.ops.tail import TAIL_PAGE_SIZE
 
@@ -23,6 +24,8 @@ class AttentionResult(NamedTuple):
             were attended; 1 for a query that sees no key.
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
         kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
+        block_estimate: float32 ``[Hq, 5]``, what ``"block"`` expects its choice to keep; columns
+            ``blocks.ESTIMATE_COLUMNS``.
     """
 
     output: torch.Tensor
@@ -30,6 +33,7 @@ class AttentionResult(NamedTuple):
     kept_mass: torch.Tensor | None = None
     attended: torch.Tensor | None = None
     kept_mass_bounds: torch.Tensor | None = None
+    block_estimate: torch.Tensor | None = None
 
 
 def forced_counts(
@@ -103,7 +107,7 @@ def window_mask(visible: torch.Tensor, budget: torch.Tensor, sink_keys: int, key
     return visible_mask(visible, key_length) & ((position < start + sinks) | (position >= end - recents))
 
 
-def block_mask(
+def block_choice(
     scores: torch.Tensor,
     visible: torch.Tensor,
     origin: torch.Tensor,
@@ -112,28 +116,33 @@ def block_mask(
     block_size: int,
     query_block_size: int,
     sample_stride: int,
-) -> torch.Tensor:
-    """Keys attended by ``block``, bool ``[B, Hq, Lq, Lk]``.
+    min_mass: float = 0.0,
+    max_factor: float = 4.0,
+) -> BlockChoice:
+    """The key blocks that each query block attends under ``block``.
 
     Queries and keys are cut into blocks by their position within the sequence, that is their distance from ``origin``.
     In each query block every ``sample_stride``-th row (the last of each stride, and the block's last row) is scored
-    against all keys; a key block's score is the dense softmax mass the sampled rows put on it, summed over the G
-    query heads of a key/value head. Attended are the first visible block, the blocks that hold the query block's own
-    positions, and the best of the others until ``ceil(k / block_size)`` are chosen, ties to the lower position, where k
-    is the largest budget among the block's rows and heads of the group.
+    against all keys; a key block's weight is the dense softmax mass the sampled rows put on it, summed over the G
+    query heads of a key/value head, and infinite where it is not a number. Attended are the first visible block, the
+    blocks that hold the query block's own positions, and the heaviest of the others until ``ceil(k / block_size)`` are
+    chosen, ties to the lower position, where k is the largest budget among the block's rows and heads of the group.
+
+    With ``min_mass`` it goes on in that order until the mean mass that the sampled rows and heads put on what is chosen
+    reaches ``min_mass``, but not beyond ``ceil(max_factor * ceil(k / block_size))`` blocks.
 
     Args:
         scores: final scores (scaled, soft-capped) ``[B, Hq, Lq, Lk]``, float64.
         visible: int32 ``[B, Lq, 2]``.
         origin: int32 ``[B, Lq]``, the key position at which each query's sequence begins.
         budget: int32 ``[B, Hq or 1, Lq]``.
+        min_mass: in (0, 1), or 0 for the budget alone.
     """
     B, Hq, Lq, Lk = scores.shape
     group = Hq // num_kv_heads
-    seen = visible_mask(visible, Lk)
-    weights = torch.softmax(scores.detach().masked_fill(~seen, -torch.inf), dim=-1)
+    weights = torch.softmax(scores.detach().masked_fill(~visible_mask(visible, Lk), -torch.inf), dim=-1)
     budget = budget.expand(B, Hq, Lq)
-    attended = torch.zeros(B, Hq, Lq, Lk, dtype=torch.bool, device=scores.device)
+    found: list[list[list[int]]] = []
     for b in range(B):
         for rows in query_blocks(visible[b], origin[b], query_block_size):
             first, last = rows[0], rows[-1]
@@ -143,21 +152,55 @@ def block_mask(
             low = (int(visible[b, rows, 0].min()) - start) // block_size
             high = (int(visible[b, rows, 1].max()) - 1 - start) // block_size
             diagonal = (int(visible[b, first, 1]) - 1 - start) // block_size
+            found.append([])
             for h in range(num_kv_heads):
                 heads = slice(h * group, (h + 1) * group)
                 count = -(-int(budget[b, heads][:, rows].max()) // block_size)
-                mass = weights[b, heads][:, sampled].sum(dim=(0, 1))
-                per_block = [
-                    float(mass[max(start + j * block_size, 0) : start + (j + 1) * block_size].sum())
+                by_key = weights[b, heads][:, sampled].sum(dim=(0, 1))
+                mass = {
+                    j: float(by_key[max(start + j * block_size, 0) : max(start + (j + 1) * block_size, 0)].sum())
                     for j in range(low, high + 1)
-                ]
+                }
                 always = {low, *range(diagonal, high + 1)}
-                others = sorted((j for j in range(low, high + 1) if j not in always), key=lambda j: -per_block[j - low])
-                chosen = sorted(always | set(others[: max(0, count - len(always))]))
-                for j in chosen:
-                    begin, stop = max(start + j * block_size, 0), start + (j + 1) * block_size
-                    attended[b, heads, rows[0] : rows[-1] + 1, begin:stop] = True
-    return attended & seen
+                others = sorted(mass.keys() - always)
+                others.sort(key=lambda j, mass=mass: -torch.inf if math.isnan(mass[j]) else -mass[j])  # type: ignore[misc]
+                taken = min(max(0, count - len(always)), len(others))
+                while min_mass and taken < len(others) and len(always) + taken < math.ceil(max_factor * count):
+                    kept = sum(0.0 if math.isnan(mass[j]) else mass[j] for j in (*always, *others[:taken]))
+                    if kept >= min_mass * len(sampled) * group:
+                        break
+                    taken += 1
+                found[-1].append(sorted(always | set(others[:taken])))
+    most = max((len(chosen) for heads_of in found for chosen in heads_of), default=0)
+    filled = [[chosen + [-1] * (most - len(chosen)) for chosen in heads_of] for heads_of in found]
+    counts = [[len(chosen) for chosen in heads_of] for heads_of in found]
+    shape = (len(found), num_kv_heads)
+    return BlockChoice(
+        torch.tensor(filled, dtype=torch.int32, device=scores.device).view(*shape, most),
+        torch.tensor(counts, dtype=torch.int32, device=scores.device).view(shape),
+    )
+
+
+def chosen_mask(
+    choice: BlockChoice,
+    visible: torch.Tensor,
+    origin: torch.Tensor,
+    key_length: int,
+    block_size: int,
+    query_block_size: int,
+) -> torch.Tensor:
+    """Keys that rows attend once their query blocks' key blocks are chosen, bool ``[B, Hkv, Lq, Lk]``."""
+    B, Lq, _ = visible.shape
+    Hkv = choice.block_counts.shape[1]
+    attended = torch.zeros(B, Hkv, Lq, key_length, dtype=torch.bool, device=visible.device)
+    indices, counts = choice.block_indices.tolist(), choice.block_counts.tolist()
+    runs = [(b, rows) for b in range(B) for rows in query_blocks(visible[b], origin[b], query_block_size)]
+    for number, (b, rows) in enumerate(runs):
+        for h in range(Hkv):
+            for j in indices[number][h][: counts[number][h]]:
+                first = int(origin[b, rows[0]]) + j * block_size
+                attended[b, h, rows[0] : rows[-1] + 1, max(first, 0) : max(first + block_size, 0)] = True
+    return attended & visible_mask(visible, key_length)
 
 
 def page_mask(
@@ -257,6 +300,9 @@ def reference_attention(
     block_size: int = 32,
     query_block_size: int = 64,
     sample_stride: int = 16,
+    min_mass: float = 0.0,
+    max_factor: float = 4.0,
+    choice: BlockChoice | None = None,
     tail: bool = False,
 ) -> AttentionResult:
     """Attention in float64, as the design defines it.
@@ -271,6 +317,8 @@ def reference_attention(
         sinks: ``[Hq]`` learned logits that join the softmax's denominator.
         origin: int32 ``[B, Lq]``, where each query's sequence begins; by default its interval's start. For
             ``"block"`` and the tail.
+        block_size to max_factor: of ``"block"``, see ``block_choice``.
+        choice: attend these key blocks instead of choosing; ``budget`` is then not looked at.
         tail: whether the keys that are not attended enter by the means of their pages, see ``ops/tail.py``.
 
     Returns:
@@ -291,7 +339,10 @@ def reference_attention(
         attended = window_mask(visible, budget, sink_keys, Lk).expand(B, Hq, Lq, Lk)
     elif selection == "block":
         origin = visible[..., 0] if origin is None else origin
-        attended = block_mask(scores, visible, origin, budget, Hkv, block_size, query_block_size, sample_stride)
+        if choice is None:
+            settings = (block_size, query_block_size, sample_stride, min_mass, max_factor)
+            choice = block_choice(scores, visible, origin, budget, Hkv, *settings)
+        attended = chosen_mask(choice, visible, origin, Lk, block_size, query_block_size).repeat_interleave(group, 1)
     elif selection == "pages":
         origin = visible[..., 0] if origin is None else origin
         attended = page_mask(q, key.double(), scores, visible, origin, budget, block_size, scale, softcap)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 # Score elements held at once per buffer: 16 MB in float32, near the size of a core's share of the last-level cache.
-_SCORES_PER_BLOCK = 1 << 22
+SCORES_PER_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RowBlock:
 
 def rows_per_block(num_heads: int, key_length: int, most: int = 128) -> int:
     """How many rows keep ``num_heads * rows * key_length`` scores within the block's memory."""
-    return max(1, min(most, _SCORES_PER_BLOCK // max(1, num_heads * key_length)))
+    return max(1, min(most, SCORES_PER_BLOCK // max(1, num_heads * key_length)))
 
 
 def row_blocks(visible: torch.Tensor, rows: int) -> Iterator[RowBlock]:
