@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nc_patch.ops import triton_decode_block, triton_decode_topk, triton_encode, triton_split, triton_summarize
+from nc_patch.ops import triton_block, triton_decode_block, triton_decode_topk, triton_encode, triton_split, triton_summarize
 from nc_patch.ops.triton_attend import attend_kernel
 from nc_patch.ops.triton_launch import attend_constants, compile_options, threshold_constants, tiles_for
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
@@ -129,6 +129,7 @@ def _row_specialisation(
 # Where the specialisations come from: a module's kernels are compiled ahead of time by adding its function here.
 SOURCES: tuple[Callable[[str], Iterator[Specialisation]], ...] = (
     row_specialisations,
+    triton_block.specialisations,
     triton_split.specialisations,
     triton_decode_block.specialisations,
     triton_summarize.specialisations,

@@ -1,0 +1,537 @@
+"""Block-sparse prefill in Triton against float64: on a GPU where there is one, and in Triton's interpreter.
+
+Whether kernels are interpreted is settled when they are imported, so the interpreter needs a process of its own:
+``test_every_case_in_the_interpreter`` runs this file again in one. There, small tiles make short inputs cross many.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import random_case
+
+triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+from nc_patch.ops import triton_block  # noqa: E402
+from nc_patch.ops.reference import causal_intervals, query_blocks, reference_attention  # noqa: E402
+from nc_patch.ops.triton_block import attend_blocks, block_tiles, choose_blocks, triton_block_attention  # noqa: E402
+from nc_patch.ops.triton_block_plan import BlockPlan, chunks_of, make_plan  # noqa: E402
+from nc_patch.ops.triton_launch import Tiles  # noqa: E402
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def on_kernel_device(test):
+    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
+    if INTERPRETED:
+        return test
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
+    return pytest.mark.gpu(no_gpu(test))
+
+
+@pytest.fixture
+def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the kernels run; memory that is only allocated holds NaN, so that whatever a kernel leaves out shows."""
+    if not INTERPRETED:
+        return "cuda"
+
+    def small(architecture, dtype, head_dim, value_dim, block_size):
+        chunk = 32 if dtype == torch.float32 else None
+        score = Tiles(32, max(32, block_size), 4, 1, chunk)
+        return triton_block.BlockTiles(score, Tiles(64, 32, 4, 1, chunk))
+
+    monkeypatch.setattr(triton_block, "block_tiles", small)
+    monkeypatch.setattr(triton_block, "_EDGE_KEYS", 16)
+    monkeypatch.setattr(triton_block, "_BLOCKS_AT_ONCE", 4)
+    monkeypatch.setattr(triton_block, "_RANKS_AT_ONCE", 8)
+    monkeypatch.setattr(triton_block, "_SEGMENT", 64)
+    return "cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: its shape, what its queries may see, and its settings."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+    kv_heads: int = 1
+    group: int = 2
+    queries: int = 150
+    keys: int = 150
+    head_dim: int = 32
+    value_dim: int | None = None
+    intervals: str = "causal"
+    budget: int = 40
+    softcap: float = 0.0
+    sinks: bool = False
+    block_size: int = 16
+    query_block_size: int = 64
+    sample_stride: int = 16
+    min_mass: float = 0.0
+    max_factor: float = 4.0
+    spread: float = 3.0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the operation."""
+        names = ("softcap", "block_size", "query_block_size", "sample_stride", "min_mass", "max_factor")
+        return {"scale": self.head_dim**-0.5, **{name: getattr(self, name) for name in names}}
+
+
+CASES = [
+    Case("plain"),
+    Case("g1-bf16-d80", torch.bfloat16, group=1, head_dim=80),
+    Case("g3-fp16-d96-b32", torch.float16, group=3, head_dim=96, queries=70, keys=101, block_size=32),
+    Case("g4-bf16-d128-b64-q128", torch.bfloat16, 1, 2, 4, 60, 190, 128, block_size=64, query_block_size=128),
+    Case("g5-d192-narrow-values", group=5, queries=20, keys=90, head_dim=192, value_dim=128),
+    Case("d256-softcap-sinks", torch.bfloat16, queries=40, keys=140, head_dim=256, softcap=5.0, sinks=True),
+    Case("left-padding", batch=2, intervals="left_padding", sinks=True),
+    Case("packed", intervals="packed", budget=20),
+    Case("sliding-window", intervals="sliding", queries=200, keys=200, budget=50),
+    Case("sliding-cache", torch.bfloat16, intervals="sliding_cache", queries=40, keys=120, budget=50),
+    Case("some-rows-empty", batch=2, intervals="ragged", queries=90, keys=100),
+    Case("both-directions", intervals="all", queries=70, keys=90, group=1),
+    Case("b128", torch.bfloat16, queries=100, keys=300, budget=130, block_size=128, softcap=3.0),
+    Case("stride-4", queries=64, keys=130, sample_stride=4, group=3),
+    Case("one-key", queries=1, keys=1),
+    Case("budget-of-all", queries=90, keys=130, budget=1000, sinks=True),
+]
+
+
+def inputs_of(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
+    """Random inputs of a case, on the CPU; keys of unequal size, so that blocks differ in mass."""
+    generator = torch.Generator().manual_seed(seed)
+    B, Lq, Lk, heads = case.batch, case.queries, case.keys, case.kv_heads * case.group
+    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    visible = causal_intervals(B, Lq, Lk, "cpu").clone()
+    origin = torch.zeros(B, Lq, dtype=torch.int32)
+    if case.intervals == "left_padding":
+        origin[1] = 37
+    elif case.intervals == "packed":
+        for border in (19, 37, 111):
+            origin[:, visible[0, :, 1] > border] = border
+    elif case.intervals.startswith("sliding"):
+        visible[..., 0] = (visible[..., 1] - 70).clamp(min=0)
+        origin -= 1000 if case.intervals == "sliding_cache" else 0
+    elif case.intervals == "all":
+        visible[..., 0], visible[..., 1] = 5, Lk - 2
+    elif case.intervals == "ragged":
+        origin[1] = 30
+        visible[:, 40:57, 1] = 0
+        visible[:, 80, 1] = 0
+    visible[..., 0] = torch.maximum(visible[..., 0], origin)
+    visible[..., 1] = torch.maximum(visible[..., 1], visible[..., 0])
+    n = (visible[..., 1] - visible[..., 0])[:, None]
+    size = 1 + case.spread * torch.rand(B, case.kv_heads, Lk, 1, generator=generator) ** 4
+    return {
+        "query": normal(B, heads, Lq, case.head_dim).to(case.dtype),
+        "key": (normal(B, case.kv_heads, Lk, case.head_dim) * size).to(case.dtype),
+        "value": normal(B, case.kv_heads, Lk, case.value_dim or case.head_dim).to(case.dtype),
+        "visible": visible,
+        "origin": origin,
+        "budget": torch.minimum(n, torch.tensor(case.budget, dtype=torch.int32)),
+        "sinks": normal(heads) if case.sinks else None,
+    }
+
+
+def scores_of(case: Case, inputs: dict[str, Any]) -> torch.Tensor:
+    """Final scores ``[B, Hq, Lq, Lk]`` in float64; what is hidden is -inf."""
+    scores = inputs["query"].double() @ inputs["key"].double().repeat_interleave(case.group, 1).transpose(-1, -2)
+    scores *= case.head_dim**-0.5
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    position, visible = torch.arange(case.keys), inputs["visible"][:, None]
+    return scores.masked_fill((position < visible[..., :1]) | (position >= visible[..., 1:]), -torch.inf)
+
+
+@dataclass
+class Block:
+    """What one query block and key/value head should choose."""
+
+    batch: int
+    rows: torch.Tensor
+    begin: int
+    head: int
+    lowest: int
+    law: int
+    limit: int
+    always: set[int]
+    masses: torch.Tensor
+    chosen: list[int]
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """The mass of each head's sampled rows on the chosen blocks, ``[G, S]``."""
+        return self.masses[..., [j - self.lowest for j in self.chosen]].sum(-1)
+
+
+def expected_blocks(case: Case, inputs: dict[str, Any]) -> list[Block]:
+    """The choice in float64, block by block, with plain sorting."""
+    size, found = case.block_size, []
+    weights = torch.softmax(scores_of(case, inputs), -1)
+    for b in range(case.batch):
+        visible, origin = inputs["visible"][b], inputs["origin"][b]
+        for rows in query_blocks(visible, origin, case.query_block_size):
+            begin = int(origin[rows[0]])
+            position = visible[rows, 1] - 1 - begin
+            sampled = rows[(position % case.sample_stride == case.sample_stride - 1) | (rows == rows[-1])]
+            lowest = (int(visible[rows, 0].min()) - begin) // size
+            highest = (int(visible[rows, 1].max()) - 1 - begin) // size
+            diagonal = max(int(position[0]) // size, lowest)
+            always = {lowest, *range(diagonal, highest + 1)}
+            law = -(-int(inputs["budget"][b, :, rows].max()) // size)
+            limit = -(-int(law * case.max_factor * 1000) // 1000)
+            for h in range(case.kv_heads):
+                group = weights[b, h * case.group : (h + 1) * case.group, sampled]
+                edges = [(max(begin + j * size, 0), begin + (j + 1) * size) for j in range(lowest, highest + 1)]
+                masses = torch.stack([group[..., low:high].sum(-1) for low, high in edges], -1)
+                by_block = masses.sum((0, 1))
+                others = [j for j in range(lowest, highest + 1) if j not in always]
+                others.sort(key=lambda j, by_block=by_block, lowest=lowest: -by_block[j - lowest])
+                chosen = sorted(always) + others
+                count = max(law, len(always))
+                wanted = case.min_mass * group.shape[0] * group.shape[1]
+                while (
+                    case.min_mass
+                    and count < min(limit, len(chosen))
+                    and by_block[[j - lowest for j in chosen[:count]]].sum() < wanted
+                ):
+                    count += 1
+                found.append(
+                    Block(b, rows, begin, h, lowest, law, limit, always, masses, sorted(chosen[:count]))
+                )
+    return found
+
+
+def plan_of(case: Case, inputs: dict[str, Any], device: str) -> BlockPlan:
+    """The plan of a case, on the device."""
+    visible, origin, budget = (inputs[name].to(device) for name in ("visible", "origin", "budget"))
+    settings = {name: x for name, x in case.settings().items() if name not in ("scale", "softcap")}
+    return make_plan(visible, origin, budget, case.kv_heads, **settings)
+
+
+def choose(case: Case, inputs: dict[str, Any], device: str):
+    """(block_indices, block_counts, estimate) that the kernels choose."""
+    moved = {name: inputs[name].to(device) for name in ("query", "key", "visible")}
+    sizes = (case.head_dim, case.value_dim or case.head_dim, case.block_size)
+    tiles = triton_block.block_tiles(triton_block.architecture_of(moved["query"].device), case.dtype, *sizes)
+    names = ("scale", "softcap", "block_size", "min_mass")
+    settings = {name: case.settings()[name] for name in names}
+    return choose_blocks(*moved.values(), plan_of(case, inputs, device), tiles.score, **settings)
+
+
+def run(case: Case, inputs: dict[str, Any], device: str, want_stats: bool = True) -> tuple[torch.Tensor, ...]:
+    """What the operation returns, on the CPU."""
+    moved = [None if x is None else x.to(device) for x in inputs.values()]
+    return tuple(x.cpu() for x in triton_block_attention(*moved, **case.settings(), want_stats=want_stats))
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """The same NaNs and infinities, and elsewhere a relative error of the norm below the tolerance."""
+    actual = actual.double()
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan())
+    infinite = expected.isinf()
+    assert torch.equal(actual[infinite], expected[infinite])
+    finite = expected.isfinite()
+    difference, size = (actual[finite] - expected[finite]).norm(), expected[finite].norm()
+    assert difference <= tolerance * size, f"relative error {difference / size:.2e}"
+
+
+@on_kernel_device
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operation_equals_the_reference(case, device):
+    inputs = inputs_of(case)
+    output, lse, kept_mass, attended, estimate = run(case, inputs, device)
+    expected = reference_attention(
+        **inputs, selection="block", scale=case.head_dim**-0.5, softcap=case.softcap, block_size=case.block_size,
+        query_block_size=case.query_block_size, sample_stride=case.sample_stride,
+    )  # fmt: skip
+    assert output.dtype == case.dtype
+    assert torch.equal(attended, expected.attended)
+    assert_close(output, expected.output, TOLERANCE[case.dtype])
+    assert_close(lse, expected.lse, 1e-5)
+    assert_close(kept_mass, expected.kept_mass, 1e-5)
+    blocks = expected_blocks(case, inputs)
+    for head in range(case.kv_heads * case.group):
+        kept = torch.cat([block.kept[head % case.group] for block in blocks if block.head == head // case.group])
+        row = torch.stack((torch.tensor(len(kept)), kept.sum(), kept.square().sum()))
+        assert_close(estimate[head, :3], row, 1e-5)
+    assert torch.equal(estimate[:, 3], torch.full_like(estimate[:, 3], len(blocks) // case.kv_heads))
+    assert not estimate[:, 4].any()
+
+
+@on_kernel_device
+@pytest.mark.parametrize("seed", [1, 2, 5, 9, 10])
+def test_random_problems_equal_the_reference(seed, device):
+    case = random_case(seed, longest=100)
+    output, lse, kept_mass, attended, _ = triton_block_attention(
+        *(
+            None if x is None else x.to(device)
+            for x in (case.query, case.key, case.value, case.visible, case.origin, case.budget, case.sinks)
+        ),
+        scale=case.scale, softcap=case.softcap, block_size=case.block_size, query_block_size=64, sample_stride=16,
+        min_mass=0.0, max_factor=4.0, want_stats=True,
+    )  # fmt: skip
+    expected = case.reference("block")
+    assert torch.equal(attended.cpu(), expected.attended)
+    assert_close(output.cpu(), expected.output, 1e-5)
+    assert_close(lse.cpu(), expected.lse, 1e-5)
+    assert_close(kept_mass.cpu(), expected.kept_mass, 1e-5)
+
+
+CHOICES = [
+    Case("bf16-g4", torch.bfloat16, group=4, queries=200, keys=260, kv_heads=2),
+    Case("per-mass", group=3, queries=200, keys=260, budget=33, min_mass=0.9, max_factor=8.0, spread=5.0),
+    Case("per-mass-capped", torch.float16, group=2, queries=120, keys=300, budget=30, min_mass=0.99, max_factor=1.5),
+    Case("per-mass-window", group=2, queries=150, keys=300, intervals="sliding", budget=16, min_mass=0.8),
+    Case("per-mass-packed", group=1, intervals="packed", budget=10, min_mass=0.95, max_factor=2.5, sample_stride=8),
+]
+
+
+@on_kernel_device
+@pytest.mark.parametrize("case", CHOICES, ids=str)
+def test_choice_and_estimate_equal_those_in_float64(case, device):
+    inputs = inputs_of(case, seed=1)
+    block_indices, block_counts, estimate = (x.cpu() for x in choose(case, inputs, device))
+    blocks = expected_blocks(case, inputs)
+    assert len(blocks) == block_counts.numel()
+    enlarged = torch.zeros(case.kv_heads)
+    for number, block in enumerate(blocks):
+        # The expected ones come by sequence, query block and head, as the kernels number them.
+        listed = block_indices.flatten(0, 1)[number]
+        count = int(block_counts.flatten()[number])
+        assert listed[:count].tolist() == block.chosen
+        assert (listed[count:] == -1).all()
+        enlarged[block.head] += count > max(block.law, len(block.always))
+    kept = torch.stack([torch.cat([b.kept for b in blocks if b.head == h], 1) for h in range(case.kv_heads)])
+    assert_close(estimate[:, 1], kept.sum(-1).flatten(), 1e-4)
+    assert_close(estimate[:, 2], kept.square().sum(-1).flatten(), 1e-4)
+    assert torch.equal(estimate[:, 4], enlarged.repeat_interleave(case.group))
+    assert (enlarged.sum() > 0) == (case.min_mass > 0)
+
+
+@on_kernel_device
+def test_ties_go_to_the_lower_position(device):
+    case = Case("ties", group=1, queries=20, keys=260, budget=80)
+    inputs = inputs_of(case)
+    inputs["key"].zero_()
+    block_indices, block_counts, _ = choose(case, inputs, device)
+    # Queries 240 to 259 lie in blocks 15 and 16 of two query blocks; all full blocks weigh the same.
+    assert block_counts.flatten().tolist() == [5, 5]
+    assert block_indices.flatten(0, 1).tolist() == [[0, 1, 2, 3, 15], [0, 1, 2, 3, 16]]
+
+
+@on_kernel_device
+@pytest.mark.parametrize("bytes_at_once", [1, 6000])
+def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatch):
+    case = Case("chunks", batch=2, intervals="left_padding", queries=200, keys=200, min_mass=0.9)
+    inputs = inputs_of(case)
+    whole = choose(case, inputs, device)
+    monkeypatch.setattr(triton_block, "SCORE_BYTES", bytes_at_once)
+    for ours, theirs in zip(choose(case, inputs, device), whole, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@on_kernel_device
+@pytest.mark.parametrize("name", ["plain", "g3-fp16-d96-b32", "left-padding", "sliding-window", "d256-softcap-sinks"])
+def test_attention_over_given_blocks_equals_float64(name, device):
+    case = next(case for case in CASES if case.name == name)
+    inputs = inputs_of(case, seed=2)
+    plan = plan_of(case, inputs, device)
+    N, widths = plan.table.shape[0], plan.widths
+    generator = torch.Generator().manual_seed(3)
+    # From one block to all, whichever they are: rows may attend nothing.
+    block_counts = torch.tensor(
+        [[1 + int(torch.rand((), generator=generator) * width) for _ in range(case.kv_heads)] for width in widths]
+    )
+    block_counts[-1] = widths[-1]
+    block_indices = torch.full((N, case.kv_heads, max(widths)), -1)
+    allowed = torch.zeros(case.batch, case.kv_heads * case.group, case.queries, case.keys, dtype=torch.bool)
+    batch, first, last, begin, lowest = plan.table[:, :5].cpu().unbind(1)
+    for n in range(N):
+        for h in range(case.kv_heads):
+            chosen = torch.randperm(widths[n], generator=generator)[: block_counts[n, h]].sort().values + lowest[n]
+            block_indices[n, h, : len(chosen)] = chosen
+            for j in chosen:
+                low = max(int(begin[n] + j * case.block_size), 0)
+                high = int(begin[n] + (j + 1) * case.block_size)
+                heads = slice(h * case.group, (h + 1) * case.group)
+                allowed[batch[n], heads, first[n] : last[n], low:high] = True
+    scores = scores_of(case, inputs).masked_fill(~allowed, -torch.inf)
+    lse_keys = torch.logsumexp(scores, -1)
+    sink = None if inputs["sinks"] is None else inputs["sinks"].double()[:, None]
+    expected_lse = lse_keys if sink is None else torch.logaddexp(lse_keys, sink.expand_as(lse_keys))
+    weights = torch.exp(scores - expected_lse[..., None]).nan_to_num(nan=0.0)
+    expected = weights @ inputs["value"].double().repeat_interleave(case.group, 1)
+
+    moved = {name: None if x is None else x.to(device) for name, x in inputs.items()}
+    shape = (case.batch, case.kv_heads * case.group, case.queries)
+    output = torch.empty(*shape, inputs["value"].shape[-1], dtype=case.dtype, device=device)
+    lse, lse_without_sink = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    attended = torch.empty(shape, dtype=torch.int32, device=device)
+    sizes = (case.head_dim, output.shape[-1], case.block_size)
+    tiles = triton_block.block_tiles(triton_block.architecture_of(output.device), case.dtype, *sizes).attend
+    attend_blocks(
+        moved["query"], moved["key"], moved["value"], moved["visible"], moved["sinks"], plan,
+        block_indices.int().to(device), block_counts.int().to(device), tiles, output, lse, lse_without_sink, attended,
+        scale=case.head_dim**-0.5, softcap=case.softcap, block_size=case.block_size,
+    )  # fmt: skip
+    assert_close(output.cpu(), expected, TOLERANCE[case.dtype])
+    assert_close(lse.cpu(), expected_lse, 1e-5)
+    assert_close(lse_without_sink.cpu(), lse_keys, 1e-5)
+    assert torch.equal(attended.cpu(), scores.isfinite().sum(-1).int())
+
+
+@on_kernel_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_broken_value_reaches_only_the_rows_that_attend_it(dtype, device):
+    case = Case("broken-values", dtype, group=2, head_dim=80, queries=100, keys=130, budget=1000)
+    inputs = inputs_of(case)
+    # Seen by all rows; within the diagonal block of a few; beyond what half of the rows see.
+    inputs["value"][:, :, 3, 7] = torch.inf
+    inputs["value"][:, :, 60, 3] = torch.nan
+    inputs["value"][:, :, 101, 50] = -torch.inf
+    output = run(case, inputs, device, want_stats=False)[0]
+    expected = reference_attention(**inputs, selection="block", scale=case.head_dim**-0.5, block_size=16).output
+    broken = expected.isnan().sum((0, 1, 2))
+    assert broken[7] == 200
+    assert 0 < broken[50] < broken[3] < 200
+    assert_close(output, expected, TOLERANCE[dtype])
+
+
+@on_kernel_device
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
+def test_a_broken_key_reaches_only_the_rows_that_attend_it(spoil, device):
+    case = Case("broken-keys", group=1, queries=70, keys=150, intervals="packed", budget=1000)
+    inputs = inputs_of(case)
+    inputs["query"] = inputs["query"].abs()
+    inputs["key"][:, :, 120] = spoil
+    output, lse, _, _, _ = run(case, inputs, device)
+    expected = reference_attention(**inputs, selection="block", scale=case.head_dim**-0.5, block_size=16)
+    assert 0 < int(expected.output.isnan().any(-1).sum()) < 70
+    assert torch.equal(output.isnan(), expected.output.isnan())
+    assert_close(output, expected.output, 1e-5)
+
+
+@on_kernel_device
+def test_what_no_row_sees_and_neighbours_change_nothing(device):
+    case = Case("neighbours", batch=2, intervals="left_padding", queries=100, keys=150, min_mass=0.7)
+    inputs = inputs_of(case)
+    both = run(case, inputs, device)
+    inputs["key"][1, :, :37] = torch.nan
+    inputs["value"][1, :, :37] = torch.nan
+    inputs["key"][0], inputs["value"][0] = 2.0, 3.0
+    spoiled = run(case, inputs, device)
+    alone = {name: x[1:] if torch.is_tensor(x) and x.dim() > 1 else x for name, x in inputs.items()}
+    single = run(replace(case, batch=1), alone, device)
+    for ours, theirs, own in zip(both[:4], spoiled[:4], single[:4], strict=True):
+        assert torch.equal(ours[1], theirs[1])
+        assert torch.equal(ours[1], own[0])
+
+
+@on_kernel_device
+def test_a_budget_of_all_keys_equals_sdpa(device):
+    case = Case("dense", torch.float32, group=2, kv_heads=2, queries=130, keys=130, budget=1000, block_size=32)
+    inputs = inputs_of(case)
+    output, _, kept_mass, _, estimate = run(case, inputs, device)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        inputs["query"], inputs["key"], inputs["value"], is_causal=True, enable_gqa=True
+    )
+    assert_close(output, expected.double(), 1e-5)
+    assert_close(kept_mass, torch.ones_like(kept_mass).double(), 1e-5)
+    assert_close(estimate[:, 1], estimate[:, 0].double(), 1e-5)
+
+
+@on_kernel_device
+def test_tensors_laid_out_otherwise_give_the_same(device):
+    case = Case("strides", torch.bfloat16, batch=2, kv_heads=2, queries=70, keys=90)
+    inputs = inputs_of(case)
+    plain = run(case, inputs, device)
+    for name in ("query", "key", "value"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["visible"] = inputs["visible"].transpose(1, 2).contiguous().transpose(1, 2)
+    for ours, theirs in zip(run(case, inputs, device), plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@on_kernel_device
+@pytest.mark.parametrize("empty", [True, False], ids=["no-queries", "nothing-visible"])
+def test_nothing_to_attend(empty, device):
+    case = Case("nothing", queries=10, sinks=True)
+    inputs = inputs_of(case)
+    if empty:
+        for name in ("query", "budget"):
+            inputs[name] = inputs[name][:, :, :0]
+        inputs["visible"], inputs["origin"] = inputs["visible"][:, :0], inputs["origin"][:, :0]
+    else:
+        inputs["visible"][..., 1] = inputs["visible"][..., 0]
+    output, lse, kept_mass, attended, estimate = run(case, inputs, device)
+    assert output.shape == (1, 2, 0 if empty else 10, 32)
+    assert not output.any() and not attended.any() and not estimate.any()
+    assert torch.equal(lse, inputs["sinks"][None, :, None].expand_as(lse))
+    assert (kept_mass == 1).all()
+
+
+@on_kernel_device
+def test_statistics_are_empty_unless_wanted(device):
+    case = Case("no-stats", queries=20, keys=40)
+    _, lse, kept_mass, attended, _ = run(case, inputs_of(case), device, want_stats=False)
+    assert lse.numel() == kept_mass.numel() == 0
+    assert attended.shape == (1, 2, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "error", "message"),
+    [
+        ({"query": torch.zeros(1, 2, 150, 32).double()}, {}, TypeError, "share one dtype"),
+        ({"origin": torch.zeros(1, 150)}, {}, ValueError, "origin must be int32"),
+        ({"budget": torch.zeros(1, 5, 150, dtype=torch.int32)}, {}, ValueError, "budget must be int32"),
+        ({}, {"block_size": 24}, ValueError, "block_size must be 16, 32, 64 or 128, got 24"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, settings, error, message):
+    case = Case("plain")
+    inputs = {**inputs_of(case), **change}
+    with pytest.raises(error, match=message):
+        triton_block_attention(*inputs.values(), **{**case.settings(), **settings}, want_stats=False)
+
+
+def test_chunks_hold_every_query_block_and_no_more_than_fits():
+    widths = [1, 5, 5, 9, 200, 3, 3]
+    chunks = chunks_of(widths, 10, 300)
+    assert [n for first, last, _ in chunks for n in range(first, last)] == list(range(7))
+    for first, last, widest in chunks:
+        assert widest == max(widths[first:last])
+        assert (last - first) * widest * 10 <= 300 or last - first == 1
+    assert len(chunks) == 4
+    assert chunks_of([], 10, 300) == []
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_scored_tiles_hold_whole_blocks(architecture, dtype):
+    for block_size in (16, 32, 64, 128):
+        for head_dim in (16, 64, 80, 128, 192, 256):
+            tiles = block_tiles(architecture, dtype, head_dim, head_dim, block_size)
+            assert tiles.score.keys % block_size == 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_every_case_in_the_interpreter():
+    # One thread: the interpreter's tiles are too small to share.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout[-2000:]
