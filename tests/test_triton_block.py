@@ -206,9 +206,7 @@ def expected_blocks(case: Case, inputs: dict[str, Any]) -> list[Block]:
                     and by_block[[j - lowest for j in chosen[:count]]].sum() < wanted
                 ):
                     count += 1
-                found.append(
-                    Block(b, rows, begin, h, lowest, law, limit, always, masses, sorted(chosen[:count]))
-                )
+                found.append(Block(b, rows, begin, h, lowest, law, limit, always, masses, sorted(chosen[:count])))
     return found
 
 

@@ -50,7 +50,7 @@ class Benchmark:
 
     Attributes:
         name: of the subcommand and of its files. summary: one line for the help. what: what a time is, in the results.
-        lengths_are: what the lengths count.
+        lengths_are: what the lengths count. selections: those measured by default, in this order.
         defaults: by device type, what is measured where the arguments do not say: lengths, geometry, dtype, repeats,
             the whole model's lengths under its name, and ``ceiling_size``.
         wording: how times are said.
@@ -67,6 +67,7 @@ class Benchmark:
     summary: str
     what: str
     lengths_are: str
+    selections: tuple[str, ...]
     defaults: dict[str, dict[str, Any]]
     wording: Wording
     ceiling_name: str

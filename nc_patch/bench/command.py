@@ -20,11 +20,11 @@ from nc_patch.bench.cases import FAILED, Row, Settings, cases, measure_all
 from nc_patch.bench.decode import DECODE
 from nc_patch.bench.inputs import GEOMETRIES
 from nc_patch.bench.machine import commit, hardware, versions
+from nc_patch.bench.prefill import PREFILL
 from nc_patch.bench.timing import first_line
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (DECODE,)}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (DECODE, PREFILL)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SELECTIONS = ("topk", "block", "window")
 FAILURE, USAGE_ERROR = 1, 2
 # Part of the time that the operator may take where a whole model is measured too.
 _OPERATOR_SHARE = 0.7
@@ -196,7 +196,8 @@ def _add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark) -> Non
     parser.add_argument("--geometry", choices=GEOMETRIES, nargs="+", help=both("geometry"))
     parser.add_argument("--alpha", type=float, default=4.0, help="factor of the budget; by default 4")
     parser.add_argument("--C", type=float, default=0.6, help="exponent of the budget; by default 0.6")
-    parser.add_argument("--selections", choices=SELECTIONS, nargs="+", default=list(SELECTIONS), help="by default all")
+    chosen = benchmark.selections
+    parser.add_argument("--selections", choices=chosen, nargs="+", default=list(chosen), help="by default all")
     parser.add_argument("--dtype", choices=DTYPES, help=both("dtype"))
     parser.add_argument("--repeats", type=_at_least(1), metavar="R", help=both("repeats"))
     parser.add_argument("--seed", type=int, default=0)

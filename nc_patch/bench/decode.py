@@ -137,6 +137,7 @@ DECODE = Benchmark(
         "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of all implementations that ran."
     ),
     lengths_are="keys",
+    selections=("topk", "block", "window"),
     defaults={
         "cpu": {
             "lengths": (512, 2048, 8192),

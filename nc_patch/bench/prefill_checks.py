@@ -49,6 +49,10 @@ def expected_rows(inputs: PromptInputs, selection: str, config: NCConfig, rows: 
             sink_keys=config.sink_keys,
             recent_keys=config.recent_keys,
             block_size=config.block_size,
+            query_block_size=config.query_block_size,
+            sample_stride=config.sample_stride,
+            min_mass=config.min_mass or 0.0,
+            max_factor=config.max_factor,
         )
         against = "reference, float64"
     else:

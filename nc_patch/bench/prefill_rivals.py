@@ -1,8 +1,8 @@
 """Dense causal attention of a whole prompt, in every implementation that may be there: the rivals of sparse prefill.
 
 ``scaled_dot_product_attention`` runs with each of its backends in two forms: ``gqa``, as it is called in a model, and
-``expanded``, over keys and values that are repeated for the heads of a group beforehand, which is not timed. Copies that
-other packages want in a layout of their own are not timed either.
+``expanded``, over keys and values that are repeated for the heads of a group beforehand, which is not timed. Copies
+that other packages want in a layout of their own are not timed either.
 """
 
 from collections.abc import Callable

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 
+from nc_patch.ops.blocks import Mark, no_mark
 from nc_patch.ops.triton_block_attend import attend_blocks_kernel, blank_rows_kernel
 from nc_patch.ops.triton_block_choose import choose_blocks_kernel
 from nc_patch.ops.triton_block_plan import BlockPlan, chunks_of, make_plan
@@ -95,6 +96,7 @@ def triton_block_attention(
     min_mass: float,
     max_factor: float,
     want_stats: bool,
+    mark: Mark = no_mark,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over key blocks that a query block chooses by the dense softmax mass of its sampled rows.
 
@@ -109,6 +111,7 @@ def triton_block_attention(
         min_mass: estimated kept mass up to which a query block takes more blocks than its budget has; 0 for never.
         max_factor: by which factor it may exceed the budget's count for it.
         want_stats: whether lse and kept mass are wanted; the kept mass costs as much as dense attention.
+        mark: for timing the steps, see ``blocks.Mark``; may be called several times for one.
 
     Returns:
         (output ``[B, Hq, Lq, Dv]``; lse and kept mass float32 ``[B, Hq, Lq]`` or empty; attended int32 ``[B, Hq,
@@ -134,16 +137,18 @@ def triton_block_attention(
         visible, origin, budget, Hkv, block_size=block_size, query_block_size=query_block_size,
         sample_stride=sample_stride, min_mass=min_mass, max_factor=max_factor,
     )  # fmt: skip
+    mark("plan")
     tiles = block_tiles(architecture_of(device), query.dtype, D, DV, block_size)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         block_indices, block_counts, estimate = choose_blocks(
             query, key, visible, plan, tiles.score, scale=scale, softcap=softcap, block_size=block_size,
-            min_mass=min_mass,
+            min_mass=min_mass, mark=mark,
         )  # fmt: skip
         attend_blocks(
             query, key, value, visible, sinks, plan, block_indices, block_counts, tiles.attend, output, lse, lse_keys,
             attended, scale=scale, softcap=softcap, block_size=block_size,
         )  # fmt: skip
+    mark("attend")
     if want_stats:
         seen = (visible[..., 1].clamp(max=Lk) - visible[..., 0].clamp(min=0)).clamp(min=0).to(torch.int32)[:, None]
         _, dense, _ = launch_attention(
@@ -165,6 +170,7 @@ def choose_blocks(
     softcap: float,
     block_size: int,
     min_mass: float,
+    mark: Mark = no_mark,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The blocks that each query block attends, and what its sampled rows keep of their mass on them.
 
@@ -195,13 +201,17 @@ def choose_blocks(
             **score_constants(query.shape[3], block_size, tiles, softcap > 0),
             **compile_options(tiles, architecture),
         )
+        mark("score")
         choose_blocks_kernel[(last - first, Hkv)](
             *(plan.table, plan.samples, scores, plan.law, plan.limit, weights, row_lse, block_indices, block_counts),
             *(kept, enlarged, Hkv, group, slots, first, row_count, width, plan.capacity, min_mass),
             **choose_constants(min_mass > 0),
             **choose_options(architecture),
         )
-    return block_indices, block_counts, _estimate(plan, kept, enlarged)
+        mark("choose")
+    estimate = _estimate(plan, kept, enlarged)
+    mark("choose")
+    return block_indices, block_counts, estimate
 
 
 def _estimate(plan: BlockPlan, kept: torch.Tensor, enlarged: torch.Tensor) -> torch.Tensor:
@@ -289,9 +299,7 @@ def choose_options(architecture: str) -> dict[str, Any]:
     return compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture)
 
 
-def attend_constants(
-    head_dim: int, value_dim: int, block_size: int, tiles: Tiles, has_softcap: bool
-) -> dict[str, Any]:
+def attend_constants(head_dim: int, value_dim: int, block_size: int, tiles: Tiles, has_softcap: bool) -> dict[str, Any]:
     """The compile-time arguments of ``attend_blocks_kernel``, but for ``HAS_SINKS`` and ``WANT_STATS``."""
     return {
         **score_constants(head_dim, block_size, tiles, has_softcap),
@@ -313,9 +321,7 @@ def _dense_last(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check_settings(origin: torch.Tensor, visible: torch.Tensor, block_size: int) -> None:
     if origin.dtype != torch.int32 or origin.shape != visible.shape[:2]:
-        raise ValueError(
-            f"origin must be int32 {list(visible.shape[:2])}, got {origin.dtype} {list(origin.shape)}"
-        )
+        raise ValueError(f"origin must be int32 {list(visible.shape[:2])}, got {origin.dtype} {list(origin.shape)}")
     if block_size not in (16, 32, 64, 128):
         raise ValueError(f"block_size must be 16, 32, 64 or 128, got {block_size}")
 
@@ -351,9 +357,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         types = {
             **dict.fromkeys(("query", "key", "value", "output"), pointer_to(dtype)),
             **dict.fromkeys(("sinks", "scores", "lse", "lse_keys"), "*fp32"),
-            **dict.fromkeys(
-                ("visible", "plan", "samples", "block_indices", "block_counts", "attended"), "*i32"
-            ),
+            **dict.fromkeys(("visible", "plan", "samples", "block_indices", "block_counts", "attended"), "*i32"),
             # Long caches need 64 bits between sequences.
             **dict.fromkeys(("stride_qb", "stride_kb", "stride_vb"), "i64"),
         }

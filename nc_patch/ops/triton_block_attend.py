@@ -184,9 +184,7 @@ def attend_blocks_kernel(
 
 
 @triton.jit
-def clear_run(
-    block_list, count, begin, valid, start, end, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
+def clear_run(block_list, count, begin, valid, start, end, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """(listed keys before the first block that every row sees whole, number of tiles of such blocks)."""
     clear_from = tl.max(tl.where(valid, start, 0), axis=0)
     clear_to = tl.min(tl.where(valid, end, FAR), axis=0)

@@ -19,7 +19,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nc_patch.ops import triton_block, triton_decode_block, triton_decode_topk, triton_encode, triton_split, triton_summarize
+from nc_patch.ops import (
+    triton_block,
+    triton_decode_block,
+    triton_decode_topk,
+    triton_encode,
+    triton_split,
+    triton_summarize,
+)
 from nc_patch.ops.triton_attend import attend_kernel
 from nc_patch.ops.triton_launch import attend_constants, compile_options, threshold_constants, tiles_for
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
