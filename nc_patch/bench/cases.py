@@ -1,6 +1,7 @@
 """What every benchmark goes through: its settings, its cases one after another, and a row for all that came of them."""
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ Row = dict[str, Any]
 OK, ABSENT, FAILED, WRONG, NO_MEMORY, NO_TIME = "ok", "absent", "error", "wrong", "out of memory", "out of time"
 # Was too slow at a shorter length to be of interest at a longer one.
 LEFT_OUT = "left out"
+# A method is left out where a run would take more than so many seconds and it takes so many times the fastest dense's.
+_TOO_SLOW = ((1.0, 2.0), (5.0, 1.2))
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,57 @@ def measure_all(
             torch.cuda.empty_cache()
 
 
+def is_wanted(row: Row, before: Sequence[Row], deadline: float, growth: float, always: bool = False) -> bool:
+    """Whether a method is worth the time that it takes, by what it took at shorter lengths; if not, its row says why.
+
+    Args:
+        row: of the method, as from ``new_row``. before: the rows of shorter lengths.
+        deadline: of ``time.monotonic``, after which no method is. growth: see ``measure_all``.
+        always: whatever it takes, if there is time.
+    """
+    if time.monotonic() > deadline:
+        row |= {"status": NO_TIME, "message": "the time was used up before this method"}
+        return False
+    same = [one for one in before if _group(one) == _group(row)]
+    earlier = max((one for one in same if one["method"] == row["method"]), key=lambda one: one["length"], default=None)
+    if always or earlier is None:
+        return True
+    message = None
+    if earlier["status"] == LEFT_OUT:
+        message = earlier["message"]
+    elif earlier["status"] == NO_MEMORY:
+        message = f"no memory at {earlier['length']:,} keys"
+    elif "median_seconds" in earlier:
+        dense = [one for one in same if one["kind"] == "dense" and one["length"] == earlier["length"]]
+        fastest = min((one["median_seconds"] for one in dense if "median_seconds" in one), default=None)
+        if fastest is not None and _is_too_slow(earlier["median_seconds"], fastest, row, earlier, growth):
+            times = earlier["median_seconds"] / fastest
+            message = f"took {times:.1f} times as long as the fastest dense at {earlier['length']:,} keys"
+    if message is not None:
+        row |= {"status": LEFT_OUT, "message": message}
+    return message is None
+
+
+def _is_too_slow(seconds: float, fastest: float, row: Row, earlier: Row, growth: float) -> bool:
+    longer = seconds * (row["length"] / earlier["length"]) ** growth
+    return any(longer > cost and seconds > times * fastest for cost, times in _TOO_SLOW)
+
+
 def _least_seconds(case: Case, before: Sequence[Row], growth: float) -> float:
-    """What a check and the fewest repeats of all methods take, from their times at the longest length so far."""
-    timed = [
-        row
-        for row in before
-        if (row["geometry"], row["batch"]) == (case.geometry, case.batch) and "median_seconds" in row
-    ]
+    """What a check and the fewest repeats of the methods that are wanted take, from the longest length so far."""
+    timed = [row for row in before if _group(row) == (case.geometry, case.batch) and "median_seconds" in row]
     longest = max((row["length"] for row in timed), default=case.length)
-    of_each = sum(row["median_seconds"] for row in timed if row["length"] == longest)
+    of_each = sum(
+        row["median_seconds"]
+        for row in timed
+        if row["length"] == longest
+        and is_wanted(new_row(case, row["method"], row["kind"]), before, math.inf, growth, row["method"] == "block")
+    )
     return (1 + FEWEST) * of_each * (case.length / longest) ** growth
+
+
+def _group(row: Row) -> tuple[str, int]:
+    return row["geometry"], row["batch"]
 
 
 def time_rows(

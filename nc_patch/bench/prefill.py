@@ -14,7 +14,7 @@ import torch
 
 from nc_patch.bench import forward
 from nc_patch.bench.benchmark import Benchmark, Whole, Wording
-from nc_patch.bench.cases import LEFT_OUT, NO_MEMORY, Case, Row, Settings, fail, judge, new_row, time_rows
+from nc_patch.bench.cases import Case, Row, Settings, fail, is_wanted, judge, new_row, time_rows
 from nc_patch.bench.checks import Expected, compare
 from nc_patch.bench.dense_rivals import Step
 from nc_patch.bench.flops import attend_flops, dense_flops, matrix_rate, score_flops, topk_flops
@@ -31,11 +31,10 @@ from nc_patch.functional import attend, budgets_of, sparse_attention
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.reference import causal_intervals
 
-# A method other than block that takes this many times as long as the fastest dense is not run at longer prompts, once it
-# would take more than so many seconds there.
-_TOO_SLOW, _WORTH_SAVING = 2.0, 1.0
 # Repeats of a case go on for this long, and three in any case.
 _CASE_SECONDS = 20.0
+# Exponent of the length with which the time of dense attention grows.
+_GROWTH = 2.0
 # Of the free memory, the part that queries, keys, values and one output may take.
 _MEMORY_SHARE = 0.6
 
@@ -56,7 +55,7 @@ def measure_case(case: Case, settings: Settings, rate: float, before: Sequence[R
     ready: dict[str, Prepared] = {}
     for selection in settings.selections:
         row = rows[selection] = new_row(case, selection, "sparse", **shared)
-        if not _is_left_out(row, before, always=selection == "block"):
+        if is_wanted(row, before, deadline, growth=_GROWTH, always=selection == "block"):
             counted = partial(_count, row, inputs, selection, settings, case)
             right = partial(expected_rows, inputs, selection, config, rows_of)
             _try(row, ready, partial(_sparse_step, inputs, selection, config), right, rows_of, device, counted)
@@ -64,7 +63,7 @@ def measure_case(case: Case, settings: Settings, rate: float, before: Sequence[R
     for name, make in rivals(device).items():
         row = new_row(case, name, "dense", flops=dense_flops(geometry, case.batch, case.length), **shared)
         rows[name] = row
-        if not _is_left_out(row, before):
+        if is_wanted(row, before, deadline, growth=_GROWTH):
             _try(row, ready, partial(make, inputs), dense, rows_of, device)
     case_deadline = min(deadline, time.monotonic() + _CASE_SECONDS)
     time_rows(rows, ready, "flops", settings, rate, case_deadline)
@@ -174,32 +173,6 @@ def _compare(output: torch.Tensor, right: Expected, method: str, rows: torch.Ten
     return {**found, "right": found["right"] and finite, "compared_rows": len(rows)}
 
 
-def _is_left_out(row: Row, before: Sequence[Row], always: bool = False) -> bool:
-    """Whether a method is not worth its time by what it took at the length before; then its row says so."""
-    same = [one for one in before if all(one[name] == row[name] for name in ("geometry", "batch"))]
-    earlier = max((one for one in same if one["method"] == row["method"]), key=lambda one: one["length"], default=None)
-    if always or earlier is None:
-        return False
-    if earlier["status"] in (LEFT_OUT, NO_MEMORY):
-        reason = earlier["message"] if earlier["status"] == LEFT_OUT else f"no memory at {earlier['length']:,} keys"
-        row |= {"status": LEFT_OUT, "message": reason}
-        return True
-    dense = [
-        one["median_seconds"]
-        for one in same
-        if one["kind"] == "dense" and one["length"] == earlier["length"] and "median_seconds" in one
-    ]
-    if not dense or "median_seconds" not in earlier:
-        return False
-    times = earlier["median_seconds"] / min(dense)
-    longer = earlier["median_seconds"] * (row["length"] / earlier["length"]) ** 2
-    if times <= _TOO_SLOW or longer <= _WORTH_SAVING:
-        return False
-    message = f"took {times:.1f} times as long as the fastest dense at {earlier['length']:,} keys"
-    row |= {"status": LEFT_OUT, "message": message}
-    return True
-
-
 def _check_memory(case: Case, settings: Settings) -> None:
     geometry = GEOMETRIES[case.geometry]
     heads = 2 * geometry.heads + 2 * geometry.kv_heads
@@ -277,7 +250,7 @@ PREFILL = Benchmark(
     ceiling=matrix_rate,
     ceiling_in_words=lambda rate: f"matrix products {rate / 1e12:,.3g} TFLOP/s",
     measure=measure_case,
-    growth=2.0,
+    growth=_GROWTH,
     whole=Whole(
         "forward",
         "time whole forward passes too, of prompts of N tokens",

@@ -12,7 +12,7 @@ from nc_patch.bench.report import fastest_dense, groups, sparse_row
 def findings(rows: Sequence[Row], settings: Settings) -> tuple[dict[str, Any], str]:
     """The fitted exponents as an entry of the results, and the exponents and steps in words."""
     fitted = list(exponents(rows, settings.selections))
-    lines = [*_said(fitted, settings), *_steps(rows), *_scores(rows)]
+    lines = [*_said(fitted, settings), *_steps(rows, settings), *_scores(rows)]
     return {"exponents": fitted}, "".join(f"\n{line}" for line in lines)
 
 
@@ -50,29 +50,34 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 def _said(fitted: Sequence[Row], settings: Settings) -> Iterator[str]:
     C = settings.config.C
     law = f"{1 + C:g}" if isinstance(C, float) else "1 + C"
-    yield f"Exponent of n in the time, by least squares in the logarithms (the law's: 1 + C = {law}; dense: 2):"
+    yield f"Exponent of n in the time, by least squares in the logarithms (the law's is 1 + C = {law}, dense 2):"
     for row in fitted:
         said = (
-            f"{_number(row['time'])} over {len(row['lengths'])} lengths, {_number(row['flops'])} in counted operations"
+            f"{_number(row['time'])} over {len(row['lengths'])} lengths (counted operations: {_number(row['flops'])})"
         )
         steps = ", ".join(f"{step} {_number(row['steps'][step])}" for step in row["steps"])
         where = f"{row['geometry']}, batch {row['batch']}"
         yield f"  {row['method']:7} {where}: {said}" + (f"; {steps}" if steps else "")
 
 
-def _steps(rows: Sequence[Row]) -> Iterator[str]:
+def _steps(rows: Sequence[Row], settings: Settings) -> Iterator[str]:
     of_block = {group: [sparse_row(rows, group, n, "block") for n in lengths] for group, lengths in groups(rows)}
-    yield "Steps of block in milliseconds (share of their sum); attend's rate of operations over the fastest dense's:"
+    yield "Steps of block in milliseconds (share of their sum), attend's rate of operations, and the backend:"
     for group, found in of_block.items():
         for row in found:
             if row is None or "step_seconds" not in row:
                 continue
             total = sum(row["step_seconds"].values())
-            parts = [f"{step} {1e3 * t:,.2f} ({100 * t / total:.0f} %)" for step, t in row["step_seconds"].items()]
+            said = [f"{step} {1e3 * t:,.2f} ({100 * t / total:.0f} %)" for step, t in row["step_seconds"].items()]
             dense = fastest_dense(rows, group, row["length"])
-            rate = row["step_flops"]["attend"] / max(row["step_seconds"]["attend"], 1e-12)
-            over = f"; {100 * rate / (dense['flops'] / dense['median_seconds']):.0f} %" if dense else ""
-            yield f"  {group[0]}, batch {group[1]}, {row['length']:9,} keys: {', '.join(parts)}{over} [{row['backend']}]"
+            if dense:
+                rate = row["step_flops"]["attend"] / max(row["step_seconds"]["attend"], 1e-12)
+                said[-1] += f", at {100 * rate / (dense['flops'] / dense['median_seconds']):.0f} % of dense"
+            estimated = f"estimated kept mass {row['estimated_kept_mass']:.3f}"
+            enlarged = f"{100 * row['enlarged']:.0f} % of choices enlarged" if settings.config.min_mass else ""
+            backend = row["backend"] + (f", since {row['backend_reason']}" if row["backend_reason"] else "")
+            where = f"{group[0]}, batch {group[1]}, {row['length']:9,} keys"
+            yield f"  {where}: {'; '.join(filter(None, [', '.join(said), estimated, enlarged, backend]))}"
 
 
 def _scores(rows: Sequence[Row]) -> Iterator[str]:

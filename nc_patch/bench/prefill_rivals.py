@@ -96,7 +96,7 @@ def _flashinfer(inputs: PromptInputs) -> Step:
     """FlashInfer's prefill over sequences of equal length, planned beforehand."""
     flashinfer = import_rival("flashinfer")
     B, Hq, n, D = inputs.query.shape
-    query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (inputs.query, inputs.key, inputs.value))
+    query, key, value = (t.transpose(1, 2).flatten(0, 1).contiguous() for t in (inputs.query, inputs.key, inputs.value))
     workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=query.device)
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
     ends = torch.arange(B + 1, dtype=torch.int32, device=query.device) * n

@@ -8,16 +8,16 @@ is one of the first four. All other variance of keys is orthogonal to that.
 **Scores.** Query i over its n = i + 1 keys has ``a(n) <content> + A(n) mean_f cos(w_f (i - j)) + S(n) [j < 4]``.
 
 - ``a(n)`` is the standard deviation for which 95 % of the softmax of the content alone lie in the n^c best keys, with
-  an exponent c of each head between 0.6 and 0.98. What a query seeks is for 60 % common to the heads of a key/value head
-  and a run of 40 queries, for 25 % the head's own in that run, and the rest the row's own: neighbours attend to similar
-  keys, never to the same.
+  an exponent c of each head between 0.6 and 0.98. What a query seeks is for 60 % common to the heads of a key/value
+  head and a run of 40 queries, for 25 % the head's own in that run, and the rest the row's own: neighbours attend to
+  similar keys, never to the same.
 - ``A(n)`` gives the nearest 512 keys a head's share of the softmax, between 0.1 and 0.4, with a peak at the row itself.
 - ``S(n)`` gives the four sinks a head's share between 0.15 and 0.55. Their values are small, as in real models.
 
 Shares are expectations. The ranges are set so that, at 8,192 keys of SmolLM2's shape, the best 2 and 4 n^0.6 keys keep
-0.90 and 0.95 of the mass, as they do in SmolLM2 (0.90 and 0.94, 64 late queries of 10 layers of a text); 4 first and the
-most recent keys, 2 n^0.6 in all, keep 0.47, somewhat less than there (0.53). What came of it is measured in every case
-and written beside the times (``prompt_concentration``).
+0.90 and 0.95 of the mass, as they do in SmolLM2 (0.90 and 0.94, 64 late queries of 10 layers of a text); 4 first and
+the most recent keys, 2 n^0.6 in all, keep 0.47, somewhat less than there (0.53). What came of it is measured in every
+case and written beside the times (``prompt_concentration``).
 """
 
 from dataclasses import dataclass
