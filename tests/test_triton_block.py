@@ -44,12 +44,11 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     def small(architecture, dtype, head_dim, value_dim, block_size):
         chunk = 32 if dtype == torch.float32 else None
         score = Tiles(32, max(32, block_size), 4, 1, chunk)
-        return triton_block.BlockTiles(score, Tiles(64, 32, 4, 1, chunk))
+        return triton_block.BlockTiles(score, Tiles(64, 32, 4, 1, chunk), 16)
 
     monkeypatch.setattr(triton_block, "block_tiles", small)
-    monkeypatch.setattr(triton_block, "_EDGE_KEYS", 16)
-    monkeypatch.setattr(triton_block, "_BLOCKS_AT_ONCE", 4)
-    monkeypatch.setattr(triton_block, "_RANKS_AT_ONCE", 8)
+    monkeypatch.setattr(triton_block, "_BLOCKS_AT_ONCE", 8)
+    monkeypatch.setattr(triton_block, "_RANKS_AT_ONCE", 16)
     monkeypatch.setattr(triton_block, "_SEGMENT", 64)
     return "cpu"
 
@@ -91,12 +90,12 @@ CASES = [
     Case("plain"),
     Case("g1-bf16-d80", torch.bfloat16, group=1, head_dim=80),
     Case("g3-fp16-d96-b32", torch.float16, group=3, head_dim=96, queries=70, keys=101, block_size=32),
-    Case("g4-bf16-d128-b64-q128", torch.bfloat16, 1, 2, 4, 60, 190, 128, block_size=64, query_block_size=128),
+    Case("g4-bf16-d128-b64-q128", torch.bfloat16, 1, 1, 4, 50, 190, 128, block_size=64, query_block_size=128),
     Case("g5-d192-narrow-values", group=5, queries=20, keys=90, head_dim=192, value_dim=128),
     Case("d256-softcap-sinks", torch.bfloat16, queries=40, keys=140, head_dim=256, softcap=5.0, sinks=True),
-    Case("left-padding", batch=2, intervals="left_padding", sinks=True),
+    Case("left-padding", batch=2, intervals="left_padding", queries=90, keys=110, sinks=True),
     Case("packed", intervals="packed", budget=20),
-    Case("sliding-window", intervals="sliding", queries=200, keys=200, budget=50),
+    Case("sliding-window", intervals="sliding", queries=140, keys=170, group=1, budget=50),
     Case("sliding-cache", torch.bfloat16, intervals="sliding_cache", queries=40, keys=120, budget=50),
     Case("some-rows-empty", batch=2, intervals="ragged", queries=90, keys=100),
     Case("both-directions", intervals="all", queries=70, keys=90, group=1),
@@ -288,10 +287,12 @@ def test_random_problems_equal_the_reference(seed, device):
 
 
 CHOICES = [
-    Case("bf16-g4", torch.bfloat16, group=4, queries=200, keys=260, kv_heads=2),
-    Case("per-mass", group=3, queries=200, keys=260, budget=33, min_mass=0.9, max_factor=8.0, spread=5.0),
+    Case("bf16-g4", torch.bfloat16, group=4, queries=100, keys=200, kv_heads=2),
+    Case("per-mass", group=3, queries=100, keys=260, budget=33, min_mass=0.9, max_factor=8.0, spread=5.0),
     Case("per-mass-capped", torch.float16, group=2, queries=120, keys=300, budget=30, min_mass=0.99, max_factor=1.5),
-    Case("per-mass-window", group=2, queries=150, keys=300, intervals="sliding", budget=16, min_mass=0.8),
+    Case(
+        "per-mass-window", group=2, queries=150, keys=300, intervals="sliding", budget=16, min_mass=0.97, max_factor=8.0
+    ),
     Case("per-mass-packed", group=1, intervals="packed", budget=10, min_mass=0.95, max_factor=2.5, sample_stride=8),
 ]
 
@@ -332,12 +333,15 @@ def test_ties_go_to_the_lower_position(device):
 @on_kernel_device
 @pytest.mark.parametrize("bytes_at_once", [1, 6000])
 def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatch):
-    case = Case("chunks", batch=2, intervals="left_padding", queries=200, keys=200, min_mass=0.9)
+    case = Case("chunks", batch=2, group=1, intervals="left_padding", queries=150, keys=150, min_mass=0.8)
     inputs = inputs_of(case)
     whole = choose(case, inputs, device)
     monkeypatch.setattr(triton_block, "SCORE_BYTES", bytes_at_once)
-    for ours, theirs in zip(choose(case, inputs, device), whole, strict=True):
+    *choice, estimate = choose(case, inputs, device)
+    for ours, theirs in zip(choice, whole[:2], strict=True):
         assert torch.equal(ours, theirs)
+    # Tiles of other shapes may sum in another order.
+    assert_close(estimate, whole[2].double(), 1e-6)
 
 
 @on_kernel_device
@@ -378,7 +382,7 @@ def test_attention_over_given_blocks_equals_float64(name, device):
     lse, lse_without_sink = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     attended = torch.empty(shape, dtype=torch.int32, device=device)
     sizes = (case.head_dim, output.shape[-1], case.block_size)
-    tiles = triton_block.block_tiles(triton_block.architecture_of(output.device), case.dtype, *sizes).attend
+    tiles = triton_block.block_tiles(triton_block.architecture_of(output.device), case.dtype, *sizes)
     attend_blocks(
         moved["query"], moved["key"], moved["value"], moved["visible"], moved["sinks"], plan,
         block_indices.int().to(device), block_counts.int().to(device), tiles, output, lse, lse_without_sink, attended,
@@ -414,7 +418,7 @@ def test_a_broken_key_reaches_only_the_rows_that_attend_it(spoil, device):
     inputs = inputs_of(case)
     inputs["query"] = inputs["query"].abs()
     inputs["key"][:, :, 120] = spoil
-    output, lse, _, _, _ = run(case, inputs, device)
+    output, *_ = run(case, inputs, device)
     expected = reference_attention(**inputs, selection="block", scale=case.head_dim**-0.5, block_size=16)
     assert 0 < int(expected.output.isnan().any(-1).sum()) < 70
     assert torch.equal(output.isnan(), expected.output.isnan())
@@ -423,7 +427,7 @@ def test_a_broken_key_reaches_only_the_rows_that_attend_it(spoil, device):
 
 @on_kernel_device
 def test_what_no_row_sees_and_neighbours_change_nothing(device):
-    case = Case("neighbours", batch=2, intervals="left_padding", queries=100, keys=150, min_mass=0.7)
+    case = Case("neighbours", batch=2, group=1, intervals="left_padding", queries=70, keys=120, min_mass=0.6)
     inputs = inputs_of(case)
     both = run(case, inputs, device)
     inputs["key"][1, :, :37] = torch.nan
@@ -439,7 +443,7 @@ def test_what_no_row_sees_and_neighbours_change_nothing(device):
 
 @on_kernel_device
 def test_a_budget_of_all_keys_equals_sdpa(device):
-    case = Case("dense", torch.float32, group=2, kv_heads=2, queries=130, keys=130, budget=1000, block_size=32)
+    case = Case("dense", torch.float32, group=2, queries=130, keys=130, budget=1000, block_size=32)
     inputs = inputs_of(case)
     output, _, kept_mass, _, estimate = run(case, inputs, device)
     expected = torch.nn.functional.scaled_dot_product_attention(
@@ -452,7 +456,7 @@ def test_a_budget_of_all_keys_equals_sdpa(device):
 
 @on_kernel_device
 def test_tensors_laid_out_otherwise_give_the_same(device):
-    case = Case("strides", torch.bfloat16, batch=2, kv_heads=2, queries=70, keys=90)
+    case = Case("strides", torch.bfloat16, batch=2, kv_heads=2, group=1, queries=40, keys=70)
     inputs = inputs_of(case)
     plain = run(case, inputs, device)
     for name in ("query", "key", "value"):
@@ -475,7 +479,9 @@ def test_nothing_to_attend(empty, device):
         inputs["visible"][..., 1] = inputs["visible"][..., 0]
     output, lse, kept_mass, attended, estimate = run(case, inputs, device)
     assert output.shape == (1, 2, 0 if empty else 10, 32)
-    assert not output.any() and not attended.any() and not estimate.any()
+    assert not output.any()
+    assert not attended.any()
+    assert not estimate.any()
     assert torch.equal(lse, inputs["sinks"][None, :, None].expand_as(lse))
     assert (kept_mass == 1).all()
 

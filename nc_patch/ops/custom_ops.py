@@ -132,20 +132,24 @@ def block_attention(
     backend: str,
 ) -> Five:
     """Attention over key blocks chosen by sampled query rows; see ``torch_block_attention`` for shapes."""
-    if backend != "torch":
-        raise RuntimeError(f'block attention runs on backend="torch", got "{backend}"')
-    return torch_block_attention(
-        *(query, key, value, visible, origin, budget, sinks),
-        scale=scale,
-        softcap=softcap,
-        block_size=block_size,
-        query_block_size=query_block_size,
-        sample_stride=sample_stride,
-        min_mass=min_mass,
-        max_factor=max_factor,
-        estimator=estimator,
-        want_stats=want_stats,
-    )
+    settings: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "block_size": block_size,
+        "query_block_size": query_block_size,
+        "sample_stride": sample_stride,
+        "min_mass": min_mass,
+        "max_factor": max_factor,
+        "want_stats": want_stats,
+    }
+    inputs = (query, key, value, visible, origin, budget, sinks)
+    if backend == "triton":
+        from nc_patch.ops.triton_block import triton_block_attention
+
+        if estimator != "sampled":
+            raise RuntimeError(f'backend="triton" scores blocks by estimator="sampled", got "{estimator}": use "torch"')
+        return triton_block_attention(*inputs, **settings)
+    return torch_block_attention(*inputs, **settings, estimator=estimator)
 
 
 def _fake_outputs(query: torch.Tensor, value: torch.Tensor, want_stats: bool) -> Three:

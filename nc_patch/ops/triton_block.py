@@ -37,7 +37,6 @@ from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_str
 SCORE_BYTES = 64 * 2**20
 # Keys that one program scores, about: enough to use what it loads of its queries, few enough to have programs.
 _SEGMENT = 4096
-_EDGE_KEYS = 32
 _ROWS_AT_ONCE = 16
 _BLOCKS_AT_ONCE = 256
 _RANKS_AT_ONCE = 1024
@@ -47,10 +46,14 @@ _BLANK = Tiles(_BLANK_ROWS, 1, 4, 1)
 
 @dataclass(frozen=True)
 class BlockTiles:
-    """Tile sizes of the kernels that score and that attend."""
+    """Tile sizes of the kernels that score and that attend, and keys of a tile there that masks are applied to.
+
+    Masks cost registers, and at the edges a tile is rarely full: so few keys.
+    """
 
     score: Tiles
     attend: Tiles
+    edge_keys: int
 
 
 # float32 multiplies on the plain floating point units of NVIDIA GPUs and is summed in chunks of head_dim.
@@ -62,7 +65,7 @@ _SCORE = {
     "gfx942": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
 _ATTEND = {
-    "sm_80": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
+    "sm_80": {64: Tiles(128, 64, 8, 3), 128: Tiles(64, 32, 8, 3), 256: Tiles(32, 32, 8, 1)},
     "sm_90": {64: Tiles(128, 64, 8, 4), 128: Tiles(128, 64, 8, 4), 256: Tiles(64, 32, 8, 2)},
     "sm_100": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 2)},
     "gfx942": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 32, 4, 2), 256: Tiles(64, 32, 4, 2)},
@@ -76,7 +79,12 @@ def block_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim:
         score = attend = _FLOAT32[padded]
     else:
         score, attend = _SCORE[architecture][max(64, padded_dim(head_dim))], _ATTEND[architecture][padded]
-    return BlockTiles(replace(score, keys=max(score.keys, block_size)), attend)
+    if score.keys < block_size and padded == 256:
+        # A wide block of wide keys leaves shared memory for one stage, and registers for fewer rows.
+        score = replace(score, rows=64, stages=1)
+    # As many as fit the registers.
+    edge_keys = 32 if dtype == torch.float32 or (padded <= 128 and architecture in ("sm_90", "gfx942")) else 16
+    return BlockTiles(replace(score, keys=max(score.keys, block_size)), attend, edge_keys)
 
 
 def triton_block_attention(
@@ -145,7 +153,7 @@ def triton_block_attention(
             min_mass=min_mass, mark=mark,
         )  # fmt: skip
         attend_blocks(
-            query, key, value, visible, sinks, plan, block_indices, block_counts, tiles.attend, output, lse, lse_keys,
+            query, key, value, visible, sinks, plan, block_indices, block_counts, tiles, output, lse, lse_keys,
             attended, scale=scale, softcap=softcap, block_size=block_size,
         )  # fmt: skip
     mark("attend")
@@ -199,7 +207,7 @@ def choose_blocks(
             *(query, key, visible, plan.table, plan.samples, scores, *strides),
             *(Hkv, group, Lk, slots, first, row_count, width, scale, softcap),
             **score_constants(query.shape[3], block_size, tiles, softcap > 0),
-            **compile_options(tiles, architecture),
+            **score_options(query.shape[3], tiles, architecture),
         )
         mark("score")
         choose_blocks_kernel[(last - first, Hkv)](
@@ -237,7 +245,7 @@ def attend_blocks(
     plan: BlockPlan,
     block_indices: torch.Tensor,
     block_counts: torch.Tensor,
-    tiles: Tiles,
+    tiles: BlockTiles,
     output: torch.Tensor,
     lse: torch.Tensor,
     lse_keys: torch.Tensor,
@@ -257,14 +265,14 @@ def attend_blocks(
     logits = lse if sinks is None else sinks
     flags = {"HAS_SINKS": sinks is not None, "WANT_STATS": lse.numel() > 0}
     if N:
-        row_tiles = triton.cdiv(plan.longest * group, tiles.rows)
+        row_tiles = triton.cdiv(plan.longest * group, tiles.attend.rows)
         attend_blocks_kernel[(N * Hkv * row_tiles,)](
             *(query, key, value, visible, plan.table, block_indices, block_counts, logits, output, lse, lse_keys),
             *(attended, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *visible.stride()[:2]),
             *(N, Hkv, group, Lq, Lk, block_indices.shape[2], row_tiles, scale, softcap),
             **attend_constants(D, DV, block_size, tiles, softcap > 0),
             **flags,
-            **compile_options(tiles, architecture),
+            **compile_options(tiles.attend, architecture),
         )
     blank_rows_kernel[(triton.cdiv(B * Lq, _BLANK_ROWS),)](
         *(visible, logits, output, lse, lse_keys, attended, *visible.stride()[:2], Hq, Lq, B * Lq),
@@ -288,6 +296,14 @@ def score_constants(head_dim: int, block_size: int, tiles: Tiles, has_softcap: b
     }
 
 
+def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, Any]:
+    """Options of the compiler for ``score_blocks_kernel``: on Hopper registers for two programs, where they suffice."""
+    options = compile_options(tiles, architecture)
+    if architecture == "sm_90" and tiles.keys <= 64 and padded_dim(head_dim) <= 128:
+        options["maxnreg"] = 65536 // (2 * 32 * tiles.warps)
+    return options
+
+
 def choose_constants(has_min_mass: bool) -> dict[str, Any]:
     """The compile-time arguments of ``choose_blocks_kernel``."""
     sizes = {"BLOCK_R": _ROWS_AT_ONCE, "BLOCK_C": _BLOCKS_AT_ONCE, "BLOCK_P": _RANKS_AT_ONCE}
@@ -299,14 +315,15 @@ def choose_options(architecture: str) -> dict[str, Any]:
     return compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture)
 
 
-def attend_constants(head_dim: int, value_dim: int, block_size: int, tiles: Tiles, has_softcap: bool) -> dict[str, Any]:
+def attend_constants(
+    head_dim: int, value_dim: int, block_size: int, tiles: BlockTiles, has_softcap: bool
+) -> dict[str, Any]:
     """The compile-time arguments of ``attend_blocks_kernel``, but for ``HAS_SINKS`` and ``WANT_STATS``."""
     return {
-        **score_constants(head_dim, block_size, tiles, has_softcap),
+        **score_constants(head_dim, block_size, tiles.attend, has_softcap),
         "DV": value_dim,
         "BLOCK_DV": padded_dim(value_dim),
-        # Few keys where masks cost registers, and where a tile is rarely full.
-        "EDGE_N": min(tiles.keys, _EDGE_KEYS),
+        "EDGE_N": tiles.edge_keys,
     }
 
 
@@ -334,7 +351,6 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         (bfloat16, 64, 64, 32, ()),
         (bfloat16, 64, 64, 16, everything),
         (bfloat16, 80, 80, 32, ()),
-        (bfloat16, 96, 96, 64, ()),
         (bfloat16, 128, 128, 16, ()),
         (bfloat16, 128, 128, 32, ()),
         (bfloat16, 128, 128, 64, ()),
@@ -347,7 +363,6 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         (float32, 64, 64, 32, ()),
         (float32, 128, 128, 32, everything),
         (float32, 256, 256, 32, ()),
-        (float32, 128, 128, 128, ()),
     ):
         tiles = block_tiles(target, dtype, D, DV, block_size)
         dims = f"d{D}" + ("" if DV == D else f"v{DV}")
@@ -362,13 +377,12 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             **dict.fromkeys(("stride_qb", "stride_kb", "stride_vb"), "i64"),
         }
         score = score_constants(D, block_size, tiles.score, softcap)
-        attend = {**attend_constants(D, DV, block_size, tiles.attend, softcap), **flags}
-        for name, kernel, constants, tile in (
-            ("score_blocks", score_blocks_kernel, score, tiles.score),
-            ("attend_blocks", attend_blocks_kernel, attend, tiles.attend),
+        attend = {**attend_constants(D, DV, block_size, tiles, softcap), **flags}
+        for name, kernel, constants, compiler in (
+            ("score_blocks", score_blocks_kernel, score, score_options(D, tiles.score, target)),
+            ("attend_blocks", attend_blocks_kernel, attend, compile_options(tiles.attend, target)),
         ):
-            compiler, aligned = compile_options(tile, target), data_strides(kernel)
-            yield Specialisation(f"{name}-{suffix}", kernel, constants, types, compiler, aligned)
+            yield Specialisation(f"{name}-{suffix}", kernel, constants, types, compiler, data_strides(kernel))
     types = {
         **dict.fromkeys(("scores", "weights", "row_lse", "kept"), "*fp32"),
         **dict.fromkeys(("plan", "samples", "law", "limit", "block_indices", "block_counts", "enlarged"), "*i32"),

@@ -1,9 +1,9 @@
 """The kernel that attends the chosen key blocks, and the one that writes the rows that see no key.
 
-A program takes ``BLOCK_M`` rows of one query block and key/value head, a row for each query and query head of the group,
-the head running fastest. All of them attend the same blocks, so that a tile of keys, gathered from several blocks, is
-loaded once for the group. Only the blocks at the edges of what the rows see are masked: the chosen blocks ascend, so
-that those that every row sees whole are one run of the list.
+A program takes ``BLOCK_M`` rows of one query block and key/value head, a row for each query and query head of the
+group, the head running fastest. All of them attend the same blocks, so that a tile of keys, gathered from several
+blocks, is loaded once for the group. Only the blocks at the edges of what the rows see are masked: the chosen blocks
+ascend, so that those that every row sees whole are one run of the list.
 """
 
 import triton
@@ -16,7 +16,6 @@ from nc_patch.ops.triton_attend import (
     fold,
     join_sink,
     logits_base2,
-    write_nan_where,
     write_rows,
 )
 from nc_patch.ops.triton_block_score import load_plan
@@ -111,7 +110,7 @@ def attend_blocks_kernel(
         # The list is read a tile ahead, so that the compiler may load keys and values ahead too.
         place = before + n
         block = tl.load(block_list + place // BLOCK_SIZE, mask=place < count * BLOCK_SIZE, other=0)
-        for tile in range(clear_tiles):
+        for _ in range(clear_tiles):
             columns = begin + block * BLOCK_SIZE + place % BLOCK_SIZE
             place += BLOCK_N
             block = tl.load(block_list + place // BLOCK_SIZE, mask=place < count * BLOCK_SIZE, other=0)
@@ -139,11 +138,10 @@ def attend_blocks_kernel(
             total = total * shrink + tl.sum(weights, axis=1)
             acc = dot(weights.to(values.dtype.element_ty), tile_values, acc * shrink[:, None])
 
-        # What lies at the edges, where rows differ in what they see; values that are hidden from a row may be NaN.
+        # What lies at the edges, where rows differ in what they see.
         clear_keys = clear_tiles * BLOCK_N
         edge_keys = count * BLOCK_SIZE - clear_keys
         seen_keys = tl.zeros([BLOCK_M], dtype=tl.int32) + clear_keys
-        broken = clear_tiles * 0
         for tile in range(tl.cdiv(edge_keys, EDGE_N)):
             columns, in_range = edge_columns(
                 block_list, tile, edge_keys, before, clear_keys, begin, Lk, EDGE_N, BLOCK_SIZE
@@ -160,27 +158,29 @@ def attend_blocks_kernel(
                 mask=in_range[:, None] & (dv[None, :] < DV),
                 other=0.0,
             )
-            # Written so that NaN fails the comparison too.
-            sound = tl.abs(tile_values.to(tl.float32)) < float("inf")
-            broken = tl.maximum(broken, tl.max(tl.max((~sound).to(tl.int32), axis=1), axis=0))
-            tile_values = tl.where(sound, tile_values, 0.0).to(values.dtype.element_ty)
             acc = dot(weights.to(values.dtype.element_ty), tile_values, acc * shrink[:, None])
 
         base, share, denominator = join_sink(peak, total, sinks, head, valid, HAS_SINKS)
-        # Every row attends the values of a clear tile, so that infinity there is a broken value of all of them.
-        acc = tl.where(tl.abs(acc) < float("inf"), acc, float("nan"))
         write_rows(output + row * DV, acc, share / denominator, valid, seen_keys, DV, BLOCK_DV)
         tl.store(attended + row, seen_keys, mask=valid)
         if WANT_STATS:
             tl.store(lse + row, (base + tl.log2(denominator)) * LN_2, mask=valid)
             tl.store(lse_keys + row, (finite_or_zero(peak) + tl.log2(total)) * LN_2, mask=valid)
-        if broken > 0:
+        # In a tile, 0 * NaN and 0 * inf reach rows that do not attend the key: such programs compute again, and any
+        # broken element shows in the sum of all.
+        if ~(tl.abs(tl.sum(acc)) < float("inf")):
             tl.debug_barrier()
+            again = load_query(query_rows, valid, D, BLOCK_D, CHUNK_D)
             for column in range(0, DV, _MEND_COLUMNS):
-                spoil_rows(
-                    output + row * DV + column, values + column, block_list, stride_vl, valid, start, end, before,
-                    clear_keys, edge_keys, begin, Lk, DV - column, BLOCK_M, EDGE_N, BLOCK_SIZE,
+                mended, touched = attend_sound(
+                    again, query_rows, valid, keys, values + column, stride_kl, stride_vl, start, end, block_list,
+                    count, begin, Lk, base, scale, softcap, DV - column, D, BLOCK_M, EDGE_N, BLOCK_D, CHUNK_D,
+                    BLOCK_SIZE, HAS_SOFTCAP,
                 )  # fmt: skip
+                mended = tl.where(touched > 0.0, float("nan"), mended)
+                write_rows(
+                    output + row * DV + column, mended, 1.0 / denominator, valid, seen_keys, DV - column, _MEND_COLUMNS
+                )
 
 
 @triton.jit
@@ -211,41 +211,57 @@ def edge_columns(
 
 
 @triton.jit
-def spoil_rows(
-    output_rows,
-    values,
-    block_list,
-    stride_vl,
+def attend_sound(
+    queries,
+    query_rows,
     valid,
+    keys,
+    values,
+    stride_kl,
+    stride_vl,
     start,
     end,
-    before,
-    clear_keys,
-    edge_keys,
+    block_list,
+    count,
     begin,
     Lk,
+    base,
+    scale,
+    softcap,
     columns_left,
+    D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
 ):
-    """Stores NaN in the rows that attend, in a tile at the edges, a value that is NaN or infinite."""
-    dv = tl.arange(0, _MEND_COLUMNS)
+    """A few columns of what is attended, relative to 2**base, without the values that are NaN or infinite; and how many
+    of these each row attends.
+    """
+    mended = tl.zeros([BLOCK_M, _MEND_COLUMNS], dtype=tl.float32)
     touched = tl.zeros([BLOCK_M, _MEND_COLUMNS], dtype=tl.float32)
-    for tile in range(tl.cdiv(edge_keys, BLOCK_N)):
-        columns, in_range = edge_columns(
-            block_list, tile, edge_keys, before, clear_keys, begin, Lk, BLOCK_N, BLOCK_SIZE
+    dv = tl.arange(0, _MEND_COLUMNS)
+    element = values.dtype.element_ty
+    for tile in range(tl.cdiv(count * BLOCK_SIZE, BLOCK_N)):
+        columns, in_range = edge_columns(block_list, tile, count * BLOCK_SIZE, 0, 0, begin, Lk, BLOCK_N, BLOCK_SIZE)
+        raw = dot_scores(
+            queries, query_rows, valid, keys, columns.to(tl.int64) * stride_kl, in_range, D, BLOCK_D, CHUNK_D, True
         )
         seen = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None]) & in_range[None, :]
+        logits = tl.where(seen, logits_base2(raw, scale, softcap, HAS_SOFTCAP), float("-inf"))
+        weights = tl.exp2(logits - base[:, None])
         tile_values = tl.load(
             values + (columns.to(tl.int64)[:, None] * stride_vl + dv[None, :]),
             mask=in_range[:, None] & (dv[None, :] < columns_left),
             other=0.0,
         )
-        unsound = ~(tl.abs(tile_values.to(tl.float32)) < float("inf"))
-        element = values.dtype.element_ty
-        touched = dot(seen.to(tl.float32).to(element), unsound.to(tl.float32).to(element), touched)
-    write_nan_where(output_rows, touched, valid, columns_left, _MEND_COLUMNS)
+        # Written so that NaN fails the comparison too.
+        sound = tl.abs(tile_values.to(tl.float32)) < float("inf")
+        mended = dot(weights.to(element), tl.where(sound, tile_values, 0.0).to(element), mended)
+        touched = dot(seen.to(tl.float32).to(element), (~sound).to(tl.float32).to(element), touched)
+    return mended, touched
 
 
 @triton.jit(do_not_specialize=["heads", "Lq", "row_count"])

@@ -93,7 +93,7 @@ def choose_blocks_kernel(
     wanted = tl.minimum(tl.maximum(tl.load(law + pair), always), blocks)
     if HAS_MIN_MASS:
         most = tl.minimum(tl.maximum(tl.load(limit + pair), wanted), blocks)
-        more = always + count_to_mass(weight_row, blocks, diagonal, min_mass * present_rows.to(tl.float32), BLOCK_P)
+        more = always + count_to_mass(weight_row, blocks, diagonal, min_mass * tl.cast(present_rows, tl.float32), BLOCK_P)
         # Where even all blocks miss the target by rounding, all are asked for.
         grown = tl.minimum(tl.maximum(wanted, more), most)
         tl.store(enlarged + pair, (grown > wanted).to(tl.int32))

@@ -48,6 +48,10 @@ def make_plan(
     B, Lq = visible.shape[:2]
     blocks = query_block_table(visible, origin, query_block_size)
     N = blocks.first.shape[0]
+    if N == 0:
+        nothing = torch.zeros(0, int(PLAN_COLUMNS), dtype=torch.int32, device=visible.device)
+        none = nothing.new_zeros(0, num_kv_heads)
+        return BlockPlan(nothing, nothing.new_zeros(0, 1), none, none, [], 0, 1)
     owner = block_of_rows(blocks, B, Lq)
     law = law_counts(blocks, owner, budget, num_kv_heads, block_size).contiguous()
     lowest, diagonal, highest = always_attended(blocks, visible, block_size)
@@ -59,8 +63,6 @@ def make_plan(
     limit = law
     if min_mass > 0.0:
         limit = (law.double() * max_factor).ceil_().clamp_(max=2**31 - 1).to(torch.int32)
-    if N == 0:
-        return BlockPlan(table, table.new_zeros(0, 1), law, limit, [], 0, 1)
 
     sampled = sampled_rows(blocks, visible, origin, sample_stride).flatten()
     so_far = sampled.cumsum(0)

@@ -1,9 +1,9 @@
 """The kernel that scores key blocks: a log-sum-exp of the sampled rows' logits for each of them, in base 2.
 
-A program takes ``BLOCK_M`` consecutive sampled rows of one key/value head, whatever query blocks they belong to, and one
-segment of the key blocks that any of them sees: with 4 sampled rows a query block and 4 query heads a group, 128 rows
-are those of 8 query blocks, so that keys are read once for 8 of them. The log-sum-exp of a block needs nothing of the
-other blocks, so that segments are independent, and what is written is ``1 / block_size`` of the scores.
+A program takes ``BLOCK_M`` consecutive sampled rows of one key/value head, whatever query blocks they belong to, and
+one segment of the key blocks that any of them sees: with 4 sampled rows a query block and 4 query heads a group, 128
+rows are those of 8 query blocks, so that keys are read once for 8 of them. The log-sum-exp of a block needs nothing of
+the other blocks, so that segments are independent, and what is written is ``1 / block_size`` of the scores.
 """
 
 import triton
