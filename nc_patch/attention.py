@@ -122,6 +122,9 @@ def nc_attention_forward(
             max_budget=config.largest_budget(Lk, layer) if index is not None else 0,
         )
         output, attended = result.output, result.attended
+        estimate = result.block_estimate
+        if patch is not None and config.track and estimate is not None and not torch.compiler.is_compiling():
+            patch.counters.add_estimate(estimate.detach(), config.min_mass is not None)
     if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
         nc_layer_cache.layer.nc_done()
     if patch is not None and not torch.compiler.is_compiling():

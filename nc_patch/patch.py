@@ -124,6 +124,9 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
         ``tail_attended_fraction`` and ``tail_mean_keys`` (the same over the last queries of each call, where
         ``reset_stats`` was told how many), each None where nothing was counted; and ``layers``, a list with the same
         for each layer, beside ``layer``, ``name``, ``calls`` and ``dense_calls`` (how many calls ran dense, by reason).
+        With ``track`` each layer's ``dropped_mass`` says what block prefill is estimated to have dropped: ``mean`` and
+        its ``standard_error`` over rows and heads, both also ``_by_head``; ``rows``, the number of sampled rows; and
+        with ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget. None without.
 
     Raises:
         ValueError: the model is not patched.

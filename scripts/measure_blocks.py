@@ -1,0 +1,307 @@
+"""Compares ways to choose the key blocks of block prefill, and writes docs/results/blocks.json.
+
+The queries, keys and values are those of one dense forward pass of SmolLM2 over each text. Runs of 128 rows that end
+at the given lengths choose blocks in every way and attend them; the output error is
+``||o - o_dense|| / ||o_dense||`` over the rows and heads of a layer, the kept mass the mean over rows and heads, both
+averaged over layers, runs and texts. Attended is the mean number of keys a row attends. What choosing costs is counted
+in multiplications relative to the scores of every row against every key.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from eval_tasks.models import LoadedModel, load_model
+from eval_tasks.provenance import commit, hardware, versions
+from eval_tasks.texts import Text, load_text
+from nc_patch.budget import row_budgets
+from nc_patch.ops.block_estimators import ESTIMATORS, Chunk, RowMass
+from nc_patch.ops.blocks import (
+    BlockChoice,
+    BlockSettings,
+    QueryBlocks,
+    always_attended,
+    block_of_rows,
+    law_counts,
+    query_block_table,
+    sampled_rows,
+)
+from nc_patch.ops.torch_block_attend import attend_blocks
+from nc_patch.ops.torch_rows import Buffers
+from nc_patch.ops.torch_topk import torch_topk_attention
+
+LAYERS = (0, 1, 3, 6, 10, 14, 18, 22, 26, 29)
+ALPHAS, EXPONENT = (1.0, 2.0, 4.0, 8.0), 0.6
+RUN = 128  # rows that choose at a time, a multiple of every query block size
+# The comparisons of one thing at a time are made around this choice.
+BASE = BlockSettings()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One run of rows of one layer: query ``[1, Hq, RUN, D]``, key and value ``[1, Hkv, n, D]`` up to the last row."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    visible: torch.Tensor
+    dense_output: torch.Tensor
+    dense_lse: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to choose: how blocks are cut and scored, and how the scores of rows and heads make a block's weight."""
+
+    name: str
+    settings: BlockSettings
+    weigh: str = "sum"
+    per_head: bool = False
+
+    def cost(self) -> float:
+        """Multiplications to choose by, relative to the scores of every row against every key."""
+        if self.settings.estimator == "pooled":
+            return 1.0 / (self.settings.query_block_size * self.settings.block_size)
+        return 1.0 / self.settings.sample_stride
+
+
+def ways() -> list[Way]:
+    """What is compared: estimators at several costs, sizes of blocks, and what makes a weight."""
+    found = [Way("every row", replace(BASE, sample_stride=1))]
+    for stride in (4, 8, 16, 32, 64):
+        found.append(Way("sampled rows", replace(BASE, sample_stride=stride)))
+    for stride in (4, 8, 16, 32):
+        found.append(Way("antidiagonal sums", replace(BASE, sample_stride=stride, estimator="antidiagonal")))
+    found.append(Way("means", replace(BASE, estimator="pooled")))
+    for query_block_size in (64, 128):
+        for block_size in (16, 32, 64, 128):
+            settings = replace(BASE, query_block_size=query_block_size, block_size=block_size)
+            found += [Way("sizes", settings), Way("sizes, every row", replace(settings, sample_stride=1))]
+    found += [Way(f"weight: {name}", BASE, name) for name in WEIGHTS]
+    found += [
+        Way("per head", BASE, per_head=True),
+        Way("per head, every row", replace(BASE, sample_stride=1), "sum", True),
+    ]
+    return found
+
+
+# How a block's shares [n, Hkv, G, S, K] become its weight [n, Hkv, K].
+WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda shares: shares.sum((2, 3)),
+    "largest over heads": lambda shares: shares.sum(3).amax(2),
+    "largest over rows": lambda shares: shares.sum(2).amax(2),
+    "largest over rows and heads": lambda shares: shares.amax((2, 3)),
+    "root": lambda shares: shares.sqrt().sum((2, 3)),
+    "by the norm of values": lambda shares: shares.sum((2, 3)),
+}
+
+
+def capture(loaded: LoadedModel, text: Text, length: int, layers: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+    """Query, key, value and scale of ``layers`` in a dense forward pass over the first ``length`` tokens."""
+    found: dict[int, tuple[Any, ...]] = {}
+
+    def record(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if module.layer_idx in layers:
+            found[module.layer_idx] = (query.clone(), key.clone(), value.clone(), kwargs["scaling"])
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    ids = loaded.tokenizer(text.content[: length * 12])["input_ids"][:length]
+    if len(ids) < length:
+        raise SystemExit(f"the text {text.name} has {len(ids)} tokens, {length} are needed: give smaller --lengths")
+    AttentionInterface.register("measure_record", record)
+    loaded.model.set_attn_implementation("measure_record")
+    with torch.inference_mode():
+        loaded.model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)
+    loaded.model.set_attn_implementation("sdpa")
+    return [found[layer] for layer in layers]
+
+
+def rows_of(captured: tuple[Any, ...], length: int) -> Rows:
+    """The run of rows that ends at ``length``, and dense attention of it."""
+    query, key, value, scale = captured
+    query, key, value = query[:, :, length - RUN : length], key[:, :, :length], value[:, :, :length]
+    end = torch.arange(length - RUN + 1, length + 1, dtype=torch.int32)
+    visible = torch.stack((torch.zeros_like(end), end), -1)[None]
+    group = query.shape[1] // key.shape[1]
+    scores = scale * query @ key.repeat_interleave(group, 1).mT
+    scores.masked_fill_(torch.arange(length) >= end[:, None], -torch.inf)
+    output = torch.softmax(scores, -1) @ value.repeat_interleave(group, 1)
+    return Rows(query, key, value, scale, visible, output, torch.logsumexp(scores, -1))
+
+
+def chosen(rows: Rows, way: Way, budget: torch.Tensor, table: QueryBlocks, key: torch.Tensor) -> BlockChoice:
+    """The blocks that the rows' query blocks choose; ``key`` is that of every query head where they choose apart."""
+    settings, size = way.settings, way.settings.block_size
+    Hkv, n = key.shape[1], table.first.shape[0]
+    origin = rows.visible[..., 0]
+    blocks = -(-key.shape[2] // size)
+    chunk = Chunk(
+        rows.query[0],
+        torch.nn.functional.pad(key[0], (0, 0, 0, blocks * size - key.shape[2])),
+        rows.visible[0],
+        rows.visible[0, :, 1] - 1,
+        block_of_rows(table, 1, RUN)[0],
+        sampled_rows(table, rows.visible, origin, settings.sample_stride)[0],
+        n,
+    )
+    if way.weigh == "by the norm of values":
+        found = by_norm(chunk, rows, settings)
+    else:
+        found = ESTIMATORS[settings.estimator](chunk, settings, rows.scale, 0.0, Buffers(0, key.device))
+    # Every query block has as many scored rows as the others.
+    shares = found.mass[:, found.owner.argsort(stable=True)].view(Hkv, -1, n, found.owner.shape[0] // n, blocks)
+    weight = WEIGHTS[way.weigh](shares.permute(2, 0, 1, 3, 4))
+    counts = law_counts(table, block_of_rows(table, 1, RUN), budget, Hkv, size)
+    lowest, diagonal, highest = always_attended(table, rows.visible, size)
+    block = torch.arange(blocks)
+    forced = (block == lowest[:, None]) | ((block >= diagonal[:, None]) & (block <= highest[:, None]))
+    weight = weight.masked_fill(forced[:, None], torch.inf).masked_fill((block > highest[:, None])[:, None], -1.0)
+    counts = torch.maximum(counts, forced.sum(-1, dtype=torch.int32)[:, None]).minimum(highest[:, None] + 1)
+    order = torch.sort(weight, dim=-1, descending=True, stable=True).indices[..., : int(counts.max())]
+    order = torch.where(torch.arange(order.shape[-1]) < counts[..., None], order, blocks).sort(-1).values
+    return BlockChoice(torch.where(order < blocks, order, -1).int(), counts)
+
+
+def by_norm(chunk: Chunk, rows: Rows, settings: BlockSettings) -> RowMass:
+    """The true shares of the sampled rows, each key's weighed by the norm of its value."""
+    taken = chunk.sampled.nonzero()[:, 0]
+    group = chunk.query.shape[0] // chunk.key.shape[0]
+    scores = rows.scale * chunk.query[:, taken] @ chunk.key.repeat_interleave(group, 0).mT
+    scores.masked_fill_(torch.arange(chunk.key.shape[1]) >= chunk.seen[taken, 1:], -torch.inf)
+    norm = torch.nn.functional.pad(rows.value[0].norm(dim=-1), (0, chunk.key.shape[1] - rows.value.shape[2]))
+    weights = torch.softmax(scores, -1) * norm.repeat_interleave(group, 0)[:, None]
+    return RowMass(weights.unflatten(-1, (-1, settings.block_size)).sum(-1), chunk.owner[taken])
+
+
+def loss(rows: Rows, way: Way, alpha: float) -> tuple[float, float, float]:
+    """Output error, kept mass and attended keys of one way at one budget."""
+    group = rows.query.shape[1] // rows.key.shape[1]
+    key, value = rows.key, rows.value
+    if way.per_head:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    budget = row_budgets(rows.visible, rows.key.shape[2], ((alpha, EXPONENT),), 1, "power")
+    table = query_block_table(rows.visible, rows.visible[..., 0], way.settings.query_block_size)
+    choice = chosen(rows, way, budget, table, key)
+    result = attend_blocks(
+        *(rows.query, key, value, rows.visible, None, table, choice),
+        scale=rows.scale,
+        softcap=0.0,
+        block_size=way.settings.block_size,
+        want_lse=True,
+    )
+    kept = torch.exp(result.lse - rows.dense_lse).mean()
+    return error(result.output, rows), float(kept), float(result.attended.float().mean())
+
+
+def topk_loss(rows: Rows, alpha: float) -> tuple[float, float, float]:
+    """The same of exact token-level top-k."""
+    budget = row_budgets(rows.visible, rows.key.shape[2], ((alpha, EXPONENT),), 1, "power")
+    output, _, kept = torch_topk_attention(
+        *(rows.query, rows.key, rows.value, rows.visible, budget, None),
+        scale=rows.scale,
+        softcap=0.0,
+        sink_keys=4,
+        recent_keys=1,
+        want_stats=True,
+    )
+    return error(output, rows), float(kept.mean()), float(budget.float().mean())
+
+
+def error(output: torch.Tensor, rows: Rows) -> float:
+    return float((output - rows.dense_output).norm() / rows.dense_output.norm())
+
+
+def measure(runs: Sequence[Rows], length: int) -> list[dict[str, Any]]:
+    """A row for each way and budget: means over the runs, which end at ``length``."""
+    found = []
+    for alpha in ALPHAS:
+        for way in [None, *ways()]:
+            losses = torch.tensor([topk_loss(rows, alpha) if way is None else loss(rows, way, alpha) for rows in runs])
+            mean = losses.mean(0).tolist()
+            described = {"way": "exact top-k", "cost": 1.0} if way is None else describe(way)
+            found.append(
+                {"n": length, "alpha": alpha, "C": EXPONENT, **described}
+                | dict(zip(("output_error", "kept_mass", "attended"), mean, strict=True))
+                | {"output_error_by_layer": losses[:, 0].tolist()}
+            )
+    return found
+
+
+def describe(way: Way) -> dict[str, Any]:
+    """What a way is, for a row of the results."""
+    settings = way.settings
+    return {
+        "way": way.name,
+        "cost": way.cost(),
+        "query_block_size": settings.query_block_size,
+        "block_size": settings.block_size,
+        "sample_stride": None if settings.estimator == "pooled" else settings.sample_stride,
+    }
+
+
+def show(results: Sequence[dict[str, Any]], alpha: float) -> None:
+    """Prints output error and kept mass at one alpha, a length beside the other."""
+    lengths = sorted({row["n"] for row in results})
+    print(f"{'way':34} {'query':>5} {'block':>5} {'stride':>6}", *(f"{f'n = {n}':>15}" for n in lengths))
+    table: dict[tuple[Any, ...], dict[int, list[tuple[float, float]]]] = {}
+    for row in results:
+        if row["alpha"] == alpha:
+            line = (row["way"], *(row.get(name) or "" for name in ("query_block_size", "block_size", "sample_stride")))
+            table.setdefault(line, {}).setdefault(row["n"], []).append((row["output_error"], row["kept_mass"]))
+    for line, by_length in table.items():
+        figures = ("{:7.4f} {:7.4f}".format(*torch.tensor(by_length[n]).mean(0).tolist()) for n in lengths)
+        print("{:34} {:>5} {:>5} {:>6}".format(*line), *figures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--texts", nargs="+", default=["python-reference"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/blocks.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    loaded = load_model(arguments.model, "float32", "cpu")
+    texts = [load_text(name) for name in arguments.texts]
+    results: list[dict[str, Any]] = []
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        for text in texts:
+            captured = capture(loaded, text, max(arguments.lengths), arguments.layers)
+            for length in arguments.lengths:
+                runs = [rows_of(layer, length) for layer in captured]
+                results += [{"text": text.name, **row} for row in measure(runs, length)]
+    show(results, 4.0)
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu"), torch.get_num_threads()),
+        "seconds": time.perf_counter() - begin,
+        "model": arguments.model,
+        "texts": [{"name": text.name, "origin": text.origin, "sha256": text.sha256} for text in texts],
+        "layers": arguments.layers,
+        "rows": RUN,
+        "results": results,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Block attention in PyTorch: its three steps apart, its settings, its estimate, and that neighbours change nothing."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Case, random_case, relative_error
+
+from nc_patch import sparse_attention
+from nc_patch.ops import blocks, torch_rows
+from nc_patch.ops.block_estimators import ESTIMATORS
+from nc_patch.ops.blocks import BlockChoice, BlockSettings
+from nc_patch.ops.reference import causal_intervals, reference_attention
+from nc_patch.ops.torch_block import torch_block_attention
+from nc_patch.ops.torch_block_attend import attend_blocks
+from nc_patch.ops.torch_block_choose import choose_blocks
+
+
+def run(case: Case, want_stats: bool = True, **options: Any) -> tuple[torch.Tensor, ...]:
+    settings = case.block_settings() | {"scale": case.scale, "softcap": case.softcap, "want_stats": want_stats}
+    tensors = (case.query, case.key, case.value, case.visible, case.origin, case.budget, case.sinks)
+    return torch_block_attention(*tensors, **settings | options)
+
+
+def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) -> tuple[torch.Tensor, ...]:
+    """Query, key and value whose attention is sparse: keys drift slowly, and some queries repeat an early key."""
+    g = torch.Generator().manual_seed(seed)
+    drift = torch.randn(B, Hkv, n, D, generator=g).cumsum(2)
+    key = drift / drift.norm(dim=-1, keepdim=True) * 4 + torch.randn(B, Hkv, n, D, generator=g) * 0.3
+    query = key.repeat_interleave(Hq // Hkv, 1) + torch.randn(B, Hq, n, D, generator=g)
+    query[:, :, n // 2 :: 3] = query[:, :, : n - n // 2 : 3]
+    return query, key, torch.randn(B, Hkv, n, D, generator=g)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query_block_size": 128},
+        {"sample_stride": 4},
+        {"sample_stride": 64, "block_size": 64},
+        {"min_mass": 0.8371},
+        {"min_mass": 0.6173, "max_factor": 1.5, "query_block_size": 128, "sample_stride": 8},
+    ],
+    ids=lambda options: ", ".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_every_setting_equals_the_reference(options):
+    for seed in range(100, 112):
+        case = replace(random_case(seed, longest=300), **options)
+        expected = case.reference("block")
+        output, lse, kept_mass, attended, _ = run(case)
+        assert torch.equal(attended, expected.attended), seed
+        assert relative_error(output, expected.output) < 1e-5, seed
+        assert torch.allclose(lse.double(), expected.lse, atol=1e-4), seed
+        assert torch.allclose(kept_mass.double(), expected.kept_mass, atol=1e-5), seed
+
+
+def packed_case(seed: int) -> Case:
+    """Two rows of three packed sequences each, of other lengths."""
+    case = random_case(seed, longest=10)
+    query, key, value = peaked(seed, 2, 300)
+    visible = causal_intervals(2, 300, 300, "cpu").clone()
+    for b, starts in enumerate(((0, 37, 200, 300), (0, 150, 151, 300))):
+        for first, last in itertools.pairwise(starts):
+            visible[b, first:last, 0] = first
+    budget = ((visible[..., 1] - visible[..., 0]) // 4 + 1)[:, None]
+    tensors = {"query": query, "key": key, "value": value, "visible": visible, "budget": budget, "sinks": None}
+    return replace(case, **tensors, origin=visible[..., 0].clone(), block_size=16)
+
+
+@pytest.mark.parametrize("min_mass", [0.0, 0.913])
+def test_packed_sequences_equal_the_reference(min_mass):
+    case = replace(packed_case(3), min_mass=min_mass)
+    expected = case.reference("block")
+    output, _, _, attended, _ = run(case)
+    assert torch.equal(attended, expected.attended)
+    assert relative_error(output, expected.output) < 1e-5
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_the_attend_step_equals_the_reference_given_the_same_blocks():
+    for seed in range(200, 230):
+        case = random_case(seed, longest=300)
+        table = blocks.query_block_table(case.visible, case.origin, 64)
+        lowest, _, highest = blocks.always_attended(table, case.visible, case.block_size)
+        N, Hkv = table.first.shape[0], case.key.shape[1]
+        most = int((highest - lowest).max()) + 1 if N else 0
+        indices = torch.full((N, Hkv, most), -1, dtype=torch.int32)
+        counts = torch.zeros(N, Hkv, dtype=torch.int32)
+        g = torch.Generator().manual_seed(seed)
+        for i, h in itertools.product(range(N), range(Hkv)):
+            # Rows with nothing among the chosen blocks would be NaN, as in dense attention: keep all that some see.
+            available = torch.arange(int(lowest[i]), int(highest[i]) + 1, dtype=torch.int32)
+            few = 1 + int(torch.randint(0, len(available), (1,), generator=g))
+            taken = available[torch.randperm(len(available), generator=g)[:few]].sort().values
+            counts[i, h], indices[i, h, :few] = few, taken
+        choice = BlockChoice(indices, counts)
+        expected = reference_attention(
+            *(case.query, case.key, case.value),
+            visible=case.visible,
+            budget=case.budget,
+            selection="block",
+            scale=case.scale,
+            softcap=case.softcap,
+            sinks=case.sinks,
+            origin=case.origin,
+            block_size=case.block_size,
+            choice=choice,
+        )
+        result = attend_blocks(
+            *(case.query, case.key, case.value, case.visible, case.sinks, table, choice),
+            scale=case.scale,
+            softcap=case.softcap,
+            block_size=case.block_size,
+            want_lse=True,
+        )
+        assert torch.equal(result.attended, expected.attended), seed
+        held = expected.attended > 0
+        assert relative_error(result.output[held], expected.output[held]) < 1e-5, seed
+
+
+def test_a_nan_reaches_only_the_rows_that_attend_it():
+    query, key, value = peaked(0, 1, 300)
+    value[0, 0, 40] = torch.nan
+    case = replace(packed_case(0), query=query, key=key, value=value)
+    case.visible, case.origin, case.budget = case.visible[:1], case.origin[:1], case.budget[:1]
+    expected = case.reference("block").output
+    output = run(case)[0]
+    assert bool(output.isnan().any())
+    assert torch.equal(output.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("options", [{}, {"min_mass": 0.9}, {"estimator": "pooled"}, {"estimator": "antidiagonal"}])
+def test_a_full_budget_is_dense_attention(options):
+    query, key, value = peaked(1, 2, 333)
+    full = sparse_attention(query, key, value, alpha=400.0, selection="block", **options)
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    assert relative_error(full, dense) < 1e-6
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_sequence_scores_alike_alone_and_in_a_padded_batch(estimator):
+    query, key, value = peaked(2, 2, 400)
+    options = {"alpha": 4.0, "C": 0.5, "selection": "block", "estimator": estimator, "block_size": 16, "min_mass": 0.8}
+    padding = 77
+    visible = causal_intervals(2, 400, 400, "cpu").clone()
+    visible[1, :, 0] = padding
+    visible[1, :padding, 1] = padding
+    origin = torch.zeros(2, 400, dtype=torch.int32)
+    origin[1] = padding
+    together = sparse_attention(query, key, value, visible=visible, origin=origin, **options)
+    alone = sparse_attention(*(t[1:, :, padding:] for t in (query, key, value)), **options)
+    assert relative_error(together[1:, :, padding:], alone) < 1e-6
+    assert relative_error(together[:1], sparse_attention(query[:1], key[:1], value[:1], **options)) < 1e-6
+    assert not together[1, :, :padding].any()
+
+
+def test_many_chunks_equal_one(monkeypatch):
+    case = packed_case(4)
+    whole = run(case, min_mass=0.91)
+    monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 5000)
+    parts = run(case, min_mass=0.91)
+    assert relative_error(parts[0], whole[0]) < 1e-6
+    assert torch.allclose(parts[4], whole[4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_finds_the_one_distant_block_that_a_query_block_looks_for(estimator):
+    g = torch.Generator().manual_seed(5)
+    topics = torch.randn(16, 1, 16, generator=g)
+    key = (topics + 0.1 * torch.randn(16, 64, 16, generator=g)).view(1, 1, 1024, 16)
+    query = (2 * topics.roll(8, 0) + 0.1 * torch.randn(16, 64, 16, generator=g)).view(1, 1, 1024, 16)
+    options = {"alpha": 192.0, "selection": "block", "block_size": 16, "estimator": estimator, "return_stats": True}
+    late = sparse_attention(query, key, torch.randn(1, 1, 1024, 16), **options).kept_mass[..., 512:]
+    window = sparse_attention(query, key, key, **options | {"selection": "window"}).kept_mass[..., 512:]
+    assert late.mean() > 0.9
+    assert window.mean() < 0.5
+
+
+def test_min_mass_adds_blocks_within_its_factor_and_never_takes_any_away():
+    query, key, value = peaked(6, 1, 1024)
+    law = {"alpha": 2.0, "C": 0.5, "selection": "block", "block_size": 16, "return_stats": True}
+    by_law = sparse_attention(query, key, value, **law)
+    more = sparse_attention(query, key, value, min_mass=0.9, max_factor=3.0, **law)
+    most = sparse_attention(query, key, value, min_mass=0.9, max_factor=1000.0, **law)
+    assert bool((more.attended >= by_law.attended).all())
+    assert bool((most.attended >= more.attended).all())
+    assert by_law.kept_mass.mean() < more.kept_mass.mean() < most.kept_mass.mean()
+    assert by_law.block_estimate[:, 4].sum() == 0 < more.block_estimate[:, 4].sum()
+    rows, kept = most.block_estimate[:, :2].unbind(-1)
+    assert bool((kept.view(2, 2).sum(-1) / rows.view(2, 2).sum(-1) >= 0.9).all()), "per key/value head"
+
+
+def test_the_estimate_is_the_kept_mass_of_the_sampled_rows_and_near_that_of_all():
+    query, key, value = peaked(7, 2, 1024)
+    visible = causal_intervals(2, 1024, 1024, "cpu")
+    options = {"alpha": 4.0, "C": 0.5, "selection": "block", "block_size": 16, "return_stats": True}
+    result = sparse_attention(query, key, value, **options)
+    rows, kept, squares, number, _ = result.block_estimate.double().unbind(-1)
+    table = blocks.query_block_table(visible, visible[..., 0], 64)
+    sampled = blocks.sampled_rows(table, visible, visible[..., 0], 16)
+    true = result.kept_mass.double().movedim(1, 0)[:, sampled]
+    assert torch.equal(rows, torch.full((4,), 2.0 * 64, dtype=torch.float64))
+    assert torch.equal(number, torch.full((4,), 2.0 * 16, dtype=torch.float64))
+    assert torch.allclose(kept, true.sum(-1), rtol=1e-5)
+    assert torch.allclose(squares, true.square().sum(-1), rtol=1e-5)
+    estimate, truth = 1 - kept / rows, 1 - result.kept_mass.double().mean((0, 2))
+    spread = (true.var(-1) / rows).sqrt()
+    assert bool(((estimate - truth).abs() < 4 * spread).all()), (estimate, truth, spread)
+    assert bool((estimate < truth + 2 * spread).all()), "the rows that chose keep more, not less"
+
+
+def test_nothing_grows_with_the_square_of_the_length():
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process()
+    n = 12000  # Lq * Lk * heads in float32 would be 1.15 GB
+    query, key, value = peaked(8, 1, n, Hq=2, Hkv=1)
+    visible = causal_intervals(1, n, n, "cpu")
+    budget = torch.full((1, 1, n), 400, dtype=torch.int32).minimum(visible[..., 1][:, None])
+    before = process.memory_info().rss
+    settings = BlockSettings()
+    table = blocks.query_block_table(visible, visible[..., 0], 64)
+    choice, _ = choose_blocks(query, key, visible, visible[..., 0], budget, table, settings, scale=0.25, softcap=0.0)
+    attend_blocks(
+        *(query, key, value, visible, None, table, choice), scale=0.25, softcap=0.0, block_size=32, want_lse=False
+    )
+    assert process.memory_info().rss - before < 200e6
