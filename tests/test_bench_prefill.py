@@ -251,29 +251,28 @@ def test_a_clock_of_a_gpu_records_events_and_reads_them_when_all_is_done(monkeyp
     assert clock.seconds() == {"plan": 1.0, "score": 1.0, "choose": 1.0, "attend": 2.0}
 
 
-def test_the_triton_backend_marks_the_same_steps():
-    script = """
-import torch
-from nc_patch.ops.triton_block import triton_block_attention
-from nc_patch.ops.reference import causal_intervals
-query, key, value = (torch.randn(1, 1, 20, 16) for _ in range(3))
-visible, names = causal_intervals(1, 20, 20, "cpu").contiguous(), []
-budget = torch.full((1, 1, 20), 20, dtype=torch.int32)
-triton_block_attention(query, key, value, visible, visible[..., 0], budget, None, scale=0.25, softcap=0.0,
-    block_size=16, query_block_size=64, sample_stride=16, min_mass=0.0, max_factor=4.0, want_stats=False,
-    mark=names.append)
-print(*dict.fromkeys(names))
-"""
+def test_a_run_on_the_triton_backend_in_its_interpreter(tmp_path):
     pytest.importorskip("triton")
+    script = f"""
+from nc_patch.bench.inputs import GEOMETRIES, Geometry
+from nc_patch.cli import main
+GEOMETRIES["tiny"] = Geometry{tuple(vars(TINY).values())}
+arguments = ["--device", "cpu", "--geometry", "tiny", "--lengths", "70", "--repeats", "1", "--selections", "block"]
+raise SystemExit(main(["bench", "prefill", *arguments, "--out", {str(tmp_path)!r}]))
+"""
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(prefill.__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
-    assert done.stdout.split() == ["plan", "score", "choose", "attend"], done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = read(tmp_path)["rows"][0]
+    assert (row["method"], row["backend"], row["status"]) == ("block", "triton", "ok")
+    assert all(row["step_seconds"][step] > 0 for step in ("plan", "score", "choose", "attend"))
+    assert "estimated kept mass" in done.stdout
 
 
 def row_of(method, length, seconds=None, kind="dense", **more):
