@@ -5,11 +5,11 @@ computes of keys that are masked is not counted, for dense and sparse attention 
 """
 
 import statistics
-import time
 
 import torch
 
 from nc_patch.bench.inputs import Geometry
+from nc_patch.bench.timing import Prepared, seconds_of
 
 _PRODUCTS = 7
 
@@ -42,17 +42,5 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Operations a second of the product of two square matrices of ``size``; the median of seven."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = left @ right
-    seconds = []
-    for _ in range(_PRODUCTS):
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            torch.mm(left, right, out=product)
-            end.record()
-            end.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            torch.mm(left, right, out=product)
-            seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
+    prepared = Prepared(lambda: torch.mm(left, right, out=product), 1)
+    return 2 * size**3 / statistics.median(seconds_of(prepared, device) for _ in range(_PRODUCTS))

@@ -14,28 +14,29 @@ from typing import Any
 
 import torch
 
-from nc_patch.bench.cases import NO_TIME, OK, Row, Settings, fail
+from nc_patch.bench.cases import OK, Case, Row, Settings, fail, is_wanted, new_row
 from nc_patch.bench.generate import random_model
 from nc_patch.bench.machine import PeakMemory
 from nc_patch.patch import patched
 
-_RUNS = 3
+_RUNS, _GROWTH = 3, 2.0
 
 
 def measure_forward(settings: Settings, lengths: tuple[int, ...], deadline: float) -> Iterator[Row]:
     """One row for each geometry, batch, length and attention: seconds, or why there are none."""
+    before: list[Row] = []
     for geometry in settings.geometries:
         model = random_model(geometry, max(lengths), settings)
         for batch, length in ((batch, length) for batch in settings.batches for length in sorted(lengths)):
             for method in ("dense", *settings.selections):
-                row: Row = {"geometry": geometry, "batch": batch, "length": length, "method": method, "status": OK}
-                if time.monotonic() > deadline:
-                    yield {**row, "status": NO_TIME, "message": "the time was used up before this case"}
-                    continue
-                try:
-                    row |= _measure(model, settings, batch, length, method, deadline)
-                except Exception as error:
-                    fail(row, error)
+                case, kind = Case(geometry, batch, length), "dense" if method == "dense" else "sparse"
+                row = new_row(case, method, kind)
+                if is_wanted(row, before, deadline, _GROWTH, always=method in ("dense", "block")):
+                    try:
+                        row |= _measure(model, settings, batch, length, method, deadline)
+                    except Exception as error:
+                        fail(row, error)
+                before.append(row)
                 yield row
 
 

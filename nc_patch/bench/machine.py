@@ -20,7 +20,7 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-    for package in ("triton", "transformers", "flash-attn", "flashinfer-python"):
+    for package in ("triton", "transformers", "flash-attn", "flash-attn-3", "flashinfer-python"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -245,6 +245,7 @@ PREFILL = Benchmark(
         per_second=1e3,
         ceiling="the matrix products' rate of this run at which the counted operations were done",
         counts="counted operations at the rate of a matrix product",
+        notes="(kept masses are those of the rows that are compared; estimates are of the rows that block scores)",
     ),
     ceiling_name="matrix_flops_per_second",
     ceiling=matrix_rate,

@@ -65,7 +65,7 @@ def _sdpa(inputs: PromptInputs, backend: str, form: str) -> Step:
     if form == "expanded":
         if group == 1:
             raise Absent("every head has keys of its own: the same as gqa")
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        key, value = inputs.expanded
     grouped = form == "gqa" and group > 1
 
     def attend(_: int) -> torch.Tensor:

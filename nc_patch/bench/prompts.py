@@ -21,6 +21,7 @@ case and written beside the times (``prompt_concentration``).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -50,6 +51,12 @@ class PromptInputs:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+
+    @cached_property
+    def expanded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values repeated for every head of a group, ``[B, Hq, n, D]``; made once, and kept."""
+        group = self.query.shape[1] // self.key.shape[1]
+        return self.key.repeat_interleave(group, 1), self.value.repeat_interleave(group, 1)
 
 
 @dataclass(frozen=True)

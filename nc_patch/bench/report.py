@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from nc_patch.bench.benchmark import Wording
-from nc_patch.bench.cases import ABSENT, FAILED, OK, WRONG, Row
+from nc_patch.bench.cases import ABSENT, FAILED, LEFT_OUT, OK, WRONG, Row
 
 Group = tuple[str, int]
 
@@ -133,6 +133,8 @@ def _why_none(rows: Sequence[Row], group: Group, length: int) -> str:
 def _problem(row: Row) -> str:
     if row["status"] == ABSENT:
         return f"  {row['method']}: {row['message']}"
+    if row["status"] == LEFT_OUT:
+        return f"  {row['method']} ({row['geometry']}, batch {row['batch']}): left out beyond: {row['message']}"
     where = f"{row['geometry']}, batch {row['batch']}, {row['length']:,} keys"
     what = "not captured in a CUDA graph (*)" if row["status"] == OK else row["status"]
     return f"  {row['method']} ({where}): {what}: {row['message']}"
