@@ -183,7 +183,7 @@ PY
 
 run_bench() {
     bench decode --batch 1 8 --lengths 4096 16384 32768 65536 131072 262144 --generate
-    bench prefill --forward
+    bench prefill --lengths 8192 32768 131072 524288 1048576 --forward
 }
 
 # bench NAME ARGUMENTS...: one benchmark, for half of the time; its line of the summary is bench-NAME.

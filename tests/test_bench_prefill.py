@@ -79,7 +79,7 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
 def test_beyond_the_reference_rows_are_compared_with_the_pytorch_backend_and_dense_ones_with_float64(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(prefill_checks, "REFERENCE_KEYS", 150)
+    monkeypatch.setattr(prefill_checks, "REFERENCE_SCORES", 4 * 150 * 150)
     assert bench(tmp_path, "--dtype", "bfloat16") == 0
     against = {(row["length"], row["method"]): row["compared_with"] for row in read(tmp_path)["rows"] if "right" in row}
     assert against[100, "block"] == "reference, float64"
@@ -92,7 +92,7 @@ def test_all_ways_to_what_is_right_agree(selection, monkeypatch):
     inputs, config = prompt(), NCConfig.create(2.0, 0.6, min_mass=0.8)
     rows = prefill_checks.checked_rows(200, 64)
     reference = prefill_checks.expected_rows(inputs, selection, config, rows)
-    monkeypatch.setattr(prefill_checks, "REFERENCE_KEYS", 0)
+    monkeypatch.setattr(prefill_checks, "REFERENCE_SCORES", 0)
     other = prefill_checks.expected_rows(inputs, selection, config, rows)
     assert other.against != reference.against
     assert (other.output - reference.output).norm() < 1e-5 * reference.output.norm()
