@@ -17,6 +17,7 @@ from attention_cases import random_case
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
+from nc_patch.functional import sparse_attention  # noqa: E402
 from nc_patch.ops import triton_block  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, query_blocks, reference_attention  # noqa: E402
 from nc_patch.ops.triton_block import attend_blocks, block_tiles, choose_blocks, triton_block_attention  # noqa: E402
@@ -492,6 +493,20 @@ def test_statistics_are_empty_unless_wanted(device):
     _, lse, kept_mass, attended, _ = run(case, inputs_of(case), device, want_stats=False)
     assert lse.numel() == kept_mass.numel() == 0
     assert attended.shape == (1, 2, 20)
+
+
+@on_kernel_device
+def test_sparse_attention_runs_it_where_triton_is_the_backend(device):
+    case = Case("public", queries=40, keys=90, block_size=16)
+    query, key, value = (inputs_of(case)[name].to(device) for name in ("query", "key", "value"))
+    settings = {"alpha": 2.0, "C": 0.5, "selection": "block", "block_size": 16, "return_stats": True}
+    ours = sparse_attention(query, key, value, **settings, backend="triton")
+    theirs = sparse_attention(query, key, value, **settings, backend="torch")
+    assert torch.equal(ours.attended, theirs.attended)
+    assert_close(ours.output.cpu(), theirs.output.double().cpu(), 1e-5)
+    assert_close(ours.block_estimate.cpu(), theirs.block_estimate.double().cpu(), 1e-5)
+    with pytest.raises(RuntimeError, match='scores blocks by estimator="sampled", got "pooled"'):
+        sparse_attention(query, key, value, **settings, estimator="pooled", backend="triton")
 
 
 @pytest.mark.parametrize(
