@@ -83,7 +83,7 @@ def nc_attention_forward(
         output = _sdpa(query, key, value, attention_mask, scale, softcap, s_aux, module)
         return output.transpose(1, 2).contiguous(), None
     assert attention_mask is not None
-    visible, origin = Visibility.unpack(attention_mask)
+    visible, origin = _once(attention_mask, ("visibility",), lambda: Visibility.unpack(attention_mask))
     if visible.shape[0] != B:
         visible, origin = visible.expand(B, -1, -1), origin.expand(B, -1)
 
@@ -286,6 +286,9 @@ def _count(
 ) -> None:
     """Counts one call; what follows from the mask and the settings alone is worked out once for all layers."""
     tail = patch.counters.tail
+    if own and attended is not None and attended.shape[-1] <= MAX_DECODE_QUERIES and dense_reason is None:
+        patch.counters.add_later(attended, visible)
+        return
     if own and attended is not None:
         counts = tally(attended, visible, tail)
     elif attended is None:
@@ -297,11 +300,11 @@ def _count(
     patch.counters.add(counts, dense_reason)
 
 
-def _once(mask: torch.Tensor, key: tuple[Any, ...], make: Any) -> torch.Tensor:
+def _once(mask: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:
     """``make()``, remembered on the mask tensor that all layers of one forward pass share."""
     if torch.compiler.is_compiling():
         return make()
-    made: dict[tuple[Any, ...], torch.Tensor] | None = getattr(mask, "_nc_once", None)
+    made: dict[tuple[Any, ...], Any] | None = getattr(mask, "_nc_once", None)
     if made is None:
         made = {}
         mask._nc_once = made  # type: ignore[attr-defined]

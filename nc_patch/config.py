@@ -14,14 +14,16 @@ from nc_patch.budget import LAWS, Law, budget_of, budget_table, is_dense_law
 Selection = Literal["topk", "block", "window", "dense"]
 Backend = Literal["auto", "triton", "torch"]
 IndexUse = Literal["auto", "always", "never"]
-Tail = Literal["drop", "mean"]
+Tail = Literal["mean", "drop"]
 PerHead = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 SELECTIONS: tuple[Selection, ...] = ("topk", "block", "window", "dense")
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 INDEX_USES: tuple[IndexUse, ...] = ("auto", "always", "never")
-TAILS: tuple[Tail, ...] = ("drop", "mean")
+TAILS: tuple[Tail, ...] = ("mean", "drop")
 BLOCK_SIZES = (16, 32, 64, 128)
+# The budget of patch_model(model): see the table in the README.
+DEFAULT_ALPHA, DEFAULT_C = 2.0, 0.5
 QUERY_BLOCK_SIZES = (64, 128)
 SAMPLE_STRIDES = (4, 8, 16, 32, 64)
 Estimator = Literal["sampled", "antidiagonal", "pooled"]
@@ -58,9 +60,10 @@ class NCConfig:
             where it saves time: for ``"block"``, and for ``"topk"`` on Triton. It changes no result.
         refine: whether ``"topk"`` decodes exactly by its index. Without, the index's 8-bit scores choose and weigh the
             keys: cheaper, and approximate.
-        tail: what ``"topk"`` does with the keys that it does not attend: ``"drop"``, the paper's definition, or
-            ``"mean"``: in every page of 16 keys they enter as one, the page's mean, as often as they are. It costs a
-            sixteenth of dense attention more. For ``"block"`` it was measured to do harm.
+        tail: what ``"topk"`` does with the keys that it does not attend: ``"mean"``, in every page of 16 keys they
+            enter as one, the page's mean, as often as they are, which costs a sixteenth of dense attention more; or
+            ``"drop"``, the paper's definition. Other selections drop them: for ``"block"`` means were measured to do
+            harm.
         law: ``"power"``, or ``"log"`` for ``ceil(alpha * log2(n))``, a baseline to compare with; it takes no C.
 
     Raises:
@@ -87,7 +90,7 @@ class NCConfig:
     backend: Backend = "auto"
     key_index: IndexUse = "auto"
     refine: bool = True
-    tail: Tail = "drop"
+    tail: Tail = "mean"
     law: Law = "power"
 
     def __post_init__(self) -> None:
@@ -107,9 +110,6 @@ class NCConfig:
         if not self.refine and self.key_index == "never":
             raise ValueError('refine=False scores keys by their index, which key_index="never" takes away')
         _choice("tail", self.tail, TAILS)
-        if self.tail == "mean" and "topk" not in (self.prefill, self.decode):
-            selections = f'prefill is "{self.prefill}" and decode "{self.decode}"'
-            raise ValueError(f'tail="mean" belongs to "topk", and {selections}: leave tail out')
         _integer("sink_keys", self.sink_keys, 0)
         _integer("recent_keys", self.recent_keys, 0)
         _integer("min_keys", self.min_keys, 1)

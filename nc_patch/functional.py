@@ -13,6 +13,7 @@ from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.reference import AttentionResult, causal_intervals
+from nc_patch.ops.torch_decode_block import torch_block_decode
 
 logger = logging.getLogger("nc_patch")
 
@@ -59,7 +60,7 @@ def sparse_attention(
         visible: int32 ``[B, Lq, 2]``, the half-open interval [start, end) of keys that each query may see; by default
             causal, the last query aligned with the last key, which needs Lq <= Lk.
         origin: int32 ``[B, Lq]``, the key position at which each query's sequence begins, by default its interval's
-            start. ``"block"`` aligns its blocks to it.
+            start. ``"block"`` aligns its blocks to it, the tail of ``"topk"`` its pages.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[Hq]``, learned logits that join the softmax's denominator.
         index: for decoding, at most 32 queries a sequence: the ``KeyIndex`` of ``key``, of kind ``"codes"`` for
@@ -72,7 +73,8 @@ def sparse_attention(
         return_kept_mass: ``"bounds"`` returns an ``AttentionResult`` with ``kept_mass_bounds``, which a codes index
             gives almost for free.
         options: ``sink_keys``, ``recent_keys``, ``min_keys``, ``block_size``, ``query_block_size``, ``sample_stride``,
-            ``estimator``, ``min_mass``, ``max_factor``, ``refine``, ``tail``, ``law`` and ``backend`` of ``NCConfig``.
+            ``estimator``, ``min_mass``, ``max_factor``, ``refine``, ``tail``, ``law`` and ``backend`` of
+            ``NCConfig``.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in query's dtype, zero for queries that see no key; or an ``AttentionResult``.
@@ -87,6 +89,7 @@ def sparse_attention(
     B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
+    visible_given = visible is not None
     if visible is None:
         if Lq > Lk:
             raise ValueError(
@@ -99,6 +102,8 @@ def sparse_attention(
         origin = visible[..., 0]
     elif origin.shape != (B, Lq) or origin.dtype != torch.int32 or origin.device != query.device:
         raise ValueError(f"origin must be int32 [{B}, {Lq}] on {query.device}, got {_describe(origin)}")
+    if visible_given and config.tail == "mean" and selection == "topk":
+        check_sequences(visible, origin)
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
     if index is not None:
@@ -172,7 +177,11 @@ def attend(
     """
     tail: tuple[torch.Tensor, ...] = ()
     if config.tail == "mean" and selection == "topk":
-        pair = decode_ops.page_means(key, value, visible, origin) if means is None else means.means()
+        if means is None:
+            upkeep, _ = choose_backend(config.backend, "means", query.device, needs_gradient(query, key, value, sinks))
+            pair = decode_ops.page_means(key, value, visible, origin, upkeep)
+        else:
+            pair = means.means()
         tail = (*pair, origin)
     if index is not None and selection != "dense":
         return _attend_by_index(
@@ -242,10 +251,15 @@ def _attend_by_index(
     cap = 0.0 if softcap is None else float(softcap)
     if index.kind == "pages":
         origin = index.origin[:, None].expand(visible.shape[:2])
-        output, lse, kept_mass, attended = decode_ops.block_decode(
-            *(query, key, value, visible, origin, budget, sinks, *index.pages(), scale, cap),
-            *(index.block_size, max_budget, want_stats, backend),
-        )
+        tensors = (query, key, value, visible, origin, budget, sinks, *index.pages())
+        if backend == "torch" and decode_ops.runs_directly(*tensors):
+            output, lse, kept_mass, attended = torch_block_decode(
+                *tensors, scale=scale, softcap=cap, block_size=index.block_size, want_stats=want_stats
+            )
+        else:
+            output, lse, kept_mass, attended = decode_ops.block_decode(
+                *tensors, scale, cap, index.block_size, max_budget, want_stats, backend
+            )
         if not want_stats:
             return AttentionResult(output, attended=attended)
         return AttentionResult(output, lse, kept_mass, attended)
@@ -321,6 +335,28 @@ def check_intervals(visible: torch.Tensor, B: int, Lq: int, Lk: int, device: tor
         if bool((visible[..., 1] < visible[..., 0]).any()):
             raise ValueError(
                 "visible has an interval that ends before it starts; make start and end equal where it is empty"
+            )
+
+
+def check_sequences(visible: torch.Tensor, origin: torch.Tensor) -> None:
+    """Raises ValueError unless every interval lies within its own sequence; reads the tensors.
+
+    A sequence reaches from its origin to the next one in the same row of the batch.
+    """
+    for b, (seen, begin) in enumerate(zip(visible, origin, strict=True)):
+        rows = seen[:, 1] > seen[:, 0]
+        begin, seen = begin[rows], seen[rows]
+        origins = begin.unique()
+        following = torch.cat((origins, origins.new_tensor([torch.iinfo(torch.int32).max])))
+        after = following[torch.searchsorted(origins, begin, right=True)]
+        wrong = ((seen[:, 0] < begin) | (seen[:, 1] > after)).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            interval, reach = seen[row].tolist(), [int(begin[row]), int(after[row])]
+            raise ValueError(
+                f"visible has the interval {interval} in sequence {b} of the batch, which reaches from {reach[0]} to "
+                f"{reach[1]}, and the tail cuts sequences into pages. Pass origin, int32 [B, Lq], where each query's "
+                'sequence begins, or tail="drop"'
             )
 
 

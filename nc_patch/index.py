@@ -1,8 +1,8 @@
 """The key index: what a layer keeps beside its keys so that decoding can choose among them almost for free.
 
 Three kinds. ``"codes"``: one byte an element and two floats a key, which bound every score (``ops/codes.py``); ``topk``
-decodes by them. ``"pages"``: mean and variance of each run of ``block_size`` keys (``ops/pages.py``); ``block`` decodes
-by them. ``"means"``: means of keys and values of each run of 16 (``ops/tail.py``), by which ``topk`` approximates what
+decodes by them. ``"pages"``: statistics of each run of ``block_size`` keys (``ops/pages.py``); ``block`` decodes by
+them. ``"means"``: means of keys and values of each run of 16 (``ops/tail.py``), by which ``topk`` approximates what
 it leaves out. An index is an accelerator: what it holds follows from the keys, and it can be dropped and built again.
 """
 
@@ -14,7 +14,7 @@ import torch
 from nc_patch.ops import decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.codes import KeyCodes, channel_moments
-from nc_patch.ops.pages import PageStatistics, page_count
+from nc_patch.ops.pages import VECTORS, PageStatistics, page_count, update_pages_
 from nc_patch.ops.tail import PageMeans, slot_count
 
 IndexKind = Literal["codes", "pages", "means"]
@@ -108,7 +108,10 @@ class KeyIndex:
             }
         elif kind == "pages":
             pages = page_count(capacity, block_size)
-            tensors = {"mean": new(pages, D, dtype=key.dtype), "variance": new(pages, D, dtype=key.dtype)}
+            tensors = {
+                "page_codes": new(pages, VECTORS, D, dtype=torch.int8),
+                "page_scales": new(pages, VECTORS, dtype=torch.float32),
+            }
         else:
             assert value is not None
             slots = slot_count(capacity)
@@ -141,8 +144,8 @@ class KeyIndex:
         return KeyCodes(*(self._tensors[name] for name in ("codes", "scale", "residual", "center", "spread")))
 
     def pages(self) -> PageStatistics:
-        """The statistics of all pages; only those of pages that are full, or that hold the last key, mean something."""
-        return PageStatistics(self._tensors["mean"], self._tensors["variance"])
+        """The statistics of all pages; only those of whole pages mean something."""
+        return PageStatistics(self._tensors["page_codes"], self._tensors["page_scales"])
 
     def means(self) -> PageMeans:
         """The means of all pages of 16 by slot; only those of full pages mean something."""
@@ -193,10 +196,12 @@ class KeyIndex:
             )
         elif self.kind == "means":
             assert value is not None
-            decode_ops.page_means_(key, value, self.origin, first, count, t["key"], t["value"])
+            decode_ops.page_means_(key, value, self.origin, first, count, t["key"], t["value"], self._backend)
+        elif self._backend == "torch" and decode_ops.runs_directly(key, self.origin, first, end):
+            update_pages_(key, self.origin, first, count, end, self.pages(), self.block_size)
         else:
             decode_ops.summarize_pages_(
-                key, self.origin, first, count, end, t["mean"], t["variance"], self.block_size, self._backend
+                key, self.origin, first, count, end, t["page_codes"], t["page_scales"], self.block_size, self._backend
             )
 
     def _reserve(self, length: int) -> None:

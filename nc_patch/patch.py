@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nc_patch.attention import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, hand_on_cache
-from nc_patch.config import NCConfig
+from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig
 from nc_patch.errors import UnsupportedModelError
 from nc_patch.stats import summary, total
 
@@ -34,7 +34,8 @@ def patch_model(
     Args:
         model: a causal language model of ``transformers`` whose attention goes through ``AttentionInterface``; one
             wrapped by PEFT works too.
-        alpha: factor of the budget; a number, a list per layer, or a list per layer and query head.
+        alpha: factor of the budget; a number, a list per layer, or a list per layer and query head. With neither
+            alpha nor C they are ``DEFAULT_ALPHA`` and ``DEFAULT_C`` of ``nc_patch.config``.
         C: exponent of the budget in [0, 1], in the same forms.
         config: all settings as an ``NCConfig``, instead of alpha, C and options.
         options: fields of ``NCConfig``, and ``selection``, which sets ``prefill`` and ``decode``.
@@ -47,9 +48,12 @@ def patch_model(
         ValueError, TypeError: a setting is wrong; the model is left as it was.
     """
     if config is None:
+        if alpha is None and C is None:
+            alpha, C = DEFAULT_ALPHA, DEFAULT_C
         if alpha is None or C is None:
             raise TypeError(
-                "give alpha and C, for example patch_model(model, alpha=2.0, C=0.7), or config=NCConfig(...)"
+                "give alpha and C, for example patch_model(model, alpha=2.0, C=0.7), or neither of them, or "
+                "config=NCConfig(...)"
             )
         config = NCConfig.create(alpha, C, **options)
     elif alpha is not None or C is not None or options:

@@ -1,7 +1,7 @@
 """What a patched model did: calls, attended keys, and what ran dense and why, layer by layer.
 
-Counting never reads the device while the model runs: a call appends one small tensor that all layers share, and the
-sums are taken when somebody asks.
+Counting never reads the device while the model runs: a call appends small tensors, most of which all layers share, and
+the sums are taken when somebody asks.
 """
 
 import math
@@ -41,18 +41,26 @@ class LayerCounters:
         self.dense_calls: Counter[str] = Counter()
         self._sums = [0.0] * 6
         self._pending: list[torch.Tensor] = []
+        self._untallied: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._estimates: list[torch.Tensor] = []
         self._enlarges = False
 
     def add(self, counts: torch.Tensor, dense_reason: str | None) -> None:
         """Counts one call; ``counts`` as from ``tally``."""
-        self.calls += 1
-        if dense_reason is not None:
-            self.dense_calls[dense_reason] += 1
+        self._called(dense_reason)
         self._pending.append(counts)
         if len(self._pending) >= _FOLD_AT:
             pending, self._pending = self._pending, []
             self._pending.append(torch.stack(pending).sum(0))
+
+    def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
+        """Counts one call of few queries; ``tally`` is taken of many such calls together. Arguments as there."""
+        self._called(None)
+        if self._untallied and self._untallied[0][0].shape != attended.shape:
+            self._tally()
+        self._untallied.append((attended, visible))
+        if len(self._untallied) >= _FOLD_AT:
+            self._tally()
 
     def add_estimate(self, estimate: torch.Tensor, enlarges: bool) -> None:
         """Takes what the blocks of a call are estimated to keep.
@@ -75,10 +83,22 @@ class LayerCounters:
 
     def sums(self) -> list[float]:
         """The six sums of ``tally`` over all calls; reads the device."""
+        self._tally()
         pending, self._pending = self._pending, []
         for counts in pending:
             self._sums = [a + b for a, b in zip(self._sums, counts.tolist(), strict=True)]
         return list(self._sums)
+
+    def _called(self, dense_reason: str | None) -> None:
+        self.calls += 1
+        if dense_reason is not None:
+            self.dense_calls[dense_reason] += 1
+
+    def _tally(self) -> None:
+        untallied, self._untallied = self._untallied, []
+        if untallied:
+            attended, visible = (torch.cat(tensors) for tensors in zip(*untallied, strict=True))
+            self._pending.append(tally(attended, visible, self.tail))
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold numbers, not tensors of a device or of inference mode.

@@ -28,6 +28,7 @@ from eval_tasks.models import LoadedModel, load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import Text, load_text
 from nc_patch.budget import budget_of
+from nc_patch.ops.pages import page_logits, summarize
 
 LAWS = ((2.0, 0.6), (4.0, 0.6))
 LAYERS = (0, 1, 3, 6, 10, 14, 18, 22, 26, 29)
@@ -179,22 +180,29 @@ def box_codes(bits: int) -> PageLogits:
     return logits
 
 
-def apart(count: int, inner: PageLogits, bits: int | None = None) -> PageLogits:
+def apart(count: int, inner: PageLogits, bits: int | None = None, normalised: bool = True) -> PageLogits:
     """The ``count`` keys farthest from the page's mean enter with their own scores, ``inner`` is of the others.
 
-    ``bits``: the keys apart are codes, normalised per head and channel, with one scale for each.
+    ``bits``: the keys apart are codes, with one scale for each. ``normalised``: per head and channel.
     """
 
     def logits(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
         distance = (keys - keys.mean(2, keepdim=True)).square().sum(-1)
         order = distance.argsort(-1)[..., None].expand_as(keys)
         others, far = keys.gather(2, order).split((keys.shape[2] - count, count), 2)
-        if bits is not None:
+        if bits is not None and not normalised:
+            far = quantised(far, bits)
+        elif bits is not None:
             center, spread = (x[:, None] for x in channel_moments(keys))
             far = quantised((far - center) / spread, bits) * spread + center
         return torch.logaddexp(log_sum_exp(query, far, scale), inner(query, others, scale))
 
     return logits
+
+
+def kept(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """What the key index holds: the key apart, mean and variance of the others, in 8 bits, of each page alone."""
+    return page_logits(query, summarize(keys), keys.shape[2], scale, 0.0)
 
 
 def rotated(inner: PageLogits) -> PageLogits:
@@ -249,6 +257,8 @@ STATISTICS = {
     "4 quarters: mean + std, int4": Statistic(halved(halved(coded(4))), 32, page_scales=8),
     "1 key apart: mean": Statistic(apart(1, mean_variance(0.0)), 32),
     "1 key apart: mean + var/2": Statistic(apart(1, mean_variance()), 48),
+    "1 key apart: mean + var/2, int8 (kept)": Statistic(kept, 24, page_scales=3),
+    "1 key apart: mean + var/2, int4": Statistic(apart(1, coded(4, normalised=False), 4, False), 12, page_scales=3),
     "1 key apart: mean + std, int8": Statistic(apart(1, coded(8), 8), 24, page_scales=3),
     "1 key apart: mean + std, int4": Statistic(apart(1, coded(4), 4), 12, page_scales=3),
     "2 keys apart: mean + var/2": Statistic(apart(2, mean_variance()), 64),

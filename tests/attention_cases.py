@@ -44,8 +44,8 @@ class Case:
             sink_keys=self.sink_keys,
             recent_keys=self.recent_keys,
             origin=self.origin,
-            tail=tail,
             **self.block_settings(),
+            tail=tail,
         )
 
     def block_settings(self) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def test_bytes_follow_from_shapes():
     row = 64 * 2
     assert traffic.dense_bytes(geometry, 3, 1000, 2) == 3 * 2 * 1000 * 2 * row + ends
     assert traffic.sparse_bytes("window", geometry, 3, 1000, 100, 2, 32) == 3 * 2 * 100 * 2 * row + ends
-    pages = 32 * 2 * row + 128 * 2 * row + 32 * row + 2 * row
+    pages = 32 * (3 * 64 + 12) + 128 * 2 * row + row + (3 * 64 + 12) // 32
     assert traffic.sparse_bytes("block", geometry, 3, 1000, 100, 2, 32) == 3 * 2 * pages + ends
     codes = 1000 * 72 + 4 * 100 * 2 * row + row + 72
     assert traffic.sparse_bytes("topk", geometry, 3, 1000, 100, 2, 32) == 3 * 2 * codes + ends

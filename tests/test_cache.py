@@ -244,7 +244,7 @@ def test_settings_of_another_kind_build_the_index_again():
         for selection, kind in (("block", "pages"), ("topk", "codes")):
             patch_model(model, 1.0, 0.7, **OPTIONS[selection])
             model(ids[:, -1:], past_key_values=cache)
-            assert list(cache.layers[0].nc_indexes) == [kind]
+            assert set(cache.layers[0].nc_indexes) - {"means"} == {kind}
 
 
 def test_an_indexed_cache_pickles_and_serves_an_unpatched_model():

@@ -31,6 +31,7 @@ from nc_patch import (
     reset_stats,
     unpatch_model,
 )
+from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
 SELECTIONS = ("topk", "window", "block", "dense")
 FULL = {"alpha >= 1, C = 1": (1.0, 1.0), "budget above n": (500.0, 0.0)}
@@ -419,3 +420,10 @@ def test_calls_that_need_a_patched_model_say_so():
     for call in (unpatch_model, nc_stats, reset_stats):
         with pytest.raises(ValueError, match="LlamaForCausalLM is not patched; call patch_model first"):
             call(model)
+
+
+def test_without_alpha_and_C_the_defaults_are_taken():
+    model = patch_model(tiny_model("llama"))
+    config = next(module for module in model.modules() if hasattr(module, "_nc_patch"))._nc_patch.config
+    assert config == NCConfig(DEFAULT_ALPHA, DEFAULT_C)
+    assert (config.prefill, config.decode, config.tail) == ("topk", "topk", "mean")

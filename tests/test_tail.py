@@ -155,7 +155,8 @@ def test_an_index_of_means_changes_no_result():
     assert relative_error(sparse_attention(query, key, value, means=means, **options), plain) < 1e-6
     both = sparse_attention(query, key, value, means=means, index=codes, return_kept_mass="bounds", **options)
     assert relative_error(both.output, plain) < 1e-5
-    assert relative_error(sparse_attention(query, key, value, alpha=1.0, C=0.5), plain) > 1e-2
+    assert torch.equal(sparse_attention(query, key, value, alpha=1.0, C=0.5), plain)
+    assert relative_error(sparse_attention(query, key, value, alpha=1.0, C=0.5, tail="drop"), plain) > 1e-2
     assert means.nbytes() * 16 <= (key.nbytes + value.nbytes) * 80 / 77 + 16 * 8  # whole pages, and the origins
 
 
@@ -168,17 +169,22 @@ def test_a_full_budget_is_dense():
 
 
 def test_what_a_tail_cannot_do_is_refused_by_name():
-    with pytest.raises(ValueError, match="tail must be one of 'drop', 'mean', got 'none'"):
+    with pytest.raises(ValueError, match="tail must be one of 'mean', 'drop', got 'none'"):
         NCConfig(2.0, 0.5, tail="none")
-    with pytest.raises(ValueError, match='tail="mean" belongs to "topk", and prefill is "block" and decode "block"'):
-        NCConfig.create(2.0, 0.5, selection="block", tail="mean")
+    sliding = torch.tensor([[[0, 4], [1, 5], [2, 6]]], dtype=torch.int32)
+    rows = torch.randn(1, 2, 6, 8)
+    with pytest.raises(
+        ValueError, match=r"the interval \[0, 4\] in sequence 0 of the batch, which reaches from 0 to 1"
+    ):
+        sparse_attention(rows[:, :, :3], rows, rows, alpha=1.0, C=0.5, visible=sliding)
+    sparse_attention(rows[:, :, :3], rows, rows, alpha=1.0, C=0.5, visible=sliding, origin=sliding[..., 0] * 0)
     query = torch.randn(1, 2, 40, 8)
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"needs the values \[1, 2, 40, \'Dv\'\] of the keys, got none"):
             KeyIndex.build(query, "means")
         means = KeyIndex.build(query, "means", value=query)
         with pytest.raises(ValueError, match='means "means" for tail="mean"; got "means" for tail="drop"'):
-            sparse_attention(query[:, :, -1:], query, query, alpha=1.0, C=0.5, means=means)
+            sparse_attention(query[:, :, -1:], query, query, alpha=1.0, C=0.5, means=means, tail="drop")
 
 
 def test_gradients_are_those_of_the_reference():
@@ -206,7 +212,7 @@ def test_gradients_are_those_of_the_reference():
                         case.softcap,
                     ),
                     *(case.sink_keys, case.recent_keys, False, "torch"),
-                    *decode_ops.page_means(case.key, case.value, case.visible, case.origin),
+                    *decode_ops.page_means(case.key, case.value, case.visible, case.origin, "torch"),
                     case.origin,
                 )[0]
             found.append(torch.autograd.grad(output, leaves, grad.to(output.dtype)))

@@ -117,8 +117,9 @@ def test_without_refinement_the_keys_are_not_read_and_the_output_is_close():
     key, value = torch.randn(2, 2, 600, 64, generator=g), torch.randn(2, 2, 600, 64, generator=g)
     query = torch.randn(2, 4, 3, 64, generator=g)
     index = KeyIndex.build(key, "codes")
-    exact = sparse_attention(query, key, value, alpha=2.0, C=0.7, index=index)
-    rough = sparse_attention(query, key * torch.nan, value, alpha=2.0, C=0.7, index=index, refine=False)
+    indexes = {"index": index, "means": KeyIndex.build(key, "means", value=value)}
+    exact = sparse_attention(query, key, value, alpha=2.0, C=0.7, **indexes)
+    rough = sparse_attention(query, key * torch.nan, value, alpha=2.0, C=0.7, refine=False, **indexes)
     assert relative_error(rough, exact) < 0.05
 
 
@@ -192,9 +193,9 @@ def test_wrong_uses_of_an_index_are_refused():
     key, query = torch.randn(1, 2, 50, 16), torch.randn(1, 4, 1, 16)
     codes, pages = KeyIndex.build(key, "codes"), KeyIndex.build(key, "pages")
     refused = lambda match, *tensors, **options: pytest.raises(ValueError, match=match)  # noqa: E731
-    with refused('"pages" for "topk"'):
+    with refused('got "pages" for selection "topk"'):
         sparse_attention(query, key, key, alpha=2.0, index=pages)
-    with refused('"codes" for "block"'):
+    with refused('got "codes" for selection "block"'):
         sparse_attention(query, key, key, alpha=2.0, selection="block", index=codes)
     with refused("other keys"):
         sparse_attention(query, torch.cat((key, key), 2), torch.cat((key, key), 2), alpha=2.0, index=codes)
@@ -216,3 +217,92 @@ def test_wrong_uses_of_an_index_are_refused():
         KeyIndex.build(key, "codes", start=torch.zeros(3))
     with refused("shape"):
         KeyIndex.build(key[0], "codes")
+
+
+@given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(seed, kind):
+    g = torch.Generator().manual_seed(seed)
+    length, D = int(torch.randint(1, 70, (1,), generator=g)), int(torch.randint(1, 20, (1,), generator=g))
+    key = KINDS[kind](torch.randn(2, 2, length, D, generator=g))
+    origin = torch.randint(-20, length, (2,), generator=g)
+    end = torch.full((2,), length)
+    codes, scales = summarize_pages(key, origin, end, torch.zeros(2, dtype=torch.int64), 6, 16)
+    for b, h, j in ((b, h, j) for b in range(2) for h in range(2) for j in range(6)):
+        first = int(origin[b]) + 16 * j
+        page = key[b, h, max(first, 0) : max(min(first + 16, length), 0)].double()
+        apart, mean, deviation = codes[b, h, j].double() * scales[b, h, j, :, None].double()
+        if not len(page):
+            assert not codes[b, h, j].any()
+            assert not scales[b, h, j].any()
+            continue
+        # A code is off by half a step, and by a whole one of the smallest numbers.
+        step = lambda x: 0.51 * float(x.abs().max()) / 127 + 1e-37  # noqa: E731
+        distance = (page - page.mean(0)).square().sum(-1)
+        far = (page - apart).abs().amax(-1).argmin()
+        assert float((page[far] - apart).abs().max()) <= step(page[far])
+        assert float(distance[far]) >= float(distance.max()) * (1 - 1e-5)
+        # Equal distances are decided by rounding, so that any of the farthest may be apart.
+        others = [page[torch.arange(len(page)) != i] for i in (distance >= distance.max() * (1 - 1e-5)).nonzero()[:, 0]]
+        if len(page) == 1:
+            assert not codes[b, h, j, 1:].any()
+            continue
+        largest = float(page.abs().max())
+        found = [
+            float((other.mean(0) - mean).abs().max()) <= step(other.mean(0)) + 1e-5 * largest
+            and float((other.var(0, correction=0) - codes[b, h, j, 2] * scales[b, h, j, 2].double() ** 2).abs().max())
+            <= step(other.var(0, correction=0)) + 1e-5 * largest**2
+            for other in others
+        ]
+        assert any(found)
+        assert (deviation >= 0).all()
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_nan_and_inf_in_a_page_reach_only_the_rows_that_attend_it(what, where):
+    g = torch.Generator().manual_seed(3)
+    key, value = torch.randn(1, 2, 333, 24, generator=g), torch.randn(1, 2, 333, 24, generator=g)
+    query = torch.randn(1, 4, 2, 24, generator=g)
+    options = {"alpha": 40.0, "C": 0.0, "selection": "block", "block_size": 16, "return_stats": True}
+    plain = sparse_attention(query, key, value, index=KeyIndex.build(key, "pages", block_size=16), **options)
+    broken = {"key": key.clone(), "value": value.clone()}
+    broken[where][0, 0, 100, 3] = what
+    index = KeyIndex.build(broken["key"], "pages", block_size=16)
+    result = sparse_attention(query, broken["key"], broken["value"], index=index, **options)
+    # The other key/value head does not notice.
+    assert torch.equal(result.output[:, 2:], plain.output[:, 2:])
+    if where == "key":
+        assert index.pages().scales[0, 0, 6].isnan().all()
+        assert not index.pages().scales[0, 1].isnan().any()
+        # Its page is attended before all others, and the attended numbers stay what the budget allows.
+        assert result.output[:, :2].isnan().all() or what != torch.nan
+        assert torch.equal(result.attended, plain.attended)
+    else:
+        assert torch.equal(index.pages().codes, KeyIndex.build(key, "pages", block_size=16).pages().codes)
+        sound = ~result.output.isnan()
+        torch.testing.assert_close(result.output[sound], plain.output[sound])
+        assert not result.output[0, :2, :, :3].isnan().any()
+
+
+# Not where page weights lie further apart than float32 can hold, or logits closer than its rounding.
+@pytest.mark.parametrize("kind", [all_equal, huge_norms, denormals, heavy_tails, clustered])
+def test_pages_of_hard_keys_are_chosen_as_defined(kind):
+    for seed in range(300, 330):
+        case = decode_case(seed)
+        case.key = kind(case.key)
+        B, _, Lk, _ = case.key.shape
+        end, first = torch.full((B,), Lk), torch.zeros(B, dtype=torch.int64)
+        pages = summarize_pages(
+            case.key, case.origin[:, 0], end, first, page_count(Lk, case.block_size), case.block_size
+        )
+        output, _, _, attended = torch_block_decode(
+            *(case.query, case.key, case.value, case.visible, case.origin, case.budget, case.sinks, *pages),
+            scale=case.scale,
+            softcap=case.softcap,
+            block_size=case.block_size,
+            want_stats=False,
+        )
+        expected = case.reference("pages")
+        assert torch.equal(attended, expected.attended), seed
+        assert relative_error(output, expected.output) < 1e-4, seed

@@ -48,12 +48,16 @@ QUICK = [
     "choose_pages-4096",
     "attend_pages-bf16-d128-p32",
     "attend_pages-fp32-d128-p128-softcap",
-    "summarize-bf16-p128",
+    "summarize-bf16-d256-p128",
     "codes_scan-bf16-d128-q1-refine",
     "codes_scan-bf16-d128-q16-refine-bounds",
     "codes_score-bf16-d128-q1-refine",
     "codes_choose-bf16-d128-q1-refine",
     "codes_gather-bf16-d128-q1-refine",
+    "codes_gather-bf16-d64-q1-refine-bounds-tail",
+    "codes_tail-bf16-d128",
+    "topk_tail-bf16-d128-sinks-softcap-stats",
+    "means-bf16-touched",
     "encode-bf16-d128",
 ]
 VARIANTS = {target: specialisations(target) for target in TARGETS}

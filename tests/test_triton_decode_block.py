@@ -15,7 +15,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from nc_patch.ops import triton_decode_block  # noqa: E402
-from nc_patch.ops.pages import page_count, summarize_pages  # noqa: E402
+from nc_patch.ops.pages import PageStatistics, page_count, summarize_pages  # noqa: E402
 from nc_patch.ops.reference import reference_attention  # noqa: E402
 from nc_patch.ops.triton_decode_block import triton_block_decode  # noqa: E402
 from nc_patch.ops.triton_split import combine_splits  # noqa: E402
@@ -120,7 +120,7 @@ def inputs_of(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
     }
 
 
-def statistics_of(case: Case, inputs: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics_of(case: Case, inputs: dict[str, torch.Tensor | None]) -> PageStatistics:
     """The page statistics; pages after the last that is seen hold NaN, and so does the last, which is read from K."""
     key, origin = inputs["key"], inputs["origin"][:, 0]
     pages = page_count(key.shape[2] - min(0, *case.origins), case.block_size) + 3
@@ -129,13 +129,13 @@ def statistics_of(case: Case, inputs: dict[str, torch.Tensor | None]) -> tuple[t
     for b, begin in enumerate(case.origins):
         # A query's own page is read from K, so that no later page's statistics matter.
         unseen = (case.keys - 1 - begin) // case.block_size
-        found.mean[b, :, unseen:] = found.variance[b, :, unseen:] = torch.nan
-    return found.mean, found.variance
+        found.codes[b, :, unseen:], found.scales[b, :, unseen:] = 99, torch.nan
+    return found
 
 
 def run(case: Case, device: str, inputs, statistics=None):
-    mean, variance = statistics_of(case, inputs) if statistics is None else statistics
-    moved = [None if x is None else x.to(device) for x in (*inputs.values(), mean, variance)]
+    statistics = statistics_of(case, inputs) if statistics is None else statistics
+    moved = [None if x is None else x.to(device) for x in (*inputs.values(), *statistics)]
     result = triton_block_decode(
         *moved,
         scale=case.head_dim**-0.5,
@@ -268,23 +268,26 @@ def test_summaries_follow_new_keys(first, count, dtype, device):
     end = first + count
     for b in range(2):
         key[b, :, int(end[b]) :] = torch.nan
-    old = torch.full((2, 3, pages, D), 7.0, dtype=dtype)
-    mean, variance = old.to(device), old.to(device)
+    codes = torch.full((2, 3, pages, 3, D), 77, dtype=torch.int8, device=device)
+    scales = torch.full((2, 3, pages, 3), 7.0, device=device)
     # As the buffers of a cache may be: views of something larger.
-    mean, variance = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (mean, variance))
+    found = PageStatistics(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (codes, scales)))
     triton_summarize_pages_(
-        *(x.to(device) for x in (key, origin.int(), first)), count, end.to(device), mean, variance, block_size
+        *(x.to(device) for x in (key, origin.int(), first)), count, end.to(device), found, block_size
     )
     fresh = summarize_pages(key, origin, end, torch.zeros_like(origin), pages, block_size)
     for b in range(2):
-        touched = [
-            j for j in range(pages)
-            if int(origin[b]) + j * block_size < int(end[b]) and int(origin[b]) + (j + 1) * block_size > int(first[b])
+        begins = [int(origin[b]) + j * block_size for j in range(pages)]
+        written = [
+            j for j, begin in enumerate(begins) if int(first[b]) < begin + block_size <= int(end[b])
         ]  # fmt: skip
-        for actual, expected in ((mean.cpu(), fresh.mean), (variance.cpu(), fresh.variance)):
-            assert_close(actual[b, :, touched], expected[b, :, touched].double(), TOLERANCE[dtype])
-            rest = [j for j in range(pages) if j not in touched]
-            assert (actual[b, :, rest] == 7).all()
+        assert_close(found.scales[b, :, written].cpu(), fresh.scales[b, :, written].double(), 1e-5)
+        # Another order of summation may move a code by one where it lies between two.
+        difference = (found.codes[b, :, written].cpu().int() - fresh.codes[b, :, written].int()).abs()
+        assert difference.numel() == 0 or (difference.max() <= 1 and difference.float().mean() < 1e-3)
+        rest = [j for j in range(pages) if j not in written]
+        assert (found.codes[b, :, rest] == 77).all()
+        assert (found.scales[b, :, rest] == 7).all()
 
 
 @on_kernel_device
@@ -322,15 +325,14 @@ def test_splits_combine_to_the_whole(sinks, device):
     ("change", "message"),
     [
         ({"origin": torch.zeros(1, 2, dtype=torch.int32)}, "origin must be int32"),
-        ({"mean": torch.zeros(1, 1, 13, 32)}, "mean must be"),
-        ({"variance": torch.zeros(1, 1, 13, 64).double()}, "variance must be"),
+        ({"codes": torch.zeros(1, 1, 13, 3, 32, dtype=torch.int8)}, "page_codes must be"),
+        ({"scales": torch.zeros(1, 1, 13, 3).double()}, "page_scales must be"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change, message):
     case = Case("plain")
     inputs = inputs_of(case)
-    mean, variance = statistics_of(case, inputs)
-    inputs = {**inputs, "mean": mean, "variance": variance, **change}
+    inputs = {**inputs, **statistics_of(case, inputs)._asdict(), **change}
     with pytest.raises(ValueError, match=message):
         triton_block_decode(*inputs.values(), scale=1.0, softcap=0.0, block_size=16, max_budget=70, want_stats=False)
 

@@ -73,6 +73,7 @@ def expected_output(inputs: DecodeInputs, selection: str, config: NCConfig) -> E
         index=KeyIndex.build(key, kind, block_size=config.block_size, backend="torch") if kind else None,
         return_stats=True,
         block_size=config.block_size,
+        tail=config.tail,
         backend="torch",
     )
     assert isinstance(result, AttentionResult)

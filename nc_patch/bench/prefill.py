@@ -91,7 +91,7 @@ class _Once:
 def _sparse_step(inputs: PromptInputs, selection: str, config: NCConfig) -> Step:
     options = {
         name: getattr(config, name)
-        for name in ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor", "backend")
+        for name in ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor", "tail", "backend")
     }
 
     def step(_: int) -> torch.Tensor:
@@ -210,6 +210,7 @@ def _config(parsed: argparse.Namespace) -> NCConfig:
         sample_stride=parsed.sample_stride,
         min_mass=parsed.min_mass,
         max_factor=parsed.max_factor,
+        tail="drop",  # what is counted and compared is the keys that are attended
     )
 
 

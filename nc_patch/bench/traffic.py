@@ -10,9 +10,12 @@ import torch
 
 from nc_patch.bench.inputs import Geometry
 from nc_patch.bench.timing import Prepared, seconds_of
+from nc_patch.ops.pages import VECTORS
 
 # Bytes of a codes index besides the codes, per key: scale and residual, float32 each.
 _CODE_FLOATS = 8
+# Bytes of a pages index besides the codes, per page: a float32 scale of each vector.
+_PAGE_FLOATS = 4 * VECTORS
 _COPIES = 7
 
 
@@ -29,8 +32,9 @@ def sparse_bytes(
     Per sequence and key/value head, with n keys, G query heads in a group, budget k, head dimension D:
 
     - ``window``: keys and values of k positions, which the group shares.
-    - ``block``: mean and variance of the ``ceil(n / block_size)`` pages; keys and values of ``ceil(k / block_size)`` of
-      them, which the group shares; upkeep reads the keys of the last page and writes its mean and variance.
+    - ``block``: codes of the ``ceil(n / block_size)`` pages, ``3 * D + 12`` bytes each; keys and values of ``ceil(k /
+      block_size)`` of them, which the group shares; upkeep reads the keys of a page and writes its codes, once in
+      ``block_size`` steps: a key, and the ``block_size``-th part of the codes, a step.
     - ``topk``: codes of n keys, ``D + 8`` bytes each; keys and values of ``min(n, G * k)`` positions: what several
       heads of a group choose is counted once for each; upkeep reads a key and writes its code.
 
@@ -43,7 +47,8 @@ def sparse_bytes(
     elif selection == "block":
         pages = -(-length // block_size)
         chosen = min(length, -(-budget // block_size) * block_size)
-        per_head = pages * 2 * row + chosen * 2 * row + min(length, block_size) * row + 2 * row
+        page = VECTORS * D + _PAGE_FLOATS
+        per_head = pages * page + chosen * 2 * row + row + page // block_size
     else:
         per_head = length * (D + _CODE_FLOATS) + min(length, group * budget) * 2 * row + row + D + _CODE_FLOATS
     return batch * geometry.kv_heads * per_head + _ends(geometry, batch, itemsize)

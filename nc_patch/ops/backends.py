@@ -6,7 +6,7 @@ import torch
 # "codes", "pages" and "means" are decoding by a key index of that kind, and its upkeep.
 IMPLEMENTED: dict[str, frozenset[str]] = {
     "torch": frozenset({"topk", "window", "block", "dense", "codes", "pages", "means"}),
-    "triton": frozenset({"topk", "window", "block", "dense", "codes", "pages"}),
+    "triton": frozenset({"topk", "window", "block", "dense", "codes", "pages", "means"}),
 }
 
 

@@ -76,9 +76,7 @@ def topk_attention(
     if backend == "triton":
         from nc_patch.ops.triton_topk import triton_topk_attention
 
-        if tail is not None:
-            raise NotImplementedError("the Triton kernel of topk has no tail")
-        return triton_topk_attention(query, key, value, visible, budget, sinks, **settings)
+        return triton_topk_attention(query, key, value, visible, budget, sinks, **settings, tail=tail, origin=origin)
     return torch_topk_attention(query, key, value, visible, budget, sinks, **settings, tail=tail, origin=origin)
 
 
@@ -220,7 +218,6 @@ def attention_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     visible: torch.Tensor,
-    origin: torch.Tensor | None,
     budget: torch.Tensor,
     sinks: torch.Tensor | None,
     scale: float,
@@ -230,10 +227,11 @@ def attention_backward(
     selection: str,
     tail_key: torch.Tensor | None = None,
     tail_value: torch.Tensor | None = None,
+    origin: torch.Tensor | None = None,
 ) -> Six:
-    """Gradients of query, key, value, sinks, tail_key and tail_value (empty where there is none).
+    """Gradients of query, key, value, sinks, tail_key and tail_value (empty where there is none), in PyTorch.
 
-    For ``topk`` and ``window``, on the PyTorch backend.
+    For ``topk`` and ``window``.
     """
     rows: Iterable[RowBlock] = row_blocks(visible, rows_per_block(query.shape[1], key.shape[2]))
     tail = tail_of(tail_key, tail_value)
@@ -288,10 +286,14 @@ def block_attention_backward(
     def keep(raw: torch.Tensor, seen: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
         return chosen.keep_(raw, seen, block)
 
-    *gradients, grad_sinks, _, _ = attention_gradients(
+    gradients = attention_gradients(
         grad_output, query, key, value, visible, sinks, keep, chosen.blocks, scale=scale, softcap=softcap
     )
-    return (*gradients, query.new_empty(0) if grad_sinks is None else grad_sinks)  # type: ignore[return-value]
+    return *gradients[:3], query.new_empty(0) if gradients.sinks is None else gradients.sinks
+
+
+def _like(query: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return tuple(query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in tensors)
 
 
 @attention_backward.register_fake
@@ -301,7 +303,6 @@ def _(  # type: ignore[no-untyped-def]
     key,
     value,
     visible,
-    origin,
     budget,
     sinks,
     scale,
@@ -311,17 +312,14 @@ def _(  # type: ignore[no-untyped-def]
     selection,
     tail_key=None,
     tail_value=None,
+    origin=None,
 ):
-    return tuple(_fake_gradient(query, tensor) for tensor in (query, key, value, sinks, tail_key, tail_value))
+    return _like(query, query, key, value, sinks, tail_key, tail_value)
 
 
 @block_attention_backward.register_fake
 def _(grad_output, query, key, value, visible, origin, budget, sinks, *settings):  # type: ignore[no-untyped-def]
-    return tuple(_fake_gradient(query, tensor) for tensor in (query, key, value, sinks))
-
-
-def _fake_gradient(query: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
-    return query.new_empty(0) if tensor is None else torch.empty_like(tensor)
+    return _like(query, query, key, value, sinks)
 
 
 def _refuse_backend(backend: str) -> None:
@@ -332,27 +330,21 @@ def _refuse_backend(backend: str) -> None:
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     query, key, value, visible, budget, sinks, scale, softcap, sink_keys, recent_keys, _, backend, *tail = inputs
     _refuse_backend(backend)
-    tail_key, tail_value, origin = tail or (None, None, None)
-    ctx.save_for_backward(query, key, value, visible, origin, budget, sinks, tail_key, tail_value)
+    ctx.save_for_backward(query, key, value, visible, budget, sinks, *(tail or (None, None, None)))
     ctx.settings = (scale, softcap, sink_keys, recent_keys)
     ctx.inputs = len(inputs)
 
 
 def _rows_backward(selection: str) -> Any:
     def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        query, key, value, visible, origin, budget, sinks, tail_key, tail_value = ctx.saved_tensors
+        query, key, value, visible, budget, sinks, tail_key, tail_value, origin = ctx.saved_tensors
         grads = attention_backward(
-            *(grad_output, query, key, value, visible, origin, budget, sinks, *ctx.settings, selection),
-            *(tail_key, tail_value),
+            *(grad_output, query, key, value, visible, budget, sinks, *ctx.settings, selection),
+            *(tail_key, tail_value, origin),
         )
         of_tail = (None, None) if tail_key is None else grads[4:]
-        return (
-            *grads[:3],
-            None,
-            None,
-            None if sinks is None else grads[3],
-            *((None,) * 6 + of_tail + (None,))[: ctx.inputs - 6],
-        )
+        of_settings = ((None,) * 6 + of_tail + (None,))[: ctx.inputs - 6]
+        return *grads[:3], None, None, None if sinks is None else grads[3], *of_settings
 
     return backward
 

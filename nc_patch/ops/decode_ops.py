@@ -10,8 +10,8 @@ import torch
 
 from nc_patch.ops.codes import KeyCodes, encode_keys
 from nc_patch.ops.custom_ops import Four, Three, tail_of
-from nc_patch.ops.pages import summarize_pages
-from nc_patch.ops.tail import TAIL_PAGE_SIZE, page_starts, slot_count, spread_over_pages
+from nc_patch.ops.pages import PageStatistics, update_pages_
+from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans, page_starts, slot_count, spread_over_pages
 from nc_patch.ops.tail import page_means as _page_means
 from nc_patch.ops.torch_decode_block import torch_block_decode
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
@@ -20,6 +20,19 @@ from nc_patch.ops.torch_decode_topk import torch_topk_decode
 MAX_DECODE_QUERIES = 32
 # Keys that the PyTorch backend encodes at once, to bound its memory.
 _KEYS_AT_ONCE = 8192
+
+
+def runs_directly(*tensors: torch.Tensor | None) -> bool:
+    """Whether an operation of the PyTorch backend may be called without its custom op.
+
+    So it may where nothing traces it and nothing records a gradient; going through the dispatcher takes longer than a
+    step over the pages of a small model.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor is None or type(tensor) is torch.Tensor for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
+    )
 
 
 @torch.library.custom_op("nc_patch::encode_keys_", mutates_args=("codes", "code_scale", "residual"))
@@ -60,68 +73,62 @@ def _(key, first, count, codes, code_scale, residual, center, spread, backend): 
     return None
 
 
-@torch.library.custom_op("nc_patch::summarize_pages_", mutates_args=("mean", "variance"))
+@torch.library.custom_op("nc_patch::summarize_pages_", mutates_args=("page_codes", "page_scales"))
 def summarize_pages_(
     key: torch.Tensor,
     origin: torch.Tensor,
     first: torch.Tensor,
     count: int,
     end: torch.Tensor,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
+    page_codes: torch.Tensor,
+    page_scales: torch.Tensor,
     block_size: int,
     backend: str,
 ) -> None:
-    """Writes the statistics of each page that holds any of the keys ``first[b]`` to ``first[b] + count``.
+    """Writes the statistics of each whole page that holds any of the keys ``first[b]`` to ``first[b] + count``.
 
-    ``key`` is ``[B, Hkv, N, D]``; ``origin``, ``first`` and ``end`` are int ``[B]``; see ``pages.summarize_pages``.
+    ``key`` is ``[B, Hkv, N, D]``; ``origin``, ``first`` and ``end`` are int ``[B]``; see ``pages.update_pages_``.
     """
+    statistics = PageStatistics(page_codes, page_scales)
     if backend == "triton":
         from nc_patch.ops.triton_summarize import triton_summarize_pages_
 
-        return triton_summarize_pages_(key, origin, first, count, end, mean, variance, block_size)
-    Hkv, P, D = mean.shape[1:]
-    start = torch.maximum(first.long(), origin.long()) - origin.long()
-    touched = (count + block_size - 2) // block_size + 1
-    at_once = max(1, _KEYS_AT_ONCE // block_size)
-    for begin in range(0, touched, at_once):
-        pages = min(at_once, touched - begin, P)
-        # Statistics depend on the page alone, so that writing one twice, where a page is clamped, does no harm.
-        first_page = (torch.div(start, block_size, rounding_mode="floor") + begin).clamp(0, P - pages)
-        new = summarize_pages(key, origin, end, first_page, pages, block_size)
-        index = (first_page[:, None] + torch.arange(pages, device=key.device))[:, None, :, None]
-        index = index.expand(-1, Hkv, -1, D)
-        mean.scatter_(2, index, new.mean)
-        variance.scatter_(2, index, new.variance)
-    return None
+        return triton_summarize_pages_(key, origin, first, count, end, statistics, block_size)
+    return update_pages_(key, origin, first, count, end, statistics, block_size)
 
 
 @summarize_pages_.register_fake
-def _(key, origin, first, count, end, mean, variance, block_size, backend):  # type: ignore[no-untyped-def]
+def _(key, origin, first, count, end, page_codes, page_scales, block_size, backend):  # type: ignore[no-untyped-def]
     return None
 
 
 @torch.library.custom_op("nc_patch::page_means", mutates_args=())
 def page_means(
-    key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The means of all pages that the tail of queries with these intervals may need, by slot; see ``ops/tail.py``.
 
     ``key`` is ``[B, Hkv, N, D]``, ``value`` ``[B, Hkv, N, Dv]``, ``visible`` int32 ``[B, Lq, 2]``, ``origin`` int32
     ``[B, Lq]``.
     """
-    means = _page_means(key, value, page_starts(visible, origin, key.shape[2]))
+    starts = page_starts(visible, origin, key.shape[2])
+    if backend == "triton":
+        from nc_patch.ops.triton_means import triton_page_means
+
+        means = triton_page_means(key, value, starts)
+    else:
+        means = _page_means(key, value, starts)
     return means.key, means.value
 
 
 @page_means.register_fake
-def _(key, value, visible, origin):  # type: ignore[no-untyped-def]
+def _(key, value, visible, origin, backend):  # type: ignore[no-untyped-def]
     slots = slot_count(key.shape[2])
     return key.new_empty(*key.shape[:2], slots, key.shape[3]), value.new_empty(*value.shape[:2], slots, value.shape[3])
 
 
 def _setup_means(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    key, _, visible, origin = inputs
+    key, _, visible, origin, _ = inputs
     ctx.save_for_backward(visible, origin)
     ctx.key_length = key.shape[2]
 
@@ -132,6 +139,7 @@ def _means_backward(ctx: Any, grad_key: torch.Tensor, grad_value: torch.Tensor) 
     return (
         spread_over_pages(grad_key, starts, ctx.key_length),
         spread_over_pages(grad_value, starts, ctx.key_length),
+        None,
         None,
         None,
     )
@@ -149,11 +157,16 @@ def page_means_(
     count: int,
     mean_key: torch.Tensor,
     mean_value: torch.Tensor,
+    backend: str,
 ) -> None:
     """Writes the means of each page that holds any of the keys ``first[b]`` to ``first[b] + count``.
 
     ``origin`` and ``first`` are int ``[B]``. The mean of a page that is not full yet is overwritten when it is.
     """
+    if backend == "triton":
+        from nc_patch.ops.triton_means import triton_page_means_
+
+        return triton_page_means_(key, value, origin, first, count, PageMeans(mean_key, mean_value))
     slots = mean_key.shape[2]
     touched = min((count + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1, slots)
     begin = origin.long() % TAIL_PAGE_SIZE
@@ -163,10 +176,11 @@ def page_means_(
     means = _page_means(key, value, index * TAIL_PAGE_SIZE + begin[:, None])
     for kept, new in ((mean_key, means.key), (mean_value, means.value)):
         kept.scatter_(2, index[:, None, :, None].expand_as(new), new)
+    return None
 
 
 @page_means_.register_fake
-def _(key, value, origin, first, count, mean_key, mean_value):  # type: ignore[no-untyped-def]
+def _(key, value, origin, first, count, mean_key, mean_value, backend):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -202,8 +216,6 @@ def topk_decode(
     key_codes = KeyCodes(codes, code_scale, residual, center, spread)
     tail = tail_of(tail_key, tail_value)
     if backend == "triton":
-        if tail is not None:
-            raise NotImplementedError("the Triton kernels of topk have no tail")
         from nc_patch.ops.triton_decode_topk import triton_topk_decode
 
         return triton_topk_decode(
@@ -215,6 +227,8 @@ def topk_decode(
             refine=refine,
             max_budget=max_budget,
             want_bounds=want_bounds,
+            tail=tail,
+            origin=origin,
         )
     return torch_topk_decode(
         *(query, key, value, visible, budget, sinks, key_codes),
@@ -271,8 +285,8 @@ def block_decode(
     origin: torch.Tensor,
     budget: torch.Tensor,
     sinks: torch.Tensor | None,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
+    page_codes: torch.Tensor,
+    page_scales: torch.Tensor,
     scale: float,
     softcap: float,
     block_size: int,
@@ -285,7 +299,7 @@ def block_decode(
         from nc_patch.ops.triton_decode_block import triton_block_decode
 
         return triton_block_decode(
-            *(query, key, value, visible, origin, budget, sinks, mean, variance),
+            *(query, key, value, visible, origin, budget, sinks, page_codes, page_scales),
             scale=scale,
             softcap=softcap,
             block_size=block_size,
@@ -293,7 +307,7 @@ def block_decode(
             want_stats=want_stats,
         )
     return torch_block_decode(
-        *(query, key, value, visible, origin, budget, sinks, mean, variance),
+        *(query, key, value, visible, origin, budget, sinks, page_codes, page_scales),
         scale=scale,
         softcap=softcap,
         block_size=block_size,
@@ -310,8 +324,8 @@ def _(  # type: ignore[no-untyped-def]
     origin,
     budget,
     sinks,
-    mean,
-    variance,
+    page_codes,
+    page_scales,
     scale,
     softcap,
     block_size,

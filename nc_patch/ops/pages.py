@@ -1,28 +1,89 @@
 """Pages: runs of ``block_size`` keys, and the statistics from which decoding chooses among them.
 
-A page's share of a query's softmax is estimated from the mean and the variance of its keys. If they were normal with
-independent channels, the mean of ``exp(s * q.k)`` would be ``exp(s * q.mean + s^2 / 2 * sum(q^2 * variance))``.
-Pages are counted from the sequence's origin, not from the start of the padded buffer.
+A page's share of a query's softmax is estimated from one of its keys, the one that lies farthest from the page's mean,
+and from the mean and the variance of the others. If these were normal with independent channels, the mean of their
+``exp(s * q.k)`` would be ``exp(s * q.mean + s^2 / 2 * sum(q^2 * variance))``. All three vectors are kept as 8-bit codes
+with one scale each, and follow from the keys of the page alone, so that an index that is kept and one that is built
+anew choose the same pages. Pages are counted from the sequence's origin, not from the start of the padded buffer.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
+# The rows of PageStatistics.codes: the key apart, mean and variance of the others.
+VECTORS = 3
+LARGEST_CODE = 127.0
+_EXPONENT_BITS = 0x7F800000
+_SMALLEST = torch.finfo(torch.float32).tiny
+# Keys that are summarised at once, to bound the memory.
+_KEYS_AT_ONCE = 8192
+
 
 class PageStatistics(NamedTuple):
-    """Mean and variance of the keys of each page, ``[B, Hkv, P, D]`` in the keys' dtype.
+    """Statistics of each page: the key apart, the mean and the variance of the other keys.
 
     Page j of a sequence holds the keys at ``origin + j * block_size`` up to ``origin + (j + 1) * block_size``.
+
+    Attributes:
+        codes: int8 ``[B, Hkv, P, 3, D]``, of the variance from 0 to 127, of the others from -127 to 127.
+        scales: float32 ``[B, Hkv, P, 3]``. The key apart is ``codes[..., 0, :] * scales[..., 0]``, the mean is
+            ``codes[..., 1, :] * scales[..., 1]`` and the variance ``codes[..., 2, :] * scales[..., 2] ** 2``. NaN, all
+            three, where a key of the page holds NaN or infinity.
     """
 
-    mean: torch.Tensor
-    variance: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
 
 
 def page_count(key_length: int, block_size: int) -> int:
     """How many pages a sequence may have that lies anywhere within ``key_length`` keys."""
     return -(-key_length // block_size)
+
+
+def summarize(keys: torch.Tensor, exists: torch.Tensor | None = None) -> PageStatistics:
+    """Statistics of pages given by their keys, in float32; this is their definition.
+
+    Args:
+        keys: ``[..., n, D]``, the n keys of each page.
+        exists: bool ``[..., n]``, which of them there are; by default all.
+
+    Returns:
+        Codes int8 ``[..., 3, D]`` and scales float32 ``[..., 3]``; zero for a page without keys. Of keys equally far
+        from the mean the first is apart. A page of one key has no others: their mean and variance are zero.
+    """
+    keys = keys.float()
+    if exists is not None:
+        keys = torch.where(exists[..., None], keys, 0.0)
+    largest = keys.abs().amax((-2, -1))
+    sound = largest.isfinite()
+    # Numbers near one, whose squares neither overflow nor vanish; a power of two rounds nothing.
+    unit = (largest.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp(min=_SMALLEST)
+    keys = torch.where(sound[..., None, None], keys / unit[..., None, None], 0.0)
+    position = torch.arange(keys.shape[-2], device=keys.device)
+    if exists is None:
+        count = torch.full((1,), keys.shape[-2], device=keys.device)
+        distance = (keys - keys.sum(-2, keepdim=True) / count).square().sum(-1)
+        far = distance.argmax(-1, keepdim=True)
+        other = position != far
+    else:
+        count = exists.sum(-1, keepdim=True)
+        distance = (keys - keys.sum(-2, keepdim=True) / count.clamp(min=1)[..., None]).square().sum(-1)
+        far = torch.where(exists, distance, -1.0).argmax(-1, keepdim=True)
+        other = (position != far) & exists
+    others = (count - 1).clamp(min=1)
+    mean = torch.where(other[..., None], keys, 0.0).sum(-2) / others
+    variance = torch.where(other[..., None], keys - mean[..., None, :], 0.0).square().sum(-2) / others
+    apart = keys.gather(-2, far[..., None].expand(*far.shape, keys.shape[-1]))[..., 0, :]
+    vectors = torch.stack((apart, mean, variance), -2)
+    step = vectors.abs().amax(-1) / LARGEST_CODE
+    codes = torch.floor(vectors / torch.where(step > 0, step, 1.0)[..., None] + 0.5)
+    # The root of the variance's, which has the range of the keys.
+    scales = torch.cat((step[..., :2], step[..., 2:].sqrt()), -1) * unit[..., None]
+    return PageStatistics(
+        codes.clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), torch.where(sound[..., None], scales, torch.nan)
+    )
 
 
 def summarize_pages(
@@ -37,31 +98,76 @@ def summarize_pages(
         first_page: int ``[B]``.
 
     Returns:
-        ``[B, Hkv, pages, D]`` twice; zero for a page without keys.
+        Codes ``[B, Hkv, pages, 3, D]`` and scales ``[B, Hkv, pages, 3]``; zero for a page without keys.
     """
     B, Hkv, N, D = key.shape
     offset = torch.arange(pages * block_size, device=key.device)
     position = (origin.long() + first_page.long() * block_size)[:, None] + offset
     exists = (position >= 0) & (position < end.long().clamp(max=N)[:, None])
     index = position.clamp(0, max(N - 1, 0))[:, None, :, None].expand(-1, Hkv, -1, D)
-    weight = exists[:, None, :, None]
-    keys = torch.where(weight, key.gather(2, index).float(), 0.0).view(B, Hkv, pages, block_size, D)
-    weight = weight.view(B, 1, pages, block_size, 1)
-    count = weight.sum(3).clamp(min=1)
-    mean = keys.sum(3) / count
-    variance = torch.where(weight, keys - mean[:, :, :, None], 0.0).square().sum(3) / count
-    return PageStatistics(mean.to(key.dtype), variance.to(key.dtype))
+    keys = key.gather(2, index).view(B, Hkv, pages, block_size, D)
+    return summarize(keys, exists.view(B, 1, pages, block_size).expand(-1, Hkv, -1, -1))
+
+
+def update_pages_(
+    key: torch.Tensor,
+    origin: torch.Tensor,
+    first: torch.Tensor,
+    count: int,
+    end: torch.Tensor,
+    statistics: PageStatistics,
+    block_size: int,
+) -> None:
+    """Writes, in place, the statistics of each whole page that holds any of the keys ``first[b]`` on to ``+ count``.
+
+    A page is whole once its last key is there; before, no query chooses by it. Reads the three tensors on the host.
+
+    Args:
+        key: ``[B, Hkv, N, D]``. origin, first, end: int ``[B]``. count: how many positions have changed.
+        statistics: of pages from 0 on; pages beyond it are left out.
+    """
+    N, P = key.shape[2], statistics.codes.shape[2]
+    at_once = max(1, _KEYS_AT_ONCE // block_size)
+    for b, (begin, changed, stop) in enumerate(zip(origin.tolist(), first.tolist(), end.tolist(), strict=True)):
+        low = max(changed - begin, 0) // block_size
+        high = min((min(stop, N, changed + count + block_size - 1) - begin) // block_size, P)
+        while low < high:
+            middle = min(high, low + at_once)
+            at, until = begin + low * block_size, begin + middle * block_size
+            keys, exists = key[b, :, max(at, 0) : max(until, 0)], None
+            if at < 0:
+                # Of a sequence whose first keys were dropped.
+                missing = until - at - keys.shape[1]
+                keys = torch.nn.functional.pad(keys, (0, 0, missing, 0))
+                exists = (torch.arange(until - at, device=key.device) >= missing).view(1, -1, block_size)
+                exists = exists.expand(len(keys), -1, -1)
+            new = summarize(keys.unflatten(1, (middle - low, block_size)), exists)
+            statistics.codes[b, :, low:middle] = new.codes
+            statistics.scales[b, :, low:middle] = new.scales
+            low = middle
 
 
 def page_logits(
-    query: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, scale: float, softcap: float
+    query: torch.Tensor, statistics: PageStatistics, count: torch.Tensor | int, scale: float, softcap: float
 ) -> torch.Tensor:
-    """Log of the mean of ``exp(score)`` over each page's keys, as estimated: ``[..., R, P]``.
+    """Log of the sum of ``exp(score)`` over each page's keys, as estimated: ``[..., R, P]``.
 
     Args:
-        query: ``[..., R, D]``. mean, variance: ``[..., P, D]``. All of one floating dtype.
-        scale, softcap: of the scores; a soft-cap is applied to the estimate.
+        query: ``[..., R, D]``, in the dtype to calculate in.
+        statistics: codes ``[..., P, 3, D]`` and scales ``[..., P, 3]``.
+        count: how many keys of a page are seen, a number or ``[P]``; at least one.
+        scale, softcap: of the scores; a soft-cap is applied to both parts of the estimate.
     """
-    logits = scale * (query @ mean.transpose(-1, -2))
-    logits += (0.5 * scale * scale) * (query.square() @ variance.transpose(-1, -2))
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    rows, pages = query.shape[-2], statistics.codes.shape[-3]
+    query = query * scale
+    codes = statistics.codes.to(query.dtype).flatten(-3, -2)
+    products = torch.cat((query, 0.5 * query.square()), -2) @ codes.transpose(-1, -2)
+    products = products.unflatten(-1, (pages, VECTORS))
+    apart, mean, deviation = statistics.scales.to(query.dtype)[..., None, :, :].unbind(-1)
+    far = products[..., :rows, :, 0] * apart
+    rest = products[..., :rows, :, 1] * mean + products[..., rows:, :, 2] * deviation * deviation
+    if softcap:
+        far, rest = (softcap * torch.tanh(x / softcap) for x in (far, rest))
+    if isinstance(count, torch.Tensor):
+        return torch.logaddexp(far, rest + (count - 1).to(query.dtype).log())
+    return torch.logaddexp(far, rest + (math.log(count - 1) if count > 1 else -math.inf))

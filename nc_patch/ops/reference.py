@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from nc_patch.ops.blocks import BlockChoice
-from nc_patch.ops.pages import page_logits
+from nc_patch.ops.pages import page_logits, summarize
 from nc_patch.ops.tail import TAIL_PAGE_SIZE
 
 
@@ -217,12 +217,12 @@ def page_mask(
     """Keys attended by ``pages``, bool ``[B, Hq, Lq, Lk]``: what ``block`` is while decoding, a query at a time.
 
     Keys are cut into pages of ``block_size`` from the sequence's ``origin``. For a query and a head the logit of a page
-    is the log of the number of its visible keys plus ``pages.page_logits`` of the mean and variance of its keys; the
-    logit of the page that holds the query's own position is exact, the log-sum-exp of its visible scores. A page's
-    weight is the softmax of the logits over the visible pages, summed over the G query heads of a key/value head; a
-    logit that is NaN or +inf gives an infinite weight and stays out of the softmax. Attended are the first visible page
-    and the query's own, then the heaviest of the others, ties to the lower position, until ``ceil(k / block_size)`` are
-    chosen, where k is the group's largest budget.
+    is ``pages.page_logits`` of what ``pages.summarize`` keeps of its keys and of how many of them are visible; that of
+    the page that holds the query's own position is exact, the log-sum-exp of its visible scores. A page's weight is the
+    softmax of the logits over the visible pages, summed over the G query heads of a key/value head; a logit that is NaN
+    or +inf gives an infinite weight and stays out of the softmax. Attended are the first visible page and the query's
+    own, then the heaviest of the others, ties to the lower position, until ``ceil(k / block_size)`` are chosen, where k
+    is the group's largest budget.
 
     Args:
         query: ``[B, Hq, Lq, D]``, key: ``[B, Hkv, Lk, D]``, both float64. scores: final scores ``[B, Hq, Lq, Lk]``.
@@ -246,9 +246,9 @@ def page_mask(
                     logits[:, j - low] = torch.logsumexp(scores[b, heads, i, max(first, start) : end], -1)
                     continue
                 keys = key[b, h, max(first, 0) : last]
-                mean, variance = keys.mean(0, keepdim=True), keys.var(0, correction=0, keepdim=True)
-                estimate = page_logits(query[b, heads, i], mean, variance, scale, softcap or 0.0)[:, 0]
-                logits[:, j - low] = estimate + math.log(min(last, end) - max(first, start))
+                seen = min(last, end) - max(first, start)
+                estimate = page_logits(query[b, heads, i], summarize(keys[None]), seen, scale, softcap or 0.0)
+                logits[:, j - low] = estimate[:, 0]
             overwhelming = logits.isnan() | (logits == torch.inf)
             weights = torch.softmax(logits.masked_fill(overwhelming, -torch.inf), -1).nan_to_num(nan=0.0)
             weight = weights.masked_fill(overwhelming, torch.inf).sum(0)
@@ -300,10 +300,10 @@ def reference_attention(
     block_size: int = 32,
     query_block_size: int = 64,
     sample_stride: int = 16,
+    tail: bool = False,
     min_mass: float = 0.0,
     max_factor: float = 4.0,
     choice: BlockChoice | None = None,
-    tail: bool = False,
 ) -> AttentionResult:
     """Attention in float64, as the design defines it.
 
@@ -315,11 +315,10 @@ def reference_attention(
         scale: factor of the scores q·k, positive.
         softcap: scores become ``softcap * tanh(score / softcap)`` after scaling.
         sinks: ``[Hq]`` learned logits that join the softmax's denominator.
-        origin: int32 ``[B, Lq]``, where each query's sequence begins; by default its interval's start. For
-            ``"block"`` and the tail.
-        block_size to max_factor: of ``"block"``, see ``block_choice``.
-        choice: attend these key blocks instead of choosing; ``budget`` is then not looked at.
+        origin: int32 ``[B, Lq]``, where each query's sequence begins; by default its interval's start. For ``"block"``,
+            as are ``block_size`` to ``max_factor``, see ``block_choice``; and for the tail.
         tail: whether the keys that are not attended enter by the means of their pages, see ``ops/tail.py``.
+        choice: attend these key blocks instead of choosing; ``budget`` is then not looked at.
 
     Returns:
         All four fields of ``AttentionResult``, in float64 (``attended`` in int32).

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 
 TAIL_PAGE_SIZE = 16
+# Pages whose keys are copied at once, to bound memory.
+_PAGES_AT_ONCE = 4096
 
 
 class PageMeans(NamedTuple):
@@ -65,12 +67,15 @@ def page_means(key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> 
 
 def _mean_of(tensor: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     B, H, N, D = tensor.shape
-    sums = torch.zeros(B, H, starts.shape[1], D, dtype=torch.float32, device=tensor.device)
-    for offset in range(TAIL_PAGE_SIZE if N else 0):
-        index = (starts.long() + offset).clamp(0, N - 1)[:, None, :, None].expand(-1, H, -1, D)
+    means = tensor.new_zeros(B, H, starts.shape[1], D)
+    offset = torch.arange(TAIL_PAGE_SIZE, device=tensor.device)
+    for first in range(0, starts.shape[1] if N else 0, _PAGES_AT_ONCE):
+        pages = slice(first, first + _PAGES_AT_ONCE)
+        position = (starts[:, pages].long()[..., None] + offset).clamp_(0, N - 1).flatten(1)
+        keys = tensor.gather(2, position[:, None, :, None].expand(-1, H, -1, D)).float()
         # Divided before they are added, so that the sum of finite numbers stays finite.
-        sums += tensor.gather(2, index).float() / TAIL_PAGE_SIZE
-    return sums.to(tensor.dtype)
+        means[:, :, pages] = keys.mul_(1 / TAIL_PAGE_SIZE).unflatten(2, (-1, TAIL_PAGE_SIZE)).sum(3)
+    return means
 
 
 def spread_over_pages(grad: torch.Tensor, starts: torch.Tensor, key_length: int) -> torch.Tensor:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+# Below so many elements PyTorch's softmax, which wakes all threads whatever its size, is slower than its parts.
+_FEW_SCORES = 1 << 15
 # Score elements held at once per buffer: 16 MB in float32, near the size of a core's share of the last-level cache.
 SCORES_PER_BLOCK = 1 << 22
 
@@ -85,10 +87,18 @@ def softmax_(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     A row with nothing but -inf becomes NaN, as in dense attention; the caller knows which rows see no key.
     """
     if sinks is None:
-        return torch.softmax(scores, -1, out=scores)
+        return plain_softmax_(scores)
     share_of_keys = torch.sigmoid(torch.logsumexp(scores, -1) - sinks)
-    weights = torch.softmax(scores, -1, out=scores)
+    weights = plain_softmax_(scores)
     return weights.mul_(share_of_keys[..., None]).masked_fill_(share_of_keys[..., None] == 0, 0.0)
+
+
+def plain_softmax_(scores: torch.Tensor) -> torch.Tensor:
+    """``torch.softmax`` over the last dimension, in place."""
+    if scores.numel() >= _FEW_SCORES:
+        return torch.softmax(scores, -1, out=scores)
+    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def weighted_values(weights: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:

@@ -190,14 +190,7 @@ def attend(
             queries, query_rows, valid, keys + begin.to(tl.int64) * stride_kl, n * stride_kl, in_range, D, BLOCK_D,
             CHUNK_D, True,
         )  # fmt: skip
-        seen = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None])
-        attended = (columns[None, :] < sinks_end[:, None]) | (columns[None, :] >= recents_start[:, None])
-        if BY_SCORE:
-            # NaN ranks with +inf, above every finite score.
-            ranked = tl.where(raw == raw, raw, float("inf"))
-            tied = (ranked == threshold[:, None]) & (columns[None, :] < ties_end[:, None])
-            attended = attended | (ranked > threshold[:, None]) | tied
-        attended = attended & seen
+        attended = attended_keys(raw, columns, start, end, sinks_end, recents_start, threshold, ties_end, BY_SCORE)
         logits = logits_base2(raw, scale, softcap, HAS_SOFTCAP)
         peak, total, weights, shrink = fold(tl.where(attended, logits, float("-inf")), peak, total)
         tile_values = tl.load(
@@ -214,6 +207,19 @@ def attend(
             shrink = tl.where(count_broken > 0, 1.0, shrink)
         acc = dot(weights.to(values.dtype.element_ty), tile_values, acc * shrink[:, None])
     return acc, peak, total
+
+
+@triton.jit
+def attended_keys(raw, columns, start, end, sinks_end, recents_start, threshold, ties_end, BY_SCORE: tl.constexpr):
+    """Which keys of a tile each row attends, from their raw scores."""
+    seen = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None])
+    attended = (columns[None, :] < sinks_end[:, None]) | (columns[None, :] >= recents_start[:, None])
+    if BY_SCORE:
+        # NaN ranks with +inf, above every finite score.
+        ranked = tl.where(raw == raw, raw, float("inf"))
+        tied = (ranked == threshold[:, None]) & (columns[None, :] < ties_end[:, None])
+        attended = attended | (ranked > threshold[:, None]) | tied
+    return attended & seen
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from nc_patch.ops.triton_attend import finite_or_zero, fold
 from nc_patch.ops.triton_block_score import load_plan
-from nc_patch.ops.triton_pages import find_cut, load_ranks
+from nc_patch.ops.triton_page_choice import find_cut, load_ranks
 
 _ABOVE_INFINITY = tl.constexpr(2139095041)
 
@@ -93,7 +93,9 @@ def choose_blocks_kernel(
     wanted = tl.minimum(tl.maximum(tl.load(law + pair), always), blocks)
     if HAS_MIN_MASS:
         most = tl.minimum(tl.maximum(tl.load(limit + pair), wanted), blocks)
-        more = always + count_to_mass(weight_row, blocks, diagonal, min_mass * tl.cast(present_rows, tl.float32), BLOCK_P)
+        more = always + count_to_mass(
+            weight_row, blocks, diagonal, min_mass * tl.cast(present_rows, tl.float32), BLOCK_P
+        )
         # Where even all blocks miss the target by rounding, all are asked for.
         grown = tl.minimum(tl.maximum(wanted, more), most)
         tl.store(enlarged + pair, (grown > wanted).to(tl.int32))

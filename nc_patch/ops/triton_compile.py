@@ -22,14 +22,23 @@ from triton.compiler import ASTSource
 from nc_patch.ops import (
     triton_block,
     triton_decode_block,
+    triton_decode_tail,
     triton_decode_topk,
     triton_encode,
+    triton_means,
     triton_split,
     triton_summarize,
 )
 from nc_patch.ops.triton_attend import attend_kernel
-from nc_patch.ops.triton_launch import attend_constants, compile_options, threshold_constants, tiles_for
+from nc_patch.ops.triton_launch import (
+    attend_constants,
+    compile_options,
+    tail_constants,
+    threshold_constants,
+    tiles_for,
+)
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
+from nc_patch.ops.triton_tail import attend_tail_kernel
 from nc_patch.ops.triton_threshold import threshold_kernel
 
 
@@ -84,9 +93,10 @@ class Resources:
 
 
 def row_specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernels of ``topk`` (``threshold`` and ``topk``) and ``window`` over whole rows.
+    """The kernels of ``topk`` (``threshold`` and ``topk``, or ``topk_tail``) and ``window`` over whole rows.
 
-    Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels.
+    Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels; of
+    ``topk_tail`` the largest shapes of each kind.
     """
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
     for kernel in ("threshold", "topk", "window"):
@@ -102,6 +112,11 @@ def row_specialisations(target: str) -> Iterator[Specialisation]:
             yield _row_specialisation(kernel, bfloat16, target, head_dim, options=("sinks", "softcap", "stats"))
         yield _row_specialisation(kernel, float32, target, 128, options=("sinks", "softcap", "stats"))
         yield _row_specialisation(kernel, bfloat16, target, 192, 128)
+    yield _row_specialisation("topk_tail", bfloat16, target, 64)
+    yield _row_specialisation("topk_tail", bfloat16, target, 128, few_rows=True)
+    for dtype, head_dim in ((bfloat16, 128), (bfloat16, 256), (float32, 128), (float32, 256)):
+        yield _row_specialisation("topk_tail", dtype, target, head_dim, options=("sinks", "softcap", "stats"))
+    yield _row_specialisation("topk_tail", float32, target, 128, few_rows=True)
 
 
 def _row_specialisation(
@@ -122,15 +137,17 @@ def _row_specialisation(
     else:
         flags = ("sinks" in options, "softcap" in options, "stats" in options)
         function, constants = attend_kernel, attend_constants(head_dim, value_dim, tiles, kernel == "topk", *flags)
+        if kernel == "topk_tail":
+            function, constants = attend_tail_kernel, tail_constants(head_dim, value_dim, tiles, *flags)
     types = {
-        **dict.fromkeys(("query", "key", "value", "output"), pointer_to(dtype)),
-        **dict.fromkeys(("visible", "budget", "ties_end"), "*i32"),
+        **dict.fromkeys(("query", "key", "value", "mean_key", "mean_value", "output"), pointer_to(dtype)),
+        **dict.fromkeys(("visible", "origin", "budget", "ties_end"), "*i32"),
         **dict.fromkeys(("sinks", "threshold", "lse", "kept_mass"), "*fp32"),
         # Long caches need 64 bits between sequences.
         **dict.fromkeys(("stride_qb", "stride_kb", "stride_vb"), "i64"),
     }
     compiler = compile_options(tiles, target)
-    return Specialisation(name, function, constants, types, compiler, data_strides(function))
+    return Specialisation(name, function, constants, types, compiler, data_strides(function, "qkvmw"))
 
 
 # Where the specialisations come from: a module's kernels are compiled ahead of time by adding its function here.
@@ -141,7 +158,9 @@ SOURCES: tuple[Callable[[str], Iterator[Specialisation]], ...] = (
     triton_decode_block.specialisations,
     triton_summarize.specialisations,
     triton_decode_topk.specialisations,
+    triton_decode_tail.specialisations,
     triton_encode.specialisations,
+    triton_means.specialisations,
 )
 
 

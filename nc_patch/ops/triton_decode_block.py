@@ -1,14 +1,14 @@
 """``block`` while decoding, in four launches; ``reference.page_mask`` defines what it computes.
 
-1. Score: means and variances are read once for the query heads of a group: ``4 * D`` bytes in 16 bits for each visible
-   page and key/value head, and a float32 logit written for each query head.
+1. Score: the statistics are read once for the query heads of a group: ``3 * D + 12`` bytes for each visible page and
+   key/value head, and a float32 logit written for each query head.
 2. Choose: one program for a query and group reads the logits once, writes the pages' weights over the first
    head's, and finds the cut by bisection, reading them back from the cache; it writes the list of pages.
 3. Attend: the list is divided among programs, which gather ``2 * (D + Dv)`` bytes in 16 bits for each attended key.
 4. Combine: see ``triton_split``.
 
 One layer of Llama-3-8B (Hq 32, Hkv 8, D 128, bfloat16, batch 1), pages of 32, 4,705 keys, at 131,072 keys: statistics
-16.8 MB, logits 0.5 MB written and read, K and V 19.3 MB, partial sums 1.1 MB written and read: 39 MB against 537 MB
+13.0 MB, logits 0.5 MB written and read, K and V 19.3 MB, partial sums 1.1 MB written and read: 36 MB against 537 MB
 for dense attention. Nothing is read back to the host and every size follows from shapes and host integers.
 """
 
@@ -20,10 +20,12 @@ from typing import Any
 import torch
 import triton
 
-from nc_patch.ops.pages import page_count
+from nc_patch.ops.pages import VECTORS, page_count
 from nc_patch.ops.triton_launch import Tiles as RowTiles
 from nc_patch.ops.triton_launch import architecture_of, check_inputs, compile_options, launch_attention, padded_dim
-from nc_patch.ops.triton_pages import attend_pages_kernel, choose_pages_kernel, score_pages_kernel
+from nc_patch.ops.triton_page_attend import attend_pages_kernel
+from nc_patch.ops.triton_page_choice import choose_pages_kernel
+from nc_patch.ops.triton_page_scores import score_pages_kernel
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 from nc_patch.ops.triton_split import combine_splits, split_count
 
@@ -59,8 +61,8 @@ def triton_block_decode(
     origin: torch.Tensor,
     budget: torch.Tensor,
     sinks: torch.Tensor | None,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
+    page_codes: torch.Tensor,
+    page_scales: torch.Tensor,
     *,
     scale: float,
     softcap: float,
@@ -76,8 +78,8 @@ def triton_block_decode(
         visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``, where each query's sequence begins; may be negative.
         budget: int32 ``[B, Hq or 1, Lq]``. max_budget: an upper bound of it.
         sinks: ``[Hq]`` learned logits that join the softmax's denominator, or None.
-        mean, variance: ``[B, Hkv, P, D]`` in the keys' dtype, see ``PageStatistics``. What lies beyond a query's own
-            page is not read.
+        page_codes: int8 ``[B, Hkv, P, 3, D]``. page_scales: float32 ``[B, Hkv, P, 3]``; see ``PageStatistics``. What
+            lies beyond a query's own page is not read.
         scale: factor of the scores. softcap: 0 for none. block_size: keys per page.
         want_stats: whether lse and kept mass are wanted; the kept mass costs as much as dense attention.
 
@@ -92,17 +94,17 @@ def triton_block_decode(
     B, Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
     group = Hq // Hkv
-    _check_pages(origin, mean, variance, key, Lq)
+    _check_pages(origin, page_codes, page_scales, key, Lq)
     # A query's pages: those that a run of at most Lk keys can touch.
-    width = max(1, min(mean.shape[2], page_count(Lk, block_size) + 1))
+    width = max(1, min(page_codes.shape[2], page_count(Lk, block_size) + 1))
     if width > MAX_PAGES:
         larger = block_size * -(-width // MAX_PAGES)
         raise ValueError(f"at most {MAX_PAGES} pages can be chosen from, got {width}: use block_size >= {larger}")
     device, architecture = query.device, architecture_of(query.device)
     tiles = decode_tiles(architecture, query.dtype, D, DV)
-    query, key, value, mean, variance = (_dense_last(x) for x in (query, key, value, mean, variance))
-    if mean.stride() != variance.stride():
-        mean, variance = mean.contiguous(), variance.contiguous()
+    query, key, value, page_scales = (_dense_last(x) for x in (query, key, value, page_scales))
+    if page_codes.stride()[3:] != (D, 1):
+        page_codes = page_codes.contiguous()
     visible = _dense_last(visible)
     attended = torch.empty(B, Hq, Lq, dtype=torch.int32, device=device)
     output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
@@ -129,8 +131,17 @@ def triton_block_decode(
     query_key = (*query.stride()[:3], *key.stride()[:3])
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         score_pages_kernel[(numbers, score_splits + 1, head_blocks)](
-            *(query, key, mean, variance, visible, origin, page_logits, page_peak, page_total, *query_key),
-            *(*mean.stride()[:3], *interval, *sizes, width, score_splits, scale, softcap),
+            *(query, key, page_codes, page_scales, visible, origin, page_logits, page_peak, page_total, *query_key),
+            *(
+                *page_codes.stride()[:3],
+                *page_scales.stride()[:3],
+                *interval,
+                *sizes,
+                width,
+                score_splits,
+                scale,
+                softcap,
+            ),
             **score_constants(D, block_size, tiles.score, softcap > 0),
             **compile_options(tiles.score, architecture),
         )
@@ -162,16 +173,18 @@ def _dense_last(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_pages(
-    origin: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, key: torch.Tensor, queries: int
+    origin: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, key: torch.Tensor, queries: int
 ) -> None:
     B, Hkv, _, D = key.shape
     if origin.dtype != torch.int32 or tuple(origin.shape) != (B, queries):
         raise ValueError(f"origin must be int32 [{B}, {queries}], got {origin.dtype} {list(origin.shape)}")
-    for name, tensor in (("mean", mean), ("variance", variance)):
-        if tensor.dtype != key.dtype or tensor.shape != (B, Hkv, mean.shape[2], D):
-            raise ValueError(
-                f"{name} must be {key.dtype} [{B}, {Hkv}, P, {D}], got {tensor.dtype} {list(tensor.shape)}"
-            )
+    P = codes.shape[2] if codes.ndim == 5 else 0
+    for name, tensor, dtype, shape in (
+        ("page_codes", codes, torch.int8, (B, Hkv, P, VECTORS, D)),
+        ("page_scales", scales, torch.float32, (B, Hkv, P, VECTORS)),
+    ):
+        if tensor.dtype != dtype or tensor.shape != shape:
+            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def score_constants(head_dim: int, block_size: int, tiles: RowTiles, has_softcap: bool) -> dict[str, Any]:
@@ -237,8 +250,9 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         tiles = decode_tiles(target, dtype, D, D)
         suffix = f"{DTYPE_NAMES[dtype]}-d{D}-p{block_size}" + ("-softcap" if softcap else "")
         types = {
-            **dict.fromkeys(("query", "key", "value", "mean", "variance"), pointer_to(dtype)),
-            **dict.fromkeys(("page_logits", "peak", "total", "acc"), "*fp32"),
+            **dict.fromkeys(("query", "key", "value"), pointer_to(dtype)),
+            "codes": "*i8",
+            **dict.fromkeys(("scales", "page_logits", "peak", "total", "acc"), "*fp32"),
             **dict.fromkeys(("visible", "origin", "chosen", "chosen_count"), "*i32"),
             **dict.fromkeys(("stride_kb", "stride_vb"), "i64"),
         }
@@ -252,7 +266,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             ),
         ):
             options = compile_options(tile, target)
-            aligned = data_strides(kernel, "qkvm")
+            aligned = data_strides(kernel, "qkvc")
             yield Specialisation(f"{name}-{suffix}", kernel, constants, types, options, aligned)
     for pages in (1024, 4096):
         types = {

@@ -12,7 +12,8 @@ Nothing is read back from the device and all sizes follow from shapes, so that a
    searched over all keys. No other row costs them anything.
 7. ``bounds_kernel``, where bounds are wanted.
 
-Nine launches, one more with bounds.
+Nine launches, one more with bounds and two more with a tail (``triton_decode_tail``): a count of the attended keys of
+each page, which the gathering fills, and the pages' parts of the softmax before the sum of all parts.
 
 Bytes, for a key/value head with n keys and G rows of budget k, of which c * k are listed (c about 2: 1.2 for the width
 of the bounds times 1.6 for the safe side of the guess): codes n * (D + 8); keys at most G * c * k * D * 2 and values
@@ -40,22 +41,27 @@ import torch
 import triton
 
 from nc_patch.ops.codes import KeyCodes
+from nc_patch.ops.tail import PageMeans, slot_count
 from nc_patch.ops.triton_attend import attend_kernel
 from nc_patch.ops.triton_candidates import choose_kernel, guess_kernel, score_kernel
 from nc_patch.ops.triton_codes import sample_kernel, scan_kernel
+from nc_patch.ops.triton_decode_tail import launch_tail, tail_splits
 from nc_patch.ops.triton_gather import bounds_kernel, gather_kernel
 from nc_patch.ops.triton_launch import (
     architecture_of,
     attend_constants,
     check_inputs,
+    check_tail,
     compile_options,
     launch_rows,
     padded_dim,
+    tail_constants,
     threshold_constants,
     tiles_for,
 )
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 from nc_patch.ops.triton_split import combine_splits, split_count
+from nc_patch.ops.triton_tail import attend_tail_kernel
 from nc_patch.ops.triton_threshold import threshold_kernel
 
 # Queries that one call takes; more are a prefill.
@@ -139,6 +145,8 @@ def triton_topk_decode(
     refine: bool,
     max_budget: int,
     want_bounds: bool,
+    tail: PageMeans | None = None,
+    origin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over the ``budget`` best keys of each query, chosen by codes; the set is ``reference_attention``'s.
 
@@ -152,6 +160,8 @@ def triton_topk_decode(
             weigh, no key is read unless a row's list overflows, and the result is approximate.
         max_budget: no budget is larger; lists are made for it. A larger budget is right, but slow.
         want_bounds: whether bounds of the kept mass are wanted.
+        tail: the means by which keys that are not attended enter, with the ``origin`` int32 ``[B, Lq]`` of each query's
+            sequence; None to drop them.
 
     Returns:
         (output ``[B, Hq, Lq, Dv]``, lse float32 ``[B, Hq, Lq]``, kept mass from below and above float32 ``[B, Hq, Lq,
@@ -161,6 +171,7 @@ def triton_topk_decode(
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
     check_inputs(query, key, value, visible, budget, sinks)
+    check_tail(tail, origin, key, value, visible)
     _check_codes(query, key, value, codes)
     B, Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
@@ -190,7 +201,11 @@ def triton_topk_decode(
     errors = floats(rows, plan.capacity) if want_bounds else floats(0)
     listed, threshold, ties_end = integers(rows), floats(rows), integers(rows)
     attended, flags = integers(B, Hq, Lq), integers(B, Hq, Lq)
-    acc, peak, total = floats(rows, plan.chunks, DV), floats(rows, plan.chunks), floats(rows, plan.chunks)
+    parts = plan.chunks + (0 if tail is None else tail_splits(query, key, value))
+    acc, peak, total = floats(rows, parts, DV), floats(rows, parts), floats(rows, parts)
+    slots = 0 if tail is None else slot_count(Lk)
+    page_counts = torch.zeros((rows, slots), dtype=torch.int32, device=device)
+    begins = visible[..., 0] if origin is None else origin
     kept = floats(rows, plan.chunks, 8) if want_bounds else floats(0)
     kept_mass = floats(B, Hq, Lq)
 
@@ -201,8 +216,8 @@ def triton_topk_decode(
     by_head = (Hkv, group, Lq, Lk, sink_keys, recent_keys)
     by_row = (Hq, Lq, Lk, sink_keys, recent_keys)
     programs = triton.cdiv(group * Lq, plan.rows) * B * Hkv
-    constants = decode_constants(plan, D, DV, refine, want_bounds, softcap > 0)
-    options = decode_options(plan, architecture_of(query.device))
+    constants = decode_constants(plan, D, DV, refine, want_bounds, softcap > 0, tail is not None)
+    options = decode_options(plan, architecture_of(query.device), tail is not None)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         sample_kernel[(programs, plan.samples // plan.keys)](
             *(query, visible, budget, codes.codes, codes.scale, center, spread, samples, *q, *c, *s, *limits, *by_head),
@@ -233,11 +248,19 @@ def triton_topk_decode(
         )
         gather_kernel[(rows, plan.chunks)](
             *(value, visible, budget, positions, scores, errors, listed, threshold, ties_end, acc, peak, total, kept),
-            *(*value.stride()[:3], *limits, Hq, group, Lq, Lk, sink_keys, recent_keys, plan.capacity, plan.chunks),
-            *(scale, softcap),
+            *(begins, page_counts, *value.stride()[:3], *limits, Hq, group, Lq, Lk, sink_keys, recent_keys),
+            *(plan.capacity, plan.chunks, parts, slots, *begins.stride(), scale, softcap),
             **constants["gather"],
             **options["gather"],
         )
+        if tail is not None:
+            launch_tail(
+                *(query, tail, visible, begins, budget, page_counts, acc, peak, total),
+                key_length=Lk,
+                first_part=plan.chunks,
+                scale=scale,
+                softcap=softcap,
+            )
         combine_splits(acc, peak, total, sinks, attended, output, lse, torch.empty_like(lse))
         launch_rows(
             *(query, key, value, visible, budget, sinks, flags, output, lse, kept_mass),
@@ -246,6 +269,8 @@ def triton_topk_decode(
             softcap=softcap,
             sink_keys=sink_keys,
             recent_keys=recent_keys,
+            tail=tail,
+            origin=origin,
         )
         if want_bounds:
             bounds_kernel[(rows,)](
@@ -259,7 +284,13 @@ def triton_topk_decode(
 
 
 def decode_constants(
-    plan: Plan, head_dim: int, value_dim: int, refine: bool, want_bounds: bool, has_softcap: bool
+    plan: Plan,
+    head_dim: int,
+    value_dim: int,
+    refine: bool,
+    want_bounds: bool,
+    has_softcap: bool,
+    has_tail: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """The compile-time arguments of each kernel."""
     padded = padded_dim(head_dim)
@@ -278,6 +309,7 @@ def decode_constants(
             "BLOCK_DV": padded_dim(value_dim),
             "HAS_SOFTCAP": has_softcap,
             "WANT_BOUNDS": want_bounds,
+            "COUNT_PAGES": has_tail,
         },
         "bounds": {
             **splits,
@@ -289,11 +321,14 @@ def decode_constants(
     }
 
 
-def decode_options(plan: Plan, architecture: str) -> dict[str, dict[str, Any]]:
+def decode_options(plan: Plan, architecture: str, has_tail: bool = False) -> dict[str, dict[str, Any]]:
     """Options of the compiler for each kernel. AMD's warps are twice as wide, and eight leave too few registers."""
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    # As in ``compile_options``: otherwise NVIDIA's assembler spills some.
+    all_registers = {"maxnreg": 255} if has_tail and not architecture.startswith("gfx") else {}
     return {
-        **dict.fromkeys(("sample", "score", "gather", "bounds"), plain),
+        **dict.fromkeys(("sample", "score", "bounds"), plain),
+        "gather": {**plain, **all_registers},
         "scan": {**plain, "num_warps": 4 if architecture.startswith("gfx") else 8, "num_stages": 2},
         "guess": {**plain, "num_warps": 8 if plan.samples >= 2048 else 4},
         "choose": {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4},
@@ -334,7 +369,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         constants = decode_constants(plan, head_dim, head_dim, refine, want_bounds, want_bounds)
         options = decode_options(plan, target)
         types = {
-            **dict.fromkeys(("query", "key", "value", "output"), pointer_to(dtype)),
+            **dict.fromkeys(("query", "key", "value", "mean_key", "mean_value", "output"), pointer_to(dtype)),
             **dict.fromkeys(_INTEGERS, "*i32"),
             **dict.fromkeys(_FLOATS, "*fp32"),
             "codes": "*i8",
@@ -347,6 +382,10 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             yield Specialisation(
                 f"codes_{name}-{suffix}", kernel, constants[name], types, options[name], data_strides(kernel, "qkvc")
             )
+        counting = {**constants["gather"], "COUNT_PAGES": True}
+        counting_options = decode_options(plan, target, True)["gather"]
+        aligned = data_strides(gather_kernel)
+        yield Specialisation(f"codes_gather-{suffix}-tail", gather_kernel, counting, types, counting_options, aligned)
         if queries > 1 or not refine or not want_bounds:
             continue
         tiles = tiles_for(target, dtype, head_dim, head_dim, 1)
@@ -354,8 +393,9 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         for kernel, name, more in (
             (threshold_kernel, "threshold", threshold_constants(head_dim, tiles, True)),
             (attend_kernel, "topk", attend_constants(head_dim, head_dim, tiles, True, True, True, True, True)),
+            (attend_tail_kernel, "topk_tail", tail_constants(head_dim, head_dim, tiles, True, True, True, True)),
         ):
-            aligned = data_strides(kernel)
+            aligned = data_strides(kernel, "qkvmw")
             yield Specialisation(f"{name}_flagged-{suffix}", kernel, more, types, compiler, aligned)
 
 
@@ -368,7 +408,10 @@ _KERNELS = {
     "gather": gather_kernel,
     "bounds": bounds_kernel,
 }
-_INTEGERS = ("visible", "budget", "flags", "positions", "segment_positions", "counts", "listed", "ties_end", "attended")
+_INTEGERS = (
+    *("visible", "origin", "budget", "flags", "positions", "segment_positions", "counts", "page_counts", "listed"),
+    *("ties_end", "attended"),
+)
 _FLOATS = (
     *("code_scale", "code_residual", "center", "spread", "samples", "guess", "scores", "errors", "outside"),
     *("segment_scores", "segment_errors", "threshold", "acc", "peak", "total", "kept", "kept_mass", "bounds"),

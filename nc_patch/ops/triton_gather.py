@@ -10,6 +10,7 @@ import triton.language as tl
 from nc_patch.ops.triton_attend import LOG2_E, finite_or_zero, logits_base2
 from nc_patch.ops.triton_candidates import row_interval
 from nc_patch.ops.triton_codes import logit_slack
+from nc_patch.ops.triton_tail import PAGE
 
 # Relative width given to bounds of sums of exponentials, for their rounding in float32, and what underflow may lose.
 _SUM_SLACK = tl.constexpr(1e-4)
@@ -17,7 +18,9 @@ _SMALLEST_MASS = tl.constexpr(1e-30)
 _HALF_ULP = tl.constexpr(2.0**-24)
 
 
-@triton.jit(do_not_specialize=["num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "capacity", "chunks"])
+@triton.jit(
+    do_not_specialize=["num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "capacity", "chunks", "parts"]
+)
 def gather_kernel(
     value,
     visible,
@@ -32,6 +35,8 @@ def gather_kernel(
     peak,
     total,
     kept,
+    origin,
+    page_counts,
     stride_vb,
     stride_vh,
     stride_vl,
@@ -48,6 +53,10 @@ def gather_kernel(
     recent_keys,
     capacity,
     chunks,
+    parts,
+    slots,
+    stride_ob,
+    stride_ol,
     scale,
     softcap,
     DV: tl.constexpr,
@@ -55,15 +64,17 @@ def gather_kernel(
     BLOCK_DV: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_BOUNDS: tl.constexpr,
+    COUNT_PAGES: tl.constexpr,
 ):
-    """The partial softmax of one of ``chunks`` parts of a row's list: what ``combine_splits`` joins.
+    """The partial softmax of one of ``chunks`` parts of a row's list: what ``combine_splits`` joins, among ``parts``.
 
     With ``WANT_BOUNDS`` ``kept[row, chunk]`` is (peak, total) of the lower and the upper logits of the keys attended,
-    then of those listed but not attended.
+    then of those listed but not attended. With ``COUNT_PAGES`` every key attended is added to the count of its page,
+    ``page_counts[row, slot]``.
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    batch, head, _index, _start, _end, _wanted, first, last = row_interval(
+    batch, head, index, _start, _end, _wanted, first, last = row_interval(
         row, visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_heads, Lq, Lk, sink_keys,
         recent_keys,
     )  # fmt: skip
@@ -74,6 +85,9 @@ def gather_kernel(
     count = tl.load(listed + row)
     limit = tl.load(threshold + row)
     limit_end = tl.load(ties_end + row)
+    if COUNT_PAGES:
+        residue = tl.load(origin + batch * stride_ob + index * stride_ol) & (PAGE - 1)
+        page_counts += row * slots
     blocks = tl.cdiv(count, BLOCK_E)
     dv = tl.arange(0, BLOCK_DV)
     sums = tl.zeros([BLOCK_E, BLOCK_DV], dtype=tl.float32)
@@ -100,6 +114,9 @@ def gather_kernel(
         rows = values + position.to(tl.int64) * stride_vl
         tile = tl.load(rows[:, None] + dv[None, :], mask=chosen[:, None] & (dv < DV)[None, :], other=0.0)
         sums = sums * shrink[:, None] + weights[:, None] * tile.to(tl.float32)
+        if COUNT_PAGES:
+            in_page = chosen & (position >= residue)
+            tl.atomic_add(page_counts + (position - residue) // PAGE, 1, mask=in_page, sem="relaxed")
         if WANT_BOUNDS:
             error = tl.load(errors + e, mask=here, other=0.0)
             lower = logits_base2(score - error, scale, softcap, HAS_SOFTCAP)
@@ -113,13 +130,13 @@ def gather_kernel(
             in_high_peak, in_high, _w, _s = fold_one(upper, chosen, in_high_peak, in_high)
             out_low_peak, out_low, _w, _s = fold_one(lower, rest, out_low_peak, out_low)
             out_high_peak, out_high, _w, _s = fold_one(upper, rest, out_high_peak, out_high)
-    part = row * chunks + chunk
+    part = row * parts + chunk
     tl.store(acc + part * DV + dv, tl.sum(sums, axis=0), mask=dv < DV)
     one = tl.arange(0, 1)
     tl.store(peak + part + one, highest)
     tl.store(total + part + one, whole)
     if WANT_BOUNDS:
-        kept += part * 8
+        kept += (row * chunks + chunk) * 8
         tl.store(kept + one, in_low_peak)
         tl.store(kept + 1 + one, in_low)
         tl.store(kept + 2 + one, in_high_peak)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import triton
 
+from nc_patch.ops.tail import PageMeans, slot_count
 from nc_patch.ops.triton_attend import attend_kernel
+from nc_patch.ops.triton_tail import attend_tail_kernel
 from nc_patch.ops.triton_threshold import threshold_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -82,12 +84,15 @@ def launch_attention(
     sink_keys: int,
     recent_keys: int,
     want_stats: bool,
+    tail: PageMeans | None = None,
+    origin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Checks the inputs, allocates the results and launches the kernels; see ``triton_topk_attention`` for the shapes.
 
     ``by_score`` is ``topk``: a first kernel finds each row's threshold. Without it the selection is ``window``.
     """
     check_inputs(query, key, value, visible, budget, sinks)
+    check_tail(tail, origin, key, value, visible)
     B, Hq, Lq, _ = query.shape
     device = query.device
     output = torch.empty(B, Hq, Lq, value.shape[-1], dtype=query.dtype, device=device)
@@ -101,6 +106,8 @@ def launch_attention(
         softcap=softcap,
         sink_keys=sink_keys,
         recent_keys=recent_keys,
+        tail=tail,
+        origin=origin,
     )
     return output, lse, kept_mass
 
@@ -122,10 +129,13 @@ def launch_rows(
     softcap: float,
     sink_keys: int,
     recent_keys: int,
+    tail: PageMeans | None = None,
+    origin: torch.Tensor | None = None,
 ) -> None:
     """Launches the kernels on inputs that fit. Results are contiguous; ``lse`` and ``kept_mass`` empty if not wanted.
 
     With ``flags``, int32 and contiguous ``[B, Hq, Lq]``, only the rows are computed and written whose flag is not 0.
+    A ``tail``, with each row's ``origin``, goes with ``by_score`` alone.
     """
     B, _Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
@@ -133,7 +143,7 @@ def launch_rows(
     device = query.device
     architecture = architecture_of(device)
     tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group)
-    query, key, value = (_addressable(x, tiles.keys) for x in (query, key, value))
+    query, key, value = (addressable(x, tiles.keys) for x in (query, key, value))
     visible = visible if visible.stride(-1) == 1 else visible.contiguous()
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
     if programs == 0:
@@ -152,6 +162,17 @@ def launch_rows(
                 **threshold_constants(D, tiles, flags is not None),
                 **compile_options(tiles, architecture),
             )
+        if tail is not None and origin is not None:
+            means = PageMeans(*(addressable(x, tiles.keys) for x in tail))
+            attend_tail_kernel[(programs,)](
+                *(query, key, value, *means, visible, origin, budget, lse if sinks is None else sinks.contiguous()),
+                *(chosen, threshold, ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3]),
+                *(*means.key.stride()[:3], *means.value.stride()[:3], *visible.stride()[:2], *origin.stride()),
+                *(*rows[2:], *sizes, scale, softcap),
+                **tail_constants(D, DV, tiles, sinks is not None, softcap > 0, lse.numel() > 0, flags is not None),
+                **compile_options(tiles, architecture),
+            )
+            return
         attend_kernel[(programs,)](
             *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), chosen, threshold),
             *(ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
@@ -162,7 +183,7 @@ def launch_rows(
         )
 
 
-def _addressable(tensor: torch.Tensor, keys: int) -> torch.Tensor:
+def addressable(tensor: torch.Tensor, keys: int) -> torch.Tensor:
     """The tensor with its last axis dense and, within a tile of ``keys``, offsets that fit 32 bits; else a copy."""
     return tensor if tensor.stride(-1) == 1 and tensor.stride(2) * keys < 2**31 else tensor.contiguous()
 
@@ -214,6 +235,49 @@ def attend_constants(
         "HAS_SOFTCAP": has_softcap,
         "WANT_STATS": want_stats,
     }
+
+
+def tail_constants(
+    head_dim: int,
+    value_dim: int,
+    tiles: Tiles,
+    has_sinks: bool = False,
+    has_softcap: bool = False,
+    want_stats: bool = False,
+    flagged: bool = False,
+) -> dict[str, Any]:
+    """The compile-time arguments of ``attend_tail_kernel``."""
+    constants = attend_constants(head_dim, value_dim, tiles, True, has_sinks, has_softcap, want_stats, flagged)
+    del constants["BY_SCORE"]
+    return constants
+
+
+def check_tail(
+    tail: PageMeans | None,
+    origin: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+) -> None:
+    """Raises TypeError or ValueError unless a tail fits the keys, and comes with the origins of the rows."""
+    if tail is None:
+        return
+    if origin is None or origin.dtype != torch.int32 or origin.shape != visible.shape[:2]:
+        got = "none" if origin is None else f"{origin.dtype} {list(origin.shape)}"
+        raise ValueError(f"a tail needs origin int32 {list(visible.shape[:2])}, got {got}")
+    if tail.key.dtype != key.dtype or tail.value.dtype != value.dtype:
+        raise TypeError(f"means must have the dtype of the keys, {key.dtype}, got {tail.key.dtype}, {tail.value.dtype}")
+    slots = slot_count(key.shape[2])
+    for name, means, rows in (("keys", tail.key, key), ("values", tail.value, value)):
+        if means.dim() != 4 or (*means.shape[:2], means.shape[3]) != (*rows.shape[:2], rows.shape[3]):
+            raise ValueError(
+                f"means of {name} must be {[*rows.shape[:2], 'S', rows.shape[3]]}, got {list(means.shape)}"
+            )
+        if means.shape[2] < slots:
+            raise ValueError(f"{key.shape[2]} keys have {slots} slots, got means of {name} for {means.shape[2]}")
+    devices = {t.device for t in (key, origin, *tail)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
 def check_inputs(

@@ -8,7 +8,7 @@ Scores are recomputed wherever they are needed, so that nothing of size Lq * Lk 
    per row. At most 25 counting passes, and one more where ties are cut short; none where every budget covers the row's
    interval.
 2. ``attend_kernel`` accumulates, in one pass, the softmax of the attended keys times V. With statistics asked for, one
-   more pass over K gives the dense log-sum-exp.
+   more pass over K gives the dense log-sum-exp. With a tail ``triton_tail.attend_tail_kernel`` takes its place.
 
 So with p counting passes a block reads K p + 1 times and V once, and each pair of a query and a visible key costs
 2 * D * (p + 1) + 2 * Dv floating point operations in matrix products. Where V holds NaN or infinity, the blocks that
@@ -18,6 +18,7 @@ one token runs B * Hkv programs, which fill no large GPU.
 
 import torch
 
+from nc_patch.ops.tail import PageMeans
 from nc_patch.ops.triton_launch import launch_attention
 
 
@@ -34,6 +35,8 @@ def triton_topk_attention(
     sink_keys: int,
     recent_keys: int,
     want_stats: bool,
+    tail: PageMeans | None = None,
+    origin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of each query over its ``sink_keys`` first, ``recent_keys`` last and highest scoring keys, k in all.
 
@@ -45,6 +48,8 @@ def triton_topk_attention(
         sinks: ``[Hq]`` learned logits that join the softmax's denominator, or None.
         scale: factor of q·k, positive. softcap: limit of the scaled scores, 0 for none.
         want_stats: whether to return the log-sum-exp and the kept mass.
+        tail: the means by which keys that are not attended enter, with the ``origin`` int32 ``[B, Lq]`` of each query's
+            sequence; None to drop them.
 
     Returns:
         (output, lse, kept_mass): ``[B, Hq, Lq, Dv]`` in the query's dtype, and float32 ``[B, Hq, Lq]`` twice; the last
@@ -66,4 +71,6 @@ def triton_topk_attention(
         sink_keys=sink_keys,
         recent_keys=recent_keys,
         want_stats=want_stats,
+        tail=tail,
+        origin=origin,
     )

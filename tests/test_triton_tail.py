@@ -1,0 +1,271 @@
+"""The tail in the Triton kernels against the float64 reference: on a GPU, and in Triton's interpreter.
+
+As in ``test_triton_kernels.py`` the interpreter needs a process of its own, which the last test starts.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import Case, relative_error
+from tiny_models import random_ids, tiny_model
+
+triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+from nc_patch import patch_model  # noqa: E402
+from nc_patch.ops import decode_ops, triton_decode_tail, triton_decode_topk, triton_launch  # noqa: E402
+from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
+from nc_patch.ops.tail import PageMeans, page_means, page_starts  # noqa: E402
+from nc_patch.ops.triton_topk import triton_topk_attention  # noqa: E402
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+plan_for = triton_decode_topk.plan_for
+
+
+def on_kernel_device(test):
+    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
+    if INTERPRETED:
+        return test
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
+    return pytest.mark.gpu(no_gpu(test))
+
+
+@pytest.fixture
+def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the kernels run; memory that is only allocated holds NaN. In the interpreter tiles are small."""
+    if not INTERPRETED:
+        return "cuda"
+    tiles = triton_launch.Tiles(16, 32, 4, 1)
+    for module, pages in ((triton_launch, 32), (triton_decode_tail, 16)):
+        monkeypatch.setattr(module, "tiles_for", lambda *_, keys=pages: replace(tiles, keys=keys))
+    plan_with(monkeypatch)
+    return "cpu"
+
+
+def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    """Plans small enough for the interpreter, or with ``changes``."""
+
+    def small(*args):
+        plan = plan_for(*args)
+        tiles = -(-args[4] // 32) + 1
+        plan = replace(plan, keys=32, splits=2, samples=64, segment=-(-tiles // 2) * 32, chunks=2, held=128)
+        return replace(plan, **changes)
+
+    monkeypatch.setattr(triton_decode_topk, "plan_for", small)
+
+
+def case_of(
+    kind: str, queries: int, keys: int, dtype: torch.dtype = torch.float32, group: int = 2, seed: int = 0
+) -> Case:
+    """Rows of one sequence (``"causal"``, ``"sliding"``), of one after padding, or of several that are packed."""
+    g = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(1, heads, length, width, generator=g).to(dtype)
+        for heads, length, width in ((group, queries, 16), (1, keys, 16), (1, keys, 24))
+    )
+    end = torch.arange(keys - queries + 1, keys + 1, dtype=torch.int32)
+    origin = torch.zeros_like(end)
+    if kind == "padding":
+        origin += 5
+    elif kind == "negative":  # the first keys of the sequence are gone
+        origin -= 7
+    elif kind == "packed":
+        borders = torch.tensor([0, keys // 4 + 1, keys - keys // 2])
+        origin = borders[torch.searchsorted(borders, end - 1, right=True) - 1].int()
+    start = (end - 50).maximum(origin) if kind == "sliding" else origin.clamp(min=0)
+    visible = torch.stack((start.minimum(end), end), -1)[None]
+    n = (visible[..., 1] - visible[..., 0])[:, None]
+    budget = (torch.rand(1, group, queries, generator=g) * 0.5 * (n + 1)).int().clamp(min=1).minimum(n)
+    softcap, sinks = (2.0, torch.randn(group, generator=g)) if kind in ("padding", "packed") else (0.0, None)
+    return Case(query, key, value, visible, origin[None].contiguous(), budget, sinks, 0.25, softcap, 2, 3)
+
+
+def means_of(case: Case) -> PageMeans:
+    return page_means(case.key, case.value, page_starts(case.visible, case.origin, case.key.shape[2]))
+
+
+def on(device: str, case: Case) -> list[torch.Tensor | None]:
+    tensors = (case.query, case.key, case.value, case.visible, case.budget, case.sinks)
+    return [None if t is None else t.to(device) for t in tensors]
+
+
+def assert_equals_reference(case: Case, output: torch.Tensor, lse: torch.Tensor) -> None:
+    expected = case.reference("topk", tail=True)
+    tolerance = TOLERANCE[case.query.dtype]
+    assert relative_error(output.cpu(), expected.output) < tolerance
+    assert torch.allclose(lse.cpu().double(), expected.lse, atol=10 * tolerance)
+    # A tail that does nothing would pass otherwise.
+    assert relative_error(case.reference("topk").output, expected.output) > 10 * tolerance
+
+
+@on_kernel_device
+@pytest.mark.parametrize(
+    ("kind", "dtype", "queries", "keys"),
+    [
+        ("causal", torch.bfloat16, 5, 300),
+        ("padding", torch.float32, 20, 60),
+        ("negative", torch.float32, 7, 45),
+        ("sliding", torch.float32, 9, 90),
+        ("packed", torch.float32, 50, 50),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_whole_rows_equal_the_reference(kind, dtype, queries, keys, device):
+    case = case_of(kind, queries, keys, dtype)
+    means = PageMeans(*(t.to(device) for t in means_of(case)))
+    output, lse, kept_mass = triton_topk_attention(
+        *on(device, case), **case.row_settings(True), tail=means, origin=case.origin.to(device)
+    )
+    assert_equals_reference(case, output, lse)
+    expected = case.reference("topk").kept_mass
+    assert torch.allclose(kept_mass.cpu().double(), expected, atol=10 * TOLERANCE[dtype])
+
+
+def decode(case: Case, device: str, refine: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    center, spread = channel_moments(case.key, case.visible[:, -1, 0], case.visible[:, -1, 1])
+    codes = KeyCodes(*(t.to(device) for t in (*encode_keys(case.key, center, spread), center, spread)))
+    return triton_decode_topk.triton_topk_decode(
+        *on(device, case),
+        codes,
+        scale=case.scale,
+        softcap=case.softcap,
+        sink_keys=case.sink_keys,
+        recent_keys=case.recent_keys,
+        refine=refine,
+        max_budget=int(case.budget.max()),
+        want_bounds=True,
+        tail=PageMeans(*(t.to(device) for t in means_of(case))),
+        origin=case.origin.to(device),
+    )
+
+
+@on_kernel_device
+@pytest.mark.parametrize(
+    ("kind", "refine"), [("causal", False), ("packed", True), ("sliding", True)], ids=lambda value: str(value).lower()
+)
+def test_decoding_equals_the_reference(kind, refine, device):
+    case = case_of(kind, 2, 90)
+    if kind == "packed":  # rows of two sequences in one call
+        case = replace(case, visible=case.visible.clone(), origin=case.origin.clone())
+        case.origin[0, 0] = case.visible[0, 0, 0] = 3
+        case.visible[0, 0, 1] = 45
+        case.budget = case.budget.clamp(max=20)
+    if not refine:  # what the codes hold is what is attended
+        case.query = torch.zeros_like(case.query)
+    output, lse, bounds = decode(case, device, refine)
+    assert_equals_reference(case, output, lse)
+    kept_mass = case.reference("topk").kept_mass
+    assert (bounds[..., 0].cpu() <= kept_mass + 1e-6).all()
+    assert (bounds[..., 1].cpu() >= kept_mass - 1e-6).all()
+
+
+@on_kernel_device
+def test_rows_whose_list_overflows_have_their_tail(device, monkeypatch):
+    case = case_of("padding", 1, 60)
+    plan_with(monkeypatch, segment=3, capacity=4)
+    output, lse, _ = decode(case, device)
+    assert_equals_reference(case, output, lse)
+
+
+@on_kernel_device
+@pytest.mark.parametrize("decoding", [False, True], ids=["rows", "decoding"])
+@pytest.mark.parametrize("whole", [False, True], ids=["some", "all"])
+def test_a_page_that_is_attended_whole_hides_what_its_mean_holds(decoding, whole, device):
+    """A page without a key left over has no part in the tail, though its mean is NaN: only other rows are spoilt."""
+    case = case_of("causal", 2, 64)
+    case.sink_keys, case.recent_keys = 16, 0
+    case.budget = torch.tensor([[[16, 16 if whole else 8]] * 2], dtype=torch.int32)
+    means = means_of(case)
+    means.value[:, :, 0] = torch.inf
+    if decoding:
+        center, spread = channel_moments(case.key, case.visible[:, -1, 0], case.visible[:, -1, 1])
+        codes = KeyCodes(*(t.to(device) for t in (*encode_keys(case.key, center, spread), center, spread)))
+        output, *_ = triton_decode_topk.triton_topk_decode(
+            *on(device, case),
+            codes,
+            **{name: value for name, value in case.row_settings(True).items() if name != "want_stats"},
+            refine=True,
+            max_budget=16,
+            want_bounds=False,
+            tail=PageMeans(*(t.to(device) for t in means)),
+            origin=case.origin.to(device),
+        )
+    else:
+        output, *_ = triton_topk_attention(
+            *on(device, case),
+            **case.row_settings(False),
+            tail=PageMeans(*(t.to(device) for t in means)),
+            origin=case.origin.to(device),
+        )
+    expected = case.reference("topk", tail=True).output
+    sound = slice(0, 2 if whole else 1)
+    assert relative_error(output[:, :, sound].cpu(), expected[:, :, sound]) < 1e-5
+    assert whole or output[:, :, 1].isnan().all()
+
+
+@on_kernel_device
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_means_are_those_of_pytorch(dtype, device):
+    g = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(2, 1, 93, width, generator=g).to(dtype) for width in (16, 70))
+    # The interpreter cuts what does not fit 16 bits.
+    close = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-6, "atol": 1e-6}
+    origin = torch.tensor([[0] * 20 + [20] * 33 + [53] * 40, [3] * 93], dtype=torch.int32)
+    visible = torch.stack((origin.clamp(min=0), torch.arange(1, 94, dtype=torch.int32).expand(2, -1)), -1)
+    moved = [t.to(device) for t in (key, value, visible, origin)]
+    expected = decode_ops.page_means(key, value, visible, origin, "torch")
+    for ours, theirs in zip(decode_ops.page_means(*moved, "triton"), expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, **close)
+    for begin, first, count in (([0, 5], [0, 5], 93), ([-3, 17], [40, 92], 1)):
+        starts = torch.tensor(begin, dtype=torch.int32), torch.tensor(first)
+        kept = {name: [key.new_zeros(2, 1, 6, 16), key.new_zeros(2, 1, 6, 70)] for name in ("torch", "triton")}
+        decode_ops.page_means_(key, value, *starts, count, *kept["torch"], "torch")
+        kept["triton"] = [t.to(device) for t in kept["triton"]]
+        decode_ops.page_means_(*moved[:2], *(t.to(device) for t in starts), count, *kept["triton"], "triton")
+        for ours, theirs in zip(kept["triton"], kept["torch"], strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs, **close)
+
+
+@on_kernel_device
+def test_a_patched_model_generates_as_with_pytorch(device):
+    ids = random_ids(1, 35).to(device)
+    tokens, logits = {}, {}
+    for backend in ("torch", "triton"):
+        model = tiny_model("llama", num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=2).to(device)
+        patch_model(model, 1.0, 0.5, tail="mean", backend=backend, key_index="always")
+        made = model.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        tokens[backend], logits[backend] = made.sequences.tolist(), torch.cat(made.logits)
+    assert tokens["triton"] == tokens["torch"]
+    torch.testing.assert_close(logits["triton"], logits["torch"], atol=1e-4, rtol=1e-4)
+
+
+def test_means_that_do_not_fit_are_refused():
+    case = case_of("causal", 2, 40)
+    means = means_of(case)
+    settings = case.row_settings(False)
+    for tail, origin, message in (
+        (means, None, r"a tail needs origin int32 \[1, 2\], got none"),
+        (PageMeans(means.key[:, :, :2], means.value), case.origin, "40 keys have 3 slots, got means of keys for 2"),
+        (PageMeans(means.key, means.value[..., :8]), case.origin, r"means of values must be \[1, 1, 'S', 24\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton_topk_attention(*on("cpu", case), **settings, tail=tail, origin=origin)
+    with pytest.raises(TypeError, match="means must have the dtype of the keys"):
+        triton_topk_attention(
+            *on("cpu", case), **settings, tail=PageMeans(*(t.half() for t in means)), origin=case.origin
+        )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_every_case_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout[-2000:]
