@@ -44,7 +44,7 @@ COMMANDS = {
     "bench": Command(
         "nc_patch.bench.command",
         "run_bench",
-        "time decoding against dense attention",
+        "time sparse attention against dense attention",
         ("torch", "transformers"),
         "eval",
     ),

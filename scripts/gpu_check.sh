@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Tests the Triton kernels on this machine's GPU and times decoding against dense attention; offline, nothing installed.
+# Tests the Triton kernels on this machine's GPU and times decoding and prefill against dense attention; offline, nothing
+# installed.
 #   scripts/gpu_check.sh [--dry-run] [--only STEP] [OUT]     results go to OUT, by default runs/gpu_check
 # Steps: tests, sanitizer (compute-sanitizer, where it is), bench. Needs torch, triton, transformers, pytest and numpy in
-# python3, or in PYTHON=/path/to/python. MINUTES (7) limits bench, TEST_SECONDS (900) the tests.
+# python3, or in PYTHON=/path/to/python. MINUTES (8) limits bench, half of them for each; TEST_SECONDS (900) the tests.
 # --dry-run, or a machine without a GPU: says what would run, collects the tests with only these packages importable,
 # and runs bench on the CPU at sizes that say nothing about speed.
 # Exit status: 0, 1 where a step fails, 2 for arguments or an environment that do not fit.
@@ -10,7 +11,7 @@ set -uo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="${PYTHON:-python3}"
-MINUTES="${MINUTES:-7}"
+MINUTES="${MINUTES:-8}"
 TEST_SECONDS="${TEST_SECONDS:-900}"
 STEPS=(tests sanitizer bench)
 DRY=
@@ -31,7 +32,7 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         -h | --help)
-            sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+            sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
             exit 0
             ;;
         -*) fail "unknown option $1; allowed are --dry-run, --only STEP and --help" ;;
@@ -65,7 +66,7 @@ STATUS=0
 
 # record STEP RESULT SECONDS WHAT: one line of the summary; the result FAILED makes the whole check fail.
 record() {
-    printf '%-10s %-8s %5s s  %s\n' "$1" "$2" "$3" "$4" >>"$SUMMARY"
+    printf '%-13s %-8s %5s s  %s\n' "$1" "$2" "$3" "$4" >>"$SUMMARY"
     [ "$2" != FAILED ] || STATUS=1
 }
 
@@ -181,21 +182,29 @@ PY
 }
 
 run_bench() {
-    local begin=$SECONDS code
-    local command=("$PYTHON" -m nc_patch bench decode --out "$OUT/bench")
-    local full=(--device cuda --batch 1 8 --lengths 4096 16384 32768 65536 131072 262144 --generate --minutes "$MINUTES")
+    bench decode --batch 1 8 --lengths 4096 16384 32768 65536 131072 262144 --generate
+    bench prefill --lengths 8192 32768 131072 524288 1048576 --forward
+}
+
+# bench NAME ARGUMENTS...: one benchmark, for half of the time; its line of the summary is bench-NAME.
+bench() {
+    local begin=$SECONDS name="$1" seconds=$((30 * MINUTES)) code
+    shift
+    local command=("$PYTHON" -m nc_patch bench "$name" --out "$OUT/bench")
+    local full=(--device cuda --minutes "$(awk "BEGIN { print $seconds / 60 }")" "$@")
     local tiny=(--device cpu --geometry smollm2 --lengths 64 200 --repeats 1 --minutes 1)
+    local results="$OUT/bench/$name.json"
     if [ -n "$DRY" ]; then
         printf '\nwould run: %s\n' "${command[*]} ${full[*]}"
         full=("${tiny[@]}")
     fi
     # An interrupt leaves the results so far, and the table of them.
-    logged bench timeout -s INT -k 20 $((60 * MINUTES + 45)) "${command[@]}" "${full[@]}"
+    logged "bench-$name" timeout -s INT -k 20 $((seconds + 45)) "${command[@]}" "${full[@]}"
     code=$?
     case $code in
-        0) record bench "$([ -n "$DRY" ] && echo dry || echo ok)" $((SECONDS - begin)) "$OUT/bench/decode.json" ;;
-        124) record bench stopped $((SECONDS - begin)) "at its time limit; what was measured is in $OUT/bench/decode.json" ;;
-        *) record bench FAILED $((SECONDS - begin)) "ended with $code; see bench.log" ;;
+        0) record "bench-$name" "$([ -n "$DRY" ] && echo dry || echo ok)" $((SECONDS - begin)) "$results" ;;
+        124) record "bench-$name" stopped $((SECONDS - begin)) "at its time limit; what was measured is in $results" ;;
+        *) record "bench-$name" FAILED $((SECONDS - begin)) "ended with $code; see bench-$name.log" ;;
     esac
 }
 

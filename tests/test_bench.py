@@ -21,7 +21,7 @@ TINY = inputs.Geometry(4, 2, 16, 64, 96, 2)
 def tiny(monkeypatch):
     """A geometry and copies that take no time; few sets of inputs."""
     monkeypatch.setitem(GEOMETRIES, "tiny", TINY)
-    monkeypatch.setitem(command._DEFAULTS["cpu"], "copy_megabytes", 4)
+    monkeypatch.setitem(decode.DECODE.defaults["cpu"], "ceiling_size", 4)
     monkeypatch.setattr(decode, "_MOST_SETS", 2)
     monkeypatch.setattr(decode, "_FEWEST_SETS", 2)
 
@@ -32,7 +32,7 @@ def bench(out, *further):
 
 
 def read(out):
-    return json.loads((out / command.FILE).read_text())
+    return json.loads((out / decode.DECODE.file).read_text())
 
 
 def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsys):
@@ -157,13 +157,13 @@ def test_without_matplotlib_there_is_no_plot_and_it_says_so(tmp_path, capsys, mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert bench(tmp_path, "--selections", "window") == 0
     assert "no plot: matplotlib is not installed" in capsys.readouterr().out
-    assert not (tmp_path / command.PLOT).exists()
+    assert not (tmp_path / decode.DECODE.plot).exists()
 
 
 def test_with_matplotlib_there_is_a_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert bench(tmp_path, "--selections", "window") == 0
-    assert (tmp_path / command.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / decode.DECODE.plot).read_bytes().startswith(b"\x89PNG")
 
 
 def test_generate_counts_tokens_of_dense_and_patched_models_with_both_caches(tmp_path, capsys):
@@ -315,4 +315,4 @@ def test_rivals_of_other_packages_are_called_with_their_layouts(name, monkeypatc
     step = dense_rivals.rivals(torch.device("cuda"))[name](sets)
     for i in (0, 1):
         right = checks.expected_output(sets[i], "dense", decode.NCConfig(4.0, 0.6))
-        assert checks.compare(step(i), right, "dense", sets[i])["right"]
+        assert checks.compare(step(i), right, "dense")["right"]

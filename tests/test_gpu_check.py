@@ -14,7 +14,8 @@ STAND_IN = """#!/bin/bash
 case "$*" in
     -) cat >/dev/null; echo "gpu of cardboard" ;;
     "-m pytest "*) echo "$PYTEST_SAYS"; exit "$PYTEST_ENDS" ;;
-    "-m nc_patch bench "*) echo "$@"; exit "$BENCH_ENDS" ;;
+    "-m nc_patch bench decode "*) echo "$@"; exit "$DECODE_ENDS" ;;
+    "-m nc_patch bench prefill "*) echo "$@"; exit "$PREFILL_ENDS" ;;
 esac
 """
 
@@ -25,7 +26,7 @@ def run(*arguments, **environment):
         env={**os.environ, "PYTHON": sys.executable, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -37,7 +38,7 @@ def on_a_gpu(tmp_path):
     python.write_text(STAND_IN)
     python.chmod(0o755)
 
-    def check(*arguments, tests="5 passed in 0.10s", tests_end=0, bench_ends=0):
+    def check(*arguments, tests="5 passed in 0.10s", tests_end=0, decode_ends=0, prefill_ends=0):
         return run(
             *arguments,
             tmp_path / "out",
@@ -45,7 +46,8 @@ def on_a_gpu(tmp_path):
             PATH="/usr/bin:/bin",
             PYTEST_SAYS=tests,
             PYTEST_ENDS=str(tests_end),
-            BENCH_ENDS=str(bench_ends),
+            DECODE_ENDS=str(decode_ends),
+            PREFILL_ENDS=str(prefill_ends),
         )
 
     return check
@@ -55,12 +57,15 @@ def test_a_dry_run_collects_the_tests_and_benches_on_the_cpu_with_few_packages(t
     done = run("--dry-run", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = [line.split() for line in (tmp_path / "summary.txt").read_text().splitlines()]
-    assert [line[:2] for line in summary] == [["tests", "dry"], ["sanitizer", "dry"], ["bench", "dry"]]
+    assert [line[:2] for line in summary] == [
+        [step, "dry"] for step in ("tests", "sanitizer", "bench-decode", "bench-prefill")
+    ]
     assert int(summary[0][4]) > 50
     assert "would run: timeout 900" in done.stdout
     assert "--device cuda" in done.stdout
-    record = json.loads((tmp_path / "bench" / "decode.json").read_text())
-    assert {row["method"] for row in record["rows"] if row["status"] == "ok"} >= {"topk", "block", "window"}
+    for name in ("decode", "prefill"):
+        record = json.loads((tmp_path / "bench" / f"{name}.json").read_text())
+        assert {row["method"] for row in record["rows"] if row["status"] == "ok"} >= {"topk", "block", "window"}
     assert "no plot: matplotlib is not installed" in done.stdout
 
 
@@ -70,7 +75,9 @@ def test_steps_that_pass_are_summed_up(on_a_gpu, tmp_path):
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "5 passed in 0.10s" in summary
     assert "compute-sanitizer is not there" in summary
-    assert "--device cuda" in (tmp_path / "out" / "bench.log").read_text()
+    for name in ("decode", "prefill"):
+        assert f"bench {name} --out" in (log := (tmp_path / "out" / f"bench-{name}.log").read_text())
+        assert "--device cuda --minutes 4 " in log
     assert done.stdout.endswith(summary)
 
 
@@ -80,21 +87,23 @@ def test_steps_that_pass_are_summed_up(on_a_gpu, tmp_path):
         ({"tests": "1 failed, 4 passed in 0.10s", "tests_end": 1}, "1 failed, 4 passed in 0.10s; see tests.log"),
         ({"tests": "5 skipped in 0.10s"}, "5 skipped in 0.10s; see tests.log"),
         ({"tests": "Traceback", "tests_end": 4}, "pytest ended with 4; see tests.log"),
-        ({"bench_ends": 1}, "ended with 1; see bench.log"),
+        ({"prefill_ends": 1}, "ended with 1; see bench-prefill.log"),
+        ({"decode_ends": 1}, "ended with 1; see bench-decode.log"),
     ],
-    ids=["test-fails", "all-skipped", "pytest-breaks", "bench-fails"],
+    ids=["test-fails", "all-skipped", "pytest-breaks", "prefill-fails", "decode-fails"],
 )
 def test_a_step_that_fails_fails_the_check_and_the_others_still_run(on_a_gpu, tmp_path, ends, line):
     done = on_a_gpu(**ends)
     assert done.returncode == 1
     summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
-    assert len(summary) == 3
+    assert len(summary) == 4
     assert [row.endswith(line) for row in summary if " FAILED " in row] == [True]
 
 
 def test_one_step_alone(on_a_gpu, tmp_path):
     assert on_a_gpu("--only", "bench").returncode == 0
-    assert [line.split()[0] for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()] == ["bench"]
+    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert [line.split()[0] for line in summary] == ["bench-decode", "bench-prefill"]
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""``nc-patch bench``: times decoding against the fastest dense attention that is there."""
+"""``nc-patch bench``: times sparse attention against the fastest dense attention that is there."""

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from nc_patch.bench.inputs import DecodeInputs
 
 Step = Callable[[int], torch.Tensor]
-_BACKENDS = {
+SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -40,7 +40,7 @@ def rivals(device: torch.device) -> dict[str, Callable[[Sequence[DecodeInputs]],
     Making, or the first step, raises ``Absent`` or whatever the implementation raises.
     """
     found: dict[str, Callable[[Sequence[DecodeInputs]], Step]] = {}
-    for backend, form in ((backend, form) for backend in _BACKENDS for form in _FORMS):
+    for backend, form in ((backend, form) for backend in SDPA_BACKENDS for form in _FORMS):
         found[f"sdpa {backend}, {form}"] = partial(_sdpa, backend=backend, form=form)
     if device.type == "cuda":
         found["flex attention"] = _flex
@@ -54,15 +54,27 @@ def rivals(device: torch.device) -> dict[str, Callable[[Sequence[DecodeInputs]],
 
 
 def _sdpa(sets: Sequence[DecodeInputs], backend: str, form: str) -> Step:
-    if sets[0].key.device.type == "cpu" and backend in ("cudnn", "efficient"):
-        raise Absent(f"the {backend} backend needs a GPU")
-
-    def step(i: int) -> torch.Tensor:
+    def attend(i: int) -> torch.Tensor:
         query, key, value = sets[i].query, sets[i].key, sets[i].value
         rows = query if form == "gqa" else query.view(*key.shape[:2], -1, query.shape[-1])
         grouped = form == "gqa" and query.shape[1] != key.shape[1]
-        with sdpa_kernel(_BACKENDS[backend]):
-            return scaled_dot_product_attention(rows, key, value, enable_gqa=grouped).view(query.shape)
+        return scaled_dot_product_attention(rows, key, value, enable_gqa=grouped).view(query.shape)
+
+    return sdpa_step(attend, backend, sets[0].key.device)
+
+
+def sdpa_step(attend: Step, backend: str, device: torch.device) -> Step:
+    """A step that calls ``scaled_dot_product_attention`` in a way, held to one of ``SDPA_BACKENDS``; tried once.
+
+    Raises:
+        Absent: the backend has no kernel for these inputs; the message has its reasons.
+    """
+    if device.type == "cpu" and backend in ("cudnn", "efficient"):
+        raise Absent(f"the {backend} backend needs a GPU")
+
+    def step(i: int) -> torch.Tensor:
+        with sdpa_kernel(SDPA_BACKENDS[backend]):
+            return attend(i)
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -85,7 +97,7 @@ def _flex(sets: Sequence[DecodeInputs]) -> Step:
 
 
 def _flash(sets: Sequence[DecodeInputs], module: str) -> Step:
-    attend = _import(module).flash_attn_with_kvcache
+    attend = import_rival(module).flash_attn_with_kvcache
 
     def step(i: int) -> torch.Tensor:
         query, key, value = (tensor.transpose(1, 2) for tensor in (sets[i].query, sets[i].key, sets[i].value))
@@ -97,7 +109,7 @@ def _flash(sets: Sequence[DecodeInputs], module: str) -> Step:
 
 def _flashinfer(sets: Sequence[DecodeInputs]) -> Step:
     """FlashInfer's paged decoding, over a copy of keys and values in pages of its layout, planned beforehand."""
-    flashinfer = _import("flashinfer")
+    flashinfer = import_rival("flashinfer")
     query, key = sets[0].query, sets[0].key
     B, Hkv, n, D = key.shape
     if n % _PAGE:
@@ -122,7 +134,8 @@ def _flashinfer(sets: Sequence[DecodeInputs]) -> Step:
     return lambda i: wrapper.run(sets[i].query[:, :, 0], copies[i])[:, :, None]
 
 
-def _import(module: str) -> Any:
+def import_rival(module: str) -> Any:
+    """A module that may not be installed, which raises ``Absent``."""
     if importlib.util.find_spec(module) is None:
         raise Absent(f"{module} is not installed")
     return importlib.import_module(module)

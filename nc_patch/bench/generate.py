@@ -5,6 +5,7 @@ share of the time that it has in the whole model. The prompt is read densely by 
 attend almost evenly: this says how fast, and nothing about how good.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Iterator
@@ -13,10 +14,8 @@ from typing import Any
 
 import torch
 
-from nc_patch.bench.decode import FAILED, NO_MEMORY, NO_TIME, OK, Settings
+from nc_patch.bench.cases import NO_TIME, OK, Row, Settings, fail
 from nc_patch.bench.inputs import GEOMETRIES
-from nc_patch.bench.timing import first_line
-from nc_patch.config import NCConfig
 from nc_patch.patch import patched
 
 CACHES = ("dynamic", "static")
@@ -53,12 +52,12 @@ def measure_generate(settings: Settings, lengths: tuple[int, ...], deadline: flo
                     if time.monotonic() > deadline:
                         yield {**known, "status": NO_TIME, "message": "the time was used up before this case"}
                         continue
+                    row: Row = {**known, "status": OK}
                     try:
-                        yield {**known, "status": OK, **_measure(model, settings, batch, length, cache, method)}
-                    except (torch.OutOfMemoryError, MemoryError) as error:
-                        yield {**known, "status": NO_MEMORY, "message": first_line(error)}
+                        row |= _measure(model, settings, batch, length, cache, method)
                     except Exception as error:
-                        yield {**known, "status": FAILED, "message": first_line(error)}
+                        fail(row, error)
+                    yield row
 
 
 def random_model(name: str, length: int, settings: Settings) -> Any:
@@ -110,7 +109,7 @@ def _measure(model: Any, settings: Settings, batch: int, length: int, cache: str
     ids = ids.to(settings.device)
     attention: AbstractContextManager[Any] = nullcontext()
     if method != "dense":
-        config = NCConfig.create(settings.alpha, settings.C, prefill="dense", decode=method)
+        config = dataclasses.replace(settings.config, prefill="dense", decode=method)  # type: ignore[arg-type]
         attention = patched(model, config=config)
     rates = []
     if device == "cuda":

@@ -91,11 +91,7 @@ def make_inputs(
 
     Hq, Hkv, D = geometry.heads, geometry.kv_heads, geometry.head_dim
     rank = min(_RANK, D)
-    basis = normal(Hkv, rank, D) / rank**0.5
-    spread = (_SPREAD * normal(Hkv, 1, D)).exp()
-    offset = normal(Hkv, 1, D)
-    outliers = torch.randint(D, (Hkv, 1, min(_OUTLIERS, D)), generator=generator, device=device)
-    offset.scatter_(2, outliers, _OUTLIER_OFFSET * normal(Hkv, 1, outliers.shape[-1]).sign())
+    basis, spread, offset = draw_channels(geometry, rank, generator)
     key = torch.empty(batch, Hkv, length, D, dtype=dtype, device=device)
     value = torch.empty(batch, Hkv, length, D, dtype=dtype, device=device)
     for b in range(batch):
@@ -113,6 +109,23 @@ def make_inputs(
     indexes = {name: KeyIndex.build(key, KIND_OF[name]) for name in selections if name in KIND_OF}
     end = torch.full((batch,), length, dtype=torch.int32, device=device)
     return DecodeInputs(query.reshape(batch, Hq, 1, D).to(dtype), key, value, end, indexes)
+
+
+def draw_channels(
+    geometry: Geometry, rank: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the channels of keys are like: a basis ``[Hkv, rank, D]``, spread and offset ``[Hkv, 1, D]``; float32."""
+    device, Hkv, D = generator.device, geometry.kv_heads, geometry.head_dim
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    basis = normal(Hkv, rank, D) / rank**0.5
+    spread = (_SPREAD * normal(Hkv, 1, D)).exp()
+    offset = normal(Hkv, 1, D)
+    outliers = torch.randint(D, (Hkv, 1, min(_OUTLIERS, D)), generator=generator, device=device)
+    offset.scatter_(2, outliers, _OUTLIER_OFFSET * normal(Hkv, 1, outliers.shape[-1]).sign())
+    return basis, spread, offset
 
 
 def concentration(inputs: DecodeInputs, budget: int) -> dict[str, float]:

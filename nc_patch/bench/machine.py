@@ -20,7 +20,7 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-    for package in ("triton", "transformers", "flash-attn", "flashinfer-python"):
+    for package in ("triton", "transformers", "flash-attn", "flash-attn-3", "flashinfer-python"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -64,6 +64,23 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+class PeakMemory:
+    """The most memory that a GPU holds for PyTorch from now on, beyond what it holds now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+
+    def bytes(self) -> int | None:
+        """Waits for the device; None on a processor, where PyTorch does not know."""
+        if self._device.type != "cuda":
+            return None
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
 def commit() -> str | None:

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from nc_patch.bench.decode import ABSENT, OK
+from nc_patch.bench.benchmark import Wording
+from nc_patch.bench.cases import ABSENT, FAILED, LEFT_OUT, OK, WRONG, Row
 
-Row = dict[str, Any]
 Group = tuple[str, int]
 
 
@@ -49,14 +48,11 @@ def crossovers(rows: Sequence[Row], selections: Sequence[str]) -> list[Row]:
     return found
 
 
-def table(rows: Sequence[Row], selections: Sequence[str], law: str) -> str:
-    """The times of all cases, how many times faster than the fastest dense, and how near to the machine's memory.
-
-    In brackets: speed over dense, and the share of a copy's bandwidth at which the counted bytes were moved.
-    """
+def table(rows: Sequence[Row], selections: Sequence[str], law: str, wording: Wording) -> str:
+    """The times of all cases; in brackets, the speed over the fastest dense, and the share of the ceiling."""
     lines: list[str] = []
     for group, lengths in groups(rows):
-        lines += ["", f"{group[0]}, batch {group[1]}, budget {law}: microseconds a step and layer"]
+        lines += ["", f"{group[0]}, batch {group[1]}, budget {law}: {wording.unit}"]
         heads = "".join(f"{name:>25}" for name in selections)
         lines.append(f"{'keys':>9} {'budget':>7}{heads} {'dense':>18}  fastest dense")
         for length in lengths:
@@ -64,18 +60,18 @@ def table(rows: Sequence[Row], selections: Sequence[str], law: str) -> str:
             cells, budget = "", ""
             for name in selections:
                 row = sparse_row(rows, group, length, name)
-                cells += f"{_cell(row, dense):>25}"
+                cells += f"{_cell(row, dense, wording):>25}"
                 budget = f"{row['budget']:,}" if row else budget
             if dense:
-                lines.append(f"{length:9,} {budget:>7}{cells} {_cell(dense, None):>18}  {dense['method']}")
+                lines.append(f"{length:9,} {budget:>7}{cells} {_cell(dense, None, wording):>18}  {dense['method']}")
             else:
                 lines.append(f"{length:9,} {budget:>7}{cells} {'none':>18}  {_why_none(rows, group, length)}")
     return "\n".join(lines)
 
 
-def findings(rows: Sequence[Row], selections: Sequence[str]) -> str:
+def findings(rows: Sequence[Row], selections: Sequence[str], wording: Wording) -> str:
     """Crossovers, the cases in which sparse is slower, kept masses, and everything that did not run."""
-    lines = ["(speed over the fastest dense, share of the bandwidth of a copy at which the counted bytes were moved)"]
+    lines = [f"(speed over the fastest dense, share of {wording.ceiling})", *([wording.notes] if wording.notes else [])]
     lines += ["", "Faster than the fastest dense:"]
     for cross in crossovers(rows, selections):
         lines.append(f"  {cross['selection']:7} {cross['geometry']}, batch {cross['batch']}: {cross['says']}")
@@ -99,7 +95,7 @@ def findings(rows: Sequence[Row], selections: Sequence[str]) -> str:
 
 def failures(rows: Sequence[Row]) -> list[Row]:
     """Rows in which sparse attention failed or was wrong."""
-    return [row for row in rows if row["kind"] != "dense" and row["status"] in ("error", "wrong")]
+    return [row for row in rows if row["kind"] != "dense" and row["status"] in (FAILED, WRONG)]
 
 
 def _crossing(ratios: Sequence[tuple[int, float]]) -> tuple[int | None, str]:
@@ -121,12 +117,12 @@ def _is_slower(rows: Sequence[Row], group: Group, length: int, name: str) -> boo
     return bool(dense and row and row.get("median_seconds", 0.0) > dense["median_seconds"])
 
 
-def _cell(row: Row | None, dense: Row | None) -> str:
+def _cell(row: Row | None, dense: Row | None, wording: Wording) -> str:
     if row is None or "median_seconds" not in row:
         return "-" if row is None else row["status"]
-    micro = f"{1e6 * row['median_seconds']:.1f}" + ("*" if row.get("captured") is False else "")
+    time = f"{wording.per_second * row['median_seconds']:,.1f}" + ("*" if row.get("captured") is False else "")
     speed = f"{dense['median_seconds'] / row['median_seconds']:.2f}x, " if dense else ""
-    return f"{micro} ({speed}{100 * row['roofline_fraction']:.0f} %)"
+    return f"{time} ({speed}{100 * row['roofline_fraction']:.0f} %)"
 
 
 def _why_none(rows: Sequence[Row], group: Group, length: int) -> str:
@@ -137,6 +133,8 @@ def _why_none(rows: Sequence[Row], group: Group, length: int) -> str:
 def _problem(row: Row) -> str:
     if row["status"] == ABSENT:
         return f"  {row['method']}: {row['message']}"
+    if row["status"] == LEFT_OUT:
+        return f"  {row['method']} ({row['geometry']}, batch {row['batch']}): left out beyond: {row['message']}"
     where = f"{row['geometry']}, batch {row['batch']}, {row['length']:,} keys"
     what = "not captured in a CUDA graph (*)" if row["status"] == OK else row["status"]
     return f"  {row['method']} ({where}): {what}: {row['message']}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 # A method that takes this many times as long as the fastest is not repeated beyond the fewest.
-_HOPELESS, _FEWEST = 4.0, 3
+_HOPELESS, FEWEST = 4.0, 3
 _WARM_UPS = 3
 
 
@@ -95,13 +95,13 @@ def interleave(
     for turn in range(repeats):
         best = min((min(seconds) for seconds in taken.values() if seconds), default=float("inf"))
         for name, prepared in methods.items():
-            if name in raised or (turn >= _FEWEST and min(taken[name]) > _HOPELESS * best):
+            if name in raised or (turn >= FEWEST and min(taken[name]) > _HOPELESS * best):
                 continue
             try:
                 taken[name].append(seconds_of(prepared, device))
             except Exception as error:
                 raised[name] = error
-        if turn + 1 >= _FEWEST and time.monotonic() > deadline:
+        if turn + 1 >= FEWEST and time.monotonic() > deadline:
             break
     return {name: seconds for name, seconds in taken.items() if name not in raised}, raised
 

@@ -5,11 +5,11 @@ the machine's memory. What is read again, intermediate results and the budget's 
 """
 
 import statistics
-import time
 
 import torch
 
 from nc_patch.bench.inputs import Geometry
+from nc_patch.bench.timing import Prepared, seconds_of
 from nc_patch.ops.pages import VECTORS
 
 # Bytes of a codes index besides the codes, per key: scale and residual, float32 each.
@@ -59,20 +59,8 @@ def copy_bandwidth(device: torch.device, megabytes: int) -> float:
     source = torch.empty(megabytes * (1 << 20) // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
     target.copy_(source)
-    seconds = []
-    for _ in range(_COPIES):
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            target.copy_(source)
-            end.record()
-            end.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            target.copy_(source)
-            seconds.append(time.perf_counter() - start)
-    return 2 * source.nbytes / statistics.median(seconds)
+    prepared = Prepared(lambda: target.copy_(source), 1)
+    return 2 * source.nbytes / statistics.median(seconds_of(prepared, device) for _ in range(_COPIES))
 
 
 def _ends(geometry: Geometry, batch: int, itemsize: int) -> int:

@@ -6,6 +6,7 @@ too: block ``j`` of a sequence that begins at ``begin`` holds the keys ``begin +
 ``block_size - 1`` after it. So nothing depends on where a sequence lies in the buffer, nor on its neighbours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,13 @@ import torch
 
 # Columns of the estimate, float32 [Hq, 5], that every backend returns.
 ESTIMATE_COLUMNS = ("rows", "kept_mass", "kept_mass_squared", "query_blocks", "enlarged")
+
+# Is told the name of each step when it has been done, or on a GPU launched: "plan", "score", "choose" or "attend".
+Mark = Callable[[str], None]
+
+
+def no_mark(_: str) -> None:
+    """The mark of who does not time the steps."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from nc_patch.ops.blocks import BlockChoice, BlockSettings, QueryBlocks, query_block_table
+from nc_patch.ops.blocks import BlockChoice, BlockSettings, Mark, QueryBlocks, no_mark, query_block_table
 from nc_patch.ops.torch_block_attend import attend_blocks
 from nc_patch.ops.torch_block_choose import choose_blocks
 from nc_patch.ops.torch_rows import (
@@ -37,6 +37,7 @@ def torch_block_attention(
     max_factor: float,
     want_stats: bool,
     estimator: str = "sampled",
+    mark: Mark = no_mark,
 ) -> Five:
     """Attention over key blocks that a query block shares, as ``reference_attention`` defines ``"block"``.
 
@@ -46,6 +47,7 @@ def torch_block_attention(
         scale: factor of the scores. softcap: 0 for none.
         block_size to max_factor, estimator: see ``BlockSettings``.
         want_stats: whether lse and kept mass are wanted; the kept mass costs half of dense attention.
+        mark: for timing the steps, see ``blocks.Mark``; may be called several times for one.
 
     Returns:
         (output ``[B, Hq, Lq, Dv]``, lse and kept mass float32 ``[B, Hq, Lq]`` or empty, attended int32 ``[B, Hq,
@@ -53,7 +55,9 @@ def torch_block_attention(
     """
     settings = BlockSettings(block_size, query_block_size, sample_stride, min_mass, max_factor, estimator)
     table = query_block_table(visible, origin, query_block_size)
-    choice, estimate = choose_blocks(query, key, visible, origin, budget, table, settings, scale=scale, softcap=softcap)
+    choice, estimate = choose_blocks(
+        query, key, visible, origin, budget, table, settings, scale=scale, softcap=softcap, mark=mark
+    )
     output, of_keys, attended = attend_blocks(
         *(query, key, value, visible, sinks, table, choice),
         scale=scale,
@@ -61,6 +65,7 @@ def torch_block_attention(
         block_size=block_size,
         want_lse=want_stats,
     )
+    mark("attend")
     if not want_stats:
         return output, of_keys, torch.empty_like(of_keys), attended, estimate
     empty = (visible[..., 1] <= visible[..., 0])[:, None]

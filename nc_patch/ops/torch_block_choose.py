@@ -14,10 +14,12 @@ from nc_patch.ops.block_estimators import ESTIMATORS, Chunk, RowMass
 from nc_patch.ops.blocks import (
     BlockChoice,
     BlockSettings,
+    Mark,
     QueryBlocks,
     always_attended,
     block_of_rows,
     law_counts,
+    no_mark,
     sampled_rows,
 )
 
@@ -52,6 +54,7 @@ def choose_blocks(
     *,
     scale: float,
     softcap: float,
+    mark: Mark = no_mark,
 ) -> Chosen:
     """The blocks that each query block attends, as ``reference.block_choice`` defines them.
 
@@ -60,7 +63,7 @@ def choose_blocks(
     Args:
         query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``.
         budget: int32 ``[B, Hq or 1, Lq]``. table: as from ``query_block_table``.
-        scale, softcap: of the scores; softcap 0 for none.
+        scale, softcap: of the scores; softcap 0 for none. mark: for timing the steps.
     """
     B, Hq, Lq, _ = query.shape
     Hkv = key.shape[1]
@@ -75,6 +78,7 @@ def choose_blocks(
     buffers = torch_rows.Buffers(0, query.device)
     indices, counts = [], []
     loaded, keys = -1, key
+    mark("plan")
     for span in _spans(table, settings, Hq):
         b, rows, blocks = span.batch, span.rows, slice(span.first, span.last)
         if b != loaded:
@@ -90,13 +94,17 @@ def choose_blocks(
             span.last - span.first,
         )
         found = ESTIMATORS[settings.estimator](chunk, settings, scale, softcap, buffers)
+        mark("score")
         order, taken, of_chunk = _heaviest(found, law[blocks], always[blocks] - span.lowest, settings)
         indices.append(torch.where(order >= 0, order + span.lowest, -1).int())
         counts.append(taken)
         estimate += of_chunk
+        mark("choose")
     most = max(found.shape[-1] for found in indices)
     filled = [torch.nn.functional.pad(found, (0, most - found.shape[-1]), value=-1) for found in indices]
-    return Chosen(BlockChoice(torch.cat(filled), torch.cat(counts)), estimate)
+    choice = BlockChoice(torch.cat(filled), torch.cat(counts))
+    mark("choose")
+    return Chosen(choice, estimate)
 
 
 def _spans(table: QueryBlocks, settings: BlockSettings, num_heads: int) -> Iterator[_Span]:

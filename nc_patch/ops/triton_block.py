@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 
+from nc_patch.ops.blocks import Mark, no_mark
 from nc_patch.ops.triton_block_attend import attend_blocks_kernel, blank_rows_kernel
 from nc_patch.ops.triton_block_choose import choose_blocks_kernel
 from nc_patch.ops.triton_block_plan import BlockPlan, chunks_of, make_plan
@@ -103,6 +104,7 @@ def triton_block_attention(
     min_mass: float,
     max_factor: float,
     want_stats: bool,
+    mark: Mark = no_mark,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over key blocks that a query block chooses by the dense softmax mass of its sampled rows.
 
@@ -117,6 +119,7 @@ def triton_block_attention(
         min_mass: estimated kept mass up to which a query block takes more blocks than its budget has; 0 for never.
         max_factor: by which factor it may exceed the budget's count for it.
         want_stats: whether lse and kept mass are wanted; the kept mass costs as much as dense attention.
+        mark: for timing the steps, see ``blocks.Mark``; may be called several times for one.
 
     Returns:
         (output ``[B, Hq, Lq, Dv]``; lse and kept mass float32 ``[B, Hq, Lq]`` or empty; attended int32 ``[B, Hq,
@@ -142,16 +145,18 @@ def triton_block_attention(
         visible, origin, budget, Hkv, block_size=block_size, query_block_size=query_block_size,
         sample_stride=sample_stride, min_mass=min_mass, max_factor=max_factor,
     )  # fmt: skip
+    mark("plan")
     tiles = block_tiles(architecture_of(device), query.dtype, D, DV, block_size)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         block_indices, block_counts, estimate = choose_blocks(
             query, key, visible, plan, tiles.score, scale=scale, softcap=softcap, block_size=block_size,
-            min_mass=min_mass,
+            min_mass=min_mass, mark=mark,
         )  # fmt: skip
         attend_blocks(
             query, key, value, visible, sinks, plan, block_indices, block_counts, tiles, output, lse, lse_keys,
             attended, scale=scale, softcap=softcap, block_size=block_size,
         )  # fmt: skip
+    mark("attend")
     if want_stats:
         seen = (visible[..., 1].clamp(max=Lk) - visible[..., 0].clamp(min=0)).clamp(min=0).to(torch.int32)[:, None]
         _, dense, _ = launch_attention(
@@ -173,6 +178,7 @@ def choose_blocks(
     softcap: float,
     block_size: int,
     min_mass: float,
+    mark: Mark = no_mark,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The blocks that each query block attends, and what its sampled rows keep of their mass on them.
 
@@ -203,13 +209,17 @@ def choose_blocks(
             **score_constants(query.shape[3], block_size, tiles, softcap > 0),
             **score_options(query.shape[3], tiles, architecture),
         )
+        mark("score")
         choose_blocks_kernel[(last - first, Hkv)](
             *(plan.table, plan.samples, scores, plan.law, plan.limit, weights, row_lse, block_indices, block_counts),
             *(kept, enlarged, Hkv, group, slots, first, row_count, width, plan.capacity, min_mass),
             **choose_constants(min_mass > 0),
             **choose_options(architecture),
         )
-    return block_indices, block_counts, _estimate(plan, kept, enlarged)
+        mark("choose")
+    estimate = _estimate(plan, kept, enlarged)
+    mark("choose")
+    return block_indices, block_counts, estimate
 
 
 def _estimate(plan: BlockPlan, kept: torch.Tensor, enlarged: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,265 @@
+"""Attention of a whole prompt at one layer, sparse against dense: every case of lengths, batches and geometries, timed.
+
+Timed is the operator from queries, keys and values to the output, as a model calls it: intervals, budgets, choice of
+keys and attention. The projections are the same for all methods and left out.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from nc_patch.bench import forward
+from nc_patch.bench.benchmark import Benchmark, Whole, Wording
+from nc_patch.bench.cases import Case, Row, Settings, fail, is_wanted, judge, new_row, time_rows
+from nc_patch.bench.checks import Expected, compare
+from nc_patch.bench.dense_rivals import Step
+from nc_patch.bench.flops import attend_flops, dense_flops, matrix_rate, score_flops, topk_flops
+from nc_patch.bench.inputs import GEOMETRIES
+from nc_patch.bench.machine import PeakMemory, free_bytes
+from nc_patch.bench.prefill_checks import checked_rows, expected_rows
+from nc_patch.bench.prefill_report import findings
+from nc_patch.bench.prefill_rivals import rivals
+from nc_patch.bench.prefill_steps import step_seconds
+from nc_patch.bench.prompts import PromptInputs, make_prompt, prompt_concentration
+from nc_patch.bench.timing import Prepared
+from nc_patch.config import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES, NCConfig
+from nc_patch.functional import attend, budgets_of, sparse_attention
+from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.reference import causal_intervals
+
+# Repeats of a case go on for this long, and three in any case.
+_CASE_SECONDS = 20.0
+# Exponent of the length with which the time of dense attention grows.
+_GROWTH = 2.0
+# Of the free memory, the part that queries, keys, values and one output may take.
+_MEMORY_SHARE = 0.6
+
+
+def measure_case(case: Case, settings: Settings, rate: float, before: Sequence[Row], deadline: float) -> list[Row]:
+    """One row for each dense implementation and each selection, in one case."""
+    device, geometry, config = settings.device, GEOMETRIES[case.geometry], settings.config
+    _check_memory(case, settings)
+    inputs = make_prompt(geometry, case.batch, case.length, settings.dtype, device, settings.seed)
+    visible = causal_intervals(1, case.length, case.length, device)
+    budgets = budgets_of(config, 0, visible, case.length)[0, 0].cpu()
+    shared: dict[str, Any] = {
+        "budget": config.largest_budget(case.length),
+        "scores": prompt_concentration(inputs, budgets),
+    }
+    rows_of = checked_rows(case.length, config.query_block_size)
+    rows: dict[str, Row] = {}
+    ready: dict[str, Prepared] = {}
+    for selection in settings.selections:
+        row = rows[selection] = new_row(case, selection, "sparse", **shared)
+        if is_wanted(row, before, deadline, growth=_GROWTH, always=selection == "block"):
+            counted = partial(_count, row, inputs, selection, settings, case)
+            right = partial(expected_rows, inputs, selection, config, rows_of)
+            _try(row, ready, partial(_sparse_step, inputs, selection, config), right, rows_of, device, counted)
+    dense = _Once(partial(expected_rows, inputs, "dense", config, rows_of))
+    for name, make in rivals(device).items():
+        row = new_row(case, name, "dense", flops=dense_flops(geometry, case.batch, case.length), **shared)
+        rows[name] = row
+        if is_wanted(row, before, deadline, growth=_GROWTH):
+            _try(row, ready, partial(make, inputs), dense, rows_of, device)
+    case_deadline = min(deadline, time.monotonic() + _CASE_SECONDS)
+    time_rows(rows, ready, "flops", settings, rate, case_deadline)
+    if "median_seconds" in rows.get("block", {}):
+        try:
+            rows["block"]["step_seconds"] = step_seconds(inputs, settings, deadline)
+        except Exception as error:
+            fail(rows["block"], error)
+    return list(rows.values())
+
+
+class _Once:
+    """Calls a function when it is first called, and returns the same from then on."""
+
+    def __init__(self, make: Callable[[], Expected]) -> None:
+        self._make = make
+        self._made: Expected | None = None
+
+    def __call__(self) -> Expected:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+
+def _sparse_step(inputs: PromptInputs, selection: str, config: NCConfig) -> Step:
+    options = {
+        name: getattr(config, name)
+        for name in ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor", "tail", "backend")
+    }
+
+    def step(_: int) -> torch.Tensor:
+        output = sparse_attention(
+            *(inputs.query, inputs.key, inputs.value),
+            alpha=config.alpha,  # type: ignore[arg-type]
+            C=config.C,  # type: ignore[arg-type]
+            selection=selection,  # type: ignore[arg-type]
+            **options,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    return step
+
+
+def _count(row: Row, inputs: PromptInputs, selection: str, settings: Settings, case: Case, right: Expected) -> None:
+    """Writes what a selection attends and computes into its row; block attention tells it after the fact."""
+    geometry, config, length = GEOMETRIES[case.geometry], settings.config, case.length
+    backend, reason = choose_backend(config.backend, selection, settings.device)
+    row |= {"backend": backend, "backend_reason": reason, "kept_mass": right.kept_mass}
+    visible = causal_intervals(case.batch, length, length, settings.device)
+    budget = budgets_of(config, 0, visible, length)
+    pairs = case.batch * geometry.heads * int(budget[0, 0].sum(dtype=torch.int64))
+    if selection == "block":
+        result = attend(
+            *(inputs.query, inputs.key, inputs.value),
+            visible=visible,
+            origin=visible[..., 0],
+            budget=budget,
+            selection="block",
+            config=config,
+            scale=inputs.query.shape[-1] ** -0.5,
+        )
+        assert result.attended is not None
+        assert result.block_estimate is not None
+        pairs = int(result.attended.sum(dtype=torch.int64))
+        sampled, kept, _, query_blocks, enlarged = result.block_estimate.double().sum(0).tolist()
+        row |= {"estimated_kept_mass": kept / sampled, "enlarged": enlarged / query_blocks}
+        score = score_flops(geometry, case.batch, length, config.query_block_size, config.sample_stride)
+        row["step_flops"] = {"score": score, "attend": attend_flops(geometry, pairs)}
+        row["flops"] = sum(row["step_flops"].values())
+    elif selection == "topk":
+        row["flops"] = topk_flops(geometry, case.batch, length, pairs)
+    else:
+        row["flops"] = attend_flops(geometry, pairs)
+    row["attended"] = pairs / (case.batch * geometry.heads * length)
+
+
+def _try(
+    row: Row,
+    ready: dict[str, Prepared],
+    make: Callable[[], Step],
+    right: Callable[[], Expected],
+    rows: torch.Tensor,
+    device: torch.device,
+    count: Callable[[Expected], None] | None = None,
+) -> None:
+    """Makes, checks and prepares one method; whatever goes wrong is written into its row."""
+    try:
+        expected, step = right(), make()
+        peak = PeakMemory(device)
+        output = step(0)
+        row["peak_bytes"] = peak.bytes()
+        if not judge(row, _compare(output, expected, row["method"], rows)):
+            return
+        del output
+        if count is not None:
+            count(expected)
+    except Exception as error:
+        fail(row, error)
+    else:
+        ready[row["method"]] = Prepared(lambda: step(0), 1)
+
+
+def _compare(output: torch.Tensor, right: Expected, method: str, rows: torch.Tensor) -> dict[str, Any]:
+    found = compare(output[:1].index_select(2, rows.to(output.device)), right, method)
+    finite = bool(output.isfinite().all())
+    return {**found, "right": found["right"] and finite, "compared_rows": len(rows)}
+
+
+def _check_memory(case: Case, settings: Settings) -> None:
+    geometry = GEOMETRIES[case.geometry]
+    heads = 2 * geometry.heads + 2 * geometry.kv_heads
+    wanted = case.batch * case.length * heads * geometry.head_dim * settings.dtype.itemsize
+    if wanted > _MEMORY_SHARE * free_bytes(settings.device):
+        raise MemoryError(f"{wanted / 1e9:.1f} GB of queries, keys, values and outputs leave too little of the memory")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    config = NCConfig(alpha=1.0)
+    block = parser.add_argument_group("block")
+    for name, choices, what in (
+        ("block_size", BLOCK_SIZES, "keys of a block"),
+        ("query_block_size", QUERY_BLOCK_SIZES, "queries that choose together"),
+        ("sample_stride", SAMPLE_STRIDES, "every how many queries one is scored"),
+    ):
+        default = getattr(config, name)
+        option = f"--{name.replace('_', '-')}"
+        block.add_argument(option, type=int, choices=choices, default=default, help=f"{what}; by default {default}")
+    block.add_argument("--min-mass", type=float, help="kept mass to enlarge the budget for; by default none")
+    block.add_argument(
+        "--max-factor",
+        type=float,
+        default=config.max_factor,
+        help=f"by how much it may be enlarged; by default {config.max_factor:g}",
+    )
+
+
+def _config(parsed: argparse.Namespace) -> NCConfig:
+    return NCConfig.create(
+        parsed.alpha,
+        parsed.C,
+        block_size=parsed.block_size,
+        query_block_size=parsed.query_block_size,
+        sample_stride=parsed.sample_stride,
+        min_mass=parsed.min_mass,
+        max_factor=parsed.max_factor,
+        tail="drop",  # what is counted and compared is the keys that are attended
+    )
+
+
+PREFILL = Benchmark(
+    name="prefill",
+    summary="attention of a whole prompt at one layer, and forward passes",
+    what=(
+        "Causal attention of a whole prompt at one layer: intervals, budgets, choice of keys, attention; medians of "
+        "interleaved repeats. Dense: the fastest of all implementations that ran."
+    ),
+    lengths_are="tokens of the prompt",
+    selections=("block", "window", "topk"),
+    defaults={
+        "cpu": {
+            "lengths": (1024, 2048, 4096, 8192),
+            "geometry": ("smollm2",),
+            "dtype": "float32",
+            "repeats": 5,
+            "forward": (2048,),
+            "ceiling_size": 1024,
+        },
+        "cuda": {
+            "lengths": (8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576),
+            "geometry": ("llama3-8b",),
+            "dtype": "bfloat16",
+            "repeats": 20,
+            "forward": (32768, 131072),
+            "ceiling_size": 8192,
+        },
+    },
+    wording=Wording(
+        unit="milliseconds a layer",
+        per_second=1e3,
+        ceiling="the matrix products' rate of this run at which the counted operations were done",
+        counts="counted operations at the rate of a matrix product",
+        notes="(kept masses are those of the rows that are compared; estimates are of the rows that block scores)",
+    ),
+    ceiling_name="matrix_flops_per_second",
+    ceiling=matrix_rate,
+    ceiling_in_words=lambda rate: f"matrix products {rate / 1e12:,.3g} TFLOP/s",
+    measure=measure_case,
+    growth=_GROWTH,
+    whole=Whole(
+        "forward",
+        "time whole forward passes too, of prompts of N tokens",
+        forward.measure_forward,
+        forward.table,
+    ),
+    add_options=_add_options,
+    config=_config,
+    findings=findings,
+)
