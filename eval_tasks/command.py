@@ -9,9 +9,11 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from eval_tasks.errors import EvalError
+from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.methods import METHODS, Budgets, Method
 from eval_tasks.models import DTYPES
 from eval_tasks.provenance import command_line
+from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
 from eval_tasks.report import REPORT, write_report
 from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.sweep import Sweep, run_sweep
@@ -31,12 +33,23 @@ def run_eval(argv: Sequence[str]) -> int:
     command = command_line(["eval", *argv])
     try:
         directory = _directory(arguments)
-        complete = run_sweep(_sweep(arguments), directory, command)
+        sweep = _sweep(arguments)
+        launch = wanted_launch(arguments.processes)
+        if launch is not None:
+            return run_processes(launch, ["eval", *without_processes(argv)])
+        with joined_ranks(sweep.tp_plan is not None, sweep.device) as ranks:
+            if sweep.tp_plan is not None and ranks.world == 1:
+                raise EvalError("--tp-plan spreads a model over several processes: add --processes N, or use torchrun")
+            complete = run_sweep(sweep, directory, command, ranks)
+            is_first = ranks.is_first
+        if not is_first:
+            return 0
         _print_findings(directory)
     except EvalError as error:
         return _refuse(error)
     except KeyboardInterrupt:
-        print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
+        if launched_rank() == 0:
+            print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
         return INTERRUPTED
     if not complete:
         print(f"To measure the rest: {command}", file=sys.stderr)
@@ -55,7 +68,8 @@ def run_report(argv: Sequence[str]) -> int:
 
 
 def _refuse(error: EvalError) -> int:
-    print(f"nc-patch: {error}", file=sys.stderr)
+    if launched_rank() == 0 or not isinstance(error, AgreedError):
+        print(f"nc-patch: {error}", file=sys.stderr)
     return USAGE_ERROR
 
 
@@ -94,12 +108,16 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         device=arguments.device,
         threads=arguments.threads,
         minutes=arguments.minutes,
+        device_map=arguments.device_map,
+        tp_plan=arguments.tp_plan,
+        retry_failed=arguments.retry_failed,
     )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nc-patch eval",
+        allow_abbrev=False,
         description="Measure what sparse attention keeps of a model, by context length.\n"
         "Interrupted, the same command goes on where it was.",
         epilog=f"methods:\n{_listed(METHODS)}\n\ntasks:\n{_listed(TASKS)}",
@@ -133,6 +151,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", choices=list(BACKENDS), default="auto", help="of sparse attention (default: auto)")
     add("--threads", type=_positive, help="threads of PyTorch on the CPU")
     add("--minutes", type=float, help="begin nothing that is not expected to end within so many minutes")
+    add("--processes", type=_positive, metavar="N", help="share the samples among N processes of this machine")
+    add("--device-map", metavar="MAP", help="auto: spread the layers of one model over all GPUs of a process")
+    add("--tp-plan", metavar="PLAN", help="auto: spread every layer of one model over all processes")
+    add("--retry-failed", action="store_true", help="measure cells again that ran out of memory before")
     add("--list-methods", action="store_true", help="print the methods and end")
     add("--list-tasks", action="store_true", help="print the tasks and end")
     return parser

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import inspect
 import math
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from eval_tasks.errors import EvalError
+from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.tasks import Sample
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
 
@@ -64,13 +65,32 @@ def measure(model: Any, config: NCConfig | None, sample: Sample) -> Measurement:
         sample: what to read and score.
 
     Raises:
-        EvalError: the loss is not finite, or memory ran out.
+        EvalError: the loss is not finite.
+        MemoryRanOut: what was allocated for it is free again.
     """
+    try:
+        return _measure(model, config, sample)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).split("\n")[0]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise MemoryRanOut(f"memory ran out at {len(sample.ids) - 1:,} tokens ({reason}); ask for shorter lengths")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # On the CPU PyTorch raises a plain RuntimeError, which only its words tell apart.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _measure(model: Any, config: NCConfig | None, sample: Sample) -> Measurement:
     ids = torch.from_numpy(sample.ids).to(model.device)
     with torch.inference_mode(), patched(model, config=config) if config else contextlib.nullcontext():
         if config:
             reset_stats(model, tail=sample.scored)
-        with _Peak(model.device) as peak:
+        with _Peak(model) as peak:
             logits = _forward(model, ids[None, :-1], sample.scored)
         loss_sum = _loss_sum(logits, ids[-sample.scored :])
         attended = _attended(model) if config else _attended_dense(model, len(ids) - 1, sample.scored)
@@ -96,10 +116,7 @@ def warm_up(model: Any, config: NCConfig | None) -> None:
 def _forward(model: Any, ids: torch.Tensor, keep: int) -> torch.Tensor:
     """Logits ``[keep, V]`` of the last positions; only these are computed where the model can."""
     options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    try:
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False, **options).logits[0, -keep:]
-    except torch.OutOfMemoryError as error:
-        raise EvalError(f"memory ran out at {ids.shape[1]:,} tokens; ask for shorter lengths") from error
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **options).logits[0, -keep:]
     return logits
 
 
@@ -131,18 +148,22 @@ def _attended_dense(model: Any, length: int, scored: int) -> dict[str, Any]:
 
 
 class _Peak:
-    """Times a block and finds its peak memory above the start: ``seconds`` and ``bytes`` when it is left."""
+    """Times a block and finds its peak memory above the start: ``seconds`` and ``bytes`` when it is left.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    The peaks of several GPUs that share a model are added up.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self.seconds = 0.0
         self.bytes = 0
 
     def __enter__(self) -> "_Peak":
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
+        if self.devices:
+            for device in self.devices:
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+            self._before = sum(torch.cuda.memory_allocated(device) for device in self.devices)
         else:
             _return_freed_memory()
             self._sampler = _ResidentSampler()
@@ -151,11 +172,11 @@ class _Peak:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        for device in self.devices:
+            torch.cuda.synchronize(device)
         self.seconds = time.perf_counter() - self._start
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        if self.devices:
+            self.bytes = sum(torch.cuda.max_memory_allocated(device) for device in self.devices) - self._before
         else:
             self.bytes = self._sampler.stop()
 

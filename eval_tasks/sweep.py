@@ -1,15 +1,18 @@
 """A sweep: every task and method at every length and sample, in an order in which a part is already of use."""
 
+import contextlib
 import itertools
+import secrets
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eval_tasks.errors import EvalError
+from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.measure import measure, warm_up
 from eval_tasks.methods import DENSE, METHODS, Budgets, budget_at
 from eval_tasks.models import (
@@ -23,7 +26,8 @@ from eval_tasks.models import (
 )
 from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
-from eval_tasks.store import ResultStore, measurement_key
+from eval_tasks.ranks import Ranks
+from eval_tasks.store import ResultStore, measurement_key, read_run
 from eval_tasks.tasks import TASKS, Layout, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
 
@@ -42,6 +46,8 @@ class Sweep:
         threads: of PyTorch on the CPU; None leaves its choice.
         minutes: after the first, no sample is begun that is not expected to end within so many minutes; None for no
             limit.
+        device_map, tp_plan: how one model is spread over devices or processes; as ``load_model`` takes them.
+        retry_failed: whether cells that failed in an earlier session are measured again.
     """
 
     model: str
@@ -54,6 +60,9 @@ class Sweep:
     device: str = "auto"
     threads: int | None = None
     minutes: float | None = None
+    device_map: str | None = None
+    tp_plan: str | None = None
+    retry_failed: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in every session that adds to one directory."""
@@ -75,6 +84,8 @@ class Sweep:
             "dtype": self.dtype,
             "device": self.device,
             "threads": self.threads,
+            "device_map": self.device_map,
+            "tp_plan": self.tp_plan,
         }
 
 
@@ -94,45 +105,52 @@ class Planned:
         return Step(self.method, self.length)
 
 
-def run_sweep(sweep: Sweep, directory: Path, command: str) -> bool:
+def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None = None) -> bool:
     """Measures what the directory does not hold yet, and adds it there.
 
     Args:
         sweep: what to measure.
-        directory: where results go; made when missing.
+        directory: where results go; made when missing. Processes on several machines need it to be the same one.
         command: the command line, for the record.
+        ranks: the processes that share the work; None for this one alone.
 
     Returns:
         Whether everything was measured; False when the time limit came first.
 
     Raises:
-        EvalError: something is missing or does not fit; nothing that was measured is lost.
+        EvalError: something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
-    if sweep.threads is not None:
-        torch.set_num_threads(sweep.threads)
-    check_same(directory, sweep.identity() | versions())
-    device = pick_device(sweep.device)
-    text = load_text(sweep.text)
-    source = find_model(sweep.model)
-    _check_positions(sweep, max_positions(source))
-    tokenizer = load_tokenizer(source)
-    tokens = tokenise(tokenizer, text.content)
-    check_lengths([TASKS[name] for name in sweep.tasks], sweep.layout, len(tokens.prefix))
-    starts = places(tokens, sweep.layout)
-    with ResultStore(directory) as store:
-        model = load_model(sweep.model, sweep.dtype, str(device)).model
-        identity = (
-            sweep.identity()
-            | versions()
-            | {
-                "weights": weights_fingerprint(model),
-                "tokenizer": tokenizer_fingerprint(tokenizer),
-                "text_sha256": text.sha256,
-            }
-        )
-        check_same(directory, identity)
-        for name in sweep.methods:
-            _check_method(model, name, sweep.budgets)
+    ranks = ranks or Ranks()
+    with _agreed(ranks):
+        if sweep.threads is not None:
+            torch.set_num_threads(sweep.threads)
+        check_same(directory, sweep.identity() | versions())
+        text = load_text(sweep.text)
+        source = find_model(sweep.model)
+        _check_positions(sweep, max_positions(source))
+        tokenizer = load_tokenizer(source)
+        tokens = tokenise(tokenizer, text.content)
+        check_lengths([TASKS[name] for name in sweep.tasks], sweep.layout, len(tokens.prefix))
+        starts = places(tokens, sweep.layout)
+        device = _own_device(sweep, ranks)
+    with contextlib.ExitStack() as stack:
+        with _agreed(ranks):
+            first_store = stack.enter_context(ResultStore(directory)) if ranks.is_first else None
+        with _agreed(ranks):
+            model = load_model(sweep.model, sweep.dtype, str(device), sweep.device_map, sweep.tp_plan).model
+            identity = (
+                sweep.identity()
+                | versions()
+                | {
+                    "weights": weights_fingerprint(model),
+                    "tokenizer": tokenizer_fingerprint(tokenizer),
+                    "text_sha256": text.sha256,
+                }
+            )
+            if ranks.is_first:
+                check_same(directory, identity)
+            for name in sweep.methods:
+                _check_method(model, name, sweep.budgets)
         details = {
             "text_origin": text.origin,
             "text_tokens": len(tokens.ids),
@@ -143,9 +161,49 @@ def run_sweep(sweep: Sweep, directory: Path, command: str) -> bool:
             "log_factor": sweep.budgets.log_factor,
             "hardware": hardware(device, torch.get_num_threads()),
         }
-        record_session(directory, identity, details, command)
+        session = ranks.from_first(secrets.token_hex(8))
+        with _agreed(ranks):
+            if ranks.is_first:
+                record_session(directory, identity, details, command, {"id": session, "processes": ranks.world})
+        with _agreed(ranks):
+            store = first_store or stack.enter_context(_part_store(directory, ranks, session))
+        known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in store.rows])
         plan = _plan(sweep, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
-        return _measure_all(sweep, plan, store, model, tokens, starts)
+        complete = _measure_all(sweep, plan, known, store, _Measurer(sweep, model, tokens, starts), ranks)
+        if not ranks.is_first:
+            stack.close()
+        with _agreed(ranks):
+            pass  # every other process has closed its part
+        if first_store is not None:
+            first_store.take_in_parts()
+        return complete
+
+
+@contextlib.contextmanager
+def _agreed(ranks: Ranks) -> Iterator[None]:
+    """A step that all processes take; where one of them fails, all do."""
+    try:
+        yield
+    except EvalError as error:
+        ranks.agree(error)
+        raise
+    ranks.agree()
+
+
+def _own_device(sweep: Sweep, ranks: Ranks) -> torch.device:
+    device = pick_device(sweep.device)
+    if device.type == "cuda" and device.index is None and ranks.world > 1:
+        return pick_device(f"cuda:{ranks.local_rank}")
+    return device
+
+
+def _part_store(directory: Path, ranks: Ranks, session: str) -> ResultStore:
+    run = read_run(directory) or {"sessions": [{}]}
+    if run["sessions"][-1].get("id") != session:
+        raise EvalError(
+            f"{directory} is not the directory that process 0 writes to; several machines need one they share"
+        )
+    return ResultStore(directory, ranks.rank)
 
 
 def _check_positions(sweep: Sweep, positions: int | None) -> None:
@@ -185,40 +243,69 @@ def _plan(sweep: Sweep, constants: dict[str, Any]) -> list[Planned]:
     return plan
 
 
+def _costs(row: dict[str, Any]) -> tuple[str, int, float | None]:
+    return row["method"], row["length"], row.get("seconds")
+
+
 def _measure_all(
-    sweep: Sweep, plan: list[Planned], store: ResultStore, model: Any, tokens: TokenisedText, starts: list[int]
+    sweep: Sweep,
+    plan: list[Planned],
+    known: list[tuple[str, tuple[str, int, float | None], bool]],
+    store: ResultStore,
+    measurer: "_Measurer",
+    ranks: Ranks,
 ) -> bool:
     began = time.monotonic()
     forecast = Forecast()
-    for row in store.rows:
-        forecast.learn(Step(row["method"], row["length"]), row["seconds"])
-    done = {row["key"] for row in store.rows}
+    for _, (method, length, seconds), _ in known:
+        if seconds is not None:
+            forecast.learn(Step(method, length), seconds)
+    failed = {key for key, _, has_failed in known if has_failed}
+    done = {key for key, _, _ in known} - (failed if sweep.retry_failed else set())
     todo = [planned for planned in plan if planned.key not in done]
-    if len(todo) < len(plan):
-        print(f"{len(plan) - len(todo)} of {len(plan)} measurements are there already.", file=sys.stderr)
+    if ranks.is_first:
+        _say_what_is_there(plan, done, failed)
     source_commit = commit()
-    progress = Progress([planned.step for planned in todo], forecast)
+    writes = ranks.is_first or sweep.tp_plan is None
+    groups = _groups(todo)
+    first_steps = list(itertools.accumulate((len(group) for group in groups), initial=0))
+    progress = Progress([planned.step for planned in todo], forecast, ranks.world, ranks.is_first)
     try:
-        for number, group in enumerate(_groups(todo)):
+        for turn, number in enumerate(ranks.take(len(groups))):
+            group = groups[number]
             # One group is measured whatever the limit, so that runs that are repeated always get further.
-            if number and _exceeds(sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)):
-                left = sum(planned.key not in {row["key"] for row in store.rows} for planned in todo)
-                print(
-                    f"Stopped before the limit of {sweep.minutes:g} minutes with {left} of {len(plan)} measurements to "
-                    "go; the same command goes on.",
-                    file=sys.stderr,
-                )
+            if turn and _exceeds(sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)):
+                if ranks.is_first:
+                    print(
+                        f"Stopped before the limit of {sweep.minutes:g} minutes with about "
+                        f"{len(todo) - first_steps[number]} of {len(plan)} measurements to go; the same command goes "
+                        "on.",
+                        file=sys.stderr,
+                    )
                 return False
+            progress.begun_before(first_steps[number])
             for planned in group:
                 progress.starts(f"{planned.length:,} tokens, {planned.task}, {planned.method}")
-                row = _row(sweep, planned, model, tokens, starts)
-                store.append(row | {"commit": source_commit})
-                forecast.learn(planned.step, row["seconds"])
+                row = measurer.row(planned)
+                if writes:
+                    store.append(row | {"commit": source_commit, "process": ranks.rank})
+                if "seconds" in row:
+                    forecast.learn(planned.step, row["seconds"])
                 progress.finished()
     finally:
         progress.close()
-    print(f"Measured in {duration(time.monotonic() - began)}.", file=sys.stderr)
+    if ranks.is_first:
+        print(f"Measured in {duration(time.monotonic() - began)}.", file=sys.stderr)
     return True
+
+
+def _say_what_is_there(plan: list[Planned], done: set[str], failed: set[str]) -> None:
+    there = sum(planned.key in done for planned in plan)
+    if there:
+        print(f"{there} of {len(plan)} measurements are there already.", file=sys.stderr)
+    gone = sum(planned.key in failed & done for planned in plan)
+    if gone:
+        print(f"{gone} of them failed; --retry-failed measures them again.", file=sys.stderr)
 
 
 def _groups(todo: list[Planned]) -> list[list[Planned]]:
@@ -230,20 +317,36 @@ def _exceeds(minutes: float | None, spent: float, expected: float | None) -> boo
     return minutes is not None and spent + (expected or 0.0) > 60 * minutes
 
 
-def _row(sweep: Sweep, planned: Planned, model: Any, tokens: TokenisedText, starts: list[int]) -> dict[str, Any]:
-    sample = TASKS[planned.task].build(tokens, starts[planned.sample], planned.length, sweep.layout)
-    try:
-        measured = measure(model, METHODS[planned.method].config(sweep.budgets), sample)
-    except EvalError as error:
-        raise EvalError(f"{planned.task} with {planned.method} at {planned.length:,} tokens: {error}") from error
-    return {
-        "key": planned.key,
-        "model": sweep.model,
-        "method": planned.method,
-        "task": planned.task,
-        "length": planned.length,
-        "sample": planned.sample,
-        "place": starts[planned.sample],
-        "budget": budget_at(planned.method, sweep.budgets, planned.length),
-        **measured.to_dict(),
-    }
+@dataclass(frozen=True)
+class _Measurer:
+    """Makes the rows of planned measurements with one model, which each of them patches and unpatches."""
+
+    sweep: Sweep
+    model: Any
+    tokens: TokenisedText
+    starts: list[int]
+
+    def row(self, planned: Planned) -> dict[str, Any]:
+        """The row of one measurement; where memory runs out, one that says so."""
+        sweep, what = self.sweep, f"{planned.task} with {planned.method} at {planned.length:,} tokens"
+        sample = TASKS[planned.task].build(self.tokens, self.starts[planned.sample], planned.length, sweep.layout)
+        try:
+            measured = measure(self.model, METHODS[planned.method].config(sweep.budgets), sample).to_dict()
+        except MemoryRanOut as error:
+            if sweep.tp_plan is not None:  # the other processes still wait for this one's part of a layer
+                raise EvalError(f"{what}: {error}") from error
+            print(f"{what}: {error}. It is recorded, and the run goes on.", file=sys.stderr)
+            measured = {"failed": "out of memory", "error": str(error)}
+        except EvalError as error:
+            raise EvalError(f"{what}: {error}") from error
+        return {
+            "key": planned.key,
+            "model": sweep.model,
+            "method": planned.method,
+            "task": planned.task,
+            "length": planned.length,
+            "sample": planned.sample,
+            "place": self.starts[planned.sample],
+            "budget": budget_at(planned.method, sweep.budgets, planned.length),
+            **measured,
+        }

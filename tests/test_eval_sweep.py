@@ -150,8 +150,7 @@ def test_a_time_limit_keeps_what_is_whole_and_the_next_run_goes_on(tmp_path, cap
     assert len(read_rows(out)) == 16
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_an_interrupted_sweep_loses_nothing_and_goes_on(tmp_path, ending):
+def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path):
     out = tmp_path / "out"
     arguments = sweep_arguments(tmp_path, out, "--lengths", "400", "--samples", "8", words=5000)
     command = [sys.executable, "-m", "nc_patch", *arguments]
@@ -163,14 +162,13 @@ def test_an_interrupted_sweep_loses_nothing_and_goes_on(tmp_path, ending):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(ending)
+    process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     before = results.read_bytes()
-    before = before[: before.rfind(b"\n") + 1]
+    assert before.endswith(b"\n")
     assert 5 <= before.count(b"\n") < 136
-    if ending == signal.SIGINT:
-        assert process.returncode == 130
-        assert "To go on: nc-patch eval" in said
+    assert process.returncode == 130
+    assert "To go on: nc-patch eval" in said
     assert main(arguments) == 0
     after = results.read_bytes()
     assert after.startswith(before)
