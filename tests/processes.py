@@ -1,4 +1,4 @@
-"""Runs of ``nc-patch`` in processes of their own that start at once: forks of one server that has imported everything."""
+"""Runs of ``nc-patch`` in processes of their own, forked from one server that has imported everything."""
 
 import multiprocessing
 import os
