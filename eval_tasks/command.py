@@ -10,7 +10,9 @@ from transformers.utils import logging as transformers_logging
 
 from eval_tasks.errors import EvalError
 from eval_tasks.launch import run_processes, wanted_launch, without_processes
-from eval_tasks.methods import METHODS, Budgets, Method
+from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
+from eval_tasks.measure import PHASES
+from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, Method, find_method, order_of
 from eval_tasks.models import DTYPES
 from eval_tasks.provenance import command_line
 from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
@@ -21,6 +23,8 @@ from eval_tasks.tasks import TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
 from nc_patch.config import BACKENDS, BLOCK_SIZES
+
+_ISO_METHODS = (DENSE, "fixed-topk", "streaming")
 
 
 def run_eval(argv: Sequence[str]) -> int:
@@ -91,7 +95,14 @@ def _directory(arguments: argparse.Namespace) -> Path:
 def _sweep(arguments: argparse.Namespace) -> Sweep:
     """The sweep that the arguments ask for; raises EvalError for values that do not fit."""
     try:
-        budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at, arguments.block_size, arguments.backend)
+        budgets = Budgets(
+            arguments.alpha,
+            arguments.C,
+            arguments.equal_at,
+            arguments.block_size,
+            arguments.backend,
+            match=arguments.match,
+        )
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
     layout = Layout(
@@ -100,7 +111,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
     return Sweep(
         model=arguments.model,
         text=arguments.text,
-        methods=tuple(name for name in METHODS if name in arguments.methods),
+        methods=_methods(arguments),
         tasks=tuple(name for name in TASKS if name in arguments.tasks),
         budgets=budgets,
         layout=layout,
@@ -110,8 +121,23 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         minutes=arguments.minutes,
         device_map=arguments.device_map,
         tp_plan=arguments.tp_plan,
+        phase=arguments.phase,
+        iso_keys=tuple(sorted(set(arguments.iso_keys))) if arguments.match == "iso" else (),
         retry_failed=arguments.retry_failed,
     )
+
+
+def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The methods asked for, in the order in which they are listed; raises EvalError for unknown ones."""
+    names = arguments.methods or (list(_ISO_METHODS) if arguments.match == "iso" else list(DEFAULT_METHODS))
+    for name in names:
+        if "@" in name:
+            raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
+        if find_method(name).press is not None and arguments.match == "iso":
+            raise EvalError(f"{name} has no budget that --match iso could vary; leave it out")
+    if arguments.match == "iso" and set(names) == {DENSE}:
+        raise EvalError("--match iso compares budgets of sparse methods with dense: name one, for example fixed-topk")
+    return tuple(sorted(set(names), key=order_of))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,7 +161,16 @@ def _parser() -> argparse.ArgumentParser:
         default=PYTHON_REFERENCE,
         help="a text file, a data set as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference (default)",
     )
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help="default: all")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help=f"default: {' '.join(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed",
+    )
+    matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
+    add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
+    add("--iso-keys", nargs="+", type=_positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")
+    add("--phase", choices=list(PHASES), default="all", help="what is sparse: everything, or what follows the context")
     add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help="default: all")
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")
     add("--samples", type=_positive, default=4, help="stretches of text at each length (default: 4)")

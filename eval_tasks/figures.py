@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from eval_tasks.methods import DENSE, METHODS
+from eval_tasks.methods import DENSE, find_method, order_of
 from eval_tasks.summary import Summary
 from eval_tasks.tasks import TASKS
 
@@ -26,7 +26,11 @@ _COLOURS = {
     "nc-window": "#CC79A7",
     "nc-topk": "#D55E00",
     "block": "#009E73",
+    "fraction-topk": "#F0E442",
+    "fixed-topk-mean": "#0A3A5A",
+    "nc-topk-mean": "#7A3300",
 }
+_OTHER_COLOURS = ("#8C564B", "#17BECF", "#BCBD22", "#9467BD")
 _MARKERS = {"all": "o", "recent": "s", "content": "^"}
 _LINES = {"all": "-", "recent": "--", "content": "-"}
 _FONT = {"font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "svg.fonttype": "path"}
@@ -98,7 +102,7 @@ def _draw_task(axis: Axes, summaries: Sequence[Summary], task: str) -> None:
 
 
 def _draw(axis: Axes, summaries: Sequence[Summary], value: Callable[[Summary], float | None]) -> None:
-    for method in METHODS.values():
+    for method in map(find_method, sorted({s.method for s in summaries}, key=order_of)):
         points = [(s.length, value(s)) for s in summaries if s.method == method.name]
         points = [(length, y) for length, y in points if y is not None]
         if points:
@@ -106,7 +110,7 @@ def _draw(axis: Axes, summaries: Sequence[Summary], value: Callable[[Summary], f
                 *zip(*points, strict=True),
                 linestyle=_LINES[method.selects],
                 marker=_MARKERS[method.selects],
-                color=_COLOURS[method.name],
+                color=_colour(method.name),
                 linewidth=2.6 if method.name in (DENSE, "nc-topk") else 1.6,
                 label=method.title,
             )
@@ -117,6 +121,11 @@ def _draw(axis: Axes, summaries: Sequence[Summary], value: Callable[[Summary], f
     axis.set_xlabel("context length, tokens")
     axis.grid(alpha=0.3)
     _scale(axis)
+
+
+def _colour(name: str) -> str:
+    """The colour of a method; those with a number of keys and presses get one that follows from the name."""
+    return _COLOURS.get(name) or _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)]
 
 
 def _scale(axis: Axes, logarithmic: bool = False) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from eval_tasks.methods import DENSE, METHODS
+from eval_tasks.methods import DENSE, find_method
 from eval_tasks.summary import Row, Summary, losses
 from eval_tasks.tasks import TASKS
 
@@ -68,7 +68,7 @@ class Findings:
     def _against_dense(self, task: str, length: int) -> str:
         dense, leading = self.cells[task, length, DENSE], self._leading(task, length)
         start = (
-            f"At {length:,} tokens, {METHODS[leading.method].title} attention reads "
+            f"At {length:,} tokens, {find_method(leading.method).title} attention reads "
             f"{_percent(leading.attended_fraction)} of the keys and reaches a {TASKS[task].title} of "
             f"{_number(leading.perplexity)}; dense attention, which reads all of them, {_number(dense.perplexity)}"
         )
@@ -93,11 +93,11 @@ class Findings:
     def _against_others(self, task: str, length: int) -> list[str]:
         leading = self._leading(task, length)
         sentences = []
-        rivals = [s for s in self._sparse(task, length) if METHODS[s.method].selects == "content" and s != leading]
-        fixed = [s for s in rivals if not METHODS[s.method].grows]
-        if fixed and METHODS[leading.method].grows:
+        rivals = [s for s in self._sparse(task, length) if find_method(s.method).selects == "content" and s != leading]
+        fixed = [s for s in rivals if not find_method(s.method).grows]
+        if fixed and find_method(leading.method).grows:
             sentences.append(self._growth(task, length, leading, fixed))
-        windows = [s for s in self._sparse(task, length) if METHODS[s.method].selects == "recent" and s != leading]
+        windows = [s for s in self._sparse(task, length) if find_method(s.method).selects == "recent" and s != leading]
         if windows:
             sentences.append(self._windows(task, length, windows))
         blocks = [s for s in rivals if s.method == "block"]
@@ -108,7 +108,7 @@ class Findings:
     def _growth(self, task: str, length: int, leading: Summary, fixed: list[Summary]) -> str:
         equal_at = int(self.run["identity"]["equal_at"])
         described = lambda s: f"{s.budget} keys, {_percent(s.attended_fraction)} of all"  # noqa: E731
-        budgets = " and ".join(f"{METHODS[s.method].title} {_number(s.perplexity)} ({described(s)})" for s in fixed)
+        budgets = " and ".join(f"{find_method(s.method).title} {_number(s.perplexity)} ({described(s)})" for s in fixed)
         if length == equal_at:
             return f"At this length all budgets are equal: {budgets}."
         own = losses(self.rows, task, length, leading.method)
@@ -125,7 +125,9 @@ class Findings:
 
     def _windows(self, task: str, length: int, windows: list[Summary]) -> str:
         best = min(windows, key=lambda summary: summary.loss)
-        what = f"The best window, which keeps keys by position ({METHODS[best.method].title}, {best.budget}), reaches "
+        what = (
+            f"The best window, which keeps keys by position ({find_method(best.method).title}, {best.budget}), reaches "
+        )
         share = self._recalled(length, best.method) if task == "recall" else None
         if share is None:
             return f"{what}{_number(best.perplexity)} ({_ratio(best)})."
@@ -152,7 +154,7 @@ class Findings:
         if not worst:
             return []
         listed = ", ".join(f"{TASKS[s.task].title} at {s.length:,} (+{100 * (ratio - 1):.1f} %)" for ratio, s in worst)
-        return [f"Where {METHODS[worst[0][1].method].title} is worse than dense by more than 2 %: {listed}."]
+        return [f"Where {find_method(worst[0][1].method).title} is worse than dense by more than 2 %: {listed}."]
 
     def _time(self) -> list[str]:
         task = next((task for task in ("perplexity", "recall") if self._longest(task) is not None), None)
@@ -162,7 +164,7 @@ class Findings:
         assert length is not None
         dense = self.cells[task, length, DENSE]
         times = ", ".join(
-            f"{METHODS[s.method].title} {s.seconds / dense.seconds:.2f}" for s in self._sparse(task, length)
+            f"{find_method(s.method).title} {s.seconds / dense.seconds:.2f}" for s in self._sparse(task, length)
         )
         machine = self.run.get("hardware", {})
         where = machine.get("gpu") or f"{machine.get('threads')} threads of a {machine.get('processor')}"

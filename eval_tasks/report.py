@@ -11,9 +11,9 @@ from typing import Any
 from eval_tasks.errors import EvalError
 from eval_tasks.figures import budget_figure, main_figure, task_figure, to_png, to_svg
 from eval_tasks.findings import Findings
-from eval_tasks.methods import METHODS
+from eval_tasks.methods import find_method
 from eval_tasks.store import read_rows, read_run, write_atomically
-from eval_tasks.summary import Row, Summary, summarise, to_csv
+from eval_tasks.summary import Row, Summary, failures, summarise, to_csv
 from eval_tasks.tasks import TASKS
 
 REPORT, SUMMARY, MAIN_FIGURE = "report.html", "summary.csv", "main.png"
@@ -31,12 +31,14 @@ def write_report(directory: Path) -> list[str]:
     run, rows = read_run(directory), read_rows(directory)
     if run is None or not rows:
         raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
-    unknown = sorted({row["method"] for row in rows} - METHODS.keys() | {row["task"] for row in rows} - TASKS.keys())
+    unknown = sorted({row["task"] for row in rows} - TASKS.keys())
+    for name in {row["method"] for row in rows}:
+        find_method(name)
     if unknown:
         raise EvalError(f"{directory} holds results of {', '.join(unknown)}, which this version does not know")
     summaries = summarise(rows)
     findings = Findings(run, rows, summaries)
-    write_atomically(directory / SUMMARY, to_csv(summaries).encode())
+    write_atomically(directory / SUMMARY, to_csv(summaries, failures(rows)).encode())
     write_atomically(directory / MAIN_FIGURE, to_png(main_figure(summaries)))
     write_atomically(directory / REPORT, render(run, rows, summaries, findings).encode())
     return findings.headline()
@@ -54,7 +56,10 @@ def render(run: Mapping[str, Any], rows: Sequence[Row], summaries: Sequence[Summ
         setup=_setup(run),
         figures=_figures(summaries),
         tables="\n".join(_table(task, summaries) for task in TASKS if any(s.task == task for s in summaries)),
-        methods=_table_rows((METHODS[name].title, name, METHODS[name].description) for name in identity["methods"]),
+        methods=_table_rows(
+            (find_method(name).title, name, find_method(name).description) for name in identity["methods"]
+        ),
+        failures=_failures(rows),
         command=_escape(run["command"]),
         record=_record(run, rows),
     )
@@ -76,6 +81,15 @@ def _partial(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
     if len(rows) >= planned:
         return ""
     return f"<p><strong>{len(rows)} of {planned} measurements are made; the same command goes on.</strong></p>"
+
+
+def _failures(rows: Sequence[Row]) -> str:
+    cells = failures(rows)
+    if not cells:
+        return ""
+    listed = ((TASKS[f.task].title, f"{f.length:,}", find_method(f.method).title, f.reason, f.failed) for f in cells)
+    head = "<tr><th>Task</th><th>Tokens</th><th>Method</th><th>Why</th><th>Samples</th></tr>"
+    return f'<h3>Could not be measured</h3><table class="text">{head}\n{_table_rows(listed)}</table>'
 
 
 def _setup(run: Mapping[str, Any]) -> str:
@@ -132,7 +146,7 @@ def _table(task: str, summaries: Sequence[Summary]) -> str:
 def _cells(summary: Summary) -> list[str]:
     interval = "" if summary.low is None else f"{summary.low:+.3f} … {summary.high:+.3f}"
     return [
-        METHODS[summary.method].title,
+        find_method(summary.method).title,
         f"{summary.length:,}",
         str(summary.samples),
         f"{summary.perplexity:.3f}" if summary.perplexity < 1000 else f"{summary.perplexity:,.0f}",

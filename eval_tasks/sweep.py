@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from eval_tasks.errors import EvalError, MemoryRanOut
-from eval_tasks.measure import measure, warm_up
-from eval_tasks.methods import DENSE, METHODS, Budgets, budget_at
+from eval_tasks.matching import Budgets
+from eval_tasks.measure import Phase, measure, warm_up
+from eval_tasks.methods import DENSE, Method, budget_at, find_method, with_keys
 from eval_tasks.models import (
     find_model,
     load_model,
@@ -24,12 +25,14 @@ from eval_tasks.models import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from eval_tasks.presses import Press, find_press
 from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
 from eval_tasks.ranks import Ranks
 from eval_tasks.store import ResultStore, measurement_key, read_run
 from eval_tasks.tasks import TASKS, Layout, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
+from nc_patch import NCConfig
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Sweep:
         minutes: after the first, no sample is begun that is not expected to end within so many minutes; None for no
             limit.
         device_map, tp_plan: how one model is spread over devices or processes; as ``load_model`` takes them.
+        phase: which part of a forward pass is sparse; as ``measure`` takes it.
+        iso_keys: budgets that ``match="iso"`` tries.
         retry_failed: whether cells that failed in an earlier session are measured again.
     """
 
@@ -62,7 +67,16 @@ class Sweep:
     minutes: float | None = None
     device_map: str | None = None
     tp_plan: str | None = None
+    phase: Phase = "all"
+    iso_keys: tuple[int, ...] = ()
     retry_failed: bool = False
+
+    def methods_at(self, length: int) -> tuple[str, ...]:
+        """The names of what is measured at a length: the methods, or for ``iso`` each with every budget."""
+        if self.budgets.match != "iso":
+            return self.methods
+        sparse = [name for name in self.methods if name != DENSE]
+        return (DENSE, *(with_keys(name, keys) for name in sparse for keys in self.iso_keys if keys < length))
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in every session that adds to one directory."""
@@ -86,6 +100,9 @@ class Sweep:
             "threads": self.threads,
             "device_map": self.device_map,
             "tp_plan": self.tp_plan,
+            "match": self.budgets.match,
+            "phase": self.phase,
+            "iso_keys": list(self.iso_keys),
         }
 
 
@@ -150,7 +167,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
             if ranks.is_first:
                 check_same(directory, identity)
             for name in sweep.methods:
-                _check_method(model, name, sweep.budgets)
+                _check_method(model, find_method(name), sweep)
         details = {
             "text_origin": text.origin,
             "text_tokens": len(tokens.ids),
@@ -215,31 +232,39 @@ def _check_positions(sweep: Sweep, positions: int | None) -> None:
         )
 
 
-def _check_method(model: Any, name: str, budgets: Budgets) -> None:
+def _check_method(model: Any, method: Method, sweep: Sweep) -> None:
     """Tries a method on a few tokens, which also takes its one-off costs out of the first measurement."""
+    if method.press is not None:
+        find_press(method.press)
+        if sweep.phase != "question":
+            raise EvalError(
+                f"{method.name} compresses what a dense prefill left, which is not what the other methods do; measure "
+                "all of them that way with --phase question"
+            )
+        return
     try:
-        warm_up(model, METHODS[name].config(budgets))
+        warm_up(model, method.config(sweep.budgets.at(max(sweep.layout.lengths))))
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise EvalError(f"the method {name} does not run on this model and device: {error}") from error
+        raise EvalError(f"the method {method.name} does not run on this model and device: {error}") from error
 
 
 def _plan(sweep: Sweep, constants: dict[str, Any]) -> list[Planned]:
     """Short lengths first, at each length task by task, and each sample with all methods."""
     plan = []
     layout = sweep.layout
-    for length, task, sample, method in itertools.product(
-        layout.lengths, sweep.tasks, range(layout.samples), sweep.methods
-    ):
-        if TASKS[task].dense_only and method != DENSE:
-            continue
-        config = METHODS[method].config(sweep.budgets)
-        key = measurement_key(
-            constants
-            | {"method": method, "config": config and config.to_dict(), "task": task, "length": length}
-            | {"sample": sample, "samples_of": max(layout.lengths), "seed": layout.seed}
-            | {"scored": layout.scored, "passage": layout.passage, "device": sweep.device}
-        )
-        plan.append(Planned(length, sample, task, method, key))
+    for length, task, sample in itertools.product(layout.lengths, sweep.tasks, range(layout.samples)):
+        for method in sweep.methods_at(length):
+            if TASKS[task].dense_only and method != DENSE:
+                continue
+            config = find_method(method).config(sweep.budgets.at(length))
+            key = measurement_key(
+                constants
+                | {"method": method, "config": config and config.to_dict(), "task": task, "length": length}
+                | {"sample": sample, "samples_of": max(layout.lengths), "seed": layout.seed, "phase": sweep.phase}
+                | {"scored": layout.scored, "passage": layout.passage, "device": sweep.device}
+                | ({"budget": budget_at(method, sweep.budgets, length)} if find_method(method).press else {})
+            )
+            plan.append(Planned(length, sample, task, method, key))
     return plan
 
 
@@ -331,7 +356,7 @@ class _Measurer:
         sweep, what = self.sweep, f"{planned.task} with {planned.method} at {planned.length:,} tokens"
         sample = TASKS[planned.task].build(self.tokens, self.starts[planned.sample], planned.length, sweep.layout)
         try:
-            measured = measure(self.model, METHODS[planned.method].config(sweep.budgets), sample).to_dict()
+            measured = measure(self.model, self._attention(planned), sample, sweep.phase).to_dict()
         except MemoryRanOut as error:
             if sweep.tp_plan is not None:  # the other processes still wait for this one's part of a layer
                 raise EvalError(f"{what}: {error}") from error
@@ -347,6 +372,13 @@ class _Measurer:
             "length": planned.length,
             "sample": planned.sample,
             "place": self.starts[planned.sample],
+            "phase": sweep.phase,
             "budget": budget_at(planned.method, sweep.budgets, planned.length),
             **measured,
         }
+
+    def _attention(self, planned: Planned) -> NCConfig | Press | None:
+        method = find_method(planned.method)
+        if method.press is None:
+            return method.config(self.sweep.budgets.at(planned.length))
+        return Press(method.press, budget_at(planned.method, self.sweep.budgets, planned.length))

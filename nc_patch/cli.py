@@ -33,7 +33,7 @@ class Command:
     extra: str
 
 
-_EVAL_PACKAGES = ("matplotlib", "numpy", "psutil", "torch", "tqdm", "transformers")
+_EVAL_PACKAGES = ("matplotlib", "numpy", "psutil", "scipy", "torch", "tqdm", "transformers")
 COMMANDS = {
     "eval": Command(
         "eval_tasks.command", "run_eval", "measure sparse attention by context length", _EVAL_PACKAGES, "eval"
