@@ -16,7 +16,7 @@ from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, Method, f
 from eval_tasks.models import DTYPES
 from eval_tasks.provenance import command_line
 from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
-from eval_tasks.report import REPORT, write_report
+from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.sweep import Sweep, run_sweep
 from eval_tasks.tasks import TASKS, Layout, Task, ascending
@@ -48,7 +48,7 @@ def run_eval(argv: Sequence[str]) -> int:
             is_first = ranks.is_first
         if not is_first:
             return 0
-        _print_findings(directory)
+        _print_findings([directory], None, arguments.within / 100)
     except EvalError as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -61,11 +61,16 @@ def run_eval(argv: Sequence[str]) -> int:
 
 
 def run_report(argv: Sequence[str]) -> int:
-    """Writes the report of a directory again, from what it holds; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="nc-patch report", description="Write the report of what a directory holds.")
-    parser.add_argument("directory", type=Path, help="the --out of nc-patch eval")
+    """Writes the report of one or more directories, from what they hold; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="nc-patch report", description="Write one report of what directories hold.", allow_abbrev=False
+    )
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="the --out of nc-patch eval")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes (default: DIR, where there is only one)")
+    _add_within(parser)
+    arguments = parser.parse_args(argv)
     try:
-        _print_findings(parser.parse_args(argv).directory)
+        _print_findings(arguments.directories, arguments.out, arguments.within / 100)
     except EvalError as error:
         return _refuse(error)
     return 0
@@ -77,10 +82,27 @@ def _refuse(error: EvalError) -> int:
     return USAGE_ERROR
 
 
-def _print_findings(directory: Path) -> None:
-    findings = write_report(directory)
+def _print_findings(directories: Sequence[Path], out: Path | None, within: float) -> None:
+    findings = write_report(directories, out, within)
     print("\n".join(findings))
-    print(f"\nReport: {shlex.quote(str(directory / REPORT))}")
+    print(f"\nReport: {shlex.quote(str((out or directories[0]) / REPORT))}")
+
+
+def _add_within(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--within",
+        type=_percentage,
+        default=100 * WITHIN,
+        metavar="PERCENT",
+        help=f"how much worse than dense counts as no worse (default: {100 * WITHIN:g})",
+    )
+
+
+def _percentage(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 100 percent, got {text}")
+    return value
 
 
 def _directory(arguments: argparse.Namespace) -> Path:
@@ -170,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
     add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
     add("--iso-keys", nargs="+", type=_positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")
+    _add_within(parser)
     add("--phase", choices=list(PHASES), default="all", help="what is sparse: everything, or what follows the context")
     add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help="default: all")
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")

@@ -26,9 +26,10 @@ class Summary:
         budget: k(n) of the method's law at this length; the length itself for dense.
         attended_fraction, mean_keys: realised, over all queries, layers and heads.
         tail_attended_fraction, tail_mean_keys: realised at the scored positions.
-        loss: mean over samples of nats per scored token.
-        perplexity: exp(loss).
-        bits_per_byte: of the scored text.
+        score: mean over samples of the share of answers that are right; None for tasks that score a text.
+        loss: mean over samples of nats per scored token; for answers 1 − score.
+        perplexity: exp(loss); None for answers.
+        bits_per_byte: of the scored text; None for answers.
         loss_minus_dense: mean paired difference of the loss from dense; None where dense was not measured.
         low, high: its bootstrap interval; None with fewer than two samples.
         worse_samples: in how many samples the loss is above dense.
@@ -48,9 +49,10 @@ class Summary:
     mean_keys: float | None
     tail_attended_fraction: float
     tail_mean_keys: float | None
+    score: float | None
     loss: float
-    perplexity: float
-    bits_per_byte: float
+    perplexity: float | None
+    bits_per_byte: float | None
     loss_minus_dense: float | None
     low: float | None
     high: float | None
@@ -80,7 +82,9 @@ class Failure:
 
 
 def loss_of(row: Row) -> float:
-    """Nats per scored token of a row."""
+    """Nats per scored token of a row; of an answer, 1 − its score."""
+    if "score" in row:
+        return 1.0 - float(row["score"])
     return float(row["loss_sum"]) / int(row["tokens"])
 
 
@@ -146,7 +150,7 @@ def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row])
     )
     loss = fmean(own.values())
     seconds = median(float(row["seconds"]) for row in rows)
-    nats_per_byte = math.fsum(row["loss_sum"] for row in rows) / sum(row["bytes"] for row in rows)
+    answers = [row for row in rows if "score" in row]
     return Summary(
         task=task,
         length=length,
@@ -157,18 +161,29 @@ def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row])
         mean_keys=_mean_or_none(rows, "mean_keys"),
         tail_attended_fraction=fmean(row["tail_attended_fraction"] for row in rows),
         tail_mean_keys=_mean_or_none(rows, "tail_mean_keys"),
+        score=1.0 - loss if answers else None,
         loss=loss,
-        perplexity=math.exp(loss),
-        bits_per_byte=nats_per_byte / math.log(2),
+        perplexity=None if answers else math.exp(loss),
+        bits_per_byte=None if answers else _bits_per_byte(rows),
         loss_minus_dense=difference.mean if difference else None,
         low=difference.low if difference else None,
         high=difference.high if difference else None,
         worse_samples=sum(a > b for a, b in pairs) if pairs else None,
-        perplexity_ratio=math.exp(difference.mean) if difference else None,
+        perplexity_ratio=math.exp(difference.mean) if difference and not answers else None,
         seconds=seconds,
         tokens_per_second=length / seconds,
         peak_memory_mb=max(int(row["peak_memory"]) for row in rows) / 1e6,
     )
+
+
+def _bits_per_byte(rows: list[Row]) -> float:
+    nats = math.fsum(row["loss_sum"] for row in rows)
+    return float(nats / sum(row["bytes"] for row in rows) / math.log(2))
+
+
+def title_of(task: str) -> str:
+    """The label of a task in plots and tables; tasks of generated answers are called by their names."""
+    return TASKS[task].title if task in TASKS else task
 
 
 def _mean_or_none(rows: list[Row], name: str) -> float | None:

@@ -168,7 +168,9 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
                 check_same(directory, identity)
             for name in sweep.methods:
                 _check_method(model, find_method(name), sweep)
+        plan = _plan(sweep, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
         details = {
+            "planned": len(plan),
             "text_origin": text.origin,
             "text_tokens": len(tokens.ids),
             "model_class": type(model).__name__,
@@ -185,7 +187,6 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         with _agreed(ranks):
             store = first_store or stack.enter_context(_part_store(directory, ranks, session))
         known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in store.rows])
-        plan = _plan(sweep, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
         complete = _measure_all(sweep, plan, known, store, _Measurer(sweep, model, tokens, starts), ranks)
         if not ranks.is_first:
             stack.close()
