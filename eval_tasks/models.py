@@ -134,7 +134,9 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
+        # Of a model over several processes each holds a part; they put one parameter after the other together.
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        flat = whole.detach().reshape(-1)
         stride = max(1, flat.numel() // _FINGERPRINT_ELEMENTS)
         sample = flat[::stride].contiguous().view(torch.uint8).cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
