@@ -155,7 +155,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> Any:
     # Without this the hub client retries for most of a minute, several times over, before it gives up.
-    if not source.is_local and not _hub_resolves():
+    if not source.is_local and not hub_resolves():
         options["local_files_only"] = True
     try:
         return auto_class.from_pretrained(source.location, **source.options, **options)
@@ -169,14 +169,14 @@ def _explain(source: ModelSource, error: Exception) -> str:
     reason = _first_line(error)
     if source.is_local:
         return f"the model {source.name} could not be loaded: {reason}"
-    where = "could not be loaded from the hub" if _hub_resolves() else "the hub cannot be reached from here"
+    where = "could not be loaded from the hub" if hub_resolves() else "the hub cannot be reached from here"
     return (
         f"the model {source.name!r} is no directory here and {where}: {reason} Check the name and the network, or use "
         f"--model {SMOLLM2}, which needs neither."
     )
 
 
-def _hub_resolves() -> bool:
+def hub_resolves() -> bool:
     """Whether the hub's host name has an address; a proxy is trusted to find it."""
     if urllib.request.getproxies():
         return True

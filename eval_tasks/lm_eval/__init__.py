@@ -9,6 +9,8 @@ if __name__ != "eval_tasks.lm_eval":
         " eval_tasks is on Python's path: run from another directory"
     )
 
+# lm-eval registers its own models only while nobody else's are registered.
+import lm_eval.models  # noqa: F401
 from lm_eval.api.registry import model_registry
 
 model_registry.register("nc_hf", target="eval_tasks.lm_eval.model:NCHFLM")

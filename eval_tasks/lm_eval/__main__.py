@@ -13,6 +13,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
 from eval_tasks.errors import EvalError
+from eval_tasks.lm_eval.hub import misses_a_package
 from nc_patch.errors import UnsupportedModelError
 
 TASKS = Path(__file__).resolve().parents[1]
@@ -28,6 +29,10 @@ def main() -> None:
     try:
         cli.execute(arguments)
     except (EvalError, UnsupportedModelError) as error:
+        sys.exit(f"error: {error}")
+    except ImportError as error:
+        if not misses_a_package(error):
+            raise
         sys.exit(f"error: {error}")
 
 

@@ -1,6 +1,7 @@
 """A tiny random Llama with its tokenizer and a text, and ``nc_perplexity`` run on them."""
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from lm_eval_case import LENGTHS, POSITIONS, SCORED, TASKS_DIRECTORY
+from lm_eval_case import LENGTHS, LONG_POSITIONS, POSITIONS, SCORED, TASKS_DIRECTORY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -93,3 +94,70 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", counted)
     return calls
+
+
+@pytest.fixture(scope="session")
+def long_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one small layer with random weights and 1,100 positions, and a tokenizer with a chat template."""
+    from synthetic_tokenizers import CHAT_TEMPLATE, tokenizer_of_kind
+
+    directory = tmp_path_factory.mktemp("long_model")
+    tokenizer_of_kind("byte_bpe").save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=6000,
+        max_position_embeddings=LONG_POSITIONS,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def run_tasks(long_model_dir: Path) -> Callable[..., dict[str, Any]]:
+    """``run_tasks(names, model, metadata, **options)``: runs tasks through ``simple_evaluate``, returns its results."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
+
+    def run(
+        names: list[str], model: str = "hf", metadata: dict[str, Any] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        arguments = {"pretrained": str(long_model_dir), "dtype": "float32", **options.pop("model_args", {})}
+        manager = TaskManager(
+            include_path=[str(TASKS_DIRECTORY), *options.pop("more_tasks", [])],
+            include_defaults=False,
+            metadata={**arguments, **(metadata or {})},
+        )
+        options = {"batch_size": 1, "device": "cpu", "bootstrap_iters": 0, **options}
+        results: dict[str, Any] = simple_evaluate(
+            model=model, model_args=arguments, tasks=names, task_manager=manager, **options
+        )
+        return results
+
+    return run
+
+
+@pytest.fixture
+def our_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs ``main`` on arguments, without lm-eval's own thousands of tasks, whose index takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    from eval_tasks.lm_eval import __main__ as command
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: TaskManager(include_defaults=False, **options))
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+        command.main()
+
+    return run

@@ -14,7 +14,6 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
-from lm_eval.tasks import TaskManager
 from lm_eval_case import POSITIONS, ROOT, SCORED, TASKS_DIRECTORY
 
 import eval_tasks.lm_eval.__main__ as command
@@ -36,18 +35,6 @@ def task_arguments(model_dir: Path, text: Path, output: Path) -> list[str]:
 def written_results(directory: Path) -> dict[str, Any]:
     (file,) = directory.rglob("results_*.json")
     return json.loads(file.read_text())
-
-
-@pytest.fixture
-def our_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs ``main`` on arguments, without lm-eval's own thousands of tasks, whose index takes seconds."""
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: TaskManager(include_defaults=False, **options))
-
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
-        command.main()
-
-    return run
 
 
 def test_the_stock_command_runs_the_task(model_dir: Path, text: Path, tmp_path: Path) -> None:

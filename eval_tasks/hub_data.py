@@ -1,0 +1,86 @@
+"""Data sets of the Hugging Face hub: from the hub, its cache, or copies on disk; errors say what is missing."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from eval_tasks.errors import EvalError
+from eval_tasks.models import hub_resolves
+
+_log = logging.getLogger(__name__)
+
+
+def load_hub(name: str, config: str | None = None, *, copies: str | None = None, **options: Any) -> Any:
+    """A data set by its name on the hub, as ``datasets.load_dataset`` returns it.
+
+    Args:
+        name: ``NAMESPACE/NAME``.
+        config: the configuration, where the data set has several.
+        copies: a directory that holds the data set as ``copies/NAMESPACE/NAME`` (or ``.../NAME/CONFIG``), either as the
+            hub lays it out (``hf download --repo-type dataset NAME --local-dir DIR``: parquet or JSON files and the
+            card) or as ``Dataset.save_to_disk`` writes it; None asks the hub, and its cache where it cannot be
+            reached.
+        options: further arguments of ``load_dataset``, for example ``split``.
+
+    Raises:
+        EvalError: the data set is not there or cannot be read; the message says where it was looked for.
+    """
+    import datasets
+
+    return load_with(datasets.load_dataset, name, config, copies=copies, **options)
+
+
+def load_with(loader: Any, name: str, config: str | None = None, *, copies: str | None = None, **options: Any) -> Any:
+    """``load_hub`` with a given ``datasets.load_dataset``, which others may have replaced meanwhile."""
+    given = f"{name}, configuration {config}," if config else name
+    try:
+        if copies is not None:
+            return _load_copy(loader, Path(copies).expanduser() / name, config, options)
+        with cache_only_where_offline():
+            return loader(name, config, **options)
+    except Exception as error:  # `datasets` raises its own, its file systems' and its HTTP client's exceptions
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').split(chr(10))[0]}"
+        if copies is None and not hub_resolves():
+            reason = "the hub cannot be reached from here, and its cache on this machine does not hold the data set"
+        where = "could not be loaded from its copy" if copies is not None else "could not be downloaded from the hub"
+        raise EvalError(
+            f"the data set {given} {where} ({reason}). Download it where there is a network"
+            f" (hf download --repo-type dataset {name} --local-dir DIR/{name}) and give"
+            ' --metadata \'{"hub_copies": "DIR"}\''
+        ) from error
+
+
+@contextlib.contextmanager
+def cache_only_where_offline() -> Iterator[None]:
+    """Where the hub cannot be reached, lets its libraries look in their caches at once instead of retrying first."""
+    import datasets
+    import huggingface_hub
+
+    if hub_resolves():
+        yield
+        return
+    places = ((datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE"))
+    before = [getattr(module, name) for module, name in places]
+    for module, name in places:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)
+
+
+def _load_copy(loader: Any, directory: Path, config: str | None, options: dict[str, Any]) -> Any:
+    import datasets
+
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}")
+    saved = directory / config if config and (directory / config).is_dir() else directory
+    for mark in ("dataset_dict.json", "dataset_info.json"):
+        if (saved / mark).is_file() and not any(saved.glob("*.parquet")):
+            loaded = datasets.load_from_disk(str(saved))
+            split = options.get("split")
+            return loaded[split] if split is not None and isinstance(loaded, datasets.DatasetDict) else loaded
+    return loader(str(directory), config, **options)

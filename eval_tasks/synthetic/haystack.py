@@ -1,0 +1,105 @@
+"""What hides the facts: prose taken from a text, or the sentences about green grass that say nothing."""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from eval_tasks.errors import EvalError
+from eval_tasks.texts import load_text
+
+# The noise of Mohtashami & Jaggi (arXiv 2305.16300, section 4.3), which RULER repeats too.
+NOISE: tuple[str, ...] = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+
+_SENTENCE_END = re.compile(r'[.!?]["”’)]*$')
+_LIST_MARK = re.compile(r"^(?:[*+-] |\d+\. )+")
+_SHORTEST_PARAGRAPH = 12  # words
+_LETTERS = 0.9  # share of letters and spaces in a paragraph of prose
+_FEWEST_WORDS = 400
+
+
+@dataclass(frozen=True)
+class Prose:
+    """The paragraphs of a text that are prose, as one run of words.
+
+    Attributes:
+        words: in order, without line ends.
+        sentence_starts: index of the first word of each sentence, ascending from 0.
+        origin: where the text came from.
+        sha256: of the whole text.
+    """
+
+    words: tuple[str, ...]
+    sentence_starts: tuple[int, ...]
+    origin: str
+    sha256: str
+
+    def stretch(self, start: int, count: int) -> list[str]:
+        """``count`` words from the word ``start`` on; behind the last word follows the first."""
+        found = list(self.words[start : start + count])
+        while len(found) < count:
+            found.extend(self.words[: count - len(found)])
+        return found
+
+    def sentences(self, start: int, count: int) -> list[str]:
+        """The same words as ``stretch``, joined to sentences; the last one may be cut short."""
+        sentences: list[str] = []
+        begin = 0
+        words = self.stretch(start, count)
+        for index, word in enumerate(words, 1):
+            if _SENTENCE_END.search(word) and (index == len(words) or _opens(words[index])):
+                sentences.append(" ".join(words[begin:index]))
+                begin = index
+        if begin < len(words):
+            sentences.append(" ".join(words[begin:]))
+        return sentences
+
+
+@lru_cache(maxsize=4)
+def load_prose(name: str) -> Prose:
+    """The prose of a text, by its name as in ``eval_tasks.texts.load_text``.
+
+    Paragraphs are kept that have a dozen words or more, end with a full stop, and are nine tenths letters and spaces:
+    no code, no tables, no headings. Repeated paragraphs are kept once.
+
+    Raises:
+        EvalError: there is no such text, or it holds too little prose.
+    """
+    text = load_text(name)
+    paragraphs = dict.fromkeys(
+        " ".join(_LIST_MARK.sub("", paragraph.strip()).split()) for paragraph in re.split(r"\n\s*\n", text.content)
+    )
+    words = [word for paragraph in paragraphs if _is_prose(paragraph) for word in paragraph.split()]
+    if len(words) < _FEWEST_WORDS:
+        raise EvalError(
+            f"the text {name!r} holds {len(words)} words of prose; a haystack needs {_FEWEST_WORDS}: paragraphs that a"
+            " blank line divides, of twelve words or more, that end with a full stop and are mostly letters"
+        )
+    starts = [0] + [i for i in range(1, len(words)) if _SENTENCE_END.search(words[i - 1]) and _opens(words[i])]
+    return Prose(tuple(words), tuple(starts), text.origin, text.sha256)
+
+
+def noise(count: int) -> list[str]:
+    """``count`` sentences of noise in lines of five, as RULER writes them; the last line may be shorter."""
+    whole, rest = divmod(count, len(NOISE))
+    return [" ".join(NOISE)] * whole + ([" ".join(NOISE[:rest])] if rest else [])
+
+
+def _is_prose(paragraph: str) -> bool:
+    letters = sum(char.isalpha() or char == " " for char in paragraph)
+    return (
+        paragraph.count(" ") + 1 >= _SHORTEST_PARAGRAPH
+        and _SENTENCE_END.search(paragraph) is not None
+        and not paragraph.startswith((">>>", "...", "|"))
+        and letters >= _LETTERS * len(paragraph)
+    )
+
+
+def _opens(word: str) -> bool:
+    """Whether a word can open a sentence."""
+    return word.lstrip("\"“‘'(*")[:1].isupper()

@@ -1,0 +1,231 @@
+"""What a generator of tasks is, and the sample of a length that it makes: a pure function of its arguments."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from eval_tasks.errors import EvalError
+from eval_tasks.synthetic.fitting import TOLERANCE, Count, Render, chat, counter, fill, plain
+from eval_tasks.synthetic.haystack import Prose, load_prose
+from eval_tasks.texts import PYTHON_REFERENCE
+
+Match = Literal["all", "part"]
+"""How an answer is scored: the share of the expected strings it holds, or whether it holds any of them."""
+
+DEPTHS = 40
+"""RULER puts needles at this many evenly spaced depths."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What samples are made of, beside words that the seed draws.
+
+    Attributes:
+        text: the prose that hides the facts, by its name as in ``eval_tasks.texts.load_text``.
+        hub_copies: a directory with copies of the hub's data sets, as ``NAMESPACE/NAME`` below it; None reaches for
+            the hub.
+    """
+
+    text: str = PYTHON_REFERENCE
+    hub_copies: str | None = None
+
+    @cached_property
+    def prose(self) -> Prose:
+        """The prose of the text; raises EvalError where there is none."""
+        return load_prose(self.text)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample that a generator is asked for.
+
+    Attributes:
+        length: tokens of context, those that the model will generate included.
+        seed: of everything drawn.
+        index: of the sample; samples of one seed differ by it alone.
+        material: what the sample is made of.
+        key: names the generator; part of every seed.
+    """
+
+    length: int
+    seed: int
+    index: int
+    material: Material
+    key: str
+
+    def random(self, purpose: str = "") -> random.Random:
+        """A stream of this sample's own, the same at every length, for one purpose."""
+        return random.Random(f"{self.key}/{self.seed}/{self.index}/{purpose}")
+
+    def depth(self) -> float:
+        """A depth in [0, 1], one of 40; every 40 samples in a row take each once."""
+        order = list(range(DEPTHS))
+        random.Random(f"{self.key}/{self.seed}/depths/{self.index // DEPTHS}").shuffle(order)
+        return order[self.index % DEPTHS] / (DEPTHS - 1)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt with some amount of filler.
+
+    Attributes:
+        question: the user's turn: instructions, context and question.
+        prefix: the words that open the answer, for the model to continue.
+        evidence: the sentences of the context that the answer needs, each there exactly once.
+    """
+
+    question: str
+    prefix: str
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to build one sample around any amount of filler.
+
+    Attributes:
+        build: the draft with (units of filler, sentences of padding).
+        answers: the strings that an answer is searched for, whatever the amount.
+        largest: the most units of filler there are; None for no limit.
+        padded: whether padding evens out what one unit more would overfill.
+    """
+
+    build: Callable[[int, int], Draft]
+    answers: tuple[str, ...]
+    largest: int | None = None
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class Generator:
+    """One task whose samples are generated at any length.
+
+    Attributes:
+        name: what command lines and results call it.
+        description: one sentence for a newcomer.
+        recipe: how to build a sample.
+        new_tokens: tokens kept free for the answer, as in the original.
+        match: how the answer is scored.
+        chance: expected score of one who answers at random without reading the context.
+        shortest: the shortest length in tokens that tokenizers of usual size can fill.
+    """
+
+    name: str
+    description: str
+    recipe: Callable[[Request], Recipe]
+    new_tokens: int
+    match: Match = "all"
+    chance: float = 0.0
+    shortest: int = 512
+
+    def answers(self, seed: int, index: int, material: Material | None = None) -> tuple[str, ...]:
+        """The answers of a sample, which are the same at every length; no tokenizer is needed."""
+        return self.recipe(self._request(self.shortest, seed, index, material)).answers
+
+    def _request(self, length: int, seed: int, index: int, material: Material | None) -> Request:
+        return Request(length, seed, index, material or Material(), self.name)
+
+
+@dataclass(frozen=True)
+class SyntheticSample:
+    """A prompt that fills a length, and what is expected of the model.
+
+    Attributes:
+        prompt: the text that the model reads.
+        question: its part that is the user's turn.
+        prefix: its part that opens the answer.
+        answers: the strings that the answer is searched for.
+        match: whether all of them count in proportion, or any one suffices.
+        length: the length asked for, in tokens.
+        prompt_tokens: tokens of the prompt, special tokens included.
+        new_tokens: tokens kept free for the answer; with the prompt they fill 98 to 100 % of the length.
+        depths: where each sentence of evidence lies, as a share of the prompt's letters.
+    """
+
+    prompt: str = field(repr=False)
+    question: str = field(repr=False)
+    prefix: str
+    answers: tuple[str, ...]
+    match: Match
+    length: int
+    prompt_tokens: int
+    new_tokens: int
+    depths: tuple[float, ...]
+
+
+def synthesize(
+    generator: Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int = 0,
+    index: int = 0,
+    *,
+    material: Material | None = None,
+    use_chat_template: bool = False,
+    new_tokens: int | None = None,
+    render: Render | None = None,
+    count: Count | None = None,
+) -> SyntheticSample:
+    """A sample that fills ``length`` tokens of the tokenizer to 98 % or more and never over.
+
+    The same arguments give the same sample; needles, keys and answers depend on the seed and the index alone, so
+    samples of several lengths ask for the same things.
+
+    Args:
+        generator: which task.
+        tokenizer: of the model under test.
+        length: tokens of context, those that the model will generate included.
+        seed: of everything drawn.
+        index: of the sample.
+        material: the prose that hides the facts; by default the Python reference.
+        use_chat_template: put the question into the tokenizer's chat template.
+        new_tokens: tokens kept free for the answer in place of the generator's.
+        render: how a question becomes a prompt, in place of the plain text or the chat template.
+        count: how tokens are counted, in place of the tokenizer with the special tokens it adds.
+
+    Raises:
+        EvalError: the length is too short for the task, its data do not reach as far, or the tokenizer has no chat
+            template.
+    """
+    reserve = generator.new_tokens if new_tokens is None else new_tokens
+    render = render or (chat(tokenizer) if use_chat_template else plain)
+    count = count or counter(tokenizer)
+    recipe = generator.recipe(generator._request(length, seed, index, material))
+    room = length - reserve
+
+    @cache
+    def measured(units: int, padding: int = 0) -> int:
+        draft = recipe.build(units, padding)
+        return count(render(draft.question, draft.prefix))
+
+    try:
+        units = fill(measured, room, recipe.largest)
+        padding, tokens = 0, measured(units)
+        if recipe.padded and room - tokens > TOLERANCE / 2 * length:
+            padding = fill(lambda sentences: measured(units, sentences), room)
+            tokens = measured(units, padding)
+    except EvalError as error:
+        raise EvalError(
+            f"{generator.name} cannot fill {length} tokens, of which {reserve} are kept for the answer: {error}"
+        ) from error
+    if tokens + reserve < (1 - TOLERANCE) * length:
+        raise EvalError(
+            f"{generator.name} fills only {tokens + reserve} of {length} tokens: its data reach no further; ask for"
+            " shorter lengths, or give more data"
+        )
+    draft = recipe.build(units, padding)
+    prompt = render(draft.question, draft.prefix)
+    for sentence in draft.evidence:
+        if (times := prompt.count(sentence)) != 1:
+            text = (material or Material()).text
+            raise EvalError(
+                f"{sentence!r} stands {times} times in the prompt, so the text {text!r} says it too; give another text"
+            )
+    depths = tuple(prompt.index(sentence) / len(prompt) for sentence in draft.evidence)
+    return SyntheticSample(
+        prompt, draft.question, draft.prefix, recipe.answers, generator.match, length, tokens, reserve, depths
+    )
