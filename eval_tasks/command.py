@@ -19,6 +19,7 @@ from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
 from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.sweep import Sweep, run_sweep
+from eval_tasks.synthetic import GENERATORS, Generator
 from eval_tasks.tasks import TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
@@ -31,7 +32,7 @@ def run_eval(argv: Sequence[str]) -> int:
     """Measures methods by context length and writes the report; returns 0, 2 for errors, or 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     if arguments.list_methods or arguments.list_tasks:
-        print(_listed(METHODS if arguments.list_methods else TASKS))
+        print(_listed(METHODS if arguments.list_methods else {**TASKS, **GENERATORS}))
         return 0
     transformers_logging.disable_progress_bar()
     command = command_line(["eval", *argv])
@@ -134,7 +135,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         model=arguments.model,
         text=arguments.text,
         methods=_methods(arguments),
-        tasks=tuple(name for name in TASKS if name in arguments.tasks),
+        tasks=_tasks(arguments.tasks),
         budgets=budgets,
         layout=layout,
         dtype=arguments.dtype,
@@ -147,6 +148,15 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         iso_keys=tuple(sorted(set(arguments.iso_keys))) if arguments.match == "iso" else (),
         retry_failed=arguments.retry_failed,
     )
+
+
+def _tasks(names: Sequence[str]) -> tuple[str, ...]:
+    """The tasks asked for, in the order in which they are listed; raises EvalError for unknown ones."""
+    known = [*TASKS, *GENERATORS]
+    for name in names:
+        if name not in known:
+            raise EvalError(f"unknown task {name!r}; allowed are {', '.join(known)}")
+    return tuple(name for name in known if name in names)
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -168,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Measure what sparse attention keeps of a model, by context length.\n"
         "Interrupted, the same command goes on where it was.",
-        epilog=f"methods:\n{_listed(METHODS)}\n\ntasks:\n{_listed(TASKS)}",
+        epilog=f"methods:\n{_listed(METHODS)}\n\ntasks:\n{_listed({**TASKS, **GENERATORS})}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -194,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--iso-keys", nargs="+", type=_positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")
     _add_within(parser)
     add("--phase", choices=list(PHASES), default="all", help="what is sparse: everything, or what follows the context")
-    add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help="default: all")
+    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")
     add("--samples", type=_positive, default=4, help="stretches of text at each length (default: 4)")
     add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
@@ -218,8 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _listed(entries: Mapping[str, Method | Task]) -> str:
-    return "\n".join(f"  {entry.name:12} {entry.description}" for entry in entries.values())
+def _listed(entries: Mapping[str, Method | Task | Generator]) -> str:
+    return "\n".join(f"  {entry.name:16} {entry.description}" for entry in entries.values())
 
 
 def _positive(text: str) -> int:

@@ -77,8 +77,16 @@ def measure(model: Any, attention: NCConfig | Press | None, sample: Sample, phas
         EvalError: the loss is not finite.
         MemoryRanOut: what was allocated for it is free again.
     """
-    try:
+    with memory_watched(len(sample.ids) - 1):
         return _measure(model, attention, sample, phase)
+
+
+@contextlib.contextmanager
+def memory_watched(tokens: int) -> Iterator[None]:
+    """Turns an error of memory within the block into ``MemoryRanOut``, once what was allocated there is free again."""
+    try:
+        yield
+        return
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -86,7 +94,7 @@ def measure(model: Any, attention: NCConfig | Press | None, sample: Sample, phas
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise MemoryRanOut(f"memory ran out at {len(sample.ids) - 1:,} tokens ({reason}); ask for shorter lengths")
+    raise MemoryRanOut(f"memory ran out at {tokens:,} tokens ({reason}); ask for shorter lengths")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -97,13 +105,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _measure(model: Any, attention: NCConfig | Press | None, sample: Sample, phase: Phase) -> Measurement:
     ids = torch.from_numpy(sample.ids).to(model.device)
     config = attention if isinstance(attention, NCConfig) else None
-    with torch.inference_mode(), _Peak(model) as peak:
-        cache = _prefilled(model, ids[: -sample.scored - 1], attention) if phase == "question" else None
+    with torch.inference_mode(), Peak(model) as peak:
+        cache = prefilled(model, ids[: -sample.scored - 1], attention) if phase == "question" else None
         with patched(model, config=config) if config else contextlib.nullcontext():
             if config:
                 reset_stats(model, tail=sample.scored)
             logits = _forward(model, ids[:-1], sample.scored, cache)
-            counted = _attended(model) if config else None
+            counted = attended(model) if config else None
     losses = torch.nn.functional.cross_entropy(logits.float(), ids[-sample.scored :], reduction="none").double()
     loss_sum = float(losses.sum())
     if not math.isfinite(loss_sum):
@@ -111,7 +119,7 @@ def _measure(model: Any, attention: NCConfig | Press | None, sample: Sample, pha
     if counted is None:
         counted = _attended_dense(model, len(ids) - 1, sample.scored, phase)
     if isinstance(attention, Press):
-        counted = _attended_compressed(cache, len(ids) - 1, sample.scored)
+        counted = attended_compressed(cache, len(ids) - 1, sample.scored)
     return Measurement(
         loss_sum=loss_sum,
         tokens=sample.scored,
@@ -123,11 +131,11 @@ def _measure(model: Any, attention: NCConfig | Press | None, sample: Sample, pha
     )
 
 
-def _prefilled(model: Any, context: torch.Tensor, attention: NCConfig | Press | None) -> DynamicCache:
+def prefilled(model: Any, context: torch.Tensor, attention: NCConfig | Press | None) -> DynamicCache:
     """The cache of a dense prefill, compressed where a press is given."""
     cache = DynamicCache(config=model.config)
     with attention.compressing(model, len(context)) if isinstance(attention, Press) else contextlib.nullcontext():
-        model(input_ids=context[None], past_key_values=cache, use_cache=True, **_only_last(model, 1))
+        model(input_ids=context[None], past_key_values=cache, use_cache=True, **only_last(model, 1))
     return cache
 
 
@@ -144,18 +152,20 @@ def _forward(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache | Non
     With a cache only the last ``keep`` tokens are read, at the positions they have in the whole sequence.
     """
     if cache is None:
-        logits: torch.Tensor = model(input_ids=ids[None], use_cache=False, **_only_last(model, keep)).logits
+        logits: torch.Tensor = model(input_ids=ids[None], use_cache=False, **only_last(model, keep)).logits
     else:
         positions = torch.arange(len(ids) - keep, len(ids), device=ids.device)[None]
         logits = model(input_ids=ids[None, -keep:], past_key_values=cache, position_ids=positions).logits
     return logits[0, -keep:]
 
 
-def _only_last(model: Any, keep: int) -> dict[str, int]:
+def only_last(model: Any, keep: int) -> dict[str, int]:
+    """The argument that lets a model compute the last logits alone, where it takes one."""
     return {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def _attended(model: Any) -> dict[str, Any]:
+def attended(model: Any) -> dict[str, Any]:
+    """What a patched model attended since its counts were set to zero, as a ``Measurement`` names it."""
     stats = nc_stats(model)
     ran_dense: dict[str, int] = {}
     for layer in stats["layers"]:
@@ -179,7 +189,7 @@ def _attended_dense(model: Any, length: int, scored: int, phase: Phase) -> dict[
     }
 
 
-def _attended_compressed(cache: DynamicCache | None, length: int, scored: int) -> dict[str, Any]:
+def attended_compressed(cache: DynamicCache | None, length: int, scored: int) -> dict[str, Any]:
     """Attended keys of the scored tokens, from what the layers of a compressed cache hold after reading them."""
     assert cache is not None
     held = fmean(cache.get_seq_length(layer) for layer in range(len(cache.layers)))
@@ -193,7 +203,7 @@ def _attended_compressed(cache: DynamicCache | None, length: int, scored: int) -
     }
 
 
-class _Peak:
+class Peak:
     """Times a block and finds its peak memory above the start: ``seconds`` and ``bytes`` when it is left.
 
     The peaks of several GPUs that share a model are added up.
@@ -204,7 +214,7 @@ class _Peak:
         self.seconds = 0.0
         self.bytes = 0
 
-    def __enter__(self) -> "_Peak":
+    def __enter__(self) -> "Peak":
         if self.devices:
             for device in self.devices:
                 torch.cuda.synchronize(device)

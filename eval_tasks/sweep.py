@@ -5,13 +5,16 @@ import itertools
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from eval_tasks.answers import Question, answer, build_question, check_generated
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import Budgets
 from eval_tasks.measure import Phase, measure, warm_up
@@ -30,6 +33,7 @@ from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
 from eval_tasks.ranks import Ranks
 from eval_tasks.store import ResultStore, measurement_key, read_run
+from eval_tasks.synthetic import Material
 from eval_tasks.tasks import TASKS, Layout, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig
@@ -147,8 +151,10 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         _check_positions(sweep, max_positions(source))
         tokenizer = load_tokenizer(source)
         tokens = tokenise(tokenizer, text.content)
-        check_lengths([TASKS[name] for name in sweep.tasks], sweep.layout, len(tokens.prefix))
-        starts = places(tokens, sweep.layout)
+        scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
+        check_lengths(scored, sweep.layout, len(tokens.prefix))
+        check_generated([name for name in sweep.tasks if name not in TASKS], sweep.layout.lengths)
+        starts = places(tokens, sweep.layout) if scored else []
         device = _own_device(sweep, ranks)
     with contextlib.ExitStack() as stack:
         with _agreed(ranks):
@@ -187,7 +193,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         with _agreed(ranks):
             store = first_store or stack.enter_context(_part_store(directory, ranks, session))
         known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in store.rows])
-        complete = _measure_all(sweep, plan, known, store, _Measurer(sweep, model, tokens, starts), ranks)
+        complete = _measure_all(sweep, plan, known, store, _Measurer(sweep, model, tokenizer, tokens, starts), ranks)
         if not ranks.is_first:
             stack.close()
         with _agreed(ranks):
@@ -255,7 +261,7 @@ def _plan(sweep: Sweep, constants: dict[str, Any]) -> list[Planned]:
     layout = sweep.layout
     for length, task, sample in itertools.product(layout.lengths, sweep.tasks, range(layout.samples)):
         for method in sweep.methods_at(length):
-            if TASKS[task].dense_only and method != DENSE:
+            if task in TASKS and TASKS[task].dense_only and method != DENSE:
                 continue
             config = find_method(method).config(sweep.budgets.at(length))
             key = measurement_key(
@@ -349,15 +355,15 @@ class _Measurer:
 
     sweep: Sweep
     model: Any
+    tokenizer: PreTrainedTokenizerBase
     tokens: TokenisedText
     starts: list[int]
 
     def row(self, planned: Planned) -> dict[str, Any]:
         """The row of one measurement; where memory runs out, one that says so."""
         sweep, what = self.sweep, f"{planned.task} with {planned.method} at {planned.length:,} tokens"
-        sample = TASKS[planned.task].build(self.tokens, self.starts[planned.sample], planned.length, sweep.layout)
         try:
-            measured = measure(self.model, self._attention(planned), sample, sweep.phase).to_dict()
+            measured = self._measured(planned)
         except MemoryRanOut as error:
             if sweep.tp_plan is not None:  # the other processes still wait for this one's part of a layer
                 raise EvalError(f"{what}: {error}") from error
@@ -372,11 +378,33 @@ class _Measurer:
             "task": planned.task,
             "length": planned.length,
             "sample": planned.sample,
-            "place": self.starts[planned.sample],
+            "place": self.starts[planned.sample] if planned.task in TASKS else None,
             "phase": sweep.phase,
             "budget": budget_at(planned.method, sweep.budgets, planned.length),
             **measured,
         }
+
+    def _measured(self, planned: Planned) -> dict[str, Any]:
+        sweep, attention = self.sweep, self._attention(planned)
+        if planned.task in TASKS:
+            sample = TASKS[planned.task].build(self.tokens, self.starts[planned.sample], planned.length, sweep.layout)
+            return measure(self.model, attention, sample, sweep.phase).to_dict()
+        question = self._question(planned.task, planned.length, planned.sample)
+        return answer(self.model, self.tokenizer, attention, question, sweep.phase)
+
+    @cached_property
+    def _material(self) -> Material:
+        return Material(self.sweep.text)
+
+    @cached_property
+    def _question(self) -> Callable[[str, int, int], Question]:
+        """Builds a question; the last one is kept, since all methods are asked the same."""
+
+        @lru_cache(maxsize=1)
+        def build(task: str, length: int, sample: int) -> Question:
+            return build_question(task, self.tokenizer, length, self.sweep.layout.seed, sample, self._material)
+
+        return build
 
     def _attention(self, planned: Planned) -> NCConfig | Press | None:
         method = find_method(planned.method)

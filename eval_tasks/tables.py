@@ -107,10 +107,10 @@ def comparison_table(comparisons: Sequence[Comparison], summaries: Sequence[Summ
             )
         )
     note = (
-        "Loss over dense on the same documents (nats per token, or share of answers). Non-inferior: a loss of "
-        f"more than the margin ({100 * within:g} % of perplexity, or points of answers) is excluded. p-values are "
-        "corrected over all lines by Holm's procedure; exact McNemar test for answers that are right or wrong, sign flips of "
-        "whole documents else. Detectable: the smallest difference that so many documents show in 80 of 100 cases."
+        "Loss over dense on the same documents (nats per token, or share of answers). Non-inferior: a loss of more "
+        f"than the margin ({100 * within:g} % of perplexity, or points of answers) is excluded. p-values are corrected "
+        "over all lines by Holm's procedure; exact McNemar test for answers that are right or wrong, else sign flips "
+        "of whole documents. Detectable: the smallest difference that so many documents show in 80 of 100 cases."
     )
     header = (
         "Task", "Tokens", "Method", "Keys, scored", "Share, scored", "Documents", "Loss − dense", "95 % interval",

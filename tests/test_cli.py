@@ -57,7 +57,7 @@ def test_eval_help_names_every_method_and_the_lists_print_them(capsys):
         (("--methods", "kvpress:SnapKVPress", "--match", "iso"), "no budget that --match iso could vary"),
         (("--match", "luck"), "invalid choice: 'luck'"),
         (("--tp-plan", "auto"), "add --processes N"),
-        (("--tasks", "juggling"), "invalid choice: 'juggling'"),
+        (("--tasks", "juggling"), "unknown task 'juggling'; allowed are recall"),
         (("--samples", "0"), "at least 1"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
     ],
