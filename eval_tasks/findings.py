@@ -201,6 +201,27 @@ class Findings:
         return unseen is not None and unseen.loss - self.cells["recall", length, DENSE].loss < GAIN_NEEDED
 
 
+def answer_sentences(summaries: Sequence[Summary]) -> list[str]:
+    """For each task of answers, what each method gets right at the longest length that dense was measured at."""
+    sentences = []
+    for task in dict.fromkeys(s.task for s in summaries if s.score is not None):
+        own = [s for s in summaries if s.task == task]
+        length = max((s.length for s in own if s.method == DENSE), default=None)
+        cells = {s.method: s for s in own if s.length == length}
+        others = [s for s in cells.values() if s.method != DENSE]
+        if length is None or not others:
+            continue
+        listed = ", ".join(
+            f"{find_method(s.method).title} {_percent(s.score or 0.0)} ({_percent(s.tail_attended_fraction)} of keys)"
+            for s in others
+        )
+        sentences.append(
+            f"In {title_of(task)} at {length:,} tokens dense attention gets {_percent(cells[DENSE].score or 0.0)} "
+            f"right, {listed}; {cells[DENSE].samples} samples."
+        )
+    return sentences
+
+
 def iso_sentences(found: Sequence[IsoQuality], within: float) -> list[str]:
     """What budgets each method needs, and which law they follow; empty where nothing of the kind was measured."""
     sentences = []

@@ -62,7 +62,7 @@ def run_processes(launch: Launch, arguments: Sequence[str]) -> int:
     Returns:
         The exit code of the process that failed first (128 + signal for one that was killed), or 0.
     """
-    port = launch.port or _free_port()
+    port = launch.port or free_port()
     processes = []
     try:
         for local_rank in range(launch.local):
@@ -156,7 +156,8 @@ def _launcher_command() -> list[str] | None:
     return None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -11,7 +11,7 @@ from typing import Any
 from eval_tasks.comparisons import Comparison
 from eval_tasks.errors import EvalError
 from eval_tasks.figures import main_figure, section_figures, to_png, to_svg
-from eval_tasks.findings import Findings, iso_sentences
+from eval_tasks.findings import Findings, answer_sentences, iso_sentences
 from eval_tasks.matching import MATCHED_BY
 from eval_tasks.merging import MergedRun, differing, merge_runs
 from eval_tasks.methods import find_method
@@ -47,7 +47,11 @@ class Section:
 
     def headline(self) -> list[str]:
         """The main finding, as sentences."""
-        return iso_sentences(self.needed, self.within) or self.findings.headline()
+        if self.needed:
+            return iso_sentences(self.needed, self.within)
+        answers = answer_sentences(self.summaries)
+        texts = any(s.score is None for s in self.summaries)
+        return [*answers, *(self.findings.headline() if texts or not answers else [])]
 
     def details(self) -> list[str]:
         """The other findings."""

@@ -38,9 +38,7 @@ COMMANDS = {
     "eval": Command(
         "eval_tasks.command", "run_eval", "measure sparse attention by context length", _EVAL_PACKAGES, "eval"
     ),
-    "report": Command(
-        "eval_tasks.command", "run_report", "write one report of earlier evals", _EVAL_PACKAGES, "eval"
-    ),
+    "report": Command("eval_tasks.command", "run_report", "write one report of earlier evals", _EVAL_PACKAGES, "eval"),
     "bench": Command(
         "nc_patch.bench.command",
         "run_bench",

@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tiny_sweep import sweep_arguments
+
+from eval_tasks.launch import free_port
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["eval_tasks.command"])
 
@@ -36,6 +40,25 @@ def start(
     process = _CONTEXT.Process(target=_run, args=(arguments, environment, said, setup), daemon=True)
     process.start()
     return process
+
+
+def start_ranks(
+    home: Path, outs: list[str], *further: str, setups: tuple[Callable[[], None] | None, ...] = (None, None)
+) -> "list[multiprocessing.process.BaseProcess]":
+    """Starts the two processes of one tiny sweep below ``home``; what they say goes to ``said0`` and ``said1``."""
+    port = str(free_port())
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(
+            sweep_arguments(home, home / out, *further),
+            home / f"said{rank}",
+            setup,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **shared,
+        )
+        for rank, (out, setup) in enumerate(zip(outs, setups, strict=True))
+    ]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from processes import lines, start, wait_until
+from processes import lines, start, start_ranks, wait_until
 from tiny_sweep import sweep_arguments
 
 from eval_tasks import launch
@@ -45,22 +45,6 @@ def alone(home):
     """A sweep by one process that nobody disturbs."""
     assert main(sweep_arguments(home, home / "alone")) == 0
     return home / "alone"
-
-
-def start_ranks(home, outs, *further, setups=(None, None)):
-    port = str(launch._free_port())
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        start(
-            sweep_arguments(home, home / out, *further),
-            home / f"said{rank}",
-            setup,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            **shared,
-        )
-        for rank, (out, setup) in enumerate(zip(outs, setups, strict=True))
-    ]
 
 
 def test_two_processes_share_the_work_and_find_what_one_does(home, alone):
@@ -189,7 +173,7 @@ def test_a_process_that_cannot_start_ends_the_run_with_its_exit_code(monkeypatch
 def test_accelerate_launch_on_the_cpu_with_two_processes(home, alone):
     arguments = sweep_arguments(home, home / "accelerated", "--threads", "1")
     launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command = ["-m", *launcher, "--main_process_port", str(launch._free_port()), "-m", "nc_patch", *arguments]
+    command = ["-m", *launcher, "--main_process_port", str(launch.free_port()), "-m", "nc_patch", *arguments]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "starting the 2 of this machine" in done.stderr

@@ -156,6 +156,8 @@ def test_answers_are_shown_by_depth_and_compared_as_right_or_wrong(tmp_path):
         scores = {entry["method"]: float(entry["score"]) for entry in csv.DictReader(file) if entry["length"] == "1024"}
     assert scores == pytest.approx({"dense": 1.0, "window": 0.2, "nc-topk": 0.95})
     page = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    assert "at 2,048 tokens dense attention gets 100 % right, fixed window 20 % (5.0 % of keys)" in page
+    assert "nothing is compared" not in page
     assert "share of right answers by depth and length" in page
     verdicts = (tmp_path / "a" / "comparisons.csv").read_text()
     assert re.search(r"niah_single_1,1024,window,20,0\.8,.*,worse$", verdicts, re.MULTILINE)

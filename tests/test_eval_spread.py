@@ -1,7 +1,7 @@
 """One model over several devices or processes: the numbers of the model in one place."""
 
 import pytest
-from test_eval_processes import start_ranks
+from processes import start_ranks
 from tiny_sweep import sweep_arguments
 
 from eval_tasks.errors import EvalError
