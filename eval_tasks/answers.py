@@ -48,9 +48,20 @@ def check_generated(names: list[str], lengths: tuple[int, ...]) -> None:
 
 
 def build_question(
-    name: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int, index: int, material: Material
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int,
+    index: int,
+    material: Material,
+    new_tokens: int | None = None,
 ) -> Question:
     """A sample of a generated task, in the tokenizer's chat template where it has one.
+
+    Args:
+        name: of the generator.
+        tokenizer, length, seed, index, material: as ``synthesize`` takes them.
+        new_tokens: tokens of an answer, in place of the task's own number.
 
     Raises:
         EvalError: the length cannot be filled.
@@ -62,6 +73,7 @@ def build_question(
         seed,
         index,
         material=material,
+        new_tokens=new_tokens,
         use_chat_template=bool(tokenizer.chat_template),
     )
     bos = getattr(tokenizer, "bos_token", None)

@@ -146,6 +146,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         tp_plan=arguments.tp_plan,
         phase=arguments.phase,
         iso_keys=tuple(sorted(set(arguments.iso_keys))) if arguments.match == "iso" else (),
+        answer_tokens=arguments.answer_tokens,
         retry_failed=arguments.retry_failed,
     )
 
@@ -213,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=int, choices=BLOCK_SIZES, default=32, help="keys per block of block (default: 32)")
     add("--scored", type=_positive, default=256, help="last tokens that perplexity scores (default: 256)")
     add("--passage", type=_positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
+    add("--answer-tokens", type=_positive, metavar="N", help="most tokens of an answer (default: as in the original)")
     add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
     add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")

@@ -56,6 +56,7 @@ class Sweep:
         device_map, tp_plan: how one model is spread over devices or processes; as ``load_model`` takes them.
         phase: which part of a forward pass is sparse; as ``measure`` takes it.
         iso_keys: budgets that ``match="iso"`` tries.
+        answer_tokens: the most tokens of an answer to a generated task; None for each task's own number.
         retry_failed: whether cells that failed in an earlier session are measured again.
     """
 
@@ -73,6 +74,7 @@ class Sweep:
     tp_plan: str | None = None
     phase: Phase = "all"
     iso_keys: tuple[int, ...] = ()
+    answer_tokens: int | None = None
     retry_failed: bool = False
 
     def methods_at(self, length: int) -> tuple[str, ...]:
@@ -107,6 +109,7 @@ class Sweep:
             "match": self.budgets.match,
             "phase": self.phase,
             "iso_keys": list(self.iso_keys),
+            "answer_tokens": self.answer_tokens,
         }
 
 
@@ -269,6 +272,7 @@ def _plan(sweep: Sweep, constants: dict[str, Any]) -> list[Planned]:
                 | {"method": method, "config": config and config.to_dict(), "task": task, "length": length}
                 | {"sample": sample, "samples_of": max(layout.lengths), "seed": layout.seed, "phase": sweep.phase}
                 | {"scored": layout.scored, "passage": layout.passage, "device": sweep.device}
+                | ({} if task in TASKS else {"answer_tokens": sweep.answer_tokens})
                 | ({"budget": budget_at(method, sweep.budgets, length)} if find_method(method).press else {})
             )
             plan.append(Planned(length, sample, task, method, key))
@@ -402,7 +406,8 @@ class _Measurer:
 
         @lru_cache(maxsize=1)
         def build(task: str, length: int, sample: int) -> Question:
-            return build_question(task, self.tokenizer, length, self.sweep.layout.seed, sample, self._material)
+            seed, new_tokens = self.sweep.layout.seed, self.sweep.answer_tokens
+            return build_question(task, self.tokenizer, length, seed, sample, self._material, new_tokens)
 
         return build
 

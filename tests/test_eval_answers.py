@@ -71,6 +71,9 @@ def test_a_dense_prefill_before_a_dense_question_changes_no_answer(model, tokeni
 def test_a_question_fills_its_length_and_holds_its_answer(tokenizer):
     question = build_question("niah_single_1", tokenizer, 768, 0, 3, Material())
     assert 0.9 * 768 <= len(question.ids) + question.new_tokens <= 768
+    shorter = build_question("niah_single_1", tokenizer, 768, 0, 3, Material(), new_tokens=16)
+    assert (shorter.answers, shorter.new_tokens) == (question.answers, 16)
+    assert len(shorter.ids) > len(question.ids)
     prompt = tokenizer.decode(question.ids)
     assert all(expected in prompt for expected in question.answers)
     assert 0 <= question.depth <= 1

@@ -247,3 +247,26 @@ def test_losses_of_the_scored_tokens_add_up(sample):
     measured = measure(tiny_model("llama"), None, sample)
     assert len(measured.token_losses) == 16
     assert sum(measured.token_losses) == pytest.approx(measured.loss_sum, abs=1e-3)
+
+
+def test_budgets_matched_at_the_scored_position_are_equal_in_the_rows(tmp_path):
+    further = ("--methods", "dense", "fixed-topk", "fraction-topk", "nc-topk", "--tasks", "perplexity")
+    assert main(sweep_arguments(tmp_path, tmp_path / "out", *further, "--match", "scored")) == 0
+    budgets = {(row["length"], row["budget"]) for row in read_rows(tmp_path / "out") if row["method"] != "dense"}
+    assert budgets == {(48, 14), (96, 20)}
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "scored: at every length all budgets are equal for the query that sees all of it" in page
+
+
+def test_an_iso_sweep_tries_every_budget_and_reports_what_is_needed(tmp_path):
+    further = ("--methods", "fixed-topk", "--tasks", "recall", "unseen", "--match", "iso", "--iso-keys", "8", "64")
+    out = tmp_path / "out"
+    assert main(sweep_arguments(tmp_path, out, *further)) == 0
+    measured = {(row["task"], row["length"], row["method"]) for row in read_rows(out)}
+    assert measured == {
+        ("recall", 48, "dense"), ("recall", 48, "fixed-topk@8"), ("recall", 96, "dense"),
+        ("recall", 96, "fixed-topk@8"), ("recall", 96, "fixed-topk@64"), ("unseen", 48, "dense"),
+        ("unseen", 96, "dense"),
+    }  # fmt: skip
+    assert {row["tail_mean_keys"] for row in read_rows(out) if row["method"] == "fixed-topk@8"} == {8.0}
+    assert (out / "report.md").stat().st_size > 0
