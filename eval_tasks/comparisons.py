@@ -10,13 +10,15 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from eval_tasks.bootstrap import MIN_SAMPLES, by_document, paired_difference
 
 SIGNIFICANCE = 0.05
 POWER = 0.8
 _PERMUTATIONS = 9_999
+# Documents all of which must differ the same way for a two-sided test to reach significance at all.
+_FEWEST = 6
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Comparison:
         difference: mean loss over dense: nats per token, or the share of answers lost.
         low, high: its bootstrap interval.
         margin: the loss, in the same units, that counts as none.
-        detectable: the smallest difference that a test on so many documents finds in 80 of 100 cases; None below two.
+        detectable: the smallest difference that a test on so many documents finds in 80 of 100 cases, taken alone;
+            None where they find none.
         p_difference: of a difference either way: McNemar's exact test for right or wrong answers, else sign flips of
             whole documents.
         p_margin: of a loss below the margin, one-sided; None where there is too little to test.
@@ -94,7 +97,7 @@ def compare(
         p_margin = _sign_flips(means, margin, "less")
     return Comparison(
         task, length, method, interval.documents, interval.mean, interval.low, interval.high, margin,
-        smallest_detectable(means), p_difference, p_margin, dense_fails,
+        smallest_detectable(means, right_or_wrong), p_difference, p_margin, dense_fails,
     )  # fmt: skip
 
 
@@ -131,11 +134,22 @@ def mcnemar(values: Sequence[float], reference: Sequence[float]) -> float:
     return float(stats.binomtest(only_here, only_here + only_there).pvalue)
 
 
-def smallest_detectable(means: Sequence[float] | np.ndarray) -> float | None:
-    """The difference that a paired two-sided t-test of so many documents finds with a power of ``POWER``."""
+def smallest_detectable(means: Sequence[float] | np.ndarray, right_or_wrong: bool = False) -> float | None:
+    """The smallest difference that so many documents show, uncorrected, with a power of ``POWER``.
+
+    For answers that are right or wrong: the share lost at which McNemar's test finds enough of them when none are won.
+    Else that of a paired two-sided t-test with the spread that was found.
+
+    Returns:
+        None where no difference, however large, reaches significance: below six documents.
+    """
     count = len(means)
-    if count < MIN_SAMPLES:
+    if count < _FEWEST:
         return None
+    if right_or_wrong:
+        # So many lost answers and none won are significant: 2 · ½^6 < 0.05.
+        power = lambda share: stats.binom.sf(_FEWEST - 1, count, share) - POWER  # noqa: E731
+        return float(optimize.brentq(power, 0.0, 1.0))
     deviation = float(np.std(means, ddof=1))
     quantiles = stats.t.ppf([1 - SIGNIFICANCE / 2, POWER], count - 1).sum()
     return float(quantiles * deviation / math.sqrt(count))

@@ -39,6 +39,8 @@ _FONT = {"font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fo
 _REFERENCE = "unseen"
 # Above this ratio of largest to smallest value an axis is logarithmic.
 _LOGARITHMIC_FROM = 4.0
+# Below this ratio a logarithmic axis may be left without a single label.
+_LABELLED_FROM = 2.5
 _POSITION_BINS = 16
 _DEPTH_BINS = 10
 _MAPS_PER_ROW = 4
@@ -319,7 +321,8 @@ def _colour(name: str) -> str:
 
 def _scale(axis: Axes, logarithmic: bool = False) -> None:
     values = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata()) if y > 0]
-    if logarithmic or (values and max(values) > _LOGARITHMIC_FROM * min(values)):
+    spread = max(values) / min(values) if values else 1.0
+    if spread > _LOGARITHMIC_FROM or (logarithmic and spread > _LABELLED_FROM):
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(FuncFormatter(_minor_label))

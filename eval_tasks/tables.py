@@ -99,7 +99,7 @@ def comparison_table(comparisons: Sequence[Comparison], summaries: Sequence[Summ
                 str(c.documents),
                 f"{c.difference:+.4f}",
                 interval_text(c.low, c.high, 1.0, 4),
-                number(c.detectable, 4),
+                "none" if c.detectable is None else number(c.detectable, 4),
                 f"{c.margin:.4f}",
                 number(c.p_difference, 4),
                 number(c.p_margin, 4),
@@ -110,7 +110,8 @@ def comparison_table(comparisons: Sequence[Comparison], summaries: Sequence[Summ
         "Loss over dense on the same documents (nats per token, or share of answers). Non-inferior: a loss of more "
         f"than the margin ({100 * within:g} % of perplexity, or points of answers) is excluded. p-values are corrected "
         "over all lines by Holm's procedure; exact McNemar test for answers that are right or wrong, else sign flips "
-        "of whole documents. Detectable: the smallest difference that so many documents show in 80 of 100 cases."
+        "of whole documents. Detectable: the smallest difference that so many documents show in 80 of 100 cases, taken "
+        "alone."
     )
     header = (
         "Task", "Tokens", "Method", "Keys, scored", "Share, scored", "Documents", "Loss − dense", "95 % interval",

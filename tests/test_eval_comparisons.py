@@ -52,7 +52,21 @@ def test_the_smallest_detectable_difference_is_found_in_eighty_of_a_hundred_case
     size = smallest_detectable(draw.normal(size=100_000)) * np.sqrt(100_000 / 25) * 1.03  # scaled to 25 documents
     found = sum(stats.ttest_1samp(draw.normal(size, 1.0, 25), 0).pvalue <= 0.05 for _ in range(1000))
     assert found / 1000 == pytest.approx(0.8, abs=0.05)
-    assert smallest_detectable([1.0]) is None
+
+
+def test_below_six_documents_nothing_can_be_detected():
+    assert compared([9.0] * 5).p_difference > 0.05
+    assert smallest_detectable([9.0] * 5) is None
+    assert compared([9.0, 8.0, 9.0, 8.0, 9.0, 8.0]).p_difference < 0.05
+    assert smallest_detectable([9.0, 8.0, 9.0, 8.0, 9.0, 8.0]) is not None
+
+
+def test_the_share_of_lost_answers_that_is_detectable_is_detected_so_often():
+    draw = np.random.default_rng(4)
+    share = smallest_detectable([0.0] * 40, right_or_wrong=True)
+    lost = draw.random((2000, 40)) < share
+    found = sum(mcnemar(list(row.astype(int)), [0] * 40) <= 0.05 for row in lost)
+    assert found / 2000 == pytest.approx(0.8, abs=0.03)
 
 
 @pytest.mark.parametrize(
