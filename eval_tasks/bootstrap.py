@@ -1,13 +1,15 @@
-"""Bootstrap intervals of paired differences over samples."""
+"""Bootstrap intervals of paired differences, clustered by document."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-# With fewer samples than this, resampling says nothing about the spread.
+# With fewer documents than this, resampling says nothing about the spread.
 MIN_SAMPLES = 2
 
 
@@ -17,14 +19,16 @@ class PairedDifference:
 
     Attributes:
         mean: of the differences.
-        low, high: the interval at ``CONFIDENCE``; None with fewer than two samples.
+        low, high: the interval at ``CONFIDENCE``; None with fewer than two documents.
         samples: how many pairs.
+        documents: how many documents they come from; what is resampled.
     """
 
     mean: float
     low: float | None
     high: float | None
     samples: int
+    documents: int
 
     @property
     def decided(self) -> bool:
@@ -32,23 +36,47 @@ class PairedDifference:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def paired_difference(values: Sequence[float], reference: Sequence[float], seed: int = 0) -> PairedDifference:
+def paired_difference(
+    values: Sequence[float], reference: Sequence[float], seed: int = 0, documents: Sequence[Hashable] | None = None
+) -> PairedDifference:
     """The difference ``values - reference`` over the same samples in the same order.
 
     Args:
-        values, reference: one number per sample; each sample is one stretch of text, the unit that is resampled.
+        values, reference: one number per sample.
         seed: of the resampling.
+        documents: which document each sample comes from; None where each is one of its own. Samples of one document
+            resemble each other, so whole documents are resampled.
 
     Raises:
         ValueError: the sequences differ in length or are empty.
     """
-    if len(values) != len(reference) or not values:
-        raise ValueError(f"pairs need the same samples, at least one: got {len(values)} and {len(reference)}")
+    sums, counts = by_document(values, reference, documents)
+    mean, samples, found = float(sums.sum() / counts.sum()), int(counts.sum()), len(sums)
+    if found < MIN_SAMPLES:
+        return PairedDifference(mean, None, None, samples, found)
+    low, high = stats.bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis),
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return PairedDifference(mean, float(low), float(high), samples, found)
+
+
+def by_document(
+    values: Sequence[float], reference: Sequence[float], documents: Sequence[Hashable] | None = None
+) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
+    """The sum of differences and the number of samples of each document, float64 ``[documents]`` both."""
+    owners = list(range(len(values))) if documents is None else list(documents)
+    if not len(values) == len(reference) == len(owners) or not len(values):
+        raise ValueError(
+            f"pairs need the same samples, at least one: got {len(values)}, {len(reference)} and {len(owners)}"
+        )
     differences = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
-    mean, count = float(differences.mean()), len(differences)
-    if count < MIN_SAMPLES:
-        return PairedDifference(mean, None, None, count)
-    drawn = np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(differences[drawn].mean(axis=1), [tail, 1 - tail])
-    return PairedDifference(mean, float(low), float(high), count)
+    place = {owner: index for index, owner in enumerate(dict.fromkeys(owners))}
+    rows = np.array([place[owner] for owner in owners])
+    return np.bincount(rows, differences), np.bincount(rows).astype(np.float64)

@@ -9,34 +9,52 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from eval_tasks.errors import EvalError
-from eval_tasks.methods import METHODS, Budgets, Method
+from eval_tasks.launch import run_processes, wanted_launch, without_processes
+from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
+from eval_tasks.measure import PHASES
+from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, Method, find_method, order_of
 from eval_tasks.models import DTYPES
 from eval_tasks.provenance import command_line
-from eval_tasks.report import REPORT, write_report
+from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
+from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.sweep import Sweep, run_sweep
+from eval_tasks.synthetic import GENERATORS, Generator
 from eval_tasks.tasks import TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
 from nc_patch.config import BACKENDS, BLOCK_SIZES
+
+_ISO_METHODS = (DENSE, "fixed-topk", "streaming")
 
 
 def run_eval(argv: Sequence[str]) -> int:
     """Measures methods by context length and writes the report; returns 0, 2 for errors, or 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     if arguments.list_methods or arguments.list_tasks:
-        print(_listed(METHODS if arguments.list_methods else TASKS))
+        print(_listed(METHODS if arguments.list_methods else {**TASKS, **GENERATORS}))
         return 0
     transformers_logging.disable_progress_bar()
     command = command_line(["eval", *argv])
     try:
         directory = _directory(arguments)
-        complete = run_sweep(_sweep(arguments), directory, command)
-        _print_findings(directory)
+        sweep = _sweep(arguments)
+        launch = wanted_launch(arguments.processes)
+        if launch is not None:
+            return run_processes(launch, ["eval", *without_processes(argv)])
+        with joined_ranks(sweep.tp_plan is not None, sweep.device) as ranks:
+            if sweep.tp_plan is not None and ranks.world == 1:
+                raise EvalError("--tp-plan spreads a model over several processes: add --processes N, or use torchrun")
+            complete = run_sweep(sweep, directory, command, ranks)
+            is_first = ranks.is_first
+        if not is_first:
+            return 0
+        _print_findings([directory], None, arguments.within / 100)
     except EvalError as error:
         return _refuse(error)
     except KeyboardInterrupt:
-        print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
+        if launched_rank() == 0:
+            print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
         return INTERRUPTED
     if not complete:
         print(f"To measure the rest: {command}", file=sys.stderr)
@@ -44,25 +62,48 @@ def run_eval(argv: Sequence[str]) -> int:
 
 
 def run_report(argv: Sequence[str]) -> int:
-    """Writes the report of a directory again, from what it holds; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="nc-patch report", description="Write the report of what a directory holds.")
-    parser.add_argument("directory", type=Path, help="the --out of nc-patch eval")
+    """Writes the report of one or more directories, from what they hold; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="nc-patch report", description="Write one report of what directories hold.", allow_abbrev=False
+    )
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="the --out of nc-patch eval")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes (default: DIR, where there is only one)")
+    _add_within(parser)
+    arguments = parser.parse_args(argv)
     try:
-        _print_findings(parser.parse_args(argv).directory)
+        _print_findings(arguments.directories, arguments.out, arguments.within / 100)
     except EvalError as error:
         return _refuse(error)
     return 0
 
 
 def _refuse(error: EvalError) -> int:
-    print(f"nc-patch: {error}", file=sys.stderr)
+    if launched_rank() == 0 or not isinstance(error, AgreedError):
+        print(f"nc-patch: {error}", file=sys.stderr)
     return USAGE_ERROR
 
 
-def _print_findings(directory: Path) -> None:
-    findings = write_report(directory)
+def _print_findings(directories: Sequence[Path], out: Path | None, within: float) -> None:
+    findings = write_report(directories, out, within)
     print("\n".join(findings))
-    print(f"\nReport: {shlex.quote(str(directory / REPORT))}")
+    print(f"\nReport: {shlex.quote(str((out or directories[0]) / REPORT))}")
+
+
+def _add_within(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--within",
+        type=_percentage,
+        default=100 * WITHIN,
+        metavar="PERCENT",
+        help=f"how much worse than dense counts as no worse (default: {100 * WITHIN:g})",
+    )
+
+
+def _percentage(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 100 percent, got {text}")
+    return value
 
 
 def _directory(arguments: argparse.Namespace) -> Path:
@@ -77,7 +118,14 @@ def _directory(arguments: argparse.Namespace) -> Path:
 def _sweep(arguments: argparse.Namespace) -> Sweep:
     """The sweep that the arguments ask for; raises EvalError for values that do not fit."""
     try:
-        budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at, arguments.block_size, arguments.backend)
+        budgets = Budgets(
+            arguments.alpha,
+            arguments.C,
+            arguments.equal_at,
+            arguments.block_size,
+            arguments.backend,
+            match=arguments.match,
+        )
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
     layout = Layout(
@@ -86,23 +134,52 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
     return Sweep(
         model=arguments.model,
         text=arguments.text,
-        methods=tuple(name for name in METHODS if name in arguments.methods),
-        tasks=tuple(name for name in TASKS if name in arguments.tasks),
+        methods=_methods(arguments),
+        tasks=_tasks(arguments.tasks),
         budgets=budgets,
         layout=layout,
         dtype=arguments.dtype,
         device=arguments.device,
         threads=arguments.threads,
         minutes=arguments.minutes,
+        device_map=arguments.device_map,
+        tp_plan=arguments.tp_plan,
+        phase=arguments.phase,
+        iso_keys=tuple(sorted(set(arguments.iso_keys))) if arguments.match == "iso" else (),
+        answer_tokens=arguments.answer_tokens,
+        retry_failed=arguments.retry_failed,
     )
+
+
+def _tasks(names: Sequence[str]) -> tuple[str, ...]:
+    """The tasks asked for, in the order in which they are listed; raises EvalError for unknown ones."""
+    known = [*TASKS, *GENERATORS]
+    for name in names:
+        if name not in known:
+            raise EvalError(f"unknown task {name!r}; allowed are {', '.join(known)}")
+    return tuple(name for name in known if name in names)
+
+
+def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The methods asked for, in the order in which they are listed; raises EvalError for unknown ones."""
+    names = arguments.methods or (list(_ISO_METHODS) if arguments.match == "iso" else list(DEFAULT_METHODS))
+    for name in names:
+        if "@" in name:
+            raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
+        if find_method(name).press is not None and arguments.match == "iso":
+            raise EvalError(f"{name} has no budget that --match iso could vary; leave it out")
+    if arguments.match == "iso" and set(names) == {DENSE}:
+        raise EvalError("--match iso compares budgets of sparse methods with dense: name one, for example fixed-topk")
+    return tuple(sorted(set(names), key=order_of))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nc-patch eval",
+        allow_abbrev=False,
         description="Measure what sparse attention keeps of a model, by context length.\n"
         "Interrupted, the same command goes on where it was.",
-        epilog=f"methods:\n{_listed(METHODS)}\n\ntasks:\n{_listed(TASKS)}",
+        epilog=f"methods:\n{_listed(METHODS)}\n\ntasks:\n{_listed({**TASKS, **GENERATORS})}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -117,8 +194,18 @@ def _parser() -> argparse.ArgumentParser:
         default=PYTHON_REFERENCE,
         help="a text file, a data set as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference (default)",
     )
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help="default: all")
-    add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help="default: all")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help=f"default: {' '.join(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed",
+    )
+    matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
+    add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
+    add("--iso-keys", nargs="+", type=_positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")
+    _add_within(parser)
+    add("--phase", choices=list(PHASES), default="all", help="what is sparse: everything, or what follows the context")
+    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")
     add("--samples", type=_positive, default=4, help="stretches of text at each length (default: 4)")
     add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
@@ -127,19 +214,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=int, choices=BLOCK_SIZES, default=32, help="keys per block of block (default: 32)")
     add("--scored", type=_positive, default=256, help="last tokens that perplexity scores (default: 256)")
     add("--passage", type=_positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
+    add("--answer-tokens", type=_positive, metavar="N", help="most tokens of an answer (default: as in the original)")
     add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
     add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
     add("--backend", choices=list(BACKENDS), default="auto", help="of sparse attention (default: auto)")
     add("--threads", type=_positive, help="threads of PyTorch on the CPU")
     add("--minutes", type=float, help="begin nothing that is not expected to end within so many minutes")
+    add("--processes", type=_positive, metavar="N", help="share the samples among N processes of this machine")
+    add("--device-map", metavar="MAP", help="auto: spread the layers of one model over all GPUs of a process")
+    add("--tp-plan", metavar="PLAN", help="auto: spread every layer of one model over all processes")
+    add("--retry-failed", action="store_true", help="measure cells again that ran out of memory before")
     add("--list-methods", action="store_true", help="print the methods and end")
     add("--list-tasks", action="store_true", help="print the tasks and end")
     return parser
 
 
-def _listed(entries: Mapping[str, Method | Task]) -> str:
-    return "\n".join(f"  {entry.name:12} {entry.description}" for entry in entries.values())
+def _listed(entries: Mapping[str, Method | Task | Generator]) -> str:
+    return "\n".join(f"  {entry.name:16} {entry.description}" for entry in entries.values())
 
 
 def _positive(text: str) -> int:

@@ -1,5 +1,9 @@
-"""The one exception of the harness that is meant for the user's eyes."""
+"""The exceptions of the harness that are meant for the user's eyes."""
 
 
 class EvalError(ValueError):
     """The measurement cannot start or go on; the message says what was received, what is allowed and what to do."""
+
+
+class MemoryRanOut(EvalError):
+    """One measurement needs more memory than there is; others may still fit."""

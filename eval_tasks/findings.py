@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from eval_tasks.methods import DENSE, METHODS
-from eval_tasks.summary import Row, Summary, losses
-from eval_tasks.tasks import TASKS
+from eval_tasks.iso_quality import IsoQuality
+from eval_tasks.methods import DENSE, find_method
+from eval_tasks.summary import Row, Summary, losses, title_of
+from eval_tasks.verdicts import GAIN_NEEDED
 
 GROWING = "nc-topk"
 # A perplexity within this factor of dense is called equal.
 _EQUAL_WITHIN = 1.02
 # A share of dense attention's gain from the first copy: at least so much is called recall, at most so much none.
 _RECALLS, _FORGETS = 0.8, 0.2
-# Where dense attention gains less than this from the first copy, in nats, there is no recall to compare with.
-_GAIN_NEEDED = 0.5
 
 
 class Findings:
@@ -43,7 +42,7 @@ class Findings:
             found.append(
                 " ".join([self._against_dense("perplexity", length), *self._against_others("perplexity", length)])
             )
-        return [*found, *self._losses(), *self._time(), *self._caveats()]
+        return [*found, *self._losses(), *self._time(), *self.caveats()]
 
     def _longest(self, task: str) -> int | None:
         """The longest length at which every measured method of the task has the samples that dense has."""
@@ -68,8 +67,8 @@ class Findings:
     def _against_dense(self, task: str, length: int) -> str:
         dense, leading = self.cells[task, length, DENSE], self._leading(task, length)
         start = (
-            f"At {length:,} tokens, {METHODS[leading.method].title} attention reads "
-            f"{_percent(leading.attended_fraction)} of the keys and reaches a {TASKS[task].title} of "
+            f"At {length:,} tokens, {find_method(leading.method).title} attention reads "
+            f"{_percent(leading.attended_fraction)} of the keys and reaches a {title_of(task)} of "
             f"{_number(leading.perplexity)}; dense attention, which reads all of them, {_number(dense.perplexity)}"
         )
         return f"{start} ({_ratio(leading)}{self._kept(task, length, leading)})."
@@ -88,16 +87,16 @@ class Findings:
         if not shared:
             return None
         level, best, got = (fmean(values[sample] for sample in shared) for values in (unseen, dense, own))
-        return None if level - best < _GAIN_NEEDED else max(0.0, (level - got) / (level - best))
+        return None if level - best < GAIN_NEEDED else max(0.0, (level - got) / (level - best))
 
     def _against_others(self, task: str, length: int) -> list[str]:
         leading = self._leading(task, length)
         sentences = []
-        rivals = [s for s in self._sparse(task, length) if METHODS[s.method].selects == "content" and s != leading]
-        fixed = [s for s in rivals if not METHODS[s.method].grows]
-        if fixed and METHODS[leading.method].grows:
+        rivals = [s for s in self._sparse(task, length) if find_method(s.method).selects == "content" and s != leading]
+        fixed = [s for s in rivals if not find_method(s.method).grows]
+        if fixed and find_method(leading.method).grows:
             sentences.append(self._growth(task, length, leading, fixed))
-        windows = [s for s in self._sparse(task, length) if METHODS[s.method].selects == "recent" and s != leading]
+        windows = [s for s in self._sparse(task, length) if find_method(s.method).selects == "recent" and s != leading]
         if windows:
             sentences.append(self._windows(task, length, windows))
         blocks = [s for s in rivals if s.method == "block"]
@@ -108,8 +107,9 @@ class Findings:
     def _growth(self, task: str, length: int, leading: Summary, fixed: list[Summary]) -> str:
         equal_at = int(self.run["identity"]["equal_at"])
         described = lambda s: f"{s.budget} keys, {_percent(s.attended_fraction)} of all"  # noqa: E731
-        budgets = " and ".join(f"{METHODS[s.method].title} {_number(s.perplexity)} ({described(s)})" for s in fixed)
-        if length == equal_at:
+        budgets = " and ".join(f"{find_method(s.method).title} {_number(s.perplexity)} ({described(s)})" for s in fixed)
+        match = self.run["identity"].get("match", "deploy")
+        if match == "scored" or (match == "deploy" and length == equal_at):
             return f"At this length all budgets are equal: {budgets}."
         own = losses(self.rows, task, length, leading.method)
         better = all(leading.loss < s.loss for s in fixed)
@@ -118,14 +118,17 @@ class Findings:
         if len(fixed) == 1:
             verdict = "better" if better else "worse" if worse else "level"
         wins = sum(all(own[i] < losses(self.rows, task, length, s.method)[i] for s in fixed) for i in own)
+        equal = f"equal its own at {equal_at:,} tokens but" if match == "deploy" else "equal its own in sum and"
         return (
-            f"Budgets that equal its own at {equal_at:,} tokens but do not grow as n^C reach: {budgets}; "
+            f"Budgets that {equal} do not grow as n^C reach: {budgets}; "
             f"the growing one ({described(leading)}) is {verdict}, and ahead in {wins} of {len(own)} samples."
         )
 
     def _windows(self, task: str, length: int, windows: list[Summary]) -> str:
         best = min(windows, key=lambda summary: summary.loss)
-        what = f"The best window, which keeps keys by position ({METHODS[best.method].title}, {best.budget}), reaches "
+        what = (
+            f"The best window, which keeps keys by position ({find_method(best.method).title}, {best.budget}), reaches "
+        )
         share = self._recalled(length, best.method) if task == "recall" else None
         if share is None:
             return f"{what}{_number(best.perplexity)} ({_ratio(best)})."
@@ -151,8 +154,8 @@ class Findings:
                     worst.append((own.perplexity_ratio, own))
         if not worst:
             return []
-        listed = ", ".join(f"{TASKS[s.task].title} at {s.length:,} (+{100 * (ratio - 1):.1f} %)" for ratio, s in worst)
-        return [f"Where {METHODS[worst[0][1].method].title} is worse than dense by more than 2 %: {listed}."]
+        listed = ", ".join(f"{title_of(s.task)} at {s.length:,} (+{100 * (ratio - 1):.1f} %)" for ratio, s in worst)
+        return [f"Where {find_method(worst[0][1].method).title} is worse than dense by more than 2 %: {listed}."]
 
     def _time(self) -> list[str]:
         task = next((task for task in ("perplexity", "recall") if self._longest(task) is not None), None)
@@ -162,7 +165,7 @@ class Findings:
         assert length is not None
         dense = self.cells[task, length, DENSE]
         times = ", ".join(
-            f"{METHODS[s.method].title} {s.seconds / dense.seconds:.2f}" for s in self._sparse(task, length)
+            f"{find_method(s.method).title} {s.seconds / dense.seconds:.2f}" for s in self._sparse(task, length)
         )
         machine = self.run.get("hardware", {})
         where = machine.get("gpu") or f"{machine.get('threads')} threads of a {machine.get('processor')}"
@@ -171,7 +174,8 @@ class Findings:
             f"{where}: {times}."
         ]
 
-    def _caveats(self) -> list[str]:
+    def caveats(self) -> list[str]:
+        """What to keep in mind: few samples, lengths where dense fails, calls that ran dense."""
         counts = sorted({s.samples for s in self.cells.values()})
         samples = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
         caveats = [
@@ -194,7 +198,54 @@ class Findings:
 
     def _dense_fails(self, length: int) -> bool:
         unseen = self.cells.get(("unseen", length, DENSE))
-        return unseen is not None and unseen.loss - self.cells["recall", length, DENSE].loss < _GAIN_NEEDED
+        return unseen is not None and unseen.loss - self.cells["recall", length, DENSE].loss < GAIN_NEEDED
+
+
+def answer_sentences(summaries: Sequence[Summary]) -> list[str]:
+    """For each task of answers, what each method gets right at the longest length that dense was measured at."""
+    sentences = []
+    for task in dict.fromkeys(s.task for s in summaries if s.score is not None):
+        own = [s for s in summaries if s.task == task]
+        length = max((s.length for s in own if s.method == DENSE), default=None)
+        cells = {s.method: s for s in own if s.length == length}
+        others = [s for s in cells.values() if s.method != DENSE]
+        if length is None or not others:
+            continue
+        listed = ", ".join(
+            f"{find_method(s.method).title} {_percent(s.score or 0.0)} ({_percent(s.tail_attended_fraction)} of keys)"
+            for s in others
+        )
+        sentences.append(
+            f"In {title_of(task)} at {length:,} tokens dense attention gets {_percent(cells[DENSE].score or 0.0)} "
+            f"right, {listed}; {cells[DENSE].samples} samples."
+        )
+    return sentences
+
+
+def iso_sentences(found: Sequence[IsoQuality], within: float) -> list[str]:
+    """What budgets each method needs, and which law they follow; empty where nothing of the kind was measured."""
+    sentences = []
+    for iso in found:
+        reached = [n for n in iso.needed if n.keys is not None]
+        what = f"To stay within {100 * within:g} % of dense in {title_of(iso.task)}, {find_method(iso.method).title}"
+        if not reached:
+            sentences.append(f"{what} needs more than any budget that was measured.")
+            continue
+        keys = ", ".join(f"{'at most ' * n.at_most}{n.keys:.0f} of {n.length:,}" for n in reached if n.keys is not None)
+        sentence = f"{what} needs {keys} keys"
+        if len(reached) < len(iso.needed):
+            beyond = ", ".join(f"{n.length:,}" for n in iso.needed if n.keys is None)
+            sentence += f", and at {beyond} more than was measured"
+        if iso.law is not None:
+            best = min(iso.law.errors, key=lambda law: iso.law.errors[law] if iso.law else 0.0)
+            spread = iso.law.C_interval
+            interval = f" (95 % interval {spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
+            sentence += (
+                f": {iso.law.alpha:.3g}·n^{iso.law.C:.2f}{interval}. Of the three laws the {best} one predicts a "
+                "length left out best"
+            )
+        sentences.append(sentence + ".")
+    return sentences
 
 
 def _ratio(summary: Summary) -> str:
@@ -208,7 +259,9 @@ def _ratio(summary: Summary) -> str:
     return f"{100 * abs(ratio - 1):.1f} % {'above' if ratio > 1 else 'below'} dense"
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "no perplexity"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import inspect
 import math
 import sys
@@ -9,15 +10,20 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
+from transformers import DynamicCache
 
-from eval_tasks.errors import EvalError
+from eval_tasks.errors import EvalError, MemoryRanOut
+from eval_tasks.presses import Press
 from eval_tasks.tasks import Sample
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
 
+Phase = Literal["all", "question"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 _SAMPLING_SECONDS = 0.005
 _WARM_UP_TOKENS = 64
 
@@ -29,11 +35,12 @@ class Measurement:
     Attributes:
         loss_sum: sum over the scored tokens of −ln p, in nats.
         tokens: number of scored tokens.
+        token_losses: −ln p of each of them, in nats, to four digits.
         bytes: bytes of UTF-8 that they stand for.
         attended_fraction: attended keys / visible keys over all queries, layers and heads; 1 for dense.
         mean_keys: attended keys per query, over all queries; None for dense attention that is not plain causal.
         tail_attended_fraction, tail_mean_keys: the same over the queries whose predictions are scored.
-        seconds: of the forward pass.
+        seconds: of the forward pass, a dense prefill included.
         peak_memory: bytes held at the peak of the forward pass above what was held before it: resident memory on the
             CPU, allocated memory on a GPU.
         ran_dense: how many attention calls ran dense although patched, by reason.
@@ -41,6 +48,7 @@ class Measurement:
 
     loss_sum: float
     tokens: int
+    token_losses: list[float]
     bytes: int
     attended_fraction: float
     mean_keys: float | None
@@ -55,60 +63,109 @@ class Measurement:
         return asdict(self)
 
 
-def measure(model: Any, config: NCConfig | None, sample: Sample) -> Measurement:
-    """Runs one sample through a model, patched with ``config``, or as it is for None.
+def measure(model: Any, attention: NCConfig | Press | None, sample: Sample, phase: Phase = "all") -> Measurement:
+    """Runs one sample through a model.
 
     Args:
         model: a causal language model of ``transformers``, not patched.
-        config: the sparse attention to use.
+        attention: the sparse attention to use, or a press that compresses the cache; None for the model as it is.
         sample: what to read and score.
+        phase: ``"all"``: the whole forward pass is sparse. ``"question"``: all but the scored tokens are prefilled
+            densely, and these are read with the sparse attention; that does not test a sparse prefill.
 
     Raises:
-        EvalError: the loss is not finite, or memory ran out.
+        EvalError: the loss is not finite.
+        MemoryRanOut: what was allocated for it is free again.
     """
+    with memory_watched(len(sample.ids) - 1):
+        return _measure(model, attention, sample, phase)
+
+
+@contextlib.contextmanager
+def memory_watched(tokens: int) -> Iterator[None]:
+    """Turns an error of memory within the block into ``MemoryRanOut``, once what was allocated there is free again."""
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).split("\n")[0]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise MemoryRanOut(f"memory ran out at {tokens:,} tokens ({reason}); ask for shorter lengths")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # On the CPU PyTorch raises a plain RuntimeError, which only its words tell apart.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _measure(model: Any, attention: NCConfig | Press | None, sample: Sample, phase: Phase) -> Measurement:
     ids = torch.from_numpy(sample.ids).to(model.device)
-    with torch.inference_mode(), patched(model, config=config) if config else contextlib.nullcontext():
-        if config:
-            reset_stats(model, tail=sample.scored)
-        with _Peak(model.device) as peak:
-            logits = _forward(model, ids[None, :-1], sample.scored)
-        loss_sum = _loss_sum(logits, ids[-sample.scored :])
-        attended = _attended(model) if config else _attended_dense(model, len(ids) - 1, sample.scored)
+    config = attention if isinstance(attention, NCConfig) else None
+    with torch.inference_mode(), Peak(model) as peak:
+        cache = prefilled(model, ids[: -sample.scored - 1], attention) if phase == "question" else None
+        with patched(model, config=config) if config else contextlib.nullcontext():
+            if config:
+                reset_stats(model, tail=sample.scored)
+            logits = _forward(model, ids[:-1], sample.scored, cache)
+            counted = attended(model) if config else None
+    losses = torch.nn.functional.cross_entropy(logits.float(), ids[-sample.scored :], reduction="none").double()
+    loss_sum = float(losses.sum())
     if not math.isfinite(loss_sum):
         raise EvalError(f"the loss is {loss_sum}: the logits hold NaN or Inf in {model.dtype}; try --dtype float32")
+    if counted is None:
+        counted = _attended_dense(model, len(ids) - 1, sample.scored, phase)
+    if isinstance(attention, Press):
+        counted = attended_compressed(cache, len(ids) - 1, sample.scored)
     return Measurement(
         loss_sum=loss_sum,
         tokens=sample.scored,
         bytes=sample.scored_bytes,
+        token_losses=[round(loss, 4) for loss in losses.tolist()],
         seconds=peak.seconds,
         peak_memory=peak.bytes,
-        **attended,
+        **counted,
     )
+
+
+def prefilled(model: Any, context: torch.Tensor, attention: NCConfig | Press | None) -> DynamicCache:
+    """The cache of a dense prefill, compressed where a press is given."""
+    cache = DynamicCache(config=model.config)
+    with attention.compressing(model, len(context)) if isinstance(attention, Press) else contextlib.nullcontext():
+        model(input_ids=context[None], past_key_values=cache, use_cache=True, **only_last(model, 1))
+    return cache
 
 
 def warm_up(model: Any, config: NCConfig | None) -> None:
     """Runs a few tokens, so that one-off costs (thread pools, compilation) do not enter the first measurement."""
-    ids = torch.zeros(1, _WARM_UP_TOKENS, dtype=torch.long, device=model.device)
+    ids = torch.zeros(_WARM_UP_TOKENS, dtype=torch.long, device=model.device)
     with torch.inference_mode(), patched(model, config=config) if config else contextlib.nullcontext():
         _forward(model, ids, 1)
 
 
-def _forward(model: Any, ids: torch.Tensor, keep: int) -> torch.Tensor:
-    """Logits ``[keep, V]`` of the last positions; only these are computed where the model can."""
-    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    try:
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False, **options).logits[0, -keep:]
-    except torch.OutOfMemoryError as error:
-        raise EvalError(f"memory ran out at {ids.shape[1]:,} tokens; ask for shorter lengths") from error
-    return logits
+def _forward(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache | None = None) -> torch.Tensor:
+    """Logits ``[keep, V]`` of the last positions; only these are computed where the model can.
+
+    With a cache only the last ``keep`` tokens are read, at the positions they have in the whole sequence.
+    """
+    if cache is None:
+        logits: torch.Tensor = model(input_ids=ids[None], use_cache=False, **only_last(model, keep)).logits
+    else:
+        positions = torch.arange(len(ids) - keep, len(ids), device=ids.device)[None]
+        logits = model(input_ids=ids[None, -keep:], past_key_values=cache, position_ids=positions).logits
+    return logits[0, -keep:]
 
 
-def _loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return float(losses.double().sum())
+def only_last(model: Any, keep: int) -> dict[str, int]:
+    """The argument that lets a model compute the last logits alone, where it takes one."""
+    return {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def _attended(model: Any) -> dict[str, Any]:
+def attended(model: Any) -> dict[str, Any]:
+    """What a patched model attended since its counts were set to zero, as a ``Measurement`` names it."""
     stats = nc_stats(model)
     ran_dense: dict[str, int] = {}
     for layer in stats["layers"]:
@@ -118,31 +175,51 @@ def _attended(model: Any) -> dict[str, Any]:
     return {**{key: stats[key] for key in keys}, "ran_dense": ran_dense}
 
 
-def _attended_dense(model: Any, length: int, scored: int) -> dict[str, Any]:
+def _attended_dense(model: Any, length: int, scored: int, phase: Phase) -> dict[str, Any]:
     """Dense attention as it follows from the shape; sliding layers see fewer keys, so there the count is left open."""
     sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
+    tail = None if sliding else length - (scored - 1) / 2
+    whole = None if sliding else (length + 1) / 2
     return {
         "attended_fraction": 1.0,
-        "mean_keys": None if sliding else (length + 1) / 2,
+        "mean_keys": whole if phase == "all" else tail,
         "tail_attended_fraction": 1.0,
-        "tail_mean_keys": None if sliding else length - (scored - 1) / 2,
+        "tail_mean_keys": tail,
         "ran_dense": {},
     }
 
 
-class _Peak:
-    """Times a block and finds its peak memory above the start: ``seconds`` and ``bytes`` when it is left."""
+def attended_compressed(cache: DynamicCache | None, length: int, scored: int) -> dict[str, Any]:
+    """Attended keys of the scored tokens, from what the layers of a compressed cache hold after reading them."""
+    assert cache is not None
+    held = fmean(cache.get_seq_length(layer) for layer in range(len(cache.layers)))
+    keys, visible = held - (scored - 1) / 2, length - (scored - 1) / 2
+    return {
+        "attended_fraction": keys / visible,
+        "mean_keys": keys,
+        "tail_attended_fraction": keys / visible,
+        "tail_mean_keys": keys,
+        "ran_dense": {},
+    }
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+
+class Peak:
+    """Times a block and finds its peak memory above the start: ``seconds`` and ``bytes`` when it is left.
+
+    The peaks of several GPUs that share a model are added up.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self.seconds = 0.0
         self.bytes = 0
 
-    def __enter__(self) -> "_Peak":
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
+    def __enter__(self) -> "Peak":
+        if self.devices:
+            for device in self.devices:
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+            self._before = sum(torch.cuda.memory_allocated(device) for device in self.devices)
         else:
             _return_freed_memory()
             self._sampler = _ResidentSampler()
@@ -151,11 +228,11 @@ class _Peak:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        for device in self.devices:
+            torch.cuda.synchronize(device)
         self.seconds = time.perf_counter() - self._start
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        if self.devices:
+            self.bytes = sum(torch.cuda.max_memory_allocated(device) for device in self.devices) - self._before
         else:
             self.bytes = self._sampler.stop()
 

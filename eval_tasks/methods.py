@@ -1,53 +1,18 @@
 """The methods a sweep compares, in one list; the command line, the report and the tests read it."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nc_patch.budget import budget_of
-from nc_patch.config import Backend, NCConfig
+from eval_tasks.errors import EvalError
+from eval_tasks.matching import Budgets
+from nc_patch.config import NCConfig
 
 STREAMING_SINKS = 4
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """The budgets of a comparison: α·n^C, and the fixed and logarithmic ones that equal it at one length.
-
-    Attributes:
-        alpha: factor of the power law, positive.
-        C: exponent of the power law, in [0, 1].
-        equal_at: the length n0 at which all methods have the same budget, at least 2.
-        block_size: keys per block of the method ``block``; as in ``NCConfig``.
-        backend: as in ``NCConfig``.
-    """
-
-    alpha: float
-    C: float
-    equal_at: int
-    block_size: int = 32
-    backend: Backend = "auto"
-
-    def __post_init__(self) -> None:
-        if self.equal_at < 2:
-            raise ValueError(f"equal_at must be a length of at least 2, got {self.equal_at}")
-        NCConfig(
-            self.alpha, self.C, block_size=self.block_size, backend=self.backend
-        )  # raises for values outside their ranges
-
-    @property
-    def fixed(self) -> int:
-        """The budget at ``equal_at``, which the fixed methods keep at every length."""
-        return budget_of(self.equal_at, self.alpha, self.C)
-
-    @property
-    def log_factor(self) -> float:
-        """The factor a of ``ceil(a * log2(n))`` that gives the same budget at ``equal_at``."""
-        factor = self.fixed / math.log2(self.equal_at)
-        # Rounding in the division must not lift the product above the integer it stands for.
-        while budget_of(self.equal_at, factor, 0.0, law="log") > self.fixed:
-            factor = math.nextafter(factor, 0.0)
-        return factor
+DENSE = "dense"
+# Between a method and its number of keys, where iso-quality asks for that: fixed-topk@64.
+_KEYS = "@"
+# Before the name of a class of the package kvpress.
+PRESS = "kvpress:"
 
 
 @dataclass(frozen=True)
@@ -61,6 +26,8 @@ class Method:
         config: the settings for given budgets; None is the unpatched model.
         selects: ``"all"``, ``"recent"`` (by position) or ``"content"`` (by score).
         grows: whether the budget follows n^C.
+        default: whether a sweep measures it unasked.
+        press: the class of kvpress that compresses the cache, for methods that are not this package's.
     """
 
     name: str
@@ -69,6 +36,8 @@ class Method:
     config: Callable[[Budgets], NCConfig | None]
     selects: str
     grows: bool
+    default: bool = True
+    press: str | None = None
 
 
 def _dense(budgets: Budgets) -> None:
@@ -101,6 +70,18 @@ def _nc_topk(budgets: Budgets) -> NCConfig:
     return NCConfig.create(budgets.alpha, budgets.C, selection="topk", backend=budgets.backend)
 
 
+def _fraction_topk(budgets: Budgets) -> NCConfig:
+    return NCConfig.create(budgets.fraction, 1.0, selection="topk", backend=budgets.backend)
+
+
+def _fixed_topk_mean(budgets: Budgets) -> NCConfig:
+    return replace(_fixed_topk(budgets), tail="mean")
+
+
+def _nc_topk_mean(budgets: Budgets) -> NCConfig:
+    return replace(_nc_topk(budgets), tail="mean")
+
+
 def _block(budgets: Budgets) -> NCConfig:
     return NCConfig.create(
         budgets.alpha, budgets.C, selection="block", block_size=budgets.block_size, backend=budgets.backend
@@ -123,6 +104,15 @@ METHODS: dict[str, Method] = {
         Method("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", _fixed_topk, "content", False),
         Method("log-topk", "log n top-k", "the highest scores, a·log2(n) of them", _log_topk, "content", False),
         Method(
+            "fraction-topk",
+            "fixed-fraction top-k",
+            "the highest scores, a fixed share of all keys",
+            _fraction_topk,
+            "content",
+            False,
+            default=False,
+        ),
+        Method(
             "nc-window",
             "α·n^C window",
             f"the first {STREAMING_SINKS} keys and the most recent ones, α·n^C in all",
@@ -131,13 +121,82 @@ METHODS: dict[str, Method] = {
             True,
         ),
         Method("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", _nc_topk, "content", True),
+        Method(
+            "fixed-topk-mean",
+            "fixed-k top-k + means",
+            "fixed-topk, and beside it the mean of the other keys in every page of 16, which counts as no key",
+            _fixed_topk_mean,
+            "content",
+            False,
+            default=False,
+        ),
+        Method(
+            "nc-topk-mean",
+            "α·n^C top-k + means",
+            "nc-topk, and beside it the mean of the other keys in every page of 16, which counts as no key",
+            _nc_topk_mean,
+            "content",
+            True,
+            default=False,
+        ),
         Method("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", _block, "content", True),
     )
 }
-DENSE = "dense"
+DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)
+
+
+def with_keys(name: str, keys: int) -> str:
+    """The name of a method that attends a given number of keys, whatever its own law."""
+    return f"{name}{_KEYS}{keys}"
+
+
+def keys_of(name: str) -> tuple[str, int | None]:
+    """A method's name and the number of keys that ``with_keys`` put to it, or None."""
+    base, _, keys = name.partition(_KEYS)
+    return base, int(keys) if keys else None
+
+
+def find_method(name: str) -> Method:
+    """The method of a name: one of ``METHODS``, one with a number of keys, or a press of the package kvpress.
+
+    Raises:
+        EvalError: there is none; the message lists those there are.
+    """
+    if name.startswith(PRESS):
+        press = name.removeprefix(PRESS)
+        label = f"{press.removesuffix('Press')} (kvpress)"
+        return Method(
+            name, label, f"the cache compressed by {press} of kvpress", _no_config, "content", True, press=press
+        )
+    base, keys = keys_of(name)
+    if base not in METHODS:
+        raise EvalError(f"unknown method {base!r}; allowed are {', '.join(METHODS)}, and {PRESS}NAMEPress")
+    method = METHODS[base]
+    if keys is None:
+        return method
+    law = lambda budgets: replace(_sparse(method, budgets), alpha=float(keys), C=0.0, law="power")  # noqa: E731
+    return replace(method, name=name, title=f"{method.title}, {keys} keys", config=law, grows=False)
+
+
+def order_of(name: str) -> tuple[int, str, int]:
+    """A key that sorts methods as they are listed, then by their number of keys."""
+    base, keys = keys_of(name)
+    return list(METHODS).index(base) if base in METHODS else len(METHODS), base, keys or 0
 
 
 def budget_at(name: str, budgets: Budgets, n: int) -> int:
     """How many of ``n`` keys the method's law lets a query attend; ``n`` for dense."""
-    config = METHODS[name].config(budgets)
+    method, matched = find_method(name), budgets.at(n)
+    config = _nc_topk(matched) if method.press else method.config(matched)
     return n if config is None else int(config.budget(n))
+
+
+def _sparse(method: Method, budgets: Budgets) -> NCConfig:
+    config = method.config(budgets)
+    if config is None:
+        raise EvalError(f"{method.name} attends every key and takes no number of them")
+    return config
+
+
+def _no_config(budgets: Budgets) -> None:
+    return None

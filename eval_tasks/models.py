@@ -82,13 +82,17 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    name: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None, tp_plan: str | None = None
+) -> LoadedModel:
     """Loads a causal language model with SDPA attention, and its tokenizer.
 
     Args:
         name: as in ``find_model``.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the checkpoint's own on a GPU, float32 else.
         device: as ``torch.device`` takes it, or ``"auto"``: the GPU where there is one.
+        device_map: ``"auto"`` and its kin: the layers of one model over all devices, as ``from_pretrained`` takes it.
+        tp_plan: ``"auto"``: every layer of one model over all processes, as ``from_pretrained`` takes it.
 
     Raises:
         EvalError: the model is missing, cannot be reached, is no causal language model, or the device is absent.
@@ -99,8 +103,11 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
     chosen: Any = DTYPES.get(dtype, "auto" if target.type == "cuda" else torch.float32)
     source = find_model(name)
     tokenizer = load_tokenizer(source)
-    model = _from_pretrained(AutoModelForCausalLM, source, dtype=chosen, attn_implementation="sdpa")
-    return LoadedModel(name, model.to(target).eval(), tokenizer)
+    spread = {name: value for name, value in (("device_map", device_map), ("tp_plan", tp_plan)) if value is not None}
+    if len(spread) > 1:
+        raise EvalError("device_map spreads a model over the devices of one process, tp_plan over processes: give one")
+    model = _from_pretrained(AutoModelForCausalLM, source, dtype=chosen, attn_implementation="sdpa", **spread)
+    return LoadedModel(name, (model if spread else model.to(target)).eval(), tokenizer)
 
 
 def pick_device(device: str) -> torch.device:
@@ -127,7 +134,9 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
+        # Of a model over several processes each holds a part; they put one parameter after the other together.
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        flat = whole.detach().reshape(-1)
         stride = max(1, flat.numel() // _FINGERPRINT_ELEMENTS)
         sample = flat[::stride].contiguous().view(torch.uint8).cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())

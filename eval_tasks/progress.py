@@ -51,9 +51,18 @@ class Forecast:
 
 
 class Progress:
-    """Shows on stderr how far a list of steps is; a bar in a terminal, a line now and then elsewhere."""
+    """Shows on stderr how far a list of steps is; a bar in a terminal, a line now and then elsewhere.
 
-    def __init__(self, steps: list[Step], forecast: Forecast) -> None:
+    Args:
+        steps: in the order in which they are begun.
+        forecast: what each will take.
+        workers: how many processes share the steps.
+        shown: whether anything is shown.
+    """
+
+    def __init__(self, steps: list[Step], forecast: Forecast, workers: int = 1, shown: bool = True) -> None:
+        self._workers = workers
+        self._is_shown = shown
         self._left = list(steps)
         self._total = len(steps)
         self._forecast = forecast
@@ -62,19 +71,27 @@ class Progress:
         self._bar = tqdm(
             total=max(sum(step.cost for step in steps), 1.0),
             file=sys.stderr,
-            disable=not self._terminal,
+            disable=not (shown and self._terminal),
             bar_format="{percentage:3.0f}%|{bar}| {desc}",
             leave=False,
         )
 
     def starts(self, what: str) -> None:
         """Says what is measured now."""
+        if not self._is_shown:
+            return
         left = self._forecast.seconds(self._left)
+        left = None if left is None else left / self._workers
         text = f"{self._total - len(self._left)} of {self._total}, {what}, {duration(left)} left"
         self._bar.set_description_str(text)
         if not self._terminal and time.monotonic() - self._shown >= _LINE_SECONDS:
             self._shown = time.monotonic()
             print(text, file=sys.stderr, flush=True)
+
+    def begun_before(self, number: int) -> None:
+        """Counts the steps before ``number``, which other processes have taken."""
+        while self._total - len(self._left) < number:
+            self.finished()
 
     def finished(self) -> None:
         """Counts the first step that is left."""

@@ -87,7 +87,13 @@ def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def record_session(directory: Path, identity: Mapping[str, Any], details: Mapping[str, Any], command: str) -> None:
+def record_session(
+    directory: Path,
+    identity: Mapping[str, Any],
+    details: Mapping[str, Any],
+    command: str,
+    session: Mapping[str, Any] | None = None,
+) -> None:
     """Writes ``run.json``, or adds this session to the one there is.
 
     Args:
@@ -95,10 +101,11 @@ def record_session(directory: Path, identity: Mapping[str, Any], details: Mappin
         identity: as for ``check_same``.
         details: more about the run that later sessions need not repeat.
         command: the command line.
+        session: more about this session.
     """
     run = read_run(directory) or {"command": command, "identity": dict(identity), **details, "sessions": []}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run["sessions"].append({"started": now, "commit": commit(), "command": command})
+    run["sessions"].append({"started": now, "commit": commit(), "command": command, **(session or {})})
     write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
 
 

@@ -1,4 +1,4 @@
-"""The outputs of a sweep made from its rows: ``summary.csv``, ``report.html`` and ``main.png``."""
+"""The outputs made from the rows of one or more runs: ``report.html``, ``report.md``, two CSV files, ``main.png``."""
 
 import html
 import json
@@ -8,56 +8,174 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from eval_tasks.comparisons import Comparison
 from eval_tasks.errors import EvalError
-from eval_tasks.figures import budget_figure, main_figure, task_figure, to_png, to_svg
-from eval_tasks.findings import Findings
-from eval_tasks.methods import METHODS
-from eval_tasks.store import read_rows, read_run, write_atomically
-from eval_tasks.summary import Row, Summary, summarise, to_csv
+from eval_tasks.figures import main_figure, section_figures, to_png, to_svg
+from eval_tasks.findings import Findings, answer_sentences, iso_sentences
+from eval_tasks.matching import MATCHED_BY
+from eval_tasks.merging import MergedRun, differing, merge_runs
+from eval_tasks.methods import find_method
+from eval_tasks.store import write_atomically
+from eval_tasks.summary import Row, csv_of, failures, summarise, title_of, to_csv
+from eval_tasks.tables import (
+    Table,
+    comparison_table,
+    effective_table,
+    failure_table,
+    iso_tables,
+    quality_table,
+)
 from eval_tasks.tasks import TASKS
+from eval_tasks.verdicts import comparisons, effective_lengths, needed_budgets
 
-REPORT, SUMMARY, MAIN_FIGURE = "report.html", "summary.csv", "main.png"
+REPORT, MARKDOWN, SUMMARY, COMPARISONS, MAIN_FIGURE = (
+    "report.html", "report.md", "summary.csv", "comparisons.csv", "main.png",
+)  # fmt: skip
+WITHIN = 0.05
 
 
-def write_report(directory: Path) -> list[str]:
-    """Writes ``summary.csv``, ``report.html`` and ``main.png`` from what the directory holds.
+class Section:
+    """Everything that is said about one run, or several that were put together."""
+
+    def __init__(self, merged: MergedRun, within: float) -> None:
+        self.merged, self.within = merged, within
+        self.run, self.rows = merged.run, merged.rows
+        self.summaries = summarise(self.rows)
+        self.compared = comparisons(self.rows, within)
+        self.needed = needed_budgets(self.rows, within)
+        self.findings = Findings(self.run, self.rows, self.summaries)
+
+    def headline(self) -> list[str]:
+        """The main finding, as sentences."""
+        if self.needed:
+            return iso_sentences(self.needed, self.within)
+        answers = answer_sentences(self.summaries)
+        texts = any(s.score is None for s in self.summaries)
+        return [*answers, *(self.findings.headline() if texts or not answers else [])]
+
+    def details(self) -> list[str]:
+        """The other findings."""
+        return self.findings.caveats() if self.needed else self.findings.details()
+
+    def tables(self) -> list[Table]:
+        """All tables, in the order of the report."""
+        tasks = list(dict.fromkeys(summary.task for summary in self.summaries))
+        lengths = effective_lengths(self.rows, self.compared, self.within)
+        return [
+            *iso_tables(self.needed, self.within),
+            *(quality_table(task, self.summaries) for task in tasks),
+            *([comparison_table(self.compared, self.summaries, self.within)] if self.compared else []),
+            *([effective_table(lengths, self.summaries, self.within)] if lengths else []),
+            *failure_table(failures(self.rows)),
+        ]
+
+
+def write_report(directories: Path | Sequence[Path], out: Path | None = None, within: float = WITHIN) -> list[str]:
+    """Writes the report of what directories hold.
+
+    Args:
+        directories: of runs; those that measured the same thing the same way share a section.
+        out: where the report goes; None for the directory, where there is one.
+        within: the margin within which a method counts as no worse than dense, as a share.
 
     Returns:
-        The main finding, as sentences.
+        The main finding of the first section, as sentences.
 
     Raises:
-        EvalError: the directory holds no measurement, or is damaged.
+        EvalError: a directory holds no measurement or is damaged, or the report cannot be written.
     """
-    run, rows = read_run(directory), read_rows(directory)
-    if run is None or not rows:
-        raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
-    unknown = sorted({row["method"] for row in rows} - METHODS.keys() | {row["task"] for row in rows} - TASKS.keys())
-    if unknown:
-        raise EvalError(f"{directory} holds results of {', '.join(unknown)}, which this version does not know")
-    summaries = summarise(rows)
-    findings = Findings(run, rows, summaries)
-    write_atomically(directory / SUMMARY, to_csv(summaries).encode())
-    write_atomically(directory / MAIN_FIGURE, to_png(main_figure(summaries)))
-    write_atomically(directory / REPORT, render(run, rows, summaries, findings).encode())
-    return findings.headline()
+    directories = [directories] if isinstance(directories, Path) else list(directories)
+    if out is None and len(directories) != 1:
+        raise EvalError("say where the report of several directories goes: --out DIR")
+    target = out or directories[0]
+    merged = merge_runs(directories)
+    sections = [Section(run, within) for run in merged]
+    labels = differing(merged)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvalError(f"the directory {target} cannot be made: {error.strerror}. Give another --out.") from error
+    write_atomically(target / SUMMARY, _joined(sections, lambda s: to_csv(s.summaries, failures(s.rows))).encode())
+    write_atomically(target / COMPARISONS, _joined(sections, lambda s: comparisons_csv(s.compared)).encode())
+    write_atomically(target / MAIN_FIGURE, to_png(main_figure(sections[0].summaries)))
+    write_atomically(target / MARKDOWN, markdown(sections, labels).encode())
+    write_atomically(target / REPORT, render(sections, labels).encode())
+    return sections[0].headline()
 
 
-def render(run: Mapping[str, Any], rows: Sequence[Row], summaries: Sequence[Summary], findings: Findings) -> str:
+def comparisons_csv(compared: Iterable[Comparison]) -> str:
+    """The comparisons with dense as CSV."""
+    names = [
+        "task", "length", "method", "documents", "difference", "low", "high", "margin", "detectable", "p_difference",
+        "p_margin", "verdict",
+    ]  # fmt: skip
+    return csv_of(names, [[getattr(comparison, name) for name in names] for comparison in compared])
+
+
+def render(sections: Sequence[Section], labels: Sequence[str]) -> str:
     """The report as one page of HTML that refers to nothing outside itself; all text in it is escaped."""
-    identity = run["identity"]
     page = Template(resources.files("eval_tasks").joinpath("templates/report.html").read_text(encoding="utf-8"))
+    models = ", ".join(dict.fromkeys(str(section.merged.identity["model"]) for section in sections))
     return page.substitute(
-        title=_escape(f"Sparse attention by context length: {identity['model']}"),
-        headline=_escape(" ".join(findings.headline())),
-        partial=_partial(run, rows),
-        details="\n".join(f"<li>{_escape(sentence)}</li>" for sentence in findings.details()),
-        setup=_setup(run),
-        figures=_figures(summaries),
-        tables="\n".join(_table(task, summaries) for task in TASKS if any(s.task == task for s in summaries)),
-        methods=_table_rows((METHODS[name].title, name, METHODS[name].description) for name in identity["methods"]),
-        command=_escape(run["command"]),
-        record=_record(run, rows),
+        title=_escape(f"Sparse attention by context length: {models}"),
+        sections="\n".join(
+            _section(section, label, number, len(sections) > 1)
+            for number, (section, label) in enumerate(zip(sections, labels, strict=True), 1)
+        ),
     )
+
+
+def markdown(sections: Sequence[Section], labels: Sequence[str]) -> str:
+    """The sentences, tables and commands of the report as Markdown, beside ``main.png``."""
+    lines = ["# Sparse attention by context length", "", f"![Quality by context length]({MAIN_FIGURE})", ""]
+    for section, label in zip(sections, labels, strict=True):
+        model = section.merged.identity["model"]
+        lines += [f"## {_escape(model)}{': ' + _escape(label) if label else ''}", ""]
+        lines += [_escape(" ".join(section.headline())), ""]
+        lines += [f"- {_escape(sentence)}" for sentence in section.details()]
+        lines += ["", *(table.to_markdown() for table in section.tables())]
+        lines += ["```", *(record["command"].replace("```", "") for record in section.merged.records), "```", ""]
+    return "\n".join(lines)
+
+
+def _joined(sections: Sequence[Section], csv: Any) -> str:
+    """One CSV of all sections; with several, a first column says which."""
+    if len(sections) == 1:
+        return str(csv(sections[0]))
+    lines = []
+    for number, section in enumerate(sections, 1):
+        header, *rows = csv(section).splitlines()
+        lines += [f"section,{header}"] * (number == 1) + [f"{number},{row}" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _section(section: Section, label: str, number: int, several: bool) -> str:
+    merged, run = section.merged, section.run
+    parts = [f"<h2>{number}. {_escape(merged.identity['model'])}: {_escape(label)}</h2>"] if several else []
+    details = "\n".join(f"<li>{_escape(sentence)}</li>" for sentence in section.details())
+    figures = (
+        _figure(to_svg(figure, f"{number}-{name}"), caption) for name, caption, figure in section_figures(
+            section.summaries, section.rows, section.needed
+        )
+    )  # fmt: skip
+    methods = ((find_method(name).title, name, find_method(name).description) for name in merged.identity["methods"])
+    parts += [
+        f'<p class="lead">{_escape(" ".join(section.headline()))}</p>',
+        _partial(run, section.rows),
+        f"<ul>{details}</ul>" if details else "",
+        f'<h2>What was measured</h2><table class="text">{_setup(run)}</table>',
+        "<h2>Plots</h2>",
+        *figures,
+        "<h2>Tables</h2><p>Loss in nats per scored token; differences from dense are over the same samples, with a "
+        "95 % bootstrap interval over documents. “Keys” and “share” are what was attended, at the scored positions or "
+        "over all queries. Memory is what the forward pass held at its peak beyond the model.</p>",
+        *(table.to_html() for table in section.tables()),
+        f'<h2>The methods</h2><table class="text">{_table_rows(methods)}</table>',
+        "<h2>Measure it again</h2>",
+        *(f"<pre>{_escape(record['command'])}</pre>" for record in merged.records),
+        f'<table class="text">{_record(section)}</table>',
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def _escape(value: object) -> str:
@@ -69,46 +187,36 @@ def _table_rows(rows: Iterable[Iterable[object]]) -> str:
 
 
 def _partial(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    identity = run["identity"]
-    names = identity["tasks"]
-    per_place = sum(1 if TASKS[name].dense_only else len(identity["methods"]) for name in names)
-    planned = per_place * len(identity["lengths"]) * identity["samples"]
-    if len(rows) >= planned:
+    planned = run.get("planned")
+    if planned is None or len(rows) >= planned:
         return ""
     return f"<p><strong>{len(rows)} of {planned} measurements are made; the same command goes on.</strong></p>"
 
 
 def _setup(run: Mapping[str, Any]) -> str:
     identity = run["identity"]
-    tasks = "; ".join(f"{TASKS[name].title}: {TASKS[name].description}" for name in identity["tasks"])
+    known = [TASKS[name] for name in identity["tasks"] if name in TASKS]
+    tasks = "; ".join(f"{task.title}: {task.description}" for task in known)
+    further = ", ".join(title_of(name) for name in identity["tasks"] if name not in TASKS)
     model = f"{identity['model']} ({run['model_class']}, {run['model_parameters']:,} parameters, {run['model_dtype']})"
-    budgets = (
-        f"k(n) = {identity['alpha']:g} · n^{identity['C']:g}; fixed budgets {run['budget_at_equal']} and "
-        f"logarithmic ones {run['log_factor']:.4g} · log2(n), so that all are equal at n = {identity['equal_at']:,}"
-    )
+    match = identity.get("match", "deploy")
+    budgets = f"k(n) = {identity['alpha']:g} · n^{identity['C']:g}"
+    if match == "deploy":
+        budgets += f"; fixed {run['budget_at_equal']}; logarithmic {run['log_factor']:.4g} · log2(n)"
+    phases = {"all": "the whole forward pass", "question": "the scored tokens alone, after a dense prefill"}
     return _table_rows(
         [
             ("Model", model),
             ("Text", f"{run['text_origin']}, {run['text_tokens']:,} tokens"),
             ("Lengths", ", ".join(f"{length:,}" for length in identity["lengths"])),
-            ("Stretches of text", identity["samples"]),
+            ("Samples", identity["samples"]),
             ("Scored", f"{identity['scored']} tokens (perplexity), a passage of {identity['passage']} tokens (recall)"),
-            ("Tasks", tasks),
+            ("Tasks", "; ".join(filter(None, [tasks, further]))),
+            ("Sparse", phases[identity.get("phase", "all")]),
+            ("Matched budgets", f"{match}: {MATCHED_BY[match].format(equal_at=identity['equal_at'])}"),
             ("Budgets", budgets),
         ]
     )
-
-
-def _figures(summaries: Sequence[Summary]) -> str:
-    parts = []
-    measured = [task for task in TASKS if any(s.task == task for s in summaries) and not TASKS[task].dense_only]
-    for task in measured:
-        caption = f"{TASKS[task].title.capitalize()} by context length. {TASKS[task].description.capitalize()}."
-        parts.append(_figure(to_svg(task_figure(summaries, task), task), caption))
-    if measured:
-        caption = "What each method attended: the realised budget, and its share of all visible keys."
-        parts.append(_figure(to_svg(budget_figure(summaries, measured[0]), "budget"), caption))
-    return "\n".join(parts)
 
 
 def _figure(svg: str, caption: str) -> str:
@@ -116,39 +224,13 @@ def _figure(svg: str, caption: str) -> str:
     return f"<figure>{labelled}<figcaption>{_escape(caption)}</figcaption></figure>"
 
 
-_HEADER = (
-    "Method", "Tokens", "Stretches", "Perplexity", "Bits/byte", "Loss − dense", "95 % interval", "Perplexity / dense",
-    "Keys", "Share", "Seconds", "Memory, MB",
-)  # fmt: skip
-
-
-def _table(task: str, summaries: Sequence[Summary]) -> str:
-    head = "".join(f"<th>{_escape(name)}</th>" for name in _HEADER)
-    body = _table_rows(_cells(summary) for summary in summaries if summary.task == task)
-    title = f"<h3>{_escape(TASKS[task].title.capitalize())}</h3>"
-    return f'{title}<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
-
-
-def _cells(summary: Summary) -> list[str]:
-    interval = "" if summary.low is None else f"{summary.low:+.3f} … {summary.high:+.3f}"
-    return [
-        METHODS[summary.method].title,
-        f"{summary.length:,}",
-        str(summary.samples),
-        f"{summary.perplexity:.3f}" if summary.perplexity < 1000 else f"{summary.perplexity:,.0f}",
-        f"{summary.bits_per_byte:.3f}",
-        "" if summary.loss_minus_dense is None else f"{summary.loss_minus_dense:+.3f}",
-        interval,
-        "" if summary.perplexity_ratio is None else f"{summary.perplexity_ratio:.3f}",
-        "" if summary.tail_mean_keys is None else f"{summary.tail_mean_keys:,.1f}",
-        f"{100 * summary.attended_fraction:.2f} %",
-        f"{summary.seconds:.2f}",
-        f"{summary.peak_memory_mb:,.0f}",
-    ]
-
-
-def _record(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    commits = ", ".join(dict.fromkeys(str(row.get("commit")) for row in rows))
-    sessions = ", ".join(session["started"] for session in run["sessions"])
-    entries = [*run["identity"].items(), *run.get("hardware", {}).items(), ("commit", commits), ("measured", sessions)]
+def _record(section: Section) -> str:
+    run = section.run
+    commits = ", ".join(dict.fromkeys(str(row.get("commit")) for row in section.rows))
+    sessions = ", ".join(s["started"] for record in section.merged.records for s in record["sessions"])
+    directories = ", ".join(str(directory) for directory in section.merged.directories)
+    entries = [
+        *run["identity"].items(), *run.get("hardware", {}).items(), ("commit", commits), ("measured", sessions),
+        ("directories", directories),
+    ]  # fmt: skip
     return _table_rows((name, value if isinstance(value, str) else json.dumps(value)) for name, value in entries)

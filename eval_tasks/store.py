@@ -1,6 +1,11 @@
-"""The directory of a sweep: results appended line by line, so that nothing measured is lost whatever happens."""
+"""The directory of a sweep: results appended line by line, so that nothing measured is lost whatever happens.
+
+The first process of a run adds to ``results.jsonl``; every other one to a part of its own, ``results.rank1.jsonl`` and
+so on, which the first one takes in at the end of the run, or at the start of the next.
+"""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,6 +19,7 @@ from typing import Any
 from eval_tasks.errors import EvalError
 
 RESULTS = "results.jsonl"
+PARTS = "results.rank*.jsonl"
 RUN = "run.json"
 _LOCK = ".lock"
 
@@ -24,56 +30,69 @@ def measurement_key(identity: Mapping[str, Any]) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that readers, and an interruption, see the old content or the new, never a part."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Writes a file so that readers, and an interruption, see the old content or the new, never a part.
+
+    Raises:
+        EvalError: the directory cannot be written, or the disk is full.
+    """
+    temporary = ""
     try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise EvalError(f"{path} cannot be written: {error.strerror or error}. Make room, or check it.") from error
         raise
 
 
 class ResultStore:
-    """``results.jsonl`` of one directory: the rows measured so far, and a place to add to them.
+    """The results of one directory: the rows measured so far, and a place to add to them.
 
-    Use as a context manager: while it is open no other process can add to the directory.
+    Use as a context manager: while it is open no other process can add to the same file.
+
+    Args:
+        directory: where the files lie; made when missing.
+        rank: of the process; 0 adds to ``results.jsonl`` and takes in the parts of the others.
 
     Attributes:
-        directory: where the file lies.
-        rows: the rows in the order they were measured, each a dictionary with a ``"key"``.
+        rows: the rows in the order they were added, each a dictionary with a ``"key"``; for ranks above 0 only those
+            of its own part.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, rank: int = 0) -> None:
         self.directory = directory
+        self.path = directory / (PARTS.replace("*", str(rank)) if rank else RESULTS)
         self.rows: list[dict[str, Any]] = []
+        self._lock_path = directory / _LOCK if rank == 0 else self.path
         self._file = -1
         self._lock = -1
 
     def __enter__(self) -> "ResultStore":
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            self._file = os.open(self.directory / RESULTS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             self._close()
             raise EvalError(
                 f"the directory {self.directory} cannot be written: {error.strerror}. Give another --out."
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            _claim(self._lock, self.directory)
+            _repair(self.path, self._file)
+            self.rows = _rows_of(self.path)
+            if self.path.name == RESULTS:
+                self.take_in_parts()
+        except BaseException:
             self._close()
-            raise EvalError(
-                f"another process is measuring into {self.directory}; wait for it, or give another --out"
-            ) from error
-        _repair(self.directory / RESULTS, self._file)
-        self.rows = read_rows(self.directory)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,14 +107,39 @@ class ResultStore:
         line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
         size = os.fstat(self._file).st_size
         try:
-            written = os.write(self._file, line)
-            if written != len(line):
-                os.ftruncate(self._file, size)
-                raise OSError(28, "no space left on the device")
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError as error:
-            raise EvalError(f"{self.directory / RESULTS} cannot be written: {error.strerror}") from error
+            with contextlib.suppress(OSError):  # a torn line is cut off when the file is opened again
+                os.ftruncate(self._file, size)
+            raise EvalError(
+                f"{self.path} cannot be written: {error.strerror}. What was measured before is kept; make room, and "
+                "the same command goes on."
+            ) from error
         self.rows.append(dict(row))
+
+    def take_in_parts(self) -> None:
+        """Adds the rows of other processes' parts that are not here yet, and removes the parts.
+
+        An interruption in between loses nothing, and doubles nothing: rows are told by their keys.
+
+        Raises:
+            EvalError: a process still adds to its part.
+        """
+        known = {row["key"] for row in self.rows}
+        for path in sorted(self.directory.glob(PARTS)):
+            part = os.open(path, os.O_RDWR | os.O_APPEND)
+            try:
+                _claim(part, self.directory)
+                _repair(path, part)
+                for row in _rows_of(path):
+                    if row["key"] not in known:
+                        self.append(row)
+                        known.add(row["key"])
+                path.unlink()
+            finally:
+                os.close(part)
 
     def _close(self) -> None:
         for descriptor in (self._file, self._lock):
@@ -105,18 +149,25 @@ class ResultStore:
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a directory's ``results.jsonl``; a last line that was never finished is left out.
+    """The rows of a directory, parts included; a last line that was never finished is left out.
+
+    Of rows with the same key the last one counts: a cell that failed and was tried again.
 
     Raises:
-        EvalError: a line that is not the last one is damaged.
+        EvalError: a line that is not the last one of its file is damaged.
     """
+    files = [directory / RESULTS, *sorted(directory.glob(PARTS))]
+    return list({row["key"]: row for path in files for row in _rows_of(path)}.values())
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = (directory / RESULTS).read_bytes().split(b"\n")
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise EvalError(f"{directory / RESULTS} cannot be read: {error.strerror}") from error
-    return [row for _, row in _parse(directory / RESULTS, lines)]
+        raise EvalError(f"{path} cannot be read: {error.strerror}") from error
+    return list(_parse(path, content.removesuffix(b"\n").split(b"\n")))
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
@@ -139,11 +190,11 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     return run
 
 
-def _parse(path: Path, lines: list[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parse(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is not None:
-            yield number, row
+            yield row
         elif line and number < len(lines):
             raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
 
@@ -156,15 +207,24 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "key" in row else None
 
 
+def _claim(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise EvalError(f"another process is measuring into {directory}; wait for it, or give another --out") from error
+
+
 def _repair(path: Path, descriptor: int) -> None:
-    """Cuts off a last line that was torn by the end of the process, and says so."""
+    """Cuts off a last line that was torn by the end of the process or damaged by that of the machine, and says so."""
     content = path.read_bytes()
-    if not content or content.endswith(b"\n"):
+    if not content:
         return
-    whole = content.rfind(b"\n") + 1
-    if _row(content[whole:]) is not None:
-        os.write(descriptor, b"\n")
-    else:
-        os.ftruncate(descriptor, whole)
+    start = content.removesuffix(b"\n").rfind(b"\n") + 1
+    if _row(content[start:]) is None:
+        os.ftruncate(descriptor, start)
         print(f"The last line of {path} was torn off when the last run ended; it is measured again.", file=sys.stderr)
+    elif content.endswith(b"\n"):
+        return
+    else:
+        os.write(descriptor, b"\n")
     os.fsync(descriptor)

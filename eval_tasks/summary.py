@@ -3,13 +3,14 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from statistics import fmean, median
 from typing import Any
 
 from eval_tasks.bootstrap import paired_difference
-from eval_tasks.methods import DENSE, METHODS
+from eval_tasks.methods import DENSE, order_of
 from eval_tasks.tasks import TASKS
 
 Row = Mapping[str, Any]
@@ -25,9 +26,10 @@ class Summary:
         budget: k(n) of the method's law at this length; the length itself for dense.
         attended_fraction, mean_keys: realised, over all queries, layers and heads.
         tail_attended_fraction, tail_mean_keys: realised at the scored positions.
-        loss: mean over samples of nats per scored token.
-        perplexity: exp(loss).
-        bits_per_byte: of the scored text.
+        score: mean over samples of the share of answers that are right; None for tasks that score a text.
+        loss: mean over samples of nats per scored token; for answers 1 − score.
+        perplexity: exp(loss); None for answers.
+        bits_per_byte: of the scored text; None for answers.
         loss_minus_dense: mean paired difference of the loss from dense; None where dense was not measured.
         low, high: its bootstrap interval; None with fewer than two samples.
         worse_samples: in how many samples the loss is above dense.
@@ -35,6 +37,7 @@ class Summary:
         seconds: median of the forward pass.
         tokens_per_second: length / seconds.
         peak_memory_mb: largest over samples, in 10^6 bytes above what was held before.
+        failed: how many samples more could not be measured.
     """
 
     task: str
@@ -46,9 +49,10 @@ class Summary:
     mean_keys: float | None
     tail_attended_fraction: float
     tail_mean_keys: float | None
+    score: float | None
     loss: float
-    perplexity: float
-    bits_per_byte: float
+    perplexity: float | None
+    bits_per_byte: float | None
     loss_minus_dense: float | None
     low: float | None
     high: float | None
@@ -57,10 +61,30 @@ class Summary:
     seconds: float
     tokens_per_second: float
     peak_memory_mb: float
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Samples of one method at one task and length that could not be measured.
+
+    Attributes:
+        task, length, method: which.
+        failed: how many samples.
+        reason: why, in the words of the first.
+    """
+
+    task: str
+    length: int
+    method: str
+    failed: int
+    reason: str
 
 
 def loss_of(row: Row) -> float:
-    """Nats per scored token of a row."""
+    """Nats per scored token of a row; of an answer, 1 − its score."""
+    if "score" in row:
+        return 1.0 - float(row["score"])
     return float(row["loss_sum"]) / int(row["tokens"])
 
 
@@ -69,8 +93,13 @@ def losses(rows: Iterable[Row], task: str, length: int, method: str) -> dict[int
     return {
         int(row["sample"]): loss_of(row)
         for row in rows
-        if (row["task"], row["length"], row["method"]) == (task, length, method)
+        if "failed" not in row and (row["task"], row["length"], row["method"]) == (task, length, method)
     }
+
+
+def documents_of(rows: Iterable[Row]) -> dict[int, str]:
+    """The document of each sample: as its row says, or one of its own."""
+    return {int(row["sample"]): str(row.get("document", row["sample"])) for row in rows}
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
@@ -79,11 +108,32 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     Dense is compared on the samples that both have.
     """
     cells: dict[tuple[str, int, str], list[Row]] = {}
+    failed: Counter[tuple[str, int, str]] = Counter()
     for row in rows:
-        cells.setdefault((row["task"], int(row["length"]), row["method"]), []).append(row)
-    tasks, methods = list(TASKS), list(METHODS)
-    order = sorted(cells, key=lambda cell: (tasks.index(cell[0]), cell[1], methods.index(cell[2])))
-    return [_summary(cell, cells[cell], cells.get((cell[0], cell[1], DENSE), [])) for cell in order]
+        cell = (row["task"], int(row["length"]), row["method"])
+        if "failed" in row:
+            failed[cell] += 1
+        else:
+            cells.setdefault(cell, []).append(row)
+    return [
+        replace(_summary(cell, cells[cell], cells.get((cell[0], cell[1], DENSE), [])), failed=failed[cell])
+        for cell in sorted(cells, key=cell_order)
+    ]
+
+
+def failures(rows: Iterable[Row]) -> list[Failure]:
+    """What could not be measured, in the order of ``summarise``."""
+    cells: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        if "failed" in row:
+            cells.setdefault((row["task"], int(row["length"]), row["method"]), []).append(row)
+    return [Failure(*cell, len(cells[cell]), cells[cell][0]["failed"]) for cell in sorted(cells, key=cell_order)]
+
+
+def cell_order(cell: tuple[str, int, str]) -> tuple[int, str, int, tuple[int, str, int]]:
+    """A key that sorts (task, length, method) as tasks and methods are listed."""
+    task, length, method = cell
+    return list(TASKS).index(task) if task in TASKS else len(TASKS), task, length, order_of(method)
 
 
 def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row]) -> Summary:
@@ -92,10 +142,15 @@ def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row])
     own = {int(row["sample"]): loss_of(row) for row in rows}
     shared = sorted(own.keys() & dense.keys()) if method != DENSE else []
     pairs = [(own[sample], dense[sample]) for sample in shared]
-    difference = paired_difference([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
+    owners = documents_of(rows)
+    difference = (
+        paired_difference([a for a, _ in pairs], [b for _, b in pairs], documents=[owners[sample] for sample in shared])
+        if pairs
+        else None
+    )
     loss = fmean(own.values())
     seconds = median(float(row["seconds"]) for row in rows)
-    nats_per_byte = math.fsum(row["loss_sum"] for row in rows) / sum(row["bytes"] for row in rows)
+    answers = [row for row in rows if "score" in row]
     return Summary(
         task=task,
         length=length,
@@ -106,18 +161,29 @@ def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row])
         mean_keys=_mean_or_none(rows, "mean_keys"),
         tail_attended_fraction=fmean(row["tail_attended_fraction"] for row in rows),
         tail_mean_keys=_mean_or_none(rows, "tail_mean_keys"),
+        score=1.0 - loss if answers else None,
         loss=loss,
-        perplexity=math.exp(loss),
-        bits_per_byte=nats_per_byte / math.log(2),
+        perplexity=None if answers else math.exp(loss),
+        bits_per_byte=None if answers else _bits_per_byte(rows),
         loss_minus_dense=difference.mean if difference else None,
         low=difference.low if difference else None,
         high=difference.high if difference else None,
         worse_samples=sum(a > b for a, b in pairs) if pairs else None,
-        perplexity_ratio=math.exp(difference.mean) if difference else None,
+        perplexity_ratio=math.exp(difference.mean) if difference and not answers else None,
         seconds=seconds,
         tokens_per_second=length / seconds,
         peak_memory_mb=max(int(row["peak_memory"]) for row in rows) / 1e6,
     )
+
+
+def _bits_per_byte(rows: list[Row]) -> float:
+    nats = math.fsum(row["loss_sum"] for row in rows)
+    return float(nats / sum(row["bytes"] for row in rows) / math.log(2))
+
+
+def title_of(task: str) -> str:
+    """The label of a task in plots and tables; tasks of generated answers are called by their names."""
+    return TASKS[task].title if task in TASKS else task
 
 
 def _mean_or_none(rows: list[Row], name: str) -> float | None:
@@ -125,14 +191,25 @@ def _mean_or_none(rows: list[Row], name: str) -> float | None:
     return None if None in values else fmean(values)
 
 
-def to_csv(summaries: Iterable[Summary]) -> str:
-    """The summaries as CSV with a header; a value that does not exist is an empty field."""
+def to_csv(summaries: Iterable[Summary], failed: Iterable[Failure] = ()) -> str:
+    """The summaries as CSV with a header, then cells without any result; a value that does not exist is empty."""
+    summaries = list(summaries)
+    measured = {(s.task, s.length, s.method) for s in summaries}
+    names = [field.name for field in fields(Summary)]
+    empty = [f for f in failed if (f.task, f.length, f.method) not in measured]
+    return csv_of(
+        names,
+        [[getattr(summary, name) for name in names] for summary in summaries]
+        + [[0 if name == "samples" else getattr(failure, name, None) for name in names] for failure in empty],
+    )
+
+
+def csv_of(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV with a header; None is an empty field."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [field.name for field in fields(Summary)]
     writer.writerow(names)
-    for summary in summaries:
-        writer.writerow([_cell(getattr(summary, name)) for name in names])
+    writer.writerows([_cell(value) for value in row] for row in rows)
     return out.getvalue()
 
 

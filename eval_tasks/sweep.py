@@ -1,17 +1,24 @@
 """A sweep: every task and method at every length and sample, in an order in which a part is already of use."""
 
+import contextlib
 import itertools
+import secrets
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from eval_tasks.errors import EvalError
-from eval_tasks.measure import measure, warm_up
-from eval_tasks.methods import DENSE, METHODS, Budgets, budget_at
+from eval_tasks.answers import Question, answer, build_question, check_generated
+from eval_tasks.errors import EvalError, MemoryRanOut
+from eval_tasks.matching import Budgets
+from eval_tasks.measure import Phase, measure, warm_up
+from eval_tasks.methods import DENSE, Method, budget_at, find_method, with_keys
 from eval_tasks.models import (
     find_model,
     load_model,
@@ -21,11 +28,15 @@ from eval_tasks.models import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from eval_tasks.presses import Press, find_press
 from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
-from eval_tasks.store import ResultStore, measurement_key
+from eval_tasks.ranks import Ranks
+from eval_tasks.store import ResultStore, measurement_key, read_run
+from eval_tasks.synthetic import Material
 from eval_tasks.tasks import TASKS, Layout, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
+from nc_patch import NCConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,11 @@ class Sweep:
         threads: of PyTorch on the CPU; None leaves its choice.
         minutes: after the first, no sample is begun that is not expected to end within so many minutes; None for no
             limit.
+        device_map, tp_plan: how one model is spread over devices or processes; as ``load_model`` takes them.
+        phase: which part of a forward pass is sparse; as ``measure`` takes it.
+        iso_keys: budgets that ``match="iso"`` tries.
+        answer_tokens: the most tokens of an answer to a generated task; None for each task's own number.
+        retry_failed: whether cells that failed in an earlier session are measured again.
     """
 
     model: str
@@ -54,6 +70,19 @@ class Sweep:
     device: str = "auto"
     threads: int | None = None
     minutes: float | None = None
+    device_map: str | None = None
+    tp_plan: str | None = None
+    phase: Phase = "all"
+    iso_keys: tuple[int, ...] = ()
+    answer_tokens: int | None = None
+    retry_failed: bool = False
+
+    def methods_at(self, length: int) -> tuple[str, ...]:
+        """The names of what is measured at a length: the methods, or for ``iso`` each with every budget."""
+        if self.budgets.match != "iso":
+            return self.methods
+        sparse = [name for name in self.methods if name != DENSE]
+        return (DENSE, *(with_keys(name, keys) for name in sparse for keys in self.iso_keys if keys < length))
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in every session that adds to one directory."""
@@ -75,6 +104,12 @@ class Sweep:
             "dtype": self.dtype,
             "device": self.device,
             "threads": self.threads,
+            "device_map": self.device_map,
+            "tp_plan": self.tp_plan,
+            "match": self.budgets.match,
+            "phase": self.phase,
+            "iso_keys": list(self.iso_keys),
+            "answer_tokens": self.answer_tokens,
         }
 
 
@@ -94,46 +129,57 @@ class Planned:
         return Step(self.method, self.length)
 
 
-def run_sweep(sweep: Sweep, directory: Path, command: str) -> bool:
+def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None = None) -> bool:
     """Measures what the directory does not hold yet, and adds it there.
 
     Args:
         sweep: what to measure.
-        directory: where results go; made when missing.
+        directory: where results go; made when missing. Processes on several machines need it to be the same one.
         command: the command line, for the record.
+        ranks: the processes that share the work; None for this one alone.
 
     Returns:
         Whether everything was measured; False when the time limit came first.
 
     Raises:
-        EvalError: something is missing or does not fit; nothing that was measured is lost.
+        EvalError: something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
-    if sweep.threads is not None:
-        torch.set_num_threads(sweep.threads)
-    check_same(directory, sweep.identity() | versions())
-    device = pick_device(sweep.device)
-    text = load_text(sweep.text)
-    source = find_model(sweep.model)
-    _check_positions(sweep, max_positions(source))
-    tokenizer = load_tokenizer(source)
-    tokens = tokenise(tokenizer, text.content)
-    check_lengths([TASKS[name] for name in sweep.tasks], sweep.layout, len(tokens.prefix))
-    starts = places(tokens, sweep.layout)
-    with ResultStore(directory) as store:
-        model = load_model(sweep.model, sweep.dtype, str(device)).model
-        identity = (
-            sweep.identity()
-            | versions()
-            | {
-                "weights": weights_fingerprint(model),
-                "tokenizer": tokenizer_fingerprint(tokenizer),
-                "text_sha256": text.sha256,
-            }
-        )
-        check_same(directory, identity)
-        for name in sweep.methods:
-            _check_method(model, name, sweep.budgets)
+    ranks = ranks or Ranks()
+    with _agreed(ranks):
+        if sweep.threads is not None:
+            torch.set_num_threads(sweep.threads)
+        check_same(directory, sweep.identity() | versions())
+        text = load_text(sweep.text)
+        source = find_model(sweep.model)
+        _check_positions(sweep, max_positions(source))
+        tokenizer = load_tokenizer(source)
+        tokens = tokenise(tokenizer, text.content)
+        scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
+        check_lengths(scored, sweep.layout, len(tokens.prefix))
+        check_generated([name for name in sweep.tasks if name not in TASKS], sweep.layout.lengths)
+        starts = places(tokens, sweep.layout) if scored else []
+        device = _own_device(sweep, ranks)
+    with contextlib.ExitStack() as stack:
+        with _agreed(ranks):
+            first_store = stack.enter_context(ResultStore(directory)) if ranks.is_first else None
+        with _agreed(ranks):
+            model = load_model(sweep.model, sweep.dtype, str(device), sweep.device_map, sweep.tp_plan).model
+            identity = (
+                sweep.identity()
+                | versions()
+                | {
+                    "weights": weights_fingerprint(model),
+                    "tokenizer": tokenizer_fingerprint(tokenizer),
+                    "text_sha256": text.sha256,
+                }
+            )
+            if ranks.is_first:
+                check_same(directory, identity)
+            for name in sweep.methods:
+                _check_method(model, find_method(name), sweep)
+        plan = _plan(sweep, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
         details = {
+            "planned": len(plan),
             "text_origin": text.origin,
             "text_tokens": len(tokens.ids),
             "model_class": type(model).__name__,
@@ -143,9 +189,48 @@ def run_sweep(sweep: Sweep, directory: Path, command: str) -> bool:
             "log_factor": sweep.budgets.log_factor,
             "hardware": hardware(device, torch.get_num_threads()),
         }
-        record_session(directory, identity, details, command)
-        plan = _plan(sweep, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
-        return _measure_all(sweep, plan, store, model, tokens, starts)
+        session = ranks.from_first(secrets.token_hex(8))
+        with _agreed(ranks):
+            if ranks.is_first:
+                record_session(directory, identity, details, command, {"id": session, "processes": ranks.world})
+        with _agreed(ranks):
+            store = first_store or stack.enter_context(_part_store(directory, ranks, session))
+        known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in store.rows])
+        complete = _measure_all(sweep, plan, known, store, _Measurer(sweep, model, tokenizer, tokens, starts), ranks)
+        if not ranks.is_first:
+            stack.close()
+        with _agreed(ranks):
+            pass  # every other process has closed its part
+        if first_store is not None:
+            first_store.take_in_parts()
+        return complete
+
+
+@contextlib.contextmanager
+def _agreed(ranks: Ranks) -> Iterator[None]:
+    """A step that all processes take; where one of them fails, all do."""
+    try:
+        yield
+    except EvalError as error:
+        ranks.agree(error)
+        raise
+    ranks.agree()
+
+
+def _own_device(sweep: Sweep, ranks: Ranks) -> torch.device:
+    device = pick_device(sweep.device)
+    if device.type == "cuda" and device.index is None and ranks.world > 1:
+        return pick_device(f"cuda:{ranks.local_rank}")
+    return device
+
+
+def _part_store(directory: Path, ranks: Ranks, session: str) -> ResultStore:
+    run = read_run(directory) or {"sessions": [{}]}
+    if run["sessions"][-1].get("id") != session:
+        raise EvalError(
+            f"{directory} is not the directory that process 0 writes to; several machines need one they share"
+        )
+    return ResultStore(directory, ranks.rank)
 
 
 def _check_positions(sweep: Sweep, positions: int | None) -> None:
@@ -157,68 +242,106 @@ def _check_positions(sweep: Sweep, positions: int | None) -> None:
         )
 
 
-def _check_method(model: Any, name: str, budgets: Budgets) -> None:
+def _check_method(model: Any, method: Method, sweep: Sweep) -> None:
     """Tries a method on a few tokens, which also takes its one-off costs out of the first measurement."""
+    if method.press is not None:
+        find_press(method.press)
+        if sweep.phase != "question":
+            raise EvalError(
+                f"{method.name} compresses what a dense prefill left, which is not what the other methods do; measure "
+                "all of them that way with --phase question"
+            )
+        return
     try:
-        warm_up(model, METHODS[name].config(budgets))
+        warm_up(model, method.config(sweep.budgets.at(max(sweep.layout.lengths))))
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise EvalError(f"the method {name} does not run on this model and device: {error}") from error
+        raise EvalError(f"the method {method.name} does not run on this model and device: {error}") from error
 
 
 def _plan(sweep: Sweep, constants: dict[str, Any]) -> list[Planned]:
     """Short lengths first, at each length task by task, and each sample with all methods."""
     plan = []
     layout = sweep.layout
-    for length, task, sample, method in itertools.product(
-        layout.lengths, sweep.tasks, range(layout.samples), sweep.methods
-    ):
-        if TASKS[task].dense_only and method != DENSE:
-            continue
-        config = METHODS[method].config(sweep.budgets)
-        key = measurement_key(
-            constants
-            | {"method": method, "config": config and config.to_dict(), "task": task, "length": length}
-            | {"sample": sample, "samples_of": max(layout.lengths), "seed": layout.seed}
-            | {"scored": layout.scored, "passage": layout.passage, "device": sweep.device}
-        )
-        plan.append(Planned(length, sample, task, method, key))
+    for length, task, sample in itertools.product(layout.lengths, sweep.tasks, range(layout.samples)):
+        for method in sweep.methods_at(length):
+            if task in TASKS and TASKS[task].dense_only and method != DENSE:
+                continue
+            config = find_method(method).config(sweep.budgets.at(length))
+            key = measurement_key(
+                constants
+                | {"method": method, "config": config and config.to_dict(), "task": task, "length": length}
+                | {"sample": sample, "samples_of": max(layout.lengths), "seed": layout.seed, "phase": sweep.phase}
+                | {"scored": layout.scored, "passage": layout.passage, "device": sweep.device}
+                | ({} if task in TASKS else {"answer_tokens": sweep.answer_tokens})
+                | ({"budget": budget_at(method, sweep.budgets, length)} if find_method(method).press else {})
+            )
+            plan.append(Planned(length, sample, task, method, key))
     return plan
 
 
+def _costs(row: dict[str, Any]) -> tuple[str, int, float | None]:
+    return row["method"], row["length"], row.get("seconds")
+
+
 def _measure_all(
-    sweep: Sweep, plan: list[Planned], store: ResultStore, model: Any, tokens: TokenisedText, starts: list[int]
+    sweep: Sweep,
+    plan: list[Planned],
+    known: list[tuple[str, tuple[str, int, float | None], bool]],
+    store: ResultStore,
+    measurer: "_Measurer",
+    ranks: Ranks,
 ) -> bool:
     began = time.monotonic()
     forecast = Forecast()
-    for row in store.rows:
-        forecast.learn(Step(row["method"], row["length"]), row["seconds"])
-    done = {row["key"] for row in store.rows}
+    for _, (method, length, seconds), _ in known:
+        if seconds is not None:
+            forecast.learn(Step(method, length), seconds)
+    failed = {key for key, _, has_failed in known if has_failed}
+    done = {key for key, _, _ in known} - (failed if sweep.retry_failed else set())
     todo = [planned for planned in plan if planned.key not in done]
-    if len(todo) < len(plan):
-        print(f"{len(plan) - len(todo)} of {len(plan)} measurements are there already.", file=sys.stderr)
+    if ranks.is_first:
+        _say_what_is_there(plan, done, failed)
     source_commit = commit()
-    progress = Progress([planned.step for planned in todo], forecast)
+    writes = ranks.is_first or sweep.tp_plan is None
+    groups = _groups(todo)
+    first_steps = list(itertools.accumulate((len(group) for group in groups), initial=0))
+    progress = Progress([planned.step for planned in todo], forecast, ranks.world, ranks.is_first)
     try:
-        for number, group in enumerate(_groups(todo)):
+        for turn, number in enumerate(ranks.take(len(groups))):
+            group = groups[number]
             # One group is measured whatever the limit, so that runs that are repeated always get further.
-            if number and _exceeds(sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)):
-                left = sum(planned.key not in {row["key"] for row in store.rows} for planned in todo)
-                print(
-                    f"Stopped before the limit of {sweep.minutes:g} minutes with {left} of {len(plan)} measurements to "
-                    "go; the same command goes on.",
-                    file=sys.stderr,
-                )
+            if turn and _exceeds(sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)):
+                if ranks.is_first:
+                    print(
+                        f"Stopped before the limit of {sweep.minutes:g} minutes with about "
+                        f"{len(todo) - first_steps[number]} of {len(plan)} measurements to go; the same command goes "
+                        "on.",
+                        file=sys.stderr,
+                    )
                 return False
+            progress.begun_before(first_steps[number])
             for planned in group:
                 progress.starts(f"{planned.length:,} tokens, {planned.task}, {planned.method}")
-                row = _row(sweep, planned, model, tokens, starts)
-                store.append(row | {"commit": source_commit})
-                forecast.learn(planned.step, row["seconds"])
+                row = measurer.row(planned)
+                if writes:
+                    store.append(row | {"commit": source_commit, "process": ranks.rank})
+                if "seconds" in row:
+                    forecast.learn(planned.step, row["seconds"])
                 progress.finished()
     finally:
         progress.close()
-    print(f"Measured in {duration(time.monotonic() - began)}.", file=sys.stderr)
+    if ranks.is_first:
+        print(f"Measured in {duration(time.monotonic() - began)}.", file=sys.stderr)
     return True
+
+
+def _say_what_is_there(plan: list[Planned], done: set[str], failed: set[str]) -> None:
+    there = sum(planned.key in done for planned in plan)
+    if there:
+        print(f"{there} of {len(plan)} measurements are there already.", file=sys.stderr)
+    gone = sum(planned.key in failed & done for planned in plan)
+    if gone:
+        print(f"{gone} of them failed; --retry-failed measures them again.", file=sys.stderr)
 
 
 def _groups(todo: list[Planned]) -> list[list[Planned]]:
@@ -230,20 +353,66 @@ def _exceeds(minutes: float | None, spent: float, expected: float | None) -> boo
     return minutes is not None and spent + (expected or 0.0) > 60 * minutes
 
 
-def _row(sweep: Sweep, planned: Planned, model: Any, tokens: TokenisedText, starts: list[int]) -> dict[str, Any]:
-    sample = TASKS[planned.task].build(tokens, starts[planned.sample], planned.length, sweep.layout)
-    try:
-        measured = measure(model, METHODS[planned.method].config(sweep.budgets), sample)
-    except EvalError as error:
-        raise EvalError(f"{planned.task} with {planned.method} at {planned.length:,} tokens: {error}") from error
-    return {
-        "key": planned.key,
-        "model": sweep.model,
-        "method": planned.method,
-        "task": planned.task,
-        "length": planned.length,
-        "sample": planned.sample,
-        "place": starts[planned.sample],
-        "budget": budget_at(planned.method, sweep.budgets, planned.length),
-        **measured.to_dict(),
-    }
+@dataclass(frozen=True)
+class _Measurer:
+    """Makes the rows of planned measurements with one model, which each of them patches and unpatches."""
+
+    sweep: Sweep
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    tokens: TokenisedText
+    starts: list[int]
+
+    def row(self, planned: Planned) -> dict[str, Any]:
+        """The row of one measurement; where memory runs out, one that says so."""
+        sweep, what = self.sweep, f"{planned.task} with {planned.method} at {planned.length:,} tokens"
+        try:
+            measured = self._measured(planned)
+        except MemoryRanOut as error:
+            if sweep.tp_plan is not None:  # the other processes still wait for this one's part of a layer
+                raise EvalError(f"{what}: {error}") from error
+            print(f"{what}: {error}. It is recorded, and the run goes on.", file=sys.stderr)
+            measured = {"failed": "out of memory", "error": str(error)}
+        except EvalError as error:
+            raise EvalError(f"{what}: {error}") from error
+        return {
+            "key": planned.key,
+            "model": sweep.model,
+            "method": planned.method,
+            "task": planned.task,
+            "length": planned.length,
+            "sample": planned.sample,
+            "place": self.starts[planned.sample] if planned.task in TASKS else None,
+            "phase": sweep.phase,
+            "budget": budget_at(planned.method, sweep.budgets, planned.length),
+            **measured,
+        }
+
+    def _measured(self, planned: Planned) -> dict[str, Any]:
+        sweep, attention = self.sweep, self._attention(planned)
+        if planned.task in TASKS:
+            sample = TASKS[planned.task].build(self.tokens, self.starts[planned.sample], planned.length, sweep.layout)
+            return measure(self.model, attention, sample, sweep.phase).to_dict()
+        question = self._question(planned.task, planned.length, planned.sample)
+        return answer(self.model, self.tokenizer, attention, question, sweep.phase)
+
+    @cached_property
+    def _material(self) -> Material:
+        return Material(self.sweep.text)
+
+    @cached_property
+    def _question(self) -> Callable[[str, int, int], Question]:
+        """Builds a question; the last one is kept, since all methods are asked the same."""
+
+        @lru_cache(maxsize=1)
+        def build(task: str, length: int, sample: int) -> Question:
+            seed, new_tokens = self.sweep.layout.seed, self.sweep.answer_tokens
+            return build_question(task, self.tokenizer, length, seed, sample, self._material, new_tokens)
+
+        return build
+
+    def _attention(self, planned: Planned) -> NCConfig | Press | None:
+        method = find_method(planned.method)
+        if method.press is None:
+            return method.config(self.sweep.budgets.at(planned.length))
+        return Press(method.press, budget_at(planned.method, self.sweep.budgets, planned.length))

@@ -33,14 +33,12 @@ class Command:
     extra: str
 
 
-_EVAL_PACKAGES = ("matplotlib", "numpy", "psutil", "torch", "tqdm", "transformers")
+_EVAL_PACKAGES = ("matplotlib", "numpy", "psutil", "scipy", "torch", "tqdm", "transformers")
 COMMANDS = {
     "eval": Command(
         "eval_tasks.command", "run_eval", "measure sparse attention by context length", _EVAL_PACKAGES, "eval"
     ),
-    "report": Command(
-        "eval_tasks.command", "run_report", "write the report of an earlier eval again", _EVAL_PACKAGES, "eval"
-    ),
+    "report": Command("eval_tasks.command", "run_report", "write one report of earlier evals", _EVAL_PACKAGES, "eval"),
     "bench": Command(
         "nc_patch.bench.command",
         "run_bench",

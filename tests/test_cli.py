@@ -27,6 +27,7 @@ def test_eval_help_names_every_method_and_the_lists_print_them(capsys):
     assert main(["eval", "--help"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in METHODS)
+    assert "iso: no budgets are equal" in said
     assert main(["eval", "--list-methods"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in METHODS)
@@ -50,8 +51,13 @@ def test_eval_help_names_every_method_and_the_lists_print_them(capsys):
         (("--C", "1.5"), "C must be a number in [0, 1]"),
         (("--equal-at", "1"), "equal_at must be a length of at least 2"),
         (("--device", "abacus"), "device must be auto, cpu, cuda"),
-        (("--methods", "magic"), "invalid choice: 'magic'"),
-        (("--tasks", "juggling"), "invalid choice: 'juggling'"),
+        (("--methods", "magic"), "unknown method 'magic'; allowed are dense, window"),
+        (("--methods", "fixed-topk@64"), "chosen by --match iso"),
+        (("--methods", "dense", "--match", "iso"), "name one, for example fixed-topk"),
+        (("--methods", "kvpress:SnapKVPress", "--match", "iso"), "no budget that --match iso could vary"),
+        (("--match", "luck"), "invalid choice: 'luck'"),
+        (("--tp-plan", "auto"), "add --processes N"),
+        (("--tasks", "juggling"), "unknown task 'juggling'; allowed are recall"),
         (("--samples", "0"), "at least 1"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
     ],

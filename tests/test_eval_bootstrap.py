@@ -38,3 +38,21 @@ def test_the_same_seed_gives_the_same_interval():
 def test_unpaired_samples_are_refused(values, reference):
     with pytest.raises(ValueError, match="same samples"):
         paired_difference(values, reference)
+
+
+def test_samples_of_one_document_are_drawn_together():
+    """Copies of every sample say nothing new: clustered, the interval stays; as if independent, it would shrink."""
+    values = list(np.random.default_rng(2).normal(size=12))
+    documents = list(range(12))
+    once = paired_difference(values, [0.0] * 12, documents=documents)
+    copied = paired_difference(values * 9, [0.0] * 108, documents=documents * 9)
+    independent = paired_difference(values * 9, [0.0] * 108)
+    assert (copied.low, copied.high) == pytest.approx((once.low, once.high))
+    assert (copied.documents, copied.samples) == (12, 108)
+    assert independent.high - independent.low < 0.5 * (once.high - once.low)
+
+
+def test_documents_with_more_samples_weigh_more_in_the_mean():
+    found = paired_difference([1.0, 1.0, 4.0], [0.0] * 3, documents=["a", "a", "b"])
+    assert found.mean == 2.0
+    assert found.documents == 2

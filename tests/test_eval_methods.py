@@ -2,7 +2,8 @@
 
 import pytest
 
-from eval_tasks.methods import DENSE, METHODS, Budgets, budget_at
+from eval_tasks.errors import EvalError
+from eval_tasks.methods import DENSE, METHODS, Budgets, budget_at, find_method, keys_of, order_of, with_keys
 
 LAWS = [(2.0, 0.5, 1024), (2.0, 0.7, 512), (1.0, 0.9, 4096), (4.0, 0.6, 1000), (3.3, 0.0, 77), (50.0, 1.0, 64)]
 SPARSE = [name for name in METHODS if name != DENSE]
@@ -28,6 +29,8 @@ def test_budgets_grow_as_the_method_says(name):
     later = budget_at(name, budgets, 4096)
     if METHODS[name].grows:
         assert later == 2 * budgets.fixed
+    elif name == "fraction-topk":
+        assert later == 4 * budgets.fixed
     elif name == "log-topk":
         assert budgets.fixed < later < 1.25 * budgets.fixed
     else:
@@ -57,3 +60,38 @@ def test_selection_and_sinks_are_those_of_the_method(name, selection, sinks):
 def test_budgets_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Budgets(*arguments)
+
+
+def test_means_beside_topk_are_the_same_budget_with_another_tail():
+    budgets = Budgets(2.0, 0.5, 1024)
+    for name in ("fixed-topk", "nc-topk"):
+        plain, mean = METHODS[name].config(budgets), METHODS[f"{name}-mean"].config(budgets)
+        assert (plain.tail, mean.tail) == ("drop", "mean")
+        assert plain.to_dict() | {"tail": "mean"} == mean.to_dict()
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_method_with_a_number_of_keys_attends_so_many_at_every_length(name):
+    budgets = Budgets(2.0, 0.5, 1024)
+    named = with_keys(name, 48)
+    assert keys_of(named) == (name, 48)
+    assert [budget_at(named, budgets, n) for n in (32, 512, 4096)] == [32, 48, 48]
+    config = find_method(named).config(budgets)
+    assert (config.prefill, config.sink_keys) == (
+        METHODS[name].config(budgets).prefill,
+        METHODS[name].config(budgets).sink_keys,
+    )
+
+
+def test_methods_sort_as_listed_and_then_by_keys():
+    names = ["nc-topk", "fixed-topk@128", "kvpress:SnapKVPress", "dense", "fixed-topk@16", "fixed-topk"]
+    assert sorted(names, key=order_of) == [
+        "dense", "fixed-topk", "fixed-topk@16", "fixed-topk@128", "nc-topk", "kvpress:SnapKVPress",
+    ]  # fmt: skip
+
+
+def test_unknown_methods_are_refused_with_those_there_are():
+    with pytest.raises(EvalError, match="unknown method 'nc-topkk'; allowed are dense, window"):
+        find_method("nc-topkk")
+    with pytest.raises(EvalError, match="attends every key"):
+        find_method("dense@64").config(Budgets(2.0, 0.5, 1024))

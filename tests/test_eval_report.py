@@ -1,7 +1,10 @@
 """The report: everything in it escaped and inside one file, and sentences that follow the numbers."""
 
+import csv
 import math
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -12,7 +15,9 @@ from eval_tasks.provenance import record_session
 from eval_tasks.report import write_report
 from eval_tasks.store import ResultStore
 from eval_tasks.summary import summarise, to_csv
+from nc_patch.cli import main
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 NASTY = "<script>alert('x')</script>&"
 
 
@@ -75,9 +80,118 @@ def test_the_report_escapes_every_text_and_refers_to_nothing_outside_itself(tmp_
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 5
-    assert page.count("<svg") == page.count("</svg>") == 2
+    assert page.count("<svg") == page.count("</svg>") == 3
     assert not re.search(r"(?:src|href)=\"(?!#)", page)
     assert re.search(r"\$\w", page) is None
+    prose, _, _ = (tmp_path / "report.md").read_text(encoding="utf-8").split("```")
+    assert "<script" not in prose
+
+
+def write_run(directory, rows, **identity):
+    run = run_of(model="tiny", **identity)
+    with ResultStore(directory) as store:
+        for entry in rows:
+            store.append(entry)
+        record_session(directory, run.pop("identity"), run, f"nc-patch eval --out {directory.name}")
+    return directory
+
+
+def test_runs_of_the_same_setting_are_merged_and_others_stand_apart(tmp_path):
+    dense = rows_of("recall", 4096, {"dense": 2.0})
+    first = write_run(tmp_path / "a", dense + rows_of("recall", 4096, {"nc-topk": 3.0}), methods=["dense", "nc-topk"])
+    second = write_run(tmp_path / "b", dense + rows_of("recall", 4096, {"window": 9.0}), methods=["dense", "window"])
+    other = write_run(tmp_path / "c", dense + rows_of("recall", 4096, {"nc-topk": 2.1}), alpha=4.0)
+    assert main(["report", str(first), str(second), str(other), "--out", str(tmp_path / "all")]) == 0
+    header, *lines = (tmp_path / "all" / "summary.csv").read_text().splitlines()
+    assert header.startswith("section,task,length,method")
+    named = [tuple(line.split(",")[i] for i in (0, 3, 4)) for line in lines]
+    assert named == [
+        ("1", "dense", "3"), ("1", "window", "3"), ("1", "nc-topk", "3"), ("2", "dense", "3"), ("2", "nc-topk", "3"),
+    ]  # fmt: skip
+    page = (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
+    assert "1. tiny: alpha 2.0" in page
+    assert "2. tiny: alpha 4.0" in page
+    for name in ("a", "b", "c"):
+        assert f"nc-patch eval --out {name}" in page
+    for name in ("report.md", "comparisons.csv", "main.png"):
+        assert (tmp_path / "all" / name).stat().st_size > 0
+
+
+def test_several_directories_need_a_place_for_the_report(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, rows_of("recall", 4096, {"dense": 2.0})) for name in "ab"]
+    assert main(["report", *map(str, runs)]) == 2
+    assert "--out DIR" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["report", *map(str, runs), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_every_verdict_stands_beside_its_number_of_documents_and_what_was_attended(tmp_path):
+    rows = []
+    for i in range(12):
+        levels = {"dense": 10.0 + i, "nc-topk": (10.0 + i) * 1.01, "window": (10.0 + i) * 2.0}
+        rows += [row("perplexity", 512, i, method, level) for method, level in levels.items()]
+    write_report(write_run(tmp_path / "a", rows, lengths=[512]), within=0.05)
+    with (tmp_path / "a" / "comparisons.csv").open(encoding="utf-8") as file:
+        verdicts = {entry["method"]: entry for entry in csv.DictReader(file)}
+    assert {method: entry["verdict"] for method, entry in verdicts.items()} == {
+        "nc-topk": "worse, yet within the margin",
+        "window": "worse",
+    }
+    assert {entry["documents"] for entry in verdicts.values()} == {"12"}
+    text = (tmp_path / "a" / "report.md").read_text(encoding="utf-8")
+    assert "| perplexity | α·n^C top-k | 512 (the longest measured) | 60.0 | 5.00 % |" in text
+    assert "| perplexity | fixed window | none |" in text
+
+
+def test_answers_are_shown_by_depth_and_compared_as_right_or_wrong(tmp_path):
+    rows = []
+    for length in (1024, 2048):
+        for i in range(20):
+            for method, right in (("dense", 1.0), ("nc-topk", float(i > 0)), ("window", float(i % 5 == 0))):
+                entry = row("niah_single_1", length, i, method, 1.0, score=right, depth=i / 19)
+                rows.append({k: v for k, v in entry.items() if k not in ("loss_sum", "tokens", "bytes")})
+    write_report(write_run(tmp_path / "a", rows, tasks=["niah_single_1"], lengths=[1024, 2048]))
+    with (tmp_path / "a" / "summary.csv").open(encoding="utf-8") as file:
+        scores = {entry["method"]: float(entry["score"]) for entry in csv.DictReader(file) if entry["length"] == "1024"}
+    assert scores == pytest.approx({"dense": 1.0, "window": 0.2, "nc-topk": 0.95})
+    page = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    assert "at 2,048 tokens dense attention gets 100 % right, fixed window 20 % (5.0 % of keys)" in page
+    assert "nothing is compared" not in page
+    assert "share of right answers by depth and length" in page
+    verdicts = (tmp_path / "a" / "comparisons.csv").read_text()
+    assert re.search(r"niah_single_1,1024,window,20,0\.8,.*,worse$", verdicts, re.MULTILINE)
+    assert re.search(r"niah_single_1,1024,nc-topk,20,0\.05,.*,undecided$", verdicts, re.MULTILINE)
+
+
+def test_iso_quality_is_what_an_iso_run_reports(tmp_path):
+    rows = []
+    for length in (256, 1024, 4096):
+        for i in range(8):
+            needs = {k: 2.0 * (2.0 * length**0.5 / k) ** 0.5 for k in (16, 64, 256)}
+            rows.append(row("recall", length, i, "dense", 2.0))
+            rows += [row("recall", length, i, f"fixed-topk@{k}", level, budget=k) for k, level in needs.items()]
+    run = write_run(tmp_path / "a", rows, match="iso", methods=["dense", "fixed-topk"], lengths=[256, 1024, 4096])
+    said = " ".join(write_report(run))
+    # Within 5 %: (2 √n / k)^½ = 1.05, that is k = 2 √n / 1.1025.
+    assert "needs 29 of 256, 58 of 1,024, 116 of 4,096 keys: 1.81·n^0.50" in said
+    assert "the power one predicts a length left out best" in said
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Budget needed for the quality of dense" in page
+
+
+def test_a_browser_shows_the_report_without_anything_beside_it(tmp_path):
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"needs a browser: {', '.join(BROWSERS)}")
+    run = write_run(tmp_path / "a", rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 3.0}))
+    write_report(run)
+    for width in (1280, 390):
+        picture = tmp_path / f"{width}.png"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+        page = (run / "report.html").as_uri()
+        subprocess.run([browser, *options, f"--screenshot={picture}", page], check=True, timeout=120)
+        assert picture.stat().st_size > 10_000
 
 
 def test_the_headline_says_that_the_growing_budget_is_better_where_it_is():

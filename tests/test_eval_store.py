@@ -18,7 +18,9 @@ def test_rows_are_there_when_the_store_is_opened_again(tmp_path):
         assert store.rows == rows
 
 
-@pytest.mark.parametrize("torn", ['{"key": "c", "val', '{"key": "c"', '{"nothing": 1}', "\x00\x00\x00"])
+@pytest.mark.parametrize(
+    "torn", ['{"key": "c", "val', '{"key": "c"', '{"nothing": 1}', "\x00\x00\x00", "\x00\x00\x00\n", '{"key": \n']
+)
 def test_a_torn_last_line_is_cut_off_and_said(tmp_path, capsys, torn):
     path = tmp_path / RESULTS
     path.write_text('{"key": "a"}\n' + torn, encoding="utf-8")
@@ -49,6 +51,62 @@ def test_a_second_process_is_refused_while_the_first_measures(tmp_path):
         pass
     with ResultStore(tmp_path) as store:
         assert store.rows == []
+
+
+def test_the_parts_of_other_processes_are_taken_in_once_and_removed(tmp_path, capsys):
+    with ResultStore(tmp_path) as store:
+        store.append({"key": "a"})
+    with ResultStore(tmp_path, rank=1) as part:
+        part.append({"key": "b"})
+        with pytest.raises(EvalError, match="another process"), ResultStore(tmp_path):
+            pass
+    (tmp_path / "results.rank2.jsonl").write_text('{"key": "a"}\n{"key": "c"}\n{"key": "d', encoding="utf-8")
+    assert [row["key"] for row in read_rows(tmp_path)] == ["a", "b", "c"]
+    with ResultStore(tmp_path) as store:
+        assert [row["key"] for row in store.rows] == ["a", "b", "c"]
+    assert (tmp_path / RESULTS).read_text().count("\n") == 3
+    assert not list(tmp_path.glob("results.rank*"))
+    assert "results.rank2.jsonl was torn off" in capsys.readouterr().err
+
+
+def test_an_interruption_while_parts_are_taken_in_doubles_nothing(tmp_path, monkeypatch):
+    with ResultStore(tmp_path, rank=1) as part:
+        part.append({"key": "b"})
+    monkeypatch.setattr("pathlib.Path.unlink", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), ResultStore(tmp_path):
+        pass
+    monkeypatch.undo()
+    with ResultStore(tmp_path) as store:
+        assert [row["key"] for row in store.rows] == ["b"]
+    assert (tmp_path / RESULTS).read_text().count("\n") == 1
+
+
+def test_a_later_row_of_the_same_key_counts(tmp_path):
+    with ResultStore(tmp_path) as store:
+        store.append({"key": "a", "failed": "out of memory"})
+        store.append({"key": "a", "value": 1})
+    assert read_rows(tmp_path) == [{"key": "a", "value": 1}]
+
+
+def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path):
+    import resource
+
+    with ResultStore(tmp_path) as store:
+        store.append({"key": "a"})
+        before = (tmp_path / RESULTS).read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+        try:
+            with pytest.raises(EvalError, match="make room, and the same command goes on"):
+                store.append({"key": "b"})
+            with pytest.raises(EvalError, match=r"run.json cannot be written"):
+                write_atomically(tmp_path / "run.json", b"x" * 100)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / RESULTS).read_bytes() == before
+        assert not list(tmp_path.glob(".run.json*"))
+        store.append({"key": "b"})
+    assert [row["key"] for row in read_rows(tmp_path)] == ["a", "b"]
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
@@ -99,7 +157,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_pat
     path = tmp_path / "summary.csv"
     write_atomically(path, b"old")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("failed")))
-    with pytest.raises(OSError, match="failed"):
+    with pytest.raises(EvalError, match=r"summary.csv cannot be written: failed"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.csv"]

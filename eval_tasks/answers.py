@@ -1,0 +1,184 @@
+"""Generated tasks in a sweep: a question about a long context, its answer token by token, and whether that is right."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from eval_tasks.errors import EvalError
+from eval_tasks.measure import Peak, Phase, attended, attended_compressed, memory_watched, only_last, prefilled
+from eval_tasks.metrics.string_match.string_match import score
+from eval_tasks.presses import Press
+from eval_tasks.synthetic import GENERATORS, Material, synthesize
+from nc_patch import NCConfig, patched, reset_stats
+
+# With phase "question" so many last tokens of a prompt count as the question, which stands at its end.
+QUESTION_TOKENS = 64
+_KEPT_LETTERS = 400
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as tokens, and what is expected.
+
+    Attributes:
+        ids: int64 ``[N]``.
+        answers: the strings that the answer is searched for.
+        match: whether all of them count in proportion (``"all"``), or any one suffices (``"part"``).
+        new_tokens: how many tokens the model may answer with.
+        depth: where the first sentence of evidence lies, as a share of the prompt; None without evidence.
+    """
+
+    ids: np.ndarray
+    answers: tuple[str, ...]
+    match: str
+    new_tokens: int
+    depth: float | None
+
+
+def check_generated(names: list[str], lengths: tuple[int, ...]) -> None:
+    """Raises EvalError for a length that is too short for a generated task."""
+    for name in names:
+        shortest = GENERATORS[name].shortest
+        if min(lengths) < shortest:
+            raise EvalError(f"length {min(lengths)} is too short for the task {name}, which needs {shortest} tokens")
+
+
+def build_question(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int,
+    index: int,
+    material: Material,
+    new_tokens: int | None = None,
+) -> Question:
+    """A sample of a generated task, in the tokenizer's chat template where it has one.
+
+    Args:
+        name: of the generator.
+        tokenizer, length, seed, index, material: as ``synthesize`` takes them.
+        new_tokens: tokens of an answer, in place of the task's own number.
+
+    Raises:
+        EvalError: the length cannot be filled.
+    """
+    sample = synthesize(
+        GENERATORS[name],
+        tokenizer,
+        length,
+        seed,
+        index,
+        material=material,
+        new_tokens=new_tokens,
+        use_chat_template=bool(tokenizer.chat_template),
+    )
+    bos = getattr(tokenizer, "bos_token", None)
+    special = {"add_special_tokens": False} if bos and sample.prompt.startswith(bos) else {}
+    ids = tokenizer(sample.prompt, verbose=False, **special)["input_ids"]
+    assert len(ids) == sample.prompt_tokens
+    depth = sample.depths[0] if sample.depths else None
+    return Question(np.asarray(ids, dtype=np.int64), sample.answers, sample.match, sample.new_tokens, depth)
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: NCConfig | Press | None,
+    question: Question,
+    phase: Phase = "all",
+) -> dict[str, Any]:
+    """Lets a model answer greedily and scores what it says.
+
+    Args:
+        model: a causal language model of ``transformers``, not patched.
+        tokenizer: of the model.
+        attention: as for ``measure``.
+        question: what to ask.
+        phase: ``"all"``: prefill and decoding are sparse. ``"question"``: all but the last ``QUESTION_TOKENS`` tokens
+            of the prompt are prefilled densely.
+
+    Returns:
+        Fields of a row: the score in [0, 1], what was said, the depth of the evidence, what was attended (the scored
+        positions are those that predict a token of the answer), time and memory.
+
+    Raises:
+        MemoryRanOut: what was allocated for it is free again.
+    """
+    with memory_watched(len(question.ids)):
+        return _answer(model, tokenizer, attention, question, phase)
+
+
+def _answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, attention: NCConfig | Press | None, question: Question, phase: Phase
+) -> dict[str, Any]:
+    ids = torch.from_numpy(question.ids).to(model.device)
+    config = attention if isinstance(attention, NCConfig) else None
+    counted = None
+    with torch.inference_mode(), Peak(model) as peak:
+        if phase == "question":
+            cache = prefilled(model, ids[:-QUESTION_TOKENS], attention)
+        else:
+            cache = DynamicCache(config=model.config)
+        with patched(model, config=config) if config else contextlib.nullcontext():
+            if config:
+                reset_stats(model, tail=1)
+            rest = ids[-QUESTION_TOKENS:] if phase == "question" else ids
+            said = _greedy(model, rest, len(ids), cache, question.new_tokens, _ends(model, tokenizer))
+            if config:
+                counted = attended(model)
+    text = tokenizer.decode(said, skip_special_tokens=True)
+    if isinstance(attention, Press):
+        counted = attended_compressed(cache, len(ids) + len(said) - 1, len(said))
+    return {
+        "score": score(text, question.answers, question.match),
+        "said": text[:_KEPT_LETTERS],
+        "expected": list(question.answers),
+        "prompt_tokens": len(ids),
+        "said_tokens": len(said),
+        **({} if question.depth is None else {"depth": question.depth}),
+        **(counted or _attended_dense(model, len(ids), len(said), phase)),
+        "seconds": peak.seconds,
+        "peak_memory": peak.bytes,
+    }
+
+
+def _greedy(
+    model: Any, rest: torch.Tensor, length: int, cache: DynamicCache, new_tokens: int, ends: set[int]
+) -> list[int]:
+    """The likeliest token after another, up to one that ends the answer; ``rest`` are the last of ``length`` tokens."""
+    said: list[int] = []
+    step, first = rest[None], length - len(rest)
+    while len(said) < new_tokens:
+        positions = torch.arange(first, first + step.shape[1], device=rest.device)[None]
+        options = only_last(model, 1)
+        logits = model(input_ids=step, past_key_values=cache, position_ids=positions, use_cache=True, **options).logits
+        token = int(logits[0, -1].argmax())
+        first += step.shape[1]
+        said.append(token)
+        if token in ends:
+            break
+        step = torch.tensor([[token]], device=rest.device)
+    return said
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    found = model.generation_config.eos_token_id
+    ids = found if isinstance(found, list) else [found]
+    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
+
+
+def _attended_dense(model: Any, length: int, said: int, phase: Phase) -> dict[str, Any]:
+    sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
+    tail = length + (said - 1) / 2
+    first = length - QUESTION_TOKENS if phase == "question" else 0
+    return {
+        "attended_fraction": 1.0,
+        "mean_keys": None if sliding else (first + 1 + length + said - 1) / 2,
+        "tail_attended_fraction": 1.0,
+        "tail_mean_keys": None if sliding else tail,
+        "ran_dense": {},
+    }

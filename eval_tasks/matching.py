@@ -1,0 +1,121 @@
+"""What makes budgets equal: the ways of matching, and the parameters of the laws that follow from each.
+
+``deploy``: equal at one length, which then varies: the rules as one would deploy them. ``scored``: the same k at each
+length, for the query that sees all of it. ``total``: the same number of keys over all queries of each length.
+``iso``: no budgets are set equal; each method's smallest one is sought that keeps dense attention's quality.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, get_args
+
+import numpy as np
+
+from nc_patch.budget import Law, budget_of
+from nc_patch.config import Backend, NCConfig
+
+Match = Literal["deploy", "scored", "total", "iso"]
+MATCHES: tuple[Match, ...] = get_args(Match)
+MATCHED_BY = {
+    "deploy": "budgets are equal at {equal_at:,} tokens and then follow their own laws",
+    "scored": "at every length all budgets are equal for the query that sees all of it",
+    "total": "at every length all queries together may attend equally many keys under every law",
+    "iso": "no budgets are equal: the smallest that keeps the quality of dense attention is sought",
+}
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The budgets of a comparison: α·n^C, and the other laws matched to it.
+
+    Attributes:
+        alpha: factor of the power law, positive.
+        C: exponent of the power law, in [0, 1].
+        equal_at: the length n0 at which all methods have the same budget, at least 2; for ``deploy``.
+        block_size: keys per block of the method ``block``; as in ``NCConfig``.
+        backend: as in ``NCConfig``.
+        match: what makes budgets equal.
+        parameters: fixed budget, logarithmic factor and fraction, in place of those that are equal at ``equal_at``.
+    """
+
+    alpha: float
+    C: float
+    equal_at: int
+    block_size: int = 32
+    backend: Backend = "auto"
+    match: Match = "deploy"
+    parameters: tuple[int, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.equal_at < 2:
+            raise ValueError(f"equal_at must be a length of at least 2, got {self.equal_at}")
+        if self.match not in MATCHES:
+            raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {self.match!r}")
+        NCConfig(
+            self.alpha, self.C, block_size=self.block_size, backend=self.backend
+        )  # raises for values outside their ranges
+
+    def at(self, length: int) -> "Budgets":
+        """The budgets at one context length, whose laws are matched as ``match`` says."""
+        if self.match in ("deploy", "iso"):
+            return self
+        if self.match == "scored":
+            return replace(self, equal_at=length)
+        return replace(self, parameters=_same_total(self.alpha, self.C, length))
+
+    @property
+    def fixed(self) -> int:
+        """The budget that the fixed methods keep."""
+        return self.parameters[0] if self.parameters else budget_of(self.equal_at, self.alpha, self.C)
+
+    @property
+    def log_factor(self) -> float:
+        """The factor a of ``ceil(a * log2(n))``."""
+        if self.parameters:
+            return self.parameters[1]
+        return _not_above(self.fixed, self.fixed / math.log2(self.equal_at), self.equal_at, 0.0, "log")
+
+    @property
+    def fraction(self) -> float:
+        """The share f of ``ceil(f * n)``."""
+        if self.parameters:
+            return self.parameters[2]
+        return _not_above(self.fixed, self.fixed / self.equal_at, self.equal_at, 1.0, "power")
+
+
+def _not_above(budget: int, factor: float, n: int, exponent: float, law: Law) -> float:
+    # Rounding in the division must not lift the product above the integer it stands for.
+    while budget_of(n, factor, exponent, law=law) > budget:
+        factor = math.nextafter(factor, 0.0)
+    return factor
+
+
+@lru_cache(maxsize=256)
+def _same_total(alpha: float, C: float, length: int) -> tuple[int, float, float]:
+    """Fixed budget, logarithmic factor and fraction whose totals over a sequence come nearest to the power law's."""
+    wanted = total_of(length, alpha, C)
+    sums = np.array([_fixed_total(length, k) for k in range(1, length + 1)])
+    fixed = int(np.argmin(np.abs(sums - wanted))) + 1
+    log_factor = _bisect(lambda factor: total_of(length, factor, 0.0, "log"), wanted, float(length))
+    return fixed, log_factor, _bisect(lambda factor: total_of(length, factor, 1.0), wanted, 1.0)
+
+
+def total_of(length: int, factor: float, exponent: float, law: Law = "power") -> int:
+    """Keys that a law lets the queries of a sequence attend together, each seeing those up to itself."""
+    n = np.arange(1, length + 1, dtype=np.float64)
+    raw = factor * n**exponent if law == "power" else factor * np.log2(n)
+    return int(np.minimum(n, np.maximum(1, np.ceil(raw))).sum())
+
+
+def _fixed_total(length: int, k: int) -> int:
+    return k * length - k * (k - 1) // 2
+
+
+def _bisect(total: Callable[[float], int], wanted: int, high: float) -> float:
+    low = 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) < wanted else (low, middle)
+    return high

@@ -1,0 +1,107 @@
+"""Runs of several directories put together where they measured the same thing the same way."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval_tasks.errors import EvalError
+from eval_tasks.methods import find_method, order_of
+from eval_tasks.store import read_rows, read_run
+from eval_tasks.summary import Row
+from eval_tasks.tasks import TASKS
+
+# What may differ between runs that belong together: which cells they measured. The longest length stays, since the
+# places in the text follow from it.
+_CELLS = ("methods", "tasks", "lengths", "samples", "iso_keys")
+
+
+@dataclass(frozen=True)
+class MergedRun:
+    """Directories whose rows can stand in one table.
+
+    Attributes:
+        directories: where they come from.
+        run: what ``run.json`` of the first says, with the methods, tasks, lengths and samples of all.
+        rows: of all, each key once.
+        records: ``run.json`` of each.
+    """
+
+    directories: tuple[Path, ...]
+    run: dict[str, Any]
+    rows: list[Row]
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What was measured, as in ``run.json``."""
+        identity: dict[str, Any] = self.run["identity"]
+        return identity
+
+
+def merge_runs(directories: Sequence[Path]) -> list[MergedRun]:
+    """Reads runs and puts together those of one model, text, hardware, version and set of budgets.
+
+    Raises:
+        EvalError: a directory holds no measurement, is damaged, or holds what this version does not know.
+    """
+    groups: dict[str, list[tuple[Path, dict[str, Any], list[Row]]]] = {}
+    for directory in directories:
+        run, rows = read_run(directory), read_rows(directory)
+        if run is None or not rows:
+            raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
+        _check_known(directory, rows)
+        groups.setdefault(_setting(run), []).append((directory, run, list(rows)))
+    return [_merged(group) for group in groups.values()]
+
+
+def differing(runs: Sequence[MergedRun]) -> list[str]:
+    """For each run the settings in which the runs differ, in words; empty strings for a single run."""
+    identities = [{**run.identity, **run.run.get("hardware", {})} for run in runs]
+    names = [
+        name
+        for name in dict.fromkeys(name for identity in identities for name in identity)
+        if name not in _CELLS and len({json.dumps(identity.get(name)) for identity in identities}) > 1
+    ]
+    return [", ".join(f"{name} {identity.get(name)}" for name in names) for identity in identities]
+
+
+def _check_known(directory: Path, rows: Sequence[Row]) -> None:
+    unknown = sorted({row["task"] for row in rows if row["task"] not in TASKS and "score" not in row})
+    unknown = [
+        task for task in unknown if any("score" not in r and "failed" not in r for r in rows if r["task"] == task)
+    ]
+    if unknown:
+        raise EvalError(f"{directory} holds results of {', '.join(unknown)}, which this version does not know")
+    for name in {row["method"] for row in rows}:
+        try:
+            find_method(name)
+        except EvalError as error:
+            raise EvalError(f"{directory} holds results that this version does not know: {error}") from error
+
+
+def _setting(run: Mapping[str, Any]) -> str:
+    identity = {name: value for name, value in run["identity"].items() if name not in _CELLS}
+    longest = max(run["identity"]["lengths"], default=0)
+    return json.dumps([identity, longest, run.get("hardware")], sort_keys=True)
+
+
+def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRun:
+    identities = [run["identity"] for _, run, _ in group]
+    together = {
+        "methods": sorted({name for identity in identities for name in identity["methods"]}, key=order_of),
+        "tasks": list(dict.fromkeys(name for identity in identities for name in identity["tasks"])),
+        "lengths": sorted({length for identity in identities for length in identity["lengths"]}),
+        "samples": max(identity["samples"] for identity in identities),
+    }
+    rows = {row["key"]: row for _, _, rows in group for row in rows}
+    run = dict(group[0][1])
+    planned = [one.get("planned") for _, one, _ in group]
+    run["planned"] = None if None in planned else sum(planned)
+    return MergedRun(
+        tuple(directory for directory, _, _ in group),
+        {**run, "identity": {**run["identity"], **together}},
+        list(rows.values()),
+        tuple(run for _, run, _ in group),
+    )

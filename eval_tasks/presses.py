@@ -1,0 +1,54 @@
+"""Presses of the package ``kvpress`` as peers: they drop keys from the cache that a dense prefill has filled.
+
+The package is imported when a press is asked for; nothing else of the harness needs it.
+"""
+
+import importlib
+import importlib.util
+import inspect
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from eval_tasks.errors import EvalError
+
+
+@dataclass(frozen=True)
+class Press:
+    """A press and how much it keeps.
+
+    Attributes:
+        name: the class in ``kvpress``, for example ``"SnapKVPress"``.
+        kept: keys that every layer and head keeps of the context.
+    """
+
+    name: str
+    kept: int
+
+    def compressing(self, model: Any, context: int) -> AbstractContextManager[Any]:
+        """Compresses the cache of a prefill of ``context`` tokens that runs within the block."""
+        ratio = min(1.0 - 1.0 / context, max(0.0, 1.0 - self.kept / context))
+        compressing: AbstractContextManager[Any] = find_press(self.name)(compression_ratio=ratio)(model)
+        return compressing
+
+
+def find_press(name: str) -> type[Any]:
+    """The class of a press.
+
+    Raises:
+        EvalError: ``kvpress`` is not installed, or has no such press that takes a compression ratio.
+    """
+    if importlib.util.find_spec("kvpress") is None:
+        raise EvalError(f"the method kvpress:{name} needs the package kvpress: pip install kvpress")
+    package = importlib.import_module("kvpress")
+    presses = {
+        key: value
+        for key, value in vars(package).items()
+        if inspect.isclass(value)
+        and key.endswith("Press")
+        and "compression_ratio" in inspect.signature(value).parameters
+    }
+    if name not in presses:
+        raise EvalError(f"kvpress has no press {name!r} with a compression ratio; it has {', '.join(sorted(presses))}")
+    found: type[Any] = presses[name]
+    return found

@@ -1,0 +1,74 @@
+"""Runs of ``nc-patch`` in processes of their own, forked from one server that has imported everything."""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tiny_sweep import sweep_arguments
+
+from eval_tasks.launch import free_port
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["eval_tasks.command"])
+
+
+def _run(arguments: list[str], environment: Mapping[str, str], said: Path, setup: Callable[[], None] | None) -> None:
+    os.environ.update(environment)
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import torch
+
+    from nc_patch.cli import main
+
+    torch.set_num_threads(1)
+    if setup is not None:
+        setup()
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def start(
+    arguments: list[str], said: Path, setup: Callable[[], None] | None = None, **environment: str
+) -> "multiprocessing.process.BaseProcess":
+    """Starts ``nc-patch ARGUMENTS``; what it says goes to the file ``said``; ``setup`` runs in it first."""
+    process = _CONTEXT.Process(target=_run, args=(arguments, environment, said, setup), daemon=True)
+    process.start()
+    return process
+
+
+def start_ranks(
+    home: Path, outs: list[str], *further: str, setups: tuple[Callable[[], None] | None, ...] = (None, None)
+) -> "list[multiprocessing.process.BaseProcess]":
+    """Starts the two processes of one tiny sweep below ``home``; what they say goes to ``said0`` and ``said1``."""
+    port = str(free_port())
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(
+            sweep_arguments(home, home / out, *further),
+            home / f"said{rank}",
+            setup,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **shared,
+        )
+        for rank, (out, setup) in enumerate(zip(outs, setups, strict=True))
+    ]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Waits until a condition holds; fails when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.002)
+
+
+def lines(path: Path) -> int:
+    """How many whole lines a file has; 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -1,0 +1,74 @@
+"""Needed budgets and fitted laws: recovered where the truth is known."""
+
+import numpy as np
+import pytest
+
+from eval_tasks.iso_quality import iso_quality
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+BUDGETS = (8, 16, 32, 64, 128, 256, 512)
+
+
+def losses(needed, documents=20, noise=0.0, seed=0):
+    """Loss over dense that is ln(needed / k): exactly zero at the needed budget; a document shifts it as a whole."""
+    shifts = np.random.default_rng(seed).normal(0.0, noise, documents) if noise else np.zeros(documents)
+    shifts = shifts - shifts.mean()
+    return {n: {k: list(np.log(needed(n) / k) + shifts) for k in BUDGETS if k < n} for n in LENGTHS}
+
+
+def test_a_power_law_is_recovered_and_predicts_best():
+    found = iso_quality("recall", "fixed-topk", losses(lambda n: 2.0 * n**0.5), within=0.0)
+    assert pytest.approx(0.5, abs=1e-6) == found.law.C
+    assert found.law.alpha == pytest.approx(2.0, rel=1e-5)
+    assert found.law.errors["power"] == pytest.approx(1.0, abs=1e-5)
+    assert found.law.errors["power"] < found.law.errors["logarithmic"] < found.law.errors["constant"]
+    for needed in found.needed:
+        assert needed.keys == pytest.approx(2.0 * needed.length**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(("law", "best"), [(lambda n: 6.4 * np.log2(n), "logarithmic"), (lambda n: 50.0, "constant")])
+def test_another_law_is_recognised_by_what_it_predicts(law, best):
+    errors = iso_quality("recall", "fixed-topk", losses(law), within=0.0).law.errors
+    assert errors[best] == pytest.approx(1.0, abs=1e-6)
+    assert errors[best] <= min(errors.values()) + 1e-9
+
+
+def test_the_interval_of_C_covers_the_truth_about_as_often_as_it_says():
+    covered = 0
+    for trial in range(20):
+        draw = np.random.default_rng(trial)
+        tilts = draw.normal(0.0, 0.05, 30)
+        data = {n: {k: list(np.log(2.0 * n ** (0.5 + tilts) / k)) for k in BUDGETS if k < n} for n in LENGTHS}
+        low, high = iso_quality("recall", "fixed-topk", data, within=0.0, seed=trial).law.C_interval
+        covered += low <= 0.5 <= high
+    assert covered >= 16
+
+
+def test_a_margin_lets_a_smaller_budget_do():
+    strict = iso_quality("recall", "fixed-topk", losses(lambda n: 64.0), within=0.0)
+    lax = iso_quality("recall", "fixed-topk", losses(lambda n: 64.0), within=np.log(2))
+    assert [n.keys for n in lax.needed] == pytest.approx([n.keys / 2 for n in strict.needed])
+
+
+def test_a_budget_that_none_reaches_is_none_and_one_that_the_smallest_reaches_is_a_bound():
+    found = iso_quality("recall", "window", losses(lambda n: 10_000.0 if n > 1024 else 2.0, noise=0.1), within=0.0)
+    assert [n.keys for n in found.needed] == [8, 8, None, None, None]
+    assert [n.at_most for n in found.needed] == [True, True, False, False, False]
+    assert [n.reached for n in found.needed] == pytest.approx([1, 1, 0, 0, 0])
+    assert found.law is None
+
+
+def test_a_larger_budget_that_is_worse_again_counts_against_the_smaller():
+    data = {512: {16: [-1.0], 32: [1.0], 64: [-1.0]}}
+    assert 32 < iso_quality("recall", "fixed-topk", data, within=0.0).needed[0].keys < 64
+
+
+def test_one_document_has_no_intervals():
+    found = iso_quality("recall", "fixed-topk", losses(lambda n: 2.0 * n**0.5, documents=1), within=0.0)
+    assert found.law.C_interval is None
+    assert found.needed[0].low is None
+
+
+def test_documents_must_be_the_same_throughout():
+    with pytest.raises(ValueError, match="same documents"):
+        iso_quality("recall", "fixed-topk", {512: {16: [0.0]}, 1024: {16: [0.0, 1.0]}}, within=0.0)
