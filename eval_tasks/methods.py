@@ -59,19 +59,19 @@ def _nc_window(budgets: Budgets) -> NCConfig:
 
 
 def _fixed_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.fixed, selection="topk", backend=budgets.backend)
+    return NCConfig.create(budgets.fixed, selection="topk", tail="drop", backend=budgets.backend)
 
 
 def _log_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.log_factor, selection="topk", law="log", backend=budgets.backend)
+    return NCConfig.create(budgets.log_factor, selection="topk", tail="drop", law="log", backend=budgets.backend)
 
 
 def _nc_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.alpha, budgets.C, selection="topk", backend=budgets.backend)
+    return NCConfig.create(budgets.alpha, budgets.C, selection="topk", tail="drop", backend=budgets.backend)
 
 
 def _fraction_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.fraction, 1.0, selection="topk", backend=budgets.backend)
+    return NCConfig.create(budgets.fraction, 1.0, selection="topk", tail="drop", backend=budgets.backend)
 
 
 def _fixed_topk_mean(budgets: Budgets) -> NCConfig:
