@@ -74,6 +74,7 @@ def test_blocks_stay_near_dense_at_2048_and_a_floor_on_the_mass_brings_them_near
     assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
 
 
+@pytest.mark.wide
 def test_a_growing_budget_beats_the_fixed_and_the_logarithmic_one_at_4096(perplexity):
     growing = perplexity("recall", 4096, NCConfig(2.0, 0.5))
     assert NCConfig(2.0, 0.5).budget(1024) == NCConfig(64).budget(1024) == NCConfig(6.4, law="log").budget(1024) == 64
