@@ -1,9 +1,10 @@
 """The key index: what a layer keeps beside its keys so that decoding can choose among them almost for free.
 
-Three kinds. ``"codes"``: one byte an element and two floats a key, which bound every score (``ops/codes.py``); ``topk``
-decodes by them. ``"pages"``: statistics of each run of ``block_size`` keys (``ops/pages.py``); ``block`` decodes by
-them. ``"means"``: means of keys and values of each run of 16 (``ops/tail.py``), by which ``topk`` approximates what
-it leaves out. An index is an accelerator: what it holds follows from the keys, and it can be dropped and built again.
+Three kinds. ``"codes"``: one byte an element and eight a key besides, which bound every score (``ops/codes.py``);
+``topk`` decodes by them. ``"pages"``: statistics of each run of ``block_size`` keys (``ops/pages.py``); ``block``
+decodes by them. ``"means"``: means of keys and values of each run of 16 (``ops/tail.py``), by which ``topk``
+approximates what it leaves out. An index is an accelerator: what it holds follows from the keys, and it can be dropped
+and built again.
 """
 
 from collections.abc import Callable
@@ -100,11 +101,14 @@ class KeyIndex:
         if kind == "codes":
             center, spread = channel_moments(key, start, end) if L else (new(D, dtype=torch.float32),) * 2
             tensors = {
-                "codes": new(capacity, D, dtype=torch.int8),
-                "scale": new(capacity, dtype=torch.float32),
-                "residual": new(capacity, dtype=torch.float32),
+                # Whose last axis is D, first: ``fits`` looks at it.
                 "center": center,
                 "spread": spread,
+                "high": new(capacity, (D + 1) // 2, dtype=torch.int8),
+                "low": new(capacity, (D + 1) // 2, dtype=torch.int8),
+                "scale": new(capacity, dtype=torch.float32),
+                "coarse": new(capacity, dtype=torch.bfloat16),
+                "residual": new(capacity, dtype=torch.bfloat16),
             }
         elif kind == "pages":
             pages = page_count(capacity, block_size)
@@ -141,7 +145,7 @@ class KeyIndex:
 
     def codes(self) -> KeyCodes:
         """The codes of all keys; what lies beyond the sequences' ends means nothing."""
-        return KeyCodes(*(self._tensors[name] for name in ("codes", "scale", "residual", "center", "spread")))
+        return KeyCodes(*(self._tensors[name] for name in KeyCodes._fields))
 
     def pages(self) -> PageStatistics:
         """The statistics of all pages; only those of whole pages mean something."""
@@ -191,9 +195,7 @@ class KeyIndex:
     ) -> None:
         t = self._tensors
         if self.kind == "codes":
-            decode_ops.encode_keys_(
-                key, first, count, t["codes"], t["scale"], t["residual"], t["center"], t["spread"], self._backend
-            )
+            decode_ops.encode_keys_(key, first, count, *self.codes(), self._backend)
         elif self.kind == "means":
             assert value is not None
             decode_ops.page_means_(key, value, self.origin, first, count, t["key"], t["value"], self._backend)

@@ -236,7 +236,7 @@ def test_bytes_follow_from_shapes():
     assert traffic.sparse_bytes("window", geometry, 3, 1000, 100, 2, 32) == 3 * 2 * 100 * 2 * row + ends
     pages = 32 * (3 * 64 + 12) + 128 * 2 * row + row + (3 * 64 + 12) // 32
     assert traffic.sparse_bytes("block", geometry, 3, 1000, 100, 2, 32) == 3 * 2 * pages + ends
-    codes = 1000 * 72 + 4 * 100 * 2 * row + row + 72
+    codes = 1000 * (32 + 8) + 4 * 100 * (32 + 2 * row) + row + 72
     assert traffic.sparse_bytes("topk", geometry, 3, 1000, 100, 2, 32) == 3 * 2 * codes + ends
     assert traffic.sparse_bytes("topk", geometry, 1, 1000, 900, 2, 32) < traffic.dense_bytes(geometry, 1, 2000, 2)
 

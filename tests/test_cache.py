@@ -27,9 +27,11 @@ def assert_equals_fresh(index: KeyIndex, layer: CacheLayerMixin, lengths: list[i
         held = index.codes()
         fresh = encode_keys(keys, held.center, held.spread)
         for b, length in enumerate(lengths):
-            assert torch.equal(held.codes[b, :, :length], fresh[0][b, :, :length])
-            assert torch.equal(held.scale[b, :, :length], fresh[1][b, :, :length])
-            torch.testing.assert_close(held.residual[b, :, :length], fresh[2][b, :, :length], atol=0, rtol=1e-6)
+            for field in range(3):
+                assert torch.equal(held[field][b, :, :length], fresh[field][b, :, :length])
+            for field in (3, 4):  # in 16 bits, a norm that is rounded up differs by 2**-7 if at all
+                close = {"atol": 0, "rtol": 2**-7}
+                torch.testing.assert_close(held[field][b, :, :length], fresh[field][b, :, :length], **close)
         return
     if index.kind == "means":
         fresh = KeyIndex.build(keys, "means", value=layer.values, start=index.origin)
@@ -275,7 +277,7 @@ def test_offloading_moves_the_index_when_attention_is_done_with_it():
     layer.nc_settle()
     layer.offload()
     layer.nc_settle()
-    assert layer.nc_indexes["codes"].codes().codes.device == layer.keys.device
+    assert layer.nc_indexes["codes"].codes().high.device == layer.keys.device
     layer.prefetch()
     layer.nc_check()
     assert layer.nc_indexes

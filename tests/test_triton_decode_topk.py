@@ -14,8 +14,8 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from nc_patch.ops import triton_decode_topk, triton_launch  # noqa: E402
-from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
+from nc_patch.ops import triton_decode_topk, triton_launch, triton_search  # noqa: E402
+from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys, unpack_codes  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, reference_attention, topk_mask  # noqa: E402
 from nc_patch.ops.triton_decode_topk import MAX_QUERIES, triton_topk_decode  # noqa: E402
 from nc_patch.ops.triton_encode import triton_encode_keys_  # noqa: E402
@@ -41,7 +41,7 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     if not INTERPRETED:
         return "cuda"
     tiles = triton_launch.Tiles(32, 32, 4, 1, 32)
-    monkeypatch.setattr(triton_launch, "tiles_for", lambda *_: tiles)
+    monkeypatch.setattr(triton_search, "tiles_for", lambda *_: tiles)
     plan_with(monkeypatch)
     return "cpu"
 
@@ -59,7 +59,7 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
         plan = replace(
             plan, keys=tile, splits=splits, samples=64, segment=segment, capacity=capacity, chunks=min(plan.chunks, 2)
         )
-        return replace(plan, held=128, **changes)
+        return replace(plan, scorers=min(plan.scorers, 2), held=128, **changes)
 
     monkeypatch.setattr(triton_decode_topk, "plan_for", small)
 
@@ -150,14 +150,14 @@ def codes_of(case: Case, inputs: dict[str, torch.Tensor | None]) -> KeyCodes:
     """The codes of a case's keys, in buffers that are larger where the case has a capacity, garbage beyond."""
     key, visible = inputs["key"], inputs["visible"]
     center, spread = channel_moments(key, visible[..., 0].amin(1), visible[..., 1].amax(1))
-    codes, scale, residual = encode_keys(key, center, spread)
+    codes = list(encode_keys(key, center, spread))
     if case.capacity:
-        B, H, N, D = codes.shape
-        wide = torch.full((B, H, case.capacity, D), 77, dtype=torch.int8)
-        wide_scale, wide_residual = torch.full((2, B, H, case.capacity), torch.nan)
-        wide[:, :, :N], wide_scale[:, :, :N], wide_residual[:, :, :N] = codes, scale, residual
-        codes, scale, residual = wide, wide_scale, wide_residual
-    return KeyCodes(codes, scale, residual, center, spread)
+        for i, tensor in enumerate(codes):
+            garbage = torch.nan if tensor.is_floating_point() else 77
+            wide = tensor.new_full((*tensor.shape[:2], case.capacity, *tensor.shape[3:]), garbage)
+            wide[:, :, : tensor.shape[2]] = tensor
+            codes[i] = wide
+    return KeyCodes(*codes, center, spread)
 
 
 def run(case: Case, device: str, inputs: dict[str, torch.Tensor | None], codes: KeyCodes | None = None):
@@ -227,13 +227,13 @@ def check(case: Case, device: str, inputs: dict[str, torch.Tensor | None], codes
 def flagged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each call handed to the search over all keys."""
     seen: list[int] = []
-    launch_rows = triton_decode_topk.launch_rows
+    search_rows = triton_decode_topk.search_rows
 
     def counting(*args, **kwargs):
         seen.append(int(args[6].sum()))
-        return launch_rows(*args, **kwargs)
+        return search_rows(*args, **kwargs)
 
-    monkeypatch.setattr(triton_decode_topk, "launch_rows", counting)
+    monkeypatch.setattr(triton_decode_topk, "search_rows", counting)
     return seen
 
 
@@ -302,6 +302,92 @@ def test_rows_without_a_certificate_are_searched_in_full(what, device, flagged, 
     check(case, device, inputs_of(case))
     assert flagged[0] > 0
     assert what != "guess" or flagged[0] < 9
+
+
+class Recorded:
+    """A kernel that keeps the arguments of its launch."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.arguments = ()
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.arguments = args
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@on_kernel_device
+def test_the_list_holds_what_may_reach_the_guess_of_any_row_and_rows_collect_what_does(device, monkeypatch):
+    case = Case("lists", queries=2, group=3, keys=300, bounds=False)
+    plan_with(monkeypatch, samples=256)
+    inputs = inputs_of(case)
+    inputs["budget"].fill_(10)
+    for name in ("scan_kernel", "score_kernel"):
+        monkeypatch.setattr(triton_decode_topk, name, Recorded(getattr(triton_decode_topk, name)))
+    run(case, device, inputs)
+    scan, score = triton_decode_topk.scan_kernel.arguments, triton_decode_topk.score_kernel.arguments
+    guess, found, counts = (scan[i].cpu() for i in (10, 11, 14))
+    positions, scores, reached, collected, collected_scores = (score[i].cpu() for i in (9, 10, 12, 13, 14))
+
+    query, key = inputs["query"][0].double(), inputs["key"][0, 0].double()
+    exact = (query @ key.T).reshape(6, -1)  # a head's queries side by side, as in [B, Hq, Lq]
+    start, end = inputs["visible"][0].repeat(3, 1).T[..., None]
+    wanted = inputs["budget"][0, 0].repeat(3)[:, None]
+    at = torch.arange(key.shape[0])
+    seen = (at >= start) & (at < end)
+    recent = wanted.clamp(max=case.recent_keys)
+    forced = seen & ((at < start + (wanted - recent).clamp(max=case.sink_keys)) | (at >= end - recent))
+    reaches = seen & ~forced & (exact >= guess[:, None])
+
+    codes = codes_of(case, inputs)
+    size = (query * codes.spread[0].double()).norm(dim=-1).reshape(6, 1)
+    rough = exact + 2.01 * size * codes.residual[0, 0].double() + 1e-4
+    listed = torch.cat([found[0, s, : counts[0, s]] for s in range(counts.shape[1])]).long()
+    assert listed.unique().numel() == listed.numel()
+    assert all((found[0, s, : counts[0, s]].diff() > 0).all() for s in range(counts.shape[1]))
+    is_listed = torch.zeros(key.shape[0], dtype=torch.bool)
+    is_listed[listed] = True
+    assert not ((reaches | forced).any(0) & ~is_listed).any()
+    assert not (is_listed & ~(forced | (seen & (rough >= guess[:, None]))).any(0)).any()
+    assert is_listed.sum() < 250
+
+    joined = positions[0, : listed.numel()].long()
+    assert torch.equal(joined, listed)
+    assert (scores[:, : listed.numel()].double() - exact[:, joined]).abs().max() < 1e-4
+    for r in range(6):
+        mine = collected[r, : reached[r]].long()
+        assert torch.equal(mine.sort().values, reaches[r].nonzero()[:, 0])
+        assert (collected_scores[r, : reached[r]].double() - exact[r, mine]).abs().max() < 1e-4
+
+
+@on_kernel_device
+@pytest.mark.parametrize("flags", [[1, 0, 1, 0, 0, 1], [0] * 6], ids=["some", "none"])
+def test_flagged_rows_are_searched_and_others_left_alone(flags, device):
+    case = Case("flagged", queries=2, group=3, keys=90, softcap=3.0, sinks=True)
+    inputs = inputs_of(case)
+    rows = (1, 3, 2)
+    moved = {name: x.to(device) for name, x in inputs.items()}
+    output = torch.full((*rows, 64), 7.0, device=device)
+    lse, kept_mass = (torch.full(rows, 7.0, device=device) for _ in range(2))
+    triton_search.search_rows(
+        *moved.values(),
+        torch.tensor(flags, dtype=torch.int32, device=device).view(rows),
+        torch.empty(6, device=device),
+        torch.empty(6, dtype=torch.int32, device=device),
+        *(output, lse, kept_mass),
+        scale=64**-0.5,
+        softcap=3.0,
+        sink_keys=case.sink_keys,
+        recent_keys=case.recent_keys,
+    )
+    expected = expect(case, inputs)
+    flagged = torch.tensor(flags).view(rows) > 0
+    for found, wanted in ((output, expected.output), (lse, expected.lse), (kept_mass, expected.kept_mass)):
+        assert (found.cpu()[~flagged] == 7.0).all()
+        torch.testing.assert_close(found.cpu()[flagged].double(), wanted[flagged], atol=1e-5, rtol=1e-5)
 
 
 def _all_equal(key):
@@ -446,26 +532,31 @@ def test_codes_written_in_place_bound_the_keys(change, dtype, device):
     if change is not None and dtype == torch.float32:
         change(key)
     expected = encode_keys(key, center, spread)
-    codes = torch.full((2, 2, 70, 80), 77, dtype=torch.int8, device=device)
-    scale, residual = torch.full((2, 2, 2, 70), -1.0, device=device)
+    written = [
+        t.new_full((*t.shape[:2], 70, *t.shape[3:]), -1 if t.is_floating_point() else 77).to(device) for t in expected
+    ]
     first = torch.tensor([-3, 25], dtype=torch.int64, device=device)
-    moved = KeyCodes(codes, scale, residual, center.to(device), spread.to(device))
-    triton_encode_keys_(key.to(device), first, 40, moved)
-    codes, scale, residual = codes.cpu(), scale.cpu(), residual.cpu()
-    for b, low, high in ((0, 0, 37), (1, 25, 60)):
+    triton_encode_keys_(key.to(device), first, 40, KeyCodes(*written, center.to(device), spread.to(device)))
+    high, low, scale, coarse, residual = (t.cpu() for t in written)
+    for b, begin, end in ((0, 0, 37), (1, 25, 60)):
         outside = torch.ones(70, dtype=torch.bool)
-        outside[low:high] = False
-        assert (codes[b][:, outside] == 77).all()
-        assert (scale[b][:, outside] == -1).all()
-        assert (residual[b][:, outside] == -1).all()
-        near = (codes[b, :, low:high].int() - expected[0][b, :, low:high].int()).abs()
-        assert near.max() <= 1
-        x = (key[b, :, low:high].double() - center[b, :, None]) / spread[b, :, None]
-        left_over = (x - scale[b, :, low:high, None].double() * codes[b, :, low:high].double()).norm(dim=-1)
-        sound = x.isfinite().all(-1) & expected[2][b, :, low:high].isfinite()
-        assert (left_over <= residual[b, :, low:high].double())[sound].all()
-        assert (residual[b, :, low:high] <= 1.01 * expected[2][b, :, low:high] + 1e-6).all()
-        assert torch.equal(residual[b, :, low:high].isinf(), expected[2][b, :, low:high].isinf())
+        outside[begin:end] = False
+        assert all((t[b][:, outside] == 77).all() for t in (high, low))
+        assert all((t[b][:, outside] == -1).all() for t in (scale, coarse, residual))
+        codes, expected_codes = (
+            unpack_codes(*(half[b, :, begin:end] for half in halves), 80) for halves in ((high, low), expected[:2])
+        )
+        assert (codes.int() - expected_codes.int()).abs().max() <= 1
+        x = (key[b, :, begin:end].double() - center[b, :, None]) / spread[b, :, None]
+        high_codes = unpack_codes(high[b, :, begin:end], torch.zeros_like(low[b, :, begin:end]), 80)
+        for stored, bound, exact in ((high_codes, coarse, expected[3]), (codes, residual, expected[4])):
+            bound, exact = bound[b, :, begin:end].double(), exact[b, :, begin:end].double()
+            left_over = (x - scale[b, :, begin:end, None].double() * stored.double()).norm(dim=-1)
+            sound = x.isfinite().all(-1) & exact.isfinite()
+            assert (left_over <= bound)[sound].all()
+            # Where a whole code is rounded to the other side its high half may differ, but not its residual.
+            assert (bound <= 1.02 * exact + 1e-6).all()
+            assert torch.equal(bound.isinf(), exact.isinf())
 
 
 @pytest.mark.parametrize(
@@ -486,7 +577,7 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
 def test_a_plan_grows_with_the_budget_and_never_beyond_the_keys():
     for keys in (1, 7, 1000, 131072, 1 << 20):
         for budget in (1, 100, 5000, keys):
-            plan = plan_for(1, 8, 4, 1, keys, (128, 128), min(budget, keys))
+            plan = plan_for(1, 8, 4, 1, keys, 128, min(budget, keys))
             assert 0 < plan.capacity <= keys
             assert plan.segment * plan.splits >= plan.capacity >= min(budget, keys)
             assert plan.samples % plan.keys == 0

@@ -17,7 +17,7 @@ from tiny_models import random_ids, tiny_model
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from nc_patch import patch_model  # noqa: E402
-from nc_patch.ops import decode_ops, triton_decode_tail, triton_decode_topk, triton_launch  # noqa: E402
+from nc_patch.ops import decode_ops, triton_decode_tail, triton_decode_topk, triton_launch, triton_search  # noqa: E402
 from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
 from nc_patch.ops.tail import PageMeans, page_means, page_starts  # noqa: E402
 from nc_patch.ops.triton_topk import triton_topk_attention  # noqa: E402
@@ -41,7 +41,7 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     if not INTERPRETED:
         return "cuda"
     tiles = triton_launch.Tiles(16, 32, 4, 1)
-    for module, pages in ((triton_launch, 32), (triton_decode_tail, 16)):
+    for module, pages in ((triton_launch, 32), (triton_search, 32), (triton_decode_tail, 16)):
         monkeypatch.setattr(module, "tiles_for", lambda *_, keys=pages: replace(tiles, keys=keys))
     plan_with(monkeypatch)
     return "cpu"
@@ -53,7 +53,7 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
     def small(*args):
         plan = plan_for(*args)
         tiles = -(-args[4] // 32) + 1
-        plan = replace(plan, keys=32, splits=2, samples=64, segment=-(-tiles // 2) * 32, chunks=2, held=128)
+        plan = replace(plan, keys=32, splits=2, samples=64, segment=-(-tiles // 2) * 32, scorers=2, chunks=2, held=128)
         return replace(plan, **changes)
 
     monkeypatch.setattr(triton_decode_topk, "plan_for", small)

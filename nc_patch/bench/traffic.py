@@ -12,8 +12,8 @@ from nc_patch.bench.inputs import Geometry
 from nc_patch.bench.timing import Prepared, seconds_of
 from nc_patch.ops.pages import VECTORS
 
-# Bytes of a codes index besides the codes, per key: scale and residual, float32 each.
-_CODE_FLOATS = 8
+# Bytes of a codes index besides the codes, per key: scale, in float32, and two residuals, in 16 bits each.
+_CODE_NUMBERS = 8
 # Bytes of a pages index besides the codes, per page: a float32 scale of each vector.
 _PAGE_FLOATS = 4 * VECTORS
 _COPIES = 7
@@ -35,8 +35,9 @@ def sparse_bytes(
     - ``block``: codes of the ``ceil(n / block_size)`` pages, ``3 * D + 12`` bytes each; keys and values of ``ceil(k /
       block_size)`` of them, which the group shares; upkeep reads the keys of a page and writes its codes, once in
       ``block_size`` steps: a key, and the ``block_size``-th part of the codes, a step.
-    - ``topk``: codes of n keys, ``D + 8`` bytes each; keys and values of ``min(n, G * k)`` positions: what several
-      heads of a group choose is counted once for each; upkeep reads a key and writes its code.
+    - ``topk``: the high halves of the codes of n keys, ``D / 2 + 8`` bytes each; the low halves, keys and values of
+      ``min(n, G * k)`` positions: what several heads of a group choose is counted once for each; upkeep reads a key and
+      writes its code, ``D + 8`` bytes.
 
     Query and output come on top.
     """
@@ -50,7 +51,9 @@ def sparse_bytes(
         page = VECTORS * D + _PAGE_FLOATS
         per_head = pages * page + chosen * 2 * row + row + page // block_size
     else:
-        per_head = length * (D + _CODE_FLOATS) + min(length, group * budget) * 2 * row + row + D + _CODE_FLOATS
+        half = (D + 1) // 2
+        per_head = length * (half + _CODE_NUMBERS) + min(length, group * budget) * (half + 2 * row)
+        per_head += row + D + _CODE_NUMBERS
     return batch * geometry.kv_heads * per_head + _ends(geometry, batch, itemsize)
 
 

@@ -35,13 +35,15 @@ def runs_directly(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-@torch.library.custom_op("nc_patch::encode_keys_", mutates_args=("codes", "code_scale", "residual"))
+@torch.library.custom_op("nc_patch::encode_keys_", mutates_args=("high", "low", "code_scale", "coarse", "residual"))
 def encode_keys_(
     key: torch.Tensor,
     first: torch.Tensor,
     count: int,
-    codes: torch.Tensor,
+    high: torch.Tensor,
+    low: torch.Tensor,
     code_scale: torch.Tensor,
+    coarse: torch.Tensor,
     residual: torch.Tensor,
     center: torch.Tensor,
     spread: torch.Tensor,
@@ -54,22 +56,22 @@ def encode_keys_(
     if backend == "triton":
         from nc_patch.ops.triton_encode import triton_encode_keys_
 
-        return triton_encode_keys_(key, first, count, KeyCodes(codes, code_scale, residual, center, spread))
+        written = KeyCodes(high, low, code_scale, coarse, residual, center, spread)
+        return triton_encode_keys_(key, first, count, written)
     Hkv, N, D = key.shape[1:]
     for begin in range(0, count, _KEYS_AT_ONCE):
         offset = torch.arange(begin, min(begin + _KEYS_AT_ONCE, count), device=key.device)
         # A key's codes depend on it alone, so that writing one twice, where a position is clamped, does no harm.
         index = (first.long()[:, None] + offset).clamp(0, N - 1)[:, None].expand(-1, Hkv, -1)
         keys = key.gather(2, index[..., None].expand(-1, -1, -1, D))
-        new_codes, new_scale, new_residual = encode_keys(keys, center, spread)
-        codes.scatter_(2, index[..., None].expand(-1, -1, -1, D), new_codes)
-        code_scale.scatter_(2, index, new_scale)
-        residual.scatter_(2, index, new_residual)
+        kept = (high, low, code_scale, coarse, residual)
+        for target, new in zip(kept, encode_keys(keys, center, spread), strict=True):
+            target.scatter_(2, index if new.dim() == 3 else index[..., None].expand_as(new), new)
     return None
 
 
 @encode_keys_.register_fake
-def _(key, first, count, codes, code_scale, residual, center, spread, backend):  # type: ignore[no-untyped-def]
+def _(key, first, count, high, low, code_scale, coarse, residual, center, spread, backend):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -192,8 +194,10 @@ def topk_decode(
     visible: torch.Tensor,
     budget: torch.Tensor,
     sinks: torch.Tensor | None,
-    codes: torch.Tensor,
+    high: torch.Tensor,
+    low: torch.Tensor,
     code_scale: torch.Tensor,
+    coarse: torch.Tensor,
     residual: torch.Tensor,
     center: torch.Tensor,
     spread: torch.Tensor,
@@ -213,7 +217,7 @@ def topk_decode(
 
     ``max_budget`` is the largest budget that any query may have, from which buffers are sized.
     """
-    key_codes = KeyCodes(codes, code_scale, residual, center, spread)
+    key_codes = KeyCodes(high, low, code_scale, coarse, residual, center, spread)
     tail = tail_of(tail_key, tail_value)
     if backend == "triton":
         from nc_patch.ops.triton_decode_topk import triton_topk_decode
@@ -251,8 +255,10 @@ def _(  # type: ignore[no-untyped-def]
     visible,
     budget,
     sinks,
-    codes,
+    high,
+    low,
     code_scale,
+    coarse,
     residual,
     center,
     spread,

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from nc_patch.ops.codes import KeyCodes, code_slack, score_slack
+from nc_patch.ops.codes import KeyCodes, code_slack, score_slack, unpack_codes
 from nc_patch.ops.reference import forced_counts
 from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans
 from nc_patch.ops.threshold import kth_largest
@@ -126,10 +126,13 @@ def bound_scores(query: torch.Tensor, codes: KeyCodes, batch: int, head: int, lo
     """Raw scores of ``query`` float32 ``[H, R, D]`` against the keys ``low:high`` of one key/value head."""
     D = query.shape[-1]
     center, spread = codes.center[batch, head], codes.spread[batch, head]
-    scale, residual = codes.scale[batch, head, low:high], codes.residual[batch, head, low:high]
+    packed_high, packed_low, scale, residual = (
+        t[batch, head, low:high] for t in (codes.high, codes.low, codes.scale, codes.residual)
+    )
     weighted = query * spread
-    score = (weighted @ codes.codes[batch, head, low:high].float().T) * scale + (query @ center)[..., None]
-    off = residual + scale * code_slack(D)
+    whole = unpack_codes(packed_high, packed_low, D).float()
+    score = (weighted @ whole.T) * scale + (query @ center)[..., None]
+    off = residual.float() + scale * code_slack(D)
     slack = score_slack(query, center.expand(query.shape[0], D))
     size = weighted.norm(dim=-1)
     # |q||k| at most, but for the centre, whose share is in the slack.

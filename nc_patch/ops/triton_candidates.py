@@ -1,27 +1,32 @@
-"""From the keys that may be among a row's best to exactly its best; one program works on one row.
+"""From the keys that may be among the best of a block of rows to exactly the best of each row.
 
-The scan (``triton_codes.scan_kernel``) leaves segments of candidates. Here a row's guess is taken from the sampled
-scores before the scan, and after it the candidates are scored exactly and written as one list, in which the exact k-th
-largest score is found. All that is unlisted scores less than the guess; so the list holds the best if and only if it is
-complete and as many of its rivals as are needed reach the guess. A row where that fails is flagged and left empty.
+The scan (``triton_codes.scan_kernel``) leaves segments of candidates, which the rows of a block share. Here a row's
+guess is taken from the sampled scores before the scan. After it every candidate is scored exactly for all rows of its
+block at once, and a row collects those of its rivals that reach its guess, in any order. The exact k-th largest of
+these is the row's threshold. All that is not collected scores less than the guess; so the best are among them if and
+only if the list is complete and as many of the row's rivals as are needed reach the guess. A row where that fails is
+flagged and left empty.
 
-Rows are those of a contiguous ``[B, Hq, Lq]``.
+Rows are those of a contiguous ``[B, Hq, Lq]``; blocks are those of ``triton_tiles.program_rows``.
 """
 
 import triton
 import triton.language as tl
 
 from nc_patch.ops.triton_threshold import rank_of, score_of
-from nc_patch.ops.triton_tiles import FAR, forced_keys
+from nc_patch.ops.triton_tiles import FAR, dot, forced_keys, load_query, program_rows
 
 _RANK_NEGATIVE_INFINITY = tl.constexpr(-2139095041)
 _RANK_INFINITY = tl.constexpr(2139095040)
 # Below the rank of every score.
 _NO_RIVAL = tl.constexpr(-2147483648)
-_HALF_ULP = tl.constexpr(2.0**-24)
+# What one step of a sum on matrix units may lose, relative to the sum of the sizes: they cut where float32 rounds.
+MATRIX_ULP = tl.constexpr(2.0**-22)
 # Three counts of a block travel in one int64.
 _FIELD_BITS = tl.constexpr(20)
 _FIELD = tl.constexpr((1 << 20) - 1)
+# Entries that are set to zero at once.
+_ZEROS = tl.constexpr(1024)
 # Quarterings of the bracket of a guess: then it is 2**12 floats wide at most, a relative 2**-11.
 _GUESS_PASSES = tl.constexpr(10)
 # Deviations of the sample's count by which the guess lies on the safe side.
@@ -46,12 +51,14 @@ def row_interval(
     return batch, head, index, start, end, wanted, start + firsts, end - recents
 
 
-@triton.jit(do_not_specialize=["num_heads", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=["num_heads", "Lq", "Lk", "sink_keys", "recent_keys", "slots"])
 def guess_kernel(
     visible,
     budget,
     samples,
     guess,
+    reached,
+    page_counts,
     stride_ib,
     stride_il,
     stride_nb,
@@ -62,10 +69,18 @@ def guess_kernel(
     Lk,
     sink_keys,
     recent_keys,
+    slots,
     SAMPLES: tl.constexpr,
 ):
-    """A score that at least the needed rivals of a row should reach, and few more; -inf where the sample is no help."""
+    """A score that at least the needed rivals of a row should reach, and few more; -inf where the sample is no help.
+
+    Sets to zero what later kernels count in: ``reached[row]`` and ``page_counts[row, slots]``.
+    """
     row = tl.program_id(0).to(tl.int64)
+    tl.store(reached + row, 0)
+    zeros = tl.arange(0, _ZEROS)
+    for slot in range(0, slots, _ZEROS):
+        tl.store(page_counts + row * slots + slot + zeros, tl.zeros([_ZEROS], tl.int32), mask=slot + zeros < slots)
     _batch, _head, _index, _start, _end, wanted, first, last = row_interval(
         row, visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_heads, Lq, Lk, sink_keys,
         recent_keys,
@@ -118,10 +133,18 @@ def narrow(low, high, count_low, count_high, needed, a, b, c, count_a, count_b, 
     return up, down, count_up, count_down
 
 
-@triton.jit(do_not_specialize=["group", "num_heads", "Lq", "splits", "segment", "capacity"])
+@triton.jit(
+    do_not_specialize=[
+        "num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "segment", "capacity", "room",
+        "chunks",
+    ]
+)  # fmt: skip
 def score_kernel(
     query,
     key,
+    visible,
+    budget,
+    guess,
     counts,
     segment_positions,
     segment_scores,
@@ -129,73 +152,164 @@ def score_kernel(
     positions,
     scores,
     errors,
+    reached,
+    reached_positions,
+    reached_scores,
     stride_qb,
     stride_qh,
     stride_ql,
     stride_kb,
     stride_kh,
     stride_kl,
+    stride_ib,
+    stride_il,
+    stride_nb,
+    stride_nh,
+    stride_nl,
+    num_kv_heads,
     group,
-    num_heads,
     Lq,
+    Lk,
+    sink_keys,
+    recent_keys,
     splits,
     segment,
     capacity,
+    room,
+    chunks,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     REFINE: tl.constexpr,
     WANT_BOUNDS: tl.constexpr,
 ):
-    """Copies one segment to its place in the row's list, with ``REFINE`` scoring its keys exactly.
+    """One of ``chunks`` even parts of a block's candidates: joined to one list, and with ``REFINE`` scored exactly.
 
-    With ``WANT_BOUNDS`` ``errors`` is what each score may be off by.
+    ``positions[block, capacity]`` is the list, ``scores[row, capacity]`` what every row of the block scores there, and
+    with ``WANT_BOUNDS`` ``errors`` what each score may be off by. A row's rivals that reach its guess are collected in
+    ``reached_positions`` and ``reached_scores[row, room]``; ``reached[row]`` counts on where there is no room. Segments
+    have ``ROWS`` rows, of which ``BLOCK_M`` is at least as many as a matrix instruction takes.
     """
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    index = row % Lq
-    head = (row // Lq) % num_heads
-    batch = row // (Lq * num_heads)
+    batch, kv_head, index, head, row, valid, start, end, wanted = program_rows(
+        visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
+    )
+    block = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    firsts, recents = forced_keys(wanted, sink_keys, recent_keys, True)
+    first = start + firsts
+    last = end - recents
+    least = tl.load(guess + row, mask=valid, other=float("inf"))
     s = tl.arange(0, BLOCK_S)
-    sizes = tl.minimum(tl.load(counts + row * splits + s, mask=s < splits, other=0), segment)
-    begin = tl.sum(tl.where(s < split, sizes, 0), axis=0)
-    size = tl.sum(tl.where(s == split, sizes, 0), axis=0)
-    source = (row * splits + split) * segment
-    target = row * capacity + begin
-    d = tl.arange(0, BLOCK_D)
-    keys = key + batch * stride_kb + (head // group) * stride_kh
+    sizes = tl.minimum(tl.load(counts + block * splits + s, mask=s < splits, other=0), segment)
+    ends = tl.cumsum(sizes, axis=0)
+    total = tl.minimum(tl.sum(sizes, axis=0), capacity)
+    tiles = tl.cdiv(total, BLOCK_E)
+    begin = tiles * chunk // chunks
+    after = tiles * (chunk + 1) // chunks
+    positions += block * capacity
+    m = tl.arange(0, BLOCK_M)
+    for tile in range(begin, after):
+        e = tile * BLOCK_E + tl.arange(0, BLOCK_E)
+        here = e < total
+        # In which segment an entry of the joined list is, and where in it.
+        source = tl.sum((ends[None, :] <= e[:, None]).to(tl.int32), axis=1)
+        place = e - tl.sum(tl.where(s[None, :] < source[:, None], sizes[None, :], 0), axis=1)
+        source = block * splits + source
+        tl.store(positions + e, tl.load(segment_positions + source * segment + place, mask=here, other=0), mask=here)
+        if not REFINE:
+            origin = (source[None, :] * ROWS + m[:, None]) * segment + place[None, :]
+            inside = valid[:, None] & here[None, :]
+            at = row[:, None] * capacity + e[None, :]
+            tl.store(scores + at, tl.load(segment_scores + origin, mask=inside, other=0.0), mask=inside)
+            if WANT_BOUNDS:
+                tl.store(errors + at, tl.load(segment_errors + origin, mask=inside, other=0.0), mask=inside)
+    # What other threads have stored is read back: here, and after each of the two loops below.
+    tl.debug_barrier()
     if REFINE:
-        q = tl.load(query + batch * stride_qb + head * stride_qh + index * stride_ql + d, mask=d < D, other=0.0)
-        q = q.to(tl.float32)
-    for block in range(0, size, BLOCK_E):
-        e = block + tl.arange(0, BLOCK_E)
-        here = e < size
-        room = here & (begin + e < capacity)
-        position = tl.load(segment_positions + source + e, mask=here, other=0)
-        if REFINE:
-            rows = keys + position.to(tl.int64) * stride_kl
-            k = tl.load(rows[:, None] + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
-            products = k.to(tl.float32) * q[None, :]
-            score = tl.sum(products, axis=1)
+        query_rows = query + batch * stride_qb + head * stride_qh + index * stride_ql
+        keys = key + batch * stride_kb + kv_head * stride_kh
+        queries = load_query(query_rows, valid, D, BLOCK_D, CHUNK_D)
+        for tile in range(begin, after):
+            e = tile * BLOCK_E + tl.arange(0, BLOCK_E)
+            here = e < total
+            position = tl.load(positions + e, mask=here, other=0)
+            score, size = exact_scores(
+                queries, query_rows, valid, keys, position.to(tl.int64) * stride_kl, here, D, BLOCK_D, CHUNK_D,
+                WANT_BOUNDS,
+            )  # fmt: skip
+            at = row[:, None] * capacity + e[None, :]
+            inside = valid[:, None] & here[None, :]
+            tl.store(scores + at, score, mask=inside)
             if WANT_BOUNDS:
-                error = tl.sum(tl.abs(products), axis=1) * ((D + 16) * _HALF_ULP)
-        else:
-            score = tl.load(segment_scores + source + e, mask=here, other=0.0)
-            if WANT_BOUNDS:
-                error = tl.load(segment_errors + source + e, mask=here, other=0.0)
-        tl.store(positions + target + e, position, mask=room)
-        tl.store(scores + target + e, score, mask=room)
-        if WANT_BOUNDS:
-            tl.store(errors + target + e, error, mask=room)
+                tl.store(errors + at, size * ((D + 16) * MATRIX_ULP), mask=inside)
+        tl.debug_barrier()
+
+    many = tl.zeros([BLOCK_M], dtype=tl.int32)
+    for tile in range(begin, after):
+        e = tile * BLOCK_E + tl.arange(0, BLOCK_E)
+        _position, _score, ones = reaching(positions, scores, row, capacity, e, e < total, valid, first, last, least)
+        many += tl.sum(ones, axis=1)
+    # Places in a row's collection are given out a chunk at a time. Their order is no matter: it is a set.
+    taken = tl.atomic_add(reached + row, many, mask=valid & (many > 0), sem="relaxed")
+    for tile in range(begin, after):
+        e = tile * BLOCK_E + tl.arange(0, BLOCK_E)
+        position, score, ones = reaching(positions, scores, row, capacity, e, e < total, valid, first, last, least)
+        place = taken[:, None] + tl.cumsum(ones, axis=1) - ones
+        kept = (ones > 0) & (place < room)
+        at = row[:, None] * room + place
+        tl.store(reached_positions + at, tl.broadcast_to(position[None, :], kept.shape), mask=kept)
+        tl.store(reached_scores + at, score, mask=kept)
+        taken += tl.sum(ones, axis=1)
 
 
-@triton.jit(do_not_specialize=["num_heads", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "segment", "capacity"])
+@triton.jit
+def reaching(positions, scores, row, capacity, e, here, valid, first, last, least):
+    """(position, score of every row, 1 where it is a rival that scores its row's guess or more) of entries ``e``.
+
+    NaN reaches any guess.
+    """
+    position = tl.load(positions + e, mask=here, other=0)
+    inside = valid[:, None] & here[None, :]
+    score = tl.load(scores + row[:, None] * capacity + e[None, :], mask=inside, other=0.0)
+    rival = (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
+    return position, score, (inside & rival & ~(score < least[:, None])).to(tl.int32)
+
+
+@triton.jit
+def exact_scores(
+    queries, query_rows, valid, keys, offsets, here, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
+    WANT_SIZES: tl.constexpr,
+):  # fmt: skip
+    """(q·k ``[BLOCK_M, BLOCK_E]`` in float32 of the keys at ``keys + offsets``, the same of absolute values)."""
+    score = tl.zeros([query_rows.shape[0], offsets.shape[0]], dtype=tl.float32)
+    size = score
+    for begin in tl.static_range(0, BLOCK_D, CHUNK_D):
+        d = begin + tl.arange(0, CHUNK_D)
+        part = queries
+        if CHUNK_D < BLOCK_D:
+            part = tl.load(query_rows[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        tile = tl.load(keys + (offsets[None, :] + d[:, None]), mask=here[None, :] & (d < D)[:, None], other=0.0)
+        score = dot(part, tile, score)
+        if WANT_SIZES:
+            size = dot(tl.abs(part), tl.abs(tile), size)
+    return score, size
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "segment", "capacity", "room",
+    ]
+)  # fmt: skip
 def choose_kernel(
     visible,
     budget,
     counts,
     guess,
+    reached,
     positions,
     scores,
     listed,
@@ -209,6 +323,7 @@ def choose_kernel(
     stride_nh,
     stride_nl,
     num_heads,
+    group,
     Lq,
     Lk,
     sink_keys,
@@ -216,39 +331,47 @@ def choose_kernel(
     splits,
     segment,
     capacity,
+    room,
+    ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """Threshold and end of its ties of a row, as ``find_thresholds``; or the row's flag, and an empty list.
 
-    ``listed`` is the length of the list, ``attended`` the row's budget. A bracket of float ranks is quartered until the
-    count at its low end is the one needed or a single float is left. The ranks of a list of at most ``BLOCK_E`` stay in
-    registers.
+    ``positions`` and ``scores[row, room]`` are the row's rivals that reach its guess, ``listed`` the length of the list
+    that its block shares, ``attended`` the row's budget. A bracket of float ranks is quartered until the count at its
+    low end is the one needed or a single float is left. The ranks of at most ``BLOCK_E`` rivals stay in registers.
     """
     row = tl.program_id(0).to(tl.int64)
-    _batch, _head, _index, start, end, wanted, first, last = row_interval(
+    batch, head, index, start, end, wanted, first, last = row_interval(
         row, visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_heads, Lq, Lk, sink_keys,
         recent_keys,
     )  # fmt: skip
     rivals = last - first
     needed = wanted - (end - start - rivals)
+    # As ``program_rows`` divides rows into blocks.
+    blocks = tl.cdiv(Lq * group, ROWS)
+    block = batch * (num_heads // group) + head // group
+    block = block * blocks + (blocks - 1 - (index * group + head % group) // ROWS)
     s = tl.arange(0, BLOCK_S)
-    sizes = tl.load(counts + row * splits + s, mask=s < splits, other=0)
+    sizes = tl.load(counts + block * splits + s, mask=s < splits, other=0)
     total = tl.sum(sizes, axis=0)
-    complete = (tl.max(sizes, axis=0) <= segment) & (total <= capacity)
-    count = tl.where(complete, total, 0)
-    positions += row * capacity
-    scores += row * capacity
-    held = load_ranks(positions, scores, 0, count, first, last, BLOCK_E)
-    least = rank_of(tl.load(guess + row))
-    reached, _b, _c = count_list(held, positions, scores, count, first, last, least, least, least, BLOCK_E)
-    sound = complete & ((needed <= 0) | (reached >= needed))
+    count = tl.load(reached + row)
+    complete = (tl.max(sizes, axis=0) <= segment) & (total <= capacity) & (count <= room)
+    count = tl.where(complete, count, 0)
+    sound = complete & ((needed <= 0) | (count >= needed))
+    tl.store(listed + row, tl.where(sound, total, 0))
+    tl.store(attended + row, wanted)
+    tl.store(flags + row, tl.where(sound, 0, 1))
+    positions += row * room
+    scores += row * room
+    held = load_ranks(scores, 0, count, BLOCK_E)
 
     limit = tl.where(needed > 0, float("-inf"), float("inf"))
     limit_end = tl.where(needed > 0, FAR, 0)
-    low = least
-    count_low = reached
-    high = highest_rank(held, positions, scores, count, first, last, BLOCK_E) + 1
+    low = rank_of(tl.load(guess + row))
+    count_low = count
+    high = highest_rank(held, scores, count, BLOCK_E) + 1
     count_high = count * 0
     searching = (sound & (needed > 0) & (needed < rivals)).to(tl.int32)
     if searching > 0:
@@ -257,7 +380,7 @@ def choose_kernel(
             a = tl.maximum((low.to(tl.int64) + width // 4).to(tl.int32), low + 1)
             b = tl.maximum((low.to(tl.int64) + width // 2).to(tl.int32), a)
             c = tl.maximum((low.to(tl.int64) + width * 3 // 4).to(tl.int32), b)
-            count_a, count_b, count_c = count_list(held, positions, scores, count, first, last, a, b, c, BLOCK_E)
+            count_a, count_b, count_c = count_list(held, scores, count, a, b, c, BLOCK_E)
             low, high, count_low, count_high = narrow(
                 low, high, count_low, count_high, needed, a, b, c, count_a, count_b, count_c
             )
@@ -269,35 +392,30 @@ def choose_kernel(
             after = last
             while after - before > 1:
                 middle = before + (after - before) // 2
-                ties = count_ties(positions, scores, count, first, last, low, middle, BLOCK_E)
+                ties = count_ties(positions, scores, count, low, middle, BLOCK_E)
                 before = tl.where(ties < spare, middle, before)
                 after = tl.where(ties < spare, after, middle)
             limit_end = after
-    tl.store(listed + row, tl.where(sound, count, 0))
     tl.store(threshold + row, limit)
     tl.store(ties_end + row, limit_end)
-    tl.store(attended + row, wanted)
-    tl.store(flags + row, tl.where(sound, 0, 1))
 
 
 @triton.jit
-def load_ranks(positions, scores, begin, count, first, last, BLOCK_E: tl.constexpr):
-    """Ranks of ``BLOCK_E`` entries of a list; NaN is as high as +inf, and what is no rival is below every score."""
+def load_ranks(scores, begin, count, BLOCK_E: tl.constexpr):
+    """Ranks of ``BLOCK_E`` scores; NaN is as high as +inf, and what is beyond the end is below every score."""
     e = begin + tl.arange(0, BLOCK_E)
-    position = tl.load(positions + e, mask=e < count, other=-1)
     score = tl.load(scores + e, mask=e < count, other=0.0)
     # -0.0 equals 0.0.
     rank = tl.where(score == score, rank_of(score + 0.0), _RANK_INFINITY)
-    return tl.where((position >= first) & (position < last), rank, _NO_RIVAL)
+    return tl.where(e < count, rank, _NO_RIVAL)
 
 
 @triton.jit
-def count_list(held, positions, scores, count, first, last, a, b, c, BLOCK_E: tl.constexpr):
+def count_list(held, scores, count, a, b, c, BLOCK_E: tl.constexpr):
     """``count_ranks`` of a whole list, whose first ``BLOCK_E`` entries are ``held``."""
     count_a, count_b, count_c = count_ranks(held, a, b, c)
     for begin in range(BLOCK_E, count, BLOCK_E):
-        ranks = load_ranks(positions, scores, begin, count, first, last, BLOCK_E)
-        more_a, more_b, more_c = count_ranks(ranks, a, b, c)
+        more_a, more_b, more_c = count_ranks(load_ranks(scores, begin, count, BLOCK_E), a, b, c)
         count_a += more_a
         count_b += more_b
         count_c += more_c
@@ -305,21 +423,20 @@ def count_list(held, positions, scores, count, first, last, a, b, c, BLOCK_E: tl
 
 
 @triton.jit
-def highest_rank(held, positions, scores, count, first, last, BLOCK_E: tl.constexpr):
+def highest_rank(held, scores, count, BLOCK_E: tl.constexpr):
     """The largest rank of a list, whose first ``BLOCK_E`` entries are ``held``."""
     highest = tl.max(held, axis=0)
     for begin in range(BLOCK_E, count, BLOCK_E):
-        ranks = load_ranks(positions, scores, begin, count, first, last, BLOCK_E)
-        highest = tl.maximum(highest, tl.max(ranks, axis=0))
+        highest = tl.maximum(highest, tl.max(load_ranks(scores, begin, count, BLOCK_E), axis=0))
     return highest
 
 
 @triton.jit
-def count_ties(positions, scores, count, first, last, rank, before, BLOCK_E: tl.constexpr):
-    """How many rivals of this rank stand before a position."""
+def count_ties(positions, scores, count, rank, before, BLOCK_E: tl.constexpr):
+    """How many entries of this rank stand before a position."""
     ties = count * 0
     for begin in range(0, count, BLOCK_E):
-        ranks = load_ranks(positions, scores, begin, count, first, last, BLOCK_E)
+        ranks = load_ranks(scores, begin, count, BLOCK_E)
         e = begin + tl.arange(0, BLOCK_E)
         position = tl.load(positions + e, mask=e < count, other=FAR)
         ties += tl.sum(((ranks == rank) & (position < before)).to(tl.int32), axis=0)

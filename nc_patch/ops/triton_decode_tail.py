@@ -1,8 +1,9 @@
 """The tail of ``topk`` while decoding: the means of all pages as further parts of each row's softmax.
 
-``tail.py`` defines the tail. ``gather_kernel`` counts how many keys of each page a row attends, in an array that was
-zeroed before; ``tail_kernel`` reads every page's mean key and mean value once for the rows of a key/value head and
-leaves partial sums behind those of the attended keys, which ``combine_splits`` joins with them. Two more launches.
+``tail.py`` defines the tail. ``gather_kernel`` counts how many keys of each page a row attends, in an array that
+``guess_kernel`` zeroed; ``tail_kernel`` reads every page's mean key and mean value once for the rows of a key/value
+head and leaves partial sums behind those of the attended keys, which ``combine_splits`` joins with them. One more
+launch.
 
 Bytes, for a key/value head with n keys and G rows: n / 16 * (D + Dv) * 2 in bfloat16 for the means, and n / 16 * 4 * G
 for the counts, written and read once each.
@@ -18,11 +19,12 @@ import triton.language as tl
 
 from nc_patch.ops.tail import PageMeans, slot_count
 from nc_patch.ops.triton_attend import fold, logits_base2
+from nc_patch.ops.triton_gather import add_values
 from nc_patch.ops.triton_launch import Tiles, addressable, architecture_of, compile_options, tail_constants, tiles_for
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 from nc_patch.ops.triton_split import split_count
 from nc_patch.ops.triton_tail import PAGE, pages_of_rows
-from nc_patch.ops.triton_tiles import dot, dot_scores, load_query, program_rows, span
+from nc_patch.ops.triton_tiles import dot_scores, load_query, program_rows, span
 
 
 def tail_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> Tiles:
@@ -179,17 +181,7 @@ def tail_kernel(
             mask=here[:, None] & (dv[None, :] < DV),
             other=0.0,
         )
-        sums *= shrink[:, None]
-        # Written so that NaN fails the comparison too. 0 * NaN must not reach a row that has no use for the page.
-        sound = tl.abs(values.to(tl.float32)) < float("inf")
-        if tl.max(tl.max(tl.where(sound, 0, 1), axis=1), axis=0) > 0:
-            spoilt = tl.where(sound, 0.0, 1.0).to(values.dtype)
-            spoilt = dot(
-                within.to(tl.float32).to(values.dtype), spoilt, tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-            )
-            sums = tl.where(spoilt > 0, float("nan"), sums)
-            values = tl.where(sound, values, 0.0)
-        sums = dot(weights.to(values.dtype), values, sums)
+        sums = add_values(sums * shrink[:, None], weights, within, values, BLOCK_M, BLOCK_DV)
     part = row * parts + first_part + split
     tl.store(acc + part[:, None] * DV + dv[None, :], sums, mask=valid[:, None] & (dv[None, :] < DV))
     tl.store(peak + part, highest, mask=valid)

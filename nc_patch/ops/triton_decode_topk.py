@@ -4,32 +4,19 @@ Nothing is read back from the device and all sizes follow from shapes, so that a
 
 1. ``sample_kernel`` and ``guess_kernel``: approximate scores of evenly spaced keys, and from them a score that the k-th
    best key should reach.
-2. ``scan_kernel``: reads all codes; lists the keys whose score may reach the guess, and the forced ones.
-3. ``score_kernel``: reads the listed keys and scores them exactly; without ``refine`` it only copies.
-4. ``choose_kernel``: the exact k-th largest score of the list, and the proof that no other key reaches it.
-5. ``gather_kernel`` and ``combine_kernel``: softmax times value over the chosen keys, in parts, and their sum.
-6. ``threshold_kernel`` and ``attend_kernel``: the rows whose list overflowed or whose guess was too high, if any, are
-   searched over all keys. No other row costs them anything.
+2. ``scan_kernel``: reads the high halves of all codes, and the low halves where those leave a doubt; lists the keys
+   whose score may reach the guess of any row of a block, and the forced ones.
+3. ``score_kernel``: reads the listed keys once for all rows of the block and scores them exactly; without ``refine`` it
+   only copies. Collects, for each row, what reaches its guess.
+4. ``choose_kernel``: the exact k-th largest of these scores, and the proof that no other key reaches it.
+5. ``gather_kernel`` and ``combine_kernel``: softmax times value over the chosen keys, in parts, and their sum. A value
+   is read once for all rows of a block that attend its key.
+6. ``search_kernel``: the rows whose list overflowed or whose guess was too high, if any, are searched over all keys. No
+   other row costs them anything.
 7. ``bounds_kernel``, where bounds are wanted.
 
-Nine launches, one more with bounds and two more with a tail (``triton_decode_tail``): a count of the attended keys of
-each page, which the gathering fills, and the pages' parts of the softmax before the sum of all parts.
-
-Bytes, for a key/value head with n keys and G rows of budget k, of which c * k are listed (c about 2: 1.2 for the width
-of the bounds times 1.6 for the safe side of the guess): codes n * (D + 8); keys at most G * c * k * D * 2 and values
-G * k * Dv * 2 in bfloat16; a list entry is written and read back three times, 8 bytes each. With 8 heads, D = 128, G =
-4, k = 4 n^0.6: predicted, not measured, for an H200 (4.3 TB/s, 1.2 us a launch, 10 us for the latency of the small
-kernels)
-
-======= ======== ======= ========= ======= ======= =========
-n       codes    keys    values    lists   time    dense
-======= ======== ======= ========= ======= ======= =========
-32,768  36 MB    34 MB   17 MB     8 MB    43 us   31 us
-131,072 143 MB   77 MB   39 MB     20 MB   86 us   125 us
-524,288 570 MB   177 MB  89 MB     42 MB   225 us  499 us
-======= ======== ======= ========= ======= ======= =========
-
-where keys and values count as read once for every row; rows of a group that want the same keys find them in the cache.
+Eight launches, one more with bounds and one more with a tail (``triton_decode_tail``): the pages' parts of the softmax
+before the sum of all parts. ``scripts/predict_decode.py`` counts bytes and launches and predicts times.
 """
 
 import contextlib
@@ -42,38 +29,35 @@ import triton
 
 from nc_patch.ops.codes import KeyCodes
 from nc_patch.ops.tail import PageMeans, slot_count
-from nc_patch.ops.triton_attend import attend_kernel
 from nc_patch.ops.triton_candidates import choose_kernel, guess_kernel, score_kernel
 from nc_patch.ops.triton_codes import sample_kernel, scan_kernel
 from nc_patch.ops.triton_decode_tail import launch_tail, tail_splits
+from nc_patch.ops.triton_encode import code_strides
 from nc_patch.ops.triton_gather import bounds_kernel, gather_kernel
-from nc_patch.ops.triton_launch import (
-    architecture_of,
-    attend_constants,
-    check_inputs,
-    check_tail,
-    compile_options,
-    launch_rows,
-    padded_dim,
-    tail_constants,
-    threshold_constants,
-    tiles_for,
-)
+from nc_patch.ops.triton_launch import architecture_of, check_inputs, check_tail, padded_dim
+from nc_patch.ops.triton_search import search_rows
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
-from nc_patch.ops.triton_split import combine_splits, split_count
-from nc_patch.ops.triton_tail import attend_tail_kernel
-from nc_patch.ops.triton_threshold import threshold_kernel
+from nc_patch.ops.triton_split import MAX_SPLITS, combine_splits
 
 # Queries that one call takes; more are a prefill.
 MAX_QUERIES = 32
-# Keys that a guess is taken from, and room in a row's list: per key of the largest budget, and besides.
-_MOST_SAMPLES = 4096
-_ROOM_PER_KEY = 8
-_ROOM_BESIDES = 4096
+# Keys that a guess is taken from: fewer up to so many keys, and more beyond, where a closer guess saves more keys.
+_SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
+# Room in a block's list, per key of the largest budget: for so many rows, each with twice its budget; and besides.
+_LEAST_SHARES, _MOST_SHARES, _ROOM_BESIDES = 4, 8, 4096
+# Room for what reaches a row's guess, per key of the largest budget; besides, the same.
+_REACHED_PER_KEY = 3
 # Room that a segment has beyond its even share of the list.
 _SEGMENT_SLACK = 64
-# List entries that a program of ``choose_kernel`` holds in registers.
+# Scores that a program of ``choose_kernel`` holds in registers.
 _MOST_HELD = 16384
+# Programs of a kernel that fit an H200's 132 multiprocessors at once, by their registers: one wave of them, and no
+# second one that is nearly empty. Other GPUs come close.
+_SCANNING, _SCORING, _GATHERING = 3 * 132, 4 * 132, 3 * 132
+# Values of a tile: the least that a matrix instruction takes. More need more registers than three such programs have.
+_GATHERED = 16
+# The least that a matrix instruction takes: of 8-bit numbers to be summed, and of rows.
+_LEAST_CHANNELS, _MATRIX_ROWS = 32, 16
 
 
 @dataclass(frozen=True)
@@ -81,11 +65,13 @@ class Plan:
     """How a call is divided, from shapes and host integers alone.
 
     Attributes:
-        rows, keys: shape of a tile of codes. splits: programs that share a row's codes.
+        rows, keys: shape of a tile of codes; ``rows`` make a block. splits: programs that share a block's codes.
         samples: keys that the guess is taken from, a multiple of ``keys``.
-        segment: list entries that one split may fill. capacity: entries of a row's whole list.
-        scored, gathered: list entries of a tile of keys and of values. chunks: programs that share a row's list.
-        held: list entries that choosing holds in registers.
+        segment: list entries that one split may fill. capacity: entries of a block's whole list.
+        room: of these, how many may reach the guess of one row.
+        scored, gathered: list entries of a tile of keys and of values.
+        scorers, chunks: programs that share a block's list when it is scored, and when values are gathered.
+        held: scores that choosing holds in registers.
     """
 
     rows: int
@@ -94,27 +80,39 @@ class Plan:
     samples: int
     segment: int
     capacity: int
+    room: int
     scored: int
     gathered: int
+    scorers: int
     chunks: int
     held: int
 
 
 def plan_for(
-    batch: int, kv_heads: int, group: int, queries: int, keys: int, dims: tuple[int, int], budget: int
+    batch: int,
+    kv_heads: int,
+    group: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    budget: int,
+    architecture: str = "sm_90",
 ) -> Plan:
-    """The one place where tiles, splits and capacities are chosen; ``dims`` are D and Dv, ``budget`` the largest."""
-    head_dim, value_dim = (padded_dim(d) for d in dims)
+    """The one place where tiles, splits and capacities are chosen; ``budget`` is the largest."""
+    head_dim = padded_dim(head_dim)
     rows = 8 if group * queries <= 8 else 16
-    tile = 128 if head_dim <= 128 and rows == 8 else 64
+    tile = 128 if head_dim <= 128 and rows == 8 else 32 if architecture.startswith("gfx") else 64
     blocks = triton.cdiv(group * queries, rows) * batch * kv_heads
     tiles = triton.cdiv(keys, tile) + 1
-    splits = split_count(blocks, tiles)
-    samples = min(_MOST_SAMPLES, max(tile, triton.next_power_of_2(keys)))
-    capacity = max(1, min(keys, _ROOM_PER_KEY * budget + _ROOM_BESIDES))
+    splits = _share(_SCANNING, blocks, tiles)
+    samples = min(_SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES, max(tile, triton.next_power_of_2(keys)))
+    shares = min(_MOST_SHARES, max(_LEAST_SHARES, group * queries))
+    capacity = max(1, min(keys, 2 * shares * budget + _ROOM_BESIDES))
+    room = max(1, min(keys, _REACHED_PER_KEY * budget + _ROOM_BESIDES))
     whole = triton.cdiv(tiles, splits) * tile
     segment = whole if capacity >= keys else min(whole, 2 * triton.cdiv(capacity, splits) + _SEGMENT_SLACK)
-    gathered = max(8, min(32, 4096 // value_dim))
+    scored, gathered = max(16, min(32, 4096 // head_dim)), _GATHERED
+    likely = min(keys, 2 * budget * min(group * queries, rows))
     return Plan(
         rows=rows,
         keys=tile,
@@ -122,11 +120,18 @@ def plan_for(
         samples=samples,
         segment=segment,
         capacity=capacity,
-        scored=max(8, min(32, 4096 // head_dim)),
+        room=room,
+        scored=scored,
         gathered=gathered,
-        chunks=split_count(batch * kv_heads * group * queries, triton.cdiv(min(keys, 2 * budget), gathered)),
-        held=min(_MOST_HELD, triton.next_power_of_2(capacity)),
+        scorers=_share(_SCORING, blocks, triton.cdiv(likely, scored)),
+        chunks=_share(_GATHERING, blocks, triton.cdiv(likely, gathered)),
+        held=min(_MOST_HELD, triton.next_power_of_2(room)),
     )
+
+
+def _share(programs: int, blocks: int, units: int) -> int:
+    """Among how many of ``programs`` each of ``blocks`` blocks of ``units`` units of work is divided."""
+    return max(1, min(programs // max(blocks, 1), units, MAX_SPLITS))
 
 
 def triton_topk_decode(
@@ -182,7 +187,8 @@ def triton_topk_decode(
     bounds = torch.empty((B, Hq, Lq, 2) if want_bounds else (0,), dtype=torch.float32, device=device)
     if rows == 0:
         return output, lse, bounds
-    plan = plan_for(B, Hkv, group, Lq, Lk, (D, DV), max(1, min(max_budget, Lk)))
+    architecture = architecture_of(device)
+    plan = plan_for(B, Hkv, group, Lq, Lk, D, max(1, min(max_budget, Lk)), architecture)
     visible = visible if visible.stride(-1) == 1 else visible.contiguous()
     center, spread = codes.center.contiguous(), codes.spread.contiguous()
 
@@ -192,63 +198,68 @@ def triton_topk_decode(
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
+    programs = triton.cdiv(group * Lq, plan.rows) * B * Hkv
     samples, guess = floats(rows, plan.samples), floats(rows)
-    segment = (rows, plan.splits, plan.segment)
-    found, rough, counts = integers(*segment), floats(*segment), integers(rows, plan.splits)
-    rough_errors = floats(*segment) if want_bounds and not refine else floats(0)
+    found, counts = integers(programs, plan.splits, plan.segment), integers(programs, plan.splits)
+    rough_shape = (0,) if refine else (programs, plan.splits, plan.rows, plan.segment)
+    rough, rough_errors = floats(*rough_shape), floats(*(rough_shape if want_bounds else (0,)))
     outside = floats(rows, plan.splits, 4) if want_bounds else floats(0)
-    positions, scores = integers(rows, plan.capacity), floats(rows, plan.capacity)
+    positions, scores = integers(programs, plan.capacity), floats(rows, plan.capacity)
     errors = floats(rows, plan.capacity) if want_bounds else floats(0)
+    reached, reached_positions, reached_scores = integers(rows), integers(rows, plan.room), floats(rows, plan.room)
     listed, threshold, ties_end = integers(rows), floats(rows), integers(rows)
     attended, flags = integers(B, Hq, Lq), integers(B, Hq, Lq)
     parts = plan.chunks + (0 if tail is None else tail_splits(query, key, value))
     acc, peak, total = floats(rows, parts, DV), floats(rows, parts), floats(rows, parts)
     slots = 0 if tail is None else slot_count(Lk)
-    page_counts = torch.zeros((rows, slots), dtype=torch.int32, device=device)
+    page_counts = integers(rows, slots)
     begins = visible[..., 0] if origin is None else origin
     kept = floats(rows, plan.chunks, 8) if want_bounds else floats(0)
     kept_mass = floats(B, Hq, Lq)
 
-    q, c = query.stride()[:3], codes.codes.stride()[:3]
-    s, r = codes.scale.stride()[:2], codes.residual.stride()[:2]
+    q = query.stride()[:3]
+    codes_at = code_strides(codes)
     limits = (*visible.stride()[:2], budget.stride(0), 0 if budget.shape[1] == 1 else budget.stride(1))
     limits = (*limits, budget.stride(2))
     by_head = (Hkv, group, Lq, Lk, sink_keys, recent_keys)
-    by_row = (Hq, Lq, Lk, sink_keys, recent_keys)
-    programs = triton.cdiv(group * Lq, plan.rows) * B * Hkv
-    constants = decode_constants(plan, D, DV, refine, want_bounds, softcap > 0, tail is not None)
-    options = decode_options(plan, architecture_of(query.device), tail is not None)
+    constants = decode_constants(plan, query.dtype, D, DV, refine, want_bounds, softcap > 0, tail is not None)
+    options = decode_options(plan, architecture, query.dtype, max(D, DV), want_bounds, tail is not None)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         sample_kernel[(programs, plan.samples // plan.keys)](
-            *(query, visible, budget, codes.codes, codes.scale, center, spread, samples, *q, *c, *s, *limits, *by_head),
+            *(query, visible, budget, codes.high, codes.low, codes.scale, center, spread, samples, *q, *codes_at),
+            *(*limits, *by_head),
             **constants["sample"],
             **options["sample"],
         )
         guess_kernel[(rows,)](
-            *(visible, budget, samples, guess, *limits, *by_row), **constants["guess"], **options["guess"]
+            *(visible, budget, samples, guess, reached, page_counts, *limits, Hq, Lq, Lk, sink_keys, recent_keys),
+            slots,
+            **constants["guess"],
+            **options["guess"],
         )
         scan_kernel[(programs, plan.splits)](
-            *(query, visible, budget, codes.codes, codes.scale, codes.residual, center, spread, guess, found, rough),
-            *(rough_errors, counts, outside, *q, *c, *s, *r, *limits, *by_head, plan.splits, plan.segment),
-            *(scale, softcap),
+            *(query, visible, budget, *codes[:5], center, spread, guess, found, rough, rough_errors, counts, outside),
+            *(*q, *codes_at, *limits, *by_head, plan.splits, plan.segment, scale, softcap),
             **constants["scan"],
             **options["scan"],
         )
-        score_kernel[(rows, plan.splits)](
-            *(query, key, counts, found, rough, rough_errors, positions, scores, errors, *q, *key.stride()[:3]),
-            *(group, Hq, Lq, plan.splits, plan.segment, plan.capacity),
+        score_kernel[(programs, plan.scorers)](
+            *(query, key, visible, budget, guess, counts, found, rough, rough_errors, positions, scores, errors),
+            *(reached, reached_positions, reached_scores, *q, *key.stride()[:3], *limits, *by_head),
+            *(plan.splits, plan.segment, plan.capacity, plan.room, plan.scorers),
             **constants["score"],
             **options["score"],
         )
         choose_kernel[(rows,)](
-            *(visible, budget, counts, guess, positions, scores, listed, threshold, ties_end, attended, flags),
-            *(*limits, *by_row, plan.splits, plan.segment, plan.capacity),
+            *(visible, budget, counts, guess, reached, reached_positions, reached_scores, listed, threshold, ties_end),
+            *(attended, flags, *limits, Hq, group, Lq, Lk, sink_keys, recent_keys),
+            *(plan.splits, plan.segment, plan.capacity, plan.room),
             **constants["choose"],
             **options["choose"],
         )
-        gather_kernel[(rows, plan.chunks)](
+        gather_kernel[(programs, plan.chunks)](
             *(value, visible, budget, positions, scores, errors, listed, threshold, ties_end, acc, peak, total, kept),
-            *(begins, page_counts, *value.stride()[:3], *limits, Hq, group, Lq, Lk, sink_keys, recent_keys),
+            *(begins, page_counts, *value.stride()[:3], *limits, *by_head),
             *(plan.capacity, plan.chunks, parts, slots, *begins.stride(), scale, softcap),
             **constants["gather"],
             **options["gather"],
@@ -262,9 +273,8 @@ def triton_topk_decode(
                 softcap=softcap,
             )
         combine_splits(acc, peak, total, sinks, attended, output, lse, torch.empty_like(lse))
-        launch_rows(
-            *(query, key, value, visible, budget, sinks, flags, output, lse, kept_mass),
-            by_score=True,
+        search_rows(
+            *(query, key, value, visible, budget, sinks, flags, threshold, ties_end, output, lse, kept_mass),
             scale=scale,
             softcap=softcap,
             sink_keys=sink_keys,
@@ -275,8 +285,8 @@ def triton_topk_decode(
         if want_bounds:
             bounds_kernel[(rows,)](
                 *(query, visible, budget, codes.scale, codes.residual, center, spread, flags, outside, kept, kept_mass),
-                *(bounds, *q, *s, *r, *limits, Hq, group, Lq, Lk, sink_keys, recent_keys, plan.splits, plan.chunks),
-                scale,
+                *(bounds, *q, *codes_at[3:], *limits, Hq, group, Lq, Lk, sink_keys, recent_keys),
+                *(plan.splits, plan.chunks, scale),
                 **constants["bounds"],
                 **options["bounds"],
             )
@@ -285,6 +295,7 @@ def triton_topk_decode(
 
 def decode_constants(
     plan: Plan,
+    dtype: torch.dtype,
     head_dim: int,
     value_dim: int,
     refine: bool,
@@ -294,17 +305,29 @@ def decode_constants(
 ) -> dict[str, dict[str, Any]]:
     """The compile-time arguments of each kernel."""
     padded = padded_dim(head_dim)
-    tile = {"D": head_dim, "BLOCK_M": plan.rows, "BLOCK_N": plan.keys, "BLOCK_D": padded}
+    half = max(_LEAST_CHANNELS, padded // 2)
+    tile = {"D": head_dim, "BLOCK_M": plan.rows, "BLOCK_N": plan.keys, "BLOCK_H": half}
     splits = {"BLOCK_S": triton.next_power_of_2(plan.splits)}
     flags = {"REFINE": refine, "WANT_BOUNDS": want_bounds}
     return {
         "sample": {**tile, "SAMPLES": plan.samples},
         "guess": {"SAMPLES": plan.samples},
         "scan": {**tile, **flags, "HAS_SOFTCAP": has_softcap},
-        "score": {**splits, **flags, "D": head_dim, "BLOCK_E": plan.scored, "BLOCK_D": padded},
-        "choose": {**splits, "BLOCK_E": plan.held},
+        "score": {
+            **splits,
+            **flags,
+            "D": head_dim,
+            "ROWS": plan.rows,
+            "BLOCK_M": _MATRIX_ROWS,
+            "BLOCK_E": plan.scored,
+            "BLOCK_D": padded,
+            # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
+            "CHUNK_D": min(padded, 32) if dtype == torch.float32 else padded,
+        },
+        "choose": {**splits, "ROWS": plan.rows, "BLOCK_E": plan.held},
         "gather": {
             "DV": value_dim,
+            "BLOCK_M": _MATRIX_ROWS,
             "BLOCK_E": plan.gathered,
             "BLOCK_DV": padded_dim(value_dim),
             "HAS_SOFTCAP": has_softcap,
@@ -321,16 +344,26 @@ def decode_constants(
     }
 
 
-def decode_options(plan: Plan, architecture: str, has_tail: bool = False) -> dict[str, dict[str, Any]]:
-    """Options of the compiler for each kernel. AMD's warps are twice as wide, and eight leave too few registers."""
+def decode_options(
+    plan: Plan, architecture: str, dtype: torch.dtype, head_dim: int, want_bounds: bool, has_tail: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Options of the compiler for each kernel; ``head_dim`` is the larger one of keys and values.
+
+    AMD's warps are twice as wide, and eight leave too few registers.
+    """
+    amd = architecture.startswith("gfx")
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    # As in ``compile_options``: otherwise NVIDIA's assembler spills some.
-    all_registers = {"maxnreg": 255} if has_tail and not architecture.startswith("gfx") else {}
+    slim = dtype != torch.float32 and head_dim <= 128 and not want_bounds and not has_tail
+    # So many programs fit a multiprocessor as the plan counts on; and otherwise, as in ``compile_options``, all
+    # registers, lest NVIDIA's assembler spills some.
+    fourth, third = ({} if amd else {"maxnreg": count if slim else 255} for count in (128, 168))
     return {
-        **dict.fromkeys(("sample", "score", "bounds"), plain),
-        "gather": {**plain, **all_registers},
-        "scan": {**plain, "num_warps": 4 if architecture.startswith("gfx") else 8, "num_stages": 2},
-        "guess": {**plain, "num_warps": 8 if plan.samples >= 2048 else 4},
+        **dict.fromkeys(("sample", "bounds"), plain),
+        "scan": {**plain, "num_stages": 3, "num_warps": 8 if head_dim > 128 and not amd else 4, **third},
+        "score": {**plain, "num_stages": 2, **fourth},
+        # Two tiles on their way: positions come first, and one tile of so few values would leave the memory idle.
+        "gather": {**plain, "num_stages": 5, "num_warps": 4 if amd or dtype != torch.float32 else 8, **third},
+        "guess": {**plain, "num_warps": 16 if plan.samples > 4096 else 8 if plan.samples >= 2048 else 4},
         "choose": {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4},
     }
 
@@ -343,21 +376,19 @@ def _check_codes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, co
     for name, tensor in (("query", query), ("key", key), ("value", value), *zip(codes._fields, codes, strict=True)):
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"the last axis of {name} must be dense, got stride {tensor.stride(-1)}")
-    length = codes.codes.shape[2]
-    shapes = ((B, Hkv, length, D), (B, Hkv, length), (B, Hkv, length), (B, Hkv, D), (B, Hkv, D))
+    length, half = codes.high.shape[2], (D + 1) // 2
+    shapes = (*((B, Hkv, length, half),) * 2, *((B, Hkv, length),) * 3, *((B, Hkv, D),) * 2)
     if tuple(tuple(t.shape) for t in codes) != shapes or length < Lk:
         got = ", ".join(str(list(t.shape)) for t in codes)
         raise ValueError(f"codes must be those of keys [{B}, {Hkv}, at least {Lk}, {D}], got {got}")
-    types = (torch.int8, *(torch.float32,) * 4)
+    types = (*(torch.int8,) * 2, torch.float32, *(torch.bfloat16,) * 2, *(torch.float32,) * 2)
     if tuple(t.dtype for t in codes) != types:
-        raise TypeError(f"codes must be int8 and the rest float32, got {', '.join(str(t.dtype) for t in codes)}")
+        got = ", ".join(str(t.dtype) for t in codes)
+        raise TypeError(f"codes must be int8, their residuals bfloat16 and the rest float32, got {got}")
 
 
 def specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernels of this file at Llama-3-8B's geometry and 131,072 keys, for small and large heads, with all options.
-
-    The search of flagged rows is in its kernels' list; here are its flagged variants.
-    """
+    """The kernels of a step at Llama-3-8B's geometry and 131,072 keys, for small and large heads, with all options."""
     for dtype, head_dim, queries, refine, want_bounds in (
         (torch.bfloat16, 64, 1, True, True),
         (torch.bfloat16, 128, 1, True, False),
@@ -365,16 +396,17 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         (torch.bfloat16, 256, 16, False, True),
         (torch.float32, 128, 1, True, True),
     ):
-        plan = plan_for(1, 8, 4, queries, 131072, (head_dim, head_dim), 2354)
-        constants = decode_constants(plan, head_dim, head_dim, refine, want_bounds, want_bounds)
-        options = decode_options(plan, target)
+        plan = plan_for(1, 8, 4, queries, 131072, head_dim, 2354, target)
+        constants = decode_constants(plan, dtype, head_dim, head_dim, refine, want_bounds, want_bounds)
+        options = decode_options(plan, target, dtype, head_dim, want_bounds)
         types = {
             **dict.fromkeys(("query", "key", "value", "mean_key", "mean_value", "output"), pointer_to(dtype)),
             **dict.fromkeys(_INTEGERS, "*i32"),
             **dict.fromkeys(_FLOATS, "*fp32"),
-            "codes": "*i8",
+            **dict.fromkeys(("high", "low"), "*i8"),
+            **dict.fromkeys(("coarse", "residual"), "*bf16"),
             # Long caches need 64 bits between sequences.
-            **dict.fromkeys(("stride_qb", "stride_kb", "stride_vb", "stride_cb", "stride_sb", "stride_rb"), "i64"),
+            **dict.fromkeys(("stride_qb", "stride_kb", "stride_vb", "stride_cb", "stride_sb"), "i64"),
         }
         flags = [f"q{queries}", *(["refine"] if refine else []), *(["bounds"] if want_bounds else [])]
         suffix = "-".join([DTYPE_NAMES[dtype], f"d{head_dim}", *flags])
@@ -382,21 +414,12 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             yield Specialisation(
                 f"codes_{name}-{suffix}", kernel, constants[name], types, options[name], data_strides(kernel, "qkvc")
             )
-        counting = {**constants["gather"], "COUNT_PAGES": True}
-        counting_options = decode_options(plan, target, True)["gather"]
-        aligned = data_strides(gather_kernel)
-        yield Specialisation(f"codes_gather-{suffix}-tail", gather_kernel, counting, types, counting_options, aligned)
-        if queries > 1 or not refine or not want_bounds:
+        if queries > 1:
             continue
-        tiles = tiles_for(target, dtype, head_dim, head_dim, 1)
-        compiler = compile_options(tiles, target)
-        for kernel, name, more in (
-            (threshold_kernel, "threshold", threshold_constants(head_dim, tiles, True)),
-            (attend_kernel, "topk", attend_constants(head_dim, head_dim, tiles, True, True, True, True, True)),
-            (attend_tail_kernel, "topk_tail", tail_constants(head_dim, head_dim, tiles, True, True, True, True)),
-        ):
-            aligned = data_strides(kernel, "qkvmw")
-            yield Specialisation(f"{name}_flagged-{suffix}", kernel, more, types, compiler, aligned)
+        counting = {**constants["gather"], "COUNT_PAGES": True}
+        more = decode_options(plan, target, dtype, head_dim, want_bounds, has_tail=True)["gather"]
+        aligned = data_strides(gather_kernel)
+        yield Specialisation(f"codes_gather-{suffix}-tail", gather_kernel, counting, types, more, aligned)
 
 
 _KERNELS = {
@@ -410,10 +433,9 @@ _KERNELS = {
 }
 _INTEGERS = (
     *("visible", "origin", "budget", "flags", "positions", "segment_positions", "counts", "page_counts", "listed"),
-    *("ties_end", "attended"),
+    *("ties_end", "attended", "reached", "reached_positions"),
 )
 _FLOATS = (
-    *("code_scale", "code_residual", "center", "spread", "samples", "guess", "scores", "errors", "outside"),
-    *("segment_scores", "segment_errors", "threshold", "acc", "peak", "total", "kept", "kept_mass", "bounds"),
-    *("sinks", "lse"),
+    *("code_scale", "center", "spread", "samples", "guess", "scores", "errors", "outside", "segment_scores"),
+    *("segment_errors", "reached_scores", "threshold", "acc", "peak", "total", "kept", "kept_mass", "bounds"),
 )

@@ -11,19 +11,20 @@ import torch
 import triton
 import triton.language as tl
 
-from nc_patch.ops.codes import KeyCodes
+from nc_patch.ops.codes import HIGH_UNIT, LARGEST_CODE, KeyCodes
 from nc_patch.ops.triton_launch import padded_dim
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 
 _HALF_ULP = tl.constexpr(2.0**-24)
 _SMALLEST = tl.constexpr(1e-25)
-_LARGEST_CODE = tl.constexpr(127.0)
+_LARGEST_CODE = tl.constexpr(float(LARGEST_CODE))
+_HIGH_UNIT = tl.constexpr(float(HIGH_UNIT))
 # Elements of a tile of keys: few registers, and a single new key wastes little.
 _TILE = 2048
 
 
 def triton_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyCodes) -> None:
-    """Writes codes, scale and residual of the keys ``[first, first + count)`` of each sequence into ``codes``.
+    """Writes the codes of the keys ``[first, first + count)`` of each sequence into ``codes``.
 
     Args:
         key: ``[B, Hkv, N, D]``, any strides with a dense last axis. first: int32 or int64 ``[B]``, on the device.
@@ -36,25 +37,41 @@ def triton_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, code
     for name, tensor in (("key", key), *zip(codes._fields, codes, strict=True)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"the last axis of {name} must be dense, got stride {tensor.stride(-1)}")
-    length = min(N, codes.codes.shape[2])
+    length = min(N, codes.high.shape[2])
     if count <= 0 or length == 0 or B * Hkv == 0:
         return
     constants = encode_constants(D)
     grid = (B * Hkv, triton.cdiv(count, constants["BLOCK_N"]))
     with torch.cuda.device(key.device) if key.device.type == "cuda" else contextlib.nullcontext():
         encode_kernel[grid](
-            *(key, first.contiguous(), *codes[:3], codes.center.contiguous(), codes.spread.contiguous()),
-            *(*key.stride()[:3], *codes.codes.stride()[:3], *codes.scale.stride()[:2], *codes.residual.stride()[:2]),
+            *(key, first.contiguous(), *codes[:5], codes.center.contiguous(), codes.spread.contiguous()),
+            *(*key.stride()[:3], *code_strides(codes)),
             *(Hkv, count, length, 8 * math.sqrt(D) * 2.0**-24),
             **constants,
             **encode_options(),
         )
 
 
+def code_strides(codes: KeyCodes) -> tuple[int, ...]:
+    """Strides of the codes as kernels take them: one set for both halves, one for scale and residuals.
+
+    Raises:
+        ValueError: they differ, as they do not where an index made them.
+    """
+    halves = {tensor.stride()[:3] for tensor in (codes.high, codes.low)}
+    numbers = {tensor.stride() for tensor in (codes.scale, codes.coarse, codes.residual)}
+    if len(halves) > 1 or len(numbers) > 1 or codes.scale.stride(2) != 1:
+        raise ValueError(
+            "halves of codes must have the same strides, and so must scale, coarse and residual, the last of them 1; "
+            f"got {sorted(halves)} and {sorted(numbers)}"
+        )
+    return (*halves.pop(), *numbers.pop()[:2])
+
+
 def encode_constants(head_dim: int) -> dict[str, int]:
     """The compile-time arguments of ``encode_kernel``."""
     padded = padded_dim(head_dim)
-    return {"D": head_dim, "BLOCK_N": max(1, _TILE // padded), "BLOCK_D": padded}
+    return {"D": head_dim, "BLOCK_N": max(1, _TILE // padded), "BLOCK_H": padded // 2}
 
 
 def encode_options() -> dict[str, int | bool]:
@@ -66,9 +83,11 @@ def encode_options() -> dict[str, int | bool]:
 def encode_kernel(
     key,
     first,
-    codes,
+    high,
+    low,
     code_scale,
-    code_residual,
+    coarse,
+    residual,
     center,
     spread,
     stride_kb,
@@ -79,48 +98,93 @@ def encode_kernel(
     stride_cl,
     stride_sb,
     stride_sh,
-    stride_rb,
-    stride_rh,
     num_kv_heads,
     count,
     length,
     rounding,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    """Encodes ``BLOCK_N`` keys of one head; ``rounding`` is what x may be off by, relative to its largest element."""
+    """Encodes ``BLOCK_N`` keys of one head; ``rounding`` is what x may be off by, relative to its largest element.
+
+    A tile holds half of the channels, those that fill the lower bits of the codes' bytes, or those of the upper bits.
+    """
     kv_row = tl.program_id(0).to(tl.int64)
     batch = kv_row // num_kv_heads
     head = kv_row % num_kv_heads
     place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     position = tl.load(first + batch).to(tl.int64) + place
     within = (place < count) & (position >= 0) & (position < length)
-    d = tl.arange(0, BLOCK_D)
-    mask = within[:, None] & (d < D)[None, :]
+    half = (D + 1) // 2
+    h = tl.arange(0, BLOCK_H)
     rows = key + batch * stride_kb + head * stride_kh + position * stride_kl
-    k = tl.load(rows[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    middle = tl.load(center + kv_row * D + d, mask=d < D, other=0.0)
-    width = tl.load(spread + kv_row * D + d, mask=d < D, other=1.0)
+    channels = kv_row * D + h
+    x, broken = standardised(rows, center + channels, spread + channels, within, h, half)
+    y, also_broken = standardised(rows + half, center + channels + half, spread + channels + half, within, h, D - half)
+    broken = broken | also_broken
+    x = tl.where(broken[:, None], 0.0, x)
+    y = tl.where(broken[:, None], 0.0, y)
+    largest = tl.maximum(tl.max(tl.abs(x), axis=1), tl.max(tl.abs(y), axis=1))
+    scale = tl.where(largest < _SMALLEST, 0.0, largest / _LARGEST_CODE)
+    code_x = codes_of(x, scale)
+    code_y = codes_of(y, scale)
+    high_x = tl.floor((code_x + _HIGH_UNIT / 2) / _HIGH_UNIT)
+    high_y = tl.floor((code_y + _HIGH_UNIT / 2) / _HIGH_UNIT)
+    slack = largest * rounding + _SMALLEST
+    far = norm_of(x - scale[:, None] * (_HIGH_UNIT * high_x), y - scale[:, None] * (_HIGH_UNIT * high_y), D) + slack
+    near = norm_of(x - scale[:, None] * code_x, y - scale[:, None] * code_y, D) + slack
+    targets = batch * stride_cb + head * stride_ch + position * stride_cl
+    targets = targets[:, None] + h[None, :]
+    stored = within[:, None] & (h < half)[None, :]
+    tl.store(high + targets, pack(high_x, high_y), mask=stored)
+    tl.store(low + targets, pack(code_x - _HIGH_UNIT * high_x, code_y - _HIGH_UNIT * high_y), mask=stored)
+    numbers = batch * stride_sb + head * stride_sh + position
+    tl.store(code_scale + numbers, scale, mask=within)
+    tl.store(coarse + numbers, rounded_up(tl.where(broken, float("inf"), far)), mask=within)
+    tl.store(residual + numbers, rounded_up(tl.where(broken, float("inf"), near)), mask=within)
+
+
+@triton.jit
+def standardised(rows, center, spread, within, h, count):
+    """``count`` channels of keys, centred and scaled, ``[BLOCK_N, BLOCK_H]``; and whether any is not finite."""
+    mask = within[:, None] & (h < count)[None, :]
+    k = tl.load(rows[:, None] + h[None, :], mask=mask, other=0.0).to(tl.float32)
+    middle = tl.load(center, mask=h < count, other=0.0)
+    width = tl.load(spread, mask=h < count, other=1.0)
     x = tl.where(mask, tl.div_rn(k - middle[None, :], tl.broadcast_to(width[None, :], k.shape)), 0.0)
     # Written so that NaN fails the comparison too.
-    broken = tl.sum((~(tl.abs(x) < float("inf"))).to(tl.int32), axis=1) > 0
-    x = tl.where(broken[:, None], 0.0, x)
-    largest = tl.max(tl.abs(x), axis=1)
-    scale = tl.where(largest < _SMALLEST, 0.0, largest / _LARGEST_CODE)
+    return x, tl.sum((~(tl.abs(x) < float("inf"))).to(tl.int32), axis=1) > 0
+
+
+@triton.jit
+def codes_of(x, scale):
+    """Whole numbers, as float32, that times ``scale`` are nearest to x."""
     level = x / tl.where(scale > 0, scale, 1.0)[:, None]
     level = tl.where((scale > 0)[:, None], tl.floor(level + 0.5), 0.0)
-    level = tl.minimum(tl.maximum(level, -_LARGEST_CODE), _LARGEST_CODE)
-    left_over = x - scale[:, None] * level
-    unit = tl.max(tl.abs(left_over), axis=1)
-    parts = left_over / tl.where(unit > 0, unit, 1.0)[:, None]
-    norm = unit * tl.sqrt(tl.sum(parts * parts, axis=1))
-    norm = norm * (1.0 + (D + 8) * _HALF_ULP) + largest * rounding + _SMALLEST
-    norm = tl.where(broken, float("inf"), norm)
-    targets = codes + batch * stride_cb + head * stride_ch + position * stride_cl
-    tl.store(targets[:, None] + d[None, :], level.to(tl.int8), mask=mask)
-    tl.store(code_scale + batch * stride_sb + head * stride_sh + position, scale, mask=within)
-    tl.store(code_residual + batch * stride_rb + head * stride_rh + position, norm, mask=within)
+    return tl.minimum(tl.maximum(level, -_LARGEST_CODE), _LARGEST_CODE)
+
+
+@triton.jit
+def norm_of(x, y, D: tl.constexpr):
+    """At least the norm of each row of both tiles together, without overflow or underflow on the way."""
+    unit = tl.maximum(tl.max(tl.abs(x), axis=1), tl.max(tl.abs(y), axis=1))
+    size = tl.where(unit > 0, unit, 1.0)[:, None]
+    norm = unit * tl.sqrt(tl.sum((x / size) * (x / size), axis=1) + tl.sum((y / size) * (y / size), axis=1))
+    return norm * (1.0 + (D + 8) * _HALF_ULP)
+
+
+@triton.jit
+def pack(first, second):
+    """int8 of two whole numbers from -8 to 7, in the lower and in the upper four bits."""
+    return ((first.to(tl.int32) & 15) | (second.to(tl.int32) << 4)).to(tl.int8)
+
+
+@triton.jit
+def rounded_up(numbers):
+    """bfloat16 that is at least these float32, none of which is negative or NaN."""
+    bits = numbers.to(tl.int32, bitcast=True)
+    return ((bits + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 def specialisations(target: str) -> Iterator[Specialisation]:
@@ -129,8 +193,9 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         types = {
             "key": pointer_to(dtype),
             "first": "*i64",
-            "codes": "*i8",
-            **dict.fromkeys(("code_scale", "code_residual", "center", "spread"), "*fp32"),
+            **dict.fromkeys(("high", "low"), "*i8"),
+            **dict.fromkeys(("coarse", "residual"), "*bf16"),
+            **dict.fromkeys(("code_scale", "center", "spread"), "*fp32"),
             **dict.fromkeys(("stride_kb", "stride_cb"), "i64"),
             "rounding": "fp32",
         }

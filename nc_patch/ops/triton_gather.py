@@ -1,26 +1,28 @@
-"""Softmax times value over listed keys, and the bounds of what was left out; one program works on one row.
+"""Softmax times value over listed keys, for a block of rows at once, and the bounds of what was left out.
 
-The lists are those of ``triton_candidates``. The keys of a row are divided among programs, and ``triton_split`` joins
-what they leave. Logits are in base 2.
+The lists are those of ``triton_candidates``. A value is read once for all rows of the block that attend its key. The
+keys of a block are divided among programs, and ``triton_split`` joins what they leave. Logits are in base 2.
 """
 
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton_attend import LOG2_E, finite_or_zero, logits_base2
-from nc_patch.ops.triton_candidates import row_interval
-from nc_patch.ops.triton_codes import logit_slack
+from nc_patch.ops.triton_attend import LOG2_E, finite_or_zero, fold, logits_base2
+from nc_patch.ops.triton_candidates import MATRIX_ULP, row_interval
+from nc_patch.ops.triton_codes import LARGEST, logit_slack
 from nc_patch.ops.triton_tail import PAGE
+from nc_patch.ops.triton_tiles import dot, forced_keys, program_rows
 
 # Relative width given to bounds of sums of exponentials, for their rounding in float32, and what underflow may lose.
 _SUM_SLACK = tl.constexpr(1e-4)
 _SMALLEST_MASS = tl.constexpr(1e-30)
-_HALF_ULP = tl.constexpr(2.0**-24)
 
 
 @triton.jit(
-    do_not_specialize=["num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "capacity", "chunks", "parts"]
-)
+    do_not_specialize=[
+        "num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "capacity", "chunks", "parts", "slots",
+    ]
+)  # fmt: skip
 def gather_kernel(
     value,
     visible,
@@ -45,7 +47,7 @@ def gather_kernel(
     stride_nb,
     stride_nh,
     stride_nl,
-    num_heads,
+    num_kv_heads,
     group,
     Lq,
     Lk,
@@ -60,102 +62,114 @@ def gather_kernel(
     scale,
     softcap,
     DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_BOUNDS: tl.constexpr,
     COUNT_PAGES: tl.constexpr,
 ):
-    """The partial softmax of one of ``chunks`` parts of a row's list: what ``combine_splits`` joins, among ``parts``.
+    """The partial softmax of one of ``chunks`` parts of a block's list: what ``combine_splits`` joins, among ``parts``.
 
     With ``WANT_BOUNDS`` ``kept[row, chunk]`` is (peak, total) of the lower and the upper logits of the keys attended,
     then of those listed but not attended. With ``COUNT_PAGES`` every key attended is added to the count of its page,
     ``page_counts[row, slot]``.
     """
-    row = tl.program_id(0).to(tl.int64)
+    batch, kv_head, index, _head, row, valid, start, end, wanted = program_rows(
+        visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
+    )
+    block = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    batch, head, index, _start, _end, _wanted, first, last = row_interval(
-        row, visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_heads, Lq, Lk, sink_keys,
-        recent_keys,
-    )  # fmt: skip
-    values = value + batch * stride_vb + (head // group) * stride_vh
-    positions += row * capacity
-    scores += row * capacity
-    errors += row * capacity
-    count = tl.load(listed + row)
-    limit = tl.load(threshold + row)
-    limit_end = tl.load(ties_end + row)
+    firsts, recents = forced_keys(wanted, sink_keys, recent_keys, True)
+    first = start + firsts
+    last = end - recents
+    values = value + batch * stride_vb + kv_head * stride_vh
+    positions += block * capacity
+    # A row without a proof has an empty list.
+    count = tl.load(listed + row, mask=valid, other=0)
+    limit = tl.load(threshold + row, mask=valid, other=float("inf"))
+    limit_end = tl.load(ties_end + row, mask=valid, other=0)
+    residue = tl.zeros([BLOCK_M], dtype=tl.int32)
     if COUNT_PAGES:
-        residue = tl.load(origin + batch * stride_ob + index * stride_ol) & (PAGE - 1)
-        page_counts += row * slots
-    blocks = tl.cdiv(count, BLOCK_E)
+        residue = tl.load(origin + batch * stride_ob + index * stride_ol, mask=valid, other=0) & (PAGE - 1)
+    most = tl.max(count, axis=0)
+    tiles = tl.cdiv(most, BLOCK_E)
     dv = tl.arange(0, BLOCK_DV)
-    sums = tl.zeros([BLOCK_E, BLOCK_DV], dtype=tl.float32)
-    highest = tl.full([1], float("-inf"), dtype=tl.float32)
-    whole = tl.zeros([1], dtype=tl.float32)
-    in_low_peak = tl.full([1], float("-inf"), dtype=tl.float32)
-    in_low = tl.zeros([1], dtype=tl.float32)
-    in_high_peak = in_low_peak
-    in_high = in_low
-    out_low_peak = in_low_peak
-    out_low = in_low
-    out_high_peak = in_low_peak
-    out_high = in_low
-    for block in range(blocks * chunk // chunks, blocks * (chunk + 1) // chunks):
-        e = block * BLOCK_E + tl.arange(0, BLOCK_E)
-        here = e < count
-        position = tl.load(positions + e, mask=here, other=0)
-        score = tl.load(scores + e, mask=here, other=0.0)
+    sums = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    whole = tl.zeros([BLOCK_M], dtype=tl.float32)
+    in_low_peak = highest
+    in_low = whole
+    in_high_peak = highest
+    in_high = whole
+    out_low_peak = highest
+    out_low = whole
+    out_high_peak = highest
+    out_high = whole
+    for tile in range(tiles * chunk // chunks, tiles * (chunk + 1) // chunks):
+        e = tile * BLOCK_E + tl.arange(0, BLOCK_E)
+        position = tl.load(positions + e, mask=e < most, other=0)
+        here = e[None, :] < count[:, None]
+        at = row[:, None] * capacity + e[None, :]
+        score = tl.load(scores + at, mask=here, other=0.0)
+        listed_here = here & (position[None, :] >= start[:, None]) & (position[None, :] < end[:, None])
         ranked = tl.where(score == score, score, float("inf"))
-        chosen = (position < first) | (position >= last) | (ranked > limit)
-        chosen = here & (chosen | ((ranked == limit) & (position < limit_end)))
+        forced = (position[None, :] < first[:, None]) | (position[None, :] >= last[:, None])
+        best = (ranked > limit[:, None]) | ((ranked == limit[:, None]) & (position[None, :] < limit_end[:, None]))
+        chosen = listed_here & (forced | best)
         logits = logits_base2(score, scale, softcap, HAS_SOFTCAP)
-        highest, whole, weights, shrink = fold_one(logits, chosen, highest, whole)
+        highest, whole, weights, shrink = fold(tl.where(chosen, logits, float("-inf")), highest, whole)
+        attended = tl.max(chosen.to(tl.int32), axis=0) > 0
         rows = values + position.to(tl.int64) * stride_vl
-        tile = tl.load(rows[:, None] + dv[None, :], mask=chosen[:, None] & (dv < DV)[None, :], other=0.0)
-        sums = sums * shrink[:, None] + weights[:, None] * tile.to(tl.float32)
+        tile_values = tl.load(rows[:, None] + dv[None, :], mask=attended[:, None] & (dv < DV)[None, :], other=0.0)
+        sums = add_values(sums * shrink[:, None], weights, chosen, tile_values, BLOCK_M, BLOCK_DV)
         if COUNT_PAGES:
-            in_page = chosen & (position >= residue)
-            tl.atomic_add(page_counts + (position - residue) // PAGE, 1, mask=in_page, sem="relaxed")
+            in_page = chosen & (position[None, :] >= residue[:, None])
+            slot = (position[None, :] - residue[:, None]) // PAGE
+            tl.atomic_add(page_counts + row[:, None] * slots + slot, 1, mask=in_page, sem="relaxed")
         if WANT_BOUNDS:
-            error = tl.load(errors + e, mask=here, other=0.0)
+            error = tl.load(errors + at, mask=here, other=0.0)
             lower = logits_base2(score - error, scale, softcap, HAS_SOFTCAP)
             upper = logits_base2(score + error, scale, softcap, HAS_SOFTCAP)
             lower -= logit_slack(lower, softcap, HAS_SOFTCAP)
             upper += logit_slack(upper, softcap, HAS_SOFTCAP)
             lower = tl.where(lower == lower, lower, float("-inf"))
             upper = tl.where(upper == upper, upper, float("inf"))
-            rest = here & ~chosen
-            in_low_peak, in_low, _w, _s = fold_one(lower, chosen, in_low_peak, in_low)
-            in_high_peak, in_high, _w, _s = fold_one(upper, chosen, in_high_peak, in_high)
-            out_low_peak, out_low, _w, _s = fold_one(lower, rest, out_low_peak, out_low)
-            out_high_peak, out_high, _w, _s = fold_one(upper, rest, out_high_peak, out_high)
+            rest = listed_here & ~chosen
+            in_low_peak, in_low, _w, _s = fold(tl.where(chosen, lower, float("-inf")), in_low_peak, in_low)
+            in_high_peak, in_high, _w, _s = fold(tl.where(chosen, upper, float("-inf")), in_high_peak, in_high)
+            out_low_peak, out_low, _w, _s = fold(tl.where(rest, lower, float("-inf")), out_low_peak, out_low)
+            out_high_peak, out_high, _w, _s = fold(tl.where(rest, upper, float("-inf")), out_high_peak, out_high)
     part = row * parts + chunk
-    tl.store(acc + part * DV + dv, tl.sum(sums, axis=0), mask=dv < DV)
-    one = tl.arange(0, 1)
-    tl.store(peak + part + one, highest)
-    tl.store(total + part + one, whole)
+    tl.store(acc + part[:, None] * DV + dv[None, :], sums, mask=valid[:, None] & (dv[None, :] < DV))
+    tl.store(peak + part, highest, mask=valid)
+    tl.store(total + part, whole, mask=valid)
     if WANT_BOUNDS:
         kept += (row * chunks + chunk) * 8
-        tl.store(kept + one, in_low_peak)
-        tl.store(kept + 1 + one, in_low)
-        tl.store(kept + 2 + one, in_high_peak)
-        tl.store(kept + 3 + one, in_high)
-        tl.store(kept + 4 + one, out_low_peak)
-        tl.store(kept + 5 + one, out_low)
-        tl.store(kept + 6 + one, out_high_peak)
-        tl.store(kept + 7 + one, out_high)
+        tl.store(kept, in_low_peak, mask=valid)
+        tl.store(kept + 1, in_low, mask=valid)
+        tl.store(kept + 2, in_high_peak, mask=valid)
+        tl.store(kept + 3, in_high, mask=valid)
+        tl.store(kept + 4, out_low_peak, mask=valid)
+        tl.store(kept + 5, out_low, mask=valid)
+        tl.store(kept + 6, out_high_peak, mask=valid)
+        tl.store(kept + 7, out_high, mask=valid)
 
 
 @triton.jit
-def fold_one(logits, among, peak, total):
-    """``triton_attend.fold`` for one row: logits ``[BLOCK_E]`` among which some count, peak and total ``[1]``."""
-    logits = tl.where(among, logits, float("-inf"))
-    higher = tl.maximum(peak, tl.max(logits, axis=0))
-    base = finite_or_zero(higher)
-    weights = tl.exp2(logits - base)
-    shrink = tl.exp2(peak - base)
-    return higher, total * shrink + tl.sum(weights, axis=0), weights, shrink
+def add_values(sums, weights, among, values, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """``sums + weights @ values`` of ``[BLOCK_M, BLOCK_DV]``; a value that is not finite spoils the rows ``among``.
+
+    0 * NaN and 0 * inf must not reach a row that has no use for the key.
+    """
+    # Written so that NaN fails the comparison too.
+    sound = tl.abs(values.to(tl.float32)) < float("inf")
+    if tl.max(tl.max(tl.where(sound, 0, 1), axis=1), axis=0) > 0:
+        spoilt = tl.where(sound, 0.0, 1.0).to(values.dtype)
+        spoilt = dot(among.to(tl.float32).to(values.dtype), spoilt, tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32))
+        sums = tl.where(spoilt > 0, float("nan"), sums)
+        values = tl.where(sound, values, 0.0)
+    return dot(weights.to(values.dtype), values, sums)
 
 
 @triton.jit
@@ -194,7 +208,7 @@ def bounds_kernel(
     visible,
     budget,
     code_scale,
-    code_residual,
+    residual,
     center,
     spread,
     flags,
@@ -207,8 +221,6 @@ def bounds_kernel(
     stride_ql,
     stride_sb,
     stride_sh,
-    stride_rb,
-    stride_rh,
     stride_ib,
     stride_il,
     stride_nb,
@@ -251,14 +263,14 @@ def bounds_kernel(
         middle = tl.sum(tl.abs(tl.load(center + channels, mask=d < D, other=0.0)), axis=0)
         widest = tl.max(tl.load(spread + channels, mask=d < D, other=0.0), axis=0)
         code_scale += batch * stride_sb + kv_head * stride_sh
-        code_residual += batch * stride_rb + kv_head * stride_rh
+        residual += batch * stride_sb + kv_head * stride_sh
         largest = 0.0
         for begin in range(start, end, BLOCK_N):
             column = begin + tl.arange(0, BLOCK_N)
-            size = tl.load(code_scale + column, mask=column < end, other=0.0) * (127.0 * (D**0.5))
-            size += tl.load(code_residual + column, mask=column < end, other=0.0)
+            size = tl.load(code_scale + column, mask=column < end, other=0.0) * (LARGEST * (D**0.5))
+            size += tl.load(residual + column, mask=column < end, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(size, axis=0))
-        off = q_size * (middle + widest * largest) * ((D + 16) * _HALF_ULP) * (2.0 * scale * LOG2_E)
+        off = q_size * (middle + widest * largest) * ((D + 16) * MATRIX_ULP) * (2.0 * scale * LOG2_E)
         exact = tl.load(kept_mass + row)
         lower = exact * tl.exp2(-off)
         upper = exact * tl.exp2(off)

@@ -100,7 +100,7 @@ def launch_attention(
     lse = torch.empty(stats_shape, dtype=torch.float32, device=device)
     kept_mass = torch.empty(stats_shape, dtype=torch.float32, device=device)
     launch_rows(
-        *(query, key, value, visible, budget, sinks, None, output, lse, kept_mass),
+        *(query, key, value, visible, budget, sinks, output, lse, kept_mass),
         by_score=by_score,
         scale=scale,
         softcap=softcap,
@@ -119,7 +119,6 @@ def launch_rows(
     visible: torch.Tensor,
     budget: torch.Tensor,
     sinks: torch.Tensor | None,
-    flags: torch.Tensor | None,
     output: torch.Tensor,
     lse: torch.Tensor,
     kept_mass: torch.Tensor,
@@ -134,7 +133,6 @@ def launch_rows(
 ) -> None:
     """Launches the kernels on inputs that fit. Results are contiguous; ``lse`` and ``kept_mass`` empty if not wanted.
 
-    With ``flags``, int32 and contiguous ``[B, Hq, Lq]``, only the rows are computed and written whose flag is not 0.
     A ``tail``, with each row's ``origin``, goes with ``by_score`` alone.
     """
     B, _Hq, Lq, D = query.shape
@@ -150,37 +148,34 @@ def launch_rows(
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
     if programs == 0:
         return
-    # Where no threshold is searched for, the kernel reads neither of these.
+    # Where no threshold is searched for, the kernel reads neither of these; nor flags, for which one of them stands.
     threshold = torch.empty(output.shape[:3] if by_score else (0,), dtype=torch.float32, device=device)
     ties_end = torch.empty(threshold.shape, dtype=torch.int32, device=device)
-    chosen = ties_end if flags is None else flags
     query_key = (*query.stride()[:3], *key.stride()[:3])
     rows = (*visible.stride()[:2], budget.stride(0), 0 if budget.shape[1] == 1 else budget.stride(1), budget.stride(2))
     sizes = (Hkv, group, Lq, Lk, sink_keys, recent_keys)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if by_score:
             threshold_kernel[(programs,)](
-                *(query, key, visible, budget, chosen, threshold, ties_end, *query_key, *rows, *sizes),
-                **threshold_constants(D, tiles, flags is not None),
+                *(query, key, visible, budget, ties_end, threshold, ties_end, *query_key, *rows, *sizes),
+                **threshold_constants(D, tiles),
                 **compile_options(tiles, architecture),
             )
         if tail is not None and origin is not None:
             means = PageMeans(*(addressable(x, tiles.keys) for x in tail))
             attend_tail_kernel[(programs,)](
                 *(query, key, value, *means, visible, origin, budget, lse if sinks is None else sinks.contiguous()),
-                *(chosen, threshold, ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3]),
+                *(ties_end, threshold, ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3]),
                 *(*means.key.stride()[:3], *means.value.stride()[:3], *visible.stride()[:2], *origin.stride()),
                 *(*rows[2:], *sizes, scale, softcap),
-                **tail_constants(D, DV, tiles, sinks is not None, softcap > 0, lse.numel() > 0, flags is not None),
+                **tail_constants(D, DV, tiles, sinks is not None, softcap > 0, lse.numel() > 0),
                 **compile_options(tiles, architecture),
             )
             return
         attend_kernel[(programs,)](
-            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), chosen, threshold),
+            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), ties_end, threshold),
             *(ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
-            **attend_constants(
-                D, DV, tiles, by_score, sinks is not None, softcap > 0, lse.numel() > 0, flags is not None
-            ),
+            **attend_constants(D, DV, tiles, by_score, sinks is not None, softcap > 0, lse.numel() > 0),
             **compile_options(tiles, architecture),
         )
 

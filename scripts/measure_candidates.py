@@ -1,0 +1,100 @@
+"""How many keys each stage of decoding by codes leaves, on the benchmark's keys; writes docs/results/candidates.json.
+
+The keys and queries are those of ``nc-patch bench decode``: random, with clusters, channels that carry an offset, and
+heads of a group that share half of their direction. One key/value head is drawn for each length and seed. What the
+kernels do is done here in PyTorch: the sample and its guess, bounds by the high halves of the codes, bounds by whole
+codes, and exact scores. With real keys heads of a group may agree more or less: ``union`` says how much these do.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from eval_tasks.provenance import commit, hardware, versions
+from nc_patch.bench.inputs import GEOMETRIES, make_inputs
+from nc_patch.ops.codes import channel_moments, encode_keys, unpack_codes
+from nc_patch.ops.triton_decode_topk import plan_for
+
+_KEYS_AT_ONCE = 1 << 16
+
+
+def guess_of(samples: torch.Tensor, budget: int, keys: int) -> torch.Tensor:
+    """The guess ``[R, 1]`` of each row from its sampled scores ``[R, S]``; as ``guess_kernel``, to its resolution."""
+    share = budget * samples.shape[1] / keys
+    place = math.ceil(share + 5.0 * share**0.5 + 4.0)
+    return samples.topk(place, -1).values[:, -1:]
+
+
+def measure(n: int, alpha: float, C: float, seed: int) -> dict[str, float]:
+    """Of one key/value head of Llama-3-8B: counts per key of the budget, and shares of all keys."""
+    geometry = dataclasses.replace(GEOMETRIES["llama3-8b"], heads=4, kv_heads=1)
+    inputs = make_inputs(geometry, 1, n, torch.bfloat16, torch.device("cpu"), [], seed)
+    query = inputs.query[0, :, 0].float()
+    budget = math.ceil(alpha * n**C)
+    center, spread = channel_moments(inputs.key, torch.zeros(1), torch.full((1,), n))
+    weighted, at_center = query * spread[0], (query @ center[0, 0])[:, None]
+    size = weighted.norm(dim=-1)[:, None]
+    scores, reaches, rough_reaches, exact = [], [], [], []
+    for begin in range(0, n, _KEYS_AT_ONCE):
+        key = inputs.key[:, :, begin : begin + _KEYS_AT_ONCE]
+        high, low, scale, coarse, residual = (t[0, 0] for t in encode_keys(key, center, spread))
+        whole = unpack_codes(high, low, key.shape[-1]).float()
+        part = unpack_codes(high, torch.zeros_like(low), key.shape[-1]).float()
+        scores.append(weighted @ whole.T * scale + at_center)
+        reaches.append(scores[-1] + size * residual.float())
+        rough_reaches.append(weighted @ part.T * scale + at_center + size * coarse.float())
+        exact.append(query @ key[0, 0].float().T)
+    score, reach, rough_reach, truth = (torch.cat(t, -1) for t in (scores, reaches, rough_reaches, exact))
+    samples = plan_for(1, 8, 4, 1, n, 128, budget).samples
+    at = n * (2 * torch.arange(samples) + 1) // (2 * samples)
+    guess = guess_of(score[:, at], budget, n)
+    chosen = torch.zeros_like(truth, dtype=torch.bool).scatter_(1, truth.topk(budget, -1).indices, True)
+    doubtful, listed = ~(rough_reach < guess), ~(reach < guess)
+    return {
+        "n": n,
+        "seed": seed,
+        "budget": budget,
+        "samples": samples,
+        "low_halves_share": float(doubtful.any(0).float().mean()),
+        "listed_per_row": float(listed.sum() / 4 / budget),
+        "listed_union": float(listed.any(0).sum() / budget),
+        "reached_per_row": float((truth >= guess).sum() / 4 / budget),
+        "chosen_union": float(chosen.any(0).sum() / budget),
+        "guess_holds": bool(((truth >= guess).sum(-1) >= budget).all()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072, 524288])
+    parser.add_argument("--alpha", type=float, default=4.0)
+    parser.add_argument("--C", type=float, default=0.6)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/candidates.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for n in arguments.lengths:
+        for seed in range(arguments.seeds):
+            rows.append(measure(n, arguments.alpha, arguments.C, seed))
+            print(json.dumps(rows[-1]), flush=True)
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu"), 1),
+        "alpha": arguments.alpha,
+        "C": arguments.C,
+        "rows": rows,
+    }
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
