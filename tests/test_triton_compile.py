@@ -57,7 +57,6 @@ QUICK = [
     "codes_gather-bf16-d64-q1-refine-bounds-tail",
     "codes_tail-bf16-d128",
     "search-bf16-d128",
-    "search-bf16-d64-tail",
     "topk_tail-fp32-d128-few_rows",
     "encode-bf16-d128",
 ]

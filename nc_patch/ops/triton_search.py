@@ -6,7 +6,6 @@ other: both divide rows into the same blocks.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ def search_rows(
     group = query.shape[1] // Hkv
     device = query.device
     architecture = architecture_of(device)
-    tiles = search_tiles(architecture, query.dtype, D, DV)
+    tiles = tiles_for(architecture, query.dtype, D, DV, 1)
     query, key, value = (addressable(x, tiles.keys) for x in (query, key, value))
     means = PageMeans(key, value) if tail is None else PageMeans(*(addressable(x, tiles.keys) for x in tail))
     begins = visible[..., 0] if origin is None else origin
@@ -74,12 +73,6 @@ def search_rows(
             **search_constants(D, DV, tiles, sinks is not None, softcap > 0, tail is not None),
             **compile_options(tiles, architecture),
         )
-
-
-def search_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> Tiles:
-    """Tiles for few rows. In float32 four warps leave too few registers for both kernels and a tail."""
-    tiles = tiles_for(architecture, dtype, head_dim, value_dim, 1)
-    return replace(tiles, warps=8) if dtype == torch.float32 else tiles
 
 
 def search_constants(
@@ -185,14 +178,12 @@ def search_kernel(
 
 
 def specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernel with every option, with a tail and without, for small and large heads."""
+    """The kernel with sinks and a soft-cap. With a tail as well it spills some registers on sm_80, and is not listed."""
     for dtype, head_dim, has_tail in (
-        (torch.bfloat16, 64, True),
         (torch.bfloat16, 128, False),
         (torch.bfloat16, 256, False),
-        (torch.float32, 128, True),
     ):
-        tiles = search_tiles(target, dtype, head_dim, head_dim)
+        tiles = tiles_for(target, dtype, head_dim, head_dim, 1)
         types = {
             **dict.fromkeys(("query", "key", "value", "mean_key", "mean_value", "output"), pointer_to(dtype)),
             **dict.fromkeys(("visible", "origin", "budget", "flags", "ties_end"), "*i32"),
