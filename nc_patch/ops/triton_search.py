@@ -178,7 +178,7 @@ def search_kernel(
 
 
 def specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernel with sinks and a soft-cap. With a tail as well it spills some registers on sm_80, and is not listed."""
+    """The kernel with sinks and a soft-cap. With a tail as well it spills some on sm_80: not listed."""
     for dtype, head_dim, has_tail in (
         (torch.bfloat16, 128, False),
         (torch.bfloat16, 256, False),
