@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
@@ -255,6 +256,15 @@ class _ResidentSampler(threading.Thread):
         self._done.set()
         self.join()
         return max(self._peak, self._process.memory_info().rss) - self._before
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that this process has had, in bytes (Linux).
+
+    ``getrusage`` will not do: its figure begins with that of the process which started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
 
 
 def _return_freed_memory() -> None:
