@@ -129,7 +129,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
     layout = Layout(
-        ascending(arguments.lengths), arguments.samples, arguments.scored, arguments.passage, arguments.seed
+        ascending(arguments.lengths), arguments.samples, arguments.scored, arguments.passage, arguments.seed[0]
     )
     return Sweep(
         model=arguments.model,
@@ -148,7 +148,14 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         iso_keys=tuple(sorted(set(arguments.iso_keys))) if arguments.match == "iso" else (),
         answer_tokens=arguments.answer_tokens,
         retry_failed=arguments.retry_failed,
+        more_seeds=_distinct(arguments.seed)[1:],
     )
+
+
+def _distinct(seeds: Sequence[int]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise EvalError(f"--seed takes different numbers from 0 on, got {' '.join(map(str, seeds))}")
+    return tuple(seeds)
 
 
 def _tasks(names: Sequence[str]) -> tuple[str, ...]:
@@ -215,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scored", type=_positive, default=256, help="last tokens that perplexity scores (default: 256)")
     add("--passage", type=_positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
     add("--answer-tokens", type=_positive, metavar="N", help="most tokens of an answer (default: as in the original)")
-    add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
+    add("--seed", type=int, nargs="+", default=[0], help="of what is drawn; each has --samples of its own (default: 0)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
     add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
     add("--backend", choices=list(BACKENDS), default="auto", help="of sparse attention (default: auto)")
