@@ -10,13 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.answers import Question, answer, build_question
 from eval_tasks.errors import EvalError, MemoryRanOut
-from eval_tasks.measure import measure
+from eval_tasks.measure import Attention, measure
 from eval_tasks.methods import budget_at, find_method
 from eval_tasks.presses import Press
 from eval_tasks.progress import Step
 from eval_tasks.synthetic import Material
 from eval_tasks.tasks import TASKS, TokenisedText
-from nc_patch import NCConfig
 
 if TYPE_CHECKING:
     from eval_tasks.sweep import Sweep
@@ -107,7 +106,7 @@ class Measurer:
 
         return build
 
-    def _attention(self, planned: Planned) -> NCConfig | Press | None:
+    def _attention(self, planned: Planned) -> Attention:
         method = find_method(planned.method)
         if method.press is None:
             return method.config(self.sweep.budgets.at(planned.length))

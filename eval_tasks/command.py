@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from eval_tasks.errors import EvalError
 from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
-from eval_tasks.measure import PHASES
+from eval_tasks.measure import PHASES, SPARSE_IN
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, Method, find_method, order_of
 from eval_tasks.models import DTYPES
 from eval_tasks.provenance import command_line
@@ -211,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
     add("--iso-keys", nargs="+", type=_positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")
     _add_within(parser)
-    add("--phase", choices=list(PHASES), default="all", help="what is sparse: everything, or what follows the context")
+    phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
+    add("--phase", choices=list(PHASES), default="all", help=f"what is sparse (default: all). {phases}")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")
     add("--samples", type=_positive, default=4, help="stretches of text at each length (default: 4)")

@@ -234,10 +234,10 @@ def _check_method(model: Any, method: Method, sweep: Sweep) -> None:
     """Tries a method on a few tokens, which also takes its one-off costs out of the first measurement."""
     if method.press is not None:
         find_press(method.press)
-        if sweep.phase != "question":
+        if sweep.phase not in ("question", "decode"):
             raise EvalError(
                 f"{method.name} compresses what a dense prefill left, which is not what the other methods do; measure "
-                "all of them that way with --phase question"
+                "all of them that way with --phase question or --phase decode"
             )
         return
     try:
@@ -311,11 +311,12 @@ def _measure_all(
             progress.begun_before(first_steps[number])
             for planned in group:
                 progress.starts(f"{planned.length:,} tokens, {planned.task}, {planned.method}")
+                began_row = time.monotonic()
                 row = measurer.row(planned)
                 if writes:
                     store.append(row | {"commit": source_commit, "process": ranks.rank})
-                if "seconds" in row:
-                    forecast.learn(planned.step, row["seconds"])
+                if "failed" not in row:
+                    forecast.learn(planned.step, time.monotonic() - began_row)
                 progress.finished()
     finally:
         progress.close()
