@@ -134,6 +134,20 @@ def nc_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
+    """Forward pre-hook of a patched attention module: what was switched to another implementation does not run dense.
+
+    Continuous batching switches to flash attention by itself where that is installed.
+    """
+    implementation = module.config._attn_implementation
+    if implementation != IMPLEMENTATION:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "
+            "since, by set_attn_implementation or by continuous batching: it would run dense. Call unpatch_model to "
+            "run it so, or patch_model again for sparse attention."
+        )
+
+
 def hand_on_cache(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -223,6 +237,10 @@ def _refuse_unsupported(
             raise UnsupportedModelError(
                 f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
             )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModelError(
+            f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch it."
+        )
     if dropout:
         raise UnsupportedModelError(
             f"{name} asks for attention dropout {dropout}, which sparse attention has not. Set attention_dropout to 0 "
