@@ -90,6 +90,7 @@ def nc_attention_forward(
     if dense_reason is not None:
         selection, budget = "dense", None
     else:
+        _check_heads(module, config.laws(layer), query.shape[1])
         key_of_law = (config.laws(layer), config.min_keys, config.law)
         budget = _once(attention_mask, ("budget", *key_of_law, Lk), lambda: budgets_of(config, layer, visible, Lk))
     index = means = None
@@ -239,7 +240,8 @@ def _refuse_unsupported(
             )
     if kwargs.get("output_attentions"):
         raise UnsupportedModelError(
-            f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch it."
+            f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
+            "the model."
         )
     if dropout:
         raise UnsupportedModelError(
@@ -248,6 +250,14 @@ def _refuse_unsupported(
         )
     if is_causal is False:
         raise UnsupportedModelError(f"{name} asks for attention that is not causal, which sparse attention cannot do.")
+
+
+def _check_heads(module: torch.nn.Module, laws: tuple[Any, ...], heads: int) -> None:
+    if len(laws) not in (1, heads):
+        raise UnsupportedModelError(
+            f"alpha and C are given for {len(laws)} heads, {type(module).__name__} has {heads} in this process (tensor "
+            "parallelism spreads them). Give one value per layer."
+        )
 
 
 def _mask_problem(module: torch.nn.Module, mask: Any) -> str:
