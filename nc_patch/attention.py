@@ -140,7 +140,8 @@ def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
 
     Continuous batching switches to flash attention by itself where that is installed.
     """
-    implementation = module.config._attn_implementation
+    config: Any = module.config
+    implementation = config._attn_implementation
     if implementation != IMPLEMENTATION:
         raise UnsupportedModelError(
             f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "

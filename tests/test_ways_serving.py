@@ -1,4 +1,4 @@
-"""Serving: pipelines, continuous batching, threads, inference mode; what is refused by name instead of running dense."""
+"""Serving: pipelines, continuous batching, threads, inference mode; what is refused instead of running dense."""
 
 import copy
 import threading
