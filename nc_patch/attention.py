@@ -239,7 +239,7 @@ def _refuse_unsupported(
             raise UnsupportedModelError(
                 f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
             )
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
         raise UnsupportedModelError(
             f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
             "the model."

@@ -100,7 +100,8 @@ class KeyIndexMixin:
             self.nc_indexes = {**self.nc_indexes, kind: index}
         else:
             index.extend(key, visible.shape[1], end, value)
-        self._nc_updated |= {kind}
+        if not torch.compiler.is_compiling():  # nothing settles there, and a graph would guard what it left
+            self._nc_updated |= {kind}
         return index
 
     def nc_done(self) -> None:

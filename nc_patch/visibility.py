@@ -126,12 +126,13 @@ def _apply_padding(
     index = torch.arange(length, device=padding.device)
     first = torch.where(padding, index, length).amin(-1, keepdim=True)
     stop = torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
-    # While decoding the padding only grows by tokens, and a capture must not read the device.
-    readable = not torch.compiler.is_compiling() and position.shape[-1] > 1
+    # A capture must not read the device.
+    capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    readable = not torch.compiler.is_compiling() and not capturing
     if readable and not bool((padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)).all()):
         raise UnsupportedMaskError(
             "the padding mask has holes: the tokens of a row must be one run, padded on the left or right. "
-            "Move the padding to one side of each row."
+            "Move the padding to one side of each row; to generate, to the left (tokenizer.padding_side = 'left')."
         )
     is_token = torch.gather(
         torch.nn.functional.pad(padding, (0, 1)), -1, position.clamp(max=length).expand(padding.shape[0], -1)
