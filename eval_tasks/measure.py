@@ -226,7 +226,7 @@ def prefilled(model: Any, context: torch.Tensor, attention: Attention = None) ->
     if not isinstance(attention, Press):
         model(input_ids=context[None], past_key_values=cache, **options)
         return cache
-    # By their positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
+    # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
     options["cache_position"] = torch.arange(len(context), device=context.device)
     with attention.compressing(model, len(context)):
         model(input_ids=context[None], past_key_values=cache, **options)
