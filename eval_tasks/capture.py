@@ -14,7 +14,7 @@ _NAME = "nc_capture"
 
 
 class Captured(NamedTuple):
-    """Query ``[1, Hq, L, D]``, key ``[1, Hkv, L, D]``, value ``[1, Hkv, L, Dv]`` of a layer, and the factor of scores."""
+    """A layer's query ``[1, Hq, L, D]``, key ``[1, Hkv, L, D]``, value ``[1, Hkv, L, Dv]``; the scores' factor."""
 
     query: torch.Tensor
     key: torch.Tensor

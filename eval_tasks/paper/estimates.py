@@ -21,6 +21,12 @@ def estimate(values: "Sequence[float] | np.ndarray") -> Estimate:
     return mean, mean - half, mean + half
 
 
+def geometric(values: "Sequence[float] | np.ndarray") -> Estimate:
+    """The geometric mean, and the interval of the mean of the logarithms: for counts that spread over decades."""
+    mean, low, high = estimate(np.log(np.asarray(values, dtype=np.float64)))
+    return math.exp(mean), None if low is None else math.exp(low), None if high is None else math.exp(high)
+
+
 def exponents(lengths: Sequence[int], counts: np.ndarray) -> np.ndarray:
     """The slope of log count against log n of each sample: counts ``[lengths, samples]`` → ``[samples]``."""
     return np.polyfit(np.log(lengths), np.log(counts), 1)[0]

@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from eval_tasks.matching import Budgets, not_above
+from nc_patch import sparse_attention
 from nc_patch.budget import Law as Kind
 from nc_patch.budget import budget_of
+from nc_patch.ops.reference import AttentionResult
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 
@@ -22,6 +27,24 @@ class Law:
     def budget(self, n: int) -> int:
         """Keys that a query attends which sees n."""
         return budget_of(n, self.alpha, self.C, law=self.kind)
+
+
+DENSE = Law("dense", 1.0, 1.0)
+
+
+def topk_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, law: Law, **options: Any
+) -> AttentionResult:
+    """The paper's sparse attention by ``nc_patch``: the k highest scores, no key for its place, the others dropped.
+
+    ``options`` are more arguments of ``sparse_attention``.
+    """
+    result = sparse_attention(
+        query, key, value, alpha=law.alpha, C=law.C, law=law.kind, sink_keys=0, recent_keys=0, tail="drop",
+        return_stats=True, **options,
+    )  # fmt: skip
+    assert isinstance(result, AttentionResult)
+    return result
 
 
 def equal_at(keys: int, length: int) -> list[Law]:
@@ -49,4 +72,4 @@ def equal_in_mean(keys: int, lengths: Sequence[int], exponent: float) -> Law:
             high = middle
     # The upper end itself is right for C = 0, where bisection only comes near to it.
     alpha = high if sum(budget_of(n, high, exponent) for n in lengths) <= keys * len(lengths) else low
-    return Law(f"n^{exponent:g}", alpha, exponent)
+    return Law(f"n^{exponent:g}, mean {keys}", alpha, exponent)

@@ -8,18 +8,18 @@ Since σ only scales the scores, one sorted row serves every σ; since attention
 partial sums in that order, one pass over the row serves every budget.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from eval_tasks.paper.estimates import estimate, exponents
-from eval_tasks.paper.laws import Law
+from eval_tasks.paper.estimates import estimate, exponents, geometric
+from eval_tasks.paper.laws import Law, topk_attention
 from eval_tasks.paper.theory import growing_spread
-from nc_patch import sparse_attention
 
 CHANNELS = 16
 VALUES = ("independent", "shared")
@@ -102,7 +102,7 @@ def attend(row: Row, sigma: float, budgets: Sequence[int]) -> Attended:
     weights = np.exp(sigma * (row.z - row.z[0]))
     weights /= weights.sum()
     cuts = np.unique([0, *budgets, n])
-    spans = [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    spans = [slice(a, b) for a, b in pairwise(cuts)]
     summed = partial(_partial_sums, spans=spans, weights=weights)
     mass, moment, noise = summed(np.ones((n, 1))), summed(row.z[:, None]), summed(row.values)
     some = np.maximum(mass, np.finfo(np.float64).tiny)  # sums over no key are zero, and so is what they are divided to
@@ -134,7 +134,7 @@ def losses(row: Row, sigma: float, budgets: Sequence[int]) -> dict[str, np.ndarr
 
 
 def _partial_sums(values: np.ndarray, spans: Sequence[slice], weights: np.ndarray) -> np.ndarray:
-    """The weighted sums of values ``[n, c]`` up to the end of each span, the empty sum first: ``[len(spans) + 1, c]``."""
+    """The weighted sums of values ``[n, c]`` up to each span's end, the empty sum first: ``[len(spans) + 1, c]``."""
     by_span = [weights[span] @ values[span] for span in spans]
     return np.concatenate((np.zeros((1, values.shape[1])), np.cumsum(by_span, axis=0)))
 
@@ -151,24 +151,21 @@ def supports(row: Row, sigma: float) -> dict[str, float]:
     return found
 
 
-def measure(
-    lengths: Sequence[int], seeds: Sequence[int], laws: Sequence[Law], mixed: Mapping[str, Sequence[Law]]
-) -> dict[str, Any]:
+def measure(lengths: Sequence[int], seeds: Sequence[int], laws: Sequence[Law], mixed: Sequence[Law]) -> dict[str, Any]:
     """All rows of all lengths, every spread and law.
 
     Args:
         lengths, seeds: the rows.
         laws: compared at every length.
-        mixed: name of a group of laws that are compared at every length too, but kept row by row: for means over
-            lengths.
+        mixed: more laws, for ``rows``.
 
     Returns:
-        ``errors``: a dict for each spread, length and law, of estimates over the seeds. ``supports``: one for each
+        ``errors``: a dict for each spread, length and law, of estimates over the seeds. ``supports``: geometric means for each
         spread and length. ``exponents``: one for each spread, of the slopes of the supports over all lengths.
         ``rows``: spread → law of ``mixed`` → measure → ``[lengths, seeds]``.
     """
     zero = Law("zero", 1.0, 0.0)
-    every = [zero, *laws, *(law for group in mixed.values() for law in group)]
+    every = [zero, *laws, *mixed]
     found: dict[tuple[str, int], list[dict[str, np.ndarray]]] = {}
     counted: dict[tuple[str, int], list[dict[str, float]]] = {}
     for n in lengths:
@@ -188,7 +185,7 @@ def measure(
         for place, law in enumerate(every[: 1 + len(laws)])
     ]
     support_rows = [
-        {"spread": spread, "n": n} | {name: estimate([one[name] for one in rows]) for name in rows[0]}
+        {"spread": spread, "n": n} | {name: geometric([one[name] for one in rows]) for name in rows[0]}
         for (spread, n), rows in counted.items()
     ]
     slopes = []
@@ -204,8 +201,7 @@ def measure(
                 name: np.array([table[spread.name, n][name][:, place] for n in lengths])
                 for name in table[spread.name, lengths[0]]
             }
-            for place, law in enumerate(every)
-            if place > len(laws)
+            for place, law in enumerate(mixed, 1 + len(laws))
         }
         for spread in SPREADS
     }
@@ -224,10 +220,8 @@ def library_difference(n: int, seed: int, sigma: float, law: Law) -> dict[str, f
     query, inputs = tensor(sigma * row.direction), tensor(row.inputs())
     found = {}
     for name, value in zip(VALUES, (tensor(row.values), inputs), strict=True):
-        result = sparse_attention(
-            query, inputs, value, alpha=law.alpha, C=law.C, law=law.kind, scale=1.0, sink_keys=0, recent_keys=0,
-            tail="drop", return_stats=True,
-        )  # fmt: skip
+        result = topk_attention(query, inputs, value, law, scale=1.0)
+        assert result.kept_mass is not None
         found[name] = float(np.abs(result.output.flatten().numpy() - exact.outputs[name][0]).max())
         found["kept_mass"] = abs(float(result.kept_mass) - float(exact.kept[0]))
     return found

@@ -1,10 +1,10 @@
 """What is expected where the scores of a row are independent and normal, N(0, σ²): so many keys hold so much.
 
-With Gaussian inputs x_j and a given query q, the scores q·W x_j are exactly that, with σ = ‖Wᵀq‖ times the scale: bounded
-weights keep σ bounded however long the context is. The weights exp(σ z) are lognormal, and tilting a normal density by
-exp(σ z) shifts it by σ: the mass lies on the keys with z near σ. While σ² < 2 ln n there are many of those and the law
-of large numbers gives what follows; beyond, the few largest keys hold the mass (the frozen phase of Derrida's random
-energy model), and how much each of them holds stays random.
+With Gaussian inputs x_j and a given query q, the scores q·W x_j are exactly that, with σ = ‖Wᵀq‖ times the scale:
+bounded weights keep σ bounded however long the context is. The weights exp(σ z) are lognormal, and tilting a normal
+density by exp(σ z) shifts it by σ: the mass lies on the keys with z near σ. While σ² < 2 ln n there are many of those
+and the law of large numbers gives what follows; beyond, the few largest keys hold the mass (the frozen phase of
+Derrida's random energy model), and how much each of them holds stays random.
 """
 
 import math
@@ -45,5 +45,5 @@ def kept_mass(n: int, k: float, sigma: float) -> float:
 
 
 def crossover_length(sigma: float) -> float:
-    """exp(σ²/2): with a fixed σ, a row of fewer keys is frozen (its support is O(1)), in a longer one support grows as n."""
+    """exp(σ²/2): at a fixed σ the support of a row of fewer keys is O(1), and from there on it grows as n."""
     return math.exp(sigma * sigma / 2.0)
