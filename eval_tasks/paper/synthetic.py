@@ -160,8 +160,9 @@ def measure(lengths: Sequence[int], seeds: Sequence[int], laws: Sequence[Law], m
         mixed: more laws, for ``rows``.
 
     Returns:
-        ``errors``: a dict for each spread, length and law, of estimates over the seeds. ``supports``: geometric means for each
-        spread and length. ``exponents``: one for each spread, of the slopes of the supports over all lengths.
+        ``errors``: a dict for each spread, length and law, of estimates over the seeds.
+        ``supports``: one for each spread and length, of geometric means over the seeds.
+        ``exponents``: one for each spread, of the slopes of the supports over all lengths.
         ``rows``: spread → law of ``mixed`` → measure → ``[lengths, seeds]``.
     """
     zero = Law("zero", 1.0, 0.0)
