@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from eval_tasks.figures import logarithmic_y
 from eval_tasks.paper.theory import entropy_support, growing_spread, mass_share, support_exponent
 
 Record = dict[str, Any]
@@ -67,6 +68,7 @@ def mixed_figure(synthetic: Record, model: Record) -> Figure:
             own = synthetic["mixed"]["rows"][spread]["dropped_mass"]
             _against_fixed(axis, own, loss, label, colour, "o")
         axis.set(title=f"Gaussian inputs: dropped mass, {title}")
+        logarithmic_y(axis)
     for axis, (title, loss) in zip(axes[2:], what, strict=True):
         for name, label, colour, marker in (
             ("dropped_mass", "dropped mass", "#D55E00", "o"),
@@ -142,7 +144,8 @@ def _exponents(record: Record) -> Figure:
             fmt="o", markersize=5, color=colour, label=_spread_title(name),
         )  # fmt: skip
         dense = np.geomspace(lengths[0], lengths[-1], 100)
-        axes[0].plot(dense, [entropy_support(n, _sigma(name, n)) for n in dense], color=colour, linewidth=1.2)
+        expected = np.array([entropy_support(n, _sigma(name, n)) for n in dense])
+        axes[0].plot(dense, np.where(expected > 1, expected, np.nan), color=colour, linewidth=1.2)
     _log_lengths(axes[0], lengths)
     axes[0].set_yscale("log")
     axes[0].set(title="entropy support exp(H); lines: n·exp(−σ²/2)", ylabel="keys")
@@ -167,7 +170,7 @@ def _exponents(record: Record) -> Figure:
     title = f"exponent fitted over n = {lengths[0]:,} … {lengths[-1]:,}"
     axes[1].set(title=title, xlabel="s, where σ² = s²·2·ln n", ylabel="C", ylim=(-0.03, 1.03))
     axes[1].grid(alpha=0.3)
-    axes[1].legend(fontsize=9, loc="lower left")
+    axes[1].legend(fontsize=9, loc="upper right")
     return figure
 
 
@@ -226,7 +229,7 @@ def _by_length(axis: Axes, rows: Rows, value: Value, title: str, logarithmic: bo
             )  # fmt: skip
     _log_lengths(axis, sorted({row["n"] for row in rows}))
     if logarithmic:
-        axis.set_yscale("log")
+        logarithmic_y(axis)
     axis.set_title(title)
 
 
