@@ -14,6 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from eval_tasks.figures import logarithmic_y
 from eval_tasks.paper.theory import entropy_support, growing_spread, mass_share, support_exponent
+from eval_tasks.smollm2 import SMOLLM2
 
 Record = dict[str, Any]
 Rows = Sequence[Record]
@@ -76,7 +77,7 @@ def mixed_figure(synthetic: Record, model: Record) -> Figure:
             ("output_error", "largest output error", "#009E73", "^"),
         ):
             _against_fixed(axis, model["mixed"]["rows"][name], loss, label, colour, marker)
-        axis.set(title=f"SmolLM2: {title}" if model["model"] == "smollm2" else f"{model['model']}: {title}")
+        axis.set(title=f"{_model_title(model)}: {title}")
     for axis in axes:
         axis.axhline(1.0, color="#000000", linewidth=1.0, linestyle=":")
         axis.set(xlabel="C of k = α·n^C, α set for equal mean cost", ylabel="loss relative to the fixed budget's")
@@ -98,7 +99,7 @@ def _bounded(record: Record) -> Figure:
     for axis, (title, value) in zip(axes, panels, strict=True):
         shown = [row for row in rows if value is not _dropped or row["law"] != "zero"]
         _by_length(axis, shown, value, title, logarithmic=value is not _dropped)
-    _law_legend(figure, axes[0])
+    _shared_legend(figure, axes[0])
     figure.suptitle("Bounded weights: scores N(0, σ²) with σ = 2 at every n")
     return figure
 
@@ -113,7 +114,7 @@ def _growing(record: Record) -> Figure:
     )
     for axis, (title, value) in zip(axes, panels, strict=True):
         _by_length(axis, rows, value, title, logarithmic=True)
-    _law_legend(figure, axes[0])
+    _shared_legend(figure, axes[0])
     figure.suptitle("Spread that grows: scores N(0, ln n), whose entropy support is n^0.5")
     return figure
 
@@ -128,8 +129,9 @@ def _model(record: Record) -> Figure:
     for axis, (title, value) in zip(axes, panels, strict=True):
         _by_length(axis, record["errors"], value, title, logarithmic=False)
         axis.set_ylim(bottom=0)
-    _law_legend(figure, axes[0])
-    figure.suptitle(f"{record['model']}: exact top-k, {len(record['layers'])} layers, all laws equal at one length")
+    _shared_legend(figure, axes[0])
+    title = f"exact top-k, {len(record['layers'])} layers, all laws equal at one length"
+    figure.suptitle(f"{_model_title(record)}: {title}")
     return figure
 
 
@@ -168,7 +170,7 @@ def _exponents(record: Record) -> Figure:
     ]
     axes[1].plot(grid, finite, color="#0072B2", linestyle="--", label="keys that hold 95 %, expected over these n")
     title = f"exponent fitted over n = {lengths[0]:,} … {lengths[-1]:,}"
-    axes[1].set(title=title, xlabel="s, where σ² = s²·2·ln n", ylabel="C", ylim=(-0.03, 1.03))
+    axes[1].set(title=title, xlabel="s, where σ² = s²·2·ln n", ylabel="C", ylim=(-0.05, 1.5))
     axes[1].grid(alpha=0.3)
     axes[1].legend(fontsize=9, loc="upper right")
     return figure
@@ -189,9 +191,9 @@ def _heads(record: Record) -> Figure:
         measured = [head["counts"]["mass 0.95"][-1] for head in heads]
         axes[2].plot(expected, measured, "o", color=colours[layer], label=f"layer {layer}")
     _log_lengths(axes[0], lengths)
-    axes[0].set_yscale("log")
+    logarithmic_y(axes[0])
     axes[0].set(title="keys that hold 95 %, median over heads", ylabel="keys")
-    axes[0].legend(fontsize=8, ncols=2)
+    _shared_legend(figure, axes[0])
     axes[1].set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes[1].set(title="C fitted to them; a dot a head, line: median", xlabel="layer", ylabel="C")
     axes[1].axhline(1.0, color="#000000", linewidth=1, linestyle=":")
@@ -201,7 +203,7 @@ def _heads(record: Record) -> Figure:
     axes[2].axline((10, 10), (100, 100), color="#000000", linewidth=1, linestyle=":")
     axes[2].set_title(f"keys that hold 95 % at n = {lengths[-1]:,}, a dot a head")
     axes[2].grid(alpha=0.3)
-    figure.suptitle(f"{record['model']}: how many keys hold the mass")
+    figure.suptitle(f"{_model_title(record)}: how many keys hold the mass")
     return figure
 
 
@@ -246,13 +248,17 @@ def _bars(estimates: Iterable[Sequence[Any]]) -> np.ndarray | None:
     return np.maximum(0.0, np.stack((mean - low, high - mean)))
 
 
-def _law_legend(figure: Figure, axis: Axes) -> None:
+def _shared_legend(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(10, len(labels)))
+
+
+def _model_title(record: Record) -> str:
+    return "SmolLM2" if record["model"] == SMOLLM2 else str(record["model"])
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.6 * columns, 4.3 * rows), layout="constrained")
+    figure = Figure(figsize=((5.6 if columns < 3 else 4.4) * columns, 4.2 * rows), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
