@@ -162,13 +162,14 @@ def _exponents(record: Record) -> Figure:
     ):
         bars = _bars(row[name] for row in slopes)
         axes[1].errorbar(s, [row[name][0] for row in slopes], bars, fmt=marker, color=colour, label=label)
+    unfrozen = grid[grid <= 1]
     finite = [
         np.polyfit(np.log(lengths), [np.log(max(1.0, n * mass_share(growing_spread(n, x), 0.05))) for n in lengths], 1)[
             0
         ]
-        for x in grid
+        for x in unfrozen
     ]
-    axes[1].plot(grid, finite, color="#0072B2", linestyle="--", label="keys that hold 95 %, expected over these n")
+    axes[1].plot(unfrozen, finite, color="#0072B2", linestyle="--", label="keys that hold 95 %, expected over these n")
     title = f"exponent fitted over n = {lengths[0]:,} … {lengths[-1]:,}"
     axes[1].set(title=title, xlabel="s, where σ² = s²·2·ln n", ylabel="C", ylim=(-0.05, 1.5))
     axes[1].grid(alpha=0.3)
@@ -201,7 +202,7 @@ def _heads(record: Record) -> Figure:
     axes[1].grid(alpha=0.3)
     axes[2].set(xscale="log", yscale="log", xlabel="keys expected from normal scores", ylabel="keys measured")
     axes[2].axline((10, 10), (100, 100), color="#000000", linewidth=1, linestyle=":")
-    axes[2].set_title(f"keys that hold 95 % at n = {lengths[-1]:,}, a dot a head")
+    axes[2].set_title(f"the same at n = {lengths[-1]:,}, a dot a head")
     axes[2].grid(alpha=0.3)
     figure.suptitle(f"{_model_title(record)}: how many keys hold the mass")
     return figure
