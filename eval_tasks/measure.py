@@ -83,7 +83,7 @@ def measure(model: Any, attention: NCConfig | Press | None, sample: Sample, phas
 
 @contextlib.contextmanager
 def memory_watched(tokens: int) -> Iterator[None]:
-    """Turns an error of memory within the block into ``MemoryRanOut``, once what was allocated there is free again."""
+    """Raises ``MemoryRanOut`` for an error of memory within the block, once what was allocated there is free again."""
     try:
         yield
         return
@@ -132,7 +132,7 @@ def _measure(model: Any, attention: NCConfig | Press | None, sample: Sample, pha
 
 
 def prefilled(model: Any, context: torch.Tensor, attention: NCConfig | Press | None) -> DynamicCache:
-    """The cache of a dense prefill, compressed where a press is given."""
+    """The cache of a dense prefill of ``context``, int64 ``[N]``; compressed where a press is given."""
     cache = DynamicCache(config=model.config)
     with attention.compressing(model, len(context)) if isinstance(attention, Press) else contextlib.nullcontext():
         model(input_ids=context[None], past_key_values=cache, use_cache=True, **only_last(model, 1))
