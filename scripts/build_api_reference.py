@@ -98,7 +98,7 @@ def source_of(module: str) -> Path:
 
 
 def public_names(module: str) -> list[Public]:
-    """The public functions and classes of a module: its ``__all__``, or else what it defines without a leading ``_``."""
+    """The public functions and classes of a module: its ``__all__``, else what it defines without leading ``_``."""
     tree = ast.parse(source_of(module).read_text(encoding="utf-8"))
     defined = {node.name: node for node in tree.body if isinstance(node, Definition)}
     exported = _exported(tree)
