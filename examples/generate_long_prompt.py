@@ -23,9 +23,7 @@ has_template = tokenizer.chat_template is not None
 options = {"use_chat_template": has_template, "new_tokens": 16}
 sample = synthesize(GENERATORS["niah_single_2"], tokenizer, arguments.length, 0, 0, **options)
 prompt = tokenizer(sample.prompt, return_tensors="pt", add_special_tokens=not has_template).to(model.device)
-print(
-    f"{prompt['input_ids'].shape[1]} tokens, ending in: {sample.prompt[-120:]!r}\nexpected: {', '.join(sample.answers)}"
-)
+print(f"{prompt['input_ids'].shape[1]} tokens, which hide {', '.join(sample.answers)} and end with the question for it")
 
 for name in ("dense", f"alpha={arguments.alpha:g}, C={arguments.C:g}"):
     if name != "dense":

@@ -1,4 +1,4 @@
-"""Perplexity of the same last tokens under a growing context: dense, top-k of a growing budget, and a window of as many keys."""
+"""Perplexity of the same last tokens under a growing context: dense, top-k, and a window of as many keys."""
 
 import argparse
 import math

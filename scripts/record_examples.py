@@ -6,6 +6,7 @@ The lines of a block that begin with "$ " run one after the other in one shell, 
 that goes on in the background ends with its block.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,10 @@ def record(block: str) -> str:
     commands = [line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")]
     steps = [f"{command}\necho '{_MARK}'" for command in commands]
     script = "\n".join(["set -e", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *steps])
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     printed = done.stdout.split(f"{_MARK}\n")[:-1]
     if done.returncode != 0 or len(printed) != len(commands):
         raise RuntimeError(f"a command of the block ended with {done.returncode}:\n{block}\n{done.stderr}")
