@@ -222,8 +222,14 @@ def attending(model: Any, attention: Attention, tail: int | None) -> Iterator[Ca
 def prefilled(model: Any, context: torch.Tensor, attention: Attention = None) -> DynamicCache:
     """The cache of a prefill of ``context``, int64 ``[N]``; compressed where a press is given."""
     cache = DynamicCache(config=model.config)
-    with attention.compressing(model, len(context)) if isinstance(attention, Press) else contextlib.nullcontext():
-        model(input_ids=context[None], past_key_values=cache, use_cache=True, **only_last(model, 1))
+    options: dict[str, Any] = {"use_cache": True, **only_last(model, 1)}
+    if not isinstance(attention, Press):
+        model(input_ids=context[None], past_key_values=cache, **options)
+        return cache
+    # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
+    options["cache_position"] = torch.arange(len(context), device=context.device)
+    with attention.compressing(model, len(context)):
+        model(input_ids=context[None], past_key_values=cache, **options)
     return cache
 
 
