@@ -82,14 +82,11 @@ def laws() -> str:
     longest = max(length for _, length, _ in found)
     rows = []
     for method in dict.fromkeys(method for task, _, method in found if task == "recall"):
-        own = [found.get((task, longest, method)) for task in ("perplexity", "recall")]
-        if None not in own:
-            keys, share = own[0]["tail_mean_keys"], own[0]["tail_attended_fraction"]
-            rows.append(
-                [f"`{method}`", f"{float(keys):.0f}", _percent(float(share)), *(f"{float(r['perplexity']):.3g}" for r in own)]
-            )
-    header = ["", "keys", "share", "perplexity", "recall perplexity"]
-    return _markdown([f"{longest:,} tokens", *header[1:]], rows)
+        text, recall = (found.get((task, longest, method)) for task in ("perplexity", "recall"))
+        if text is not None and recall is not None:
+            read = [f"{float(text['tail_mean_keys']):.0f}", _percent(float(text["tail_attended_fraction"]))]
+            rows.append([f"`{method}`", *read, *(f"{float(row['perplexity']):.3g}" for row in (text, recall))])
+    return _markdown([f"{longest:,} tokens", "keys", "share", "perplexity", "recall perplexity"], rows)
 
 
 def times() -> str:
@@ -108,7 +105,9 @@ def times() -> str:
         if row["method"] != "dense"
     ]
     speedup = prefill["whole_forward"]["speedup"]
-    rows += [[f"`{n}`, {prefill['tokens']:,} tokens at once", f"{1 / s:.2f}"] for n, s in speedup.items() if n != "dense"]
+    rows += [
+        [f"`{n}`, {prefill['tokens']:,} tokens at once", f"{1 / s:.2f}"] for n, s in speedup.items() if n != "dense"
+    ]
     return _markdown(["", "time over dense"], rows)
 
 

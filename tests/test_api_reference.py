@@ -1,13 +1,12 @@
 """The API reference: up to date, and made of docstrings that say what a caller needs."""
 
 import ast
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from script_modules import load_script
 
 import nc_patch
 
@@ -15,15 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("nc_patch", "eval_tasks")
 
 
-def _script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = _script("build_api_reference")
+reference = load_script("build_api_reference")
 
 
 def _listed():
