@@ -119,7 +119,7 @@ def _cell(nats: list[float], dense: list[float]) -> str:
     if not nats:
         return ""
     ratio = math.exp(statistics.fmean(nats) - statistics.fmean(dense))
-    return (f"{ratio:.3f}" if ratio < 10 else f"{ratio:.0f}") + (" (one sample)" if len(nats) == 1 else "")
+    return (f"{ratio:.3f}" if ratio < 10 else f"{ratio:.1f}") + (" (one sample)" if len(nats) == 1 else "")
 
 
 def _setting(options: dict[str, object] | None) -> str:
