@@ -168,12 +168,16 @@ class NCConfig:
         """The budget law: how many of ``n`` visible keys a query attends.
 
         Args:
-            n: number of visible keys, an int or an int tensor of any shape.
+            n: number of visible keys, an int or an int tensor ``[...]`` of any shape.
             layer: layer index; needed when alpha or C are per layer.
             head: query head; needed when alpha or C are per layer and head.
 
         Returns:
             An int for an int, an int32 tensor of the same shape and device for a tensor.
+
+        Raises:
+            ValueError: a negative ``n``, or no layer or head where alpha or C need one.
+            TypeError: a tensor that does not hold integers.
         """
         alpha, C = _pick("alpha", self.alpha, layer, head), _pick("C", self.C, layer, head)
         if not isinstance(n, torch.Tensor):
@@ -223,7 +227,12 @@ class NCConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NCConfig":
-        """The config that ``to_dict`` wrote; unknown names are refused."""
+        """The config that ``to_dict`` wrote.
+
+        Raises:
+            TypeError: an unknown name, a value of a wrong type, or no mapping at all.
+            ValueError: a value outside its range.
+        """
         if not isinstance(values, Mapping):
             raise TypeError(f"a config is a mapping of names to values, got {type(values).__name__}")
         return cls(**_known_options(dict(values)))
@@ -234,7 +243,7 @@ class NCConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "NCConfig":
-        """The config that ``to_json`` wrote."""
+        """The config that ``to_json`` wrote; raises as ``from_dict``, and ValueError for what is no JSON."""
         return cls.from_dict(json.loads(text))
 
 
