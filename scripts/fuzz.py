@@ -2,7 +2,7 @@
 """Fuzzes attention for as long as wanted, and records what was run: ``scripts/fuzz.py --cases 10000``.
 
 Cases are drawn as in ``tests/test_fuzz.py``, seeds counting up from ``--first``; each is held against the float64
-reference. ``--triton`` runs the Triton kernels in the interpreter instead, fewer and smaller cases. A case that fails is
+reference. ``--triton`` runs the Triton kernels in the interpreter instead, on smaller cases. A case that fails is
 printed with its seed, and the exit code is 1. ``--record FILE`` adds what was run to a JSON file; mismatches that were
 found earlier, and mended, are those of ``tests/fuzz_seeds.json``.
 """

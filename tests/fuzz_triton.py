@@ -54,7 +54,7 @@ def check_kernel(kernel: str, seed: int) -> str | None:
         return fuzz_checks.check_call(random_kernel_call(kernel, seed), f"triton {kernel} {seed}")
 
 
-class _small_tiles:  # noqa: N801
+class _small_tiles:
     """Tiles with which short inputs cross many, in two of three cases; the kernels' own in the others."""
 
     def __init__(self, seed: int) -> None:
