@@ -7,7 +7,6 @@ own for each method, and of the operator at growing lengths, which must grow lin
 
 import argparse
 import json
-import resource
 import shlex
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from eval_tasks.measure import peak_resident_bytes
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
@@ -120,14 +120,9 @@ def operator_memory(length: int) -> int:
     query, key = torch.randn(1, 9, length, 64), torch.randn(1, 3, length, 64)
     with torch.inference_mode():
         sparse_attention(query[:, :, :256], key[:, :, :256], key[:, :, :256], alpha=4.0, C=0.6, selection="block")
-        before = peak()
+        before = peak_resident_bytes()
         sparse_attention(query, key, key, alpha=4.0, C=0.6, selection="block")
-    return peak() - before
-
-
-def peak() -> int:
-    """Peak resident bytes of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes() - before
 
 
 def in_own_process(arguments: argparse.Namespace, *options: str) -> int:
@@ -136,30 +131,9 @@ def in_own_process(arguments: argparse.Namespace, *options: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--memory-lengths", type=int, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--repeats", type=int, default=3, help="of attention alone (default: 3)")
-    parser.add_argument("--forward-repeats", type=int, default=3, help="of the whole forward pass (default: 3)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/prefill_cpu.json"))
-    parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
-    parser.add_argument("--operator-memory", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.operator_memory:
-        print(operator_memory(arguments.operator_memory))
-        return
-    if "dense" not in arguments.methods:
-        parser.error("--methods must hold dense, which the others are compared with")
+def times(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The record of a run without its memory."""
     model, ids = load(arguments.model, arguments.length)
-    if arguments.memory_of:
-        forward(model, ids, METHODS[arguments.memory_of])
-        print(peak())
-        return
     captured = capture(model, ids)
     alone = attention_alone(captured, arguments.repeats)
     for row in alone:
@@ -172,7 +146,7 @@ def main() -> None:
     }
     whole = compared(interleaved(runs, arguments.forward_repeats)) | {"attended_fraction": fractions}
     print("whole forward", {name: round(x, 2) for name, x in whole["speedup"].items()}, fractions, flush=True)
-    record = {
+    return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
         "versions": versions(),
@@ -182,6 +156,34 @@ def main() -> None:
         "whole_forward": whole,
         "attention_alone": alone,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--memory-lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--repeats", type=int, default=3, help="of attention alone (default: 3)")
+    parser.add_argument("--forward-repeats", type=int, default=3, help="of the whole forward pass (default: 3)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/prefill_cpu.json"))
+    parser.add_argument("--memory-only", action="store_true", help="keep the times that --out holds")
+    parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--operator-memory", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.operator_memory:
+        print(operator_memory(arguments.operator_memory))
+        return
+    if "dense" not in arguments.methods:
+        parser.error("--methods must hold dense, which the others are compared with")
+    if arguments.memory_of:
+        model, ids = load(arguments.model, arguments.length)
+        forward(model, ids, METHODS[arguments.memory_of])
+        print(peak_resident_bytes())
+        return
+    record = json.loads(arguments.out.read_text()) if arguments.memory_only else times(arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     length = str(arguments.length)
