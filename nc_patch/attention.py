@@ -9,13 +9,13 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from nc_patch.cache import LayerCache, layer_cache
 from nc_patch.config import NCConfig
-from nc_patch.errors import UnsupportedMaskError, UnsupportedModelError
+from nc_patch.errors import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError
 from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
 from nc_patch.stats import LayerCounters, tally
-from nc_patch.visibility import Visibility, interval_mask, is_packed, is_plain_causal
+from nc_patch.visibility import Visibility, interval_mask, is_packed, is_plain_causal, made_for
 
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
 IMPLEMENTATION = "nc_sparse"
@@ -83,6 +83,7 @@ def nc_attention_forward(
         output = _sdpa(query, key, value, attention_mask, scale, softcap, s_aux, module)
         return output.transpose(1, 2).contiguous(), None
     assert attention_mask is not None
+    _refuse_missing_keys(module, layer, attention_mask, Lk)
     visible, origin = _once(attention_mask, ("visibility",), lambda: Visibility.unpack(attention_mask))
     if visible.shape[0] != B:
         visible, origin = visible.expand(B, -1, -1), origin.expand(B, -1)
@@ -230,6 +231,17 @@ def _refuse_unsupported(
         )
     if is_causal is False:
         raise UnsupportedModelError(f"{name} asks for attention that is not causal, which sparse attention cannot do.")
+
+
+def _refuse_missing_keys(module: torch.nn.Module, layer: int, mask: torch.Tensor, key_length: int) -> None:
+    """A layer that has fewer keys than the first, by whose keys masks are made, was missed by a call that failed."""
+    expected = None if torch.compiler.is_compiling() else made_for(mask)
+    if expected is not None and key_length < expected:
+        raise BrokenCacheError(
+            f"{type(module).__name__} of layer {layer} has {key_length} keys, and its mask is for {expected}: a call "
+            "that failed has left the cache half-updated. Start with a new cache, cache.reset() this one, or crop all "
+            "layers to the n tokens there were: layer.crop(n - layer.get_seq_length())."
+        )
 
 
 def _mask_problem(module: torch.nn.Module, mask: Any) -> str:
