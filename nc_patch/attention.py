@@ -91,6 +91,7 @@ def nc_attention_forward(
     if dense_reason is not None:
         selection, budget = "dense", None
     else:
+        _check_heads(module, config.laws(layer), query.shape[1])
         key_of_law = (config.laws(layer), config.min_keys, config.law)
         budget = _once(attention_mask, ("budget", *key_of_law, Lk), lambda: budgets_of(config, layer, visible, Lk))
     index = means = None
@@ -133,6 +134,21 @@ def nc_attention_forward(
             patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None
         )
     return output.transpose(1, 2).contiguous(), None
+
+
+def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
+    """Forward pre-hook of a patched attention module: what was switched to another implementation does not run dense.
+
+    Continuous batching switches to flash attention by itself where that is installed.
+    """
+    config: Any = module.config
+    implementation = config._attn_implementation
+    if implementation != IMPLEMENTATION:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "
+            "since, by set_attn_implementation or by continuous batching: it would run dense. Call unpatch_model to "
+            "run it so, or patch_model again for sparse attention."
+        )
 
 
 def hand_on_cache(
@@ -224,6 +240,11 @@ def _refuse_unsupported(
             raise UnsupportedModelError(
                 f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
             )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModelError(
+            f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
+            "the model."
+        )
     if dropout:
         raise UnsupportedModelError(
             f"{name} asks for attention dropout {dropout}, which sparse attention has not. Set attention_dropout to 0 "
@@ -241,6 +262,14 @@ def _refuse_missing_keys(module: torch.nn.Module, layer: int, mask: torch.Tensor
             f"{type(module).__name__} of layer {layer} has {key_length} keys, and its mask is for {expected}: a call "
             "that failed has left the cache half-updated. Start with a new cache, cache.reset() this one, or crop all "
             "layers to the n tokens there were: layer.crop(n - layer.get_seq_length())."
+        )
+
+
+def _check_heads(module: torch.nn.Module, laws: tuple[Any, ...], heads: int) -> None:
+    if len(laws) not in (1, heads):
+        raise UnsupportedModelError(
+            f"alpha and C are given for {len(laws)} heads, {type(module).__name__} has {heads} in this process (tensor "
+            "parallelism spreads them). Give one value per layer."
         )
 
 
