@@ -15,20 +15,13 @@ from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
 from nc_patch.stats import LayerCounters, tally
-from nc_patch.visibility import Visibility, interval_mask, is_packed, is_plain_causal, made_for
+from nc_patch.support import REFUSED_ARGUMENTS
+from nc_patch.visibility import Visibility, interval_mask, is_bidirectional, is_packed, is_plain_causal, made_for
 
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
 IMPLEMENTATION = "nc_sparse"
 # The attribute of an attention module that holds its LayerPatch.
 PATCH_ATTRIBUTE = "_nc_patch"
-
-# Arguments by which a model asks of attention what cannot be had by attending fewer keys.
-_REFUSED_ARGUMENTS = {
-    "position_bias": "adds a learned bias to every score",
-    "indices": "brings its own sparse attention",
-    "block_indices": "brings its own sparse attention",
-    "cache": "uses a paged cache (continuous batching)",
-}
 
 
 @dataclass(frozen=True)
@@ -65,12 +58,17 @@ def nc_attention_forward(
         UnsupportedModelError: the model asks for what sparse attention cannot do.
     """
     patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
-    _refuse_unsupported(module, dropout, is_causal, kwargs)
+    crosses = patch is None and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)
+    _refuse_unsupported(module, dropout, None if crosses else is_causal, kwargs)
     B, _, Lq, Lk = check_tensors(query, key, value, s_aux)
     scale = check_scale(scaling, softcap, query.shape[-1])
     config = NCConfig(1.0, 1.0) if patch is None else patch.config
     layer = 0 if patch is None else patch.layer
     started = nc_layer_cache is not None and nc_layer_cache.started
+    if nc_layer_cache is not None and nc_layer_cache.taken:
+        nc_layer_cache = None
+    elif nc_layer_cache is not None:
+        nc_layer_cache.taken = True
     # A prompt in pieces, whose last may be short, chooses blocks as if it were whole.
     several_decode = started and Lq <= MAX_DECODE_QUERIES and not config.prefill == config.decode == "block"
     decoding = Lq == 1 or several_decode
@@ -78,11 +76,16 @@ def nc_attention_forward(
     dense_reason = _dense_reason(patch, config, layer, selection)
 
     if not is_packed(attention_mask):
-        if attention_mask is None or dense_reason is None:
+        if dense_reason is None or (attention_mask is None and not crosses):
             raise UnsupportedMaskError(_mask_problem(module, attention_mask))
-        output = _sdpa(query, key, value, attention_mask, scale, softcap, s_aux, module)
+        output = _sdpa(query, key, value, attention_mask, scale, softcap, s_aux, module, causal=not crosses)
         return output.transpose(1, 2).contiguous(), None
     assert attention_mask is not None
+    if patch is not None and is_bidirectional(attention_mask):
+        raise UnsupportedMaskError(
+            f"{type(module).__name__} got a bidirectional mask, and sparse attention is causal. Unpatch the model, or "
+            "use it as a decoder."
+        )
     _refuse_missing_keys(module, layer, attention_mask, Lk)
     visible, origin = _once(attention_mask, ("visibility",), lambda: Visibility.unpack(attention_mask))
     if visible.shape[0] != B:
@@ -156,7 +159,9 @@ def hand_on_cache(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a patched attention module: hands the layer of the cache on to the attention function."""
     cache = kwargs.get("past_key_values")
-    found = None if cache is None else layer_cache(cache, getattr(module, "layer_idx", None))
+    # A module that several layers share is told which of them it stands for.
+    layer = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
+    found = None if cache is None else layer_cache(cache, layer)
     return None if found is None else (args, {**kwargs, "nc_layer_cache": found})
 
 
@@ -235,7 +240,7 @@ def _refuse_unsupported(
     module: torch.nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]
 ) -> None:
     name = type(module).__name__
-    for argument, what in _REFUSED_ARGUMENTS.items():
+    for argument, what in REFUSED_ARGUMENTS.items():
         if kwargs.get(argument) is not None:
             raise UnsupportedModelError(
                 f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
@@ -296,8 +301,9 @@ def _sdpa(
     softcap: float | None,
     sinks: torch.Tensor | None,
     module: torch.nn.Module,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """PyTorch's dense attention; without a mask plain causal, for which Lq must be 1 or Lk."""
+    """PyTorch's dense attention; without a mask plain causal, for which Lq must be 1 or Lk, or of all keys."""
     if softcap is not None or sinks is not None:
         raise UnsupportedMaskError(
             f"{_mask_problem(module, mask)} This layer cannot be left dense: SDPA has no soft-cap and no sinks."
@@ -312,7 +318,7 @@ def _sdpa(
         value,
         attn_mask=mask,
         scale=scale,
-        is_causal=mask is None and query.shape[2] > 1,
+        is_causal=causal and mask is None and query.shape[2] > 1,
         enable_gqa=group > 1,
     )
 
