@@ -234,8 +234,10 @@ def _kept_index(
 ) -> KeyIndex | None:
     """The index of a kind that a cache layer keeps, brought up to date; None where the cache can keep none."""
     layer = None if cache is None else cache.layer
-    if layer is None or (kind not in layer.nc_indexes and torch.compiler.is_compiling()):
+    if layer is None:
         return None
+    if torch.compiler.is_compiling() and (kind not in layer.nc_indexes or layer.nc_unstarted(kind)):
+        return None  # what would have to be built waits for a call outside the graph
     return layer.nc_update(key, value, visible, origin, kind, config.block_size, config.backend)
 
 

@@ -156,7 +156,7 @@ def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     first = torch.where(padding, index, padding.shape[-1]).amin(-1, keepdim=True)
     stop = torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
     whole = padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)
-    # A capture must not read the device. Decoding is looked at too: generating after padding on the right leaves a hole.
+    # Decoding too: generating after padding on the right leaves a hole. A capture must not read the device.
     capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if not torch.compiler.is_compiling() and not capturing and not bool(whole.all()):
         raise UnsupportedMaskError(

@@ -34,10 +34,10 @@ def full(family: str = "llama", **options: object) -> PreTrainedModel:
     return patch_model(tiny_model(family), *FULL, **options)
 
 
-def full_and_small(family: str) -> list[tuple[PreTrainedModel, PreTrainedModel]]:
+def full_and_small(family: str, **options: object) -> list[tuple[PreTrainedModel, PreTrainedModel]]:
     """Models and what must give their numbers: a full budget with the dense model, a small one with itself."""
-    model = small(family)
-    return [(full(family), tiny_model(family)), (model, model)]
+    model = small(family, **options)
+    return [(full(family, **options), tiny_model(family)), (model, model)]
 
 
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
