@@ -1,11 +1,13 @@
 """A pytest plugin that patches every model which transformers' own tests run; loaded by ``upstream_tests.py``.
 
 A model is patched when it first runs: at the outermost call of ``forward``, or of ``generate``, which builds masks
-before. Tests that compare eager attention with SDPA keep their eager models as they are, and so compare the patched
-model with eager attention. Elsewhere the suite's own switch ``has_attentions`` says that there are no attention weights
-to look at, as it does for other models without. And
-where a test hands ``generate`` a mask padded on the right, or with holes, which leaves holes among the keys and is
-refused, its padding is moved to the left, in the run without patches too.
+before. Three things in the suite are met half way:
+
+- Tests that compare eager attention with SDPA keep their eager models, and so compare the patched model with eager
+  attention.
+- Elsewhere the suite's own switch ``has_attentions`` says that there are no attention weights to look at.
+- Where a test hands ``generate`` a mask padded on the right or with holes, which is refused, the padding is moved to
+  the left; in the run without patches too.
 
 ``NC_UPSTREAM_CONFIG`` holds the settings, an ``NCConfig`` as JSON; without it nothing is patched, and the plugin only
 records. Each test's outcome goes to the file ``NC_UPSTREAM_RECORD``, one JSON object a line.
