@@ -25,6 +25,9 @@ MODES: dict[str, dict[str, float] | None] = {
     "top-k of every key": {"alpha": 1e6, "C": 0.0},
 }
 
+# What is not run, as pytest's -k takes it: images, whose blocks see both ways, so that the model refuses them by name.
+SELECT: dict[str, str] = {"gemma3": "not Vision2Text"}
+
 # Patterns of tests that cannot pass patched, and why.
 _WEIGHTS = "asks for attention weights, which sparse attention never forms: refused by name"
 _HOLES = "draws a padding mask with holes, where a query does not see one run of keys: refused by name"
@@ -52,6 +55,8 @@ def run(directory: Path, model: str, mode: str, record: Path, timeout: int, keep
         environment["NC_UPSTREAM_CONFIG"] = json.dumps(settings)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "upstream_plugin"]
     command += [f"tests/models/{model}/test_modeling_{model}.py"]
+    if model in SELECT:
+        command += ["-k", SELECT[model]]
     log = record.with_suffix(".log")
     with log.open("w", encoding="utf-8") as output:
         subprocess.run(command, cwd=directory, env=environment, stdout=output, stderr=output, timeout=timeout)
