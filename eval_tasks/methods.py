@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets
+from eval_tasks.simulated import Simulated
 from nc_patch.config import NCConfig
 
 STREAMING_SINKS = 4
+# What the oracle's keys hold.
+ORACLE_MASS = 0.95
 DENSE = "dense"
 # Between a method and its number of keys, where iso-quality asks for that: fixed-topk@64.
 _KEYS = "@"
@@ -23,21 +26,23 @@ class Method:
         name: what the command line and the results call it.
         title: a short label for plots and tables.
         description: one sentence for a newcomer.
-        config: the settings for given budgets; None is the unpatched model.
-        selects: ``"all"``, ``"recent"`` (by position) or ``"content"`` (by score).
+        config: the settings for given budgets, or what is simulated; None is the unpatched model.
+        selects: ``"all"``, ``"recent"`` (by position), ``"content"`` (by score) or ``"chance"``.
         grows: whether the budget follows n^C.
         default: whether a sweep measures it unasked.
         press: the class of kvpress that compresses the cache, for methods that are not this package's.
+        simulated: whether it is a mask over dense attention, which has no time.
     """
 
     name: str
     title: str
     description: str
-    config: Callable[[Budgets], NCConfig | None]
+    config: Callable[[Budgets], NCConfig | Simulated | None]
     selects: str
     grows: bool
     default: bool = True
     press: str | None = None
+    simulated: bool = False
 
 
 def _dense(budgets: Budgets) -> None:
@@ -86,6 +91,14 @@ def _block(budgets: Budgets) -> NCConfig:
     return NCConfig.create(
         budgets.alpha, budgets.C, selection="block", block_size=budgets.block_size, backend=budgets.backend
     )
+
+
+def _random(budgets: Budgets) -> Simulated:
+    return Simulated("random", config=_nc_topk(budgets))
+
+
+def _oracle(budgets: Budgets) -> Simulated:
+    return Simulated("top-p", mass=ORACLE_MASS)
 
 
 METHODS: dict[str, Method] = {
@@ -140,6 +153,27 @@ METHODS: dict[str, Method] = {
             default=False,
         ),
         Method("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", _block, "content", True),
+        Method(
+            "random",
+            "α·n^C random keys",
+            "nc-topk with keys drawn by lot beside the first and the own one: a floor (simulated, without a time)",
+            _random,
+            "chance",
+            True,
+            default=False,
+            simulated=True,
+        ),
+        Method(
+            "oracle",
+            f"oracle, {ORACLE_MASS:.0%} of the mass",
+            f"of every query the fewest keys that hold {ORACLE_MASS:.0%} of its attention, which none can know "
+            "beforehand: a ceiling (simulated, without a time)",
+            _oracle,
+            "content",
+            False,
+            default=False,
+            simulated=True,
+        ),
     )
 }
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)
@@ -185,16 +219,19 @@ def order_of(name: str) -> tuple[int, str, int]:
 
 
 def budget_at(name: str, budgets: Budgets, n: int) -> int:
-    """How many of ``n`` keys the method's law lets a query attend; ``n`` for dense."""
+    """How many of ``n`` keys the method's law lets a query attend; ``n`` where there is no law."""
     method, matched = find_method(name), budgets.at(n)
     config = _nc_topk(matched) if method.press else method.config(matched)
-    return n if config is None else int(config.budget(n))
+    law = config.config if isinstance(config, Simulated) else config
+    return n if law is None else int(law.budget(n))
 
 
 def _sparse(method: Method, budgets: Budgets) -> NCConfig:
     config = method.config(budgets)
     if config is None:
         raise EvalError(f"{method.name} attends every key and takes no number of them")
+    if isinstance(config, Simulated):
+        raise EvalError(f"{method.name} is simulated and takes no number of keys")
     return config
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nc_patch.locking import Locked, alone
 from nc_patch.ops.block_audit import AUDIT_COLUMNS
 from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
 
@@ -40,12 +41,14 @@ def tally_bounds(bounds: torch.Tensor, visible: torch.Tensor, limit: float) -> t
     return torch.stack((*sums, lower.masked_fill(~seen, 1.0).amin((0, 2))), -1)
 
 
-class MassCounts:
+class MassCounts(Locked):
     """The kept mass of one layer's calls of prefill, or of decoding."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.reset()
 
+    @alone
     def reset(self) -> None:
         """Forgets everything."""
         self.calls: Counter[str] = Counter()
@@ -55,6 +58,7 @@ class MassCounts:
         self._audits: list[torch.Tensor] = []
         self._choices: list[torch.Tensor] = []
 
+    @alone
     def add_bounds(self, bounds: torch.Tensor, visible: torch.Tensor, basis: str, limit: float) -> None:
         """Counts a call whose rows' kept mass lies between ``bounds [B, Hq, Lq, 2]``; see ``tally_bounds``."""
         self.calls[basis] += 1
@@ -68,6 +72,7 @@ class MassCounts:
         if len(self._untallied) >= _FOLD_AT:
             self._tally()
 
+    @alone
     def add_dense(self, visible: torch.Tensor, num_heads: int) -> None:
         """Counts a call that attends every key: each row keeps all."""
         self.calls["dense"] += 1
@@ -75,6 +80,7 @@ class MassCounts:
         whole = torch.ones_like(rows)
         self._add_tally(torch.stack((rows, rows, rows, 0 * rows, whole)).expand(num_heads, -1))
 
+    @alone
     def add_audit(self, audit: torch.Tensor, choice: torch.Tensor | None) -> None:
         """Counts a call of prefill by blocks.
 
@@ -88,6 +94,7 @@ class MassCounts:
         if choice is not None:
             self._choices = _folded([*self._choices, choice.double()])
 
+    @alone
     def certified(self) -> torch.Tensor | None:
         """Counts of all certified rows, float64 ``[Hq, 5]`` on the CPU, or None; reads the device."""
         self._tally()
@@ -96,6 +103,7 @@ class MassCounts:
         self._tallies = [_join_tallies([tally.cpu() for tally in self._tallies])]
         return self._tallies[0]
 
+    @alone
     def estimated(self) -> torch.Tensor | None:
         """Sums of all audits, float64 ``[Hq + 1, 5]`` on the CPU, or None; reads the device."""
         if not self._audits:
@@ -103,6 +111,7 @@ class MassCounts:
         self._audits = [torch.stack([audit.cpu() for audit in self._audits]).sum(0)]
         return self._audits[0]
 
+    @alone
     def summary(self) -> dict[str, Any] | None:
         """What ``nc_stats`` says of these calls, None where there were none; reads the device."""
         overall = _summary([self])
@@ -139,14 +148,14 @@ class MassCounts:
         # Copies and pickles hold numbers, not tensors of a device or of inference mode.
         tally, audit = self.certified(), self.estimated()
         lists = {"_tallies": tally, "_audits": audit, "_choices": _sum_of(self._choices)}
-        return self.__dict__ | {name: [] if t is None else t.tolist() for name, t in lists.items()}
+        return super().__getstate__() | {name: [] if t is None else t.tolist() for name, t in lists.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tensors = {
             name: [torch.tensor(state[name], dtype=torch.float64)] if state[name] else []
             for name in ("_tallies", "_audits", "_choices")
         }
-        self.__dict__.update(state | tensors)
+        super().__setstate__(state | tensors)
 
 
 def total(counts: Iterable[MassCounts]) -> dict[str, Any] | None:

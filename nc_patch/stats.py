@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nc_patch.locking import Locked, alone
 from nc_patch.mass_counts import PHASES, MassCounts
 from nc_patch.mass_counts import total as total_mass
 
@@ -31,14 +32,16 @@ def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> to
     return torch.cat((rows.sum((1, 2)), last.sum((1, 2))))
 
 
-class LayerCounters:
-    """The counters of one attention layer."""
+class LayerCounters(Locked):
+    """The counters of one attention layer; threads may share them."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.tail: int | None = None
         self.warned = False
         self.reset()
 
+    @alone
     def reset(self) -> None:
         """Sets all counts to zero."""
         self.calls = 0
@@ -49,6 +52,7 @@ class LayerCounters:
         self.mass = {phase: MassCounts() for phase in PHASES}
         self.exceeded_calls = 0
 
+    @alone
     def add(self, counts: torch.Tensor, dense_reason: str | None) -> None:
         """Counts one call; ``counts`` as from ``tally``."""
         self._called(dense_reason)
@@ -57,6 +61,7 @@ class LayerCounters:
             pending, self._pending = self._pending, []
             self._pending.append(torch.stack(pending).sum(0))
 
+    @alone
     def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
         """Counts one call of few queries; ``tally`` is taken of many such calls together. Arguments as there."""
         self._called(None)
@@ -66,6 +71,7 @@ class LayerCounters:
         if len(self._untallied) >= _FOLD_AT:
             self._tally()
 
+    @alone
     def sums(self) -> list[float]:
         """The six sums of ``tally`` over all calls; reads the device."""
         self._tally()
@@ -85,10 +91,11 @@ class LayerCounters:
             attended, visible = (torch.cat(tensors) for tensors in zip(*untallied, strict=True))
             self._pending.append(tally(attended, visible, self.tail))
 
+    @alone
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold numbers, not tensors of a device or of inference mode.
         self.sums()
-        return self.__dict__
+        return super().__getstate__()
 
 
 def summary(counters: LayerCounters) -> dict[str, Any]:
