@@ -24,10 +24,10 @@ WAYS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("topk", "prefill", {}),
     ("window", "prefill", {"selection": "window"}),
     ("block", "prefill", {"selection": "block"}),
-    ("topk, every score", "decode", {"key_index": "never"}),
-    ("topk by codes", "decode", {"key_index": "always"}),
-    ("window", "decode", {"selection": "window"}),
-    ("block by pages", "decode", {"selection": "block"}),
+    ("topk, every score", "decode", {"prefill": "window", "key_index": "never"}),
+    ("topk by codes", "decode", {"prefill": "window", "key_index": "always"}),
+    ("window", "decode", {"prefill": "window", "decode": "window"}),
+    ("block by pages", "decode", {"prefill": "window", "decode": "block"}),
 )
 STEPS = 24
 
