@@ -60,8 +60,8 @@ class KeyIndexMixin:
     _nc_seen: _Seen | None = None
     _nc_offloads = False
     _nc_updated: frozenset[IndexKind] = frozenset()
-    # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer does
-    # not hold, because it computes them from what is cached, or because a module stands for several layers.
+    # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer
+    # does not hold, because it computes them from what is cached, or because a module stands for several layers.
     _nc_handed: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None" = None
     _nc_never: frozenset[IndexKind] = frozenset()
 

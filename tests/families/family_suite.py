@@ -220,13 +220,15 @@ def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outc
         unpatch_model(model)
     if not torch.equal(runs.alone(), before):
         outcome.wrong.append("the output after unpatching is not bit for bit what it was")
-    outcome.prefill = _say({"padded batches": able["padded"], "in pieces": able["chunks"]})
+    outcome.prefill = _say({"at once": "yes", "padded batches": able["padded"], "in pieces": able["chunks"]})
     outcome.decode = _say({"generate": able["generated"], "on a cache that is handed on": able["steps"]})
     outcome.packed = able["packed"]
 
 
 def _say(ways: dict[str, str]) -> str:
     exceptions = [f"{name} {able}" for name, able in ways.items() if able != "yes"]
+    if len(exceptions) == len(ways) and not any(able == "as dense" for able in ways.values()):
+        return "not when dense either"
     return "yes" if not exceptions else "yes, but " + ", ".join(exceptions)
 
 
