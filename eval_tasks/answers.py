@@ -10,7 +10,6 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from eval_tasks.errors import EvalError
 from eval_tasks.measure import Attention, Peak, Phase, attended, in_phase, memory_watched, only_last
 from eval_tasks.metrics.string_match.string_match import score
-from eval_tasks.simulated import Simulated
 from eval_tasks.synthetic import GENERATORS, Material, synthesize
 
 # With phase "question" so many last tokens of a prompt count as the question, which stands at its end.
@@ -126,7 +125,6 @@ def _answer(
         said, what, cache = in_phase(phase, model, attention, ids[:before], 1, read)
     text = tokenizer.decode(said, skip_special_tokens=True)
     what = attended(what, model, attention, phase, before, len(ids) + len(said) - 1, len(said), cache)
-    timed = not isinstance(attention, Simulated)
     return {
         "score": score(text, question.answers, question.match),
         "said": text[:_KEPT_LETTERS],
@@ -135,8 +133,7 @@ def _answer(
         "said_tokens": len(said),
         **({} if question.depth is None else {"depth": question.depth}),
         **what,
-        "seconds": peak.seconds if timed else None,
-        "peak_memory": peak.bytes if timed else None,
+        **peak.of(attention),
     }
 
 

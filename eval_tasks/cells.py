@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.answers import Question, answer, build_question
 from eval_tasks.errors import EvalError, MemoryRanOut
-from eval_tasks.measure import Attention, measure
+from eval_tasks.measure import DENSE_COUNTS, Attention, Peak, attending, measure, memory_watched
 from eval_tasks.methods import budget_at, find_method
 from eval_tasks.presses import Press
 from eval_tasks.progress import Step
 from eval_tasks.synthetic import Material
-from eval_tasks.tasks import TASKS, TokenisedText
+from eval_tasks.tasks import LM_EVAL, TASKS, TokenisedText
 
 if TYPE_CHECKING:
+    from eval_tasks.lm_eval.in_sweep import LmEvalTasks
     from eval_tasks.sweep import Sweep
 
 
@@ -48,6 +50,7 @@ class Measurer:
     tokenizer: PreTrainedTokenizerBase
     tokens: TokenisedText
     starts: dict[int, list[int]]  # by seed
+    foreign: "LmEvalTasks | None" = None
 
     def row(self, planned: Planned) -> dict[str, Any]:
         """The row of one measurement; where memory runs out, one that says so."""
@@ -88,8 +91,24 @@ class Measurer:
             start = self.starts[planned.seed][planned.index]
             sample = TASKS[planned.task].build(self.tokens, start, planned.length, sweep.layout)
             return measure(self.model, attention, sample, sweep.phase).to_dict()
+        if planned.task.startswith(LM_EVAL):
+            return self._foreign(planned, attention)
         question = self._question(planned.task, planned.length, planned.seed, planned.index)
         return answer(self.model, self.tokenizer, attention, question, sweep.phase)
+
+    def _foreign(self, planned: Planned, attention: Attention) -> dict[str, Any]:
+        """A document of one of lm-eval's tasks; its samples go on over the seeds."""
+        assert self.foreign is not None
+        name, length = planned.task.removeprefix(LM_EVAL), planned.length
+        with (
+            memory_watched(length),
+            torch.inference_mode(),
+            Peak(self.model) as peak,
+            attending(self.model, attention, 1) as count,
+        ):
+            said = self.foreign.ask(self.model, self.tokenizer, name, length, planned.sample)
+            what = count()
+        return {**said, **(what or DENSE_COUNTS), **peak.of(attention)}
 
     @cached_property
     def _material(self) -> Material:

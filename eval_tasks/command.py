@@ -20,7 +20,7 @@ from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.sweep import Sweep, run_sweep
 from eval_tasks.synthetic import GENERATORS, Generator
-from eval_tasks.tasks import TASKS, Layout, Task, ascending
+from eval_tasks.tasks import LM_EVAL, TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
 from nc_patch.config import BACKENDS, BLOCK_SIZES
@@ -162,9 +162,10 @@ def _tasks(names: Sequence[str]) -> tuple[str, ...]:
     """The tasks asked for, in the order in which they are listed; raises EvalError for unknown ones."""
     known = [*TASKS, *GENERATORS]
     for name in names:
-        if name not in known:
-            raise EvalError(f"unknown task {name!r}; allowed are {', '.join(known)}")
-    return tuple(name for name in known if name in names)
+        if name not in known and not name.startswith(LM_EVAL):
+            raise EvalError(f"unknown task {name!r}; allowed are {', '.join(known)}, and {LM_EVAL}NAME")
+    foreign = dict.fromkeys(name for name in names if name.startswith(LM_EVAL))
+    return (*(name for name in known if name in names), *foreign)
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -213,7 +214,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_within(parser)
     phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
     add("--phase", choices=list(PHASES), default="all", help=f"what is sparse (default: all). {phases}")
-    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
+    add(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        metavar="TASK",
+        help=f"default: {' '.join(TASKS)}; also {LM_EVAL}NAME, a task or group of lm-eval",
+    )
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")
     add("--samples", type=_positive, default=4, help="stretches of text at each length (default: 4)")
     add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")

@@ -99,7 +99,7 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
 
 @contextlib.contextmanager
 def memory_watched(tokens: int) -> Iterator[None]:
-    """Turns an error of memory within the block into ``MemoryRanOut``, once what was allocated there is free again."""
+    """Raises ``MemoryRanOut`` for an error of memory within the block, once what was allocated there is free again."""
     try:
         yield
         return
@@ -129,14 +129,12 @@ def _measure(model: Any, attention: Attention, sample: Sample, phase: Phase) -> 
     if not math.isfinite(loss_sum):
         raise EvalError(f"the loss is {loss_sum}: the logits hold NaN or Inf in {model.dtype}; try --dtype float32")
     what = attended(what, model, attention, phase, length - scored, length, scored, cache)
-    timed = not isinstance(attention, Simulated)
     return Measurement(
         loss_sum=loss_sum,
         tokens=scored,
         bytes=sample.scored_bytes,
         token_losses=[round(loss, 4) for loss in losses.tolist()],
-        seconds=peak.seconds if timed else None,
-        peak_memory=peak.bytes if timed else None,
+        **peak.of(attention),
         **what,
     )
 
@@ -222,10 +220,16 @@ def attending(model: Any, attention: Attention, tail: int | None) -> Iterator[Ca
 
 
 def prefilled(model: Any, context: torch.Tensor, attention: Attention = None) -> DynamicCache:
-    """The cache of a prefill, compressed where a press is given."""
+    """The cache of a prefill of ``context``, int64 ``[N]``; compressed where a press is given."""
     cache = DynamicCache(config=model.config)
-    with attention.compressing(model, len(context)) if isinstance(attention, Press) else contextlib.nullcontext():
-        model(input_ids=context[None], past_key_values=cache, use_cache=True, **only_last(model, 1))
+    options: dict[str, Any] = {"use_cache": True, **only_last(model, 1)}
+    if not isinstance(attention, Press):
+        model(input_ids=context[None], past_key_values=cache, **options)
+        return cache
+    # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
+    options["cache_position"] = torch.arange(len(context), device=context.device)
+    with attention.compressing(model, len(context)):
+        model(input_ids=context[None], past_key_values=cache, **options)
     return cache
 
 
@@ -271,17 +275,23 @@ def _attended(model: Any) -> dict[str, Any]:
     return {**{key: stats[key] for key in keys}, "ran_dense": ran_dense}
 
 
+DENSE_COUNTS: dict[str, Any] = {
+    "attended_fraction": 1.0,
+    "mean_keys": None,
+    "tail_attended_fraction": 1.0,
+    "tail_mean_keys": None,
+    "ran_dense": {},
+}
+"""What dense attention attends, where the number of keys is not known."""
+
+
 def _dense(model: Any, phase: Phase, context: int, length: int, scored: int) -> dict[str, Any]:
     """What dense attention attends, from the shape; sliding layers see fewer keys, so there the count is left open."""
     sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
     first, last = {"all": (0, length), "prefill": (0, context)}.get(phase, (context, length))
-    return {
-        "attended_fraction": 1.0,
-        "mean_keys": None if sliding else (first + 1 + last) / 2,
-        "tail_attended_fraction": 1.0,
-        "tail_mean_keys": None if sliding else length - (scored - 1) / 2,
-        "ran_dense": {},
-    }
+    if sliding:
+        return DENSE_COUNTS
+    return {**DENSE_COUNTS, "mean_keys": (first + 1 + last) / 2, "tail_mean_keys": length - (scored - 1) / 2}
 
 
 def _compressed(cache: DynamicCache | None, length: int, scored: int) -> dict[str, Any]:
@@ -330,6 +340,12 @@ class Peak:
             self.bytes = sum(torch.cuda.max_memory_allocated(device) for device in self.devices) - self._before
         else:
             self.bytes = self._sampler.stop()
+
+    def of(self, attention: Attention) -> dict[str, Any]:
+        """``seconds`` and ``peak_memory`` of a measurement; None where attention was simulated."""
+        if isinstance(attention, Simulated):
+            return {"seconds": None, "peak_memory": None}
+        return {"seconds": self.seconds, "peak_memory": self.bytes}
 
 
 class _ResidentSampler(threading.Thread):

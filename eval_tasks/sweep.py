@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,8 +32,12 @@ from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
 from eval_tasks.ranks import Ranks
 from eval_tasks.store import ResultStore, measurement_key, read_run
-from eval_tasks.tasks import TASKS, Layout, check_lengths, places, tokenise
+from eval_tasks.synthetic import GENERATORS
+from eval_tasks.tasks import LM_EVAL, TASKS, Layout, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
+
+if TYPE_CHECKING:
+    from eval_tasks.lm_eval.in_sweep import LmEvalTasks
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         tokens = tokenise(tokenizer, text.content)
         scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
         check_lengths(scored, sweep.layout, len(tokens.prefix))
-        check_generated([name for name in sweep.tasks if name not in TASKS], sweep.layout.lengths)
+        check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
+        foreign = _lm_eval_tasks(sweep, source.location)
         starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
         device = _own_device(sweep, ranks)
     with contextlib.ExitStack() as stack:
@@ -165,7 +170,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
                 check_same(directory, identity)
             for name in sweep.methods:
                 _check_method(model, find_method(name), sweep)
-        plan = _plan(sweep, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
+        plan = _plan(sweep, foreign, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
         details = {
             "planned": len(plan),
             "text_origin": text.origin,
@@ -184,7 +189,9 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         with _agreed(ranks):
             store = first_store or stack.enter_context(_part_store(directory, ranks, session))
         known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in store.rows])
-        complete = _measure_all(sweep, plan, known, store, Measurer(sweep, model, tokenizer, tokens, starts), ranks)
+        complete = _measure_all(
+            sweep, plan, known, store, Measurer(sweep, model, tokenizer, tokens, starts, foreign), ranks
+        )
         if not ranks.is_first:
             stack.close()
         with _agreed(ranks):
@@ -246,12 +253,38 @@ def _check_method(model: Any, method: Method, sweep: Sweep) -> None:
         raise EvalError(f"the method {method.name} does not run on this model and device: {error}") from error
 
 
-def _plan(sweep: Sweep, constants: dict[str, Any]) -> list[Planned]:
+def _lm_eval_tasks(sweep: Sweep, location: str) -> "LmEvalTasks | None":
+    """What runs the tasks of lm-eval; None where none is asked for, since importing lm-eval takes seconds."""
+    if not any(name.startswith(LM_EVAL) for name in sweep.tasks):
+        return None
+    if sweep.phase != "all":
+        raise EvalError(f"lm-eval's own evaluator knows no phases: leave out --phase {sweep.phase}")
+    if any(find_method(name).press is not None for name in sweep.methods):
+        raise EvalError("lm-eval's own evaluator runs no presses of kvpress: leave them out")
+    from eval_tasks.lm_eval.in_sweep import LmEvalTasks
+
+    return LmEvalTasks(location, sweep.layout.samples * len(sweep.seeds), sweep.layout.seed, sweep.text)
+
+
+def _single_tasks(sweep: Sweep, foreign: "LmEvalTasks | None") -> list[str]:
+    """The tasks, with the members of lm-eval's groups in place of the groups."""
+    found = []
+    for name in sweep.tasks:
+        if foreign is None or not name.startswith(LM_EVAL):
+            found.append(name)
+        else:
+            members = foreign.members(name.removeprefix(LM_EVAL), min(sweep.layout.lengths))
+            found.extend(LM_EVAL + member for member in members)
+    return list(dict.fromkeys(found))
+
+
+def _plan(sweep: Sweep, foreign: "LmEvalTasks | None", constants: dict[str, Any]) -> list[Planned]:
     """Short lengths first, at each length task by task, and each sample with all methods."""
     plan = []
     layout = sweep.layout
+    tasks = _single_tasks(sweep, foreign)
     drawn = [(seed, index) for seed in sweep.seeds for index in range(layout.samples)]
-    for length, task, (sample, (seed, index)) in itertools.product(layout.lengths, sweep.tasks, enumerate(drawn)):
+    for length, task, (sample, (seed, index)) in itertools.product(layout.lengths, tasks, enumerate(drawn)):
         for method in sweep.methods_at(length):
             if task in TASKS and TASKS[task].dense_only and method != DENSE:
                 continue

@@ -1,6 +1,7 @@
 """``patch_model`` and its kin: sparse attention into and out of a model, in place."""
 
 import inspect
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nc_patch.attention import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, hand_on_cache
+from nc_patch.attention import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, hand_on_cache, refuse_switched
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig
 from nc_patch.stats import summary, total
 from nc_patch.support import attention_modules, left_dense, say_left_dense
@@ -18,6 +19,8 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 # Patched modules alive in this process: a config object that several models share keeps its implementation while one
 # needs it.
 _PATCHED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+# Held while models are patched and unpatched, which threads may do at once.
+_LOCK = threading.RLock()
 
 
 def patch_model(
@@ -60,17 +63,17 @@ def patch_model(
         raise TypeError(f"config must be an NCConfig, got {type(config).__name__}")
     modules = attention_modules(model)
     _check_shape(config, modules)
-    for layer, module in modules:
-        before = _patch_of(module)
-        original = _config_of(module)._attn_implementation if before is None else before.original_implementation
-        if original == IMPLEMENTATION:  # another model that shares this config object is patched
-            original = _original_of_shared(module)
-        setattr(module, PATCH_ATTRIBUTE, LayerPatch(config, layer, original))
-        if before is None and _takes_more_arguments(module):
-            module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
-        _PATCHED.add(module)
-    for module_config in _configs(modules):
-        module_config._attn_implementation_internal = IMPLEMENTATION
+    with _LOCK:
+        for layer, module in modules:
+            before = _patch_of(module)
+            setattr(module, PATCH_ATTRIBUTE, LayerPatch(config, layer, _original_of(module, before)))
+            if before is None:
+                module.register_forward_pre_hook(refuse_switched)
+            if before is None and _takes_more_arguments(module):
+                module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
+            _PATCHED.add(module)
+        for module_config in _configs(modules):
+            module_config._attn_implementation_internal = IMPLEMENTATION
     say_left_dense(model, [module for _, module in modules])
     return model
 
@@ -82,12 +85,15 @@ def unpatch_model(model: Model) -> Model:
         ValueError: the model is not patched.
     """
     modules = _patched_modules(model)
-    for module, patch in modules:
-        delattr(module, PATCH_ATTRIBUTE)
-        _remove_hook(module)
-        _PATCHED.discard(module)
-        if not any(other.config is module.config for other in _PATCHED):
-            _config_of(module)._attn_implementation_internal = patch.original_implementation
+    with _LOCK:
+        for module, patch in modules:
+            delattr(module, PATCH_ATTRIBUTE)
+            _remove_hooks(module)
+            _PATCHED.discard(module)
+            # What the user has set since stays.
+            switched = _config_of(module)._attn_implementation != IMPLEMENTATION
+            if not switched and not any(other.config is module.config for other in _PATCHED):
+                _config_of(module)._attn_implementation_internal = patch.original_implementation
     return model
 
 
@@ -125,10 +131,20 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
         ``attended_fraction`` (attended keys / visible keys), ``mean_keys`` (attended keys per query and head),
         ``tail_attended_fraction`` and ``tail_mean_keys`` (the same over the last queries of each call, where
         ``reset_stats`` was told how many), each None where nothing was counted; and ``layers``, a list with the same
-        for each layer, beside ``layer``, ``name``, ``calls`` and ``dense_calls`` (how many calls ran dense, by reason).
-        With ``track`` each layer's ``dropped_mass`` says what block prefill is estimated to have dropped: ``mean`` and
-        its ``standard_error`` over rows and heads, both also ``_by_head``; ``rows``, the number of sampled rows; and
-        with ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget. None without.
+        for each layer, beside ``layer``, ``name``, ``calls``, ``dense_calls`` (how many calls ran dense, by reason) and
+        ``exceeded_calls`` (how many dropped more than ``max_dropped_mass``, where ``on_drop`` looked).
+
+        ``kept_mass``, of all layers and of each, says under ``"prefill"`` and ``"decode"`` how much of the dense
+        softmax mass the attended keys held, over the rows (queries and heads) of those calls; None where nothing was
+        measured, as without ``track`` and ``on_drop``. ``mean`` lies between ``lower`` and ``upper``: for certain if
+        ``certified``, which figures from every score and bounds from codes are, and calls that attended every key;
+        otherwise, in prefill by ``"block"``, it is an estimate with a 95 % interval, from ``audited_rows`` drawn at
+        random. ``least`` is the lowest limit of any certified row, ``below`` how many of them fall short of ``1 -
+        max_dropped_mass``; ``rows`` counts all. Of a layer also ``calls`` by what the figures rest on (``"exact"``,
+        ``"bounds"``, ``"estimate"``, ``"dense"``); ``mean``, ``lower``, ``upper`` and ``least`` ``_by_head``; and with
+        ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget.
+        docs/certificates.md says what these figures mean and cost.
+
         ``left_dense`` lists what patching left as it was, such as vision towers, cross-attention and layers without
         attention: ``kind``, ``names`` and ``reason``.
 
@@ -173,9 +189,9 @@ def _takes_more_arguments(module: torch.nn.Module) -> bool:
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _remove_hook(module: torch.nn.Module) -> None:
+def _remove_hooks(module: torch.nn.Module) -> None:
     hooks = module._forward_pre_hooks
-    for number in [number for number, hook in hooks.items() if hook is hand_on_cache]:
+    for number in [number for number, hook in hooks.items() if hook in (hand_on_cache, refuse_switched)]:
         del hooks[number]
         module._forward_pre_hooks_with_kwargs.pop(number, None)
 
@@ -188,8 +204,14 @@ def _configs(modules: list[tuple[int, torch.nn.Module]]) -> list[Any]:
     return list({id(_config_of(module)): _config_of(module) for _, module in modules}.values())
 
 
-def _original_of_shared(module: torch.nn.Module) -> str:
-    for other in _PATCHED:
+def _original_of(module: torch.nn.Module, before: LayerPatch | None) -> str:
+    """The implementation that unpatching a module gives back."""
+    implementation: str = _config_of(module)._attn_implementation
+    if implementation != IMPLEMENTATION:
+        return implementation
+    if before is not None:
+        return before.original_implementation
+    for other in _PATCHED:  # another model that shares this config object is patched
         patch = _patch_of(other)
         if other is not module and patch is not None and other.config is module.config:
             return patch.original_implementation
