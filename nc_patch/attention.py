@@ -72,10 +72,8 @@ def nc_attention_forward(
     config = NCConfig(1.0, 1.0) if patch is None else patch.config
     layer = 0 if patch is None else patch.layer
     started = nc_layer_cache is not None and nc_layer_cache.started
-    if nc_layer_cache is not None and nc_layer_cache.taken:
-        nc_layer_cache = None
-    elif nc_layer_cache is not None:
-        nc_layer_cache.taken = True
+    if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
+        nc_layer_cache.layer.nc_compare(key, value)
     # A prompt in pieces, whose last may be short, chooses blocks as if it were whole.
     several_decode = started and Lq <= MAX_DECODE_QUERIES and not config.prefill == config.decode == "block"
     decoding = Lq == 1 or several_decode
@@ -234,7 +232,7 @@ def _kept_index(
 ) -> KeyIndex | None:
     """The index of a kind that a cache layer keeps, brought up to date; None where the cache can keep none."""
     layer = None if cache is None else cache.layer
-    if layer is None or (kind not in layer.nc_indexes and torch.compiler.is_compiling()):
+    if layer is None or not layer.nc_keeps(kind):
         return None
     return layer.nc_update(key, value, visible, origin, kind, config.block_size, config.backend)
 
