@@ -234,6 +234,8 @@ def _kept_index(
     layer = None if cache is None else cache.layer
     if layer is None or not layer.nc_keeps(kind):
         return None
+    if torch.compiler.is_compiling() and layer.nc_unstarted(kind):
+        return None  # what would have to be built waits for a call outside the graph
     return layer.nc_update(key, value, visible, origin, kind, config.block_size, config.backend)
 
 
@@ -264,7 +266,7 @@ def _refuse_unsupported(
             raise UnsupportedModelError(
                 f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
             )
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
         raise UnsupportedModelError(
             f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
             "the model."

@@ -115,20 +115,30 @@ class KeyIndexMixin:
         """
         end = visible[..., 1].amax(-1)
         index = self.nc_indexes.get(kind)
-        if index is not None and (index.block_size != block_size or not index.fits(key)):
+        if index is not None and (index.block_size != block_size or not index.fits(key) or self.nc_unstarted(kind)):
             index = None
         if index is None:
             # The key at which the sequence starts: its interval may start later.
             start = origin[:, -1].clamp(min=0)
             index = KeyIndex.build(key, kind, value=value, start=start, end=end, block_size=block_size, backend=backend)
+            index.unstarted = (end <= start).any()
+            self.nc_indexes = {**self.nc_indexes, kind: index}
             if isinstance(self, StaticLayer):
+                self.nc_unstarted(kind)  # read now: a compiled step cannot
                 for tensor in index.tensors():
                     torch._dynamo.mark_static_address(tensor)
-            self.nc_indexes = {**self.nc_indexes, kind: index}
         else:
             index.extend(key, visible.shape[1], end, value)
-        self._nc_updated |= {kind}
+        if not torch.compiler.is_compiling():  # nothing settles there, and a graph would guard what it left
+            self._nc_updated |= {kind}
         return index
+
+    def nc_unstarted(self, kind: IndexKind) -> bool:
+        """Whether an index was made while a sequence had only padding, so that where it begins was not known."""
+        index = self.nc_indexes[kind]
+        if isinstance(index.unstarted, torch.Tensor) and not torch.compiler.is_compiling():
+            index.unstarted = bool(index.unstarted)
+        return index.unstarted is True
 
     def nc_done(self) -> None:
         """To be called at the end of each call of attention: an index that did not take in its keys is dropped."""
