@@ -325,9 +325,14 @@ def _scale(axis: Axes, logarithmic: bool = False) -> None:
     values = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata()) if y > 0]
     spread = max(values) / min(values) if values else 1.0
     if spread > _LOGARITHMIC_FROM or (logarithmic and spread > _LABELLED_FROM):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(FuncFormatter(_minor_label))
+        logarithmic_y(axis)
+
+
+def logarithmic_y(axis: Axes) -> None:
+    """Makes the y axis logarithmic, with labels that can be read also where it spans less than a decade."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(_minor_label))
 
 
 def _minor_label(value: float, _: int) -> str:

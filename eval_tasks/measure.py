@@ -99,7 +99,7 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
 
 @contextlib.contextmanager
 def memory_watched(tokens: int) -> Iterator[None]:
-    """Turns an error of memory within the block into ``MemoryRanOut``, once what was allocated there is free again."""
+    """Raises ``MemoryRanOut`` for an error of memory within the block, once what was allocated there is free again."""
     try:
         yield
         return
@@ -220,7 +220,7 @@ def attending(model: Any, attention: Attention, tail: int | None) -> Iterator[Ca
 
 
 def prefilled(model: Any, context: torch.Tensor, attention: Attention = None) -> DynamicCache:
-    """The cache of a prefill, compressed where a press is given."""
+    """The cache of a prefill of ``context``, int64 ``[N]``; compressed where a press is given."""
     cache = DynamicCache(config=model.config)
     options: dict[str, Any] = {"use_cache": True, **only_last(model, 1)}
     if not isinstance(attention, Press):

@@ -12,15 +12,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from eval_tasks.capture import Captured, capture, token_ids
 from eval_tasks.measure import peak_resident_bytes
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
@@ -38,10 +37,7 @@ LAYERS = (1, 10, 22)
 def load(name: str, length: int) -> tuple[Any, torch.Tensor]:
     """The model in float32 and the first ``length`` tokens of the text."""
     loaded = load_model(name, "float32", "cpu")
-    ids = loaded.tokenizer(load_text("python-reference").content[: length * 12])["input_ids"][:length]
-    if len(ids) < length:
-        raise SystemExit(f"the text has {len(ids)} tokens, {length} are needed")
-    return loaded.model, torch.tensor([ids])
+    return loaded.model, token_ids(loaded.tokenizer, load_text("python-reference"), length)
 
 
 def forward(model: Any, ids: torch.Tensor, config: NCConfig | None) -> tuple[float, float]:
@@ -67,29 +63,10 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
     return seconds
 
 
-def capture(model: Any, ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, ...]]:
-    """Query, key and value of ``LAYERS`` in a dense forward pass."""
-    found = {}
-
-    def record(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if module.layer_idx in LAYERS:
-            found[module.layer_idx] = (query.clone(), key.clone(), value.clone())
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-    AttentionInterface.register("measure_record", record)
-    model.set_attn_implementation("measure_record")
-    with torch.inference_mode():
-        model(ids, use_cache=False, logits_to_keep=1)
-    model.set_attn_implementation("sdpa")
-    return found
-
-
-def attention_alone(captured: dict[int, tuple[torch.Tensor, ...]], repeats: int) -> list[dict[str, Any]]:
+def attention_alone(captured: Sequence[Captured], repeats: int) -> list[dict[str, Any]]:
     """Seconds of dense and block attention of every captured layer; dense gets keys repeated to all query heads."""
     rows = []
-    for layer, (query, key, value) in captured.items():
+    for layer, (query, key, value, _) in zip(LAYERS, captured, strict=True):
         group = query.shape[1] // key.shape[1]
         repeated = [t.repeat_interleave(group, 1) for t in (key, value)]
         block = lambda q=query, k=key, v=value, **options: sparse_attention(  # noqa: E731
@@ -134,7 +111,7 @@ def in_own_process(arguments: argparse.Namespace, *options: str) -> int:
 def times(arguments: argparse.Namespace) -> dict[str, Any]:
     """The record of a run without its memory."""
     model, ids = load(arguments.model, arguments.length)
-    captured = capture(model, ids)
+    captured = capture(model, ids, LAYERS)
     alone = attention_alone(captured, arguments.repeats)
     for row in alone:
         print("attention of layer", row["layer"], {name: round(x, 2) for name, x in row["speedup"].items()}, flush=True)

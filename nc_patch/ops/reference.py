@@ -26,6 +26,8 @@ class AttentionResult(NamedTuple):
         kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
         block_estimate: float32 ``[Hq, 5]``, what ``"block"`` expects its choice to keep; columns
             ``blocks.ESTIMATE_COLUMNS``.
+        block_audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what ``"block"`` keeps; columns
+            ``block_audit.AUDIT_COLUMNS``.
     """
 
     output: torch.Tensor
@@ -34,6 +36,7 @@ class AttentionResult(NamedTuple):
     attended: torch.Tensor | None = None
     kept_mass_bounds: torch.Tensor | None = None
     block_estimate: torch.Tensor | None = None
+    block_audit: torch.Tensor | None = None
 
 
 def forced_counts(

@@ -28,6 +28,7 @@ class RowBlock:
 
     @property
     def rows(self) -> slice:
+        """The rows of the block, within their sequence."""
         return slice(self.first, self.last)
 
 
