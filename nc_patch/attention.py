@@ -8,12 +8,14 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from nc_patch.cache import LayerCache, layer_cache
+from nc_patch.certificates import Call, record, refuse_graphs
 from nc_patch.config import NCConfig
 from nc_patch.errors import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError
 from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
+from nc_patch.ops.reference import AttentionResult
 from nc_patch.stats import LayerCounters, tally
 from nc_patch.support import REFUSED_ARGUMENTS
 from nc_patch.visibility import Visibility, interval_mask, is_bidirectional, is_packed, is_plain_causal, made_for
@@ -32,6 +34,11 @@ class LayerPatch:
     layer: int
     original_implementation: str
     counters: LayerCounters = field(default_factory=LayerCounters, compare=False)
+
+    @property
+    def audit_seed(self) -> int:
+        """Seed of the rows that an audit of the next call draws: another for each layer and call."""
+        return self.counters.calls * 4096 + self.layer
 
 
 def nc_attention_forward(
@@ -74,6 +81,10 @@ def nc_attention_forward(
     decoding = Lq == 1 or several_decode
     selection = config.decode if decoding else config.prefill
     dense_reason = _dense_reason(patch, config, layer, selection)
+    reading_allowed = not torch.compiler.is_compiling() and not _capturing(query)
+    measures = patch is not None and (config.track or config.on_drop != "ignore") and reading_allowed
+    if config.on_drop != "ignore" and dense_reason is None and not reading_allowed:
+        refuse_graphs(config.on_drop, layer)
 
     if not is_packed(attention_mask):
         if dense_reason is None or (attention_mask is None and not crosses):
@@ -104,13 +115,14 @@ def nc_attention_forward(
         keys = (key.detach(), value.detach())
         index = _key_index(config, *keys, visible, origin, nc_layer_cache, decoding)
         means = _key_means(config, *keys, visible, origin, nc_layer_cache)
-    attended = None
-    reading_allowed = not torch.compiler.is_compiling() and not _capturing(query)
-    plain = selection == "dense" and softcap is None and s_aux is None and Lq in (1, Lk) and reading_allowed
-    if plain and is_plain_causal(attention_mask, Lk):
-        output = _sdpa(query, key, value, None, scale, None, None, module)
-    else:
-        result = attend(
+    by_codes = decoding and index is not None and index.kind == "codes"
+
+    def run(selection: str) -> AttentionResult:
+        plain = selection == "dense" and softcap is None and s_aux is None and Lq in (1, Lk) and reading_allowed
+        if plain and is_plain_causal(attention_mask, Lk):
+            return AttentionResult(_sdpa(query, key, value, None, scale, None, None, module))
+        estimated = selection == "block" and not decoding
+        return attend(
             query,
             key,
             value,
@@ -125,13 +137,22 @@ def nc_attention_forward(
             index=index if decoding else None,
             means=means if decoding else None,
             max_budget=config.largest_budget(Lk, layer) if index is not None else 0,
+            want_stats=measures and selection != "dense" and not by_codes and not estimated,
+            want_bounds=measures and by_codes,
+            audit_seed=patch.audit_seed if measures and patch is not None and estimated else -1,
         )
-        output, attended = result.output, result.attended
-        estimate = result.block_estimate
-        if patch is not None and config.track and estimate is not None and not torch.compiler.is_compiling():
-            patch.counters.add_estimate(estimate.detach(), config.min_mass is not None)
+
+    result = run(selection)
     if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
         nc_layer_cache.layer.nc_done()
+    if measures and patch is not None:
+        phase = "decode" if decoding else "prefill"
+        call = Call(layer, phase, query, key, visible, origin, scale, softcap)
+        if record(patch.counters, config, call, selection, result):
+            result, selection, budget = run("dense"), "dense", None
+            dense_reason = f'it dropped more than max_dropped_mass={config.max_dropped_mass:g}, with on_drop="dense"'
+            record(patch.counters, config, call, selection, result)
+    output, attended = result.output, result.attended if selection == "block" else None
     if patch is not None and not torch.compiler.is_compiling():
         _count(
             patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None

@@ -131,10 +131,20 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
         ``attended_fraction`` (attended keys / visible keys), ``mean_keys`` (attended keys per query and head),
         ``tail_attended_fraction`` and ``tail_mean_keys`` (the same over the last queries of each call, where
         ``reset_stats`` was told how many), each None where nothing was counted; and ``layers``, a list with the same
-        for each layer, beside ``layer``, ``name``, ``calls`` and ``dense_calls`` (how many calls ran dense, by reason).
-        With ``track`` each layer's ``dropped_mass`` says what block prefill is estimated to have dropped: ``mean`` and
-        its ``standard_error`` over rows and heads, both also ``_by_head``; ``rows``, the number of sampled rows; and
-        with ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget. None without.
+        for each layer, beside ``layer``, ``name``, ``calls``, ``dense_calls`` (how many calls ran dense, by reason) and
+        ``exceeded_calls`` (how many dropped more than ``max_dropped_mass``, where ``on_drop`` looked).
+
+        ``kept_mass``, of all layers and of each, says under ``"prefill"`` and ``"decode"`` how much of the dense
+        softmax mass the attended keys held, over the rows (queries and heads) of those calls; None where nothing was
+        measured, as without ``track`` and ``on_drop``. ``mean`` lies between ``lower`` and ``upper``: for certain if
+        ``certified``, which figures from every score and bounds from codes are, and calls that attended every key;
+        otherwise, in prefill by ``"block"``, it is an estimate with a 95 % interval, from ``audited_rows`` drawn at
+        random. ``least`` is the lowest limit of any certified row, ``below`` how many of them fall short of ``1 -
+        max_dropped_mass``; ``rows`` counts all. Of a layer also ``calls`` by what the figures rest on (``"exact"``,
+        ``"bounds"``, ``"estimate"``, ``"dense"``); ``mean``, ``lower``, ``upper`` and ``least`` ``_by_head``; and with
+        ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget.
+        docs/certificates.md says what these figures mean and cost.
+
         ``left_dense`` lists what patching left as it was, such as vision towers, cross-attention and layers without
         attention: ``kind``, ``names`` and ``reason``.
 
