@@ -58,12 +58,12 @@ class Plan:
 
 FULL = Plan(
     lengths=tuple(4**i for i in range(4, 11)),
-    seeds=64,
+    seeds=32,
     mixed_lengths=(1024, 4096, 16384, 65536),
     mixed_keys=256,
     model_lengths=(512, 1024, 2048, 4096, 8192),
     model_mixed_keys=128,
-    samples=4,
+    samples=3,
     layers=(0, 1, 3, 6, 10, 14, 18, 22, 26, 29),
     rows=model.ROWS,
 )

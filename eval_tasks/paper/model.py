@@ -17,7 +17,7 @@ from eval_tasks.paper.estimates import estimate, exponents
 from eval_tasks.paper.laws import DENSE, Law, topk_attention
 from eval_tasks.paper.theory import mass_share
 
-ROWS = 16
+ROWS = 8
 EPSILONS = (0.2, 0.05)
 MEASURES = ("kept_mass", "output_error", "relative_error")
 
