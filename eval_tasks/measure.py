@@ -99,7 +99,7 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
 
 @contextlib.contextmanager
 def memory_watched(tokens: int) -> Iterator[None]:
-    """Turns an error of memory within the block into ``MemoryRanOut``, once what was allocated there is free again."""
+    """Raises ``MemoryRanOut`` for an error of memory within the block, once what was allocated there is free again."""
     try:
         yield
         return
@@ -220,10 +220,16 @@ def attending(model: Any, attention: Attention, tail: int | None) -> Iterator[Ca
 
 
 def prefilled(model: Any, context: torch.Tensor, attention: Attention = None) -> DynamicCache:
-    """The cache of a prefill, compressed where a press is given."""
+    """The cache of a prefill of ``context``, int64 ``[N]``; compressed where a press is given."""
     cache = DynamicCache(config=model.config)
-    with attention.compressing(model, len(context)) if isinstance(attention, Press) else contextlib.nullcontext():
-        model(input_ids=context[None], past_key_values=cache, use_cache=True, **only_last(model, 1))
+    options: dict[str, Any] = {"use_cache": True, **only_last(model, 1)}
+    if not isinstance(attention, Press):
+        model(input_ids=context[None], past_key_values=cache, **options)
+        return cache
+    # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
+    options["cache_position"] = torch.arange(len(context), device=context.device)
+    with attention.compressing(model, len(context)):
+        model(input_ids=context[None], past_key_values=cache, **options)
     return cache
 
 
