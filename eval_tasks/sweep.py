@@ -26,7 +26,6 @@ from eval_tasks.models import (
     max_positions,
     pick_device,
     tokenizer_fingerprint,
-    weights_fingerprint,
 )
 from eval_tasks.presses import Press, find_press
 from eval_tasks.progress import Forecast, Progress, Step, duration
@@ -37,6 +36,7 @@ from eval_tasks.synthetic import Material
 from eval_tasks.tasks import TASKS, Layout, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig
+from nc_patch.fingerprint import weights_fingerprint
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The attention function that ``transformers`` calls in place of its own, and its registration."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface
@@ -31,14 +32,39 @@ _REFUSED_ARGUMENTS = {
 }
 
 
+class Observed(NamedTuple):
+    """One call of attention, as an observer sees it.
+
+    Attributes:
+        layer: index of the layer.
+        query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``.
+        visible: int32 ``[B, Lq, 2]``.
+        scale: factor of the scores. softcap, sinks: as ``sparse_attention`` takes them.
+        output: ``[B, Hq, Lq, Dv]``, which goes on through the model.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    visible: torch.Tensor
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    output: torch.Tensor
+
+
 @dataclass(frozen=True)
 class LayerPatch:
-    """What one attention module needs to know: its settings, its place, what ran before, and its counters."""
+    """What one attention module needs to know: its settings, its place, what ran before, its counters, and who else
+    wants to see its calls.
+    """
 
     config: NCConfig
     layer: int
     original_implementation: str
     counters: LayerCounters = field(default_factory=LayerCounters, compare=False)
+    observe: Callable[[Observed], None] | None = field(default=None, compare=False)
 
 
 def nc_attention_forward(
@@ -125,6 +151,8 @@ def nc_attention_forward(
         estimate = result.block_estimate
         if patch is not None and config.track and estimate is not None and not torch.compiler.is_compiling():
             patch.counters.add_estimate(estimate.detach(), config.min_mass is not None)
+    if patch is not None and patch.observe is not None:
+        patch.observe(Observed(layer, query, key, value, visible, scale, softcap, s_aux, output))
     if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
         nc_layer_cache.layer.nc_done()
     if patch is not None and not torch.compiler.is_compiling():

@@ -7,3 +7,7 @@ class UnsupportedModelError(ValueError):
 
 class UnsupportedMaskError(ValueError):
     """A mask is not one interval of keys per query; the message names it and says what to do."""
+
+
+class ProfileError(ValueError):
+    """A profile, or what is asked of one, does not fit; the message says what came, what is allowed and what to do."""

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.options import OPTIONS, located, misspelt, read_config, split_arguments
 from eval_tasks.lm_eval.response_cache import fingerprint, use_own_table
-from eval_tasks.models import tokenizer_fingerprint, weights_fingerprint
+from eval_tasks.models import tokenizer_fingerprint
 from nc_patch import NCConfig, UnsupportedModelError, nc_stats, patch_model
+from nc_patch.fingerprint import weights_fingerprint
 from nc_patch.version import __version__
 
 
