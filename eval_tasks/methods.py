@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets
@@ -9,6 +10,7 @@ from nc_patch.config import NCConfig
 
 STREAMING_SINKS = 4
 DENSE = "dense"
+PROFILE = "profile"
 # Between a method and its number of keys, where iso-quality asks for that: fixed-topk@64.
 _KEYS = "@"
 # Before the name of a class of the package kvpress.
@@ -82,6 +84,10 @@ def _nc_topk_mean(budgets: Budgets) -> NCConfig:
     return replace(_nc_topk(budgets), tail="mean")
 
 
+def _profile(budgets: Budgets) -> NCConfig:
+    return replace(budgets.profile_config(), backend=budgets.backend)
+
+
 def _block(budgets: Budgets) -> NCConfig:
     return NCConfig.create(
         budgets.alpha, budgets.C, selection="block", block_size=budgets.block_size, backend=budgets.backend
@@ -139,6 +145,15 @@ METHODS: dict[str, Method] = {
             True,
             default=False,
         ),
+        Method(
+            PROFILE,
+            "calibrated top-k",
+            "the highest scores, as many as a calibrated profile gives each layer and head; needs --profile FILE",
+            _profile,
+            "content",
+            True,
+            default=False,
+        ),
         Method("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", _block, "content", True),
     )
 }
@@ -185,10 +200,19 @@ def order_of(name: str) -> tuple[int, str, int]:
 
 
 def budget_at(name: str, budgets: Budgets, n: int) -> int:
-    """How many of ``n`` keys the method's law lets a query attend; ``n`` for dense."""
+    """How many of ``n`` keys the method's law lets a query attend, on average over heads; ``n`` for dense."""
     method, matched = find_method(name), budgets.at(n)
     config = _nc_topk(matched) if method.press else method.config(matched)
-    return n if config is None else int(config.budget(n))
+    if config is None:
+        return n
+    if not isinstance(config.alpha, tuple):
+        return int(config.budget(n))
+    budgets_of_heads = [
+        int(config.budget(n, layer, head))
+        for layer in range(len(config.alpha))
+        for head in range(len(config.laws(layer)))
+    ]
+    return round(fmean(budgets_of_heads))
 
 
 def _sparse(method: Method, budgets: Budgets) -> NCConfig:

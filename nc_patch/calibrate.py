@@ -55,8 +55,8 @@ def calibrate(
     attention just before each length are taken; and its beginning a second time, backwards too, for what an error of
     each head does to the loss. The model is left as it was, whatever happens.
 
-    With ``torch.distributed`` initialised (``accelerate launch``, ``torchrun``) the processes share the pieces, and each
-    returns the same profile.
+    With ``torch.distributed`` initialised (``accelerate launch``, ``torchrun``) the processes share the pieces, and
+    each returns the same profile.
 
     Args:
         model: a causal language model that ``patch_model`` takes.
@@ -79,7 +79,7 @@ def calibrate(
         UnsupportedModelError: the model cannot be patched.
     """
     plan = _plan(lengths, rows, eps, target, seed)
-    layers, heads = model_shape(model)
+    layers, _ = model_shape(model)
     _check_positions(model, plan.lengths[-1])
     beyond = [layer for layer in dense_layers if not 0 <= layer < layers]
     if beyond:

@@ -94,10 +94,11 @@ def _curves_of_block(
     scores = scores_of(query, call.key[0, :, low:high].detach().float(), buffers)
     scores = hide_unseen_(final_scores_(scores, after, call.softcap or 0.0), seen, position)
     # What a learned sink adds to the denominator, in units of the mass of the keys.
-    sink = 0.0
+    sink: float | torch.Tensor = 0.0
     if call.sinks is not None:
         sink = torch.exp(call.sinks.detach().float()[:, None] - torch.logsumexp(scores, -1))[None]
-    ordered, order = plain_softmax_(scores).sort(dim=-1, descending=True)
+    # Stable, so that ties go to the lower position, as in the definition of "topk".
+    ordered, order = torch.sort(plain_softmax_(scores), dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1, dtype=torch.float64)
     visible = (seen[:, 1] - seen[:, 0]).long()
     support = torch.stack([(mass < 1 - share - _ROUNDING).sum(-1) + 1 for share in eps])

@@ -56,8 +56,8 @@ def patch_model(
 
     Raises:
         UnsupportedModelError: the model cannot be patched; it is left as it was.
-        ValueError, TypeError: a setting is wrong; the model is left as it was. ``ProfileError``, a ValueError, where the
-            profile is of a model of another shape; of one with other weights it is only warned.
+        ValueError, TypeError: a setting is wrong; the model is left as it was. ``ProfileError``, a ValueError, where
+            the profile is of a model of another shape; of one with other weights it is only warned.
     """
     if profile is not None:
         config = _config_of_profile(model, profile, alpha, C, config, options)
@@ -135,7 +135,7 @@ def patched(
 
 @contextmanager
 def observed(model: Model, observe: Callable[[Observed], None]) -> Iterator[Model]:
-    """``with observed(model, observe):`` runs the model densely for the block and shows ``observe`` every attention call.
+    """``with observed(model, observe):`` runs the model densely and shows ``observe`` every attention call.
 
     Afterwards the model is what it was before, patched or not.
 

@@ -198,7 +198,7 @@ class Profile:
         C, intercept = theil_sen(np.log(self.visible), log_k)
         alpha = np.exp(intercept)
         for layer, head in np.ndindex(*alpha.shape):
-            if attends_all(alpha[layer, head], C[layer, head], self.lengths[0], self.lengths[-1]):
+            if attends_all(float(alpha[layer, head]), float(C[layer, head]), self.lengths[0], self.lengths[-1]):
                 alpha[layer, head] = C[layer, head] = 1.0
         return self._with(Laws(alpha, C), f"{100 * mass:g} % of every head's mass", dense)
 
@@ -283,7 +283,7 @@ class Profile:
         return Costs(np.array(self.keys, dtype=float), self.visible, cost, np.array(self.windows))
 
     def _keys_for(self, mass: float) -> np.ndarray:
-        """Keys at which each head keeps a share of its mass at each length, ``[L, M, H]``; between the grid's by log."""
+        """Keys at which each head keeps a share of its mass at each length, ``[L, M, H]``."""
         keys = np.minimum(np.array(self.keys, dtype=float), self.visible[:, :, None, None])
         kept = np.where(keys >= self.visible[:, :, None, None], 1.0, self.kept)
         found = np.empty(kept.shape[:-1])

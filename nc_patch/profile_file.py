@@ -20,7 +20,7 @@ _LARGEST_SIDE = 65_536
 _LARGEST_NUMBER = 1e12
 _LONGEST_TEXT = 4096
 
-# Fields with the letters of their shape: L lengths, M layers, H heads, G numbers of keys; and the range of their values.
+# Fields with the letters of their shape (L lengths, M layers, H heads, G numbers of keys) and the range of values.
 _ARRAYS = {
     "visible": ("LM", 1, _LARGEST_NUMBER),
     "kept": ("LMHG", 0, 1),

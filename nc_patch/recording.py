@@ -15,10 +15,11 @@ import torch
 
 from nc_patch.attention import Observed
 from nc_patch.curves import RowCurves, key_grid, row_curves
+from nc_patch.errors import ProfileError
 from nc_patch.patch import model_shape, observed
 
 # Gradients need the activations of every layer, so they are taken on the beginning of a piece.
-GRADIENT_LENGTH = 2048
+GRADIENT_LENGTH = 1024
 # Random directions along which the error of an output is measured; rows and pieces average it further.
 _PROBES = 2
 # Rows of a length lie in the last eighth before it.
@@ -156,7 +157,7 @@ class _Recorder:
                 raise RuntimeError(f"the {what} pass did not show the attention of the layers {sorted(layers)}")
         for name in ("_kept", "_error", "_loss"):
             if not np.isfinite(getattr(self, name)).all():
-                raise ValueError(
+                raise ProfileError(
                     "the model's attention holds NaN or Inf on this text: try another dtype, for example float32"
                 )
         return Piece(self._visible, self._support, self._kept, self._error, self._loss)
@@ -173,8 +174,11 @@ def _loss_of_drawn_tokens(logits: torch.Tensor, seed: int) -> torch.Tensor:
     """The summed loss of tokens that the model's own distributions draw."""
     scores = logits[0].float()
     with torch.no_grad():
-        generator = torch.Generator(device=scores.device).manual_seed(seed)
-        drawn = torch.multinomial(torch.softmax(scores, -1), 1, generator=generator)[:, 0]
+        # torch.multinomial takes seconds for so many rows of a whole vocabulary.
+        generator = torch.Generator().manual_seed(seed)
+        level = torch.rand(len(scores), 1, generator=generator).to(scores.device)
+        reached = torch.softmax(scores, -1).cumsum_(-1)
+        drawn = torch.searchsorted(reached, level * reached[:, -1:])[:, 0].clamp(max=scores.shape[-1] - 1)
     return torch.nn.functional.cross_entropy(scores, drawn, reduction="sum")
 
 
@@ -235,7 +239,7 @@ def load_piece(path: Path, plan: Plan, layers: int, heads: int) -> Piece | None:
     """The piece that a file keeps, or None where there is no file.
 
     Raises:
-        ValueError: the file is damaged, or of another shape.
+        ProfileError: the file is damaged, or of another shape.
     """
     if not path.exists():
         return None
@@ -251,14 +255,13 @@ def load_piece(path: Path, plan: Plan, layers: int, heads: int) -> Piece | None:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in shapes}
     except Exception as error:  # zipfile, zlib and numpy raise their own, and all of them mean the same
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it to measure it again") from error
+        raise ProfileError(f"{path} is damaged ({type(error).__name__}); remove it to measure it again") from error
     for name, shape in shapes.items():
         if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{path} is damaged: {name} has shape {arrays[name].shape}; remove it to measure it again")
+            raise ProfileError(f"{path} is damaged ({name} {arrays[name].shape}); remove it to measure it again")
     return Piece(**arrays)
 
 
 def total_steps(plan: Plan, layers: int, pieces: int) -> int:
     """How often ``on_layer`` will be called for so many pieces."""
     return pieces * layers * (2 if plan.gradient_lengths else 1)
-
