@@ -120,9 +120,7 @@ def _heat_map(axis: Axes, values: np.ndarray, title: str, label: str, norm: Norm
     bar = figure.colorbar(image, ax=axis, label=label)
     if isinstance(norm, LogNorm):
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        bar.ax.yaxis.set_minor_formatter(
-            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        )
+        bar.ax.yaxis.set_minor_formatter(FuncFormatter(minor_label))
 
 
 def _lengths_axis(axis: Axes, lengths: Sequence[int]) -> None:

@@ -268,7 +268,7 @@ def _sensitivity(loss: np.ndarray, error: np.ndarray, visible: np.ndarray, keys:
     is large enough to be measured.
     """
     error, visible = error[: len(loss)], visible[: len(loss), :, None, None]
-    usable = (keys < 0.7 * visible) & (error > _MEASURABLE * error[..., :1]) & (error > 0)
+    usable = (keys < visible) & (error > _MEASURABLE * error[..., :1]) & (error > 0)
     ratio = np.where(usable, loss / np.where(usable, error, 1.0), 0.0)
     return np.asarray(ratio.sum((0, 3)) / np.maximum(usable.sum((0, 3)), 1))
 

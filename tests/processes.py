@@ -11,8 +11,9 @@ from tiny_sweep import sweep_arguments
 
 from eval_tasks.launch import free_port
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["eval_tasks.command"])
+# One server that has imported everything forks every process.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["eval_tasks.command"])
 
 
 def _run(arguments: list[str], environment: Mapping[str, str], said: Path, setup: Callable[[], None] | None) -> None:
@@ -37,7 +38,7 @@ def start(
     arguments: list[str], said: Path, setup: Callable[[], None] | None = None, **environment: str
 ) -> "multiprocessing.process.BaseProcess":
     """Starts ``nc-patch ARGUMENTS``; what it says goes to the file ``said``; ``setup`` runs in it first."""
-    process = _CONTEXT.Process(target=_run, args=(arguments, environment, said, setup), daemon=True)
+    process = CONTEXT.Process(target=_run, args=(arguments, environment, said, setup), daemon=True)
     process.start()
     return process
 
