@@ -34,8 +34,8 @@ _COLOURS = {
     "profile": "#6A3D9A",
 }
 _OTHER_COLOURS = ("#8C564B", "#17BECF", "#BCBD22", "#9467BD")
-_MARKERS = {"all": "o", "recent": "s", "content": "^"}
-_LINES = {"all": "-", "recent": "--", "content": "-"}
+_MARKERS = {"all": "o", "recent": "s", "content": "^", "chance": "x"}
+_LINES = {"all": "-", "recent": "--", "content": "-", "chance": ":"}
 FONT = {"font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "svg.fonttype": "path"}
 _REFERENCE = "unseen"
 # Above this ratio of largest to smallest value an axis is logarithmic.
@@ -106,7 +106,7 @@ def pareto_figure(summaries: Sequence[Summary], task: str) -> Figure:
     figure, axes = _axes(2)
     own = [summary for summary in summaries if summary.task == task]
     longest = max(summary.length for summary in own)
-    costs: tuple[tuple[str, Callable[[Summary], float]], ...] = (
+    costs: tuple[tuple[str, Callable[[Summary], float | None]], ...] = (
         ("share of the visible keys attended at the scored positions, %", lambda s: 100 * s.tail_attended_fraction),
         ("seconds of a forward pass", lambda s: s.seconds),
     )
@@ -118,7 +118,9 @@ def pareto_figure(summaries: Sequence[Summary], task: str) -> Figure:
             )
             at_longest = [s for s in line if s.length == longest]
             joined = at_longest if any(keys_of(s.method)[1] is not None for s in line) else line
-            points = [(cost(s), _quality(s)) for s in joined]
+            points = [(cost(s), _quality(s)) for s in joined if cost(s) is not None]
+            if not points:  # simulated methods have no time
+                continue
             axis.plot(*zip(*points, strict=True), color=_colour(name), linewidth=1.0, alpha=0.5)
             ends = [(cost(s), _quality(s)) for s in at_longest]
             if ends:
@@ -324,9 +326,14 @@ def _scale(axis: Axes, logarithmic: bool = False) -> None:
     values = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata()) if y > 0]
     spread = max(values) / min(values) if values else 1.0
     if spread > _LOGARITHMIC_FROM or (logarithmic and spread > _LABELLED_FROM):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(FuncFormatter(minor_label))
+        logarithmic_y(axis)
+
+
+def logarithmic_y(axis: Axes) -> None:
+    """Makes the y axis logarithmic, with labels that can be read also where it spans less than a decade."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(minor_label))
 
 
 def minor_label(value: float, _: int) -> str:

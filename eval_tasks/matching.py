@@ -95,18 +95,18 @@ class Budgets:
         """The factor a of ``ceil(a * log2(n))``."""
         if self.parameters:
             return self.parameters[1]
-        return _not_above(self.fixed, self.fixed / math.log2(self.equal_at), self.equal_at, 0.0, "log")
+        return not_above(self.fixed, self.fixed / math.log2(self.equal_at), self.equal_at, 0.0, "log")
 
     @property
     def fraction(self) -> float:
         """The share f of ``ceil(f * n)``."""
         if self.parameters:
             return self.parameters[2]
-        return _not_above(self.fixed, self.fixed / self.equal_at, self.equal_at, 1.0, "power")
+        return not_above(self.fixed, self.fixed / self.equal_at, self.equal_at, 1.0, "power")
 
 
-def _not_above(budget: int, factor: float, n: int, exponent: float, law: Law) -> float:
-    # Rounding in the division must not lift the product above the integer it stands for.
+def not_above(budget: int, factor: float, n: int, exponent: float, law: Law) -> float:
+    """The factor, lowered by what rounding made it too large: the law gives at most ``budget`` at n."""
     while budget_of(n, factor, exponent, law=law) > budget:
         factor = math.nextafter(factor, 0.0)
     return factor

@@ -10,13 +10,13 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from nc_patch.cache import LayerCache, layer_cache
 from nc_patch.config import NCConfig
-from nc_patch.errors import UnsupportedMaskError, UnsupportedModelError
+from nc_patch.errors import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError
 from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
 from nc_patch.stats import LayerCounters, tally
-from nc_patch.visibility import Visibility, interval_mask, is_packed, is_plain_causal
+from nc_patch.visibility import Visibility, interval_mask, is_packed, is_plain_causal, made_for
 
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
 IMPLEMENTATION = "nc_sparse"
@@ -109,6 +109,7 @@ def nc_attention_forward(
         output = _sdpa(query, key, value, attention_mask, scale, softcap, s_aux, module)
         return output.transpose(1, 2).contiguous(), None
     assert attention_mask is not None
+    _refuse_missing_keys(module, layer, attention_mask, Lk)
     visible, origin = _once(attention_mask, ("visibility",), lambda: Visibility.unpack(attention_mask))
     if visible.shape[0] != B:
         visible, origin = visible.expand(B, -1, -1), origin.expand(B, -1)
@@ -116,6 +117,7 @@ def nc_attention_forward(
     if dense_reason is not None:
         selection, budget = "dense", None
     else:
+        _check_heads(module, config.laws(layer), query.shape[1])
         key_of_law = (config.laws(layer), config.min_keys, config.law)
         budget = _once(attention_mask, ("budget", *key_of_law, Lk), lambda: budgets_of(config, layer, visible, Lk))
     index = means = None
@@ -160,6 +162,21 @@ def nc_attention_forward(
             patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None
         )
     return output.transpose(1, 2).contiguous(), None
+
+
+def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
+    """Forward pre-hook of a patched attention module: what was switched to another implementation does not run dense.
+
+    Continuous batching switches to flash attention by itself where that is installed.
+    """
+    config: Any = module.config
+    implementation = config._attn_implementation
+    if implementation != IMPLEMENTATION:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "
+            "since, by set_attn_implementation or by continuous batching: it would run dense. Call unpatch_model to "
+            "run it so, or patch_model again for sparse attention."
+        )
 
 
 def hand_on_cache(
@@ -251,6 +268,11 @@ def _refuse_unsupported(
             raise UnsupportedModelError(
                 f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
             )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModelError(
+            f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
+            "the model."
+        )
     if dropout:
         raise UnsupportedModelError(
             f"{name} asks for attention dropout {dropout}, which sparse attention has not. Set attention_dropout to 0 "
@@ -258,6 +280,25 @@ def _refuse_unsupported(
         )
     if is_causal is False:
         raise UnsupportedModelError(f"{name} asks for attention that is not causal, which sparse attention cannot do.")
+
+
+def _refuse_missing_keys(module: torch.nn.Module, layer: int, mask: torch.Tensor, key_length: int) -> None:
+    """A layer that has fewer keys than the first, by whose keys masks are made, was missed by a call that failed."""
+    expected = None if torch.compiler.is_compiling() else made_for(mask)
+    if expected is not None and key_length < expected:
+        raise BrokenCacheError(
+            f"{type(module).__name__} of layer {layer} has {key_length} keys, and its mask is for {expected}: a call "
+            "that failed has left the cache half-updated. Start with a new cache, cache.reset() this one, or crop all "
+            "layers to the n tokens there were: layer.crop(n - layer.get_seq_length())."
+        )
+
+
+def _check_heads(module: torch.nn.Module, laws: tuple[Any, ...], heads: int) -> None:
+    if len(laws) not in (1, heads):
+        raise UnsupportedModelError(
+            f"alpha and C are given for {len(laws)} heads, {type(module).__name__} has {heads} in this process (tensor "
+            "parallelism spreads them). Give one value per layer."
+        )
 
 
 def _mask_problem(module: torch.nn.Module, mask: Any) -> str:

@@ -39,6 +39,13 @@ COMMANDS = {
         "eval_tasks.command", "run_eval", "measure sparse attention by context length", _EVAL_PACKAGES, "eval"
     ),
     "report": Command("eval_tasks.command", "run_report", "write one report of earlier evals", _EVAL_PACKAGES, "eval"),
+    "fidelity": Command(
+        "eval_tasks.fidelity_command",
+        "run_fidelity",
+        "compare each layer and head with dense attention",
+        _EVAL_PACKAGES,
+        "eval",
+    ),
     "bench": Command(
         "nc_patch.bench.command",
         "run_bench",

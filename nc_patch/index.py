@@ -152,16 +152,16 @@ class KeyIndex:
         return PageMeans(self._tensors["key"], self._tensors["value"])
 
     def fits(self, key: torch.Tensor) -> bool:
-        """Whether the index can belong to keys of this shape, on this device."""
+        """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv and D, on the same device."""
         tensor = next(iter(self._tensors.values()))
         return tensor.shape[:2] == key.shape[:2] and tensor.shape[-1] == key.shape[-1] and tensor.device == key.device
 
     def select(self, indices: torch.Tensor) -> None:
-        """Keeps the sequences ``indices`` of the batch, in this order; indices may repeat (beams)."""
+        """Keeps the sequences ``indices``, int64 ``[B']``, of the batch, in this order; they may repeat (beams)."""
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def copy_selected_(self, indices: torch.Tensor) -> None:
-        """``select`` with as many indices as sequences, into the same memory: static addresses stay."""
+        """``select`` with int64 ``[B]``, as many as sequences, into the same memory: static addresses stay."""
         for tensor in (*self._tensors.values(), self.origin):
             tensor.copy_(tensor.index_select(0, indices.to(tensor.device)))
 

@@ -1,6 +1,7 @@
 """``patch_model`` and its kin: sparse attention into and out of a model, in place."""
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from nc_patch.attention import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, Observed, hand_on_cache
+from nc_patch.attention import (
+    IMPLEMENTATION,
+    PATCH_ATTRIBUTE,
+    LayerPatch,
+    Observed,
+    hand_on_cache,
+    refuse_switched,
+)
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig
 from nc_patch.errors import UnsupportedModelError
 from nc_patch.stats import summary, total
@@ -25,6 +33,8 @@ _ALREADY_SPARSE = ("indexer", "block_indexer")
 # Patched modules alive in this process: a config object that several models share keeps its implementation while one
 # needs it.
 _PATCHED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+# Held while models are patched and unpatched, which threads may do at once.
+_LOCK = threading.RLock()
 
 
 def patch_model(
@@ -77,17 +87,17 @@ def patch_model(
         raise TypeError(f"config must be an NCConfig, got {type(config).__name__}")
     modules = _attention_modules(model)
     _check_shape(config, modules)
-    for layer, module in modules:
-        before = _patch_of(module)
-        original = _config_of(module)._attn_implementation if before is None else before.original_implementation
-        if original == IMPLEMENTATION:  # another model that shares this config object is patched
-            original = _original_of_shared(module)
-        setattr(module, PATCH_ATTRIBUTE, LayerPatch(config, layer, original))
-        if before is None and _takes_more_arguments(module):
-            module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
-        _PATCHED.add(module)
-    for module_config in _configs(modules):
-        module_config._attn_implementation_internal = IMPLEMENTATION
+    with _LOCK:
+        for layer, module in modules:
+            before = _patch_of(module)
+            setattr(module, PATCH_ATTRIBUTE, LayerPatch(config, layer, _original_of(module, before)))
+            if before is None:
+                module.register_forward_pre_hook(refuse_switched)
+            if before is None and _takes_more_arguments(module):
+                module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
+            _PATCHED.add(module)
+        for module_config in _configs(modules):
+            module_config._attn_implementation_internal = IMPLEMENTATION
     return model
 
 
@@ -98,12 +108,15 @@ def unpatch_model(model: Model) -> Model:
         ValueError: the model is not patched.
     """
     modules = _patched_modules(model)
-    for module, patch in modules:
-        delattr(module, PATCH_ATTRIBUTE)
-        _remove_hook(module)
-        _PATCHED.discard(module)
-        if not any(other.config is module.config for other in _PATCHED):
-            _config_of(module)._attn_implementation_internal = patch.original_implementation
+    with _LOCK:
+        for module, patch in modules:
+            delattr(module, PATCH_ATTRIBUTE)
+            _remove_hooks(module)
+            _PATCHED.discard(module)
+            # What the user has set since stays.
+            switched = _config_of(module)._attn_implementation != IMPLEMENTATION
+            if not switched and not any(other.config is module.config for other in _PATCHED):
+                _config_of(module)._attn_implementation_internal = patch.original_implementation
     return model
 
 
@@ -232,9 +245,9 @@ def _takes_more_arguments(module: torch.nn.Module) -> bool:
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _remove_hook(module: torch.nn.Module) -> None:
+def _remove_hooks(module: torch.nn.Module) -> None:
     hooks = module._forward_pre_hooks
-    for number in [number for number, hook in hooks.items() if hook is hand_on_cache]:
+    for number in [number for number, hook in hooks.items() if hook in (hand_on_cache, refuse_switched)]:
         del hooks[number]
         module._forward_pre_hooks_with_kwargs.pop(number, None)
 
@@ -247,8 +260,14 @@ def _configs(modules: list[tuple[int, torch.nn.Module]]) -> list[Any]:
     return list({id(_config_of(module)): _config_of(module) for _, module in modules}.values())
 
 
-def _original_of_shared(module: torch.nn.Module) -> str:
-    for other in _PATCHED:
+def _original_of(module: torch.nn.Module, before: LayerPatch | None) -> str:
+    """The implementation that unpatching a module gives back."""
+    implementation: str = _config_of(module)._attn_implementation
+    if implementation != IMPLEMENTATION:
+        return implementation
+    if before is not None:
+        return before.original_implementation
+    for other in _PATCHED:  # another model that shares this config object is patched
         patch = _patch_of(other)
         if other is not module and patch is not None and other.config is module.config:
             return patch.original_implementation

@@ -4,9 +4,12 @@ Counting never reads the device while the model runs: a call appends small tenso
 the sums are taken when somebody asks.
 """
 
+import functools
 import math
+import threading
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,13 +31,29 @@ def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> to
     return torch.cat((rows.sum((1, 2)), last.sum((1, 2))))
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _alone(method: Method) -> Method:
+    """Makes a method of ``LayerCounters`` wait for the others: threads may run one model at once."""
+
+    @functools.wraps(method)
+    def locked(self: "LayerCounters", *arguments: Any, **options: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments, **options)
+
+    return locked  # type: ignore[return-value]
+
+
 class LayerCounters:
-    """The counters of one attention layer."""
+    """The counters of one attention layer; threads may share them."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self.tail: int | None = None
         self.reset()
 
+    @_alone
     def reset(self) -> None:
         """Sets all counts to zero."""
         self.calls = 0
@@ -45,6 +64,7 @@ class LayerCounters:
         self._estimates: list[torch.Tensor] = []
         self._enlarges = False
 
+    @_alone
     def add(self, counts: torch.Tensor, dense_reason: str | None) -> None:
         """Counts one call; ``counts`` as from ``tally``."""
         self._called(dense_reason)
@@ -53,6 +73,7 @@ class LayerCounters:
             pending, self._pending = self._pending, []
             self._pending.append(torch.stack(pending).sum(0))
 
+    @_alone
     def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
         """Counts one call of few queries; ``tally`` is taken of many such calls together. Arguments as there."""
         self._called(None)
@@ -62,6 +83,7 @@ class LayerCounters:
         if len(self._untallied) >= _FOLD_AT:
             self._tally()
 
+    @_alone
     def add_estimate(self, estimate: torch.Tensor, enlarges: bool) -> None:
         """Takes what the blocks of a call are estimated to keep.
 
@@ -74,6 +96,7 @@ class LayerCounters:
         if len(self._estimates) >= _FOLD_AT:
             self._estimates = [torch.stack(self._estimates).double().sum(0)]
 
+    @_alone
     def estimate(self) -> torch.Tensor | None:
         """The sums of all estimates, float64 ``[Hq, 5]`` on the CPU, None where there were none; reads the device."""
         if not self._estimates:
@@ -81,6 +104,7 @@ class LayerCounters:
         self._estimates = [torch.stack([part.double().cpu() for part in self._estimates]).sum(0)]
         return self._estimates[0]
 
+    @_alone
     def sums(self) -> list[float]:
         """The six sums of ``tally`` over all calls; reads the device."""
         self._tally()
@@ -100,14 +124,18 @@ class LayerCounters:
             attended, visible = (torch.cat(tensors) for tensors in zip(*untallied, strict=True))
             self._pending.append(tally(attended, visible, self.tail))
 
+    @_alone
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold numbers, not tensors of a device or of inference mode.
         self.sums()
         estimate = self.estimate()
-        return self.__dict__ | {"_estimates": [] if estimate is None else estimate.tolist()}
+        state = self.__dict__ | {"_estimates": [] if estimate is None else estimate.tolist()}
+        del state["_lock"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rows = state["_estimates"]
+        self._lock = threading.RLock()
         self.__dict__.update(state, _estimates=[torch.tensor(rows, dtype=torch.float64)] if rows else [])
 
 

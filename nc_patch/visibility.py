@@ -100,7 +100,16 @@ def interval_mask(
         start, end, origin = _apply_padding(attention_mask.to(device), position, start, end, origin)
     start, end = ((t - kv_offset).clamp(0, kv_length) for t in (start, end))
     visible = torch.stack((torch.minimum(start, end), end), dim=-1)
-    return Visibility(visible.to(torch.int32), (origin - kv_offset).to(torch.int32)).pack()
+    packed = Visibility(visible.to(torch.int32), (origin - kv_offset).to(torch.int32)).pack()
+    if not torch.compiler.is_compiling():
+        packed._nc_key_length = kv_length  # type: ignore[attr-defined]
+    return packed
+
+
+def made_for(mask: torch.Tensor) -> int | None:
+    """How many keys the packed intervals were made for, or None where that is not known."""
+    length: int | None = getattr(mask, "_nc_key_length", None)
+    return length
 
 
 def is_plain_causal(mask: torch.Tensor, key_length: int) -> bool:

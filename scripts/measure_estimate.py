@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
-from measure_blocks import LAYERS, capture
+from measure_blocks import LAYERS
 
+from eval_tasks.capture import capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
@@ -29,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     loaded, text = load_model(arguments.model, "float32", "cpu"), load_text(arguments.text)
-    captured = capture(loaded, text, arguments.length, LAYERS)
+    captured = capture(loaded.model, token_ids(loaded.tokenizer, text, arguments.length), LAYERS)
     rows = []
     for layer, (query, key, value, _) in zip(LAYERS, captured, strict=True):
         with torch.inference_mode():

@@ -1,11 +1,9 @@
 """Calibration of whole models: what it finds, what it leaves as it was, and how it goes on and is shared."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
-from processes import CONTEXT
+from processes import start_call
 from profiles import measured_profile
 from tiny_models import FAMILIES, VOCABULARY, random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
@@ -185,9 +183,7 @@ def test_a_damaged_piece_is_named(tmp_path):
             calibrate(model, None, [text], LENGTHS, pieces=1, directory=tmp_path, **QUIET)
 
 
-def _one_rank(rank: int, port: int, directory: str, fails: bool) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _one_rank(rank: int, directory: str, fails: bool) -> None:
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(7)
     text = torch.randint(1, VOCABULARY, (600,)).tolist()
@@ -203,13 +199,14 @@ def _one_rank(rank: int, port: int, directory: str, fails: bool) -> None:
 
 
 def run_ranks(directory, fails: bool = False) -> None:
-    port = free_port()
-    ranks = [CONTEXT.Process(target=_one_rank, args=(r, port, str(directory), fails)) for r in range(2)]
-    for process in ranks:
-        process.start()
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        start_call(_one_rank, rank, str(directory), fails, said=directory / f"said{rank}", RANK=str(rank), **shared)
+        for rank in range(2)
+    ]
     for process in ranks:
         process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    assert [process.exitcode for process in ranks] == [0, 0], (directory / "said0").read_text()
 
 
 def test_two_processes_find_what_one_does(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nc_patch import NCConfig, patch_model, patched, unpatch_model
+from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
 pytest.importorskip("gguf", reason="the conversion of SmolLM2 needs the package gguf")
 pytestmark = pytest.mark.slow
@@ -51,13 +52,18 @@ def perplexity(smollm2):
 
 def test_topk_is_within_three_percent_of_dense_at_2048(perplexity):
     dense = perplexity("perplexity", 2048, None, samples=2)
-    assert perplexity("perplexity", 2048, NCConfig(2.0, 0.7), samples=2) <= 1.03 * dense
+    assert perplexity("perplexity", 2048, NCConfig(2.0, 0.7, tail="drop"), samples=2) <= 1.03 * dense
+
+
+def test_the_defaults_are_within_two_percent_of_dense_at_2048(perplexity):
+    dense = perplexity("perplexity", 2048, None, samples=2)
+    assert perplexity("perplexity", 2048, NCConfig(DEFAULT_ALPHA, DEFAULT_C), samples=2) <= 1.02 * dense
 
 
 def test_topk_recalls_at_2048_and_a_window_of_the_same_budget_does_not(perplexity):
     dense = perplexity("recall", 2048, None, samples=2)
     assert dense < 2.5
-    assert perplexity("recall", 2048, NCConfig(2.0, 0.5), samples=2) <= 1.5 * dense
+    assert perplexity("recall", 2048, NCConfig(2.0, 0.5, tail="drop"), samples=2) <= 1.5 * dense
     window = NCConfig.create(2.0, 0.5, selection="window", sink_keys=4)
     assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
 
@@ -77,10 +83,11 @@ def test_blocks_stay_near_dense_at_2048_and_a_floor_on_the_mass_brings_them_near
 
 @pytest.mark.wide
 def test_a_growing_budget_beats_the_fixed_and_the_logarithmic_one_at_4096(perplexity):
-    growing = perplexity("recall", 4096, NCConfig(2.0, 0.5))
-    assert NCConfig(2.0, 0.5).budget(1024) == NCConfig(64).budget(1024) == NCConfig(6.4, law="log").budget(1024) == 64
-    assert growing < perplexity("recall", 4096, NCConfig(6.4, law="log"))
-    assert growing < perplexity("recall", 4096, NCConfig(64))
+    laws = (NCConfig(2.0, 0.5, tail="drop"), NCConfig(6.4, law="log", tail="drop"), NCConfig(64, tail="drop"))
+    assert [law.budget(1024) for law in laws] == [64, 64, 64]
+    growing, logarithmic, fixed = (perplexity("recall", 4096, law) for law in laws)
+    assert growing < logarithmic
+    assert growing < fixed
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block"])

@@ -359,7 +359,8 @@ def reference_attention(
         logits, means = tail_columns(q, key, value, kept, visible, origin, scale, softcap)
         kept, v = torch.cat((kept, logits), -1), torch.cat((v, means.repeat_interleave(group, 1)), -2)
         attended = torch.cat((attended, logits != -torch.inf), -1)
-    lse, peak = torch.logsumexp(kept, -1), kept.amax(-1)
+    lse = torch.logsumexp(kept, -1)
+    peak = kept.amax(-1) if kept.shape[-1] else lse
     if sinks is not None:
         sink = sinks.double()[None, :, None].expand_as(lse_keys)
         lse, peak = torch.logaddexp(lse, sink), torch.maximum(peak, sink)
@@ -369,10 +370,10 @@ def reference_attention(
     weights = torch.exp(kept - base[..., None])
     denominator = weights.sum(-1) if sinks is None else weights.sum(-1) + torch.exp(sink - base)
     weights = torch.where(attended, weights / denominator[..., None], 0.0)
-    # A key that is not attended contributes nothing, whatever its value holds.
+    # A key without weight contributes nothing, whatever its value holds.
     finite = v.isfinite()
     output = weights @ torch.where(finite, v, 0.0)
-    touched = attended.double() @ (~finite).double() > 0
+    touched = (weights != 0).double() @ (~finite).double() > 0
     output = torch.where(touched, torch.nan, output).masked_fill(empty[..., None], 0.0)
     kept_mass = torch.where(empty, 1.0, torch.exp(lse_keys - lse_dense))
     return AttentionResult(output, lse, kept_mass, own_keys)

@@ -166,7 +166,7 @@ def _heaviest(
         rows = torch.bincount(found.owner, minlength=n)[:, None]
         kept = weight.nan_to_num(nan=0.0).gather(-1, order).cumsum(-1)
         needed = (kept < settings.min_mass * group * rows[..., None]).sum(-1, dtype=torch.int32) + 1
-        most = (law.double() * settings.max_factor).ceil().int()
+        most = (law.double() * settings.max_factor).ceil().clamp(max=torch.iinfo(torch.int32).max).int()
         counts = torch.maximum(floor, needed.minimum(most).minimum(available))
     exists = torch.arange(int(counts.max()), device=law.device) < counts[..., None]
     order = torch.where(exists, order[..., : exists.shape[-1]], K).sort(-1).values

@@ -182,8 +182,9 @@ def _tail_logits(
     slot = torch.div(position - begin % size, size, rounding_mode="floor").clamp_(min=-1) + 1
     attended = torch.zeros(H, R, S + 1, device=query.device)
     attended.scatter_add_(-1, slot.expand(H, -1, -1), attends.float())
-    logits = final_scores_(query @ mean.float().T, scale, softcap) + (size - attended[..., 1:]).log_()
-    return logits.masked_fill_(~counts, -torch.inf)
+    missing = size - attended[..., 1:]
+    logits = final_scores_(query @ mean.float().T, scale, softcap) + missing.log()
+    return logits.masked_fill_(~counts | (missing == 0), -torch.inf)
 
 
 def _kept_mass(
