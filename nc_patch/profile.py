@@ -17,7 +17,7 @@ from nc_patch.errors import ProfileError
 from nc_patch.fingerprint import weights_fingerprint
 from nc_patch.fits import theil_sen
 from nc_patch.patch import model_shape
-from nc_patch.profile_file import FORMAT, read_profile, write_profile
+from nc_patch.profile_file import FORMAT, checked_fields, read_profile, write_profile
 
 logger = logging.getLogger("nc_patch")
 
@@ -256,8 +256,6 @@ class Profile:
         Raises:
             ProfileError: a field is missing, unknown, of a wrong type or shape, or out of its range.
         """
-        from nc_patch.profile_file import checked_fields
-
         checked = checked_fields(values)
         fits = tuple(Fit(**fit) for fit in checked.pop("fits"))
         return cls(**checked, fits=fits)

@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048])
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.05, 0.14])
-    parser.add_argument("--exponents", type=float, nargs="+", default=[0.3, 0.5, 0.7, 1.0])
+    parser.add_argument("--exponents", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--out", type=Path, default=Path("docs/results/profile.json"))
     arguments = parser.parse_args()
     loaded, text = load_model(arguments.model, "float32", "cpu"), load_text(arguments.text)

@@ -339,3 +339,9 @@ def test_pieces_are_named_by_weights_tokens_and_plan():
     }
     assert len(names) == 5
     assert piece_name("a", np.array([1, 2]), plan) in names
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_shows_how_far_it_is(capsys, shown):
+    calibrate(tiny_model("llama"), None, [IDS], (32, 64), pieces=1, rows=4, progress=shown)
+    assert ("6/6" in capsys.readouterr().err) == shown
