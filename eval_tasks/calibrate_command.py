@@ -46,7 +46,7 @@ def run_calibrate(argv: Sequence[str]) -> int:
             sentences = []
             with agreed(ranks):
                 if ranks.is_first:
-                    profile.save(arguments.out / PROFILE)
+                    _save(profile, arguments.out / PROFILE)
                     sentences = write_profile_report(profile, arguments.out, command)
     except (EvalError, ProfileError, UnsupportedModelError) as error:
         if launched_rank() == 0 or not isinstance(error, AgreedError):
@@ -72,6 +72,8 @@ def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
         except OSError as error:
             raise EvalError(f"--out {arguments.out} cannot be made: {error.strerror}; give another") from error
         if arguments.threads is not None:
+            if arguments.threads < 1:
+                raise EvalError(f"--threads must be at least 1, got {arguments.threads}")
             torch.set_num_threads(arguments.threads)
         texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
         device = pick_device(arguments.device)
@@ -95,6 +97,13 @@ def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
     if arguments.fraction is not None:
         profile = profile.at_budget(arguments.fraction, n=arguments.at)
     return profile
+
+
+def _save(profile: Profile, path: Path) -> None:
+    try:
+        profile.save(path)
+    except ProfileError as error:  # the other processes hear of an EvalError alone
+        raise EvalError(str(error)) from error
 
 
 def _part(content: str, part: str) -> str:

@@ -23,7 +23,7 @@ from nc_patch.version import __version__
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096)
 DEFAULT_EPS = (0.02, 0.05, 0.1, 0.2)
 DEFAULT_TARGET = 0.95
-DEFAULT_PIECES = 4
+DEFAULT_PIECES = 3
 DEFAULT_ROWS = 24
 # Below so many tokens a length says little about how keys grow.
 SHORTEST = 16

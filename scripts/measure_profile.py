@@ -72,6 +72,8 @@ def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for length, fraction in sorted({(row["length"], row["fraction"]) for row in rows if row["method"] == PROFILE}):
         here = [row for row in rows if row["length"] == length and row["fraction"] in (fraction, 1.0)]
         methods = sorted({row["method"] for row in here})
+        if len(methods) < 3:  # no uniform law is there to compare with yet
+            continue
         samples = set.intersection(*({r["sample"] for r in here if r["method"] == name} for name in methods))
 
         def perplexity(name: str, part: str, here: Any = here, samples: Any = samples) -> float:
