@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 
@@ -110,7 +109,8 @@ def figure(rows: Sequence[Fidelity]) -> Figure:
     longest = max(row.length for row in rows)
     picture = Figure(figsize=(10, 4), layout="constrained")
     by_length, by_layer = picture.subplots(1, 2)
-    for colour, method in zip(_colours(), dict.fromkeys(row.method for row in rows), strict=False):
+    for place, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        colour = f"C{place}"
         own = [row for row in rows if row.method == method]
         lengths = sorted({row.length for row in own})
         means = [fmean(fmean(row.output_error) for row in own if row.length == length) for length in lengths]
@@ -134,10 +134,6 @@ def figure(rows: Sequence[Fidelity]) -> Figure:
         axis.grid(alpha=0.3)
     picture.legend(loc="outside lower center", ncols=4, frameon=False)
     return picture
-
-
-def _colours() -> list[Any]:
-    return list(matplotlib.colormaps["tab10"].colors)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,13 @@ nothing else happens.
 from nc_patch.cache import forget_index
 from nc_patch.calibrate import calibrate
 from nc_patch.config import NCConfig
-from nc_patch.errors import BrokenCacheError, ProfileError, UnsupportedMaskError, UnsupportedModelError
+from nc_patch.errors import (
+    BrokenCacheError,
+    DroppedMassError,
+    ProfileError,
+    UnsupportedMaskError,
+    UnsupportedModelError,
+)
 from nc_patch.functional import sparse_attention
 from nc_patch.index import KeyIndex
 from nc_patch.ops.reference import AttentionResult
@@ -19,6 +25,7 @@ from nc_patch.version import __version__
 __all__ = [
     "AttentionResult",
     "BrokenCacheError",
+    "DroppedMassError",
     "KeyIndex",
     "NCConfig",
     "Profile",

@@ -6,24 +6,29 @@ was last seen with, unchanged; otherwise it is dropped, and built again when att
 """
 
 import weakref
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from nc_patch.index import IndexKind, KeyIndex, reserve_for
 
 
-class LayerCache(NamedTuple):
+@dataclass
+class LayerCache:
     """What the attention function is told of the cache layer that its keys come from.
 
     Attributes:
         layer: the layer, if it can carry an index.
         started: whether it held keys before this call.
+        taken: whether attention has already run in this call of the module. An index follows the first run alone: a
+            module that attends twice (differential attention) may pass other values the second time.
     """
 
     layer: "KeyIndexMixin | None"
     started: bool
+    taken: bool = False
 
 
 class _Seen(NamedTuple):
@@ -246,6 +251,8 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
     Replaces the cache's layer by one that carries an index, where that is possible. While ``torch.compile`` traces,
     nothing is replaced: layers that carry none yet decode without.
     """
+    if isinstance(cache, EncoderDecoderCache):  # patched modules are those of self-attention
+        cache = cache.self_attention_cache
     if not isinstance(cache, Cache) or layer is None:
         return None
     while len(cache.layers) <= layer:

@@ -18,6 +18,7 @@ from nc_patch.fits import fit_power_laws
 from nc_patch.patch import model_shape
 from nc_patch.profile import Fit, Profile, significant
 from nc_patch.recording import Piece, Plan, load_piece, measure_piece, piece_name, save_piece, total_steps
+from nc_patch.support import attention_modules
 from nc_patch.version import __version__
 
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -80,6 +81,12 @@ def calibrate(
     """
     plan = _plan(lengths, rows, eps, target, seed)
     layers, _ = model_shape(model)
+    without = sorted(set(range(layers)) - {layer for layer, _ in attention_modules(model)})
+    if without:
+        raise ProfileError(
+            f"the layers {without} of {type(model).__name__} have no attention that can be patched, and a profile "
+            "needs it in every layer. Give alpha and C to patch_model instead."
+        )
     _check_positions(model, plan.lengths[-1])
     beyond = [layer for layer in dense_layers if not 0 <= layer < layers]
     if beyond:

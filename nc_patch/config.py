@@ -17,12 +17,14 @@ Selection = Literal["topk", "block", "window", "dense"]
 Backend = Literal["auto", "triton", "torch"]
 IndexUse = Literal["auto", "always", "never"]
 Tail = Literal["mean", "drop"]
+OnDrop = Literal["ignore", "warn", "raise", "dense"]
 PerHead = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 SELECTIONS: tuple[Selection, ...] = ("topk", "block", "window", "dense")
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 INDEX_USES: tuple[IndexUse, ...] = ("auto", "always", "never")
 TAILS: tuple[Tail, ...] = ("mean", "drop")
+ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
 BLOCK_SIZES = (16, 32, 64, 128)
 # Numbers of keys are kept in 32 bits.
 LARGEST_INTEGER = 2**31 - 1
@@ -57,7 +59,13 @@ class NCConfig:
         min_mass: kept mass in (0, 1) to aim at: where the estimate says that the budget's blocks keep less, a query
             block takes more. None for the budget alone.
         max_factor: how many times the budget's blocks ``min_mass`` may take, at least 1.
-        track: whether ``nc_stats`` holds what the blocks of prefill are estimated to have dropped.
+        track: whether ``nc_stats`` holds the kept mass, layer by layer and head by head: see docs/certificates.md for
+            what that costs.
+        on_drop: what happens when a call of a layer drops more than ``max_dropped_mass``: ``"ignore"``, ``"warn"`` once
+            a layer, ``"raise"`` a ``DroppedMassError``, or redo the call ``"dense"``. Decided by the proven lower limit
+            of every row's kept mass, in prefill by ``"block"`` by an estimate for each head. All but ``"ignore"`` read
+            the device in every call, and refuse to be compiled into a graph.
+        max_dropped_mass: the part of the dense softmax mass, in [0, 1), that a row may leave unattended.
         dense_layers: indices of layers that keep dense attention.
         backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs and PyTorch elsewhere.
         key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
@@ -90,6 +98,8 @@ class NCConfig:
     min_mass: float | None = None
     max_factor: float = 4.0
     track: bool = False
+    on_drop: OnDrop = "ignore"
+    max_dropped_mass: float = 0.1
     dense_layers: tuple[int, ...] = ()
     backend: Backend = "auto"
     key_index: IndexUse = "auto"
@@ -114,6 +124,7 @@ class NCConfig:
         if not self.refine and self.key_index == "never":
             raise ValueError('refine=False scores keys by their index, which key_index="never" takes away')
         _choice("tail", self.tail, TAILS)
+        _choice("on_drop", self.on_drop, ON_DROP)
         _integer("sink_keys", self.sink_keys, 0)
         _integer("recent_keys", self.recent_keys, 0)
         _integer("min_keys", self.min_keys, 1)
@@ -128,7 +139,7 @@ class NCConfig:
         set_field("dense_layers", tuple(sorted(set(layers))))
 
     def _check_blocks(self) -> None:
-        """Checks the settings of block prefill."""
+        """Checks the settings of block prefill, and of the mass that may be dropped."""
         for name, allowed in (("query_block_size", QUERY_BLOCK_SIZES), ("sample_stride", SAMPLE_STRIDES)):
             _integer(name, getattr(self, name), 1)
             _choice(name, getattr(self, name), allowed)
@@ -141,6 +152,7 @@ class NCConfig:
         for name, allowed_range, fits in (
             ("min_mass", "a number in (0, 1), or None", lambda v: 0 < v < 1),
             ("max_factor", "a number of at least 1", lambda v: 1 <= v < math.inf),
+            ("max_dropped_mass", "a number in [0, 1)", lambda v: 0 <= v < 1),
         ):
             value = getattr(self, name)
             if value is None and name == "min_mass":

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from nc_patch.attention import Observed
 from nc_patch.config import NCConfig
+from nc_patch.observed import Observed
 from nc_patch.ops.torch_rows import (
     Buffers,
     final_scores_,

@@ -87,6 +87,11 @@ def sparse_attention(
     if selection is None:
         raise ValueError(f"selection must be one of {', '.join(map(repr, SELECTIONS))}, got None")
     config = NCConfig.create(per_head(alpha), per_head(C), selection=selection, **options)
+    if config.on_drop != "ignore":
+        raise ValueError(
+            f'on_drop="{config.on_drop}" acts in patched models; here ask for return_stats or return_kept_mass and '
+            "act on the kept mass yourself"
+        )
     B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
@@ -172,6 +177,7 @@ def attend(
     max_budget: int = 0,
     want_stats: bool = False,
     want_bounds: bool = False,
+    audit_seed: int = -1,
 ) -> AttentionResult:
     """Runs one selection on checked tensors; ``sparse_attention`` has the meaning of each argument.
 
@@ -179,7 +185,8 @@ def attend(
     largest that any of them may be.
 
     Returns:
-        The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``.
+        The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``; ``block_audit`` for
+        ``"block"`` in prefill where ``audit_seed``, of the rows that are drawn, is not negative.
     """
     tail: tuple[torch.Tensor, ...] = ()
     if config.tail == "mean" and selection == "topk":
@@ -201,14 +208,15 @@ def attend(
         _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
     if selection == "block":
-        output, lse, kept_mass, attended, estimate = custom_ops.block_attention(
+        output, lse, kept_mass, attended, estimate, audit = custom_ops.block_attention(
             *(query, key, value, visible, origin, budget, sinks, scale, cap, config.block_size),
             *(config.query_block_size, config.sample_stride, config.min_mass or 0.0, config.max_factor),
-            *(config.estimator, want_stats, backend),
+            *(config.estimator, want_stats, backend, audit_seed),
         )
+        audited = audit if audit_seed >= 0 else None
         if not want_stats:
-            return AttentionResult(output, attended=attended, block_estimate=estimate)
-        return AttentionResult(output, lse, kept_mass, attended, block_estimate=estimate)
+            return AttentionResult(output, attended=attended, block_estimate=estimate, block_audit=audited)
+        return AttentionResult(output, lse, kept_mass, attended, block_estimate=estimate, block_audit=audited)
     run = custom_ops.window_attention if selection == "window" else custom_ops.topk_attention
     if selection == "dense":
         budget = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]

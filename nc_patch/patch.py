@@ -9,27 +9,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
 
 from nc_patch.attention import (
     IMPLEMENTATION,
     PATCH_ATTRIBUTE,
     LayerPatch,
-    Observed,
     hand_on_cache,
     refuse_switched,
 )
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig
-from nc_patch.errors import UnsupportedModelError
+from nc_patch.observed import Observed
 from nc_patch.stats import summary, total
+from nc_patch.support import attention_modules, left_dense, say_left_dense
 
 if TYPE_CHECKING:
     from nc_patch.profile import Profile
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-# Attributes that mark an attention module which selects keys by itself.
-_ALREADY_SPARSE = ("indexer", "block_indexer")
 # Patched modules alive in this process: a config object that several models share keeps its implementation while one
 # needs it.
 _PATCHED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
@@ -85,7 +82,7 @@ def patch_model(
         raise TypeError(f"config holds every setting; leave out {', '.join(extra)}")
     elif not isinstance(config, NCConfig):
         raise TypeError(f"config must be an NCConfig, got {type(config).__name__}")
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     _check_shape(config, modules)
     with _LOCK:
         for layer, module in modules:
@@ -98,6 +95,7 @@ def patch_model(
             _PATCHED.add(module)
         for module_config in _configs(modules):
             module_config._attn_implementation_internal = IMPLEMENTATION
+    say_left_dense(model, [module for _, module in modules])
     return model
 
 
@@ -167,7 +165,7 @@ def observed(model: Model, observe: Callable[[Observed], None]) -> Iterator[Mode
 
 def model_shape(model: torch.nn.Module) -> tuple[int, int]:
     """How many layers and query heads the settings of a model are for; errors as in ``patch_model``."""
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     config = _config_of(modules[0][1])
     return getattr(config, "num_hidden_layers", len(modules)), getattr(config, "num_attention_heads", 0)
 
@@ -186,10 +184,22 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
         ``attended_fraction`` (attended keys / visible keys), ``mean_keys`` (attended keys per query and head),
         ``tail_attended_fraction`` and ``tail_mean_keys`` (the same over the last queries of each call, where
         ``reset_stats`` was told how many), each None where nothing was counted; and ``layers``, a list with the same
-        for each layer, beside ``layer``, ``name``, ``calls`` and ``dense_calls`` (how many calls ran dense, by reason).
-        With ``track`` each layer's ``dropped_mass`` says what block prefill is estimated to have dropped: ``mean`` and
-        its ``standard_error`` over rows and heads, both also ``_by_head``; ``rows``, the number of sampled rows; and
-        with ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget. None without.
+        for each layer, beside ``layer``, ``name``, ``calls``, ``dense_calls`` (how many calls ran dense, by reason) and
+        ``exceeded_calls`` (how many dropped more than ``max_dropped_mass``, where ``on_drop`` looked).
+
+        ``kept_mass``, of all layers and of each, says under ``"prefill"`` and ``"decode"`` how much of the dense
+        softmax mass the attended keys held, over the rows (queries and heads) of those calls; None where nothing was
+        measured, as without ``track`` and ``on_drop``. ``mean`` lies between ``lower`` and ``upper``: for certain if
+        ``certified``, which figures from every score and bounds from codes are, and calls that attended every key;
+        otherwise, in prefill by ``"block"``, it is an estimate with a 95 % interval, from ``audited_rows`` drawn at
+        random. ``least`` is the lowest limit of any certified row, ``below`` how many of them fall short of ``1 -
+        max_dropped_mass``; ``rows`` counts all. Of a layer also ``calls`` by what the figures rest on (``"exact"``,
+        ``"bounds"``, ``"estimate"``, ``"dense"``); ``mean``, ``lower``, ``upper`` and ``least`` ``_by_head``; and with
+        ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget.
+        docs/certificates.md says what these figures mean and cost.
+
+        ``left_dense`` lists what patching left as it was, such as vision towers, cross-attention and layers without
+        attention: ``kind``, ``names`` and ``reason``.
 
     Raises:
         ValueError: the model is not patched.
@@ -197,7 +207,8 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
     names = {module: name for name, module in model.named_modules()}
     modules = _patched_modules(model)
     layers = [{"layer": patch.layer, "name": names[module], **summary(patch.counters)} for module, patch in modules]
-    return {**total([patch.counters for _, patch in modules]), "layers": layers}
+    parts = [part._asdict() for part in left_dense(model, [module for module, _ in modules])]
+    return {**total([patch.counters for _, patch in modules]), "layers": layers, "left_dense": parts}
 
 
 def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
@@ -274,63 +285,9 @@ def _original_of(module: torch.nn.Module, before: LayerPatch | None) -> str:
     return "sdpa"
 
 
-def _attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
-    """(layer index, module) of the attention modules to patch; raises UnsupportedModelError where there are none."""
-    if not isinstance(model, torch.nn.Module):
-        raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    name = type(model).__name__
-    if inner is None:
-        raise UnsupportedModelError(
-            f"{name} is not a model of transformers; load it with AutoModelForCausalLM.from_pretrained"
-        )
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder; only decoders with causal self-attention can be patched"
-        )
-    routed = [m for m in inner.modules() if _routes_attention(type(m))]
-    if not routed:
-        raise UnsupportedModelError(
-            f"the attention of {name} does not go through transformers' AttentionInterface, so it cannot be replaced; "
-            "use a Llama-, Mistral-, Qwen- or Gemma-style model"
-        )
-    causal = [m for m in routed if _is_causal(m)]
-    if not causal:
-        raise UnsupportedModelError(f"{name} has no causal attention; only decoders can be patched")
-    for module in causal:
-        sparse = next((attribute for attribute in _ALREADY_SPARSE if hasattr(module, attribute)), None)
-        if sparse is not None:
-            raise UnsupportedModelError(
-                f"the attention of {name} is already sparse: {type(module).__name__} selects keys by its {sparse}"
-            )
-        if not hasattr(module, "config"):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} of {name} does not hold its config, so it cannot be switched"
-            )
-    index = lambda module, place: place if getattr(module, "layer_idx", None) is None else int(module.layer_idx)  # noqa: E731
-    return [(index(module, place), module) for place, module in enumerate(causal)]
-
-
-def _routes_attention(kind: type) -> bool:
-    """Whether a method of the class looks its attention function up in ``ALL_ATTENTION_FUNCTIONS``."""
-    if issubclass(kind, PreTrainedModel):  # the base class names it too, to list what may be chosen
-        return False
-    for base in kind.__mro__:
-        if base is torch.nn.Module:
-            break
-        for attribute in vars(base).values():
-            function = inspect.unwrap(attribute) if callable(attribute) else None
-            if "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(function, "__code__", None), "co_names", ()):
-                return True
-    return False
-
-
-def _is_causal(module: torch.nn.Module) -> bool:
-    causal = bool(getattr(module, "is_causal", True)) and not getattr(module, "is_cross_attention", False)
-    return causal and bool(getattr(getattr(module, "config", None), "is_causal", True))
-
-
 def _check_shape(config: NCConfig, modules: list[tuple[int, torch.nn.Module]]) -> None:
     for module_config in _configs(modules):
-        layers = getattr(module_config, "num_hidden_layers", len(modules))
+        # Some families have two attention modules a layer, and count those.
+        last = max(layer for layer, module in modules if _config_of(module) is module_config)
+        layers = max(getattr(module_config, "num_hidden_layers", len(modules)), last + 1)
         config.check_model(layers, getattr(module_config, "num_attention_heads", 0))

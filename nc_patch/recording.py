@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nc_patch.attention import Observed
 from nc_patch.curves import RowCurves, key_grid, row_curves
 from nc_patch.errors import ProfileError
+from nc_patch.observed import Observed
 from nc_patch.patch import model_shape, observed
 
 # Gradients need the activations of every layer, so they are taken on the beginning of a piece.

@@ -8,10 +8,10 @@ import pytest
 import torch
 from attention_cases import random_case
 
-from nc_patch.attention import Observed
 from nc_patch.config import NCConfig
 from nc_patch.curves import SMALLEST_KEYS, key_grid, row_curves
 from nc_patch.fits import fit_power_laws, theil_sen
+from nc_patch.observed import Observed
 from nc_patch.ops.reference import reference_attention, visible_mask
 
 DEFAULTS = NCConfig(1.0, 1.0)

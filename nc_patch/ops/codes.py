@@ -99,5 +99,9 @@ def score_slack(query: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
     Args:
         query: float32 ``[..., R, D]``. center: float32 ``[..., D]`` of each row's head.
     """
-    size = query.norm(dim=-1) * center.norm(dim=-1)[..., None]
-    return size * (2 * (query.shape[-1] + 16) * _HALF_ULP) + _SMALLEST
+    return product_slack(query.norm(dim=-1) * center.norm(dim=-1)[..., None], query.shape[-1])
+
+
+def product_slack(size: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """What a float32 dot product may be off by, and be rounded, where the norms' product is ``size``."""
+    return size * (2 * (head_dim + 16) * _HALF_ULP) + _SMALLEST
