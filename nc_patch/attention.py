@@ -1,5 +1,6 @@
 """The attention function that ``transformers`` calls in place of its own, and its registration."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from nc_patch.config import NCConfig
 from nc_patch.errors import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError
 from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
+from nc_patch.observed import Observed
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult
@@ -28,12 +30,15 @@ PATCH_ATTRIBUTE = "_nc_patch"
 
 @dataclass(frozen=True)
 class LayerPatch:
-    """What one attention module needs to know: its settings, its place, what ran before, and its counters."""
+    """What one attention module needs to know: its settings, its place, what ran before, its counters, and who else
+    wants to see its calls.
+    """
 
     config: NCConfig
     layer: int
     original_implementation: str
     counters: LayerCounters = field(default_factory=LayerCounters, compare=False)
+    observe: Callable[[Observed], None] | None = field(default=None, compare=False)
 
     @property
     def audit_seed(self) -> int:
@@ -151,6 +156,8 @@ def nc_attention_forward(
             dense_reason = f'it dropped more than max_dropped_mass={config.max_dropped_mass:g}, with on_drop="dense"'
             record(patch.counters, config, call, selection, result)
     output, attended = result.output, result.attended if selection == "block" else None
+    if patch is not None and patch.observe is not None:
+        patch.observe(Observed(layer, query, key, value, visible, scale, softcap, s_aux, output))
     if patch is not None and not torch.compiler.is_compiling():
         _count(
             patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None
