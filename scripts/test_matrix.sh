@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 
 read -ra torches <<<"${TORCH:-2.11.0 2.12.0 2.13.0}"
-read -ra releases <<<"${TRANSFORMERS:-5.17.0 5.23.0}"
+read -ra releases <<<"${TRANSFORMERS:-5.17.0 5.23.0 5.24.0}"
 out="${OUT:-docs/results/matrix.json}"
 home="${NC_MATRIX_DIR:-.matrix}"
 # What a change in PyTorch or transformers can break: settings need neither, kernels have scripts/gpu_check.sh.

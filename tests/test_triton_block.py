@@ -194,9 +194,9 @@ def expected_blocks(case: Case, inputs: dict[str, Any]) -> list[Block]:
                 group = weights[b, h * case.group : (h + 1) * case.group, sampled]
                 edges = [(max(begin + j * size, 0), begin + (j + 1) * size) for j in range(lowest, highest + 1)]
                 masses = torch.stack([group[..., low:high].sum(-1) for low, high in edges], -1)
-                by_block = masses.sum((0, 1))
+                by_block, largest = masses.sum((0, 1)), masses.amax((0, 1))
                 others = [j for j in range(lowest, highest + 1) if j not in always]
-                others.sort(key=lambda j, by_block=by_block, lowest=lowest: -by_block[j - lowest])
+                others.sort(key=lambda j, largest=largest, lowest=lowest: -largest[j - lowest])
                 chosen = sorted(always) + others
                 count = max(law, len(always))
                 wanted = case.min_mass * group.shape[0] * group.shape[1]

@@ -177,7 +177,10 @@ def _heaviest(
     (n, Hkv), (Hq, S, K) = law.shape, found.mass.shape
     group = Hq // Hkv
     by_head = found.mass.view(Hkv, group, S, K)
-    weight = law.new_zeros(n, Hkv, K, dtype=torch.float32).index_add_(0, found.owner, by_head.sum(1).transpose(0, 1))
+    owner = found.owner[:, None, None].expand(S, Hkv, K)
+    # The largest share, not their sum: one row that needs a block for itself alone would not be heard among many.
+    shares = by_head.amax(1).transpose(0, 1)
+    weight = law.new_zeros(n, Hkv, K, dtype=torch.float32).scatter_reduce_(0, owner, shares, "amax")
     block = torch.arange(K, device=law.device)
     lowest, diagonal, highest = (edge[:, None] for edge in always.unbind(-1))
     inside = (block >= lowest) & (block <= highest)
@@ -190,7 +193,8 @@ def _heaviest(
     counts = floor
     if settings.min_mass:
         rows = torch.bincount(found.owner, minlength=n)[:, None]
-        kept = weight.nan_to_num(nan=0.0).gather(-1, order).cumsum(-1)
+        mass = torch.zeros_like(weight).index_add_(0, found.owner, by_head.nan_to_num(nan=0.0).sum(1).transpose(0, 1))
+        kept = mass.gather(-1, order).cumsum(-1)
         needed = (kept < settings.min_mass * group * rows[..., None]).sum(-1, dtype=torch.int32) + 1
         most = (law.double() * settings.max_factor).ceil().clamp(max=torch.iinfo(torch.int32).max).int()
         counts = torch.maximum(floor, needed.minimum(most).minimum(available))

@@ -211,6 +211,7 @@ def choose_blocks(
     most_scores = max((width * (last - first) for first, last, width in chunks), default=0)
     scores = torch.empty(most_scores * Hkv * slots * group, dtype=torch.float32, device=device)
     weights = torch.empty(most_scores * Hkv, dtype=torch.float32, device=device)
+    masses = torch.empty_like(weights) if min_mass else weights
     most_blocks = max((last - first for first, last, _ in chunks), default=0)
     row_lse = torch.empty(most_blocks * Hkv * slots * group, dtype=torch.float32, device=device)
     strides = (*query.stride()[:3], *key.stride()[:3], *visible.stride()[:2])
@@ -225,7 +226,8 @@ def choose_blocks(
         )
         mark("score")
         choose_blocks_kernel[(last - first, Hkv)](
-            *(plan.table, plan.samples, scores, plan.law, plan.limit, weights, row_lse, block_indices, block_counts),
+            *(plan.table, plan.samples, scores, plan.law, plan.limit, weights, masses, row_lse),
+            *(block_indices, block_counts),
             *(kept, enlarged, Hkv, group, slots, first, row_count, width, plan.capacity, min_mass),
             **choose_constants(min_mass > 0),
             **choose_options(architecture),
@@ -401,7 +403,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         ):
             yield Specialisation(f"{name}-{suffix}", kernel, constants, types, compiler, data_strides(kernel))
     types = {
-        **dict.fromkeys(("scores", "weights", "row_lse", "kept"), "*fp32"),
+        **dict.fromkeys(("scores", "weights", "masses", "row_lse", "kept"), "*fp32"),
         **dict.fromkeys(("plan", "samples", "law", "limit", "block_indices", "block_counts", "enlarged"), "*i32"),
         "min_mass": "fp32",
     }
