@@ -72,10 +72,8 @@ def nc_attention_forward(
     config = NCConfig(1.0, 1.0) if patch is None else patch.config
     layer = 0 if patch is None else patch.layer
     started = nc_layer_cache is not None and nc_layer_cache.started
-    if nc_layer_cache is not None and nc_layer_cache.taken:
-        nc_layer_cache = None
-    elif nc_layer_cache is not None:
-        nc_layer_cache.taken = True
+    if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
+        nc_layer_cache.layer.nc_compare(key, value)
     # A prompt in pieces, whose last may be short, chooses blocks as if it were whole.
     several_decode = started and Lq <= MAX_DECODE_QUERIES and not config.prefill == config.decode == "block"
     decoding = Lq == 1 or several_decode
@@ -238,8 +236,10 @@ def _kept_index(
 ) -> KeyIndex | None:
     """The index of a kind that a cache layer keeps, brought up to date; None where the cache can keep none."""
     layer = None if cache is None else cache.layer
-    if layer is None or (kind not in layer.nc_indexes and torch.compiler.is_compiling()):
+    if layer is None or not layer.nc_keeps(kind):
         return None
+    if torch.compiler.is_compiling() and layer.nc_unstarted(kind):
+        return None  # what would have to be built waits for a call outside the graph
     return layer.nc_update(key, value, visible, origin, kind, config.block_size, config.backend)
 
 
@@ -270,7 +270,7 @@ def _refuse_unsupported(
             raise UnsupportedModelError(
                 f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
             )
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
         raise UnsupportedModelError(
             f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
             "the model."

@@ -40,7 +40,10 @@ class KeyIndex:
         block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
         capacity: how many keys fit without a new allocation.
+        unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
+
+    unstarted: torch.Tensor | bool = False
 
     def __init__(
         self,
@@ -172,7 +175,9 @@ class KeyIndex:
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
         tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        return KeyIndex(self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend)
+        copy = KeyIndex(self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend)
+        copy.unstarted = self.unstarted
+        return copy
 
     def to(self, device: torch.device | str) -> None:
         """Moves the index to a device."""

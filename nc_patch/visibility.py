@@ -150,16 +150,18 @@ def _all_keys(
     return torch.nn.functional.pad(visible, (0, 2))[:, None].contiguous()
 
 
-def _token_run(padding: torch.Tensor, readable: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First token of each row and the end of its tokens, int64 ``[B, 1]``; raises where they are not one run."""
     index = torch.arange(padding.shape[-1], device=padding.device)
     first = torch.where(padding, index, padding.shape[-1]).amin(-1, keepdim=True)
     stop = torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
     whole = padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)
-    if readable and not torch.compiler.is_compiling() and not bool(whole.all()):
+    # Decoding too: generating after padding on the right leaves a hole. A capture must not read the device.
+    capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not torch.compiler.is_compiling() and not capturing and not bool(whole.all()):
         raise UnsupportedMaskError(
             "the padding mask has holes: the tokens of a row must be one run, padded on the left or right. "
-            "Move the padding to one side of each row."
+            "Move the padding to one side of each row; to generate, to the left (tokenizer.padding_side = 'left')."
         )
     return first, stop
 
@@ -170,8 +172,7 @@ def _apply_padding(
     """Cuts the intervals to the tokens of a 2-D padding mask; a padding query sees nothing."""
     padding = padding.bool()
     length = padding.shape[-1]
-    # While decoding the padding only grows by tokens, and a capture must not read the device.
-    first, stop = _token_run(padding, readable=position.shape[-1] > 1)
+    first, stop = _token_run(padding)
     is_token = torch.gather(
         torch.nn.functional.pad(padding, (0, 1)), -1, position.clamp(max=length).expand(padding.shape[0], -1)
     )

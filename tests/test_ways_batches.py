@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from tiny_models import NOT_PACKABLE, random_ids, tiny_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, full_and_small, left_padded, right_padded, rows_of, small
 
 from nc_patch import patch_model, unpatch_model
@@ -58,13 +58,17 @@ def test_packed_sequences_equal_dense_and_each_alone(family):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("key_index", ["auto", "always"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_a_padded_batch_in_pieces_equals_dense_and_the_whole(family):
-    batch, cuts = left_padded(rows_of(3)), (0, 1, 17, 18, 34)
-    for model, reference in full_and_small(family):
+def test_a_padded_batch_in_pieces_equals_dense_and_the_whole(family, static, key_index):
+    # The first pieces hold nothing but padding of some rows, the last ones decode several queries, and one.
+    batch, cuts = left_padded(rows_of(3)), (0, 1, 17, 38, 39, 60, 61, 62)
+    for model, reference in full_and_small(family, key_index=key_index):
         whole = logits_by_row(reference, batch)
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        cache, pieces = DynamicCache(config=model.config), []
+        cache = StaticCache(model.config, max_cache_len=70) if static else DynamicCache(config=model.config)
+        pieces = []
         with torch.inference_mode():
             for first, last in itertools.pairwise(cuts):
                 piece = model(

@@ -37,4 +37,4 @@ def test_generate_compiles_itself_on_a_static_cache(family):
             ids, max_new_tokens=6, do_sample=False, cache_implementation="static", compile_config=how
         )
         assert torch.equal(found, expected)
-        assert 1 <= len(graphs) <= 2
+        assert len(graphs) == 1  # a step is not compiled anew

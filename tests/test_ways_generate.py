@@ -6,9 +6,20 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, QuantizedCache, StaticCache
-from ways import EACH_FAMILY, SMALL, attended_fraction, full, full_and_small, left_padded, no_streams, rows_of, small
+from ways import (
+    EACH_FAMILY,
+    SMALL,
+    attended_fraction,
+    full,
+    full_and_small,
+    left_padded,
+    no_streams,
+    right_padded,
+    rows_of,
+    small,
+)
 
-from nc_patch import patch_model
+from nc_patch import UnsupportedMaskError, patch_model
 
 __all__ = ["no_streams"]  # a fixture
 
@@ -158,3 +169,9 @@ def test_beams_of_a_batch_are_those_of_each_row(family):
     alone = [generated(model, row[None], num_beams=3)[0, -NEW:] for row in rows]
     together = generated(model, left_padded(rows), num_beams=3)
     assert torch.equal(together[:, -NEW:], torch.stack(alone))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_generating_after_right_padding_is_refused_as_it_would_leave_a_hole(options):
+    with pytest.raises(UnsupportedMaskError, match=r"holes.*to generate, to the left"):
+        generated(small(), right_padded(rows_of(3)), **options)

@@ -1,6 +1,7 @@
 """What every way of running a model is held to: a full budget gives dense attention's numbers, a small one its own."""
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from nc_patch import nc_stats, patch_model
 FULL, SMALL = (1e6, 0.0), (2.0, 0.5)
 # The families that a plain run goes through; the others run in the wide sweep.
 CORE = ("llama", "gemma2")
-EACH_FAMILY = [pytest.param(family, marks=() if family in CORE else pytest.mark.wide, id=family) for family in FAMILIES]
+
+
+def each_family(*core: str) -> list[Any]:
+    """All families for ``parametrize``; those that are not among ``core`` are left to the wide sweep."""
+    return [pytest.param(family, marks=() if family in core else pytest.mark.wide, id=family) for family in FAMILIES]
+
+
+EACH_FAMILY = each_family(*CORE)
 
 
 def small(family: str = "llama", **options: object) -> PreTrainedModel:
@@ -26,10 +34,10 @@ def full(family: str = "llama", **options: object) -> PreTrainedModel:
     return patch_model(tiny_model(family), *FULL, **options)
 
 
-def full_and_small(family: str) -> list[tuple[PreTrainedModel, PreTrainedModel]]:
+def full_and_small(family: str, **options: object) -> list[tuple[PreTrainedModel, PreTrainedModel]]:
     """Models and what must give their numbers: a full budget with the dense model, a small one with itself."""
-    model = small(family)
-    return [(full(family), tiny_model(family)), (model, model)]
+    model = small(family, **options)
+    return [(full(family, **options), tiny_model(family)), (model, model)]
 
 
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -48,8 +56,10 @@ def right_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def rows_of(count: int, shortest: int = 20, step: int = 7) -> list[torch.Tensor]:
-    """Rows of random ids, each of another length."""
-    return [random_ids(shortest + step * ((3 * place) % count)) for place in range(count)]
+    """Up to eight rows of random ids, each of another length."""
+    rows = [random_ids(shortest + step * (3 * place % 8)) for place in range(count)]
+    assert len({len(row) for row in rows}) == count
+    return rows
 
 
 def attended_fraction(model: PreTrainedModel) -> float:

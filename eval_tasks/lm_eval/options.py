@@ -14,7 +14,7 @@ from nc_patch.config import BACKENDS, NCConfig
 
 OPTIONS: tuple[str, ...] = (*(field.name for field in dataclasses.fields(NCConfig)), "selection")
 # Options of NCConfig that hold text; every other one holds numbers.
-_TEXT = frozenset({"prefill", "decode", "selection", "backend", "law"})
+_TEXT = frozenset({"prefill", "decode", "selection", "backend", "law", "on_drop"})
 # HFLM has an argument of the same name as NCConfig.backend; their values differ, so the value says which is meant.
 _HFLM_BACKENDS = ("default", "causal", "seq2seq")
 _LIKENESS = 0.7
