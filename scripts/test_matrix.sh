@@ -54,9 +54,9 @@ install() {
     "$environment/bin/python" -m pip --disable-pip-version-check install -q -c "$home/constraints.txt" "$@" 2>&1
 }
 
-# The last line of pip's complaint, as a reason.
+# The first line of pip's complaint, as a reason.
 complaint() {
-    grep -E '^ERROR' <<<"$1" | tail -n 1 | cut -c 1-300
+    grep -m 1 -E '^ERROR' <<<"$1" | sed 's/ (from versions:.*//' | cut -c 1-300
 }
 
 base="$(nc_find_python)" || exit 1
