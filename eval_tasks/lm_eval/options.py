@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -124,10 +123,9 @@ def _given_config(given: NCConfig | Mapping[str, Any] | str | os.PathLike[str]) 
         return NCConfig.from_json(Path(given).read_text(encoding="utf-8"))
     except OSError as error:
         raise EvalError(f"nc_config={given}: {error.strerror}; give a JSON file of settings") from error
-    except json.JSONDecodeError as error:
-        raise EvalError(f"nc_config={given} is not JSON: {error}") from error
     except (TypeError, ValueError) as error:
-        raise EvalError(f"nc_config: {error}") from error
+        where = "nc_config" if isinstance(given, Mapping) else f"nc_config={given}"
+        raise EvalError(f"{where}: {error}") from error
 
 
 def _config_of_profile(profile: Profile, options: Mapping[str, Any]) -> NCConfig:

@@ -48,7 +48,7 @@ def test_settings_come_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="No such file"):
         read_config({}, str(tmp_path / "absent.json"))
     file.write_text("{")
-    with pytest.raises(EvalError, match="not JSON"):
+    with pytest.raises(EvalError, match=r"settings\.json: .*no JSON"):
         read_config({}, str(file))
 
 
