@@ -269,10 +269,19 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
 class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
     """``StaticLayer`` with a key index at static addresses."""
 
+    # Whether it holds keys: its length lies on the device, and is not read at every call.
+    nc_filled = False
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.compiler.is_compiling():
+            self.nc_filled = True
         return self.nc_hand(super().update(key_states, value_states, *args, **kwargs))
+
+    def reset(self) -> None:
+        self.nc_filled = False
+        super().reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._nc_follow(lambda index: index.copy_selected_(beam_idx), "reorder_cache", beam_idx)
@@ -306,9 +315,13 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
         plain, found = found, object.__new__(indexed)
         found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
         cache.layers[layer] = found
+        if isinstance(found, IndexedStaticLayer):
+            found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
     if not compiling:
         found.nc_check()
     length = found.get_seq_length()
+    if isinstance(found, IndexedStaticLayer):
+        return LayerCache(found, found.nc_filled or bool(found.nc_indexes))
     return LayerCache(found, length > 0 if isinstance(length, int) else bool(found.nc_indexes))
 
 
