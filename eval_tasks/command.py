@@ -12,7 +12,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
 from eval_tasks.measure import PHASES, SPARSE_IN
-from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, Method, find_method, order_of
+from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
 from eval_tasks.models import DTYPES
 from eval_tasks.provenance import command_line
 from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
@@ -125,6 +125,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
             arguments.block_size,
             arguments.backend,
             match=arguments.match,
+            profile=arguments.profile,
         )
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
@@ -171,14 +172,18 @@ def _tasks(names: Sequence[str]) -> tuple[str, ...]:
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
     """The methods asked for, in the order in which they are listed; raises EvalError for unknown ones."""
     names = arguments.methods or (list(_ISO_METHODS) if arguments.match == "iso" else list(DEFAULT_METHODS))
-    for name in names:
+    if PROFILE in names and arguments.profile is None:
+        raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
+    for name in [*names, *([PROFILE] if arguments.profile else [])]:
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
         if find_method(name).press is not None and arguments.match == "iso":
             raise EvalError(f"{name} has no budget that --match iso could vary; leave it out")
+        if name == PROFILE and arguments.match == "iso":
+            raise EvalError(f"{name} gives each head its own budget, which --match iso cannot set; leave it out")
     if arguments.match == "iso" and set(names) == {DENSE}:
         raise EvalError("--match iso compares budgets of sparse methods with dense: name one, for example fixed-topk")
-    return tuple(sorted(set(names), key=order_of))
+    return tuple(sorted({*names, *([PROFILE] if arguments.profile else [])}, key=order_of))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help=f"default: {' '.join(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed",
     )
+    add("--profile", metavar="FILE", help="a profile from nc-patch calibrate; adds the method profile")
     matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
     add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
     add("--iso-keys", nargs="+", type=_positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")

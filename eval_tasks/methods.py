@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets
@@ -12,6 +13,7 @@ STREAMING_SINKS = 4
 # What the oracle's keys hold.
 ORACLE_MASS = 0.95
 DENSE = "dense"
+PROFILE = "profile"
 # Between a method and its number of keys, where iso-quality asks for that: fixed-topk@64.
 _KEYS = "@"
 # Before the name of a class of the package kvpress.
@@ -87,6 +89,10 @@ def _nc_topk_mean(budgets: Budgets) -> NCConfig:
     return replace(_nc_topk(budgets), tail="mean")
 
 
+def _profile(budgets: Budgets) -> NCConfig:
+    return replace(budgets.profile_config(), backend=budgets.backend)
+
+
 def _block(budgets: Budgets) -> NCConfig:
     return NCConfig.create(
         budgets.alpha, budgets.C, selection="block", block_size=budgets.block_size, backend=budgets.backend
@@ -148,6 +154,15 @@ METHODS: dict[str, Method] = {
             "α·n^C top-k + means",
             "nc-topk, and beside it the mean of the other keys in every page of 16, which counts as no key",
             _nc_topk_mean,
+            "content",
+            True,
+            default=False,
+        ),
+        Method(
+            PROFILE,
+            "calibrated top-k",
+            "the highest scores, as many as a calibrated profile gives each layer and head; needs --profile FILE",
+            _profile,
             "content",
             True,
             default=False,
@@ -219,11 +234,16 @@ def order_of(name: str) -> tuple[int, str, int]:
 
 
 def budget_at(name: str, budgets: Budgets, n: int) -> int:
-    """How many of ``n`` keys the method's law lets a query attend; ``n`` where there is no law."""
+    """How many of ``n`` keys the method's law lets a query attend, on average over heads; ``n`` without a law."""
     method, matched = find_method(name), budgets.at(n)
     config = _nc_topk(matched) if method.press else method.config(matched)
     law = config.config if isinstance(config, Simulated) else config
-    return n if law is None else int(law.budget(n))
+    if law is None:
+        return n
+    if not isinstance(law.alpha, tuple):
+        return int(law.budget(n))
+    layers = range(len(law.alpha))
+    return round(fmean(int(law.budget(n, layer, head)) for layer in layers for head in range(len(law.laws(layer)))))
 
 
 def _sparse(method: Method, budgets: Budgets) -> NCConfig:

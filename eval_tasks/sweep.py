@@ -1,11 +1,12 @@
 """A sweep: every task and method at every length and sample, in an order in which a part is already of use."""
 
 import contextlib
+import hashlib
 import itertools
+import json
 import secrets
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 from eval_tasks.answers import check_generated
 from eval_tasks.cells import Measurer, Planned
 from eval_tasks.errors import EvalError
-from eval_tasks.matching import Budgets
+from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase, warm_up
 from eval_tasks.methods import DENSE, Method, budget_at, find_method, with_keys
 from eval_tasks.models import (
@@ -25,16 +26,18 @@ from eval_tasks.models import (
     max_positions,
     pick_device,
     tokenizer_fingerprint,
-    weights_fingerprint,
 )
 from eval_tasks.presses import find_press
 from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
-from eval_tasks.ranks import Ranks
+from eval_tasks.ranks import Ranks, agreed
+from eval_tasks.schema import check_rows
 from eval_tasks.store import ResultStore, measurement_key, read_run
 from eval_tasks.synthetic import GENERATORS
 from eval_tasks.tasks import LM_EVAL, TASKS, Layout, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
+from nc_patch import Profile, ProfileError
+from nc_patch.fingerprint import weights_fingerprint
 
 if TYPE_CHECKING:
     from eval_tasks.lm_eval.in_sweep import LmEvalTasks
@@ -118,6 +121,7 @@ class Sweep:
             "phase": self.phase,
             "iso_keys": list(self.iso_keys),
             "answer_tokens": self.answer_tokens,
+            **({} if self.budgets.profile is None else {"profile": _profile_digest(self.budgets.profile)}),
         }
 
 
@@ -137,7 +141,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         EvalError: something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
     ranks = ranks or Ranks()
-    with _agreed(ranks):
+    with agreed(ranks):
         if sweep.threads is not None:
             torch.set_num_threads(sweep.threads)
         check_same(directory, sweep.identity() | versions())
@@ -153,9 +157,9 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
         device = _own_device(sweep, ranks)
     with contextlib.ExitStack() as stack:
-        with _agreed(ranks):
+        with agreed(ranks):
             first_store = stack.enter_context(ResultStore(directory)) if ranks.is_first else None
-        with _agreed(ranks):
+        with agreed(ranks):
             model = load_model(sweep.model, sweep.dtype, str(device), sweep.device_map, sweep.tp_plan).model
             identity = (
                 sweep.identity()
@@ -168,6 +172,8 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
             )
             if ranks.is_first:
                 check_same(directory, identity)
+            if sweep.budgets.profile is not None:
+                _check_profile(model, load_profile(sweep.budgets.profile))
             for name in sweep.methods:
                 _check_method(model, find_method(name), sweep)
         plan = _plan(sweep, foreign, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
@@ -183,33 +189,25 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
             "hardware": hardware(device, torch.get_num_threads()),
         }
         session = ranks.from_first(secrets.token_hex(8))
-        with _agreed(ranks):
+        with agreed(ranks):
             if ranks.is_first:
                 record_session(directory, identity, details, command, {"id": session, "processes": ranks.world})
-        with _agreed(ranks):
+        with agreed(ranks):
             store = first_store or stack.enter_context(_part_store(directory, ranks, session))
+        with agreed(ranks):
+            if ranks.is_first:
+                check_rows(directory, store.rows)
         known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in store.rows])
         complete = _measure_all(
             sweep, plan, known, store, Measurer(sweep, model, tokenizer, tokens, starts, foreign), ranks
         )
         if not ranks.is_first:
             stack.close()
-        with _agreed(ranks):
+        with agreed(ranks):
             pass  # every other process has closed its part
         if first_store is not None:
             first_store.take_in_parts()
         return complete
-
-
-@contextlib.contextmanager
-def _agreed(ranks: Ranks) -> Iterator[None]:
-    """A step that all processes take; where one of them fails, all do."""
-    try:
-        yield
-    except EvalError as error:
-        ranks.agree(error)
-        raise
-    ranks.agree()
 
 
 def _own_device(sweep: Sweep, ranks: Ranks) -> torch.device:
@@ -228,6 +226,11 @@ def _part_store(directory: Path, ranks: Ranks, session: str) -> ResultStore:
     return ResultStore(directory, ranks.rank)
 
 
+def _profile_digest(path: str) -> str:
+    """What a profile holds, in short, wherever its file lies."""
+    return hashlib.sha256(json.dumps(load_profile(path).to_dict(), sort_keys=True).encode()).hexdigest()[:20]
+
+
 def _check_positions(sweep: Sweep, positions: int | None) -> None:
     longest = max(sweep.layout.lengths)
     if positions is not None and longest > positions:
@@ -235,6 +238,13 @@ def _check_positions(sweep: Sweep, positions: int | None) -> None:
             f"length {longest:,} is beyond the {positions:,} positions of {sweep.model} (max_position_embeddings); "
             "leave it out of --lengths"
         )
+
+
+def _check_profile(model: Any, profile: Profile) -> None:
+    try:
+        profile.check_model(model)
+    except ProfileError as error:
+        raise EvalError(str(error)) from error
 
 
 def _check_method(model: Any, method: Method, sweep: Sweep) -> None:

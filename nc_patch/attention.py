@@ -1,5 +1,6 @@
 """The attention function that ``transformers`` calls in place of its own, and its registration."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from nc_patch.config import NCConfig
 from nc_patch.errors import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError
 from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
+from nc_patch.observed import Observed
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult
@@ -28,12 +30,15 @@ PATCH_ATTRIBUTE = "_nc_patch"
 
 @dataclass(frozen=True)
 class LayerPatch:
-    """What one attention module needs to know: its settings, its place, what ran before, and its counters."""
+    """What one attention module needs to know: its settings, its place, what ran before, its counters, and who else
+    wants to see its calls.
+    """
 
     config: NCConfig
     layer: int
     original_implementation: str
     counters: LayerCounters = field(default_factory=LayerCounters, compare=False)
+    observe: Callable[[Observed], None] | None = field(default=None, compare=False)
 
     @property
     def audit_seed(self) -> int:
@@ -72,10 +77,8 @@ def nc_attention_forward(
     config = NCConfig(1.0, 1.0) if patch is None else patch.config
     layer = 0 if patch is None else patch.layer
     started = nc_layer_cache is not None and nc_layer_cache.started
-    if nc_layer_cache is not None and nc_layer_cache.taken:
-        nc_layer_cache = None
-    elif nc_layer_cache is not None:
-        nc_layer_cache.taken = True
+    if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
+        nc_layer_cache.layer.nc_compare(key, value)
     # A prompt in pieces, whose last may be short, chooses blocks as if it were whole.
     several_decode = started and Lq <= MAX_DECODE_QUERIES and not config.prefill == config.decode == "block"
     decoding = Lq == 1 or several_decode
@@ -153,6 +156,8 @@ def nc_attention_forward(
             dense_reason = f'it dropped more than max_dropped_mass={config.max_dropped_mass:g}, with on_drop="dense"'
             record(patch.counters, config, call, selection, result)
     output, attended = result.output, result.attended if selection == "block" else None
+    if patch is not None and patch.observe is not None:
+        patch.observe(Observed(layer, query, key, value, visible, scale, softcap, s_aux, output))
     if patch is not None and not torch.compiler.is_compiling():
         _count(
             patch, attention_mask, visible, budget if attended is None else attended, dense_reason, attended is not None
@@ -175,11 +180,15 @@ def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
         )
 
 
+# What attention modules call their cache; transformers 5.24 has renamed it.
+_CACHE_ARGUMENTS = ("past_key_values", "cache")
+
+
 def hand_on_cache(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a patched attention module: hands the layer of the cache on to the attention function."""
-    cache = kwargs.get("past_key_values")
+    cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
     # A module that several layers share is told which of them it stands for.
     layer = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
     found = None if cache is None else layer_cache(cache, layer)
@@ -234,9 +243,9 @@ def _kept_index(
 ) -> KeyIndex | None:
     """The index of a kind that a cache layer keeps, brought up to date; None where the cache can keep none."""
     layer = None if cache is None else cache.layer
-    if layer is None:
+    if layer is None or not layer.nc_keeps(kind):
         return None
-    if torch.compiler.is_compiling() and (kind not in layer.nc_indexes or layer.nc_unstarted(kind)):
+    if torch.compiler.is_compiling() and layer.nc_unstarted(kind):
         return None  # what would have to be built waits for a call outside the graph
     return layer.nc_update(key, value, visible, origin, kind, config.block_size, config.backend)
 

@@ -6,7 +6,6 @@ was last seen with, unchanged; otherwise it is dropped, and built again when att
 """
 
 import weakref
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,20 +14,16 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 from nc_patch.index import IndexKind, KeyIndex, reserve_for
 
 
-@dataclass
-class LayerCache:
+class LayerCache(NamedTuple):
     """What the attention function is told of the cache layer that its keys come from.
 
     Attributes:
         layer: the layer, if it can carry an index.
         started: whether it held keys before this call.
-        taken: whether attention has already run in this call of the module. An index follows the first run alone: a
-            module that attends twice (differential attention) may pass other values the second time.
     """
 
     layer: "KeyIndexMixin | None"
     started: bool
-    taken: bool = False
 
 
 class _Seen(NamedTuple):
@@ -65,6 +60,33 @@ class KeyIndexMixin:
     _nc_seen: _Seen | None = None
     _nc_offloads = False
     _nc_updated: frozenset[IndexKind] = frozenset()
+    # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer
+    # does not hold, because it computes them from what is cached, or because a module stands for several layers.
+    _nc_handed: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None" = None
+    _nc_never: frozenset[IndexKind] = frozenset()
+
+    def nc_hand(self, handed: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes note of what ``update`` returns, and returns it."""
+        if not torch.compiler.is_compiling():
+            self._nc_handed = (weakref.ref(handed[0]), weakref.ref(handed[1]))
+        return handed
+
+    def nc_compare(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """To be called first in each call of attention: sees whether its keys and values are what ``update`` returned.
+
+        Where they are not, no index is kept for this layer from now on.
+        """
+        held = (None, None) if self._nc_handed is None else tuple(reference() for reference in self._nc_handed)
+        if held[0] is not key:
+            self._nc_never = frozenset(("codes", "pages", "means"))
+        elif held[1] is not value:
+            self._nc_never |= {"means"}
+        if self._nc_never:
+            self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind not in self._nc_never}
+
+    def nc_keeps(self, kind: IndexKind) -> bool:
+        """Whether an index of this kind may be kept; while ``torch.compile`` traces, one that is there may."""
+        return kind in self.nc_indexes or not (kind in self._nc_never or torch.compiler.is_compiling())
 
     def nc_check(self) -> None:
         """Drops the indexes if the keys are not those they were made of."""
@@ -167,7 +189,7 @@ class KeyIndexMixin:
     def __getstate__(self) -> dict[str, Any]:
         # What the keys were last seen as does not survive a copy or a pickle: only whether the index was right.
         self.nc_check()
-        return {name: value for name, value in self.__dict__.items() if name != "_nc_seen"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_nc_seen", "_nc_handed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -189,7 +211,7 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         held, length = (self.keys, self.values), self.get_seq_length()
         if held[0] is None or not length or not self._nc_may_grow(key_states, value_states):
             self._nc_room = None
-            return super().update(key_states, value_states, *args, **kwargs)
+            return self.nc_hand(super().update(key_states, value_states, *args, **kwargs))
         end = length + key_states.shape[-2]
         if self._nc_room is None or not self._nc_has_room(length, end):
             self._nc_room = None
@@ -198,7 +220,7 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
             room[:, :, length:end] = new
         self.keys, self.values = (room[:, :, :end] for room in self._nc_room)
         self._nc_written = end
-        return self.keys, self.values
+        return self.nc_hand((self.keys, self.values))
 
     def _nc_may_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether new keys may be written into memory that is there: not where a gradient or a graph is recorded."""
@@ -247,6 +269,20 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
 class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
     """``StaticLayer`` with a key index at static addresses."""
 
+    # Whether it holds keys: its length lies on the device, and is not read at every call.
+    nc_filled = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.compiler.is_compiling():
+            self.nc_filled = True
+        return self.nc_hand(super().update(key_states, value_states, *args, **kwargs))
+
+    def reset(self) -> None:
+        self.nc_filled = False
+        super().reset()
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._nc_follow(lambda index: index.copy_selected_(beam_idx), "reorder_cache", beam_idx)
 
@@ -279,9 +315,13 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
         plain, found = found, object.__new__(indexed)
         found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
         cache.layers[layer] = found
+        if isinstance(found, IndexedStaticLayer):
+            found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
     if not compiling:
         found.nc_check()
     length = found.get_seq_length()
+    if isinstance(found, IndexedStaticLayer):
+        return LayerCache(found, found.nc_filled or bool(found.nc_indexes))
     return LayerCache(found, length > 0 if isinstance(length, int) else bool(found.nc_indexes))
 
 

@@ -60,6 +60,7 @@ class Excess(NamedTuple):
     kept_mass: float
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def record(counters: LayerCounters, config: NCConfig, call: Call, selection: str, result: AttentionResult) -> bool:
     """Counts the kept mass of a call, and does what ``on_drop`` asks where it is too little.

@@ -53,6 +53,13 @@ COMMANDS = {
         ("torch", "transformers"),
         "eval",
     ),
+    "calibrate": Command(
+        "eval_tasks.calibrate_command",
+        "run_calibrate",
+        "measure how sparse every head is, for budgets that follow it",
+        _EVAL_PACKAGES,
+        "eval",
+    ),
 }
 
 
@@ -94,5 +101,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:9} {command.summary}" for name, command in COMMANDS.items())
     return f"usage: nc-patch [--version] COMMAND ...\n\n{commands}\n\nnc-patch COMMAND --help says more."

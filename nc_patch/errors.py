@@ -37,3 +37,7 @@ class DroppedMassError(RuntimeError):
         # Errors of worker processes arrive pickled, which by default passes the message alone.
         keywords = {name: getattr(self, name) for name in ("layer", "head", "position", "kept_mass", "certified")}
         return partial(type(self), **keywords), (str(self),)
+
+
+class ProfileError(ValueError):
+    """A profile, or what is asked of one, does not fit; the message says what came, what is allowed and what to do."""

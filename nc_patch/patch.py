@@ -3,16 +3,27 @@
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from nc_patch.attention import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, hand_on_cache, refuse_switched
+from nc_patch.attention import (
+    IMPLEMENTATION,
+    PATCH_ATTRIBUTE,
+    LayerPatch,
+    hand_on_cache,
+    refuse_switched,
+)
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig
+from nc_patch.observed import Observed
 from nc_patch.stats import summary, total
 from nc_patch.support import attention_modules, left_dense, say_left_dense
+
+if TYPE_CHECKING:
+    from nc_patch.profile import Profile
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -24,7 +35,13 @@ _LOCK = threading.RLock()
 
 
 def patch_model(
-    model: Model, alpha: Any = None, C: Any = None, *, config: NCConfig | None = None, **options: Any
+    model: Model,
+    alpha: Any = None,
+    C: Any = None,
+    *,
+    config: NCConfig | None = None,
+    profile: "Profile | None" = None,
+    **options: Any,
 ) -> Model:
     """Turns a model's attention into attention over ``k(n) = alpha * n**C`` of the n keys each query may see.
 
@@ -38,6 +55,7 @@ def patch_model(
             alpha nor C they are ``DEFAULT_ALPHA`` and ``DEFAULT_C`` of ``nc_patch.config``.
         C: exponent of the budget in [0, 1], in the same forms.
         config: all settings as an ``NCConfig``, instead of alpha, C and options.
+        profile: what ``calibrate`` measured on this model, instead of alpha and C: budgets for every layer and head.
         options: fields of ``NCConfig``, and ``selection``, which sets ``prefill`` and ``decode``.
 
     Returns:
@@ -45,9 +63,12 @@ def patch_model(
 
     Raises:
         UnsupportedModelError: the model cannot be patched; it is left as it was.
-        ValueError, TypeError: a setting is wrong; the model is left as it was.
+        ValueError, TypeError: a setting is wrong; the model is left as it was. ``ProfileError``, a ValueError, where
+            the profile is of a model of another shape; of one with other weights it is only warned.
     """
-    if config is None:
+    if profile is not None:
+        config = _config_of_profile(model, profile, alpha, C, config, options)
+    elif config is None:
         if alpha is None and C is None:
             alpha, C = DEFAULT_ALPHA, DEFAULT_C
         if alpha is None or C is None:
@@ -99,14 +120,20 @@ def unpatch_model(model: Model) -> Model:
 
 @contextmanager
 def patched(
-    model: Model, alpha: Any = None, C: Any = None, *, config: NCConfig | None = None, **options: Any
+    model: Model,
+    alpha: Any = None,
+    C: Any = None,
+    *,
+    config: NCConfig | None = None,
+    profile: "Profile | None" = None,
+    **options: Any,
 ) -> Iterator[Model]:
     """``with patched(model, alpha, C):`` patches for the block, and afterwards restores what the model was before.
 
     Arguments and errors as in ``patch_model``.
     """
     before = [(module, patch) for module in model.modules() if (patch := _patch_of(module)) is not None]
-    patch_model(model, alpha, C, config=config, **options)
+    patch_model(model, alpha, C, config=config, profile=profile, **options)
     try:
         yield model
     finally:
@@ -115,6 +142,32 @@ def patched(
                 setattr(module, PATCH_ATTRIBUTE, patch)
         elif is_patched(model):
             unpatch_model(model)
+
+
+@contextmanager
+def observed(model: Model, observe: Callable[[Observed], None]) -> Iterator[Model]:
+    """``with observed(model, observe):`` runs the model densely and shows ``observe`` every attention call.
+
+    Afterwards the model is what it was before, patched or not.
+
+    Args:
+        model: as in ``patch_model``.
+        observe: called after each layer's attention, before its output goes on.
+
+    Raises:
+        UnsupportedModelError: the model cannot be patched; it is left as it was.
+    """
+    with patched(model, config=NCConfig(1.0, 1.0)):
+        for module, patch in _patched_modules(model):
+            setattr(module, PATCH_ATTRIBUTE, replace(patch, observe=observe))
+        yield model
+
+
+def model_shape(model: torch.nn.Module) -> tuple[int, int]:
+    """How many layers and query heads the settings of a model are for; errors as in ``patch_model``."""
+    modules = attention_modules(model)
+    config = _config_of(modules[0][1])
+    return getattr(config, "num_hidden_layers", len(modules)), getattr(config, "num_attention_heads", 0)
 
 
 def is_patched(model: torch.nn.Module) -> bool:
@@ -169,6 +222,20 @@ def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
     for _, patch in _patched_modules(model):
         patch.counters.reset()
         patch.counters.tail = tail
+
+
+def _config_of_profile(
+    model: torch.nn.Module, profile: Any, alpha: Any, C: Any, config: NCConfig | None, options: dict[str, Any]
+) -> NCConfig:
+    from nc_patch.profile import Profile
+
+    given = [name for name, value in (("alpha", alpha), ("C", C), ("config", config)) if value is not None]
+    if given:
+        raise TypeError(f"profile brings alpha and C of its own; leave out {', '.join(given)}")
+    if not isinstance(profile, Profile):
+        raise TypeError(f"profile must be a Profile, for example Profile.load(path), got {type(profile).__name__}")
+    profile.check_model(model)
+    return profile.config(**options)
 
 
 def _patch_of(module: torch.nn.Module) -> LayerPatch | None:

@@ -196,7 +196,11 @@ def _used_names(kind: type) -> set[str]:
             break
         for attribute in vars(base).values():
             function = inspect.unwrap(attribute) if callable(attribute) else None
-            used.update(getattr(getattr(function, "__code__", None), "co_names", ()))
+            pending = [getattr(function, "__code__", None)]
+            while pending:  # functions within functions too: masks are often built in a lambda
+                code = pending.pop()
+                used.update(getattr(code, "co_names", ()))
+                pending.extend(constant for constant in getattr(code, "co_consts", ()) if inspect.iscode(constant))
     return used
 
 

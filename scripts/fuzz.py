@@ -49,6 +49,7 @@ def main() -> int:
         parser.error(f"unknown kind {', '.join(unknown)}; allowed are {', '.join(shares)}")
     shares = {kind: share for kind, share in shares.items() if not arguments.kinds or kind in arguments.kinds}
     counts = {kind: max(1, round(arguments.cases * share / sum(shares.values()))) for kind, share in shares.items()}
+    measured_commit = commit()
     failed: list[str] = []
     done: Counter[str] = Counter()
     began = time.monotonic()
@@ -72,7 +73,7 @@ def main() -> int:
             versions["triton"] = triton.__version__
         record = {
             "command": " ".join(["scripts/fuzz.py", *sys.argv[1:]]),
-            "commit": commit(),
+            "commit": measured_commit,
             "measured": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": versions,
             "first_seed": arguments.first,

@@ -58,12 +58,12 @@ class Plan:
 
 FULL = Plan(
     lengths=tuple(4**i for i in range(4, 11)),
-    seeds=64,
+    seeds=32,
     mixed_lengths=(1024, 4096, 16384, 65536),
     mixed_keys=256,
     model_lengths=(512, 1024, 2048, 4096, 8192),
     model_mixed_keys=128,
-    samples=4,
+    samples=3,
     layers=(0, 1, 3, 6, 10, 14, 18, 22, 26, 29),
     rows=model.ROWS,
 )
@@ -156,14 +156,12 @@ def _pick(measures: dict[str, np.ndarray], places: Sequence[int]) -> dict[str, n
 def write(path: Path, record: dict[str, Any]) -> None:
     """Writes a record: numbers rounded, a line for each row of a list of rows."""
     text = json.dumps(_rounded(record), indent=1, ensure_ascii=False)
-    # A row's own lists and dicts are joined onto its line.
+    # What a row holds is joined onto its line.
     lines: list[str] = []
     for line in text.split("\n"):
-        depth = len(line) - len(line.lstrip())
-        if depth > 3:
-            lines[-1] += line.strip() if lines[-1].endswith(("[", "{")) else " " + line.strip()
-        elif depth == 3 and line.strip()[0] in "]}" and lines[-1].strip() not in ("[", "{"):
-            lines[-1] += line.strip()
+        depth, content = len(line) - len(line.lstrip()), line.strip()
+        if depth > 2 or (depth == 2 and content[0] in "]}"):
+            lines[-1] += content if lines[-1][-1] in "[{" or content[0] in "]}" else f" {content}"
         else:
             lines.append(line)
     path.parent.mkdir(parents=True, exist_ok=True)

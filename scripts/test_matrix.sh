@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 
 read -ra torches <<<"${TORCH:-2.11.0 2.12.0 2.13.0}"
-read -ra releases <<<"${TRANSFORMERS:-5.17.0 5.23.0}"
+read -ra releases <<<"${TRANSFORMERS:-5.17.0 5.23.0 5.24.0}"
 out="${OUT:-docs/results/matrix.json}"
 home="${NC_MATRIX_DIR:-.matrix}"
 # What a change in PyTorch or transformers can break: settings need neither, kernels have scripts/gpu_check.sh.
@@ -54,9 +54,9 @@ install() {
     "$environment/bin/python" -m pip --disable-pip-version-check install -q -c "$home/constraints.txt" "$@" 2>&1
 }
 
-# The last line of pip's complaint, as a reason.
+# The first line of pip's complaint, as a reason.
 complaint() {
-    grep -E '^ERROR' <<<"$1" | tail -n 1 | cut -c 1-300
+    grep -m 1 -E '^ERROR' <<<"$1" | sed 's/ (from versions:.*//' | cut -c 1-300
 }
 
 base="$(nc_find_python)" || exit 1

@@ -220,6 +220,8 @@ def _references(call: Call) -> Iterator[AttentionResult]:
     g = torch.Generator().manual_seed(0)
     for _ in range(_PERTURBED):
         noisy = [t.double() * (1 + 4e-7 * torch.randn(t.shape, generator=g)) for t in (i.query, i.key)]
+        # So is the mass that blocks are found to keep, where they stop at one.
+        settings["min_mass"] = (o.get("min_mass") or 0.0) * (1 + 2e-6 * float(torch.randn(1, generator=g)))
         yield reference_attention(*noisy, i.value, **settings)
 
 
@@ -238,7 +240,9 @@ def _compare(
     may_break = _sees_nan(call)[..., None]
     pairs = [("output", result.output, expected.output), ("output without statistics", alone, expected.output)]
     for name, found, wanted in pairs:
-        bad = ~(_close(found.double(), wanted, absolute[..., None]) | (found.isnan() & may_break)).all(-1)
+        # A weight that float32 cannot tell from zero does not show what the key's value holds.
+        faint = wanted.isnan() & found.isfinite() & (relative[..., None] > 24 * _EPS * 40)
+        bad = ~(_close(found.double(), wanted, absolute[..., None]) | (found.isnan() & may_break) | faint).all(-1)
         said, wrong = said or _describe(name, bad, found, wanted), wrong | bad
     for name, of_logs in (("lse", True), ("kept_mass", False)):
         found = getattr(result, name)
@@ -329,7 +333,7 @@ def _outside_of_values(call: Call, output: torch.Tensor) -> str | None:
     if not bool(value.isfinite().all()) or not bool(i.key.isfinite().all()) or not bool(i.query.isfinite().all()):
         return None
     largest = value.abs().amax((2, 3)) if value.numel() else value.new_zeros(value.shape[:2])
-    beyond = output.double().abs().amax((2, 3)) > largest * (1 + 2 * torch.finfo(output.dtype).eps) + 1e-30
+    beyond = output.double().abs().amax((2, 3)) > largest * (1 + 1e-5 + 2 * torch.finfo(output.dtype).eps) + 1e-30
     return "the output is no average of values" if bool(beyond.any()) or not bool(output.isfinite().all()) else None
 
 

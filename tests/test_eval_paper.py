@@ -242,6 +242,12 @@ def test_a_model_is_measured_sample_by_sample() -> None:
     assert len(found["errors"]) == len(laws) * len(lengths)
     assert len({tuple(row["relative_error"]) for row in found["errors"] if row["n"] == 64}) == 1  # all equal there
     assert found["documents"] == [0] * 6 + [1] * 6
+    fixed = [row for row in found["errors"] if row["law"] == "fixed"]
+    slopes = next(row for row in found["slopes"] if row["law"] == "fixed")
+    assert slopes.keys() == {"law", "relative_error", "output_error", "dropped_mass"}
+    # The laws keep 8 of 64 keys, so the fixed one loses more of 64 than of 32.
+    assert fixed[0]["relative_error"][0] < fixed[1]["relative_error"][0]
+    assert slopes["relative_error"][0] > 0
     compared = mixed.compare(
         of_mean, lengths, {law: x["relative_error"] for law, x in found["rows"].items()}, found["documents"]
     )

@@ -93,6 +93,18 @@ def test_perplexity_by_length_gives_one_figure_for_each_way_and_length(run, mode
     assert len({tuple(row) for row in figures.values()}) == 4  # a budget below the context changes every figure
 
 
+def test_a_profile_is_calibrated_once_and_generates_with_its_budget(run, model, tmp_path):
+    pytest.importorskip("nc_patch.calibrate", reason="profiles are not there")
+    profile = tmp_path / "profile.json"
+    arguments = ("--model", model, "--lengths", 64, 128, "--fraction", 0.2, "--profile", profile)
+    said = run("calibrate_then_generate.py", *arguments)
+    written = profile.read_bytes()
+    assert len(re.findall(r"^layer \d+: keys of 128 by head \[\d+(, \d+)*\]$", said, re.M)) == 3
+    assert float(re.search(r"attended ([\d.]+) %", said).group(1)) == pytest.approx(20, abs=3)
+    assert run("calibrate_then_generate.py", *arguments) == said
+    assert profile.read_bytes() == written
+
+
 def test_a_lora_adapter_learns_through_sparse_attention(run, model):
     pytest.importorskip("peft")
     said = run("lora_step.py", "--model", model, "--length", 128, "--steps", 3)

@@ -31,6 +31,7 @@ _LAWS = {
 }
 _SPREADS = {
     "sigma=2": ("σ = 2 at every n", "#000000"),
+    "sigma=4": ("σ = 4 at every n", "#999999"),
     "s=0.5": ("σ² = 0.25 · 2 ln n", "#56B4E9"),
     "s=0.707": ("σ² = 0.5 · 2 ln n", "#D55E00"),
     "s=0.866": ("σ² = 0.75 · 2 ln n", "#009E73"),
@@ -39,6 +40,8 @@ _SPREADS = {
 _SUPPORT_SPREADS = ("sigma=1", "sigma=2", "sigma=4", "s=0.5", "s=0.707", "s=0.866", "s=1.2")
 # The bounded and the growing spread that the pictures of errors show; n^0.5 is just what the latter needs.
 _BOUNDED, _GROWING = "sigma=2", "s=0.707"
+# Octaves between the points of one law and those of the next.
+_SIDESTEP = 0.03
 # A mean and the ends of its interval, None where there is no interval.
 Value = Callable[[Record], Sequence[Any]]
 
@@ -223,12 +226,14 @@ def _dropped(row: Record) -> Sequence[Any]:
 
 
 def _by_length(axis: Axes, rows: Rows, value: Value, title: str, logarithmic: bool) -> None:
-    for name, (_, colour, marker, line) in _LAWS.items():
+    for place, (name, (_, colour, marker, line)) in enumerate(_LAWS.items()):
         own = [row for row in rows if row["law"] == name]
         if own:
+            # Moved a little, so that intervals of equal budgets stand side by side.
+            x = [row["n"] * 2 ** (_SIDESTEP * (place - len(_LAWS) // 2)) for row in own]
             axis.errorbar(
-                [row["n"] for row in own], [value(row)[0] for row in own], _bars(value(row) for row in own),
-                color=colour, marker=marker, linestyle=line, markersize=5, capsize=2, label=_law_title(name, own),
+                x, [value(row)[0] for row in own], _bars(value(row) for row in own), color=colour, marker=marker,
+                linestyle=line, markersize=5, elinewidth=0.8, capsize=2, label=_law_title(name, own),
             )  # fmt: skip
     _log_lengths(axis, sorted({row["n"] for row in rows}))
     if logarithmic:

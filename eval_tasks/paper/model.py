@@ -17,7 +17,7 @@ from eval_tasks.paper.estimates import estimate, exponents
 from eval_tasks.paper.laws import DENSE, Law, topk_attention
 from eval_tasks.paper.theory import mass_share
 
-ROWS = 16
+ROWS = 8
 EPSILONS = (0.2, 0.05)
 MEASURES = ("kept_mass", "output_error", "relative_error")
 
@@ -101,7 +101,8 @@ def measure(
     Returns:
         ``heads``: for each layer and head the exponents of ``count_keys`` over the lengths, and its counts, medians
         over rows and samples. ``errors``: for each length and law the estimates over samples of ``MEASURES``, and
-        ``relative_error_by_layer``. ``rows``: law of ``mixed`` → measure → ``[lengths, samples·layers·rows]``, with
+        ``relative_error_by_layer``. ``slopes``: for each law the slopes of log loss against log n, estimates over
+        samples. ``rows``: law of ``mixed`` → measure → ``[lengths, samples·layers·rows]``, with
         ``documents``, the sample of each.
     """
     counted: dict[str, list[Any]] = {}
@@ -128,12 +129,23 @@ def measure(
             for place, n in enumerate(lengths)
             for law in laws
         ],
+        "slopes": [
+            {"law": law.name} | {name: estimate(slopes) for name, slopes in _slopes(errors[law.name], lengths).items()}
+            for law in laws
+        ],
         "rows": {
             law.name: {name: np.moveaxis(x, 1, 0).reshape(len(lengths), -1) for name, x in errors[law.name].items()}
             for law in mixed
         },
         "documents": np.repeat(np.arange(len(samples)), len(layers) * rows).tolist(),
     }
+
+
+def _slopes(errors: dict[str, np.ndarray], lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    """Slopes of each sample, of losses ``[samples, lengths, layers, rows]``; the kept mass counts as the dropped."""
+    means = {name: x.mean((2, 3)).T for name, x in errors.items()}
+    means["dropped_mass"] = 1 - means.pop("kept_mass")
+    return {name: exponents(lengths, x) for name, x in means.items()}
 
 
 def _heads(counts: dict[str, np.ndarray], layers: Sequence[int], lengths: Sequence[int]) -> list[dict[str, Any]]:

@@ -83,14 +83,18 @@ class BlockAudit:
         of_block = expected.T[:, number].transpose(0, 1)  # [B, Hq, count]
         difference = kept - of_block
         size = rows.float()[:, None]
-        for line, (known, off) in (
-            (slice(0, Hq), (expected.T, difference)),
-            (slice(Hq, Hq + 1), (expected.mean(-1)[None], difference.mean(1, keepdim=True))),
+        spread = difference.var(-1)
+        # Of a head that rarely drops much, few rows may show none of it: half of what other heads show counts too.
+        spread = torch.maximum(spread, (spread + spread.mean(1, keepdim=True)) / 2)
+        together = difference.mean(1, keepdim=True)
+        for line, known, off, spread_of_line in (
+            (slice(0, Hq), expected.T, difference, spread),
+            (slice(Hq, Hq + 1), expected.mean(-1)[None], together, together.var(-1)),
         ):
             by_row = known[:, owner.clamp(min=0).flatten()] * occupied.flatten()
             result[line, 0] = rows.sum()
             result[line, 1] = by_row.sum(-1) + (size * off.mean(-1)).sum(0)
-            result[line, 2] = (size.square() * off.var(-1) / count).sum(0)
+            result[line, 2] = (size.square() * spread_of_line / count).sum(0)
             result[line, 3] = ((rows > 0) * (count - 1)).sum()
             result[line, 4] = ((rows > 0) * count).sum()
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from nc_patch.ops.codes import KeyCodes, code_slack, score_slack
+from nc_patch.ops.codes import KeyCodes, code_slack, norm_of, score_slack
 from nc_patch.ops.reference import forced_counts
 from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans
 from nc_patch.ops.threshold import kth_largest
@@ -131,7 +131,7 @@ def bound_scores(query: torch.Tensor, codes: KeyCodes, batch: int, head: int, lo
     score = (weighted @ codes.codes[batch, head, low:high].float().T) * scale + (query @ center)[..., None]
     off = residual + scale * code_slack(D)
     slack = score_slack(query, center.expand(query.shape[0], D))
-    size = weighted.norm(dim=-1)
+    size = norm_of(weighted)
     # |q||k| at most, but for the centre, whose share is in the slack.
     rounding = slack + size * (scale.amax() * code_slack(D) * spread.amax() / spread.amin())
     return ScoreBounds(score, size[..., None] * off + slack[..., None], rounding)

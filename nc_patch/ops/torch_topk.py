@@ -88,7 +88,8 @@ def torch_topk_attention(
             joined, more = join_tail(scores, shift, rows_query, tail, b, begin, seen, block, scale, softcap, buffers)
             attended_values += more
         if want_stats:
-            kept, every = (torch.logsumexp(t, -1) + shift for t in (scores, joined))
+            kept = torch.logsumexp(scores, -1) + shift
+            every = kept if joined is scores else torch.logsumexp(joined, -1) + shift
             stats.record(block, kept, dense, empty, every)
         weights = softmax_(joined, None if logits is None else logits[:, None] - shift)
         attended = weighted_values(weights, *attended_values)

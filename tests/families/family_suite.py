@@ -78,11 +78,7 @@ class _Runs:
             self._find_out()
 
     def _find_out(self) -> None:
-        """Finds out what the family takes: positions that count from 0, and running without a cache."""
-        try:
-            self.alone(2)
-        except (IndexError, AttributeError):
-            self.takes.remove("use_cache")
+        """Finds out whether the family counts positions from 0: to others none are passed."""
         if "position_ids" in self.takes:
             positions = torch.arange(LENGTH)[None]
             given = self.logits(self.ids, position_ids=positions, use_cache=False).logits[0]
@@ -95,6 +91,14 @@ class _Runs:
 
     def alone(self, length: int = LENGTH) -> torch.Tensor:
         return self.logits(self.ids[:, :length], use_cache=False).logits[0]
+
+    def single(self) -> torch.Tensor:
+        """Logits of a prompt of one token."""
+        return self.alone(1)
+
+    def pair(self) -> torch.Tensor:
+        """Logits of a prompt of two tokens."""
+        return self.alone(2)
 
     def padded(self) -> torch.Tensor:
         """Logits of both rows' tokens, the padded row first."""
@@ -176,25 +180,19 @@ def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outc
     before = runs.alone()
     reference = _Runs(tiny_model(family, "eager"), family)
     alone = reference.alone()
-    expected = {"prefill": alone, "a prompt of 1": reference.alone(1), "a prompt of 2": reference.alone(2)}
-    ways: dict[str, Any] = {
-        "prefill": runs.alone,
-        "a prompt of 1": lambda: runs.alone(1),
-        "a prompt of 2": lambda: runs.alone(2),
-    }
+    expected: dict[str, torch.Tensor] = {"prefill": alone}
+    ways: dict[str, Any] = {"prefill": runs.alone}
     able = {}
-    for way in ("padded", "packed", "chunks", "steps", "generated"):
+    for way in ("single", "pair", "padded", "packed", "chunks", "steps", "generated"):
         try:
             expected[way] = getattr(reference, way)()
         except Exception as error:  # whatever a dense model cannot do is recorded, and not asked of a patched one
             able[way] = f"not when dense either ({type(error).__name__})"
             continue
         ways[way] = getattr(runs, way)
-        if way == "generated":
-            able[way] = "yes"
-        else:
-            same = _difference(expected[way][: len(alone)], alone) < DIFFERENT
-            able[way] = "yes" if same else "as dense"
+        comparable = way in ("padded", "packed", "chunks", "steps")
+        same = not comparable or _difference(expected[way][: len(alone)], alone) < DIFFERENT
+        able[way] = "yes" if same else "as dense"
     for selection, options in FULL.items():
         patch_model(model, selection=selection, **options)
         for way, run in ways.items():
@@ -222,13 +220,15 @@ def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outc
         unpatch_model(model)
     if not torch.equal(runs.alone(), before):
         outcome.wrong.append("the output after unpatching is not bit for bit what it was")
-    outcome.prefill = _say({"padded batches": able["padded"], "in pieces": able["chunks"]})
+    outcome.prefill = _say({"at once": "yes", "padded batches": able["padded"], "in pieces": able["chunks"]})
     outcome.decode = _say({"generate": able["generated"], "on a cache that is handed on": able["steps"]})
     outcome.packed = able["packed"]
 
 
 def _say(ways: dict[str, str]) -> str:
     exceptions = [f"{name} {able}" for name, able in ways.items() if able != "yes"]
+    if len(exceptions) == len(ways) and not any(able == "as dense" for able in ways.values()):
+        return "not when dense either"
     return "yes" if not exceptions else "yes, but " + ", ".join(exceptions)
 
 
