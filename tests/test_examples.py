@@ -18,6 +18,8 @@ import torch
 from synthetic_tokenizers import tokenizer_of_kind
 from tiny_models import tiny_model
 
+import nc_patch
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MOST_LINES = 40
 
@@ -94,7 +96,8 @@ def test_perplexity_by_length_gives_one_figure_for_each_way_and_length(run, mode
 
 
 def test_a_profile_is_calibrated_once_and_generates_with_its_budget(run, model, tmp_path):
-    pytest.importorskip("nc_patch.calibrate", reason="profiles are not there")
+    if not hasattr(nc_patch, "calibrate"):
+        pytest.skip("nc_patch has no calibrate yet")
     profile = tmp_path / "profile.json"
     arguments = ("--model", model, "--lengths", 64, 128, "--fraction", 0.2, "--profile", profile)
     said = run("calibrate_then_generate.py", *arguments)
