@@ -19,9 +19,10 @@ from nc_patch.visibility import interval_mask
 
 # Those with needs of their own: latent attention with values of another width than keys, chunks and layers without
 # rotary positions, linear attention, recurrences, convolutions, soft-caps, sinks, own scaling, keys that layers share,
-# modules that layers share, cross-attention, a vision tower, attention that runs twice a layer.
+# modules that layers share, masks built in a lambda, cross-attention, a vision tower, attention twice a layer.
 SUPPORTED = (
     "bart",
+    "beam",
     "cohere2",
     "deepseek_v3",
     "diffllama",
