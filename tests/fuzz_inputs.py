@@ -79,6 +79,8 @@ def random_inputs(rng: random.Random, *, values: str = "moderate", queries: int 
         for tensor in rng.sample((query, key, value), rng.randint(1, 3)):
             _break_(rng, tensor)
     layouts = [rng.choice(LAYOUTS) if rng.random() < 0.7 else "contiguous" for _ in range(3)]
+    if layouts[1] == "rows expanded" and not exact:
+        layouts[1] = "contiguous"  # equal keys tie, and rounding would decide which of them come first
     query, key, value = (laid_out(t, layout) for t, layout in zip((query, key, value), layouts, strict=True))
     visible, origin = _intervals(rng, g, kind, B, Lq, Lk)
     sinks = None
