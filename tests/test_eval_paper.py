@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -274,3 +275,10 @@ def test_written_records_read_back_rounded(script: ModuleType, tmp_path: Path) -
     script.write(tmp_path / "x.json", record)
     expected = {"a": [{"b": [1.2346, None], "c": {"d": []}}, {"b": []}], "e": 2, "f": [], "g": {"h": [[1, 2], []]}}
     assert json.loads((tmp_path / "x.json").read_text()) == expected
+
+
+def test_the_page_shows_pictures_that_are_there() -> None:
+    page = ROOT / "docs" / "paper.md"
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert len(pictures) >= 5
+    assert all((page.parent / picture).is_file() for picture in pictures)
