@@ -1,6 +1,5 @@
 """Generated tasks in a sweep: a question about a long context, its answer token by token, and whether that is right."""
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +8,9 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.measure import Peak, Phase, attended, attended_compressed, memory_watched, only_last, prefilled
+from eval_tasks.measure import Attention, Peak, Phase, attended, in_phase, memory_watched, only_last
 from eval_tasks.metrics.string_match.string_match import score
-from eval_tasks.presses import Press
 from eval_tasks.synthetic import GENERATORS, Material, synthesize
-from nc_patch import NCConfig, patched, reset_stats
 
 # With phase "question" so many last tokens of a prompt count as the question, which stands at its end.
 QUESTION_TOKENS = 64
@@ -87,7 +84,7 @@ def build_question(
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    attention: NCConfig | Press | None,
+    attention: Attention,
     question: Question,
     phase: Phase = "all",
 ) -> dict[str, Any]:
@@ -98,8 +95,9 @@ def answer(
         tokenizer: of the model.
         attention: as for ``measure``.
         question: what to ask.
-        phase: ``"all"``: prefill and decoding are sparse. ``"question"``: all but the last ``QUESTION_TOKENS`` tokens
-            of the prompt are prefilled densely.
+        phase: ``"all"``: prefill and decoding are sparse. ``"prefill"``: the prompt but for its last token.
+            ``"question"``: the last ``QUESTION_TOKENS`` tokens of the prompt and the answer; what comes before is
+            prefilled densely. ``"decode"``: the last token of the prompt and the answer.
 
     Returns:
         Fields of a row: the score in [0, 1], what was said, the depth of the evidence, what was attended (the scored
@@ -113,26 +111,20 @@ def answer(
 
 
 def _answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, attention: NCConfig | Press | None, question: Question, phase: Phase
+    model: Any, tokenizer: PreTrainedTokenizerBase, attention: Attention, question: Question, phase: Phase
 ) -> dict[str, Any]:
     ids = torch.from_numpy(question.ids).to(model.device)
-    config = attention if isinstance(attention, NCConfig) else None
-    counted = None
+    before = len(ids) - (QUESTION_TOKENS if phase == "question" else 1)
+
+    def read(cache: DynamicCache | None) -> list[int]:
+        rest = ids if cache is None else ids[before:]
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        return _greedy(model, rest, len(ids), cache, question.new_tokens, _ends(model, tokenizer))
+
     with torch.inference_mode(), Peak(model) as peak:
-        if phase == "question":
-            cache = prefilled(model, ids[:-QUESTION_TOKENS], attention)
-        else:
-            cache = DynamicCache(config=model.config)
-        with patched(model, config=config) if config else contextlib.nullcontext():
-            if config:
-                reset_stats(model, tail=1)
-            rest = ids[-QUESTION_TOKENS:] if phase == "question" else ids
-            said = _greedy(model, rest, len(ids), cache, question.new_tokens, _ends(model, tokenizer))
-            if config:
-                counted = attended(model)
+        said, what, cache = in_phase(phase, model, attention, ids[:before], 1, read)
     text = tokenizer.decode(said, skip_special_tokens=True)
-    if isinstance(attention, Press):
-        counted = attended_compressed(cache, len(ids) + len(said) - 1, len(said))
+    what = attended(what, model, attention, phase, before, len(ids) + len(said) - 1, len(said), cache)
     return {
         "score": score(text, question.answers, question.match),
         "said": text[:_KEPT_LETTERS],
@@ -140,9 +132,8 @@ def _answer(
         "prompt_tokens": len(ids),
         "said_tokens": len(said),
         **({} if question.depth is None else {"depth": question.depth}),
-        **(counted or _attended_dense(model, len(ids), len(said), phase)),
-        "seconds": peak.seconds,
-        "peak_memory": peak.bytes,
+        **what,
+        **peak.of(attention),
     }
 
 
@@ -169,16 +160,3 @@ def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     found = model.generation_config.eos_token_id
     ids = found if isinstance(found, list) else [found]
     return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
-
-
-def _attended_dense(model: Any, length: int, said: int, phase: Phase) -> dict[str, Any]:
-    sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
-    tail = length + (said - 1) / 2
-    first = length - QUESTION_TOKENS if phase == "question" else 0
-    return {
-        "attended_fraction": 1.0,
-        "mean_keys": None if sliding else (first + 1 + length + said - 1) / 2,
-        "tail_attended_fraction": 1.0,
-        "tail_mean_keys": None if sliding else tail,
-        "ran_dense": {},
-    }

@@ -11,8 +11,8 @@ from transformers.utils import logging as transformers_logging
 from eval_tasks.errors import EvalError
 from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
-from eval_tasks.measure import PHASES
-from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, Method, find_method, order_of
+from eval_tasks.measure import PHASES, SPARSE_IN
+from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
 from eval_tasks.models import DTYPES
 from eval_tasks.provenance import command_line
 from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
@@ -20,7 +20,7 @@ from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.sweep import Sweep, run_sweep
 from eval_tasks.synthetic import GENERATORS, Generator
-from eval_tasks.tasks import TASKS, Layout, Task, ascending
+from eval_tasks.tasks import LM_EVAL, TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
 from nc_patch.config import BACKENDS, BLOCK_SIZES
@@ -125,11 +125,12 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
             arguments.block_size,
             arguments.backend,
             match=arguments.match,
+            profile=arguments.profile,
         )
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
     layout = Layout(
-        ascending(arguments.lengths), arguments.samples, arguments.scored, arguments.passage, arguments.seed
+        ascending(arguments.lengths), arguments.samples, arguments.scored, arguments.passage, arguments.seed[0]
     )
     return Sweep(
         model=arguments.model,
@@ -148,29 +149,41 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         iso_keys=tuple(sorted(set(arguments.iso_keys))) if arguments.match == "iso" else (),
         answer_tokens=arguments.answer_tokens,
         retry_failed=arguments.retry_failed,
+        more_seeds=_distinct(arguments.seed)[1:],
     )
+
+
+def _distinct(seeds: Sequence[int]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise EvalError(f"--seed takes different numbers from 0 on, got {' '.join(map(str, seeds))}")
+    return tuple(seeds)
 
 
 def _tasks(names: Sequence[str]) -> tuple[str, ...]:
     """The tasks asked for, in the order in which they are listed; raises EvalError for unknown ones."""
     known = [*TASKS, *GENERATORS]
     for name in names:
-        if name not in known:
-            raise EvalError(f"unknown task {name!r}; allowed are {', '.join(known)}")
-    return tuple(name for name in known if name in names)
+        if name not in known and not name.startswith(LM_EVAL):
+            raise EvalError(f"unknown task {name!r}; allowed are {', '.join(known)}, and {LM_EVAL}NAME")
+    foreign = dict.fromkeys(name for name in names if name.startswith(LM_EVAL))
+    return (*(name for name in known if name in names), *foreign)
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
     """The methods asked for, in the order in which they are listed; raises EvalError for unknown ones."""
     names = arguments.methods or (list(_ISO_METHODS) if arguments.match == "iso" else list(DEFAULT_METHODS))
-    for name in names:
+    if PROFILE in names and arguments.profile is None:
+        raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
+    for name in [*names, *([PROFILE] if arguments.profile else [])]:
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
         if find_method(name).press is not None and arguments.match == "iso":
             raise EvalError(f"{name} has no budget that --match iso could vary; leave it out")
+        if name == PROFILE and arguments.match == "iso":
+            raise EvalError(f"{name} gives each head its own budget, which --match iso cannot set; leave it out")
     if arguments.match == "iso" and set(names) == {DENSE}:
         raise EvalError("--match iso compares budgets of sparse methods with dense: name one, for example fixed-topk")
-    return tuple(sorted(set(names), key=order_of))
+    return tuple(sorted({*names, *([PROFILE] if arguments.profile else [])}, key=order_of))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,12 +213,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help=f"default: {' '.join(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed",
     )
+    add("--profile", metavar="FILE", help="a profile from nc-patch calibrate; adds the method profile")
     matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
     add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
     add("--iso-keys", nargs="+", type=_positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")
     _add_within(parser)
-    add("--phase", choices=list(PHASES), default="all", help="what is sparse: everything, or what follows the context")
-    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
+    phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
+    add("--phase", choices=list(PHASES), default="all", help=f"what is sparse (default: all). {phases}")
+    add(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        metavar="TASK",
+        help=f"default: {' '.join(TASKS)}; also {LM_EVAL}NAME, a task or group of lm-eval",
+    )
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")
     add("--samples", type=_positive, default=4, help="stretches of text at each length (default: 4)")
     add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
@@ -215,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scored", type=_positive, default=256, help="last tokens that perplexity scores (default: 256)")
     add("--passage", type=_positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
     add("--answer-tokens", type=_positive, metavar="N", help="most tokens of an answer (default: as in the original)")
-    add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
+    add("--seed", type=int, nargs="+", default=[0], help="of what is drawn; each has --samples of its own (default: 0)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
     add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
     add("--backend", choices=list(BACKENDS), default="auto", help="of sparse attention (default: auto)")

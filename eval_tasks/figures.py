@@ -31,11 +31,12 @@ _COLOURS = {
     "fraction-topk": "#F0E442",
     "fixed-topk-mean": "#0A3A5A",
     "nc-topk-mean": "#7A3300",
+    "profile": "#6A3D9A",
 }
 _OTHER_COLOURS = ("#8C564B", "#17BECF", "#BCBD22", "#9467BD")
-_MARKERS = {"all": "o", "recent": "s", "content": "^"}
-_LINES = {"all": "-", "recent": "--", "content": "-"}
-_FONT = {"font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "svg.fonttype": "path"}
+_MARKERS = {"all": "o", "recent": "s", "content": "^", "chance": "x"}
+_LINES = {"all": "-", "recent": "--", "content": "-", "chance": ":"}
+FONT = {"font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "svg.fonttype": "path"}
 _REFERENCE = "unseen"
 # Above this ratio of largest to smallest value an axis is logarithmic.
 _LOGARITHMIC_FROM = 4.0
@@ -105,7 +106,7 @@ def pareto_figure(summaries: Sequence[Summary], task: str) -> Figure:
     figure, axes = _axes(2)
     own = [summary for summary in summaries if summary.task == task]
     longest = max(summary.length for summary in own)
-    costs: tuple[tuple[str, Callable[[Summary], float]], ...] = (
+    costs: tuple[tuple[str, Callable[[Summary], float | None]], ...] = (
         ("share of the visible keys attended at the scored positions, %", lambda s: 100 * s.tail_attended_fraction),
         ("seconds of a forward pass", lambda s: s.seconds),
     )
@@ -117,7 +118,9 @@ def pareto_figure(summaries: Sequence[Summary], task: str) -> Figure:
             )
             at_longest = [s for s in line if s.length == longest]
             joined = at_longest if any(keys_of(s.method)[1] is not None for s in line) else line
-            points = [(cost(s), _quality(s)) for s in joined]
+            points = [(cost(s), _quality(s)) for s in joined if cost(s) is not None]
+            if not points:  # simulated methods have no time
+                continue
             axis.plot(*zip(*points, strict=True), color=_colour(name), linewidth=1.0, alpha=0.5)
             ends = [(cost(s), _quality(s)) for s in at_longest]
             if ends:
@@ -127,7 +130,7 @@ def pareto_figure(summaries: Sequence[Summary], task: str) -> Figure:
                 )  # fmt: skip
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(FuncFormatter(_minor_label))
+        axis.xaxis.set_minor_formatter(FuncFormatter(minor_label))
         axis.set(xlabel=label, ylabel=_quality_label(own), title=f"{title_of(task)}, marks at {longest:,} tokens")
         axis.grid(alpha=0.3)
         _scale(axis, logarithmic=task == "recall")
@@ -174,7 +177,7 @@ def depth_figure(rows: Sequence[Row], task: str) -> Figure | None:
     methods = sorted({row["method"] for row in own}, key=order_of)
     lengths = sorted({row["length"] for row in own})
     columns = min(_MAPS_PER_ROW, len(methods))
-    with matplotlib.rc_context(_FONT):
+    with matplotlib.rc_context(FONT):
         figure = Figure(figsize=(3.6 * columns + 1, 3.2 * -(-len(methods) // columns)), layout="constrained")
         grid = list(figure.subplots(-(-len(methods) // columns), columns, squeeze=False).flat)
     for axis, name in zip(grid, methods, strict=False):
@@ -254,7 +257,7 @@ def _quality_label(summaries: Sequence[Summary]) -> str:
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as an ``<svg>`` element to stand in a page; equal figures give equal text."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_FONT | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(FONT | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
     text = buffer.getvalue()
     return text[text.index("<svg") :]
@@ -263,13 +266,13 @@ def to_svg(figure: Figure, name: str) -> str:
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_FONT):
+    with matplotlib.rc_context(FONT):
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _axes(count: int) -> tuple[Figure, list[Axes]]:
-    with matplotlib.rc_context(_FONT):
+    with matplotlib.rc_context(FONT):
         figure = Figure(figsize=(6.4 * count, 4.4), layout="constrained")
         return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
@@ -323,17 +326,22 @@ def _scale(axis: Axes, logarithmic: bool = False) -> None:
     values = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata()) if y > 0]
     spread = max(values) / min(values) if values else 1.0
     if spread > _LOGARITHMIC_FROM or (logarithmic and spread > _LABELLED_FROM):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(FuncFormatter(_minor_label))
+        logarithmic_y(axis)
 
 
-def _minor_label(value: float, _: int) -> str:
+def logarithmic_y(axis: Axes) -> None:
+    """Makes the y axis logarithmic, with labels that can be read also where it spans less than a decade."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(minor_label))
+
+
+def minor_label(value: float, _: int) -> str:
     """Labels 2 and 5 between the powers of ten, where a plot would otherwise have one label or none."""
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    with matplotlib.rc_context(_FONT):
+    with matplotlib.rc_context(FONT):
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3 if len(axes) == 1 else 5)

@@ -164,9 +164,14 @@ class Findings:
         length = self._longest(task)
         assert length is not None
         dense = self.cells[task, length, DENSE]
+        assert dense.seconds is not None
         times = ", ".join(
-            f"{find_method(s.method).title} {s.seconds / dense.seconds:.2f}" for s in self._sparse(task, length)
+            f"{find_method(s.method).title} {s.seconds / dense.seconds:.2f}"
+            for s in self._sparse(task, length)
+            if s.seconds is not None
         )
+        if not times:
+            return []
         machine = self.run.get("hardware", {})
         where = machine.get("gpu") or f"{machine.get('threads')} threads of a {machine.get('processor')}"
         return [

@@ -9,12 +9,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from eval_tasks.errors import EvalError
 from nc_patch.budget import Law, budget_of
 from nc_patch.config import Backend, NCConfig
+from nc_patch.errors import ProfileError
+from nc_patch.profile import Over, Profile
 
 Match = Literal["deploy", "scored", "total", "iso"]
 MATCHES: tuple[Match, ...] = get_args(Match)
@@ -38,6 +42,7 @@ class Budgets:
         backend: as in ``NCConfig``.
         match: what makes budgets equal.
         parameters: fixed budget, logarithmic factor and fraction, in place of those that are equal at ``equal_at``.
+        profile: path of a calibrated profile, for the method ``profile``.
     """
 
     alpha: float
@@ -47,6 +52,7 @@ class Budgets:
     backend: Backend = "auto"
     match: Match = "deploy"
     parameters: tuple[int, float, float] | None = None
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         if self.equal_at < 2:
@@ -63,33 +69,68 @@ class Budgets:
             return self
         if self.match == "scored":
             return replace(self, equal_at=length)
-        return replace(self, parameters=_same_total(self.alpha, self.C, length))
+        return replace(self, equal_at=length, parameters=_same_total(self.alpha, self.C, length))
 
     @property
     def fixed(self) -> int:
         """The budget that the fixed methods keep."""
         return self.parameters[0] if self.parameters else budget_of(self.equal_at, self.alpha, self.C)
 
+    def profile_config(self) -> NCConfig:
+        """Top-k with the budgets of the profile, shared among layers and heads and matched as all others are.
+
+        Raises:
+            EvalError: there is no profile, or it cannot be read.
+        """
+        if self.profile is None:
+            raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
+        if self.parameters:
+            return _config_of_profile(
+                self.profile, total_of(self.equal_at, self.alpha, self.C) / self.equal_at, self.equal_at, "sequence"
+            )
+        return _config_of_profile(self.profile, float(self.fixed), self.equal_at, "last")
+
     @property
     def log_factor(self) -> float:
         """The factor a of ``ceil(a * log2(n))``."""
         if self.parameters:
             return self.parameters[1]
-        return _not_above(self.fixed, self.fixed / math.log2(self.equal_at), self.equal_at, 0.0, "log")
+        return not_above(self.fixed, self.fixed / math.log2(self.equal_at), self.equal_at, 0.0, "log")
 
     @property
     def fraction(self) -> float:
         """The share f of ``ceil(f * n)``."""
         if self.parameters:
             return self.parameters[2]
-        return _not_above(self.fixed, self.fixed / self.equal_at, self.equal_at, 1.0, "power")
+        return not_above(self.fixed, self.fixed / self.equal_at, self.equal_at, 1.0, "power")
 
 
-def _not_above(budget: int, factor: float, n: int, exponent: float, law: Law) -> float:
-    # Rounding in the division must not lift the product above the integer it stands for.
+def not_above(budget: int, factor: float, n: int, exponent: float, law: Law) -> float:
+    """The factor, lowered by what rounding made it too large: the law gives at most ``budget`` at n."""
     while budget_of(n, factor, exponent, law=law) > budget:
         factor = math.nextafter(factor, 0.0)
     return factor
+
+
+@lru_cache(maxsize=4)
+def load_profile(path: str) -> Profile:
+    """The profile in a file.
+
+    Raises:
+        EvalError: it cannot be read.
+    """
+    try:
+        return Profile.load(Path(path).expanduser())
+    except ProfileError as error:
+        raise EvalError(str(error)) from error
+
+
+@lru_cache(maxsize=256)
+def _config_of_profile(path: str, keys: float, n: int, over: Over) -> NCConfig:
+    try:
+        return load_profile(path).at_budget(keys=keys, n=n, over=over).config(tail="drop")
+    except ProfileError as error:
+        raise EvalError(f"{path}: {error}") from error
 
 
 @lru_cache(maxsize=256)

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
+from eval_tasks.matching import MATCHES
+from eval_tasks.measure import PHASES
 from eval_tasks.methods import find_method, order_of
-from eval_tasks.store import read_rows, read_run
+from eval_tasks.schema import check_rows, run_problem
+from eval_tasks.store import RUN, read_rows, read_run
 from eval_tasks.summary import Row
 from eval_tasks.tasks import TASKS
 
@@ -49,9 +52,12 @@ def merge_runs(directories: Sequence[Path]) -> list[MergedRun]:
     groups: dict[str, list[tuple[Path, dict[str, Any], list[Row]]]] = {}
     for directory in directories:
         run, rows = read_run(directory), read_rows(directory)
+        problem = None if run is None else run_problem(run)
+        if problem is not None:
+            raise EvalError(f"{directory / RUN} is damaged: {problem}. Leave {directory} out, or measure it again")
         if run is None or not rows:
             raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
-        _check_known(directory, rows)
+        _check_known(directory, run, rows)
         groups.setdefault(_setting(run), []).append((directory, run, list(rows)))
     return [_merged(group) for group in groups.values()]
 
@@ -67,14 +73,20 @@ def differing(runs: Sequence[MergedRun]) -> list[str]:
     return [", ".join(f"{name} {identity.get(name)}" for name in names) for identity in identities]
 
 
-def _check_known(directory: Path, rows: Sequence[Row]) -> None:
+def _check_known(directory: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    check_rows(directory, rows)
+    identity = run["identity"]
+    for name, known, default in (("match", MATCHES, "deploy"), ("phase", PHASES, "all")):
+        if identity.get(name, default) not in known:
+            got = ascii(identity[name])[:60]
+            raise EvalError(f"{directory} was measured with {name} {got}, which this version does not know")
     unknown = sorted({row["task"] for row in rows if row["task"] not in TASKS and "score" not in row})
     unknown = [
         task for task in unknown if any("score" not in r and "failed" not in r for r in rows if r["task"] == task)
     ]
     if unknown:
         raise EvalError(f"{directory} holds results of {', '.join(unknown)}, which this version does not know")
-    for name in {row["method"] for row in rows}:
+    for name in sorted({row["method"] for row in rows} | set(identity["methods"])):
         try:
             find_method(name)
         except EvalError as error:

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets
+from eval_tasks.simulated import Simulated
 from nc_patch.config import NCConfig
 
 STREAMING_SINKS = 4
+# What the oracle's keys hold.
+ORACLE_MASS = 0.95
 DENSE = "dense"
+PROFILE = "profile"
 # Between a method and its number of keys, where iso-quality asks for that: fixed-topk@64.
 _KEYS = "@"
 # Before the name of a class of the package kvpress.
@@ -23,21 +28,23 @@ class Method:
         name: what the command line and the results call it.
         title: a short label for plots and tables.
         description: one sentence for a newcomer.
-        config: the settings for given budgets; None is the unpatched model.
-        selects: ``"all"``, ``"recent"`` (by position) or ``"content"`` (by score).
+        config: the settings for given budgets, or what is simulated; None is the unpatched model.
+        selects: ``"all"``, ``"recent"`` (by position), ``"content"`` (by score) or ``"chance"``.
         grows: whether the budget follows n^C.
         default: whether a sweep measures it unasked.
         press: the class of kvpress that compresses the cache, for methods that are not this package's.
+        simulated: whether it is a mask over dense attention, which has no time.
     """
 
     name: str
     title: str
     description: str
-    config: Callable[[Budgets], NCConfig | None]
+    config: Callable[[Budgets], NCConfig | Simulated | None]
     selects: str
     grows: bool
     default: bool = True
     press: str | None = None
+    simulated: bool = False
 
 
 def _dense(budgets: Budgets) -> None:
@@ -82,10 +89,22 @@ def _nc_topk_mean(budgets: Budgets) -> NCConfig:
     return replace(_nc_topk(budgets), tail="mean")
 
 
+def _profile(budgets: Budgets) -> NCConfig:
+    return replace(budgets.profile_config(), backend=budgets.backend)
+
+
 def _block(budgets: Budgets) -> NCConfig:
     return NCConfig.create(
         budgets.alpha, budgets.C, selection="block", block_size=budgets.block_size, backend=budgets.backend
     )
+
+
+def _random(budgets: Budgets) -> Simulated:
+    return Simulated("random", config=_nc_topk(budgets))
+
+
+def _oracle(budgets: Budgets) -> Simulated:
+    return Simulated("top-p", mass=ORACLE_MASS)
 
 
 METHODS: dict[str, Method] = {
@@ -139,7 +158,37 @@ METHODS: dict[str, Method] = {
             True,
             default=False,
         ),
+        Method(
+            PROFILE,
+            "calibrated top-k",
+            "the highest scores, as many as a calibrated profile gives each layer and head; needs --profile FILE",
+            _profile,
+            "content",
+            True,
+            default=False,
+        ),
         Method("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", _block, "content", True),
+        Method(
+            "random",
+            "α·n^C random keys",
+            "nc-topk with keys drawn by lot beside the first and the own one: a floor (simulated, without a time)",
+            _random,
+            "chance",
+            True,
+            default=False,
+            simulated=True,
+        ),
+        Method(
+            "oracle",
+            f"oracle, {ORACLE_MASS:.0%} of the mass",
+            f"of every query the fewest keys that hold {ORACLE_MASS:.0%} of its attention, which none can know "
+            "beforehand: a ceiling (simulated, without a time)",
+            _oracle,
+            "content",
+            False,
+            default=False,
+            simulated=True,
+        ),
     )
 }
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)
@@ -185,16 +234,24 @@ def order_of(name: str) -> tuple[int, str, int]:
 
 
 def budget_at(name: str, budgets: Budgets, n: int) -> int:
-    """How many of ``n`` keys the method's law lets a query attend; ``n`` for dense."""
+    """How many of ``n`` keys the method's law lets a query attend, on average over heads; ``n`` without a law."""
     method, matched = find_method(name), budgets.at(n)
     config = _nc_topk(matched) if method.press else method.config(matched)
-    return n if config is None else int(config.budget(n))
+    law = config.config if isinstance(config, Simulated) else config
+    if law is None:
+        return n
+    if not isinstance(law.alpha, tuple):
+        return int(law.budget(n))
+    layers = range(len(law.alpha))
+    return round(fmean(int(law.budget(n, layer, head)) for layer in layers for head in range(len(law.laws(layer)))))
 
 
 def _sparse(method: Method, budgets: Budgets) -> NCConfig:
     config = method.config(budgets)
     if config is None:
         raise EvalError(f"{method.name} attends every key and takes no number of them")
+    if isinstance(config, Simulated):
+        raise EvalError(f"{method.name} is simulated and takes no number of keys")
     return config
 
 

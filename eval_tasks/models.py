@@ -16,8 +16,6 @@ from eval_tasks.errors import EvalError
 from eval_tasks.smollm2 import SMOLLM2, smollm2_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Elements of each parameter that enter the fingerprint: enough to tell any two checkpoints apart, and quick.
-_FINGERPRINT_ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -125,23 +123,6 @@ def pick_device(device: str) -> torch.device:
             f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu."
         )
     return target
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """A short hex digest of the parameters: their names, shapes, dtypes and evenly spaced elements of each.
-
-    The same weights have the same fingerprint whatever file they came from.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        # Of a model over several processes each holds a part; they put one parameter after the other together.
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        flat = whole.detach().reshape(-1)
-        stride = max(1, flat.numel() // _FINGERPRINT_ELEMENTS)
-        sample = flat[::stride].contiguous().view(torch.uint8).cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

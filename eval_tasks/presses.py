@@ -36,11 +36,15 @@ def find_press(name: str) -> type[Any]:
     """The class of a press.
 
     Raises:
-        EvalError: ``kvpress`` is not installed, or has no such press that takes a compression ratio.
+        EvalError: ``kvpress`` is not installed or does not fit what is installed beside it, or it has no such press
+            that takes a compression ratio.
     """
     if importlib.util.find_spec("kvpress") is None:
         raise EvalError(f"the method kvpress:{name} needs the package kvpress: pip install kvpress")
-    package = importlib.import_module("kvpress")
+    try:
+        package = importlib.import_module("kvpress")
+    except ImportError as error:
+        raise EvalError(f"kvpress is installed and cannot be imported: {error}") from error
     presses = {
         key: value
         for key, value in vars(package).items()

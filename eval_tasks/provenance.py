@@ -74,7 +74,9 @@ def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
     run = read_run(directory)
     if run is None:
         return
-    before = run.get("identity", {})
+    before, sessions = run.get("identity", {}), run.get("sessions", [])
+    if not isinstance(before, dict) or not isinstance(sessions, list) or not all(isinstance(s, dict) for s in sessions):
+        raise EvalError(f"{directory / RUN} is damaged; give another --out, or remove the directory")
     differing = [
         f"{name} was {json.dumps(before[name], ensure_ascii=False)}, is {json.dumps(_plain(value), ensure_ascii=False)}"
         for name, value in identity.items()
@@ -105,7 +107,7 @@ def record_session(
     """
     run = read_run(directory) or {"command": command, "identity": dict(identity), **details, "sessions": []}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run["sessions"].append({"started": now, "commit": commit(), "command": command, **(session or {})})
+    run.setdefault("sessions", []).append({"started": now, "commit": commit(), "command": command, **(session or {})})
     write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
 
 

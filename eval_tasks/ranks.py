@@ -110,6 +110,17 @@ class Ranks:
 
 
 @contextmanager
+def agreed(ranks: Ranks) -> Iterator[None]:
+    """A step that all processes take; where one of them fails, all do."""
+    try:
+        yield
+    except EvalError as error:
+        ranks.agree(error)
+        raise
+    ranks.agree()
+
+
+@contextmanager
 def joined_ranks(shared_model: bool = False, device: str = "auto") -> Iterator[Ranks]:
     """Joins the processes that a launcher started (``accelerate launch``, ``torchrun``, ``mpirun``), for the block.
 

@@ -13,6 +13,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.figures import main_figure, section_figures, to_png, to_svg
 from eval_tasks.findings import Findings, answer_sentences, iso_sentences
 from eval_tasks.matching import MATCHED_BY
+from eval_tasks.measure import SPARSE_IN
 from eval_tasks.merging import MergedRun, differing, merge_runs
 from eval_tasks.methods import find_method
 from eval_tasks.store import write_atomically
@@ -203,7 +204,6 @@ def _setup(run: Mapping[str, Any]) -> str:
     budgets = f"k(n) = {identity['alpha']:g} · n^{identity['C']:g}"
     if match == "deploy":
         budgets += f"; fixed {run['budget_at_equal']}; logarithmic {run['log_factor']:.4g} · log2(n)"
-    phases = {"all": "the whole forward pass", "question": "the scored tokens alone, after a dense prefill"}
     return _table_rows(
         [
             ("Model", model),
@@ -212,7 +212,7 @@ def _setup(run: Mapping[str, Any]) -> str:
             ("Samples", identity["samples"]),
             ("Scored", f"{identity['scored']} tokens (perplexity), a passage of {identity['passage']} tokens (recall)"),
             ("Tasks", "; ".join(filter(None, [tasks, further]))),
-            ("Sparse", phases[identity.get("phase", "all")]),
+            ("Sparse", SPARSE_IN[identity.get("phase", "all")]),
             ("Matched budgets", f"{match}: {MATCHED_BY[match].format(equal_at=identity['equal_at'])}"),
             ("Budgets", budgets),
         ]

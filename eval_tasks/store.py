@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,9 @@ RESULTS = "results.jsonl"
 PARTS = "results.rank*.jsonl"
 RUN = "run.json"
 _LOCK = ".lock"
+# No sweep writes more: a file beyond is not read into memory, and a longer line is damaged.
+_LARGEST_FILE = 1 << 30
+_LONGEST_LINE = 1 << 24
 
 
 def measurement_key(identity: Mapping[str, Any]) -> str:
@@ -77,8 +81,8 @@ class ResultStore:
     def __enter__(self) -> "ResultStore":
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._lock = _open_to_write(self._lock_path)
+            self._file = _open_to_write(self.path)
         except OSError as error:
             self._close()
             raise EvalError(
@@ -129,7 +133,7 @@ class ResultStore:
         """
         known = {row["key"] for row in self.rows}
         for path in sorted(self.directory.glob(PARTS)):
-            part = os.open(path, os.O_RDWR | os.O_APPEND)
+            part = _open_part(path)
             try:
                 _claim(part, self.directory)
                 _repair(path, part)
@@ -161,13 +165,26 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:
+    content = _content(path)
+    return [] if content is None else list(_parse(path, content.removesuffix(b"\n").split(b"\n")))
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds; None where there is none. Raises EvalError for what is no ordinary file of ordinary size."""
     try:
-        content = path.read_bytes()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
+            raise EvalError(
+                f"{path} is no file of results: it must be an ordinary file of at most {_LARGEST_FILE:,} bytes. "
+                "Remove it, or give another directory"
+            )
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise EvalError(f"{path} cannot be read: {error.strerror}") from error
-    return list(_parse(path, content.removesuffix(b"\n").split(b"\n")))
+        return None
+    except (OSError, ValueError) as error:
+        if isinstance(error, EvalError):
+            raise
+        raise EvalError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
@@ -177,13 +194,12 @@ def read_run(directory: Path) -> dict[str, Any] | None:
         EvalError: the file is damaged.
     """
     path = directory / RUN
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    content = _content(path)
+    if content is None:
         return None
-    except OSError as error:
-        raise EvalError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    try:
+        run = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise EvalError(f"{path} is damaged ({error}); give another --out, or remove the directory") from error
     if not isinstance(run, dict):
         raise EvalError(f"{path} is damaged (not an object); give another --out, or remove the directory")
@@ -201,10 +217,29 @@ def _parse(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line) if len(line) <= _LONGEST_LINE else None
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "key" in row else None
+    return row if isinstance(row, dict) and isinstance(row.get("key"), str) else None
+
+
+def _open_to_write(path: Path) -> int:
+    """A descriptor that adds to a file, made where it is missing; what is no file of the directory itself is refused.
+
+    Following a link would change a file that lies anywhere.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{path.name} is no ordinary file")
+    return descriptor
+
+
+def _open_part(path: Path) -> int:
+    try:
+        return _open_to_write(path)
+    except OSError as error:
+        raise EvalError(f"{path} cannot be taken in: {error.strerror}. Remove it, or give another --out.") from error
 
 
 def _claim(descriptor: int, directory: Path) -> None:

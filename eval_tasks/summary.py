@@ -34,7 +34,7 @@ class Summary:
         low, high: its bootstrap interval; None with fewer than two samples.
         worse_samples: in how many samples the loss is above dense.
         perplexity_ratio: perplexity / dense perplexity on the same samples.
-        seconds: median of the forward pass.
+        seconds: median of the forward pass; None, as what follows from it and the memory, where it was simulated.
         tokens_per_second: length / seconds.
         peak_memory_mb: largest over samples, in 10^6 bytes above what was held before.
         failed: how many samples more could not be measured.
@@ -58,9 +58,9 @@ class Summary:
     high: float | None
     worse_samples: int | None
     perplexity_ratio: float | None
-    seconds: float
-    tokens_per_second: float
-    peak_memory_mb: float
+    seconds: float | None
+    tokens_per_second: float | None
+    peak_memory_mb: float | None
     failed: int = 0
 
 
@@ -149,7 +149,9 @@ def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row])
         else None
     )
     loss = fmean(own.values())
-    seconds = median(float(row["seconds"]) for row in rows)
+    times = [float(row["seconds"]) for row in rows if row["seconds"] is not None]
+    peaks = [int(row["peak_memory"]) for row in rows if row["peak_memory"] is not None]
+    seconds = median(times) if times else None
     answers = [row for row in rows if "score" in row]
     return Summary(
         task=task,
@@ -171,8 +173,8 @@ def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row])
         worse_samples=sum(a > b for a, b in pairs) if pairs else None,
         perplexity_ratio=math.exp(difference.mean) if difference and not answers else None,
         seconds=seconds,
-        tokens_per_second=length / seconds,
-        peak_memory_mb=max(int(row["peak_memory"]) for row in rows) / 1e6,
+        tokens_per_second=None if seconds is None else length / seconds,
+        peak_memory_mb=max(peaks) / 1e6 if peaks else None,
     )
 
 

@@ -1,23 +1,23 @@
 """A sweep: every task and method at every length and sample, in an order in which a part is already of use."""
 
 import contextlib
+import hashlib
 import itertools
+import json
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from eval_tasks.answers import Question, answer, build_question, check_generated
-from eval_tasks.errors import EvalError, MemoryRanOut
-from eval_tasks.matching import Budgets
-from eval_tasks.measure import Phase, measure, warm_up
+from eval_tasks.answers import check_generated
+from eval_tasks.cells import Measurer, Planned
+from eval_tasks.errors import EvalError
+from eval_tasks.matching import Budgets, load_profile
+from eval_tasks.measure import Phase, warm_up
 from eval_tasks.methods import DENSE, Method, budget_at, find_method, with_keys
 from eval_tasks.models import (
     find_model,
@@ -26,17 +26,21 @@ from eval_tasks.models import (
     max_positions,
     pick_device,
     tokenizer_fingerprint,
-    weights_fingerprint,
 )
-from eval_tasks.presses import Press, find_press
+from eval_tasks.presses import find_press
 from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
-from eval_tasks.ranks import Ranks
+from eval_tasks.ranks import Ranks, agreed
+from eval_tasks.schema import check_rows
 from eval_tasks.store import ResultStore, measurement_key, read_run
-from eval_tasks.synthetic import Material
-from eval_tasks.tasks import TASKS, Layout, TokenisedText, check_lengths, places, tokenise
+from eval_tasks.synthetic import GENERATORS
+from eval_tasks.tasks import LM_EVAL, TASKS, Layout, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
-from nc_patch import NCConfig
+from nc_patch import Profile, ProfileError
+from nc_patch.fingerprint import weights_fingerprint
+
+if TYPE_CHECKING:
+    from eval_tasks.lm_eval.in_sweep import LmEvalTasks
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Sweep:
         iso_keys: budgets that ``match="iso"`` tries.
         answer_tokens: the most tokens of an answer to a generated task; None for each task's own number.
         retry_failed: whether cells that failed in an earlier session are measured again.
+        more_seeds: seeds beside that of the layout; every one of them has as many samples.
     """
 
     model: str
@@ -76,6 +81,12 @@ class Sweep:
     iso_keys: tuple[int, ...] = ()
     answer_tokens: int | None = None
     retry_failed: bool = False
+    more_seeds: tuple[int, ...] = ()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All seeds; each draws its own samples."""
+        return (self.layout.seed, *self.more_seeds)
 
     def methods_at(self, length: int) -> tuple[str, ...]:
         """The names of what is measured at a length: the methods, or for ``iso`` each with every budget."""
@@ -93,7 +104,7 @@ class Sweep:
             "tasks": list(self.tasks),
             "lengths": list(self.layout.lengths),
             "samples": self.layout.samples,
-            "seed": self.layout.seed,
+            "seed": list(self.seeds) if self.more_seeds else self.layout.seed,
             "scored": self.layout.scored,
             "passage": self.layout.passage,
             "alpha": self.budgets.alpha,
@@ -110,23 +121,8 @@ class Sweep:
             "phase": self.phase,
             "iso_keys": list(self.iso_keys),
             "answer_tokens": self.answer_tokens,
+            **({} if self.budgets.profile is None else {"profile": _profile_digest(self.budgets.profile)}),
         }
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One measurement to make."""
-
-    length: int
-    sample: int
-    task: str
-    method: str
-    key: str
-
-    @property
-    def step(self) -> Step:
-        """What the forecast needs to know."""
-        return Step(self.method, self.length)
 
 
 def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None = None) -> bool:
@@ -145,7 +141,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         EvalError: something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
     ranks = ranks or Ranks()
-    with _agreed(ranks):
+    with agreed(ranks):
         if sweep.threads is not None:
             torch.set_num_threads(sweep.threads)
         check_same(directory, sweep.identity() | versions())
@@ -156,13 +152,14 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         tokens = tokenise(tokenizer, text.content)
         scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
         check_lengths(scored, sweep.layout, len(tokens.prefix))
-        check_generated([name for name in sweep.tasks if name not in TASKS], sweep.layout.lengths)
-        starts = places(tokens, sweep.layout) if scored else []
+        check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
+        foreign = _lm_eval_tasks(sweep, source.location)
+        starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
         device = _own_device(sweep, ranks)
     with contextlib.ExitStack() as stack:
-        with _agreed(ranks):
+        with agreed(ranks):
             first_store = stack.enter_context(ResultStore(directory)) if ranks.is_first else None
-        with _agreed(ranks):
+        with agreed(ranks):
             model = load_model(sweep.model, sweep.dtype, str(device), sweep.device_map, sweep.tp_plan).model
             identity = (
                 sweep.identity()
@@ -175,9 +172,11 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
             )
             if ranks.is_first:
                 check_same(directory, identity)
+            if sweep.budgets.profile is not None:
+                _check_profile(model, load_profile(sweep.budgets.profile))
             for name in sweep.methods:
                 _check_method(model, find_method(name), sweep)
-        plan = _plan(sweep, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
+        plan = _plan(sweep, foreign, {"weights": identity["weights"], "text": text.sha256, "dtype": str(model.dtype)})
         details = {
             "planned": len(plan),
             "text_origin": text.origin,
@@ -190,31 +189,25 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
             "hardware": hardware(device, torch.get_num_threads()),
         }
         session = ranks.from_first(secrets.token_hex(8))
-        with _agreed(ranks):
+        with agreed(ranks):
             if ranks.is_first:
                 record_session(directory, identity, details, command, {"id": session, "processes": ranks.world})
-        with _agreed(ranks):
+        with agreed(ranks):
             store = first_store or stack.enter_context(_part_store(directory, ranks, session))
+        with agreed(ranks):
+            if ranks.is_first:
+                check_rows(directory, store.rows)
         known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in store.rows])
-        complete = _measure_all(sweep, plan, known, store, _Measurer(sweep, model, tokenizer, tokens, starts), ranks)
+        complete = _measure_all(
+            sweep, plan, known, store, Measurer(sweep, model, tokenizer, tokens, starts, foreign), ranks
+        )
         if not ranks.is_first:
             stack.close()
-        with _agreed(ranks):
+        with agreed(ranks):
             pass  # every other process has closed its part
         if first_store is not None:
             first_store.take_in_parts()
         return complete
-
-
-@contextlib.contextmanager
-def _agreed(ranks: Ranks) -> Iterator[None]:
-    """A step that all processes take; where one of them fails, all do."""
-    try:
-        yield
-    except EvalError as error:
-        ranks.agree(error)
-        raise
-    ranks.agree()
 
 
 def _own_device(sweep: Sweep, ranks: Ranks) -> torch.device:
@@ -233,6 +226,11 @@ def _part_store(directory: Path, ranks: Ranks, session: str) -> ResultStore:
     return ResultStore(directory, ranks.rank)
 
 
+def _profile_digest(path: str) -> str:
+    """What a profile holds, in short, wherever its file lies."""
+    return hashlib.sha256(json.dumps(load_profile(path).to_dict(), sort_keys=True).encode()).hexdigest()[:20]
+
+
 def _check_positions(sweep: Sweep, positions: int | None) -> None:
     longest = max(sweep.layout.lengths)
     if positions is not None and longest > positions:
@@ -242,14 +240,21 @@ def _check_positions(sweep: Sweep, positions: int | None) -> None:
         )
 
 
+def _check_profile(model: Any, profile: Profile) -> None:
+    try:
+        profile.check_model(model)
+    except ProfileError as error:
+        raise EvalError(str(error)) from error
+
+
 def _check_method(model: Any, method: Method, sweep: Sweep) -> None:
     """Tries a method on a few tokens, which also takes its one-off costs out of the first measurement."""
     if method.press is not None:
         find_press(method.press)
-        if sweep.phase != "question":
+        if sweep.phase not in ("question", "decode"):
             raise EvalError(
                 f"{method.name} compresses what a dense prefill left, which is not what the other methods do; measure "
-                "all of them that way with --phase question"
+                "all of them that way with --phase question or --phase decode"
             )
         return
     try:
@@ -258,11 +263,38 @@ def _check_method(model: Any, method: Method, sweep: Sweep) -> None:
         raise EvalError(f"the method {method.name} does not run on this model and device: {error}") from error
 
 
-def _plan(sweep: Sweep, constants: dict[str, Any]) -> list[Planned]:
+def _lm_eval_tasks(sweep: Sweep, location: str) -> "LmEvalTasks | None":
+    """What runs the tasks of lm-eval; None where none is asked for, since importing lm-eval takes seconds."""
+    if not any(name.startswith(LM_EVAL) for name in sweep.tasks):
+        return None
+    if sweep.phase != "all":
+        raise EvalError(f"lm-eval's own evaluator knows no phases: leave out --phase {sweep.phase}")
+    if any(find_method(name).press is not None for name in sweep.methods):
+        raise EvalError("lm-eval's own evaluator runs no presses of kvpress: leave them out")
+    from eval_tasks.lm_eval.in_sweep import LmEvalTasks
+
+    return LmEvalTasks(location, sweep.layout.samples * len(sweep.seeds), sweep.layout.seed, sweep.text)
+
+
+def _single_tasks(sweep: Sweep, foreign: "LmEvalTasks | None") -> list[str]:
+    """The tasks, with the members of lm-eval's groups in place of the groups."""
+    found = []
+    for name in sweep.tasks:
+        if foreign is None or not name.startswith(LM_EVAL):
+            found.append(name)
+        else:
+            members = foreign.members(name.removeprefix(LM_EVAL), min(sweep.layout.lengths))
+            found.extend(LM_EVAL + member for member in members)
+    return list(dict.fromkeys(found))
+
+
+def _plan(sweep: Sweep, foreign: "LmEvalTasks | None", constants: dict[str, Any]) -> list[Planned]:
     """Short lengths first, at each length task by task, and each sample with all methods."""
     plan = []
     layout = sweep.layout
-    for length, task, sample in itertools.product(layout.lengths, sweep.tasks, range(layout.samples)):
+    tasks = _single_tasks(sweep, foreign)
+    drawn = [(seed, index) for seed in sweep.seeds for index in range(layout.samples)]
+    for length, task, (sample, (seed, index)) in itertools.product(layout.lengths, tasks, enumerate(drawn)):
         for method in sweep.methods_at(length):
             if task in TASKS and TASKS[task].dense_only and method != DENSE:
                 continue
@@ -270,12 +302,12 @@ def _plan(sweep: Sweep, constants: dict[str, Any]) -> list[Planned]:
             key = measurement_key(
                 constants
                 | {"method": method, "config": config and config.to_dict(), "task": task, "length": length}
-                | {"sample": sample, "samples_of": max(layout.lengths), "seed": layout.seed, "phase": sweep.phase}
+                | {"sample": index, "samples_of": max(layout.lengths), "seed": seed, "phase": sweep.phase}
                 | {"scored": layout.scored, "passage": layout.passage, "device": sweep.device}
                 | ({} if task in TASKS else {"answer_tokens": sweep.answer_tokens})
                 | ({"budget": budget_at(method, sweep.budgets, length)} if find_method(method).press else {})
             )
-            plan.append(Planned(length, sample, task, method, key))
+            plan.append(Planned(length, sample, seed, index, task, method, key))
     return plan
 
 
@@ -288,7 +320,7 @@ def _measure_all(
     plan: list[Planned],
     known: list[tuple[str, tuple[str, int, float | None], bool]],
     store: ResultStore,
-    measurer: "_Measurer",
+    measurer: Measurer,
     ranks: Ranks,
 ) -> bool:
     began = time.monotonic()
@@ -322,11 +354,12 @@ def _measure_all(
             progress.begun_before(first_steps[number])
             for planned in group:
                 progress.starts(f"{planned.length:,} tokens, {planned.task}, {planned.method}")
+                began_row = time.monotonic()
                 row = measurer.row(planned)
                 if writes:
                     store.append(row | {"commit": source_commit, "process": ranks.rank})
-                if "seconds" in row:
-                    forecast.learn(planned.step, row["seconds"])
+                if "failed" not in row:
+                    forecast.learn(planned.step, time.monotonic() - began_row)
                 progress.finished()
     finally:
         progress.close()
@@ -351,68 +384,3 @@ def _groups(todo: list[Planned]) -> list[list[Planned]]:
 
 def _exceeds(minutes: float | None, spent: float, expected: float | None) -> bool:
     return minutes is not None and spent + (expected or 0.0) > 60 * minutes
-
-
-@dataclass(frozen=True)
-class _Measurer:
-    """Makes the rows of planned measurements with one model, which each of them patches and unpatches."""
-
-    sweep: Sweep
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    tokens: TokenisedText
-    starts: list[int]
-
-    def row(self, planned: Planned) -> dict[str, Any]:
-        """The row of one measurement; where memory runs out, one that says so."""
-        sweep, what = self.sweep, f"{planned.task} with {planned.method} at {planned.length:,} tokens"
-        try:
-            measured = self._measured(planned)
-        except MemoryRanOut as error:
-            if sweep.tp_plan is not None:  # the other processes still wait for this one's part of a layer
-                raise EvalError(f"{what}: {error}") from error
-            print(f"{what}: {error}. It is recorded, and the run goes on.", file=sys.stderr)
-            measured = {"failed": "out of memory", "error": str(error)}
-        except EvalError as error:
-            raise EvalError(f"{what}: {error}") from error
-        return {
-            "key": planned.key,
-            "model": sweep.model,
-            "method": planned.method,
-            "task": planned.task,
-            "length": planned.length,
-            "sample": planned.sample,
-            "place": self.starts[planned.sample] if planned.task in TASKS else None,
-            "phase": sweep.phase,
-            "budget": budget_at(planned.method, sweep.budgets, planned.length),
-            **measured,
-        }
-
-    def _measured(self, planned: Planned) -> dict[str, Any]:
-        sweep, attention = self.sweep, self._attention(planned)
-        if planned.task in TASKS:
-            sample = TASKS[planned.task].build(self.tokens, self.starts[planned.sample], planned.length, sweep.layout)
-            return measure(self.model, attention, sample, sweep.phase).to_dict()
-        question = self._question(planned.task, planned.length, planned.sample)
-        return answer(self.model, self.tokenizer, attention, question, sweep.phase)
-
-    @cached_property
-    def _material(self) -> Material:
-        return Material(self.sweep.text)
-
-    @cached_property
-    def _question(self) -> Callable[[str, int, int], Question]:
-        """Builds a question; the last one is kept, since all methods are asked the same."""
-
-        @lru_cache(maxsize=1)
-        def build(task: str, length: int, sample: int) -> Question:
-            seed, new_tokens = self.sweep.layout.seed, self.sweep.answer_tokens
-            return build_question(task, self.tokenizer, length, seed, sample, self._material, new_tokens)
-
-        return build
-
-    def _attention(self, planned: Planned) -> NCConfig | Press | None:
-        method = find_method(planned.method)
-        if method.press is None:
-            return method.config(self.sweep.budgets.at(planned.length))
-        return Press(method.press, budget_at(planned.method, self.sweep.budgets, planned.length))

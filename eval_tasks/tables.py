@@ -77,9 +77,9 @@ def _quality_row(summary: Summary, answers: bool) -> tuple[str, ...]:
         number(summary.tail_mean_keys, 1),
         f"{100 * summary.tail_attended_fraction:.2f} %",
         f"{100 * summary.attended_fraction:.2f} %",
-        f"{summary.seconds:.2f}",
-        f"{summary.tokens_per_second:,.0f}",
-        f"{summary.peak_memory_mb:,.0f}",
+        number(summary.seconds, 2),
+        number(summary.tokens_per_second, 0),
+        number(summary.peak_memory_mb, 0),
     )
 
 

@@ -197,6 +197,9 @@ def _unseen(text: TokenisedText, place: int, length: int, layout: Layout) -> Sam
     return Sample(_join(text, [filler, passage]), layout.passage, _span_bytes(text, *passage))
 
 
+# Before the name of a task or group of lm-eval, which its own evaluator runs.
+LM_EVAL = "lm-eval:"
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (

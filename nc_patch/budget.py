@@ -35,6 +35,9 @@ def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, law: Law = "pow
 
     Returns:
         The budget, between 0 (only for ``n = 0``) and ``n``.
+
+    Raises:
+        ValueError: ``n`` is negative.
     """
     if n < 0:
         raise ValueError(f"n must be the number of visible keys, at least 0, got {n}")

@@ -9,7 +9,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from nc_patch.index import IndexKind, KeyIndex, reserve_for
 
@@ -60,6 +60,33 @@ class KeyIndexMixin:
     _nc_seen: _Seen | None = None
     _nc_offloads = False
     _nc_updated: frozenset[IndexKind] = frozenset()
+    # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer
+    # does not hold, because it computes them from what is cached, or because a module stands for several layers.
+    _nc_handed: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None" = None
+    _nc_never: frozenset[IndexKind] = frozenset()
+
+    def nc_hand(self, handed: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes note of what ``update`` returns, and returns it."""
+        if not torch.compiler.is_compiling():
+            self._nc_handed = (weakref.ref(handed[0]), weakref.ref(handed[1]))
+        return handed
+
+    def nc_compare(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """To be called first in each call of attention: sees whether its keys and values are what ``update`` returned.
+
+        Where they are not, no index is kept for this layer from now on.
+        """
+        held = (None, None) if self._nc_handed is None else tuple(reference() for reference in self._nc_handed)
+        if held[0] is not key:
+            self._nc_never = frozenset(("codes", "pages", "means"))
+        elif held[1] is not value:
+            self._nc_never |= {"means"}
+        if self._nc_never:
+            self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind not in self._nc_never}
+
+    def nc_keeps(self, kind: IndexKind) -> bool:
+        """Whether an index of this kind may be kept; while ``torch.compile`` traces, one that is there may."""
+        return kind in self.nc_indexes or not (kind in self._nc_never or torch.compiler.is_compiling())
 
     def nc_check(self) -> None:
         """Drops the indexes if the keys are not those they were made of."""
@@ -88,20 +115,30 @@ class KeyIndexMixin:
         """
         end = visible[..., 1].amax(-1)
         index = self.nc_indexes.get(kind)
-        if index is not None and (index.block_size != block_size or not index.fits(key)):
+        if index is not None and (index.block_size != block_size or not index.fits(key) or self.nc_unstarted(kind)):
             index = None
         if index is None:
             # The key at which the sequence starts: its interval may start later.
             start = origin[:, -1].clamp(min=0)
             index = KeyIndex.build(key, kind, value=value, start=start, end=end, block_size=block_size, backend=backend)
+            index.unstarted = (end <= start).any()
+            self.nc_indexes = {**self.nc_indexes, kind: index}
             if isinstance(self, StaticLayer):
+                self.nc_unstarted(kind)  # read now: a compiled step cannot
                 for tensor in index.tensors():
                     torch._dynamo.mark_static_address(tensor)
-            self.nc_indexes = {**self.nc_indexes, kind: index}
         else:
             index.extend(key, visible.shape[1], end, value)
-        self._nc_updated |= {kind}
+        if not torch.compiler.is_compiling():  # nothing settles there, and a graph would guard what it left
+            self._nc_updated |= {kind}
         return index
+
+    def nc_unstarted(self, kind: IndexKind) -> bool:
+        """Whether an index was made while a sequence had only padding, so that where it begins was not known."""
+        index = self.nc_indexes[kind]
+        if isinstance(index.unstarted, torch.Tensor) and not torch.compiler.is_compiling():
+            index.unstarted = bool(index.unstarted)
+        return index.unstarted is True
 
     def nc_done(self) -> None:
         """To be called at the end of each call of attention: an index that did not take in its keys is dropped."""
@@ -152,7 +189,7 @@ class KeyIndexMixin:
     def __getstate__(self) -> dict[str, Any]:
         # What the keys were last seen as does not survive a copy or a pickle: only whether the index was right.
         self.nc_check()
-        return {name: value for name, value in self.__dict__.items() if name != "_nc_seen"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_nc_seen", "_nc_handed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -174,7 +211,7 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         held, length = (self.keys, self.values), self.get_seq_length()
         if held[0] is None or not length or not self._nc_may_grow(key_states, value_states):
             self._nc_room = None
-            return super().update(key_states, value_states, *args, **kwargs)
+            return self.nc_hand(super().update(key_states, value_states, *args, **kwargs))
         end = length + key_states.shape[-2]
         if self._nc_room is None or not self._nc_has_room(length, end):
             self._nc_room = None
@@ -183,7 +220,7 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
             room[:, :, length:end] = new
         self.keys, self.values = (room[:, :, :end] for room in self._nc_room)
         self._nc_written = end
-        return self.keys, self.values
+        return self.nc_hand((self.keys, self.values))
 
     def _nc_may_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether new keys may be written into memory that is there: not where a gradient or a graph is recorded."""
@@ -232,6 +269,20 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
 class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
     """``StaticLayer`` with a key index at static addresses."""
 
+    # Whether it holds keys: its length lies on the device, and is not read at every call.
+    nc_filled = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.compiler.is_compiling():
+            self.nc_filled = True
+        return self.nc_hand(super().update(key_states, value_states, *args, **kwargs))
+
+    def reset(self) -> None:
+        self.nc_filled = False
+        super().reset()
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._nc_follow(lambda index: index.copy_selected_(beam_idx), "reorder_cache", beam_idx)
 
@@ -246,6 +297,8 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
     Replaces the cache's layer by one that carries an index, where that is possible. While ``torch.compile`` traces,
     nothing is replaced: layers that carry none yet decode without.
     """
+    if isinstance(cache, EncoderDecoderCache):  # patched modules are those of self-attention
+        cache = cache.self_attention_cache
     if not isinstance(cache, Cache) or layer is None:
         return None
     while len(cache.layers) <= layer:
@@ -262,9 +315,13 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
         plain, found = found, object.__new__(indexed)
         found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
         cache.layers[layer] = found
+        if isinstance(found, IndexedStaticLayer):
+            found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
     if not compiling:
         found.nc_check()
     length = found.get_seq_length()
+    if isinstance(found, IndexedStaticLayer):
+        return LayerCache(found, found.nc_filled or bool(found.nc_indexes))
     return LayerCache(found, length > 0 if isinstance(length, int) else bool(found.nc_indexes))
 
 

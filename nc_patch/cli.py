@@ -39,11 +39,25 @@ COMMANDS = {
         "eval_tasks.command", "run_eval", "measure sparse attention by context length", _EVAL_PACKAGES, "eval"
     ),
     "report": Command("eval_tasks.command", "run_report", "write one report of earlier evals", _EVAL_PACKAGES, "eval"),
+    "fidelity": Command(
+        "eval_tasks.fidelity_command",
+        "run_fidelity",
+        "compare each layer and head with dense attention",
+        _EVAL_PACKAGES,
+        "eval",
+    ),
     "bench": Command(
         "nc_patch.bench.command",
         "run_bench",
         "time sparse attention against dense attention",
         ("torch", "transformers"),
+        "eval",
+    ),
+    "calibrate": Command(
+        "eval_tasks.calibrate_command",
+        "run_calibrate",
+        "measure how sparse every head is, for budgets that follow it",
+        _EVAL_PACKAGES,
         "eval",
     ),
 }
@@ -87,5 +101,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:9} {command.summary}" for name, command in COMMANDS.items())
     return f"usage: nc-patch [--version] COMMAND ...\n\n{commands}\n\nnc-patch COMMAND --help says more."

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import reprlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,13 +17,17 @@ Selection = Literal["topk", "block", "window", "dense"]
 Backend = Literal["auto", "triton", "torch"]
 IndexUse = Literal["auto", "always", "never"]
 Tail = Literal["mean", "drop"]
+OnDrop = Literal["ignore", "warn", "raise", "dense"]
 PerHead = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 SELECTIONS: tuple[Selection, ...] = ("topk", "block", "window", "dense")
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 INDEX_USES: tuple[IndexUse, ...] = ("auto", "always", "never")
 TAILS: tuple[Tail, ...] = ("mean", "drop")
+ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
 BLOCK_SIZES = (16, 32, 64, 128)
+# Numbers of keys are kept in 32 bits.
+LARGEST_INTEGER = 2**31 - 1
 # The budget of patch_model(model): see the table in the README.
 DEFAULT_ALPHA, DEFAULT_C = 2.0, 0.5
 QUERY_BLOCK_SIZES = (64, 128)
@@ -53,7 +59,13 @@ class NCConfig:
         min_mass: kept mass in (0, 1) to aim at: where the estimate says that the budget's blocks keep less, a query
             block takes more. None for the budget alone.
         max_factor: how many times the budget's blocks ``min_mass`` may take, at least 1.
-        track: whether ``nc_stats`` holds what the blocks of prefill are estimated to have dropped.
+        track: whether ``nc_stats`` holds the kept mass, layer by layer and head by head: see docs/certificates.md for
+            what that costs.
+        on_drop: what happens when a call of a layer drops more than ``max_dropped_mass``: ``"ignore"``, ``"warn"`` once
+            a layer, ``"raise"`` a ``DroppedMassError``, or redo the call ``"dense"``. Decided by the proven lower limit
+            of every row's kept mass, in prefill by ``"block"`` by an estimate for each head. All but ``"ignore"`` read
+            the device in every call, and refuse to be compiled into a graph.
+        max_dropped_mass: the part of the dense softmax mass, in [0, 1), that a row may leave unattended.
         dense_layers: indices of layers that keep dense attention.
         backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs and PyTorch elsewhere.
         key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
@@ -86,6 +98,8 @@ class NCConfig:
     min_mass: float | None = None
     max_factor: float = 4.0
     track: bool = False
+    on_drop: OnDrop = "ignore"
+    max_dropped_mass: float = 0.1
     dense_layers: tuple[int, ...] = ()
     backend: Backend = "auto"
     key_index: IndexUse = "auto"
@@ -106,10 +120,11 @@ class NCConfig:
         _choice("backend", self.backend, BACKENDS)
         _choice("key_index", self.key_index, INDEX_USES)
         if not isinstance(self.refine, bool):
-            raise TypeError(f"refine must be True or False, got {self.refine!r}")
+            raise TypeError(f"refine must be True or False, got {shown(self.refine)}")
         if not self.refine and self.key_index == "never":
             raise ValueError('refine=False scores keys by their index, which key_index="never" takes away')
         _choice("tail", self.tail, TAILS)
+        _choice("on_drop", self.on_drop, ON_DROP)
         _integer("sink_keys", self.sink_keys, 0)
         _integer("recent_keys", self.recent_keys, 0)
         _integer("min_keys", self.min_keys, 1)
@@ -117,14 +132,14 @@ class NCConfig:
         _choice("block_size", self.block_size, BLOCK_SIZES)
         self._check_blocks()
         if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
-            raise TypeError(f"dense_layers must be a sequence of layer indices, got {self.dense_layers!r}")
+            raise TypeError(f"dense_layers must be a sequence of layer indices, got {shown(self.dense_layers)}")
         layers = tuple(self.dense_layers)
         for layer in layers:
             _integer("dense_layers", layer, 0)
         set_field("dense_layers", tuple(sorted(set(layers))))
 
     def _check_blocks(self) -> None:
-        """Checks the settings of block prefill."""
+        """Checks the settings of block prefill, and of the mass that may be dropped."""
         for name, allowed in (("query_block_size", QUERY_BLOCK_SIZES), ("sample_stride", SAMPLE_STRIDES)):
             _integer(name, getattr(self, name), 1)
             _choice(name, getattr(self, name), allowed)
@@ -137,17 +152,18 @@ class NCConfig:
         for name, allowed_range, fits in (
             ("min_mass", "a number in (0, 1), or None", lambda v: 0 < v < 1),
             ("max_factor", "a number of at least 1", lambda v: 1 <= v < math.inf),
+            ("max_dropped_mass", "a number in [0, 1)", lambda v: 0 <= v < 1),
         ):
             value = getattr(self, name)
             if value is None and name == "min_mass":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be {allowed_range}, got {value!r}")
-            if not fits(value):
-                raise ValueError(f"{name} must be {allowed_range}, got {value}")
+            if not is_number(value):
+                raise TypeError(f"{name} must be {allowed_range}, got {shown(value)}")
+            if not (value <= sys.float_info.max and fits(value)):
+                raise ValueError(f"{name} must be {allowed_range}, got {shown(value)}")
             object.__setattr__(self, name, float(value))
         if not isinstance(self.track, bool):
-            raise TypeError(f"track must be True or False, got {self.track!r}")
+            raise TypeError(f"track must be True or False, got {shown(self.track)}")
 
     @classmethod
     def create(cls, alpha: Any, C: Any = 0.0, *, selection: Selection | None = None, **options: Any) -> "NCConfig":
@@ -168,12 +184,16 @@ class NCConfig:
         """The budget law: how many of ``n`` visible keys a query attends.
 
         Args:
-            n: number of visible keys, an int or an int tensor of any shape.
+            n: number of visible keys, an int or an int tensor ``[...]`` of any shape.
             layer: layer index; needed when alpha or C are per layer.
             head: query head; needed when alpha or C are per layer and head.
 
         Returns:
             An int for an int, an int32 tensor of the same shape and device for a tensor.
+
+        Raises:
+            ValueError: a negative ``n``, or no layer or head where alpha or C need one.
+            TypeError: a tensor that does not hold integers.
         """
         alpha, C = _pick("alpha", self.alpha, layer, head), _pick("C", self.C, layer, head)
         if not isinstance(n, torch.Tensor):
@@ -223,7 +243,12 @@ class NCConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NCConfig":
-        """The config that ``to_dict`` wrote; unknown names are refused."""
+        """The config that ``to_dict`` wrote.
+
+        Raises:
+            TypeError: an unknown name, a value of a wrong type, or no mapping at all.
+            ValueError: a value outside its range.
+        """
         if not isinstance(values, Mapping):
             raise TypeError(f"a config is a mapping of names to values, got {type(values).__name__}")
         return cls(**_known_options(dict(values)))
@@ -234,15 +259,55 @@ class NCConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "NCConfig":
-        """The config that ``to_json`` wrote."""
-        return cls.from_dict(json.loads(text))
+        """The config that ``to_json`` wrote.
+
+        Raises:
+            ValueError: the text is no JSON, or names a setting twice; or as the constructor.
+            TypeError: as the constructor.
+        """
+        try:
+            values = json.loads(text, object_pairs_hook=_each_once)
+        except RecursionError as error:
+            raise ValueError("a config is a flat JSON object, got one that is nested too deep to read") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a config is a JSON object, and this is no JSON: {error}") from error
+        return cls.from_dict(values)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"a config holds every setting once, got {', '.join(map(shown, twice))} several times")
+    return dict(pairs)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class _Short(reprlib.Repr):
+    """Representations of whatever a user or a file may give: never long, never deep."""
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if value.bit_length() < 256 else f"an integer of {value.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """``repr`` of any value for a message, cut where it is long or deep."""
+    return _SHORT.repr(value)
 
 
 def _known_options(options: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(NCConfig)]
-    unknown = sorted(options.keys() - set(names))
+    unknown = sorted(shown(name) if not isinstance(name, str) else name[:80] for name in options.keys() - set(names))
     if unknown:
-        raise TypeError(f"unknown option {', '.join(unknown)}; allowed are {', '.join(names)}, and selection")
+        raise TypeError(f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(names)}, and selection")
     if "alpha" not in options:
         raise TypeError("alpha is missing: give the factor of the budget law, for example alpha=2.0")
     return options
@@ -250,28 +315,30 @@ def _known_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
 
 
 def _integer(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if not least <= value <= LARGEST_INTEGER:
+        bound = f"at least {least}" if value < least else f"at most {LARGEST_INTEGER}"
+        raise ValueError(f"{name} must be {bound}, got {shown(value)}")
 
 
 def _per_head(name: str, value: Any, allowed: str, ok: Any, depth: int = 0) -> Any:
     """Checks a number, a list per layer, or a list of lists, and returns it as floats and tuples."""
     if isinstance(value, (list, tuple)):
         if depth == 2 or not value:
-            raise ValueError(f"{name} must be a number, a list per layer, or a list per layer and head, got {value!r}")
+            raise ValueError(
+                f"{name} must be a number, a list per layer, or a list per layer and head, got {shown(value)}"
+            )
         return tuple(_per_head(name, item, allowed, ok, depth + 1) for item in value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {allowed}, or a list of them, got {value!r}")
-    number = float(value)
-    if not math.isfinite(number) or not ok(number):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return number
+    if not is_number(value):
+        raise TypeError(f"{name} must be {allowed}, or a list of them, got {shown(value)}")
+    if not abs(value) <= sys.float_info.max or not ok(float(value)):
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+    return float(value)
 
 
 def _same_form(alpha: PerHead, C: PerHead) -> None:

@@ -1,14 +1,13 @@
 """``sparse_attention``: the functional form, like ``scaled_dot_product_attention`` with a budget."""
 
 import logging
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 
-from nc_patch.config import NCConfig, Selection
+from nc_patch.config import SELECTIONS, NCConfig, Selection, is_number, shown
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
@@ -84,8 +83,15 @@ def sparse_attention(
         TypeError: an option has an unknown name or a wrong type.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
-    per_head = lambda v: [list(v)] if isinstance(v, Sequence) else v  # noqa: E731
+    per_head = lambda v: [list(v)] if isinstance(v, Sequence) and not isinstance(v, (str, bytes)) else v  # noqa: E731
+    if selection is None:
+        raise ValueError(f"selection must be one of {', '.join(map(repr, SELECTIONS))}, got None")
     config = NCConfig.create(per_head(alpha), per_head(C), selection=selection, **options)
+    if config.on_drop != "ignore":
+        raise ValueError(
+            f'on_drop="{config.on_drop}" acts in patched models; here ask for return_stats or return_kept_mass and '
+            "act on the kept mass yourself"
+        )
     B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
@@ -100,7 +106,12 @@ def sparse_attention(
         check_intervals(visible, B, Lq, Lk, query.device)
     if origin is None:
         origin = visible[..., 0]
-    elif origin.shape != (B, Lq) or origin.dtype != torch.int32 or origin.device != query.device:
+    elif (
+        not isinstance(origin, torch.Tensor)
+        or origin.shape != (B, Lq)
+        or origin.dtype != torch.int32
+        or origin.device != query.device
+    ):
         raise ValueError(f"origin must be int32 [{B}, {Lq}] on {query.device}, got {_describe(origin)}")
     if visible_given and config.tail == "mean" and selection == "topk":
         check_sequences(visible, origin)
@@ -166,6 +177,7 @@ def attend(
     max_budget: int = 0,
     want_stats: bool = False,
     want_bounds: bool = False,
+    audit_seed: int = -1,
 ) -> AttentionResult:
     """Runs one selection on checked tensors; ``sparse_attention`` has the meaning of each argument.
 
@@ -173,7 +185,8 @@ def attend(
     largest that any of them may be.
 
     Returns:
-        The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``.
+        The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``; ``block_audit`` for
+        ``"block"`` in prefill where ``audit_seed``, of the rows that are drawn, is not negative.
     """
     tail: tuple[torch.Tensor, ...] = ()
     if config.tail == "mean" and selection == "topk":
@@ -195,14 +208,15 @@ def attend(
         _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
     if selection == "block":
-        output, lse, kept_mass, attended, estimate = custom_ops.block_attention(
+        output, lse, kept_mass, attended, estimate, audit = custom_ops.block_attention(
             *(query, key, value, visible, origin, budget, sinks, scale, cap, config.block_size),
             *(config.query_block_size, config.sample_stride, config.min_mass or 0.0, config.max_factor),
-            *(config.estimator, want_stats, backend),
+            *(config.estimator, want_stats, backend, audit_seed),
         )
+        audited = audit if audit_seed >= 0 else None
         if not want_stats:
-            return AttentionResult(output, attended=attended, block_estimate=estimate)
-        return AttentionResult(output, lse, kept_mass, attended, block_estimate=estimate)
+            return AttentionResult(output, attended=attended, block_estimate=estimate, block_audit=audited)
+        return AttentionResult(output, lse, kept_mass, attended, block_estimate=estimate, block_audit=audited)
     run = custom_ops.window_attention if selection == "window" else custom_ops.topk_attention
     if selection == "dense":
         budget = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
@@ -301,6 +315,8 @@ def check_tensors(
 ) -> tuple[int, int, int, int]:
     """Raises ValueError unless the tensors fit together; returns B, Hq, Lq and Lk."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor [batch, heads, length, head_dim], got {type(tensor).__name__}")
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
@@ -317,16 +333,25 @@ def check_tensors(
             "key must be [B, Hkv, Lk, D] and value [B, Hkv, Lk, Dv] with query's B and D, got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    if Hkv == 0 or Hq % Hkv:
+    if D == 0:
+        raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)}")
+    if Hkv == 0 or Hq == 0 or Hq % Hkv:
         raise ValueError(f"the number of query heads must be a multiple of the key/value heads, got {Hq} and {Hkv}")
-    if sinks is not None and (sinks.shape != (Hq,) or sinks.device != query.device):
+    if sinks is not None and (
+        not isinstance(sinks, torch.Tensor) or sinks.shape != (Hq,) or sinks.device != query.device
+    ):
         raise ValueError(f"sinks must be [{Hq}] on {query.device}, got {_describe(sinks)}")
     return B, Hq, Lq, Lk
 
 
 def check_intervals(visible: torch.Tensor, B: int, Lq: int, Lk: int, device: torch.device) -> None:
     """Raises ValueError unless ``visible`` holds intervals within the keys; reads the tensor."""
-    if visible.shape != (B, Lq, 2) or visible.dtype != torch.int32 or visible.device != device:
+    if (
+        not isinstance(visible, torch.Tensor)
+        or visible.shape != (B, Lq, 2)
+        or visible.dtype != torch.int32
+        or visible.device != device
+    ):
         raise ValueError(f"visible must be int32 [{B}, {Lq}, 2] on {device}, got {_describe(visible)}")
     if visible.numel():
         low, high = int(visible.min()), int(visible.max())
@@ -362,15 +387,21 @@ def check_sequences(visible: torch.Tensor, origin: torch.Tensor) -> None:
 
 def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> float:
     """The scale, by default ``1 / sqrt(D)``; raises ValueError unless scale and softcap are positive and finite."""
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be a positive number, got {scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
-    return scale
+    for name, value, allowed in (
+        ("scale", scale, "a positive number"),
+        ("softcap", softcap, "a positive number or None"),
+    ):
+        if value is None:
+            continue
+        single = is_number(value) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+        if not (single and 0 < value <= torch.finfo(torch.float32).max):
+            raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+    return head_dim**-0.5 if scale is None else float(scale)
 
 
-def _describe(tensor: torch.Tensor) -> str:
+def _describe(tensor: Any) -> str:
+    if not isinstance(tensor, torch.Tensor):
+        return type(tensor).__name__
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 

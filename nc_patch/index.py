@@ -41,7 +41,10 @@ class KeyIndex:
         block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
         capacity: how many keys fit without a new allocation.
+        unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
+
+    unstarted: torch.Tensor | bool = False
 
     def __init__(
         self,
@@ -156,16 +159,16 @@ class KeyIndex:
         return PageMeans(self._tensors["key"], self._tensors["value"])
 
     def fits(self, key: torch.Tensor) -> bool:
-        """Whether the index can belong to keys of this shape, on this device."""
+        """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv and D, on the same device."""
         tensor = next(iter(self._tensors.values()))
         return tensor.shape[:2] == key.shape[:2] and tensor.shape[-1] == key.shape[-1] and tensor.device == key.device
 
     def select(self, indices: torch.Tensor) -> None:
-        """Keeps the sequences ``indices`` of the batch, in this order; indices may repeat (beams)."""
+        """Keeps the sequences ``indices``, int64 ``[B']``, of the batch, in this order; they may repeat (beams)."""
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def copy_selected_(self, indices: torch.Tensor) -> None:
-        """``select`` with as many indices as sequences, into the same memory: static addresses stay."""
+        """``select`` with int64 ``[B]``, as many as sequences, into the same memory: static addresses stay."""
         for tensor in (*self._tensors.values(), self.origin):
             tensor.copy_(tensor.index_select(0, indices.to(tensor.device)))
 
@@ -176,7 +179,9 @@ class KeyIndex:
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
         tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        return KeyIndex(self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend)
+        copy = KeyIndex(self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend)
+        copy.unstarted = self.unstarted
+        return copy
 
     def to(self, device: torch.device | str) -> None:
         """Moves the index to a device."""

@@ -1,30 +1,47 @@
 """``patch_model`` and its kin: sparse attention into and out of a model, in place."""
 
 import inspect
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
 
-from nc_patch.attention import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, hand_on_cache
+from nc_patch.attention import (
+    IMPLEMENTATION,
+    PATCH_ATTRIBUTE,
+    LayerPatch,
+    hand_on_cache,
+    refuse_switched,
+)
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig
-from nc_patch.errors import UnsupportedModelError
+from nc_patch.observed import Observed
 from nc_patch.stats import summary, total
+from nc_patch.support import attention_modules, left_dense, say_left_dense
+
+if TYPE_CHECKING:
+    from nc_patch.profile import Profile
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-# Attributes that mark an attention module which selects keys by itself.
-_ALREADY_SPARSE = ("indexer", "block_indexer")
 # Patched modules alive in this process: a config object that several models share keeps its implementation while one
 # needs it.
 _PATCHED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+# Held while models are patched and unpatched, which threads may do at once.
+_LOCK = threading.RLock()
 
 
 def patch_model(
-    model: Model, alpha: Any = None, C: Any = None, *, config: NCConfig | None = None, **options: Any
+    model: Model,
+    alpha: Any = None,
+    C: Any = None,
+    *,
+    config: NCConfig | None = None,
+    profile: "Profile | None" = None,
+    **options: Any,
 ) -> Model:
     """Turns a model's attention into attention over ``k(n) = alpha * n**C`` of the n keys each query may see.
 
@@ -38,6 +55,7 @@ def patch_model(
             alpha nor C they are ``DEFAULT_ALPHA`` and ``DEFAULT_C`` of ``nc_patch.config``.
         C: exponent of the budget in [0, 1], in the same forms.
         config: all settings as an ``NCConfig``, instead of alpha, C and options.
+        profile: what ``calibrate`` measured on this model, instead of alpha and C: budgets for every layer and head.
         options: fields of ``NCConfig``, and ``selection``, which sets ``prefill`` and ``decode``.
 
     Returns:
@@ -45,9 +63,12 @@ def patch_model(
 
     Raises:
         UnsupportedModelError: the model cannot be patched; it is left as it was.
-        ValueError, TypeError: a setting is wrong; the model is left as it was.
+        ValueError, TypeError: a setting is wrong; the model is left as it was. ``ProfileError``, a ValueError, where
+            the profile is of a model of another shape; of one with other weights it is only warned.
     """
-    if config is None:
+    if profile is not None:
+        config = _config_of_profile(model, profile, alpha, C, config, options)
+    elif config is None:
         if alpha is None and C is None:
             alpha, C = DEFAULT_ALPHA, DEFAULT_C
         if alpha is None or C is None:
@@ -61,19 +82,20 @@ def patch_model(
         raise TypeError(f"config holds every setting; leave out {', '.join(extra)}")
     elif not isinstance(config, NCConfig):
         raise TypeError(f"config must be an NCConfig, got {type(config).__name__}")
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     _check_shape(config, modules)
-    for layer, module in modules:
-        before = _patch_of(module)
-        original = _config_of(module)._attn_implementation if before is None else before.original_implementation
-        if original == IMPLEMENTATION:  # another model that shares this config object is patched
-            original = _original_of_shared(module)
-        setattr(module, PATCH_ATTRIBUTE, LayerPatch(config, layer, original))
-        if before is None and _takes_more_arguments(module):
-            module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
-        _PATCHED.add(module)
-    for module_config in _configs(modules):
-        module_config._attn_implementation_internal = IMPLEMENTATION
+    with _LOCK:
+        for layer, module in modules:
+            before = _patch_of(module)
+            setattr(module, PATCH_ATTRIBUTE, LayerPatch(config, layer, _original_of(module, before)))
+            if before is None:
+                module.register_forward_pre_hook(refuse_switched)
+            if before is None and _takes_more_arguments(module):
+                module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
+            _PATCHED.add(module)
+        for module_config in _configs(modules):
+            module_config._attn_implementation_internal = IMPLEMENTATION
+    say_left_dense(model, [module for _, module in modules])
     return model
 
 
@@ -84,25 +106,34 @@ def unpatch_model(model: Model) -> Model:
         ValueError: the model is not patched.
     """
     modules = _patched_modules(model)
-    for module, patch in modules:
-        delattr(module, PATCH_ATTRIBUTE)
-        _remove_hook(module)
-        _PATCHED.discard(module)
-        if not any(other.config is module.config for other in _PATCHED):
-            _config_of(module)._attn_implementation_internal = patch.original_implementation
+    with _LOCK:
+        for module, patch in modules:
+            delattr(module, PATCH_ATTRIBUTE)
+            _remove_hooks(module)
+            _PATCHED.discard(module)
+            # What the user has set since stays.
+            switched = _config_of(module)._attn_implementation != IMPLEMENTATION
+            if not switched and not any(other.config is module.config for other in _PATCHED):
+                _config_of(module)._attn_implementation_internal = patch.original_implementation
     return model
 
 
 @contextmanager
 def patched(
-    model: Model, alpha: Any = None, C: Any = None, *, config: NCConfig | None = None, **options: Any
+    model: Model,
+    alpha: Any = None,
+    C: Any = None,
+    *,
+    config: NCConfig | None = None,
+    profile: "Profile | None" = None,
+    **options: Any,
 ) -> Iterator[Model]:
     """``with patched(model, alpha, C):`` patches for the block, and afterwards restores what the model was before.
 
     Arguments and errors as in ``patch_model``.
     """
     before = [(module, patch) for module in model.modules() if (patch := _patch_of(module)) is not None]
-    patch_model(model, alpha, C, config=config, **options)
+    patch_model(model, alpha, C, config=config, profile=profile, **options)
     try:
         yield model
     finally:
@@ -111,6 +142,32 @@ def patched(
                 setattr(module, PATCH_ATTRIBUTE, patch)
         elif is_patched(model):
             unpatch_model(model)
+
+
+@contextmanager
+def observed(model: Model, observe: Callable[[Observed], None]) -> Iterator[Model]:
+    """``with observed(model, observe):`` runs the model densely and shows ``observe`` every attention call.
+
+    Afterwards the model is what it was before, patched or not.
+
+    Args:
+        model: as in ``patch_model``.
+        observe: called after each layer's attention, before its output goes on.
+
+    Raises:
+        UnsupportedModelError: the model cannot be patched; it is left as it was.
+    """
+    with patched(model, config=NCConfig(1.0, 1.0)):
+        for module, patch in _patched_modules(model):
+            setattr(module, PATCH_ATTRIBUTE, replace(patch, observe=observe))
+        yield model
+
+
+def model_shape(model: torch.nn.Module) -> tuple[int, int]:
+    """How many layers and query heads the settings of a model are for; errors as in ``patch_model``."""
+    modules = attention_modules(model)
+    config = _config_of(modules[0][1])
+    return getattr(config, "num_hidden_layers", len(modules)), getattr(config, "num_attention_heads", 0)
 
 
 def is_patched(model: torch.nn.Module) -> bool:
@@ -127,10 +184,22 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
         ``attended_fraction`` (attended keys / visible keys), ``mean_keys`` (attended keys per query and head),
         ``tail_attended_fraction`` and ``tail_mean_keys`` (the same over the last queries of each call, where
         ``reset_stats`` was told how many), each None where nothing was counted; and ``layers``, a list with the same
-        for each layer, beside ``layer``, ``name``, ``calls`` and ``dense_calls`` (how many calls ran dense, by reason).
-        With ``track`` each layer's ``dropped_mass`` says what block prefill is estimated to have dropped: ``mean`` and
-        its ``standard_error`` over rows and heads, both also ``_by_head``; ``rows``, the number of sampled rows; and
-        with ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget. None without.
+        for each layer, beside ``layer``, ``name``, ``calls``, ``dense_calls`` (how many calls ran dense, by reason) and
+        ``exceeded_calls`` (how many dropped more than ``max_dropped_mass``, where ``on_drop`` looked).
+
+        ``kept_mass``, of all layers and of each, says under ``"prefill"`` and ``"decode"`` how much of the dense
+        softmax mass the attended keys held, over the rows (queries and heads) of those calls; None where nothing was
+        measured, as without ``track`` and ``on_drop``. ``mean`` lies between ``lower`` and ``upper``: for certain if
+        ``certified``, which figures from every score and bounds from codes are, and calls that attended every key;
+        otherwise, in prefill by ``"block"``, it is an estimate with a 95 % interval, from ``audited_rows`` drawn at
+        random. ``least`` is the lowest limit of any certified row, ``below`` how many of them fall short of ``1 -
+        max_dropped_mass``; ``rows`` counts all. Of a layer also ``calls`` by what the figures rest on (``"exact"``,
+        ``"bounds"``, ``"estimate"``, ``"dense"``); ``mean``, ``lower``, ``upper`` and ``least`` ``_by_head``; and with
+        ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget.
+        docs/certificates.md says what these figures mean and cost.
+
+        ``left_dense`` lists what patching left as it was, such as vision towers, cross-attention and layers without
+        attention: ``kind``, ``names`` and ``reason``.
 
     Raises:
         ValueError: the model is not patched.
@@ -138,7 +207,8 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
     names = {module: name for name, module in model.named_modules()}
     modules = _patched_modules(model)
     layers = [{"layer": patch.layer, "name": names[module], **summary(patch.counters)} for module, patch in modules]
-    return {**total([patch.counters for _, patch in modules]), "layers": layers}
+    parts = [part._asdict() for part in left_dense(model, [module for module, _ in modules])]
+    return {**total([patch.counters for _, patch in modules]), "layers": layers, "left_dense": parts}
 
 
 def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
@@ -152,6 +222,20 @@ def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
     for _, patch in _patched_modules(model):
         patch.counters.reset()
         patch.counters.tail = tail
+
+
+def _config_of_profile(
+    model: torch.nn.Module, profile: Any, alpha: Any, C: Any, config: NCConfig | None, options: dict[str, Any]
+) -> NCConfig:
+    from nc_patch.profile import Profile
+
+    given = [name for name, value in (("alpha", alpha), ("C", C), ("config", config)) if value is not None]
+    if given:
+        raise TypeError(f"profile brings alpha and C of its own; leave out {', '.join(given)}")
+    if not isinstance(profile, Profile):
+        raise TypeError(f"profile must be a Profile, for example Profile.load(path), got {type(profile).__name__}")
+    profile.check_model(model)
+    return profile.config(**options)
 
 
 def _patch_of(module: torch.nn.Module) -> LayerPatch | None:
@@ -172,9 +256,9 @@ def _takes_more_arguments(module: torch.nn.Module) -> bool:
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _remove_hook(module: torch.nn.Module) -> None:
+def _remove_hooks(module: torch.nn.Module) -> None:
     hooks = module._forward_pre_hooks
-    for number in [number for number, hook in hooks.items() if hook is hand_on_cache]:
+    for number in [number for number, hook in hooks.items() if hook in (hand_on_cache, refuse_switched)]:
         del hooks[number]
         module._forward_pre_hooks_with_kwargs.pop(number, None)
 
@@ -187,71 +271,23 @@ def _configs(modules: list[tuple[int, torch.nn.Module]]) -> list[Any]:
     return list({id(_config_of(module)): _config_of(module) for _, module in modules}.values())
 
 
-def _original_of_shared(module: torch.nn.Module) -> str:
-    for other in _PATCHED:
+def _original_of(module: torch.nn.Module, before: LayerPatch | None) -> str:
+    """The implementation that unpatching a module gives back."""
+    implementation: str = _config_of(module)._attn_implementation
+    if implementation != IMPLEMENTATION:
+        return implementation
+    if before is not None:
+        return before.original_implementation
+    for other in _PATCHED:  # another model that shares this config object is patched
         patch = _patch_of(other)
         if other is not module and patch is not None and other.config is module.config:
             return patch.original_implementation
     return "sdpa"
 
 
-def _attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
-    """(layer index, module) of the attention modules to patch; raises UnsupportedModelError where there are none."""
-    if not isinstance(model, torch.nn.Module):
-        raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    name = type(model).__name__
-    if inner is None:
-        raise UnsupportedModelError(
-            f"{name} is not a model of transformers; load it with AutoModelForCausalLM.from_pretrained"
-        )
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder; only decoders with causal self-attention can be patched"
-        )
-    routed = [m for m in inner.modules() if _routes_attention(type(m))]
-    if not routed:
-        raise UnsupportedModelError(
-            f"the attention of {name} does not go through transformers' AttentionInterface, so it cannot be replaced; "
-            "use a Llama-, Mistral-, Qwen- or Gemma-style model"
-        )
-    causal = [m for m in routed if _is_causal(m)]
-    if not causal:
-        raise UnsupportedModelError(f"{name} has no causal attention; only decoders can be patched")
-    for module in causal:
-        sparse = next((attribute for attribute in _ALREADY_SPARSE if hasattr(module, attribute)), None)
-        if sparse is not None:
-            raise UnsupportedModelError(
-                f"the attention of {name} is already sparse: {type(module).__name__} selects keys by its {sparse}"
-            )
-        if not hasattr(module, "config"):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} of {name} does not hold its config, so it cannot be switched"
-            )
-    index = lambda module, place: place if getattr(module, "layer_idx", None) is None else int(module.layer_idx)  # noqa: E731
-    return [(index(module, place), module) for place, module in enumerate(causal)]
-
-
-def _routes_attention(kind: type) -> bool:
-    """Whether a method of the class looks its attention function up in ``ALL_ATTENTION_FUNCTIONS``."""
-    if issubclass(kind, PreTrainedModel):  # the base class names it too, to list what may be chosen
-        return False
-    for base in kind.__mro__:
-        if base is torch.nn.Module:
-            break
-        for attribute in vars(base).values():
-            function = inspect.unwrap(attribute) if callable(attribute) else None
-            if "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(function, "__code__", None), "co_names", ()):
-                return True
-    return False
-
-
-def _is_causal(module: torch.nn.Module) -> bool:
-    causal = bool(getattr(module, "is_causal", True)) and not getattr(module, "is_cross_attention", False)
-    return causal and bool(getattr(getattr(module, "config", None), "is_causal", True))
-
-
 def _check_shape(config: NCConfig, modules: list[tuple[int, torch.nn.Module]]) -> None:
     for module_config in _configs(modules):
-        layers = getattr(module_config, "num_hidden_layers", len(modules))
+        # Some families have two attention modules a layer, and count those.
+        last = max(layer for layer, module in modules if _config_of(module) is module_config)
+        layers = max(getattr(module_config, "num_hidden_layers", len(modules)), last + 1)
         config.check_model(layers, getattr(module_config, "num_attention_heads", 0))

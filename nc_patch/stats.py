@@ -1,4 +1,4 @@
-"""What a patched model did: calls, attended keys, and what ran dense and why, layer by layer.
+"""What a patched model did: calls, attended keys, kept mass, and what ran dense and why, layer by layer.
 
 Counting never reads the device while the model runs: a call appends small tensors, most of which all layers share, and
 the sums are taken when somebody asks.
@@ -9,6 +9,10 @@ from collections import Counter
 from typing import Any
 
 import torch
+
+from nc_patch.locking import Locked, alone
+from nc_patch.mass_counts import PHASES, MassCounts
+from nc_patch.mass_counts import total as total_mass
 
 # Pending tensors are folded into one at this number, so that a long generation does not pile them up.
 _FOLD_AT = 512
@@ -28,13 +32,16 @@ def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> to
     return torch.cat((rows.sum((1, 2)), last.sum((1, 2))))
 
 
-class LayerCounters:
-    """The counters of one attention layer."""
+class LayerCounters(Locked):
+    """The counters of one attention layer; threads may share them."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.tail: int | None = None
+        self.warned = False
         self.reset()
 
+    @alone
     def reset(self) -> None:
         """Sets all counts to zero."""
         self.calls = 0
@@ -42,9 +49,10 @@ class LayerCounters:
         self._sums = [0.0] * 6
         self._pending: list[torch.Tensor] = []
         self._untallied: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._estimates: list[torch.Tensor] = []
-        self._enlarges = False
+        self.mass = {phase: MassCounts() for phase in PHASES}
+        self.exceeded_calls = 0
 
+    @alone
     def add(self, counts: torch.Tensor, dense_reason: str | None) -> None:
         """Counts one call; ``counts`` as from ``tally``."""
         self._called(dense_reason)
@@ -53,6 +61,7 @@ class LayerCounters:
             pending, self._pending = self._pending, []
             self._pending.append(torch.stack(pending).sum(0))
 
+    @alone
     def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
         """Counts one call of few queries; ``tally`` is taken of many such calls together. Arguments as there."""
         self._called(None)
@@ -62,25 +71,7 @@ class LayerCounters:
         if len(self._untallied) >= _FOLD_AT:
             self._tally()
 
-    def add_estimate(self, estimate: torch.Tensor, enlarges: bool) -> None:
-        """Takes what the blocks of a call are estimated to keep.
-
-        Args:
-            estimate: float32 ``[Hq, 5]``, columns ``blocks.ESTIMATE_COLUMNS``.
-            enlarges: whether a query block may take more than its budget, that is whether there is a ``min_mass``.
-        """
-        self._enlarges |= enlarges
-        self._estimates.append(estimate)
-        if len(self._estimates) >= _FOLD_AT:
-            self._estimates = [torch.stack(self._estimates).double().sum(0)]
-
-    def estimate(self) -> torch.Tensor | None:
-        """The sums of all estimates, float64 ``[Hq, 5]`` on the CPU, None where there were none; reads the device."""
-        if not self._estimates:
-            return None
-        self._estimates = [torch.stack([part.double().cpu() for part in self._estimates]).sum(0)]
-        return self._estimates[0]
-
+    @alone
     def sums(self) -> list[float]:
         """The six sums of ``tally`` over all calls; reads the device."""
         self._tally()
@@ -100,54 +91,29 @@ class LayerCounters:
             attended, visible = (torch.cat(tensors) for tensors in zip(*untallied, strict=True))
             self._pending.append(tally(attended, visible, self.tail))
 
+    @alone
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold numbers, not tensors of a device or of inference mode.
         self.sums()
-        estimate = self.estimate()
-        return self.__dict__ | {"_estimates": [] if estimate is None else estimate.tolist()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        rows = state["_estimates"]
-        self.__dict__.update(state, _estimates=[torch.tensor(rows, dtype=torch.float64)] if rows else [])
+        return super().__getstate__()
 
 
 def summary(counters: LayerCounters) -> dict[str, Any]:
     """The counts of one layer as a dictionary; fractions are None where nothing was counted."""
-    dropped = _dropped_mass(counters.estimate(), counters._enlarges)
-    ratios = _ratios(counters.sums())
-    return {"calls": counters.calls, **ratios, "dense_calls": dict(counters.dense_calls), "dropped_mass": dropped}
+    return {
+        "calls": counters.calls,
+        **_ratios(counters.sums()),
+        "dense_calls": dict(counters.dense_calls),
+        "exceeded_calls": counters.exceeded_calls,
+        "kept_mass": {phase: counts.summary() for phase, counts in counters.mass.items()},
+    }
 
 
 def total(layers: list[LayerCounters]) -> dict[str, Any]:
     """The counts of all layers together."""
-    return _ratios([math.fsum(column) for column in zip(*(layer.sums() for layer in layers), strict=True)])
-
-
-def _dropped_mass(estimate: torch.Tensor | None, enlarges: bool) -> dict[str, Any] | None:
-    """The estimated dropped mass of block prefill, with its spread, over all heads and for each.
-
-    The standard error is that of a mean over independent rows; neighbouring rows are alike, and the blocks were chosen
-    by these very rows, so that the true figure is a little higher.
-    """
-    if estimate is None:
-        return None
-    rows, kept, squares, query_blocks, enlarged = estimate.unbind(-1)
-
-    def mean_and_error(rows: torch.Tensor, kept: torch.Tensor, squares: torch.Tensor) -> tuple[Any, Any]:
-        mean = kept / rows
-        variance = (squares / rows - mean.square()).clamp(min=0) * rows / (rows - 1)
-        return (1 - mean).tolist(), (variance / rows).sqrt().tolist()
-
-    mean, error = mean_and_error(rows.sum(), kept.sum(), squares.sum())
-    by_head, error_by_head = mean_and_error(rows, kept, squares)
-    return {
-        "mean": mean,
-        "standard_error": error,
-        "mean_by_head": by_head,
-        "standard_error_by_head": error_by_head,
-        "rows": int(rows[0]),
-        "enlarged_fraction": float(enlarged.sum() / query_blocks.sum()) if enlarges else None,
-    }
+    sums = [math.fsum(column) for column in zip(*(layer.sums() for layer in layers), strict=True)]
+    mass = {phase: total_mass(layer.mass[phase] for layer in layers) for phase in PHASES}
+    return {**_ratios(sums), "kept_mass": mass}
 
 
 def _ratios(sums: list[float]) -> dict[str, float | None]:

@@ -48,8 +48,17 @@ class Visibility(NamedTuple):
 def is_packed(mask: Any) -> bool:
     """Whether a mask is one that ``Visibility.pack`` made."""
     return (
-        isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1::2] == (1, 3)
+        isinstance(mask, torch.Tensor)
+        and mask.dtype == torch.int32
+        and mask.ndim == 4
+        and mask.shape[1] == 1
+        and mask.shape[3] in (3, 4)
     )
+
+
+def is_bidirectional(mask: Any) -> bool:
+    """Whether a mask was packed for attention that is not causal, such as cross-attention: it has a fourth column."""
+    return is_packed(mask) and mask.shape[3] == 4
 
 
 def interval_mask(
@@ -70,7 +79,8 @@ def interval_mask(
     Args:
         batch_size, q_length, kv_length: B, Lq and Lk.
         q_offset, kv_offset: positions of the first query and the first key within the whole context.
-        mask_function: what ``transformers`` composed: causal, sliding, chunked and packed masks are understood.
+        mask_function: what ``transformers`` composed: causal, sliding, chunked and packed masks are understood, and the
+            plain bidirectional one of cross-attention, in which every query sees all keys.
         attention_mask: the 2-D padding mask ``[B, positions]``, true for tokens; or the result of an earlier call.
         device: where the result goes.
         use_vmap: set by ``transformers`` where a model adds a mask function of its own.
@@ -88,6 +98,8 @@ def interval_mask(
         raise UnsupportedMaskError(
             f"expected a 2-D padding mask [batch, positions], got shape {tuple(attention_mask.shape)}. {_REMEDY}"
         )
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return _all_keys(batch_size, q_length, kv_length, attention_mask, device)
     position = torch.arange(q_length, device=device)[None] + q_offset
     if torch.compiler.is_compiling():
         start, origin = _probe(
@@ -100,7 +112,16 @@ def interval_mask(
         start, end, origin = _apply_padding(attention_mask.to(device), position, start, end, origin)
     start, end = ((t - kv_offset).clamp(0, kv_length) for t in (start, end))
     visible = torch.stack((torch.minimum(start, end), end), dim=-1)
-    return Visibility(visible.to(torch.int32), (origin - kv_offset).to(torch.int32)).pack()
+    packed = Visibility(visible.to(torch.int32), (origin - kv_offset).to(torch.int32)).pack()
+    if not torch.compiler.is_compiling():
+        packed._nc_key_length = kv_length  # type: ignore[attr-defined]
+    return packed
+
+
+def made_for(mask: torch.Tensor) -> int | None:
+    """How many keys the packed intervals were made for, or None where that is not known."""
+    length: int | None = getattr(mask, "_nc_key_length", None)
+    return length
 
 
 def is_plain_causal(mask: torch.Tensor, key_length: int) -> bool:
@@ -117,22 +138,41 @@ def is_plain_causal(mask: torch.Tensor, key_length: int) -> bool:
     return remembered
 
 
+def _all_keys(
+    batch_size: int, q_length: int, kv_length: int, padding: torch.Tensor | None, device: torch.device | str
+) -> torch.Tensor:
+    """Packed intervals of all keys that a 2-D padding mask leaves, with the column that marks them as not causal."""
+    visible = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 1, 2)
+    if padding is not None:
+        first, stop = _token_run(padding.to(device).bool())
+        visible = torch.cat((torch.minimum(first, stop), stop), -1)[:, None].to(torch.int32)
+    visible = visible.expand(batch_size, q_length, 2)
+    return torch.nn.functional.pad(visible, (0, 2))[:, None].contiguous()
+
+
+def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First token of each row and the end of its tokens, int64 ``[B, 1]``; raises where they are not one run."""
+    index = torch.arange(padding.shape[-1], device=padding.device)
+    first = torch.where(padding, index, padding.shape[-1]).amin(-1, keepdim=True)
+    stop = torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
+    whole = padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)
+    # Decoding too: generating after padding on the right leaves a hole. A capture must not read the device.
+    capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not torch.compiler.is_compiling() and not capturing and not bool(whole.all()):
+        raise UnsupportedMaskError(
+            "the padding mask has holes: the tokens of a row must be one run, padded on the left or right. "
+            "Move the padding to one side of each row; to generate, to the left (tokenizer.padding_side = 'left')."
+        )
+    return first, stop
+
+
 def _apply_padding(
     padding: torch.Tensor, position: torch.Tensor, start: torch.Tensor, end: torch.Tensor, origin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cuts the intervals to the tokens of a 2-D padding mask; a padding query sees nothing."""
     padding = padding.bool()
     length = padding.shape[-1]
-    index = torch.arange(length, device=padding.device)
-    first = torch.where(padding, index, length).amin(-1, keepdim=True)
-    stop = torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
-    # While decoding the padding only grows by tokens, and a capture must not read the device.
-    readable = not torch.compiler.is_compiling() and position.shape[-1] > 1
-    if readable and not bool((padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)).all()):
-        raise UnsupportedMaskError(
-            "the padding mask has holes: the tokens of a row must be one run, padded on the left or right. "
-            "Move the padding to one side of each row."
-        )
+    first, stop = _token_run(padding)
     is_token = torch.gather(
         torch.nn.functional.pad(padding, (0, 1)), -1, position.clamp(max=length).expand(padding.shape[0], -1)
     )

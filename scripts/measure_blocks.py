@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from eval_tasks.models import LoadedModel, load_model
+from eval_tasks.capture import Captured, capture, token_ids
+from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
-from eval_tasks.texts import Text, load_text
+from eval_tasks.texts import load_text
 from nc_patch.budget import row_budgets
 from nc_patch.ops.block_estimators import ESTIMATORS, Chunk, RowMass
 from nc_patch.ops.blocks import (
@@ -107,29 +106,7 @@ WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def capture(loaded: LoadedModel, text: Text, length: int, layers: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
-    """Query, key, value and scale of ``layers`` in a dense forward pass over the first ``length`` tokens."""
-    found: dict[int, tuple[Any, ...]] = {}
-
-    def record(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if module.layer_idx in layers:
-            found[module.layer_idx] = (query.clone(), key.clone(), value.clone(), kwargs["scaling"])
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-    ids = loaded.tokenizer(text.content[: length * 12])["input_ids"][:length]
-    if len(ids) < length:
-        raise SystemExit(f"the text {text.name} has {len(ids)} tokens, {length} are needed: give smaller --lengths")
-    AttentionInterface.register("measure_record", record)
-    loaded.model.set_attn_implementation("measure_record")
-    with torch.inference_mode():
-        loaded.model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)
-    loaded.model.set_attn_implementation("sdpa")
-    return [found[layer] for layer in layers]
-
-
-def rows_of(captured: tuple[Any, ...], length: int) -> Rows:
+def rows_of(captured: Captured, length: int) -> Rows:
     """The run of rows that ends at ``length``, and dense attention of it."""
     query, key, value, scale = captured
     query, key, value = query[:, :, length - RUN : length], key[:, :, :length], value[:, :, :length]
@@ -282,7 +259,8 @@ def main() -> None:
     begin = time.perf_counter()
     with torch.inference_mode():
         for text in texts:
-            captured = capture(loaded, text, max(arguments.lengths), arguments.layers)
+            ids = token_ids(loaded.tokenizer, text, max(arguments.lengths))
+            captured = capture(loaded.model, ids, arguments.layers)
             for length in arguments.lengths:
                 runs = [rows_of(layer, length) for layer in captured]
                 results += [{"text": text.name, **row} for row in measure(runs, length)]

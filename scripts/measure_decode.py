@@ -24,8 +24,9 @@ from nc_patch import patch_model, unpatch_model
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "block": {"selection": "block"},
-    "topk": {"selection": "topk"},
-    "topk by codes": {"selection": "topk", "key_index": "always"},
+    "topk": {"selection": "topk", "tail": "drop"},
+    "topk by codes": {"selection": "topk", "tail": "drop", "key_index": "always"},
+    "topk with means": {"selection": "topk", "tail": "mean"},
     "window": {"selection": "window"},
 }
 

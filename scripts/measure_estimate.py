@@ -1,7 +1,8 @@
 """Compares the estimated dropped mass of block prefill with the true one, and writes docs/results/estimate.json.
 
-On the queries and keys of one dense forward pass, α = 4, C = 0.6: per layer the estimate, the truth, the mean standard
-error of a head, and the largest error of a head.
+On the queries and keys of one dense forward pass, α = 4, C = 0.6. Per layer: the truth; what the rows that chose the
+blocks drop; the audited estimate of one call, as ``nc_stats`` has it, with half the width of its 95 % interval; the
+mean of many such audits; and how often their intervals hold the truth, of the layer and of single heads.
 """
 
 import argparse
@@ -11,12 +12,17 @@ import sys
 from pathlib import Path
 
 import torch
-from measure_blocks import LAYERS, capture
+from measure_blocks import LAYERS
 
+from eval_tasks.capture import capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
-from nc_patch import sparse_attention
+from nc_patch import NCConfig
+from nc_patch.functional import attend, budgets_of
+from nc_patch.mass_counts import MassCounts
+from nc_patch.ops.block_audit import audited_rows
+from nc_patch.ops.reference import causal_intervals
 
 
 def main() -> None:
@@ -24,21 +30,46 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", default="python-reference")
     parser.add_argument("--length", type=int, default=1536)
+    parser.add_argument("--audits", type=int, default=40, help="how many audits show the spread")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/estimate.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     loaded, text = load_model(arguments.model, "float32", "cpu"), load_text(arguments.text)
-    captured = capture(loaded, text, arguments.length, LAYERS)
+    captured = capture(loaded.model, token_ids(loaded.tokenizer, text, arguments.length), LAYERS)
+    config = NCConfig(4.0, 0.6, prefill="block")
     rows = []
     for layer, (query, key, value, _) in zip(LAYERS, captured, strict=True):
+        visible = causal_intervals(1, arguments.length, arguments.length, "cpu")
+        budget = budgets_of(config, 0, visible, arguments.length)
+        inputs = {"visible": visible, "origin": visible[..., 0], "budget": budget, "config": config}
+        inputs |= {"selection": "block", "scale": query.shape[-1] ** -0.5}
         with torch.inference_mode():
-            result = sparse_attention(query, key, value, alpha=4.0, C=0.6, selection="block", return_stats=True)
-        number, kept, squares, *_ = result.block_estimate.double().unbind(-1)
-        estimate, true = 1 - kept / number, 1 - result.kept_mass.double().mean((0, 2))
-        error = ((squares / number - (kept / number).square()).clamp(min=0) / (number - 1)).sqrt()
-        row = {"layer": layer, "estimate": float(estimate.mean()), "true": float(true.mean())}
-        row |= {"standard_error": float(error.mean()), "largest_error": float((estimate - true).abs().max())}
+            exact = attend(query, key, value, want_stats=True, **inputs)
+            seeds = range(arguments.audits)
+            audits = [attend(query, key, value, audit_seed=seed, **inputs).block_audit for seed in seeds]
+        found = []
+        for audit in audits:
+            counts = MassCounts()
+            counts.add_audit(audit, None)
+            found.append(counts.summary())
+        assert exact.block_estimate is not None
+        number, kept = exact.block_estimate.double()[:, :2].unbind(-1)
+        by_head = exact.kept_mass.double().mean((0, 2))
+        true = float(by_head.mean())
+        lower, upper = (torch.tensor([one[f"{edge}_by_head"] for one in found]) for edge in ("lower", "upper"))
+        row = {
+            "layer": layer,
+            "true": 1 - true,
+            "rows_that_chose": float((1 - kept / number).mean()),
+            "largest_error_of_a_head": float((kept / number - by_head).abs().max()),
+            "audited": 1 - found[0]["mean"],
+            "audited_half_width": (found[0]["upper"] - found[0]["lower"]) / 2,
+            "mean_of_audits": 1 - sum(one["mean"] for one in found) / len(found),
+            "intervals_that_hold": sum(one["lower"] <= true <= one["upper"] for one in found) / len(found),
+            "intervals_of_heads_that_hold": float(((lower <= by_head) & (by_head <= upper)).double().mean()),
+            "half_width_of_a_head": float((upper - lower).mean() / 2),
+        }
         rows.append(row)
         print(layer, *(f"{name} {row[name]:.4f}" for name in list(row)[1:]), flush=True)
     record = {
@@ -49,6 +80,8 @@ def main() -> None:
         "model": arguments.model,
         "text": {"name": text.name, "origin": text.origin, "sha256": text.sha256},
         "tokens": arguments.length,
+        "audits": arguments.audits,
+        "audited_rows": audited_rows(arguments.length),
         "results": rows,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

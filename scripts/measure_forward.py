@@ -6,7 +6,6 @@ text is the language reference of the running CPython, read from its beginning.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from eval_tasks.measure import peak_resident_bytes
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
@@ -71,7 +71,7 @@ def main() -> None:
     if arguments.memory_of:
         model, ids = load(arguments.model, arguments.lengths[0])
         forward(model, ids, METHODS[arguments.memory_of])
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_resident_bytes())
         return
     results = []
     print(f"{'tokens':>6}  {'method':18} {'seconds':>8} {'of dense':>8} {'attended':>8} {'peak MB':>8}")

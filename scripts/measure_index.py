@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_pages import LAYERS, STATISTICS, Layer, Measured, capture, token_ids
+from measure_pages import LAYERS, STATISTICS, Layer, Measured, late_rows
 from transformers import DynamicCache
 
+from eval_tasks.capture import capture, token_ids
 from eval_tasks.models import LoadedModel, load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
@@ -120,7 +121,8 @@ def main() -> None:
         found = perplexity(loaded, ids, {"alpha": LAW[0], "C": LAW[1], **options})
         perplexities.append({**options, "perplexity": found})
         print(options, f"perplexity {found:.4f}", flush=True)
-    layers = capture(loaded, text, arguments.length, LAYERS, arguments.queries)
+    ids = token_ids(loaded.tokenizer, text, arguments.length)
+    layers = late_rows(capture(loaded.model, ids, LAYERS), arguments.queries)
     rows = []
     with torch.inference_mode():
         for block_size in arguments.block_sizes:

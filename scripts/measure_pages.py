@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from eval_tasks.models import LoadedModel, load_model
+from eval_tasks.capture import Captured, capture, token_ids
+from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
-from eval_tasks.texts import Text, load_text
+from eval_tasks.texts import load_text
 from nc_patch.budget import budget_of
 from nc_patch.ops.pages import page_logits, summarize
 
@@ -56,33 +55,14 @@ class Layer:
     scale: float
 
 
-def capture(loaded: LoadedModel, text: Text, length: int, layers: Sequence[int], queries: int) -> list[Layer]:
-    """What ``layers`` receive in a dense forward pass; ``queries`` evenly spaced in the last fifth of the text."""
+def late_rows(captured: Sequence[Captured], queries: int) -> list[Layer]:
+    """The captured layers with ``queries`` evenly spaced in the last fifth of the text."""
+    length = captured[0].key.shape[2]
     positions = torch.linspace(round(length * 0.8125), length - 1, queries).round().long()
-    found: dict[int, Layer] = {}
-
-    def record(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if module.layer_idx in layers:
-            late = query[0, :, positions].unflatten(0, (key.shape[1], -1)).clone()
-            found[module.layer_idx] = Layer(late, key[0].clone(), value[0].clone(), positions, kwargs["scaling"])
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-    AttentionInterface.register("measure_record", record)
-    loaded.model.set_attn_implementation("measure_record")
-    with torch.inference_mode():
-        loaded.model(token_ids(loaded.tokenizer, text, length), use_cache=False, logits_to_keep=1)
-    loaded.model.set_attn_implementation("sdpa")
-    return [found[layer] for layer in layers]
-
-
-def token_ids(tokenizer: Any, text: Text, length: int) -> torch.Tensor:
-    """The first ``length`` tokens of a text, ``[1, length]``."""
-    ids = tokenizer(text.content[: length * 12])["input_ids"][:length]
-    if len(ids) < length:
-        raise SystemExit(f"the text {text.name} has {len(ids)} tokens, {length} are needed: give a smaller --length")
-    return torch.tensor([ids])
+    return [
+        Layer(query[0, :, positions].unflatten(0, (key.shape[1], -1)), key[0], value[0], positions, scale)
+        for query, key, value, scale in captured
+    ]
 
 
 def by_page(key: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -401,7 +381,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     begin = time.perf_counter()
     for text in texts:
-        layers = capture(loaded, text, arguments.length, arguments.layers, arguments.queries)
+        ids = token_ids(loaded.tokenizer, text, arguments.length)
+        layers = late_rows(capture(loaded.model, ids, arguments.layers), arguments.queries)
         with torch.inference_mode():
             for block_size in arguments.block_sizes:
                 rows += [{"text": text.name, **row} for row in measure(layers, block_size)]

@@ -7,21 +7,20 @@ own for each method, and of the operator at growing lengths, which must grow lin
 
 import argparse
 import json
-import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from eval_tasks.capture import Captured, capture, token_ids
+from eval_tasks.measure import peak_resident_bytes
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
@@ -38,10 +37,7 @@ LAYERS = (1, 10, 22)
 def load(name: str, length: int) -> tuple[Any, torch.Tensor]:
     """The model in float32 and the first ``length`` tokens of the text."""
     loaded = load_model(name, "float32", "cpu")
-    ids = loaded.tokenizer(load_text("python-reference").content[: length * 12])["input_ids"][:length]
-    if len(ids) < length:
-        raise SystemExit(f"the text has {len(ids)} tokens, {length} are needed")
-    return loaded.model, torch.tensor([ids])
+    return loaded.model, token_ids(loaded.tokenizer, load_text("python-reference"), length)
 
 
 def forward(model: Any, ids: torch.Tensor, config: NCConfig | None) -> tuple[float, float]:
@@ -67,29 +63,10 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
     return seconds
 
 
-def capture(model: Any, ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, ...]]:
-    """Query, key and value of ``LAYERS`` in a dense forward pass."""
-    found = {}
-
-    def record(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if module.layer_idx in LAYERS:
-            found[module.layer_idx] = (query.clone(), key.clone(), value.clone())
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-    AttentionInterface.register("measure_record", record)
-    model.set_attn_implementation("measure_record")
-    with torch.inference_mode():
-        model(ids, use_cache=False, logits_to_keep=1)
-    model.set_attn_implementation("sdpa")
-    return found
-
-
-def attention_alone(captured: dict[int, tuple[torch.Tensor, ...]], repeats: int) -> list[dict[str, Any]]:
+def attention_alone(captured: Sequence[Captured], repeats: int) -> list[dict[str, Any]]:
     """Seconds of dense and block attention of every captured layer; dense gets keys repeated to all query heads."""
     rows = []
-    for layer, (query, key, value) in captured.items():
+    for layer, (query, key, value, _) in zip(LAYERS, captured, strict=True):
         group = query.shape[1] // key.shape[1]
         repeated = [t.repeat_interleave(group, 1) for t in (key, value)]
         block = lambda q=query, k=key, v=value, **options: sparse_attention(  # noqa: E731
@@ -120,20 +97,42 @@ def operator_memory(length: int) -> int:
     query, key = torch.randn(1, 9, length, 64), torch.randn(1, 3, length, 64)
     with torch.inference_mode():
         sparse_attention(query[:, :, :256], key[:, :, :256], key[:, :, :256], alpha=4.0, C=0.6, selection="block")
-        before = peak()
+        before = peak_resident_bytes()
         sparse_attention(query, key, key, alpha=4.0, C=0.6, selection="block")
-    return peak() - before
-
-
-def peak() -> int:
-    """Peak resident bytes of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes() - before
 
 
 def in_own_process(arguments: argparse.Namespace, *options: str) -> int:
     """The number that this script prints when run with ``options``."""
     command = [sys.executable, __file__, "--model", arguments.model, "--threads", str(arguments.threads), *options]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def times(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The record of a run without its memory."""
+    model, ids = load(arguments.model, arguments.length)
+    captured = capture(model, ids, LAYERS)
+    alone = attention_alone(captured, arguments.repeats)
+    for row in alone:
+        print("attention of layer", row["layer"], {name: round(x, 2) for name, x in row["speedup"].items()}, flush=True)
+    del captured
+    fractions: dict[str, float] = {}
+    runs: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: fractions.update({name: forward(model, ids, METHODS[name])[1]})
+        for name in arguments.methods
+    }
+    whole = compared(interleaved(runs, arguments.forward_repeats)) | {"attended_fraction": fractions}
+    print("whole forward", {name: round(x, 2) for name, x in whole["speedup"].items()}, fractions, flush=True)
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu"), torch.get_num_threads()),
+        "model": arguments.model,
+        "tokens": arguments.length,
+        "whole_forward": whole,
+        "attention_alone": alone,
+    }
 
 
 def main() -> None:
@@ -146,6 +145,7 @@ def main() -> None:
     parser.add_argument("--forward-repeats", type=int, default=3, help="of the whole forward pass (default: 3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/prefill_cpu.json"))
+    parser.add_argument("--memory-only", action="store_true", help="keep the times that --out holds")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--operator-memory", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -155,33 +155,12 @@ def main() -> None:
         return
     if "dense" not in arguments.methods:
         parser.error("--methods must hold dense, which the others are compared with")
-    model, ids = load(arguments.model, arguments.length)
     if arguments.memory_of:
+        model, ids = load(arguments.model, arguments.length)
         forward(model, ids, METHODS[arguments.memory_of])
-        print(peak())
+        print(peak_resident_bytes())
         return
-    captured = capture(model, ids)
-    alone = attention_alone(captured, arguments.repeats)
-    for row in alone:
-        print("attention of layer", row["layer"], {name: round(x, 2) for name, x in row["speedup"].items()}, flush=True)
-    del captured
-    fractions: dict[str, float] = {}
-    runs: dict[str, Callable[[], Any]] = {
-        name: lambda name=name: fractions.update({name: forward(model, ids, METHODS[name])[1]})
-        for name in arguments.methods
-    }
-    whole = compared(interleaved(runs, arguments.forward_repeats)) | {"attended_fraction": fractions}
-    print("whole forward", {name: round(x, 2) for name, x in whole["speedup"].items()}, fractions, flush=True)
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu"), torch.get_num_threads()),
-        "model": arguments.model,
-        "tokens": arguments.length,
-        "whole_forward": whole,
-        "attention_alone": alone,
-    }
+    record = json.loads(arguments.out.read_text()) if arguments.memory_only else times(arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     length = str(arguments.length)

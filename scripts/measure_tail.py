@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_pages import LAYERS, STATISTICS, Layer, Measured, capture, mean_variance, token_ids
+from measure_pages import LAYERS, STATISTICS, Layer, Measured, late_rows, mean_variance
 from transformers import AttentionInterface
 
+from eval_tasks.capture import capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
@@ -231,7 +232,8 @@ def main() -> None:
     errors: list[dict[str, Any]] = []
     samples: list[torch.Tensor] = []
     for text in texts:
-        layers = capture(loaded, text, arguments.error_length, arguments.layers, arguments.queries)
+        ids = token_ids(loaded.tokenizer, text, arguments.error_length)
+        layers = late_rows(capture(loaded.model, ids, arguments.layers), arguments.queries)
         with torch.inference_mode():
             errors += [{"text": text.name, **row} for row in output_errors(layers)]
         samples += token_ids(loaded.tokenizer, text, arguments.length * arguments.samples).split(arguments.length, 1)

@@ -1,4 +1,4 @@
-"""Runs of ``nc-patch`` in processes of their own, forked from one server that has imported everything."""
+"""Runs of ``nc-patch``, and calls, in processes of their own, forked from one server that has imported everything."""
 
 import multiprocessing
 import os
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tiny_sweep import sweep_arguments
 
@@ -15,16 +16,36 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["eval_tasks.command"])
 
 
-def _run(arguments: list[str], environment: Mapping[str, str], said: Path, setup: Callable[[], None] | None) -> None:
+def _begin(environment: Mapping[str, str], said: Path) -> None:
     os.environ.update(environment)
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     import torch
 
+    torch.set_num_threads(1)
+
+
+def _call(
+    function: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], said: Path
+) -> None:
+    _begin(environment, said)
+    function(*arguments)
+
+
+def start_call(
+    function: Callable[..., None], *arguments: Any, said: Path, **environment: str
+) -> "multiprocessing.process.BaseProcess":
+    """Starts ``function(*arguments)``, a function of a module; what it says goes to the file ``said``."""
+    process = _CONTEXT.Process(target=_call, args=(function, arguments, environment, said), daemon=True)
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], environment: Mapping[str, str], said: Path, setup: Callable[[], None] | None) -> None:
+    _begin(environment, said)
     from nc_patch.cli import main
 
-    torch.set_num_threads(1)
     if setup is not None:
         setup()
     code = main(arguments)

@@ -16,6 +16,11 @@ from nc_patch.budget import budget_table, row_budgets
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"alpha": 1.0, "C": 0.5, "on_drop": "stop"}, "on_drop must be one of 'ignore', 'warn', 'raise', 'dense', got"),
+        ({"alpha": 1.0, "C": 0.5, "on_drop": None}, "on_drop must be one of .* got None"),
+        ({"alpha": 1.0, "C": 0.5, "max_dropped_mass": 1.0}, r"max_dropped_mass must be a number in \[0, 1\), got 1.0"),
+        ({"alpha": 1.0, "C": 0.5, "max_dropped_mass": -0.1}, "max_dropped_mass must be a number in"),
+        ({"alpha": 1.0, "C": 0.5, "max_dropped_mass": float("nan")}, "max_dropped_mass must be a number in .* got nan"),
         ({"alpha": 0.0, "C": 0.5}, "alpha must be a positive number, got 0.0"),
         ({"alpha": -1.0, "C": 0.5}, "alpha must be a positive number, got -1.0"),
         ({"alpha": math.nan, "C": 0.5}, "alpha must be a positive number, got nan"),
@@ -64,6 +69,7 @@ def test_values_outside_their_range_are_refused_by_name(arguments, message):
         ({"alpha": 1.0, "C": 0.5, "min_mass": "0.9"}, "min_mass must be a number in"),
         ({"alpha": 1.0, "C": 0.5, "max_factor": None}, "max_factor must be a number of at least 1, got None"),
         ({"alpha": 1.0, "C": 0.5, "track": 1}, "track must be True or False, got 1"),
+        ({"alpha": 1.0, "C": 0.5, "max_dropped_mass": "0.1"}, "max_dropped_mass must be a number in .* got '0.1'"),
         ({"alpha": 1.0, "C": 0.5, "dense_layers": "0"}, "dense_layers must be a sequence"),
     ],
 )
@@ -98,6 +104,8 @@ def test_selection_sets_both_phases():
 @pytest.mark.parametrize("alpha", [2.0, [1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]]])
 def test_json_round_trip(alpha):
     config = NCConfig(alpha, 0.5, prefill="block", dense_layers=[1, 0, 1], sink_keys=2, backend="torch")
+    assert NCConfig.from_json(config.to_json()) == config
+    config = dataclasses.replace(config, track=True, on_drop="dense", max_dropped_mass=0.05)
     assert NCConfig.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["dense_layers"] == [0, 1]
 

@@ -3,9 +3,9 @@
 import pytest
 
 from eval_tasks.matching import Budgets, total_of
-from eval_tasks.methods import DENSE, METHODS, budget_at
+from eval_tasks.methods import DENSE, METHODS, PROFILE, budget_at
 
-SPARSE = [name for name in METHODS if name != DENSE]
+SPARSE = [name for name, method in METHODS.items() if name not in (DENSE, PROFILE) and not method.simulated]
 LAWS = [(2.0, 0.5), (1.0, 0.7), (4.0, 0.6)]
 
 

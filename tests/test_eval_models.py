@@ -8,7 +8,8 @@ from tiny_sweep import save_tiny_model
 
 from eval_tasks import smollm2
 from eval_tasks.errors import EvalError
-from eval_tasks.models import find_model, load_model, max_positions, weights_fingerprint
+from eval_tasks.models import find_model, load_model, max_positions
+from nc_patch.fingerprint import weights_fingerprint
 
 
 @pytest.fixture

@@ -103,3 +103,13 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "kvpress", None)
     with pytest.raises(EvalError, match="pip install kvpress"):
         find_press("SnapKVPress")
+
+
+def test_a_package_that_cannot_be_imported_says_why(monkeypatch, tmp_path):
+    package = tmp_path / "kvpress"
+    package.mkdir()
+    (package / "__init__.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kvpress", raising=False)
+    with pytest.raises(EvalError, match="cannot be imported: No module named 'a_package_that_is_not_there'"):
+        find_press("SnapKVPress")

@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
 
 from eval_tasks.errors import EvalError
-from eval_tasks.measure import measure
+from eval_tasks.measure import PHASES, measure
 from eval_tasks.methods import DEFAULT_METHODS, METHODS, Budgets
 from eval_tasks.store import read_rows
 from eval_tasks.tasks import TASKS, Layout, tokenise
@@ -51,11 +51,11 @@ def test_the_loss_is_that_of_the_whole_forward_pass_at_the_scored_tokens(sample)
     assert (measured.tokens, measured.bytes) == (16, 16 * len(" w00"))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "block"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("block", "oracle", "profile")])
 def test_realised_budgets_are_those_of_the_law(sample, method):
     config = METHODS[method].config(Budgets(2.0, 0.5, 48))
     measured = measure(tiny_model("llama"), config, sample)
-    law = (lambda n: n) if config is None else config.budget
+    law = (lambda n: n) if config is None else getattr(config, "config", config).budget
     budgets = [law(n) for n in range(1, 97)]
     assert measured.mean_keys == pytest.approx(sum(budgets) / 96)
     assert measured.tail_mean_keys == pytest.approx(sum(budgets[-16:]) / 16)
@@ -241,6 +241,52 @@ def test_the_question_alone_is_sparse_where_that_is_asked(sample, method):
     )
     budgets = [config.budget(n) for n in range(81, 97)]
     assert sparse.tail_mean_keys == sparse.mean_keys == pytest.approx(sum(budgets) / 16)
+
+
+@pytest.mark.parametrize("method", ["nc-topk", "nc-window", "block", "random"])
+def test_phases_are_sparse_where_they_say(sample, method):
+    model = tiny_model("llama")
+    attention = METHODS[method].config(Budgets(2.0, 0.5, 48))
+    law = getattr(attention, "config", attention).budget
+    dense = measure(model, None, sample)
+    found = {phase: measure(model, attention, sample, phase) for phase in PHASES}
+    assert len({round(m.loss_sum, 6) for m in (dense, *found.values())}) >= 4
+    assert found["prefill"].tail_mean_keys == dense.tail_mean_keys == 88.5
+    if method != "block":
+        assert found["prefill"].mean_keys == pytest.approx(sum(law(n) for n in range(1, 81)) / 80)
+        scored = sum(law(n) for n in range(81, 97)) / 16
+        for phase in ("question", "decode"):
+            assert found[phase].tail_mean_keys == found[phase].mean_keys == pytest.approx(scored)
+    for phase in PHASES:
+        assert measure(model, None, sample, phase).loss_sum == pytest.approx(dense.loss_sum, rel=1e-5)
+    if method in ("nc-topk", "nc-window"):  # a row scores the same whether it is read alone or with others
+        assert found["decode"].loss_sum == pytest.approx(found["question"].loss_sum, rel=1e-5)
+
+
+def test_simulated_methods_have_no_time_and_stand_in_the_report(tmp_path):
+    further = ("--methods", "dense", "nc-topk", "random", "oracle", "--tasks", "perplexity")
+    assert main(sweep_arguments(tmp_path, tmp_path / "out", *further)) == 0
+    rows = read_rows(tmp_path / "out")
+    assert {row["method"] for row in rows if row["seconds"] is None} == {"random", "oracle"}
+    with (tmp_path / "out" / "summary.csv").open(encoding="utf-8") as file:
+        table = {row["method"]: row for row in csv.DictReader(file) if row["length"] == "96"}
+    assert (table["random"]["seconds"], table["random"]["peak_memory_mb"]) == ("", "")
+    assert float(table["nc-topk"]["seconds"]) > 0
+    assert "oracle, 95% of the mass" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_every_seed_draws_its_own_samples_and_the_same_stretch_is_one_document(tmp_path, capsys):
+    further = ("--methods", "dense", "nc-topk", "--tasks", "perplexity", "--seed", "0", "1", "7")
+    assert main(sweep_arguments(tmp_path, tmp_path / "out", *further)) == 0
+    rows = [row for row in read_rows(tmp_path / "out") if (row["length"], row["method"]) == (96, "dense")]
+    assert [(row["sample"], row["seed"]) for row in rows] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 7), (5, 7)]
+    assert main(sweep_arguments(tmp_path, tmp_path / "alone", *further[:5], "--seed", "7")) == 0
+    same = [row for row in read_rows(tmp_path / "alone") if (row["length"], row["method"]) == (96, "dense")]
+    assert [row["place"] for row in same] == [row["place"] for row in rows[4:]]
+    assert [row["loss_sum"] for row in same] == pytest.approx([row["loss_sum"] for row in rows[4:]])
+    assert all(row["document"] == str(row["place"]) for row in rows)
+    assert main(sweep_arguments(tmp_path, tmp_path / "twice", "--seed", "3", "3")) == 2
+    assert "--seed takes different numbers from 0 on, got 3 3" in capsys.readouterr().err
 
 
 def test_losses_of_the_scored_tokens_add_up(sample):

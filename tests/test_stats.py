@@ -1,7 +1,7 @@
-"""What ``nc_stats`` says of block prefill: the estimated dropped mass, and when it is there."""
+"""What ``nc_stats`` says of the kept mass: where it is there, what it rests on, and how it adds up."""
 
 import copy
-import math
+import json
 import pickle
 
 import pytest
@@ -9,55 +9,160 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import nc_stats, patch_model
+from nc_patch.mass_counts import MassCounts, total
 from nc_patch.patch import reset_stats
 from nc_patch.stats import LayerCounters, summary
 
-OPTIONS = {"selection": "block", "block_size": 16, "track": True}
+BLOCK = {"selection": "block", "block_size": 16, "track": True}
+NONE = {"prefill": None, "decode": None}
 
 
-def dropped(model):
-    return [layer["dropped_mass"] for layer in nc_stats(model)["layers"]]
+def kept(model, phase="prefill"):
+    return [layer["kept_mass"][phase] for layer in nc_stats(model)["layers"]]
 
 
-def test_dropped_mass_is_there_only_where_it_is_tracked():
+@pytest.mark.parametrize("selection", ["topk", "window", "block", "dense"])
+def test_kept_mass_is_there_only_where_it_is_tracked(selection):
     model, ids = tiny_model("llama"), random_ids(1, 200)
     with torch.inference_mode():
-        patch_model(model, 2.0, 0.5, selection="block")(ids)
-        assert dropped(model) == [None] * 3
-        patch_model(model, 2.0, 0.5, **OPTIONS)
-        assert dropped(model) == [None] * 3
+        patch_model(model, 2.0, 0.5, selection=selection)(ids)
+        assert [layer["kept_mass"] for layer in nc_stats(model)["layers"]] == [NONE] * 3
+        assert nc_stats(model)["kept_mass"] == NONE
+        patch_model(model, 2.0, 0.5, selection=selection, track=True)
+        assert nc_stats(model)["kept_mass"] == NONE
         model(ids)
-    for found in dropped(model):
-        assert found["rows"] == 200 // 16 + 1
-        assert 0 < found["mean"] < 1
+    for found in kept(model):
+        assert 0 < found["lower"] <= found["mean"] <= found["upper"] <= 1
+        assert found["rows"] == 4 * 200
         assert found["mean"] == pytest.approx(sum(found["mean_by_head"]) / 4, rel=1e-6)
-        assert all(error > 0 for error in found["standard_error_by_head"])
         assert found["enlarged_fraction"] is None
+    assert kept(model, "decode") == [None] * 3
+    assert nc_stats(model)["kept_mass"]["prefill"]["rows"] == 3 * 4 * 200
     reset_stats(model)
-    assert dropped(model) == [None] * 3
+    assert kept(model) == [None] * 3
 
 
-def test_min_mass_says_how_often_it_took_more_and_drops_less():
+@pytest.mark.parametrize(
+    ("options", "prefill", "decode"),
+    [
+        ({}, "exact", "exact"),
+        ({"key_index": "always"}, "exact", "bounds"),
+        ({"key_index": "never"}, "exact", "exact"),
+        ({"refine": False}, "exact", "bounds"),
+        ({"selection": "window"}, "exact", "exact"),
+        ({"prefill": "block", "block_size": 16}, "estimate", "exact"),
+        ({"selection": "block", "block_size": 16}, "estimate", "exact"),
+        ({"decode": "dense"}, "exact", "dense"),
+        ({"dense_layers": [0, 1, 2]}, "dense", "dense"),
+    ],
+    ids=str,
+)
+def test_every_figure_says_what_it_rests_on(options, prefill, decode):
+    model, ids, padding = tiny_model("llama"), random_ids(2, 150), torch.ones(2, 150, dtype=torch.long)
+    padding[0, :30] = 0
+    patch_model(model, 2.0, 0.5, track=True, **options)
+    model.generate(ids, attention_mask=padding, max_new_tokens=4, do_sample=False)
+    for phase, basis, calls, rows in (("prefill", prefill, 1, 4 * 270), ("decode", decode, 3, 4 * 2 * 3)):
+        for found in kept(model, phase):
+            assert found["calls"] == {basis: calls}
+            assert found["rows"] == rows
+            assert found["certified"] == (basis != "estimate")
+            assert (found["audited_rows"] > 0) == (basis == "estimate")
+            assert (found["least"] is None) == (basis == "estimate")
+            if basis == "dense":
+                assert found["least"] == found["lower"] == found["upper"] == 1.0
+            elif basis != "estimate":
+                assert found["least"] <= found["lower"] < 1
+                assert found["least"] == min(found["least_by_head"])
+                assert found["upper"] - found["lower"] < (1e-3 if basis == "exact" else 0.1)
+    json.dumps(nc_stats(model))
+
+
+def test_tracking_changes_no_output_and_no_random_state():
+    for options in ({}, {"key_index": "always"}, {"selection": "block", "block_size": 16}, {"selection": "window"}):
+        model, ids, texts = tiny_model("llama"), random_ids(2, 90), []
+        for track in (False, True):
+            patch_model(model, 2.0, 0.5, track=track, **options)
+            torch.manual_seed(5)
+            texts.append(model.generate(ids, max_new_tokens=12, do_sample=True))
+        assert torch.equal(*texts), options
+
+
+@pytest.mark.parametrize("options", [{}, {"selection": "block", "block_size": 16}, {"selection": "window"}], ids=str)
+def test_tracking_changes_no_gradient_and_keeps_no_graph(options):
+    ids, gradients = random_ids(1, 80), []
+    for track in (False, True):
+        model = patch_model(tiny_model("llama"), 2.0, 0.5, track=track, **options).train()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        if track:
+            tensors = model.model.layers[0].self_attn._nc_patch.counters.mass["prefill"].__dict__.values()
+            held = [t for values in tensors if isinstance(values, list) for t in values]
+            assert held
+            assert not any(t.requires_grad for t in held)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradient_checkpointing_counts_twice():
+    model = patch_model(tiny_model("llama"), 2.0, 0.5, track=True).train()
+    model.gradient_checkpointing_enable()
+    ids = random_ids(1, 60)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert [found["calls"] for found in kept(model)] == [{"exact": 2}] * 3
+
+
+def test_min_mass_says_how_often_it_took_more_and_keeps_more():
     model, ids = tiny_model("llama"), random_ids(1, 300)
     with torch.inference_mode():
-        patch_model(model, 2.0, 0.5, **OPTIONS)(ids)
-        by_law = [found["mean"] for found in dropped(model)]
-        patch_model(model, 2.0, 0.5, min_mass=0.9, **OPTIONS)(ids)
-    for found, before in zip(dropped(model), by_law, strict=True):
+        patch_model(model, 2.0, 0.5, **BLOCK)(ids)
+        by_law = [found["mean"] for found in kept(model)]
+        patch_model(model, 2.0, 0.5, min_mass=0.9, **BLOCK)(ids)
+    for found, before in zip(kept(model), by_law, strict=True):
         assert 0 < found["enlarged_fraction"] <= 1
-        assert found["mean"] < before
+        assert found["mean"] > before
 
 
-def test_calls_add_up_and_survive_copies_and_pickles():
+def test_calls_add_up_and_survive_copies_and_pickles(monkeypatch):
+    monkeypatch.setattr("nc_patch.mass_counts._FOLD_AT", 3)
     counters = LayerCounters()
-    kept = torch.tensor([[0.5, 0.7, 0.9], [0.2, 0.4, 0.9]])
-    for column in kept.unbind(1):
-        rows = torch.ones_like(column)
-        counters.add_estimate(torch.stack((rows, column, column.square(), rows, rows), -1), enlarges=True)
+    seen = torch.tensor([[[0, 5], [0, 0]]], dtype=torch.int32)
+    lower = torch.linspace(0.5, 0.96, 14).view(7, 1, 2)  # call, batch, head
+    for call in lower:
+        bounds = torch.stack((call, call + 0.02), -1)[:, :, None].repeat(1, 1, 2, 1)
+        bounds[:, :, 1] = 0.0  # a query that sees nothing
+        counters.mass["decode"].add_bounds(bounds, seen, "bounds", 0.8)
+    counters.mass["decode"].add_dense(seen, 2)
+    audit = torch.tensor([[10.0, 6.0, 0.5, 5.0, 6.0], [10.0, 8.0, 0.25, 5.0, 6.0], [10.0, 7.0, 0.1, 5.0, 6.0]])
+    for _ in range(7):
+        counters.mass["prefill"].add_audit(audit, torch.tensor([4.0, 1.0]))
+    counters.exceeded_calls = 4
     for held in (counters, copy.deepcopy(counters), pickle.loads(pickle.dumps(counters))):
-        found = summary(held)["dropped_mass"]
-        assert found["mean_by_head"] == pytest.approx([0.3, 0.5], rel=1e-5)
-        assert found["mean"] == pytest.approx(0.4, rel=1e-5)
-        spread = kept.std(-1) / math.sqrt(3)
-        assert found["standard_error_by_head"] == pytest.approx(spread.tolist(), rel=1e-4)
-        assert (found["rows"], found["enlarged_fraction"]) == (3, 1.0)
+        found = summary(held)
+        assert found["exceeded_calls"] == 4
+        decode, prefill = found["kept_mass"]["decode"], found["kept_mass"]["prefill"]
+        assert decode["calls"] == {"bounds": 7, "dense": 1}
+        assert decode["rows"] == 16
+        assert decode["lower_by_head"] == pytest.approx(((lower.sum((0, 1)) + 1) / 8).tolist())
+        assert decode["upper_by_head"] == pytest.approx((((lower + 0.02).sum((0, 1)) + 1) / 8).tolist())
+        assert decode["lower"] == pytest.approx(float(lower.sum() + 2) / 16)
+        assert decode["least_by_head"] == pytest.approx(lower.amin((0, 1)).tolist())
+        assert decode["least"] == pytest.approx(0.5)
+        assert decode["below"] == int((lower < 0.8).sum())
+        assert prefill["mean_by_head"] == pytest.approx([0.6, 0.8])
+        assert prefill["mean"] == pytest.approx(0.7)
+        quantile, error = 2.0301, (7 * 0.1) ** 0.5 / 70  # of Student's t with 35 degrees of freedom
+        assert prefill["upper"] - prefill["mean"] == pytest.approx(quantile * error, rel=1e-3)
+        assert prefill["audited_rows"] == 2 * 7 * 6
+        assert prefill["enlarged_fraction"] == 0.25
+
+
+def test_what_is_certain_and_what_is_estimated_make_one_interval():
+    counts = MassCounts()
+    counts.add_dense(torch.tensor([[[0, 9]] * 30], dtype=torch.int32), 1)
+    counts.add_audit(torch.tensor([[10.0, 5.0, 1.0, 5.0, 6.0]] * 2), None)
+    found = counts.summary()
+    assert not found["certified"]
+    assert found["mean"] == pytest.approx(35 / 40)
+    assert found["upper"] - found["mean"] == pytest.approx(2.571 / 40, rel=0.01)
+    assert total([counts, MassCounts()]) == {name: found[name] for name in total([counts])}
+    assert total([MassCounts()]) is None

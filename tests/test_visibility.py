@@ -6,7 +6,7 @@ from transformers import masking_utils as mu
 
 from nc_patch import UnsupportedMaskError, visibility
 from nc_patch.ops.reference import visible_mask
-from nc_patch.visibility import Visibility, interval_mask, is_plain_causal
+from nc_patch.visibility import Visibility, interval_mask, is_bidirectional, is_plain_causal
 
 LENGTH = 40
 SEQUENCES = (3, 17, 20)  # lengths of packed sequences
@@ -125,7 +125,7 @@ def test_bisection_while_compiling_finds_the_same_starts(kind, monkeypatch):
     ("mask_function", "name"),
     [
         (mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(torch.zeros(1, 40))), "or_mask"),
-        (mu.bidirectional_mask_function, "bidirectional_mask_function"),
+        (mu.sliding_window_bidirectional_mask_function(4), "inner_mask"),
         (mu.and_masks(mu.causal_mask_function, lambda b, h, q, k: k % 2 == 0), "lambda"),
         (mu.sliding_window_overlay(4), "not causal"),
     ],
@@ -133,6 +133,17 @@ def test_bisection_while_compiling_finds_the_same_starts(kind, monkeypatch):
 def test_masks_that_are_not_causal_intervals_are_refused_by_name(mask_function, name):
     with pytest.raises(UnsupportedMaskError, match=name):
         interval_mask(1, LENGTH, LENGTH, mask_function=mask_function)
+
+
+def test_the_mask_of_cross_attention_holds_every_key_that_is_no_padding_and_is_marked():
+    padding = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    packed = interval_mask(3, 2, 4, mask_function=mu.bidirectional_mask_function, attention_mask=padding)
+    assert packed[:, 0, :, :2].tolist() == [[[0, 4]] * 2, [[1, 3]] * 2, [[0, 0]] * 2]
+    assert is_bidirectional(packed)
+    assert not is_bidirectional(interval_mask(3, 4, 4))
+    padding[0, 1] = False
+    with pytest.raises(UnsupportedMaskError, match="holes"):
+        interval_mask(3, 2, 4, mask_function=mu.bidirectional_mask_function, attention_mask=padding)
 
 
 def test_custom_masks_are_refused_while_compiling(monkeypatch):

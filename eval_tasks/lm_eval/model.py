@@ -13,10 +13,11 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.options import OPTIONS, located, misspelt, read_config, split_arguments
+from eval_tasks.lm_eval.options import OPTIONS, located, misspelt, read_config, read_profile, split_arguments
 from eval_tasks.lm_eval.response_cache import fingerprint, use_own_table
-from eval_tasks.models import tokenizer_fingerprint, weights_fingerprint
-from nc_patch import NCConfig, UnsupportedModelError, nc_stats, patch_model
+from eval_tasks.models import tokenizer_fingerprint
+from nc_patch import NCConfig, Profile, UnsupportedModelError, nc_stats, patch_model
+from nc_patch.fingerprint import weights_fingerprint
 from nc_patch.version import __version__
 
 
@@ -26,6 +27,7 @@ class NCHFLM(HFLM):
     Args:
         pretrained: a hub name, a local directory, ``smollm2``, or a loaded model (patched in place).
         nc_config: a JSON file of settings in place of alpha, C and the other options.
+        profile: a file of ``nc-patch calibrate`` in place of alpha and C: budgets for every layer and head.
         arguments: alpha, C and every other option of ``NCConfig`` and ``NCConfig.create``; all else goes to ``HFLM``.
 
     Raises:
@@ -37,10 +39,12 @@ class NCHFLM(HFLM):
         self,
         pretrained: str | PreTrainedModel | None = None,
         nc_config: NCConfig | Mapping[str, Any] | str | None = None,
+        profile: Profile | str | None = None,
         **arguments: Any,
     ) -> None:
         options, others = split_arguments(arguments)
-        self.nc_config = read_config(options, nc_config)
+        self.nc_profile = None if profile is None else read_profile(profile)
+        self.nc_config = read_config(options, nc_config, self.nc_profile)
         if pretrained is None:
             raise EvalError("pretrained is missing: give a hub name or a local directory")
         others = located({"pretrained": pretrained, **others})
@@ -49,7 +53,7 @@ class NCHFLM(HFLM):
         self._nc_loader_arguments = {name: value for name, value in others.items() if name not in taken}
         super().__init__(**others)
         if not isinstance(pretrained, str):
-            patch_model(self._model, config=self.nc_config)
+            self._patch()
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
         try:
@@ -70,6 +74,11 @@ class NCHFLM(HFLM):
             if "unexpected keyword argument" not in str(error):
                 raise
             raise EvalError(f"{error}; {_allowed()}") from error
+        self._patch()
+
+    def _patch(self) -> None:
+        if self.nc_profile is not None:
+            self.nc_profile.check_model(self._model)
         patch_model(self._model, config=self.nc_config)
 
     def _try_settings(self, trust_remote_code: bool) -> None:
@@ -132,6 +141,6 @@ class NCHFLM(HFLM):
 
 def _allowed() -> str:
     return (
-        f"nc_hf takes {', '.join(OPTIONS)} and nc_config beside the arguments of lm-eval's hf, of from_pretrained"
-        " and of the model's config"
+        f"nc_hf takes {', '.join(OPTIONS)}, nc_config and profile beside the arguments of lm-eval's hf, of"
+        " from_pretrained and of the model's config"
     )

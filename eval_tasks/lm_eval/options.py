@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 from eval_tasks.errors import EvalError
 from eval_tasks.models import find_model
 from nc_patch.config import BACKENDS, NCConfig
+from nc_patch.errors import ProfileError
+from nc_patch.profile import Profile
 
 OPTIONS: tuple[str, ...] = (*(field.name for field in dataclasses.fields(NCConfig)), "selection")
 # Options of NCConfig that hold text; every other one holds numbers.
-_TEXT = frozenset({"prefill", "decode", "selection", "backend", "law"})
+_TEXT = frozenset({"prefill", "decode", "selection", "backend", "law", "on_drop"})
 # HFLM has an argument of the same name as NCConfig.backend; their values differ, so the value says which is meant.
 _HFLM_BACKENDS = ("default", "causal", "seq2seq")
 _LIKENESS = 0.7
@@ -52,7 +53,11 @@ def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, "pretrained": source.location, **source.options}
 
 
-def read_config(options: Mapping[str, Any], nc_config: NCConfig | Mapping[str, Any] | str | None = None) -> NCConfig:
+def read_config(
+    options: Mapping[str, Any],
+    nc_config: NCConfig | Mapping[str, Any] | str | None = None,
+    profile: Profile | str | os.PathLike[str] | None = None,
+) -> NCConfig:
     """The ``NCConfig`` that model arguments describe.
 
     Args:
@@ -60,18 +65,22 @@ def read_config(options: Mapping[str, Any], nc_config: NCConfig | Mapping[str, A
             for ``dense_layers``, as ``0+1+29``.
         nc_config: in place of ``options``, a path to a JSON file that ``NCConfig.to_json`` wrote, the same as a
             mapping, or an ``NCConfig``.
+        profile: in place of alpha and C, a calibrated profile or the path of one; the other options go with it.
 
     Raises:
         EvalError: an option is missing or out of range, or the file cannot be read; the message says what to give.
     """
     if nc_config is not None:
-        if options:
-            raise EvalError(f"nc_config holds every setting: leave out {', '.join(sorted(options))}, or nc_config")
+        given = [*sorted(options), *(["profile"] if profile is not None else [])]
+        if given:
+            raise EvalError(f"nc_config holds every setting: leave out {', '.join(given)}, or nc_config")
         return _given_config(nc_config)
+    if profile is not None:
+        return _config_of_profile(read_profile(profile), options)
     if "alpha" not in options:
         raise EvalError(
             "alpha is missing: give the factor of the budget k(n) = alpha * n**C, for example alpha=2,C=0.7, or"
-            " nc_config=FILE"
+            " nc_config=FILE or profile=FILE"
         )
     if "C" not in options and options.get("law") != "log":
         raise EvalError(
@@ -84,9 +93,19 @@ def read_config(options: Mapping[str, Any], nc_config: NCConfig | Mapping[str, A
         raise EvalError(str(error)) from error
 
 
+def read_profile(given: Profile | str | os.PathLike[str]) -> Profile:
+    """A calibrated profile, or that in a file; raises EvalError for one that cannot be read."""
+    if isinstance(given, Profile):
+        return given
+    try:
+        return Profile.load(Path(given))
+    except ProfileError as error:
+        raise EvalError(f"profile={given}: {error}") from error
+
+
 def misspelt(names: Iterable[str]) -> dict[str, str]:
     """Those of ``names`` that look like an option of ``NCConfig`` and are none, with the option they look like."""
-    by_lowercase = {option.lower(): option for option in (*OPTIONS, "nc_config")}
+    by_lowercase = {option.lower(): option for option in (*OPTIONS, "nc_config", "profile")}
     found = {}
     for name in names:
         match = difflib.get_close_matches(name.lower(), by_lowercase, n=1, cutoff=_LIKENESS)
@@ -104,10 +123,16 @@ def _given_config(given: NCConfig | Mapping[str, Any] | str | os.PathLike[str]) 
         return NCConfig.from_json(Path(given).read_text(encoding="utf-8"))
     except OSError as error:
         raise EvalError(f"nc_config={given}: {error.strerror}; give a JSON file of settings") from error
-    except json.JSONDecodeError as error:
-        raise EvalError(f"nc_config={given} is not JSON: {error}") from error
     except (TypeError, ValueError) as error:
-        raise EvalError(f"nc_config: {error}") from error
+        where = "nc_config" if isinstance(given, Mapping) else f"nc_config={given}"
+        raise EvalError(f"{where}: {error}") from error
+
+
+def _config_of_profile(profile: Profile, options: Mapping[str, Any]) -> NCConfig:
+    try:
+        return profile.config(**{name: _typed(name, value) for name, value in options.items()})
+    except (TypeError, ValueError) as error:
+        raise EvalError(f"profile: {error}") from error
 
 
 def _typed(name: str, value: Any) -> Any:

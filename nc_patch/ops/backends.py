@@ -44,10 +44,19 @@ def choose_backend(
 
 def triton_problem(device: torch.device) -> str | None:
     """Why Triton cannot run on ``device``, or None where it can: on a GPU, or anywhere in Triton's interpreter."""
+    interpreted = _triton_interprets()
+    if interpreted is None:
+        return "is not installed (pip install triton)"
+    if device.type == "cuda" or interpreted:
+        return None
+    return f"needs a GPU, and the tensors are on {device.type}"
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace how Triton reads its settings
+def _triton_interprets() -> bool | None:
+    """Whether Triton runs in its interpreter; None where it is not installed."""
     try:
         import triton
     except ImportError:
-        return "is not installed (pip install triton)"
-    if device.type == "cuda" or triton.knobs.runtime.interpret:
         return None
-    return f"needs a GPU, and the tensors are on {device.type}"
+    return bool(triton.knobs.runtime.interpret)

@@ -128,11 +128,23 @@ def code_slack(head_dim: int) -> float:
     return LARGEST_CODE * math.sqrt(head_dim) * (head_dim + 16) * _HALF_ULP
 
 
+def norm_of(vectors: torch.Tensor) -> torch.Tensor:
+    """Norms over the last dimension, float32 and not below the true ones but for its rounding of ordinary numbers.
+
+    They are taken in float64: in float32 the squares of tiny numbers vanish, and those of huge ones overflow.
+    """
+    return vectors.double().norm(dim=-1).float() + 2.0**-149
+
+
 def score_slack(query: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
     """Rounding, per row, of ``q.center`` and of an exact score ``q.k`` in float32, in units of raw scores.
 
     Args:
         query: float32 ``[..., R, D]``. center: float32 ``[..., D]`` of each row's head.
     """
-    size = query.norm(dim=-1) * center.norm(dim=-1)[..., None]
-    return size * (2 * (query.shape[-1] + 16) * _HALF_ULP) + _SMALLEST
+    return product_slack(norm_of(query) * norm_of(center)[..., None], query.shape[-1])
+
+
+def product_slack(size: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """What a float32 dot product may be off by, and be rounded, where the norms' product is ``size``."""
+    return size * (2 * (head_dim + 16) * _HALF_ULP) + _SMALLEST

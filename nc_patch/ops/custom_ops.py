@@ -2,7 +2,7 @@
 
 One op a selection. Every op returns the output, the log-sum-exp and the kept mass; the last two are empty unless
 ``want_stats``. ``block_attention`` also returns how many keys each query attended, which only it does not know
-beforehand, and what its choice is expected to keep.
+beforehand, what its choice is expected to keep, and on request an audit of that.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nc_patch.budget import row_budgets as _row_budgets
+from nc_patch.ops.block_audit import AUDIT_COLUMNS, BlockAudit
 from nc_patch.ops.blocks import BlockSettings, query_block_table
 from nc_patch.ops.reference import forced_counts
 from nc_patch.ops.tail import PageMeans
@@ -25,7 +26,6 @@ from nc_patch.ops.torch_window import keep_window_, torch_window_attention
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Six = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @torch.library.custom_op("nc_patch::row_budgets", mutates_args=())
@@ -128,8 +128,13 @@ def block_attention(
     estimator: str,
     want_stats: bool,
     backend: str,
-) -> Five:
-    """Attention over key blocks chosen by sampled query rows; see ``torch_block_attention`` for shapes."""
+    audit_seed: int = -1,
+) -> Six:
+    """Attention over key blocks chosen by sampled query rows; see ``torch_block_attention`` for shapes.
+
+    Returns what that does and, with a seed that is not negative, the audit ``[Hq + 1, 5]``, else an empty tensor.
+    """
+    audit = BlockAudit(audit_seed) if audit_seed >= 0 else None
     settings: dict[str, Any] = {
         "scale": scale,
         "softcap": softcap,
@@ -139,6 +144,7 @@ def block_attention(
         "min_mass": min_mass,
         "max_factor": max_factor,
         "want_stats": want_stats,
+        "audit": audit,
     }
     inputs = (query, key, value, visible, origin, budget, sinks)
     if backend == "triton":
@@ -146,8 +152,10 @@ def block_attention(
 
         if estimator != "sampled":
             raise RuntimeError(f'backend="triton" scores blocks by estimator="sampled", got "{estimator}": use "torch"')
-        return triton_block_attention(*inputs, **settings)
-    return torch_block_attention(*inputs, **settings, estimator=estimator)
+        results = triton_block_attention(*inputs, **settings)
+    else:
+        results = torch_block_attention(*inputs, **settings, estimator=estimator)
+    return *results, query.new_empty(0, dtype=torch.float32) if audit is None or audit.result is None else audit.result
 
 
 def _fake_outputs(query: torch.Tensor, value: torch.Tensor, want_stats: bool) -> Three:
@@ -205,10 +213,12 @@ def _(  # type: ignore[no-untyped-def]
     estimator,
     want_stats,
     backend,
+    audit_seed=-1,
 ):
     attended = query.new_empty(query.shape[:3], dtype=torch.int32)
     estimate = query.new_empty(query.shape[1], 5, dtype=torch.float32)
-    return *_fake_outputs(query, value, want_stats), attended, estimate
+    audit = query.new_empty((query.shape[1] + 1, len(AUDIT_COLUMNS)) if audit_seed >= 0 else (0,), dtype=torch.float32)
+    return *_fake_outputs(query, value, want_stats), attended, estimate, audit
 
 
 @torch.library.custom_op("nc_patch::attention_backward", mutates_args=())
@@ -351,7 +361,8 @@ def _rows_backward(selection: str) -> Any:
 
 def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, scale, softcap, block_size, query_block_size, sample_stride, min_mass, max_factor = inputs[:14]
-    estimator, _, backend = inputs[14:]
+    estimator, _, backend = inputs[14:17]
+    ctx.inputs = len(inputs)
     _refuse_backend(backend)
     ctx.save_for_backward(*tensors)
     ctx.settings = (
@@ -363,7 +374,7 @@ def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     *_, sinks = ctx.saved_tensors
     grads = block_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
-    return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * 10
+    return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * (ctx.inputs - 7)
 
 
 topk_attention.register_autograd(_rows_backward("topk"), setup_context=_setup_rows)

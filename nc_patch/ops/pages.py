@@ -153,7 +153,8 @@ def page_logits(
     """Log of the sum of ``exp(score)`` over each page's keys, as estimated: ``[..., R, P]``.
 
     Args:
-        query: ``[..., R, D]``, in the dtype to calculate in.
+        query: ``[..., R, D]``, in the dtype to calculate in, which must hold the squares of its elements times
+            ``scale``.
         statistics: codes ``[..., P, 3, D]`` and scales ``[..., P, 3]``.
         count: how many keys of a page are seen, a number or ``[P]``; at least one.
         scale, softcap: of the scores; a soft-cap is applied to both parts of the estimate.

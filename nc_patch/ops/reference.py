@@ -26,6 +26,8 @@ class AttentionResult(NamedTuple):
         kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
         block_estimate: float32 ``[Hq, 5]``, what ``"block"`` expects its choice to keep; columns
             ``blocks.ESTIMATE_COLUMNS``.
+        block_audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what ``"block"`` keeps; columns
+            ``block_audit.AUDIT_COLUMNS``.
     """
 
     output: torch.Tensor
@@ -34,6 +36,7 @@ class AttentionResult(NamedTuple):
     attended: torch.Tensor | None = None
     kept_mass_bounds: torch.Tensor | None = None
     block_estimate: torch.Tensor | None = None
+    block_audit: torch.Tensor | None = None
 
 
 def forced_counts(
@@ -123,10 +126,11 @@ def block_choice(
 
     Queries and keys are cut into blocks by their position within the sequence, that is their distance from ``origin``.
     In each query block every ``sample_stride``-th row (the last of each stride, and the block's last row) is scored
-    against all keys; a key block's weight is the dense softmax mass the sampled rows put on it, summed over the G
-    query heads of a key/value head, and infinite where it is not a number. Attended are the first visible block, the
-    blocks that hold the query block's own positions, and the heaviest of the others until ``ceil(k / block_size)`` are
-    chosen, ties to the lower position, where k is the largest budget among the block's rows and heads of the group.
+    against all keys; a key block's weight is the largest share of its dense softmax mass that any sampled row of any of
+    the G query heads of a key/value head puts on it, and infinite where one is not a number. Attended are the first
+    visible block, the blocks that hold the query block's own positions, and the heaviest of the others until
+    ``ceil(k / block_size)`` are chosen, ties to the lower position, where k is the largest budget among the block's
+    rows and heads of the group.
 
     With ``min_mass`` it goes on in that order until the mean mass that the sampled rows and heads put on what is chosen
     reaches ``min_mass``, but not beyond ``ceil(max_factor * ceil(k / block_size))`` blocks.
@@ -156,17 +160,20 @@ def block_choice(
             for h in range(num_kv_heads):
                 heads = slice(h * group, (h + 1) * group)
                 count = -(-int(budget[b, heads][:, rows].max()) // block_size)
-                by_key = weights[b, heads][:, sampled].sum(dim=(0, 1))
-                mass = {
-                    j: float(by_key[max(start + j * block_size, 0) : max(start + (j + 1) * block_size, 0)].sum())
+                shares = {
+                    j: weights[b, heads][
+                        :, sampled, max(start + j * block_size, 0) : max(start + (j + 1) * block_size, 0)
+                    ].sum(-1)
                     for j in range(low, high + 1)
                 }
+                weight = {j: float(share.max()) for j, share in shares.items()}
+                mass = {j: float(share.nan_to_num(nan=0.0).sum()) for j, share in shares.items()}
                 always = {low, *range(diagonal, high + 1)}
-                others = sorted(mass.keys() - always)
-                others.sort(key=lambda j, mass=mass: -torch.inf if math.isnan(mass[j]) else -mass[j])  # type: ignore[misc]
+                others = sorted(weight.keys() - always)
+                others.sort(key=lambda j, w=weight: -torch.inf if math.isnan(w[j]) else -w[j])  # type: ignore[misc]
                 taken = min(max(0, count - len(always)), len(others))
                 while min_mass and taken < len(others) and len(always) + taken < math.ceil(max_factor * count):
-                    kept = sum(0.0 if math.isnan(mass[j]) else mass[j] for j in (*always, *others[:taken]))
+                    kept = sum(mass[j] for j in (*always, *others[:taken]))
                     if kept >= min_mass * len(sampled) * group:
                         break
                     taken += 1
@@ -359,7 +366,8 @@ def reference_attention(
         logits, means = tail_columns(q, key, value, kept, visible, origin, scale, softcap)
         kept, v = torch.cat((kept, logits), -1), torch.cat((v, means.repeat_interleave(group, 1)), -2)
         attended = torch.cat((attended, logits != -torch.inf), -1)
-    lse, peak = torch.logsumexp(kept, -1), kept.amax(-1)
+    lse = torch.logsumexp(kept, -1)
+    peak = kept.amax(-1) if kept.shape[-1] else lse
     if sinks is not None:
         sink = sinks.double()[None, :, None].expand_as(lse_keys)
         lse, peak = torch.logaddexp(lse, sink), torch.maximum(peak, sink)
@@ -369,10 +377,10 @@ def reference_attention(
     weights = torch.exp(kept - base[..., None])
     denominator = weights.sum(-1) if sinks is None else weights.sum(-1) + torch.exp(sink - base)
     weights = torch.where(attended, weights / denominator[..., None], 0.0)
-    # A key that is not attended contributes nothing, whatever its value holds.
+    # A key without weight contributes nothing, whatever its value holds.
     finite = v.isfinite()
     output = weights @ torch.where(finite, v, 0.0)
-    touched = attended.double() @ (~finite).double() > 0
+    touched = (weights != 0).double() @ (~finite).double() > 0
     output = torch.where(touched, torch.nan, output).masked_fill(empty[..., None], 0.0)
     kept_mass = torch.where(empty, 1.0, torch.exp(lse_keys - lse_dense))
     return AttentionResult(output, lse, kept_mass, own_keys)

@@ -42,13 +42,15 @@ def page_starts(visible: torch.Tensor, origin: torch.Tensor, key_length: int) ->
     """
     B = visible.shape[0]
     slots = slot_count(key_length)
+    if not slots:
+        return origin.new_zeros(B, 0, dtype=torch.int64)
     nothing = torch.iinfo(torch.int32).min // 2
     begin = torch.where(visible[..., 1] > visible[..., 0], origin, nothing).long()
     padded = slots * TAIL_PAGE_SIZE
     # The sequence that a position belongs to: the last that begins at or before it.
     governing = torch.full((B, padded), nothing, dtype=torch.int64, device=origin.device)
-    governing.scatter_reduce_(1, begin.clamp(0, max(padded - 1, 0)), begin, "amax")
-    governing = governing.cummax(1).values if padded else governing
+    governing.scatter_reduce_(1, begin.clamp(0, padded - 1), begin, "amax")
+    governing = governing.cummax(1).values
     position = torch.arange(padded, device=origin.device)
     starts = (governing > nothing) & ((position - governing) % TAIL_PAGE_SIZE == 0)
     starts[:, max(key_length - TAIL_PAGE_SIZE + 1, 0) :] = False

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from nc_patch.ops.tail import PageMeans
-from nc_patch.ops.torch_rows import Buffers, RowBlock, final_scores_, rows_per_block, scores_of, softmax_, split_scale
+from nc_patch.ops.torch_rows import Buffers, RowBlock, final_scores_, rows_per_block, scores_of, softmax_
 from nc_patch.ops.torch_tail import join_tail, pages_of
 
 # (raw scores, seen, block, buffers) -> shift; keeps what is attended and makes the rest -inf, as keep_topk_ does.
@@ -57,36 +57,39 @@ def attention_gradients(
     grad_key, grad_value = torch.zeros(key.shape, device=key.device), torch.zeros(value.shape, device=value.device)
     grad_sinks = None if sinks is None else torch.zeros(Hq, device=query.device)
     grad_tail = None if tail is None else [torch.zeros(mean.shape, device=mean.device) for mean in tail]
-    before, after = split_scale(scale)
     buffers = Buffers(Hq * min(rows_per_block(Hq, Lk), Lq) * Lk, query.device)
     for block in blocks:
         b, span = block.batch, slice(block.low, block.high)
         seen = visible[b, block.rows]
         empty = (seen[:, 1] <= seen[:, 0])[:, None]
         q, k, v = query[b, :, block.rows].float(), key[b, :, span].float(), value[b, :, span].float()
-        scores = scores_of(q * before, k, buffers)
+        scores = scores_of(q, k, buffers)
+        if softcap:
+            scores.clamp_(min=torch.finfo(torch.float32).min)
         shift = keep(scores, seen, block, buffers)
         slope = None
         if softcap:
             dropped = scores == -torch.inf
-            tanh = scores.add_(shift[..., None]).mul_(after / softcap).tanh_()
+            tanh = scores.add_(shift[..., None]).mul_(scale / softcap).tanh_()
             slope = 1 - tanh.square()
             scores, shift = tanh.mul_(softcap).masked_fill_(dropped, -torch.inf), torch.zeros_like(shift)
         else:
-            scores, shift = scores.mul_(after), shift * after
+            scores, shift = scores.mul_(scale), shift * scale
         logits = None if sinks is None else sinks.float()[:, None] - shift
         if tail is not None and grad_tail is not None and origin is not None:
             begin = int(origin[b, block.first])
-            scores, more = join_tail(scores, shift, q * before, tail, b, begin, seen, block, after, softcap, buffers)
+            scores, more = join_tail(scores, shift, q, tail, b, begin, seen, block, scale, softcap, buffers)
             slots = pages_of(block, begin)[1]
             if more:
                 mean_keys = tail.key[b, :, slots].float()
                 if slope is not None:
-                    capped = final_scores_(scores_of(q * before, mean_keys, buffers, "tail"), after, softcap)
+                    capped = final_scores_(scores_of(q, mean_keys, buffers, "tail"), scale, softcap)
                     slope = torch.cat((slope, 1 - (capped / softcap).square()), -1)
                 k, v = torch.cat((k, mean_keys), 1), torch.cat((v, *more), 1)
         to_sink = None if logits is None else torch.sigmoid(logits - torch.logsumexp(scores, -1))
-        weights = softmax_(scores, logits).masked_fill_(empty, 0.0)
+        # With blocks a row may see keys and attend none of them.
+        nothing = empty | (scores.amax(-1, keepdim=True) == -torch.inf)
+        weights = softmax_(scores, logits).masked_fill_(nothing, 0.0)
         grad = grad_output[b, :, block.rows].float().masked_fill(empty, 0.0)
 
         grad_values = _grouped(weights, Hkv).transpose(1, 2) @ _grouped(grad, Hkv)

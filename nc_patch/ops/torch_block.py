@@ -2,6 +2,7 @@
 
 import torch
 
+from nc_patch.ops.block_audit import BlockAudit
 from nc_patch.ops.blocks import BlockChoice, BlockSettings, Mark, QueryBlocks, no_mark, query_block_table
 from nc_patch.ops.torch_block_attend import attend_blocks
 from nc_patch.ops.torch_block_choose import choose_blocks
@@ -37,6 +38,7 @@ def torch_block_attention(
     max_factor: float,
     want_stats: bool,
     estimator: str = "sampled",
+    audit: BlockAudit | None = None,
     mark: Mark = no_mark,
 ) -> Five:
     """Attention over key blocks that a query block shares, as ``reference_attention`` defines ``"block"``.
@@ -47,6 +49,7 @@ def torch_block_attention(
         scale: factor of the scores. softcap: 0 for none.
         block_size to max_factor, estimator: see ``BlockSettings``.
         want_stats: whether lse and kept mass are wanted; the kept mass costs half of dense attention.
+        audit: is made, where there is one.
         mark: for timing the steps, see ``blocks.Mark``; may be called several times for one.
 
     Returns:
@@ -55,9 +58,18 @@ def torch_block_attention(
     """
     settings = BlockSettings(block_size, query_block_size, sample_stride, min_mass, max_factor, estimator)
     table = query_block_table(visible, origin, query_block_size)
+    expected = None if audit is None else torch.empty(len(table.first), query.shape[1], device=query.device)
     choice, estimate = choose_blocks(
-        query, key, visible, origin, budget, table, settings, scale=scale, softcap=softcap, mark=mark
+        *(query, key, visible, origin, budget, table, settings),
+        scale=scale,
+        softcap=softcap,
+        expected=expected,
+        mark=mark,
     )
+    if audit is not None and expected is not None:
+        tensors = (query, key, visible, origin, table, choice, expected)
+        audit.make(*tensors, block_size=block_size, scale=scale, softcap=softcap)
+        mark("choose")
     output, of_keys, attended = attend_blocks(
         *(query, key, value, visible, sinks, table, choice),
         scale=scale,

@@ -101,6 +101,8 @@ def attend_blocks(
         weights = softmax_(scores.view(U * group, R, -1), sink)
         found = weighted_values(weights, values.index_select(0, source).view(U, -1, Dv)).view(-1, Dv)
         count = _attended(units, block_size)[:, None].expand(-1, group, -1).flatten()
+        # A row whose interval ends before the others' may find none of its keys among the chosen blocks.
+        found.masked_fill_((count == 0)[:, None], 0.0)
         real = units.real_row[:, None].expand(-1, group, -1).flatten()
         if not bool(real.all()):
             place, found, count = place[real], found[real], count[real]

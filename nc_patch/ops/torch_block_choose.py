@@ -54,6 +54,7 @@ def choose_blocks(
     *,
     scale: float,
     softcap: float,
+    expected: torch.Tensor | None = None,
     mark: Mark = no_mark,
 ) -> Chosen:
     """The blocks that each query block attends, as ``reference.block_choice`` defines them.
@@ -64,6 +65,7 @@ def choose_blocks(
         query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``.
         budget: int32 ``[B, Hq or 1, Lq]``. table: as from ``query_block_table``.
         scale, softcap: of the scores; softcap 0 for none. mark: for timing the steps.
+        expected: float32 ``[N, Hq]``, is given the mean kept mass of each query block's scored rows.
     """
     B, Hq, Lq, _ = query.shape
     Hkv = key.shape[1]
@@ -95,10 +97,13 @@ def choose_blocks(
         )
         found = ESTIMATORS[settings.estimator](chunk, settings, scale, softcap, buffers)
         mark("score")
-        order, taken, of_chunk = _heaviest(found, law[blocks], always[blocks] - span.lowest, settings)
+        order, taken, kept = _heaviest(found, law[blocks], always[blocks] - span.lowest, settings)
         indices.append(torch.where(order >= 0, order + span.lowest, -1).int())
-        counts.append(taken)
-        estimate += of_chunk
+        counts.append(taken.counts)
+        estimate += _estimate(kept, taken.enlarged)
+        if expected is not None:
+            rows_of = torch.bincount(found.owner, minlength=len(taken.counts))[:, None]
+            expected[blocks] = expected.new_zeros(rows_of.shape[0], Hq).index_add_(0, found.owner, kept.T) / rows_of
         mark("choose")
     most = max(found.shape[-1] for found in indices)
     filled = [torch.nn.functional.pad(found, (0, most - found.shape[-1]), value=-1) for found in indices]
@@ -134,9 +139,30 @@ def _columns(keys: torch.Tensor, first: int, last: int) -> torch.Tensor:
     return torch.nn.functional.pad(inside, (0, 0, *missing)) if any(missing) else inside
 
 
+class _Taken(NamedTuple):
+    """How many blocks each query block takes, int32 ``[n, Hkv]``, and where that is more than its budget has."""
+
+    counts: torch.Tensor
+    enlarged: torch.Tensor
+
+
+def _estimate(kept: torch.Tensor, enlarged: torch.Tensor) -> torch.Tensor:
+    """The estimate ``[Hq, 5]`` of S rows that keep ``kept [Hq, S]``; ``enlarged`` is bool ``[n, Hkv]``."""
+    Hq, S = kept.shape
+    more = enlarged.sum(0).repeat_interleave(Hq // enlarged.shape[1])
+    columns = (
+        torch.full_like(more, S),
+        kept.sum(-1),
+        kept.square().sum(-1),
+        torch.full_like(more, enlarged.shape[0]),
+        more,
+    )
+    return torch.stack([column.float() for column in columns], -1)
+
+
 def _heaviest(
     found: RowMass, law: torch.Tensor, always: torch.Tensor, settings: BlockSettings
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, _Taken, torch.Tensor]:
     """The blocks of n query blocks by weight.
 
     Args:
@@ -145,13 +171,16 @@ def _heaviest(
         always: int32 ``[n, 3]``, see ``always_attended``, counted from the first of the K.
 
     Returns:
-        (block numbers int64 ``[n, Hkv, M]``, ascending and -1 beyond the count; counts int32 ``[n, Hkv]``; estimate
-        float32 ``[Hq, 5]``).
+        (block numbers int64 ``[n, Hkv, M]``, ascending and -1 beyond the count; how many they are; what each of the S
+        rows keeps on them, float32 ``[Hq, S]``).
     """
     (n, Hkv), (Hq, S, K) = law.shape, found.mass.shape
     group = Hq // Hkv
     by_head = found.mass.view(Hkv, group, S, K)
-    weight = law.new_zeros(n, Hkv, K, dtype=torch.float32).index_add_(0, found.owner, by_head.sum(1).transpose(0, 1))
+    owner = found.owner[:, None, None].expand(S, Hkv, K)
+    # The largest share, not their sum: one row that needs a block for itself alone would not be heard among many.
+    shares = by_head.amax(1).transpose(0, 1)
+    weight = law.new_zeros(n, Hkv, K, dtype=torch.float32).scatter_reduce_(0, owner, shares, "amax")
     block = torch.arange(K, device=law.device)
     lowest, diagonal, highest = (edge[:, None] for edge in always.unbind(-1))
     inside = (block >= lowest) & (block <= highest)
@@ -164,21 +193,14 @@ def _heaviest(
     counts = floor
     if settings.min_mass:
         rows = torch.bincount(found.owner, minlength=n)[:, None]
-        kept = weight.nan_to_num(nan=0.0).gather(-1, order).cumsum(-1)
+        mass = torch.zeros_like(weight).index_add_(0, found.owner, by_head.nan_to_num(nan=0.0).sum(1).transpose(0, 1))
+        kept = mass.gather(-1, order).cumsum(-1)
         needed = (kept < settings.min_mass * group * rows[..., None]).sum(-1, dtype=torch.int32) + 1
-        most = (law.double() * settings.max_factor).ceil().int()
+        most = (law.double() * settings.max_factor).ceil().clamp(max=torch.iinfo(torch.int32).max).int()
         counts = torch.maximum(floor, needed.minimum(most).minimum(available))
     exists = torch.arange(int(counts.max()), device=law.device) < counts[..., None]
     order = torch.where(exists, order[..., : exists.shape[-1]], K).sort(-1).values
     chosen = weight.new_zeros(n, Hkv, K + 1).scatter_(-1, order, 1.0)[..., :K]
     of_rows = by_head * chosen[found.owner].transpose(0, 1)[:, None]
     kept_by_row = of_rows.sum(-1).nan_to_num(nan=0.0).view(Hq, S).clamp(max=1.0)
-    enlarged = (counts > floor).sum(0).repeat_interleave(group)
-    columns = (
-        torch.full_like(enlarged, S),
-        kept_by_row.sum(-1),
-        kept_by_row.square().sum(-1),
-        torch.full_like(enlarged, n),
-        enlarged,
-    )
-    return torch.where(order < K, order, -1), counts, torch.stack([column.float() for column in columns], -1)
+    return torch.where(order < K, order, -1), _Taken(counts, counts > floor), kept_by_row

@@ -186,7 +186,8 @@ def _pages_at(tensor: torch.Tensor, pages: torch.Tensor, first: int, block_size:
     """Rows of whole pages, ``pages [H, P]`` counted from the row ``first``, of ``tensor [H, L, D]``: ``[H, P *
     block_size, D]`` in float32."""
     H, L, D = tensor.shape
-    if tensor.stride(2) != 1 or tensor.stride(1) != D or tensor.stride(0) % D:
+    shared = H > 1 and tensor.stride(0) == 0
+    if tensor.stride(2) != 1 or tensor.stride(1) != D or tensor.stride(0) % D or shared:
         position = (pages[..., None] * block_size + torch.arange(block_size, device=pages.device)).flatten(1) + first
         return tensor.gather(1, position[..., None].expand(-1, -1, D)).float()
     # A view whose rows are runs of a page's length from every position on, whatever room there is between the heads.

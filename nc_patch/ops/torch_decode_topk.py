@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from nc_patch.ops.codes import KeyCodes, code_slack, score_slack, unpack_codes
+from nc_patch.ops.codes import KeyCodes, code_slack, norm_of, score_slack, unpack_codes
 from nc_patch.ops.reference import forced_counts
 from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans
 from nc_patch.ops.threshold import kth_largest
@@ -134,7 +134,7 @@ def bound_scores(query: torch.Tensor, codes: KeyCodes, batch: int, head: int, lo
     score = (weighted @ whole.T) * scale + (query @ center)[..., None]
     off = residual.float() + scale * code_slack(D)
     slack = score_slack(query, center.expand(query.shape[0], D))
-    size = weighted.norm(dim=-1)
+    size = norm_of(weighted)
     # |q||k| at most, but for the centre, whose share is in the slack.
     rounding = slack + size * (scale.amax() * code_slack(D) * spread.amax() / spread.amin())
     return ScoreBounds(score, size[..., None] * off + slack[..., None], rounding)
@@ -185,8 +185,9 @@ def _tail_logits(
     slot = torch.div(position - begin % size, size, rounding_mode="floor").clamp_(min=-1) + 1
     attended = torch.zeros(H, R, S + 1, device=query.device)
     attended.scatter_add_(-1, slot.expand(H, -1, -1), attends.float())
-    logits = final_scores_(query @ mean.float().T, scale, softcap) + (size - attended[..., 1:]).log_()
-    return logits.masked_fill_(~counts, -torch.inf)
+    missing = size - attended[..., 1:]
+    logits = final_scores_(query @ mean.float().T, scale, softcap) + missing.log()
+    return logits.masked_fill_(~counts | (missing == 0), -torch.inf)
 
 
 def _kept_mass(

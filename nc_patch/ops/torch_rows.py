@@ -28,6 +28,7 @@ class RowBlock:
 
     @property
     def rows(self) -> slice:
+        """The rows of the block, within their sequence."""
         return slice(self.first, self.last)
 
 
@@ -56,8 +57,11 @@ def row_blocks(visible: torch.Tensor, rows: int) -> Iterator[RowBlock]:
 
 
 def split_scale(scale: float) -> tuple[float, float]:
-    """``scale`` as factors of the query and of the scores: a power of two rounds nothing and goes to the query."""
-    return (scale, 1.0) if math.frexp(scale)[0] == 0.5 else (1.0, scale)
+    """``scale`` as factors of the query and of the scores.
+
+    A power of two rounds nothing and goes to the query, unless it is above one: it might overflow there.
+    """
+    return (scale, 1.0) if math.frexp(scale)[0] == 0.5 and scale <= 1 else (1.0, scale)
 
 
 def scores_of(query: torch.Tensor, key: torch.Tensor, buffers: "Buffers", name: str = "scores") -> torch.Tensor:

@@ -59,6 +59,8 @@ def join_tail(
     missing = size - _sums_of_pages(scores[..., column : column + count * size] > -torch.inf)
     keys, values = (t[batch, :, slots].float() for t in means)
     logits = final_scores_(scores_of(query, keys, buffers, "tail"), factor, softcap)
+    # A page that is attended whole is left out whatever its mean holds: NaN less infinity would be NaN.
+    logits.masked_fill_(missing == 0, -torch.inf)
     logits += missing.log_()
     logits -= shift[..., None]
     page = torch.arange(first_page, first_page + count, device=seen.device)

@@ -14,7 +14,6 @@ from nc_patch.ops.torch_rows import (
     rows_per_block,
     scores_of,
     softmax_,
-    split_scale,
     weighted_values,
 )
 from nc_patch.ops.torch_tail import join_tail, of_one_origin
@@ -23,6 +22,8 @@ from nc_patch.ops.torch_tail import join_tail, of_one_origin
 _TIE_ELEMENTS = 1 << 20
 # The float32 just below zero: a score that is lower than the threshold at all is dropped, one that equals it is kept.
 _BELOW_ZERO = -(2.0**-149)
+# Rows whose threshold is further from zero than this are not lowered by it: float32 would lose the scores beside it.
+_LARGEST_SHIFT = 8192.0
 
 
 def torch_topk_attention(
@@ -60,7 +61,6 @@ def torch_topk_attention(
     output = query.new_zeros(B, Hq, Lq, value.shape[-1])
     logits = None if sinks is None else sinks.float()
     stats = RowStats(query, logits, want_stats)
-    before, after = split_scale(scale)
     rows = rows_per_block(Hq, Lk)
     buffers = Buffers(Hq * min(rows, Lq) * Lk, query.device)
     loaded = -1
@@ -71,21 +71,25 @@ def torch_topk_attention(
             keys, values, loaded = key[b].float(), value[b].float(), b
         seen = visible[b, block.rows]
         empty = seen[:, 1] <= seen[:, 0]
-        rows_query = query[b, :, block.rows].float() * before
+        rows_query = query[b, :, block.rows].float()
         scores = scores_of(rows_query, keys[:, block.low : block.high], buffers)
         if want_stats:
             hidden = ~_seen_columns(seen, block.low, slice(0, block.high - block.low))
-            dense = torch.logsumexp(final_scores_(scores.clone(), after, softcap).masked_fill_(hidden, -torch.inf), -1)
+            dense = torch.logsumexp(final_scores_(scores.clone(), scale, softcap).masked_fill_(hidden, -torch.inf), -1)
+        if softcap:
+            # A score of -inf is a number once it is soft-capped, and must not look like one that is left out.
+            scores.clamp_(min=torch.finfo(torch.float32).min)
         shift = keep_topk_(scores, seen, budget[b, :, block.rows], block, sink_keys, recent_keys, buffers)
-        shift = finish_kept_(scores, shift, after, softcap)
+        shift = finish_kept_(scores, shift, scale, softcap)
         attended_values = [values[:, block.low : block.high]]
         joined = scores
         if tail is not None and origin is not None:
             begin = int(origin[b, block.first])
-            joined, more = join_tail(scores, shift, rows_query, tail, b, begin, seen, block, after, softcap, buffers)
+            joined, more = join_tail(scores, shift, rows_query, tail, b, begin, seen, block, scale, softcap, buffers)
             attended_values += more
         if want_stats:
-            kept, every = (torch.logsumexp(t, -1) + shift for t in (scores, joined))
+            kept = torch.logsumexp(scores, -1) + shift
+            every = kept if joined is scores else torch.logsumexp(joined, -1) + shift
             stats.record(block, kept, dense, empty, every)
         weights = softmax_(joined, None if logits is None else logits[:, None] - shift)
         attended = weighted_values(weights, *attended_values)
@@ -143,9 +147,10 @@ def keep_topk_(
         rivals[..., columns].masked_fill_(~_columns_between(begin, stop, block.low, columns), -torch.inf)
     threshold, tied = kth_largest(rivals, wanted)
 
-    shift = torch.where(threshold.isfinite(), threshold, 0.0)
-    # Subtraction cannot tell which of several equal keys come first, nor what lies above an infinite threshold.
-    awkward = (tied | (threshold == -torch.inf)).nonzero(as_tuple=True)
+    near = threshold.abs() <= _LARGEST_SHIFT
+    shift = torch.where(near, threshold, 0.0)
+    # Subtraction cannot tell which of several equal keys come first, nor what lies beside a huge threshold.
+    awkward = (tied | (~near & (wanted > 0))).nonzero(as_tuple=True)
     mended = _keep_first_ties(raw, awkward, threshold, shift, wanted, begin, stop, block.low)
     saved = [raw[..., columns].clone() for columns in edges]
     raw.sub_(threshold[..., None])

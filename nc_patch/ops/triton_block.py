@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import triton
 
-from nc_patch.ops.blocks import Mark, no_mark
+from nc_patch.ops.block_audit import BlockAudit
+from nc_patch.ops.blocks import BlockChoice, Mark, no_mark, query_block_table
 from nc_patch.ops.triton_block_attend import attend_blocks_kernel, blank_rows_kernel
 from nc_patch.ops.triton_block_choose import choose_blocks_kernel
 from nc_patch.ops.triton_block_plan import BlockPlan, chunks_of, make_plan
@@ -104,6 +105,7 @@ def triton_block_attention(
     min_mass: float,
     max_factor: float,
     want_stats: bool,
+    audit: BlockAudit | None = None,
     mark: Mark = no_mark,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over key blocks that a query block chooses by the dense softmax mass of its sampled rows.
@@ -119,6 +121,7 @@ def triton_block_attention(
         min_mass: estimated kept mass up to which a query block takes more blocks than its budget has; 0 for never.
         max_factor: by which factor it may exceed the budget's count for it.
         want_stats: whether lse and kept mass are wanted; the kept mass costs as much as dense attention.
+        audit: is made, where there is one.
         mark: for timing the steps, see ``blocks.Mark``; may be called several times for one.
 
     Returns:
@@ -147,11 +150,18 @@ def triton_block_attention(
     )  # fmt: skip
     mark("plan")
     tiles = block_tiles(architecture_of(device), query.dtype, D, DV, block_size)
+    expected = None if audit is None else torch.empty(len(plan.table), Hq, dtype=torch.float32, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         block_indices, block_counts, estimate = choose_blocks(
             query, key, visible, plan, tiles.score, scale=scale, softcap=softcap, block_size=block_size,
-            min_mass=min_mass, mark=mark,
+            min_mass=min_mass, expected=expected, mark=mark,
         )  # fmt: skip
+        if audit is not None and expected is not None:
+            audit.make(
+                query, key, visible, origin, query_block_table(visible, origin, query_block_size),
+                BlockChoice(block_indices, block_counts), expected, block_size=block_size, scale=scale, softcap=softcap,
+            )  # fmt: skip
+            mark("choose")
         attend_blocks(
             query, key, value, visible, sinks, plan, block_indices, block_counts, tiles, output, lse, lse_keys,
             attended, scale=scale, softcap=softcap, block_size=block_size,
@@ -178,9 +188,13 @@ def choose_blocks(
     softcap: float,
     block_size: int,
     min_mass: float,
+    expected: torch.Tensor | None = None,
     mark: Mark = no_mark,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The blocks that each query block attends, and what its sampled rows keep of their mass on them.
+
+    Args:
+        expected: float32 ``[N, Hq]``, is given the mean kept mass of each query block's sampled rows.
 
     Returns:
         (block_indices int32 ``[N, Hkv, M]`` and block_counts int32 ``[N, Hkv]``, see ``BlockChoice``; estimate
@@ -197,6 +211,7 @@ def choose_blocks(
     most_scores = max((width * (last - first) for first, last, width in chunks), default=0)
     scores = torch.empty(most_scores * Hkv * slots * group, dtype=torch.float32, device=device)
     weights = torch.empty(most_scores * Hkv, dtype=torch.float32, device=device)
+    masses = torch.empty_like(weights) if min_mass else weights
     most_blocks = max((last - first for first, last, _ in chunks), default=0)
     row_lse = torch.empty(most_blocks * Hkv * slots * group, dtype=torch.float32, device=device)
     strides = (*query.stride()[:3], *key.stride()[:3], *visible.stride()[:2])
@@ -211,13 +226,17 @@ def choose_blocks(
         )
         mark("score")
         choose_blocks_kernel[(last - first, Hkv)](
-            *(plan.table, plan.samples, scores, plan.law, plan.limit, weights, row_lse, block_indices, block_counts),
+            *(plan.table, plan.samples, scores, plan.law, plan.limit, weights, masses, row_lse),
+            *(block_indices, block_counts),
             *(kept, enlarged, Hkv, group, slots, first, row_count, width, plan.capacity, min_mass),
             **choose_constants(min_mass > 0),
             **choose_options(architecture),
         )
         mark("choose")
     estimate = _estimate(plan, kept, enlarged)
+    if expected is not None:
+        rows_of = (plan.samples >= 0).sum(-1)[:, None]
+        expected.copy_(kept.sum(2).view(len(rows_of), -1) / rows_of)
     mark("choose")
     return block_indices, block_counts, estimate
 
@@ -384,7 +403,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         ):
             yield Specialisation(f"{name}-{suffix}", kernel, constants, types, compiler, data_strides(kernel))
     types = {
-        **dict.fromkeys(("scores", "weights", "row_lse", "kept"), "*fp32"),
+        **dict.fromkeys(("scores", "weights", "masses", "row_lse", "kept"), "*fp32"),
         **dict.fromkeys(("plan", "samples", "law", "limit", "block_indices", "block_counts", "enlarged"), "*i32"),
         "min_mass": "fp32",
     }

@@ -1,8 +1,8 @@
 """The kernel that chooses key blocks for each query block and key/value head, from the log-sum-exps of sampled rows.
 
 One program chooses for one query block and one key/value head. It reads the scores three times: for each row's
-log-sum-exp over its blocks, for the mass that the rows put on each block, and for the mass that each row keeps. The
-number of blocks varies; they are found by bisection over the bits of the masses, without a sort.
+log-sum-exp over its blocks, for the largest share that any row puts on each block, and for the mass that each row
+keeps. The number of blocks varies; they are found by bisection over the bits of the shares, without a sort.
 """
 
 import triton
@@ -25,6 +25,7 @@ def choose_blocks_kernel(
     law,
     limit,
     weights,
+    masses,
     row_lse,
     block_indices,
     block_counts,
@@ -47,7 +48,8 @@ def choose_blocks_kernel(
 
     Args:
         scores: as ``score_blocks_kernel`` writes them. law, limit: int32 ``[N, Hkv]``, the counts of the budget and at
-            most. weights: scratch, a row of ``width`` for each program. row_lse: scratch, a row of ``slots * group``.
+            most. weights, masses: scratch, a row of ``width`` for each program; masses with ``HAS_MIN_MASS`` alone.
+            row_lse: scratch, a row of ``slots * group``.
         block_indices: int32 ``[N, Hkv, capacity]``, filled with -1. block_counts: int32 ``[N, Hkv]``.
         kept: ``[N, Hkv, slots, group]``, each sampled row's mass on the chosen blocks; 0 where there is no row.
         enlarged: int32 ``[N, Hkv]``, whether ``min_mass`` asked for more than the law.
@@ -60,6 +62,7 @@ def choose_blocks_kernel(
     rows = slots * group
     scratch = local.to(tl.int64) * num_kv_heads + kv_head
     weight_row = weights + scratch * width
+    mass_row = masses + scratch * width
     lse_row = row_lse + scratch * rows
     own_scores = scores + kv_head * width * row_count + local.to(tl.int64) * rows
     r = tl.arange(0, BLOCK_R)
@@ -80,12 +83,16 @@ def choose_blocks_kernel(
         for from_block in range(0, blocks, BLOCK_C):
             block = from_block + c
             mass = load_mass(own_scores, block, row, present, blocks, row_count, whole)
-            weight = tl.sum(mass, axis=0)
+            # NaN ranks first, with infinity, and weighs nothing.
+            weight = tl.max(tl.where(mass == mass, mass, float("inf")), axis=0)
             if from_row > 0:
-                weight += tl.load(weight_row + block, mask=block < blocks, other=0.0)
-            # NaN ranks first, with infinity.
-            weight = tl.where(weight == weight, weight, float("inf"))
+                weight = tl.maximum(weight, tl.load(weight_row + block, mask=block < blocks, other=0.0))
             tl.store(weight_row + block, weight, mask=block < blocks)
+            if HAS_MIN_MASS:
+                held = tl.sum(tl.where(mass == mass, mass, 0.0), axis=0)
+                if from_row > 0:
+                    held += tl.load(mass_row + block, mask=block < blocks, other=0.0)
+                tl.store(mass_row + block, held, mask=block < blocks)
         # Every thread has written the weights, and the log-sum-exps, that others read.
         tl.debug_barrier()
 
@@ -94,7 +101,7 @@ def choose_blocks_kernel(
     if HAS_MIN_MASS:
         most = tl.minimum(tl.maximum(tl.load(limit + pair), wanted), blocks)
         target = min_mass * tl.cast(present_rows, tl.float32)
-        more = always + count_to_mass(weight_row, blocks, diagonal, target, BLOCK_P)
+        more = always + count_to_mass(weight_row, mass_row, blocks, diagonal, target, BLOCK_P)
         # Where even all blocks miss the target by rounding, all are asked for.
         grown = tl.minimum(tl.maximum(wanted, more), most)
         tl.store(enlarged + pair, (grown > wanted).to(tl.int32))
@@ -146,36 +153,37 @@ def load_mass(own_scores, block, row, present, blocks, row_count, whole):
 
 
 @triton.jit
-def count_to_mass(weight_row, blocks, diagonal, target, BLOCK_P: tl.constexpr):
-    """How many of the heaviest candidates, with the blocks that are always taken, weigh ``target`` or more.
+def count_to_mass(weight_row, mass_row, blocks, diagonal, target, BLOCK_P: tl.constexpr):
+    """How many of the heaviest candidates, with the blocks that are always taken, hold a mass of ``target`` or more.
 
     Bisects for the largest weight such that all that weigh as much or more, together with the blocks always taken,
-    reach the target; of those that weigh just as much only as many count as are needed.
+    reach the target; of those that weigh just as much only as many count as are needed, each with their mean mass.
     """
     forced = target * 0.0
     for first in range(0, blocks, BLOCK_P):
         block = first + tl.arange(0, BLOCK_P)
         always = (block < blocks) & ((block == 0) | (block >= diagonal))
-        forced += tl.sum(tl.load(weight_row + block, mask=always, other=0.0), axis=0)
+        forced += tl.sum(tl.load(mass_row + block, mask=always, other=0.0), axis=0)
     missing = target - forced
     low = diagonal * 0
     high = low + _ABOVE_INFINITY
     while (missing > 0.0) & (high - low > 1):
         middle = low + (high - low) // 2
-        mass, _count = weigh(weight_row, diagonal, middle, BLOCK_P)
+        mass, _count = weigh(weight_row, mass_row, diagonal, middle, BLOCK_P)
         reaches = mass >= missing
         low = tl.where(reaches, middle, low)
         high = tl.where(reaches, high, middle)
-    mass_above, count_above = weigh(weight_row, diagonal, low + 1, BLOCK_P)
-    _mass, count_from = weigh(weight_row, diagonal, low, BLOCK_P)
-    weight = low.to(tl.float32, bitcast=True)
-    ties = tl.ceil((missing - mass_above) / tl.maximum(weight, 1e-38))
-    ties = tl.minimum(tl.maximum(ties, 1.0), (count_from - count_above).to(tl.float32)).to(tl.int32)
+    mass_above, count_above = weigh(weight_row, mass_row, diagonal, low + 1, BLOCK_P)
+    mass_from, count_from = weigh(weight_row, mass_row, diagonal, low, BLOCK_P)
+    tied = (count_from - count_above).to(tl.float32)
+    each = (mass_from - mass_above) / tl.maximum(tied, 1.0)
+    ties = tl.ceil((missing - mass_above) / tl.maximum(each, 1e-38))
+    ties = tl.minimum(tl.maximum(ties, 1.0), tied).to(tl.int32)
     return tl.where(missing > 0.0, count_above + ties, 0)
 
 
 @triton.jit
-def weigh(weight_row, diagonal, least_rank, BLOCK_P: tl.constexpr):
+def weigh(weight_row, mass_row, diagonal, least_rank, BLOCK_P: tl.constexpr):
     """(mass, count) of the candidates whose rank is ``least_rank`` or more."""
     mass = least_rank.to(tl.float32) * 0.0
     count = least_rank * 0
@@ -183,6 +191,6 @@ def weigh(weight_row, diagonal, least_rank, BLOCK_P: tl.constexpr):
         block = first + tl.arange(0, BLOCK_P)
         rank = load_ranks(weight_row, block, diagonal + 1)
         reached = (rank >= least_rank) & (rank >= 0)
-        mass += tl.sum(tl.where(reached, rank.to(tl.float32, bitcast=True), 0.0), axis=0)
+        mass += tl.sum(tl.load(mass_row + block, mask=reached, other=0.0), axis=0)
         count += tl.sum(reached.to(tl.int32), axis=0)
     return mass, count

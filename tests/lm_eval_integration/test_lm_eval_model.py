@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 from eval_tasks.errors import EvalError
-from nc_patch import NCConfig, UnsupportedModelError
+from nc_patch import NCConfig, UnsupportedModelError, calibrate
 
 
 def test_nc_hf_is_registered() -> None:
@@ -141,3 +141,18 @@ def test_a_model_that_cannot_be_patched_is_refused_before_its_weights_are_read(m
 def test_an_argument_that_nothing_takes_is_refused_with_the_allowed_names(model_dir: Path) -> None:
     with pytest.raises(EvalError, match=r"frobnicate.*nc_hf takes alpha, C"):
         get_model("nc_hf")(str(model_dir), alpha=2, C=0.5, device="cpu", frobnicate=1)
+
+
+def test_a_profile_sets_the_budget_of_every_head(
+    evaluate: Callable[..., Any], model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    profile = calibrate(model, tokenizer, [text.read_text()], (32, 64, 128), pieces=2, rows=4, progress=False)
+    path = tmp_path / "profile.json"
+    profile.at_budget(0.3, n=128).save(path)
+    results = evaluate("nc_hf", profile=str(path), tail="drop")
+    assert results["config"]["nc_config"] == profile.at_budget(0.3, n=128).config(tail="drop").to_dict()
+    assert 0.2 < results["config"]["nc_attended_fraction"] < 0.4
+    with pytest.raises(EvalError, match="profile: a profile brings alpha of its own"):
+        evaluate("nc_hf", profile=str(path), alpha=2.0)

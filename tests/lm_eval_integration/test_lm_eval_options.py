@@ -24,6 +24,14 @@ from nc_patch import NCConfig
         ({"alpha": 2, "C": 0.5, "dense_layers": [0, 1]}, NCConfig(2.0, 0.5, dense_layers=(0, 1))),
         ({"alpha": 2, "C": 0.5, "sink_keys": "8", "min_keys": 16.0}, NCConfig(2.0, 0.5, sink_keys=8, min_keys=16)),
         ({"alpha": 6, "law": "log"}, NCConfig(6.0, law="log")),
+        (
+            {"alpha": 2, "C": 0.5, "on_drop": "dense", "max_dropped_mass": "0.05", "track": True},
+            NCConfig(2.0, 0.5, on_drop="dense", max_dropped_mass=0.05, track=True),
+        ),
+        (
+            {"alpha": 2, "C": 0.5, "on_drop": "warn", "max_dropped_mass": 0},
+            NCConfig(2.0, 0.5, on_drop="warn", max_dropped_mass=0.0),
+        ),
     ],
 )
 def test_model_arguments_become_typed_settings(options: dict[str, Any], expected: NCConfig) -> None:
@@ -40,7 +48,7 @@ def test_settings_come_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="No such file"):
         read_config({}, str(tmp_path / "absent.json"))
     file.write_text("{")
-    with pytest.raises(EvalError, match="not JSON"):
+    with pytest.raises(EvalError, match=r"settings\.json: .*no JSON"):
         read_config({}, str(file))
 
 
@@ -57,6 +65,11 @@ def test_settings_come_from_a_file(tmp_path: Path) -> None:
         ({"alpha": 2, "C": 0.5, "selection": "topk", "decode": "dense"}, "leave out decode"),
         ({"alpha": 2, "C": 0.5, "sink_keys": -1.0}, "sink_keys must be at least 0, got -1"),
         ({"alpha": 2, "C": 0.5, "block_size": 33}, "block_size must be one of"),
+        (
+            {"alpha": 2, "C": 0.5, "on_drop": "stop"},
+            "on_drop must be one of 'ignore', 'warn', 'raise', 'dense', got 'stop'",
+        ),
+        ({"alpha": 2, "C": 0.5, "max_dropped_mass": 2}, "max_dropped_mass must be a number in"),
         ({"alpha": 2, "C": 0.5, "dense_layers": "a+b"}, "dense_layers must be an integer"),
     ],
 )

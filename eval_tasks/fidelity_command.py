@@ -1,0 +1,160 @@
+"""``nc-patch fidelity``: the command line of ``eval_tasks.fidelity``, and its table and picture."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from eval_tasks.errors import EvalError
+from eval_tasks.fidelity import ROWS, Fidelity, fidelity
+from eval_tasks.matching import Budgets
+from eval_tasks.methods import DEFAULT_METHODS, DENSE, find_method, order_of
+from eval_tasks.models import load_model
+from eval_tasks.provenance import commit, hardware, versions
+from eval_tasks.smollm2 import SMOLLM2
+from eval_tasks.store import write_atomically
+from eval_tasks.summary import csv_of
+from eval_tasks.tasks import Layout, ascending, places, tokenise
+from eval_tasks.texts import PYTHON_REFERENCE, load_text
+from nc_patch.cli import USAGE_ERROR
+
+RESULTS, TABLE, PICTURE = "fidelity.json", "fidelity.csv", "fidelity.png"
+
+
+def run_fidelity(argv: Sequence[str]) -> int:
+    """Measures, writes ``fidelity.json``, ``fidelity.csv`` and ``fidelity.png``, and returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        rows = _measure(arguments)
+    except (EvalError, ValueError) as error:
+        print(f"nc-patch: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    print(table(rows))
+    print(f"\nWritten: {', '.join(str(arguments.out / name) for name in (RESULTS, TABLE, PICTURE))}")
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> list[Fidelity]:
+    out: Path = arguments.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvalError(f"--out {out} cannot be made: {error}") from error
+    lengths = ascending(arguments.lengths)
+    budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at, arguments.block_size)
+    methods = sorted(set(arguments.methods), key=order_of)
+    for name in methods:
+        find_method(name)
+    loaded = load_model(arguments.model, "auto", arguments.device)
+    source = load_text(arguments.text)
+    text = tokenise(loaded.tokenizer, source.content)
+    starts = places(text, Layout((max(lengths),), arguments.samples, 1, 1, arguments.seed))
+    rows: list[Fidelity] = []
+    for sample, start in enumerate(starts):
+        ids = torch.from_numpy(text.ids[start : start + max(lengths)])[None].to(loaded.model.device)
+        rows.extend(fidelity(loaded.model, ids, methods, budgets, lengths, sample))
+        print(f"sample {sample + 1} of {len(starts)}", file=sys.stderr)
+    record: dict[str, Any] = {
+        "command": shlex.join(["nc-patch", "fidelity", *sys.argv[2:]]),
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(loaded.model.device, torch.get_num_threads()),
+        "model": arguments.model,
+        "text": {"name": source.name, "origin": source.origin, "sha256": source.sha256},
+        "queries": ROWS,
+        "rows": [row.to_dict() for row in rows],
+    }
+    write_atomically(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(out / TABLE, to_csv(rows).encode())
+    figure(rows).savefig(out / PICTURE, dpi=130)
+    return rows
+
+
+def to_csv(rows: Sequence[Fidelity]) -> str:
+    """Means over samples and heads, and the worst head, by method, length and layer."""
+    names = ["method", "length", "layer", "kept_mass", "output_error", "worst_head_error", "attended_fraction"]
+    lines = []
+    for method, length, layer in dict.fromkeys((row.method, row.length, row.layer) for row in rows):
+        own = [r for r in rows if (r.method, r.length, r.layer) == (method, length, layer)]
+        by_head = [fmean(errors) for errors in zip(*(row.output_error for row in own), strict=True)]
+        kept = fmean(fmean(row.kept_mass) for row in own)
+        attended = fmean(row.attended_fraction for row in own)
+        lines.append([method, length, layer, kept, fmean(by_head), max(by_head), attended])
+    return csv_of(names, lines)
+
+
+def table(rows: Sequence[Fidelity]) -> str:
+    """Kept mass and output error of each method by length, as text."""
+    lengths = sorted({row.length for row in rows})
+    lines = [f"{'kept mass / output error':26}" + "".join(f"{length:>18,}" for length in lengths)]
+    for method in dict.fromkeys(row.method for row in rows):
+        cells = []
+        for length in lengths:
+            own = [row for row in rows if (row.method, row.length) == (method, length)]
+            kept, error = (fmean(fmean(getattr(row, name)) for row in own) for name in ("kept_mass", "output_error"))
+            cells.append(f"{kept:9.3f} / {error:.3f}")
+        lines.append(f"{find_method(method).title:26}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
+def figure(rows: Sequence[Fidelity]) -> Figure:
+    """Output error by length, and by layer at the longest length; the shaded band reaches to the worst head."""
+    longest = max(row.length for row in rows)
+    picture = Figure(figsize=(10, 4), layout="constrained")
+    by_length, by_layer = picture.subplots(1, 2)
+    for place, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        colour = f"C{place}"
+        own = [row for row in rows if row.method == method]
+        lengths = sorted({row.length for row in own})
+        means = [fmean(fmean(row.output_error) for row in own if row.length == length) for length in lengths]
+        by_length.plot(lengths, means, marker="o", color=colour, label=find_method(method).title)
+        layers = sorted({row.layer for row in own})
+        at = {layer: [r.output_error for r in own if (r.layer, r.length) == (layer, longest)] for layer in layers}
+        by_head = {layer: [fmean(errors) for errors in zip(*found, strict=True)] for layer, found in at.items()}
+        by_layer.plot(layers, [fmean(by_head[layer]) for layer in layers], color=colour)
+        by_layer.fill_between(
+            layers, [fmean(by_head[layer]) for layer in layers], [max(by_head[layer]) for layer in layers],
+            color=colour, alpha=0.12, linewidth=0,
+        )  # fmt: skip
+    by_length.set(
+        xscale="log", xlabel="keys that a query sees", ylabel="output error", title="mean over layers and heads"
+    )
+    by_length.set_xticks(sorted({row.length for row in rows}), [f"{n:,}" for n in sorted({row.length for row in rows})])
+    by_length.minorticks_off()
+    by_layer.set(xlabel="layer", title=f"at {longest:,} keys; the band reaches to the worst head")
+    for axis in (by_length, by_layer):
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    picture.legend(loc="outside lower center", ncols=4, frameon=False)
+    return picture
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nc-patch fidelity",
+        allow_abbrev=False,
+        description="Compare the attention of each layer and head with dense attention on the same inputs: kept mass "
+        "and output error, by position.",
+    )
+    add = parser.add_argument
+    sparse = [name for name in DEFAULT_METHODS if name != DENSE]
+    add("--out", type=Path, required=True, metavar="DIR", help=f"directory for {RESULTS}, {TABLE} and {PICTURE}")
+    add("--model", default=SMOLLM2, help=f"as nc-patch eval takes it (default: {SMOLLM2})")
+    add("--text", default=PYTHON_REFERENCE, help=f"as nc-patch eval takes it (default: {PYTHON_REFERENCE})")
+    add("--methods", nargs="+", default=sparse, metavar="METHOD", help=f"default: {' '.join(sparse)}")
+    add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="keys that a query sees")
+    add("--samples", type=int, default=2, help="stretches of text (default: 2)")
+    add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
+    add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
+    add("--C", type=float, default=0.5, help="exponent of the budget, in [0, 1] (default: 0.5)")
+    add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")
+    add("--block-size", type=int, default=32, help="keys per block of block (default: 32)")
+    add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
+    return parser

@@ -1,0 +1,257 @@
+"""What every family is put through, and what comes of it: one ``Outcome`` a family, for the tests and for the table.
+
+The reference is the family's own dense model. What a family cannot do when dense, such as packed sequences, is found
+out first, and then nothing more is asked of the patched model than to do the same.
+"""
+
+import inspect
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from family_shapes import NOT_BUILT, VOCABULARY, tiny_model
+from family_walk import Family
+from transformers import PreTrainedModel
+
+from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
+
+LENGTH, PADDING, STEPS = 41, 12, 4
+# Rounding of logits, for logits of size 1 and, relatively, for larger ones.
+TOLERANCE = 2e-5
+# Where two runs of a dense model differ by more than this, they are not meant to be the same.
+DIFFERENT = 1e-3
+FULL = {
+    "topk": {"alpha": 500.0, "C": 0.0},
+    "window": {"alpha": 500.0, "C": 0.0},
+    "block": {"alpha": 500.0, "C": 0.0, "block_size": 16},
+    "dense": {"alpha": 1.0, "C": 1.0},
+}
+_BUDGET = {"alpha": 1.0, "C": 0.5, "sink_keys": 1}
+SMALL: dict[str, dict[str, Any]] = {
+    "topk": {"selection": "topk", "tail": "drop", **_BUDGET},
+    "topk by an index, with means": {"selection": "topk", "tail": "mean", "key_index": "always", **_BUDGET},
+    "window": {"selection": "window", **_BUDGET},
+}
+# Decoding by pages chooses for itself, so that it is compared with decoding by pages that are made anew each time.
+PAGES = {"selection": "block", "block_size": 16, **_BUDGET}
+
+
+@dataclass
+class Outcome:
+    """What came of one family.
+
+    Attributes:
+        name, class_name: the family.
+        not_built: why it cannot be built here, or None.
+        refused: why it is refused, or None; ``refused_at`` says when: "patching" or "the first call".
+        prefill, decode, packed: "yes", or what the dense model cannot do either.
+        dense: what runs dense, or has no attention to patch, and why.
+        wrong: what was found to be wrong; empty for a family that is supported or refused.
+    """
+
+    name: str
+    class_name: str
+    not_built: str | None = None
+    refused: str | None = None
+    refused_at: str | None = None
+    prefill: str = ""
+    decode: str = ""
+    packed: str = ""
+    dense: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+class _Runs:
+    """The ways of running one model that are compared."""
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        self.model = model.eval()
+        self.takes = set(inspect.signature(type(model).forward).parameters)
+        generator = torch.Generator().manual_seed(7)
+        self.ids = torch.randint(2, VOCABULARY, (1, LENGTH), generator=generator)
+        self.other = torch.randint(2, VOCABULARY, (1, LENGTH + PADDING), generator=generator)
+        self.batch = torch.cat((torch.cat((torch.zeros(1, PADDING, dtype=torch.long), self.ids), 1), self.other))
+        self.padding = torch.ones_like(self.batch)
+        self.padding[0, :PADDING] = 0
+        with torch.inference_mode():
+            self._find_out()
+
+    def _find_out(self) -> None:
+        """Finds out whether the family counts positions from 0: to others none are passed."""
+        if "position_ids" in self.takes:
+            positions = torch.arange(LENGTH)[None]
+            given = self.logits(self.ids, position_ids=positions, use_cache=False).logits[0]
+            if _difference(given, self.alone()) > DIFFERENT:
+                self.takes.remove("position_ids")
+
+    def logits(self, ids: torch.Tensor, **arguments: Any) -> Any:
+        arguments = {name: value for name, value in arguments.items() if name in self.takes and value is not None}
+        return self.model(input_ids=ids, **arguments)
+
+    def alone(self, length: int = LENGTH) -> torch.Tensor:
+        return self.logits(self.ids[:, :length], use_cache=False).logits[0]
+
+    def single(self) -> torch.Tensor:
+        """Logits of a prompt of one token."""
+        return self.alone(1)
+
+    def pair(self) -> torch.Tensor:
+        """Logits of a prompt of two tokens."""
+        return self.alone(2)
+
+    def padded(self) -> torch.Tensor:
+        """Logits of both rows' tokens, the padded row first."""
+        positions = (self.padding.cumsum(-1) - 1).clamp(min=0)
+        out = self.logits(self.batch, attention_mask=self.padding, position_ids=positions, use_cache=False)
+        return out.logits[self.padding.bool()]
+
+    def packed(self) -> torch.Tensor:
+        """Logits of the second of two packed sequences, which is ``ids``."""
+        positions = torch.cat((torch.arange(LENGTH + PADDING), torch.arange(LENGTH)))[None]
+        ids = torch.cat((self.other, self.ids), 1)
+        return self.logits(ids, position_ids=positions, use_cache=False).logits[0, LENGTH + PADDING :]
+
+    def pieces(self, cuts: list[int]) -> torch.Tensor:
+        """Logits of ``ids`` run in pieces on one cache, the model's own."""
+        cache, results = None, []
+        for first, last in itertools.pairwise(cuts):
+            positions = torch.arange(first, last)[None]
+            out = self.logits(self.ids[:, first:last], past_key_values=cache, position_ids=positions, use_cache=True)
+            cache = out.past_key_values
+            results.append(out.logits[0])
+        return torch.cat(results)
+
+    def chunks(self) -> torch.Tensor:
+        return self.pieces([0, 14, 15, 30, LENGTH])
+
+    def steps(self) -> torch.Tensor:
+        return self.pieces([0, *range(LENGTH - 12, LENGTH + 1)])
+
+    def generated(self) -> torch.Tensor:
+        """Logits of a few greedy steps after the left-padded batch."""
+        out = self.model.generate(
+            self.batch,
+            attention_mask=self.padding,
+            max_new_tokens=STEPS,
+            min_new_tokens=STEPS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            disable_compile=True,
+            pad_token_id=0,
+        )
+        return torch.stack(out.logits, 1).flatten(0, 1)
+
+
+def examine(family: Family) -> Outcome:
+    """Puts one family through the suite."""
+    outcome = Outcome(family.name, family.class_name)
+    try:
+        model = tiny_model(family)
+    except Exception:
+        outcome.not_built = NOT_BUILT.get(family.name)
+        if outcome.not_built is None:
+            raise
+        return outcome
+    own = model.config._attn_implementation
+    try:
+        patch_model(model, **FULL["topk"])
+    except UnsupportedModelError as error:
+        outcome.refused, outcome.refused_at = str(error), "patching"
+        if model.config._attn_implementation != own:
+            outcome.wrong.append("a refused model was changed")
+        return outcome
+    unpatch_model(model)
+    runs = _Runs(model, family)
+    patch_model(model, **FULL["topk"])
+    with torch.inference_mode():
+        try:
+            runs.alone()
+        except (UnsupportedModelError, UnsupportedMaskError) as error:
+            outcome.refused, outcome.refused_at = str(error), "the first call"
+            return outcome
+        unpatch_model(model)
+        _examine_supported(model, family, runs, outcome)
+    return outcome
+
+
+def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outcome: Outcome) -> None:
+    before = runs.alone()
+    reference = _Runs(tiny_model(family, "eager"), family)
+    alone = reference.alone()
+    expected: dict[str, torch.Tensor] = {"prefill": alone}
+    ways: dict[str, Any] = {"prefill": runs.alone}
+    able = {}
+    for way in ("single", "pair", "padded", "packed", "chunks", "steps", "generated"):
+        try:
+            expected[way] = getattr(reference, way)()
+        except Exception as error:  # whatever a dense model cannot do is recorded, and not asked of a patched one
+            able[way] = f"not when dense either ({type(error).__name__})"
+            continue
+        ways[way] = getattr(runs, way)
+        comparable = way in ("padded", "packed", "chunks", "steps")
+        same = not comparable or _difference(expected[way][: len(alone)], alone) < DIFFERENT
+        able[way] = "yes" if same else "as dense"
+    for selection, options in FULL.items():
+        patch_model(model, selection=selection, **options)
+        for way, run in ways.items():
+            _same(outcome, f"{way}, full budget, {selection}", run, expected[way])
+        _layers_ran(outcome, model)
+        if selection == "topk":
+            outcome.dense = [
+                f"{len(part['names'])} × {part['kind']}: {part['reason']}" for part in nc_stats(model)["left_dense"]
+            ]
+        unpatch_model(model)
+    for selection, options in SMALL.items():
+        patch_model(model, **options)
+        whole = runs.alone()
+        if _difference(whole, before) < DIFFERENT:
+            outcome.wrong.append(f"a small budget changes nothing, {selection}")
+        for way in ("padded", "packed", "chunks", "steps"):
+            if able[way] == "yes":
+                _same(outcome, f"{way}, small budget, {selection}", ways[way], whole)
+        unpatch_model(model)
+    if "steps" in ways:
+        patch_model(model, key_index="never", **PAGES)
+        by_new_pages = runs.steps()
+        patch_model(model, key_index="always", **PAGES)
+        _same(outcome, "steps, small budget, block by kept pages", runs.steps, by_new_pages)
+        unpatch_model(model)
+    if not torch.equal(runs.alone(), before):
+        outcome.wrong.append("the output after unpatching is not bit for bit what it was")
+    outcome.prefill = _say({"at once": "yes", "padded batches": able["padded"], "in pieces": able["chunks"]})
+    outcome.decode = _say({"generate": able["generated"], "on a cache that is handed on": able["steps"]})
+    outcome.packed = able["packed"]
+
+
+def _say(ways: dict[str, str]) -> str:
+    exceptions = [f"{name} {able}" for name, able in ways.items() if able != "yes"]
+    if len(exceptions) == len(ways) and not any(able == "as dense" for able in ways.values()):
+        return "not when dense either"
+    return "yes" if not exceptions else "yes, but " + ", ".join(exceptions)
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value where that is above 1; infinite where NaN comes in."""
+    if a.shape != b.shape:
+        return float("inf")
+    scale = max(1.0, float(b.abs().max()))
+    difference = float((a - b).abs().max()) / scale
+    return difference if difference == difference else float("inf")
+
+
+def _same(outcome: Outcome, what: str, run: Any, expected: torch.Tensor) -> None:
+    try:
+        difference = _difference(run()[: len(expected)], expected)
+    except Exception as error:  # it ran dense: any error is a finding, named with its type
+        outcome.wrong.append(f"{what}: {type(error).__name__}: {error}")
+        return
+    if difference > TOLERANCE:
+        outcome.wrong.append(f"{what}: differs by {difference:.1e}")
+
+
+def _layers_ran(outcome: Outcome, model: PreTrainedModel) -> None:
+    idle = [layer["name"] for layer in nc_stats(model)["layers"] if not layer["calls"]]
+    if idle:
+        outcome.wrong.append(f"patched, but never called: {', '.join(idle)}")

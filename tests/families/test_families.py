@@ -1,0 +1,199 @@
+"""Every causal language model of the installed transformers gives the same numbers, or is refused by name."""
+
+import re
+
+import pytest
+import torch
+import transformers
+from family_report import TABLE, row
+from family_shapes import tiny_model
+from family_suite import examine
+from family_walk import Family, families
+from transformers import BertConfig, BertLMHeadModel, DynamicCache, masking_utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import nc_patch.attention
+import nc_patch.support
+from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
+from nc_patch.visibility import interval_mask
+
+# Those with needs of their own: latent attention with values of another width than keys, chunks and layers without
+# rotary positions, linear attention, recurrences, convolutions, soft-caps, sinks, own scaling, keys that layers share,
+# modules that layers share, masks built in a lambda, cross-attention, a vision tower, attention twice a layer.
+SUPPORTED = (
+    "bart",
+    "beam",
+    "cohere2",
+    "deepseek_v3",
+    "diffllama",
+    "gemma2",
+    "gemma3n Gemma3nForCausalLM",
+    "gpt_oss",
+    "granite",
+    "jamba",
+    "llama4",
+    "mllama",
+    "phi4_multimodal",
+    "qwen3_next",
+    "smollm3",
+    "zamba2",
+)
+REFUSED = {
+    "falcon": "does not go through transformers' AttentionInterface",
+    "mamba": "does not go through transformers' AttentionInterface",
+    "deepseek_v32": "already sparse: DeepseekV32Attention selects keys by its indexer",
+    "deepseek_v4": "already sparse: DeepseekV4Attention selects keys by its compressor",
+    "inkling": "passes position_bias",
+    "doge": "makes a mask of its own",
+    "kosmos2": "does not build its masks through transformers' mask interface",
+}
+BY_NAME = {family.name: family for family in families()}
+
+
+def family_named(name: str) -> Family:
+    if name not in BY_NAME:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return BY_NAME[name]
+
+
+def test_the_walk_finds_every_class_that_auto_model_for_causal_lm_loads():
+    found = {family.class_name for family in families()}
+    mapped = {
+        n
+        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for n in ([names] if isinstance(names, str) else names)
+    }
+    assert mapped <= found
+    assert len(found) == len(families()) == len(BY_NAME)
+    assert {"CsmDepthDecoderForCausalLM", "Kosmos2TextForCausalLM"} <= found  # classes that no mapping holds
+
+
+def test_no_family_is_without_an_outcome_in_the_table():
+    text = TABLE.read_text()
+    missing = [family.class_name for family in families() if f"| {family.class_name} |" not in text]
+    version = re.search(r"`transformers` (\S+),", text)
+    assert version is not None
+    assert not missing, f"{missing}: run scripts/family_table.py (the table is of transformers {version.group(1)})"
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_family_with_needs_of_its_own_gives_the_same_numbers(name):
+    outcome = examine(family_named(name))
+    assert outcome.wrong == []
+    assert (outcome.refused, outcome.not_built) == (None, None)
+    assert outcome.prefill.startswith("yes")
+    assert outcome.decode.startswith("yes")
+
+
+@pytest.mark.parametrize(("name", "reason"), REFUSED.items())
+def test_a_family_that_cannot_work_is_refused_when_it_is_patched(name, reason):
+    outcome = examine(family_named(name))
+    assert outcome.refused_at == "patching"
+    assert reason in outcome.refused
+    assert outcome.wrong == []
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_family_gives_the_same_numbers_or_is_refused_as_the_table_says(name):
+    outcome = examine(BY_NAME[name])
+    assert outcome.wrong == []
+    if f"`transformers` {transformers.__version__}," in TABLE.read_text():
+        assert row(outcome) in TABLE.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "finding"),
+    [
+        ("gpt_oss", "s_aux", "prefill, full budget, topk: differs"),
+        ("gemma2", "softcap", "prefill, full budget, topk: differs"),
+        ("granite", "scaling", "prefill, full budget, topk: differs"),
+    ],
+)
+def test_the_suite_notices_when_an_argument_of_attention_is_ignored(monkeypatch, name, argument, finding):
+    attend = nc_patch.attention.nc_attention_forward
+    ignores = lambda *tensors, **arguments: attend(*tensors, **{**arguments, argument: None})  # noqa: E731
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, nc_patch.attention.IMPLEMENTATION, ignores)
+    assert any(wrong.startswith(finding) for wrong in examine(family_named(name)).wrong)
+
+
+def test_an_index_is_not_kept_of_keys_or_values_that_the_cache_does_not_hold():
+    ids = torch.randint(2, 90, (1, 40))
+    kept = {}
+    for name in ("llama", "diffllama"):
+        model = patch_model(tiny_model(family_named(name)), 2.0, 0.5, key_index="always", tail="mean")
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(ids, past_key_values=cache)
+        kept[name] = set(cache.layers[0].nc_indexes)
+    assert kept == {"llama": {"codes", "means"}, "diffllama": {"codes"}}  # its values differ between its two runs
+
+
+def test_what_stays_dense_is_said_in_the_log_and_in_the_statistics(caplog):
+    nc_patch.support._say_once.cache_clear()
+    model = patch_model(tiny_model(family_named("phi4_multimodal")), 2.0, 0.5)
+    parts = {part["kind"]: part for part in nc_stats(model)["left_dense"]}
+    assert parts["Phi4MultimodalVisionAttention"]["reason"] == "is not of the text decoder"
+    assert all("img_processor" in name for name in parts["Phi4MultimodalVisionAttention"]["names"])
+    assert all(
+        "layers" in layer["name"] and "img_processor" not in layer["name"] for layer in nc_stats(model)["layers"]
+    )
+    assert "Phi4MultimodalForCausalLM: left as it was: 3 x Phi4MultimodalVisionAttention" in caplog.text
+    model = patch_model(tiny_model(family_named("qwen3_next")), 2.0, 0.5)
+    (part,) = nc_stats(model)["left_dense"]
+    assert (part["kind"], part["names"]) == ("linear_attention layer", ("layer 0", "layer 1"))
+
+
+def test_cross_attention_runs_dense_beside_patched_self_attention():
+    model, ids = tiny_model(family_named("bart")), torch.randint(2, 90, (2, 30))
+    states, padding = torch.randn(2, 17, 64), torch.ones(2, 17, dtype=torch.long)
+    padding[1, 11:] = 0
+    run = lambda: model(ids, encoder_hidden_states=states, encoder_attention_mask=padding).logits  # noqa: E731
+    with torch.inference_mode():
+        dense = run()
+        torch.testing.assert_close(
+            patch_model(model, 500.0, 0.0)(ids, encoder_hidden_states=states, encoder_attention_mask=padding).logits,
+            dense,
+            atol=2e-5,
+            rtol=0,
+        )
+        assert not torch.allclose(patch_model(model, 1.0, 0.5, sink_keys=1) and run(), dense, atol=1e-3)
+        assert torch.equal(unpatch_model(model) and run(), dense)
+
+
+def test_an_encoder_is_refused_and_works_once_it_is_a_decoder():
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    with pytest.raises(UnsupportedModelError, match=r"no causal attention.*is_decoder"):
+        patch_model(BertLMHeadModel(BertConfig(**sizes)), 1.0, 0.5)
+    model = BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).eval()
+    ids = torch.randint(2, 50, (1, 20))
+    with torch.inference_mode():
+        dense = model(ids).logits
+        torch.testing.assert_close(patch_model(model, 500.0, 0.0)(ids).logits, dense, atol=2e-5, rtol=0)
+
+
+def test_a_patched_module_refuses_a_bidirectional_mask():
+    model, ids = patch_model(tiny_model(family_named("llama")), 2.0, 0.5), torch.randint(2, 90, (1, 12))
+    model.config.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention asks for attention that is not causal"):
+        model(ids)
+    mask = interval_mask(1, 12, 12, mask_function=masking_utils.bidirectional_mask_function)
+    tensors = [torch.randn(1, heads, 12, 16) for heads in (4, 2, 2)]
+    with pytest.raises(UnsupportedMaskError, match="LlamaAttention got a bidirectional mask"):
+        nc_patch.attention.nc_attention_forward(model.model.layers[0].self_attn, *tensors, mask)
+
+
+def test_image_blocks_that_attend_each_other_both_ways_are_refused_and_text_alone_is_not():
+    model, ids = tiny_model(family_named("gemma3 Gemma3ForConditionalGeneration")), torch.randint(2, 90, (1, 20))
+    patch_model(model, 2.0, 0.5)
+    kinds = torch.zeros_like(ids)
+    assert bool(model(ids).logits.isfinite().all())
+    kinds[:, 4:9] = 1
+    with pytest.raises(UnsupportedMaskError, match="or_mask"):
+        model(ids, token_type_ids=kinds)

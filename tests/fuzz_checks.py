@@ -1,0 +1,388 @@
+"""One fuzz case: a call of ``sparse_attention`` from a seed, held against the float64 reference row by row.
+
+A row agrees if its output, log-sum-exp, kept mass and number of keys are the reference's to the rounding of float32
+arithmetic on scores of that size. Where values are free, two scores may lie closer than rounding: a row also agrees if
+it equals the reference of inputs that differ from the given ones by that much.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fuzz_inputs import Inputs, random_inputs
+
+from nc_patch import AttentionResult, KeyIndex, NCConfig, sparse_attention
+from nc_patch.budget import budget_of
+from nc_patch.config import BLOCK_SIZES, ESTIMATORS, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
+from nc_patch.ops.reference import causal_intervals, reference_attention, visible_mask
+
+# How often each kind is drawn in a thousand cases.
+KINDS = {"moderate": 350, "extreme": 150, "broken": 150, "decode": 200, "gradient": 50, "refused": 100}
+_EPS = 2.0**-24
+_PERTURBED = 16
+_SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+
+
+@dataclass
+class Call:
+    """A call of ``sparse_attention``: its inputs and options, and the names of what an index is built for."""
+
+    inputs: Inputs
+    options: dict[str, Any]
+    index: str | None = None
+    means: bool = False
+
+    def run(self, **more: Any) -> Any:
+        """The call; ``more`` are further arguments."""
+        i = self.inputs
+        given = {"visible": i.visible, "origin": i.origin, "sinks": i.sinks, "scale": i.scale, "softcap": i.softcap}
+        return sparse_attention(i.query, i.key, i.value, **given, **self.options, **self.indexes(), **more)
+
+    def indexes(self) -> dict[str, KeyIndex]:
+        """The indexes of the keys, built or extended in pieces."""
+        return {
+            name: self._built(kind)
+            for name, kind in (("index", self.index), ("means", "means" if self.means else None))
+            if kind is not None
+        }
+
+    def _built(self, kind: str) -> KeyIndex:
+        key, value = self.inputs.key, self.inputs.value
+        B, Lk = key.shape[0], key.shape[2]
+        start = torch.zeros(B, dtype=torch.int32) if self.inputs.origin is None else self.inputs.origin[:, -1]
+        options = {"start": start.clamp(min=0), "block_size": self.options.get("block_size", 32)}
+        first = Lk // 2 if kind != "codes" else Lk  # codes depend on the first keys, in their tightness
+        end = torch.full((B,), first, dtype=torch.int32)
+        piece = key[:, :, :first], value[:, :, :first]
+        index = KeyIndex.build(piece[0], kind, value=piece[1], end=end, capacity=max(first, 1), **options)
+        if first < Lk:
+            index.extend(key, Lk - first, torch.full((B,), Lk, dtype=torch.int32), value)
+        return index
+
+
+def random_call(kind: str, seed: int) -> Call:
+    """The call of a kind that a seed stands for; not for ``"refused"``."""
+    rng = random.Random(f"{kind} {seed}")
+    selection = rng.choice(("topk", "topk", "topk", "window", "block", "dense"))
+    if kind == "decode":
+        return _decode_call(rng)
+    sizes = {"queries": 60, "longest": 60} if kind == "gradient" else {}
+    if selection == "block":
+        sizes = {"queries": 260, "longest": 260}
+    inputs = random_inputs(rng, values="moderate" if kind == "gradient" else kind, **sizes)
+    return Call(inputs, random_options(rng, inputs, selection))
+
+
+def _decode_call(rng: random.Random) -> Call:
+    selection = rng.choice(("topk", "topk", "block"))
+    while True:
+        values = rng.choice(("moderate", "moderate", "extreme", "broken"))
+        inputs = random_inputs(rng, values=values, queries=rng.choice((1, 1, 3, 32)), longest=200)
+        one_origin = inputs.origin is None or bool((inputs.origin == inputs.origin[:, :1]).all())
+        # An index is of one sequence a row, which begins among its keys.
+        if one_origin and inputs.shape[3] and (inputs.origin is None or bool((inputs.origin >= 0).all())):
+            # Pages are chosen by the squares of the queries' elements, which float32 must hold.
+            sizes = inputs.query.double().abs()[inputs.query != 0] * (inputs.scale or 1.0)
+            if selection == "topk" or values != "extreme" or bool(((sizes > 2.0**-60) & (sizes < 2.0**60)).all()):
+                break
+    call = Call(inputs, random_options(rng, inputs, selection))
+    call.index = {"topk": "codes", "block": "pages"}[selection]
+    if call.options.get("tail") == "mean":
+        call.means = rng.random() < 0.7
+        if rng.random() < 0.3:
+            call.index = None
+    return call
+
+
+def random_options(rng: random.Random, inputs: Inputs, selection: str) -> dict[str, Any]:
+    """Options of a call with a selection."""
+    _, Hq, _, _, _ = inputs.shape
+    alpha = lambda: rng.choice((0.1, 1.0, 2.0, 4.0, 1e-30, 1e30, rng.uniform(0.1, 9.0)))  # noqa: E731
+    exponent = lambda: rng.choice((0.0, 0.5, 1.0, rng.random()))  # noqa: E731
+    per_head = Hq > 0 and rng.random() < 0.3
+    options: dict[str, Any] = {
+        "selection": selection,
+        "alpha": [alpha() for _ in range(Hq)] if per_head else alpha(),
+        "C": [exponent() for _ in range(Hq)] if per_head and rng.random() < 0.5 else exponent(),
+        "min_keys": rng.choice((1, 1, 1, rng.randint(1, 40), 10**9)),
+        "sink_keys": rng.choice((4, 0, rng.randint(0, 20), 10**6)),
+        "recent_keys": rng.choice((1, 0, rng.randint(0, 20), 10**6)),
+        "backend": "torch",
+    }
+    if selection == "block":
+        options |= {
+            "block_size": rng.choice(BLOCK_SIZES),
+            "query_block_size": rng.choice(QUERY_BLOCK_SIZES),
+            "sample_stride": rng.choice(SAMPLE_STRIDES[:3]),
+            "min_mass": rng.choice((None, None, 0.5, 0.9)),
+            "max_factor": rng.choice((1.0, 4.0, 1e300)),
+        }
+        if rng.random() < 0.1:
+            options["estimator"] = rng.choice(ESTIMATORS[1:])
+    elif selection == "topk":
+        options["tail"] = rng.choice(("drop", "drop", "mean"))
+    return options
+
+
+def check(kind: str, seed: int) -> str | None:
+    """Runs one case; what is wrong with it, or None."""
+    if kind == "refused":
+        from fuzz_refusals import check_refused
+
+        return check_refused(seed)
+    return check_call(random_call(kind, seed), f"{kind} {seed}", gradient=kind == "gradient")
+
+
+def check_call(call: Call, name: str, *, gradient: bool = False) -> str | None:
+    """Runs one call and holds it against the reference; what is wrong with it, or None."""
+    before = [_bits(t) for t in (call.inputs.query, call.inputs.key, call.inputs.value)]
+    said = _check_gradient(call) if gradient else _check_forward(call)
+    if said is None and not all(
+        torch.equal(old, _bits(t))
+        for old, t in zip(before, (call.inputs.query, call.inputs.key, call.inputs.value), strict=True)
+    ):
+        said = "an input was written to"
+    return None if said is None else f"{name}: {said}; {call.options} {call.inputs.described}"
+
+
+def _check_forward(call: Call) -> str | None:
+    if call.index == "codes":
+        result = call.run(return_kept_mass="bounds")
+        alone = call.run()
+    elif call.options["selection"] == "topk" and call.means:
+        result = call.run(return_stats=True)
+        alone = call.run()
+    else:
+        result, alone = call.run(return_stats=True), call.run()
+    B, Hq, _, Lq, _ = call.inputs.shape
+    expected_shape = (B, Hq, Lq, call.inputs.value.shape[3])
+    for output in (result.output, alone):
+        if output.shape != expected_shape or output.dtype != call.inputs.query.dtype:
+            return f"output is {output.dtype} {tuple(output.shape)}, not {expected_shape}"
+    if not result.output.numel():
+        return None
+    if call.options.get("estimator", "sampled") != "sampled" and not _is_dense(call):
+        # No reference chooses as they do: only that nothing but averages of values comes out.
+        return _outside_of_values(call, result.output) or _outside_of_values(call, alone)
+    wrong = _disagreements(call, result, alone)
+    return None if wrong is None else wrong
+
+
+def _disagreements(call: Call, result: AttentionResult, alone: torch.Tensor) -> str | None:
+    left: torch.Tensor | None = None
+    first = ""
+    for expected in _references(call):
+        said, rows = _compare(call, result, alone, expected)
+        left = rows if left is None else left & rows
+        first = first or said
+        if not bool(left.any()):
+            return None
+        if call.inputs.exact and call.options["selection"] != "block":
+            break
+    assert left is not None
+    return f"{int(left.sum())} rows disagree, first {left.nonzero()[0].tolist()}: {first}"
+
+
+def _references(call: Call) -> Iterator[AttentionResult]:
+    """The reference of the inputs, then of some that differ from them by rounding."""
+    i, o = call.inputs, call.options
+    B, Hq, _, Lq, Lk = i.shape
+    visible = causal_intervals(B, Lq, Lk, "cpu") if i.visible is None else i.visible
+    origin = visible[..., 0] if i.origin is None else i.origin
+    selection = o["selection"]
+    if call.index == "pages":
+        selection = "pages"
+        start = torch.zeros(B, dtype=torch.int32) if i.origin is None else i.origin[:, -1].clamp(min=0)
+        origin = start[:, None].expand(B, Lq)
+    if _is_dense(call):
+        selection = "dense"
+    per_head = [v if isinstance(v, list) else [v] * Hq for v in (o["alpha"], o["C"])]
+    lengths = (visible[..., 1] - visible[..., 0]).tolist()
+    budget = torch.tensor(
+        [
+            [[budget_of(n, alpha, C, o["min_keys"]) for n in rows] for alpha, C in zip(*per_head, strict=True)]
+            for rows in lengths
+        ],
+        dtype=torch.int32,
+    ).view(B, Hq, Lq)
+    settings = {
+        "visible": visible, "origin": origin, "budget": budget, "selection": selection, "softcap": i.softcap,
+        "scale": i.query.shape[-1] ** -0.5 if i.scale is None else i.scale, "sinks": i.sinks,
+        "sink_keys": o["sink_keys"], "recent_keys": o["recent_keys"], "tail": o.get("tail") == "mean",
+        "block_size": o.get("block_size", 32), "query_block_size": o.get("query_block_size", 64),
+        "sample_stride": o.get("sample_stride", 16), "min_mass": o.get("min_mass") or 0.0,
+        "max_factor": o.get("max_factor", 4.0),
+    }  # fmt: skip
+    yield reference_attention(i.query, i.key, i.value, **settings)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(_PERTURBED):
+        noisy = [t.double() * (1 + 4e-7 * torch.randn(t.shape, generator=g)) for t in (i.query, i.key)]
+        # So is the mass that blocks are found to keep, where they stop at one.
+        settings["min_mass"] = (o.get("min_mass") or 0.0) * (1 + 2e-6 * float(torch.randn(1, generator=g)))
+        yield reference_attention(*noisy, i.value, **settings)
+
+
+def _is_dense(call: Call) -> bool:
+    """Whether the call attends every key whatever its selection."""
+    o = call.options
+    return o["selection"] == "dense" or NCConfig([o["alpha"]], [o["C"]]).is_dense(0)
+
+
+def _compare(
+    call: Call, result: AttentionResult, alone: torch.Tensor, expected: AttentionResult
+) -> tuple[str, torch.Tensor]:
+    """What differs, and in which rows, bool ``[B, Hq, Lq]``."""
+    said, wrong = "", torch.zeros(expected.output.shape[:3], dtype=torch.bool)
+    relative, absolute = _tolerances(call)
+    may_break = _sees_nan(call)[..., None]
+    pairs = [("output", result.output, expected.output), ("output without statistics", alone, expected.output)]
+    for name, found, wanted in pairs:
+        # A weight that float32 cannot tell from zero does not show what the key's value holds.
+        faint = wanted.isnan() & found.isfinite() & (relative[..., None] > 24 * _EPS * 40)
+        bad = ~(_close(found.double(), wanted, absolute[..., None]) | (found.isnan() & may_break) | faint).all(-1)
+        said, wrong = said or _describe(name, bad, found, wanted), wrong | bad
+    for name, of_logs in (("lse", True), ("kept_mass", False)):
+        found = getattr(result, name)
+        if found is None:
+            continue
+        wanted = getattr(expected, name)
+        allowed = 1e-5 + relative * (1.0 if of_logs else 2.0)
+        bad = ~_close(found.double(), wanted, allowed + 1e-6 * wanted.abs().nan_to_num(0, 0, 0))
+        # Of a row that is not a number, these may be none either.
+        bad &= (wanted.isfinite() | found.isfinite()) & ~(found.isnan() & may_break[..., 0])
+        # Of logits that rounding may move by more than one, the mass means nothing.
+        bad &= of_logs | (relative < 0.1)
+        said, wrong = said or _describe(name, bad, found, wanted), wrong | bad
+    if result.kept_mass_bounds is not None:
+        lower, upper = result.kept_mass_bounds.double().unbind(-1)
+        mass = expected.kept_mass
+        bad = ~((lower <= mass + 1e-12) & (mass <= upper + 1e-12) | mass.isnan())
+        said, wrong = said or _describe("kept_mass_bounds", bad, lower, mass), wrong | bad
+    if result.attended is not None:
+        bad = result.attended != expected.attended
+        said, wrong = said or _describe("attended", bad, result.attended, expected.attended), wrong | bad
+    return said, wrong
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    return same | ((found - wanted).abs() <= allowed)
+
+
+def _describe(name: str, bad: torch.Tensor, found: torch.Tensor, wanted: torch.Tensor) -> str:
+    if not bool(bad.any()):
+        return ""
+    place = tuple(bad.nonzero()[0].tolist())
+    return f"{name} at {place} is {_short(found[place])}, not {_short(wanted[place])}"
+
+
+def _short(values: torch.Tensor) -> Any:
+    return [round(v, 6) if math.isfinite(v) and abs(v) > 1e-6 else v for v in values.flatten()[:6].tolist()]
+
+
+def _tolerances(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rounding may move logits by, and outputs, float64 ``[B, Hq, Lq]`` each."""
+    i = call.inputs
+    group = i.query.shape[1] // i.key.shape[1]
+    finite = lambda t: t.double().nan_to_num(0.0, 0.0, 0.0)  # noqa: E731
+    norms = finite(i.key).norm(dim=-1)
+    longest = (norms.amax(-1) if norms.shape[-1] else norms.sum(-1)).repeat_interleave(group, 1)
+    logits = finite(i.query).norm(dim=-1) * longest[..., None]
+    logits = logits * (i.query.shape[-1] ** -0.5 if i.scale is None else i.scale)
+    sinks = 0.0 if i.sinks is None else float(i.sinks.abs().max())
+    relative = 24 * _EPS * (logits + (i.softcap or 0.0) + sinks + 1)
+    if call.options.get("tail") == "mean":
+        # Means are rounded to the dtype of the keys.
+        scale = i.query.shape[-1] ** -0.5 if i.scale is None else i.scale
+        coarsest = scale * finite(i.query).abs().sum(-1) * (16 * _SMALLEST[i.query.dtype])
+        half = 0.0 if i.query.dtype == torch.float32 else torch.finfo(i.query.dtype).eps
+        relative = relative + 2 * half * (logits + 1) + coarsest
+    of_weights = relative
+    if i.exact and call.options.get("tail") != "mean":
+        # Equal scores stay equal and others are far apart, however large they are.
+        of_weights = relative.clamp(max=1e-3)
+    sizes = finite(i.value).abs().flatten(2)
+    largest = (sizes.amax(-1) if sizes.shape[-1] else sizes.sum(-1)).repeat_interleave(group, 1)[..., None]
+    rounding = 2 * torch.finfo(i.query.dtype).eps
+    # Of values near the smallest number there is, every one of a sum is rounded.
+    smallest = _SMALLEST[i.query.dtype] + _SMALLEST[torch.float32] * (16 + i.key.shape[2])
+    smallest += 16 * _SMALLEST[i.query.dtype] * (call.options.get("tail") == "mean")
+    return relative, largest * (1e-5 + rounding + 2 * of_weights) + smallest
+
+
+def _sees_nan(call: Call) -> torch.Tensor:
+    """Rows that see a score which is not a number, bool ``[B, Hq, Lq]``.
+
+    It counts as the highest, and whether one that is infinite and soft-capped goes before it is left open.
+    """
+    i = call.inputs
+    B, _, _, Lq, Lk = i.shape
+    scores = i.query.double() @ i.key.double().repeat_interleave(i.query.shape[1] // i.key.shape[1], 1).transpose(2, 3)
+    visible = causal_intervals(B, Lq, Lk, "cpu") if i.visible is None else i.visible
+    nothing = not i.softcap or call.options["selection"] != "topk"
+    return (scores.isnan() & visible_mask(visible, Lk) & (not nothing)).any(-1)
+
+
+def _outside_of_values(call: Call, output: torch.Tensor) -> str | None:
+    i = call.inputs
+    group = i.query.shape[1] // i.key.shape[1]
+    value = i.value.double().repeat_interleave(group, 1)
+    if not bool(value.isfinite().all()) or not bool(i.key.isfinite().all()) or not bool(i.query.isfinite().all()):
+        return None
+    largest = value.abs().amax((2, 3)) if value.numel() else value.new_zeros(value.shape[:2])
+    beyond = output.double().abs().amax((2, 3)) > largest * (1 + 1e-5 + 2 * torch.finfo(output.dtype).eps) + 1e-30
+    return "the output is no average of values" if bool(beyond.any()) or not bool(output.isfinite().all()) else None
+
+
+def _check_gradient(call: Call) -> str | None:
+    if call.options.get("estimator", "sampled") != "sampled":
+        call.options.pop("estimator")
+    i = call.inputs
+    tensors = [i.query, i.key, i.value] + ([] if i.sinks is None else [i.sinks])
+    grads = []
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    names = ("query", "key", "value", "sinks")
+    for name, leaf in zip(names, leaves, strict=False):
+        setattr(i, name, leaf)
+    output = call.run()
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    if output.numel():
+        (output.double() * weight).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    for name, tensor in zip(names, tensors, strict=False):
+        setattr(i, name, tensor)
+    if not output.numel():
+        return None
+    found = grads[0]
+    closest = math.inf
+    said = ""
+    original = (i.query, i.key, i.value, i.sinks)
+    i.query, i.key, i.value = doubles[:3]
+    i.sinks = doubles[3] if len(doubles) > 3 else None
+    for expected in _references(call):
+        wanted = torch.autograd.grad((expected.output * weight).sum(), doubles, allow_unused=True)
+        worst = 0.0
+        for name, f, w in zip(names, found, wanted, strict=False):
+            if f is None or f.shape != doubles[names.index(name)].shape:
+                return f"no gradient of {name}"
+            w = torch.zeros_like(doubles[names.index(name)]) if w is None else w
+            # Against the largest of all: where the gradient cancels only rounding is left of it.
+            size = max(float(x.norm()) for x in wanted if x is not None) + 1e-6
+            error = float((f.double() - w).norm()) / size
+            if not error < (1e-3 if original[0].dtype == torch.float32 else 5e-2):
+                worst = max(worst, error) if math.isfinite(error) else math.inf
+                said = said or f"the gradient of {name} is off by {error:.3g}"
+        closest = min(closest, worst)
+        if worst == 0.0:
+            break
+    i.query, i.key, i.value, i.sinks = original
+    return said if closest > 0.0 else None
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that compares NaN as equal to itself."""
+    return tensor.detach().clone().contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)

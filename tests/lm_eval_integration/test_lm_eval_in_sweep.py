@@ -1,0 +1,67 @@
+"""lm-eval's tasks within ``nc-patch eval``: its evaluator in process, for every method, document by document."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+
+from eval_tasks.store import read_rows
+from nc_patch.cli import main
+
+
+def arguments(model: Path, out: Path, *further: str) -> list[str]:
+    settings = ["--lengths", "512", "1024", "--samples", "2", "--device", "cpu", "--answer-tokens", "4"]
+    return ["eval", "--model", str(model), "--out", str(out), *settings, *further]
+
+
+def test_lm_evals_evaluator_scores_each_document_for_every_method(
+    long_model_dir: Path, tmp_path: Path, run_tasks: Callable[..., dict[str, Any]]
+) -> None:
+    out = tmp_path / "out"
+    chosen = ["--methods", "dense", "nc-topk", "--tasks", "lm-eval:nc_passkey"]
+    assert main(arguments(long_model_dir, out, *chosen)) == 0
+    rows = read_rows(out)
+    cells = {(row["length"], row["sample"], row["method"]) for row in rows}
+    assert cells == {(n, i, method) for n in (512, 1024) for i in (0, 1) for method in ("dense", "nc-topk")}
+    assert {row["metric"] for row in rows} == {"string_match_512", "string_match_1024"}
+    assert all(row["attended_fraction"] == 1.0 for row in rows if row["method"] == "dense")
+    assert all(0 < row["attended_fraction"] < 0.5 for row in rows if row["method"] == "nc-topk")
+    metadata = {"lengths": [512], "samples": 2}
+    whole = run_tasks(["nc_passkey"], metadata=metadata, log_samples=True)["samples"]["nc_passkey"]
+    said = {row["sample"]: row["said"] for row in rows if (row["length"], row["method"]) == (512, "dense")}
+    assert said == {sample["doc"]["sample"]: sample["filtered_resps"][0][:400] for sample in whole}
+    before = (out / "results.jsonl").read_bytes()
+    assert main(arguments(long_model_dir, out, *chosen)) == 0
+    assert (out / "results.jsonl").read_bytes() == before
+    assert json.loads((out / "run.json").read_text())["identity"]["tasks"] == ["lm-eval:nc_passkey"]
+    assert "lm-eval:nc_passkey" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_group_stands_for_its_members(long_model_dir: Path, tmp_path: Path) -> None:
+    further = ["--methods", "dense", "--tasks", "lm-eval:nc_babi", "--samples", "1", "--lengths", "600"]
+    assert main([*arguments(long_model_dir, tmp_path / "out")[:5], "--device", "cpu", *further]) == 0
+    assert {row["task"] for row in read_rows(tmp_path / "out")} == {f"lm-eval:nc_babi_qa{i}" for i in range(1, 6)}
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        pytest.param(  # indexing all of lm-eval's tasks takes some ten seconds
+            ["--tasks", "lm-eval:nc_passkeys"],
+            "lm-eval knows no task or group 'nc_passkeys'",
+            marks=pytest.mark.wide,
+        ),
+        (["--tasks", "lm-eval:nc_passkey", "--phase", "decode"], "lm-eval's own evaluator knows no phases"),
+        (["--tasks", "lm-eval:nc_recall"], "a sweep takes tasks with a score in [0, 1]"),
+        (["--tasks", "passkeys"], "unknown task 'passkeys'; allowed are recall"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_line(
+    long_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], further: list[str], message: str
+) -> None:
+    assert main(arguments(long_model_dir, tmp_path / "out", "--methods", "dense", *further)) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""A made-up profile whose heads need very different numbers of keys, and the measured one of a tiny model."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from tiny_models import random_ids, tiny_model
+
+from nc_patch import Profile, calibrate
+from nc_patch.curves import key_grid
+from nc_patch.profile import Fit
+
+LENGTHS = (128, 256, 512, 1024)
+
+
+def made_up_profile(layers: int = 3, heads: int = 4, windows: Sequence[int] = (0, 0, 0), seed: int = 0) -> Profile:
+    """Head (m, h) needs ``scale * n^C`` keys, with a scale and a C of its own; cost is sensitivity times error."""
+    generator = np.random.default_rng(seed)
+    C = np.linspace(0.1, 0.9, layers * heads).reshape(layers, heads)
+    scale = np.exp(generator.uniform(0.5, 2.0, (layers, heads)))
+    keys = np.array(key_grid(LENGTHS[-1]), dtype=float)
+    visible = np.array([[min(n, window or n) for window in windows] for n in LENGTHS], dtype=float)
+    needed = scale * visible[..., None] ** C
+    error = np.exp(-keys / needed[..., None])
+    fits = []
+    for eps in (0.05, 0.2):
+        support = np.clip(-np.log(eps) * needed, 1, visible[..., None])
+        alpha = -np.log(eps) * scale
+        half = np.full(C.shape, 0.1)
+        fits.append(
+            Fit(
+                eps, alpha, alpha / 2, alpha * 2, C, np.clip(C - half, 0, 1), np.clip(C + half, 0, 1),
+                np.ones(C.shape), half, support,
+            )
+        )  # fmt: skip
+    return Profile(
+        model="made-up",
+        model_class="LlamaForCausalLM",
+        fingerprint="0" * 16,
+        texts="0" * 64,
+        pieces=3,
+        lengths=LENGTHS,
+        visible=visible,
+        windows=tuple(windows),
+        keys=tuple(int(k) for k in keys),
+        kept=1 - error,
+        error=error,
+        sensitivity=np.exp(generator.uniform(-2.0, 2.0, C.shape)),
+        fits=tuple(fits),
+        alpha=np.ones(C.shape),
+        C=np.ones(C.shape),
+        aim="dense",
+    )
+
+
+@lru_cache(maxsize=1)
+def measured_profile() -> Profile:
+    """The profile of the tiny Llama, of two pieces of random tokens."""
+    text = random_ids(800).tolist()
+    return calibrate(tiny_model("llama"), None, [text], (32, 64, 128, 256), pieces=2, rows=6, progress=False)

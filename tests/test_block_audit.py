@@ -1,0 +1,145 @@
+"""The audit of prefill by blocks: without bias, with an interval that holds the truth as often as it says."""
+
+import itertools
+
+import pytest
+import torch
+from test_torch_block import peaked
+
+from nc_patch import NCConfig
+from nc_patch.functional import attend, budgets_of
+from nc_patch.mass_counts import MassCounts, _t_quantile
+from nc_patch.ops.block_audit import AUDIT_COLUMNS, audited_rows
+from nc_patch.ops.reference import AttentionResult, causal_intervals
+
+N = 600
+
+
+def intervals(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``visible`` and ``origin`` of two sequences of a batch."""
+    visible = causal_intervals(2, N, N, "cpu").clone()
+    if kind == "padded":
+        visible[1, :150, 1] = 150
+        visible[1, :, 0] = 150
+    elif kind == "packed":
+        visible[1, 250:, 0] = 250
+    origin = visible[..., 0].clone()
+    if kind == "sliding":
+        visible[..., 0] = (visible[..., 1] - 200).clamp(min=0)
+    return visible, origin
+
+
+def attended(tensors, kind: str, seed: int, **options) -> AttentionResult:
+    query, key, value = tensors
+    visible, origin = intervals(kind)
+    config = NCConfig(4.0, 0.5, prefill="block", block_size=16, **options)
+    return attend(
+        *(query, key, value),
+        visible=visible,
+        origin=origin,
+        budget=budgets_of(config, 0, visible, N),
+        selection="block",
+        config=config,
+        scale=0.25,
+        want_stats=True,
+        audit_seed=seed,
+    )
+
+
+def truth(result: AttentionResult, kind: str) -> torch.Tensor:
+    """The true mean kept mass of each head's rows, and of all."""
+    visible, _ = intervals(kind)
+    seen = (visible[..., 1] > visible[..., 0])[:, None].expand(result.kept_mass.shape)
+    by_head = (result.kept_mass.double() * seen).sum((0, 2)) / seen.sum((0, 2))
+    return torch.cat((by_head, by_head.mean()[None]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("plain", {}),
+        ("padded", {"min_mass": 0.7}),
+        ("packed", {"query_block_size": 128, "sample_stride": 64}),
+        ("sliding", {}),
+        ("plain", {"estimator": "pooled"}),
+    ],
+    ids=str,
+)
+def test_the_audit_is_unbiased_where_the_rows_that_chose_are_not(kind, options):
+    tensors = peaked(11, 2, N)
+    results = [attended(tensors, kind, seed, **options) for seed in range(60)]
+    true = truth(results[0], kind)
+    rows, kept, variance, freedom, audited = torch.stack([r.block_audit.double() for r in results]).unbind(-1)
+    means, errors = kept / rows, variance.sqrt() / rows
+    assert bool((audited == 2 * audited_rows(N)).all())
+    assert bool((freedom == audited - 2).all())
+    of_mean = means.std(0) / len(results) ** 0.5
+    assert bool(((means.mean(0) - true).abs() < 4 * of_mean).all()), (means.mean(0), true, of_mean)
+    # What it says of its own spread is what its spread is.
+    assert bool((errors.mean(0) / means.std(0) > 0.7).all())
+    assert bool((errors.mean(0) / means.std(0) < 1.5).all())
+    sampled = results[0].block_estimate.double()
+    if "estimator" not in options:
+        assert bool((sampled[:, 1] / sampled[:, 0] > true[:-1]).all()), "the rows that choose keep more"
+
+
+def test_its_interval_holds_the_truth():
+    held, count = 0, 0
+    for case, kind in itertools.product(range(12), ("plain", "padded", "packed", "sliding")):
+        tensors = peaked(100 + case, 2, N, Hq=(2, 4, 6)[case % 3])
+        result = attended(tensors, kind, seed=case)
+        counts = MassCounts()
+        counts.add_audit(result.block_audit, None)
+        found, true = counts.summary(), truth(result, kind)
+        lower, upper = (torch.tensor([*found[f"{edge}_by_head"], found[edge]]) for edge in ("lower", "upper"))
+        held += int(((lower <= true) & (true <= upper)).sum())
+        count += len(true)
+    assert count == 48 * 5
+    assert held / count >= 0.88, held / count  # 95 % is what it says
+
+
+def test_calls_add_up_to_a_narrower_interval():
+    tensors = peaked(5, 2, N)
+    counts, widths = MassCounts(), []
+    for seed in range(16):
+        counts.add_audit(attended(tensors, "plain", seed).block_audit, None)
+        found = counts.summary()
+        widths.append(found["upper"] - found["lower"])
+    assert widths[-1] < 0.4 * widths[0]
+    assert found["rows"] == 16 * 2 * N * 4
+    assert found["audited_rows"] == 16 * 2 * audited_rows(N) * 4
+    assert not found["certified"]
+    assert found["least"] is None
+
+
+def test_a_draw_follows_its_seed_and_leaves_the_global_random_state_alone():
+    tensors = peaked(6, 2, N)
+    state = torch.get_rng_state()
+    first, again, other = (attended(tensors, "plain", seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.block_audit, again.block_audit)
+    assert not torch.equal(first.block_audit, other.block_audit)
+    assert torch.equal(first.output, other.output)
+
+
+def test_sequences_shorter_than_the_audit_and_empty_ones():
+    query, key, value = (t[:, :, :3] for t in peaked(7, 2, 40))
+    visible = causal_intervals(2, 3, 3, "cpu").clone()
+    visible[1] = 0
+    config = NCConfig(1.0, 0.0, prefill="block", block_size=16)
+    arguments = {"origin": visible[..., 0], "budget": budgets_of(config, 0, visible, 3), "selection": "block"}
+    for seen, rows in ((visible, 3), (torch.zeros_like(visible), 0)):
+        result = attend(query, key, value, visible=seen, config=config, scale=1.0, audit_seed=0, **arguments)
+        audit = dict(zip(AUDIT_COLUMNS, result.block_audit.T.tolist(), strict=True))
+        assert audit["rows"] == [rows] * 5
+        assert audit["kept_mass"] == pytest.approx([rows] * 5)
+        assert audit["variance"] == pytest.approx([0.0] * 5, abs=1e-8)
+
+
+def test_no_seed_no_audit():
+    assert attended(peaked(8, 2, N), "plain", -1).block_audit is None
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (6, 2.447), (30, 2.042), (10000, 1.960)])
+def test_quantiles_of_students_t(freedom, quantile):
+    assert _t_quantile(freedom) == pytest.approx(quantile, rel=0.01)

@@ -1,0 +1,399 @@
+"""Certificates of the kept mass hold the truth, and ``on_drop`` acts on them as it says."""
+
+import copy
+import logging
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from attention_cases import Case, random_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_torch_decode import KINDS, decode_case
+from tiny_models import random_ids, tiny_model
+from transformers import AttentionInterface
+
+from nc_patch import DroppedMassError, KeyIndex, NCConfig, nc_stats, patch_model, reset_stats, sparse_attention
+from nc_patch.attention import IMPLEMENTATION, nc_attention_forward
+from nc_patch.certificates import Call, certified_bounds, find_excess
+from nc_patch.functional import attend
+from nc_patch.ops.reference import AttentionResult, reference_attention, visible_mask
+from nc_patch.visibility import Visibility
+
+# How rows come to their keys: (selection, index, further settings).
+WAYS = {
+    "topk": ("topk", None, {"tail": "drop"}),
+    "topk with means": ("topk", None, {"tail": "mean"}),
+    "topk by codes": ("topk", "codes", {"tail": "drop"}),
+    "topk by codes, with means": ("topk", "codes", {"tail": "mean"}),
+    "topk by codes alone": ("topk", "codes", {"tail": "drop", "refine": False}),
+    "window": ("window", None, {}),
+    "block by pages": ("block", "pages", {}),
+}
+
+
+def run(case: Case, way: str, value: torch.Tensor) -> AttentionResult:
+    selection, kind, options = WAYS[way]
+    config = NCConfig(
+        1.0,
+        0.5,
+        decode=selection,
+        sink_keys=case.sink_keys,
+        recent_keys=case.recent_keys,
+        block_size=case.block_size,
+        backend="torch",
+        **options,
+    )
+    index = None
+    if kind is not None:
+        start, end = case.origin[:, -1].clamp(min=0), case.visible[..., 1].amax(-1)
+        index = KeyIndex.build(case.key, kind, start=start, end=end, block_size=case.block_size, backend="torch")
+    return attend(
+        *(case.query, case.key, value),
+        visible=case.visible,
+        origin=case.origin,
+        budget=case.budget,
+        selection=selection,
+        config=config,
+        scale=case.scale,
+        softcap=case.softcap or None,
+        sinks=case.sinks,
+        index=index,
+        max_budget=case.key.shape[2],
+        want_stats=kind != "codes",
+        want_bounds=kind == "codes",
+    )
+
+
+def call_of(case: Case) -> Call:
+    return Call(0, "decode", case.query, case.key, case.visible, case.origin, case.scale, case.softcap or None)
+
+
+def true_mass(case: Case, attended: torch.Tensor) -> torch.Tensor:
+    """The kept mass in float64 of the keys that are ``attended``, bool ``[B, Hq, Lq, Lk]``."""
+    group = case.query.shape[1] // case.key.shape[1]
+    scores = case.query.double() @ case.key.double().repeat_interleave(group, 1).transpose(-1, -2) * case.scale
+    scores = case.softcap * torch.tanh(scores / case.softcap) if case.softcap else scores
+    seen = visible_mask(case.visible, case.key.shape[2])
+    kept, whole = (torch.logsumexp(scores.masked_fill(~mask, -torch.inf), -1) for mask in (attended & seen, seen))
+    return torch.where(seen.any(-1), torch.exp(kept - whole), 1.0)
+
+
+def check_bounds(case: Case, way: str) -> torch.Tensor:
+    """Asserts that the bounds hold the truth; returns their width ``[B, Hq, Lq]``."""
+    length = case.key.shape[2]
+    # Under values of one key each, the output shows what is attended, whichever operation ran.
+    ones = torch.eye(length).expand(*case.key.shape[:2], length, length)
+    result = run(case, way, ones)
+    if "means" in way:
+        attended = reference_attention(
+            *(case.query, case.key, ones),
+            visible=case.visible,
+            budget=case.budget,
+            selection="topk",
+            scale=case.scale,
+            sink_keys=case.sink_keys,
+            recent_keys=case.recent_keys,
+        ).output
+    else:
+        attended = result.output
+    true = true_mass(case, attended > 0)
+    lower, upper = certified_bounds(result, call_of(case)).double().unbind(-1)
+    assert bool((lower <= true + 1e-12).all()), float((lower - true).max())
+    assert bool((true <= upper + 1e-12).all()), float((true - upper).max())
+    assert bool(((lower >= 0) & (upper <= 1)).all())
+    return upper - lower
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from(list(WAYS)), st.integers(0, len(KINDS) - 1))
+def test_bounds_hold_the_truth_while_decoding(seed, way, kind):
+    case = decode_case(seed)
+    case.key = KINDS[kind](case.key.clone())
+    check_bounds(case, way)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from([way for way, (_, index, _) in WAYS.items() if index is None]))
+def test_bounds_hold_the_truth_in_prefill_and_are_narrow(seed, way):
+    width = check_bounds(random_case(seed), way)
+    assert float(width.max()) < 1e-3
+
+
+def test_what_is_attended_whole_is_certain_to_be_whole():
+    case = random_case(4)
+    case.budget = (case.visible[..., 1] - case.visible[..., 0]).clamp(min=0)[:, None]
+    for way in ("topk", "window"):
+        bounds = certified_bounds(run(case, way, case.value), call_of(case))
+        assert bool((bounds == 1).all())
+
+
+def test_a_nan_is_never_certain_to_be_kept():
+    case = decode_case(12)
+    n = case.visible[..., 1] - case.visible[..., 0]
+    assert int(n.min()) > 8
+    case.budget = torch.full_like(n[:, None], 6)
+    case.key[:, :, int(case.visible[0, 0, 1]) - 4] = torch.nan
+    for way in ("topk", "topk by codes", "window"):
+        lower, upper = certified_bounds(run(case, way, case.value), call_of(case))[0].unbind(-1)
+        assert bool((lower == 0).all()), way
+        assert bool((upper == 1).all()), way
+
+
+def test_the_least_certain_row_is_found_with_its_place():
+    bounds = torch.full((2, 3, 4, 2), 0.95)
+    visible = torch.tensor([[[0, 5], [0, 6], [0, 7], [0, 8]], [[3, 3], [3, 6], [3, 7], [3, 8]]], dtype=torch.int32)
+    origin = visible[..., 0]
+    assert find_excess(bounds, visible, origin, 0.9) is None
+    bounds[1, 2, 0] = 0.1  # a query that sees nothing
+    assert find_excess(bounds, visible, origin, 0.9) is None
+    bounds[1, 2, 3, 0], bounds[0, 1, 1, 0] = 0.25, 0.5
+    assert find_excess(bounds, visible, origin, 0.9) == (2, 1, 4, 0.25)
+
+
+class Spied:
+    """Every call of attention: what went in and what came out, and what the float64 definition says of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def __call__(self, module, query, key, value, mask, **options):
+        output, weights = nc_attention_forward(module, query, key, value, mask, **options)
+        # A static cache is written to again.
+        self.calls.append((module.layer_idx, query, key.clone(), value.clone(), mask, options, output))
+        return output, weights
+
+
+@contextmanager
+def spied() -> Iterator[Spied]:
+    spy = Spied()
+    AttentionInterface.register(IMPLEMENTATION, spy)
+    try:
+        yield spy
+    finally:
+        AttentionInterface.register(IMPLEMENTATION, nc_attention_forward)
+
+
+def masses_and_outputs(call, selection: str, config: NCConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(kept mass of the sparse rows, dense output, output that the call returned), in float64."""
+    _, query, key, value, mask, options, output = call
+    visible, origin = Visibility.unpack(mask)
+    visible, origin = visible.expand(len(query), -1, -1), origin.expand(len(query), -1)
+    n = (visible[..., 1] - visible[..., 0])[:, None]
+    common = {
+        "visible": visible,
+        "scale": options["scaling"],
+        "softcap": options.get("softcap"),
+        "sinks": options.get("s_aux"),
+    }
+    sparse = reference_attention(
+        *(query, key, value),
+        budget=config.budget(n),
+        selection=selection,
+        sink_keys=config.sink_keys,
+        recent_keys=config.recent_keys,
+        origin=origin,
+        block_size=config.block_size,
+        **common,
+    )
+    dense = reference_attention(query, key, value, budget=n, selection="dense", **common)
+    return sparse.kept_mass, dense.output, output.transpose(1, 2).double()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("family", "options", "selections"),
+    [
+        ("llama", {"key_index": "always", "tail": "mean"}, ("topk", "topk")),
+        ("llama", {"tail": "drop", "key_index": "never"}, ("topk", "topk")),
+        ("gemma2", {"selection": "window"}, ("window", "window")),
+        ("gpt_oss", {"key_index": "always", "tail": "drop"}, ("topk", "topk")),
+        ("llama", {"prefill": "topk", "decode": "block", "block_size": 16}, ("topk", "pages")),
+    ],
+    ids=str,
+)
+def test_dense_never_returns_a_row_that_keeps_too_little(family, options, selections, cache):
+    model, ids, padding = tiny_model(family), random_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    padding[0, :9] = 0
+    short = random_ids(1, 6)
+    redone, kept = 0, 0
+    for max_dropped_mass in (0.35, 0.6):
+        patch_model(model, 1.5, 0.6, on_drop="dense", max_dropped_mass=max_dropped_mass, **options)
+        config = NCConfig.create(1.5, 0.6, **options)
+        with spied() as spy:
+            run = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+            model.generate(ids, attention_mask=padding, **run)
+            model.generate(short, **run)
+        for call in spy.calls:
+            selection = selections[call[1].shape[2] == 1]
+            mass, dense, output = masses_and_outputs(call, selection, config)
+            is_dense = torch.allclose(output, dense, atol=1e-5)
+            assert is_dense or float(mass.min()) >= 1 - max_dropped_mass
+            kept += not is_dense
+        layers = nc_stats(model)["layers"]
+        assert sum(layer["calls"] for layer in layers) == len(spy.calls)
+        for layer in layers:
+            found = sum(count for reason, count in layer["dense_calls"].items() if 'on_drop="dense"' in reason)
+            assert found == layer["exceeded_calls"] == sum(layer["dense_calls"].values())
+            redone += found
+            for phase in ("prefill", "decode"):
+                assert layer["kept_mass"][phase]["least"] >= 1 - max_dropped_mass
+                assert layer["kept_mass"][phase]["calls"].get("dense", 0) <= found
+    assert redone > 0
+    assert kept > 0 or family == "gemma2", "some calls keep enough"
+
+
+def test_a_call_redone_equals_the_dense_model_and_counts_every_key():
+    model, ids = tiny_model("llama"), random_ids(2, 150)
+    with torch.inference_mode():
+        dense = model(ids).logits
+        for selection in ("topk", "window", "block"):
+            patch_model(model, 2.0, 0.5, selection=selection, block_size=16, on_drop="dense", max_dropped_mass=0.0)
+            assert torch.allclose(model(ids).logits, dense, atol=1e-5)
+            stats = nc_stats(model)
+            assert stats["attended_fraction"] == 1.0
+            assert stats["kept_mass"]["prefill"]["least"] == 1.0
+            assert [layer["exceeded_calls"] for layer in stats["layers"]] == [1, 1, 1]
+
+
+def test_where_enough_is_kept_nothing_changes():
+    model, ids = tiny_model("llama"), random_ids(2, 60)
+    for options in ({}, {"key_index": "always"}, {"selection": "block", "block_size": 16}, {"selection": "window"}):
+        texts = []
+        for on_drop in ("ignore", "warn", "raise", "dense"):
+            patch_model(model, 2.0, 0.5, on_drop=on_drop, max_dropped_mass=0.999, **options)
+            texts.append(model.generate(ids, max_new_tokens=6, do_sample=False))
+            stats = nc_stats(model)
+            assert [layer["exceeded_calls"] for layer in stats["layers"]] == [0, 0, 0]
+            assert (stats["kept_mass"]["decode"] is None) == (on_drop == "ignore")
+        assert all(torch.equal(text, texts[0]) for text in texts[1:]), options
+
+
+@pytest.mark.parametrize("selection", ["topk", "block"])
+def test_raise_names_the_place_and_the_remedy(selection):
+    model, ids = tiny_model("llama"), random_ids(2, 200)
+    patch_model(model, 2.0, 0.5, selection=selection, block_size=16, on_drop="raise", max_dropped_mass=0.25)
+    with pytest.raises(
+        DroppedMassError, match=r"layer 0, head \d.*less than 1 - max_dropped_mass = 0.75. Raise"
+    ) as info:
+        model(ids)
+    error = info.value
+    assert error.layer == 0
+    assert 0 < error.kept_mass < 0.75
+    assert error.certified == (selection == "topk")
+    assert (error.position is not None) == error.certified
+    assert ("certain" in str(error)) == error.certified
+    assert ("by estimate" in str(error)) != error.certified
+    assert nc_stats(model)["layers"][0]["exceeded_calls"] == 1
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.__dict__) == (str(error), error.__dict__)
+    patch_model(model, 2.0, 0.5, selection=selection)
+    with torch.inference_mode():
+        assert bool(model(ids).logits.isfinite().all())
+
+
+def test_after_an_error_the_cache_serves_on_once_it_is_cropped():
+    model, ids = tiny_model("llama"), random_ids(1, 60)
+    options = {"key_index": "always", "tail": "drop"}
+    with torch.inference_mode():
+        cache = patch_model(model, 2.0, 0.5, **options)(ids, use_cache=True).past_key_values
+        expected = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        patch_model(model, 2.0, 0.5, on_drop="raise", max_dropped_mass=0.01, **options)
+        with pytest.raises(DroppedMassError, match="layer 0"):
+            model(ids[:, :1], past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [61, 60, 60]
+        cache.layers[0].crop(-1)
+        patch_model(model, 2.0, 0.5, **options)
+        assert torch.allclose(model(ids[:, :1], past_key_values=cache).logits, expected, atol=1e-5)
+
+
+def test_warn_says_so_once_for_each_layer_and_counts(caplog):
+    model, ids = tiny_model("llama"), random_ids(2, 60)
+    patch_model(model, 2.0, 0.5, on_drop="warn", max_dropped_mass=0.2)
+    with caplog.at_level(logging.WARNING, logger="nc_patch"), torch.inference_mode():
+        for _ in range(3):
+            model(ids)
+        reset_stats(model)
+        model(ids)
+    said = [record.getMessage() for record in caplog.records if "max_dropped_mass" in record.getMessage()]
+    assert len(said) == 3
+    assert all(f"layer {layer}, head" in message for layer, message in enumerate(said))
+    layers = nc_stats(model)["layers"]
+    assert [layer["exceeded_calls"] for layer in layers] == [1, 1, 1]
+    assert all(layer["kept_mass"]["prefill"]["below"] > 0 for layer in layers)
+    assert all(layer["dense_calls"] == {} for layer in layers)
+
+
+def test_copies_keep_counts_and_what_was_said():
+    model, ids = tiny_model("llama"), random_ids(2, 150)
+    patch_model(model, 2.0, 0.5, on_drop="warn", max_dropped_mass=0.2, selection="block", block_size=16)
+    model.generate(ids, max_new_tokens=4, do_sample=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert nc_stats(other) == nc_stats(model)
+        assert other.model.layers[0].self_attn._nc_patch.counters.warned
+        with torch.inference_mode():
+            other(ids)
+        assert nc_stats(other)["layers"][0]["exceeded_calls"] == nc_stats(model)["layers"][0]["exceeded_calls"] + 1
+
+
+def test_two_models_act_each_by_its_own_settings():
+    first, second, ids = tiny_model("llama"), tiny_model("llama"), random_ids(1, 60)
+    patch_model(first, 2.0, 0.5, on_drop="dense")
+    patch_model(second, 2.0, 0.5, track=True)
+    with torch.inference_mode():
+        first(ids)
+        second(ids)
+    assert nc_stats(first)["kept_mass"]["prefill"]["least"] == 1.0
+    assert nc_stats(second)["kept_mass"]["prefill"]["least"] < 0.9
+    assert nc_stats(second)["layers"][0]["exceeded_calls"] == 0
+
+
+def test_training_goes_through_calls_that_are_redone():
+    ids, gradients = random_ids(1, 60), []
+    for options in ({"on_drop": "dense", "max_dropped_mass": 0.0}, {"selection": "dense"}):
+        model = patch_model(tiny_model("llama"), 2.0, 0.5, **options).train()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_compiled_graph_refuses_by_name():
+    model, ids = tiny_model("llama", num_hidden_layers=1), random_ids(1, 40)
+    patch_model(model, 2.0, 0.5, backend="torch", on_drop="dense")
+    torch._dynamo.reset()
+    with (
+        torch.inference_mode(),
+        pytest.raises(Exception, match=r'on_drop="dense" reads in layer 0 how much was dropped'),
+    ):
+        torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False)
+
+
+@pytest.mark.wide
+def test_compiled_in_several_graphs_it_acts():
+    model, ids = tiny_model("llama", num_hidden_layers=1), random_ids(1, 40)
+    with torch.inference_mode():
+        dense = model(ids, use_cache=False).logits
+        patch_model(model, 2.0, 0.5, backend="torch", on_drop="dense")
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")(ids, use_cache=False).logits
+    assert nc_stats(model)["layers"][0]["exceeded_calls"] == 1
+    assert torch.allclose(compiled, dense, atol=1e-5)
+
+
+def test_a_cuda_graph_refuses_by_name(monkeypatch):
+    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, on_drop="warn"), random_ids(1, 20)
+    monkeypatch.setattr("nc_patch.attention._capturing", lambda tensor: True)
+    with pytest.raises(RuntimeError, match=r'on_drop="warn".*nor a CUDA graph can'), torch.inference_mode():
+        model(ids)
+    patch_model(model, 2.0, 0.5, track=True)
+    with torch.inference_mode():
+        model(ids)
+    assert nc_stats(model)["kept_mass"] == {"prefill": None, "decode": None}
+
+
+def test_the_functional_form_leaves_acting_to_the_caller():
+    query = torch.randn(1, 2, 8, 4)
+    with pytest.raises(ValueError, match='on_drop="raise" acts in patched models'):
+        sparse_attention(query, query, query, alpha=1.0, on_drop="raise")

@@ -1,0 +1,138 @@
+"""The documentation: links that lead somewhere, a table of options that is true, figures from files, code that runs."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from script_modules import load_script
+from tiny_models import tiny_model
+
+from nc_patch import NCConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md"))
+    if not path.name.startswith(".")
+)
+NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
+
+
+def text_of(page):
+    """A page without its blocks of code, in which brackets are no links."""
+    return re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def anchors(page):
+    """The anchors of a page's headings, as they are made for Markdown in a repository."""
+    headings = re.findall(r"^#+ (.*)$", text_of(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_every_relative_link_leads_to_a_file_or_heading(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_the_index_lists_every_page():
+    index = text_of("docs/README.md")
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index]
+    assert [name for name in missing if name != "README.md"] == []
+
+
+def test_every_script_and_test_that_a_page_names_exists():
+    named = {
+        (page, name)
+        for page in NAMES
+        for name in re.findall(r"\b((?:scripts|tests|examples)/[\w/]+\.(?:py|sh|md))\b", (ROOT / page).read_text())
+        if not (name.startswith("tests/") and page == "docs/upstream_tests.md")  # there they are of transformers
+    }
+    assert len(named) > 20
+    assert sorted(item for item in named if not (ROOT / item[1]).exists()) == []
+
+
+def options_of_the_readme():
+    """Option → default, from the README's table, where one row may have several of both."""
+    table = re.search(r"^\| option \| default \|.*?\n\n", (ROOT / "README.md").read_text(), re.S | re.M).group()
+    found = {}
+    for line in table.strip().splitlines()[2:]:
+        names, defaults, _ = (cell.strip() for cell in line.strip("|").split("|", 2))
+        names, defaults = re.findall(r"`(\w+)`", names), [part.strip(" `") for part in defaults.split(",")]
+        assert len(defaults) in (1, len(names)), line
+        found |= dict(zip(names, defaults * (len(names) // len(defaults)), strict=True))
+    return found
+
+
+def as_written(default):
+    """A default of ``NCConfig`` as the README writes it."""
+    if default is dataclasses.MISSING:
+        return ""
+    if default is None or default == ():
+        return "none"
+    return f"{default:g}" if isinstance(default, (int, float)) and not isinstance(default, bool) else str(default)
+
+
+def test_the_readmes_table_of_options_has_the_names_and_defaults_of_the_config():
+    fields = {field.name: as_written(field.default) for field in dataclasses.fields(NCConfig)}
+    listed = options_of_the_readme()
+    assert listed.pop("selection") == fields["prefill"] == fields["decode"]
+    assert listed.pop("C") == ""  # the law's exponent has no default in patch_model, which takes it by place
+    fields.pop("C")
+    assert listed == fields
+
+
+def test_tables_of_figures_are_those_of_the_results(capsys):
+    assert load_script("build_docs_tables").main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_table_that_is_out_of_date_is_named(tmp_path, monkeypatch, capsys):
+    tables = load_script("build_docs_tables")
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- table: budgets -->\n| old |\n<!-- end -->\nAfter.\n")
+    monkeypatch.setattr(tables, "PAGES", (page,))
+    assert tables.main(["--check"]) == 1
+    assert "page.md: tables are not those of docs/results" in capsys.readouterr().err
+    assert tables.main([]) == 0
+    assert tables.main(["--check"]) == 0
+    assert page.read_text().startswith("Before.\n<!-- table: budgets -->\n| keys of | 1,024 |")
+    assert f"{NCConfig(2.0, 0.5).budget(4096)} (3.1 %)" in page.read_text()
+    assert page.read_text().endswith("<!-- end -->\nAfter.\n")
+
+
+def test_columns_that_the_page_on_the_report_explains_are_those_of_the_report():
+    columns = re.findall(r"`([^`]+)`", re.search(r"## The columns.*?\n\n## ", text_of("docs/report.md"), re.S).group())
+    source = (ROOT / "eval_tasks" / "tables.py").read_text()
+    assert len(columns) > 15
+    assert [name for name in columns if not name.startswith("--") and f'"{name}"' not in source] == []
+
+
+def test_names_that_the_page_on_selections_gives_are_in_the_files_it_gives():
+    rows = re.findall(r"^\| \d\. .*$", text_of("docs/selection.md"), re.M)
+    assert len(rows) == 7
+    for row in rows:
+        for target, names in re.findall(r"\]\(\.\./([\w/.]+)\):? ?((?:`\w+`(?:, )?)*)", row):
+            source = (ROOT / target).read_text()
+            assert [name for name in re.findall(r"`(\w+)`", names) if name not in source] == []
+
+
+@pytest.mark.parametrize("page", ["docs/choosing.md", "docs/models.md", "docs/selection.md"])
+def test_code_of_a_page_runs(page, tmp_path):
+    import nc_patch
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    names = {name: getattr(nc_patch, name) for name in ("NCConfig", "nc_stats", "patch_model")}
+    names |= {"NAME": str(tmp_path), "model": tiny_model("llama"), "ids": torch.arange(1, 65)[None]}
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.S | re.M)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)

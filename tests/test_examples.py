@@ -1,0 +1,191 @@
+"""Every file of ``examples/`` runs, on a tiny model, and is as short as an example should be."""
+
+import ast
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import threading
+import tokenize
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic_tokenizers import tokenizer_of_kind
+from tiny_models import tiny_model
+
+import nc_patch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MOST_LINES = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The directory of a tiny model with a tokenizer of subwords, which can read any text."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = tokenizer_of_kind("byte_bpe")
+    tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example as ``python examples/NAME ...`` would, and returns what it printed."""
+
+    def start(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
+
+
+def _lines_of_code(path):
+    """The lines of a Python file that hold neither blanks, comments nor docstrings alone."""
+    tree = ast.parse(path.read_text())
+    docstrings = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    with path.open("rb") as source:
+        tokens = [t for t in tokenize.tokenize(source.readline) if t.type not in (*skipped, tokenize.ENCODING)]
+    return {line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docstrings
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_short_and_says_what_it_does(path):
+    assert len(_lines_of_code(path)) <= MOST_LINES
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_every_example_is_shown_with_its_output_and_run_by_a_test():
+    shown, tested = (EXAMPLES / "README.md").read_text(), Path(__file__).read_text()
+    names = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
+    assert len(names) >= 6
+    for name in names:
+        assert re.search(rf"^\$ .*examples/{re.escape(name)}", shown, re.M), f"examples/README.md does not show {name}"
+        assert f'"{name}"' in tested, f"no test runs {name}"
+
+
+def test_a_long_prompt_is_answered_densely_and_sparsely(run, model):
+    said = run("generate_long_prompt.py", "--model", model, "--length", 400)
+    tokens = int(re.match(r"(\d+) tokens", said).group(1))
+    assert 350 <= tokens <= 400
+    assert "dense: " in said
+    assert "alpha=2, C=0.5: " in said
+    keys, share = re.search(r"read (\d+) keys a query, ([\d.]+) %", said).groups()
+    assert 0 < int(keys) <= 2 * tokens**0.5 + 1
+    assert 0 < float(share) < 50
+
+
+def test_perplexity_by_length_gives_one_figure_for_each_way_and_length(run, model):
+    said = run("perplexity_by_length.py", "--model", model, "--lengths", 64, 128, 256, "--scored", 32)
+    header, *rows = said.splitlines()
+    assert header.split() == ["64", "128", "256"]
+    figures = {row[:16].strip(): [float(figure) for figure in row[16:].split()] for row in rows}
+    assert {len(row) for row in figures.values()} == {3}
+    assert all(figure > 1 for row in figures.values() for figure in row)
+    assert len({tuple(row) for row in figures.values()}) == 4  # a budget below the context changes every figure
+
+
+def test_a_profile_is_calibrated_once_and_generates_with_its_budget(run, model, tmp_path):
+    if not hasattr(nc_patch, "calibrate"):
+        pytest.skip("nc_patch has no calibrate yet")
+    profile = tmp_path / "profile.json"
+    arguments = ("--model", model, "--lengths", 64, 128, "--fraction", 0.2, "--profile", profile)
+    said = run("calibrate_then_generate.py", *arguments)
+    written = profile.read_bytes()
+    assert len(re.findall(r"^layer \d+: keys of 128 by head \[\d+(, \d+)*\]$", said, re.M)) == 3
+    assert float(re.search(r"attended ([\d.]+) %", said).group(1)) == pytest.approx(20, abs=3)
+    assert run("calibrate_then_generate.py", *arguments) == said
+    assert profile.read_bytes() == written
+
+
+def test_a_lora_adapter_learns_through_sparse_attention(run, model):
+    pytest.importorskip("peft")
+    said = run("lora_step.py", "--model", model, "--length", 128, "--steps", 3)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
+    norms = [float(norm) for norm in re.findall(r"norm ([\d.]+)", said)]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    assert all(norm > 0 for norm in norms)
+    assert 0 < float(re.search(r"attended ([\d.]+) %", said).group(1)) < 50
+
+
+def test_the_server_answers_as_generate_does_and_refuses_what_it_cannot_read(model):
+    from eval_tasks.models import load_model
+    from nc_patch import patch_model
+
+    example = runpy.run_path(str(EXAMPLES / "serve.py"))
+    loaded = load_model(str(model))
+    patch_model(loaded.model, 2.0, 0.5)
+    prompt = "A class definition is an executable statement. " * 8
+    inputs = loaded.tokenizer(prompt, return_tensors="pt")
+    with torch.inference_mode():
+        output = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    served = example["server"](loaded, 0)
+    thread = threading.Thread(target=served.serve_forever, daemon=True)
+    thread.start()
+
+    def ask(body, path="/v1/completions"):
+        url = f"http://127.0.0.1:{served.server_port}{path}"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(urllib.request.Request(url, data=body), timeout=60) as answer:
+            return json.load(answer)
+
+    try:
+        answer = ask(json.dumps({"prompt": prompt, "max_tokens": 8}).encode())
+        length = inputs["input_ids"].shape[1]
+        assert answer["choices"][0]["text"] == loaded.tokenizer.decode(output[0, length:], skip_special_tokens=True)
+        assert answer["usage"] == {"prompt_tokens": length, "completion_tokens": 8}
+        for body, path, status in (
+            (b"{}", "/v1/completions", 400),
+            (b"[]", "/v1/completions", 400),
+            (b'{"prompt": ""}', "/v1/completions", 400),
+            (b"no JSON", "/v1/completions", 400),
+            (b"{}", "/elsewhere", 404),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                ask(body, path)
+            assert refused.value.code == status
+            assert json.load(refused.value)["error"]
+    finally:
+        served.shutdown()
+        served.server_close()
+        thread.join(10)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("name", "further", "written"),
+    [
+        ("lm_eval.sh", ("nc_perplexity",), "**/results_*.json"),
+        ("accelerate_sweep.sh", ("--lengths", "96", "--scored", "16", "--passage", "12"), "report.html"),
+    ],
+)
+def test_scripts_run_from_end_to_end(model, tmp_path, name, further, written):
+    environment = {
+        **os.environ,
+        "OUTPUT": str(tmp_path / "out"),
+        "METADATA": '{"lengths": [300, 400]}',
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{EXAMPLES.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / name), str(model), *further],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "out").glob(written))

@@ -1,0 +1,279 @@
+"""Profiles: the same after a round trip, applied to a model, and refused where they are damaged or hostile."""
+
+import copy
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from profiles import LENGTHS, made_up_profile, measured_profile
+from tiny_models import random_ids, tiny_model
+
+from nc_patch import (
+    NCConfig,
+    Profile,
+    ProfileError,
+    is_patched,
+    nc_stats,
+    patch_model,
+    patched,
+    profile_file,
+    unpatch_model,
+)
+from nc_patch.fingerprint import weights_fingerprint
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "profile.json"
+    made_up_profile().at_mass(0.9).save(path)
+    return path
+
+
+def changed(path, change):
+    """The file with a change made to its dictionary."""
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_a_profile_is_the_same_after_a_round_trip(tmp_path):
+    for profile in (measured_profile(), made_up_profile(), made_up_profile().at_budget(0.5, n=512, dense_layers=(2,))):
+        profile.save(tmp_path / "profile.json")
+        again = Profile.load(tmp_path / "profile.json")
+        assert again == profile
+        assert again.config() == profile.config()
+        assert (again.kept == profile.kept).all()
+    assert made_up_profile(seed=1) != made_up_profile(seed=2)
+
+
+def test_saving_replaces_the_file_at_once_and_leaves_nothing_else(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(profile_file.os, "replace", fail)
+    with pytest.raises(ProfileError, match="cannot be written: No space left"):
+        made_up_profile(seed=3).save(saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == ["profile.json"]
+    with pytest.raises(ProfileError, match="cannot be written: No such file"):
+        made_up_profile().save(saved.parent / "missing" / "profile.json")
+
+
+def test_at_mass_gives_each_head_the_keys_that_keep_it():
+    profile = made_up_profile().at_mass(0.9)
+    needed = made_up_profile().fits[0].alpha / -np.log(0.05) * -np.log(0.1)
+    found = np.minimum(profile.alpha * 512.0**profile.C, 512)
+    expected = np.minimum(needed * 512.0 ** made_up_profile().fits[0].C, 512)
+    # The curves are interpolated between numbers of keys that lie a factor of sqrt(2) apart, from 8 keys on.
+    apart = (expected > 12) & (expected < 300)
+    assert found[apart] == pytest.approx(expected[apart], rel=0.15)
+    kept, low, high = profile.kept_mass(512)
+    assert kept[apart] == pytest.approx(0.9, abs=0.03)
+    assert ((low <= kept) & (kept <= high)).all()
+    with pytest.raises(ProfileError, match="mass must be below 1"):
+        profile.at_mass(1)
+    for wrong in (0, -0.5, 1.5, float("nan"), "0.9", True):
+        with pytest.raises(ProfileError, match="mass must be a number"):
+            profile.at_mass(wrong)
+
+
+def test_kept_mass_is_extrapolated_along_each_heads_law():
+    profile = made_up_profile().at_mass(0.9)
+    kept, low, high = profile.kept_mass(4 * LENGTHS[-1])
+    inside = profile.fits[0].support[-1] < 0.8 * LENGTHS[-1]
+    assert kept[inside] == pytest.approx(0.9, abs=0.05)
+    near = profile.kept_mass(LENGTHS[-1])
+    assert (high - low)[inside].mean() > (near[2] - near[1])[inside].mean()
+
+
+def test_heads_that_need_half_of_the_keys_are_called_not_sparse():
+    profile = made_up_profile()
+    expected = profile.fits[0].support[-1] < 0.5 * LENGTHS[-1]
+    assert 0 < expected.sum() < expected.size
+    assert (profile.is_sparse() == expected).all()
+
+
+def test_a_head_that_needs_nearly_all_keys_becomes_dense():
+    profile = made_up_profile()
+    kept, error = profile.kept.copy(), profile.error.copy()
+    share = np.minimum(np.array(profile.keys) / np.array(LENGTHS)[:, None], 1.0)
+    kept[:, 1, :], error[:, 1, :] = share[:, None], 1 - share[:, None]
+    profile = replace(profile, kept=kept, error=error).at_mass(0.98)
+    assert (profile.alpha[1] == 1).all()
+    assert (profile.C[1] == 1).all()
+    assert profile.config().is_dense(1)
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block"])
+def test_patch_model_takes_a_profile(selection):
+    model, ids = tiny_model("llama"), random_ids(1, 200)
+    dense = model(ids).logits
+    shared = measured_profile().at_budget(0.4, n=200)
+    patch_model(model, profile=shared, selection=selection, tail="drop")
+    sparse = model(ids).logits
+    assert not torch.allclose(sparse, dense)
+    if selection != "block":
+        assert nc_stats(model)["attended_fraction"] == pytest.approx(0.4, rel=0.01)
+    explicit = NCConfig.create(shared.alpha.tolist(), shared.C.tolist(), selection=selection, tail="drop")
+    unpatch_model(model)
+    with patched(model, config=explicit):
+        assert torch.equal(model(ids).logits, sparse)
+    with patched(model, profile=shared, selection=selection, tail="drop"):
+        assert torch.equal(model(ids).logits, sparse)
+    assert torch.equal(model(ids).logits, dense)
+
+
+def test_a_model_of_another_shape_is_refused_and_left_alone():
+    model = tiny_model("llama", num_hidden_layers=2)
+    with pytest.raises(ProfileError, match="is for 3 layers of 4 query heads; LlamaForCausalLM has 2 of 4"):
+        patch_model(model, profile=measured_profile())
+    assert not is_patched(model)
+
+
+def test_other_weights_are_warned_of(caplog):
+    model = tiny_model("llama")
+    assert measured_profile().fingerprint == weights_fingerprint(model)
+    with caplog.at_level(logging.WARNING, logger="nc_patch"):
+        patch_model(model, profile=measured_profile())
+        assert not caplog.records
+        model.lm_head.weight.data[0, 0] += 1
+        patch_model(model, profile=measured_profile())
+    assert "another checkpoint or another dtype" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 2.0}, "leave out alpha"),
+        ({"C": 0.5}, "leave out C"),
+        ({"config": NCConfig(2.0, 0.5)}, "leave out config"),
+        ({"law": "log"}, "brings law of its own"),
+        ({"magic": 1}, "unknown option magic"),
+    ],
+)
+def test_a_profile_comes_alone(arguments, message):
+    model = tiny_model("llama")
+    with pytest.raises(TypeError, match=message):
+        patch_model(model, profile=measured_profile(), **arguments)
+    with pytest.raises(TypeError, match="profile must be a Profile"):
+        patch_model(model, profile="profile.json")
+    assert not is_patched(model)
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is no profile"),
+        ("{", "is no profile"),
+        ("[1, 2]", "holds a list, not an object"),
+        ("\xff", "is no profile|utf"),
+        ('{"format": NaN}', "it holds NaN"),
+        ('{"format": -Infinity}', "it holds -Infinity"),
+        (nested(200_000), "nested too deeply"),
+        ('{"format": 1' + "0" * 5000 + "}", "is no profile"),
+        ("{}", "this is no profile: its format must be"),
+        ('{"format": "1"}', "its format must be a number"),
+        ('{"format": true}', "its format must be a number"),
+        ('{"format": 2}', "format 2, written by a newer nc_patch"),
+        ('{"format": 1}', "lacks C, aim, alpha"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_what_is_no_profile_is_refused(tmp_path, content, message):
+    path = tmp_path / "profile.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ProfileError, match=message):
+        Profile.load(path)
+
+
+def set_in(*keys):
+    """A change that puts the last argument at the place that the others name."""
+    *path, last, value = keys
+
+    def change(values):
+        for key in path:
+            values = values[key]
+        values[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_in("surprise", 1), "unknown fields: surprise"),
+        (lambda v: v.pop("kept"), "lacks kept"),
+        (set_in("model", 7), "model must be a text"),
+        (set_in("model", "x" * 10_000), "at most 4096 characters"),
+        (set_in("lengths", [256, 128]), "lengths must be numbers in ascending order"),
+        (set_in("lengths", [1.5, 2]), "lengths must be an integer"),
+        (set_in("keys", []), "keys must be numbers in ascending order"),
+        (set_in("windows", [0]), "windows has 1 layers, alpha has 3"),
+        (set_in("dense_layers", [3]), "dense_layers names"),
+        (set_in("pieces", 0), "pieces must be an integer of at least 1"),
+        (set_in("alpha", 0, 0, -1.0), "alpha must be positive"),
+        (set_in("alpha", 0, 0, 10**400), "alpha.* must be a number of at most"),
+        (set_in("alpha", 0, 0, "2"), "alpha.* must be a number, got 2"),
+        (set_in("alpha", 0, 0, [2.0]), "alpha.* must be a number"),
+        (set_in("alpha", 0, [1.0]), "kept must be a list of 1 here, got a list of 4"),
+        (set_in("alpha", 5), "alpha must be a list of layers"),
+        (set_in("C", 0, 0, 1.5), "C must be from 0 to 1"),
+        (set_in("C", 0, 0, True), "C.* must be a number, got True"),
+        (set_in("kept", 0, 0, 0, 0, 2.0), "kept must be from 0 to 1"),
+        (set_in("error", 0, 0, 0, None), "error.* must be a list of"),
+        (set_in("sensitivity", 0, 0, -1), "sensitivity must be from 0"),
+        (set_in("fits", []), "fits must be a list of 1 to 64 fits"),
+        (set_in("fits", 0, 3), "fits.0. must be an object"),
+        (set_in("fits", 1, "eps", 0.05), "must be in .0, 1. and ascend"),
+        (set_in("fits", 0, "more", 1), "fits.0. has unknown fields: more"),
+        (set_in("fits", 0, "r2", 0, 0, 2.0), "r2 must be from"),
+        (set_in("versions", {"torch": 2}), "versions.torch must be a text"),
+        (set_in("versions", "2.0"), "versions must be an object"),
+    ],
+)
+def test_a_field_that_does_not_fit_is_named(saved, change, message):
+    with pytest.raises(ProfileError, match=message):
+        Profile.load(changed(saved, change))
+
+
+def test_infinite_and_nan_numbers_are_refused_in_every_spelling(saved):
+    text = saved.read_text()
+    place = text.index('"sensitivity":[[') + len('"sensitivity":[[')
+    stop = text.index(",", place)
+    for number in ("NaN", "Infinity", "1e999", "-1e999"):
+        saved.write_text(text[:place] + number + text[stop:])
+        with pytest.raises(ProfileError, match=r"holds|must be a finite number"):
+            Profile.load(saved)
+    values = made_up_profile().to_dict()
+    values["alpha"][0][0] = float("nan")
+    with pytest.raises(ProfileError, match="must be a finite number, got nan"):
+        Profile.from_dict(values)
+
+
+def test_files_that_are_missing_huge_or_endless_are_refused(tmp_path, saved, monkeypatch):
+    with pytest.raises(ProfileError, match="cannot be read: No such file"):
+        Profile.load(tmp_path / "nothing.json")
+    with pytest.raises(ProfileError, match="cannot be read: Is a directory"):
+        Profile.load(tmp_path)
+    monkeypatch.setattr(profile_file, "LARGEST_FILE", 1000)
+    with pytest.raises(ProfileError, match="a profile has at most 1,000"):
+        Profile.load(saved)
+    with pytest.raises(ProfileError, match="does not end within 1,000 bytes"):
+        Profile.load("/dev/zero")
+
+
+def test_a_copy_is_equal_and_a_profile_cannot_be_changed():
+    profile = made_up_profile()
+    assert copy.deepcopy(profile) == profile
+    with pytest.raises(AttributeError):
+        profile.aim = "another"

@@ -1,0 +1,40 @@
+"""``torch.compile`` around a patched model: the numbers of dense attention with a full budget, and of eager mode."""
+
+import pytest
+import torch
+from tiny_models import random_ids
+from torch._dynamo import lookup_backend
+from transformers import CompileConfig
+from ways import each_family, full_and_small
+
+
+@pytest.mark.parametrize("family", each_family("gemma2"))
+def test_a_compiled_forward_equals_dense_and_the_eager_one(family):
+    ids = random_ids(2, 40)
+    for model, reference in full_and_small(family):
+        torch._dynamo.reset()
+        with torch.inference_mode():
+            expected = reference(ids, use_cache=False).logits
+            found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, use_cache=False).logits
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", each_family("llama"))
+def test_generate_compiles_itself_on_a_static_cache(family):
+    ids = random_ids(2, 40)
+    for model, reference in full_and_small(family):
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(graph, inputs, graphs=graphs):  # a function, since the settings are copied deeply
+            graphs.append(graph)
+            return lookup_backend("aot_eager")(graph, inputs)
+
+        how = CompileConfig(backend=backend, fullgraph=True, mode=None)
+        how._compile_all_devices = True
+        expected = reference.generate(ids, max_new_tokens=6, do_sample=False)
+        found = model.generate(
+            ids, max_new_tokens=6, do_sample=False, cache_implementation="static", compile_config=how
+        )
+        assert torch.equal(found, expected)
+        assert len(graphs) == 1  # a step is not compiled anew

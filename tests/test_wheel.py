@@ -1,0 +1,148 @@
+"""The wheel: what is in it, and that it works in another place than the checkout."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny_sweep import sweep_arguments
+
+from nc_patch import __version__
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("nc_patch", "eval_tasks")
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def pip(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of this checkout, built from a copy without what earlier builds left behind."""
+    setuptools = pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
+    assert setuptools.__version__
+    home = tmp_path_factory.mktemp("wheel")
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "results")
+    shutil.copytree(ROOT, home / "source", ignore=left_out)
+    built = pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", home, home / "source")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (found,) = home.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A directory that the wheel is installed into."""
+    target = tmp_path_factory.mktemp("installed")
+    done = pip("install", "--no-deps", "--no-index", "--target", target, wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+def run_outside(installed, cwd, *command):
+    """Runs a command in ``cwd`` with the installed packages before those of the environment."""
+    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert "EvalError" in archive.read("eval_tasks/errors.py").decode()
+    suffixes = {".py", ".yaml", ".html", ".typed"}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in suffixes
+    }
+    assert names == wanted
+    assert {"nc_patch/py.typed", "eval_tasks/py.typed", "eval_tasks/templates/report.html"} <= names
+    assert "eval_tasks/nc_perplexity.yaml" in names
+    assert len([name for name in names if name.startswith("eval_tasks/yaml/")]) >= 30
+    assert "eval_tasks/metrics/string_match/string_match.py" in names
+
+
+def test_the_wheel_states_the_one_version_the_licence_and_the_command(wheel):
+    name = f"nc_patch-{__version__}"
+    assert wheel.name == f"{name}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"{name}.dist-info/METADATA").decode()
+        assert "nc-patch = nc_patch.cli:main" in archive.read(f"{name}.dist-info/entry_points.txt").decode()
+        assert f"{name}.dist-info/licenses/LICENSE" in archive.namelist()
+    assert f"\nVersion: {__version__}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+
+
+def test_the_version_is_stated_in_one_place_and_the_changelog_has_it():
+    number = re.escape(__version__)
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    places = [path for path in (ROOT / "nc_patch").rglob("*.py") if re.search(rf'"{number}"', path.read_text())]
+    assert places == [ROOT / "nc_patch" / "version.py"]
+    assert re.search(rf"^## \[?{number}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_outside_the_checkout_the_lines_of_the_readme_and_an_eval_run(installed, tmp_path):
+    arguments = sweep_arguments(tmp_path, tmp_path / "out", "--tasks", "perplexity", "--methods", "dense", "nc-topk")
+    lines = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert lines is not None
+    assert HUB_NAME in lines.group(1)
+    script = tmp_path / "readme.py"
+    script.write_text(
+        lines.group(1).replace(HUB_NAME, str(tmp_path / "model"))
+        + "import sys, torch, nc_patch, eval_tasks\n"
+        + "model(torch.arange(40)[None])\n"
+        + "assert 0 < nc_stats(model)['attended_fraction'] < 1\n"
+        + "print(nc_patch.__file__, eval_tasks.__file__)\n"
+        + "from nc_patch.cli import main\n"
+        + f"sys.exit(main({arguments!r}))\n"
+    )
+    done = run_outside(installed, tmp_path, script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for package in PACKAGES:
+        assert str(installed / package / "__init__.py") in done.stdout
+    assert "Report:" in done.stdout
+    for name in ("results.jsonl", "summary.csv", "run.json", "report.md", "report.html"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+@pytest.mark.wide
+def test_outside_the_checkout_tasks_and_metrics_are_found_and_the_command_is_there(installed, tmp_path):
+    pytest.importorskip("lm_eval")
+    script = tmp_path / "tasks.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "import eval_tasks, evaluate\n"
+        "from lm_eval.tasks import TaskManager\n"
+        "from eval_tasks.metrics import METRICS, load_metric\n"
+        "found = TaskManager(include_path=str(Path(eval_tasks.__file__).parent), include_defaults=False).all_tasks\n"
+        "print(sorted(found))\n"
+        "print([load_metric(name).name for name in METRICS])\n"
+    )
+    done = run_outside(installed, tmp_path, script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'nc_perplexity'" in done.stdout
+    assert "'nc_niah_single_2'" in done.stdout
+    assert "string_match" in done.stdout
+    command = (installed / "bin" / "nc-patch").read_text()
+    assert "from nc_patch.cli import main" in command
