@@ -11,12 +11,13 @@ Nothing is read back from the device and all sizes follow from shapes, so that a
 4. ``choose_kernel``: the exact k-th largest of these scores, and the proof that no other key reaches it.
 5. ``gather_kernel`` and ``combine_kernel``: softmax times value over the chosen keys, in parts, and their sum. A value
    is read once for all rows of a block that attend its key.
-6. ``search_kernel``: the rows whose list overflowed or whose guess was too high, if any, are searched over all keys. No
+6. ``search_rows``: the rows whose list overflowed or whose guess was too high, if any, are searched over all keys. No
    other row costs them anything.
 7. ``bounds_kernel``, where bounds are wanted.
 
-Eight launches, one more with bounds and one more with a tail (``triton_decode_tail``): the pages' parts of the softmax
-before the sum of all parts. ``scripts/predict_decode.py`` counts bytes and launches and predicts times.
+Eight launches, one more with bounds and two more with a tail: the pages' parts of the softmax before the sum of all
+parts (``triton_decode_tail``), and the search in two (``triton_search``). ``scripts/predict_decode.py`` counts bytes
+and launches and predicts times.
 """
 
 import contextlib
@@ -414,8 +415,6 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             yield Specialisation(
                 f"codes_{name}-{suffix}", kernel, constants[name], types, options[name], data_strides(kernel, "qkvc")
             )
-        if queries > 1:
-            continue
         counting = {**constants["gather"], "COUNT_PAGES": True}
         more = decode_options(plan, target, dtype, head_dim, want_bounds, has_tail=True)["gather"]
         aligned = data_strides(gather_kernel)

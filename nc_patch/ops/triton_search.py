@@ -1,7 +1,8 @@
 """Rows whose keys could not be chosen from codes, searched over all their keys; in one launch, which most steps waste.
 
 A program searches the threshold of its rows and then attends by it, as the kernels for whole rows do one after the
-other: both divide rows into the same blocks.
+other: both divide rows into the same blocks. With a tail it is these kernels, in two launches: one program that did all
+would need more registers than there are.
 """
 
 import contextlib
@@ -18,8 +19,10 @@ from nc_patch.ops.triton_launch import (
     Tiles,
     addressable,
     architecture_of,
+    attend_constants,
     compile_options,
     tail_constants,
+    threshold_constants,
     tiles_for,
 )
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
@@ -61,27 +64,41 @@ def search_rows(
     architecture = architecture_of(device)
     tiles = tiles_for(architecture, query.dtype, D, DV, 1)
     query, key, value = (addressable(x, tiles.keys) for x in (query, key, value))
-    means = PageMeans(key, value) if tail is None else PageMeans(*(addressable(x, tiles.keys) for x in tail))
-    begins = visible[..., 0] if origin is None else origin
+    programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
+    logits = lse if sinks is None else sinks.contiguous()
+    query_key = (*query.stride()[:3], *key.stride()[:3])
+    limits = (budget.stride(0), 0 if budget.shape[1] == 1 else budget.stride(1), budget.stride(2))
+    rows = (*visible.stride()[:2], *limits)
+    sizes = (Hkv, group, Lq, Lk, sink_keys, recent_keys)
+    options = (sinks is not None, softcap > 0)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        search_kernel[(triton.cdiv(Lq * group, tiles.rows) * B * Hkv,)](
-            *(query, key, value, *means, visible, begins, budget, lse if sinks is None else sinks.contiguous()),
-            *(flags, threshold, ties_end, output, lse, kept_mass, *query.stride()[:3], *key.stride()[:3]),
-            *(*value.stride()[:3], *means.key.stride()[:3], *means.value.stride()[:3], *visible.stride()[:2]),
-            *(*begins.stride(), budget.stride(0), 0 if budget.shape[1] == 1 else budget.stride(1), budget.stride(2)),
-            *(Hkv, group, Lq, Lk, sink_keys, recent_keys, scale, softcap),
-            **search_constants(D, DV, tiles, sinks is not None, softcap > 0, tail is not None),
+        if tail is None or origin is None:
+            search_kernel[(programs,)](
+                *(query, key, value, visible, budget, logits, flags, threshold, ties_end, output, lse, kept_mass),
+                *(*query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
+                **search_constants(D, DV, tiles, *options),
+                **compile_options(tiles, architecture),
+            )
+            return
+        means = PageMeans(*(addressable(x, tiles.keys) for x in tail))
+        threshold_kernel[(programs,)](
+            *(query, key, visible, budget, flags, threshold, ties_end, *query_key, *rows, *sizes),
+            **threshold_constants(D, tiles, flagged=True),
+            **compile_options(tiles, architecture),
+        )
+        attend_tail_kernel[(programs,)](
+            *(query, key, value, *means, visible, origin, budget, logits, flags, threshold, ties_end, output, lse),
+            *(kept_mass, *query_key, *value.stride()[:3], *means.key.stride()[:3], *means.value.stride()[:3]),
+            *(*visible.stride()[:2], *origin.stride(), *limits, *sizes, scale, softcap),
+            **tail_constants(D, DV, tiles, *options, want_stats=True, flagged=True),
             **compile_options(tiles, architecture),
         )
 
 
-def search_constants(
-    head_dim: int, value_dim: int, tiles: Tiles, has_sinks: bool, has_softcap: bool, has_tail: bool
-) -> dict[str, Any]:
+def search_constants(head_dim: int, value_dim: int, tiles: Tiles, has_sinks: bool, has_softcap: bool) -> dict[str, Any]:
     """The compile-time arguments of ``search_kernel``."""
-    constants = tail_constants(head_dim, value_dim, tiles, has_sinks, has_softcap, want_stats=True)
-    del constants["FLAGGED"]
-    return {**constants, "HAS_TAIL": has_tail}
+    constants = attend_constants(head_dim, value_dim, tiles, True, has_sinks, has_softcap)
+    return {name: constants[name] for name in search_kernel.arg_names if name in constants}
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
@@ -89,10 +106,7 @@ def search_kernel(
     query,
     key,
     value,
-    mean_key,
-    mean_value,
     visible,
-    origin,
     budget,
     sinks,
     flags,
@@ -110,16 +124,8 @@ def search_kernel(
     stride_vb,
     stride_vh,
     stride_vl,
-    stride_mb,
-    stride_mh,
-    stride_mp,
-    stride_wb,
-    stride_wh,
-    stride_wp,
     stride_ib,
     stride_il,
-    stride_ob,
-    stride_ol,
     stride_nb,
     stride_nh,
     stride_nl,
@@ -140,8 +146,6 @@ def search_kernel(
     CHUNK_D: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    WANT_STATS: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
 ):
     """Output, log-sum-exp and kept mass of the flagged rows of one block; see the two kernels that it consists of."""
     _batch, _kv_head, _index, _head, row, valid, _start, _end, _wanted = program_rows(
@@ -156,32 +160,24 @@ def search_kernel(
         )  # fmt: skip
         # Thresholds go by way of memory, from the threads that find them to those that use them.
         tl.debug_barrier()
-        if HAS_TAIL:
-            attend_tail_kernel(
-                query, key, value, mean_key, mean_value, visible, origin, budget, sinks, flags,
-                threshold, ties_end, output, lse, kept_mass, stride_qb, stride_qh, stride_ql,
-                stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_mb,
-                stride_mh, stride_mp, stride_wb, stride_wh, stride_wp, stride_ib, stride_il,
-                stride_ob, stride_ol, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk,
-                sink_keys, recent_keys, scale, softcap, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                CHUNK_D, HAS_SINKS, HAS_SOFTCAP, WANT_STATS, True,
-            )  # fmt: skip
-        else:
-            attend_kernel(
-                query, key, value, visible, budget, sinks, flags, threshold, ties_end, output, lse,
-                kept_mass, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
-                stride_vb, stride_vh, stride_vl, stride_ib, stride_il, stride_nb, stride_nh,
-                stride_nl, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, scale, softcap, D, DV,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, True, HAS_SINKS, HAS_SOFTCAP,
-                WANT_STATS, True,
-            )  # fmt: skip
+        attend_kernel(
+            query, key, value, visible, budget, sinks, flags, threshold, ties_end, output, lse, kept_mass,
+            stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+            stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, sink_keys,
+            recent_keys, scale, softcap, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, True, HAS_SINKS,
+            HAS_SOFTCAP, True, True,
+        )  # fmt: skip
 
 
 def specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernel with sinks and a soft-cap. With a tail as well it spills some on sm_80: not listed."""
-    for dtype, head_dim, has_tail in (
-        (torch.bfloat16, 128, False),
-        (torch.bfloat16, 256, False),
+    """What ``search_rows`` launches, with sinks and a soft-cap, for every tile shape and dtype."""
+    for dtype, head_dim in (
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 128),
+        (torch.bfloat16, 256),
+        (torch.float32, 64),
+        (torch.float32, 128),
+        (torch.float32, 256),
     ):
         tiles = tiles_for(target, dtype, head_dim, head_dim, 1)
         types = {
@@ -190,11 +186,20 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             **dict.fromkeys(("sinks", "threshold", "lse", "kept_mass"), "*fp32"),
             **dict.fromkeys(("stride_qb", "stride_kb", "stride_vb", "stride_mb", "stride_wb"), "i64"),
         }
-        yield Specialisation(
-            f"search-{DTYPE_NAMES[dtype]}-d{head_dim}{'-tail' if has_tail else ''}",
-            search_kernel,
-            search_constants(head_dim, head_dim, tiles, True, True, has_tail),
-            types,
-            compile_options(tiles, target),
-            data_strides(search_kernel, "qkvmw"),
-        )
+        for name, kernel, constants in (
+            ("search", search_kernel, search_constants(head_dim, head_dim, tiles, True, True)),
+            ("threshold_flagged", threshold_kernel, threshold_constants(head_dim, tiles, True)),
+            (
+                "topk_tail_flagged",
+                attend_tail_kernel,
+                tail_constants(head_dim, head_dim, tiles, True, True, True, True),
+            ),
+        ):
+            yield Specialisation(
+                f"{name}-{DTYPE_NAMES[dtype]}-d{head_dim}",
+                kernel,
+                constants,
+                types,
+                compile_options(tiles, target),
+                data_strides(kernel, "qkvmw"),
+            )
