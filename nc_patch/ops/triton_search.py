@@ -7,6 +7,7 @@ would need more registers than there are.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def search_rows(
     group = query.shape[1] // Hkv
     device = query.device
     architecture = architecture_of(device)
-    tiles = tiles_for(architecture, query.dtype, D, DV, 1)
+    tiles = search_tiles(architecture, query.dtype, D, DV, tail is not None)
     query, key, value = (addressable(x, tiles.keys) for x in (query, key, value))
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
     logits = lse if sinks is None else sinks.contiguous()
@@ -93,6 +94,16 @@ def search_rows(
             **tail_constants(D, DV, tiles, *options, want_stats=True, flagged=True),
             **compile_options(tiles, architecture),
         )
+
+
+def search_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, has_tail: bool) -> Tiles:
+    """Tiles of the search. On sm_80 larger ones leave too few registers for a tail."""
+    tiles = tiles_for(architecture, dtype, head_dim, value_dim, 1)
+    if not has_tail or architecture != "sm_80":
+        return tiles
+    if dtype != torch.float32:
+        return replace(tiles, chunk=64)
+    return replace(tiles, keys=16) if max(head_dim, value_dim) > 128 else tiles
 
 
 def search_constants(head_dim: int, value_dim: int, tiles: Tiles, has_sinks: bool, has_softcap: bool) -> dict[str, Any]:
@@ -179,27 +190,19 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         (torch.float32, 128),
         (torch.float32, 256),
     ):
-        tiles = tiles_for(target, dtype, head_dim, head_dim, 1)
         types = {
             **dict.fromkeys(("query", "key", "value", "mean_key", "mean_value", "output"), pointer_to(dtype)),
             **dict.fromkeys(("visible", "origin", "budget", "flags", "ties_end"), "*i32"),
             **dict.fromkeys(("sinks", "threshold", "lse", "kept_mass"), "*fp32"),
             **dict.fromkeys(("stride_qb", "stride_kb", "stride_vb", "stride_mb", "stride_wb"), "i64"),
         }
-        for name, kernel, constants in (
-            ("search", search_kernel, search_constants(head_dim, head_dim, tiles, True, True)),
-            ("threshold_flagged", threshold_kernel, threshold_constants(head_dim, tiles, True)),
-            (
-                "topk_tail_flagged",
-                attend_tail_kernel,
-                tail_constants(head_dim, head_dim, tiles, True, True, True, True),
-            ),
+        whole, narrow = (search_tiles(target, dtype, head_dim, head_dim, has_tail) for has_tail in (False, True))
+        with_tail = tail_constants(head_dim, head_dim, narrow, True, True, want_stats=True, flagged=True)
+        for name, kernel, tiles, constants in (
+            ("search", search_kernel, whole, search_constants(head_dim, head_dim, whole, True, True)),
+            ("threshold_flagged", threshold_kernel, narrow, threshold_constants(head_dim, narrow, flagged=True)),
+            ("topk_tail_flagged", attend_tail_kernel, narrow, with_tail),
         ):
-            yield Specialisation(
-                f"{name}-{DTYPE_NAMES[dtype]}-d{head_dim}",
-                kernel,
-                constants,
-                types,
-                compile_options(tiles, target),
-                data_strides(kernel, "qkvmw"),
-            )
+            suffix = f"{DTYPE_NAMES[dtype]}-d{head_dim}"
+            compiler, aligned = compile_options(tiles, target), data_strides(kernel, "qkvmw")
+            yield Specialisation(f"{name}-{suffix}", kernel, constants, types, compiler, aligned)
