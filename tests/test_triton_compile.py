@@ -57,6 +57,8 @@ QUICK = [
     "codes_gather-bf16-d64-q1-refine-bounds-tail",
     "codes_tail-bf16-d128",
     "search-bf16-d128",
+    "search-fp32-d128",
+    "topk_tail_flagged-bf16-d128",
     "topk_tail-fp32-d128-few_rows",
     "encode-bf16-d128",
 ]
