@@ -86,8 +86,8 @@ def simulating(model: Any, simulated: Simulated, tail: int | None) -> Iterator[l
 
 
 def counted(counters: list[LayerCounters]) -> dict[str, Any]:
-    """What was attended, with the names that ``nc_stats`` gives it."""
-    return total(counters)
+    """What was attended, with the names that ``nc_stats`` gives it; without the kept mass, which is not measured."""
+    return {name: value for name, value in total(counters).items() if name != "kept_mass"}
 
 
 def _forward(

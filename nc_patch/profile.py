@@ -104,6 +104,10 @@ class Profile:
 
         Args:
             options: every other option of ``NCConfig.create``; ``dense_layers`` adds to the profile's own.
+
+        Raises:
+            TypeError: an option is one that the profile brings, or as in ``NCConfig``.
+            ValueError: as in ``NCConfig``.
         """
         dense = sorted({*self.dense_layers, *options.pop("dense_layers", ())})
         for name in ("alpha", "C", "law"):

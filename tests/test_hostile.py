@@ -262,7 +262,7 @@ def test_hostile_texts_are_measured_or_refused(content, tmp_path, capsys):
 FORBIDDEN_CALLS = {
     *("eval", "exec", "compile", "__import__", "input", "breakpoint"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "shelve.open", "joblib.load", "dill.load"),
-    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.hub.load", "numpy.load"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.hub.load"),
 }
 
 
@@ -292,8 +292,10 @@ def forbidden(source: str) -> list[str]:
     found = []
     for name, call in called_names(ast.parse(source)):
         options = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
-        unsafe = (name == "torch.load" and options.get("weights_only") is not True) or (
-            name.startswith("subprocess.") and options.get("shell", False) is not False
+        unsafe = (
+            (name == "torch.load" and options.get("weights_only") is not True)
+            or (name == "numpy.load" and options.get("allow_pickle") is not False)
+            or (name.startswith("subprocess.") and options.get("shell", False) is not False)
         )
         if name in FORBIDDEN_CALLS or unsafe or options.get("trust_remote_code") or options.get("allow_pickle"):
             found.append(f"{name} in line {call.lineno}")
