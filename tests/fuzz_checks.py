@@ -3,13 +3,13 @@
 A row agrees if its output, log-sum-exp, kept mass and number of keys are the reference's to the rounding of float32
 arithmetic on scores of that size. Where values are free, two scores may lie closer than rounding: a row also agrees if
 it equals the reference of inputs that differ from the given ones by that much. Key blocks may weigh the same in float32
-and not in float64: a row also agrees if it attends the blocks that the definition chooses in float32.
+and not in float64: a row also agrees if the blocks it attends would be chosen if they weighed that much more.
 """
 
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ _EPS = 2.0**-24
 _PERTURBED = 16
 # Below this, exp(-87.34), a vectorised float32 exponential may be zero.
 _SMALLEST_WEIGHT = 2.0**-126
+# What the sum of a block's weights in float32 may be off by, in parts of it.
+_SHARE_ROUNDING = 2.0**-18
 _SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 
 
@@ -87,11 +89,9 @@ def _decode_call(rng: random.Random) -> Call:
         inputs = random_inputs(rng, values=values, queries=rng.choice((1, 1, 3, 32)), longest=200)
         one_origin = inputs.origin is None or bool((inputs.origin == inputs.origin[:, :1]).all())
         # An index is of one sequence a row, which begins among its keys.
-        if one_origin and inputs.shape[3] and (inputs.origin is None or bool((inputs.origin >= 0).all())):
-            # Pages are chosen by the squares of the queries' elements, which float32 must hold.
-            sizes = inputs.query.double().abs()[inputs.query != 0] * (inputs.scale or 1.0)
-            if selection == "topk" or values != "extreme" or bool(((sizes > 2.0**-60) & (sizes < 2.0**60)).all()):
-                break
+        indexed = one_origin and inputs.shape[3] and (inputs.origin is None or bool((inputs.origin >= 0).all()))
+        if indexed and (selection == "topk" or values != "extreme" or _pages_are_told_apart(inputs)):
+            break
     call = Call(inputs, random_options(rng, inputs, selection))
     call.index = {"topk": "codes", "block": "pages"}[selection]
     if call.options.get("tail") == "mean":
@@ -99,6 +99,18 @@ def _decode_call(rng: random.Random) -> Call:
         if rng.random() < 0.3:
             call.index = None
     return call
+
+
+def _pages_are_told_apart(i: Inputs) -> bool:
+    """Whether float32 holds the squares of the queries' elements, and tells the weights of the scores apart.
+
+    It is by these that pages are chosen.
+    """
+    scale = i.query.shape[-1] ** -0.5 if i.scale is None else i.scale
+    sizes = i.query.double().abs()[i.query != 0] * (i.scale or 1.0)
+    key = i.key.double().repeat_interleave(i.query.shape[1] // i.key.shape[1], 1)
+    scores = scale * (i.query.double() @ key.transpose(2, 3)).abs()
+    return bool(((sizes > 2.0**-60) & (sizes < 2.0**60)).all()) and bool((scores[scores != 0] > 2.0**-16).all())
 
 
 def random_options(rng: random.Random, inputs: Inputs, selection: str) -> dict[str, Any]:
@@ -229,7 +241,7 @@ def _references(call: Call) -> Iterator[AttentionResult]:
         value = torch.cat((value, value.where(finite, 0.0), (~finite).to(value.dtype)), -1)
     yield reference_attention(i.query, i.key, value, **settings)
     if selection == "block":
-        yield reference_attention(i.query, i.key, value, **settings, choice=_choice_in_float32(i, settings))
+        yield reference_attention(i.query, i.key, value, **settings, choice=_nudged_choice(call, settings))
     g = torch.Generator().manual_seed(0)
     for _ in range(_PERTURBED):
         noisy = [t.double() * (1 + 4e-7 * torch.randn(t.shape, generator=g)) for t in (i.query, i.key)]
@@ -238,15 +250,20 @@ def _references(call: Call) -> Iterator[AttentionResult]:
         yield reference_attention(*noisy, value, **settings)
 
 
-def _choice_in_float32(i: Inputs, settings: dict[str, Any]) -> BlockChoice:
-    """The blocks that the definition chooses from scores and shares in float32."""
-    group = i.query.shape[1] // i.key.shape[1]
-    scores = settings["scale"] * (i.query.double() @ i.key.double().repeat_interleave(group, 1).transpose(2, 3))
+def _nudged_choice(call: Call, settings: dict[str, Any]) -> BlockChoice:
+    """The blocks that the definition chooses if those that the call attends weigh more by what float32 may lose."""
+    i = call.inputs
+    Hkv, Lk = i.key.shape[1:3]
+    shows_weights = replace(i, value=torch.eye(Lk, dtype=i.value.dtype).expand(*i.key.shape[:2], Lk, Lk))
+    with torch.no_grad():
+        attended = replace(call, inputs=shows_weights).run() > 0
+    key = i.key.double().repeat_interleave(i.query.shape[1] // Hkv, 1)
+    scores = settings["scale"] * (i.query.double() @ key.transpose(2, 3))
     if i.softcap:
         scores = i.softcap * torch.tanh(scores / i.softcap)
     names = ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor")
-    shared = (settings["visible"], settings["origin"], settings["budget"], i.key.shape[1])
-    return block_choice(scores.float(), *shared, **{name: settings[name] for name in names})
+    shared = (settings["visible"], settings["origin"], settings["budget"], Hkv)
+    return block_choice(scores + _SHARE_ROUNDING * attended, *shared, **{name: settings[name] for name in names})
 
 
 def _is_dense(call: Call) -> bool:
