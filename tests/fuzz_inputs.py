@@ -135,7 +135,8 @@ def _extreme(
         scale = 2.0 ** -(of_query + of_key + 3)
     exponents = torch.full((key.shape[2], 1), of_key)
     if rng.random() < 0.5:  # a few keys of ordinary size among them
-        exponents[:: rng.randint(2, 9)] = min(max(of_key, -110 - of_query), 0)
+        # Not so small that a product of two elements, a quarter at least, falls below the smallest float32.
+        exponents[:: rng.randint(2, 9)] = max(min(max(of_key, -110 - of_query), 0), -147 - of_query)
     powers = 2.0 ** exponents.double()
     return query.double() * 2.0**of_query, key.double() * powers, value.double() * 2.0 ** power(), scale
 

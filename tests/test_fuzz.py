@@ -66,6 +66,13 @@ def test_a_wrong_gradient_and_a_written_input_are_noticed(monkeypatch):
     assert any("an input was written to" in (fuzz_checks.check("moderate", seed) or "") for seed in range(60))
 
 
+def test_a_value_that_is_ignored_though_it_is_not_a_number_is_noticed(monkeypatch):
+    run = fuzz_checks.sparse_attention
+    monkeypatch.setattr(fuzz_checks, "sparse_attention", lambda q, k, v, **o: run(q, k, v.nan_to_num(0, 0, 0), **o))
+    noticed = [fuzz_checks.check("broken", seed) for seed in range(24)]
+    assert sum(said is not None for said in noticed) > 2
+
+
 def one_row(scores: list[float], budget: int, **options):
     """Attention of one query over keys with these raw scores, and values that show the weights."""
     key = torch.tensor(scores)[None, None, :, None]
@@ -82,6 +89,21 @@ def test_a_threshold_far_below_the_other_scores_does_not_blur_them(softcap):
     expected = torch.softmax(scores if softcap is None else softcap * torch.tanh(scores / softcap), 0)
     torch.testing.assert_close(weights[:4].double(), expected, atol=1e-6, rtol=1e-5)
     assert weights[4] == 0
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["prefill", "decode"])
+def test_scores_below_the_smallest_float32_choose_as_well_as_their_rounding_lets_them(indexed):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, length, 16, generator=generator) for length in (1, 90))
+    query = query * 2.0**-143
+    value = torch.eye(90)[None, None]
+    options = {"index": KeyIndex.build(key, "codes")} if indexed else {}
+    options |= {"sink_keys": 0, "recent_keys": 0, "scale": 1.0, "tail": "drop", "backend": "torch"}
+    attended = sparse_attention(query, key, value, alpha=20.0, C=0.0, **options)[0, 0, 0] > 0
+    scores = (query.double() @ key.double().mT)[0, 0, 0]
+    assert attended.sum() == 20
+    # Every one of the 16 products is rounded to a multiple of the smallest float32.
+    assert scores[attended].min() >= scores[~attended].max() - 16 * 2.0**-149
 
 
 def test_infinite_scores_that_are_soft_capped_are_numbers():
