@@ -12,12 +12,12 @@ import json
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
+from nc_patch.atomic import replace_file
 
 RESULTS = "results.jsonl"
 PARTS = "results.rank*.jsonl"
@@ -39,21 +39,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         EvalError: the directory cannot be written, or the disk is full.
     """
-    temporary = ""
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise EvalError(f"{path} cannot be written: {error.strerror or error}. Make room, or check it.") from error
-        raise
+        replace_file(path, content)
+    except OSError as error:
+        raise EvalError(f"{path} cannot be written: {error.strerror or error}. Make room, or check it.") from error
 
 
 class ResultStore:

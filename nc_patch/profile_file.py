@@ -1,16 +1,14 @@
 """Profiles on disk: JSON, written whole or not at all, and read without trusting a single field."""
 
-import contextlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nc_patch.atomic import replace_file
 from nc_patch.errors import ProfileError
 
 FORMAT = 1
@@ -51,21 +49,10 @@ def write_profile(path: Path, values: Mapping[str, Any]) -> None:
         ProfileError: the file cannot be written.
     """
     content = json.dumps(values, allow_nan=False, separators=(",", ":")).encode()
-    temporary = ""
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise ProfileError(f"the profile {path} cannot be written: {error.strerror or error}") from error
-        raise
+        replace_file(path, content)
+    except OSError as error:
+        raise ProfileError(f"the profile {path} cannot be written: {error.strerror or error}") from error
 
 
 def read_profile(path: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_saving_replaces_the_file_at_once_and_leaves_nothing_else(saved, monkeyp
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(profile_file.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(ProfileError, match="cannot be written: No space left"):
         made_up_profile(seed=3).save(saved)
     assert saved.read_bytes() == before
