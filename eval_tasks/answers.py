@@ -14,7 +14,8 @@ from eval_tasks.synthetic import GENERATORS, Material, synthesize
 
 # With phase "question" so many last tokens of a prompt count as the question, which stands at its end.
 QUESTION_TOKENS = 64
-_KEPT_LETTERS = 400
+# Of what a model says so much is kept.
+KEPT_LETTERS = 400
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _answer(
     what = attended(what, model, attention, phase, before, len(ids) + len(said) - 1, len(said), cache)
     return {
         "score": score(text, question.answers, question.match),
-        "said": text[:_KEPT_LETTERS],
+        "said": text[:KEPT_LETTERS],
         "expected": list(question.answers),
         "prompt_tokens": len(ids),
         "said_tokens": len(said),

@@ -17,7 +17,6 @@ from eval_tasks.matching import Budgets
 from eval_tasks.methods import find_method
 from eval_tasks.simulated import Simulated
 from nc_patch import AttentionResult, NCConfig, sparse_attention
-from nc_patch.functional import needs_gradient
 
 # The queries that are measured at each length: the last ones, a whole block of queries for every selection.
 ROWS = 64
@@ -108,7 +107,6 @@ def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
 def _attend(captured: Captured, length: int, config: NCConfig) -> AttentionResult:
     query = captured.query[:, :, length - ROWS : length]
     key, value = captured.key[:, :, :length], captured.value[:, :, :length]
-    assert not needs_gradient(query, key, value)
     options = {name: getattr(config, name) for name in _OPTIONS}
     result = sparse_attention(
         query, key, value, selection=config.prefill, scale=captured.scale, return_stats=True, **options

@@ -111,8 +111,8 @@ def _forward(
     scale = check_scale(scaling, softcap, D)
     config = active.simulated.config
     layer = int(getattr(module, "layer_idx", 0) or 0)
-    budget = None if config is None else budgets_of(config, layer, visible.expand(B, -1, -1), Lk).expand(B, Hq, Lq)
     visible = visible.expand(B, -1, -1)
+    budget = None if config is None else budgets_of(config, layer, visible, Lk).expand(B, Hq, Lq)
     keys, values = (tensor.float().repeat_interleave(Hq // Hkv, 1) for tensor in (key, value))
     rows = max(1, _CHUNK // (B * Hq * Lk))
     outputs, attended = [], []

@@ -14,9 +14,8 @@ from lm_eval.utils import setup_logging
 
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.hub import misses_a_package
+from eval_tasks.lm_eval.settings import TASKS_DIRECTORY
 from nc_patch.errors import UnsupportedModelError
-
-TASKS = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -42,7 +41,7 @@ def task_directories(arguments: argparse.Namespace) -> list[str]:
     if given is None and getattr(arguments, "config", None):
         given = EvaluatorConfig.load_yaml_config(arguments.config).get("include_path")
     directories = [] if given is None else [given] if isinstance(given, str) else list(given)
-    return [str(TASKS), *(path for path in directories if Path(path).resolve() != TASKS)]
+    return [str(TASKS_DIRECTORY), *(path for path in directories if Path(path).resolve() != TASKS_DIRECTORY)]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.task import Task
@@ -19,11 +18,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
+from eval_tasks.answers import KEPT_LETTERS
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.hub import misses_a_package
-
-TASKS = Path(__file__).resolve().parents[1]
-_KEPT_LETTERS = 400
+from eval_tasks.lm_eval.settings import TASKS_DIRECTORY
 
 
 @dataclass
@@ -93,7 +91,7 @@ class LmEvalTasks:
                 f"{name} scores by {first}, which gave {metrics[first]!r}; a sweep takes tasks with a score in [0, 1] "
                 "of which more is better. Run it with python -m eval_tasks.lm_eval"
             )
-        said = str(logged["filtered_resps"][0])[:_KEPT_LETTERS]
+        said = str(logged["filtered_resps"][0])[:KEPT_LETTERS]
         return {"score": numbers[first], "metric": first, "metrics": numbers, "said": said}
 
     def _load(self, name: str, length: int) -> dict[str, Task]:
@@ -138,7 +136,7 @@ class LmEvalTasks:
                 }
                 with _quiet():
                     self._managers[length, include_defaults] = TaskManager(
-                        include_path=[str(TASKS)], include_defaults=include_defaults, metadata=metadata
+                        include_path=[str(TASKS_DIRECTORY)], include_defaults=include_defaults, metadata=metadata
                     )
             yield self._managers[length, include_defaults]
 

@@ -14,6 +14,9 @@ from eval_tasks.hub_data import cache_only_where_offline
 from eval_tasks.lm_eval.options import located
 from eval_tasks.tasks import ascending
 
+# Where this package's tasks lie, for lm-eval's --include_path.
+TASKS_DIRECTORY = Path(__file__).resolve().parents[1]
+
 LENGTHS = (512, 1024, 2048, 4096)
 
 
