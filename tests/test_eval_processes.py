@@ -1,5 +1,6 @@
 """Runs of several processes, and runs that are killed: the same numbers as of one process that nobody disturbs."""
 
+import itertools
 import os
 import random
 import signal
@@ -109,12 +110,17 @@ def test_directories_that_are_not_shared_are_refused(home):
 
 
 def test_killed_twenty_times_at_random_the_table_is_that_of_an_undisturbed_run(home, alone):
-    out = home / "killed"
     draw = random.Random(7)
-    arguments = sweep_arguments(home, out)
-    kills = 0
-    for _ in range(20):
-        process = start(arguments, home / "said")
+    outs = (home / f"killed{number}" for number in itertools.count())
+
+    def same_as_alone(out):
+        assert results(out) == results(alone)
+        assert table(out) == table(alone)
+        assert lines(out / "results.jsonl") == len(read_rows(out))
+
+    out, kills = next(outs), 0
+    while kills < 20:
+        process = start(sweep_arguments(home, out), home / "said")
         before = lines(out / "results.jsonl")
         # Some are killed while the model loads, the rest after a few rows, wherever that is in the code.
         if draw.random() < 0.2:
@@ -122,19 +128,21 @@ def test_killed_twenty_times_at_random_the_table_is_that_of_an_undisturbed_run(h
         else:
             more = before + draw.randint(1, 4)
             wait_until(
-                lambda more=more, process=process: lines(out / "results.jsonl") >= more or not process.is_alive()
+                lambda out=out, more=more, process=process: (
+                    lines(out / "results.jsonl") >= more or not process.is_alive()
+                )
             )
             time.sleep(draw.uniform(0.0, 0.02))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
-            kills += 1
         process.join(60)
-    assert kills >= 15
-    assert 0 < len(read_rows(out)) < len(read_rows(alone))
-    assert main(arguments) == 0
-    assert results(out) == results(alone)
-    assert table(out) == table(alone)
-    assert lines(out / "results.jsonl") == len(read_rows(out))
+        assert process.exitcode in (0, -signal.SIGKILL), (home / "said").read_text()
+        kills += process.exitcode != 0
+        if process.exitcode == 0:  # a machine so fast that it ended before it could be killed: the next one, then
+            same_as_alone(out)
+            out = next(outs)
+    assert main(sweep_arguments(home, out)) == 0
+    same_as_alone(out)
 
 
 def test_work_is_handed_out_once_and_in_order():
