@@ -17,12 +17,12 @@ from nc_patch.ops.torch_rows import Buffers, final_scores_, hide_unseen_, rows_p
 AUDIT_COLUMNS = ("rows", "kept_mass", "variance", "freedom", "audited")
 
 # One row of so many is audited, within limits: few rows say little, and more than enough cost for nothing.
-_ROWS_PER_AUDITED = 128
-_FEWEST, _MOST = 4, 32
+_ROWS_PER_AUDITED = 256
+_FEWEST, _MOST = 8, 16
 
 
 def audited_rows(query_length: int) -> int:
-    """How many rows of a sequence are audited."""
+    """How many rows of a sequence are audited; of a few rows some more than once."""
     return min(max(query_length // _ROWS_PER_AUDITED, _FEWEST), _MOST)
 
 

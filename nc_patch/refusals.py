@@ -1,0 +1,66 @@
+"""What a patched attention module refuses when it is called, in words: arguments, masks, heads, broken caches."""
+
+from typing import Any
+
+import torch
+
+from nc_patch.errors import BrokenCacheError, UnsupportedModelError
+from nc_patch.support import REFUSED_ARGUMENTS
+from nc_patch.visibility import made_for
+
+
+def refuse_unsupported(module: torch.nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
+    """Refuses what the model asks for and sparse attention cannot do."""
+    name = type(module).__name__
+    for argument, what in REFUSED_ARGUMENTS.items():
+        if kwargs.get(argument) is not None:
+            raise UnsupportedModelError(
+                f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
+            )
+    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
+        raise UnsupportedModelError(
+            f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
+            "the model."
+        )
+    if dropout:
+        raise UnsupportedModelError(
+            f"{name} asks for attention dropout {dropout}, which sparse attention has not. Set attention_dropout to 0 "
+            "or use model.eval()."
+        )
+    if is_causal is False:
+        raise UnsupportedModelError(f"{name} asks for attention that is not causal, which sparse attention cannot do.")
+
+
+def refuse_missing_keys(module: torch.nn.Module, layer: int, mask: torch.Tensor, key_length: int) -> None:
+    """A layer that has fewer keys than the first, by whose keys masks are made, was missed by a call that failed."""
+    expected = None if torch.compiler.is_compiling() else made_for(mask)
+    if expected is not None and key_length < expected:
+        raise BrokenCacheError(
+            f"{type(module).__name__} of layer {layer} has {key_length} keys, and its mask is for {expected}: a call "
+            "that failed has left the cache half-updated. Start with a new cache, cache.reset() this one, or crop all "
+            "layers to the n tokens there were: layer.crop(n - layer.get_seq_length())."
+        )
+
+
+def check_heads(module: torch.nn.Module, laws: tuple[Any, ...], heads: int) -> None:
+    """Refuses budgets per head for another number of heads."""
+    if len(laws) not in (1, heads):
+        raise UnsupportedModelError(
+            f"alpha and C are given for {len(laws)} heads, {type(module).__name__} has {heads} in this process (tensor "
+            "parallelism spreads them). Give one value per layer."
+        )
+
+
+def mask_problem(module: torch.nn.Module, mask: Any) -> str:
+    """What is wrong with a mask that is not one run of keys per query."""
+    name = type(module).__name__
+    if mask is None:
+        return (
+            f"{name} passed no mask, so that causality and padding would be lost: its model does not build masks "
+            "through transformers' mask interface. It cannot be patched."
+        )
+    shape = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+    return (
+        f"{name} got a custom attention mask ({shape}). Sparse attention needs each query to see one run of keys: pass "
+        "a 2-D padding mask [batch, positions], or leave the layer dense with dense_layers=..."
+    )
