@@ -93,8 +93,10 @@ def nc_attention_forward(
     else:
         laws = config.laws(plan.layer)
         check_heads(module, laws, query.shape[1])
+        find = lambda: budgets_of(config, plan.layer, visible, Lk)  # noqa: E731
         law = ("budget", laws, config.min_keys, config.law, Lk)
-        budget = _once(attention_mask, law, lambda: budgets_of(config, plan.layer, visible, Lk))
+        # Budgets by head are large, and as a rule of one layer alone.
+        budget = _once(attention_mask, law, find) if len(laws) == 1 else find()
     index = means = None
     # Top-k has a gradient where it decodes without an index; decoding by pages has none, and says so in backward.
     by_index = KIND_OF.get(config.decode) == "pages" or not needs_gradient(query, key, value, s_aux)

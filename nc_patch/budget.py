@@ -18,6 +18,8 @@ Laws = tuple[tuple[float, float], ...]
 _SMALLEST_TABLE = 1024
 # Relative distance to an integer below which the vectorised power is not trusted to round like the scalar one.
 _ROUNDING_DOUBT = 1e-9
+# Below this exponent the crossing of a law and an integer is computed with too few digits for that.
+_SMALL_EXPONENT = 1e-3
 
 
 def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, law: Law = "power") -> int:
@@ -43,8 +45,13 @@ def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, law: Law = "pow
         raise ValueError(f"n must be the number of visible keys, at least 0, got {n}")
     if n == 0:
         return 0
-    raw = alpha * float(n) ** C if law == "power" else alpha * math.log2(n)
+    raw = _law_of(n, alpha, C, law)
     return n if raw >= n else min(n, max(min_keys, math.ceil(raw)))
+
+
+def _law_of(n: int, alpha: float, C: float, law: Law) -> float:
+    """The law without its limits at ``n >= 1``."""
+    return alpha * float(n) ** C if law == "power" else alpha * math.log2(n)
 
 
 def is_dense_law(alpha: float, C: float, law: Law = "power") -> bool:
@@ -89,7 +96,72 @@ def budget_table(
     return _device_table(length, laws, min_keys, law, torch.device(device))
 
 
+@lru_cache(maxsize=4096)
+def _host_steps(length: int, alpha: float, C: float, law: Law) -> np.ndarray:
+    """Where the law without its limits takes one key more: int32 ``[K]``, entry j the smallest n of more than j.
+
+    K is what it gives at ``length - 1``, at most ``length``. So as many entries are at most n as the law
+    gives n keys, rounded up.
+    """
+    count = min(math.ceil(_law_of(length - 1, alpha, C, law)), length)  # no n that is looked up has more keys
+    j = np.arange(count, dtype=np.float64)
+    if law == "power" and C == 0.0:
+        return np.ones(count, dtype=np.int32)
+    with np.errstate(over="ignore"):
+        crossing = np.exp2(j / alpha) if law == "log" else np.power(j / alpha, 1.0 / C)
+    crossing = np.clip(crossing, 0.0, float(length))
+    steps = np.maximum(np.floor(crossing) + 1, 1).astype(np.int64)
+    # Where the law meets an integer near an integer n, its scalar form decides; so it does where C is so small that
+    # the crossing is known to few digits.
+    nearest = np.rint(crossing)
+    doubtful = np.abs(crossing - nearest) <= _ROUNDING_DOUBT * np.maximum(nearest, 1.0)
+    if law == "power" and C < _SMALL_EXPONENT:
+        doubtful[:] = True
+    for i in np.flatnonzero(doubtful):
+        n = int(steps[i])
+        while n > 1 and _law_of(n - 1, alpha, C, law) > i:
+            n -= 1
+        while n < length and _law_of(n, alpha, C, law) <= i:
+            n += 1
+        steps[i] = n
+    return steps.astype(np.int32)
+
+
+@lru_cache(maxsize=1024)
+def _device_steps(
+    length: int, laws: Laws, min_keys: int, law: Law, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The steps of several laws, int32 ``[len(laws), K]`` and filled up with a number that no n reaches, and the least
+    that each gives, int32 ``[len(laws), 1]``: of a law that gives every key that is all, and it needs no steps.
+    """
+    unreached = np.iinfo(np.int32).max
+    # alpha * n**C / n falls with n: what gives every key at the end does so before.
+    end = length - 1
+    whole = [law == "power" and _law_of(end, alpha, C, law) >= end for alpha, C in laws]
+    steps = [
+        np.empty(0, np.int32) if every else _host_steps(length, alpha, C, law)
+        for (alpha, C), every in zip(laws, whole, strict=True)
+    ]
+    together = np.full((len(laws), max(1, *map(len, steps))), unreached, dtype=np.int32)
+    for line, of_law in zip(together, steps, strict=True):
+        line[: len(of_law)] = of_law
+    least = np.array([[unreached if every else min_keys] for every in whole], dtype=np.int32)
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.from_numpy(together).to(device), torch.from_numpy(least).to(device)
+
+
 def row_budgets(visible: torch.Tensor, max_n: int, laws: Laws, min_keys: int = 1, law: Law = "power") -> torch.Tensor:
-    """Budgets int32 ``[B, len(laws), Lq]`` of the queries with intervals ``visible`` int32 ``[B, Lq, 2]``."""
-    n = (visible[..., 1] - visible[..., 0]).long()
-    return budget_table(max_n, laws, min_keys, law, visible.device)[:, n].transpose(0, 1).contiguous()
+    """Budgets int32 ``[B, len(laws), Lq]`` of the queries with intervals ``visible`` int32 ``[B, Lq, 2]``.
+
+    One law is looked up in its table. Several, of as many heads, are found among the steps of theirs, which are no more
+    than their budgets have keys: tables of a million entries for each of a thousand heads would fill a GPU.
+    """
+    n = visible[..., 1] - visible[..., 0]
+    if len(laws) == 1:
+        table = budget_table(max_n, laws, min_keys, law, visible.device)
+        return table[:, n.long()].transpose(0, 1).contiguous()
+    length = max(_SMALLEST_TABLE, 1 << max_n.bit_length())
+    steps, least = _device_steps(length, laws, min_keys, law, visible.device)
+    rows = n.reshape(1, -1).expand(len(laws), -1).contiguous()
+    counts = torch.searchsorted(steps, rows, right=True, out_int32=True)
+    return torch.minimum(torch.maximum(counts, least), rows).view(-1, *n.shape).transpose(0, 1).contiguous()

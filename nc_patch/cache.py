@@ -326,7 +326,12 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
 
 
 def forget_index(cache: Cache) -> None:
-    """Drops the key indexes of a cache, after its keys were written from outside; the next call builds them again."""
+    """Drops the key indexes of a cache, after its keys were written from outside; the next call builds them again.
+
+    Of an ``EncoderDecoderCache`` those of its self-attention, which are all it has.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
     for layer in cache.layers:
         if isinstance(layer, KeyIndexMixin):
             layer.nc_forget()

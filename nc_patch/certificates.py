@@ -85,7 +85,8 @@ def record(counters: LayerCounters, config: NCConfig, call: Call, selection: str
     else:
         bounds = certified_bounds(result, call)
         excess = find_excess(bounds, call.visible, call.origin, limit) if acts else None
-    counters.exceeded_calls += excess is not None
+    if excess is not None:
+        counters.add_exceeded()
     if excess is not None and config.on_drop == "dense":
         return True
     if audit is None:
@@ -176,10 +177,22 @@ def _act_on(excess: Excess, config: NCConfig, counters: LayerCounters, call: Cal
             kept_mass=excess.kept_mass,
             certified=excess.position is not None,
         )
-    if not counters.warned:
-        counters.warned = True
+    if counters.warn_once():
         said = _describe(excess, config, call)
         logger.warning("%s. Said once for each layer; nc_stats counts such calls.", said)
+
+
+# What a factor of a float32 matrix product is rounded by, where PyTorch is allowed to be faster than exact.
+_FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
+
+
+def _matrix_slack(size: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """What a score from a matrix product may be off by; ``size`` is the product of the norms.
+
+    Matrix units may cut where others round. ``torch.set_float32_matmul_precision`` allows factors of fewer digits.
+    """
+    factors = _FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
+    return 2 * product_slack(size, head_dim) + size * (2 * factors + factors**2)
 
 
 def _rounding_bounds(kept_mass: torch.Tensor, call: Call) -> torch.Tensor:
@@ -196,7 +209,7 @@ def _rounding_bounds(kept_mass: torch.Tensor, call: Call) -> torch.Tensor:
     size = (norm(query, dim=-1, dtype=torch.float32) * largest).double()
     cap = math.inf if call.softcap is None else call.softcap
     magnitude = (scale * size).clamp(max=cap)
-    off = scale * product_slack(size, D) + 16 * _FLOAT32_ROUNDING * magnitude
+    off = scale * _matrix_slack(size, D) + 16 * _FLOAT32_ROUNDING * magnitude
     # Twice: what is attended may be lower and the rest higher than computed.
     shift = torch.exp(2 * off)
     slack = _SUM_SLACK + 8 * _FLOAT32_ROUNDING * (magnitude + math.log(max(Lk, 2)))

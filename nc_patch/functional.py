@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -86,12 +87,8 @@ def sparse_attention(
     per_head = lambda v: [list(v)] if isinstance(v, Sequence) and not isinstance(v, (str, bytes)) else v  # noqa: E731
     if selection is None:
         raise ValueError(f"selection must be one of {', '.join(map(repr, SELECTIONS))}, got None")
+    _check_options(options)
     config = NCConfig.create(per_head(alpha), per_head(C), selection=selection, **options)
-    if config.on_drop != "ignore":
-        raise ValueError(
-            f'on_drop="{config.on_drop}" acts in patched models; here ask for return_stats or return_kept_mass and '
-            "act on the kept mass yourself"
-        )
     B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
@@ -151,6 +148,24 @@ def sparse_attention(
         want_bounds=wants_bounds,
     )
     return result if return_stats or wants_bounds else result.output
+
+
+# Fields of NCConfig that one call of attention has a use for, beside alpha, C and the selection.
+_OPTIONS = (
+    *("sink_keys", "recent_keys", "min_keys", "block_size", "query_block_size", "sample_stride", "estimator"),
+    *("min_mass", "max_factor", "refine", "tail", "law", "backend"),
+)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuses what acts in patched models alone; what NCConfig does not know it refuses itself."""
+    elsewhere = {field.name for field in fields(NCConfig)} - {*_OPTIONS, "alpha", "C"}
+    given = [name for name in options if name in elsewhere]
+    if given:
+        raise TypeError(
+            f"{', '.join(given)} acts in patched models; sparse_attention takes {', '.join(_OPTIONS)}. To measure and "
+            "act on the kept mass, ask for return_stats or return_kept_mass"
+        )
 
 
 def budgets_of(config: NCConfig, layer: int, visible: torch.Tensor, key_length: int) -> torch.Tensor:

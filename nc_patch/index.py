@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from nc_patch.config import BACKENDS
 from nc_patch.ops import decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.codes import KeyCodes, channel_moments
@@ -90,12 +91,17 @@ class KeyIndex:
             raise ValueError(f"kind must be one of {', '.join(map(repr, INDEX_KINDS))}, got {kind!r}")
         if key.ndim != 4:
             raise ValueError(f"key must be [batch, heads, length, head_dim], got shape {tuple(key.shape)}")
+        if not key.dtype.is_floating_point or key.dtype == torch.float64:
+            raise ValueError(f"key must be bfloat16, float16 or float32, got {key.dtype}")
+        if not isinstance(block_size, int) or block_size < 1:
+            raise ValueError(f"block_size must be a positive number of keys, got {block_size!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         B, Hkv, L, D = key.shape
         start = torch.zeros(B, dtype=torch.int32, device=key.device) if start is None else start
         end = torch.full((B,), L, dtype=torch.int32, device=key.device) if end is None else end
         for name, tensor in (("start", start), ("end", end)):
-            if tensor.shape != (B,) or tensor.dtype.is_floating_point:
-                raise ValueError(f"{name} must be int [{B}], got {tensor.dtype} {list(tensor.shape)}")
+            _check_ends(name, tensor, B, key)
         check_value(kind, key, value)
         capacity = L if capacity is None else capacity
         if capacity < L:
@@ -142,6 +148,7 @@ class KeyIndex:
             ValueError: ``"means"`` without values that fit.
         """
         check_value(self.kind, key, value)
+        _check_ends("end", end, key.shape[0], key)
         if key.shape[2] > self.capacity:
             self._reserve(key.shape[2])
         self._write(key, value, end - count, count, end)
@@ -226,6 +233,13 @@ class KeyIndex:
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._tensors = {name: change(tensor) for name, tensor in self._tensors.items()}
         self.origin = change(self.origin)
+
+
+def _check_ends(name: str, ends: torch.Tensor, batch: int, key: torch.Tensor) -> None:
+    """Refuses starts or ends of sequences that are not one whole number each, where the keys lie."""
+    if ends.shape != (batch,) or ends.dtype.is_floating_point or ends.device != key.device:
+        got = f"{ends.dtype} {list(ends.shape)} on {ends.device}"
+        raise ValueError(f"{name} must be int [{batch}] on {key.device}, got {got}")
 
 
 def check_value(kind: IndexKind, key: torch.Tensor, value: torch.Tensor | None) -> None:

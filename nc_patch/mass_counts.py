@@ -7,7 +7,7 @@ row; *estimated* ones come from an audit of some rows (``ops/block_audit.py``). 
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ class MassCounts(Locked):
     def _tally(self) -> None:
         untallied, self._untallied = self._untallied, []
         if untallied:
-            bounds, visible = (torch.cat(tensors) for tensors in zip(*untallied, strict=True))
+            bounds, visible = (torch.cat(on_one_device(tensors)) for tensors in zip(*untallied, strict=True))
             self._add_tally(tally_bounds(bounds, visible, self.limit))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,13 +237,18 @@ def _t_quantile(freedom: float) -> float:
     return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
+def on_one_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors on the device of the last: a model may have been moved while it was counted, or be in replicas."""
+    return [tensor.to(tensors[-1].device) for tensor in tensors]
+
+
 def _join_tallies(tallies: list[torch.Tensor]) -> torch.Tensor:
-    stacked = torch.stack(tallies)
+    stacked = torch.stack(on_one_device(tallies))
     return torch.cat((stacked[..., :-1].sum(0), stacked[..., -1:].amin(0)), -1)
 
 
 def _folded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.stack(tensors).sum(0)] if len(tensors) >= _FOLD_AT else tensors
+    return [torch.stack(on_one_device(tensors)).sum(0)] if len(tensors) >= _FOLD_AT else tensors
 
 
 def _sum_of(tensors: list[torch.Tensor]) -> torch.Tensor | None:

@@ -53,7 +53,7 @@ def patch_model(
             wrapped by PEFT works too.
         alpha: factor of the budget; a number, a list per layer, or a list per layer and query head. With neither
             alpha nor C they are ``DEFAULT_ALPHA`` and ``DEFAULT_C`` of ``nc_patch.config``.
-        C: exponent of the budget in [0, 1], in the same forms.
+        C: exponent of the budget in [0, 1], in the same forms; left out with ``law="log"``.
         config: all settings as an ``NCConfig``, instead of alpha, C and options.
         profile: what ``calibrate`` measured on this model, instead of alpha and C: budgets for every layer and head.
         options: fields of ``NCConfig``, and ``selection``, which sets ``prefill`` and ``decode``.
@@ -69,8 +69,12 @@ def patch_model(
     if profile is not None:
         config = _config_of_profile(model, profile, alpha, C, config, options)
     elif config is None:
-        if alpha is None and C is None:
+        if alpha is None and C is None and options.get("law", "power") == "power":
             alpha, C = DEFAULT_ALPHA, DEFAULT_C
+        if C is None and options.get("law") == "log":
+            C = 0.0
+        if alpha is None and options.get("law") == "log":
+            raise TypeError('law="log" needs alpha, for example patch_model(model, alpha=8.0, law="log")')
         if alpha is None or C is None:
             raise TypeError(
                 "give alpha and C, for example patch_model(model, alpha=2.0, C=0.7), or neither of them, or "
@@ -86,13 +90,7 @@ def patch_model(
     _check_shape(config, modules)
     with _LOCK:
         for layer, module in modules:
-            before = _patch_of(module)
-            setattr(module, PATCH_ATTRIBUTE, LayerPatch(config, layer, _original_of(module, before)))
-            if before is None:
-                module.register_forward_pre_hook(refuse_switched)
-            if before is None and _takes_more_arguments(module):
-                module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
-            _PATCHED.add(module)
+            _attach(module, LayerPatch(config, layer, _original_of(module, _patch_of(module))))
         for module_config in _configs(modules):
             module_config._attn_implementation_internal = IMPLEMENTATION
     say_left_dense(model, [module for _, module in modules])
@@ -138,8 +136,10 @@ def patched(
         yield model
     finally:
         if before:
-            for module, patch in before:
-                setattr(module, PATCH_ATTRIBUTE, patch)
+            with _LOCK:
+                for module, patch in before:
+                    if not _attach(module, patch):  # the block has unpatched it
+                        _config_of(module)._attn_implementation_internal = IMPLEMENTATION
         elif is_patched(model):
             unpatch_model(model)
 
@@ -269,6 +269,18 @@ def _config_of(module: torch.nn.Module) -> Any:
 
 def _configs(modules: list[tuple[int, torch.nn.Module]]) -> list[Any]:
     return list({id(_config_of(module)): _config_of(module) for _, module in modules}.values())
+
+
+def _attach(module: torch.nn.Module, patch: LayerPatch) -> bool:
+    """Gives an attention module its settings, and the hooks where it has none; returns whether it was patched."""
+    was_patched = _patch_of(module) is not None
+    setattr(module, PATCH_ATTRIBUTE, patch)
+    if not was_patched:
+        module.register_forward_pre_hook(refuse_switched)
+        if _takes_more_arguments(module):
+            module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
+    _PATCHED.add(module)
+    return was_patched
 
 
 def _original_of(module: torch.nn.Module, before: LayerPatch | None) -> str:

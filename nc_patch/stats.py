@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nc_patch.locking import Locked, alone
-from nc_patch.mass_counts import PHASES, MassCounts
+from nc_patch.mass_counts import PHASES, MassCounts, on_one_device
 from nc_patch.mass_counts import total as total_mass
 
 # Pending tensors are folded into one at this number, so that a long generation does not pile them up.
@@ -59,7 +59,7 @@ class LayerCounters(Locked):
         self._pending.append(counts)
         if len(self._pending) >= _FOLD_AT:
             pending, self._pending = self._pending, []
-            self._pending.append(torch.stack(pending).sum(0))
+            self._pending.append(torch.stack(on_one_device(pending)).sum(0))
 
     @alone
     def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
@@ -70,6 +70,17 @@ class LayerCounters(Locked):
         self._untallied.append((attended, visible))
         if len(self._untallied) >= _FOLD_AT:
             self._tally()
+
+    @alone
+    def add_exceeded(self) -> None:
+        """Counts a call that dropped more than is allowed."""
+        self.exceeded_calls += 1
+
+    @alone
+    def warn_once(self) -> bool:
+        """Whether nobody has asked before: whoever is told so says the warning."""
+        first, self.warned = not self.warned, True
+        return first
 
     @alone
     def sums(self) -> list[float]:
@@ -88,7 +99,7 @@ class LayerCounters(Locked):
     def _tally(self) -> None:
         untallied, self._untallied = self._untallied, []
         if untallied:
-            attended, visible = (torch.cat(tensors) for tensors in zip(*untallied, strict=True))
+            attended, visible = (torch.cat(on_one_device(tensors)) for tensors in zip(*untallied, strict=True))
             self._pending.append(tally(attended, visible, self.tail))
 
     @alone

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tiny_models import random_ids, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
 from nc_patch import KeyIndex, forget_index, patch_model, unpatch_model
@@ -236,6 +236,9 @@ def test_keys_written_in_inference_mode_need_forget_index():
         assert all(not layer.nc_indexes for layer in cache.layers)
         model(ids[:, -1:], past_key_values=cache)
         assert_equals_fresh(cache.layers[0].nc_indexes["codes"], cache.layers[0], [61])
+        both = EncoderDecoderCache(cache, DynamicCache())
+        forget_index(both)
+        assert all(not layer.nc_indexes for layer in cache.layers)
 
 
 def test_settings_of_another_kind_build_the_index_again():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nc_patch import NCConfig
-from nc_patch.budget import budget_table, row_budgets
+from nc_patch.budget import _device_steps, budget_of, budget_table, row_budgets
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,26 @@ def test_budgets_per_layer_and_head():
         config.budget(100, layer=2)
     visible = torch.tensor([[[0, 100], [4, 20]]], dtype=torch.int32)
     assert row_budgets(visible, 100, config.laws(0)).tolist() == [[[10, 4], [20, 8]]]
+
+
+@pytest.mark.parametrize("law", ["power", "log"])
+@pytest.mark.parametrize("min_keys", [1, 50])
+def test_budgets_of_many_heads_equal_the_scalar_law(law, min_keys):
+    draw = random.Random(0)
+    laws = [(2.0, 0.5), (1.0, 0.5), (4.0, 0.6), (0.5, 1.0), (1.0, 1.0), (1e-3, 0.3), (100.0, 0.0), (7.5, 0.0)]
+    laws += [(3.0, 1 / 3), (1e6, 0.7), (0.9, 1.0), (2.0, 1e-4), (2.0, 1e-7), (1.3, 0.98), (2.0, 1.0)]
+    laws = [*laws, *((draw.uniform(0.1, 20), draw.random()) for _ in range(20))]
+    n = torch.cat((torch.arange(1200), torch.arange(1100, 1400) ** 2, torch.tensor([2**20 - 1, 2**20, 2**20 + 1])))
+    visible = torch.stack((torch.full_like(n, 3), n + 3), -1)[None].int()
+    found = row_budgets(visible, int(n.max()), tuple(laws), min_keys, law)
+    for head, (alpha, C) in enumerate(laws):
+        assert found[0, head].tolist() == [budget_of(int(i), alpha, C, min_keys, law) for i in n], (alpha, C)
+
+
+def test_budgets_of_many_heads_take_little_memory():
+    laws = tuple((2.0 + head / 100, 0.5) for head in range(64))
+    steps, _ = _device_steps(2**20, laws, 1, "power", torch.device("cpu"))
+    assert steps.numel() < 64 * 2800  # the largest budget, where a table would have a million entries a head
 
 
 def test_bad_n_is_refused():

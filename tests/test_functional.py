@@ -158,6 +158,17 @@ def test_bad_input_is_refused_by_name(change, message):
         sparse_attention(query, key, value, **arguments)
 
 
+@pytest.mark.parametrize(
+    "option", [{"dense_layers": (0,)}, {"track": True}, {"key_index": "never"}, {"on_drop": "warn"}, {"decode": "topk"}]
+)
+def test_options_of_patched_models_are_refused_by_name(option):
+    query, key, value = tensors()
+    with pytest.raises(
+        TypeError, match=f"{next(iter(option))} acts in patched models; sparse_attention takes sink_keys"
+    ):
+        sparse_attention(query, key, value, alpha=1.0, C=0.5, **option)
+
+
 def test_triton_without_a_gpu_is_refused_with_the_remedy():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here; the tensors of this test lie on the CPU all the same, but Triton may interpret")

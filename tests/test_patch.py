@@ -197,6 +197,20 @@ def test_the_context_manager_restores_what_was_before():
         assert torch.equal(model(ids).logits, sparse)
 
 
+def test_the_context_manager_patches_again_what_its_block_unpatched():
+    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5), random_ids(1, 50)
+    with torch.inference_mode():
+        sparse = model(ids).logits
+        with patched(model, 1.0, 0.0):
+            unpatch_model(model)
+        assert is_patched(model)
+        assert torch.equal(model(ids).logits, sparse)
+        assert nc_stats(model)["attended_fraction"] < 0.5
+        model.set_attn_implementation("eager")
+        with pytest.raises(UnsupportedModelError, match="has been set to 'eager'"):
+            model(ids)
+
+
 def test_save_pretrained_of_a_patched_model_writes_the_same_files(tmp_path):
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "before")
@@ -341,6 +355,8 @@ def changed_nothing(model, call, exception, message):
         ((float("nan"), 0.5), {}, ValueError, "alpha must be a positive number, got nan"),
         ((1.0, 1.5), {}, ValueError, r"C must be a number in \[0, 1\]"),
         ((1.0,), {}, TypeError, "give alpha and C"),
+        ((), {"law": "log"}, TypeError, 'law="log" needs alpha'),
+        ((8.0, 0.5), {"law": "log"}, ValueError, "has no exponent: C must be 0, got 0.5"),
         ((1.0, 0.5), {"selection": "best"}, ValueError, "selection must be one of"),
         ((1.0, 0.5), {"backend": "best"}, ValueError, "backend must be one of"),
         ((1.0, 0.5), {"block": 3}, TypeError, "unknown option block"),
@@ -420,6 +436,12 @@ def test_calls_that_need_a_patched_model_say_so():
     for call in (unpatch_model, nc_stats, reset_stats):
         with pytest.raises(ValueError, match="LlamaForCausalLM is not patched; call patch_model first"):
             call(model)
+
+
+def test_the_log_law_needs_no_exponent():
+    model = patch_model(tiny_model("llama"), 8.0, law="log")
+    config = next(module for module in model.modules() if hasattr(module, "_nc_patch"))._nc_patch.config
+    assert (config.alpha, config.C, config.law) == (8.0, 0.0, "log")
 
 
 def test_without_alpha_and_C_the_defaults_are_taken():

@@ -166,3 +166,18 @@ def test_what_is_certain_and_what_is_estimated_make_one_interval():
     assert found["upper"] - found["mean"] == pytest.approx(2.571 / 40, rel=0.01)
     assert total([counts, MassCounts()]) == {name: found[name] for name in total([counts])}
     assert total([MassCounts()]) is None
+
+
+def test_a_model_that_is_moved_while_it_is_counted_goes_on_counting():
+    # The device "meta" stands for another one: joining tensors of two devices is what fails there too.
+    counters, mass = LayerCounters(), MassCounts()
+    visible, bounds = torch.tensor([[[0, 4]]], dtype=torch.int32), torch.ones(1, 2, 1, 2)
+    attended = torch.full((1, 2, 1), 3, dtype=torch.int32)
+    for device in ["cpu"] * 3 + ["meta"] * 1100:
+        counters.add(torch.ones(6, dtype=torch.float64, device=device), None)
+        counters.add_later(attended.to(device), visible.to(device))
+        mass.add_bounds(bounds.to(device), visible.to(device), "exact", 0.5)
+        mass.add_dense(visible.to(device), 2)
+        mass.add_audit(torch.ones(3, 5, device=device), torch.ones(2, device=device))
+    assert counters.calls == 2 * 1103
+    assert mass.calls == {"exact": 1103, "dense": 1103, "estimate": 1103}

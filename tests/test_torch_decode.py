@@ -217,6 +217,14 @@ def test_wrong_uses_of_an_index_are_refused():
         KeyIndex.build(key, "codes", start=torch.zeros(3))
     with refused("shape"):
         KeyIndex.build(key[0], "codes")
+    with refused("block_size must be a positive number of keys, got 0"):
+        KeyIndex.build(key, "pages", block_size=0)
+    with refused("backend must be one of"):
+        KeyIndex.build(key, "codes", backend="tritn")
+    with refused("bfloat16, float16 or float32, got torch.float64"):
+        KeyIndex.build(key.double(), "codes")
+    with refused("end must be int"):
+        KeyIndex.build(key, "codes", end=torch.ones(len(key), dtype=torch.int32, device="meta"))
 
 
 @given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1))
