@@ -1,7 +1,8 @@
 """Times what knowing the kept mass costs on the CPU, and writes docs/results/certificates.json.
 
 One decoder layer of SmolLM2's shape (9 / 3 heads of 64), float32, random weights: a prompt, and single steps after it,
-with ``track`` and without, in turn on the same inputs. Processor time, so that other work on the machine disturbs less;
+with ``track`` and without, in turn on the same inputs; and of prefill by blocks the attention alone, on random queries
+and keys, with its audit and without. Processor time, so that other work on the machine disturbs less;
 only the ratios mean something.
 """
 
@@ -18,7 +19,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval_tasks.provenance import commit, hardware, versions
-from nc_patch import nc_stats, patch_model
+from nc_patch import NCConfig, nc_stats, patch_model
+from nc_patch.functional import attend, budgets_of
+from nc_patch.ops.reference import causal_intervals
 
 # (name, phase, options of patch_model)
 WAYS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -36,6 +39,7 @@ STEPS = 24
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", type=int, default=4096)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192], help="of attention alone")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/results/certificates.json"))
@@ -69,6 +73,7 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
+    alone = [_attention_alone(length, 3 * arguments.repeats) for length in arguments.lengths]
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
@@ -77,6 +82,7 @@ def main() -> None:
         "prompt": arguments.prompt,
         "law": "4 n^0.6",
         "results": rows,
+        "attention_alone": alone,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
@@ -94,6 +100,36 @@ def _time(model: LlamaForCausalLM, ids: torch.Tensor, phase: str) -> float:
                 begin = time.process_time()
             model(ids[:, :1], past_key_values=cache)
         return (time.process_time() - begin) / STEPS
+
+
+def _attention_alone(length: int, repeats: int) -> dict[str, float]:
+    """What the audit of prefill by blocks adds to attention, as a ratio of processor times."""
+    query, key, value = (torch.randn(1, heads, length, 64) for heads in (9, 3, 3))
+    config = NCConfig.create(4.0, 0.6, selection="block")
+    visible = causal_intervals(1, length, length, query.device)
+    budget = budgets_of(config, 0, visible, length)
+    ratios, spent = [], []
+    for repeat in range(repeats + 1):
+        times = []
+        for seed in (-1, repeat):
+            begin = time.process_time()
+            attend(
+                *(query, key, value),
+                visible=visible,
+                origin=visible[..., 0],
+                budget=budget,
+                selection="block",
+                config=config,
+                scale=0.125,
+                audit_seed=seed,
+            )
+            times.append(time.process_time() - begin)
+        if repeat:
+            ratios.append(times[1] / times[0])
+            spent.append(times[0])
+    row = {"n": length, "milliseconds": 1e3 * statistics.median(spent), "ratio": statistics.median(ratios)}
+    print(row, flush=True)
+    return row
 
 
 if __name__ == "__main__":
