@@ -108,7 +108,7 @@ def comparisons_csv(compared: Iterable[Comparison]) -> str:
     """The comparisons with dense as CSV."""
     names = [
         "task", "length", "method", "documents", "difference", "low", "high", "margin", "detectable", "p_difference",
-        "p_margin", "verdict",
+        "p_margin", "needed", "needed_within", "verdict",
     ]  # fmt: skip
     return csv_of(names, [[getattr(comparison, name) for name in names] for comparison in compared])
 

@@ -109,15 +109,27 @@ def comparison_table(comparisons: Sequence[Comparison], summaries: Sequence[Summ
     note = (
         "Loss over dense on the same documents (nats per token, or share of answers). Non-inferior: a loss of more "
         f"than the margin ({100 * within:g} % of perplexity, or points of answers) is excluded. p-values are corrected "
-        "over all lines by Holm's procedure; exact McNemar test for answers that are right or wrong, else sign flips "
-        "of whole documents. Detectable: the smallest difference that so many documents show in 80 of 100 cases, taken "
-        "alone."
+        "over all lines by Holm's procedure. Differs: exact McNemar test for answers that are right or wrong, else "
+        "all flips of the signs of whole documents. Within: for answers the exact binomial test on those lost (of "
+        "partial scores Hoeffding's bound), else a t-test corrected for skewness. Detectable: the smallest difference "
+        "that so many documents show in 80 of 100 cases at the level of the first of all lines." + _fewest(comparisons)
     )
     header = (
         "Task", "Tokens", "Method", "Keys, scored", "Share, scored", "Documents", "Loss − dense", "95 % interval",
         "Detectable", "Margin", "p, differs", "p, within", "Verdict",
     )  # fmt: skip
     return Table("Compared with dense", note, header, tuple(rows))
+
+
+def _fewest(comparisons: Sequence[Comparison]) -> str:
+    """How many documents a verdict needs in this family of comparisons, as further sentences of the note."""
+    difference = max((c.needed for c in comparisons), default=0)
+    margins = dict.fromkeys((c.margin, c.needed_within) for c in comparisons)
+    within = " or ".join(f"{needed} (margin {margin:.4f})" for margin, needed in margins)
+    return (
+        f" Among so many lines a difference needs at least {difference} documents, all of which differ the same way, "
+        f"and non-inferiority at least {within}, of which none loses anything; fewer lines need fewer."
+    )
 
 
 def effective_table(lengths: Sequence[EffectiveLength], summaries: Sequence[Summary], within: float) -> Table:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eval_tasks.bootstrap import MIN_SAMPLES
 from eval_tasks.comparisons import Comparison, compare, corrected, effective_length
 from eval_tasks.iso_quality import IsoQuality, iso_quality
 from eval_tasks.methods import DENSE, keys_of, order_of
@@ -61,28 +62,34 @@ def comparisons(rows: Sequence[Row], within: float) -> list[Comparison]:
         rows: of one run.
         within: the margin, as a share: 0.05 is five percent more perplexity, or five answers in a hundred.
     """
-    found = []
+    paired = []
     for task, length, method in sorted({(r["task"], int(r["length"]), r["method"]) for r in rows}, key=cell_order):
         values, reference = losses(rows, task, length, method), losses(rows, task, length, DENSE)
         shared = sorted(values.keys() & reference.keys())
-        if method == DENSE or not shared:
-            continue
-        owners = documents_of(r for r in rows if r["task"] == task)
-        pairs = [(values[sample], reference[sample]) for sample in shared]
-        found.append(
+        if method != DENSE and shared:
+            owners = documents_of(r for r in rows if r["task"] == task)
+            pairs = [(values[sample], reference[sample]) for sample in shared]
+            documents = [owners[sample] for sample in shared]
+            paired.append((task, length, method, pairs, documents, dense_fails(rows, task, length)))
+    judged = [len(set(documents)) for *_, documents, fails in paired if not fails]
+    family = sum(count >= MIN_SAMPLES for count in judged)
+    return corrected(
+        [
             compare(
                 task,
                 length,
                 method,
                 [a for a, _ in pairs],
                 [b for _, b in pairs],
-                [owners[sample] for sample in shared],
+                documents,
                 margin_of(rows, task, within),
-                right_or_wrong=is_answer(rows, task) and all(x in (0.0, 1.0) for pair in pairs for x in pair),
-                dense_fails=dense_fails(rows, task, length),
+                is_answer(rows, task),
+                fails,
+                family,
             )
-        )
-    return corrected(found)
+            for task, length, method, pairs, documents, fails in paired
+        ]
+    )
 
 
 def effective_lengths(rows: Sequence[Row], compared: Sequence[Comparison], within: float) -> list[EffectiveLength]:

@@ -15,6 +15,7 @@ from eval_tasks.provenance import record_session
 from eval_tasks.report import write_report
 from eval_tasks.store import ResultStore
 from eval_tasks.summary import summarise, to_csv
+from eval_tasks.verdicts import comparisons
 from nc_patch.cli import main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -128,7 +129,7 @@ def test_several_directories_need_a_place_for_the_report(tmp_path, capsys):
 
 def test_every_verdict_stands_beside_its_number_of_documents_and_what_was_attended(tmp_path):
     rows = []
-    for i in range(12):
+    for i in range(24):
         levels = {"dense": 10.0 + i, "nc-topk": (10.0 + i) * 1.01, "window": (10.0 + i) * 2.0}
         rows += [row("perplexity", 512, i, method, level) for method, level in levels.items()]
     write_report(write_run(tmp_path / "a", rows, lengths=[512]), within=0.05)
@@ -138,10 +139,26 @@ def test_every_verdict_stands_beside_its_number_of_documents_and_what_was_attend
         "nc-topk": "worse, yet within the margin",
         "window": "worse",
     }
-    assert {entry["documents"] for entry in verdicts.values()} == {"12"}
+    assert {(entry["documents"], entry["needed"], entry["needed_within"]) for entry in verdicts.values()} == {
+        ("24", "7", "20")
+    }
     text = (tmp_path / "a" / "report.md").read_text(encoding="utf-8")
     assert "| perplexity | α·n^C top-k | 512 (the longest measured) | 60.0 | 5.00 % |" in text
     assert "| perplexity | fixed window | none |" in text
+    assert "a difference needs at least 7 documents" in text
+    assert "and non-inferiority at least 20 (margin 0.0488)" in text
+
+
+def test_detectable_is_that_of_the_family_that_is_corrected_together(tmp_path):
+    rows = []
+    for length in (256, 512, 1024):
+        for i in range(8):
+            rows += [row("perplexity", length, i, m, 10.0 + i % 3 * (m != "dense")) for m in ("dense", "nc-topk")]
+    found = {name: comparisons([r for r in rows if r["length"] in name], 0.05) for name in ((512,), (256, 512, 1024))}
+    alone, together = found[512,], found[256, 512, 1024]
+    assert (alone[0].needed, together[1].needed) == (6, 7)
+    assert together[1].detectable > 1.2 * alone[0].detectable
+    assert {c.verdict for c in together} == {"undecided"}
 
 
 def test_answers_are_shown_by_depth_and_compared_as_right_or_wrong(tmp_path):
