@@ -55,6 +55,7 @@ def run_problem(run: Any) -> str | None:
     return (
         _first_problem(run, _OF_RUNS, required=True)
         or _first_problem(run["identity"], _OF_IDENTITIES, required=True)
+        or _first_problem(run["identity"], _OF_IDENTITIES_WHERE_GIVEN, required=False)
         or _first_problem(run, _OF_RUNS_WHERE_GIVEN, required=False)
     )
 
@@ -112,6 +113,8 @@ _WHERE_GIVEN: _Checks = {
     "commit": (_or_none(_is_text), "a text or null"),
     "ran_dense": (lambda v: isinstance(v, dict) and all(map(_is_text, v)) and _is_flat(v), "an object of counts"),
     "document": (lambda v: _is_text(v) or _is_count(v), "a text or an integer"),
+    "seed": (_or_none(_is_count), "an integer of at least 0"),
+    "index": (_is_count, "an integer of at least 0"),
     "depth": (_or_none(_SHARE), "a number in [0, 1]"),
     "score": (lambda v: _is_number(v, -1e6, 1e6), "a number"),
     "token_losses": (_list_of(_is_number, 10**7), "a list of numbers"),
@@ -157,6 +160,9 @@ _OF_IDENTITIES: _Checks = {
     "alpha": (_is_number, "a number"),
     "C": (_is_number, "a number"),
     "equal_at": (_POSITIVE, "a positive integer"),
+}
+_OF_IDENTITIES_WHERE_GIVEN: _Checks = {
+    "seed": (lambda v: _is_count(v) or (_list_of(_is_count)(v) and v != []), "an integer of at least 0, or several"),
 }
 
 

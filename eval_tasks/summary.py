@@ -14,6 +14,8 @@ from eval_tasks.methods import DENSE, order_of
 from eval_tasks.tasks import TASKS
 
 Row = Mapping[str, Any]
+Place = tuple[int, int]
+"""What tells a sample from others of its task and length: its seed, and its number among those of the seed."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,27 @@ def loss_of(row: Row) -> float:
     return float(row["loss_sum"]) / int(row["tokens"])
 
 
-def losses(rows: Iterable[Row], task: str, length: int, method: str) -> dict[int, float]:
+def place_of(row: Row) -> Place:
+    """Which sample a row measured.
+
+    Rows without an ``index`` were written before there was one: their ``sample`` goes on over the seeds, so they match
+    rows of the same run, and ``merge_runs`` gives them their index before they meet others.
+    """
+    return int(row.get("seed") or 0), int(row.get("index", row["sample"]))
+
+
+def losses(rows: Iterable[Row], task: str, length: int, method: str) -> dict[Place, float]:
     """Loss by sample of one method at one task and length."""
     return {
-        int(row["sample"]): loss_of(row)
+        place_of(row): loss_of(row)
         for row in rows
         if "failed" not in row and (row["task"], row["length"], row["method"]) == (task, length, method)
     }
 
 
-def documents_of(rows: Iterable[Row]) -> dict[int, str]:
+def documents_of(rows: Iterable[Row]) -> dict[Place, str]:
     """The document of each sample: as its row says, or one of its own."""
-    return {int(row["sample"]): str(row.get("document", row["sample"])) for row in rows}
+    return {place_of(row): str(row.get("document", "sample {} of seed {}".format(*place_of(row)))) for row in rows}
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
@@ -138,8 +149,8 @@ def cell_order(cell: tuple[str, int, str]) -> tuple[int, str, int, tuple[int, st
 
 def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row]) -> Summary:
     task, length, method = cell
-    dense = {int(row["sample"]): loss_of(row) for row in dense_rows}
-    own = {int(row["sample"]): loss_of(row) for row in rows}
+    dense = {place_of(row): loss_of(row) for row in dense_rows}
+    own = {place_of(row): loss_of(row) for row in rows}
     shared = sorted(own.keys() & dense.keys()) if method != DENSE else []
     pairs = [(own[sample], dense[sample]) for sample in shared]
     owners = documents_of(rows)

@@ -8,7 +8,7 @@ from eval_tasks.bootstrap import MIN_SAMPLES
 from eval_tasks.comparisons import Comparison, compare, corrected, effective_length
 from eval_tasks.iso_quality import IsoQuality, iso_quality
 from eval_tasks.methods import DENSE, keys_of, order_of
-from eval_tasks.summary import Row, cell_order, documents_of, losses
+from eval_tasks.summary import Place, Row, cell_order, documents_of, losses
 
 # Dense attention has to gain so many nats from the first copy, or answer so much right, to be compared with.
 GAIN_NEEDED = 0.5
@@ -122,7 +122,7 @@ def needed_budgets(rows: Sequence[Row], within: float) -> list[IsoQuality]:
     failing = {cell for cell in {(r["task"], int(r["length"])) for r in rows} if dense_fails(rows, *cell)}
     named = {(row["task"], keys_of(row["method"])[0]) for row in rows if keys_of(row["method"])[1] is not None}
     for task, method in sorted(named, key=lambda pair: (pair[0], order_of(pair[1]))):
-        by_length: dict[int, dict[int, dict[int, float]]] = {}
+        by_length: dict[int, dict[int, dict[Place, float]]] = {}
         for row in rows:
             base, keys = keys_of(row["method"])
             length = int(row["length"])
@@ -144,7 +144,7 @@ def needed_budgets(rows: Sequence[Row], within: float) -> list[IsoQuality]:
 
 
 def _by_owner(
-    cell: dict[int, float], dense: dict[int, float], shared: Sequence[int], owners: dict[int, str]
+    cell: dict[Place, float], dense: dict[Place, float], shared: Sequence[Place], owners: dict[Place, str]
 ) -> list[float]:
     """Mean loss over dense of each document, in the order in which the documents come."""
     gathered: dict[str, list[float]] = {}

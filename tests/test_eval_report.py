@@ -1,6 +1,7 @@
 """The report: everything in it escaped and inside one file, and sentences that follow the numbers."""
 
 import csv
+import itertools
 import math
 import re
 import shutil
@@ -9,12 +10,13 @@ import subprocess
 import pytest
 
 from eval_tasks.findings import Findings
+from eval_tasks.merging import differing, merge_runs
 from eval_tasks.methods import METHODS
 from eval_tasks.progress import Forecast, Step, duration
 from eval_tasks.provenance import record_session
 from eval_tasks.report import write_report
 from eval_tasks.store import ResultStore
-from eval_tasks.summary import summarise, to_csv
+from eval_tasks.summary import place_of, summarise, to_csv
 from eval_tasks.verdicts import comparisons
 from nc_patch.cli import main
 
@@ -116,6 +118,42 @@ def test_runs_of_the_same_setting_are_merged_and_others_stand_apart(tmp_path):
         assert f"nc-patch eval --out {name}" in page
     for name in ("report.md", "comparisons.csv", "main.png"):
         assert (tmp_path / "all" / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("indexed", [True, False], ids=["with an index", "of an older version"])
+def test_samples_of_one_text_are_paired_whatever_the_number_of_samples_of_a_run(tmp_path, indexed):
+    """Two seeds, of which one run measured two samples each and the other three: their third samples differ."""
+    seeds = (0, 7)
+
+    def measured(methods, samples):
+        rows = []
+        for sample, (seed, index) in enumerate(itertools.product(seeds, range(samples))):
+            for method, factor in methods.items():
+                entry = row("perplexity", 512, sample, method, (10.0 + 20 * seed + 5 * index) * factor, seed=seed)
+                key = f"{seed}-{index}-{method}"
+                rows.append(entry | {"key": key} | ({"index": index} if indexed else {}))
+        return rows
+
+    settings = {"lengths": [512], "seed": list(seeds)}
+    first = write_run(tmp_path / "a", measured({"dense": 1.0}, 2), samples=2, **settings)
+    second = write_run(tmp_path / "b", measured({"nc-topk": 1.1}, 3), samples=3, **settings)
+    [merged] = merge_runs([first, second])
+    assert {place_of(entry) for entry in merged.rows} == {(seed, index) for seed in seeds for index in range(3)}
+    [_, sparse] = summarise(merged.rows)
+    assert sparse.perplexity_ratio == pytest.approx(1.1)
+    assert (sparse.low, sparse.high) == pytest.approx((math.log(1.1), math.log(1.1)))
+    [compared] = comparisons(merged.rows, 0.05)
+    assert (compared.documents, compared.difference) == (4, pytest.approx(math.log(1.1)))
+
+
+def test_documents_of_lm_eval_are_counted_over_the_seeds_so_runs_of_other_samples_stand_apart(tmp_path):
+    rows = [row("lm-eval:arc", 512, i, "dense", 10.0, score=1.0) for i in range(4)]
+    settings = {"tasks": ["lm-eval:arc"], "lengths": [512], "seed": [0, 1]}
+    runs = [write_run(tmp_path / str(n), rows, samples=n, **settings) for n in (2, 3)]
+    merged = merge_runs(runs)
+    assert len(merged) == 2
+    assert differing(merged) == ["samples 2", "samples 3"]
+    assert len(merge_runs([runs[0], runs[0]])) == 1
 
 
 def test_several_directories_need_a_place_for_the_report(tmp_path, capsys):

@@ -280,6 +280,7 @@ def test_every_seed_draws_its_own_samples_and_the_same_stretch_is_one_document(t
     assert main(sweep_arguments(tmp_path, tmp_path / "out", *further)) == 0
     rows = [row for row in read_rows(tmp_path / "out") if (row["length"], row["method"]) == (96, "dense")]
     assert [(row["sample"], row["seed"]) for row in rows] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 7), (5, 7)]
+    assert [row["index"] for row in rows] == [0, 1] * 3
     assert main(sweep_arguments(tmp_path, tmp_path / "alone", *further[:5], "--seed", "7")) == 0
     same = [row for row in read_rows(tmp_path / "alone") if (row["length"], row["method"]) == (96, "dense")]
     assert [row["place"] for row in same] == [row["place"] for row in rows[4:]]
