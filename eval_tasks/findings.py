@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from eval_tasks.iso_quality import IsoQuality
+from eval_tasks.iso_quality import IsoQuality, NeededBudget
 from eval_tasks.methods import DENSE, find_method
 from eval_tasks.summary import Row, Summary, losses, title_of
 from eval_tasks.verdicts import GAIN_NEEDED
@@ -234,14 +234,16 @@ def iso_sentences(found: Sequence[IsoQuality], within: float) -> list[str]:
         reached = [n for n in iso.needed if n.keys is not None]
         what = f"To stay within {100 * within:g} % of dense in {title_of(iso.task)}, {find_method(iso.method).title}"
         if not reached:
-            sentences.append(f"{what} needs more than any budget that was measured.")
+            sentences.append(f"{what} needs more than any budget that was measured. {_censored(iso)}")
             continue
         keys = ", ".join(f"{'at most ' * n.at_most}{n.keys:.0f} of {n.length:,}" for n in reached if n.keys is not None)
         sentence = f"{what} needs {keys} keys"
         if len(reached) < len(iso.needed):
             beyond = ", ".join(f"{n.length:,}" for n in iso.needed if n.keys is None)
             sentence += f", and at {beyond} more than was measured"
-        if iso.law is not None:
+        if iso.law is None:
+            sentence += ". Too few lengths to fit a law to: it takes three whose budget is known on both sides"
+        else:
             best = min(iso.law.errors, key=lambda law: iso.law.errors[law] if iso.law else 0.0)
             spread = iso.law.C_interval
             interval = f" (95 % interval {spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
@@ -249,8 +251,27 @@ def iso_sentences(found: Sequence[IsoQuality], within: float) -> list[str]:
                 f": {iso.law.alpha:.3g}·n^{iso.law.C:.2f}{interval}. Of the three laws the {best} one predicts a "
                 "length left out best"
             )
-        sentences.append(sentence + ".")
+        sentences.append(" ".join(filter(None, [f"{sentence}.", _censored(iso)])))
     return sentences
+
+
+def _censored(iso: IsoQuality) -> str:
+    """At how many lengths the needed budget is known on one side alone; empty where there are none."""
+    below = [n for n in iso.needed if n.at_most]
+    above = [n for n in iso.needed if n.keys is None]
+    sides = []
+    if below:
+        sides.append(f"at {len(below)} the smallest measured budget is enough already ({_lengths(below)})")
+    if above:
+        sides.append(f"at {len(above)} the largest is not enough ({_lengths(above)})")
+    if not sides:
+        return ""
+    many = f"{len(below) + len(above)} of {len(iso.needed)}"
+    return f"At {many} lengths the budget is known on one side alone, and they enter no law: {'; '.join(sides)}."
+
+
+def _lengths(needed: Sequence[NeededBudget]) -> str:
+    return ", ".join(f"{n.length:,}" for n in needed)
 
 
 def _ratio(summary: Summary) -> str:

@@ -162,7 +162,7 @@ def iso_tables(found: Sequence[IsoQuality], within: float) -> list[Table]:
             title_of(iso.task),
             find_method(iso.method).title,
             f"{n.length:,}",
-            "none measured" if n.keys is None else ("at most " if n.at_most else "") + number(n.keys, 1),
+            f"more than {n.largest:,}" if n.keys is None else ("at most " if n.at_most else "") + number(n.keys, 1),
             "" if n.keys is None else f"{100 * n.keys / n.length:.2f} %",
             interval_text(n.low, n.high, 1.0, 1, sign=False),
             "" if n.reached is None else f"{100 * n.reached:.0f} %",
@@ -182,20 +182,23 @@ def iso_tables(found: Sequence[IsoQuality], within: float) -> list[Table]:
             f"{100 * iso.law.fitted:.0f} %",
         )
         if iso.law
-        else (title_of(iso.task), find_method(iso.method).title, "needs three lengths within", *[""] * 6)
+        else (title_of(iso.task), find_method(iso.method).title, "needs three lengths where it is known", *[""] * 6)
         for iso in found
     )
     return [
         Table(
             "Budget needed for the quality of dense",
             f"The smallest k that stays within {100 * within:g} % of dense, interpolated between measured budgets. "
-            "Reached: the share of resamples in which a measured budget does.",
+            "Reached: the share of resamples in which a measured budget does. Where the smallest measured budget is "
+            "enough or the largest is not, in the data or in resamples, one key and all keys end the interval.",
             ("Task", "Method", "Tokens", "Keys needed", "Share", "95 % interval", "Reached", "Documents"),
             needed,
         ),
         Table(
             "The law that it follows",
-            "Fitted as log k = log α + C·log n. The last columns say by which factor each law misses a length that it "
+            "Fitted as log k = log α + C·log n to the lengths at which the needed budget lies between measured ones. "
+            "Resamples in which it does not are in the interval with all that it may be; “resamples fitted” is the "
+            "share of the others. The columns before it say by which factor each law misses a length that it "
             "was not fitted to: 1 is perfect.",
             (
                 "Task",
