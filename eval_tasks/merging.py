@@ -134,6 +134,7 @@ def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRu
     rows = {row["key"]: row for _, _, rows in group for row in rows}
     run = dict(group[0][1])
     planned = [one.get("planned") for _, one, _ in group]
+    run["sessions"] = [session for _, one, _ in group for session in one["sessions"]]
     run["planned"] = None if None in planned else sum(planned)
     return MergedRun(
         tuple(directory for directory, _, _ in group),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from eval_tasks.comparisons import Comparison
 from eval_tasks.iso_quality import IsoQuality
+from eval_tasks.measure import Phase
 from eval_tasks.methods import find_method
 from eval_tasks.summary import Failure, Summary, title_of
 from eval_tasks.verdicts import EffectiveLength
@@ -43,17 +44,36 @@ class Table:
         return "\n".join(lines)
 
 
-def quality_table(task: str, summaries: Sequence[Summary]) -> Table:
-    """Quality, realised budgets, time and memory of one task."""
+def quality_table(task: str, summaries: Sequence[Summary], phase: Phase = "all") -> Table:
+    """Quality, realised budgets, time and memory of one task, whose sparse part is that of a phase."""
     own = [summary for summary in summaries if summary.task == task]
     answers = any(summary.score is not None for summary in own)
     quality = ("Right, %", "Lost, points") if answers else ("Perplexity", "Bits/byte", "Loss − dense")
     header = (
         "Method", "Tokens", "Samples", *quality, "95 % interval",
-        *(() if answers else ("Perplexity / dense",)),
+        *(("Tokens answered",) if answers else ("Perplexity / dense",)),
         "Keys, scored", "Share, scored", "Share, all", "Seconds", "Tokens/s", "Memory, MB",
     )  # fmt: skip
-    return Table(_capital(title_of(task)), "", header, tuple(_quality_row(s, answers) for s in own))
+    return Table(
+        _capital(title_of(task)),
+        TIMED["answers" if answers else phase],
+        header,
+        tuple(_quality_row(s, answers) for s in own),
+    )
+
+
+TIMED = {
+    "all": "Seconds: of one forward pass over all tokens.",
+    "prefill": "Seconds: of a sparse prefill of the context and of the scored tokens, which are read densely. "
+    "Tokens/s: of the prefill.",
+    "question": "Seconds: of a dense prefill of the context and of the scored tokens after it, read at once. Tokens/s: "
+    "of these.",
+    "decode": "Seconds: of a dense prefill of the context and of the scored tokens after it, one by one. Tokens/s: of "
+    "these.",
+    "answers": "Seconds: of the prompt and of as many tokens as each method answered with, which differ from method to "
+    "method. Tokens/s: of the answer's tokens after the first, where these were timed apart.",
+}
+"""What the times of a table are of: by phase, and of answers."""
 
 
 def _quality_row(summary: Summary, answers: bool) -> tuple[str, ...]:
@@ -73,12 +93,12 @@ def _quality_row(summary: Summary, answers: bool) -> tuple[str, ...]:
         str(summary.samples) + (f" ({summary.failed} failed)" if summary.failed else ""),
         *quality,
         interval,
-        *(() if answers else (number(summary.perplexity_ratio, 3),)),
+        number(summary.answer_tokens, 1) if answers else number(summary.perplexity_ratio, 3),
         number(summary.tail_mean_keys, 1),
         f"{100 * summary.tail_attended_fraction:.2f} %",
         f"{100 * summary.attended_fraction:.2f} %",
         number(summary.seconds, 2),
-        number(summary.tokens_per_second, 0),
+        number(summary.tokens_per_second, 1),
         number(summary.peak_memory_mb, 0),
     )
 
