@@ -102,7 +102,8 @@ def answer(
 
     Returns:
         Fields of a row: the score in [0, 1], what was said, the depth of the evidence, what was attended (the scored
-        positions are those that predict a token of the answer), time and memory.
+        positions are those that predict a token of the answer), memory, and time: of all, until the context before
+        what is read last was read where that is apart, and until the first token of the answer.
 
     Raises:
         MemoryRanOut: what was allocated for it is free again.
@@ -120,10 +121,10 @@ def _answer(
     def read(cache: DynamicCache | None) -> list[int]:
         rest = ids if cache is None else ids[before:]
         cache = DynamicCache(config=model.config) if cache is None else cache
-        return _greedy(model, rest, len(ids), cache, question.new_tokens, _ends(model, tokenizer))
+        return _greedy(model, rest, len(ids), cache, question.new_tokens, _ends(model, tokenizer), peak)
 
     with torch.inference_mode(), Peak(model) as peak:
-        said, what, cache = in_phase(phase, model, attention, ids[:before], 1, read)
+        said, what, cache = in_phase(phase, model, attention, ids[:before], 1, read, peak)
     text = tokenizer.decode(said, skip_special_tokens=True)
     what = attended(what, model, attention, phase, before, len(ids) + len(said) - 1, len(said), cache)
     return {
@@ -139,7 +140,7 @@ def _answer(
 
 
 def _greedy(
-    model: Any, rest: torch.Tensor, length: int, cache: DynamicCache, new_tokens: int, ends: set[int]
+    model: Any, rest: torch.Tensor, length: int, cache: DynamicCache, new_tokens: int, ends: set[int], peak: Peak
 ) -> list[int]:
     """The likeliest token after another, up to one that ends the answer; ``rest`` are the last of ``length`` tokens."""
     said: list[int] = []
@@ -151,6 +152,8 @@ def _greedy(
         token = int(logits[0, -1].argmax())
         first += step.shape[1]
         said.append(token)
+        if len(said) == 1:
+            peak.mark("first_token_seconds")
         if token in ends:
             break
         step = torch.tensor([[token]], device=rest.device)

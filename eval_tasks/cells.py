@@ -72,6 +72,7 @@ class Measurer:
             "length": planned.length,
             "sample": planned.sample,
             "seed": planned.seed,
+            "index": planned.index,
             **self._place(planned),
             "phase": sweep.phase,
             "budget": budget_at(planned.method, sweep.budgets, planned.length),

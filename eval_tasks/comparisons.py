@@ -2,7 +2,8 @@
 
 A difference that is not significant proves nothing. So a method is called non-inferior only when the data exclude a
 loss of more than a stated margin, and every verdict carries the number of documents and the smallest difference that
-so many would have shown.
+so many would have shown. Where many comparisons are made, all of this is at the level that Holm's procedure asks of
+the first of them.
 """
 
 import math
@@ -10,15 +11,16 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from eval_tasks.bootstrap import MIN_SAMPLES, by_document, paired_difference
 
 SIGNIFICANCE = 0.05
 POWER = 0.8
-_PERMUTATIONS = 9_999
-# Documents all of which must differ the same way for a two-sided test to reach significance at all.
-_FEWEST = 6
+MARGIN_DOCUMENTS = 20
+"""Fewer documents of unbounded losses than this say too little about their tail for a test of the margin."""
+# Steps into which the sum of all differences is divided for the exact distribution of its flips.
+_STEPS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class Comparison:
         difference: mean loss over dense: nats per token, or the share of answers lost.
         low, high: its bootstrap interval.
         margin: the loss, in the same units, that counts as none.
-        detectable: the smallest difference that a test on so many documents finds in 80 of 100 cases, taken alone;
-            None where they find none.
+        detectable: the smallest difference that a test on so many documents finds in 80 of 100 cases, at the level of
+            the first of its family; None where they find none.
         p_difference: of a difference either way: McNemar's exact test for right or wrong answers, else sign flips of
             whole documents.
         p_margin: of a loss below the margin, one-sided; None where there is too little to test.
         dense_fails: dense attention itself fails here, so there is nothing to compare with.
+        needed: documents below which no difference, however large, reaches significance in this family.
+        needed_within: documents below which nothing can be shown to be within the margin in this family.
     """
 
     task: str
@@ -51,15 +55,17 @@ class Comparison:
     p_difference: float | None
     p_margin: float | None
     dense_fails: bool = False
+    needed: int = 0
+    needed_within: int = 0
 
     @property
     def verdict(self) -> str:
         """What the corrected tests say, in words."""
         if self.dense_fails:
             return "dense fails here: no verdict"
-        if self.p_difference is None or self.p_margin is None:
+        if self.p_difference is None:
             return "too few documents"
-        within = self.p_margin <= SIGNIFICANCE
+        within = self.p_margin is not None and self.p_margin <= SIGNIFICANCE
         if self.p_difference <= SIGNIFICANCE:
             if self.difference < 0:
                 return "better"
@@ -75,8 +81,9 @@ def compare(
     reference: Sequence[float],
     documents: Sequence[Hashable],
     margin: float,
-    right_or_wrong: bool = False,
+    answers: bool = False,
     dense_fails: bool = False,
+    family: int = 1,
 ) -> Comparison:
     """Compares losses of a method with those of dense attention on the same samples; p-values are uncorrected.
 
@@ -85,32 +92,38 @@ def compare(
         values, reference: loss per sample, lower is better; for answers 1 − score.
         documents: of each sample.
         margin: as in ``Comparison``.
-        right_or_wrong: whether every loss is 0 or 1.
+        answers: whether every loss is one of an answer, in [0, 1].
         dense_fails: as in ``Comparison``.
+        family: how many comparisons are corrected together.
     """
     interval = paired_difference(values, reference, documents=documents)
     sums, counts = by_document(values, reference, documents)
     means = sums / counts
+    # McNemar's and the binomial test take samples for independent, which those of one document are not.
+    right_or_wrong = answers and len(means) == len(values) and _all_right_or_wrong(values, reference)
     p_difference = p_margin = None
     if len(means) >= MIN_SAMPLES:
-        p_difference = mcnemar(values, reference) if right_or_wrong else _sign_flips(means, 0.0, "two-sided")
-        p_margin = _sign_flips(means, margin, "less")
+        p_difference = mcnemar(values, reference) if right_or_wrong else sign_flips(means)
+        p_margin = losses_within(means, margin) if answers else mean_within(means, margin)
     return Comparison(
         task, length, method, interval.documents, interval.mean, interval.low, interval.high, margin,
-        smallest_detectable(means, right_or_wrong), p_difference, p_margin, dense_fails,
+        smallest_detectable(means, right_or_wrong, family), p_difference, p_margin, dense_fails,
+        documents_for_difference(family), documents_for_margin(margin, answers, family),
     )  # fmt: skip
 
 
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The comparisons with p-values after Holm's correction over all of them, for each of the two questions.
 
-    Those without a verdict do not count towards the family.
+    Those without a verdict do not count towards the family. One whose margin could not be tested counts as if its p
+    were 1, since it was asked.
     """
-    judged = [c for c in comparisons if not c.dense_fails and c.p_difference is not None and c.p_margin is not None]
+    judged = [c for c in comparisons if not c.dense_fails and c.p_difference is not None]
     differences = holm([c.p_difference for c in judged if c.p_difference is not None])
-    margins = holm([c.p_margin for c in judged if c.p_margin is not None])
+    margins = holm([1.0 if c.p_margin is None else c.p_margin for c in judged])
     found = {
-        id(c): replace(c, p_difference=a, p_margin=b) for c, a, b in zip(judged, differences, margins, strict=True)
+        id(c): replace(c, p_difference=a, p_margin=None if c.p_margin is None else b)
+        for c, a, b in zip(judged, differences, margins, strict=True)
     }
     return [found.get(id(c), c) for c in comparisons]
 
@@ -134,24 +147,105 @@ def mcnemar(values: Sequence[float], reference: Sequence[float]) -> float:
     return float(stats.binomtest(only_here, only_here + only_there).pvalue)
 
 
-def smallest_detectable(means: Sequence[float] | np.ndarray, right_or_wrong: bool = False) -> float | None:
-    """The smallest difference that so many documents show, uncorrected, with a power of ``POWER``.
+def sign_flips(means: Sequence[float] | np.ndarray) -> float:
+    """p of the permutation test that flips the sign of each document's difference, two-sided.
+
+    All flips are counted, by the distribution of their sum: the differences are rounded to one part in 131,072 of the
+    sum of all of them, which leaves the test exact, and p as small as the documents allow.
+    """
+    sizes = np.abs(np.asarray(means, dtype=np.float64))
+    if not np.any(sizes > 1e-12):
+        return 1.0
+    steps = np.rint(np.asarray(means) * (_STEPS / sizes.sum())).astype(np.int64)
+    # The sum of all flips is the sum of all sizes, less twice that of those which count as negative.
+    negative = np.zeros(1)
+    negative[0] = 1.0
+    for size in np.abs(steps):
+        negative = 0.5 * (np.pad(negative, (0, size)) + np.pad(negative, (size, 0)))
+    total = int(np.abs(steps).sum())
+    flipped = total - 2 * np.arange(total + 1)
+    return float(min(1.0, negative[np.abs(flipped) >= abs(int(steps.sum()))].sum()))
+
+
+def losses_within(means: Sequence[float] | np.ndarray, margin: float) -> float:
+    """p of the hypothesis that answers lose ``margin`` or more on average, from each document's loss in [-1, 1].
+
+    What was won is counted as nothing lost, which can only make p larger. Then answers that are right or wrong are
+    lost by a binomial chance of at least the margin (Clopper and Pearson, Biometrika 26, 1934), and partial scores are
+    within Hoeffding's bound on a mean of numbers in [0, 1] (JASA 58, 1963, theorem 1). Both hold for any number of
+    documents and any distribution.
+    """
+    lost = np.clip(np.asarray(means, dtype=np.float64), 0.0, 1.0)
+    if np.all((lost == 0.0) | (lost == 1.0)) and np.all(np.isin(means, (-1.0, 0.0, 1.0))):
+        return float(stats.binom.cdf(int(lost.sum()), len(lost), margin))
+    mean = float(lost.mean())
+    if mean >= margin:
+        return 1.0
+    divergence = special.rel_entr(mean, margin) + special.rel_entr(1 - mean, 1 - margin)
+    return float(np.exp(-len(lost) * divergence))
+
+
+def mean_within(means: Sequence[float] | np.ndarray, margin: float) -> float | None:
+    """p of the hypothesis that the mean loss is ``margin`` or more, from each document's loss, which has no bound.
+
+    The larger of two one-sided p-values: of the t-test, and of the t-test corrected for skewness (Johnson, JASA 73,
+    1978), since a few documents with large losses, of which none or few were drawn, deceive the first.
+
+    Returns:
+        None below ``MARGIN_DOCUMENTS``.
+    """
+    count = len(means)
+    if count < MARGIN_DOCUMENTS:
+        return None
+    mean, deviation = float(np.mean(means)), float(np.std(means, ddof=1))
+    excess = mean - margin
+    if deviation <= 1e-12 * max(1.0, abs(mean)):
+        return 0.0 if excess < 0 else 1.0
+    third = float(np.mean((np.asarray(means) - mean) ** 3))
+    skewed = third / (6 * count * deviation**2) + third * excess**2 / (3 * deviation**4)
+    statistic = max(excess, excess + skewed) * math.sqrt(count) / deviation
+    return float(stats.t.cdf(statistic, count - 1))
+
+
+def documents_for_difference(family: int = 1) -> int:
+    """Documents of which all must differ the same way for the first of a family to be significant: 2 · ½^n ≤ 0.05/m."""
+    return math.ceil(1 + math.log2(max(1, family) / SIGNIFICANCE))
+
+
+def documents_for_margin(margin: float, answers: bool, family: int = 1) -> int:
+    """Documents that can show a loss within the margin to the first of a family, when nothing is lost.
+
+    Answers need (1 − margin)^n ≤ 0.05/m: 59 for five points, alone.
+    """
+    if not answers:
+        return MARGIN_DOCUMENTS
+    return math.ceil(math.log(SIGNIFICANCE / max(1, family)) / math.log1p(-margin)) if 0 < margin < 1 else 1
+
+
+def smallest_detectable(
+    means: Sequence[float] | np.ndarray, right_or_wrong: bool = False, family: int = 1
+) -> float | None:
+    """The smallest difference that so many documents show as the first of a family, with a power of ``POWER``.
 
     For answers that are right or wrong: the share lost at which McNemar's test finds enough of them when none are won.
     Else that of a paired two-sided t-test with the spread that was found.
 
+    Args:
+        means: difference of each document.
+        right_or_wrong: whether all samples are right or wrong.
+        family: how many comparisons are corrected together.
+
     Returns:
-        None where no difference, however large, reaches significance: below six documents.
+        None where no difference, however large, reaches significance.
     """
-    count = len(means)
-    if count < _FEWEST:
+    count, fewest = len(means), documents_for_difference(family)
+    if count < fewest:
         return None
     if right_or_wrong:
-        # So many lost answers and none won are significant: 2 · ½^6 < 0.05.
-        power = lambda share: stats.binom.sf(_FEWEST - 1, count, share) - POWER  # noqa: E731
+        power = lambda share: stats.binom.sf(fewest - 1, count, share) - POWER  # noqa: E731
         return float(optimize.brentq(power, 0.0, 1.0))
     deviation = float(np.std(means, ddof=1))
-    quantiles = stats.t.ppf([1 - SIGNIFICANCE / 2, POWER], count - 1).sum()
+    quantiles = stats.t.ppf([1 - SIGNIFICANCE / 2 / max(1, family), POWER], count - 1).sum()
     return float(quantiles * deviation / math.sqrt(count))
 
 
@@ -173,17 +267,5 @@ def effective_length(ratios: dict[int, float], within: float) -> int | None:
     return reached
 
 
-def _sign_flips(means: np.ndarray, null: float, alternative: str) -> float:
-    """p of a permutation test that flips the sign of each document's difference from ``null``; exact for few."""
-    if np.allclose(means, null, rtol=0.0, atol=1e-12):
-        return 1.0
-    found = stats.permutation_test(
-        (means - null,),
-        lambda x, axis: x.mean(axis=axis),
-        permutation_type="samples",
-        alternative=alternative,
-        n_resamples=_PERMUTATIONS,
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    )
-    return float(found.pvalue)
+def _all_right_or_wrong(values: Sequence[float], reference: Sequence[float]) -> bool:
+    return all(x in (0.0, 1.0) for x in (*values, *reference))

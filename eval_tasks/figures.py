@@ -106,9 +106,10 @@ def pareto_figure(summaries: Sequence[Summary], task: str) -> Figure:
     figure, axes = _axes(2)
     own = [summary for summary in summaries if summary.task == task]
     longest = max(summary.length for summary in own)
+    seconds, cost_in_time = _time_axis(own)
     costs: tuple[tuple[str, Callable[[Summary], float | None]], ...] = (
         ("share of the visible keys attended at the scored positions, %", lambda s: 100 * s.tail_attended_fraction),
-        ("seconds of a forward pass", lambda s: s.seconds),
+        (seconds, cost_in_time),
     )
     for axis, (label, cost) in zip(axes, costs, strict=True):
         for name in sorted({keys_of(s.method)[0] for s in own}, key=order_of):
@@ -136,6 +137,15 @@ def pareto_figure(summaries: Sequence[Summary], task: str) -> Figure:
         _scale(axis, logarithmic=task == "recall")
     _legend(figure, axes)
     return figure
+
+
+def _time_axis(own: Sequence[Summary]) -> tuple[str, Callable[[Summary], float | None]]:
+    """What time is of, and which: of a task's sparse part where all that was timed has it apart."""
+    if any(s.score is not None for s in own):
+        return "seconds of prompt and answer", lambda s: s.seconds
+    if all(s.sparse_seconds is not None for s in own if s.seconds is not None):
+        return "seconds of the part that is sparse", lambda s: s.sparse_seconds
+    return "seconds of all that was read", lambda s: s.seconds
 
 
 def position_figure(rows: Sequence[Row], task: str) -> Figure | None:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from eval_tasks.iso_quality import IsoQuality
-from eval_tasks.methods import DENSE, find_method
+from eval_tasks.iso_quality import IsoQuality, NeededBudget
+from eval_tasks.methods import BLOCK, DENSE, blocks_chosen, find_method, keys_of
+from eval_tasks.provenance import hardware_words
 from eval_tasks.summary import Row, Summary, losses, title_of
 from eval_tasks.verdicts import GAIN_NEEDED
 
@@ -14,6 +15,21 @@ GROWING = "nc-topk"
 _EQUAL_WITHIN = 1.02
 # A share of dense attention's gain from the first copy: at least so much is called recall, at most so much none.
 _RECALLS, _FORGETS = 0.8, 0.2
+# Keys that differ from the budget by more than this share of it are named beside it.
+_REALISED_WITHIN = 0.1
+# What the times in a sentence are of, by phase: where the sparse part was timed apart, and where it was not.
+_TIMED = {
+    "all": "one forward pass over {length:,} tokens",
+    "prefill": "the prefill within {length:,} tokens",
+    "question": "the scored tokens, read at once after a dense prefill, within {length:,} tokens",
+    "decode": "the scored tokens, read one by one after a dense prefill, within {length:,} tokens",
+}
+_TIMED_TOGETHER = {
+    "all": _TIMED["all"],
+    "prefill": "{length:,} tokens, a sparse prefill and the scored tokens, which are read densely, together",
+    "question": "{length:,} tokens, a dense prefill and the scored tokens after it together",
+    "decode": "{length:,} tokens, a dense prefill and the scored tokens one by one after it together",
+}
 
 
 class Findings:
@@ -31,7 +47,8 @@ class Findings:
             if length is not None:
                 return [self._against_dense(task, length), *self._against_others(task, length)]
         return [
-            "Dense attention was not measured beside another method on the same samples, so nothing is compared yet."
+            "Dense attention was not measured beside a method that could be used on the same samples, so nothing is "
+            "compared yet."
         ]
 
     def details(self) -> list[str]:
@@ -46,7 +63,7 @@ class Findings:
 
     def _longest(self, task: str) -> int | None:
         """The longest length at which every measured method of the task has the samples that dense has."""
-        methods = {method for cell_task, _, method in self.cells if cell_task == task}
+        methods = {m for t, _, m in self.cells if t == task and not find_method(m).simulated}
         if DENSE not in methods or len(methods) < 2:
             return None
         complete = []
@@ -62,7 +79,12 @@ class Findings:
         return growing or min(self._sparse(task, length), key=lambda summary: summary.loss)
 
     def _sparse(self, task: str, length: int) -> list[Summary]:
-        return [s for (t, n, m), s in self.cells.items() if t == task and n == length and m != DENSE]
+        """The methods that could be used: neither dense nor simulated."""
+        return [
+            s
+            for (t, n, m), s in self.cells.items()
+            if t == task and n == length and m != DENSE and not find_method(m).simulated
+        ]
 
     def _against_dense(self, task: str, length: int) -> str:
         dense, leading = self.cells[task, length, DENSE], self._leading(task, length)
@@ -101,12 +123,15 @@ class Findings:
             sentences.append(self._windows(task, length, windows))
         blocks = [s for s in rivals if s.method == "block"]
         if blocks:
-            sentences.append(f"The same budget in whole blocks of keys gives {_number(blocks[0].perplexity)}.")
+            sentences.append(
+                f"Whole blocks of keys ({_keys(blocks[0])}, {_percent(blocks[0].attended_fraction)} of all) give "
+                f"{_number(blocks[0].perplexity)}."
+            )
         return sentences
 
     def _growth(self, task: str, length: int, leading: Summary, fixed: list[Summary]) -> str:
         equal_at = int(self.run["identity"]["equal_at"])
-        described = lambda s: f"{s.budget} keys, {_percent(s.attended_fraction)} of all"  # noqa: E731
+        described = lambda s: f"{_keys(s)}, {_percent(s.attended_fraction)} of all"  # noqa: E731
         budgets = " and ".join(f"{find_method(s.method).title} {_number(s.perplexity)} ({described(s)})" for s in fixed)
         match = self.run["identity"].get("match", "deploy")
         if match == "scored" or (match == "deploy" and length == equal_at):
@@ -127,7 +152,7 @@ class Findings:
     def _windows(self, task: str, length: int, windows: list[Summary]) -> str:
         best = min(windows, key=lambda summary: summary.loss)
         what = (
-            f"The best window, which keeps keys by position ({find_method(best.method).title}, {best.budget}), reaches "
+            f"The best window, which keeps keys by position ({find_method(best.method).title}, {_keys(best)}), reaches "
         )
         share = self._recalled(length, best.method) if task == "recall" else None
         if share is None:
@@ -159,28 +184,31 @@ class Findings:
 
     def _time(self) -> list[str]:
         task = next((task for task in ("perplexity", "recall") if self._longest(task) is not None), None)
-        if task is None:
+        if task is None or len(hardware_of(self.run)) > 1:
             return []
         length = self._longest(task)
         assert length is not None
-        dense = self.cells[task, length, DENSE]
-        assert dense.seconds is not None
+        dense, others = self.cells[task, length, DENSE], self._sparse(task, length)
+        apart = all(s.sparse_seconds is not None for s in (dense, *others) if s.seconds is not None)
+        seconds_of = lambda s: s.sparse_seconds if apart else s.seconds  # noqa: E731
+        whole = seconds_of(dense)
+        if whole is None:
+            return []
         times = ", ".join(
-            f"{find_method(s.method).title} {s.seconds / dense.seconds:.2f}"
-            for s in self._sparse(task, length)
-            if s.seconds is not None
+            f"{find_method(s.method).title} {seconds / whole:.2f}"
+            for s in others
+            if (seconds := seconds_of(s)) is not None
         )
         if not times:
             return []
+        phase = self.run["identity"].get("phase", "all")
+        what = (_TIMED if apart else _TIMED_TOGETHER)[phase].format(length=length)
         machine = self.run.get("hardware", {})
         where = machine.get("gpu") or f"{machine.get('threads')} threads of a {machine.get('processor')}"
-        return [
-            f"Time of one forward pass over {length:,} tokens, as a multiple of dense ({dense.seconds:.2f} s), on "
-            f"{where}: {times}."
-        ]
+        return [f"Time of {what}, as a multiple of dense ({whole:.2f} s), on {where}: {times}."]
 
     def caveats(self) -> list[str]:
-        """What to keep in mind: few samples, lengths where dense fails, calls that ran dense."""
+        """What to keep in mind: few samples, lengths where dense fails, calls that ran dense, blocks nobody chose."""
         counts = sorted({s.samples for s in self.cells.values()})
         samples = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
         caveats = [
@@ -199,11 +227,49 @@ class Findings:
         ran_dense = sorted({reason for row in self.rows for reason in row.get("ran_dense", {})})
         if ran_dense:
             caveats.append(f"Some calls of patched models ran dense: {'; '.join(ran_dense)}.")
-        return caveats
+        machines = hardware_of(self.run)
+        if len(machines) > 1:
+            caveats.append(
+                f"Sessions of this run were made on different hardware ({'; '.join(machines)}): times and memory of "
+                "different samples do not compare."
+            )
+        return [*caveats, *self._without_choice()]
+
+    def _without_choice(self) -> list[str]:
+        """Where the method ``block`` chose nothing, as a sentence."""
+        identity = self.run["identity"]
+        size, phase = int(identity.get("block_size", 32)), identity.get("phase", "all")
+        found = {
+            (method, n): s.budget
+            for (_, n, method), s in self.cells.items()
+            if keys_of(method)[0] == BLOCK and s.budget < n and not blocks_chosen(s.budget, size, phase)
+        }
+        return without_choice([(method, n, budget) for (method, n), budget in found.items()])
 
     def _dense_fails(self, length: int) -> bool:
         unseen = self.cells.get(("unseen", length, DENSE))
         return unseen is not None and unseen.loss - self.cells["recall", length, DENSE].loss < GAIN_NEEDED
+
+
+def without_choice(found: Sequence[tuple[str, int, int]]) -> list[str]:
+    """That blocks were not chosen by content, as a sentence; none where there is nothing of the kind.
+
+    Args:
+        found: method, length and budget of each such case.
+    """
+    if not found:
+        return []
+    listed = ", ".join(f"{find_method(method).title} at {n:,} tokens ({budget} keys)" for method, n, budget in found)
+    return [
+        f"The blocks that are always attended, the first and those of the queries' own positions, use up the budget of "
+        f"{listed}: there no block is chosen by content, and more keys may be attended than the budget has."
+    ]
+
+
+def hardware_of(run: Mapping[str, Any]) -> list[str]:
+    """The different machines on which sessions of a run were made, in words; those of old runs may be unknown."""
+    machines = [session["hardware"] for session in run.get("sessions", []) if session.get("hardware")]
+    return list(dict.fromkeys(hardware_words(machine) for machine in [run.get("hardware"), *machines] if machine))
 
 
 def answer_sentences(summaries: Sequence[Summary]) -> list[str]:
@@ -234,14 +300,16 @@ def iso_sentences(found: Sequence[IsoQuality], within: float) -> list[str]:
         reached = [n for n in iso.needed if n.keys is not None]
         what = f"To stay within {100 * within:g} % of dense in {title_of(iso.task)}, {find_method(iso.method).title}"
         if not reached:
-            sentences.append(f"{what} needs more than any budget that was measured.")
+            sentences.append(f"{what} needs more than any budget that was measured. {_censored(iso)}")
             continue
         keys = ", ".join(f"{'at most ' * n.at_most}{n.keys:.0f} of {n.length:,}" for n in reached if n.keys is not None)
         sentence = f"{what} needs {keys} keys"
         if len(reached) < len(iso.needed):
             beyond = ", ".join(f"{n.length:,}" for n in iso.needed if n.keys is None)
             sentence += f", and at {beyond} more than was measured"
-        if iso.law is not None:
+        if iso.law is None:
+            sentence += ". Too few lengths to fit a law to: it takes three whose budget is known on both sides"
+        else:
             best = min(iso.law.errors, key=lambda law: iso.law.errors[law] if iso.law else 0.0)
             spread = iso.law.C_interval
             interval = f" (95 % interval {spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
@@ -249,8 +317,35 @@ def iso_sentences(found: Sequence[IsoQuality], within: float) -> list[str]:
                 f": {iso.law.alpha:.3g}·n^{iso.law.C:.2f}{interval}. Of the three laws the {best} one predicts a "
                 "length left out best"
             )
-        sentences.append(sentence + ".")
+        sentences.append(" ".join(filter(None, [f"{sentence}.", _censored(iso)])))
     return sentences
+
+
+def _censored(iso: IsoQuality) -> str:
+    """At how many lengths the needed budget is known on one side alone; empty where there are none."""
+    below = [n for n in iso.needed if n.at_most]
+    above = [n for n in iso.needed if n.keys is None]
+    sides = []
+    if below:
+        sides.append(f"at {len(below)} the smallest measured budget is enough already ({_lengths(below)})")
+    if above:
+        sides.append(f"at {len(above)} the largest is not enough ({_lengths(above)})")
+    if not sides:
+        return ""
+    many = f"{len(below) + len(above)} of {len(iso.needed)}"
+    return f"At {many} lengths the budget is known on one side alone, and they enter no law: {'; '.join(sides)}."
+
+
+def _lengths(needed: Sequence[NeededBudget]) -> str:
+    return ", ".join(f"{n.length:,}" for n in needed)
+
+
+def _keys(summary: Summary) -> str:
+    """The keys of a budget, and those that were really attended at the scored positions where these differ."""
+    realised = summary.tail_mean_keys
+    if realised is None or abs(realised - summary.budget) <= _REALISED_WITHIN * summary.budget:
+        return f"{summary.budget} keys"
+    return f"{summary.budget} keys by its law, {realised:.0f} attended"
 
 
 def _ratio(summary: Summary) -> str:

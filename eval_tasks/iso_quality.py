@@ -3,6 +3,10 @@
 For each length the smallest k is read off the measured budgets, between which log k is interpolated; then
 log k = log α + C·log n is fitted, beside the constant and the logarithmic law of one parameter. Laws are compared by
 how well each predicts a length that it was not fitted to. Documents are resampled through all of these steps.
+
+A budget is known only where one measured budget is outside the margin and a larger one within. Elsewhere it is
+censored: at most the smallest measured one, or more than the largest. Lengths where it is censored bound the law but
+do not enter the fit, and in resamples it is taken for anything between those bounds.
 """
 
 import math
@@ -25,9 +29,11 @@ class NeededBudget:
     Attributes:
         length: of the context.
         keys: the budget; None where no measured one is within the margin.
-        low, high: bootstrap interval, over the resamples in which there is one; None below two documents.
+        low, high: bootstrap interval; None below two documents. In resamples where the smallest measured budget is
+            within the margin, one key may do, and where none is, all keys may be needed.
         reached: the share of resamples in which some measured budget is within the margin; None below two documents.
         at_most: whether the smallest measured budget already is within it, so that ``keys`` is an upper bound.
+        largest: the largest measured budget, which is not enough where ``keys`` is None.
     """
 
     length: int
@@ -36,6 +42,12 @@ class NeededBudget:
     high: float | None
     reached: float | None
     at_most: bool
+    largest: int = 0
+
+    @property
+    def censored(self) -> bool:
+        """Whether the budget is only bounded, on one side, by those that were measured."""
+        return self.keys is None or self.at_most
 
 
 @dataclass(frozen=True)
@@ -44,10 +56,11 @@ class FittedLaw:
 
     Attributes:
         alpha, C: of k = α·n^C.
-        alpha_interval, C_interval: bootstrap intervals; None where fewer than half of the resamples could be fitted.
+        alpha_interval, C_interval: bootstrap intervals; None below two documents. Resamples with a censored budget
+            count with the smallest value that its bounds allow for the low end, and the largest for the high one.
         lengths: how many lengths it rests on.
         errors: name of a law → typical factor by which it misses a length that was left out; 1 is perfect.
-        fitted: the share of resamples that could be fitted.
+        fitted: the share of resamples in which no budget of these lengths was censored.
     """
 
     alpha: float
@@ -68,7 +81,7 @@ class IsoQuality:
         within: the margin on the loss, in nats per token (or the share of answers).
         documents: how many are shared by all lengths and budgets.
         needed: by length.
-        law: None where fewer than three lengths have a needed budget.
+        law: None where the needed budget is known at fewer than three lengths.
     """
 
     task: str
@@ -100,17 +113,23 @@ def iso_quality(
     documents = counts.pop()
     drawn = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES) / documents
     lengths = sorted(differences)
-    point, resampled = [], []
+    point, resampled, lowest, highest = [], [], [], []
     for length in lengths:
         budgets = sorted(differences[length])
         losses = np.array([differences[length][k] for k in budgets], dtype=np.float64)
         point.append(float(_smallest(budgets, losses.mean(axis=1)[:, None], within)[0]))
-        resampled.append(_smallest(budgets, losses @ drawn.T, within))
+        sample = _smallest(budgets, losses @ drawn.T, within)
+        resampled.append(sample)
+        # What may be needed at least and at most: one key, and all of them, beyond what was measured.
+        lowest.append(np.where(np.isnan(sample), budgets[-1], np.where(sample == budgets[0], 1.0, sample)))
+        highest.append(np.where(np.isnan(sample), max(length, budgets[-1]), sample))
     needed = [
-        _needed(length, keys, sample, min(differences[length]), documents)
-        for length, keys, sample in zip(lengths, point, resampled, strict=True)
+        _needed(length, keys, sample, low, high, sorted(differences[length]), documents)
+        for length, keys, sample, low, high in zip(lengths, point, resampled, lowest, highest, strict=True)
     ]
-    law = _fit(np.array(lengths, dtype=np.float64), np.array(point), np.array(resampled), documents)
+    known = np.array([not n.censored for n in needed])
+    n, k = np.array(lengths, dtype=np.float64)[known], np.array(point)[known]
+    law = _fit(n, k, np.array(lowest)[known], np.array(highest)[known], documents)
     return IsoQuality(task, method, within, documents, tuple(needed), law)
 
 
@@ -132,32 +151,52 @@ def _smallest(budgets: Sequence[int], losses: np.ndarray, within: float) -> np.n
     return keys
 
 
-def _needed(length: int, keys: float, resampled: np.ndarray, smallest: int, documents: int) -> NeededBudget:
-    found = resampled[~np.isnan(resampled)]
+def _needed(
+    length: int,
+    keys: float,
+    resampled: np.ndarray,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    budgets: Sequence[int],
+    documents: int,
+) -> NeededBudget:
     low = high = reached = None
     if documents >= MIN_SAMPLES:
-        reached = len(found) / len(resampled)
-        if len(found):
-            low, high = _interval(found)
-    return NeededBudget(length, None if math.isnan(keys) else keys, low, high, reached, keys == smallest)
+        reached = float(np.mean(~np.isnan(resampled)))
+        low, high = _interval(lowest, highest)
+    found = None if math.isnan(keys) else keys
+    return NeededBudget(length, found, low, high, reached, keys == budgets[0], budgets[-1])
 
 
-def _fit(lengths: np.ndarray, keys: np.ndarray, resampled: np.ndarray, documents: int) -> FittedLaw | None:
-    usable = ~np.isnan(keys)
-    if usable.sum() < _LENGTHS_NEEDED:
+def _fit(n: np.ndarray, k: np.ndarray, lowest: np.ndarray, highest: np.ndarray, documents: int) -> FittedLaw | None:
+    """The law through the budgets ``k [L]`` at lengths ``n [L]``; of resamples the bounds ``[L, R]`` of them."""
+    if len(n) < _LENGTHS_NEEDED:
         return None
-    n, k = lengths[usable], keys[usable]
     line = stats.linregress(np.log(n), np.log(k))
-    whole = resampled[usable]
-    whole = whole[:, ~np.isnan(whole).any(axis=0)]
     intervals: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
-    if documents >= MIN_SAMPLES and 2 * whole.shape[1] >= resampled.shape[1]:
-        slopes, intercepts = np.polyfit(np.log(n), np.log(whole), 1)
-        intervals = (_interval(np.exp(intercepts)), _interval(slopes))
+    if documents >= MIN_SAMPLES:
+        intercepts, slopes = _bounds(np.log(n), np.log(lowest), np.log(highest))
+        intervals = (_interval(*(np.exp(bound) for bound in intercepts)), _interval(*slopes))
+    fitted = float(np.mean((lowest == highest).all(axis=0)))
     return FittedLaw(
-        float(np.exp(line.intercept)), float(line.slope), *intervals, len(n), _errors(n, k),
-        whole.shape[1] / resampled.shape[1],
+        float(np.exp(line.intercept)), float(line.slope), *intervals, len(n), _errors(n, k), fitted
     )  # fmt: skip
+
+
+def _bounds(
+    x: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The least and the greatest intercept and slope of lines fitted at ``x`` to anything between ``low`` and ``high``.
+
+    Both are sums of the values with fixed weights, so each is extreme where every value is at one of its ends.
+    """
+    slope_weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    weights = (1 / len(x) - x.mean() * slope_weights, slope_weights)
+    intercept, slope = (
+        (np.maximum(w, 0) @ low + np.minimum(w, 0) @ high, np.maximum(w, 0) @ high + np.minimum(w, 0) @ low)
+        for w in weights
+    )
+    return intercept, slope
 
 
 def _errors(n: np.ndarray, k: np.ndarray) -> dict[str, float]:
@@ -173,7 +212,7 @@ def _errors(n: np.ndarray, k: np.ndarray) -> dict[str, float]:
     return {law: float(np.exp(np.sqrt(np.mean(np.square(errors))))) for law, errors in missed.items()}
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
+def _interval(lowest: np.ndarray, highest: np.ndarray) -> tuple[float, float]:
+    """The interval of values of which each is known to lie between two bounds."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    return float(np.quantile(lowest, tail)), float(np.quantile(highest, 1 - tail))

@@ -54,10 +54,11 @@ class Measurement:
         attended_fraction: attended keys / visible keys over all queries, layers and heads; 1 for dense.
         mean_keys: attended keys per query, over all queries; None for dense attention that is not plain causal.
         tail_attended_fraction, tail_mean_keys: the same over the queries whose predictions are scored.
-        seconds: of the forward pass, a dense prefill included; None where attention is simulated.
+        seconds: of all that was read, a prefill included; None where attention is simulated.
         peak_memory: bytes held at the peak of the forward pass above what was held before it: resident memory on the
             CPU, allocated memory on a GPU. None where attention is simulated.
         ran_dense: how many attention calls ran dense although patched, by reason.
+        prefill_seconds: of these, until the context was read; None where it was not read apart, or was simulated.
     """
 
     loss_sum: float
@@ -71,6 +72,7 @@ class Measurement:
     seconds: float | None
     peak_memory: int | None
     ran_dense: dict[str, int]
+    prefill_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement as JSON holds it."""
@@ -123,7 +125,7 @@ def _measure(model: Any, attention: Attention, sample: Sample, phase: Phase) -> 
     length, scored = len(ids) - 1, sample.scored
     read = lambda cache: (_one_by_one if phase == "decode" else _forward)(model, ids[:-1], scored, cache)  # noqa: E731
     with torch.inference_mode(), Peak(model) as peak:
-        logits, what, cache = in_phase(phase, model, attention, ids[: -scored - 1], scored, read)
+        logits, what, cache = in_phase(phase, model, attention, ids[: -scored - 1], scored, read, peak)
     losses = torch.nn.functional.cross_entropy(logits.float(), ids[-scored:], reduction="none").double()
     loss_sum = float(losses.sum())
     if not math.isfinite(loss_sum):
@@ -146,6 +148,7 @@ def in_phase(
     context: torch.Tensor,
     tail: int,
     read: Callable[[DynamicCache | None], Result],
+    peak: "Peak",
 ) -> tuple[Result, dict[str, Any] | None, DynamicCache | None]:
     """Reads a context and what follows it, with sparse attention in the part that a phase names.
 
@@ -154,6 +157,7 @@ def in_phase(
         context: int64 ``[N]``, the tokens before those that are scored.
         tail: how many of the last queries of each call are counted apart.
         read: reads the rest, given the cache of the context, or everything, given None.
+        peak: what times all of it; told when the context has been read, where that is read apart.
 
     Returns:
         What ``read`` returned; what was counted where attention was sparse, or None; and the cache of the context.
@@ -165,8 +169,10 @@ def in_phase(
         with attending(model, attention, None) as count:
             cache = prefilled(model, context)
             what = count()
+        peak.mark("prefill_seconds")
         return read(cache), what, cache
     cache = prefilled(model, context, attention)
+    peak.mark("prefill_seconds")
     with attending(model, attention, tail) as count:
         return read(cache), count(), cache
 
@@ -318,6 +324,7 @@ class Peak:
         self.devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self.seconds = 0.0
         self.bytes = 0
+        self.marks: dict[str, float] = {}
 
     def __enter__(self) -> "Peak":
         if self.devices:
@@ -341,11 +348,17 @@ class Peak:
         else:
             self.bytes = self._sampler.stop()
 
+    def mark(self, name: str) -> None:
+        """Notes, under a name, how many seconds have passed; what was begun on GPUs is waited for."""
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+        self.marks[name] = time.perf_counter() - self._start
+
     def of(self, attention: Attention) -> dict[str, Any]:
-        """``seconds`` and ``peak_memory`` of a measurement; None where attention was simulated."""
+        """``seconds``, those of the marks, and ``peak_memory``; None where attention was simulated."""
         if isinstance(attention, Simulated):
             return {"seconds": None, "peak_memory": None}
-        return {"seconds": self.seconds, "peak_memory": self.bytes}
+        return {"seconds": self.seconds, "peak_memory": self.bytes, **self.marks}
 
 
 class _ResidentSampler(threading.Thread):

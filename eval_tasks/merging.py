@@ -13,7 +13,7 @@ from eval_tasks.methods import find_method, order_of
 from eval_tasks.schema import check_rows, run_problem
 from eval_tasks.store import RUN, read_rows, read_run
 from eval_tasks.summary import Row
-from eval_tasks.tasks import TASKS
+from eval_tasks.tasks import LM_EVAL, TASKS
 
 # What may differ between runs that belong together: which cells they measured. The longest length stays, since the
 # places in the text follow from it.
@@ -58,17 +58,19 @@ def merge_runs(directories: Sequence[Path]) -> list[MergedRun]:
         if run is None or not rows:
             raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
         _check_known(directory, run, rows)
-        groups.setdefault(_setting(run), []).append((directory, run, list(rows)))
+        groups.setdefault(_setting(run), []).append((directory, run, [_with_index(run, row) for row in rows]))
     return [_merged(group) for group in groups.values()]
 
 
 def differing(runs: Sequence[MergedRun]) -> list[str]:
     """For each run the settings in which the runs differ, in words; empty strings for a single run."""
     identities = [{**run.identity, **run.run.get("hardware", {})} for run in runs]
+    # Where the number of samples keeps runs apart, it tells them apart.
+    cells = [name for name in _CELLS if name != "samples" or all(_samples_matter(run.run) is None for run in runs)]
     names = [
         name
         for name in dict.fromkeys(name for identity in identities for name in identity)
-        if name not in _CELLS and len({json.dumps(identity.get(name)) for identity in identities}) > 1
+        if name not in cells and len({json.dumps(identity.get(name)) for identity in identities}) > 1
     ]
     return [", ".join(f"{name} {identity.get(name)}" for name in names) for identity in identities]
 
@@ -96,7 +98,29 @@ def _check_known(directory: Path, run: Mapping[str, Any], rows: Sequence[Row]) -
 def _setting(run: Mapping[str, Any]) -> str:
     identity = {name: value for name, value in run["identity"].items() if name not in _CELLS}
     longest = max(run["identity"]["lengths"], default=0)
-    return json.dumps([identity, longest, run.get("hardware")], sort_keys=True)
+    return json.dumps([identity, longest, run.get("hardware"), _samples_matter(run)], sort_keys=True)
+
+
+def _samples_matter(run: Mapping[str, Any]) -> int | None:
+    """The samples of each seed where they decide what a sample is: lm-eval's documents are counted over all seeds."""
+    identity = run["identity"]
+    foreign = any(name.startswith(LM_EVAL) for name in identity["tasks"])
+    return int(identity["samples"]) if foreign and len(_seeds(run)) > 1 else None
+
+
+def _seeds(run: Mapping[str, Any]) -> list[int]:
+    seed = run["identity"].get("seed", 0)
+    return list(seed) if isinstance(seed, list) else [seed]
+
+
+def _with_index(run: Mapping[str, Any], row: Row) -> Row:
+    """A row with its number among the samples of its seed, which in older rows follows from ``sample`` and the run."""
+    if "index" in row:
+        return row
+    seeds, samples = _seeds(run), int(run["identity"]["samples"])
+    if len(seeds) == 1:
+        return {**row, "seed": seeds[0], "index": int(row["sample"])}
+    return {**row, "seed": seeds[int(row["sample"]) // samples % len(seeds)], "index": int(row["sample"]) % samples}
 
 
 def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRun:
@@ -110,6 +134,7 @@ def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRu
     rows = {row["key"]: row for _, _, rows in group for row in rows}
     run = dict(group[0][1])
     planned = [one.get("planned") for _, one, _ in group]
+    run["sessions"] = [session for _, one, _ in group for session in one["sessions"]]
     run["planned"] = None if None in planned else sum(planned)
     return MergedRun(
         tuple(directory for directory, _, _ in group),

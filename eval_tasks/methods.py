@@ -6,6 +6,7 @@ from statistics import fmean
 
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets
+from eval_tasks.measure import Phase
 from eval_tasks.simulated import Simulated
 from nc_patch.config import NCConfig
 
@@ -14,6 +15,7 @@ STREAMING_SINKS = 4
 ORACLE_MASS = 0.95
 DENSE = "dense"
 PROFILE = "profile"
+BLOCK = "block"
 # Between a method and its number of keys, where iso-quality asks for that: fixed-topk@64.
 _KEYS = "@"
 # Before the name of a class of the package kvpress.
@@ -167,7 +169,7 @@ METHODS: dict[str, Method] = {
             True,
             default=False,
         ),
-        Method("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", _block, "content", True),
+        Method(BLOCK, "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", _block, "content", True),
         Method(
             "random",
             "α·n^C random keys",
@@ -244,6 +246,17 @@ def budget_at(name: str, budgets: Budgets, n: int) -> int:
         return int(law.budget(n))
     layers = range(len(law.alpha))
     return round(fmean(int(law.budget(n, layer, head)) for layer in layers for head in range(len(law.laws(layer)))))
+
+
+def blocks_chosen(budget: int, block_size: int, phase: Phase) -> int:
+    """How many blocks of keys the method ``block`` chooses by content for queries with a budget.
+
+    The first block and those of the queries' own positions are attended always: in prefill 64 positions choose
+    together, in decoding one. What is left of the budget is chosen. With nothing left the method is a window.
+    """
+    together = 1 if phase == "decode" else NCConfig.query_block_size
+    always = 1 + -(-together // block_size)
+    return max(0, -(-budget // block_size) - always)
 
 
 def _sparse(method: Method, budgets: Budgets) -> NCConfig:

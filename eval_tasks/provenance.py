@@ -46,6 +46,12 @@ def hardware(device: torch.device, threads: int) -> dict[str, Any]:
     return found
 
 
+def hardware_words(found: Mapping[str, Any]) -> str:
+    """What ``hardware`` found, in a few words: the GPU, or the processor, cores and threads."""
+    processor = f"{found.get('processor')}, {found.get('cores')} cores, {found.get('threads')} threads"
+    return f"{found['gpu']} beside {processor}" if found.get("gpu") else processor
+
+
 def commit() -> str | None:
     """The git commit of the installed source, with ``-dirty`` when tracked files differ from it; None outside git."""
     root = Path(nc_patch.__file__).resolve().parent.parent
@@ -96,16 +102,23 @@ def record_session(
     command: str,
     session: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes ``run.json``, or adds this session to the one there is.
+    """Writes ``run.json``, or adds this session to the one there is; says so where its hardware is another.
 
     Args:
         directory: of the run.
         identity: as for ``check_same``.
         details: more about the run that later sessions need not repeat.
         command: the command line.
-        session: more about this session.
+        session: more about this session, with its ``hardware``.
     """
     run = read_run(directory) or {"command": command, "identity": dict(identity), **details, "sessions": []}
+    before, here = run.get("hardware"), (session or {}).get("hardware")
+    if before and here and hardware_words(before) != hardware_words(here):
+        print(
+            f"This session runs on other hardware ({hardware_words(here)}) than the first ({hardware_words(before)}); "
+            "it is recorded, and the report says that times do not compare.",
+            file=sys.stderr,
+        )
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     run.setdefault("sessions", []).append({"started": now, "commit": commit(), "command": command, **(session or {})})
     write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())

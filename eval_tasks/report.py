@@ -64,7 +64,7 @@ class Section:
         lengths = effective_lengths(self.rows, self.compared, self.within)
         return [
             *iso_tables(self.needed, self.within),
-            *(quality_table(task, self.summaries) for task in tasks),
+            *(quality_table(task, self.summaries, self.run["identity"].get("phase", "all")) for task in tasks),
             *([comparison_table(self.compared, self.summaries, self.within)] if self.compared else []),
             *([effective_table(lengths, self.summaries, self.within)] if lengths else []),
             *failure_table(failures(self.rows)),
@@ -108,7 +108,7 @@ def comparisons_csv(compared: Iterable[Comparison]) -> str:
     """The comparisons with dense as CSV."""
     names = [
         "task", "length", "method", "documents", "difference", "low", "high", "margin", "detectable", "p_difference",
-        "p_margin", "verdict",
+        "p_margin", "needed", "needed_within", "verdict",
     ]  # fmt: skip
     return csv_of(names, [[getattr(comparison, name) for name in names] for comparison in compared])
 
@@ -169,7 +169,7 @@ def _section(section: Section, label: str, number: int, several: bool) -> str:
         *figures,
         "<h2>Tables</h2><p>Loss in nats per scored token; differences from dense are over the same samples, with a "
         "95 % bootstrap interval over documents. “Keys” and “share” are what was attended, at the scored positions or "
-        "over all queries. Memory is what the forward pass held at its peak beyond the model.</p>",
+        "over all queries. Memory is what was held at the peak beyond the model.</p>",
         *(table.to_html() for table in section.tables()),
         f'<h2>The methods</h2><table class="text">{_table_rows(methods)}</table>',
         "<h2>Measure it again</h2>",

@@ -55,6 +55,7 @@ def run_problem(run: Any) -> str | None:
     return (
         _first_problem(run, _OF_RUNS, required=True)
         or _first_problem(run["identity"], _OF_IDENTITIES, required=True)
+        or _first_problem(run["identity"], _OF_IDENTITIES_WHERE_GIVEN, required=False)
         or _first_problem(run, _OF_RUNS_WHERE_GIVEN, required=False)
     )
 
@@ -95,6 +96,12 @@ def _is_flat(value: Any, depth: int = 0) -> bool:
     return all(_is_flat(item, depth + 1) for item in value)
 
 
+def _is_session(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_text(value.get("started")):
+        return False
+    return isinstance(value.get("hardware", {}), dict) and _is_flat(value)
+
+
 _POSITIVE: Check = lambda value: _is_count(value, 1)  # noqa: E731
 _SHARE: Check = lambda value: _is_number(value, 0.0, 1.0)  # noqa: E731
 
@@ -112,8 +119,14 @@ _WHERE_GIVEN: _Checks = {
     "commit": (_or_none(_is_text), "a text or null"),
     "ran_dense": (lambda v: isinstance(v, dict) and all(map(_is_text, v)) and _is_flat(v), "an object of counts"),
     "document": (lambda v: _is_text(v) or _is_count(v), "a text or an integer"),
+    "seed": (_or_none(_is_count), "an integer of at least 0"),
+    "index": (_is_count, "an integer of at least 0"),
     "depth": (_or_none(_SHARE), "a number in [0, 1]"),
     "score": (lambda v: _is_number(v, -1e6, 1e6), "a number"),
+    "phase": (_is_text, "a text"),
+    "prefill_seconds": (_or_none(lambda v: _is_number(v, 0.0)), "a number of at least 0, or null"),
+    "first_token_seconds": (_or_none(lambda v: _is_number(v, 0.0)), "a number of at least 0, or null"),
+    "said_tokens": (_is_count, "an integer of at least 0"),
     "token_losses": (_list_of(_is_number, 10**7), "a list of numbers"),
 }
 _OF_MEASUREMENTS: _Checks = {
@@ -133,7 +146,7 @@ _OF_TEXTS: _Checks = {
 _OF_RUNS: _Checks = {
     "identity": (lambda v: isinstance(v, dict) and _is_flat(v), "a flat object"),
     "command": (_is_text, "a text"),
-    "sessions": (_list_of(lambda s: isinstance(s, dict) and _is_text(s.get("started"))), "a list with started in each"),
+    "sessions": (_list_of(_is_session), "a list with started in each"),
     "model_class": (_is_text, "a text"),
     "model_dtype": (_is_text, "a text"),
     "model_parameters": (_is_count, "an integer of at least 0"),
@@ -157,6 +170,10 @@ _OF_IDENTITIES: _Checks = {
     "alpha": (_is_number, "a number"),
     "C": (_is_number, "a number"),
     "equal_at": (_POSITIVE, "a positive integer"),
+}
+_OF_IDENTITIES_WHERE_GIVEN: _Checks = {
+    "block_size": (_POSITIVE, "a positive integer"),
+    "seed": (lambda v: _is_count(v) or (_list_of(_is_count)(v) and v != []), "an integer of at least 0, or several"),
 }
 
 

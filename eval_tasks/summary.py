@@ -14,6 +14,8 @@ from eval_tasks.methods import DENSE, order_of
 from eval_tasks.tasks import TASKS
 
 Row = Mapping[str, Any]
+Place = tuple[int, int]
+"""What tells a sample from others of its task and length: its seed, and its number among those of the seed."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,15 @@ class Summary:
         low, high: its bootstrap interval; None with fewer than two samples.
         worse_samples: in how many samples the loss is above dense.
         perplexity_ratio: perplexity / dense perplexity on the same samples.
-        seconds: median of the forward pass; None, as what follows from it and the memory, where it was simulated.
-        tokens_per_second: length / seconds.
+        seconds: median of all that was read, a dense prefill and the answer included; None, as what follows from it
+            and the memory, where it was simulated.
+        tokens_per_second: of the part that is sparse: all tokens, those of the prefill, or those scored after it; of
+            answers those given after the first. None where that part was not timed apart.
         peak_memory_mb: largest over samples, in 10^6 bytes above what was held before.
         failed: how many samples more could not be measured.
+        sparse_seconds: median of the part that the phase makes sparse, of texts; None where it was not timed apart.
+        seconds_per_answer_token: median, of the tokens after the first; None for texts and where not timed apart.
+        answer_tokens: mean number of tokens that a method answered with.
     """
 
     task: str
@@ -62,6 +69,9 @@ class Summary:
     tokens_per_second: float | None
     peak_memory_mb: float | None
     failed: int = 0
+    sparse_seconds: float | None = None
+    seconds_per_answer_token: float | None = None
+    answer_tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,18 +98,27 @@ def loss_of(row: Row) -> float:
     return float(row["loss_sum"]) / int(row["tokens"])
 
 
-def losses(rows: Iterable[Row], task: str, length: int, method: str) -> dict[int, float]:
+def place_of(row: Row) -> Place:
+    """Which sample a row measured.
+
+    Rows without an ``index`` were written before there was one: their ``sample`` goes on over the seeds, so they match
+    rows of the same run, and ``merge_runs`` gives them their index before they meet others.
+    """
+    return int(row.get("seed") or 0), int(row.get("index", row["sample"]))
+
+
+def losses(rows: Iterable[Row], task: str, length: int, method: str) -> dict[Place, float]:
     """Loss by sample of one method at one task and length."""
     return {
-        int(row["sample"]): loss_of(row)
+        place_of(row): loss_of(row)
         for row in rows
         if "failed" not in row and (row["task"], row["length"], row["method"]) == (task, length, method)
     }
 
 
-def documents_of(rows: Iterable[Row]) -> dict[int, str]:
+def documents_of(rows: Iterable[Row]) -> dict[Place, str]:
     """The document of each sample: as its row says, or one of its own."""
-    return {int(row["sample"]): str(row.get("document", row["sample"])) for row in rows}
+    return {place_of(row): str(row.get("document", "sample {} of seed {}".format(*place_of(row)))) for row in rows}
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
@@ -138,8 +157,8 @@ def cell_order(cell: tuple[str, int, str]) -> tuple[int, str, int, tuple[int, st
 
 def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row]) -> Summary:
     task, length, method = cell
-    dense = {int(row["sample"]): loss_of(row) for row in dense_rows}
-    own = {int(row["sample"]): loss_of(row) for row in rows}
+    dense = {place_of(row): loss_of(row) for row in dense_rows}
+    own = {place_of(row): loss_of(row) for row in rows}
     shared = sorted(own.keys() & dense.keys()) if method != DENSE else []
     pairs = [(own[sample], dense[sample]) for sample in shared]
     owners = documents_of(rows)
@@ -149,9 +168,8 @@ def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row])
         else None
     )
     loss = fmean(own.values())
-    times = [float(row["seconds"]) for row in rows if row["seconds"] is not None]
     peaks = [int(row["peak_memory"]) for row in rows if row["peak_memory"] is not None]
-    seconds = median(times) if times else None
+    parts = [part for row in rows if (part := _sparse_part(row)) is not None]
     answers = [row for row in rows if "score" in row]
     return Summary(
         task=task,
@@ -172,10 +190,42 @@ def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row])
         high=difference.high if difference else None,
         worse_samples=sum(a > b for a, b in pairs) if pairs else None,
         perplexity_ratio=math.exp(difference.mean) if difference and not answers else None,
-        seconds=seconds,
-        tokens_per_second=None if seconds is None else length / seconds,
+        seconds=_median(float(row["seconds"]) for row in rows if row["seconds"] is not None),
+        tokens_per_second=_median(tokens / seconds for tokens, seconds in parts),
         peak_memory_mb=max(peaks) / 1e6 if peaks else None,
+        sparse_seconds=None if answers else _median(seconds for _, seconds in parts),
+        seconds_per_answer_token=_median(seconds / tokens for tokens, seconds in parts) if answers else None,
+        answer_tokens=_mean_or_none(rows, "said_tokens") if all("said_tokens" in row for row in rows) else None,
     )
+
+
+def _sparse_part(row: Row) -> tuple[int, float] | None:
+    """Tokens and seconds of what the phase of a row makes sparse; of an answer, of its tokens after the first.
+
+    None where it was not timed apart, or holds no token.
+    """
+    seconds, phase = row["seconds"], row.get("phase", "all")
+    prefill, first = row.get("prefill_seconds"), row.get("first_token_seconds")
+    part: tuple[int, float] | None = None
+    if seconds is None:
+        return None
+    if "score" in row:
+        part = None if first is None else (int(row.get("said_tokens", 0)) - 1, float(seconds) - float(first))
+    elif phase == "all":
+        part = int(row["length"]), float(seconds)
+    elif prefill is not None:
+        scored = int(row["tokens"])
+        part = (
+            (int(row["length"]) - scored, float(prefill))
+            if phase == "prefill"
+            else (scored, float(seconds) - float(prefill))
+        )
+    return part if part is not None and part[0] > 0 and part[1] > 0 else None
+
+
+def _median(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return median(values) if values else None
 
 
 def _bits_per_byte(rows: list[Row]) -> float:

@@ -16,9 +16,10 @@ import torch
 from eval_tasks.answers import check_generated
 from eval_tasks.cells import Measurer, Planned
 from eval_tasks.errors import EvalError
+from eval_tasks.findings import without_choice
 from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase, warm_up
-from eval_tasks.methods import DENSE, Method, budget_at, find_method, with_keys
+from eval_tasks.methods import BLOCK, DENSE, Method, blocks_chosen, budget_at, find_method, keys_of, with_keys
 from eval_tasks.models import (
     find_model,
     load_model,
@@ -188,10 +189,11 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
             "log_factor": sweep.budgets.log_factor,
             "hardware": hardware(device, torch.get_num_threads()),
         }
+        here = {"processes": ranks.world, "hardware": details["hardware"]}
         session = ranks.from_first(secrets.token_hex(8))
         with agreed(ranks):
             if ranks.is_first:
-                record_session(directory, identity, details, command, {"id": session, "processes": ranks.world})
+                record_session(directory, identity, details, command, {"id": session, **here})
         with agreed(ranks):
             store = first_store or stack.enter_context(_part_store(directory, ranks, session))
         with agreed(ranks):
@@ -333,6 +335,7 @@ def _measure_all(
     todo = [planned for planned in plan if planned.key not in done]
     if ranks.is_first:
         _say_what_is_there(plan, done, failed)
+        _say_what_chooses_no_block(sweep)
     source_commit = commit()
     writes = ranks.is_first or sweep.tp_plan is None
     groups = _groups(todo)
@@ -375,6 +378,18 @@ def _say_what_is_there(plan: list[Planned], done: set[str], failed: set[str]) ->
     gone = sum(planned.key in failed & done for planned in plan)
     if gone:
         print(f"{gone} of them failed; --retry-failed measures them again.", file=sys.stderr)
+
+
+def _say_what_chooses_no_block(sweep: Sweep) -> None:
+    cells = [
+        (name, length, budget_at(name, sweep.budgets, length))
+        for length in sweep.layout.lengths
+        for name in sweep.methods_at(length)
+        if keys_of(name)[0] == BLOCK
+    ]
+    size = sweep.budgets.block_size
+    for sentence in without_choice([c for c in cells if c[2] < c[1] and not blocks_chosen(c[2], size, sweep.phase)]):
+        print(f"{sentence} Smaller --block-size, or larger budgets, leave some to choose.", file=sys.stderr)
 
 
 def _groups(todo: list[Planned]) -> list[list[Planned]]:

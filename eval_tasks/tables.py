@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from eval_tasks.comparisons import Comparison
 from eval_tasks.iso_quality import IsoQuality
+from eval_tasks.measure import Phase
 from eval_tasks.methods import find_method
 from eval_tasks.summary import Failure, Summary, title_of
 from eval_tasks.verdicts import EffectiveLength
@@ -43,17 +44,36 @@ class Table:
         return "\n".join(lines)
 
 
-def quality_table(task: str, summaries: Sequence[Summary]) -> Table:
-    """Quality, realised budgets, time and memory of one task."""
+def quality_table(task: str, summaries: Sequence[Summary], phase: Phase = "all") -> Table:
+    """Quality, realised budgets, time and memory of one task, whose sparse part is that of a phase."""
     own = [summary for summary in summaries if summary.task == task]
     answers = any(summary.score is not None for summary in own)
     quality = ("Right, %", "Lost, points") if answers else ("Perplexity", "Bits/byte", "Loss − dense")
     header = (
         "Method", "Tokens", "Samples", *quality, "95 % interval",
-        *(() if answers else ("Perplexity / dense",)),
+        *(("Tokens answered",) if answers else ("Perplexity / dense",)),
         "Keys, scored", "Share, scored", "Share, all", "Seconds", "Tokens/s", "Memory, MB",
     )  # fmt: skip
-    return Table(_capital(title_of(task)), "", header, tuple(_quality_row(s, answers) for s in own))
+    return Table(
+        _capital(title_of(task)),
+        TIMED["answers" if answers else phase],
+        header,
+        tuple(_quality_row(s, answers) for s in own),
+    )
+
+
+TIMED = {
+    "all": "Seconds: of one forward pass over all tokens.",
+    "prefill": "Seconds: of a sparse prefill of the context and of the scored tokens, which are read densely. "
+    "Tokens/s: of the prefill.",
+    "question": "Seconds: of a dense prefill of the context and of the scored tokens after it, read at once. Tokens/s: "
+    "of these.",
+    "decode": "Seconds: of a dense prefill of the context and of the scored tokens after it, one by one. Tokens/s: of "
+    "these.",
+    "answers": "Seconds: of the prompt and of as many tokens as each method answered with, which differ from method to "
+    "method. Tokens/s: of the answer's tokens after the first, where these were timed apart.",
+}
+"""What the times of a table are of: by phase, and of answers."""
 
 
 def _quality_row(summary: Summary, answers: bool) -> tuple[str, ...]:
@@ -73,12 +93,12 @@ def _quality_row(summary: Summary, answers: bool) -> tuple[str, ...]:
         str(summary.samples) + (f" ({summary.failed} failed)" if summary.failed else ""),
         *quality,
         interval,
-        *(() if answers else (number(summary.perplexity_ratio, 3),)),
+        number(summary.answer_tokens, 1) if answers else number(summary.perplexity_ratio, 3),
         number(summary.tail_mean_keys, 1),
         f"{100 * summary.tail_attended_fraction:.2f} %",
         f"{100 * summary.attended_fraction:.2f} %",
         number(summary.seconds, 2),
-        number(summary.tokens_per_second, 0),
+        number(summary.tokens_per_second, 1),
         number(summary.peak_memory_mb, 0),
     )
 
@@ -109,15 +129,27 @@ def comparison_table(comparisons: Sequence[Comparison], summaries: Sequence[Summ
     note = (
         "Loss over dense on the same documents (nats per token, or share of answers). Non-inferior: a loss of more "
         f"than the margin ({100 * within:g} % of perplexity, or points of answers) is excluded. p-values are corrected "
-        "over all lines by Holm's procedure; exact McNemar test for answers that are right or wrong, else sign flips "
-        "of whole documents. Detectable: the smallest difference that so many documents show in 80 of 100 cases, taken "
-        "alone."
+        "over all lines by Holm's procedure. Differs: exact McNemar test for answers that are right or wrong, else "
+        "all flips of the signs of whole documents. Within: for answers the exact binomial test on those lost (of "
+        "partial scores Hoeffding's bound), else a t-test corrected for skewness. Detectable: the smallest difference "
+        "that so many documents show in 80 of 100 cases at the level of the first of all lines." + _fewest(comparisons)
     )
     header = (
         "Task", "Tokens", "Method", "Keys, scored", "Share, scored", "Documents", "Loss − dense", "95 % interval",
         "Detectable", "Margin", "p, differs", "p, within", "Verdict",
     )  # fmt: skip
     return Table("Compared with dense", note, header, tuple(rows))
+
+
+def _fewest(comparisons: Sequence[Comparison]) -> str:
+    """How many documents a verdict needs in this family of comparisons, as further sentences of the note."""
+    difference = max((c.needed for c in comparisons), default=0)
+    margins = dict.fromkeys((c.margin, c.needed_within) for c in comparisons)
+    within = " or ".join(f"{needed} (margin {margin:.4f})" for margin, needed in margins)
+    return (
+        f" Among so many lines a difference needs at least {difference} documents, all of which differ the same way, "
+        f"and non-inferiority at least {within}, of which none loses anything; fewer lines need fewer."
+    )
 
 
 def effective_table(lengths: Sequence[EffectiveLength], summaries: Sequence[Summary], within: float) -> Table:
@@ -150,7 +182,7 @@ def iso_tables(found: Sequence[IsoQuality], within: float) -> list[Table]:
             title_of(iso.task),
             find_method(iso.method).title,
             f"{n.length:,}",
-            "none measured" if n.keys is None else ("at most " if n.at_most else "") + number(n.keys, 1),
+            f"more than {n.largest:,}" if n.keys is None else ("at most " if n.at_most else "") + number(n.keys, 1),
             "" if n.keys is None else f"{100 * n.keys / n.length:.2f} %",
             interval_text(n.low, n.high, 1.0, 1, sign=False),
             "" if n.reached is None else f"{100 * n.reached:.0f} %",
@@ -170,20 +202,23 @@ def iso_tables(found: Sequence[IsoQuality], within: float) -> list[Table]:
             f"{100 * iso.law.fitted:.0f} %",
         )
         if iso.law
-        else (title_of(iso.task), find_method(iso.method).title, "needs three lengths within", *[""] * 6)
+        else (title_of(iso.task), find_method(iso.method).title, "needs three lengths where it is known", *[""] * 6)
         for iso in found
     )
     return [
         Table(
             "Budget needed for the quality of dense",
             f"The smallest k that stays within {100 * within:g} % of dense, interpolated between measured budgets. "
-            "Reached: the share of resamples in which a measured budget does.",
+            "Reached: the share of resamples in which a measured budget does. Where the smallest measured budget is "
+            "enough or the largest is not, in the data or in resamples, one key and all keys end the interval.",
             ("Task", "Method", "Tokens", "Keys needed", "Share", "95 % interval", "Reached", "Documents"),
             needed,
         ),
         Table(
             "The law that it follows",
-            "Fitted as log k = log α + C·log n. The last columns say by which factor each law misses a length that it "
+            "Fitted as log k = log α + C·log n to the lengths at which the needed budget lies between measured ones. "
+            "Resamples in which it does not are in the interval with all that it may be; “resamples fitted” is the "
+            "share of the others. The columns before it say by which factor each law misses a length that it "
             "was not fitted to: 1 is perfect.",
             (
                 "Task",

@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eval_tasks.bootstrap import MIN_SAMPLES
 from eval_tasks.comparisons import Comparison, compare, corrected, effective_length
 from eval_tasks.iso_quality import IsoQuality, iso_quality
 from eval_tasks.methods import DENSE, keys_of, order_of
-from eval_tasks.summary import Row, cell_order, documents_of, losses
+from eval_tasks.summary import Place, Row, cell_order, documents_of, losses
 
 # Dense attention has to gain so many nats from the first copy, or answer so much right, to be compared with.
 GAIN_NEEDED = 0.5
@@ -61,28 +62,34 @@ def comparisons(rows: Sequence[Row], within: float) -> list[Comparison]:
         rows: of one run.
         within: the margin, as a share: 0.05 is five percent more perplexity, or five answers in a hundred.
     """
-    found = []
+    paired = []
     for task, length, method in sorted({(r["task"], int(r["length"]), r["method"]) for r in rows}, key=cell_order):
         values, reference = losses(rows, task, length, method), losses(rows, task, length, DENSE)
         shared = sorted(values.keys() & reference.keys())
-        if method == DENSE or not shared:
-            continue
-        owners = documents_of(r for r in rows if r["task"] == task)
-        pairs = [(values[sample], reference[sample]) for sample in shared]
-        found.append(
+        if method != DENSE and shared:
+            owners = documents_of(r for r in rows if r["task"] == task)
+            pairs = [(values[sample], reference[sample]) for sample in shared]
+            documents = [owners[sample] for sample in shared]
+            paired.append((task, length, method, pairs, documents, dense_fails(rows, task, length)))
+    judged = [len(set(documents)) for *_, documents, fails in paired if not fails]
+    family = sum(count >= MIN_SAMPLES for count in judged)
+    return corrected(
+        [
             compare(
                 task,
                 length,
                 method,
                 [a for a, _ in pairs],
                 [b for _, b in pairs],
-                [owners[sample] for sample in shared],
+                documents,
                 margin_of(rows, task, within),
-                right_or_wrong=is_answer(rows, task) and all(x in (0.0, 1.0) for pair in pairs for x in pair),
-                dense_fails=dense_fails(rows, task, length),
+                is_answer(rows, task),
+                fails,
+                family,
             )
-        )
-    return corrected(found)
+            for task, length, method, pairs, documents, fails in paired
+        ]
+    )
 
 
 def effective_lengths(rows: Sequence[Row], compared: Sequence[Comparison], within: float) -> list[EffectiveLength]:
@@ -115,7 +122,7 @@ def needed_budgets(rows: Sequence[Row], within: float) -> list[IsoQuality]:
     failing = {cell for cell in {(r["task"], int(r["length"])) for r in rows} if dense_fails(rows, *cell)}
     named = {(row["task"], keys_of(row["method"])[0]) for row in rows if keys_of(row["method"])[1] is not None}
     for task, method in sorted(named, key=lambda pair: (pair[0], order_of(pair[1]))):
-        by_length: dict[int, dict[int, dict[int, float]]] = {}
+        by_length: dict[int, dict[int, dict[Place, float]]] = {}
         for row in rows:
             base, keys = keys_of(row["method"])
             length = int(row["length"])
@@ -137,7 +144,7 @@ def needed_budgets(rows: Sequence[Row], within: float) -> list[IsoQuality]:
 
 
 def _by_owner(
-    cell: dict[int, float], dense: dict[int, float], shared: Sequence[int], owners: dict[int, str]
+    cell: dict[Place, float], dense: dict[Place, float], shared: Sequence[Place], owners: dict[Place, str]
 ) -> list[float]:
     """Mean loss over dense of each document, in the order in which the documents come."""
     gathered: dict[str, list[float]] = {}

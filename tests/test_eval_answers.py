@@ -68,6 +68,13 @@ def test_a_dense_prefill_before_a_dense_question_changes_no_answer(model, tokeni
     assert sparse["mean_keys"] == pytest.approx(np.mean(budgets))
 
 
+@pytest.mark.parametrize("phase", ["all", "prefill", "question", "decode"])
+def test_the_tokens_of_an_answer_are_timed_apart(model, tokenizer, question, phase):
+    row = answer(model, tokenizer, NCConfig(2.0, 0.5), question, phase)
+    assert 0 < row.get("prefill_seconds", 1e-9) < row["first_token_seconds"] < row["seconds"]
+    assert ("prefill_seconds" in row) == (phase != "all")
+
+
 def test_a_question_fills_its_length_and_holds_its_answer(tokenizer):
     question = build_question("niah_single_1", tokenizer, 768, 0, 3, Material())
     assert 0.9 * 768 <= len(question.ids) + question.new_tokens <= 768

@@ -1,16 +1,25 @@
 """Verdicts against dense attention: each test against another computation of the same thing, or against simulation."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from eval_tasks.comparisons import (
+    MARGIN_DOCUMENTS,
+    SIGNIFICANCE,
     Comparison,
     compare,
     corrected,
+    documents_for_difference,
+    documents_for_margin,
     effective_length,
     holm,
+    losses_within,
     mcnemar,
+    mean_within,
+    sign_flips,
     smallest_detectable,
 )
 
@@ -31,20 +40,111 @@ def test_mcnemar_counts_only_samples_on_which_the_two_differ():
     here, there = [1] * 8 + [0] * 1 + [1] * 5 + [0] * 20, [0] * 8 + [1] * 1 + [1] * 5 + [0] * 20
     assert mcnemar(here, there) == pytest.approx(2 * (1 + 9) / 2**9)
     assert mcnemar([1, 0], [1, 0]) == 1.0
-    assert compared(here, there, right_or_wrong=True).p_difference == pytest.approx(2 * 10 / 2**9)
+    assert compared(here, there, answers=True).p_difference == pytest.approx(2 * 10 / 2**9)
 
 
 def test_few_documents_are_tested_exactly():
     """With four documents all worse, 2 of the 16 ways to flip signs are as extreme."""
     assert compared([1.0, 2.0, 3.0, 4.0]).p_difference == pytest.approx(2 / 16)
-    assert compared([-1.0, -2.0, -3.0, -4.0], margin=0.5).p_margin == pytest.approx(1 / 16)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 11])
+def test_all_flips_of_signs_are_counted(count):
+    values = np.random.default_rng(count).normal(0.4, 1.0, size=count)
+    flips = np.array(list(itertools.product((-1, 1), repeat=count))) @ np.abs(values)
+    assert sign_flips(values) == pytest.approx((np.abs(flips) >= abs(values.sum()) - 1e-9).mean())
+
+
+def test_p_of_sign_flips_is_as_small_as_the_documents_allow():
+    """Random flips would end at one in as many as were drawn, which no large family forgives."""
+    assert sign_flips([1.0] * 40) == pytest.approx(2.0**-39)
+    assert sign_flips(np.linspace(1.0, 1.3, 400)) < 1e-100
 
 
 def test_many_documents_agree_with_a_t_test_where_that_is_right():
     values = np.random.default_rng(0).normal(0.3, 1.0, size=60)
     found = compared(list(values), margin=0.5)
     assert found.p_difference == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=0.01)
-    assert found.p_margin == pytest.approx(stats.ttest_1samp(values, 0.5, alternative="less").pvalue, abs=0.01)
+    assert found.p_margin == pytest.approx(stats.ttest_1samp(values, 0.5, alternative="less").pvalue, abs=0.02)
+
+
+def wrongly_within(draw, test, margin, trials):
+    """How often data whose loss is at or beyond the margin are called within it."""
+    found = [test(draw(), margin) for _ in range(trials)]
+    return sum(p is not None and p <= SIGNIFICANCE for p in found) / trials
+
+
+@pytest.mark.parametrize("won", [0.0, 0.1])
+@pytest.mark.parametrize("documents", [10, 20, 50, 100])
+@pytest.mark.parametrize("loss", [0.05, 0.06])
+def test_answers_lost_beyond_the_margin_are_rarely_called_non_inferior(documents, loss, won):
+    """Even where no loss was drawn: the share of answers lost is ``loss`` above the share won."""
+    random = np.random.default_rng(10)
+    outcomes = lambda: random.choice([1.0, -1.0, 0.0], documents, p=[loss + won, won, 1 - loss - 2 * won])  # noqa: E731
+    assert wrongly_within(outcomes, losses_within, 0.05, 1000) <= 0.065
+
+
+@pytest.mark.parametrize("documents", [10, 50, 200])
+def test_partial_scores_lost_beyond_the_margin_are_rarely_called_non_inferior(documents):
+    random = np.random.default_rng(11)
+    rare = lambda: np.where(random.random(documents) < 0.1, random.random(documents), 0.0)  # noqa: E731
+    even = lambda: random.uniform(0.0, 0.1, documents)  # noqa: E731
+    for draw in (rare, even):
+        assert wrongly_within(draw, losses_within, 0.05, 500) <= 0.065
+
+
+@pytest.mark.parametrize(
+    ("draw", "allowed"),
+    [
+        (lambda random, n: random.normal(0.05, 0.3, n), 0.065),
+        (lambda random, n: random.exponential(0.05, n), 0.09),
+        (lambda random, n: random.normal(0.0, 0.01, n) + 0.2 * (random.random(n) < 0.25), 0.065),
+        # Where nine in ten documents lose nothing, twenty of them hold no loss in 12 cases of 100, and look like it.
+        (lambda random, n: random.normal(0.0, 0.01, n) + 0.5 * (random.random(n) < 0.1), 0.14),
+    ],
+    ids=["normal", "exponential", "a quarter lose", "a tenth loses"],
+)
+@pytest.mark.parametrize("documents", [10, MARGIN_DOCUMENTS, 50])
+def test_a_mean_loss_at_the_margin_is_rarely_called_non_inferior(draw, allowed, documents):
+    random = np.random.default_rng(12)
+    assert wrongly_within(lambda: draw(random, documents), mean_within, 0.05, 1000) <= allowed
+
+
+def test_the_margin_of_answers_is_that_of_the_binomial_distribution():
+    for lost, count in ((0, 10), (0, 59), (1, 93), (3, 40)):
+        high = stats.binomtest(lost, count).proportion_ci(0.9, method="exact").high
+        p = losses_within([1.0] * lost + [0.0] * (count - lost), 0.05)
+        assert (p <= SIGNIFICANCE) == (high <= 0.05)
+        assert losses_within([1.0] * lost + [-1.0] * 5 + [0.0] * (count - lost - 5), 0.05) == p
+    assert losses_within([0.5, 0.0, 0.0, 0.0] * 30, 0.05) == 1.0
+    assert losses_within([0.01] * 200, 0.05) <= SIGNIFICANCE
+
+
+def test_answers_of_one_document_are_not_taken_for_independent():
+    documents = [i // 4 for i in range(48)]
+    lost = [1.0] * 48
+    found = compare("niah", 512, "window", lost, [0.0] * 48, documents, 0.05, answers=True)
+    assert found.documents == 12
+    assert found.p_difference == pytest.approx(2.0**-11)
+
+
+def test_no_verdict_is_possible_below_the_documents_that_a_family_needs():
+    for family in (1, 9, 200, 5000):
+        fewest = documents_for_difference(family)
+        assert family * sign_flips([1.0] * fewest) <= SIGNIFICANCE < family * sign_flips([1.0] * (fewest - 1))
+        assert family * mcnemar([1.0] * fewest, [0.0] * fewest) <= SIGNIFICANCE
+        fewest = documents_for_margin(0.05, True, family)
+        nothing_lost = [losses_within([0.0] * n, 0.05) for n in (fewest, fewest - 1)]
+        assert family * nothing_lost[0] <= SIGNIFICANCE < family * nothing_lost[1]
+    assert (documents_for_difference(), documents_for_margin(0.05, True)) == (6, 59)
+    assert documents_for_margin(0.05, False, 9) == MARGIN_DOCUMENTS
+    assert mean_within([0.0] * 10, 0.05) is None
+
+
+def test_verdicts_are_possible_in_a_large_family():
+    worse = compared(list(np.random.default_rng(1).normal(1.0, 0.1, size=40)), family=2000)
+    undecided = compared(list(np.random.default_rng(2).normal(0.0, 1.0, size=40)), family=2000)
+    assert corrected([worse, *[undecided] * 1999])[0].verdict == "worse"
 
 
 def test_the_smallest_detectable_difference_is_found_in_eighty_of_a_hundred_cases():
@@ -52,6 +152,20 @@ def test_the_smallest_detectable_difference_is_found_in_eighty_of_a_hundred_case
     size = smallest_detectable(draw.normal(size=100_000)) * np.sqrt(100_000 / 25) * 1.03  # scaled to 25 documents
     found = sum(stats.ttest_1samp(draw.normal(size, 1.0, 25), 0).pvalue <= 0.05 for _ in range(1000))
     assert found / 1000 == pytest.approx(0.8, abs=0.05)
+
+
+def test_what_is_detectable_is_detected_so_often_after_the_correction():
+    draw = np.random.default_rng(13)
+    values = draw.normal(size=40)
+    size = smallest_detectable(values / values.std(ddof=1), family=20)
+    found = sum(20 * stats.ttest_1samp(draw.normal(size, 1.0, 40), 0).pvalue <= 0.05 for _ in range(1000))
+    assert found / 1000 == pytest.approx(0.8, abs=0.06)
+    share = smallest_detectable([0.0] * 60, right_or_wrong=True, family=20)
+    lost = (draw.random((1000, 60)) < share).sum(1)
+    found = sum(20 * mcnemar([1] * n + [0] * (60 - n), [0] * 60) <= 0.05 for n in lost)
+    assert found / 1000 == pytest.approx(0.8, abs=0.05)
+    assert smallest_detectable([0.0] * 8, right_or_wrong=True) is not None
+    assert smallest_detectable([0.0] * 8, right_or_wrong=True, family=20) is None
 
 
 def test_below_six_documents_nothing_can_be_detected():

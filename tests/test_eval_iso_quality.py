@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from eval_tasks.findings import iso_sentences
 from eval_tasks.iso_quality import iso_quality
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -56,6 +57,44 @@ def test_a_budget_that_none_reaches_is_none_and_one_that_the_smallest_reaches_is
     assert [n.at_most for n in found.needed] == [True, True, False, False, False]
     assert [n.reached for n in found.needed] == pytest.approx([1, 1, 0, 0, 0])
     assert found.law is None
+
+
+def test_lengths_where_the_budget_is_only_bounded_do_not_enter_the_law():
+    """Measured with 40 and 128 keys, 2·n^0.5 is known from 512 to 2,048 tokens, and bounded below and above them."""
+    data = {n: {k: [np.log(2.0 * n**0.5 / k)] * 9 for k in (40, 128)} for n in (256, 512, 1024, 2048, 8192)}
+    found = iso_quality("recall", "fixed-topk", data, within=0.0)
+    assert [n.length for n in found.needed if n.at_most] == [256]
+    assert [n.length for n in found.needed if n.keys is None] == [8192]
+    assert found.law.lengths == 3
+    assert pytest.approx(0.5, abs=1e-6) == found.law.C
+
+
+def test_no_law_goes_through_fewer_than_three_known_budgets():
+    data = {n: {k: [np.log(2.0 * n**0.5 / k)] * 9 for k in (64, 512)} for n in (256, 512, 2048, 4096)}
+    found = iso_quality("recall", "fixed-topk", data, within=0.0)
+    assert [n.censored for n in found.needed] == [True, True, False, False]
+    assert found.law is None
+    [said] = iso_sentences([found], 0.0)
+    assert "needs at most 64 of 256, at most 64 of 512, 91 of 2,048, 128 of 4,096 keys" in said
+    assert "Too few lengths to fit a law to" in said
+    assert "At 2 of 4 lengths the budget is known on one side alone" in said
+    assert "at 2 the smallest measured budget is enough already (256, 512)" in said
+
+
+def test_resamples_without_a_known_budget_widen_the_interval_and_are_not_left_out():
+    """One document in ten needs four times as many keys, which is beyond all measured ones at the longest length."""
+    shifts = np.where(np.arange(20) < 2, np.log(4.0) * 10, 0.0)
+    shifts = shifts - shifts.mean()
+    data = {n: {k: list(np.log(2.0 * n**0.5 / k) + shifts) for k in (8, 16, 32, 64, 128, 200)} for n in LENGTHS}
+    found = iso_quality("recall", "fixed-topk", data, within=0.0)
+    assert found.law.fitted < 0.95
+    longest = found.needed[-1]
+    assert longest.reached < 0.975
+    assert longest.high == 8192
+    assert longest.low < longest.keys < 200
+    low, high = found.law.C_interval
+    assert low < 0.5
+    assert high > 0.75
 
 
 def test_a_larger_budget_that_is_worse_again_counts_against_the_smaller():

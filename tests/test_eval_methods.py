@@ -1,9 +1,25 @@
 """The list of methods: budgets equal where it says so, and each method what its name says."""
 
+import numpy as np
 import pytest
+from tiny_models import VOCABULARY, tiny_model
 
 from eval_tasks.errors import EvalError
-from eval_tasks.methods import DENSE, METHODS, PROFILE, Budgets, budget_at, find_method, keys_of, order_of, with_keys
+from eval_tasks.measure import measure
+from eval_tasks.methods import (
+    DENSE,
+    METHODS,
+    PROFILE,
+    Budgets,
+    blocks_chosen,
+    budget_at,
+    find_method,
+    keys_of,
+    order_of,
+    with_keys,
+)
+from eval_tasks.tasks import Sample
+from nc_patch import NCConfig
 
 LAWS = [(2.0, 0.5, 1024), (2.0, 0.7, 512), (1.0, 0.9, 4096), (4.0, 0.6, 1000), (3.3, 0.0, 77), (50.0, 1.0, 64)]
 # A profile's budgets differ from head to head; test_calibrate_command.py holds their mean to the others'.
@@ -82,6 +98,18 @@ def test_a_method_with_a_number_of_keys_attends_so_many_at_every_length(name):
         METHODS[name].config(budgets).prefill,
         METHODS[name].config(budgets).sink_keys,
     )
+
+
+@pytest.mark.parametrize("phase", ["all", "decode"])
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_blocks_are_chosen_by_content_where_the_budget_leaves_some(size, phase):
+    """What the last of 256 positions attends: the first block, its own 64 positions or block, and what was chosen."""
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, 257)
+    own = size if phase == "decode" else 64
+    for blocks in range(2, 256 // size):
+        config = NCConfig.create(blocks * size, selection="block", block_size=size)
+        measured = measure(tiny_model("llama"), config, Sample(ids, 1, 4), phase)
+        assert measured.tail_mean_keys == size + own + size * blocks_chosen(blocks * size, size, phase), blocks
 
 
 def test_methods_sort_as_listed_and_then_by_keys():

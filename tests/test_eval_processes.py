@@ -20,8 +20,8 @@ from eval_tasks.store import read_rows
 from nc_patch.cli import main
 
 # Fields that say when, where and how fast, and not what was found.
-TIMES = ("seconds", "peak_memory", "commit", "process")
-TIME_COLUMNS = ("seconds", "tokens_per_second", "peak_memory_mb")
+TIMES = ("seconds", "first_token_seconds", "prefill_seconds", "peak_memory", "commit", "process")
+TIME_COLUMNS = ("seconds", "tokens_per_second", "peak_memory_mb", "sparse_seconds", "seconds_per_answer_token")
 
 
 def results(out):

@@ -1,6 +1,7 @@
 """The report: everything in it escaped and inside one file, and sentences that follow the numbers."""
 
 import csv
+import itertools
 import math
 import re
 import shutil
@@ -9,12 +10,15 @@ import subprocess
 import pytest
 
 from eval_tasks.findings import Findings
+from eval_tasks.merging import differing, merge_runs
 from eval_tasks.methods import METHODS
 from eval_tasks.progress import Forecast, Step, duration
 from eval_tasks.provenance import record_session
-from eval_tasks.report import write_report
+from eval_tasks.report import Section, write_report
 from eval_tasks.store import ResultStore
-from eval_tasks.summary import summarise, to_csv
+from eval_tasks.summary import place_of, summarise, to_csv
+from eval_tasks.tables import quality_table
+from eval_tasks.verdicts import comparisons
 from nc_patch.cli import main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -117,6 +121,42 @@ def test_runs_of_the_same_setting_are_merged_and_others_stand_apart(tmp_path):
         assert (tmp_path / "all" / name).stat().st_size > 0
 
 
+@pytest.mark.parametrize("indexed", [True, False], ids=["with an index", "of an older version"])
+def test_samples_of_one_text_are_paired_whatever_the_number_of_samples_of_a_run(tmp_path, indexed):
+    """Two seeds, of which one run measured two samples each and the other three: their third samples differ."""
+    seeds = (0, 7)
+
+    def measured(methods, samples):
+        rows = []
+        for sample, (seed, index) in enumerate(itertools.product(seeds, range(samples))):
+            for method, factor in methods.items():
+                entry = row("perplexity", 512, sample, method, (10.0 + 20 * seed + 5 * index) * factor, seed=seed)
+                key = f"{seed}-{index}-{method}"
+                rows.append(entry | {"key": key} | ({"index": index} if indexed else {}))
+        return rows
+
+    settings = {"lengths": [512], "seed": list(seeds)}
+    first = write_run(tmp_path / "a", measured({"dense": 1.0}, 2), samples=2, **settings)
+    second = write_run(tmp_path / "b", measured({"nc-topk": 1.1}, 3), samples=3, **settings)
+    [merged] = merge_runs([first, second])
+    assert {place_of(entry) for entry in merged.rows} == {(seed, index) for seed in seeds for index in range(3)}
+    [_, sparse] = summarise(merged.rows)
+    assert sparse.perplexity_ratio == pytest.approx(1.1)
+    assert (sparse.low, sparse.high) == pytest.approx((math.log(1.1), math.log(1.1)))
+    [compared] = comparisons(merged.rows, 0.05)
+    assert (compared.documents, compared.difference) == (4, pytest.approx(math.log(1.1)))
+
+
+def test_documents_of_lm_eval_are_counted_over_the_seeds_so_runs_of_other_samples_stand_apart(tmp_path):
+    rows = [row("lm-eval:arc", 512, i, "dense", 10.0, score=1.0) for i in range(4)]
+    settings = {"tasks": ["lm-eval:arc"], "lengths": [512], "seed": [0, 1]}
+    runs = [write_run(tmp_path / str(n), rows, samples=n, **settings) for n in (2, 3)]
+    merged = merge_runs(runs)
+    assert len(merged) == 2
+    assert differing(merged) == ["samples 2", "samples 3"]
+    assert len(merge_runs([runs[0], runs[0]])) == 1
+
+
 def test_several_directories_need_a_place_for_the_report(tmp_path, capsys):
     runs = [write_run(tmp_path / name, rows_of("recall", 4096, {"dense": 2.0})) for name in "ab"]
     assert main(["report", *map(str, runs)]) == 2
@@ -128,7 +168,7 @@ def test_several_directories_need_a_place_for_the_report(tmp_path, capsys):
 
 def test_every_verdict_stands_beside_its_number_of_documents_and_what_was_attended(tmp_path):
     rows = []
-    for i in range(12):
+    for i in range(24):
         levels = {"dense": 10.0 + i, "nc-topk": (10.0 + i) * 1.01, "window": (10.0 + i) * 2.0}
         rows += [row("perplexity", 512, i, method, level) for method, level in levels.items()]
     write_report(write_run(tmp_path / "a", rows, lengths=[512]), within=0.05)
@@ -138,10 +178,26 @@ def test_every_verdict_stands_beside_its_number_of_documents_and_what_was_attend
         "nc-topk": "worse, yet within the margin",
         "window": "worse",
     }
-    assert {entry["documents"] for entry in verdicts.values()} == {"12"}
+    assert {(entry["documents"], entry["needed"], entry["needed_within"]) for entry in verdicts.values()} == {
+        ("24", "7", "20")
+    }
     text = (tmp_path / "a" / "report.md").read_text(encoding="utf-8")
     assert "| perplexity | α·n^C top-k | 512 (the longest measured) | 60.0 | 5.00 % |" in text
     assert "| perplexity | fixed window | none |" in text
+    assert "a difference needs at least 7 documents" in text
+    assert "and non-inferiority at least 20 (margin 0.0488)" in text
+
+
+def test_detectable_is_that_of_the_family_that_is_corrected_together(tmp_path):
+    rows = []
+    for length in (256, 512, 1024):
+        for i in range(8):
+            rows += [row("perplexity", length, i, m, 10.0 + i % 3 * (m != "dense")) for m in ("dense", "nc-topk")]
+    found = {name: comparisons([r for r in rows if r["length"] in name], 0.05) for name in ((512,), (256, 512, 1024))}
+    alone, together = found[512,], found[256, 512, 1024]
+    assert (alone[0].needed, together[1].needed) == (6, 7)
+    assert together[1].detectable > 1.2 * alone[0].detectable
+    assert {c.verdict for c in together} == {"undecided"}
 
 
 def test_answers_are_shown_by_depth_and_compared_as_right_or_wrong(tmp_path):
@@ -224,6 +280,83 @@ def test_windows_are_judged_by_the_share_of_the_gain_they_keep(window, verdict):
     said = " ".join(findings(rows).headline())
     assert verdict in said
     assert "it keeps 98 % of what dense attention gains" in said
+
+
+def test_simulated_methods_are_no_budgets_that_do_not_grow_and_lead_nothing():
+    levels = {"dense": 2.0, "nc-topk": 7.0, "fixed-topk": 25.7, "oracle": 2.1, "random": 90.0}
+    said = " ".join(findings(rows_of("recall", 4096, levels)).headline())
+    assert "oracle" not in said
+    assert "random" not in said
+    assert "is better, and ahead in 3 of 3 samples" in said
+    levels = {"dense": 2.0, "window": 9.0, "oracle": 2.1}
+    assert "fixed window attention reads" in findings(rows_of("recall", 4096, levels)).headline()[0]
+    unmeasured = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 3.0}) + rows_of("recall", 4096, {"oracle": 2.0}, 1)
+    assert findings(unmeasured).headline()[0].startswith("At 4,096 tokens")
+    assert "nothing is compared" in findings(rows_of("recall", 4096, {"dense": 2.0, "oracle": 2.1})).headline()[0]
+
+
+@pytest.mark.parametrize(
+    ("phase", "apart", "said"),
+    [
+        ("all", False, "Time of one forward pass over 4,096 tokens, as a multiple of dense (3.00 s)"),
+        ("decode", False, "tokens, a dense prefill and the scored tokens one by one after it together, as a multiple"),
+        ("decode", True, "Time of the scored tokens, read one by one after a dense prefill, within 4,096 tokens"),
+        ("question", True, "Time of the scored tokens, read at once after a dense prefill, within 4,096 tokens"),
+        ("prefill", True, "Time of the prefill within 4,096 tokens, as a multiple of dense (2.00 s)"),
+    ],
+)
+def test_the_time_in_a_sentence_is_called_by_what_it_is_of(phase, apart, said):
+    rows = []
+    for i, (method, seconds) in itertools.product(range(3), (("dense", 3.0), ("nc-topk", 2.5))):
+        further = {"prefill_seconds": 2.0} if apart else {}
+        rows.append(row("perplexity", 4096, i, method, 5.0, seconds=seconds, phase=phase, **further))
+    sentence = " ".join(Findings(run_of(phase=phase), rows, summarise(rows)).details())
+    assert said in sentence
+    multiple = {"all": "0.83", "prefill": "1.00"}.get(phase, "0.50" if apart else "0.83")
+    assert f"α·n^C top-k {multiple}." in sentence
+    table = quality_table("perplexity", summarise(rows), phase).note
+    assert ("one forward pass" in table) == (phase == "all")
+
+
+def test_the_time_of_answers_is_given_for_each_token_beside_their_number():
+    rows = []
+    for method, tokens, seconds in (("dense", 11, 4.0), ("nc-topk", 21, 4.0)):
+        further = {"score": 1.0, "said_tokens": tokens, "first_token_seconds": 2.0, "phase": "decode"}
+        rows += [row("passkey", 512, i, method, 1.0, seconds=seconds, **further) for i in range(3)]
+    dense, sparse = summarise(rows)
+    assert (dense.seconds_per_answer_token, sparse.seconds_per_answer_token) == pytest.approx((0.2, 0.1))
+    assert (dense.tokens_per_second, sparse.tokens_per_second) == pytest.approx((5.0, 10.0))
+    assert (dense.answer_tokens, sparse.answer_tokens) == (11, 21)
+    note = quality_table("passkey", [dense, sparse], "decode").note
+    assert "as many tokens as each method answered with" in note
+    for entry in rows:
+        del entry["first_token_seconds"]
+    assert summarise(rows)[0].tokens_per_second is None
+
+
+def test_sessions_on_other_hardware_are_said(tmp_path, capsys):
+    rows = rows_of("perplexity", 4096, {"dense": 2.0, "nc-topk": 3.0})
+    run = write_run(tmp_path / "a", rows)
+    assert "as a multiple of dense" in " ".join(Section(merge_runs([run])[0], 0.05).details())
+    again = {"hardware": {"processor": "another", "cores": 4, "threads": 2}}
+    record_session(run, {}, {}, "nc-patch eval", again)
+    assert "This session runs on other hardware (another, 4 cores, 2 threads)" in capsys.readouterr().err
+    write_report(run)
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert "Sessions of this run were made on different hardware" in text
+    assert "another, 4 cores, 2 threads): times and memory of different samples do not compare" in text
+    assert "as a multiple of dense" not in text
+
+
+def test_keys_beside_a_budget_are_named_where_they_differ_from_it():
+    rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 3.0, "fixed-topk": 4.0})
+    rows += [row("recall", 4096, i, "block", 5.0, budget=64, tail_mean_keys=97.0) for i in range(3)]
+    said = " ".join(findings(rows).headline())
+    assert "fixed-k top-k 4.00 (64 keys, 5.0 % of all)" in said
+    assert "Whole blocks of keys (64 keys by its law, 97 attended, 5.0 % of all) give 5.00" in said
+    details = " ".join(findings(rows).details())
+    assert "use up the budget of α·n^C blocks at 4,096 tokens (64 keys)" in details
+    assert "no block is chosen by content" in details
 
 
 def test_a_length_at_which_a_method_lacks_samples_is_not_compared():

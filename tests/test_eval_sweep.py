@@ -280,6 +280,7 @@ def test_every_seed_draws_its_own_samples_and_the_same_stretch_is_one_document(t
     assert main(sweep_arguments(tmp_path, tmp_path / "out", *further)) == 0
     rows = [row for row in read_rows(tmp_path / "out") if (row["length"], row["method"]) == (96, "dense")]
     assert [(row["sample"], row["seed"]) for row in rows] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 7), (5, 7)]
+    assert [row["index"] for row in rows] == [0, 1] * 3
     assert main(sweep_arguments(tmp_path, tmp_path / "alone", *further[:5], "--seed", "7")) == 0
     same = [row for row in read_rows(tmp_path / "alone") if (row["length"], row["method"]) == (96, "dense")]
     assert [row["place"] for row in same] == [row["place"] for row in rows[4:]]
@@ -287,6 +288,32 @@ def test_every_seed_draws_its_own_samples_and_the_same_stretch_is_one_document(t
     assert all(row["document"] == str(row["place"]) for row in rows)
     assert main(sweep_arguments(tmp_path, tmp_path / "twice", "--seed", "3", "3")) == 2
     assert "--seed takes different numbers from 0 on, got 3 3" in capsys.readouterr().err
+
+
+def test_blocks_of_which_none_is_chosen_are_said_once(tmp_path, capsys):
+    further = ("--methods", "dense", "block", "--tasks", "perplexity")
+    assert main(sweep_arguments(tmp_path, tmp_path / "out", *further)) == 0
+    said = "there no block is chosen by content"
+    log = capsys.readouterr().err
+    assert log.count(said) == 1
+    assert "of α·n^C blocks at 48 tokens (14 keys), α·n^C blocks at 96 tokens (20 keys)" in log
+    assert said in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_every_session_records_its_hardware(swept):
+    run = json.loads((swept / "run.json").read_text(encoding="utf-8"))
+    assert [session["hardware"] for session in run["sessions"]] == [run["hardware"]] * len(run["sessions"])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_prefill_is_timed_apart_where_there_is_one(sample, phase):
+    measured = measure(tiny_model("llama"), METHODS["nc-topk"].config(Budgets(2.0, 0.5, 48)), sample, phase)
+    if phase == "all":
+        assert measured.prefill_seconds is None
+    else:
+        assert 0 < measured.prefill_seconds < measured.seconds
+    simulated = measure(tiny_model("llama"), METHODS["random"].config(Budgets(2.0, 0.5, 48)), sample, phase)
+    assert (simulated.seconds, simulated.prefill_seconds) == (None, None)
 
 
 def test_losses_of_the_scored_tokens_add_up(sample):
