@@ -32,7 +32,7 @@ from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
 from eval_tasks.ranks import Ranks, agreed
 from eval_tasks.schema import check_rows
-from eval_tasks.store import ResultStore, measurement_key, read_run
+from eval_tasks.store import ResultStore, measurement_key, read_run, valid_rows
 from eval_tasks.synthetic import GENERATORS
 from eval_tasks.tasks import LM_EVAL, TASKS, Layout, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
@@ -197,7 +197,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         with agreed(ranks):
             if ranks.is_first:
                 check_rows(directory, store.rows)
-        known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in store.rows])
+        known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in valid_rows(store.rows)])
         complete = _measure_all(
             sweep, plan, known, store, Measurer(sweep, model, tokenizer, tokens, starts, foreign), ranks
         )

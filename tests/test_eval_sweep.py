@@ -209,6 +209,12 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_the_run_goes_on(tmp_path
     assert main(sweep_arguments(tmp_path, out, *further, "--retry-failed")) == 0
     assert not any("failed" in row for row in read_rows(out))
     assert len(read_rows(out)) == 12
+    before = (out / "results.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(sweep_arguments(tmp_path, out, *further)) == 0
+    assert "failed" not in capsys.readouterr().err
+    assert main(sweep_arguments(tmp_path, out, *further, "--retry-failed")) == 0
+    assert (out / "results.jsonl").read_bytes() == before
 
 
 def patches(model):
