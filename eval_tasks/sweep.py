@@ -20,6 +20,8 @@ from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase, warm_up
 from eval_tasks.methods import DENSE, Method, budget_at, find_method, with_keys
 from eval_tasks.models import (
+    ModelSource,
+    attention_of,
     find_model,
     load_model,
     load_tokenizer,
@@ -33,7 +35,7 @@ from eval_tasks.provenance import check_same, commit, hardware, record_session, 
 from eval_tasks.ranks import Ranks, agreed
 from eval_tasks.schema import check_rows
 from eval_tasks.store import ResultStore, measurement_key, read_run, valid_rows
-from eval_tasks.synthetic import GENERATORS
+from eval_tasks.synthetic import GENERATORS, Material
 from eval_tasks.tasks import LM_EVAL, TASKS, Layout, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
 from nc_patch import Profile, ProfileError
@@ -63,6 +65,8 @@ class Sweep:
         answer_tokens: the most tokens of an answer to a generated task; None for each task's own number.
         retry_failed: whether cells that failed in an earlier session are measured again.
         more_seeds: seeds beside that of the layout; every one of them has as many samples.
+        revision, trust_remote_code: of the model; as ``load_model`` takes them.
+        hub_copies: a directory with copies of the hub's data sets, as ``Material`` takes it.
     """
 
     model: str
@@ -82,6 +86,9 @@ class Sweep:
     answer_tokens: int | None = None
     retry_failed: bool = False
     more_seeds: tuple[int, ...] = ()
+    revision: str | None = None
+    trust_remote_code: bool = False
+    hub_copies: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -122,6 +129,7 @@ class Sweep:
             "iso_keys": list(self.iso_keys),
             "answer_tokens": self.answer_tokens,
             **({} if self.budgets.profile is None else {"profile": _profile_digest(self.budgets.profile)}),
+            **({} if self.revision is None else {"revision": self.revision}),
         }
 
 
@@ -146,26 +154,33 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
             torch.set_num_threads(sweep.threads)
         check_same(directory, sweep.identity() | versions())
         text = load_text(sweep.text)
-        source = find_model(sweep.model)
+        source = find_model(sweep.model, sweep.revision, sweep.trust_remote_code)
         _check_positions(sweep, max_positions(source))
         tokenizer = load_tokenizer(source)
         tokens = tokenise(tokenizer, text.content)
         scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
         check_lengths(scored, sweep.layout, len(tokens.prefix))
-        check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
-        foreign = _lm_eval_tasks(sweep, source.location)
+        material = Material(sweep.text, sweep.hub_copies)
+        generated = [name for name in sweep.tasks if name in GENERATORS]
+        check_generated(generated, sweep.layout.lengths, sweep.layout.seed, material)
+        foreign = _lm_eval_tasks(sweep, source)
         starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
         device = _own_device(sweep, ranks)
     with contextlib.ExitStack() as stack:
         with agreed(ranks):
             first_store = stack.enter_context(ResultStore(directory)) if ranks.is_first else None
         with agreed(ranks):
-            model = load_model(sweep.model, sweep.dtype, str(device), sweep.device_map, sweep.tp_plan).model
+            model = load_model(
+                *(sweep.model, sweep.dtype, str(device), sweep.device_map, sweep.tp_plan),
+                revision=sweep.revision,
+                trust_remote_code=sweep.trust_remote_code,
+            ).model
             identity = (
                 sweep.identity()
                 | versions()
                 | {
                     "weights": weights_fingerprint(model),
+                    "attention": attention_of(model),
                     "tokenizer": tokenizer_fingerprint(tokenizer),
                     "text_sha256": text.sha256,
                 }
@@ -199,7 +214,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
                 check_rows(directory, store.rows)
         known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in valid_rows(store.rows)])
         complete = _measure_all(
-            sweep, plan, known, store, Measurer(sweep, model, tokenizer, tokens, starts, foreign), ranks
+            sweep, plan, known, store, Measurer(sweep, model, tokenizer, tokens, starts, material, foreign), ranks
         )
         if not ranks.is_first:
             stack.close()
@@ -263,7 +278,7 @@ def _check_method(model: Any, method: Method, sweep: Sweep) -> None:
         raise EvalError(f"the method {method.name} does not run on this model and device: {error}") from error
 
 
-def _lm_eval_tasks(sweep: Sweep, location: str) -> "LmEvalTasks | None":
+def _lm_eval_tasks(sweep: Sweep, source: ModelSource) -> "LmEvalTasks | None":
     """What runs the tasks of lm-eval; None where none is asked for, since importing lm-eval takes seconds."""
     if not any(name.startswith(LM_EVAL) for name in sweep.tasks):
         return None
@@ -273,7 +288,15 @@ def _lm_eval_tasks(sweep: Sweep, location: str) -> "LmEvalTasks | None":
         raise EvalError("lm-eval's own evaluator runs no presses of kvpress: leave them out")
     from eval_tasks.lm_eval.in_sweep import LmEvalTasks
 
-    return LmEvalTasks(location, sweep.layout.samples * len(sweep.seeds), sweep.layout.seed, sweep.text)
+    return LmEvalTasks(
+        source.location,
+        source.options,
+        sweep.layout.samples * len(sweep.seeds),
+        sweep.layout.seed,
+        sweep.text,
+        sweep.answer_tokens,
+        sweep.hub_copies,
+    )
 
 
 def _single_tasks(sweep: Sweep, foreign: "LmEvalTasks | None") -> list[str]:
