@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import save_tiny_model
+from transformers import AutoModelForCausalLM
 
 from eval_tasks import models, smollm2
 from eval_tasks.errors import EvalError
@@ -192,6 +193,27 @@ def test_the_fingerprint_sees_a_change_of_one_weight_and_not_the_file(tmp_path):
     assert weights_fingerprint(model) != before
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk", "embeddings too", "tied"])
+def test_the_fingerprint_is_that_of_the_weights_wherever_they_are_offloaded(tmp_path, where):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model("llama", tie_word_embeddings=where == "tied")
+    expected = weights_fingerprint(model)
+    if where in ("cpu", "disk"):
+        place = () if where == "cpu" else (tmp_path / "offload",)
+        model = getattr(accelerate, f"{where}_offload")(model, *place, torch.device("cpu"))
+    else:
+        model.save_pretrained(tmp_path)
+        places = dict.fromkeys(("model.embed_tokens", "lm_head"), "cpu" if where == "tied" else "disk")
+        places |= {"model.layers": "disk", "model.norm": "disk", "model.rotary_emb": "cpu"}
+        folder = str(tmp_path / "offload")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=folder)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert weights_fingerprint(model) == expected
+    model.lm_head.register_parameter("bias", torch.nn.Parameter(torch.zeros(3, device="meta")))
+    with pytest.raises(ValueError, match=r"lm_head.bias is on the meta device and holds no weights"):
+        weights_fingerprint(model)
+
+
 def test_a_directory_without_weights_is_an_error_with_its_name(tmp_path):
     directory = save_tiny_model(tmp_path)
     (directory / "model.safetensors").unlink()
@@ -202,8 +224,6 @@ def test_a_directory_without_weights_is_an_error_with_its_name(tmp_path):
 @pytest.mark.slow
 def test_the_converted_model_has_the_bits_of_the_packaged_one():
     pytest.importorskip("gguf", reason="reading the packaged model needs the package gguf")
-    from transformers import AutoModelForCausalLM
-
     try:
         gguf, _ = smollm2._packaged_gguf()
     except EvalError as error:
