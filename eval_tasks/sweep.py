@@ -44,6 +44,9 @@ from nc_patch.fingerprint import weights_fingerprint
 if TYPE_CHECKING:
     from eval_tasks.lm_eval.in_sweep import LmEvalTasks
 
+Known = list[tuple[str, tuple[str, int, float | None], bool]]
+"""What a directory holds, row by row: key, what it cost, and whether it failed."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -143,7 +146,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         ranks: the processes that share the work; None for this one alone.
 
     Returns:
-        Whether everything was measured; False when the time limit came first.
+        Whether everything was measured, by all processes; False when the time limit came first in any of them.
 
     Raises:
         EvalError: something is missing or does not fit, or another process ended; nothing that was measured is lost.
@@ -212,16 +215,20 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         with agreed(ranks):
             if ranks.is_first:
                 check_rows(directory, store.rows)
-        known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in valid_rows(store.rows)])
-        complete = _measure_all(
-            sweep, plan, known, store, Measurer(sweep, model, tokenizer, tokens, starts, material, foreign), ranks
-        )
+        known_rows = list(store.rows)
+        known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in valid_rows(known_rows)])
+        began = time.monotonic()
+        todo = _todo(sweep, plan, known, ranks)
+        measurer = Measurer(sweep, model, tokenizer, tokens, starts, material, foreign)
+        complete = _measure_all(sweep, todo, _forecast(known), store, measurer, ranks)
         if not ranks.is_first:
             stack.close()
-        with agreed(ranks):
-            pass  # every other process has closed its part
+        complete = ranks.all(complete)  # and every other process has closed its part
         if first_store is not None:
             first_store.take_in_parts()
+            new = {row["key"] for row in first_store.rows[len(known_rows) :]}
+            left = sum(planned.key not in new for planned in todo)
+            _say_how_it_ended(sweep, time.monotonic() - began, complete, left, len(plan))
         return complete
 
 
@@ -338,24 +345,28 @@ def _costs(row: dict[str, Any]) -> tuple[str, int, float | None]:
     return row["method"], row["length"], row.get("seconds")
 
 
-def _measure_all(
-    sweep: Sweep,
-    plan: list[Planned],
-    known: list[tuple[str, tuple[str, int, float | None], bool]],
-    store: ResultStore,
-    measurer: Measurer,
-    ranks: Ranks,
-) -> bool:
-    began = time.monotonic()
+def _todo(sweep: Sweep, plan: list[Planned], known: Known, ranks: Ranks) -> list[Planned]:
+    """What is not measured yet; the first process says how much there is."""
+    failed = {key for key, _, has_failed in known if has_failed}
+    done = {key for key, _, _ in known} - (failed if sweep.retry_failed else set())
+    if ranks.is_first:
+        _say_what_is_there(plan, done, failed)
+    return [planned for planned in plan if planned.key not in done]
+
+
+def _forecast(known: Known) -> Forecast:
     forecast = Forecast()
     for _, (method, length, seconds), _ in known:
         if seconds is not None:
             forecast.learn(Step(method, length), seconds)
-    failed = {key for key, _, has_failed in known if has_failed}
-    done = {key for key, _, _ in known} - (failed if sweep.retry_failed else set())
-    todo = [planned for planned in plan if planned.key not in done]
-    if ranks.is_first:
-        _say_what_is_there(plan, done, failed)
+    return forecast
+
+
+def _measure_all(
+    sweep: Sweep, todo: list[Planned], forecast: Forecast, store: ResultStore, measurer: Measurer, ranks: Ranks
+) -> bool:
+    """Measures this process's share; returns whether it left nothing of it for want of time."""
+    began = time.monotonic()
     source_commit = commit()
     writes = ranks.is_first or sweep.tp_plan is None
     groups = _groups(todo)
@@ -365,14 +376,12 @@ def _measure_all(
         for turn, number in enumerate(ranks.take(len(groups))):
             group = groups[number]
             # One group is measured whatever the limit, so that runs that are repeated always get further.
-            if turn and _exceeds(sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)):
-                if ranks.is_first:
-                    print(
-                        f"Stopped before the limit of {sweep.minutes:g} minutes with about "
-                        f"{len(todo) - first_steps[number]} of {len(plan)} measurements to go; the same command goes "
-                        "on.",
-                        file=sys.stderr,
-                    )
+            stops = turn > 0 and _exceeds(
+                sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)
+            )
+            if sweep.tp_plan is not None and sweep.minutes is not None:
+                stops = ranks.from_first(stops)  # each has a clock of its own, and none can go on alone
+            if stops:
                 return False
             progress.begun_before(first_steps[number])
             for planned in group:
@@ -386,9 +395,18 @@ def _measure_all(
                 progress.finished()
     finally:
         progress.close()
-    if ranks.is_first:
-        print(f"Measured in {duration(time.monotonic() - began)}.", file=sys.stderr)
     return True
+
+
+def _say_how_it_ended(sweep: Sweep, seconds: float, complete: bool, left: int, planned: int) -> None:
+    if complete:
+        print(f"Measured in {duration(seconds)}.", file=sys.stderr)
+    else:
+        print(
+            f"Stopped before the limit of {sweep.minutes:g} minutes with {left} of {planned} measurements to go; the "
+            "same command goes on.",
+            file=sys.stderr,
+        )
 
 
 def _say_what_is_there(plan: list[Planned], done: set[str], failed: set[str]) -> None:
