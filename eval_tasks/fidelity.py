@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from eval_tasks.capture import Captured, capture
+from eval_tasks.capture import Received, receive
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets
 from eval_tasks.methods import find_method
@@ -27,7 +27,8 @@ class Fidelity:
     """One method in one layer at one length, means over the last ``ROWS`` queries of a sample.
 
     Attributes:
-        method, length, sample, layer: which; the last query sees ``length`` keys.
+        method, length, sample, layer: which; the last query is at position ``length`` - 1, and sees ``length`` keys
+            unless the layer has a window.
         kept_mass: of each query head, the dense softmax weight of the keys that are attended.
         output_error: of each query head, ‖o − o_dense‖ / ‖o_dense‖.
         attended_fraction: attended keys / visible keys.
@@ -58,11 +59,11 @@ def fidelity(
     """Compares methods with dense attention on what the layers of a model receive.
 
     Args:
-        model: a causal language model of ``transformers``, not patched, whose attention has no soft-cap and no sinks.
+        model: a causal language model that ``patch_model`` takes; windows, soft-caps and sinks are those of its layers.
         ids: int64 ``[1, L]``, L at least the longest length.
         methods: names as in ``find_method``, without dense and without simulated ones.
         budgets: of the methods.
-        lengths: how many keys the last measured query sees; one forward pass serves all of them.
+        lengths: how many tokens are read up to the last measured query; one forward pass serves all of them.
         sample: a number for the results.
         layers: which; None for all.
 
@@ -73,18 +74,18 @@ def fidelity(
     if min(lengths) < ROWS or max(lengths) > ids.shape[1]:
         raise EvalError(f"lengths must lie between {ROWS} and the {ids.shape[1]} tokens that are read, got {lengths}")
     chosen = list(range(model.config.get_text_config().num_hidden_layers)) if layers is None else list(layers)
-    for layer, captured in zip(chosen, capture(model, ids[:, : max(lengths)], chosen), strict=True):
+    for layer, received in zip(chosen, receive(model, ids[:, : max(lengths)], chosen), strict=True):
         dense: dict[int, torch.Tensor] = {}
         for name, length, config in configs:
             if length not in dense:
-                dense[length] = _attend(captured, length, NCConfig(1.0, 1.0)).output.float()
-            result = _attend(captured, length, config)
+                dense[length] = _attend(received, length, NCConfig(1.0, 1.0)).output.float()
+            result = _attend(received, length, config)
             assert result.kept_mass is not None
             assert result.attended is not None
             reference = dense[length]
             error = (result.output.float() - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
-            seen = torch.arange(length - ROWS + 1, length + 1, device=ids.device)
-            share = (result.attended.float().mean((0, 1)) / seen).mean()
+            start, end = received.visible[0, length - ROWS : length].unbind(-1)
+            share = (result.attended.float().mean((0, 1)) / (end - start)).mean()
             yield Fidelity(
                 name,
                 length,
@@ -104,12 +105,20 @@ def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
     return config
 
 
-def _attend(captured: Captured, length: int, config: NCConfig) -> AttentionResult:
-    query = captured.query[:, :, length - ROWS : length]
-    key, value = captured.key[:, :, :length], captured.value[:, :, :length]
-    options = {name: getattr(config, name) for name in _OPTIONS}
+def _attend(received: Received, length: int, config: NCConfig) -> AttentionResult:
+    visible = received.visible[:, length - ROWS : length]
     result = sparse_attention(
-        query, key, value, selection=config.prefill, scale=captured.scale, return_stats=True, **options
+        received.query[:, :, length - ROWS : length],
+        received.key[:, :, :length],
+        received.value[:, :, :length],
+        selection=config.prefill,
+        scale=received.scale,
+        visible=visible,
+        origin=torch.zeros_like(visible[..., 0]),
+        softcap=received.softcap,
+        sinks=received.sinks,
+        return_stats=True,
+        **{name: getattr(config, name) for name in _OPTIONS},
     )
     assert isinstance(result, AttentionResult)
     return result

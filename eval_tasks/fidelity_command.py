@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from eval_tasks.arguments import TEXT_FORMS, add_budget_options, add_model_options, load_chosen_model
 from eval_tasks.errors import EvalError
 from eval_tasks.fidelity import ROWS, Fidelity, fidelity
 from eval_tasks.matching import Budgets
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, find_method, order_of
-from eval_tasks.models import load_model
+from eval_tasks.models import attention_of
 from eval_tasks.provenance import commit, hardware, versions
-from eval_tasks.smollm2 import SMOLLM2
 from eval_tasks.store import write_atomically
 from eval_tasks.summary import csv_of
 from eval_tasks.tasks import Layout, ascending, places, tokenise
@@ -52,7 +52,9 @@ def _measure(arguments: argparse.Namespace) -> list[Fidelity]:
     methods = sorted(set(arguments.methods), key=order_of)
     for name in methods:
         find_method(name)
-    loaded = load_model(arguments.model, "auto", arguments.device)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    loaded = load_chosen_model(arguments)
     source = load_text(arguments.text)
     text = tokenise(loaded.tokenizer, source.content)
     starts = places(text, Layout((max(lengths),), arguments.samples, 1, 1, arguments.seed))
@@ -67,6 +69,7 @@ def _measure(arguments: argparse.Namespace) -> list[Fidelity]:
         "versions": versions(),
         "hardware": hardware(loaded.model.device, torch.get_num_threads()),
         "model": arguments.model,
+        "attention": attention_of(loaded.model),
         "text": {"name": source.name, "origin": source.origin, "sha256": source.sha256},
         "queries": ROWS,
         "rows": [row.to_dict() for row in rows],
@@ -146,15 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     sparse = [name for name in DEFAULT_METHODS if name != DENSE]
     add("--out", type=Path, required=True, metavar="DIR", help=f"directory for {RESULTS}, {TABLE} and {PICTURE}")
-    add("--model", default=SMOLLM2, help=f"as nc-patch eval takes it (default: {SMOLLM2})")
-    add("--text", default=PYTHON_REFERENCE, help=f"as nc-patch eval takes it (default: {PYTHON_REFERENCE})")
+    add_model_options(parser)
+    add("--text", default=PYTHON_REFERENCE, help=f"{TEXT_FORMS} (default)")
     add("--methods", nargs="+", default=sparse, metavar="METHOD", help=f"default: {' '.join(sparse)}")
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="keys that a query sees")
     add("--samples", type=int, default=2, help="stretches of text (default: 2)")
     add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
-    add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
-    add("--C", type=float, default=0.5, help="exponent of the budget, in [0, 1] (default: 0.5)")
-    add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")
-    add("--block-size", type=int, default=32, help="keys per block of block (default: 32)")
-    add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
+    add_budget_options(parser)
     return parser

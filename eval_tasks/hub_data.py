@@ -47,8 +47,8 @@ def load_with(loader: Any, name: str, config: str | None = None, *, copies: str 
         where = "could not be loaded from its copy" if copies is not None else "could not be downloaded from the hub"
         raise EvalError(
             f"the data set {given} {where} ({reason}). Download it where there is a network"
-            f" (hf download --repo-type dataset {name} --local-dir DIR/{name}) and give"
-            ' --metadata \'{"hub_copies": "DIR"}\''
+            f" (hf download --repo-type dataset {name} --local-dir DIR/{name}) and give --hub-copies DIR to nc-patch"
+            ' eval, or --metadata \'{"hub_copies": "DIR"}\' to lm-eval'
         ) from error
 
 

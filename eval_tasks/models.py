@@ -3,6 +3,7 @@
 import hashlib
 import os
 import socket
+import sys
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
@@ -13,23 +14,40 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
+from eval_tasks.ranks import launched_rank
 from eval_tasks.smollm2 import SMOLLM2, smollm2_directory
 
+# What transformers says of a model whose class has no SDPA attention.
+_NO_SDPA = "torch.nn.functional.scaled_dot_product_attention"
+# Letters of an error of transformers or the hub that are passed on.
+_LONGEST_REASON = 600
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies: a directory or a hub name, and the GGUF file inside it where there is one."""
+    """Where a model lies.
+
+    Attributes:
+        name: as the user wrote it.
+        location: a directory or a name on the hub.
+        gguf_file: the file inside it, where it is one of that kind.
+        revision: a branch, tag or commit of the hub; None for the main one.
+        trust_remote_code: whether Python code that comes with the model may run.
+    """
 
     name: str
     location: str
     gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments that every ``from_pretrained`` of this source takes."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        # Without an answer transformers would ask the terminal whether to trust the model's code.
+        return {name: value for name, value in given.items() if value} | {"trust_remote_code": self.trust_remote_code}
 
     @property
     def is_local(self) -> bool:
@@ -46,26 +64,33 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
 
 
-def find_model(name: str) -> ModelSource:
+def find_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
     """Resolves a name: ``"smollm2"``, a directory, a ``.gguf`` file, or else a name on the hub. Loads no weights.
 
+    Args:
+        name: what to resolve.
+        revision, trust_remote_code: as in ``ModelSource``.
+
     Raises:
-        EvalError: a path that does not exist, or the package of ``"smollm2"`` is not installed.
+        EvalError: a path that does not exist, a revision of what is not on the hub, or the package of ``"smollm2"`` is
+            not installed.
     """
+    path = Path(name).expanduser()
+    if revision is not None and (name == SMOLLM2 or path.exists()):
+        raise EvalError(f"--revision {revision} is for models on the hub, and {name} is on this machine: leave it out")
     if name == SMOLLM2:
         return ModelSource(name, str(smollm2_directory()))
-    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise EvalError(f"the directory {name} holds no model: it has no config.json")
-        return ModelSource(name, str(path))
+        return ModelSource(name, str(path), trust_remote_code=trust_remote_code)
     if path.is_file():
         if path.suffix != ".gguf":
             raise EvalError(f"the file {name} is no model: give a directory, a .gguf file or a name on the hub")
         return ModelSource(name, str(path.parent), path.name)
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise EvalError(f"no model at {name}: there is no such file or directory")
-    return ModelSource(name, name)
+    return ModelSource(name, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def max_positions(source: ModelSource) -> int | None:
@@ -81,9 +106,18 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    name: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None, tp_plan: str | None = None
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    tp_plan: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Loads a causal language model with SDPA attention, and its tokenizer.
+    """Loads a causal language model and its tokenizer.
+
+    Its dense attention is SDPA, or ``transformers``' own "eager" where the model has none, which is said: soft-caps and
+    sinks are beyond SDPA. ``attention_of`` tells which.
 
     Args:
         name: as in ``find_model``.
@@ -91,6 +125,7 @@ def load_model(
         device: as ``torch.device`` takes it, or ``"auto"``: the GPU where there is one.
         device_map: ``"auto"`` and its kin: the layers of one model over all devices, as ``from_pretrained`` takes it.
         tp_plan: ``"auto"``: every layer of one model over all processes, as ``from_pretrained`` takes it.
+        revision, trust_remote_code: as in ``ModelSource``.
 
     Raises:
         EvalError: the model is missing, cannot be reached, is no causal language model, or the device is absent.
@@ -99,13 +134,32 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise EvalError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     chosen: Any = DTYPES.get(dtype, "auto" if target.type == "cuda" else torch.float32)
-    source = find_model(name)
+    source = find_model(name, revision, trust_remote_code)
     tokenizer = load_tokenizer(source)
     spread = {name: value for name, value in (("device_map", device_map), ("tp_plan", tp_plan)) if value is not None}
     if len(spread) > 1:
         raise EvalError("device_map spreads a model over the devices of one process, tp_plan over processes: give one")
-    model = _from_pretrained(AutoModelForCausalLM, source, dtype=chosen, attn_implementation="sdpa", **spread)
+    model = _load_weights(source, dtype=chosen, **spread)
     return LoadedModel(name, (model if spread else model.to(target)).eval(), tokenizer)
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the implementation by which a model attends where it is not patched: ``"sdpa"`` or ``"eager"``."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def _load_weights(source: ModelSource, **options: Any) -> Any:
+    try:
+        return _from_pretrained(AutoModelForCausalLM, source, attn_implementation="sdpa", **options)
+    except EvalError as error:
+        if _NO_SDPA not in str(error.__cause__):  # said before the weights are read
+            raise
+    if launched_rank() == 0:
+        print(
+            f"{source.name} has no SDPA attention: dense attention runs eagerly, which holds every score in memory.",
+            file=sys.stderr,
+        )
+    return _from_pretrained(AutoModelForCausalLM, source, attn_implementation="eager", **options)
 
 
 def pick_device(device: str) -> torch.device:
@@ -141,20 +195,39 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> An
     try:
         return auto_class.from_pretrained(source.location, **source.options, **options)
     except ImportError as error:
-        raise EvalError(f"loading {source.name} needs a package that is missing: {_first_line(error)}") from error
+        raise EvalError(f"loading {source.name} needs a package that is missing: {_whole(error)}") from error
     except (OSError, ValueError, KeyError) as error:
         raise EvalError(_explain(source, error)) from error
 
 
 def _explain(source: ModelSource, error: Exception) -> str:
-    reason = _first_line(error)
+    reason = _whole(error)
+    advice = [advice for words, advice in _ADVICE if any(word in reason for word in words)]
     if source.is_local:
-        return f"the model {source.name} could not be loaded: {reason}"
-    where = "could not be loaded from the hub" if hub_resolves() else "the hub cannot be reached from here"
-    return (
-        f"the model {source.name!r} is no directory here and {where}: {reason} Check the name and the network, or use "
-        f"--model {SMOLLM2}, which needs neither."
-    )
+        return " ".join((f"the model {source.name} could not be loaded: {reason}", *advice))
+    online = hub_resolves()
+    where = "could not be loaded from the hub" if online else "the hub cannot be reached from here"
+    otherwise = f"Check the name and the network, or use --model {SMOLLM2}, which needs neither."
+    advice = advice if online and advice else [otherwise]
+    return " ".join((f"the model {source.name!r} is no directory here and {where}: {reason}", *advice))
+
+
+# Words in an error, and what to do about it.
+_ADVICE = (
+    (
+        ("gated repo", "private repository", "401 Client Error", "403 Client Error"),
+        "Ask for access on the model's page where it is gated, and log in: hf auth login, or the token in HF_TOKEN.",
+    ),
+    (("trust_remote_code",), "Read that code, and if you trust it, add --trust-remote-code."),
+    (("valid git identifier",), "Correct --revision."),
+)
+
+
+def _whole(error: Exception) -> str:
+    """What an error says, in one line."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    words = words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]} ..."
+    return words if words.endswith((".", "!", "?", "...")) else f"{words}."
 
 
 def hub_resolves() -> bool:
@@ -167,7 +240,3 @@ def hub_resolves() -> bool:
     except OSError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -73,6 +73,15 @@ class Ranks:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def all(self, value: bool) -> bool:
+        """Whether the value that each process passed is true in all of them; waits for them."""
+        if self.world == 1:
+            return value
+        values: list[bool] = [value] * self.world
+        with self._watched():
+            dist.all_gather_object(values, value)
+        return all(values)
+
     def take(self, pieces: int) -> Iterator[int]:
         """Numbers of pieces below ``pieces`` in ascending order; over all processes each number comes once.
 

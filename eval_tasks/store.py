@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,21 +115,23 @@ class ResultStore:
     def take_in_parts(self) -> None:
         """Adds the rows of other processes' parts that are not here yet, and removes the parts.
 
-        An interruption in between loses nothing, and doubles nothing: rows are told by their keys.
+        A row also counts as not here while all there is of its cell is a failure: it was tried again, with success. An
+        interruption in between loses nothing, and doubles nothing: rows are told by their keys.
 
         Raises:
             EvalError: a process still adds to its part.
         """
-        known = {row["key"] for row in self.rows}
+        known = {row["key"]: row for row in valid_rows(self.rows)}
         for path in sorted(self.directory.glob(PARTS)):
             part = _open_part(path)
             try:
                 _claim(part, self.directory)
                 _repair(path, part)
                 for row in _rows_of(path):
-                    if row["key"] not in known:
+                    here = known.get(row["key"])
+                    if here is None or ("failed" in here and "failed" not in row):
                         self.append(row)
-                        known.add(row["key"])
+                        known[row["key"]] = row
                 path.unlink()
             finally:
                 os.close(part)
@@ -142,15 +144,26 @@ class ResultStore:
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a directory, parts included; a last line that was never finished is left out.
-
-    Of rows with the same key the last one counts: a cell that failed and was tried again.
+    """The rows of a directory, parts included, each key once; a last line that was never finished is left out.
 
     Raises:
         EvalError: a line that is not the last one of its file is damaged.
     """
     files = [directory / RESULTS, *sorted(directory.glob(PARTS))]
-    return list({row["key"]: row for path in files for row in _rows_of(path)}.values())
+    return valid_rows(row for path in files for row in _rows_of(path))
+
+
+def valid_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each key once: of rows with the same key the last one counts, a cell that failed and was tried again.
+
+    A failure never takes the place of a success.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        here = found.get(row["key"])
+        if here is None or "failed" in here or "failed" not in row:
+            found[row["key"]] = row
+    return list(found.values())
 
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,8 @@ from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase, warm_up
 from eval_tasks.methods import BLOCK, DENSE, Method, blocks_chosen, budget_at, find_method, keys_of, with_keys
 from eval_tasks.models import (
+    ModelSource,
+    attention_of,
     find_model,
     load_model,
     load_tokenizer,
@@ -33,8 +35,8 @@ from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
 from eval_tasks.ranks import Ranks, agreed
 from eval_tasks.schema import check_rows
-from eval_tasks.store import ResultStore, measurement_key, read_run
-from eval_tasks.synthetic import GENERATORS
+from eval_tasks.store import ResultStore, measurement_key, read_run, valid_rows
+from eval_tasks.synthetic import GENERATORS, Material
 from eval_tasks.tasks import LM_EVAL, TASKS, Layout, check_lengths, places, tokenise
 from eval_tasks.texts import load_text
 from nc_patch import Profile, ProfileError
@@ -42,6 +44,9 @@ from nc_patch.fingerprint import weights_fingerprint
 
 if TYPE_CHECKING:
     from eval_tasks.lm_eval.in_sweep import LmEvalTasks
+
+Known = list[tuple[str, tuple[str, int, float | None], bool]]
+"""What a directory holds, row by row: key, what it cost, and whether it failed."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class Sweep:
         answer_tokens: the most tokens of an answer to a generated task; None for each task's own number.
         retry_failed: whether cells that failed in an earlier session are measured again.
         more_seeds: seeds beside that of the layout; every one of them has as many samples.
+        revision, trust_remote_code: of the model; as ``load_model`` takes them.
+        hub_copies: a directory with copies of the hub's data sets, as ``Material`` takes it.
     """
 
     model: str
@@ -83,6 +90,9 @@ class Sweep:
     answer_tokens: int | None = None
     retry_failed: bool = False
     more_seeds: tuple[int, ...] = ()
+    revision: str | None = None
+    trust_remote_code: bool = False
+    hub_copies: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -123,6 +133,7 @@ class Sweep:
             "iso_keys": list(self.iso_keys),
             "answer_tokens": self.answer_tokens,
             **({} if self.budgets.profile is None else {"profile": _profile_digest(self.budgets.profile)}),
+            **({} if self.revision is None else {"revision": self.revision}),
         }
 
 
@@ -136,7 +147,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         ranks: the processes that share the work; None for this one alone.
 
     Returns:
-        Whether everything was measured; False when the time limit came first.
+        Whether everything was measured, by all processes; False when the time limit came first in any of them.
 
     Raises:
         EvalError: something is missing or does not fit, or another process ended; nothing that was measured is lost.
@@ -147,26 +158,33 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
             torch.set_num_threads(sweep.threads)
         check_same(directory, sweep.identity() | versions())
         text = load_text(sweep.text)
-        source = find_model(sweep.model)
+        source = find_model(sweep.model, sweep.revision, sweep.trust_remote_code)
         _check_positions(sweep, max_positions(source))
         tokenizer = load_tokenizer(source)
         tokens = tokenise(tokenizer, text.content)
         scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
         check_lengths(scored, sweep.layout, len(tokens.prefix))
-        check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
-        foreign = _lm_eval_tasks(sweep, source.location)
+        material = Material(sweep.text, sweep.hub_copies)
+        generated = [name for name in sweep.tasks if name in GENERATORS]
+        check_generated(generated, sweep.layout.lengths, sweep.layout.seed, material)
+        foreign = _lm_eval_tasks(sweep, source)
         starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
         device = _own_device(sweep, ranks)
     with contextlib.ExitStack() as stack:
         with agreed(ranks):
             first_store = stack.enter_context(ResultStore(directory)) if ranks.is_first else None
         with agreed(ranks):
-            model = load_model(sweep.model, sweep.dtype, str(device), sweep.device_map, sweep.tp_plan).model
+            model = load_model(
+                *(sweep.model, sweep.dtype, str(device), sweep.device_map, sweep.tp_plan),
+                revision=sweep.revision,
+                trust_remote_code=sweep.trust_remote_code,
+            ).model
             identity = (
                 sweep.identity()
                 | versions()
                 | {
                     "weights": weights_fingerprint(model),
+                    "attention": attention_of(model),
                     "tokenizer": tokenizer_fingerprint(tokenizer),
                     "text_sha256": text.sha256,
                 }
@@ -199,16 +217,20 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         with agreed(ranks):
             if ranks.is_first:
                 check_rows(directory, store.rows)
-        known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in store.rows])
-        complete = _measure_all(
-            sweep, plan, known, store, Measurer(sweep, model, tokenizer, tokens, starts, foreign), ranks
-        )
+        known_rows = list(store.rows)
+        known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in valid_rows(known_rows)])
+        began = time.monotonic()
+        todo = _todo(sweep, plan, known, ranks)
+        measurer = Measurer(sweep, model, tokenizer, tokens, starts, material, foreign)
+        complete = _measure_all(sweep, todo, _forecast(known), store, measurer, ranks)
         if not ranks.is_first:
             stack.close()
-        with agreed(ranks):
-            pass  # every other process has closed its part
+        complete = ranks.all(complete)  # and every other process has closed its part
         if first_store is not None:
             first_store.take_in_parts()
+            new = {row["key"] for row in first_store.rows[len(known_rows) :]}
+            left = sum(planned.key not in new for planned in todo)
+            _say_how_it_ended(sweep, time.monotonic() - began, complete, left, len(plan))
         return complete
 
 
@@ -265,7 +287,7 @@ def _check_method(model: Any, method: Method, sweep: Sweep) -> None:
         raise EvalError(f"the method {method.name} does not run on this model and device: {error}") from error
 
 
-def _lm_eval_tasks(sweep: Sweep, location: str) -> "LmEvalTasks | None":
+def _lm_eval_tasks(sweep: Sweep, source: ModelSource) -> "LmEvalTasks | None":
     """What runs the tasks of lm-eval; None where none is asked for, since importing lm-eval takes seconds."""
     if not any(name.startswith(LM_EVAL) for name in sweep.tasks):
         return None
@@ -275,7 +297,15 @@ def _lm_eval_tasks(sweep: Sweep, location: str) -> "LmEvalTasks | None":
         raise EvalError("lm-eval's own evaluator runs no presses of kvpress: leave them out")
     from eval_tasks.lm_eval.in_sweep import LmEvalTasks
 
-    return LmEvalTasks(location, sweep.layout.samples * len(sweep.seeds), sweep.layout.seed, sweep.text)
+    return LmEvalTasks(
+        source.location,
+        source.options,
+        sweep.layout.samples * len(sweep.seeds),
+        sweep.layout.seed,
+        sweep.text,
+        sweep.answer_tokens,
+        sweep.hub_copies,
+    )
 
 
 def _single_tasks(sweep: Sweep, foreign: "LmEvalTasks | None") -> list[str]:
@@ -317,25 +347,29 @@ def _costs(row: dict[str, Any]) -> tuple[str, int, float | None]:
     return row["method"], row["length"], row.get("seconds")
 
 
-def _measure_all(
-    sweep: Sweep,
-    plan: list[Planned],
-    known: list[tuple[str, tuple[str, int, float | None], bool]],
-    store: ResultStore,
-    measurer: Measurer,
-    ranks: Ranks,
-) -> bool:
-    began = time.monotonic()
+def _todo(sweep: Sweep, plan: list[Planned], known: Known, ranks: Ranks) -> list[Planned]:
+    """What is not measured yet; the first process says how much there is."""
+    failed = {key for key, _, has_failed in known if has_failed}
+    done = {key for key, _, _ in known} - (failed if sweep.retry_failed else set())
+    if ranks.is_first:
+        _say_what_is_there(plan, done, failed)
+        _say_what_chooses_no_block(sweep)
+    return [planned for planned in plan if planned.key not in done]
+
+
+def _forecast(known: Known) -> Forecast:
     forecast = Forecast()
     for _, (method, length, seconds), _ in known:
         if seconds is not None:
             forecast.learn(Step(method, length), seconds)
-    failed = {key for key, _, has_failed in known if has_failed}
-    done = {key for key, _, _ in known} - (failed if sweep.retry_failed else set())
-    todo = [planned for planned in plan if planned.key not in done]
-    if ranks.is_first:
-        _say_what_is_there(plan, done, failed)
-        _say_what_chooses_no_block(sweep)
+    return forecast
+
+
+def _measure_all(
+    sweep: Sweep, todo: list[Planned], forecast: Forecast, store: ResultStore, measurer: Measurer, ranks: Ranks
+) -> bool:
+    """Measures this process's share; returns whether it left nothing of it for want of time."""
+    began = time.monotonic()
     source_commit = commit()
     writes = ranks.is_first or sweep.tp_plan is None
     groups = _groups(todo)
@@ -345,14 +379,12 @@ def _measure_all(
         for turn, number in enumerate(ranks.take(len(groups))):
             group = groups[number]
             # One group is measured whatever the limit, so that runs that are repeated always get further.
-            if turn and _exceeds(sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)):
-                if ranks.is_first:
-                    print(
-                        f"Stopped before the limit of {sweep.minutes:g} minutes with about "
-                        f"{len(todo) - first_steps[number]} of {len(plan)} measurements to go; the same command goes "
-                        "on.",
-                        file=sys.stderr,
-                    )
+            stops = turn > 0 and _exceeds(
+                sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)
+            )
+            if sweep.tp_plan is not None and sweep.minutes is not None:
+                stops = ranks.from_first(stops)  # each has a clock of its own, and none can go on alone
+            if stops:
                 return False
             progress.begun_before(first_steps[number])
             for planned in group:
@@ -366,9 +398,18 @@ def _measure_all(
                 progress.finished()
     finally:
         progress.close()
-    if ranks.is_first:
-        print(f"Measured in {duration(time.monotonic() - began)}.", file=sys.stderr)
     return True
+
+
+def _say_how_it_ended(sweep: Sweep, seconds: float, complete: bool, left: int, planned: int) -> None:
+    if complete:
+        print(f"Measured in {duration(seconds)}.", file=sys.stderr)
+    else:
+        print(
+            f"Stopped before the limit of {sweep.minutes:g} minutes with {left} of {planned} measurements to go; the "
+            "same command goes on.",
+            file=sys.stderr,
+        )
 
 
 def _say_what_is_there(plan: list[Planned], done: set[str], failed: set[str]) -> None:

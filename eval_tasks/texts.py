@@ -12,6 +12,8 @@ from eval_tasks.errors import EvalError
 PYTHON_REFERENCE = "python-reference"
 # Builders of `datasets` whose second field is a file instead of a configuration.
 FILE_BUILDERS = ("text", "json", "csv", "parquet")
+# Not pg19 itself, which is a script: `datasets` runs none.
+_EXAMPLE = "emozilla/pg19-test:test"
 # More text than any sweep reads; keeps data sets of many gigabytes from being tokenised whole.
 MAX_CHARACTERS = 8_000_000
 
@@ -43,9 +45,9 @@ def load_text(name: str) -> Text:
 
     Args:
         name: ``"python-reference"``; the path of a UTF-8 file; or a data set as ``NAME[,CONFIG]:SPLIT[:COLUMN]`` (for
-            example ``pg19:test`` or ``Salesforce/wikitext,wikitext-103-raw-v1:test``), where NAME may be ``text``,
-            ``json``, ``csv`` or ``parquet`` and CONFIG a local file. Documents of a data set are joined by blank lines,
-            from the first on, up to 8 million characters.
+            example ``emozilla/pg19-test:test`` or ``Salesforce/wikitext,wikitext-103-raw-v1:test``), where NAME may be
+            ``text``, ``json``, ``csv`` or ``parquet`` and CONFIG a local file. Documents of a data set are joined by
+            blank lines, from the first on, up to 8 million characters.
 
     Raises:
         EvalError: there is no such text, it is empty, or it cannot be read.
@@ -59,7 +61,7 @@ def load_text(name: str) -> Text:
     else:
         raise EvalError(
             f"no text named {name!r}: give {PYTHON_REFERENCE}, the path of a text file, or a data set as "
-            "NAME[,CONFIG]:SPLIT[:COLUMN], for example pg19:test"
+            f"NAME[,CONFIG]:SPLIT[:COLUMN], for example {_EXAMPLE}"
         )
     if not content.strip():
         raise EvalError(f"the text {name!r} is empty")
@@ -151,7 +153,7 @@ def _read_dataset(name: str) -> tuple[str, str]:
 def _dataset_fields(name: str) -> tuple[str, str, str]:
     source, *rest = name.split(":")
     if not source or not 1 <= len(rest) <= 2 or not all(rest):
-        raise EvalError(f"a data set is written NAME[,CONFIG]:SPLIT[:COLUMN], for example pg19:test; got {name!r}")
+        raise EvalError(f"a data set is written NAME[,CONFIG]:SPLIT[:COLUMN], for example {_EXAMPLE}; got {name!r}")
     return source, rest[0], rest[1] if len(rest) == 2 else "text"
 
 

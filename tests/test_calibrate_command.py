@@ -98,7 +98,7 @@ def test_findings_name_the_heads_that_are_not_sparse():
         (("--text", "no-such-text"), "no text named 'no-such-text'"),
         (("--model", "/no/such/model"), "no model at /no/such/model"),
         (("--device", "abacus"), "device must be"),
-        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--threads", "0"), "argument --threads: must be at least 1, got 0"),
         (("--part", "third"), "invalid choice: 'third'"),
     ],
 )

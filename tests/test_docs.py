@@ -61,6 +61,16 @@ def test_every_script_and_test_that_a_page_names_exists():
     assert sorted(item for item in named if not (ROOT / item[1]).exists()) == []
 
 
+def test_commands_that_measure_say_where_the_results_go():
+    missing = [
+        (page, command)
+        for page in NAMES
+        for command in re.findall(r"`(nc-patch (?:eval|calibrate|fidelity) --[^`]* [^`]*)`", text_of(page))
+        if "--out" not in command and "..." not in command
+    ]
+    assert missing == []
+
+
 def options_of_the_readme():
     """Option → default, from the README's table, where one row may have several of both."""
     table = re.search(r"^\| option \| default \|.*?\n\n", (ROOT / "README.md").read_text(), re.S | re.M).group()

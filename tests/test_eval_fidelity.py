@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
+from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import save_tiny_model, tiny_text
 
-from eval_tasks.capture import capture
+from eval_tasks.capture import capture, receive
 from eval_tasks.errors import EvalError
 from eval_tasks.fidelity import ROWS, fidelity
 from eval_tasks.matching import Budgets
+from eval_tasks.models import attention_of
 from nc_patch import NCConfig
 from nc_patch.cli import main
 
@@ -38,6 +39,43 @@ def test_figures_are_those_of_the_weights_in_float64():
     expected = ((output - dense).norm(dim=-1) / dense.norm(dim=-1)).mean((0, 2))
     assert row.output_error == pytest.approx(expected.tolist(), rel=1e-4)
     assert row.attended_fraction == pytest.approx(float((config.budget(n) / n).mean()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_soft_caps_and_sinks_are_those_of_the_model(family):
+    model, ids, config = tiny_model(family), random_ids(1, 128), NCConfig(2.0, 0.5, tail="drop")
+    implementation = attention_of(model)
+    rows = {row.layer: row for row in fidelity(model, ids, ["nc-topk"], BUDGETS, [128])}
+    assert attention_of(model) == implementation
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        by_layer = model(ids, output_attentions=True).attentions
+    for layer, received in enumerate(receive(model, ids, [0, 1, 2])):
+        weights = by_layer[layer][:, :, -ROWS:].double()
+        value = received.value.double().repeat_interleave(2, 1)
+        seen = weights > 0
+        n = seen.sum(-1, keepdim=True)
+        number = seen.cumsum(-1)
+        budget = config.budget(n[0, 0, :, 0])[:, None]
+        forced = seen & ((number <= config.sink_keys) | (number == n))
+        order = weights.masked_fill(forced, torch.inf).masked_fill(~seen, -1.0)
+        attended = weights * (order.argsort(-1, descending=True).argsort(-1) < budget)
+        sink = 1 - weights.sum(-1, keepdim=True)  # what a learned sink takes
+        dense, sparse = weights @ value, attended @ value / (attended.sum(-1, keepdim=True) + sink)
+        kept = (attended.sum(-1) / weights.sum(-1)).mean((0, 2))
+        error = ((sparse - dense).norm(dim=-1) / dense.norm(dim=-1)).mean((0, 2))
+        assert rows[layer].kept_mass == pytest.approx(kept.tolist(), rel=1e-4)
+        assert rows[layer].output_error == pytest.approx(error.tolist(), rel=1e-3, abs=1e-5)
+        assert rows[layer].attended_fraction == pytest.approx(float((budget / n[0, 0]).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("mistral", "layer 1 has a window"), ("gemma2", "has a soft-cap"), ("gpt_oss", "layer 1 has sinks")],
+)
+def test_what_plain_causal_attention_cannot_stand_for_is_not_captured(family, message):
+    with pytest.raises(EvalError, match=message):
+        capture(tiny_model(family), random_ids(1, 32), [1])
 
 
 @pytest.mark.parametrize("method", ["window", "streaming", "log-topk", "block"])

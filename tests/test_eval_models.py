@@ -1,14 +1,17 @@
 """Models by name, and the cache of the converted one."""
 
 import json
+import sys
 
 import pytest
 import torch
+from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import save_tiny_model
+from transformers import AutoModelForCausalLM
 
-from eval_tasks import smollm2
+from eval_tasks import models, smollm2
 from eval_tasks.errors import EvalError
-from eval_tasks.models import find_model, load_model, max_positions
+from eval_tasks.models import attention_of, find_model, load_model, max_positions
 from nc_patch.fingerprint import weights_fingerprint
 
 
@@ -120,6 +123,67 @@ def test_a_directory_is_loaded_with_sdpa_in_the_dtype_asked_for(tmp_path):
     assert not plain.training
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_loaded_with_an_implementation_it_has_and_eager_is_said(tmp_path, family, capsys):
+    directory = save_tiny_model(tmp_path, family)
+    loaded = load_model(str(directory), "float32", "cpu").model
+    implementation = FAMILIES[family][3]
+    assert attention_of(loaded) == implementation
+    assert ("runs eagerly" in capsys.readouterr().err) == (implementation == "eager")
+    ids = random_ids(1, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(ids).logits, tiny_model(family)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        (
+            "You are trying to access a gated repo.\nMake sure to have access at https://hf.co/a/b.",
+            "hf auth login",
+        ),
+        ("a/b is not a valid model identifier\nIf this is a private repository, pass a token", "hf auth login"),
+        ("a/b contains custom code.\nPlease pass the argument `trust_remote_code=True`", "--trust-remote-code"),
+        ("v9 is not a valid git identifier (branch name, tag name or commit id)", "--revision"),
+    ],
+)
+def test_what_the_hub_says_is_kept_whole_with_the_option_that_helps(monkeypatch, said, advice):
+    def refuse(*_, **options):
+        assert options["revision"] == "v9"
+        raise OSError(said)
+
+    monkeypatch.setattr(models, "hub_resolves", lambda: True)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(EvalError) as refused:
+        load_model("a/b", device="cpu", revision="v9")
+    assert " ".join(said.split()) in str(refused.value)
+    assert advice in str(refused.value)
+    assert "smollm2" not in str(refused.value)
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    directory = save_tiny_model(tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    (directory / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(EvalError, match="if you trust it, add --trust-remote-code"):
+        load_model(str(directory), device="cpu")
+    assert type(load_model(str(directory), device="cpu", trust_remote_code=True).model).__name__ == "OwnForCausalLM"
+
+
+def test_a_revision_of_what_lies_on_this_machine_is_refused(tmp_path):
+    with pytest.raises(EvalError, match="--revision v2 is for models on the hub"):
+        find_model(str(save_tiny_model(tmp_path)), revision="v2")
+    assert find_model("org/name", "v2").options == {"revision": "v2", "trust_remote_code": False}
+
+
 def test_the_fingerprint_sees_a_change_of_one_weight_and_not_the_file(tmp_path):
     directory = save_tiny_model(tmp_path)
     model = load_model(str(directory), "float32", "cpu").model
@@ -127,6 +191,27 @@ def test_the_fingerprint_sees_a_change_of_one_weight_and_not_the_file(tmp_path):
     assert weights_fingerprint(load_model(str(directory), "float32", "cpu").model) == before
     model.lm_head.weight.data[0, 0] += 1
     assert weights_fingerprint(model) != before
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "embeddings too", "tied"])
+def test_the_fingerprint_is_that_of_the_weights_wherever_they_are_offloaded(tmp_path, where):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model("llama", tie_word_embeddings=where == "tied")
+    expected = weights_fingerprint(model)
+    if where in ("cpu", "disk"):
+        place = () if where == "cpu" else (tmp_path / "offload",)
+        model = getattr(accelerate, f"{where}_offload")(model, *place, torch.device("cpu"))
+    else:
+        model.save_pretrained(tmp_path)
+        places = dict.fromkeys(("model.embed_tokens", "lm_head"), "cpu" if where == "tied" else "disk")
+        places |= {"model.layers": "disk", "model.norm": "disk", "model.rotary_emb": "cpu"}
+        folder = str(tmp_path / "offload")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=folder)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert weights_fingerprint(model) == expected
+    model.lm_head.register_parameter("bias", torch.nn.Parameter(torch.zeros(3, device="meta")))
+    with pytest.raises(ValueError, match=r"lm_head.bias is on the meta device and holds no weights"):
+        weights_fingerprint(model)
 
 
 def test_a_directory_without_weights_is_an_error_with_its_name(tmp_path):
@@ -139,8 +224,6 @@ def test_a_directory_without_weights_is_an_error_with_its_name(tmp_path):
 @pytest.mark.slow
 def test_the_converted_model_has_the_bits_of_the_packaged_one():
     pytest.importorskip("gguf", reason="reading the packaged model needs the package gguf")
-    from transformers import AutoModelForCausalLM
-
     try:
         gguf, _ = smollm2._packaged_gguf()
     except EvalError as error:

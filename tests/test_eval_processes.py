@@ -101,6 +101,37 @@ def test_an_error_in_one_process_is_said_and_stops_the_others(home):
     assert "process 1" in (home / "said0").read_text() or "another" in (home / "said0").read_text()
 
 
+def _slow_rows():
+    from eval_tasks import cells
+
+    measure = cells.Measurer._measured
+
+    def slowly(self, planned):
+        time.sleep(0.2)
+        return measure(self, planned)
+
+    cells.Measurer._measured = slowly
+
+
+def _no_time():
+    from eval_tasks import sweep
+
+    sweep._exceeds = lambda *_: True
+
+
+def test_a_run_that_another_process_stopped_for_time_is_not_called_complete(home, alone):
+    few = ("--methods", "dense", "nc-topk", "--tasks", "recall", "--minutes", "60")
+    ranks = start_ranks(home, ["hurried", "hurried"], *few, setups=(_slow_rows, _no_time))
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0], (home / "said0").read_text()
+    said = (home / "said0").read_text()
+    assert len(read_rows(home / "hurried")) == 6
+    assert "Stopped before the limit of 60 minutes with 2 of 8 measurements to go" in said
+    assert "To measure the rest: nc-patch eval" in said
+    assert "Measured in" not in said
+
+
 def test_directories_that_are_not_shared_are_refused(home):
     ranks = start_ranks(home, ["here", "there"])
     for process in ranks:

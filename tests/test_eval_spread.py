@@ -38,6 +38,24 @@ def test_a_model_over_two_processes_measures_what_one_does_and_writes_once(whole
     assert len((whole / "split" / "results.jsonl").read_bytes().splitlines()) == len(losses(whole / "whole"))
 
 
+def _fast_clock():
+    from eval_tasks import sweep
+
+    sweep._exceeds = lambda *_: True
+
+
+@pytest.mark.parametrize("hurried", [0, 1])
+def test_processes_that_share_a_model_stop_together_by_the_clock_of_the_first(whole, hurried):
+    out = f"clock{hurried}"
+    setups = (_fast_clock, None) if hurried == 0 else (None, _fast_clock)
+    ranks = start_ranks(whole, [out, out], *FEW, "--tp-plan", "auto", "--minutes", "60", setups=setups)
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0], (whole / "said0").read_text()
+    assert len(read_rows(whole / out)) == (2 if hurried == 0 else 4)
+    assert ("Stopped before the limit" in (whole / "said0").read_text()) == (hurried == 0)
+
+
 def test_both_ways_at_once_are_refused(whole):
     with pytest.raises(EvalError, match="give one"):
         load_model(str(whole / "model"), device="cpu", device_map="auto", tp_plan="auto")

@@ -6,7 +6,7 @@ import pytest
 
 from eval_tasks.errors import EvalError
 from eval_tasks.provenance import check_same, record_session
-from eval_tasks.store import RESULTS, ResultStore, measurement_key, read_rows, read_run, write_atomically
+from eval_tasks.store import RESULTS, ResultStore, measurement_key, read_rows, read_run, valid_rows, write_atomically
 
 
 def test_rows_are_there_when_the_store_is_opened_again(tmp_path):
@@ -86,6 +86,24 @@ def test_a_later_row_of_the_same_key_counts(tmp_path):
         store.append({"key": "a", "failed": "out of memory"})
         store.append({"key": "a", "value": 1})
     assert read_rows(tmp_path) == [{"key": "a", "value": 1}]
+
+
+def test_a_retry_by_another_process_takes_the_place_of_the_failure(tmp_path):
+    failed, measured = {"key": "a", "failed": "out of memory"}, {"key": "a", "value": 1}
+    with ResultStore(tmp_path) as store:
+        store.append(failed)
+        store.append({"key": "b", "value": 2})
+    with ResultStore(tmp_path, rank=1) as part:
+        part.append(measured)
+        part.append({"key": "b", "failed": "out of memory"})
+    assert read_rows(tmp_path) == [measured, {"key": "b", "value": 2}]
+    with ResultStore(tmp_path) as store:
+        assert store.rows == [failed, {"key": "b", "value": 2}, measured]
+        assert valid_rows(store.rows) == [measured, {"key": "b", "value": 2}]
+    assert read_rows(tmp_path) == [measured, {"key": "b", "value": 2}]
+    (tmp_path / "results.rank1.jsonl").write_text('{"key": "a", "failed": "out of memory"}\n')
+    with ResultStore(tmp_path) as store:
+        assert len(store.rows) == 3
 
 
 def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path):

@@ -13,12 +13,12 @@ import time
 import pytest
 import torch
 from tiny_models import tiny_model
-from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
+from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text, tiny_tokenizer
 
 from eval_tasks.errors import EvalError
 from eval_tasks.measure import PHASES, measure
 from eval_tasks.methods import DEFAULT_METHODS, METHODS, Budgets
-from eval_tasks.store import read_rows
+from eval_tasks.store import read_rows, read_run
 from eval_tasks.tasks import TASKS, Layout, tokenise
 from nc_patch.attention import PATCH_ATTRIBUTE
 from nc_patch.cli import main
@@ -76,6 +76,20 @@ def test_dense_keys_are_left_open_where_layers_slide(sample):
     assert (measured.attended_fraction, measured.mean_keys, measured.tail_mean_keys) == (1.0, None, None)
 
 
+def test_a_model_without_sdpa_is_swept_and_calibrated_and_its_attention_is_recorded(tmp_path, capsys):
+    save_tiny_model(tmp_path / "model", "gemma2")
+    (tmp_path / "text.txt").write_text(tiny_text(2000), encoding="utf-8")
+    further = ("--methods", "dense", "nc-topk", "random", "--tasks", "perplexity", "--samples", "1", "--lengths", "48")
+    assert main(sweep_arguments(tmp_path, tmp_path / "out", *further)) == 0
+    assert "no SDPA attention" in capsys.readouterr().err
+    assert read_run(tmp_path / "out")["identity"]["attention"] == "eager"
+    assert {row["method"] for row in read_rows(tmp_path / "out")} == {"dense", "nc-topk", "random"}
+    place = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "c")]
+    sizes = ["--lengths", "32", "64", "--pieces", "1", "--rows", "4", "--device", "cpu"]
+    assert main(["calibrate", *place, *sizes]) == 0
+    assert "no SDPA attention" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_no_number_is_an_error(sample):
     model = tiny_model("llama")
     model.lm_head.weight.data[5] = math.nan
@@ -103,6 +117,7 @@ def test_the_outputs_are_whole_and_agree_with_the_rows(swept):
     run = json.loads((swept / "run.json").read_text(encoding="utf-8"))
     assert run["identity"]["lengths"] == [48, 96]
     assert run["identity"]["torch"] == torch.__version__
+    assert run["identity"]["attention"] == "sdpa"
     assert len(run["identity"]["text_sha256"]) == 64
     with (swept / "summary.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
@@ -209,6 +224,12 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_the_run_goes_on(tmp_path
     assert main(sweep_arguments(tmp_path, out, *further, "--retry-failed")) == 0
     assert not any("failed" in row for row in read_rows(out))
     assert len(read_rows(out)) == 12
+    before = (out / "results.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(sweep_arguments(tmp_path, out, *further)) == 0
+    assert "failed" not in capsys.readouterr().err
+    assert main(sweep_arguments(tmp_path, out, *further, "--retry-failed")) == 0
+    assert (out / "results.jsonl").read_bytes() == before
 
 
 def patches(model):

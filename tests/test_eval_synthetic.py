@@ -1,11 +1,12 @@
 """The generated tasks: lengths, answers, determinism, evidence, and errors, for three kinds of tokenizer."""
 
+import copy
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from synthetic_tokenizers import KINDS, tokenizer_of_kind
+from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
 from eval_tasks.errors import EvalError
 from eval_tasks.synthetic import GENERATORS, Material, SyntheticSample, synthesize
@@ -206,6 +207,28 @@ def test_a_chat_template_wraps_the_question_and_counts() -> None:
     assert chat.answers == plain.answers
     with pytest.raises(EvalError, match="has no chat template"):
         sample("niah_single_2", 1024, chat=True)
+
+
+NO_ANSWERS = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('user turns only') }}{% endif %}"
+NO_FINAL_ANSWER = "{% set messages = messages[:1] %}"
+NOTHING = "{{ raise_exception('needs a system turn') }}"
+
+
+@pytest.mark.parametrize("start", [NO_ANSWERS, NO_FINAL_ANSWER], ids=["raises", "drops it"])
+def test_a_template_that_takes_no_opened_answer_gives_the_same_prompt(start: str) -> None:
+    tokenizer = copy.deepcopy(tokenizer_of_kind("unigram_chat"))
+    generator = GENERATORS["niah_single_2"]
+    expected = synthesize(generator, tokenizer, 1024, use_chat_template=True)
+    assert expected.prefix
+    tokenizer.chat_template = start + CHAT_TEMPLATE
+    assert synthesize(generator, tokenizer, 1024, use_chat_template=True) == expected
+
+
+def test_a_template_that_takes_no_question_is_an_error_that_says_so() -> None:
+    tokenizer = copy.deepcopy(tokenizer_of_kind("unigram_chat"))
+    tokenizer.chat_template = NOTHING
+    with pytest.raises(EvalError, match=r"does not take a user's question \(needs a system turn\)"):
+        synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
 
 
 def test_the_room_for_the_answer_can_be_chosen() -> None:

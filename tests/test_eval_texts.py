@@ -77,7 +77,7 @@ def test_missing_empty_and_unreadable_texts_are_refused(tmp_path):
         load_text("no-such-text")
     with pytest.raises(EvalError, match="does not exist"):
         load_text(f"text,{tmp_path}/nothing.txt:train")
-    with pytest.raises(EvalError, match="written NAME"):
+    with pytest.raises(EvalError, match=r"written NAME.*for example emozilla/pg19-test:test"):
         load_text("pg19:")
     empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
     empty.write_text(" \n")

@@ -8,7 +8,7 @@ its metadata), and cut to it on the left where it cannot, as lm-eval does at a m
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,15 +30,21 @@ class LmEvalTasks:
 
     Attributes:
         pretrained: where the tokenizer lies, for tasks that count tokens themselves.
+        options: further arguments of ``from_pretrained`` with which it is loaded.
         samples: how many documents are made by tasks that generate them.
         seed: of what they draw.
         text: the prose of this package's own tasks.
+        answer_tokens: the most tokens of an answer, in place of each task's own number.
+        hub_copies: a directory with copies of the hub's data sets.
     """
 
     pretrained: str
+    options: Mapping[str, Any]
     samples: int
     seed: int
     text: str
+    answer_tokens: int | None = None
+    hub_copies: str | None = None
     _loaded: dict[tuple[str, int], dict[str, Task]] = field(default_factory=dict, init=False)
     _managers: dict[tuple[int, bool], TaskManager] = field(default_factory=dict, init=False)
 
@@ -53,7 +59,7 @@ class LmEvalTasks:
     def ask(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str, length: int, document: int
     ) -> dict[str, Any]:
-        """Asks a model one document of a task, as lm-eval does.
+        """Asks a model one document of a task, as lm-eval does by default: without a chat template.
 
         Args:
             model: a causal language model of ``transformers``, patched or not.
@@ -63,11 +69,11 @@ class LmEvalTasks:
             document: its place among the task's documents.
 
         Returns:
-            ``score`` in [0, 1], the task's first metric; ``metric``, its name; ``metrics``, all of them that are
-            numbers; and ``said``.
+            ``score`` in [0, 1], the task's metric for this length where it has one, else its first; ``metric``, its
+            name; ``metrics``, all of them that are numbers; and ``said``.
 
         Raises:
-            EvalError: the task has fewer documents, or its first metric is no score in [0, 1] where more is better.
+            EvalError: the task has fewer documents, or its metric is no score in [0, 1] where more is better.
         """
         task = self._load(name, length)[name]
         count = len(list(task.eval_docs))
@@ -83,16 +89,18 @@ class LmEvalTasks:
         assert found is not None
         logged = found["samples"][name][0]
         metrics = {metric: logged[metric] for metric in logged["metrics"]}
+        # Tasks with a metric for every length give -1 for those that a document does not have.
+        metrics = {name: value for name, value in metrics.items() if not (name.isdecimal() and value == -1)}
         numbers = {metric: float(value) for metric, value in metrics.items() if isinstance(value, (bool, int, float))}
-        first = next(iter(metrics))
-        better = task.higher_is_better().get(first, True)
-        if first not in numbers or not 0 <= numbers[first] <= 1 or not better:
+        chosen = str(length) if str(length) in numbers else next(iter(metrics), None)
+        better = task.higher_is_better().get(chosen, True)
+        if chosen not in numbers or not 0 <= numbers[chosen] <= 1 or not better:
             raise EvalError(
-                f"{name} scores by {first}, which gave {metrics[first]!r}; a sweep takes tasks with a score in [0, 1] "
-                "of which more is better. Run it with python -m eval_tasks.lm_eval"
+                f"{name} scores by {chosen}, which gave {metrics.get(chosen)!r}; a sweep takes tasks with a score in "
+                "[0, 1] of which more is better. Run it with python -m eval_tasks.lm_eval"
             )
         said = str(logged["filtered_resps"][0])[:KEPT_LETTERS]
-        return {"score": numbers[first], "metric": first, "metrics": numbers, "said": said}
+        return {"score": numbers[chosen], "metric": chosen, "metrics": numbers, "said": said}
 
     def _load(self, name: str, length: int) -> dict[str, Task]:
         if (name, length) not in self._loaded:
@@ -122,17 +130,23 @@ class LmEvalTasks:
         except (OSError, ValueError, LookupError) as error:
             reason = str(error).strip().split("\n")[0]
             raise EvalError(f"the task {name} of lm-eval cannot be loaded: {reason}") from error
+        if self.answer_tokens is not None:
+            for task in tasks.values():
+                if task.get_config("output_type") == "generate_until":
+                    task.set_config("generation_kwargs", {"max_gen_toks": self.answer_tokens}, update=True)
         return tasks
 
     def _indexes(self, length: int) -> Iterator[TaskManager]:
         for include_defaults in (False, True):
             if (length, include_defaults) not in self._managers:
                 metadata: dict[str, Any] = {
+                    **self.options,
                     "pretrained": self.pretrained,
                     "max_seq_lengths": [length],
                     "samples": self.samples,
                     "seed": self.seed,
                     "text": self.text,
+                    **({} if self.hub_copies is None else {"hub_copies": self.hub_copies}),
                 }
                 with _quiet():
                     self._managers[length, include_defaults] = TaskManager(

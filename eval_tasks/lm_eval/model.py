@@ -52,6 +52,10 @@ class NCHFLM(HFLM):
         self._nc_model_arguments = others
         self._nc_loader_arguments = {name: value for name, value in others.items() if name not in taken}
         super().__init__(**others)
+        # HFLM counts the processes of all machines and takes its number among those of its own: on several machines
+        # documents would be scored twice, and others never.
+        if self._world_size > 1 and getattr(self, "accelerator", None) is not None:
+            self._rank = self.accelerator.process_index
         if not isinstance(pretrained, str):
             self._patch()
 

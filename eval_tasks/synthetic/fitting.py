@@ -1,7 +1,9 @@
 """Filling a context to a given number of tokens, with a handful of tokenisations whatever the length."""
 
+import contextlib
 from collections.abc import Callable
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
@@ -24,8 +26,10 @@ def plain(question: str, prefix: str) -> str:
 def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
     """Renders a question as the user's turn of the tokenizer's chat template, and the opening as the assistant's.
 
+    Where the template takes no assistant's turn to be continued, the opening follows the words that begin one.
+
     Raises:
-        EvalError: the tokenizer has no chat template.
+        EvalError: the tokenizer has no chat template, or one that does not take a question.
     """
     if not tokenizer.chat_template:
         raise EvalError("the tokenizer has no chat template: measure without one, or give a tokenizer that has one")
@@ -33,11 +37,17 @@ def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
     def render(question: str, prefix: str) -> str:
         turns = [{"role": "user", "content": question}]
         if prefix:
-            turns.append({"role": "assistant", "content": prefix})
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=not prefix, continue_final_message=bool(prefix)
-        )
-        return str(text)
+            opened = [*turns, {"role": "assistant", "content": prefix}]
+            with contextlib.suppress(ValueError, TemplateError):
+                return str(tokenizer.apply_chat_template(opened, tokenize=False, continue_final_message=True))
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except (ValueError, TemplateError) as error:
+            raise EvalError(
+                f"the tokenizer's chat template does not take a user's question ({error}): measure without one, or "
+                "give a tokenizer whose template does"
+            ) from error
+        return f"{text}{prefix}"
 
     return render
 

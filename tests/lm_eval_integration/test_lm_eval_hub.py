@@ -18,8 +18,10 @@ from lm_eval.tasks import TaskManager
 
 import eval_tasks.hub_data
 from eval_tasks.errors import EvalError
+from eval_tasks.store import read_rows
 from eval_tasks.synthetic import GENERATORS, Material, synthesize
 from eval_tasks.synthetic.documents_qa import _hotpotqa, _squad
+from nc_patch.cli import main
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 WORDS = "The weather on the coast changed again, and the keeper of the lighthouse wrote it into his book of number"
@@ -191,6 +193,31 @@ def test_lm_evals_own_ruler_runs_on_a_copy(
         for module in {name for name in sys.modules if name.startswith("lm_eval.tasks.ruler")} - before:
             del sys.modules[module]
     assert WORDS in results["samples"]["niah_single_2"][0]["arguments"][0][0]
+
+
+def test_a_sweep_takes_copies_and_says_before_it_measures_that_data_are_missing(
+    copies: Path, long_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = ["--tasks", "niah_single_1", "qa_squad", "lm-eval:nc_qa_hotpot", "--methods", "dense", "--samples", "1"]
+    line = [
+        "eval",
+        "--model",
+        str(long_model_dir),
+        "--device",
+        "cpu",
+        "--lengths",
+        "512",
+        "--answer-tokens",
+        "2",
+        *tasks,
+    ]
+    assert main([*line, "--out", str(tmp_path / "without")]) == 2
+    said = capsys.readouterr().err
+    assert "the data set rajpurkar/squad_v2 could not be downloaded" in said
+    assert "give --hub-copies DIR to nc-patch eval" in said
+    assert not (tmp_path / "without").exists()
+    assert main([*line, "--out", str(tmp_path / "with"), "--hub-copies", str(copies)]) == 0
+    assert {row["task"] for row in read_rows(tmp_path / "with")} == {"niah_single_1", *tasks[2:4]}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,16 +15,38 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
 from lm_eval_case import LENGTHS, figures
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 from eval_tasks.errors import EvalError
+from eval_tasks.lm_eval.model import NCHFLM
 from nc_patch import NCConfig, UnsupportedModelError, calibrate
 
 
 def test_nc_hf_is_registered() -> None:
     assert get_model("nc_hf").__name__ == "NCHFLM"
+
+
+def test_processes_of_several_machines_share_the_documents(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+
+    def launched(machine: int, local: int) -> Callable[..., None]:
+        def init(self: Any, **_: Any) -> None:
+            self._model = model
+            self.accelerator = SimpleNamespace(process_index=2 * machine + local, local_process_index=local)
+            self._rank, self._world_size = self.accelerator.local_process_index, 4
+
+        return init
+
+    for machine in (0, 1):
+        for local in (0, 1):
+            monkeypatch.setattr(HFLM, "__init__", launched(machine, local))
+            lm = NCHFLM(str(model_dir), alpha=2, C=0.5)
+            taken += range(lm.rank, 10, lm.world_size)  # as lm-eval deals documents out
+    assert sorted(taken) == list(range(10))
 
 
 def test_a_dense_budget_gives_the_figures_of_hf(evaluate: Callable[..., Any]) -> None:

