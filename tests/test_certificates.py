@@ -395,5 +395,5 @@ def test_a_cuda_graph_refuses_by_name(monkeypatch):
 
 def test_the_functional_form_leaves_acting_to_the_caller():
     query = torch.randn(1, 2, 8, 4)
-    with pytest.raises(TypeError, match="on_drop acts in patched models.*ask for return_stats"):
+    with pytest.raises(TypeError, match=r"on_drop acts in patched models.*ask for return_stats"):
         sparse_attention(query, query, query, alpha=1.0, on_drop="raise")
