@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from eval_tasks import models, smollm2
 from eval_tasks.errors import EvalError
 from eval_tasks.models import attention_of, find_model, load_model, max_positions
+from nc_patch.cli import main
 from nc_patch.fingerprint import weights_fingerprint
 
 
@@ -191,6 +192,14 @@ def test_the_fingerprint_sees_a_change_of_one_weight_and_not_the_file(tmp_path):
     assert weights_fingerprint(load_model(str(directory), "float32", "cpu").model) == before
     model.lm_head.weight.data[0, 0] += 1
     assert weights_fingerprint(model) != before
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate", "fidelity"])
+def test_every_command_that_loads_a_model_takes_its_revision_and_its_code(tmp_path, capsys, command):
+    directory = save_tiny_model(tmp_path / "model")
+    chosen = ["--model", str(directory), "--trust-remote-code", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([command, *chosen, "--revision", "v2"]) == 2
+    assert "--revision v2 is for models on the hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk", "embeddings too", "tied"])
