@@ -41,7 +41,8 @@ def triton_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, code
     if count <= 0 or length == 0 or B * Hkv == 0:
         return
     constants = encode_constants(D)
-    grid = (B * Hkv, triton.cdiv(count, constants["BLOCK_N"]))
+    # The other axes of a grid end at 65,535, which the blocks of a long prompt exceed.
+    grid = (triton.cdiv(count, constants["BLOCK_N"]), B * Hkv)
     with torch.cuda.device(key.device) if key.device.type == "cuda" else contextlib.nullcontext():
         encode_kernel[grid](
             *(key, first.contiguous(), *codes[:5], codes.center.contiguous(), codes.spread.contiguous()),
@@ -110,10 +111,10 @@ def encode_kernel(
 
     A tile holds half of the channels, those that fill the lower bits of the codes' bytes, or those of the upper bits.
     """
-    kv_row = tl.program_id(0).to(tl.int64)
+    kv_row = tl.program_id(1).to(tl.int64)
     batch = kv_row // num_kv_heads
     head = kv_row % num_kv_heads
-    place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     position = tl.load(first + batch).to(tl.int64) + place
     within = (place < count) & (position >= 0) & (position < length)
     half = (D + 1) // 2
