@@ -8,13 +8,11 @@ from typing import Any
 import torch
 import triton
 
+from nc_patch.ops.limits import DTYPES, MAX_HEAD_DIM
 from nc_patch.ops.tail import PageMeans, slot_count
 from nc_patch.ops.triton_attend import attend_kernel
 from nc_patch.ops.triton_tail import attend_tail_kernel
 from nc_patch.ops.triton_threshold import threshold_kernel
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def launch_rows(
     few = tail is not None and query.dtype == torch.float32
     tiles = tiles_for(architecture, query.dtype, D, DV, 1 if few else Lq * group)
     query, key, value = (addressable(x, tiles.keys) for x in (query, key, value))
-    visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+    visible = dense_last(visible)
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
     if programs == 0:
         return
@@ -183,6 +181,11 @@ def launch_rows(
 def addressable(tensor: torch.Tensor, keys: int) -> torch.Tensor:
     """The tensor with its last axis dense and, within a tile of ``keys``, offsets that fit 32 bits; else a copy."""
     return tensor if tensor.stride(-1) == 1 and tensor.stride(2) * keys < 2**31 else tensor.contiguous()
+
+
+def dense_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its last axis dense, a copy where it is not."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:
