@@ -564,6 +564,20 @@ def test_codes_written_in_place_bound_the_keys(change, dtype, device):
             assert torch.equal(bound.isinf(), exact.isinf())
 
 
+@on_kernel_device
+def test_codes_of_keys_whose_last_axis_is_not_dense_are_those_of_a_copy(device):
+    key = torch.randn(1, 2, 20, 16)
+    center, spread = channel_moments(key, torch.zeros(1), torch.full((1,), 20))
+    strided = key.transpose(-1, -2).contiguous().to(device).transpose(-1, -2)
+    first = torch.zeros(1, dtype=torch.int32, device=device)
+    written = []
+    for keys in (key.to(device), strided):
+        codes = [torch.zeros_like(t).to(device) for t in encode_keys(key, center, spread)]
+        triton_encode_keys_(keys, first, 20, KeyCodes(*codes, center.to(device), spread.to(device)))
+        written.append(codes)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*written, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

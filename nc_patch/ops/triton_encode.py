@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.codes import HIGH_UNIT, LARGEST_CODE, KeyCodes
-from nc_patch.ops.triton_launch import padded_dim
+from nc_patch.ops.triton_launch import dense_last, padded_dim
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 
 _HALF_ULP = tl.constexpr(2.0**-24)
@@ -27,14 +27,15 @@ def triton_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, code
     """Writes the codes of the keys ``[first, first + count)`` of each sequence into ``codes``.
 
     Args:
-        key: ``[B, Hkv, N, D]``, any strides with a dense last axis. first: int32 or int64 ``[B]``, on the device.
-            count: of keys; those at positions outside the keys or the codes are skipped.
+        key: ``[B, Hkv, N, D]``, any strides. first: int32 or int64 ``[B]``, on the device. count: of keys; those at
+            positions outside the keys or the codes are skipped.
         codes: their buffers may be strided, with a dense last axis.
     """
     B, Hkv, N, D = key.shape
     if first.dtype not in (torch.int32, torch.int64) or tuple(first.shape) != (B,):
         raise ValueError(f"first must be int32 or int64 [{B}], got {first.dtype} {list(first.shape)}")
-    for name, tensor in (("key", key), *zip(codes._fields, codes, strict=True)):
+    key = dense_last(key)
+    for name, tensor in zip(codes._fields, codes, strict=True):
         if tensor.stride(-1) != 1:
             raise ValueError(f"the last axis of {name} must be dense, got stride {tensor.stride(-1)}")
     length = min(N, codes.high.shape[2])

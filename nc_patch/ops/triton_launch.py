@@ -39,13 +39,32 @@ _HALF = {
     "gfx942": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
 _HALF_FEW_BY_ARCHITECTURE = {"gfx942": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 4, 2)}}
+# What a tail takes instead, where its second pass over the keys would leave too few registers.
+_HALF_WITH_TAIL = {
+    "sm_80": {128: Tiles(64, 32, 8, 2, 64), 256: Tiles(32, 32, 8, 2, 64)},
+    "sm_90": {64: Tiles(128, 32, 8, 2), 128: Tiles(128, 32, 8, 2, 64), 256: Tiles(32, 32, 8, 2, 64)},
+    "sm_100": {128: Tiles(64, 64, 8, 2, 64), 256: Tiles(64, 32, 8, 1, 64)},
+    "gfx942": {128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 4, 2, 64)},
+}
+_FEW_WITH_TAIL = {"sm_80": {128: Tiles(16, 32, 4, 2, 64), 256: Tiles(16, 32, 8, 2, 64)}}
+_FLOAT32_WITH_TAIL = {"sm_80": {256: Tiles(16, 16, 8, 1, 32)}}
 _FEW_ROWS = 16
 
 
-def tiles_for(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int) -> Tiles:
-    """Tiles for inputs of this dtype and these head dimensions, to be filled by ``rows``, Lq times the group."""
+def tiles_for(
+    architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int, has_tail: bool = False
+) -> Tiles:
+    """Tiles for inputs of this dtype and these head dimensions, to be filled by ``rows``, Lq times the group.
+
+    ``has_tail`` is of the kernels that go over whole rows and add a tail, and of the search before.
+    """
     padded = max(64, padded_dim(head_dim), padded_dim(value_dim))
-    few = rows <= _FEW_ROWS
+    # In float32 the larger shape leaves too few registers for a tail.
+    few = rows <= _FEW_ROWS or (has_tail and dtype == torch.float32)
+    if has_tail:
+        changed = _FLOAT32_WITH_TAIL if dtype == torch.float32 else _FEW_WITH_TAIL if few else _HALF_WITH_TAIL
+        if padded in changed.get(architecture, {}):
+            return changed[architecture][padded]
     if dtype == torch.float32:
         return (_FLOAT32_FEW if few else _FLOAT32)[padded]
     if few:
@@ -138,9 +157,7 @@ def launch_rows(
     group = query.shape[1] // Hkv
     device = query.device
     architecture = architecture_of(device)
-    # In float32 the larger shape leaves too few registers for a tail.
-    few = tail is not None and query.dtype == torch.float32
-    tiles = tiles_for(architecture, query.dtype, D, DV, 1 if few else Lq * group)
+    tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group, tail is not None)
     query, key, value = (addressable(x, tiles.keys) for x in (query, key, value))
     visible = dense_last(visible)
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
