@@ -16,7 +16,7 @@ from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, 
 from nc_patch.index import KIND_OF
 from nc_patch.layer_index import key_index_of, key_means_of
 from nc_patch.observed import Observed
-from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
+from nc_patch.ops.limits import MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult
 from nc_patch.refusals import check_heads, mask_problem, refuse_missing_keys, refuse_unsupported
 from nc_patch.stats import LayerCounters, tally

@@ -67,7 +67,8 @@ class NCConfig:
             the device in every call, and refuse to be compiled into a graph.
         max_dropped_mass: the part of the dense softmax mass, in [0, 1), that a row may leave unattended.
         dense_layers: indices of layers that keep dense attention.
-        backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs and PyTorch elsewhere.
+        backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs (NVIDIA's from Ampere on, and AMD's) where
+            it has a kernel for the call, and PyTorch elsewhere. What Triton lacks is logged once.
         key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
             where it saves time: for ``"block"``, and for ``"topk"`` on Triton. It changes no result.
         refine: whether ``"topk"`` decodes exactly by its index. Without, the index's 8-bit scores choose and weigh the

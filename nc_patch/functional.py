@@ -12,12 +12,11 @@ from nc_patch.config import SELECTIONS, NCConfig, Selection, is_number, shown
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.limits import DTYPES, MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult, causal_intervals
 from nc_patch.ops.torch_decode_block import torch_block_decode
 
 logger = logging.getLogger("nc_patch")
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def sparse_attention(
@@ -203,10 +202,13 @@ def attend(
         The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``; ``block_audit`` for
         ``"block"`` in prefill where ``audit_seed``, of the rows that are drawn, is not negative.
     """
+    head_dims, needs_grad = (query.shape[-1], value.shape[-1]), needs_gradient(query, key, value, sinks)
     tail: tuple[torch.Tensor, ...] = ()
     if config.tail == "mean" and selection == "topk":
         if means is None:
-            upkeep, _ = choose_backend(config.backend, "means", query.device, needs_gradient(query, key, value, sinks))
+            upkeep, _ = choose_backend(
+                config.backend, "means", query.device, needs_grad=needs_grad, head_dims=head_dims
+            )
             pair = decode_ops.page_means(key, value, visible, origin, upkeep)
         else:
             pair = means.means()
@@ -218,7 +220,9 @@ def attend(
             want_bounds=want_bounds,
         )
     kind = "means" if tail else selection
-    backend, reason = choose_backend(config.backend, kind, query.device, needs_gradient(query, key, value, sinks))
+    backend, reason = choose_backend(
+        config.backend, kind, query.device, needs_grad=needs_grad, head_dims=head_dims, estimator=config.estimator
+    )
     if reason is not None:
         _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
@@ -274,7 +278,8 @@ def _attend_by_index(
     want_stats: bool,
     want_bounds: bool,
 ) -> AttentionResult:
-    backend, reason = choose_backend(config.backend, "means" if tail else index.kind, query.device)
+    head_dims = (query.shape[-1], value.shape[-1])
+    backend, reason = choose_backend(config.backend, "means" if tail else index.kind, query.device, head_dims=head_dims)
     if reason is not None:
         _say_once(f"decoding by {index.kind} runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
@@ -319,10 +324,8 @@ def check_index(index: KeyIndex, key: torch.Tensor, kind: IndexKind | None, used
             f"the index is of other keys than {tuple(key.shape)} on {key.device} (room for {index.capacity}); build it "
             "from these keys, or extend it"
         )
-    if query_length > decode_ops.MAX_DECODE_QUERIES:
-        raise ValueError(
-            f"an index serves at most {decode_ops.MAX_DECODE_QUERIES} queries at a time, got {query_length}"
-        )
+    if query_length > MAX_DECODE_QUERIES:
+        raise ValueError(f"an index serves at most {MAX_DECODE_QUERIES} queries at a time, got {query_length}")
 
 
 def check_tensors(

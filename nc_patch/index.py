@@ -129,7 +129,8 @@ class KeyIndex:
             assert value is not None
             slots = slot_count(capacity)
             tensors = {"key": new(slots, D, dtype=key.dtype), "value": new(slots, value.shape[3], dtype=value.dtype)}
-        chosen, _ = choose_backend(backend, kind, key.device)
+        head_dims = (D,) if value is None else (D, value.shape[-1])
+        chosen, _ = choose_backend(backend, kind, key.device, head_dims=head_dims)
         index = cls(kind, block_size, start.to(torch.int32).clone(), tensors, capacity, chosen)
         if L:
             index._write(key, value, torch.zeros_like(index.origin), L, end)

@@ -21,7 +21,7 @@ def key_index_of(
     kind = KIND_OF.get(config.decode)
     if kind is None or not visible.numel():
         return None
-    backend, _ = choose_backend(config.backend, kind, key.device)
+    backend, _ = choose_backend(config.backend, kind, key.device, head_dims=(key.shape[-1], value.shape[-1]))
     use = config.key_index == "always" or not config.refine or (config.key_index == "auto" and _pays(kind, backend))
     kept = _kept_index(config, kind, key, value, visible, origin, cache) if use else None
     if kept is None and decoding and (kind == "pages" or not config.refine):

@@ -14,7 +14,7 @@ import torch
 
 from nc_patch.locking import Locked, alone
 from nc_patch.ops.block_audit import AUDIT_COLUMNS
-from nc_patch.ops.decode_ops import MAX_DECODE_QUERIES
+from nc_patch.ops.limits import MAX_DECODE_QUERIES
 
 PHASES = ("prefill", "decode")
 # Where a call's figure comes from: computed from every score; bounded by codes; estimated; or all keys were attended.

@@ -72,7 +72,7 @@ def test_custom_ops_keep_the_contract_of_torch(selection):
         tensors_ = (*inputs, case.visible, case.origin, case.budget, case.sinks)
         arguments = (*tensors_, case.scale, case.softcap, *arguments)
     else:
-        op = {"topk": custom_ops.topk_attention, "window": custom_ops.window_attention}[selection]
+        op = {"topk": custom_ops.topk_attention, "window": custom_ops.window_attention}[selection].of("torch")
         arguments = (case.scale, case.softcap, case.sink_keys, case.recent_keys, True, "torch")
         arguments = (*inputs, case.visible, case.budget, case.sinks, *arguments)
     torch.library.opcheck(op, arguments)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
@@ -17,6 +18,7 @@ from nc_patch.ops.triton_compile import (  # noqa: E402
     row_specialisations,
     specialisations,
 )
+from nc_patch.ops.triton_launch import tiles_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set")
 
@@ -59,7 +61,11 @@ QUICK = [
     "search-bf16-d128",
     "search-fp32-d128",
     "topk_tail_flagged-bf16-d128",
+    "topk_tail-bf16-d64",
+    "topk_tail-bf16-d128-sinks-softcap-stats",
+    "topk_tail-bf16-d256-few_rows",
     "topk_tail-fp32-d128-few_rows",
+    "threshold_tail-bf16-d128",
     "encode-bf16-d128",
 ]
 VARIANTS = {target: specialisations(target) for target in TARGETS}
@@ -88,13 +94,28 @@ def test_the_recorded_table_has_every_variant_and_each_fits():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_both_kernels_score_with_the_same_matrix_instruction(target):
+@pytest.mark.parametrize("kernels", [("threshold", "topk"), ("threshold_tail", "topk_tail")], ids=["drop", "mean"])
+def test_both_kernels_score_with_the_same_matrix_instruction(kernels, target):
     # A score must have the same bits in the search and in the pass that uses its threshold.
-    search, attention = (
-        compile_specialisation(VARIANTS[target][f"{kernel}-bf16-d128"], target) for kernel in ("threshold", "topk")
-    )
+    search, attention = (compile_specialisation(VARIANTS[target][f"{name}-bf16-d128"], target) for name in kernels)
     assert len(search.matrix) == 1
     assert attention.matrix == search.matrix
+
+
+def test_the_kernels_of_a_default_prompt_are_among_the_variants():
+    # alpha and C alone: ``topk`` with a tail, in the dtypes of models, over many rows.
+    wanted = {"threshold_tail-bf16-d64", "threshold_tail-bf16-d128", "topk_tail-bf16-d64", "topk_tail-bf16-d128"}
+    assert wanted <= set(NAMES)
+    for target in TARGETS:
+        for head_dim in (64, 128, 256):
+            tiles = tiles_for(target, torch.bfloat16, head_dim, head_dim, 1 << 20, True)
+            found = VARIANTS[target][f"topk_tail-bf16-d{head_dim}"]
+            search = VARIANTS[target][f"threshold_tail-bf16-d{head_dim}"]
+            assert (found.constants["BLOCK_M"], found.constants["BLOCK_N"]) == (tiles.rows, tiles.keys)
+            # Scores have the same bits in both.
+            shape = ("D", "BLOCK_M", "BLOCK_N", "BLOCK_D", "CHUNK_D")
+            assert [found.constants[name] for name in shape] == [search.constants[name] for name in shape]
+            assert found.options == search.options
 
 
 def test_every_target_has_the_same_variants_and_quick_ones_exist():

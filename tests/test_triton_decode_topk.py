@@ -3,6 +3,7 @@
 As in ``test_triton_kernels.py`` the interpreter needs a process of its own, which the last test starts.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,11 +15,15 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
+from nc_patch.budget import budget_of  # noqa: E402
 from nc_patch.ops import triton_decode_topk, triton_launch, triton_search  # noqa: E402
 from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys, unpack_codes  # noqa: E402
+from nc_patch.ops.limits import MAX_DECODE_QUERIES  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, reference_attention, topk_mask  # noqa: E402
-from nc_patch.ops.triton_decode_topk import MAX_QUERIES, triton_topk_decode  # noqa: E402
+from nc_patch.ops.triton_decode_tail import tail_splits  # noqa: E402
+from nc_patch.ops.triton_decode_topk import triton_topk_decode  # noqa: E402
 from nc_patch.ops.triton_encode import triton_encode_keys_  # noqa: E402
+from nc_patch.ops.triton_split import MAX_SPLITS  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The interpreter is slow: there some variations run only with NC_PATCH_LONG=1.
@@ -559,10 +564,24 @@ def test_codes_written_in_place_bound_the_keys(change, dtype, device):
             assert torch.equal(bound.isinf(), exact.isinf())
 
 
+@on_kernel_device
+def test_codes_of_keys_whose_last_axis_is_not_dense_are_those_of_a_copy(device):
+    key = torch.randn(1, 2, 20, 16)
+    center, spread = channel_moments(key, torch.zeros(1), torch.full((1,), 20))
+    strided = key.transpose(-1, -2).contiguous().to(device).transpose(-1, -2)
+    first = torch.zeros(1, dtype=torch.int32, device=device)
+    written = []
+    for keys in (key.to(device), strided):
+        codes = [torch.zeros_like(t).to(device) for t in encode_keys(key, center, spread)]
+        triton_encode_keys_(keys, first, 20, KeyCodes(*codes, center.to(device), spread.to(device)))
+        written.append(codes)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*written, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"queries": MAX_QUERIES + 1, "keys": 80}, f"at most {MAX_QUERIES} queries"),
+        ({"queries": MAX_DECODE_QUERIES + 1, "keys": 80}, f"at most {MAX_DECODE_QUERIES} queries"),
         ({"keys": 20}, "codes must be those of keys"),
     ],
 )
@@ -581,6 +600,34 @@ def test_a_plan_grows_with_the_budget_and_never_beyond_the_keys():
             assert 0 < plan.capacity <= keys
             assert plan.segment * plan.splits >= plan.capacity >= min(budget, keys)
             assert plan.samples % plan.keys == 0
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_no_plan_has_more_parts_than_can_be_joined(architecture):
+    dtype, laws = torch.bfloat16, [(2.0, 0.5), (4.0, 0.6), (1.0, 0.7), (8.0, 0.9), (1.0, 1.0)]
+    most = 0
+    for batch, kv_heads, group in itertools.product((1, 2, 8), (1, 2, 8), (1, 4, 7, 8)):
+        for head_dim, keys, queries in itertools.product(
+            (64, 128, 256), (1, 512, 8192, 16384, 31000, 1 << 20), (1, 32)
+        ):
+            tail = tail_splits(batch, kv_heads, group, queries, keys, head_dim, head_dim, dtype, architecture)
+            for alpha, C in laws:
+                budget = budget_of(keys, alpha, C)
+                plan = plan_for(batch, kv_heads, group, queries, keys, head_dim, budget, architecture, tail)
+                assert plan.tail_parts == tail
+                assert 1 <= plan.chunks < plan.parts <= MAX_SPLITS
+                most = max(most, plan.parts)
+    assert most == MAX_SPLITS
+
+
+@on_kernel_device
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_tensor_whose_last_axis_is_not_dense_is_copied(name, device):
+    case = Case("strided", queries=2)
+    inputs = inputs_of(case)
+    codes = codes_of(case, inputs)
+    inputs[name] = inputs[name].transpose(-1, -2).contiguous().transpose(-1, -2)
+    check(case, device, inputs, codes)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")

@@ -17,7 +17,14 @@ from tiny_models import random_ids, tiny_model
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from nc_patch import patch_model  # noqa: E402
-from nc_patch.ops import decode_ops, triton_decode_tail, triton_decode_topk, triton_launch, triton_search  # noqa: E402
+from nc_patch.ops import (  # noqa: E402
+    decode_ops,
+    triton_decode_tail,
+    triton_decode_topk,
+    triton_launch,
+    triton_search,
+    triton_split,
+)
 from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
 from nc_patch.ops.tail import PageMeans, page_means, page_starts  # noqa: E402
 from nc_patch.ops.triton_topk import triton_topk_attention  # noqa: E402
@@ -53,8 +60,8 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
     def small(*args):
         plan = plan_for(*args)
         tiles = -(-args[4] // 32) + 1
-        plan = replace(plan, keys=32, splits=2, samples=64, segment=-(-tiles // 2) * 32, scorers=2, chunks=2, held=128)
-        return replace(plan, **changes)
+        plan = replace(plan, keys=32, splits=2, samples=64, segment=-(-tiles // 2) * 32, scorers=2, held=128)
+        return replace(plan, chunks=min(plan.chunks, 2), **changes)
 
     monkeypatch.setattr(triton_decode_topk, "plan_for", small)
 
@@ -169,6 +176,21 @@ def test_rows_whose_list_overflows_have_their_tail(device, monkeypatch):
     case = case_of("padding", 1, 60)
     plan_with(monkeypatch, segment=3, capacity=4)
     output, lse, _ = decode(case, device)
+    assert_equals_reference(case, output, lse)
+
+
+@on_kernel_device
+def test_parts_beyond_the_most_that_can_be_joined_are_fewer(device, monkeypatch):
+    case = case_of("causal", 1, 700)
+    for module in (triton_decode_topk, triton_split):
+        monkeypatch.setattr(module, "MAX_SPLITS", 4)
+    if not INTERPRETED:  # where tiles hold more pages than there are
+        monkeypatch.setattr(triton_decode_topk, "tail_splits", lambda *_: 3)
+    plans = []
+    planned = triton_decode_topk.plan_for
+    monkeypatch.setattr(triton_decode_topk, "plan_for", lambda *args: plans.append(planned(*args)) or plans[-1])
+    output, lse, _ = decode(case, device)
+    assert [(plan.tail_parts, plan.chunks, plan.parts) for plan in plans] == [(3, 1, 4)]
     assert_equals_reference(case, output, lse)
 
 

@@ -111,7 +111,10 @@ def _sparse_step(inputs: PromptInputs, selection: str, config: NCConfig) -> Step
 def _count(row: Row, inputs: PromptInputs, selection: str, settings: Settings, case: Case, right: Expected) -> None:
     """Writes what a selection attends and computes into its row; block attention tells it after the fact."""
     geometry, config, length = GEOMETRIES[case.geometry], settings.config, case.length
-    backend, reason = choose_backend(config.backend, selection, settings.device)
+    head_dims = (inputs.query.shape[-1], inputs.value.shape[-1])
+    backend, reason = choose_backend(
+        config.backend, selection, settings.device, head_dims=head_dims, estimator=config.estimator
+    )
     row |= {"backend": backend, "backend_reason": reason, "kept_mass": right.kept_mass}
     visible = causal_intervals(case.batch, length, length, settings.device)
     budget = budgets_of(config, 0, visible, length)

@@ -52,7 +52,8 @@ def step_seconds(inputs: PromptInputs, settings: Settings, deadline: float) -> d
     """
     device, config = settings.device, settings.config
     B, length = inputs.query.shape[0], inputs.query.shape[2]
-    backend, _ = choose_backend(config.backend, "block", device)
+    head_dims = (inputs.query.shape[-1], inputs.value.shape[-1])
+    backend, _ = choose_backend(config.backend, "block", device, head_dims=head_dims, estimator=config.estimator)
     more: dict[str, Any] = {}
     if backend == "triton":
         from nc_patch.ops.triton_block import triton_block_attention as run

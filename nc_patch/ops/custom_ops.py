@@ -1,6 +1,6 @@
 """The operations as ``torch.library`` custom ops: opaque to ``torch.compile``, with fakes and gradients.
 
-One op a selection. Every op returns the output, the log-sum-exp and the kept mass; the last two are empty unless
+One operation a selection. Each returns the output, the log-sum-exp and the kept mass; the last two are empty unless
 ``want_stats``. ``block_attention`` also returns how many keys each query attended, which only it does not know
 beforehand, what its choice is expected to keep, and on request an audit of that.
 """
@@ -13,6 +13,7 @@ import torch
 from nc_patch.budget import row_budgets as _row_budgets
 from nc_patch.ops.block_audit import AUDIT_COLUMNS, BlockAudit
 from nc_patch.ops.blocks import BlockSettings, query_block_table
+from nc_patch.ops.by_backend import READS_HOST, op_by_backend
 from nc_patch.ops.reference import forced_counts
 from nc_patch.ops.tail import PageMeans
 from nc_patch.ops.torch_backward import attention_gradients
@@ -52,7 +53,7 @@ def _row_settings(scale: float, softcap: float, sink_keys: int, recent_keys: int
     }
 
 
-@torch.library.custom_op("nc_patch::topk_attention", mutates_args=())
+@op_by_backend(mutates_args=())
 def topk_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -85,7 +86,7 @@ def tail_of(key: torch.Tensor | None, value: torch.Tensor | None) -> PageMeans |
     return None if key is None or value is None else PageMeans(key, value)
 
 
-@torch.library.custom_op("nc_patch::window_attention", mutates_args=())
+@op_by_backend(mutates_args=())
 def window_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -109,7 +110,7 @@ def window_attention(
     return torch_window_attention(query, key, value, visible, budget, sinks, **settings)
 
 
-@torch.library.custom_op("nc_patch::block_attention", mutates_args=())
+@torch.library.custom_op("nc_patch::block_attention", mutates_args=(), tags=READS_HOST)
 def block_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -132,6 +133,8 @@ def block_attention(
 ) -> Six:
     """Attention over key blocks chosen by sampled query rows; see ``torch_block_attention`` for shapes.
 
+    Every backend counts query blocks on the host. That of "triton" has ``estimator="sampled"`` alone.
+
     Returns what that does and, with a seed that is not negative, the audit ``[Hq + 1, 5]``, else an empty tensor.
     """
     audit = BlockAudit(audit_seed) if audit_seed >= 0 else None
@@ -150,8 +153,7 @@ def block_attention(
     if backend == "triton":
         from nc_patch.ops.triton_block import triton_block_attention
 
-        if estimator != "sampled":
-            raise RuntimeError(f'backend="triton" scores blocks by estimator="sampled", got "{estimator}": use "torch"')
+        assert estimator == "sampled", "choose_backend sends the other estimators to the PyTorch backend"
         results = triton_block_attention(*inputs, **settings)
     else:
         results = torch_block_attention(*inputs, **settings, estimator=estimator)
@@ -221,7 +223,7 @@ def _(  # type: ignore[no-untyped-def]
     return *_fake_outputs(query, value, want_stats), attended, estimate, audit
 
 
-@torch.library.custom_op("nc_patch::attention_backward", mutates_args=())
+@torch.library.custom_op("nc_patch::attention_backward", mutates_args=(), tags=READS_HOST)
 def attention_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
@@ -264,7 +266,7 @@ def attention_backward(
     return tuple(query.new_empty(0) if grad is None else grad for grad in gradients)  # type: ignore[return-value]
 
 
-@torch.library.custom_op("nc_patch::block_attention_backward", mutates_args=())
+@torch.library.custom_op("nc_patch::block_attention_backward", mutates_args=(), tags=READS_HOST)
 def block_attention_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nc_patch.ops.by_backend import op_by_backend
 from nc_patch.ops.codes import KeyCodes, encode_keys
 from nc_patch.ops.custom_ops import Four, Three, tail_of
 from nc_patch.ops.pages import PageStatistics, update_pages_
@@ -16,8 +17,6 @@ from nc_patch.ops.tail import page_means as _page_means
 from nc_patch.ops.torch_decode_block import torch_block_decode
 from nc_patch.ops.torch_decode_topk import torch_topk_decode
 
-# Most queries of a call that count as decoding: several at once verify what another model has proposed (20 by default).
-MAX_DECODE_QUERIES = 32
 # Keys that the PyTorch backend encodes at once, to bound its memory.
 _KEYS_AT_ONCE = 8192
 
@@ -75,7 +74,7 @@ def _(key, first, count, high, low, code_scale, coarse, residual, center, spread
     return None
 
 
-@torch.library.custom_op("nc_patch::summarize_pages_", mutates_args=("page_codes", "page_scales"))
+@op_by_backend(mutates_args=("page_codes", "page_scales"))
 def summarize_pages_(
     key: torch.Tensor,
     origin: torch.Tensor,
@@ -186,7 +185,7 @@ def _(key, value, origin, first, count, mean_key, mean_value, backend):  # type:
     return None
 
 
-@torch.library.custom_op("nc_patch::topk_decode", mutates_args=())
+@op_by_backend(mutates_args=())
 def topk_decode(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -282,7 +281,7 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("nc_patch::block_decode", mutates_args=())
+@op_by_backend(mutates_args=())
 def block_decode(
     query: torch.Tensor,
     key: torch.Tensor,

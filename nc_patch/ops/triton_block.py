@@ -29,6 +29,7 @@ from nc_patch.ops.triton_launch import (
     architecture_of,
     check_inputs,
     compile_options,
+    dense_last,
     launch_attention,
     padded_dim,
 )
@@ -137,8 +138,8 @@ def triton_block_attention(
     B, Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
     device = query.device
-    query, key, value = (_dense_last(x) for x in (query, key, value))
-    visible = _dense_last(visible)
+    query, key, value = (dense_last(x) for x in (query, key, value))
+    visible = dense_last(visible)
     sinks = None if sinks is None else sinks.contiguous()
     output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
     lse = torch.empty((B, Hq, Lq) if want_stats else (0,), dtype=torch.float32, device=device)
@@ -349,10 +350,6 @@ def attend_constants(
 def blank_constants(value_dim: int) -> dict[str, Any]:
     """The compile-time arguments of ``blank_rows_kernel``, but for the same."""
     return {"DV": value_dim, "BLOCK_DV": padded_dim(value_dim), "BLOCK_R": _BLANK_ROWS}
-
-
-def _dense_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _check_settings(origin: torch.Tensor, visible: torch.Tensor, block_size: int) -> None:

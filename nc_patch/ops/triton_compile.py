@@ -94,10 +94,9 @@ class Resources:
 
 
 def row_specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernels of ``topk`` (``threshold`` and ``topk``, or ``topk_tail``) and ``window`` over whole rows.
+    """The kernels over whole rows: of ``topk`` ``threshold`` and ``topk``, with a tail their ``_tail``; of ``window``.
 
-    Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels; of
-    ``topk_tail`` few rows alone: with every option, many rows at head_dim 128 still spill up to 21 registers.
+    Every tile shape with each kernel, every head_dim, both 16-bit dtypes, and each option of the kernels.
     """
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
     for kernel in ("threshold", "topk", "window"):
@@ -113,6 +112,16 @@ def row_specialisations(target: str) -> Iterator[Specialisation]:
             yield _row_specialisation(kernel, bfloat16, target, head_dim, options=("sinks", "softcap", "stats"))
         yield _row_specialisation(kernel, float32, target, 128, options=("sinks", "softcap", "stats"))
         yield _row_specialisation(kernel, bfloat16, target, 192, 128)
+    for kernel in ("threshold_tail", "topk_tail"):
+        for head_dim in (64, 128, 256):
+            yield _row_specialisation(kernel, bfloat16, target, head_dim)
+            yield _row_specialisation(kernel, bfloat16, target, head_dim, few_rows=True)
+    for head_dim in (64, 128, 256):
+        yield _row_specialisation("topk_tail", bfloat16, target, head_dim, options=("sinks", "softcap", "stats"))
+        yield _row_specialisation("topk_tail", float32, target, head_dim, options=("sinks", "softcap", "stats"))
+    for head_dim in (80, 192):
+        yield _row_specialisation("topk_tail", bfloat16, target, head_dim)
+    yield _row_specialisation("topk_tail", float16, target, 128)
     yield _row_specialisation("topk_tail", float32, target, 128, few_rows=True)
 
 
@@ -128,8 +137,9 @@ def _row_specialisation(
     dims = f"d{head_dim}" + ("" if value_dim is None else f"v{value_dim}")
     name = "-".join([kernel, DTYPE_NAMES[dtype], dims, *(["few_rows"] if few_rows else []), *options])
     value_dim = value_dim or head_dim
-    tiles = tiles_for(target, dtype, head_dim, value_dim, 1 if few_rows else _MANY_ROWS)
-    if kernel == "threshold":
+    rows = 1 if few_rows else _MANY_ROWS
+    tiles = tiles_for(target, dtype, head_dim, value_dim, rows, kernel.endswith("_tail"))
+    if kernel.startswith("threshold"):
         function, constants = threshold_kernel, threshold_constants(head_dim, tiles)
     else:
         flags = ("sinks" in options, "softcap" in options, "stats" in options)

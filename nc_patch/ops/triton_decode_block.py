@@ -22,7 +22,14 @@ import triton
 
 from nc_patch.ops.pages import VECTORS, page_count
 from nc_patch.ops.triton_launch import Tiles as RowTiles
-from nc_patch.ops.triton_launch import architecture_of, check_inputs, compile_options, launch_attention, padded_dim
+from nc_patch.ops.triton_launch import (
+    architecture_of,
+    check_inputs,
+    compile_options,
+    dense_last,
+    launch_attention,
+    padded_dim,
+)
 from nc_patch.ops.triton_page_attend import attend_pages_kernel
 from nc_patch.ops.triton_page_choice import choose_pages_kernel
 from nc_patch.ops.triton_page_scores import score_pages_kernel
@@ -102,10 +109,10 @@ def triton_block_decode(
         raise ValueError(f"at most {MAX_PAGES} pages can be chosen from, got {width}: use block_size >= {larger}")
     device, architecture = query.device, architecture_of(query.device)
     tiles = decode_tiles(architecture, query.dtype, D, DV)
-    query, key, value, page_scales = (_dense_last(x) for x in (query, key, value, page_scales))
+    query, key, value, page_scales = (dense_last(x) for x in (query, key, value, page_scales))
     if page_codes.stride()[3:] != (D, 1):
         page_codes = page_codes.contiguous()
-    visible = _dense_last(visible)
+    visible = dense_last(visible)
     attended = torch.empty(B, Hq, Lq, dtype=torch.int32, device=device)
     output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
     lse = torch.empty((B, Hq, Lq) if want_stats else (0,), dtype=torch.float32, device=device)
@@ -166,10 +173,6 @@ def triton_block_decode(
         )  # fmt: skip
         kept_mass = torch.where(seen > 0, torch.exp(lse_keys - dense), 1.0)
     return output, lse, kept_mass, attended
-
-
-def _dense_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _check_pages(

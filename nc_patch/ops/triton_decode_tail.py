@@ -32,13 +32,21 @@ def tail_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: 
     return tiles_for(architecture, dtype, head_dim, value_dim, 1)
 
 
-def tail_splits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """How many programs share the pages of a block of rows; from shapes alone."""
-    B, Hq, Lq, D = query.shape
-    Hkv, Lk, DV = value.shape[1:]
-    tiles = tail_tiles(architecture_of(query.device), query.dtype, D, DV)
-    blocks = triton.cdiv(Lq * Hq // Hkv, tiles.rows) * B * Hkv
-    return split_count(blocks, max(1, triton.cdiv(slot_count(Lk), tiles.keys)))
+def tail_splits(
+    batch: int,
+    kv_heads: int,
+    group: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    architecture: str,
+) -> int:
+    """How many programs share the pages of a block of rows."""
+    tiles = tail_tiles(architecture, dtype, head_dim, value_dim)
+    blocks = triton.cdiv(group * queries, tiles.rows) * batch * kv_heads
+    return split_count(blocks, max(1, triton.cdiv(slot_count(keys), tiles.keys)))
 
 
 def launch_tail(

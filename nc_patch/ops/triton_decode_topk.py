@@ -29,19 +29,18 @@ import torch
 import triton
 
 from nc_patch.ops.codes import KeyCodes
+from nc_patch.ops.limits import MAX_DECODE_QUERIES
 from nc_patch.ops.tail import PageMeans, slot_count
 from nc_patch.ops.triton_candidates import choose_kernel, guess_kernel, score_kernel
 from nc_patch.ops.triton_codes import sample_kernel, scan_kernel
 from nc_patch.ops.triton_decode_tail import launch_tail, tail_splits
 from nc_patch.ops.triton_encode import code_strides
 from nc_patch.ops.triton_gather import bounds_kernel, gather_kernel
-from nc_patch.ops.triton_launch import architecture_of, check_inputs, check_tail, padded_dim
+from nc_patch.ops.triton_launch import architecture_of, check_inputs, check_tail, dense_last, padded_dim
 from nc_patch.ops.triton_search import search_rows
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 from nc_patch.ops.triton_split import MAX_SPLITS, combine_splits
 
-# Queries that one call takes; more are a prefill.
-MAX_QUERIES = 32
 # Keys that a guess is taken from: fewer up to so many keys, and more beyond, where a closer guess saves more keys.
 _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
 # Room in a block's list, per key of the largest budget: for so many rows, each with twice its budget; and besides.
@@ -72,6 +71,7 @@ class Plan:
         room: of these, how many may reach the guess of one row.
         scored, gathered: list entries of a tile of keys and of values.
         scorers, chunks: programs that share a block's list when it is scored, and when values are gathered.
+        tail_parts: programs that share the pages of a tail; none without one.
         held: scores that choosing holds in registers.
     """
 
@@ -86,7 +86,13 @@ class Plan:
     gathered: int
     scorers: int
     chunks: int
+    tail_parts: int
     held: int
+
+    @property
+    def parts(self) -> int:
+        """Parts of a row's softmax that are joined in the end, at most ``MAX_SPLITS``."""
+        return self.chunks + self.tail_parts
 
 
 def plan_for(
@@ -98,8 +104,12 @@ def plan_for(
     head_dim: int,
     budget: int,
     architecture: str = "sm_90",
+    tail_parts: int = 0,
 ) -> Plan:
-    """The one place where tiles, splits and capacities are chosen; ``budget`` is the largest."""
+    """The one place where tiles, splits and capacities are chosen; ``budget`` is the largest.
+
+    ``tail_parts``, from ``tail_splits``, come first: the attended keys share what is left of ``MAX_SPLITS``.
+    """
     head_dim = padded_dim(head_dim)
     rows = 8 if group * queries <= 8 else 16
     tile = 128 if head_dim <= 128 and rows == 8 else 32 if architecture.startswith("gfx") else 64
@@ -125,14 +135,15 @@ def plan_for(
         scored=scored,
         gathered=gathered,
         scorers=_share(_SCORING, blocks, triton.cdiv(likely, scored)),
-        chunks=_share(_GATHERING, blocks, triton.cdiv(likely, gathered)),
+        chunks=_share(_GATHERING, blocks, triton.cdiv(likely, gathered), MAX_SPLITS - tail_parts),
+        tail_parts=tail_parts,
         held=min(_MOST_HELD, triton.next_power_of_2(room)),
     )
 
 
-def _share(programs: int, blocks: int, units: int) -> int:
-    """Among how many of ``programs`` each of ``blocks`` blocks of ``units`` units of work is divided."""
-    return max(1, min(programs // max(blocks, 1), units, MAX_SPLITS))
+def _share(programs: int, blocks: int, units: int, most: int = MAX_SPLITS) -> int:
+    """Among how many of ``programs``, at most ``most``, each of ``blocks`` blocks of ``units`` units is divided."""
+    return max(1, min(programs // max(blocks, 1), units, most))
 
 
 def triton_topk_decode(
@@ -157,8 +168,8 @@ def triton_topk_decode(
     """Attention over the ``budget`` best keys of each query, chosen by codes; the set is ``reference_attention``'s.
 
     Args:
-        query: ``[B, Hq, Lq, D]``, Lq at most 32. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``. Any strides
-            with a dense last axis.
+        query: ``[B, Hq, Lq, D]``, Lq at most 32. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``. Any strides;
+            what has no dense last axis is copied.
         visible: int32 ``[B, Lq, 2]``. budget: int32 ``[B, Hq or 1, Lq]``. sinks: ``[Hq]`` or None.
         codes: of the keys, for at least Lk positions; what lies beyond the intervals is not looked at.
         scale: factor of the scores. softcap: 0 for none. sink_keys, recent_keys: keys attended always.
@@ -178,7 +189,7 @@ def triton_topk_decode(
     """
     check_inputs(query, key, value, visible, budget, sinks)
     check_tail(tail, origin, key, value, visible)
-    _check_codes(query, key, value, codes)
+    _check_codes(query, key, codes)
     B, Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
     group, rows = Hq // Hkv, B * Hq * Lq
@@ -189,8 +200,9 @@ def triton_topk_decode(
     if rows == 0:
         return output, lse, bounds
     architecture = architecture_of(device)
-    plan = plan_for(B, Hkv, group, Lq, Lk, D, max(1, min(max_budget, Lk)), architecture)
-    visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+    tail_parts = 0 if tail is None else tail_splits(B, Hkv, group, Lq, Lk, D, DV, query.dtype, architecture)
+    plan = plan_for(B, Hkv, group, Lq, Lk, D, max(1, min(max_budget, Lk)), architecture, tail_parts)
+    query, key, value, visible = (dense_last(x) for x in (query, key, value, visible))
     center, spread = codes.center.contiguous(), codes.spread.contiguous()
 
     def floats(*shape: int) -> torch.Tensor:
@@ -210,8 +222,7 @@ def triton_topk_decode(
     reached, reached_positions, reached_scores = integers(rows), integers(rows, plan.room), floats(rows, plan.room)
     listed, threshold, ties_end = integers(rows), floats(rows), integers(rows)
     attended, flags = integers(B, Hq, Lq), integers(B, Hq, Lq)
-    parts = plan.chunks + (0 if tail is None else tail_splits(query, key, value))
-    acc, peak, total = floats(rows, parts, DV), floats(rows, parts), floats(rows, parts)
+    acc, peak, total = (floats(rows, plan.parts, *last) for last in ((DV,), (), ()))
     slots = 0 if tail is None else slot_count(Lk)
     page_counts = integers(rows, slots)
     begins = visible[..., 0] if origin is None else origin
@@ -261,7 +272,7 @@ def triton_topk_decode(
         gather_kernel[(programs, plan.chunks)](
             *(value, visible, budget, positions, scores, errors, listed, threshold, ties_end, acc, peak, total, kept),
             *(begins, page_counts, *value.stride()[:3], *limits, *by_head),
-            *(plan.capacity, plan.chunks, parts, slots, *begins.stride(), scale, softcap),
+            *(plan.capacity, plan.chunks, plan.parts, slots, *begins.stride(), scale, softcap),
             **constants["gather"],
             **options["gather"],
         )
@@ -369,12 +380,14 @@ def decode_options(
     }
 
 
-def _check_codes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, codes: KeyCodes) -> None:
-    """Raises unless the codes fit the keys and the layouts fit the kernels."""
+def _check_codes(query: torch.Tensor, key: torch.Tensor, codes: KeyCodes) -> None:
+    """Raises unless the codes fit the keys and the kernels."""
     B, Hkv, Lk, D = key.shape
-    if query.shape[2] > MAX_QUERIES:
-        raise ValueError(f"at most {MAX_QUERIES} queries are decoded at once, got {query.shape[2]}: use topk attention")
-    for name, tensor in (("query", query), ("key", key), ("value", value), *zip(codes._fields, codes, strict=True)):
+    if query.shape[2] > MAX_DECODE_QUERIES:
+        raise ValueError(
+            f"at most {MAX_DECODE_QUERIES} queries are decoded at once, got {query.shape[2]}: use topk attention"
+        )
+    for name, tensor in zip(codes._fields, codes, strict=True):
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"the last axis of {name} must be dense, got stride {tensor.stride(-1)}")
     length, half = codes.high.shape[2], (D + 1) // 2

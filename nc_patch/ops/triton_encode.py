@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.codes import HIGH_UNIT, LARGEST_CODE, KeyCodes
-from nc_patch.ops.triton_launch import padded_dim
+from nc_patch.ops.triton_launch import dense_last, padded_dim
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 
 _HALF_ULP = tl.constexpr(2.0**-24)
@@ -27,21 +27,23 @@ def triton_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, code
     """Writes the codes of the keys ``[first, first + count)`` of each sequence into ``codes``.
 
     Args:
-        key: ``[B, Hkv, N, D]``, any strides with a dense last axis. first: int32 or int64 ``[B]``, on the device.
-            count: of keys; those at positions outside the keys or the codes are skipped.
+        key: ``[B, Hkv, N, D]``, any strides. first: int32 or int64 ``[B]``, on the device. count: of keys; those at
+            positions outside the keys or the codes are skipped.
         codes: their buffers may be strided, with a dense last axis.
     """
     B, Hkv, N, D = key.shape
     if first.dtype not in (torch.int32, torch.int64) or tuple(first.shape) != (B,):
         raise ValueError(f"first must be int32 or int64 [{B}], got {first.dtype} {list(first.shape)}")
-    for name, tensor in (("key", key), *zip(codes._fields, codes, strict=True)):
+    key = dense_last(key)
+    for name, tensor in zip(codes._fields, codes, strict=True):
         if tensor.stride(-1) != 1:
             raise ValueError(f"the last axis of {name} must be dense, got stride {tensor.stride(-1)}")
     length = min(N, codes.high.shape[2])
     if count <= 0 or length == 0 or B * Hkv == 0:
         return
     constants = encode_constants(D)
-    grid = (B * Hkv, triton.cdiv(count, constants["BLOCK_N"]))
+    # The other axes of a grid end at 65,535, which the blocks of a long prompt exceed.
+    grid = (triton.cdiv(count, constants["BLOCK_N"]), B * Hkv)
     with torch.cuda.device(key.device) if key.device.type == "cuda" else contextlib.nullcontext():
         encode_kernel[grid](
             *(key, first.contiguous(), *codes[:5], codes.center.contiguous(), codes.spread.contiguous()),
@@ -110,10 +112,10 @@ def encode_kernel(
 
     A tile holds half of the channels, those that fill the lower bits of the codes' bytes, or those of the upper bits.
     """
-    kv_row = tl.program_id(0).to(tl.int64)
+    kv_row = tl.program_id(1).to(tl.int64)
     batch = kv_row // num_kv_heads
     head = kv_row % num_kv_heads
-    place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     position = tl.load(first + batch).to(tl.int64) + place
     within = (place < count) & (position >= 0) & (position < length)
     half = (D + 1) // 2

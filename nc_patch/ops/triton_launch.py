@@ -8,13 +8,11 @@ from typing import Any
 import torch
 import triton
 
+from nc_patch.ops.limits import DTYPES, MAX_HEAD_DIM
 from nc_patch.ops.tail import PageMeans, slot_count
 from nc_patch.ops.triton_attend import attend_kernel
 from nc_patch.ops.triton_tail import attend_tail_kernel
 from nc_patch.ops.triton_threshold import threshold_kernel
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,32 @@ _HALF = {
     "gfx942": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
 _HALF_FEW_BY_ARCHITECTURE = {"gfx942": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 4, 2)}}
+# What a tail takes instead, where its second pass over the keys would leave too few registers.
+_HALF_WITH_TAIL = {
+    "sm_80": {128: Tiles(64, 32, 8, 2, 64), 256: Tiles(32, 32, 8, 2, 64)},
+    "sm_90": {64: Tiles(128, 32, 8, 2), 128: Tiles(128, 32, 8, 2, 64), 256: Tiles(32, 32, 8, 2, 64)},
+    "sm_100": {128: Tiles(64, 64, 8, 2, 64), 256: Tiles(64, 32, 8, 1, 64)},
+    "gfx942": {128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 4, 2, 64)},
+}
+_FEW_WITH_TAIL = {"sm_80": {128: Tiles(16, 32, 4, 2, 64), 256: Tiles(16, 32, 8, 2, 64)}}
+_FLOAT32_WITH_TAIL = {"sm_80": {256: Tiles(16, 16, 8, 1, 32)}}
 _FEW_ROWS = 16
 
 
-def tiles_for(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int) -> Tiles:
-    """Tiles for inputs of this dtype and these head dimensions, to be filled by ``rows``, Lq times the group."""
+def tiles_for(
+    architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int, has_tail: bool = False
+) -> Tiles:
+    """Tiles for inputs of this dtype and these head dimensions, to be filled by ``rows``, Lq times the group.
+
+    ``has_tail`` is of the kernels that go over whole rows and add a tail, and of the search before.
+    """
     padded = max(64, padded_dim(head_dim), padded_dim(value_dim))
-    few = rows <= _FEW_ROWS
+    # In float32 the larger shape leaves too few registers for a tail.
+    few = rows <= _FEW_ROWS or (has_tail and dtype == torch.float32)
+    if has_tail:
+        changed = _FLOAT32_WITH_TAIL if dtype == torch.float32 else _FEW_WITH_TAIL if few else _HALF_WITH_TAIL
+        if padded in changed.get(architecture, {}):
+            return changed[architecture][padded]
     if dtype == torch.float32:
         return (_FLOAT32_FEW if few else _FLOAT32)[padded]
     if few:
@@ -140,11 +157,9 @@ def launch_rows(
     group = query.shape[1] // Hkv
     device = query.device
     architecture = architecture_of(device)
-    # In float32 the larger shape leaves too few registers for a tail.
-    few = tail is not None and query.dtype == torch.float32
-    tiles = tiles_for(architecture, query.dtype, D, DV, 1 if few else Lq * group)
+    tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group, tail is not None)
     query, key, value = (addressable(x, tiles.keys) for x in (query, key, value))
-    visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+    visible = dense_last(visible)
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
     if programs == 0:
         return
@@ -183,6 +198,11 @@ def launch_rows(
 def addressable(tensor: torch.Tensor, keys: int) -> torch.Tensor:
     """The tensor with its last axis dense and, within a tile of ``keys``, offsets that fit 32 bits; else a copy."""
     return tensor if tensor.stride(-1) == 1 and tensor.stride(2) * keys < 2**31 else tensor.contiguous()
+
+
+def dense_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its last axis dense, a copy where it is not."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:

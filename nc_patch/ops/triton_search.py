@@ -7,7 +7,6 @@ would need more registers than there are.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,13 +96,8 @@ def search_rows(
 
 
 def search_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, has_tail: bool) -> Tiles:
-    """Tiles of the search. On sm_80 larger ones leave too few registers for a tail."""
-    tiles = tiles_for(architecture, dtype, head_dim, value_dim, 1)
-    if not has_tail or architecture != "sm_80":
-        return tiles
-    if dtype != torch.float32:
-        return replace(tiles, chunk=64)
-    return replace(tiles, keys=16) if max(head_dim, value_dim) > 128 else tiles
+    """Tiles of the search."""
+    return tiles_for(architecture, dtype, head_dim, value_dim, 1, has_tail)
 
 
 def search_constants(head_dim: int, value_dim: int, tiles: Tiles, has_sinks: bool, has_softcap: bool) -> dict[str, Any]:

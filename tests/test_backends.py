@@ -1,0 +1,123 @@
+"""Which backend runs a call: the one place that decides, what it says of it, and what it refuses."""
+
+import logging
+
+import pytest
+import torch
+
+from nc_patch import sparse_attention
+from nc_patch.functional import _say_once
+from nc_patch.ops import backends
+from nc_patch.ops.backends import choose_backend, triton_problem
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of compute capability 8.0, of which nothing but that is asked."""
+    gpu_of(monkeypatch, (8, 0))
+
+
+def gpu_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None = None) -> None:
+    monkeypatch.setattr(backends, "_triton_interprets", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block", "dense", "codes", "pages", "means"])
+def test_a_gpu_runs_every_selection_on_triton(selection, ampere):
+    assert choose_backend("auto", selection, CUDA, head_dims=(128, 256)) == ("triton", None)
+    assert choose_backend("triton", selection, CUDA, head_dims=(128, 256)) == ("triton", None)
+    assert choose_backend("torch", selection, CUDA, head_dims=(128, 256)) == ("torch", None)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"head_dims": (512, 512)}, "takes a head_dim of at most 256, got 512"),
+        ({"head_dims": (192, 288)}, "takes a head_dim of at most 256, got 192 and 288"),
+        ({"estimator": "pooled"}, 'scores blocks by estimator="sampled" alone, got "pooled"'),
+        ({"estimator": "antidiagonal"}, 'scores blocks by estimator="sampled" alone, got "antidiagonal"'),
+        ({"needs_grad": True}, "has no gradient"),
+        ({"selection": "other"}, 'has no kernel for selection "other"; it has block, codes'),
+    ],
+)
+def test_what_triton_cannot_run_runs_in_pytorch_and_by_name_is_refused(call, reason, ampere):
+    call = {"selection": "block", "device": CUDA, "head_dims": (64, 64), **call}
+    backend, said = choose_backend("auto", **call)
+    assert backend == "torch"
+    assert said.startswith(f"Triton {reason}")
+    with pytest.raises(RuntimeError, match=f'backend="triton" {reason}.*Use backend="auto" or backend="torch"'):
+        choose_backend("triton", **call)
+
+
+def test_an_estimator_of_blocks_matters_to_blocks_alone(ampere):
+    for selection in ("topk", "pages", "codes"):
+        assert choose_backend("auto", selection, CUDA, head_dims=(64,), estimator="pooled") == ("triton", None)
+
+
+@pytest.mark.parametrize("capability", [(6, 0), (7, 0), (7, 5)])
+def test_gpus_before_ampere_run_pytorch_and_say_so(capability, monkeypatch):
+    gpu_of(monkeypatch, capability)
+    reason = "needs a GPU of compute capability 8.0 or higher, and cuda:0 has " + ".".join(map(str, capability))
+    assert choose_backend("auto", "topk", CUDA, head_dims=(64,)) == ("torch", f"Triton {reason}")
+    with pytest.raises(RuntimeError, match=reason):
+        choose_backend("triton", "topk", CUDA, head_dims=(64,))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_gpus_from_ampere_on_run_triton(capability, monkeypatch):
+    gpu_of(monkeypatch, capability)
+    assert triton_problem(CUDA) is None
+
+
+def test_amd_counts_capabilities_otherwise(monkeypatch):
+    gpu_of(monkeypatch, (7, 5), hip="6.4")
+    assert triton_problem(CUDA) is None
+
+
+def test_a_cpu_runs_pytorch_without_a_word(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_interprets", lambda: False)
+    device = torch.device("cpu")
+    assert choose_backend("auto", "topk", device, head_dims=(512, 512)) == ("torch", None)
+    with pytest.raises(RuntimeError, match="needs a GPU, and the tensors are on cpu"):
+        choose_backend("triton", "topk", device, head_dims=(64,))
+
+
+def test_the_interpreter_is_chosen_by_the_call_too(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_interprets", lambda: True)
+    backend, reason = choose_backend("auto", "topk", torch.device("cpu"), head_dims=(512, 512))
+    assert backend == "torch"
+    assert reason == "Triton takes a head_dim of at most 256, got 512"
+
+
+@pytest.mark.parametrize(
+    ("settings", "head_dim", "reason"),
+    [
+        ({"selection": "topk"}, 512, "takes a head_dim of at most 256, got 512"),
+        ({"selection": "block", "estimator": "antidiagonal"}, 16, "estimator="),
+    ],
+)
+def test_a_call_that_triton_cannot_run_equals_pytorch_and_says_so_once(settings, head_dim, reason, monkeypatch, caplog):
+    monkeypatch.setattr(backends, "triton_problem", lambda device: None)  # as on a GPU
+    tensors = [torch.randn(1, 2, 40, head_dim) for _ in range(3)]
+    settings = {"alpha": 2.0, "C": 0.5, **settings}
+    _say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "nc_patch"):
+        found = [sparse_attention(*tensors, **settings) for _ in range(2)]
+    expected = sparse_attention(*tensors, **settings, backend="torch")
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected)
+    assert sum(reason in record.getMessage() for record in caplog.records) == 1
+    with pytest.raises(RuntimeError, match=reason):
+        sparse_attention(*tensors, **settings, backend="triton")
+
+
+def test_the_choice_is_compiled_as_a_constant(monkeypatch):
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        return x + (1.0 if backends._capability_problem(CUDA) is None else 2.0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 2.0
