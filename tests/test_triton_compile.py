@@ -99,7 +99,9 @@ def test_both_kernels_score_with_the_same_matrix_instruction(kernels, target):
     # A score must have the same bits in the search and in the pass that uses its threshold.
     search, attention = (compile_specialisation(VARIANTS[target][f"{name}-bf16-d128"], target) for name in kernels)
     assert len(search.matrix) == 1
-    assert attention.matrix == search.matrix
+    # On AMD's GPUs what a tail multiplies by sixteen pages at a time takes a smaller one besides.
+    besides = {"v_mfma_f32_16x16x16_bf16"} if (target, kernels[1]) == ("gfx942", "topk_tail") else set()
+    assert {*attention.matrix} - besides == {*search.matrix}
 
 
 def test_the_kernels_of_a_default_prompt_are_among_the_variants():
