@@ -60,19 +60,21 @@ def defaults() -> str:
     record = json.loads((RESULTS / "defaults.json").read_text(encoding="utf-8"))
     found = {(r["settings"], r["task"], r["length"], r["sample"]): r for r in record["rows"]}
     columns = sorted({(task, length) for _, task, length, _ in found}, key=lambda column: (column[0], column[1]))
+    lengths_of = [{length for who, _, length, _ in found if who == name} for name in record["settings"]]
+    common = min(set.intersection(*lengths_of))
     rows = []
     for name in record["settings"]:
         cells, shares = [], []
         for task, length in columns:
             samples = [s for s in range(99) if {(name, task, length, s), ("dense", task, length, s)} <= found.keys()]
             own, dense = ([found[who, task, length, s] for s in samples] for who in (name, "dense"))
-            shares += [row["attended_fraction"] for row in own if length == columns[0][1]]
+            shares += [row["attended_fraction"] for row in own if length == common]
             cells.append(_cell([r["nats"] for r in own], [r["nats"] for r in dense]))
         if any(cells) and name != "dense":
             rows.append([_setting(record["settings"][name]), _percent(statistics.fmean(shares)), *cells])
     titles = {"perplexity": "perplexity", "recall": "recall perplexity"}
     header = [f"{titles[task]} at {length:,}" for task, length in columns]
-    return _markdown(["", f"keys at {columns[0][1]:,}", *header], rows)
+    return _markdown(["", f"keys at {common:,}", *header], rows)
 
 
 def laws() -> str:
