@@ -164,4 +164,4 @@ def row_budgets(visible: torch.Tensor, max_n: int, laws: Laws, min_keys: int = 1
     steps, least = _device_steps(length, laws, min_keys, law, visible.device)
     rows = n.reshape(1, -1).expand(len(laws), -1).contiguous()
     counts = torch.searchsorted(steps, rows, right=True, out_int32=True)
-    return torch.minimum(torch.maximum(counts, least), rows).view(-1, *n.shape).transpose(0, 1).contiguous()
+    return torch.minimum(torch.maximum(counts, least), rows).view(len(laws), *n.shape).transpose(0, 1).contiguous()

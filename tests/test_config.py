@@ -166,6 +166,9 @@ def test_budgets_of_many_heads_equal_the_scalar_law(law, min_keys):
 
 def test_budgets_of_many_heads_take_little_memory():
     laws = tuple((2.0 + head / 100, 0.5) for head in range(64))
+    empty = torch.empty(0, 4, 2, dtype=torch.int32)
+    assert row_budgets(empty, 8, laws).shape == (0, 64, 4)
+    assert row_budgets(empty.view(2, 0, 2), 8, laws).shape == (2, 64, 0)
     steps, _ = _device_steps(2**20, laws, 1, "power", torch.device("cpu"))
     assert steps.numel() < 64 * 2800  # the largest budget, where a table would have a million entries a head
 
