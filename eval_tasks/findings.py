@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from eval_tasks.iso_quality import IsoQuality, NeededBudget
+from eval_tasks.measure import Phase
 from eval_tasks.methods import BLOCK, DENSE, blocks_chosen, find_method, keys_of
 from eval_tasks.provenance import hardware_words
 from eval_tasks.summary import Row, Summary, losses, title_of
@@ -239,24 +240,27 @@ class Findings:
         """Where the method ``block`` chose nothing, as a sentence."""
         identity = self.run["identity"]
         size, phase = int(identity.get("block_size", 32)), identity.get("phase", "all")
-        found = {
-            (method, n): s.budget
-            for (_, n, method), s in self.cells.items()
-            if keys_of(method)[0] == BLOCK and s.budget < n and not blocks_chosen(s.budget, size, phase)
-        }
-        return without_choice([(method, n, budget) for (method, n), budget in found.items()])
+        budgets = {(method, n): s.budget for (_, n, method), s in self.cells.items()}
+        return without_choice([(method, n, budget) for (method, n), budget in budgets.items()], size, phase)
 
     def _dense_fails(self, length: int) -> bool:
         unseen = self.cells.get(("unseen", length, DENSE))
         return unseen is not None and unseen.loss - self.cells["recall", length, DENSE].loss < GAIN_NEEDED
 
 
-def without_choice(found: Sequence[tuple[str, int, int]]) -> list[str]:
+def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase: Phase) -> list[str]:
     """That blocks were not chosen by content, as a sentence; none where there is nothing of the kind.
 
     Args:
-        found: method, length and budget of each such case.
+        cells: method, length and budget of whatever is measured; only those of ``block`` that leave keys out matter.
+        block_size: keys of a block.
+        phase: what of a forward pass is sparse.
     """
+    found = [
+        (method, n, budget)
+        for method, n, budget in cells
+        if keys_of(method)[0] == BLOCK and budget < n and not blocks_chosen(budget, block_size, phase)
+    ]
     if not found:
         return []
     listed = ", ".join(f"{find_method(method).title} at {n:,} tokens ({budget} keys)" for method, n, budget in found)

@@ -19,7 +19,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.findings import without_choice
 from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase, warm_up
-from eval_tasks.methods import BLOCK, DENSE, Method, blocks_chosen, budget_at, find_method, keys_of, with_keys
+from eval_tasks.methods import DENSE, Method, budget_at, find_method, with_keys
 from eval_tasks.models import (
     ModelSource,
     attention_of,
@@ -426,10 +426,8 @@ def _say_what_chooses_no_block(sweep: Sweep) -> None:
         (name, length, budget_at(name, sweep.budgets, length))
         for length in sweep.layout.lengths
         for name in sweep.methods_at(length)
-        if keys_of(name)[0] == BLOCK
     ]
-    size = sweep.budgets.block_size
-    for sentence in without_choice([c for c in cells if c[2] < c[1] and not blocks_chosen(c[2], size, sweep.phase)]):
+    for sentence in without_choice(cells, sweep.budgets.block_size, sweep.phase):
         print(f"{sentence} Smaller --block-size, or larger budgets, leave some to choose.", file=sys.stderr)
 
 

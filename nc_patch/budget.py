@@ -59,6 +59,11 @@ def is_dense_law(alpha: float, C: float, law: Law = "power") -> bool:
     return law == "power" and C == 1.0 and alpha >= 1.0
 
 
+def _length_class(max_n: int) -> int:
+    """The length for which budgets are computed where ``max_n`` is the largest n: a power of two beyond it."""
+    return max(_SMALLEST_TABLE, 1 << max_n.bit_length())
+
+
 @lru_cache(maxsize=4096)
 def _host_table(length: int, alpha: float, C: float, min_keys: int, law: Law) -> torch.Tensor:
     """Budgets for n = 0 … length - 1 as int32 ``[length]`` on the host, equal to ``budget_of`` entry by entry."""
@@ -92,8 +97,7 @@ def budget_table(
         min_keys, law: as in ``budget_of``.
         device: where the table lies.
     """
-    length = max(_SMALLEST_TABLE, 1 << max_n.bit_length())
-    return _device_table(length, laws, min_keys, law, torch.device(device))
+    return _device_table(_length_class(max_n), laws, min_keys, law, torch.device(device))
 
 
 @lru_cache(maxsize=4096)
@@ -160,8 +164,7 @@ def row_budgets(visible: torch.Tensor, max_n: int, laws: Laws, min_keys: int = 1
     if len(laws) == 1:
         table = budget_table(max_n, laws, min_keys, law, visible.device)
         return table[:, n.long()].transpose(0, 1).contiguous()
-    length = max(_SMALLEST_TABLE, 1 << max_n.bit_length())
-    steps, least = _device_steps(length, laws, min_keys, law, visible.device)
+    steps, least = _device_steps(_length_class(max_n), laws, min_keys, law, visible.device)
     rows = n.reshape(1, -1).expand(len(laws), -1).contiguous()
     counts = torch.searchsorted(steps, rows, right=True, out_int32=True)
     return torch.minimum(torch.maximum(counts, least), rows).view(len(laws), *n.shape).transpose(0, 1).contiguous()

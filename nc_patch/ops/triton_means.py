@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans, slot_count
+from nc_patch.ops.triton_launch import dense_last
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 
 _CHANNELS = 64
@@ -70,7 +71,7 @@ def _launch(
     DV = value.shape[3]
     if touched == 0 or N == 0 or B * Hkv == 0:
         return
-    key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
+    key, value = dense_last(key), dense_last(value)
     constants = means_constants(listed, touched > _MANY)
     columns = triton.cdiv(D, _CHANNELS) + triton.cdiv(DV, _CHANNELS)
     device = key.device
