@@ -11,8 +11,10 @@ from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, full_and_small, le
 from nc_patch import patch_model, unpatch_model
 
 PADDED = {"left": left_padded, "right": right_padded}
-# Of the norm: in 16 bits a few tokens of a mixture of experts go to another expert, dense or not.
+# Of the norm of a token's logits.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Of the tokens of a model with experts: rounding sends one to another expert where two score nearly the same.
+OTHER_EXPERT = 0.05
 
 
 def logits_by_row(model, batch):
@@ -94,7 +96,10 @@ def test_each_dtype_equals_dense_and_the_row_alone(family, dtype):
             with torch.inference_mode():
                 expected = reference(rows[row][None]).logits[0]
             assert found.dtype == dtype
-            assert (found - expected).float().norm() <= TOLERANCE[dtype] * expected.float().norm()
+            error = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+            share_beyond = (error > TOLERANCE[dtype]).float().mean()
+            has_experts = hasattr(model.config, "num_local_experts")
+            assert share_beyond <= (OTHER_EXPERT if has_experts else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
