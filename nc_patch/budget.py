@@ -4,6 +4,7 @@ Every other module receives integers from here; nothing else evaluates ``alpha *
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Literal
 
@@ -79,11 +80,23 @@ def _host_table(length: int, alpha: float, C: float, min_keys: int, law: Law) ->
     return torch.from_numpy(table)
 
 
+def _to_stay(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on ``device``, as one that outlives the call that first needs it.
+
+    It is copied in a thread of its own: inference mode, and the memory pool of a CUDA graph that is being warmed up,
+    belong to a thread, and what is allocated in such a pool is overwritten later.
+    """
+    if device == host.device:
+        return host
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(host.to, device).result()
+
+
 @lru_cache(maxsize=1024)
 def _device_table(length: int, laws: Laws, min_keys: int, law: Law, device: torch.device) -> torch.Tensor:
     # Made outside inference mode, so that a table first needed inside it can be used outside.
     with torch.inference_mode(False), torch.no_grad():
-        return torch.stack([_host_table(length, alpha, C, min_keys, law) for alpha, C in laws]).to(device)
+        return _to_stay(torch.stack([_host_table(length, alpha, C, min_keys, law) for alpha, C in laws]), device)
 
 
 def budget_table(
@@ -151,7 +164,7 @@ def _device_steps(
         line[: len(of_law)] = of_law
     least = np.array([[unreached if every else min_keys] for every in whole], dtype=np.int32)
     with torch.inference_mode(False), torch.no_grad():
-        return torch.from_numpy(together).to(device), torch.from_numpy(least).to(device)
+        return _to_stay(torch.from_numpy(together), device), _to_stay(torch.from_numpy(least), device)
 
 
 def row_budgets(visible: torch.Tensor, max_n: int, laws: Laws, min_keys: int = 1, law: Law = "power") -> torch.Tensor:

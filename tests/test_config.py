@@ -189,6 +189,18 @@ def test_tables_made_in_inference_mode_serve_training():
     assert inside.shape == (1, 4096)
 
 
+def test_tables_of_another_device_are_none_of_a_mode_of_the_call():
+    # On the device "meta" as on a GPU: they are copied by a thread that no mode of this one applies to.
+    device = torch.device("meta")
+    with torch.inference_mode():
+        table = budget_table(3000, ((1.375, 0.75),), device=device)
+        steps, least = _device_steps(4096, ((1.375, 0.75), (2.0, 0.5)), 1, "power", device)
+    assert [each.device for each in (table, steps, least)] == [device] * 3
+    assert not any(each.is_inference() for each in (table, steps, least))
+    assert budget_table(2000, ((1.375, 0.75),), device=device) is not table
+    assert budget_table(3001, ((1.375, 0.75),), device=device) is table
+
+
 def test_dense_laws_are_recognised():
     assert NCConfig(1.0, 1.0).is_dense()
     assert not NCConfig(0.5, 1.0).is_dense()
