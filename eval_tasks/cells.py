@@ -7,7 +7,6 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.answers import Question, answer, build_question
 from eval_tasks.errors import EvalError, MemoryRanOut
@@ -15,11 +14,10 @@ from eval_tasks.measure import DENSE_COUNTS, Attention, Peak, attending, measure
 from eval_tasks.methods import budget_at, find_method
 from eval_tasks.presses import Press
 from eval_tasks.progress import Step
-from eval_tasks.synthetic import Material
-from eval_tasks.tasks import LM_EVAL, TASKS, TokenisedText
+from eval_tasks.tasks import LM_EVAL, TASKS
 
 if TYPE_CHECKING:
-    from eval_tasks.lm_eval.in_sweep import LmEvalTasks
+    from eval_tasks.ingredients import Ingredients
     from eval_tasks.sweep import Sweep
 
 
@@ -47,11 +45,7 @@ class Measurer:
 
     sweep: "Sweep"
     model: Any
-    tokenizer: PreTrainedTokenizerBase
-    tokens: TokenisedText
-    starts: dict[int, list[int]]  # by seed
-    material: Material
-    foreign: "LmEvalTasks | None" = None
+    ingredients: "Ingredients"
 
     def row(self, planned: Planned) -> dict[str, Any]:
         """The row of one measurement; where memory runs out, one that says so."""
@@ -84,23 +78,24 @@ class Measurer:
         """Where in the text a sample lies; two seeds that choose the same stretch have one document between them."""
         if planned.task not in TASKS:
             return {"place": None}
-        start = self.starts[planned.seed][planned.index]
+        start = self.ingredients.starts[planned.seed][planned.index]
         return {"place": start, "document": str(start)}
 
     def _measured(self, planned: Planned) -> dict[str, Any]:
         sweep, attention = self.sweep, self._attention(planned)
         if planned.task in TASKS:
-            start = self.starts[planned.seed][planned.index]
-            sample = TASKS[planned.task].build(self.tokens, start, planned.length, sweep.layout)
+            start = self.ingredients.starts[planned.seed][planned.index]
+            sample = TASKS[planned.task].build(self.ingredients.tokens, start, planned.length, sweep.layout)
             return measure(self.model, attention, sample, sweep.phase).to_dict()
         if planned.task.startswith(LM_EVAL):
             return self._foreign(planned, attention)
         question = self._question(planned.task, planned.length, planned.seed, planned.index)
-        return answer(self.model, self.tokenizer, attention, question, sweep.phase)
+        return answer(self.model, self.ingredients.tokenizer, attention, question, sweep.phase)
 
     def _foreign(self, planned: Planned, attention: Attention) -> dict[str, Any]:
         """A document of one of lm-eval's tasks; its samples go on over the seeds."""
-        assert self.foreign is not None
+        foreign, tokenizer = self.ingredients.foreign, self.ingredients.tokenizer
+        assert foreign is not None
         name, length = planned.task.removeprefix(LM_EVAL), planned.length
         with (
             memory_watched(length),
@@ -108,7 +103,7 @@ class Measurer:
             Peak(self.model) as peak,
             attending(self.model, attention, 1) as count,
         ):
-            said = self.foreign.ask(self.model, self.tokenizer, name, length, planned.sample)
+            said = foreign.ask(self.model, tokenizer, name, length, planned.sample)
             what = count()
         return {**said, **(what or DENSE_COUNTS), **peak.of(attention)}
 
@@ -118,8 +113,8 @@ class Measurer:
 
         @lru_cache(maxsize=1)
         def build(task: str, length: int, seed: int, index: int) -> Question:
-            new_tokens = self.sweep.answer_tokens
-            return build_question(task, self.tokenizer, length, seed, index, self.material, new_tokens)
+            new_tokens, parts = self.sweep.answer_tokens, self.ingredients
+            return build_question(task, parts.tokenizer, length, seed, index, parts.material, new_tokens)
 
         return build
 

@@ -17,7 +17,8 @@ from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, 
 from eval_tasks.provenance import command_line
 from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
 from eval_tasks.report import REPORT, WITHIN, write_report
-from eval_tasks.sweep import Sweep, run_sweep
+from eval_tasks.run import run_sweep
+from eval_tasks.sweep import Sweep
 from eval_tasks.synthetic import GENERATORS, Generator
 from eval_tasks.tasks import LM_EVAL, TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE

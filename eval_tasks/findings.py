@@ -12,6 +12,8 @@ from eval_tasks.summary import Row, Summary, losses, title_of
 from eval_tasks.verdicts import GAIN_NEEDED
 
 GROWING = "nc-topk"
+# The same with the means of the keys that it leaves out.
+WITH_MEANS = "nc-topk-mean"
 # A perplexity within this factor of dense is called equal.
 _EQUAL_WITHIN = 1.02
 # A share of dense attention's gain from the first copy: at least so much is called recall, at most so much none.
@@ -115,6 +117,12 @@ class Findings:
     def _against_others(self, task: str, length: int) -> list[str]:
         leading = self._leading(task, length)
         sentences = []
+        means = self.cells.get((task, length, WITH_MEANS))
+        if means is not None and leading.method == GROWING:
+            sentences.append(
+                f"With the means of the keys that it leaves out beside it, as patch_model attends unasked, it reaches "
+                f"{_number(means.perplexity)} ({_ratio(means)}{self._kept(task, length, means)})."
+            )
         rivals = [s for s in self._sparse(task, length) if find_method(s.method).selects == "content" and s != leading]
         fixed = [s for s in rivals if not find_method(s.method).grows]
         if fixed and find_method(leading.method).grows:
@@ -231,7 +239,7 @@ class Findings:
         machines = hardware_of(self.run)
         if len(machines) > 1:
             caveats.append(
-                f"Sessions of this run were made on different hardware ({'; '.join(machines)}): times and memory of "
+                f"Parts of this run were measured on different hardware ({'; '.join(machines)}): times and memory of "
                 "different samples do not compare."
             )
         return [*caveats, *self._without_choice()]
@@ -271,9 +279,11 @@ def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase
 
 
 def hardware_of(run: Mapping[str, Any]) -> list[str]:
-    """The different machines on which sessions of a run were made, in words; those of old runs may be unknown."""
-    machines = [session["hardware"] for session in run.get("sessions", []) if session.get("hardware")]
-    return list(dict.fromkeys(hardware_words(machine) for machine in [run.get("hardware"), *machines] if machine))
+    """The different machines that a run was made on, in words; those of old runs may be unknown."""
+    sessions = run.get("sessions", [])
+    machines = [run.get("hardware"), *(session.get("hardware") for session in sessions)]
+    machines += [machine for session in sessions for machine in session.get("other_hardware", [])]
+    return list(dict.fromkeys(hardware_words(machine) for machine in machines if machine))
 
 
 def answer_sentences(summaries: Sequence[Summary]) -> list[str]:

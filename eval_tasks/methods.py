@@ -154,11 +154,11 @@ METHODS: dict[str, Method] = {
         Method(
             "nc-topk-mean",
             "α·n^C top-k + means",
-            "nc-topk, and beside it the mean of the other keys in every page of 16, which counts as no key",
+            "nc-topk, and beside it the mean of the other keys in every page of 16, which counts as no key; what "
+            "patch_model does unasked",
             _nc_topk_mean,
             "content",
             True,
-            default=False,
         ),
         Method(
             PROFILE,

@@ -56,9 +56,7 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        errors: list[str | None] = [None] * self.world
-        with self._watched():
-            dist.all_gather_object(errors, None if error is None else str(error))
+        errors = self.gathered(None if error is None else str(error))
         failed = {rank: text for rank, text in enumerate(errors) if text is not None}
         if failed:
             rank, text = min(failed.items())
@@ -73,14 +71,13 @@ class Ranks:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def all(self, value: bool) -> bool:
-        """Whether the value that each process passed is true in all of them; waits for them."""
-        if self.world == 1:
-            return value
-        values: list[bool] = [value] * self.world
-        with self._watched():
-            dist.all_gather_object(values, value)
-        return all(values)
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process passed, in their order, in all of them; waits for them."""
+        values = [value] * self.world
+        if self.world > 1:
+            with self._watched():
+                dist.all_gather_object(values, value)
+        return values
 
     def take(self, pieces: int) -> Iterator[int]:
         """Numbers of pieces below ``pieces`` in ascending order; over all processes each number comes once.

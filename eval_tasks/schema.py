@@ -99,7 +99,9 @@ def _is_flat(value: Any, depth: int = 0) -> bool:
 def _is_session(value: Any) -> bool:
     if not isinstance(value, dict) or not _is_text(value.get("started")):
         return False
-    return isinstance(value.get("hardware", {}), dict) and _is_flat(value)
+    others = value.get("other_hardware", [])
+    machines = [value.get("hardware", {}), *(others if isinstance(others, list) else [None])]
+    return all(isinstance(machine, dict) for machine in machines) and _is_flat(value)
 
 
 _POSITIVE: Check = lambda value: _is_count(value, 1)  # noqa: E731

@@ -32,6 +32,7 @@ MODULES = (
     "eval_tasks.synthetic",
     "eval_tasks.metrics",
     "eval_tasks.sweep",
+    "eval_tasks.run",
     "eval_tasks.store",
     "eval_tasks.report",
     "eval_tasks.command",

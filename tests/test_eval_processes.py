@@ -1,6 +1,7 @@
 """Runs of several processes, and runs that are killed: the same numbers as of one process that nobody disturbs."""
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -114,9 +115,9 @@ def _slow_rows():
 
 
 def _no_time():
-    from eval_tasks import sweep
+    from eval_tasks import run
 
-    sweep._exceeds = lambda *_: True
+    run._exceeds = lambda *_: True
 
 
 def test_a_run_that_another_process_stopped_for_time_is_not_called_complete(home, alone):
@@ -130,6 +131,27 @@ def test_a_run_that_another_process_stopped_for_time_is_not_called_complete(home
     assert "Stopped before the limit of 60 minutes with 2 of 8 measurements to go" in said
     assert "To measure the rest: nc-patch eval" in said
     assert "Measured in" not in said
+
+
+def _other_machine():
+    from eval_tasks import run
+
+    hardware = run.hardware
+    run.hardware = lambda *what: hardware(*what) | {"processor": "another"}
+
+
+def test_processes_on_different_machines_are_recorded_and_said(home):
+    few = ("--methods", "dense", "nc-topk", "--tasks", "recall")
+    ranks = start_ranks(home, ["mixed", "mixed"], *few, setups=(None, _other_machine))
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0], (home / "said0").read_text()
+    record = json.loads((home / "mixed" / "run.json").read_text(encoding="utf-8"))
+    [session] = record["sessions"]
+    assert session["hardware"] == record["hardware"]
+    assert record["hardware"]["processor"] != "another"
+    assert [machine["processor"] for machine in session["other_hardware"]] == ["another"]
+    assert "Parts of this run were measured on different hardware" in (home / "mixed" / "report.md").read_text()
 
 
 def test_directories_that_are_not_shared_are_refused(home):

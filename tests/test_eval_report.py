@@ -343,7 +343,7 @@ def test_sessions_on_other_hardware_are_said(tmp_path, capsys):
     assert "This session runs on other hardware (another, 4 cores, 2 threads)" in capsys.readouterr().err
     write_report(run)
     text = (run / "report.md").read_text(encoding="utf-8")
-    assert "Sessions of this run were made on different hardware" in text
+    assert "Parts of this run were measured on different hardware" in text
     assert "another, 4 cores, 2 threads): times and memory of different samples do not compare" in text
     assert "as a multiple of dense" not in text
 

@@ -173,7 +173,14 @@ def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path):
     arguments = sweep_arguments(tmp_path, out, "--lengths", "400", "--samples", "8", words=5000)
     command = [sys.executable, "-m", "nc_patch", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     results = out / "results.jsonl"
     deadline = time.monotonic() + 120
     while not results.exists() or results.read_bytes().count(b"\n") < 5:
