@@ -282,6 +282,16 @@ def test_windows_are_judged_by_the_share_of_the_gain_they_keep(window, verdict):
     assert "it keeps 98 % of what dense attention gains" in said
 
 
+def test_what_patch_model_does_unasked_is_said_beside_the_law_alone():
+    levels = {"dense": 2.0, "nc-topk": 7.0, "nc-topk-mean": 2.5, "fixed-topk": 8.0}
+    said = " ".join(findings(rows_of("recall", 4096, levels)).headline())
+    assert "as patch_model attends unasked, it reaches 2.50 (25.0 % above dense)" in said
+    assert "Budgets that equal its own at 1,024 tokens" in said
+    assert "as patch_model" not in " ".join(
+        findings(rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 7.0})).headline()
+    )
+
+
 def test_simulated_methods_are_no_budgets_that_do_not_grow_and_lead_nothing():
     levels = {"dense": 2.0, "nc-topk": 7.0, "fixed-topk": 25.7, "oracle": 2.1, "random": 90.0}
     said = " ".join(findings(rows_of("recall", 4096, levels)).headline())
