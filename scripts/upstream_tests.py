@@ -86,9 +86,10 @@ def reason_of(record: dict[str, Any]) -> str | None:
 
 
 def compare(plain: list[dict[str, Any]], patched: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of a patched run, and the tests that pass plain and do not pass patched."""
+    """Counts of a patched run, and the tests that end worse than plain: that do not pass, or fail where plain skips."""
+    rank = {"passed": 0, "skipped": 1, "failed": 2}
     before = {record["test"]: record["outcome"] for record in plain}
-    lost = [r for r in patched if before.get(r["test"]) == "passed" and r["outcome"] != "passed"]
+    lost = [r for r in patched if rank[r["outcome"]] > rank[before.get(r["test"], "passed")]]
     ran = [r for r in patched if r["outcome"] == "passed" and r["patched"]]
     models: Counter[str] = sum((Counter(r["patched"]) for r in patched), Counter())
     refused = sorted({said for r in patched for said in r["refused"]})
