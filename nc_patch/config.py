@@ -1,6 +1,7 @@
 """``NCConfig``: every setting of sparse attention in one frozen, validated object that JSON can hold."""
 
 import dataclasses
+import difflib
 import json
 import math
 import reprlib
@@ -107,6 +108,15 @@ class NCConfig:
     refine: bool = True
     tail: Tail = "mean"
     law: Law = "power"
+
+    def __repr__(self) -> str:
+        """``alpha``, ``C`` and what differs from its default; lists per layer by their size and range."""
+        written = {name: _summary(getattr(self, name)) for name in ("alpha", "C")}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in written and value != field.default:
+                written[field.name] = repr(value)
+        return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in written.items())})"
 
     def __post_init__(self) -> None:
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -304,14 +314,39 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def check_option_names(names: Iterable[str]) -> None:
+    """Raises TypeError where a name is no option of ``NCConfig.create``; the message lists those that there are."""
+    _known_options({"alpha": None, **dict.fromkeys(name for name in names if name != "selection")})
+
+
 def _known_options(options: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(NCConfig)]
     unknown = sorted(shown(name) if not isinstance(name, str) else name[:80] for name in options.keys() - set(names))
     if unknown:
-        raise TypeError(f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(names)}, and selection")
+        hint = _meant(unknown[0], [*names, "selection"])
+        raise TypeError(
+            f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(names)}, and selection"
+            f"{f'. Did you mean {hint}?' if hint else ''}"
+        )
     if "alpha" not in options:
         raise TypeError("alpha is missing: give the factor of the budget law, for example alpha=2.0")
     return options
+
+
+def _meant(unknown: str, names: list[str]) -> str | None:
+    """The name that a misspelled one most likely stands for, if any comes near."""
+    same = [name for name in names if name.lower() == unknown.lower()]
+    return next(iter(same or difflib.get_close_matches(unknown, names, n=1, cutoff=0.6)), None)
+
+
+def _summary(value: PerHead) -> str:
+    """A number as it is; lists per layer in full where they are short, else by their size and range."""
+    if not isinstance(value, tuple) or len(repr(value)) <= 40:
+        return repr(value)
+    rows = [row if isinstance(row, tuple) else (row,) for row in value]
+    numbers = [number for row in rows for number in row]
+    heads = f" of {len(rows[0])} heads" if isinstance(value[0], tuple) else ""
+    return f"<{len(rows)} layers{heads}, {min(numbers):.4g} to {max(numbers):.4g}>"
 
 
 def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -17,7 +17,8 @@ from nc_patch.attention import (
     hand_on_cache,
     refuse_switched,
 )
-from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig
+from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
+from nc_patch.errors import UnsupportedModelError
 from nc_patch.observed import Observed
 from nc_patch.stats import summary, total
 from nc_patch.support import attention_modules, left_dense, say_left_dense
@@ -69,6 +70,9 @@ def patch_model(
     if profile is not None:
         config = _config_of_profile(model, profile, alpha, C, config, options)
     elif config is None:
+        check_option_names(options)
+        if isinstance(alpha, NCConfig):
+            raise TypeError("settings go by name: patch_model(model, config=NCConfig(...))")
         if alpha is None and C is None and options.get("law", "power") == "power":
             alpha, C = DEFAULT_ALPHA, DEFAULT_C
         if C is None and options.get("law") == "log":
@@ -101,7 +105,7 @@ def unpatch_model(model: Model) -> Model:
     """Gives a model its own attention back; its outputs are bit for bit what they were. Returns the same model.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched; ``is_patched`` says whether it is.
     """
     modules = _patched_modules(model)
     with _LOCK:
@@ -204,8 +208,8 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model is not patched.
     """
-    names = {module: name for name, module in model.named_modules()}
     modules = _patched_modules(model)
+    names = {module: name for name, module in model.named_modules()}
     layers = [{"layer": patch.layer, "name": names[module], **summary(patch.counters)} for module, patch in modules]
     parts = [part._asdict() for part in left_dense(model, [module for module, _ in modules])]
     return {**total([patch.counters for _, patch in modules]), "layers": layers, "left_dense": parts}
@@ -244,6 +248,8 @@ def _patch_of(module: torch.nn.Module) -> LayerPatch | None:
 
 
 def _patched_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, LayerPatch]]:
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
     modules = [(module, patch) for module in model.modules() if (patch := _patch_of(module)) is not None]
     if not modules:
         raise ValueError(f"{type(model).__name__} is not patched; call patch_model first")

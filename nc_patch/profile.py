@@ -94,6 +94,13 @@ class Profile:
     dense_layers: tuple[int, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        layers, heads = self.shape
+        return (
+            f"Profile({self.model!r}, {layers} layers of {heads} heads, lengths={self.lengths}, pieces={self.pieces}, "
+            f"aim={self.aim!r})"
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """How many layers and query heads."""

@@ -79,6 +79,22 @@ def test_values_of_a_wrong_type_are_refused_by_name(arguments, message):
         NCConfig(**arguments)
 
 
+def test_a_misspelled_option_is_told_the_one_that_was_meant():
+    for wrong, meant in (("blocksize", "block_size"), ("c", "C"), ("sinkkeys", "sink_keys"), ("select", "selection")):
+        with pytest.raises(TypeError, match=f"unknown option {wrong}; .* Did you mean {meant}\\?"):
+            NCConfig.create(1.0, **{wrong: 0.5})
+    with pytest.raises(TypeError, match=r"and selection$"):
+        NCConfig.create(1.0, xyzzy=1)
+
+
+def test_the_repr_says_what_differs_from_the_defaults_and_stays_short():
+    assert repr(NCConfig(2.0, 0.5)) == "NCConfig(alpha=2.0, C=0.5)"
+    config = NCConfig.create([1.0, 2.0], 0.5, selection="block", min_mass=0.9, dense_layers=[0])
+    assert eval(repr(config)) == config
+    profiled = NCConfig([[1.0, 2.0, 3.0]] * 30, [0.5] * 30, tail="drop")
+    assert repr(profiled) == ("NCConfig(alpha=<30 layers of 3 heads, 1 to 3>, C=<30 layers, 0.5 to 0.5>, tail='drop')")
+
+
 def test_unknown_options_are_refused_and_the_allowed_ones_listed():
     with pytest.raises(TypeError, match=r"unknown option blocksize; allowed are alpha, C, .*block_size.*selection"):
         NCConfig.create(1.0, 0.5, blocksize=3)

@@ -360,6 +360,8 @@ def changed_nothing(model, call, exception, message):
         ((1.0, 0.5), {"selection": "best"}, ValueError, "selection must be one of"),
         ((1.0, 0.5), {"backend": "best"}, ValueError, "backend must be one of"),
         ((1.0, 0.5), {"block": 3}, TypeError, "unknown option block"),
+        ((1.0,), {"c": 0.5}, TypeError, r"unknown option c; .* Did you mean C\?"),
+        ((NCConfig(1.0, 0.5),), {}, TypeError, r"patch_model\(model, config=NCConfig\(\.\.\.\)\)"),
         (
             (1.0, 0.5),
             {"dense_layers": [3]},
@@ -436,6 +438,8 @@ def test_calls_that_need_a_patched_model_say_so():
     for call in (unpatch_model, nc_stats, reset_stats):
         with pytest.raises(ValueError, match="LlamaForCausalLM is not patched; call patch_model first"):
             call(model)
+        with pytest.raises(UnsupportedModelError, match="expected a model of transformers, got str"):
+            call("llama")
 
 
 def test_the_log_law_needs_no_exponent():

@@ -277,3 +277,10 @@ def test_a_copy_is_equal_and_a_profile_cannot_be_changed():
     assert copy.deepcopy(profile) == profile
     with pytest.raises(AttributeError):
         profile.aim = "another"
+
+
+def test_the_repr_of_a_profile_is_one_line_without_its_arrays():
+    profile = made_up_profile()
+    layers, heads = profile.shape
+    assert f"{layers} layers of {heads} heads" in repr(profile)
+    assert len(repr(profile)) < 250
