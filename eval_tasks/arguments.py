@@ -1,6 +1,7 @@
 """Options that several commands share: which model, where it runs, and the budgets that are compared."""
 
 import argparse
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from eval_tasks.models import DTYPES, LoadedModel, load_model
@@ -17,6 +18,17 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def spaced(values: Iterable[object]) -> str:
+    """Values as they are written on a command line."""
+    return " ".join(map(str, values))
+
+
+def add_lengths(parser: argparse.ArgumentParser, default: Sequence[int], what: str) -> None:
+    """Adds ``--lengths``, whose help says its default."""
+    what = f"{what} (default: {spaced(default)})"
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(default), metavar="N", help=what)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

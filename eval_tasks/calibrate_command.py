@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from eval_tasks.arguments import TEXT_FORMS, add_model_options, load_chosen_model, positive
+from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, positive, spaced
 from eval_tasks.errors import EvalError
 from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.models import pick_device
@@ -135,8 +135,15 @@ def _parser() -> argparse.ArgumentParser:
         default="all",
         help="half of each text to read, so that the other is left to test on (default: all)",
     )
-    add("--lengths", nargs="+", type=int, default=list(DEFAULT_LENGTHS), metavar="N", help="context lengths in tokens")
-    add("--eps", nargs="+", type=float, default=list(DEFAULT_EPS), metavar="E", help="shares of the mass to leave out")
+    add_lengths(parser, DEFAULT_LENGTHS, "context lengths in tokens")
+    add(
+        "--eps",
+        nargs="+",
+        type=float,
+        default=list(DEFAULT_EPS),
+        metavar="E",
+        help=f"shares of the mass to leave out (default: {spaced(DEFAULT_EPS)})",
+    )
     add("--target", type=float, default=DEFAULT_TARGET, help="mass that the budgets are for (default: %(default)g)")
     add("--fraction", type=float, metavar="F", help="budgets for this share of all keys, in place of --target")
     add("--at", type=int, metavar="N", help="context length at which --fraction holds (default: over all lengths)")

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from eval_tasks.arguments import TEXT_FORMS, add_budget_options, add_model_options, model_options, positive
+from eval_tasks.arguments import (
+    TEXT_FORMS,
+    add_budget_options,
+    add_lengths,
+    add_model_options,
+    model_options,
+    positive,
+    spaced,
+)
 from eval_tasks.errors import EvalError
 from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
@@ -25,6 +33,8 @@ from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
 from nc_patch.config import BACKENDS
 
+_LENGTHS = (512, 1024, 2048)
+_ISO_KEYS = (16, 32, 64, 128, 256, 512, 1024)
 _ISO_METHODS = (DENSE, "fixed-topk", "streaming")
 
 
@@ -211,7 +221,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", metavar="FILE", help="a profile from nc-patch calibrate; adds the method profile")
     matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
     add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
-    add("--iso-keys", nargs="+", type=positive, metavar="K", default=[16, 32, 64, 128, 256, 512, 1024], help="budgets")
+    add(
+        "--iso-keys",
+        nargs="+",
+        type=positive,
+        metavar="K",
+        default=list(_ISO_KEYS),
+        help=f"with --match iso: the budgets, in keys, that are measured (default: {spaced(_ISO_KEYS)})",
+    )
     _add_within(parser)
     phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
     add("--phase", choices=list(PHASES), default="all", help=f"what is sparse (default: all). {phases}")
@@ -222,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help=f"default: {' '.join(TASKS)}; also {LM_EVAL}NAME, a task or group of lm-eval",
     )
-    add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="context lengths in tokens")
+    add_lengths(parser, _LENGTHS, "context lengths in tokens")
     add("--samples", type=positive, default=4, help="stretches of text at each length (default: 4)")
     add_budget_options(parser)
     add("--scored", type=positive, default=256, help="last tokens that perplexity scores (default: 256)")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from eval_tasks.arguments import TEXT_FORMS, add_budget_options, add_model_options, load_chosen_model
+from eval_tasks.arguments import TEXT_FORMS, add_budget_options, add_lengths, add_model_options, load_chosen_model
 from eval_tasks.errors import EvalError
 from eval_tasks.fidelity import ROWS, Fidelity, fidelity
 from eval_tasks.matching import Budgets
@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add("--text", default=PYTHON_REFERENCE, help=f"{TEXT_FORMS} (default)")
     add("--methods", nargs="+", default=sparse, metavar="METHOD", help=f"default: {' '.join(sparse)}")
-    add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="keys that a query sees")
+    add_lengths(parser, (512, 1024, 2048), "keys that a query sees")
     add("--samples", type=int, default=2, help="stretches of text (default: 2)")
     add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
     add_budget_options(parser)
