@@ -29,7 +29,7 @@ ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
 BLOCK_SIZES = (16, 32, 64, 128)
 # Numbers of keys are kept in 32 bits.
 LARGEST_INTEGER = 2**31 - 1
-# The budget of patch_model(model): see the table in the README.
+# The budget of patch_model(model): see the table in docs/choosing.md.
 DEFAULT_ALPHA, DEFAULT_C = 2.0, 0.5
 QUERY_BLOCK_SIZES = (64, 128)
 SAMPLE_STRIDES = (4, 8, 16, 32, 64)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from script_modules import load_script
+from synthetic_tokenizers import tokenizer_of_kind
 from tiny_models import tiny_model
 
 from nc_patch import NCConfig
@@ -71,9 +72,10 @@ def test_commands_that_measure_say_where_the_results_go():
     assert missing == []
 
 
-def options_of_the_readme():
-    """Option → default, from the README's table, where one row may have several of both."""
-    table = re.search(r"^\| option \| default \|.*?\n\n", (ROOT / "README.md").read_text(), re.S | re.M).group()
+def options_of_the_page():
+    """Option → default, from the table of docs/settings.md, where one row may have several of both."""
+    page = (ROOT / "docs" / "settings.md").read_text()
+    table = re.search(r"^\| option \| default \|.*?\n\n", page, re.S | re.M).group()
     found = {}
     for line in table.strip().splitlines()[2:]:
         names, defaults, _ = (cell.strip() for cell in line.strip("|").split("|", 2))
@@ -84,7 +86,7 @@ def options_of_the_readme():
 
 
 def as_written(default):
-    """A default of ``NCConfig`` as the README writes it."""
+    """A default of ``NCConfig`` as the page writes it."""
     if default is dataclasses.MISSING:
         return ""
     if default is None or default == ():
@@ -92,9 +94,9 @@ def as_written(default):
     return f"{default:g}" if isinstance(default, (int, float)) and not isinstance(default, bool) else str(default)
 
 
-def test_the_readmes_table_of_options_has_the_names_and_defaults_of_the_config():
+def test_the_table_of_options_has_the_names_and_defaults_of_the_config():
     fields = {field.name: as_written(field.default) for field in dataclasses.fields(NCConfig)}
-    listed = options_of_the_readme()
+    listed = options_of_the_page()
     assert listed.pop("selection") == fields["prefill"] == fields["decode"]
     assert listed.pop("C") == ""  # the law's exponent has no default in patch_model, which takes it by place
     fields.pop("C")
@@ -135,14 +137,30 @@ def test_names_that_the_page_on_selections_gives_are_in_the_files_it_gives():
             assert [name for name in re.findall(r"`(\w+)`", names) if name not in source] == []
 
 
-@pytest.mark.parametrize("page", ["docs/choosing.md", "docs/models.md", "docs/selection.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/choosing.md",
+        "docs/decoding.md",
+        "docs/models.md",
+        "docs/selection.md",
+        "docs/settings.md",
+        "docs/start.md",
+    ],
+)
 def test_code_of_a_page_runs(page, tmp_path):
+    """Every block of a page, one after the other, with a tiny model in the place of those that the page names."""
     import nc_patch
 
-    tiny_model("llama").save_pretrained(tmp_path)
+    tokenizer = tokenizer_of_kind("byte_bpe")
+    tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     names = {name: getattr(nc_patch, name) for name in ("NCConfig", "nc_stats", "patch_model")}
     names |= {"NAME": str(tmp_path), "model": tiny_model("llama"), "ids": torch.arange(1, 65)[None]}
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.S | re.M)
     assert blocks
     for block in blocks:
+        for name in ('"smollm2"', '"HuggingFaceTB/SmolLM2-135M-Instruct"'):
+            block = block.replace(name, "NAME")
         exec(compile(block, page, "exec"), names)
