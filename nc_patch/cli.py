@@ -63,6 +63,11 @@ COMMANDS = {
 }
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this package."""
+    return f"pip install -e '.[{extra}]' in the checkout of nc_patch"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -86,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [name for name in command.requires if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"nc-patch: {arguments[0]} needs {', '.join(missing)}: pip install 'nc_patch[{command.extra}]'",
+            f"nc-patch: {arguments[0]} needs {', '.join(missing)}: {how_to_install(command.extra)}",
             file=sys.stderr,
         )
         return USAGE_ERROR

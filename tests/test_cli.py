@@ -98,7 +98,7 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     assert main(["eval", "--list-methods"]) == 2
-    assert "eval needs matplotlib: pip install 'nc_patch[eval]'" in capsys.readouterr().err
+    assert "eval needs matplotlib: pip install -e '.[eval]' in the checkout of nc_patch" in capsys.readouterr().err
 
 
 def test_a_report_of_an_empty_directory_is_refused(tmp_path, capsys):
