@@ -65,4 +65,10 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
     add("--C", type=float, default=0.5, help="exponent of the budget, in [0, 1] (default: 0.5)")
     add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")
-    add("--block-size", type=int, choices=BLOCK_SIZES, default=32, help="keys per block of block (default: 32)")
+    add(
+        "--block-size",
+        type=int,
+        choices=BLOCK_SIZES,
+        default=32,
+        help="keys per block of the method block (default: 32)",
+    )

@@ -250,8 +250,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="copies of the data sets that tasks load from the hub, as DIR/NAMESPACE/NAME",
     )
-    add("--seed", type=int, nargs="+", default=[0], help="of what is drawn; each has --samples of its own (default: 0)")
-    add("--backend", choices=list(BACKENDS), default="auto", help="of sparse attention (default: auto)")
+    add(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="seeds of the random draws; each draws --samples samples (default: 0)",
+    )
+    add("--backend", choices=list(BACKENDS), default="auto", help="what runs sparse attention (default: auto)")
     add("--minutes", type=float, help="begin nothing that is not expected to end within so many minutes")
     add("--processes", type=positive, metavar="N", help="share the samples among N processes of this machine")
     add("--tp-plan", metavar="PLAN", help="auto: spread every layer of one model over all processes")

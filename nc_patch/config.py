@@ -46,38 +46,37 @@ class NCConfig:
         C: exponent of the budget law, in [0, 1]; the same forms as ``alpha``. 0 is a fixed budget; 1 with
             ``alpha >= 1`` is dense.
         prefill: selection for calls with more than one query: ``"topk"``, ``"block"``, ``"window"`` or ``"dense"``.
-        decode: selection for calls with one query per sequence, and for up to 32 that continue a cache; with
-            ``"block"`` for both, several queries count as prefill.
+        decode: selection for calls with one query per sequence, or with up to 32 queries that continue a cache. With
+            ``"block"`` for both ``prefill`` and ``decode``, calls with several queries count as prefill.
         sink_keys: the first visible keys, attended always (within the budget).
         recent_keys: the last visible keys, attended always (within the budget, before the sinks).
         min_keys: lower limit of the budget.
         block_size: keys per block of ``"block"``: 16, 32, 64 or 128.
         query_block_size: how many positions choose their blocks together in prefill: 64 or 128.
-        sample_stride: in prefill every how many positions a query is scored against all keys to choose blocks: 4, 8,
-            16, 32 or 64.
-        estimator: how blocks are scored in prefill: ``"sampled"`` queries, ``"antidiagonal"`` sums as in XAttention, or
-            means of queries and keys, ``"pooled"``. The alternatives are there to compare with.
-        min_mass: kept mass in (0, 1) to aim at: where the estimate says that the budget's blocks keep less, a query
-            block takes more. None for the budget alone.
-        max_factor: how many times the budget's blocks ``min_mass`` may take, at least 1.
+        sample_stride: in prefill one query in so many is scored against all keys to choose blocks: 4, 8, 16, 32 or 64.
+        estimator: how blocks are scored in prefill: by ``"sampled"`` queries; or, to compare with, by
+            ``"antidiagonal"`` sums as in XAttention, or by means of queries and keys, ``"pooled"``.
+        min_mass: kept mass in (0, 1) to aim at in prefill by blocks: where the sampled queries keep less within the
+            budget, their block of queries attends more key blocks. None for the budget alone.
+        max_factor: the most that ``min_mass`` may attend, as a multiple of the budget's blocks, at least 1.
         track: whether ``nc_stats`` holds the kept mass, layer by layer and head by head: see docs/certificates.md for
             what that costs.
         on_drop: what happens when a call of a layer drops more than ``max_dropped_mass``: ``"ignore"``, ``"warn"`` once
-            a layer, ``"raise"`` a ``DroppedMassError``, or redo the call ``"dense"``. Decided by the proven lower limit
-            of every row's kept mass, in prefill by ``"block"`` by an estimate for each head. All but ``"ignore"`` read
-            the device in every call, and refuse to be compiled into a graph.
-        max_dropped_mass: the part of the dense softmax mass, in [0, 1), that a row may leave unattended.
+            a layer, ``"raise"`` a ``DroppedMassError``, or redo the call ``"dense"``. What a call keeps is judged by
+            the proven lower limit of every row, and in prefill by ``"block"`` by an estimate for each head. All but
+            ``"ignore"`` read the device in every call, and refuse to be compiled into a graph.
+        max_dropped_mass: the part of the dense softmax mass, in [0, 1), that a row (a query and head) may drop.
         dense_layers: indices of layers that keep dense attention.
         backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs (NVIDIA's from Ampere on, and AMD's) where
             it has a kernel for the call, and PyTorch elsewhere. What Triton lacks is logged once.
         key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
             where it saves time: for ``"block"``, and for ``"topk"`` on Triton. It changes no result.
-        refine: whether ``"topk"`` decodes exactly by its index. Without, the index's 8-bit scores choose and weigh the
-            keys: cheaper, and approximate.
-        tail: what ``"topk"`` does with the keys that it does not attend: ``"mean"``, in every page of 16 keys they
-            enter as one, the page's mean, as often as they are, which costs a sixteenth of dense attention more; or
-            ``"drop"``, the paper's definition. Other selections drop them: for ``"block"`` means were measured to do
-            harm.
+        refine: whether ``"topk"`` decodes exactly by its index. With False the 8-bit scores of the index choose and
+            weigh the keys, which is cheaper and approximate.
+        tail: what ``"topk"`` does with the keys that it does not attend. ``"mean"``: every page of 16 keys enters as
+            one more key, its mean, which counts as often as the page has keys that are not attended; this costs a
+            sixteenth of dense attention more. ``"drop"``: nothing, which is the paper's definition. Other selections
+            always drop them; for ``"block"`` means were measured to do harm.
         law: ``"power"``, or ``"log"`` for ``ceil(alpha * log2(n))``, a baseline to compare with; it takes no C.
 
     Raises:

@@ -128,6 +128,25 @@ def test_columns_that_the_page_on_the_report_explains_are_those_of_the_report():
     assert [name for name in columns if not name.startswith("--") and f'"{name}"' not in source] == []
 
 
+def test_messages_that_the_first_steps_explain_are_those_of_the_code():
+    source = "".join(
+        path.read_text() for package in ("nc_patch", "eval_tasks") for path in (ROOT / package).rglob("*.py")
+    )
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that go on in the next line
+    rows = re.search(r"^## Common errors\n(.*?)\n\n[A-Z]", (ROOT / "docs/start.md").read_text(), re.S | re.M).group(1)
+    messages = [message for row in rows.splitlines()[3:] for message in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(messages) > 15
+    missing = []
+    for message in messages:
+        # Without numbers and names; the code may put other words in the place of the first ones.
+        piece = max(re.split(r"\.\.\.|\d+(?:\.\d+)?|'\w+'|nc-patch: ", message), key=len).strip()
+        words = piece.split(" ")
+        endings = [" ".join(words[start:]) for start in range(max(1, len(words) - 2))]
+        if not any(ending in source for ending in endings) and message != "nc-patch: command not found":  # a shell's
+            missing.append(message)
+    assert missing == []
+
+
 def test_names_that_the_page_on_selections_gives_are_in_the_files_it_gives():
     rows = re.findall(r"^\| \d\. .*$", text_of("docs/selection.md"), re.M)
     assert len(rows) == 7
