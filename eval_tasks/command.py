@@ -35,7 +35,7 @@ from nc_patch.config import BACKENDS
 
 _LENGTHS = (512, 1024, 2048)
 _ISO_KEYS = (16, 32, 64, 128, 256, 512, 1024)
-_ISO_METHODS = (DENSE, "fixed-topk", "streaming")
+_ISO_METHODS = (DENSE, "fixed-topk", "fixed-topk-mean", "streaming")
 
 
 def run_eval(argv: Sequence[str]) -> int:
