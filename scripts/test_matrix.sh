@@ -61,7 +61,7 @@ complaint() {
 
 base="$(nc_find_python)" || exit 1
 mkdir -p "$home" || exit 1
-grep -viE '^(torch|triton|transformers|tokenizers|huggingface_hub|hf-xet|safetensors|setuptools)==' constraints.txt >"$home/constraints.txt"
+grep -viE '^(torch|triton|numpy|transformers|tokenizers|huggingface_hub|hf-xet|safetensors|setuptools)==' constraints.txt >"$home/constraints.txt"
 triton="$(grep -E '^triton==' constraints.txt)"
 failed=0
 for torch in "${torches[@]}"; do
@@ -81,9 +81,14 @@ for torch in "${torches[@]}"; do
     if [ -z "$why" ] && ! "$environment/bin/python" -c 'import triton' 2>/dev/null; then
         said="$(install "$environment" "$triton")" || why="$(complaint "$said")"
     fi
+    # Triton's interpreter runs with numpy 2.4 since its version 3.7.
+    numpy="$(grep -E '^numpy==' constraints.txt)"
+    if "$environment/bin/python" -c 'import sys, triton; sys.exit(triton.__version__ >= "3.7")' 2>/dev/null; then
+        numpy="numpy<2.4"
+    fi
     for release in "${releases[@]}"; do
         pair="torch $torch, transformers $release"
-        if [ -z "$why" ] && ! said="$(install "$environment" "transformers==$release" numpy hypothesis psutil pytest)"; then
+        if [ -z "$why" ] && ! said="$(install "$environment" "transformers==$release" "$numpy" hypothesis psutil pytest)"; then
             reason="$(complaint "$said")"
         else
             reason="$why"
