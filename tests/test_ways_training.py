@@ -37,6 +37,12 @@ def test_gradients_are_dense_with_a_full_budget_and_checkpointing_changes_none(f
     assert_same(gradients(small(family), ids, checkpointing=True), gradients(small(family), ids))
 
 
+@pytest.mark.parametrize("options", [{"selection": "window"}, {"selection": "block"}, {"tail": "drop"}], ids=str)
+def test_checkpointing_changes_no_gradient_of_any_selection(options):
+    ids = random_ids(2, 70)
+    assert_same(gradients(small(**options), ids, checkpointing=True), gradients(small(**options), ids))
+
+
 def with_lora(model):
     torch.manual_seed(2)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

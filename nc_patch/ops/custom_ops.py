@@ -374,9 +374,9 @@ def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    *_, sinks = ctx.saved_tensors
-    grads = block_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
-    return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * (ctx.inputs - 7)
+    tensors = ctx.saved_tensors  # to be asked for once: gradient checkpointing computes them when it is
+    grads = block_attention_backward(grad_output, *tensors, *ctx.settings)
+    return *grads[:3], None, None, None, None if tensors[-1] is None else grads[3], *(None,) * (ctx.inputs - 7)
 
 
 topk_attention.register_autograd(_rows_backward("topk"), setup_context=_setup_rows)
