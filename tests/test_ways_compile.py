@@ -5,7 +5,7 @@ import torch
 from tiny_models import random_ids, tiny_model
 from torch._dynamo import lookup_backend
 from transformers import CompileConfig
-from ways import each_family, full_and_small
+from ways import each_family, full_and_small, small
 
 
 @pytest.mark.parametrize("family", each_family("gemma2"))
@@ -43,3 +43,15 @@ def test_generate_compiles_itself_on_a_static_cache(family):
         found, graphs = generated_by_compiled_steps(model, ids)
         assert torch.equal(found, reference.generate(ids, max_new_tokens=6, do_sample=False))
         assert graphs == graphs_of_dense  # a step is not compiled anew
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block"])
+def test_a_compiled_step_of_training_has_the_gradients_of_an_eager_one(selection):
+    model, ids, gradients = small(selection=selection).train(), random_ids(2, 40), []
+    torch._dynamo.reset()
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        run(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)

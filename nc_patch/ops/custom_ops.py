@@ -305,7 +305,8 @@ def block_attention_backward(
 
 
 def _like(query: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    return tuple(query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in tensors)
+    # Contiguous, as the gradients are, whatever the strides of the tensors.
+    return tuple(query.new_empty(0 if tensor is None else tensor.shape) for tensor in tensors)
 
 
 @attention_backward.register_fake
