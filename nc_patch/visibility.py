@@ -234,6 +234,11 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.
     return start, origin
 
 
+# By how many steps the bisection below finds one of 2**steps keys. A few numbers for all lengths: a graph is compiled
+# for each, and may be of any length otherwise.
+_SEARCH_STEPS = (12, 17, 22, 31)
+
+
 def _probe(
     mask_function: MaskFunction, position: torch.Tensor, batch_size: int, length: int, *, custom: bool, slides: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,7 +256,11 @@ def _probe(
     batch = torch.arange(batch_size, device=position.device)[:, None]
     head = torch.zeros_like(batch)
     low, high = torch.zeros_like(position), position.clone()
-    for _ in range(max(1, length.bit_length())):
+    steps = _SEARCH_STEPS[0]
+    for more in _SEARCH_STEPS[1:]:
+        if length > 1 << steps:
+            steps = more
+    for _ in range(steps):
         middle = (low + high) // 2
         seen = mask_function(batch, head, position, middle)
         low, high = torch.where(seen, low, middle + 1), torch.where(seen, middle, high)

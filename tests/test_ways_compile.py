@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from torch._dynamo import lookup_backend
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
 from ways import each_family, full_and_small, small
 
@@ -43,6 +44,19 @@ def test_generate_compiles_itself_on_a_static_cache(family):
         found, graphs = generated_by_compiled_steps(model, ids)
         assert torch.equal(found, reference.generate(ids, max_new_tokens=6, do_sample=False))
         assert graphs == graphs_of_dense  # a step is not compiled anew
+
+
+@pytest.mark.parametrize("family", each_family("llama"))
+def test_prompts_of_many_lengths_share_their_graphs(family):
+    model, frames = small(family), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=frames, fullgraph=True)
+    with torch.inference_mode():
+        for length in (40, 20, 31, 55, 64):
+            ids = random_ids(2, length)
+            found, expected = (m(ids, use_cache=False).logits for m in (compiled, model))
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert frames.frame_count == 2  # the first length is taken for a constant
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block"])
