@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from torch.autograd import forward_ad
 
 from nc_patch.config import SELECTIONS, NCConfig, Selection, is_number, shown
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
@@ -344,6 +345,7 @@ def check_tensors(
             )
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move them to one device")
+    _refuse_tangents(query, key, value)
     B, Hq, Lq, D = query.shape
     Hkv, Lk = key.shape[1], key.shape[2]
     if key.shape != (B, Hkv, Lk, D) or value.shape[:3] != (B, Hkv, Lk):
@@ -360,6 +362,17 @@ def check_tensors(
     ):
         raise ValueError(f"sinks must be [{Hq}] on {query.device}, got {_describe(sinks)}")
     return B, Hq, Lq, Lk
+
+
+def _refuse_tangents(*tensors: torch.Tensor) -> None:
+    """Refuses derivatives in forward mode, which PyTorch takes for zero where an operation has none."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "sparse attention has no derivative in forward mode (torch.func.jvp, jacfwd, torch.autograd.forward_ad). "
+            "Use reverse mode, tensor.backward() or torch.autograd.grad, or unpatch the model"
+        )
 
 
 def check_intervals(visible: torch.Tensor, B: int, Lq: int, Lk: int, device: torch.device) -> None:
