@@ -60,6 +60,8 @@ class KeyIndexMixin:
     _nc_seen: _Seen | None = None
     _nc_offloads = False
     _nc_updated: frozenset[IndexKind] = frozenset()
+    # Whether keys have come that no attention has taken in yet: those of a model that is not patched never are.
+    _nc_pending = False
     # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer
     # does not hold, because it computes them from what is cached, or because a module stands for several layers.
     _nc_handed: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None" = None
@@ -68,6 +70,7 @@ class KeyIndexMixin:
     def nc_hand(self, handed: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes note of what ``update`` returns, and returns it."""
         if not torch.compiler.is_compiling():
+            self._nc_pending = True
             self._nc_handed = (weakref.ref(handed[0]), weakref.ref(handed[1]))
         return handed
 
@@ -90,7 +93,8 @@ class KeyIndexMixin:
 
     def nc_check(self) -> None:
         """Drops the indexes if the keys are not those they were made of."""
-        if self.nc_indexes and (self._nc_seen is None or not self._nc_seen.still(self.keys)):
+        unchanged = self._nc_seen is not None and self._nc_seen.still(self.keys) and not self._nc_pending
+        if self.nc_indexes and not unchanged:
             self.nc_forget()
 
     def nc_forget(self) -> None:
@@ -153,7 +157,7 @@ class KeyIndexMixin:
             if self._nc_offloads:
                 self._nc_move(self.keys.device)
                 self._nc_offloads = False
-            self._nc_seen = _Seen.of(self.keys)
+            self._nc_seen, self._nc_pending = _Seen.of(self.keys), False
 
     def _nc_move(self, device: torch.device) -> None:
         for index in self.nc_indexes.values():

@@ -13,7 +13,7 @@ from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
-from nc_patch import KeyIndex, forget_index, patch_model, unpatch_model
+from nc_patch import KeyIndex, forget_index, patch_model, patched, unpatch_model
 from nc_patch.cache import IndexedDynamicLayer, IndexedStaticLayer, layer_cache
 from nc_patch.ops.codes import encode_keys
 
@@ -239,6 +239,24 @@ def test_keys_written_in_inference_mode_need_forget_index():
         both = EncoderDecoderCache(cache, DynamicCache())
         forget_index(both)
         assert all(not layer.nc_indexes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("selection", OPTIONS)
+def test_an_index_that_missed_the_steps_of_an_unpatched_model_is_not_trusted(selection, static, mode):
+    model, ids, logits = tiny_model("llama"), random_ids(1, 80), []
+    for forget in (False, True):
+        cache = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache()
+        with mode():
+            with patched(model, 2.0, 0.5, **OPTIONS[selection]):
+                model(ids[:, :40], past_key_values=cache)
+            model(ids[:, 40:72], past_key_values=cache)
+            if forget:
+                forget_index(cache)
+            with patched(model, 2.0, 0.5, **OPTIONS[selection]):
+                logits.append([model(step, past_key_values=cache).logits for step in ids[:, 72:].split(1, 1)])
+    assert all(map(torch.equal, *logits))
 
 
 def test_settings_of_another_kind_build_the_index_again():
