@@ -8,6 +8,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from nc_patch.autocast import autocast_off, lowered
 from nc_patch.cache import LayerCache, layer_cache
 from nc_patch.certificates import Call, record, refuse_graphs
 from nc_patch.config import NCConfig
@@ -72,12 +73,37 @@ def nc_attention_forward(
     patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
     crosses = patch is None and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)
     refuse_unsupported(module, dropout, None if crosses else is_causal, kwargs)
+    if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
+        nc_layer_cache.layer.nc_compare(key, value)
+    query, key, value = lowered(query, key, value)
+    if isinstance(attention_mask, torch.Tensor):
+        (attention_mask,) = lowered(attention_mask)
+    with autocast_off(query):
+        return _attention(
+            *(module, query, key, value, attention_mask, scaling, softcap, s_aux, patch, nc_layer_cache),
+            crosses=crosses,
+        )
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    patch: LayerPatch | None,
+    nc_layer_cache: LayerCache | None,
+    *,
+    crosses: bool,
+) -> tuple[torch.Tensor, None]:
+    """``nc_attention_forward`` of what it has checked; ``crosses``: every query may see every key."""
     B, _, Lq, Lk = check_tensors(query, key, value, s_aux)
     scale = check_scale(scaling, softcap, query.shape[-1])
     compiling = torch.compiler.is_compiling()
     cached = None if nc_layer_cache is None or compiling else nc_layer_cache.layer
-    if cached is not None:
-        cached.nc_compare(key, value)
     plan = _plan(patch, query, nc_layer_cache)
     config, decoding, selection = plan.config, plan.decoding, plan.selection
     if not is_packed(attention_mask):

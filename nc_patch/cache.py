@@ -230,7 +230,9 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         """Whether new keys may be written into memory that is there: not where a gradient or a graph is recorded."""
         assert self.keys is not None
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (key_states, value_states, self.keys))
-        return not recorded and not torch.compiler.is_compiling() and key_states.shape[0] == self.keys.shape[0]
+        pairs = ((key_states, self.keys), (value_states, self.values))
+        alike = all(new.shape[0] == held.shape[0] and new.dtype == held.dtype for new, held in pairs)
+        return not recorded and not torch.compiler.is_compiling() and alike
 
     def _nc_has_room(self, length: int, end: int) -> bool:
         """Whether keys and values still are all that was written to the room, and ``end`` fit there."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
+from nc_patch.autocast import autocast_off, lowered
 from nc_patch.config import SELECTIONS, NCConfig, Selection, is_number, shown
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops import custom_ops, decode_ops
@@ -89,6 +90,7 @@ def sparse_attention(
         raise ValueError(f"selection must be one of {', '.join(map(repr, SELECTIONS))}, got None")
     _check_options(options)
     config = NCConfig.create(per_head(alpha), per_head(C), selection=selection, **options)
+    query, key, value = lowered(query, key, value)
     B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
@@ -129,24 +131,25 @@ def sparse_attention(
     if not config.refine and index is None:
         raise ValueError('refine=False scores keys by their codes: pass index=KeyIndex.build(key, "codes")')
     scale = check_scale(scale, softcap, query.shape[-1])
-    result = attend(
-        query,
-        key,
-        value,
-        visible=visible,
-        origin=origin,
-        budget=budgets_of(config, 0, visible, Lk),
-        selection="dense" if config.is_dense(0) and not wants_bounds else selection,
-        config=config,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        index=index,
-        means=means,
-        max_budget=config.largest_budget(Lk, 0),
-        want_stats=return_stats,
-        want_bounds=wants_bounds,
-    )
+    with autocast_off(query):
+        result = attend(
+            query,
+            key,
+            value,
+            visible=visible,
+            origin=origin,
+            budget=budgets_of(config, 0, visible, Lk),
+            selection="dense" if config.is_dense(0) and not wants_bounds else selection,
+            config=config,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            index=index,
+            means=means,
+            max_budget=config.largest_budget(Lk, 0),
+            want_stats=return_stats,
+            want_bounds=wants_bounds,
+        )
     return result if return_stats or wants_bounds else result.output
 
 
@@ -322,8 +325,8 @@ def check_index(index: KeyIndex, key: torch.Tensor, kind: IndexKind | None, used
         )
     if not index.fits(key) or index.capacity < key.shape[2]:
         raise ValueError(
-            f"the index is of other keys than {tuple(key.shape)} on {key.device} (room for {index.capacity}); build it "
-            "from these keys, or extend it"
+            f"the index is of other keys than {_describe(key)} (it has room for {index.capacity}, of {index.dtype}); "
+            "build it from these keys, or extend it"
         )
     if query_length > MAX_DECODE_QUERIES:
         raise ValueError(f"an index serves at most {MAX_DECODE_QUERIES} queries at a time, got {query_length}")

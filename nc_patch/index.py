@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from nc_patch.autocast import autocast_off
 from nc_patch.config import BACKENDS
 from nc_patch.ops import decode_ops
 from nc_patch.ops.backends import choose_backend
@@ -42,6 +43,7 @@ class KeyIndex:
         block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
         capacity: how many keys fit without a new allocation.
+        dtype: that of the keys.
         unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
 
@@ -55,8 +57,9 @@ class KeyIndex:
         tensors: dict[str, torch.Tensor],
         capacity: int,
         backend: str,
+        dtype: torch.dtype,
     ) -> None:
-        self.kind, self.block_size, self.capacity = kind, block_size, capacity
+        self.kind, self.block_size, self.capacity, self.dtype = kind, block_size, capacity, dtype
         self.origin = origin
         self._tensors, self._backend = tensors, backend
 
@@ -108,7 +111,8 @@ class KeyIndex:
             raise ValueError(f"capacity must be at least the {L} keys that are there, got {capacity}")
         new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
         if kind == "codes":
-            center, spread = channel_moments(key, start, end) if L else (new(D, dtype=torch.float32),) * 2
+            with autocast_off(key):
+                center, spread = channel_moments(key, start, end) if L else (new(D, dtype=torch.float32),) * 2
             tensors = {
                 # Whose last axis is D, first: ``fits`` looks at it.
                 "center": center,
@@ -131,7 +135,7 @@ class KeyIndex:
             tensors = {"key": new(slots, D, dtype=key.dtype), "value": new(slots, value.shape[3], dtype=value.dtype)}
         head_dims = (D,) if value is None else (D, value.shape[-1])
         chosen, _ = choose_backend(backend, kind, key.device, head_dims=head_dims)
-        index = cls(kind, block_size, start.to(torch.int32).clone(), tensors, capacity, chosen)
+        index = cls(kind, block_size, start.to(torch.int32).clone(), tensors, capacity, chosen, key.dtype)
         if L:
             index._write(key, value, torch.zeros_like(index.origin), L, end)
         return index
@@ -167,9 +171,14 @@ class KeyIndex:
         return PageMeans(self._tensors["key"], self._tensors["value"])
 
     def fits(self, key: torch.Tensor) -> bool:
-        """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv and D, on the same device."""
+        """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv, D, dtype and device."""
         tensor = next(iter(self._tensors.values()))
-        return tensor.shape[:2] == key.shape[:2] and tensor.shape[-1] == key.shape[-1] and tensor.device == key.device
+        return (
+            self.dtype == key.dtype
+            and tensor.shape[:2] == key.shape[:2]
+            and tensor.shape[-1] == key.shape[-1]
+            and tensor.device == key.device
+        )
 
     def select(self, indices: torch.Tensor) -> None:
         """Keeps the sequences ``indices``, int64 ``[B']``, of the batch, in this order; they may repeat (beams)."""
@@ -187,7 +196,9 @@ class KeyIndex:
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
         tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        copy = KeyIndex(self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend)
+        copy = KeyIndex(
+            self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend, self.dtype
+        )
         copy.unstarted = self.unstarted
         return copy
 
@@ -204,6 +215,12 @@ class KeyIndex:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def _write(
+        self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, count: int, end: torch.Tensor
+    ) -> None:
+        with autocast_off(key):
+            self._write_exactly(key, value, first, count, end)
+
+    def _write_exactly(
         self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, count: int, end: torch.Tensor
     ) -> None:
         t = self._tensors
