@@ -306,7 +306,8 @@ def shown(value: Any) -> str:
 
 def _known_options(options: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(NCConfig)]
-    unknown = sorted(shown(name) if not isinstance(name, str) else name[:80] for name in options.keys() - set(names))
+    plain = lambda name: name[:80] if isinstance(name, str) and name.isprintable() else shown(name)  # noqa: E731
+    unknown = sorted(map(plain, options.keys() - set(names)))
     if unknown:
         raise TypeError(f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(names)}, and selection")
     if "alpha" not in options:
