@@ -335,9 +335,16 @@ def forget_index(cache: Cache) -> None:
     """Drops the key indexes of a cache, after its keys were written from outside; the next call builds them again.
 
     Of an ``EncoderDecoderCache`` those of its self-attention, which are all it has.
+
+    Raises:
+        TypeError: ``cache`` is no cache of ``transformers``.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"cache must be a cache of transformers, for example a DynamicCache, got {type(cache).__name__}"
+        )
     for layer in cache.layers:
         if isinstance(layer, KeyIndexMixin):
             layer.nc_forget()

@@ -114,6 +114,8 @@ def sparse_attention(
         raise ValueError(f"origin must be int32 [{B}, {Lq}] on {query.device}, got {_describe(origin)}")
     if visible_given and config.tail == "mean" and selection == "topk":
         check_sequences(visible, origin)
+    if not isinstance(return_stats, bool):
+        raise TypeError(f"return_stats must be True or False, got {shown(return_stats)}")
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
     if index is not None:
@@ -318,6 +320,8 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
 
 def check_index(index: KeyIndex, key: torch.Tensor, kind: IndexKind | None, used_by: str, query_length: int) -> None:
     """Raises ValueError unless an index is of the kind that goes with ``used_by``, and of keys of this shape."""
+    if not isinstance(index, KeyIndex):
+        raise TypeError(f"index and means must be made by KeyIndex.build(key, ...), got {type(index).__name__}")
     if kind != index.kind:
         wanted = ", ".join(f'"{kind}" for selection "{name}"' for name, kind in KIND_OF.items())
         raise ValueError(
@@ -356,8 +360,8 @@ def check_tensors(
             "key must be [B, Hkv, Lk, D] and value [B, Hkv, Lk, Dv] with query's B and D, got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    if D == 0:
-        raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)}")
+    if D == 0 or value.shape[3] == 0:
+        raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)}, value {tuple(value.shape)}")
     if Hkv == 0 or Hq == 0 or Hq % Hkv:
         raise ValueError(f"the number of query heads must be a multiple of the key/value heads, got {Hq} and {Hkv}")
     if sinks is not None and (

@@ -92,6 +92,8 @@ class KeyIndex:
         """
         if kind not in INDEX_KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, INDEX_KINDS))}, got {kind!r}")
+        if not isinstance(key, torch.Tensor):
+            raise TypeError(f"key must be a tensor [batch, heads, length, head_dim], got {type(key).__name__}")
         if key.ndim != 4:
             raise ValueError(f"key must be [batch, heads, length, head_dim], got shape {tuple(key.shape)}")
         if not key.dtype.is_floating_point or key.dtype == torch.float64:
@@ -107,8 +109,8 @@ class KeyIndex:
             _check_ends(name, tensor, B, key)
         check_value(kind, key, value)
         capacity = L if capacity is None else capacity
-        if capacity < L:
-            raise ValueError(f"capacity must be at least the {L} keys that are there, got {capacity}")
+        if not isinstance(capacity, int) or capacity < L:
+            raise ValueError(f"capacity must be a number of at least the {L} keys that are there, got {capacity!r}")
         new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
         if kind == "codes":
             with autocast_off(key):
@@ -150,8 +152,13 @@ class KeyIndex:
             value: ``[B, Hkv, L, Dv]``, for ``"means"``.
 
         Raises:
-            ValueError: ``"means"`` without values that fit.
+            ValueError: keys or values that do not fit, or fewer of them than are new.
         """
+        if not self.fits(key) or not 0 <= count <= key.shape[2]:
+            raise ValueError(
+                f"an index takes in keys like those it was built from, {self.dtype}, with at least the {count} new "
+                f"ones among them, got {key.dtype} {tuple(key.shape)} on {key.device}"
+            )
         check_value(self.kind, key, value)
         _check_ends("end", end, key.shape[0], key)
         if key.shape[2] > self.capacity:
@@ -255,6 +262,8 @@ class KeyIndex:
 
 def _check_ends(name: str, ends: torch.Tensor, batch: int, key: torch.Tensor) -> None:
     """Refuses starts or ends of sequences that are not one whole number each, where the keys lie."""
+    if not isinstance(ends, torch.Tensor):
+        raise TypeError(f"{name} must be an int tensor [{batch}], got {type(ends).__name__}")
     if ends.shape != (batch,) or ends.dtype.is_floating_point or ends.device != key.device:
         got = f"{ends.dtype} {list(ends.shape)} on {ends.device}"
         raise ValueError(f"{name} must be int [{batch}] on {key.device}, got {got}")

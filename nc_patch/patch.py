@@ -172,7 +172,7 @@ def model_shape(model: torch.nn.Module) -> tuple[int, int]:
 
 def is_patched(model: torch.nn.Module) -> bool:
     """Whether any attention module of the model is patched."""
-    return any(_patch_of(module) is not None for module in model.modules())
+    return any(_patch_of(module) is not None for module in _modules(model))
 
 
 def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
@@ -204,8 +204,8 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model is not patched.
     """
-    names = {module: name for name, module in model.named_modules()}
     modules = _patched_modules(model)
+    names = {module: name for name, module in model.named_modules()}
     layers = [{"layer": patch.layer, "name": names[module], **summary(patch.counters)} for module, patch in modules]
     parts = [part._asdict() for part in left_dense(model, [module for module, _ in modules])]
     return {**total([patch.counters for _, patch in modules]), "layers": layers, "left_dense": parts}
@@ -243,8 +243,14 @@ def _patch_of(module: torch.nn.Module) -> LayerPatch | None:
     return patch
 
 
+def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a model of transformers, got {type(model).__name__}")
+    return model.modules()
+
+
 def _patched_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, LayerPatch]]:
-    modules = [(module, patch) for module in model.modules() if (patch := _patch_of(module)) is not None]
+    modules = [(module, patch) for module in _modules(model) if (patch := _patch_of(module)) is not None]
     if not modules:
         raise ValueError(f"{type(model).__name__} is not patched; call patch_model first")
     return modules

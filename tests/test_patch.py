@@ -24,6 +24,7 @@ from nc_patch import (
     NCConfig,
     UnsupportedMaskError,
     UnsupportedModelError,
+    forget_index,
     is_patched,
     nc_stats,
     patch_model,
@@ -436,6 +437,11 @@ def test_calls_that_need_a_patched_model_say_so():
     for call in (unpatch_model, nc_stats, reset_stats):
         with pytest.raises(ValueError, match="LlamaForCausalLM is not patched; call patch_model first"):
             call(model)
+    for call in (unpatch_model, nc_stats, reset_stats, is_patched):
+        with pytest.raises(TypeError, match="model must be a model of transformers, got NoneType"):
+            call(None)
+    with pytest.raises(TypeError, match=r"cache must be a cache of transformers.*got tuple"):
+        forget_index(())
 
 
 def test_the_log_law_needs_no_exponent():
