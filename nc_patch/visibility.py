@@ -150,6 +150,12 @@ def _all_keys(
     return torch.nn.functional.pad(visible, (0, 2))[:, None].contiguous()
 
 
+_HOLES = (
+    "the padding mask has holes: the tokens of a row must be one run, padded on the left or right. "
+    "Move the padding to one side of each row; to generate, to the left (tokenizer.padding_side = 'left')."
+)
+
+
 def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First token of each row and the end of its tokens, int64 ``[B, 1]``; raises where they are not one run."""
     index = torch.arange(padding.shape[-1], device=padding.device)
@@ -158,11 +164,10 @@ def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     whole = padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)
     # Decoding too: generating after padding on the right leaves a hole. A capture must not read the device.
     capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not capturing and not bool(whole.all()):
-        raise UnsupportedMaskError(
-            "the padding mask has holes: the tokens of a row must be one run, padded on the left or right. "
-            "Move the padding to one side of each row; to generate, to the left (tokenizer.padding_side = 'left')."
-        )
+    if torch.compiler.is_compiling():
+        torch._assert_async(whole.all(), _HOLES)
+    elif not capturing and not bool(whole.all()):
+        raise UnsupportedMaskError(_HOLES)
     return first, stop
 
 

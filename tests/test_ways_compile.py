@@ -69,3 +69,16 @@ def test_a_compiled_step_of_training_has_the_gradients_of_an_eager_one(selection
         gradients.append([p.grad.clone() for p in model.parameters()])
     for eager, compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_call_refuses_a_padding_mask_with_holes():
+    model, ids, mask = small(), random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :10] = 0
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        found, expected = (m(ids, attention_mask=mask, use_cache=False).logits for m in (compiled, model))
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=0)
+        mask[0, 20] = 0
+        with pytest.raises(RuntimeError, match=r"the padding mask has holes.*to generate, to the left"):
+            compiled(ids, attention_mask=mask, use_cache=False)
