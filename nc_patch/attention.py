@@ -19,7 +19,7 @@ from nc_patch.layer_index import key_index_of, key_means_of
 from nc_patch.observed import Observed
 from nc_patch.ops.limits import MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult
-from nc_patch.refusals import check_heads, mask_problem, refuse_missing_keys, refuse_unsupported
+from nc_patch.refusals import check_heads, mask_problem, refuse_missing_keys, refuse_unsupported, say_unpatched
 from nc_patch.stats import LayerCounters, tally
 from nc_patch.visibility import Visibility, interval_mask, is_bidirectional, is_packed, is_plain_causal
 
@@ -63,7 +63,7 @@ def nc_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention as ``transformers`` asks for it: ``[B, H, L, D]`` in, ``([B, Lq, Hq, Dv], None)`` out.
 
-    A module that carries no ``LayerPatch`` shares its config object with a patched model: it runs dense.
+    A module that carries no ``LayerPatch`` has its config from a patched model: it runs dense, and the log says so.
     ``nc_layer_cache`` comes from ``hand_on_cache``.
 
     Raises:
@@ -73,6 +73,8 @@ def nc_attention_forward(
     patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
     crosses = patch is None and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)
     refuse_unsupported(module, dropout, None if crosses else is_causal, kwargs)
+    if patch is None and not crosses and not torch.compiler.is_compiling():
+        say_unpatched(type(module).__name__)
     if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
         nc_layer_cache.layer.nc_compare(key, value)
     query, key, value = lowered(query, key, value)

@@ -33,6 +33,7 @@ from nc_patch import (
     unpatch_model,
 )
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
+from nc_patch.refusals import say_unpatched
 
 SELECTIONS = ("topk", "window", "block", "dense")
 FULL = {"alpha >= 1, C = 1": (1.0, 1.0), "budget above n": (500.0, 0.0)}
@@ -268,6 +269,19 @@ def test_models_that_share_a_config_object():
         assert torch.equal(second(ids, attention_mask=padding).logits[padding.bool()], sparse)
         unpatch_model(second)
         assert torch.equal(second(ids, attention_mask=padding).logits[padding.bool()], dense)
+
+
+def test_a_model_made_from_the_config_of_a_patched_one_runs_dense_and_the_log_says_so(caplog):
+    ids, model = random_ids(1, 20), patch_model(tiny_model("llama"), 2.0, 0.5)
+    other = LlamaForCausalLM(copy.deepcopy(model.config)).eval()
+    other.load_state_dict(model.state_dict())
+    say_unpatched.cache_clear()
+    with torch.inference_mode():
+        model(ids)
+        assert "runs dense" not in caplog.text
+        assert torch.equal(other(ids).logits, tiny_model("llama")(ids).logits)
+        assert "LlamaAttention runs dense: its config names the attention of patched models" in caplog.text
+        assert torch.equal(patch_model(other, 2.0, 0.5)(ids).logits, model(ids).logits)
 
 
 def test_training_through_a_patched_model():
