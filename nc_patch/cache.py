@@ -132,6 +132,9 @@ class KeyIndexMixin:
                 for tensor in index.tensors():
                     torch._dynamo.mark_static_address(tensor)
         else:
+            if not torch.compiler.is_compiling() and index.is_frozen():
+                index = index.clone()
+                self.nc_indexes = {**self.nc_indexes, kind: index}
             index.extend(key, visible.shape[1], end, value)
         if not torch.compiler.is_compiling():  # nothing settles there, and a graph would guard what it left
             self._nc_updated |= {kind}

@@ -209,6 +209,10 @@ class KeyIndex:
         copy.unstarted = self.unstarted
         return copy
 
+    def is_frozen(self) -> bool:
+        """Whether it was made or grew in inference mode, which is over: then only its clone may be written to."""
+        return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.tensors())
+
     def to(self, device: torch.device | str) -> None:
         """Moves the index to a device."""
         self._map(lambda tensor: tensor.to(device, non_blocking=True))

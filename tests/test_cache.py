@@ -241,6 +241,19 @@ def test_keys_written_in_inference_mode_need_forget_index():
         assert all(not layer.nc_indexes for layer in cache.layers)
 
 
+@pytest.mark.parametrize("inference", [(1, 1, 0, 1, 0), (0, 1, 1, 0, 0)], ids=str)
+@pytest.mark.parametrize("selection", OPTIONS)
+def test_a_cache_goes_in_and_out_of_inference_mode(selection, inference):
+    model, ids, logits = patch_model(tiny_model("llama"), 2.0, 0.5, **OPTIONS[selection]), random_ids(2, 71), []
+    for modes in (inference, (0,) * 5):
+        cache = DynamicCache()
+        for mode, piece in zip(modes, ids.split([50, 1, 1, 18, 1], 1), strict=True):
+            with torch.inference_mode() if mode else torch.no_grad():
+                logits.append(model(piece, past_key_values=cache).logits)
+        assert all(layer.nc_indexes for layer in cache.layers)
+    assert all(map(torch.equal, logits[:5], logits[5:]))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("selection", OPTIONS)
