@@ -345,11 +345,13 @@ def check_tensors(
             raise TypeError(f"{name} must be a tensor [batch, heads, length, head_dim], got {type(tensor).__name__}")
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
+        if tensor.dtype not in DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise ValueError(
-                f"{name} must have query's dtype, one of {allowed}; got {tensor.dtype}, query {query.dtype}"
+                f"{name} must be one of {allowed}, got {tensor.dtype}; convert it, or the model, with .to()"
             )
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype, {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move them to one device")
     _refuse_tangents(query, key, value)

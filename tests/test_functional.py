@@ -136,7 +136,7 @@ def bad(change):
         ({"query": torch.randn(2, 5, 20, 16)}, "multiple of the key/value heads, got 5 and 2"),
         (
             {"query": torch.randn(2, 6, 20, 16).double()},
-            "query must have query's dtype, one of bfloat16, float16, float32",
+            "query must be one of bfloat16, float16, float32, got",
         ),
         ({"key": torch.randn(2, 2, 31, 16).half()}, "key must have query's dtype"),
         ({"key": torch.randn(2, 2, 31, 8)}, "key must be"),
