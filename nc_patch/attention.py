@@ -8,6 +8,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from nc_patch.autocast import autocast_off, lowered
 from nc_patch.cache import LayerCache, layer_cache
 from nc_patch.certificates import Call, record, refuse_graphs
 from nc_patch.config import NCConfig
@@ -18,7 +19,7 @@ from nc_patch.layer_index import key_index_of, key_means_of
 from nc_patch.observed import Observed
 from nc_patch.ops.limits import MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult
-from nc_patch.refusals import check_heads, mask_problem, refuse_missing_keys, refuse_unsupported
+from nc_patch.refusals import check_heads, mask_problem, refuse_missing_keys, refuse_unsupported, say_unpatched
 from nc_patch.stats import LayerCounters, tally
 from nc_patch.visibility import Visibility, interval_mask, is_bidirectional, is_packed, is_plain_causal
 
@@ -62,7 +63,7 @@ def nc_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention as ``transformers`` asks for it: ``[B, H, L, D]`` in, ``([B, Lq, Hq, Dv], None)`` out.
 
-    A module that carries no ``LayerPatch`` shares its config object with a patched model: it runs dense.
+    A module that carries no ``LayerPatch`` has its config from a patched model: it runs dense, and the log says so.
     ``nc_layer_cache`` comes from ``hand_on_cache``.
 
     Raises:
@@ -72,12 +73,39 @@ def nc_attention_forward(
     patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
     crosses = patch is None and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)
     refuse_unsupported(module, dropout, None if crosses else is_causal, kwargs)
+    if patch is None and not crosses and not torch.compiler.is_compiling():
+        say_unpatched(type(module).__name__)
+    if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
+        nc_layer_cache.layer.nc_compare(key, value)
+    query, key, value = lowered(query, key, value)
+    if isinstance(attention_mask, torch.Tensor):
+        (attention_mask,) = lowered(attention_mask)
+    with autocast_off(query):
+        return _attention(
+            *(module, query, key, value, attention_mask, scaling, softcap, s_aux, patch, nc_layer_cache),
+            crosses=crosses,
+        )
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    patch: LayerPatch | None,
+    nc_layer_cache: LayerCache | None,
+    *,
+    crosses: bool,
+) -> tuple[torch.Tensor, None]:
+    """``nc_attention_forward`` of what it has checked; ``crosses``: every query may see every key."""
     B, _, Lq, Lk = check_tensors(query, key, value, s_aux)
     scale = check_scale(scaling, softcap, query.shape[-1])
     compiling = torch.compiler.is_compiling()
     cached = None if nc_layer_cache is None or compiling else nc_layer_cache.layer
-    if cached is not None:
-        cached.nc_compare(key, value)
     plan = _plan(patch, query, nc_layer_cache)
     config, decoding, selection = plan.config, plan.decoding, plan.selection
     if not is_packed(attention_mask):

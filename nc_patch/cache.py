@@ -60,6 +60,8 @@ class KeyIndexMixin:
     _nc_seen: _Seen | None = None
     _nc_offloads = False
     _nc_updated: frozenset[IndexKind] = frozenset()
+    # Whether keys have come that no attention has taken in yet: those of a model that is not patched never are.
+    _nc_pending = False
     # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer
     # does not hold, because it computes them from what is cached, or because a module stands for several layers.
     _nc_handed: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None" = None
@@ -68,6 +70,7 @@ class KeyIndexMixin:
     def nc_hand(self, handed: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes note of what ``update`` returns, and returns it."""
         if not torch.compiler.is_compiling():
+            self._nc_pending = True
             self._nc_handed = (weakref.ref(handed[0]), weakref.ref(handed[1]))
         return handed
 
@@ -90,7 +93,8 @@ class KeyIndexMixin:
 
     def nc_check(self) -> None:
         """Drops the indexes if the keys are not those they were made of."""
-        if self.nc_indexes and (self._nc_seen is None or not self._nc_seen.still(self.keys)):
+        unchanged = self._nc_seen is not None and self._nc_seen.still(self.keys) and not self._nc_pending
+        if self.nc_indexes and not unchanged:
             self.nc_forget()
 
     def nc_forget(self) -> None:
@@ -128,6 +132,9 @@ class KeyIndexMixin:
                 for tensor in index.tensors():
                     torch._dynamo.mark_static_address(tensor)
         else:
+            if not torch.compiler.is_compiling() and index.is_frozen():
+                index = index.clone()
+                self.nc_indexes = {**self.nc_indexes, kind: index}
             index.extend(key, visible.shape[1], end, value)
         if not torch.compiler.is_compiling():  # nothing settles there, and a graph would guard what it left
             self._nc_updated |= {kind}
@@ -153,7 +160,7 @@ class KeyIndexMixin:
             if self._nc_offloads:
                 self._nc_move(self.keys.device)
                 self._nc_offloads = False
-            self._nc_seen = _Seen.of(self.keys)
+            self._nc_seen, self._nc_pending = _Seen.of(self.keys), False
 
     def _nc_move(self, device: torch.device) -> None:
         for index in self.nc_indexes.values():
@@ -226,7 +233,9 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         """Whether new keys may be written into memory that is there: not where a gradient or a graph is recorded."""
         assert self.keys is not None
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (key_states, value_states, self.keys))
-        return not recorded and not torch.compiler.is_compiling() and key_states.shape[0] == self.keys.shape[0]
+        pairs = ((key_states, self.keys), (value_states, self.values))
+        alike = all(new.shape[0] == held.shape[0] and new.dtype == held.dtype for new, held in pairs)
+        return not recorded and not torch.compiler.is_compiling() and alike
 
     def _nc_has_room(self, length: int, end: int) -> bool:
         """Whether keys and values still are all that was written to the room, and ``end`` fit there."""
@@ -329,9 +338,16 @@ def forget_index(cache: Cache) -> None:
     """Drops the key indexes of a cache, after its keys were written from outside; the next call builds them again.
 
     Of an ``EncoderDecoderCache`` those of its self-attention, which are all it has.
+
+    Raises:
+        TypeError: ``cache`` is no cache of ``transformers``.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"cache must be a cache of transformers, for example a DynamicCache, got {type(cache).__name__}"
+        )
     for layer in cache.layers:
         if isinstance(layer, KeyIndexMixin):
             layer.nc_forget()

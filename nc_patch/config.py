@@ -320,7 +320,8 @@ def check_option_names(names: Iterable[str]) -> None:
 
 def _known_options(options: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(NCConfig)]
-    unknown = sorted(shown(name) if not isinstance(name, str) else name[:80] for name in options.keys() - set(names))
+    plain = lambda name: name[:80] if isinstance(name, str) and name.isprintable() else shown(name)  # noqa: E731
+    unknown = sorted(map(plain, options.keys() - set(names)))
     if unknown:
         hint = _meant(unknown[0], [*names, "selection"])
         raise TypeError(

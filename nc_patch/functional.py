@@ -7,7 +7,9 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from torch.autograd import forward_ad
 
+from nc_patch.autocast import autocast_off, lowered
 from nc_patch.config import SELECTIONS, NCConfig, Selection, is_number, shown
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops import custom_ops, decode_ops
@@ -88,6 +90,7 @@ def sparse_attention(
         raise ValueError(f"selection must be one of {', '.join(map(repr, SELECTIONS))}, got None")
     _check_options(options)
     config = NCConfig.create(per_head(alpha), per_head(C), selection=selection, **options)
+    query, key, value = lowered(query, key, value)
     B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
@@ -111,6 +114,8 @@ def sparse_attention(
         raise ValueError(f"origin must be int32 [{B}, {Lq}] on {query.device}, got {_describe(origin)}")
     if visible_given and config.tail == "mean" and selection == "topk":
         check_sequences(visible, origin)
+    if not isinstance(return_stats, bool):
+        raise TypeError(f"return_stats must be True or False, got {shown(return_stats)}")
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
     if index is not None:
@@ -128,24 +133,25 @@ def sparse_attention(
     if not config.refine and index is None:
         raise ValueError('refine=False scores keys by their codes: pass index=KeyIndex.build(key, "codes")')
     scale = check_scale(scale, softcap, query.shape[-1])
-    result = attend(
-        query,
-        key,
-        value,
-        visible=visible,
-        origin=origin,
-        budget=budgets_of(config, 0, visible, Lk),
-        selection="dense" if config.is_dense(0) and not wants_bounds else selection,
-        config=config,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        index=index,
-        means=means,
-        max_budget=config.largest_budget(Lk, 0),
-        want_stats=return_stats,
-        want_bounds=wants_bounds,
-    )
+    with autocast_off(query):
+        result = attend(
+            query,
+            key,
+            value,
+            visible=visible,
+            origin=origin,
+            budget=budgets_of(config, 0, visible, Lk),
+            selection="dense" if config.is_dense(0) and not wants_bounds else selection,
+            config=config,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            index=index,
+            means=means,
+            max_budget=config.largest_budget(Lk, 0),
+            want_stats=return_stats,
+            want_bounds=wants_bounds,
+        )
     return result if return_stats or wants_bounds else result.output
 
 
@@ -314,6 +320,8 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
 
 def check_index(index: KeyIndex, key: torch.Tensor, kind: IndexKind | None, used_by: str, query_length: int) -> None:
     """Raises ValueError unless an index is of the kind that goes with ``used_by``, and of keys of this shape."""
+    if not isinstance(index, KeyIndex):
+        raise TypeError(f"index and means must be made by KeyIndex.build(key, ...), got {type(index).__name__}")
     if kind != index.kind:
         wanted = ", ".join(f'"{kind}" for selection "{name}"' for name, kind in KIND_OF.items())
         raise ValueError(
@@ -321,8 +329,8 @@ def check_index(index: KeyIndex, key: torch.Tensor, kind: IndexKind | None, used
         )
     if not index.fits(key) or index.capacity < key.shape[2]:
         raise ValueError(
-            f"the index is of other keys than {tuple(key.shape)} on {key.device} (room for {index.capacity}); build it "
-            "from these keys, or extend it"
+            f"the index is of other keys than {_describe(key)} (it has room for {index.capacity}, of {index.dtype}); "
+            "build it from these keys, or extend it"
         )
     if query_length > MAX_DECODE_QUERIES:
         raise ValueError(f"an index serves at most {MAX_DECODE_QUERIES} queries at a time, got {query_length}")
@@ -344,6 +352,7 @@ def check_tensors(
             raise ValueError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move them to one device")
+    _refuse_tangents(query, key, value)
     B, Hq, Lq, D = query.shape
     Hkv, Lk = key.shape[1], key.shape[2]
     if key.shape != (B, Hkv, Lk, D) or value.shape[:3] != (B, Hkv, Lk):
@@ -351,8 +360,8 @@ def check_tensors(
             "key must be [B, Hkv, Lk, D] and value [B, Hkv, Lk, Dv] with query's B and D, got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    if D == 0:
-        raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)}")
+    if D == 0 or value.shape[3] == 0:
+        raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)}, value {tuple(value.shape)}")
     if Hkv == 0 or Hq == 0 or Hq % Hkv:
         raise ValueError(f"the number of query heads must be a multiple of the key/value heads, got {Hq} and {Hkv}")
     if sinks is not None and (
@@ -360,6 +369,17 @@ def check_tensors(
     ):
         raise ValueError(f"sinks must be [{Hq}] on {query.device}, got {_describe(sinks)}")
     return B, Hq, Lq, Lk
+
+
+def _refuse_tangents(*tensors: torch.Tensor) -> None:
+    """Refuses derivatives in forward mode, which PyTorch takes for zero where an operation has none."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "sparse attention has no derivative in forward mode (torch.func.jvp, jacfwd, torch.autograd.forward_ad). "
+            "Use reverse mode, tensor.backward() or torch.autograd.grad, or unpatch the model"
+        )
 
 
 def check_intervals(visible: torch.Tensor, B: int, Lq: int, Lk: int, device: torch.device) -> None:

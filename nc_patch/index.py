@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from nc_patch.autocast import autocast_off
 from nc_patch.config import BACKENDS
 from nc_patch.ops import decode_ops
 from nc_patch.ops.backends import choose_backend
@@ -42,6 +43,7 @@ class KeyIndex:
         block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
         capacity: how many keys fit without a new allocation.
+        dtype: that of the keys.
         unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
 
@@ -55,8 +57,9 @@ class KeyIndex:
         tensors: dict[str, torch.Tensor],
         capacity: int,
         backend: str,
+        dtype: torch.dtype,
     ) -> None:
-        self.kind, self.block_size, self.capacity = kind, block_size, capacity
+        self.kind, self.block_size, self.capacity, self.dtype = kind, block_size, capacity, dtype
         self.origin = origin
         self._tensors, self._backend = tensors, backend
 
@@ -89,6 +92,8 @@ class KeyIndex:
         """
         if kind not in INDEX_KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, INDEX_KINDS))}, got {kind!r}")
+        if not isinstance(key, torch.Tensor):
+            raise TypeError(f"key must be a tensor [batch, heads, length, head_dim], got {type(key).__name__}")
         if key.ndim != 4:
             raise ValueError(f"key must be [batch, heads, length, head_dim], got shape {tuple(key.shape)}")
         if not key.dtype.is_floating_point or key.dtype == torch.float64:
@@ -104,11 +109,12 @@ class KeyIndex:
             _check_ends(name, tensor, B, key)
         check_value(kind, key, value)
         capacity = L if capacity is None else capacity
-        if capacity < L:
-            raise ValueError(f"capacity must be at least the {L} keys that are there, got {capacity}")
+        if not isinstance(capacity, int) or capacity < L:
+            raise ValueError(f"capacity must be a number of at least the {L} keys that are there, got {capacity!r}")
         new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
         if kind == "codes":
-            center, spread = channel_moments(key, start, end) if L else (new(D, dtype=torch.float32),) * 2
+            with autocast_off(key):
+                center, spread = channel_moments(key, start, end) if L else (new(D, dtype=torch.float32),) * 2
             tensors = {
                 # Whose last axis is D, first: ``fits`` looks at it.
                 "center": center,
@@ -131,7 +137,7 @@ class KeyIndex:
             tensors = {"key": new(slots, D, dtype=key.dtype), "value": new(slots, value.shape[3], dtype=value.dtype)}
         head_dims = (D,) if value is None else (D, value.shape[-1])
         chosen, _ = choose_backend(backend, kind, key.device, head_dims=head_dims)
-        index = cls(kind, block_size, start.to(torch.int32).clone(), tensors, capacity, chosen)
+        index = cls(kind, block_size, start.to(torch.int32).clone(), tensors, capacity, chosen, key.dtype)
         if L:
             index._write(key, value, torch.zeros_like(index.origin), L, end)
         return index
@@ -146,8 +152,13 @@ class KeyIndex:
             value: ``[B, Hkv, L, Dv]``, for ``"means"``.
 
         Raises:
-            ValueError: ``"means"`` without values that fit.
+            ValueError: keys or values that do not fit, or fewer of them than are new.
         """
+        if not self.fits(key) or not 0 <= count <= key.shape[2]:
+            raise ValueError(
+                f"an index takes in keys like those it was built from, {self.dtype}, with at least the {count} new "
+                f"ones among them, got {key.dtype} {tuple(key.shape)} on {key.device}"
+            )
         check_value(self.kind, key, value)
         _check_ends("end", end, key.shape[0], key)
         if key.shape[2] > self.capacity:
@@ -167,9 +178,14 @@ class KeyIndex:
         return PageMeans(self._tensors["key"], self._tensors["value"])
 
     def fits(self, key: torch.Tensor) -> bool:
-        """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv and D, on the same device."""
+        """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv, D, dtype and device."""
         tensor = next(iter(self._tensors.values()))
-        return tensor.shape[:2] == key.shape[:2] and tensor.shape[-1] == key.shape[-1] and tensor.device == key.device
+        return (
+            self.dtype == key.dtype
+            and tensor.shape[:2] == key.shape[:2]
+            and tensor.shape[-1] == key.shape[-1]
+            and tensor.device == key.device
+        )
 
     def select(self, indices: torch.Tensor) -> None:
         """Keeps the sequences ``indices``, int64 ``[B']``, of the batch, in this order; they may repeat (beams)."""
@@ -187,9 +203,15 @@ class KeyIndex:
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
         tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        copy = KeyIndex(self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend)
+        copy = KeyIndex(
+            self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend, self.dtype
+        )
         copy.unstarted = self.unstarted
         return copy
+
+    def is_frozen(self) -> bool:
+        """Whether it was made or grew in inference mode, which is over: then only its clone may be written to."""
+        return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.tensors())
 
     def to(self, device: torch.device | str) -> None:
         """Moves the index to a device."""
@@ -204,6 +226,12 @@ class KeyIndex:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def _write(
+        self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, count: int, end: torch.Tensor
+    ) -> None:
+        with autocast_off(key):
+            self._write_exactly(key, value, first, count, end)
+
+    def _write_exactly(
         self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, count: int, end: torch.Tensor
     ) -> None:
         t = self._tensors
@@ -238,6 +266,8 @@ class KeyIndex:
 
 def _check_ends(name: str, ends: torch.Tensor, batch: int, key: torch.Tensor) -> None:
     """Refuses starts or ends of sequences that are not one whole number each, where the keys lie."""
+    if not isinstance(ends, torch.Tensor):
+        raise TypeError(f"{name} must be an int tensor [{batch}], got {type(ends).__name__}")
     if ends.shape != (batch,) or ends.dtype.is_floating_point or ends.device != key.device:
         got = f"{ends.dtype} {list(ends.shape)} on {ends.device}"
         raise ValueError(f"{name} must be int [{batch}] on {key.device}, got {got}")

@@ -176,7 +176,7 @@ def model_shape(model: torch.nn.Module) -> tuple[int, int]:
 
 def is_patched(model: torch.nn.Module) -> bool:
     """Whether any attention module of the model is patched."""
-    return any(_patch_of(module) is not None for module in model.modules())
+    return any(_patch_of(module) is not None for module in _modules(model))
 
 
 def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
@@ -247,10 +247,14 @@ def _patch_of(module: torch.nn.Module) -> LayerPatch | None:
     return patch
 
 
-def _patched_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, LayerPatch]]:
+def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
-    modules = [(module, patch) for module in model.modules() if (patch := _patch_of(module)) is not None]
+    return model.modules()
+
+
+def _patched_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, LayerPatch]]:
+    modules = [(module, patch) for module in _modules(model) if (patch := _patch_of(module)) is not None]
     if not modules:
         raise ValueError(f"{type(model).__name__} is not patched; call patch_model first")
     return modules

@@ -55,7 +55,7 @@ class Plan:
     def positions(self, length: int) -> torch.Tensor:
         """The queries whose rows are taken for a length, int64 ``[rows]``."""
         first = length - max(min(self.rows, length), length // _SPAN)
-        return torch.linspace(first, length - 1, self.rows).round().long()
+        return torch.linspace(first, length - 1, self.rows, dtype=torch.float32).round().long()
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _loss_of_drawn_tokens(logits: torch.Tensor, seed: int) -> torch.Tensor:
     with torch.no_grad():
         # torch.multinomial takes seconds for so many rows of a whole vocabulary.
         generator = torch.Generator().manual_seed(seed)
-        level = torch.rand(len(scores), 1, generator=generator).to(scores.device)
+        level = torch.rand(len(scores), 1, generator=generator, dtype=torch.float32).to(scores.device)
         reached = torch.softmax(scores, -1).cumsum_(-1)
         drawn = torch.searchsorted(reached, level * reached[:, -1:])[:, 0].clamp(max=scores.shape[-1] - 1)
     return torch.nn.functional.cross_entropy(scores, drawn, reduction="sum")

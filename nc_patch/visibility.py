@@ -150,6 +150,12 @@ def _all_keys(
     return torch.nn.functional.pad(visible, (0, 2))[:, None].contiguous()
 
 
+_HOLES = (
+    "the padding mask has holes: the tokens of a row must be one run, padded on the left or right. "
+    "Move the padding to one side of each row; to generate, to the left (tokenizer.padding_side = 'left')."
+)
+
+
 def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First token of each row and the end of its tokens, int64 ``[B, 1]``; raises where they are not one run."""
     index = torch.arange(padding.shape[-1], device=padding.device)
@@ -158,11 +164,10 @@ def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     whole = padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)
     # Decoding too: generating after padding on the right leaves a hole. A capture must not read the device.
     capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not capturing and not bool(whole.all()):
-        raise UnsupportedMaskError(
-            "the padding mask has holes: the tokens of a row must be one run, padded on the left or right. "
-            "Move the padding to one side of each row; to generate, to the left (tokenizer.padding_side = 'left')."
-        )
+    if torch.compiler.is_compiling():
+        torch._assert_async(whole.all(), _HOLES)
+    elif not capturing and not bool(whole.all()):
+        raise UnsupportedMaskError(_HOLES)
     return first, stop
 
 
@@ -234,6 +239,11 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.
     return start, origin
 
 
+# By how many steps the bisection below finds one of 2**steps keys. A few numbers for all lengths: a graph is compiled
+# for each, and may be of any length otherwise.
+_SEARCH_STEPS = (12, 17, 22, 31)
+
+
 def _probe(
     mask_function: MaskFunction, position: torch.Tensor, batch_size: int, length: int, *, custom: bool, slides: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,7 +261,11 @@ def _probe(
     batch = torch.arange(batch_size, device=position.device)[:, None]
     head = torch.zeros_like(batch)
     low, high = torch.zeros_like(position), position.clone()
-    for _ in range(max(1, length.bit_length())):
+    steps = _SEARCH_STEPS[0]
+    for more in _SEARCH_STEPS[1:]:
+        if length > 1 << steps:
+            steps = more
+    for _ in range(steps):
         middle = (low + high) // 2
         seen = mask_function(batch, head, position, middle)
         low, high = torch.where(seen, low, middle + 1), torch.where(seen, middle, high)

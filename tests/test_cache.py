@@ -13,7 +13,7 @@ from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
-from nc_patch import KeyIndex, forget_index, patch_model, unpatch_model
+from nc_patch import KeyIndex, forget_index, patch_model, patched, unpatch_model
 from nc_patch.cache import IndexedDynamicLayer, IndexedStaticLayer, layer_cache
 from nc_patch.ops.codes import encode_keys
 
@@ -241,6 +241,37 @@ def test_keys_written_in_inference_mode_need_forget_index():
         assert all(not layer.nc_indexes for layer in cache.layers)
 
 
+@pytest.mark.parametrize("inference", [(1, 1, 0, 1, 0), (0, 1, 1, 0, 0)], ids=str)
+@pytest.mark.parametrize("selection", OPTIONS)
+def test_a_cache_goes_in_and_out_of_inference_mode(selection, inference):
+    model, ids, logits = patch_model(tiny_model("llama"), 2.0, 0.5, **OPTIONS[selection]), random_ids(2, 71), []
+    for modes in (inference, (0,) * 5):
+        cache = DynamicCache()
+        for mode, piece in zip(modes, ids.split([50, 1, 1, 18, 1], 1), strict=True):
+            with torch.inference_mode() if mode else torch.no_grad():
+                logits.append(model(piece, past_key_values=cache).logits)
+        assert all(layer.nc_indexes for layer in cache.layers)
+    assert all(map(torch.equal, logits[:5], logits[5:]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("selection", OPTIONS)
+def test_an_index_that_missed_the_steps_of_an_unpatched_model_is_not_trusted(selection, static, mode):
+    model, ids, logits = tiny_model("llama"), random_ids(1, 80), []
+    for forget in (False, True):
+        cache = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache()
+        with mode():
+            with patched(model, 2.0, 0.5, **OPTIONS[selection]):
+                model(ids[:, :40], past_key_values=cache)
+            model(ids[:, 40:72], past_key_values=cache)
+            if forget:
+                forget_index(cache)
+            with patched(model, 2.0, 0.5, **OPTIONS[selection]):
+                logits.append([model(step, past_key_values=cache).logits for step in ids[:, 72:].split(1, 1)])
+    assert all(map(torch.equal, *logits))
+
+
 def test_settings_of_another_kind_build_the_index_again():
     model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **OPTIONS["topk"]), random_ids(1, 60)
     cache = DynamicCache()
@@ -358,5 +389,5 @@ def test_blocks_decode_the_same_where_a_gradient_is_recorded_and_refuse_to_give_
         with torch.set_grad_enabled(recorded):
             results.append(model(ids[:, -1:], past_key_values=cache).logits)
     torch.testing.assert_close(results[0], results[1].detach(), atol=1e-6, rtol=0)
-    with pytest.raises(RuntimeError, match="block_decode"):
+    with pytest.raises(RuntimeError, match=r"block_decode, has no gradient. Train on whole sequences"):
         results[1].sum().backward()

@@ -5,7 +5,7 @@ import torch
 from attention_cases import random_case, relative_error
 from torch.nn.functional import scaled_dot_product_attention
 
-from nc_patch import AttentionResult, sparse_attention
+from nc_patch import AttentionResult, KeyIndex, sparse_attention
 from nc_patch.ops import custom_ops
 
 
@@ -177,3 +177,24 @@ def test_triton_without_a_gpu_is_refused_with_the_remedy():
         RuntimeError, match=r'backend="triton" needs a GPU, and the tensors are on cpu. Use backend="auto"'
     ):
         sparse_attention(query, key, value, alpha=1.0, C=0.5, backend="triton")
+
+
+def test_indexes_are_refused_by_name_where_they_do_not_fit():
+    query, key, value = tensors(1)
+    for name in ("index", "means"):
+        with pytest.raises(TypeError, match=r"made by KeyIndex.build\(key, ...\), got str"):
+            sparse_attention(query, key, value, alpha=2.0, **{name: "codes"})
+    with pytest.raises(TypeError, match="return_stats must be True or False, got 'yes'"):
+        sparse_attention(query, key, value, alpha=2.0, return_stats="yes")
+    with pytest.raises(ValueError, match=r"head_dim must be at least 1, .*value \(2, 2, 31, 0\)"):
+        sparse_attention(query, key, value[..., :0], alpha=2.0, selection="block")
+    with pytest.raises(TypeError, match=r"key must be a tensor .*got str"):
+        KeyIndex.build("key", "codes")
+    with pytest.raises(TypeError, match=r"start must be an int tensor .2., got list"):
+        KeyIndex.build(key, "codes", start=[0, 0])
+    with pytest.raises(ValueError, match="capacity must be a number of at least the 31 keys"):
+        KeyIndex.build(key, "codes", capacity="31")
+    index, end = KeyIndex.build(key, "means", value=value), torch.tensor([31, 31])
+    for keys, count in ((key.half(), 1), (key[:1], 1), (key, 32), (key, -1)):
+        with pytest.raises(ValueError, match=rf"takes in keys like those .*float32, with at least the {count} new"):
+            index.extend(keys, count, end, value)

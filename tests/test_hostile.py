@@ -27,7 +27,7 @@ from eval_tasks.merging import merge_runs
 from eval_tasks.report import Section, markdown
 from eval_tasks.schema import row_problem, run_problem
 from eval_tasks.store import ResultStore, read_rows, read_run
-from nc_patch import NCConfig
+from nc_patch import NCConfig, Profile, ProfileError
 from nc_patch.cli import main
 
 SCRIPT = "<script>alert(1)</script>"
@@ -376,3 +376,13 @@ def test_a_name_of_the_hub_is_what_asks_for_the_network(monkeypatch, tmp_path, c
     assert main(sweep_arguments(tmp_path, tmp_path / "out", "--model", "nobody/nothing")) == 2
     assert asked
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["\ud800", "\x1b[2J", "a\nb", "\u202e"])
+def test_names_that_cannot_be_printed_are_escaped_in_messages(name):
+    with pytest.raises(TypeError, match="unknown option") as of_config:
+        NCConfig.from_json(json.dumps({"alpha": 1, name: 1}))
+    with pytest.raises(ProfileError, match="format must be a number") as of_profile:
+        Profile.from_dict({"format": name})
+    for caught in (of_config, of_profile):
+        assert str(caught.value).isprintable()

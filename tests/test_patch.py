@@ -24,6 +24,7 @@ from nc_patch import (
     NCConfig,
     UnsupportedMaskError,
     UnsupportedModelError,
+    forget_index,
     is_patched,
     nc_stats,
     patch_model,
@@ -32,6 +33,7 @@ from nc_patch import (
     unpatch_model,
 )
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
+from nc_patch.refusals import say_unpatched
 
 SELECTIONS = ("topk", "window", "block", "dense")
 FULL = {"alpha >= 1, C = 1": (1.0, 1.0), "budget above n": (500.0, 0.0)}
@@ -269,6 +271,19 @@ def test_models_that_share_a_config_object():
         assert torch.equal(second(ids, attention_mask=padding).logits[padding.bool()], dense)
 
 
+def test_a_model_made_from_the_config_of_a_patched_one_runs_dense_and_the_log_says_so(caplog):
+    ids, model = random_ids(1, 20), patch_model(tiny_model("llama"), 2.0, 0.5)
+    other = LlamaForCausalLM(copy.deepcopy(model.config)).eval()
+    other.load_state_dict(model.state_dict())
+    say_unpatched.cache_clear()
+    with torch.inference_mode():
+        model(ids)
+        assert "runs dense" not in caplog.text
+        assert torch.equal(other(ids).logits, tiny_model("llama")(ids).logits)
+        assert "LlamaAttention runs dense: its config names the attention of patched models" in caplog.text
+        assert torch.equal(patch_model(other, 2.0, 0.5)(ids).logits, model(ids).logits)
+
+
 def test_training_through_a_patched_model():
     model, ids = tiny_model("llama"), random_ids(2, 40)
     reference = tiny_model("llama")
@@ -438,8 +453,11 @@ def test_calls_that_need_a_patched_model_say_so():
     for call in (unpatch_model, nc_stats, reset_stats):
         with pytest.raises(ValueError, match="LlamaForCausalLM is not patched; call patch_model first"):
             call(model)
+    for call in (unpatch_model, nc_stats, reset_stats, is_patched):
         with pytest.raises(UnsupportedModelError, match="expected a model of transformers, got str"):
             call("llama")
+    with pytest.raises(TypeError, match=r"cache must be a cache of transformers.*got tuple"):
+        forget_index(())
 
 
 def test_the_log_law_needs_no_exponent():

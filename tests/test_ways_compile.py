@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from torch._dynamo import lookup_backend
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
-from ways import each_family, full_and_small
+from ways import each_family, full_and_small, small
 
 
 @pytest.mark.parametrize("family", each_family("gemma2"))
@@ -43,3 +44,41 @@ def test_generate_compiles_itself_on_a_static_cache(family):
         found, graphs = generated_by_compiled_steps(model, ids)
         assert torch.equal(found, reference.generate(ids, max_new_tokens=6, do_sample=False))
         assert graphs == graphs_of_dense  # a step is not compiled anew
+
+
+@pytest.mark.parametrize("family", each_family("llama"))
+def test_prompts_of_many_lengths_share_their_graphs(family):
+    model, frames = small(family), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=frames, fullgraph=True)
+    with torch.inference_mode():
+        for length in (40, 20, 31, 55, 64):
+            ids = random_ids(2, length)
+            found, expected = (m(ids, use_cache=False).logits for m in (compiled, model))
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert frames.frame_count == 2  # the first length is taken for a constant
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block"])
+def test_a_compiled_step_of_training_has_the_gradients_of_an_eager_one(selection):
+    model, ids, gradients = small(selection=selection).train(), random_ids(2, 40), []
+    torch._dynamo.reset()
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        run(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_call_refuses_a_padding_mask_with_holes():
+    model, ids, mask = small(), random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :10] = 0
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        found, expected = (m(ids, attention_mask=mask, use_cache=False).logits for m in (compiled, model))
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=0)
+        mask[0, 20] = 0
+        with pytest.raises(RuntimeError, match=r"the padding mask has holes.*to generate, to the left"):
+            compiled(ids, attention_mask=mask, use_cache=False)

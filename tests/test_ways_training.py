@@ -37,6 +37,20 @@ def test_gradients_are_dense_with_a_full_budget_and_checkpointing_changes_none(f
     assert_same(gradients(small(family), ids, checkpointing=True), gradients(small(family), ids))
 
 
+@pytest.mark.parametrize("options", [{"selection": "window"}, {"selection": "block"}, {"tail": "drop"}], ids=str)
+def test_checkpointing_changes_no_gradient_of_any_selection(options):
+    ids = random_ids(2, 70)
+    assert_same(gradients(small(**options), ids, checkpointing=True), gradients(small(**options), ids))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_derivatives_in_forward_mode_are_refused_instead_of_being_zero(frozen):
+    model, ids = small().requires_grad_(not frozen), random_ids(1, 20)
+    embedded = model.get_input_embeddings()(ids).detach()
+    with pytest.raises(NotImplementedError, match=r"no derivative in forward mode.*or unpatch the model"):
+        torch.func.jvp(lambda x: model(inputs_embeds=x, use_cache=False).logits, (embedded,), (embedded,))
+
+
 def with_lora(model):
     torch.manual_seed(2)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -61,7 +61,7 @@ class BlockAudit:
         """
         B, Hq, Lq, _ = query.shape
         count = audited_rows(Lq)
-        result = torch.zeros(Hq + 1, len(AUDIT_COLUMNS), device=query.device)
+        result = torch.zeros(Hq + 1, len(AUDIT_COLUMNS), dtype=torch.float32, device=query.device)
         self.result = result
         if expected.shape[0] == 0:
             return
@@ -100,7 +100,7 @@ class BlockAudit:
 
     def _draw(self, occupied: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
         """One row from each of ``count`` equal runs of the ``rows [B]`` rows that see a key, int64 ``[B, count]``."""
-        share = torch.rand(occupied.shape[0], count, generator=self._generator).to(occupied.device)
+        share = torch.rand(occupied.shape[0], count, generator=self._generator, dtype=torch.float32).to(occupied.device)
         wanted = (torch.arange(count, device=occupied.device) + share) / count * rows[:, None]
         wanted = torch.minimum(wanted.long(), (rows[:, None] - 1).clamp(min=0)) + 1
         found = torch.searchsorted(occupied.long().cumsum(-1), wanted)
@@ -138,7 +138,7 @@ def _kept_mass(
         indices, counts = (t[first : first + step] for t in choice)
         exists = torch.arange(indices.shape[-1], device=key.device) < counts[..., None]
         place = torch.where(exists, indices - of_key[:, None, :1], width).clamp(0, width).long()
-        chosen = torch.zeros(*counts.shape, width + 1, device=key.device).scatter_(-1, place, 1.0)
+        chosen = torch.zeros(*counts.shape, width + 1, dtype=torch.float32, device=key.device).scatter_(-1, place, 1.0)
         attended = chosen[..., :-1].gather(-1, (of_key - of_key[:, :1]).long()[:, None].expand(-1, Hkv, -1))
         shares = scores.view(Hkv, -1, *scores.shape[1:]) * attended.transpose(0, 1)[:, None]
         # A row whose scores are not numbers counts as keeping nothing, as among those that choose.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nc_patch.autocast import autocast_off
 from nc_patch.budget import row_budgets as _row_budgets
 from nc_patch.ops.block_audit import AUDIT_COLUMNS, BlockAudit
 from nc_patch.ops.blocks import BlockSettings, query_block_table
@@ -256,13 +257,14 @@ def attention_backward(
             return keep_topk_(raw, seen, allowed, block, sink_keys, recent_keys, buffers)
         return keep_window_(raw, seen, *forced_counts(allowed, sink_keys, recent_keys, "window"), block)
 
-    gradients = attention_gradients(
-        *(grad_output, query, key, value, visible, sinks, keep, rows),
-        scale=scale,
-        softcap=softcap,
-        tail=tail,
-        origin=origin,
-    )
+    with autocast_off(query):
+        gradients = attention_gradients(
+            *(grad_output, query, key, value, visible, sinks, keep, rows),
+            scale=scale,
+            softcap=softcap,
+            tail=tail,
+            origin=origin,
+        )
     return tuple(query.new_empty(0) if grad is None else grad for grad in gradients)  # type: ignore[return-value]
 
 
@@ -292,20 +294,23 @@ def block_attention_backward(
     """
     settings = BlockSettings(block_size, query_block_size, sample_stride, min_mass, max_factor, estimator)
     table = query_block_table(visible, origin, query_block_size)
-    choice, _ = choose_blocks(query, key, visible, origin, budget, table, settings, scale=scale, softcap=softcap)
+    with autocast_off(query):
+        choice, _ = choose_blocks(query, key, visible, origin, budget, table, settings, scale=scale, softcap=softcap)
     chosen = ChosenBlocks(table, choice, block_size)
 
     def keep(raw: torch.Tensor, seen: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
         return chosen.keep_(raw, seen, block)
 
-    gradients = attention_gradients(
-        grad_output, query, key, value, visible, sinks, keep, chosen.blocks, scale=scale, softcap=softcap
-    )
+    with autocast_off(query):
+        gradients = attention_gradients(
+            grad_output, query, key, value, visible, sinks, keep, chosen.blocks, scale=scale, softcap=softcap
+        )
     return *gradients[:3], query.new_empty(0) if gradients.sinks is None else gradients.sinks
 
 
 def _like(query: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    return tuple(query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in tensors)
+    # Contiguous, as the gradients are, whatever the strides of the tensors.
+    return tuple(query.new_empty(0 if tensor is None else tensor.shape) for tensor in tensors)
 
 
 @attention_backward.register_fake
@@ -374,9 +379,9 @@ def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    *_, sinks = ctx.saved_tensors
-    grads = block_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
-    return *grads[:3], None, None, None, None if sinks is None else grads[3], *(None,) * (ctx.inputs - 7)
+    tensors = ctx.saved_tensors  # to be asked for once: gradient checkpointing computes them when it is
+    grads = block_attention_backward(grad_output, *tensors, *ctx.settings)
+    return *grads[:3], None, None, None, None if tensors[-1] is None else grads[3], *(None,) * (ctx.inputs - 7)
 
 
 topk_attention.register_autograd(_rows_backward("topk"), setup_context=_setup_rows)

@@ -346,3 +346,14 @@ def _(  # type: ignore[no-untyped-def]
         query.new_empty(stats, dtype=torch.float32),
         query.new_empty(rows, dtype=torch.int32),
     )
+
+
+def _refuse_gradient(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "decoding by an index, topk_decode or block_decode, has no gradient. Train on whole sequences, with "
+        'use_cache=False, or let the layers decode without an index: decode="topk" or "window"'
+    )
+
+
+topk_decode.register_autograd(_refuse_gradient, setup_context=lambda ctx, inputs, output: None)
+block_decode.register_autograd(_refuse_gradient, setup_context=lambda ctx, inputs, output: None)

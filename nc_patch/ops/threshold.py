@@ -54,8 +54,8 @@ def by_partition_(values: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, 
     H, R, N = values.shape
     if k.ndim == 2 and k.shape[0] == 1:
         k = k[0]
-    at = torch.full((H, R), torch.inf)
-    after = torch.full((H, R), torch.nan)  # equal to nothing, where there is no next value
+    at = torch.full((H, R), torch.inf, dtype=torch.float32)
+    after = torch.full((H, R), torch.nan, dtype=torch.float32)  # equal to nothing, where there is no next value
     if H == 0 or R == 0 or N == 0:
         return at, torch.zeros(H, R, dtype=torch.bool)
     array, at_array, after_array = values.numpy(), at.numpy(), after.numpy()

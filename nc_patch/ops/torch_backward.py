@@ -53,10 +53,10 @@ def attention_gradients(
     """
     _, Hq, Lq, D = query.shape
     Hkv, Lk = key.shape[1], key.shape[2]
-    grad_query = torch.zeros(query.shape, device=query.device)
-    grad_key, grad_value = torch.zeros(key.shape, device=key.device), torch.zeros(value.shape, device=value.device)
-    grad_sinks = None if sinks is None else torch.zeros(Hq, device=query.device)
-    grad_tail = None if tail is None else [torch.zeros(mean.shape, device=mean.device) for mean in tail]
+    zeros = lambda shape: torch.zeros(shape, dtype=torch.float32, device=query.device)  # noqa: E731
+    grad_query, grad_key, grad_value = zeros(query.shape), zeros(key.shape), zeros(value.shape)
+    grad_sinks = None if sinks is None else zeros(Hq)
+    grad_tail = None if tail is None else [zeros(mean.shape) for mean in tail]
     buffers = Buffers(Hq * min(rows_per_block(Hq, Lk), Lq) * Lk, query.device)
     for block in blocks:
         b, span = block.batch, slice(block.low, block.high)

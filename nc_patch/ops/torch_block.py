@@ -58,7 +58,11 @@ def torch_block_attention(
     """
     settings = BlockSettings(block_size, query_block_size, sample_stride, min_mass, max_factor, estimator)
     table = query_block_table(visible, origin, query_block_size)
-    expected = None if audit is None else torch.empty(len(table.first), query.shape[1], device=query.device)
+    expected = (
+        None
+        if audit is None
+        else torch.empty(len(table.first), query.shape[1], dtype=torch.float32, device=query.device)
+    )
     choice, estimate = choose_blocks(
         *(query, key, visible, origin, budget, table, settings),
         scale=scale,
@@ -118,7 +122,7 @@ def _dense_lse(
 ) -> torch.Tensor:
     """Log-sum-exp of every row over the keys it sees, float32 ``[B, Hq, Lq]``; -inf where it sees none."""
     B, Hq, Lq, _ = query.shape
-    lse = torch.full((B, Hq, Lq), -torch.inf, device=query.device)
+    lse = torch.full((B, Hq, Lq), -torch.inf, dtype=torch.float32, device=query.device)
     before, after = split_scale(scale)
     buffers = Buffers(0, query.device)
     loaded, keys = -1, key

@@ -74,7 +74,7 @@ def attend_blocks(
     Hkv, Lk, Dv = key.shape[1], key.shape[2], value.shape[-1]
     group = Hq // Hkv
     output = query.new_zeros(B * Hq * Lq, Dv)
-    lse = torch.full((B * Hq * Lq if want_lse else 0,), -torch.inf, device=query.device)
+    lse = torch.full((B * Hq * Lq if want_lse else 0,), -torch.inf, dtype=torch.float32, device=query.device)
     attended = torch.zeros(B * Hq * Lq, dtype=torch.int32, device=query.device)
     before, after = split_scale(scale)
     queries = (query.float() * before).reshape(-1, D)

@@ -69,7 +69,7 @@ def choose_blocks(
     """
     B, Hq, Lq, _ = query.shape
     Hkv = key.shape[1]
-    estimate = torch.zeros(Hq, 5, device=query.device)
+    estimate = torch.zeros(Hq, 5, dtype=torch.float32, device=query.device)
     if table.first.shape[0] == 0:
         none = torch.zeros(0, Hkv, 0, dtype=torch.int32, device=query.device)
         return Chosen(BlockChoice(none, none.new_zeros(0, Hkv)), estimate)

@@ -68,8 +68,8 @@ def torch_topk_decode(
     Hkv = key.shape[1]
     group = Hq // Hkv
     output = query.new_zeros(B, Hq, Lq, value.shape[-1])
-    lse = torch.full((B, Hq, Lq), -torch.inf, device=query.device)
-    bounds = torch.ones((B, Hq, Lq, 2) if want_bounds else (0,), device=query.device)
+    lse = torch.full((B, Hq, Lq), -torch.inf, dtype=torch.float32, device=query.device)
+    bounds = torch.ones((B, Hq, Lq, 2) if want_bounds else (0,), dtype=torch.float32, device=query.device)
     logits = None if sinks is None else sinks.float()
     if logits is not None:
         lse.copy_(logits[None, :, None].expand_as(lse))
@@ -183,7 +183,7 @@ def _tail_logits(
     own = begin + torch.div(seen[:, 1:] - 1 - begin, size, rounding_mode="floor") * size
     counts = (start >= seen[:, :1]) & (start < own)
     slot = torch.div(position - begin % size, size, rounding_mode="floor").clamp_(min=-1) + 1
-    attended = torch.zeros(H, R, S + 1, device=query.device)
+    attended = torch.zeros(H, R, S + 1, dtype=torch.float32, device=query.device)
     attended.scatter_add_(-1, slot.expand(H, -1, -1), attends.float())
     missing = size - attended[..., 1:]
     logits = final_scores_(query @ mean.float().T, scale, softcap) + missing.log()

@@ -148,8 +148,8 @@ class RowStats:
         B, Hq, Lq, _ = query.shape
         self.wanted, self._sinks = wanted, sinks
         shape = (B, Hq, Lq) if wanted else (0,)
-        self.lse = torch.full(shape, -torch.inf, device=query.device)
-        self.kept_mass = torch.ones(shape, device=query.device)
+        self.lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device)
+        self.kept_mass = torch.ones(shape, dtype=torch.float32, device=query.device)
         if wanted and sinks is not None:
             self.lse.copy_(sinks[None, :, None].expand(shape))
 
