@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,8 @@ ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
 BLOCK_SIZES = (16, 32, 64, 128)
 # Numbers of keys are kept in 32 bits.
 LARGEST_INTEGER = 2**31 - 1
+# Up to here budgets of many n are looked up in a table of all of them.
+_LARGEST_TABLE = 2**22
 # The budget of patch_model(model): see the table in docs/choosing.md.
 DEFAULT_ALPHA, DEFAULT_C = 2.0, 0.5
 QUERY_BLOCK_SIZES = (64, 128)
@@ -214,7 +217,13 @@ class NCConfig:
             return n.to(torch.int32)
         if int(n.min()) < 0:
             raise ValueError(f"n must be at least 0 everywhere, got {int(n.min())}")
-        return budget_table(int(n.max()), ((alpha, C),), self.min_keys, self.law, n.device)[0, n.long()]
+        if int(n.max()) > LARGEST_INTEGER:
+            raise ValueError(f"n must be at most {LARGEST_INTEGER} everywhere, got {int(n.max())}")
+        if int(n.max()) <= _LARGEST_TABLE:
+            return budget_table(int(n.max()), ((alpha, C),), self.min_keys, self.law, n.device)[0, n.long()]
+        each, where = n.unique(return_inverse=True)
+        budgets = [budget_of(count, alpha, C, self.min_keys, self.law) for count in each.tolist()]
+        return torch.tensor(budgets, dtype=torch.int32, device=n.device)[where]
 
     def largest_budget(self, n: int, layer: int | None = None) -> int:
         """The largest budget that any head of a layer has for up to ``n`` visible keys."""
@@ -293,8 +302,8 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an int or a float, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a real number of Python or numpy, and not a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class _Short(reprlib.Repr):
@@ -344,9 +353,9 @@ def _summary(value: PerHead) -> str:
     if not isinstance(value, tuple) or len(repr(value)) <= 40:
         return repr(value)
     rows = [row if isinstance(row, tuple) else (row,) for row in value]
-    numbers = [number for row in rows for number in row]
+    every = [number for row in rows for number in row]
     heads = f" of {len(rows[0])} heads" if isinstance(value[0], tuple) else ""
-    return f"<{len(rows)} layers{heads}, {min(numbers):.4g} to {max(numbers):.4g}>"
+    return f"<{len(rows)} layers{heads}, {min(every):.4g} to {max(every):.4g}>"
 
 
 def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,6 +197,21 @@ def test_bad_n_is_refused():
         NCConfig(1.0, 0.5).budget(torch.tensor([2, -3]))
     with pytest.raises(TypeError, match="int tensor"):
         NCConfig(1.0, 0.5).budget(torch.tensor([2.0]))
+    with pytest.raises(ValueError, match="at most 2147483647 everywhere, got 2147483648"):
+        NCConfig(1.0, 0.5).budget(torch.tensor([2**31]))
+
+
+def test_budgets_of_a_few_huge_n_need_no_table():
+    n = torch.tensor([[2**31 - 1, 7], [10**9, 7]])
+    assert NCConfig(2.0, 0.5).budget(n).tolist() == [[NCConfig(2.0, 0.5).budget(int(x)) for x in row] for row in n]
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = NCConfig(np.float32(2.0), np.float64(0.5), min_mass=np.float32(0.75))
+    assert config == NCConfig(2.0, 0.5, min_mass=0.75)
+    assert NCConfig.from_json(config.to_json()) == config
+    with pytest.raises(TypeError, match="alpha must be a positive number"):
+        NCConfig(np.bool_(True))
 
 
 def test_tables_made_in_inference_mode_serve_training():
