@@ -4,13 +4,13 @@ import dataclasses
 import difflib
 import json
 import math
-import numbers
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from nc_patch.budget import LAWS, Law, budget_of, budget_table, is_dense_law
@@ -172,7 +172,7 @@ class NCConfig:
                 continue
             if not is_number(value):
                 raise TypeError(f"{name} must be {allowed_range}, got {shown(value)}")
-            if not (value <= sys.float_info.max and fits(value)):
+            if not (_plain(value) <= sys.float_info.max and fits(_plain(value))):
                 raise ValueError(f"{name} must be {allowed_range}, got {shown(value)}")
             object.__setattr__(self, name, float(value))
         if not isinstance(self.track, bool):
@@ -303,7 +303,12 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a real number of Python or numpy, and not a bool."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, np.complexfloating))
+
+
+def _plain(value: Any) -> int | float:
+    """A number of Python; an int may be beyond every float."""
+    return value if isinstance(value, int) else float(value)
 
 
 class _Short(reprlib.Repr):
@@ -381,7 +386,7 @@ def _per_head(name: str, value: Any, allowed: str, ok: Any, depth: int = 0) -> A
         return tuple(_per_head(name, item, allowed, ok, depth + 1) for item in value)
     if not is_number(value):
         raise TypeError(f"{name} must be {allowed}, or a list of them, got {shown(value)}")
-    if not abs(value) <= sys.float_info.max or not ok(float(value)):
+    if not abs(_plain(value)) <= sys.float_info.max or not ok(float(value)):
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return float(value)
 
