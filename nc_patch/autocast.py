@@ -6,6 +6,14 @@ from typing import Any
 import torch
 
 
+# Asked for once, since PyTorch 2.11 cannot compile the question.
+_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
+    if torch.amp.is_autocast_available(name)
+)
+
+
 def lowered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the dtype in which autocast, where it is on, runs ``scaled_dot_product_attention``."""
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors) or not _is_on(tensors[0].device):
@@ -23,4 +31,4 @@ def autocast_off(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]
 
 
 def _is_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _DEVICES and torch.is_autocast_enabled(device.type)
