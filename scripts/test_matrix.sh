@@ -17,7 +17,8 @@ out="${OUT:-docs/results/matrix.json}"
 home="${NC_MATRIX_DIR:-.matrix}"
 # What a change in PyTorch or transformers can break: settings need neither, kernels have scripts/gpu_check.sh.
 core=(tests/test_{blocks,cache,config,consistency,functional,patch,reference,stats,tail,visibility}.py
-    tests/test_torch_{block,decode,ops}.py tests/test_triton_{compile,kernels}.py)
+    tests/test_torch_{block,decode,ops}.py tests/test_triton_{compile,kernels}.py
+    tests/test_ways_{batches,compile,generate,precision}.py)
 [ $# -eq 0 ] || core=("$@")
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 
