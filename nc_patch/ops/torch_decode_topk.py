@@ -131,7 +131,10 @@ def bound_scores(query: torch.Tensor, codes: KeyCodes, batch: int, head: int, lo
     )
     weighted = query * spread
     whole = unpack_codes(packed_high, packed_low, D).float()
-    score = (weighted @ whole.T) * scale + (query @ center)[..., None]
+    # By a power of two near the largest weight, so that products with codes are finite where scores are.
+    unit = torch.exp2(torch.frexp(weighted.abs().amax(-1, keepdim=True)).exponent.float() - 1)
+    score = ((weighted / unit) @ whole.T) * (scale * unit) + (query @ center)[..., None]
+    score = torch.where(score.isfinite(), score, torch.nan)  # what overflows bounds nothing
     off = residual.float() + scale * code_slack(D)
     slack = score_slack(query, center.expand(query.shape[0], D))
     size = norm_of(weighted)
