@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-
 # Asked for once, since PyTorch 2.11 cannot compile the question.
 _DEVICES = frozenset(
     name

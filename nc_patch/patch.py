@@ -21,6 +21,7 @@ from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_nam
 from nc_patch.errors import UnsupportedModelError
 from nc_patch.observed import Observed
 from nc_patch.stats import summary, total
+from nc_patch.stats_table import PatchStats
 from nc_patch.support import attention_modules, left_dense, say_left_dense
 
 if TYPE_CHECKING:
@@ -179,8 +180,8 @@ def is_patched(model: torch.nn.Module) -> bool:
     return any(_patch_of(module) is not None for module in _modules(model))
 
 
-def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
-    """What a patched model did since it was patched or ``reset_stats`` was called.
+def nc_stats(model: torch.nn.Module) -> PatchStats:
+    """What a patched model did since it was patched or ``reset_stats`` was called; ``print`` shows it as a table.
 
     Calls inside a compiled graph are not counted. Gradient checkpointing runs, and counts, a layer twice.
 
@@ -212,7 +213,7 @@ def nc_stats(model: torch.nn.Module) -> dict[str, Any]:
     names = {module: name for name, module in model.named_modules()}
     layers = [{"layer": patch.layer, "name": names[module], **summary(patch.counters)} for module, patch in modules]
     parts = [part._asdict() for part in left_dense(model, [module for module, _ in modules])]
-    return {**total([patch.counters for _, patch in modules]), "layers": layers, "left_dense": parts}
+    return PatchStats(total([patch.counters for _, patch in modules]), layers=layers, left_dense=parts)
 
 
 def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:

@@ -12,6 +12,7 @@ from nc_patch import nc_stats, patch_model
 from nc_patch.mass_counts import MassCounts, total
 from nc_patch.patch import reset_stats
 from nc_patch.stats import LayerCounters, summary
+from nc_patch.stats_table import PatchStats
 
 BLOCK = {"selection": "block", "block_size": 16, "track": True}
 NONE = {"prefill": None, "decode": None}
@@ -181,3 +182,39 @@ def test_a_model_that_is_moved_while_it_is_counted_goes_on_counting():
         mass.add_audit(torch.ones(3, 5, device=device), torch.ones(2, device=device))
     assert counters.calls == 2 * 1103
     assert mass.calls == {"exact": 1103, "dense": 1103, "estimate": 1103}
+
+
+def test_the_statistics_print_as_a_table_of_what_was_counted():
+    model, ids = tiny_model("llama"), random_ids(1, 200)
+    patch_model(model, 2.0, 0.5, selection="block", block_size=16, dense_layers=[1])
+    assert str(nc_stats(model)).splitlines() == [
+        "layer  calls",
+        "  all      0",
+        "    0      0",
+        "    1      0",
+        "    2      0",
+    ]
+    with torch.inference_mode():
+        model(ids)
+        header, every, first, second, _ = str(nc_stats(model)).splitlines()
+        assert header.split() == ["layer", "calls", "keys", "share", "ran", "dense"]
+        share = nc_stats(model)["attended_fraction"]
+        assert every.split() == ["all", "3", f"{nc_stats(model)['mean_keys']:.1f}", f"{100 * share:.1f}", "%"]
+        assert second.endswith("100.0 %  1 of them: the layer is in dense_layers")
+        assert first.split()[:2] == ["0", "1"]
+        patch_model(model, 2.0, 0.5, **BLOCK).generate(ids, max_new_tokens=2, pad_token_id=0)
+    stats = nc_stats(model)
+    header, every, *_ = str(stats).splitlines()
+    assert header.endswith("mass, prefill  mass, decode")
+    assert every.split()[-2:] == [
+        f"~{stats['kept_mass']['prefill']['mean']:.4f}",
+        f"{stats['kept_mass']['decode']['mean']:.4f}",
+    ]
+    assert json.loads(json.dumps(stats)) == stats
+
+
+def test_the_table_names_what_patching_left_as_it_was():
+    counts = {"mean_keys": None, "attended_fraction": None, "kept_mass": NONE}
+    part = {"kind": "vision tower", "names": ["a", "b"], "reason": "no decoder"}
+    table = str(PatchStats(counts, layers=[{"layer": 0, "calls": 0, "dense_calls": {}} | counts], left_dense=[part]))
+    assert table.splitlines()[-1] == "left dense: vision tower (2): no decoder"
