@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,18 @@ def test_code_of_a_page_runs(page, tmp_path):
         for name in ('"smollm2"', '"HuggingFaceTB/SmolLM2-135M-Instruct"'):
             block = block.replace(name, "NAME")
         exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("package", ["nc_patch", "nc_patch/ops", "eval_tasks"])
+def test_every_file_and_folder_has_its_place_in_the_page_of_parts(package):
+    page = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {package}\n")[2].partition("\n## ")[0]
+    named = re.findall(r"`([\w*]+(?:\.py|/))`", section)  # without those of another folder
+    there = [
+        path.name + "/" * path.is_dir()
+        for path in (ROOT / package).iterdir()
+        if not path.name.startswith("_") and (path.suffix == ".py" or path.is_dir()) and path.name != "ops"
+    ]
+    assert there
+    assert [name for name in there if not any(fnmatch(name, pattern) for pattern in named)] == []
+    assert [pattern for pattern in named if not any(fnmatch(name, pattern) for name in there)] == []
