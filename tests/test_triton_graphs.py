@@ -45,7 +45,8 @@ def test_generation_by_graphs_gives_the_tokens_of_eager_generation(selection):
     # over what the first one's graphs left.
     for alpha in (2.03125, 2.0625):
         torch._dynamo.reset()
-        model = patch_model(tiny_model("llama").cuda(), alpha, 0.53, selection=selection)
+        model = tiny_model("llama", head_dim=64).cuda()
+        patch_model(model, alpha, 0.53, selection=selection, backend="triton")
         how = CompileConfig(mode="reduce-overhead", fullgraph=True)
         found = [
             model.generate(ids, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=how)
