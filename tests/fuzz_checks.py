@@ -29,6 +29,8 @@ _PERTURBED = 16
 _SMALLEST_WEIGHT = 2.0**-126
 # What the sum of a block's weights in float32 may be off by, in parts of it.
 _SHARE_ROUNDING = 2.0**-18
+# The logarithm below which a weight is zero in float32.
+_VANISHED = math.log(2.0**-150)
 _SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 
 
@@ -251,7 +253,10 @@ def _references(call: Call) -> Iterator[AttentionResult]:
 
 
 def _nudged_choice(call: Call, settings: dict[str, Any]) -> BlockChoice:
-    """The blocks that the definition chooses if those that the call attends weigh more by what float32 may lose."""
+    """The blocks that the definition chooses if those that the call attends weigh more by what float32 may lose.
+
+    Weights that float32 has no number for are zero.
+    """
     i = call.inputs
     Hkv, Lk = i.key.shape[1:3]
     shows_weights = replace(i, value=torch.eye(Lk, dtype=i.value.dtype).expand(*i.key.shape[:2], Lk, Lk))
@@ -261,6 +266,9 @@ def _nudged_choice(call: Call, settings: dict[str, Any]) -> BlockChoice:
     scores = settings["scale"] * (i.query.double() @ key.transpose(2, 3))
     if i.softcap:
         scores = i.softcap * torch.tanh(scores / i.softcap)
+    seen = visible_mask(settings["visible"], Lk)
+    level = scores.masked_fill(~seen, -math.inf).logsumexp(-1, keepdim=True)
+    scores = scores.masked_fill(scores - level < _VANISHED, -math.inf)
     names = ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor")
     shared = (settings["visible"], settings["origin"], settings["budget"], Hkv)
     return block_choice(scores + _SHARE_ROUNDING * attended, *shared, **{name: settings[name] for name in names})
