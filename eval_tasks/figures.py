@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -58,8 +59,11 @@ def section_figures(
         needed: the budgets that iso-quality found; where there are any, their plot comes first.
     """
     tasks = _scored_tasks(summaries)
-    found = [("needed", "The budget that the quality of dense needs, and the law through it.", needed_figure(needed))]
-    found = found if any(n.keys is not None for iso in needed for n in iso.needed) else []
+    found = []
+    if _is_known(needed):
+        found.append(
+            ("needed", "The budget that the quality of dense needs, and the law through it.", needed_figure(needed))
+        )
     for task in tasks:
         title = title_of(task).capitalize()
         description = f" {TASKS[task].description.capitalize()}." if task in TASKS else ""
@@ -214,34 +218,45 @@ def depth_figure(rows: Sequence[Row], task: str) -> Figure | None:
 
 
 def needed_figure(needed: Sequence[IsoQuality]) -> Figure:
-    """The budget that each method needs by length with its interval, and the fitted power law."""
-    figure, axes = _axes(1)
-    for iso in needed:
-        method, points = find_method(iso.method), [n for n in iso.needed if n.keys is not None]
-        if not points:
-            continue
-        label = f"{method.title}, {title_of(iso.task)}"
-        style = "-" if iso.task == needed[0].task else "--"
-        n, k = np.array([p.length for p in points], dtype=float), np.array([p.keys for p in points], dtype=float)
-        low = np.array([k_ if p.low is None else min(p.low, k_) for p, k_ in zip(points, k, strict=True)])
-        high = np.array([k_ if p.high is None else max(p.high, k_) for p, k_ in zip(points, k, strict=True)])
-        axes[0].errorbar(
-            n, k, yerr=[k - low, high - k], linestyle="", marker=_MARKERS[method.selects], color=_colour(iso.method),
-            capsize=3, label=label,
-        )  # fmt: skip
-        if iso.law is not None:
-            axes[0].plot(n, iso.law.alpha * n**iso.law.C, style, color=_colour(iso.method))
-    _lengths_axis(axes[0], sorted({n.length for iso in needed for n in iso.needed}))
-    axes[0].set_yscale("log", base=2)
-    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes[0].set(title="keys needed for the quality of dense", ylabel="keys")
-    axes[0].grid(alpha=0.3)
+    """The budget that each method needs by length with its interval, and the fitted power law: a plot for each task.
+
+    An arrow stands where more is needed than was measured.
+    """
+    tasks = list(dict.fromkeys(iso.task for iso in needed))
+    figure, axes = _axes(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for iso in (iso for iso in needed if iso.task == task):
+            _draw_needed(axis, iso)
+        _lengths_axis(axis, sorted({n.length for iso in needed for n in iso.needed}))
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set(title=f"keys needed for dense attention's {title_of(task)}", ylabel="keys")
+        axis.grid(alpha=0.3)
     _legend(figure, axes)
     return figure
 
 
-def main_figure(summaries: Sequence[Summary]) -> Figure:
-    """The result in one picture: every scored task side by side."""
+def _draw_needed(axis: Axes, iso: IsoQuality) -> None:
+    method, points = find_method(iso.method), [n for n in iso.needed if n.keys is not None]
+    style: dict[str, Any] = {"marker": _MARKERS[method.selects], "color": _colour(iso.method), "linestyle": ""}
+    n, k = np.array([p.length for p in points], dtype=float), np.array([p.keys for p in points], dtype=float)
+    low = np.array([k_ if p.low is None else min(p.low, k_) for p, k_ in zip(points, k, strict=True)])
+    high = np.array([k_ if p.high is None else max(p.high, k_) for p, k_ in zip(points, k, strict=True)])
+    axis.errorbar(n, k, yerr=[k - low, high - k], capsize=3, label=method.title, **style)
+    for beyond in (p for p in iso.needed if p.keys is None):
+        axis.errorbar([beyond.length], [beyond.largest], yerr=[0.4 * beyond.largest], lolims=True, **style)
+    if iso.law is not None:
+        axis.plot(n, iso.law.alpha * n**iso.law.C, color=_colour(iso.method))
+
+
+def _is_known(needed: Sequence[IsoQuality]) -> bool:
+    return any(n.keys is not None for iso in needed for n in iso.needed)
+
+
+def main_figure(summaries: Sequence[Summary], needed: Sequence[IsoQuality] = ()) -> Figure:
+    """The result in one picture: every scored task side by side, or the budgets that iso-quality found."""
+    if _is_known(needed):
+        return needed_figure(needed)
     tasks = _scored_tasks(summaries)[:_TASKS_AT_ONCE]
     figure, axes = _axes(max(1, len(tasks)))
     for axis, task in zip(axes, tasks, strict=False):

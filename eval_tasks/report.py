@@ -1,4 +1,4 @@
-"""The outputs made from the rows of one or more runs: ``report.html``, ``report.md``, two CSV files, ``main.png``."""
+"""The outputs made from the rows of one or more runs: ``report.html``, ``report.md``, CSV files, ``main.png``."""
 
 import html
 import json
@@ -12,6 +12,7 @@ from eval_tasks.comparisons import Comparison
 from eval_tasks.errors import EvalError
 from eval_tasks.figures import main_figure, section_figures, to_png, to_svg
 from eval_tasks.findings import Findings, answer_sentences, iso_sentences
+from eval_tasks.iso_quality import IsoQuality
 from eval_tasks.matching import MATCHED_BY
 from eval_tasks.measure import SPARSE_IN
 from eval_tasks.merging import MergedRun, differing, merge_runs
@@ -29,8 +30,8 @@ from eval_tasks.tables import (
 from eval_tasks.tasks import TASKS
 from eval_tasks.verdicts import comparisons, effective_lengths, needed_budgets
 
-REPORT, MARKDOWN, SUMMARY, COMPARISONS, MAIN_FIGURE = (
-    "report.html", "report.md", "summary.csv", "comparisons.csv", "main.png",
+REPORT, MARKDOWN, SUMMARY, COMPARISONS, NEEDED, MAIN_FIGURE = (
+    "report.html", "report.md", "summary.csv", "comparisons.csv", "needed.csv", "main.png",
 )  # fmt: skip
 WITHIN = 0.05
 
@@ -98,7 +99,9 @@ def write_report(directories: Path | Sequence[Path], out: Path | None = None, wi
         raise EvalError(f"the directory {target} cannot be made: {error.strerror}. Give another --out.") from error
     write_atomically(target / SUMMARY, _joined(sections, lambda s: to_csv(s.summaries, failures(s.rows))).encode())
     write_atomically(target / COMPARISONS, _joined(sections, lambda s: comparisons_csv(s.compared)).encode())
-    write_atomically(target / MAIN_FIGURE, to_png(main_figure(sections[0].summaries)))
+    if any(section.needed for section in sections):
+        write_atomically(target / NEEDED, _joined(sections, lambda s: needed_csv(s.needed)).encode())
+    write_atomically(target / MAIN_FIGURE, to_png(main_figure(sections[0].summaries, sections[0].needed)))
     write_atomically(target / MARKDOWN, markdown(sections, labels).encode())
     write_atomically(target / REPORT, render(sections, labels).encode())
     return sections[0].headline()
@@ -111,6 +114,18 @@ def comparisons_csv(compared: Iterable[Comparison]) -> str:
         "p_margin", "needed", "needed_within", "verdict",
     ]  # fmt: skip
     return csv_of(names, [[getattr(comparison, name) for name in names] for comparison in compared])
+
+
+def needed_csv(found: Iterable[IsoQuality]) -> str:
+    """The budgets that the quality of dense needs as CSV, each with the law through those of its task and method."""
+    names = ["length", "keys", "low", "high", "reached", "at_most", "largest"]
+    rows = [
+        [iso.task, iso.method, *(getattr(n, name) for name in names), iso.documents]
+        + ([None] * 4 if iso.law is None else [iso.law.alpha, iso.law.C, *(iso.law.C_interval or (None, None))])
+        for iso in found
+        for n in iso.needed
+    ]
+    return csv_of(["task", "method", *names, "documents", "alpha", "C", "C_low", "C_high"], rows)
 
 
 def render(sections: Sequence[Section], labels: Sequence[str]) -> str:

@@ -1,10 +1,15 @@
 """Needed budgets and fitted laws: recovered where the truth is known."""
 
+import csv
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from eval_tasks.findings import iso_sentences
 from eval_tasks.iso_quality import iso_quality
+from eval_tasks.report import needed_csv
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BUDGETS = (8, 16, 32, 64, 128, 256, 512)
@@ -111,3 +116,16 @@ def test_one_document_has_no_intervals():
 def test_documents_must_be_the_same_throughout():
     with pytest.raises(ValueError, match="same documents"):
         iso_quality("recall", "fixed-topk", {512: {16: [0.0]}, 1024: {16: [0.0, 1.0]}}, within=0.0)
+
+
+def test_needed_budgets_are_written_for_programs():
+    known = iso_quality("recall", "fixed-topk", losses(lambda n: 2.0 * n**0.5), within=0.0)
+    few = replace(known, method="streaming", law=None)
+    rows = list(csv.DictReader(io.StringIO(needed_csv([known, few]))))
+    assert [row["length"] for row in rows] == [str(n.length) for n in known.needed] * 2
+    for row, needed in zip(rows, known.needed, strict=False):
+        assert (row["task"], row["method"]) == ("recall", "fixed-topk")
+        assert float(row["keys"]) == pytest.approx(needed.keys, rel=1e-5)
+        assert float(row["C"]) == pytest.approx(known.law.C, rel=1e-5)
+        assert float(row["C_low"]) <= float(row["C"]) <= float(row["C_high"])
+    assert (rows[-1]["alpha"], rows[-1]["C_high"]) == ("", "")
