@@ -116,7 +116,8 @@ def _relative(rows: Sequence[Row], comparison: Comparison) -> float:
 def needed_budgets(rows: Sequence[Row], within: float) -> list[IsoQuality]:
     """What each method needs to stay within the margin of dense, from rows of methods with numbers of keys.
 
-    Only documents measured with every length and budget count; lengths where dense fails are left out.
+    Only documents measured with every length and budget count. Lengths where dense fails are left out, and those that
+    are not measured to the end: fewer documents, or fewer budgets, would say less of all others.
     """
     found = []
     failing = {cell for cell in {(r["task"], int(r["length"])) for r in rows} if dense_fails(rows, *cell)}
@@ -131,16 +132,32 @@ def needed_budgets(rows: Sequence[Row], within: float) -> list[IsoQuality]:
             cell = losses([row], task, length, row["method"])
             by_length.setdefault(length, {}).setdefault(keys, {}).update(cell)
         dense = {length: losses(rows, task, length, DENSE) for length in by_length}
-        cells = [*dense.values(), *(cell for budgets in by_length.values() for cell in budgets.values() if cell)]
+        by_length = _finished(by_length, dense)
+        cells = [cell for length, budgets in by_length.items() for cell in (dense[length], *budgets.values())]
         shared = sorted(set.intersection(*(set(cell) for cell in cells))) if cells else []
         owners = documents_of(row for row in rows if row["task"] == task)
         differences = {
-            length: {k: _by_owner(cell, dense[length], shared, owners) for k, cell in budgets.items() if cell}
+            length: {k: _by_owner(cell, dense[length], shared, owners) for k, cell in budgets.items()}
             for length, budgets in by_length.items()
         }
         if shared:
             found.append(iso_quality(task, method, differences, margin_of(rows, task, within)))
     return found
+
+
+def _finished(
+    by_length: dict[int, dict[int, dict[Place, float]]], dense: dict[int, dict[Place, float]]
+) -> dict[int, dict[int, dict[Place, float]]]:
+    """The lengths that have as many documents with every budget as any, and every budget that is below the length."""
+    every = {keys for budgets in by_length.values() for keys in budgets}
+    whole = {
+        length: len(set.intersection(set(dense[length]), *(set(cell) for cell in budgets.values() if cell)))
+        for length, budgets in by_length.items()
+        if {keys for keys in every if keys < length} <= budgets.keys()
+    }
+    most = max(whole.values(), default=0)
+    # What failed was measured, and holds nothing.
+    return {n: {k: cell for k, cell in by_length[n].items() if cell} for n, count in whole.items() if count == most}
 
 
 def _by_owner(

@@ -18,7 +18,7 @@ from eval_tasks.report import Section, write_report
 from eval_tasks.store import ResultStore
 from eval_tasks.summary import place_of, summarise, to_csv
 from eval_tasks.tables import quality_table
-from eval_tasks.verdicts import comparisons
+from eval_tasks.verdicts import comparisons, needed_budgets
 from nc_patch.cli import main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -290,6 +290,18 @@ def test_what_patch_model_does_unasked_is_said_beside_the_law_alone():
     assert "as patch_model" not in " ".join(
         findings(rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 7.0})).headline()
     )
+
+
+def test_a_length_that_is_not_finished_takes_nothing_from_the_budgets_of_others():
+    levels = {"dense": 2.0, "fixed-topk@16": 3.0, "fixed-topk@64": 2.01}
+    whole = [row for length in (512, 1024, 2048) for row in rows_of("perplexity", length, levels, 4)]
+    found = needed_budgets(whole, 0.05)
+    assert [n.length for n in found[0].needed] == [512, 1024, 2048]
+    assert found[0].documents == 4
+    fewer_documents = rows_of("perplexity", 4096, levels, 1)
+    fewer_budgets = rows_of("perplexity", 4096, {"dense": 2.0, "fixed-topk@16": 3.0}, 4)
+    assert needed_budgets(whole + fewer_documents, 0.05) == found
+    assert needed_budgets(whole + fewer_budgets, 0.05) == found
 
 
 def test_simulated_methods_are_no_budgets_that_do_not_grow_and_lead_nothing():
