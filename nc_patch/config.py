@@ -217,10 +217,11 @@ class NCConfig:
             return n.to(torch.int32)
         if int(n.min()) < 0:
             raise ValueError(f"n must be at least 0 everywhere, got {int(n.min())}")
-        if int(n.max()) > LARGEST_INTEGER:
-            raise ValueError(f"n must be at most {LARGEST_INTEGER} everywhere, got {int(n.max())}")
-        if int(n.max()) <= _LARGEST_TABLE:
-            return budget_table(int(n.max()), ((alpha, C),), self.min_keys, self.law, n.device)[0, n.long()]
+        largest = int(n.max())
+        if largest > LARGEST_INTEGER:
+            raise ValueError(f"n must be at most {LARGEST_INTEGER} everywhere, got {largest}")
+        if largest <= _LARGEST_TABLE:
+            return budget_table(largest, ((alpha, C),), self.min_keys, self.law, n.device)[0, n.long()]
         each, where = n.unique(return_inverse=True)
         budgets = [budget_of(count, alpha, C, self.min_keys, self.law) for count in each.tolist()]
         return torch.tensor(budgets, dtype=torch.int32, device=n.device)[where]

@@ -1,9 +1,7 @@
 """``sparse_attention``: the functional form, like ``scaled_dot_product_attention`` with a budget."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -12,13 +10,12 @@ from torch.autograd import forward_ad
 from nc_patch.autocast import autocast_off, lowered
 from nc_patch.config import SELECTIONS, NCConfig, Selection, is_number, shown
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
+from nc_patch.log import say_once
 from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.limits import DTYPES, MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult, causal_intervals
 from nc_patch.ops.torch_decode_block import torch_block_decode
-
-logger = logging.getLogger("nc_patch")
 
 
 def sparse_attention(
@@ -230,7 +227,7 @@ def attend(
         config.backend, kind, query.device, needs_grad=needs_grad, head_dims=head_dims, estimator=config.estimator
     )
     if reason is not None:
-        _say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
+        say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
     if selection == "block":
         output, lse, kept_mass, attended, estimate, audit = custom_ops.block_attention(
@@ -287,7 +284,7 @@ def _attend_by_index(
     head_dims = (query.shape[-1], value.shape[-1])
     backend, reason = choose_backend(config.backend, "means" if tail else index.kind, query.device, head_dims=head_dims)
     if reason is not None:
-        _say_once(f"decoding by {index.kind} runs on the PyTorch backend: {reason}.")
+        say_once(f"decoding by {index.kind} runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
     if index.kind == "pages":
         origin = index.origin[:, None].expand(visible.shape[:2])
@@ -441,8 +438,3 @@ def _describe(tensor: Any) -> str:
     if not isinstance(tensor, torch.Tensor):
         return type(tensor).__name__
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
-
-
-@lru_cache(maxsize=256)
-def _say_once(message: str) -> None:
-    logger.warning(message)

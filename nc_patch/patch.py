@@ -18,11 +18,10 @@ from nc_patch.attention import (
     refuse_switched,
 )
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
-from nc_patch.errors import UnsupportedModelError
 from nc_patch.observed import Observed
 from nc_patch.stats import summary, total
 from nc_patch.stats_table import PatchStats
-from nc_patch.support import attention_modules, left_dense, say_left_dense
+from nc_patch.support import attention_modules, check_is_module, left_dense, say_left_dense
 
 if TYPE_CHECKING:
     from nc_patch.profile import Profile
@@ -249,8 +248,7 @@ def _patch_of(module: torch.nn.Module) -> LayerPatch | None:
 
 
 def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    if not isinstance(model, torch.nn.Module):
-        raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
+    check_is_module(model)
     return model.modules()
 
 

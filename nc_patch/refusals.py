@@ -1,22 +1,18 @@
 """What a patched attention module refuses when it is called, in words: arguments, masks, heads, broken caches."""
 
-import logging
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from nc_patch.errors import BrokenCacheError, UnsupportedModelError
+from nc_patch.log import say_once
 from nc_patch.support import REFUSED_ARGUMENTS
 from nc_patch.visibility import made_for
 
-logger = logging.getLogger("nc_patch")
 
-
-@lru_cache(maxsize=256)
 def say_unpatched(name: str) -> None:
     """Says once a class that its modules run dense, though their config says otherwise."""
-    logger.warning(
+    say_once(
         f"{name} runs dense: its config names the attention of patched models, from one of which it came, but "
         "the module is not patched. Call patch_model for sparse attention, or set_attn_implementation for another."
     )

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-_COLUMNS = ("layer", "calls", "keys", "share", "mass, prefill", "mass, decode", "ran dense")
+from nc_patch.mass_counts import PHASES
+
+_COLUMNS = ("layer", "calls", "keys", "share", *(f"mass, {phase}" for phase in PHASES), "ran dense")
 
 
 class PatchStats(dict[str, Any]):
@@ -30,7 +32,7 @@ def _line(layer: dict[str, Any]) -> tuple[str, ...]:
 
 def _figures(counts: dict[str, Any]) -> tuple[str, ...]:
     keys, share = counts["mean_keys"], counts["attended_fraction"]
-    masses = (counts["kept_mass"][phase] for phase in ("prefill", "decode"))
+    masses = (counts["kept_mass"][phase] for phase in PHASES)
     return (
         "-" if keys is None else f"{keys:,.1f}",
         "-" if share is None else f"{100 * share:.1f} %",

@@ -7,7 +7,6 @@ for itself, and whether it changes the mask on its way.
 
 import ast
 import inspect
-import logging
 import re
 import textwrap
 from collections.abc import Iterator
@@ -18,8 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nc_patch.errors import UnsupportedModelError
-
-logger = logging.getLogger("nc_patch")
+from nc_patch.log import say_once
 
 # Arguments by which a model asks of attention what cannot be had by attending fewer keys.
 REFUSED_ARGUMENTS = {
@@ -49,14 +47,19 @@ class LeftDense(NamedTuple):
         return f"{len(self.names)} x {self.kind}: {self.reason}"
 
 
+def check_is_module(model: object) -> None:
+    """Raises UnsupportedModelError where a model is none."""
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
+
+
 def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
     """(layer index, module) of the attention modules to patch.
 
     Raises:
         UnsupportedModelError: the model cannot be patched; the message says why, and what to do.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
+    check_is_module(model)
     inner = _inner(model)
     name = type(model).__name__
     if inner is None:
@@ -119,12 +122,7 @@ def say_left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> No
     """Logs once per class of model what stays dense."""
     parts = left_dense(model, patched)
     if parts:
-        _say_once(f"{type(model).__name__}: left as it was: {'; '.join(map(str, parts))}")
-
-
-@lru_cache(maxsize=256)
-def _say_once(message: str) -> None:
-    logger.warning(message)
+        say_once(f"{type(model).__name__}: left as it was: {'; '.join(map(str, parts))}")
 
 
 def _inner(model: torch.nn.Module) -> PreTrainedModel | None:

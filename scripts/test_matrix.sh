@@ -84,7 +84,7 @@ for torch in "${torches[@]}"; do
     fi
     # Triton's interpreter runs with numpy 2.4 since its version 3.7.
     numpy="$(grep -E '^numpy==' constraints.txt)"
-    if "$environment/bin/python" -c 'import sys, triton; sys.exit(triton.__version__ >= "3.7")' 2>/dev/null; then
+    if "$environment/bin/python" -c 'import sys, triton; sys.exit([*map(int, triton.__version__.split(".")[:2])] >= [3, 7])' 2>/dev/null; then
         numpy="numpy<2.4"
     fi
     for release in "${releases[@]}"; do

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nc_patch import sparse_attention
-from nc_patch.functional import _say_once
+from nc_patch.log import say_once
 from nc_patch.ops import backends
 from nc_patch.ops.backends import choose_backend, triton_problem
 
@@ -103,7 +103,7 @@ def test_a_call_that_triton_cannot_run_equals_pytorch_and_says_so_once(settings,
     monkeypatch.setattr(backends, "triton_problem", lambda device: None)  # as on a GPU
     tensors = [torch.randn(1, 2, 40, head_dim) for _ in range(3)]
     settings = {"alpha": 2.0, "C": 0.5, **settings}
-    _say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "nc_patch"):
         found = [sparse_attention(*tensors, **settings) for _ in range(2)]
     expected = sparse_attention(*tensors, **settings, backend="torch")

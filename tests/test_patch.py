@@ -33,7 +33,7 @@ from nc_patch import (
     unpatch_model,
 )
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
-from nc_patch.refusals import say_unpatched
+from nc_patch.log import say_once
 
 SELECTIONS = ("topk", "window", "block", "dense")
 FULL = {"alpha >= 1, C = 1": (1.0, 1.0), "budget above n": (500.0, 0.0)}
@@ -275,7 +275,7 @@ def test_a_model_made_from_the_config_of_a_patched_one_runs_dense_and_the_log_sa
     ids, model = random_ids(1, 20), patch_model(tiny_model("llama"), 2.0, 0.5)
     other = LlamaForCausalLM(copy.deepcopy(model.config)).eval()
     other.load_state_dict(model.state_dict())
-    say_unpatched.cache_clear()
+    say_once.cache_clear()
     with torch.inference_mode():
         model(ids)
         assert "runs dense" not in caplog.text

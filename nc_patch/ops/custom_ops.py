@@ -294,14 +294,13 @@ def block_attention_backward(
     """
     settings = BlockSettings(block_size, query_block_size, sample_stride, min_mass, max_factor, estimator)
     table = query_block_table(visible, origin, query_block_size)
-    with autocast_off(query):
-        choice, _ = choose_blocks(query, key, visible, origin, budget, table, settings, scale=scale, softcap=softcap)
-    chosen = ChosenBlocks(table, choice, block_size)
 
     def keep(raw: torch.Tensor, seen: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
         return chosen.keep_(raw, seen, block)
 
     with autocast_off(query):
+        choice, _ = choose_blocks(query, key, visible, origin, budget, table, settings, scale=scale, softcap=softcap)
+        chosen = ChosenBlocks(table, choice, block_size)
         gradients = attention_gradients(
             grad_output, query, key, value, visible, sinks, keep, chosen.blocks, scale=scale, softcap=softcap
         )

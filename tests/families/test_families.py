@@ -130,7 +130,7 @@ def test_an_index_is_not_kept_of_keys_or_values_that_the_cache_does_not_hold():
 
 
 def test_what_stays_dense_is_said_in_the_log_and_in_the_statistics(caplog):
-    nc_patch.support._say_once.cache_clear()
+    nc_patch.log.say_once.cache_clear()
     model = patch_model(tiny_model(family_named("phi4_multimodal")), 2.0, 0.5)
     parts = {part["kind"]: part for part in nc_stats(model)["left_dense"]}
     assert parts["Phi4MultimodalVisionAttention"]["reason"] == "is not of the text decoder"
