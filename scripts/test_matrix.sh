@@ -70,7 +70,7 @@ assert torch.__version__.split("+")[0] == sys.argv[1] and sys.argv[2] in ("own",
 PY
 }
 
-base="$(nc_find_python)" || exit 1
+base="${PYTHON:-$(nc_find_python)}" || exit 1
 python="$("$base" -c 'import sys; print("python-%d.%d" % sys.version_info[:2])')"
 mkdir -p "$home" || exit 1
 failed=0
