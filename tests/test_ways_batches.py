@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import NOT_PACKABLE, random_ids, tiny_model
+from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, full_and_small, left_padded, right_padded, rows_of, small
 
@@ -48,7 +48,7 @@ def test_a_row_generates_in_a_batch_what_it_generates_alone(family):
     assert torch.equal(together[:, -6:], torch.stack(alone))
 
 
-@pytest.mark.parametrize("family", [each for each in EACH_FAMILY if each.id not in NOT_PACKABLE])
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_packed_sequences_equal_dense_and_each_alone(family):
     rows = rows_of(4)
     packed = torch.cat(rows)[None]
