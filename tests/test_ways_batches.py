@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, full_and_small, left_padded, right_padded, rows_of, small
 
 from nc_patch import patch_model, unpatch_model
+from nc_patch.ops.limits import MAX_DECODE_QUERIES
 
 PADDED = {"left": left_padded, "right": right_padded}
 # Of the norm of a token's logits.
@@ -109,3 +110,17 @@ def test_a_dtype_taken_after_patching_is_as_one_taken_before(dtype):
     with torch.inference_mode():
         assert torch.equal(after(ids).logits, before(ids).logits)
         assert torch.equal(unpatch_model(after)(ids).logits, tiny_model("llama").to(dtype)(ids).logits)
+
+
+@pytest.mark.parametrize("cut", [100, 117, 118, 149])
+def test_a_piece_of_at_most_32_tokens_that_continues_a_cache_decodes_and_a_longer_one_is_prefill(cut):
+    dense, ids = tiny_model("llama"), random_ids(1, 150)
+    model = patch_model(tiny_model("llama"), *SMALL, prefill="dense", decode="topk")
+    with torch.inference_mode():
+        expected, found = [], []
+        for each, results in ((dense, expected), (model, found)):
+            cache = DynamicCache()
+            results.extend(each(piece, past_key_values=cache).logits for piece in (ids[:, :cut], ids[:, cut:]))
+        torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=0)
+        as_dense = torch.allclose(found[1], expected[1], atol=2e-5, rtol=0)
+    assert as_dense == (150 - cut > MAX_DECODE_QUERIES)
