@@ -183,8 +183,9 @@ def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -
     if begins is None:
         return visibility
     start, end = visibility.visible.unbind(-1)
+    seen = end > start
     # A token of padding before it has no position to compare with.
-    opens = torch.nn.functional.pad(begins & (end > start)[:, :-1] & (end > start)[:, 1:], (1, 0))
+    opens = begins & seen & seen.roll(1, 1) & (torch.arange(Lq, device=seen.device) > 0)
     if not torch.compiler.is_compiling() and not bool(opens.any()):
         return visibility
     begin = torch.where(opens, end - 1, torch.iinfo(torch.int32).min).cummax(1).values
@@ -204,7 +205,10 @@ def _beginnings(
     seq_idx: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Which queries but the first begin a sequence, bool ``[B or 1, Lq - 1]``; None where nothing is said of it."""
+    """Which queries but the first begin a sequence, bool ``[B or 1, Lq]``; None where nothing is said of it.
+
+    Nothing has the length Lq - 1, which would be one for two queries: PyTorch would take that for a constant.
+    """
     if query_length < 2:
         return None
     if cu_seq_lens_q is not None:
@@ -217,10 +221,10 @@ def _beginnings(
                     f"{None if cu_seq_lens_k is None else cu_seq_lens_k.tolist()}"
                 )
         opens = torch.zeros(1, query_length + 1, dtype=torch.bool, device=cu_seq_lens_q.device)
-        return opens.index_fill_(1, cu_seq_lens_q.long(), True)[:, 1:-1]
+        return opens.index_fill_(1, cu_seq_lens_q.long(), True)[:, :-1]
     if seq_idx is not None and seq_idx.ndim == 2 and seq_idx.shape[1] == query_length:
-        return seq_idx[:, 1:] != seq_idx[:, :-1]
+        return seq_idx != seq_idx.roll(1, 1)
     # Other shapes are no positions in a text: those of images have three axes.
     if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == query_length:
-        return (position_ids[:, 1:] == 0) | (position_ids[:, 1:] < position_ids[:, :-1])
+        return (position_ids == 0) | (position_ids < position_ids.roll(1, 1))
     return None

@@ -6,7 +6,7 @@
 # PYTHON=/path/to/python chooses the interpreter. TRITON is the one that PyTorch asks for unless it is given; of all else the
 # newest is taken, as a new installation would. PyTorch comes as a CPU build (X+cpu), from where pip is told to look:
 # PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS. NC_MATRIX_CUDA=1 takes builds with CUDA where there is none for the CPU, some gigabytes
-# each. A combination replaces its entry in the file; others stay.
+# each. A combination replaces its entry in the file; others stay. Where files are given, the entry is of these and names them.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/setup_env.sh
@@ -18,10 +18,11 @@ read -ra releases <<<"${TRANSFORMERS:-5.17.0 5.23.0 5.24.0}"
 out="${OUT:-docs/results/matrix.json}"
 home="${NC_MATRIX_DIR:-.matrix}"
 # What a change in PyTorch, Triton or transformers can break: settings need none of them, GPUs have scripts/gpu_check.sh.
-core=(tests/test_{blocks,cache,config,consistency,functional,patch,reference,stats,tail,visibility}.py
+core=(tests/test_{blocks,cache,config,consistency,functional,masks,patch,reference,stats,tail}.py
     tests/test_torch_{block,decode,ops}.py tests/test_triton_{compile,decode_block,kernels}.py
-    tests/test_ways_{batches,compile,generate,precision}.py)
+    tests/test_ways_{batches,compile,generate,masks,precision}.py)
 [ $# -eq 0 ] || core=("$@")
+export FILES="$*"
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 
 # record TORCH TRITON TRANSFORMERS OUTCOME SECONDS WHAT [VERSION...]: one combination into the file.
@@ -35,12 +36,14 @@ git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True).std
 commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 installed = dict(v.split("==", 1) for v in versions)
 cell = {"python": platform.python_version(), "torch": torch, "triton": installed.get("triton", triton)}
-cell |= {"transformers": transformers, "outcome": outcome, "seconds": int(seconds), "commit": commit}
+cell |= {"transformers": transformers} | ({"files": os.environ["FILES"].split()} if os.environ["FILES"] else {})
+cell |= {"outcome": outcome, "seconds": int(seconds), "commit": commit}
 counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", what)}
 cell |= {"tests": counts} if counts else {"reason": what}
 cell |= {"versions": installed} if versions else {}
 record = json.loads(path.read_text()) if path.exists() else {"cells": []}
-key = lambda c: [[int(n) for n in re.findall(r"\d+", c[name])] for name in ("torch", "transformers", "triton", "python")]
+number = lambda text: [int(n) for n in re.findall(r"\d+", text)]
+key = lambda c: ([number(c[name]) for name in ("torch", "transformers", "triton", "python")], c.get("files", []))
 record = {
     "command": "scripts/test_matrix.sh",
     "hardware": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
