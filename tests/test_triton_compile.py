@@ -72,8 +72,8 @@ QUICK = [
 # Other versions of Triton than the pinned one spill a few registers, of thousands of instructions: before 3.7.1, which
 # PyTorch before 2.13 brings, up to 21 instructions in five of these; 3.9, which PyTorch 2.15 brings, up to 12 in
 # attend_blocks and codes_tail on sm_90 and sm_100, and 3 in codes_choose on sm_80.
-VERSION = Version(triton.__version__)
-MOST_SPILLS = 32 if VERSION < Version("3.7.1") else 0 if VERSION < Version("3.9") else 12
+VERSION = Version(triton.__version__).release
+MOST_SPILLS = 32 if VERSION < (3, 7, 1) else 0 if VERSION < (3, 9) else 12
 VARIANTS = {target: specialisations(target) for target in TARGETS}
 NAMES = list(VARIANTS["sm_90"])
 
