@@ -60,7 +60,7 @@ def measure_case(case: Case, settings: Settings, rate: float, before: Sequence[R
             right = partial(expected_rows, inputs, selection, config, rows_of)
             _try(row, ready, partial(_sparse_step, inputs, selection, config), right, rows_of, device, counted)
     dense = _Once(partial(expected_rows, inputs, "dense", config, rows_of))
-    for name, make in rivals(device).items():
+    for name, make in rivals(device, settings.dense).items():
         row = new_row(case, name, "dense", flops=dense_flops(geometry, case.batch, case.length), **shared)
         rows[name] = row
         if is_wanted(row, before, deadline, growth=_GROWTH):
