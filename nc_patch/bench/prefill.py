@@ -89,6 +89,7 @@ class _Once:
 
 
 def sparse_step(inputs: PromptInputs, selection: str, config: NCConfig) -> Step:
+    """A step of a selection: attention of the whole prompt; its argument is not looked at."""
     options = {
         name: getattr(config, name)
         for name in ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor", "tail", "backend")
