@@ -116,7 +116,8 @@ run_tests() {
     local step="$1" until="$2" workers=$(($(nproc) - 2)) counts
     shift 2
     workers=$((workers < 1 ? 1 : workers > 16 ? 16 : workers))
-    local how=(-n "$workers" --dist worksteal -rsfE --durations=10)
+    # Where a test hangs is printed after 90 s.
+    local how=(-n "$workers" --dist worksteal -rsfE --durations=10 -o faulthandler_timeout=90)
     [ -z "$DRY" ] || how=(--collect-only -qq)
     timed "$step" "$until" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider -p xdist.plugin "${how[@]}" "$@"
     # Of the last line, such as "12 passed, 3 skipped in 4.56s".
