@@ -6,7 +6,7 @@
 # Results: OUT/gpu_check_PART.txt, a summary, and OUT/gpu_check_PART.tar.gz, the rest; OUT is by default runs/gpu_check.
 # Needs torch, triton, transformers, pytest, pytest-xdist and numpy in python3, or in PYTHON=/path/to/python.
 # --dry-run, or a machine without a GPU: collects the tests with only these packages importable, runs the benchmarks on
-# the CPU at sizes that say nothing about speed, and compiles every launch for a GPU that is not there.
+# the CPU at sizes that say nothing about speed, and compiles all that they and the memory checker launch for an H200.
 # Exit status: 0, 1 where a step fails, 2 for arguments or an environment that do not fit.
 set -uo pipefail
 
@@ -59,7 +59,7 @@ if [[ "$PYTHON" == */* ]]; then # relative to where the check is called
     PYTHON="$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")"
 fi
 cd "$ROOT" || exit 2
-rm -rf "$RESULTS" && mkdir "$RESULTS" || fail "$RESULTS cannot be written"
+{ rm -rf "$RESULTS" && mkdir "$RESULTS"; } || fail "$RESULTS cannot be written"
 
 # Only what is asked for is loaded into pytest, whatever else is installed.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
