@@ -187,8 +187,8 @@ if [ "$PART" = prefill ]; then
     run_tests tests 205 tests/test_triton_*.py
     bench 345 "${PREFILL[@]}"
 else
-    run_tests graphs 100 tests/test_triton_graphs.py
-    bench 230 "${DECODE[@]}"
+    run_tests graphs 120 tests/test_triton_graphs.py
+    bench 245 "${DECODE[@]}"
     run_sanitizer 345
 fi
 tar -C "$(dirname "$RESULTS")" -czf "$RESULTS.tar.gz" "$(basename "$RESULTS")" && rm -r "$RESULTS"
