@@ -69,9 +69,8 @@ QUICK = [
     "encode-bf16-d128",
 ]
 # Instructions that spill in any of these, of thousands: none with the pinned Triton. Those of other versions of PyTorch
-# allocate registers otherwise: before 3.7.1 up to five variants spill; 3.8 in topk of float32 on gfx942 (72), and up to
-# 22 in topk and attend_blocks on sm_90 and sm_100; 3.9 in attend_blocks and codes_tail there, and in codes_choose on
-# sm_80 (3).
+# allocate registers otherwise. Before 3.7.1 up to five variants spill; with 3.8 ten, 72 in topk of float32 on gfx942
+# and up to 22 in the others; with 3.9 four, of attend_blocks, codes_tail and codes_choose.
 MOST_SPILLS = {"3.7.1": 0, "3.8.0": 72, "3.9.0": 12}.get(triton.__version__, 32)
 VARIANTS = {target: specialisations(target) for target in TARGETS}
 NAMES = list(VARIANTS["sm_90"])
