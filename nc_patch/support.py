@@ -81,7 +81,7 @@ def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module
         raise UnsupportedModelError(
             f"{name} has no causal attention; only decoders can be patched. Where a config has is_decoder, set it."
         )
-    if not any(_builds_masks(_class(m)) for m in inner.modules() if isinstance(m, PreTrainedModel)):
+    if not mask_builders(inner):
         raise UnsupportedModelError(
             f"{name} does not build its masks through transformers' mask interface, so that causality and padding "
             "would be lost. Use the model as it is."
@@ -93,6 +93,11 @@ def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module
     for module in causal:
         _check_module(module, name)
     return [(_layer(module, place), module) for place, module in enumerate(causal)]
+
+
+def mask_builders(model: torch.nn.Module) -> list[PreTrainedModel]:
+    """The parts of a model that build its masks through ``transformers``' mask interface."""
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and _builds_masks(_class(m))]
 
 
 def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[LeftDense]:
