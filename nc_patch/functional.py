@@ -8,9 +8,10 @@ import torch
 from torch.autograd import forward_ad
 
 from nc_patch.autocast import autocast_off, lowered
-from nc_patch.config import SELECTIONS, NCConfig, Selection, is_number, shown
+from nc_patch.config import SELECTIONS, NCConfig, Selection, shown
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.log import say_once
+from nc_patch.numbers import as_bool, as_number, plain
 from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.limits import DTYPES, MAX_DECODE_QUERIES
@@ -82,6 +83,7 @@ def sparse_attention(
         TypeError: an option has an unknown name or a wrong type.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
+    alpha, C = plain(alpha), plain(C)
     per_head = lambda v: [list(v)] if isinstance(v, Sequence) and not isinstance(v, (str, bytes)) else v  # noqa: E731
     if selection is None:
         raise ValueError(f"selection must be one of {', '.join(map(repr, SELECTIONS))}, got None")
@@ -111,7 +113,7 @@ def sparse_attention(
         raise ValueError(f"origin must be int32 [{B}, {Lq}] on {query.device}, got {_describe(origin)}")
     if visible_given and config.tail == "mean" and selection == "topk":
         check_sequences(visible, origin)
-    if not isinstance(return_stats, bool):
+    if as_bool(return_stats) is None:
         raise TypeError(f"return_stats must be True or False, got {shown(return_stats)}")
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
@@ -428,8 +430,8 @@ def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> fl
     ):
         if value is None:
             continue
-        single = is_number(value) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-        if not (single and 0 < value <= torch.finfo(torch.float32).max):
+        found = as_number(value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value)
+        if found is None or not 0 < found <= torch.finfo(torch.float32).max:
             raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return head_dim**-0.5 if scale is None else float(scale)
 
