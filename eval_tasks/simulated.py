@@ -19,8 +19,9 @@ from eval_tasks.errors import EvalError
 from nc_patch.attention import PATCH_ATTRIBUTE
 from nc_patch.config import NCConfig
 from nc_patch.functional import budgets_of, check_scale
+from nc_patch.masks import interval_mask
 from nc_patch.stats import LayerCounters, tally, total
-from nc_patch.visibility import Visibility, interval_mask
+from nc_patch.visibility import visibility_of
 
 IMPLEMENTATION = "nc_simulated"
 # Scores held at a time, in elements.
@@ -105,13 +106,13 @@ def _forward(
     active = _ACTIVE.get()
     if active is None:
         raise EvalError(f'the attention "{IMPLEMENTATION}" runs within simulating(...) alone')
-    visible, _origin = Visibility.unpack(attention_mask)
     B, Hq, Lq, D = query.shape
     Hkv, Lk = key.shape[1], key.shape[2]
+    visibility = visibility_of(attention_mask, B, Lq, Lk, type(module).__name__)
+    visible, key, value = visibility.visible, visibility.take(key), visibility.take(value)
     scale = check_scale(scaling, softcap, D)
     config = active.simulated.config
     layer = int(getattr(module, "layer_idx", 0) or 0)
-    visible = visible.expand(B, -1, -1)
     budget = None if config is None else budgets_of(config, layer, visible, Lk).expand(B, Hq, Lq)
     keys, values = (tensor.float().repeat_interleave(Hq // Hkv, 1) for tensor in (key, value))
     rows = max(1, _CHUNK // (B * Hq * Lk))

@@ -16,12 +16,30 @@ from nc_patch.errors import UnsupportedMaskError, UnsupportedModelError
 from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
 from nc_patch.index import KIND_OF
 from nc_patch.layer_index import key_index_of, key_means_of
+from nc_patch.log import say_once
+from nc_patch.masks import interval_mask
 from nc_patch.observed import Observed
 from nc_patch.ops.limits import MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult
-from nc_patch.refusals import check_heads, mask_problem, refuse_missing_keys, refuse_unsupported, say_unpatched
+from nc_patch.refusals import (
+    check_heads,
+    no_mask,
+    refuse_indexes,
+    refuse_missing_keys,
+    refuse_unsupported,
+    say_unpatched,
+)
 from nc_patch.stats import LayerCounters, tally
-from nc_patch.visibility import Visibility, interval_mask, is_bidirectional, is_packed, is_plain_causal
+from nc_patch.visibility import (
+    BOUNDARIES,
+    Visibility,
+    is_bidirectional,
+    is_packed,
+    is_plain_causal,
+    seen_keys,
+    split_sequences,
+    visibility_of,
+)
 
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
 IMPLEMENTATION = "nc_sparse"
@@ -67,7 +85,7 @@ def nc_attention_forward(
     ``nc_layer_cache`` comes from ``hand_on_cache``.
 
     Raises:
-        UnsupportedMaskError: the mask is not one interval of keys per query.
+        UnsupportedMaskError: the mask lets a query see several runs of keys, or is not there.
         UnsupportedModelError: the model asks for what sparse attention cannot do.
     """
     patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
@@ -80,9 +98,11 @@ def nc_attention_forward(
     query, key, value = lowered(query, key, value)
     if isinstance(attention_mask, torch.Tensor):
         (attention_mask,) = lowered(attention_mask)
+    boundaries = {name: kwargs.get(name) for name in BOUNDARIES}
     with autocast_off(query):
         return _attention(
             *(module, query, key, value, attention_mask, scaling, softcap, s_aux, patch, nc_layer_cache),
+            boundaries=boundaries,
             crosses=crosses,
         )
 
@@ -99,22 +119,42 @@ def _attention(
     patch: LayerPatch | None,
     nc_layer_cache: LayerCache | None,
     *,
+    boundaries: dict[str, torch.Tensor | None],
     crosses: bool,
 ) -> tuple[torch.Tensor, None]:
-    """``nc_attention_forward`` of what it has checked; ``crosses``: every query may see every key."""
+    """``nc_attention_forward`` of what it has checked.
+
+    ``boundaries`` say where packed sequences begin; ``crosses``: every query may see every key.
+    """
     B, _, Lq, Lk = check_tensors(query, key, value, s_aux)
     scale = check_scale(scaling, softcap, query.shape[-1])
     compiling = torch.compiler.is_compiling()
     cached = None if nc_layer_cache is None or compiling else nc_layer_cache.layer
     plan = _plan(patch, query, nc_layer_cache)
     config, decoding, selection = plan.config, plan.decoding, plan.selection
-    if not is_packed(attention_mask):
-        if plan.dense_reason is None or (attention_mask is None and not crosses):
-            raise UnsupportedMaskError(mask_problem(module, attention_mask))
-        output = _sdpa(query, key, value, attention_mask, scale, softcap, s_aux, module, causal=not crosses)
+    plain = softcap is None and s_aux is None
+    if attention_mask is None and not (crosses and plain):
+        raise UnsupportedMaskError(no_mask(module))
+    if not is_packed(attention_mask) and plan.dense_reason is not None and plain:
+        output = _sdpa(query, key, value, attention_mask, scale, causal=not crosses)
+        if patch is not None and attention_mask is not None and not compiling:
+            n = seen_keys(attention_mask).sum(-1).expand(B, -1, Lq)
+            visible = torch.stack((torch.zeros_like(n[:, 0]), n.amax(1)), -1)
+            patch.counters.add(tally(n, visible, patch.counters.tail), plan.dense_reason)
         return output.transpose(1, 2).contiguous(), None
     assert attention_mask is not None
-    visible, origin = _visible_keys(module, patch, plan.layer, attention_mask, B, Lk)
+    visibility, in_place = _visible_keys(module, patch, plan.layer, attention_mask, boundaries, (B, Lq, Lk))
+    visible, origin = visibility.visible, visibility.origin
+    if visibility.order is not None:
+        if not compiling:
+            say_once(
+                "The mask of a call has holes, for example padding between tokens: the keys that it leaves are copied "
+                "together in each layer, and no key index is kept, which takes more time."
+            )
+        key, value = visibility.take(key), visibility.take(value)
+    if not in_place:
+        refuse_indexes(module, nc_layer_cache)
+    indexed = nc_layer_cache if in_place else None
 
     if plan.dense_reason is not None:
         selection, budget = "dense", None
@@ -130,15 +170,16 @@ def _attention(
     by_index = KIND_OF.get(config.decode) == "pages" or not needs_gradient(query, key, value, s_aux)
     if patch is not None and not config.is_dense(plan.layer) and by_index:
         keys = (key.detach(), value.detach())
-        index = key_index_of(config, *keys, visible, origin, nc_layer_cache, decoding)
-        means = key_means_of(config, *keys, visible, origin, nc_layer_cache)
+        index = key_index_of(config, *keys, visible, origin, indexed, decoding)
+        means = key_means_of(config, *keys, visible, origin, indexed)
     by_codes = decoding and index is not None and index.kind == "codes"
     audit_seed = patch.audit_seed if patch is not None and plan.measures else -1
 
     def run(selection: str) -> AttentionResult:
-        plain = selection == "dense" and softcap is None and s_aux is None and Lq in (1, Lk) and plan.host_reads
-        if plain and is_plain_causal(attention_mask, Lk):
-            return AttentionResult(_sdpa(query, key, value, None, scale, None, None, module))
+        if selection == "dense" and plain and in_place and Lq in (1, Lk) and plan.host_reads:
+            causal = _once(attention_mask, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
+            if causal:
+                return AttentionResult(_sdpa(query, key, value, None, scale))
         estimated = selection == "block" and not decoding
         return attend(
             query,
@@ -210,19 +251,35 @@ def _plan(patch: LayerPatch | None, query: torch.Tensor, cache: LayerCache | Non
 
 
 def _visible_keys(
-    module: torch.nn.Module, patch: LayerPatch | None, layer: int, mask: torch.Tensor, batch: int, key_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What every query sees, int32 ``[B, Lq, 2]``, and where its sequence begins, int32 ``[B, Lq]``."""
+    module: torch.nn.Module,
+    patch: LayerPatch | None,
+    layer: int,
+    mask: torch.Tensor,
+    boundaries: dict[str, torch.Tensor | None],
+    lengths: tuple[int, int, int],
+) -> tuple[Visibility, bool]:
+    """What every query sees, for B, Lq and Lk in ``lengths``; and whether intervals count in the keys of the cache.
+
+    They do not where keys have been left out, or sequences were cut apart, of which the cache knows nothing.
+    """
     if patch is not None and is_bidirectional(mask):
         raise UnsupportedMaskError(
             f"{type(module).__name__} got a bidirectional mask, and sparse attention is causal. Unpatch the model, or "
             "use it as a decoder."
         )
-    refuse_missing_keys(module, layer, mask, key_length)
-    visible, origin = _once(mask, ("visibility",), lambda: Visibility.unpack(mask))
-    if visible.shape[0] != batch:
-        return visible.expand(batch, -1, -1), origin.expand(batch, -1)
-    return visible, origin
+    if is_packed(mask):
+        refuse_missing_keys(module, layer, mask, lengths[2])
+
+    def make() -> tuple[Visibility, bool]:
+        found = visibility_of(mask, *lengths, type(module).__name__)
+        if not is_packed(mask) or is_bidirectional(mask):
+            return found, False
+        cut = split_sequences(found, **boundaries)
+        return cut, cut.order is None and (cut is found or torch.compiler.is_compiling())
+
+    if is_packed(mask):
+        return _once(mask, ("visibility", lengths), make)
+    return make()  # the caller may write to it between calls
 
 
 def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
@@ -274,16 +331,9 @@ def _sdpa(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    module: torch.nn.Module,
     causal: bool = True,
 ) -> torch.Tensor:
     """PyTorch's dense attention; without a mask plain causal, for which Lq must be 1 or Lk, or of all keys."""
-    if softcap is not None or sinks is not None:
-        raise UnsupportedMaskError(
-            f"{mask_problem(module, mask)} This layer cannot be left dense: SDPA has no soft-cap and no sinks."
-        )
     group = query.shape[1] // key.shape[1]
     if group > 1 and query.device.type == "cpu":
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

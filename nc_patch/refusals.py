@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from nc_patch.errors import BrokenCacheError, UnsupportedModelError
+from nc_patch.cache import LayerCache
+from nc_patch.errors import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError
 from nc_patch.log import say_once
 from nc_patch.support import REFUSED_ARGUMENTS
 from nc_patch.visibility import made_for
@@ -60,16 +61,18 @@ def check_heads(module: torch.nn.Module, laws: tuple[Any, ...], heads: int) -> N
         )
 
 
-def mask_problem(module: torch.nn.Module, mask: Any) -> str:
-    """What is wrong with a mask that is not one run of keys per query."""
-    name = type(module).__name__
-    if mask is None:
-        return (
-            f"{name} passed no mask, so that causality and padding would be lost: its model does not build masks "
-            "through transformers' mask interface. It cannot be patched."
-        )
-    shape = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+def no_mask(module: torch.nn.Module) -> str:
+    """What is wrong where a module passes no mask."""
     return (
-        f"{name} got a custom attention mask ({shape}). Sparse attention needs each query to see one run of keys: pass "
-        "a 2-D padding mask [batch, positions], or leave the layer dense with dense_layers=..."
+        f"{type(module).__name__} passed no mask, so that causality and padding would be lost: its model does not "
+        "build masks through transformers' mask interface. It cannot be patched."
     )
+
+
+def refuse_indexes(module: torch.nn.Module, cache: LayerCache | None) -> None:
+    """Refuses a compiled call that cannot keep the key indexes of its layer, and cannot drop them in a graph either."""
+    if torch.compiler.is_compiling() and cache is not None and cache.layer is not None and cache.layer.nc_indexes:
+        raise UnsupportedMaskError(
+            f"{type(module).__name__}: the mask has holes that it had not when the cache was filled, and a compiled "
+            "call cannot drop the key index, which knows nothing of them. Make this call without torch.compile."
+        )

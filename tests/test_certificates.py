@@ -179,8 +179,7 @@ def spied() -> Iterator[Spied]:
 def masses_and_outputs(call, selection: str, config: NCConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(kept mass of the sparse rows, dense output, output that the call returned), in float64."""
     _, query, key, value, mask, options, output = call
-    visible, origin = Visibility.unpack(mask)
-    visible, origin = visible.expand(len(query), -1, -1), origin.expand(len(query), -1)
+    visible, origin, _ = Visibility.unpack(mask, query.shape[2], key.shape[2]).expand(len(query))
     n = (visible[..., 1] - visible[..., 0])[:, None]
     common = {
         "visible": visible,

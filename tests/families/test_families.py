@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import nc_patch.attention
 import nc_patch.support
 from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
-from nc_patch.visibility import interval_mask
+from nc_patch.masks import interval_mask
 
 # Those with needs of their own: latent attention with values of another width than keys, chunks and layers without
 # rotary positions, linear attention, recurrences, convolutions, soft-caps, sinks, own scaling, keys that layers share,

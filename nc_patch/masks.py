@@ -1,0 +1,303 @@
+"""Turns the masks of ``transformers`` into visible intervals, as it makes them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import masking_utils
+
+from nc_patch.errors import UnsupportedMaskError
+from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
+
+MaskFunction = Callable[..., Any]
+
+_REMEDY = (
+    "Sparse attention needs each query to see one run of keys. Remove the custom mask, or leave the layers that need "
+    "it dense with dense_layers=..."
+)
+# Elements of a mask that are looked at together, to bound memory.
+_ELEMENTS_AT_ONCE = 1 << 24
+
+
+def interval_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction = masking_utils.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    use_vmap: bool = False,
+    local_size: int | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """The mask function that ``transformers`` calls: packed visible intervals instead of a mask.
+
+    Args:
+        batch_size, q_length, kv_length: B, Lq and Lk.
+        q_offset, kv_offset: positions of the first query and the first key within the whole context.
+        mask_function: what ``transformers`` composed: causal, sliding, chunked and packed masks are understood, and the
+            plain bidirectional one of cross-attention, in which every query sees all keys.
+        attention_mask: the 2-D padding mask ``[B, positions]``, true for tokens; or the result of an earlier call.
+        device: where the result goes.
+        use_vmap: set by ``transformers`` where a model adds a mask function of its own.
+        local_size: set by ``transformers`` where the mask slides or goes by chunks.
+
+    Returns:
+        uint32 ``[B, 1, R, 3]``, see ``Visibility.pack``; or where some query sees more than one run of keys the bool
+        mask ``[B, 1, Lq, Lk]``, which layers that are left dense can take.
+
+    Raises:
+        UnsupportedMaskError: the padding mask is not 2-D; or while ``torch.compile`` traces, the mask is not one
+            interval per query.
+    """
+    if is_packed(attention_mask):
+        return attention_mask  # type: ignore[return-value]
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UnsupportedMaskError(
+            f"expected a 2-D padding mask [batch, positions], got shape {tuple(attention_mask.shape)}. {_REMEDY}"
+        )
+    padding = None if attention_mask is None else attention_mask.to(device).bool()
+    position = torch.arange(q_length, device=device)[None] + q_offset
+
+    def seen(first: int, last: int) -> torch.Tensor:
+        """The rows ``first:last`` as ``transformers`` would make them, bool ``[B, 1, last - first, Lk]``."""
+        return masking_utils.sdpa_mask(
+            *(batch_size, last - first, kv_length, q_offset + first, kv_offset, mask_function, padding),
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+
+    compiling, found = torch.compiler.is_compiling(), None
+    visibility: Visibility | None
+    if mask_function is masking_utils.bidirectional_mask_function:
+        packed = _all_keys(batch_size, q_length, kv_length, padding, device)
+        return seen(0, q_length) if packed is None else packed
+    if compiling:
+        slides = local_size is not None
+        found = _probe(mask_function, position, batch_size, kv_length + kv_offset, custom=use_vmap, slides=slides)
+    else:
+        found = _derive(mask_function, position)
+    if found is not None:
+        start, origin = (t.expand(batch_size, q_length) for t in found)
+        visibility = _within_keys(start, origin, position, padding, kv_offset, kv_length)
+    else:
+        step = max(1, _ELEMENTS_AT_ONCE // max(1, batch_size * kv_length))
+        is_token = None if padding is None else _is_token(padding, position)
+        looked_at = _looked_at(seen, q_length, step, is_token)
+        visibility = runs_of((rows.expand(batch_size, -1, -1) for rows in looked_at), kv_length)
+    if visibility is None:
+        mask = seen(0, q_length)
+        mask._nc_function = getattr(mask_function, "__qualname__", repr(mask_function))  # type: ignore[attr-defined]
+        return mask
+    packed = visibility.pack()
+    if not compiling:
+        packed._nc_key_length = kv_length  # type: ignore[attr-defined]
+    return packed
+
+
+def _looked_at(
+    seen: Callable[[int, int], torch.Tensor], length: int, step: int, is_token: torch.Tensor | None
+) -> Iterator[torch.Tensor]:
+    """The rows of a mask, ``step`` at a time, bool ``[B or 1, step, Lk]``; those of padding queries see nothing."""
+    for first in range(0, length, step):
+        rows = seen(first, min(first + step, length))[:, 0]
+        yield rows if is_token is None else rows & is_token[:, first : first + step, None]
+
+
+def _within_keys(
+    start: torch.Tensor,
+    origin: torch.Tensor,
+    position: torch.Tensor,
+    padding: torch.Tensor | None,
+    kv_offset: int,
+    kv_length: int,
+) -> Visibility:
+    """Intervals from ``start`` to the query's own position, int64 ``[B, Lq]``, as they lie among the keys of a call."""
+    end = (position + 1).expand_as(start)
+    offset: int | torch.Tensor = kv_offset
+    order = None
+    if padding is not None:
+        start, end, origin = _apply_padding(padding, position, start, end, origin)
+        if not _is_whole(padding):
+            _refuse_right_padding(padding)
+            # Counted in tokens instead of positions.
+            before = torch.nn.functional.pad(padding.cumsum(-1), (1, 0))
+            start, end, origin = (before.gather(1, at.clamp(0, padding.shape[1])) for at in (start, end, origin))
+            offset = before[:, min(kv_offset, padding.shape[1])][:, None]
+            missing = kv_offset + kv_length - padding.shape[1]
+            order = keys_first(torch.nn.functional.pad(padding, (0, missing))[:, kv_offset:])
+    start, end = ((t - offset).clamp(0, kv_length) for t in (start, end))
+    visible = torch.stack((torch.minimum(start, end), end), dim=-1)
+    return Visibility(visible.to(torch.int32), (origin - offset).to(torch.int32), order)
+
+
+def _all_keys(
+    batch_size: int, q_length: int, kv_length: int, padding: torch.Tensor | None, device: torch.device | str
+) -> torch.Tensor | None:
+    """Packed intervals of all keys that a 2-D padding mask leaves, with the column that marks them as not causal.
+
+    None where the padding mask has holes.
+    """
+    visible = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 1, 2)
+    if padding is not None:
+        if not _is_whole(padding):
+            return None
+        first, stop = _token_run(padding)
+        visible = torch.cat((torch.minimum(first, stop), stop), -1)[:, None].to(torch.int32)
+    visible = visible.expand(batch_size, q_length, 2)
+    return torch.nn.functional.pad(visible, (0, 2))[:, None].contiguous().view(torch.uint32)
+
+
+_HOLES = (
+    "the padding mask has holes, which a compiled call cannot take: the tokens of a row must be one run, padded on the "
+    "left or right. Move the padding to one side of each row; to generate, to the left (tokenizer.padding_side = "
+    "'left'). Or run the model without torch.compile."
+)
+
+
+def _is_whole(padding: torch.Tensor) -> bool:
+    """Whether the tokens of each row of a 2-D padding mask are one run; reads the device.
+
+    Neither a compiled graph nor a capture can do that: they take it to be so, and a graph stops where it is not.
+    """
+    first, stop = _token_run(padding)
+    whole = (padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(whole, _HOLES)
+        return True
+    capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return capturing or bool(whole)
+
+
+def _refuse_right_padding(padding: torch.Tensor) -> None:
+    """Refuses a row whose last token, and no other, stands right behind padding that follows tokens."""
+    resumes = padding[:, 1:] & ~padding[:, :-1] & (padding.cumsum(-1) > 1)[:, 1:]
+    lone = resumes[:, -1] & (resumes.sum(-1) == 1)
+    if bool(lone.any()):
+        raise UnsupportedMaskError(
+            "the padding mask has holes, and the last token of a row stands right behind one: its prompt is padded on "
+            "the right, so that the padding's output was taken for its first new token. Pad on the left; to generate, "
+            "to the left (tokenizer.padding_side = 'left')."
+        )
+
+
+def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First token of each row and the end of its last one, int64 ``[B, 1]``."""
+    index = torch.arange(padding.shape[-1], device=padding.device)
+    first = torch.where(padding, index, padding.shape[-1]).amin(-1, keepdim=True)
+    return first, torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
+
+
+def _is_token(padding: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Which of the queries at ``position[1, Lq]`` are tokens, bool ``[B, Lq]``."""
+    length = padding.shape[-1]
+    at = position.clamp(max=length).expand(padding.shape[0], -1)
+    return torch.gather(torch.nn.functional.pad(padding, (0, 1)), -1, at)
+
+
+def _apply_padding(
+    padding: torch.Tensor, position: torch.Tensor, start: torch.Tensor, end: torch.Tensor, origin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cuts the intervals to the tokens of a 2-D padding mask; a padding query sees nothing."""
+    first, stop = _token_run(padding)
+    start, end = torch.maximum(start, first), torch.minimum(end, stop)
+    return start, torch.where(_is_token(padding, position), end, start), torch.maximum(origin, first)
+
+
+# What is recognised: the code of each mask function that masking_utils composes, taken from one made for the purpose.
+_NOTHING = torch.zeros(1, 1, dtype=torch.long)
+_CODES = {
+    masking_utils.causal_mask_function.__code__: "causal",
+    masking_utils.and_masks(masking_utils.causal_mask_function).__code__: "and",
+    masking_utils.sliding_window_overlay(1).__code__: "sliding",
+    masking_utils.chunked_overlay(1, _NOTHING).__code__: "chunked",
+    masking_utils.packed_sequence_mask_function(_NOTHING).__code__: "packed",
+}
+if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # absent before transformers 5.18
+    _CODES[masking_utils.remap_positions_for_packed_sequence(len, _NOTHING).__code__] = "remap"
+
+
+def _parts(mask_function: MaskFunction, positions: torch.Tensor | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The elementary mask functions whose intersection ``mask_function`` is, each with what it closes over.
+
+    What is not recognised is ``"other"``.
+    """
+    kind = _CODES.get(getattr(mask_function, "__code__", None))
+    if kind is None:
+        yield "other", {}
+        return
+    names = mask_function.__code__.co_freevars
+    closed = dict(zip(names, (cell.cell_contents for cell in mask_function.__closure__ or ()), strict=True))
+    if kind == "and":
+        for part in closed["mask_functions"]:
+            yield from _parts(part, positions)
+    elif kind == "remap":
+        yield from _parts(closed["mask_function"], closed["position_ids"])
+    else:
+        yield kind, closed | {"positions": positions}
+
+
+def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """First visible position and origin ``[B or 1, Lq]`` of the queries at ``position[1, Lq]``, from a mask's parts.
+
+    None where a part is not recognised, or none of them is causal.
+    """
+    parts = list(_parts(mask_function))
+    kinds = {kind for kind, _ in parts}
+    if "causal" not in kinds or "other" in kinds:
+        return None
+    start, origin = torch.zeros_like(position), torch.zeros_like(position)
+    for kind, closed in parts:
+        if kind == "sliding":
+            start = torch.maximum(start, position + 1 - closed["sliding_window"])
+        elif kind == "chunked":
+            # Chunks are counted from the first token, in positions of the sequence where sequences are packed.
+            within = position if closed["positions"] is None else closed["positions"].to(position.device)
+            within = within - closed["left_padding"].to(position.device)[:, None]
+            start = torch.maximum(start, position - within.remainder(closed["chunk_size"]))
+        elif kind == "packed":
+            sequence = closed["packed_sequence_mask"].to(position.device)
+            begins = torch.ones_like(sequence, dtype=torch.bool)
+            begins[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
+            index = torch.arange(sequence.shape[-1], device=sequence.device)
+            origin = torch.where(begins, index, 0).cummax(-1).values
+            start = torch.maximum(start, origin)
+    return start, origin
+
+
+# By how many steps the bisection below finds one of 2**steps keys. A few numbers for all lengths: a graph is compiled
+# for each, and may be of any length otherwise.
+_SEARCH_STEPS = (12, 17, 22, 31)
+
+
+def _probe(
+    mask_function: MaskFunction, position: torch.Tensor, batch_size: int, length: int, *, custom: bool, slides: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First visible position and origin by bisection on the mask function itself.
+
+    While ``torch.compile`` traces, closures cannot be looked into, but the function can be called: below its own
+    position a query's visibility is monotone in the key's position, so that O(Lq log Lk) evaluations find the start.
+    """
+    name = mask_function.__name__
+    if custom or name not in ("causal_mask_function", "and_mask"):
+        raise UnsupportedMaskError(f"the mask {name} is not one interval of keys per query. {_REMEDY}")
+    position = position.expand(batch_size, -1)
+    if name == "causal_mask_function":
+        return torch.zeros_like(position), torch.zeros_like(position)
+    batch = torch.arange(batch_size, device=position.device)[:, None]
+    head = torch.zeros_like(batch)
+    low, high = torch.zeros_like(position), position.clone()
+    steps = _SEARCH_STEPS[0]
+    for more in _SEARCH_STEPS[1:]:
+        if length > 1 << steps:
+            steps = more
+    for _ in range(steps):
+        middle = (low + high) // 2
+        seen = mask_function(batch, head, position, middle)
+        low, high = torch.where(seen, low, middle + 1), torch.where(seen, middle, high)
+    start = torch.minimum(low, position)
+    # Packed sequences begin where their intervals do; where intervals slide, the row is taken as one sequence.
+    return start, torch.zeros_like(start) if slides else start
