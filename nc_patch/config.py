@@ -317,14 +317,17 @@ def check_option_names(names: Iterable[str]) -> None:
     _known_options({"alpha": None, **dict.fromkeys(name for name in names if name != "selection")})
 
 
+# Here rather than where they are used: torch.compile cannot trace ``dataclasses.fields``.
+_NAMES = [field.name for field in dataclasses.fields(NCConfig)]
+
+
 def _known_options(options: dict[str, Any]) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(NCConfig)]
-    plain = lambda name: name[:80] if isinstance(name, str) and name.isprintable() else shown(name)  # noqa: E731
-    unknown = sorted(map(plain, options.keys() - set(names)))
+    written = lambda name: name[:80] if isinstance(name, str) and name.isprintable() else shown(name)  # noqa: E731
+    unknown = sorted(map(written, options.keys() - set(_NAMES)))
     if unknown:
-        hint = _meant(unknown[0], [*names, "selection"])
+        hint = _meant(unknown[0], [*_NAMES, "selection"])
         raise TypeError(
-            f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(names)}, and selection"
+            f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(_NAMES)}, and selection"
             f"{f'. Did you mean {hint}?' if hint else ''}"
         )
     if "alpha" not in options:
