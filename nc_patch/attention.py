@@ -26,6 +26,7 @@ from nc_patch.refusals import (
     check_heads,
     no_mask,
     refuse_indexes,
+    refuse_masked_keys,
     refuse_missing_keys,
     refuse_unsupported,
     say_unpatched,
@@ -132,6 +133,8 @@ def _attention(
     compiling = torch.compiler.is_compiling()
     cached = None if nc_layer_cache is None or compiling else nc_layer_cache.layer
     plan = _plan(patch, query, nc_layer_cache)
+    if Lq != Lk:
+        refuse_masked_keys(module, IMPLEMENTATION, nc_attention_forward, plan.dense_reason is not None)
     config, decoding, selection = plan.config, plan.decoding, plan.selection
     plain = softcap is None and s_aux is None
     if attention_mask is None and not (crosses and plain):
