@@ -168,7 +168,7 @@ def _attention(
         find = lambda: budgets_of(config, plan.layer, visible, Lk)  # noqa: E731
         law = ("budget", laws, config.min_keys, config.law, Lk)
         # Budgets by head are large, and as a rule of one layer alone.
-        budget = _once(attention_mask, law, find) if len(laws) == 1 else find()
+        budget = _once(visible, law, find) if len(laws) == 1 else find()
     index = means = None
     # Top-k has a gradient where it decodes without an index; decoding by pages has none, and says so in backward.
     by_index = KIND_OF.get(config.decode) == "pages" or not needs_gradient(query, key, value, s_aux)
@@ -181,7 +181,7 @@ def _attention(
 
     def run(selection: str) -> AttentionResult:
         if selection == "dense" and plain and in_place and Lq in (1, Lk) and plan.host_reads:
-            causal = _once(attention_mask, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
+            causal = _once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
             if causal:
                 return AttentionResult(_sdpa(query, key, value, None, scale))
         estimated = selection == "block" and not decoding
@@ -218,7 +218,7 @@ def _attention(
         patch.observe(Observed(plan.layer, query, key, value, visible, scale, softcap, s_aux, result.output))
     if patch is not None and not compiling and not in_transform():
         own = result.attended if selection == "block" else None
-        _count(patch, attention_mask, visible, budget if own is None else own, dense_reason, own is not None)
+        _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
     return result.output.transpose(1, 2).contiguous(), None
 
 
@@ -358,13 +358,12 @@ def _sdpa(
 
 def _count(
     patch: LayerPatch,
-    mask: torch.Tensor,
     visible: torch.Tensor,
     attended: torch.Tensor | None,
     dense_reason: str | None,
     own: bool,
 ) -> None:
-    """Counts one call; what follows from the mask and the settings alone is worked out once for all layers."""
+    """Counts one call; what follows from the intervals and the settings alone is worked out once for all layers."""
     tail = patch.counters.tail
     if own and attended is not None and attended.shape[-1] <= MAX_DECODE_QUERIES and dense_reason is None:
         patch.counters.add_later(attended, visible)
@@ -373,21 +372,21 @@ def _count(
         counts = tally(attended, visible, tail)
     elif attended is None:
         n = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
-        counts = _once(mask, ("tally", "dense", tail), lambda: tally(n, visible, tail))
+        counts = _once(visible, ("tally", "dense", tail), lambda: tally(n, visible, tail))
     else:
         law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.law)
-        counts = _once(mask, ("tally", *law, tail), lambda: tally(attended, visible, tail))
+        counts = _once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))
     patch.counters.add(counts, dense_reason)
 
 
-def _once(mask: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:
-    """``make()``, remembered on the mask tensor that all layers of one forward pass share."""
+def _once(shared: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:
+    """``make()``, remembered on a tensor that all layers of one forward pass share: the mask, or what comes of it."""
     if torch.compiler.is_compiling():
         return make()
-    made: dict[tuple[Any, ...], Any] | None = getattr(mask, "_nc_once", None)
+    made: dict[tuple[Any, ...], Any] | None = getattr(shared, "_nc_once", None)
     if made is None:
         made = {}
-        mask._nc_once = made  # type: ignore[attr-defined]
+        shared._nc_once = made  # type: ignore[attr-defined]
     if key not in made:
         made[key] = make()
     return made[key]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import FAMILIES, NOT_PACKABLE, random_ids, tiny_model
+from tiny_models import FAMILIES, NOT_PACKED_WHEN_DENSE, random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from nc_patch import patch_model
@@ -32,10 +32,9 @@ def test_a_sequence_scores_the_same_however_it_is_run(family, selection):
         positions = (padding.cumsum(-1) - 1).clamp(min=0)
         same(model(batch, attention_mask=padding, position_ids=positions).logits[0, PADDING:])
 
-        if family not in NOT_PACKABLE:
-            positions = torch.cat((torch.arange(LENGTH + PADDING), torch.arange(LENGTH)))[None]
-            packed = model(torch.cat((other, ids), 1), position_ids=positions, use_cache=False).logits
-            same(packed[0, LENGTH + PADDING :])
+        positions = torch.cat((torch.arange(LENGTH + PADDING), torch.arange(LENGTH)))[None]
+        packed = model(torch.cat((other, ids), 1), position_ids=positions, use_cache=False).logits
+        same(packed[0, LENGTH + PADDING :])
 
         # Blocks are chosen by whole query blocks, so that a prompt may be cut at their borders.
         cuts = [0, 64, 128, LENGTH] if selection == "block" else [0, 37, 38, 90, LENGTH]
@@ -45,10 +44,10 @@ def test_a_sequence_scores_the_same_however_it_is_run(family, selection):
             same(logits_in_pieces(model, ids, list(range(LENGTH + 1)), DynamicCache(config=model.config)))
 
 
-def test_the_family_left_out_of_packing_does_not_pack_when_dense_either():
+def test_a_family_that_is_packed_here_alone_is_not_when_dense():
     ids, other = random_ids(1, 30), random_ids(1, 40)
     positions = torch.cat((torch.arange(40), torch.arange(30)))[None]
-    for family in NOT_PACKABLE:
+    for family in NOT_PACKED_WHEN_DENSE:
         model = tiny_model(family)
         with torch.inference_mode():
             packed = model(torch.cat((other, ids), 1), position_ids=positions, use_cache=False).logits[0, 40:]

@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import NOT_PACKABLE, random_ids, tiny_model
+from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, full_and_small, left_padded, right_padded, rows_of, small
 
 from nc_patch import patch_model, unpatch_model
+from nc_patch.ops.limits import MAX_DECODE_QUERIES
 
 PADDED = {"left": left_padded, "right": right_padded}
 # Of the norm of a token's logits.
@@ -48,7 +49,7 @@ def test_a_row_generates_in_a_batch_what_it_generates_alone(family):
     assert torch.equal(together[:, -6:], torch.stack(alone))
 
 
-@pytest.mark.parametrize("family", [each for each in EACH_FAMILY if each.id not in NOT_PACKABLE])
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_packed_sequences_equal_dense_and_each_alone(family):
     rows = rows_of(4)
     packed = torch.cat(rows)[None]
@@ -109,3 +110,17 @@ def test_a_dtype_taken_after_patching_is_as_one_taken_before(dtype):
     with torch.inference_mode():
         assert torch.equal(after(ids).logits, before(ids).logits)
         assert torch.equal(unpatch_model(after)(ids).logits, tiny_model("llama").to(dtype)(ids).logits)
+
+
+@pytest.mark.parametrize("cut", [100, 117, 118, 149])
+def test_a_piece_of_at_most_32_tokens_that_continues_a_cache_decodes_and_a_longer_one_is_prefill(cut):
+    dense, ids = tiny_model("llama"), random_ids(1, 150)
+    model = patch_model(tiny_model("llama"), *SMALL, prefill="dense", decode="topk")
+    with torch.inference_mode():
+        expected, found = [], []
+        for each, results in ((dense, expected), (model, found)):
+            cache = DynamicCache()
+            results.extend(each(piece, past_key_values=cache).logits for piece in (ids[:, :cut], ids[:, cut:]))
+        torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=0)
+        as_dense = torch.allclose(found[1], expected[1], atol=2e-5, rtol=0)
+    assert as_dense == (150 - cut > MAX_DECODE_QUERIES)

@@ -65,7 +65,9 @@ def test_a_packed_row_with_a_mask_of_ones_is_split_too_and_its_cache_decodes_as_
     ids, cache = torch.cat(rows)[None], DynamicCache()
     named = boundaries("positions", [40, 70])
     with torch.inference_mode():
-        model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **named)
+        packed = model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **named).logits[0]
+        expected = torch.cat([model(row[None]).logits[0] for row in rows])
+        torch.testing.assert_close(packed, expected, atol=2e-5, rtol=0)
         plain = DynamicCache()
         plain.layers = [type(layer)() for layer in cache.layers]
         for layer, held in zip(plain.layers, cache.layers, strict=True):
@@ -144,6 +146,9 @@ def test_padding_with_holes_equals_dense_at_a_full_budget(family):
         for options in ({}, {"selection": "block"}, {"dense_layers": [0, 1]}, {"selection": "dense"}):
             found = full(family, **options)(**batch, position_ids=positions).logits[kept]
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    dense = generated(tiny_model(family), batch)
+    for options in ({}, {"selection": "block"}, {"track": True}, {"on_drop": "dense", "max_dropped_mass": 0.5}):
+        assert torch.equal(generated(full(family, **options), batch), dense)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -175,7 +180,7 @@ def test_a_chat_goes_on_with_its_cache_over_turns_padded_each_on_its_own(selecti
     assert torch.equal(found, torch.cat([generated(model, {"input_ids": ids}) for ids in whole]))
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", ["topk", pytest.param("window", marks=pytest.mark.wide), "block"])
 def test_a_compiled_static_cache_takes_holes_that_were_there_from_the_first_call(selection):
     batch, _ = with_holes(rows_of(3, shortest=30))
     torch._dynamo.reset()
@@ -316,6 +321,19 @@ def test_an_int32_mask_of_three_keys_is_refused_and_not_taken_for_intervals():
     mask = torch.ones(1, 1, 3, 3, dtype=torch.int32).tril()
     with pytest.raises(UnsupportedMaskError, match=r"torch.int32 \(1, 1, 3, 3\).*should be bool"):
         small()(random_ids(1, 3), attention_mask=mask)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_mask_that_is_written_to_between_calls_is_looked_at_again(grad):
+    model, ids = small(), random_ids(1, 30)
+    with torch.set_grad_enabled(grad):
+        mask = torch.ones(30, 30, dtype=torch.bool).tril()[None, None]
+        first = model(ids, attention_mask=mask, use_cache=False).logits
+        mask[..., 10:, :10] = False
+        found = model(ids, attention_mask=mask, use_cache=False).logits
+        expected = model(ids, attention_mask=mask.clone(), use_cache=False).logits
+    assert not torch.allclose(first, expected, atol=1e-3)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_dense_layers_take_any_mask_and_count_it():

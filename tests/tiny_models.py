@@ -48,9 +48,8 @@ FAMILIES = {
         "eager",
     ),
 }
-# transformers builds this family's masks without position ids, so that packed sequences see each other in it, dense or
-# not.
-NOT_PACKABLE = {"gpt_oss"}
+# transformers builds this family's masks without position ids: packed sequences see each other when it is dense.
+NOT_PACKED_WHEN_DENSE = {"gpt_oss"}
 
 
 def tiny_model(family: str, **settings: object) -> PreTrainedModel:

@@ -18,9 +18,10 @@ A supported family gives with a full budget the logits of its own dense attentio
 from a left-padded batch. With a small budget `topk` and `window` give the same alone, in a padded batch, packed, in
 pieces, and token by token. Unpatched, it gives bit for bit what it gave before.
 
-*As dense* means that the dense model itself does not give the same that way (for example, its masks are built without
-position ids, so that packed sequences see each other); the patched one gives what the dense one gives. *Not when dense
-either* names what the dense model raises there.
+*As dense* means that the dense model itself does not give the same that way (for example, layers of linear attention
+carry their state from one packed sequence into the next); the patched one gives what the dense one gives. *Unlike when
+dense* means that packed sequences see each other when the model is dense, and are kept apart when it is patched. *Not
+when dense either* names what the dense model raises there.
 
 """
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from family_report import TABLE, row
 from family_shapes import tiny_model
-from family_suite import examine
+from family_suite import FULL, examine
 from family_walk import Family, families
 from transformers import BertConfig, BertLMHeadModel, DynamicCache, masking_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -189,11 +189,24 @@ def test_a_patched_module_refuses_a_bidirectional_mask():
         nc_patch.attention.nc_attention_forward(model.model.layers[0].self_attn, *tensors, mask)
 
 
-def test_image_blocks_that_attend_each_other_both_ways_are_refused_and_text_alone_is_not():
-    model, ids = tiny_model(family_named("gemma3 Gemma3ForConditionalGeneration")), torch.randint(2, 90, (1, 20))
-    patch_model(model, 2.0, 0.5)
+@pytest.mark.parametrize(
+    ("family", "argument"),
+    [
+        ("gemma3 Gemma3ForConditionalGeneration", "token_type_ids"),
+        ("gemma4 Gemma4ForConditionalGeneration", "mm_token_type_ids"),
+        ("gemma4_unified Gemma4UnifiedForConditionalGeneration", "mm_token_type_ids"),
+    ],
+)
+def test_image_blocks_that_attend_each_other_both_ways_equal_dense(family, argument):
+    model, ids = tiny_model(family_named(family)), torch.randint(2, 90, (1, 40))
+    if argument == "mm_token_type_ids":
+        model.config.get_text_config().use_bidirectional_attention = "vision"
     kinds = torch.zeros_like(ids)
-    assert bool(model(ids).logits.isfinite().all())
-    kinds[:, 4:9] = 1
-    with pytest.raises(UnsupportedMaskError, match="or_mask"):
-        model(ids, token_type_ids=kinds)
+    kinds[:, 4:9] = kinds[:, 12:31] = 1
+    with torch.inference_mode():
+        text, dense = model(ids).logits, model(ids, **{argument: kinds}).logits
+        assert not torch.allclose(text, dense, atol=1e-3)
+        for selection, options in FULL.items():
+            patch_model(model, selection=selection, **options)
+            torch.testing.assert_close(model(ids, **{argument: kinds}).logits, dense, atol=2e-5, rtol=0)
+            unpatch_model(model)
