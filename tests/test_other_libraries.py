@@ -37,7 +37,8 @@ def imported(monkeypatch):
 
     def imported(*names):
         for name in names:
-            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, attention_patch(ALL_ATTENTION_FUNCTIONS[name]))
+            wrapper = attention_patch(ALL_ATTENTION_FUNCTIONS[name])
+            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, wrapper)
 
     return imported
 
