@@ -1,5 +1,8 @@
 """What other libraries put into a model beside the patch is honoured or refused, whatever the order of imports."""
 
+import functools
+import types
+
 import pytest
 import torch
 from tiny_models import random_ids, tiny_model
@@ -106,6 +109,41 @@ def test_keys_dropped_alike_in_every_layer_are_dropped():
     expected = decoded(tiny_model("llama"), compress)
     for options in ({"alpha": 1.0, "C": 1.0}, {"alpha": 1e6, "C": 0.0}, {"alpha": 1e6, "C": 0.0, "selection": "block"}):
         torch.testing.assert_close(decoded(patch_model(tiny_model("llama"), **options), compress), expected)
+
+
+def closed_over(forward):
+    return lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def partly(forward):
+    return functools.partial(lambda call, *args, **kwargs: call(*args, **kwargs), closed_over(forward))
+
+
+def marked(forward):
+    return functools.update_wrapper(lambda *args, held=[forward], **kwargs: held[0](*args, **kwargs), forward)
+
+
+def own_attention(self, hidden_states, **_):
+    return hidden_states, None
+
+
+def test_a_model_whose_attention_another_library_has_replaced_is_refused(monkeypatch):
+    patch_model(tiny_model("llama"), 2.0, 0.5)  # the class has been seen before
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.forward = types.MethodType(own_attention, layer.self_attn)
+    with pytest.raises(UnsupportedModelError, match=r"put own_attention in the place of forward of LlamaAttention"):
+        patch_model(model, 2.0, 0.5)
+    monkeypatch.setattr(type(layer.self_attn), "forward", own_attention)
+    with pytest.raises(UnsupportedModelError, match="does not go through transformers' AttentionInterface"):
+        patch_model(tiny_model("llama"), 2.0, 0.5)
+
+
+def test_a_forward_that_another_library_has_wrapped_is_patched():
+    ids, expected, model = random_ids(1, 30), patch_model(tiny_model("llama"), 2.0, 0.5), tiny_model("llama")
+    for wrap, layer in zip((closed_over, partly, marked), model.model.layers, strict=True):
+        layer.self_attn.forward = wrap(layer.self_attn.forward)
+    assert torch.equal(patch_model(model, 2.0, 0.5)(ids).logits, expected(ids).logits)
 
 
 @pytest.mark.parametrize("lengths", [(10, 20, 30), (30, 20, 10), (20, 20, 21)], ids=str)
