@@ -32,3 +32,21 @@ def fixed_seed_and_threads(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def gpu_that_still_works() -> Iterator[None]:
+    """Waits for the GPU, so that an access out of bounds fails the test that made it."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """Ends a process of xdist whose GPU no longer answers: xdist reports it and starts another for the other tests."""
+    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)

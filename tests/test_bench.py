@@ -59,6 +59,29 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
     assert "sdpa cudnn, gqa: the cudnn backend needs a GPU" in said
 
 
+def test_topk_decodes_with_the_tail_of_the_default_from_means_that_are_kept(tmp_path, monkeypatch):
+    plain, kinds = decode.sparse_attention, []
+
+    def attend(*arguments, index, means, **options):
+        kinds.append((options["selection"], options["tail"], index and index.kind, means and means.kind))
+        return plain(*arguments, index=index, means=means, **options)
+
+    monkeypatch.setattr(decode, "sparse_attention", attend)
+    assert bench(tmp_path) == 0
+    assert set(kinds) == {
+        ("topk", "mean", "codes", "means"),
+        ("block", "mean", "pages", None),
+        ("window", "mean", None, None),
+    }
+
+
+@pytest.mark.parametrize("benchmark", ["decode", "prefill"])
+def test_only_the_kinds_of_dense_attention_that_were_asked_for_run(tmp_path, benchmark):
+    arguments = ("--device", "cpu", "--geometry", "tiny", "--lengths", "64", "--selections", "window", "--repeats", "1")
+    main(["bench", benchmark, *arguments, "--out", str(tmp_path), "--dense", "flex", "flash_attn"])
+    assert {row["method"] for row in json.loads((tmp_path / f"{benchmark}.json").read_text())["rows"]} == {"window"}
+
+
 def test_beyond_the_reference_outputs_are_compared_with_the_pytorch_backend(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "REFERENCE_KEYS", 100)
     assert bench(tmp_path, "--dtype", "bfloat16") == 0
@@ -184,6 +207,7 @@ def test_generate_counts_tokens_of_dense_and_patched_models_with_both_caches(tmp
         (("--lengths", "64", "64"), "--lengths: 64 is given twice"),
         (("--batch", "0"), "must be at least 1, got 0"),
         (("--geometry", "cube"), "invalid choice: 'cube'"),
+        (("--dense", "flex", "flex"), "--dense: flex is given twice"),
         (("--selections", "dense"), "invalid choice: 'dense'"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
         (("--alpha", "-1"), "alpha must be a positive number"),
@@ -233,12 +257,15 @@ def test_bytes_follow_from_shapes():
     ends = 2 * 3 * 8 * 64 * 2
     row = 64 * 2
     assert traffic.dense_bytes(geometry, 3, 1000, 2) == 3 * 2 * 1000 * 2 * row + ends
-    assert traffic.sparse_bytes("window", geometry, 3, 1000, 100, 2, 32) == 3 * 2 * 100 * 2 * row + ends
+    assert traffic.sparse_bytes("window", geometry, 3, 1000, 100, 2, 32, "mean") == 3 * 2 * 100 * 2 * row + ends
     pages = 32 * (3 * 64 + 12) + 128 * 2 * row + row + (3 * 64 + 12) // 32
-    assert traffic.sparse_bytes("block", geometry, 3, 1000, 100, 2, 32) == 3 * 2 * pages + ends
+    assert traffic.sparse_bytes("block", geometry, 3, 1000, 100, 2, 32, "mean") == 3 * 2 * pages + ends
     codes = 1000 * (32 + 8) + 4 * 100 * (32 + 2 * row) + row + 72
-    assert traffic.sparse_bytes("topk", geometry, 3, 1000, 100, 2, 32) == 3 * 2 * codes + ends
-    assert traffic.sparse_bytes("topk", geometry, 1, 1000, 900, 2, 32) < traffic.dense_bytes(geometry, 1, 2000, 2)
+    assert traffic.sparse_bytes("topk", geometry, 3, 1000, 100, 2, 32, "drop") == 3 * 2 * codes + ends
+    means = 63 * 2 * row + 2 * row + 2 * row // 16
+    assert traffic.sparse_bytes("topk", geometry, 3, 1000, 100, 2, 32, "mean") == 3 * 2 * (codes + means) + ends
+    many = traffic.sparse_bytes("topk", geometry, 1, 1000, 900, 2, 32, "drop")
+    assert many < traffic.dense_bytes(geometry, 1, 2000, 2)
 
 
 def test_the_crossover_is_interpolated_between_measured_lengths():

@@ -281,24 +281,30 @@ def row_of(method, length, seconds=None, kind="dense", **more):
 
 
 @pytest.mark.parametrize(
-    ("before", "wanted", "message"),
+    ("kind", "before", "wanted", "message"),
     [
-        ([], True, None),
-        ([row_of("fast", 100, 0.5), row_of("slow", 100, 0.95)], True, None),
-        ([row_of("fast", 100, 1.0), row_of("slow", 100, 2.1)], False, "took 2.1 times as long"),
-        ([row_of("fast", 100, 0.1), row_of("slow", 100, 0.21)], True, None),
-        ([row_of("fast", 100, 2.0), row_of("slow", 100, 2.5)], False, "took 1.2 times as long"),
-        ([row_of("slow", 100, status="out of memory")], False, "no memory at 100 keys"),
-        ([row_of("slow", 100, status="left out", message="took 9 times")], False, "took 9 times"),
+        ("sparse", [], True, None),
+        ("sparse", [row_of("fast", 100, 0.5), row_of("slow", 100, 0.95)], True, None),
+        ("sparse", [row_of("fast", 100, 1.0), row_of("slow", 100, 2.1)], False, "took 2.1 times as long"),
+        ("sparse", [row_of("fast", 100, 0.1), row_of("slow", 100, 0.21)], True, None),
+        ("sparse", [row_of("fast", 100, 2.0), row_of("slow", 100, 2.5)], False, "took 1.2 times as long"),
+        ("sparse", [row_of("slow", 100, status="out of memory")], False, "no memory at 100 keys"),
+        ("sparse", [row_of("slow", 100, status="left out", message="took 9 times")], False, "took 9 times"),
+        ("dense", [row_of("fast", 100, 0.5), row_of("slow", 100, 0.54)], True, None),
+        ("dense", [row_of("fast", 100, 0.5), row_of("slow", 100, 0.6)], False, "took 1.2 times as long"),
+        ("dense", [row_of("fast", 100, 0.1), row_of("slow", 100, 0.2)], True, None),
     ],
-    ids=["first", "fast-enough", "slow", "slow-and-short", "long", "memory", "left-out"],
+    ids=[
+        *("first", "fast-enough", "slow", "slow-and-short", "long", "memory", "left-out"),
+        *("dense-fast-enough", "dense-slow", "dense-slow-and-short"),
+    ],
 )
-def test_methods_that_were_slow_are_left_out_of_long_cases(before, wanted, message):
-    row = row_of("slow", 200)
+def test_methods_that_were_slow_are_left_out_of_long_cases(kind, before, wanted, message):
+    row = row_of("slow", 200, kind=kind)
     assert cases.is_wanted(row, before, float("inf"), growth=2.0) is wanted
     assert wanted or message in row["message"]
-    assert cases.is_wanted(row_of("slow", 200), before, float("inf"), growth=2.0, always=True)
-    late = row_of("slow", 200)
+    assert cases.is_wanted(row_of("slow", 200, kind=kind), before, float("inf"), growth=2.0, always=True)
+    late = row_of("slow", 200, kind=kind)
     assert not cases.is_wanted(late, before, 0.0, growth=2.0, always=True)
     assert late["status"] == "out of time"
 

@@ -16,13 +16,14 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_a_replayed_step_equals_the_call(selection):
+@pytest.mark.parametrize(("selection", "tail"), [("topk", "mean"), ("topk", "drop"), ("block", "drop")])
+def test_a_replayed_step_equals_the_call(selection, tail):
     torch.manual_seed(0)
     query, key, value = drawn(2, 8, 1, 64), drawn(2, 2, 5000, 64), drawn(2, 2, 5000, 64)
-    options = {"alpha": 2.0, "C": 0.61, "selection": selection, "tail": "drop"}
+    options = {"alpha": 2.0, "C": 0.61, "selection": selection, "tail": tail}
     index = KeyIndex.build(key, SELECTIONS[selection])
-    call = lambda: sparse_attention(query, key, value, index=index, **options)  # noqa: E731
+    means = KeyIndex.build(key, "means", value=value) if tail == "mean" else None
+    call = lambda: sparse_attention(query, key, value, index=index, means=means, **options)  # noqa: E731
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nc_patch.bench.dense_rivals import Absent
+from nc_patch.bench.dense_rivals import KINDS, Absent
 from nc_patch.bench.timing import FEWEST, Prepared, first_line, interleave
 from nc_patch.config import NCConfig
 
@@ -18,7 +18,8 @@ OK, ABSENT, FAILED, WRONG, NO_MEMORY, NO_TIME = "ok", "absent", "error", "wrong"
 # Was too slow at a shorter length to be of interest at a longer one.
 LEFT_OUT = "left out"
 # A method is left out where a run would take more than so many seconds and it takes so many times the fastest dense's.
-_TOO_SLOW = ((1.0, 2.0), (5.0, 1.2))
+# Dense ones grow alike, so that hardly one overtakes another.
+_TOO_SLOW = {"sparse": ((1.0, 2.0), (5.0, 1.2)), "dense": ((1.0, 1.1),)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Settings:
     config: NCConfig
     repeats: int
     seed: int = 0
+    dense: tuple[str, ...] = KINDS
 
     @property
     def law(self) -> str:
@@ -139,7 +141,7 @@ def is_wanted(row: Row, before: Sequence[Row], deadline: float, growth: float, a
 
 def _is_too_slow(seconds: float, fastest: float, row: Row, earlier: Row, growth: float) -> bool:
     longer = seconds * (row["length"] / earlier["length"]) ** growth
-    return any(longer > cost and seconds > times * fastest for cost, times in _TOO_SLOW)
+    return any(longer > cost and seconds > times * fastest for cost, times in _TOO_SLOW[row["kind"]])
 
 
 def _least_seconds(case: Case, before: Sequence[Row], growth: float) -> float:

@@ -60,6 +60,7 @@ def expected_output(inputs: DecodeInputs, selection: str, config: NCConfig) -> E
             sink_keys=config.sink_keys,
             recent_keys=config.recent_keys,
             block_size=config.block_size,
+            tail=selection == "topk" and config.tail == "mean",
         )
         return _expected(reference, "reference, float64")
     kind = KIND_OF.get(selection) if selection == "block" else None

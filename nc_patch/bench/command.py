@@ -19,6 +19,7 @@ from nc_patch.bench import report
 from nc_patch.bench.benchmark import Benchmark
 from nc_patch.bench.cases import FAILED, Row, Settings, cases, measure_all
 from nc_patch.bench.decode import DECODE
+from nc_patch.bench.dense_rivals import KINDS
 from nc_patch.bench.inputs import GEOMETRIES
 from nc_patch.bench.machine import commit, hardware, versions
 from nc_patch.bench.prefill import PREFILL
@@ -154,7 +155,7 @@ def _settings(parsed: argparse.Namespace, benchmark: Benchmark) -> tuple[Setting
     if parsed.minutes is not None and not (math.isfinite(parsed.minutes) and parsed.minutes > 0):
         raise _BenchError(f"--minutes must be a positive number, got {parsed.minutes}")
     defaults, whole = benchmark.defaults[kind], benchmark.whole.name
-    for name in ("lengths", "batch", "geometry", "selections", whole):
+    for name in ("lengths", "batch", "geometry", "selections", "dense", whole):
         given = getattr(parsed, name) or ()
         twice = [value for value in given if list(given).count(value) > 1]
         if twice:
@@ -169,6 +170,7 @@ def _settings(parsed: argparse.Namespace, benchmark: Benchmark) -> tuple[Setting
         config=benchmark.config(parsed),
         repeats=parsed.repeats or defaults["repeats"],
         seed=parsed.seed,
+        dense=tuple(parsed.dense),
     )
     if getattr(parsed, whole) is None:
         return settings, ()
@@ -205,6 +207,8 @@ def _add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark) -> Non
     parser.add_argument("--C", type=float, default=0.6, help="exponent of the budget; by default 0.6")
     chosen = benchmark.selections
     parser.add_argument("--selections", choices=chosen, nargs="+", default=list(chosen), help="by default all")
+    kinds = "kinds of dense attention to compare with"
+    parser.add_argument("--dense", choices=KINDS, nargs="+", default=list(KINDS), help=f"{kinds}; by default all")
     parser.add_argument("--dtype", choices=DTYPES, help=both("dtype"))
     parser.add_argument("--repeats", type=_at_least(1), metavar="R", help=both("repeats"))
     parser.add_argument("--seed", type=int, default=0)

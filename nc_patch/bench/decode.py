@@ -1,7 +1,8 @@
 """One decoding step of one layer, sparse against dense: every case of lengths, batches and geometries, timed.
 
-A step is what a layer does once its new key and value are in the cache: upkeep of the index (one key taken in), choice
-of keys, attention. The projections and the write to the cache are the same for all methods and left out.
+A step is what a layer does once its new key and value are in the cache: upkeep of the index and the tail's means (one
+key taken in), choice of keys, attention. The projections and the write to the cache are the same for all methods and
+left out.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from nc_patch.bench.timing import Prepared, prepare
 from nc_patch.bench.traffic import copy_bandwidth, dense_bytes, sparse_bytes
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
+from nc_patch.index import KeyIndex
 
 # Inputs rotate until together they are this many times the cache; fewer and more sets do not pay.
 _TIMES_CACHE, _FEWEST_SETS, _MOST_SETS = 3, 4, 16
@@ -46,7 +48,8 @@ def measure_case(case: Case, settings: Settings, bandwidth: float, before: Seque
     ready: dict[str, Prepared] = {}
     right = {kind: expected_output(sets[0], kind, config) for kind in ("dense", *settings.selections)}
     for selection in settings.selections:
-        moved = sparse_bytes(selection, geometry, case.batch, case.length, budget, itemsize, config.block_size)
+        sizes = (geometry, case.batch, case.length, budget, itemsize, config.block_size)
+        moved = sparse_bytes(selection, *sizes, config.tail)
         rows[selection] = new_row(case, selection, "sparse", bytes=moved, **shared)
         rows[selection] |= {"attended": right[selection].attended, "kept_mass": right[selection].kept_mass}
         _try(
@@ -58,7 +61,7 @@ def measure_case(case: Case, settings: Settings, bandwidth: float, before: Seque
             right[selection],
             device,
         )
-    for name, make in rivals(device).items():
+    for name, make in rivals(device, settings.dense).items():
         rows[name] = new_row(case, name, "dense", bytes=dense, **shared)
         _try(rows[name], ready, partial(make, sets), sets, "dense", right["dense"], device)
     time_rows(rows, ready, "bytes", settings, bandwidth, deadline)
@@ -66,13 +69,17 @@ def measure_case(case: Case, settings: Settings, bandwidth: float, before: Seque
 
 
 def sparse_step(sets: Sequence[DecodeInputs], selection: str, config: NCConfig) -> Step:
-    """A step of a selection: the last key is taken into the index, and the query attends."""
+    """A step of a selection: the last key is taken into the index, and into the tail's means; the query attends."""
+    has_tail = selection == "topk" and config.tail == "mean"
+    means_of = [KeyIndex.build(one.key, "means", value=one.value) if has_tail else None for one in sets]
 
     def step(i: int) -> torch.Tensor:
-        one = sets[i]
+        one, means = sets[i], means_of[i]
         index = one.indexes.get(selection)
         if index is not None:
             index.extend(one.key, 1, one.end)
+        if means is not None:
+            means.extend(one.key, 1, one.end, one.value)
         output = sparse_attention(
             one.query,
             one.key,
@@ -81,6 +88,7 @@ def sparse_step(sets: Sequence[DecodeInputs], selection: str, config: NCConfig) 
             C=config.C,  # type: ignore[arg-type]
             selection=selection,  # type: ignore[arg-type]
             index=index,
+            means=means,
             tail=config.tail,
         )
         assert isinstance(output, torch.Tensor)
@@ -127,14 +135,14 @@ def _bandwidth(device: torch.device, _: torch.dtype, megabytes: int) -> float:
 
 
 def _config(parsed: argparse.Namespace) -> NCConfig:
-    return NCConfig.create(parsed.alpha, parsed.C, tail="drop")  # compared and counted are the keys that are attended
+    return NCConfig.create(parsed.alpha, parsed.C)
 
 
 DECODE = Benchmark(
     name="decode",
     summary="one step of the operator, per layer, and generate()",
     what=(
-        "One decoding step of one layer: upkeep of the index (one key), choice of keys, attention. CUDA graphs on a "
+        "One decoding step of one layer: upkeep of the indexes (one key), choice of keys, attention. CUDA graphs on a "
         "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of all implementations that ran."
     ),
     lengths_are="keys",

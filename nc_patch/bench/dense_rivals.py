@@ -25,6 +25,8 @@ SDPA_BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# What the names of the implementations begin with.
+KINDS = ("sdpa", "flex", "flash_attn", "flashinfer")
 _FORMS = ("gqa", "rows")
 _WORKSPACE = 128 << 20
 _PAGE = 64
@@ -34,8 +36,8 @@ class Absent(Exception):
     """The implementation is not installed, or not made for this device."""
 
 
-def rivals(device: torch.device) -> dict[str, Callable[[Sequence[DecodeInputs]], Step]]:
-    """By name, what makes a step of each implementation from the sets of inputs.
+def rivals(device: torch.device, kinds: Sequence[str] = KINDS) -> dict[str, Callable[[Sequence[DecodeInputs]], Step]]:
+    """By name, which begins with one of ``kinds``, what makes a step of each implementation from the sets of inputs.
 
     Making, or the first step, raises ``Absent`` or whatever the implementation raises.
     """
@@ -50,7 +52,7 @@ def rivals(device: torch.device) -> dict[str, Callable[[Sequence[DecodeInputs]],
     # Last, since it takes so much memory that little may be left for others.
     for form in _FORMS:
         found[f"sdpa math, {form}"] = found.pop(f"sdpa math, {form}")
-    return found
+    return {name: make for name, make in found.items() if name.startswith(tuple(kinds))}
 
 
 def _sdpa(sets: Sequence[DecodeInputs], backend: str, form: str) -> Step:

@@ -58,9 +58,9 @@ def measure_case(case: Case, settings: Settings, rate: float, before: Sequence[R
         if is_wanted(row, before, deadline, growth=_GROWTH, always=selection == "block"):
             counted = partial(_count, row, inputs, selection, settings, case)
             right = partial(expected_rows, inputs, selection, config, rows_of)
-            _try(row, ready, partial(_sparse_step, inputs, selection, config), right, rows_of, device, counted)
+            _try(row, ready, partial(sparse_step, inputs, selection, config), right, rows_of, device, counted)
     dense = _Once(partial(expected_rows, inputs, "dense", config, rows_of))
-    for name, make in rivals(device).items():
+    for name, make in rivals(device, settings.dense).items():
         row = new_row(case, name, "dense", flops=dense_flops(geometry, case.batch, case.length), **shared)
         rows[name] = row
         if is_wanted(row, before, deadline, growth=_GROWTH):
@@ -88,7 +88,8 @@ class _Once:
         return self._made
 
 
-def _sparse_step(inputs: PromptInputs, selection: str, config: NCConfig) -> Step:
+def sparse_step(inputs: PromptInputs, selection: str, config: NCConfig) -> Step:
+    """A step of a selection: attention of the whole prompt; its argument is not looked at."""
     options = {
         name: getattr(config, name)
         for name in ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor", "tail", "backend")

@@ -5,14 +5,14 @@
 that other packages want in a layout of their own are not timed either.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from nc_patch.bench.dense_rivals import Absent, Step, import_rival, sdpa_step
+from nc_patch.bench.dense_rivals import KINDS, Absent, Step, import_rival, sdpa_step
 from nc_patch.bench.prompts import PromptInputs
 
 _FORMS = ("gqa", "expanded")
@@ -22,8 +22,8 @@ _FLEX_BLOCK = 128
 _MATH_KEYS = 4096
 
 
-def rivals(device: torch.device) -> dict[str, Callable[[PromptInputs], Step]]:
-    """By name, what makes a step of each implementation from the inputs.
+def rivals(device: torch.device, kinds: Sequence[str] = KINDS) -> dict[str, Callable[[PromptInputs], Step]]:
+    """By name, which begins with one of ``kinds``, what makes a step of each implementation from the inputs.
 
     Making, or the first step, raises ``Absent`` or whatever the implementation raises.
     """
@@ -36,7 +36,7 @@ def rivals(device: torch.device) -> dict[str, Callable[[PromptInputs], Step]]:
         found["flash_attn"] = partial(_flash, module="flash_attn")
         found["flash_attn 3"] = partial(_flash, module="flash_attn_interface")
         found["flashinfer"] = _flashinfer
-    return found
+    return {name: make for name, make in found.items() if name.startswith(tuple(kinds))}
 
 
 def causal_blocks(length: int, device: torch.device) -> BlockMask:

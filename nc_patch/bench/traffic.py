@@ -10,7 +10,9 @@ import torch
 
 from nc_patch.bench.inputs import Geometry
 from nc_patch.bench.timing import Prepared, seconds_of
+from nc_patch.config import Tail
 from nc_patch.ops.pages import VECTORS
+from nc_patch.ops.tail import TAIL_PAGE_SIZE, slot_count
 
 # Bytes of a codes index besides the codes, per key: scale, in float32, and two residuals, in 16 bits each.
 _CODE_NUMBERS = 8
@@ -25,9 +27,16 @@ def dense_bytes(geometry: Geometry, batch: int, length: int, itemsize: int) -> i
 
 
 def sparse_bytes(
-    selection: str, geometry: Geometry, batch: int, length: int, budget: int, itemsize: int, block_size: int
+    selection: str,
+    geometry: Geometry,
+    batch: int,
+    length: int,
+    budget: int,
+    itemsize: int,
+    block_size: int,
+    tail: Tail,
 ) -> int:
-    """Bytes of a step of a selection, upkeep of its index included.
+    """Bytes of a step of a selection, upkeep of its indexes included.
 
     Per sequence and key/value head, with n keys, G query heads in a group, budget k, head dimension D:
 
@@ -37,7 +46,8 @@ def sparse_bytes(
       ``block_size`` steps: a key, and the ``block_size``-th part of the codes, a step.
     - ``topk``: the high halves of the codes of n keys, ``D / 2 + 8`` bytes each; the low halves, keys and values of
       ``min(n, G * k)`` positions: what several heads of a group choose is counted once for each; upkeep reads a key and
-      writes its code, ``D + 8`` bytes.
+      writes its code, ``D + 8`` bytes. The tail reads the means of ``ceil(n / 16)`` pages of keys and values, and its
+      upkeep a key and a value, and writes the 16th part of their means, a step.
 
     Query and output come on top.
     """
@@ -54,6 +64,8 @@ def sparse_bytes(
         half = (D + 1) // 2
         per_head = length * (half + _CODE_NUMBERS) + min(length, group * budget) * (half + 2 * row)
         per_head += row + D + _CODE_NUMBERS
+        if tail == "mean":
+            per_head += slot_count(length) * 2 * row + 2 * row + 2 * row // TAIL_PAGE_SIZE
     return batch * geometry.kv_heads * per_head + _ends(geometry, batch, itemsize)
 
 

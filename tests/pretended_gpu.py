@@ -1,0 +1,136 @@
+"""A GPU that is not there: Triton compiles for it what a launch needs, holds that to its limits, and runs nothing.
+
+``python tests/pretended_gpu.py bench ARGUMENTS`` calls what ``nc-patch bench ARGUMENTS`` would time, at its shapes;
+``python tests/pretended_gpu.py small`` what ``scripts/small_attention.py`` calls. Both end with what was launched, or
+with the error of the first launch that the GPU would refuse. What is computed means nothing.
+"""
+
+import importlib
+import pkgutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compiler
+from triton.runtime.driver import driver
+
+import nc_patch.ops
+from nc_patch.bench import command, decode, prefill
+from nc_patch.bench.cases import cases
+from nc_patch.bench.inputs import GEOMETRIES, DecodeInputs
+from nc_patch.bench.prefill_steps import step_seconds
+from nc_patch.bench.prompts import PromptInputs
+from nc_patch.index import KIND_OF, KeyIndex
+
+# An H100 or H200: shared memory and threads of a program, and the largest grid along each axis.
+_ARCHITECTURE, _SHARED, _THREADS = 90, 227 * 1024, 1024
+_GRID = (2**31 - 1, 65535, 65535)
+# Indexes of more keys than that are not built: their memory is real.
+_MOST_KEYS = 1 << 20
+
+
+class Launch(NamedTuple):
+    """A launch that the GPU would have taken: the kernel's name, and the grid."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[list[Launch]]:
+    """Within it, Triton and ``nc_patch`` take the CPU for a GPU; yields the launches, in order, as they come.
+
+    Raises:
+        ValueError: from the launch, for a grid beyond the GPU's. Triton raises what it raises on a GPU for the rest.
+    """
+    launches: list[Launch] = []
+
+    class Launcher:
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self._name = metadata.name
+
+        def __call__(self, x: int, y: int, z: int, *arguments: Any) -> None:
+            if any(size > most for size, most in zip((x, y, z), _GRID, strict=True)):
+                raise ValueError(f"{self._name}: a grid is at most {_GRID}, got {(x, y, z)}")
+            launches.append(Launch(self._name, (x, y, z)))
+
+    pretended = SimpleNamespace(
+        utils=SimpleNamespace(load_binary=lambda *_: (object(), 1, 0, 0, _THREADS), unload_module=lambda *_: None),
+        launcher_cls=Launcher,
+        get_current_target=lambda: GPUTarget("cuda", _ARCHITECTURE, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+    )
+    for module in pkgutil.iter_modules(nc_patch.ops.__path__, "nc_patch.ops."):
+        importlib.import_module(module.name)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(driver, "_active", pretended))
+        stack.enter_context(mock.patch.object(compiler, "max_shared_mem", return_value=_SHARED))
+        _replace(stack, "triton_problem", lambda device: None)
+        _replace(stack, "architecture_of", lambda device: f"sm_{_ARCHITECTURE}")
+        yield launches
+
+
+def _replace(stack: ExitStack, function: str, stand_in: Any) -> None:
+    """Puts ``stand_in`` in the place of a function of ``nc_patch``, in every module that has it."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("nc_patch")]
+    having = [module for module in modules if hasattr(module, function)]
+    if not having:
+        raise LookupError(f"nc_patch has no function {function} any more; name here what asks for the device")
+    for module in having:
+        stack.enter_context(mock.patch.object(module, function, stand_in))
+
+
+def call_benchmark(arguments: Sequence[str]) -> None:
+    """Calls each sparse step that ``nc-patch bench`` with these arguments times, at each of its shapes, once."""
+    parsed = command._parser().parse_args([*arguments, "--out", "unused", "--device", "cpu"])
+    benchmark = command.BENCHMARKS[parsed.benchmark]
+    settings, _ = command._settings(parsed, benchmark)
+    for case in cases(settings):
+        if benchmark is decode.DECODE and case.batch * case.length > _MOST_KEYS:
+            print(f"not called: {case}: its indexes are too large to be made here")
+            continue
+        geometry, n = GEOMETRIES[case.geometry], case.length
+
+        def empty(heads: int, length: int, batch: int = case.batch, width: int = geometry.head_dim) -> torch.Tensor:
+            return torch.empty(batch, heads, length, width, dtype=settings.dtype)  # memory that is never touched
+
+        key, value = empty(geometry.kv_heads, n), empty(geometry.kv_heads, n)
+        if benchmark is prefill.PREFILL:
+            inputs = PromptInputs(empty(geometry.heads, n), key, value)
+            for selection in settings.selections:
+                prefill.sparse_step(inputs, selection, settings.config)(0)
+            step_seconds(inputs, settings, deadline=0.0)
+            continue
+        end = torch.full((case.batch,), n, dtype=torch.int32)
+        for selection in settings.selections:
+            index = {selection: KeyIndex.build(key, KIND_OF[selection])} if selection in KIND_OF else {}
+            one = DecodeInputs(empty(geometry.heads, 1), key, value, end, index)
+            decode.sparse_step([one], selection, settings.config)(0)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Calls what the arguments name and prints how often each kernel was launched."""
+    with torch.inference_mode(), pretended_gpu() as launches:
+        if arguments[0] == "bench":
+            call_benchmark(arguments[1:])
+        else:
+            from script_modules import load_script
+
+            list(load_script("small_attention").small_calls(torch.device("cpu")))
+    counts = Counter(launch.kernel for launch in launches)
+    print(f"pretended sm_{_ARCHITECTURE}, triton {triton.__version__}: {len(launches)} launches")
+    print("\n".join(f"{count:7} {kernel}" for kernel, count in sorted(counts.items())))
+    if not launches:
+        sys.exit("nothing was launched")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
