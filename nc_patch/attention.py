@@ -20,12 +20,14 @@ from nc_patch.layer_index import key_index_of, key_means_of
 from nc_patch.log import say_once
 from nc_patch.masks import interval_mask
 from nc_patch.observed import Observed
+from nc_patch.ops.derivatives import in_transform, refuse_mapped
 from nc_patch.ops.limits import MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult
 from nc_patch.refusals import (
     check_heads,
     no_mask,
     refuse_indexes,
+    refuse_masked_keys,
     refuse_missing_keys,
     refuse_unsupported,
     say_unpatched,
@@ -133,6 +135,8 @@ def _attention(
     compiling = torch.compiler.is_compiling()
     cached = None if nc_layer_cache is None or compiling else nc_layer_cache.layer
     plan = _plan(patch, query, nc_layer_cache)
+    if Lq != Lk:
+        refuse_masked_keys(module, IMPLEMENTATION, nc_attention_forward, plan.dense_reason is not None)
     config, decoding, selection = plan.config, plan.decoding, plan.selection
     plain = softcap is None and s_aux is None
     if attention_mask is None and not (crosses and plain):
@@ -144,7 +148,7 @@ def _attention(
         else:
             assert attention_mask is not None
             output = _eager(query, key, value, attention_mask, scale, softcap, s_aux)
-        if patch is not None and attention_mask is not None and not compiling:
+        if patch is not None and attention_mask is not None and not compiling and not in_transform():
             n = seen_keys(attention_mask).sum(-1).expand(B, -1, Lq)
             visible = torch.stack((torch.zeros_like(n[:, 0]), n.amax(1)), -1)
             patch.counters.add(tally(n, visible, patch.counters.tail), plan.dense_reason)
@@ -223,7 +227,7 @@ def _attention(
             record(patch.counters, config, call, selection, result)
     if patch is not None and patch.observe is not None:
         patch.observe(Observed(plan.layer, query, key, value, visible, scale, softcap, s_aux, result.output))
-    if patch is not None and not compiling:
+    if patch is not None and not compiling and not in_transform():
         own = result.attended if selection == "block" else None
         _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
     return result.output.transpose(1, 2).contiguous(), None
@@ -255,9 +259,11 @@ def _plan(patch: LayerPatch | None, query: torch.Tensor, cache: LayerCache | Non
     selection = config.decode if decoding else config.prefill
     dense_reason = _dense_reason(patch, config, layer, selection)
     host_reads = not torch.compiler.is_compiling() and not _capturing(query)
-    if config.on_drop != "ignore" and dense_reason is None and not host_reads:
+    # Inside torch.func's transforms a value of the computation may stand for many.
+    readable = host_reads and not in_transform()
+    if config.on_drop != "ignore" and dense_reason is None and not readable:
         refuse_graphs(config.on_drop, layer)
-    measures = patch is not None and (config.track or config.on_drop != "ignore") and host_reads
+    measures = patch is not None and (config.track or config.on_drop != "ignore") and readable
     return _Plan(config, layer, decoding, selection, dense_reason, host_reads, measures)
 
 
@@ -286,6 +292,7 @@ def _visible_keys(
             f"{type(module).__name__} got a bidirectional mask, and sparse attention is causal. Unpatch the model, or "
             "use it as a decoder."
         )
+    refuse_mapped(attention_mask=mask)
     name = type(module).__name__
     if not is_packed(mask):  # the caller may write to it between calls
         found = visibility_of(mask, *lengths, name)

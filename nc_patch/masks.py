@@ -7,6 +7,7 @@ import torch
 from transformers import masking_utils
 
 from nc_patch.errors import UnsupportedMaskError
+from nc_patch.ops.derivatives import refuse_mapped
 from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
 
 MaskFunction = Callable[..., Any]
@@ -54,6 +55,7 @@ def interval_mask(
     """
     if is_packed(attention_mask):
         return attention_mask  # type: ignore[return-value]
+    refuse_mapped(attention_mask=attention_mask)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedMaskError(
             f"expected a 2-D padding mask [batch, positions], got shape {tuple(attention_mask.shape)}. {_REMEDY}"

@@ -20,6 +20,7 @@ from nc_patch.attention import (
     refuse_switched,
 )
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
+from nc_patch.numbers import as_integer
 from nc_patch.observed import Observed
 from nc_patch.stats import summary, total
 from nc_patch.stats_table import PatchStats
@@ -231,11 +232,12 @@ def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
     Raises:
         ValueError: the model is not patched, or ``tail`` is not positive.
     """
-    if tail is not None and (isinstance(tail, bool) or not isinstance(tail, int) or tail < 1):
+    queries = as_integer(tail)
+    if tail is not None and (queries is None or queries < 1):
         raise ValueError(f"tail must be a positive number of queries or None, got {tail!r}")
     for _, patch in _patched_modules(model):
         patch.counters.reset()
-        patch.counters.tail = tail
+        patch.counters.tail = queries
 
 
 def _config_of_profile(
