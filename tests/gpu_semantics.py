@@ -6,7 +6,8 @@ come in any order, the threads of one see each other's stores only past a barrie
 
 - *order*: the programs of a launch run in an order drawn from the seed;
 - *races*: an address that two programs touch, or one program twice with no ``tl.debug_barrier`` between, where one of
-  the two accesses is a store, or atomic and the other not; one store of different values to one address;
+  the two accesses is a store, or atomic and the other not; one store of different values to one address. A program may
+  store over what the same place in a tensor of that size has loaded, as in ``x[i] += 1``;
 - *memory*: what ``torch.empty`` returns holds a pattern. Reading it is found, and so is leaving the tensors that the
   launch was given, unless a mask forbids the access; what a mask forbids and no ``other`` replaces holds the pattern;
 - *arithmetic*: see ``Arithmetic``.
@@ -56,7 +57,7 @@ class Arithmetic:
     - ``x / y``, ``exp2``, ``log2`` and ``sqrt`` are off by up to ``ULPS``, by the bits of their operands and the seed:
       the same operands give the same result. Powers of two below float32's normal numbers are zero.
     - The larger, and the smaller, of a NaN and a number is the number.
-    - Of numbers beyond an integer type the nearest integer is taken, of NaN 0; eight bits are the lower half of sixteen.
+    - Of numbers beyond an integer type the nearest integer is taken, of NaN 0; 8 bits are the lower half of 16.
     - bfloat16 is rounded to nearest, ties to even.
     - A matrix product is summed in groups, each sum cut toward zero. Other sums are folded in halves.
     """
@@ -144,17 +145,12 @@ class Arithmetic:
 
     def reduce(self, plain: Plain, reduction: interpreter.ReduceOps, tensors: tuple[tl.tensor, ...]) -> Any:
         data = tensors[0].handle.data
-        extreme = {tl.standard._elementwise_max: np.fmax, tl.standard._elementwise_min: np.fmin}
-        combine = reduction.combine_fn
-        if data.dtype.kind != "f" or combine not in (*extreme, tl.standard._sum_combine):
-            return plain(reduction, tensors)
+        if data.dtype.kind != "f" or reduction.combine_fn != tl.standard._sum_combine:
+            return plain(reduction, tensors)  # whose maxima and minima drop NaN
         axes = tuple(range(data.ndim)) if reduction.axis is None else (reduction.axis,)
-        if combine in extreme:
-            data = extreme[combine].reduce(data, axis=axes, keepdims=True)
-        else:
-            for axis in axes:
-                while data.shape[axis] > 1:
-                    data = np.add(*np.split(data, 2, axis))
+        for axis in axes:
+            while data.shape[axis] > 1:
+                data = np.add(*np.split(data, 2, axis))
         return reduction.to_tensor(data if reduction.keep_dims else data.squeeze(axes), tensors[0].dtype)
 
 
@@ -169,7 +165,7 @@ class Memory:
 
     A *cell* is an element of the smallest type that the launch sees a tensor's storage as. Accesses are numbered from 1
     in the order in which they run; ``_first`` and ``_last[kind]`` hold the number of the first and the last access of a
-    kind to each cell, or 0.
+    kind to each cell, or 0. ``_reader`` holds the lane that has read a cell since the last barrier, or 0 for several.
     """
 
     def __init__(self, kernel: str, tensors: Iterable[torch.Tensor], findings: "Counter[str]") -> None:
@@ -191,6 +187,7 @@ class Memory:
         self._start = np.cumsum(counts) - counts
         self._unwritten = np.concatenate([unwritten(*storages[base]) for base in bases])
         self._first, self._last = np.zeros((2, 3, counts.sum()), np.int32)
+        self._reader = np.zeros(counts.sum(), np.int32)
         self._sites = [""]
         self.begin_program()
 
@@ -214,20 +211,30 @@ class Memory:
             cell = self._start[storage] + offset // self._cell[storage]
             if values is not None and differ(cell, np.broadcast_to(values, touched.shape)[touched]):
                 self._found(kind, "different values to one address")
+            lane = touched.size + np.flatnonzero(
+                touched
+            )  # which no tensor of another size has: sizes are powers of two
             parts = width // self._cell[storage]
-            self._note(kind, np.concatenate([cell, *(cell[parts > i] + i for i in range(1, parts.max()))]))
+            several = [np.flatnonzero(parts > i) for i in range(1, parts.max())]
+            cell = np.concatenate([cell, *(cell[wide] + i for i, wide in enumerate(several, 1))])
+            self._note(kind, cell, np.concatenate([lane, *(lane[wide] for wide in several)]))
         return TensorHandle(touched, tl.int1)
 
-    def _note(self, kind: int, cell: Array) -> None:
+    def _note(self, kind: int, cell: Array, lane: Array) -> None:
         first, last = self._first, self._last
         for other in CONFLICTS[kind]:
             foreign = cell[(first[other][cell] > 0) & (first[other][cell] < self._program)]
-            own = cell[last[other][cell] >= self._phase]
+            own = last[other][cell] >= self._phase
+            own = cell[own & (self._reader[cell] != lane) if (kind, other) == (WRITE, READ) else own]
             for racing, whose in ((foreign, "in another program"), (own, "with no barrier between")):
                 if racing.size:
                     self._found(kind, f"what {self._sites[last[other][racing[0]]]} {DOES[other]} {whose}")
         if kind != WRITE and (self._unwritten[cell] & (last[WRITE][cell] == 0)).any():
             self._found(kind, "memory that nothing has written")
+        if kind == READ:
+            alone = (last[READ][cell] < self._phase) | (self._reader[cell] == lane)
+            self._reader[cell] = np.where(alone, lane, 0)
+            self._reader[cell[self._reader[cell] != lane]] = 0
         number = len(self._sites)
         self._sites.append(site())
         first[kind][cell] = np.where(first[kind][cell] > 0, first[kind][cell], number)

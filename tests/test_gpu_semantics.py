@@ -71,6 +71,28 @@ def test_races_within_a_program_are_found(gpu):
 
 
 @triton.jit
+def add_kernel(x, y, N: tl.constexpr, OTHERS: tl.constexpr):
+    i = tl.arange(0, N)
+    if OTHERS == "before":
+        tl.store(y + i, tl.load(x + N - 1 - i))
+    if OTHERS == "one":
+        tl.store(y + i, tl.load(x))
+    own = tl.load(x + i)
+    if OTHERS == "after":
+        tl.store(y + i, tl.load(x + N - 1 - i))
+    if OTHERS == "together":
+        tl.store(y + i, tl.load(x + i // 2))
+    tl.store(x + i, own + 1.0)
+
+
+@interpreted
+@pytest.mark.parametrize("others", ["none", "before", "after", "together", "one"])
+def test_a_lane_may_store_over_what_no_other_has_loaded(others, gpu):
+    add_kernel[(1,)](torch.zeros(8), torch.empty(8), 8, others)
+    assert len(gpu.findings) == (others != "none")
+
+
+@triton.jit
 def shared_kernel(x, out, WRITE: tl.constexpr, READ: tl.constexpr, ATOMIC: tl.constexpr):
     """Every program writes, reads or changes ``x[0]``."""
     own = tl.program_id(0)
