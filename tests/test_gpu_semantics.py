@@ -3,10 +3,7 @@
 As in ``test_triton_kernels.py`` the interpreter needs a process of its own, which a test at the end starts.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +14,13 @@ import torch
 triton = pytest.importorskip("triton", reason="the interpreter is Triton's")
 
 import triton.language as tl  # noqa: E402
-from gpu_semantics import ULPS, GpuSemantics  # noqa: E402
+from gpu_arithmetic import ULPS  # noqa: E402
+from gpu_semantics import GpuSemantics, check_as_on_a_gpu, run_in_the_interpreter  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that a test at the end starts")
 starts_a_process = pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -437,19 +434,6 @@ def test_kernels_that_are_compiled_are_refused():
         pass
 
 
-def pytest_in_the_interpreter(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    settings["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **settings, **environment},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-
-
 RACE = """
 import torch, triton, triton.language as tl
 
@@ -472,7 +456,7 @@ def test_that_passes():
 @starts_a_process
 def test_as_a_plugin_it_fails_the_test_with_findings(tmp_path):
     (tmp_path / "test_race.py").write_text(RACE)
-    done = pytest_in_the_interpreter("-p", "gpu_semantics", tmp_path / "test_race.py", GPU_SEMANTICS_SEED="5")
+    done = run_in_the_interpreter("-p", "gpu_semantics", str(tmp_path / "test_race.py"), GPU_SEMANTICS_SEED="5")
     assert done.returncode == 1
     assert "2 failed, 1 passed" in done.stdout
     assert "As on a GPU, with seed 5" in done.stdout
@@ -483,6 +467,22 @@ def test_as_a_plugin_it_fails_the_test_with_findings(tmp_path):
 
 @starts_a_process
 def test_every_case_in_the_interpreter():
-    done = pytest_in_the_interpreter(__file__)
+    done = run_in_the_interpreter(__file__)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout[-2000:]
+
+
+# With seed 0 each file runs itself.
+KERNEL_TESTS = [
+    file
+    for file in sorted(Path(__file__).parent.glob("test_triton_*.py"))
+    if check_as_on_a_gpu.__name__ in file.read_text()
+]
+
+
+@pytest.mark.wide
+@starts_a_process
+@pytest.mark.parametrize("seed", ["1", "2"])
+@pytest.mark.parametrize("file", KERNEL_TESTS, ids=lambda file: file.stem)
+def test_kernels_as_on_a_gpu_with_other_seeds(file, seed):
+    check_as_on_a_gpu(str(file), GPU_SEMANTICS_SEED=seed)
