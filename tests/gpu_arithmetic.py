@@ -52,17 +52,17 @@ class Arithmetic:
         """A product that remembers its factors, for ``add``."""
         result = plain(builder, left, right)
         if result.data.dtype == np.float32:
-            result.attr["factors"] = left.data.astype(np.float64), right.data.astype(np.float64)
+            result.attr["factors"] = left.data, right.data
         return result
 
     def add(self, plain: Plain, builder: Any, left: TensorHandle, right: TensorHandle, sign: int = 1) -> TensorHandle:
         """``left + sign * right``, rounded once where one of the two is a product."""
         if "factors" in left.attr:
             first, second = left.attr["factors"]
-            total = first * second + sign * right.data.astype(np.float64)
+            total = first.astype(np.float64) * second + sign * right.data.astype(np.float64)
         elif "factors" in right.attr:
             first, second = right.attr["factors"]
-            total = left.data.astype(np.float64) + sign * first * second
+            total = left.data.astype(np.float64) + sign * first.astype(np.float64) * second
         else:
             return plain(builder, left, right)
         return TensorHandle(total.astype(np.float32), left.dtype.scalar)

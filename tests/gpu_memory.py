@@ -37,9 +37,7 @@ class Memory:
         storages: dict[int, tuple[Array, int]] = {0: (np.zeros(0, np.uint8), 8)}  # every address is above one of them
         for tensor in tensors:
             if tensor.device.type != "cpu":
-                raise ValueError(
-                    f"{kernel} was given a tensor on {tensor.device}; gpu_semantics takes those on the CPU"
-                )
+                raise ValueError(f"{kernel} was given a tensor on {tensor.device}; gpu_semantics takes the CPU's")
             storage = tensor.untyped_storage()
             base, size = storage.data_ptr(), min(tensor.itemsize, storages.get(storage.data_ptr(), (None, 8))[1])
             storages[base] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy(), size
@@ -75,9 +73,8 @@ class Memory:
             cell = self._start[storage] + offset // self._cell[storage]
             if values is not None and differ(cell, np.broadcast_to(values, touched.shape)[touched]):
                 self._found(kind, "different values to one address")
-            lane = touched.size + np.flatnonzero(
-                touched
-            )  # which no tensor of another size has: sizes are powers of two
+            # Sizes are powers of two, so that tensors of different sizes have no lane in common.
+            lane = touched.size + np.flatnonzero(touched)
             parts = width // self._cell[storage]
             several = [np.flatnonzero(parts > i) for i in range(1, parts.max())]
             cell = np.concatenate([cell, *(cell[wide] + i for i, wide in enumerate(several, 1))])

@@ -120,40 +120,20 @@ class GpuSemantics:
         self._memory.begin_program()
         plain(builder, *next(self._programs))
 
-    def _load(
-        self,
-        plain: Plain,
-        builder: Any,
-        pointers: TensorHandle,
-        mask: TensorHandle,
-        other: TensorHandle | None,
-        *rest: Any,
-    ) -> TensorHandle:
+    def _load(self, plain: Plain, builder: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> TensorHandle:
         if other is None:
             element = pointers.get_element_ty()
-            dtype = interpreter._get_np_dtype(element)
-            anything = np.repeat(POISON, 4).view(np.bool_ if dtype == np.bool_ else dtype)[0]
+            anything = np.repeat(POISON, 4).view(interpreter._get_np_dtype(element))[0]
             other = TensorHandle(np.full(pointers.data.shape, anything), element)
         return plain(builder, pointers, self._memory.access(READ, pointers, mask.data), other, *rest)
 
-    def _store(
-        self, plain: Plain, builder: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any
-    ) -> None:
+    def _store(self, plain: Plain, builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
         plain(builder, pointers, value, self._memory.access(WRITE, pointers, mask.data, value.data), *rest)
 
-    def _atomic(
-        self,
-        plain: Plain,
-        builder: Any,
-        operation: Any,
-        pointers: TensorHandle,
-        value: TensorHandle,
-        mask: TensorHandle,
-        *rest: Any,
-    ) -> TensorHandle:
-        return plain(builder, operation, pointers, value, self._memory.access(ATOMIC, pointers, mask.data), *rest)
+    def _atomic(self, plain: Plain, builder: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return plain(builder, op, pointers, value, self._memory.access(ATOMIC, pointers, mask.data), *rest)
 
-    def _compare_and_swap(self, plain: Plain, builder: Any, pointers: TensorHandle, *rest: Any) -> TensorHandle:
+    def _compare_and_swap(self, plain: Plain, builder: Any, pointers: Any, *rest: Any) -> TensorHandle:
         self._memory.access(ATOMIC, pointers, np.ones(pointers.data.shape, bool))
         return plain(builder, pointers, *rest)
 
