@@ -126,7 +126,7 @@ def poisoned(plain: Callable[..., torch.Tensor], *arguments: Any, **options: Any
     tensor = plain(*arguments, **options)
     if type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.dtype != torch.bool:
         data = tensor.untyped_storage()
-        torch.tensor([], dtype=torch.int16).set_(data, 0, (data.nbytes() // 2,)).fill_(int(POISON[0]))
+        torch.tensor([], dtype=torch.int16).set_(data, 0, (data.nbytes() // 2,), (1,)).fill_(int(POISON[0]))
     return tensor
 
 
