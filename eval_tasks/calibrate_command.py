@@ -13,9 +13,10 @@ from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, loa
 from eval_tasks.errors import EvalError
 from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.models import pick_device
-from eval_tasks.profile_report import PROFILE, PROFILE_REPORT, write_profile_report
+from eval_tasks.profile_report import PROFILE, PROFILE_PICTURE, PROFILE_REPORT, write_profile_report
 from eval_tasks.provenance import command_line
 from eval_tasks.ranks import AgreedError, Ranks, agreed, joined_ranks, launched_rank
+from eval_tasks.store import check_out
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch.calibrate import (
     DEFAULT_EPS,
@@ -27,7 +28,7 @@ from nc_patch.calibrate import (
 )
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
 from nc_patch.errors import ProfileError, UnsupportedModelError
-from nc_patch.profile import Profile
+from nc_patch.profile import Profile, check_context, check_fraction
 
 _PIECES = "pieces"
 
@@ -65,12 +66,9 @@ def run_calibrate(argv: Sequence[str]) -> int:
 
 def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
     with agreed(ranks):
-        if arguments.out.exists() and not arguments.out.is_dir():
-            raise EvalError(f"--out {arguments.out} is a file; give a directory")
-        try:
-            (arguments.out / _PIECES).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EvalError(f"--out {arguments.out} cannot be made: {error.strerror}; give another") from error
+        check_out(arguments.out, (PROFILE, PROFILE_REPORT, PROFILE_PICTURE))
+        if arguments.fraction is not None:
+            _check_budget(arguments)
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
         texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
@@ -97,10 +95,18 @@ def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
     return profile
 
 
+def _check_budget(arguments: argparse.Namespace) -> None:
+    try:
+        check_fraction(arguments.fraction)
+        check_context(arguments.at)
+    except ProfileError as error:  # the other processes hear of an EvalError alone
+        raise EvalError(str(error)) from error
+
+
 def _save(profile: Profile, path: Path) -> None:
     try:
         profile.save(path)
-    except ProfileError as error:  # the other processes hear of an EvalError alone
+    except ProfileError as error:
         raise EvalError(str(error)) from error
 
 

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from eval_tasks.arguments import TEXT_FORMS, add_budget_options, add_lengths, add_model_options, load_chosen_model
 from eval_tasks.errors import EvalError
 from eval_tasks.fidelity import ROWS, Fidelity, fidelity
+from eval_tasks.figures import to_png
 from eval_tasks.matching import Budgets
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, find_method, order_of
 from eval_tasks.models import attention_of
 from eval_tasks.provenance import commit, hardware, versions
-from eval_tasks.store import write_atomically
+from eval_tasks.store import check_out, write_atomically
 from eval_tasks.summary import csv_of
 from eval_tasks.tasks import Layout, ascending, places, tokenise
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
@@ -43,10 +44,7 @@ def run_fidelity(argv: Sequence[str]) -> int:
 
 def _measure(arguments: argparse.Namespace) -> list[Fidelity]:
     out: Path = arguments.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvalError(f"--out {out} cannot be made: {error}") from error
+    check_out(out, (RESULTS, TABLE, PICTURE))
     lengths = ascending(arguments.lengths)
     budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at, arguments.block_size)
     methods = sorted(set(arguments.methods), key=order_of)
@@ -76,7 +74,7 @@ def _measure(arguments: argparse.Namespace) -> list[Fidelity]:
     }
     write_atomically(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
     write_atomically(out / TABLE, to_csv(rows).encode())
-    figure(rows).savefig(out / PICTURE, dpi=130)
+    write_atomically(out / PICTURE, to_png(figure(rows)))
     return rows
 
 

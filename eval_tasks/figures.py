@@ -10,6 +10,9 @@ import numpy as np
 
 matplotlib.use("Agg")  # draws into files; needs no display
 
+# Loaded with the rest rather than by the first plot, which is drawn when a run ends.
+import matplotlib.backends.backend_agg
+import matplotlib.backends.backend_svg
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator

@@ -1,14 +1,13 @@
 """The report of a calibration: one page of HTML that refers to nothing outside itself, and its plots as a PNG."""
 
 import html
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 import numpy as np
 
 from eval_tasks.figures import to_png, to_svg
 from eval_tasks.profile_figures import profile_figure, profile_figures, shown_fit
+from eval_tasks.report import PAGE
 from eval_tasks.store import write_atomically
 from eval_tasks.tables import Table
 from nc_patch.profile import SPARSE_BELOW, Profile
@@ -26,7 +25,6 @@ def write_profile_report(profile: Profile, directory: Path, command: str) -> lis
     """
     sentences = profile_findings(profile)
     write_atomically(directory / PROFILE_PICTURE, to_png(profile_figure(profile)))
-    page = Template(resources.files("eval_tasks").joinpath("templates/report.html").read_text(encoding="utf-8"))
     parts = [
         f'<p class="lead">{_escape(" ".join(sentences[:2]))}</p>',
         f"<ul>{''.join(f'<li>{_escape(sentence)}</li>' for sentence in sentences[2:])}</ul>",
@@ -36,7 +34,7 @@ def write_profile_report(profile: Profile, directory: Path, command: str) -> lis
         "<h2>Measure it again</h2>",
         f"<pre>{_escape(command)}</pre>",
     ]
-    content = page.substitute(title=_escape(f"How sparse attention is: {profile.model}"), sections="\n".join(parts))
+    content = PAGE.substitute(title=_escape(f"How sparse attention is: {profile.model}"), sections="\n".join(parts))
     write_atomically(directory / PROFILE_REPORT, content.encode())
     return sentences
 

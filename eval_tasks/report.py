@@ -17,7 +17,7 @@ from eval_tasks.matching import MATCHED_BY
 from eval_tasks.measure import SPARSE_IN
 from eval_tasks.merging import MergedRun, differing, merge_runs
 from eval_tasks.methods import find_method
-from eval_tasks.store import write_atomically
+from eval_tasks.store import check_out, write_atomically
 from eval_tasks.summary import Row, csv_of, failures, summarise, title_of, to_csv
 from eval_tasks.tables import (
     Table,
@@ -33,7 +33,10 @@ from eval_tasks.verdicts import comparisons, effective_lengths, needed_budgets
 REPORT, MARKDOWN, SUMMARY, COMPARISONS, NEEDED, MAIN_FIGURE = (
     "report.html", "report.md", "summary.csv", "comparisons.csv", "needed.csv", "main.png",
 )  # fmt: skip
+REPORT_FILES = (REPORT, MARKDOWN, SUMMARY, COMPARISONS, NEEDED, MAIN_FIGURE)
 WITHIN = 0.05
+# Read before a run, not at its end.
+PAGE = Template(resources.files("eval_tasks").joinpath("templates/report.html").read_text(encoding="utf-8"))
 
 
 class Section:
@@ -91,12 +94,9 @@ def write_report(directories: Path | Sequence[Path], out: Path | None = None, wi
         raise EvalError("say where the report of several directories goes: --out DIR")
     target = out or directories[0]
     merged = merge_runs(directories)
+    check_out(target, REPORT_FILES)
     sections = [Section(run, within) for run in merged]
     labels = differing(merged)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvalError(f"the directory {target} cannot be made: {error.strerror}. Give another --out.") from error
     write_atomically(target / SUMMARY, _joined(sections, lambda s: to_csv(s.summaries, failures(s.rows))).encode())
     write_atomically(target / COMPARISONS, _joined(sections, lambda s: comparisons_csv(s.compared)).encode())
     if any(section.needed for section in sections):
@@ -130,9 +130,8 @@ def needed_csv(found: Iterable[IsoQuality]) -> str:
 
 def render(sections: Sequence[Section], labels: Sequence[str]) -> str:
     """The report as one page of HTML that refers to nothing outside itself; all text in it is escaped."""
-    page = Template(resources.files("eval_tasks").joinpath("templates/report.html").read_text(encoding="utf-8"))
     models = ", ".join(dict.fromkeys(str(section.merged.identity["model"]) for section in sections))
-    return page.substitute(
+    return PAGE.substitute(
         title=_escape(f"Sparse attention by context length: {models}"),
         sections="\n".join(
             _section(section, label, number, len(sections) > 1)

@@ -20,8 +20,9 @@ from eval_tasks.plan import groups_of, plan_of
 from eval_tasks.progress import Forecast, Progress, Step, duration
 from eval_tasks.provenance import check_same, commit, hardware, hardware_words, record_session, versions
 from eval_tasks.ranks import Ranks, agreed
+from eval_tasks.report import REPORT_FILES
 from eval_tasks.schema import check_rows
-from eval_tasks.store import ResultStore, read_run, valid_rows
+from eval_tasks.store import ResultStore, check_out, read_run, valid_rows
 from eval_tasks.sweep import Sweep
 from nc_patch.fingerprint import weights_fingerprint
 
@@ -53,6 +54,8 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
         device = _own_device(sweep, ranks)
     with contextlib.ExitStack() as stack:
         with agreed(ranks):
+            if ranks.is_first:
+                check_out(directory, REPORT_FILES)
             first_store = stack.enter_context(ResultStore(directory)) if ranks.is_first else None
         with agreed(ranks):
             model = load_model_of(sweep, str(device))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from nc_patch.atomic import replace_file
+from nc_patch.atomic import check_directory, replace_file
 
 RESULTS = "results.jsonl"
 PARTS = "results.rank*.jsonl"
@@ -31,6 +31,20 @@ _LONGEST_LINE = 1 << 24
 def measurement_key(identity: Mapping[str, Any]) -> str:
     """A short hex digest of what identifies a measurement; equal for equal JSON, whatever the order of the fields."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:20]
+
+
+def check_out(directory: Path, names: Iterable[str] = (), option: str = "--out") -> None:
+    """Makes the directory that an option names, and sees that files of these names can be written there at the end.
+
+    Raises:
+        EvalError: they cannot.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise EvalError(f"{option} {directory} is a file; give a directory")
+    try:
+        check_directory(directory, names)
+    except OSError as error:
+        raise EvalError(f"{option} {directory} cannot be written: {error.strerror}. Give another.") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -15,13 +15,13 @@ parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], h
 parser.add_argument("--fraction", type=float, default=0.1, help="attended share of all keys")
 parser.add_argument("--profile", type=Path, default=Path("runs/profile.json"), help="where the profile is kept")
 arguments = parser.parse_args()
+arguments.profile.parent.mkdir(parents=True, exist_ok=True)
 
 loaded = load_model(arguments.model)
 model, tokenizer = loaded.model, loaded.tokenizer
 text = load_text("python-reference").content
 if not arguments.profile.exists():
     measured = calibrate(model, tokenizer, [text], lengths=arguments.lengths, pieces=2, progress=False)
-    arguments.profile.parent.mkdir(parents=True, exist_ok=True)
     measured.save(arguments.profile)
 longest = max(arguments.lengths)
 profile = Profile.load(arguments.profile).at_budget(arguments.fraction, n=longest)

@@ -1,9 +1,29 @@
 """Files that are replaced whole: a reader, or an interruption, sees the old content or the new, never a part."""
 
 import contextlib
+import errno
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def check_directory(directory: Path, names: Iterable[str] = ()) -> None:
+    """Makes a directory; to be called before a long run, so that its end does not fail to write there.
+
+    Args:
+        directory: where files will go; made when missing.
+        names: of those files.
+
+    Raises:
+        OSError: it cannot be made or written, or a directory is in the place of a file.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{name} is a directory")
+    with tempfile.NamedTemporaryFile(prefix=".nc_patch.", dir=directory) as file:
+        file.write(b"0")  # an empty file fits on a full disk
 
 
 def replace_file(path: Path, content: bytes) -> None:

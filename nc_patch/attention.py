@@ -1,6 +1,7 @@
 """The attention function that ``transformers`` calls in place of its own, and its registration."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,12 +20,14 @@ from nc_patch.layer_index import key_index_of, key_means_of
 from nc_patch.log import say_once
 from nc_patch.masks import interval_mask
 from nc_patch.observed import Observed
+from nc_patch.ops.derivatives import in_transform, refuse_mapped
 from nc_patch.ops.limits import MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult
 from nc_patch.refusals import (
     check_heads,
     no_mask,
     refuse_indexes,
+    refuse_masked_keys,
     refuse_missing_keys,
     refuse_unsupported,
     say_unpatched,
@@ -98,7 +101,8 @@ def nc_attention_forward(
     query, key, value = lowered(query, key, value)
     if isinstance(attention_mask, torch.Tensor):
         (attention_mask,) = lowered(attention_mask)
-    boundaries = {name: kwargs.get(name) for name in BOUNDARIES}
+    told = {} if torch.compiler.is_compiling() else _TOLD.get()
+    boundaries = {name: kwargs[name] if kwargs.get(name) is not None else told.get(name) for name in BOUNDARIES}
     with autocast_off(query):
         return _attention(
             *(module, query, key, value, attention_mask, scaling, softcap, s_aux, patch, nc_layer_cache),
@@ -131,19 +135,30 @@ def _attention(
     compiling = torch.compiler.is_compiling()
     cached = None if nc_layer_cache is None or compiling else nc_layer_cache.layer
     plan = _plan(patch, query, nc_layer_cache)
+    if Lq != Lk:
+        refuse_masked_keys(module, IMPLEMENTATION, nc_attention_forward, plan.dense_reason is not None)
     config, decoding, selection = plan.config, plan.decoding, plan.selection
     plain = softcap is None and s_aux is None
     if attention_mask is None and not (crosses and plain):
         raise UnsupportedMaskError(no_mask(module))
-    if not is_packed(attention_mask) and plan.dense_reason is not None and plain:
-        output = _sdpa(query, key, value, attention_mask, scale, causal=not crosses)
-        if patch is not None and attention_mask is not None and not compiling:
+    observes = patch is not None and patch.observe is not None
+    if not is_packed(attention_mask) and plan.dense_reason is not None and not observes:
+        if plain:
+            output = _sdpa(query, key, value, attention_mask, scale, causal=not crosses)
+        else:
+            assert attention_mask is not None
+            output = _eager(query, key, value, attention_mask, scale, softcap, s_aux)
+        if patch is not None and attention_mask is not None and not compiling and not in_transform():
             n = seen_keys(attention_mask).sum(-1).expand(B, -1, Lq)
             visible = torch.stack((torch.zeros_like(n[:, 0]), n.amax(1)), -1)
             patch.counters.add(tally(n, visible, patch.counters.tail), plan.dense_reason)
         return output.transpose(1, 2).contiguous(), None
     assert attention_mask is not None
-    visibility, in_place = _visible_keys(module, patch, plan.layer, attention_mask, boundaries, (B, Lq, Lk))
+    visibility, in_place, several = _visible_keys(module, patch, plan.layer, attention_mask, boundaries, (B, Lq, Lk))
+    if several and decoding and Lq > 1:
+        # An index is of one sequence a row.
+        plan = _plan(patch, query, None)
+        config, decoding, selection = plan.config, plan.decoding, plan.selection
     visible, origin = visibility.visible, visibility.origin
     if visibility.order is not None:
         if not compiling:
@@ -212,7 +227,7 @@ def _attention(
             record(patch.counters, config, call, selection, result)
     if patch is not None and patch.observe is not None:
         patch.observe(Observed(plan.layer, query, key, value, visible, scale, softcap, s_aux, result.output))
-    if patch is not None and not compiling:
+    if patch is not None and not compiling and not in_transform():
         own = result.attended if selection == "block" else None
         _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
     return result.output.transpose(1, 2).contiguous(), None
@@ -244,10 +259,23 @@ def _plan(patch: LayerPatch | None, query: torch.Tensor, cache: LayerCache | Non
     selection = config.decode if decoding else config.prefill
     dense_reason = _dense_reason(patch, config, layer, selection)
     host_reads = not torch.compiler.is_compiling() and not _capturing(query)
-    if config.on_drop != "ignore" and dense_reason is None and not host_reads:
+    # Inside torch.func's transforms a value of the computation may stand for many.
+    readable = host_reads and not in_transform()
+    if config.on_drop != "ignore" and dense_reason is None and not readable:
         refuse_graphs(config.on_drop, layer)
-    measures = patch is not None and (config.track or config.on_drop != "ignore") and host_reads
+    measures = patch is not None and (config.track or config.on_drop != "ignore") and readable
     return _Plan(config, layer, decoding, selection, dense_reason, host_reads, measures)
+
+
+class _Seen(NamedTuple):
+    """What the queries of a call see, whether that counts in the keys of the cache, and whether in several sequences.
+
+    It does not where keys have been left out or sequences were cut apart, of which the cache knows nothing.
+    """
+
+    visibility: Visibility
+    in_place: bool
+    several: bool
 
 
 def _visible_keys(
@@ -257,29 +285,34 @@ def _visible_keys(
     mask: torch.Tensor,
     boundaries: dict[str, torch.Tensor | None],
     lengths: tuple[int, int, int],
-) -> tuple[Visibility, bool]:
-    """What every query sees, for B, Lq and Lk in ``lengths``; and whether intervals count in the keys of the cache.
-
-    They do not where keys have been left out, or sequences were cut apart, of which the cache knows nothing.
-    """
+) -> _Seen:
+    """What the queries of a call of B, Lq and Lk in ``lengths`` see."""
     if patch is not None and is_bidirectional(mask):
         raise UnsupportedMaskError(
             f"{type(module).__name__} got a bidirectional mask, and sparse attention is causal. Unpatch the model, or "
             "use it as a decoder."
         )
-    if is_packed(mask):
-        refuse_missing_keys(module, layer, mask, lengths[2])
+    refuse_mapped(attention_mask=mask)
+    name = type(module).__name__
+    if not is_packed(mask):  # the caller may write to it between calls
+        found = visibility_of(mask, *lengths, name)
+        return _Seen(split_sequences(found, **{**boundaries, "position_ids": None}), False, True)
+    refuse_missing_keys(module, layer, mask, lengths[2])
+    found = _once(mask, ("visibility", lengths), lambda: visibility_of(mask, *lengths, name))
+    if is_bidirectional(mask):
+        return _Seen(found, False, False)
 
-    def make() -> tuple[Visibility, bool]:
-        found = visibility_of(mask, *lengths, type(module).__name__)
-        if not is_packed(mask) or is_bidirectional(mask):
-            return found, False
+    def split() -> _Seen:
         cut = split_sequences(found, **boundaries)
-        return cut, cut.order is None and (cut is found or torch.compiler.is_compiling())
+        several = cut is not found and not torch.compiler.is_compiling()
+        if several and getattr(module.config, "attention_chunk_size", None):
+            raise UnsupportedMaskError(
+                f"{name} attends by chunks, which begin anew with each packed sequence, and a mask that is made for a "
+                "cache has them elsewhere. Pass use_cache=False."
+            )
+        return _Seen(cut, cut.order is None and not several, several)
 
-    if is_packed(mask):
-        return _once(mask, ("visibility", lengths), make)
-    return make()  # the caller may write to it between calls
+    return _once(found.visible, ("split", *boundaries.values()), split)
 
 
 def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
@@ -295,6 +328,23 @@ def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
             "since, by set_attn_implementation or by continuous batching: it would run dense. Call unpatch_model to "
             "run it so, or patch_model again for sparse attention."
         )
+
+
+# Where packed sequences begin, as the model that is running was told: not every family tells its attention modules.
+_TOLD: ContextVar[dict[str, Any]] = ContextVar("nc_patch_boundaries", default={})  # noqa: B039
+
+
+def note_boundaries(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model whose attention is patched: takes note of where packed sequences begin."""
+    # Checkpointing runs attention again outside of the model, where nothing is told.
+    if not torch.compiler.is_compiling() and not (module.training and getattr(module, "gradient_checkpointing", False)):
+        _TOLD.set({name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None})
+
+
+def forget_boundaries(*_: Any) -> None:
+    """Forward hook of such a model."""
+    if not torch.compiler.is_compiling():
+        _TOLD.set({})
 
 
 # What attention modules call their cache; transformers 5.24 has renamed it.
@@ -347,6 +397,28 @@ def _sdpa(
         is_causal=causal and mask is None and query.shape[2] > 1,
         enable_gqa=group > 1,
     )
+
+
+def _eager(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Dense attention by any mask with what SDPA has not, a soft-cap and sinks; Lq * Lk memory, as the mask itself."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = (query.float() @ key.float().transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float()[:, None, None].expand(*scores.shape[:3], 1)), -1)
+    weights = torch.softmax(scores, -1)[..., : key.shape[2]]
+    return (weights @ value.float()).to(query.dtype)
 
 
 def _count(

@@ -5,6 +5,7 @@ and values, and serve any other model as before. An index is trusted only while 
 was last seen with, unchanged; otherwise it is dropped, and built again when attention runs.
 """
 
+import copy
 import weakref
 from typing import Any, NamedTuple
 
@@ -193,8 +194,26 @@ class KeyIndexMixin:
                 change(index)
             self.nc_settle()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickle holds a layer of transformers, which loads where this library is not installed, and builds its index
+        # again where it is.
+        plain: Any = object.__new__(next(of for of, indexed in _INDEXED.items() if indexed is type(self)))
+        own = ("nc_", "_nc_")
+        plain.__dict__ = {name: value for name, value in self.__dict__.items() if not name.startswith(own)}
+        return copy.copy, (plain,)
+
+    def __copy__(self) -> "KeyIndexMixin":
+        twin = object.__new__(type(self))
+        twin.__setstate__(self.__getstate__())
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeyIndexMixin":
+        memo[id(self)] = twin = object.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
-        # What the keys were last seen as does not survive a copy or a pickle: only whether the index was right.
+        # What the keys were last seen as does not survive a copy: only whether the index was right.
         self.nc_check()
         return {name: value for name, value in self.__dict__.items() if name not in ("_nc_seen", "_nc_handed")}
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
+from nc_patch.atomic import check_directory
 from nc_patch.errors import ProfileError
 from nc_patch.fingerprint import weights_fingerprint
 from nc_patch.fits import fit_power_laws
+from nc_patch.numbers import as_integer, as_number
 from nc_patch.patch import model_shape
-from nc_patch.profile import Fit, Profile, significant
+from nc_patch.profile import Fit, Profile, checked_layers, significant
 from nc_patch.recording import Piece, Plan, load_piece, measure_piece, piece_name, save_piece, total_steps
 from nc_patch.support import attention_modules
 from nc_patch.version import __version__
@@ -75,8 +77,8 @@ def calibrate(
         progress: whether a bar shows how far it is.
 
     Raises:
-        ProfileError: no text, a text shorter than the longest length, fewer than two lengths, or another value out of
-            its range.
+        ProfileError: no text, a text shorter than the longest length, fewer than two lengths, another value out of its
+            range, or a directory that cannot be written.
         UnsupportedModelError: the model cannot be patched.
     """
     plan = _plan(lengths, rows, eps, target, seed)
@@ -88,14 +90,17 @@ def calibrate(
             "needs it in every layer. Give alpha and C to patch_model instead."
         )
     _check_positions(model, plan.lengths[-1])
-    beyond = [layer for layer in dense_layers if not 0 <= layer < layers]
-    if beyond:
-        raise ProfileError(f"dense_layers names {beyond}, the model has layers 0 to {layers - 1}")
+    dense_layers = checked_layers(dense_layers, layers)
     ids = cut_pieces(tokenizer, texts, plan.lengths[-1], _positive("pieces", pieces))
+    if directory is not None:
+        try:
+            check_directory(Path(directory))
+        except OSError as error:
+            raise ProfileError(f"the directory {directory} cannot be written: {error.strerror}") from error
     fingerprint = weights_fingerprint(model)
     found = _all_pieces(model, ids, plan, fingerprint, None if directory is None else Path(directory), progress)
     profile = _profile(found, plan, fingerprint, ids, model, name)
-    return profile.at_mass(target, dense_layers=tuple(dense_layers))
+    return profile.at_mass(target, dense_layers=dense_layers)
 
 
 def cut_pieces(tokenizer: Any, texts: Sequence[Any], length: int, pieces: int) -> list[list[int]]:
@@ -281,20 +286,30 @@ def _sensitivity(loss: np.ndarray, error: np.ndarray, visible: np.ndarray, keys:
 
 
 def _plan(lengths: Sequence[int], rows: int, eps: Sequence[float], target: float, seed: int) -> Plan:
-    if isinstance(lengths, (int, str)) or not all(isinstance(n, int) and not isinstance(n, bool) for n in lengths):
+    several = isinstance(lengths, Iterable) and not isinstance(lengths, str)
+    given = [as_integer(n) for n in lengths] if several else [None]
+    if None in given:
         raise ProfileError(f"lengths must be a list of numbers of tokens, got {lengths!r}")
-    ordered = tuple(sorted(set(lengths)))
+    ordered = tuple(sorted({n for n in given if n is not None}))
     if len(ordered) < 2:
         raise ProfileError(
             f"a law needs at least two different lengths, got {list(lengths)}; for example {list(DEFAULT_LENGTHS)}"
         )
     if ordered[0] < SHORTEST:
         raise ProfileError(f"lengths must be at least {SHORTEST} tokens, got {ordered[0]}")
-    for what, value in (("target", target), *(("eps", share) for share in eps)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-            raise ProfileError(f"{what} must be a number in (0, 1), got {value!r}")
-    shares = tuple(sorted({round(float(share), 9) for share in (*eps, 1 - target)}))
-    return Plan(ordered, _positive("rows", rows), shares, seed)
+    aim, *left_out = (_share("target", target), *(_share("eps", share) for share in eps))
+    shares = tuple(sorted({round(share, 9) for share in (*left_out, 1 - aim)}))
+    number = as_integer(seed)
+    if number is None:
+        raise ProfileError(f"seed must be an integer, got {seed!r}")
+    return Plan(ordered, _positive("rows", rows), shares, number)
+
+
+def _share(name: str, value: Any) -> float:
+    found = as_number(value)
+    if found is None or not 0 < found < 1:
+        raise ProfileError(f"{name} must be a number in (0, 1), got {value!r}")
+    return float(found)
 
 
 def _check_positions(model: Any, longest: int) -> None:
@@ -304,6 +319,7 @@ def _check_positions(model: Any, longest: int) -> None:
 
 
 def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    found = as_integer(value)
+    if found is None or found < 1:
         raise ProfileError(f"{name} must be a positive integer, got {value!r}")
-    return value
+    return found

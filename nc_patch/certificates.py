@@ -100,10 +100,11 @@ def record(counters: LayerCounters, config: NCConfig, call: Call, selection: str
 
 
 def refuse_graphs(on_drop: str, layer: int) -> None:
-    """Raises RuntimeError: a compiled or captured graph cannot look at what it has dropped."""
+    """Raises RuntimeError: a compiled or captured graph, or a transform, cannot look at what it has dropped."""
     raise RuntimeError(
         f'on_drop="{on_drop}" reads in layer {layer} how much was dropped, which neither torch.compile(fullgraph=True) '
-        'nor a CUDA graph can: set on_drop="ignore" (track=True has no effect there), or run without a graph'
+        'nor a CUDA graph can, nor a transform of torch.func: set on_drop="ignore" (track=True has no effect there), '
+        "or run without them"
     )
 
 

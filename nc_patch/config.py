@@ -6,14 +6,14 @@ import json
 import math
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from nc_patch.budget import LAWS, Law, budget_of, budget_table, is_dense_law
+from nc_patch.numbers import as_bool, as_integer, as_number, plain
 
 Selection = Literal["topk", "block", "window", "dense"]
 Backend = Literal["auto", "triton", "torch"]
@@ -132,29 +132,28 @@ class NCConfig:
         _choice("decode", self.decode, SELECTIONS)
         _choice("backend", self.backend, BACKENDS)
         _choice("key_index", self.key_index, INDEX_USES)
-        if not isinstance(self.refine, bool):
-            raise TypeError(f"refine must be True or False, got {shown(self.refine)}")
+        for name in ("refine", "track"):
+            given = as_bool(getattr(self, name))
+            if given is None:
+                raise TypeError(f"{name} must be True or False, got {shown(getattr(self, name))}")
+            set_field(name, given)
         if not self.refine and self.key_index == "never":
             raise ValueError('refine=False scores keys by their index, which key_index="never" takes away')
         _choice("tail", self.tail, TAILS)
         _choice("on_drop", self.on_drop, ON_DROP)
-        _integer("sink_keys", self.sink_keys, 0)
-        _integer("recent_keys", self.recent_keys, 0)
-        _integer("min_keys", self.min_keys, 1)
-        _integer("block_size", self.block_size, 1)
+        for name, least in (("sink_keys", 0), ("recent_keys", 0), ("min_keys", 1), ("block_size", 1)):
+            set_field(name, _integer(name, getattr(self, name), least))
         _choice("block_size", self.block_size, BLOCK_SIZES)
         self._check_blocks()
-        if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
-            raise TypeError(f"dense_layers must be a sequence of layer indices, got {shown(self.dense_layers)}")
-        layers = tuple(self.dense_layers)
-        for layer in layers:
-            _integer("dense_layers", layer, 0)
-        set_field("dense_layers", tuple(sorted(set(layers))))
+        layers = plain(self.dense_layers)
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise TypeError(f"dense_layers must be a sequence of layer indices, got {shown(layers)}")
+        set_field("dense_layers", tuple(sorted({_integer("dense_layers", layer, 0) for layer in layers})))
 
     def _check_blocks(self) -> None:
         """Checks the settings of block prefill, and of the mass that may be dropped."""
         for name, allowed in (("query_block_size", QUERY_BLOCK_SIZES), ("sample_stride", SAMPLE_STRIDES)):
-            _integer(name, getattr(self, name), 1)
+            object.__setattr__(self, name, _integer(name, getattr(self, name), 1))
             _choice(name, getattr(self, name), allowed)
         _choice("estimator", self.estimator, ESTIMATORS)
         if self.estimator == "antidiagonal" and self.sample_stride > self.block_size:
@@ -167,16 +166,8 @@ class NCConfig:
             ("max_factor", "a number of at least 1", lambda v: 1 <= v < math.inf),
             ("max_dropped_mass", "a number in [0, 1)", lambda v: 0 <= v < 1),
         ):
-            value = getattr(self, name)
-            if value is None and name == "min_mass":
-                continue
-            if not is_number(value):
-                raise TypeError(f"{name} must be {allowed_range}, got {shown(value)}")
-            if not (_plain(value) <= sys.float_info.max and fits(_plain(value))):
-                raise ValueError(f"{name} must be {allowed_range}, got {shown(value)}")
-            object.__setattr__(self, name, float(value))
-        if not isinstance(self.track, bool):
-            raise TypeError(f"track must be True or False, got {shown(self.track)}")
+            if getattr(self, name) is not None or name != "min_mass":
+                object.__setattr__(self, name, _number(name, getattr(self, name), allowed_range, fits))
 
     @classmethod
     def create(cls, alpha: Any, C: Any = 0.0, *, selection: Selection | None = None, **options: Any) -> "NCConfig":
@@ -210,7 +201,10 @@ class NCConfig:
         """
         alpha, C = _pick("alpha", self.alpha, layer, head), _pick("C", self.C, layer, head)
         if not isinstance(n, torch.Tensor):
-            return budget_of(int(n), alpha, C, self.min_keys, self.law)
+            count = as_integer(n)
+            if count is None:
+                raise TypeError(f"n must be an int or an int tensor, got {shown(n)}")
+            return budget_of(count, alpha, C, self.min_keys, self.law)
         if n.dtype.is_floating_point or n.dtype == torch.bool:
             raise TypeError(f"n must be an int tensor, got {n.dtype}")
         if n.numel() == 0:
@@ -302,16 +296,6 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a real number of Python or numpy, and not a bool."""
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, np.complexfloating))
-
-
-def _plain(value: Any) -> int | float:
-    """A number of Python; an int may be beyond every float."""
-    return value if isinstance(value, int) else float(value)
-
-
 class _Short(reprlib.Repr):
     """Representations of whatever a user or a file may give: never long, never deep."""
 
@@ -333,14 +317,17 @@ def check_option_names(names: Iterable[str]) -> None:
     _known_options({"alpha": None, **dict.fromkeys(name for name in names if name != "selection")})
 
 
+# Here rather than where they are used: torch.compile cannot trace ``dataclasses.fields``.
+_NAMES = [field.name for field in dataclasses.fields(NCConfig)]
+
+
 def _known_options(options: dict[str, Any]) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(NCConfig)]
-    plain = lambda name: name[:80] if isinstance(name, str) and name.isprintable() else shown(name)  # noqa: E731
-    unknown = sorted(map(plain, options.keys() - set(names)))
+    written = lambda name: name[:80] if isinstance(name, str) and name.isprintable() else shown(name)  # noqa: E731
+    unknown = sorted(map(written, options.keys() - set(_NAMES)))
     if unknown:
-        hint = _meant(unknown[0], [*names, "selection"])
+        hint = _meant(unknown[0], [*_NAMES, "selection"])
         raise TypeError(
-            f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(names)}, and selection"
+            f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(_NAMES)}, and selection"
             f"{f'. Did you mean {hint}?' if hint else ''}"
         )
     if "alpha" not in options:
@@ -365,31 +352,41 @@ def _summary(value: PerHead) -> str:
 
 
 def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, (str, int)) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
 
 
-def _integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: Any, least: int) -> int:
+    found = as_integer(value)
+    if found is None:
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
-    if not least <= value <= LARGEST_INTEGER:
-        bound = f"at least {least}" if value < least else f"at most {LARGEST_INTEGER}"
+    if not least <= found <= LARGEST_INTEGER:
+        bound = f"at least {least}" if found < least else f"at most {LARGEST_INTEGER}"
         raise ValueError(f"{name} must be {bound}, got {shown(value)}")
+    return found
 
 
-def _per_head(name: str, value: Any, allowed: str, ok: Any, depth: int = 0) -> Any:
+def _number(name: str, value: Any, allowed: str, ok: Callable[[float], bool]) -> float:
+    found = as_number(value)
+    if found is None:
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+    if not abs(found) <= sys.float_info.max or not ok(float(found)):
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+    return float(found)
+
+
+def _per_head(name: str, value: Any, allowed: str, ok: Callable[[float], bool], depth: int = 0) -> Any:
     """Checks a number, a list per layer, or a list of lists, and returns it as floats and tuples."""
+    value = plain(value)
     if isinstance(value, (list, tuple)):
         if depth == 2 or not value:
             raise ValueError(
                 f"{name} must be a number, a list per layer, or a list per layer and head, got {shown(value)}"
             )
         return tuple(_per_head(name, item, allowed, ok, depth + 1) for item in value)
-    if not is_number(value):
+    if as_number(value) is None:
         raise TypeError(f"{name} must be {allowed}, or a list of them, got {shown(value)}")
-    if not abs(_plain(value)) <= sys.float_info.max or not ok(float(value)):
-        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
-    return float(value)
+    return _number(name, value, allowed, ok)
 
 
 def _same_form(alpha: PerHead, C: PerHead) -> None:

@@ -8,11 +8,13 @@ import torch
 from torch.autograd import forward_ad
 
 from nc_patch.autocast import autocast_off, lowered
-from nc_patch.config import SELECTIONS, NCConfig, Selection, is_number, shown
+from nc_patch.config import SELECTIONS, NCConfig, Selection, shown
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.log import say_once
+from nc_patch.numbers import as_bool, as_number, plain
 from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.derivatives import call, in_transform, refuse_forward_mode, refuse_mapped
 from nc_patch.ops.limits import DTYPES, MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult, causal_intervals
 from nc_patch.ops.torch_decode_block import torch_block_decode
@@ -82,6 +84,8 @@ def sparse_attention(
         TypeError: an option has an unknown name or a wrong type.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
+    refuse_mapped(alpha=alpha, C=C, visible=visible, origin=origin, scale=scale, softcap=softcap)
+    alpha, C = plain(alpha), plain(C)
     per_head = lambda v: [list(v)] if isinstance(v, Sequence) and not isinstance(v, (str, bytes)) else v  # noqa: E731
     if selection is None:
         raise ValueError(f"selection must be one of {', '.join(map(repr, SELECTIONS))}, got None")
@@ -111,7 +115,7 @@ def sparse_attention(
         raise ValueError(f"origin must be int32 [{B}, {Lq}] on {query.device}, got {_describe(origin)}")
     if visible_given and config.tail == "mean" and selection == "topk":
         check_sequences(visible, origin)
-    if not isinstance(return_stats, bool):
+    if as_bool(return_stats) is None:
         raise TypeError(f"return_stats must be True or False, got {shown(return_stats)}")
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
@@ -157,12 +161,12 @@ _OPTIONS = (
     *("sink_keys", "recent_keys", "min_keys", "block_size", "query_block_size", "sample_stride", "estimator"),
     *("min_mass", "max_factor", "refine", "tail", "law", "backend"),
 )
+_ELSEWHERE = {field.name for field in fields(NCConfig)} - {*_OPTIONS, "alpha", "C"}
 
 
 def _check_options(options: dict[str, Any]) -> None:
     """Refuses what acts in patched models alone; what NCConfig does not know it refuses itself."""
-    elsewhere = {field.name for field in fields(NCConfig)} - {*_OPTIONS, "alpha", "C"}
-    given = [name for name in options if name in elsewhere]
+    given = [name for name in options if name in _ELSEWHERE]
     if given:
         raise TypeError(
             f"{', '.join(given)} acts in patched models; sparse_attention takes {', '.join(_OPTIONS)}. To measure and "
@@ -212,7 +216,7 @@ def attend(
             upkeep, _ = choose_backend(
                 config.backend, "means", query.device, needs_grad=needs_grad, head_dims=head_dims
             )
-            pair = decode_ops.page_means(key, value, visible, origin, upkeep)
+            pair = call(decode_ops.page_means, key, value, visible, origin, upkeep)
         else:
             pair = means.means()
         tail = (*pair, origin)
@@ -230,7 +234,8 @@ def attend(
         say_once(f"{selection} attention runs on the PyTorch backend: {reason}.")
     cap = 0.0 if softcap is None else float(softcap)
     if selection == "block":
-        output, lse, kept_mass, attended, estimate, audit = custom_ops.block_attention(
+        output, lse, kept_mass, attended, estimate, audit = call(
+            custom_ops.block_attention,
             *(query, key, value, visible, origin, budget, sinks, scale, cap, config.block_size),
             *(config.query_block_size, config.sample_stride, config.min_mass or 0.0, config.max_factor),
             *(config.estimator, want_stats, backend, audit_seed),
@@ -244,7 +249,8 @@ def attend(
         budget = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
         # With all keys attended the kinds are the same; each backend has one that does the least for it.
         run = custom_ops.window_attention if backend == "triton" else custom_ops.topk_attention
-    output, lse, kept_mass = run(
+    output, lse, kept_mass = call(
+        run,
         query,
         key,
         value,
@@ -294,13 +300,14 @@ def _attend_by_index(
                 *tensors, scale=scale, softcap=cap, block_size=index.block_size, want_stats=want_stats
             )
         else:
-            output, lse, kept_mass, attended = decode_ops.block_decode(
-                *tensors, scale, cap, index.block_size, max_budget, want_stats, backend
+            output, lse, kept_mass, attended = call(
+                decode_ops.block_decode, *tensors, scale, cap, index.block_size, max_budget, want_stats, backend
             )
         if not want_stats:
             return AttentionResult(output, attended=attended)
         return AttentionResult(output, lse, kept_mass, attended)
-    output, lse, bounds = decode_ops.topk_decode(
+    output, lse, bounds = call(
+        decode_ops.topk_decode,
         *(query, key, value, visible, budget, sinks, *index.codes(), scale, cap),
         *(config.sink_keys, config.recent_keys, config.refine, max_budget, want_bounds, backend, *tail),
     )
@@ -312,7 +319,8 @@ def _attend_by_index(
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will want the gradient of any of the tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    wanted = in_transform() or any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and wanted
 
 
 def check_index(index: KeyIndex, key: torch.Tensor, kind: IndexKind | None, used_by: str, query_length: int) -> None:
@@ -373,10 +381,7 @@ def _refuse_tangents(*tensors: torch.Tensor) -> None:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(
-            "sparse attention has no derivative in forward mode (torch.func.jvp, jacfwd, torch.autograd.forward_ad). "
-            "Use reverse mode, tensor.backward() or torch.autograd.grad, or unpatch the model"
-        )
+        refuse_forward_mode()
 
 
 def check_intervals(visible: torch.Tensor, B: int, Lq: int, Lk: int, device: torch.device) -> None:
@@ -428,8 +433,8 @@ def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> fl
     ):
         if value is None:
             continue
-        single = is_number(value) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-        if not (single and 0 < value <= torch.finfo(torch.float32).max):
+        found = as_number(value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value)
+        if found is None or not 0 < found <= torch.finfo(torch.float32).max:
             raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return head_dim**-0.5 if scale is None else float(scale)
 

@@ -14,6 +14,7 @@ import torch
 
 from nc_patch.autocast import autocast_off
 from nc_patch.config import BACKENDS
+from nc_patch.numbers import as_integer
 from nc_patch.ops import decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.codes import KeyCodes, channel_moments
@@ -98,8 +99,9 @@ class KeyIndex:
             raise ValueError(f"key must be [batch, heads, length, head_dim], got shape {tuple(key.shape)}")
         if not key.dtype.is_floating_point or key.dtype == torch.float64:
             raise ValueError(f"key must be bfloat16, float16 or float32, got {key.dtype}")
-        if not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(f"block_size must be a positive number of keys, got {block_size!r}")
+        given, block_size = block_size, as_integer(block_size) or 0
+        if block_size < 1:
+            raise ValueError(f"block_size must be a positive number of keys, got {given!r}")
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         B, Hkv, L, D = key.shape
@@ -108,9 +110,10 @@ class KeyIndex:
         for name, tensor in (("start", start), ("end", end)):
             _check_ends(name, tensor, B, key)
         check_value(kind, key, value)
-        capacity = L if capacity is None else capacity
-        if not isinstance(capacity, int) or capacity < L:
+        room = L if capacity is None else as_integer(capacity)
+        if room is None or room < L:
             raise ValueError(f"capacity must be a number of at least the {L} keys that are there, got {capacity!r}")
+        capacity = room
         new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
         if kind == "codes":
             with autocast_off(key):
@@ -154,11 +157,13 @@ class KeyIndex:
         Raises:
             ValueError: keys or values that do not fit, or fewer of them than are new.
         """
-        if not self.fits(key) or not 0 <= count <= key.shape[2]:
+        new = as_integer(count)
+        if new is None or not self.fits(key) or not 0 <= new <= key.shape[2]:
             raise ValueError(
                 f"an index takes in keys like those it was built from, {self.dtype}, with at least the {count} new "
                 f"ones among them, got {key.dtype} {tuple(key.shape)} on {key.device}"
             )
+        count = new
         check_value(self.kind, key, value)
         _check_ends("end", end, key.shape[0], key)
         if key.shape[2] > self.capacity:

@@ -6,6 +6,7 @@ from nc_patch.cache import LayerCache
 from nc_patch.config import NCConfig
 from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.derivatives import in_transform
 
 
 def key_index_of(
@@ -24,6 +25,11 @@ def key_index_of(
     backend, _ = choose_backend(config.backend, kind, key.device, head_dims=(key.shape[-1], value.shape[-1]))
     use = config.key_index == "always" or not config.refine or (config.key_index == "auto" and _pays(kind, backend))
     kept = _kept_index(config, kind, key, value, visible, origin, cache) if use else None
+    if decoding and in_transform() and (kind == "pages" or not config.refine):
+        raise NotImplementedError(
+            "decoding by an index does not run inside a transform of torch.func (grad, vmap). Decode outside of it, or "
+            'without an index: decode="topk" with refine=True, or "window"'
+        )
     if kept is None and decoding and (kind == "pages" or not config.refine):
         # The same choice as with an index that is kept, from one that is not.
         start, end = origin[:, -1].clamp(min=0), visible[..., 1].amax(-1)
@@ -56,7 +62,7 @@ def _kept_index(
 ) -> KeyIndex | None:
     """The index of a kind that a cache layer keeps, brought up to date; None where the cache can keep none."""
     layer = None if cache is None else cache.layer
-    if layer is None or not layer.nc_keeps(kind):
+    if layer is None or in_transform() or not layer.nc_keeps(kind):
         return None
     if torch.compiler.is_compiling() and layer.nc_unstarted(kind):
         return None  # what would have to be built waits for a call outside the graph

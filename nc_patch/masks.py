@@ -7,6 +7,7 @@ import torch
 from transformers import masking_utils
 
 from nc_patch.errors import UnsupportedMaskError
+from nc_patch.ops.derivatives import refuse_mapped
 from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
 
 MaskFunction = Callable[..., Any]
@@ -54,6 +55,7 @@ def interval_mask(
     """
     if is_packed(attention_mask):
         return attention_mask  # type: ignore[return-value]
+    refuse_mapped(attention_mask=attention_mask)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedMaskError(
             f"expected a 2-D padding mask [batch, positions], got shape {tuple(attention_mask.shape)}. {_REMEDY}"
@@ -122,7 +124,8 @@ def _within_keys(
     if padding is not None:
         start, end, origin = _apply_padding(padding, position, start, end, origin)
         if not _is_whole(padding):
-            _refuse_right_padding(padding)
+            if position.shape[1] == 1:
+                _refuse_right_padding(padding)
             # Counted in tokens instead of positions.
             before = torch.nn.functional.pad(padding.cumsum(-1), (1, 0))
             start, end, origin = (before.gather(1, at.clamp(0, padding.shape[1])) for at in (start, end, origin))
@@ -165,22 +168,21 @@ def _is_whole(padding: torch.Tensor) -> bool:
     """
     first, stop = _token_run(padding)
     whole = (padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)).all()
-    if torch.compiler.is_compiling():
+    capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or capturing:
         torch._assert_async(whole, _HOLES)
         return True
-    capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return capturing or bool(whole)
+    return bool(whole)
 
 
 def _refuse_right_padding(padding: torch.Tensor) -> None:
-    """Refuses a row whose last token, and no other, stands right behind padding that follows tokens."""
-    resumes = padding[:, 1:] & ~padding[:, :-1] & (padding.cumsum(-1) > 1)[:, 1:]
-    lone = resumes[:, -1] & (resumes.sum(-1) == 1)
-    if bool(lone.any()):
+    """Refuses a step of decoding whose token stands right behind padding that follows tokens."""
+    behind = padding[:, -1] & ~padding[:, -2:-1].any(-1) & padding[:, :-2].any(-1)
+    if bool(behind.any()):
         raise UnsupportedMaskError(
-            "the padding mask has holes, and the last token of a row stands right behind one: its prompt is padded on "
-            "the right, so that the padding's output was taken for its first new token. Pad on the left; to generate, "
-            "to the left (tokenizer.padding_side = 'left')."
+            "the padding mask has holes, and the one token of this call stands right behind one. After a prompt padded "
+            "on the right the padding's output would have been taken for it: pad on the left; to generate, to the left "
+            "(tokenizer.padding_side = 'left'). Where the hole is meant, pass the call's tokens with one before them."
         )
 
 
@@ -283,7 +285,10 @@ def _probe(
     """
     name = mask_function.__name__
     if custom or name not in ("causal_mask_function", "and_mask"):
-        raise UnsupportedMaskError(f"the mask {name} is not one interval of keys per query. {_REMEDY}")
+        raise UnsupportedMaskError(
+            f"the mask {name} cannot be looked at while torch.compile traces, where only causal, sliding, chunked and "
+            "packed masks can. Make this call without torch.compile."
+        )
     position = position.expand(batch_size, -1)
     if name == "causal_mask_function":
         return torch.zeros_like(position), torch.zeros_like(position)

@@ -14,14 +14,17 @@ from nc_patch.attention import (
     IMPLEMENTATION,
     PATCH_ATTRIBUTE,
     LayerPatch,
+    forget_boundaries,
     hand_on_cache,
+    note_boundaries,
     refuse_switched,
 )
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
+from nc_patch.numbers import as_integer
 from nc_patch.observed import Observed
 from nc_patch.stats import summary, total
 from nc_patch.stats_table import PatchStats
-from nc_patch.support import attention_modules, check_is_module, left_dense, say_left_dense
+from nc_patch.support import attention_modules, check_is_module, left_dense, mask_builders, say_left_dense
 
 if TYPE_CHECKING:
     from nc_patch.profile import Profile
@@ -31,6 +34,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 # Patched modules alive in this process: a config object that several models share keeps its implementation while one
 # needs it.
 _PATCHED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+_HOOKS = (hand_on_cache, refuse_switched, note_boundaries, forget_boundaries)
 # Held while models are patched and unpatched, which threads may do at once.
 _LOCK = threading.RLock()
 
@@ -97,6 +101,10 @@ def patch_model(
             _attach(module, LayerPatch(config, layer, _original_of(module, _patch_of(module))))
         for module_config in _configs(modules):
             module_config._attn_implementation_internal = IMPLEMENTATION
+        for part in mask_builders(model):
+            if note_boundaries not in part._forward_pre_hooks.values():
+                part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
+                part.register_forward_hook(forget_boundaries, always_call=True)
     say_left_dense(model, [module for _, module in modules])
     return model
 
@@ -109,10 +117,13 @@ def unpatch_model(model: Model) -> Model:
     """
     modules = _patched_modules(model)
     with _LOCK:
-        for module, patch in modules:
+        for module, _ in modules:
             delattr(module, PATCH_ATTRIBUTE)
             _remove_hooks(module)
             _PATCHED.discard(module)
+        for part in mask_builders(model):
+            _remove_hooks(part)
+        for module, patch in modules:
             # What the user has set since stays.
             switched = _config_of(module)._attn_implementation != IMPLEMENTATION
             if not switched and not any(other.config is module.config for other in _PATCHED):
@@ -221,11 +232,12 @@ def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
     Raises:
         ValueError: the model is not patched, or ``tail`` is not positive.
     """
-    if tail is not None and (isinstance(tail, bool) or not isinstance(tail, int) or tail < 1):
+    queries = as_integer(tail)
+    if tail is not None and (queries is None or queries < 1):
         raise ValueError(f"tail must be a positive number of queries or None, got {tail!r}")
     for _, patch in _patched_modules(model):
         patch.counters.reset()
-        patch.counters.tail = tail
+        patch.counters.tail = queries
 
 
 def _config_of_profile(
@@ -266,10 +278,11 @@ def _takes_more_arguments(module: torch.nn.Module) -> bool:
 
 
 def _remove_hooks(module: torch.nn.Module) -> None:
-    hooks = module._forward_pre_hooks
-    for number in [number for number, hook in hooks.items() if hook in (hand_on_cache, refuse_switched)]:
-        del hooks[number]
-        module._forward_pre_hooks_with_kwargs.pop(number, None)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, hook in hooks.items() if hook in _HOOKS]:
+            del hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
+            module._forward_hooks_always_called.pop(number, None)
 
 
 def _config_of(module: torch.nn.Module) -> Any:

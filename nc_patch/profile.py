@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from nc_patch.config import NCConfig
 from nc_patch.errors import ProfileError
 from nc_patch.fingerprint import weights_fingerprint
 from nc_patch.fits import theil_sen
+from nc_patch.numbers import as_integer, as_number, plain
 from nc_patch.patch import model_shape
 from nc_patch.profile_file import FORMAT, checked_fields, read_profile, write_profile
 
@@ -175,19 +176,21 @@ class Profile:
             raise ProfileError("give fraction, for example at_budget(fraction=0.1), or keys, and not both")
         if over not in ("sequence", "last"):
             raise ProfileError(f'over must be "sequence" or "last", got {over!r}')
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ProfileError(f"n must be a positive number of tokens or None, got {n!r}")
-        dense = self._dense_layers(dense_layers)
+        n = check_context(n)
+        dense = self.dense_layers if dense_layers is None else checked_layers(dense_layers, self.shape[0])
+        least = as_integer(min_keys)
+        if least is None or least < 1:
+            raise ProfileError(f"min_keys must be a positive number of keys, got {min_keys!r}")
         ends = self.lengths if n is None else (n,)
         rows = np.array(ends) if over == "last" else np.concatenate([np.arange(1, end + 1) for end in ends])
         if keys is not None:
-            _number("keys", keys, 0, np.inf)
+            keys = _number("keys", keys, 0, np.inf)
             seen = np.mean([np.minimum(rows, window).mean() if window else rows.mean() for window in self.windows])
             fraction, asked = min(float(keys / seen), 1.0), f"{keys:g} keys"
         else:
-            fraction = _number("fraction", fraction, 0, 1)
+            fraction = check_fraction(fraction)
             asked = f"{100 * fraction:g} % of the keys"
-        laws = allocate(self._costs, rows, fraction, dense, min_keys, (self.lengths[0], self.lengths[-1]))
+        laws = allocate(self._costs, rows, fraction, dense, least, (self.lengths[0], self.lengths[-1]))
         where = "over all calibrated lengths" if n is None else f"at {n:,} tokens"
         return self._with(laws, f"{asked} {where}, {over}", dense)
 
@@ -204,7 +207,7 @@ class Profile:
         mass = _number("mass", mass, 0, 1)
         if mass == 1:
             raise ProfileError("mass must be below 1: every key is needed to keep all of it")
-        dense = self._dense_layers(dense_layers)
+        dense = self.dense_layers if dense_layers is None else checked_layers(dense_layers, self.shape[0])
         log_k = np.log(np.maximum(self._keys_for(mass), 1.0))
         C, intercept = theil_sen(np.log(self.visible), log_k)
         alpha = np.exp(intercept)
@@ -279,13 +282,6 @@ class Profile:
     def _with(self, laws: Laws, aim: str, dense: tuple[int, ...]) -> "Profile":
         return replace(self, alpha=laws.alpha, C=np.clip(laws.C, 0.0, 1.0), aim=aim, dense_layers=dense)
 
-    def _dense_layers(self, given: tuple[int, ...] | None) -> tuple[int, ...]:
-        dense = self.dense_layers if given is None else tuple(sorted(set(given)))
-        beyond = [layer for layer in dense if not 0 <= layer < self.shape[0]]
-        if beyond:
-            raise ProfileError(f"dense_layers names {beyond}, the model has layers 0 to {self.shape[0] - 1}")
-        return dense
-
     @cached_property
     def _costs(self) -> Costs:
         cost = self.sensitivity[..., None] * self.error
@@ -358,7 +354,30 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def checked_layers(given: Iterable[Any], layers: int) -> tuple[int, ...]:
+    """Layers by their number, each once and ascending; raises ProfileError for what a model of ``layers`` lacks."""
+    found = {value: as_integer(value) for value in plain(given)}
+    beyond = [value for value, layer in found.items() if layer is None or not 0 <= layer < layers]
+    if beyond:
+        raise ProfileError(f"dense_layers names {beyond}, the model has layers 0 to {layers - 1}")
+    return tuple(sorted({layer for layer in found.values() if layer is not None}))
+
+
+def check_fraction(fraction: Any) -> float:
+    """The share of all keys that budgets are to attend; raises ProfileError unless it is in (0, 1]."""
+    return _number("fraction", fraction, 0, 1)
+
+
+def check_context(n: Any) -> int | None:
+    """The context length that budgets are for; raises ProfileError unless it is positive, or None."""
+    found = as_integer(n)
+    if n is not None and (found is None or found < 1):
+        raise ProfileError(f"n must be a positive number of tokens or None, got {n!r}")
+    return found
+
+
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
+    found = as_number(value)
+    if found is None or not low < found <= high:
         raise ProfileError(f"{name} must be a number above {low:g} and at most {high:g}, got {value!r}")
-    return float(value)
+    return float(found)

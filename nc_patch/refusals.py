@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nc_patch.cache import LayerCache
 from nc_patch.errors import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError
@@ -42,13 +43,43 @@ def refuse_unsupported(module: torch.nn.Module, dropout: float, is_causal: bool 
 
 
 def refuse_missing_keys(module: torch.nn.Module, layer: int, mask: torch.Tensor, key_length: int) -> None:
-    """A layer that has fewer keys than the first, by whose keys masks are made, was missed by a call that failed."""
+    """Refuses a layer that has not as many keys as the first, by whose keys masks are made.
+
+    A call that failed may have missed one of them, or something drops keys in each layer as it sees fit.
+    """
     expected = None if torch.compiler.is_compiling() else made_for(mask)
-    if expected is not None and key_length < expected:
+    if expected is not None and key_length != expected:
         raise BrokenCacheError(
-            f"{type(module).__name__} of layer {layer} has {key_length} keys, and its mask is for {expected}: a call "
-            "that failed has left the cache half-updated. Start with a new cache, cache.reset() this one, or crop all "
-            "layers to the n tokens there were: layer.crop(n - layer.get_seq_length())."
+            f"{type(module).__name__} of layer {layer} has {key_length} keys, and its mask is for {expected}. Start "
+            "with a new cache, cache.reset() this one, or crop all layers to the n tokens there were, layer.crop(n - "
+            "layer.get_seq_length()), if a call that failed has left it half-updated. If another library drops keys "
+            "layer by layer, let it keep as many in every layer (of kvpress, a press that does)."
+        )
+
+
+def refuse_masked_keys(module: torch.nn.Module, implementation: str, function: Any, dense: bool) -> None:
+    """Refuses a call whose module says of some keys, as those of ``kvpress`` do, that certain heads must not see them.
+
+    ``kvpress`` has its wrapper see to that, which it puts around every attention function there is when it is imported.
+    It makes of those keys ones of no weight, by which dense attention is right, and choosing among keys is not.
+
+    Args:
+        function: what this library registered as ``implementation``.
+        dense: whether the call attends every key.
+    """
+    if getattr(module, "masked_key_indices", None) is None:
+        return
+    masks = f"{type(module).__name__} has masked_key_indices, by which kvpress masks keys head by head, and"
+    otherwise = "or use a press that drops the same keys from every head."
+    if ALL_ATTENTION_FUNCTIONS[implementation] is function:
+        raise UnsupportedModelError(
+            f"{masks} kvpress was imported before nc_patch, so that nothing reads them: the keys would be attended. "
+            f"Import nc_patch first, and leave these layers dense in decoding; {otherwise}"
+        )
+    if not dense:
+        raise UnsupportedModelError(
+            f"{masks} sparse attention would choose among these keys. Leave these layers dense in decoding "
+            f'(dense_layers, or decode="dense"), {otherwise}'
         )
 
 

@@ -6,6 +6,7 @@ for itself, and whether it changes the mask on its way.
 """
 
 import ast
+import functools
 import inspect
 import re
 import textwrap
@@ -28,6 +29,10 @@ REFUSED_ARGUMENTS = {
 }
 # Attributes that mark an attention module which selects or compresses keys by itself.
 _ALREADY_SPARSE = ("indexer", "block_indexer", "compressor")
+# By this name modules find their attention function.
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+# Deeper than so many wrappers of a function nobody looks.
+_MOST_WRAPPERS = 8
 
 
 class LeftDense(NamedTuple):
@@ -81,7 +86,7 @@ def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module
         raise UnsupportedModelError(
             f"{name} has no causal attention; only decoders can be patched. Where a config has is_decoder, set it."
         )
-    if not any(_builds_masks(_class(m)) for m in inner.modules() if isinstance(m, PreTrainedModel)):
+    if not mask_builders(inner):
         raise UnsupportedModelError(
             f"{name} does not build its masks through transformers' mask interface, so that causality and padding "
             "would be lost. Use the model as it is."
@@ -93,6 +98,11 @@ def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module
     for module in causal:
         _check_module(module, name)
     return [(_layer(module, place), module) for place, module in enumerate(causal)]
+
+
+def mask_builders(model: torch.nn.Module) -> list[PreTrainedModel]:
+    """The parts of a model that build its masks through ``transformers``' mask interface."""
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and _builds_masks(_class(m))]
 
 
 def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[LeftDense]:
@@ -149,6 +159,13 @@ def _check_module(module: torch.nn.Module, name: str) -> None:
             f"the attention of {name} is already sparse: {kind.__name__} selects keys by its {sparse}. Use the model "
             "as it is."
         )
+    own = vars(module).get("forward")
+    if own is not None and not _reaches_interface(own):
+        raise UnsupportedModelError(
+            f"another library has put {getattr(own, '__qualname__', own)} in the place of forward of {kind.__name__}: "
+            f"the attention of {name} does not go through transformers' AttentionInterface any more, so that patching "
+            "would change nothing. Load the model without that library, or use it as it is."
+        )
     argument = next((argument for argument in _arguments(kind) if argument in REFUSED_ARGUMENTS), None)
     if argument is not None:
         raise UnsupportedModelError(
@@ -172,12 +189,29 @@ def _class(module: torch.nn.Module) -> Any:
     return type(module)
 
 
-@lru_cache(maxsize=1024)
-def _routes_attention(kind: type) -> bool:
+def _routes_attention(kind: Any) -> bool:
     """Whether a method of the class looks its attention function up in ``ALL_ATTENTION_FUNCTIONS``."""
+    return _routes(kind, kind.forward)
+
+
+@lru_cache(maxsize=1024)
+def _routes(kind: type, forward: Any) -> bool:
+    # By its forward too, which other libraries replace.
     if issubclass(kind, PreTrainedModel):  # the base class names it too, to list what may be chosen
         return False
-    return "ALL_ATTENTION_FUNCTIONS" in _used_names(kind)
+    return _INTERFACE in _used_names(kind)
+
+
+def _reaches_interface(function: Any, depth: int = 0) -> bool:
+    """Whether a function, or one that it wraps, uses ``ALL_ATTENTION_FUNCTIONS``; True where that cannot be seen."""
+    if isinstance(function, functools.partial):
+        return any(_reaches_interface(part, depth) for part in (function.func, *function.args) if callable(part))
+    code = getattr(function, "__code__", None)
+    if not inspect.iscode(code) or depth > _MOST_WRAPPERS:
+        return True
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    wrapped = [part for part in (getattr(function, "__wrapped__", None), *cells) if callable(part)]
+    return _INTERFACE in code.co_names or any(_reaches_interface(part, depth + 1) for part in wrapped)
 
 
 @lru_cache(maxsize=1024)

@@ -44,8 +44,17 @@ class Visibility(NamedTuple):
 
     @classmethod
     def unpack(cls, mask: torch.Tensor, query_length: int, key_length: int) -> "Visibility":
-        """The inverse of ``pack`` for Lq queries and Lk keys."""
+        """The inverse of ``pack`` for Lq queries and Lk keys.
+
+        Raises:
+            UnsupportedMaskError: the mask was made for another call.
+        """
         rows = mask.view(torch.int32)[:, 0]
+        if rows.shape[1] not in (query_length, query_length + -(-key_length // 3)):
+            raise UnsupportedMaskError(
+                f"the mask was made for another call than one of {query_length} queries and {key_length} keys: pass "
+                "the 2-D padding mask [batch, positions]"
+            )
         order = None if rows.shape[1] == query_length else rows[:, query_length:, :3].flatten(1)[:, :key_length]
         return cls(rows[:, :query_length, :2], rows[:, :query_length, 2], order)
 
@@ -63,7 +72,13 @@ class Visibility(NamedTuple):
 
 def is_packed(mask: Any) -> bool:
     """Whether a mask is one that ``Visibility.pack`` made."""
-    return isinstance(mask, torch.Tensor) and mask.dtype == torch.uint32 and mask.ndim == 4
+    return (
+        isinstance(mask, torch.Tensor)
+        and mask.dtype == torch.uint32
+        and mask.ndim == 4
+        and mask.shape[1] == 1
+        and mask.shape[3] in (3, 4)
+    )
 
 
 def is_bidirectional(mask: Any) -> bool:
@@ -106,11 +121,14 @@ def runs_of(rows: Iterable[torch.Tensor], key_length: int) -> Visibility | None:
     first, stop = first.masked_fill(count == 0, 0), stop.masked_fill(count == 0, 0)
     before = torch.nn.functional.pad(union.cumsum(-1), (1, 0))
     start, end = before.gather(1, first), before.gather(1, stop)
-    one_run, in_place = torch.stack(((end - start == count).all(), ((start == first) & (end == stop)).all())).tolist()
+    one_run, in_place = torch.stack(((end - start == count).all(), (stop - first == count).all())).tolist()
     if not one_run:
         return None
+    if in_place:
+        start, end = first, stop
     reached = torch.nn.functional.pad(end.cummax(1).values, (1, -1))
     origin = torch.where((count > 0) & (start >= reached), start, 0).cummax(1).values
+    origin = torch.where(count > 0, torch.minimum(origin, start), origin)
     visible = torch.stack((start, end), -1).to(torch.int32)
     return Visibility(visible, origin.to(torch.int32), None if in_place else keys_first(union))
 
@@ -120,10 +138,13 @@ def keys_first(kept: torch.Tensor) -> torch.Tensor:
     return kept.logical_not().byte().argsort(dim=-1, stable=True).to(torch.int32)
 
 
+# What a mask that is added to scores hides a key by, at least: no weight is left of it.
+HIDES = -1e4
+
+
 def seen_keys(mask: torch.Tensor) -> torch.Tensor:
     """Which keys a mask that is bool or added to the scores lets queries see, bool of the same shape."""
-    # What hides is finfo.min, or what is left of it where something has been added.
-    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    return mask > HIDES if mask.is_floating_point() else mask.bool()
 
 
 def visibility_of(mask: torch.Tensor, batch: int, query_length: int, key_length: int, owner: str) -> Visibility:
@@ -156,75 +177,83 @@ def _misfit(mask: torch.Tensor, batch: int, query_length: int, key_length: int) 
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return "it should be bool, or of a float dtype and added to the scores"
     seen = seen_keys(mask)
-    if mask.is_floating_point() and not bool((~seen | (mask == 0)).all()):
-        return "it adds to scores, where only hiding keys is possible"
+    if mask.is_floating_point() and not bool(((mask <= HIDES) | (mask == 0)).all()):
+        return f"it adds to scores, where keys can only be hidden, by {HIDES:g} or less, or left as they are, by 0"
+    if mask.requires_grad:
+        return "it requires a gradient, and has none"
     if mask.shape[1] != 1 and not bool((seen == seen[:, :1]).all()):
         return "it differs from head to head"
     return None
-
-
-def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -> Visibility:
-    """Cuts intervals to their own sequence where several are packed into a row and the caller says where they begin.
-
-    Args:
-        visibility: of Lq queries, causal.
-        boundaries: what ``transformers`` hands on: ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int ``[sequences + 1]``;
-            ``seq_idx``, int ``[B, Lq]``, the number of each token's sequence; ``position_ids``, int ``[B or 1, Lq]``,
-            which begin again. The first of them that is given counts.
-
-    Returns:
-        The same object where nothing begins within a row. While ``torch.compile`` traces it is always a new one.
-
-    Raises:
-        UnsupportedMaskError: the boundaries do not fit the call.
-    """
-    Lq = visibility.visible.shape[1]
-    begins = _beginnings(Lq, visibility.visible.shape[0], **boundaries)
-    if begins is None:
-        return visibility
-    start, end = visibility.visible.unbind(-1)
-    seen = end > start
-    # A token of padding before it has no position to compare with.
-    opens = begins & seen & seen.roll(1, 1) & (torch.arange(Lq, device=seen.device) > 0)
-    if not torch.compiler.is_compiling() and not bool(opens.any()):
-        return visibility
-    begin = torch.where(opens, end - 1, torch.iinfo(torch.int32).min).cummax(1).values
-    start = torch.minimum(torch.maximum(start, begin), end)
-    return Visibility(torch.stack((start, end), -1), torch.maximum(visibility.origin, begin), visibility.order)
 
 
 # What transformers hands on of where packed sequences begin; see split_sequences.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
 
 
-def _beginnings(
-    query_length: int,
+def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -> Visibility:
+    """Cuts intervals to their own sequence where several are packed into a row and the caller says where they begin.
+
+    Args:
+        visibility: of Lq queries, the last of them at the last key that any of them sees.
+        boundaries: what ``transformers`` hands on: ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int ``[sequences + 1]``;
+            ``seq_idx``, int ``[B or 1, Lq]``, the number of each token's sequence; ``position_ids``, int ``[B or 1,
+            Lq]``, which begin again with 0 or with less than the token's before. The first that is given counts.
+
+    Returns:
+        The same object where that changes nothing. While ``torch.compile`` traces it is always a new one.
+
+    Raises:
+        UnsupportedMaskError: the boundaries do not fit the call.
+    """
+    B, Lq = visibility.visible.shape[:2]
+    numbers, restart = _numbered(B, Lq, **boundaries)
+    if numbers is None or Lq < 2:
+        return visibility
+    start, end = visibility.visible.unbind(-1)
+    is_token, row = end > start, torch.arange(Lq, device=end.device)
+    # Padding between tokens says nothing: each token is compared with the one before it.
+    before = torch.nn.functional.pad(torch.where(is_token, row, -1).cummax(1).values, (1, -1), value=-1)
+    numbers = numbers.expand(B, Lq)
+    previous = numbers.gather(1, before.clamp(min=0))
+    opens = ((numbers == 0) | (numbers < previous)) if restart else numbers != previous
+    opens &= is_token & (before >= 0)
+    # The key at each query's own position: an interval may end behind it.
+    own = end.amax(1, keepdim=True) - 1 - (is_token.sum(1, keepdim=True) - is_token.cumsum(1))
+    begin = torch.where(opens, own, torch.iinfo(torch.int32).min).cummax(1).values.to(torch.int32)
+    cut = is_token & ((start < begin) | (visibility.origin < begin))
+    if not torch.compiler.is_compiling() and not bool(cut.any()):
+        return visibility
+    start = torch.minimum(torch.maximum(start, begin), end)
+    return Visibility(torch.stack((start, end), -1), torch.maximum(visibility.origin, begin), visibility.order)
+
+
+def _numbered(
     batch: int,
+    query_length: int,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """Which queries but the first begin a sequence, bool ``[B or 1, Lq]``; None where nothing is said of it.
-
-    Nothing has the length Lq - 1, which would be one for two queries: PyTorch would take that for a constant.
-    """
-    if query_length < 2:
-        return None
-    if cu_seq_lens_q is not None:
+) -> tuple[torch.Tensor | None, bool]:
+    """A number of each query, int ``[B or 1, Lq]``, and whether it restarts where a sequence begins or only changes."""
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        ends = [e for e in (cu_seq_lens_q, cu_seq_lens_k) if e is not None]
         if not torch.compiler.is_compiling():
-            same = cu_seq_lens_k is None or torch.equal(cu_seq_lens_k.to(cu_seq_lens_q), cu_seq_lens_q)
-            if batch != 1 or not same or int(cu_seq_lens_q[-1]) != query_length:
+            said = [e.tolist() if isinstance(e, torch.Tensor) else e for e in ends]
+            fits = all(
+                isinstance(e, list) and e[:1] == [0] and e[-1:] == [query_length] and e == sorted(e) for e in said
+            )
+            if batch != 1 or not fits or said[0] != said[-1] or not isinstance(ends[0], torch.Tensor):
                 raise UnsupportedMaskError(
-                    f"cu_seq_lens_q must name the sequences of one row of {query_length} tokens, and cu_seq_lens_k the "
-                    f"same ones, got {batch} rows, {cu_seq_lens_q.tolist()} and "
-                    f"{None if cu_seq_lens_k is None else cu_seq_lens_k.tolist()}"
+                    f"cu_seq_lens_q must name the sequences of one row of {query_length} tokens, from 0 to "
+                    f"{query_length}, and cu_seq_lens_k the same ones, got {batch} rows and "
+                    f"{' and '.join(map(str, said))}"
                 )
-        opens = torch.zeros(1, query_length + 1, dtype=torch.bool, device=cu_seq_lens_q.device)
-        return opens.index_fill_(1, cu_seq_lens_q.long(), True)[:, :-1]
+        row = torch.arange(query_length, device=ends[0].device)
+        return torch.searchsorted(ends[0].long(), row, right=True)[None], False
     if seq_idx is not None and seq_idx.ndim == 2 and seq_idx.shape[1] == query_length:
-        return seq_idx != seq_idx.roll(1, 1)
+        return seq_idx, False
     # Other shapes are no positions in a text: those of images have three axes.
     if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == query_length:
-        return (position_ids == 0) | (position_ids < position_ids.roll(1, 1))
-    return None
+        return position_ids, True
+    return None, False

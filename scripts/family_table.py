@@ -19,11 +19,14 @@ from family_report import TABLE, table
 from family_suite import examine
 from family_walk import families
 
+from nc_patch.atomic import check_directory
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=TABLE, help="where the table goes")
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     torch.set_num_threads(1)
     logging.getLogger("nc_patch").setLevel(logging.ERROR)
     outcomes = []

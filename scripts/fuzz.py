@@ -40,7 +40,10 @@ def main() -> int:
 
     import nc_patch
     from eval_tasks.provenance import commit
+    from nc_patch.atomic import check_directory
 
+    if arguments.record is not None:
+        check_directory(arguments.record.parent, [arguments.record.name])
     torch.set_num_threads(1)
     shares = dict.fromkeys(KERNELS, 1) if arguments.triton else KINDS
     run = check_kernel if arguments.triton else check

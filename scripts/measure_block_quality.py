@@ -21,6 +21,7 @@ from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.tasks import TASKS, Layout, places, tokenise
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig
+from nc_patch.atomic import check_directory
 
 
 def block(**options: Any) -> NCConfig:
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/block_quality.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model, "float32", "cpu")
     source = load_text(arguments.text)
@@ -88,7 +90,6 @@ def main() -> None:
                 row["attended_fraction"] = sum(m.attended_fraction for m in found) / len(found)
                 record["results"].append(row)
                 print(f"{length:6d} {task:10} {name:32} {perplexity:8.3f} {row['attended_fraction']:6.3f}", flush=True)
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -23,6 +23,7 @@ from eval_tasks.capture import Captured, capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
+from nc_patch.atomic import check_directory
 from nc_patch.budget import row_budgets
 from nc_patch.ops.block_estimators import ESTIMATORS, Chunk, RowMass
 from nc_patch.ops.blocks import (
@@ -252,6 +253,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/blocks.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model, "float32", "cpu")
     texts = [load_text(name) for name in arguments.texts]
@@ -277,7 +279,6 @@ def main() -> None:
         "rows": RUN,
         "results": results,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from eval_tasks.provenance import commit, hardware, versions
+from nc_patch.atomic import check_directory
 from nc_patch.bench.inputs import GEOMETRIES, make_inputs
 from nc_patch.ops.codes import channel_moments, encode_keys, unpack_codes
 from nc_patch.ops.triton_decode_topk import plan_for
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("docs/results/candidates.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     torch.set_num_threads(1)
     rows = []
     for n in arguments.lengths:

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval_tasks.provenance import commit, hardware, versions
 from nc_patch import NCConfig, nc_stats, patch_model
+from nc_patch.atomic import check_directory
 from nc_patch.functional import attend, budgets_of
 from nc_patch.ops.reference import causal_intervals
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/results/certificates.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     shape = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
@@ -84,7 +86,6 @@ def main() -> None:
         "results": rows,
         "attention_alone": alone,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

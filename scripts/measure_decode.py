@@ -20,6 +20,7 @@ from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import patch_model, unpatch_model
+from nc_patch.atomic import check_directory
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--out", type=Path, default=Path("docs/results/decode_cpu.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     if "dense" not in arguments.methods:
         parser.error("--methods must hold dense, which the others are compared with")
     loaded = load_model(arguments.model, "float32", "cpu")
@@ -113,7 +115,6 @@ def main() -> None:
         "hardware": hardware(torch.device("cpu"), torch.get_num_threads()),
         "results": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

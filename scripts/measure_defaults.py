@@ -22,6 +22,7 @@ from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.tasks import TASKS, Layout, places, tokenise
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig
+from nc_patch.atomic import check_directory
 
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="measure again what is there, on a quiet machine")
     parser.add_argument("--out", type=Path, default=Path("docs/results/defaults.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     # Samples lie where the longest length needs them, whatever lengths a run measures.
     layout = Layout((arguments.longest,), arguments.samples, arguments.scored, arguments.passage, 0)
     loaded, text = load_model(arguments.model, "float32", "cpu"), load_text(arguments.text)
@@ -126,7 +128,6 @@ def main() -> None:
                         f" {found.seconds:7.2f} s {found.seconds / dense:6.2f}x",
                         flush=True,
                     )
-                    arguments.out.parent.mkdir(parents=True, exist_ok=True)
                     arguments.out.write_text(json.dumps({**record, "rows": list(rows.values())}, indent=1) + "\n")
     print(table(list(rows.values()), [name for name in SETTINGS if any(key[0] == name for key in rows)]))
 

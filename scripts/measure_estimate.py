@@ -19,6 +19,7 @@ from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig
+from nc_patch.atomic import check_directory
 from nc_patch.functional import attend, budgets_of
 from nc_patch.mass_counts import MassCounts
 from nc_patch.ops.block_audit import audited_rows
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/estimate.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     torch.set_num_threads(arguments.threads)
     loaded, text = load_model(arguments.model, "float32", "cpu"), load_text(arguments.text)
     captured = capture(loaded.model, token_ids(loaded.tokenizer, text, arguments.length), LAYERS)
@@ -84,7 +86,6 @@ def main() -> None:
         "audited_rows": audited_rows(arguments.length),
         "results": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

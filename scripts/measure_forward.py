@@ -21,6 +21,7 @@ from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig, nc_stats, patched
+from nc_patch.atomic import check_directory
 
 METHODS: dict[str, NCConfig | None] = {
     "dense": None,
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/forward_cpu.json"))
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     if "dense" not in arguments.methods:
         parser.error("--methods must hold dense, which the others are compared with")
     if arguments.memory_of:
@@ -109,7 +111,6 @@ def main() -> None:
         "model": arguments.model,
         "results": results,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -25,6 +25,7 @@ from eval_tasks.models import LoadedModel, load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import KeyIndex, patched, sparse_attention
+from nc_patch.atomic import check_directory
 from nc_patch.ops.limits import MAX_DECODE_QUERIES
 
 LAW = (4.0, 0.6)
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--perplexity-length", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=Path("docs/results/pages_kept.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     loaded = load_model(arguments.model, "float32", "cpu")
     text = load_text(arguments.text)
     begin = time.perf_counter()
@@ -146,7 +148,6 @@ def main() -> None:
         "perplexity": {"tokens": arguments.perplexity_length, "scored": "second half", "results": perplexities},
         "results": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -26,6 +26,7 @@ from eval_tasks.capture import Captured, capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
+from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_of
 from nc_patch.ops.pages import page_logits, summarize
 
@@ -376,6 +377,7 @@ def main() -> None:
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--out", type=Path, default=Path("docs/results/pages.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     loaded = load_model(arguments.model, "float32", "cpu")
     texts = [load_text(name) for name in arguments.texts]
     rows: list[dict[str, Any]] = []
@@ -401,7 +403,6 @@ def main() -> None:
         "shared_weights": SHARED_WEIGHTS,
         "results": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -25,6 +25,7 @@ from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig, nc_stats, patched, sparse_attention
+from nc_patch.atomic import check_directory
 
 METHODS: dict[str, NCConfig | None] = {
     "dense": None,
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--operator-memory", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     torch.set_num_threads(arguments.threads)
     if arguments.operator_memory:
         print(operator_memory(arguments.operator_memory))
@@ -161,7 +163,6 @@ def main() -> None:
         print(peak_resident_bytes())
         return
     record = json.loads(arguments.out.read_text()) if arguments.memory_only else times(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     length = str(arguments.length)
     operator = {str(n): in_own_process(arguments, "--operator-memory", str(n)) for n in arguments.memory_lengths}

@@ -25,6 +25,7 @@ from eval_tasks.store import write_atomically
 from eval_tasks.tasks import tokenise
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig, Profile, calibrate, nc_stats, patched
+from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_table
 
 DENSE = "dense"
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--exponents", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--out", type=Path, default=Path("docs/results/profile.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     loaded, text = load_model(arguments.model, "float32", "cpu"), load_text(arguments.text)
     ids = tokenise(loaded.tokenizer, text.content).ids
     half = len(ids) // 2

@@ -25,6 +25,7 @@ from eval_tasks.capture import capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
+from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_of
 
 ERROR_LAWS = ((2.0, 0.6), (4.0, 0.6))
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=1024, help="last tokens of a sample that the perplexity is over")
     parser.add_argument("--out", type=Path, default=Path("docs/results/tail.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     loaded = load_model(arguments.model, "float32", "cpu")
     texts = [load_text(name) for name in arguments.texts]
     begin = time.perf_counter()
@@ -261,7 +263,6 @@ def main() -> None:
             "results": rows,
         },
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for row in perplexities(loaded.model, samples, arguments.scored, LAWS):
         rows.append(row)
         show(row, "perplexity")

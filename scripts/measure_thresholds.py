@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from eval_tasks.provenance import commit, hardware, versions
+from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_of
 from nc_patch.ops.threshold import by_partition_, by_sort, by_topk
 from nc_patch.ops.torch_rows import rows_per_block
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/thresholds.json"))
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     results = []
     print(f"{'keys':>7} {'budget':>7} " + " ".join(f"{name:>10}" for name in ALGORITHMS) + "   ns per score")
     for length in (512, 2048, 8192):
@@ -49,7 +51,6 @@ def main() -> None:
             times = measure(length, budget, arguments.repeats)
             results.append({"keys": length, "budget": budget, "ns_per_score": times})
             print(f"{length:7d} {budget:7d} " + " ".join(f"{times[name]:10.2f}" for name in ALGORITHMS))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     where = hardware(torch.device("cpu"), torch.get_num_threads())
     record = {"commit": commit(), "versions": versions(), "hardware": where, "heads": HEADS, "results": results}
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")

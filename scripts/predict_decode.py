@@ -25,6 +25,7 @@ import torch
 import triton
 
 from eval_tasks.provenance import commit, versions
+from nc_patch.atomic import check_directory
 from nc_patch.ops.triton_decode_topk import Plan, decode_constants, plan_for
 
 # Llama-3-8B: one layer, batch 1.
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--step-us", type=float, default=0.25, help="of counting over a program's threads (assumed)")
     parser.add_argument("--out", type=Path, default=_RESULTS / "decode_counts.json")
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     candidates = json.loads((_RESULTS / "candidates.json").read_text())
     lengths = sorted({row["n"] for row in candidates["rows"]})
     rows = [predict(n, [row for row in candidates["rows"] if row["n"] == n], arguments) for n in lengths]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from eval_tasks.provenance import commit, versions
+from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_table
 from nc_patch.ops.triton_block import SCORE_BYTES, block_tiles
 from nc_patch.ops.triton_block_plan import chunks_of
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--host-us", type=float, default=300.0, help="of the table of query blocks (assumed)")
     parser.add_argument("--out", type=Path, default=Path("docs/results/prefill_counts.json"))
     arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
     rows: list[dict[str, Any]] = []
     for stride in arguments.strides:
         for n in arguments.lengths:

@@ -26,6 +26,7 @@ from eval_tasks.paper.figures import mixed_figure, model_figures, synthetic_figu
 from eval_tasks.paper.laws import equal_at
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
+from nc_patch.atomic import check_directory
 
 PARTS = ("synthetic", "model", "figures")
 DIGITS = 5  # significant, of what is written
@@ -164,7 +165,6 @@ def write(path: Path, record: dict[str, Any]) -> None:
             lines[-1] += content if lines[-1][-1] in "[{" or content[0] in "]}" else f" {content}"
         else:
             lines.append(line)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/paper"))
     options = parser.parse_args(arguments)
+    check_directory(options.out)
     torch.set_num_threads(options.threads)
     plan = QUICK if options.quick else FULL
     measured = {

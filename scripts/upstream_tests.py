@@ -120,7 +120,8 @@ def main() -> int:
     for needed in ("tests/test_modeling_common.py", "tests/generation/test_utils.py"):
         if not (arguments.directory / needed).exists():
             parser.error(f"{arguments.directory} has no {needed}: give a checkout of transformers")
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    for directory in (arguments.work, *([] if arguments.out is None else [arguments.out.parent])):
+        directory.mkdir(parents=True, exist_ok=True)
     work = arguments.work.resolve()
     import torch
     import transformers

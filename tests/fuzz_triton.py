@@ -1,4 +1,4 @@
-"""Fuzz cases for the Triton kernels in the interpreter: those of ``fuzz_checks``, smaller, with tiles to match."""
+"""Fuzz cases for the Triton kernels in the interpreter, as on a GPU: ``fuzz_checks``, smaller, with tiles to match."""
 
 import random
 from dataclasses import replace
@@ -47,11 +47,11 @@ def _dense_last_axis(inputs: Inputs) -> Inputs:
 
 def check_kernel(kernel: str, seed: int) -> str | None:
     """Runs one case; what is wrong with it, or None. The interpreter must be on before triton is imported."""
-    import triton
+    from gpu_semantics import GpuSemantics
 
-    assert triton.knobs.runtime.interpret
-    with _small_tiles(seed):
-        return fuzz_checks.check_call(random_kernel_call(kernel, seed), f"triton {kernel} {seed}")
+    with _small_tiles(seed), GpuSemantics(seed).active() as gpu:
+        said = fuzz_checks.check_call(random_kernel_call(kernel, seed), f"triton {kernel} {seed}")
+    return said or "; ".join(gpu.take_findings()) or None
 
 
 class _small_tiles:

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import pickletools
+import zipfile
 
 import pytest
 import torch
@@ -288,10 +290,10 @@ def test_an_indexed_cache_pickles_and_serves_an_unpatched_model():
     cache = DynamicCache()
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        cache = pickle.load(io.BytesIO(pickle.dumps(cache)))
-        assert cache.layers[0].nc_indexes
         shallow = copy.copy(cache.layers[0])
         assert shallow.nc_indexes["codes"] is not cache.layers[0].nc_indexes["codes"]
+        assert copy.deepcopy(cache).layers[0].nc_indexes
+        cache = pickle.load(io.BytesIO(pickle.dumps(cache)))
         patch_model(model, 1.0, 0.7, key_index="never")
         plain = DynamicCache()
         model(ids[:, :50], past_key_values=plain)
@@ -299,6 +301,32 @@ def test_an_indexed_cache_pickles_and_serves_an_unpatched_model():
         cache.crop(-10)
         expected, found = (model(ids[:, 50:51], past_key_values=c).logits for c in (plain, cache))
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+@pytest.mark.parametrize("make", [DynamicCache, StaticCache])
+def test_a_saved_cache_is_of_transformers_alone_and_goes_on_where_it_was(make, way):
+    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **OPTIONS["topk"]), random_ids(1, 60)
+    cache = make() if make is DynamicCache else make(config=model.config, max_cache_len=64)
+    file = io.BytesIO()
+    with torch.no_grad():
+        model(ids[:, :50], past_key_values=cache)
+        (pickle.dump if way == "pickle" else torch.save)(cache, file)
+        named = {str(argument) for _, argument, _ in pickletools.genops(_pickled(file, way))}
+        assert not any("nc_" in name for name in named)
+        file.seek(0)
+        found = pickle.load(file) if way == "pickle" else torch.load(file, weights_only=False)
+        steps = [[model(ids[:, n : n + 1], past_key_values=c).logits for n in range(50, 60)] for c in (cache, found)]
+    assert found.layers[0].nc_indexes
+    torch.testing.assert_close(*(torch.cat(logits) for logits in steps))
+
+
+def _pickled(file, way):
+    """The pickle in a file, which ``torch.save`` packs into an archive."""
+    if way == "pickle":
+        return file.getvalue()
+    with zipfile.ZipFile(file) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
 
 
 def test_offloading_moves_the_index_when_attention_is_done_with_it():

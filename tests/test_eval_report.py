@@ -163,7 +163,7 @@ def test_several_directories_need_a_place_for_the_report(tmp_path, capsys):
     assert "--out DIR" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["report", *map(str, runs), "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_every_verdict_stands_beside_its_number_of_documents_and_what_was_attended(tmp_path):

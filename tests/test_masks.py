@@ -180,12 +180,14 @@ def test_masks_of_four_dimensions_are_taken_where_every_row_is_one_run_and_refus
         found = visibility_of(mask, 2, 6, 6, "Layer")
         assert found.order is None
         assert torch.equal(visible_mask(found.visible, 6), causal.expand(2, 1, 6, 6))
-    by_head, biased = causal.repeat(1, 2, 1, 1), added.clone()
-    by_head[0, 1, 5, 0], biased[0, 0, 3, 1] = False, 0.5
+    by_head, biased, unknown = causal.repeat(1, 2, 1, 1), added.clone(), added.clone()
+    by_head[0, 1, 5, 0], biased[0, 0, 3, 1], unknown[0, 0, 3, 1] = False, 0.5, torch.nan
     for mask, why in (
         (causal.int(), "should be bool"),
         (by_head, "from head to head"),
         (biased, "adds to scores"),
+        (unknown, "adds to scores"),
+        (added.clone().requires_grad_(), "requires a gradient"),
         (causal[..., :5], r"should be \[2, 1, 6, 6\]"),
     ):
         with pytest.raises(UnsupportedMaskError, match=why):
@@ -206,6 +208,20 @@ def test_no_mask_of_the_callers_is_taken_for_packed_intervals(dtype, keys):
     assert is_packed(interval_mask(1, keys, keys))
 
 
+def test_packed_intervals_of_another_call_are_refused():
+    for made, called in ((30, 20), (20, 30)):
+        with pytest.raises(UnsupportedMaskError, match=f"another call than one of {called} queries"):
+            visibility_of(interval_mask(1, made, called), 1, called, called, "Layer")
+
+
+def test_a_mask_of_four_dimensions_with_padding_leaves_keys_where_they_lie():
+    padding = torch.arange(20) >= 5
+    mask = torch.ones(20, 20, dtype=torch.bool).tril() & padding & padding[:, None]
+    found = visibility_of(mask[None, None], 1, 20, 20, "Layer")
+    assert found.order is None
+    assert found.visible[0, 5:].tolist() == [[5, end] for end in range(6, 21)]
+
+
 @pytest.mark.parametrize("kind", ["causal", "sliding"])
 @pytest.mark.parametrize(
     ("q_length", "kv_length", "q_offset", "kv_offset"),
@@ -214,7 +230,7 @@ def test_no_mask_of_the_callers_is_taken_for_packed_intervals(dtype, keys):
 def test_padding_with_holes_leaves_the_keys_that_are_tokens(kind, q_length, kv_length, q_offset, kv_offset):
     mask_function, local = KINDS[kind]
     padding = torch.ones(4, LENGTH, dtype=torch.bool)
-    padding[0, 7:20], padding[1, [0, 1, 2, 15, 33, 36]], padding[2, ::2] = False, False, False
+    padding[0, 7:20], padding[1, [0, 1, 2, 15, 33, 36]], padding[2, :30:2] = False, False, False
     found = Visibility.unpack(
         interval_mask(4, q_length, kv_length, q_offset, kv_offset, mask_function, padding, local_size=local),
         *(q_length, kv_length),
@@ -249,7 +265,7 @@ def test_custom_masks_are_refused_while_compiling(monkeypatch):
         (mu.or_masks(mu.causal_mask_function), False),
         (mu.and_masks(mu.causal_mask_function), True),
     ):
-        with pytest.raises(UnsupportedMaskError, match="not one interval"):
+        with pytest.raises(UnsupportedMaskError, match="cannot be looked at while"):
             interval_mask(1, 4, 4, mask_function=mask_function, use_vmap=custom)
 
 

@@ -4,11 +4,7 @@ Whether kernels are interpreted is settled when they are imported, so the interp
 ``test_every_case_in_the_interpreter`` runs this file again in one. There, small tiles make short inputs cross many.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +12,8 @@ import torch
 from attention_cases import random_case
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
 from nc_patch.functional import sparse_attention  # noqa: E402
 from nc_patch.ops import custom_ops, triton_block  # noqa: E402
@@ -559,10 +557,4 @@ def test_scored_tiles_hold_whole_blocks(architecture, dtype):
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_every_case_in_the_interpreter():
-    # One thread: the interpreter's tiles are too small to share.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
+    check_as_on_a_gpu(__file__)

@@ -3,16 +3,14 @@
 ``test_every_case_in_the_interpreter`` runs this file again in a process in which kernels are interpreted.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
 from nc_patch.ops import triton_decode_block  # noqa: E402
 from nc_patch.ops.pages import PageStatistics, page_count, summarize_pages  # noqa: E402
@@ -360,9 +358,4 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_every_case_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
+    check_as_on_a_gpu(__file__)

@@ -5,15 +5,14 @@ As in ``test_triton_kernels.py`` the interpreter needs a process of its own, whi
 
 import itertools
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
 from nc_patch.budget import budget_of  # noqa: E402
 from nc_patch.ops import triton_decode_topk, triton_launch, triton_search  # noqa: E402
@@ -632,9 +631,4 @@ def test_a_tensor_whose_last_axis_is_not_dense_is_copied(name, device):
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_every_case_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
+    check_as_on_a_gpu(__file__)

@@ -4,16 +4,14 @@ Whether kernels are interpreted is settled when they are imported, so the interp
 ``test_every_case_in_the_interpreter`` runs this file again in one. There, small tiles make short inputs cross many.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
 from nc_patch.ops import triton_launch, triton_threshold  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, forced_counts, reference_attention, topk_mask  # noqa: E402
@@ -409,10 +407,4 @@ def test_the_cases_leave_keys_to_choose_by_score():
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_every_case_in_the_interpreter():
-    # One thread: the interpreter's tiles are too small to share.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
+    check_as_on_a_gpu(__file__)

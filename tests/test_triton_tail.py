@@ -3,11 +3,7 @@
 As in ``test_triton_kernels.py`` the interpreter needs a process of its own, which the last test starts.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,8 @@ from attention_cases import Case, relative_error
 from tiny_models import random_ids, tiny_model
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
 from nc_patch import patch_model  # noqa: E402
 from nc_patch.ops import (  # noqa: E402
@@ -285,9 +283,4 @@ def test_means_that_do_not_fit_are_refused():
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_every_case_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
+    check_as_on_a_gpu(__file__)

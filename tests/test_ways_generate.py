@@ -175,7 +175,7 @@ def test_beams_of_a_batch_are_those_of_each_row(family):
     assert torch.equal(together[:, -NEW:], torch.stack(alone))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
 def test_generating_after_right_padding_is_refused_as_it_would_leave_a_hole(options):
     with pytest.raises(UnsupportedMaskError, match=r"holes.*to generate, to the left"):
         generated(small(), right_padded(rows_of(3)), **options)

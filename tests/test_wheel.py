@@ -134,10 +134,10 @@ def test_outside_the_checkout_tasks_and_metrics_are_found_and_the_command_is_the
         "from pathlib import Path\n"
         "import eval_tasks, evaluate\n"
         "from lm_eval.tasks import TaskManager\n"
-        "from eval_tasks.metrics import METRICS, load_metric\n"
+        "from eval_tasks.metrics import METRICS, metric_path\n"
         "found = TaskManager(include_path=str(Path(eval_tasks.__file__).parent), include_defaults=False).all_tasks\n"
         "print(sorted(found))\n"
-        "print([load_metric(name).name for name in METRICS])\n"
+        "print([evaluate.load(str(metric_path(name))).name for name in METRICS])\n"
     )
     done = run_outside(installed, tmp_path, script)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -20,14 +20,13 @@ from eval_tasks.errors import EvalError
 from eval_tasks.hub_data import load_hub
 from eval_tasks.lm_eval.by_length import ByLengthTask
 from eval_tasks.lm_eval.settings import LENGTHS, Settings, read_settings
-from eval_tasks.metrics import load_metric
+from eval_tasks.metrics.perplexity_by_position.perplexity_by_position import by_position
 from eval_tasks.models import tokenizer_fingerprint
 from eval_tasks.synthetic.fitting import TOLERANCE
 from eval_tasks.tasks import tokenise
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 
 SAMPLES = 8
-_METRIC = "perplexity_by_position"
 # No tokenizer makes fewer tokens of so many characters; saves tokenising whole books.
 _CHARACTERS_PER_TOKEN = 12
 # Documents looked through for ones that are long enough.
@@ -72,9 +71,9 @@ class PerplexityByPosition(ByLengthTask):
     def _aggregate(self, part: int | None, curves: Sequence[tuple[list[float], list[int]]]) -> float:
         # Parts end at the last word before an edge, so a part can begin that much before its own.
         tolerance = max(1, int(TOLERANCE * self.lengths[-1]))
-        found = load_metric(_METRIC).compute(
-            predictions=[values for values, _ in curves],
-            references=[tokens for _, tokens in curves],
+        found = by_position(
+            [values for values, _ in curves],
+            [tokens for _, tokens in curves],
             edges=self.edges,
             tolerance=tolerance,
         )

@@ -15,7 +15,7 @@ from lm_eval.api.metrics import mean
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.by_length import ByLengthTask
 from eval_tasks.lm_eval.settings import Settings, read_settings
-from eval_tasks.metrics import load_metric
+from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.models import tokenizer_fingerprint
 from eval_tasks.synthetic import GENERATORS, Material, synthesize
 from eval_tasks.synthetic.fitting import counter
@@ -91,11 +91,9 @@ class RetrievalByLength(ByLengthTask):
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
         """Score per length, and their mean."""
-        scores = load_metric(METRIC).compute(
-            predictions=list(results), references=[doc["answers"]] * len(results), match=self._generator.match
-        )
-        by_length = zip(doc["lengths"], scores["scores"], strict=True)
-        return {**{f"{METRIC}_{length}": score for length, score in by_length}, METRIC: scores[METRIC]}
+        scores = [score(answer, doc["answers"], self._generator.match) for answer in results]
+        by_length = zip(doc["lengths"], scores, strict=True)
+        return {**{f"{METRIC}_{length}": found for length, found in by_length}, METRIC: mean(scores)}
 
     def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
         """The mean over samples of every metric."""

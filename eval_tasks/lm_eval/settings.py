@@ -1,7 +1,7 @@
 """What lm-eval's ``--metadata`` and ``--model_args`` say about a task: the tokenizer, the lengths, the numbers."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.hub_data import cache_only_where_offline
 from eval_tasks.lm_eval.options import located
 from eval_tasks.tasks import ascending
+from nc_patch.numbers import as_integer, plain
 
 # Where this package's tasks lie, for lm-eval's --include_path.
 TASKS_DIRECTORY = Path(__file__).resolve().parents[1]
@@ -70,7 +71,8 @@ def read_settings(
         EvalError: a value is out of range, both names of the lengths are given, or no tokenizer is named.
     """
     positive(samples=samples)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    number = as_integer(seed)
+    if number is None:
         raise EvalError(f"seed must be an integer, got {seed!r}")
     if lengths is not None and max_seq_lengths is not None:
         raise EvalError("lengths and max_seq_lengths mean the same: give one of them")
@@ -78,13 +80,13 @@ def read_settings(
     tokenizer = tokenizer_of(model, task)
     given = max_seq_lengths if lengths is None else lengths
     checked = checked_lengths(given, max_length_of(model, tokenizer), defaults)
-    return Settings(checked, samples, seed, tokenizer, model.get("add_bos_token"))
+    return Settings(checked, int(samples), number, tokenizer, model.get("add_bos_token"))
 
 
 def positive(**values: Any) -> None:
     """Raises EvalError for a value that is no positive integer."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if (as_integer(value) or 0) < 1:
             raise EvalError(f"{name} must be a positive integer, got {value!r}")
 
 
@@ -151,11 +153,12 @@ def checked_lengths(
         lengths = [length for length in defaults if limit is None or length <= limit]
         if not lengths:
             raise EvalError(f"the model has {limit} positions: give lengths of at most {limit} in --metadata")
-    given = [lengths] if isinstance(lengths, int | str) else list(lengths)
-    wrong = [n for n in given if isinstance(n, bool) or not isinstance(n, int)]
-    if wrong or not given:
+    listed = plain(lengths)
+    several = isinstance(listed, Iterable) and not isinstance(listed, str)
+    given = [as_integer(n) for n in (listed if several else [listed])]
+    if None in given or not given:
         raise EvalError(f"lengths must be a list of integers, got {lengths!r}")
-    ordered = ascending(given)
+    ordered = ascending([n for n in given if n is not None])
     if limit is not None and ordered[-1] > limit:
         raise EvalError(f"lengths {[n for n in ordered if n > limit]} exceed the {limit} positions of the model")
     return ordered

@@ -1,8 +1,9 @@
-"""Metrics for Hugging Face ``evaluate`` that need no hub: ``evaluate.load(str(metric_path("string_match")))``."""
+"""Metrics for Hugging Face ``evaluate`` that need no hub: ``evaluate.load(str(metric_path("string_match")))``.
 
-from functools import cache
+``evaluate`` copies what it loads into a cache and waits for a lock there; this package calls the functions instead.
+"""
+
 from pathlib import Path
-from typing import Any
 
 from eval_tasks.errors import EvalError
 
@@ -18,11 +19,3 @@ def metric_path(name: str) -> Path:
     if name not in METRICS:
         raise EvalError(f"no metric named {name!r}: there are {', '.join(METRICS)}")
     return Path(__file__).parent / name
-
-
-@cache
-def load_metric(name: str) -> Any:
-    """The metric as an ``evaluate.Metric`` that keeps its inputs in memory; loaded once per process."""
-    import evaluate
-
-    return evaluate.load(str(metric_path(name)), keep_in_memory=True)

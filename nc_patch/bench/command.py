@@ -8,12 +8,13 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nc_patch.atomic import check_directory
 from nc_patch.bench import report
 from nc_patch.bench.benchmark import Benchmark
 from nc_patch.bench.cases import FAILED, Row, Settings, cases, measure_all
@@ -48,11 +49,12 @@ def run_bench(arguments: Sequence[str]) -> int:
     benchmark = BENCHMARKS[parsed.benchmark]
     try:
         settings, whole_lengths = _settings(parsed, benchmark)
-        _make_directory(parsed.out)
+        draw = _plotter()
+        _make_directory(parsed.out, (benchmark.file, benchmark.plot))
     except (_BenchError, ValueError) as error:
         print(f"nc-patch bench: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return _measure(benchmark, parsed, settings, whole_lengths, shlex.join(["nc-patch", "bench", *arguments]))
+    return _measure(benchmark, parsed, settings, whole_lengths, draw, shlex.join(["nc-patch", "bench", *arguments]))
 
 
 def _measure(
@@ -60,6 +62,7 @@ def _measure(
     parsed: argparse.Namespace,
     settings: Settings,
     whole_lengths: tuple[int, ...],
+    draw: Callable[..., None] | None,
     command: str,
 ) -> int:
     started = time.monotonic()
@@ -113,7 +116,12 @@ def _measure(
     print(report.findings(rows, settings.selections, benchmark.wording) + said)
     if whole_rows:
         print(whole.table(whole_rows))
-    drawn = _draw(benchmark, rows, settings, parsed.out / benchmark.plot, f"{where}, budget {settings.law}")
+    timed = any("median_seconds" in row for row in rows)
+    drawn = ""
+    if draw is not None and timed:
+        plot = parsed.out / benchmark.plot
+        draw(rows, settings.selections, benchmark.wording, f"{where}, budget {settings.law}", plot)
+        drawn = f" and {plot}"
     print(f"\nWritten: {path}{drawn}")
     failed = len(report.failures(rows)) + sum(
         row["method"] != "dense" and row["status"] == FAILED for row in whole_rows
@@ -122,22 +130,21 @@ def _measure(
         print(f"nc-patch bench: stopped: {lost}", file=sys.stderr)
     if failed:
         print(f"nc-patch bench: sparse attention failed or was wrong in {failed} rows, see above", file=sys.stderr)
-    timed = any("median_seconds" in row for row in rows)
     if not timed:
         print("nc-patch bench: nothing could be timed, see above", file=sys.stderr)
     return FAILURE if failed or lost or not timed else 0
 
 
-def _draw(benchmark: Benchmark, rows: list[Row], settings: Settings, path: Path, title: str) -> str:
-    """Draws the plot where that is possible; what to say after the name of the results."""
+def _plotter() -> Callable[..., None] | None:
+    """What draws the plot, loaded before anything is measured; None, which is said, without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "; no plot: matplotlib is not installed (pip install matplotlib)"
-    if not any("median_seconds" in row for row in rows):
-        return "; no plot: nothing was timed"
-    from nc_patch.bench.plot import draw
-
-    draw(rows, settings.selections, benchmark.wording, title, path)
-    return f" and {path}"
+        print("There will be no plot: matplotlib is not installed (pip install matplotlib).")
+        return None
+    try:
+        from nc_patch.bench.plot import draw
+    except ImportError as error:
+        raise _BenchError(f"matplotlib is installed and cannot be imported ({error}); mend it, or remove it") from error
+    return draw
 
 
 def _settings(parsed: argparse.Namespace, benchmark: Benchmark) -> tuple[Settings, tuple[int, ...]]:
@@ -225,13 +232,13 @@ def _at_least(least: int) -> Any:
     return integer
 
 
-def _make_directory(out: Path) -> None:
+def _make_directory(out: Path, names: Sequence[str]) -> None:
     if out.is_file():
         raise _BenchError(f"--out {out} is a file; give a directory")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        check_directory(out, names)
     except OSError as error:
-        raise _BenchError(f"--out {out} cannot be written: {error}") from error
+        raise _BenchError(f"--out {out} cannot be written: {error.strerror}. Give another") from error
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws into files; needs no display
 
+import matplotlib.backends.backend_agg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 

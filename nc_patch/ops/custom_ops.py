@@ -15,6 +15,7 @@ from nc_patch.budget import row_budgets as _row_budgets
 from nc_patch.ops.block_audit import AUDIT_COLUMNS, BlockAudit
 from nc_patch.ops.blocks import BlockSettings, query_block_table
 from nc_patch.ops.by_backend import READS_HOST, op_by_backend
+from nc_patch.ops.derivatives import call, no_second_derivative, register_gradient
 from nc_patch.ops.reference import forced_counts
 from nc_patch.ops.tail import PageMeans
 from nc_patch.ops.torch_backward import attention_gradients
@@ -354,7 +355,8 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _rows_backward(selection: str) -> Any:
     def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         query, key, value, visible, budget, sinks, tail_key, tail_value, origin = ctx.saved_tensors
-        grads = attention_backward(
+        grads = call(
+            attention_backward,
             *(grad_output, query, key, value, visible, budget, sinks, *ctx.settings, selection),
             *(tail_key, tail_value, origin),
         )
@@ -379,10 +381,12 @@ def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _block_backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors  # to be asked for once: gradient checkpointing computes them when it is
-    grads = block_attention_backward(grad_output, *tensors, *ctx.settings)
+    grads = call(block_attention_backward, grad_output, *tensors, *ctx.settings)
     return *grads[:3], None, None, None, None if tensors[-1] is None else grads[3], *(None,) * (ctx.inputs - 7)
 
 
-topk_attention.register_autograd(_rows_backward("topk"), setup_context=_setup_rows)
-window_attention.register_autograd(_rows_backward("window"), setup_context=_setup_rows)
-block_attention.register_autograd(_block_backward, setup_context=_setup_block)
+register_gradient(topk_attention, _rows_backward("topk"), _setup_rows)
+register_gradient(window_attention, _rows_backward("window"), _setup_rows)
+register_gradient(block_attention, _block_backward, _setup_block)
+no_second_derivative(attention_backward)
+no_second_derivative(block_attention_backward)

@@ -11,6 +11,7 @@ import torch
 from nc_patch.ops.by_backend import op_by_backend
 from nc_patch.ops.codes import KeyCodes, encode_keys
 from nc_patch.ops.custom_ops import Four, Three, tail_of
+from nc_patch.ops.derivatives import in_transform, register_gradient
 from nc_patch.ops.pages import PageStatistics, update_pages_
 from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans, page_starts, slot_count, spread_over_pages
 from nc_patch.ops.tail import page_means as _page_means
@@ -29,6 +30,7 @@ def runs_directly(*tensors: torch.Tensor | None) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and not in_transform()
         and all(tensor is None or type(tensor) is torch.Tensor for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
     )
@@ -146,7 +148,7 @@ def _means_backward(ctx: Any, grad_key: torch.Tensor, grad_value: torch.Tensor) 
     )
 
 
-page_means.register_autograd(_means_backward, setup_context=_setup_means)
+register_gradient(page_means, _means_backward, _setup_means)
 
 
 @torch.library.custom_op("nc_patch::page_means_", mutates_args=("mean_key", "mean_value"))
@@ -355,5 +357,5 @@ def _refuse_gradient(ctx: Any, *_: Any) -> None:
     )
 
 
-topk_decode.register_autograd(_refuse_gradient, setup_context=lambda ctx, inputs, output: None)
-block_decode.register_autograd(_refuse_gradient, setup_context=lambda ctx, inputs, output: None)
+register_gradient(topk_decode, _refuse_gradient, lambda ctx, inputs, output: None)
+register_gradient(block_decode, _refuse_gradient, lambda ctx, inputs, output: None)

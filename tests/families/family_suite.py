@@ -106,11 +106,11 @@ class _Runs:
         out = self.logits(self.batch, attention_mask=self.padding, position_ids=positions, use_cache=False)
         return out.logits[self.padding.bool()]
 
-    def packed(self) -> torch.Tensor:
+    def packed(self, use_cache: bool = False) -> torch.Tensor:
         """Logits of the second of two packed sequences, which is ``ids``."""
         positions = torch.cat((torch.arange(LENGTH + PADDING), torch.arange(LENGTH)))[None]
         ids = torch.cat((self.other, self.ids), 1)
-        return self.logits(ids, position_ids=positions, use_cache=False).logits[0, LENGTH + PADDING :]
+        return self.logits(ids, position_ids=positions, use_cache=use_cache).logits[0, LENGTH + PADDING :]
 
     def pieces(self, cuts: list[int]) -> torch.Tensor:
         """Logits of ``ids`` run in pieces on one cache, the model's own."""
@@ -206,6 +206,9 @@ def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outc
         patch_model(model, selection=selection, **options)
         for way, run in ways.items():
             _same(outcome, f"{way}, full budget, {selection}", run, expected[way])
+        chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+        if selection == "topk" and able["packed"].startswith("yes") and not chunks:
+            _same(outcome, "packed, with a cache, full budget", lambda: runs.packed(use_cache=True), alone)
         _layers_ran(outcome, model)
         if selection == "topk":
             outcome.dense = [

@@ -210,3 +210,13 @@ def test_image_blocks_that_attend_each_other_both_ways_equal_dense(family, argum
             patch_model(model, selection=selection, **options)
             torch.testing.assert_close(model(ids, **{argument: kinds}).logits, dense, atol=2e-5, rtol=0)
             unpatch_model(model)
+
+
+def test_packed_sequences_with_a_cache_are_refused_where_attention_goes_by_chunks():
+    model, ids = patch_model(tiny_model(family_named("llama4")), 1e6, 0.0), torch.randint(2, 90, (1, 40))
+    positions = torch.cat((torch.arange(15), torch.arange(25)))[None]
+    with torch.inference_mode():
+        with pytest.raises(UnsupportedMaskError, match=r"Llama4TextAttention attends by chunks.*use_cache=False"):
+            model(ids, position_ids=positions)
+        found = model(ids, position_ids=positions, use_cache=False).logits[0, 15:]
+        torch.testing.assert_close(found, model(ids[:, 15:]).logits[0], atol=2e-5, rtol=0)

@@ -82,6 +82,18 @@ def test_our_command_ends_with_one_line_on_a_bad_argument(
     assert ended.value.code == f"error: {message}"
 
 
+@pytest.mark.parametrize("name", ["out", "out/results.json"])
+def test_our_command_sees_before_it_measures_that_results_have_no_place(
+    model_dir: Path, tmp_path: Path, our_command: Callable[..., None], forwards: list[int], name: str
+) -> None:
+    (tmp_path / "out").write_text("")
+    line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--output_path", str(tmp_path / name)]
+    with pytest.raises(SystemExit) as ended:
+        our_command(*line, "--device", "cpu", "--model_args", f"pretrained={model_dir},alpha=2,C=0.5")
+    assert ended.value.code == f"error: --output_path {tmp_path / 'out'} is a file; give a directory"
+    assert not forwards
+
+
 def test_our_command_is_a_module(tmp_path: Path) -> None:
     done = run_command("eval_tasks.lm_eval", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,194 @@
+"""Triton's interpreter with a GPU's semantics, as a pytest plugin and as a context manager.
+
+The interpreter runs one program after another, each as if it were one thread, with numpy's arithmetic. On a GPU they
+come in any order, the threads of one see each other's stores only past a barrier, and arithmetic is what PTX allows.
+``GpuSemantics(seed).active()`` makes the interpreter do what a GPU may do, and collects ``findings``:
+
+- *order*: the programs of a launch run in an order drawn from the seed;
+- *races*: an address that two programs touch, or one program twice with no ``tl.debug_barrier`` between, where one of
+  the two accesses is a store, or atomic and the other not; one store of different values to one address. A program may
+  store over what the same place in a tensor of that size has loaded, as in ``x[i] += 1``;
+- *memory*: what ``torch.empty`` returns holds a pattern. Reading it is found, and so is leaving the tensors that the
+  launch was given, unless a mask forbids the access; what a mask forbids and no ``other`` replaces holds the pattern;
+- *arithmetic*: see ``Arithmetic``.
+
+As a plugin it is active in every test, and a test with findings fails; ``GPU_SEMANTICS_SEED`` (0) is the seed:
+
+    TRITON_INTERPRET=1 PYTHONPATH=tests GPU_SEMANTICS_SEED=3 python -m pytest -p gpu_semantics tests/test_triton_tail.py
+
+It replaces parts of the interpreter of Triton 3.7. Where another version lacks one, ``active`` raises and names it.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+from gpu_arithmetic import Arithmetic
+from gpu_memory import ATOMIC, POISON, READ, WRITE, Memory, poisoned
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+Plain = Callable[..., Any]  # what is replaced: the first argument of what replaces it
+
+
+def tensors_in(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from tensors_in(argument)
+        elif isinstance(argument, torch.Tensor):
+            yield argument
+
+
+class GpuSemantics:
+    """Triton's interpreter as a GPU may be, while ``active``.
+
+    Attributes:
+        findings: what was found, by the kernel and its line, and how often.
+        launches, programs: how many ran.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.findings: Counter[str] = Counter()
+        self.launches = self.programs = 0
+
+    @contextmanager
+    def active(self) -> Iterator["GpuSemantics"]:
+        """While it is entered. Each time begins with the same orders of programs.
+
+        Raises:
+            RuntimeError: kernels are not interpreted, or the interpreter lacks what is replaced.
+        """
+        if not triton.knobs.runtime.interpret:
+            raise RuntimeError("gpu_semantics needs kernels that are interpreted: set TRITON_INTERPRET=1")
+        self._random = random.Random(self.seed)
+        builder, arithmetic = interpreter.InterpreterBuilder, Arithmetic(self.seed)
+        replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+            (interpreter.GridExecutor, "__call__", self._launch),
+            (interpreter.ReduceOps, "apply_impl", arithmetic.reduce),
+            (builder, "set_grid_dim", self._set_grid_dim),
+            (builder, "set_grid_idx", self._set_grid_idx),
+            (builder, "create_masked_load", self._load),
+            (builder, "create_masked_store", self._store),
+            (builder, "create_atomic_rmw", self._atomic),
+            (builder, "create_atomic_cas", self._compare_and_swap),
+            (builder, "create_barrier", lambda plain, builder: self._memory.barrier()),
+            *((builder, name, replacement) for name, replacement in arithmetic.replacements.items()),
+            (torch, "empty", poisoned),
+            (torch, "empty_like", poisoned),
+            (torch.Tensor, "new_empty", poisoned),
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name, replacement in replacements:
+                if not hasattr(owner, name):
+                    missing = f"no {owner.__name__}.{name}, which gpu_semantics replaces"
+                    raise RuntimeError(f"the interpreter of Triton {triton.__version__} has {missing}")
+                patch.setattr(owner, name, method(replacement, getattr(owner, name)))
+            yield self
+
+    def take_findings(self) -> list[str]:
+        """The findings as lines, which are then forgotten."""
+        lines = [f"{what} ({count} times)" for what, count in sorted(self.findings.items())]
+        self.findings.clear()
+        return lines
+
+    def _launch(self, plain: Plain, executor: interpreter.GridExecutor, *arguments: Any, **options: Any) -> None:
+        self.launches += 1
+        self._memory = Memory(executor.fn.__name__, tensors_in((*arguments, *options.values())), self.findings)
+        with np.errstate(all="ignore"):
+            plain(executor, *arguments, **options)
+
+    def _set_grid_dim(self, plain: Plain, builder: Any, *sizes: int) -> None:
+        programs = list(product(*map(range, sizes)))
+        self._random.shuffle(programs)
+        self._programs = iter(programs)
+        plain(builder, *sizes)
+
+    def _set_grid_idx(self, plain: Plain, builder: Any, *_: int) -> None:
+        self.programs += 1
+        self._memory.begin_program()
+        plain(builder, *next(self._programs))
+
+    def _load(self, plain: Plain, builder: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> TensorHandle:
+        if other is None:
+            element = pointers.get_element_ty()
+            anything = np.repeat(POISON, 4).view(interpreter._get_np_dtype(element))[0]
+            other = TensorHandle(np.full(pointers.data.shape, anything), element)
+        return plain(builder, pointers, self._memory.access(READ, pointers, mask.data), other, *rest)
+
+    def _store(self, plain: Plain, builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
+        plain(builder, pointers, value, self._memory.access(WRITE, pointers, mask.data, value.data), *rest)
+
+    def _atomic(self, plain: Plain, builder: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return plain(builder, op, pointers, value, self._memory.access(ATOMIC, pointers, mask.data), *rest)
+
+    def _compare_and_swap(self, plain: Plain, builder: Any, pointers: Any, *rest: Any) -> TensorHandle:
+        self._memory.access(ATOMIC, pointers, np.ones(pointers.data.shape, bool))
+        return plain(builder, pointers, *rest)
+
+
+def method(replacement: Callable[..., Any], plain: Plain) -> Callable[..., Any]:
+    return lambda *arguments, **options: replacement(plain, *arguments, **options)
+
+
+STATE = pytest.StashKey[GpuSemantics]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STATE] = GpuSemantics(int(os.environ.get("GPU_SEMANTICS_SEED", "0")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Runs a test as on a GPU. One that passes with findings fails; one that fails shows them beside its error."""
+    semantics = item.config.stash[STATE]
+    try:
+        with semantics.active():
+            yield
+    except BaseException:
+        item.add_report_section("call", "gpu_semantics", "\n".join(semantics.take_findings()))
+        raise
+    if findings := semantics.take_findings():
+        pytest.fail(f"As on a GPU, with seed {semantics.seed}:\n" + "\n".join(findings), pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    semantics = config.stash[STATE]
+    ran = f"{semantics.launches} launches of {semantics.programs} programs"
+    terminalreporter.write_line(f"gpu_semantics: {ran}, seed {semantics.seed}")
+
+
+def run_in_the_interpreter(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """pytest in a process of its own, as whether kernels are interpreted is settled when they are imported."""
+    tests = os.path.dirname(__file__)
+    # One thread: the interpreter's tiles are too small to share.
+    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=os.path.dirname(tests),
+        env={**os.environ, **settings, **environment},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+
+
+def check_as_on_a_gpu(file: str, **environment: str) -> None:
+    """Fails unless every test of a file passes under this plugin, but the one that calls this: it is skipped there."""
+    done = run_in_the_interpreter("-p", "gpu_semantics", file, **environment)
+    said = done.stdout[-8000:] + done.stderr[-2000:]
+    assert done.returncode == 0, said
+    assert re.search(r"^gpu_semantics: [1-9]\d* launches", done.stdout, re.M), said
+    assert re.search(r"^[1-9]\d* passed, 1 skipped\b", done.stdout, re.M), said

@@ -1,0 +1,162 @@
+"""``torch.func`` through sparse attention: gradients and maps give autograd's numbers; what there is not is named."""
+
+import pytest
+import torch
+from tiny_models import random_ids, tiny_model
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from ways import small
+
+from nc_patch import KeyIndex, nc_stats, patch_model, sparse_attention
+
+SELECTIONS = {
+    "topk": {"selection": "topk"},
+    "drop": {"selection": "topk", "tail": "drop"},
+    "block": {"selection": "block", "block_size": 16},
+    "window": {"selection": "window"},
+    "dense": {"selection": "dense"},
+}
+EACH_SELECTION = pytest.mark.parametrize("options", SELECTIONS.values(), ids=SELECTIONS.keys())
+SECOND, FORWARD = "no second derivative .*or unpatch the model", "no derivative in forward mode .*or unpatch the model"
+# PyTorch says that it maps over an operation by a loop.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+
+def energy(options):
+    """A scalar of the queries ``[1, 4, 40, 8]``, and queries."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 40, 8, generator=draw) for heads in (4, 2, 2))
+    attend = lambda query: sparse_attention(query, key, value, alpha=2.0, C=0.5, **options)  # noqa: E731
+    return attend, lambda query: attend(query).square().sum(), query
+
+
+def by_autograd(function, at):
+    at = at.clone().requires_grad_()
+    return torch.autograd.grad(function(at), at)[0]
+
+
+@EACH_SELECTION
+def test_gradients_of_transforms_are_autograds(options):
+    attend, loss, query = energy(options)
+    expected = by_autograd(loss, query)
+    assert torch.equal(grad(loss)(query), expected)
+    assert torch.equal(vjp(loss, query)[1](torch.ones(()))[0], expected)
+    several = torch.stack((query, 2 * query))
+    assert torch.equal(vmap(attend)(several)[1], attend(2 * query))
+    torch.testing.assert_close(vmap(grad(loss))(several)[1], by_autograd(loss, 2 * query))
+    torch.testing.assert_close(grad(lambda q: vmap(loss)(q).sum())(several)[1], by_autograd(loss, 2 * query))
+    row = jacrev(lambda q: attend(q)[0, 1, -1, :2])(query)
+    torch.testing.assert_close(row[1], by_autograd(lambda q: attend(q)[0, 1, -1, 1], query))
+
+
+@EACH_SELECTION
+def test_second_derivatives_and_forward_mode_are_refused_by_name(options):
+    _, loss, query = energy(options)
+    twice = query.clone().requires_grad_()
+    (once,) = torch.autograd.grad(loss(twice), twice, create_graph=True)
+    with pytest.raises(NotImplementedError, match=SECOND):
+        once.square().sum().backward()
+    with pytest.raises(NotImplementedError, match=SECOND):
+        grad(lambda q: grad(loss)(q).sum())(query)
+    with pytest.raises(NotImplementedError, match=SECOND):
+        torch.autograd.functional.hessian(loss, query)
+    for derivative in (jacfwd(loss), jacfwd(grad(loss)), hessian(loss)):
+        with pytest.raises(NotImplementedError, match=FORWARD):
+            derivative(query)
+    with pytest.raises(NotImplementedError, match=FORWARD):
+        jvp(grad(loss), (query,), (query,))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"selection": "block"}, {"key_index": "always", "tail": "drop"}, {"track": True}]
+)
+def test_gradients_of_every_sample_are_those_of_each_alone(options):
+    model, ids = small(**options), random_ids(3, 30)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, ids):
+        return functional_call(model, parameters, (ids,), {"use_cache": False, "labels": ids}).loss
+
+    assert torch.equal(loss(parameters, ids), model(ids, use_cache=False, labels=ids).loss)
+    stats = nc_stats(model)
+    each = vmap(grad(lambda parameters, row: loss(parameters, row[None])), (None, 0))(parameters, ids)
+    assert nc_stats(model) == stats  # as in a compiled graph, nothing is counted
+    for row in range(3):
+        model.zero_grad()
+        model(ids[row : row + 1], use_cache=False, labels=ids[row : row + 1]).loss.backward()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(each[name][row], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"selection": "block"}, {"key_index": "always"}, {"selection": "window"}])
+def test_a_model_maps_over_rows_with_and_without_a_cache(options):
+    model, ids = small(**options), random_ids(3, 30)
+    for use_cache in (False, True):
+        found = vmap(lambda row, use_cache=use_cache: model(row[None], use_cache=use_cache).logits[0])(ids)
+        torch.testing.assert_close(found, model(ids).logits)
+    model.generate(ids, max_new_tokens=3, do_sample=False)  # nothing of the transform is left in the model
+
+
+def test_what_cannot_be_mapped_is_named():
+    model, ids = small(), random_ids(2, 20)
+    mask = torch.ones_like(ids)
+    with pytest.raises(NotImplementedError, match=r"maps over attention_mask.*Give all rows to one call"):
+        vmap(lambda row, seen: model(row[None], attention_mask=seen[None]).logits)(ids, mask)
+    query = torch.randn(2, 1, 2, 5, 4)
+    with pytest.raises(NotImplementedError, match="maps over scale"):
+        vmap(lambda q, scale: sparse_attention(q, q, q, alpha=2.0, scale=scale))(query, torch.tensor([0.5, 1.0]))
+    visible = torch.tensor([0, 1], dtype=torch.int32).expand(2, 1, 5, 2)
+    with pytest.raises(NotImplementedError, match="maps over visible"):
+        vmap(lambda q, seen: sparse_attention(q, q, q, alpha=2.0, visible=seen))(query, visible)
+    model = small(on_drop="warn")
+    with pytest.raises(RuntimeError, match=r"nor a transform of torch.func"):
+        vmap(lambda row: model(row[None]).logits)(ids)
+
+
+@pytest.mark.parametrize("options", [{"selection": "block"}, {"refine": False, "key_index": "always"}], ids=str)
+def test_decoding_by_an_index_is_refused_in_a_transform(options):
+    model, ids = small(**options), random_ids(2, 1)
+    with (
+        pytest.raises(NotImplementedError, match=r"decoding by an index does not run inside a transform"),
+        torch.no_grad(),
+    ):
+        vmap(lambda row: model(row[None]).logits)(ids)
+
+
+def test_an_index_that_is_given_serves_a_map_and_has_no_gradient_there_either():
+    query, key = torch.randn(3, 1, 2, 1, 8), torch.randn(1, 2, 64, 8)
+    for kind, selection in (("codes", "topk"), ("pages", "block")):
+        index = KeyIndex.build(key, kind)
+        attend = lambda q, i=index, s=selection: sparse_attention(  # noqa: E731
+            q, key, key, alpha=2.0, C=0.5, selection=s, index=i, tail="drop"
+        )
+        torch.testing.assert_close(vmap(attend)(query)[2], attend(query[2]))
+        with pytest.raises(RuntimeError, match="decoding by an index, topk_decode or block_decode, has no gradient"):
+            grad(lambda q, attend=attend: attend(q).sum())(query[0])
+
+
+def test_compiled_transforms_give_the_same_gradients_and_whole_graphs_of_them_are_refused_by_name():
+    _, loss, query = energy({"selection": "topk"})
+    expected = by_autograd(loss, query)
+    for derivative in (grad(torch.compile(loss, backend="aot_eager")), torch.compile(grad(loss), backend="aot_eager")):
+        torch.testing.assert_close(derivative(query), expected)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"leave out fullgraph=True"):
+        torch.compile(lambda query: grad(loss)(query), backend="aot_eager", fullgraph=True)(query)
+
+
+@EACH_SELECTION
+def test_the_function_compiles_as_a_whole(options):
+    attend, _, query = energy(options)
+    assert torch.equal(torch.compile(attend, backend="aot_eager", fullgraph=True)(query), attend(query))
+
+
+def test_what_stays_dense_has_the_derivatives_of_dense_attention():
+    ids = random_ids(1, 12)
+    losses = [
+        lambda e, model=model: model(inputs_embeds=e, use_cache=False).logits.square().mean()
+        for model in (tiny_model("llama"), patch_model(tiny_model("llama"), 2.0, 0.5, dense_layers=range(3)))
+    ]
+    embedded = tiny_model("llama").get_input_embeddings()(ids).detach()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        dense, left = (grad(lambda e, loss=loss: grad(loss)(e).square().sum())(embedded) for loss in losses)
+    torch.testing.assert_close(left, dense)
