@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from attention_cases import random_case
@@ -355,6 +356,56 @@ def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatc
         assert torch.equal(ours, theirs)
     # Tiles of other shapes may sum in another order.
     assert_close(estimate, whole[2].double(), 1e-6)
+
+
+@pytest.fixture
+def contracting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the interpreter round ``a * b - c`` once where the product goes straight into the difference.
+
+    That is what a compiler does, which a mask in between keeps from it. Products are known by their memory.
+    """
+    if not INTERPRETED:
+        return
+    builder = triton.runtime.interpreter.InterpreterBuilder
+    multiply, subtract, products = builder.create_fmul, builder.create_fsub, {}
+
+    def create_fmul(self, left, right):
+        made = multiply(self, left, right)
+        products[made.data.ctypes.data] = (made, left.data.astype(numpy.float64) * right.data)
+        return made
+
+    def create_fsub(self, left, right):
+        made = subtract(self, left, right)
+        if left.data.ctypes.data in products:
+            exact = products[left.data.ctypes.data][1].reshape(left.data.shape)
+            made.data = (exact - right.data).astype(made.data.dtype)
+        return made
+
+    monkeypatch.setattr(builder, "create_fmul", create_fmul)
+    monkeypatch.setattr(builder, "create_fsub", create_fsub)
+
+
+@on_kernel_device
+@pytest.mark.parametrize("softcap", [0.0, 80.0])
+def test_a_block_scores_the_same_whether_its_tile_is_masked_or_not(softcap, device, contracting, monkeypatch):
+    # Row 0 sees all keys in one call, so that no tile is masked, and half of them in the other; rows 1 to 3 see all.
+    case = Case("paths", group=1, queries=4, keys=256, softcap=softcap, sample_stride=1)
+    inputs, found = inputs_of(case), []
+    # Large scores, in which a rounding shows.
+    inputs["query"] *= 30
+    score = triton_block.score_blocks_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (score[grid](*args, **kwargs), found.append(args[5].view(-1, 4)[:, 1:]))
+
+    monkeypatch.setattr(triton_block, "score_blocks_kernel", Recorded())
+    for first in (0, 128):
+        inputs["visible"][0, :, :] = torch.tensor([0, 256])
+        inputs["visible"][0, 0, 0] = first
+        choose(case, inputs, device)
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
 
 
 @on_kernel_device

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -562,6 +563,28 @@ def test_codes_written_in_place_bound_the_keys(change, dtype, device):
             # Where a whole code is rounded to the other side its high half may differ, but not its residual.
             assert (bound <= 1.02 * exact + 1e-6).all()
             assert torch.equal(bound.isinf(), exact.isinf())
+
+
+@on_kernel_device
+def test_halves_make_whole_codes_where_division_is_as_inexact_as_on_a_gpu(device, monkeypatch):
+    if INTERPRETED:
+        builder = triton.runtime.interpreter.InterpreterBuilder
+        exact = builder.create_fdiv
+
+        def short(self, left, right):
+            quotient = exact(self, left, right)
+            quotient.data = numpy.nextafter(quotient.data, numpy.float32(0))
+            return quotient
+
+        monkeypatch.setattr(builder, "create_fdiv", short)
+    key = torch.randn(1, 1, 50, 64)
+    center, spread = channel_moments(key, torch.zeros(1), torch.full((1,), 50))
+    expected = encode_keys(key, center, spread)
+    written = [torch.zeros_like(t).to(device) for t in expected]
+    first = torch.zeros(1, dtype=torch.int32, device=device)
+    triton_encode_keys_(key.to(device), first, 50, KeyCodes(*written, center.to(device), spread.to(device)))
+    ours, theirs = (unpack_codes(halves[0].cpu(), halves[1].cpu(), 64).int() for halves in (written, expected))
+    assert (ours - theirs).abs().max() <= 1
 
 
 @on_kernel_device

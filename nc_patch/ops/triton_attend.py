@@ -261,14 +261,23 @@ def sum_seen(
 @triton.jit
 def logits_base2(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Raw scores scaled, soft-capped, and times log2(e), so that the softmax can use exp2."""
+    bent, factor = factored_logits(scores, scale, softcap, HAS_SOFTCAP)
+    return bent * factor
+
+
+@triton.jit
+def factored_logits(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Two factors of ``logits_base2``: a tensor, and a positive number."""
     if HAS_SOFTCAP:
         ratio = scores * (scale / softcap)
         shrink = tl.exp2(tl.abs(ratio) * (-2.0 * LOG2_E))
         bent = (1.0 - shrink) / (1.0 + shrink)
-        logits = tl.where(ratio < 0, -bent, bent) * (softcap * LOG2_E)
+        bent = tl.where(ratio < 0, -bent, bent)
+        factor = softcap * LOG2_E
     else:
-        logits = scores * (scale * LOG2_E)
-    return logits
+        bent = scores
+        factor = scale * LOG2_E
+    return bent, factor
 
 
 @triton.jit

@@ -15,8 +15,11 @@ _LOW_PART = tl.constexpr(2048.0)
 
 @triton.jit
 def squares(part, norm):
-    """``(part / norm) ** 2`` as a sum ``high + low / _LOW_PART`` of numbers of part's dtype, exact for 16-bit ones."""
-    scaled = part.to(tl.float32) / norm[:, None]
+    """``(part / norm) ** 2`` as a sum ``high + low / _LOW_PART`` of numbers of part's dtype, exact for 16-bit ones.
+
+    ``norm`` is a power of two, and so is what it divides 1 to: exactly, unlike the plain division of a GPU.
+    """
+    scaled = part.to(tl.float32) * tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)[:, None]
     square = scaled * scaled
     high = square.to(part.dtype)
     low = ((square - high.to(tl.float32)) * _LOW_PART).to(part.dtype)
