@@ -350,7 +350,8 @@ def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatc
     case = Case("chunks", batch=2, group=1, intervals="left_padding", queries=150, keys=150, min_mass=0.8)
     inputs = inputs_of(case)
     whole = choose(case, inputs, device)
-    monkeypatch.setattr(triton_block, "SCORE_BYTES", bytes_at_once)
+    for name in ("SCORE_BYTES", "MOST_SCORE_BYTES"):
+        monkeypatch.setattr(triton_block, name, bytes_at_once)
     *choice, estimate = choose(case, inputs, device)
     for ours, theirs in zip(choice, whole[:2], strict=True):
         assert torch.equal(ours, theirs)
@@ -597,6 +598,19 @@ def test_chunks_hold_every_query_block_and_no_more_than_fits():
         assert (last - first) * widest * 10 <= 300 or last - first == 1
     assert len(chunks) == 4
     assert chunks_of([], 10, 300) == []
+
+
+@pytest.mark.parametrize("keys", [32_768, 131_072, 524_288, 2_097_152])
+def test_chunks_give_every_multiprocessor_work_within_the_memory_allowed(keys):
+    # Llama-3-8B: 8 key/value heads, 4 sampled rows of 4 query heads for each query block.
+    widths = [(row + 64) // 32 for row in range(0, keys, 64)]
+    chunks = triton_block.score_chunks(widths, 8, 16, 132)
+    assert [n for first, last, _ in chunks for n in range(first, last)] == list(range(len(widths)))
+    for first, last, width in chunks:
+        size = (last - first) * width * 8 * 16 * 4
+        assert size <= triton_block.MOST_SCORE_BYTES
+        enough = (last - first) * 8 >= 4 * 132 or size > triton_block.MOST_SCORE_BYTES // 2
+        assert enough or last == len(widths)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -82,6 +82,12 @@ def architecture_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has; 132, as an H200, where it is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def padded_dim(head_dim: int) -> int:
     """The power of two, at least 16, that a tile holds for this head_dim."""
     return max(16, triton.next_power_of_2(head_dim))
