@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton_tiles import dot, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
+from nc_patch.ops.triton_tiles import PER_CALL, dot, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -11,7 +11,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 _MEND_COLUMNS = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=PER_CALL)
 def attend_kernel(
     query,
     key,

@@ -11,13 +11,12 @@ import triton.language as tl
 from nc_patch.ops.triton_attend import finite_or_zero, fold
 from nc_patch.ops.triton_block_score import load_plan
 from nc_patch.ops.triton_page_choice import find_cut, load_ranks
+from nc_patch.ops.triton_tiles import PER_CALL
 
 _ABOVE_INFINITY = tl.constexpr(2139095041)
 
 
-@triton.jit(
-    do_not_specialize=["num_kv_heads", "group", "slots", "first_number", "row_count", "width", "capacity", "min_mass"]
-)
+@triton.jit(do_not_specialize=[*PER_CALL, "slots", "first_number", "row_count", "width", "capacity", "min_mass"])
 def choose_blocks_kernel(
     plan,
     samples,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton_attend import factored_logits, finite_or_zero
-from nc_patch.ops.triton_tiles import FAR, dot_scores, load_query
+from nc_patch.ops.triton_tiles import FAR, PER_CALL, dot_scores, load_query
 
 # Columns of the plan, int32 [N, PLAN_COLUMNS]: the sequence, the query block's first row and the row after its last,
 # the key position of block 0, the first visible block, how many there are, and how many come before the diagonal.
@@ -31,7 +31,7 @@ def load_plan(plan, number, mask):
     return batch, first, last, begin, lowest, blocks, diagonal
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lk", "slots", "first_number", "row_count", "width"])
+@triton.jit(do_not_specialize=[*PER_CALL, "slots", "first_number", "row_count", "width"])
 def score_blocks_kernel(
     query,
     key,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton_threshold import rank_of, score_of
-from nc_patch.ops.triton_tiles import FAR, dot, forced_keys, load_query, program_rows
+from nc_patch.ops.triton_tiles import FAR, PER_CALL, dot, forced_keys, load_query, program_rows
 
 _RANK_NEGATIVE_INFINITY = tl.constexpr(-2139095041)
 _RANK_INFINITY = tl.constexpr(2139095040)
@@ -51,7 +51,7 @@ def row_interval(
     return batch, head, index, start, end, wanted, start + firsts, end - recents
 
 
-@triton.jit(do_not_specialize=["num_heads", "Lq", "Lk", "sink_keys", "recent_keys", "slots"])
+@triton.jit(do_not_specialize=[*PER_CALL, "slots"])
 def guess_kernel(
     visible,
     budget,
@@ -133,12 +133,7 @@ def narrow(low, high, count_low, count_high, needed, a, b, c, count_a, count_b, 
     return up, down, count_up, count_down
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "segment", "capacity", "room",
-        "chunks",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "capacity", "room", "chunks"])
 def score_kernel(
     query,
     key,
@@ -299,11 +294,7 @@ def exact_scores(
     return score, size
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "segment", "capacity", "room",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "capacity", "room"])
 def choose_kernel(
     visible,
     budget,

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from nc_patch.ops.codes import HIGH_UNIT, LARGEST_CODE
 from nc_patch.ops.triton_attend import fold, logits_base2
-from nc_patch.ops.triton_tiles import forced_keys, program_rows, span
+from nc_patch.ops.triton_tiles import PER_CALL, forced_keys, program_rows, span
 
 # The largest weight: 127 * 256 + 127.
 _LARGEST_WEIGHT = tl.constexpr(32639.0)
@@ -28,7 +28,7 @@ _HIGH_UNIT = tl.constexpr(HIGH_UNIT)
 LOGIT_SLACK = tl.constexpr(2.0**-20)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=PER_CALL)
 def sample_kernel(
     query,
     visible,
@@ -100,7 +100,7 @@ def sample_kernel(
     tl.store(samples + (row * SAMPLES)[:, None] + place[None, :], score, mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "segment"])
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment"])
 def scan_kernel(
     query,
     visible,

@@ -23,7 +23,7 @@ and launches and predicts times.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,7 +39,7 @@ from nc_patch.ops.triton_gather import bounds_kernel, gather_kernel
 from nc_patch.ops.triton_launch import architecture_of, check_inputs, check_tail, dense_last, padded_dim
 from nc_patch.ops.triton_search import search_rows
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
-from nc_patch.ops.triton_split import MAX_SPLITS, combine_splits
+from nc_patch.ops.triton_split import MAX_SPLITS, combine_splits, padded_splits, planned_length, share
 
 # Keys that a guess is taken from: fewer up to so many keys, and more beyond, where a closer guess saves more keys.
 _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
@@ -51,9 +51,8 @@ _REACHED_PER_KEY = 3
 _SEGMENT_SLACK = 64
 # Scores that a program of ``choose_kernel`` holds in registers.
 _MOST_HELD = 16384
-# Programs of a kernel that fit an H200's 132 multiprocessors at once, by their registers: one wave of them, and no
-# second one that is nearly empty. Other GPUs come close.
-_SCANNING, _SCORING, _GATHERING = 3 * 132, 4 * 132, 3 * 132
+# Work is divided among programs as if this many keys, if not more, were chosen.
+_FEWEST_CHOSEN = 1024
 # Values of a tile: the least that a matrix instruction takes. More need more registers than three such programs have.
 _GATHERED = 16
 # The least that a matrix instruction takes: of 8-bit numbers to be summed, and of rows.
@@ -95,6 +94,26 @@ class Plan:
         return self.chunks + self.tail_parts
 
 
+class Resident(NamedTuple):
+    """How many programs of each kernel a multiprocessor holds at once, by their registers."""
+
+    scan: int = 3
+    score: int = 4
+    gather: int = 3
+
+
+def resident_programs(dtype: torch.dtype, head_dim: int, want_bounds: bool) -> Resident:
+    """Of the registers that ``decode_options`` leaves; ``head_dim`` is the larger one of keys and values."""
+    if _is_slim(dtype, head_dim, want_bounds):
+        return Resident()
+    return Resident(1 if head_dim > 128 else 2, 3, 1 if dtype == torch.float32 else 2)
+
+
+def _is_slim(dtype: torch.dtype, head_dim: int, want_bounds: bool) -> bool:
+    """Whether programs are held to so few registers that three or four fit a multiprocessor."""
+    return dtype != torch.float32 and head_dim <= 128 and not want_bounds
+
+
 def plan_for(
     batch: int,
     kv_heads: int,
@@ -105,25 +124,29 @@ def plan_for(
     budget: int,
     architecture: str = "sm_90",
     tail_parts: int = 0,
+    resident: Resident = Resident(),  # noqa: B008
 ) -> Plan:
     """The one place where tiles, splits and capacities are chosen; ``budget`` is the largest.
 
-    ``tail_parts``, from ``tail_splits``, come first: the attended keys share what is left of ``MAX_SPLITS``.
+    ``tail_parts``, from ``tail_splits``, come first: the attended keys share what is left of ``MAX_SPLITS``. What
+    kernels are compiled for follows from the ``planned_length``, so that few steps of a generation take others.
     """
     head_dim = padded_dim(head_dim)
     rows = 8 if group * queries <= 8 else 16
     tile = 128 if head_dim <= 128 and rows == 8 else 32 if architecture.startswith("gfx") else 64
     blocks = triton.cdiv(group * queries, rows) * batch * kv_heads
     tiles = triton.cdiv(keys, tile) + 1
-    splits = _share(_SCANNING, blocks, tiles)
-    samples = min(_SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES, max(tile, triton.next_power_of_2(keys)))
+    planned = planned_length(keys)
+    splits = share(resident.scan, blocks, planned // tile, MAX_SPLITS)
+    samples = _SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES
     shares = min(_MOST_SHARES, max(_LEAST_SHARES, group * queries))
     capacity = max(1, min(keys, 2 * shares * budget + _ROOM_BESIDES))
     room = max(1, min(keys, _REACHED_PER_KEY * budget + _ROOM_BESIDES))
     whole = triton.cdiv(tiles, splits) * tile
     segment = whole if capacity >= keys else min(whole, 2 * triton.cdiv(capacity, splits) + _SEGMENT_SLACK)
     scored, gathered = max(16, min(32, 4096 // head_dim)), _GATHERED
-    likely = min(keys, 2 * budget * min(group * queries, rows))
+    chosen = max(_FEWEST_CHOSEN, triton.next_power_of_2(budget))
+    likely = min(planned, 2 * chosen * min(group * queries, rows))
     return Plan(
         rows=rows,
         keys=tile,
@@ -134,16 +157,11 @@ def plan_for(
         room=room,
         scored=scored,
         gathered=gathered,
-        scorers=_share(_SCORING, blocks, triton.cdiv(likely, scored)),
-        chunks=_share(_GATHERING, blocks, triton.cdiv(likely, gathered), MAX_SPLITS - tail_parts),
+        scorers=share(resident.score, blocks, triton.cdiv(likely, scored), MAX_SPLITS),
+        chunks=share(resident.gather, blocks, triton.cdiv(likely, gathered), MAX_SPLITS - tail_parts),
         tail_parts=tail_parts,
-        held=min(_MOST_HELD, triton.next_power_of_2(room)),
+        held=min(_MOST_HELD, triton.next_power_of_2(min(planned, _REACHED_PER_KEY * budget + _ROOM_BESIDES))),
     )
-
-
-def _share(programs: int, blocks: int, units: int, most: int = MAX_SPLITS) -> int:
-    """Among how many of ``programs``, at most ``most``, each of ``blocks`` blocks of ``units`` units is divided."""
-    return max(1, min(programs // max(blocks, 1), units, most))
 
 
 def triton_topk_decode(
@@ -201,7 +219,8 @@ def triton_topk_decode(
         return output, lse, bounds
     architecture = architecture_of(device)
     tail_parts = 0 if tail is None else tail_splits(B, Hkv, group, Lq, Lk, D, DV, query.dtype, architecture)
-    plan = plan_for(B, Hkv, group, Lq, Lk, D, max(1, min(max_budget, Lk)), architecture, tail_parts)
+    resident = resident_programs(query.dtype, max(D, DV), want_bounds)
+    plan = plan_for(B, Hkv, group, Lq, Lk, D, max(1, min(max_budget, Lk)), architecture, tail_parts, resident)
     query, key, value, visible = (dense_last(x) for x in (query, key, value, visible))
     center, spread = codes.center.contiguous(), codes.spread.contiguous()
 
@@ -235,7 +254,7 @@ def triton_topk_decode(
     limits = (*limits, budget.stride(2))
     by_head = (Hkv, group, Lq, Lk, sink_keys, recent_keys)
     constants = decode_constants(plan, query.dtype, D, DV, refine, want_bounds, softcap > 0, tail is not None)
-    options = decode_options(plan, architecture, query.dtype, max(D, DV), want_bounds, tail is not None)
+    options = decode_options(plan, architecture, query.dtype, max(D, DV), want_bounds)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         sample_kernel[(programs, plan.samples // plan.keys)](
             *(query, visible, budget, codes.high, codes.low, codes.scale, center, spread, samples, *q, *codes_at),
@@ -319,7 +338,7 @@ def decode_constants(
     padded = padded_dim(head_dim)
     half = max(_LEAST_CHANNELS, padded // 2)
     tile = {"D": head_dim, "BLOCK_M": plan.rows, "BLOCK_N": plan.keys, "BLOCK_H": half}
-    splits = {"BLOCK_S": triton.next_power_of_2(plan.splits)}
+    splits = {"BLOCK_S": padded_splits(plan.splits)}
     flags = {"REFINE": refine, "WANT_BOUNDS": want_bounds}
     return {
         "sample": {**tile, "SAMPLES": plan.samples},
@@ -349,7 +368,7 @@ def decode_constants(
         "bounds": {
             **splits,
             "D": head_dim,
-            "BLOCK_C": triton.next_power_of_2(plan.chunks),
+            "BLOCK_C": padded_splits(plan.chunks),
             "BLOCK_D": padded,
             "BLOCK_N": 1024,
         },
@@ -357,7 +376,7 @@ def decode_constants(
 
 
 def decode_options(
-    plan: Plan, architecture: str, dtype: torch.dtype, head_dim: int, want_bounds: bool, has_tail: bool = False
+    plan: Plan, architecture: str, dtype: torch.dtype, head_dim: int, want_bounds: bool
 ) -> dict[str, dict[str, Any]]:
     """Options of the compiler for each kernel; ``head_dim`` is the larger one of keys and values.
 
@@ -365,7 +384,7 @@ def decode_options(
     """
     amd = architecture.startswith("gfx")
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    slim = dtype != torch.float32 and head_dim <= 128 and not want_bounds and not has_tail
+    slim = _is_slim(dtype, head_dim, want_bounds)
     # So many programs fit a multiprocessor as the plan counts on; and otherwise, as in ``compile_options``, all
     # registers, lest NVIDIA's assembler spills some.
     fourth, third = ({} if amd else {"maxnreg": count if slim else 255} for count in (128, 168))
@@ -410,7 +429,8 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         (torch.bfloat16, 256, 16, False, True),
         (torch.float32, 128, 1, True, True),
     ):
-        plan = plan_for(1, 8, 4, queries, 131072, head_dim, 2354, target)
+        resident = resident_programs(dtype, head_dim, want_bounds)
+        plan = plan_for(1, 8, 4, queries, 131072, head_dim, 2354, target, 0, resident)
         constants = decode_constants(plan, dtype, head_dim, head_dim, refine, want_bounds, want_bounds)
         options = decode_options(plan, target, dtype, head_dim, want_bounds)
         types = {
@@ -429,9 +449,8 @@ def specialisations(target: str) -> Iterator[Specialisation]:
                 f"codes_{name}-{suffix}", kernel, constants[name], types, options[name], data_strides(kernel, "qkvc")
             )
         counting = {**constants["gather"], "COUNT_PAGES": True}
-        more = decode_options(plan, target, dtype, head_dim, want_bounds, has_tail=True)["gather"]
         aligned = data_strides(gather_kernel)
-        yield Specialisation(f"codes_gather-{suffix}-tail", gather_kernel, counting, types, more, aligned)
+        yield Specialisation(f"codes_gather-{suffix}-tail", gather_kernel, counting, types, options["gather"], aligned)
 
 
 _KERNELS = {

@@ -11,18 +11,14 @@ from nc_patch.ops.triton_attend import LOG2_E, finite_or_zero, fold, logits_base
 from nc_patch.ops.triton_candidates import MATRIX_ULP, row_interval
 from nc_patch.ops.triton_codes import LARGEST, logit_slack
 from nc_patch.ops.triton_tail import PAGE
-from nc_patch.ops.triton_tiles import dot, forced_keys, program_rows
+from nc_patch.ops.triton_tiles import PER_CALL, dot, forced_keys, program_rows
 
 # Relative width given to bounds of sums of exponentials, for their rounding in float32, and what underflow may lose.
 _SUM_SLACK = tl.constexpr(1e-4)
 _SMALLEST_MASS = tl.constexpr(1e-30)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "capacity", "chunks", "parts", "slots",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*PER_CALL, "capacity", "chunks", "parts", "slots"])
 def gather_kernel(
     value,
     visible,
@@ -202,7 +198,7 @@ def share_of(peak, total, rest_peak, rest_total):
     return own / (own + rest)
 
 
-@triton.jit(do_not_specialize=["num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "chunks"])
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "chunks"])
 def bounds_kernel(
     query,
     visible,

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from nc_patch.ops.triton_attend import finite_or_zero, fold, logits_base2
 from nc_patch.ops.triton_pages import group_rows, query_pages
-from nc_patch.ops.triton_tiles import dot, dot_scores, load_query
+from nc_patch.ops.triton_tiles import PER_CALL, dot, dot_scores, load_query
 
 _EXPONENT = tl.constexpr(0x7F800000)
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)
@@ -80,7 +80,7 @@ def page_scores(
     return far * far_scale, along * mean_scale + (0.5 * scale) * spread * deviation * deviation
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "width", "splits"])
+@triton.jit(do_not_specialize=[*PER_CALL, "stride_sb", "stride_sh", "stride_sp", "width", "splits"])
 def score_pages_kernel(
     query,
     key,

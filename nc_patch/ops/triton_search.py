@@ -28,7 +28,7 @@ from nc_patch.ops.triton_launch import (
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 from nc_patch.ops.triton_tail import attend_tail_kernel
 from nc_patch.ops.triton_threshold import threshold_kernel
-from nc_patch.ops.triton_tiles import program_rows
+from nc_patch.ops.triton_tiles import PER_CALL, program_rows
 
 
 def search_rows(
@@ -106,7 +106,7 @@ def search_constants(head_dim: int, value_dim: int, tiles: Tiles, has_sinks: boo
     return {name: constants[name] for name in search_kernel.arg_names if name in constants}
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=PER_CALL)
 def search_kernel(
     query,
     key,

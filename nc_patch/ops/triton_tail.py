@@ -26,7 +26,7 @@ from nc_patch.ops.triton_attend import (
     write_nan_where,
     write_rows,
 )
-from nc_patch.ops.triton_tiles import dot, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
+from nc_patch.ops.triton_tiles import PER_CALL, dot, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
 
 PAGE = tl.constexpr(TAIL_PAGE_SIZE)
 # Pages that are taken at once: the least that a matrix instruction takes along each of its axes.
@@ -38,7 +38,7 @@ _MEAN_CHUNK = tl.constexpr(64)
 _MEND_COLUMNS = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=PER_CALL)
 def attend_tail_kernel(
     query,
     key,

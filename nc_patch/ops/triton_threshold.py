@@ -14,7 +14,7 @@ and one more pass finds the position of the last tie that is admitted.
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton_tiles import FAR, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
+from nc_patch.ops.triton_tiles import FAR, PER_CALL, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
 
 GUESSED_PASSES = tl.constexpr(8)
 _NEGATIVE_INFINITY = tl.constexpr(-2139095041)
@@ -24,7 +24,7 @@ _FIELD_BITS = tl.constexpr(10)
 _FIELD = tl.constexpr((1 << 10) - 1)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=PER_CALL)
 def threshold_kernel(
     query,
     key,

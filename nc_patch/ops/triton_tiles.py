@@ -8,6 +8,12 @@ vectors are ``[BLOCK_M]``, tiles ``[BLOCK_M, BLOCK_N]``.
 import triton
 import triton.language as tl
 
+# Arguments whose values no kernel is compiled for: numbers of heads, queries and keys, settings, and the strides of
+# intervals, origins and budgets, which follow from the number of queries. Prompts of any length share one variant.
+PER_CALL = (
+    *("num_kv_heads", "num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"),
+    *("stride_ib", "stride_il", "stride_ob", "stride_ol", "stride_nb", "stride_nh", "stride_nl"),
+)
 # Above every position.
 FAR = tl.constexpr(2147483647)
 # Triton's interpreter multiplies bfloat16 as integers; there, dots take their (exactly converted) operands in float32.
