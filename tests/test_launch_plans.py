@@ -158,6 +158,9 @@ def average(head_dim: int) -> None:
 
 
 BLOCK_KERNELS = {"score_blocks", "choose_blocks", "attend_blocks", "blank_rows"}
+CODE_KERNELS = {
+    *("sample", "guess", "scan", "score", "choose", "gather", "score_flagged", "choose_flagged", "combine"),
+}
 PAGE_KERNELS = {"score_pages", "choose_pages", "attend_pages", "combine", "attend"}
 # What runs, and the kernels that it launches.
 CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
@@ -171,11 +174,11 @@ CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
     "block-128": (lambda D: attend_blocks(D, 128), BLOCK_KERNELS),
     "codes": (
         lambda D: decode_by_codes(D, False, True),
-        {"sample", "guess", "scan", "score", "choose", "gather", "combine", "search", "bounds"},
+        {*CODE_KERNELS, "bounds"},
     ),
     "codes-tail": (
         lambda D: decode_by_codes(D, True, False),
-        {"sample", "guess", "scan", "score", "choose", "gather", "tail", "combine", "threshold", "attend_tail"},
+        {*CODE_KERNELS, "tail"},
     ),
     "pages-16": (
         lambda D: decode_by_pages(D, 16),

@@ -17,7 +17,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from nc_patch.budget import budget_of  # noqa: E402
-from nc_patch.ops import triton_decode_topk, triton_launch, triton_search  # noqa: E402
+from nc_patch.ops import triton_decode_topk  # noqa: E402
 from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys, unpack_codes  # noqa: E402
 from nc_patch.ops.limits import MAX_DECODE_QUERIES  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, reference_attention, topk_mask  # noqa: E402
@@ -46,8 +46,6 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the kernels run; memory that is only allocated holds NaN. In the interpreter there are few programs."""
     if not INTERPRETED:
         return "cuda"
-    tiles = triton_launch.Tiles(32, 32, 4, 1, 32)
-    monkeypatch.setattr(triton_search, "tiles_for", lambda *_: tiles)
     plan_with(monkeypatch)
     return "cpu"
 
@@ -231,15 +229,15 @@ def check(case: Case, device: str, inputs: dict[str, torch.Tensor | None], codes
 
 @pytest.fixture
 def flagged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each call handed to the search over all keys."""
+    """How many rows of each call chose among all keys."""
     seen: list[int] = []
-    search_rows = triton_decode_topk.search_rows
+    kernel = triton_decode_topk.choose_flagged_kernel
 
-    def counting(*args, **kwargs):
-        seen.append(int(args[6].sum()))
-        return search_rows(*args, **kwargs)
+    class Counting:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (seen.append(int(args[2].sum())), kernel[grid](*args, **kwargs))
 
-    monkeypatch.setattr(triton_decode_topk, "search_rows", counting)
+    monkeypatch.setattr(triton_decode_topk, "choose_flagged_kernel", Counting())
     return seen
 
 
@@ -369,31 +367,51 @@ def test_the_list_holds_what_may_reach_the_guess_of_any_row_and_rows_collect_wha
         assert (collected_scores[r, : reached[r]].double() - exact[r, mine]).abs().max() < 1e-4
 
 
+class Flagging:
+    """The kernel that chooses, after which some rows are flagged that need not be."""
+
+    def __init__(self, kernel, flags):
+        self.kernel, self.flags = kernel, flags
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.kernel[grid](*args, **kwargs)
+            listed, flags = args[7], args[11]
+            flags.view(-1).copy_(self.flags)
+            listed[self.flags.to(listed.device) > 0] = 0
+
+        return launch
+
+
 @on_kernel_device
-@pytest.mark.parametrize("flags", [[1, 0, 1, 0, 0, 1], [0] * 6], ids=["some", "none"])
-def test_flagged_rows_are_searched_and_others_left_alone(flags, device):
-    case = Case("flagged", queries=2, group=3, keys=90, softcap=3.0, sinks=True)
+@pytest.mark.parametrize("refine", [True, False], ids=["refined", "rough"])
+def test_flagged_rows_are_searched_and_others_left_alone(refine, device, monkeypatch):
+    case = Case("flagged", queries=2, group=3, keys=90, softcap=3.0, sinks=True, refine=refine)
     inputs = inputs_of(case)
-    rows = (1, 3, 2)
-    moved = {name: x.to(device) for name, x in inputs.items()}
-    output = torch.full((*rows, 64), 7.0, device=device)
-    lse, kept_mass = (torch.full(rows, 7.0, device=device) for _ in range(2))
-    triton_search.search_rows(
-        *moved.values(),
-        torch.tensor(flags, dtype=torch.int32, device=device).view(rows),
-        torch.empty(6, device=device),
-        torch.empty(6, dtype=torch.int32, device=device),
-        *(output, lse, kept_mass),
-        scale=64**-0.5,
-        softcap=3.0,
-        sink_keys=case.sink_keys,
-        recent_keys=case.recent_keys,
-    )
-    expected = expect(case, inputs)
-    flagged = torch.tensor(flags).view(rows) > 0
-    for found, wanted in ((output, expected.output), (lse, expected.lse), (kept_mass, expected.kept_mass)):
-        assert (found.cpu()[~flagged] == 7.0).all()
-        torch.testing.assert_close(found.cpu()[flagged].double(), wanted[flagged], atol=1e-5, rtol=1e-5)
+    codes, flags = codes_of(case, inputs), torch.tensor([1, 0, 1, 0, 0, 1], dtype=torch.int32)
+    plain = run(case, device, inputs, codes)
+    monkeypatch.setattr(triton_decode_topk, "choose_kernel", Flagging(triton_decode_topk.choose_kernel, flags))
+    output, lse, bounds = run(case, device, inputs, codes)
+    expected, flagged = expect(case, inputs), flags.view(1, 3, 2) > 0
+    for found, without in zip((output, lse, bounds), plain, strict=True):
+        assert torch.equal(found[~flagged], without[~flagged])
+    for found, wanted in ((output, expected.output), (lse, expected.lse)):
+        torch.testing.assert_close(found[flagged].double(), wanted[flagged], atol=1e-5, rtol=1e-5)
+    assert_contains(bounds[flagged], expected.kept_mass[flagged])
+    assert (bounds[flagged][:, 1] - bounds[flagged][:, 0]).max() < 1e-3
+
+
+@on_kernel_device
+def test_a_sample_is_not_in_step_with_a_text_that_repeats_itself(device, flagged, monkeypatch):
+    # 64 samples of 1,024 keys, of which every sixteenth scores high: a sample in step sees these alone, or none.
+    case = Case("periodic", group=1, keys=1024, bounds=False, sink_keys=0, recent_keys=0)
+    for phase in range(0, 16, 2):
+        inputs = inputs_of(case)
+        inputs["key"] = 0.1 * inputs["key"]
+        inputs["key"][:, :, phase::16] += 4 * inputs["query"] / inputs["query"].norm()
+        inputs["budget"].fill_(100)
+        check(case, device, inputs)
+    assert flagged == [0] * 8
 
 
 def _all_equal(key):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton_tiles import PER_CALL, dot, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
+from nc_patch.ops.triton_tiles import PER_CALL, dot, dot_scores, forced_keys, load_query, program_rows, span
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -19,7 +19,6 @@ def attend_kernel(
     visible,
     budget,
     sinks,
-    flags,
     threshold,
     ties_end,
     output,
@@ -58,20 +57,16 @@ def attend_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_STATS: tl.constexpr,
-    FLAGGED: tl.constexpr,
 ):
     """Output, and on request log-sum-exp and kept mass, of one block of rows.
 
     A row attends the first and the last keys that the selection forces and, with ``BY_SCORE``, those that score above
     its ``threshold`` and, at positions below ``ties_end``, those that equal it. Without, only tiles that may hold
-    forced keys are read: one run of them from the rows' first start, one from their first recent key. With ``FLAGGED``
-    only the rows are written whose ``flags``, int32 ``[B, Hq, Lq]``, are not 0, and no key is read where none is.
+    forced keys are read: one run of them from the rows' first start, one from their first recent key.
     """
     batch, kv_head, index, head, row, valid, start, end, wanted = program_rows(
         visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
     )
-    if FLAGGED:
-        valid, end, wanted = only_flagged(flags + row, valid, start, end, wanted)
     query_rows = query + batch * stride_qb + head * stride_qh + index * stride_ql
     keys = key + batch * stride_kb + kv_head * stride_kh
     values = value + batch * stride_vb + kv_head * stride_vh

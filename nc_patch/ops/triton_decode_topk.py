@@ -9,18 +9,21 @@ Nothing is read back from the device and all sizes follow from shapes, so that a
 3. ``score_kernel``: reads the listed keys once for all rows of the block and scores them exactly; without ``refine`` it
    only copies. Collects, for each row, what reaches its guess.
 4. ``choose_kernel``: the exact k-th largest of these scores, and the proof that no other key reaches it.
-5. ``gather_kernel`` and ``combine_kernel``: softmax times value over the chosen keys, in parts, and their sum. A value
-   is read once for all rows of a block that attend its key.
-6. ``search_rows``: the rows whose list overflowed or whose guess was too high, if any, are searched over all keys. No
-   other row costs them anything.
-7. ``bounds_kernel``, where bounds are wanted.
+5. ``gather_kernel``: softmax times value over the chosen keys, in parts. A value is read once for all rows of a block
+   that attend its key.
+6. ``score_flagged_kernel``, ``choose_flagged_kernel`` and ``gather_kernel`` again: the rows whose list overflowed or
+   whose guess was too high, if any, choose among all keys (``triton_search``). No other row costs them anything.
+7. ``combine_kernel``: the sum of all parts.
+8. ``bounds_kernel``, where bounds are wanted.
 
-Eight launches, one more with bounds and two more with a tail: the pages' parts of the softmax before the sum of all
-parts (``triton_decode_tail``), and the search in two (``triton_search``). ``scripts/predict_decode.py`` counts bytes
-and launches and predicts times.
+Nine launches, one more with bounds and one more with a tail: the pages' parts of the softmax before the sum of all
+parts (``triton_decode_tail``). ``scripts/predict_decode.py`` counts bytes and launches and predicts times. What is held
+between them takes at most ``SCRATCH_BYTES``: where several queries of several sequences would take more, some of them
+go after the others, in as many launches again.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,10 +40,12 @@ from nc_patch.ops.triton_decode_tail import launch_tail, tail_splits
 from nc_patch.ops.triton_encode import code_strides
 from nc_patch.ops.triton_gather import bounds_kernel, gather_kernel
 from nc_patch.ops.triton_launch import architecture_of, check_inputs, check_tail, dense_last, padded_dim
-from nc_patch.ops.triton_search import search_rows
+from nc_patch.ops.triton_search import choose_flagged_kernel, score_flagged_kernel
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 from nc_patch.ops.triton_split import MAX_SPLITS, combine_splits, padded_splits, planned_length, share
 
+# What the kernels hand on to each other takes at most this much, unless one query of one sequence takes more.
+SCRATCH_BYTES = 256 * 2**20
 # Keys that a guess is taken from: fewer up to so many keys, and more beyond, where a closer guess saves more keys.
 _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
 # Room in a block's list, per key of the largest budget: for so many rows, each with twice its budget; and besides.
@@ -92,6 +97,19 @@ class Plan:
     def parts(self) -> int:
         """Parts of a row's softmax that are joined in the end, at most ``MAX_SPLITS``."""
         return self.chunks + self.tail_parts
+
+    def scratch_bytes(
+        self, heads: int, rows: int, keys: int, value_dim: int, slots: int, refine: bool, want_bounds: bool
+    ) -> int:
+        """What ``_decode_at_once`` allocates but for its results: for ``rows`` of each of ``heads`` of keys."""
+        of_block = self.splits * (self.segment + 1) + self.capacity
+        if not refine:
+            of_block += self.splits * self.rows * self.segment * (1 + want_bounds)
+        of_row = self.samples + 2 * self.room + max(self.capacity, keys) * (1 + want_bounds)
+        of_row += self.parts * (value_dim + 2) + slots + 8
+        if want_bounds:
+            of_row += 4 * self.splits + 8 * self.chunks
+        return 4 * heads * (-(-rows // self.rows) * of_block + rows * of_row)
 
 
 class Resident(NamedTuple):
@@ -210,18 +228,77 @@ def triton_topk_decode(
     _check_codes(query, key, codes)
     B, Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
+    architecture = architecture_of(query.device)
+    resident = resident_programs(query.dtype, max(D, DV), want_bounds)
+    query, key, value, visible = (dense_last(x) for x in (query, key, value, visible))
+    settings: dict[str, Any] = {
+        "scale": scale, "softcap": softcap, "sink_keys": sink_keys, "recent_keys": recent_keys, "refine": refine,
+        "want_bounds": want_bounds,
+    }  # fmt: skip
+
+    def plan_of(sequences: int, queries: int) -> Plan:
+        sizes = (sequences, Hkv, Hq // Hkv, queries, Lk, D)
+        tail_parts = 0 if tail is None else tail_splits(*sizes, DV, query.dtype, architecture)
+        return plan_for(*sizes, max(1, min(max_budget, Lk)), architecture, tail_parts, resident)
+
+    def scratch_of(sequences: int, queries: int) -> int:
+        sizes = (sequences * Hkv, Hq // Hkv * queries, Lk, DV, 0 if tail is None else slot_count(Lk))
+        return plan_of(sequences, queries).scratch_bytes(*sizes, refine, want_bounds)
+
+    sequences, queries = B, Lq
+    while B * Hq * Lq and sequences * queries > 1 and scratch_of(sequences, queries) > SCRATCH_BYTES:
+        sequences, queries = (-(-sequences // 2), queries) if sequences > 1 else (1, -(-queries // 2))
+    if (sequences, queries) == (B, Lq):
+        return _decode_at_once(
+            query, key, value, visible, budget, sinks, codes, tail, origin, plan_of(B, Lq), **settings
+        )
+    output = query.new_empty(B, Hq, Lq, DV)
+    lse = torch.empty((B, Hq, Lq), dtype=torch.float32, device=query.device)
+    bounds = torch.empty((B, Hq, Lq, 2) if want_bounds else (0,), dtype=torch.float32, device=query.device)
+    for b, q in itertools.product(range(0, B, sequences), range(0, Lq, queries)):
+        of, at = slice(b, b + sequences), slice(q, q + queries)
+        here = query[of, :, at]
+        found = _decode_at_once(
+            *(here, key[of], value[of], visible[of, at], budget[of, :, at], sinks, KeyCodes(*(t[of] for t in codes))),
+            *(None if tail is None else PageMeans(*(t[of] for t in tail)), None if origin is None else origin[of, at]),
+            plan_of(here.shape[0], here.shape[2]),
+            **settings,
+        )
+        for whole, part in zip((output, lse, bounds)[: 3 if want_bounds else 2], found, strict=False):
+            whole[of, :, at] = part
+    return output, lse, bounds
+
+
+def _decode_at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    codes: KeyCodes,
+    tail: PageMeans | None,
+    origin: torch.Tensor | None,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+    refine: bool,
+    want_bounds: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``triton_topk_decode`` of what it has checked, by one plan."""
+    B, Hq, Lq, D = query.shape
+    Hkv, Lk, DV = value.shape[1:]
     group, rows = Hq // Hkv, B * Hq * Lq
     device = query.device
+    architecture = architecture_of(device)
     output = query.new_empty(B, Hq, Lq, DV)
     lse = torch.empty((B, Hq, Lq), dtype=torch.float32, device=device)
     bounds = torch.empty((B, Hq, Lq, 2) if want_bounds else (0,), dtype=torch.float32, device=device)
     if rows == 0:
         return output, lse, bounds
-    architecture = architecture_of(device)
-    tail_parts = 0 if tail is None else tail_splits(B, Hkv, group, Lq, Lk, D, DV, query.dtype, architecture)
-    resident = resident_programs(query.dtype, max(D, DV), want_bounds)
-    plan = plan_for(B, Hkv, group, Lq, Lk, D, max(1, min(max_budget, Lk)), architecture, tail_parts, resident)
-    query, key, value, visible = (dense_last(x) for x in (query, key, value, visible))
     center, spread = codes.center.contiguous(), codes.spread.contiguous()
 
     def floats(*shape: int) -> torch.Tensor:
@@ -236,8 +313,9 @@ def triton_topk_decode(
     rough_shape = (0,) if refine else (programs, plan.splits, plan.rows, plan.segment)
     rough, rough_errors = floats(*rough_shape), floats(*(rough_shape if want_bounds else (0,)))
     outside = floats(rows, plan.splits, 4) if want_bounds else floats(0)
-    positions, scores = integers(programs, plan.capacity), floats(rows, plan.capacity)
-    errors = floats(rows, plan.capacity) if want_bounds else floats(0)
+    # Of the listed keys, and later of all keys for the flagged rows.
+    positions, scores = integers(programs, plan.capacity), floats(rows, max(plan.capacity, Lk))
+    errors = torch.empty_like(scores) if want_bounds else floats(0)
     reached, reached_positions, reached_scores = integers(rows), integers(rows, plan.room), floats(rows, plan.room)
     listed, threshold, ties_end = integers(rows), floats(rows), integers(rows)
     attended, flags = integers(B, Hq, Lq), integers(B, Hq, Lq)
@@ -246,7 +324,6 @@ def triton_topk_decode(
     page_counts = integers(rows, slots)
     begins = visible[..., 0] if origin is None else origin
     kept = floats(rows, plan.chunks, 8) if want_bounds else floats(0)
-    kept_mass = floats(B, Hq, Lq)
 
     q = query.stride()[:3]
     codes_at = code_strides(codes)
@@ -288,11 +365,27 @@ def triton_topk_decode(
             **constants["choose"],
             **options["choose"],
         )
+        of_lists = (listed, flags, threshold, ties_end, acc, peak, total, kept, begins, page_counts)
+        of_values = (*value.stride()[:3], *limits, *by_head)
+        divided = (plan.chunks, plan.parts, slots, *begins.stride(), scale, softcap)
         gather_kernel[(programs, plan.chunks)](
-            *(value, visible, budget, positions, scores, errors, listed, threshold, ties_end, acc, peak, total, kept),
-            *(begins, page_counts, *value.stride()[:3], *limits, *by_head),
-            *(plan.capacity, plan.chunks, plan.parts, slots, *begins.stride(), scale, softcap),
+            *(value, visible, budget, positions, scores, errors, *of_lists, *of_values, plan.capacity, *divided),
             **constants["gather"],
+            **options["gather"],
+        )
+        score_flagged_kernel[(programs, plan.splits)](
+            *(query, key, visible, budget, flags, scores, errors, *q, *key.stride()[:3], *limits, *by_head[:4]),
+            **constants["score_flagged"],
+            **options["score_flagged"],
+        )
+        choose_flagged_kernel[(rows,)](
+            *(visible, budget, flags, scores, listed, threshold, ties_end, *limits, Hq, Lq, Lk, sink_keys, recent_keys),
+            **constants["choose_flagged"],
+            **options["choose_flagged"],
+        )
+        gather_kernel[(programs, plan.chunks)](
+            *(value, visible, budget, positions, scores, errors, *of_lists, *of_values, Lk, *divided),
+            **constants["gather_flagged"],
             **options["gather"],
         )
         if tail is not None:
@@ -304,20 +397,9 @@ def triton_topk_decode(
                 softcap=softcap,
             )
         combine_splits(acc, peak, total, sinks, attended, output, lse, torch.empty_like(lse))
-        search_rows(
-            *(query, key, value, visible, budget, sinks, flags, threshold, ties_end, output, lse, kept_mass),
-            scale=scale,
-            softcap=softcap,
-            sink_keys=sink_keys,
-            recent_keys=recent_keys,
-            tail=tail,
-            origin=origin,
-        )
         if want_bounds:
             bounds_kernel[(rows,)](
-                *(query, visible, budget, codes.scale, codes.residual, center, spread, flags, outside, kept, kept_mass),
-                *(bounds, *q, *codes_at[3:], *limits, Hq, group, Lq, Lk, sink_keys, recent_keys),
-                *(plan.splits, plan.chunks, scale),
+                *(visible, flags, outside, kept, bounds, *limits[:2], Hq, Lq, Lk, plan.splits, plan.chunks),
                 **constants["bounds"],
                 **options["bounds"],
             )
@@ -340,38 +422,34 @@ def decode_constants(
     tile = {"D": head_dim, "BLOCK_M": plan.rows, "BLOCK_N": plan.keys, "BLOCK_H": half}
     splits = {"BLOCK_S": padded_splits(plan.splits)}
     flags = {"REFINE": refine, "WANT_BOUNDS": want_bounds}
+    exact = {
+        "D": head_dim,
+        "BLOCK_M": _MATRIX_ROWS,
+        "BLOCK_E": plan.scored,
+        "BLOCK_D": padded,
+        # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
+        "CHUNK_D": min(padded, 32) if dtype == torch.float32 else padded,
+    }
+    gather = {
+        "DV": value_dim,
+        "BLOCK_M": _MATRIX_ROWS,
+        "BLOCK_E": plan.gathered,
+        "BLOCK_DV": padded_dim(value_dim),
+        "HAS_SOFTCAP": has_softcap,
+        "WANT_BOUNDS": want_bounds,
+        "COUNT_PAGES": has_tail,
+    }
     return {
         "sample": {**tile, "SAMPLES": plan.samples},
         "guess": {"SAMPLES": plan.samples},
         "scan": {**tile, **flags, "HAS_SOFTCAP": has_softcap},
-        "score": {
-            **splits,
-            **flags,
-            "D": head_dim,
-            "ROWS": plan.rows,
-            "BLOCK_M": _MATRIX_ROWS,
-            "BLOCK_E": plan.scored,
-            "BLOCK_D": padded,
-            # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
-            "CHUNK_D": min(padded, 32) if dtype == torch.float32 else padded,
-        },
+        "score": {**splits, **flags, **exact, "ROWS": plan.rows},
         "choose": {**splits, "ROWS": plan.rows, "BLOCK_E": plan.held},
-        "gather": {
-            "DV": value_dim,
-            "BLOCK_M": _MATRIX_ROWS,
-            "BLOCK_E": plan.gathered,
-            "BLOCK_DV": padded_dim(value_dim),
-            "HAS_SOFTCAP": has_softcap,
-            "WANT_BOUNDS": want_bounds,
-            "COUNT_PAGES": has_tail,
-        },
-        "bounds": {
-            **splits,
-            "D": head_dim,
-            "BLOCK_C": padded_splits(plan.chunks),
-            "BLOCK_D": padded,
-            "BLOCK_N": 1024,
-        },
+        "gather": {**gather, "FLAGGED": False},
+        "score_flagged": {**exact, "WANT_BOUNDS": want_bounds},
+        "choose_flagged": {"BLOCK_E": plan.held},
+        "gather_flagged": {**gather, "FLAGGED": True},
+        "bounds": {**splits, "BLOCK_C": padded_splits(plan.chunks)},
     }
 
 
@@ -391,11 +469,13 @@ def decode_options(
     return {
         **dict.fromkeys(("sample", "bounds"), plain),
         "scan": {**plain, "num_stages": 3, "num_warps": 8 if head_dim > 128 and not amd else 4, **third},
-        "score": {**plain, "num_stages": 2, **fourth},
+        **dict.fromkeys(("score", "score_flagged"), {**plain, "num_stages": 2, **fourth}),
         # Two tiles on their way: positions come first, and one tile of so few values would leave the memory idle.
         "gather": {**plain, "num_stages": 5, "num_warps": 4 if amd or dtype != torch.float32 else 8, **third},
         "guess": {**plain, "num_warps": 16 if plan.samples > 4096 else 8 if plan.samples >= 2048 else 4},
-        "choose": {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4},
+        **dict.fromkeys(
+            ("choose", "choose_flagged"), {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4}
+        ),
     }
 
 
@@ -448,9 +528,12 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             yield Specialisation(
                 f"codes_{name}-{suffix}", kernel, constants[name], types, options[name], data_strides(kernel, "qkvc")
             )
-        counting = {**constants["gather"], "COUNT_PAGES": True}
         aligned = data_strides(gather_kernel)
-        yield Specialisation(f"codes_gather-{suffix}-tail", gather_kernel, counting, types, options["gather"], aligned)
+        for name, more in (
+            ("gather", {**constants["gather"], "COUNT_PAGES": True}),
+            ("gather_flagged", {**constants["gather_flagged"], "COUNT_PAGES": True}),
+        ):
+            yield Specialisation(f"codes_{name}-{suffix}-tail", gather_kernel, more, types, options["gather"], aligned)
 
 
 _KERNELS = {
@@ -460,6 +543,8 @@ _KERNELS = {
     "score": score_kernel,
     "choose": choose_kernel,
     "gather": gather_kernel,
+    "score_flagged": score_flagged_kernel,
+    "choose_flagged": choose_flagged_kernel,
     "bounds": bounds_kernel,
 }
 _INTEGERS = (

@@ -39,6 +39,8 @@ _HALF = {
     "sm_100": {64: Tiles(64, 64, 8, 3), 128: Tiles(64, 64, 8, 3), 256: Tiles(64, 32, 8, 1)},
     "gfx942": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
+# What head dimensions take instead that are no power of two: masks of what lies beyond them need registers.
+_HALF_MASKED = {"sm_90": {128: Tiles(128, 32, 8, 3), 256: Tiles(32, 32, 8, 3)}}
 _HALF_FEW_BY_ARCHITECTURE = {"gfx942": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 4, 2)}}
 # What a tail takes instead, where its second pass over the keys would leave too few registers.
 _HALF_WITH_TAIL = {
@@ -70,6 +72,8 @@ def tiles_for(
         return (_FLOAT32_FEW if few else _FLOAT32)[padded]
     if few:
         return _HALF_FEW_BY_ARCHITECTURE.get(architecture, _HALF_FEW)[padded]
+    if {head_dim, value_dim} != {padded} and padded in _HALF_MASKED.get(architecture, {}):
+        return _HALF_MASKED[architecture][padded]
     return _HALF[architecture][padded]
 
 
@@ -170,7 +174,7 @@ def launch_rows(
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
     if programs == 0:
         return
-    # Where no threshold is searched for, the kernel reads neither of these; nor flags, for which one of them stands.
+    # Where no threshold is searched for, the kernel reads neither of these.
     threshold = torch.empty(output.shape[:3] if by_score else (0,), dtype=torch.float32, device=device)
     ties_end = torch.empty(threshold.shape, dtype=torch.int32, device=device)
     query_key = (*query.stride()[:3], *key.stride()[:3])
@@ -179,7 +183,7 @@ def launch_rows(
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if by_score:
             threshold_kernel[(programs,)](
-                *(query, key, visible, budget, ties_end, threshold, ties_end, *query_key, *rows, *sizes),
+                *(query, key, visible, budget, threshold, ties_end, *query_key, *rows, *sizes),
                 **threshold_constants(D, tiles),
                 **compile_options(tiles, architecture),
             )
@@ -187,7 +191,7 @@ def launch_rows(
             means = PageMeans(*(addressable(x, tiles.keys) for x in tail))
             attend_tail_kernel[(programs,)](
                 *(query, key, value, *means, visible, origin, budget, lse if sinks is None else sinks.contiguous()),
-                *(ties_end, threshold, ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3]),
+                *(threshold, ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3]),
                 *(*means.key.stride()[:3], *means.value.stride()[:3], *visible.stride()[:2], *origin.stride()),
                 *(*rows[2:], *sizes, scale, softcap),
                 **tail_constants(D, DV, tiles, sinks is not None, softcap > 0, lse.numel() > 0),
@@ -195,8 +199,8 @@ def launch_rows(
             )
             return
         attend_kernel[(programs,)](
-            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), ties_end, threshold),
-            *(ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
+            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), threshold, ties_end),
+            *(output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
             **attend_constants(D, DV, tiles, by_score, sinks is not None, softcap > 0, lse.numel() > 0),
             **compile_options(tiles, architecture),
         )
@@ -222,12 +226,8 @@ def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:
     return options if architecture.startswith("gfx") else {**options, "maxnreg": 255}
 
 
-def threshold_constants(head_dim: int, tiles: Tiles, flagged: bool = False) -> dict[str, Any]:
+def threshold_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
     """The compile-time arguments of ``threshold_kernel``."""
-    return {**_tile_constants(head_dim, tiles), "FLAGGED": flagged}
-
-
-def _tile_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
     padded = padded_dim(head_dim)
     return {
         "D": head_dim,
@@ -246,12 +246,10 @@ def attend_constants(
     has_sinks: bool = False,
     has_softcap: bool = False,
     want_stats: bool = False,
-    flagged: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of ``attend_kernel``."""
     return {
-        **_tile_constants(head_dim, tiles),
-        "FLAGGED": flagged,
+        **threshold_constants(head_dim, tiles),
         "DV": value_dim,
         "BLOCK_DV": padded_dim(value_dim),
         "BY_SCORE": by_score,
@@ -268,10 +266,9 @@ def tail_constants(
     has_sinks: bool = False,
     has_softcap: bool = False,
     want_stats: bool = False,
-    flagged: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of ``attend_tail_kernel``."""
-    constants = attend_constants(head_dim, value_dim, tiles, True, has_sinks, has_softcap, want_stats, flagged)
+    constants = attend_constants(head_dim, value_dim, tiles, True, has_sinks, has_softcap, want_stats)
     del constants["BY_SCORE"]
     return constants
 

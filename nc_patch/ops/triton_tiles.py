@@ -60,13 +60,6 @@ def program_rows(
 
 
 @triton.jit
-def only_flagged(flags, valid, start, end, wanted):
-    """(valid, end, budget) of the rows of ``program_rows``, of which those whose flag is 0 are none, and see no key."""
-    flagged = tl.load(flags, mask=valid, other=0) != 0
-    return flagged, tl.where(flagged, end, start), tl.where(flagged, wanted, 0)
-
-
-@triton.jit
 def span(low, high, among):
     """(smallest ``low``, largest ``high``) of the rows in ``among``; an empty range when there are none."""
     least = tl.min(tl.where(among, low, FAR), axis=0)
