@@ -19,10 +19,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from nc_patch import KeyIndex, ops  # noqa: E402
 from nc_patch.budget import budget_of  # noqa: E402
-from nc_patch.ops import backends, custom_ops, decode_ops, triton_block, triton_launch  # noqa: E402
+from nc_patch.ops import backends, custom_ops, decode_ops, triton_block, triton_decode_topk, triton_launch  # noqa: E402
 from nc_patch.ops.by_backend import READS_HOST, BackendOp  # noqa: E402
+from nc_patch.ops.codes import KeyCodes  # noqa: E402
 from nc_patch.ops.pages import VECTORS, page_count  # noqa: E402
-from nc_patch.ops.tail import slot_count  # noqa: E402
+from nc_patch.ops.tail import PageMeans, slot_count  # noqa: E402
 from nc_patch.ops.triton_block_plan import BlockPlan  # noqa: E402
 
 needs_tag = pytest.mark.skipif(not READS_HOST, reason="this version of PyTorch cannot mark such operations")
@@ -158,9 +159,7 @@ def average(head_dim: int) -> None:
 
 
 BLOCK_KERNELS = {"score_blocks", "choose_blocks", "attend_blocks", "blank_rows"}
-CODE_KERNELS = {
-    *("sample", "guess", "scan", "score", "choose", "gather", "score_flagged", "choose_flagged", "combine"),
-}
+CODE_KERNELS = {"sample", "guess", "scan", "score", "choose", "gather", "score_flagged", "choose_flagged", "combine"}
 PAGE_KERNELS = {"score_pages", "choose_pages", "attend_pages", "combine", "attend"}
 # What runs, and the kernels that it launches.
 CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
@@ -192,6 +191,54 @@ CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
     "encode": (encode, {"encode"}),
     "means": (average, {"means"}),
 }
+
+
+@pytest.mark.parametrize("bounds", [False, True], ids=["plain", "bounds"])
+@pytest.mark.parametrize(("sequences", "queries", "tail"), [(8, 32, True), (8, 1, True), (1, 32, False), (1, 2, False)])
+def test_decoding_holds_no_more_memory_than_allowed_and_as_much_as_it_counts(
+    sequences, queries, tail, bounds, grids, monkeypatch
+):
+    # Llama-3-8B at 131,072 tokens, where several queries of several sequences would take gigabytes.
+    D, keys = 128, 131_072
+    held: list[int] = []
+    counted: list[int] = []
+    empty, decode = torch.empty, triton_decode_topk._decode_at_once
+    count = triton_decode_topk.Plan.scratch_bytes
+
+    def counting_empty(*shape, **options):
+        made = empty(*shape, **options)
+        held[-1:] = [sum(held[-1:]) + made.nbytes]
+        return made
+
+    def decoding(*args, **options):
+        held.append(0)
+        results = decode(*args, **options)
+        held[-1] -= sum(result.nbytes for result in results[1:])  # the output is no ``torch.empty``
+        held.append(0)
+        return results
+
+    monkeypatch.setattr(torch, "empty", counting_empty)
+    monkeypatch.setattr(triton_decode_topk, "_decode_at_once", decoding)
+    monkeypatch.setattr(
+        triton_decode_topk.Plan, "scratch_bytes", lambda *args: counted.append(count(*args)) or counted[-1]
+    )
+    query, key = (empty(sequences, H, L, D, dtype=torch.bfloat16, device="meta") for H, L in ((32, queries), (8, keys)))
+    integer = {"dtype": torch.int32, "device": "meta"}
+    visible, budget = empty(sequences, queries, 2, **integer), empty(sequences, 1, queries, **integer)
+    half = empty(sequences, 8, keys, D // 2, dtype=torch.int8, device="meta")
+    number = empty(sequences, 8, keys, dtype=torch.bfloat16, device="meta")
+    channel = empty(sequences, 8, D, device="meta")
+    codes = KeyCodes(half, half, number.float(), number, number, channel, channel)
+    means = PageMeans(*(empty(sequences, 8, slot_count(keys), D, dtype=torch.bfloat16, device="meta"),) * 2)
+    triton_decode_topk.triton_topk_decode(
+        *(query, key, key, visible, budget, None, codes), scale=0.1, softcap=0.0, sink_keys=4, recent_keys=4,
+        refine=True, max_budget=4_705, want_bounds=bounds, tail=means if tail else None,
+        origin=visible[..., 0] if tail else None,
+    )  # fmt: skip
+    largest = max(held)
+    assert largest <= triton_decode_topk.SCRATCH_BYTES
+    # What is counted is what is allocated.
+    assert largest == pytest.approx(counted[-1], rel=1e-3)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -249,6 +249,27 @@ def test_decoding_equals_the_reference_and_bounds_hold(case, device, flagged):
 
 
 @on_kernel_device
+def test_queries_that_go_one_after_another_give_what_they_give_together(device, monkeypatch):
+    case = Case("parts", torch.bfloat16, 2, queries=3, keys=90, sinks=True, budgets="per_head", intervals="padding")
+    inputs, calls = inputs_of(case), []
+    decode = triton_decode_topk._decode_at_once
+
+    def counting(query, *args, **kwargs):
+        calls.append(tuple(query.shape))
+        return decode(query, *args, **kwargs)
+
+    monkeypatch.setattr(triton_decode_topk, "_decode_at_once", counting)
+    together, lse, _ = run(case, device, inputs)
+    monkeypatch.setattr(triton_decode_topk, "SCRATCH_BYTES", 1)
+    output, lse_of_parts, bounds = run(case, device, inputs)
+    torch.testing.assert_close(output, together, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(lse_of_parts, lse, atol=1e-6, rtol=1e-6)
+    # What is listed besides the best keys depends on the rows that share a list, and so does how tight bounds are.
+    assert_contains(bounds, expect(case, inputs).kept_mass)
+    assert calls == [(2, 3, 3, 64)] + [(1, 3, 1, 64)] * 6
+
+
+@on_kernel_device
 def test_an_empty_row_keeps_all_mass(device):
     case = Case("empty", intervals="empty")
     _, _, bounds = run(case, device, inputs_of(case))

@@ -246,9 +246,7 @@ def choose_blocks(
     return block_indices, block_counts, estimate
 
 
-def score_chunks(
-    widths: list[int], kv_heads: int, rows: int, multiprocessors: int
-) -> list[tuple[int, int, int]]:
+def score_chunks(widths: list[int], kv_heads: int, rows: int, multiprocessors: int) -> list[tuple[int, int, int]]:
     """The query blocks that are scored and chosen for at once, see ``chunks_of``; ``rows`` are sampled, of one head.
 
     Their scores take at most ``MOST_SCORE_BYTES``, unless one query block's alone take more.

@@ -315,7 +315,7 @@ def _decode_at_once(
     outside = floats(rows, plan.splits, 4) if want_bounds else floats(0)
     # Of the listed keys, and later of all keys for the flagged rows.
     positions, scores = integers(programs, plan.capacity), floats(rows, max(plan.capacity, Lk))
-    errors = torch.empty_like(scores) if want_bounds else floats(0)
+    errors = floats(*scores.shape) if want_bounds else floats(0)
     reached, reached_positions, reached_scores = integers(rows), integers(rows, plan.room), floats(rows, plan.room)
     listed, threshold, ties_end = integers(rows), floats(rows), integers(rows)
     attended, flags = integers(B, Hq, Lq), integers(B, Hq, Lq)
@@ -474,7 +474,8 @@ def decode_options(
         "gather": {**plain, "num_stages": 5, "num_warps": 4 if amd or dtype != torch.float32 else 8, **third},
         "guess": {**plain, "num_warps": 16 if plan.samples > 4096 else 8 if plan.samples >= 2048 else 4},
         **dict.fromkeys(
-            ("choose", "choose_flagged"), {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4}
+            ("choose", "choose_flagged"),
+            {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4},
         ),
     }
 
