@@ -16,7 +16,7 @@ Nothing is read back from the device and all sizes follow from shapes, so that a
 7. ``combine_kernel``: the sum of all parts.
 8. ``bounds_kernel``, where bounds are wanted.
 
-Nine launches, one more with bounds and one more with a tail: the pages' parts of the softmax before the sum of all
+Ten launches, one more with bounds and one more with a tail: the pages' parts of the softmax before the sum of all
 parts (``triton_decode_tail``). ``scripts/predict_decode.py`` counts bytes and launches and predicts times. What is held
 between them takes at most ``SCRATCH_BYTES``: where several queries of several sequences would take more, some of them
 go after the others, in as many launches again.
@@ -466,17 +466,18 @@ def decode_options(
     # So many programs fit a multiprocessor as the plan counts on; and otherwise, as in ``compile_options``, all
     # registers, lest NVIDIA's assembler spills some.
     fourth, third = ({} if amd else {"maxnreg": count if slim else 255} for count in (128, 168))
+    scoring = {**plain, "num_stages": 2, **fourth}
+    choosing = {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4}
     return {
         **dict.fromkeys(("sample", "bounds"), plain),
         "scan": {**plain, "num_stages": 3, "num_warps": 8 if head_dim > 128 and not amd else 4, **third},
-        **dict.fromkeys(("score", "score_flagged"), {**plain, "num_stages": 2, **fourth}),
+        "score": scoring,
+        "score_flagged": scoring,
         # Two tiles on their way: positions come first, and one tile of so few values would leave the memory idle.
         "gather": {**plain, "num_stages": 5, "num_warps": 4 if amd or dtype != torch.float32 else 8, **third},
         "guess": {**plain, "num_warps": 16 if plan.samples > 4096 else 8 if plan.samples >= 2048 else 4},
-        **dict.fromkeys(
-            ("choose", "choose_flagged"),
-            {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4},
-        ),
+        "choose": choosing,
+        "choose_flagged": choosing,
     }
 
 

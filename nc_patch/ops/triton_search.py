@@ -1,8 +1,8 @@
 """Rows whose keys could not be chosen from codes: all their keys are scored, chosen from and attended.
 
-Three launches, of as many programs as the other steps have, and in most steps nothing to do for any of them: exact
-scores of all keys, the threshold of each row, and the partial softmax of ``triton_gather``, which takes the place of the
-row's empty one.
+Three launches, of as many programs as the other steps have, most of the time with nothing to do: exact scores of all
+keys, the threshold of each row, and the partial softmax of ``triton_gather``, which takes the place of the row's empty
+one.
 """
 
 import triton
