@@ -386,7 +386,7 @@ def _decode_at_once(
         gather_kernel[(programs, plan.chunks)](
             *(value, visible, budget, positions, scores, errors, *of_lists, *of_values, Lk, *divided),
             **constants["gather_flagged"],
-            **options["gather"],
+            **options["gather_flagged"],
         )
         if tail is not None:
             launch_tail(
@@ -466,6 +466,7 @@ def decode_options(
     # So many programs fit a multiprocessor as the plan counts on; and otherwise, as in ``compile_options``, all
     # registers, lest NVIDIA's assembler spills some.
     fourth, third = ({} if amd else {"maxnreg": count if slim else 255} for count in (128, 168))
+    gathering = {**plain, "num_warps": 4 if amd or dtype != torch.float32 else 8}
     scoring = {**plain, "num_stages": 2, **fourth}
     choosing = {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4}
     return {
@@ -474,7 +475,9 @@ def decode_options(
         "score": scoring,
         "score_flagged": scoring,
         # Two tiles on their way: positions come first, and one tile of so few values would leave the memory idle.
-        "gather": {**plain, "num_stages": 5, "num_warps": 4 if amd or dtype != torch.float32 else 8, **third},
+        "gather": {**gathering, "num_stages": 5, **third},
+        # There no positions come first, and more stages would spill registers.
+        "gather_flagged": {**gathering, "num_stages": 2, **({} if amd else {"maxnreg": 255})},
         "guess": {**plain, "num_warps": 16 if plan.samples > 4096 else 8 if plan.samples >= 2048 else 4},
         "choose": choosing,
         "choose_flagged": choosing,
@@ -535,7 +538,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             ("gather", {**constants["gather"], "COUNT_PAGES": True}),
             ("gather_flagged", {**constants["gather_flagged"], "COUNT_PAGES": True}),
         ):
-            yield Specialisation(f"codes_{name}-{suffix}-tail", gather_kernel, more, types, options["gather"], aligned)
+            yield Specialisation(f"codes_{name}-{suffix}-tail", gather_kernel, more, types, options[name], aligned)
 
 
 _KERNELS = {
