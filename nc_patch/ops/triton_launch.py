@@ -35,12 +35,12 @@ _FLOAT32_FEW = {64: Tiles(16, 32, 4, 1, 32), 128: Tiles(16, 32, 4, 1, 32), 256: 
 _HALF_FEW = {64: Tiles(16, 64, 4, 3), 128: Tiles(16, 32, 4, 3), 256: Tiles(16, 32, 8, 3)}
 _HALF = {
     "sm_80": {64: Tiles(128, 32, 8, 3), 128: Tiles(64, 32, 8, 3), 256: Tiles(32, 32, 8, 3)},
-    "sm_90": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 2)},
+    "sm_90": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(32, 32, 8, 3)},
     "sm_100": {64: Tiles(64, 64, 8, 3), 128: Tiles(64, 64, 8, 3), 256: Tiles(64, 32, 8, 1)},
     "gfx942": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
 # What head dimensions take instead that are no power of two: masks of what lies beyond them need registers.
-_HALF_MASKED = {"sm_90": {128: Tiles(128, 32, 8, 3), 256: Tiles(32, 32, 8, 3)}}
+_HALF_MASKED = {"sm_90": {128: Tiles(128, 32, 8, 3)}}
 _HALF_FEW_BY_ARCHITECTURE = {"gfx942": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 4, 2)}}
 # What a tail takes instead, where its second pass over the keys would leave too few registers.
 _HALF_WITH_TAIL = {
