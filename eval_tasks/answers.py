@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.measure import Attention, Peak, Phase, attended, in_phase, memory_watched, only_last
+from eval_tasks.measure import Attention, Peak, Phase, attended, in_phase, memory_watched, only_last, with_cache
 from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.synthetic import GENERATORS, Material, synthesize
 
@@ -148,8 +148,8 @@ def _greedy(
     step, first = rest[None], length - len(rest)
     while len(said) < new_tokens:
         positions = torch.arange(first, first + step.shape[1], device=rest.device)[None]
-        options = only_last(model, 1)
-        logits = model(input_ids=step, past_key_values=cache, position_ids=positions, use_cache=True, **options).logits
+        options = {**with_cache(model, cache), **only_last(model, 1)}
+        logits = model(input_ids=step, position_ids=positions, use_cache=True, **options).logits
         token = int(logits[0, -1].argmax())
         first += step.shape[1]
         said.append(token)

@@ -228,14 +228,14 @@ def attending(model: Any, attention: Attention, tail: int | None) -> Iterator[Ca
 def prefilled(model: Any, context: torch.Tensor, attention: Attention = None) -> DynamicCache:
     """The cache of a prefill of ``context``, int64 ``[N]``; compressed where a press is given."""
     cache = DynamicCache(config=model.config)
-    options: dict[str, Any] = {"use_cache": True, **only_last(model, 1)}
+    options: dict[str, Any] = {**with_cache(model, cache), "use_cache": True, **only_last(model, 1)}
     if not isinstance(attention, Press):
-        model(input_ids=context[None], past_key_values=cache, **options)
+        model(input_ids=context[None], **options)
         return cache
     # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
     options["cache_position"] = torch.arange(len(context), device=context.device)
     with attention.compressing(model, len(context)):
-        model(input_ids=context[None], past_key_values=cache, **options)
+        model(input_ids=context[None], **options)
     return cache
 
 
@@ -255,7 +255,7 @@ def _forward(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache | Non
         logits: torch.Tensor = model(input_ids=ids[None], use_cache=False, **only_last(model, keep)).logits
     else:
         positions = torch.arange(len(ids) - keep, len(ids), device=ids.device)[None]
-        logits = model(input_ids=ids[None, -keep:], past_key_values=cache, position_ids=positions).logits
+        logits = model(input_ids=ids[None, -keep:], position_ids=positions, **with_cache(model, cache)).logits
     return logits[0, -keep:]
 
 
@@ -268,6 +268,11 @@ def _one_by_one(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache) -
 def only_last(model: Any, keep: int) -> dict[str, int]:
     """The argument that lets a model compute the last logits alone, where it takes one."""
     return {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def with_cache(model: Any, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """The argument that hands a model its cache; transformers 5.24 has renamed it, and warns of the old name."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def _attended(model: Any) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def sparse_attention(
             sinks=sinks,
             index=index,
             means=means,
-            max_budget=config.largest_budget(Lk, 0),
+            max_budget=0 if index is None else config.largest_budget(Lk, 0),
             want_stats=return_stats,
             want_bounds=wants_bounds,
         )

@@ -271,8 +271,8 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.
 
 
 # By how many steps the bisection below finds one of 2**steps keys. A few numbers for all lengths: a graph is compiled
-# for each, and may be of any length otherwise.
-_SEARCH_STEPS = (12, 17, 22, 31)
+# for each, and may be of any length otherwise. What is exported is one graph, with the most.
+_SEARCH_STEPS = (31, 22, 17, 12)
 
 
 def _probe(
@@ -295,10 +295,10 @@ def _probe(
     batch = torch.arange(batch_size, device=position.device)[:, None]
     head = torch.zeros_like(batch)
     low, high = torch.zeros_like(position), position.clone()
-    steps = _SEARCH_STEPS[0]
-    for more in _SEARCH_STEPS[1:]:
-        if length > 1 << steps:
-            steps = more
+    steps, *fewer = _SEARCH_STEPS
+    for enough in () if torch.compiler.is_exporting() else fewer:
+        if length <= 1 << enough:
+            steps = enough
     for _ in range(steps):
         middle = (low + high) // 2
         seen = mask_function(batch, head, position, middle)

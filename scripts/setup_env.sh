@@ -11,26 +11,26 @@ nc_fail() {
     exit 1
 }
 
-# Whether $1 runs and is Python 3.10 or newer.
+# Whether $1 runs and is Python 3.11 or newer: the library runs with 3.10, but the pinned versions do not.
 nc_python_fits() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
 # Prints the first interpreter that fits, beginning with those the pinned versions are tested with.
 nc_find_python() {
     local candidate
     if [ -n "${PYTHON:-}" ]; then
-        nc_python_fits "$PYTHON" || nc_fail "PYTHON=$PYTHON is not Python 3.10 or newer, or does not run"
+        nc_python_fits "$PYTHON" || nc_fail "PYTHON=$PYTHON is not Python 3.11 or newer, which constraints.txt needs, or does not run"
         printf '%s\n' "$PYTHON"
         return
     fi
-    for candidate in python3.11 python3.12 python3.13 python3 python3.14 python3.10 python; do
+    for candidate in python3.11 python3.12 python3.13 python3 python3.14 python; do
         if nc_python_fits "$candidate"; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    nc_fail "Python 3.10 or newer is needed and none was found; install it, or say where it is with PYTHON=/path/to/python"
+    nc_fail "Python 3.11 or newer is needed and none was found; install it, or say where it is with PYTHON=/path/to/python"
 }
 
 # Prints a hash of what extra $1 is installed from.

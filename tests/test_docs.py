@@ -1,6 +1,7 @@
 """The documentation: links that lead somewhere, a table of options that is true, figures from files, code that runs."""
 
 import dataclasses
+import json
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -199,3 +200,14 @@ def test_every_file_and_folder_has_its_place_in_the_page_of_parts(package):
     assert there
     assert [name for name in there if not any(fnmatch(name, pattern) for pattern in named)] == []
     assert [pattern for pattern in named if not any(fnmatch(name, pattern) for name in there)] == []
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "triton"])
+def test_the_oldest_and_the_newest_supported_minor_version_are_on_record_as_passed(package):
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (oldest, bound), *others = re.findall(rf'"{package}>=(\d+\.\d+),<(\d+\.\d+)', project)
+    major, minor = map(int, bound.split("."))
+    cells = json.loads((ROOT / "docs" / "results" / "matrix.json").read_text(encoding="utf-8"))["cells"]
+    passed = {".".join(cell[package].split(".")[:2]) for cell in cells if cell["outcome"] == "passed"}
+    assert not others
+    assert {oldest, f"{major}.{minor - 1}"} <= passed

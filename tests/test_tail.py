@@ -121,10 +121,10 @@ def test_pages_of_packed_sequences_lie_in_slots_of_their_own():
     origin = torch.tensor([[0] * 20 + [20] * 33 + [53] * 40], dtype=torch.int32)
     end = torch.arange(1, 94, dtype=torch.int32)[None]
     starts = page_starts(torch.stack((origin, end), -1), origin, 93)
-    assert starts.tolist() == [[0, 20, 36, 53, 69, -1]]
+    assert starts.tolist() == [[0, 20, 36, 53, 69, -1, -1]]
     negative = torch.full_like(origin, -5)  # a sequence whose first five keys are gone
     starts = page_starts(torch.stack((torch.zeros_like(end), end), -1), negative, 93)
-    assert starts.tolist() == [[11, 27, 43, 59, 75, -1]]
+    assert starts.tolist() == [[11, 27, 43, 59, 75, -1, -1]]
 
 
 def test_prefill_chunks_and_single_tokens_score_alike():

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import Version
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
@@ -69,9 +68,10 @@ QUICK = [
     "threshold_tail-bf16-d128",
     "encode-bf16-d128",
 ]
-# Triton before 3.7.1, which PyTorch before 2.13 brings, spills a few registers in up to five of these: 21 instructions
-# of thousands at most.
-MOST_SPILLS = 0 if Version(triton.__version__) >= Version("3.7.1") else 32
+# Instructions that spill in any of these, of thousands: none with the pinned Triton. Those of other versions of PyTorch
+# allocate registers otherwise. Before 3.7.1 up to five variants spill; with 3.8 ten, 72 in topk of float32 on gfx942
+# and up to 22 in the others; with 3.9 four, of attend_blocks, codes_tail and codes_choose.
+MOST_SPILLS = {"3.7.1": 0, "3.8.0": 72, "3.9.0": 12}.get(triton.__version__, 32)
 VARIANTS = {target: specialisations(target) for target in TARGETS}
 NAMES = list(VARIANTS["sm_90"])
 

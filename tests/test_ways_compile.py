@@ -8,6 +8,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
 from ways import each_family, full_and_small, small
 
+from nc_patch import sparse_attention
+
+SELECTIONS = [
+    {"selection": "topk"},
+    {"selection": "topk", "tail": "drop"},
+    {"selection": "window"},
+    {"selection": "block"},
+]
+
 
 @pytest.mark.parametrize("family", each_family("gemma2"))
 def test_a_compiled_forward_equals_dense_and_the_eager_one(family):
@@ -52,7 +61,7 @@ def test_prompts_of_many_lengths_share_their_graphs(family):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=frames, fullgraph=True)
     with torch.inference_mode():
-        for length in (40, 20, 31, 55, 64):
+        for length in (40, 20, 31, 9, 55, 64):  # of a page or less too
             ids = random_ids(2, length)
             found, expected = (m(ids, use_cache=False).logits for m in (compiled, model))
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
@@ -82,3 +91,49 @@ def test_a_compiled_call_refuses_a_padding_mask_with_holes():
         mask[0, 20] = 0
         with pytest.raises(RuntimeError, match=r"the padding mask has holes.*to generate, to the left"):
             compiled(ids, attention_mask=mask, use_cache=False)
+
+
+class Logits(torch.nn.Module):
+    """The logits of a model without a cache, for ``torch.export``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
+class Attention(torch.nn.Module):
+    """``sparse_attention`` with settings, for ``torch.export``."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, query, key, value):
+        return sparse_attention(query, key, value, alpha=2.0, C=0.5, **self.settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [*SELECTIONS, {"family": "gemma2"}], ids=lambda settings: "-".join(settings.values())
+)
+def test_an_exported_model_takes_every_length_from_two_on(settings):
+    logits, length = Logits(small(**settings)), torch.export.Dim("length", min=2, max=8192)
+    exported = torch.export.export(logits, (random_ids(2, 40),), dynamic_shapes=({1: length},)).module()
+    for ids in (random_ids(2, length) for length in (2, 9, 16, 17, 70)):
+        torch.testing.assert_close(exported(ids), logits(ids), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", SELECTIONS, ids=lambda settings: "-".join(settings.values()))
+def test_exported_attention_takes_every_number_of_queries_and_keys(settings):
+    attention, rows = Attention(settings), lambda heads, length: torch.randn(1, heads, length, 16)
+    queries, keys = torch.export.Dim("queries", min=2, max=512), torch.export.Dim("keys", min=2, max=4096)
+    exported = torch.export.export(
+        attention,
+        (rows(4, 40), rows(2, 90), rows(2, 90)),
+        dynamic_shapes=({2: queries}, {2: keys}, {2: keys}),
+    ).module()
+    for asked, seen in ((2, 2), (2, 9), (9, 17), (60, 70), (2, 300)):
+        inputs = (rows(4, asked), rows(2, seen), rows(2, seen))
+        torch.testing.assert_close(exported(*inputs), attention(*inputs), atol=2e-5, rtol=0)

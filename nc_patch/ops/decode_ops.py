@@ -126,7 +126,7 @@ def page_means(
 
 @page_means.register_fake
 def _(key, value, visible, origin, backend):  # type: ignore[no-untyped-def]
-    slots = slot_count(key.shape[2])
+    slots = slot_count(key.shape[2]) + 1  # see page_starts
     return key.new_empty(*key.shape[:2], slots, key.shape[3]), value.new_empty(*value.shape[:2], slots, value.shape[3])
 
 

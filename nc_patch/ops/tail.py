@@ -33,7 +33,10 @@ def slot_count(key_length: int) -> int:
 
 
 def page_starts(visible: torch.Tensor, origin: torch.Tensor, key_length: int) -> torch.Tensor:
-    """The position at which the page in each slot starts, int64 ``[B, S]``; -1 where there is no whole page.
+    """The position at which the page in each slot starts, int64 ``[B, S + 1]``; -1 where there is no whole page.
+
+    The last slot is a spare one, so that there are two or more: PyTorch takes a size of one for a constant, and a graph
+    of means in one slot would serve up to 16 keys only, or more only.
 
     Args:
         visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``, where each query's sequence begins. Only queries that
@@ -41,9 +44,7 @@ def page_starts(visible: torch.Tensor, origin: torch.Tensor, key_length: int) ->
         key_length: number of keys. Nothing is read back from the device.
     """
     B = visible.shape[0]
-    slots = slot_count(key_length)
-    if not slots:
-        return origin.new_zeros(B, 0, dtype=torch.int64)
+    slots = slot_count(key_length) + 1
     nothing = torch.iinfo(torch.int32).min // 2
     begin = torch.where(visible[..., 1] > visible[..., 0], origin, nothing).long()
     padded = slots * TAIL_PAGE_SIZE

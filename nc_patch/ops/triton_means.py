@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans, slot_count
+from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans
 from nc_patch.ops.triton_launch import dense_last
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 
@@ -26,9 +26,9 @@ def triton_page_means(key: torch.Tensor, value: torch.Tensor, starts: torch.Tens
 
     Args:
         key: ``[B, Hkv, N, D]``. value: ``[B, Hkv, N, Dv]``. Any strides.
-        starts: int64 ``[B, S]``, S = ``slot_count(N)``. A negative start gives a mean of other keys.
+        starts: int64 ``[B, S]``. A negative start gives a mean of other keys.
     """
-    shape = (*key.shape[:2], slot_count(key.shape[2]))
+    shape = (*key.shape[:2], starts.shape[1])
     means = PageMeans(key.new_empty(*shape, key.shape[3]), value.new_empty(*shape, value.shape[3]))
     starts = starts.contiguous()
     _launch(key, value, starts, starts, starts, shape[2], means, True)

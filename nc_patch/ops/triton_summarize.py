@@ -142,7 +142,8 @@ def summarize_kernel(
             broken += tl.sum((~(size < float("inf"))).to(tl.int32), axis=1)
             largest = tl.maximum(largest, tl.max(size, axis=1))
         sound = tl.sum(broken, axis=0) == 0
-        exists = exists & sound
+        # Not ``exists & sound``: a mask made from a scalar's truth is none in the interpreter of Triton 3.9.
+        exists = exists & (k < tl.where(sound, BLOCK_SIZE, 0))
         most = tl.max(tl.where(broken == 0, largest, 0.0), axis=0)
         unit = (most.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
         unit = tl.maximum(unit, _SMALLEST)
