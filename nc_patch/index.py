@@ -113,9 +113,9 @@ class KeyIndex:
         for name, tensor in (("start", start), ("end", end)):
             _check_ends(name, tensor, B, key)
         check_value(kind, key, value)
-        given, capacity = capacity, L if capacity is None else as_integer(capacity)
+        asked, capacity = capacity, L if capacity is None else as_integer(capacity)
         if capacity is None or capacity < L:
-            raise ValueError(f"capacity must be a number of at least the {L} keys that are there, got {given!r}")
+            raise ValueError(f"capacity must be a number of at least the {L} keys that are there, got {asked!r}")
         room = -(-capacity // _CAPACITY_UNIT) * _CAPACITY_UNIT
         new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
         if kind == "codes":
