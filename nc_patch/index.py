@@ -28,12 +28,15 @@ KIND_OF: dict[str, IndexKind] = {"topk": "codes", "block": "pages"}
 
 # A growing index reserves this many keys, or this part of its length if more, so that few steps copy it.
 _SMALLEST_RESERVE = 128
+# Buffers hold a multiple of so many keys: the strides that kernels are compiled for do not depend on a prompt's length.
+_CAPACITY_UNIT = 128
 _RESERVED_PART = 64
 
 
 def reserve_for(length: int) -> int:
-    """How many keys a growing buffer makes room for when it has to hold ``length``."""
-    return length + max(_SMALLEST_RESERVE, length // _RESERVED_PART)
+    """How many keys a growing buffer makes room for when it has to hold ``length``: more, a multiple of 128."""
+    room = length + max(_SMALLEST_RESERVE, length // _RESERVED_PART)
+    return room // _CAPACITY_UNIT * _CAPACITY_UNIT
 
 
 class KeyIndex:
@@ -110,10 +113,10 @@ class KeyIndex:
         for name, tensor in (("start", start), ("end", end)):
             _check_ends(name, tensor, B, key)
         check_value(kind, key, value)
-        room = L if capacity is None else as_integer(capacity)
-        if room is None or room < L:
-            raise ValueError(f"capacity must be a number of at least the {L} keys that are there, got {capacity!r}")
-        capacity = room
+        asked, capacity = capacity, L if capacity is None else as_integer(capacity)
+        if capacity is None or capacity < L:
+            raise ValueError(f"capacity must be a number of at least the {L} keys that are there, got {asked!r}")
+        room = -(-capacity // _CAPACITY_UNIT) * _CAPACITY_UNIT
         new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
         if kind == "codes":
             with autocast_off(key):
@@ -122,21 +125,21 @@ class KeyIndex:
                 # Whose last axis is D, first: ``fits`` looks at it.
                 "center": center,
                 "spread": spread,
-                "high": new(capacity, (D + 1) // 2, dtype=torch.int8),
-                "low": new(capacity, (D + 1) // 2, dtype=torch.int8),
-                "scale": new(capacity, dtype=torch.float32),
-                "coarse": new(capacity, dtype=torch.bfloat16),
-                "residual": new(capacity, dtype=torch.bfloat16),
+                "high": new(room, (D + 1) // 2, dtype=torch.int8),
+                "low": new(room, (D + 1) // 2, dtype=torch.int8),
+                "scale": new(room, dtype=torch.float32),
+                "coarse": new(room, dtype=torch.bfloat16),
+                "residual": new(room, dtype=torch.bfloat16),
             }
         elif kind == "pages":
-            pages = page_count(capacity, block_size)
+            pages = page_count(room, block_size)
             tensors = {
                 "page_codes": new(pages, VECTORS, D, dtype=torch.int8),
                 "page_scales": new(pages, VECTORS, dtype=torch.float32),
             }
         else:
             assert value is not None
-            slots = slot_count(capacity)
+            slots = slot_count(room)
             tensors = {"key": new(slots, D, dtype=key.dtype), "value": new(slots, value.shape[3], dtype=value.dtype)}
         head_dims = (D,) if value is None else (D, value.shape[-1])
         chosen, _ = choose_backend(backend, kind, key.device, head_dims=head_dims)

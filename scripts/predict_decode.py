@@ -123,7 +123,9 @@ def kernels_of(n: int, plan: Plan, found: dict[str, float]) -> list[Kernel]:
             3,
         ),
         kernel("combine-fp16-s64-sinks-stats", QUERY_HEADS * 4, parts, plan.chunks * 32 * 4, 2),
-        kernel("search-bf16-d128", blocks, 0, 1, 1),
+        kernel("score_flagged", blocks * plan.splits, 0, 1, 1),
+        kernel("choose_flagged", QUERY_HEADS, 0, 1, 1),
+        kernel(f"codes_gather_flagged-{_VARIANT}-tail", blocks * plan.chunks, 0, 1, 1),
     ]
 
 

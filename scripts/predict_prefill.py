@@ -16,8 +16,7 @@ import torch
 from eval_tasks.provenance import commit, versions
 from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_table
-from nc_patch.ops.triton_block import SCORE_BYTES, block_tiles
-from nc_patch.ops.triton_block_plan import chunks_of
+from nc_patch.ops.triton_block import block_tiles, score_chunks
 
 # Llama-3-8B: one layer, batch 1.
 QUERY_HEADS, KV_HEADS, HEAD_DIM, ELEMENT = 32, 8, 128, 2
@@ -43,7 +42,7 @@ def counts(n: int, alpha: float, C: float, query_block: int, block: int, stride:
     row_tiles = -(-query_block * GROUP // tiles.attend.rows)
     attended = query_block * QUERY_HEADS * float(keys.sum())
     gathered = 2 * HEAD_DIM * ELEMENT * KV_HEADS * float(keys.sum())
-    chunks = chunks_of(widths.tolist(), 4 * slots * QUERY_HEADS, SCORE_BYTES)
+    chunks = score_chunks(widths.tolist(), KV_HEADS, slots * GROUP, MULTIPROCESSORS)
     return {
         "dense_flops": 4.0 * HEAD_DIM * QUERY_HEADS * n * (n + 1) / 2,
         "score_flops": 2.0 * HEAD_DIM * scored,

@@ -15,11 +15,15 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from nc_patch import ops  # noqa: E402
-from nc_patch.ops import custom_ops, decode_ops, triton_block  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from nc_patch import KeyIndex, ops  # noqa: E402
+from nc_patch.budget import budget_of  # noqa: E402
+from nc_patch.ops import backends, custom_ops, decode_ops, triton_block, triton_decode_topk, triton_launch  # noqa: E402
 from nc_patch.ops.by_backend import READS_HOST, BackendOp  # noqa: E402
+from nc_patch.ops.codes import KeyCodes  # noqa: E402
 from nc_patch.ops.pages import VECTORS, page_count  # noqa: E402
-from nc_patch.ops.tail import slot_count  # noqa: E402
+from nc_patch.ops.tail import PageMeans, slot_count  # noqa: E402
 from nc_patch.ops.triton_block_plan import BlockPlan  # noqa: E402
 
 needs_tag = pytest.mark.skipif(not READS_HOST, reason="this version of PyTorch cannot mark such operations")
@@ -155,6 +159,7 @@ def average(head_dim: int) -> None:
 
 
 BLOCK_KERNELS = {"score_blocks", "choose_blocks", "attend_blocks", "blank_rows"}
+CODE_KERNELS = {"sample", "guess", "scan", "score", "choose", "gather", "score_flagged", "choose_flagged", "combine"}
 PAGE_KERNELS = {"score_pages", "choose_pages", "attend_pages", "combine", "attend"}
 # What runs, and the kernels that it launches.
 CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
@@ -168,11 +173,11 @@ CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
     "block-128": (lambda D: attend_blocks(D, 128), BLOCK_KERNELS),
     "codes": (
         lambda D: decode_by_codes(D, False, True),
-        {"sample", "guess", "scan", "score", "choose", "gather", "combine", "search", "bounds"},
+        {*CODE_KERNELS, "bounds"},
     ),
     "codes-tail": (
         lambda D: decode_by_codes(D, True, False),
-        {"sample", "guess", "scan", "score", "choose", "gather", "tail", "combine", "threshold", "attend_tail"},
+        {*CODE_KERNELS, "tail"},
     ),
     "pages-16": (
         lambda D: decode_by_pages(D, 16),
@@ -186,6 +191,54 @@ CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
     "encode": (encode, {"encode"}),
     "means": (average, {"means"}),
 }
+
+
+@pytest.mark.parametrize("bounds", [False, True], ids=["plain", "bounds"])
+@pytest.mark.parametrize(("sequences", "queries", "tail"), [(8, 32, True), (8, 1, True), (1, 32, False), (1, 2, False)])
+def test_decoding_holds_no_more_memory_than_allowed_and_as_much_as_it_counts(
+    sequences, queries, tail, bounds, grids, monkeypatch
+):
+    # Llama-3-8B at 131,072 tokens, where several queries of several sequences would take gigabytes.
+    D, keys = 128, 131_072
+    held: list[int] = []
+    counted: list[int] = []
+    empty, decode = torch.empty, triton_decode_topk._decode_at_once
+    count = triton_decode_topk.Plan.scratch_bytes
+
+    def counting_empty(*shape, **options):
+        made = empty(*shape, **options)
+        held[-1:] = [sum(held[-1:]) + made.nbytes]
+        return made
+
+    def decoding(*args, **options):
+        held.append(0)
+        results = decode(*args, **options)
+        held[-1] -= sum(result.nbytes for result in results[1:])  # the output is no ``torch.empty``
+        held.append(0)
+        return results
+
+    monkeypatch.setattr(torch, "empty", counting_empty)
+    monkeypatch.setattr(triton_decode_topk, "_decode_at_once", decoding)
+    monkeypatch.setattr(
+        triton_decode_topk.Plan, "scratch_bytes", lambda *args: counted.append(count(*args)) or counted[-1]
+    )
+    query, key = (empty(sequences, H, L, D, dtype=torch.bfloat16, device="meta") for H, L in ((32, queries), (8, keys)))
+    integer = {"dtype": torch.int32, "device": "meta"}
+    visible, budget = empty(sequences, queries, 2, **integer), empty(sequences, 1, queries, **integer)
+    half = empty(sequences, 8, keys, D // 2, dtype=torch.int8, device="meta")
+    number = empty(sequences, 8, keys, dtype=torch.bfloat16, device="meta")
+    channel = empty(sequences, 8, D, device="meta")
+    codes = KeyCodes(half, half, number.float(), number, number, channel, channel)
+    means = PageMeans(*(empty(sequences, 8, slot_count(keys), D, dtype=torch.bfloat16, device="meta"),) * 2)
+    triton_decode_topk.triton_topk_decode(
+        *(query, key, key, visible, budget, None, codes), scale=0.1, softcap=0.0, sink_keys=4, recent_keys=4,
+        refine=True, max_budget=4_705, want_bounds=bounds, tail=means if tail else None,
+        origin=visible[..., 0] if tail else None,
+    )  # fmt: skip
+    largest = max(held)
+    assert largest <= triton_decode_topk.SCRATCH_BYTES
+    # What is counted is what is allocated.
+    assert largest == pytest.approx(counted[-1], rel=1e-3)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -265,3 +318,103 @@ def test_the_calls_are_of_every_operation():
 
 def test_the_calls_launch_every_kernel():
     assert {f"{name}_kernel" for _, launched in CALLS.values() for name in launched} == KERNELS
+
+
+class PretendedDriver:
+    """As much of a driver of an H200 as Triton asks for before it compiles a kernel."""
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """What each launch would have compiled, which nothing does: kernels and what they are specialised for."""
+    found: set[tuple[str, str]] = set()
+    monkeypatch.setattr(triton.runtime.driver, "_active", PretendedDriver())
+    monkeypatch.setattr(triton_launch, "architecture_of", lambda device: "sm_90")
+
+    def skip(*, key: str, fn: Any, **_: Any) -> bool:
+        found.add((fn.name, key))
+        return True
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", skip)
+    return found
+
+
+def heads(queries: int, keys: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries as a projection leaves them, and keys as a cache keeps them, of 8 and 2 heads."""
+    return torch.zeros(1, queries, 8, D).transpose(1, 2).bfloat16(), torch.zeros(1, 2, keys, D).bfloat16()
+
+
+def packed(queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(visible, origin) of a causal call, views of one tensor as the mask function makes it."""
+    end = torch.arange(keys - queries + 1, keys + 1, dtype=torch.int32)
+    whole = torch.stack((torch.zeros_like(end), end, torch.zeros_like(end)), -1)[None]
+    return whole[..., :2], whole[..., 2]
+
+
+def prefill(n: int, D: int) -> None:
+    query, key = heads(n, n, D)
+    visible, origin = packed(n, n)
+    budget = torch.full((1, 1, n), 64, dtype=torch.int32)
+    rows = (query, key, key, visible, budget, None, 0.1, 0.0)
+    run(custom_ops.topk_attention, *rows, 4, 4, False, "triton")
+    run(custom_ops.window_attention, *rows, 4, 4, False, "triton")
+    blocks = (*rows[:4], origin, budget, None, 0.1, 0.0, 32, 64, 16, 0.0, 4.0, "sampled")
+    run(custom_ops.block_attention, *blocks, False, "triton")
+    means = run(decode_ops.page_means, key, key, visible, origin, "triton")
+    run(custom_ops.topk_attention, *rows, 4, 4, False, "triton", *means, origin)
+
+
+def step(n: int, D: int, indexes: dict[str, KeyIndex], alpha: float = 4.0) -> None:
+    """One step of a generation with n keys, by every index."""
+    query, key = heads(1, n, D)
+    visible, origin = packed(1, n)
+    k = budget_of(n, alpha, 0.6)
+    budget = torch.full((1, 1, 1), k, dtype=torch.int32)
+    end = torch.tensor([n], dtype=torch.int32)
+    for index in indexes.values():
+        index.extend(key, 1, end, key)
+    rows = (query, key, key, visible)
+    means = indexes["means"].means()
+    for tail in ((), (*means, origin)):
+        run(
+            decode_ops.topk_decode,
+            *(*rows, budget, None, *indexes["codes"].codes(), 0.1, 0.0, 4, 4, True, k, True, "triton", *tail),
+        )
+    pages = indexes["pages"].pages()
+    run(decode_ops.block_decode, *rows, origin, budget, None, *pages, 0.1, 0.0, 32, k, False, "triton")
+
+
+def indexes_of(n: int, D: int) -> dict[str, KeyIndex]:
+    _, key = heads(1, n, D)
+    return {
+        kind: KeyIndex.build(key, kind, value=key if kind == "means" else None, backend="triton")
+        for kind in ("codes", "pages", "means")
+    }
+
+
+@pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
+def test_prompts_of_other_lengths_and_further_steps_compile_nothing_new(variants, monkeypatch):
+    monkeypatch.setattr(backends, "triton_problem", lambda device: None)
+    for head_dim in (80, 128):
+        prefill(1000, head_dim)
+        indexes = indexes_of(1000, head_dim)
+        step(1001, head_dim, indexes)
+        step(1130, head_dim, indexes)
+        first = set(variants)
+        for n in (1001, 1007, 1008, 1024, 1025, 1040, 1100):
+            prefill(n, head_dim)
+            step(n + 1, head_dim, indexes_of(n, head_dim))
+        indexes = indexes_of(1000, head_dim)
+        for n in range(1001, 1200):
+            step(n, head_dim, indexes)
+        assert variants == first
+    assert {name for name, _ in variants} == KERNELS

@@ -7,6 +7,7 @@ Whether kernels are interpreted is settled when they are imported, so the interp
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from attention_cases import random_case
@@ -347,12 +348,63 @@ def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatc
     case = Case("chunks", batch=2, group=1, intervals="left_padding", queries=150, keys=150, min_mass=0.8)
     inputs = inputs_of(case)
     whole = choose(case, inputs, device)
-    monkeypatch.setattr(triton_block, "SCORE_BYTES", bytes_at_once)
+    for name in ("SCORE_BYTES", "MOST_SCORE_BYTES"):
+        monkeypatch.setattr(triton_block, name, bytes_at_once)
     *choice, estimate = choose(case, inputs, device)
     for ours, theirs in zip(choice, whole[:2], strict=True):
         assert torch.equal(ours, theirs)
     # Tiles of other shapes may sum in another order.
     assert_close(estimate, whole[2].double(), 1e-6)
+
+
+@pytest.fixture
+def contracting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the interpreter round ``a * b - c`` once where the product goes straight into the difference.
+
+    That is what a compiler does, which a mask in between keeps from it. Products are known by their memory.
+    """
+    if not INTERPRETED:
+        return
+    builder = triton.runtime.interpreter.InterpreterBuilder
+    multiply, subtract, products = builder.create_fmul, builder.create_fsub, {}
+
+    def create_fmul(self, left, right):
+        made = multiply(self, left, right)
+        products[made.data.ctypes.data] = (made, left.data.astype(numpy.float64) * right.data)
+        return made
+
+    def create_fsub(self, left, right):
+        made = subtract(self, left, right)
+        if left.data.ctypes.data in products:
+            exact = products[left.data.ctypes.data][1].reshape(left.data.shape)
+            made.data = (exact - right.data).astype(made.data.dtype)
+        return made
+
+    monkeypatch.setattr(builder, "create_fmul", create_fmul)
+    monkeypatch.setattr(builder, "create_fsub", create_fsub)
+
+
+@on_kernel_device
+@pytest.mark.parametrize("softcap", [0.0, 80.0])
+def test_a_block_scores_the_same_whether_its_tile_is_masked_or_not(softcap, device, contracting, monkeypatch):
+    # Row 0 sees all keys in one call, so that no tile is masked, and half of them in the other; rows 1 to 3 see all.
+    case = Case("paths", group=1, queries=4, keys=256, softcap=softcap, sample_stride=1)
+    inputs, found = inputs_of(case), []
+    # Large scores, in which a rounding shows.
+    inputs["query"] *= 30
+    score = triton_block.score_blocks_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (score[grid](*args, **kwargs), found.append(args[5].view(-1, 4)[:, 1:]))
+
+    monkeypatch.setattr(triton_block, "score_blocks_kernel", Recorded())
+    for first in (0, 128):
+        inputs["visible"][0, :, :] = torch.tensor([0, 256])
+        inputs["visible"][0, 0, 0] = first
+        choose(case, inputs, device)
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
 
 
 @on_kernel_device
@@ -544,6 +596,19 @@ def test_chunks_hold_every_query_block_and_no_more_than_fits():
         assert (last - first) * widest * 10 <= 300 or last - first == 1
     assert len(chunks) == 4
     assert chunks_of([], 10, 300) == []
+
+
+@pytest.mark.parametrize("keys", [32_768, 131_072, 524_288, 2_097_152])
+def test_chunks_give_every_multiprocessor_work_within_the_memory_allowed(keys):
+    # Llama-3-8B: 8 key/value heads, 4 sampled rows of 4 query heads for each query block.
+    widths = [(row + 64) // 32 for row in range(0, keys, 64)]
+    chunks = triton_block.score_chunks(widths, 8, 16, 132)
+    assert [n for first, last, _ in chunks for n in range(first, last)] == list(range(len(widths)))
+    for first, last, width in chunks:
+        size = (last - first) * width * 8 * 16 * 4
+        assert size <= triton_block.MOST_SCORE_BYTES
+        enough = (last - first) * 8 >= 4 * 132 or size > triton_block.MOST_SCORE_BYTES // 2
+        assert enough or last == len(widths)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])

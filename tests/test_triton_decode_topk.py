@@ -7,6 +7,7 @@ import itertools
 import os
 from dataclasses import dataclass, replace
 
+import numpy
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
 from nc_patch.budget import budget_of  # noqa: E402
-from nc_patch.ops import triton_decode_topk, triton_launch, triton_search  # noqa: E402
+from nc_patch.ops import triton_decode_topk  # noqa: E402
 from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys, unpack_codes  # noqa: E402
 from nc_patch.ops.limits import MAX_DECODE_QUERIES  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, reference_attention, topk_mask  # noqa: E402
@@ -44,8 +45,6 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the kernels run; memory that is only allocated holds NaN. In the interpreter there are few programs."""
     if not INTERPRETED:
         return "cuda"
-    tiles = triton_launch.Tiles(32, 32, 4, 1, 32)
-    monkeypatch.setattr(triton_search, "tiles_for", lambda *_: tiles)
     plan_with(monkeypatch)
     return "cpu"
 
@@ -229,15 +228,15 @@ def check(case: Case, device: str, inputs: dict[str, torch.Tensor | None], codes
 
 @pytest.fixture
 def flagged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each call handed to the search over all keys."""
+    """How many rows of each call chose among all keys."""
     seen: list[int] = []
-    search_rows = triton_decode_topk.search_rows
+    kernel = triton_decode_topk.choose_flagged_kernel
 
-    def counting(*args, **kwargs):
-        seen.append(int(args[6].sum()))
-        return search_rows(*args, **kwargs)
+    class Counting:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (seen.append(int(args[2].sum())), kernel[grid](*args, **kwargs))
 
-    monkeypatch.setattr(triton_decode_topk, "search_rows", counting)
+    monkeypatch.setattr(triton_decode_topk, "choose_flagged_kernel", Counting())
     return seen
 
 
@@ -246,6 +245,27 @@ def flagged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_decoding_equals_the_reference_and_bounds_hold(case, device, flagged):
     check(case, device, inputs_of(case))
     assert flagged == [0]
+
+
+@on_kernel_device
+def test_queries_that_go_one_after_another_give_what_they_give_together(device, monkeypatch):
+    case = Case("parts", torch.bfloat16, 2, queries=3, keys=90, sinks=True, budgets="per_head", intervals="padding")
+    inputs, calls = inputs_of(case), []
+    decode = triton_decode_topk._decode_at_once
+
+    def counting(query, *args, **kwargs):
+        calls.append(tuple(query.shape))
+        return decode(query, *args, **kwargs)
+
+    monkeypatch.setattr(triton_decode_topk, "_decode_at_once", counting)
+    together, lse, _ = run(case, device, inputs)
+    monkeypatch.setattr(triton_decode_topk, "SCRATCH_BYTES", 1)
+    output, lse_of_parts, bounds = run(case, device, inputs)
+    torch.testing.assert_close(output, together, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(lse_of_parts, lse, atol=1e-6, rtol=1e-6)
+    # What is listed besides the best keys depends on the rows that share a list, and so does how tight bounds are.
+    assert_contains(bounds, expect(case, inputs).kept_mass)
+    assert calls == [(2, 3, 3, 64)] + [(1, 3, 1, 64)] * 6
 
 
 @on_kernel_device
@@ -367,31 +387,51 @@ def test_the_list_holds_what_may_reach_the_guess_of_any_row_and_rows_collect_wha
         assert (collected_scores[r, : reached[r]].double() - exact[r, mine]).abs().max() < 1e-4
 
 
+class Flagging:
+    """The kernel that chooses, after which some rows are flagged that need not be."""
+
+    def __init__(self, kernel, flags):
+        self.kernel, self.flags = kernel, flags
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.kernel[grid](*args, **kwargs)
+            listed, flags = args[7], args[11]
+            flags.view(-1).copy_(self.flags)
+            listed[self.flags.to(listed.device) > 0] = 0
+
+        return launch
+
+
 @on_kernel_device
-@pytest.mark.parametrize("flags", [[1, 0, 1, 0, 0, 1], [0] * 6], ids=["some", "none"])
-def test_flagged_rows_are_searched_and_others_left_alone(flags, device):
-    case = Case("flagged", queries=2, group=3, keys=90, softcap=3.0, sinks=True)
+@pytest.mark.parametrize("refine", [True, False], ids=["refined", "rough"])
+def test_flagged_rows_are_searched_and_others_left_alone(refine, device, monkeypatch):
+    case = Case("flagged", queries=2, group=3, keys=90, softcap=3.0, sinks=True, refine=refine)
     inputs = inputs_of(case)
-    rows = (1, 3, 2)
-    moved = {name: x.to(device) for name, x in inputs.items()}
-    output = torch.full((*rows, 64), 7.0, device=device)
-    lse, kept_mass = (torch.full(rows, 7.0, device=device) for _ in range(2))
-    triton_search.search_rows(
-        *moved.values(),
-        torch.tensor(flags, dtype=torch.int32, device=device).view(rows),
-        torch.empty(6, device=device),
-        torch.empty(6, dtype=torch.int32, device=device),
-        *(output, lse, kept_mass),
-        scale=64**-0.5,
-        softcap=3.0,
-        sink_keys=case.sink_keys,
-        recent_keys=case.recent_keys,
-    )
-    expected = expect(case, inputs)
-    flagged = torch.tensor(flags).view(rows) > 0
-    for found, wanted in ((output, expected.output), (lse, expected.lse), (kept_mass, expected.kept_mass)):
-        assert (found.cpu()[~flagged] == 7.0).all()
-        torch.testing.assert_close(found.cpu()[flagged].double(), wanted[flagged], atol=1e-5, rtol=1e-5)
+    codes, flags = codes_of(case, inputs), torch.tensor([1, 0, 1, 0, 0, 1], dtype=torch.int32)
+    plain = run(case, device, inputs, codes)
+    monkeypatch.setattr(triton_decode_topk, "choose_kernel", Flagging(triton_decode_topk.choose_kernel, flags))
+    output, lse, bounds = run(case, device, inputs, codes)
+    expected, flagged = expect(case, inputs), flags.view(1, 3, 2) > 0
+    for found, without in zip((output, lse, bounds), plain, strict=True):
+        assert torch.equal(found[~flagged], without[~flagged])
+    for found, wanted in ((output, expected.output), (lse, expected.lse)):
+        torch.testing.assert_close(found[flagged].double(), wanted[flagged], atol=1e-5, rtol=1e-5)
+    assert_contains(bounds[flagged], expected.kept_mass[flagged])
+    assert (bounds[flagged][:, 1] - bounds[flagged][:, 0]).max() < 1e-3
+
+
+@on_kernel_device
+def test_a_sample_is_not_in_step_with_a_text_that_repeats_itself(device, flagged, monkeypatch):
+    # 64 samples of 1,024 keys, of which every sixteenth scores high: a sample in step sees these alone, or none.
+    case = Case("periodic", group=1, keys=1024, bounds=False, sink_keys=0, recent_keys=0)
+    for phase in range(0, 16, 2):
+        inputs = inputs_of(case)
+        inputs["key"] = 0.1 * inputs["key"]
+        inputs["key"][:, :, phase::16] += 4 * inputs["query"] / inputs["query"].norm()
+        inputs["budget"].fill_(100)
+        check(case, device, inputs)
+    assert flagged == [0] * 8
 
 
 def _all_equal(key):
@@ -561,6 +601,28 @@ def test_codes_written_in_place_bound_the_keys(change, dtype, device):
             # Where a whole code is rounded to the other side its high half may differ, but not its residual.
             assert (bound <= 1.02 * exact + 1e-6).all()
             assert torch.equal(bound.isinf(), exact.isinf())
+
+
+@on_kernel_device
+def test_halves_make_whole_codes_where_division_is_as_inexact_as_on_a_gpu(device, monkeypatch):
+    if INTERPRETED:
+        builder = triton.runtime.interpreter.InterpreterBuilder
+        exact = builder.create_fdiv
+
+        def short(self, left, right):
+            quotient = exact(self, left, right)
+            quotient.data = numpy.nextafter(quotient.data, numpy.float32(0))
+            return quotient
+
+        monkeypatch.setattr(builder, "create_fdiv", short)
+    key = torch.randn(1, 1, 50, 64)
+    center, spread = channel_moments(key, torch.zeros(1), torch.full((1,), 50))
+    expected = encode_keys(key, center, spread)
+    written = [torch.zeros_like(t).to(device) for t in expected]
+    first = torch.zeros(1, dtype=torch.int32, device=device)
+    triton_encode_keys_(key.to(device), first, 50, KeyCodes(*written, center.to(device), spread.to(device)))
+    ours, theirs = (unpack_codes(halves[0].cpu(), halves[1].cpu(), 64).int() for halves in (written, expected))
+    assert (ours - theirs).abs().max() <= 1
 
 
 @on_kernel_device

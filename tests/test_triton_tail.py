@@ -20,7 +20,6 @@ from nc_patch.ops import (  # noqa: E402
     triton_decode_tail,
     triton_decode_topk,
     triton_launch,
-    triton_search,
     triton_split,
 )
 from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
@@ -46,7 +45,7 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     if not INTERPRETED:
         return "cuda"
     tiles = triton_launch.Tiles(16, 32, 4, 1)
-    for module, pages in ((triton_launch, 32), (triton_search, 32), (triton_decode_tail, 16)):
+    for module, pages in ((triton_launch, 32), (triton_decode_tail, 16)):
         monkeypatch.setattr(module, "tiles_for", lambda *_, keys=pages: replace(tiles, keys=keys))
     plan_with(monkeypatch)
     return "cpu"

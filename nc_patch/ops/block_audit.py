@@ -100,8 +100,11 @@ class BlockAudit:
 
     def _draw(self, occupied: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
         """One row from each of ``count`` equal runs of the ``rows [B]`` rows that see a key, int64 ``[B, count]``."""
-        share = torch.rand(occupied.shape[0], count, generator=self._generator, dtype=torch.float32).to(occupied.device)
-        wanted = (torch.arange(count, device=occupied.device) + share) / count * rows[:, None]
+        device = occupied.device
+        # Pinned, so that the host does not wait for the copy; PyTorch keeps such memory until the copy is done.
+        share = torch.rand(occupied.shape[0], count, generator=self._generator, pin_memory=device.type == "cuda")
+        share = share.to(device, non_blocking=True)
+        wanted = (torch.arange(count, device=device) + share) / count * rows[:, None]
         wanted = torch.minimum(wanted.long(), (rows[:, None] - 1).clamp(min=0)) + 1
         found = torch.searchsorted(occupied.long().cumsum(-1), wanted)
         return found.clamp(max=occupied.shape[1] - 1)

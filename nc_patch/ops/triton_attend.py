@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton_tiles import dot, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
+from nc_patch.ops.triton_tiles import PER_CALL, dot, dot_scores, forced_keys, load_query, program_rows, span
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -11,7 +11,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 _MEND_COLUMNS = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=PER_CALL)
 def attend_kernel(
     query,
     key,
@@ -19,7 +19,6 @@ def attend_kernel(
     visible,
     budget,
     sinks,
-    flags,
     threshold,
     ties_end,
     output,
@@ -58,20 +57,16 @@ def attend_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_STATS: tl.constexpr,
-    FLAGGED: tl.constexpr,
 ):
     """Output, and on request log-sum-exp and kept mass, of one block of rows.
 
     A row attends the first and the last keys that the selection forces and, with ``BY_SCORE``, those that score above
     its ``threshold`` and, at positions below ``ties_end``, those that equal it. Without, only tiles that may hold
-    forced keys are read: one run of them from the rows' first start, one from their first recent key. With ``FLAGGED``
-    only the rows are written whose ``flags``, int32 ``[B, Hq, Lq]``, are not 0, and no key is read where none is.
+    forced keys are read: one run of them from the rows' first start, one from their first recent key.
     """
     batch, kv_head, index, head, row, valid, start, end, wanted = program_rows(
         visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
     )
-    if FLAGGED:
-        valid, end, wanted = only_flagged(flags + row, valid, start, end, wanted)
     query_rows = query + batch * stride_qb + head * stride_qh + index * stride_ql
     keys = key + batch * stride_kb + kv_head * stride_kh
     values = value + batch * stride_vb + kv_head * stride_vh
@@ -261,14 +256,23 @@ def sum_seen(
 @triton.jit
 def logits_base2(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Raw scores scaled, soft-capped, and times log2(e), so that the softmax can use exp2."""
+    bent, factor = factored_logits(scores, scale, softcap, HAS_SOFTCAP)
+    return bent * factor
+
+
+@triton.jit
+def factored_logits(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Two factors of ``logits_base2``: a tensor, and a positive number."""
     if HAS_SOFTCAP:
         ratio = scores * (scale / softcap)
         shrink = tl.exp2(tl.abs(ratio) * (-2.0 * LOG2_E))
         bent = (1.0 - shrink) / (1.0 + shrink)
-        logits = tl.where(ratio < 0, -bent, bent) * (softcap * LOG2_E)
+        bent = tl.where(ratio < 0, -bent, bent)
+        factor = softcap * LOG2_E
     else:
-        logits = scores * (scale * LOG2_E)
-    return logits
+        bent = scores
+        factor = scale * LOG2_E
+    return bent, factor
 
 
 @triton.jit

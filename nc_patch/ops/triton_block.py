@@ -1,7 +1,8 @@
 """``block`` over many rows, in three kernels; ``reference.block_mask`` defines what is attended.
 
 1. Score: sampled rows of several query blocks fill a tile of matrix rows and run over all visible keys; a log-sum-exp
-   for each key block is written, for as many query blocks at a time as ``SCORE_BYTES`` hold.
+   for each key block is written, for a chunk of query blocks at a time: as many as ``SCORE_BYTES`` hold or, if more,
+   as fill the GPU, within ``MOST_SCORE_BYTES``.
 2. Choose: one program for a query block and key/value head turns them into masses and picks blocks by bisection.
 3. Attend: flash attention over the chosen blocks, whose lists are what remains of the choice:
    ``4 * N * Hkv * M`` bytes for N query blocks of at most M key blocks.
@@ -31,12 +32,15 @@ from nc_patch.ops.triton_launch import (
     compile_options,
     dense_last,
     launch_attention,
+    multiprocessors,
     padded_dim,
 )
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
 
-# Scores of a chunk of query blocks: about what the second level cache of a large GPU holds.
-SCORE_BYTES = 64 * 2**20
+# Scores of a chunk of query blocks: about what the second level cache of a large GPU holds. A chunk that gives the
+# multiprocessors too few programs, of long prompts, takes more: half of what keys and values of 524,288 tokens take.
+SCORE_BYTES, MOST_SCORE_BYTES = 64 * 2**20, 2**30
+_CHOOSING = 4  # programs for each multiprocessor
 # Keys that one program scores, about: enough to use what it loads of its queries, few enough to have programs.
 _SEGMENT = 4096
 _ROWS_AT_ONCE = 16
@@ -208,7 +212,7 @@ def choose_blocks(
     block_counts = torch.empty(N, Hkv, dtype=torch.int32, device=device)
     enlarged = torch.zeros(N, Hkv, dtype=torch.int32, device=device)
     kept = torch.empty(N, Hkv, slots, group, dtype=torch.float32, device=device)
-    chunks = chunks_of(plan.widths, 4 * Hkv * slots * group, SCORE_BYTES)
+    chunks = score_chunks(plan.widths, Hkv, slots * group, multiprocessors(device))
     most_scores = max((width * (last - first) for first, last, width in chunks), default=0)
     scores = torch.empty(most_scores * Hkv * slots * group, dtype=torch.float32, device=device)
     weights = torch.empty(most_scores * Hkv, dtype=torch.float32, device=device)
@@ -240,6 +244,15 @@ def choose_blocks(
         expected.copy_(kept.sum(2).view(len(rows_of), -1) / rows_of)
     mark("choose")
     return block_indices, block_counts, estimate
+
+
+def score_chunks(widths: list[int], kv_heads: int, rows: int, multiprocessors: int) -> list[tuple[int, int, int]]:
+    """The query blocks that are scored and chosen for at once, see ``chunks_of``; ``rows`` are sampled, of one head.
+
+    Their scores take at most ``MOST_SCORE_BYTES``, unless one query block's alone take more.
+    """
+    fewest = triton.cdiv(_CHOOSING * multiprocessors, kv_heads)
+    return chunks_of(widths, 4 * kv_heads * rows, SCORE_BYTES, fewest, MOST_SCORE_BYTES)
 
 
 def _estimate(plan: BlockPlan, kept: torch.Tensor, enlarged: torch.Tensor) -> torch.Tensor:

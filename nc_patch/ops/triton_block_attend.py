@@ -19,7 +19,7 @@ from nc_patch.ops.triton_attend import (
     write_rows,
 )
 from nc_patch.ops.triton_block_score import load_plan
-from nc_patch.ops.triton_tiles import FAR, dot, dot_scores, load_query
+from nc_patch.ops.triton_tiles import FAR, PER_CALL, dot, dot_scores, load_query
 
 # Columns of V that are mended at once, which is rare: few, so that it needs fewer registers than the common path.
 _MEND_COLUMNS = tl.constexpr(32)
@@ -27,9 +27,7 @@ _MEND_COLUMNS = tl.constexpr(32)
 _LIST = tl.constexpr(128)
 
 
-@triton.jit(
-    do_not_specialize=["query_blocks", "num_kv_heads", "group", "Lq", "Lk", "capacity", "row_tiles"],
-)
+@triton.jit(do_not_specialize=[*PER_CALL, "query_blocks", "capacity", "row_tiles"])
 def attend_blocks_kernel(
     query,
     key,
@@ -264,7 +262,7 @@ def attend_sound(
     return mended, touched
 
 
-@triton.jit(do_not_specialize=["heads", "Lq", "row_count"])
+@triton.jit(do_not_specialize=[*PER_CALL, "heads", "row_count"])
 def blank_rows_kernel(
     visible,
     sinks,

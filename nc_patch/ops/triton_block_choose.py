@@ -11,13 +11,12 @@ import triton.language as tl
 from nc_patch.ops.triton_attend import finite_or_zero, fold
 from nc_patch.ops.triton_block_score import load_plan
 from nc_patch.ops.triton_page_choice import find_cut, load_ranks
+from nc_patch.ops.triton_tiles import PER_CALL
 
 _ABOVE_INFINITY = tl.constexpr(2139095041)
 
 
-@triton.jit(
-    do_not_specialize=["num_kv_heads", "group", "slots", "first_number", "row_count", "width", "capacity", "min_mass"]
-)
+@triton.jit(do_not_specialize=[*PER_CALL, "slots", "first_number", "row_count", "width", "capacity", "min_mass"])
 def choose_blocks_kernel(
     plan,
     samples,
@@ -76,9 +75,10 @@ def choose_blocks_kernel(
         peak = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
         total = tl.zeros([BLOCK_R], dtype=tl.float32)
         for from_block in range(0, blocks, BLOCK_C):
-            logits = load_scores(own_scores, from_block + c, row, present, blocks, row_count, float("-inf"))
+            logits = load_scores(own_scores, from_block + c, row, present, blocks, row_count)
             peak, total, _weights, _shrink = fold(logits, peak, total)
-        whole = finite_or_zero(peak) + tl.log2(total)
+        # Of a row that is missing 0, as where it is loaded below: its scores are -inf, and so its mass is 0, not NaN.
+        whole = tl.where(present, finite_or_zero(peak) + tl.log2(total), 0.0)
         tl.store(lse_row + row, whole, mask=present)
         for from_block in range(0, blocks, BLOCK_C):
             block = from_block + c
@@ -138,18 +138,21 @@ def choose_blocks_kernel(
 
 
 @triton.jit
-def load_scores(own_scores, block, row, present, blocks, row_count, missing):
-    """Scores ``[BLOCK_R, BLOCK_C]`` of rows and blocks; ``missing`` where there is no such row or block."""
+def load_scores(own_scores, block, row, present, blocks, row_count):
+    """Scores ``[BLOCK_R, BLOCK_C]`` of rows and blocks; -inf where there is no such row or block."""
     pointers = own_scores + (block.to(tl.int64)[None, :] * row_count + row[:, None])
-    return tl.load(pointers, mask=present[:, None] & (block < blocks)[None, :], other=missing)
+    return tl.load(pointers, mask=present[:, None] & (block < blocks)[None, :], other=float("-inf"))
 
 
 @triton.jit
 def load_mass(own_scores, block, row, present, blocks, row_count, whole):
-    """The share of each row's mass on each block, ``[BLOCK_R, BLOCK_C]``; 0 where there is no such row or block."""
-    logits = load_scores(own_scores, block, row, present, blocks, row_count, 0.0)
-    inside = present[:, None] & (block < blocks)[None, :]
-    return tl.where(inside, tl.exp2(logits - whole[:, None]), 0.0)
+    """The share of each row's mass on each block, ``[BLOCK_R, BLOCK_C]``; 0 where there is no such row.
+
+    What lies beyond the last block means nothing. No mask is needed after the load: a mask would hold each load's
+    predicate, of which there are few, and so the loads would wait for each other.
+    """
+    logits = load_scores(own_scores, block, row, present, blocks, row_count)
+    return tl.exp2(logits - whole[:, None])
 
 
 @triton.jit

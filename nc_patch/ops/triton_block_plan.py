@@ -84,17 +84,21 @@ def make_plan(
     return BlockPlan(table, samples, law, limit, widths, longest, capacity)
 
 
-def chunks_of(widths: list[int], bytes_per_block: int, most_bytes: int) -> list[tuple[int, int, int]]:
-    """Runs of query blocks whose scores fit in memory together: (first, last, width of the widest).
+def chunks_of(
+    widths: list[int], bytes_per_block: int, usual_bytes: int, fewest: int = 1, most_bytes: int = 0
+) -> list[tuple[int, int, int]]:
+    """Runs of query blocks whose scores are in memory together: (first, last, width of the widest).
 
-    A query block's scores take ``bytes_per_block`` times the width of its run's widest; one alone may exceed
-    ``most_bytes``.
+    A query block's scores take ``bytes_per_block`` times the width of its run's widest. A run takes at most
+    ``usual_bytes``, or ``most_bytes`` while it has no more than ``fewest`` query blocks; one alone may take more.
     """
     chunks = []
     first, widest = 0, 0
     for number, width in enumerate(widths):
         wider = max(widest, width)
-        if number > first and (number + 1 - first) * wider * bytes_per_block > most_bytes:
+        count = number + 1 - first
+        allowed = usual_bytes if count > fewest else max(usual_bytes, most_bytes)
+        if count > 1 and count * wider * bytes_per_block > allowed:
             chunks.append((first, number, widest))
             first, wider = number, width
         widest = wider

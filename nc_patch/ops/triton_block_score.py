@@ -9,8 +9,8 @@ the other blocks, so that segments are independent, and what is written is ``1 /
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton_attend import finite_or_zero, logits_base2
-from nc_patch.ops.triton_tiles import FAR, dot_scores, load_query
+from nc_patch.ops.triton_attend import factored_logits, finite_or_zero
+from nc_patch.ops.triton_tiles import FAR, PER_CALL, dot_scores, load_query
 
 # Columns of the plan, int32 [N, PLAN_COLUMNS]: the sequence, the query block's first row and the row after its last,
 # the key position of block 0, the first visible block, how many there are, and how many come before the diagonal.
@@ -31,7 +31,7 @@ def load_plan(plan, number, mask):
     return batch, first, last, begin, lowest, blocks, diagonal
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lk", "slots", "first_number", "row_count", "width"])
+@triton.jit(do_not_specialize=[*PER_CALL, "slots", "first_number", "row_count", "width"])
 def score_blocks_kernel(
     query,
     key,
@@ -166,13 +166,16 @@ def score_tiles(
             queries, query_rows, valid, keys + position.to(tl.int64) * stride_kl, n * stride_kl,
             (columns >= 0) & (columns < Lk), D, BLOCK_D, CHUNK_D, MASKED,
         )  # fmt: skip
-        logits = logits_base2(raw, scale, softcap, HAS_SOFTCAP)
+        bent, factor = factored_logits(raw, scale, softcap, HAS_SOFTCAP)
         if MASKED:
             seen = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None])
-            logits = tl.where(seen, logits, float("-inf"))
-        by_block = tl.reshape(logits, (BLOCK_M, blocks_of_tile, BLOCK_SIZE))
-        base = finite_or_zero(tl.max(by_block, axis=2))
-        total = tl.sum(tl.exp2(by_block - base[:, :, None]), axis=2)
+            bent = tl.where(seen, bent, float("-inf"))
+        by_block = tl.reshape(bent, (BLOCK_M, blocks_of_tile, BLOCK_SIZE))
+        base = finite_or_zero(tl.max(by_block, axis=2) * factor)
+        # A fused multiply-add by name: left to the compiler, tiles with and without a mask would round differently, and
+        # a block's score would depend on which other rows share its tile.
+        factors = tl.full(by_block.shape, factor, dtype=tl.float32)
+        total = tl.sum(tl.exp2(tl.fma(by_block, factors, tl.broadcast_to(-base[:, :, None], by_block.shape))), axis=2)
         block = shift[:, None] + tile * blocks_of_tile + tl.arange(0, blocks_of_tile)[None, :]
         tl.store(
             columns_of_row[:, None] + block.to(tl.int64) * row_count,

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton_threshold import rank_of, score_of
-from nc_patch.ops.triton_tiles import FAR, dot, forced_keys, load_query, program_rows
+from nc_patch.ops.triton_tiles import FAR, PER_CALL, dot, forced_keys, load_query, program_rows
 
-_RANK_NEGATIVE_INFINITY = tl.constexpr(-2139095041)
+RANK_NEGATIVE_INFINITY = tl.constexpr(-2139095041)
 _RANK_INFINITY = tl.constexpr(2139095040)
 # Below the rank of every score.
 _NO_RIVAL = tl.constexpr(-2147483648)
@@ -51,7 +51,7 @@ def row_interval(
     return batch, head, index, start, end, wanted, start + firsts, end - recents
 
 
-@triton.jit(do_not_specialize=["num_heads", "Lq", "Lk", "sink_keys", "recent_keys", "slots"])
+@triton.jit(do_not_specialize=[*PER_CALL, "slots"])
 def guess_kernel(
     visible,
     budget,
@@ -133,12 +133,7 @@ def narrow(low, high, count_low, count_high, needed, a, b, c, count_a, count_b, 
     return up, down, count_up, count_down
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "segment", "capacity", "room",
-        "chunks",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "capacity", "room", "chunks"])
 def score_kernel(
     query,
     key,
@@ -299,11 +294,7 @@ def exact_scores(
     return score, size
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "segment", "capacity", "room",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "capacity", "room"])
 def choose_kernel(
     visible,
     budget,
@@ -339,8 +330,7 @@ def choose_kernel(
     """Threshold and end of its ties of a row, as ``find_thresholds``; or the row's flag, and an empty list.
 
     ``positions`` and ``scores[row, room]`` are the row's rivals that reach its guess, ``listed`` the length of the list
-    that its block shares, ``attended`` the row's budget. A bracket of float ranks is quartered until the count at its
-    low end is the one needed or a single float is left. The ranks of at most ``BLOCK_E`` rivals stay in registers.
+    that its block shares, ``attended`` the row's budget.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, index, start, end, wanted, first, last = row_interval(
@@ -363,17 +353,32 @@ def choose_kernel(
     tl.store(listed + row, tl.where(sound, total, 0))
     tl.store(attended + row, wanted)
     tl.store(flags + row, tl.where(sound, 0, 1))
-    positions += row * room
-    scores += row * room
-    held = load_ranks(scores, 0, count, BLOCK_E)
+    limit, limit_end = find_best(
+        positions + row * room, scores + row * room, count, rank_of(tl.load(guess + row)), sound, needed, first, last,
+        BLOCK_E, True,
+    )  # fmt: skip
+    tl.store(threshold + row, limit)
+    tl.store(ties_end + row, limit_end)
 
+
+@triton.jit
+def find_best(
+    positions, scores, count, low, sound, needed, first, last, BLOCK_E: tl.constexpr, LISTED: tl.constexpr
+):  # fmt: skip
+    """Threshold and end of its ties of the ``needed`` best of the rivals in ``[first, last)``, as ``find_thresholds``.
+
+    The ``count`` rivals of rank ``low`` or more, with all of the best among them where they are ``sound``: they score
+    ``scores`` at ``positions`` or, without ``LISTED``, at ``first`` and after. A bracket of float ranks is quartered
+    until the count at its low end is the one needed or a single float is left. The ranks of at most ``BLOCK_E`` rivals
+    stay in registers.
+    """
+    held = load_ranks(scores, 0, count, BLOCK_E)
     limit = tl.where(needed > 0, float("-inf"), float("inf"))
     limit_end = tl.where(needed > 0, FAR, 0)
-    low = rank_of(tl.load(guess + row))
     count_low = count
     high = highest_rank(held, scores, count, BLOCK_E) + 1
     count_high = count * 0
-    searching = (sound & (needed > 0) & (needed < rivals)).to(tl.int32)
+    searching = (sound & (needed > 0) & (needed < last - first)).to(tl.int32)
     if searching > 0:
         while (count_low != needed) & (high.to(tl.int64) - low.to(tl.int64) > 1):
             width = high.to(tl.int64) - low.to(tl.int64)
@@ -392,12 +397,11 @@ def choose_kernel(
             after = last
             while after - before > 1:
                 middle = before + (after - before) // 2
-                ties = count_ties(positions, scores, count, low, middle, BLOCK_E)
+                ties = count_ties(positions, scores, count, low, first, middle, BLOCK_E, LISTED)
                 before = tl.where(ties < spare, middle, before)
                 after = tl.where(ties < spare, after, middle)
             limit_end = after
-    tl.store(threshold + row, limit)
-    tl.store(ties_end + row, limit_end)
+    return limit, limit_end
 
 
 @triton.jit
@@ -432,12 +436,16 @@ def highest_rank(held, scores, count, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def count_ties(positions, scores, count, rank, before, BLOCK_E: tl.constexpr):
+def count_ties(
+    positions, scores, count, rank, first, before, BLOCK_E: tl.constexpr, LISTED: tl.constexpr
+):  # fmt: skip
     """How many entries of this rank stand before a position."""
     ties = count * 0
     for begin in range(0, count, BLOCK_E):
         ranks = load_ranks(scores, begin, count, BLOCK_E)
         e = begin + tl.arange(0, BLOCK_E)
-        position = tl.load(positions + e, mask=e < count, other=FAR)
+        position = first + e
+        if LISTED:
+            position = tl.load(positions + e, mask=e < count, other=FAR)
         ties += tl.sum(((ranks == rank) & (position < before)).to(tl.int32), axis=0)
     return ties

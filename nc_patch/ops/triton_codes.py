@@ -14,7 +14,7 @@ import triton.language as tl
 
 from nc_patch.ops.codes import HIGH_UNIT, LARGEST_CODE
 from nc_patch.ops.triton_attend import fold, logits_base2
-from nc_patch.ops.triton_tiles import forced_keys, program_rows, span
+from nc_patch.ops.triton_tiles import PER_CALL, forced_keys, program_rows, span
 
 # The largest weight: 127 * 256 + 127.
 _LARGEST_WEIGHT = tl.constexpr(32639.0)
@@ -22,13 +22,15 @@ _LARGEST_WEIGHT = tl.constexpr(32639.0)
 # the largest code.
 _HALF_ULP = tl.constexpr(2.0**-24)
 _SMALLEST = tl.constexpr(1e-25)
-LARGEST = tl.constexpr(float(LARGEST_CODE))
+_LARGEST = tl.constexpr(float(LARGEST_CODE))
 _HIGH_UNIT = tl.constexpr(HIGH_UNIT)
+# The golden ratio's fraction in units of 2**-16, and odd.
+_GOLDEN = tl.constexpr(40503)
 # Rounding of a logit on its way from a raw score, relative to the logit and to the soft-cap: sixteen half units.
 LOGIT_SLACK = tl.constexpr(2.0**-20)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=PER_CALL)
 def sample_kernel(
     query,
     visible,
@@ -64,8 +66,10 @@ def sample_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Approximate scores, ``samples[row, SAMPLES]``, of keys evenly spaced among the rivals of a block of rows.
+    """Approximate scores, ``samples[row, SAMPLES]``, of keys drawn from even shares of the rivals of a block of rows.
 
+    Which key of its share is drawn follows from the share's number alone, by multiples of the golden ratio: evenly
+    spaced keys would be in step with a text that repeats itself.
     A key outside a row's rivals is stored as -inf, and NaN as +inf. A program scores ``BLOCK_N`` keys.
     """
     batch, kv_head, _index, _head, row, valid, start, end, wanted = program_rows(
@@ -81,8 +85,8 @@ def sample_kernel(
     last = end - recents
     begin, end = span(first, last, last > first)
     place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = (2 * place + 1).to(tl.int64)
-    columns = (begin + (end - begin).to(tl.int64) * at // (2 * SAMPLES)).to(tl.int32)
+    at = (place.to(tl.int64) << 16) + (place * _GOLDEN & 0xFFFF)
+    columns = (begin + (end - begin).to(tl.int64) * at // (SAMPLES << 16)).to(tl.int32)
     within = columns < end
     head_codes = batch * stride_cb + kv_head * stride_ch
     offsets = columns.to(tl.int64) * stride_cl
@@ -100,7 +104,7 @@ def sample_kernel(
     tl.store(samples + (row * SAMPLES)[:, None] + place[None, :], score, mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "segment"])
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment"])
 def scan_kernel(
     query,
     visible,
@@ -288,7 +292,7 @@ def coded_rows(
     # NaN and infinity stay in what is left over, so that such a row bounds nothing.
     left_over = row_norms(w - step[:, None] * level, w_2 - step[:, None] * level_2)
     size = row_norms(w, w_2)
-    widest = LARGEST * (D**0.5) * (1.0 + 8 * _HALF_ULP)
+    widest = _LARGEST * (D**0.5) * (1.0 + 8 * _HALF_ULP)
     per_scale = widest * (size * ((D + 16) * _HALF_ULP) + left_over)
     is_high = (stacked < BLOCK_M)[:, None]
     return (

@@ -26,7 +26,6 @@ from nc_patch.ops import (
     triton_decode_topk,
     triton_encode,
     triton_means,
-    triton_search,
     triton_split,
     triton_summarize,
 )
@@ -166,7 +165,6 @@ SOURCES: tuple[Callable[[str], Iterator[Specialisation]], ...] = (
     triton_summarize.specialisations,
     triton_decode_topk.specialisations,
     triton_decode_tail.specialisations,
-    triton_search.specialisations,
     triton_encode.specialisations,
     triton_means.specialisations,
 )

@@ -34,7 +34,7 @@ from nc_patch.ops.triton_page_attend import attend_pages_kernel
 from nc_patch.ops.triton_page_choice import choose_pages_kernel
 from nc_patch.ops.triton_page_scores import score_pages_kernel
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
-from nc_patch.ops.triton_split import combine_splits, split_count
+from nc_patch.ops.triton_split import combine_splits, padded_splits, share
 
 # Counts of pages have 21 bits.
 MAX_PAGES = 2**21 - 1
@@ -44,10 +44,16 @@ _HEADS = 16
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """Tile sizes of one step: of pages scored at once and of keys attended at once."""
+    """Tile sizes of one step: of pages scored at once and of keys attended at once.
+
+    Attributes:
+        scorers, attenders: programs of each kernel that a multiprocessor holds at once, by their registers.
+    """
 
     score: RowTiles
     attend: RowTiles
+    scorers: int
+    attenders: int
 
 
 def decode_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> DecodeTiles:
@@ -55,9 +61,11 @@ def decode_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim
     widest = max(padded_dim(head_dim), padded_dim(value_dim))
     if dtype == torch.float32:
         tile = RowTiles(_HEADS, 32, 8 if widest > 128 else 4, 1, 32)
-        return DecodeTiles(tile, tile)
-    keys = 32 if widest > 128 else 64
-    return DecodeTiles(RowTiles(_HEADS, 32, 4, 1), RowTiles(_HEADS, keys, 4, 2))
+        return DecodeTiles(tile, tile, 8 // tile.warps, 8 // tile.warps)
+    keys, at_once = (32, 2) if widest > 128 else (64, 3)
+    # Channels beyond the head_dim are masked, which takes registers.
+    scorers = at_once if head_dim == padded_dim(head_dim) else 2
+    return DecodeTiles(RowTiles(_HEADS, 32, 4, 1), RowTiles(_HEADS, keys, 4, 2), scorers, at_once)
 
 
 def triton_block_decode(
@@ -126,8 +134,8 @@ def triton_block_decode(
 
     capacity = min(-(-max_budget // block_size) + 2, width)
     head_blocks = triton.cdiv(group, _HEADS)
-    score_splits = split_count(numbers * head_blocks, triton.cdiv(width, tiles.score.keys))
-    splits = split_count(numbers * head_blocks, triton.cdiv(capacity * block_size, tiles.attend.keys))
+    score_splits = share(tiles.scorers, numbers * head_blocks, triton.cdiv(width, tiles.score.keys))
+    splits = share(tiles.attenders, numbers * head_blocks, triton.cdiv(capacity * block_size, tiles.attend.keys))
     page_logits = scratch(numbers, group, width)
     page_peak, page_total = scratch(numbers, group, score_splits + 1), scratch(numbers, group, score_splits + 1)
     chosen, chosen_count = scratch(numbers, capacity, dtype=torch.int32), scratch(numbers, dtype=torch.int32)
@@ -209,7 +217,7 @@ def choose_constants(width: int, splits: int, block_size: int) -> dict[str, Any]
     """The compile-time arguments of ``choose_pages_kernel``."""
     return {
         "BLOCK_P": min(_CHOOSE_AT_ONCE, max(128, triton.next_power_of_2(width))),
-        "BLOCK_S": triton.next_power_of_2(splits),
+        "BLOCK_S": padded_splits(splits),
         "BLOCK_SIZE": block_size,
     }
 

@@ -22,9 +22,9 @@ from nc_patch.ops.triton_attend import fold, logits_base2
 from nc_patch.ops.triton_gather import add_values
 from nc_patch.ops.triton_launch import Tiles, addressable, architecture_of, compile_options, tail_constants, tiles_for
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
-from nc_patch.ops.triton_split import split_count
+from nc_patch.ops.triton_split import share
 from nc_patch.ops.triton_tail import PAGE, pages_of_rows
-from nc_patch.ops.triton_tiles import dot_scores, load_query, program_rows, span
+from nc_patch.ops.triton_tiles import PER_CALL, dot_scores, load_query, program_rows, span
 
 
 def tail_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> Tiles:
@@ -43,10 +43,10 @@ def tail_splits(
     dtype: torch.dtype,
     architecture: str,
 ) -> int:
-    """How many programs share the pages of a block of rows."""
+    """How many programs share the pages of a block of rows: by their registers eight warps fit a multiprocessor."""
     tiles = tail_tiles(architecture, dtype, head_dim, value_dim)
     blocks = triton.cdiv(group * queries, tiles.rows) * batch * kv_heads
-    return split_count(blocks, max(1, triton.cdiv(slot_count(keys), tiles.keys)))
+    return share(8 // tiles.warps, blocks, triton.cdiv(slot_count(keys), tiles.keys))
 
 
 def launch_tail(
@@ -100,7 +100,7 @@ def decode_tail_constants(head_dim: int, value_dim: int, tiles: Tiles, has_softc
     return {name: constants[name] for name in tail_kernel.arg_names if name in constants}
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "slots", "parts", "first_part"])
+@triton.jit(do_not_specialize=[*PER_CALL, "slots", "parts", "first_part"])
 def tail_kernel(
     query,
     mean_key,

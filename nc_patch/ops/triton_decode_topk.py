@@ -9,21 +9,24 @@ Nothing is read back from the device and all sizes follow from shapes, so that a
 3. ``score_kernel``: reads the listed keys once for all rows of the block and scores them exactly; without ``refine`` it
    only copies. Collects, for each row, what reaches its guess.
 4. ``choose_kernel``: the exact k-th largest of these scores, and the proof that no other key reaches it.
-5. ``gather_kernel`` and ``combine_kernel``: softmax times value over the chosen keys, in parts, and their sum. A value
-   is read once for all rows of a block that attend its key.
-6. ``search_rows``: the rows whose list overflowed or whose guess was too high, if any, are searched over all keys. No
-   other row costs them anything.
-7. ``bounds_kernel``, where bounds are wanted.
+5. ``gather_kernel``: softmax times value over the chosen keys, in parts. A value is read once for all rows of a block
+   that attend its key.
+6. ``score_flagged_kernel``, ``choose_flagged_kernel`` and ``gather_kernel`` again: the rows whose list overflowed or
+   whose guess was too high, if any, choose among all keys (``triton_search``). No other row costs them anything.
+7. ``combine_kernel``: the sum of all parts.
+8. ``bounds_kernel``, where bounds are wanted.
 
-Eight launches, one more with bounds and two more with a tail: the pages' parts of the softmax before the sum of all
-parts (``triton_decode_tail``), and the search in two (``triton_search``). ``scripts/predict_decode.py`` counts bytes
-and launches and predicts times.
+Ten launches, one more with bounds and one more with a tail: the pages' parts of the softmax before the sum of all
+parts (``triton_decode_tail``). ``scripts/predict_decode.py`` counts bytes and launches and predicts times. What is held
+between them takes at most ``SCRATCH_BYTES``: where several queries of several sequences would take more, some of them
+go after the others, in as many launches again.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,10 +40,12 @@ from nc_patch.ops.triton_decode_tail import launch_tail, tail_splits
 from nc_patch.ops.triton_encode import code_strides
 from nc_patch.ops.triton_gather import bounds_kernel, gather_kernel
 from nc_patch.ops.triton_launch import architecture_of, check_inputs, check_tail, dense_last, padded_dim
-from nc_patch.ops.triton_search import search_rows
+from nc_patch.ops.triton_search import choose_flagged_kernel, score_flagged_kernel
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
-from nc_patch.ops.triton_split import MAX_SPLITS, combine_splits
+from nc_patch.ops.triton_split import MAX_SPLITS, combine_splits, padded_splits, planned_length, share
 
+# What the kernels hand on to each other takes at most this much, unless one query of one sequence takes more.
+SCRATCH_BYTES = 256 * 2**20
 # Keys that a guess is taken from: fewer up to so many keys, and more beyond, where a closer guess saves more keys.
 _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
 # Room in a block's list, per key of the largest budget: for so many rows, each with twice its budget; and besides.
@@ -51,9 +56,8 @@ _REACHED_PER_KEY = 3
 _SEGMENT_SLACK = 64
 # Scores that a program of ``choose_kernel`` holds in registers.
 _MOST_HELD = 16384
-# Programs of a kernel that fit an H200's 132 multiprocessors at once, by their registers: one wave of them, and no
-# second one that is nearly empty. Other GPUs come close.
-_SCANNING, _SCORING, _GATHERING = 3 * 132, 4 * 132, 3 * 132
+# Work is divided among programs as if this many keys, if not more, were chosen.
+_FEWEST_CHOSEN = 1024
 # Values of a tile: the least that a matrix instruction takes. More need more registers than three such programs have.
 _GATHERED = 16
 # The least that a matrix instruction takes: of 8-bit numbers to be summed, and of rows.
@@ -94,6 +98,39 @@ class Plan:
         """Parts of a row's softmax that are joined in the end, at most ``MAX_SPLITS``."""
         return self.chunks + self.tail_parts
 
+    def scratch_bytes(
+        self, heads: int, rows: int, keys: int, value_dim: int, slots: int, refine: bool, want_bounds: bool
+    ) -> int:
+        """What ``_decode_at_once`` allocates but for its results: for ``rows`` of each of ``heads`` of keys."""
+        of_block = self.splits * (self.segment + 1) + self.capacity
+        if not refine:
+            of_block += self.splits * self.rows * self.segment * (1 + want_bounds)
+        of_row = self.samples + 2 * self.room + max(self.capacity, keys) * (1 + want_bounds)
+        of_row += self.parts * (value_dim + 2) + slots + 8
+        if want_bounds:
+            of_row += 4 * self.splits + 8 * self.chunks
+        return 4 * heads * (-(-rows // self.rows) * of_block + rows * of_row)
+
+
+class Resident(NamedTuple):
+    """How many programs of each kernel a multiprocessor holds at once, by their registers."""
+
+    scan: int = 3
+    score: int = 4
+    gather: int = 3
+
+
+def resident_programs(dtype: torch.dtype, head_dim: int, want_bounds: bool) -> Resident:
+    """Of the registers that ``decode_options`` leaves; ``head_dim`` is the larger one of keys and values."""
+    if _is_slim(dtype, head_dim, want_bounds):
+        return Resident()
+    return Resident(1 if head_dim > 128 else 2, 3, 1 if dtype == torch.float32 else 2)
+
+
+def _is_slim(dtype: torch.dtype, head_dim: int, want_bounds: bool) -> bool:
+    """Whether programs are held to so few registers that three or four fit a multiprocessor."""
+    return dtype != torch.float32 and head_dim <= 128 and not want_bounds
+
 
 def plan_for(
     batch: int,
@@ -105,25 +142,29 @@ def plan_for(
     budget: int,
     architecture: str = "sm_90",
     tail_parts: int = 0,
+    resident: Resident = Resident(),  # noqa: B008
 ) -> Plan:
     """The one place where tiles, splits and capacities are chosen; ``budget`` is the largest.
 
-    ``tail_parts``, from ``tail_splits``, come first: the attended keys share what is left of ``MAX_SPLITS``.
+    ``tail_parts``, from ``tail_splits``, come first: the attended keys share what is left of ``MAX_SPLITS``. What
+    kernels are compiled for follows from the ``planned_length``, so that few steps of a generation take others.
     """
     head_dim = padded_dim(head_dim)
     rows = 8 if group * queries <= 8 else 16
     tile = 128 if head_dim <= 128 and rows == 8 else 32 if architecture.startswith("gfx") else 64
     blocks = triton.cdiv(group * queries, rows) * batch * kv_heads
     tiles = triton.cdiv(keys, tile) + 1
-    splits = _share(_SCANNING, blocks, tiles)
-    samples = min(_SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES, max(tile, triton.next_power_of_2(keys)))
+    planned = planned_length(keys)
+    splits = share(resident.scan, blocks, planned // tile, MAX_SPLITS)
+    samples = _SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES
     shares = min(_MOST_SHARES, max(_LEAST_SHARES, group * queries))
     capacity = max(1, min(keys, 2 * shares * budget + _ROOM_BESIDES))
     room = max(1, min(keys, _REACHED_PER_KEY * budget + _ROOM_BESIDES))
     whole = triton.cdiv(tiles, splits) * tile
     segment = whole if capacity >= keys else min(whole, 2 * triton.cdiv(capacity, splits) + _SEGMENT_SLACK)
     scored, gathered = max(16, min(32, 4096 // head_dim)), _GATHERED
-    likely = min(keys, 2 * budget * min(group * queries, rows))
+    chosen = max(_FEWEST_CHOSEN, triton.next_power_of_2(budget))
+    likely = min(planned, 2 * chosen * min(group * queries, rows))
     return Plan(
         rows=rows,
         keys=tile,
@@ -134,16 +175,11 @@ def plan_for(
         room=room,
         scored=scored,
         gathered=gathered,
-        scorers=_share(_SCORING, blocks, triton.cdiv(likely, scored)),
-        chunks=_share(_GATHERING, blocks, triton.cdiv(likely, gathered), MAX_SPLITS - tail_parts),
+        scorers=share(resident.score, blocks, triton.cdiv(likely, scored), MAX_SPLITS),
+        chunks=share(resident.gather, blocks, triton.cdiv(likely, gathered), MAX_SPLITS - tail_parts),
         tail_parts=tail_parts,
-        held=min(_MOST_HELD, triton.next_power_of_2(room)),
+        held=min(_MOST_HELD, triton.next_power_of_2(min(planned, _REACHED_PER_KEY * budget + _ROOM_BESIDES))),
     )
-
-
-def _share(programs: int, blocks: int, units: int, most: int = MAX_SPLITS) -> int:
-    """Among how many of ``programs``, at most ``most``, each of ``blocks`` blocks of ``units`` units is divided."""
-    return max(1, min(programs // max(blocks, 1), units, most))
 
 
 def triton_topk_decode(
@@ -192,17 +228,77 @@ def triton_topk_decode(
     _check_codes(query, key, codes)
     B, Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
+    architecture = architecture_of(query.device)
+    resident = resident_programs(query.dtype, max(D, DV), want_bounds)
+    query, key, value, visible = (dense_last(x) for x in (query, key, value, visible))
+    settings: dict[str, Any] = {
+        "scale": scale, "softcap": softcap, "sink_keys": sink_keys, "recent_keys": recent_keys, "refine": refine,
+        "want_bounds": want_bounds,
+    }  # fmt: skip
+
+    def plan_of(sequences: int, queries: int) -> Plan:
+        sizes = (sequences, Hkv, Hq // Hkv, queries, Lk, D)
+        tail_parts = 0 if tail is None else tail_splits(*sizes, DV, query.dtype, architecture)
+        return plan_for(*sizes, max(1, min(max_budget, Lk)), architecture, tail_parts, resident)
+
+    def scratch_of(sequences: int, queries: int) -> int:
+        sizes = (sequences * Hkv, Hq // Hkv * queries, Lk, DV, 0 if tail is None else slot_count(Lk))
+        return plan_of(sequences, queries).scratch_bytes(*sizes, refine, want_bounds)
+
+    sequences, queries = B, Lq
+    while B * Hq * Lq and sequences * queries > 1 and scratch_of(sequences, queries) > SCRATCH_BYTES:
+        sequences, queries = (-(-sequences // 2), queries) if sequences > 1 else (1, -(-queries // 2))
+    if (sequences, queries) == (B, Lq):
+        return _decode_at_once(
+            query, key, value, visible, budget, sinks, codes, tail, origin, plan_of(B, Lq), **settings
+        )
+    output = query.new_empty(B, Hq, Lq, DV)
+    lse = torch.empty((B, Hq, Lq), dtype=torch.float32, device=query.device)
+    bounds = torch.empty((B, Hq, Lq, 2) if want_bounds else (0,), dtype=torch.float32, device=query.device)
+    for b, q in itertools.product(range(0, B, sequences), range(0, Lq, queries)):
+        of, at = slice(b, b + sequences), slice(q, q + queries)
+        here = query[of, :, at]
+        found = _decode_at_once(
+            *(here, key[of], value[of], visible[of, at], budget[of, :, at], sinks, KeyCodes(*(t[of] for t in codes))),
+            *(None if tail is None else PageMeans(*(t[of] for t in tail)), None if origin is None else origin[of, at]),
+            plan_of(here.shape[0], here.shape[2]),
+            **settings,
+        )
+        for whole, part in zip((output, lse, bounds)[: 3 if want_bounds else 2], found, strict=False):
+            whole[of, :, at] = part
+    return output, lse, bounds
+
+
+def _decode_at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    codes: KeyCodes,
+    tail: PageMeans | None,
+    origin: torch.Tensor | None,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+    refine: bool,
+    want_bounds: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``triton_topk_decode`` of what it has checked, by one plan."""
+    B, Hq, Lq, D = query.shape
+    Hkv, Lk, DV = value.shape[1:]
     group, rows = Hq // Hkv, B * Hq * Lq
     device = query.device
+    architecture = architecture_of(device)
     output = query.new_empty(B, Hq, Lq, DV)
     lse = torch.empty((B, Hq, Lq), dtype=torch.float32, device=device)
     bounds = torch.empty((B, Hq, Lq, 2) if want_bounds else (0,), dtype=torch.float32, device=device)
     if rows == 0:
         return output, lse, bounds
-    architecture = architecture_of(device)
-    tail_parts = 0 if tail is None else tail_splits(B, Hkv, group, Lq, Lk, D, DV, query.dtype, architecture)
-    plan = plan_for(B, Hkv, group, Lq, Lk, D, max(1, min(max_budget, Lk)), architecture, tail_parts)
-    query, key, value, visible = (dense_last(x) for x in (query, key, value, visible))
     center, spread = codes.center.contiguous(), codes.spread.contiguous()
 
     def floats(*shape: int) -> torch.Tensor:
@@ -217,8 +313,9 @@ def triton_topk_decode(
     rough_shape = (0,) if refine else (programs, plan.splits, plan.rows, plan.segment)
     rough, rough_errors = floats(*rough_shape), floats(*(rough_shape if want_bounds else (0,)))
     outside = floats(rows, plan.splits, 4) if want_bounds else floats(0)
-    positions, scores = integers(programs, plan.capacity), floats(rows, plan.capacity)
-    errors = floats(rows, plan.capacity) if want_bounds else floats(0)
+    # Of the listed keys, and later of all keys for the flagged rows.
+    positions, scores = integers(programs, plan.capacity), floats(rows, max(plan.capacity, Lk))
+    errors = floats(*scores.shape) if want_bounds else floats(0)
     reached, reached_positions, reached_scores = integers(rows), integers(rows, plan.room), floats(rows, plan.room)
     listed, threshold, ties_end = integers(rows), floats(rows), integers(rows)
     attended, flags = integers(B, Hq, Lq), integers(B, Hq, Lq)
@@ -227,7 +324,6 @@ def triton_topk_decode(
     page_counts = integers(rows, slots)
     begins = visible[..., 0] if origin is None else origin
     kept = floats(rows, plan.chunks, 8) if want_bounds else floats(0)
-    kept_mass = floats(B, Hq, Lq)
 
     q = query.stride()[:3]
     codes_at = code_strides(codes)
@@ -235,7 +331,7 @@ def triton_topk_decode(
     limits = (*limits, budget.stride(2))
     by_head = (Hkv, group, Lq, Lk, sink_keys, recent_keys)
     constants = decode_constants(plan, query.dtype, D, DV, refine, want_bounds, softcap > 0, tail is not None)
-    options = decode_options(plan, architecture, query.dtype, max(D, DV), want_bounds, tail is not None)
+    options = decode_options(plan, architecture, query.dtype, max(D, DV), want_bounds)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         sample_kernel[(programs, plan.samples // plan.keys)](
             *(query, visible, budget, codes.high, codes.low, codes.scale, center, spread, samples, *q, *codes_at),
@@ -269,12 +365,28 @@ def triton_topk_decode(
             **constants["choose"],
             **options["choose"],
         )
+        of_lists = (listed, flags, threshold, ties_end, acc, peak, total, kept, begins, page_counts)
+        of_values = (*value.stride()[:3], *limits, *by_head)
+        divided = (plan.chunks, plan.parts, slots, *begins.stride(), scale, softcap)
         gather_kernel[(programs, plan.chunks)](
-            *(value, visible, budget, positions, scores, errors, listed, threshold, ties_end, acc, peak, total, kept),
-            *(begins, page_counts, *value.stride()[:3], *limits, *by_head),
-            *(plan.capacity, plan.chunks, plan.parts, slots, *begins.stride(), scale, softcap),
+            *(value, visible, budget, positions, scores, errors, *of_lists, *of_values, plan.capacity, *divided),
             **constants["gather"],
             **options["gather"],
+        )
+        score_flagged_kernel[(programs, plan.splits)](
+            *(query, key, visible, budget, flags, scores, errors, *q, *key.stride()[:3], *limits, *by_head[:4]),
+            **constants["score_flagged"],
+            **options["score_flagged"],
+        )
+        choose_flagged_kernel[(rows,)](
+            *(visible, budget, flags, scores, listed, threshold, ties_end, *limits, Hq, Lq, Lk, sink_keys, recent_keys),
+            **constants["choose_flagged"],
+            **options["choose_flagged"],
+        )
+        gather_kernel[(programs, plan.chunks)](
+            *(value, visible, budget, positions, scores, errors, *of_lists, *of_values, Lk, *divided),
+            **constants["gather_flagged"],
+            **options["gather_flagged"],
         )
         if tail is not None:
             launch_tail(
@@ -285,20 +397,9 @@ def triton_topk_decode(
                 softcap=softcap,
             )
         combine_splits(acc, peak, total, sinks, attended, output, lse, torch.empty_like(lse))
-        search_rows(
-            *(query, key, value, visible, budget, sinks, flags, threshold, ties_end, output, lse, kept_mass),
-            scale=scale,
-            softcap=softcap,
-            sink_keys=sink_keys,
-            recent_keys=recent_keys,
-            tail=tail,
-            origin=origin,
-        )
         if want_bounds:
             bounds_kernel[(rows,)](
-                *(query, visible, budget, codes.scale, codes.residual, center, spread, flags, outside, kept, kept_mass),
-                *(bounds, *q, *codes_at[3:], *limits, Hq, group, Lq, Lk, sink_keys, recent_keys),
-                *(plan.splits, plan.chunks, scale),
+                *(visible, flags, outside, kept, bounds, *limits[:2], Hq, Lq, Lk, plan.splits, plan.chunks),
                 **constants["bounds"],
                 **options["bounds"],
             )
@@ -319,45 +420,41 @@ def decode_constants(
     padded = padded_dim(head_dim)
     half = max(_LEAST_CHANNELS, padded // 2)
     tile = {"D": head_dim, "BLOCK_M": plan.rows, "BLOCK_N": plan.keys, "BLOCK_H": half}
-    splits = {"BLOCK_S": triton.next_power_of_2(plan.splits)}
+    splits = {"BLOCK_S": padded_splits(plan.splits)}
     flags = {"REFINE": refine, "WANT_BOUNDS": want_bounds}
+    exact = {
+        "D": head_dim,
+        "BLOCK_M": _MATRIX_ROWS,
+        "BLOCK_E": plan.scored,
+        "BLOCK_D": padded,
+        # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
+        "CHUNK_D": min(padded, 32) if dtype == torch.float32 else padded,
+    }
+    gather = {
+        "DV": value_dim,
+        "BLOCK_M": _MATRIX_ROWS,
+        "BLOCK_E": plan.gathered,
+        "BLOCK_DV": padded_dim(value_dim),
+        "HAS_SOFTCAP": has_softcap,
+        "WANT_BOUNDS": want_bounds,
+        "COUNT_PAGES": has_tail,
+    }
     return {
         "sample": {**tile, "SAMPLES": plan.samples},
         "guess": {"SAMPLES": plan.samples},
         "scan": {**tile, **flags, "HAS_SOFTCAP": has_softcap},
-        "score": {
-            **splits,
-            **flags,
-            "D": head_dim,
-            "ROWS": plan.rows,
-            "BLOCK_M": _MATRIX_ROWS,
-            "BLOCK_E": plan.scored,
-            "BLOCK_D": padded,
-            # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
-            "CHUNK_D": min(padded, 32) if dtype == torch.float32 else padded,
-        },
+        "score": {**splits, **flags, **exact, "ROWS": plan.rows},
         "choose": {**splits, "ROWS": plan.rows, "BLOCK_E": plan.held},
-        "gather": {
-            "DV": value_dim,
-            "BLOCK_M": _MATRIX_ROWS,
-            "BLOCK_E": plan.gathered,
-            "BLOCK_DV": padded_dim(value_dim),
-            "HAS_SOFTCAP": has_softcap,
-            "WANT_BOUNDS": want_bounds,
-            "COUNT_PAGES": has_tail,
-        },
-        "bounds": {
-            **splits,
-            "D": head_dim,
-            "BLOCK_C": triton.next_power_of_2(plan.chunks),
-            "BLOCK_D": padded,
-            "BLOCK_N": 1024,
-        },
+        "gather": {**gather, "FLAGGED": False},
+        "score_flagged": {**exact, "WANT_BOUNDS": want_bounds},
+        "choose_flagged": {"BLOCK_E": plan.held},
+        "gather_flagged": {**gather, "FLAGGED": True},
+        "bounds": {**splits, "BLOCK_C": padded_splits(plan.chunks)},
     }
 
 
 def decode_options(
-    plan: Plan, architecture: str, dtype: torch.dtype, head_dim: int, want_bounds: bool, has_tail: bool = False
+    plan: Plan, architecture: str, dtype: torch.dtype, head_dim: int, want_bounds: bool
 ) -> dict[str, dict[str, Any]]:
     """Options of the compiler for each kernel; ``head_dim`` is the larger one of keys and values.
 
@@ -365,18 +462,25 @@ def decode_options(
     """
     amd = architecture.startswith("gfx")
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    slim = dtype != torch.float32 and head_dim <= 128 and not want_bounds and not has_tail
+    slim = _is_slim(dtype, head_dim, want_bounds)
     # So many programs fit a multiprocessor as the plan counts on; and otherwise, as in ``compile_options``, all
     # registers, lest NVIDIA's assembler spills some.
     fourth, third = ({} if amd else {"maxnreg": count if slim else 255} for count in (128, 168))
+    gathering = {**plain, "num_warps": 4 if amd or dtype != torch.float32 else 8}
+    scoring = {**plain, "num_stages": 2, **fourth}
+    choosing = {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4}
     return {
         **dict.fromkeys(("sample", "bounds"), plain),
         "scan": {**plain, "num_stages": 3, "num_warps": 8 if head_dim > 128 and not amd else 4, **third},
-        "score": {**plain, "num_stages": 2, **fourth},
+        "score": scoring,
+        "score_flagged": scoring,
         # Two tiles on their way: positions come first, and one tile of so few values would leave the memory idle.
-        "gather": {**plain, "num_stages": 5, "num_warps": 4 if amd or dtype != torch.float32 else 8, **third},
+        "gather": {**gathering, "num_stages": 5, **third},
+        # There no positions come first, and more stages would spill registers.
+        "gather_flagged": {**gathering, "num_stages": 2, **({} if amd else {"maxnreg": 255})},
         "guess": {**plain, "num_warps": 16 if plan.samples > 4096 else 8 if plan.samples >= 2048 else 4},
-        "choose": {**plain, "num_warps": 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4},
+        "choose": choosing,
+        "choose_flagged": choosing,
     }
 
 
@@ -410,7 +514,8 @@ def specialisations(target: str) -> Iterator[Specialisation]:
         (torch.bfloat16, 256, 16, False, True),
         (torch.float32, 128, 1, True, True),
     ):
-        plan = plan_for(1, 8, 4, queries, 131072, head_dim, 2354, target)
+        resident = resident_programs(dtype, head_dim, want_bounds)
+        plan = plan_for(1, 8, 4, queries, 131072, head_dim, 2354, target, 0, resident)
         constants = decode_constants(plan, dtype, head_dim, head_dim, refine, want_bounds, want_bounds)
         options = decode_options(plan, target, dtype, head_dim, want_bounds)
         types = {
@@ -428,10 +533,12 @@ def specialisations(target: str) -> Iterator[Specialisation]:
             yield Specialisation(
                 f"codes_{name}-{suffix}", kernel, constants[name], types, options[name], data_strides(kernel, "qkvc")
             )
-        counting = {**constants["gather"], "COUNT_PAGES": True}
-        more = decode_options(plan, target, dtype, head_dim, want_bounds, has_tail=True)["gather"]
         aligned = data_strides(gather_kernel)
-        yield Specialisation(f"codes_gather-{suffix}-tail", gather_kernel, counting, types, more, aligned)
+        for name, more in (
+            ("gather", {**constants["gather"], "COUNT_PAGES": True}),
+            ("gather_flagged", {**constants["gather_flagged"], "COUNT_PAGES": True}),
+        ):
+            yield Specialisation(f"codes_{name}-{suffix}-tail", gather_kernel, more, types, options[name], aligned)
 
 
 _KERNELS = {
@@ -441,6 +548,8 @@ _KERNELS = {
     "score": score_kernel,
     "choose": choose_kernel,
     "gather": gather_kernel,
+    "score_flagged": score_flagged_kernel,
+    "choose_flagged": choose_flagged_kernel,
     "bounds": bounds_kernel,
 }
 _INTEGERS = (

@@ -131,8 +131,9 @@ def encode_kernel(
     scale = tl.where(largest < _SMALLEST, 0.0, largest / _LARGEST_CODE)
     code_x = codes_of(x, scale)
     code_y = codes_of(y, scale)
-    high_x = tl.floor((code_x + _HIGH_UNIT / 2) / _HIGH_UNIT)
-    high_y = tl.floor((code_y + _HIGH_UNIT / 2) / _HIGH_UNIT)
+    # Times a power of two is exact; a GPU's division of float32 may be off by two units in the last place.
+    high_x = tl.floor((code_x + _HIGH_UNIT / 2) * (1.0 / _HIGH_UNIT))
+    high_y = tl.floor((code_y + _HIGH_UNIT / 2) * (1.0 / _HIGH_UNIT))
     slack = largest * rounding + _SMALLEST
     far = norm_of(x - scale[:, None] * (_HIGH_UNIT * high_x), y - scale[:, None] * (_HIGH_UNIT * high_y), D) + slack
     near = norm_of(x - scale[:, None] * code_x, y - scale[:, None] * code_y, D) + slack

@@ -7,22 +7,17 @@ keys of a block are divided among programs, and ``triton_split`` joins what they
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton_attend import LOG2_E, finite_or_zero, fold, logits_base2
-from nc_patch.ops.triton_candidates import MATRIX_ULP, row_interval
-from nc_patch.ops.triton_codes import LARGEST, logit_slack
+from nc_patch.ops.triton_attend import finite_or_zero, fold, logits_base2
+from nc_patch.ops.triton_codes import logit_slack
 from nc_patch.ops.triton_tail import PAGE
-from nc_patch.ops.triton_tiles import dot, forced_keys, program_rows
+from nc_patch.ops.triton_tiles import PER_CALL, dot, forced_keys, program_rows
 
 # Relative width given to bounds of sums of exponentials, for their rounding in float32, and what underflow may lose.
 _SUM_SLACK = tl.constexpr(1e-4)
 _SMALLEST_MASS = tl.constexpr(1e-30)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "capacity", "chunks", "parts", "slots",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*PER_CALL, "capacity", "chunks", "parts", "slots"])
 def gather_kernel(
     value,
     visible,
@@ -31,6 +26,7 @@ def gather_kernel(
     scores,
     errors,
     listed,
+    flags,
     threshold,
     ties_end,
     acc,
@@ -68,12 +64,14 @@ def gather_kernel(
     HAS_SOFTCAP: tl.constexpr,
     WANT_BOUNDS: tl.constexpr,
     COUNT_PAGES: tl.constexpr,
+    FLAGGED: tl.constexpr,
 ):
     """The partial softmax of one of ``chunks`` parts of a block's list: what ``combine_splits`` joins, among ``parts``.
 
     With ``WANT_BOUNDS`` ``kept[row, chunk]`` is (peak, total) of the lower and the upper logits of the keys attended,
     then of those listed but not attended. With ``COUNT_PAGES`` every key attended is added to the count of its page,
-    ``page_counts[row, slot]``.
+    ``page_counts[row, slot]``. With ``FLAGGED`` only of the rows whose ``flags`` are not 0, whose list is all keys: an
+    entry is its own position.
     """
     batch, kv_head, index, _head, row, valid, start, end, wanted = program_rows(
         visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
@@ -86,6 +84,8 @@ def gather_kernel(
     values = value + batch * stride_vb + kv_head * stride_vh
     positions += block * capacity
     # A row without a proof has an empty list.
+    if FLAGGED:
+        valid = valid & (tl.load(flags + row, mask=valid, other=0) != 0)
     count = tl.load(listed + row, mask=valid, other=0)
     limit = tl.load(threshold + row, mask=valid, other=float("inf"))
     limit_end = tl.load(ties_end + row, mask=valid, other=0)
@@ -108,7 +108,9 @@ def gather_kernel(
     out_high = whole
     for tile in range(tiles * chunk // chunks, tiles * (chunk + 1) // chunks):
         e = tile * BLOCK_E + tl.arange(0, BLOCK_E)
-        position = tl.load(positions + e, mask=e < most, other=0)
+        position = e
+        if not FLAGGED:
+            position = tl.load(positions + e, mask=e < most, other=0)
         here = e[None, :] < count[:, None]
         at = row[:, None] * capacity + e[None, :]
         score = tl.load(scores + at, mask=here, other=0.0)
@@ -202,89 +204,39 @@ def share_of(peak, total, rest_peak, rest_total):
     return own / (own + rest)
 
 
-@triton.jit(do_not_specialize=["num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys", "splits", "chunks"])
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "chunks"])
 def bounds_kernel(
-    query,
     visible,
-    budget,
-    code_scale,
-    residual,
-    center,
-    spread,
     flags,
     outside,
     kept,
-    kept_mass,
     bounds,
-    stride_qb,
-    stride_qh,
-    stride_ql,
-    stride_sb,
-    stride_sh,
     stride_ib,
     stride_il,
-    stride_nb,
-    stride_nh,
-    stride_nl,
     num_heads,
-    group,
     Lq,
     Lk,
-    sink_keys,
-    recent_keys,
     splits,
     chunks,
-    scale,
-    D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
-    """Kept mass of a row from below and above, ``bounds[row, 2]``.
-
-    A flagged row has its ``kept_mass``, as wide as its rounding: at most the error of a float32 dot product with a key
-    of the largest norm that the codes allow.
-    """
+    """Kept mass of a row from below and above, ``bounds[row, 2]``. All keys of a flagged row are in its list."""
     row = tl.program_id(0).to(tl.int64)
-    batch, head, index, start, end, _wanted, _first, _last = row_interval(
-        row, visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_heads, Lq, Lk, sink_keys,
-        recent_keys,
-    )  # fmt: skip
-    lower = 0.0
-    upper = 1.0
-    if tl.load(flags + row) > 0:
-        kv_head = head // group
-        d = tl.arange(0, BLOCK_D)
-        channels = (batch * (num_heads // group) + kv_head) * D + d
-        q = tl.load(query + batch * stride_qb + head * stride_qh + index * stride_ql + d, mask=d < D, other=0.0)
-        # One-norms are at least norms.
-        q_size = tl.sum(tl.abs(q.to(tl.float32)), axis=0)
-        middle = tl.sum(tl.abs(tl.load(center + channels, mask=d < D, other=0.0)), axis=0)
-        widest = tl.max(tl.load(spread + channels, mask=d < D, other=0.0), axis=0)
-        code_scale += batch * stride_sb + kv_head * stride_sh
-        residual += batch * stride_sb + kv_head * stride_sh
-        largest = 0.0
-        for begin in range(start, end, BLOCK_N):
-            column = begin + tl.arange(0, BLOCK_N)
-            size = tl.load(code_scale + column, mask=column < end, other=0.0) * (LARGEST * (D**0.5))
-            size += tl.load(residual + column, mask=column < end, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(size, axis=0))
-        off = q_size * (middle + widest * largest) * ((D + 16) * MATRIX_ULP) * (2.0 * scale * LOG2_E)
-        exact = tl.load(kept_mass + row)
-        lower = exact * tl.exp2(-off)
-        upper = exact * tl.exp2(off)
-    else:
-        in_low_peak, in_low = join_parts(kept + row * chunks * 8, 8, chunks, BLOCK_C)
-        in_high_peak, in_high = join_parts(kept + row * chunks * 8 + 2, 8, chunks, BLOCK_C)
-        out_low_peak, out_low = join_parts(kept + row * chunks * 8 + 4, 8, chunks, BLOCK_C)
-        out_high_peak, out_high = join_parts(kept + row * chunks * 8 + 6, 8, chunks, BLOCK_C)
-        more_low_peak, more_low = join_parts(outside + row * splits * 4, 4, splits, BLOCK_S)
-        more_high_peak, more_high = join_parts(outside + row * splits * 4 + 2, 4, splits, BLOCK_S)
-        out_low_peak, out_low = add_parts(out_low_peak, out_low, more_low_peak, more_low)
-        out_high_peak, out_high = add_parts(out_high_peak, out_high, more_high_peak, more_high)
-        lower = share_of(in_low_peak, in_low, out_high_peak, out_high)
-        upper = share_of(in_high_peak, in_high, out_low_peak, out_low)
+    interval = visible + row // (Lq * num_heads) * stride_ib + row % Lq * stride_il
+    start = tl.maximum(tl.load(interval), 0)
+    end = tl.minimum(tl.load(interval + 1), Lk)
+    in_low_peak, in_low = join_parts(kept + row * chunks * 8, 8, chunks, BLOCK_C)
+    in_high_peak, in_high = join_parts(kept + row * chunks * 8 + 2, 8, chunks, BLOCK_C)
+    out_low_peak, out_low = join_parts(kept + row * chunks * 8 + 4, 8, chunks, BLOCK_C)
+    out_high_peak, out_high = join_parts(kept + row * chunks * 8 + 6, 8, chunks, BLOCK_C)
+    unlisted = tl.where(tl.load(flags + row) != 0, 0, splits)
+    more_low_peak, more_low = join_parts(outside + row * splits * 4, 4, unlisted, BLOCK_S)
+    more_high_peak, more_high = join_parts(outside + row * splits * 4 + 2, 4, unlisted, BLOCK_S)
+    out_low_peak, out_low = add_parts(out_low_peak, out_low, more_low_peak, more_low)
+    out_high_peak, out_high = add_parts(out_high_peak, out_high, more_high_peak, more_high)
+    lower = share_of(in_low_peak, in_low, out_high_peak, out_high)
+    upper = share_of(in_high_peak, in_high, out_low_peak, out_low)
     lower = lower * (1.0 - _SUM_SLACK) - _SMALLEST_MASS
     upper = upper * (1.0 + _SUM_SLACK) + _SMALLEST_MASS
     lower = tl.where(lower == lower, tl.minimum(tl.maximum(lower, 0.0), 1.0), 0.0)

@@ -31,22 +31,27 @@ class Tiles:
 # float32 multiplies on the plain floating point units of NVIDIA GPUs and is summed in chunks of head_dim.
 _FLOAT32 = {64: Tiles(32, 32, 4, 1, 32), 128: Tiles(32, 32, 8, 1, 32), 256: Tiles(16, 32, 8, 1, 32)}
 _FLOAT32_FEW = {64: Tiles(16, 32, 4, 1, 32), 128: Tiles(16, 32, 4, 1, 32), 256: Tiles(16, 32, 8, 1, 32)}
-_HALF_FEW = {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 32, 8, 2)}
+# With two stages NVIDIA's pipeline waits for every copy that it starts: three, where registers and memory suffice.
+_HALF_FEW = {64: Tiles(16, 64, 4, 3), 128: Tiles(16, 32, 4, 3), 256: Tiles(16, 32, 8, 3)}
 _HALF = {
-    "sm_80": {64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 2)},
-    "sm_90": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
-    "sm_100": {64: Tiles(64, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
+    "sm_80": {64: Tiles(128, 32, 8, 3), 128: Tiles(64, 32, 8, 3), 256: Tiles(32, 32, 8, 3)},
+    "sm_90": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(32, 32, 8, 3)},
+    "sm_100": {64: Tiles(64, 64, 8, 3), 128: Tiles(64, 64, 8, 3), 256: Tiles(64, 32, 8, 1)},
     "gfx942": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
+# What head dimensions take instead that are no power of two: masks of what lies beyond them need registers.
+_HALF_MASKED = {"sm_90": {128: Tiles(128, 32, 8, 3)}}
 _HALF_FEW_BY_ARCHITECTURE = {"gfx942": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 4, 2)}}
 # What a tail takes instead, where its second pass over the keys would leave too few registers.
 _HALF_WITH_TAIL = {
     "sm_80": {128: Tiles(64, 32, 8, 2, 64), 256: Tiles(32, 32, 8, 2, 64)},
-    "sm_90": {64: Tiles(128, 32, 8, 2), 128: Tiles(128, 32, 8, 2, 64), 256: Tiles(32, 32, 8, 2, 64)},
+    "sm_90": {64: Tiles(128, 32, 8, 3), 128: Tiles(128, 32, 8, 2, 64), 256: Tiles(32, 32, 8, 2, 64)},
     "sm_100": {128: Tiles(64, 64, 8, 2, 64), 256: Tiles(64, 32, 8, 1, 64)},
     "gfx942": {128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 4, 2, 64)},
 }
-_FEW_WITH_TAIL = {"sm_80": {128: Tiles(16, 32, 4, 2, 64), 256: Tiles(16, 32, 8, 2, 64)}}
+_FEW_WITH_TAIL = {
+    "sm_80": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2, 64), 256: Tiles(16, 32, 8, 2, 64)},
+}
 _FLOAT32_WITH_TAIL = {"sm_80": {256: Tiles(16, 16, 8, 1, 32)}}
 _FEW_ROWS = 16
 
@@ -69,6 +74,8 @@ def tiles_for(
         return (_FLOAT32_FEW if few else _FLOAT32)[padded]
     if few:
         return _HALF_FEW_BY_ARCHITECTURE.get(architecture, _HALF_FEW)[padded]
+    if {head_dim, value_dim} != {padded} and padded in _HALF_MASKED.get(architecture, {}):
+        return _HALF_MASKED[architecture][padded]
     return _HALF[architecture][padded]
 
 
@@ -80,6 +87,12 @@ def architecture_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has; 132, as an H200, where it is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def padded_dim(head_dim: int) -> int:
@@ -163,7 +176,7 @@ def launch_rows(
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
     if programs == 0:
         return
-    # Where no threshold is searched for, the kernel reads neither of these; nor flags, for which one of them stands.
+    # Where no threshold is searched for, the kernel reads neither of these.
     threshold = torch.empty(output.shape[:3] if by_score else (0,), dtype=torch.float32, device=device)
     ties_end = torch.empty(threshold.shape, dtype=torch.int32, device=device)
     query_key = (*query.stride()[:3], *key.stride()[:3])
@@ -172,7 +185,7 @@ def launch_rows(
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if by_score:
             threshold_kernel[(programs,)](
-                *(query, key, visible, budget, ties_end, threshold, ties_end, *query_key, *rows, *sizes),
+                *(query, key, visible, budget, threshold, ties_end, *query_key, *rows, *sizes),
                 **threshold_constants(D, tiles),
                 **compile_options(tiles, architecture),
             )
@@ -180,7 +193,7 @@ def launch_rows(
             means = PageMeans(*(addressable(x, tiles.keys) for x in tail))
             attend_tail_kernel[(programs,)](
                 *(query, key, value, *means, visible, origin, budget, lse if sinks is None else sinks.contiguous()),
-                *(ties_end, threshold, ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3]),
+                *(threshold, ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3]),
                 *(*means.key.stride()[:3], *means.value.stride()[:3], *visible.stride()[:2], *origin.stride()),
                 *(*rows[2:], *sizes, scale, softcap),
                 **tail_constants(D, DV, tiles, sinks is not None, softcap > 0, lse.numel() > 0),
@@ -188,8 +201,8 @@ def launch_rows(
             )
             return
         attend_kernel[(programs,)](
-            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), ties_end, threshold),
-            *(ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
+            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), threshold, ties_end),
+            *(output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
             **attend_constants(D, DV, tiles, by_score, sinks is not None, softcap > 0, lse.numel() > 0),
             **compile_options(tiles, architecture),
         )
@@ -215,12 +228,8 @@ def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:
     return options if architecture.startswith("gfx") else {**options, "maxnreg": 255}
 
 
-def threshold_constants(head_dim: int, tiles: Tiles, flagged: bool = False) -> dict[str, Any]:
+def threshold_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
     """The compile-time arguments of ``threshold_kernel``."""
-    return {**_tile_constants(head_dim, tiles), "FLAGGED": flagged}
-
-
-def _tile_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
     padded = padded_dim(head_dim)
     return {
         "D": head_dim,
@@ -239,12 +248,10 @@ def attend_constants(
     has_sinks: bool = False,
     has_softcap: bool = False,
     want_stats: bool = False,
-    flagged: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of ``attend_kernel``."""
     return {
-        **_tile_constants(head_dim, tiles),
-        "FLAGGED": flagged,
+        **threshold_constants(head_dim, tiles),
         "DV": value_dim,
         "BLOCK_DV": padded_dim(value_dim),
         "BY_SCORE": by_score,
@@ -261,10 +268,9 @@ def tail_constants(
     has_sinks: bool = False,
     has_softcap: bool = False,
     want_stats: bool = False,
-    flagged: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of ``attend_tail_kernel``."""
-    constants = attend_constants(head_dim, value_dim, tiles, True, has_sinks, has_softcap, want_stats, flagged)
+    constants = attend_constants(head_dim, value_dim, tiles, True, has_sinks, has_softcap, want_stats)
     del constants["BY_SCORE"]
     return constants
 

@@ -5,10 +5,10 @@ import triton.language as tl
 
 from nc_patch.ops.triton_attend import fold, logits_base2
 from nc_patch.ops.triton_pages import group_rows, query_pages
-from nc_patch.ops.triton_tiles import dot, dot_scores, load_query
+from nc_patch.ops.triton_tiles import PER_CALL, dot, dot_scores, load_query
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "splits", "capacity"])
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
 def attend_pages_kernel(
     query,
     key,

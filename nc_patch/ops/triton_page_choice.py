@@ -5,11 +5,12 @@ import triton.language as tl
 
 from nc_patch.ops.triton_attend import finite_or_zero
 from nc_patch.ops.triton_pages import query_pages
+from nc_patch.ops.triton_tiles import PER_CALL
 
 _ABOVE_INFINITY = tl.constexpr(2139095041)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "width", "splits", "capacity"])
+@triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity"])
 def choose_pages_kernel(
     visible,
     origin,

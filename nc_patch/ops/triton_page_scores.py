@@ -5,7 +5,7 @@ import triton.language as tl
 
 from nc_patch.ops.triton_attend import finite_or_zero, fold, logits_base2
 from nc_patch.ops.triton_pages import group_rows, query_pages
-from nc_patch.ops.triton_tiles import dot, dot_scores, load_query
+from nc_patch.ops.triton_tiles import PER_CALL, dot, dot_scores, load_query
 
 _EXPONENT = tl.constexpr(0x7F800000)
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)
@@ -15,8 +15,11 @@ _LOW_PART = tl.constexpr(2048.0)
 
 @triton.jit
 def squares(part, norm):
-    """``(part / norm) ** 2`` as a sum ``high + low / _LOW_PART`` of numbers of part's dtype, exact for 16-bit ones."""
-    scaled = part.to(tl.float32) / norm[:, None]
+    """``(part / norm) ** 2`` as a sum ``high + low / _LOW_PART`` of numbers of part's dtype, exact for 16-bit ones.
+
+    ``norm`` is a power of two, and so is what it divides 1 to: exactly, unlike the plain division of a GPU.
+    """
+    scaled = part.to(tl.float32) * tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)[:, None]
     square = scaled * scaled
     high = square.to(part.dtype)
     low = ((square - high.to(tl.float32)) * _LOW_PART).to(part.dtype)
@@ -77,7 +80,7 @@ def page_scores(
     return far * far_scale, along * mean_scale + (0.5 * scale) * spread * deviation * deviation
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "width", "splits"])
+@triton.jit(do_not_specialize=[*PER_CALL, "stride_sb", "stride_sh", "stride_sp", "width", "splits"])
 def score_pages_kernel(
     query,
     key,

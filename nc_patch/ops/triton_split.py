@@ -20,19 +20,35 @@ import triton.language as tl
 
 from nc_patch.ops.triton_attend import LN_2, finite_or_zero, join_sink
 from nc_patch.ops.triton_specialise import DTYPE_NAMES, Specialisation, pointer_to
+from nc_patch.ops.triton_tiles import PER_CALL
 
 MAX_SPLITS = 256
-# Four programs for each of an H200's 132 multiprocessors: enough loads in flight to keep the memory busy.
-_TARGET_PROGRAMS = 4 * 132
+# Of an H200; other GPUs come close.
+_MULTIPROCESSORS = 132
 # Beyond this, writing and joining the partial sums costs more than the parallelism gains.
-_MOST_USEFUL_SPLITS = 64
+MOST_USEFUL_SPLITS = 64
+# Fewer keys than this are divided like this many.
+_SHORTEST = 4096
 _COLUMNS = 32
 _WARPS = 4
 
 
-def split_count(rows: int, units: int) -> int:
-    """Into how many splits to divide each of ``rows`` rows of work of at most ``units`` tiles; from shapes alone."""
-    return max(1, min(triton.cdiv(_TARGET_PROGRAMS, max(rows, 1)), units, _MOST_USEFUL_SPLITS))
+def planned_length(keys: int) -> int:
+    """For how many keys work is divided: a power of two that is no less, so that few steps take other variants."""
+    return max(_SHORTEST, triton.next_power_of_2(keys))
+
+
+def share(resident: int, blocks: int, units: int, most: int = MOST_USEFUL_SPLITS) -> int:
+    """Among how many programs, at most ``most``, to divide each of ``blocks`` blocks of ``units`` tiles of work.
+
+    A multiprocessor holds ``resident`` of them at once: one wave, and no second one that is nearly empty.
+    """
+    return max(1, min(resident * _MULTIPROCESSORS // max(blocks, 1), units, most))
+
+
+def padded_splits(splits: int) -> int:
+    """The power of two that a kernel takes for a number of splits; the same for most plans."""
+    return max(MOST_USEFUL_SPLITS, triton.next_power_of_2(splits))
 
 
 def combine_splits(
@@ -82,7 +98,7 @@ def combine_splits(
 def combine_constants(splits: int, has_sinks: bool, want_stats: bool) -> dict[str, int | bool]:
     """The compile-time arguments of ``combine_kernel``."""
     return {
-        "BLOCK_S": triton.next_power_of_2(splits),
+        "BLOCK_S": padded_splits(splits),
         "COLUMNS": _COLUMNS,
         "HAS_SINKS": has_sinks,
         "WANT_STATS": want_stats,
@@ -94,7 +110,7 @@ def combine_options() -> dict[str, int | bool]:
     return {"num_warps": _WARPS, "num_stages": 1, "enable_fp_fusion": True}
 
 
-@triton.jit(do_not_specialize=["num_heads", "Lq", "splits", "DV"])
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "DV"])
 def combine_kernel(
     acc,
     peak,
@@ -145,13 +161,12 @@ def combine_kernel(
 
 
 def specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernel for few and for the most splits, with and without its options."""
+    """The kernel for most numbers of splits and for the most of them, with and without its options."""
     pointers = {**dict.fromkeys(("acc", "peak", "total", "sinks", "lse", "lse_keys"), "*fp32"), "attended": "*i32"}
     for dtype, splits, options in (
-        (torch.bfloat16, _MOST_USEFUL_SPLITS, False),
-        (torch.float16, _MOST_USEFUL_SPLITS, True),
+        (torch.bfloat16, MOST_USEFUL_SPLITS, False),
+        (torch.float16, MOST_USEFUL_SPLITS, True),
         (torch.float32, MAX_SPLITS, True),
-        (torch.float32, 1, False),
     ):
         name = f"combine-{DTYPE_NAMES[dtype]}-s{splits}" + ("-sinks-stats" if options else "")
         constants = combine_constants(splits, options, options)

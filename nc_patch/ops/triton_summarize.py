@@ -92,7 +92,7 @@ def encode(vector, step):
     return tl.minimum(tl.maximum(level, -_LARGEST_CODE), _LARGEST_CODE).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "N", "P", "count"])
+@triton.jit(do_not_specialize=["stride_sb", "stride_sh", "stride_sp", "num_kv_heads", "N", "P", "count"])
 def summarize_kernel(
     key,
     origin,

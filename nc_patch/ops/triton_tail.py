@@ -26,7 +26,7 @@ from nc_patch.ops.triton_attend import (
     write_nan_where,
     write_rows,
 )
-from nc_patch.ops.triton_tiles import dot, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
+from nc_patch.ops.triton_tiles import PER_CALL, dot, dot_scores, forced_keys, load_query, program_rows, span
 
 PAGE = tl.constexpr(TAIL_PAGE_SIZE)
 # Pages that are taken at once: the least that a matrix instruction takes along each of its axes.
@@ -38,7 +38,7 @@ _MEAN_CHUNK = tl.constexpr(64)
 _MEND_COLUMNS = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=PER_CALL)
 def attend_tail_kernel(
     query,
     key,
@@ -49,7 +49,6 @@ def attend_tail_kernel(
     origin,
     budget,
     sinks,
-    flags,
     threshold,
     ties_end,
     output,
@@ -95,14 +94,11 @@ def attend_tail_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_STATS: tl.constexpr,
-    FLAGGED: tl.constexpr,
 ):
     """Output, and on request log-sum-exp and kept mass, of one block of rows; see ``attend_kernel``."""
     batch, kv_head, index, head, row, valid, start, end, wanted = program_rows(
         visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
     )
-    if FLAGGED:
-        valid, end, wanted = only_flagged(flags + row, valid, start, end, wanted)
     query_rows = query + batch * stride_qb + head * stride_qh + index * stride_ql
     keys = key + batch * stride_kb + kv_head * stride_kh
     values = value + batch * stride_vb + kv_head * stride_vh

@@ -14,7 +14,7 @@ and one more pass finds the position of the last tie that is admitted.
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton_tiles import FAR, dot_scores, forced_keys, load_query, only_flagged, program_rows, span
+from nc_patch.ops.triton_tiles import FAR, PER_CALL, dot_scores, forced_keys, load_query, program_rows, span
 
 GUESSED_PASSES = tl.constexpr(8)
 _NEGATIVE_INFINITY = tl.constexpr(-2139095041)
@@ -24,13 +24,12 @@ _FIELD_BITS = tl.constexpr(10)
 _FIELD = tl.constexpr((1 << 10) - 1)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"])
+@triton.jit(do_not_specialize=PER_CALL)
 def threshold_kernel(
     query,
     key,
     visible,
     budget,
-    flags,
     threshold,
     ties_end,
     stride_qb,
@@ -55,17 +54,11 @@ def threshold_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK_D: tl.constexpr,
-    FLAGGED: tl.constexpr,
 ):
-    """Threshold and end of its ties, ``[B, Hq, Lq]``, of one block of rows: what ``find_thresholds`` returns.
-
-    With ``FLAGGED`` only of the rows whose ``flags``, int32 ``[B, Hq, Lq]``, are not 0.
-    """
+    """Threshold and end of its ties, ``[B, Hq, Lq]``, of one block of rows: what ``find_thresholds`` returns."""
     batch, kv_head, index, head, row, valid, start, end, wanted = program_rows(
         visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
     )
-    if FLAGGED:
-        valid, end, wanted = only_flagged(flags + row, valid, start, end, wanted)
     query_rows = query + batch * stride_qb + head * stride_qh + index * stride_ql
     keys = key + batch * stride_kb + kv_head * stride_kh
     firsts, recents = forced_keys(wanted, sink_keys, recent_keys, True)

@@ -8,6 +8,12 @@ vectors are ``[BLOCK_M]``, tiles ``[BLOCK_M, BLOCK_N]``.
 import triton
 import triton.language as tl
 
+# Arguments whose values no kernel is compiled for: numbers of heads, queries and keys, settings, and the strides of
+# intervals, origins and budgets, which follow from the number of queries. Prompts of any length share one variant.
+PER_CALL = (
+    *("num_kv_heads", "num_heads", "group", "Lq", "Lk", "sink_keys", "recent_keys"),
+    *("stride_ib", "stride_il", "stride_ob", "stride_ol", "stride_nb", "stride_nh", "stride_nl"),
+)
 # Above every position.
 FAR = tl.constexpr(2147483647)
 # Triton's interpreter multiplies bfloat16 as integers; there, dots take their (exactly converted) operands in float32.
@@ -51,13 +57,6 @@ def program_rows(
     wanted = tl.minimum(tl.maximum(wanted, 0), end - start)
     row = (batch * num_kv_heads * group + head) * Lq + index
     return batch, kv_head, index, head, row, valid, start, end, wanted
-
-
-@triton.jit
-def only_flagged(flags, valid, start, end, wanted):
-    """(valid, end, budget) of the rows of ``program_rows``, of which those whose flag is 0 are none, and see no key."""
-    flagged = tl.load(flags, mask=valid, other=0) != 0
-    return flagged, tl.where(flagged, end, start), tl.where(flagged, wanted, 0)
 
 
 @triton.jit
