@@ -123,7 +123,7 @@ def shared_kernel(x, out, WRITE: tl.constexpr, READ: tl.constexpr, ATOMIC: tl.co
         ((False, False, "add"), set()),
         ((False, False, "swap"), set()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, tuple) else " and ".join(sorted(value)) or "none",
 )
 def test_races_between_programs_are_found(does, races, gpu):
     shared_kernel[(5,)](torch.zeros(1, dtype=torch.int32), torch.empty(5, dtype=torch.int32), *does)

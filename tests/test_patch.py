@@ -14,6 +14,7 @@ from transformers import (
     BertForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
+    DynamicCache,
     LlamaForCausalLM,
     StaticCache,
     T5Config,
@@ -85,6 +86,19 @@ def test_a_full_budget_equals_dense_and_unpatching_is_bit_identical(family):
     assert not is_patched(model)
     for way, result in outputs(model, ids, padding, positions).items():
         assert torch.equal(result, before[way]), way
+
+
+@pytest.mark.parametrize("window", [33, 100, 128])
+def test_blocks_hold_every_key_of_a_sliding_window_at_a_full_budget(window):
+    model, ids = tiny_model("mistral", sliding_window=window), random_ids(1, 300)
+    with torch.inference_mode():
+        dense = model(ids).logits
+        patch_model(model, 500.0, 0.0, selection="block")
+        torch.testing.assert_close(model(ids).logits, dense, atol=2e-5, rtol=0)
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :290], past_key_values=cache)
+        steps = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(290, 300)]
+    torch.testing.assert_close(torch.cat(steps, 1), dense[:, 290:], atol=2e-5, rtol=0)
 
 
 def test_a_small_budget_changes_the_output_and_is_counted():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import Case, random_case, relative_error
 
-from nc_patch import sparse_attention
+from nc_patch import KeyIndex, sparse_attention
 from nc_patch.ops import blocks, torch_rows
 from nc_patch.ops.block_estimators import ESTIMATORS
 from nc_patch.ops.blocks import BlockChoice, BlockSettings
@@ -227,3 +227,25 @@ def test_nothing_grows_with_the_square_of_the_length():
         *(query, key, value, visible, None, table, choice), scale=0.25, softcap=0.0, block_size=32, want_lse=False
     )
     assert process.memory_info().rss - before < 200e6
+
+
+@pytest.mark.parametrize("queries", [1, 3, 200])
+@pytest.mark.parametrize("start", [0, 12, 27])
+def test_a_budget_of_all_keys_attends_them_wherever_intervals_begin_and_end(start, queries):
+    g = torch.Generator().manual_seed(queries)
+    query, key, value = (
+        torch.randn(1, heads, length, 8, generator=g) for heads, length in ((4, queries), (2, 333), (2, 333))
+    )
+    end = torch.arange(33, 33 + queries, dtype=torch.int32)
+    visible = torch.stack(((end - 33 + start).clamp(max=33 + start), end), -1)[None]
+    options = {"visible": visible, "origin": torch.zeros(1, queries, dtype=torch.int32), "alpha": 1e6}
+    expected = sparse_attention(query, key, value, **options, selection="dense")
+    for block_size in (16, 32):
+        found = sparse_attention(query, key, value, selection="block", block_size=block_size, **options)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        index = KeyIndex.build(key, "pages", block_size=block_size)
+        if queries <= 32:
+            found = sparse_attention(
+                query, key, value, selection="block", block_size=block_size, index=index, **options
+            )
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

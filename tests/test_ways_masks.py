@@ -349,6 +349,26 @@ def test_image_prompts_equal_dense_at_a_full_budget(selection):
         assert attended_fraction(model) == 1.0
 
 
+@pytest.mark.parametrize("cuts", [[0, 200], [0, 90, 200]])
+def test_blocks_hold_every_key_of_a_long_image_at_a_full_budget(cuts):
+    model, ids = vision_model(), torch.randint(2, VOCABULARY - 2, (1, 200))
+    kinds = torch.zeros_like(ids)
+    kinds[0, 9:80] = kinds[0, 100:171] = 1
+
+    def logits() -> torch.Tensor:
+        cache, pieces = DynamicCache(config=model.config), []
+        for first, last in itertools.pairwise(cuts):
+            # Where a cache goes on, transformers takes the kinds of all tokens for the keys.
+            piece = {"token_type_ids": kinds[:, :last] if len(cuts) > 2 else kinds, "past_key_values": cache}
+            pieces.append(model(ids[:, first:last], **piece).logits)
+        return torch.cat(pieces, 1)
+
+    with torch.inference_mode():
+        dense = logits()
+        patch_model(model, 1e6, 0.0, selection="block")
+        torch.testing.assert_close(logits(), dense, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_packed_sequence_may_begin_with_an_image(selection):
     model, ids, kinds = vision_model(), torch.randint(2, VOCABULARY - 2, (1, 54)), torch.zeros(1, 54, dtype=torch.long)

@@ -133,17 +133,28 @@ def sampled_rows(table: QueryBlocks, visible: torch.Tensor, origin: torch.Tensor
 
 
 def law_counts(
-    table: QueryBlocks, owner: torch.Tensor, budget: torch.Tensor, num_kv_heads: int, block_size: int
+    table: QueryBlocks,
+    owner: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    num_kv_heads: int,
+    block_size: int,
 ) -> torch.Tensor:
     """How many blocks the budget has, int32 ``[N, Hkv]``: that of the largest among the block's rows and group's heads.
 
+    Every block that any row sees, where a row may attend all its keys: intervals begin and end within blocks.
+
     Args:
         owner: as from ``block_of_rows``.
+        visible: int32 ``[B, Lq, 2]``.
         budget: int32 ``[B, Hq or 1, Lq]``, in keys.
     """
     B, heads, Lq = budget.shape
     of_group = budget if heads == 1 else budget.reshape(B, num_kv_heads, -1, Lq).amax(2)
     N = table.first.shape[0]
+    if N:
+        whole = (table.high - table.low + 2 * block_size)[owner.clamp(min=0)]
+        of_group = torch.where(of_group >= (visible[..., 1] - visible[..., 0])[:, None], whole[:, None], of_group)
     by_row = of_group.movedim(1, 2).reshape(B * Lq, -1).masked_fill(owner.view(-1, 1) < 0, 0)
     largest = torch.zeros(N, by_row.shape[1], dtype=torch.int32, device=budget.device)
     if N:

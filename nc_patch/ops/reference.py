@@ -130,7 +130,7 @@ def block_choice(
     the G query heads of a key/value head puts on it, and infinite where one is not a number. Attended are the first
     visible block, the blocks that hold the query block's own positions, and the heaviest of the others until
     ``ceil(k / block_size)`` are chosen, ties to the lower position, where k is the largest budget among the block's
-    rows and heads of the group.
+    rows and heads of the group. Where one of them may attend all its keys, every visible block is.
 
     With ``min_mass`` it goes on in that order until the mean mass that the sampled rows and heads put on what is chosen
     reaches ``min_mass``, but not beyond ``ceil(max_factor * ceil(k / block_size))`` blocks.
@@ -160,6 +160,8 @@ def block_choice(
             for h in range(num_kv_heads):
                 heads = slice(h * group, (h + 1) * group)
                 count = -(-int(budget[b, heads][:, rows].max()) // block_size)
+                if bool((budget[b, heads][:, rows] >= visible[b, rows, 1] - visible[b, rows, 0]).any()):
+                    count = high - low + 1
                 shares = {
                     j: weights[b, heads][
                         :, sampled, max(start + j * block_size, 0) : max(start + (j + 1) * block_size, 0)
@@ -229,7 +231,7 @@ def page_mask(
     softmax of the logits over the visible pages, summed over the G query heads of a key/value head; a logit that is NaN
     or +inf gives an infinite weight and stays out of the softmax. Attended are the first visible page and the query's
     own, then the heaviest of the others, ties to the lower position, until ``ceil(k / block_size)`` are chosen, where k
-    is the group's largest budget.
+    is the group's largest budget; all, where that is of all visible keys.
 
     Args:
         query: ``[B, Hq, Lq, D]``, key: ``[B, Hkv, Lk, D]``, both float64. scores: final scores ``[B, Hq, Lq, Lk]``.
@@ -260,7 +262,8 @@ def page_mask(
             weights = torch.softmax(logits.masked_fill(overwhelming, -torch.inf), -1).nan_to_num(nan=0.0)
             weight = weights.masked_fill(overwhelming, torch.inf).sum(0)
             weight[0] = weight[-1] = torch.inf
-            count = -(-int(budget[b].expand(Hq, Lq)[heads, i].max()) // block_size)
+            largest = int(budget[b].expand(Hq, Lq)[heads, i].max())
+            count = -(-largest // block_size) if largest < end - start else own - low + 1
             others = sorted(range(1, own - low), key=lambda j: -float(weight[j]))
             always = {0, own - low}
             for j in always | set(others[: max(0, count - len(always))]):

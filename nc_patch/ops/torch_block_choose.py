@@ -75,7 +75,7 @@ def choose_blocks(
         return Chosen(BlockChoice(none, none.new_zeros(0, Hkv)), estimate)
     owner = block_of_rows(table, B, Lq)
     scored = sampled_rows(table, visible, origin, settings.sample_stride)
-    law = law_counts(table, owner, budget, Hkv, settings.block_size)
+    law = law_counts(table, owner, visible, budget, Hkv, settings.block_size)
     always = torch.stack(always_attended(table, visible, settings.block_size), -1)
     buffers = torch_rows.Buffers(0, query.device)
     indices, counts = [], []

@@ -67,7 +67,8 @@ def torch_block_decode(
                 if end <= start:
                     continue
                 low, own = (start - begin) // block_size, (end - 1 - begin) // block_size
-                counts = [-(-budgets[b][h][i] // block_size) for h in range(Hkv)]
+                # A budget of all keys has one page more, as intervals begin and end within pages.
+                counts = [-(-k // block_size) + (k >= end - start) for k in (budgets[b][h][i] for h in range(Hkv))]
                 # The query's own page, whose scores also weigh it against the others.
                 last = slice(max(begin + own * block_size, start), end)
                 rows = query[b, :, i].view(Hkv, group, D).float()

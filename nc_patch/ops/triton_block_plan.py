@@ -53,7 +53,7 @@ def make_plan(
         none = nothing.new_zeros(0, num_kv_heads)
         return BlockPlan(nothing, nothing.new_zeros(0, 1), none, none, [], 0, 1)
     owner = block_of_rows(blocks, B, Lq)
-    law = law_counts(blocks, owner, budget, num_kv_heads, block_size).contiguous()
+    law = law_counts(blocks, owner, visible, budget, num_kv_heads, block_size).contiguous()
     lowest, diagonal, highest = always_attended(blocks, visible, block_size)
     width, before_diagonal = highest - lowest + 1, diagonal - lowest
     table = torch.zeros(N, int(PLAN_COLUMNS), dtype=torch.int32, device=visible.device)

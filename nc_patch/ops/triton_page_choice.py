@@ -56,7 +56,9 @@ def choose_pages_kernel(
     )  # fmt: skip
     tl.debug_barrier()
     always = tl.minimum(pages, 2)
-    wanted = tl.maximum((tl.maximum(largest_budget, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE, always)
+    # A budget of all keys has one page more, as intervals begin and end within pages.
+    more = tl.where(largest_budget >= end - start, BLOCK_SIZE, 0)
+    wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + BLOCK_SIZE - 1) // BLOCK_SIZE, always)
     wanted = tl.minimum(tl.minimum(wanted, pages), capacity)
     cut, spare = find_cut(weights, pages, wanted - always, BLOCK_P)
     certain = 0
