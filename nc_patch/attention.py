@@ -39,6 +39,7 @@ from nc_patch.visibility import (
     is_bidirectional,
     is_packed,
     is_plain_causal,
+    moved_mask,
     seen_keys,
     split_sequences,
     visibility_of,
@@ -360,6 +361,26 @@ def hand_on_cache(
     layer = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
     found = None if cache is None else layer_cache(cache, layer)
     return None if found is None else (args, {**kwargs, "nc_layer_cache": found})
+
+
+def hand_on_mask(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a layer with patched attention: moves the mask to its device, once for all layers there.
+
+    Otherwise accelerate's hook copies it for each layer, and a copy knows nothing of what is remembered on it.
+    """
+    mask: Any = kwargs.get("attention_mask")
+    hook: Any = getattr(module, "_hf_hook", None)
+    places = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
+    place = next((place for place in places if place is not None), None)
+    if place is None or not is_packed(mask) or torch.compiler.is_compiling():
+        return None
+    device = torch.device(place)
+    if device.type == mask.device.type and device.index in (None, mask.device.index):
+        return None
+    moved = _once(mask, ("moved", device), lambda: moved_mask(mask, device))
+    return args, {**kwargs, "attention_mask": moved}
 
 
 def _dense_reason(patch: LayerPatch | None, config: NCConfig, layer: int, selection: str) -> str | None:

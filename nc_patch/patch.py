@@ -16,6 +16,7 @@ from nc_patch.attention import (
     LayerPatch,
     forget_boundaries,
     hand_on_cache,
+    hand_on_mask,
     note_boundaries,
     refuse_switched,
 )
@@ -34,7 +35,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 # Patched modules alive in this process: a config object that several models share keeps its implementation while one
 # needs it.
 _PATCHED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
-_HOOKS = (hand_on_cache, refuse_switched, note_boundaries, forget_boundaries)
+_HOOKS = (hand_on_cache, hand_on_mask, refuse_switched, note_boundaries, forget_boundaries)
 # Held while models are patched and unpatched, which threads may do at once.
 _LOCK = threading.RLock()
 
@@ -105,6 +106,9 @@ def patch_model(
             if note_boundaries not in part._forward_pre_hooks.values():
                 part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
                 part.register_forward_hook(forget_boundaries, always_call=True)
+        for holder in _holders(model):
+            if hand_on_mask not in holder._forward_pre_hooks.values():
+                holder.register_forward_pre_hook(hand_on_mask, with_kwargs=True)
     say_left_dense(model, [module for _, module in modules])
     return model
 
@@ -115,13 +119,13 @@ def unpatch_model(model: Model) -> Model:
     Raises:
         ValueError: the model is not patched; ``is_patched`` says whether it is.
     """
-    modules = _patched_modules(model)
+    modules, holders = _patched_modules(model), _holders(model)
     with _LOCK:
         for module, _ in modules:
             delattr(module, PATCH_ATTRIBUTE)
             _remove_hooks(module)
             _PATCHED.discard(module)
-        for part in mask_builders(model):
+        for part in (*mask_builders(model), *holders):
             _remove_hooks(part)
         for module, patch in modules:
             # What the user has set since stays.
@@ -269,6 +273,11 @@ def _patched_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, Laye
     if not modules:
         raise ValueError(f"{type(model).__name__} is not patched; call patch_model first")
     return modules
+
+
+def _holders(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that hold a model's patched attention modules."""
+    return [module for module in model.modules() if any(_patch_of(child) is not None for child in module.children())]
 
 
 def _takes_more_arguments(module: torch.nn.Module) -> bool:

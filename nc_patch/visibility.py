@@ -86,6 +86,13 @@ def is_bidirectional(mask: Any) -> bool:
     return is_packed(mask) and mask.shape[3] == 4
 
 
+def moved_mask(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A packed mask on another device."""
+    moved = mask.to(device)
+    moved._nc_key_length = made_for(mask)  # type: ignore[attr-defined]
+    return moved
+
+
 def made_for(mask: torch.Tensor) -> int | None:
     """How many keys the packed intervals were made for, or None where that is not known."""
     length: int | None = getattr(mask, "_nc_key_length", None)

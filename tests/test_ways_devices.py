@@ -11,8 +11,12 @@ from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, small
 
 from eval_tasks.launch import free_port
 from nc_patch import UnsupportedModelError, is_patched, patch_model, unpatch_model
+from nc_patch.attention import hand_on_mask
+from nc_patch.masks import interval_mask
+from nc_patch.visibility import is_packed, made_for
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module  # noqa: E402
 
 
 def offload_to_cpu(model, directory):
@@ -153,3 +157,26 @@ def test_quantised_weights_give_dense_with_a_full_budget_and_the_row_alone_with_
         for row in range(2):
             torch.testing.assert_close(model(ids[row : row + 1]).logits[0], sparse[row], atol=1e-3, rtol=0)
     assert is_patched(model)
+
+
+def test_a_mask_is_moved_to_a_device_once_for_all_layers_there():
+    model, mask = small(), interval_mask(1, 5, 5)
+    layers = list(model.model.layers)
+    for layer in layers:
+        add_hook_to_module(layer, SequentialHook(ModelHook(), AlignDevicesHook(execution_device="meta")))
+    moved = [hand_on_mask(layer, (), {"attention_mask": mask})[1]["attention_mask"] for layer in layers]
+    assert moved[0].device.type == "meta"
+    assert is_packed(moved[0])
+    assert made_for(moved[0]) == 5
+    assert all(each is moved[0] for each in moved)
+    assert all(hand_on_mask in layer._forward_pre_hooks.values() for layer in layers)
+    unpatch_model(model)
+    assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_a_mask_that_is_where_its_layer_is_stays():
+    model, mask = small(), interval_mask(1, 5, 5)
+    layer = model.model.layers[0]
+    assert hand_on_mask(layer, (), {"attention_mask": mask}) is None
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+    assert hand_on_mask(layer, (), {"attention_mask": mask}) is None
