@@ -16,6 +16,7 @@ from nc_patch.errors import DroppedMassError
 from nc_patch.ops.codes import product_slack
 from nc_patch.ops.reference import AttentionResult
 from nc_patch.stats import LayerCounters
+from nc_patch.visibility import own_keys
 
 logger = logging.getLogger("nc_patch")
 
@@ -135,7 +136,7 @@ def find_excess(bounds: torch.Tensor, visible: torch.Tensor, origin: torch.Tenso
     if float(least) >= limit:
         return None
     b, head, row = (int(i) for i in torch.unravel_index(at, lower.shape))
-    return Excess(head, b, int(visible[b, row, 1] - 1 - origin[b, row]), float(least))
+    return Excess(head, b, int(own_keys(visible)[b, row] - origin[b, row]), float(least))
 
 
 def find_estimated_excess(audit: torch.Tensor, limit: float) -> Excess | None:

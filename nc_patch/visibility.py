@@ -197,6 +197,16 @@ def _misfit(mask: torch.Tensor, batch: int, query_length: int, key_length: int) 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
 
 
+def own_keys(visible: torch.Tensor) -> torch.Tensor:
+    """The key at each query's own position, int64 ``[B, Lq]``, behind which its interval may end.
+
+    Queries that see a key lie at the last of the keys that any of them sees, and at those before it.
+    """
+    is_token = visible[..., 1] > visible[..., 0]
+    later = is_token.sum(1, keepdim=True) - is_token.cumsum(1)
+    return visible[..., 1].amax(1, keepdim=True) - 1 - later
+
+
 def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -> Visibility:
     """Cuts intervals to their own sequence where several are packed into a row and the caller says where they begin.
 
@@ -224,9 +234,9 @@ def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -
     previous = numbers.gather(1, before.clamp(min=0))
     opens = ((numbers == 0) | (numbers < previous)) if restart else numbers != previous
     opens &= is_token & (before >= 0)
-    # The key at each query's own position: an interval may end behind it.
-    own = end.amax(1, keepdim=True) - 1 - (is_token.sum(1, keepdim=True) - is_token.cumsum(1))
-    begin = torch.where(opens, own, torch.iinfo(torch.int32).min).cummax(1).values.to(torch.int32)
+    begin = (
+        torch.where(opens, own_keys(visibility.visible), torch.iinfo(torch.int32).min).cummax(1).values.to(torch.int32)
+    )
     cut = is_token & ((start < begin) | (visibility.origin < begin))
     if not torch.compiler.is_compiling() and not bool(cut.any()):
         return visibility

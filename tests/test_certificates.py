@@ -153,6 +153,13 @@ def test_the_least_certain_row_is_found_with_its_place():
     assert find_excess(bounds, visible, origin, 0.9) == (2, 1, 4, 0.25)
 
 
+def test_the_position_of_a_row_is_its_own_where_its_interval_ends_behind_it():
+    visible = torch.tensor([[[0, 1], [0, 2], [0, 8], [0, 8], [0, 8], [0, 8], [0, 8], [0, 8]]], dtype=torch.int32)
+    bounds = torch.ones(1, 1, 8, 2)
+    bounds[0, 0, 3, 0] = 0.1
+    assert find_excess(bounds, visible, torch.zeros(1, 8, dtype=torch.int32), 0.9).position == 3
+
+
 class Spied:
     """Every call of attention: what went in and what came out, and what the float64 definition says of it."""
 
