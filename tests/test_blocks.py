@@ -26,7 +26,7 @@ def test_the_table_holds_the_references_query_blocks(query_block_size):
                 assert torch.equal(sampled[b, rows], (offset % 16 == 15) | (rows == rows[-1]))
                 of_group = case.budget.expand(case.query.shape[:3])[b].view(case.key.shape[1], -1, Lq)[..., rows]
                 width = (int(seen[:, 1].max()) - 1 - begin) // 16 - (int(seen[:, 0].min()) - begin) // 16 + 1
-                whole = (of_group >= seen[:, 1] - seen[:, 0]).any(-1).any(-1)
+                whole = (of_group.amax(1) >= seen[:, 1] - seen[:, 0]).all(-1)
                 wanted = torch.where(whole, width, -(-of_group.amax((1, 2)) // 16)).int()
                 found = torch.where(whole, counts[len(expected)].clamp(max=width), counts[len(expected)])
                 assert torch.equal(found, wanted)

@@ -462,7 +462,8 @@ def test_that_passes():
 @starts_a_process
 def test_as_a_plugin_it_fails_the_test_with_findings(tmp_path):
     (tmp_path / "test_race.py").write_text(RACE)
-    done = run_in_the_interpreter("-p", "gpu_semantics", str(tmp_path / "test_race.py"), GPU_SEMANTICS_SEED="5")
+    arguments = ("-rN", "-p", "gpu_semantics", str(tmp_path / "test_race.py"))  # each finding is said once
+    done = run_in_the_interpreter(*arguments, GPU_SEMANTICS_SEED="5")
     assert done.returncode == 1
     assert "2 failed, 1 passed" in done.stdout
     assert "As on a GPU, with seed 5" in done.stdout

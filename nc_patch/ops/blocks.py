@@ -142,7 +142,7 @@ def law_counts(
 ) -> torch.Tensor:
     """How many blocks the budget has, int32 ``[N, Hkv]``: that of the largest among the block's rows and group's heads.
 
-    Every block that any row sees, where a row may attend all its keys: intervals begin and end within blocks.
+    Every block that any row sees, where all rows may attend all their keys: intervals begin and end within blocks.
 
     Args:
         owner: as from ``block_of_rows``.
@@ -152,13 +152,15 @@ def law_counts(
     B, heads, Lq = budget.shape
     of_group = budget if heads == 1 else budget.reshape(B, num_kv_heads, -1, Lq).amax(2)
     N = table.first.shape[0]
+    by_row = of_group.movedim(1, 2).reshape(B * Lq, -1)
+    left_out = owner.view(-1, 1) < 0
+    short = (by_row < (visible[..., 1] - visible[..., 0]).view(-1, 1)).int().masked_fill(left_out, 0)
+    largest, fall_short = (torch.zeros(N, by_row.shape[1], dtype=torch.int32, device=budget.device) for _ in range(2))
     if N:
-        whole = (table.high - table.low + 2 * block_size)[owner.clamp(min=0)]
-        of_group = torch.where(of_group >= (visible[..., 1] - visible[..., 0])[:, None], whole[:, None], of_group)
-    by_row = of_group.movedim(1, 2).reshape(B * Lq, -1).masked_fill(owner.view(-1, 1) < 0, 0)
-    largest = torch.zeros(N, by_row.shape[1], dtype=torch.int32, device=budget.device)
-    if N:
-        largest.scatter_reduce_(0, owner.view(-1, 1).clamp(min=0).expand_as(by_row), by_row, "amax")
+        at = owner.view(-1, 1).clamp(min=0).expand_as(by_row)
+        largest.scatter_reduce_(0, at, by_row.masked_fill(left_out, 0), "amax")
+        fall_short.scatter_reduce_(0, at, short, "amax")
+        largest = torch.where(fall_short == 0, (table.high - table.low + 2 * block_size)[:, None], largest)
     return ((largest + block_size - 1) // block_size).expand(N, num_kv_heads)
 
 

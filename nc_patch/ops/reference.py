@@ -130,7 +130,7 @@ def block_choice(
     the G query heads of a key/value head puts on it, and infinite where one is not a number. Attended are the first
     visible block, the blocks that hold the query block's own positions, and the heaviest of the others until
     ``ceil(k / block_size)`` are chosen, ties to the lower position, where k is the largest budget among the block's
-    rows and heads of the group. Where one of them may attend all its keys, every visible block is.
+    rows and heads of the group. Where every row may attend all its keys by it, every visible block is chosen.
 
     With ``min_mass`` it goes on in that order until the mean mass that the sampled rows and heads put on what is chosen
     reaches ``min_mass``, but not beyond ``ceil(max_factor * ceil(k / block_size))`` blocks.
@@ -160,7 +160,7 @@ def block_choice(
             for h in range(num_kv_heads):
                 heads = slice(h * group, (h + 1) * group)
                 count = -(-int(budget[b, heads][:, rows].max()) // block_size)
-                if bool((budget[b, heads][:, rows] >= visible[b, rows, 1] - visible[b, rows, 0]).any()):
+                if bool((budget[b, heads][:, rows].amax(0) >= visible[b, rows, 1] - visible[b, rows, 0]).all()):
                     count = high - low + 1
                 shares = {
                     j: weights[b, heads][

@@ -112,6 +112,8 @@ def gather_kernel(
         if not FLAGGED:
             position = tl.load(positions + e, mask=e < most, other=0)
         here = e[None, :] < count[:, None]
+        if FLAGGED:  # keys before the interval have no scores
+            here = here & (position[None, :] >= start[:, None])
         at = row[:, None] * capacity + e[None, :]
         score = tl.load(scores + at, mask=here, other=0.0)
         listed_here = here & (position[None, :] >= start[:, None]) & (position[None, :] < end[:, None])
