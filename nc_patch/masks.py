@@ -72,11 +72,11 @@ def interval_mask(
             device=device,
         )
 
-    compiling, found = torch.compiler.is_compiling(), None
-    visibility: Visibility | None
+    compiling = torch.compiler.is_compiling()
     if mask_function is masking_utils.bidirectional_mask_function:
         packed = _all_keys(batch_size, q_length, kv_length, padding, device)
         return seen(0, q_length) if packed is None else packed
+    found: tuple[torch.Tensor, torch.Tensor] | None
     if compiling:
         slides = local_size is not None
         found = _probe(mask_function, position, batch_size, kv_length + kv_offset, custom=use_vmap, slides=slides)
@@ -84,12 +84,10 @@ def interval_mask(
         found = _derive(mask_function, position)
     if found is not None:
         start, origin = (t.expand(batch_size, q_length) for t in found)
-        visibility = _within_keys(start, origin, position, padding, kv_offset, kv_length)
+        visibility: Visibility | None = _within_keys(start, origin, position, padding, kv_offset, kv_length)
     else:
-        step = max(1, _ELEMENTS_AT_ONCE // max(1, batch_size * kv_length))
         is_token = None if padding is None else _is_token(padding, position)
-        looked_at = _looked_at(seen, q_length, step, is_token)
-        visibility = runs_of((rows.expand(batch_size, -1, -1) for rows in looked_at), kv_length)
+        visibility = runs_of(_looked_at(seen, batch_size, q_length, kv_length, is_token), kv_length)
     if visibility is None:
         mask = seen(0, q_length)
         mask._nc_function = getattr(mask_function, "__qualname__", repr(mask_function))  # type: ignore[attr-defined]
@@ -101,11 +99,16 @@ def interval_mask(
 
 
 def _looked_at(
-    seen: Callable[[int, int], torch.Tensor], length: int, step: int, is_token: torch.Tensor | None
+    seen: Callable[[int, int], torch.Tensor],
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    is_token: torch.Tensor | None,
 ) -> Iterator[torch.Tensor]:
-    """The rows of a mask, ``step`` at a time, bool ``[B or 1, step, Lk]``; those of padding queries see nothing."""
-    for first in range(0, length, step):
-        rows = seen(first, min(first + step, length))[:, 0]
+    """The rows of a mask, some at a time, bool ``[B, some, Lk]``; those of padding queries see nothing."""
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, batch_size * kv_length))
+    for first in range(0, q_length, step):
+        rows = seen(first, min(first + step, q_length))[:, 0].expand(batch_size, -1, -1)
         yield rows if is_token is None else rows & is_token[:, first : first + step, None]
 
 
