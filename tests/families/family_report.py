@@ -20,8 +20,9 @@ pieces, and token by token. Unpatched, it gives bit for bit what it gave before.
 
 *As dense* means that the dense model itself does not give the same that way (for example, layers of linear attention
 carry their state from one packed sequence into the next); the patched one gives what the dense one gives. *Unlike when
-dense* means that packed sequences see each other when the model is dense, and are kept apart when it is patched. *Not
-when dense either* names what the dense model raises there.
+dense* means that packed sequences see each other when the model is dense, and are kept apart when it is patched; *in
+attention layers alone*, that its other layers do carry their state over. *Not when dense either* names what the dense
+model raises there.
 
 """
 
