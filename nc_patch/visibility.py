@@ -223,8 +223,8 @@ def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -
         UnsupportedMaskError: the boundaries do not fit the call.
     """
     B, Lq = visibility.visible.shape[:2]
-    numbers, restart = _numbered(B, Lq, **boundaries)
-    if numbers is None or Lq < 2:
+    numbers, restart = _numbered(B, Lq, **boundaries) if Lq > 1 else (None, False)
+    if numbers is None:
         return visibility
     start, end = visibility.visible.unbind(-1)
     is_token, row = end > start, torch.arange(Lq, device=end.device)
