@@ -370,8 +370,10 @@ def hand_on_mask(
 
     Otherwise accelerate's hook copies it for each layer, and a copy knows nothing of what is remembered on it.
     """
-    mask: Any = kwargs.get("attention_mask")
     hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return None
+    mask: Any = kwargs.get("attention_mask")
     places = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
     place = next((place for place in places if place is not None), None)
     if place is None or not is_packed(mask) or torch.compiler.is_compiling():

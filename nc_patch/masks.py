@@ -125,8 +125,11 @@ def _within_keys(
     offset: int | torch.Tensor = kv_offset
     order = None
     if padding is not None:
-        start, end, origin = _apply_padding(padding, position, start, end, origin)
-        if not _is_whole(padding):
+        # Cut to the tokens; a padding query sees nothing.
+        first, stop = _token_run(padding)
+        start, end, origin = torch.maximum(start, first), torch.minimum(end, stop), torch.maximum(origin, first)
+        end = torch.where(_is_token(padding, position), end, start)
+        if not _is_whole(padding, first, stop):
             if position.shape[1] == 1:
                 _refuse_right_padding(padding)
             # Counted in tokens instead of positions.
@@ -149,9 +152,9 @@ def _all_keys(
     """
     visible = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 1, 2)
     if padding is not None:
-        if not _is_whole(padding):
-            return None
         first, stop = _token_run(padding)
+        if not _is_whole(padding, first, stop):
+            return None
         visible = torch.cat((torch.minimum(first, stop), stop), -1)[:, None].to(torch.int32)
     visible = visible.expand(batch_size, q_length, 2)
     return torch.nn.functional.pad(visible, (0, 2))[:, None].contiguous().view(torch.uint32)
@@ -164,12 +167,11 @@ _HOLES = (
 )
 
 
-def _is_whole(padding: torch.Tensor) -> bool:
-    """Whether the tokens of each row of a 2-D padding mask are one run; reads the device.
+def _is_whole(padding: torch.Tensor, first: torch.Tensor, stop: torch.Tensor) -> bool:
+    """Whether the tokens of each row of a 2-D padding mask are one run, ``first`` to ``stop``; reads the device.
 
     Neither a compiled graph nor a capture can do that: they take it to be so, and a graph stops where it is not.
     """
-    first, stop = _token_run(padding)
     whole = (padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)).all()
     capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or capturing:
@@ -201,15 +203,6 @@ def _is_token(padding: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     length = padding.shape[-1]
     at = position.clamp(max=length).expand(padding.shape[0], -1)
     return torch.gather(torch.nn.functional.pad(padding, (0, 1)), -1, at)
-
-
-def _apply_padding(
-    padding: torch.Tensor, position: torch.Tensor, start: torch.Tensor, end: torch.Tensor, origin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cuts the intervals to the tokens of a 2-D padding mask; a padding query sees nothing."""
-    first, stop = _token_run(padding)
-    start, end = torch.maximum(start, first), torch.minimum(end, stop)
-    return start, torch.where(_is_token(padding, position), end, start), torch.maximum(origin, first)
 
 
 # What is recognised: the code of each mask function that masking_utils composes, taken from one made for the purpose.
