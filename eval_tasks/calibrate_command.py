@@ -27,7 +27,7 @@ from nc_patch.calibrate import (
     calibrate,
 )
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
-from nc_patch.errors import ProfileError, UnsupportedModelError
+from nc_patch.common import ProfileError, UnsupportedModelError
 from nc_patch.profile import Profile, check_context, check_fraction
 
 _PIECES = "pieces"

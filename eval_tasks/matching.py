@@ -16,8 +16,8 @@ import numpy as np
 
 from eval_tasks.errors import EvalError
 from nc_patch.budget import Law, budget_of
+from nc_patch.common import ProfileError
 from nc_patch.config import Backend, NCConfig
-from nc_patch.errors import ProfileError
 from nc_patch.profile import Over, Profile
 
 Match = Literal["deploy", "scored", "total", "iso"]

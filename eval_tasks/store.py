@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from nc_patch.atomic import check_directory, replace_file
+from nc_patch.common import check_directory, replace_file
 
 RESULTS = "results.jsonl"
 PARTS = "results.rank*.jsonl"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nc_patch.budget import budget_of
-from nc_patch.errors import ProfileError
+from nc_patch.common import ProfileError
 
 # Queries at which the keys of a whole sequence are counted while the price is sought; the last step counts every one.
 _ROWS = 64

@@ -1,7 +1,6 @@
 """The attention function that ``transformers`` calls in place of its own, and its registration."""
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,21 +8,11 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from nc_patch.autocast import autocast_off, lowered
-from nc_patch.cache import LayerCache, layer_cache
+from nc_patch.cache import LayerCache
 from nc_patch.certificates import Call, record, refuse_graphs
+from nc_patch.common import UnsupportedMaskError, autocast_off, lowered, say_once
 from nc_patch.config import NCConfig
-from nc_patch.errors import UnsupportedMaskError, UnsupportedModelError
-from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
-from nc_patch.index import KIND_OF
-from nc_patch.layer_index import key_index_of, key_means_of
-from nc_patch.log import say_once
-from nc_patch.masks import interval_mask
-from nc_patch.observed import Observed
-from nc_patch.ops.derivatives import in_transform, refuse_mapped
-from nc_patch.ops.limits import MAX_DECODE_QUERIES
-from nc_patch.ops.reference import AttentionResult
-from nc_patch.refusals import (
+from nc_patch.families import (
     check_heads,
     no_mask,
     refuse_indexes,
@@ -32,6 +21,15 @@ from nc_patch.refusals import (
     refuse_unsupported,
     say_unpatched,
 )
+from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
+from nc_patch.hooks import IMPLEMENTATION, told_boundaries
+from nc_patch.layer_index import key_index_of, key_means_of
+from nc_patch.masks import interval_mask
+from nc_patch.observed import Observed
+from nc_patch.ops.derivatives import in_transform, refuse_mapped
+from nc_patch.ops.limits import MAX_DECODE_QUERIES
+from nc_patch.ops.reference import AttentionResult
+from nc_patch.selections.index import KIND_OF
 from nc_patch.stats import LayerCounters, tally
 from nc_patch.visibility import (
     BOUNDARIES,
@@ -39,14 +37,12 @@ from nc_patch.visibility import (
     is_bidirectional,
     is_packed,
     is_plain_causal,
-    moved_mask,
+    once,
     seen_keys,
     split_sequences,
     visibility_of,
 )
 
-# The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
-IMPLEMENTATION = "nc_sparse"
 # The attribute of an attention module that holds its LayerPatch.
 PATCH_ATTRIBUTE = "_nc_patch"
 
@@ -86,7 +82,7 @@ def nc_attention_forward(
     """Attention as ``transformers`` asks for it: ``[B, H, L, D]`` in, ``([B, Lq, Hq, Dv], None)`` out.
 
     A module that carries no ``LayerPatch`` has its config from a patched model: it runs dense, and the log says so.
-    ``nc_layer_cache`` comes from ``hand_on_cache``.
+    ``nc_layer_cache`` comes from ``hooks.hand_on_cache``.
 
     Raises:
         UnsupportedMaskError: the mask lets a query see several runs of keys, or is not there.
@@ -102,7 +98,7 @@ def nc_attention_forward(
     query, key, value = lowered(query, key, value)
     if isinstance(attention_mask, torch.Tensor):
         (attention_mask,) = lowered(attention_mask)
-    told = {} if torch.compiler.is_compiling() else _TOLD.get()
+    told = told_boundaries()
     boundaries = {name: kwargs[name] if kwargs.get(name) is not None else told.get(name) for name in BOUNDARIES}
     with autocast_off(query):
         return _attention(
@@ -180,7 +176,7 @@ def _attention(
         find = lambda: budgets_of(config, plan.layer, visible, Lk)  # noqa: E731
         law = ("budget", laws, config.min_keys, config.law, Lk)
         # Budgets by head are large, and as a rule of one layer alone.
-        budget = _once(visible, law, find) if len(laws) == 1 else find()
+        budget = once(visible, law, find) if len(laws) == 1 else find()
     index = means = None
     # Top-k has a gradient where it decodes without an index; decoding by pages has none, and says so in backward.
     by_index = KIND_OF.get(config.decode) == "pages" or not needs_gradient(query, key, value, s_aux)
@@ -193,7 +189,7 @@ def _attention(
 
     def run(selection: str) -> AttentionResult:
         if selection == "dense" and plain and in_place and Lq in (1, Lk) and plan.host_reads:
-            causal = _once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
+            causal = once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
             if causal:
                 return AttentionResult(_sdpa(query, key, value, None, scale))
         estimated = selection == "block" and not decoding
@@ -299,7 +295,7 @@ def _visible_keys(
         found = visibility_of(mask, *lengths, name)
         return _Seen(split_sequences(found, **{**boundaries, "position_ids": None}), False, True)
     refuse_missing_keys(module, layer, mask, lengths[2])
-    found = _once(mask, ("visibility", lengths), lambda: visibility_of(mask, *lengths, name))
+    found = once(mask, ("visibility", lengths), lambda: visibility_of(mask, *lengths, name))
     if is_bidirectional(mask):
         return _Seen(found, False, False)
 
@@ -313,76 +309,7 @@ def _visible_keys(
             )
         return _Seen(cut, cut.order is None and not several, several)
 
-    return _once(found.visible, ("split", *boundaries.values()), split)
-
-
-def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
-    """Forward pre-hook of a patched attention module: what was switched to another implementation does not run dense.
-
-    Continuous batching switches to flash attention by itself where that is installed.
-    """
-    config: Any = module.config
-    implementation = config._attn_implementation
-    if implementation != IMPLEMENTATION:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "
-            "since, by set_attn_implementation or by continuous batching: it would run dense. Call unpatch_model to "
-            "run it so, or patch_model again for sparse attention."
-        )
-
-
-# Where packed sequences begin, as the model that is running was told: not every family tells its attention modules.
-_TOLD: ContextVar[dict[str, Any]] = ContextVar("nc_patch_boundaries", default={})  # noqa: B039
-
-
-def note_boundaries(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a model whose attention is patched: takes note of where packed sequences begin."""
-    # Checkpointing runs attention again outside of the model, where nothing is told.
-    if not torch.compiler.is_compiling() and not (module.training and getattr(module, "gradient_checkpointing", False)):
-        _TOLD.set({name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None})
-
-
-def forget_boundaries(*_: Any) -> None:
-    """Forward hook of such a model."""
-    if not torch.compiler.is_compiling():
-        _TOLD.set({})
-
-
-# What attention modules call their cache; transformers 5.24 has renamed it.
-_CACHE_ARGUMENTS = ("past_key_values", "cache")
-
-
-def hand_on_cache(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a patched attention module: hands the layer of the cache on to the attention function."""
-    cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
-    # A module that several layers share is told which of them it stands for.
-    layer = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
-    found = None if cache is None else layer_cache(cache, layer)
-    return None if found is None else (args, {**kwargs, "nc_layer_cache": found})
-
-
-def hand_on_mask(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a layer with patched attention: moves the mask to its device, once for all layers there.
-
-    Otherwise accelerate's hook copies it for each layer, and a copy knows nothing of what is remembered on it.
-    """
-    hook: Any = getattr(module, "_hf_hook", None)
-    if hook is None:
-        return None
-    mask: Any = kwargs.get("attention_mask")
-    places = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
-    place = next((place for place in places if place is not None), None)
-    if place is None or not is_packed(mask) or torch.compiler.is_compiling():
-        return None
-    device = torch.device(place)
-    if device.type == mask.device.type and device.index in (None, mask.device.index):
-        return None
-    moved = _once(mask, ("moved", device), lambda: moved_mask(mask, device))
-    return args, {**kwargs, "attention_mask": moved}
+    return once(found.visible, ("split", *boundaries.values()), split)
 
 
 def _dense_reason(patch: LayerPatch | None, config: NCConfig, layer: int, selection: str) -> str | None:
@@ -460,24 +387,11 @@ def _count(
         counts = tally(attended, visible, tail)
     elif attended is None:
         n = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
-        counts = _once(visible, ("tally", "dense", tail), lambda: tally(n, visible, tail))
+        counts = once(visible, ("tally", "dense", tail), lambda: tally(n, visible, tail))
     else:
         law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.law)
-        counts = _once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))
+        counts = once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))
     patch.counters.add(counts, dense_reason)
-
-
-def _once(shared: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:
-    """``make()``, remembered on a tensor that all layers of one forward pass share: the mask, or what comes of it."""
-    if torch.compiler.is_compiling():
-        return make()
-    made: dict[tuple[Any, ...], Any] | None = getattr(shared, "_nc_once", None)
-    if made is None:
-        made = {}
-        shared._nc_once = made  # type: ignore[attr-defined]
-    if key not in made:
-        made[key] = make()
-    return made[key]
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

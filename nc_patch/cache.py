@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from nc_patch.index import IndexKind, KeyIndex, reserve_for
+from nc_patch.selections.index import IndexKind, KeyIndex, reserve_for
 
 
 class LayerCache(NamedTuple):

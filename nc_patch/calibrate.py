@@ -12,15 +12,13 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from nc_patch.atomic import check_directory
-from nc_patch.errors import ProfileError
+from nc_patch.common import ProfileError, as_integer, as_number, check_directory
+from nc_patch.families import attention_modules
 from nc_patch.fingerprint import weights_fingerprint
 from nc_patch.fits import fit_power_laws
-from nc_patch.numbers import as_integer, as_number
 from nc_patch.patch import model_shape
 from nc_patch.profile import Fit, Profile, checked_layers, significant
 from nc_patch.recording import Piece, Plan, load_piece, measure_piece, piece_name, save_piece, total_steps
-from nc_patch.support import attention_modules
 from nc_patch.version import __version__
 
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096)

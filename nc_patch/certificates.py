@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from nc_patch.common import DroppedMassError
 from nc_patch.config import NCConfig
-from nc_patch.errors import DroppedMassError
-from nc_patch.ops.codes import product_slack
 from nc_patch.ops.reference import AttentionResult
+from nc_patch.selections.topk.codes import product_slack
 from nc_patch.stats import LayerCounters
 from nc_patch.visibility import own_keys
 
@@ -142,7 +142,7 @@ def find_excess(bounds: torch.Tensor, visible: torch.Tensor, origin: torch.Tenso
 def find_estimated_excess(audit: torch.Tensor, limit: float) -> Excess | None:
     """The head that is estimated to keep least of its rows' mass, where that is below ``limit``; reads the device.
 
-    ``audit`` is float32 ``[Hq + 1, 5]``, columns ``block_audit.AUDIT_COLUMNS``.
+    ``audit`` is float32 ``[Hq + 1, 5]``, columns ``audit.AUDIT_COLUMNS``.
     """
     rows, kept = audit[:-1, :2].double().cpu().unbind(-1)
     if not len(rows) or not bool(rows[0] > 0):

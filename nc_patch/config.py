@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from nc_patch.budget import LAWS, Law, budget_of, budget_table, is_dense_law
-from nc_patch.numbers import as_bool, as_integer, as_number, plain
+from nc_patch.common import as_bool, as_integer, as_number, plain
 
 Selection = Literal["topk", "block", "window", "dense"]
 Backend = Literal["auto", "triton", "torch"]

@@ -11,7 +11,7 @@ import torch
 
 from nc_patch.config import NCConfig
 from nc_patch.observed import Observed
-from nc_patch.ops.torch_rows import (
+from nc_patch.ops.rows import (
     Buffers,
     final_scores_,
     hide_unseen_,

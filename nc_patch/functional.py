@@ -7,17 +7,15 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
-from nc_patch.autocast import autocast_off, lowered
+from nc_patch.common import as_bool, as_number, autocast_off, lowered, plain, say_once
 from nc_patch.config import SELECTIONS, NCConfig, Selection, shown
-from nc_patch.index import KIND_OF, IndexKind, KeyIndex
-from nc_patch.log import say_once
-from nc_patch.numbers import as_bool, as_number, plain
 from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import call, in_transform, refuse_forward_mode, refuse_mapped
 from nc_patch.ops.limits import DTYPES, MAX_DECODE_QUERIES
 from nc_patch.ops.reference import AttentionResult, causal_intervals
-from nc_patch.ops.torch_decode_block import torch_block_decode
+from nc_patch.selections.block.torch_decode import torch_block_decode
+from nc_patch.selections.index import KIND_OF, IndexKind, KeyIndex
 
 
 def sparse_attention(
@@ -206,7 +204,7 @@ def attend(
     largest that any of them may be.
 
     Returns:
-        The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``; ``block_audit`` for
+        The output; ``attended`` for ``"block"`` always; all four fields with ``want_stats``; ``audit`` for
         ``"block"`` in prefill where ``audit_seed``, of the rows that are drawn, is not negative.
     """
     head_dims, needs_grad = (query.shape[-1], value.shape[-1]), needs_gradient(query, key, value, sinks)

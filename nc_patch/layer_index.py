@@ -4,9 +4,9 @@ import torch
 
 from nc_patch.cache import LayerCache
 from nc_patch.config import NCConfig
-from nc_patch.index import KIND_OF, IndexKind, KeyIndex
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import in_transform
+from nc_patch.selections.index import KIND_OF, IndexKind, KeyIndex
 
 
 def key_index_of(

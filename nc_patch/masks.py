@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import masking_utils
 
-from nc_patch.errors import UnsupportedMaskError
+from nc_patch.common import UnsupportedMaskError
 from nc_patch.ops.derivatives import refuse_mapped
 from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
 

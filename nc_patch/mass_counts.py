@@ -1,8 +1,8 @@
 """The kept mass that calls of a layer are known or estimated to have, summed by head; read when somebody asks.
 
 Two kinds of figure are kept apart until they are reported. *Certified* ones are a lower and an upper limit for every
-row; *estimated* ones come from an audit of some rows (``ops/block_audit.py``). Nothing here reads the device before
-``summary``.
+row; *estimated* ones come from an audit of some rows (``selections/block/audit.py``). Nothing here reads the device
+before ``summary``.
 """
 
 import math
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from nc_patch.locking import Locked, alone
-from nc_patch.ops.block_audit import AUDIT_COLUMNS
+from nc_patch.common import Locked, alone
 from nc_patch.ops.limits import MAX_DECODE_QUERIES
+from nc_patch.selections.block.audit import AUDIT_COLUMNS
 
 PHASES = ("prefill", "decode")
 # Where a call's figure comes from: computed from every score; bounded by codes; estimated; or all keys were attended.
@@ -85,7 +85,7 @@ class MassCounts(Locked):
         """Counts a call of prefill by blocks.
 
         Args:
-            audit: float32 ``[Hq + 1, 5]``, columns ``block_audit.AUDIT_COLUMNS``.
+            audit: float32 ``[Hq + 1, 5]``, columns ``audit.AUDIT_COLUMNS``.
             choice: ``[query blocks, those that took more than their budget]``, where ``min_mass`` lets them.
         """
         self.calls["estimate"] += 1

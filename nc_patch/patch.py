@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from nc_patch.attention import (
+from nc_patch.attention import PATCH_ATTRIBUTE, LayerPatch
+from nc_patch.common import as_integer
+from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
+from nc_patch.families import attention_modules, check_is_module, left_dense, mask_builders, say_left_dense
+from nc_patch.hooks import (
     IMPLEMENTATION,
-    PATCH_ATTRIBUTE,
-    LayerPatch,
     forget_boundaries,
     hand_on_cache,
     hand_on_mask,
     note_boundaries,
     refuse_switched,
 )
-from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
-from nc_patch.numbers import as_integer
 from nc_patch.observed import Observed
 from nc_patch.stats import summary, total
 from nc_patch.stats_table import PatchStats
-from nc_patch.support import attention_modules, check_is_module, left_dense, mask_builders, say_left_dense
 
 if TYPE_CHECKING:
     from nc_patch.profile import Profile

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from nc_patch.allocation import Costs, Laws, allocate, attends_all
+from nc_patch.common import ProfileError, as_integer, as_number, plain
 from nc_patch.config import NCConfig
-from nc_patch.errors import ProfileError
 from nc_patch.fingerprint import weights_fingerprint
 from nc_patch.fits import theil_sen
-from nc_patch.numbers import as_integer, as_number, plain
 from nc_patch.patch import model_shape
 from nc_patch.profile_file import FORMAT, checked_fields, read_profile, write_profile
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nc_patch.atomic import replace_file
-from nc_patch.errors import ProfileError
+from nc_patch.common import ProfileError, replace_file
 
 FORMAT = 1
 # A model of 120 layers and 128 heads at ten lengths takes 100 MB.

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nc_patch.common import ProfileError
 from nc_patch.curves import RowCurves, key_grid, row_curves
-from nc_patch.errors import ProfileError
 from nc_patch.observed import Observed
 from nc_patch.patch import model_shape, observed
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nc_patch.locking import Locked, alone
+from nc_patch.common import Locked, alone
 from nc_patch.mass_counts import PHASES, MassCounts, on_one_device
 from nc_patch.mass_counts import total as total_mass
 

@@ -19,7 +19,7 @@ from family_report import TABLE, table
 from family_suite import examine
 from family_walk import families
 
-from nc_patch.atomic import check_directory
+from nc_patch.common import check_directory
 
 
 def main() -> int:

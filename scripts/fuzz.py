@@ -40,7 +40,7 @@ def main() -> int:
 
     import nc_patch
     from eval_tasks.provenance import commit
-    from nc_patch.atomic import check_directory
+    from nc_patch.common import check_directory
 
     if arguments.record is not None:
         check_directory(arguments.record.parent, [arguments.record.name])

@@ -23,10 +23,10 @@ from eval_tasks.capture import Captured, capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
-from nc_patch.atomic import check_directory
 from nc_patch.budget import row_budgets
-from nc_patch.ops.block_estimators import ESTIMATORS, Chunk, RowMass
-from nc_patch.ops.blocks import (
+from nc_patch.common import check_directory
+from nc_patch.ops.rows import Buffers
+from nc_patch.selections.block.blocks import (
     BlockChoice,
     BlockSettings,
     QueryBlocks,
@@ -36,9 +36,9 @@ from nc_patch.ops.blocks import (
     query_block_table,
     sampled_rows,
 )
-from nc_patch.ops.torch_block_attend import attend_blocks
-from nc_patch.ops.torch_rows import Buffers
-from nc_patch.ops.torch_topk import torch_topk_attention
+from nc_patch.selections.block.estimators import ESTIMATORS, Chunk, RowMass
+from nc_patch.selections.block.torch_attend import attend_blocks
+from nc_patch.selections.topk.torch import torch_topk_attention
 
 LAYERS = (0, 1, 3, 6, 10, 14, 18, 22, 26, 29)
 ALPHAS, EXPONENT = (1.0, 2.0, 4.0, 8.0), 0.6

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from eval_tasks.provenance import commit, hardware, versions
-from nc_patch.atomic import check_directory
 from nc_patch.bench.inputs import GEOMETRIES, make_inputs
-from nc_patch.ops.codes import channel_moments, encode_keys, unpack_codes
-from nc_patch.ops.triton_decode_topk import plan_for
+from nc_patch.common import check_directory
+from nc_patch.selections.topk.codes import channel_moments, encode_keys, unpack_codes
+from nc_patch.selections.topk.decode import plan_for
 
 _KEYS_AT_ONCE = 1 << 16
 

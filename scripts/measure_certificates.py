@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval_tasks.provenance import commit, hardware, versions
 from nc_patch import NCConfig, nc_stats, patch_model
-from nc_patch.atomic import check_directory
+from nc_patch.common import check_directory
 from nc_patch.functional import attend, budgets_of
 from nc_patch.ops.reference import causal_intervals
 

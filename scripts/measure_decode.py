@@ -20,7 +20,7 @@ from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import patch_model, unpatch_model
-from nc_patch.atomic import check_directory
+from nc_patch.common import check_directory
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,

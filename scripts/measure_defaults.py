@@ -22,7 +22,7 @@ from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.tasks import TASKS, Layout, places, tokenise
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig
-from nc_patch.atomic import check_directory
+from nc_patch.common import check_directory
 
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "dense": None,

@@ -19,11 +19,11 @@ from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig
-from nc_patch.atomic import check_directory
+from nc_patch.common import check_directory
 from nc_patch.functional import attend, budgets_of
 from nc_patch.mass_counts import MassCounts
-from nc_patch.ops.block_audit import audited_rows
 from nc_patch.ops.reference import causal_intervals
+from nc_patch.selections.block.audit import audited_rows
 
 
 def main() -> None:

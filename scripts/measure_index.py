@@ -25,7 +25,7 @@ from eval_tasks.models import LoadedModel, load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import KeyIndex, patched, sparse_attention
-from nc_patch.atomic import check_directory
+from nc_patch.common import check_directory
 from nc_patch.ops.limits import MAX_DECODE_QUERIES
 
 LAW = (4.0, 0.6)

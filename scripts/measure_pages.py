@@ -26,9 +26,9 @@ from eval_tasks.capture import Captured, capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
-from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_of
-from nc_patch.ops.pages import page_logits, summarize
+from nc_patch.common import check_directory
+from nc_patch.selections.block.pages import page_logits, summarize
 
 LAWS = ((2.0, 0.6), (4.0, 0.6))
 LAYERS = (0, 1, 3, 6, 10, 14, 18, 22, 26, 29)

@@ -25,7 +25,7 @@ from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig, nc_stats, patched, sparse_attention
-from nc_patch.atomic import check_directory
+from nc_patch.common import check_directory
 
 METHODS: dict[str, NCConfig | None] = {
     "dense": None,

@@ -25,8 +25,8 @@ from eval_tasks.store import write_atomically
 from eval_tasks.tasks import tokenise
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig, Profile, calibrate, nc_stats, patched
-from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_table
+from nc_patch.common import check_directory
 
 DENSE = "dense"
 PROFILE = "profile"

@@ -25,8 +25,8 @@ from eval_tasks.capture import capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
-from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_of
+from nc_patch.common import check_directory
 
 ERROR_LAWS = ((2.0, 0.6), (4.0, 0.6))
 LAWS = ((2.0, 0.5), (2.0, 0.6), (1.0, 0.7))

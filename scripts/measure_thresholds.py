@@ -1,4 +1,4 @@
-"""Times the algorithms of ``nc_patch.ops.threshold`` on this machine and writes docs/results/thresholds.json.
+"""Times the algorithms of ``nc_patch.ops.kth_largest`` on this machine and writes docs/results/thresholds.json.
 
 Rows are random normal scores, as many as one block of query rows holds; figures are medians of interleaved runs.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from eval_tasks.provenance import commit, hardware, versions
-from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_of
-from nc_patch.ops.threshold import by_partition_, by_sort, by_topk
-from nc_patch.ops.torch_rows import rows_per_block
+from nc_patch.common import check_directory
+from nc_patch.ops.kth_largest import by_partition_, by_sort, by_topk
+from nc_patch.ops.rows import rows_per_block
 
 ALGORITHMS = {"partition": by_partition_, "topk": by_topk, "sort": by_sort}
 HEADS = 9

@@ -25,8 +25,8 @@ import torch
 import triton
 
 from eval_tasks.provenance import commit, versions
-from nc_patch.atomic import check_directory
-from nc_patch.ops.triton_decode_topk import Plan, decode_constants, plan_for
+from nc_patch.common import check_directory
+from nc_patch.selections.topk.decode import Plan, decode_constants, plan_for
 
 # Llama-3-8B: one layer, batch 1.
 QUERY_HEADS, KV_HEADS, HEAD_DIM, ELEMENT = 32, 8, 128, 2

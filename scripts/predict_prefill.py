@@ -1,7 +1,7 @@
 """Counts what block-sparse prefill computes and moves, predicts its times, and writes docs/results/prefill_counts.json.
 
-The counts follow the kernels in ``nc_patch.ops.triton_block``: tiles as they are launched, budgets as the law gives
-them. The times divide them by rates that are assumptions, given as arguments; nothing runs on a GPU.
+The counts follow the kernels in ``nc_patch.selections.block.prefill``: tiles as they are launched, budgets as the
+law gives them. The times divide them by rates that are assumptions, given as arguments; nothing runs on a GPU.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from eval_tasks.provenance import commit, versions
-from nc_patch.atomic import check_directory
 from nc_patch.budget import budget_table
-from nc_patch.ops.triton_block import block_tiles, score_chunks
+from nc_patch.common import check_directory
+from nc_patch.selections.block.prefill import block_tiles, score_chunks
 
 # Llama-3-8B: one layer, batch 1.
 QUERY_HEADS, KV_HEADS, HEAD_DIM, ELEMENT = 32, 8, 128, 2

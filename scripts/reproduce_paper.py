@@ -26,7 +26,7 @@ from eval_tasks.paper.figures import mixed_figure, model_figures, synthetic_figu
 from eval_tasks.paper.laws import equal_at
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
-from nc_patch.atomic import check_directory
+from nc_patch.common import check_directory
 
 PARTS = ("synthetic", "model", "figures")
 DIGITS = 5  # significant, of what is written

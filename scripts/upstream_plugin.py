@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from nc_patch import NCConfig, UnsupportedModelError, patch_model
-from nc_patch.attention import IMPLEMENTATION
+from nc_patch.hooks import IMPLEMENTATION
 from nc_patch.patch import is_patched
 
 _SETTINGS = os.environ.get("NC_UPSTREAM_CONFIG")

@@ -18,8 +18,8 @@ from fuzz_inputs import Inputs, random_inputs
 from nc_patch import AttentionResult, KeyIndex, NCConfig, sparse_attention
 from nc_patch.budget import budget_of
 from nc_patch.config import BLOCK_SIZES, ESTIMATORS, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
-from nc_patch.ops.blocks import BlockChoice
 from nc_patch.ops.reference import block_choice, causal_intervals, reference_attention, visible_mask
+from nc_patch.selections.block.blocks import BlockChoice
 
 # How often each kind is drawn in a thousand cases.
 KINDS = {"moderate": 350, "extreme": 150, "broken": 150, "decode": 200, "gradient": 50, "refused": 100}

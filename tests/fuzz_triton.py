@@ -64,7 +64,9 @@ class _small_tiles:
     def __enter__(self) -> None:
         if not self._small:
             return
-        from nc_patch.ops import triton_block, triton_decode_block, triton_launch
+        from nc_patch.ops.triton import launch as triton_launch
+        from nc_patch.selections.block import decode as triton_decode_block
+        from nc_patch.selections.block import prefill as triton_block
 
         tiles = triton_launch.Tiles(32, 16, 4, 1)
         self._set(triton_launch, "tiles_for", lambda _, dtype, *sizes: replace(tiles, chunk=_chunk(dtype)))

@@ -21,13 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime.driver import driver
 
-import nc_patch.ops
+import nc_patch
 from nc_patch.bench import command, decode, prefill
 from nc_patch.bench.cases import cases
 from nc_patch.bench.inputs import GEOMETRIES, DecodeInputs
 from nc_patch.bench.prefill_steps import step_seconds
 from nc_patch.bench.prompts import PromptInputs
-from nc_patch.index import KIND_OF, KeyIndex
+from nc_patch.selections.index import KIND_OF, KeyIndex
 
 # An H100 or H200: shared memory and threads of a program, and the largest grid along each axis.
 _ARCHITECTURE, _SHARED, _THREADS = 90, 227 * 1024, 1024
@@ -68,8 +68,9 @@ def pretended_gpu() -> Iterator[list[Launch]]:
         get_current_device=lambda: 0,
         get_current_stream=lambda _: 0,
     )
-    for module in pkgutil.iter_modules(nc_patch.ops.__path__, "nc_patch.ops."):
-        importlib.import_module(module.name)
+    for module in pkgutil.walk_packages(nc_patch.__path__, "nc_patch."):
+        if ".bench" not in module.name and not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", pretended))
         stack.enter_context(mock.patch.object(compiler, "max_shared_mem", return_value=_SHARED))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nc_patch import sparse_attention
-from nc_patch.log import say_once
+from nc_patch.common import say_once
 from nc_patch.ops import backends
 from nc_patch.ops.backends import choose_backend, triton_problem
 

@@ -20,8 +20,8 @@ from nc_patch.bench.inputs import GEOMETRIES, Geometry
 from nc_patch.cli import main
 from nc_patch.config import NCConfig
 from nc_patch.functional import budgets_of, sparse_attention
-from nc_patch.ops.blocks import query_block_table, sampled_rows
 from nc_patch.ops.reference import causal_intervals
+from nc_patch.selections.block.blocks import query_block_table, sampled_rows
 
 CPU = torch.device("cpu")
 TINY = Geometry(4, 2, 16, 64, 96, 2)

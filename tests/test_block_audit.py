@@ -9,8 +9,8 @@ from test_torch_block import peaked
 from nc_patch import NCConfig
 from nc_patch.functional import attend, budgets_of
 from nc_patch.mass_counts import MassCounts, _t_quantile
-from nc_patch.ops.block_audit import AUDIT_COLUMNS, audited_rows
 from nc_patch.ops.reference import AttentionResult, causal_intervals
+from nc_patch.selections.block.audit import AUDIT_COLUMNS, audited_rows
 
 N = 600
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from attention_cases import random_case
 
-from nc_patch.ops import blocks, reference
+from nc_patch.ops import reference
+from nc_patch.selections.block import blocks
 
 
 @pytest.mark.parametrize("query_block_size", [64, 128])

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from nc_patch import KeyIndex, forget_index, patch_model, patched, unpatch_model
 from nc_patch.cache import IndexedDynamicLayer, IndexedStaticLayer, layer_cache
-from nc_patch.ops.codes import encode_keys
+from nc_patch.selections.topk.codes import encode_keys
 
 HEADS, DIM, BLOCK = 2, 8, 16
 

@@ -16,9 +16,10 @@ from tiny_models import random_ids, tiny_model
 from transformers import AttentionInterface
 
 from nc_patch import DroppedMassError, KeyIndex, NCConfig, nc_stats, patch_model, reset_stats, sparse_attention
-from nc_patch.attention import IMPLEMENTATION, nc_attention_forward
+from nc_patch.attention import nc_attention_forward
 from nc_patch.certificates import Call, certified_bounds, find_excess
 from nc_patch.functional import attend
+from nc_patch.hooks import IMPLEMENTATION
 from nc_patch.ops.reference import AttentionResult, reference_attention, visible_mask
 from nc_patch.visibility import Visibility
 

@@ -187,7 +187,7 @@ def test_code_of_a_page_runs(page, tmp_path):
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("package", ["nc_patch", "nc_patch/ops", "eval_tasks"])
+@pytest.mark.parametrize("package", ["nc_patch", "nc_patch/ops", "nc_patch/selections", "eval_tasks"])
 def test_every_file_and_folder_has_its_place_in_the_page_of_parts(package):
     page = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
     section = page.partition(f"\n## {package}\n")[2].partition("\n## ")[0]
@@ -195,7 +195,7 @@ def test_every_file_and_folder_has_its_place_in_the_page_of_parts(package):
     there = [
         path.name + "/" * path.is_dir()
         for path in (ROOT / package).iterdir()
-        if not path.name.startswith("_") and (path.suffix == ".py" or path.is_dir()) and path.name != "ops"
+        if not path.name.startswith("_") and (path.suffix == ".py" or path.is_dir())
     ]
     assert there
     assert [name for name in there if not any(fnmatch(name, pattern) for pattern in named)] == []

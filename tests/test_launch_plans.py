@@ -17,14 +17,17 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from nc_patch import KeyIndex, ops  # noqa: E402
+from nc_patch import KeyIndex, ops, selections  # noqa: E402
 from nc_patch.budget import budget_of  # noqa: E402
-from nc_patch.ops import backends, custom_ops, decode_ops, triton_block, triton_decode_topk, triton_launch  # noqa: E402
+from nc_patch.ops import backends, custom_ops, decode_ops  # noqa: E402
 from nc_patch.ops.by_backend import READS_HOST, BackendOp  # noqa: E402
-from nc_patch.ops.codes import KeyCodes  # noqa: E402
-from nc_patch.ops.pages import VECTORS, page_count  # noqa: E402
-from nc_patch.ops.tail import PageMeans, slot_count  # noqa: E402
-from nc_patch.ops.triton_block_plan import BlockPlan  # noqa: E402
+from nc_patch.ops.means import PageMeans, slot_count  # noqa: E402
+from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
+from nc_patch.selections.block import prefill as triton_block  # noqa: E402
+from nc_patch.selections.block.pages import VECTORS, page_count  # noqa: E402
+from nc_patch.selections.block.plan import BlockPlan  # noqa: E402
+from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
+from nc_patch.selections.topk.codes import KeyCodes  # noqa: E402
 
 needs_tag = pytest.mark.skipif(not READS_HOST, reason="this version of PyTorch cannot mark such operations")
 # What CUDA allows along a grid's axes.
@@ -32,11 +35,16 @@ LIMITS = (2**31 - 1, 65_535, 65_535)
 KEYS = 1 << 21
 BATCH, HEADS = 64, 64
 MODULES = [
-    importlib.import_module(f"nc_patch.ops.{module.name}")
-    for module in pkgutil.iter_modules(ops.__path__)
-    if module.name.startswith("triton_")
+    importlib.import_module(module.name)
+    for package in (ops, selections)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 ]
-KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
+KERNELS = {
+    name
+    for module in MODULES
+    for name, value in vars(module).items()
+    if name.endswith("_kernel") and hasattr(value, "arg_names")
+}
 
 
 class Launches:

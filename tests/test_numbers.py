@@ -11,7 +11,7 @@ from profiles import made_up_profile
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import KeyIndex, NCConfig, ProfileError, calibrate, nc_stats, patch_model, reset_stats, sparse_attention
-from nc_patch.numbers import as_bool, as_integer, as_number
+from nc_patch.common import as_bool, as_integer, as_number
 
 THREES = (3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.int8))
 HALVES = (0.5, np.float16(0.5), np.array(0.5), torch.tensor(0.5, dtype=torch.bfloat16), Fraction(1, 2), Decimal("0.5"))

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nc_patch import BrokenCacheError, UnsupportedModelError, patch_model
-from nc_patch.attention import IMPLEMENTATION
+from nc_patch.hooks import IMPLEMENTATION
 
 LENGTH = 40
 

@@ -33,8 +33,8 @@ from nc_patch import (
     reset_stats,
     unpatch_model,
 )
+from nc_patch.common import say_once
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
-from nc_patch.log import say_once
 
 SELECTIONS = ("topk", "window", "block", "dense")
 FULL = {"alpha >= 1, C = 1": (1.0, 1.0), "budget above n": (500.0, 0.0)}

@@ -10,10 +10,10 @@ from transformers import DynamicCache
 
 from nc_patch import KeyIndex, NCConfig, patch_model, sparse_attention
 from nc_patch.ops import custom_ops, decode_ops
-from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys
-from nc_patch.ops.tail import PageMeans, page_means, page_starts
-from nc_patch.ops.torch_decode_topk import torch_topk_decode
-from nc_patch.ops.torch_topk import torch_topk_attention
+from nc_patch.ops.means import PageMeans, page_means, page_starts
+from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
+from nc_patch.selections.topk.torch import torch_topk_attention
+from nc_patch.selections.topk.torch_decode import torch_topk_decode
 
 
 def tail_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32) -> Case:

@@ -9,13 +9,14 @@ import torch
 from attention_cases import Case, random_case, relative_error
 
 from nc_patch import KeyIndex, sparse_attention
-from nc_patch.ops import blocks, torch_rows
-from nc_patch.ops.block_estimators import ESTIMATORS
-from nc_patch.ops.blocks import BlockChoice, BlockSettings
+from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.reference import causal_intervals, reference_attention
-from nc_patch.ops.torch_block import torch_block_attention
-from nc_patch.ops.torch_block_attend import attend_blocks
-from nc_patch.ops.torch_block_choose import choose_blocks
+from nc_patch.selections.block import blocks
+from nc_patch.selections.block.blocks import BlockChoice, BlockSettings
+from nc_patch.selections.block.estimators import ESTIMATORS
+from nc_patch.selections.block.torch import torch_block_attention
+from nc_patch.selections.block.torch_attend import attend_blocks
+from nc_patch.selections.block.torch_choose import choose_blocks
 
 
 def run(case: Case, want_stats: bool = True, **options: Any) -> tuple[torch.Tensor, ...]:

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nc_patch import KeyIndex, sparse_attention
-from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys
-from nc_patch.ops.pages import page_count, summarize_pages
-from nc_patch.ops.torch_decode_block import torch_block_decode
-from nc_patch.ops.torch_decode_topk import torch_topk_decode
+from nc_patch.selections.block.pages import page_count, summarize_pages
+from nc_patch.selections.block.torch_decode import torch_block_decode
+from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
+from nc_patch.selections.topk.torch_decode import torch_topk_decode
 
 DECODED = 5
 

@@ -6,12 +6,13 @@ from attention_cases import Case, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nc_patch.ops import custom_ops, torch_rows
+from nc_patch.ops import custom_ops
+from nc_patch.ops import rows as torch_rows
+from nc_patch.ops.kth_largest import by_partition_, by_sort, by_topk
 from nc_patch.ops.reference import causal_intervals, topk_mask
-from nc_patch.ops.threshold import by_partition_, by_sort, by_topk
-from nc_patch.ops.torch_block import torch_block_attention
-from nc_patch.ops.torch_topk import keep_topk_, torch_topk_attention
-from nc_patch.ops.torch_window import torch_window_attention
+from nc_patch.selections.block.torch import torch_block_attention
+from nc_patch.selections.topk.torch import keep_topk_, torch_topk_attention
+from nc_patch.selections.window import torch_window_attention
 
 SELECTIONS = ("topk", "window", "block")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

@@ -17,11 +17,12 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
 from nc_patch.functional import sparse_attention  # noqa: E402
-from nc_patch.ops import custom_ops, triton_block  # noqa: E402
+from nc_patch.ops import custom_ops  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, query_blocks, reference_attention  # noqa: E402
-from nc_patch.ops.triton_block import attend_blocks, block_tiles, choose_blocks, triton_block_attention  # noqa: E402
-from nc_patch.ops.triton_block_plan import BlockPlan, chunks_of, make_plan  # noqa: E402
-from nc_patch.ops.triton_launch import Tiles  # noqa: E402
+from nc_patch.ops.triton.launch import Tiles  # noqa: E402
+from nc_patch.selections.block import prefill as triton_block  # noqa: E402
+from nc_patch.selections.block.plan import BlockPlan, chunks_of, make_plan  # noqa: E402
+from nc_patch.selections.block.prefill import attend_blocks, block_tiles, choose_blocks, triton_block_attention  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

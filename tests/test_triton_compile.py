@@ -9,8 +9,8 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from nc_patch.ops import triton_compile  # noqa: E402
-from nc_patch.ops.triton_compile import (  # noqa: E402
+from nc_patch.ops.triton import compile as triton_compile  # noqa: E402
+from nc_patch.ops.triton.compile import (  # noqa: E402
     TARGETS,
     Resources,
     compile_specialisation,
@@ -18,7 +18,7 @@ from nc_patch.ops.triton_compile import (  # noqa: E402
     row_specialisations,
     specialisations,
 )
-from nc_patch.ops.triton_launch import tiles_for  # noqa: E402
+from nc_patch.ops.triton.launch import tiles_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set")
 
@@ -161,7 +161,7 @@ def test_a_kernel_that_does_not_fit_fails_the_command(change, monkeypatch):
     fitting = Resources("threshold-bf16-d64", "sm_90", 255, 256, 49_152, 232_448, 0, ())
     assert fitting.fits
     too_large = replace(fitting, **change)
-    monkeypatch.setattr("nc_patch.ops.triton_compile.compile_specialisation", lambda variant, target: too_large)
+    monkeypatch.setattr("nc_patch.ops.triton.compile.compile_specialisation", lambda variant, target: too_large)
     assert main(["--targets", "sm_90", "--match", "threshold-bf16-d64"]) == 1
 
 

@@ -12,12 +12,12 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
-from nc_patch.ops import triton_decode_block  # noqa: E402
-from nc_patch.ops.pages import PageStatistics, page_count, summarize_pages  # noqa: E402
 from nc_patch.ops.reference import reference_attention  # noqa: E402
-from nc_patch.ops.triton_decode_block import triton_block_decode  # noqa: E402
-from nc_patch.ops.triton_split import combine_splits  # noqa: E402
-from nc_patch.ops.triton_summarize import triton_summarize_pages_  # noqa: E402
+from nc_patch.ops.triton.split import combine_splits  # noqa: E402
+from nc_patch.selections.block import decode as triton_decode_block  # noqa: E402
+from nc_patch.selections.block.decode import triton_block_decode  # noqa: E402
+from nc_patch.selections.block.pages import PageStatistics, page_count, summarize_pages  # noqa: E402
+from nc_patch.selections.block.summarize import triton_summarize_pages_  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

@@ -16,14 +16,14 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
 from nc_patch.budget import budget_of  # noqa: E402
-from nc_patch.ops import triton_decode_topk  # noqa: E402
-from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys, unpack_codes  # noqa: E402
 from nc_patch.ops.limits import MAX_DECODE_QUERIES  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, reference_attention, topk_mask  # noqa: E402
-from nc_patch.ops.triton_decode_tail import tail_splits  # noqa: E402
-from nc_patch.ops.triton_decode_topk import triton_topk_decode  # noqa: E402
-from nc_patch.ops.triton_encode import triton_encode_keys_  # noqa: E402
-from nc_patch.ops.triton_split import MAX_SPLITS  # noqa: E402
+from nc_patch.ops.triton.split import MAX_SPLITS  # noqa: E402
+from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
+from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys, unpack_codes  # noqa: E402
+from nc_patch.selections.topk.decode import triton_topk_decode  # noqa: E402
+from nc_patch.selections.topk.encode import triton_encode_keys_  # noqa: E402
+from nc_patch.selections.topk.tail import tail_splits  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The interpreter is slow: there some variations run only with NC_PATCH_LONG=1.

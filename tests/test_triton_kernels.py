@@ -13,10 +13,11 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
-from nc_patch.ops import triton_launch, triton_threshold  # noqa: E402
 from nc_patch.ops.reference import causal_intervals, forced_counts, reference_attention, topk_mask  # noqa: E402
-from nc_patch.ops.triton_topk import triton_topk_attention  # noqa: E402
-from nc_patch.ops.triton_window import triton_window_attention  # noqa: E402
+from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
+from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
+from nc_patch.selections.topk.prefill import triton_topk_attention  # noqa: E402
+from nc_patch.selections.window import triton_window_attention  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 KERNELS = {"topk": triton_topk_attention, "window": triton_window_attention}

@@ -15,16 +15,14 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 
 from nc_patch import patch_model  # noqa: E402
-from nc_patch.ops import (  # noqa: E402
-    decode_ops,
-    triton_decode_tail,
-    triton_decode_topk,
-    triton_launch,
-    triton_split,
-)
-from nc_patch.ops.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
-from nc_patch.ops.tail import PageMeans, page_means, page_starts  # noqa: E402
-from nc_patch.ops.triton_topk import triton_topk_attention  # noqa: E402
+from nc_patch.ops import decode_ops  # noqa: E402
+from nc_patch.ops.means import PageMeans, page_means, page_starts  # noqa: E402
+from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
+from nc_patch.ops.triton import split as triton_split  # noqa: E402
+from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
+from nc_patch.selections.topk import tail as triton_decode_tail  # noqa: E402
+from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
+from nc_patch.selections.topk.prefill import triton_topk_attention  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -11,7 +11,7 @@ from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, small
 
 from eval_tasks.launch import free_port
 from nc_patch import UnsupportedModelError, is_patched, patch_model, unpatch_model
-from nc_patch.attention import hand_on_mask
+from nc_patch.hooks import hand_on_mask
 from nc_patch.masks import interval_mask
 from nc_patch.visibility import is_packed, made_for
 

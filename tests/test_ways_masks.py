@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from ways import EACH_FAMILY, attended_fraction, full, full_and_small, left_padded, rows_of, small
 
 from nc_patch import UnsupportedMaskError, nc_stats, patch_model
-from nc_patch.log import say_once
+from nc_patch.common import say_once
 from nc_patch.masks import interval_mask
 
 SELECTIONS = ("topk", "window", "block")

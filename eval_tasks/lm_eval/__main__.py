@@ -17,7 +17,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.hub import misses_a_package
 from eval_tasks.lm_eval.settings import TASKS_DIRECTORY
 from eval_tasks.store import check_out
-from nc_patch.errors import UnsupportedModelError
+from nc_patch.common import UnsupportedModelError
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from eval_tasks.errors import EvalError
 from eval_tasks.models import find_model
+from nc_patch.common import ProfileError
 from nc_patch.config import BACKENDS, NCConfig
-from nc_patch.errors import ProfileError
 from nc_patch.profile import Profile
 
 OPTIONS: tuple[str, ...] = (*(field.name for field in dataclasses.fields(NCConfig)), "selection")

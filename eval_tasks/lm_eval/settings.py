@@ -13,7 +13,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.hub_data import cache_only_where_offline
 from eval_tasks.lm_eval.options import located
 from eval_tasks.tasks import ascending
-from nc_patch.numbers import as_integer, plain
+from nc_patch.common import as_integer, plain
 
 # Where this package's tasks lie, for lm-eval's --include_path.
 TASKS_DIRECTORY = Path(__file__).resolve().parents[1]

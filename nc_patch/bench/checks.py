@@ -11,8 +11,8 @@ import torch
 from nc_patch.bench.inputs import DecodeInputs
 from nc_patch.config import NCConfig
 from nc_patch.functional import budgets_of, sparse_attention
-from nc_patch.index import KIND_OF, KeyIndex
 from nc_patch.ops.reference import AttentionResult, causal_intervals, reference_attention
+from nc_patch.selections.index import KIND_OF, KeyIndex
 
 # Up to this many keys the reference, which takes pages one by one, is computed.
 REFERENCE_KEYS = 8192

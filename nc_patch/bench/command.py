@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from nc_patch.atomic import check_directory
 from nc_patch.bench import report
 from nc_patch.bench.benchmark import Benchmark
 from nc_patch.bench.cases import FAILED, Row, Settings, cases, measure_all
@@ -24,6 +23,7 @@ from nc_patch.bench.inputs import GEOMETRIES
 from nc_patch.bench.machine import commit, hardware, versions
 from nc_patch.bench.prefill import PREFILL
 from nc_patch.bench.timing import first_line
+from nc_patch.common import check_directory
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (DECODE, PREFILL)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

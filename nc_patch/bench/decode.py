@@ -23,7 +23,7 @@ from nc_patch.bench.timing import Prepared, prepare
 from nc_patch.bench.traffic import copy_bandwidth, dense_bytes, sparse_bytes
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
-from nc_patch.index import KeyIndex
+from nc_patch.selections.index import KeyIndex
 
 # Inputs rotate until together they are this many times the cache; fewer and more sets do not pay.
 _TIMES_CACHE, _FEWEST_SETS, _MOST_SETS = 3, 4, 16

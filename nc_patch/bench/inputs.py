@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nc_patch.index import KIND_OF, KeyIndex
+from nc_patch.selections.index import KIND_OF, KeyIndex
 
 # Part of the softmax that lies in the best n**CONCENTRATION keys.
 MASS, CONCENTRATION = 0.95, 0.5

@@ -11,7 +11,7 @@ from nc_patch.bench.prompts import PromptInputs
 from nc_patch.functional import budgets_of
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.reference import causal_intervals
-from nc_patch.ops.torch_block import torch_block_attention
+from nc_patch.selections.block.torch import torch_block_attention
 
 STEPS = ("plan", "score", "choose", "attend")
 _MOST_RUNS = 5
@@ -56,7 +56,7 @@ def step_seconds(inputs: PromptInputs, settings: Settings, deadline: float) -> d
     backend, _ = choose_backend(config.backend, "block", device, head_dims=head_dims, estimator=config.estimator)
     more: dict[str, Any] = {}
     if backend == "triton":
-        from nc_patch.ops.triton_block import triton_block_attention as run
+        from nc_patch.selections.block.prefill import triton_block_attention as run
     else:
         run, more = torch_block_attention, {"estimator": config.estimator}
     runs: list[dict[str, float]] = []

@@ -11,8 +11,8 @@ import torch
 from nc_patch.bench.inputs import Geometry
 from nc_patch.bench.timing import Prepared, seconds_of
 from nc_patch.config import Tail
-from nc_patch.ops.pages import VECTORS
-from nc_patch.ops.tail import TAIL_PAGE_SIZE, slot_count
+from nc_patch.ops.means import TAIL_PAGE_SIZE, slot_count
+from nc_patch.selections.block.pages import VECTORS
 
 # Bytes of a codes index besides the codes, per key: scale, in float32, and two residuals, in 16 bits each.
 _CODE_NUMBERS = 8

@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from nc_patch.autocast import autocast_off
 from nc_patch.budget import row_budgets as _row_budgets
-from nc_patch.ops.block_audit import AUDIT_COLUMNS, BlockAudit
-from nc_patch.ops.blocks import BlockSettings, query_block_table
+from nc_patch.common import autocast_off
 from nc_patch.ops.by_backend import READS_HOST, op_by_backend
 from nc_patch.ops.derivatives import call, no_second_derivative, register_gradient
+from nc_patch.ops.gradients import attention_gradients
+from nc_patch.ops.means import PageMeans
 from nc_patch.ops.reference import forced_counts
-from nc_patch.ops.tail import PageMeans
-from nc_patch.ops.torch_backward import attention_gradients
-from nc_patch.ops.torch_block import ChosenBlocks, torch_block_attention
-from nc_patch.ops.torch_block_choose import choose_blocks
-from nc_patch.ops.torch_rows import Buffers, RowBlock, row_blocks, rows_per_block
+from nc_patch.ops.rows import Buffers, RowBlock, row_blocks, rows_per_block
 from nc_patch.ops.torch_tail import of_one_origin
-from nc_patch.ops.torch_topk import keep_topk_, torch_topk_attention
-from nc_patch.ops.torch_window import keep_window_, torch_window_attention
+from nc_patch.selections.block.audit import AUDIT_COLUMNS, BlockAudit
+from nc_patch.selections.block.blocks import BlockSettings, query_block_table
+from nc_patch.selections.block.torch import ChosenBlocks, torch_block_attention
+from nc_patch.selections.block.torch_choose import choose_blocks
+from nc_patch.selections.topk.torch import keep_topk_, torch_topk_attention
+from nc_patch.selections.window import keep_window_, torch_window_attention
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Six = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -77,7 +77,7 @@ def topk_attention(
     settings = _row_settings(scale, softcap, sink_keys, recent_keys, want_stats)
     tail = tail_of(tail_key, tail_value)
     if backend == "triton":
-        from nc_patch.ops.triton_topk import triton_topk_attention
+        from nc_patch.selections.topk.prefill import triton_topk_attention
 
         return triton_topk_attention(query, key, value, visible, budget, sinks, **settings, tail=tail, origin=origin)
     return torch_topk_attention(query, key, value, visible, budget, sinks, **settings, tail=tail, origin=origin)
@@ -106,7 +106,7 @@ def window_attention(
     """Attention over sink keys and the most recent ones; arguments as in ``topk_attention``."""
     settings = _row_settings(scale, softcap, sink_keys, recent_keys, want_stats)
     if backend == "triton":
-        from nc_patch.ops.triton_window import triton_window_attention
+        from nc_patch.selections.window import triton_window_attention
 
         return triton_window_attention(query, key, value, visible, budget, sinks, **settings)
     return torch_window_attention(query, key, value, visible, budget, sinks, **settings)
@@ -153,7 +153,7 @@ def block_attention(
     }
     inputs = (query, key, value, visible, origin, budget, sinks)
     if backend == "triton":
-        from nc_patch.ops.triton_block import triton_block_attention
+        from nc_patch.selections.block.prefill import triton_block_attention
 
         assert estimator == "sampled", "choose_backend sends the other estimators to the PyTorch backend"
         results = triton_block_attention(*inputs, **settings)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from nc_patch.ops.by_backend import op_by_backend
-from nc_patch.ops.codes import KeyCodes, encode_keys
 from nc_patch.ops.custom_ops import Four, Three, tail_of
 from nc_patch.ops.derivatives import in_transform, register_gradient
-from nc_patch.ops.pages import PageStatistics, update_pages_
-from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans, page_starts, slot_count, spread_over_pages
-from nc_patch.ops.tail import page_means as _page_means
-from nc_patch.ops.torch_decode_block import torch_block_decode
-from nc_patch.ops.torch_decode_topk import torch_topk_decode
+from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans, page_starts, slot_count, spread_over_pages
+from nc_patch.ops.means import page_means as _page_means
+from nc_patch.selections.block.pages import PageStatistics, update_pages_
+from nc_patch.selections.block.torch_decode import torch_block_decode
+from nc_patch.selections.topk.codes import KeyCodes, encode_keys
+from nc_patch.selections.topk.torch_decode import torch_topk_decode
 
 # Keys that the PyTorch backend encodes at once, to bound its memory.
 _KEYS_AT_ONCE = 8192
@@ -55,7 +55,7 @@ def encode_keys_(
     ``key`` is ``[B, Hkv, N, D]``, ``first`` int ``[B]``; positions that do not exist are left out.
     """
     if backend == "triton":
-        from nc_patch.ops.triton_encode import triton_encode_keys_
+        from nc_patch.selections.topk.encode import triton_encode_keys_
 
         written = KeyCodes(high, low, code_scale, coarse, residual, center, spread)
         return triton_encode_keys_(key, first, count, written)
@@ -94,7 +94,7 @@ def summarize_pages_(
     """
     statistics = PageStatistics(page_codes, page_scales)
     if backend == "triton":
-        from nc_patch.ops.triton_summarize import triton_summarize_pages_
+        from nc_patch.selections.block.summarize import triton_summarize_pages_
 
         return triton_summarize_pages_(key, origin, first, count, end, statistics, block_size)
     return update_pages_(key, origin, first, count, end, statistics, block_size)
@@ -109,14 +109,14 @@ def _(key, origin, first, count, end, page_codes, page_scales, block_size, backe
 def page_means(
     key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The means of all pages that the tail of queries with these intervals may need, by slot; see ``ops/tail.py``.
+    """The means of all pages that the tail of queries with these intervals may need, by slot; see ``ops/means.py``.
 
     ``key`` is ``[B, Hkv, N, D]``, ``value`` ``[B, Hkv, N, Dv]``, ``visible`` int32 ``[B, Lq, 2]``, ``origin`` int32
     ``[B, Lq]``.
     """
     starts = page_starts(visible, origin, key.shape[2])
     if backend == "triton":
-        from nc_patch.ops.triton_means import triton_page_means
+        from nc_patch.ops.triton.means import triton_page_means
 
         means = triton_page_means(key, value, starts)
     else:
@@ -167,7 +167,7 @@ def page_means_(
     ``origin`` and ``first`` are int ``[B]``. The mean of a page that is not full yet is overwritten when it is.
     """
     if backend == "triton":
-        from nc_patch.ops.triton_means import triton_page_means_
+        from nc_patch.ops.triton.means import triton_page_means_
 
         return triton_page_means_(key, value, origin, first, count, PageMeans(mean_key, mean_value))
     slots = mean_key.shape[2]
@@ -221,7 +221,7 @@ def topk_decode(
     key_codes = KeyCodes(high, low, code_scale, coarse, residual, center, spread)
     tail = tail_of(tail_key, tail_value)
     if backend == "triton":
-        from nc_patch.ops.triton_decode_topk import triton_topk_decode
+        from nc_patch.selections.topk.decode import triton_topk_decode
 
         return triton_topk_decode(
             *(query, key, value, visible, budget, sinks, key_codes),
@@ -303,7 +303,7 @@ def block_decode(
 ) -> Four:
     """Attention over pages chosen by their statistics; see ``torch_block_decode``. ``max_budget`` as above."""
     if backend == "triton":
-        from nc_patch.ops.triton_decode_block import triton_block_decode
+        from nc_patch.selections.block.decode import triton_block_decode
 
         return triton_block_decode(
             *(query, key, value, visible, origin, budget, sinks, page_codes, page_scales),

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from nc_patch.ops.blocks import BlockChoice
-from nc_patch.ops.pages import page_logits, summarize
-from nc_patch.ops.tail import TAIL_PAGE_SIZE
+from nc_patch.ops.means import TAIL_PAGE_SIZE
+from nc_patch.selections.block.blocks import BlockChoice
+from nc_patch.selections.block.pages import page_logits, summarize
 
 
 class AttentionResult(NamedTuple):
@@ -27,7 +27,7 @@ class AttentionResult(NamedTuple):
         block_estimate: float32 ``[Hq, 5]``, what ``"block"`` expects its choice to keep; columns
             ``blocks.ESTIMATE_COLUMNS``.
         block_audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what ``"block"`` keeps; columns
-            ``block_audit.AUDIT_COLUMNS``.
+            ``audit.AUDIT_COLUMNS``.
     """
 
     output: torch.Tensor
@@ -327,7 +327,7 @@ def reference_attention(
         sinks: ``[Hq]`` learned logits that join the softmax's denominator.
         origin: int32 ``[B, Lq]``, where each query's sequence begins; by default its interval's start. For ``"block"``,
             as are ``block_size`` to ``max_factor``, see ``block_choice``; and for the tail.
-        tail: whether the keys that are not attended enter by the means of their pages, see ``ops/tail.py``.
+        tail: whether the keys that are not attended enter by the means of their pages, see ``ops/means.py``.
         choice: attend these key blocks instead of choosing; ``budget`` is then not looked at.
 
     Returns:

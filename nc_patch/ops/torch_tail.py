@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from nc_patch.ops.tail import TAIL_PAGE_SIZE, PageMeans
-from nc_patch.ops.torch_rows import Buffers, RowBlock, final_scores_, scores_of
+from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans
+from nc_patch.ops.rows import Buffers, RowBlock, final_scores_, scores_of
 
 
 def of_one_origin(blocks: Iterable[RowBlock], visible: torch.Tensor, origin: torch.Tensor) -> Iterator[RowBlock]:

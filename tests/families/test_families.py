@@ -12,8 +12,8 @@ from family_walk import Family, families
 from transformers import BertConfig, BertLMHeadModel, DynamicCache, masking_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import nc_patch.attention
-import nc_patch.support
+import nc_patch.families
+import nc_patch.hooks
 from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
 from nc_patch.masks import interval_mask
 
@@ -113,7 +113,7 @@ def test_every_family_gives_the_same_numbers_or_is_refused_as_the_table_says(nam
 def test_the_suite_notices_when_an_argument_of_attention_is_ignored(monkeypatch, name, argument, finding):
     attend = nc_patch.attention.nc_attention_forward
     ignores = lambda *tensors, **arguments: attend(*tensors, **{**arguments, argument: None})  # noqa: E731
-    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, nc_patch.attention.IMPLEMENTATION, ignores)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, nc_patch.hooks.IMPLEMENTATION, ignores)
     assert any(wrong.startswith(finding) for wrong in examine(family_named(name)).wrong)
 
 
@@ -130,7 +130,7 @@ def test_an_index_is_not_kept_of_keys_or_values_that_the_cache_does_not_hold():
 
 
 def test_what_stays_dense_is_said_in_the_log_and_in_the_statistics(caplog):
-    nc_patch.log.say_once.cache_clear()
+    nc_patch.common.say_once.cache_clear()
     model = patch_model(tiny_model(family_named("phi4_multimodal")), 2.0, 0.5)
     parts = {part["kind"]: part for part in nc_stats(model)["left_dense"]}
     assert parts["Phi4MultimodalVisionAttention"]["reason"] == "is not of the text decoder"

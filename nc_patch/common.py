@@ -1,0 +1,190 @@
+"""What every part uses: exceptions, the log, numbers in settings, autocast, files written whole, locked objects."""
+
+import contextlib
+import errno
+import functools
+import logging
+import operator
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+
+class UnsupportedModelError(ValueError):
+    """The model, or what it asks of attention, is not supported; the message says why and what to do."""
+
+
+class BrokenCacheError(RuntimeError):
+    """A cache that a failed call left half-updated is used again; the message says how to mend it."""
+
+
+class UnsupportedMaskError(ValueError):
+    """A mask is not one interval of keys per query; the message names it and says what to do."""
+
+
+class DroppedMassError(RuntimeError):
+    """With ``on_drop="raise"``: a call of attention dropped more than ``max_dropped_mass`` of the dense softmax.
+
+    Attributes:
+        layer, head: where.
+        position: the query's position in its sequence; None where an estimate over the whole call was acted on.
+        kept_mass: what it keeps: at least, if ``certified``; an estimate for the head's rows otherwise.
+        certified: whether ``kept_mass`` is a proven lower limit.
+    """
+
+    def __init__(
+        self, message: str, *, layer: int, head: int, position: int | None, kept_mass: float, certified: bool
+    ) -> None:
+        super().__init__(message)
+        self.layer, self.head, self.position = layer, head, position
+        self.kept_mass, self.certified = kept_mass, certified
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors of worker processes arrive pickled, which by default passes the message alone.
+        keywords = {name: getattr(self, name) for name in ("layer", "head", "position", "kept_mass", "certified")}
+        return partial(type(self), **keywords), (str(self),)
+
+
+class ProfileError(ValueError):
+    """A profile, or what is asked of one, does not fit; the message says what came, what is allowed and what to do."""
+
+
+logger = logging.getLogger("nc_patch")
+
+
+@lru_cache(maxsize=256)
+def say_once(message: str) -> None:
+    """Warns with a message that has not been said before."""
+    logger.warning(message)
+
+
+def plain(value: Any) -> Any:
+    """Arrays, tensors and their scalars as Python's lists and numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def as_integer(value: Any) -> int | None:
+    """The value as an int, or None where it is no integer; a bool is none, nor is a float."""
+    value = plain(value)
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_number(value: Any) -> int | float | None:
+    """The value as an int, which may be beyond every float, or as a float; None where it is no real number."""
+    integer = as_integer(value)
+    value = plain(value)
+    if integer is not None or isinstance(value, bool) or not hasattr(type(value), "__float__"):
+        return integer
+    return float(value)
+
+
+def as_bool(value: Any) -> bool | None:
+    """The value as a bool, or None where it is neither true nor false; 0 and 1 are numbers."""
+    value = plain(value)
+    return value if isinstance(value, bool) else None
+
+
+# Asked for once, since PyTorch 2.11 cannot compile the question.
+_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
+    if torch.amp.is_autocast_available(name)
+)
+
+
+def lowered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype in which autocast, where it is on, runs ``scaled_dot_product_attention``."""
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors) or not _is_on(tensors[0].device):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    eligible = lambda t: t.is_floating_point() and t.dtype != torch.float64  # noqa: E731
+    return tuple(tensor.to(dtype) if eligible(tensor) else tensor for tensor in tensors)
+
+
+def autocast_off(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off on a tensor's device: scores and softmax are float32, and indexes bound what they index."""
+    if isinstance(tensor, torch.Tensor) and _is_on(tensor.device):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _is_on(device: torch.device) -> bool:
+    return device.type in _DEVICES and torch.is_autocast_enabled(device.type)
+
+
+def check_directory(directory: Path, names: Iterable[str] = ()) -> None:
+    """Makes a directory; to be called before a long run, so that its end does not fail to write there.
+
+    Args:
+        directory: where files will go; made when missing.
+        names: of those files.
+
+    Raises:
+        OSError: it cannot be made or written, or a directory is in the place of a file.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{name} is a directory")
+    with tempfile.NamedTemporaryFile(prefix=".nc_patch.", dir=directory) as file:
+        file.write(b"0")  # an empty file fits on a full disk
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file beside ``path`` and puts it in its place.
+
+    Raises:
+        OSError: the directory cannot be written, or the disk is full; ``path`` is as it was.
+    """
+    temporary = ""
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class Locked:
+    """Base of what threads share; holds the lock that ``alone`` takes, which copies and pickles leave out."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+
+def alone(method: Method) -> Method:
+    """Makes a method of a ``Locked`` object wait for the others."""
+
+    @functools.wraps(method)
+    def locked(self: Locked, *arguments: Any, **options: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments, **options)
+
+    return locked  # type: ignore[return-value]

@@ -1,0 +1,406 @@
+"""Which attention modules of a model can be patched, what stays dense, and what a patched module refuses.
+
+A family is judged by what its classes do, not by its name, so that one which ``transformers`` adds tomorrow is judged
+as well: whether attention goes through ``AttentionInterface``, whether it is causal, whether it already chooses keys
+for itself, and whether it changes the mask on its way.
+"""
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nc_patch.cache import LayerCache
+from nc_patch.common import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError, say_once
+from nc_patch.visibility import made_for
+
+# Arguments by which a model asks of attention what cannot be had by attending fewer keys.
+REFUSED_ARGUMENTS = {
+    "position_bias": "adds a learned bias to every score",
+    "indices": "brings its own sparse attention",
+    "block_indices": "brings its own sparse attention",
+    "cache": "uses a paged cache (continuous batching)",
+}
+# Attributes that mark an attention module which selects or compresses keys by itself.
+_ALREADY_SPARSE = ("indexer", "block_indexer", "compressor")
+# By this name modules find their attention function.
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+# Deeper than so many wrappers of a function nobody looks.
+_MOST_WRAPPERS = 8
+
+
+class LeftDense(NamedTuple):
+    """Parts of a model that patching leaves as they are.
+
+    Attributes:
+        names: the modules, or the layers.
+        kind: their class, or their layer type.
+        reason: why they are left.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{len(self.names)} x {self.kind}: {self.reason}"
+
+
+def check_is_module(model: object) -> None:
+    """Raises UnsupportedModelError where a model is none."""
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
+
+
+def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
+    """(layer index, module) of the attention modules to patch.
+
+    Raises:
+        UnsupportedModelError: the model cannot be patched; the message says why, and what to do.
+    """
+    check_is_module(model)
+    inner = _inner(model)
+    name = type(model).__name__
+    if inner is None:
+        raise UnsupportedModelError(
+            f"{name} is not a model of transformers; load it with AutoModelForCausalLM.from_pretrained"
+        )
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder; only decoders with causal self-attention can be patched"
+        )
+    routed = [m for m in inner.modules() if _routes_attention(_class(m))]
+    if not routed:
+        raise UnsupportedModelError(
+            f"the attention of {name} does not go through transformers' AttentionInterface, so it cannot be replaced; "
+            "use a Llama-, Mistral-, Qwen- or Gemma-style model"
+        )
+    causal = _of_text_decoder(inner, [m for m in routed if _is_causal(m)])
+    if not causal:
+        raise UnsupportedModelError(
+            f"{name} has no causal attention; only decoders can be patched. Where a config has is_decoder, set it."
+        )
+    if not mask_builders(inner):
+        raise UnsupportedModelError(
+            f"{name} does not build its masks through transformers' mask interface, so that causality and padding "
+            "would be lost. Use the model as it is."
+        )
+    if "shared_kv_states" in inspect.signature(type(inner).forward).parameters:
+        raise UnsupportedModelError(
+            f"{name} drafts for another model and attends that model's keys, not its own. Patch the other model."
+        )
+    for module in causal:
+        _check_module(module, name)
+    return [(_layer(module, place), module) for place, module in enumerate(causal)]
+
+
+def mask_builders(model: torch.nn.Module) -> list[PreTrainedModel]:
+    """The parts of a model that build its masks through ``transformers``' mask interface."""
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and _builds_masks(_class(m))]
+
+
+def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[LeftDense]:
+    """What of a model stays as it is when ``patched`` are the attention modules that are patched."""
+    inner = _inner(model)
+    if inner is None:
+        return []
+    chosen = {id(module) for module in patched}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, module in model.named_modules():
+        kind = _class(module)
+        routed = _routes_attention(kind)
+        if id(module) in chosen or not (routed or _is_other_attention(module)):
+            continue
+        if not routed:
+            reason = "does not go through AttentionInterface"
+        elif not _is_causal(module):
+            reason = "is cross-attention, or not causal"
+        else:
+            reason = "is not of the text decoder"
+        groups.setdefault((kind.__name__, reason), []).append(name)
+    found = [LeftDense(tuple(names), kind, reason) for (kind, reason), names in groups.items()]
+    return found + list(_layers_without_attention(inner, patched))
+
+
+def say_left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> None:
+    """Logs once per class of model what stays dense."""
+    parts = left_dense(model, patched)
+    if parts:
+        say_once(f"{type(model).__name__}: left as it was: {'; '.join(map(str, parts))}")
+
+
+def _inner(model: torch.nn.Module) -> PreTrainedModel | None:
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+
+
+def _layer(module: torch.nn.Module, place: int) -> int:
+    """The layer that a module says it belongs to, or its place among the attention modules."""
+    layer = getattr(module, "layer_idx", None)
+    return layer if isinstance(layer, int) and layer >= 0 else place
+
+
+def _of_text_decoder(inner: PreTrainedModel, modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Those of the text decoder, where the model has other parts too: they hold another class of config."""
+    text = type(inner.config.get_text_config(decoder=True))
+    return [m for m in modules if type(getattr(m, "config", None)) is text] or modules
+
+
+def _check_module(module: torch.nn.Module, name: str) -> None:
+    kind = _class(module)
+    sparse = next((attribute for attribute in _ALREADY_SPARSE if hasattr(module, attribute)), None)
+    if sparse is not None:
+        raise UnsupportedModelError(
+            f"the attention of {name} is already sparse: {kind.__name__} selects keys by its {sparse}. Use the model "
+            "as it is."
+        )
+    own = vars(module).get("forward")
+    if own is not None and not _reaches_interface(own):
+        raise UnsupportedModelError(
+            f"another library has put {getattr(own, '__qualname__', own)} in the place of forward of {kind.__name__}: "
+            f"the attention of {name} does not go through transformers' AttentionInterface any more, so that patching "
+            "would change nothing. Load the model without that library, or use it as it is."
+        )
+    argument = next((argument for argument in _arguments(kind) if argument in REFUSED_ARGUMENTS), None)
+    if argument is not None:
+        raise UnsupportedModelError(
+            f"{kind.__name__} of {name} passes {argument}: it {REFUSED_ARGUMENTS[argument]}, which sparse attention "
+            "cannot do. Use the model as it is."
+        )
+    change = _changes_mask(kind)
+    if change is not None:
+        raise UnsupportedModelError(
+            f"{kind.__name__} of {name} makes a mask of its own ({change}), and sparse attention needs each query to "
+            "see one run of keys. Use the model as it is."
+        )
+    if not hasattr(module, "config"):
+        raise UnsupportedModelError(
+            f"{kind.__name__} of {name} does not hold its config, so it cannot be switched. Use the model as it is."
+        )
+
+
+def _class(module: torch.nn.Module) -> Any:
+    """The class of a module, as a key of the caches below."""
+    return type(module)
+
+
+def _routes_attention(kind: Any) -> bool:
+    """Whether a method of the class looks its attention function up in ``ALL_ATTENTION_FUNCTIONS``."""
+    return _routes(kind, kind.forward)
+
+
+@lru_cache(maxsize=1024)
+def _routes(kind: type, forward: Any) -> bool:
+    # By its forward too, which other libraries replace.
+    if issubclass(kind, PreTrainedModel):  # the base class names it too, to list what may be chosen
+        return False
+    return _INTERFACE in _used_names(kind)
+
+
+def _reaches_interface(function: Any, depth: int = 0) -> bool:
+    """Whether a function, or one that it wraps, uses ``ALL_ATTENTION_FUNCTIONS``; True where that cannot be seen."""
+    if isinstance(function, functools.partial):
+        return any(_reaches_interface(part, depth) for part in (function.func, *function.args) if callable(part))
+    code = getattr(function, "__code__", None)
+    if not inspect.iscode(code) or depth > _MOST_WRAPPERS:
+        return True
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    wrapped = [part for part in (getattr(function, "__wrapped__", None), *cells) if callable(part)]
+    return _INTERFACE in code.co_names or any(_reaches_interface(part, depth + 1) for part in wrapped)
+
+
+@lru_cache(maxsize=1024)
+def _builds_masks(kind: type) -> bool:
+    """Whether a method of the class calls a function named as ``create_causal_mask`` is."""
+    return any(re.fullmatch(r"create_\w*mask\w*", used) for used in _used_names(kind))
+
+
+def _used_names(kind: type) -> set[str]:
+    """Global names and attributes that the methods of a class use, its bases included."""
+    used: set[str] = set()
+    for base in kind.__mro__:
+        if base in (torch.nn.Module, PreTrainedModel):
+            break
+        for attribute in vars(base).values():
+            function = inspect.unwrap(attribute) if callable(attribute) else None
+            pending = [getattr(function, "__code__", None)]
+            while pending:  # functions within functions too: masks are often built in a lambda
+                code = pending.pop()
+                used.update(getattr(code, "co_names", ()))
+                pending.extend(constant for constant in getattr(code, "co_consts", ()) if inspect.iscode(constant))
+    return used
+
+
+def _is_causal(module: torch.nn.Module) -> bool:
+    cross = getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__
+    causal = bool(getattr(module, "is_causal", True)) and not cross
+    return causal and bool(getattr(getattr(module, "config", None), "is_causal", True))
+
+
+def _is_other_attention(module: torch.nn.Module) -> bool:
+    """Whether a module is named as attention, without any below it that goes through ``AttentionInterface``."""
+    if "Attention" not in type(module).__name__ or isinstance(module, PreTrainedModel):
+        return False
+    below = [_class(m) for m in module.modules() if m is not module]
+    return not any(_routes_attention(kind) or "Attention" in kind.__name__ for kind in below)
+
+
+def _layers_without_attention(inner: PreTrainedModel, patched: list[torch.nn.Module]) -> Iterator[LeftDense]:
+    """Decoder layers that attend no keys, such as linear attention and convolutions, by the types in the config."""
+    config = inner.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    attending = {_layer(module, place) for place, module in enumerate(patched)}
+    if any(layer >= len(types) for layer in attending):
+        return
+    attend = {types[layer] for layer in attending}  # where layers share one module, it names one of them
+    others: dict[str, list[str]] = {}
+    for layer, kind in enumerate(types):
+        if kind not in attend:
+            others.setdefault(str(kind), []).append(f"layer {layer}")
+    for kind, layers in others.items():
+        yield LeftDense(tuple(layers), f"{kind} layer", "has no attention over keys to patch")
+
+
+@lru_cache(maxsize=1024)
+def _source(kind: type) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):  # no source at hand: the attention function checks each call
+        return None
+
+
+def _arguments(kind: type) -> tuple[str, ...]:
+    """Names of the keyword arguments that the methods of a class pass to what they call."""
+    source = _source(kind)
+    nodes = () if source is None else ast.walk(source)
+    return tuple(node.arg for node in nodes if isinstance(node, ast.keyword) and node.arg is not None)
+
+
+def _changes_mask(kind: type) -> str | None:
+    """The first assignment by which a class makes a mask out of its mask, as source; None where there is none."""
+    source = _source(kind)
+    for node in () if source is None else ast.walk(source):
+        if not isinstance(node, ast.Assign) or not any(_names_mask(target) for target in node.targets):
+            continue
+        if _computes_on_mask(node.value):
+            return ast.unparse(node).splitlines()[0]
+    return None
+
+
+def _names_mask(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("attention_mask", "attn_mask", "causal_mask", "mask")
+
+
+def _computes_on_mask(value: ast.AST) -> bool:
+    """Whether an expression computes with a mask, rather than choosing, slicing or handing on one."""
+    if isinstance(value, ast.IfExp):
+        return _computes_on_mask(value.body) or _computes_on_mask(value.orelse)
+    if isinstance(value, ast.Subscript):
+        return _computes_on_mask(value.value)
+    if not isinstance(value, (ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare)):
+        return False
+    return any(_names_mask(node) for node in ast.walk(value))
+
+
+def say_unpatched(name: str) -> None:
+    """Says once a class that its modules run dense, though their config says otherwise."""
+    say_once(
+        f"{name} runs dense: its config names the attention of patched models, from one of which it came, but "
+        "the module is not patched. Call patch_model for sparse attention, or set_attn_implementation for another."
+    )
+
+
+def refuse_unsupported(module: torch.nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
+    """Refuses what the model asks for and sparse attention cannot do."""
+    name = type(module).__name__
+    for argument, what in REFUSED_ARGUMENTS.items():
+        if kwargs.get(argument) is not None:
+            raise UnsupportedModelError(
+                f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
+            )
+    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
+        raise UnsupportedModelError(
+            f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
+            "the model."
+        )
+    if dropout:
+        raise UnsupportedModelError(
+            f"{name} asks for attention dropout {dropout}, which sparse attention has not. Set attention_dropout to 0 "
+            "or use model.eval()."
+        )
+    if is_causal is False:
+        raise UnsupportedModelError(f"{name} asks for attention that is not causal, which sparse attention cannot do.")
+
+
+def refuse_missing_keys(module: torch.nn.Module, layer: int, mask: torch.Tensor, key_length: int) -> None:
+    """Refuses a layer that has not as many keys as the first, by whose keys masks are made.
+
+    A call that failed may have missed one of them, or something drops keys in each layer as it sees fit.
+    """
+    expected = None if torch.compiler.is_compiling() else made_for(mask)
+    if expected is not None and key_length != expected:
+        raise BrokenCacheError(
+            f"{type(module).__name__} of layer {layer} has {key_length} keys, and its mask is for {expected}. Start "
+            "with a new cache, cache.reset() this one, or crop all layers to the n tokens there were, layer.crop(n - "
+            "layer.get_seq_length()), if a call that failed has left it half-updated. If another library drops keys "
+            "layer by layer, let it keep as many in every layer (of kvpress, a press that does)."
+        )
+
+
+def refuse_masked_keys(module: torch.nn.Module, implementation: str, function: Any, dense: bool) -> None:
+    """Refuses a call whose module says of some keys, as those of ``kvpress`` do, that certain heads must not see them.
+
+    ``kvpress`` has its wrapper see to that, which it puts around every attention function there is when it is imported.
+    It makes of those keys ones of no weight, by which dense attention is right, and choosing among keys is not.
+
+    Args:
+        function: what this library registered as ``implementation``.
+        dense: whether the call attends every key.
+    """
+    if getattr(module, "masked_key_indices", None) is None:
+        return
+    masks = f"{type(module).__name__} has masked_key_indices, by which kvpress masks keys head by head, and"
+    otherwise = "or use a press that drops the same keys from every head."
+    if ALL_ATTENTION_FUNCTIONS[implementation] is function:
+        raise UnsupportedModelError(
+            f"{masks} kvpress was imported before nc_patch, so that nothing reads them: the keys would be attended. "
+            f"Import nc_patch first, and leave these layers dense in decoding; {otherwise}"
+        )
+    if not dense:
+        raise UnsupportedModelError(
+            f"{masks} sparse attention would choose among these keys. Leave these layers dense in decoding "
+            f'(dense_layers, or decode="dense"), {otherwise}'
+        )
+
+
+def check_heads(module: torch.nn.Module, laws: tuple[Any, ...], heads: int) -> None:
+    """Refuses budgets per head for another number of heads."""
+    if len(laws) not in (1, heads):
+        raise UnsupportedModelError(
+            f"alpha and C are given for {len(laws)} heads, {type(module).__name__} has {heads} in this process (tensor "
+            "parallelism spreads them). Give one value per layer."
+        )
+
+
+def no_mask(module: torch.nn.Module) -> str:
+    """What is wrong where a module passes no mask."""
+    return (
+        f"{type(module).__name__} passed no mask, so that causality and padding would be lost: its model does not "
+        "build masks through transformers' mask interface. It cannot be patched."
+    )
+
+
+def refuse_indexes(module: torch.nn.Module, cache: LayerCache | None) -> None:
+    """Refuses a compiled call that cannot keep the key indexes of its layer, and cannot drop them in a graph either."""
+    if torch.compiler.is_compiling() and cache is not None and cache.layer is not None and cache.layer.nc_indexes:
+        raise UnsupportedMaskError(
+            f"{type(module).__name__}: the mask has holes that it had not when the cache was filled, and a compiled "
+            "call cannot drop the key index, which knows nothing of them. Make this call without torch.compile."
+        )

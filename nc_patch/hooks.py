@@ -1,0 +1,87 @@
+"""Forward hooks by which a patched model hands its attention function what ``transformers`` does not."""
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from nc_patch.cache import layer_cache
+from nc_patch.common import UnsupportedModelError
+from nc_patch.visibility import BOUNDARIES, is_packed, moved_mask, once
+
+# The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
+IMPLEMENTATION = "nc_sparse"
+
+
+def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
+    """Forward pre-hook of a patched attention module: what was switched to another implementation does not run dense.
+
+    Continuous batching switches to flash attention by itself where that is installed.
+    """
+    config: Any = module.config
+    implementation = config._attn_implementation
+    if implementation != IMPLEMENTATION:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "
+            "since, by set_attn_implementation or by continuous batching: it would run dense. Call unpatch_model to "
+            "run it so, or patch_model again for sparse attention."
+        )
+
+
+# Where packed sequences begin, as the model that is running was told: not every family tells its attention modules.
+_TOLD: ContextVar[dict[str, Any]] = ContextVar("nc_patch_boundaries", default={})  # noqa: B039
+
+
+def told_boundaries() -> dict[str, Any]:
+    """Where packed sequences begin, as far as the model that is running was told; empty while it is compiled."""
+    return {} if torch.compiler.is_compiling() else _TOLD.get()
+
+
+def note_boundaries(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model whose attention is patched: takes note of where packed sequences begin."""
+    # Checkpointing runs attention again outside of the model, where nothing is told.
+    if not torch.compiler.is_compiling() and not (module.training and getattr(module, "gradient_checkpointing", False)):
+        _TOLD.set({name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None})
+
+
+def forget_boundaries(*_: Any) -> None:
+    """Forward hook of such a model."""
+    if not torch.compiler.is_compiling():
+        _TOLD.set({})
+
+
+# What attention modules call their cache; transformers 5.24 has renamed it.
+_CACHE_ARGUMENTS = ("past_key_values", "cache")
+
+
+def hand_on_cache(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a patched attention module: hands the layer of the cache on to the attention function."""
+    cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+    # A module that several layers share is told which of them it stands for.
+    layer = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
+    found = None if cache is None else layer_cache(cache, layer)
+    return None if found is None else (args, {**kwargs, "nc_layer_cache": found})
+
+
+def hand_on_mask(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a layer with patched attention: moves the mask to its device, once for all layers there.
+
+    Otherwise accelerate's hook copies it for each layer, and a copy knows nothing of what is remembered on it.
+    """
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return None
+    mask: Any = kwargs.get("attention_mask")
+    places = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
+    place = next((place for place in places if place is not None), None)
+    if place is None or not is_packed(mask) or torch.compiler.is_compiling():
+        return None
+    device = torch.device(place)
+    if device.type == mask.device.type and device.index in (None, mask.device.index):
+        return None
+    moved = once(mask, ("moved", device), lambda: moved_mask(mask, device))
+    return args, {**kwargs, "attention_mask": moved}

@@ -1,0 +1,1 @@
+"""``topk``: the highest scores of each query."""
