@@ -3,7 +3,9 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from eval_tasks.provenance import command_line
 from eval_tasks.ranks import AgreedError, Ranks, agreed, joined_ranks, launched_rank
 from eval_tasks.store import check_out
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
-from nc_patch.calibrate import (
+from nc_patch.calibration.calibrate import (
     DEFAULT_EPS,
     DEFAULT_LENGTHS,
     DEFAULT_PIECES,
@@ -26,11 +28,10 @@ from nc_patch.calibrate import (
     DEFAULT_TARGET,
     calibrate,
 )
+from nc_patch.calibration.profile import Profile, checked_count, checked_layers, checked_number
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
 from nc_patch.common import ProfileError, UnsupportedModelError
-from nc_patch.profile import Profile, check_context, check_fraction
-
-_PIECES = "pieces"
+from nc_patch.patch import model_shape
 
 
 def run_calibrate(argv: Sequence[str]) -> int:
@@ -45,9 +46,9 @@ def run_calibrate(argv: Sequence[str]) -> int:
         with joined_ranks(device=arguments.device) as ranks:
             profile = _calibrated(arguments, ranks)
             sentences = []
-            with agreed(ranks):
+            with agreed(ranks), _shared_errors():
                 if ranks.is_first:
-                    _save(profile, arguments.out / PROFILE)
+                    profile.save(arguments.out / PROFILE)
                     sentences = write_profile_report(profile, arguments.out, command)
     except (EvalError, ProfileError, UnsupportedModelError) as error:
         if launched_rank() == 0 or not isinstance(error, AgreedError):
@@ -55,7 +56,7 @@ def run_calibrate(argv: Sequence[str]) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         if launched_rank() == 0:
-            print(f"\nInterrupted; finished pieces are kept. To go on: {command}", file=sys.stderr)
+            print("\nInterrupted; nothing was written.", file=sys.stderr)
         return INTERRUPTED
     if sentences:
         print("\n".join(sentences))
@@ -65,10 +66,11 @@ def run_calibrate(argv: Sequence[str]) -> int:
 
 
 def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
-    with agreed(ranks):
+    with agreed(ranks), _shared_errors():
         check_out(arguments.out, (PROFILE, PROFILE_REPORT, PROFILE_PICTURE))
         if arguments.fraction is not None:
-            _check_budget(arguments)
+            checked_number("fraction", arguments.fraction, 1)
+            checked_count("n", 1 if arguments.at is None else arguments.at)
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
         texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
@@ -76,6 +78,7 @@ def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
         if device.type == "cuda" and device.index is None and ranks.world > 1:
             device = pick_device(f"cuda:{ranks.local_rank}")
         loaded = load_chosen_model(arguments, str(device))
+        dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
     profile = calibrate(
         loaded.model,
         loaded.tokenizer,
@@ -85,27 +88,19 @@ def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
         eps=arguments.eps,
         pieces=arguments.pieces,
         rows=arguments.rows,
-        dense_layers=arguments.dense_layers,
-        directory=arguments.out / _PIECES,
-        name=arguments.model,
         seed=arguments.seed,
     )
+    profile = replace(profile, model=arguments.model, dense_layers=dense)
     if arguments.fraction is not None:
         profile = profile.at_budget(arguments.fraction, n=arguments.at)
     return profile
 
 
-def _check_budget(arguments: argparse.Namespace) -> None:
+@contextmanager
+def _shared_errors() -> Iterator[None]:
+    """Makes a ProfileError an EvalError, of which the other processes hear."""
     try:
-        check_fraction(arguments.fraction)
-        check_context(arguments.at)
-    except ProfileError as error:  # the other processes hear of an EvalError alone
-        raise EvalError(str(error)) from error
-
-
-def _save(profile: Profile, path: Path) -> None:
-    try:
-        profile.save(path)
+        yield
     except ProfileError as error:
         raise EvalError(str(error)) from error
 
@@ -121,12 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nc-patch calibrate",
         allow_abbrev=False,
-        description="Measure how sparse every head of a model is, and write a profile of budgets.\n"
-        "Interrupted, the same command goes on where it was.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measure how sparse every head of a model is, and write a profile of budgets.",
     )
     add = parser.add_argument
-    add("--out", type=_directory, required=True, metavar="DIR", help=f"for {PROFILE}, the report and finished pieces")
+    add("--out", type=_directory, required=True, metavar="DIR", help=f"for {PROFILE} and the report")
     add_model_options(parser)
     add(
         "--text",

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
 from eval_tasks.texts import Text
-from nc_patch.observed import Observed
+from nc_patch.attention import Observed
 from nc_patch.patch import observed
 
 
@@ -50,9 +50,10 @@ def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) ->
 
     def take(call: Observed) -> None:
         if call.layer in layers:
-            tensors = (call.query.clone(), call.key.clone(), call.value.clone())
-            sinks = None if call.sinks is None else call.sinks.detach()  # a parameter of the model
-            found[call.layer] = Received(*tensors, call.scale, call.visible, call.softcap, sinks)
+            p = call.problem
+            sinks = None if p.sinks is None else p.sinks.detach()  # a parameter of the model
+            tensors = (p.query.clone(), p.key.clone(), p.value.clone())
+            found[call.layer] = Received(*tensors, p.scale, p.visible, p.softcap or None, sinks)
 
     with torch.inference_mode(), observed(model, take):
         model(ids, use_cache=False, logits_to_keep=1)

@@ -31,7 +31,7 @@ from eval_tasks.synthetic import GENERATORS, Generator
 from eval_tasks.tasks import LM_EVAL, TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
-from nc_patch.config import BACKENDS
+from nc_patch.ops.backends import BACKENDS
 
 _LENGTHS = (512, 1024, 2048)
 _ISO_KEYS = (16, 32, 64, 128, 256, 512, 1024)

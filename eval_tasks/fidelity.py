@@ -16,7 +16,10 @@ from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets
 from eval_tasks.methods import find_method
 from eval_tasks.simulated import Simulated
-from nc_patch import AttentionResult, NCConfig, sparse_attention
+from nc_patch import AttentionResult, NCConfig
+from nc_patch.functional import attend
+from nc_patch.ops.problem import Problem
+from nc_patch.selections import Dense
 
 # The queries that are measured at each length: the last ones, a whole block of queries for every selection.
 ROWS = 64
@@ -106,26 +109,17 @@ def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
 
 
 def _attend(received: Received, length: int, config: NCConfig) -> AttentionResult:
-    visible = received.visible[:, length - ROWS : length]
-    result = sparse_attention(
+    visible = received.visible[:, length - ROWS : length].contiguous()
+    problem = Problem(
         received.query[:, :, length - ROWS : length],
         received.key[:, :, :length],
         received.value[:, :, :length],
-        selection=config.prefill,
+        visible,
+        torch.zeros_like(visible[..., 0]),
+        config.row_budgets(visible, length),
         scale=received.scale,
-        visible=visible,
-        origin=torch.zeros_like(visible[..., 0]),
-        softcap=received.softcap,
+        softcap=received.softcap or 0.0,
         sinks=received.sinks,
-        return_stats=True,
-        **{name: getattr(config, name) for name in _OPTIONS},
+        stats=True,
     )
-    assert isinstance(result, AttentionResult)
-    return result
-
-
-# What of a config the functional form takes, beside its selection.
-_OPTIONS = (
-    *("alpha", "C", "sink_keys", "recent_keys", "min_keys", "block_size", "query_block_size", "sample_stride"),
-    *("estimator", "min_mass", "max_factor", "tail", "law", "backend"),
-)
+    return attend(problem, Dense() if config.is_dense() else config.prefill, config.backend)

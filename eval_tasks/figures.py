@@ -21,6 +21,7 @@ from eval_tasks.iso_quality import IsoQuality
 from eval_tasks.methods import DENSE, find_method, keys_of, order_of
 from eval_tasks.summary import Row, Summary, title_of
 from eval_tasks.tasks import TASKS
+from nc_patch.budget import law_values
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = {
@@ -249,7 +250,7 @@ def _draw_needed(axis: Axes, iso: IsoQuality) -> None:
     for beyond in (p for p in iso.needed if p.keys is None):
         axis.errorbar([beyond.length], [beyond.largest], yerr=[0.4 * beyond.largest], lolims=True, **style)
     if iso.law is not None:
-        axis.plot(n, iso.law.alpha * n**iso.law.C, color=_colour(iso.method))
+        axis.plot(n, law_values(n, iso.law.alpha, iso.law.C), color=_colour(iso.method))
 
 
 def _is_known(needed: Sequence[IsoQuality]) -> bool:

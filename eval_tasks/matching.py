@@ -15,10 +15,11 @@ from typing import Literal, get_args
 import numpy as np
 
 from eval_tasks.errors import EvalError
-from nc_patch.budget import Law, budget_of
+from eval_tasks.log_law import log_budgets
+from nc_patch.budget import budget_of, budgets
+from nc_patch.calibration.profile import Over, Profile
 from nc_patch.common import ProfileError
 from nc_patch.config import Backend, NCConfig
-from nc_patch.profile import Over, Profile
 
 Match = Literal["deploy", "scored", "total", "iso"]
 MATCHES: tuple[Match, ...] = get_args(Match)
@@ -95,19 +96,22 @@ class Budgets:
         """The factor a of ``ceil(a * log2(n))``."""
         if self.parameters:
             return self.parameters[1]
-        return not_above(self.fixed, self.fixed / math.log2(self.equal_at), self.equal_at, 0.0, "log")
+        at = lambda factor: int(log_budgets(np.array(self.equal_at), factor))  # noqa: E731
+        return not_above(self.fixed, self.fixed / math.log2(self.equal_at), at)
 
     @property
     def fraction(self) -> float:
         """The share f of ``ceil(f * n)``."""
         if self.parameters:
             return self.parameters[2]
-        return not_above(self.fixed, self.fixed / self.equal_at, self.equal_at, 1.0, "power")
+        return not_above(
+            self.fixed, self.fixed / self.equal_at, lambda fraction: budget_of(self.equal_at, fraction, 1.0)
+        )
 
 
-def not_above(budget: int, factor: float, n: int, exponent: float, law: Law) -> float:
-    """The factor, lowered by what rounding made it too large: the law gives at most ``budget`` at n."""
-    while budget_of(n, factor, exponent, law=law) > budget:
+def not_above(budget: int, factor: float, budget_at: Callable[[float], int]) -> float:
+    """The factor, lowered by what rounding made it too large: ``budget_at`` gives at most ``budget`` for it."""
+    while budget_at(factor) > budget:
         factor = math.nextafter(factor, 0.0)
     return factor
 
@@ -139,15 +143,14 @@ def _same_total(alpha: float, C: float, length: int) -> tuple[int, float, float]
     wanted = total_of(length, alpha, C)
     sums = np.array([_fixed_total(length, k) for k in range(1, length + 1)])
     fixed = int(np.argmin(np.abs(sums - wanted))) + 1
-    log_factor = _bisect(lambda factor: total_of(length, factor, 0.0, "log"), wanted, float(length))
+    n = np.arange(1, length + 1)
+    log_factor = _bisect(lambda factor: int(log_budgets(n, factor).sum()), wanted, float(length))
     return fixed, log_factor, _bisect(lambda factor: total_of(length, factor, 1.0), wanted, 1.0)
 
 
-def total_of(length: int, factor: float, exponent: float, law: Law = "power") -> int:
-    """Keys that a law lets the queries of a sequence attend together, each seeing those up to itself."""
-    n = np.arange(1, length + 1, dtype=np.float64)
-    raw = factor * n**exponent if law == "power" else factor * np.log2(n)
-    return int(np.minimum(n, np.maximum(1, np.ceil(raw))).sum())
+def total_of(length: int, alpha: float, C: float) -> int:
+    """Keys that the law lets the queries of a sequence attend together, each seeing those up to itself."""
+    return int(budgets(np.arange(1, length + 1), alpha, C).sum())
 
 
 def _fixed_total(length: int, k: int) -> int:

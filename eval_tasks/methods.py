@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from eval_tasks.errors import EvalError
+from eval_tasks.log_law import LogConfig
 from eval_tasks.matching import Budgets
 from eval_tasks.measure import Phase
 from eval_tasks.simulated import Simulated
 from nc_patch.config import NCConfig
+from nc_patch.selections import Block
 
 STREAMING_SINKS = 4
 # What the oracle's keys hold.
@@ -54,41 +56,39 @@ def _dense(budgets: Budgets) -> None:
 
 
 def _window(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.fixed, selection="window", sink_keys=0, backend=budgets.backend)
+    return NCConfig(budgets.fixed, selection="window", sink_keys=0, backend=budgets.backend)
 
 
 def _streaming(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.fixed, selection="window", sink_keys=STREAMING_SINKS, backend=budgets.backend)
+    return NCConfig(budgets.fixed, selection="window", sink_keys=STREAMING_SINKS, backend=budgets.backend)
 
 
 def _nc_window(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(
-        budgets.alpha, budgets.C, selection="window", sink_keys=STREAMING_SINKS, backend=budgets.backend
-    )
+    return NCConfig(budgets.alpha, budgets.C, selection="window", sink_keys=STREAMING_SINKS, backend=budgets.backend)
 
 
 def _fixed_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.fixed, selection="topk", tail="drop", backend=budgets.backend)
+    return NCConfig(budgets.fixed, selection="topk", tail="drop", backend=budgets.backend)
 
 
 def _log_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.log_factor, selection="topk", tail="drop", law="log", backend=budgets.backend)
+    return LogConfig(budgets.log_factor, selection="topk", tail="drop", backend=budgets.backend)
 
 
 def _nc_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.alpha, budgets.C, selection="topk", tail="drop", backend=budgets.backend)
+    return NCConfig(budgets.alpha, budgets.C, selection="topk", tail="drop", backend=budgets.backend)
 
 
 def _fraction_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(budgets.fraction, 1.0, selection="topk", tail="drop", backend=budgets.backend)
+    return NCConfig(budgets.fraction, 1.0, selection="topk", tail="drop", backend=budgets.backend)
 
 
 def _fixed_topk_mean(budgets: Budgets) -> NCConfig:
-    return replace(_fixed_topk(budgets), tail="mean")
+    return replace(_fixed_topk(budgets), tail="mean")  # type: ignore[call-arg]
 
 
 def _nc_topk_mean(budgets: Budgets) -> NCConfig:
-    return replace(_nc_topk(budgets), tail="mean")
+    return replace(_nc_topk(budgets), tail="mean")  # type: ignore[call-arg]
 
 
 def _profile(budgets: Budgets) -> NCConfig:
@@ -96,9 +96,7 @@ def _profile(budgets: Budgets) -> NCConfig:
 
 
 def _block(budgets: Budgets) -> NCConfig:
-    return NCConfig.create(
-        budgets.alpha, budgets.C, selection="block", block_size=budgets.block_size, backend=budgets.backend
-    )
+    return NCConfig(budgets.alpha, budgets.C, selection="block", block_size=budgets.block_size, backend=budgets.backend)
 
 
 def _random(budgets: Budgets) -> Simulated:
@@ -225,8 +223,8 @@ def find_method(name: str) -> Method:
     method = METHODS[base]
     if keys is None:
         return method
-    law = lambda budgets: replace(_sparse(method, budgets), alpha=float(keys), C=0.0, law="power")  # noqa: E731
-    return replace(method, name=name, title=f"{method.title}, {keys} keys", config=law, grows=False)
+    fixed = lambda budgets: NCConfig(**vars(_sparse(method, budgets)) | {"alpha": float(keys), "C": 0.0})  # noqa: E731
+    return replace(method, name=name, title=f"{method.title}, {keys} keys", config=fixed, grows=False)
 
 
 def order_of(name: str) -> tuple[int, str, int]:
@@ -254,7 +252,7 @@ def blocks_chosen(budget: int, block_size: int, phase: Phase) -> int:
     The first block and those of the queries' own positions are attended always: in prefill 64 positions choose
     together, in decoding one. What is left of the budget is chosen. With nothing left the method is a window.
     """
-    together = 1 if phase == "decode" else NCConfig.query_block_size
+    together = 1 if phase == "decode" else Block.query_block_size
     always = 1 + -(-together // block_size)
     return max(0, -(-budget // block_size) - always)
 

@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from eval_tasks.figures import FONT, minor_label
-from nc_patch.profile import Fit, Profile
+from nc_patch.budget import budgets_for, law_values
+from nc_patch.calibration.fit import Fit
+from nc_patch.calibration.profile import Profile
 
 _HEADS_SHOWN = 6
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -67,7 +69,7 @@ def draw_budgets(axis: Axes, profile: Profile) -> None:
     """The share of keys that the laws in force attend at the longest length, by layer and head."""
     longest = profile.lengths[-1]
     seen = np.array([min(longest, window or longest) for window in profile.windows], dtype=float)[:, None]
-    keys = np.minimum(np.maximum(np.ceil(profile.alpha * seen**profile.C), 1.0), seen)
+    keys = budgets_for(seen, profile.alpha, profile.C)
     keys[list(profile.dense_layers)] = np.broadcast_to(seen, keys.shape)[list(profile.dense_layers)]
     _heat_map(axis, 100 * keys / seen, f"keys attended at {longest:,} tokens", "% of the keys, log scale", LogNorm())
 
@@ -83,7 +85,7 @@ def draw_fits(axis: Axes, profile: Profile) -> None:
         label = f"layer {layer}, head {head}: {fit.alpha[layer, head]:.3g}·n^{fit.C[layer, head]:.2f}"
         axis.plot(n, fit.support[:, layer, head], "o", color=colour)
         line = np.geomspace(n.min(), n.max(), 50) if n.max() > n.min() else n
-        axis.plot(line, fit.alpha[layer, head] * line ** fit.C[layer, head], color=colour, label=label)
+        axis.plot(line, law_values(line, fit.alpha[layer, head], fit.C[layer, head]), color=colour, label=label)
     _lengths_axis(axis, profile.lengths)
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -10,7 +10,7 @@ from eval_tasks.profile_figures import profile_figure, profile_figures, shown_fi
 from eval_tasks.report import PAGE
 from eval_tasks.store import write_atomically
 from eval_tasks.tables import Table
-from nc_patch.profile import SPARSE_BELOW, Profile
+from nc_patch.calibration.profile import SPARSE_BELOW, Profile
 
 PROFILE, PROFILE_REPORT, PROFILE_PICTURE = "profile.json", "calibration.html", "calibration.png"
 # Heads of the table: more make the page hard to read, and the file has them all.

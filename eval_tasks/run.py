@@ -24,7 +24,7 @@ from eval_tasks.report import REPORT_FILES
 from eval_tasks.schema import check_rows
 from eval_tasks.store import ResultStore, check_out, read_run, valid_rows
 from eval_tasks.sweep import Sweep
-from nc_patch.fingerprint import weights_fingerprint
+from nc_patch.calibration.fingerprint import weights_fingerprint
 
 Known = list[tuple[str, tuple[str, int, float | None], bool]]
 """What a directory holds, row by row: key, what it cost, and whether it failed."""

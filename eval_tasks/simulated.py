@@ -18,8 +18,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from eval_tasks.errors import EvalError
 from nc_patch.attention import PATCH_ATTRIBUTE
 from nc_patch.config import NCConfig
-from nc_patch.functional import budgets_of, check_scale
+from nc_patch.functional import check_scale
 from nc_patch.masks import interval_mask
+from nc_patch.selections import TopK
 from nc_patch.stats import LayerCounters, tally, total
 from nc_patch.visibility import visibility_of
 
@@ -34,7 +35,7 @@ class Simulated:
 
     Attributes:
         choice: ``"random"`` or ``"top-p"``.
-        config: for ``"random"`` the law of its budget, and the first and last keys that are in it always.
+        config: for ``"random"`` the law of its budget, and in ``TopK`` the first and last keys that are in it always.
         mass: for ``"top-p"`` the share of the softmax to hold, in (0, 1).
         seed: of the random keys.
     """
@@ -113,7 +114,7 @@ def _forward(
     scale = check_scale(scaling, softcap, D)
     config = active.simulated.config
     layer = int(getattr(module, "layer_idx", 0) or 0)
-    budget = None if config is None else budgets_of(config, layer, visible, Lk).expand(B, Hq, Lq)
+    budget = None if config is None else config.row_budgets(visible, Lk, layer).expand(B, Hq, Lq)
     keys, values = (tensor.float().repeat_interleave(Hq // Hkv, 1) for tensor in (key, value))
     rows = max(1, _CHUNK // (B * Hq * Lk))
     outputs, attended = [], []
@@ -147,13 +148,14 @@ def _chosen(active: _Active, scores: torch.Tensor, visible: torch.Tensor, budget
         # A key is in while those before it hold less than the mass.
         needed = weights.cumsum(-1) - weights < active.simulated.mass
         return torch.zeros_like(seen).scatter_(-1, order, needed) & seen
-    config = active.simulated.config
-    assert config is not None
+    assert active.simulated.config is not None
     assert budget is not None
+    always = active.simulated.config.prefill
+    assert isinstance(always, TopK)
     drawn = torch.rand(scores.shape, generator=active.generator, device=scores.device)
     position = torch.arange(scores.shape[-1], device=scores.device)
     start, end = visible[:, None, :, 0, None], visible[:, None, :, 1, None]
-    drawn = drawn + (position < start + config.sink_keys) + 2 * (position >= end - config.recent_keys)
+    drawn = drawn + (position < start + always.sink_keys) + 2 * (position >= end - always.recent_keys)
     rank = drawn.masked_fill(~seen, -1.0).argsort(-1, descending=True).argsort(-1)
     return (rank < budget[..., None]) & seen
 

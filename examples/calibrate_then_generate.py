@@ -21,7 +21,7 @@ loaded = load_model(arguments.model)
 model, tokenizer = loaded.model, loaded.tokenizer
 text = load_text("python-reference").content
 if not arguments.profile.exists():
-    measured = calibrate(model, tokenizer, [text], lengths=arguments.lengths, pieces=2, progress=False)
+    measured = calibrate(model, tokenizer, [text], lengths=arguments.lengths, pieces=2)
     measured.save(arguments.profile)
 longest = max(arguments.lengths)
 profile = Profile.load(arguments.profile).at_budget(arguments.fraction, n=longest)

@@ -24,7 +24,7 @@ ways = {
     "dense": None,
     "top-k, 2·n^0.5": NCConfig(2.0, 0.5, tail="drop"),
     "top-k and means": NCConfig(2.0, 0.5, tail="mean"),
-    "window, 2·n^0.5": NCConfig.create(2.0, 0.5, selection="window"),
+    "window, 2·n^0.5": NCConfig(2.0, 0.5, selection="window"),
 }
 print(f"{'':16}" + "".join(f"{length:>8,}" for length in arguments.lengths))
 for name, config in ways.items():

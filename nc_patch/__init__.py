@@ -6,7 +6,8 @@ nothing else happens.
 """
 
 from nc_patch.cache import forget_index
-from nc_patch.calibrate import calibrate
+from nc_patch.calibration.calibrate import calibrate
+from nc_patch.calibration.profile import Profile
 from nc_patch.common import (
     BrokenCacheError,
     DroppedMassError,
@@ -16,9 +17,8 @@ from nc_patch.common import (
 )
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
-from nc_patch.ops.reference import AttentionResult
+from nc_patch.ops.problem import AttentionResult
 from nc_patch.patch import is_patched, nc_stats, patch_model, patched, reset_stats, unpatch_model
-from nc_patch.profile import Profile
 from nc_patch.selections.index import KeyIndex
 from nc_patch.version import __version__
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from nc_patch.cache import LayerCache
+from nc_patch.cache import LayerCache, key_index_of, key_means_of
 from nc_patch.certificates import Call, record, refuse_graphs
-from nc_patch.common import UnsupportedMaskError, autocast_off, lowered, say_once
+from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, say_once
 from nc_patch.config import NCConfig
 from nc_patch.families import (
     check_heads,
@@ -21,15 +21,13 @@ from nc_patch.families import (
     refuse_unsupported,
     say_unpatched,
 )
-from nc_patch.functional import attend, budgets_of, check_scale, check_tensors, needs_gradient
+from nc_patch.functional import attend, by_index, check_scale
 from nc_patch.hooks import IMPLEMENTATION, told_boundaries
-from nc_patch.layer_index import key_index_of, key_means_of
 from nc_patch.masks import interval_mask
-from nc_patch.observed import Observed
-from nc_patch.ops.derivatives import in_transform, refuse_mapped
-from nc_patch.ops.limits import MAX_DECODE_QUERIES
-from nc_patch.ops.reference import AttentionResult
-from nc_patch.selections.index import KIND_OF
+from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_mapped, refuse_tangents
+from nc_patch.ops.means import PageMeans
+from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
+from nc_patch.selections import Dense, Selection
 from nc_patch.stats import LayerCounters, tally
 from nc_patch.visibility import (
     BOUNDARIES,
@@ -45,6 +43,20 @@ from nc_patch.visibility import (
 
 # The attribute of an attention module that holds its LayerPatch.
 PATCH_ATTRIBUTE = "_nc_patch"
+
+
+class Observed(NamedTuple):
+    """One call of attention, as an observer sees it.
+
+    Attributes:
+        layer: index of the layer.
+        problem: what attention was computed of; its budget may be empty.
+        output: ``[B, Hq, Lq, Dv]``, which goes on through the model.
+    """
+
+    layer: int
+    problem: Problem
+    output: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -75,14 +87,13 @@ def nc_attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    is_causal: bool | None = None,
-    nc_layer_cache: LayerCache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as ``transformers`` asks for it: ``[B, H, L, D]`` in, ``([B, Lq, Hq, Dv], None)`` out.
 
     A module that carries no ``LayerPatch`` has its config from a patched model: it runs dense, and the log says so.
-    ``nc_layer_cache`` comes from ``hooks.hand_on_cache``.
+    Of the other arguments ``nc_layer_cache`` comes from ``hooks.hand_on_cache``, ``BOUNDARIES`` say where packed
+    sequences begin, and those that ask for what sparse attention cannot do are refused.
 
     Raises:
         UnsupportedMaskError: the mask lets a query see several runs of keys, or is not there.
@@ -90,61 +101,55 @@ def nc_attention_forward(
     """
     patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
     crosses = patch is None and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)
-    refuse_unsupported(module, dropout, None if crosses else is_causal, kwargs)
+    refuse_unsupported(module, {**kwargs, "dropout": dropout}, crosses)
+    nc_layer_cache: LayerCache | None = kwargs.get("nc_layer_cache")
     if patch is None and not crosses and not torch.compiler.is_compiling():
         say_unpatched(type(module).__name__)
     if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
         nc_layer_cache.layer.nc_compare(key, value)
-    query, key, value = lowered(query, key, value)
+    query, key, value = cast_for_autocast(query, key, value)
     if isinstance(attention_mask, torch.Tensor):
-        (attention_mask,) = lowered(attention_mask)
+        (attention_mask,) = cast_for_autocast(attention_mask)
     told = told_boundaries()
     boundaries = {name: kwargs[name] if kwargs.get(name) is not None else told.get(name) for name in BOUNDARIES}
     with autocast_off(query):
-        return _attention(
-            *(module, query, key, value, attention_mask, scaling, softcap, s_aux, patch, nc_layer_cache),
-            boundaries=boundaries,
-            crosses=crosses,
+        unseen = query.new_empty(query.shape[0], 1, 0, dtype=torch.int32)
+        problem = Problem(
+            *(query, key, value, unseen, unseen, unseen),
+            scale=check_scale(scaling, softcap, query.shape[-1]),
+            softcap=0.0 if softcap is None else float(softcap),
+            sinks=s_aux,
         )
+        return _attention(module, problem, attention_mask, patch, nc_layer_cache, boundaries, crosses)
 
 
 def _attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    problem: Problem,
     attention_mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
     patch: LayerPatch | None,
     nc_layer_cache: LayerCache | None,
-    *,
     boundaries: dict[str, torch.Tensor | None],
     crosses: bool,
 ) -> tuple[torch.Tensor, None]:
-    """``nc_attention_forward`` of what it has checked.
+    """``nc_attention_forward`` of a problem that lacks what its queries may see, and its budgets.
 
     ``boundaries`` say where packed sequences begin; ``crosses``: every query may see every key.
     """
-    B, _, Lq, Lk = check_tensors(query, key, value, s_aux)
-    scale = check_scale(scaling, softcap, query.shape[-1])
+    query, key, value = problem.query, problem.key, problem.value
+    B, _, Lq, Lk = check_tensors(query, key, value, problem.sinks)
+    refuse_tangents(query, key, value)
     compiling = torch.compiler.is_compiling()
     cached = None if nc_layer_cache is None or compiling else nc_layer_cache.layer
     plan = _plan(patch, query, nc_layer_cache)
     if Lq != Lk:
         refuse_masked_keys(module, IMPLEMENTATION, nc_attention_forward, plan.dense_reason is not None)
-    config, decoding, selection = plan.config, plan.decoding, plan.selection
-    plain = softcap is None and s_aux is None
+    plain = not problem.softcap and problem.sinks is None
     if attention_mask is None and not (crosses and plain):
         raise UnsupportedMaskError(no_mask(module))
     observes = patch is not None and patch.observe is not None
     if not is_packed(attention_mask) and plan.dense_reason is not None and not observes:
-        if plain:
-            output = _sdpa(query, key, value, attention_mask, scale, causal=not crosses)
-        else:
-            assert attention_mask is not None
-            output = _eager(query, key, value, attention_mask, scale, softcap, s_aux)
+        output = _dense_by_mask(problem, attention_mask, crosses)
         if patch is not None and attention_mask is not None and not compiling and not in_transform():
             n = seen_keys(attention_mask).sum(-1).expand(B, -1, Lq)
             visible = torch.stack((torch.zeros_like(n[:, 0]), n.amax(1)), -1)
@@ -152,82 +157,83 @@ def _attention(
         return output.transpose(1, 2).contiguous(), None
     assert attention_mask is not None
     visibility, in_place, several = _visible_keys(module, patch, plan.layer, attention_mask, boundaries, (B, Lq, Lk))
-    if several and decoding and Lq > 1:
-        # An index is of one sequence a row.
-        plan = _plan(patch, query, None)
-        config, decoding, selection = plan.config, plan.decoding, plan.selection
-    visible, origin = visibility.visible, visibility.origin
+    if several and plan.decoding and Lq > 1:
+        plan = _plan(patch, query, None)  # an index is of one sequence a row
+    config, decoding, selection = plan.config, plan.decoding, plan.selection
+    problem = problem._replace(visible=visibility.visible, origin=visibility.origin)
     if visibility.order is not None:
         if not compiling:
             say_once(
                 "The mask of a call has holes, for example padding between tokens: the keys that it leaves are copied "
                 "together in each layer, and no key index is kept, which takes more time."
             )
-        key, value = visibility.take(key), visibility.take(value)
+        problem = problem._replace(key=visibility.take(key), value=visibility.take(value))
     if not in_place:
         refuse_indexes(module, nc_layer_cache)
     indexed = nc_layer_cache if in_place else None
 
+    visible = problem.visible
     if plan.dense_reason is not None:
-        selection, budget = "dense", None
+        selection, budget = _DENSE, None
     else:
         laws = config.laws(plan.layer)
         check_heads(module, laws, query.shape[1])
-        find = lambda: budgets_of(config, plan.layer, visible, Lk)  # noqa: E731
-        law = ("budget", laws, config.min_keys, config.law, Lk)
+        find = lambda: config.row_budgets(visible, Lk, plan.layer)  # noqa: E731
         # Budgets by head are large, and as a rule of one layer alone.
-        budget = once(visible, law, find) if len(laws) == 1 else find()
+        budget = once(visible, ("budget", laws, config.min_keys, Lk), find) if len(laws) == 1 else find()
+        problem = problem._replace(budget=budget)
     index = means = None
-    # Top-k has a gradient where it decodes without an index; decoding by pages has none, and says so in backward.
-    by_index = KIND_OF.get(config.decode) == "pages" or not needs_gradient(query, key, value, s_aux)
-    if patch is not None and not config.is_dense(plan.layer) and by_index:
-        keys = (key.detach(), value.detach())
-        index = key_index_of(config, *keys, visible, origin, indexed, decoding)
-        means = key_means_of(config, *keys, visible, origin, indexed)
-    by_codes = decoding and index is not None and index.kind == "codes"
-    audit_seed = patch.audit_seed if patch is not None and plan.measures else -1
+    # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
+    by_an_index = config.decode.needs_index or not needs_gradient(query, key, value, problem.sinks)
+    if patch is not None and not config.is_dense(plan.layer) and by_an_index:
+        detached = problem._replace(key=problem.key.detach(), value=problem.value.detach())
+        index = key_index_of(config, detached, indexed, decoding)
+        means = key_means_of(config, detached, indexed)
+    if decoding and means is not None:
+        problem = problem._replace(means=PageMeans(*means.tensors()))
+    if plan.dense_reason is None and decoding and index is not None:
+        problem = by_index(problem, index, config.largest_budget(Lk, plan.layer))
 
-    def run(selection: str) -> AttentionResult:
-        if selection == "dense" and plain and in_place and Lq in (1, Lk) and plan.host_reads:
+    def run(selection: Selection) -> AttentionResult:
+        dense = selection is _DENSE
+        if dense and plain and in_place and Lq in (1, Lk) and plan.host_reads:
             causal = once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
             if causal:
-                return AttentionResult(_sdpa(query, key, value, None, scale))
-        estimated = selection == "block" and not decoding
-        return attend(
-            query,
-            key,
-            value,
-            visible=visible,
-            origin=origin,
-            budget=visible.new_empty(0) if budget is None else budget,
-            selection=selection,
-            config=config,
-            scale=scale,
-            softcap=softcap,
-            sinks=s_aux,
-            index=index if decoding else None,
-            means=means if decoding else None,
-            max_budget=config.largest_budget(Lk, plan.layer) if index is not None else 0,
-            want_stats=plan.measures and selection != "dense" and not by_codes and not estimated,
-            want_bounds=plan.measures and by_codes,
-            audit_seed=audit_seed if estimated else -1,
+                return AttentionResult(_sdpa(problem, None))
+        if dense:
+            return attend(problem._replace(key_index=(), means=None), selection, config.backend)
+        decodes = problem.phase == "decode"
+        bounded = decodes and selection.bounds_kept_mass
+        estimated = selection.estimates and not decodes
+        asked = problem._replace(
+            stats=plan.measures and not bounded and not estimated,
+            bounds=plan.measures and bounded,
+            audit_seed=patch.audit_seed if patch is not None and plan.measures and estimated else -1,
         )
+        return attend(asked, selection, config.backend)
 
     result, dense_reason = run(selection), plan.dense_reason
     if cached is not None:
         cached.nc_done()
     if plan.measures and patch is not None:
-        call = Call(plan.layer, "decode" if decoding else "prefill", query, key, visible, origin, scale, softcap)
-        if record(patch.counters, config, call, selection, result):
-            result, selection, budget = run("dense"), "dense", None
+        phase = "decode" if decoding else "prefill"
+        softcap = problem.softcap or None
+        call = Call(plan.layer, phase, query, problem.key, visible, problem.origin, problem.scale, softcap)
+        if record(patch.counters, config, call, result, isinstance(selection, Dense)):
+            result, selection, budget = run(_DENSE), _DENSE, None
             dense_reason = f'it dropped more than max_dropped_mass={config.max_dropped_mass:g}, with on_drop="dense"'
-            record(patch.counters, config, call, selection, result)
+            record(patch.counters, config, call, result, dense=True)
     if patch is not None and patch.observe is not None:
-        patch.observe(Observed(plan.layer, query, key, value, visible, scale, softcap, s_aux, result.output))
+        patch.observe(Observed(plan.layer, problem, result.output))
     if patch is not None and not compiling and not in_transform():
-        own = result.attended if selection == "block" else None
+        own = result.attended if selection.counts_attended else None
         _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
     return result.output.transpose(1, 2).contiguous(), None
+
+
+_DENSE = Dense()
+# The settings of a module that is not patched.
+_UNPATCHED = NCConfig(1.0, 1.0)
 
 
 class _Plan(NamedTuple):
@@ -239,19 +245,20 @@ class _Plan(NamedTuple):
     config: NCConfig
     layer: int
     decoding: bool
-    selection: str
+    selection: Selection
     dense_reason: str | None
     host_reads: bool
     measures: bool
 
 
 def _plan(patch: LayerPatch | None, query: torch.Tensor, cache: LayerCache | None) -> _Plan:
-    config = NCConfig(1.0, 1.0) if patch is None else patch.config
+    config = _UNPATCHED if patch is None else patch.config
     layer = 0 if patch is None else patch.layer
     Lq = query.shape[2]
     started = cache is not None and cache.started
-    # A prompt in pieces, whose last may be short, chooses blocks as if it were whole.
-    several_decode = started and Lq <= MAX_DECODE_QUERIES and not config.prefill == config.decode == "block"
+    # A prompt in pieces, whose last may be short, chooses as if it were whole.
+    together = config.prefill.chooses_together and config.decode.chooses_together
+    several_decode = started and Lq <= MAX_DECODE_QUERIES and not together
     decoding = Lq == 1 or several_decode
     selection = config.decode if decoding else config.prefill
     dense_reason = _dense_reason(patch, config, layer, selection)
@@ -312,29 +319,39 @@ def _visible_keys(
     return once(found.visible, ("split", *boundaries.values()), split)
 
 
-def _dense_reason(patch: LayerPatch | None, config: NCConfig, layer: int, selection: str) -> str | None:
+def _dense_reason(patch: LayerPatch | None, config: NCConfig, layer: int, selection: Selection) -> str | None:
     """Why a call attends every key, or None when it does not."""
     if patch is None:
         return "the module is not patched"
     if layer in config.dense_layers:
         return "the layer is in dense_layers"
-    if selection == "dense":
+    if isinstance(selection, Dense):
         return 'the selection is "dense"'
     if config.is_dense(layer):
         return "alpha >= 1 with C = 1 attends every key"
     return None
 
 
-def _sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    causal: bool = True,
-) -> torch.Tensor:
+def _dense_by_mask(problem: Problem, mask: torch.Tensor | None, crosses: bool) -> torch.Tensor:
+    """Dense attention by a mask of any form, or over all keys without one."""
+    if not problem.softcap and problem.sinks is None:
+        return _sdpa(problem, mask, causal=not crosses)
+    assert mask is not None
+    # What PyTorch's has not, a soft-cap and sinks, takes Lq * Lk memory, as the mask itself.
+    key, value = (t.float().repeat_interleave(problem.group, 1) for t in (problem.key, problem.value))
+    scores = (problem.query.float() @ key.transpose(-1, -2)) * problem.scale
+    if problem.softcap:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+    if problem.sinks is not None:
+        scores = torch.cat((scores, problem.sinks.float()[:, None, None].expand(*scores.shape[:3], 1)), -1)
+    weights = torch.softmax(scores, -1)[..., : key.shape[2]]
+    return (weights @ value).to(problem.query.dtype)
+
+
+def _sdpa(problem: Problem, mask: torch.Tensor | None, causal: bool = True) -> torch.Tensor:
     """PyTorch's dense attention; without a mask plain causal, for which Lq must be 1 or Lk, or of all keys."""
-    group = query.shape[1] // key.shape[1]
+    query, key, value, group = problem.query, problem.key, problem.value, problem.group
     if group > 1 and query.device.type == "cpu":
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         group = 1
@@ -343,32 +360,10 @@ def _sdpa(
         key,
         value,
         attn_mask=mask,
-        scale=scale,
+        scale=problem.scale,
         is_causal=causal and mask is None and query.shape[2] > 1,
         enable_gqa=group > 1,
     )
-
-
-def _eager(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Dense attention by any mask with what SDPA has not, a soft-cap and sinks; Lq * Lk memory, as the mask itself."""
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = (query.float() @ key.float().transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, torch.finfo(torch.float32).min)
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.float()[:, None, None].expand(*scores.shape[:3], 1)), -1)
-    weights = torch.softmax(scores, -1)[..., : key.shape[2]]
-    return (weights @ value.float()).to(query.dtype)
 
 
 def _count(
@@ -389,7 +384,7 @@ def _count(
         n = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
         counts = once(visible, ("tally", "dense", tail), lambda: tally(n, visible, tail))
     else:
-        law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.law)
+        law = (patch.config.laws(patch.layer), patch.config.min_keys)
         counts = once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))
     patch.counters.add(counts, dense_reason)
 

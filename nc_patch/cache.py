@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from nc_patch.selections.index import IndexKind, KeyIndex, reserve_for
+from nc_patch.config import NCConfig
+from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.derivatives import in_transform
+from nc_patch.ops.problem import Problem
+from nc_patch.selections.index import LAYOUTS, KeyIndex, reserve_for
 
 
 class LayerCache(NamedTuple):
@@ -57,16 +61,16 @@ class KeyIndexMixin:
     keys: torch.Tensor | None
     values: torch.Tensor
     # Never changed in place: the class's empty one is shared.
-    nc_indexes: "dict[IndexKind, KeyIndex]" = {}  # noqa: RUF012
+    nc_indexes: "dict[str, KeyIndex]" = {}  # noqa: RUF012
     _nc_seen: _Seen | None = None
     _nc_offloads = False
-    _nc_updated: frozenset[IndexKind] = frozenset()
+    _nc_updated: frozenset[str] = frozenset()
     # Whether keys have come that no attention has taken in yet: those of a model that is not patched never are.
     _nc_pending = False
     # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer
     # does not hold, because it computes them from what is cached, or because a module stands for several layers.
     _nc_handed: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None" = None
-    _nc_never: frozenset[IndexKind] = frozenset()
+    _nc_never: frozenset[str] = frozenset()
 
     def nc_hand(self, handed: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes note of what ``update`` returns, and returns it."""
@@ -82,13 +86,13 @@ class KeyIndexMixin:
         """
         held = (None, None) if self._nc_handed is None else tuple(reference() for reference in self._nc_handed)
         if held[0] is not key:
-            self._nc_never = frozenset(("codes", "pages", "means"))
+            self._nc_never = frozenset(LAYOUTS)
         elif held[1] is not value:
-            self._nc_never |= {"means"}
+            self._nc_never |= {kind for kind, layout in LAYOUTS.items() if layout.takes_values}
         if self._nc_never:
             self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind not in self._nc_never}
 
-    def nc_keeps(self, kind: IndexKind) -> bool:
+    def nc_keeps(self, kind: str) -> bool:
         """Whether an index of this kind may be kept; while ``torch.compile`` traces, one that is there may."""
         return kind in self.nc_indexes or not (kind in self._nc_never or torch.compiler.is_compiling())
 
@@ -102,22 +106,12 @@ class KeyIndexMixin:
         """Drops the indexes; attention builds new ones from the keys."""
         self.nc_indexes, self._nc_seen = {}, None
 
-    def nc_update(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        visible: torch.Tensor,
-        origin: torch.Tensor,
-        kind: IndexKind,
-        block_size: int,
-        backend: str,
-    ) -> KeyIndex:
+    def nc_update(self, problem: Problem, kind: str, block_size: int, backend: str) -> KeyIndex:
         """The index of one kind of all keys, those of this call taken in.
 
-        Args:
-            key: ``[B, Hkv, L, D]``, value: ``[B, Hkv, L, Dv]``, what ``update`` returned.
-            visible: int32 ``[B, Lq, 2]``, the intervals of this call's queries. origin: int32 ``[B, Lq]``.
+        ``problem`` holds the keys and values that ``update`` returned, and the intervals of this call's queries.
         """
+        key, value, visible, origin = problem.key, problem.value, problem.visible, problem.origin
         end = visible[..., 1].amax(-1)
         index = self.nc_indexes.get(kind)
         if index is not None and (index.block_size != block_size or not index.fits(key) or self.nc_unstarted(kind)):
@@ -130,7 +124,7 @@ class KeyIndexMixin:
             self.nc_indexes = {**self.nc_indexes, kind: index}
             if isinstance(self, StaticLayer):
                 self.nc_unstarted(kind)  # read now: a compiled step cannot
-                for tensor in index.tensors():
+                for tensor in index.everything():
                     torch._dynamo.mark_static_address(tensor)
         else:
             if not torch.compiler.is_compiling() and index.is_frozen():
@@ -141,7 +135,7 @@ class KeyIndexMixin:
             self._nc_updated |= {kind}
         return index
 
-    def nc_unstarted(self, kind: IndexKind) -> bool:
+    def nc_unstarted(self, kind: str) -> bool:
         """Whether an index was made while a sequence had only padding, so that where it begins was not known."""
         index = self.nc_indexes[kind]
         if isinstance(index.unstarted, torch.Tensor) and not torch.compiler.is_compiling():
@@ -351,6 +345,46 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
     if isinstance(found, IndexedStaticLayer):
         return LayerCache(found, found.nc_filled or bool(found.nc_indexes))
     return LayerCache(found, length > 0 if isinstance(length, int) else bool(found.nc_indexes))
+
+
+def key_index_of(config: NCConfig, problem: Problem, cache: LayerCache | None, decoding: bool) -> KeyIndex | None:
+    """The index of a layer's keys that it decodes by, brought up to date or built for the call; None without one."""
+    selection, kind = config.decode, config.decode.index_kind
+    if kind is None or not problem.visible.numel():
+        return None
+    backend, _ = choose_backend(config.backend, problem.key.device, head_dims=problem.head_dims)
+    use = config.key_index == "always" or (config.key_index == "auto" and backend in LAYOUTS[kind].pays_on)
+    block_size = selection.page_size
+    kept = _kept_index(config, problem, cache, kind, block_size) if use else None
+    if kept is not None or not decoding or not selection.needs_index:
+        return kept
+    if in_transform():
+        raise NotImplementedError(
+            "decoding by an index does not run inside a transform of torch.func (grad, vmap). Decode outside of it, or "
+            'without an index: decode="topk" or "window"'
+        )
+    # The same choice as with an index that is kept, from one that is not.
+    start, end = problem.origin[:, -1].clamp(min=0), problem.visible[..., 1].amax(-1)
+    return KeyIndex.build(problem.key, kind, start=start, end=end, block_size=block_size, backend=config.backend)
+
+
+def key_means_of(config: NCConfig, problem: Problem, cache: LayerCache | None) -> KeyIndex | None:
+    """The page means of a layer, brought up to date, where decoding adds what it leaves out by them."""
+    if not config.decode.uses_means or config.key_index == "never" or not problem.visible.numel():
+        return None
+    return _kept_index(config, problem, cache, "means", 1)
+
+
+def _kept_index(
+    config: NCConfig, problem: Problem, cache: LayerCache | None, kind: str, block_size: int
+) -> KeyIndex | None:
+    """The index of a kind that a cache layer keeps, brought up to date; None where the cache can keep none."""
+    layer = None if cache is None else cache.layer
+    if layer is None or in_transform() or not layer.nc_keeps(kind):
+        return None
+    if torch.compiler.is_compiling() and layer.nc_unstarted(kind):
+        return None  # what would have to be built waits for a call outside the graph
+    return layer.nc_update(problem, kind, block_size, config.backend)
 
 
 def forget_index(cache: Cache) -> None:

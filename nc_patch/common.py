@@ -6,6 +6,8 @@ import functools
 import logging
 import operator
 import os
+import reprlib
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
@@ -55,6 +57,8 @@ class ProfileError(ValueError):
     """A profile, or what is asked of one, does not fit; the message says what came, what is allowed and what to do."""
 
 
+# Numbers of keys are kept in 32 bits.
+LARGEST_INTEGER = 2**31 - 1
 logger = logging.getLogger("nc_patch")
 
 
@@ -95,6 +99,57 @@ def as_bool(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
+class _Short(reprlib.Repr):
+    """Representations of whatever a user or a file may give: never long, never deep."""
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if value.bit_length() < 256 else f"an integer of {value.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """``repr`` of any value for a message, cut where it is long or deep."""
+    return _SHORT.repr(value)
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises ValueError unless a setting is one of those allowed."""
+    if not isinstance(value, (str, int)) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
+
+
+def check_integer(name: str, value: Any, least: int) -> int:
+    """A setting as an int; raises TypeError or ValueError unless it is one, at least ``least`` and within 32 bits."""
+    found = as_integer(value)
+    if found is None:
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if not least <= found <= LARGEST_INTEGER:
+        bound = f"at least {least}" if found < least else f"at most {LARGEST_INTEGER}"
+        raise ValueError(f"{name} must be {bound}, got {shown(value)}")
+    return found
+
+
+def check_number(name: str, value: Any, allowed: str, ok: Callable[[float], bool]) -> float:
+    """A setting as a float; raises TypeError or ValueError unless it is one and ``ok``, which ``allowed`` says."""
+    found = as_number(value)
+    if found is None:
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+    if not abs(found) <= sys.float_info.max or not ok(float(found)):
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+    return float(found)
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """A setting as a bool; raises TypeError unless it is one."""
+    found = as_bool(value)
+    if found is None:
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return found
+
+
 # Asked for once, since PyTorch 2.11 cannot compile the question.
 _DEVICES = frozenset(
     name
@@ -103,7 +158,7 @@ _DEVICES = frozenset(
 )
 
 
-def lowered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the dtype in which autocast, where it is on, runs ``scaled_dot_product_attention``."""
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors) or not _is_on(tensors[0].device):
         return tensors
@@ -166,7 +221,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Locked:
-    """Base of what threads share; holds the lock that ``alone`` takes, which copies and pickles leave out."""
+    """Base of what threads share; holds the lock that ``synchronized`` takes, which copies and pickles leave out."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -179,7 +234,7 @@ class Locked:
         self._lock = threading.RLock()
 
 
-def alone(method: Method) -> Method:
+def synchronized(method: Method) -> Method:
     """Makes a method of a ``Locked`` object wait for the others."""
 
     @functools.wraps(method)

@@ -3,44 +3,47 @@
 import dataclasses
 import difflib
 import json
-import math
-import reprlib
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
 
-from nc_patch.budget import LAWS, Law, budget_of, budget_table, is_dense_law
-from nc_patch.common import as_bool, as_integer, as_number, plain
+from nc_patch.budget import budget_of, budgets, is_dense_law, row_budgets
+from nc_patch.common import (
+    LARGEST_INTEGER,
+    as_integer,
+    as_number,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+    plain,
+    shown,
+)
+from nc_patch.ops.backends import check_backend
+from nc_patch.selections import Selection, TopK, selection_class, selection_names
 
-Selection = Literal["topk", "block", "window", "dense"]
 Backend = Literal["auto", "triton", "torch"]
 IndexUse = Literal["auto", "always", "never"]
-Tail = Literal["mean", "drop"]
 OnDrop = Literal["ignore", "warn", "raise", "dense"]
 PerHead = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
-SELECTIONS: tuple[Selection, ...] = ("topk", "block", "window", "dense")
-BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 INDEX_USES: tuple[IndexUse, ...] = ("auto", "always", "never")
-TAILS: tuple[Tail, ...] = ("mean", "drop")
 ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
-BLOCK_SIZES = (16, 32, 64, 128)
-# Numbers of keys are kept in 32 bits.
-LARGEST_INTEGER = 2**31 - 1
-# Up to here budgets of many n are looked up in a table of all of them.
-_LARGEST_TABLE = 2**22
 # The budget of patch_model(model): see the table in docs/choosing.md.
 DEFAULT_ALPHA, DEFAULT_C = 2.0, 0.5
-QUERY_BLOCK_SIZES = (64, 128)
-SAMPLE_STRIDES = (4, 8, 16, 32, 64)
-Estimator = Literal["sampled", "antidiagonal", "pooled"]
-ESTIMATORS: tuple[Estimator, ...] = ("sampled", "antidiagonal", "pooled")
+DEFAULT_SELECTION = TopK()
+_PHASES = ("prefill", "decode")
+# Options of earlier versions: the value that ``to_dict`` wrote by default, which files may still hold, and what is now.
+_REMOVED: dict[str, tuple[Any, str]] = {
+    "estimator": ("sampled", "block-sparse prefill always scores sampled queries; leave it out"),
+    "refine": (True, "decoding by an index is always exact; leave it out"),
+    "law": ("power", "the budget is alpha * n**C, and its logarithm was a baseline to compare with; leave it out"),
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class NCConfig:
     """Settings of attention over ``k(n) = min(n, max(min_keys, ceil(alpha * n**C)))`` of the n visible keys.
 
@@ -48,141 +51,80 @@ class NCConfig:
         alpha: factor of the budget law, positive. One number; one per layer; or one per layer and query head.
         C: exponent of the budget law, in [0, 1]; the same forms as ``alpha``. 0 is a fixed budget; 1 with
             ``alpha >= 1`` is dense.
-        prefill: selection for calls with more than one query: ``"topk"``, ``"block"``, ``"window"`` or ``"dense"``.
+        prefill: selection for calls with more than one query: ``TopK()``, ``Block()``, ``Window()``, ``Dense()`` of
+            ``nc_patch.selections``, or its name: ``"topk"``, ``"block"``, ``"window"`` or ``"dense"``.
         decode: selection for calls with one query per sequence, or with up to 32 queries that continue a cache. With
-            ``"block"`` for both ``prefill`` and ``decode``, calls with several queries count as prefill.
-        sink_keys: the first visible keys, attended always (within the budget).
-        recent_keys: the last visible keys, attended always (within the budget, before the sinks).
+            blocks for both ``prefill`` and ``decode``, calls with several queries count as prefill.
         min_keys: lower limit of the budget.
-        block_size: keys per block of ``"block"``: 16, 32, 64 or 128.
-        query_block_size: how many positions choose their blocks together in prefill: 64 or 128.
-        sample_stride: in prefill one query in so many is scored against all keys to choose blocks: 4, 8, 16, 32 or 64.
-        estimator: how blocks are scored in prefill: by ``"sampled"`` queries; or, to compare with, by
-            ``"antidiagonal"`` sums as in XAttention, or by means of queries and keys, ``"pooled"``.
-        min_mass: kept mass in (0, 1) to aim at in prefill by blocks: where the sampled queries keep less within the
-            budget, their block of queries attends more key blocks. None for the budget alone.
-        max_factor: the most that ``min_mass`` may attend, as a multiple of the budget's blocks, at least 1.
         track: whether ``nc_stats`` holds the kept mass, layer by layer and head by head: see docs/certificates.md for
             what that costs.
         on_drop: what happens when a call of a layer drops more than ``max_dropped_mass``: ``"ignore"``, ``"warn"`` once
             a layer, ``"raise"`` a ``DroppedMassError``, or redo the call ``"dense"``. What a call keeps is judged by
-            the proven lower limit of every row, and in prefill by ``"block"`` by an estimate for each head. All but
+            the proven lower limit of every row, and in prefill by blocks by an estimate for each head. All but
             ``"ignore"`` read the device in every call, and refuse to be compiled into a graph.
         max_dropped_mass: the part of the dense softmax mass, in [0, 1), that a row (a query and head) may drop.
         dense_layers: indices of layers that keep dense attention.
         backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs (NVIDIA's from Ampere on, and AMD's) where
             it has a kernel for the call, and PyTorch elsewhere. What Triton lacks is logged once.
         key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
-            where it saves time: for ``"block"``, and for ``"topk"`` on Triton. It changes no result.
-        refine: whether ``"topk"`` decodes exactly by its index. With False the 8-bit scores of the index choose and
-            weigh the keys, which is cheaper and approximate.
-        tail: what ``"topk"`` does with the keys that it does not attend. ``"mean"``: every page of 16 keys enters as
-            one more key, its mean, which counts as often as the page has keys that are not attended; this costs a
-            sixteenth of dense attention more. ``"drop"``: nothing, which is the paper's definition. Other selections
-            always drop them; for ``"block"`` means were measured to do harm.
-        law: ``"power"``, or ``"log"`` for ``ceil(alpha * log2(n))``, a baseline to compare with; it takes no C.
+            where it saves time: for blocks, and for top-k on Triton. It changes no result.
+        options: ``selection``, which sets both ``prefill`` and ``decode``; and options of selections by name, such as
+            ``block_size=16`` or ``tail="drop"``, for each of the two that has them.
 
     Raises:
         ValueError: a value is outside its range; the message names the range.
-        TypeError: a value has the wrong type.
+        TypeError: a value has the wrong type, or an option an unknown name.
     """
 
     alpha: PerHead
     C: PerHead = 0.0
-    _: dataclasses.KW_ONLY
-    prefill: Selection = "topk"
-    decode: Selection = "topk"
-    sink_keys: int = 4
-    recent_keys: int = 1
+    _: KW_ONLY
+    prefill: Selection = DEFAULT_SELECTION
+    decode: Selection = DEFAULT_SELECTION
     min_keys: int = 1
-    block_size: int = 32
-    query_block_size: int = 64
-    sample_stride: int = 16
-    estimator: Estimator = "sampled"
-    min_mass: float | None = None
-    max_factor: float = 4.0
     track: bool = False
     on_drop: OnDrop = "ignore"
     max_dropped_mass: float = 0.1
     dense_layers: tuple[int, ...] = ()
     backend: Backend = "auto"
     key_index: IndexUse = "auto"
-    refine: bool = True
-    tail: Tail = "mean"
-    law: Law = "power"
+
+    def __init__(self, alpha: Any, C: Any = 0.0, **options: Any) -> None:
+        settings = _known({"alpha": alpha, "C": C, **options})
+        for name, value in _selections_of(settings).items():
+            object.__setattr__(self, name, value)
+        given = _DEFAULTS | {name: value for name, value in settings.items() if name in _DEFAULTS}
+        fields: dict[str, Any] = {
+            "alpha": _per_head("alpha", alpha, "a positive number", lambda v: v > 0),
+            "C": _per_head("C", C, "a number in [0, 1]", lambda v: 0 <= v <= 1),
+            "min_keys": check_integer("min_keys", given["min_keys"], 1),
+            "track": check_bool("track", given["track"]),
+            "max_dropped_mass": check_number(
+                "max_dropped_mass", given["max_dropped_mass"], "a number in [0, 1)", lambda v: 0 <= v < 1
+            ),
+            "dense_layers": _layers(given["dense_layers"]),
+        }
+        check_choice("on_drop", given["on_drop"], ON_DROP)
+        check_choice("key_index", given["key_index"], INDEX_USES)
+        check_backend(given["backend"])
+        for name, value in {**given, **fields}.items():
+            object.__setattr__(self, name, value)
+        _same_form(self.alpha, self.C)
 
     def __repr__(self) -> str:
         """``alpha``, ``C`` and what differs from its default; lists per layer by their size and range."""
         written = {name: _summary(getattr(self, name)) for name in ("alpha", "C")}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in written and value != field.default:
-                written[field.name] = repr(value)
+        if self.prefill == self.decode:
+            kind, options = type(self.prefill), self.prefill.options
+            if kind is not type(DEFAULT_SELECTION):
+                written["selection"] = repr(kind.name)
+            changed = [option for option in options if getattr(self.prefill, option) != getattr(kind, option)]
+            written |= {kind.shorthand.get(option, option): repr(getattr(self.prefill, option)) for option in changed}
+        else:
+            written |= {phase: repr(getattr(self, phase)) for phase in _PHASES}
+        changed = [name for name, default in _DEFAULTS.items() if getattr(self, name) != default]
+        written |= {name: repr(getattr(self, name)) for name in changed}
         return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in written.items())})"
-
-    def __post_init__(self) -> None:
-        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        _choice("law", self.law, LAWS)
-        set_field("alpha", _per_head("alpha", self.alpha, "a positive number", lambda v: v > 0))
-        set_field("C", _per_head("C", self.C, "a number in [0, 1]", lambda v: 0 <= v <= 1))
-        if self.law == "log" and self.C != 0.0:
-            raise ValueError(f'law="log" has no exponent: C must be 0, got {self.C}')
-        _same_form(self.alpha, self.C)
-        _choice("prefill", self.prefill, SELECTIONS)
-        _choice("decode", self.decode, SELECTIONS)
-        _choice("backend", self.backend, BACKENDS)
-        _choice("key_index", self.key_index, INDEX_USES)
-        for name in ("refine", "track"):
-            given = as_bool(getattr(self, name))
-            if given is None:
-                raise TypeError(f"{name} must be True or False, got {shown(getattr(self, name))}")
-            set_field(name, given)
-        if not self.refine and self.key_index == "never":
-            raise ValueError('refine=False scores keys by their index, which key_index="never" takes away')
-        _choice("tail", self.tail, TAILS)
-        _choice("on_drop", self.on_drop, ON_DROP)
-        for name, least in (("sink_keys", 0), ("recent_keys", 0), ("min_keys", 1), ("block_size", 1)):
-            set_field(name, _integer(name, getattr(self, name), least))
-        _choice("block_size", self.block_size, BLOCK_SIZES)
-        self._check_blocks()
-        layers = plain(self.dense_layers)
-        if isinstance(layers, str) or not isinstance(layers, Iterable):
-            raise TypeError(f"dense_layers must be a sequence of layer indices, got {shown(layers)}")
-        set_field("dense_layers", tuple(sorted({_integer("dense_layers", layer, 0) for layer in layers})))
-
-    def _check_blocks(self) -> None:
-        """Checks the settings of block prefill, and of the mass that may be dropped."""
-        for name, allowed in (("query_block_size", QUERY_BLOCK_SIZES), ("sample_stride", SAMPLE_STRIDES)):
-            object.__setattr__(self, name, _integer(name, getattr(self, name), 1))
-            _choice(name, getattr(self, name), allowed)
-        _choice("estimator", self.estimator, ESTIMATORS)
-        if self.estimator == "antidiagonal" and self.sample_stride > self.block_size:
-            raise ValueError(
-                'estimator="antidiagonal" scores whole strides of keys: sample_stride must be at most block_size, got '
-                f"{self.sample_stride} and {self.block_size}"
-            )
-        for name, allowed_range, fits in (
-            ("min_mass", "a number in (0, 1), or None", lambda v: 0 < v < 1),
-            ("max_factor", "a number of at least 1", lambda v: 1 <= v < math.inf),
-            ("max_dropped_mass", "a number in [0, 1)", lambda v: 0 <= v < 1),
-        ):
-            if getattr(self, name) is not None or name != "min_mass":
-                object.__setattr__(self, name, _number(name, getattr(self, name), allowed_range, fits))
-
-    @classmethod
-    def create(cls, alpha: Any, C: Any = 0.0, *, selection: Selection | None = None, **options: Any) -> "NCConfig":
-        """Builds a config from keyword options, where ``selection`` sets both ``prefill`` and ``decode``.
-
-        Raises:
-            TypeError: an option has no such name, or ``selection`` comes together with ``prefill`` or ``decode``.
-        """
-        if selection is not None:
-            clash = sorted({"prefill", "decode"} & options.keys())
-            if clash:
-                raise TypeError(f"selection sets prefill and decode; leave it out or leave out {' and '.join(clash)}")
-            _choice("selection", selection, SELECTIONS)
-            options |= {"prefill": selection, "decode": selection}
-        return cls(**_known_options({"alpha": alpha, "C": C, **options}))
 
     def budget(self, n: int | torch.Tensor, layer: int | None = None, head: int | None = None) -> Any:
         """The budget law: how many of ``n`` visible keys a query attends.
@@ -204,25 +146,30 @@ class NCConfig:
             count = as_integer(n)
             if count is None:
                 raise TypeError(f"n must be an int or an int tensor, got {shown(n)}")
-            return budget_of(count, alpha, C, self.min_keys, self.law)
+            return budget_of(count, alpha, C, self.min_keys)
         if n.dtype.is_floating_point or n.dtype == torch.bool:
             raise TypeError(f"n must be an int tensor, got {n.dtype}")
         if n.numel() == 0:
             return n.to(torch.int32)
         if int(n.min()) < 0:
             raise ValueError(f"n must be at least 0 everywhere, got {int(n.min())}")
-        largest = int(n.max())
-        if largest > LARGEST_INTEGER:
-            raise ValueError(f"n must be at most {LARGEST_INTEGER} everywhere, got {largest}")
-        if largest <= _LARGEST_TABLE:
-            return budget_table(largest, ((alpha, C),), self.min_keys, self.law, n.device)[0, n.long()]
-        each, where = n.unique(return_inverse=True)
-        budgets = [budget_of(count, alpha, C, self.min_keys, self.law) for count in each.tolist()]
-        return torch.tensor(budgets, dtype=torch.int32, device=n.device)[where]
+        if int(n.max()) > LARGEST_INTEGER:
+            raise ValueError(f"n must be at most {LARGEST_INTEGER} everywhere, got {int(n.max())}")
+        found = budgets(n.cpu().numpy(), alpha, C, self.min_keys)
+        return torch.from_numpy(found).to(n.device, torch.int32)
+
+    def row_budgets(self, visible: torch.Tensor, max_n: int, layer: int | None = None) -> torch.Tensor:
+        """Budgets int32 ``[B, 1 or Hq, Lq]`` of a layer's queries, of which none sees more than ``max_n`` keys.
+
+        Args:
+            visible: int32 ``[B, Lq, 2]``, the interval of keys that each query sees.
+        """
+        alphas, exponents = zip(*self.laws(layer), strict=True)
+        return row_budgets(visible, max_n, list(alphas), list(exponents), self.min_keys)
 
     def largest_budget(self, n: int, layer: int | None = None) -> int:
         """The largest budget that any head of a layer has for up to ``n`` visible keys."""
-        return max(budget_of(n, alpha, C, self.min_keys, self.law) for alpha, C in self.laws(layer))
+        return max(budget_of(n, alpha, C, self.min_keys) for alpha, C in self.laws(layer))
 
     def laws(self, layer: int | None = None) -> tuple[tuple[float, float], ...]:
         """The (alpha, C) pairs of a layer: one pair shared by all heads, or one per query head."""
@@ -235,7 +182,7 @@ class NCConfig:
         """Whether the layer attends every key at every length, whatever the selection."""
         if layer is not None and layer in self.dense_layers:
             return True
-        return all(is_dense_law(alpha, C, self.law) for alpha, C in self.laws(layer))
+        return all(is_dense_law(alpha, C) for alpha, C in self.laws(layer))
 
     def check_model(self, num_layers: int, num_heads: int) -> None:
         """Raises ValueError unless per-layer and per-head values, and dense_layers, fit a model of this shape."""
@@ -253,11 +200,12 @@ class NCConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that JSON can hold and ``from_dict`` takes back."""
-        return {name: _as_lists(value) for name, value in dataclasses.asdict(self).items()}
+        plain_values = {field.name: _as_lists(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return plain_values | {phase: getattr(self, phase).to_dict() for phase in _PHASES}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NCConfig":
-        """The config that ``to_dict`` wrote.
+        """The config that ``to_dict`` wrote, here or in earlier versions.
 
         Raises:
             TypeError: an unknown name, a value of a wrong type, or no mapping at all.
@@ -265,7 +213,9 @@ class NCConfig:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"a config is a mapping of names to values, got {type(values).__name__}")
-        return cls(**_known_options(dict(values)))
+        if "alpha" not in values:
+            raise TypeError("alpha is missing: give the factor of the budget law, for example alpha=2.0")
+        return cls(**{name: value for name, value in values.items() if not _is_removed_default(name, value)})
 
     def to_json(self) -> str:
         """The config as a JSON object."""
@@ -282,10 +232,100 @@ class NCConfig:
         try:
             values = json.loads(text, object_pairs_hook=_each_once)
         except RecursionError as error:
-            raise ValueError("a config is a flat JSON object, got one that is nested too deep to read") from error
+            raise ValueError("a config is a JSON object, got one that is nested too deep to read") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"a config is a JSON object, and this is no JSON: {error}") from error
         return cls.from_dict(values)
+
+
+# The defaults of all settings but the budget law and the selections.
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(NCConfig)[4:]}
+
+
+def option_owners() -> dict[str, list[tuple[type[Selection], str]]]:
+    """By the name of each option of a selection: the selections that have it, and what their field is called."""
+    owners: dict[str, list[tuple[type[Selection], str]]] = {}
+    for kind in map(selection_class, selection_names()):
+        for option in kind.options:
+            owners.setdefault(kind.shorthand.get(option, option), []).append((kind, option))
+    return owners
+
+
+def check_option_names(names: Iterable[str]) -> None:
+    """Raises TypeError where a name is no setting of ``NCConfig``; the message lists those that there are."""
+    _known(dict.fromkeys(names))
+
+
+def as_selection(name: str, given: Any) -> Selection:
+    """A selection that is given as one, by its name, or as ``Selection.to_dict`` writes it; ``name`` is the setting's.
+
+    Raises:
+        ValueError: no selection has that name, or an option is out of its range.
+        TypeError: the selection has no such option.
+    """
+    if isinstance(given, Selection):
+        return given
+    options = dict(given) if isinstance(given, Mapping) else {"name": given}
+    kind_name = options.pop("name", None)
+    if not isinstance(kind_name, str) or kind_name not in selection_names():
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, selection_names()))}, got {shown(kind_name)}")
+    kind = selection_class(kind_name)
+    unknown = sorted(map(str, options.keys() - set(kind.options)))
+    if unknown:
+        raise TypeError(f"{name}: {kind_name!r} has no option {', '.join(unknown)}; it has {', '.join(kind.options)}")
+    return kind(**options)
+
+
+def _selections_of(settings: Mapping[str, Any]) -> dict[str, Selection]:
+    """``prefill`` and ``decode``, with the options that are given by name."""
+    both = settings.get("selection")
+    if both is not None:
+        clash = [phase for phase in _PHASES if phase in settings]
+        if clash:
+            raise TypeError(f"selection sets prefill and decode; leave it out or leave out {' and '.join(clash)}")
+    name = lambda phase: phase if both is None else "selection"  # noqa: E731
+    given = {phase: settings.get(phase, DEFAULT_SELECTION) if both is None else both for phase in _PHASES}
+    chosen = {phase: as_selection(name(phase), value) for phase, value in given.items()}
+    for option, owners in option_owners().items():
+        if option not in settings:
+            continue
+        for kind, field in owners:
+            kind(**{field: settings[option]})  # an option that no phase has is checked too
+        fields = dict(owners)
+        chosen = {
+            phase: dataclasses.replace(each, **{fields[type(each)]: settings[option]}) if type(each) in fields else each  # type: ignore[type-var]
+            for phase, each in chosen.items()
+        }
+    return chosen
+
+
+def _is_removed_default(name: Any, value: Any) -> bool:
+    """Whether an entry of a file is a removed option at its default, which asks for what is done anyway."""
+    return name in _REMOVED and type(value) is type(_REMOVED[name][0]) and value == _REMOVED[name][0]
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings; raises TypeError where a name is none."""
+    names = ["alpha", "C", *_PHASES, *_DEFAULTS, *option_owners(), "selection"]
+    for name, (_, instead) in _REMOVED.items():
+        if name in settings:
+            raise TypeError(f"the option {name} was removed: {instead}")
+    written = lambda name: name[:80] if isinstance(name, str) and name.isprintable() else shown(name)  # noqa: E731
+    unknown = sorted(map(written, settings.keys() - set(names)))
+    if unknown:
+        hint = _meant(unknown[0], names)
+        raise TypeError(
+            f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(names[:-1])}, and selection"
+            f"{f'. Did you mean {hint}?' if hint else ''}"
+        )
+    return settings
+
+
+def _layers(given: Any) -> tuple[int, ...]:
+    layers = plain(given)
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"dense_layers must be a sequence of layer indices, got {shown(layers)}")
+    return tuple(sorted({check_integer("dense_layers", layer, 0) for layer in layers}))
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -294,45 +334,6 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if twice:
         raise ValueError(f"a config holds every setting once, got {', '.join(map(shown, twice))} several times")
     return dict(pairs)
-
-
-class _Short(reprlib.Repr):
-    """Representations of whatever a user or a file may give: never long, never deep."""
-
-    def repr_int(self, value: int, level: int) -> str:
-        return repr(value) if value.bit_length() < 256 else f"an integer of {value.bit_length()} bits"
-
-
-_SHORT = _Short()
-_SHORT.maxstring = _SHORT.maxother = 80
-
-
-def shown(value: Any) -> str:
-    """``repr`` of any value for a message, cut where it is long or deep."""
-    return _SHORT.repr(value)
-
-
-def check_option_names(names: Iterable[str]) -> None:
-    """Raises TypeError where a name is no option of ``NCConfig.create``; the message lists those that there are."""
-    _known_options({"alpha": None, **dict.fromkeys(name for name in names if name != "selection")})
-
-
-# Here rather than where they are used: torch.compile cannot trace ``dataclasses.fields``.
-_NAMES = [field.name for field in dataclasses.fields(NCConfig)]
-
-
-def _known_options(options: dict[str, Any]) -> dict[str, Any]:
-    written = lambda name: name[:80] if isinstance(name, str) and name.isprintable() else shown(name)  # noqa: E731
-    unknown = sorted(map(written, options.keys() - set(_NAMES)))
-    if unknown:
-        hint = _meant(unknown[0], [*_NAMES, "selection"])
-        raise TypeError(
-            f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(_NAMES)}, and selection"
-            f"{f'. Did you mean {hint}?' if hint else ''}"
-        )
-    if "alpha" not in options:
-        raise TypeError("alpha is missing: give the factor of the budget law, for example alpha=2.0")
-    return options
 
 
 def _meant(unknown: str, names: list[str]) -> str | None:
@@ -351,30 +352,6 @@ def _summary(value: PerHead) -> str:
     return f"<{len(rows)} layers{heads}, {min(every):.4g} to {max(every):.4g}>"
 
 
-def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not isinstance(value, (str, int)) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    found = as_integer(value)
-    if found is None:
-        raise TypeError(f"{name} must be an integer, got {shown(value)}")
-    if not least <= found <= LARGEST_INTEGER:
-        bound = f"at least {least}" if found < least else f"at most {LARGEST_INTEGER}"
-        raise ValueError(f"{name} must be {bound}, got {shown(value)}")
-    return found
-
-
-def _number(name: str, value: Any, allowed: str, ok: Callable[[float], bool]) -> float:
-    found = as_number(value)
-    if found is None:
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
-    if not abs(found) <= sys.float_info.max or not ok(float(found)):
-        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
-    return float(found)
-
-
 def _per_head(name: str, value: Any, allowed: str, ok: Callable[[float], bool], depth: int = 0) -> Any:
     """Checks a number, a list per layer, or a list of lists, and returns it as floats and tuples."""
     value = plain(value)
@@ -386,7 +363,7 @@ def _per_head(name: str, value: Any, allowed: str, ok: Callable[[float], bool], 
         return tuple(_per_head(name, item, allowed, ok, depth + 1) for item in value)
     if as_number(value) is None:
         raise TypeError(f"{name} must be {allowed}, or a list of them, got {shown(value)}")
-    return _number(name, value, allowed, ok)
+    return check_number(name, value, allowed, ok)
 
 
 def _same_form(alpha: PerHead, C: PerHead) -> None:

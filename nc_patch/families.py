@@ -317,8 +317,8 @@ def say_unpatched(name: str) -> None:
     )
 
 
-def refuse_unsupported(module: torch.nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
-    """Refuses what the model asks for and sparse attention cannot do."""
+def refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], crosses: bool) -> None:
+    """Refuses what the model asks for and sparse attention cannot do; where it ``crosses``, it need not be causal."""
     name = type(module).__name__
     for argument, what in REFUSED_ARGUMENTS.items():
         if kwargs.get(argument) is not None:
@@ -330,12 +330,12 @@ def refuse_unsupported(module: torch.nn.Module, dropout: float, is_causal: bool 
             f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
             "the model."
         )
-    if dropout:
+    if kwargs.get("dropout"):
         raise UnsupportedModelError(
-            f"{name} asks for attention dropout {dropout}, which sparse attention has not. Set attention_dropout to 0 "
-            "or use model.eval()."
+            f"{name} asks for attention dropout {kwargs['dropout']}, which sparse attention has not. Set "
+            "attention_dropout to 0 or use model.eval()."
         )
-    if is_causal is False:
+    if kwargs.get("is_causal") is False and not crosses:
         raise UnsupportedModelError(f"{name} asks for attention that is not causal, which sparse attention cannot do.")
 
 

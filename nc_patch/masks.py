@@ -29,9 +29,7 @@ def interval_mask(
     mask_function: MaskFunction = masking_utils.causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
-    use_vmap: bool = False,
-    local_size: int | None = None,
-    **_: Any,
+    **options: Any,
 ) -> torch.Tensor:
     """The mask function that ``transformers`` calls: packed visible intervals instead of a mask.
 
@@ -42,8 +40,8 @@ def interval_mask(
             plain bidirectional one of cross-attention, in which every query sees all keys.
         attention_mask: the 2-D padding mask ``[B, positions]``, true for tokens; or the result of an earlier call.
         device: where the result goes.
-        use_vmap: set by ``transformers`` where a model adds a mask function of its own.
-        local_size: set by ``transformers`` where the mask slides or goes by chunks.
+        options: of ``transformers``: ``use_vmap`` is true where a model adds a mask function of its own, ``local_size``
+            not None where the mask slides or goes by chunks.
 
     Returns:
         uint32 ``[B, 1, R, 3]``, see ``Visibility.pack``; or where some query sees more than one run of keys the bool
@@ -60,6 +58,7 @@ def interval_mask(
         raise UnsupportedMaskError(
             f"expected a 2-D padding mask [batch, positions], got shape {tuple(attention_mask.shape)}. {_REMEDY}"
         )
+    custom = options.get("use_vmap", False)
     padding = None if attention_mask is None else attention_mask.to(device).bool()
     position = torch.arange(q_length, device=device)[None] + q_offset
 
@@ -68,7 +67,7 @@ def interval_mask(
         return masking_utils.sdpa_mask(
             *(batch_size, last - first, kv_length, q_offset + first, kv_offset, mask_function, padding),
             allow_is_causal_skip=False,
-            use_vmap=use_vmap,
+            use_vmap=custom,
             device=device,
         )
 
@@ -78,8 +77,8 @@ def interval_mask(
         return seen(0, q_length) if packed is None else packed
     found: tuple[torch.Tensor, torch.Tensor] | None
     if compiling:
-        slides = local_size is not None
-        found = _probe(mask_function, position, batch_size, kv_length + kv_offset, custom=use_vmap, slides=slides)
+        slides = options.get("local_size") is not None
+        found = _probe(mask_function, position, batch_size, kv_length + kv_offset, custom=custom, slides=slides)
     else:
         found = _derive(mask_function, position)
     if found is not None:

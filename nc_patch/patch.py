@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from nc_patch.attention import PATCH_ATTRIBUTE, LayerPatch
+from nc_patch.attention import PATCH_ATTRIBUTE, LayerPatch, Observed
 from nc_patch.common import as_integer
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
 from nc_patch.families import attention_modules, check_is_module, left_dense, mask_builders, say_left_dense
@@ -22,12 +22,7 @@ from nc_patch.hooks import (
     note_boundaries,
     refuse_switched,
 )
-from nc_patch.observed import Observed
-from nc_patch.stats import summary, total
-from nc_patch.stats_table import PatchStats
-
-if TYPE_CHECKING:
-    from nc_patch.profile import Profile
+from nc_patch.stats import PatchStats, summary, total
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -39,13 +34,24 @@ _HOOKS = (hand_on_cache, hand_on_mask, refuse_switched, note_boundaries, forget_
 _LOCK = threading.RLock()
 
 
+@runtime_checkable
+class HasBudgets(Protocol):
+    """What ``patch_model`` takes as a profile: ``nc_patch.Profile``, or what else brings budgets for a model."""
+
+    def check_model(self, model: torch.nn.Module) -> None:
+        """Raises ValueError where the budgets are not for this model."""
+
+    def config(self, **options: Any) -> NCConfig:
+        """The settings with these budgets; ``options`` are those of ``NCConfig`` but for alpha and C."""
+
+
 def patch_model(
     model: Model,
     alpha: Any = None,
     C: Any = None,
     *,
     config: NCConfig | None = None,
-    profile: "Profile | None" = None,
+    profile: HasBudgets | None = None,
     **options: Any,
 ) -> Model:
     """Turns a model's attention into attention over ``k(n) = alpha * n**C`` of the n keys each query may see.
@@ -58,7 +64,7 @@ def patch_model(
             wrapped by PEFT works too.
         alpha: factor of the budget; a number, a list per layer, or a list per layer and query head. With neither
             alpha nor C they are ``DEFAULT_ALPHA`` and ``DEFAULT_C`` of ``nc_patch.config``.
-        C: exponent of the budget in [0, 1], in the same forms; left out with ``law="log"``.
+        C: exponent of the budget in [0, 1], in the same forms.
         config: all settings as an ``NCConfig``, instead of alpha, C and options.
         profile: what ``calibrate`` measured on this model, instead of alpha and C: budgets for every layer and head.
         options: fields of ``NCConfig``, and ``selection``, which sets ``prefill`` and ``decode``.
@@ -77,18 +83,14 @@ def patch_model(
         check_option_names(options)
         if isinstance(alpha, NCConfig):
             raise TypeError("settings go by name: patch_model(model, config=NCConfig(...))")
-        if alpha is None and C is None and options.get("law", "power") == "power":
+        if alpha is None and C is None:
             alpha, C = DEFAULT_ALPHA, DEFAULT_C
-        if C is None and options.get("law") == "log":
-            C = 0.0
-        if alpha is None and options.get("law") == "log":
-            raise TypeError('law="log" needs alpha, for example patch_model(model, alpha=8.0, law="log")')
         if alpha is None or C is None:
             raise TypeError(
                 "give alpha and C, for example patch_model(model, alpha=2.0, C=0.7), or neither of them, or "
                 "config=NCConfig(...)"
             )
-        config = NCConfig.create(alpha, C, **options)
+        config = NCConfig(alpha, C, **options)
     elif alpha is not None or C is not None or options:
         extra = [name for name, value in (("alpha", alpha), ("C", C)) if value is not None] + sorted(options)
         raise TypeError(f"config holds every setting; leave out {', '.join(extra)}")
@@ -141,7 +143,7 @@ def patched(
     C: Any = None,
     *,
     config: NCConfig | None = None,
-    profile: "Profile | None" = None,
+    profile: HasBudgets | None = None,
     **options: Any,
 ) -> Iterator[Model]:
     """``with patched(model, alpha, C):`` patches for the block, and afterwards restores what the model was before.
@@ -246,12 +248,10 @@ def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
 def _config_of_profile(
     model: torch.nn.Module, profile: Any, alpha: Any, C: Any, config: NCConfig | None, options: dict[str, Any]
 ) -> NCConfig:
-    from nc_patch.profile import Profile
-
     given = [name for name, value in (("alpha", alpha), ("C", C), ("config", config)) if value is not None]
     if given:
         raise TypeError(f"profile brings alpha and C of its own; leave out {', '.join(given)}")
-    if not isinstance(profile, Profile):
+    if not isinstance(profile, HasBudgets):
         raise TypeError(f"profile must be a Profile, for example Profile.load(path), got {type(profile).__name__}")
     profile.check_model(model)
     return profile.config(**options)

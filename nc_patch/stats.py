@@ -1,4 +1,4 @@
-"""What a patched model did: calls, attended keys, kept mass, and what ran dense and why, layer by layer.
+"""What a patched model did, layer by layer: calls, attended keys, kept mass, and what ran dense and why.
 
 Counting never reads the device while the model runs: a call appends small tensors, most of which all layers share, and
 the sums are taken when somebody asks.
@@ -6,16 +6,18 @@ the sums are taken when somebody asks.
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from nc_patch.common import Locked, alone
-from nc_patch.mass_counts import PHASES, MassCounts, on_one_device
-from nc_patch.mass_counts import total as total_mass
+from nc_patch.common import Locked, synchronized
+from nc_patch.ops.problem import MAX_DECODE_QUERIES
 
+PHASES = ("prefill", "decode")
 # Pending tensors are folded into one at this number, so that a long generation does not pile them up.
 _FOLD_AT = 512
+_COLUMNS = ("layer", "calls", "keys", "share", *(f"mass, {phase}" for phase in PHASES), "ran dense")
 
 
 def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> torch.Tensor:
@@ -32,6 +34,174 @@ def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> to
     return torch.cat((rows.sum((1, 2)), last.sum((1, 2))))
 
 
+def tally_bounds(bounds: torch.Tensor, visible: torch.Tensor, limit: float) -> torch.Tensor:
+    """The kept mass of a call of certain rows, float64 ``[Hq + 1, 10]``, a line for each head and one for all together.
+
+    Columns: rows; sums of the lower and of the upper limits of what they keep; of an estimate its variance, degrees of
+    freedom and audited rows; query blocks, and how many took more than their budget; rows below ``limit``; and, the one
+    that is no sum, the least lower limit of any certain row.
+
+    Args:
+        bounds: ``[B, Hq, Lq, 2]``, the limits of each row.
+        visible: int32 ``[B, Lq, 2]``; queries that see nothing are not counted.
+        limit: kept mass under which a row counts as below.
+    """
+    seen = (visible[..., 1] > visible[..., 0])[:, None].expand(bounds.shape[:3])
+    lower, upper = (edge.masked_fill(~seen, 0.0) for edge in bounds.double().unbind(-1))
+    rows, lowers, uppers, below = (t.double().sum((0, 2)) for t in (seen, lower, upper, (lower < limit) & seen))
+    none = torch.zeros_like(rows)
+    least = lower.masked_fill(~seen, 1.0).amin((0, 2))
+    heads = torch.stack((rows, lowers, uppers, none, none, none, none, none, below, least), -1)
+    return torch.cat((heads, _joined(heads)[None]))
+
+
+def tally_audit(audit: torch.Tensor, choice: torch.Tensor | None) -> torch.Tensor:
+    """The same of a call whose kept mass is estimated.
+
+    Args:
+        audit: float32 ``[Hq + 1, 5]``: how many rows there are, an estimate of the sum of their kept mass with its
+            variance and degrees of freedom, and how many were audited; of each head, and of all together.
+        choice: ``[Hq, 2]``, query blocks and how many took more than their budget, where they may.
+    """
+    rows, kept, variance, freedom, audited = audit.double().unbind(-1)
+    none = torch.zeros_like(rows)
+    blocks = (none, none) if choice is None else torch.cat((choice, choice.sum(0)[None])).double().unbind(-1)
+    return torch.stack((rows, kept, kept, variance, freedom, audited, *blocks, none, none + math.inf), -1)
+
+
+def _joined(masses: torch.Tensor) -> torch.Tensor:
+    """Lines of kept mass, those along the first dimension in one."""
+    return torch.cat((masses[..., :-1].sum(0), masses[..., -1:].amin(0)), -1)
+
+
+class Sums(Locked):
+    """A sum of small tensors over calls, which threads may share; adding to it never reads the device."""
+
+    tally: Callable[..., torch.Tensor] = staticmethod(tally)
+    join: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda tensors: tensors.sum(0))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pending: list[torch.Tensor] = []
+        # Calls of few queries, whose tally is taken together: values, intervals, and the setting of ``tally``.
+        self._later: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
+
+    @synchronized
+    def add(self, counts: torch.Tensor) -> None:
+        """Adds a tensor as ``tally`` makes it."""
+        self._pending.append(counts)
+        if len(self._pending) >= _FOLD_AT:
+            self._pending = [self.join(torch.stack(_on_one_device(self._pending)))]
+
+    @synchronized
+    def add_later(self, values: torch.Tensor, visible: torch.Tensor, setting: Any) -> None:
+        """Adds the tally of a call; where it has few queries it is taken of many such calls together."""
+        if values.shape[2] > MAX_DECODE_QUERIES:
+            self.add(self.tally(values, visible, setting))
+            return
+        if self._later and (self._later[0][0].shape, self._later[0][2]) != (values.shape, setting):
+            self._take_tally()
+        self._later.append((values, visible, setting))
+        if len(self._later) >= _FOLD_AT:
+            self._take_tally()
+
+    @synchronized
+    def read(self) -> torch.Tensor:
+        """The sum, float64 on the CPU; empty where nothing was added. Reads the device."""
+        self._take_tally()
+        if self._pending:
+            self._pending = [self.join(torch.stack(_on_one_device(self._pending))).cpu()]
+        return self._pending[0] if self._pending else torch.empty(0, dtype=torch.float64)
+
+    def _take_tally(self) -> None:
+        later, self._later = self._later, []
+        if later:
+            values, visible, settings = zip(*later, strict=True)
+            self.add(self.tally(*(torch.cat(_on_one_device(parts)) for parts in (values, visible)), settings[0]))
+
+    @synchronized
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles hold numbers, not tensors of a device or of inference mode.
+        return super().__getstate__() | {"_later": [], "_pending": self.read().tolist()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        numbers = state["_pending"]
+        super().__setstate__(state | {"_pending": [torch.tensor(numbers, dtype=torch.float64)] if numbers else []})
+
+
+class MassCounts(Sums):
+    """The kept mass of one layer's calls of prefill, or of decoding, as ``tally_bounds`` has it.
+
+    Attributes:
+        calls: how many there were by what their figures rest on: ``"exact"`` where every score was computed,
+            ``"bounds"``, ``"estimate"``, or ``"dense"`` where all keys were attended.
+    """
+
+    tally = staticmethod(tally_bounds)
+    join = staticmethod(_joined)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    @synchronized
+    def add_bounds(self, basis: str, bounds: torch.Tensor, visible: torch.Tensor, limit: float) -> None:
+        """Counts a call of certain rows; arguments as in ``tally_bounds``."""
+        self.calls[basis] += 1
+        self.add_later(bounds, visible, limit)
+
+    @synchronized
+    def add_audit(self, audit: torch.Tensor, choice: torch.Tensor | None) -> None:
+        """Counts a call whose kept mass is estimated; arguments as in ``tally_audit``."""
+        self.calls["estimate"] += 1
+        self.add(tally_audit(audit, choice))
+
+    def summary(self) -> dict[str, Any] | None:
+        """What ``nc_stats`` says of these calls, None where there were none; reads the device."""
+        overall = total_mass([self])
+        if overall is None:
+            return None
+        *heads, every = self.read().tolist()
+        of_heads, (blocks, enlarged) = [_figures(head) for head in heads], every[6:8]
+        return {
+            "calls": dict(self.calls),
+            **overall,
+            **{f"{name}_by_head": [head[name] for head in of_heads] for name in ("mean", "lower", "upper")},
+            "least_by_head": None if overall["least"] is None else [head["least"] for head in of_heads],
+            "enlarged_fraction": enlarged / blocks if blocks else None,
+        }
+
+
+def total_mass(counts: Sequence[MassCounts]) -> dict[str, Any] | None:
+    """The mass of several layers together, every row and head of the same weight; None where nothing was counted."""
+    lines = [found[-1] for one in counts if len(found := one.read())]
+    figures = _figures(_joined(torch.stack(lines)).tolist()) if lines else None
+    return figures if figures and figures["rows"] else None
+
+
+def _figures(line: list[float]) -> dict[str, Any]:
+    """Mean kept mass, the interval it lies in, proven or at 95 % where some rows are estimated, and what it is of."""
+    rows, lower, upper, variance, freedom, audited, _, _, below, least = line
+    spread = _t_quantile(freedom) * math.sqrt(max(variance, 0.0)) if freedom > 0 else 0.0
+    edges = {"mean": (lower + upper) / 2, "lower": lower - spread, "upper": upper + spread}
+    return {
+        **{name: min(1.0, max(0.0, mass / rows)) if rows else 1.0 for name, mass in edges.items()},
+        "certified": not audited,
+        "rows": int(rows),
+        "audited_rows": int(audited),
+        "least": least if least < math.inf else None,
+        "below": int(below),
+    }
+
+
+def _t_quantile(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t, within 1 % from three degrees of freedom on.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5, at the normal quantile.
+    """
+    return 1.959964 + 2.372271 / freedom + 2.822499 / freedom**2 + 2.555850 / freedom**3 + 1.589534 / freedom**4
+
+
 class LayerCounters(Locked):
     """The counters of one attention layer; threads may share them."""
 
@@ -41,98 +211,93 @@ class LayerCounters(Locked):
         self.warned = False
         self.reset()
 
-    @alone
+    @synchronized
     def reset(self) -> None:
         """Sets all counts to zero."""
-        self.calls = 0
+        self.calls = self.exceeded_calls = 0
         self.dense_calls: Counter[str] = Counter()
-        self._sums = [0.0] * 6
-        self._pending: list[torch.Tensor] = []
-        self._untallied: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.keys = Sums()
         self.mass = {phase: MassCounts() for phase in PHASES}
-        self.exceeded_calls = 0
 
-    @alone
+    @synchronized
     def add(self, counts: torch.Tensor, dense_reason: str | None) -> None:
         """Counts one call; ``counts`` as from ``tally``."""
-        self._called(dense_reason)
-        self._pending.append(counts)
-        if len(self._pending) >= _FOLD_AT:
-            pending, self._pending = self._pending, []
-            self._pending.append(torch.stack(on_one_device(pending)).sum(0))
-
-    @alone
-    def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
-        """Counts one call of few queries; ``tally`` is taken of many such calls together. Arguments as there."""
-        self._called(None)
-        if self._untallied and self._untallied[0][0].shape != attended.shape:
-            self._tally()
-        self._untallied.append((attended, visible))
-        if len(self._untallied) >= _FOLD_AT:
-            self._tally()
-
-    @alone
-    def add_exceeded(self) -> None:
-        """Counts a call that dropped more than is allowed."""
-        self.exceeded_calls += 1
-
-    @alone
-    def warn_once(self) -> bool:
-        """Whether nobody has asked before: whoever is told so says the warning."""
-        first, self.warned = not self.warned, True
-        return first
-
-    @alone
-    def sums(self) -> list[float]:
-        """The six sums of ``tally`` over all calls; reads the device."""
-        self._tally()
-        pending, self._pending = self._pending, []
-        for counts in pending:
-            self._sums = [a + b for a, b in zip(self._sums, counts.tolist(), strict=True)]
-        return list(self._sums)
-
-    def _called(self, dense_reason: str | None) -> None:
         self.calls += 1
         if dense_reason is not None:
             self.dense_calls[dense_reason] += 1
+        self.keys.add(counts)
 
-    def _tally(self) -> None:
-        untallied, self._untallied = self._untallied, []
-        if untallied:
-            attended, visible = (torch.cat(on_one_device(tensors)) for tensors in zip(*untallied, strict=True))
-            self._pending.append(tally(attended, visible, self.tail))
+    @synchronized
+    def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
+        """Counts one call of few queries; ``tally`` is taken of many such calls together. Arguments as there."""
+        self.calls += 1
+        self.keys.add_later(attended, visible, self.tail)
 
-    @alone
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles hold numbers, not tensors of a device or of inference mode.
-        self.sums()
-        return super().__getstate__()
+    @synchronized
+    def add_exceeded(self) -> bool:
+        """Counts a call that dropped more than is allowed; returns whether it is the first one ever."""
+        self.exceeded_calls += 1
+        first, self.warned = not self.warned, True
+        return first
 
 
 def summary(counters: LayerCounters) -> dict[str, Any]:
     """The counts of one layer as a dictionary; fractions are None where nothing was counted."""
     return {
         "calls": counters.calls,
-        **_ratios(counters.sums()),
+        **_ratios([counters]),
         "dense_calls": dict(counters.dense_calls),
         "exceeded_calls": counters.exceeded_calls,
         "kept_mass": {phase: counts.summary() for phase, counts in counters.mass.items()},
     }
 
 
-def total(layers: list[LayerCounters]) -> dict[str, Any]:
+def total(layers: Sequence[LayerCounters]) -> dict[str, Any]:
     """The counts of all layers together."""
-    sums = [math.fsum(column) for column in zip(*(layer.sums() for layer in layers), strict=True)]
-    mass = {phase: total_mass(layer.mass[phase] for layer in layers) for phase in PHASES}
-    return {**_ratios(sums), "kept_mass": mass}
+    mass = {phase: total_mass([layer.mass[phase] for layer in layers]) for phase in PHASES}
+    return {**_ratios(layers), "kept_mass": mass}
 
 
-def _ratios(sums: list[float]) -> dict[str, float | None]:
-    attended, visible, queries, tail_attended, tail_visible, tail_queries = sums
+def _ratios(layers: Sequence[LayerCounters]) -> dict[str, float | None]:
+    found = [sums.tolist() for layer in layers if len(sums := layer.keys.read())]
+    attended, visible, queries, *tail = map(math.fsum, zip(*found, strict=True)) if found else [0.0] * 6
     ratio = lambda a, b: a / b if b else None  # noqa: E731
     return {
         "attended_fraction": ratio(attended, visible),
         "mean_keys": ratio(attended, queries),
-        "tail_attended_fraction": ratio(tail_attended, tail_visible),
-        "tail_mean_keys": ratio(tail_attended, tail_queries),
+        "tail_attended_fraction": ratio(tail[0], tail[1]),
+        "tail_mean_keys": ratio(tail[0], tail[2]),
     }
+
+
+class PatchStats(dict[str, Any]):
+    """The dictionary of ``nc_stats``; ``print`` shows a line for the model and one for each layer.
+
+    A kept mass that is estimated, and not certain, has ``~`` before it.
+    """
+
+    def __str__(self) -> str:
+        every = _row("all", sum(layer["calls"] for layer in self["layers"]), self, {})
+        rows = [_row(layer["layer"], layer["calls"], layer, layer["dense_calls"]) for layer in self["layers"]]
+        # Columns in which nothing was counted say nothing.
+        columns = [found for found in zip(_COLUMNS, every, *rows, strict=True) if any(t.strip("-") for t in found[1:])]
+        widths = [0 if column[0] == _COLUMNS[-1] else max(map(len, column)) for column in columns]
+        lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in zip(*columns, strict=True)]
+        lines += [f"left dense: {part['kind']} ({len(part['names'])}): {part['reason']}" for part in self["left_dense"]]
+        return "\n".join(lines)
+
+
+def _row(name: Any, calls: int, counts: dict[str, Any], dense_calls: dict[str, int]) -> tuple[str, ...]:
+    keys, share = counts["mean_keys"], counts["attended_fraction"]
+    masses = (counts["kept_mass"][phase] for phase in PHASES)
+    return (
+        *(str(name), str(calls), "-" if keys is None else f"{keys:,.1f}"),
+        "-" if share is None else f"{100 * share:.1f} %",
+        *("-" if mass is None else f"{'' if mass['certified'] else '~'}{mass['mean']:.4f}" for mass in masses),
+        "; ".join(f"{count} of them: {reason}" for reason, count in dense_calls.items()),
+    )
+
+
+def _on_one_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors on the device of the last: a model may have been moved while it was counted, or be in replicas."""
+    return [tensor.to(tensors[-1].device) for tensor in tensors]

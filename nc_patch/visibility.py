@@ -56,14 +56,16 @@ class Visibility(NamedTuple):
                 "the 2-D padding mask [batch, positions]"
             )
         order = None if rows.shape[1] == query_length else rows[:, query_length:, :3].flatten(1)[:, :key_length]
-        return cls(rows[:, :query_length, :2], rows[:, :query_length, 2], order)
+        # Contiguous, as kernels take them: once for all layers of a forward pass.
+        return cls(rows[:, :query_length, :2].contiguous(), rows[:, :query_length, 2].contiguous(), order)
 
     def expand(self, batch: int) -> "Visibility":
         """The same for every sequence of a batch, where it was given for one."""
         if self.visible.shape[0] == batch:
             return self
         order = None if self.order is None else self.order.expand(batch, -1)
-        return Visibility(self.visible.expand(batch, -1, -1), self.origin.expand(batch, -1), order)
+        visible, origin = self.visible.expand(batch, -1, -1), self.origin.expand(batch, -1)
+        return Visibility(visible.contiguous(), origin.contiguous(), order)
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keys or values ``[B, H, Lk, D]`` in the order in which intervals count."""

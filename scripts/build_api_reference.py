@@ -19,7 +19,7 @@ COMMAND = "python scripts/build_api_reference.py"
 # What examples and documentation import. A package counts with its __all__, a module with its public names.
 MODULES = (
     "nc_patch",
-    "nc_patch.config",
+    "nc_patch.selections",
     "nc_patch.budget",
     "nc_patch.cli",
     "eval_tasks.models",
@@ -159,6 +159,9 @@ def signature(entry: Public) -> str:
     if isinstance(node, ast.ClassDef):
         initial = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         parameters = _fields(node) if initial is None else _parameters(initial)[1:]
+        if initial is not None and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+            # It takes its fields, and others by keyword.
+            parameters = _fields(node) + [each for each in parameters if each.startswith("**")]
         if any(ast.unparse(base).endswith("Error") for base in node.bases):
             return f"class {name}({ast.unparse(node.bases[0])})"
         return _call(f"class {name}", parameters, "")

@@ -26,7 +26,7 @@ from nc_patch.common import check_directory
 
 def block(**options: Any) -> NCConfig:
     """Block attention at the budget that is measured throughout."""
-    return NCConfig.create(4.0, 0.6, selection="block", **options)
+    return NCConfig(4.0, 0.6, selection="block", **options)
 
 
 METHODS: dict[str, NCConfig | None] = {
@@ -36,14 +36,12 @@ METHODS: dict[str, NCConfig | None] = {
     "keys 64": block(block_size=64),
     "keys 16, queries 128": block(block_size=16, query_block_size=128),
     "keys 16, stride 8": block(block_size=16, sample_stride=8),
-    "keys 16, antidiagonal": block(block_size=16, estimator="antidiagonal"),
-    "keys 16, pooled": block(block_size=16, estimator="pooled"),
     "keys 16, min_mass 0.9": block(block_size=16, min_mass=0.9),
     "min_mass 0.9": block(min_mass=0.9),
     "keys 16, stride 8, min_mass 0.9": block(block_size=16, sample_stride=8, min_mass=0.9),
     "keys 16, min_mass 0.95": block(block_size=16, min_mass=0.95),
-    "window, 4 sinks": NCConfig.create(4.0, 0.6, selection="window", sink_keys=4),
-    "topk": NCConfig.create(4.0, 0.6, selection="topk"),
+    "window, 4 sinks": NCConfig(4.0, 0.6, selection="window", sink_keys=4),
+    "topk": NCConfig(4.0, 0.6, selection="topk"),
 }
 
 

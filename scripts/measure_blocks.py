@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from operations import torch_topk_attention
 
 from eval_tasks.capture import Captured, capture, token_ids
 from eval_tasks.models import load_model
@@ -25,6 +26,7 @@ from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch.budget import row_budgets
 from nc_patch.common import check_directory
+from nc_patch.ops.problem import Problem
 from nc_patch.ops.rows import Buffers
 from nc_patch.selections.block.blocks import (
     BlockChoice,
@@ -36,9 +38,8 @@ from nc_patch.selections.block.blocks import (
     query_block_table,
     sampled_rows,
 )
-from nc_patch.selections.block.estimators import ESTIMATORS, Chunk, RowMass
 from nc_patch.selections.block.torch_attend import attend_blocks
-from nc_patch.selections.topk.torch import torch_topk_attention
+from nc_patch.selections.block.torch_choose import block_shares
 
 LAYERS = (0, 1, 3, 6, 10, 14, 18, 22, 26, 29)
 ALPHAS, EXPONENT = (1.0, 2.0, 4.0, 8.0), 0.6
@@ -62,7 +63,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to choose: how blocks are cut and scored, and how the scores of rows and heads make a block's weight."""
+    """A way to choose: how blocks are cut, how many rows are scored, and how their scores make a block's weight."""
 
     name: str
     settings: BlockSettings
@@ -71,19 +72,14 @@ class Way:
 
     def cost(self) -> float:
         """Multiplications to choose by, relative to the scores of every row against every key."""
-        if self.settings.estimator == "pooled":
-            return 1.0 / (self.settings.query_block_size * self.settings.block_size)
         return 1.0 / self.settings.sample_stride
 
 
 def ways() -> list[Way]:
-    """What is compared: estimators at several costs, sizes of blocks, and what makes a weight."""
+    """What is compared: rows scored at several costs, sizes of blocks, and what makes a weight."""
     found = [Way("every row", replace(BASE, sample_stride=1))]
     for stride in (4, 8, 16, 32, 64):
         found.append(Way("sampled rows", replace(BASE, sample_stride=stride)))
-    for stride in (4, 8, 16, 32):
-        found.append(Way("antidiagonal sums", replace(BASE, sample_stride=stride, estimator="antidiagonal")))
-    found.append(Way("means", replace(BASE, estimator="pooled")))
     for query_block_size in (64, 128):
         for block_size in (16, 32, 64, 128):
             settings = replace(BASE, query_block_size=query_block_size, block_size=block_size)
@@ -120,29 +116,23 @@ def rows_of(captured: Captured, length: int) -> Rows:
     return Rows(query, key, value, scale, visible, output, torch.logsumexp(scores, -1))
 
 
-def chosen(rows: Rows, way: Way, budget: torch.Tensor, table: QueryBlocks, key: torch.Tensor) -> BlockChoice:
-    """The blocks that the rows' query blocks choose; ``key`` is that of every query head where they choose apart."""
-    settings, size = way.settings, way.settings.block_size
+def chosen(problem: Problem, rows: Rows, way: Way, table: QueryBlocks) -> BlockChoice:
+    """The blocks that query blocks choose; the problem has a key of every query head where they choose apart."""
+    settings, size, key = way.settings, way.settings.block_size, problem.key
     Hkv, n = key.shape[1], table.first.shape[0]
     origin = rows.visible[..., 0]
     blocks = -(-key.shape[2] // size)
-    chunk = Chunk(
-        rows.query[0],
-        torch.nn.functional.pad(key[0], (0, 0, 0, blocks * size - key.shape[2])),
-        rows.visible[0],
-        rows.visible[0, :, 1] - 1,
-        block_of_rows(table, 1, RUN)[0],
-        sampled_rows(table, rows.visible, origin, settings.sample_stride)[0],
-        n,
-    )
+    sampled = sampled_rows(table, rows.visible, origin, settings.sample_stride)[0].nonzero()[:, 0]
+    padded = torch.nn.functional.pad(key[0], (0, 0, 0, blocks * size - key.shape[2]))
+    query, seen = rows.query[0, :, sampled], rows.visible[0, sampled]
     if way.weigh == "by the norm of values":
-        found = by_norm(chunk, rows, settings)
+        shares = by_norm(query, padded, seen, rows, size)
     else:
-        found = ESTIMATORS[settings.estimator](chunk, settings, rows.scale, 0.0, Buffers(0, key.device))
-    # Every query block has as many scored rows as the others.
-    shares = found.mass[:, found.owner.argsort(stable=True)].view(Hkv, -1, n, found.owner.shape[0] // n, blocks)
+        shares = block_shares(problem, query, padded, seen, size, Buffers(0, key.device))
+    # Query blocks follow each other, and every one has as many sampled rows as the others.
+    shares = shares.view(Hkv, -1, n, sampled.shape[0] // n, blocks)
     weight = WEIGHTS[way.weigh](shares.permute(2, 0, 1, 3, 4))
-    counts = law_counts(table, block_of_rows(table, 1, RUN), budget, Hkv, size)
+    counts = law_counts(problem, table, block_of_rows(table, 1, RUN), size)
     lowest, diagonal, highest = always_attended(table, rows.visible, size)
     block = torch.arange(blocks)
     forced = (block == lowest[:, None]) | ((block >= diagonal[:, None]) & (block <= highest[:, None]))
@@ -153,15 +143,14 @@ def chosen(rows: Rows, way: Way, budget: torch.Tensor, table: QueryBlocks, key: 
     return BlockChoice(torch.where(order < blocks, order, -1).int(), counts)
 
 
-def by_norm(chunk: Chunk, rows: Rows, settings: BlockSettings) -> RowMass:
-    """The true shares of the sampled rows, each key's weighed by the norm of its value."""
-    taken = chunk.sampled.nonzero()[:, 0]
-    group = chunk.query.shape[0] // chunk.key.shape[0]
-    scores = rows.scale * chunk.query[:, taken] @ chunk.key.repeat_interleave(group, 0).mT
-    scores.masked_fill_(torch.arange(chunk.key.shape[1]) >= chunk.seen[taken, 1:], -torch.inf)
-    norm = torch.nn.functional.pad(rows.value[0].norm(dim=-1), (0, chunk.key.shape[1] - rows.value.shape[2]))
+def by_norm(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, rows: Rows, block_size: int) -> torch.Tensor:
+    """As ``block_shares``, with each key's share weighed by the norm of its value."""
+    group = query.shape[0] // key.shape[0]
+    scores = rows.scale * query @ key.repeat_interleave(group, 0).mT
+    scores.masked_fill_(torch.arange(key.shape[1]) >= seen[:, 1:], -torch.inf)
+    norm = torch.nn.functional.pad(rows.value[0].norm(dim=-1), (0, key.shape[1] - rows.value.shape[2]))
     weights = torch.softmax(scores, -1) * norm.repeat_interleave(group, 0)[:, None]
-    return RowMass(weights.unflatten(-1, (-1, settings.block_size)).sum(-1), chunk.owner[taken])
+    return weights.unflatten(-1, (-1, block_size)).sum(-1)
 
 
 def loss(rows: Rows, way: Way, alpha: float) -> tuple[float, float, float]:
@@ -170,23 +159,19 @@ def loss(rows: Rows, way: Way, alpha: float) -> tuple[float, float, float]:
     key, value = rows.key, rows.value
     if way.per_head:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    budget = row_budgets(rows.visible, rows.key.shape[2], ((alpha, EXPONENT),), 1, "power")
+    budget = row_budgets(rows.visible, rows.key.shape[2], [alpha], [EXPONENT], 1)
     table = query_block_table(rows.visible, rows.visible[..., 0], way.settings.query_block_size)
-    choice = chosen(rows, way, budget, table, key)
-    result = attend_blocks(
-        *(rows.query, key, value, rows.visible, None, table, choice),
-        scale=rows.scale,
-        softcap=0.0,
-        block_size=way.settings.block_size,
-        want_lse=True,
-    )
+    tensors = (rows.query, key, value, rows.visible, rows.visible[..., 0], budget)
+    problem = Problem(*tensors, scale=rows.scale, stats=True)
+    choice = chosen(problem, rows, way, table)
+    result = attend_blocks(problem, table, choice, way.settings.block_size)
     kept = torch.exp(result.lse - rows.dense_lse).mean()
     return error(result.output, rows), float(kept), float(result.attended.float().mean())
 
 
 def topk_loss(rows: Rows, alpha: float) -> tuple[float, float, float]:
     """The same of exact token-level top-k."""
-    budget = row_budgets(rows.visible, rows.key.shape[2], ((alpha, EXPONENT),), 1, "power")
+    budget = row_budgets(rows.visible, rows.key.shape[2], [alpha], [EXPONENT], 1)
     output, _, kept = torch_topk_attention(
         *(rows.query, rows.key, rows.value, rows.visible, budget, None),
         scale=rows.scale,
@@ -226,7 +211,7 @@ def describe(way: Way) -> dict[str, Any]:
         "cost": way.cost(),
         "query_block_size": settings.query_block_size,
         "block_size": settings.block_size,
-        "sample_stride": None if settings.estimator == "pooled" else settings.sample_stride,
+        "sample_stride": settings.sample_stride,
     }
 
 

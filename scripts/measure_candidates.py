@@ -18,9 +18,10 @@ import torch
 
 from eval_tasks.provenance import commit, hardware, versions
 from nc_patch.bench.inputs import GEOMETRIES, make_inputs
+from nc_patch.budget import budget_of
 from nc_patch.common import check_directory
 from nc_patch.selections.topk.codes import channel_moments, encode_keys, unpack_codes
-from nc_patch.selections.topk.decode import plan_for
+from nc_patch.selections.topk.plan import Sizes, plan_for
 
 _KEYS_AT_ONCE = 1 << 16
 
@@ -37,7 +38,7 @@ def measure(n: int, alpha: float, C: float, seed: int) -> dict[str, float]:
     geometry = dataclasses.replace(GEOMETRIES["llama3-8b"], heads=4, kv_heads=1)
     inputs = make_inputs(geometry, 1, n, torch.bfloat16, torch.device("cpu"), [], seed)
     query = inputs.query[0, :, 0].float()
-    budget = math.ceil(alpha * n**C)
+    budget = budget_of(n, alpha, C)
     center, spread = channel_moments(inputs.key, torch.zeros(1), torch.full((1,), n))
     weighted, at_center = query * spread[0], (query @ center[0, 0])[:, None]
     size = weighted.norm(dim=-1)[:, None]
@@ -52,7 +53,7 @@ def measure(n: int, alpha: float, C: float, seed: int) -> dict[str, float]:
         rough_reaches.append(weighted @ part.T * scale + at_center + size * coarse.float())
         exact.append(query @ key[0, 0].float().T)
     score, reach, rough_reach, truth = (torch.cat(t, -1) for t in (scores, reaches, rough_reaches, exact))
-    samples = plan_for(1, 8, 4, 1, n, 128, budget).samples
+    samples = plan_for(Sizes(1, 8, 4, 1, n, 128, 128), budget).samples
     at = n * (2 * torch.arange(samples) + 1) // (2 * samples)
     guess = guess_of(score[:, at], budget, n)
     chosen = torch.zeros_like(truth, dtype=torch.bool).scatter_(1, truth.topk(budget, -1).indices, True)

@@ -20,9 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval_tasks.provenance import commit, hardware, versions
 from nc_patch import NCConfig, nc_stats, patch_model
+from nc_patch.bench.prompts import PromptInputs
 from nc_patch.common import check_directory
-from nc_patch.functional import attend, budgets_of
-from nc_patch.ops.reference import causal_intervals
+from nc_patch.functional import attend
+from nc_patch.selections import Block
 
 # (name, phase, options of patch_model)
 WAYS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -105,25 +106,14 @@ def _time(model: LlamaForCausalLM, ids: torch.Tensor, phase: str) -> float:
 
 def _attention_alone(length: int, repeats: int) -> dict[str, float]:
     """What the audit of prefill by blocks adds to attention, as a ratio of processor times."""
-    query, key, value = (torch.randn(1, heads, length, 64) for heads in (9, 3, 3))
-    config = NCConfig.create(4.0, 0.6, selection="block")
-    visible = causal_intervals(1, length, length, query.device)
-    budget = budgets_of(config, 0, visible, length)
+    tensors = (torch.randn(1, heads, length, 64) for heads in (9, 3, 3))
+    problem = PromptInputs(*tensors).problem(NCConfig(4.0, 0.6))
     ratios, spent = [], []
     for repeat in range(repeats + 1):
         times = []
         for seed in (-1, repeat):
             begin = time.process_time()
-            attend(
-                *(query, key, value),
-                visible=visible,
-                origin=visible[..., 0],
-                budget=budget,
-                selection="block",
-                config=config,
-                scale=0.125,
-                audit_seed=seed,
-            )
+            attend(problem._replace(audit_seed=seed), Block(), "auto")
             times.append(time.process_time() - begin)
         if repeat:
             ratios.append(times[1] / times[0])

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 from measure_blocks import LAYERS
+from nc_patch.mass_counts import MassCounts
 
 from eval_tasks.capture import capture, token_ids
 from eval_tasks.models import load_model
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig
+from nc_patch.bench.prompts import PromptInputs
 from nc_patch.common import check_directory
-from nc_patch.functional import attend, budgets_of
-from nc_patch.mass_counts import MassCounts
-from nc_patch.ops.reference import causal_intervals
+from nc_patch.functional import attend
+from nc_patch.selections import Block
 from nc_patch.selections.block.audit import audited_rows
 
 
@@ -39,24 +40,20 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     loaded, text = load_model(arguments.model, "float32", "cpu"), load_text(arguments.text)
     captured = capture(loaded.model, token_ids(loaded.tokenizer, text, arguments.length), LAYERS)
-    config = NCConfig(4.0, 0.6, prefill="block")
     rows = []
     for layer, (query, key, value, _) in zip(LAYERS, captured, strict=True):
-        visible = causal_intervals(1, arguments.length, arguments.length, "cpu")
-        budget = budgets_of(config, 0, visible, arguments.length)
-        inputs = {"visible": visible, "origin": visible[..., 0], "budget": budget, "config": config}
-        inputs |= {"selection": "block", "scale": query.shape[-1] ** -0.5}
+        problem = PromptInputs(query, key, value).problem(NCConfig(4.0, 0.6))
         with torch.inference_mode():
-            exact = attend(query, key, value, want_stats=True, **inputs)
+            exact = attend(problem._replace(stats=True), Block(), "auto")
             seeds = range(arguments.audits)
-            audits = [attend(query, key, value, audit_seed=seed, **inputs).block_audit for seed in seeds]
+            audits = [attend(problem._replace(audit_seed=seed), Block(), "auto").audit for seed in seeds]
         found = []
         for audit in audits:
             counts = MassCounts()
             counts.add_audit(audit, None)
             found.append(counts.summary())
-        assert exact.block_estimate is not None
-        number, kept = exact.block_estimate.double()[:, :2].unbind(-1)
+        assert exact.estimate is not None
+        number, kept = exact.estimate.double()[:, :2].unbind(-1)
         by_head = exact.kept_mass.double().mean((0, 2))
         true = float(by_head.mean())
         lower, upper = (torch.tensor([one[f"{edge}_by_head"] for one in found]) for edge in ("lower", "upper"))

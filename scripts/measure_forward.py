@@ -27,9 +27,9 @@ METHODS: dict[str, NCConfig | None] = {
     "dense": None,
     "topk a=2 C=0.7": NCConfig(2.0, 0.7),
     "topk a=2 C=0.5": NCConfig(2.0, 0.5),
-    "window a=2 C=0.7": NCConfig.create(2.0, 0.7, selection="window"),
-    "window a=2 C=0.5": NCConfig.create(2.0, 0.5, selection="window"),
-    "block a=4 C=0.6": NCConfig.create(4.0, 0.6, selection="block"),
+    "window a=2 C=0.7": NCConfig(2.0, 0.7, selection="window"),
+    "window a=2 C=0.5": NCConfig(2.0, 0.5, selection="window"),
+    "block a=4 C=0.6": NCConfig(4.0, 0.6, selection="block"),
 }
 
 

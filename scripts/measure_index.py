@@ -26,7 +26,7 @@ from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.texts import load_text
 from nc_patch import KeyIndex, patched, sparse_attention
 from nc_patch.common import check_directory
-from nc_patch.ops.limits import MAX_DECODE_QUERIES
+from nc_patch.ops.problem import MAX_DECODE_QUERIES
 
 LAW = (4.0, 0.6)
 COMPARED = tuple(name for name in STATISTICS if name == "mean + var/2" or name.startswith("1 key apart: "))

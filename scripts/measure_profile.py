@@ -25,7 +25,7 @@ from eval_tasks.store import write_atomically
 from eval_tasks.tasks import tokenise
 from eval_tasks.texts import load_text
 from nc_patch import NCConfig, Profile, calibrate, nc_stats, patched
-from nc_patch.budget import budget_table
+from nc_patch.budget import budgets
 from nc_patch.common import check_directory
 
 DENSE = "dense"
@@ -38,7 +38,7 @@ def uniform_law(fraction: float, C: float, length: int) -> NCConfig:
     low, high = 1e-4, float(length)
     for _ in range(60):
         alpha = math.sqrt(low * high)
-        attended = int(budget_table(length, ((alpha, C),))[0, 1 : length + 1].sum())
+        attended = int(budgets(np.arange(1, length + 1), alpha, C).sum())
         low, high = (alpha, high) if attended < fraction * visible else (low, alpha)
     return NCConfig(high, C, tail="drop")
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", default="python-reference")
-    parser.add_argument("--calibration", type=Path, required=True, help="directory of the profile and its pieces")
+    parser.add_argument("--calibration", type=Path, required=True, help="directory of the profile")
     parser.add_argument("--calibrated", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--pieces", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048])
@@ -131,10 +131,8 @@ def main() -> None:
         profile = Profile.load(path)
     else:
         arguments.calibration.mkdir(parents=True, exist_ok=True)
-        profile = calibrate(
-            loaded.model, None, [ids[:half].tolist()], arguments.calibrated, pieces=arguments.pieces,
-            directory=arguments.calibration, name=arguments.model,
-        )  # fmt: skip
+        texts = [ids[:half].tolist()]
+        profile = calibrate(loaded.model, None, texts, arguments.calibrated, pieces=arguments.pieces)
         profile.save(path)
         print(f"Calibrated in {time.perf_counter() - begun:.0f} s.", flush=True)
     rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []

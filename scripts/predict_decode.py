@@ -21,18 +21,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 
 from eval_tasks.provenance import commit, versions
 from nc_patch.common import check_directory
-from nc_patch.selections.topk.decode import Plan, decode_constants, plan_for
+from nc_patch.selections.topk.plan import Plan, Sizes, plan_for
 
 # Llama-3-8B: one layer, batch 1.
 QUERY_HEADS, KV_HEADS, HEAD_DIM, ELEMENT = 32, 8, 128, 2
 GROUP, ROW = QUERY_HEADS // KV_HEADS, HEAD_DIM * ELEMENT
 MULTIPROCESSORS, REGISTERS, SHARED = 132, 65536, 227 * 1024
-_VARIANT, _TARGET = "bf16-d128-q1-refine", "sm_90"
+_VARIANT, _TARGET = "bf16-d128-q1", "sm_90"
 _RESULTS = Path("docs/results")
 # What a key's scale and its two residuals take. A sampled key's scale is a whole sector of memory.
 _NUMBERS, _SECTOR = 8, 32
@@ -82,12 +81,11 @@ def resident_programs(name: str) -> int:
 
 def kernels_of(n: int, plan: Plan, found: dict[str, float]) -> list[Kernel]:
     """The launches of a step over n keys; ``found`` are the means of candidates.json at this length."""
-    constants = decode_constants(plan, torch.bfloat16, HEAD_DIM, HEAD_DIM, True, False, False)
     half, budget = HEAD_DIM // 2, found["budget"]
     blocks = triton.cdiv(GROUP, plan.rows) * KV_HEADS
     listed, chosen = budget * found["listed_union"], budget * found["chosen_union"]
     reached = budget * found["reached_per_row"]
-    tile_of_halves = constants["scan"]["BLOCK_N"] * half
+    tile_of_halves = plan.keys * half
     low = found["low_halves_share"]
 
     def kernel(name: str, programs: int, bytes_moved: float, on_the_way: int, accesses: int, steps: int = 0) -> Kernel:
@@ -111,7 +109,7 @@ def kernels_of(n: int, plan: Plan, found: dict[str, float]) -> list[Kernel]:
             "score",
             blocks * plan.scorers,
             KV_HEADS * listed * (ROW + 2 * 4) + QUERY_HEADS * (listed * 4 + reached * 8),
-            constants["score"]["BLOCK_E"] * ROW,
+            plan.scored * ROW,
             6,
         ),
         kernel("choose", QUERY_HEADS, QUERY_HEADS * reached * 4, plan.held * 4, 2, _CHOOSE_STEPS),
@@ -119,10 +117,10 @@ def kernels_of(n: int, plan: Plan, found: dict[str, float]) -> list[Kernel]:
             "gather",
             blocks * plan.chunks,
             KV_HEADS * (chosen * ROW + listed * 4) + QUERY_HEADS * listed * 4 + parts,
-            2 * constants["gather"]["BLOCK_E"] * ROW,
+            2 * plan.gathered * ROW,
             3,
         ),
-        kernel("combine-fp16-s64-sinks-stats", QUERY_HEADS * 4, parts, plan.chunks * 32 * 4, 2),
+        kernel(f"combine-{_VARIANT}", QUERY_HEADS * 4, parts, plan.chunks * 32 * 4, 2),
         kernel("score_flagged", blocks * plan.splits, 0, 1, 1),
         kernel("choose_flagged", QUERY_HEADS, 0, 1, 1),
         kernel(f"codes_gather_flagged-{_VARIANT}-tail", blocks * plan.chunks, 0, 1, 1),
@@ -137,7 +135,7 @@ def dense_microseconds(n: int, assumed: argparse.Namespace) -> float:
 def predict(n: int, rows: list[dict[str, float]], assumed: argparse.Namespace) -> dict[str, Any]:
     """Counts and times at one length."""
     found = {name: statistics.mean(row[name] for row in rows) for name in rows[0] if name != "guess_holds"}
-    plan = plan_for(1, KV_HEADS, GROUP, 1, n, HEAD_DIM, int(found["budget"]))
+    plan = plan_for(Sizes(1, KV_HEADS, GROUP, 1, n, HEAD_DIM, HEAD_DIM), int(found["budget"]))
     kernels = kernels_of(n, plan, found)
     times = {kernel.name: kernel.microseconds(assumed) for kernel in kernels}
     total, dense = sum(times.values()), dense_microseconds(n, assumed)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from eval_tasks.provenance import commit, versions
-from nc_patch.budget import budget_table
+from nc_patch.budget import budgets
 from nc_patch.common import check_directory
 from nc_patch.selections.block.prefill import block_tiles, score_chunks
 
@@ -29,9 +29,9 @@ def counts(n: int, alpha: float, C: float, query_block: int, block: int, stride:
     tiles = block_tiles("sm_90", torch.bfloat16, HEAD_DIM, HEAD_DIM, block)
     ends = torch.arange(query_block, n + query_block, query_block).clamp(max=n)
     widths = (ends + block - 1) // block
-    budgets = budget_table(n, ((alpha, C),))[0].long()[ends]
+    keys_of = torch.from_numpy(budgets(ends.numpy(), alpha, C))
     always = 1 + (query_block + block - 1) // block
-    blocks = torch.minimum(torch.maximum((budgets + block - 1) // block, torch.tensor(always)), widths)
+    blocks = torch.minimum(torch.maximum((keys_of + block - 1) // block, torch.tensor(always)), widths)
     keys = blocks.double() * block
 
     slots = query_block // stride

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from operations import reference_attention
 
-from nc_patch.ops.reference import AttentionResult, causal_intervals, reference_attention
+from nc_patch.ops.problem import AttentionResult, causal_intervals
 
 
 @dataclass

@@ -104,7 +104,7 @@ def _sinks(rng: random.Random, arguments: Arguments) -> None:
 CHANGES: list[Callable[[random.Random, Arguments], None]] = [
     _option("alpha", "C"),
     _option("block_size", "query_block_size", "sample_stride", "max_factor"),
-    _option("selection", "backend", "tail", "estimator", "law", "refine", "return_kept_mass"),
+    _option("selection", "backend", "tail", "law", "return_kept_mass"),
     _option("scale", "softcap"),
     _option("sink_keys", "recent_keys", "min_keys"),
     _option("no_such_option"),
@@ -118,7 +118,7 @@ CHANGES: list[Callable[[random.Random, Arguments], None]] = [
     _sinks,
 ]
 # What stands for "the default" is nothing wrong.
-_FINE = ({"scale": None}, {"softcap": None}, {"return_kept_mass": None}, {"refine": True}, {"alpha": True})
+_FINE = ({"scale": None}, {"softcap": None}, {"return_kept_mass": None}, {"alpha": True})
 
 
 def check_refused(seed: int) -> str | None:

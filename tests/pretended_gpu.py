@@ -5,29 +5,28 @@
 with the error of the first launch that the GPU would refuse. What is computed means nothing.
 """
 
-import importlib
-import pkgutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
+from recorded_launches import on_architecture
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime.driver import driver
 
-import nc_patch
 from nc_patch.bench import command, decode, prefill
 from nc_patch.bench.cases import cases
 from nc_patch.bench.inputs import GEOMETRIES, DecodeInputs
 from nc_patch.bench.prefill_steps import step_seconds
 from nc_patch.bench.prompts import PromptInputs
-from nc_patch.selections.index import KIND_OF, KeyIndex
+from nc_patch.selections import selection_class
+from nc_patch.selections.index import KeyIndex
 
 # An H100 or H200: shared memory and threads of a program, and the largest grid along each axis.
 _ARCHITECTURE, _SHARED, _THREADS = 90, 227 * 1024, 1024
@@ -68,25 +67,12 @@ def pretended_gpu() -> Iterator[list[Launch]]:
         get_current_device=lambda: 0,
         get_current_stream=lambda _: 0,
     )
-    for module in pkgutil.walk_packages(nc_patch.__path__, "nc_patch."):
-        if ".bench" not in module.name and not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(driver, "_active", pretended))
-        stack.enter_context(mock.patch.object(compiler, "max_shared_mem", return_value=_SHARED))
-        _replace(stack, "triton_problem", lambda device: None)
-        _replace(stack, "architecture_of", lambda device: f"sm_{_ARCHITECTURE}")
+    with (
+        mock.patch.object(driver, "_active", pretended),
+        mock.patch.object(compiler, "max_shared_mem", return_value=_SHARED),
+        on_architecture(f"sm_{_ARCHITECTURE}"),
+    ):
         yield launches
-
-
-def _replace(stack: ExitStack, function: str, stand_in: Any) -> None:
-    """Puts ``stand_in`` in the place of a function of ``nc_patch``, in every module that has it."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("nc_patch")]
-    having = [module for module in modules if hasattr(module, function)]
-    if not having:
-        raise LookupError(f"nc_patch has no function {function} any more; name here what asks for the device")
-    for module in having:
-        stack.enter_context(mock.patch.object(module, function, stand_in))
 
 
 def call_benchmark(arguments: Sequence[str]) -> None:
@@ -107,14 +93,15 @@ def call_benchmark(arguments: Sequence[str]) -> None:
         if benchmark is prefill.PREFILL:
             inputs = PromptInputs(empty(geometry.heads, n), key, value)
             for selection in settings.selections:
-                prefill.sparse_step(inputs, selection, settings.config)(0)
+                prefill.sparse_step(inputs, settings.config(selection))(0)
             step_seconds(inputs, settings, deadline=0.0)
             continue
         end = torch.full((case.batch,), n, dtype=torch.int32)
         for selection in settings.selections:
-            index = {selection: KeyIndex.build(key, KIND_OF[selection])} if selection in KIND_OF else {}
+            kind = selection_class(selection).index_kind
+            index = {selection: KeyIndex.build(key, kind)} if kind else {}
             one = DecodeInputs(empty(geometry.heads, 1), key, value, end, index)
-            decode.sparse_step([one], selection, settings.config)(0)
+            decode.sparse_step([one], settings.config(selection))(0)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import Profile, calibrate
-from nc_patch.curves import key_grid
-from nc_patch.profile import Fit
+from nc_patch.calibration.fit import Fit
+from nc_patch.calibration.measure import Plan
 
 LENGTHS = (128, 256, 512, 1024)
 
@@ -18,7 +18,7 @@ def made_up_profile(layers: int = 3, heads: int = 4, windows: Sequence[int] = (0
     generator = np.random.default_rng(seed)
     C = np.linspace(0.1, 0.9, layers * heads).reshape(layers, heads)
     scale = np.exp(generator.uniform(0.5, 2.0, (layers, heads)))
-    keys = np.array(key_grid(LENGTHS[-1]), dtype=float)
+    keys = np.array(Plan(LENGTHS, 1, (0.05, 0.2)).keys, dtype=float)
     visible = np.array([[min(n, window or n) for window in windows] for n in LENGTHS], dtype=float)
     needed = scale * visible[..., None] ** C
     error = np.exp(-keys / needed[..., None])
@@ -57,4 +57,4 @@ def made_up_profile(layers: int = 3, heads: int = 4, windows: Sequence[int] = (0
 def measured_profile() -> Profile:
     """The profile of the tiny Llama, of two pieces of random tokens."""
     text = random_ids(800).tolist()
-    return calibrate(tiny_model("llama"), None, [text], (32, 64, 128, 256), pieces=2, rows=6, progress=False)
+    return calibrate(tiny_model("llama"), None, [text], (32, 64, 128, 256), pieces=2, rows=6)

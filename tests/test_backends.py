@@ -9,6 +9,7 @@ from nc_patch import sparse_attention
 from nc_patch.common import say_once
 from nc_patch.ops import backends
 from nc_patch.ops.backends import choose_backend, triton_problem
+from nc_patch.selections import Block, Dense, TopK, Window
 
 CUDA = torch.device("cuda", 0)
 
@@ -25,11 +26,13 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: st
     monkeypatch.setattr(torch.version, "hip", hip)
 
 
-@pytest.mark.parametrize("selection", ["topk", "window", "block", "dense", "codes", "pages", "means"])
+@pytest.mark.parametrize("selection", [Block(), Dense(), TopK(), TopK(tail="drop"), Window()], ids=repr)
 def test_a_gpu_runs_every_selection_on_triton(selection, ampere):
-    assert choose_backend("auto", selection, CUDA, head_dims=(128, 256)) == ("triton", None)
-    assert choose_backend("triton", selection, CUDA, head_dims=(128, 256)) == ("triton", None)
-    assert choose_backend("torch", selection, CUDA, head_dims=(128, 256)) == ("torch", None)
+    for phase in ("prefill", "decode") if selection.index_kind else ("prefill",):
+        call = {"device": CUDA, "head_dims": (128, 256), "implemented": selection.backends(phase)}
+        assert choose_backend("auto", **call) == ("triton", None)
+        assert choose_backend("triton", **call) == ("triton", None)
+        assert choose_backend("torch", **call) == ("torch", None)
 
 
 @pytest.mark.parametrize(
@@ -37,14 +40,12 @@ def test_a_gpu_runs_every_selection_on_triton(selection, ampere):
     [
         ({"head_dims": (512, 512)}, "takes a head_dim of at most 256, got 512"),
         ({"head_dims": (192, 288)}, "takes a head_dim of at most 256, got 192 and 288"),
-        ({"estimator": "pooled"}, 'scores blocks by estimator="sampled" alone, got "pooled"'),
-        ({"estimator": "antidiagonal"}, 'scores blocks by estimator="sampled" alone, got "antidiagonal"'),
         ({"needs_grad": True}, "has no gradient"),
-        ({"selection": "other"}, 'has no kernel for selection "other"; it has block, codes'),
+        ({"implemented": ("torch",)}, "has no kernel for it"),
     ],
 )
 def test_what_triton_cannot_run_runs_in_pytorch_and_by_name_is_refused(call, reason, ampere):
-    call = {"selection": "block", "device": CUDA, "head_dims": (64, 64), **call}
+    call = {"device": CUDA, "head_dims": (64, 64), **call}
     backend, said = choose_backend("auto", **call)
     assert backend == "torch"
     assert said.startswith(f"Triton {reason}")
@@ -52,18 +53,13 @@ def test_what_triton_cannot_run_runs_in_pytorch_and_by_name_is_refused(call, rea
         choose_backend("triton", **call)
 
 
-def test_an_estimator_of_blocks_matters_to_blocks_alone(ampere):
-    for selection in ("topk", "pages", "codes"):
-        assert choose_backend("auto", selection, CUDA, head_dims=(64,), estimator="pooled") == ("triton", None)
-
-
 @pytest.mark.parametrize("capability", [(6, 0), (7, 0), (7, 5)])
 def test_gpus_before_ampere_run_pytorch_and_say_so(capability, monkeypatch):
     gpu_of(monkeypatch, capability)
     reason = "needs a GPU of compute capability 8.0 or higher, and cuda:0 has " + ".".join(map(str, capability))
-    assert choose_backend("auto", "topk", CUDA, head_dims=(64,)) == ("torch", f"Triton {reason}")
+    assert choose_backend("auto", CUDA, head_dims=(64,)) == ("torch", f"Triton {reason}")
     with pytest.raises(RuntimeError, match=reason):
-        choose_backend("triton", "topk", CUDA, head_dims=(64,))
+        choose_backend("triton", CUDA, head_dims=(64,))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
@@ -80,14 +76,14 @@ def test_amd_counts_capabilities_otherwise(monkeypatch):
 def test_a_cpu_runs_pytorch_without_a_word(monkeypatch):
     monkeypatch.setattr(backends, "_triton_interprets", lambda: False)
     device = torch.device("cpu")
-    assert choose_backend("auto", "topk", device, head_dims=(512, 512)) == ("torch", None)
+    assert choose_backend("auto", device, head_dims=(512, 512)) == ("torch", None)
     with pytest.raises(RuntimeError, match="needs a GPU, and the tensors are on cpu"):
-        choose_backend("triton", "topk", device, head_dims=(64,))
+        choose_backend("triton", device, head_dims=(64,))
 
 
 def test_the_interpreter_is_chosen_by_the_call_too(monkeypatch):
     monkeypatch.setattr(backends, "_triton_interprets", lambda: True)
-    backend, reason = choose_backend("auto", "topk", torch.device("cpu"), head_dims=(512, 512))
+    backend, reason = choose_backend("auto", torch.device("cpu"), head_dims=(512, 512))
     assert backend == "torch"
     assert reason == "Triton takes a head_dim of at most 256, got 512"
 
@@ -96,7 +92,7 @@ def test_the_interpreter_is_chosen_by_the_call_too(monkeypatch):
     ("settings", "head_dim", "reason"),
     [
         ({"selection": "topk"}, 512, "takes a head_dim of at most 256, got 512"),
-        ({"selection": "block", "estimator": "antidiagonal"}, 16, "estimator="),
+        ({"selection": "block"}, 288, "takes a head_dim of at most 256, got 288"),
     ],
 )
 def test_a_call_that_triton_cannot_run_equals_pytorch_and_says_so_once(settings, head_dim, reason, monkeypatch, caplog):

@@ -12,6 +12,8 @@ import torch
 from nc_patch.bench import checks, command, decode, dense_rivals, inputs, report, timing, traffic
 from nc_patch.bench.inputs import GEOMETRIES
 from nc_patch.cli import main
+from nc_patch.config import NCConfig
+from nc_patch.selections import Block, TopK, Window
 
 CPU = torch.device("cpu")
 TINY = inputs.Geometry(4, 2, 16, 64, 96, 2)
@@ -63,15 +65,16 @@ def test_topk_decodes_with_the_tail_of_the_default_from_means_that_are_kept(tmp_
     plain, kinds = decode.sparse_attention, []
 
     def attend(*arguments, index, means, **options):
-        kinds.append((options["selection"], options["tail"], index and index.kind, means and means.kind))
+        selection = options["selection"]
+        kinds.append((selection.name, selection.uses_means, index and index.kind, means and means.kind))
         return plain(*arguments, index=index, means=means, **options)
 
     monkeypatch.setattr(decode, "sparse_attention", attend)
     assert bench(tmp_path) == 0
     assert set(kinds) == {
-        ("topk", "mean", "codes", "means"),
-        ("block", "mean", "pages", None),
-        ("window", "mean", None, None),
+        ("topk", True, "codes", "means"),
+        ("block", False, "pages", None),
+        ("window", False, None, None),
     }
 
 
@@ -257,14 +260,14 @@ def test_bytes_follow_from_shapes():
     ends = 2 * 3 * 8 * 64 * 2
     row = 64 * 2
     assert traffic.dense_bytes(geometry, 3, 1000, 2) == 3 * 2 * 1000 * 2 * row + ends
-    assert traffic.sparse_bytes("window", geometry, 3, 1000, 100, 2, 32, "mean") == 3 * 2 * 100 * 2 * row + ends
+    assert traffic.sparse_bytes(Window(), geometry, 3, 1000, 100, 2) == 3 * 2 * 100 * 2 * row + ends
     pages = 32 * (3 * 64 + 12) + 128 * 2 * row + row + (3 * 64 + 12) // 32
-    assert traffic.sparse_bytes("block", geometry, 3, 1000, 100, 2, 32, "mean") == 3 * 2 * pages + ends
+    assert traffic.sparse_bytes(Block(), geometry, 3, 1000, 100, 2) == 3 * 2 * pages + ends
     codes = 1000 * (32 + 8) + 4 * 100 * (32 + 2 * row) + row + 72
-    assert traffic.sparse_bytes("topk", geometry, 3, 1000, 100, 2, 32, "drop") == 3 * 2 * codes + ends
+    assert traffic.sparse_bytes(TopK(tail="drop"), geometry, 3, 1000, 100, 2) == 3 * 2 * codes + ends
     means = 63 * 2 * row + 2 * row + 2 * row // 16
-    assert traffic.sparse_bytes("topk", geometry, 3, 1000, 100, 2, 32, "mean") == 3 * 2 * (codes + means) + ends
-    many = traffic.sparse_bytes("topk", geometry, 1, 1000, 900, 2, 32, "drop")
+    assert traffic.sparse_bytes(TopK(), geometry, 3, 1000, 100, 2) == 3 * 2 * (codes + means) + ends
+    many = traffic.sparse_bytes(TopK(tail="drop"), geometry, 1, 1000, 900, 2)
     assert many < traffic.dense_bytes(geometry, 1, 2000, 2)
 
 
@@ -341,5 +344,5 @@ def test_rivals_of_other_packages_are_called_with_their_layouts(name, monkeypatc
     sets = [inputs.make_inputs(TINY, 2, 128, torch.float32, CPU, [], seed) for seed in (0, 1)]
     step = dense_rivals.rivals(torch.device("cuda"))[name](sets)
     for i in (0, 1):
-        right = checks.expected_output(sets[i], "dense", decode.NCConfig(4.0, 0.6))
+        right = checks.expected_output(sets[i], NCConfig(4.0, 0.6, selection="dense"))
         assert checks.compare(step(i), right, "dense")["right"]

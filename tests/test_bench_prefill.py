@@ -19,8 +19,8 @@ from nc_patch.bench.dense_rivals import Absent
 from nc_patch.bench.inputs import GEOMETRIES, Geometry
 from nc_patch.cli import main
 from nc_patch.config import NCConfig
-from nc_patch.functional import budgets_of, sparse_attention
-from nc_patch.ops.reference import causal_intervals
+from nc_patch.functional import sparse_attention
+from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections.block.blocks import query_block_table, sampled_rows
 
 CPU = torch.device("cpu")
@@ -89,11 +89,11 @@ def test_beyond_the_reference_rows_are_compared_with_the_pytorch_backend_and_den
 
 @pytest.mark.parametrize("selection", ["block", "topk", "window", "dense"])
 def test_all_ways_to_what_is_right_agree(selection, monkeypatch):
-    inputs, config = prompt(), NCConfig.create(2.0, 0.6, min_mass=0.8, tail="drop")
+    inputs, config = prompt(), NCConfig(2.0, 0.6, selection=selection, min_mass=0.8, tail="drop")
     rows = prefill_checks.checked_rows(200, 64)
-    reference = prefill_checks.expected_rows(inputs, selection, config, rows)
+    reference = prefill_checks.expected_rows(inputs, config, rows)
     monkeypatch.setattr(prefill_checks, "REFERENCE_SCORES", 0)
-    other = prefill_checks.expected_rows(inputs, selection, config, rows)
+    other = prefill_checks.expected_rows(inputs, config, rows)
     assert other.against != reference.against
     assert (other.output - reference.output).norm() < 1e-5 * reference.output.norm()
     assert other.attended == pytest.approx(reference.attended)
@@ -144,8 +144,8 @@ def test_options_reach_the_attention(tmp_path):
     assert enlarged["enlarged"] > 0
     assert enlarged["kept_mass"] > plain["kept_mass"]
     assert enlarged["step_flops"]["score"] > 1.5 * plain["step_flops"]["score"]
-    config = read(tmp_path / "more")["settings"]["config"]
-    assert (config["block_size"], config["query_block_size"], config["sample_stride"]) == (16, 128, 8)
+    (options,) = read(tmp_path / "more")["settings"]["options"]
+    assert (options["size"], options["query_block_size"], options["sample_stride"]) == (16, 128, 8)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_what_block_attends_is_counted_from_its_choice(tmp_path):
                               return_stats=True)  # fmt: skip
     assert row["attended"] == pytest.approx(float(result.attended.double().mean()))
     assert row["step_flops"]["attend"] == 4 * 16 * int(result.attended.sum())
-    budget = budgets_of(NCConfig.create(2.0, 0.6), 0, causal_intervals(1, 200, 200, "cpu"), 200)
+    budget = NCConfig(2.0, 0.6).row_budgets(causal_intervals(1, 200, 200, "cpu"), 200, 0)
     assert window["flops"] == 4 * 16 * 4 * int(budget.sum())
 
 
@@ -310,7 +310,7 @@ def test_methods_that_were_slow_are_left_out_of_long_cases(kind, before, wanted,
 
 
 def test_a_case_that_cannot_end_in_time_does_not_begin():
-    settings = cases.Settings(CPU, torch.float32, ("tiny",), (1,), (100, 1000), (), NCConfig(1.0), 1)
+    settings = cases.Settings(CPU, torch.float32, ("tiny",), (1,), (100, 1000), (), 1.0, 0.0, 1)
     seen = []
 
     def measure(case, *_):
@@ -337,8 +337,8 @@ def test_prompts_are_the_same_for_a_seed_and_others_for_another():
 def test_prompts_are_local_have_sinks_and_seek_few_of_the_other_keys():
     n, geometry = 4096, Geometry(6, 2, 64, 0, 0, 0)
     one = prompts.make_prompt(geometry, 1, n, torch.float32, CPU, 0)
-    config = NCConfig.create(4.0, 0.6)
-    budgets = budgets_of(config, 0, causal_intervals(1, n, n, "cpu"), n)[0, 0]
+    config = NCConfig(4.0, 0.6)
+    budgets = config.row_budgets(causal_intervals(1, n, n, "cpu"), n, 0)[0, 0]
     found = prompts.prompt_concentration(one, budgets)
     assert 0.9 < found["best_keys_mass"] < 0.99
     assert 0.15 < found["sink_mass"] < 0.6

@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
+from operations import problem_of
 from test_torch_block import peaked
 
 from nc_patch import NCConfig
-from nc_patch.functional import attend, budgets_of
-from nc_patch.mass_counts import MassCounts, _t_quantile
-from nc_patch.ops.reference import AttentionResult, causal_intervals
+from nc_patch.functional import attend
+from nc_patch.ops.problem import AttentionResult, causal_intervals
 from nc_patch.selections.block.audit import AUDIT_COLUMNS, audited_rows
+from nc_patch.stats import MassCounts, _t_quantile
 
 N = 600
 
@@ -33,17 +34,14 @@ def attended(tensors, kind: str, seed: int, **options) -> AttentionResult:
     query, key, value = tensors
     visible, origin = intervals(kind)
     config = NCConfig(4.0, 0.5, prefill="block", block_size=16, **options)
-    return attend(
-        *(query, key, value),
-        visible=visible,
-        origin=origin,
-        budget=budgets_of(config, 0, visible, N),
-        selection="block",
-        config=config,
+    problem = problem_of(
+        *(query, key, value, visible, config.row_budgets(visible, N, 0)),
         scale=0.25,
-        want_stats=True,
+        origin=origin,
+        stats=True,
         audit_seed=seed,
     )
+    return attend(problem, config.prefill, "torch")
 
 
 def truth(result: AttentionResult, kind: str) -> torch.Tensor:
@@ -61,7 +59,6 @@ def truth(result: AttentionResult, kind: str) -> torch.Tensor:
         ("padded", {"min_mass": 0.7}),
         ("packed", {"query_block_size": 128, "sample_stride": 64}),
         ("sliding", {}),
-        ("plain", {"estimator": "pooled"}),
     ],
     ids=str,
 )
@@ -69,18 +66,18 @@ def test_the_audit_is_unbiased_where_the_rows_that_chose_are_not(kind, options):
     tensors = peaked(11, 2, N)
     results = [attended(tensors, kind, seed, **options) for seed in range(60)]
     true = truth(results[0], kind)
-    rows, kept, variance, freedom, audited = torch.stack([r.block_audit.double() for r in results]).unbind(-1)
+    rows, kept, variance, freedom, audited = torch.stack([r.audit.double() for r in results]).unbind(-1)
     means, errors = kept / rows, variance.sqrt() / rows
-    assert bool((audited == 2 * audited_rows(N)).all())
-    assert bool((freedom == audited - 2).all())
+    assert bool((audited[:, :-1] == 2 * audited_rows(N)).all())
+    assert bool((freedom == audited[:, :1] - 2).all())
+    assert torch.equal(audited[:, -1], audited[:, :-1].sum(1))
     of_mean = means.std(0) / len(results) ** 0.5
     assert bool(((means.mean(0) - true).abs() < 4 * of_mean).all()), (means.mean(0), true, of_mean)
     # What it says of its own spread is what its spread is.
     assert bool((errors.mean(0) / means.std(0) > 0.7).all())
     assert bool((errors.mean(0) / means.std(0) < 1.5).all())
-    sampled = results[0].block_estimate.double()
-    if "estimator" not in options:
-        assert bool((sampled[:, 1] / sampled[:, 0] > true[:-1]).all()), "the rows that choose keep more"
+    sampled = results[0].estimate.double()
+    assert bool((sampled[:, 1] / sampled[:, 0] > true[:-1]).all()), "the rows that choose keep more"
 
 
 def test_its_interval_holds_the_truth():
@@ -89,7 +86,7 @@ def test_its_interval_holds_the_truth():
         tensors = peaked(100 + case, 2, N, Hq=(2, 4, 6)[case % 3])
         result = attended(tensors, kind, seed=case)
         counts = MassCounts()
-        counts.add_audit(result.block_audit, None)
+        counts.add_audit(result.audit, None)
         found, true = counts.summary(), truth(result, kind)
         lower, upper = (torch.tensor([*found[f"{edge}_by_head"], found[edge]]) for edge in ("lower", "upper"))
         held += int(((lower <= true) & (true <= upper)).sum())
@@ -102,7 +99,7 @@ def test_calls_add_up_to_a_narrower_interval():
     tensors = peaked(5, 2, N)
     counts, widths = MassCounts(), []
     for seed in range(16):
-        counts.add_audit(attended(tensors, "plain", seed).block_audit, None)
+        counts.add_audit(attended(tensors, "plain", seed).audit, None)
         found = counts.summary()
         widths.append(found["upper"] - found["lower"])
     assert widths[-1] < 0.4 * widths[0]
@@ -117,9 +114,10 @@ def test_a_draw_follows_its_seed_and_leaves_the_global_random_state_alone():
     state = torch.get_rng_state()
     first, again, other = (attended(tensors, "plain", seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first.block_audit, again.block_audit)
-    assert not torch.equal(first.block_audit, other.block_audit)
+    assert torch.equal(first.audit, again.audit)
+    assert not torch.equal(first.audit, other.audit)
     assert torch.equal(first.output, other.output)
+    assert attended(tensors, "plain", -1).audit is None
 
 
 def test_sequences_shorter_than_the_audit_and_empty_ones():
@@ -127,17 +125,14 @@ def test_sequences_shorter_than_the_audit_and_empty_ones():
     visible = causal_intervals(2, 3, 3, "cpu").clone()
     visible[1] = 0
     config = NCConfig(1.0, 0.0, prefill="block", block_size=16)
-    arguments = {"origin": visible[..., 0], "budget": budgets_of(config, 0, visible, 3), "selection": "block"}
+    budget = config.row_budgets(visible, 3, 0)
     for seen, rows in ((visible, 3), (torch.zeros_like(visible), 0)):
-        result = attend(query, key, value, visible=seen, config=config, scale=1.0, audit_seed=0, **arguments)
-        audit = dict(zip(AUDIT_COLUMNS, result.block_audit.T.tolist(), strict=True))
-        assert audit["rows"] == [rows] * 5
-        assert audit["kept_mass"] == pytest.approx([rows] * 5)
+        problem = problem_of(query, key, value, seen, budget, origin=visible[..., 0], audit_seed=0)
+        result = attend(problem, config.prefill, "torch")
+        audit = dict(zip(AUDIT_COLUMNS, result.audit.T.tolist(), strict=True))
+        assert audit["rows"] == [rows] * 4 + [4 * rows]
+        assert audit["kept_mass"] == pytest.approx(audit["rows"])
         assert audit["variance"] == pytest.approx([0.0] * 5, abs=1e-8)
-
-
-def test_no_seed_no_audit():
-    assert attended(peaked(8, 2, N), "plain", -1).block_audit is None
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (6, 2.447), (30, 2.042), (10000, 1.960)])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from attention_cases import random_case
+from operations import problem_of, problem_of_case
 
-from nc_patch.ops import reference
 from nc_patch.selections.block import blocks
+from nc_patch.selections.block.definition import query_blocks
 
 
 @pytest.mark.parametrize("query_block_size", [64, 128])
@@ -16,11 +17,12 @@ def test_the_table_holds_the_references_query_blocks(query_block_size):
         table = blocks.query_block_table(case.visible, case.origin, query_block_size)
         owner = blocks.block_of_rows(table, B, Lq)
         sampled = blocks.sampled_rows(table, case.visible, case.origin, 16)
-        counts = blocks.law_counts(table, owner, case.visible, case.budget, case.key.shape[1], 16)
+        problem = problem_of_case(case)
+        counts = blocks.law_counts(problem, table, owner, 16)
         expected_owner = torch.full((B, Lq), -1)
         expected = []
         for b in range(B):
-            for rows in reference.query_blocks(case.visible[b], case.origin[b], query_block_size):
+            for rows in query_blocks(case.visible[b], case.origin[b], query_block_size):
                 seen, begin = case.visible[b, rows], int(case.origin[b, rows[0]])
                 expected_owner[b, rows] = len(expected)
                 offset = seen[:, 1] - 1 - begin
@@ -44,4 +46,6 @@ def test_rows_without_keys_are_in_no_query_block():
     assert all(column.shape == (0,) for column in table)
     assert torch.equal(blocks.block_of_rows(table, 2, 5), torch.full((2, 5), -1))
     assert not blocks.sampled_rows(table, visible, origin, 4).any()
-    assert blocks.law_counts(table, torch.full((2, 5), -1), visible, origin[:, None], 3, 16).shape == (0, 3)
+    key = torch.zeros(2, 3, 0, 8)
+    problem = problem_of(torch.zeros(2, 3, 5, 8), key, key, visible, origin[:, None])
+    assert blocks.law_counts(problem, table, torch.full((2, 5), -1), 16).shape == (0, 3)

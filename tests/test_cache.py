@@ -17,16 +17,23 @@ from transformers.cache_utils import CacheLayerMixin
 
 from nc_patch import KeyIndex, forget_index, patch_model, patched, unpatch_model
 from nc_patch.cache import IndexedDynamicLayer, IndexedStaticLayer, layer_cache
-from nc_patch.selections.topk.codes import encode_keys
+from nc_patch.ops.problem import Problem
+from nc_patch.selections.topk.codes import KeyCodes, encode_keys
 
 HEADS, DIM, BLOCK = 2, 8, 16
+
+
+def call_of(key, value, visible, origin) -> Problem:
+    """What an index needs to know of a call of attention."""
+    query = key[:, :, -visible.shape[1] :]
+    return Problem(query, key, value, visible, origin, visible.new_empty(0), scale=1.0)
 
 
 def assert_equals_fresh(index: KeyIndex, layer: CacheLayerMixin, lengths: list[int]) -> None:
     """The index equals one built from the keys: bit for bit where a key or a whole page decides, to rounding else."""
     keys = layer.keys
     if index.kind == "codes":
-        held = index.codes()
+        held = KeyCodes(*index.tensors())
         fresh = encode_keys(keys, held.center, held.spread)
         for b, length in enumerate(lengths):
             for field in range(3):
@@ -40,13 +47,13 @@ def assert_equals_fresh(index: KeyIndex, layer: CacheLayerMixin, lengths: list[i
         for b, length in enumerate(lengths):
             begin = int(index.origin[b])
             slots = [(begin + 16 * j) // 16 for j in range((length - begin) // 16)]
-            for held_tensor, fresh_tensor in zip(index.means(), fresh.means(), strict=True):
+            for held_tensor, fresh_tensor in zip(index.tensors(), fresh.tensors(), strict=True):
                 assert torch.equal(held_tensor[b, :, slots], fresh_tensor[b, :, slots])
         return
-    fresh = KeyIndex.build(keys, "pages", start=index.origin, block_size=index.block_size).pages()
+    fresh = KeyIndex.build(keys, "pages", start=index.origin, block_size=index.block_size).tensors()
     for b, length in enumerate(lengths):
         whole = (length - int(index.origin[b])) // index.block_size
-        for held_tensor, fresh_tensor in zip(index.pages(), fresh, strict=True):
+        for held_tensor, fresh_tensor in zip(index.tensors(), fresh, strict=True):
             torch.testing.assert_close(held_tensor[b, :, :whole], fresh_tensor[b, :, :whole], atol=1e-6, rtol=1e-5)
 
 
@@ -76,7 +83,7 @@ class CacheMachine(RuleBasedStateMachine):
         end = torch.arange(self.length - count + 1, self.length + 1).expand(self.batch, -1)
         start = self.start[:, None].expand_as(end)
         visible = torch.stack((start, torch.maximum(start, end)), -1).int()
-        self.layer.nc_update(keys, values, visible, start.int(), self.kind, BLOCK, "torch")
+        self.layer.nc_update(call_of(keys, values, visible, start.int()), self.kind, BLOCK, "torch")
         self.layer.nc_settle()
 
     @rule(count=st.integers(1, 20))
@@ -335,11 +342,11 @@ def test_offloading_moves_the_index_when_attention_is_done_with_it():
     new = torch.randn(1, HEADS, 20, DIM)
     keys, values = layer.update(new, new)
     visible = torch.tensor([[[0, i + 1] for i in range(20)]], dtype=torch.int32)
-    layer.nc_update(keys, values, visible, visible[..., 0], "codes", BLOCK, "torch")
+    layer.nc_update(call_of(keys, values, visible, visible[..., 0]), "codes", BLOCK, "torch")
     layer.nc_settle()
     layer.offload()
     layer.nc_settle()
-    assert layer.nc_indexes["codes"].codes().high.device == layer.keys.device
+    assert layer.nc_indexes["codes"].tensors()[0].device == layer.keys.device
     layer.prefetch()
     layer.nc_check()
     assert layer.nc_indexes
@@ -353,7 +360,7 @@ def test_an_index_that_grows_a_key_at_a_time_keeps_within_its_reserve():
             layer.crop(-1500)
         keys, values = layer.update(new, new)
         visible = torch.tensor([[[0, keys.shape[2]]]], dtype=torch.int32)
-        layer.nc_update(keys, values, visible, visible[..., 0], "codes", BLOCK, "torch")
+        layer.nc_update(call_of(keys, values, visible, visible[..., 0]), "codes", BLOCK, "torch")
         layer.nc_settle()
     length, longest = layer.keys.shape[2], 2000 + 4 * 500
     assert layer.nc_indexes["codes"].capacity <= longest + max(128, longest // 64), length
@@ -417,5 +424,5 @@ def test_blocks_decode_the_same_where_a_gradient_is_recorded_and_refuse_to_give_
         with torch.set_grad_enabled(recorded):
             results.append(model(ids[:, -1:], past_key_values=cache).logits)
     torch.testing.assert_close(results[0], results[1].detach(), atol=1e-6, rtol=0)
-    with pytest.raises(RuntimeError, match=r"block_decode, has no gradient. Train on whole sequences"):
+    with pytest.raises(RuntimeError, match=r"has no gradient. Train on whole sequences"):
         results[1].sum().backward()

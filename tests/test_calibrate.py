@@ -1,11 +1,11 @@
-"""Calibration of whole models: what it finds, what it leaves as it was, and how it goes on and is shared."""
+"""Calibration of whole models: what it finds, what it leaves as it was, and how it is shared."""
 
 import numpy as np
 import pytest
 import torch
 from processes import start_call
 from profiles import measured_profile
-from tiny_models import FAMILIES, VOCABULARY, random_ids, tiny_model
+from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,14 +18,13 @@ from nc_patch import (
     is_patched,
     nc_stats,
     patch_model,
-    recording,
 )
-from nc_patch import calibrate as calibrate_function
-from nc_patch.calibrate import cut_pieces
-from nc_patch.recording import Plan, measure_piece, piece_name
+from nc_patch.calibration import measure
+from nc_patch.calibration.calibrate import cut_pieces
+from nc_patch.calibration.measure import Plan, measure_piece
+from nc_patch.patch import observed
 
 LENGTHS = (32, 64, 128)
-QUIET = {"rows": 6, "progress": False}
 
 
 def state_of(model) -> tuple:
@@ -64,8 +63,6 @@ def test_the_predicted_loss_is_that_of_the_fisher_information():
     gradients = []
 
     def nudged(size: float, direction: torch.Tensor) -> torch.Tensor:
-        from nc_patch.patch import observed
-
         def nudge(call):
             call.output[:, 1, 20] += size * direction
 
@@ -76,15 +73,13 @@ def test_the_predicted_loss_is_that_of_the_fisher_information():
     before, after = nudged(0.0, direction), nudged(0.05, direction)
     divergence = float((before.exp() * (before - after)).sum()) / 0.05**2
 
-    from nc_patch.patch import observed
-
     for seed in range(60):
 
         def keep(call):
             call.output.register_hook(lambda g: gradients.append(float(g[0, 1, 20] @ direction)))
 
-        with observed(model, keep), recording._evaluating(model), recording._from_embeddings(model):
-            recording._loss_of_drawn_tokens(model(ids).logits, seed).backward()
+        with observed(model, keep), measure.evaluating(model):
+            measure.loss_of_drawn_tokens(model(ids).logits, seed).backward()
     assert np.mean(np.square(gradients)) / 2 == pytest.approx(divergence, rel=0.5)
 
 
@@ -96,7 +91,7 @@ def test_every_family_is_calibrated_and_left_as_it_was(family):
     before, logits = state_of(model), model.eval()(ids).logits
     model.train()
     model.model.layers[1].eval()
-    profile = calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=2, **QUIET)
+    profile = calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=2, rows=6)
     assert state_of(model) == before
     assert torch.equal(model.eval()(ids).logits, logits)
     windows = {"mistral": (11, 11, 11), "gemma2": (9, 0, 9), "gpt_oss": (7, 0, 7)}
@@ -110,7 +105,7 @@ def test_every_family_is_calibrated_and_left_as_it_was(family):
 def test_a_patched_model_is_calibrated_densely_and_keeps_its_patch():
     model = tiny_model("llama")
     patch_model(model, 2.0, 0.0)
-    profile = calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=2, seed=0, **QUIET)
+    profile = calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=2, seed=0, rows=6)
     torch.manual_seed(0)
     assert is_patched(model)
     assert nc_stats(model)["attended_fraction"] is None  # nothing ran under the patch that is back
@@ -124,7 +119,7 @@ def test_a_patched_model_is_calibrated_densely_and_keeps_its_patch():
 def test_the_model_is_restored_when_a_pass_fails(monkeypatch, failure):
     model = tiny_model("llama")
     before = state_of(model)
-    real = recording.row_curves
+    real = measure.row_curves
     calls = []
 
     def fail(*arguments):
@@ -133,94 +128,33 @@ def test_the_model_is_restored_when_a_pass_fails(monkeypatch, failure):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(recording, "row_curves", fail)
+    monkeypatch.setattr(measure, "row_curves", fail)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=1, **QUIET)
+        calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=1, rows=6)
     assert state_of(model) == before
 
 
-def test_it_goes_on_with_the_pieces_that_were_finished(tmp_path, monkeypatch):
-    model, text = tiny_model("llama"), random_ids(500).tolist()
-    whole = calibrate(model, None, [text], LENGTHS, pieces=3, **QUIET)
-    real, measured = recording.measure_piece, []
-
-    def one_then_killed(*arguments):
-        if len(measured) == 1:
-            raise KeyboardInterrupt
-        measured.append(1)
-        return real(*arguments)
-
-    import nc_patch.calibrate  # noqa: F401  the module, which the function of the same name hides
-
-    module = __import__("sys").modules["nc_patch.calibrate"]
-    monkeypatch.setattr(module, "measure_piece", one_then_killed)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(model, None, [text], LENGTHS, pieces=3, directory=tmp_path, **QUIET)
-    assert len(list(tmp_path.iterdir())) == 1
-    (tmp_path / ".piece-torn").write_bytes(b"half of a piece")
-
-    def count(*arguments):
-        measured.append(1)
-        return real(*arguments)
-
-    monkeypatch.setattr(module, "measure_piece", count)
-    assert calibrate(model, None, [text], LENGTHS, pieces=3, directory=tmp_path, **QUIET) == whole
-    assert len(measured) == 3
-    assert calibrate(model, None, [text], LENGTHS, pieces=3, directory=tmp_path, **QUIET) == whole
-    assert len(measured) == 3
-    calibrate(model, None, [text], LENGTHS, pieces=3, directory=tmp_path, rows=7, progress=False)
-    assert len(measured) == 6  # another plan takes nothing from them
-
-
-def test_a_damaged_piece_is_named(tmp_path):
-    model, text = tiny_model("llama"), random_ids(130).tolist()
-    calibrate(model, None, [text], LENGTHS, pieces=1, directory=tmp_path, **QUIET)
-    (file,) = tmp_path.iterdir()
-    content = file.read_bytes()
-    for damaged in (b"", b"no archive", content[: len(content) // 2]):
-        file.write_bytes(damaged)
-        with pytest.raises(ProfileError, match=f"{file.name} is damaged"):
-            calibrate(model, None, [text], LENGTHS, pieces=1, directory=tmp_path, **QUIET)
-
-
-def _one_rank(rank: int, directory: str, fails: bool) -> None:
+def _one_rank(rank: int, directory: str) -> None:
     torch.distributed.init_process_group("gloo")
-    torch.manual_seed(7)
-    text = torch.randint(1, VOCABULARY, (600,)).tolist()
-    if fails and rank == 1:
-        recording.row_curves = None
+    if rank == 1:
+        measure.row_curves = None
     try:
-        profile = calibrate(tiny_model("llama"), None, [text], LENGTHS, pieces=3, **QUIET)
-        profile.save(f"{directory}/rank{rank}.json")
+        calibrate(tiny_model("llama"), None, [IDS], LENGTHS, pieces=3, rows=6)
     except (ProfileError, TypeError) as error:
         with open(f"{directory}/error{rank}", "w", encoding="utf-8") as file:
             file.write(str(error))
     torch.distributed.destroy_process_group()
 
 
-def run_ranks(directory, fails: bool = False) -> None:
+def test_when_one_process_fails_the_other_says_so_and_ends(tmp_path):
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        start_call(_one_rank, rank, str(directory), fails, said=directory / f"said{rank}", RANK=str(rank), **shared)
+        start_call(_one_rank, rank, str(tmp_path), said=tmp_path / f"said{rank}", RANK=str(rank), **shared)
         for rank in range(2)
     ]
     for process in ranks:
         process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0], (directory / "said0").read_text()
-
-
-def test_two_processes_find_what_one_does(tmp_path):
-    from nc_patch import Profile
-
-    torch.manual_seed(7)
-    text = torch.randint(1, VOCABULARY, (600,)).tolist()
-    alone = calibrate(tiny_model("llama"), None, [text], LENGTHS, pieces=3, **QUIET)
-    run_ranks(tmp_path)
-    assert Profile.load(tmp_path / "rank0.json") == Profile.load(tmp_path / "rank1.json") == alone
-
-
-def test_when_one_process_fails_the_other_says_so_and_ends(tmp_path):
-    run_ranks(tmp_path, fails=True)
+    assert [process.exitcode for process in ranks] == [0, 0], (tmp_path / "said0").read_text()
     assert "process 1: TypeError" in (tmp_path / "error0").read_text()
     assert "not callable" in (tmp_path / "error1").read_text()
 
@@ -263,7 +197,7 @@ def test_the_same_tokens_as_text_and_as_ids_give_the_same_profile():
     model, tokenizer, text = tiny_model("llama"), tiny_tokenizer(), tiny_text(300)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     by_text, by_ids = (
-        calibrate(model, t, [x], (32, 64), pieces=2, **QUIET) for t, x in ((tokenizer, text), (None, ids))
+        calibrate(model, t, [x], (32, 64), pieces=2, rows=6) for t, x in ((tokenizer, text), (None, ids))
     )
     assert by_text == by_ids
 
@@ -293,12 +227,11 @@ IDS = list(range(1, 97)) * 4
         ({"eps": (0.0,)}, "eps must be a number in .0, 1."),
         ({"pieces": 0}, "pieces must be a positive integer"),
         ({"rows": 0}, "rows must be a positive integer"),
-        ({"dense_layers": (7,)}, "dense_layers names .7., the model has layers 0 to 2"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_before_any_work(arguments, message, monkeypatch):
-    monkeypatch.setattr(recording, "row_curves", None)
-    given = {"tokenizer": None, "texts": [IDS], "lengths": LENGTHS, "pieces": 1, **QUIET} | arguments
+    monkeypatch.setattr(measure, "row_curves", None)
+    given = {"tokenizer": None, "texts": [IDS], "lengths": LENGTHS, "pieces": 1, "rows": 6} | arguments
     if given["tokenizer"]:
         given["tokenizer"] = tiny_tokenizer()
     with pytest.raises(ProfileError, match=message):
@@ -307,11 +240,11 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(arguments, message
 
 def test_models_that_cannot_be_patched_or_give_nan_are_refused():
     with pytest.raises(UnsupportedModelError):
-        calibrate(torch.nn.Linear(2, 2), None, [IDS], LENGTHS, **QUIET)
+        calibrate(torch.nn.Linear(2, 2), None, [IDS], LENGTHS, rows=6)
     model = tiny_model("llama")
     model.model.layers[1].self_attn.q_proj.weight.data.fill_(torch.nan)
     with pytest.raises(ProfileError, match="holds NaN or Inf on this text"):
-        calibrate(model, None, [IDS], LENGTHS, pieces=1, **QUIET)
+        calibrate(model, None, [IDS], LENGTHS, pieces=1, rows=6)
 
 
 def test_the_profile_says_what_it_was_made_of():
@@ -322,26 +255,12 @@ def test_the_profile_says_what_it_was_made_of():
     assert profile.model_class == "LlamaForCausalLM"
     assert set(profile.versions) == {"nc_patch", "torch", "transformers", "python"}
     assert profile.aim == "95 % of every head's mass"
-    assert calibrate_function is calibrate
     config = profile.config(tail="drop")
     assert isinstance(config, NCConfig)
-    assert config.tail == "drop"
+    assert config.prefill.tail == "drop"
 
 
-def test_pieces_are_named_by_weights_tokens_and_plan():
-    plan = Plan((32, 64), 4, (0.1,))
-    names = {
-        piece_name("a", [1, 2], plan),
-        piece_name("b", [1, 2], plan),
-        piece_name("a", [1, 3], plan),
-        piece_name("a", [1, 2], Plan((32, 64), 4, (0.2,))),
-        piece_name("a", [1, 2], Plan((32, 64), 4, (0.1,), seed=1)),
-    }
-    assert len(names) == 5
-    assert piece_name("a", np.array([1, 2]), plan) in names
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_a_bar_shows_how_far_it_is(capsys, shown):
-    calibrate(tiny_model("llama"), None, [IDS], (32, 64), pieces=1, rows=4, progress=shown)
-    assert ("6/6" in capsys.readouterr().err) == shown
+def test_a_terminal_shows_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    calibrate(tiny_model("llama"), None, [IDS], (32, 64), pieces=1, rows=4)
+    assert "6/6" in capsys.readouterr().err

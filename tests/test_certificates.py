@@ -5,22 +5,25 @@ import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from attention_cases import Case, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import problem_of, problem_of_case
 from test_torch_decode import KINDS, decode_case
 from tiny_models import random_ids, tiny_model
 from transformers import AttentionInterface
 
 from nc_patch import DroppedMassError, KeyIndex, NCConfig, nc_stats, patch_model, reset_stats, sparse_attention
 from nc_patch.attention import nc_attention_forward
-from nc_patch.certificates import Call, certified_bounds, find_excess
-from nc_patch.functional import attend
+from nc_patch.certificates import Call, certified_bounds, find_drop
+from nc_patch.functional import attend, by_index
 from nc_patch.hooks import IMPLEMENTATION
-from nc_patch.ops.reference import AttentionResult, reference_attention, visible_mask
+from nc_patch.ops.problem import AttentionResult, visible_mask
+from nc_patch.selections import Dense
 from nc_patch.visibility import Visibility
 
 # How rows come to their keys: (selection, index, further settings).
@@ -29,10 +32,10 @@ WAYS = {
     "topk with means": ("topk", None, {"tail": "mean"}),
     "topk by codes": ("topk", "codes", {"tail": "drop"}),
     "topk by codes, with means": ("topk", "codes", {"tail": "mean"}),
-    "topk by codes alone": ("topk", "codes", {"tail": "drop", "refine": False}),
     "window": ("window", None, {}),
     "block by pages": ("block", "pages", {}),
 }
+WITHOUT_MEANS = {"topk with means": "topk", "topk by codes, with means": "topk by codes"}
 
 
 def run(case: Case, way: str, value: torch.Tensor) -> AttentionResult:
@@ -47,25 +50,12 @@ def run(case: Case, way: str, value: torch.Tensor) -> AttentionResult:
         backend="torch",
         **options,
     )
-    index = None
+    problem = problem_of_case(case, stats=kind != "codes", bounds=kind == "codes")._replace(value=value)
     if kind is not None:
         start, end = case.origin[:, -1].clamp(min=0), case.visible[..., 1].amax(-1)
         index = KeyIndex.build(case.key, kind, start=start, end=end, block_size=case.block_size, backend="torch")
-    return attend(
-        *(case.query, case.key, value),
-        visible=case.visible,
-        origin=case.origin,
-        budget=case.budget,
-        selection=selection,
-        config=config,
-        scale=case.scale,
-        softcap=case.softcap or None,
-        sinks=case.sinks,
-        index=index,
-        max_budget=case.key.shape[2],
-        want_stats=kind != "codes",
-        want_bounds=kind == "codes",
-    )
+        problem = by_index(problem, index, case.key.shape[2])
+    return attend(problem, config.decode, "torch")
 
 
 def call_of(case: Case) -> Call:
@@ -88,23 +78,15 @@ def check_bounds(case: Case, way: str) -> torch.Tensor:
     # Under values of one key each, the output shows what is attended, whichever operation ran.
     ones = torch.eye(length).expand(*case.key.shape[:2], length, length)
     result = run(case, way, ones)
-    if "means" in way:
-        attended = reference_attention(
-            *(case.query, case.key, ones),
-            visible=case.visible,
-            budget=case.budget,
-            selection="topk",
-            scale=case.scale,
-            sink_keys=case.sink_keys,
-            recent_keys=case.recent_keys,
-        ).output
-    else:
-        attended = result.output
+    # Means of pages would show what they stand for too: the same keys are attended where they are left out.
+    attended = run(case, WITHOUT_MEANS.get(way, way), ones).output
     true = true_mass(case, attended > 0)
     lower, upper = certified_bounds(result, call_of(case)).double().unbind(-1)
     assert bool((lower <= true + 1e-12).all()), float((lower - true).max())
     assert bool((true <= upper + 1e-12).all()), float((true - upper).max())
     assert bool(((lower >= 0) & (upper <= 1)).all())
+    # A query that sees no key drops nothing.
+    assert bool((lower.transpose(1, 2)[case.visible[..., 1] <= case.visible[..., 0]] == 1).all())
     return upper - lower
 
 
@@ -143,22 +125,29 @@ def test_a_nan_is_never_certain_to_be_kept():
         assert bool((upper == 1).all()), way
 
 
+def least_kept(kept: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor) -> DroppedMassError | None:
+    none = torch.empty(0)
+    return find_drop(kept, Call(3, "decode", none, none, visible, origin, 1.0, None), 0.9)
+
+
 def test_the_least_certain_row_is_found_with_its_place():
-    bounds = torch.full((2, 3, 4, 2), 0.95)
+    kept = torch.full((2, 3, 4), 0.95)
     visible = torch.tensor([[[0, 5], [0, 6], [0, 7], [0, 8]], [[3, 3], [3, 6], [3, 7], [3, 8]]], dtype=torch.int32)
-    origin = visible[..., 0]
-    assert find_excess(bounds, visible, origin, 0.9) is None
-    bounds[1, 2, 0] = 0.1  # a query that sees nothing
-    assert find_excess(bounds, visible, origin, 0.9) is None
-    bounds[1, 2, 3, 0], bounds[0, 1, 1, 0] = 0.25, 0.5
-    assert find_excess(bounds, visible, origin, 0.9) == (2, 1, 4, 0.25)
+    assert least_kept(kept, visible, visible[..., 0]) is None
+    assert least_kept(kept[:0], visible[:0], visible[:0, :, 0]) is None
+    kept[1, 2, 3], kept[0, 1, 1] = 0.25, 0.5
+    found = least_kept(kept, visible, visible[..., 0])
+    assert (found.layer, found.head, found.position, found.kept_mass, found.certified) == (3, 2, 4, 0.25, True)
+    assert str(found).startswith(
+        "layer 3, head 2, position 4 of sequence 1: in decode only 0.2500 of the dense softmax"
+    )
 
 
 def test_the_position_of_a_row_is_its_own_where_its_interval_ends_behind_it():
     visible = torch.tensor([[[0, 1], [0, 2], [0, 8], [0, 8], [0, 8], [0, 8], [0, 8], [0, 8]]], dtype=torch.int32)
-    bounds = torch.ones(1, 1, 8, 2)
-    bounds[0, 0, 3, 0] = 0.1
-    assert find_excess(bounds, visible, torch.zeros(1, 8, dtype=torch.int32), 0.9).position == 3
+    kept = torch.ones(1, 1, 8)
+    kept[0, 0, 3] = 0.1
+    assert least_kept(kept, visible, torch.zeros(1, 8, dtype=torch.int32)).position == 3
 
 
 class Spied:
@@ -189,24 +178,17 @@ def masses_and_outputs(call, selection: str, config: NCConfig) -> tuple[torch.Te
     _, query, key, value, mask, options, output = call
     visible, origin, _ = Visibility.unpack(mask, query.shape[2], key.shape[2]).expand(len(query))
     n = (visible[..., 1] - visible[..., 0])[:, None]
-    common = {
-        "visible": visible,
-        "scale": options["scaling"],
-        "softcap": options.get("softcap"),
-        "sinks": options.get("s_aux"),
-    }
-    sparse = reference_attention(
-        *(query, key, value),
-        budget=config.budget(n),
-        selection=selection,
-        sink_keys=config.sink_keys,
-        recent_keys=config.recent_keys,
+    problem = problem_of(
+        *(query, key, value, visible, config.budget(n), options.get("s_aux")),
+        scale=options["scaling"],
+        softcap=options.get("softcap"),
         origin=origin,
-        block_size=config.block_size,
-        **common,
     )
-    dense = reference_attention(query, key, value, budget=n, selection="dense", **common)
-    return sparse.kept_mass, dense.output, output.transpose(1, 2).double()
+    chosen = config.decode if selection == "pages" else config.prefill
+    if chosen.uses_means:
+        chosen = replace(chosen, tail="drop")
+    dense = Dense().reference(problem)
+    return chosen.reference(problem, selection == "pages").kept_mass, dense.output, output.transpose(1, 2).double()
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -228,7 +210,7 @@ def test_dense_never_returns_a_row_that_keeps_too_little(family, options, select
     redone, kept = 0, 0
     for max_dropped_mass in (0.35, 0.6):
         patch_model(model, 1.5, 0.6, on_drop="dense", max_dropped_mass=max_dropped_mass, **options)
-        config = NCConfig.create(1.5, 0.6, **options)
+        config = NCConfig(1.5, 0.6, **options)
         with spied() as spy:
             run = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
             model.generate(ids, attention_mask=padding, **run)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nc_patch import NCConfig
-from nc_patch.budget import _device_steps, budget_of, budget_table, row_budgets
+from nc_patch.budget import _device_steps, budget_of, budgets, budgets_for, law_values, row_budgets
+from nc_patch.selections import Block, TopK, Window  # noqa: F401  Block for eval
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ from nc_patch.budget import _device_steps, budget_of, budget_table, row_budgets
         ({"alpha": [], "C": 0.5}, "alpha must be a number, a list per layer"),
         (
             {"alpha": 1.0, "C": 0.5, "prefill": "best"},
-            "prefill must be one of 'topk', 'block', 'window', 'dense', got 'best'",
+            "prefill must be one of 'block', 'dense', 'topk', 'window', got 'best'",
         ),
         ({"alpha": 1.0, "C": 0.5, "decode": None}, "decode must be one of"),
         ({"alpha": 1.0, "C": 0.5, "backend": "cuda"}, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
@@ -46,15 +47,9 @@ from nc_patch.budget import _device_steps, budget_of, budget_table, row_budgets
         ({"alpha": 1.0, "C": 0.5, "block_size": 48}, "block_size must be one of 16, 32, 64, 128, got 48"),
         ({"alpha": 1.0, "C": 0.5, "query_block_size": 32}, "query_block_size must be one of 64, 128, got 32"),
         ({"alpha": 1.0, "C": 0.5, "sample_stride": 5}, "sample_stride must be one of 4, 8, 16, 32, 64, got 5"),
-        ({"alpha": 1.0, "C": 0.5, "estimator": "best"}, "estimator must be one of 'sampled', 'antidiagonal', 'pooled'"),
-        (
-            {"alpha": 1.0, "C": 0.5, "estimator": "antidiagonal", "sample_stride": 64},
-            "sample_stride must be at most block_size, got 64 and 32",
-        ),
         ({"alpha": 1.0, "C": 0.5, "min_mass": 1.0}, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
         ({"alpha": 1.0, "C": 0.5, "max_factor": 0.5}, "max_factor must be a number of at least 1, got 0.5"),
         ({"alpha": 1.0, "C": 0.5, "dense_layers": [-1]}, "dense_layers must be at least 0, got -1"),
-        ({"alpha": 1.0, "C": 0.5, "law": "log"}, "C must be 0, got 0.5"),
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(arguments, message):
@@ -83,14 +78,14 @@ def test_values_of_a_wrong_type_are_refused_by_name(arguments, message):
 def test_a_misspelled_option_is_told_the_one_that_was_meant():
     for wrong, meant in (("blocksize", "block_size"), ("c", "C"), ("sinkkeys", "sink_keys"), ("select", "selection")):
         with pytest.raises(TypeError, match=f"unknown option {wrong}; .* Did you mean {meant}\\?"):
-            NCConfig.create(1.0, **{wrong: 0.5})
+            NCConfig(1.0, **{wrong: 0.5})
     with pytest.raises(TypeError, match=r"and selection$"):
-        NCConfig.create(1.0, xyzzy=1)
+        NCConfig(1.0, xyzzy=1)
 
 
 def test_the_repr_says_what_differs_from_the_defaults_and_stays_short():
     assert repr(NCConfig(2.0, 0.5)) == "NCConfig(alpha=2.0, C=0.5)"
-    config = NCConfig.create([1.0, 2.0], 0.5, selection="block", min_mass=0.9, dense_layers=[0])
+    config = NCConfig([1.0, 2.0], 0.5, selection="block", min_mass=0.9, dense_layers=[0])
     assert eval(repr(config)) == config
     profiled = NCConfig([[1.0, 2.0, 3.0]] * 30, [0.5] * 30, tail="drop")
     assert repr(profiled) == ("NCConfig(alpha=<30 layers of 3 heads, 1 to 3>, C=<30 layers, 0.5 to 0.5>, tail='drop')")
@@ -98,13 +93,32 @@ def test_the_repr_says_what_differs_from_the_defaults_and_stays_short():
 
 def test_unknown_options_are_refused_and_the_allowed_ones_listed():
     with pytest.raises(TypeError, match=r"unknown option blocksize; allowed are alpha, C, .*block_size.*selection"):
-        NCConfig.create(1.0, 0.5, blocksize=3)
+        NCConfig(1.0, 0.5, blocksize=3)
     with pytest.raises(TypeError, match="unknown option magic"):
         NCConfig.from_dict({"alpha": 1.0, "magic": 1})
     with pytest.raises(TypeError, match="alpha is missing"):
         NCConfig.from_dict({"C": 1.0})
     with pytest.raises(TypeError, match="leave out prefill"):
-        NCConfig.create(1.0, 0.5, selection="topk", prefill="block")
+        NCConfig(1.0, 0.5, selection="topk", prefill="block")
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "others", "instead"),
+    [
+        ("estimator", "sampled", ("pooled", None, ["sampled"]), "sampled queries; leave it out"),
+        ("refine", True, (False, 1, None), "decoding by an index is always exact"),
+        ("law", "power", ("log", None, 1), r"the budget is alpha \* n\*\*C"),
+    ],
+)
+def test_files_of_earlier_versions_load_where_a_removed_option_has_its_default(name, default, others, instead):
+    config = NCConfig(2.0, 0.5, prefill="block")
+    assert NCConfig.from_dict(config.to_dict() | {name: default}) == config
+    assert NCConfig.from_json(json.dumps(config.to_dict() | {name: default})) == config
+    for removed in others:
+        with pytest.raises(TypeError, match=f"{name} was removed: .*{instead}"):
+            NCConfig.from_dict(config.to_dict() | {name: removed})
+    with pytest.raises(TypeError, match=f"{name} was removed"):
+        NCConfig(2.0, 0.5, **{name: default})
 
 
 def test_it_is_frozen_and_hashable():
@@ -115,8 +129,8 @@ def test_it_is_frozen_and_hashable():
 
 
 def test_selection_sets_both_phases():
-    config = NCConfig.create(2.0, 0.5, selection="window")
-    assert (config.prefill, config.decode) == ("window", "window")
+    config = NCConfig(2.0, 0.5, selection="window")
+    assert (config.prefill, config.decode) == (Window(), Window())
 
 
 @pytest.mark.parametrize("alpha", [2.0, [1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]]])
@@ -147,12 +161,6 @@ def test_tensors_get_the_same_budgets_as_ints(alpha, C):
     assert config.budget(n).tolist() == [[config.budget(int(i)) for i in row] for row in n]
 
 
-def test_log_law():
-    config = NCConfig(6.4, law="log")
-    assert [config.budget(n) for n in (0, 1, 2, 1024, 2048)] == [0, 1, 2, 64, 71]
-    assert config.budget(torch.tensor([0, 1, 2, 1024, 2048])).tolist() == [0, 1, 2, 64, 71]
-
-
 def test_budgets_per_layer_and_head():
     config = NCConfig([[1.0, 2.0], [3.0, 4.0]], [0.5, 0.0])
     assert config.budget(100, layer=0, head=1) == 20
@@ -164,29 +172,42 @@ def test_budgets_per_layer_and_head():
     with pytest.raises(ValueError, match="alpha is given for 2 layers, got layer 2"):
         config.budget(100, layer=2)
     visible = torch.tensor([[[0, 100], [4, 20]]], dtype=torch.int32)
-    assert row_budgets(visible, 100, config.laws(0)).tolist() == [[[10, 4], [20, 8]]]
+    assert config.row_budgets(visible, 100, 0).tolist() == [[[10, 4], [20, 8]]]
 
 
-@pytest.mark.parametrize("law", ["power", "log"])
 @pytest.mark.parametrize("min_keys", [1, 50])
-def test_budgets_of_many_heads_equal_the_scalar_law(law, min_keys):
+def test_budgets_of_heads_and_arrays_equal_the_scalar_law(min_keys):
     draw = random.Random(0)
     laws = [(2.0, 0.5), (1.0, 0.5), (4.0, 0.6), (0.5, 1.0), (1.0, 1.0), (1e-3, 0.3), (100.0, 0.0), (7.5, 0.0)]
     laws += [(3.0, 1 / 3), (1e6, 0.7), (0.9, 1.0), (2.0, 1e-4), (2.0, 1e-7), (1.3, 0.98), (2.0, 1.0)]
     laws = [*laws, *((draw.uniform(0.1, 20), draw.random()) for _ in range(20))]
     n = torch.cat((torch.arange(1200), torch.arange(1100, 1400) ** 2, torch.tensor([2**20 - 1, 2**20, 2**20 + 1])))
     visible = torch.stack((torch.full_like(n, 3), n + 3), -1)[None].int()
-    found = row_budgets(visible, int(n.max()), tuple(laws), min_keys, law)
+    found = row_budgets(visible, int(n.max()), *map(list, zip(*laws, strict=True)), min_keys)
     for head, (alpha, C) in enumerate(laws):
-        assert found[0, head].tolist() == [budget_of(int(i), alpha, C, min_keys, law) for i in n], (alpha, C)
+        expected = [budget_of(int(i), alpha, C, min_keys) for i in n]
+        assert found[0, head].tolist() == budgets(n.numpy(), alpha, C, min_keys).tolist() == expected, (alpha, C)
+        alone = row_budgets(visible, int(n.max()), [alpha], [C], min_keys)
+        assert torch.equal(alone, found[:, head : head + 1]), (alpha, C)
+
+
+def test_arrays_get_the_same_budgets_as_ints_to_within_rounding():
+    n, alpha, C = np.arange(1, 3000, 7), np.array([[0.3], [2.0], [1.0], [7.5]]), np.array([[0.9], [0.61], [1.0], [0.0]])
+    raw, found = law_values(n, alpha, C), budgets_for(n, alpha, C, min_keys=4)
+    expected = [[budget_of(int(i), a, c, 4) for i in n] for a, c in zip(alpha[:, 0], C[:, 0], strict=True)]
+    sure = np.abs(raw - np.rint(raw)) > 1e-9 * raw
+    assert sure.mean() > 0.4
+    assert (found == expected)[sure].all()
+    assert np.abs(found - expected).max() <= 1
 
 
 def test_budgets_of_many_heads_take_little_memory():
     laws = tuple((2.0 + head / 100, 0.5) for head in range(64))
     empty = torch.empty(0, 4, 2, dtype=torch.int32)
-    assert row_budgets(empty, 8, laws).shape == (0, 64, 4)
-    assert row_budgets(empty.view(2, 0, 2), 8, laws).shape == (2, 64, 0)
-    steps, _ = _device_steps(2**20, laws, 1, "power", torch.device("cpu"))
+    alphas, exponents = map(list, zip(*laws, strict=True))
+    assert row_budgets(empty, 8, alphas, exponents, 1).shape == (0, 64, 4)
+    assert row_budgets(empty.view(2, 0, 2), 8, alphas, exponents, 1).shape == (2, 64, 0)
+    steps, _ = _device_steps(2**20, laws, 1, torch.device("cpu"))
     assert steps.numel() < 64 * 2800  # the largest budget, where a table would have a million entries a head
 
 
@@ -201,7 +222,7 @@ def test_bad_n_is_refused():
         NCConfig(1.0, 0.5).budget(torch.tensor([2**31]))
 
 
-def test_budgets_of_a_few_huge_n_need_no_table():
+def test_budgets_of_a_few_huge_n_take_little_memory():
     n = torch.tensor([[2**31 - 1, 7], [10**9, 7]])
     assert NCConfig(2.0, 0.5).budget(n).tolist() == [[NCConfig(2.0, 0.5).budget(int(x)) for x in row] for row in n]
 
@@ -214,23 +235,15 @@ def test_numbers_of_numpy_are_numbers():
         NCConfig(np.bool_(True))
 
 
-def test_tables_made_in_inference_mode_serve_training():
-    with torch.inference_mode():
-        inside = budget_table(3000, ((1.25, 0.75),))
-    assert not budget_table(3000, ((1.25, 0.75),)).is_inference()
-    assert inside.shape == (1, 4096)
-
-
-def test_tables_of_another_device_are_none_of_a_mode_of_the_call():
+@pytest.mark.parametrize("name", ["cpu", "meta"])
+def test_steps_made_in_inference_mode_serve_training(name):
     # On the device "meta" as on a GPU: they are copied by a thread that no mode of this one applies to.
-    device = torch.device("meta")
+    device = torch.device(name)
     with torch.inference_mode():
-        table = budget_table(3000, ((1.375, 0.75),), device=device)
-        steps, least = _device_steps(4096, ((1.375, 0.75), (2.0, 0.5)), 1, "power", device)
-    assert [each.device for each in (table, steps, least)] == [device] * 3
-    assert not any(each.is_inference() for each in (table, steps, least))
-    assert budget_table(2000, ((1.375, 0.75),), device=device) is not table
-    assert budget_table(3001, ((1.375, 0.75),), device=device) is table
+        steps, least = _device_steps(4096, ((1.375, 0.75), (2.0, 0.5)), 1, device)
+    assert [each.device for each in (steps, least)] == [device] * 2
+    assert not any(each.is_inference() for each in (steps, least))
+    assert _device_steps(4096, ((1.375, 0.75), (2.0, 0.5)), 1, device)[0] is steps
 
 
 def test_dense_laws_are_recognised():

@@ -13,6 +13,8 @@ from synthetic_tokenizers import tokenizer_of_kind
 from tiny_models import tiny_model
 
 from nc_patch import NCConfig
+from nc_patch.config import option_owners
+from nc_patch.selections import Selection, base
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -93,11 +95,15 @@ def as_written(default):
         return ""
     if default is None or default == ():
         return "none"
+    if isinstance(default, Selection):
+        return default.name
     return f"{default:g}" if isinstance(default, (int, float)) and not isinstance(default, bool) else str(default)
 
 
 def test_the_table_of_options_has_the_names_and_defaults_of_the_config():
     fields = {field.name: as_written(field.default) for field in dataclasses.fields(NCConfig)}
+    for name, owners in option_owners().items():
+        (fields[name],) = {as_written(getattr(kind, field)) for kind, field in owners}
     listed = options_of_the_page()
     assert listed.pop("selection") == fields["prefill"] == fields["decode"]
     assert listed.pop("C") == ""  # the law's exponent has no default in patch_model, which takes it by place
@@ -149,13 +155,11 @@ def test_messages_that_the_first_steps_explain_are_those_of_the_code():
     assert missing == []
 
 
-def test_names_that_the_page_on_selections_gives_are_in_the_files_it_gives():
-    rows = re.findall(r"^\| \d\. .*$", text_of("docs/selection.md"), re.M)
-    assert len(rows) == 7
-    for row in rows:
-        for target, names in re.findall(r"\]\(\.\./([\w/.]+)\):? ?((?:`\w+`(?:, )?)*)", row):
-            source = (ROOT / target).read_text()
-            assert [name for name in re.findall(r"`(\w+)`", names) if name not in source] == []
+def test_methods_that_the_page_on_selections_gives_are_those_of_a_selection():
+    table = text_of("docs/selection.md").partition("| method | for |")[2]
+    names = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.*?) \|", table, re.M)))
+    assert len(names) > 6
+    assert [name for name in names if not hasattr(Selection, name)] == []
 
 
 @pytest.mark.parametrize(
@@ -170,10 +174,11 @@ def test_names_that_the_page_on_selections_gives_are_in_the_files_it_gives():
         "docs/start.md",
     ],
 )
-def test_code_of_a_page_runs(page, tmp_path):
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """Every block of a page, one after the other, with a tiny model in the place of those that the page names."""
     import nc_patch
 
+    monkeypatch.setattr(base, "_SELECTIONS", dict(base._SELECTIONS))  # a page may register one
     tokenizer = tokenizer_of_kind("byte_bpe")
     tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -187,7 +192,10 @@ def test_code_of_a_page_runs(page, tmp_path):
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("package", ["nc_patch", "nc_patch/ops", "nc_patch/selections", "eval_tasks"])
+@pytest.mark.parametrize(
+    "package",
+    ["nc_patch", "nc_patch/ops", "nc_patch/ops/triton", "nc_patch/selections", "nc_patch/calibration", "eval_tasks"],
+)
 def test_every_file_and_folder_has_its_place_in_the_page_of_parts(package):
     page = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
     section = page.partition(f"\n## {package}\n")[2].partition("\n## ")[0]

@@ -31,7 +31,7 @@ def test_figures_are_those_of_the_weights_in_float64():
     scores = (query @ key.transpose(-1, -2) * received.scale).masked_fill(torch.arange(128) >= n[:, None], -torch.inf)
     weights = torch.softmax(scores, -1)
     config = NCConfig(2.0, 0.5, tail="drop")
-    forced = (torch.arange(128) < config.sink_keys) | (torch.arange(128) == n[:, None] - 1)
+    forced = (torch.arange(128) < config.prefill.sink_keys) | (torch.arange(128) == n[:, None] - 1)
     best = scores.masked_fill(forced, torch.inf).argsort(-1, descending=True).argsort(-1)
     attended = weights * (best < config.budget(n)[:, None])
     output, dense = attended / attended.sum(-1, keepdim=True) @ value, weights @ value
@@ -57,7 +57,7 @@ def test_windows_soft_caps_and_sinks_are_those_of_the_model(family):
         n = seen.sum(-1, keepdim=True)
         number = seen.cumsum(-1)
         budget = config.budget(n[0, 0, :, 0])[:, None]
-        forced = seen & ((number <= config.sink_keys) | (number == n))
+        forced = seen & ((number <= config.prefill.sink_keys) | (number == n))
         order = weights.masked_fill(forced, torch.inf).masked_fill(~seen, -1.0)
         attended = weights * (order.argsort(-1, descending=True).argsort(-1) < budget)
         sink = 1 - weights.sum(-1, keepdim=True)  # what a learned sink takes

@@ -34,8 +34,7 @@ def test_totals_are_equal_as_nearly_as_the_law_allows(name, law):
 
 def test_the_total_that_is_matched_is_that_of_the_law():
     budgets = Budgets(2.0, 0.5, 64)
-    for name, factor, exponent, law in [("nc-topk", 2.0, 0.5, "power"), ("log-topk", budgets.log_factor, 0.0, "log")]:
-        assert total_of(300, factor, exponent, law) == _total(name, budgets, 300)
+    assert total_of(300, 2.0, 0.5) == _total("nc-topk", budgets, 300)
 
 
 def test_deployed_laws_are_the_same_at_every_length():

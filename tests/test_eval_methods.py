@@ -1,10 +1,15 @@
 """The list of methods: budgets equal where it says so, and each method what its name says."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from tiny_models import VOCABULARY, tiny_model
 
 from eval_tasks.errors import EvalError
+from eval_tasks.log_law import LogConfig
 from eval_tasks.measure import measure
 from eval_tasks.methods import (
     DENSE,
@@ -19,7 +24,7 @@ from eval_tasks.methods import (
     with_keys,
 )
 from eval_tasks.tasks import Sample
-from nc_patch import NCConfig
+from nc_patch import NCConfig, nc_stats, patched
 
 LAWS = [(2.0, 0.5, 1024), (2.0, 0.7, 512), (1.0, 0.9, 4096), (4.0, 0.6, 1000), (3.3, 0.0, 77), (50.0, 1.0, 64)]
 # A profile's budgets differ from head to head; test_calibrate_command.py holds their mean to the others'.
@@ -66,8 +71,9 @@ def test_dense_is_the_unpatched_model_and_attends_everything():
 )
 def test_selection_and_sinks_are_those_of_the_method(name, selection, sinks):
     config = METHODS[name].config(Budgets(2.0, 0.5, 1024))
-    assert (config.prefill, config.decode) == (selection, selection)
-    assert sinks is None or config.sink_keys == sinks
+    assert config.prefill == config.decode
+    assert config.prefill.name == selection
+    assert sinks is None or config.prefill.sink_keys == sinks
 
 
 @pytest.mark.parametrize(
@@ -83,8 +89,8 @@ def test_means_beside_topk_are_the_same_budget_with_another_tail():
     budgets = Budgets(2.0, 0.5, 1024)
     for name in ("fixed-topk", "nc-topk"):
         plain, mean = METHODS[name].config(budgets), METHODS[f"{name}-mean"].config(budgets)
-        assert (plain.tail, mean.tail) == ("drop", "mean")
-        assert plain.to_dict() | {"tail": "mean"} == mean.to_dict()
+        assert (plain.prefill.tail, mean.prefill.tail) == ("drop", "mean")
+        assert replace(plain, tail="mean").to_dict() == mean.to_dict()
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -93,11 +99,8 @@ def test_a_method_with_a_number_of_keys_attends_so_many_at_every_length(name):
     named = with_keys(name, 48)
     assert keys_of(named) == (name, 48)
     assert [budget_at(named, budgets, n) for n in (32, 512, 4096)] == [32, 48, 48]
-    config = find_method(named).config(budgets)
-    assert (config.prefill, config.sink_keys) == (
-        METHODS[name].config(budgets).prefill,
-        METHODS[name].config(budgets).sink_keys,
-    )
+    config, plain = find_method(named).config(budgets), METHODS[name].config(budgets)
+    assert (config.prefill, config.decode) == (plain.prefill, plain.decode)
 
 
 @pytest.mark.parametrize("phase", ["all", "decode"])
@@ -107,7 +110,7 @@ def test_blocks_are_chosen_by_content_where_the_budget_leaves_some(size, phase):
     ids = np.random.default_rng(0).integers(3, VOCABULARY, 257)
     own = size if phase == "decode" else 64
     for blocks in range(2, 256 // size):
-        config = NCConfig.create(blocks * size, selection="block", block_size=size)
+        config = NCConfig(blocks * size, selection="block", block_size=size)
         measured = measure(tiny_model("llama"), config, Sample(ids, 1, 4), phase)
         assert measured.tail_mean_keys == size + own + size * blocks_chosen(blocks * size, size, phase), blocks
 
@@ -126,3 +129,20 @@ def test_unknown_methods_are_refused_with_those_there_are():
         find_method("dense@64").config(Budgets(2.0, 0.5, 1024))
     with pytest.raises(EvalError, match="random is simulated"):
         find_method("random@64").config(Budgets(2.0, 0.5, 1024))
+
+
+def test_every_query_has_the_logarithmic_budget_of_the_keys_that_it_sees():
+    config = LogConfig(6.4, selection="window", sink_keys=0, backend="torch")
+    n = (0, 1, 2, 1024, 2048)
+    assert [config.budget(k) for k in n] == config.budget(torch.tensor(n)).tolist() == [0, 1, 2, 64, 71]
+    visible = torch.tensor([[[3, 3], [3, 4], [0, 1024]]], dtype=torch.int32)
+    assert config.row_budgets(visible, 2048).tolist() == [[[0, 1, 64]]]
+    assert config.to_dict() != NCConfig(6.4, selection="window", sink_keys=0, backend="torch").to_dict()
+    model = tiny_model("llama")
+    with torch.inference_mode(), patched(model, config=replace(config, alpha=3.0)):
+        ids = torch.arange(60)[None] % VOCABULARY
+        cache = model(ids[:, :50]).past_key_values
+        for step in range(50, 60):
+            model(ids[:, step : step + 1], past_key_values=cache)
+        attended = nc_stats(model)["mean_keys"]
+    assert attended == pytest.approx(sum(min(k, max(1, math.ceil(3 * math.log2(k)))) for k in range(1, 61)) / 60)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from eval_tasks import models, smollm2
 from eval_tasks.errors import EvalError
 from eval_tasks.models import attention_of, find_model, load_model, max_positions
+from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.cli import main
-from nc_patch.fingerprint import weights_fingerprint
 
 
 @pytest.fixture

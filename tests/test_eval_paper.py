@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from operations import reference_attention
 from scipy import integrate, stats
 from tiny_models import random_ids, tiny_model
 
@@ -17,7 +18,6 @@ from eval_tasks.capture import Captured, capture
 from eval_tasks.paper import mixed, model, synthetic, theory
 from eval_tasks.paper.estimates import estimate, exponents, geometric
 from eval_tasks.paper.laws import DENSE, Law, equal_at, equal_in_mean
-from nc_patch.ops.reference import reference_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 

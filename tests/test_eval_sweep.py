@@ -212,7 +212,7 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_the_run_goes_on(tmp_path
     forward = measuring._forward
 
     def greedy(model, ids, keep, cache=None):
-        if len(ids) == 96 and is_patched(model) and any(m.config.prefill == "block" for m in patches(model)):
+        if len(ids) == 96 and is_patched(model) and any(m.config.prefill.name == "block" for m in patches(model)):
             torch.empty(1 << 55)
         return forward(model, ids, keep, cache)
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from attention_cases import random_case, relative_error
+from operations import problem_of, selection_of
 from torch.nn.functional import scaled_dot_product_attention
 
-from nc_patch import AttentionResult, KeyIndex, sparse_attention
-from nc_patch.ops import custom_ops
+from nc_patch import AttentionResult, KeyIndex, NCConfig, library, sparse_attention
+from nc_patch.functional import attend
 
 
 def tensors(Lq=20, Lk=31, dtype=torch.float32, **kwargs):
@@ -67,14 +68,12 @@ def test_gradients_flow_through_the_functional_form(selection):
 def test_custom_ops_keep_the_contract_of_torch(selection):
     case = random_case(8, longest=40)
     inputs = [t.requires_grad_() for t in (case.query, case.key, case.value)]
-    if selection == "block":
-        op, arguments = custom_ops.block_attention, (*case.block_settings().values(), "sampled", True, "torch")
-        tensors_ = (*inputs, case.visible, case.origin, case.budget, case.sinks)
-        arguments = (*tensors_, case.scale, case.softcap, *arguments)
-    else:
-        op = {"topk": custom_ops.topk_attention, "window": custom_ops.window_attention}[selection].of("torch")
-        arguments = (case.scale, case.softcap, case.sink_keys, case.recent_keys, True, "torch")
-        arguments = (*inputs, case.visible, case.budget, case.sinks, *arguments)
+    tensors_ = (*inputs, case.visible, case.budget, case.sinks)
+    problem = problem_of(*tensors_, scale=case.scale, softcap=case.softcap, origin=case.origin, stats=True)
+    keys = {"sink_keys": case.sink_keys, "recent_keys": case.recent_keys, "tail": True}
+    chosen = selection_of(selection, **case.block_settings(), **keys)
+    op = library.operation(chosen, problem, "torch")
+    arguments = (problem.tensors(), *library.arguments(chosen, problem, "torch"))
     torch.library.opcheck(op, arguments)
 
 
@@ -83,22 +82,11 @@ def test_it_compiles_without_a_graph_break(selection):
     query, key, value = tensors()
     visible = torch.stack((torch.zeros(2, 20), torch.arange(12, 32).expand(2, -1)), -1).int()
 
-    def attention(query, key, value):
-        from nc_patch.config import NCConfig
-        from nc_patch.functional import attend, budgets_of
+    config = NCConfig(2.0, 0.5, selection=selection)
 
-        config = NCConfig(2.0, 0.5, backend="torch")
-        return attend(
-            query,
-            key,
-            value,
-            visible=visible,
-            origin=visible[..., 0],
-            budget=budgets_of(config, 0, visible, key.shape[2]),
-            selection=selection,
-            config=config,
-            scale=0.25,
-        ).output
+    def attention(query, key, value):
+        budget = config.row_budgets(visible, key.shape[2])
+        return attend(problem_of(query, key, value, visible, budget, scale=0.25), config.prefill, "torch").output
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(query, key, value)
     assert torch.equal(compiled, attention(query, key, value))
@@ -127,7 +115,7 @@ def bad(change):
     [
         ({"alpha": 0}, "alpha must be a positive number, got 0"),
         ({"C": 2}, r"C must be a number in \[0, 1\], got 2"),
-        ({"selection": "magic"}, "selection must be one of 'topk', 'block', 'window', 'dense', got 'magic'"),
+        ({"selection": "magic"}, "selection must be one of 'block', 'dense', 'topk', 'window', got 'magic'"),
         ({"backend": "cuda"}, "backend must be one of"),
         (
             {"query": torch.randn(6, 20, 16)},
@@ -164,7 +152,7 @@ def test_bad_input_is_refused_by_name(change, message):
 def test_options_of_patched_models_are_refused_by_name(option):
     query, key, value = tensors()
     with pytest.raises(
-        TypeError, match=f"{next(iter(option))} acts in patched models; sparse_attention takes sink_keys"
+        TypeError, match=f"{next(iter(option))} acts in patched models; sparse_attention takes .*sink_keys"
     ):
         sparse_attention(query, key, value, alpha=1.0, C=0.5, **option)
 

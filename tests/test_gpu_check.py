@@ -39,6 +39,7 @@ import runpy, sys
 from triton.runtime.jit import JITFunction
 run = JITFunction.run
 JITFunction.run = lambda self, *arguments, **options: run(self, *arguments, **options, NO_SUCH_ARGUMENT=1)
+sys.path.insert(0, "tests")
 runpy.run_path("tests/pretended_gpu.py", run_name="__main__")
 """
 # A process of xdist in which the third test breaks the GPU.

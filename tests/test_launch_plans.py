@@ -15,17 +15,23 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
+from operations import problem_of  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from nc_patch import KeyIndex, ops, selections  # noqa: E402
-from nc_patch.budget import budget_of  # noqa: E402
-from nc_patch.ops import backends, custom_ops, decode_ops  # noqa: E402
-from nc_patch.ops.by_backend import READS_HOST, BackendOp  # noqa: E402
+from nc_patch import KeyIndex, library, ops, selections  # noqa: E402
+from nc_patch import budget as budget_module  # noqa: E402
+from nc_patch.budget import budget_of, row_budgets  # noqa: E402
+from nc_patch.ops import backends  # noqa: E402
+from nc_patch.ops.backends import READS_HOST  # noqa: E402
 from nc_patch.ops.means import PageMeans, slot_count  # noqa: E402
+from nc_patch.ops.problem import Problem  # noqa: E402
 from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
+from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
+from nc_patch.selections.block.blocks import BlockSettings  # noqa: E402
 from nc_patch.selections.block.pages import VECTORS, page_count  # noqa: E402
 from nc_patch.selections.block.plan import BlockPlan  # noqa: E402
+from nc_patch.selections.index import LAYOUTS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 from nc_patch.selections.topk.codes import KeyCodes  # noqa: E402
 
@@ -81,24 +87,14 @@ def floats(*shape: int) -> torch.Tensor:
     return meta(*shape, dtype=torch.float32)
 
 
-def row_arguments(queries: int, head_dim: int, tail: bool = False) -> tuple[Any, ...]:
-    """Tensors and settings of the operations over rows: as many query heads as of keys, all of the keys."""
+def of_rows(queries: int, head_dim: int, **more: Any) -> Problem:
+    """A problem of as many query heads as of keys, all of the keys."""
     query, key = meta(BATCH, HEADS, queries, head_dim), meta(BATCH, HEADS, KEYS, head_dim)
-    return (
-        *(query, key, key, integers(BATCH, queries, 2), integers(BATCH, 1, queries), None, 1.0, 0.0, 4, 4, True),
-        "triton",
-        *(tail_arguments(queries, head_dim) if tail else ()),
-    )
+    return problem_of(query, key, key, integers(BATCH, queries, 2), integers(BATCH, 1, queries), **more)
 
 
-def run(op: BackendOp | torch.library.CustomOpDef, *args: Any) -> Any:
-    """What an operation runs on tensors with memory; without any the dispatcher would choose its fake."""
-    return (op.function if isinstance(op, BackendOp) else op._init_fn)(*args)
-
-
-def tail_arguments(queries: int, head_dim: int) -> tuple[torch.Tensor, ...]:
-    means = meta(BATCH, HEADS, slot_count(KEYS), head_dim)
-    return means, means, integers(BATCH, queries)
+def mean_tensors(head_dim: int) -> PageMeans:
+    return PageMeans(*(meta(BATCH, HEADS, slot_count(KEYS), head_dim),) * 2)
 
 
 def code_tensors(head_dim: int) -> tuple[torch.Tensor, ...]:
@@ -107,25 +103,26 @@ def code_tensors(head_dim: int) -> tuple[torch.Tensor, ...]:
     return half, half, floats(*number), meta(*number), meta(*number), channel, channel
 
 
+def page_tensors(head_dim: int, block_size: int) -> tuple[torch.Tensor, ...]:
+    pages = page_count(KEYS, block_size)
+    codes = meta(BATCH, HEADS, pages, VECTORS, head_dim, dtype=torch.int8)
+    return codes, floats(BATCH, HEADS, pages, VECTORS)
+
+
+def attend_rows(selection: Selection, head_dim: int, means: PageMeans | None = None) -> None:
+    selection.run(of_rows(KEYS, head_dim, means=means, stats=True), "triton")
+
+
 def decode_by_codes(head_dim: int, tail: bool, bounds: bool) -> None:
-    query, key = meta(BATCH, HEADS, 1, head_dim), meta(BATCH, HEADS, KEYS, head_dim)
-    run(
-        decode_ops.topk_decode,
-        *(query, key, key, integers(BATCH, 1, 2), integers(BATCH, 1, 1), None, *code_tensors(head_dim)),
-        *(1.0, 0.0, 4, 4, True, 20_000, bounds, "triton"),
-        *(tail_arguments(1, head_dim) if tail else ()),
-    )
+    means = mean_tensors(head_dim) if tail else None
+    problem = of_rows(1, head_dim, key_index=code_tensors(head_dim), means=means, most=20_000, bounds=bounds)
+    TopK(4, 4, "mean" if tail else "drop").run(problem, "triton")
 
 
 def decode_by_pages(head_dim: int, block_size: int) -> None:
-    query, key = meta(BATCH, HEADS, 1, head_dim), meta(BATCH, HEADS, KEYS, head_dim)
-    pages = page_count(KEYS, block_size)
-    run(
-        decode_ops.block_decode,
-        *(query, key, key, integers(BATCH, 1, 2), integers(BATCH, 1), integers(BATCH, 1, 1), None),
-        *(meta(BATCH, HEADS, pages, VECTORS, head_dim, dtype=torch.int8), floats(BATCH, HEADS, pages, VECTORS)),
-        *(1.0, 0.0, block_size, 20_000, True, "triton"),
-    )
+    index = page_tensors(head_dim, block_size)
+    problem = of_rows(1, head_dim, key_index=index, page_size=block_size, most=20_000, stats=True)
+    Block(block_size).run(problem, "triton")
 
 
 def attend_blocks(head_dim: int, block_size: int) -> None:
@@ -136,34 +133,21 @@ def attend_blocks(head_dim: int, block_size: int) -> None:
     count = integers(blocks, HEADS)
     plan = BlockPlan(integers(blocks, 8), integers(blocks, slots), count, count, widths, 64, capacity)
     tiles = triton_block.block_tiles("sm_80", query.dtype, head_dim, head_dim, block_size)
-    settings = {"scale": 1.0, "softcap": 0.0, "block_size": block_size}
-    indices, counts, _ = triton_block.choose_blocks(query, query, visible, plan, tiles.score, min_mass=0.5, **settings)
-    lse, attended = floats(BATCH, HEADS, KEYS), integers(BATCH, HEADS, KEYS)
-    triton_block.attend_blocks(
-        *(query, query, query, visible, None, plan, indices, counts, tiles, query, lse, lse, attended), **settings
-    )
+    problem = problem_of(query, query, query, visible, integers(BATCH, 1, KEYS), stats=True)
+    choice, _ = triton_block.choose_blocks(problem, plan, tiles.score, BlockSettings(block_size, min_mass=0.5))
+    triton_block.attend_blocks(problem, plan, choice, tiles, block_size)
 
 
-def summarize(head_dim: int, block_size: int) -> None:
-    pages, position = page_count(KEYS, block_size), integers(BATCH)
-    run(
-        decode_ops.summarize_pages_,
-        *(meta(BATCH, HEADS, KEYS, head_dim), position, position, KEYS, position),
-        *(meta(BATCH, HEADS, pages, VECTORS, head_dim, dtype=torch.int8), floats(BATCH, HEADS, pages, VECTORS)),
-        *(block_size, "triton"),
-    )
-
-
-def encode(head_dim: int) -> None:
-    key = meta(BATCH, HEADS, KEYS, head_dim)
-    run(decode_ops.encode_keys_, key, integers(BATCH), KEYS, *code_tensors(head_dim), "triton")
+def write(kind: str, index: tuple[torch.Tensor, ...], head_dim: int, block_size: int = 16) -> None:
+    """Takes all keys into an index."""
+    key, position = meta(BATCH, HEADS, KEYS, head_dim), integers(BATCH)
+    values = (key,) if LAYOUTS[kind].takes_values else ()
+    LAYOUTS[kind].write(list(index), [key, position, position, position, *values], KEYS, block_size, "triton")
 
 
 def average(head_dim: int) -> None:
-    key = meta(BATCH, HEADS, KEYS, head_dim)
-    run(decode_ops.page_means, key, key, integers(BATCH, 1, 2), integers(BATCH, 1), "triton")
-    means, _, position = tail_arguments(1, head_dim)
-    run(decode_ops.page_means_, key, key, position[:, 0], position[:, 0], KEYS, means, means, "triton")
+    TopK().with_means(of_rows(1, head_dim), "triton")
+    write("means", mean_tensors(head_dim), head_dim)
 
 
 BLOCK_KERNELS = {"score_blocks", "choose_blocks", "attend_blocks", "blank_rows"}
@@ -171,12 +155,9 @@ CODE_KERNELS = {"sample", "guess", "scan", "score", "choose", "gather", "score_f
 PAGE_KERNELS = {"score_pages", "choose_pages", "attend_pages", "combine", "attend"}
 # What runs, and the kernels that it launches.
 CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
-    "topk": (lambda D: run(custom_ops.topk_attention, *row_arguments(KEYS, D)), {"threshold", "attend"}),
-    "topk-tail": (
-        lambda D: run(custom_ops.topk_attention, *row_arguments(KEYS, D, True)),
-        {"threshold", "attend_tail"},
-    ),
-    "window": (lambda D: run(custom_ops.window_attention, *row_arguments(KEYS, D)), {"attend"}),
+    "topk": (lambda D: attend_rows(TopK(4, 4, "drop"), D), {"threshold", "attend"}),
+    "topk-tail": (lambda D: attend_rows(TopK(4, 4), D, mean_tensors(D)), {"threshold", "attend"}),
+    "window": (lambda D: attend_rows(Window(4), D), {"attend"}),
     "block-16": (lambda D: attend_blocks(D, 16), BLOCK_KERNELS),
     "block-128": (lambda D: attend_blocks(D, 128), BLOCK_KERNELS),
     "codes": (
@@ -195,8 +176,8 @@ CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
         lambda D: decode_by_pages(D, 128),
         {"score_pages", "choose_pages", "attend_pages", "combine", "attend"},
     ),
-    "summarize": (lambda D: summarize(D, 16), {"summarize"}),
-    "encode": (encode, {"encode"}),
+    "summarize": (lambda D: write("pages", page_tensors(D, 16), D), {"summarize"}),
+    "encode": (lambda D: write("codes", code_tensors(D), D), {"encode"}),
     "means": (average, {"means"}),
 }
 
@@ -221,7 +202,9 @@ def test_decoding_holds_no_more_memory_than_allowed_and_as_much_as_it_counts(
     def decoding(*args, **options):
         held.append(0)
         results = decode(*args, **options)
-        held[-1] -= sum(result.nbytes for result in results[1:])  # the output is no ``torch.empty``
+        held[-1] -= sum(
+            result.nbytes for result in results[1:] if result is not None
+        )  # the output is no ``torch.empty``
         held.append(0)
         return results
 
@@ -238,11 +221,10 @@ def test_decoding_holds_no_more_memory_than_allowed_and_as_much_as_it_counts(
     channel = empty(sequences, 8, D, device="meta")
     codes = KeyCodes(half, half, number.float(), number, number, channel, channel)
     means = PageMeans(*(empty(sequences, 8, slot_count(keys), D, dtype=torch.bfloat16, device="meta"),) * 2)
-    triton_decode_topk.triton_topk_decode(
-        *(query, key, key, visible, budget, None, codes), scale=0.1, softcap=0.0, sink_keys=4, recent_keys=4,
-        refine=True, max_budget=4_705, want_bounds=bounds, tail=means if tail else None,
-        origin=visible[..., 0] if tail else None,
-    )  # fmt: skip
+    problem = problem_of(
+        *(query, key, key, visible, budget), key_index=codes, most=4_705, bounds=bounds, means=means if tail else None
+    )
+    triton_decode_topk.triton_topk_decode(problem, 4, 4)
     largest = max(held)
     assert largest <= triton_decode_topk.SCRATCH_BYTES
     # What is counted is what is allocated.
@@ -259,39 +241,40 @@ def test_no_grid_is_larger_than_cuda_allows(call, head_dim, grids):
         assert all(1 <= size <= limit for size, limit in zip(grid, LIMITS, strict=False)), (name, grid)
 
 
-def meta_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Every operation that a decoding step or a prompt may run on the PyTorch backend, with tensors without memory."""
+def meta_calls() -> dict[str, tuple[Any, Callable[[], Any]]]:
+    """Each operation that PyTorch runs, with a call of what it runs on tensors without memory."""
     B, Hkv, Lq, Lk, D, block_size = 2, 2, 3, 90, 32, 16
     query, key = meta(B, 2 * Hkv, Lq, D), meta(B, Hkv, Lk, D)
     visible, budget, position = integers(B, Lq, 2), integers(B, 1, Lq), integers(B)
-    rows = (query, key, key, visible, budget, None)
     half, number, channel = meta(B, Hkv, Lk, D // 2, dtype=torch.int8), (B, Hkv, Lk), floats(B, Hkv, D)
     codes = (half, half, floats(*number), meta(*number), meta(*number), channel, channel)
     pages = page_count(Lk, block_size)
     statistics = meta(B, Hkv, pages, VECTORS, D, dtype=torch.int8), floats(B, Hkv, pages, VECTORS)
-    means = (meta(B, Hkv, slot_count(Lk), D),) * 2
-    blocks = (*rows[:4], visible[..., 0], budget, None, 1.0, 0.0, block_size, 64, 16, 0.0, 4.0, "sampled")
+    problem = problem_of(query, key, key, visible, budget, stats=True)
+    by_codes = problem._replace(key_index=codes, most=20, stats=False)
+    by_pages = problem._replace(key_index=statistics, page_size=block_size, most=20)
+    topk, window, block = TopK(4, 4, "drop"), Window(4), Block(block_size)
+
+    def backward(selection: Selection) -> tuple[Any, Callable[[], Any]]:
+        settings = library.arguments(selection, problem, "torch")[:3]
+        op = library._attend_backward
+        return op, lambda: op._init_fn(query, problem.tensors(), *settings)
+
+    def attend(selection: Selection, problem: Problem) -> tuple[Any, Callable[[], Any]]:
+        return library.operation(selection, problem, "torch"), lambda: selection.run(problem, "torch")
+
     return {
-        "row_budgets": (custom_ops.row_budgets, (visible, Lk, [2.0], [0.5], 1, "power")),
-        "topk_attention": (custom_ops.topk_attention, (*rows, 1.0, 0.0, 4, 4, True, "torch")),
-        "window_attention": (custom_ops.window_attention, (*rows, 1.0, 0.0, 4, 4, True, "torch")),
-        "block_attention": (custom_ops.block_attention, (*blocks, True, "torch")),
-        "attention_backward": (custom_ops.attention_backward, (query, *rows, 1.0, 0.0, 4, 4, "topk")),
-        "block_attention_backward": (custom_ops.block_attention_backward, (query, *blocks)),
-        "encode_keys_": (decode_ops.encode_keys_, (key, position, 5, *codes, "torch")),
-        "summarize_pages_": (
-            decode_ops.summarize_pages_,
-            (key, position, position, 20, position, *statistics, block_size, "torch"),
-        ),
-        "page_means": (decode_ops.page_means, (key, key, visible, visible[..., 0], "torch")),
-        "page_means_": (decode_ops.page_means_, (key, key, position, position, 5, *means, "torch")),
-        "topk_decode": (
-            decode_ops.topk_decode,
-            (*rows, *codes, 1.0, 0.0, 4, 4, True, 20, False, "torch"),
-        ),
-        "block_decode": (
-            decode_ops.block_decode,
-            (*rows[:4], visible[..., 0], budget, None, *statistics, 1.0, 0.0, block_size, 20, False, "torch"),
+        "row_budgets": (row_budgets, lambda: row_budgets._init_fn(visible, Lk, [2.0], [0.5], 1)),
+        "topk": attend(topk, problem),
+        "window": attend(window, problem),
+        "block": attend(block, problem),
+        "topk_backward": backward(topk),
+        "block_backward": backward(block),
+        "topk_decode": attend(topk, by_codes),
+        "block_decode": attend(block, by_pages),
+        "pages": (
+            index._EXTEND[True],
+            lambda: LAYOUTS["pages"].write(list(statistics), [key, *(position,) * 3], 20, block_size, "torch"),
         ),
     }
 
@@ -299,29 +282,33 @@ def meta_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 @needs_tag
 @pytest.mark.parametrize("name", meta_calls())
 def test_an_operation_of_pytorch_that_reads_a_tensor_on_the_host_is_left_out_of_cuda_graphs(name):
-    op, args = meta_calls()[name]
-    registered = op.of("torch") if isinstance(op, BackendOp) else op
-    tagged = READS_HOST[0] in registered._opoverload.tags
+    op, call = meta_calls()[name]
+    tagged = READS_HOST[0] in op._opoverload.tags
     # PyTorch raises where there is nothing to read.
     with pytest.raises((RuntimeError, NotImplementedError), match="meta") if tagged else contextlib.nullcontext():
-        run(op, *args)
+        call()
 
 
 @needs_tag
 def test_an_operation_of_triton_that_reads_nothing_on_the_host_may_be_in_a_cuda_graph():
-    for op, _ in meta_calls().values():
-        if isinstance(op, BackendOp):  # the calls above run them without memory
-            assert READS_HOST[0] not in op.of("triton")._opoverload.tags
+    # The calls above run them without memory.
+    problem = problem_of(*(meta(1, 1, 1, 16),) * 3, integers(1, 1, 2), integers(1, 1, 1))
+    for selection in (TopK(), Window(), Block(), Dense()):
+        for given in (problem, problem._replace(key_index=(meta(1),))):
+            reads = READS_HOST[0] in library.operation(selection, given, "triton")._opoverload.tags
+            assert reads == (isinstance(selection, Block) and not given.key_index)
+    assert READS_HOST[0] not in index._EXTEND[False]._opoverload.tags
 
 
 def test_the_calls_are_of_every_operation():
     registered = {
-        name
-        for module in (custom_ops, decode_ops)
-        for name, value in vars(module).items()
-        if isinstance(value, BackendOp | torch._library.custom_ops.CustomOpDef)
+        value
+        for module in (library, index, budget_module)
+        for value in (*vars(module).values(), *index._EXTEND.values())
+        if isinstance(value, torch._library.custom_ops.CustomOpDef)
     }
-    assert registered == meta_calls().keys()
+    of_triton = {library._attend, index._EXTEND[False]}
+    assert registered == {op for op, _ in meta_calls().values()} | of_triton
 
 
 def test_the_calls_launch_every_kernel():
@@ -372,13 +359,9 @@ def prefill(n: int, D: int) -> None:
     query, key = heads(n, n, D)
     visible, origin = packed(n, n)
     budget = torch.full((1, 1, n), 64, dtype=torch.int32)
-    rows = (query, key, key, visible, budget, None, 0.1, 0.0)
-    run(custom_ops.topk_attention, *rows, 4, 4, False, "triton")
-    run(custom_ops.window_attention, *rows, 4, 4, False, "triton")
-    blocks = (*rows[:4], origin, budget, None, 0.1, 0.0, 32, 64, 16, 0.0, 4.0, "sampled")
-    run(custom_ops.block_attention, *blocks, False, "triton")
-    means = run(decode_ops.page_means, key, key, visible, origin, "triton")
-    run(custom_ops.topk_attention, *rows, 4, 4, False, "triton", *means, origin)
+    problem = problem_of(query, key, key, visible, budget, scale=0.1, origin=origin)
+    for selection in (TopK(4, 4, "drop"), Window(4), Block(), TopK(4, 4)):
+        selection.run(problem, "triton")
 
 
 def step(n: int, D: int, indexes: dict[str, KeyIndex], alpha: float = 4.0) -> None:
@@ -388,17 +371,15 @@ def step(n: int, D: int, indexes: dict[str, KeyIndex], alpha: float = 4.0) -> No
     k = budget_of(n, alpha, 0.6)
     budget = torch.full((1, 1, 1), k, dtype=torch.int32)
     end = torch.tensor([n], dtype=torch.int32)
-    for index in indexes.values():
-        index.extend(key, 1, end, key)
-    rows = (query, key, key, visible)
-    means = indexes["means"].means()
-    for tail in ((), (*means, origin)):
-        run(
-            decode_ops.topk_decode,
-            *(*rows, budget, None, *indexes["codes"].codes(), 0.1, 0.0, 4, 4, True, k, True, "triton", *tail),
-        )
-    pages = indexes["pages"].pages()
-    run(decode_ops.block_decode, *rows, origin, budget, None, *pages, 0.1, 0.0, 32, k, False, "triton")
+    for each in indexes.values():
+        each.extend(key, 1, end, key)
+    problem = problem_of(query, key, key, visible, budget, scale=0.1, origin=origin, most=k)
+    by_codes = problem._replace(
+        key_index=indexes["codes"].tensors(), means=PageMeans(*indexes["means"].tensors()), bounds=True
+    )
+    for tail in ("drop", "mean"):
+        TopK(4, 4, tail).run(by_codes, "triton")
+    Block().run(problem._replace(key_index=indexes["pages"].tensors(), page_size=32), "triton")
 
 
 def indexes_of(n: int, D: int) -> dict[str, KeyIndex]:

@@ -6,7 +6,7 @@ from transformers import masking_utils as mu
 
 from nc_patch import UnsupportedMaskError, masks
 from nc_patch.masks import interval_mask
-from nc_patch.ops.reference import visible_mask
+from nc_patch.ops.problem import visible_mask
 from nc_patch.visibility import Visibility, is_bidirectional, is_packed, is_plain_causal, visibility_of
 
 LENGTH = 40

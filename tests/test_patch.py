@@ -35,6 +35,7 @@ from nc_patch import (
 )
 from nc_patch.common import say_once
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
+from nc_patch.selections import TopK
 
 SELECTIONS = ("topk", "window", "block", "dense")
 FULL = {"alpha >= 1, C = 1": (1.0, 1.0), "budget above n": (500.0, 0.0)}
@@ -388,8 +389,7 @@ def changed_nothing(model, call, exception, message):
         ((float("nan"), 0.5), {}, ValueError, "alpha must be a positive number, got nan"),
         ((1.0, 1.5), {}, ValueError, r"C must be a number in \[0, 1\]"),
         ((1.0,), {}, TypeError, "give alpha and C"),
-        ((), {"law": "log"}, TypeError, 'law="log" needs alpha'),
-        ((8.0, 0.5), {"law": "log"}, ValueError, "has no exponent: C must be 0, got 0.5"),
+        ((8.0, 0.0), {"law": "log"}, TypeError, "the option law was removed"),
         ((1.0, 0.5), {"selection": "best"}, ValueError, "selection must be one of"),
         ((1.0, 0.5), {"backend": "best"}, ValueError, "backend must be one of"),
         ((1.0, 0.5), {"block": 3}, TypeError, "unknown option block"),
@@ -478,14 +478,8 @@ def test_calls_that_need_a_patched_model_say_so():
         forget_index(())
 
 
-def test_the_log_law_needs_no_exponent():
-    model = patch_model(tiny_model("llama"), 8.0, law="log")
-    config = next(module for module in model.modules() if hasattr(module, "_nc_patch"))._nc_patch.config
-    assert (config.alpha, config.C, config.law) == (8.0, 0.0, "log")
-
-
 def test_without_alpha_and_C_the_defaults_are_taken():
     model = patch_model(tiny_model("llama"))
     config = next(module for module in model.modules() if hasattr(module, "_nc_patch"))._nc_patch.config
     assert config == NCConfig(DEFAULT_ALPHA, DEFAULT_C)
-    assert (config.prefill, config.decode, config.tail) == ("topk", "topk", "mean")
+    assert (config.prefill, config.decode) == (TopK(tail="mean"), TopK(tail="mean"))

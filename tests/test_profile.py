@@ -1,9 +1,12 @@
-"""Profiles: the same after a round trip, applied to a model, and refused where they are damaged or hostile."""
+"""Profiles: the same after a round trip, applied to a model, and refused where they are damaged."""
 
 import copy
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +22,9 @@ from nc_patch import (
     nc_stats,
     patch_model,
     patched,
-    profile_file,
     unpatch_model,
 )
-from nc_patch.fingerprint import weights_fingerprint
+from nc_patch.calibration.fingerprint import weights_fingerprint
 
 
 @pytest.fixture
@@ -76,9 +78,7 @@ def test_at_mass_gives_each_head_the_keys_that_keep_it():
     kept, low, high = profile.kept_mass(512)
     assert kept[apart] == pytest.approx(0.9, abs=0.03)
     assert ((low <= kept) & (kept <= high)).all()
-    with pytest.raises(ProfileError, match="mass must be below 1"):
-        profile.at_mass(1)
-    for wrong in (0, -0.5, 1.5, float("nan"), "0.9", True):
+    for wrong in (0, 1, -0.5, 1.5, float("nan"), "0.9", True):
         with pytest.raises(ProfileError, match="mass must be a number"):
             profile.at_mass(wrong)
 
@@ -120,7 +120,7 @@ def test_patch_model_takes_a_profile(selection):
     assert not torch.allclose(sparse, dense)
     if selection != "block":
         assert nc_stats(model)["attended_fraction"] == pytest.approx(0.4, rel=0.01)
-    explicit = NCConfig.create(shared.alpha.tolist(), shared.C.tolist(), selection=selection, tail="drop")
+    explicit = NCConfig(shared.alpha.tolist(), shared.C.tolist(), selection=selection, tail="drop")
     unpatch_model(model)
     with patched(model, config=explicit):
         assert torch.equal(model(ids).logits, sparse)
@@ -153,7 +153,6 @@ def test_other_weights_are_warned_of(caplog):
         ({"alpha": 2.0}, "leave out alpha"),
         ({"C": 0.5}, "leave out C"),
         ({"config": NCConfig(2.0, 0.5)}, "leave out config"),
-        ({"law": "log"}, "brings law of its own"),
         ({"magic": 1}, "unknown option magic"),
     ],
 )
@@ -166,34 +165,28 @@ def test_a_profile_comes_alone(arguments, message):
     assert not is_patched(model)
 
 
-def nested(depth: int) -> str:
-    return "[" * depth + "]" * depth
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "is no profile"),
         ("{", "is no profile"),
-        ("[1, 2]", "holds a list, not an object"),
         ("\xff", "is no profile|utf"),
-        ('{"format": NaN}', "it holds NaN"),
-        ('{"format": -Infinity}', "it holds -Infinity"),
-        (nested(200_000), "nested too deeply"),
-        ('{"format": 1' + "0" * 5000 + "}", "is no profile"),
+        ("[1, 2]", "this is no profile: its format must be"),
         ("{}", "this is no profile: its format must be"),
         ('{"format": "1"}', "its format must be a number"),
         ('{"format": true}', "its format must be a number"),
         ('{"format": 2}', "format 2, written by a newer nc_patch"),
         ('{"format": 1}', "lacks C, aim, alpha"),
     ],
-    ids=lambda value: value[:24],
 )
 def test_what_is_no_profile_is_refused(tmp_path, content, message):
     path = tmp_path / "profile.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ProfileError, match=message):
         Profile.load(path)
+    for missing, why in ((tmp_path / "nothing.json", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ProfileError, match=f"cannot be read: {why}"):
+            Profile.load(missing)
 
 
 def set_in(*keys):
@@ -211,32 +204,32 @@ def set_in(*keys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_in("surprise", 1), "unknown fields: surprise"),
+        (set_in("surprise", 1), "unknown fields: 'surprise'"),
         (lambda v: v.pop("kept"), "lacks kept"),
         (set_in("model", 7), "model must be a text"),
-        (set_in("model", "x" * 10_000), "at most 4096 characters"),
-        (set_in("lengths", [256, 128]), "lengths must be numbers in ascending order"),
-        (set_in("lengths", [1.5, 2]), "lengths must be an integer"),
-        (set_in("keys", []), "keys must be numbers in ascending order"),
-        (set_in("windows", [0]), "windows has 1 layers, alpha has 3"),
-        (set_in("dense_layers", [3]), "dense_layers names"),
-        (set_in("pieces", 0), "pieces must be an integer of at least 1"),
-        (set_in("alpha", 0, 0, -1.0), "alpha must be positive"),
-        (set_in("alpha", 0, 0, 10**400), "alpha.* must be a number of at most"),
-        (set_in("alpha", 0, 0, "2"), "alpha.* must be a number, got 2"),
-        (set_in("alpha", 0, 0, [2.0]), "alpha.* must be a number"),
-        (set_in("alpha", 0, [1.0]), "kept must be a list of 1 here, got a list of 4"),
-        (set_in("alpha", 5), "alpha must be a list of layers"),
-        (set_in("C", 0, 0, 1.5), "C must be from 0 to 1"),
-        (set_in("C", 0, 0, True), "C.* must be a number, got True"),
-        (set_in("kept", 0, 0, 0, 0, 2.0), "kept must be from 0 to 1"),
-        (set_in("error", 0, 0, 0, None), "error.* must be a list of"),
-        (set_in("sensitivity", 0, 0, -1), "sensitivity must be from 0"),
-        (set_in("fits", []), "fits must be a list of 1 to 64 fits"),
+        (set_in("lengths", [256, 128, 512, 1024]), "lengths must be 2 or more numbers in ascending order"),
+        (set_in("lengths", [1.5, 2]), "lengths must be integers"),
+        (set_in("keys", []), "keys must be integers"),
+        (set_in("windows", [0]), r"alpha must have the shape \(1, 4\), got \(3, 4\)"),
+        (set_in("dense_layers", [3]), "dense_layers must be a list of layers from 0 to 2"),
+        (set_in("dense_layers", 3), "dense_layers must be"),
+        (set_in("pieces", 0), "pieces must be finite and from 1"),
+        (set_in("alpha", 0, 0, -1.0), "alpha must be finite and from"),
+        (set_in("alpha", 0, 0, 10**400), "alpha must be numbers"),
+        (set_in("alpha", 0, 0, "2"), "alpha must be numbers"),
+        (set_in("alpha", 0, [1.0]), "alpha must be numbers in lists of equal lengths"),
+        (set_in("alpha", 5), "alpha must have the shape"),
+        (set_in("C", 0, 0, 1.5), "C must be finite and from 0 to 1, got 0.* to 1.5"),
+        (set_in("C", 0, 0, float("nan")), "C must be finite"),
+        (set_in("kept", 0, 0, 0, 0, 2.0), "kept must be finite and from 0 to 1"),
+        (set_in("kept", [[[[1.0]]]]), r"kept must have the shape \(4, 3, 4, 15\), got \(1, 1, 1, 1\)"),
+        (set_in("error", 0, 0, 0, None), "error must be numbers in lists"),
+        (set_in("sensitivity", 0, 0, float("inf")), "sensitivity must be finite"),
+        (set_in("fits", []), "fits must be a list|and fits a list"),
         (set_in("fits", 0, 3), "fits.0. must be an object"),
-        (set_in("fits", 1, "eps", 0.05), "must be in .0, 1. and ascend"),
-        (set_in("fits", 0, "more", 1), "fits.0. has unknown fields: more"),
-        (set_in("fits", 0, "r2", 0, 0, 2.0), "r2 must be from"),
+        (set_in("fits", 1, "eps", 0.05), "eps must be 1 or more numbers in ascending order"),
+        (set_in("fits", 0, "more", 1), "fits.0. has unknown fields: 'more'"),
+        (set_in("fits", 0, "r2", 0, 0, 2.0), "fits.0..r2 must be finite and from"),
         (set_in("versions", {"torch": 2}), "versions.torch must be a text"),
         (set_in("versions", "2.0"), "versions must be an object"),
     ],
@@ -246,30 +239,44 @@ def test_a_field_that_does_not_fit_is_named(saved, change, message):
         Profile.load(changed(saved, change))
 
 
-def test_infinite_and_nan_numbers_are_refused_in_every_spelling(saved):
-    text = saved.read_text()
-    place = text.index('"sensitivity":[[') + len('"sensitivity":[[')
-    stop = text.index(",", place)
-    for number in ("NaN", "Infinity", "1e999", "-1e999"):
-        saved.write_text(text[:place] + number + text[stop:])
-        with pytest.raises(ProfileError, match=r"holds|must be a finite number"):
-            Profile.load(saved)
-    values = made_up_profile().to_dict()
-    values["alpha"][0][0] = float("nan")
-    with pytest.raises(ProfileError, match="must be a finite number, got nan"):
-        Profile.from_dict(values)
+def test_a_file_of_format_1_means_what_it_always_did(tmp_path):
+    written = Path(__file__).parent / "data" / "profile_format_1.json"
+    profile = Profile.load(written)
+    profile.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == written.read_bytes()
+    assert (profile.dense_layers, profile.windows) == ((0,), (9, 0))
+    shared = profile.at_budget(0.7, n=64)
+    assert shared.alpha[1] == pytest.approx([15.198517420774024, 21.999978, 21.514911688726237, 26.239918280414848])
+    assert shared.C[1] == pytest.approx([0.16368868480511556, 0, 0, 0])
+    kept, low, high = shared.kept_mass(100)
+    assert kept[1] == pytest.approx([0.409288, 0.276782, 0.278546, 0.353993], abs=1e-6)
+    assert low[1] == pytest.approx([0.386909, 0.261554, 0.262841, 0.337026], abs=1e-6)
+    assert high[1] == pytest.approx([0.431667, 0.292011, 0.294251, 0.370961], abs=1e-6)
 
 
-def test_files_that_are_missing_huge_or_endless_are_refused(tmp_path, saved, monkeypatch):
-    with pytest.raises(ProfileError, match="cannot be read: No such file"):
-        Profile.load(tmp_path / "nothing.json")
-    with pytest.raises(ProfileError, match="cannot be read: Is a directory"):
-        Profile.load(tmp_path)
-    monkeypatch.setattr(profile_file, "LARGEST_FILE", 1000)
-    with pytest.raises(ProfileError, match="a profile has at most 1,000"):
-        Profile.load(saved)
-    with pytest.raises(ProfileError, match="does not end within 1,000 bytes"):
-        Profile.load("/dev/zero")
+def test_what_else_brings_budgets_is_taken_as_a_profile():
+    class Half:
+        def check_model(self, model):
+            if not hasattr(model, "lm_head"):
+                raise ProfileError("no language model")
+
+        def config(self, **options):
+            return NCConfig(0.5, 1.0, **options)
+
+    model = patch_model(tiny_model("llama"), profile=Half(), tail="drop")
+    model(random_ids(1, 100))
+    assert nc_stats(model)["attended_fraction"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_profile_needs_no_scipy(saved):
+    script = f"""
+import sys
+sys.modules["scipy"] = None
+from nc_patch import Profile
+profile = Profile.load({str(saved)!r})
+profile.at_budget(0.5), profile.at_mass(0.9).config(), profile.kept_mass(100)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 def test_a_copy_is_equal_and_a_profile_cannot_be_changed():

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from attention_cases import random_case, relative_error
+from operations import reference_attention, topk_mask
 
-from nc_patch.ops.reference import causal_intervals, forced_counts, reference_attention, topk_mask, visible_mask
+from nc_patch.ops.problem import causal_intervals, visible_mask
+from nc_patch.selections.topk.torch import forced_counts
+from nc_patch.selections.window import Window
 
 
 def topk_by_hand(scores, start, end, budget, sink_keys, recent_keys):
@@ -53,8 +56,9 @@ def test_exactly_the_budget_is_attended(selection):
 
 def test_forced_keys_never_exceed_the_budget():
     budget = torch.arange(12)
-    for selection in ("topk", "window"):
-        sinks, recents = forced_counts(budget, 4, 3, selection)
+    visible = torch.stack((torch.zeros(12), torch.full((12,), 40)), -1).int()
+    sink_stop, recent_begin = Window(4).edges(visible, budget[None])
+    for sinks, recents in (forced_counts(budget, 4, 3), (sink_stop[0], 40 - recent_begin[0])):
         assert bool(((sinks + recents) <= budget).all())
         assert bool((sinks >= 0).all())
         assert bool((recents[1:] >= 1).all()), "the query's own position is attended from a budget of one"

@@ -8,7 +8,6 @@ import pytest
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
 from eval_tasks import calibrate_command, fidelity_command, run
-from nc_patch import ProfileError, calibrate
 from nc_patch.bench import command
 from nc_patch.cli import main
 
@@ -57,17 +56,6 @@ def test_calibrate_sees_before_it_measures_that_its_budget_is_none(of_a_model, c
     monkeypatch.setattr(calibrate_command, "calibrate", measured)
     assert main(of_a_model("calibrate", *further)) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_function_calibrate_sees_that_its_directory_cannot_be_written(tmp_path, monkeypatch):
-    from tiny_models import random_ids, tiny_model
-
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys.modules["nc_patch.calibrate"], "measure_piece", measured)
-    with pytest.raises(ProfileError, match="file/pieces cannot be written: Not a directory"):
-        calibrate(
-            tiny_model("llama"), None, random_ids(1, 300).tolist(), (32, 64), directory=tmp_path / "file" / "pieces"
-        )
 
 
 @pytest.mark.parametrize("file", ["decode.json", "decode.png"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from eval_tasks.log_law import LogConfig
 from nc_patch import NCConfig, patch_model, patched, unpatch_model
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
@@ -64,26 +65,26 @@ def test_topk_recalls_at_2048_and_a_window_of_the_same_budget_does_not(perplexit
     dense = perplexity("recall", 2048, None, samples=2)
     assert dense < 2.5
     assert perplexity("recall", 2048, NCConfig(2.0, 0.5, tail="drop"), samples=2) <= 1.5 * dense
-    window = NCConfig.create(2.0, 0.5, selection="window", sink_keys=4)
+    window = NCConfig(2.0, 0.5, selection="window", sink_keys=4)
     assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
 
 
 def test_blocks_stay_near_dense_at_2048_and_a_floor_on_the_mass_brings_them_nearer(perplexity):
-    block = NCConfig.create(4.0, 0.6, selection="block")
-    floor = NCConfig.create(4.0, 0.6, selection="block", min_mass=0.9)
+    block = NCConfig(4.0, 0.6, selection="block")
+    floor = NCConfig(4.0, 0.6, selection="block", min_mass=0.9)
     dense = perplexity("perplexity", 2048, None, samples=2)
     assert perplexity("perplexity", 2048, block, samples=2) <= 1.08 * dense
     assert perplexity("perplexity", 2048, floor, samples=2) <= 1.05 * dense
     dense = perplexity("recall", 2048, None, samples=2)
     assert perplexity("recall", 2048, block, samples=2) <= 1.5 * dense
     assert perplexity("recall", 2048, floor, samples=2) <= 1.1 * dense
-    window = NCConfig.create(4.0, 0.6, selection="window", sink_keys=4)
+    window = NCConfig(4.0, 0.6, selection="window", sink_keys=4)
     assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
 
 
 @pytest.mark.wide
 def test_a_growing_budget_beats_the_fixed_and_the_logarithmic_one_at_4096(perplexity):
-    laws = (NCConfig(2.0, 0.5, tail="drop"), NCConfig(6.4, law="log", tail="drop"), NCConfig(64, tail="drop"))
+    laws = (NCConfig(2.0, 0.5, tail="drop"), LogConfig(6.4, tail="drop"), NCConfig(64, tail="drop"))
     assert [law.budget(1024) for law in laws] == [64, 64, 64]
     growing, logarithmic, fixed = (perplexity("recall", 4096, law) for law in laws)
     assert growing < logarithmic

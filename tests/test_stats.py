@@ -9,10 +9,8 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import nc_stats, patch_model
-from nc_patch.mass_counts import MassCounts, total
 from nc_patch.patch import reset_stats
-from nc_patch.stats import LayerCounters, summary
-from nc_patch.stats_table import PatchStats
+from nc_patch.stats import LayerCounters, MassCounts, PatchStats, summary, total_mass
 
 BLOCK = {"selection": "block", "block_size": 16, "track": True}
 NONE = {"prefill": None, "decode": None}
@@ -49,7 +47,6 @@ def test_kept_mass_is_there_only_where_it_is_tracked(selection):
         ({}, "exact", "exact"),
         ({"key_index": "always"}, "exact", "bounds"),
         ({"key_index": "never"}, "exact", "exact"),
-        ({"refine": False}, "exact", "bounds"),
         ({"selection": "window"}, "exact", "exact"),
         ({"prefill": "block", "block_size": 16}, "estimate", "exact"),
         ({"selection": "block", "block_size": 16}, "estimate", "exact"),
@@ -124,18 +121,18 @@ def test_min_mass_says_how_often_it_took_more_and_keeps_more():
 
 
 def test_calls_add_up_and_survive_copies_and_pickles(monkeypatch):
-    monkeypatch.setattr("nc_patch.mass_counts._FOLD_AT", 3)
+    monkeypatch.setattr("nc_patch.stats._FOLD_AT", 3)
     counters = LayerCounters()
     seen = torch.tensor([[[0, 5], [0, 0]]], dtype=torch.int32)
     lower = torch.linspace(0.5, 0.96, 14).view(7, 1, 2)  # call, batch, head
     for call in lower:
         bounds = torch.stack((call, call + 0.02), -1)[:, :, None].repeat(1, 1, 2, 1)
         bounds[:, :, 1] = 0.0  # a query that sees nothing
-        counters.mass["decode"].add_bounds(bounds, seen, "bounds", 0.8)
-    counters.mass["decode"].add_dense(seen, 2)
-    audit = torch.tensor([[10.0, 6.0, 0.5, 5.0, 6.0], [10.0, 8.0, 0.25, 5.0, 6.0], [10.0, 7.0, 0.1, 5.0, 6.0]])
+        counters.mass["decode"].add_bounds("bounds", bounds, seen, 0.8)
+    counters.mass["decode"].add_bounds("dense", torch.ones(1, 2, 2, 2), seen, 0.8)
+    audit = torch.tensor([[10.0, 6.0, 0.5, 5.0, 6.0], [10.0, 8.0, 0.25, 5.0, 6.0], [20.0, 14.0, 0.4, 5.0, 12.0]])
     for _ in range(7):
-        counters.mass["prefill"].add_audit(audit, torch.tensor([4.0, 1.0]))
+        counters.mass["prefill"].add_audit(audit, torch.tensor([[3.0, 1.0], [1.0, 0.0]]))
     counters.exceeded_calls = 4
     for held in (counters, copy.deepcopy(counters), pickle.loads(pickle.dumps(counters))):
         found = summary(held)
@@ -159,14 +156,15 @@ def test_calls_add_up_and_survive_copies_and_pickles(monkeypatch):
 
 def test_what_is_certain_and_what_is_estimated_make_one_interval():
     counts = MassCounts()
-    counts.add_dense(torch.tensor([[[0, 9]] * 30], dtype=torch.int32), 1)
+    visible = torch.tensor([[[0, 9]] * 30], dtype=torch.int32)
+    counts.add_bounds("dense", torch.ones(1, 1, 30, 2), visible, 0.9)
     counts.add_audit(torch.tensor([[10.0, 5.0, 1.0, 5.0, 6.0]] * 2), None)
     found = counts.summary()
     assert not found["certified"]
     assert found["mean"] == pytest.approx(35 / 40)
     assert found["upper"] - found["mean"] == pytest.approx(2.571 / 40, rel=0.01)
-    assert total([counts, MassCounts()]) == {name: found[name] for name in total([counts])}
-    assert total([MassCounts()]) is None
+    assert total_mass([counts, MassCounts()]) == {name: found[name] for name in total_mass([counts])}
+    assert total_mass([MassCounts()]) is None
 
 
 def test_a_model_that_is_moved_while_it_is_counted_goes_on_counting():
@@ -177,11 +175,10 @@ def test_a_model_that_is_moved_while_it_is_counted_goes_on_counting():
     for device in ["cpu"] * 3 + ["meta"] * 1100:
         counters.add(torch.ones(6, dtype=torch.float64, device=device), None)
         counters.add_later(attended.to(device), visible.to(device))
-        mass.add_bounds(bounds.to(device), visible.to(device), "exact", 0.5)
-        mass.add_dense(visible.to(device), 2)
-        mass.add_audit(torch.ones(3, 5, device=device), torch.ones(2, device=device))
+        mass.add_bounds("exact", bounds.to(device), visible.to(device), 0.5)
+        mass.add_audit(torch.ones(3, 5, device=device), torch.ones(2, 2, device=device))
     assert counters.calls == 2 * 1103
-    assert mass.calls == {"exact": 1103, "dense": 1103, "estimate": 1103}
+    assert mass.calls == {"exact": 1103, "estimate": 1103}
 
 
 def test_the_statistics_print_as_a_table_of_what_was_counted():

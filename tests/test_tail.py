@@ -5,15 +5,14 @@ import torch
 from attention_cases import Case, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import implementation, operation, problem_of, problem_of_case, torch_topk_attention
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache
 
 from nc_patch import KeyIndex, NCConfig, patch_model, sparse_attention
-from nc_patch.ops import custom_ops, decode_ops
 from nc_patch.ops.means import PageMeans, page_means, page_starts
+from nc_patch.selections import TopK
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
-from nc_patch.selections.topk.torch import torch_topk_attention
-from nc_patch.selections.topk.torch_decode import torch_topk_decode
 
 
 def tail_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32) -> Case:
@@ -76,27 +75,16 @@ def test_more_random_cases(seed):
     assert relative_error(attend(case, False)[0], case.reference("topk", tail=True).output) < 1e-5
 
 
-@given(st.integers(0, 10**9), st.booleans())
+@given(st.integers(0, 10**9))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_decoding_by_codes_equals_the_reference(seed, refine):
+def test_decoding_by_codes_equals_the_reference(seed):
     case = tail_case(seed)
     case.query, case.visible = case.query[:, :, -5:], case.visible[:, -5:].contiguous()
     case.budget, case.origin = case.budget[..., -5:].contiguous(), case.origin[:, -5:].contiguous()
     center, spread = channel_moments(case.key, case.visible[:, -1, 0], case.visible[:, -1, 1])
     codes = KeyCodes(*encode_keys(case.key, center, spread), center, spread)
-    if not refine:  # what the codes hold is what is attended
-        case.query = torch.zeros_like(case.query)
-    output, lse, _ = torch_topk_decode(
-        *(case.query, case.key, case.value, case.visible, case.budget, case.sinks, codes),
-        scale=case.scale,
-        softcap=case.softcap,
-        sink_keys=case.sink_keys,
-        recent_keys=case.recent_keys,
-        refine=refine,
-        want_bounds=False,
-        tail=means_of(case),
-        origin=case.origin,
-    )
+    problem = problem_of_case(case, means=means_of(case), key_index=tuple(codes))
+    output, lse, _ = implementation(TopK(case.sink_keys, case.recent_keys), problem)
     expected = case.reference("topk", tail=True)
     assert relative_error(output, expected.output) < 1e-5
     assert torch.allclose(lse.double(), expected.lse, atol=1e-4)
@@ -184,7 +172,7 @@ def test_what_a_tail_cannot_do_is_refused_by_name():
         with pytest.raises(ValueError, match=r"needs the values \[1, 2, 40, \'Dv\'\] of the keys, got none"):
             KeyIndex.build(query, "means")
         means = KeyIndex.build(query, "means", value=query)
-        with pytest.raises(ValueError, match='means "means" for tail="mean"; got "means" for tail="drop"'):
+        with pytest.raises(ValueError, match=r'"means" for one with tail="mean"; got "means" for TopK.*drop'):
             sparse_attention(query[:, :, -1:], query, query, alpha=1.0, C=0.5, means=means, tail="drop")
 
 
@@ -201,21 +189,10 @@ def test_gradients_are_those_of_the_reference():
             if double:
                 output = case.reference("topk", tail=True).output
             else:
-                output = custom_ops.topk_attention(
-                    *(
-                        case.query,
-                        case.key,
-                        case.value,
-                        case.visible,
-                        case.budget,
-                        case.sinks,
-                        case.scale,
-                        case.softcap,
-                    ),
-                    *(case.sink_keys, case.recent_keys, False, "torch"),
-                    *decode_ops.page_means(case.key, case.value, case.visible, case.origin, "torch"),
-                    case.origin,
-                )[0]
+                tensors = (case.query, case.key, case.value, case.visible, case.budget, case.sinks)
+                settings = {"scale": case.scale, "softcap": case.softcap, "origin": case.origin}
+                chosen = TopK(case.sink_keys, case.recent_keys, "mean")
+                output = operation(chosen, problem_of(*tensors, **settings)).output
             found.append(torch.autograd.grad(output, leaves, grad.to(output.dtype)))
         for result, expected in zip(*found, strict=True):
             assert relative_error(result, expected) < 1e-4, seed

@@ -7,22 +7,20 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, random_case, relative_error
+from operations import problem_of, problem_of_case, reference_attention, run_blocks
 
 from nc_patch import KeyIndex, sparse_attention
 from nc_patch.ops import rows as torch_rows
-from nc_patch.ops.reference import causal_intervals, reference_attention
+from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections.block import blocks
 from nc_patch.selections.block.blocks import BlockChoice, BlockSettings
-from nc_patch.selections.block.estimators import ESTIMATORS
-from nc_patch.selections.block.torch import torch_block_attention
 from nc_patch.selections.block.torch_attend import attend_blocks
 from nc_patch.selections.block.torch_choose import choose_blocks
 
 
 def run(case: Case, want_stats: bool = True, **options: Any) -> tuple[torch.Tensor, ...]:
-    settings = case.block_settings() | {"scale": case.scale, "softcap": case.softcap, "want_stats": want_stats}
-    tensors = (case.query, case.key, case.value, case.visible, case.origin, case.budget, case.sinks)
-    return torch_block_attention(*tensors, **settings | options)
+    result = run_blocks(case, stats=want_stats, **options)
+    return *result[:4], result.estimate
 
 
 def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) -> tuple[torch.Tensor, ...]:
@@ -110,13 +108,7 @@ def test_the_attend_step_equals_the_reference_given_the_same_blocks():
             block_size=case.block_size,
             choice=choice,
         )
-        result = attend_blocks(
-            *(case.query, case.key, case.value, case.visible, case.sinks, table, choice),
-            scale=case.scale,
-            softcap=case.softcap,
-            block_size=case.block_size,
-            want_lse=True,
-        )
+        result = attend_blocks(problem_of_case(case, stats=True), table, choice, case.block_size)
         assert torch.equal(result.attended, expected.attended), seed
         held = expected.attended > 0
         assert relative_error(result.output[held], expected.output[held]) < 1e-5, seed
@@ -133,7 +125,7 @@ def test_a_nan_reaches_only_the_rows_that_attend_it():
     assert torch.equal(output.isnan(), expected.isnan())
 
 
-@pytest.mark.parametrize("options", [{}, {"min_mass": 0.9}, {"estimator": "pooled"}, {"estimator": "antidiagonal"}])
+@pytest.mark.parametrize("options", [{}, {"min_mass": 0.9}])
 def test_a_full_budget_is_dense_attention(options):
     query, key, value = peaked(1, 2, 333)
     full = sparse_attention(query, key, value, alpha=400.0, selection="block", **options)
@@ -141,10 +133,9 @@ def test_a_full_budget_is_dense_attention(options):
     assert relative_error(full, dense) < 1e-6
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_sequence_scores_alike_alone_and_in_a_padded_batch(estimator):
+def test_a_sequence_scores_alike_alone_and_in_a_padded_batch():
     query, key, value = peaked(2, 2, 400)
-    options = {"alpha": 4.0, "C": 0.5, "selection": "block", "estimator": estimator, "block_size": 16, "min_mass": 0.8}
+    options = {"alpha": 4.0, "C": 0.5, "selection": "block", "block_size": 16, "min_mass": 0.8}
     padding = 77
     visible = causal_intervals(2, 400, 400, "cpu").clone()
     visible[1, :, 0] = padding
@@ -167,13 +158,12 @@ def test_many_chunks_equal_one(monkeypatch):
     assert torch.allclose(parts[4], whole[4], rtol=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_every_estimator_finds_the_one_distant_block_that_a_query_block_looks_for(estimator):
+def test_the_one_distant_block_that_a_query_block_looks_for_is_found():
     g = torch.Generator().manual_seed(5)
     topics = torch.randn(16, 1, 16, generator=g)
     key = (topics + 0.1 * torch.randn(16, 64, 16, generator=g)).view(1, 1, 1024, 16)
     query = (2 * topics.roll(8, 0) + 0.1 * torch.randn(16, 64, 16, generator=g)).view(1, 1, 1024, 16)
-    options = {"alpha": 192.0, "selection": "block", "block_size": 16, "estimator": estimator, "return_stats": True}
+    options = {"alpha": 192.0, "selection": "block", "block_size": 16, "return_stats": True}
     late = sparse_attention(query, key, torch.randn(1, 1, 1024, 16), **options).kept_mass[..., 512:]
     window = sparse_attention(query, key, key, **options | {"selection": "window"}).kept_mass[..., 512:]
     assert late.mean() > 0.9
@@ -189,8 +179,8 @@ def test_min_mass_adds_blocks_within_its_factor_and_never_takes_any_away():
     assert bool((more.attended >= by_law.attended).all())
     assert bool((most.attended >= more.attended).all())
     assert by_law.kept_mass.mean() < more.kept_mass.mean() < most.kept_mass.mean()
-    assert by_law.block_estimate[:, 4].sum() == 0 < more.block_estimate[:, 4].sum()
-    rows, kept = most.block_estimate[:, :2].unbind(-1)
+    assert by_law.estimate[:, 4].sum() == 0 < more.estimate[:, 4].sum()
+    rows, kept = most.estimate[:, :2].unbind(-1)
     assert bool((kept.view(2, 2).sum(-1) / rows.view(2, 2).sum(-1) >= 0.9).all()), "per key/value head"
 
 
@@ -199,7 +189,7 @@ def test_the_estimate_is_the_kept_mass_of_the_sampled_rows_and_near_that_of_all(
     visible = causal_intervals(2, 1024, 1024, "cpu")
     options = {"alpha": 4.0, "C": 0.5, "selection": "block", "block_size": 16, "return_stats": True}
     result = sparse_attention(query, key, value, **options)
-    rows, kept, squares, number, _ = result.block_estimate.double().unbind(-1)
+    rows, kept, squares, number, _ = result.estimate.double().unbind(-1)
     table = blocks.query_block_table(visible, visible[..., 0], 64)
     sampled = blocks.sampled_rows(table, visible, visible[..., 0], 16)
     true = result.kept_mass.double().movedim(1, 0)[:, sampled]
@@ -223,10 +213,9 @@ def test_nothing_grows_with_the_square_of_the_length():
     before = process.memory_info().rss
     settings = BlockSettings()
     table = blocks.query_block_table(visible, visible[..., 0], 64)
-    choice, _ = choose_blocks(query, key, visible, visible[..., 0], budget, table, settings, scale=0.25, softcap=0.0)
-    attend_blocks(
-        *(query, key, value, visible, None, table, choice), scale=0.25, softcap=0.0, block_size=32, want_lse=False
-    )
+    problem = problem_of(query, key, value, visible, budget, scale=0.25)
+    choice, _ = choose_blocks(problem, table, settings)
+    attend_blocks(problem, table, choice, 32)
     assert process.memory_info().rss - before < 200e6
 
 

@@ -5,12 +5,13 @@ import torch
 from attention_cases import Case, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import implementation, problem_of_case
 
 from nc_patch import KeyIndex, sparse_attention
+from nc_patch.selections import TopK
 from nc_patch.selections.block.pages import page_count, summarize_pages
 from nc_patch.selections.block.torch_decode import torch_block_decode
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
-from nc_patch.selections.topk.torch_decode import torch_topk_decode
 
 DECODED = 5
 
@@ -67,16 +68,9 @@ def codes_of(case: Case) -> KeyCodes:
     return KeyCodes(*encode_keys(case.key, center, spread), center, spread)
 
 
-def topk_decode(case: Case, codes: KeyCodes, refine: bool = True):
-    return torch_topk_decode(
-        *(case.query, case.key, case.value, case.visible, case.budget, case.sinks, codes),
-        scale=case.scale,
-        softcap=case.softcap,
-        sink_keys=case.sink_keys,
-        recent_keys=case.recent_keys,
-        refine=refine,
-        want_bounds=True,
-    )
+def topk_decode(case: Case, codes: KeyCodes):
+    problem = problem_of_case(case, key_index=tuple(codes), bounds=True)
+    return implementation(TopK(case.sink_keys, case.recent_keys, "drop"), problem)
 
 
 @given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1))
@@ -112,17 +106,6 @@ def test_bounds_are_narrow_where_attention_is_sharp():
     assert float((upper - lower).max()) < 0.05
 
 
-def test_without_refinement_the_keys_are_not_read_and_the_output_is_close():
-    g = torch.Generator().manual_seed(1)
-    key, value = torch.randn(2, 2, 600, 64, generator=g), torch.randn(2, 2, 600, 64, generator=g)
-    query = torch.randn(2, 4, 3, 64, generator=g)
-    index = KeyIndex.build(key, "codes")
-    indexes = {"index": index, "means": KeyIndex.build(key, "means", value=value)}
-    exact = sparse_attention(query, key, value, alpha=2.0, C=0.7, **indexes)
-    rough = sparse_attention(query, key * torch.nan, value, alpha=2.0, C=0.7, refine=False, **indexes)
-    assert relative_error(rough, exact) < 0.05
-
-
 @pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["key", "value"])
 def test_nan_and_inf_reach_only_the_rows_that_attend_them(what, where):
@@ -148,12 +131,8 @@ def test_pages_are_chosen_and_attended_as_defined(block):
             case.key, case.origin[:, 0], end, first, page_count(Lk, case.block_size), case.block_size
         )
         output, lse, kept_mass, attended = torch_block_decode(
-            *(case.query, case.key, case.value, case.visible, case.origin, case.budget, case.sinks, *pages),
-            scale=case.scale,
-            softcap=case.softcap,
-            block_size=case.block_size,
-            want_stats=True,
-        )
+            problem_of_case(case, key_index=tuple(pages), page_size=case.block_size, stats=True)
+        )[:4]
         expected = case.reference("pages")
         assert relative_error(output, expected.output) < 1e-5, seed
         assert torch.equal(attended, expected.attended), seed
@@ -193,9 +172,9 @@ def test_wrong_uses_of_an_index_are_refused():
     key, query = torch.randn(1, 2, 50, 16), torch.randn(1, 4, 1, 16)
     codes, pages = KeyIndex.build(key, "codes"), KeyIndex.build(key, "pages")
     refused = lambda match, *tensors, **options: pytest.raises(ValueError, match=match)  # noqa: E731
-    with refused('got "pages" for selection "topk"'):
+    with refused('got "pages" for TopK'):
         sparse_attention(query, key, key, alpha=2.0, index=pages)
-    with refused('got "codes" for selection "block"'):
+    with refused('got "codes" for Block'):
         sparse_attention(query, key, key, alpha=2.0, selection="block", index=codes)
     with refused("other keys"):
         sparse_attention(query, torch.cat((key, key), 2), torch.cat((key, key), 2), alpha=2.0, index=codes)
@@ -207,8 +186,6 @@ def test_wrong_uses_of_an_index_are_refused():
         sparse_attention(query, key, key, alpha=2.0, return_kept_mass="exact")
     with refused("every key"):
         sparse_attention(query, key, key, alpha=2.0, index=codes, return_stats=True)
-    with refused("refine=False"):
-        sparse_attention(query, key, key, alpha=2.0, refine=False)
     with refused("kind must be"):
         KeyIndex.build(key, "bits")
     with refused("capacity"):
@@ -281,13 +258,13 @@ def test_nan_and_inf_in_a_page_reach_only_the_rows_that_attend_it(what, where):
     # The other key/value head does not notice.
     assert torch.equal(result.output[:, 2:], plain.output[:, 2:])
     if where == "key":
-        assert index.pages().scales[0, 0, 6].isnan().all()
-        assert not index.pages().scales[0, 1].isnan().any()
+        assert index.tensors()[1][0, 0, 6].isnan().all()
+        assert not index.tensors()[1][0, 1].isnan().any()
         # Its page is attended before all others, and the attended numbers stay what the budget allows.
         assert result.output[:, :2].isnan().all() or what != torch.nan
         assert torch.equal(result.attended, plain.attended)
     else:
-        assert torch.equal(index.pages().codes, KeyIndex.build(key, "pages", block_size=16).pages().codes)
+        assert torch.equal(index.tensors()[0], KeyIndex.build(key, "pages", block_size=16).tensors()[0])
         sound = ~result.output.isnan()
         torch.testing.assert_close(result.output[sound], plain.output[sound])
         assert not result.output[0, :2, :, :3].isnan().any()
@@ -305,12 +282,8 @@ def test_pages_of_hard_keys_are_chosen_as_defined(kind):
             case.key, case.origin[:, 0], end, first, page_count(Lk, case.block_size), case.block_size
         )
         output, _, _, attended = torch_block_decode(
-            *(case.query, case.key, case.value, case.visible, case.origin, case.budget, case.sinks, *pages),
-            scale=case.scale,
-            softcap=case.softcap,
-            block_size=case.block_size,
-            want_stats=False,
-        )
+            problem_of_case(case, key_index=tuple(pages), page_size=case.block_size, stats=False)
+        )[:4]
         expected = case.reference("pages")
         assert torch.equal(attended, expected.attended), seed
         assert relative_error(output, expected.output) < 1e-4, seed

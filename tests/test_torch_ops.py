@@ -5,14 +5,21 @@ import torch
 from attention_cases import Case, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import (
+    operation,
+    problem_of,
+    run_blocks,
+    selection_of,
+    three,
+    topk_mask,
+    torch_topk_attention,
+    torch_window_attention,
+)
 
-from nc_patch.ops import custom_ops
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.kth_largest import by_partition_, by_sort, by_topk
-from nc_patch.ops.reference import causal_intervals, topk_mask
-from nc_patch.selections.block.torch import torch_block_attention
-from nc_patch.selections.topk.torch import keep_topk_, torch_topk_attention
-from nc_patch.selections.window import torch_window_attention
+from nc_patch.ops.problem import causal_intervals
+from nc_patch.selections import TopK
 
 SELECTIONS = ("topk", "window", "block")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -21,8 +28,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 def run(case: Case, selection: str, want_stats: bool):
     tensors = (case.query, case.key, case.value, case.visible)
     if selection == "block":
-        settings_ = {"scale": case.scale, "softcap": case.softcap, "want_stats": want_stats, **case.block_settings()}
-        return torch_block_attention(*tensors, case.origin, case.budget, case.sinks, **settings_)[:4]
+        result = run_blocks(case, stats=want_stats)
+        return *three(result), result.attended
     function = {"topk": torch_topk_attention, "window": torch_window_attention}[selection]
     output, lse, kept_mass = function(*tensors, case.budget, case.sinks, **case.row_settings(want_stats))
     return output, lse, kept_mass, case.budget.expand(case.query.shape[:3])
@@ -97,7 +104,8 @@ def test_the_attended_set_is_exact_on_adversarial_keys(kind, budget):
     # The weights of attended keys may underflow to zero where scores are huge, so the set is read off the kept scores.
     block = torch_rows.RowBlock(0, 0, 1, 0, 100)
     raw = torch_rows.scores_of(case.query[0], case.key[0], torch_rows.Buffers(100, torch.device("cpu")))
-    keep_topk_(raw, case.visible[0], case.budget[0], block, 2, 1, torch_rows.Buffers(100, torch.device("cpu")))
+    problem = problem_of(case.query, case.key, case.value, case.visible, case.budget)
+    TopK(2, 1).hide_(raw, torch_rows.Rows.of(problem, block), torch_rows.Buffers(100, torch.device("cpu")))
     assert torch.equal(raw > -torch.inf, expected[0])
 
 
@@ -158,15 +166,11 @@ def test_gradients_equal_those_of_the_reference(selection):
         mine = [t.clone().requires_grad_() for t in inputs]
         exact = [t.double().requires_grad_() for t in inputs]
         sinks = mine[3] if case.sinks is not None else None
-        if selection == "block":
-            output = custom_ops.block_attention(
-                *(*mine[:3], case.visible, case.origin, case.budget, sinks, case.scale, case.softcap),
-                *(*case.block_settings().values(), "sampled", False, "torch"),
-            )[0]
-        else:
-            op = {"topk": custom_ops.topk_attention, "window": custom_ops.window_attention}[selection]
-            settings_ = (case.scale, case.softcap, case.sink_keys, case.recent_keys, False, "torch")
-            output = op(*mine[:3], case.visible, case.budget, sinks, *settings_)[0]
+        problem = problem_of(
+            *(*mine[:3], case.visible, case.budget, sinks), scale=case.scale, softcap=case.softcap, origin=case.origin
+        )
+        keys = {"sink_keys": case.sink_keys, "recent_keys": case.recent_keys}
+        output = operation(selection_of(selection, **case.block_settings(), **keys), problem).output
         weight = torch.randn_like(output)
         (output * weight).sum().backward()
         case.query, case.key, case.value = exact[:3]
@@ -181,7 +185,7 @@ def test_a_row_that_sees_nothing_has_no_gradient_and_no_nan():
     visible = causal_intervals(1, 6, 6, "cpu").clone()
     visible[0, :2] = 3
     budget = (visible[..., 1] - visible[..., 0])[:, None].clamp(max=2)
-    output, *_ = custom_ops.topk_attention(query, key, value, visible, budget, None, 0.5, 0.0, 1, 1, False, "torch")
+    output = operation(TopK(1, 1, "drop"), problem_of(query, key, value, visible, budget, scale=0.5)).output
     output.sum().backward()
     assert torch.equal(output[:, :, :2], torch.zeros(1, 2, 2, 4))
     assert all(bool(t.grad.isfinite().all()) for t in (query, key, value))

@@ -14,15 +14,24 @@ from attention_cases import random_case
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
+import operations  # noqa: E402
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
+from operations import reference_attention  # noqa: E402
 
 from nc_patch.functional import sparse_attention  # noqa: E402
-from nc_patch.ops import custom_ops  # noqa: E402
-from nc_patch.ops.reference import causal_intervals, query_blocks, reference_attention  # noqa: E402
+from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals  # noqa: E402
 from nc_patch.ops.triton.launch import Tiles  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
+from nc_patch.selections.block.blocks import BlockChoice, BlockSettings  # noqa: E402
+from nc_patch.selections.block.definition import query_blocks  # noqa: E402
 from nc_patch.selections.block.plan import BlockPlan, chunks_of, make_plan  # noqa: E402
-from nc_patch.selections.block.prefill import attend_blocks, block_tiles, choose_blocks, triton_block_attention  # noqa: E402
+from nc_patch.selections.block.prefill import (  # noqa: E402
+    attend_blocks,
+    block_tiles,
+    choose_blocks,
+    triton_block_attention,
+)
+from nc_patch.selections.block.torch import torch_block_attention  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -81,10 +90,10 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def settings(self) -> dict[str, Any]:
-        """The keyword arguments of the operation."""
-        names = ("softcap", "block_size", "query_block_size", "sample_stride", "min_mass", "max_factor")
-        return {"scale": self.head_dim**-0.5, **{name: getattr(self, name) for name in names}}
+    def block_settings(self) -> BlockSettings:
+        """How blocks are cut and chosen."""
+        names = ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor")
+        return BlockSettings(**{name: getattr(self, name) for name in names})
 
 
 CASES = [
@@ -210,27 +219,40 @@ def expected_blocks(case: Case, inputs: dict[str, Any]) -> list[Block]:
     return found
 
 
-def plan_of(case: Case, inputs: dict[str, Any], device: str) -> BlockPlan:
-    """The plan of a case, on the device."""
-    visible, origin, budget = (inputs[name].to(device) for name in ("visible", "origin", "budget"))
-    settings = {name: x for name, x in case.settings().items() if name not in ("scale", "softcap")}
-    return make_plan(visible, origin, budget, case.kv_heads, **settings)
+def problem_of(case: Case, inputs: dict[str, Any], device: str, stats: bool = True, **more: Any) -> Problem:
+    """The inputs of a case on the device."""
+    moved = {name: None if x is None else x.to(device) for name, x in inputs.items()}
+    return operations.problem_of(**moved, scale=case.head_dim**-0.5, softcap=case.softcap, stats=stats, **more)
+
+
+def plan_of(case: Case, problem: Problem) -> BlockPlan:
+    """The plan of a case."""
+    return make_plan(problem, case.block_settings())
 
 
 def choose(case: Case, inputs: dict[str, Any], device: str):
     """(block_indices, block_counts, estimate) that the kernels choose."""
-    moved = {name: inputs[name].to(device) for name in ("query", "key", "visible")}
+    problem = problem_of(case, inputs, device)
+    tiles = tiles_of(case, problem).score
+    choice, estimate = choose_blocks(problem, plan_of(case, problem), tiles, case.block_settings())
+    return *choice, estimate
+
+
+def tiles_of(case: Case, problem: Problem) -> triton_block.BlockTiles:
+    """The tiles that the operation takes for a case."""
     sizes = (case.head_dim, case.value_dim or case.head_dim, case.block_size)
-    tiles = triton_block.block_tiles(triton_block.architecture_of(moved["query"].device), case.dtype, *sizes)
-    names = ("scale", "softcap", "block_size", "min_mass")
-    settings = {name: case.settings()[name] for name in names}
-    return choose_blocks(*moved.values(), plan_of(case, inputs, device), tiles.score, **settings)
+    return triton_block.block_tiles(triton_block.architecture_of(problem.query.device), case.dtype, *sizes)
 
 
 def run(case: Case, inputs: dict[str, Any], device: str, want_stats: bool = True) -> tuple[torch.Tensor, ...]:
     """What the operation returns, on the CPU."""
-    moved = [None if x is None else x.to(device) for x in inputs.values()]
-    return tuple(x.cpu() for x in triton_block_attention(*moved, **case.settings(), want_stats=want_stats))
+    return on_cpu(triton_block_attention(problem_of(case, inputs, device, want_stats), case.block_settings()))
+
+
+def on_cpu(result: AttentionResult) -> tuple[torch.Tensor, ...]:
+    """Output, log-sum-exp, kept mass, attended and estimate; empty where there is none."""
+    fields = (*result[:4], result.estimate)
+    return tuple(result.output.new_empty(0) if x is None else x.cpu() for x in fields)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -272,14 +294,7 @@ def test_operation_equals_the_reference(case, device):
 @pytest.mark.parametrize("seed", [1, 2, 5, 9, 10, 31, 44])  # the last two have a budget for each head
 def test_random_problems_equal_the_reference(seed, device):
     case = random_case(seed, longest=100)
-    output, lse, kept_mass, attended, _ = triton_block_attention(
-        *(
-            None if x is None else x.to(device)
-            for x in (case.query, case.key, case.value, case.visible, case.origin, case.budget, case.sinks)
-        ),
-        scale=case.scale, softcap=case.softcap, block_size=case.block_size, query_block_size=64, sample_stride=16,
-        min_mass=0.0, max_factor=4.0, want_stats=True,
-    )  # fmt: skip
+    output, lse, kept_mass, attended, _ = on_cpu(operations.run_blocks(case, "triton", device))
     expected = case.reference("block")
     assert torch.equal(attended.cpu(), expected.attended)
     assert_close(output.cpu(), expected.output, 1e-5)
@@ -325,9 +340,9 @@ def test_the_audit_equals_that_of_the_other_backend(device):
     for case in (CHOICES[0], CHOICES[-1]):
         inputs, results = inputs_of(case, seed=2), []
         for backend, place in (("triton", device), ("torch", "cpu")):
-            moved = [None if x is None else x.to(place) for x in inputs.values()]
-            result = custom_ops.block_attention(*moved, *case.settings().values(), "sampled", False, backend, 5)
-            results.append(result[-1].cpu())
+            attend = {"triton": triton_block_attention, "torch": torch_block_attention}[backend]
+            result = attend(problem_of(case, inputs, place, audit_seed=5), case.block_settings())
+            results.append(result.audit.cpu())
         assert float(results[1][0, 1]) > 0
         assert_close(results[0], results[1].double(), 1e-4)
 
@@ -397,7 +412,7 @@ def test_a_block_scores_the_same_whether_its_tile_is_masked_or_not(softcap, devi
 
     class Recorded:
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: (score[grid](*args, **kwargs), found.append(args[5].view(-1, 4)[:, 1:]))
+            return lambda **kwargs: (score[grid](**kwargs), found.append(kwargs["scores"].view(-1, 4)[:, 1:]))
 
     monkeypatch.setattr(triton_block, "score_blocks_kernel", Recorded())
     for first in (0, 128):
@@ -413,7 +428,8 @@ def test_a_block_scores_the_same_whether_its_tile_is_masked_or_not(softcap, devi
 def test_attention_over_given_blocks_equals_float64(name, device):
     case = next(case for case in CASES if case.name == name)
     inputs = inputs_of(case, seed=2)
-    plan = plan_of(case, inputs, device)
+    problem = problem_of(case, inputs, device)
+    plan = plan_of(case, problem)
     N, widths = plan.table.shape[0], plan.widths
     generator = torch.Generator().manual_seed(3)
     # From one block to all, whichever they are: rows may attend nothing.
@@ -440,27 +456,17 @@ def test_attention_over_given_blocks_equals_float64(name, device):
     weights = torch.exp(scores - expected_lse[..., None]).nan_to_num(nan=0.0)
     expected = weights @ inputs["value"].double().repeat_interleave(case.group, 1)
 
-    moved = {name: None if x is None else x.to(device) for name, x in inputs.items()}
-    shape = (case.batch, case.kv_heads * case.group, case.queries)
-    output = torch.empty(*shape, inputs["value"].shape[-1], dtype=case.dtype, device=device)
-    lse, lse_without_sink = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    attended = torch.empty(shape, dtype=torch.int32, device=device)
-    sizes = (case.head_dim, output.shape[-1], case.block_size)
-    tiles = triton_block.block_tiles(triton_block.architecture_of(output.device), case.dtype, *sizes)
-    attend_blocks(
-        moved["query"], moved["key"], moved["value"], moved["visible"], moved["sinks"], plan,
-        block_indices.int().to(device), block_counts.int().to(device), tiles, output, lse, lse_without_sink, attended,
-        scale=case.head_dim**-0.5, softcap=case.softcap, block_size=case.block_size,
-    )  # fmt: skip
-    assert_close(output.cpu(), expected, TOLERANCE[case.dtype])
-    assert_close(lse.cpu(), expected_lse, 1e-5)
-    assert_close(lse_without_sink.cpu(), lse_keys, 1e-5)
-    assert torch.equal(attended.cpu(), scores.isfinite().sum(-1).int())
+    choice = BlockChoice(block_indices.int().to(device), block_counts.int().to(device))
+    found = attend_blocks(problem, plan, choice, tiles_of(case, problem), case.block_size)
+    assert_close(found.output.cpu(), expected, TOLERANCE[case.dtype])
+    assert_close(found.lse.cpu(), expected_lse, 1e-5)
+    assert_close(found.lse_keys.cpu(), lse_keys, 1e-5)
+    assert torch.equal(found.attended.cpu(), scores.isfinite().sum(-1).int())
 
 
 @on_kernel_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_broken_value_reaches_only_the_rows_that_attend_it(dtype, device):
+def test_a_broken_value_shows_in_the_rows_that_attend_it_and_reaches_none_of_another_query_block(dtype, device):
     case = Case("broken-values", dtype, group=2, head_dim=80, queries=100, keys=130, budget=1000)
     inputs = inputs_of(case)
     # Seen by all rows; within the diagonal block of a few; beyond what half of the rows see.
@@ -469,10 +475,29 @@ def test_a_broken_value_reaches_only_the_rows_that_attend_it(dtype, device):
     inputs["value"][:, :, 101, 50] = -torch.inf
     output = run(case, inputs, device, want_stats=False)[0]
     expected = reference_attention(**inputs, selection="block", scale=case.head_dim**-0.5, block_size=16).output
-    broken = expected.isnan().sum((0, 1, 2))
-    assert broken[7] == 200
-    assert 0 < broken[50] < broken[3] < 200
-    assert_close(output, expected, TOLERANCE[dtype])
+    broken = expected.isnan()
+    assert 0 < broken[..., 50].sum() < broken[..., 3].sum() < broken[..., 7].sum() == 200
+    assert not output[broken].isfinite().any()
+    # Rows 0 to 33 and 34 to 97 are of a query block each.
+    assert output[:, :, :34, 50].isfinite().all()
+    sound = output.isfinite()
+    assert sound[..., [c for c in range(80) if c not in (3, 7, 50)]].all()
+    assert_close(output[sound], expected[sound], TOLERANCE[dtype])
+
+
+@on_kernel_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_no_row_of_a_query_block_sees_is_not_read_from_the_blocks_at_its_edges(dtype, device):
+    case = Case("edges", dtype, group=2, queries=70, keys=100, intervals="left_padding", batch=2, budget=1000)
+    inputs = inputs_of(case)
+    # Blocks begin at key 37 of sequence 1: with a later start, and an earlier end, the first and last are seen in part.
+    inputs["visible"][..., 0] += 5
+    inputs["visible"][..., 1] = inputs["visible"][..., 1].clamp(max=97)
+    expected = run(case, inputs, device)
+    for tensor in (inputs["key"], inputs["value"]):
+        tensor[:, :, 97:] = tensor[0, :, :5] = tensor[1, :, :42] = torch.nan
+    for ours, clean in zip(run(case, inputs, device), expected, strict=True):
+        assert torch.equal(ours, clean)
 
 
 @on_kernel_device
@@ -567,25 +592,22 @@ def test_sparse_attention_runs_it_where_triton_is_the_backend(device):
     theirs = sparse_attention(query, key, value, **settings, backend="torch")
     assert torch.equal(ours.attended, theirs.attended)
     assert_close(ours.output.cpu(), theirs.output.double().cpu(), 1e-5)
-    assert_close(ours.block_estimate.cpu(), theirs.block_estimate.double().cpu(), 1e-5)
-    with pytest.raises(RuntimeError, match='scores blocks by estimator="sampled" alone, got "pooled"'):
-        sparse_attention(query, key, value, **settings, estimator="pooled", backend="triton")
+    assert_close(ours.estimate.cpu(), theirs.estimate.double().cpu(), 1e-5)
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "error", "message"),
+    ("change", "message"),
     [
-        ({"query": torch.zeros(1, 2, 150, 32).double()}, {}, TypeError, "share one dtype"),
-        ({"origin": torch.zeros(1, 150)}, {}, ValueError, "origin must be int32"),
-        ({"budget": torch.zeros(1, 5, 150, dtype=torch.int32)}, {}, ValueError, "budget must be int32"),
-        ({}, {"block_size": 24}, ValueError, "block_size must be 16, 32, 64 or 128, got 24"),
+        ({"query": torch.zeros(1, 2, 150, 32).double()}, "query must be one of bfloat16"),
+        ({"origin": torch.zeros(1, 150)}, "origin must be int32"),
+        ({"budget": torch.zeros(1, 5, 150, dtype=torch.int32)}, "budget must be int32"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(change, settings, error, message):
+def test_inputs_that_do_not_fit_are_refused(change, message):
     case = Case("plain")
-    inputs = {**inputs_of(case), **change}
-    with pytest.raises(error, match=message):
-        triton_block_attention(*inputs.values(), **{**case.settings(), **settings}, want_stats=False)
+    problem = problem_of(case, inputs_of(case), "cpu")._replace(**change)
+    with pytest.raises(ValueError, match=message):
+        triton_block_attention(problem, case.block_settings())
 
 
 def test_chunks_hold_every_query_block_and_no_more_than_fits():

@@ -11,8 +11,9 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
+from operations import problem_of, reference_attention  # noqa: E402
 
-from nc_patch.ops.reference import reference_attention  # noqa: E402
+from nc_patch.ops.problem import Problem  # noqa: E402
 from nc_patch.ops.triton.split import combine_splits  # noqa: E402
 from nc_patch.selections.block import decode as triton_decode_block  # noqa: E402
 from nc_patch.selections.block.decode import triton_block_decode  # noqa: E402
@@ -133,16 +134,22 @@ def statistics_of(case: Case, inputs: dict[str, torch.Tensor | None]) -> PageSta
 
 def run(case: Case, device: str, inputs, statistics=None):
     statistics = statistics_of(case, inputs) if statistics is None else statistics
-    moved = [None if x is None else x.to(device) for x in (*inputs.values(), *statistics)]
-    result = triton_block_decode(
-        *moved,
+    moved = {name: None if x is None else x.to(device) for name, x in inputs.items()}
+    index = tuple(x.to(device) for x in statistics)
+    result = triton_block_decode(problem_of_run(case, moved, index))
+    return [result.output.new_empty(0) if x is None else x.cpu() for x in result[:4]]
+
+
+def problem_of_run(case: Case, inputs: dict[str, torch.Tensor | None], index: tuple[torch.Tensor, ...]) -> Problem:
+    return problem_of(
+        **inputs,
         scale=case.head_dim**-0.5,
         softcap=case.softcap,
-        block_size=case.block_size,
-        max_budget=case.budget,
-        want_stats=case.stats,
+        key_index=index,
+        page_size=case.block_size,
+        most=case.budget,
+        stats=case.stats,
     )
-    return [x.cpu() for x in result]
 
 
 def reference(case: Case, inputs):
@@ -351,9 +358,10 @@ def test_splits_combine_to_the_whole(sinks, device):
 def test_inputs_that_do_not_fit_are_refused(change, message):
     case = Case("plain")
     inputs = inputs_of(case)
-    inputs = {**inputs, **statistics_of(case, inputs)._asdict(), **change}
+    parts = {**statistics_of(case, inputs)._asdict(), **change}
+    problem = problem_of_run(case, inputs, (parts.pop("codes"), parts.pop("scales")))._replace(**parts)
     with pytest.raises(ValueError, match=message):
-        triton_block_decode(*inputs.values(), scale=1.0, softcap=0.0, block_size=16, max_budget=70, want_stats=False)
+        triton_block_decode(problem)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")

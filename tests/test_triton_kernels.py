@@ -12,15 +12,16 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
+from operations import problem_of, reference_attention, selection_of, topk_mask  # noqa: E402
 
-from nc_patch.ops.reference import causal_intervals, forced_counts, reference_attention, topk_mask  # noqa: E402
+from nc_patch.ops.problem import causal_intervals  # noqa: E402
 from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
+from nc_patch.selections import TopK, Window  # noqa: E402
 from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
-from nc_patch.selections.topk.prefill import triton_topk_attention  # noqa: E402
-from nc_patch.selections.window import triton_window_attention  # noqa: E402
+from nc_patch.selections.topk.torch import forced_counts  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-KERNELS = {"topk": triton_topk_attention, "window": triton_window_attention}
+KERNELS = ("topk", "window")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -150,14 +151,8 @@ def run(selection: str, case: Case, device: str, inputs: dict[str, torch.Tensor 
     """(what the kernel returns, what the reference returns), both on the CPU."""
     scale = case.head_dim**-0.5
     moved = {name: None if x is None else x.to(device) for name, x in inputs.items()}
-    output, lse, kept_mass = KERNELS[selection](
-        *moved.values(),
-        scale=scale,
-        softcap=case.softcap,
-        sink_keys=case.sink_keys,
-        recent_keys=case.recent_keys,
-        want_stats=case.stats,
-    )
+    chosen = selection_of(selection, sink_keys=case.sink_keys, recent_keys=case.recent_keys)
+    found = chosen.prefill_triton(problem_of(**moved, scale=scale, softcap=case.softcap, stats=case.stats))
     expected = reference_attention(
         **inputs,
         selection=selection,
@@ -166,7 +161,8 @@ def run(selection: str, case: Case, device: str, inputs: dict[str, torch.Tensor 
         sink_keys=case.sink_keys,
         recent_keys=case.recent_keys,
     )
-    return (output.cpu(), lse.cpu(), kept_mass.cpu()), expected
+    output, lse, kept_mass = (None if x is None else x.cpu() for x in found[:3])
+    return (output, lse, kept_mass), expected
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -189,7 +185,8 @@ def check(selection: str, case: Case, device: str, inputs: dict[str, torch.Tenso
         assert_close(lse, expected.lse, 1e-5)
         assert_close(kept_mass, expected.kept_mass, 1e-5)
     else:
-        assert lse.numel() == kept_mass.numel() == 0
+        assert lse is None
+        assert kept_mass is None
 
 
 @on_kernel_device
@@ -305,14 +302,45 @@ def test_nan_and_infinity_rank_together_and_softcap_makes_infinity_finite(device
 @on_kernel_device
 @pytest.mark.parametrize("selection", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_broken_value_reaches_only_the_rows_that_attend_it(selection, dtype, device):
+def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_program(selection, dtype, device):
     case = Case("broken-values", dtype, group=1, queries=40, head_dim=80, stats=False)
     inputs = inputs_of(case)
-    inputs["value"][:, :, 20, 3] = torch.nan
-    inputs["value"][:, :, 41, 50] = torch.inf
+    inputs["value"][:, :, 48, 3] = torch.nan
+    inputs["value"][:, :, 51, 50] = torch.inf
     (output, _, _), expected = run(selection, case, device, inputs)
-    assert 0 < int(expected.output.isnan().sum()) < 2 * case.queries
-    assert_close(output, expected.output, TOLERANCE[dtype])
+    attending = expected.output.isnan()
+    assert 0 < int(attending.sum()) < 2 * case.queries
+    architecture = triton_launch.architecture_of(torch.device(device))
+    rows = triton_launch.tiles_for(architecture, dtype, case.head_dim, case.head_dim, case.queries).rows
+    # The first row that sees the first of them: rows of its program may be NaN in the column, all others are right.
+    reached = 48 - (case.keys - case.queries)
+    assert output.isfinite()[attending].sum() == 0
+    assert_close(
+        output[:, :, : reached // rows * rows], expected.output[:, :, : reached // rows * rows], TOLERANCE[dtype]
+    )
+    untouched = [d for d in range(case.head_dim) if d not in (3, 50)]
+    assert_close(output[..., untouched], expected.output[..., untouched], TOLERANCE[dtype])
+
+
+@on_kernel_device
+@pytest.mark.parametrize("selection", KERNELS)
+def test_keys_between_what_the_rows_of_a_program_see_change_nothing(selection, device):
+    case = Case("apart", group=1, queries=20, budgets="small")
+    inputs = inputs_of(case)
+    inputs["visible"][:, :7] = torch.tensor([2, 9])
+    inputs["visible"][:, 7:9] = torch.tensor([40, 40])
+    inputs["visible"][:, 9:14] = torch.tensor([12, 26])
+    inputs["visible"][:, 14:] = torch.tensor([26, 33])
+    inputs["budget"] = budgets_of(case, inputs["visible"], torch.Generator())
+    expected, reference = run(selection, case, device, inputs)
+    assert_close(expected[0], reference.output, TOLERANCE[case.dtype])
+    for unseen in (slice(0, 2), slice(9, 12), slice(33, None)):
+        inputs["key"][:, :, unseen] = torch.nan
+        inputs["value"][:, :, unseen] = torch.nan
+    actual, _ = run(selection, case, device, inputs)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert actual[0].isfinite().all()
 
 
 @on_kernel_device
@@ -363,35 +391,31 @@ def test_no_query_gives_an_empty_output(device):
     inputs = inputs_of(case)
     for name, empty in (("query", (1, 2, 0, 64)), ("visible", (1, 0, 2)), ("budget", (1, 1, 0))):
         inputs[name] = torch.zeros(empty, dtype=inputs[name].dtype, device=device)
-    output, _, _ = triton_topk_attention(
-        *(None if x is None else x.to(device) for x in inputs.values()),
-        scale=1.0,
-        softcap=0.0,
-        sink_keys=0,
-        recent_keys=0,
-        want_stats=True,
-    )
+    moved = {name: None if x is None else x.to(device) for name, x in inputs.items()}
+    output = selection_of("topk").prefill_triton(problem_of(**moved, stats=True)).output
     assert output.shape == (1, 2, 0, 64)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"query": torch.zeros(1, 2, 20, 64).double()}, TypeError, "share one dtype"),
-        ({"key": torch.zeros(1, 53, 64)}, ValueError, "must have 4 axes"),
-        ({"key": torch.zeros(1, 1, 50, 64)}, ValueError, "must agree"),
-        ({"query": torch.zeros(1, 3, 20, 64), "key": torch.zeros(1, 2, 53, 64)}, ValueError, "must agree"),
-        ({"visible": torch.zeros(1, 20, 2)}, ValueError, "visible must be int32"),
-        ({"budget": torch.zeros(1, 5, 20, dtype=torch.int32)}, ValueError, "budget must be int32"),
-        ({"sinks": torch.zeros(3)}, ValueError, "one logit per query head"),
-        ({"value": torch.zeros(1, 1, 53, 320)}, ValueError, "at most 256, got 64 and 320"),
+        ({"query": torch.zeros(1, 2, 20, 64).double()}, "query must be one of bfloat16, float16, float32"),
+        ({"value": torch.zeros(1, 1, 53, 64).half()}, "value must have query's dtype"),
+        ({"key": torch.zeros(1, 53, 64)}, r"key must be \[batch, heads, length, head_dim\]"),
+        ({"key": torch.zeros(1, 1, 50, 64)}, r"key must be \[B, Hkv, Lk, D\] and value"),
+        ({"query": torch.zeros(1, 3, 20, 64), "key": torch.zeros(1, 2, 53, 64)}, r"and value \[B, Hkv, Lk, Dv\]"),
+        ({"visible": torch.zeros(1, 20, 2)}, "visible must be int32"),
+        ({"origin": torch.zeros(1, 20)}, "origin must be int32"),
+        ({"budget": torch.zeros(1, 5, 20, dtype=torch.int32)}, "budget must be int32"),
+        ({"sinks": torch.zeros(3)}, r"sinks must be \[2\] on cpu"),
+        ({"value": torch.zeros(1, 1, 53, 320)}, "at most 256, got 64 and 320"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(change, error, message):
-    inputs = {**inputs_of(Case("plain")), **change}
-    settings = {"scale": 1.0, "softcap": 0.0, "sink_keys": 0, "recent_keys": 0, "want_stats": False}
-    with pytest.raises(error, match=message):
-        triton_topk_attention(*inputs.values(), **settings)
+def test_inputs_that_do_not_fit_are_refused(change, message):
+    problem = problem_of(**inputs_of(Case("plain")))._replace(**change)
+    for chosen in (TopK(tail="drop"), Window()):
+        with pytest.raises(ValueError, match=message):
+            chosen.prefill_triton(problem)
 
 
 def test_the_cases_leave_keys_to_choose_by_score():
@@ -400,7 +424,7 @@ def test_the_cases_leave_keys_to_choose_by_score():
     for case in CASES:
         inputs = inputs_of(case)
         visible, budget = inputs["visible"], inputs["budget"]
-        forced = sum(forced_counts(budget, case.sink_keys, case.recent_keys, "topk"))
+        forced = sum(forced_counts(budget, case.sink_keys, case.recent_keys))
         n = (visible[..., 1] - visible[..., 0])[:, None]
         searching += bool(((budget > forced) & (budget < n)).any())
     assert searching >= len(CASES) - 3

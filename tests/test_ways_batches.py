@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, full_and_small, left_padded, right_padded, rows_of, small
 
 from nc_patch import patch_model, unpatch_model
-from nc_patch.ops.limits import MAX_DECODE_QUERIES
+from nc_patch.ops.problem import MAX_DECODE_QUERIES
 
 PADDED = {"left": left_padded, "right": right_padded}
 # Of the norm of a token's logits.

@@ -17,7 +17,7 @@ from eval_tasks.lm_eval.options import OPTIONS, located, misspelt, read_config, 
 from eval_tasks.lm_eval.response_cache import fingerprint, use_own_table
 from eval_tasks.models import tokenizer_fingerprint
 from nc_patch import NCConfig, Profile, UnsupportedModelError, nc_stats, patch_model
-from nc_patch.fingerprint import weights_fingerprint
+from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.version import __version__
 
 
@@ -28,7 +28,7 @@ class NCHFLM(HFLM):
         pretrained: a hub name, a local directory, ``smollm2``, or a loaded model (patched in place).
         nc_config: a JSON file of settings in place of alpha, C and the other options.
         profile: a file of ``nc-patch calibrate`` in place of alpha and C: budgets for every layer and head.
-        arguments: alpha, C and every other option of ``NCConfig`` and ``NCConfig.create``; all else goes to ``HFLM``.
+        arguments: alpha, C and every other option of ``NCConfig``; all else goes to ``HFLM``.
 
     Raises:
         EvalError: an argument is missing, misspelt or out of range; before the weights are read.
@@ -102,12 +102,12 @@ class NCHFLM(HFLM):
             raise EvalError(str(error)) from error
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        """As in ``HFLM``, but one sequence at a time with ``prefill="block"``.
+        """As in ``HFLM``, but one sequence at a time where queries share a choice, as with ``prefill="block"``.
 
         ``HFLM`` pads on the right and passes no mask. A row of ``topk`` or ``window`` depends on its own keys alone, so
         padding after it changes nothing; rows of one query block choose together, so there it would.
         """
-        if self.nc_config.prefill != "block":
+        if not self.nc_config.prefill.chooses_together:
             return super()._loglikelihood_tokens(*args, **kwargs)
         batch_size = self.batch_size
         self.batch_size_per_gpu = 1

@@ -9,13 +9,12 @@ from typing import Any
 
 from eval_tasks.errors import EvalError
 from eval_tasks.models import find_model
+from nc_patch.calibration.profile import Profile
 from nc_patch.common import ProfileError
-from nc_patch.config import BACKENDS, NCConfig
-from nc_patch.profile import Profile
+from nc_patch.config import NCConfig, option_owners
+from nc_patch.ops.backends import BACKENDS
 
-OPTIONS: tuple[str, ...] = (*(field.name for field in dataclasses.fields(NCConfig)), "selection")
-# Options of NCConfig that hold text; every other one holds numbers.
-_TEXT = frozenset({"prefill", "decode", "selection", "backend", "law", "on_drop"})
+OPTIONS = (*(field.name for field in dataclasses.fields(NCConfig)), "selection", *option_owners())
 # HFLM has an argument of the same name as NCConfig.backend; their values differ, so the value says which is meant.
 _HFLM_BACKENDS = ("default", "causal", "seq2seq")
 _LIKENESS = 0.7
@@ -82,13 +81,13 @@ def read_config(
             "alpha is missing: give the factor of the budget k(n) = alpha * n**C, for example alpha=2,C=0.7, or"
             " nc_config=FILE or profile=FILE"
         )
-    if "C" not in options and options.get("law") != "log":
+    if "C" not in options:
         raise EvalError(
             f"C is missing: give the exponent of the budget k(n) = alpha * n**C, for example C=0.7; C=0 is a fixed"
             f" budget of alpha={options['alpha']} keys"
         )
     try:
-        return NCConfig.create(**{name: _typed(name, value) for name, value in options.items()})
+        return NCConfig(**{name: _typed(name, value) for name, value in options.items()})
     except (TypeError, ValueError) as error:
         raise EvalError(str(error)) from error
 
@@ -137,8 +136,6 @@ def _config_of_profile(profile: Profile, options: Mapping[str, Any]) -> NCConfig
 
 def _typed(name: str, value: Any) -> Any:
     """The value in the type that ``NCConfig`` asks for; what cannot be converted is left for it to refuse."""
-    if name in _TEXT:
-        return value
     if name == "dense_layers":
         parts = value.split("+") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         return [_integer(part) for part in parts]

@@ -2,31 +2,39 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from eval_tasks.log_law import LogConfig
 from eval_tasks.matching import Budgets, not_above
-from nc_patch import sparse_attention
-from nc_patch.budget import Law as Kind
+from nc_patch import NCConfig
 from nc_patch.budget import budget_of
-from nc_patch.ops.reference import AttentionResult
+from nc_patch.functional import attend
+from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
+from nc_patch.selections import Dense
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class Law:
-    """One budget law, as ``nc_patch`` evaluates it: ``budget_of(n, alpha, C, law=kind)``."""
+    """One budget law: ``alpha * n**C``, or of kind ``"log"`` ``alpha * log2(n)``."""
 
     name: str
     alpha: float
     C: float
-    kind: Kind = "power"
+    kind: Literal["power", "log"] = "power"
 
     def budget(self, n: int) -> int:
         """Keys that a query attends which sees n."""
-        return budget_of(n, self.alpha, self.C, law=self.kind)
+        return int(self.config.budget(n))
+
+    @property
+    def config(self) -> NCConfig:
+        """The paper's settings with this law: no key is attended for its place, and the others are dropped."""
+        kind = LogConfig if self.kind == "log" else NCConfig
+        return kind(self.alpha, self.C, sink_keys=0, recent_keys=0, tail="drop")
 
 
 DENSE = Law("dense", 1.0, 1.0)
@@ -37,21 +45,23 @@ def topk_attention(
 ) -> AttentionResult:
     """The paper's sparse attention by ``nc_patch``: the k highest scores, no key for its place, the others dropped.
 
-    ``options`` are more arguments of ``sparse_attention``.
+    ``options`` are ``scale`` and, where not causal, ``visible`` as in ``sparse_attention``.
     """
-    result = sparse_attention(
-        query, key, value, alpha=law.alpha, C=law.C, law=law.kind, sink_keys=0, recent_keys=0, tail="drop",
-        return_stats=True, **options,
-    )  # fmt: skip
-    assert isinstance(result, AttentionResult)
-    return result
+    (B, _, Lq, _), Lk, config = query.shape, key.shape[2], law.config
+    visible = options.pop("visible", None)
+    if visible is None:
+        visible = causal_intervals(B, Lq, Lk, query.device)
+    rows = (visible.contiguous(), visible[..., 0].contiguous(), config.row_budgets(visible, Lk))
+    problem = Problem(query, key, value, *rows, stats=True, **options)
+    return attend(problem, Dense() if config.is_dense() else config.prefill, config.backend)
 
 
 def equal_at(keys: int, length: int) -> list[Law]:
     """Laws that all give ``keys`` at ``length``: fixed, logarithmic, and α·n^C for each of ``EXPONENTS``."""
     log_factor = Budgets(float(keys), 0.0, length).log_factor
+    factor = lambda C: not_above(keys, keys / length**C, lambda alpha: budget_of(length, alpha, C))  # noqa: E731
     return [Law("fixed", float(keys), 0.0), Law("log n", log_factor, 0.0, "log")] + [
-        Law(f"n^{C:g}", not_above(keys, keys / length**C, length, C, "power"), C) for C in EXPONENTS
+        Law(f"n^{C:g}", factor(C), C) for C in EXPONENTS
     ]
 
 

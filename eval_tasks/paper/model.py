@@ -1,8 +1,8 @@
 """The same on a model's own queries, keys and values: how many keys hold the mass, and what a budget law loses.
 
 They come from one dense forward pass over each sample. At every length n, ``ROWS`` queries evenly spaced over the last
-sixteenth before it stand for a context of n; what they attend is computed by ``nc_patch.sparse_attention`` as the
-paper's top-k: no key is attended but for its score, and the others are dropped.
+sixteenth before it stand for a context of n; what they attend is computed by ``nc_patch`` as the paper's top-k: no key
+is attended but for its score, and the others are dropped.
 """
 
 from collections.abc import Sequence

@@ -210,7 +210,7 @@ def measure(lengths: Sequence[int], seeds: Sequence[int], laws: Sequence[Law], m
 
 
 def library_difference(n: int, seed: int, sigma: float, law: Law) -> dict[str, float]:
-    """How far ``nc_patch.sparse_attention``, whose scores and softmax are float32, is from ``attend`` on one row.
+    """How far ``nc_patch``, whose scores and softmax are float32, is from ``attend`` on one row.
 
     Returns:
         ``kept_mass``: the difference of the kept mass. ``independent``, ``shared``: the largest of an output channel.

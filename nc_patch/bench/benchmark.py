@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from nc_patch.bench.cases import Measure, Row, Settings
-from nc_patch.config import NCConfig
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Benchmark:
             dtype and ``ceiling_size``. ceiling_in_words: says it.
         measure: makes the rows of a case. growth: see ``measure_all``.
         whole: the measurement of a whole model.
-        add_options: adds arguments that only this benchmark has. config: the settings of attention from the parsed
+        add_options: adds arguments that only this benchmark has. options: of selections by name, from the parsed
             arguments.
         findings: more entries of the results from all rows, and what is printed of them.
     """
@@ -77,7 +76,7 @@ class Benchmark:
     growth: float
     whole: Whole
     add_options: Callable[[argparse.ArgumentParser], None]
-    config: Callable[[argparse.Namespace], NCConfig]
+    options: Callable[[argparse.Namespace], dict[str, Any]]
     findings: Callable[[Sequence[Row], Settings], tuple[dict[str, Any], str]] = field(default=lambda *_: ({}, ""))
 
     @property

@@ -4,7 +4,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ _TOO_SLOW = {"sparse": ((1.0, 2.0), (5.0, 1.2)), "dense": ((1.0, 1.1),)}
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed, on what."""
+    """What is timed, on what; ``options`` are those of selections, by name, as ``NCConfig`` takes them."""
 
     device: torch.device
     dtype: torch.dtype
@@ -32,15 +32,21 @@ class Settings:
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
     selections: tuple[str, ...]
-    config: NCConfig
+    alpha: float
+    C: float
     repeats: int
+    options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     dense: tuple[str, ...] = KINDS
 
     @property
     def law(self) -> str:
         """The budget's law in words."""
-        return f"{self.config.alpha:g} n^{self.config.C:g}"
+        return f"{self.alpha:g} n^{self.C:g}"
+
+    def config(self, prefill: str, decode: str | None = None) -> NCConfig:
+        """The settings of attention by a selection, or by one for each phase."""
+        return NCConfig(self.alpha, self.C, prefill=prefill, decode=decode or prefill, **self.options)
 
 
 @dataclass(frozen=True)

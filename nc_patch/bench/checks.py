@@ -10,9 +10,10 @@ import torch
 
 from nc_patch.bench.inputs import DecodeInputs
 from nc_patch.config import NCConfig
-from nc_patch.functional import budgets_of, sparse_attention
-from nc_patch.ops.reference import AttentionResult, causal_intervals, reference_attention
-from nc_patch.selections.index import KIND_OF, KeyIndex
+from nc_patch.functional import sparse_attention
+from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
+from nc_patch.selections import Block, Dense
+from nc_patch.selections.index import KeyIndex
 
 # Up to this many keys the reference, which takes pages one by one, is computed.
 REFERENCE_KEYS = 8192
@@ -36,49 +37,35 @@ class Expected:
     kept_mass: float | None
 
 
-def expected_output(inputs: DecodeInputs, selection: str, config: NCConfig) -> Expected:
-    """The right output of a selection, ``"dense"`` included, for the first sequence."""
+def expected_output(inputs: DecodeInputs, config: NCConfig) -> Expected:
+    """The right output of ``config.decode``, dense included, for the first sequence."""
     query, key, value = inputs.query[:1], inputs.key[:1], inputs.value[:1]
-    length, scale = key.shape[2], query.shape[-1] ** -0.5
-    if selection == "dense" and length > REFERENCE_KEYS:
+    length, scale, selection = key.shape[2], query.shape[-1] ** -0.5, config.decode
+    if isinstance(selection, Dense) and length > REFERENCE_KEYS:
         heads = []
         for rows, keys, values in zip(query[0, :, 0].chunk(key.shape[1]), key[0], value[0], strict=True):
             weights = torch.softmax((rows.double() @ keys.double().T) * scale, -1)
             heads.append(weights @ values.double())
         return Expected(torch.cat(heads)[None, :, None], "float64", float(length), 1.0)
     if length <= REFERENCE_KEYS:
-        query, key, value = query.cpu(), key.cpu(), value.cpu()
         visible = causal_intervals(1, 1, length, "cpu")
-        reference = reference_attention(
-            query,
-            key,
-            value,
-            visible=visible,
-            budget=budgets_of(config, 0, visible, length),
-            selection="pages" if selection == "block" else selection,
-            scale=scale,
-            sink_keys=config.sink_keys,
-            recent_keys=config.recent_keys,
-            block_size=config.block_size,
-            tail=selection == "topk" and config.tail == "mean",
-        )
-        return _expected(reference, "reference, float64")
-    kind = KIND_OF.get(selection) if selection == "block" else None
+        of_sequence = (visible, visible[..., 0].contiguous(), config.row_budgets(visible, length, 0))
+        problem = Problem(query.cpu(), key.cpu(), value.cpu(), *of_sequence, scale=scale, stats=True)
+        return expected(selection.reference(problem, decode=True), "reference, float64")
+    index = None
+    if isinstance(selection, Block):
+        index = KeyIndex.build(key, "pages", block_size=selection.size, backend="torch")
     result = sparse_attention(
-        query,
-        key,
-        value,
+        *(query, key, value),
         alpha=config.alpha,  # type: ignore[arg-type]
         C=config.C,  # type: ignore[arg-type]
-        selection=selection,  # type: ignore[arg-type]
-        index=KeyIndex.build(key, kind, block_size=config.block_size, backend="torch") if kind else None,
+        selection=selection,
+        index=index,
         return_stats=True,
-        block_size=config.block_size,
-        tail=config.tail,
         backend="torch",
     )
     assert isinstance(result, AttentionResult)
-    return _expected(result, "PyTorch backend")
+    return expected(result, "PyTorch backend")
 
 
 def compare(output: torch.Tensor, expected: Expected, selection: str) -> dict[str, Any]:
@@ -96,9 +83,9 @@ def compare(output: torch.Tensor, expected: Expected, selection: str) -> dict[st
     return {"relative_error": error, "compared_with": expected.against, "right": finite and error <= tolerance}
 
 
-def _expected(result: AttentionResult, against: str) -> Expected:
+def expected(result: AttentionResult, against: str) -> Expected:
+    """What a method should return, from attention with statistics that ``against`` computed."""
     assert result.attended is not None
     assert result.kept_mass is not None
-    return Expected(
-        result.output.double(), against, float(result.attended.float().mean()), float(result.kept_mass.mean())
-    )
+    attended, kept_mass = float(result.attended.float().mean()), float(result.kept_mass.mean())
+    return Expected(result.output.double(), against, attended, kept_mass)

@@ -167,11 +167,14 @@ def _settings(parsed: argparse.Namespace, benchmark: Benchmark) -> tuple[Setting
         batches=tuple(parsed.batch),
         lengths=tuple(parsed.lengths or defaults["lengths"]),
         selections=tuple(parsed.selections),
-        config=benchmark.config(parsed),
+        alpha=parsed.alpha,
+        C=parsed.C,
+        options=benchmark.options(parsed),
         repeats=parsed.repeats or defaults["repeats"],
         seed=parsed.seed,
         dense=tuple(parsed.dense),
     )
+    settings.config("dense")  # raises for values outside their ranges
     if getattr(parsed, whole) is None:
         return settings, ()
     return settings, tuple(getattr(parsed, whole) or defaults[whole])
@@ -243,8 +246,7 @@ def _make_directory(out: Path, names: Sequence[str]) -> None:
 
 def _plain(settings: Settings) -> dict[str, Any]:
     found = {**vars(settings), "device": settings.device.type, "dtype": str(settings.dtype).removeprefix("torch.")}
-    config = settings.config
-    return {**found, "alpha": config.alpha, "C": config.C, "config": config.to_dict()}
+    return {**found, "options": [settings.config(name).prefill.to_dict() for name in settings.selections]}
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

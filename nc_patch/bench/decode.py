@@ -5,7 +5,6 @@ key taken in), choice of keys, attention. The projections and the write to the c
 left out.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -41,26 +40,18 @@ def measure_case(case: Case, settings: Settings, bandwidth: float, before: Seque
         make_inputs(geometry, case.batch, case.length, settings.dtype, device, list(settings.selections), seed)
         for seed in range(settings.seed, settings.seed + count)
     ]
-    config = settings.config
-    budget = config.largest_budget(case.length)
+    configs = {name: settings.config(name) for name in ("dense", *settings.selections)}
+    budget = configs["dense"].largest_budget(case.length)
     shared: dict[str, Any] = {"budget": budget, "input_sets": count, "scores": concentration(sets[0], budget)}
     rows: dict[str, Row] = {}
     ready: dict[str, Prepared] = {}
-    right = {kind: expected_output(sets[0], kind, config) for kind in ("dense", *settings.selections)}
+    right = {name: expected_output(sets[0], config) for name, config in configs.items()}
     for selection in settings.selections:
-        sizes = (geometry, case.batch, case.length, budget, itemsize, config.block_size)
-        moved = sparse_bytes(selection, *sizes, config.tail)
+        config = configs[selection]
+        moved = sparse_bytes(config.decode, geometry, case.batch, case.length, budget, itemsize)
         rows[selection] = new_row(case, selection, "sparse", bytes=moved, **shared)
         rows[selection] |= {"attended": right[selection].attended, "kept_mass": right[selection].kept_mass}
-        _try(
-            rows[selection],
-            ready,
-            partial(sparse_step, sets, selection, config),
-            sets,
-            selection,
-            right[selection],
-            device,
-        )
+        _try(rows[selection], ready, partial(sparse_step, sets, config), sets, selection, right[selection], device)
     for name, make in rivals(device, settings.dense).items():
         rows[name] = new_row(case, name, "dense", bytes=dense, **shared)
         _try(rows[name], ready, partial(make, sets), sets, "dense", right["dense"], device)
@@ -68,28 +59,25 @@ def measure_case(case: Case, settings: Settings, bandwidth: float, before: Seque
     return list(rows.values())
 
 
-def sparse_step(sets: Sequence[DecodeInputs], selection: str, config: NCConfig) -> Step:
-    """A step of a selection: the last key is taken into the index, and into the tail's means; the query attends."""
-    has_tail = selection == "topk" and config.tail == "mean"
-    means_of = [KeyIndex.build(one.key, "means", value=one.value) if has_tail else None for one in sets]
+def sparse_step(sets: Sequence[DecodeInputs], config: NCConfig) -> Step:
+    """A step of ``config.decode``: the last key is taken into the index, and into the page means; the query attends."""
+    selection = config.decode
+    means_of = [KeyIndex.build(one.key, "means", value=one.value) if selection.uses_means else None for one in sets]
 
     def step(i: int) -> torch.Tensor:
         one, means = sets[i], means_of[i]
-        index = one.indexes.get(selection)
+        index = one.indexes.get(selection.name)
         if index is not None:
             index.extend(one.key, 1, one.end)
         if means is not None:
             means.extend(one.key, 1, one.end, one.value)
         output = sparse_attention(
-            one.query,
-            one.key,
-            one.value,
+            *(one.query, one.key, one.value),
             alpha=config.alpha,  # type: ignore[arg-type]
             C=config.C,  # type: ignore[arg-type]
-            selection=selection,  # type: ignore[arg-type]
+            selection=selection,
             index=index,
             means=means,
-            tail=config.tail,
         )
         assert isinstance(output, torch.Tensor)
         return output
@@ -134,10 +122,6 @@ def _bandwidth(device: torch.device, _: torch.dtype, megabytes: int) -> float:
     return copy_bandwidth(device, megabytes)
 
 
-def _config(parsed: argparse.Namespace) -> NCConfig:
-    return NCConfig.create(parsed.alpha, parsed.C)
-
-
 DECODE = Benchmark(
     name="decode",
     summary="one step of the operator, per layer, and generate()",
@@ -180,5 +164,5 @@ DECODE = Benchmark(
         "generate", "time generate() too, after prompts of N tokens", generate.measure_generate, generate.table
     ),
     add_options=lambda parser: None,
-    config=_config,
+    options=lambda parsed: {},
 )

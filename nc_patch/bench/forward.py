@@ -5,7 +5,6 @@ made for the last token alone and no cache is kept, as far as that is the same f
 evenly: this says how fast, and nothing about how good.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterator
@@ -61,8 +60,7 @@ def _measure(model: Any, settings: Settings, batch: int, length: int, method: st
     ids = torch.randint(1, model.config.vocab_size, (batch, length), generator=generator).to(device)
     attention: AbstractContextManager[Any] = nullcontext()
     if method != "dense":
-        config = dataclasses.replace(settings.config, prefill=method, decode="dense")  # type: ignore[arg-type]
-        attention = patched(model, config=config)
+        attention = patched(model, config=settings.config(method, "dense"))
     seconds: list[float] = []
     with torch.inference_mode(), attention:
         peak = PeakMemory(device)

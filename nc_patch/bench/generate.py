@@ -5,7 +5,6 @@ share of the time that it has in the whole model. The prompt is read densely by 
 attend almost evenly: this says how fast, and nothing about how good.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterator
@@ -109,8 +108,7 @@ def _measure(model: Any, settings: Settings, batch: int, length: int, cache: str
     ids = ids.to(settings.device)
     attention: AbstractContextManager[Any] = nullcontext()
     if method != "dense":
-        config = dataclasses.replace(settings.config, prefill="dense", decode=method)  # type: ignore[arg-type]
-        attention = patched(model, config=config)
+        attention = patched(model, config=settings.config("dense", method))
     rates = []
     if device == "cuda":
         torch._dynamo.reset()  # PyTorch limits how often one model is compiled, and each attention compiles it anew

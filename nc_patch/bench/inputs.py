@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nc_patch.selections.index import KIND_OF, KeyIndex
+from nc_patch.selections import selection_class
+from nc_patch.selections.index import KeyIndex
 
 # Part of the softmax that lies in the best n**CONCENTRATION keys.
 MASS, CONCENTRATION = 0.95, 0.5
@@ -106,7 +107,8 @@ def make_inputs(
     sample = key[:, :, :: max(1, length // _SAMPLED_KEYS)].float()
     scores = (query @ (sample - sample.mean(2, keepdim=True)).transpose(2, 3)) * D**-0.5
     query = query * (score_deviation(length) / scores.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6))
-    indexes = {name: KeyIndex.build(key, KIND_OF[name]) for name in selections if name in KIND_OF}
+    kinds = {name: selection_class(name).index_kind for name in selections}
+    indexes = {name: KeyIndex.build(key, kind) for name, kind in kinds.items() if kind}
     end = torch.full((batch,), length, dtype=torch.int32, device=device)
     return DecodeInputs(query.reshape(batch, Hq, 1, D).to(dtype), key, value, end, indexes)
 

@@ -26,10 +26,12 @@ from nc_patch.bench.prefill_rivals import rivals
 from nc_patch.bench.prefill_steps import step_seconds
 from nc_patch.bench.prompts import PromptInputs, make_prompt, prompt_concentration
 from nc_patch.bench.timing import Prepared
-from nc_patch.config import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES, NCConfig
-from nc_patch.functional import attend, budgets_of, sparse_attention
+from nc_patch.config import NCConfig
+from nc_patch.functional import attend, sparse_attention
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.reference import causal_intervals
+from nc_patch.ops.problem import causal_intervals
+from nc_patch.selections import Block, TopK
+from nc_patch.selections.block.block import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
 
 # Repeats of a case go on for this long, and three in any case.
 _CASE_SECONDS = 20.0
@@ -41,25 +43,26 @@ _MEMORY_SHARE = 0.6
 
 def measure_case(case: Case, settings: Settings, rate: float, before: Sequence[Row], deadline: float) -> list[Row]:
     """One row for each dense implementation and each selection, in one case."""
-    device, geometry, config = settings.device, GEOMETRIES[case.geometry], settings.config
+    device, geometry, dense_config = settings.device, GEOMETRIES[case.geometry], settings.config("dense")
     _check_memory(case, settings)
     inputs = make_prompt(geometry, case.batch, case.length, settings.dtype, device, settings.seed)
     visible = causal_intervals(1, case.length, case.length, device)
-    budgets = budgets_of(config, 0, visible, case.length)[0, 0].cpu()
+    budgets = dense_config.row_budgets(visible, case.length, 0)[0, 0].cpu()
     shared: dict[str, Any] = {
-        "budget": config.largest_budget(case.length),
+        "budget": dense_config.largest_budget(case.length),
         "scores": prompt_concentration(inputs, budgets),
     }
-    rows_of = checked_rows(case.length, config.query_block_size)
+    rows_of = checked_rows(case.length, settings.options.get("query_block_size", Block.query_block_size))
     rows: dict[str, Row] = {}
     ready: dict[str, Prepared] = {}
     for selection in settings.selections:
         row = rows[selection] = new_row(case, selection, "sparse", **shared)
         if is_wanted(row, before, deadline, growth=_GROWTH, always=selection == "block"):
-            counted = partial(_count, row, inputs, selection, settings, case)
-            right = partial(expected_rows, inputs, selection, config, rows_of)
-            _try(row, ready, partial(sparse_step, inputs, selection, config), right, rows_of, device, counted)
-    dense = _Once(partial(expected_rows, inputs, "dense", config, rows_of))
+            config = settings.config(selection)
+            counted = partial(_count, row, inputs, config, case, device)
+            right = partial(expected_rows, inputs, config, rows_of)
+            _try(row, ready, partial(sparse_step, inputs, config), right, rows_of, device, counted)
+    dense = _Once(partial(expected_rows, inputs, dense_config, rows_of))
     for name, make in rivals(device, settings.dense).items():
         row = new_row(case, name, "dense", flops=dense_flops(geometry, case.batch, case.length), **shared)
         rows[name] = row
@@ -88,20 +91,16 @@ class _Once:
         return self._made
 
 
-def sparse_step(inputs: PromptInputs, selection: str, config: NCConfig) -> Step:
-    """A step of a selection: attention of the whole prompt; its argument is not looked at."""
-    options = {
-        name: getattr(config, name)
-        for name in ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor", "tail", "backend")
-    }
+def sparse_step(inputs: PromptInputs, config: NCConfig) -> Step:
+    """A step of ``config.prefill``: attention of the whole prompt; its argument is not looked at."""
 
     def step(_: int) -> torch.Tensor:
         output = sparse_attention(
             *(inputs.query, inputs.key, inputs.value),
             alpha=config.alpha,  # type: ignore[arg-type]
             C=config.C,  # type: ignore[arg-type]
-            selection=selection,  # type: ignore[arg-type]
-            **options,
+            selection=config.prefill,
+            backend=config.backend,
         )
         assert isinstance(output, torch.Tensor)
         return output
@@ -109,36 +108,26 @@ def sparse_step(inputs: PromptInputs, selection: str, config: NCConfig) -> Step:
     return step
 
 
-def _count(row: Row, inputs: PromptInputs, selection: str, settings: Settings, case: Case, right: Expected) -> None:
+def _count(row: Row, inputs: PromptInputs, config: NCConfig, case: Case, device: torch.device, right: Expected) -> None:
     """Writes what a selection attends and computes into its row; block attention tells it after the fact."""
-    geometry, config, length = GEOMETRIES[case.geometry], settings.config, case.length
-    head_dims = (inputs.query.shape[-1], inputs.value.shape[-1])
+    geometry, selection, length = GEOMETRIES[case.geometry], config.prefill, case.length
+    problem = inputs.problem(config)
     backend, reason = choose_backend(
-        config.backend, selection, settings.device, head_dims=head_dims, estimator=config.estimator
+        config.backend, device, head_dims=problem.head_dims, implemented=selection.backends("prefill")
     )
     row |= {"backend": backend, "backend_reason": reason, "kept_mass": right.kept_mass}
-    visible = causal_intervals(case.batch, length, length, settings.device)
-    budget = budgets_of(config, 0, visible, length)
-    pairs = case.batch * geometry.heads * int(budget[0, 0].sum(dtype=torch.int64))
-    if selection == "block":
-        result = attend(
-            *(inputs.query, inputs.key, inputs.value),
-            visible=visible,
-            origin=visible[..., 0],
-            budget=budget,
-            selection="block",
-            config=config,
-            scale=inputs.query.shape[-1] ** -0.5,
-        )
+    pairs = case.batch * geometry.heads * int(problem.budget[0, 0].sum(dtype=torch.int64))
+    if isinstance(selection, Block):
+        result = attend(problem, selection, config.backend)
         assert result.attended is not None
-        assert result.block_estimate is not None
+        assert result.estimate is not None
         pairs = int(result.attended.sum(dtype=torch.int64))
-        sampled, kept, _, query_blocks, enlarged = result.block_estimate.double().sum(0).tolist()
+        sampled, kept, _, query_blocks, enlarged = result.estimate.double().sum(0).tolist()
         row |= {"estimated_kept_mass": kept / sampled, "enlarged": enlarged / query_blocks}
-        score = score_flops(geometry, case.batch, length, config.query_block_size, config.sample_stride)
+        score = score_flops(geometry, case.batch, length, selection.query_block_size, selection.sample_stride)
         row["step_flops"] = {"score": score, "attend": attend_flops(geometry, pairs)}
         row["flops"] = sum(row["step_flops"].values())
-    elif selection == "topk":
+    elif isinstance(selection, TopK):
         row["flops"] = topk_flops(geometry, case.batch, length, pairs)
     else:
         row["flops"] = attend_flops(geometry, pairs)
@@ -186,36 +175,23 @@ def _check_memory(case: Case, settings: Settings) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    config = NCConfig(alpha=1.0)
     block = parser.add_argument_group("block")
-    for name, choices, what in (
-        ("block_size", BLOCK_SIZES, "keys of a block"),
-        ("query_block_size", QUERY_BLOCK_SIZES, "queries that choose together"),
-        ("sample_stride", SAMPLE_STRIDES, "every how many queries one is scored"),
+    for name, default, choices, what in (
+        ("block_size", Block.size, BLOCK_SIZES, "keys of a block"),
+        ("query_block_size", Block.query_block_size, QUERY_BLOCK_SIZES, "queries that choose together"),
+        ("sample_stride", Block.sample_stride, SAMPLE_STRIDES, "every how many queries one is scored"),
     ):
-        default = getattr(config, name)
         option = f"--{name.replace('_', '-')}"
         block.add_argument(option, type=int, choices=choices, default=default, help=f"{what}; by default {default}")
     block.add_argument("--min-mass", type=float, help="kept mass to enlarge the budget for; by default none")
-    block.add_argument(
-        "--max-factor",
-        type=float,
-        default=config.max_factor,
-        help=f"by how much it may be enlarged; by default {config.max_factor:g}",
-    )
+    most = f"by how much it may be enlarged; by default {Block.max_factor:g}"
+    block.add_argument("--max-factor", type=float, default=Block.max_factor, help=most)
 
 
-def _config(parsed: argparse.Namespace) -> NCConfig:
-    return NCConfig.create(
-        parsed.alpha,
-        parsed.C,
-        block_size=parsed.block_size,
-        query_block_size=parsed.query_block_size,
-        sample_stride=parsed.sample_stride,
-        min_mass=parsed.min_mass,
-        max_factor=parsed.max_factor,
-        tail="drop",  # what is counted and compared is the keys that are attended
-    )
+def _options(parsed: argparse.Namespace) -> dict[str, Any]:
+    names = ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor")
+    # What is counted and compared is the keys that are attended.
+    return {name: getattr(parsed, name) for name in names} | {"tail": "drop"}
 
 
 PREFILL = Benchmark(
@@ -264,6 +240,6 @@ PREFILL = Benchmark(
         forward.table,
     ),
     add_options=_add_options,
-    config=_config,
+    options=_options,
     findings=findings,
 )

@@ -6,15 +6,13 @@ PyTorch backend, which where it is what is timed shows no more than that rows do
 attention with float64 products of these rows with all keys.
 """
 
-import dataclasses
-
 import torch
 
-from nc_patch.bench.checks import Expected
+from nc_patch.bench.checks import Expected, expected
 from nc_patch.bench.prompts import PromptInputs
 from nc_patch.config import NCConfig
-from nc_patch.functional import attend, budgets_of
-from nc_patch.ops.reference import causal_intervals, reference_attention
+from nc_patch.functional import attend
+from nc_patch.selections import Dense
 
 # Up to this many scores of the compared rows the reference, which stores them several times over, is computed.
 REFERENCE_SCORES = 1 << 25
@@ -29,50 +27,18 @@ def checked_rows(length: int, query_block_size: int) -> torch.Tensor:
     return rows[rows < length]
 
 
-def expected_rows(inputs: PromptInputs, selection: str, config: NCConfig, rows: torch.Tensor) -> Expected:
-    """The right output ``[1, Hq, len(rows), Dv]`` of a selection, ``"dense"`` included."""
-    length, scale = inputs.key.shape[2], inputs.query.shape[-1] ** -0.5
+def expected_rows(inputs: PromptInputs, config: NCConfig, rows: torch.Tensor) -> Expected:
+    """The right output ``[1, Hq, len(rows), Dv]`` of ``config.prefill``, dense included."""
+    selection = config.prefill
     query = inputs.query[:1].index_select(2, rows.to(inputs.query.device))
-    key, value = inputs.key[:1], inputs.value[:1]
-    is_short = query.shape[1] * len(rows) * length <= REFERENCE_SCORES
-    if selection == "dense" and not is_short:
-        return _dense(query, key, value, rows)
+    first = PromptInputs(query, inputs.key[:1], inputs.value[:1])
+    is_short = query.shape[1] * len(rows) * first.key.shape[2] <= REFERENCE_SCORES
+    if isinstance(selection, Dense) and not is_short:
+        return _dense(query, first.key, first.value, rows)
     if is_short:
-        query, key, value = query.cpu(), key.cpu(), value.cpu()
-    visible = causal_intervals(1, length, length, query.device)[:, rows.to(query.device)].contiguous()
-    budget = budgets_of(config, 0, visible, length)
-    if is_short:
-        result = reference_attention(
-            *(query, key, value),
-            visible=visible,
-            budget=budget,
-            selection=selection,
-            scale=scale,
-            sink_keys=config.sink_keys,
-            recent_keys=config.recent_keys,
-            block_size=config.block_size,
-            query_block_size=config.query_block_size,
-            sample_stride=config.sample_stride,
-            min_mass=config.min_mass or 0.0,
-            max_factor=config.max_factor,
-        )
-        against = "reference, float64"
-    else:
-        result = attend(
-            *(query, key, value),
-            visible=visible,
-            origin=visible[..., 0].contiguous(),
-            budget=budget,
-            selection=selection,
-            config=dataclasses.replace(config, backend="torch"),
-            scale=scale,
-            want_stats=True,
-        )
-        against = "PyTorch backend"
-    assert result.attended is not None
-    assert result.kept_mass is not None
-    attended, kept_mass = float(result.attended.float().mean()), float(result.kept_mass.mean())
-    return Expected(result.output.double(), against, attended, kept_mass)
+        first = PromptInputs(query.cpu(), first.key.cpu(), first.value.cpu())
+        return expected(selection.reference(first.problem(config, rows)), "reference, float64")
+    return expected(attend(first.problem(config, rows)._replace(stats=True), selection, "torch"), "PyTorch backend")
 
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> Expected:

@@ -48,8 +48,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _said(fitted: Sequence[Row], settings: Settings) -> Iterator[str]:
-    C = settings.config.C
-    law = f"{1 + C:g}" if isinstance(C, float) else "1 + C"
+    law = f"{1 + settings.C:g}"
     yield f"Exponent of n in the time, by least squares in the logarithms (the law's is 1 + C = {law}, dense 2):"
     for row in fitted:
         said = (
@@ -74,7 +73,7 @@ def _steps(rows: Sequence[Row], settings: Settings) -> Iterator[str]:
                 rate = row["step_flops"]["attend"] / max(row["step_seconds"]["attend"], 1e-12)
                 said[-1] += f", at {100 * rate / (dense['flops'] / dense['median_seconds']):.0f} % of dense"
             estimated = f"estimated kept mass {row['estimated_kept_mass']:.3f}"
-            enlarged = f"{100 * row['enlarged']:.0f} % of choices enlarged" if settings.config.min_mass else ""
+            enlarged = f"{100 * row['enlarged']:.0f} % of choices enlarged" if settings.options.get("min_mass") else ""
             backend = row["backend"] + (f", since {row['backend_reason']}" if row["backend_reason"] else "")
             where = f"{group[0]}, batch {group[1]}, {row['length']:9,} keys"
             yield f"  {where}: {'; '.join(filter(None, [', '.join(said), estimated, enlarged, backend]))}"

@@ -8,10 +8,8 @@ import torch
 
 from nc_patch.bench.cases import Settings
 from nc_patch.bench.prompts import PromptInputs
-from nc_patch.functional import budgets_of
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.reference import causal_intervals
-from nc_patch.selections.block.torch import torch_block_attention
+from nc_patch.selections import Block
 
 STEPS = ("plan", "score", "choose", "attend")
 _MOST_RUNS = 5
@@ -50,32 +48,14 @@ def step_seconds(inputs: PromptInputs, settings: Settings, deadline: float) -> d
     Args:
         deadline: of ``time.monotonic``, after which no second run begins.
     """
-    device, config = settings.device, settings.config
-    B, length = inputs.query.shape[0], inputs.query.shape[2]
-    head_dims = (inputs.query.shape[-1], inputs.value.shape[-1])
-    backend, _ = choose_backend(config.backend, "block", device, head_dims=head_dims, estimator=config.estimator)
-    more: dict[str, Any] = {}
-    if backend == "triton":
-        from nc_patch.selections.block.prefill import triton_block_attention as run
-    else:
-        run, more = torch_block_attention, {"estimator": config.estimator}
+    config = settings.config("block")
+    selection, head_dims = config.prefill, (inputs.query.shape[-1], inputs.value.shape[-1])
+    assert isinstance(selection, Block)
+    backend, _ = choose_backend(config.backend, settings.device, head_dims=head_dims)
+    run = selection.prefill_triton if backend == "triton" else selection.prefill_torch
     runs: list[dict[str, float]] = []
     while len(runs) < min(_MOST_RUNS, max(settings.repeats, 1)) and (not runs or time.monotonic() < deadline):
-        clock = StepClock(device)
-        visible = causal_intervals(B, length, length, device)
-        run(
-            *(inputs.query, inputs.key, inputs.value, visible, visible[..., 0]),
-            *(budgets_of(config, 0, visible, length), None),
-            scale=inputs.query.shape[-1] ** -0.5,
-            softcap=0.0,
-            block_size=config.block_size,
-            query_block_size=config.query_block_size,
-            sample_stride=config.sample_stride,
-            min_mass=config.min_mass or 0.0,
-            max_factor=config.max_factor,
-            want_stats=False,
-            mark=clock,
-            **more,
-        )
+        clock = StepClock(settings.device)
+        run(inputs.problem(config), clock)
         runs.append(clock.seconds())
     return {name: statistics.median(one[name] for one in runs) for name in runs[0]}

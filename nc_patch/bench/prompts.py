@@ -27,6 +27,8 @@ from functools import cached_property
 import torch
 
 from nc_patch.bench.inputs import MASS, Geometry, draw_channels
+from nc_patch.config import NCConfig
+from nc_patch.ops.problem import Problem, causal_intervals
 
 SINKS, LOCAL_KEYS = 4, 64
 _CONTENT_RANK, _RUN, _NOISE = 16, 40, 0.3
@@ -52,6 +54,15 @@ class PromptInputs:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+
+    def problem(self, config: NCConfig, rows: torch.Tensor | None = None) -> Problem:
+        """Causal attention as a problem; ``rows``, int64 ``[R]``, are the positions of the queries where not all."""
+        n, device = self.key.shape[2], self.query.device
+        visible = causal_intervals(len(self.query), n, n, device)
+        if rows is not None:
+            visible = visible[:, rows.to(device)].contiguous()
+        tensors = (self.query, self.key, self.value, visible, visible[..., 0].contiguous())
+        return Problem(*tensors, config.row_budgets(visible, n, 0), scale=self.query.shape[-1] ** -0.5)
 
     @cached_property
     def expanded(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,8 @@ import torch
 
 from nc_patch.bench.inputs import Geometry
 from nc_patch.bench.timing import Prepared, seconds_of
-from nc_patch.config import Tail
 from nc_patch.ops.means import TAIL_PAGE_SIZE, slot_count
+from nc_patch.selections import Block, Selection, Window
 from nc_patch.selections.block.pages import VECTORS
 
 # Bytes of a codes index besides the codes, per key: scale, in float32, and two residuals, in 16 bits each.
@@ -26,24 +26,15 @@ def dense_bytes(geometry: Geometry, batch: int, length: int, itemsize: int) -> i
     return batch * geometry.kv_heads * length * 2 * geometry.head_dim * itemsize + _ends(geometry, batch, itemsize)
 
 
-def sparse_bytes(
-    selection: str,
-    geometry: Geometry,
-    batch: int,
-    length: int,
-    budget: int,
-    itemsize: int,
-    block_size: int,
-    tail: Tail,
-) -> int:
+def sparse_bytes(selection: Selection, geometry: Geometry, batch: int, length: int, budget: int, itemsize: int) -> int:
     """Bytes of a step of a selection, upkeep of its indexes included.
 
     Per sequence and key/value head, with n keys, G query heads in a group, budget k, head dimension D:
 
     - ``window``: keys and values of k positions, which the group shares.
-    - ``block``: codes of the ``ceil(n / block_size)`` pages, ``3 * D + 12`` bytes each; keys and values of ``ceil(k /
-      block_size)`` of them, which the group shares; upkeep reads the keys of a page and writes its codes, once in
-      ``block_size`` steps: a key, and the ``block_size``-th part of the codes, a step.
+    - ``block``: codes of the ``ceil(n / size)`` pages, ``3 * D + 12`` bytes each; keys and values of ``ceil(k / size)``
+      of them, which the group shares; upkeep reads the keys of a page and writes its codes, once in ``size`` steps: a
+      key, and the ``size``-th part of the codes, a step.
     - ``topk``: the high halves of the codes of n keys, ``D / 2 + 8`` bytes each; the low halves, keys and values of
       ``min(n, G * k)`` positions: what several heads of a group choose is counted once for each; upkeep reads a key and
       writes its code, ``D + 8`` bytes. The tail reads the means of ``ceil(n / 16)`` pages of keys and values, and its
@@ -53,18 +44,18 @@ def sparse_bytes(
     """
     D, group = geometry.head_dim, geometry.heads // geometry.kv_heads
     row = D * itemsize
-    if selection == "window":
+    if isinstance(selection, Window):
         per_head = budget * 2 * row
-    elif selection == "block":
-        pages = -(-length // block_size)
-        chosen = min(length, -(-budget // block_size) * block_size)
+    elif isinstance(selection, Block):
+        pages = -(-length // selection.size)
+        chosen = min(length, -(-budget // selection.size) * selection.size)
         page = VECTORS * D + _PAGE_FLOATS
-        per_head = pages * page + chosen * 2 * row + row + page // block_size
+        per_head = pages * page + chosen * 2 * row + row + page // selection.size
     else:
         half = (D + 1) // 2
         per_head = length * (half + _CODE_NUMBERS) + min(length, group * budget) * (half + 2 * row)
         per_head += row + D + _CODE_NUMBERS
-        if tail == "mean":
+        if selection.uses_means:
             per_head += slot_count(length) * 2 * row + 2 * row + 2 * row // TAIL_PAGE_SIZE
     return batch * geometry.kv_heads * per_head + _ends(geometry, batch, itemsize)
 

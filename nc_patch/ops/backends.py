@@ -4,35 +4,38 @@ from collections.abc import Sequence
 
 import torch
 
-from nc_patch.ops.limits import MAX_HEAD_DIM
+from nc_patch.common import check_choice
+from nc_patch.ops.problem import MAX_HEAD_DIM
 
-# What each backend implements; what is missing runs on "torch", which implements everything, and is reported.
-# "codes", "pages" and "means" are decoding by a key index of that kind, and its upkeep.
-IMPLEMENTED: dict[str, frozenset[str]] = {
-    "torch": frozenset({"topk", "window", "block", "dense", "codes", "pages", "means"}),
-    "triton": frozenset({"topk", "window", "block", "dense", "codes", "pages", "means"}),
-}
+BACKENDS = ("auto", "triton", "torch")
+# Of an op that reads the device's memory on the host: inductor leaves it out of its CUDA graphs.
+READS_HOST: tuple[torch.Tag, ...] = (
+    (torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else ()
+)
 # Ampere: what came before lacks the 8-bit matrix instructions and the shared memory that the kernels use.
 _LEAST_CAPABILITY = (8, 0)
 
 
+def check_backend(requested: str) -> None:
+    """Raises ValueError unless a backend is one that there is."""
+    check_choice("backend", requested, BACKENDS)
+
+
 def choose_backend(
     requested: str,
-    selection: str,
     device: torch.device,
     *,
     head_dims: Sequence[int],
-    estimator: str = "sampled",
     needs_grad: bool = False,
+    implemented: Sequence[str] = ("triton", "torch"),
 ) -> tuple[str, str | None]:
-    """The backend that runs ``selection`` on ``device``, and why it is not the fast one, if it is not.
+    """The backend that runs a call on ``device``, and why it is not the fast one, if it is not.
 
     Args:
         requested: ``"auto"``, ``"triton"`` or ``"torch"``.
-        selection: ``"topk"``, ``"window"``, ``"block"`` or ``"dense"``, or the kind of a key index.
         head_dims: of the keys, and of the values where they take part.
-        estimator: of ``"block"``, what scores the key blocks.
         needs_grad: whether a gradient will be asked for, which only the PyTorch operations have.
+        implemented: the backends that have what is called; PyTorch has everything.
 
     Raises:
         RuntimeError: Triton was asked for by name where it cannot run.
@@ -40,7 +43,7 @@ def choose_backend(
     if requested == "torch":
         return "torch", None
     nowhere = triton_problem(device)
-    problem = nowhere or _problem_of_call(selection, head_dims, estimator, needs_grad)
+    problem = nowhere or _problem_of_call(head_dims, needs_grad, "triton" in implemented)
     if problem is None:
         return "triton", None
     if requested == "triton":
@@ -61,18 +64,15 @@ def triton_problem(device: torch.device) -> str | None:
     return _capability_problem(device)
 
 
-def _problem_of_call(selection: str, head_dims: Sequence[int], estimator: str, needs_grad: bool) -> str | None:
+def _problem_of_call(head_dims: Sequence[int], needs_grad: bool, has_kernel: bool) -> str | None:
     """Why Triton has nothing to run this call with, on any device; None where it has."""
-    if selection not in IMPLEMENTED["triton"]:
-        allowed = ", ".join(sorted(IMPLEMENTED["triton"]))
-        return f'has no kernel for selection "{selection}"; it has {allowed}'
+    if not has_kernel:
+        return "has no kernel for it"
     if needs_grad:
         return "has no gradient, and one is required (under torch.inference_mode() none is)"
     if max(head_dims) > MAX_HEAD_DIM:
         sizes = " and ".join(map(str, dict.fromkeys(head_dims)))
         return f"takes a head_dim of at most {MAX_HEAD_DIM}, got {sizes}"
-    if selection == "block" and estimator != "sampled":
-        return f'scores blocks by estimator="sampled" alone, got "{estimator}"'
     return None
 
 

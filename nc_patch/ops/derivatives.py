@@ -1,13 +1,9 @@
-"""Gradients of the operations, in autograd and in the transforms of ``torch.func``; and what has none, in words.
+"""What traces a call, or wants its derivative; and the derivatives that there are none of, in words."""
 
-A ``torch.library`` op with a gradient takes part in autograd and in ``torch.compile``, and not in those transforms.
-While one runs, an ``autograd.Function`` of the form that they take stands in for the op.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _NO_FORWARD_MODE = (
     "sparse attention has no derivative in forward mode (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad). "
@@ -18,13 +14,29 @@ _NO_SECOND = (
     "its attended keys is all there is. Use first derivatives, or unpatch the model"
 )
 
-# By the op: what stands in for it in a transform.
-_FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {}
-
 
 def in_transform() -> bool:
     """Whether a transform of ``torch.func`` runs: grad, vmap, jvp, or one that is made of them."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def runs_directly(tensors: list[torch.Tensor]) -> bool:
+    """Whether an implementation may be called without its op: nothing traces it and nothing records a gradient.
+
+    Going through the dispatcher takes longer than a step of decoding over the pages of a small model.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not in_transform()
+        and all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will want the gradient of any of the tensors."""
+    wanted = in_transform() or any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and wanted
 
 
 def refuse_mapped(**arguments: Any) -> None:
@@ -40,34 +52,12 @@ def refuse_mapped(**arguments: Any) -> None:
             value = functorch.get_unwrapped(value)
 
 
-def register_gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Gives an op its gradient; the arguments are those of ``torch.library.register_autograd``."""
-    op.register_autograd(backward, setup_context=setup_context)
-    body = {
-        "generate_vmap_rule": True,
-        "forward": staticmethod(lambda *args: op(*args)),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
-        "jvp": staticmethod(refuse_forward_mode),
-    }
-    _FUNCTIONS[op] = type("TransformedOp", (torch.autograd.Function,), body)
-
-
-def no_second_derivative(op: Any) -> None:
-    """Makes an op that computes gradients refuse, in words, to be differentiated again."""
-    register_gradient(op, _refuse_second, lambda ctx, inputs, output: None)
-
-
-def call(op: Any, *args: Any) -> Any:
-    """Calls an op that ``register_gradient`` knows."""
-    return _call_transformed(op, *args) if in_transform() else op(*args)
-
-
-@torch.compiler.disable(
-    reason="sparse attention in a transform of torch.func (grad, vmap) runs outside of graphs: leave out fullgraph=True"
-)
-def _call_transformed(op: Any, *args: Any) -> Any:
-    return _FUNCTIONS[op].apply(*args)
+def refuse_tangents(*tensors: torch.Tensor) -> None:
+    """Refuses derivatives in forward mode, which PyTorch takes for zero where an operation has none."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        refuse_forward_mode()
 
 
 def refuse_forward_mode(*_: Any) -> None:
@@ -75,5 +65,6 @@ def refuse_forward_mode(*_: Any) -> None:
     raise NotImplementedError(_NO_FORWARD_MODE)
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
+def refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    """Raises NotImplementedError; the backward of what computes gradients."""
     raise NotImplementedError(_NO_SECOND)

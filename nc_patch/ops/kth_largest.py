@@ -1,7 +1,6 @@
 """The k-th largest value of each row, for a k that differs from row to row.
 
-``scripts/measure_thresholds.py`` times the algorithms; ``docs/results/thresholds.json`` holds the result that the
-choice in ``kth_largest`` follows: on the CPU NumPy's vectorised partition, elsewhere ``torch.topk``.
+On the CPU NumPy's vectorised partition is the fastest algorithm, elsewhere ``torch.topk``.
 """
 
 import itertools

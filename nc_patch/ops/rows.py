@@ -1,19 +1,25 @@
-"""What the PyTorch operations share: blocks of query rows, their scores, and softmax times value over a mask.
+"""What PyTorch implementations share: blocks of query rows, their scores, and softmax times value.
 
 Everything here works on one sequence of the batch and one block of its rows, so that the extra memory is
 O(rows * keys), whatever Lq. Scores and softmax are float32.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+from nc_patch.ops.problem import Problem
 
 # Below so many elements PyTorch's softmax, which wakes all threads whatever its size, is slower than its parts.
 _FEW_SCORES = 1 << 15
 # Score elements held at once per buffer: 16 MB in float32, near the size of a core's share of the last-level cache.
 SCORES_PER_BLOCK = 1 << 22
+# Half a unit in the last place of a float32 near 1, and what float32 loses in numbers near its smallest.
+HALF_ULP, SMALLEST = 2.0**-24, 1e-25
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,50 @@ class RowBlock:
         return slice(self.first, self.last)
 
 
+class Rows(NamedTuple):
+    """R rows of one sequence of a batch, and the keys that their scores are of.
+
+    Attributes:
+        visible: int32 ``[R, 2]``, the half-open interval of keys that each row sees.
+        budget: int32 ``[H or 1, R]``, how many keys each head and row attends, at most as many as it sees.
+        origin: int32 ``[R]``, the position at which each row's sequence begins.
+        low: the position of the first key.
+        group: how many heads share a key/value head, side by side.
+    """
+
+    visible: torch.Tensor
+    budget: torch.Tensor
+    origin: torch.Tensor
+    low: int
+    group: int
+
+    @classmethod
+    def of(cls, problem: Problem, block: RowBlock) -> "Rows":
+        """The rows of a block, and the keys ``block.low:block.high``."""
+        b, rows = block.batch, block.rows
+        visible, origin = problem.visible[b, rows], problem.origin[b, rows]
+        return cls(visible, problem.budget[b, :, rows], origin, block.low, problem.group)
+
+    def positions(self, count: int) -> torch.Tensor:
+        """The positions of ``count`` keys, int32 ``[count]``."""
+        return torch.arange(self.low, self.low + count, dtype=torch.int32, device=self.visible.device)
+
+    def seen(self, count: int) -> torch.Tensor:
+        """Which of ``count`` keys each row sees, bool ``[R, count]``."""
+        position = self.positions(count)
+        return (position >= self.visible[:, :1]) & (position < self.visible[:, 1:])
+
+
 def rows_per_block(num_heads: int, key_length: int, most: int = 128) -> int:
     """How many rows keep ``num_heads * rows * key_length`` scores within the block's memory."""
     return max(1, min(most, SCORES_PER_BLOCK // max(1, num_heads * key_length)))
 
 
-def row_blocks(visible: torch.Tensor, rows: int) -> Iterator[RowBlock]:
-    """Blocks of at most ``rows`` rows over ``visible`` int32 ``[B, Lq, 2]``, without those that see no key."""
+def row_blocks(visible: torch.Tensor, rows: int, origin: torch.Tensor | None = None) -> Iterator[RowBlock]:
+    """Blocks of at most ``rows`` rows over ``visible`` int32 ``[B, Lq, 2]``, without those that see no key.
+
+    With ``origin`` int32 ``[B, Lq]`` each block is of one sequence.
+    """
     B, Lq, _ = visible.shape
     blocks = -(-Lq // rows)
     start, end = visible[..., 0].long(), visible[..., 1].long()
@@ -53,7 +96,22 @@ def row_blocks(visible: torch.Tensor, rows: int) -> Iterator[RowBlock]:
     for b in range(B):
         for i in range(blocks):
             if highs[b][i] > 0:
-                yield RowBlock(b, i * rows, min(Lq, (i + 1) * rows), lows[b][i], highs[b][i])
+                block = RowBlock(b, i * rows, min(Lq, (i + 1) * rows), lows[b][i], highs[b][i])
+                yield from (block,) if origin is None else _by_sequence(block, visible[b], origin[b])
+
+
+def _by_sequence(block: RowBlock, visible: torch.Tensor, origin: torch.Tensor) -> Iterator[RowBlock]:
+    """A block, cut where the origin of its rows changes."""
+    begin, seen = origin[block.rows], visible[block.rows]
+    cuts = (begin[1:] != begin[:-1]).nonzero()[:, 0] + 1
+    if not len(cuts):
+        yield block
+        return
+    for first, last in itertools.pairwise([0, *cuts.tolist(), len(begin)]):
+        rows = seen[first:last][seen[first:last, 1] > seen[first:last, 0]]
+        if len(rows):
+            low, high = int(rows[:, 0].min()), int(rows[:, 1].max())
+            yield RowBlock(block.batch, block.first + first, block.first + last, low, high)
 
 
 def split_scale(scale: float) -> tuple[float, float]:
@@ -145,13 +203,16 @@ class RowStats:
     """Collects lse and kept mass, ``float32 [B, Hq, Lq]`` each, row block by row block; holds nothing unless wanted."""
 
     def __init__(self, query: torch.Tensor, sinks: torch.Tensor | None, wanted: bool) -> None:
-        B, Hq, Lq, _ = query.shape
         self.wanted, self._sinks = wanted, sinks
-        shape = (B, Hq, Lq) if wanted else (0,)
+        shape = query.shape[:3] if wanted else (0,)
         self.lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device)
         self.kept_mass = torch.ones(shape, dtype=torch.float32, device=query.device)
         if wanted and sinks is not None:
             self.lse.copy_(sinks[None, :, None].expand(shape))
+
+    def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Log-sum-exp and kept mass, or twice None."""
+        return (self.lse, self.kept_mass) if self.wanted else (None, None)
 
     def record(
         self,
@@ -159,13 +220,18 @@ class RowStats:
         attended: torch.Tensor,
         dense: torch.Tensor,
         empty: torch.Tensor,
-        with_tail: torch.Tensor | None = None,
+        with_means: torch.Tensor | None = None,
     ) -> None:
-        """Takes the log-sum-exp over attended keys, over visible keys, and over attended keys and the tail, where there
-        is one: ``[H, R]`` each; ``empty`` bool ``[R]``.
+        """Takes the log-sum-exp over attended keys, over visible keys, and over attended keys and page means, where
+        there are any: ``[H, R]`` each; ``empty`` bool ``[R]``.
         """
         self.kept_mass[block.batch, :, block.rows] = torch.where(empty, 1.0, torch.exp(attended - dense))
-        lse = attended if with_tail is None else with_tail
+        lse = attended if with_means is None else with_means
         if self._sinks is not None:
             lse = torch.logaddexp(lse, self._sinks[:, None].expand_as(lse))
         self.lse[block.batch, :, block.rows] = lse
+
+
+def product_slack(size: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """What a float32 dot product may be off by, and be rounded, where the norms' product is ``size``."""
+    return size * (2 * (head_dim + 16) * HALF_ULP) + SMALLEST

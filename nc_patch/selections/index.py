@@ -1,29 +1,18 @@
-"""The key index: what a layer keeps beside its keys so that decoding can choose among them almost for free.
+"""``KeyIndex``: what a layer keeps beside its keys so that decoding can choose among them almost for free.
 
-Three kinds. ``"codes"``: one byte an element and eight a key besides, which bound every score (``topk/codes.py``);
-``topk`` decodes by them. ``"pages"``: statistics of each run of ``block_size`` keys (``block/pages.py``); ``block``
-decodes by them. ``"means"``: means of keys and values of each run of 16 (``ops/means.py``), by which ``topk``
-approximates what it leaves out. An index is an accelerator: what it holds follows from the keys, and it can be dropped
-and built again.
+What an index of a kind holds, and how it takes in new keys, is for its ``Layout`` to say. An index is an accelerator:
+what it holds follows from the keys, and it can be dropped and built again.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
 from nc_patch.common import as_integer, autocast_off
-from nc_patch.config import BACKENDS
-from nc_patch.ops import decode_ops
-from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.means import PageMeans, slot_count
-from nc_patch.selections.block.pages import VECTORS, PageStatistics, page_count, update_pages_
-from nc_patch.selections.topk.codes import KeyCodes, channel_moments
-
-IndexKind = Literal["codes", "pages", "means"]
-INDEX_KINDS: tuple[IndexKind, ...] = ("codes", "pages", "means")
-# The kind that a selection decodes by.
-KIND_OF: dict[str, IndexKind] = {"topk": "codes", "block": "pages"}
+from nc_patch.ops.backends import READS_HOST, check_backend, choose_backend
+from nc_patch.ops.derivatives import runs_directly
+from nc_patch.ops.problem import describe
 
 # A growing index reserves this many keys, or this part of its length if more, so that few steps copy it.
 _SMALLEST_RESERVE = 128
@@ -32,10 +21,77 @@ _CAPACITY_UNIT = 128
 _RESERVED_PART = 64
 
 
+class Layout(Protocol):
+    """What an index of one kind holds.
+
+    Attributes:
+        names: of its tensors, ``[B, Hkv, ...]``. fixed: those of them that do not grow with the keys.
+        takes_values: whether it indexes values too. paged: whether it is of pages, counted from the index's origin.
+        pays_on: the backends on which keeping one saves time.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    fixed: ClassVar[tuple[str, ...]]
+    takes_values: ClassVar[bool]
+    paged: ClassVar[bool]
+    pays_on: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def rows(capacity: int, block_size: int) -> int:
+        """How long the tensors that grow are for ``capacity`` keys."""
+
+    @staticmethod
+    def allocate(
+        key: torch.Tensor, value: torch.Tensor | None, ends: tuple[torch.Tensor, torch.Tensor], rows: int
+    ) -> list[torch.Tensor]:
+        """The tensors in the order of ``names``; ``ends`` are int ``[B]``, where each sequence begins and ends."""
+
+    @staticmethod
+    def write(
+        index: list[torch.Tensor], tensors: list[torch.Tensor], count: int, block_size: int, backend: str
+    ) -> None:
+        """Takes in the ``count`` keys from ``first[b]`` on of each sequence b, in place.
+
+        ``tensors`` are key ``[B, Hkv, N, D]``; origin, first and end, int ``[B]`` each; and value ``[B, Hkv, N, Dv]``
+        where the layout takes it.
+        """
+
+
+LAYOUTS: dict[str, type[Layout]] = {}
+Kind = TypeVar("Kind", bound=type)
+
+
+def layout(kind: str) -> Callable[[Kind], Kind]:
+    """Decorator that makes a layout known as that of indexes of a kind."""
+
+    def add(chosen: Kind) -> Kind:
+        LAYOUTS[kind] = chosen
+        return chosen
+
+    return add
+
+
 def reserve_for(length: int) -> int:
     """How many keys a growing buffer makes room for when it has to hold ``length``: more, a multiple of 128."""
     room = length + max(_SMALLEST_RESERVE, length // _RESERVED_PART)
     return room // _CAPACITY_UNIT * _CAPACITY_UNIT
+
+
+def write_index(
+    index: list[torch.Tensor], tensors: list[torch.Tensor], kind: str, count: int, block_size: int, backend: str
+) -> None:
+    """Takes new keys into the tensors of an index of one kind; see ``Layout.write``."""
+    with autocast_off(tensors[0]):
+        LAYOUTS[kind].write(index, tensors, count, block_size, backend)
+
+
+# The same as operations, for what traces a call; PyTorch's implementations may read the device on the host.
+_EXTEND: dict[bool, Any] = {}
+for _reads_host, _suffix in ((False, ""), (True, "_on_host")):
+    _EXTEND[_reads_host] = torch.library.custom_op(
+        f"nc_patch::extend_index{_suffix}", write_index, mutates_args=("index",), tags=READS_HOST if _reads_host else ()
+    )
+    _EXTEND[_reads_host].register_fake(lambda index, tensors, kind, count, block_size, backend: None)
 
 
 class KeyIndex:
@@ -46,31 +102,25 @@ class KeyIndex:
         block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
         capacity: how many keys fit without a new allocation.
-        dtype: that of the keys.
+        head_dim, dtype: those of the keys.
         unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
 
     unstarted: torch.Tensor | bool = False
 
     def __init__(
-        self,
-        kind: IndexKind,
-        block_size: int,
-        origin: torch.Tensor,
-        tensors: dict[str, torch.Tensor],
-        capacity: int,
-        backend: str,
-        dtype: torch.dtype,
+        self, kind: str, block_size: int, origin: torch.Tensor, head_dim: int, dtype: torch.dtype, backend: str
     ) -> None:
-        self.kind, self.block_size, self.capacity, self.dtype = kind, block_size, capacity, dtype
-        self.origin = origin
-        self._tensors, self._backend = tensors, backend
+        self.kind, self.block_size, self.origin, self.head_dim, self.dtype = kind, block_size, origin, head_dim, dtype
+        self.capacity = 0
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._backend = backend
 
     @classmethod
     def build(
         cls,
         key: torch.Tensor,
-        kind: IndexKind,
+        kind: str,
         *,
         value: torch.Tensor | None = None,
         start: torch.Tensor | None = None,
@@ -93,8 +143,8 @@ class KeyIndex:
         Raises:
             ValueError: a kind or a shape that does not fit.
         """
-        if kind not in INDEX_KINDS:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, INDEX_KINDS))}, got {kind!r}")
+        if kind not in LAYOUTS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, LAYOUTS))}, got {kind!r}")
         if not isinstance(key, torch.Tensor):
             raise TypeError(f"key must be a tensor [batch, heads, length, head_dim], got {type(key).__name__}")
         if key.ndim != 4:
@@ -104,9 +154,8 @@ class KeyIndex:
         given, block_size = block_size, as_integer(block_size) or 0
         if block_size < 1:
             raise ValueError(f"block_size must be a positive number of keys, got {given!r}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-        B, Hkv, L, D = key.shape
+        check_backend(backend)
+        B, _, L, D = key.shape
         start = torch.zeros(B, dtype=torch.int32, device=key.device) if start is None else start
         end = torch.full((B,), L, dtype=torch.int32, device=key.device) if end is None else end
         for name, tensor in (("start", start), ("end", end)):
@@ -115,34 +164,13 @@ class KeyIndex:
         asked, capacity = capacity, L if capacity is None else as_integer(capacity)
         if capacity is None or capacity < L:
             raise ValueError(f"capacity must be a number of at least the {L} keys that are there, got {asked!r}")
-        room = -(-capacity // _CAPACITY_UNIT) * _CAPACITY_UNIT
-        new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
-        if kind == "codes":
-            with autocast_off(key):
-                center, spread = channel_moments(key, start, end) if L else (new(D, dtype=torch.float32),) * 2
-            tensors = {
-                # Whose last axis is D, first: ``fits`` looks at it.
-                "center": center,
-                "spread": spread,
-                "high": new(room, (D + 1) // 2, dtype=torch.int8),
-                "low": new(room, (D + 1) // 2, dtype=torch.int8),
-                "scale": new(room, dtype=torch.float32),
-                "coarse": new(room, dtype=torch.bfloat16),
-                "residual": new(room, dtype=torch.bfloat16),
-            }
-        elif kind == "pages":
-            pages = page_count(room, block_size)
-            tensors = {
-                "page_codes": new(pages, VECTORS, D, dtype=torch.int8),
-                "page_scales": new(pages, VECTORS, dtype=torch.float32),
-            }
-        else:
-            assert value is not None
-            slots = slot_count(room)
-            tensors = {"key": new(slots, D, dtype=key.dtype), "value": new(slots, value.shape[3], dtype=value.dtype)}
         head_dims = (D,) if value is None else (D, value.shape[-1])
-        chosen, _ = choose_backend(backend, kind, key.device, head_dims=head_dims)
-        index = cls(kind, block_size, start.to(torch.int32).clone(), tensors, capacity, chosen, key.dtype)
+        chosen, _ = choose_backend(backend, key.device, head_dims=head_dims)
+        of_kind = LAYOUTS[kind]
+        index = cls(kind, block_size, start.to(torch.int32).clone(), D, key.dtype, chosen)
+        room = -(-capacity // _CAPACITY_UNIT) * _CAPACITY_UNIT
+        tensors = of_kind.allocate(key, value, (start, end), of_kind.rows(room, block_size))
+        index._tensors, index.capacity = dict(zip(of_kind.names, tensors, strict=True)), capacity
         if L:
             index._write(key, value, torch.zeros_like(index.origin), L, end)
         return index
@@ -163,26 +191,17 @@ class KeyIndex:
         if new is None or not self.fits(key) or not 0 <= new <= key.shape[2]:
             raise ValueError(
                 f"an index takes in keys like those it was built from, {self.dtype}, with at least the {count} new "
-                f"ones among them, got {key.dtype} {tuple(key.shape)} on {key.device}"
+                f"ones among them, got {describe(key)}"
             )
-        count = new
         check_value(self.kind, key, value)
         _check_ends("end", end, key.shape[0], key)
         if key.shape[2] > self.capacity:
             self._reserve(key.shape[2])
-        self._write(key, value, end - count, count, end)
+        self._write(key, value, end - new, new, end)
 
-    def codes(self) -> KeyCodes:
-        """The codes of all keys; what lies beyond the sequences' ends means nothing."""
-        return KeyCodes(*(self._tensors[name] for name in KeyCodes._fields))
-
-    def pages(self) -> PageStatistics:
-        """The statistics of all pages; only those of whole pages mean something."""
-        return PageStatistics(self._tensors["page_codes"], self._tensors["page_scales"])
-
-    def means(self) -> PageMeans:
-        """The means of all pages of 16 by slot; only those of full pages mean something."""
-        return PageMeans(self._tensors["key"], self._tensors["value"])
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the kernels read, in the order of the layout; what lies beyond the sequences' ends means nothing."""
+        return tuple(self._tensors.values())
 
     def fits(self, key: torch.Tensor) -> bool:
         """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv, D, dtype and device."""
@@ -190,7 +209,7 @@ class KeyIndex:
         return (
             self.dtype == key.dtype
             and tensor.shape[:2] == key.shape[:2]
-            and tensor.shape[-1] == key.shape[-1]
+            and self.head_dim == key.shape[-1]
             and tensor.device == key.device
         )
 
@@ -200,7 +219,7 @@ class KeyIndex:
 
     def copy_selected_(self, indices: torch.Tensor) -> None:
         """``select`` with int64 ``[B]``, as many as sequences, into the same memory: static addresses stay."""
-        for tensor in (*self._tensors.values(), self.origin):
+        for tensor in self.everything():
             tensor.copy_(tensor.index_select(0, indices.to(tensor.device)))
 
     def repeat(self, repeats: int) -> None:
@@ -209,57 +228,41 @@ class KeyIndex:
 
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
-        tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        copy = KeyIndex(
-            self.kind, self.block_size, self.origin.clone(), tensors, self.capacity, self._backend, self.dtype
-        )
-        copy.unstarted = self.unstarted
+        copy = KeyIndex(self.kind, self.block_size, self.origin.clone(), self.head_dim, self.dtype, self._backend)
+        copy._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
+        copy.capacity, copy.unstarted = self.capacity, self.unstarted
         return copy
 
     def is_frozen(self) -> bool:
         """Whether it was made or grew in inference mode, which is over: then only its clone may be written to."""
-        return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.tensors())
+        return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.everything())
 
     def to(self, device: torch.device | str) -> None:
         """Moves the index to a device."""
         self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def tensors(self) -> list[torch.Tensor]:
+    def everything(self) -> list[torch.Tensor]:
         """Everything that the index keeps."""
         return [*self._tensors.values(), self.origin]
 
     def nbytes(self) -> int:
         """Bytes that the index takes, reserve included."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return sum(tensor.nbytes for tensor in self.everything())
 
     def _write(
         self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, count: int, end: torch.Tensor
     ) -> None:
-        with autocast_off(key):
-            self._write_exactly(key, value, first, count, end)
-
-    def _write_exactly(
-        self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, count: int, end: torch.Tensor
-    ) -> None:
-        t = self._tensors
-        if self.kind == "codes":
-            decode_ops.encode_keys_(key, first, count, *self.codes(), self._backend)
-        elif self.kind == "means":
-            assert value is not None
-            decode_ops.page_means_(key, value, self.origin, first, count, t["key"], t["value"], self._backend)
-        elif self._backend == "torch" and decode_ops.runs_directly(key, self.origin, first, end):
-            update_pages_(key, self.origin, first, count, end, self.pages(), self.block_size)
-        else:
-            decode_ops.summarize_pages_(
-                key, self.origin, first, count, end, t["page_codes"], t["page_scales"], self.block_size, self._backend
-            )
+        tensors = [key, self.origin, first, end]
+        if LAYOUTS[self.kind].takes_values and value is not None:
+            tensors.append(value)
+        index = list(self._tensors.values())
+        write = write_index if runs_directly([*index, *tensors]) else _EXTEND[self._backend == "torch"]
+        write(index, tensors, self.kind, count, self.block_size, self._backend)
 
     def _reserve(self, length: int) -> None:
-        capacity = reserve_for(length)
-        rows = {"codes": capacity, "pages": page_count(capacity, self.block_size), "means": slot_count(capacity)}[
-            self.kind
-        ]
-        for name in [name for name in self._tensors if name not in ("center", "spread")]:
+        of_kind, capacity = LAYOUTS[self.kind], reserve_for(length)
+        rows = of_kind.rows(capacity, self.block_size)
+        for name in [name for name in self._tensors if name not in of_kind.fixed]:
             old = self._tensors[name]
             grown = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
             grown[:, :, : old.shape[2]] = old
@@ -280,8 +283,8 @@ def _check_ends(name: str, ends: torch.Tensor, batch: int, key: torch.Tensor) ->
         raise ValueError(f"{name} must be int [{batch}] on {key.device}, got {got}")
 
 
-def check_value(kind: IndexKind, key: torch.Tensor, value: torch.Tensor | None) -> None:
+def check_value(kind: str, key: torch.Tensor, value: torch.Tensor | None) -> None:
     """Raises ValueError unless the values that an index of this kind needs are there and fit ``key``."""
-    if kind == "means" and (value is None or value.ndim != 4 or value.shape[:3] != key.shape[:3]):
+    if LAYOUTS[kind].takes_values and (value is None or value.ndim != 4 or value.shape[:3] != key.shape[:3]):
         got = "none" if value is None else f"shape {tuple(value.shape)}"
-        raise ValueError(f'an index of kind "means" needs the values {[*key.shape[:3], "Dv"]} of the keys, got {got}')
+        raise ValueError(f'an index of kind "{kind}" needs the values {[*key.shape[:3], "Dv"]} of the keys, got {got}')

@@ -1,11 +1,14 @@
-"""``window``: the first ``sink_keys`` and the most recent keys, reading no others."""
+"""``Window``: the first keys and the most recent ones, whatever they score. A selection in one file."""
+
+from dataclasses import dataclass
 
 import torch
 
-from nc_patch.ops.reference import forced_counts
+from nc_patch.common import check_integer
+from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import (
     Buffers,
-    RowBlock,
+    Rows,
     RowStats,
     final_scores_,
     hide_unseen_,
@@ -16,119 +19,79 @@ from nc_patch.ops.rows import (
     split_scale,
     weighted_values,
 )
-from nc_patch.ops.triton.launch import launch_attention
+from nc_patch.selections.base import Selection, register
 
 # A block of R rows reads up to R - 1 keys more than its budget, so small blocks waste less and large ones call less.
 _MOST_ROWS = 128
 
 
-def torch_window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    sink_keys: int,
-    recent_keys: int,
-    want_stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention over the first ``sink_keys`` and the most recent keys of each interval, ``budget`` in all.
-
-    Arguments and results as in ``torch_topk_attention``; ``recent_keys`` plays no part, since all of the budget but the
-    sinks is recent. The kept mass, when wanted, needs the scores of every visible key and costs as much as dense
-    attention.
-    """
-    B, Hq, Lq, _ = query.shape
-    Lk = key.shape[2]
-    output = query.new_zeros(B, Hq, Lq, value.shape[-1])
-    logits = None if sinks is None else sinks.float()
-    stats = RowStats(query, logits, want_stats)
-    before, after = split_scale(scale)
-    most_keys = min(Lk, int(budget.max()) + _MOST_ROWS + sink_keys) if budget.numel() and not want_stats else Lk
-    rows = rows_per_block(Hq, most_keys, _MOST_ROWS)
-    buffers = Buffers(Hq * min(rows, Lq) * most_keys, query.device)
-    for block in row_blocks(visible, rows):
-        b = block.batch
-        seen, allowed = visible[b, block.rows], budget[b, :, block.rows]
-        empty = seen[:, 1] <= seen[:, 0]
-        first, last = forced_counts(allowed, sink_keys, recent_keys, "window")
-        sink_stop, recent_begin = seen[:, 0] + first, seen[:, 1] - last
-        occupied = ~empty
-        left = min(int(sink_stop[:, occupied].max()), block.high)
-        right = max(int(recent_begin[:, occupied].min()), left)
-        position = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
-        position = torch.cat((position[: left - block.low], position[right - block.low :]))
-        keys, values = (
-            torch.cat((t[b, :, block.low : left], t[b, :, right : block.high]), dim=1).float() for t in (key, value)
-        )
-        rows_query = query[b, :, block.rows].float() * before
-        scores = final_scores_(scores_of(rows_query, keys, buffers), after, softcap)
-        unattended = (position < seen[:, :1]) | (position >= seen[:, 1:])
-        unattended = unattended | ((position >= sink_stop[..., None]) & (position < recent_begin[..., None]))
-        scores.masked_fill_(unattended, -torch.inf)
-        if want_stats:
-            span = slice(block.low, block.high)
-            every = final_scores_(scores_of(rows_query, key[b, :, span].float(), buffers, "dense"), after, softcap)
-            place = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
-            hide_unseen_(every, seen, place)
-            stats.record(block, torch.logsumexp(scores, -1), torch.logsumexp(every, -1), empty)
-        attended = weighted_values(softmax_(scores, None if logits is None else logits[:, None]), values)
-        output[b, :, block.rows] = attended.masked_fill_(empty[:, None], 0.0).to(output.dtype)
-    return output, stats.lse, stats.kept_mass
-
-
-def keep_window_(
-    raw: torch.Tensor, seen: torch.Tensor, sinks: torch.Tensor, recents: torch.Tensor, block: RowBlock
-) -> torch.Tensor:
-    """Makes the scores of keys outside the window -inf, in place; returns the shift of the others, zero.
+@register("window")
+@dataclass(frozen=True)
+class Window(Selection):
+    """The first ``sink_keys`` visible keys, and of the others the most recent; one key is always recent.
 
     Args:
-        raw: float32 ``[H, R, N]`` against the keys ``block.low:block.high``.
-        seen: int32 ``[R, 2]``. sinks, recents: int32 ``[H or 1, R]``, how many first and last keys are attended.
+        sink_keys: how many first keys are attended, within the budget.
     """
-    position = torch.arange(block.low, block.high, device=raw.device, dtype=torch.int32)
-    sink_stop, recent_begin = (seen[:, 0] + sinks)[..., None], (seen[:, 1] - recents)[..., None]
-    hidden = (
-        (position < seen[:, :1]) | (position >= seen[:, 1:]) | ((position >= sink_stop) & (position < recent_begin))
-    )
-    raw.masked_fill_(hidden, -torch.inf)
-    return raw.new_zeros(1, raw.shape[1])
 
+    sink_keys: int = 4
 
-def triton_window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    sink_keys: int,
-    recent_keys: int,
-    want_stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of each query over its ``sink_keys`` first and its most recent visible keys, ``budget`` in all.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sink_keys", check_integer("sink_keys", self.sink_keys, 0))
 
-    Arguments, results and errors are those of ``triton_topk_attention``; ``recent_keys`` changes nothing, since
-    whatever the budget leaves after the sinks is recent.
-    """
-    return launch_attention(
-        query,
-        key,
-        value,
-        visible,
-        budget,
-        sinks,
-        by_score=False,
-        scale=scale,
-        softcap=softcap,
-        sink_keys=sink_keys,
-        recent_keys=recent_keys,
-        want_stats=want_stats,
-    )
+    def edges(self, visible: torch.Tensor, budget: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the first keys end and the recent ones begin, int32 ``[H or 1, R]``; arguments as in ``Rows``."""
+        sinks = (budget - 1).clamp(0, self.sink_keys)
+        return visible[:, 0] + sinks, visible[:, 1] - (budget - sinks)
+
+    def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The definition, bool ``[H or 1, R, N]``; see ``Selection.keep``."""
+        position = rows.positions(scores.shape[-1])
+        sink_stop, recent_begin = (edge[..., None] for edge in self.edges(rows.visible, rows.budget))
+        return rows.seen(scores.shape[-1]) & ((position < sink_stop) | (position >= recent_begin))
+
+    def prefill_torch(self, problem: Problem) -> AttentionResult:
+        """Reads no other keys, but for the kept mass, which needs the scores of all visible ones."""
+        query, key, value, budget = problem.query, problem.key, problem.value, problem.budget
+        B, Hq, Lq, _ = query.shape
+        Lk = key.shape[2]
+        output = query.new_zeros(B, Hq, Lq, value.shape[-1])
+        logits = None if problem.sinks is None else problem.sinks.float()
+        stats = RowStats(query, logits, problem.stats)
+        before, after = split_scale(problem.scale)
+        most_keys = Lk
+        if budget.numel() and not problem.stats:
+            most_keys = min(Lk, int(budget.max()) + _MOST_ROWS + self.sink_keys)
+        rows = rows_per_block(Hq, most_keys, _MOST_ROWS)
+        buffers = Buffers(Hq * min(rows, Lq) * most_keys, query.device)
+        for block in row_blocks(problem.visible, rows):
+            b = block.batch
+            seen = problem.visible[b, block.rows]
+            empty = seen[:, 1] <= seen[:, 0]
+            sink_stop, recent_begin = self.edges(seen, budget[b, :, block.rows])
+            left = min(int(sink_stop[:, ~empty].max()), block.high)
+            right = max(int(recent_begin[:, ~empty].min()), left)
+            span = slice(block.low, block.high)
+            every = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
+            position = torch.cat((every[: left - block.low], every[right - block.low :]))
+            keys, values = (
+                torch.cat((t[b, :, block.low : left], t[b, :, right : block.high]), dim=1).float() for t in (key, value)
+            )
+            rows_query = query[b, :, block.rows].float() * before
+            scores = final_scores_(scores_of(rows_query, keys, buffers), after, problem.softcap)
+            unattended = (position < seen[:, :1]) | (position >= seen[:, 1:])
+            unattended = unattended | ((position >= sink_stop[..., None]) & (position < recent_begin[..., None]))
+            scores.masked_fill_(unattended, -torch.inf)
+            if problem.stats:
+                dense = scores_of(rows_query, key[b, :, span].float(), buffers, "dense")
+                hide_unseen_(final_scores_(dense, after, problem.softcap), seen, every)
+                stats.record(block, torch.logsumexp(scores, -1), torch.logsumexp(dense, -1), empty)
+            attended = weighted_values(softmax_(scores, None if logits is None else logits[:, None]), values)
+            output[b, :, block.rows] = attended.masked_fill_(empty[:, None], 0.0).to(output.dtype)
+        return AttentionResult(output, *stats.results())
+
+    def prefill_triton(self, problem: Problem) -> AttentionResult:
+        """The attention kernel over two runs of keys: to the rows' last sink, and from their first recent key on."""
+        from nc_patch.ops.triton.launch import launch_attention
+
+        return launch_attention(problem._replace(means=None), self.sink_keys)

@@ -53,7 +53,7 @@ def test_our_command_runs_nc_hf(model_dir: Path, text: Path, tmp_path: Path, our
     arguments = task_arguments(model_dir, text, tmp_path)
     our_command("run", "--model", "nc_hf", *arguments, "alpha=2,C=0.5,selection=window,dense_layers=0+1")
     written = written_results(tmp_path)
-    assert written["config"]["nc_config"] == NCConfig.create(2, 0.5, selection="window", dense_layers=(0, 1)).to_dict()
+    assert written["config"]["nc_config"] == NCConfig(2, 0.5, selection="window", dense_layers=(0, 1)).to_dict()
     assert written["results"]["nc_perplexity"]["perplexity_96,none"] > 1
 
 

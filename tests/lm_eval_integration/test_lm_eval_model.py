@@ -171,7 +171,7 @@ def test_a_profile_sets_the_budget_of_every_head(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    profile = calibrate(model, tokenizer, [text.read_text()], (32, 64, 128), pieces=2, rows=4, progress=False)
+    profile = calibrate(model, tokenizer, [text.read_text()], (32, 64, 128), pieces=2, rows=4)
     path = tmp_path / "profile.json"
     profile.at_budget(0.3, n=128).save(path)
     results = evaluate("nc_hf", profile=str(path), tail="drop")

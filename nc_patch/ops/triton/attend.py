@@ -1,333 +1,120 @@
-"""The kernel that accumulates softmax times value over the keys each row attends; ``topk`` and ``window`` share it."""
+"""The kernel that accumulates softmax times value over the keys each row attends."""
 
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.tiles import PER_CALL, dot, dot_scores, forced_keys, load_query, program_rows, span
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-# Columns of V that are mended at once: few, so that mending, which is rare, needs fewer registers than the common path.
-_MEND_COLUMNS = tl.constexpr(32)
+from nc_patch.ops.triton.rows import attended_keys, head_of, program_rows, select_keys, span
+from nc_patch.ops.triton.scores import (
+    LN_2,
+    accumulate_run,
+    empty_softmax,
+    fold,
+    join_sink,
+    load_queries,
+    logits_base2,
+    score_run,
+    write_rows,
+)
+from nc_patch.ops.triton.structs import PER_CALL, Selected
+from nc_patch.ops.triton.tail import add_tail
 
 
 @triton.jit(do_not_specialize=PER_CALL)
 def attend_kernel(
-    query,
-    key,
-    value,
-    visible,
-    budget,
-    sinks,
-    threshold,
-    ties_end,
-    output,
-    lse,
-    kept_mass,
-    stride_qb,
-    stride_qh,
-    stride_ql,
-    stride_kb,
-    stride_kh,
-    stride_kl,
-    stride_vb,
-    stride_vh,
-    stride_vl,
-    stride_ib,
-    stride_il,
-    stride_nb,
-    stride_nh,
-    stride_nl,
-    num_kv_heads,
-    group,
-    Lq,
-    Lk,
-    sink_keys,
-    recent_keys,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    CHUNK_D: tl.constexpr,
-    BY_SCORE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WANT_STATS: tl.constexpr,
-):
+    query, key, value, inputs, limits, tail, sinks, output, lse, kept_mass, budget_heads, num_kv_heads, group, Lq, Lk,
+    sink_keys, recent_keys, settings, shape,
+):  # fmt: skip
     """Output, and on request log-sum-exp and kept mass, of one block of rows.
 
-    A row attends the first and the last keys that the selection forces and, with ``BY_SCORE``, those that score above
-    its ``threshold`` and, at positions below ``ties_end``, those that equal it. Without, only tiles that may hold
-    forced keys are read: one run of them from the rows' first start, one from their first recent key.
+    A row attends the first and the last keys that the selection forces and those that its ``limits`` (``Limits``)
+    admit. Without limits only tiles that may hold forced keys are read. With a ``tail`` (``Tail``) what
+    it does not attend enters by the means of its pages. ``sinks``, ``lse`` and ``kept_mass`` are pointers or None.
     """
-    batch, kv_head, index, head, row, valid, start, end, wanted = program_rows(
-        visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
-    )
-    query_rows = query + batch * stride_qb + head * stride_qh + index * stride_ql
-    keys = key + batch * stride_kb + kv_head * stride_kh
-    values = value + batch * stride_vb + kv_head * stride_vh
-    queries = load_query(query_rows, valid, D, BLOCK_D, CHUNK_D)
-    firsts, recents = forced_keys(wanted, sink_keys, recent_keys, BY_SCORE)
-    sinks_end = start + firsts
-    recents_start = end - recents
-    low, high = span(start, end, end > start)
-    if BY_SCORE:
-        limit = tl.load(threshold + row, mask=valid, other=float("inf"))
-        limit_end = tl.load(ties_end + row, mask=valid, other=0)
-        early_tiles = tl.cdiv(high - low, BLOCK_N)
-        late_low = high
-        late_tiles = 0
-    else:
-        limit = start
-        limit_end = start
-        early_tiles = tl.cdiv(tl.max(tl.where(firsts > 0, sinks_end, low), axis=0) - low, BLOCK_N)
-        # The late run begins where the early one ends, if not later, so that no key counts twice.
-        late_first, _last = span(recents_start, end, wanted > 0)
-        late_low = tl.maximum(late_first, low + early_tiles * BLOCK_N)
-        late_tiles = tl.cdiv(tl.maximum(high - late_low, 0), BLOCK_N)
-
-    acc, peak, total = attend(
-        queries, query_rows, valid, keys, values, stride_kl, stride_vl, start, end, sinks_end, recents_start, limit,
-        limit_end, low, early_tiles, late_low, late_tiles, high, scale, softcap, 0, DV, D, BLOCK_M, BLOCK_N, BLOCK_D,
-        BLOCK_DV, CHUNK_D, BY_SCORE, HAS_SOFTCAP, False,
-    )  # fmt: skip
-    base, share, denominator = join_sink(peak, total, sinks, head, valid, HAS_SINKS)
-    write_rows(output + row * DV, acc, share / denominator, valid, wanted, DV, BLOCK_DV)
-    # The passes below read the queries anew, so that none but the main pass has to hold them.
-    if WANT_STATS:
-        seen_peak, seen_total = sum_seen(
-            load_query(query_rows, valid, D, BLOCK_D, CHUNK_D), query_rows, valid, keys, stride_kl, start, end, low,
-            high, scale, softcap, D, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK_D, HAS_SOFTCAP,
+    rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
+    selected = select_keys(rows, limits, sink_keys, recent_keys)
+    keys = head_of(key, rows.batch, rows.kv_head)
+    values = head_of(value, rows.batch, rows.kv_head)
+    queries = load_queries(query, rows, shape)
+    kept = attend(queries, keys, values, selected, settings, shape)
+    softmax = kept
+    if tail is not None:
+        origin = tl.load(inputs.origin + rows.batch * Lq + rows.index, mask=rows.valid, other=0)
+        softmax = add_tail(
+            kept, queries, keys, head_of(tail.key, rows.batch, rows.kv_head),
+            head_of(tail.value, rows.batch, rows.kv_head), selected, origin, settings, shape, tail.shape,
         )  # fmt: skip
-        kept = total * tl.exp2(peak - seen_peak) / seen_total
-        tl.store(lse + row, (base + tl.log2(denominator)) * LN_2, mask=valid)
-        tl.store(kept_mass + row, tl.where(end > start, kept, 1.0), mask=valid)
-    # In a tile, 0 * NaN and 0 * inf reach rows that do not attend the key: such blocks are computed again.
-    tl.debug_barrier()
-    if count_not_finite(output + row * DV, valid, DV, BLOCK_DV) > 0:
-        again = load_query(query_rows, valid, D, BLOCK_D, CHUNK_D)
-        for column in range(0, DV, _MEND_COLUMNS):
-            for count_broken in range(2):
-                mended, _peak, _total = attend(
-                    again, query_rows, valid, keys, values + column, stride_kl, stride_vl, start, end, sinks_end,
-                    recents_start, limit, limit_end, low, early_tiles, late_low, late_tiles, high, scale, softcap,
-                    count_broken, DV - column, D, BLOCK_M, BLOCK_N, BLOCK_D, _MEND_COLUMNS, CHUNK_D, BY_SCORE,
-                    HAS_SOFTCAP, True,
-                )  # fmt: skip
-                tl.debug_barrier()
-                if count_broken == 0:
-                    write_rows(
-                        output + row * DV + column,
-                        mended,
-                        share / denominator,
-                        valid,
-                        wanted,
-                        DV - column,
-                        _MEND_COLUMNS,
-                    )
-                else:
-                    write_nan_where(output + row * DV + column, mended, valid, DV - column, _MEND_COLUMNS)
+    base, share, denominator = join_sink(softmax.peak, softmax.total, sinks, rows.head, rows.valid)
+    write_rows(output, rows, softmax.acc, share / denominator, rows.wanted, shape)
+    if lse is not None:
+        seen_peak, seen_total = sum_seen(load_queries(query, rows, shape), keys, selected, settings, shape)
+        mass = kept.total * tl.exp2(kept.peak - seen_peak) / seen_total
+        tl.store(lse + rows.row, (base + tl.log2(denominator)) * LN_2, mask=rows.valid)
+        tl.store(kept_mass + rows.row, tl.where(rows.end > rows.start, mass, 1.0), mask=rows.valid)
 
 
 @triton.jit
-def attend(
-    queries,
-    query_rows,
-    valid,
-    keys,
-    values,
-    stride_kl,
-    stride_vl,
-    start,
-    end,
-    sinks_end,
-    recents_start,
-    threshold,
-    ties_end,
-    early_low,
-    early_tiles,
-    late_low,
-    late_tiles,
-    high,
-    scale,
-    softcap,
-    count_broken,
-    columns_left,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    CHUNK_D: tl.constexpr,
-    BY_SCORE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    MEND: tl.constexpr,
-):
-    """One online-softmax pass over two runs of key tiles: (acc, peak, total).
+def attend(queries, keys, values, selected, settings, shape):
+    """The ``Softmax`` of the keys that the rows attend.
 
-    Logits are in base 2. ``MEND`` is for values that hold NaN or infinity: with ``count_broken = 0`` these count as
-    zero, with ``count_broken = 1`` acc holds how many of them each row attends.
+    Goes from one run of keys that some row sees to the next, so that nothing between them is read: a zero weight times
+    a value that is NaN would be NaN.
     """
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    dv = tl.arange(0, BLOCK_DV)
-    n = tl.arange(0, BLOCK_N)
-    for tile in range(early_tiles + late_tiles):
-        begin = tl.where(tile < early_tiles, early_low + tile * BLOCK_N, late_low + (tile - early_tiles) * BLOCK_N)
-        columns = begin + n
-        in_range = columns < high
-        raw = dot_scores(
-            queries, query_rows, valid, keys + begin.to(tl.int64) * stride_kl, n * stride_kl, in_range, D, BLOCK_D,
-            CHUNK_D, True,
-        )  # fmt: skip
-        attended = attended_keys(raw, columns, start, end, sinks_end, recents_start, threshold, ties_end, BY_SCORE)
-        logits = logits_base2(raw, scale, softcap, HAS_SOFTCAP)
-        peak, total, weights, shrink = fold(tl.where(attended, logits, float("-inf")), peak, total)
-        tile_values = tl.load(
-            values + begin.to(tl.int64) * stride_vl + (n[:, None] * stride_vl + dv[None, :]),
-            mask=in_range[:, None] & (dv[None, :] < columns_left),
-            other=0.0,
+    softmax = empty_softmax(shape)
+    sees = selected.end > selected.start
+    low, last = span(selected.start, selected.end, sees)
+    while low < last:
+        high = end_of_run(low, selected.start, selected.end)
+        # The last tile may reach into what rows of a later run see.
+        ends = tl.where(selected.start < high, selected.end, low)
+        here = Selected(
+            selected.start, ends, selected.sinks_end, selected.recents_start, selected.threshold, selected.ties_end
         )
-        if MEND:
-            # Written so that NaN fails the comparison too.
-            sound = tl.abs(tile_values.to(tl.float32)) < float("inf")
-            cleaned = tl.where(sound, tile_values.to(tl.float32), 0.0)
-            tile_values = tl.where(count_broken > 0, 1.0 - sound.to(tl.float32), cleaned).to(values.dtype.element_ty)
-            weights = tl.where(count_broken > 0, attended.to(tl.float32), weights)
-            shrink = tl.where(count_broken > 0, 1.0, shrink)
-        acc = dot(weights.to(values.dtype.element_ty), tile_values, acc * shrink[:, None])
-    return acc, peak, total
+        early_tiles = tl.cdiv(high - low, shape.BLOCK_N)
+        late_low = high
+        if selected.threshold is None:
+            # Of the tiles only those that may hold forced keys: the first ones, and those from the first recent key on.
+            among = sees & (selected.start >= low) & (selected.start < high)
+            firsts_end = tl.where(among & (selected.sinks_end > selected.start), selected.sinks_end, low)
+            early_tiles = tl.cdiv(tl.max(firsts_end, axis=0) - low, shape.BLOCK_N)
+            recents = among & (selected.recents_start < selected.end)
+            late_low = tl.min(tl.where(recents, selected.recents_start, high), axis=0)
+            # The late run begins where the early one ends, if not later, so that no key counts twice.
+            late_low = tl.maximum(late_low, low + early_tiles * shape.BLOCK_N)
+        late_tiles = tl.cdiv(tl.maximum(high - late_low, 0), shape.BLOCK_N)
+        for tile in range(early_tiles + late_tiles):
+            begin = low + tile * shape.BLOCK_N
+            if selected.threshold is None:
+                begin = tl.where(tile < early_tiles, begin, late_low + (tile - early_tiles) * shape.BLOCK_N)
+            columns = begin + tl.arange(0, shape.BLOCK_N)
+            raw = score_run(queries, keys, begin, columns < high, shape, True)
+            logits = logits_base2(raw, settings)
+            logits = tl.where(attended_keys(raw, columns, here), logits, float("-inf"))
+            softmax = accumulate_run(softmax, logits, values, begin, columns < high, shape)
+        low = tl.min(tl.where(sees & (selected.start >= high), selected.start, last), axis=0)
+    return softmax
 
 
 @triton.jit
-def attended_keys(raw, columns, start, end, sinks_end, recents_start, threshold, ties_end, BY_SCORE: tl.constexpr):
-    """Which keys of a tile each row attends, from their raw scores."""
-    seen = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None])
-    attended = (columns[None, :] < sinks_end[:, None]) | (columns[None, :] >= recents_start[:, None])
-    if BY_SCORE:
-        # NaN ranks with +inf, above every finite score.
-        ranked = tl.where(raw == raw, raw, float("inf"))
-        tied = (ranked == threshold[:, None]) & (columns[None, :] < ties_end[:, None])
-        attended = attended | (ranked > threshold[:, None]) | tied
-    return attended & seen
+def end_of_run(low, start, end):
+    """Where the keys that some row sees without a gap from ``low`` on end."""
+    high = low
+    reach = tl.max(tl.where(start == low, end, low), axis=0)
+    while reach > high:
+        high = reach
+        reach = tl.max(tl.where((start >= low) & (start <= high), end, low), axis=0)
+    return high
 
 
 @triton.jit
-def sum_seen(
-    queries,
-    query_rows,
-    valid,
-    keys,
-    stride_kl,
-    start,
-    end,
-    low,
-    high,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK_D: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
+def sum_seen(queries, keys, selected, settings, shape):
     """(peak, total) of the softmax over all visible keys, logits in base 2."""
-    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    n = tl.arange(0, BLOCK_N)
-    for begin in range(low, high, BLOCK_N):
-        columns = begin + n
-        raw = dot_scores(
-            queries, query_rows, valid, keys + tl.cast(begin, tl.int64) * stride_kl, n * stride_kl, columns < high, D,
-            BLOCK_D, CHUNK_D, True,
-        )  # fmt: skip
-        seen = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None])
-        logits = logits_base2(raw, scale, softcap, HAS_SOFTCAP)
-        peak, total, _weights, _shrink = fold(tl.where(seen, logits, float("-inf")), peak, total)
+    peak = tl.full([shape.BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([shape.BLOCK_M], dtype=tl.float32)
+    low, high = span(selected.start, selected.end, selected.end > selected.start)
+    for begin in range(low, high, shape.BLOCK_N):
+        columns = begin + tl.arange(0, shape.BLOCK_N)
+        raw = score_run(queries, keys, begin, columns < high, shape, True)
+        seen = (columns[None, :] >= selected.start[:, None]) & (columns[None, :] < selected.end[:, None])
+        logits = tl.where(seen, logits_base2(raw, settings), float("-inf"))
+        peak, total, _weights, _shrink = fold(logits, peak, total)
     return peak, total
-
-
-@triton.jit
-def logits_base2(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Raw scores scaled, soft-capped, and times log2(e), so that the softmax can use exp2."""
-    bent, factor = factored_logits(scores, scale, softcap, HAS_SOFTCAP)
-    return bent * factor
-
-
-@triton.jit
-def factored_logits(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Two factors of ``logits_base2``: a tensor, and a positive number."""
-    if HAS_SOFTCAP:
-        ratio = scores * (scale / softcap)
-        shrink = tl.exp2(tl.abs(ratio) * (-2.0 * LOG2_E))
-        bent = (1.0 - shrink) / (1.0 + shrink)
-        bent = tl.where(ratio < 0, -bent, bent)
-        factor = softcap * LOG2_E
-    else:
-        bent = scores
-        factor = scale * LOG2_E
-    return bent, factor
-
-
-@triton.jit
-def finite_or_zero(peak):
-    """What a softmax with this largest logit subtracts: never inf - inf, which would turn zero weights into NaN."""
-    return tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
-
-
-@triton.jit
-def fold(logits, peak, total):
-    """Takes a tile of logits into a running softmax: (peak, total, the tile's weights, factor of what came before)."""
-    higher = tl.maximum(peak, tl.max(logits, axis=1))
-    base = finite_or_zero(higher)
-    weights = tl.exp2(logits - base[:, None])
-    shrink = tl.exp2(peak - base)
-    return higher, total * shrink + tl.sum(weights, axis=1), weights, shrink
-
-
-@triton.jit
-def join_sink(peak, total, sinks, head, valid, HAS_SINKS: tl.constexpr):
-    """(base, share, denominator): the softmax's denominator relative to 2**base, and the factor of acc to match it."""
-    if HAS_SINKS:
-        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
-        base = finite_or_zero(tl.maximum(peak, sink))
-        share = tl.exp2(peak - base)
-        denominator = total * share + tl.exp2(sink - base)
-    else:
-        base = finite_or_zero(peak)
-        share = tl.exp2(peak - base)
-        denominator = total
-    return base, share, denominator
-
-
-@triton.jit
-def write_rows(output_rows, acc, factor, valid, wanted, columns_left, BLOCK_DV: tl.constexpr):
-    """Stores ``acc * factor``, and zero where a row attends nothing; one that attends only -inf stays 0 / 0."""
-    dv = tl.arange(0, BLOCK_DV)
-    rows = tl.where((wanted > 0)[:, None], acc * factor[:, None], 0.0)
-    mask = valid[:, None] & (dv[None, :] < columns_left)
-    tl.store(output_rows[:, None] + dv[None, :], rows.to(output_rows.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def write_nan_where(output_rows, broken, valid, columns_left, BLOCK_DV: tl.constexpr):
-    """Stores NaN where a value that is attended was NaN or infinite."""
-    dv = tl.arange(0, BLOCK_DV)
-    poison = tl.full(broken.shape, float("nan"), dtype=tl.float32)
-    mask = (broken > 0) & valid[:, None] & (dv[None, :] < columns_left)
-    tl.store(output_rows[:, None] + dv[None, :], poison.to(output_rows.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def count_not_finite(output_rows, valid, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """How many elements of the stored output are NaN or infinite; read back, so that acc can be let go."""
-    dv = tl.arange(0, BLOCK_DV)
-    mask = valid[:, None] & (dv[None, :] < DV)
-    stored = tl.load(output_rows[:, None] + dv[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(tl.sum((~(tl.abs(stored) < float("inf"))).to(tl.int32), axis=1), axis=0)

@@ -1,18 +1,19 @@
 """From tensors to a kernel launch: what the kernels take, the tile sizes they use, and their outputs."""
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
-from nc_patch.ops.limits import DTYPES, MAX_HEAD_DIM
-from nc_patch.ops.means import PageMeans, slot_count
+from nc_patch.ops.means import slot_count
+from nc_patch.ops.problem import MAX_HEAD_DIM, AttentionResult, Problem, check_int32, check_tensors, describe
 from nc_patch.ops.triton.attend import attend_kernel
-from nc_patch.ops.triton.tail import attend_tail_kernel
-from nc_patch.selections.topk.threshold import threshold_kernel
+from nc_patch.ops.triton.structs import Heads, Limits, RowInputs, ScoreSettings, Shape, constants, heads
+from nc_patch.ops.triton.tail import Tail
 
 
 @dataclass(frozen=True)
@@ -100,112 +101,134 @@ def padded_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+@lru_cache(maxsize=256)
+def shape_of(head_dim: int, value_dim: int, tiles: Tiles) -> Shape:
+    """The constants of a program with these tiles."""
+    padded = padded_dim(head_dim)
+    chunk = min(padded, tiles.chunk or padded)
+    shape: Shape = constants(Shape(head_dim, value_dim, tiles.rows, tiles.keys, padded, padded_dim(value_dim), chunk))
+    return shape
+
+
+@lru_cache(maxsize=256)
+def tail_shape_of(head_dim: int, value_dim: int, tiles: Tiles) -> Shape:
+    """The constants of a tile of page means beside these tiles: the fewest pages that matrix instructions take."""
+    return shape_of(head_dim, value_dim, replace(tiles, keys=16, chunk=min(tiles.chunk or 64, 64)))
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """What the kernels over whole rows are launched with, made once an operation.
+
+    Attributes:
+        programs: how many; 0 where there is no row. device: of the tensors.
+        arguments: by keyword, of every such kernel. options: of the compiler.
+    """
+
+    programs: int
+    device: torch.device
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self, kernel: Any, **arguments: Any) -> None:
+        """Launches a kernel with these arguments beside the common ones."""
+        if self.programs:
+            with on_device(self.device):
+                kernel[(self.programs,)](**self.arguments, **arguments, **self.options)
+
+
 def launch_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *,
-    by_score: bool,
-    scale: float,
-    softcap: float,
-    sink_keys: int,
-    recent_keys: int,
-    want_stats: bool,
-    tail: PageMeans | None = None,
-    origin: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Checks the inputs, allocates the results and launches the kernels; see ``triton_topk_attention`` for the shapes.
+    problem: Problem,
+    sink_keys: int = 0,
+    recent_keys: int = 0,
+    find_limits: Callable[[RowLaunch, Limits], None] | None = None,
+) -> AttentionResult:
+    """Attention over each row's first and last keys, as many as its budget has, or over the keys that limits leave.
 
-    ``by_score`` is ``topk``: a first kernel finds each row's threshold. Without it the selection is ``window``.
+    Args:
+        problem: its ``means``, where there are any, stand for the keys that are not attended.
+        sink_keys, recent_keys: the first and the last keys that are attended whatever they score.
+        find_limits: launches what writes the limits of each row, where keys are attended by their scores.
+
+    Raises:
+        TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
-    check_inputs(query, key, value, visible, budget, sinks)
-    check_tail(tail, origin, key, value, visible)
-    B, Hq, Lq, _ = query.shape
-    device = query.device
-    output = torch.empty(B, Hq, Lq, value.shape[-1], dtype=query.dtype, device=device)
-    stats_shape = (B, Hq, Lq) if want_stats else (0,)
-    lse = torch.empty(stats_shape, dtype=torch.float32, device=device)
-    kept_mass = torch.empty(stats_shape, dtype=torch.float32, device=device)
-    launch_rows(
-        *(query, key, value, visible, budget, sinks, output, lse, kept_mass),
-        by_score=by_score,
-        scale=scale,
-        softcap=softcap,
-        sink_keys=sink_keys,
-        recent_keys=recent_keys,
-        tail=tail,
-        origin=origin,
-    )
-    return output, lse, kept_mass
-
-
-def launch_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    kept_mass: torch.Tensor,
-    *,
-    by_score: bool,
-    scale: float,
-    softcap: float,
-    sink_keys: int,
-    recent_keys: int,
-    tail: PageMeans | None = None,
-    origin: torch.Tensor | None = None,
-) -> None:
-    """Launches the kernels on inputs that fit. Results are contiguous; ``lse`` and ``kept_mass`` empty if not wanted.
-
-    A ``tail``, with each row's ``origin``, goes with ``by_score`` alone.
-    """
-    B, _Hq, Lq, D = query.shape
-    Hkv, Lk, DV = value.shape[1:]
-    group = query.shape[1] // Hkv
-    device = query.device
+    check_problem(problem)
+    query, means, wanted = problem.query, problem.means, problem.stats
+    (B, Hq, Lq, D), (Lk, DV), device = query.shape, problem.value.shape[2:], query.device
+    Hkv, group = Hq // problem.group, problem.group
     architecture = architecture_of(device)
-    tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group, tail is not None)
-    query, key, value = (addressable(x, tiles.keys) for x in (query, key, value))
-    visible = dense_last(visible)
+    tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group, means is not None)
+    origin = None if means is None else problem.origin.contiguous()
+    arguments = {
+        "query": heads_of(query, tiles),
+        "key": heads_of(problem.key, tiles),
+        "inputs": RowInputs(problem.visible.contiguous(), problem.budget.contiguous(), origin),
+        "budget_heads": problem.budget.shape[1],
+        "num_kv_heads": Hkv,
+        "group": group,
+        "Lq": Lq,
+        "Lk": Lk,
+        "sink_keys": sink_keys,
+        "recent_keys": recent_keys,
+        "shape": shape_of(D, DV, tiles),
+    }
     programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
-    if programs == 0:
-        return
-    # Where no threshold is searched for, the kernel reads neither of these.
-    threshold = torch.empty(output.shape[:3] if by_score else (0,), dtype=torch.float32, device=device)
-    ties_end = torch.empty(threshold.shape, dtype=torch.int32, device=device)
-    query_key = (*query.stride()[:3], *key.stride()[:3])
-    rows = (*visible.stride()[:2], budget.stride(0), 0 if budget.shape[1] == 1 else budget.stride(1), budget.stride(2))
-    sizes = (Hkv, group, Lq, Lk, sink_keys, recent_keys)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        if by_score:
-            threshold_kernel[(programs,)](
-                *(query, key, visible, budget, threshold, ties_end, *query_key, *rows, *sizes),
-                **threshold_constants(D, tiles),
-                **compile_options(tiles, architecture),
-            )
-        if tail is not None and origin is not None:
-            means = PageMeans(*(addressable(x, tiles.keys) for x in tail))
-            attend_tail_kernel[(programs,)](
-                *(query, key, value, *means, visible, origin, budget, lse if sinks is None else sinks.contiguous()),
-                *(threshold, ties_end, output, lse, kept_mass, *query_key, *value.stride()[:3]),
-                *(*means.key.stride()[:3], *means.value.stride()[:3], *visible.stride()[:2], *origin.stride()),
-                *(*rows[2:], *sizes, scale, softcap),
-                **tail_constants(D, DV, tiles, sinks is not None, softcap > 0, lse.numel() > 0),
-                **compile_options(tiles, architecture),
-            )
-            return
-        attend_kernel[(programs,)](
-            *(query, key, value, visible, budget, lse if sinks is None else sinks.contiguous(), threshold, ties_end),
-            *(output, lse, kept_mass, *query_key, *value.stride()[:3], *rows, *sizes, scale, softcap),
-            **attend_constants(D, DV, tiles, by_score, sinks is not None, softcap > 0, lse.numel() > 0),
-            **compile_options(tiles, architecture),
-        )
+    launch = RowLaunch(programs, device, arguments, compile_options(tiles, architecture))
+
+    def floats() -> torch.Tensor:
+        return torch.empty(B, Hq, Lq, dtype=torch.float32, device=device)
+
+    limits = tail = None
+    if find_limits is not None:
+        limits = Limits(floats(), torch.empty(B, Hq, Lq, dtype=torch.int32, device=device))
+        find_limits(launch, limits)
+    if means is not None:
+        tail = Tail(heads_of(means.key, tiles), heads_of(means.value, tiles), tail_shape_of(D, DV, tiles))
+    output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
+    lse, kept_mass = (floats(), floats()) if wanted else (None, None)
+    launch.run(
+        attend_kernel,
+        value=heads_of(problem.value, tiles),
+        limits=limits,
+        tail=tail,
+        sinks=None if problem.sinks is None else problem.sinks.contiguous(),
+        output=output,
+        lse=lse,
+        kept_mass=kept_mass,
+        settings=settings_of(problem),
+    )
+    return AttentionResult(output, lse, kept_mass)
+
+
+def over_all_keys(problem: Problem) -> Problem:
+    """The problem with budgets of all that each row sees, and nothing that stands for what is left out."""
+    start, end = problem.visible.unbind(-1)
+    seen = (end.clamp(max=problem.key.shape[2]) - start.clamp(min=0)).clamp(min=0)
+    return problem._replace(budget=seen[:, None].contiguous(), means=None)
+
+
+def kept_mass_of(problem: Problem, lse: torch.Tensor) -> torch.Tensor:
+    """The kept mass of rows whose attended keys have this log-sum-exp; costs as much as dense attention."""
+    whole = over_all_keys(problem)
+    _, dense, *_ = launch_attention(whole._replace(sinks=None, stats=True))
+    assert dense is not None
+    return torch.where(whole.budget > 0, torch.exp(lse - dense), 1.0)
+
+
+def settings_of(problem: Problem) -> ScoreSettings:
+    """How the kernels make scores of products."""
+    return ScoreSettings(problem.scale, problem.softcap or None)
+
+
+def on_device(device: torch.device) -> Any:
+    """A context in which Triton launches on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def heads_of(tensor: torch.Tensor, tiles: Tiles) -> Heads:
+    """The structure for ``[B, H, L, D]``; of a copy where a tile of it could not be addressed."""
+    return heads(addressable(tensor, tiles.keys))
 
 
 def addressable(tensor: torch.Tensor, keys: int) -> torch.Tensor:
@@ -228,117 +251,18 @@ def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:
     return options if architecture.startswith("gfx") else {**options, "maxnreg": 255}
 
 
-def threshold_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
-    """The compile-time arguments of ``threshold_kernel``."""
-    padded = padded_dim(head_dim)
-    return {
-        "D": head_dim,
-        "BLOCK_M": tiles.rows,
-        "BLOCK_N": tiles.keys,
-        "BLOCK_D": padded,
-        "CHUNK_D": min(padded, tiles.chunk or padded),
-    }
-
-
-def attend_constants(
-    head_dim: int,
-    value_dim: int,
-    tiles: Tiles,
-    by_score: bool,
-    has_sinks: bool = False,
-    has_softcap: bool = False,
-    want_stats: bool = False,
-) -> dict[str, Any]:
-    """The compile-time arguments of ``attend_kernel``."""
-    return {
-        **threshold_constants(head_dim, tiles),
-        "DV": value_dim,
-        "BLOCK_DV": padded_dim(value_dim),
-        "BY_SCORE": by_score,
-        "HAS_SINKS": has_sinks,
-        "HAS_SOFTCAP": has_softcap,
-        "WANT_STATS": want_stats,
-    }
-
-
-def tail_constants(
-    head_dim: int,
-    value_dim: int,
-    tiles: Tiles,
-    has_sinks: bool = False,
-    has_softcap: bool = False,
-    want_stats: bool = False,
-) -> dict[str, Any]:
-    """The compile-time arguments of ``attend_tail_kernel``."""
-    constants = attend_constants(head_dim, value_dim, tiles, True, has_sinks, has_softcap, want_stats)
-    del constants["BY_SCORE"]
-    return constants
-
-
-def check_tail(
-    tail: PageMeans | None,
-    origin: torch.Tensor | None,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-) -> None:
-    """Raises TypeError or ValueError unless a tail fits the keys, and comes with the origins of the rows."""
-    if tail is None:
-        return
-    if origin is None or origin.dtype != torch.int32 or origin.shape != visible.shape[:2]:
-        got = "none" if origin is None else f"{origin.dtype} {list(origin.shape)}"
-        raise ValueError(f"a tail needs origin int32 {list(visible.shape[:2])}, got {got}")
-    if tail.key.dtype != key.dtype or tail.value.dtype != value.dtype:
-        raise TypeError(f"means must have the dtype of the keys, {key.dtype}, got {tail.key.dtype}, {tail.value.dtype}")
-    slots = slot_count(key.shape[2])
-    for name, means, rows in (("keys", tail.key, key), ("values", tail.value, value)):
-        if means.dim() != 4 or (*means.shape[:2], means.shape[3]) != (*rows.shape[:2], rows.shape[3]):
-            raise ValueError(
-                f"means of {name} must be {[*rows.shape[:2], 'S', rows.shape[3]]}, got {list(means.shape)}"
-            )
-        if means.shape[2] < slots:
-            raise ValueError(f"{key.shape[2]} keys have {slots} slots, got means of {name} for {means.shape[2]}")
-    devices = {t.device for t in (key, origin, *tail)}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
-
-
-def check_inputs(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-) -> None:
-    """Raises TypeError or ValueError unless the tensors fit each other and the kernels."""
-    if query.dtype not in DTYPES or {key.dtype, value.dtype} != {query.dtype}:
-        raise TypeError(
-            "query, key and value must share one dtype of bfloat16, float16 and float32, "
-            f"got {query.dtype}, {key.dtype}, {value.dtype}"
-        )
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        raise ValueError(f"query, key and value must have 4 axes, got {query.dim()}, {key.dim()}, {value.dim()}")
-    B, Hq, Lq, D = query.shape
-    Hkv, Lk = key.shape[1:3]
-    if tuple(key.shape) != (B, Hkv, Lk, D) or tuple(value.shape[:3]) != (B, Hkv, Lk) or Hkv == 0 or Hq % Hkv:
-        raise ValueError(
-            "query [B, Hq, Lq, D], key [B, Hkv, Lk, D] and value [B, Hkv, Lk, Dv] must agree, Hq a multiple of Hkv; "
-            f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
-    if max(D, value.shape[-1]) > MAX_HEAD_DIM:
-        raise ValueError(
-            f"head_dim must be at most {MAX_HEAD_DIM}, got {D} and {value.shape[-1]}: use the torch backend"
-        )
-    for name, tensor, shapes in (
-        ("visible", visible, ((B, Lq, 2),)),
-        ("budget", budget, ((B, 1, Lq), (B, Hq, Lq))),
-    ):
-        if tensor.dtype != torch.int32 or tuple(tensor.shape) not in shapes:
-            allowed = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} must be int32 {allowed}, got {tensor.dtype} {list(tensor.shape)}")
-    if sinks is not None and tuple(sinks.shape) != (Hq,):
-        raise ValueError(f"sinks must hold one logit per query head, [{Hq}], got {list(sinks.shape)}")
-    devices = {x.device for x in (query, key, value, visible, budget, *(() if sinks is None else (sinks,)))}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+def check_problem(problem: Problem) -> None:
+    """Raises TypeError or ValueError unless the tensors of a problem fit each other and the kernels."""
+    query, key, value, means = problem.query, problem.key, problem.value, problem.means
+    B, Hq, Lq, Lk = check_tensors(query, key, value, problem.sinks)
+    if max(problem.head_dims) > MAX_HEAD_DIM:
+        D, DV = problem.head_dims
+        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {D} and {DV}: use the torch backend")
+    check_int32("visible", problem.visible, (B, Lq, 2), query.device)
+    check_int32("origin", problem.origin, (B, Lq), query.device)
+    check_int32("budget", problem.budget, (B, 1 if problem.budget.shape[1:2] == (1,) else Hq, Lq), query.device)
+    for name, mean, rows in () if means is None else (("keys", means.key, key), ("values", means.value, value)):
+        slots = max(slot_count(Lk), mean.shape[2] if mean.dim() == 4 else 0)
+        shape = (*rows.shape[:2], slots, rows.shape[3])
+        if mean.dtype != rows.dtype or tuple(mean.shape) != shape or mean.device != rows.device:
+            raise ValueError(f"means of {name} must be {describe(rows.new_empty(shape))}, got {describe(mean)}")

@@ -1,26 +1,23 @@
 """Split-K: one row's keys are divided among programs, and a second kernel joins what each of them accumulated.
 
 Decoding has few rows and many keys, so that a row has to be spread over the GPU. The program of split s leaves three
-things about the keys it attended, in float32 and with logits in base 2 (``attend.logits_base2``):
+things about the keys it attended, in float32 and with logits in base 2 (``scores.logits_base2``):
 
 - ``peak[row, s]``: the largest logit,
-- ``total[row, s]``: the sum of ``2 ** (logit - base)``, where ``base = triton_attend.finite_or_zero(peak)``,
+- ``total[row, s]``: the sum of ``2 ** (logit - base)``, where ``base = scores.finite_or_zero(peak)``,
 - ``acc[row, s]``: the sum of ``2 ** (logit - base)`` times the value.
 
-That is what ``attend.fold`` keeps. A split that attended nothing has ``peak = -inf`` and ``total = 0``, and its
+That is what a ``Softmax`` holds. A split that attended nothing has ``peak = -inf`` and ``total = 0``, and its
 ``acc`` is never read. Rows are those of a contiguous ``[B, Hq, Lq]``.
 """
-
-import contextlib
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.attend import LN_2, finite_or_zero, join_sink
-from nc_patch.ops.triton.specialise import DTYPE_NAMES, Specialisation, pointer_to
-from nc_patch.ops.triton.tiles import PER_CALL
+from nc_patch.ops.triton.launch import on_device
+from nc_patch.ops.triton.scores import LN_2, finite_or_zero, join_sink
+from nc_patch.ops.triton.structs import PER_CALL, Softmax
 
 MAX_SPLITS = 256
 # Of an H200; other GPUs come close.
@@ -30,7 +27,7 @@ MOST_USEFUL_SPLITS = 64
 # Fewer keys than this are divided like this many.
 _SHORTEST = 4096
 _COLUMNS = 32
-_WARPS = 4
+_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def planned_length(keys: int) -> int:
@@ -58,8 +55,8 @@ def combine_splits(
     sinks: torch.Tensor | None,
     attended: torch.Tensor,
     output: torch.Tensor,
-    lse: torch.Tensor,
-    lse_keys: torch.Tensor,
+    lse: torch.Tensor | None,
+    lse_keys: torch.Tensor | None,
 ) -> None:
     """Joins the splits of every row and writes ``output``, ``lse`` and ``lse_keys``; one launch, no synchronisation.
 
@@ -75,7 +72,7 @@ def combine_splits(
         output: ``[B, Hq, Lq, Dv]``, contiguous, in any float dtype. What is not finite is stored as NaN: an infinite or
             NaN value has been attended.
         lse: float32 ``[B, Hq, Lq]``, contiguous: the natural log of the softmax's denominator, sink included; -inf
-            where there is no key and no sink. lse_keys: the same over the keys alone. Both empty where not wanted.
+            where there is no key and no sink. lse_keys: the same over the keys alone. Both None where not wanted.
 
     Raises:
         ValueError: more than ``MAX_SPLITS`` splits.
@@ -85,60 +82,39 @@ def combine_splits(
         raise ValueError(f"at most {MAX_SPLITS} splits can be combined, got {splits}")
     if rows == 0:
         return
-    device = acc.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on_device(acc.device):
         combine_kernel[(rows, triton.cdiv(value_dim, _COLUMNS))](
-            *(acc, peak, total, peak if sinks is None else sinks.contiguous(), attended, output, lse, lse_keys),
-            *(output.shape[1], output.shape[2], splits, value_dim),
-            **combine_constants(splits, sinks is not None, lse.numel() > 0),
-            **combine_options(),
+            parts=Softmax(acc, peak, total),
+            sinks=None if sinks is None else sinks.contiguous(),
+            attended=attended,
+            output=output,
+            lse=lse,
+            lse_keys=lse_keys,
+            num_heads=output.shape[1],
+            Lq=output.shape[2],
+            splits=splits,
+            DV=value_dim,
+            BLOCK_S=padded_splits(splits),
+            COLUMNS=_COLUMNS,
+            **_OPTIONS,
         )
-
-
-def combine_constants(splits: int, has_sinks: bool, want_stats: bool) -> dict[str, int | bool]:
-    """The compile-time arguments of ``combine_kernel``."""
-    return {
-        "BLOCK_S": padded_splits(splits),
-        "COLUMNS": _COLUMNS,
-        "HAS_SINKS": has_sinks,
-        "WANT_STATS": want_stats,
-    }
-
-
-def combine_options() -> dict[str, int | bool]:
-    """Options of the compiler for ``combine_kernel``."""
-    return {"num_warps": _WARPS, "num_stages": 1, "enable_fp_fusion": True}
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "DV"])
 def combine_kernel(
-    acc,
-    peak,
-    total,
-    sinks,
-    attended,
-    output,
-    lse,
-    lse_keys,
-    num_heads,
-    Lq,
-    splits,
-    DV,
-    BLOCK_S: tl.constexpr,
+    parts, sinks, attended, output, lse, lse_keys, num_heads, Lq, splits, DV, BLOCK_S: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    WANT_STATS: tl.constexpr,
-):
+):  # fmt: skip
     """``COLUMNS`` columns of one row's output; the program of the first columns also writes the row's sums."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     split = tl.arange(0, BLOCK_S)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
-    peaks = tl.load(peak + row * splits + split, mask=split < splits, other=float("-inf"))
-    totals = tl.load(total + row * splits + split, mask=split < splits, other=0.0)
+    peaks = tl.load(parts.peak + row * splits + split, mask=split < splits, other=float("-inf"))
+    totals = tl.load(parts.total + row * splits + split, mask=split < splits, other=0.0)
     used = (peaks != float("-inf")) | (totals != 0.0)
-    parts = tl.load(
-        acc + (row * splits + split)[:, None] * DV + column[None, :],
+    sums = tl.load(
+        parts.acc + (row * splits + split)[:, None] * DV + column[None, :],
         mask=used[:, None] & (column[None, :] < DV),
         other=0.0,
     )
@@ -149,26 +125,12 @@ def combine_kernel(
     factors = tl.where(used, factors, 0.0)
     whole = tl.sum(totals * factors, axis=0)
     head = (row // Lq) % num_heads
-    base, share, denominator = join_sink(highest, whole, sinks, head, row >= 0, HAS_SINKS)
-    result = tl.sum(parts * factors[:, None], axis=0) * (share / denominator)
+    base, share, denominator = join_sink(highest, whole, sinks, head, row >= 0)
+    result = tl.sum(sums * factors[:, None], axis=0) * (share / denominator)
     result = tl.where(tl.abs(result) < float("inf"), result, float("nan"))
     result = tl.where(count > 0, result, 0.0)
     tl.store(output + row * DV + column, result.to(output.dtype.element_ty), mask=column < DV)
-    if WANT_STATS:
+    if lse is not None:
         first = block == 0
         tl.store(lse + row, (base + tl.log2(denominator)) * LN_2, mask=first)
         tl.store(lse_keys + row, (finite_or_zero(highest) + tl.log2(whole)) * LN_2, mask=first)
-
-
-def specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernel for most numbers of splits and for the most of them, with and without its options."""
-    pointers = {**dict.fromkeys(("acc", "peak", "total", "sinks", "lse", "lse_keys"), "*fp32"), "attended": "*i32"}
-    for dtype, splits, options in (
-        (torch.bfloat16, MOST_USEFUL_SPLITS, False),
-        (torch.float16, MOST_USEFUL_SPLITS, True),
-        (torch.float32, MAX_SPLITS, True),
-    ):
-        name = f"combine-{DTYPE_NAMES[dtype]}-s{splits}" + ("-sinks-stats" if options else "")
-        constants = combine_constants(splits, options, options)
-        types = {**pointers, "output": pointer_to(dtype)}
-        yield Specialisation(name, combine_kernel, constants, types, combine_options())

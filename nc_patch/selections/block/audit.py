@@ -9,11 +9,13 @@ is compared with what the scored rows of its query block keep on average, which 
 
 import torch
 
+from nc_patch.ops.problem import Problem
 from nc_patch.ops.rows import Buffers, final_scores_, hide_unseen_, rows_per_block, scores_of, split_scale
 from nc_patch.selections.block.blocks import BlockChoice, QueryBlocks, block_of_rows
 
 # Columns of an audit, float32 [Hq + 1, 5]: how many rows there are, an estimate of the sum of their kept mass with its
-# variance and degrees of freedom, and how many were audited. The last line is of the mean over heads.
+# variance and degrees of freedom, and how many were audited. The last line is of all heads together, whose estimates
+# come from the same rows, and err together.
 AUDIT_COLUMNS = ("rows", "kept_mass", "variance", "freedom", "audited")
 
 # One row of so many is audited, within limits: few rows say little, and more than enough cost for nothing.
@@ -26,126 +28,91 @@ def audited_rows(query_length: int) -> int:
     return min(max(query_length // _ROWS_PER_AUDITED, _FEWEST), _MOST)
 
 
-class BlockAudit:
-    """An audit to be made once blocks are chosen.
+def expected_of(problem: Problem, query_blocks: int) -> torch.Tensor | None:
+    """Memory for what an audit compares with, float32 ``[N, Hq]``; None where there is to be none."""
+    if problem.audit_seed < 0:
+        return None
+    return problem.query.new_empty(query_blocks, problem.query.shape[1], dtype=torch.float32)
+
+
+def audit(
+    problem: Problem, table: QueryBlocks, choice: BlockChoice, expected: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """The audit of a choice for N query blocks, float32 ``[Hq + 1, 5]``, columns ``AUDIT_COLUMNS``.
+
+    Its rows are drawn by ``problem.audit_seed``; the global random state is left alone. Does not read the device.
 
     Args:
-        seed: of the draw; the global random state is left alone.
+        expected: float32 ``[N, Hq]``, the mean kept mass of each query block's scored rows.
     """
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self.result: torch.Tensor | None = None
-
-    def make(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        visible: torch.Tensor,
-        origin: torch.Tensor,
-        table: QueryBlocks,
-        choice: BlockChoice,
-        expected: torch.Tensor,
-        *,
-        block_size: int,
-        scale: float,
-        softcap: float,
-    ) -> None:
-        """Sets ``result``; does not read the device.
-
-        Args:
-            query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B,
-                Lq]``. table, choice: of N query blocks.
-            expected: float32 ``[N, Hq]``, the mean kept mass of each query block's scored rows.
-            scale, softcap: of the scores; softcap 0 for none.
-        """
-        B, Hq, Lq, _ = query.shape
-        count = audited_rows(Lq)
-        result = torch.zeros(Hq + 1, len(AUDIT_COLUMNS), dtype=torch.float32, device=query.device)
-        self.result = result
-        if expected.shape[0] == 0:
-            return
-        owner = block_of_rows(table, B, Lq)
-        occupied = owner >= 0
-        rows = occupied.sum(-1)
-        row = self._draw(occupied, rows, count)
-        number = owner.gather(1, row).clamp(min=0)
-        kept = torch.stack(
-            [
-                _kept_mass(
-                    *(query[b], key[b], visible[b], origin[b], row[b]),
-                    BlockChoice(choice.block_indices[number[b]], choice.block_counts[number[b]]),
-                    *(block_size, scale, softcap),
-                )
-                for b in range(B)
-            ]
-        )
-        of_block = expected.T[:, number].transpose(0, 1)  # [B, Hq, count]
-        difference = kept - of_block
-        size = rows.float()[:, None]
-        spread = difference.var(-1)
-        # Of a head that rarely drops much, few rows may show none of it: half of what other heads show counts too.
-        spread = torch.maximum(spread, (spread + spread.mean(1, keepdim=True)) / 2)
-        together = difference.mean(1, keepdim=True)
-        for line, known, off, spread_of_line in (
-            (slice(0, Hq), expected.T, difference, spread),
-            (slice(Hq, Hq + 1), expected.mean(-1)[None], together, together.var(-1)),
-        ):
-            by_row = known[:, owner.clamp(min=0).flatten()] * occupied.flatten()
-            result[line, 0] = rows.sum()
-            result[line, 1] = by_row.sum(-1) + (size * off.mean(-1)).sum(0)
-            result[line, 2] = (size.square() * spread_of_line / count).sum(0)
-            result[line, 3] = ((rows > 0) * (count - 1)).sum()
-            result[line, 4] = ((rows > 0) * count).sum()
-
-    def _draw(self, occupied: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """One row from each of ``count`` equal runs of the ``rows [B]`` rows that see a key, int64 ``[B, count]``."""
-        device = occupied.device
-        # Pinned, so that the host does not wait for the copy; PyTorch keeps such memory until the copy is done.
-        share = torch.rand(
-            occupied.shape[0], count, dtype=torch.float32, generator=self._generator, pin_memory=device.type == "cuda"
-        )
-        share = share.to(device, non_blocking=True)
-        wanted = (torch.arange(count, device=device) + share) / count * rows[:, None]
-        wanted = torch.minimum(wanted.long(), (rows[:, None] - 1).clamp(min=0)) + 1
-        found = torch.searchsorted(occupied.long().cumsum(-1), wanted)
-        return found.clamp(max=occupied.shape[1] - 1)
+    query, key, visible, origin = problem.query, problem.key, problem.visible, problem.origin
+    B, Hq, Lq, _ = query.shape
+    count, device = audited_rows(Lq), query.device
+    result = torch.zeros(Hq + 1, len(AUDIT_COLUMNS), dtype=torch.float32, device=device)
+    if expected.shape[0] == 0:
+        return result
+    owner = block_of_rows(table, B, Lq)
+    occupied = owner >= 0
+    rows = occupied.sum(-1)
+    drawn = _draw(occupied, rows, count, problem.audit_seed)
+    number = owner.gather(1, drawn).clamp(min=0)
+    kept = torch.empty(B, Hq, count, dtype=torch.float32, device=device)
+    step = rows_per_block(Hq, key.shape[2])
+    for b in range(B):
+        keys = key[b].float()
+        for some in (slice(first, first + step) for first in range(0, count, step)):
+            row, chosen = drawn[b, some], BlockChoice(*(each[number[b, some]] for each in choice))
+            weights = _weights(problem, query[b, :, row], keys, visible[b, row])
+            kept[b, :, some] = _kept_mass(weights, origin[b, row], chosen, block_size)
+    difference = kept - expected.T[:, number].transpose(0, 1)  # [B, Hq, count]
+    spread = difference.var(-1)
+    # Of a head that rarely drops much, few rows may show none of it: half of what other heads show counts too.
+    spread = torch.maximum(spread, (spread + spread.mean(1, keepdim=True)) / 2)
+    spread = torch.cat((spread, difference.sum(1).var(-1)[:, None]), 1)  # [B, Hq + 1]
+    known = (expected.T[:, owner.clamp(min=0).flatten()] * occupied.flatten()).sum(-1)
+    estimate = known + (rows[:, None] * difference.mean(-1)).sum(0)
+    drawn_of = (rows > 0).sum() * count
+    result[:, 0], result[:, 4] = rows.sum(), drawn_of
+    result[-1, ::4] *= Hq
+    result[:-1, 1], result[-1, 1] = estimate, estimate.sum()
+    result[:, 2] = (rows[:, None].float().square() * spread / count).sum(0)
+    result[:, 3] = drawn_of - (rows > 0).sum()
+    return result
 
 
-def _kept_mass(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    visible: torch.Tensor,
-    origin: torch.Tensor,
-    row: torch.Tensor,
-    choice: BlockChoice,
-    block_size: int,
-    scale: float,
-    softcap: float,
-) -> torch.Tensor:
-    """What the rows ``row [a]`` of a sequence keep, float32 ``[Hq, a]``; ``choice`` has their query blocks' blocks."""
-    Hq, (Hkv, Lk, _) = query.shape[0], key.shape
-    before, after = split_scale(scale)
-    buffers = Buffers(0, query.device)
-    keys = key.float()
-    position = torch.arange(Lk, device=key.device, dtype=torch.int32)
-    width = -(-Lk // block_size) + 1
-    step = rows_per_block(Hq, Lk)
-    parts = []
-    for first in range(0, row.shape[0], step):
-        here = row[first : first + step]
-        seen = visible[here]
-        scores = scores_of(query[:, here].float() * before, keys, buffers, "audited")
-        hide_unseen_(final_scores_(scores, after, softcap), seen, position)
-        torch.softmax(scores, -1, out=scores)
-        # Blocks of the buffer's keys, counted from the one that holds its first.
-        of_key = torch.div(position - origin[here, None], block_size, rounding_mode="floor")
-        indices, counts = (t[first : first + step] for t in choice)
-        exists = torch.arange(indices.shape[-1], device=key.device) < counts[..., None]
-        place = torch.where(exists, indices - of_key[:, None, :1], width).clamp(0, width).long()
-        chosen = torch.zeros(*counts.shape, width + 1, dtype=torch.float32, device=key.device).scatter_(-1, place, 1.0)
-        attended = chosen[..., :-1].gather(-1, (of_key - of_key[:, :1]).long()[:, None].expand(-1, Hkv, -1))
-        shares = scores.view(Hkv, -1, *scores.shape[1:]) * attended.transpose(0, 1)[:, None]
-        # A row whose scores are not numbers counts as keeping nothing, as among those that choose.
-        parts.append(shares.sum(-1).nan_to_num(nan=0.0).clamp(max=1.0).view(Hq, -1))
-    return torch.cat(parts, -1)
+def _draw(occupied: torch.Tensor, rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """One row from each of ``count`` equal runs of the ``rows [B]`` rows that see a key, int64 ``[B, count]``."""
+    device, generator = occupied.device, torch.Generator().manual_seed(seed)
+    # Pinned, so that the host does not wait for the copy; PyTorch keeps such memory until the copy is done.
+    share = torch.rand(
+        occupied.shape[0], count, dtype=torch.float32, generator=generator, pin_memory=device.type == "cuda"
+    )
+    share = share.to(device, non_blocking=True)
+    wanted = (torch.arange(count, device=device) + share) / count * rows[:, None]
+    wanted = torch.minimum(wanted.long(), (rows[:, None] - 1).clamp(min=0)) + 1
+    found = torch.searchsorted(occupied.long().cumsum(-1), wanted)
+    return found.clamp(max=occupied.shape[1] - 1)
+
+
+def _weights(problem: Problem, query: torch.Tensor, keys: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """The softmax ``[Hq, a, Lk]`` of the rows ``query [Hq, a, D]`` of a sequence over its ``keys``, in float32."""
+    before, after = split_scale(problem.scale)
+    scores = final_scores_(scores_of(query.float() * before, keys, Buffers(0, keys.device)), after, problem.softcap)
+    position = torch.arange(keys.shape[1], device=keys.device, dtype=torch.int32)
+    return torch.softmax(hide_unseen_(scores, seen, position), -1, out=scores)
+
+
+def _kept_mass(weights: torch.Tensor, begin: torch.Tensor, choice: BlockChoice, block_size: int) -> torch.Tensor:
+    """What rows of ``weights [Hq, a, Lk]`` keep of the blocks chosen for each, counted from ``begin [a]``."""
+    Hq, a, Lk = weights.shape
+    (indices, counts), width = choice, -(-Lk // block_size) + 1
+    position = torch.arange(Lk, device=weights.device, dtype=torch.int32)
+    # Blocks are counted here from the one that holds the first of the buffer's keys.
+    of_key = torch.div(position - begin[:, None], block_size, rounding_mode="floor")
+    exists = torch.arange(indices.shape[-1], device=weights.device) < counts[..., None]
+    place = torch.where(exists, indices - of_key[:, None, :1], width).clamp(0, width).long()
+    chosen = weights.new_zeros(*counts.shape, width + 1).scatter_(-1, place, 1.0)
+    attended = chosen.gather(-1, (of_key - of_key[:, :1]).long()[:, None].expand(-1, counts.shape[1], -1))
+    shares = weights.view(counts.shape[1], -1, a, Lk) * attended.transpose(0, 1)[:, None]
+    # A row whose scores are not numbers counts as keeping nothing, as among those that choose.
+    return shares.sum(-1).nan_to_num(nan=0.0).clamp(max=1.0).view(Hq, a)

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from nc_patch.ops.problem import Problem
+
+BLOCK_SIZES = (16, 32, 64, 128)
 # Columns of the estimate, float32 [Hq, 5], that every backend returns.
 ESTIMATE_COLUMNS = ("rows", "kept_mass", "kept_mass_squared", "query_blocks", "enlarged")
 
@@ -33,7 +36,6 @@ class BlockSettings:
         sample_stride: every how many positions a row is scored, 4 to 64.
         min_mass: kept mass in (0, 1) below which a query block takes more blocks than its budget has; 0 for never.
         max_factor: by which factor it may exceed the budget's count for it, at least 1.
-        estimator: how blocks are scored, ``"sampled"``, ``"antidiagonal"`` or ``"pooled"``.
     """
 
     block_size: int = 32
@@ -41,7 +43,6 @@ class BlockSettings:
     sample_stride: int = 16
     min_mass: float = 0.0
     max_factor: float = 4.0
-    estimator: str = "sampled"
 
 
 class QueryBlocks(NamedTuple):
@@ -132,23 +133,13 @@ def sampled_rows(table: QueryBlocks, visible: torch.Tensor, origin: torch.Tensor
     return sampled
 
 
-def law_counts(
-    table: QueryBlocks,
-    owner: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    num_kv_heads: int,
-    block_size: int,
-) -> torch.Tensor:
+def law_counts(problem: Problem, table: QueryBlocks, owner: torch.Tensor, block_size: int) -> torch.Tensor:
     """How many blocks the budget has, int32 ``[N, Hkv]``: that of the largest among the block's rows and group's heads.
 
     Every block that any row sees, where all rows may attend all their keys: intervals begin and end within blocks.
-
-    Args:
-        owner: as from ``block_of_rows``.
-        visible: int32 ``[B, Lq, 2]``.
-        budget: int32 ``[B, Hq or 1, Lq]``, in keys.
+    ``owner`` is as from ``block_of_rows``.
     """
+    visible, budget, num_kv_heads = problem.visible, problem.budget, problem.key.shape[1]
     B, heads, Lq = budget.shape
     of_group = budget if heads == 1 else budget.reshape(B, num_kv_heads, -1, Lq).amax(2)
     N = table.first.shape[0]

@@ -4,15 +4,23 @@ from typing import NamedTuple
 
 import torch
 
-from nc_patch.selections.block.blocks import always_attended, block_of_rows, law_counts, query_block_table, sampled_rows
-from nc_patch.selections.block.score import PLAN_COLUMNS
+from nc_patch.ops.problem import Problem
+from nc_patch.selections.block.blocks import (
+    BlockSettings,
+    always_attended,
+    block_of_rows,
+    law_counts,
+    query_block_table,
+    sampled_rows,
+)
+from nc_patch.selections.block.prefill_choice import PLAN_COLUMNS
 
 
 class BlockPlan(NamedTuple):
     """The query blocks of a call, N in all, as the kernels read them, and the sizes that the host needs.
 
     Attributes:
-        table: int32 ``[N, 8]``; ``score.load_plan`` names the columns.
+        table: int32 ``[N, 8]``; ``prefill_choice.QueryBlock`` names the columns.
         samples: int32 ``[N, slots]``, the sampled rows of Lq, ascending; -1 beyond a query block's last.
         law: int32 ``[N, Hkv]``, the blocks that the budget has. limit: int32 ``[N, Hkv]``, the most that may be taken.
         widths: visible key blocks of each query block.
@@ -29,42 +37,32 @@ class BlockPlan(NamedTuple):
     capacity: int
 
 
-def make_plan(
-    visible: torch.Tensor,
-    origin: torch.Tensor,
-    budget: torch.Tensor,
-    num_kv_heads: int,
-    *,
-    block_size: int,
-    query_block_size: int,
-    sample_stride: int,
-    min_mass: float,
-    max_factor: float,
-) -> BlockPlan:
-    """The plan for rows with intervals ``visible`` int32 ``[B, Lq, 2]``; see ``triton_block_attention``.
+def make_plan(problem: Problem, settings: BlockSettings) -> BlockPlan:
+    """The plan of a problem.
 
     Reads the device twice: for the number of query blocks, and for what it takes to size memory and grids.
     """
+    visible, origin, num_kv_heads = problem.visible, problem.origin, problem.key.shape[1]
     B, Lq = visible.shape[:2]
-    blocks = query_block_table(visible, origin, query_block_size)
+    blocks = query_block_table(visible, origin, settings.query_block_size)
     N = blocks.first.shape[0]
     if N == 0:
         nothing = torch.zeros(0, int(PLAN_COLUMNS), dtype=torch.int32, device=visible.device)
         none = nothing.new_zeros(0, num_kv_heads)
         return BlockPlan(nothing, nothing.new_zeros(0, 1), none, none, [], 0, 1)
     owner = block_of_rows(blocks, B, Lq)
-    law = law_counts(blocks, owner, visible, budget, num_kv_heads, block_size).contiguous()
-    lowest, diagonal, highest = always_attended(blocks, visible, block_size)
+    law = law_counts(problem, blocks, owner, settings.block_size).contiguous()
+    lowest, diagonal, highest = always_attended(blocks, visible, settings.block_size)
     width, before_diagonal = highest - lowest + 1, diagonal - lowest
     table = torch.zeros(N, int(PLAN_COLUMNS), dtype=torch.int32, device=visible.device)
     columns = (blocks.batch, blocks.first, blocks.last, blocks.begin, lowest, width, before_diagonal)
     for column, values in enumerate(columns):
         table[:, column] = values
     limit = law
-    if min_mass > 0.0:
-        limit = (law.double() * max_factor).ceil_().clamp_(max=2**31 - 1).to(torch.int32)
+    if settings.min_mass > 0.0:
+        limit = (law.double() * settings.max_factor).ceil_().clamp_(max=2**31 - 1).to(torch.int32)
 
-    sampled = sampled_rows(blocks, visible, origin, sample_stride).flatten()
+    sampled = sampled_rows(blocks, visible, origin, settings.sample_stride).flatten()
     so_far = sampled.cumsum(0)
     first = blocks.batch.long() * Lq + blocks.first
     missed = so_far[first] - sampled[first].long()

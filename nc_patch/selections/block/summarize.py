@@ -1,17 +1,18 @@
 """Upkeep of page statistics: the pages that new keys have completed are summarised, in place."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
-from nc_patch.selections.block.pages import LARGEST_CODE, PageStatistics
+from nc_patch.ops.triton.rows import head_of
+from nc_patch.ops.triton.structs import heads
+from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
 
 _LARGEST_CODE = tl.constexpr(LARGEST_CODE)
+_VECTORS = tl.constexpr(VECTORS)
 _EXPONENT = tl.constexpr(0x7F800000)
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)
 # Elements of a page that are held at once, and how many of them are channels at least.
@@ -38,50 +39,63 @@ def triton_summarize_pages_(
         origin, first, end: int ``[B]`` on the device, see ``pages.update_pages_``.
         count: how many positions from ``first`` on have changed.
         statistics: codes ``[B, Hkv, P, 3, D]`` and scales ``[B, Hkv, P, 3]``, changed in place; pages beyond P are
-            left out.
+            left out. Copied, and copied back, where they are not contiguous.
     """
     B, Hkv, N, D = key.shape
-    codes, scales = statistics
+    codes, scales = (tensor.contiguous() for tensor in statistics)
     touched = (count + block_size - 2) // block_size + 1 if count > 0 else 0
     if touched == 0 or B * Hkv * D == 0:
         return
     if key.stride(-1) != 1:
         key = key.contiguous()
-    if codes.stride()[3:] != (D, 1) or scales.stride(-1) != 1:
-        raise ValueError(f"a page's statistics must be contiguous, got strides {codes.stride()} and {scales.stride()}")
+    keys = triton.next_power_of_2(block_size)
     device = key.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         summarize_kernel[(touched, B * Hkv)](
-            *(key, origin.contiguous(), first.contiguous(), end.contiguous(), codes, scales),
-            *(*key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3]),
-            *(Hkv, N, codes.shape[2], count),
-            **summarize_constants(D, block_size),
+            key=heads(key),
+            changed=Changed(origin.contiguous(), first.contiguous(), end.contiguous()),
+            codes=codes,
+            scales=scales,
+            num_kv_heads=Hkv,
+            N=N,
+            stored_pages=codes.shape[2],
+            count=count,
+            D=D,
+            BLOCK_SIZE=block_size,
+            BLOCK_K=keys,
+            CHANNELS=min(triton.next_power_of_2(D), max(_CHANNELS, _ELEMENTS // keys)),
             **_OPTIONS,
         )
+    # Of a view of something larger a copy was written.
+    for given, written in zip(statistics, (codes, scales), strict=True):
+        if written is not given:
+            given.copy_(written)
 
 
-def summarize_constants(head_dim: int, block_size: int) -> dict[str, Any]:
-    """The compile-time arguments of ``summarize_kernel``."""
-    keys = triton.next_power_of_2(block_size)
-    channels = min(triton.next_power_of_2(head_dim), max(_CHANNELS, _ELEMENTS // keys))
-    return {"D": head_dim, "BLOCK_SIZE": block_size, "BLOCK_K": keys, "CHANNELS": channels}
+class Changed(NamedTuple):
+    """Integers ``[B]``: where each sequence begins, its first key that has changed, and where it ends."""
+
+    origin: Any
+    first: Any
+    end: Any
 
 
 @triton.jit
-def load_scaled(keys, rows, exists, first_channel, unit, D: tl.constexpr, CHANNELS: tl.constexpr):
+def load_scaled(rows, exists, first_channel, unit, D: tl.constexpr, CHANNELS: tl.constexpr):
     """``CHANNELS`` channels of a page's keys in float32 over ``unit``, zero where there is no key."""
     d = first_channel + tl.arange(0, CHANNELS)
-    tile = tl.load(keys + rows[:, None] + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
+    tile = tl.load(rows[:, None] + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
     tile = tile.to(tl.float32)
     return tl.div_rn(tile, tl.zeros_like(tile) + unit)
 
 
 @triton.jit
-def moments(tile, other, others):
-    """Mean and variance per channel of the keys that are not apart."""
+def vectors(tile, k, far, other, others):
+    """Of each channel of a tile of keys: the key apart, and mean and variance of the others."""
+    apart = tl.sum(tl.where((k == far)[:, None], tile, 0.0), axis=0)
     mean = tl.sum(tl.where(other[:, None], tile, 0.0), axis=0) / others
     off = tl.where(other[:, None], tile - mean[None, :], 0.0)
-    return mean, tl.sum(off * off, axis=0) / others
+    return apart, mean, tl.sum(off * off, axis=0) / others
 
 
 @triton.jit
@@ -92,26 +106,15 @@ def encode(vector, step):
     return tl.minimum(tl.maximum(level, -_LARGEST_CODE), _LARGEST_CODE).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["stride_sb", "stride_sh", "stride_sp", "num_kv_heads", "N", "P", "count"])
+@triton.jit(do_not_specialize=["num_kv_heads", "N", "stored_pages", "count"])
 def summarize_kernel(
     key,
-    origin,
-    first,
-    end,
+    changed,
     codes,
     scales,
-    stride_kb,
-    stride_kh,
-    stride_kl,
-    stride_cb,
-    stride_ch,
-    stride_cp,
-    stride_sb,
-    stride_sh,
-    stride_sp,
     num_kv_heads,
     N,
-    P,
+    stored_pages,
     count,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -119,25 +122,25 @@ def summarize_kernel(
     CHANNELS: tl.constexpr,
 ):
     """The statistics of one page, in passes over its channels: range, distances, ranges of the vectors, codes."""
-    batch = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
-    begin = tl.load(origin + batch).to(tl.int64)
-    changed = tl.load(first + batch).to(tl.int64)
-    last = tl.minimum(tl.load(end + batch).to(tl.int64), N)
+    sequence = tl.program_id(1).to(tl.int64)
+    batch = sequence // num_kv_heads
+    begin = tl.load(changed.origin + batch).to(tl.int64)
+    first = tl.load(changed.first + batch).to(tl.int64)
+    last = tl.minimum(tl.load(changed.end + batch).to(tl.int64), N)
     # Padding before the sequence belongs to no page.
-    page = tl.maximum(changed - begin, 0) // BLOCK_SIZE + tl.program_id(0)
+    page = tl.maximum(first - begin, 0) // BLOCK_SIZE + tl.program_id(0)
     page_begin = begin + page * BLOCK_SIZE
-    if (page < P) & (page_begin < changed + count) & (page_begin + BLOCK_SIZE <= last):
+    if (page < stored_pages) & (page_begin < first + count) & (page_begin + BLOCK_SIZE <= last):
         k = tl.arange(0, BLOCK_K)
         exists = (k < BLOCK_SIZE) & (page_begin + k >= 0)
         number = tl.maximum(tl.sum(exists.to(tl.float32), axis=0), 1.0)
         others = tl.maximum(number - 1.0, 1.0)
-        keys = key + batch * stride_kb + kv_head * stride_kh
-        rows = (page_begin + k) * stride_kl
+        keys = head_of(key, batch, sequence % num_kv_heads)
+        rows = keys.data + (page_begin + k) * keys.stride
         largest = tl.zeros([BLOCK_K], dtype=tl.float32)
         broken = tl.zeros([BLOCK_K], dtype=tl.int32)
         for channel in range(0, D, CHANNELS):
-            size = tl.abs(load_scaled(keys, rows, exists, channel, 1.0, D, CHANNELS))
+            size = tl.abs(load_scaled(rows, exists, channel, 1.0, D, CHANNELS))
             # Written so that NaN fails the comparison too.
             broken += tl.sum((~(size < float("inf"))).to(tl.int32), axis=1)
             largest = tl.maximum(largest, tl.max(size, axis=1))
@@ -149,7 +152,7 @@ def summarize_kernel(
         unit = tl.maximum(unit, _SMALLEST)
         distance = tl.zeros([BLOCK_K], dtype=tl.float32)
         for channel in range(0, D, CHANNELS):
-            tile = load_scaled(keys, rows, exists, channel, unit, D, CHANNELS)
+            tile = load_scaled(rows, exists, channel, unit, D, CHANNELS)
             off = tile - (tl.sum(tile, axis=0) / number)[None, :]
             distance += tl.sum(off * off, axis=1)
         distance = tl.where(exists, distance, -1.0)
@@ -160,52 +163,24 @@ def summarize_kernel(
         mean_step = unit * 0.0
         variance_step = unit * 0.0
         for channel in range(0, D, CHANNELS):
-            tile = load_scaled(keys, rows, exists, channel, unit, D, CHANNELS)
-            apart = tl.sum(tl.where((k == far)[:, None], tile, 0.0), axis=0)
-            mean, variance = moments(tile, other, others)
+            tile = load_scaled(rows, exists, channel, unit, D, CHANNELS)
+            apart, mean, variance = vectors(tile, k, far, other, others)
             far_step = tl.maximum(far_step, tl.max(tl.abs(apart), axis=0))
             mean_step = tl.maximum(mean_step, tl.max(tl.abs(mean), axis=0))
             variance_step = tl.maximum(variance_step, tl.max(variance, axis=0))
         far_step = far_step / _LARGEST_CODE
         mean_step = mean_step / _LARGEST_CODE
         variance_step = variance_step / _LARGEST_CODE
-        page_codes = codes + batch * stride_cb + kv_head * stride_ch + page * stride_cp
+        stored = sequence * stored_pages + page
+        page_codes = codes + stored * (_VECTORS * D)
         for channel in range(0, D, CHANNELS):
             d = channel + tl.arange(0, CHANNELS)
-            tile = load_scaled(keys, rows, exists, channel, unit, D, CHANNELS)
-            apart = tl.sum(tl.where((k == far)[:, None], tile, 0.0), axis=0)
-            mean, variance = moments(tile, other, others)
+            tile = load_scaled(rows, exists, channel, unit, D, CHANNELS)
+            apart, mean, variance = vectors(tile, k, far, other, others)
             tl.store(page_codes + d, encode(apart, far_step), mask=d < D)
             tl.store(page_codes + D + d, encode(mean, mean_step), mask=d < D)
             tl.store(page_codes + 2 * D + d, encode(variance, variance_step), mask=d < D)
-        page_scales = scales + batch * stride_sb + kv_head * stride_sh + page * stride_sp
+        page_scales = scales + stored * _VECTORS
         tl.store(page_scales, tl.where(sound, far_step * unit, float("nan")))
         tl.store(page_scales + 1, tl.where(sound, mean_step * unit, float("nan")))
         tl.store(page_scales + 2, tl.where(sound, tl.sqrt(variance_step) * unit, float("nan")))
-
-
-def specialisations(target: str) -> Iterator[Specialisation]:
-    """Every page size, small and large heads, and both widths of the integers."""
-    positions = ("origin", "first", "end")
-    for dtype, head_dim, block_size, integer in (
-        (torch.bfloat16, 64, 16, "*i64"),
-        (torch.bfloat16, 128, 32, "*i64"),
-        (torch.float16, 80, 64, "*i32"),
-        (torch.bfloat16, 256, 128, "*i64"),
-        (torch.float32, 128, 128, "*i32"),
-    ):
-        types = {
-            "key": pointer_to(dtype),
-            "codes": "*i8",
-            "scales": "*fp32",
-            **dict.fromkeys(positions, integer),
-            "stride_kb": "i64",
-        }
-        yield Specialisation(
-            f"summarize-{DTYPE_NAMES[dtype]}-d{head_dim}-p{block_size}",
-            summarize_kernel,
-            summarize_constants(head_dim, block_size),
-            types,
-            _OPTIONS,
-            data_strides(summarize_kernel, "kc"),
-        )

@@ -2,6 +2,7 @@
 
 import torch
 
+from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import (
     Buffers,
     RowBlock,
@@ -12,86 +13,37 @@ from nc_patch.ops.rows import (
     scores_of,
     split_scale,
 )
-from nc_patch.selections.block.audit import BlockAudit
+from nc_patch.selections.block.audit import audit, expected_of
 from nc_patch.selections.block.blocks import BlockChoice, BlockSettings, Mark, QueryBlocks, no_mark, query_block_table
 from nc_patch.selections.block.torch_attend import attend_blocks
 from nc_patch.selections.block.torch_choose import choose_blocks
 
-Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
+def torch_block_attention(problem: Problem, settings: BlockSettings, mark: Mark = no_mark) -> AttentionResult:
+    """Attention over key blocks that a query block shares, as ``definition`` says; the kept mass costs half of dense's.
 
-def torch_block_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    origin: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    block_size: int,
-    query_block_size: int,
-    sample_stride: int,
-    min_mass: float,
-    max_factor: float,
-    want_stats: bool,
-    estimator: str = "sampled",
-    audit: BlockAudit | None = None,
-    mark: Mark = no_mark,
-) -> Five:
-    """Attention over key blocks that a query block shares, as ``reference_attention`` defines ``"block"``.
-
-    Args:
-        query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``.
-        visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``. budget: int32 ``[B, Hq or 1, Lq]``. sinks: ``[Hq]``.
-        scale: factor of the scores. softcap: 0 for none.
-        block_size to max_factor, estimator: see ``BlockSettings``.
-        want_stats: whether lse and kept mass are wanted; the kept mass costs half of dense attention.
-        audit: is made, where there is one.
-        mark: for timing the steps, see ``blocks.Mark``; may be called several times for one.
-
-    Returns:
-        (output ``[B, Hq, Lq, Dv]``, lse and kept mass float32 ``[B, Hq, Lq]`` or empty, attended int32 ``[B, Hq,
-        Lq]``, estimate float32 ``[Hq, 5]``, columns ``blocks.ESTIMATE_COLUMNS``).
+    ``mark`` is for timing the steps, see ``blocks.Mark``; it may be called several times for one.
     """
-    settings = BlockSettings(block_size, query_block_size, sample_stride, min_mass, max_factor, estimator)
-    table = query_block_table(visible, origin, query_block_size)
-    expected = (
-        None
-        if audit is None
-        else torch.empty(len(table.first), query.shape[1], dtype=torch.float32, device=query.device)
-    )
-    choice, estimate = choose_blocks(
-        *(query, key, visible, origin, budget, table, settings),
-        scale=scale,
-        softcap=softcap,
-        expected=expected,
-        mark=mark,
-    )
-    if audit is not None and expected is not None:
-        tensors = (query, key, visible, origin, table, choice, expected)
-        audit.make(*tensors, block_size=block_size, scale=scale, softcap=softcap)
+    visible = problem.visible
+    table = query_block_table(visible, problem.origin, settings.query_block_size)
+    expected, audited = expected_of(problem, len(table.first)), None
+    choice, estimate = choose_blocks(problem, table, settings, expected, mark)
+    if expected is not None:
+        audited = audit(problem, table, choice, expected, settings.block_size)
         mark("choose")
-    output, of_keys, attended = attend_blocks(
-        *(query, key, value, visible, sinks, table, choice),
-        scale=scale,
-        softcap=softcap,
-        block_size=block_size,
-        want_lse=want_stats,
-    )
+    output, of_keys, attended = attend_blocks(problem, table, choice, settings.block_size)
     mark("attend")
-    if not want_stats:
-        return output, of_keys, torch.empty_like(of_keys), attended, estimate
-    empty = (visible[..., 1] <= visible[..., 0])[:, None]
-    kept_mass = torch.exp(of_keys - _dense_lse(query, key, visible, scale, softcap)).masked_fill_(empty, 1.0)
-    lse = of_keys if sinks is None else torch.logaddexp(of_keys, sinks.float()[:, None].expand_as(of_keys))
-    return output, lse, kept_mass, attended, estimate
+    lse = kept_mass = None
+    if problem.stats:
+        empty = (visible[..., 1] <= visible[..., 0])[:, None]
+        kept_mass = torch.exp(of_keys - _dense_lse(problem)).masked_fill_(empty, 1.0)
+        sinks = problem.sinks
+        lse = of_keys if sinks is None else torch.logaddexp(of_keys, sinks.float()[:, None].expand_as(of_keys))
+    return AttentionResult(output, lse, kept_mass, attended, estimate=estimate, audit=audited)
 
 
 class ChosenBlocks:
-    """A choice by rows, for what goes through query blocks one by one; see ``gradients.Keep``."""
+    """A choice by rows, for what goes through query blocks one by one; see ``Choice``."""
 
     def __init__(self, table: QueryBlocks, choice: BlockChoice, block_size: int) -> None:
         self._table, self._choice, self._block_size = table, choice, block_size
@@ -117,13 +69,12 @@ class ChosenBlocks:
         return raw.new_zeros(1, raw.shape[1])
 
 
-def _dense_lse(
-    query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float
-) -> torch.Tensor:
+def _dense_lse(problem: Problem) -> torch.Tensor:
     """Log-sum-exp of every row over the keys it sees, float32 ``[B, Hq, Lq]``; -inf where it sees none."""
+    query, key, visible = problem.query, problem.key, problem.visible
     B, Hq, Lq, _ = query.shape
     lse = torch.full((B, Hq, Lq), -torch.inf, dtype=torch.float32, device=query.device)
-    before, after = split_scale(scale)
+    before, after = split_scale(problem.scale)
     buffers = Buffers(0, query.device)
     loaded, keys = -1, key
     for block in row_blocks(visible, rows_per_block(Hq, key.shape[2])):
@@ -133,6 +84,6 @@ def _dense_lse(
         scores = scores_of(query[b, :, rows].float() * before, keys[:, block.low : block.high], buffers)
         position = torch.arange(block.low, block.high, device=query.device)
         lse[b, :, rows] = torch.logsumexp(
-            hide_unseen_(final_scores_(scores, after, softcap), visible[b, rows], position), -1
+            hide_unseen_(final_scores_(scores, after, problem.softcap), visible[b, rows], position), -1
         )
     return lse

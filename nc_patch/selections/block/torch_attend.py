@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from nc_patch.ops import rows as torch_rows
+from nc_patch.ops.problem import Problem
 from nc_patch.ops.rows import final_scores_, softmax_, split_scale, weighted_values
 from nc_patch.selections.block.blocks import BlockChoice, QueryBlocks
 
@@ -48,41 +49,22 @@ class _Units(NamedTuple):
     seen: torch.Tensor
 
 
-def attend_blocks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    sinks: torch.Tensor | None,
-    table: QueryBlocks,
-    choice: BlockChoice,
-    *,
-    scale: float,
-    softcap: float,
-    block_size: int,
-    want_lse: bool,
-) -> BlockOutput:
-    """Every row attends the keys it sees among the blocks chosen for its query block.
-
-    Args:
-        query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``.
-        visible: int32 ``[B, Lq, 2]``. sinks: ``[Hq]`` or None.
-        table, choice: the query blocks and their key blocks.
-        scale, softcap: of the scores; softcap 0 for none. block_size: keys per block.
-    """
-    B, Hq, Lq, D = query.shape
+def attend_blocks(problem: Problem, table: QueryBlocks, choice: BlockChoice, block_size: int) -> BlockOutput:
+    """Every row attends the keys it sees among the blocks chosen for its query block."""
+    query, key, value, sinks = problem.query, problem.key, problem.value, problem.sinks
+    want_lse, (B, Hq, Lq, D) = problem.stats, query.shape
     Hkv, Lk, Dv = key.shape[1], key.shape[2], value.shape[-1]
-    group = Hq // Hkv
+    group = problem.group
     output = query.new_zeros(B * Hq * Lq, Dv)
     lse = torch.full((B * Hq * Lq if want_lse else 0,), -torch.inf, dtype=torch.float32, device=query.device)
     attended = torch.zeros(B * Hq * Lq, dtype=torch.int32, device=query.device)
-    before, after = split_scale(scale)
+    before, after = split_scale(problem.scale)
     queries = (query.float() * before).reshape(-1, D)
     keys, values = key.float().reshape(-1, D), value.float().reshape(-1, Dv)
     logits = None if sinks is None else sinks.float().view(Hkv, group)
     buffers = torch_rows.Buffers(0, query.device)
     head_of_group, within = torch.arange(group, device=query.device), torch.arange(block_size, device=query.device)
-    for units in _units(table, choice, visible, block_size, group):
+    for units in _units(table, choice, problem.visible, block_size, group):
         (U, R), M = units.row.shape, units.start.shape[1]
         head = units.head[:, None] * group + head_of_group
         place = ((units.batch[:, None] * Hq + head)[..., None] * Lq + units.row[:, None]).flatten()
@@ -93,7 +75,7 @@ def attend_blocks(
             keys.index_select(0, source).view(U, -1, D).transpose(1, 2),
             out=buffers.get("scores", (U, group * R, M * block_size)),
         )
-        scores = final_scores_(scores, after, softcap).view(U, group, R, -1)
+        scores = final_scores_(scores, after, problem.softcap).view(U, group, R, -1)
         _hide_unseen_(scores, units, block_size)
         if want_lse:
             of_units = torch.logsumexp(scores, -1)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import RowBlock, RowStats, final_scores_, plain_softmax_, softmax_, weighted_values
 from nc_patch.selections.block.pages import PageStatistics, page_logits
 
@@ -17,39 +18,17 @@ from nc_patch.selections.block.pages import PageStatistics, page_logits
 _ONE_THREAD = 1 << 19
 
 
-def torch_block_decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    origin: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    page_codes: torch.Tensor,
-    page_scales: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float,
-    block_size: int,
-    want_stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention over the pages that each query chooses, as ``reference_attention`` defines ``"pages"``.
+def torch_block_decode(problem: Problem) -> AttentionResult:
+    """Attention over the pages that each query chooses, as ``definition.page_mask`` says.
 
-    Args:
-        query: ``[B, Hq, Lq, D]``, Lq small. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``.
-        visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``. budget: int32 ``[B, Hq or 1, Lq]``. sinks: ``[Hq]``.
-        page_codes: int8 ``[B, Hkv, P, 3, D]``. page_scales: float32 ``[B, Hkv, P, 3]``; see ``PageStatistics``; what
-            lies beyond a query's own page is not read.
-        scale: factor of the scores. softcap: 0 for none. block_size: keys per page.
-        want_stats: whether lse and kept mass are wanted; the kept mass costs as much as dense attention.
-
-    Returns:
-        (output ``[B, Hq, Lq, Dv]``, lse and kept mass float32 ``[B, Hq, Lq]`` or empty, attended int32 ``[B, Hq,
-        Lq]``).
+    ``problem.key_index`` are ``PageStatistics``; what lies beyond a query's own page is not read. The kept mass costs
+    as much as dense attention.
     """
+    query, key, value, visible, origin, budget = problem.tensors()[:6]
+    (page_codes, page_scales), block_size = problem.key_index, problem.page_size
+    sinks, scale, softcap, want_stats = problem.sinks, problem.scale, problem.softcap, problem.stats
     B, Hq, Lq, D = query.shape
-    Hkv = key.shape[1]
-    group = Hq // Hkv
+    Hkv, group = key.shape[1], problem.group
     output = query.new_zeros(B, Hq, Lq, value.shape[-1])
     attended = torch.zeros(B, Hq, Lq, dtype=torch.int32, device=query.device)
     logits = None if sinks is None else sinks.float()
@@ -111,7 +90,7 @@ def torch_block_decode(
                     stats.record(RowBlock(b, i, i + 1, start, end), kept, whole, empty)
                 weights = softmax_(every_score.view(Hq, 1, -1), None if logits is None else logits[:, None])
                 output[b, :, i] = _weighted_parts(weights, values, Hkv).to(output.dtype)
-    return output, stats.lse, stats.kept_mass, attended
+    return AttentionResult(output, *stats.results(), attended)
 
 
 @contextlib.contextmanager

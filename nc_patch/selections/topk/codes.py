@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from nc_patch.ops.rows import HALF_ULP, SMALLEST, product_slack
+
 # The largest code, so that codes are symmetric and both halves of one fit four signed bits: 16 * 7 + 7.
 LARGEST_CODE = 119
 # What a high half is worth.
@@ -24,10 +26,6 @@ HIGH_UNIT = 16
 SAMPLED_KEYS = 4096
 # A channel's spread is at least this part of the largest channel's: a constant channel must not blow up rounding.
 _SPREAD_FLOOR = 1e-4
-# Added to every residual: what float32 loses in numbers near its smallest.
-_SMALLEST = 1e-25
-# Half a unit in the last place of a float32 near 1.
-_HALF_ULP = 2.0**-24
 
 
 class KeyCodes(NamedTuple):
@@ -83,7 +81,7 @@ def encode_keys(
     sound = x.isfinite().all(-1)
     x = torch.where(sound[..., None], x, 0.0)
     largest = x.abs().amax(-1)
-    scale = torch.where(largest < _SMALLEST, 0.0, largest / LARGEST_CODE)
+    scale = torch.where(largest < SMALLEST, 0.0, largest / LARGEST_CODE)
     codes = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
     high = torch.floor((codes + HIGH_UNIT // 2) / HIGH_UNIT)
     coarse, residual = (
@@ -99,7 +97,7 @@ def _norm(left_over: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     # Squares are taken of numbers near one, so that neither tiny nor huge residuals are lost.
     unit = left_over.abs().amax(-1)
     norm = unit * torch.where(unit[..., None] > 0, left_over / unit[..., None], 0.0).square().sum(-1).sqrt()
-    return norm * (1 + D * _HALF_ULP) + largest * (8 * math.sqrt(D) * _HALF_ULP) + _SMALLEST
+    return norm * (1 + D * HALF_ULP) + largest * (8 * math.sqrt(D) * HALF_ULP) + SMALLEST
 
 
 def _rounded_up(numbers: torch.Tensor) -> torch.Tensor:
@@ -125,7 +123,7 @@ def unpack_codes(high: torch.Tensor, low: torch.Tensor, head_dim: int) -> torch.
 
 def code_slack(head_dim: int) -> float:
     """What to add to ``residual``, per unit of ``scale``, for the rounding of a float32 dot product with the codes."""
-    return LARGEST_CODE * math.sqrt(head_dim) * (head_dim + 16) * _HALF_ULP
+    return LARGEST_CODE * math.sqrt(head_dim) * (head_dim + 16) * HALF_ULP
 
 
 def norm_of(vectors: torch.Tensor) -> torch.Tensor:
@@ -143,8 +141,3 @@ def score_slack(query: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
         query: float32 ``[..., R, D]``. center: float32 ``[..., D]`` of each row's head.
     """
     return product_slack(norm_of(query) * norm_of(center)[..., None], query.shape[-1])
-
-
-def product_slack(size: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """What a float32 dot product may be off by, and be rounded, where the norms' product is ``size``."""
-    return size * (2 * (head_dim + 16) * _HALF_ULP) + _SMALLEST

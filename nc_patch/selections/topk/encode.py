@@ -3,16 +3,16 @@
 One launch. Reads each new key and writes D + 8 bytes for it; center and spread are read once a program.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.launch import dense_last, padded_dim
-from nc_patch.ops.triton.specialise import DTYPE_NAMES, Specialisation, data_strides, pointer_to
+from nc_patch.ops.triton.launch import dense_last, on_device, padded_dim
+from nc_patch.ops.triton.rows import head_of
+from nc_patch.ops.triton.structs import constants, heads
 from nc_patch.selections.topk.codes import HIGH_UNIT, LARGEST_CODE, KeyCodes
 
 _HALF_ULP = tl.constexpr(2.0**-24)
@@ -23,107 +23,64 @@ _HIGH_UNIT = tl.constexpr(float(HIGH_UNIT))
 _TILE = 2048
 
 
+class KeyShape(NamedTuple):
+    """The constants of a program over keys: ``head_dim``, keys, and padded half of ``head_dim``."""
+
+    D: Any
+    BLOCK_N: Any
+    BLOCK_H: Any
+
+
 def triton_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyCodes) -> None:
     """Writes the codes of the keys ``[first, first + count)`` of each sequence into ``codes``.
 
     Args:
         key: ``[B, Hkv, N, D]``, any strides. first: int32 or int64 ``[B]``, on the device. count: of keys; those at
             positions outside the keys or the codes are skipped.
-        codes: their buffers may be strided, with a dense last axis.
+        codes: contiguous, as those of an index are.
     """
     B, Hkv, N, D = key.shape
     if first.dtype not in (torch.int32, torch.int64) or tuple(first.shape) != (B,):
         raise ValueError(f"first must be int32 or int64 [{B}], got {first.dtype} {list(first.shape)}")
-    key = dense_last(key)
     for name, tensor in zip(codes._fields, codes, strict=True):
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"the last axis of {name} must be dense, got stride {tensor.stride(-1)}")
-    length = min(N, codes.high.shape[2])
-    if count <= 0 or length == 0 or B * Hkv == 0:
+        if not tensor.is_contiguous():
+            raise ValueError(f"codes must be contiguous, got strides {tensor.stride()} of {name} {list(tensor.shape)}")
+    length = codes.high.shape[2]
+    if count <= 0 or min(N, length) == 0 or B * Hkv == 0:
         return
-    constants = encode_constants(D)
+    padded = padded_dim(D)
+    shape = KeyShape(D, max(1, _TILE // padded), padded // 2)
     # The other axes of a grid end at 65,535, which the blocks of a long prompt exceed.
-    grid = (triton.cdiv(count, constants["BLOCK_N"]), B * Hkv)
-    with torch.cuda.device(key.device) if key.device.type == "cuda" else contextlib.nullcontext():
+    grid = (triton.cdiv(count, shape.BLOCK_N), B * Hkv)
+    with on_device(key.device):
         encode_kernel[grid](
-            *(key, first.contiguous(), *codes[:5], codes.center.contiguous(), codes.spread.contiguous()),
-            *(*key.stride()[:3], *code_strides(codes)),
-            *(Hkv, count, length, 8 * math.sqrt(D) * 2.0**-24),
-            **constants,
-            **encode_options(),
-        )
+            key=heads(dense_last(key)), first=first.contiguous(), codes=codes, num_kv_heads=Hkv, count=count,
+            keys=min(N, length), length=length, rounding=8 * math.sqrt(D) * 2.0**-24, shape=constants(shape),
+            num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
-def code_strides(codes: KeyCodes) -> tuple[int, ...]:
-    """Strides of the codes as kernels take them: one set for both halves, one for scale and residuals.
-
-    Raises:
-        ValueError: they differ, as they do not where an index made them.
-    """
-    halves = {tensor.stride()[:3] for tensor in (codes.high, codes.low)}
-    numbers = {tensor.stride() for tensor in (codes.scale, codes.coarse, codes.residual)}
-    if len(halves) > 1 or len(numbers) > 1 or codes.scale.stride(2) != 1:
-        raise ValueError(
-            "halves of codes must have the same strides, and so must scale, coarse and residual, the last of them 1; "
-            f"got {sorted(halves)} and {sorted(numbers)}"
-        )
-    return (*halves.pop(), *numbers.pop()[:2])
-
-
-def encode_constants(head_dim: int) -> dict[str, int]:
-    """The compile-time arguments of ``encode_kernel``."""
-    padded = padded_dim(head_dim)
-    return {"D": head_dim, "BLOCK_N": max(1, _TILE // padded), "BLOCK_H": padded // 2}
-
-
-def encode_options() -> dict[str, int | bool]:
-    """Options of the compiler."""
-    return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-
-
-@triton.jit(do_not_specialize=["num_kv_heads", "count", "length"])
-def encode_kernel(
-    key,
-    first,
-    high,
-    low,
-    code_scale,
-    coarse,
-    residual,
-    center,
-    spread,
-    stride_kb,
-    stride_kh,
-    stride_kl,
-    stride_cb,
-    stride_ch,
-    stride_cl,
-    stride_sb,
-    stride_sh,
-    num_kv_heads,
-    count,
-    length,
-    rounding,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["num_kv_heads", "count", "keys", "length"])
+def encode_kernel(key, first, codes, num_kv_heads, count, keys, length, rounding, shape):
     """Encodes ``BLOCK_N`` keys of one head; ``rounding`` is what x may be off by, relative to its largest element.
 
-    A tile holds half of the channels, those that fill the lower bits of the codes' bytes, or those of the upper bits.
+    There are ``keys``, and room for ``length`` codes. A tile holds half of the channels, those that fill the lower bits
+    of the codes' bytes, or those of the upper bits.
     """
     kv_row = tl.program_id(1).to(tl.int64)
     batch = kv_row // num_kv_heads
-    head = kv_row % num_kv_heads
-    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.program_id(0) * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
     position = tl.load(first + batch).to(tl.int64) + place
-    within = (place < count) & (position >= 0) & (position < length)
-    half = (D + 1) // 2
-    h = tl.arange(0, BLOCK_H)
-    rows = key + batch * stride_kb + head * stride_kh + position * stride_kl
-    channels = kv_row * D + h
-    x, broken = standardised(rows, center + channels, spread + channels, within, h, half)
-    y, also_broken = standardised(rows + half, center + channels + half, spread + channels + half, within, h, D - half)
+    within = (place < count) & (position >= 0) & (position < keys)
+    D: tl.constexpr = shape.D
+    half: tl.constexpr = (D + 1) // 2
+    h = tl.arange(0, shape.BLOCK_H)
+    matrix = head_of(key, batch, kv_row % num_kv_heads)
+    rows = matrix.data + position * matrix.stride
+    center = codes.center + kv_row * D + h
+    spread = codes.spread + kv_row * D + h
+    x, broken = standardised(rows, center, spread, within, h, half)
+    y, also_broken = standardised(rows + half, center + half, spread + half, within, h, D - half)
     broken = broken | also_broken
     x = tl.where(broken[:, None], 0.0, x)
     y = tl.where(broken[:, None], 0.0, y)
@@ -137,15 +94,14 @@ def encode_kernel(
     slack = largest * rounding + _SMALLEST
     far = norm_of(x - scale[:, None] * (_HIGH_UNIT * high_x), y - scale[:, None] * (_HIGH_UNIT * high_y), D) + slack
     near = norm_of(x - scale[:, None] * code_x, y - scale[:, None] * code_y, D) + slack
-    targets = batch * stride_cb + head * stride_ch + position * stride_cl
-    targets = targets[:, None] + h[None, :]
+    at = kv_row * length + position
+    targets = (at * half)[:, None] + h[None, :]
     stored = within[:, None] & (h < half)[None, :]
-    tl.store(high + targets, pack(high_x, high_y), mask=stored)
-    tl.store(low + targets, pack(code_x - _HIGH_UNIT * high_x, code_y - _HIGH_UNIT * high_y), mask=stored)
-    numbers = batch * stride_sb + head * stride_sh + position
-    tl.store(code_scale + numbers, scale, mask=within)
-    tl.store(coarse + numbers, rounded_up(tl.where(broken, float("inf"), far)), mask=within)
-    tl.store(residual + numbers, rounded_up(tl.where(broken, float("inf"), near)), mask=within)
+    tl.store(codes.high + targets, pack(high_x, high_y), mask=stored)
+    tl.store(codes.low + targets, pack(code_x - _HIGH_UNIT * high_x, code_y - _HIGH_UNIT * high_y), mask=stored)
+    tl.store(codes.scale + at, scale, mask=within)
+    tl.store(codes.coarse + at, rounded_up(tl.where(broken, float("inf"), far)), mask=within)
+    tl.store(codes.residual + at, rounded_up(tl.where(broken, float("inf"), near)), mask=within)
 
 
 @triton.jit
@@ -188,20 +144,3 @@ def rounded_up(numbers):
     """bfloat16 that is at least these float32, none of which is negative or NaN."""
     bits = numbers.to(tl.int32, bitcast=True)
     return ((bits + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True).to(tl.bfloat16)
-
-
-def specialisations(target: str) -> Iterator[Specialisation]:
-    """The kernel for every dtype and for small and large heads."""
-    for dtype, head_dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 256)):
-        types = {
-            "key": pointer_to(dtype),
-            "first": "*i64",
-            **dict.fromkeys(("high", "low"), "*i8"),
-            **dict.fromkeys(("coarse", "residual"), "*bf16"),
-            **dict.fromkeys(("code_scale", "center", "spread"), "*fp32"),
-            **dict.fromkeys(("stride_kb", "stride_cb"), "i64"),
-            "rounding": "fp32",
-        }
-        aligned = data_strides(encode_kernel, "kc")
-        name = f"encode-{DTYPE_NAMES[dtype]}-d{head_dim}"
-        yield Specialisation(name, encode_kernel, encode_constants(head_dim), types, encode_options(), aligned)

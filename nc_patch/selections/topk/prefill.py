@@ -8,69 +8,18 @@ Scores are recomputed wherever they are needed, so that nothing of size Lq * Lk 
    per row. At most 25 counting passes, and one more where ties are cut short; none where every budget covers the row's
    interval.
 2. ``attend_kernel`` accumulates, in one pass, the softmax of the attended keys times V. With statistics asked for, one
-   more pass over K gives the dense log-sum-exp. With a tail ``tail.attend_tail_kernel`` takes its place.
+   more pass over K gives the dense log-sum-exp. ``ops.triton.tail`` describes what a tail adds.
 
 So with p counting passes a block reads K p + 1 times and V once, and each pair of a query and a visible key costs
-2 * D * (p + 1) + 2 * Dv floating point operations in matrix products. Where V holds NaN or infinity, the blocks that
-read it are computed again, 32 columns of V at a time. A program works on one block of rows of one sequence, so decoding
-one token runs B * Hkv programs, which fill no large GPU.
+2 * D * (p + 1) + 2 * Dv floating point operations in matrix products. A program works on one block of rows of one
+sequence, so decoding one token runs B * Hkv programs, which fill no large GPU.
 """
 
-import torch
+from nc_patch.ops.triton.launch import RowLaunch
+from nc_patch.ops.triton.structs import Limits
+from nc_patch.selections.topk.threshold import threshold_kernel
 
-from nc_patch.ops.means import PageMeans
-from nc_patch.ops.triton.launch import launch_attention
 
-
-def triton_topk_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    sink_keys: int,
-    recent_keys: int,
-    want_stats: bool,
-    tail: PageMeans | None = None,
-    origin: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of each query over its ``sink_keys`` first, ``recent_keys`` last and highest scoring keys, k in all.
-
-    Args:
-        query: ``[B, Hq, Lq, D]`` in bfloat16, float16 or float32. key: ``[B, Hkv, Lk, D]``. value:
-            ``[B, Hkv, Lk, Dv]``. One dtype, D and Dv at most 256, any strides.
-        visible: int32 ``[B, Lq, 2]``, the half-open interval of keys each query may see.
-        budget: int32 ``[B, Hq or 1, Lq]``, k of each row.
-        sinks: ``[Hq]`` learned logits that join the softmax's denominator, or None.
-        scale: factor of q·k, positive. softcap: limit of the scaled scores, 0 for none.
-        want_stats: whether to return the log-sum-exp and the kept mass.
-        tail: the means by which keys that are not attended enter, with the ``origin`` int32 ``[B, Lq]`` of each query's
-            sequence; None to drop them.
-
-    Returns:
-        (output, lse, kept_mass): ``[B, Hq, Lq, Dv]`` in the query's dtype, and float32 ``[B, Hq, Lq]`` twice; the last
-        two are empty unless ``want_stats``.
-
-    Raises:
-        TypeError, ValueError: a dtype or a shape that the kernel does not take.
-    """
-    return launch_attention(
-        query,
-        key,
-        value,
-        visible,
-        budget,
-        sinks,
-        by_score=True,
-        scale=scale,
-        softcap=softcap,
-        sink_keys=sink_keys,
-        recent_keys=recent_keys,
-        want_stats=want_stats,
-        tail=tail,
-        origin=origin,
-    )
+def find_limits(launch: RowLaunch, limits: Limits) -> None:
+    """Launches the search that writes each row's threshold."""
+    launch.run(threshold_kernel, limits=limits)

@@ -1,4 +1,4 @@
-"""Scores from codes: how a program bounds q.k of a tile of keys without reading a key, and lists what may matter.
+"""Scores from codes: how a program bounds q·k of a tile of keys without reading a key, and lists what may matter.
 
 ``codes.py`` defines the codes and the bounds. A weighted query ``w = q * spread`` is itself rounded to 16 bits,
 ``w ~= step * (256 * high + low)`` with two int8 vectors, so that its product with a key's codes is an exact integer
@@ -9,12 +9,15 @@ A tile of keys is looked at twice: by the high halves of all its codes, and by t
 high ones do not rule out for every row.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.attend import fold, logits_base2
-from nc_patch.ops.triton.tiles import PER_CALL, forced_keys, program_rows, span
-from nc_patch.selections.topk.codes import HIGH_UNIT, LARGEST_CODE
+from nc_patch.ops.triton.rows import budget_of, forced_keys, program_rows, span, visible_keys
+from nc_patch.ops.triton.scores import fold, logits_base2
+from nc_patch.ops.triton.structs import PER_CALL, Rows
+from nc_patch.selections.topk.codes import HIGH_UNIT, LARGEST_CODE, KeyCodes
 
 # The largest weight: 127 * 256 + 127.
 _LARGEST_WEIGHT = tl.constexpr(32639.0)
@@ -27,260 +30,184 @@ _HIGH_UNIT = tl.constexpr(HIGH_UNIT)
 # The golden ratio's fraction in units of 2**-16, and odd.
 _GOLDEN = tl.constexpr(40503)
 # Rounding of a logit on its way from a raw score, relative to the logit and to the soft-cap: sixteen half units.
-LOGIT_SLACK = tl.constexpr(2.0**-20)
+_LOGIT_SLACK = tl.constexpr(2.0**-20)
 
 
-@triton.jit(do_not_specialize=PER_CALL)
+class CodeShape(NamedTuple):
+    """The constants of a program over codes: ``head_dim``, rows, keys in a tile, and padded half of ``head_dim``."""
+
+    D: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_H: Any
+
+
+class CodedRows(NamedTuple):
+    """The rows of a program against codes: a score is ``at_center + scale * step * product`` of weights and codes.
+
+    It is off by at most ``per_residual * residual + per_scale * scale + slack``, float32's rounding included.
+
+    Attributes:
+        firsts, seconds: weights int8 ``[2 * BLOCK_M, BLOCK_H]`` of the first half of the channels and of the second:
+            the high parts of all rows, then the low ones.
+        step, at_center, per_residual, per_scale, slack: float32 ``[BLOCK_M]``.
+    """
+
+    firsts: Any
+    seconds: Any
+    step: Any
+    at_center: Any
+    per_residual: Any
+    per_scale: Any
+    slack: Any
+
+
+class Mass(NamedTuple):
+    """A sum of exponentials of each row: the largest logit in base 2, and the sum relative to its power of two.
+
+    Powers are of ``finite_or_zero(peak)``.
+    """
+
+    peak: Any
+    total: Any
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "length"])
 def sample_kernel(
-    query,
-    visible,
-    budget,
-    high,
-    low,
-    code_scale,
-    center,
-    spread,
-    samples,
-    stride_qb,
-    stride_qh,
-    stride_ql,
-    stride_cb,
-    stride_ch,
-    stride_cl,
-    stride_sb,
-    stride_sh,
-    stride_ib,
-    stride_il,
-    stride_nb,
-    stride_nh,
-    stride_nl,
-    num_kv_heads,
-    group,
-    Lq,
-    Lk,
-    sink_keys,
-    recent_keys,
+    query, codes, inputs, samples, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, length, shape,
     SAMPLES: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+):  # fmt: skip
     """Approximate scores, ``samples[row, SAMPLES]``, of keys drawn from even shares of the rivals of a block of rows.
 
     Which key of its share is drawn follows from the share's number alone, by multiples of the golden ratio: evenly
     spaced keys would be in step with a text that repeats itself.
     A key outside a row's rivals is stored as -inf, and NaN as +inf. A program scores ``BLOCK_N`` keys.
     """
-    batch, kv_head, _index, _head, row, valid, start, end, wanted = program_rows(
-        visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
-    )
-    channels = (batch * num_kv_heads + kv_head) * D
-    first_weights, second_weights, step, at_center, _per_residual, _per_scale, _slack = coded_rows(
-        query, stride_qb, stride_qh, stride_ql, batch, kv_head, group, Lq, center + channels, spread + channels, D,
-        BLOCK_M, BLOCK_H,
-    )  # fmt: skip
-    firsts, recents = forced_keys(wanted, sink_keys, recent_keys, True)
-    first = start + firsts
-    last = end - recents
+    rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
+    codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
+    coded = coded_rows(query, rows, codes, group, Lq, shape)
+    first, last = rivals_of(rows, sink_keys, recent_keys)
     begin, end = span(first, last, last > first)
-    place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.program_id(1) * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
     at = (place.to(tl.int64) << 16) + (place * _GOLDEN & 0xFFFF)
     columns = (begin + (end - begin).to(tl.int64) * at // (SAMPLES << 16)).to(tl.int32)
     within = columns < end
-    head_codes = batch * stride_cb + kv_head * stride_ch
-    offsets = columns.to(tl.int64) * stride_cl
-    product = _HIGH_UNIT * half_products(
-        first_weights, second_weights, high + head_codes, offsets, within, D, BLOCK_M, BLOCK_N, BLOCK_H
-    )
-    product += half_products(
-        first_weights, second_weights, low + head_codes, offsets, within, D, BLOCK_M, BLOCK_N, BLOCK_H
-    )
-    sizes = tl.load(code_scale + batch * stride_sb + kv_head * stride_sh + columns, mask=within, other=0.0)
-    score = product.to(tl.float32) * sizes[None, :] * step[:, None] + at_center[:, None]
+    product = _HIGH_UNIT * half_products(coded, codes.high, columns.to(tl.int64), within, shape)
+    product += half_products(coded, codes.low, columns.to(tl.int64), within, shape)
+    score = coded_scores(coded, product, tl.load(codes.scale + columns, mask=within, other=0.0))
     score = tl.where(score == score, score, float("inf"))
     rival = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
     score = tl.where(rival, score, float("-inf"))
-    tl.store(samples + (row * SAMPLES)[:, None] + place[None, :], score, mask=valid[:, None])
+    tl.store(samples + (rows.row * SAMPLES)[:, None] + place[None, :], score, mask=rows.valid[:, None])
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment"])
+@triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment"])
 def scan_kernel(
-    query,
-    visible,
-    budget,
-    high,
-    low,
-    code_scale,
-    coarse,
-    residual,
-    center,
-    spread,
-    guess,
-    positions,
-    scores,
-    errors,
-    counts,
-    outside,
-    stride_qb,
-    stride_qh,
-    stride_ql,
-    stride_cb,
-    stride_ch,
-    stride_cl,
-    stride_sb,
-    stride_sh,
-    stride_ib,
-    stride_il,
-    stride_nb,
-    stride_nh,
-    stride_nl,
-    num_kv_heads,
-    group,
-    Lq,
-    Lk,
-    sink_keys,
-    recent_keys,
-    splits,
-    segment,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    REFINE: tl.constexpr,
-    WANT_BOUNDS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
+    query, codes, inputs, guess, segments, outside, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys,
+    length, splits, segment, settings, shape,
+):  # fmt: skip
     """Lists, of every ``splits``-th tile of keys, those that may reach the ``guess`` of any row or are forced for one.
 
-    The rows of a program share its list, a segment of its own: ``positions[program, split, segment]``, rising.
-    ``counts[program, split]`` goes on where the segment is full. Without ``REFINE`` keys go by their approximate
-    scores, which are kept for every row, ``scores[program, split, row, segment]``, and with ``WANT_BOUNDS`` their
-    ``errors``. With ``WANT_BOUNDS`` ``outside[row, split]`` is (peak, total) of the softmax of the lower and then of
-    the upper logits, in base 2, of the keys not listed, for which every low half is read.
+    The rows of a program share its list, a segment of its own, whose positions rise; its count goes on where the
+    segment is full. Unless ``outside`` is None, ``outside[row, split]`` is (peak, total) of the softmax of the lower
+    and then of the upper logits, in base 2, of the keys not listed, for which every low half is read.
     """
-    batch, kv_head, _index, _head, row, valid, start, end, wanted = program_rows(
-        visible, budget, stride_ib, stride_il, stride_nb, stride_nh, stride_nl, num_kv_heads, group, Lq, Lk, BLOCK_M
-    )
-    channels = (batch * num_kv_heads + kv_head) * D
-    first_weights, second_weights, step, at_center, per_residual, per_scale, slack = coded_rows(
-        query, stride_qb, stride_qh, stride_ql, batch, kv_head, group, Lq, center + channels, spread + channels, D,
-        BLOCK_M, BLOCK_H,
-    )  # fmt: skip
-    firsts, recents = forced_keys(wanted, sink_keys, recent_keys, True)
-    first = start + firsts
-    last = end - recents
-    least = tl.load(guess + row, mask=valid, other=float("inf"))
-    lowest, highest = span(start, end, end > start)
-    program = tl.program_id(0).to(tl.int64)
+    rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
+    codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
+    coded = coded_rows(query, rows, codes, group, Lq, shape)
+    first, last = rivals_of(rows, sink_keys, recent_keys)
+    least = tl.load(guess + rows.row, mask=rows.valid, other=float("inf"))
+    lowest, highest = span(rows.start, rows.end, rows.end > rows.start)
     split = tl.program_id(1)
-    high += batch * stride_cb + kv_head * stride_ch
-    low += batch * stride_cb + kv_head * stride_ch
-    code_scale += batch * stride_sb + kv_head * stride_sh
-    coarse += batch * stride_sb + kv_head * stride_sh
-    residual += batch * stride_sb + kv_head * stride_sh
-    own = program * splits + split
-    positions += own * segment
-    n = tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    own = tl.program_id(0).to(tl.int64) * splits + split
+    positions = segments.positions + own * segment
+    n = tl.arange(0, shape.BLOCK_N)
     listed = 0
-    low_peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    low_total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    high_peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    high_total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for tile in range(lowest // BLOCK_N + split, tl.cdiv(highest, BLOCK_N), splits):
-        begin = tl.cast(tile, tl.int64) * BLOCK_N
-        columns = tile * BLOCK_N + n
+    least_mass = empty_mass(shape.BLOCK_M)
+    most_mass = least_mass
+    for tile in range(lowest // shape.BLOCK_N + split, tl.cdiv(highest, shape.BLOCK_N), splits):
+        begin = tl.cast(tile, tl.int64) * shape.BLOCK_N
+        columns = tile * shape.BLOCK_N + n
         within = columns < highest
-        product = _HIGH_UNIT * half_products(
-            first_weights, second_weights, high + begin * stride_cl, n * stride_cl, within, D, BLOCK_M, BLOCK_N, BLOCK_H
-        )
-        sizes = tl.load(code_scale + begin + n, mask=within, other=0.0)
-        far = tl.load(coarse + begin + n, mask=within, other=0.0).to(tl.float32)
-        near = tl.load(residual + begin + n, mask=within, other=0.0).to(tl.float32)
-        rounding = per_scale[:, None] * sizes[None, :] + slack[:, None]
-        seen = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None])
+        half: tl.constexpr = (shape.D + 1) // 2
+        product = _HIGH_UNIT * half_products(coded, codes.high + begin * half, n, within, shape)
+        sizes = tl.load(codes.scale + begin + n, mask=within, other=0.0)
+        far = tl.load(codes.coarse + begin + n, mask=within, other=0.0).to(tl.float32)
+        near = tl.load(codes.residual + begin + n, mask=within, other=0.0).to(tl.float32)
+        rounding = coded.per_scale[:, None] * sizes[None, :] + coded.slack[:, None]
+        seen = (columns[None, :] >= rows.start[:, None]) & (columns[None, :] < rows.end[:, None])
         forced = (columns[None, :] < first[:, None]) | (columns[None, :] >= last[:, None])
         # NaN is below nothing, so that a key whose score is not known at all is listed.
-        rough = product.to(tl.float32) * sizes[None, :] * step[:, None] + at_center[:, None]
-        reach = per_residual[:, None] * far[None, :] + rounding
-        if not REFINE:
-            # What the whole code may score, not the key.
-            reach += per_residual[:, None] * near[None, :] + rounding
+        rough = coded_scores(coded, product, sizes)
+        reach = coded.per_residual[:, None] * far[None, :] + rounding
         maybe = seen & (forced | ~(rough + reach < least[:, None]))
-        wanted_by_any = within if WANT_BOUNDS else tl.max(maybe.to(tl.int32), axis=0) > 0
-        product += half_products(
-            first_weights, second_weights, low + begin * stride_cl, n * stride_cl, wanted_by_any, D, BLOCK_M, BLOCK_N,
-            BLOCK_H,
-        )  # fmt: skip
-        score = product.to(tl.float32) * sizes[None, :] * step[:, None] + at_center[:, None]
-        error = per_residual[:, None] * near[None, :] + rounding
-        below = (score + error if REFINE else score) < least[:, None]
-        chosen = tl.max((maybe & (forced | ~below)).to(tl.int32), axis=0)
+        read = tl.max(maybe.to(tl.int32), axis=0) > 0 if outside is None else within
+        product += half_products(coded, codes.low + begin * half, n, read, shape)
+        score = coded_scores(coded, product, sizes)
+        error = coded.per_residual[:, None] * near[None, :] + rounding
+        chosen = tl.max((maybe & (forced | ~(score + error < least[:, None]))).to(tl.int32), axis=0)
         place = listed + tl.cumsum(chosen, axis=0) - chosen
-        room = (chosen > 0) & (place < segment)
-        tl.store(positions + place, columns, mask=room)
-        if not REFINE:
-            at = (own * BLOCK_M + m)[:, None] * segment + place[None, :]
-            tl.store(scores + at, score, mask=valid[:, None] & room[None, :])
-            if WANT_BOUNDS:
-                tl.store(errors + at, error, mask=valid[:, None] & room[None, :])
-        if WANT_BOUNDS:
+        tl.store(positions + place, columns, mask=(chosen > 0) & (place < segment))
+        if outside is not None:
             rest = seen & (chosen == 0)[None, :]
-            lower = logits_base2(score - error, scale, softcap, HAS_SOFTCAP)
-            upper = logits_base2(score + error, scale, softcap, HAS_SOFTCAP)
-            lower -= logit_slack(lower, softcap, HAS_SOFTCAP)
-            upper += logit_slack(upper, softcap, HAS_SOFTCAP)
-            # The error of a key that is not sound may be infinite.
-            lower = tl.where(lower == lower, lower, float("-inf"))
-            upper = tl.where(upper == upper, upper, float("inf"))
-            low_peak, low_total, _w, _s = fold(tl.where(rest, lower, float("-inf")), low_peak, low_total)
-            high_peak, high_total, _w, _s = fold(tl.where(rest, upper, float("-inf")), high_peak, high_total)
+            lower, upper = logit_bounds(score, error, settings)
+            least_mass = add_logits(least_mass, lower, rest)
+            most_mass = add_logits(most_mass, upper, rest)
         listed += tl.sum(chosen, axis=0)
-    tl.store(counts + own, listed)
-    if WANT_BOUNDS:
-        sums = outside + (row * splits + split) * 4
-        tl.store(sums, low_peak, mask=valid)
-        tl.store(sums + 1, low_total, mask=valid)
-        tl.store(sums + 2, high_peak, mask=valid)
-        tl.store(sums + 3, high_total, mask=valid)
+    tl.store(segments.counts + own, listed)
+    if outside is not None:
+        sums = outside + (rows.row * splits + split) * 4
+        store_mass(sums, least_mass, rows.valid)
+        store_mass(sums + 2, most_mass, rows.valid)
 
 
 @triton.jit
-def coded_rows(
-    query,
-    stride_qb,
-    stride_qh,
-    stride_ql,
-    batch,
-    kv_head,
-    group,
-    Lq,
-    center,
-    spread,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """The rows of ``program_rows`` against codes: (two weights, step, at_center, per_residual, per_scale, slack).
+def one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk):
+    """``program_rows`` of one row, in the order of a contiguous ``[B, Hq, Lq]``; its members are scalars."""
+    row = tl.program_id(0).to(tl.int64)
+    index = row % Lq
+    head = row // Lq % (num_kv_heads * group)
+    batch = row // Lq // (num_kv_heads * group)
+    start, end = visible_keys(inputs.visible + (batch * Lq + index) * 2, row >= 0, Lk)
+    wanted = tl.load(budget_of(inputs.budget, budget_heads, batch, head, index, Lq))
+    wanted = tl.minimum(tl.maximum(wanted, 0), end - start)
+    return Rows(batch, head // group, index, head, row, row >= 0, start, end, wanted)
 
-    The weights are int8 ``[2 * BLOCK_M, BLOCK_H]``, of the first half of the channels and of the second: the high parts
-    of all rows, then the low ones. The rest are float32 ``[BLOCK_M]``: a score is ``at_center + code_scale * step *
-    product``, and it is off by at most ``per_residual * residual + per_scale * code_scale + slack``, in which float32's
-    rounding is counted.
-    """
-    blocks = tl.cdiv(Lq * group, BLOCK_M)
-    stacked = tl.arange(0, 2 * BLOCK_M)
-    flat = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M + stacked % BLOCK_M
+
+@triton.jit
+def rivals_of(rows, sink_keys, recent_keys):
+    """(first, end) of the keys of each row that are attended by their score, if at all."""
+    firsts, recents = forced_keys(rows.wanted, sink_keys, recent_keys, True)
+    return rows.start + firsts, rows.end - recents
+
+
+@triton.jit
+def codes_of_head(codes, rows, num_kv_heads, length, shape):
+    """The ``KeyCodes`` of one head: pointers to its first key's, of ``length`` keys, and to its first channel's."""
+    head = rows.batch * num_kv_heads + rows.kv_head
+    keys = head * length
+    halves = keys * ((shape.D + 1) // 2)
+    return KeyCodes(
+        codes.high + halves, codes.low + halves, codes.scale + keys, codes.coarse + keys, codes.residual + keys,
+        codes.center + head * shape.D, codes.spread + head * shape.D,
+    )  # fmt: skip
+
+
+@triton.jit
+def coded_rows(query, rows, codes, group, Lq, shape):
+    """The ``CodedRows`` of the rows of ``program_rows``, against the codes of their head."""
+    blocks = tl.cdiv(Lq * group, shape.BLOCK_M)
+    stacked = tl.arange(0, 2 * shape.BLOCK_M)
+    flat = (blocks - 1 - tl.program_id(0) % blocks) * shape.BLOCK_M + stacked % shape.BLOCK_M
     valid = flat < Lq * group
-    head = kv_head * group + flat % group
-    rows = query + batch * stride_qb + head * stride_qh + (flat // group).to(tl.int64) * stride_ql
-    half = (D + 1) // 2
-    h = tl.arange(0, BLOCK_H)
-    q, middle, w = weighted(rows, center, spread, valid, h, half)
-    q_2, middle_2, w_2 = weighted(rows + half, center + half, spread + half, valid, h, D - half)
+    head = rows.kv_head * group + flat % group
+    pointers = query.data + rows.batch * query.stride_b + head * query.stride_h
+    pointers += (flat // group).to(tl.int64) * query.stride_l
+    D: tl.constexpr = shape.D
+    half: tl.constexpr = (D + 1) // 2
+    h = tl.arange(0, shape.BLOCK_H)
+    q, middle, w = weighted(pointers, codes.center, codes.spread, valid, h, half)
+    q_2, middle_2, w_2 = weighted(pointers + half, codes.center + half, codes.spread + half, valid, h, D - half)
     at_center = tl.sum(q * middle, axis=1) + tl.sum(q_2 * middle_2, axis=1)
     slack = row_norms(q, q_2) * tl.max(row_norms(middle, middle_2), axis=0) * (2 * (D + 16) * _HALF_ULP) + _SMALLEST
 
@@ -294,23 +221,23 @@ def coded_rows(
     size = row_norms(w, w_2)
     widest = _LARGEST * (D**0.5) * (1.0 + 8 * _HALF_ULP)
     per_scale = widest * (size * ((D + 16) * _HALF_ULP) + left_over)
-    is_high = (stacked < BLOCK_M)[:, None]
-    return (
+    is_high = (stacked < shape.BLOCK_M)[:, None]
+    return CodedRows(
         byte_of(level, is_high),
         byte_of(level_2, is_high),
-        one_half(step, BLOCK_M),
-        one_half(at_center, BLOCK_M),
-        one_half(size, BLOCK_M),
-        one_half(per_scale, BLOCK_M),
-        one_half(slack, BLOCK_M),
+        one_half(step, shape.BLOCK_M),
+        one_half(at_center, shape.BLOCK_M),
+        one_half(size, shape.BLOCK_M),
+        one_half(per_scale, shape.BLOCK_M),
+        one_half(slack, shape.BLOCK_M),
     )
 
 
 @triton.jit
-def weighted(rows, center, spread, valid, h, count):
+def weighted(pointers, center, spread, valid, h, count):
     """``count`` channels of queries, of the center ``[1, BLOCK_H]``, and of the queries times the spread; float32."""
     mask = (h < count)[None, :]
-    q = tl.load(rows[:, None] + h[None, :], mask=valid[:, None] & mask, other=0.0).to(tl.float32)
+    q = tl.load(pointers[:, None] + h[None, :], mask=valid[:, None] & mask, other=0.0).to(tl.float32)
     middle = tl.load(center + h[None, :], mask=mask, other=0.0)
     return q, middle, q * tl.load(spread + h[None, :], mask=mask, other=0.0)
 
@@ -349,29 +276,63 @@ def row_norms(rows, more):
 
 
 @triton.jit
-def half_products(
-    first_weights, second_weights, packed, offsets, within, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """int32 ``[BLOCK_M, BLOCK_N]``, exact: the 16-bit weights times the halves of codes at ``packed + offsets``."""
-    h = tl.arange(0, BLOCK_H)
-    if (D + 1) // 2 == BLOCK_H:
-        tile = tl.load(packed + (offsets[None, :] + h[:, None]), mask=within[None, :], other=0)
+def half_products(coded, packed, keys, within, shape):
+    """int32 ``[BLOCK_M, BLOCK_N]``, exact: the 16-bit weights times the packed halves of the codes of ``keys``."""
+    half: tl.constexpr = (shape.D + 1) // 2
+    h = tl.arange(0, shape.BLOCK_H)
+    places = packed + (keys[None, :] * half + h[:, None])
+    if half == shape.BLOCK_H:
+        tile = tl.load(places, mask=within[None, :], other=0)
     else:
-        mask = within[None, :] & (h < (D + 1) // 2)[:, None]
-        tile = tl.load(packed + (offsets[None, :] + h[:, None]), mask=mask, other=0)
+        tile = tl.load(places, mask=within[None, :] & (h < half)[:, None], other=0)
     # Shifts of signed numbers, eight bits wide, so that the sign of the lower half comes out too.
-    product = tl.dot(first_weights, (tile << 4).to(tl.int8) >> 4, out_dtype=tl.int32)
-    product = tl.dot(second_weights, tile >> 4, product, out_dtype=tl.int32)
-    parts = tl.reshape(product, [2, BLOCK_M, BLOCK_N])
+    product = tl.dot(coded.firsts, (tile << 4).to(tl.int8) >> 4, out_dtype=tl.int32)
+    product = tl.dot(coded.seconds, tile >> 4, product, out_dtype=tl.int32)
+    parts = tl.reshape(product, [2, shape.BLOCK_M, shape.BLOCK_N])
     worth = tl.where(tl.arange(0, 2) == 0, 256, 1)
     return tl.sum(parts * worth[:, None, None], axis=0)
 
 
 @triton.jit
-def logit_slack(logits, softcap, HAS_SOFTCAP: tl.constexpr):
+def coded_scores(coded, product, sizes):
+    """Raw scores of ``CodedRows`` from their products with codes, whose scales are ``sizes``."""
+    return product.to(tl.float32) * sizes[None, :] * coded.step[:, None] + coded.at_center[:, None]
+
+
+@triton.jit
+def empty_mass(BLOCK_M: tl.constexpr):
+    """The ``Mass`` of no key."""
+    return Mass(tl.full([BLOCK_M], float("-inf"), dtype=tl.float32), tl.zeros([BLOCK_M], dtype=tl.float32))
+
+
+@triton.jit
+def add_logits(mass, logits, among):
+    """The ``Mass`` with those of a tile of logits that are ``among`` a row's."""
+    peak, total, _weights, _shrink = fold(tl.where(among, logits, float("-inf")), mass.peak, mass.total)
+    return Mass(peak, total)
+
+
+@triton.jit
+def store_mass(places, mass, valid):
+    """Stores a ``Mass`` as two numbers side by side."""
+    tl.store(places, mass.peak, mask=valid)
+    tl.store(places + 1, mass.total, mask=valid)
+
+
+@triton.jit
+def logit_bounds(score, error, settings):
+    """(lower, upper) logits in base 2 of raw scores that may be off by ``error``; what is not known is infinite."""
+    lower = logits_base2(score - error, settings)
+    upper = logits_base2(score + error, settings)
+    lower -= logit_slack(lower, settings)
+    upper += logit_slack(upper, settings)
+    return tl.where(lower == lower, lower, float("-inf")), tl.where(upper == upper, upper, float("inf"))
+
+
+@triton.jit
+def logit_slack(logits, settings):
     """What logits in base 2 may be off by beyond the error of the scores they are made of."""
-    slack = tl.abs(logits) * LOGIT_SLACK
-    if HAS_SOFTCAP:
-        slack += softcap * LOGIT_SLACK
+    slack = tl.abs(logits) * _LOGIT_SLACK
+    if settings.softcap is not None:
+        slack += settings.softcap * _LOGIT_SLACK
     return slack

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 
 from nc_patch.ops.kth_largest import kth_largest
-from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans
-from nc_patch.ops.reference import forced_counts
+from nc_patch.ops.means import TAIL_PAGE_SIZE
+from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import final_scores_, softmax_, weighted_values
 from nc_patch.selections.topk.codes import KeyCodes, code_slack, norm_of, score_slack, unpack_codes
+from nc_patch.selections.topk.torch import forced_counts
 
 # Relative width given to bounds of sums of exponentials, for their rounding in float32.
 _SUM_SLACK = 1e-4
@@ -29,44 +30,16 @@ class ScoreBounds(NamedTuple):
     rounding: torch.Tensor
 
 
-def torch_topk_decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    codes: KeyCodes,
-    *,
-    scale: float,
-    softcap: float,
-    sink_keys: int,
-    recent_keys: int,
-    refine: bool,
-    want_bounds: bool,
-    tail: PageMeans | None = None,
-    origin: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention over the ``budget`` best keys of each query, chosen by codes; the set is ``reference_attention``'s.
+def torch_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> AttentionResult:
+    """Attention over the best keys of each query, chosen by the ``KeyCodes`` of ``problem.key_index``.
 
-    Args:
-        query: ``[B, Hq, Lq, D]``, Lq small. key: ``[B, Hkv, Lk, D]``. value: ``[B, Hkv, Lk, Dv]``.
-        visible: int32 ``[B, Lq, 2]``. budget: int32 ``[B, Hq or 1, Lq]``. sinks: ``[Hq]`` or None.
-        codes: of the keys; what lies beyond the intervals is not looked at.
-        scale: factor of the scores. softcap: 0 for none. sink_keys, recent_keys: keys attended always.
-        refine: read the keys that may be among the best and score them exactly. Without, the codes' scores choose and
-            weigh, no key is read, and the result is approximate.
-        want_bounds: whether bounds of the kept mass are wanted.
-        tail: the means by which keys that are not attended enter, with the ``origin`` int32 ``[B, Lq]`` of each query's
-            sequence; None to drop them.
-
-    Returns:
-        (output ``[B, Hq, Lq, Dv]``, lse float32 ``[B, Hq, Lq]``, kept mass from below and above float32 ``[B, Hq, Lq,
-        2]`` or empty).
+    What they hold beyond the intervals is not looked at. ``problem.means``, where there are any, stand for the others.
     """
+    query, key, value, visible, origin, budget = problem.tensors()[:6]
+    sinks, tail, scale, softcap = problem.sinks, problem.means, problem.scale, problem.softcap
+    want_bounds, codes = problem.bounds, KeyCodes(*problem.key_index)
     B, Hq, Lq, _ = query.shape
-    Hkv = key.shape[1]
-    group = Hq // Hkv
+    Hkv, group = key.shape[1], problem.group
     output = query.new_zeros(B, Hq, Lq, value.shape[-1])
     lse = torch.full((B, Hq, Lq), -torch.inf, dtype=torch.float32, device=query.device)
     bounds = torch.ones((B, Hq, Lq, 2) if want_bounds else (0,), dtype=torch.float32, device=query.device)
@@ -82,7 +55,7 @@ def torch_topk_decode(
         position = torch.arange(low, high, device=query.device)
         is_seen = (position >= seen[:, :1]) & (position < seen[:, 1:])
         k = budget[b].expand(Hq, Lq)
-        forced_first, forced_last = forced_counts(k, sink_keys, recent_keys, "topk")
+        forced_first, forced_last = forced_counts(k, sink_keys, recent_keys)
         for h in range(Hkv):
             heads = slice(h * group, (h + 1) * group)
             first, last = (t[heads, :, None] for t in (forced_first, forced_last))
@@ -90,22 +63,17 @@ def torch_topk_decode(
             rival = is_seen & ~forced
             wanted = k[heads] - (first + last)[..., 0]
             rough = bound_scores(query[b, heads].float(), codes, b, h, low, high)
-            needed = forced | (_may_be_best(rough, rival, wanted) if refine else rival)
+            needed = forced | _may_be_best(rough, rival, wanted)
             columns = needed.any(1).any(0).nonzero()[:, 0]
-            if refine:
-                # In float64 equal keys have equal scores after rounding, wherever they stand.
-                exact = (query[b, heads].double() @ key[b, h, low + columns].double().T).float()
-            else:
-                exact = rough.score[..., columns]
+            # In float64 equal keys have equal scores after rounding, wherever they stand.
+            exact = (query[b, heads].double() @ key[b, h, low + columns].double().T).float()
             attends = _best(exact, forced[..., columns], rival[..., columns], wanted)
             scores = final_scores_(exact.clone(), scale, softcap).masked_fill_(~attends, -torch.inf)
             kept = torch.logsumexp(scores, -1)
             if want_bounds:
-                bounds[b, heads] = _kept_mass(
-                    kept, rough, exact if refine else None, columns, attends, is_seen, scale, softcap
-                )
+                bounds[b, heads] = _kept_mass(kept, rough, exact, columns, attends, is_seen, scale, softcap)
             values = [value[b, h, low + columns].float()[None]]
-            if tail is not None and origin is not None:
+            if tail is not None:
                 more = _tail_logits(
                     query[b, heads].float(), tail.key[b, h], attends, low + columns, origin[b], seen, scale, softcap
                 )
@@ -119,7 +87,7 @@ def torch_topk_decode(
             lse[b, heads] = torch.where(rows, lse[b, heads], -torch.inf if sink is None else sink)
     if want_bounds:
         bounds[(visible[..., 1] <= visible[..., 0])[:, None].expand(B, Hq, Lq)] = 1.0
-    return output, lse, bounds
+    return AttentionResult(output, lse, kept_mass_bounds=bounds if want_bounds else None)
 
 
 def bound_scores(query: torch.Tensor, codes: KeyCodes, batch: int, head: int, low: int, high: int) -> ScoreBounds:
@@ -196,30 +164,25 @@ def _tail_logits(
 def _kept_mass(
     kept: torch.Tensor,
     rough: ScoreBounds,
-    exact: torch.Tensor | None,
+    exact: torch.Tensor,
     columns: torch.Tensor,
     attends: torch.Tensor,
     is_seen: torch.Tensor,
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Bounds ``[H, R, 2]`` of the kept mass; without ``exact`` what is attended is bounded as the rest is."""
+    """Bounds ``[H, R, 2]`` of the kept mass."""
     rest = is_seen.expand(rough.score.shape).clone()
     rest[..., columns] &= ~attends
     result = []
     for sign in (1.0, -1.0):
         # The kept mass is least where the rest scores highest and what is attended lowest.
         score = rough.score + sign * rough.error
-        attended = kept
-        if exact is None:
-            opposite = (rough.score - sign * rough.error)[..., columns]
-            attended = torch.logsumexp(final_scores_(opposite, scale, softcap).masked_fill_(~attends, -torch.inf), -1)
-        else:
-            score[..., columns] = exact
+        score[..., columns] = exact
         score = final_scores_(score, scale, softcap)
         score = score.nan_to_num_(nan=sign * torch.inf, posinf=torch.inf, neginf=-torch.inf)
         dropped = torch.logsumexp(score.masked_fill_(~rest, -torch.inf), -1)
-        result.append(torch.sigmoid((attended - dropped).double() - sign * scale * rough.rounding))
+        result.append(torch.sigmoid((kept - dropped).double() - sign * scale * rough.rounding))
     lower, upper = result
     lower = (lower * (1 - _SUM_SLACK) - _SMALLEST_MASS).nan_to_num(nan=0.0)
     upper = (upper * (1 + _SUM_SLACK) + _SMALLEST_MASS).nan_to_num(nan=1.0)

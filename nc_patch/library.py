@@ -1,0 +1,224 @@
+"""Attention and its gradient as ``torch.library`` custom ops, the same for all selections.
+
+PyTorch's implementations read intervals and budgets on the host, which no CUDA graph can capture or replay; most of
+Triton's read nothing back. ``torch.compile(mode="reduce-overhead")`` has to know an op's kind before it runs, so that
+``attend`` is registered twice, and the name that is called follows from the backend. The upkeep of indexes is an op
+too, see ``selections.index``.
+"""
+
+from typing import Any
+
+import torch
+
+from nc_patch.common import autocast_off
+from nc_patch.ops.attend_rows import attention_gradients
+from nc_patch.ops.backends import READS_HOST
+from nc_patch.ops.derivatives import (
+    in_transform,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    runs_directly,
+)
+from nc_patch.ops.means import page_starts, spread_over_pages
+from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.selections.base import Selection, selection_class
+
+# Columns of an estimate and of an audit.
+_COLUMNS = 5
+
+
+def attend(selection: Selection, problem: Problem, backend: str) -> AttentionResult:
+    """Attention of a problem by a selection on a backend, "torch" or "triton"; through the op where that is needed."""
+    tensors = problem.tensors()
+    if runs_directly(tensors):
+        return selection.run(problem, backend)
+    op, rest = operation(selection, problem, backend), arguments(selection, problem, backend)
+    found = _call_transformed(op, *rest, *tensors) if in_transform() else op(tensors, *rest)
+    there = _there(selection, problem)
+    more = [field if wanted else None for field, wanted in zip(found[1:], there[1:], strict=True)]
+    return AttentionResult(found[0], *more)
+
+
+def operation(selection: Selection, problem: Problem, backend: str) -> Any:
+    """The op that runs a problem: one that inductor leaves out of CUDA graphs, where the backend reads the host."""
+    return _attend_on_host if (problem.phase, backend) in selection.on_host else _attend
+
+
+def arguments(selection: Selection, problem: Problem, backend: str) -> tuple[Any, ...]:
+    """What the op takes beside ``problem.tensors()``."""
+    numbers = [problem.scale, problem.softcap, *selection.numbers()]
+    return selection.name, numbers, problem.flags(), problem.most, backend
+
+
+def _there(selection: Selection, problem: Problem) -> tuple[bool, ...]:
+    """Which fields of the result a selection gives for a problem."""
+    decodes = problem.phase == "decode"
+    estimates = selection.estimates and not decodes
+    lse = problem.stats or (decodes and problem.bounds)
+    return (
+        True,
+        lse,
+        problem.stats,
+        selection.counts_attended,
+        decodes and problem.bounds,
+        estimates,
+        estimates and problem.audit_seed >= 0,
+    )
+
+
+def _run(
+    tensors: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int], most: int, backend: str
+) -> list[torch.Tensor]:
+    """Attention of the problem that the tensors, the first two numbers and the flags make; see ``Problem.unflatten``.
+
+    Returns the fields of an ``AttentionResult``, empty where one is None.
+    """
+    problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags, most)
+    chosen = selection_class(selection).from_numbers(numbers[2:])
+    result = chosen.run(problem, backend)
+    nothing = lambda: problem.query.new_empty(0, dtype=torch.float32)  # noqa: E731
+    there = _there(chosen, problem)
+    return [field if wanted and field is not None else nothing() for field, wanted in zip(result, there, strict=True)]
+
+
+def _run_fake(
+    tensors: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int], most: int, backend: str
+) -> list[torch.Tensor]:
+    problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags, most)
+    chosen = selection_class(selection)
+    query, rows, heads = problem.query, problem.query.shape[:3], problem.query.shape[1]
+    shapes = (rows, rows, rows, (*rows, 2), (heads, _COLUMNS), (heads + 1, _COLUMNS))
+    there = _there(chosen.from_numbers(numbers[2:]), problem)[1:]
+    integer = torch.int32 if chosen.counts_attended else torch.float32
+    dtypes = (torch.float32, torch.float32, integer, *(torch.float32,) * 3)
+    fields = zip(shapes, there, dtypes, strict=True)
+    return [
+        query.new_empty(*rows, problem.value.shape[-1]),
+        *(query.new_empty(shape if wanted else (0,), dtype=dtype) for shape, wanted, dtype in fields),
+    ]
+
+
+_attend = torch.library.custom_op("nc_patch::attend", _run, mutates_args=())
+_attend_on_host = torch.library.custom_op("nc_patch::attend_on_host", _run, mutates_args=(), tags=READS_HOST)
+
+
+@torch.library.custom_op("nc_patch::attend_backward", mutates_args=(), tags=READS_HOST)
+def _attend_backward(
+    grad_output: torch.Tensor, tensors: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int]
+) -> list[torch.Tensor]:
+    """Gradients of query, key, value and sinks (empty where there are none), in PyTorch, through the attended keys."""
+    problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags)
+    chosen = selection_class(selection).from_numbers(numbers[2:])
+    with autocast_off(problem.query):
+        problem = chosen.with_means(problem, "torch")
+        found = attention_gradients(problem, chosen.choice(problem), grad_output)
+    key, value = found.key, found.value
+    if found.mean_key is not None and found.mean_value is not None:
+        Lk = key.shape[2]
+        starts = page_starts(problem.visible, problem.origin, Lk)
+        key = key + spread_over_pages(found.mean_key, starts, Lk)
+        value = value + spread_over_pages(found.mean_value, starts, Lk)
+    return [found.query, key, value, problem.query.new_empty(0) if found.sinks is None else found.sinks]
+
+
+@_attend_backward.register_fake
+def _(grad_output, tensors, selection, numbers, flags):  # type: ignore[no-untyped-def]
+    query = tensors[0]
+    sinks = query.new_empty(0) if not flags[0] else tensors[6].new_empty(tensors[6].shape)
+    # Contiguous, as the gradients are, whatever the strides of the tensors.
+    return [*(tensor.new_empty(tensor.shape) for tensor in tensors[:3]), sinks]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors, selection, numbers, flags, _, backend = inputs
+    ctx.decodes = len(tensors) > 6 + flags[0] + 2 * flags[1]
+    if backend != "torch" and not ctx.decodes:
+        raise RuntimeError('gradients need backend="torch": forward and backward must choose the same keys')
+    ctx.save_for_backward(*tensors)
+    ctx.settings = (selection, numbers, flags)
+
+
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    if ctx.decodes:
+        raise RuntimeError(
+            "decoding by an index has no gradient. Train on whole sequences, with use_cache=False, or let the layers "
+            'decode without an index: decode="topk" or "window"'
+        )
+    tensors = list(ctx.saved_tensors)  # to be asked for once: gradient checkpointing computes them when it is
+    grad_output = grads[0][0] if isinstance(grads[0], (list, tuple)) else grads[0]
+    if in_transform():
+        found = _BackwardInTransform.apply(*ctx.settings, grad_output, *tensors)
+    else:
+        found = _attend_backward(grad_output, tensors, *ctx.settings)
+    has_sinks = ctx.settings[2][0]
+    of_tensors = [*found[:3], None, None, None, *found[3 : 3 + has_sinks]]
+    return [*of_tensors, *(None,) * (len(tensors) - len(of_tensors))], None, None, None, None, None
+
+
+def _one_by_one(info: Any, dims: list[int | None], tensors: list[torch.Tensor], call: Any) -> Any:
+    """The rule of ``torch.func.vmap``: a call for each of what it maps over."""
+    slices = [
+        [t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)] for i in range(info.batch_size)
+    ]
+    results = [torch.stack(parts) for parts in zip(*map(call, slices), strict=True)]
+    return results, [0] * len(results)
+
+
+for _op in (_attend, _attend_on_host):
+    _op.register_fake(_run_fake)
+    _op.register_autograd(_backward, setup_context=_setup)
+    _op.register_vmap(
+        lambda info, dims, tensors, *rest, _op=_op: _one_by_one(info, dims[0], tensors, lambda each: _op(each, *rest))
+    )
+_attend_backward.register_vmap(
+    lambda info, dims, grad, tensors, *rest: _one_by_one(
+        info, [dims[0], *dims[1]], [grad, *tensors], lambda each: _attend_backward(each[0], each[1:], *rest)
+    )
+)
+_attend_backward.register_autograd(refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+class _AttendInTransform(torch.autograd.Function):
+    """``attend`` for the transforms of ``torch.func``, in which an op with a gradient takes no part."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, selection: str, numbers: Any, flags: Any, most: int, backend: str, *tensors: Any) -> Any:
+        return tuple(op(list(tensors), selection, list(numbers), list(flags), most, backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, *settings = inputs[:6]
+        _setup(ctx, (inputs[6:], *settings), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        of_tensors, *_ = _backward(ctx, *grads)
+        return *(None,) * 6, *of_tensors
+
+    jvp = staticmethod(refuse_forward_mode)  # type: ignore[assignment]
+
+
+class _BackwardInTransform(torch.autograd.Function):
+    """``attend_backward`` for the transforms of ``torch.func``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(selection: str, numbers: Any, flags: Any, grad_output: Any, *tensors: Any) -> Any:
+        return tuple(_attend_backward(grad_output, list(tensors), selection, list(numbers), list(flags)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    backward = staticmethod(refuse_second_derivative)
+    jvp = staticmethod(refuse_forward_mode)  # type: ignore[assignment]
+
+
+@torch.compiler.disable(
+    reason="sparse attention in a transform of torch.func (grad, vmap) runs outside of graphs: leave out fullgraph=True"
+)
+def _call_transformed(*arguments: Any) -> Any:
+    return _AttendInTransform.apply(*arguments)

@@ -1,0 +1,227 @@
+"""``Selection``: which keys fill a query's budget. A subclass with one method, ``keep``, works everywhere."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from nc_patch.common import as_bool, shown
+from nc_patch.ops.attend_rows import attend_rows
+from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
+from nc_patch.ops.reference import raw_scores, reference_attention
+from nc_patch.ops.rows import Buffers, RowBlock, Rows, row_blocks, rows_per_block
+
+Kind = TypeVar("Kind", bound="type[Selection]")
+
+
+class Choice:
+    """Which keys the rows of a problem attend, block of rows by block of rows.
+
+    Attributes:
+        blocks: the row blocks; together they hold every row that sees a key.
+    """
+
+    def __init__(self, problem: Problem, selection: "Selection") -> None:
+        self._problem, self._selection = problem, selection
+        rows = rows_per_block(problem.query.shape[1], problem.key.shape[2])
+        origin = None if problem.means is None else problem.origin
+        self.blocks: Iterable[RowBlock] = row_blocks(problem.visible, rows, origin)
+
+    def hide_(self, scores: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
+        """Makes the scores of keys that are not attended -inf, in place.
+
+        Args:
+            scores: q·k, float32 ``[Hq, R, N]``, of the rows of ``block`` and the keys ``block.low:block.high``.
+
+        Returns:
+            float32 ``[Hq or 1, R]``: by how much the other scores of each row were lowered, which no softmax sees.
+        """
+        return self._selection.hide_(scores, Rows.of(self._problem, block), buffers)
+
+
+class Selection:
+    """Which keys fill the budget of each query. Subclasses are frozen dataclasses whose fields are their options.
+
+    ``keep`` is the definition; the forward pass in PyTorch, its gradient, ``torch.compile``, caches and ``generate``
+    follow from it. What else a subclass may have makes it faster: ``hide_``, ``prefill_torch`` and ``prefill_triton``;
+    with a key index also ``decode_torch`` and ``decode_triton``. An option is a bool, an int, a float, a float or None,
+    or one of a few strings, listed in ``choices``.
+
+    Attributes:
+        name: by which ``NCConfig`` and the command line know it; set by ``register``.
+        options: names of the fields, set by ``register``. choices: the strings that an option may be.
+        shorthand: what an option is called outside of its selection, where that differs.
+        index_kind: the kind of ``KeyIndex`` that it decodes by, or None. needs_index: whether it cannot decode without.
+        counts_attended: whether only it knows how many keys it attends. chooses_together: whether the queries of a
+            prefill share a choice. estimates: whether a prefill returns an ``estimate``, and an ``audit`` on request,
+            in place of the kept mass of every row. bounds_kept_mass: whether decoding by its index bounds that.
+        on_host: the (phase, backend) pairs whose implementation reads the device's memory on the host.
+    """
+
+    name: ClassVar[str] = ""
+    options: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    shorthand: ClassVar[dict[str, str]] = {}
+    index_kind: ClassVar[str | None] = None
+    needs_index: ClassVar[bool] = False
+    counts_attended: ClassVar[bool] = False
+    chooses_together: ClassVar[bool] = False
+    estimates: ClassVar[bool] = False
+    bounds_kept_mass: ClassVar[bool] = False
+    on_host: ClassVar[tuple[tuple[str, str], ...]] = (("prefill", "torch"), ("decode", "torch"))
+
+    prefill_triton: ClassVar[Callable[..., AttentionResult] | None] = None
+    decode_torch: ClassVar[Callable[..., AttentionResult] | None] = None
+    decode_triton: ClassVar[Callable[..., AttentionResult] | None] = None
+
+    def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Which keys rows attend: exactly as many as their budget, none that they do not see.
+
+        Args:
+            scores: q·k ``[H, R, N]``, neither scaled nor soft-capped, of ``rows`` and N keys; NaN where a key's is.
+            rows: what the rows see, their budgets and origins, and the position of each key.
+
+        Returns:
+            bool ``[H or 1, R, N]``.
+
+        Raises:
+            NotImplementedError: the class has no ``keep``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say which keys it keeps")
+
+    def hide_(self, scores: torch.Tensor, rows: Rows, buffers: Buffers) -> torch.Tensor:
+        """``keep`` of scores ``[H, R, N]`` in the form of ``Choice.hide_``."""
+        scores.masked_fill_(~self.keep(scores, rows), -torch.inf)
+        return scores.new_zeros(1, scores.shape[1])
+
+    def mask(self, problem: Problem, scores: torch.Tensor, decode: bool = False) -> torch.Tensor:
+        """Which keys queries attend, bool ``[B, Hq, Lq, Lk]``, by their scores q·k, float64 ``[B, Hq, Lq, Lk]``."""
+        attended = torch.zeros_like(scores, dtype=torch.bool)
+        for b in range(len(scores)):
+            rows = Rows(problem.visible[b], problem.budget[b], problem.origin[b], 0, problem.group)
+            attended[b] = self.keep(scores[b], rows)
+        return attended & visible_mask(problem.visible, scores.shape[-1])
+
+    def reference(self, problem: Problem, decode: bool = False) -> AttentionResult:
+        """Attention in float64 over what ``mask`` says, which everything else is tested against."""
+        return reference_attention(problem, self.mask(problem, raw_scores(problem), decode), self.uses_means)
+
+    def with_means(self, problem: Problem, backend: str) -> Problem:
+        """The problem with the page means that the selection adds what it leaves out by; most add nothing."""
+        return problem._replace(means=None)
+
+    @property
+    def uses_means(self) -> bool:
+        """Whether ``with_means`` adds any."""
+        return False
+
+    @property
+    def page_size(self) -> int:
+        """Keys per page of its index, where that has pages."""
+        return 1
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether prefill may attend more than the budget, which its ``estimate`` then counts."""
+        return False
+
+    def choice(self, problem: Problem) -> Choice:
+        """What each block of rows attends, for a forward pass or a gradient in PyTorch."""
+        return Choice(problem, self)
+
+    def prefill_torch(self, problem: Problem) -> AttentionResult:
+        """Attention in PyTorch without an index, in blocks of rows: O(rows · keys) extra memory."""
+        problem = self.with_means(problem, "torch")
+        return attend_rows(problem, self.choice(problem))
+
+    def run(self, problem: Problem, backend: str) -> AttentionResult:
+        """Attention on ``backend``, by the index where the problem has one."""
+        implementation: Any = getattr(self, f"{problem.phase}_{backend}")
+        result: AttentionResult = implementation(problem)
+        return result
+
+    def backends(self, phase: str) -> tuple[str, ...]:
+        """The backends that have the phase, ``"prefill"`` or ``"decode"``."""
+        return tuple(name for name in ("triton", "torch") if getattr(self, f"{phase}_{name}") is not None)
+
+    def numbers(self) -> list[float]:
+        """The options as numbers, which is how operations of ``torch.library`` take them."""
+        found = []
+        for option in self.options:
+            value = getattr(self, option)
+            if value is None:
+                value = math.nan
+            found.append(float(self.choices[option].index(value) if option in self.choices else value))
+        return found
+
+    @classmethod
+    def from_numbers(cls, numbers: Iterable[float]) -> "Selection":
+        """The inverse of ``numbers``."""
+        values: dict[str, Any] = {}
+        for option, number in zip(cls.options, numbers, strict=True):
+            default = getattr(cls, option)
+            if option in cls.choices:
+                values[option] = cls.choices[option][int(number)]
+            elif default is None:
+                values[option] = None if math.isnan(number) else number
+            else:
+                values[option] = type(default)(number)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The name and every option, as JSON can hold them."""
+        return {"name": self.name, **{option: getattr(self, option) for option in self.options}}
+
+
+_SELECTIONS: "dict[str, type[Selection]]" = {}
+
+
+def register(name: str) -> Callable[[Kind], Kind]:
+    """Decorator that makes a frozen dataclass of ``Selection`` known by a name, in place of one that had it.
+
+    Raises:
+        TypeError: an option has no default, or one that is neither a number, a bool, None nor a listed string.
+    """
+
+    def add(kind: Kind) -> Kind:
+        kind.name, kind.options = name, tuple(field.name for field in fields(kind))  # type: ignore[arg-type]
+        for field in fields(kind):  # type: ignore[arg-type]
+            listed = field.name in kind.choices and field.default in kind.choices[field.name]
+            if field.default is MISSING or not (listed or isinstance(field.default, (int, float, type(None)))):
+                raise TypeError(
+                    f"{kind.__name__}.{field.name} needs a default that is a number, a bool or None, or a string of "
+                    "its choices"
+                )
+        _SELECTIONS[name] = kind
+        return kind
+
+    return add
+
+
+def selection_names() -> tuple[str, ...]:
+    """The names of all selections, in the order in which they were registered."""
+    return tuple(_SELECTIONS)
+
+
+def selection_class(name: str) -> "type[Selection]":
+    """The selection of a name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if not isinstance(name, str) or name not in _SELECTIONS:
+        raise ValueError(f"a selection must be one of {', '.join(map(repr, _SELECTIONS))}, got {shown(name)}")
+    return _SELECTIONS[name]
+
+
+def check_options(selection: Selection) -> None:
+    """Raises ValueError or TypeError unless the options that are bools or of listed strings are that."""
+    for option in selection.options:
+        value, default = getattr(selection, option), getattr(type(selection), option)
+        if option in selection.choices and value not in selection.choices[option]:
+            allowed = ", ".join(map(repr, selection.choices[option]))
+            raise ValueError(f"{selection.shorthand.get(option, option)} must be one of {allowed}, got {shown(value)}")
+        if isinstance(default, bool) and as_bool(value) is None:
+            raise TypeError(f"{selection.shorthand.get(option, option)} must be True or False, got {shown(value)}")

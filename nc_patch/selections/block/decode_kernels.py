@@ -1,0 +1,368 @@
+"""The kernels of ``block`` while decoding: they score pages by their statistics, choose some, and attend these.
+
+A program works for one query and one key/value head, for up to ``BLOCK_M`` of its query heads; ``number`` below counts
+(batch, query, key/value head) with the head running fastest. Logits are in base 2. Pages are counted from the first
+visible one, except in the list of chosen pages and in the statistics, where they are counted from the origin.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from nc_patch.ops.triton.rows import budget_of, head_of
+from nc_patch.ops.triton.scores import (
+    dot,
+    dot_scores,
+    finite_or_zero,
+    fold,
+    load_queries,
+    logits_base2,
+)
+from nc_patch.ops.triton.structs import PER_CALL, Rows
+from nc_patch.selections.block.heaviest import find_cut, load_ranks, places
+
+_EXPONENT = tl.constexpr(0x7F800000)
+_SMALLEST = tl.constexpr(1.1754943508222875e-38)
+# What is lost of a square, kept apart, is this much smaller: so that float16 can hold it.
+_LOW_PART = tl.constexpr(2048.0)
+
+
+class Sums(NamedTuple):
+    """Parts of a softmax, float32, of which each split writes one; ``ops.triton.split`` describes them.
+
+    ``acc`` is None where there are no values, and the softmax is over pages.
+    """
+
+    peak: Any
+    total: Any
+    acc: Any = None
+
+
+class Seen(NamedTuple):
+    """What a query sees.
+
+    Attributes:
+        batch, index, kv_head: the query, and the key/value head of the program.
+        start, end: positions of the keys that it sees. begin: the position of page 0.
+        low: the first visible page. pages: how many there are.
+    """
+
+    batch: Any
+    index: Any
+    kv_head: Any
+    start: Any
+    end: Any
+    begin: Any
+    low: Any
+    pages: Any
+
+
+@triton.jit
+def load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE: tl.constexpr):
+    """What the query with this number sees."""
+    batch = (number // (num_kv_heads * Lq)).to(tl.int64)
+    index = ((number // num_kv_heads) % Lq).to(tl.int64)
+    kv_head = (number % num_kv_heads).to(tl.int64)
+    query = batch * Lq + index
+    begin = tl.load(inputs.origin + query)
+    start = tl.maximum(tl.maximum(tl.load(inputs.visible + query * 2), begin), 0)
+    end = tl.maximum(tl.minimum(tl.load(inputs.visible + query * 2 + 1), Lk), start)
+    # No negative number is divided: start is not before begin.
+    low = (start - begin) // BLOCK_SIZE
+    pages = tl.where(end > start, (end - start + (start - begin) % BLOCK_SIZE + BLOCK_SIZE - 1) // BLOCK_SIZE, 0)
+    return Seen(batch, index, kv_head, start, end, begin, low, pages)
+
+
+@triton.jit
+def group_rows(seen, group, BLOCK_M: tl.constexpr):
+    """The ``Rows`` of this program, query heads of the group, but for their offsets in results."""
+    member = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = seen.kv_head * group + member
+    return Rows(seen.batch, seen.kv_head, seen.index, head, None, member < group, seen.start, seen.end, None)
+
+
+@triton.jit
+def squares(part, norm):
+    """``(part / norm) ** 2`` as a sum ``high + low / _LOW_PART`` of numbers of part's dtype, exact for 16-bit ones.
+
+    ``norm`` is a power of two, and so is what it divides 1 to: exactly, unlike the plain division of a GPU.
+    """
+    scaled = part.to(tl.float32) * tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)[:, None]
+    square = scaled * scaled
+    high = square.to(part.dtype)
+    low = ((square - high.to(tl.float32)) * _LOW_PART).to(part.dtype)
+    return high, low
+
+
+@triton.jit
+def load_codes(codes, d, in_range, D: tl.constexpr, dtype: tl.constexpr):
+    """Channels ``d`` of one vector of the pages whose vectors begin at the pointers ``codes``: ``[d, BLOCK_N]``."""
+    mask = (d[:, None] < D) & in_range[None, :]
+    return tl.load(codes[None, :] + d[:, None], mask=mask, other=0).to(tl.float32).to(dtype)
+
+
+@triton.jit
+def page_scores(queries, codes, scales, in_range, scale, shape):
+    """Raw scores ``[BLOCK_M, BLOCK_N]`` of the pages whose codes and scales begin at these pointers.
+
+    Two: that of the key apart, and ``q.mean + scale / 2 * q^2.variance`` of the others.
+    """
+    far = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
+    along = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
+    spread = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
+    far_scale = tl.load(scales, mask=in_range, other=0.0)[None, :]
+    mean_scale = tl.load(scales + 1, mask=in_range, other=0.0)[None, :]
+    deviation = tl.load(scales + 2, mask=in_range, other=0.0)[None, :]
+    if shape.CHUNK_D == shape.BLOCK_D:
+        d = tl.arange(0, shape.BLOCK_D)
+        far = dot(queries.tile, load_codes(codes, d, in_range, shape.D, queries.tile.dtype), far)
+        along = dot(queries.tile, load_codes(codes + shape.D, d, in_range, shape.D, queries.tile.dtype), along)
+        # Divided by a power of two, so that squares stay in the range of the dtype.
+        largest = tl.max(tl.abs(queries.tile.to(tl.float32)), axis=1)
+        norm = (largest.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
+        norm = tl.maximum(norm, _SMALLEST)
+        high, low = squares(queries.tile, norm)
+        variance = load_codes(codes + 2 * shape.D, d, in_range, shape.D, queries.tile.dtype)
+        spread = dot(low, variance, spread) * (1.0 / _LOW_PART)
+        spread = dot(high, variance, spread)
+        deviation = deviation * norm[:, None]
+    else:
+        for chunk in range(0, shape.D, shape.CHUNK_D):
+            d = chunk + tl.arange(0, shape.CHUNK_D)
+            mask = queries.valid[:, None] & (d[None, :] < shape.D)
+            part = tl.load(queries.rows[:, None] + d[None, :], mask=mask, other=0.0)
+            far = dot(part, load_codes(codes, d, in_range, shape.D, part.dtype), far)
+            along = dot(part, load_codes(codes + shape.D, d, in_range, shape.D, part.dtype), along)
+            spread = dot(part * part, load_codes(codes + 2 * shape.D, d, in_range, shape.D, part.dtype), spread)
+    return far * far_scale, along * mean_scale + (0.5 * scale) * spread * deviation * deviation
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "stored_pages", "width", "splits"])
+def score_pages_kernel(
+    query,
+    key,
+    codes,
+    scales,
+    inputs,
+    page_logits,
+    sums,
+    stored_pages,
+    num_kv_heads,
+    group,
+    Lq,
+    Lk,
+    width,
+    splits,
+    settings,
+    shape,
+    BLOCK_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Logits ``[number, group, width]`` of visible pages, and the ``Sums`` of their softmax for each split.
+
+    Split s scores the s-th share of the pages from their statistics; the one after the last scores the query's own
+    page from its keys. What is NaN or +inf stays out of the softmax.
+    """
+    number = tl.program_id(0)
+    split = tl.program_id(1)
+    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE)
+    rows = group_rows(seen, group, shape.BLOCK_M)
+    queries = load_queries(query, rows, shape)
+    member = number.to(tl.int64) * group + tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
+    logits_rows = page_logits + member * width
+    peak = tl.full([shape.BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([shape.BLOCK_M], dtype=tl.float32)
+    own = tl.minimum(seen.pages, width) - 1
+    if split < splits:
+        share = (own + splits * shape.BLOCK_N - 1) // (splits * shape.BLOCK_N)
+        stop = tl.minimum((split + 1) * share * shape.BLOCK_N, own)
+        for tile in range(share):
+            page = (split * share + tile) * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
+            in_range = page < stop
+            first = seen.begin + (seen.low + page) * BLOCK_SIZE
+            size = tl.minimum(first + BLOCK_SIZE, seen.end) - tl.maximum(first, seen.start)
+            stored = (seen.batch * num_kv_heads + seen.kv_head) * stored_pages + (seen.low + page)
+            far, rest = page_scores(
+                queries, codes + stored * (3 * shape.D), scales + stored * 3, in_range, settings.scale, shape
+            )
+            far = logits_base2(far, settings)
+            others = tl.log2(tl.maximum(size - 1, 1).to(tl.float32))
+            others = tl.where(size > 1, others, float("-inf"))
+            rest = logits_base2(rest, settings) + others[None, :]
+            base = finite_or_zero(tl.maximum(far, rest))
+            logits = base + tl.log2(tl.exp2(far - base) + tl.exp2(rest - base))
+            tl.store(logits_rows[:, None] + page[None, :], logits, mask=rows.valid[:, None] & in_range[None, :])
+            # Written so that NaN fails the comparison too.
+            ordinary = (logits < float("inf")) & in_range[None, :]
+            peak, total, _weights, _shrink = fold(tl.where(ordinary, logits, float("-inf")), peak, total)
+    elif own >= 0:
+        keys = head_of(key, seen.batch, seen.kv_head)
+        position = seen.begin + (seen.low + seen.pages - 1) * BLOCK_SIZE + tl.arange(0, BLOCK_K)
+        in_page = (position >= seen.start) & (position < seen.end)
+        raw = dot_scores(queries, keys.data, position.to(tl.int64) * keys.stride, in_page, shape, True)
+        logits = logits_base2(raw, settings)
+        peak, total, _weights, _shrink = fold(tl.where(in_page[None, :], logits, float("-inf")), peak, total)
+        exact = finite_or_zero(peak) + tl.log2(total)
+        tl.store(logits_rows + own, exact, mask=rows.valid)
+        ordinary_page = exact < float("inf")
+        peak = tl.where(ordinary_page, peak, float("-inf"))
+        total = tl.where(ordinary_page, total, 0.0)
+    tl.store(sums.peak + member * (splits + 1) + split, peak, mask=rows.valid)
+    tl.store(sums.total + member * (splits + 1) + split, total, mask=rows.valid)
+
+
+class Pages(NamedTuple):
+    """Where the choice goes: int32 ``[number, capacity]``, ascending, and how many they are, ``[number]``.
+
+    ``attended`` is int32 ``[B, Hq, Lq]``, the number of their visible keys.
+    """
+
+    chosen: Any
+    count: Any
+    attended: Any
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity"])
+def choose_pages_kernel(
+    inputs,
+    page_logits,
+    sums,
+    pages,
+    budget_heads,
+    num_kv_heads,
+    group,
+    Lq,
+    Lk,
+    width,
+    splits,
+    capacity,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The ``Pages`` that one query and the group attend; ``sums`` has ``splits`` parts for each query head."""
+    number = tl.program_id(0)
+    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE)
+    count = tl.minimum(seen.pages, width)
+    weights = page_logits + number.to(tl.int64) * group * width
+    first_part = number.to(tl.int64) * group * splits
+    own_sums = Sums(sums.peak + first_part, sums.total + first_part)
+    sum_weights(weights, own_sums, group, width, splits, count, BLOCK_P, BLOCK_S)
+    largest_budget = 0
+    for member in range(group):
+        head = seen.kv_head * group + member
+        budget = tl.load(budget_of(inputs.budget, budget_heads, seen.batch, head, seen.index, Lq))
+        largest_budget = tl.maximum(largest_budget, budget)
+    tl.debug_barrier()
+    always = tl.minimum(count, 2)
+    # A budget of all keys has one page more, as intervals begin and end within pages.
+    more = tl.where(largest_budget >= seen.end - seen.start, BLOCK_SIZE, 0)
+    wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + BLOCK_SIZE - 1) // BLOCK_SIZE, always)
+    wanted = tl.minimum(tl.minimum(wanted, count), capacity)
+    cut, spare = find_cut(weights, count - 1, wanted - always, BLOCK_P)
+    taken_before = 0
+    ties_before = 0
+    for first in range(0, count, BLOCK_P):
+        page = first + tl.arange(0, BLOCK_P)
+        rank = load_ranks(weights, count - 1, page)
+        above = (page < count) & ((page == 0) | (page == count - 1) | (rank > cut))
+        place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
+        stored = pages.chosen + number.to(tl.int64) * capacity + place
+        tl.store(stored, seen.low + page, mask=taken & (place < capacity))
+    tl.store(pages.count + number, wanted)
+    # The first and the last page may be seen in part; both are always chosen.
+    first_key = seen.begin + seen.low * BLOCK_SIZE
+    missing = (seen.start - first_key) + (first_key + count * BLOCK_SIZE - seen.end)
+    keys = tl.where(count > 0, wanted * BLOCK_SIZE - missing, 0)
+    row = (seen.batch * num_kv_heads + seen.kv_head) * group * Lq + seen.index
+    for member in range(group):
+        tl.store(pages.attended + row + member * Lq, keys)
+
+
+@triton.jit
+def sum_weights(logits_rows, sums, group, width, splits, pages, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Writes, over the first head's logits, each page's weight, summed over the group.
+
+    A logit that is NaN or +inf weighs +inf.
+    """
+    split = tl.arange(0, BLOCK_S)
+    for first in range(0, pages, BLOCK_P):
+        page = first + tl.arange(0, BLOCK_P)
+        weight = tl.zeros([BLOCK_P], dtype=tl.float32)
+        for member in range(group):
+            peaks = tl.load(sums.peak + member * splits + split, mask=split < splits, other=float("-inf"))
+            totals = tl.load(sums.total + member * splits + split, mask=split < splits, other=0.0)
+            row = logits_rows + tl.cast(member, tl.int64) * width
+            logits = tl.load(row + page, mask=page < pages, other=float("-inf"))
+            base = finite_or_zero(tl.max(peaks, axis=0))
+            whole = tl.sum(totals * tl.exp2(peaks - base), axis=0)
+            share = tl.where(whole > 0.0, 1.0 / tl.maximum(whole, 1e-30), 0.0)
+            # Written so that NaN fails the comparison too.
+            weight += tl.where(logits < float("inf"), tl.exp2(logits - base) * share, float("inf"))
+        # Every thread has read the logits that the weights replace.
+        tl.debug_barrier()
+        tl.store(logits_rows + page, weight, mask=page < pages)
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
+def attend_pages_kernel(
+    query,
+    key,
+    value,
+    inputs,
+    pages,
+    sums,
+    num_kv_heads,
+    group,
+    Lq,
+    Lk,
+    splits,
+    capacity,
+    settings,
+    shape,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The ``Sums`` of one share of the chosen pages.
+
+    All rows of a program attend the same keys and no other key is loaded, so that what others hold cannot matter.
+    """
+    number = tl.program_id(0)
+    split = tl.program_id(1)
+    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE)
+    rows = group_rows(seen, group, shape.BLOCK_M)
+    queries = load_queries(query, rows, shape)
+    keys = head_of(key, seen.batch, seen.kv_head)
+    values = head_of(value, seen.batch, seen.kv_head)
+    dv = tl.arange(0, shape.BLOCK_DV)
+    count = tl.load(pages.count + number)
+    share = (count + splits - 1) // splits
+    first = split * share
+    page_list = pages.chosen + number.to(tl.int64) * capacity + first
+    keys_left = tl.maximum(tl.minimum(first + share, count) - first, 0) * BLOCK_SIZE
+    tiles = (keys_left + shape.BLOCK_N - 1) // shape.BLOCK_N
+    # Apart, not as a ``Softmax``: in float32 that takes more registers.
+    peak = tl.full([shape.BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([shape.BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([shape.BLOCK_M, shape.BLOCK_DV], dtype=tl.float32)
+    for tile in range(tiles):
+        offset = tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
+        page = tl.load(page_list + offset // BLOCK_SIZE, mask=offset < keys_left, other=0)
+        position = seen.begin + page * BLOCK_SIZE + offset % BLOCK_SIZE
+        attended = (offset < keys_left) & (position >= seen.start) & (position < seen.end)
+        raw = dot_scores(queries, keys.data, position.to(tl.int64) * keys.stride, attended, shape, True)
+        logits = tl.where(attended[None, :], logits_base2(raw, settings), float("-inf"))
+        tile_values = tl.load(
+            values.data + (position.to(tl.int64)[:, None] * values.stride + dv[None, :]),
+            mask=attended[:, None] & (dv[None, :] < shape.DV),
+            other=0.0,
+        )
+        peak, total, weights, shrink = fold(logits, peak, total)
+        acc = dot(weights.to(tile_values.dtype), tile_values, acc * shrink[:, None])
+    row = (seen.batch * num_kv_heads * group + rows.head) * Lq + seen.index
+    part = row * splits + split
+    tl.store(sums.peak + part, peak, mask=rows.valid)
+    tl.store(sums.total + part, total, mask=rows.valid)
+    if tiles > 0:
+        inside = rows.valid[:, None] & (dv[None, :] < shape.DV)
+        tl.store(sums.acc + part[:, None] * shape.DV + dv[None, :], acc, mask=inside)

@@ -1,0 +1,100 @@
+"""The heaviest of many weights: what the kernels that choose blocks, and those that choose pages, share.
+
+Weights are float32 and not negative, so that their bits are their ranks. The first of them and those from ``stop`` on
+are no candidates: what they stand for is attended anyway.
+"""
+
+import triton
+import triton.language as tl
+
+from nc_patch.ops.triton.ranks import ABOVE_INFINITY, Bracket, count_ranks, narrow, quarter, width_of
+
+
+@triton.jit
+def load_ranks(weights, stop, place):
+    """The ranks of the weights at these places; below 0 for those that are no candidates."""
+    candidate = (place > 0) & (place < stop)
+    return tl.load(weights + place, mask=candidate, other=-1.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def find_cut(weights, stop, needed, BLOCK: tl.constexpr):
+    """(cut, spare): the ``needed`` highest ranks are those above ``cut`` and the first ``spare`` that equal it."""
+    # Where none is needed the bracket is closed above all of them.
+    low = tl.where(needed > 0, needed * 0, ABOVE_INFINITY)
+    count_low = tl.where(needed > 0, stop - 1, needed)
+    bracket = Bracket(low, needed * 0 + ABOVE_INFINITY, count_low, needed * 0)
+    while (bracket.count_low != needed) & (width_of(bracket) > 1):
+        first, second, third = quarter(bracket)
+        count_first, count_second, count_third = count_candidates(weights, stop, first, second, third, BLOCK)
+        bracket = narrow(bracket, needed, first, second, third, count_first, count_second, count_third)
+    exact = bracket.count_low == needed
+    return tl.where(exact, bracket.low - 1, bracket.low), tl.where(exact, 0, needed - bracket.count_high)
+
+
+@triton.jit
+def count_candidates(weights, stop, first, second, third, BLOCK: tl.constexpr):
+    """How many candidates reach each of three ascending ranks."""
+    count_first = first * 0
+    count_second = first * 0
+    count_third = first * 0
+    for begin in range(0, stop, BLOCK):
+        ranks = load_ranks(weights, stop, begin + tl.arange(0, BLOCK))
+        reach_first, reach_second, reach_third = count_ranks(ranks, first, second, third)
+        count_first += reach_first
+        count_second += reach_second
+        count_third += reach_third
+    return count_first, count_second, count_third
+
+
+@triton.jit
+def count_to_mass(weights, masses, stop, missing, BLOCK: tl.constexpr):
+    """How many of the heaviest candidates hold a mass of ``missing`` or more; ``masses`` points to the mass of each.
+
+    Bisects for the largest weight such that all that weigh as much or more are enough; of those that weigh just as
+    much only as many count as are needed, each with their mean mass.
+    """
+    low = stop * 0
+    high = low + ABOVE_INFINITY
+    while (missing > 0.0) & (high - low > 1):
+        middle = low + (high - low) // 2
+        mass, _count = weigh(weights, masses, stop, middle, BLOCK)
+        low = tl.where(mass >= missing, middle, low)
+        high = tl.where(mass >= missing, high, middle)
+    mass_above, count_above = weigh(weights, masses, stop, low + 1, BLOCK)
+    mass_from, count_from = weigh(weights, masses, stop, low, BLOCK)
+    tied = (count_from - count_above).to(tl.float32)
+    each = (mass_from - mass_above) / tl.maximum(tied, 1.0)
+    ties = tl.ceil((missing - mass_above) / tl.maximum(each, 1e-38))
+    ties = tl.minimum(tl.maximum(ties, 1.0), tied).to(tl.int32)
+    return tl.where(missing > 0.0, count_above + ties, 0)
+
+
+@triton.jit
+def weigh(weights, masses, stop, least_rank, BLOCK: tl.constexpr):
+    """(mass, count) of the candidates whose rank is ``least_rank``, which is not negative, or more."""
+    mass = least_rank.to(tl.float32) * 0.0
+    count = least_rank * 0
+    for begin in range(0, stop, BLOCK):
+        place = begin + tl.arange(0, BLOCK)
+        reached = load_ranks(weights, stop, place) >= least_rank
+        mass += tl.sum(tl.load(masses + place, mask=reached, other=0.0), axis=0)
+        count += tl.sum(reached.to(tl.int32), axis=0)
+    return mass, count
+
+
+@triton.jit
+def places(above, tied, spare, taken_before, ties_before):
+    """Where a tile of a list that ascends goes: (places, which are taken, taken and ties up to its end).
+
+    Taken are all ``above`` and the first ``spare`` of all that are ``tied``. Without spare ones, ``tied`` counts for
+    nothing.
+    """
+    ties = ties_before + tl.cumsum(tied.to(tl.int32), axis=0)
+    certain = taken_before + tl.cumsum(above.to(tl.int32), axis=0)
+    return (
+        certain + tl.minimum(ties, spare) - 1,
+        above | (tied & (ties <= spare)),
+        taken_before + tl.sum(above.to(tl.int32), axis=0),
+        ties_before + tl.sum(tied.to(tl.int32), axis=0),
+    )

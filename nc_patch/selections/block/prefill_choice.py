@@ -1,0 +1,349 @@
+"""The kernels of block-sparse prefill that score key blocks, and choose some for each query block.
+
+Key blocks are counted from the beginning of each sequence. Logits are in base 2.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from nc_patch.ops.triton.rows import FAR, head_of, visible_keys
+from nc_patch.ops.triton.scores import (
+    factored_logits,
+    finite_or_zero,
+    fold,
+    load_queries,
+    score_run,
+)
+from nc_patch.ops.triton.structs import PER_CALL, Rows
+from nc_patch.selections.block.heaviest import count_to_mass, find_cut, load_ranks, places
+
+# int32 [N, PLAN_COLUMNS]: a query block in each row, in the columns of ``QueryBlock``.
+PLAN_COLUMNS = tl.constexpr(8)
+
+
+class Plan(NamedTuple):
+    """Pointers to what the kernels are told of N query blocks; see ``blocks.BlockPlan``."""
+
+    table: Any
+    samples: Any
+    law: Any
+    limit: Any
+
+
+class QueryBlock(NamedTuple):
+    """A query block as the plan's table has it.
+
+    Attributes:
+        batch: the sequence. first, last: its rows ``first:last`` of Lq.
+        begin: the key position of block 0. lowest: the first visible block. blocks: how many there are.
+        diagonal: how many of them come before those that hold the query block's own positions.
+    """
+
+    batch: Any
+    first: Any
+    last: Any
+    begin: Any
+    lowest: Any
+    blocks: Any
+    diagonal: Any
+
+
+@triton.jit
+def load_query_block(table, number, mask):
+    """The ``QueryBlock`` of each number, from the plan's table; zeros where the mask has none."""
+    row = table + number.to(tl.int64) * PLAN_COLUMNS
+    return QueryBlock(
+        tl.load(row, mask=mask, other=0).to(tl.int64),
+        tl.load(row + 1, mask=mask, other=0),
+        tl.load(row + 2, mask=mask, other=0),
+        tl.load(row + 3, mask=mask, other=0),
+        tl.load(row + 4, mask=mask, other=0),
+        tl.load(row + 5, mask=mask, other=0),
+        tl.load(row + 6, mask=mask, other=0),
+    )
+
+
+class BlockScores(NamedTuple):
+    """Where scores of key blocks are: pointers to those of block 0 of each row, which has ``blocks`` of them."""
+
+    data: Any
+    stride: Any
+    blocks: Any
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "slots", "first_number", "row_count", "width"])
+def score_blocks_kernel(
+    query,
+    key,
+    visible,
+    plan,
+    scores,
+    group,
+    Lq,
+    Lk,
+    slots,
+    first_number,
+    row_count,
+    width,
+    settings,
+    shape,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Log-sum-exps of the sampled rows' logits over each key block: ``scores [num_kv_heads, width, row_count]``.
+
+    Rows are (query block, slot, query head of the group), the head running fastest, from query block ``first_number``
+    on; blocks are counted from the first visible one. Scores of slots without a row are not written.
+
+    A program takes ``BLOCK_M`` consecutive rows of one key/value head, whatever query blocks they belong to: with 4
+    sampled rows a query block and 4 query heads a group, 128 rows are those of 8 query blocks, so that keys are read
+    once for 8 of them. The log-sum-exp of a block needs nothing of the others, so that the third axis of the grid
+    divides the keys that a program's rows see.
+    """
+    kv_head = tl.program_id(1).to(tl.int64)
+    segment = tl.program_id(2)
+    flat = tl.program_id(0) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
+    number = first_number + flat // (slots * group)
+    places = plan.samples + number.to(tl.int64) * slots + (flat // group) % slots
+    sample = tl.load(places, mask=flat < row_count, other=-1)
+    valid = sample >= 0
+    own = load_query_block(plan.table, number, valid)
+    index = tl.maximum(sample, 0).to(tl.int64)
+    start, end = visible_keys(visible + (own.batch * Lq + index) * 2, valid, Lk)
+    rows = Rows(own.batch, kv_head, index, kv_head * group + flat % group, flat, valid, start, end, end)
+    queries = load_queries(query, rows, shape)
+
+    # Blocks are counted from each sequence's beginning: rows of one sequence at a time, and mostly there is but one.
+    remaining = valid
+    while tl.max(remaining.to(tl.int32), axis=0) > 0:
+        leads = flat == tl.min(tl.where(remaining, flat, FAR), axis=0)
+        batch = tl.sum(tl.where(leads, own.batch, 0), axis=0)
+        begin = tl.sum(tl.where(leads, own.begin, 0), axis=0)
+        here = remaining & (own.batch == batch) & (own.begin == begin)
+        lowest = tl.min(tl.where(here, own.lowest, FAR), axis=0)
+        past = tl.max(tl.where(here, own.lowest + own.blocks, -FAR), axis=0)
+        tiles = tl.cdiv((past - lowest) * BLOCK_SIZE, shape.BLOCK_N)
+        share = tl.cdiv(tiles, tl.num_programs(2))
+        low = begin + lowest * BLOCK_SIZE + segment * share * shape.BLOCK_N
+        tiles = tl.minimum(tl.maximum(tiles - segment * share, 0), share)
+        # Tiles that every row sees whole need no mask; those before and after them do.
+        clear_from = tl.max(tl.where(here, start, 0), axis=0)
+        clear_to = tl.min(tl.where(here, end, FAR), axis=0)
+        before = tl.minimum(tl.cdiv(tl.maximum(clear_from - low, 0), shape.BLOCK_N), tiles)
+        after = tl.minimum(tl.maximum(clear_to - low, 0) // shape.BLOCK_N, tiles)
+        after = tl.maximum(after, before)
+        keys = head_of(key, batch, kv_head)
+        first_block = lowest - own.lowest + segment * share * (shape.BLOCK_N // BLOCK_SIZE)
+        written = BlockScores(scores + kv_head * width * row_count + flat, row_count, tl.where(here, own.blocks, 0))
+        score_tiles(
+            queries, keys, rows, low, 0, before, after, tiles, Lk, written, first_block, settings, shape, BLOCK_SIZE,
+            True,
+        )  # fmt: skip
+        score_tiles(
+            queries, keys, rows, low, before, after, 0, 0, Lk, written, first_block, settings, shape, BLOCK_SIZE, False
+        )
+        remaining = remaining & ~here
+
+
+@triton.jit
+def score_tiles(
+    queries,
+    keys,
+    rows,
+    low,
+    from_tile,
+    to_tile,
+    later_from,
+    later_to,
+    Lk,
+    written,
+    first_block,
+    settings,
+    shape,
+    BLOCK_SIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Scores the tiles ``from_tile:to_tile`` and ``later_from:later_to`` of the keys from ``low`` on.
+
+    ``first_block`` is the number that each row gives to the block at ``low``.
+    """
+    blocks_of_tile: tl.constexpr = shape.BLOCK_N // BLOCK_SIZE
+    for step in range(to_tile - from_tile + later_to - later_from):
+        tile = from_tile + step
+        if MASKED:
+            tile = tl.where(tile < to_tile, tile, tile - to_tile + later_from)
+        position = low + tile * shape.BLOCK_N
+        columns = position + tl.arange(0, shape.BLOCK_N)
+        raw = score_run(queries, keys, position, (columns >= 0) & (columns < Lk), shape, MASKED)
+        bent, factor = factored_logits(raw, settings)
+        if MASKED:
+            seen = (columns[None, :] >= rows.start[:, None]) & (columns[None, :] < rows.end[:, None])
+            bent = tl.where(seen, bent, float("-inf"))
+        by_block = tl.reshape(bent, (shape.BLOCK_M, blocks_of_tile, BLOCK_SIZE))
+        base = finite_or_zero(tl.max(by_block, axis=2) * factor)
+        # A fused multiply-add by name: left to the compiler, tiles with and without a mask would round differently, and
+        # a block's score would depend on which other rows share its tile.
+        factors = tl.full(by_block.shape, factor, dtype=tl.float32)
+        total = tl.sum(tl.exp2(tl.fma(by_block, factors, tl.broadcast_to(-base[:, :, None], by_block.shape))), axis=2)
+        block = first_block[:, None] + tile * blocks_of_tile + tl.arange(0, blocks_of_tile)[None, :]
+        tl.store(
+            written.data[:, None] + block.to(tl.int64) * written.stride,
+            base + tl.log2(total),
+            mask=(block >= 0) & (block < written.blocks[:, None]),
+        )
+
+
+class Scratch(NamedTuple):
+    """Memory for the programs that choose: weights and masses, a row of ``width`` for each, and log-sum-exps of rows.
+
+    ``masses`` is None where no ``min_mass`` is asked for.
+    """
+
+    weights: Any
+    masses: Any
+    row_lse: Any
+
+
+class Choice(NamedTuple):
+    """Where a choice goes, for each query block and key/value head.
+
+    Attributes:
+        indices: int32 ``[N, Hkv, capacity]``, filled with -1. counts: int32 ``[N, Hkv]``.
+        kept: float32 ``[N, Hkv, slots, group]``, each sampled row's mass on the chosen blocks; 0 where there is no row.
+        enlarged: int32 ``[N, Hkv]``, whether ``min_mass`` asked for more than the law.
+    """
+
+    indices: Any
+    counts: Any
+    kept: Any
+    enlarged: Any
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "slots", "first_number", "row_count", "width", "capacity"])
+def choose_blocks_kernel(
+    plan,
+    scores,
+    scratch,
+    choice,
+    num_kv_heads,
+    group,
+    slots,
+    first_number,
+    row_count,
+    width,
+    capacity,
+    min_mass,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The ``Choice`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
+
+    Reads the ``scores``, as ``score_blocks_kernel`` writes them, three times: for each row's log-sum-exp over its
+    blocks, for the largest share that any row puts on each block, and for the mass that each row keeps. ``min_mass`` is
+    None for none.
+    """
+    local = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    number = (first_number + local).to(tl.int64)
+    own = load_query_block(plan.table, number, number >= 0)
+    pair = number * num_kv_heads + kv_head
+    rows = slots * group
+    program = local.to(tl.int64) * num_kv_heads + kv_head
+    weights = scratch.weights + program * width
+    lse_row = scratch.row_lse + program * rows
+    logits = BlockScores(scores + kv_head * width * row_count + local.to(tl.int64) * rows, row_count, own.blocks)
+
+    present_rows = 0
+    for from_row in range(0, rows, BLOCK_R):
+        row = from_row + tl.arange(0, BLOCK_R)
+        present = tl.load(plan.samples + number * slots + row // group, mask=row < rows, other=-1) >= 0
+        present_rows += tl.sum(present.to(tl.int32), axis=0)
+        peak = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_R], dtype=tl.float32)
+        for from_block in range(0, own.blocks, BLOCK_C):
+            tile = load_scores(logits, row, present, from_block + tl.arange(0, BLOCK_C))
+            peak, total, _weights, _shrink = fold(tile, peak, total)
+        # Of a row that is missing 0, as where it is loaded below: its scores are -inf, and so its mass is 0, not NaN.
+        whole = tl.where(present, finite_or_zero(peak) + tl.log2(total), 0.0)
+        tl.store(lse_row + row, whole, mask=present)
+        for from_block in range(0, own.blocks, BLOCK_C):
+            block = from_block + tl.arange(0, BLOCK_C)
+            mass = load_mass(logits, row, present, block, whole)
+            # NaN ranks first, with infinity, and weighs nothing.
+            weight = tl.max(tl.where(mass == mass, mass, float("inf")), axis=0)
+            if from_row > 0:
+                weight = tl.maximum(weight, tl.load(weights + block, mask=block < own.blocks, other=0.0))
+            tl.store(weights + block, weight, mask=block < own.blocks)
+            if min_mass is not None:
+                held = tl.sum(tl.where(mass == mass, mass, 0.0), axis=0)
+                places_of_mass = scratch.masses + program * width + block
+                if from_row > 0:
+                    held += tl.load(places_of_mass, mask=block < own.blocks, other=0.0)
+                tl.store(places_of_mass, held, mask=block < own.blocks)
+        # Every thread has written the weights, and the log-sum-exps, that others read.
+        tl.debug_barrier()
+
+    always = tl.minimum(own.diagonal, 1) + own.blocks - own.diagonal
+    wanted = tl.minimum(tl.maximum(tl.load(plan.law + pair), always), own.blocks)
+    if min_mass is not None:
+        masses = scratch.masses + program * width
+        most = tl.minimum(tl.maximum(tl.load(plan.limit + pair), wanted), own.blocks)
+        target = min_mass * tl.cast(present_rows, tl.float32)
+        missing = target - mass_of_always(masses, own, BLOCK_P)
+        more = always + count_to_mass(weights, masses, own.diagonal, missing, BLOCK_P)
+        # Where even all blocks miss the target by rounding, all are asked for.
+        grown = tl.minimum(tl.maximum(wanted, more), most)
+        tl.store(choice.enlarged + pair, (grown > wanted).to(tl.int32))
+        wanted = grown
+    wanted = tl.minimum(wanted, capacity)
+    cut, spare = find_cut(weights, own.diagonal, wanted - always, BLOCK_P)
+
+    for from_row in range(0, rows, BLOCK_R):
+        row = from_row + tl.arange(0, BLOCK_R)
+        present = tl.load(plan.samples + number * slots + row // group, mask=row < rows, other=-1) >= 0
+        whole = tl.load(lse_row + row, mask=present, other=0.0)
+        kept_here = tl.zeros([BLOCK_R], dtype=tl.float32)
+        taken_before = 0
+        ties_before = 0
+        for from_block in range(0, own.blocks, BLOCK_C):
+            block = from_block + tl.arange(0, BLOCK_C)
+            rank = load_ranks(weights, own.diagonal, block)
+            above = (block < own.blocks) & ((block == 0) | (block >= own.diagonal) | (rank > cut))
+            place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
+            if from_row == 0:
+                stored = choice.indices + pair * capacity + place
+                tl.store(stored, own.lowest + block, mask=taken & (place < capacity))
+            mass = load_mass(logits, row, present, block, whole)
+            kept_here += tl.sum(tl.where(taken[None, :], mass, 0.0), axis=1)
+        tl.store(choice.kept + pair * rows + row, kept_here, mask=row < rows)
+    tl.store(choice.counts + pair, wanted)
+
+
+@triton.jit
+def load_scores(scores, row, present, block):
+    """Scores ``[BLOCK_R, BLOCK_C]`` of rows and blocks; -inf where there is no such row or block."""
+    pointers = scores.data + (block.to(tl.int64)[None, :] * scores.stride + row[:, None])
+    return tl.load(pointers, mask=present[:, None] & (block < scores.blocks)[None, :], other=float("-inf"))
+
+
+@triton.jit
+def load_mass(scores, row, present, block, whole):
+    """The share of each row's mass on each block, ``[BLOCK_R, BLOCK_C]``; 0 where there is no such row.
+
+    What lies beyond the last block means nothing. No mask is needed after the load: a mask would hold each load's
+    predicate, of which there are few, and so the loads would wait for each other.
+    """
+    return tl.exp2(load_scores(scores, row, present, block) - whole[:, None])
+
+
+@triton.jit
+def mass_of_always(masses, own, BLOCK_P: tl.constexpr):
+    """The mass of the blocks that are always attended."""
+    mass = tl.cast(own.blocks * 0, tl.float32)
+    for first in range(0, own.blocks, BLOCK_P):
+        block = first + tl.arange(0, BLOCK_P)
+        always = (block < own.blocks) & ((block == 0) | (block >= own.diagonal))
+        mass += tl.sum(tl.load(masses + block, mask=always, other=0.0), axis=0)
+    return mass

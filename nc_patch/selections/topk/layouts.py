@@ -1,0 +1,108 @@
+"""What the key indexes of ``topk`` hold: codes that bound scores, and means of pages of keys and values."""
+
+from typing import ClassVar
+
+import torch
+
+from nc_patch.common import autocast_off
+from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans, page_means, slot_count
+from nc_patch.selections.index import layout
+from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
+
+# Keys that the PyTorch backend encodes at once, to bound its memory.
+_KEYS_AT_ONCE = 8192
+
+
+@layout("codes")
+class Codes:
+    """One byte an element and eight a key besides, which bound every score: see ``codes``."""
+
+    names: ClassVar = KeyCodes._fields
+    fixed: ClassVar = ("center", "spread")
+    paged: ClassVar = False
+    takes_values: ClassVar = False
+    # Reading a byte an element saves time only where reading is what takes the time.
+    pays_on: ClassVar = ("triton",)
+
+    @staticmethod
+    def rows(capacity: int, block_size: int) -> int:
+        """One for each key."""
+        return capacity
+
+    @staticmethod
+    def allocate(
+        key: torch.Tensor, value: torch.Tensor | None, ends: tuple[torch.Tensor, torch.Tensor], rows: int
+    ) -> list[torch.Tensor]:
+        """Zeros, and the moments of the channels."""
+        B, Hkv, L, D = key.shape
+        new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
+        with autocast_off(key):
+            center, spread = channel_moments(key, *ends) if L else (new(D, dtype=torch.float32) for _ in range(2))
+        halves = [new(rows, (D + 1) // 2, dtype=torch.int8) for _ in range(2)]
+        residuals = [new(rows, dtype=torch.bfloat16) for _ in range(2)]
+        return [*halves, new(rows, dtype=torch.float32), *residuals, center, spread]
+
+    @staticmethod
+    def write(
+        index: list[torch.Tensor], tensors: list[torch.Tensor], count: int, block_size: int, backend: str
+    ) -> None:
+        """Encodes new keys; positions that do not exist are left out."""
+        key, _, first, _ = tensors
+        codes = KeyCodes(*index)
+        if backend == "triton":
+            from nc_patch.selections.topk.encode import triton_encode_keys_
+
+            triton_encode_keys_(key, first, count, codes)
+            return
+        Hkv, N, D = key.shape[1:]
+        for begin in range(0, count, _KEYS_AT_ONCE):
+            offset = torch.arange(begin, min(begin + _KEYS_AT_ONCE, count), device=key.device)
+            # A key's codes depend on it alone, so that writing one twice, where a position is clamped, does no harm.
+            at = (first.long()[:, None] + offset).clamp(0, N - 1)[:, None].expand(-1, Hkv, -1)
+            keys = key.gather(2, at[..., None].expand(-1, -1, -1, D))
+            for target, new in zip(codes, encode_keys(keys, codes.center, codes.spread), strict=False):
+                target.scatter_(2, at if new.dim() == 3 else at[..., None].expand_as(new), new)
+
+
+@layout("means")
+class Means:
+    """The mean key and the mean value of each page of 16, by which keys that are not attended count."""
+
+    names: ClassVar = ("key", "value")
+    fixed: ClassVar = ()
+    paged: ClassVar = False
+    takes_values: ClassVar = True
+    pays_on: ClassVar = ("triton", "torch")
+
+    @staticmethod
+    def rows(capacity: int, block_size: int) -> int:
+        """One for each slot."""
+        return slot_count(capacity)
+
+    @staticmethod
+    def allocate(
+        key: torch.Tensor, value: torch.Tensor | None, ends: tuple[torch.Tensor, torch.Tensor], rows: int
+    ) -> list[torch.Tensor]:
+        """Zeros."""
+        assert value is not None
+        return [t.new_zeros(*t.shape[:2], rows, t.shape[3]) for t in (key, value)]
+
+    @staticmethod
+    def write(
+        index: list[torch.Tensor], tensors: list[torch.Tensor], count: int, block_size: int, backend: str
+    ) -> None:
+        """Averages each page that holds a new key; one that is not full yet is overwritten when it is."""
+        key, origin, first, _, value = tensors
+        if backend == "triton":
+            from nc_patch.ops.triton.means import triton_page_means_
+
+            triton_page_means_(key, value, origin, first, count, PageMeans(*index))
+            return
+        slots = index[0].shape[2]
+        touched = min((count + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1, slots)
+        begin = origin.long() % TAIL_PAGE_SIZE
+        # Means depend on the page alone, so that writing one twice, where a slot is clamped, does no harm.
+        slot = torch.div(first.long() - begin, TAIL_PAGE_SIZE, rounding_mode="floor").clamp(0, slots - touched)
+        at = slot[:, None] + torch.arange(touched, device=key.device)
+        for kept, new in zip(index, page_means(key, value, at * TAIL_PAGE_SIZE + begin[:, None]), strict=True):
+            kept.scatter_(2, at[:, None, :, None].expand_as(new), new)

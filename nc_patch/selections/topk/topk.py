@@ -1,0 +1,103 @@
+"""``TopK``: the keys with the highest scores."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from nc_patch.common import check_integer
+from nc_patch.ops.means import page_means, page_starts
+from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.ops.rows import Buffers, Rows
+from nc_patch.selections.base import Selection, check_options, register
+from nc_patch.selections.topk import layouts  # noqa: F401  registers them
+from nc_patch.selections.topk.torch import forced_counts, hide_all_but_best_
+from nc_patch.selections.topk.torch_decode import torch_topk_decode
+
+
+@register("topk")
+@dataclass(frozen=True)
+class TopK(Selection):
+    """The first ``sink_keys`` and last ``recent_keys`` visible keys, and of the others those with the highest scores.
+
+    The recent keys come first in the budget, then the sinks. Ties go to the lower position; NaN is above every score.
+
+    Args:
+        sink_keys: the first visible keys, attended always, within the budget.
+        recent_keys: the last visible keys, attended always, within the budget.
+        tail: what is done with the keys that are not attended. ``"mean"``: every page of 16 keys enters as one more
+            key, its mean, which counts as often as the page has keys that are not attended; this costs a sixteenth of
+            dense attention more. ``"drop"``: nothing, which is the paper's definition.
+    """
+
+    sink_keys: int = 4
+    recent_keys: int = 1
+    tail: str = "mean"
+
+    choices: ClassVar = {"tail": ("mean", "drop")}
+    index_kind: ClassVar = "codes"
+    bounds_kept_mass: ClassVar = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name in ("sink_keys", "recent_keys"):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 0))
+
+    def forced(self, budget: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many first and last keys queries attend whatever they score, int32 of the shape of ``budget [...]``."""
+        return forced_counts(budget, self.sink_keys, self.recent_keys)
+
+    def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The definition, bool ``[H or 1, R, N]``; see ``Selection.keep``."""
+        count = scores.shape[-1]
+        seen, position = rows.seen(count), rows.positions(count)
+        sinks, recents = (number[..., None] for number in self.forced(rows.budget))
+        start, end = rows.visible[:, :1], rows.visible[:, 1:]
+        forced = seen & ((position < start + sinks) | (position >= end - recents))
+        # Order: forced keys, then visible keys by falling score, then the rest; a stable sort keeps ties by position.
+        by_score = torch.where(scores.isnan(), torch.inf, scores)
+        order = torch.sort(by_score, dim=-1, descending=True, stable=True).indices
+        tier = torch.where(forced, 0, torch.where(seen, 1, 2)).expand_as(scores).gather(-1, order)
+        order = order.gather(-1, torch.sort(tier, dim=-1, stable=True).indices)
+        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(count, device=order.device).expand_as(order))
+        return seen & (rank < rows.budget[..., None])
+
+    def hide_(self, scores: torch.Tensor, rows: Rows, buffers: Buffers) -> torch.Tensor:
+        """``keep`` of scores ``[H, R, N]`` without a sort; see ``Selection.hide_``."""
+        return hide_all_but_best_(scores, rows, *self.forced(rows.budget), buffers)
+
+    @property
+    def uses_means(self) -> bool:
+        """Whether page means stand for what is not attended."""
+        return self.tail == "mean"
+
+    def with_means(self, problem: Problem, backend: str) -> Problem:
+        """The problem with its page means: those that are kept, or new ones; without any where they do not count."""
+        if not self.uses_means:
+            return problem._replace(means=None)
+        if problem.means is not None:
+            return problem
+        starts = page_starts(problem.visible, problem.origin, problem.key.shape[2])
+        if backend == "triton":
+            from nc_patch.ops.triton.means import triton_page_means
+
+            return problem._replace(means=triton_page_means(problem.key, problem.value, starts))
+        return problem._replace(means=page_means(problem.key, problem.value, starts))
+
+    def prefill_triton(self, problem: Problem) -> AttentionResult:
+        """Two kernels: a search for each row's threshold, and the attention; see ``prefill``."""
+        from nc_patch.ops.triton.launch import launch_attention
+        from nc_patch.selections.topk.prefill import find_limits
+
+        problem = self.with_means(problem, "triton")
+        return launch_attention(problem, self.sink_keys, self.recent_keys, find_limits)
+
+    def decode_torch(self, problem: Problem) -> AttentionResult:
+        """By codes: only keys that may be among the best are read."""
+        return torch_topk_decode(self.with_means(problem, "torch"), self.sink_keys, self.recent_keys)
+
+    def decode_triton(self, problem: Problem) -> AttentionResult:
+        """By codes, in kernels; see ``decode``."""
+        from nc_patch.selections.topk.decode import triton_topk_decode
+
+        return triton_topk_decode(self.with_means(problem, "triton"), self.sink_keys, self.recent_keys)

@@ -1,0 +1,160 @@
+"""Attention of loose tensors and settings, as tests call it: by an operation, an implementation, or in float64."""
+
+from typing import Any
+
+import torch
+
+from nc_patch import library
+from nc_patch.ops.means import PageMeans
+from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.ops.reference import reference_attention as attention_over
+from nc_patch.ops.rows import Rows
+from nc_patch.selections import Block, Dense, Selection, TopK, Window
+from nc_patch.selections.block.blocks import BlockChoice
+from nc_patch.selections.block.definition import chosen_mask
+
+
+def problem_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = 0.0,
+    origin: torch.Tensor | None = None,
+    **more: Any,
+) -> Problem:
+    """A problem; each sequence begins where its interval does, unless ``origin`` says otherwise."""
+    origin = visible[..., 0] if origin is None else origin
+    tensors = (query, key, value, visible.contiguous(), origin.contiguous(), budget.contiguous())
+    return Problem(*tensors, scale=scale, softcap=softcap or 0.0, sinks=sinks, **more)
+
+
+def selection_of(name: str, **options: Any) -> Selection:
+    """The selection of a name with those of the options that it has; ``tail`` is whether page means count."""
+    if name == "topk":
+        tail = "mean" if options.get("tail") else "drop"
+        return TopK(options.get("sink_keys", 0), options.get("recent_keys", 0), tail)
+    if name == "window":
+        return Window(options.get("sink_keys", 0))
+    if name in ("block", "pages"):
+        sizes = {name: options[name] for name in ("query_block_size", "sample_stride", "max_factor") if name in options}
+        block = Block(min_mass=options.get("min_mass") or None, **sizes)
+        object.__setattr__(block, "size", options.get("block_size", 32))  # tests take smaller ones too
+        return block
+    return Dense()
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    selection: str,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    origin: torch.Tensor | None = None,
+    choice: BlockChoice | None = None,
+    **options: Any,
+) -> AttentionResult:
+    """Attention in float64, as a selection defines it; ``"pages"`` are blocks while decoding.
+
+    With a ``choice`` the key blocks that it names are attended.
+    """
+    problem = problem_of(query, key, value, visible, budget, sinks, scale=scale, softcap=softcap, origin=origin)
+    chosen = selection_of(selection, **options)
+    if choice is not None:
+        assert isinstance(chosen, Block)
+        return attention_over(problem, chosen_mask(problem, choice, chosen.settings))
+    return chosen.reference(problem, decode=selection == "pages")
+
+
+def topk_mask(
+    scores: torch.Tensor, visible: torch.Tensor, budget: torch.Tensor, sink_keys: int, recent_keys: int
+) -> torch.Tensor:
+    """Keys that ``topk`` attends by scores ``[B, H, Lq, Lk]``, bool of the same shape."""
+    chosen = TopK(sink_keys, recent_keys, "drop")
+    rows = (Rows(visible[b], budget[b], visible[b, :, 0], 0, 1) for b in range(len(scores)))
+    return torch.stack([chosen.keep(each, of) for each, of in zip(scores, rows, strict=True)])
+
+
+def implementation(
+    selection: Selection, problem: Problem, backend: str = "torch"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, log-sum-exp and kept mass (or its bounds), empty where there are none, of one backend."""
+    return three(selection.run(problem, backend))
+
+
+def operation(selection: Selection, problem: Problem, backend: str = "torch") -> AttentionResult:
+    """The same through the registered op, which has a gradient."""
+    op = library.operation(selection, problem, backend)
+    found = op(problem.tensors(), *library.arguments(selection, problem, backend))
+    return AttentionResult(*(field if field.numel() else None for field in found))
+
+
+def problem_of_case(case: Any, device: str = "cpu", **more: Any) -> Problem:
+    """The problem of an ``attention_cases.Case``, on a device."""
+    tensors = (case.query, case.key, case.value, case.visible, case.budget, case.sinks)
+    moved = (None if t is None else t.to(device) for t in tensors)
+    return problem_of(*moved, scale=case.scale, softcap=case.softcap, origin=case.origin.to(device), **more)
+
+
+def run_blocks(
+    case: Any, backend: str = "torch", device: str = "cpu", stats: bool = True, **options: Any
+) -> AttentionResult:
+    """Block attention of an ``attention_cases.Case``, with some of its settings changed."""
+    problem = problem_of_case(case, device, stats=stats)
+    return selection_of("block", **case.block_settings() | options).run(problem, backend)
+
+
+def three(result: AttentionResult) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    nothing = result.output.new_empty(0, dtype=torch.float32)
+    mass = result.kept_mass if result.kept_mass_bounds is None else result.kept_mass_bounds
+    return result.output, nothing if result.lse is None else result.lse, nothing if mass is None else mass
+
+
+def torch_topk_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int,
+    want_stats: bool,
+    tail: PageMeans | None = None,
+    origin: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``topk`` in PyTorch; with ``tail`` the keys that are left out enter by these means."""
+    settings = {"scale": scale, "softcap": softcap, "origin": origin, "stats": want_stats, "means": tail}
+    problem = problem_of(query, key, value, visible, budget, sinks, **settings)
+    return implementation(TopK(sink_keys, recent_keys, "drop" if tail is None else "mean"), problem)
+
+
+def torch_window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    budget: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *,
+    scale: float,
+    softcap: float,
+    sink_keys: int,
+    recent_keys: int = 0,
+    want_stats: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``window`` in PyTorch."""
+    problem = problem_of(query, key, value, visible, budget, sinks, scale=scale, softcap=softcap, stats=want_stats)
+    return implementation(Window(sink_keys), problem)

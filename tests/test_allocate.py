@@ -1,0 +1,132 @@
+"""Sharing a budget: what is asked is spent, and no other way of sharing found loses less."""
+
+import itertools
+
+import numpy as np
+import pytest
+from profiles import LENGTHS, made_up_profile
+
+from nc_patch import ProfileError
+from nc_patch.budget import budget_of
+from nc_patch.calibration.allocate import Demand, Laws, attended_fraction
+
+
+def spent(profile, n: int, over: str) -> float:
+    """Attended keys / visible keys, counted one by one with the budget law itself."""
+    config = profile.config()
+    rows = range(1, n + 1) if over == "sequence" else [n]
+    attended = seen = 0
+    for layer, window in enumerate(profile.windows):
+        for head in range(profile.shape[1]):
+            alpha, C = config.laws(layer)[head]
+            for row in rows:
+                visible = min(row, window or row)
+                attended += visible if layer in config.dense_layers else budget_of(visible, alpha, C)
+                seen += visible
+    return attended / seen
+
+
+@pytest.mark.parametrize("windows", [(0, 0, 0), (0, 200, 0)], ids=["global", "one-layer-slides"])
+@pytest.mark.parametrize("over", ["sequence", "last"])
+@pytest.mark.parametrize("fraction", [0.05, 0.14, 0.5])
+def test_budgets_sum_to_what_is_asked_at_every_calibrated_length(fraction, over, windows):
+    profile = made_up_profile(windows=windows)
+    for n in LENGTHS:
+        if fraction * n < 8:  # fewer keys than curves are taken at
+            continue
+        shared = profile.at_budget(fraction, n=n, over=over)
+        assert spent(shared, n, over) == pytest.approx(fraction, rel=0.01)
+
+
+def test_budgets_over_all_lengths_and_in_keys():
+    profile = made_up_profile()
+    shared = profile.at_budget(0.1)
+    rows = np.concatenate([np.arange(1, n + 1) for n in LENGTHS])
+    assert attended_fraction(Laws(shared.alpha, shared.C), rows, np.zeros(3, int), 1) == pytest.approx(0.1, rel=0.01)
+    assert "over all calibrated lengths" in shared.aim
+    last = profile.at_budget(keys=64.0, n=1024, over="last")
+    assert spent(last, 1024, "last") * 1024 == pytest.approx(64, rel=0.01)
+    whole = profile.at_budget(keys=64.0, n=1024)
+    assert spent(whole, 1024, "sequence") * 512.5 == pytest.approx(64, rel=0.01)
+
+
+def test_dense_layers_stay_dense_and_count():
+    profile = made_up_profile()
+    shared = profile.at_budget(0.5, n=512, dense_layers=(1,))
+    assert shared.dense_layers == (1,)
+    assert shared.config().is_dense(1)
+    assert not shared.config().is_dense(0)
+    assert spent(shared, 512, "sequence") == pytest.approx(0.5, rel=0.01)
+    with pytest.raises(ProfileError, match=r"no budgets attend 0.3 of the keys: .* dense layers \[1\]"):
+        profile.at_budget(0.3, n=512, dense_layers=(1,))
+
+
+def test_every_key_is_a_budget_too():
+    shared = made_up_profile().at_budget(1.0, n=512)
+    assert spent(shared, 512, "sequence") == 1.0
+
+
+def test_no_exchange_of_keys_between_heads_loses_less():
+    profile = made_up_profile()
+    keys = np.array(profile.keys, dtype=float)
+    cost = profile.sensitivity[..., None] * profile.error
+    demand = Demand(keys, profile.visible, cost)
+    taken = demand.at(demand.price_range()[1] / 300)[-1]
+
+    def lost(layer: int, head: int, k: float) -> float:
+        inside = keys < LENGTHS[-1]
+        x, y = np.append(keys[inside], LENGTHS[-1]), np.append(cost[-1, layer, head][inside], 0.0)
+        return float(np.interp(k, x, y))
+
+    inner = [at for at in np.ndindex(*taken.shape) if 12 < taken[at] < 0.5 * LENGTHS[-1]]
+    assert len(inner) > 4
+    for giver, taker in itertools.permutations(inner, 2):
+        moved = 0.35 * min(taken[giver], taken[taker])
+        change = lost(*giver, taken[giver] - moved) - lost(*giver, taken[giver])
+        change += lost(*taker, taken[taker] + moved) - lost(*taker, taken[taker])
+        assert change > -1e-9
+
+
+def test_a_shared_budget_is_predicted_to_lose_less_than_any_uniform_law():
+    profile = made_up_profile()
+    rows = np.arange(1, 1025)
+    zeros = np.zeros(3, int)
+
+    def lost(laws: Laws) -> float:
+        total = 0.0
+        for level, n in enumerate(LENGTHS):
+            k = np.clip(np.ceil(laws.alpha * n**laws.C), 1, n)
+            needed = np.array([[np.interp(np.log(k[m, h]), np.log(profile.keys), profile.error[level, m, h])
+                                for h in range(4)] for m in range(3)])  # fmt: skip
+            total += n * float((profile.sensitivity * np.where(k >= n, 0.0, needed)).sum())
+        return total
+
+    shared = profile.at_budget(0.1, n=1024)
+    best = np.inf
+    for C in (0.3, 0.5, 0.7, 1.0):
+        alpha = 1e-3
+        while attended_fraction(Laws(np.full((3, 4), alpha), np.full((3, 4), C)), rows, zeros, 1) < 0.1:
+            alpha *= 1.01
+        best = min(best, lost(Laws(np.full((3, 4), alpha), np.full((3, 4), C))))
+    assert lost(Laws(shared.alpha, shared.C)) < 0.9 * best
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give fraction, for example"),
+        ({"fraction": 0.1, "keys": 3}, "and not both"),
+        ({"fraction": 0.0}, "fraction must be a number above 0 and at most 1, got 0.0"),
+        ({"fraction": 1.5}, "fraction must be a number above 0 and at most 1"),
+        ({"fraction": float("nan")}, "fraction must be a number"),
+        ({"fraction": True}, "fraction must be a number"),
+        ({"keys": -1.0}, "keys must be a number above 0"),
+        ({"fraction": 0.1, "n": 0}, "n must be a positive integer, got 0"),
+        ({"fraction": 0.1, "n": 1.5}, "n must be a positive integer"),
+        ({"fraction": 0.1, "over": "all"}, "over must be"),
+        ({"fraction": 0.1, "dense_layers": (3,)}, "dense_layers must be a list of layers from 0 to 2"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(arguments, message):
+    with pytest.raises(ProfileError, match=message):
+        made_up_profile().at_budget(**arguments)

@@ -1,0 +1,120 @@
+"""A selection is one file: the example of docs/selection.md works everywhere, and nothing else has to be written."""
+
+import copy
+import pickle
+import re
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from operations import operation, problem_of
+from tiny_models import random_ids, tiny_model
+
+from nc_patch import NCConfig, nc_stats, patch_model, sparse_attention
+from nc_patch.ops.problem import causal_intervals
+from nc_patch.selections import Selection, base, register, selection_class, selection_names
+
+PAGE = Path(__file__).parent.parent / "docs" / "selection.md"
+
+
+@pytest.fixture(scope="module")
+def Stride():
+    """The class of the page, which is not registered any more afterwards."""
+    example = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)[0]
+    assert len(example.splitlines()) <= 40
+    module = types.ModuleType("stride_example")
+    sys.modules[module.__name__] = module
+    exec(compile(example, str(PAGE), "exec"), vars(module))
+    yield module.Stride
+    del sys.modules[module.__name__], base._SELECTIONS["stride"]
+
+
+def tensors(requires_grad=False):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 37, 16), (2, 2, 90, 16), (2, 2, 90, 8))
+    return [torch.randn(shape, generator=generator).requires_grad_(requires_grad) for shape in shapes]
+
+
+def problem():
+    query, key, value = tensors()
+    visible = causal_intervals(2, 37, 90, "cpu")
+    visible[1, :, 0] = 11
+    budget = NCConfig(3.0, 0.5).row_budgets(visible, 90)
+    return problem_of(query, key, value, visible, budget, torch.randn(4), scale=0.3, softcap=20.0, stats=True)
+
+
+def test_it_attends_exactly_what_it_says(Stride):
+    given, chosen = problem(), Stride(every=5)
+    mask = chosen.mask(given, torch.zeros(2, 4, 37, 90))
+    assert torch.equal(mask.sum(-1, dtype=torch.int32), given.budget.expand(-1, 4, -1))
+    last = mask[0, 0, -1].nonzero()[:, 0].tolist()
+    assert set(range(89, 89 - 5 * 18, -5)) <= set(last)
+    expected, result = chosen.reference(given), chosen.run(given, "torch")
+    assert torch.allclose(result.output.double(), expected.output, atol=1e-5)
+    assert torch.allclose(result.lse.double(), expected.lse, atol=1e-4)
+    assert torch.allclose(result.kept_mass.double(), expected.kept_mass, atol=1e-5)
+
+
+def test_it_has_a_gradient(Stride):
+    given, chosen = problem(), Stride(every=5)
+    leaves = [t.clone().requires_grad_() for t in (given.query, given.key, given.value, given.sinks)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    weight = torch.randn(2, 4, 37, 8)
+    mine = given._replace(query=leaves[0], key=leaves[1], value=leaves[2], sinks=leaves[3])
+    right = given._replace(query=exact[0], key=exact[1], value=exact[2], sinks=exact[3])
+    (operation(chosen, mine).output * weight).sum().backward()
+    (chosen.reference(right).output * weight.double()).sum().backward()
+    for leaf, expected in zip(leaves, exact, strict=True):
+        assert torch.allclose(leaf.grad.double(), expected.grad, atol=1e-4)
+
+
+def test_it_compiles_as_a_whole(Stride):
+    query, key, value = tensors()
+
+    def attention(query, key, value):
+        return sparse_attention(query, key, value, alpha=3.0, C=0.5, selection="stride", every=4)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(query, key, value)
+    assert torch.equal(compiled, attention(query, key, value))
+
+
+def test_models_generate_and_train_with_it(Stride):
+    model = patch_model(tiny_model("llama"), 3.0, 0.5, selection="stride", every=4)
+    ids = random_ids(2, 40)
+    generated = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    # Token by token it attends what it attends in one go.
+    alone = model(generated[:, :-1]).logits[:, 39:].argmax(-1)
+    assert torch.equal(alone, generated[:, 40:])
+    fraction = nc_stats(model)["attended_fraction"]
+    assert 0 < fraction < 1
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters() if p.requires_grad)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model.eval())))
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+def test_its_options_are_settings_like_all_others(Stride):
+    config = NCConfig(2.0, 0.5, prefill="stride", every=3)
+    assert config.prefill == Stride(every=3)
+    assert NCConfig.from_json(config.to_json()) == config
+    assert "stride" in selection_names()
+    assert selection_class("stride") is Stride
+    with pytest.raises(TypeError, match=r"prefill: 'stride' has no option step; it has every"):
+        NCConfig(2.0, 0.5, prefill={"name": "stride", "step": 3})
+    with pytest.raises(TypeError, match=r"unknown option evry; .*Did you mean every"):
+        NCConfig(2.0, 0.5, selection="stride", evry=3)
+
+
+def test_what_a_selection_cannot_be_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"Odd.size needs a default that is a number, a bool or None"):
+
+        @register("odd")
+        @dataclass(frozen=True)
+        class Odd(Selection):
+            size: str = "any"
+
+    with pytest.raises(NotImplementedError, match="Nothing must say which keys it keeps"):
+        type("Nothing", (Selection,), {})().keep(torch.zeros(1, 1, 1), None)
