@@ -122,10 +122,25 @@ def public_names(module: str) -> list[Public]:
 
 
 def public_members(entry: Public) -> Iterator[Public]:
-    """The public methods and properties of a class."""
-    for node in entry.node.body if isinstance(entry.node, ast.ClassDef) else ():
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+    """The public methods and properties of a class, but for those that a class of this repository describes for it."""
+    if not isinstance(entry.node, ast.ClassDef):
+        return
+    described = set(_inherited(entry))
+    for node in entry.node.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name not in described:
             yield Public(entry.module, f"{entry.name}.{node.name}", node)
+
+
+def _inherited(entry: Public) -> Iterator[str]:
+    """The names of the methods of its bases, where those are imported from this repository."""
+    bases = {ast.unparse(base) for base in entry.node.bases} if isinstance(entry.node, ast.ClassDef) else set()
+    for node in ast.parse(source_of(entry.module).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nc_patch"):
+            for name in bases & {alias.name for alias in node.names}:
+                found = [base.node for base in _definitions(str(node.module)) if base.name == name]
+                yield from (
+                    method.name for base in found for method in base.body if isinstance(method, ast.FunctionDef)
+                )
 
 
 def _definitions(module: str) -> list[Public]:
