@@ -104,7 +104,7 @@ def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
             if code < 0:
                 print(
                     f"nc-patch: a process was ended by {signal.Signals(-code).name} (number {rank} here), so the run "
-                    "stops; what was measured is kept, and the same command goes on.",
+                    "stops; a sweep keeps what it has measured, and the same command goes on.",
                     file=sys.stderr,
                 )
             return 128 - code if code < 0 else code

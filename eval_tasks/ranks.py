@@ -111,7 +111,7 @@ class Ranks:
         except RuntimeError as error:
             raise AgreedError(
                 f"another of the {self.world} processes ended or does not answer "
-                f"({str(error).splitlines()[0]}); what was measured is kept, and the same command goes on"
+                f"({str(error).splitlines()[0]}); a sweep keeps what it has measured, and the same command goes on"
             ) from error
 
 
