@@ -186,7 +186,9 @@ def _attention(
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
     by_an_index = config.decode.needs_index or not needs_gradient(query, key, value, problem.sinks)
     if patch is not None and not config.is_dense(plan.layer) and by_an_index:
-        detached = problem._replace(key=problem.key.detach(), value=problem.value.detach())
+        detached = problem
+        if key.requires_grad or value.requires_grad:
+            detached = problem._replace(key=problem.key.detach(), value=problem.value.detach())
         index = key_index_of(config, detached, indexed, decoding)
         means = key_means_of(config, detached, indexed)
     if decoding and means is not None:
@@ -202,14 +204,13 @@ def _attention(
                 return AttentionResult(_sdpa(problem, None))
         if dense:
             return attend(problem._replace(key_index=(), means=None), selection, config.backend)
+        if not plan.measures:
+            return attend(problem, selection, config.backend)
         decodes = problem.phase == "decode"
         bounded = decodes and selection.bounds_kept_mass
         estimated = selection.estimates and not decodes
-        asked = problem._replace(
-            stats=plan.measures and not bounded and not estimated,
-            bounds=plan.measures and bounded,
-            audit_seed=patch.audit_seed if patch is not None and plan.measures and estimated else -1,
-        )
+        seed = patch.audit_seed if patch is not None and estimated else -1
+        asked = problem._replace(stats=not bounded and not estimated, bounds=bounded, audit_seed=seed)
         return attend(asked, selection, config.backend)
 
     result, dense_reason = run(selection), plan.dense_reason

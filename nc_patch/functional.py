@@ -167,10 +167,10 @@ def _config(alpha: Any, C: Any, selection: Any, **options: Any) -> NCConfig:
 
 def by_index(problem: Problem, index: KeyIndex, most: int) -> Problem:
     """The problem, to be decoded by an index; no budget is larger than ``most``."""
-    problem = problem._replace(key_index=index.tensors(), page_size=index.block_size, most=most)
+    origin = problem.origin
     if LAYOUTS[index.kind].paged:
-        problem = problem._replace(origin=index.origin[:, None].expand(problem.visible.shape[:2]).contiguous())
-    return problem
+        origin = index.origin[:, None].expand(problem.visible.shape[:2]).contiguous()
+    return problem._replace(origin=origin, key_index=index.tensors(), page_size=index.block_size, most=most)
 
 
 def attend(problem: Problem, selection: Selection, backend: str) -> AttentionResult:
@@ -191,8 +191,8 @@ def attend(problem: Problem, selection: Selection, backend: str) -> AttentionRes
         what = f"decoding by {selection.index_kind}" if phase == "decode" else f"{selection.name} attention"
         say_once(f"{what} runs on the PyTorch backend: {reason}.")
     result = library.attend(selection, p, chosen)
-    if not p.bounds:
-        result = result._replace(lse=result.lse if p.stats else None)
+    if result.lse is not None and not p.stats and not p.bounds:
+        result = result._replace(lse=None)
     if (p.stats or p.bounds) and result.attended is None:
         budget = p.budget
         if isinstance(selection, Dense):

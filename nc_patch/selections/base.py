@@ -110,7 +110,7 @@ class Selection:
 
     def with_means(self, problem: Problem, backend: str) -> Problem:
         """The problem with the page means that the selection adds what it leaves out by; most add nothing."""
-        return problem._replace(means=None)
+        return problem if problem.means is None else problem._replace(means=None)
 
     @property
     def uses_means(self) -> bool:

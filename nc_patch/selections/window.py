@@ -94,4 +94,4 @@ class Window(Selection):
         """The attention kernel over two runs of keys: to the rows' last sink, and from their first recent key on."""
         from nc_patch.ops.triton.launch import launch_attention
 
-        return launch_attention(problem._replace(means=None), self.sink_keys)
+        return launch_attention(self.with_means(problem, "triton"), self.sink_keys)

@@ -74,7 +74,7 @@ class TopK(Selection):
     def with_means(self, problem: Problem, backend: str) -> Problem:
         """The problem with its page means: those that are kept, or new ones; without any where they do not count."""
         if not self.uses_means:
-            return problem._replace(means=None)
+            return super().with_means(problem, backend)
         if problem.means is not None:
             return problem
         starts = page_starts(problem.visible, problem.origin, problem.key.shape[2])
