@@ -194,9 +194,7 @@ def attend(problem: Problem, selection: Selection, backend: str) -> AttentionRes
     if result.lse is not None and not p.stats and not p.bounds:
         result = result._replace(lse=None)
     if (p.stats or p.bounds) and result.attended is None:
-        budget = p.budget
-        if isinstance(selection, Dense):
-            budget = (p.visible[..., 1] - p.visible[..., 0]).clamp(min=0)[:, None]
+        budget = (p.over_all_keys() if isinstance(selection, Dense) else p).budget
         result = result._replace(attended=budget.expand(p.query.shape[:3]).contiguous())
     return result
 

@@ -119,42 +119,25 @@ def three(result: AttentionResult) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return result.output, nothing if result.lse is None else result.lse, nothing if mass is None else mass
 
 
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 def torch_topk_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
+    *tensors: torch.Tensor | None,
     sink_keys: int,
     recent_keys: int,
     want_stats: bool,
     tail: PageMeans | None = None,
-    origin: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``topk`` in PyTorch; with ``tail`` the keys that are left out enter by these means."""
-    settings = {"scale": scale, "softcap": softcap, "origin": origin, "stats": want_stats, "means": tail}
-    problem = problem_of(query, key, value, visible, budget, sinks, **settings)
+    **settings: Any,
+) -> Three:
+    """``topk`` in PyTorch, of what ``problem_of`` takes; with ``tail`` what is left out enters by these means."""
+    problem = problem_of(*tensors, stats=want_stats, means=tail, **settings)  # type: ignore[arg-type]
     return implementation(TopK(sink_keys, recent_keys, "drop" if tail is None else "mean"), problem)
 
 
 def torch_window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    sink_keys: int,
-    recent_keys: int = 0,
-    want_stats: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``window`` in PyTorch."""
-    problem = problem_of(query, key, value, visible, budget, sinks, scale=scale, softcap=softcap, stats=want_stats)
+    *tensors: torch.Tensor | None, sink_keys: int, recent_keys: int = 0, want_stats: bool = False, **settings: Any
+) -> Three:
+    """``window`` in PyTorch; it has no ``recent_keys``."""
+    problem = problem_of(*tensors, stats=want_stats, **settings)  # type: ignore[arg-type]
     return implementation(Window(sink_keys), problem)

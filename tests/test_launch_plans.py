@@ -28,7 +28,7 @@ from nc_patch.ops.problem import Problem  # noqa: E402
 from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
-from nc_patch.selections.block.blocks import BlockSettings  # noqa: E402
+from nc_patch.selections.block.blocks import BlockSettings, QueryBlocks  # noqa: E402
 from nc_patch.selections.block.pages import VECTORS, page_count  # noqa: E402
 from nc_patch.selections.block.plan import BlockPlan  # noqa: E402
 from nc_patch.selections.index import LAYOUTS  # noqa: E402
@@ -131,7 +131,16 @@ def attend_blocks(head_dim: int, block_size: int) -> None:
     blocks, slots, capacity = BATCH * KEYS // 64, 4, 1024
     widths = [KEYS // block_size] * 64  # of a few of them; chunks of them are taken one by one
     count = integers(blocks, HEADS)
-    plan = BlockPlan(integers(blocks, 8), integers(blocks, slots), count, count, widths, 64, capacity)
+    plan = BlockPlan(
+        integers(blocks, 8),
+        integers(blocks, slots),
+        count,
+        count,
+        widths,
+        64,
+        capacity,
+        QueryBlocks(*(integers(blocks),) * 6),
+    )
     tiles = triton_block.block_tiles("sm_80", query.dtype, head_dim, head_dim, block_size)
     problem = problem_of(query, query, query, visible, integers(BATCH, 1, KEYS), stats=True)
     choice, _ = triton_block.choose_blocks(problem, plan, tiles.score, BlockSettings(block_size, min_mass=0.5))

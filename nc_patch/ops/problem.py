@@ -67,6 +67,12 @@ class Problem(NamedTuple):
         """``"decode"`` where there is an index to choose by, else ``"prefill"``."""
         return "decode" if len(self.key_index) > 0 else "prefill"
 
+    def over_all_keys(self) -> "Problem":
+        """The problem with budgets of all that each query sees, and nothing that stands for what is left out."""
+        start, end = self.visible.unbind(-1)
+        seen = (end.clamp(max=self.key.shape[2]) - start.clamp(min=0)).clamp(min=0)
+        return self._replace(budget=seen[:, None].contiguous(), means=None)
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is there, in the order of ``unflatten``."""
         given = [self.query, self.key, self.value, self.visible, self.origin, self.budget]

@@ -25,6 +25,6 @@ class Dense(Selection):
 
     def prefill_triton(self, problem: Problem) -> AttentionResult:
         """The attention kernel over all that rows see."""
-        from nc_patch.ops.triton.launch import launch_attention, over_all_keys
+        from nc_patch.ops.triton.launch import launch_attention
 
-        return launch_attention(over_all_keys(problem))
+        return launch_attention(problem.over_all_keys())

@@ -201,16 +201,9 @@ def launch_attention(
     return AttentionResult(output, lse, kept_mass)
 
 
-def over_all_keys(problem: Problem) -> Problem:
-    """The problem with budgets of all that each row sees, and nothing that stands for what is left out."""
-    start, end = problem.visible.unbind(-1)
-    seen = (end.clamp(max=problem.key.shape[2]) - start.clamp(min=0)).clamp(min=0)
-    return problem._replace(budget=seen[:, None].contiguous(), means=None)
-
-
 def kept_mass_of(problem: Problem, lse: torch.Tensor) -> torch.Tensor:
     """The kept mass of rows whose attended keys have this log-sum-exp; costs as much as dense attention."""
-    whole = over_all_keys(problem)
+    whole = problem.over_all_keys()
     _, dense, *_ = launch_attention(whole._replace(sinks=None, stats=True))
     assert dense is not None
     return torch.where(whole.budget > 0, torch.exp(lse - dense), 1.0)
@@ -249,6 +242,21 @@ def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:
     """
     options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
     return options if architecture.startswith("gfx") else {**options, "maxnreg": 255}
+
+
+def prepared(problem: Problem) -> Problem:
+    """The problem, checked, with last axes that are dense and integers that are contiguous: copies where they are not.
+
+    Raises:
+        TypeError, ValueError: as ``check_problem``.
+    """
+    check_problem(problem)
+    query, key, value = (dense_last(x) for x in (problem.query, problem.key, problem.value))
+    visible, origin, budget = (x.contiguous() for x in (problem.visible, problem.origin, problem.budget))
+    index = tuple(x.contiguous() for x in problem.key_index)
+    return problem._replace(
+        query=query, key=key, value=value, visible=visible, origin=origin, budget=budget, key_index=index
+    )
 
 
 def check_problem(problem: Problem) -> None:

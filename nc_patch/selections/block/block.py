@@ -8,13 +8,11 @@ import torch
 from nc_patch.common import check_choice, check_integer, check_number
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.reference import final_scores
-from nc_patch.ops.rows import Buffers, RowBlock
 from nc_patch.selections.base import Choice, Selection, register
 from nc_patch.selections.block import layout  # noqa: F401  registers it
-from nc_patch.selections.block.blocks import BLOCK_SIZES, BlockSettings, Mark, no_mark, query_block_table
+from nc_patch.selections.block.blocks import BLOCK_SIZES, BlockSettings, Mark, no_mark
 from nc_patch.selections.block.definition import block_choice, chosen_mask, page_mask
 from nc_patch.selections.block.torch import ChosenBlocks, torch_block_attention
-from nc_patch.selections.block.torch_choose import choose_blocks
 from nc_patch.selections.block.torch_decode import torch_block_decode
 
 QUERY_BLOCK_SIZES = (64, 128)
@@ -91,7 +89,7 @@ class Block(Selection):
 
         Keeping them instead would make an output's shape depend on what is in ``visible``.
         """
-        return _Chosen(problem, self)
+        return ChosenBlocks(problem, self.settings)
 
     def prefill_torch(self, problem: Problem, mark: Mark = no_mark) -> AttentionResult:
         """In PyTorch; see ``torch``. ``mark`` is for timing the steps, see ``blocks.Mark``."""
@@ -112,17 +110,3 @@ class Block(Selection):
         from nc_patch.selections.block.decode import triton_block_decode
 
         return triton_block_decode(problem)
-
-
-class _Chosen(Choice):
-    """The chosen blocks of a prefill by blocks of rows."""
-
-    def __init__(self, problem: Problem, selection: Block) -> None:
-        settings = selection.settings
-        table = query_block_table(problem.visible, problem.origin, settings.query_block_size)
-        choice, _ = choose_blocks(problem, table, settings)
-        self._problem, self._chosen = problem, ChosenBlocks(table, choice, settings.block_size)
-        self.blocks = self._chosen.blocks
-
-    def hide_(self, scores: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
-        return self._chosen.keep_(scores, self._problem.visible[block.batch, block.rows], block)

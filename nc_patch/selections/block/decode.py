@@ -21,12 +21,11 @@ from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.triton.launch import Tiles as RowTiles
 from nc_patch.ops.triton.launch import (
     architecture_of,
-    check_problem,
     compile_options,
-    dense_last,
     kept_mass_of,
     on_device,
     padded_dim,
+    prepared,
     settings_of,
     shape_of,
 )
@@ -82,13 +81,13 @@ def triton_block_decode(problem: Problem) -> AttentionResult:
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take, or more than ``MAX_PAGES`` pages.
     """
-    check_problem(problem)
+    problem = prepared(problem)
     _check_pages(problem)
     block_size, want_stats = problem.page_size, problem.stats
     B, Hq, Lq, D = problem.query.shape
     Hkv, Lk, DV = problem.value.shape[1:]
     group = problem.group
-    page_codes, page_scales = (tensor.contiguous() for tensor in problem.key_index)
+    page_codes, page_scales = problem.key_index
     # A query's pages: those that a run of at most Lk keys can touch.
     width = max(1, min(page_codes.shape[2], page_count(Lk, block_size) + 1))
     if width > MAX_PAGES:
@@ -96,8 +95,8 @@ def triton_block_decode(problem: Problem) -> AttentionResult:
         raise ValueError(f"at most {MAX_PAGES} pages can be chosen from, got {width}: use block_size >= {larger}")
     device, architecture = problem.query.device, architecture_of(problem.query.device)
     tiles = decode_tiles(architecture, problem.query.dtype, D, DV)
-    query, key, value = (dense_last(x) for x in (problem.query, problem.key, problem.value))
-    inputs = RowInputs(*(x.contiguous() for x in (problem.visible, problem.budget, problem.origin)))
+    query, key, value = problem.query, problem.key, problem.value
+    inputs = RowInputs(problem.visible, problem.budget, problem.origin)
     attended = torch.empty(B, Hq, Lq, dtype=torch.int32, device=device)
     output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
     lse, lse_keys = (

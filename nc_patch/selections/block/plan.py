@@ -7,6 +7,7 @@ import torch
 from nc_patch.ops.problem import Problem
 from nc_patch.selections.block.blocks import (
     BlockSettings,
+    QueryBlocks,
     always_attended,
     block_of_rows,
     law_counts,
@@ -26,6 +27,7 @@ class BlockPlan(NamedTuple):
         widths: visible key blocks of each query block.
         longest: the most rows that a query block has.
         capacity: the most blocks that a query block may attend.
+        blocks: the query blocks themselves.
     """
 
     table: torch.Tensor
@@ -35,6 +37,7 @@ class BlockPlan(NamedTuple):
     widths: list[int]
     longest: int
     capacity: int
+    blocks: QueryBlocks
 
 
 def make_plan(problem: Problem, settings: BlockSettings) -> BlockPlan:
@@ -49,7 +52,7 @@ def make_plan(problem: Problem, settings: BlockSettings) -> BlockPlan:
     if N == 0:
         nothing = torch.zeros(0, int(PLAN_COLUMNS), dtype=torch.int32, device=visible.device)
         none = nothing.new_zeros(0, num_kv_heads)
-        return BlockPlan(nothing, nothing.new_zeros(0, 1), none, none, [], 0, 1)
+        return BlockPlan(nothing, nothing.new_zeros(0, 1), none, none, [], 0, 1, blocks)
     owner = block_of_rows(blocks, B, Lq)
     law = law_counts(problem, blocks, owner, settings.block_size).contiguous()
     lowest, diagonal, highest = always_attended(blocks, visible, settings.block_size)
@@ -79,7 +82,7 @@ def make_plan(problem: Problem, settings: BlockSettings) -> BlockPlan:
     row = torch.arange(Lq, dtype=torch.int32, device=visible.device).repeat(B)
     samples = torch.full((N * slots + 1,), -1, dtype=torch.int32, device=visible.device)
     samples = samples.scatter_(0, place, row)[:-1].view(N, slots)
-    return BlockPlan(table, samples, law, limit, widths, longest, capacity)
+    return BlockPlan(table, samples, law, limit, widths, longest, capacity, blocks)
 
 
 def chunks_of(

@@ -21,19 +21,18 @@ from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.triton.launch import (
     Tiles,
     architecture_of,
-    check_problem,
     compile_options,
-    dense_last,
     kept_mass_of,
     multiprocessors,
     on_device,
     padded_dim,
+    prepared,
     settings_of,
     shape_of,
 )
 from nc_patch.ops.triton.structs import heads
 from nc_patch.selections.block.audit import audit, expected_of
-from nc_patch.selections.block.blocks import BlockChoice, BlockSettings, Mark, no_mark, query_block_table
+from nc_patch.selections.block.blocks import BlockChoice, BlockSettings, Mark, no_mark
 from nc_patch.selections.block.plan import BlockPlan, chunks_of, make_plan
 from nc_patch.selections.block.prefill_attend import Results, attend_blocks_kernel, blank_rows_kernel
 from nc_patch.selections.block.prefill_choice import Choice, Plan, Scratch, choose_blocks_kernel, score_blocks_kernel
@@ -103,11 +102,8 @@ def triton_block_attention(problem: Problem, settings: BlockSettings, mark: Mark
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
         RuntimeError: a CUDA graph is being captured.
     """
-    check_problem(problem)
-    query, key, value = (dense_last(x) for x in (problem.query, problem.key, problem.value))
-    visible, origin, budget = (x.contiguous() for x in (problem.visible, problem.origin, problem.budget))
-    problem = problem._replace(query=query, key=key, value=value, visible=visible, origin=origin, budget=budget)
-    plan = make_plan(problem, settings)
+    problem = prepared(problem)
+    plan, query = make_plan(problem, settings), problem.query
     mark("plan")
     architecture = architecture_of(query.device)
     tiles = block_tiles(architecture, query.dtype, *problem.head_dims, settings.block_size)
@@ -115,8 +111,7 @@ def triton_block_attention(problem: Problem, settings: BlockSettings, mark: Mark
     with on_device(query.device):
         choice, estimate = choose_blocks(problem, plan, tiles.score, settings, expected, mark)
         if expected is not None:
-            table = query_block_table(visible, origin, settings.query_block_size)
-            audited = audit(problem, table, choice, expected, settings.block_size)
+            audited = audit(problem, plan.blocks, choice, expected, settings.block_size)
             mark("choose")
         output, lse, lse_keys, attended = attend_blocks(problem, plan, choice, tiles, settings.block_size)
     mark("attend")

@@ -1,12 +1,12 @@
 """Upkeep of page statistics: the pages that new keys have completed are summarised, in place."""
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from nc_patch.ops.triton.launch import on_device
 from nc_patch.ops.triton.rows import head_of
 from nc_patch.ops.triton.structs import heads
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
@@ -49,8 +49,7 @@ def triton_summarize_pages_(
     if key.stride(-1) != 1:
         key = key.contiguous()
     keys = triton.next_power_of_2(block_size)
-    device = key.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on_device(key.device):
         summarize_kernel[(touched, B * Hkv)](
             key=heads(key),
             changed=Changed(origin.contiguous(), first.contiguous(), end.contiguous()),

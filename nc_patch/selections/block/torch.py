@@ -13,8 +13,9 @@ from nc_patch.ops.rows import (
     scores_of,
     split_scale,
 )
+from nc_patch.selections.base import Choice
 from nc_patch.selections.block.audit import audit, expected_of
-from nc_patch.selections.block.blocks import BlockChoice, BlockSettings, Mark, QueryBlocks, no_mark, query_block_table
+from nc_patch.selections.block.blocks import BlockSettings, Mark, no_mark, query_block_table
 from nc_patch.selections.block.torch_attend import attend_blocks
 from nc_patch.selections.block.torch_choose import choose_blocks
 
@@ -42,31 +43,29 @@ def torch_block_attention(problem: Problem, settings: BlockSettings, mark: Mark 
     return AttentionResult(output, lse, kept_mass, attended, estimate=estimate, audit=audited)
 
 
-class ChosenBlocks:
-    """A choice by rows, for what goes through query blocks one by one; see ``Choice``."""
+class ChosenBlocks(Choice):
+    """The chosen blocks of a prefill, query block by query block."""
 
-    def __init__(self, table: QueryBlocks, choice: BlockChoice, block_size: int) -> None:
-        self._table, self._choice, self._block_size = table, choice, block_size
+    def __init__(self, problem: Problem, settings: BlockSettings) -> None:
+        self._problem, self._block_size = problem, settings.block_size
+        table = self._table = query_block_table(problem.visible, problem.origin, settings.query_block_size)
+        self._choice, _ = choose_blocks(problem, table, settings)
         columns = (table.batch, table.first, table.last, table.low, table.high)
         self.blocks = [RowBlock(*row) for row in torch.stack(columns, -1).tolist()]
         self._number = {(block.batch, block.first): number for number, block in enumerate(self.blocks)}
 
-    def keep_(self, raw: torch.Tensor, seen: torch.Tensor, block: RowBlock) -> torch.Tensor:
-        """Makes the scores ``[Hq, R, N]`` of keys outside the chosen blocks -inf; returns the others' shift, zero.
-
-        Args:
-            raw: the scores of ``block.low:block.high``; overwritten. seen: int32 ``[R, 2]``. block: one of ``blocks``.
-        """
+    def hide_(self, scores: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
+        """See ``Choice.hide_``; the scores ``[Hq, R, N]`` that stay are not lowered."""
         number = self._number[block.batch, block.first]
         indices, counts = self._choice.block_indices[number], self._choice.block_counts[number]
-        position = torch.arange(block.low, block.high, device=raw.device)
+        position = torch.arange(block.low, block.high, device=scores.device)
         of_key = torch.div(position - self._table.begin[number], self._block_size, rounding_mode="floor")
-        exists = torch.arange(indices.shape[1], device=raw.device) < counts[:, None]
+        exists = torch.arange(indices.shape[1], device=scores.device) < counts[:, None]
         attended = ((of_key[:, None] == indices[:, None]) & exists[:, None]).any(-1)
         hidden = ~attended[:, None, None]
-        raw.view(indices.shape[0], -1, *raw.shape[1:]).masked_fill_(hidden, -torch.inf)
-        hide_unseen_(raw, seen, position)
-        return raw.new_zeros(1, raw.shape[1])
+        scores.view(indices.shape[0], -1, *scores.shape[1:]).masked_fill_(hidden, -torch.inf)
+        hide_unseen_(scores, self._problem.visible[block.batch, block.rows], position)
+        return scores.new_zeros(1, scores.shape[1])
 
 
 def _dense_lse(problem: Problem) -> torch.Tensor:

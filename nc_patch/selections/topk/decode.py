@@ -30,7 +30,7 @@ import torch
 
 from nc_patch.ops.means import PageMeans, slot_count
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
-from nc_patch.ops.triton.launch import architecture_of, check_problem, dense_last, heads_of, on_device, settings_of
+from nc_patch.ops.triton.launch import architecture_of, heads_of, on_device, prepared, settings_of
 from nc_patch.ops.triton.split import combine_splits
 from nc_patch.ops.triton.structs import RowInputs, heads
 from nc_patch.selections.topk.candidates import (
@@ -166,13 +166,9 @@ def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> At
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
-    check_problem(problem)
+    problem = prepared(problem)
     _check_codes(problem)
     query, want_bounds = problem.query, problem.bounds
-    problem = problem._replace(
-        query=dense_last(query), key=dense_last(problem.key), value=dense_last(problem.value),
-        key_index=tuple(t.contiguous() for t in problem.key_index),
-    )  # fmt: skip
     sizes, architecture = _sizes(problem), architecture_of(query.device)
     B, queries = sizes.batch, sizes.queries
     most = max(1, min(problem.most, sizes.keys))
