@@ -6,7 +6,7 @@ from typing import Any
 
 from eval_tasks.models import DTYPES, LoadedModel, load_model
 from eval_tasks.smollm2 import SMOLLM2
-from nc_patch.selections.block.block import BLOCK_SIZES
+from nc_patch.selections.block.blocks import BLOCK_SIZES
 
 TEXT_FORMS = "a text file, a data set as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference"
 """What ``--text`` takes, for people."""

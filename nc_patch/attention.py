@@ -10,7 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from nc_patch.cache import LayerCache, key_index_of, key_means_of
 from nc_patch.certificates import Call, record, refuse_graphs
-from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, say_once
+from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once
 from nc_patch.config import NCConfig
 from nc_patch.families import (
     check_heads,
@@ -35,7 +35,6 @@ from nc_patch.visibility import (
     is_bidirectional,
     is_packed,
     is_plain_causal,
-    once,
     seen_keys,
     split_sequences,
     visibility_of,
@@ -180,7 +179,8 @@ def _attention(
         check_heads(module, laws, query.shape[1])
         find = lambda: config.row_budgets(visible, Lk, plan.layer)  # noqa: E731
         # Budgets by head are large, and as a rule of one layer alone.
-        budget = once(visible, ("budget", laws, config.min_keys, Lk), find) if len(laws) == 1 else find()
+        law = ("budget", laws, config.min_keys, config.dense_below, Lk)
+        budget = once(visible, law, find) if len(laws) == 1 else find()
         problem = problem._replace(budget=budget)
     index = means = None
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
@@ -385,7 +385,7 @@ def _count(
         n = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
         counts = once(visible, ("tally", "dense", tail), lambda: tally(n, visible, tail))
     else:
-        law = (patch.config.laws(patch.layer), patch.config.min_keys)
+        law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.dense_below)
         counts = once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))
     patch.counters.add(counts, dense_reason)
 

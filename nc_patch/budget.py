@@ -21,16 +21,17 @@ _ROUNDING_DOUBT = 1e-9
 _SMALL_EXPONENT = 1e-3
 
 
-def budget_of(n: int, alpha: float, C: float, min_keys: int = 1) -> int:
+def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, dense_below: int = 0) -> int:
     """Number of keys attended by a query that may see ``n`` keys: ``min(n, max(min_keys, ceil(alpha * n**C)))``.
 
-    In float64; arXiv 2404.02690 shows that Ω(n^C) entries suffice.
+    All of them where ``n`` is at most ``dense_below``. In float64; arXiv 2404.02690 shows that Ω(n^C) entries suffice.
 
     Args:
         n: number of visible keys, at least 0.
         alpha: factor, positive.
         C: exponent in [0, 1].
         min_keys: lower limit of the budget, at least 1.
+        dense_below: up to how many visible keys a query attends all of them.
 
     Raises:
         ValueError: ``n`` is negative.
@@ -38,10 +39,10 @@ def budget_of(n: int, alpha: float, C: float, min_keys: int = 1) -> int:
     if n < 0:
         raise ValueError(f"n must be the number of visible keys, at least 0, got {n}")
     raw = alpha * float(n) ** C
-    return n if raw >= n else min(n, max(min_keys, math.ceil(raw)))
+    return n if raw >= n or n <= dense_below else min(n, max(min_keys, math.ceil(raw)))
 
 
-def budgets(n: np.ndarray, alpha: float, C: float, min_keys: int = 1) -> np.ndarray:
+def budgets(n: np.ndarray, alpha: float, C: float, min_keys: int = 1, dense_below: int = 0) -> np.ndarray:
     """``budget_of`` of every entry of an array of integers, int64 of the same shape."""
     flat = n.reshape(-1)
     with np.errstate(over="ignore"):
@@ -51,7 +52,7 @@ def budgets(n: np.ndarray, alpha: float, C: float, min_keys: int = 1) -> np.ndar
         # The vectorised power may differ from the scalar one in the last bit, which matters where it meets an integer.
         for i in np.flatnonzero(_doubtful(raw)):
             found[i] = budget_of(int(flat[i]), alpha, C, min_keys)
-    return found.reshape(n.shape)
+    return np.where(flat <= dense_below, flat, found).reshape(n.shape)
 
 
 def law_values(n: ArrayLike, alpha: ArrayLike, C: ArrayLike) -> np.ndarray:
@@ -59,12 +60,13 @@ def law_values(n: ArrayLike, alpha: ArrayLike, C: ArrayLike) -> np.ndarray:
     return np.asarray(np.multiply(alpha, np.power(np.asarray(n, np.float64), C)))
 
 
-def budgets_for(n: ArrayLike, alpha: ArrayLike, C: ArrayLike, min_keys: int = 1) -> np.ndarray:
+def budgets_for(n: ArrayLike, alpha: ArrayLike, C: ArrayLike, min_keys: int = 1, dense_below: int = 0) -> np.ndarray:
     """Budgets of an array of n, as whole numbers in float64; alpha and C are broadcast against n.
 
     They are those of ``budget_of``, but for one key where the law meets an integer to within the rounding of float64.
     """
-    return np.minimum(n, np.maximum(min_keys, np.ceil(law_values(n, alpha, C))))
+    found = np.minimum(n, np.maximum(min_keys, np.ceil(law_values(n, alpha, C))))
+    return np.where(np.asarray(n) <= dense_below, n, found)
 
 
 def is_dense_law(alpha: float, C: float) -> bool:
@@ -74,7 +76,12 @@ def is_dense_law(alpha: float, C: float) -> bool:
 
 @torch.library.custom_op("nc_patch::row_budgets", mutates_args=())
 def row_budgets(
-    visible: torch.Tensor, max_n: int, alphas: list[float], exponents: list[float], min_keys: int
+    visible: torch.Tensor,
+    max_n: int,
+    alphas: list[float],
+    exponents: list[float],
+    min_keys: int,
+    dense_below: int = 0,
 ) -> torch.Tensor:
     """Budgets int32 ``[B, len(alphas), Lq]`` of the queries with intervals ``visible`` int32 ``[B, Lq, 2]``.
 
@@ -86,11 +93,14 @@ def row_budgets(
     steps, least = _device_steps(_length_class(max_n), laws, min_keys, visible.device)
     rows = n.reshape(1, -1).expand(len(laws), -1).contiguous()
     counts = torch.searchsorted(steps, rows, right=True, out_int32=True)
-    return torch.minimum(torch.maximum(counts, least), rows).view(len(laws), *n.shape).transpose(0, 1).contiguous()
+    counts = torch.minimum(torch.maximum(counts, least), rows)
+    if dense_below:
+        counts = torch.where(rows <= dense_below, rows, counts)
+    return counts.view(len(laws), *n.shape).transpose(0, 1).contiguous()
 
 
 @row_budgets.register_fake
-def _(visible, max_n, alphas, exponents, min_keys):  # type: ignore[no-untyped-def]
+def _(visible, max_n, alphas, exponents, min_keys, dense_below=0):  # type: ignore[no-untyped-def]
     return visible.new_empty(visible.shape[0], len(alphas), visible.shape[1])
 
 

@@ -75,9 +75,7 @@ def record(counters: LayerCounters, config: NCConfig, call: Call, result: Attent
         count = partial(mass.add_bounds, basis, bounds, call.visible, limit)
     else:
         kept = (audit[None, :-1, 1:2].double() / audit[None, :-1, :1]).nan_to_num(nan=1.0).clamp(0, 1)
-        assert result.estimate is not None
-        enlarged = result.estimate[:, 3:] if config.prefill.enlarges else None
-        count = partial(mass.add_audit, audit, enlarged)
+        count = partial(mass.add_audit, audit, result.enlarged)
     error = None if config.on_drop == "ignore" else find_drop(kept, call, limit, certified=audit is None)
     first = error is not None and counters.add_exceeded()
     if error is not None and config.on_drop == "dense":

@@ -243,3 +243,16 @@ def synchronized(method: Method) -> Method:
             return method(self, *arguments, **options)
 
     return locked  # type: ignore[return-value]
+
+
+def once(shared: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:
+    """``make()``, remembered on a tensor that all layers of one forward pass share: the mask, or what comes of it."""
+    if torch.compiler.is_compiling():
+        return make()
+    made: dict[tuple[Any, ...], Any] | None = getattr(shared, "_nc_once", None)
+    if made is None:
+        made = {}
+        shared._nc_once = made  # type: ignore[attr-defined]
+    if key not in made:
+        made[key] = make()
+    return made[key]

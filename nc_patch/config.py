@@ -33,6 +33,7 @@ INDEX_USES: tuple[IndexUse, ...] = ("auto", "always", "never")
 ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
 # The budget of patch_model(model): see the table in docs/choosing.md.
 DEFAULT_ALPHA, DEFAULT_C = 2.0, 0.5
+DEFAULT_DENSE_BELOW = 1024
 DEFAULT_SELECTION = TopK()
 _PHASES = ("prefill", "decode")
 # Options of earlier versions: the value that ``to_dict`` wrote by default, which files may still hold, and what is now.
@@ -56,6 +57,8 @@ class NCConfig:
         decode: selection for calls with one query per sequence, or with up to 32 queries that continue a cache. With
             blocks for both ``prefill`` and ``decode``, calls with several queries count as prefill.
         min_keys: lower limit of the budget.
+        dense_below: a query that sees at most so many keys attends them all, whatever the selection: with so few sparse
+            attention saves no time. A call in which no query sees more runs dense. 0 is the law alone.
         track: whether ``nc_stats`` holds the kept mass, layer by layer and head by head: see docs/certificates.md for
             what that costs.
         on_drop: what happens when a call of a layer drops more than ``max_dropped_mass``: ``"ignore"``, ``"warn"`` once
@@ -82,6 +85,7 @@ class NCConfig:
     prefill: Selection = DEFAULT_SELECTION
     decode: Selection = DEFAULT_SELECTION
     min_keys: int = 1
+    dense_below: int = DEFAULT_DENSE_BELOW
     track: bool = False
     on_drop: OnDrop = "ignore"
     max_dropped_mass: float = 0.1
@@ -98,6 +102,7 @@ class NCConfig:
             "alpha": _per_head("alpha", alpha, "a positive number", lambda v: v > 0),
             "C": _per_head("C", C, "a number in [0, 1]", lambda v: 0 <= v <= 1),
             "min_keys": check_integer("min_keys", given["min_keys"], 1),
+            "dense_below": check_integer("dense_below", given["dense_below"], 0),
             "track": check_bool("track", given["track"]),
             "max_dropped_mass": check_number(
                 "max_dropped_mass", given["max_dropped_mass"], "a number in [0, 1)", lambda v: 0 <= v < 1
@@ -146,7 +151,7 @@ class NCConfig:
             count = as_integer(n)
             if count is None:
                 raise TypeError(f"n must be an int or an int tensor, got {shown(n)}")
-            return budget_of(count, alpha, C, self.min_keys)
+            return budget_of(count, alpha, C, self.min_keys, self.dense_below)
         if n.dtype.is_floating_point or n.dtype == torch.bool:
             raise TypeError(f"n must be an int tensor, got {n.dtype}")
         if n.numel() == 0:
@@ -155,7 +160,7 @@ class NCConfig:
             raise ValueError(f"n must be at least 0 everywhere, got {int(n.min())}")
         if int(n.max()) > LARGEST_INTEGER:
             raise ValueError(f"n must be at most {LARGEST_INTEGER} everywhere, got {int(n.max())}")
-        found = budgets(n.cpu().numpy(), alpha, C, self.min_keys)
+        found = budgets(n.cpu().numpy(), alpha, C, self.min_keys, self.dense_below)
         return torch.from_numpy(found).to(n.device, torch.int32)
 
     def row_budgets(self, visible: torch.Tensor, max_n: int, layer: int | None = None) -> torch.Tensor:
@@ -165,11 +170,12 @@ class NCConfig:
             visible: int32 ``[B, Lq, 2]``, the interval of keys that each query sees.
         """
         alphas, exponents = zip(*self.laws(layer), strict=True)
-        return row_budgets(visible, max_n, list(alphas), list(exponents), self.min_keys)
+        return row_budgets(visible, max_n, list(alphas), list(exponents), self.min_keys, self.dense_below)
 
     def largest_budget(self, n: int, layer: int | None = None) -> int:
         """The largest budget that any head of a layer has for up to ``n`` visible keys."""
-        return max(budget_of(n, alpha, C, self.min_keys) for alpha, C in self.laws(layer))
+        law = max(budget_of(n, alpha, C, self.min_keys) for alpha, C in self.laws(layer))
+        return max(law, min(n, self.dense_below))
 
     def laws(self, layer: int | None = None) -> tuple[tuple[float, float], ...]:
         """The (alpha, C) pairs of a layer: one pair shared by all heads, or one per query head."""

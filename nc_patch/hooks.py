@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from nc_patch.cache import layer_cache
-from nc_patch.common import UnsupportedModelError
-from nc_patch.visibility import BOUNDARIES, is_packed, moved_mask, once
+from nc_patch.common import UnsupportedModelError, once
+from nc_patch.visibility import BOUNDARIES, is_packed, moved_mask
 
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
 IMPLEMENTATION = "nc_sparse"

@@ -23,8 +23,8 @@ from nc_patch.ops.means import page_starts, spread_over_pages
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.base import Selection, selection_class
 
-# Columns of an estimate and of an audit.
-_COLUMNS = 5
+# Columns of an audit.
+_AUDIT_COLUMNS = 5
 
 
 def attend(selection: Selection, problem: Problem, backend: str) -> AttentionResult:
@@ -61,7 +61,7 @@ def _there(selection: Selection, problem: Problem) -> tuple[bool, ...]:
         problem.stats,
         selection.counts_attended,
         decodes and problem.bounds,
-        estimates,
+        estimates and selection.enlarges,
         estimates and problem.audit_seed >= 0,
     )
 
@@ -87,7 +87,7 @@ def _run_fake(
     problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags, most)
     chosen = selection_class(selection)
     query, rows, heads = problem.query, problem.query.shape[:3], problem.query.shape[1]
-    shapes = (rows, rows, rows, (*rows, 2), (heads, _COLUMNS), (heads + 1, _COLUMNS))
+    shapes = (rows, rows, rows, (*rows, 2), (heads, 2), (heads + 1, _AUDIT_COLUMNS))
     there = _there(chosen.from_numbers(numbers[2:]), problem)[1:]
     integer = torch.int32 if chosen.counts_attended else torch.float32
     dtypes = (torch.float32, torch.float32, integer, *(torch.float32,) * 3)

@@ -276,16 +276,3 @@ def _numbered(
     if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == query_length:
         return position_ids, True
     return None, False
-
-
-def once(shared: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:
-    """``make()``, remembered on a tensor that all layers of one forward pass share: the mask, or what comes of it."""
-    if torch.compiler.is_compiling():
-        return make()
-    made: dict[tuple[Any, ...], Any] | None = getattr(shared, "_nc_once", None)
-    if made is None:
-        made = {}
-        shared._nc_once = made  # type: ignore[attr-defined]
-    if key not in made:
-        made[key] = make()
-    return made[key]

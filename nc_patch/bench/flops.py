@@ -24,12 +24,9 @@ def attend_flops(geometry: Geometry, attended: int) -> int:
     return 4 * geometry.head_dim * attended
 
 
-def score_flops(geometry: Geometry, batch: int, length: int, query_block_size: int, sample_stride: int) -> int:
-    """Scores of the sampled rows of ``"block"`` against every key that they see."""
-    row = torch.arange(length, dtype=torch.int64)
-    sampled = (row % sample_stride == sample_stride - 1) | (row % query_block_size == query_block_size - 1)
-    sampled[-1] = True
-    return 2 * batch * geometry.heads * geometry.head_dim * int((row + 1)[sampled].sum())
+def score_flops(geometry: Geometry, batch: int, samples: torch.Tensor) -> int:
+    """Scores of the sampled rows of ``"block"``, int32 ``[S]``, against every key that they see."""
+    return 2 * batch * geometry.heads * geometry.head_dim * int((samples.long() + 1).sum())
 
 
 def topk_flops(geometry: Geometry, batch: int, length: int, attended: int) -> int:

@@ -31,7 +31,7 @@ from nc_patch.functional import attend, sparse_attention
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections import Block, TopK
-from nc_patch.selections.block.block import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
+from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES, plan_of
 
 # Repeats of a case go on for this long, and three in any case.
 _CASE_SECONDS = 20.0
@@ -120,11 +120,10 @@ def _count(row: Row, inputs: PromptInputs, config: NCConfig, case: Case, device:
     if isinstance(selection, Block):
         result = attend(problem, selection, config.backend)
         assert result.attended is not None
-        assert result.estimate is not None
         pairs = int(result.attended.sum(dtype=torch.int64))
-        sampled, kept, _, query_blocks, enlarged = result.estimate.double().sum(0).tolist()
-        row |= {"estimated_kept_mass": kept / sampled, "enlarged": enlarged / query_blocks}
-        score = score_flops(geometry, case.batch, length, selection.query_block_size, selection.sample_stride)
+        query_blocks, enlarged = (1, 0) if result.enlarged is None else result.enlarged.double().sum(0).tolist()
+        row["enlarged"] = enlarged / query_blocks
+        score = score_flops(geometry, case.batch, plan_of(problem, selection).samples)
         row["step_flops"] = {"score": score, "attend": attend_flops(geometry, pairs)}
         row["flops"] = sum(row["step_flops"].values())
     elif isinstance(selection, TopK):
@@ -179,17 +178,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     for name, default, choices, what in (
         ("block_size", Block.size, BLOCK_SIZES, "keys of a block"),
         ("query_block_size", Block.query_block_size, QUERY_BLOCK_SIZES, "queries that choose together"),
-        ("sample_stride", Block.sample_stride, SAMPLE_STRIDES, "every how many queries one is scored"),
     ):
         option = f"--{name.replace('_', '-')}"
         block.add_argument(option, type=int, choices=choices, default=default, help=f"{what}; by default {default}")
+    stride = "every how many queries one is scored; by default it follows the budget"
+    block.add_argument("--sample-stride", type=int, choices=SAMPLE_STRIDES, help=stride)
+    block.add_argument("--local-keys", type=int, default=Block.local_keys, help="keys before a query block, always")
     block.add_argument("--min-mass", type=float, help="kept mass to enlarge the budget for; by default none")
     most = f"by how much it may be enlarged; by default {Block.max_factor:g}"
     block.add_argument("--max-factor", type=float, default=Block.max_factor, help=most)
 
 
 def _options(parsed: argparse.Namespace) -> dict[str, Any]:
-    names = ("block_size", "query_block_size", "sample_stride", "min_mass", "max_factor")
+    names = ("block_size", "query_block_size", "sample_stride", "local_keys", "min_mass", "max_factor")
     # What is counted and compared is the keys that are attended.
     return {name: getattr(parsed, name) for name in names} | {"tail": "drop"}
 
@@ -226,7 +227,7 @@ PREFILL = Benchmark(
         per_second=1e3,
         ceiling="the matrix products' rate of this run at which the counted operations were done",
         counts="counted operations at the rate of a matrix product",
-        notes="(kept masses are those of the rows that are compared; estimates are of the rows that block scores)",
+        notes="(kept masses are those of the rows that are compared)",
     ),
     ceiling_name="matrix_flops_per_second",
     ceiling=matrix_rate,

@@ -72,11 +72,10 @@ def _steps(rows: Sequence[Row], settings: Settings) -> Iterator[str]:
             if dense:
                 rate = row["step_flops"]["attend"] / max(row["step_seconds"]["attend"], 1e-12)
                 said[-1] += f", at {100 * rate / (dense['flops'] / dense['median_seconds']):.0f} % of dense"
-            estimated = f"estimated kept mass {row['estimated_kept_mass']:.3f}"
             enlarged = f"{100 * row['enlarged']:.0f} % of choices enlarged" if settings.options.get("min_mass") else ""
             backend = row["backend"] + (f", since {row['backend_reason']}" if row["backend_reason"] else "")
             where = f"{group[0]}, batch {group[1]}, {row['length']:9,} keys"
-            yield f"  {where}: {'; '.join(filter(None, [', '.join(said), estimated, enlarged, backend]))}"
+            yield f"  {where}: {'; '.join(filter(None, [', '.join(said), enlarged, backend]))}"
 
 
 def _scores(rows: Sequence[Row]) -> Iterator[str]:

@@ -120,8 +120,7 @@ class AttentionResult(NamedTuple):
             were attended; 1 for a query that sees no key.
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
         kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
-        estimate: float32 ``[Hq, 5]``, what a choice from samples is expected to keep; columns ``ESTIMATE_COLUMNS`` of
-            the selection.
+        enlarged: float32 ``[Hq, 2]``, how many blocks of queries there are, and how many attend more than their budget.
         audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what such a choice keeps; columns ``AUDIT_COLUMNS``.
     """
 
@@ -130,7 +129,7 @@ class AttentionResult(NamedTuple):
     kept_mass: torch.Tensor | None = None
     attended: torch.Tensor | None = None
     kept_mass_bounds: torch.Tensor | None = None
-    estimate: torch.Tensor | None = None
+    enlarged: torch.Tensor | None = None
     audit: torch.Tensor | None = None
 
 

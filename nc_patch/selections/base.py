@@ -55,8 +55,8 @@ class Selection:
         shorthand: what an option is called outside of its selection, where that differs.
         index_kind: the kind of ``KeyIndex`` that it decodes by, or None. needs_index: whether it cannot decode without.
         counts_attended: whether only it knows how many keys it attends. chooses_together: whether the queries of a
-            prefill share a choice. estimates: whether a prefill returns an ``estimate``, and an ``audit`` on request,
-            in place of the kept mass of every row. bounds_kept_mass: whether decoding by its index bounds that.
+            prefill share a choice. estimates: whether a prefill returns an ``audit``, on request, in place of the kept
+            mass of every row. bounds_kept_mass: whether decoding by its index bounds that.
         on_host: the (phase, backend) pairs whose implementation reads the device's memory on the host.
     """
 
@@ -124,7 +124,7 @@ class Selection:
 
     @property
     def enlarges(self) -> bool:
-        """Whether prefill may attend more than the budget, which its ``estimate`` then counts."""
+        """Whether prefill may attend more than the budget, which ``enlarged`` of the result then counts."""
         return False
 
     def choice(self, problem: Problem) -> Choice:

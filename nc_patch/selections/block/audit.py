@@ -11,7 +11,7 @@ import torch
 
 from nc_patch.ops.problem import Problem
 from nc_patch.ops.rows import Buffers, final_scores_, hide_unseen_, rows_per_block, scores_of, split_scale
-from nc_patch.selections.block.blocks import BlockChoice, QueryBlocks, block_of_rows
+from nc_patch.selections.block.blocks import BlockChoice, BlockPlan
 
 # Columns of an audit, float32 [Hq + 1, 5]: how many rows there are, an estimate of the sum of their kept mass with its
 # variance and degrees of freedom, and how many were audited. The last line is of all heads together, whose estimates
@@ -35,8 +35,14 @@ def expected_of(problem: Problem, query_blocks: int) -> torch.Tensor | None:
     return problem.query.new_empty(query_blocks, problem.query.shape[1], dtype=torch.float32)
 
 
+def enlarged_of(added: torch.Tensor, group: int) -> torch.Tensor:
+    """How many query blocks each head has, and in how many blocks were ``added`` int32 ``[N, Hkv]``: ``[Hq, 2]``."""
+    more = (added > 0).sum(0).repeat_interleave(group)
+    return torch.stack((torch.full_like(more, len(added)), more), -1).float()
+
+
 def audit(
-    problem: Problem, table: QueryBlocks, choice: BlockChoice, expected: torch.Tensor, block_size: int
+    problem: Problem, plan: BlockPlan, choice: BlockChoice, expected: torch.Tensor, block_size: int
 ) -> torch.Tensor:
     """The audit of a choice for N query blocks, float32 ``[Hq + 1, 5]``, columns ``AUDIT_COLUMNS``.
 
@@ -51,7 +57,7 @@ def audit(
     result = torch.zeros(Hq + 1, len(AUDIT_COLUMNS), dtype=torch.float32, device=device)
     if expected.shape[0] == 0:
         return result
-    owner = block_of_rows(table, B, Lq)
+    owner = plan.owner
     occupied = owner >= 0
     rows = occupied.sum(-1)
     drawn = _draw(occupied, rows, count, problem.audit_seed)

@@ -5,61 +5,72 @@ import math
 import torch
 
 from nc_patch.ops.problem import Problem, visible_mask
-from nc_patch.selections.block.blocks import BlockChoice, BlockSettings
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, stride_by_law
 from nc_patch.selections.block.pages import page_logits, summarize
 
 
-def block_choice(problem: Problem, scores: torch.Tensor, settings: BlockSettings) -> BlockChoice:
+def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) -> BlockChoice:
     """The key blocks that each query block attends under ``block``.
 
     Queries and keys are cut into blocks by their position within the sequence, that is their distance from ``origin``.
+    A query block that sees n keys in all has ``ceil(k / size)`` key blocks for each key/value head, where k is the
+    largest budget among its rows and the G heads of the group; where every row may attend all its keys, every visible
+    block. Attended are the first visible block, the blocks that hold the query block's own positions, those that hold
+    the ``local_keys`` before them, the most recent first, and the heaviest of the others, ties to the lower position,
+    until there are as many.
+
     In each query block every ``sample_stride``-th row (the last of each stride, and the block's last row) is scored
-    against all keys; a key block's weight is the largest share of its dense softmax mass that any sampled row of any of
-    the G query heads of a key/value head puts on it, and infinite where one is not a number. Attended are the first
-    visible block, the blocks that hold the query block's own positions, and the heaviest of the others until
-    ``ceil(k / block_size)`` are chosen, ties to the lower position, where k is the largest budget among the block's
-    rows and heads of the group. Where every row may attend all its keys by it, every visible block is chosen.
+    against all keys; without a number the stride is that of ``stride_by_law`` for n / 2k, k the mean over key/value
+    heads of what those key blocks hold. A key block's weight is the largest share of its dense softmax mass that any
+    sampled row of any of the G heads puts on it, and infinite where one is not a number.
 
     With ``min_mass`` it goes on in that order until the mean mass that the sampled rows and heads put on what is chosen
-    reaches ``min_mass``, but not beyond ``ceil(max_factor * ceil(k / block_size))`` blocks.
+    reaches ``min_mass``, but not beyond ``ceil(max_factor * ceil(k / size))`` blocks.
 
     ``scores`` are final ones (scaled, soft-capped), float64 ``[B, Hq, Lq, Lk]``.
     """
     B, Hq, Lq, Lk = scores.shape
     visible, origin, budget = problem.visible, problem.origin, problem.budget
     group, num_kv_heads = problem.group, problem.key.shape[1]
-    block_size, sample_stride, min_mass = settings.block_size, settings.sample_stride, settings.min_mass
+    size, min_mass = options.size, options.min_mass
     weights = torch.softmax(scores.detach().masked_fill(~visible_mask(visible, Lk), -torch.inf), dim=-1)
     budget = budget.expand(B, Hq, Lq)
     found: list[list[list[int]]] = []
     for b in range(B):
-        for rows in query_blocks(visible[b], origin[b], settings.query_block_size):
+        for rows in query_blocks(visible[b], origin[b], options.query_block_size):
             first, last = rows[0], rows[-1]
             start = int(origin[b, first])
             offset = visible[b, rows, 1] - 1 - start
-            sampled = rows[((offset % sample_stride) == sample_stride - 1) | (rows == last)]
-            low = (int(visible[b, rows, 0].min()) - start) // block_size
-            high = (int(visible[b, rows, 1].max()) - 1 - start) // block_size
-            diagonal = (int(visible[b, first, 1]) - 1 - start) // block_size
-            found.append([])
+            least, most_seen = int(visible[b, rows, 0].min()), int(visible[b, rows, 1].max())
+            low, high = (least - start) // size, (most_seen - 1 - start) // size
+            position = int(offset[0])
+            diagonal, local = position // size, (position - options.local_keys) // size
+            counts_of_heads = []
             for h in range(num_kv_heads):
+                of_group = budget[b, h * group : (h + 1) * group][:, rows]
+                every = bool((of_group.amax(0) >= visible[b, rows, 1] - visible[b, rows, 0]).all())
+                width = high - low + 1
+                counts_of_heads.append(width if every else min(-(-int(of_group.max()) // size), width))
+            stride = options.sample_stride
+            if stride is None:
+                keys = 2 * size * sum(counts_of_heads) / num_kv_heads
+                stride = int(stride_by_law(torch.tensor((most_seen - least) / keys, dtype=torch.float64)))
+            sampled = rows[((offset % stride) == stride - 1) | (rows == last)]
+            found.append([])
+            for h, count in enumerate(counts_of_heads):
                 heads = slice(h * group, (h + 1) * group)
-                count = -(-int(budget[b, heads][:, rows].max()) // block_size)
-                if bool((budget[b, heads][:, rows].amax(0) >= visible[b, rows, 1] - visible[b, rows, 0]).all()):
-                    count = high - low + 1
                 shares = {
-                    j: weights[b, heads][
-                        :, sampled, max(start + j * block_size, 0) : max(start + (j + 1) * block_size, 0)
-                    ].sum(-1)
+                    j: weights[b, heads][:, sampled, max(start + j * size, 0) : max(start + (j + 1) * size, 0)].sum(-1)
                     for j in range(low, high + 1)
                 }
                 weight = {j: float(share.max()) for j, share in shares.items()}
                 mass = {j: float(share.nan_to_num(nan=0.0).sum()) for j, share in shares.items()}
-                always = {low, *range(diagonal, high + 1)}
+                recent = max(min(max(local, high + 2 - count), diagonal), low)
+                always = {low, *range(recent, high + 1)}
                 others = sorted(weight.keys() - always)
                 others.sort(key=lambda j, w=weight: -torch.inf if math.isnan(w[j]) else -w[j])  # type: ignore[misc]
                 taken = min(max(0, count - len(always)), len(others))
-                while min_mass and taken < len(others) and len(always) + taken < math.ceil(settings.max_factor * count):
+                while min_mass and taken < len(others) and len(always) + taken < math.ceil(options.max_factor * count):
                     kept = sum(mass[j] for j in (*always, *others[:taken]))
                     if kept >= min_mass * len(sampled) * group:
                         break
@@ -75,19 +86,19 @@ def block_choice(problem: Problem, scores: torch.Tensor, settings: BlockSettings
     )
 
 
-def chosen_mask(problem: Problem, choice: BlockChoice, settings: BlockSettings) -> torch.Tensor:
+def chosen_mask(problem: Problem, choice: BlockChoice, options: BlockOptions) -> torch.Tensor:
     """Keys that rows attend once their query blocks' key blocks are chosen, bool ``[B, Hq, Lq, Lk]``."""
     visible, origin, key_length = problem.visible, problem.origin, problem.key.shape[2]
     B, Lq, _ = visible.shape
     Hkv = choice.block_counts.shape[1]
     attended = torch.zeros(B, Hkv, Lq, key_length, dtype=torch.bool, device=visible.device)
     indices, counts = choice.block_indices.tolist(), choice.block_counts.tolist()
-    runs = [(b, rows) for b in range(B) for rows in query_blocks(visible[b], origin[b], settings.query_block_size)]
+    runs = [(b, rows) for b in range(B) for rows in query_blocks(visible[b], origin[b], options.query_block_size)]
     for number, (b, rows) in enumerate(runs):
         for h in range(Hkv):
             for j in indices[number][h][: counts[number][h]]:
-                first = int(origin[b, rows[0]]) + j * settings.block_size
-                attended[b, h, rows[0] : rows[-1] + 1, max(first, 0) : max(first + settings.block_size, 0)] = True
+                first = int(origin[b, rows[0]]) + j * options.size
+                attended[b, h, rows[0] : rows[-1] + 1, max(first, 0) : max(first + options.size, 0)] = True
     return attended.repeat_interleave(problem.group, 1) & visible_mask(visible, key_length)
 
 

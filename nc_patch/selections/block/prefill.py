@@ -12,7 +12,7 @@ and grids.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,9 +31,8 @@ from nc_patch.ops.triton.launch import (
     shape_of,
 )
 from nc_patch.ops.triton.structs import heads
-from nc_patch.selections.block.audit import audit, expected_of
-from nc_patch.selections.block.blocks import BlockChoice, BlockSettings, Mark, no_mark
-from nc_patch.selections.block.plan import BlockPlan, chunks_of, make_plan
+from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, Mark, no_mark, plan_of
 from nc_patch.selections.block.prefill_attend import Results, attend_blocks_kernel, blank_rows_kernel
 from nc_patch.selections.block.prefill_choice import Choice, Plan, Scratch, choose_blocks_kernel, score_blocks_kernel
 
@@ -92,7 +91,7 @@ def block_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim:
     return BlockTiles(replace(score, keys=max(score.keys, block_size)), attend, edge_keys)
 
 
-def triton_block_attention(problem: Problem, settings: BlockSettings, mark: Mark = no_mark) -> AttentionResult:
+def triton_block_attention(problem: Problem, options: BlockOptions, mark: Mark = no_mark) -> AttentionResult:
     """Attention over key blocks that a query block chooses by the dense softmax mass of its sampled rows.
 
     The kept mass costs as much as dense attention. ``mark`` is for timing the steps, see ``blocks.Mark``; it may be
@@ -103,55 +102,58 @@ def triton_block_attention(problem: Problem, settings: BlockSettings, mark: Mark
         RuntimeError: a CUDA graph is being captured.
     """
     problem = prepared(problem)
-    plan, query = make_plan(problem, settings), problem.query
+    plan, query = plan_of(problem, options), problem.query
     mark("plan")
     architecture = architecture_of(query.device)
-    tiles = block_tiles(architecture, query.dtype, *problem.head_dims, settings.block_size)
-    expected, audited = expected_of(problem, len(plan.table)), None
+    tiles = block_tiles(architecture, query.dtype, *problem.head_dims, options.size)
+    expected, audited = expected_of(problem, len(plan.listed)), None
     with on_device(query.device):
-        choice, estimate = choose_blocks(problem, plan, tiles.score, settings, expected, mark)
+        choice, added = choose_blocks(problem, plan, tiles.score, options, expected, mark)
         if expected is not None:
-            audited = audit(problem, plan.blocks, choice, expected, settings.block_size)
+            audited = audit(problem, plan, choice, expected, options.size)
             mark("choose")
-        output, lse, lse_keys, attended = attend_blocks(problem, plan, choice, tiles, settings.block_size)
+        output, lse, lse_keys, attended = attend_blocks(problem, plan, choice, tiles, options.size)
     mark("attend")
     kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
-    return AttentionResult(output, lse, kept_mass, attended, estimate=estimate, audit=audited)
+    enlarged = enlarged_of(added, problem.group) if options.enlarges else None
+    return AttentionResult(output, lse, kept_mass, attended, enlarged=enlarged, audit=audited)
 
 
 def choose_blocks(
     problem: Problem,
     plan: BlockPlan,
     tiles: Tiles,
-    settings: BlockSettings,
+    options: BlockOptions,
     expected: torch.Tensor | None = None,
     mark: Mark = no_mark,
 ) -> tuple[BlockChoice, torch.Tensor]:
-    """The blocks that each query block attends, and the estimate ``[Hq, 5]`` of what its sampled rows keep on them.
+    """The blocks that each query block attends, and int32 ``[N, Hkv]``, how many of them ``min_mass`` has added.
 
-    ``expected``, float32 ``[N, Hq]``, is given the mean kept mass of each query block's sampled rows.
+    ``expected``, float32 ``[N, Hq]``, is given the mean kept mass of each query block's sampled rows, 1 without any.
     """
     query, key = problem.query, problem.key
-    Hkv, group, (N, slots) = key.shape[1], query.shape[1] // key.shape[1], plan.samples.shape
+    Hkv, group, (N, S) = key.shape[1], problem.group, (len(plan.listed), plan.samples.shape[0])
     architecture = architecture_of(query.device)
-    has_min_mass = settings.min_mass > 0
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
 
     indices = torch.full((N, Hkv, plan.capacity), -1, dtype=torch.int32, device=query.device)
-    kept = scratch(N, Hkv, slots, group)
-    enlarged = torch.zeros(N, Hkv, dtype=torch.int32, device=query.device)
-    choice = Choice(indices, scratch(N, Hkv, dtype=torch.int32), kept, enlarged)
-    chunks = score_chunks(plan.widths, Hkv, slots * group, multiprocessors(query.device))
-    most_scores = Hkv * max((width * (last - first) for first, last, width in chunks), default=0)
-    most_blocks = Hkv * max((last - first for first, last, _ in chunks), default=0)
-    tables = Plan(plan.table, plan.samples, plan.law, plan.limit)
-    scores = scratch(most_scores * slots * group)
-    memory = Scratch(
-        scratch(most_scores), scratch(most_scores) if has_min_mass else None, scratch(most_blocks * slots * group)
-    )
+    kept = None if expected is None else scratch(Hkv, S, group)
+    choice = Choice(indices, torch.empty_like(plan.law), kept)
+    chunks = score_chunks(plan, Hkv, group, multiprocessors(query.device))
+    most_scores = max((chunk.width * chunk.samples for chunk in chunks), default=0) * group * Hkv
+    most_blocks = max((chunk.width * (chunk.last - chunk.first) for chunk in chunks), default=0) * Hkv
+    most_rows = max((chunk.samples for chunk in chunks), default=0) * group * Hkv
+    scores = scratch(most_scores)
+    masses = scratch(most_blocks) if options.enlarges else None
+    both = {
+        "plan": Plan(plan.table, plan.samples, plan.sample_owner, plan.recent, plan.law, plan.limit),
+        "scores": scores,
+        "group": group,
+    }
     scored = {
+        **both,
         "query": heads(query),
         "key": heads(key),
         "visible": problem.visible,
@@ -159,51 +161,68 @@ def choose_blocks(
         "Lk": key.shape[2],
         "settings": settings_of(problem),
         "shape": shape_of(query.shape[3], query.shape[3], tiles),
-        "BLOCK_SIZE": settings.block_size,
+        "BLOCK_SIZE": options.size,
         **score_options(query.shape[3], tiles, architecture),
     }
     chosen = {
-        "scratch": memory,
+        **both,
+        "scratch": Scratch(scratch(most_blocks), masses, scratch(most_rows)),
         "choice": choice,
         "num_kv_heads": Hkv,
+        "sample_count": S,
         "capacity": plan.capacity,
-        "min_mass": settings.min_mass or None,
+        "min_mass": options.min_mass,
         "BLOCK_R": _ROWS_AT_ONCE,
         "BLOCK_C": _BLOCKS_AT_ONCE,
         "BLOCK_P": _RANKS_AT_ONCE,
         **compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),
     }
-    for first, last, width in chunks:
-        row_count = (last - first) * slots * group
-        segments = triton.cdiv(width * settings.block_size, _SEGMENT)
-        chunk = {
-            "plan": tables,
-            "scores": scores,
-            "group": group,
-            "slots": slots,
-            "first_number": first,
-            "row_count": row_count,
-            "width": width,
-        }
-        score_blocks_kernel[(triton.cdiv(row_count, tiles.rows), Hkv, segments)](**chunk, **scored)
-        mark("score")
-        choose_blocks_kernel[(last - first, Hkv)](**chunk, **chosen)
+    for chunk in chunks:
+        row_count = chunk.samples * group
+        of_chunk = {"first_sample": chunk.first_sample, "row_count": row_count, "width": chunk.width}
+        if row_count:
+            segments = triton.cdiv(chunk.width * options.size, _SEGMENT)
+            score_blocks_kernel[(triton.cdiv(row_count, tiles.rows), Hkv, segments)](**of_chunk, **scored)
+            mark("score")
+        choose_blocks_kernel[(chunk.last - chunk.first, Hkv)](first_number=chunk.first, **of_chunk, **chosen)
         mark("choose")
-    estimate = _estimate(plan, kept, enlarged)
-    if expected is not None:
-        rows_of = (plan.samples >= 0).sum(-1)[:, None]
-        expected.copy_(kept.sum(2).view(len(rows_of), -1) / rows_of)
+    if expected is not None and kept is not None:
+        of_samples = kept.transpose(0, 1).reshape(S, -1)
+        lengths = plan.table[:, 9].long()
+        mean = torch.segment_reduce(of_samples, "sum", lengths=lengths, axis=0, unsafe=True) / lengths[:, None]
+        expected.copy_(mean.masked_fill(lengths[:, None] == 0, 1.0))
     mark("choose")
-    return BlockChoice(choice.indices, choice.counts), estimate
+    return BlockChoice(choice.indices, choice.counts), choice.counts - plan.law
 
 
-def score_chunks(widths: list[int], kv_heads: int, rows: int, multiprocessors: int) -> list[tuple[int, int, int]]:
-    """The query blocks that are scored and chosen for at once, see ``chunks_of``; ``rows`` are sampled, of one head.
+class Chunk(NamedTuple):
+    """Query blocks ``first:last`` whose scores are in memory together, and the key blocks of the one with most."""
 
-    Their scores take at most ``MOST_SCORE_BYTES``, unless one query block's alone take more.
+    first: int
+    last: int
+    width: int
+    first_sample: int
+    samples: int
+
+
+def score_chunks(plan: BlockPlan, kv_heads: int, group: int, multiprocessors: int) -> list[Chunk]:
+    """The query blocks that are scored and chosen for at once.
+
+    Their scores take at most ``SCORE_BYTES``, or ``MOST_SCORE_BYTES`` while there are too few query blocks to fill the
+    GPU; one query block's alone may take more.
     """
     fewest = triton.cdiv(_CHOOSING * multiprocessors, kv_heads)
-    return chunks_of(widths, 4 * kv_heads * rows, SCORE_BYTES, fewest, MOST_SCORE_BYTES)
+    chunks: list[Chunk] = []
+    for number, (*_, width, first_sample, samples) in enumerate(plan.listed):
+        if chunks:
+            chunk = chunks[-1]
+            wider, more = max(chunk.width, width), chunk.samples + samples
+            allowed = SCORE_BYTES if number + 1 - chunk.first > fewest else MOST_SCORE_BYTES
+            if wider * more * group * kv_heads * 4 <= allowed:
+                chunks[-1] = chunk._replace(last=number + 1, width=wider, samples=more)
+                continue
+        chunks.append(Chunk(number, number + 1, width, first_sample, samples))
+    return chunks
 
 
 def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, Any]:
@@ -212,20 +231,6 @@ def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, A
     if architecture == "sm_90" and tiles.keys <= 64 and padded_dim(head_dim) <= 128:
         options["maxnreg"] = 65536 // (2 * 32 * tiles.warps)
     return options
-
-
-def _estimate(plan: BlockPlan, kept: torch.Tensor, enlarged: torch.Tensor) -> torch.Tensor:
-    """The estimate ``[Hq, 5]``; sums in a fixed order, so that it is the same every time."""
-    N, Hkv, _, group = kept.shape
-    rows = (plan.samples >= 0).sum()
-    masses = kept.transpose(1, 2).reshape(-1, Hkv * group)
-    estimate = masses.new_empty(Hkv * group, 5)
-    estimate[:, 0] = rows
-    estimate[:, 1] = masses.sum(0)
-    estimate[:, 2] = masses.square().sum(0)
-    estimate[:, 3] = N
-    estimate[:, 4] = enlarged.sum(0).repeat_interleave(group)
-    return estimate
 
 
 def attend_blocks(
@@ -243,7 +248,7 @@ def attend_blocks(
     results = Results(result(query.dtype, DV), lse, lse_keys, result(torch.int32))
     if results.output.numel() == 0:
         return results
-    N, group, architecture = plan.table.shape[0], Hq // Hkv, architecture_of(query.device)
+    N, group, architecture = len(plan.listed), Hq // Hkv, architecture_of(query.device)
     shape = shape_of(D, DV, tiles.attend)
     common = {
         "visible": problem.visible,
@@ -253,7 +258,8 @@ def attend_blocks(
         "shape": shape,
     }
     if N:
-        row_tiles = triton.cdiv(plan.longest * group, tiles.attend.rows)
+        longest = max(last - first for _, first, last, *_ in plan.listed)
+        row_tiles = triton.cdiv(longest * group, tiles.attend.rows)
         attend_blocks_kernel[(N * Hkv * row_tiles,)](
             query=heads(query),
             key=heads(problem.key),

@@ -17,17 +17,20 @@ from nc_patch.ops.triton.scores import (
     score_run,
 )
 from nc_patch.ops.triton.structs import PER_CALL, Rows
+from nc_patch.selections.block.blocks import PLAN_COLUMNS
 from nc_patch.selections.block.heaviest import count_to_mass, find_cut, load_ranks, places
 
-# int32 [N, PLAN_COLUMNS]: a query block in each row, in the columns of ``QueryBlock``.
-PLAN_COLUMNS = tl.constexpr(8)
+# Columns of a plan's table; see ``blocks.BlockPlan``.
+_COLUMNS = tl.constexpr(PLAN_COLUMNS)
 
 
 class Plan(NamedTuple):
-    """Pointers to what the kernels are told of N query blocks; see ``blocks.BlockPlan``."""
+    """Pointers to what the kernels are told of the query blocks; see ``blocks.BlockPlan``."""
 
     table: Any
     samples: Any
+    sample_owner: Any
+    recent: Any
     law: Any
     limit: Any
 
@@ -38,7 +41,7 @@ class QueryBlock(NamedTuple):
     Attributes:
         batch: the sequence. first, last: its rows ``first:last`` of Lq.
         begin: the key position of block 0. lowest: the first visible block. blocks: how many there are.
-        diagonal: how many of them come before those that hold the query block's own positions.
+        first_sample, samples: which of the plan's samples are its own.
     """
 
     batch: Any
@@ -47,21 +50,23 @@ class QueryBlock(NamedTuple):
     begin: Any
     lowest: Any
     blocks: Any
-    diagonal: Any
+    first_sample: Any
+    samples: Any
 
 
 @triton.jit
 def load_query_block(table, number, mask):
     """The ``QueryBlock`` of each number, from the plan's table; zeros where the mask has none."""
-    row = table + number.to(tl.int64) * PLAN_COLUMNS
+    row = table + number.to(tl.int64) * _COLUMNS
     return QueryBlock(
         tl.load(row, mask=mask, other=0).to(tl.int64),
         tl.load(row + 1, mask=mask, other=0),
         tl.load(row + 2, mask=mask, other=0),
-        tl.load(row + 3, mask=mask, other=0),
-        tl.load(row + 4, mask=mask, other=0),
         tl.load(row + 5, mask=mask, other=0),
         tl.load(row + 6, mask=mask, other=0),
+        tl.load(row + 7, mask=mask, other=0),
+        tl.load(row + 8, mask=mask, other=0),
+        tl.load(row + 9, mask=mask, other=0),
     )
 
 
@@ -73,7 +78,7 @@ class BlockScores(NamedTuple):
     blocks: Any
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "slots", "first_number", "row_count", "width"])
+@triton.jit(do_not_specialize=[*PER_CALL, "first_sample", "row_count", "width"])
 def score_blocks_kernel(
     query,
     key,
@@ -83,8 +88,7 @@ def score_blocks_kernel(
     group,
     Lq,
     Lk,
-    slots,
-    first_number,
+    first_sample,
     row_count,
     width,
     settings,
@@ -93,8 +97,8 @@ def score_blocks_kernel(
 ):
     """Log-sum-exps of the sampled rows' logits over each key block: ``scores [num_kv_heads, width, row_count]``.
 
-    Rows are (query block, slot, query head of the group), the head running fastest, from query block ``first_number``
-    on; blocks are counted from the first visible one. Scores of slots without a row are not written.
+    Rows are (sample, query head of the group), the head running fastest, from the plan's ``first_sample`` on; blocks
+    are counted from the first that the row's query block sees.
 
     A program takes ``BLOCK_M`` consecutive rows of one key/value head, whatever query blocks they belong to: with 4
     sampled rows a query block and 4 query heads a group, 128 rows are those of 8 query blocks, so that keys are read
@@ -104,12 +108,10 @@ def score_blocks_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
     flat = tl.program_id(0) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
-    number = first_number + flat // (slots * group)
-    places = plan.samples + number.to(tl.int64) * slots + (flat // group) % slots
-    sample = tl.load(places, mask=flat < row_count, other=-1)
-    valid = sample >= 0
-    own = load_query_block(plan.table, number, valid)
-    index = tl.maximum(sample, 0).to(tl.int64)
+    sample = first_sample + flat // group
+    valid = flat < row_count
+    own = load_query_block(plan.table, tl.load(plan.sample_owner + sample, mask=valid, other=0), valid)
+    index = tl.load(plan.samples + sample, mask=valid, other=0).to(tl.int64)
     start, end = visible_keys(visible + (own.batch * Lq + index) * 2, valid, Lk)
     rows = Rows(own.batch, kv_head, index, kv_head * group + flat % group, flat, valid, start, end, end)
     queries = load_queries(query, rows, shape)
@@ -210,17 +212,17 @@ class Choice(NamedTuple):
 
     Attributes:
         indices: int32 ``[N, Hkv, capacity]``, filled with -1. counts: int32 ``[N, Hkv]``.
-        kept: float32 ``[N, Hkv, slots, group]``, each sampled row's mass on the chosen blocks; 0 where there is no row.
-        enlarged: int32 ``[N, Hkv]``, whether ``min_mass`` asked for more than the law.
+        kept: float32 ``[Hkv, S, group]``, each sampled row's mass on the chosen blocks; None where it is not wanted.
     """
 
     indices: Any
     counts: Any
     kept: Any
-    enlarged: Any
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "slots", "first_number", "row_count", "width", "capacity"])
+@triton.jit(
+    do_not_specialize=[*PER_CALL, "first_number", "first_sample", "sample_count", "row_count", "width", "capacity"]
+)
 def choose_blocks_kernel(
     plan,
     scores,
@@ -228,8 +230,9 @@ def choose_blocks_kernel(
     choice,
     num_kv_heads,
     group,
-    slots,
     first_number,
+    first_sample,
+    sample_count,
     row_count,
     width,
     capacity,
@@ -240,26 +243,25 @@ def choose_blocks_kernel(
 ):
     """The ``Choice`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
 
-    Reads the ``scores``, as ``score_blocks_kernel`` writes them, three times: for each row's log-sum-exp over its
-    blocks, for the largest share that any row puts on each block, and for the mass that each row keeps. ``min_mass`` is
-    None for none.
+    Reads the ``scores``, as ``score_blocks_kernel`` writes them, twice: for each row's log-sum-exp over its blocks, and
+    for the largest share that any row puts on each block; once more for the mass that each row keeps, where that is
+    wanted. ``min_mass`` is None for none.
     """
     local = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     number = (first_number + local).to(tl.int64)
     own = load_query_block(plan.table, number, number >= 0)
     pair = number * num_kv_heads + kv_head
-    rows = slots * group
+    rows = own.samples * group
     program = local.to(tl.int64) * num_kv_heads + kv_head
     weights = scratch.weights + program * width
-    lse_row = scratch.row_lse + program * rows
-    logits = BlockScores(scores + kv_head * width * row_count + local.to(tl.int64) * rows, row_count, own.blocks)
+    before = (own.first_sample - first_sample).to(tl.int64) * group
+    lse_row = scratch.row_lse + kv_head * row_count + before
+    logits = BlockScores(scores + kv_head * width * row_count + before, row_count, own.blocks)
 
-    present_rows = 0
     for from_row in range(0, rows, BLOCK_R):
         row = from_row + tl.arange(0, BLOCK_R)
-        present = tl.load(plan.samples + number * slots + row // group, mask=row < rows, other=-1) >= 0
-        present_rows += tl.sum(present.to(tl.int32), axis=0)
+        present = row < rows
         peak = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
         total = tl.zeros([BLOCK_R], dtype=tl.float32)
         for from_block in range(0, own.blocks, BLOCK_C):
@@ -285,40 +287,44 @@ def choose_blocks_kernel(
         # Every thread has written the weights, and the log-sum-exps, that others read.
         tl.debug_barrier()
 
-    always = tl.minimum(own.diagonal, 1) + own.blocks - own.diagonal
-    wanted = tl.minimum(tl.maximum(tl.load(plan.law + pair), always), own.blocks)
+    # Without a sampled row all blocks are attended, and there are no weights to look at.
+    recent = tl.where(rows > 0, tl.load(plan.recent + pair), 0)
+    always = tl.minimum(recent, 1) + own.blocks - recent
+    wanted = tl.load(plan.law + pair)
     if min_mass is not None:
         masses = scratch.masses + program * width
-        most = tl.minimum(tl.maximum(tl.load(plan.limit + pair), wanted), own.blocks)
-        target = min_mass * tl.cast(present_rows, tl.float32)
-        missing = target - mass_of_always(masses, own, BLOCK_P)
-        more = always + count_to_mass(weights, masses, own.diagonal, missing, BLOCK_P)
+        missing = min_mass * tl.cast(rows, tl.float32) - mass_of_always(masses, own.blocks, recent, BLOCK_P)
+        more = always + count_to_mass(weights, masses, recent, missing, BLOCK_P)
         # Where even all blocks miss the target by rounding, all are asked for.
-        grown = tl.minimum(tl.maximum(wanted, more), most)
-        tl.store(choice.enlarged + pair, (grown > wanted).to(tl.int32))
-        wanted = grown
-    wanted = tl.minimum(wanted, capacity)
-    cut, spare = find_cut(weights, own.diagonal, wanted - always, BLOCK_P)
-
-    for from_row in range(0, rows, BLOCK_R):
-        row = from_row + tl.arange(0, BLOCK_R)
-        present = tl.load(plan.samples + number * slots + row // group, mask=row < rows, other=-1) >= 0
-        whole = tl.load(lse_row + row, mask=present, other=0.0)
-        kept_here = tl.zeros([BLOCK_R], dtype=tl.float32)
-        taken_before = 0
-        ties_before = 0
-        for from_block in range(0, own.blocks, BLOCK_C):
-            block = from_block + tl.arange(0, BLOCK_C)
-            rank = load_ranks(weights, own.diagonal, block)
-            above = (block < own.blocks) & ((block == 0) | (block >= own.diagonal) | (rank > cut))
-            place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
-            if from_row == 0:
-                stored = choice.indices + pair * capacity + place
-                tl.store(stored, own.lowest + block, mask=taken & (place < capacity))
-            mass = load_mass(logits, row, present, block, whole)
-            kept_here += tl.sum(tl.where(taken[None, :], mass, 0.0), axis=1)
-        tl.store(choice.kept + pair * rows + row, kept_here, mask=row < rows)
+        wanted = tl.minimum(tl.maximum(wanted, more), tl.load(plan.limit + pair))
+    cut, spare = find_cut(weights, recent, wanted - always, BLOCK_P)
     tl.store(choice.counts + pair, wanted)
+    taken_before = 0
+    ties_before = 0
+    for from_block in range(0, own.blocks, BLOCK_C):
+        block = from_block + tl.arange(0, BLOCK_C)
+        rank = load_ranks(weights, recent, block)
+        above = (block < own.blocks) & ((block == 0) | (block >= recent) | (rank > cut))
+        place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
+        tl.store(choice.indices + pair * capacity + place, own.lowest + block, mask=taken & (place < capacity))
+
+    if choice.kept is not None:
+        for from_row in range(0, rows, BLOCK_R):
+            row = from_row + tl.arange(0, BLOCK_R)
+            present = row < rows
+            whole = tl.load(lse_row + row, mask=present, other=0.0)
+            kept_here = tl.zeros([BLOCK_R], dtype=tl.float32)
+            taken_before = 0
+            ties_before = 0
+            for from_block in range(0, own.blocks, BLOCK_C):
+                block = from_block + tl.arange(0, BLOCK_C)
+                rank = load_ranks(weights, recent, block)
+                above = (block < own.blocks) & ((block == 0) | (block >= recent) | (rank > cut))
+                place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
+                mass = load_mass(logits, row, present, block, whole)
+                kept_here += tl.sum(tl.where(taken[None, :], mass, 0.0), axis=1)
+            stored = choice.kept + (kv_head * sample_count + own.first_sample) * group + row
+            tl.store(stored, kept_here, mask=present)
 
 
 @triton.jit
@@ -339,11 +345,11 @@ def load_mass(scores, row, present, block, whole):
 
 
 @triton.jit
-def mass_of_always(masses, own, BLOCK_P: tl.constexpr):
+def mass_of_always(masses, blocks, recent, BLOCK_P: tl.constexpr):
     """The mass of the blocks that are always attended."""
-    mass = tl.cast(own.blocks * 0, tl.float32)
-    for first in range(0, own.blocks, BLOCK_P):
+    mass = tl.cast(blocks * 0, tl.float32)
+    for first in range(0, blocks, BLOCK_P):
         block = first + tl.arange(0, BLOCK_P)
-        always = (block < own.blocks) & ((block == 0) | (block >= own.diagonal))
+        always = (block < blocks) & ((block == 0) | (block >= recent))
         mass += tl.sum(tl.load(masses + block, mask=always, other=0.0), axis=0)
     return mass

@@ -14,25 +14,26 @@ from nc_patch.ops.rows import (
     split_scale,
 )
 from nc_patch.selections.base import Choice
-from nc_patch.selections.block.audit import audit, expected_of
-from nc_patch.selections.block.blocks import BlockSettings, Mark, no_mark, query_block_table
+from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
+from nc_patch.selections.block.blocks import BlockOptions, Mark, no_mark, plan_of
 from nc_patch.selections.block.torch_attend import attend_blocks
 from nc_patch.selections.block.torch_choose import choose_blocks
 
 
-def torch_block_attention(problem: Problem, settings: BlockSettings, mark: Mark = no_mark) -> AttentionResult:
+def torch_block_attention(problem: Problem, options: BlockOptions, mark: Mark = no_mark) -> AttentionResult:
     """Attention over key blocks that a query block shares, as ``definition`` says; the kept mass costs half of dense's.
 
     ``mark`` is for timing the steps, see ``blocks.Mark``; it may be called several times for one.
     """
     visible = problem.visible
-    table = query_block_table(visible, problem.origin, settings.query_block_size)
-    expected, audited = expected_of(problem, len(table.first)), None
-    choice, estimate = choose_blocks(problem, table, settings, expected, mark)
+    plan = plan_of(problem, options)
+    expected, audited = expected_of(problem, len(plan.listed)), None
+    mark("plan")
+    choice, added = choose_blocks(problem, plan, options, expected, mark)
     if expected is not None:
-        audited = audit(problem, table, choice, expected, settings.block_size)
+        audited = audit(problem, plan, choice, expected, options.size)
         mark("choose")
-    output, of_keys, attended = attend_blocks(problem, table, choice, settings.block_size)
+    output, of_keys, attended = attend_blocks(problem, plan, choice, options.size)
     mark("attend")
     lse = kept_mass = None
     if problem.stats:
@@ -40,18 +41,19 @@ def torch_block_attention(problem: Problem, settings: BlockSettings, mark: Mark 
         kept_mass = torch.exp(of_keys - _dense_lse(problem)).masked_fill_(empty, 1.0)
         sinks = problem.sinks
         lse = of_keys if sinks is None else torch.logaddexp(of_keys, sinks.float()[:, None].expand_as(of_keys))
-    return AttentionResult(output, lse, kept_mass, attended, estimate=estimate, audit=audited)
+    enlarged = enlarged_of(added, problem.group) if options.enlarges else None
+    return AttentionResult(output, lse, kept_mass, attended, enlarged=enlarged, audit=audited)
 
 
 class ChosenBlocks(Choice):
     """The chosen blocks of a prefill, query block by query block."""
 
-    def __init__(self, problem: Problem, settings: BlockSettings) -> None:
-        self._problem, self._block_size = problem, settings.block_size
-        table = self._table = query_block_table(problem.visible, problem.origin, settings.query_block_size)
-        self._choice, _ = choose_blocks(problem, table, settings)
-        columns = (table.batch, table.first, table.last, table.low, table.high)
-        self.blocks = [RowBlock(*row) for row in torch.stack(columns, -1).tolist()]
+    def __init__(self, problem: Problem, options: BlockOptions) -> None:
+        self._problem, self._block_size = problem, options.size
+        plan = plan_of(problem, options)
+        self._begin = plan.blocks.begin
+        self._choice, _ = choose_blocks(problem, plan, options)
+        self.blocks = [RowBlock(*row[:5]) for row in plan.listed]
         self._number = {(block.batch, block.first): number for number, block in enumerate(self.blocks)}
 
     def hide_(self, scores: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
@@ -59,7 +61,7 @@ class ChosenBlocks(Choice):
         number = self._number[block.batch, block.first]
         indices, counts = self._choice.block_indices[number], self._choice.block_counts[number]
         position = torch.arange(block.low, block.high, device=scores.device)
-        of_key = torch.div(position - self._table.begin[number], self._block_size, rounding_mode="floor")
+        of_key = torch.div(position - self._begin[number], self._block_size, rounding_mode="floor")
         exists = torch.arange(indices.shape[1], device=scores.device) < counts[:, None]
         attended = ((of_key[:, None] == indices[:, None]) & exists[:, None]).any(-1)
         hidden = ~attended[:, None, None]

@@ -12,7 +12,7 @@ import torch
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.problem import Problem
 from nc_patch.ops.rows import final_scores_, softmax_, split_scale, weighted_values
-from nc_patch.selections.block.blocks import BlockChoice, QueryBlocks
+from nc_patch.selections.block.blocks import BlockChoice, BlockPlan
 
 
 class BlockOutput(NamedTuple):
@@ -49,7 +49,7 @@ class _Units(NamedTuple):
     seen: torch.Tensor
 
 
-def attend_blocks(problem: Problem, table: QueryBlocks, choice: BlockChoice, block_size: int) -> BlockOutput:
+def attend_blocks(problem: Problem, plan: BlockPlan, choice: BlockChoice, block_size: int) -> BlockOutput:
     """Every row attends the keys it sees among the blocks chosen for its query block."""
     query, key, value, sinks = problem.query, problem.key, problem.value, problem.sinks
     want_lse, (B, Hq, Lq, D) = problem.stats, query.shape
@@ -64,7 +64,7 @@ def attend_blocks(problem: Problem, table: QueryBlocks, choice: BlockChoice, blo
     logits = None if sinks is None else sinks.float().view(Hkv, group)
     buffers = torch_rows.Buffers(0, query.device)
     head_of_group, within = torch.arange(group, device=query.device), torch.arange(block_size, device=query.device)
-    for units in _units(table, choice, problem.visible, block_size, group):
+    for units in _units(plan, choice, problem.visible, block_size, group):
         (U, R), M = units.row.shape, units.start.shape[1]
         head = units.head[:, None] * group + head_of_group
         place = ((units.batch[:, None] * Hq + head)[..., None] * Lq + units.row[:, None]).flatten()
@@ -97,10 +97,10 @@ def attend_blocks(problem: Problem, table: QueryBlocks, choice: BlockChoice, blo
 
 
 def _units(
-    table: QueryBlocks, choice: BlockChoice, visible: torch.Tensor, block_size: int, group: int
+    plan: BlockPlan, choice: BlockChoice, visible: torch.Tensor, block_size: int, group: int
 ) -> Iterator[_Units]:
     """All units in batches of like counts, within a block's memory."""
-    N, Hkv = choice.block_counts.shape
+    table, (N, Hkv) = plan.blocks, choice.block_counts.shape
     counts = choice.block_counts.flatten()
     rows = (table.last - table.first).repeat_interleave(Hkv)
     order = torch.sort(counts.long() * (int(rows.max()) + 1 if N else 1) + rows, stable=True).indices
