@@ -140,7 +140,7 @@ def _attention(
     refuse_tangents(query, key, value)
     compiling = torch.compiler.is_compiling()
     cached = None if nc_layer_cache is None or compiling else nc_layer_cache.layer
-    plan = _plan(patch, query, nc_layer_cache)
+    plan = _plan(patch, query, Lk, nc_layer_cache)
     if Lq != Lk:
         refuse_masked_keys(module, IMPLEMENTATION, nc_attention_forward, plan.dense_reason is not None)
     plain = not problem.softcap and problem.sinks is None
@@ -157,7 +157,7 @@ def _attention(
     assert attention_mask is not None
     visibility, in_place, several = _visible_keys(module, patch, plan.layer, attention_mask, boundaries, (B, Lq, Lk))
     if several and plan.decoding and Lq > 1:
-        plan = _plan(patch, query, None)  # an index is of one sequence a row
+        plan = _plan(patch, query, Lk, None)  # an index is of one sequence a row
     config, decoding, selection = plan.config, plan.decoding, plan.selection
     problem = problem._replace(visible=visibility.visible, origin=visibility.origin)
     if visibility.order is not None:
@@ -185,7 +185,7 @@ def _attention(
     index = means = None
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
     by_an_index = config.decode.needs_index or not needs_gradient(query, key, value, problem.sinks)
-    if patch is not None and not config.is_dense(plan.layer) and by_an_index:
+    if patch is not None and not plan.short and not config.is_dense(plan.layer) and by_an_index:
         detached = problem
         if key.requires_grad or value.requires_grad:
             detached = problem._replace(key=problem.key.detach(), value=problem.value.detach())
@@ -240,7 +240,8 @@ _UNPATCHED = NCConfig(1.0, 1.0)
 class _Plan(NamedTuple):
     """What a call does, as far as that follows from the settings, the cache and the number of queries.
 
-    ``host_reads``: whether a value may be read on the host. ``measures``: whether kept mass is.
+    ``short``: there are too few keys for sparse attention to pay. ``host_reads``: whether a value may be read on the
+    host. ``measures``: whether kept mass is.
     """
 
     config: NCConfig
@@ -248,11 +249,12 @@ class _Plan(NamedTuple):
     decoding: bool
     selection: Selection
     dense_reason: str | None
+    short: bool
     host_reads: bool
     measures: bool
 
 
-def _plan(patch: LayerPatch | None, query: torch.Tensor, cache: LayerCache | None) -> _Plan:
+def _plan(patch: LayerPatch | None, query: torch.Tensor, key_length: int, cache: LayerCache | None) -> _Plan:
     config = _UNPATCHED if patch is None else patch.config
     layer = 0 if patch is None else patch.layer
     Lq = query.shape[2]
@@ -263,13 +265,16 @@ def _plan(patch: LayerPatch | None, query: torch.Tensor, cache: LayerCache | Non
     decoding = Lq == 1 or several_decode
     selection = config.decode if decoding else config.prefill
     dense_reason = _dense_reason(patch, config, layer, selection)
+    short = dense_reason is None and key_length <= config.dense_below
+    if short:
+        dense_reason = f"no query sees more than dense_below={config.dense_below} keys"
     host_reads = not torch.compiler.is_compiling() and not _capturing(query)
     # Inside torch.func's transforms a value of the computation may stand for many.
     readable = host_reads and not in_transform()
     if config.on_drop != "ignore" and dense_reason is None and not readable:
         refuse_graphs(config.on_drop, layer)
     measures = patch is not None and (config.track or config.on_drop != "ignore") and readable
-    return _Plan(config, layer, decoding, selection, dense_reason, host_reads, measures)
+    return _Plan(config, layer, decoding, selection, dense_reason, short, host_reads, measures)
 
 
 class _Seen(NamedTuple):
@@ -352,10 +357,7 @@ def _dense_by_mask(problem: Problem, mask: torch.Tensor | None, crosses: bool) -
 
 def _sdpa(problem: Problem, mask: torch.Tensor | None, causal: bool = True) -> torch.Tensor:
     """PyTorch's dense attention; without a mask plain causal, for which Lq must be 1 or Lk, or of all keys."""
-    query, key, value, group = problem.query, problem.key, problem.value, problem.group
-    if group > 1 and query.device.type == "cpu":
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        group = 1
+    query, key, value = problem.query, problem.key, problem.value
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -363,7 +365,7 @@ def _sdpa(problem: Problem, mask: torch.Tensor | None, causal: bool = True) -> t
         attn_mask=mask,
         scale=problem.scale,
         is_causal=causal and mask is None and query.shape[2] > 1,
-        enable_gqa=group > 1,
+        enable_gqa=problem.group > 1,
     )
 
 

@@ -22,7 +22,7 @@ from nc_patch.common import (
     shown,
 )
 from nc_patch.ops.backends import check_backend
-from nc_patch.selections import Selection, TopK, selection_class, selection_names
+from nc_patch.selections import Block, Selection, TopK, selection_class, selection_names
 
 Backend = Literal["auto", "triton", "torch"]
 IndexUse = Literal["auto", "always", "never"]
@@ -34,7 +34,7 @@ ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
 # The budget of patch_model(model): see the table in docs/choosing.md.
 DEFAULT_ALPHA, DEFAULT_C = 2.0, 0.5
 DEFAULT_DENSE_BELOW = 1024
-DEFAULT_SELECTION = TopK()
+DEFAULT_PREFILL, DEFAULT_DECODE = Block(), TopK()
 _PHASES = ("prefill", "decode")
 # Options of earlier versions: the value that ``to_dict`` wrote by default, which files may still hold, and what is now.
 _REMOVED: dict[str, tuple[Any, str]] = {
@@ -82,8 +82,8 @@ class NCConfig:
     alpha: PerHead
     C: PerHead = 0.0
     _: KW_ONLY
-    prefill: Selection = DEFAULT_SELECTION
-    decode: Selection = DEFAULT_SELECTION
+    prefill: Selection = DEFAULT_PREFILL
+    decode: Selection = DEFAULT_DECODE
     min_keys: int = 1
     dense_below: int = DEFAULT_DENSE_BELOW
     track: bool = False
@@ -121,12 +121,13 @@ class NCConfig:
         written = {name: _summary(getattr(self, name)) for name in ("alpha", "C")}
         if self.prefill == self.decode:
             kind, options = type(self.prefill), self.prefill.options
-            if kind is not type(DEFAULT_SELECTION):
-                written["selection"] = repr(kind.name)
+            written["selection"] = repr(kind.name)
             changed = [option for option in options if getattr(self.prefill, option) != getattr(kind, option)]
             written |= {kind.shorthand.get(option, option): repr(getattr(self.prefill, option)) for option in changed}
         else:
-            written |= {phase: repr(getattr(self, phase)) for phase in _PHASES}
+            defaults = {"prefill": DEFAULT_PREFILL, "decode": DEFAULT_DECODE}
+            chosen = {phase: getattr(self, phase) for phase in _PHASES}
+            written |= {phase: repr(each) for phase, each in chosen.items() if each != defaults[phase]}
         changed = [name for name, default in _DEFAULTS.items() if getattr(self, name) != default]
         written |= {name: repr(getattr(self, name)) for name in changed}
         return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in written.items())})"
@@ -290,7 +291,8 @@ def _selections_of(settings: Mapping[str, Any]) -> dict[str, Selection]:
         if clash:
             raise TypeError(f"selection sets prefill and decode; leave it out or leave out {' and '.join(clash)}")
     name = lambda phase: phase if both is None else "selection"  # noqa: E731
-    given = {phase: settings.get(phase, DEFAULT_SELECTION) if both is None else both for phase in _PHASES}
+    defaults = {"prefill": DEFAULT_PREFILL, "decode": DEFAULT_DECODE}
+    given = {phase: settings.get(phase, defaults[phase]) if both is None else both for phase in _PHASES}
     chosen = {phase: as_selection(name(phase), value) for phase, value in given.items()}
     for option, owners in option_owners().items():
         if option not in settings:

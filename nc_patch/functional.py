@@ -78,8 +78,8 @@ def sparse_attention(
             kept mass needs the score of every key.
         return_kept_mass: ``"bounds"`` returns an ``AttentionResult`` with ``kept_mass_bounds``, which a codes index
             gives almost for free.
-        options: options of the selection by name, such as ``sink_keys`` or ``block_size``, and ``min_keys`` and
-            ``backend`` of ``NCConfig``.
+        options: options of the selection by name, such as ``sink_keys`` or ``block_size``, and ``min_keys``,
+            ``backend`` and ``dense_below``, here 0 by default, of ``NCConfig``.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in query's dtype, zero for queries that see no key; or an ``AttentionResult``.
@@ -156,13 +156,14 @@ def _config(alpha: Any, C: Any, selection: Any, **options: Any) -> NCConfig:
     given = [name for name in options if name in _ELSEWHERE]
     if given:
         raise TypeError(
-            f"{', '.join(given)} acts in patched models; sparse_attention takes {', '.join(option_owners())}, min_keys "
-            "and backend. To measure and act on the kept mass, ask for return_stats or return_kept_mass"
+            f"{', '.join(given)} acts in patched models; sparse_attention takes {', '.join(option_owners())}, "
+            "min_keys, dense_below and backend. To measure and act on the kept mass, ask for return_stats or "
+            "return_kept_mass"
         )
     if selection is None:
         raise ValueError(f"selection must be one of {', '.join(map(repr, selection_names()))}, got None")
     per_head = lambda v: [list(v)] if isinstance(v, Sequence) and not isinstance(v, (str, bytes)) else v  # noqa: E731
-    return NCConfig(per_head(alpha), per_head(C), selection=selection, **options)
+    return NCConfig(per_head(alpha), per_head(C), selection=selection, **{"dense_below": 0, **options})
 
 
 def by_index(problem: Problem, index: KeyIndex, most: int) -> Problem:
