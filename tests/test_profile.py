@@ -168,14 +168,14 @@ def test_a_profile_comes_alone(arguments, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is no profile"),
-        ("{", "is no profile"),
-        ("\xff", "is no profile|utf"),
-        ("[1, 2]", "this is no profile: its format must be"),
-        ("{}", "this is no profile: its format must be"),
+        ("", "cannot be read: Expecting value"),
+        ("{", "cannot be read: Expecting property name"),
+        ("\xff", "cannot be read: 'utf"),
+        ("[1, 2]", "this is no profile, or one written by a newer nc_patch"),
+        ("{}", "its format must be a number from 1 to 1, got None"),
         ('{"format": "1"}', "its format must be a number"),
         ('{"format": true}', "its format must be a number"),
-        ('{"format": 2}', "format 2, written by a newer nc_patch"),
+        ('{"format": 2}', "written by a newer nc_patch: its format must be a number from 1 to 1, got 2"),
         ('{"format": 1}', "lacks C, aim, alpha"),
     ],
 )
@@ -230,7 +230,7 @@ def set_in(*keys):
         (set_in("fits", 1, "eps", 0.05), "eps must be 1 or more numbers in ascending order"),
         (set_in("fits", 0, "more", 1), "fits.0. has unknown fields: 'more'"),
         (set_in("fits", 0, "r2", 0, 0, 2.0), "fits.0..r2 must be finite and from"),
-        (set_in("versions", {"torch": 2}), "versions.torch must be a text"),
+        (set_in("versions", {"torch": 2}), "versions must be an object of texts"),
         (set_in("versions", "2.0"), "versions must be an object"),
     ],
 )

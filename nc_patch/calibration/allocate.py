@@ -1,8 +1,7 @@
-"""Sharing a number of keys among layers and heads so that what is lost in all of them together is least.
+"""Sharing a number of keys among layers and heads so that the sum of their predicted losses is least.
 
-Each head's cost falls with its keys. Where the sum of costs is least for a given sum of keys, one more key is worth the
-same everywhere; so every head takes the keys at which its own slope is one common price, and the price is sought that
-spends the budget. Heads keep a power law each, through what they take at the calibrated lengths.
+There one more key is worth the same to every head. So every head takes the keys at which its own slope is one common
+price, and the price is sought that spends the budget. Each head's law runs through what it takes at each length.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +12,15 @@ import numpy as np
 from nc_patch.budget import budgets_for
 from nc_patch.common import ProfileError
 
-# Queries at which the keys of a whole sequence are counted while the price is sought; the last step counts every one.
+# The price is sought on so many of the queries; the last step counts every one.
 _ROWS = 64
 _STEPS = 60
-_MARGIN = 1e-6
-# Shares of the keys seen above which a law at every length counts as dense.
+# A law that gives this share of the keys at every length is made dense.
 _DENSE_SHARE = 0.9
 
 
 class Laws(NamedTuple):
-    """Budget laws of all heads: ``alpha * n**C``, arrays ``[M, H]``."""
+    """Budget laws ``alpha * n**C`` of all heads, float64 ``[M, H]``."""
 
     alpha: np.ndarray
     C: np.ndarray
@@ -34,11 +32,11 @@ class Demand:
     L lengths, M layers, H query heads, G numbers of keys.
 
     Attributes:
-        steepest: ``[M, H]``, the logarithm of what a first key more is worth to each head at the longest length.
+        steepest: ``[M, H]``, log of what the first further key is worth at the longest length.
 
     Args:
         keys: ``[G]``, ascending.
-        visible: ``[L, M]``, how many keys the rows of each length see; less than the length where layers slide.
+        visible: ``[L, M]``, how many keys the rows of each length see.
         cost: ``[L, M, H, G]``, what heads lose with so many keys.
     """
 
@@ -47,15 +45,15 @@ class Demand:
         seen = visible[..., None, None]
         cost = np.where(keys >= seen, 0.0, np.maximum(cost, 0.0))
         keys = np.broadcast_to(np.minimum(keys, seen), cost.shape)
-        with np.errstate(divide="ignore", invalid="ignore"):  # the keys end where all are attended
+        with np.errstate(divide="ignore", invalid="ignore"):  # keys repeat where all are attended
             slopes = -np.diff(_convex(keys, cost)) / np.diff(keys)
         tiny = max(float(slopes.max(where=np.isfinite(slopes), initial=0.0)), 1e-300) * 1e-12
-        slopes = np.log(np.minimum.accumulate(np.where(np.isfinite(slopes), np.maximum(slopes, tiny), tiny), -1))
-        self._log_slopes = slopes
-        # Between two numbers of keys the slope belongs to their geometric mean.
+        slopes = np.where(np.isfinite(slopes), np.maximum(slopes, tiny), tiny)
+        self._log_slopes = np.log(np.minimum.accumulate(slopes, -1))
+        # A slope between two numbers of keys belongs to their geometric mean.
         self._log_keys = np.log(np.sqrt(keys[..., 1:] * keys[..., :-1]))
         self._log_least, self._log_most = np.log(keys[..., :1]), np.log(seen)
-        self.steepest = slopes[-1, ..., 0]
+        self.steepest = self._log_slopes[-1, ..., 0]
 
     def price_range(self) -> tuple[float, float]:
         """Prices at which every head takes all keys, and at which every head takes fewest."""
@@ -66,10 +64,8 @@ class Demand:
         wanted, slopes = np.log(price), self._log_slopes
         above = (slopes > wanted).sum(-1, keepdims=True)
         after = np.clip(above, 1, slopes.shape[-1] - 1)
-        (high, low), (fewer, more) = (
-            [np.take_along_axis(values, place, -1) for place in (after - 1, after)]
-            for values in (slopes, self._log_keys)
-        )
+        high, low = (np.take_along_axis(slopes, place, -1) for place in (after - 1, after))
+        fewer, more = (np.take_along_axis(self._log_keys, place, -1) for place in (after - 1, after))
         between = fewer + (high - wanted) / np.maximum(high - low, 1e-300) * (more - fewer)
         found = np.where(above == 0, self._log_least, np.where(above == slopes.shape[-1], self._log_most, between))
         return np.exp(found[..., 0])
@@ -84,16 +80,14 @@ def allocate(
     min_keys: int,
     ends: tuple[int, int],
 ) -> Laws:
-    """The laws under which heads lose least while they attend ``fraction`` of all the keys that ``rows`` see.
-
-    Heads that would attend nearly all keys at both ``ends`` attend all of them.
+    """The laws under which heads lose least while they attend ``fraction`` of the keys that ``rows`` see.
 
     Args:
         demand: of every head.
-        rows, windows, min_keys: of which keys are counted; as in ``attended_fraction``.
-        fraction: of all keys seen, in (0, 1].
+        rows, windows, min_keys: as in ``attended_fraction``.
+        fraction: in (0, 1].
         dense_layers: layers that attend every key, which counts too.
-        ends: the shortest and the longest calibrated length.
+        ends: as in ``attends_all``; heads that attend nearly all keys are made dense.
 
     Raises:
         ProfileError: no laws spend that little or that much.
@@ -106,22 +100,27 @@ def allocate(
     def spent(laws: Laws, rows: np.ndarray = rows) -> float:
         return attended_fraction(laws, rows, windows, min_keys)
 
-    def laws_at(price: float) -> Laws:
-        alpha, C = _power_laws(demand.at(price), demand.visible, weights)
+    def where_sparse(alpha: np.ndarray, C: np.ndarray) -> Laws:
         return Laws(np.where(sparse, alpha, 1.0), np.where(sparse, C, 1.0))
+
+    def laws_at(price: float) -> Laws:
+        return where_sparse(*_power_laws(demand.at(price), demand.visible, weights))
+
+    def scaled(factor: float) -> Laws:
+        return where_sparse(laws.alpha * factor, laws.C)
+
+    def mixed(count: int) -> Laws:
+        return Laws(np.where(place < count, upper, lower), scaled(1.0).C)
 
     price = _closest(lambda price: spent(laws_at(price), coarse) <= fraction, *demand.price_range())[1]
     laws = laws_at(price)
-    sparse = sparse & ~attends_all(laws, *ends)
-    scaled = lambda factor: Laws(np.where(sparse, laws.alpha * factor, 1.0), np.where(sparse, laws.C, 1.0))  # noqa: E731
-
+    sparse &= ~attends_all(laws, *ends)
     # Budgets are whole numbers, so all of them together go in steps. Between two steps some heads take the upper one.
     low, high = _closest(lambda factor: spent(scaled(factor)) > fraction, 1e-6, 1e6)
-    # Away from the step itself, where the last bit would decide.
-    lower, upper = scaled(low * (1 - _MARGIN)), scaled(high * (1 + _MARGIN))
+    # A little away from the step, where the last bit would decide.
+    lower, upper = scaled(low * (1 - 1e-6)).alpha, scaled(high * (1 + 1e-6)).alpha
     order = np.argsort(-np.where(sparse, demand.steepest, -np.inf), axis=None, kind="stable")
     place = np.argsort(order).reshape(sparse.shape)
-    mixed = lambda count: Laws(np.where(place < count, upper.alpha, lower.alpha), lower.C)  # noqa: E731
     few, many = 0, sparse.size
     while many - few > 1:
         middle = (few + many) // 2
@@ -130,8 +129,8 @@ def allocate(
     if abs(spent(found) - fraction) > 0.01 * fraction:
         raise ProfileError(
             f"no budgets attend {fraction:.4g} of the keys: with min_keys={min_keys} and the dense layers "
-            f"{list(dense_layers)} they attend {spent(scaled(1e-9)):.4g} to "
-            f"{spent(scaled(1e9)):.4g}; the nearest is {spent(found):.4g}"
+            f"{list(dense_layers)} they attend {spent(scaled(1e-9)):.4g} to {spent(scaled(1e9)):.4g}; the nearest is "
+            f"{spent(found):.4g}"
         )
     return found
 
@@ -177,7 +176,7 @@ def _convex(keys: np.ndarray, curves: np.ndarray) -> np.ndarray:
 
 
 def _level_weights(visible: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """How much each calibrated length counts for rows: ``[L, M]``, the rows that lie nearest to it on a log scale."""
+    """How many rows lie nearest to each calibrated length on a log scale, ``[L, M]``, and never quite none."""
     weights = np.empty(visible.shape)
     for layer, n in enumerate(visible.T):
         edges = np.concatenate(([0.0], np.sqrt(n[1:] * n[:-1]), [np.inf]))
