@@ -4,6 +4,7 @@ There one more key is worth the same to every head. So every head takes the keys
 price, and the price is sought that spends the budget. Each head's law runs through what it takes at each length.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,15 @@ class Laws(NamedTuple):
 
     alpha: np.ndarray
     C: np.ndarray
+
+    def where(self, sparse: np.ndarray) -> "Laws":
+        """These laws where ``sparse``, bool ``[M, H]``, and every key elsewhere."""
+        return Laws(*(np.where(sparse, values, 1.0) for values in self))
+
+    def attend_all(self, lengths: Sequence[int]) -> np.ndarray:
+        """Which laws give nearly every key at the first and the last of the lengths, bool ``[M, H]``."""
+        ends = np.array((lengths[0], lengths[-1]), dtype=float)
+        return np.all(budgets_for(ends, self.alpha[..., None], self.C[..., None]) >= _DENSE_SHARE * ends, -1)
 
 
 class Demand:
@@ -78,7 +88,7 @@ def allocate(
     fraction: float,
     dense_layers: Sequence[int],
     min_keys: int,
-    ends: tuple[int, int],
+    lengths: Sequence[int],
 ) -> Laws:
     """The laws under which heads lose least while they attend ``fraction`` of the keys that ``rows`` see.
 
@@ -87,12 +97,12 @@ def allocate(
         rows, windows, min_keys: as in ``attended_fraction``.
         fraction: in (0, 1].
         dense_layers: layers that attend every key, which counts too.
-        ends: as in ``attends_all``; heads that attend nearly all keys are made dense.
+        lengths: those calibrated; heads that attend nearly all keys at both ends attend all.
 
     Raises:
         ProfileError: no laws spend that little or that much.
     """
-    coarse = rows if len(rows) <= _ROWS else rows[np.linspace(0, len(rows) - 1, _ROWS).round().astype(int)]
+    coarse = rows[np.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).round().astype(int)]
     weights = _level_weights(demand.visible, rows)
     sparse = np.ones(demand.steepest.shape, dtype=bool)
     sparse[list(dense_layers)] = False
@@ -100,32 +110,27 @@ def allocate(
     def spent(laws: Laws, rows: np.ndarray = rows) -> float:
         return attended_fraction(laws, rows, windows, min_keys)
 
-    def where_sparse(alpha: np.ndarray, C: np.ndarray) -> Laws:
-        return Laws(np.where(sparse, alpha, 1.0), np.where(sparse, C, 1.0))
-
     def laws_at(price: float) -> Laws:
-        return where_sparse(*_power_laws(demand.at(price), demand.visible, weights))
+        return _power_laws(demand.at(price), demand.visible, weights).where(sparse)
 
     def scaled(factor: float) -> Laws:
-        return where_sparse(laws.alpha * factor, laws.C)
+        return laws._replace(alpha=laws.alpha * factor).where(sparse)
 
     def mixed(count: int) -> Laws:
-        return Laws(np.where(place < count, upper, lower), scaled(1.0).C)
+        return laws._replace(alpha=np.where(place < count, upper, lower))
 
-    price = _closest(lambda price: spent(laws_at(price), coarse) <= fraction, *demand.price_range())[1]
+    _, price = _closest(lambda price: spent(laws_at(price), coarse) <= fraction, *demand.price_range())
     laws = laws_at(price)
-    sparse &= ~attends_all(laws, *ends)
+    sparse &= ~laws.attend_all(lengths)
+    laws = laws.where(sparse)
     # Budgets are whole numbers, so all of them together go in steps. Between two steps some heads take the upper one.
     low, high = _closest(lambda factor: spent(scaled(factor)) > fraction, 1e-6, 1e6)
     # A little away from the step, where the last bit would decide.
     lower, upper = scaled(low * (1 - 1e-6)).alpha, scaled(high * (1 + 1e-6)).alpha
-    order = np.argsort(-np.where(sparse, demand.steepest, -np.inf), axis=None, kind="stable")
-    place = np.argsort(order).reshape(sparse.shape)
-    few, many = 0, sparse.size
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (few, middle) if spent(mixed(middle)) > fraction else (middle, many)
-    found = min(mixed(few), mixed(many), key=lambda laws: abs(spent(laws) - fraction))
+    place = np.argsort(np.argsort(-np.where(sparse, demand.steepest, -np.inf), axis=None, kind="stable"))
+    place = place.reshape(sparse.shape)
+    few = bisect_left(range(1, sparse.size), True, key=lambda count: spent(mixed(count)) > fraction)
+    found = min(mixed(few), mixed(few + 1), key=lambda laws: abs(spent(laws) - fraction))
     if abs(spent(found) - fraction) > 0.01 * fraction:
         raise ProfileError(
             f"no budgets attend {fraction:.4g} of the keys: with min_keys={min_keys} and the dense layers "
@@ -150,12 +155,6 @@ def attended_fraction(laws: Laws, rows: np.ndarray, windows: np.ndarray, min_key
         attended += float((budgets_for(n, alpha[:, None], C[:, None], min_keys) * count).sum())
         seen += float((n * count).sum()) * len(alpha)
     return attended / seen
-
-
-def attends_all(laws: Laws, shortest: int, longest: int) -> np.ndarray:
-    """Which laws give nearly every key at both ends of a range of lengths, bool ``[M, H]``."""
-    ends = np.array((shortest, longest), dtype=float)
-    return np.all(budgets_for(ends, laws.alpha[..., None], laws.C[..., None]) >= _DENSE_SHARE * ends, -1)
 
 
 def _convex(keys: np.ndarray, curves: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nc_patch.budget import budgets_for, law_values
-from nc_patch.calibration.allocate import Demand, Laws, allocate, attends_all
+from nc_patch.calibration.allocate import Demand, Laws, allocate
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.calibration.fit import Fit, theil_sen
 from nc_patch.common import ProfileError, as_integer, as_number, plain, replace_file, shown
@@ -172,7 +172,8 @@ class Profile:
             raise ProfileError("give fraction, for example at_budget(fraction=0.1), or keys, and not both")
         if over not in ("sequence", "last"):
             raise ProfileError(f'over must be "sequence" or "last", got {over!r}')
-        dense, min_keys = self._dense(dense_layers), checked_count("min_keys", min_keys)
+        dense = checked_layers(self.dense_layers if dense_layers is None else dense_layers, self.shape[0])
+        min_keys = checked_count("min_keys", min_keys)
         ends = self.lengths if n is None else (checked_count("n", n),)
         rows = np.array(ends) if over == "last" else np.concatenate([np.arange(1, end + 1) for end in ends])
         if keys is not None:
@@ -182,10 +183,9 @@ class Profile:
         else:
             fraction = checked_number("fraction", fraction)
             asked = f"{100 * fraction:g} % of the keys"
-        span = (self.lengths[0], self.lengths[-1])
-        laws = allocate(self._demand, rows, np.array(self.windows), fraction, dense, min_keys, span)
+        laws = allocate(self._demand, rows, np.array(self.windows), fraction, dense, min_keys, self.lengths)
         where = "over all calibrated lengths" if n is None else f"at {ends[0]:,} tokens"
-        return self._with(laws, f"{asked} {where}, {over}", dense)
+        return replace(self, **laws._asdict(), aim=f"{asked} {where}, {over}", dense_layers=dense)
 
     def at_mass(self, mass: float, *, dense_layers: tuple[int, ...] | None = None) -> "Profile":
         """The profile with laws under which every head keeps this share of its softmax mass, on average.
@@ -204,9 +204,9 @@ class Profile:
             log_keys[at] = np.interp(mass, kept, keys)
         C, intercept = theil_sen(np.log(self.visible), log_keys)
         laws = Laws(np.exp(intercept), C)
-        whole = attends_all(laws, self.lengths[0], self.lengths[-1])
-        laws = Laws(*(np.where(whole, 1.0, values) for values in laws))
-        return self._with(laws, f"{100 * mass:g} % of every head's mass", self._dense(dense_layers))
+        laws = laws.where(~laws.attend_all(self.lengths))
+        dense = checked_layers(self.dense_layers if dense_layers is None else dense_layers, self.shape[0])
+        return replace(self, **laws._asdict(), aim=f"{100 * mass:g} % of every head's mass", dense_layers=dense)
 
     def kept_mass(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The share of the mass that the laws in force are predicted to keep for a query that sees n keys.
@@ -288,12 +288,6 @@ class Profile:
                 raise ProfileError(f"{name} must be {fewest} or more numbers in ascending order, got {numbers}")
         return cls(**found)
 
-    def _with(self, laws: Laws, aim: str, dense: tuple[int, ...]) -> "Profile":
-        return replace(self, alpha=laws.alpha, C=np.clip(laws.C, 0.0, 1.0), aim=aim, dense_layers=dense)
-
-    def _dense(self, given: Iterable[int] | None) -> tuple[int, ...]:
-        return self.dense_layers if given is None else checked_layers(given, self.shape[0])
-
     @cached_property
     def _demand(self) -> Demand:
         return Demand(np.array(self.keys, dtype=float), self.visible, self.sensitivity[..., None] * self.error)
@@ -312,7 +306,7 @@ class Profile:
             if keys >= seen:
                 continue
             if seen > longest:
-                # As many keys as at the longest length, by the fit that comes nearest to them.
+                # Scaled to the longest length, by the fit that gives most nearly so many keys.
                 laws = [(fit.alpha[layer, head], fit.C[layer, head]) for fit in self.fits]
                 _, C = min(laws, key=lambda law: abs(np.log(law_values(seen, *law) / max(keys, 1.0))))
                 keys *= (longest / seen) ** float(C)
