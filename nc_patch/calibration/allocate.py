@@ -13,11 +13,8 @@ import numpy as np
 from nc_patch.budget import budgets_for
 from nc_patch.common import ProfileError
 
-# The price is sought on so many of the queries; the last step counts every one.
-_ROWS = 64
-_STEPS = 60
-# A law that gives this share of the keys at every length is made dense.
-_DENSE_SHARE = 0.9
+_ROWS = 64  # queries on which the price is sought; the last step counts every one
+_DENSE_SHARE = 0.9  # of the keys: a law that gives as many at every length is made dense
 
 
 class Laws(NamedTuple):
@@ -93,7 +90,6 @@ def allocate(
     """The laws under which heads lose least while they attend ``fraction`` of the keys that ``rows`` see.
 
     Args:
-        demand: of every head.
         rows, windows, min_keys: as in ``attended_fraction``.
         fraction: in (0, 1].
         dense_layers: layers that attend every key, which counts too.
@@ -144,7 +140,6 @@ def attended_fraction(laws: Laws, rows: np.ndarray, windows: np.ndarray, min_key
     """Attended keys / visible keys, over the queries at ``rows`` of all layers and heads.
 
     Args:
-        laws: of every head.
         rows: int64 ``[R]``, the positions of the queries, from 1.
         windows: ``[M]``, the most keys that a layer's queries see, 0 where there is no such limit.
         min_keys: lower limit of every budget.
@@ -197,7 +192,7 @@ def _power_laws(keys: np.ndarray, visible: np.ndarray, weights: np.ndarray) -> L
 def _closest(reached: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
     """The two nearest arguments, on a log scale, of which only the second one has reached something."""
     a, b = np.log(low), np.log(high)
-    for _ in range(_STEPS):
+    for _ in range(60):
         middle = (a + b) / 2
         a, b = (a, middle) if reached(float(np.exp(middle))) else (middle, b)
     return float(np.exp(a)), float(np.exp(b))

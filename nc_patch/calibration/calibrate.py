@@ -25,10 +25,8 @@ DEFAULT_EPS = (0.02, 0.05, 0.1, 0.2)
 DEFAULT_TARGET = 0.95
 DEFAULT_PIECES = 3
 DEFAULT_ROWS = 24
-# A shorter length says little about how keys grow.
-SHORTEST = 16
-# An error's size must be at least this share of that with the fewest keys to tell what it costs.
-_MEASURABLE = 1e-2
+SHORTEST = 16  # a shorter length says little about how keys grow
+_MEASURABLE = 1e-2  # the share of the error with the fewest keys below which an error does not tell what it costs
 
 
 def calibrate(
@@ -64,8 +62,7 @@ def calibrate(
         seed: of random numbers.
 
     Raises:
-        ProfileError: no text, a text shorter than the longest length, fewer than two lengths, or another value out of
-            its range.
+        ProfileError: no text, a text shorter than the longest length, or a value out of its range.
         UnsupportedModelError: the model cannot be patched.
     """
     numbers = plain(lengths) if isinstance(plain(lengths), Iterable) else [lengths]
@@ -146,18 +143,18 @@ def _measured(model: Any, ids: list[list[int]], plan: Plan) -> list[Piece]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     numbers = range(rank, len(ids), world)
     steps = len(numbers) * 2 * model_shape(model)[0]
-    error: Exception | None = None
-    own: dict[int, Piece] | str = {}
+    own: dict[int, Piece] | Exception
     try:
         with tqdm(total=steps, desc="calibrating", unit="layer", disable=True if rank else None) as bar:
             own = {number: measure_piece(model, ids[number], plan, bar.update) for number in numbers}
-    except Exception as caught:  # the other processes wait for this one, and must hear of it
-        error, own = caught, f"{type(caught).__name__}: {caught}"
-    gathered: list[Any] = [own] * world
+    except Exception as error:  # the other processes wait for this one, and must hear of it
+        own = error
+    said = f"{type(own).__name__}: {own}" if isinstance(own, Exception) else own
+    gathered: list[Any] = [said] * world
     if world > 1:
-        dist.all_gather_object(gathered, own)
-    if error is not None:
-        raise error
+        dist.all_gather_object(gathered, said)
+    if isinstance(own, Exception):
+        raise own
     failed = [f"process {number}: {part}" for number, part in enumerate(gathered) if isinstance(part, str)]
     if failed:
         raise ProfileError(f"calibration ended, because another process failed: {'; '.join(failed)}")
@@ -204,5 +201,5 @@ def _sensitivity(loss: np.ndarray, error: np.ndarray, visible: np.ndarray, keys:
     """
     error, visible = error[: len(loss)], visible[: len(loss), :, None, None]
     usable = (keys < visible) & (error > _MEASURABLE * error[..., :1]) & (error > 0)
-    ratio = np.where(usable, loss / np.where(usable, error, 1.0), 0.0)
+    ratio = np.divide(loss, error, out=np.zeros_like(loss), where=usable)
     return np.asarray(ratio.sum((0, 3)) / np.maximum(usable.sum((0, 3)), 1))

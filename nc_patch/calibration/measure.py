@@ -28,15 +28,10 @@ from nc_patch.selections import TopK
 
 # Gradients keep the activations of every layer, so they are taken on the beginning of a piece.
 GRADIENT_LENGTH = 1024
-# Random directions along which the error of an output is measured; rows and pieces average it further.
-_PROBES = 2
-# Rows of a length lie in the last eighth before it.
-_SPAN = 8
-# Curves are of what top-k attends by default, with its first and recent keys.
-_TOPK = TopK()
 SMALLEST_KEYS = 8
-# A sum of float32 weights may fall short of 1 - eps by its rounding.
-_ROUNDING = 1e-6
+_PROBES = 2  # random directions along which the error of an output is measured
+_ROUNDING = 1e-6  # by which a sum of float32 weights may fall short of 1 - eps
+_TOPK = TopK()  # curves are of what it attends by default
 
 
 @dataclass(frozen=True)
@@ -65,12 +60,12 @@ class Plan:
 
     @property
     def gradient_lengths(self) -> tuple[int, ...]:
-        """The lengths at which the effect of an error on the loss is measured."""
+        """The lengths at which the loss that an error adds is measured."""
         return tuple(n for n in self.lengths if n <= max(GRADIENT_LENGTH, self.lengths[0]))
 
     def positions(self, length: int) -> torch.Tensor:
-        """The queries whose rows are taken for a length, int64 ``[rows]``."""
-        first = length - max(min(self.rows, length), length // _SPAN)
+        """The queries whose rows are taken for a length, int64 ``[rows]``, in the last eighth before it."""
+        first = length - max(min(self.rows, length), length // 8)
         return torch.linspace(first, length - 1, self.rows, dtype=torch.float32).round().long()
 
 
@@ -81,9 +76,8 @@ class Piece(NamedTuple):
         visible, support: int32 ``[L, M, R]`` and ``[E, L, M, H, R]``, as in ``RowCurves``.
         kept: float32 ``[L, M, H, G]``, as in ``RowCurves``, the mean over rows.
         error: float32 ``[L, M, H, G]``, mean squared norm of the output's error.
-        loss: float32 ``[L', M, H, G]`` for the gradient lengths: the loss in nats per token that this error is expected
-            to add, half its mean square along the loss's gradient for tokens that the model itself draws (the Fisher
-            information as the Hessian).
+        loss: float32 ``[L', M, H, G]`` for the gradient lengths, the nats per token that this error is expected to add:
+            half its mean square along the loss's gradient for tokens that the model draws (the Fisher information).
     """
 
     visible: np.ndarray
@@ -101,7 +95,6 @@ def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable
     Args:
         model: a causal language model that ``patch_model`` takes.
         ids: tokens, as many as the longest length.
-        plan: what to measure.
         on_layer: called after each layer of each of the two passes.
 
     Raises:
@@ -144,10 +137,8 @@ def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable
             model(input_ids=tokens, use_cache=False, **options)
         with torch.enable_grad(), observed(model, await_gradient):
             loss_of_drawn_tokens(model(input_ids=short, use_cache=False).logits, plan.seed).backward()
-    if not all(np.isfinite(values).all() for values in (piece.kept, piece.error, piece.loss)):
-        raise ProfileError(
-            "the model's attention holds NaN or Inf on this text: try another dtype, for example float32"
-        )
+    if not all(np.isfinite(values).all() for values in piece):
+        raise ProfileError("the model's attention holds NaN or Inf on this text: try another dtype, such as float32")
     return piece
 
 
@@ -173,7 +164,7 @@ def loss_of_drawn_tokens(logits: torch.Tensor, seed: int) -> torch.Tensor:
     """The summed loss of tokens that the model's own distributions draw."""
     scores = logits[0].float()
     with torch.no_grad():
-        # torch.multinomial takes seconds for so many rows of a whole vocabulary.
+        # torch.multinomial takes seconds for so many rows.
         generator = torch.Generator().manual_seed(seed)
         level = torch.rand(len(scores), 1, generator=generator, dtype=torch.float32).to(scores.device)
         reached = torch.softmax(scores, -1).cumsum_(-1)
@@ -204,11 +195,11 @@ def row_curves(
     """The curves of some rows of one attention call, exact but for the rounding of float32 scores.
 
     Args:
-        call: the call, of one sequence.
+        call: of one sequence.
         rows: int64 ``[R]``, which queries; each sees at least one key.
         keys: G numbers of keys, ascending, at least ``SMALLEST_KEYS``.
         eps: E shares of the mass that may be missing, in (0, 1).
-        probes: float32 ``[P, H, R, Dv]``, directions in which the error of the output is measured.
+        probes: float32 ``[P, H, R, Dv]``, directions along which the error of the output is measured.
     """
     problem = call.problem
     rows, probes = rows.to(problem.query.device), probes.to(problem.query.device)
@@ -239,8 +230,8 @@ def row_curves(
     forced = always.expand_as(order).gather(-1, order)
     count = (~forced).cumsum(-1, dtype=torch.int32)
     wanted = (torch.tensor(keys, device=seen.device)[None] - number[:, None]).clamp(min=0)  # [R, G]
-    place = torch.searchsorted(count, wanted.to(torch.int32).expand(len(order), -1, -1).contiguous())
-    place = place.clamp(max=order.shape[-1] - 1)
+    wanted = wanted.to(torch.int32).expand(len(order), -1, -1).contiguous()
+    place = torch.searchsorted(count, wanted).clamp(max=order.shape[-1] - 1)
 
     def held(weights: torch.Tensor) -> torch.Tensor:
         """Sums of ordered weights over what each number of keys attends, ``[G, H, R]``."""
@@ -254,6 +245,5 @@ def row_curves(
         weights = ordered * scores_of(probe, value, buffers, "along").gather(-1, order)
         dense = weights.sum(-1, dtype=torch.float64)
         error += (held(weights) / (kept + sink) - dense / (1.0 + sink)).square()
-    return RowCurves(
-        (seen[:, 1] - seen[:, 0]).long(), support.to(torch.int32), kept.clamp(max=1.0).float(), error.float()
-    )
+    visible = (seen[:, 1] - seen[:, 0]).long()
+    return RowCurves(visible, support.to(torch.int32), kept.clamp(max=1.0).float(), error.float())
