@@ -36,9 +36,8 @@ class Laws(NamedTuple):
 class Demand:
     """How many keys each head takes at each length, by the price of a key.
 
-    L lengths, M layers, H query heads, G numbers of keys.
-
     Attributes:
+        visible: ``[L, M]``, as given.
         steepest: ``[M, H]``, log of what the first further key is worth at the longest length.
 
     Args:

@@ -58,11 +58,6 @@ class Plan:
             grid.append(round(SMALLEST_KEYS * 2 ** (len(grid) / 2)))
         return tuple(grid)
 
-    @property
-    def gradient_lengths(self) -> tuple[int, ...]:
-        """The lengths at which the loss that an error adds is measured."""
-        return tuple(n for n in self.lengths if n <= max(GRADIENT_LENGTH, self.lengths[0]))
-
     def positions(self, length: int) -> torch.Tensor:
         """The queries whose rows are taken for a length, int64 ``[rows]``, in the last eighth before it."""
         first = length - max(min(self.rows, length), length // 8)
@@ -76,8 +71,9 @@ class Piece(NamedTuple):
         visible, support: int32 ``[L, M, R]`` and ``[E, L, M, H, R]``, as in ``RowCurves``.
         kept: float32 ``[L, M, H, G]``, as in ``RowCurves``, the mean over rows.
         error: float32 ``[L, M, H, G]``, mean squared norm of the output's error.
-        loss: float32 ``[L', M, H, G]`` for the gradient lengths, the nats per token that this error is expected to add:
-            half its mean square along the loss's gradient for tokens that the model draws (the Fisher information).
+        loss: float32 ``[L', M, H, G]`` for lengths up to ``GRADIENT_LENGTH``, the nats per token that this error is
+            expected to add: half its mean square along the loss's gradient for tokens that the model draws (the Fisher
+            information).
     """
 
     visible: np.ndarray
@@ -101,10 +97,11 @@ def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable
         ProfileError: the attention holds NaN or Inf.
     """
     (M, H), L, R, G = model_shape(model), len(plan.lengths), plan.rows, len(plan.keys)
+    beginning = [n for n in plan.lengths if n <= max(GRADIENT_LENGTH, plan.lengths[0])]
     piece = Piece(
         np.zeros((L, M, R), np.int32),
         np.zeros((len(plan.eps), L, M, H, R), np.int32),
-        *(np.full((levels, M, H, G), np.nan, np.float32) for levels in (L, L, len(plan.gradient_lengths))),
+        *(np.full((levels, M, H, G), np.nan, np.float32) for levels in (L, L, len(beginning))),
     )
 
     def see(call: Observed) -> None:
@@ -120,7 +117,7 @@ def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable
 
     @torch.no_grad()
     def see_gradient(call: Observed, gradient: torch.Tensor) -> None:
-        for level, length in enumerate(plan.gradient_lengths):
+        for level, length in enumerate(beginning):
             rows = plan.positions(length).to(gradient.device)
             found = row_curves(call, rows, plan.keys, plan.eps, gradient[:, :, rows].float())
             piece.loss[level, call.layer] = found.error.double().mean(-1).T.cpu() / 2
@@ -130,7 +127,7 @@ def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable
         call.output.register_hook(lambda gradient: see_gradient(call, gradient))
 
     tokens = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
-    short = tokens[:, : plan.gradient_lengths[-1]]
+    short = tokens[:, : beginning[-1]]
     with torch.inference_mode(False), evaluating(model):
         with torch.no_grad(), observed(model, see):
             options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
