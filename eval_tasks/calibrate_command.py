@@ -69,7 +69,7 @@ def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
     with agreed(ranks), _shared_errors():
         check_out(arguments.out, (PROFILE, PROFILE_REPORT, PROFILE_PICTURE))
         if arguments.fraction is not None:
-            checked_number("fraction", arguments.fraction, 1)
+            checked_number("fraction", arguments.fraction)
             checked_count("n", 1 if arguments.at is None else arguments.at)
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)

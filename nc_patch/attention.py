@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from nc_patch.cache import LayerCache, key_index_of, key_means_of
-from nc_patch.certificates import Call, record, refuse_graphs
+from nc_patch.certificates import record, record_dense, refuse_graphs
 from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once
 from nc_patch.config import NCConfig
 from nc_patch.families import (
@@ -218,12 +218,12 @@ def _attention(
         cached.nc_done()
     if plan.measures and patch is not None:
         phase = "decode" if decoding else "prefill"
-        softcap = problem.softcap or None
-        call = Call(plan.layer, phase, query, problem.key, visible, problem.origin, problem.scale, softcap)
-        if record(patch.counters, config, call, result, isinstance(selection, Dense)):
+        if isinstance(selection, Dense):
+            record_dense(patch.counters, config, problem, phase)
+        elif record(patch.counters, config, problem, result, plan.layer, phase):
             result, selection, budget = run(_DENSE), _DENSE, None
             dense_reason = f'it dropped more than max_dropped_mass={config.max_dropped_mass:g}, with on_drop="dense"'
-            record(patch.counters, config, call, result, dense=True)
+            record_dense(patch.counters, config, problem, phase)
     if patch is not None and patch.observe is not None:
         patch.observe(Observed(plan.layer, problem, result.output))
     if patch is not None and not compiling and not in_transform():

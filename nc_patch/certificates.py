@@ -7,56 +7,38 @@ it whatever the rounding: from codes, or from every score.
 
 import logging
 import math
-from functools import partial
-from typing import NamedTuple
 
 import torch
 
 from nc_patch.common import DroppedMassError
 from nc_patch.config import NCConfig
-from nc_patch.ops.problem import AttentionResult
+from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import product_slack
 from nc_patch.stats import LayerCounters
 from nc_patch.visibility import own_keys
 
 logger = logging.getLogger("nc_patch")
 
-# Relative width for the rounding of sums of exponentials in float32, and absolute for what underflows.
+# Relative error of sums of exponentials in float32, and absolute error of what underflows.
 _SUM_SLACK = 1e-4
 _SMALLEST_MASS = 1e-30
 # By how much an estimate may fall short without being said to, for its own rounding.
 _ESTIMATE_ROUNDING = 1e-5
 _FLOAT32_ROUNDING = 2.0**-24
-# What a factor of a float32 matrix product is rounded by, where PyTorch is allowed to be faster than exact.
+# What a factor of a float32 matrix product is rounded by, by ``torch.get_float32_matmul_precision``.
 _FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
-
-
-class Call(NamedTuple):
-    """What a layer was called with.
-
-    Attributes:
-        phase: ``"prefill"`` or ``"decode"``.
-        query: ``[B, Hq, Lq, D]``. key: ``[B, Hkv, Lk, D]``. visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``.
-        scale, softcap: of the scores.
-    """
-
-    layer: int
-    phase: str
-    query: torch.Tensor
-    key: torch.Tensor
-    visible: torch.Tensor
-    origin: torch.Tensor
-    scale: float
-    softcap: float | None
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def record(counters: LayerCounters, config: NCConfig, call: Call, result: AttentionResult, dense: bool) -> bool:
+def record(
+    counters: LayerCounters, config: NCConfig, problem: Problem, result: AttentionResult, layer: int, phase: str
+) -> bool:
     """Counts the kept mass of a call, and does what ``on_drop`` asks where it is too little.
 
     Args:
-        result: with an audit, or with what ``certified_bounds`` needs; of ``dense`` attention nothing is looked at.
+        result: with an audit, or with what ``certified_bounds`` needs.
+        phase: ``"prefill"`` or ``"decode"``.
 
     Returns:
         Whether the call is to be done again, dense; it is then not counted.
@@ -64,23 +46,23 @@ def record(counters: LayerCounters, config: NCConfig, call: Call, result: Attent
     Raises:
         DroppedMassError: ``on_drop`` is ``"raise"``.
     """
-    mass, limit, audit = counters.mass[call.phase], 1 - config.max_dropped_mass, result.audit
-    if dense:
-        whole = torch.ones((), device=call.visible.device).expand(*call.query.shape[:3], 2)
-        mass.add_bounds("dense", whole, call.visible, limit)
-        return False
+    limit, audit = 1 - config.max_dropped_mass, result.audit
     if audit is None:
-        bounds = certified_bounds(result, call)
-        kept, basis = bounds[..., 0], "exact" if result.kept_mass_bounds is None else "bounds"
-        count = partial(mass.add_bounds, basis, bounds, call.visible, limit)
+        bounds = certified_bounds(result, problem)
+        kept = bounds[..., 0]
     else:
         kept = (audit[None, :-1, 1:2].double() / audit[None, :-1, :1]).nan_to_num(nan=1.0).clamp(0, 1)
-        count = partial(mass.add_audit, audit, result.enlarged)
-    error = None if config.on_drop == "ignore" else find_drop(kept, call, limit, certified=audit is None)
+    error = None
+    if config.on_drop != "ignore":
+        error = find_drop(kept, problem, limit, layer=layer, phase=phase, certified=audit is None)
     first = error is not None and counters.add_exceeded()
     if error is not None and config.on_drop == "dense":
         return True
-    count()
+    if audit is None:
+        basis = "exact" if result.kept_mass_bounds is None else "bounds"
+        counters.mass[phase].add_bounds(basis, bounds, problem.visible, limit)
+    else:
+        counters.mass[phase].add_audit(audit, result.enlarged)
     if error is not None and config.on_drop == "raise":
         raise error
     if first:
@@ -88,7 +70,16 @@ def record(counters: LayerCounters, config: NCConfig, call: Call, result: Attent
     return False
 
 
-def find_drop(kept: torch.Tensor, call: Call, limit: float, certified: bool = True) -> DroppedMassError | None:
+@torch.compiler.disable
+def record_dense(counters: LayerCounters, config: NCConfig, problem: Problem, phase: str) -> None:
+    """Counts a call that attended every key."""
+    whole = torch.ones((), device=problem.visible.device).expand(*problem.query.shape[:3], 2)
+    counters.mass[phase].add_bounds("dense", whole, problem.visible, 1 - config.max_dropped_mass)
+
+
+def find_drop(
+    kept: torch.Tensor, problem: Problem, limit: float, *, layer: int, phase: str, certified: bool = True
+) -> DroppedMassError | None:
     """The error that names where least is kept, if that is below ``limit``, else None; reads the device.
 
     Args:
@@ -103,20 +94,16 @@ def find_drop(kept: torch.Tensor, call: Call, limit: float, certified: bool = Tr
         return None
     b, head, row = (int(i) for i in torch.unravel_index(at, kept.shape))
     mass = f"{share:.4f} of the dense softmax mass"
+    position = int(own_keys(problem.visible)[b, row] - problem.origin[b, row]) if certified else None
     if certified:
-        position = int(own_keys(call.visible)[b, row] - call.origin[b, row])
-        said = f", position {position} of sequence {b}: in {call.phase} only {mass} is certain to be kept"
+        said = f", position {position} of sequence {b}: in {phase} only {mass} is certain to be kept"
     else:
-        position, said = None, f": in a call of {call.phase} its rows keep by estimate {mass} on average"
-    return DroppedMassError(
-        f"layer {call.layer}, head {head}{said}, less than 1 - max_dropped_mass = {limit:g}. Raise alpha, C or "
-        'max_dropped_mass, leave the layer dense with dense_layers, or set on_drop="dense".',
-        layer=call.layer,
-        head=head,
-        position=position,
-        kept_mass=share,
-        certified=certified,
+        said = f": in a call of {phase} its rows keep by estimate {mass} on average"
+    message = (
+        f"layer {layer}, head {head}{said}, less than 1 - max_dropped_mass = {limit:g}. Raise alpha, C or "
+        'max_dropped_mass, leave the layer dense with dense_layers, or set on_drop="dense".'
     )
+    return DroppedMassError(message, layer=layer, head=head, position=position, kept_mass=share, certified=certified)
 
 
 def refuse_graphs(on_drop: str, layer: int) -> None:
@@ -128,24 +115,24 @@ def refuse_graphs(on_drop: str, layer: int) -> None:
     )
 
 
-def certified_bounds(result: AttentionResult, call: Call) -> torch.Tensor:
+def certified_bounds(result: AttentionResult, problem: Problem) -> torch.Tensor:
     """Limits between which the kept mass of every row lies, float32 ``[B, Hq, Lq, 2]``; does not read the device.
 
     ``result`` has ``attended``, and ``kept_mass_bounds`` or ``kept_mass`` as computed in float32. A query that sees no
     key keeps all.
     """
-    bounds = result.kept_mass_bounds
+    bounds, visible = result.kept_mass_bounds, problem.visible
     if bounds is None:
         assert result.kept_mass is not None
-        bounds = _rounding_bounds(result.kept_mass.double().clamp(0, 1), call)
+        bounds = _rounding_bounds(result.kept_mass.double().clamp(0, 1), problem)
     assert result.attended is not None
-    all_kept = result.attended >= (call.visible[..., 1] - call.visible[..., 0]).clamp(min=0)[:, None]
+    all_kept = result.attended >= (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
     return bounds.masked_fill(all_kept[..., None], 1.0)
 
 
-def _rounding_bounds(kept: torch.Tensor, call: Call) -> torch.Tensor:
+def _rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
     """What the kept mass can be where it was computed as ``kept`` in float32."""
-    query, key, visible, scale = call.query, call.key, call.visible, call.scale
+    query, key, visible, scale = problem.query, problem.key, problem.visible, problem.scale
     Lk, D = key.shape[2:]
     # A buffer may hold anything beyond the keys that are seen.
     position = torch.arange(Lk, device=key.device)
@@ -153,11 +140,10 @@ def _rounding_bounds(kept: torch.Tensor, call: Call) -> torch.Tensor:
     end = visible[..., 1].amax(-1)[:, None, None]
     query_norm, key_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (query, key))
     largest = key_norm.masked_fill((position < start) | (position >= end), 0.0).amax(-1)
-    size = (query_norm * largest.repeat_interleave(query.shape[1] // key.shape[1], 1)[..., None]).double()
-    # What a score may be off by. Matrix units may cut where others round, and take factors of fewer digits where
-    # ``torch.set_float32_matmul_precision`` allows it.
+    size = (query_norm * largest.repeat_interleave(problem.group, 1)[..., None]).double()
+    # What a score may be off by. Matrix units may cut where others round, and take factors of fewer digits.
     factors = _FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
-    magnitude = (scale * size).clamp(max=math.inf if call.softcap is None else call.softcap)
+    magnitude = (scale * size).clamp(max=problem.softcap or math.inf)
     off = scale * (2 * product_slack(size, D) + size * (2 * factors + factors**2)) + 16 * _FLOAT32_ROUNDING * magnitude
     # Twice: what is attended may be lower and the rest higher than computed.
     shift = torch.exp(2 * off)

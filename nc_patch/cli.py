@@ -8,64 +8,45 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nc_patch.version import __version__
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+INSTALL_EVAL = "pip install -e '.[eval]' in the checkout of nc_patch"
 
 
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: a function of the remaining arguments that returns the exit code, and what it needs installed.
+class Command(NamedTuple):
+    """A subcommand: a function of the remaining arguments that returns the exit code.
 
     Attributes:
         module, function: where it is.
         summary: one line for the help.
-        requires: modules that must be there.
-        extra: the extra of this package that installs them.
+        requires: modules that must be installed.
     """
 
     module: str
     function: str
     summary: str
-    requires: tuple[str, ...]
-    extra: str
+    requires: tuple[str, ...] = ("matplotlib", "numpy", "psutil", "scipy", "torch", "tqdm", "transformers")
 
 
-_EVAL_PACKAGES = ("matplotlib", "numpy", "psutil", "scipy", "torch", "tqdm", "transformers")
 COMMANDS = {
-    "eval": Command(
-        "eval_tasks.command", "run_eval", "measure sparse attention by context length", _EVAL_PACKAGES, "eval"
-    ),
-    "report": Command("eval_tasks.command", "run_report", "write one report of earlier evals", _EVAL_PACKAGES, "eval"),
+    "eval": Command("eval_tasks.command", "run_eval", "measure sparse attention by context length"),
+    "report": Command("eval_tasks.command", "run_report", "write one report of earlier evals"),
     "fidelity": Command(
-        "eval_tasks.fidelity_command",
-        "run_fidelity",
-        "compare each layer and head with dense attention",
-        _EVAL_PACKAGES,
-        "eval",
+        "eval_tasks.fidelity_command", "run_fidelity", "compare each layer and head with dense attention"
     ),
     "bench": Command(
         "nc_patch.bench.command",
         "run_bench",
         "time sparse attention against dense attention",
         ("torch", "transformers"),
-        "eval",
     ),
     "calibrate": Command(
-        "eval_tasks.calibrate_command",
-        "run_calibrate",
-        "measure how sparse every head is, for budgets that follow it",
-        _EVAL_PACKAGES,
-        "eval",
+        "eval_tasks.calibrate_command", "run_calibrate", "measure how sparse every head is, for budgets that follow it"
     ),
 }
-
-
-def how_to_install(extra: str) -> str:
-    """The command that installs an extra of this package."""
-    return f"pip install -e '.[{extra}]' in the checkout of nc_patch"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        commands = "\n".join(f"  {name:9} {command.summary}" for name, command in COMMANDS.items())
+        said = f"usage: nc-patch [--version] COMMAND ...\n\n{commands}\n\nnc-patch COMMAND --help says more."
+        print(said, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_ERROR
     if arguments[0] == "--version":
         print(f"nc_patch {__version__}")
@@ -90,10 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     missing = [name for name in command.requires if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            f"nc-patch: {arguments[0]} needs {', '.join(missing)}: {how_to_install(command.extra)}",
-            file=sys.stderr,
-        )
+        print(f"nc-patch: {arguments[0]} needs {', '.join(missing)}: {INSTALL_EVAL}", file=sys.stderr)
         return USAGE_ERROR
     try:
         function = getattr(importlib.import_module(command.module), command.function)
@@ -103,8 +83,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return INTERRUPTED
-
-
-def _help() -> str:
-    commands = "\n".join(f"  {name:9} {command.summary}" for name, command in COMMANDS.items())
-    return f"usage: nc-patch [--version] COMMAND ...\n\n{commands}\n\nnc-patch COMMAND --help says more."

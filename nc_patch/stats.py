@@ -1,7 +1,6 @@
 """What a patched model did, layer by layer: calls, attended keys, kept mass, and what ran dense and why.
 
-Counting never reads the device while the model runs: a call appends small tensors, most of which all layers share, and
-the sums are taken when somebody asks.
+Counting never reads the device while the model runs: a call appends small tensors, which are summed when somebody asks.
 """
 
 import math
@@ -15,7 +14,7 @@ from nc_patch.common import Locked, synchronized
 from nc_patch.ops.problem import MAX_DECODE_QUERIES
 
 PHASES = ("prefill", "decode")
-# Pending tensors are folded into one at this number, so that a long generation does not pile them up.
+# As many pending tensors are folded into one, so that a long generation does not pile them up.
 _FOLD_AT = 512
 _COLUMNS = ("layer", "calls", "keys", "share", *(f"mass, {phase}" for phase in PHASES), "ran dense")
 
@@ -23,10 +22,8 @@ _COLUMNS = ("layer", "calls", "keys", "share", *(f"mass, {phase}" for phase in P
 def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> torch.Tensor:
     """Counts of a call, float64 ``[6]``: attended keys, visible keys, queries; the same of the last ``tail`` queries.
 
-    Args:
-        attended: int32 ``[B, H or 1, Lq]``, averaged over heads.
-        visible: int32 ``[B, Lq, 2]``; queries that see nothing are not counted.
-        tail: how many of the last queries of the call, or None.
+    ``attended``, int32 ``[B, H or 1, Lq]``, is averaged over heads. Queries that see nothing, by ``visible`` int32
+    ``[B, Lq, 2]``, are not counted.
     """
     n = (visible[..., 1] - visible[..., 0]).clamp(min=0).double()
     rows = torch.stack((attended.double().mean(1), n, (n > 0).double()))
@@ -35,23 +32,19 @@ def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> to
 
 
 def tally_bounds(bounds: torch.Tensor, visible: torch.Tensor, limit: float) -> torch.Tensor:
-    """The kept mass of a call of certain rows, float64 ``[Hq + 1, 10]``, a line for each head and one for all together.
+    """The kept mass of a call of certain rows, float64 ``[Hq + 1, 10]``: by head, and of all together.
 
-    Columns: rows; sums of the lower and of the upper limits of what they keep; of an estimate its variance, degrees of
-    freedom and audited rows; query blocks, and how many took more than their budget; rows below ``limit``; and, the one
-    that is no sum, the least lower limit of any certain row.
-
-    Args:
-        bounds: ``[B, Hq, Lq, 2]``, the limits of each row.
-        visible: int32 ``[B, Lq, 2]``; queries that see nothing are not counted.
-        limit: kept mass under which a row counts as below.
+    Columns: rows; sums of the lower and upper ``bounds``, which are ``[B, Hq, Lq, 2]``; of an estimate its variance,
+    degrees of freedom and audited rows; query blocks, and how many took more than their budget; rows below ``limit``;
+    and, the one that is no sum, the least lower bound. Queries that see nothing, by ``visible`` int32 ``[B, Lq, 2]``,
+    are not counted.
     """
     seen = (visible[..., 1] > visible[..., 0])[:, None].expand(bounds.shape[:3])
     lower, upper = (edge.masked_fill(~seen, 0.0) for edge in bounds.double().unbind(-1))
     rows, lowers, uppers, below = (t.double().sum((0, 2)) for t in (seen, lower, upper, (lower < limit) & seen))
-    none = torch.zeros_like(rows)
+    none = [torch.zeros_like(rows)] * 5
     least = lower.masked_fill(~seen, 1.0).amin((0, 2))
-    heads = torch.stack((rows, lowers, uppers, none, none, none, none, none, below, least), -1)
+    heads = torch.stack((rows, lowers, uppers, *none, below, least), -1)
     return torch.cat((heads, _joined(heads)[None]))
 
 
@@ -59,8 +52,8 @@ def tally_audit(audit: torch.Tensor, choice: torch.Tensor | None) -> torch.Tenso
     """The same of a call whose kept mass is estimated.
 
     Args:
-        audit: float32 ``[Hq + 1, 5]``: how many rows there are, an estimate of the sum of their kept mass with its
-            variance and degrees of freedom, and how many were audited; of each head, and of all together.
+        audit: float32 ``[Hq + 1, 5]``: rows, an estimate of the sum of their kept mass with its variance and degrees of
+            freedom, and audited rows; by head, and of all together.
         choice: ``[Hq, 2]``, query blocks and how many took more than their budget, where they may.
     """
     rows, kept, variance, freedom, audited = audit.double().unbind(-1)
@@ -129,6 +122,11 @@ class Sums(Locked):
         super().__setstate__(state | {"_pending": [torch.tensor(numbers, dtype=torch.float64)] if numbers else []})
 
 
+def _on_one_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors on the device of the last: a model may have been moved while it was counted, or be in replicas."""
+    return [tensor.to(tensors[-1].device) for tensor in tensors]
+
+
 class MassCounts(Sums):
     """The kept mass of one layer's calls of prefill, or of decoding, as ``tally_bounds`` has it.
 
@@ -146,7 +144,7 @@ class MassCounts(Sums):
 
     @synchronized
     def add_bounds(self, basis: str, bounds: torch.Tensor, visible: torch.Tensor, limit: float) -> None:
-        """Counts a call of certain rows; arguments as in ``tally_bounds``."""
+        """Counts a call of certain rows; ``basis`` as in ``calls``, the others as in ``tally_bounds``."""
         self.calls[basis] += 1
         self.add_later(bounds, visible, limit)
 
@@ -195,10 +193,7 @@ def _figures(line: list[float]) -> dict[str, Any]:
 
 
 def _t_quantile(freedom: float) -> float:
-    """The 97.5 % quantile of Student's t, within 1 % from three degrees of freedom on.
-
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5, at the normal quantile.
-    """
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun, 26.7.5), within 1 % from 3 degrees of freedom on."""
     return 1.959964 + 2.372271 / freedom + 2.822499 / freedom**2 + 2.555850 / freedom**3 + 1.589534 / freedom**4
 
 
@@ -245,7 +240,7 @@ def summary(counters: LayerCounters) -> dict[str, Any]:
     """The counts of one layer as a dictionary; fractions are None where nothing was counted."""
     return {
         "calls": counters.calls,
-        **_ratios([counters]),
+        **total([counters]),
         "dense_calls": dict(counters.dense_calls),
         "exceeded_calls": counters.exceeded_calls,
         "kept_mass": {phase: counts.summary() for phase, counts in counters.mass.items()},
@@ -253,12 +248,7 @@ def summary(counters: LayerCounters) -> dict[str, Any]:
 
 
 def total(layers: Sequence[LayerCounters]) -> dict[str, Any]:
-    """The counts of all layers together."""
-    mass = {phase: total_mass([layer.mass[phase] for layer in layers]) for phase in PHASES}
-    return {**_ratios(layers), "kept_mass": mass}
-
-
-def _ratios(layers: Sequence[LayerCounters]) -> dict[str, float | None]:
+    """The counts of all layers together; fractions are None where nothing was counted."""
     found = [sums.tolist() for layer in layers if len(sums := layer.keys.read())]
     attended, visible, queries, *tail = map(math.fsum, zip(*found, strict=True)) if found else [0.0] * 6
     ratio = lambda a, b: a / b if b else None  # noqa: E731
@@ -267,6 +257,7 @@ def _ratios(layers: Sequence[LayerCounters]) -> dict[str, float | None]:
         "mean_keys": ratio(attended, queries),
         "tail_attended_fraction": ratio(tail[0], tail[1]),
         "tail_mean_keys": ratio(tail[0], tail[2]),
+        "kept_mass": {phase: total_mass([layer.mass[phase] for layer in layers]) for phase in PHASES},
     }
 
 
@@ -277,27 +268,23 @@ class PatchStats(dict[str, Any]):
     """
 
     def __str__(self) -> str:
-        every = _row("all", sum(layer["calls"] for layer in self["layers"]), self, {})
-        rows = [_row(layer["layer"], layer["calls"], layer, layer["dense_calls"]) for layer in self["layers"]]
+        layers = self["layers"]
+        every = {**self, "layer": "all", "calls": sum(layer["calls"] for layer in layers), "dense_calls": {}}
         # Columns in which nothing was counted say nothing.
-        columns = [found for found in zip(_COLUMNS, every, *rows, strict=True) if any(t.strip("-") for t in found[1:])]
+        table = zip(_COLUMNS, *map(_row, (every, *layers)), strict=True)
+        columns = [column for column in table if any(text.strip("-") for text in column[1:])]
         widths = [0 if column[0] == _COLUMNS[-1] else max(map(len, column)) for column in columns]
         lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in zip(*columns, strict=True)]
         lines += [f"left dense: {part['kind']} ({len(part['names'])}): {part['reason']}" for part in self["left_dense"]]
         return "\n".join(lines)
 
 
-def _row(name: Any, calls: int, counts: dict[str, Any], dense_calls: dict[str, int]) -> tuple[str, ...]:
+def _row(counts: dict[str, Any]) -> tuple[str, ...]:
     keys, share = counts["mean_keys"], counts["attended_fraction"]
     masses = (counts["kept_mass"][phase] for phase in PHASES)
     return (
-        *(str(name), str(calls), "-" if keys is None else f"{keys:,.1f}"),
+        *(str(counts["layer"]), str(counts["calls"]), "-" if keys is None else f"{keys:,.1f}"),
         "-" if share is None else f"{100 * share:.1f} %",
         *("-" if mass is None else f"{'' if mass['certified'] else '~'}{mass['mean']:.4f}" for mass in masses),
-        "; ".join(f"{count} of them: {reason}" for reason, count in dense_calls.items()),
+        "; ".join(f"{count} of them: {reason}" for reason, count in counts["dense_calls"].items()),
     )
-
-
-def _on_one_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors on the device of the last: a model may have been moved while it was counted, or be in replicas."""
-    return [tensor.to(tensors[-1].device) for tensor in tensors]

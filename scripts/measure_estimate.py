@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from measure_blocks import LAYERS
-from nc_patch.mass_counts import MassCounts
 
 from eval_tasks.capture import capture, token_ids
 from eval_tasks.models import load_model
@@ -25,6 +24,7 @@ from nc_patch.common import check_directory
 from nc_patch.functional import attend
 from nc_patch.selections import Block
 from nc_patch.selections.block.audit import audited_rows
+from nc_patch.stats import MassCounts
 
 
 def main() -> None:

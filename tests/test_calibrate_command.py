@@ -85,12 +85,12 @@ def test_findings_name_the_heads_that_are_not_sparse():
 @pytest.mark.parametrize(
     ("further", "message"),
     [
-        (("--lengths", "64"), "at least two different lengths"),
+        (("--lengths", "64"), "at least two different numbers of tokens"),
         (("--lengths", "64", "1024"), "beyond the 512 positions"),
         (("--pieces", "99"), "the texts hold 15 pieces of 128 tokens, and 99 are asked for"),
         (("--target", "1.5"), "target must be a number in (0, 1), got 1.5"),
         (("--eps", "0"), "eps must be a number in (0, 1)"),
-        (("--fraction", "2"), "fraction must be a number above 0 and at most 1"),
+        (("--fraction", "2"), "fraction must be a number in (0, 1]"),
         (("--fraction", "0.1", "--at", "0"), "n must be a positive integer"),
         (("--dense-layers", "9"), "dense_layers must be a list of layers from 0 to 2"),
         (("--text", "no-such-text"), "no text named 'no-such-text'"),

@@ -19,10 +19,10 @@ from transformers import AttentionInterface
 
 from nc_patch import DroppedMassError, KeyIndex, NCConfig, nc_stats, patch_model, reset_stats, sparse_attention
 from nc_patch.attention import nc_attention_forward
-from nc_patch.certificates import Call, certified_bounds, find_drop
+from nc_patch.certificates import certified_bounds, find_drop
 from nc_patch.functional import attend, by_index
 from nc_patch.hooks import IMPLEMENTATION
-from nc_patch.ops.problem import AttentionResult, visible_mask
+from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
 from nc_patch.selections import Dense
 from nc_patch.visibility import Visibility
 
@@ -58,10 +58,6 @@ def run(case: Case, way: str, value: torch.Tensor) -> AttentionResult:
     return attend(problem, config.decode, "torch")
 
 
-def call_of(case: Case) -> Call:
-    return Call(0, "decode", case.query, case.key, case.visible, case.origin, case.scale, case.softcap or None)
-
-
 def true_mass(case: Case, attended: torch.Tensor) -> torch.Tensor:
     """The kept mass in float64 of the keys that are ``attended``, bool ``[B, Hq, Lq, Lk]``."""
     group = case.query.shape[1] // case.key.shape[1]
@@ -81,7 +77,7 @@ def check_bounds(case: Case, way: str) -> torch.Tensor:
     # Means of pages would show what they stand for too: the same keys are attended where they are left out.
     attended = run(case, WITHOUT_MEANS.get(way, way), ones).output
     true = true_mass(case, attended > 0)
-    lower, upper = certified_bounds(result, call_of(case)).double().unbind(-1)
+    lower, upper = certified_bounds(result, problem_of_case(case)).double().unbind(-1)
     assert bool((lower <= true + 1e-12).all()), float((lower - true).max())
     assert bool((true <= upper + 1e-12).all()), float((true - upper).max())
     assert bool(((lower >= 0) & (upper <= 1)).all())
@@ -109,7 +105,7 @@ def test_what_is_attended_whole_is_certain_to_be_whole():
     case = random_case(4)
     case.budget = (case.visible[..., 1] - case.visible[..., 0]).clamp(min=0)[:, None]
     for way in ("topk", "window"):
-        bounds = certified_bounds(run(case, way, case.value), call_of(case))
+        bounds = certified_bounds(run(case, way, case.value), problem_of_case(case))
         assert bool((bounds == 1).all())
 
 
@@ -120,14 +116,14 @@ def test_a_nan_is_never_certain_to_be_kept():
     case.budget = torch.full_like(n[:, None], 6)
     case.key[:, :, int(case.visible[0, 0, 1]) - 4] = torch.nan
     for way in ("topk", "topk by codes", "window"):
-        lower, upper = certified_bounds(run(case, way, case.value), call_of(case))[0].unbind(-1)
+        lower, upper = certified_bounds(run(case, way, case.value), problem_of_case(case))[0].unbind(-1)
         assert bool((lower == 0).all()), way
         assert bool((upper == 1).all()), way
 
 
 def least_kept(kept: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor) -> DroppedMassError | None:
     none = torch.empty(0)
-    return find_drop(kept, Call(3, "decode", none, none, visible, origin, 1.0, None), 0.9)
+    return find_drop(kept, Problem(none, none, none, visible, origin, none, 1.0), 0.9, layer=3, phase="decode")
 
 
 def test_the_least_certain_row_is_found_with_its_place():

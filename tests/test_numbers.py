@@ -129,7 +129,7 @@ def test_calibration_takes_numbers_of_any_kind():
         seed=np.int64(3),
     )
     assert plain.to_dict() == other.to_dict()
-    with pytest.raises(ProfileError, match="lengths must be a list of numbers of tokens"):
+    with pytest.raises(ProfileError, match="lengths must be a list of at least two different numbers of tokens"):
         calibrate(model, None, ids, np.array([32.0, 64.0]))
 
 

@@ -168,14 +168,13 @@ def test_a_profile_comes_alone(arguments, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is no profile"),
-        ("{", "is no profile"),
-        ("\xff", "is no profile|utf"),
-        ("[1, 2]", "this is no profile: its format must be"),
-        ("{}", "this is no profile: its format must be"),
-        ('{"format": "1"}', "its format must be a number"),
+        ("", "cannot be read: Expecting value"),
+        ("{", "cannot be read: Expecting property name"),
+        ("\xff", "cannot be read: 'utf"),
+        ("[1, 2]", "this is no profile, or one written by a newer nc_patch"),
+        ("{}", "its format must be a number from 1 to 1, got None"),
         ('{"format": true}', "its format must be a number"),
-        ('{"format": 2}', "format 2, written by a newer nc_patch"),
+        ('{"format": 2}', "written by a newer nc_patch: its format must be a number from 1 to 1, got 2"),
         ('{"format": 1}', "lacks C, aim, alpha"),
     ],
 )
@@ -208,30 +207,25 @@ def set_in(*keys):
         (lambda v: v.pop("kept"), "lacks kept"),
         (set_in("model", 7), "model must be a text"),
         (set_in("lengths", [256, 128, 512, 1024]), "lengths must be 2 or more numbers in ascending order"),
-        (set_in("lengths", [1.5, 2]), "lengths must be integers"),
         (set_in("keys", []), "keys must be integers"),
         (set_in("windows", [0]), r"alpha must have the shape \(1, 4\), got \(3, 4\)"),
         (set_in("dense_layers", [3]), "dense_layers must be a list of layers from 0 to 2"),
         (set_in("dense_layers", 3), "dense_layers must be"),
         (set_in("pieces", 0), "pieces must be finite and from 1"),
         (set_in("alpha", 0, 0, -1.0), "alpha must be finite and from"),
-        (set_in("alpha", 0, 0, 10**400), "alpha must be numbers"),
         (set_in("alpha", 0, 0, "2"), "alpha must be numbers"),
         (set_in("alpha", 0, [1.0]), "alpha must be numbers in lists of equal lengths"),
         (set_in("alpha", 5), "alpha must have the shape"),
         (set_in("C", 0, 0, 1.5), "C must be finite and from 0 to 1, got 0.* to 1.5"),
         (set_in("C", 0, 0, float("nan")), "C must be finite"),
-        (set_in("kept", 0, 0, 0, 0, 2.0), "kept must be finite and from 0 to 1"),
         (set_in("kept", [[[[1.0]]]]), r"kept must have the shape \(4, 3, 4, 15\), got \(1, 1, 1, 1\)"),
-        (set_in("error", 0, 0, 0, None), "error must be numbers in lists"),
         (set_in("sensitivity", 0, 0, float("inf")), "sensitivity must be finite"),
-        (set_in("fits", []), "fits must be a list|and fits a list"),
+        (set_in("fits", []), "fits must be a list of at least one fit"),
         (set_in("fits", 0, 3), "fits.0. must be an object"),
         (set_in("fits", 1, "eps", 0.05), "eps must be 1 or more numbers in ascending order"),
         (set_in("fits", 0, "more", 1), "fits.0. has unknown fields: 'more'"),
         (set_in("fits", 0, "r2", 0, 0, 2.0), "fits.0..r2 must be finite and from"),
-        (set_in("versions", {"torch": 2}), "versions.torch must be a text"),
-        (set_in("versions", "2.0"), "versions must be an object"),
+        (set_in("versions", {"torch": 2}), "versions must be an object of texts"),
     ],
 )
 def test_a_field_that_does_not_fit_is_named(saved, change, message):
@@ -279,15 +273,12 @@ profile.at_budget(0.5), profile.at_mass(0.9).config(), profile.kept_mass(100)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
-def test_a_copy_is_equal_and_a_profile_cannot_be_changed():
+def test_a_profile_is_a_frozen_value_with_a_short_repr():
     profile = made_up_profile()
     assert copy.deepcopy(profile) == profile
     with pytest.raises(AttributeError):
         profile.aim = "another"
-
-
-def test_the_repr_of_a_profile_is_one_line_without_its_arrays():
-    profile = made_up_profile()
-    layers, heads = profile.shape
-    assert f"{layers} layers of {heads} heads" in repr(profile)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(profile)
+    assert "3 layers of 4 heads" in repr(profile)
     assert len(repr(profile)) < 250

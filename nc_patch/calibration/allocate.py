@@ -1,10 +1,10 @@
-"""Sharing a number of keys among layers and heads so that what is lost in all of them together is least.
+"""Sharing a number of keys among layers and heads so that the sum of their predicted losses is least.
 
-Each head's cost falls with its keys. Where the sum of costs is least for a given sum of keys, one more key is worth the
-same everywhere; so every head takes the keys at which its own slope is one common price, and the price is sought that
-spends the budget. Heads keep a power law each, through what they take at the calibrated lengths.
+There one more key is worth the same to every head. So every head takes the keys at which its own slope is one common
+price, and the price is sought that spends the budget. Each head's law runs through what it takes at each length.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,32 +13,36 @@ import numpy as np
 from nc_patch.budget import budgets_for
 from nc_patch.common import ProfileError
 
-# Queries at which the keys of a whole sequence are counted while the price is sought; the last step counts every one.
-_ROWS = 64
-_STEPS = 60
-_MARGIN = 1e-6
-# Shares of the keys seen above which a law at every length counts as dense.
-_DENSE_SHARE = 0.9
+_ROWS = 64  # queries on which the price is sought; the last step counts every one
+_DENSE_SHARE = 0.9  # of the keys: a law that gives as many at every length is made dense
 
 
 class Laws(NamedTuple):
-    """Budget laws of all heads: ``alpha * n**C``, arrays ``[M, H]``."""
+    """Budget laws ``alpha * n**C`` of all heads, float64 ``[M, H]``."""
 
     alpha: np.ndarray
     C: np.ndarray
+
+    def where(self, sparse: np.ndarray) -> "Laws":
+        """These laws where ``sparse``, bool ``[M, H]``, and every key elsewhere."""
+        return Laws(*(np.where(sparse, values, 1.0) for values in self))
+
+    def attend_all(self, lengths: Sequence[int]) -> np.ndarray:
+        """Which laws give nearly every key at the first and the last of the lengths, bool ``[M, H]``."""
+        ends = np.array((lengths[0], lengths[-1]), dtype=float)
+        return np.all(budgets_for(ends, self.alpha[..., None], self.C[..., None]) >= _DENSE_SHARE * ends, -1)
 
 
 class Demand:
     """How many keys each head takes at each length, by the price of a key.
 
-    L lengths, M layers, H query heads, G numbers of keys.
-
     Attributes:
-        steepest: ``[M, H]``, the logarithm of what a first key more is worth to each head at the longest length.
+        visible: ``[L, M]``, as given.
+        steepest: ``[M, H]``, log of what the first further key is worth at the longest length.
 
     Args:
         keys: ``[G]``, ascending.
-        visible: ``[L, M]``, how many keys the rows of each length see; less than the length where layers slide.
+        visible: ``[L, M]``, how many keys the rows of each length see.
         cost: ``[L, M, H, G]``, what heads lose with so many keys.
     """
 
@@ -47,15 +51,15 @@ class Demand:
         seen = visible[..., None, None]
         cost = np.where(keys >= seen, 0.0, np.maximum(cost, 0.0))
         keys = np.broadcast_to(np.minimum(keys, seen), cost.shape)
-        with np.errstate(divide="ignore", invalid="ignore"):  # the keys end where all are attended
+        with np.errstate(divide="ignore", invalid="ignore"):  # keys repeat where all are attended
             slopes = -np.diff(_convex(keys, cost)) / np.diff(keys)
         tiny = max(float(slopes.max(where=np.isfinite(slopes), initial=0.0)), 1e-300) * 1e-12
-        slopes = np.log(np.minimum.accumulate(np.where(np.isfinite(slopes), np.maximum(slopes, tiny), tiny), -1))
-        self._log_slopes = slopes
-        # Between two numbers of keys the slope belongs to their geometric mean.
+        slopes = np.where(np.isfinite(slopes), np.maximum(slopes, tiny), tiny)
+        self._log_slopes = np.log(np.minimum.accumulate(slopes, -1))
+        # A slope between two numbers of keys belongs to their geometric mean.
         self._log_keys = np.log(np.sqrt(keys[..., 1:] * keys[..., :-1]))
         self._log_least, self._log_most = np.log(keys[..., :1]), np.log(seen)
-        self.steepest = slopes[-1, ..., 0]
+        self.steepest = self._log_slopes[-1, ..., 0]
 
     def price_range(self) -> tuple[float, float]:
         """Prices at which every head takes all keys, and at which every head takes fewest."""
@@ -66,10 +70,8 @@ class Demand:
         wanted, slopes = np.log(price), self._log_slopes
         above = (slopes > wanted).sum(-1, keepdims=True)
         after = np.clip(above, 1, slopes.shape[-1] - 1)
-        (high, low), (fewer, more) = (
-            [np.take_along_axis(values, place, -1) for place in (after - 1, after)]
-            for values in (slopes, self._log_keys)
-        )
+        high, low = (np.take_along_axis(slopes, place, -1) for place in (after - 1, after))
+        fewer, more = (np.take_along_axis(self._log_keys, place, -1) for place in (after - 1, after))
         between = fewer + (high - wanted) / np.maximum(high - low, 1e-300) * (more - fewer)
         found = np.where(above == 0, self._log_least, np.where(above == slopes.shape[-1], self._log_most, between))
         return np.exp(found[..., 0])
@@ -82,23 +84,20 @@ def allocate(
     fraction: float,
     dense_layers: Sequence[int],
     min_keys: int,
-    ends: tuple[int, int],
+    lengths: Sequence[int],
 ) -> Laws:
-    """The laws under which heads lose least while they attend ``fraction`` of all the keys that ``rows`` see.
-
-    Heads that would attend nearly all keys at both ``ends`` attend all of them.
+    """The laws under which heads lose least while they attend ``fraction`` of the keys that ``rows`` see.
 
     Args:
-        demand: of every head.
-        rows, windows, min_keys: of which keys are counted; as in ``attended_fraction``.
-        fraction: of all keys seen, in (0, 1].
+        rows, windows, min_keys: as in ``attended_fraction``.
+        fraction: in (0, 1].
         dense_layers: layers that attend every key, which counts too.
-        ends: the shortest and the longest calibrated length.
+        lengths: those calibrated; heads that attend nearly all keys at both ends attend all.
 
     Raises:
         ProfileError: no laws spend that little or that much.
     """
-    coarse = rows if len(rows) <= _ROWS else rows[np.linspace(0, len(rows) - 1, _ROWS).round().astype(int)]
+    coarse = rows[np.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).round().astype(int)]
     weights = _level_weights(demand.visible, rows)
     sparse = np.ones(demand.steepest.shape, dtype=bool)
     sparse[list(dense_layers)] = False
@@ -107,31 +106,31 @@ def allocate(
         return attended_fraction(laws, rows, windows, min_keys)
 
     def laws_at(price: float) -> Laws:
-        alpha, C = _power_laws(demand.at(price), demand.visible, weights)
-        return Laws(np.where(sparse, alpha, 1.0), np.where(sparse, C, 1.0))
+        return _power_laws(demand.at(price), demand.visible, weights).where(sparse)
 
-    price = _closest(lambda price: spent(laws_at(price), coarse) <= fraction, *demand.price_range())[1]
+    def scaled(factor: float) -> Laws:
+        return laws._replace(alpha=laws.alpha * factor).where(sparse)
+
+    def mixed(count: int) -> Laws:
+        return laws._replace(alpha=np.where(place < count, upper, lower))
+
+    _, price = _closest(lambda price: spent(laws_at(price), coarse) <= fraction, *demand.price_range())
     laws = laws_at(price)
-    sparse = sparse & ~attends_all(laws, *ends)
-    scaled = lambda factor: Laws(np.where(sparse, laws.alpha * factor, 1.0), np.where(sparse, laws.C, 1.0))  # noqa: E731
-
+    sparse &= ~laws.attend_all(lengths)
+    laws = laws.where(sparse)
     # Budgets are whole numbers, so all of them together go in steps. Between two steps some heads take the upper one.
     low, high = _closest(lambda factor: spent(scaled(factor)) > fraction, 1e-6, 1e6)
-    # Away from the step itself, where the last bit would decide.
-    lower, upper = scaled(low * (1 - _MARGIN)), scaled(high * (1 + _MARGIN))
-    order = np.argsort(-np.where(sparse, demand.steepest, -np.inf), axis=None, kind="stable")
-    place = np.argsort(order).reshape(sparse.shape)
-    mixed = lambda count: Laws(np.where(place < count, upper.alpha, lower.alpha), lower.C)  # noqa: E731
-    few, many = 0, sparse.size
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (few, middle) if spent(mixed(middle)) > fraction else (middle, many)
-    found = min(mixed(few), mixed(many), key=lambda laws: abs(spent(laws) - fraction))
+    # A little away from the step, where the last bit would decide.
+    lower, upper = scaled(low * (1 - 1e-6)).alpha, scaled(high * (1 + 1e-6)).alpha
+    place = np.argsort(np.argsort(-np.where(sparse, demand.steepest, -np.inf), axis=None, kind="stable"))
+    place = place.reshape(sparse.shape)
+    few = bisect_left(range(1, sparse.size), True, key=lambda count: spent(mixed(count)) > fraction)
+    found = min(mixed(few), mixed(few + 1), key=lambda laws: abs(spent(laws) - fraction))
     if abs(spent(found) - fraction) > 0.01 * fraction:
         raise ProfileError(
             f"no budgets attend {fraction:.4g} of the keys: with min_keys={min_keys} and the dense layers "
-            f"{list(dense_layers)} they attend {spent(scaled(1e-9)):.4g} to "
-            f"{spent(scaled(1e9)):.4g}; the nearest is {spent(found):.4g}"
+            f"{list(dense_layers)} they attend {spent(scaled(1e-9)):.4g} to {spent(scaled(1e9)):.4g}; the nearest is "
+            f"{spent(found):.4g}"
         )
     return found
 
@@ -140,7 +139,6 @@ def attended_fraction(laws: Laws, rows: np.ndarray, windows: np.ndarray, min_key
     """Attended keys / visible keys, over the queries at ``rows`` of all layers and heads.
 
     Args:
-        laws: of every head.
         rows: int64 ``[R]``, the positions of the queries, from 1.
         windows: ``[M]``, the most keys that a layer's queries see, 0 where there is no such limit.
         min_keys: lower limit of every budget.
@@ -151,12 +149,6 @@ def attended_fraction(laws: Laws, rows: np.ndarray, windows: np.ndarray, min_key
         attended += float((budgets_for(n, alpha[:, None], C[:, None], min_keys) * count).sum())
         seen += float((n * count).sum()) * len(alpha)
     return attended / seen
-
-
-def attends_all(laws: Laws, shortest: int, longest: int) -> np.ndarray:
-    """Which laws give nearly every key at both ends of a range of lengths, bool ``[M, H]``."""
-    ends = np.array((shortest, longest), dtype=float)
-    return np.all(budgets_for(ends, laws.alpha[..., None], laws.C[..., None]) >= _DENSE_SHARE * ends, -1)
 
 
 def _convex(keys: np.ndarray, curves: np.ndarray) -> np.ndarray:
@@ -177,7 +169,7 @@ def _convex(keys: np.ndarray, curves: np.ndarray) -> np.ndarray:
 
 
 def _level_weights(visible: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """How much each calibrated length counts for rows: ``[L, M]``, the rows that lie nearest to it on a log scale."""
+    """How many rows lie nearest to each calibrated length on a log scale, ``[L, M]``, and never quite none."""
     weights = np.empty(visible.shape)
     for layer, n in enumerate(visible.T):
         edges = np.concatenate(([0.0], np.sqrt(n[1:] * n[:-1]), [np.inf]))
@@ -199,7 +191,7 @@ def _power_laws(keys: np.ndarray, visible: np.ndarray, weights: np.ndarray) -> L
 def _closest(reached: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
     """The two nearest arguments, on a log scale, of which only the second one has reached something."""
     a, b = np.log(low), np.log(high)
-    for _ in range(_STEPS):
+    for _ in range(60):
         middle = (a + b) / 2
         a, b = (a, middle) if reached(float(np.exp(middle))) else (middle, b)
     return float(np.exp(a)), float(np.exp(b))

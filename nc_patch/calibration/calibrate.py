@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from tqdm import tqdm
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.calibration.fit import fit_power_laws, significant
 from nc_patch.calibration.measure import Piece, Plan, measure_piece
-from nc_patch.calibration.profile import Profile, checked_count, checked_share
-from nc_patch.common import ProfileError, as_integer
+from nc_patch.calibration.profile import Profile, checked_count, checked_number
+from nc_patch.common import ProfileError, as_integer, plain, shown
 from nc_patch.families import attention_modules
 from nc_patch.patch import model_shape
 from nc_patch.version import __version__
@@ -25,10 +25,8 @@ DEFAULT_EPS = (0.02, 0.05, 0.1, 0.2)
 DEFAULT_TARGET = 0.95
 DEFAULT_PIECES = 3
 DEFAULT_ROWS = 24
-# Below so many tokens a length says little about how keys grow.
-SHORTEST = 16
-# An error's size must be at least this share of that with the fewest keys to tell what it costs.
-_MEASURABLE = 1e-2
+SHORTEST = 16  # a shorter length says little about how keys grow
+_MEASURABLE = 1e-2  # the share of the error with the fewest keys below which an error does not tell what it costs
 
 
 def calibrate(
@@ -64,11 +62,22 @@ def calibrate(
         seed: of random numbers.
 
     Raises:
-        ProfileError: no text, a text shorter than the longest length, fewer than two lengths, or another value out of
-            its range.
+        ProfileError: no text, a text shorter than the longest length, or a value out of its range.
         UnsupportedModelError: the model cannot be patched.
     """
-    plan = _plan(lengths, rows, eps, target, seed)
+    numbers = plain(lengths) if isinstance(plain(lengths), Iterable) else [lengths]
+    ordered = sorted({as_integer(n) or 0 for n in numbers})
+    if len(ordered) < 2 or ordered[0] < SHORTEST:
+        raise ProfileError(
+            f"lengths must be a list of at least two different numbers of tokens, each at least {SHORTEST}, got "
+            f"{lengths!r}; for example {list(DEFAULT_LENGTHS)}"
+        )
+    if as_integer(seed) is None:
+        raise ProfileError(f"seed must be an integer, got {seed!r}")
+    missing = [checked_number("eps", share, below=True) for share in eps]
+    missing.append(1 - checked_number("target", target, below=True))
+    shares = tuple(sorted({round(share, 9) for share in missing}))
+    plan = Plan(tuple(ordered), checked_count("rows", rows), shares, int(seed))
     without = sorted(set(range(model_shape(model)[0])) - {layer for layer, _ in attention_modules(model)})
     if without:
         raise ProfileError(
@@ -76,11 +85,9 @@ def calibrate(
             "needs it in every layer. Give alpha and C to patch_model instead."
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and plan.lengths[-1] > positions:
-        raise ProfileError(
-            f"length {plan.lengths[-1]:,} is beyond the {positions:,} positions of the model; leave it out"
-        )
-    ids = cut_pieces(tokenizer, texts, plan.lengths[-1], checked_count("pieces", pieces))
+    if positions is not None and ordered[-1] > positions:
+        raise ProfileError(f"length {ordered[-1]:,} is beyond the {positions:,} positions of the model; leave it out")
+    ids = cut_pieces(tokenizer, texts, ordered[-1], checked_count("pieces", pieces))
     return _profile(_measured(model, ids, plan), plan, ids, model).at_mass(target)
 
 
@@ -92,10 +99,8 @@ def cut_pieces(tokenizer: Any, texts: Sequence[Any], length: int, pieces: int) -
     Raises:
         ProfileError: there is no text, or it is too short.
     """
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise ProfileError(f"texts must be a list of texts or of token ids, got {type(texts).__name__}")
-    if not len(texts):
-        raise ProfileError("there is no text to calibrate on: give at least one, or lists of token ids")
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not len(texts):
+        raise ProfileError(f"texts must be a list of at least one text, or list of token ids, got {shown(texts)}")
     slots: list[list[list[int]]] = []
     for number, text in enumerate(texts):
         prefix, body = _tokens(tokenizer, text, number)
@@ -109,28 +114,27 @@ def cut_pieces(tokenizer: Any, texts: Sequence[Any], length: int, pieces: int) -
     turns = [number for turn in range(pieces) for number, of_text in enumerate(slots) if turn < len(of_text)][:pieces]
     if len(turns) < pieces:
         raise ProfileError(
-            f"the texts hold {sum(map(len, slots))} pieces of {length:,} tokens, and {pieces} are asked for: give more "
-            "text, shorter lengths or fewer pieces"
+            f"the texts hold {len(turns)} pieces of {length:,} tokens, and {pieces} are asked for: give more text, "
+            "shorter lengths or fewer pieces"
         )
     places = [np.linspace(0, len(of_text) - 1, turns.count(number)).round() for number, of_text in enumerate(slots)]
     return [of_text[int(place)] for of_text, chosen in zip(slots, places, strict=True) for place in chosen]
 
 
 def _tokens(tokenizer: Any, text: Any, number: int) -> tuple[list[int], list[int]]:
-    """What comes before every text, and a text's own tokens."""
+    """What the tokenizer puts before every text, and a text's own tokens."""
     if not isinstance(text, str):
         try:
             return [], [int(i) for i in text]
         except (TypeError, ValueError) as error:
             raise ProfileError(f"text {number} is neither a text nor token ids: {error}") from error
-    if tokenizer is None:
-        raise ProfileError(f"text {number} is a text, which needs a tokenizer; pass one, or token ids")
-    if not text.strip():
-        raise ProfileError(f"text {number} is empty")
-    plain, probe = (tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in (text, "a"))
+    if tokenizer is None or not text.strip():
+        wrong = "is empty" if tokenizer is not None else "is a text, which needs a tokenizer; pass one, or token ids"
+        raise ProfileError(f"text {number} {wrong}")
+    own, probe = (list(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]) for t in (text, "a"))
     with_special = list(tokenizer("a", verbose=False)["input_ids"])
-    starts = (i for i in range(len(with_special)) if with_special[i : i + len(probe)] == list(probe))
-    return with_special[: next(starts, 0)], list(plain)
+    starts = (i for i in range(len(with_special)) if with_special[i : i + len(probe)] == probe)
+    return with_special[: next(starts, 0)], own
 
 
 def _measured(model: Any, ids: list[list[int]], plan: Plan) -> list[Piece]:
@@ -139,18 +143,18 @@ def _measured(model: Any, ids: list[list[int]], plan: Plan) -> list[Piece]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     numbers = range(rank, len(ids), world)
     steps = len(numbers) * 2 * model_shape(model)[0]
-    error: Exception | None = None
-    own: dict[int, Piece] | str = {}
+    own: dict[int, Piece] | Exception
     try:
         with tqdm(total=steps, desc="calibrating", unit="layer", disable=True if rank else None) as bar:
             own = {number: measure_piece(model, ids[number], plan, bar.update) for number in numbers}
-    except Exception as caught:  # the other processes wait for this one, and must hear of it
-        error, own = caught, f"{type(caught).__name__}: {caught}"
-    gathered: list[Any] = [own] * world
+    except Exception as error:  # the other processes wait for this one, and must hear of it
+        own = error
+    said = f"{type(own).__name__}: {own}" if isinstance(own, Exception) else own
+    gathered: list[Any] = [said] * world
     if world > 1:
-        dist.all_gather_object(gathered, own)
-    if error is not None:
-        raise error
+        dist.all_gather_object(gathered, said)
+    if isinstance(own, Exception):
+        raise own
     failed = [f"process {number}: {part}" for number, part in enumerate(gathered) if isinstance(part, str)]
     if failed:
         raise ProfileError(f"calibration ended, because another process failed: {'; '.join(failed)}")
@@ -163,7 +167,7 @@ def _profile(found: list[Piece], plan: Plan, ids: list[list[int]], model: Any) -
     log_n = np.log(visible).mean((0, 3))
     kept, error, loss = (np.mean(parts, 0, dtype=float) for parts in list(zip(*found, strict=True))[2:])
     log_k = np.log(np.stack([piece.support for piece in found], 1).astype(float))  # [E, P, L, M, H, R]
-    everything = np.ones(kept.shape[1:3])
+    every_key = np.ones(kept.shape[1:3])
     return Profile(
         model=str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
         model_class=type(model).__name__,
@@ -178,8 +182,8 @@ def _profile(found: list[Piece], plan: Plan, ids: list[list[int]], model: Any) -
         error=significant(error, 5),
         sensitivity=significant(_sensitivity(loss, error, visible.mean((0, 3)), np.array(plan.keys))),
         fits=tuple(fit_power_laws(log_n, *of_eps, plan.seed) for of_eps in zip(log_k, plan.eps, strict=True)),
-        alpha=everything,
-        C=everything,
+        alpha=every_key,
+        C=every_key,
         aim="dense",
         versions={
             "nc_patch": __version__,
@@ -193,32 +197,9 @@ def _profile(found: list[Piece], plan: Plan, ids: list[list[int]], model: Any) -
 def _sensitivity(loss: np.ndarray, error: np.ndarray, visible: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Loss per unit of error of each head ``[M, H]``: the mean ratio over lengths and numbers of keys.
 
-    The ratio hardly depends on either, so that few rows suffice. It is taken where some keys are left out and the error
-    is large enough to be measured.
+    It is taken where some keys are left out and the error is large enough to be measured.
     """
     error, visible = error[: len(loss)], visible[: len(loss), :, None, None]
     usable = (keys < visible) & (error > _MEASURABLE * error[..., :1]) & (error > 0)
-    ratio = np.where(usable, loss / np.where(usable, error, 1.0), 0.0)
+    ratio = np.divide(loss, error, out=np.zeros_like(loss), where=usable)
     return np.asarray(ratio.sum((0, 3)) / np.maximum(usable.sum((0, 3)), 1))
-
-
-def _plan(lengths: Any, rows: Any, eps: Sequence[Any], target: Any, seed: Any) -> Plan:
-    """The plan of what was given, all of it checked."""
-    try:
-        given = [as_integer(n) for n in lengths]
-    except TypeError:
-        given = [None]
-    ordered = tuple(sorted({n for n in given if n is not None}))
-    if None in given:
-        raise ProfileError(f"lengths must be a list of numbers of tokens, got {lengths!r}")
-    if len(ordered) < 2:
-        raise ProfileError(
-            f"a law needs at least two different lengths, got {list(lengths)}; for example {list(DEFAULT_LENGTHS)}"
-        )
-    if ordered[0] < SHORTEST:
-        raise ProfileError(f"lengths must be at least {SHORTEST} tokens, got {ordered[0]}")
-    shares = [checked_share("eps", share) for share in eps] + [1 - checked_share("target", target)]
-    number = as_integer(seed)
-    if number is None:
-        raise ProfileError(f"seed must be an integer, got {seed!r}")
-    return Plan(ordered, checked_count("rows", rows), tuple(sorted({round(share, 9) for share in shares})), number)

@@ -1,56 +1,42 @@
 """Telling models apart by their weights."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
 
 import torch
 
-# Elements of each parameter that enter the fingerprint: enough to tell any two checkpoints apart, and quick.
-_FINGERPRINT_ELEMENTS = 4096
+# Elements of each parameter that are read: enough to tell any two checkpoints apart, and quick.
+_ELEMENTS = 4096
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """A short hex digest of the parameters: their names, shapes, dtypes and evenly spaced elements of each.
-
-    The same weights have the same fingerprint whatever file they came from, and wherever they are kept: on several
-    devices, over several processes, or offloaded by ``accelerate`` to the CPU or the disk.
+    """16 hex digits of the parameters' names, shapes, dtypes and evenly spaced elements, wherever they are kept.
 
     Raises:
         ValueError: the model is on the meta device, without weights.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        # Of a model over several processes each holds a part; they put one parameter after the other together.
+        # A DTensor is gathered from its processes.
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        if whole.is_meta:
-            whole = _offloaded(model, name)
-        flat = whole.detach().reshape(-1)
-        stride = max(1, flat.numel() // _FINGERPRINT_ELEMENTS)
-        sample = flat[::stride].contiguous().view(torch.uint8).cpu()
+        flat = (_offloaded(model, name) if whole.is_meta else whole).detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _ELEMENTS)].contiguous().view(torch.uint8).cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """A parameter that ``accelerate`` keeps elsewhere while its module does not run."""
+    """A parameter that ``accelerate`` has offloaded; its hooks keep it by its name within their module."""
     parts = name.split(".")
-    for depth in range(len(parts) - 1, -1, -1):  # a hook may stand for the modules within its own
-        for weights in _weights_maps(model.get_submodule(".".join(parts[:depth]))):
-            try:
-                return weights[".".join(parts[depth:])]
-            except KeyError:
-                continue
+    for depth in reversed(range(len(parts))):
+        hook = getattr(model.get_submodule(".".join(parts[:depth])), "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            weights = getattr(one, "weights_map", None)
+            with contextlib.suppress(KeyError):
+                if weights is not None:
+                    return weights[".".join(parts[depth:])]
     raise ValueError(
         f"{name} is on the meta device and holds no weights, so the model cannot be told from others: load its "
         "weights, or without --device-map place it on one device"
     )
-
-
-def _weights_maps(module: torch.nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
-    """What the hooks of ``accelerate`` on a module keep, by the parameters' names within it."""
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        weights: Mapping[str, torch.Tensor] | None = getattr(one, "weights_map", None)
-        if weights is not None:
-            yield weights

@@ -1,28 +1,24 @@
-"""Power laws k = alpha * n^C through what was counted, robustly, with the interval in which C is expected."""
+"""Power laws k = alpha * n^C through numbers of keys: robust lines, with intervals."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-_NORMAL_QUANTILE = 1.6448536  # of 95 %: ninety of a hundred intervals are meant to hold the truth
 _BOOTSTRAPS = 200
-# Lengths nearer to each other than this, as a difference of logarithms, say nothing about a slope.
-_SAME = 0.05
-# Intervals of log alpha end here, where they say nothing any more.
-_WIDEST = 25.0
+_SAME = 0.05  # lengths whose logarithms are nearer to each other say nothing about a slope
+_WIDEST = 25.0  # the limit of the interval of log alpha
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The law ``keys = alpha * n^C`` of the keys that hold ``1 - eps`` of a head's mass; arrays ``[M, H]``.
+    """The law ``keys = alpha * n^C`` of the keys that hold ``1 - eps`` of a head's mass; float64 ``[M, H]``.
 
     Attributes:
         eps: share of the mass that may be missing.
-        alpha, alpha_low, alpha_high: factor, with its 90 % interval.
-        C, C_low, C_high: exponent in [0, 1], with its 90 % interval.
-        r2: share of the variance of log keys over the lengths that the law explains; 1 where they do not vary at all.
-        level_half: half the width of the 90 % interval of log keys at the middle (geometric mean) of the lengths.
-        support: ``[L, M, H]``, the points: geometric mean of the keys counted at each length.
+        alpha, C: factor, and exponent in [0, 1]; ``_low`` and ``_high`` are the ends of their 90 % intervals.
+        r2: share of the variance of log keys over the lengths that the law explains; 1 where they do not vary.
+        level_half: half the width of the 90 % interval of log keys at the geometric mean of the lengths.
+        support: ``[L, M, H]``, the points: geometric mean of the keys at each length.
     """
 
     eps: float
@@ -38,15 +34,14 @@ class Fit:
 
 
 def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int = 0) -> Fit:
-    """The law of each head by Theil and Sen's line through the lengths' mean logarithms.
+    """The law of each head: a Theil-Sen line through the mean logarithms at each length.
 
-    Its standard error is the larger of two: the bootstrap's, over pieces of text and the rows of each, and that of a
-    line with these residuals, which a law that bends would show in. With few pieces the interval widens as Student's t
-    does; with a single one it says nothing about other texts.
+    Its standard error is the larger of the bootstrap's, over pieces and their rows, and of that which the residuals of
+    the line give, so that a law that bends has a wide interval.
 
     Args:
         log_n: ``[L, M]``, log of the keys that rows see.
-        log_k: ``[P, L, M, H, R]``, log of the keys counted in P pieces and R rows of each.
+        log_k: ``[P, L, M, H, R]``, log of the keys that R rows of each of P pieces need.
         eps: as in ``Fit``.
         seed: of the bootstrap.
     """
@@ -70,7 +65,6 @@ def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int =
         slope_error = np.maximum(slope_error, line / np.sqrt(np.maximum(spread, _SAME**2)))
         level_error = np.maximum(level_error, line / np.sqrt(L))
     quantile = student_quantile(P - 1)
-    # Where all lengths are the same nothing is known of the slope.
     C_half = np.where(spread < _SAME**2, 1.0, quantile * slope_error)
     # log alpha is the level at the middle minus C times the middle, so its error has both.
     alpha_half = np.hypot(quantile * level_error, C_half * log_n.mean(0)[:, None])
@@ -89,10 +83,9 @@ def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int =
 
 
 def theil_sen(log_n: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slope and intercept ``[M, H]`` through points ``[L, M, H]`` at ``log_n`` ``[L, M]``: medians, hence robust.
+    """The Theil-Sen line through points ``[L, M, H]`` at ``log_n`` ``[L, M]``: slope, in [0, 1], and intercept.
 
-    The slope is the median of those of all pairs, limited to [0, 1], the intercept the median of those of all points.
-    Where all lengths are the same (a window that is full at every length) the slope is 0.
+    Both are ``[M, H]``. Where all lengths are the same (a window that is full at every length) the slope is 0.
     """
     first, second = np.triu_indices(len(log_n), 1)
     run = (log_n[second] - log_n[first])[..., None]
@@ -104,17 +97,14 @@ def theil_sen(log_n: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def student_quantile(freedom: int) -> float:
-    """The 95 % quantile of Student's t (Cornish and Fisher's expansion; 2 % low at 3 degrees of freedom).
-
-    Without a degree of freedom nothing is known about other texts; then it is the normal one.
-    """
-    z = _NORMAL_QUANTILE
+    """The 95 % quantile of Student's t, by its Cornish-Fisher expansion; with no degree of freedom the normal one."""
+    z = 1.6448536
     if freedom < 1:
         return z
-    v = float(max(freedom, 2))
+    v = max(freedom, 2)
     return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
 
 
 def significant(values: np.ndarray, digits: int = 6) -> np.ndarray:
-    """The values with so many significant digits, so that files stay short and are read back the same."""
+    """The values rounded to significant digits, so that files stay short."""
     return np.vectorize(lambda value: float(f"{value:.{digits}g}"), otypes=[float])(values)

@@ -1,7 +1,6 @@
-"""One piece of text through a model, and exact rows of its attention: the measurement that calibration repeats.
+"""One piece of text through a model, and exact rows of its attention: what one query puts on each key it sees.
 
-A row is what one query puts on the keys it sees. Rows are taken a few at a time, so that memory is O(rows * keys),
-never Lq * Lk.
+Rows are taken a few at a time, so that memory is O(rows * keys), never Lq * Lk.
 """
 
 import contextlib
@@ -27,17 +26,12 @@ from nc_patch.ops.rows import (
 from nc_patch.patch import model_shape, observed
 from nc_patch.selections import TopK
 
-# Gradients need the activations of every layer, so they are taken on the beginning of a piece.
+# Gradients keep the activations of every layer, so they are taken on the beginning of a piece.
 GRADIENT_LENGTH = 1024
-# Random directions along which the error of an output is measured; rows and pieces average it further.
-_PROBES = 2
-# Rows of a length lie in the last eighth before it.
-_SPAN = 8
-# Keys that top-k attends whatever their scores; the curves are of what it would attend by default.
-_DEFAULTS = TopK()
 SMALLEST_KEYS = 8
-# A sum that should reach 1 - eps may fall short of it by the rounding of float32 weights.
-_ROUNDING = 1e-6
+_PROBES = 2  # random directions along which the error of an output is measured
+_ROUNDING = 1e-6  # by which a sum of float32 weights may fall short of 1 - eps
+_TOPK = TopK()  # curves are of what it attends by default
 
 
 @dataclass(frozen=True)
@@ -64,14 +58,9 @@ class Plan:
             grid.append(round(SMALLEST_KEYS * 2 ** (len(grid) / 2)))
         return tuple(grid)
 
-    @property
-    def gradient_lengths(self) -> tuple[int, ...]:
-        """The lengths at which the effect of an error on the loss is measured: those up to ``GRADIENT_LENGTH``."""
-        return tuple(n for n in self.lengths if n <= max(GRADIENT_LENGTH, self.lengths[0]))
-
     def positions(self, length: int) -> torch.Tensor:
-        """The queries whose rows are taken for a length, int64 ``[rows]``."""
-        first = length - max(min(self.rows, length), length // _SPAN)
+        """The queries whose rows are taken for a length, int64 ``[rows]``, in the last eighth before it."""
+        first = length - max(min(self.rows, length), length // 8)
         return torch.linspace(first, length - 1, self.rows, dtype=torch.float32).round().long()
 
 
@@ -79,13 +68,12 @@ class Piece(NamedTuple):
     """What one piece of text gave; L lengths, M layers, H query heads, R rows, G numbers of keys, E shares.
 
     Attributes:
-        visible: int32 ``[L, M, R]``, keys that each row sees.
-        support: int32 ``[E, L, M, H, R]``, keys that hold 1 - eps of each row's mass.
-        kept: float32 ``[L, M, H, G]``, mean mass kept by each number of keys.
+        visible, support: int32 ``[L, M, R]`` and ``[E, L, M, H, R]``, as in ``RowCurves``.
+        kept: float32 ``[L, M, H, G]``, as in ``RowCurves``, the mean over rows.
         error: float32 ``[L, M, H, G]``, mean squared norm of the output's error.
-        loss: float32 ``[L', M, H, G]`` for the first L' lengths, the loss in nats per token that this error is
-            expected to add: half its mean square along the loss's gradient for tokens that the model itself draws (the
-            Fisher information as the Hessian).
+        loss: float32 ``[L', M, H, G]`` for lengths up to ``GRADIENT_LENGTH``, the nats per token that this error is
+            expected to add: half its mean square along the loss's gradient for tokens that the model draws (the Fisher
+            information).
     """
 
     visible: np.ndarray
@@ -103,62 +91,57 @@ def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable
     Args:
         model: a causal language model that ``patch_model`` takes.
         ids: tokens, as many as the longest length.
-        plan: what to measure.
         on_layer: called after each layer of each of the two passes.
 
     Raises:
         ProfileError: the attention holds NaN or Inf.
     """
     (M, H), L, R, G = model_shape(model), len(plan.lengths), plan.rows, len(plan.keys)
+    beginning = [n for n in plan.lengths if n <= max(GRADIENT_LENGTH, plan.lengths[0])]
     piece = Piece(
         np.zeros((L, M, R), np.int32),
         np.zeros((len(plan.eps), L, M, H, R), np.int32),
-        *(np.full((levels, M, H, G), np.nan, np.float32) for levels in (L, L, len(plan.gradient_lengths))),
+        *(np.full((levels, M, H, G), np.nan, np.float32) for levels in (L, L, len(beginning))),
     )
-
-    def curves_of(call: Observed, length: int, probes: torch.Tensor) -> RowCurves:
-        rows = plan.positions(length).to(call.problem.query.device)
-        return row_curves(call, rows, plan.keys, plan.eps, probes.to(rows.device))
 
     def see(call: Observed) -> None:
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + call.layer)
         for level, length in enumerate(plan.lengths):
             probes = torch.randn(_PROBES, H, R, call.problem.value.shape[-1], generator=generator)
-            found = curves_of(call, length, probes)
+            found = row_curves(call, plan.positions(length), plan.keys, plan.eps, probes)
             piece.visible[level, call.layer] = found.visible.cpu()
             piece.support[:, level, call.layer] = found.support.cpu()
             piece.kept[level, call.layer] = found.kept.double().mean(-1).T.cpu()
             piece.error[level, call.layer] = found.error.double().mean(-1).T.cpu() / _PROBES
         on_layer()
 
-    def see_gradient(call: Observed) -> None:
-        call.output.register_hook(lambda gradient: along(call, gradient))
-
     @torch.no_grad()
-    def along(call: Observed, gradient: torch.Tensor) -> None:
-        for level, length in enumerate(plan.gradient_lengths):
-            found = curves_of(call, length, gradient[:, :, plan.positions(length).to(gradient.device)].float())
+    def see_gradient(call: Observed, gradient: torch.Tensor) -> None:
+        for level, length in enumerate(beginning):
+            rows = plan.positions(length).to(gradient.device)
+            found = row_curves(call, rows, plan.keys, plan.eps, gradient[:, :, rows].float())
             piece.loss[level, call.layer] = found.error.double().mean(-1).T.cpu() / 2
         on_layer()
 
+    def await_gradient(call: Observed) -> None:
+        call.output.register_hook(lambda gradient: see_gradient(call, gradient))
+
     tokens = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
-    short = tokens[:, : plan.gradient_lengths[-1]]
+    short = tokens[:, : beginning[-1]]
     with torch.inference_mode(False), evaluating(model):
         with torch.no_grad(), observed(model, see):
             options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
             model(input_ids=tokens, use_cache=False, **options)
-        with torch.enable_grad(), observed(model, see_gradient):
+        with torch.enable_grad(), observed(model, await_gradient):
             loss_of_drawn_tokens(model(input_ids=short, use_cache=False).logits, plan.seed).backward()
-    if not all(np.isfinite(values).all() for values in (piece.kept, piece.error, piece.loss)):
-        raise ProfileError(
-            "the model's attention holds NaN or Inf on this text: try another dtype, for example float32"
-        )
+    if not all(np.isfinite(values).all() for values in piece):
+        raise ProfileError("the model's attention holds NaN or Inf on this text: try another dtype, such as float32")
     return piece
 
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode, with gradients from its embeddings on and none of parameters; then as it was."""
+    """The model in evaluation mode, with gradients from its embeddings on but of no parameter; then as it was."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     start = lambda module, arguments, output: output.detach().requires_grad_()  # noqa: E731
@@ -178,7 +161,7 @@ def loss_of_drawn_tokens(logits: torch.Tensor, seed: int) -> torch.Tensor:
     """The summed loss of tokens that the model's own distributions draw."""
     scores = logits[0].float()
     with torch.no_grad():
-        # torch.multinomial takes seconds for so many rows of a whole vocabulary.
+        # torch.multinomial takes seconds for so many rows.
         generator = torch.Generator().manual_seed(seed)
         level = torch.rand(len(scores), 1, generator=generator, dtype=torch.float32).to(scores.device)
         reached = torch.softmax(scores, -1).cumsum_(-1)
@@ -208,71 +191,56 @@ def row_curves(
 ) -> RowCurves:
     """The curves of some rows of one attention call, exact but for the rounding of float32 scores.
 
-    The keys of ``kept`` and ``error`` are those of ``"topk"`` with default ``sink_keys`` and ``recent_keys``; those of
-    ``support`` are the heaviest ones alone.
-
     Args:
-        call: the call, of one sequence.
+        call: of one sequence.
         rows: int64 ``[R]``, which queries; each sees at least one key.
         keys: G numbers of keys, ascending, at least ``SMALLEST_KEYS``.
         eps: E shares of the mass that may be missing, in (0, 1).
-        probes: float32 ``[P, H, R, Dv]``, directions in which the error of the output is measured.
+        probes: float32 ``[P, H, R, Dv]``, directions along which the error of the output is measured.
     """
-    Hq, Lk = call.problem.query.shape[1], call.problem.key.shape[2]
-    step = rows_per_block(Hq, Lk)
-    buffers = Buffers(Hq * min(step, len(rows)) * Lk, call.problem.query.device)
-    parts = [
-        _curves_of_block(call, rows[first : first + step], keys, eps, probes[:, :, first : first + step], buffers)
-        for first in range(0, len(rows), step)
-    ]
-    return RowCurves(*(torch.cat(tensors, -1) for tensors in zip(*parts, strict=True)))
-
-
-def _curves_of_block(
-    call: Observed,
-    rows: torch.Tensor,
-    keys: Sequence[int],
-    eps: Sequence[float],
-    probes: torch.Tensor,
-    buffers: Buffers,
-) -> RowCurves:
-    seen = call.problem.visible[0, rows]
+    problem = call.problem
+    rows, probes = rows.to(problem.query.device), probes.to(problem.query.device)
+    step = rows_per_block(problem.query.shape[1], problem.key.shape[2])
+    if len(rows) > step:
+        blocks = zip(rows.split(step), probes.split(step, 2), strict=True)
+        parts = [row_curves(call, some, keys, eps, along) for some, along in blocks]
+        return RowCurves(*(torch.cat(tensors, -1) for tensors in zip(*parts, strict=True)))
+    buffers, seen = Buffers(0, rows.device), problem.visible[0, rows]
     low, high = int(seen[:, 0].min()), int(seen[:, 1].max())
-    before, after = split_scale(call.problem.scale)
+    key, value = (tensor[0, :, low:high].detach().float() for tensor in (problem.key, problem.value))
     position = torch.arange(low, high, device=seen.device, dtype=torch.int32)
-    query = call.problem.query[0, :, rows].detach().float() * before
-    scores = scores_of(query, call.problem.key[0, :, low:high].detach().float(), buffers)
-    scores = hide_unseen_(final_scores_(scores, after, call.problem.softcap), seen, position)
+    before, after = split_scale(problem.scale)
+    scores = scores_of(problem.query[0, :, rows].detach().float() * before, key, buffers)
+    scores = hide_unseen_(final_scores_(scores, after, problem.softcap), seen, position)
     # What a learned sink adds to the denominator, in units of the mass of the keys.
     sink: float | torch.Tensor = 0.0
-    if call.problem.sinks is not None:
-        sink = torch.exp(call.problem.sinks.detach().float()[:, None] - torch.logsumexp(scores, -1))[None]
+    if problem.sinks is not None:
+        sink = torch.exp(problem.sinks.detach().float()[:, None] - torch.logsumexp(scores, -1))[None]
     # Stable, so that ties go to the lower position, as in the definition of "topk".
     ordered, order = torch.sort(plain_softmax_(scores), dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1, dtype=torch.float64)
-    visible = (seen[:, 1] - seen[:, 0]).long()
     support = torch.stack([(mass < 1 - share - _ROUNDING).sum(-1) + 1 for share in eps])
 
-    first, last = seen[:, :1] + _DEFAULTS.sink_keys, seen[:, 1:] - _DEFAULTS.recent_keys
-    always = (position < first) | (position >= last)
+    # Top-k attends its first and recent keys first, and then the heaviest of the others.
+    always = (position < seen[:, :1] + _TOPK.sink_keys) | (position >= seen[:, 1:] - _TOPK.recent_keys)
+    number = (always & (position >= seen[:, :1]) & (position < seen[:, 1:])).sum(-1)
     forced = always.expand_as(order).gather(-1, order)
-    free = ~forced
-    count = free.cumsum(-1, dtype=torch.int32)
-    number = always.logical_and((position >= seen[:, :1]) & (position < seen[:, 1:])).sum(-1)
+    count = (~forced).cumsum(-1, dtype=torch.int32)
     wanted = (torch.tensor(keys, device=seen.device)[None] - number[:, None]).clamp(min=0)  # [R, G]
-    place = torch.searchsorted(count, wanted.to(torch.int32).expand(len(order), -1, -1).contiguous())
-    place = place.clamp(max=order.shape[-1] - 1)
+    wanted = wanted.to(torch.int32).expand(len(order), -1, -1).contiguous()
+    place = torch.searchsorted(count, wanted).clamp(max=order.shape[-1] - 1)
 
-    def held(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of ordered weights over what each number of keys attends, ``[G, H, R]``, and over all keys."""
-        by_rank = (weights * free).cumsum(-1, dtype=torch.float64)
-        attended = by_rank.gather(-1, place) + (weights * forced).sum(-1, dtype=torch.float64, keepdim=True)
-        return attended.movedim(-1, 0), weights.sum(-1, dtype=torch.float64)[None]
+    def held(weights: torch.Tensor) -> torch.Tensor:
+        """Sums of ordered weights over what each number of keys attends, ``[G, H, R]``."""
+        by_rank = (weights * ~forced).cumsum(-1, dtype=torch.float64)
+        whole = by_rank.gather(-1, place) + (weights * forced).sum(-1, dtype=torch.float64, keepdim=True)
+        return whole.movedim(-1, 0)
 
-    kept, _ = held(ordered)
+    kept = held(ordered)
     error = torch.zeros_like(kept)
-    values = call.problem.value[0, :, low:high].detach().float()
     for probe in probes:
-        attended, dense = held(ordered * scores_of(probe, values, buffers, "along").gather(-1, order))
-        error += (attended / (kept + sink) - dense / (1.0 + sink)).square()
+        weights = ordered * scores_of(probe, value, buffers, "along").gather(-1, order)
+        dense = weights.sum(-1, dtype=torch.float64)
+        error += (held(weights) / (kept + sink) - dense / (1.0 + sink)).square()
+    visible = (seen[:, 1] - seen[:, 0]).long()
     return RowCurves(visible, support.to(torch.int32), kept.clamp(max=1.0).float(), error.float())

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from nc_patch.budget import budgets_for, law_values
-from nc_patch.calibration.allocate import Demand, Laws, allocate, attends_all
+from nc_patch.calibration.allocate import Demand, Laws, allocate
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.calibration.fit import Fit, theil_sen
-from nc_patch.common import ProfileError, as_integer, as_number, plain, replace_file
+from nc_patch.common import ProfileError, as_integer, as_number, plain, replace_file, shown
 from nc_patch.config import NCConfig
 from nc_patch.patch import model_shape
 
@@ -28,34 +28,34 @@ FORMAT = 1
 # A head that needs more than this share of all keys at the longest length is not sparse.
 SPARSE_BELOW = 0.5
 
-_TEXTS = ("model", "model_class", "fingerprint", "texts", "aim")
-_WHOLE = ("pieces", "lengths", "windows", "keys")
-_ANY, _SHARE, _POSITIVE, _COUNT = (0.0, math.inf), (0.0, 1.0), (math.ulp(0.0), math.inf), (1.0, math.inf)
-# The numbers of a file: their shape (L lengths, M layers, H heads, G numbers of keys), and the range that they are in.
-_NUMBERS = {
-    "pieces": ("", _COUNT),
-    "lengths": ("L", _COUNT),
-    "windows": ("M", _ANY),
-    "keys": ("G", _COUNT),
-    **dict.fromkeys(("alpha", "alpha_low", "alpha_high"), ("MH", _POSITIVE)),
-    **dict.fromkeys(("C", "C_low", "C_high"), ("MH", _SHARE)),
-    "visible": ("LM", _COUNT),
-    "kept": ("LMHG", _SHARE),
-    "error": ("LMHG", _ANY),
-    "sensitivity": ("MH", _ANY),
-    "eps": ("", (math.ulp(0.0), 1.0)),
-    "r2": ("MH", (-math.inf, 1.0)),
-    "level_half": ("MH", _ANY),
-    "support": ("LMH", _COUNT),
+_ANY, _SHARE, _COUNT, _POSITIVE = (0, math.inf), (0, 1), (1, math.inf), (math.ulp(0.0), math.inf)
+# The fields of a file: kind of NumPy's dtype, shape (L lengths, M layers, H query heads, G numbers of keys), range.
+_FIELDS: dict[str, tuple[str, str, tuple[float, float]]] = {
+    **dict.fromkeys(("model", "model_class", "fingerprint", "texts", "aim"), ("U", "", _ANY)),
+    "pieces": ("i", "", _COUNT),
+    "lengths": ("i", "L", _COUNT),
+    "windows": ("i", "M", _ANY),
+    "keys": ("i", "G", _COUNT),
+    **dict.fromkeys(("alpha", "alpha_low", "alpha_high"), ("if", "MH", _POSITIVE)),
+    **dict.fromkeys(("C", "C_low", "C_high"), ("if", "MH", _SHARE)),
+    "visible": ("if", "LM", _COUNT),
+    "kept": ("if", "LMHG", _SHARE),
+    "error": ("if", "LMHG", _ANY),
+    "sensitivity": ("if", "MH", _ANY),
+    "eps": ("if", "", (math.ulp(0.0), 1)),
+    "r2": ("if", "MH", (-math.inf, 1)),
+    "level_half": ("if", "MH", _ANY),
+    "support": ("if", "LMH", _COUNT),
 }
+_KINDS = {"U": "a text", "i": "integers in lists of equal lengths", "if": "numbers in lists of equal lengths"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Profile:
     """What a model's attention holds, and budget laws for it. L lengths, M layers, H query heads, G numbers of keys.
 
     ``calibrate`` makes one; ``at_budget`` and ``at_mass`` give one with other laws; ``patch_model(model,
-    profile=profile)`` applies it.
+    profile=profile)`` applies it. Arrays are float64.
 
     Attributes:
         model: name of the model. model_class: its class. fingerprint: of its weights.
@@ -67,7 +67,7 @@ class Profile:
         kept: ``[L, M, H, G]``, mean share of the softmax mass that top-k keeps with each number of keys.
         error: ``[L, M, H, G]``, mean squared norm of the output's error with each number of keys.
         sensitivity: ``[M, H]``, the loss in nats per token that a unit of this error adds, to second order.
-        fits: the law of the support, one for each eps, ascending.
+        fits: laws of the keys that hold ``1 - eps`` of the mass, one for each eps, ascending.
         alpha, C: ``[M, H]``, the laws in force.
         aim: in words, what the laws in force were made for.
         dense_layers: layers that attend every key.
@@ -94,11 +94,11 @@ class Profile:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        layers, heads = self.shape
-        return (
-            f"Profile({self.model!r}, {layers} layers of {heads} heads, lengths={self.lengths}, pieces={self.pieces}, "
-            f"aim={self.aim!r})"
-        )
+        size = "{} layers of {} heads".format(*self.shape)
+        return f"Profile({self.model!r}, {size}, lengths={self.lengths}, pieces={self.pieces}, aim={self.aim!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Profile) and self.to_dict() == other.to_dict()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,11 +115,10 @@ class Profile:
             TypeError: an option is one that the profile brings, or as in ``NCConfig``.
             ValueError: as in ``NCConfig``.
         """
-        dense = sorted({*self.dense_layers, *options.pop("dense_layers", ())})
-        for name in ("alpha", "C"):
-            if name in options:
-                raise TypeError(f"a profile brings {name} of its own; leave it out")
-        return NCConfig(self.alpha.tolist(), self.C.tolist(), dense_layers=tuple(dense), **options)
+        for name in options.keys() & {"alpha", "C"}:
+            raise TypeError(f"a profile brings {name} of its own; leave it out")
+        options["dense_layers"] = (*self.dense_layers, *options.get("dense_layers", ()))
+        return NCConfig(self.alpha.tolist(), self.C.tolist(), **options)
 
     def check_model(self, model: torch.nn.Module) -> None:
         """Refuses a model of another shape, and warns of one with other weights.
@@ -152,10 +151,9 @@ class Profile:
         dense_layers: tuple[int, ...] | None = None,
         min_keys: int = 1,
     ) -> "Profile":
-        """The profile with the laws that lose least, as predicted, for a total budget.
+        """The profile with the laws that lose least, as predicted, for a total budget that all heads share.
 
-        All layers and heads share the keys. What is least is the sum over heads of ``sensitivity * error``, the loss
-        that their errors are predicted to add.
+        What is least is the sum over heads of ``sensitivity * error``.
 
         Args:
             fraction: attended keys / visible keys over all layers, heads and counted queries, in (0, 1].
@@ -174,20 +172,20 @@ class Profile:
             raise ProfileError("give fraction, for example at_budget(fraction=0.1), or keys, and not both")
         if over not in ("sequence", "last"):
             raise ProfileError(f'over must be "sequence" or "last", got {over!r}')
-        dense, min_keys = self._dense(dense_layers), checked_count("min_keys", min_keys)
+        dense = checked_layers(self.dense_layers if dense_layers is None else dense_layers, self.shape[0])
+        min_keys = checked_count("min_keys", min_keys)
         ends = self.lengths if n is None else (checked_count("n", n),)
         rows = np.array(ends) if over == "last" else np.concatenate([np.arange(1, end + 1) for end in ends])
         if keys is not None:
-            keys = checked_number("keys", keys, np.inf)
+            keys = checked_number("keys", keys, math.inf)
             seen = np.mean([np.minimum(rows, window or np.inf).mean() for window in self.windows])
             fraction, asked = min(float(keys / seen), 1.0), f"{keys:g} keys"
         else:
-            fraction = checked_number("fraction", fraction, 1)
+            fraction = checked_number("fraction", fraction)
             asked = f"{100 * fraction:g} % of the keys"
-        windows, span = np.array(self.windows), (self.lengths[0], self.lengths[-1])
-        laws = allocate(self._demand, rows, windows, fraction, dense, min_keys, span)
+        laws = allocate(self._demand, rows, np.array(self.windows), fraction, dense, min_keys, self.lengths)
         where = "over all calibrated lengths" if n is None else f"at {ends[0]:,} tokens"
-        return self._with(laws, f"{asked} {where}, {over}", dense)
+        return replace(self, **laws._asdict(), aim=f"{asked} {where}, {over}", dense_layers=dense)
 
     def at_mass(self, mass: float, *, dense_layers: tuple[int, ...] | None = None) -> "Profile":
         """The profile with laws under which every head keeps this share of its softmax mass, on average.
@@ -199,16 +197,16 @@ class Profile:
         Raises:
             ProfileError: ``mass`` is out of range.
         """
-        mass = checked_share("mass", mass)
+        mass = checked_number("mass", mass, below=True)
         log_keys = np.empty(self.kept.shape[:-1])
-        for level, layer, head in np.ndindex(*log_keys.shape):
-            keys, kept = self._curve(level, layer, head)
-            log_keys[level, layer, head] = np.interp(mass, kept, keys)
+        for at in np.ndindex(*log_keys.shape):
+            keys, kept = self._curve(*at)
+            log_keys[at] = np.interp(mass, kept, keys)
         C, intercept = theil_sen(np.log(self.visible), log_keys)
         laws = Laws(np.exp(intercept), C)
-        dense = attends_all(laws, self.lengths[0], self.lengths[-1])
-        laws = Laws(*(np.where(dense, 1.0, values) for values in laws))
-        return self._with(laws, f"{100 * mass:g} % of every head's mass", self._dense(dense_layers))
+        laws = laws.where(~laws.attend_all(self.lengths))
+        dense = checked_layers(self.dense_layers if dense_layers is None else dense_layers, self.shape[0])
+        return replace(self, **laws._asdict(), aim=f"{100 * mass:g} % of every head's mass", dense_layers=dense)
 
     def kept_mass(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The share of the mass that the laws in force are predicted to keep for a query that sees n keys.
@@ -223,9 +221,9 @@ class Profile:
         middle = self._mass_at(budget, n)
         spread = self._log_spread(n, middle)
         low, high = (self._mass_at(budget * np.exp(sign * spread), n) for sign in (-1, 1))
-        dense = np.zeros(self.shape, dtype=bool)
-        dense[list(self.dense_layers)] = True
-        return tuple(np.where(dense, 1.0, part) for part in (middle, low, high))  # type: ignore[return-value]
+        for mass in (middle, low, high):
+            mass[list(self.dense_layers)] = 1.0
+        return middle, low, high
 
     def is_sparse(self) -> np.ndarray:
         """Which heads are sparse, bool ``[M, H]``: 95 % (the nearest eps) of their mass in under half of the keys."""
@@ -249,39 +247,46 @@ class Profile:
         """The profile that ``save`` wrote.
 
         Raises:
-            ProfileError: the file is missing, damaged, of a newer format, or no profile.
+            ProfileError: the file is missing or damaged, or as in ``from_dict``.
         """
         try:
             values = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise ProfileError(f"the profile {path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
-            raise ProfileError(f"{path} is no profile: {error}") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ProfileError(f"the profile {path} cannot be read: {reason}") from error
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that JSON can hold and ``from_dict`` takes back."""
-        return {"format": FORMAT, **_plain_fields(self), "fits": [_plain_fields(fit) for fit in self.fits]}
+        return {"format": FORMAT, **json.loads(json.dumps(asdict(self), default=plain))}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Profile":
         """The profile of a dictionary that ``to_dict`` gave.
 
         Raises:
-            ProfileError: a field is missing, unknown, of a wrong type or shape, or out of its range.
+            ProfileError: a newer format; or a field is missing, unknown, of a wrong type or shape, or out of range.
         """
-        return cls(**_checked(values))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Profile) and json.dumps(self.to_dict()) == json.dumps(other.to_dict())
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _with(self, laws: Laws, aim: str, dense: tuple[int, ...]) -> "Profile":
-        return replace(self, alpha=laws.alpha, C=np.clip(laws.C, 0.0, 1.0), aim=aim, dense_layers=dense)
-
-    def _dense(self, given: Iterable[int] | None) -> tuple[int, ...]:
-        return self.dense_layers if given is None else checked_layers(given, self.shape[0])
+        number = values.get("format") if isinstance(values, Mapping) else None
+        if type(number) is not int or not 1 <= number <= FORMAT:
+            raise ProfileError(
+                f"this is no profile, or one written by a newer nc_patch: its format must be a number from 1 to "
+                f"{FORMAT}, got {shown(number)}. Update nc_patch, or calibrate again."
+            )
+        sides: dict[str, int] = {}
+        found = _checked("the profile", {name: values[name] for name in values if name != "format"}, cls, sides)
+        found["dense_layers"] = checked_layers(found["dense_layers"], sides["M"])
+        versions, fits = found["versions"], found["fits"]
+        if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+            raise ProfileError(f"versions must be an object of texts, got {shown(versions)}")
+        if not isinstance(fits, list) or not fits:
+            raise ProfileError(f"fits must be a list of at least one fit, got {shown(fits)}")
+        found["fits"] = tuple(Fit(**_checked(f"fits[{i}]", fit, Fit, sides)) for i, fit in enumerate(fits))
+        eps = [fit.eps for fit in found["fits"]]
+        for name, numbers, fewest in (("lengths", found["lengths"], 2), ("keys", found["keys"], 3), ("eps", eps, 1)):
+            if len(numbers) < fewest or any(b <= a for a, b in pairwise(numbers)):
+                raise ProfileError(f"{name} must be {fewest} or more numbers in ascending order, got {numbers}")
+        return cls(**found)
 
     @cached_property
     def _demand(self) -> Demand:
@@ -295,23 +300,20 @@ class Profile:
 
     def _mass_at(self, budget: np.ndarray, n: int) -> np.ndarray:
         """Mass ``[M, H]`` that budgets keep of n keys."""
-        found = np.ones(self.shape)
-        longest = self.lengths[-1]
+        found, longest = np.ones(self.shape), self.lengths[-1]
         for layer, head in np.ndindex(*self.shape):
             seen, keys = min(n, self.windows[layer] or n), float(budget[layer, head])
             if keys >= seen:
                 continue
             if seen > longest:
-                keys *= (longest / seen) ** self._exponent_near(layer, head, keys, seen)
+                # Scaled to the longest length, by the fit that gives most nearly so many keys.
+                laws = [(fit.alpha[layer, head], fit.C[layer, head]) for fit in self.fits]
+                _, C = min(laws, key=lambda law: abs(np.log(law_values(seen, *law) / max(keys, 1.0))))
+                keys *= (longest / seen) ** float(C)
             curves = [self._curve(level, layer, head) for level in range(len(self.lengths))]
             levels = [np.interp(np.log(max(keys, 1.0)), *curve) for curve in curves]
             found[layer, head] = np.interp(np.log(min(seen, longest)), np.log(self.lengths), levels)
         return found
-
-    def _exponent_near(self, layer: int, head: int, keys: float, n: int) -> float:
-        """The exponent of the fit whose support is nearest to so many of n keys."""
-        away = [np.log(law_values(n, fit.alpha[layer, head], fit.C[layer, head]) / max(keys, 1.0)) for fit in self.fits]
-        return float(self.fits[int(np.abs(away).argmin())].C[layer, head])
 
     def _log_spread(self, n: int, mass: np.ndarray) -> np.ndarray:
         """Half the width of the interval of log keys at n, ``[M, H]``, from the fit nearest to the mass kept."""
@@ -326,11 +328,10 @@ class Profile:
 def checked_layers(given: Any, layers: int) -> tuple[int, ...]:
     """Layers by their number, each once and ascending; raises ProfileError for what a model of ``layers`` lacks."""
     values = plain(given)
-    found = {as_integer(value) for value in values} if isinstance(values, Iterable) else {None}
-    known = {layer for layer in found if layer is not None and 0 <= layer < layers}
-    if found != known:
-        raise ProfileError(f"dense_layers must be a list of layers from 0 to {layers - 1}, got {given!r}")
-    return tuple(sorted(known))
+    found = [as_integer(value) for value in values] if isinstance(values, Iterable) else [None]
+    if not all(layer is not None and 0 <= layer < layers for layer in found):
+        raise ProfileError(f"dense_layers must be a list of layers from 0 to {layers - 1}, got {shown(given)}")
+    return tuple(sorted({layer for layer in found if layer is not None}))
 
 
 def checked_count(name: str, value: Any) -> int:
@@ -341,92 +342,39 @@ def checked_count(name: str, value: Any) -> int:
     return found
 
 
-def checked_number(name: str, value: Any, most: float) -> float:
-    """The value as a float; raises ProfileError unless it is positive and at most ``most``."""
+def checked_number(name: str, value: Any, most: float = 1.0, *, below: bool = False) -> float:
+    """The value as a float; raises ProfileError unless it is in (0, most], or with ``below`` in (0, most)."""
     found = as_number(value)
-    if found is None or not 0 < found <= most:
-        raise ProfileError(f"{name} must be a number above 0 and at most {most:g}, got {value!r}")
+    if found is None or not 0 < found <= most or (below and found == most):
+        raise ProfileError(f"{name} must be a number in (0, {most:g}{')' if below else ']'}, got {value!r}")
     return float(found)
 
 
-def checked_share(name: str, value: Any) -> float:
-    """The value as a float; raises ProfileError unless it is in (0, 1)."""
-    found = as_number(value)
-    if found is None or not 0 < found < 1:
-        raise ProfileError(f"{name} must be a number in (0, 1), got {value!r}")
-    return float(found)
-
-
-def _plain_fields(of: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON can hold them."""
-    values = {one.name: plain(getattr(of, one.name)) for one in fields(of)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _checked(values: Any) -> dict[str, Any]:
-    """The arguments of ``Profile`` that a dictionary holds; errors as in ``Profile.from_dict``."""
-    number = values.get("format") if isinstance(values, Mapping) else None
-    if type(number) is not int or number < 1:
-        raise ProfileError(f"this is no profile: its format must be a number from 1 to {FORMAT}, got {number!r}")
-    if number > FORMAT:
-        raise ProfileError(
-            f"the profile has format {number}, written by a newer nc_patch; this one reads up to {FORMAT}. Update "
-            "nc_patch, or calibrate again."
-        )
-    found = {name: value for name, value in values.items() if name != "format"}
-    _check_names("the profile", found, Profile)
-    texts, versions, fits = {name: found[name] for name in _TEXTS}, found["versions"], found["fits"]
-    if not isinstance(versions, dict) or not isinstance(fits, list) or not fits:
-        raise ProfileError(f"versions must be an object and fits a list of fits, got {versions!r} and {fits!r:.80}")
-    for name, text in (texts | {f"versions.{name}": version for name, version in versions.items()}).items():
-        if not isinstance(text, str):
-            raise ProfileError(f"{name} must be a text, got {text!r:.80}")
-    sides: dict[str, int] = {}
-    found |= _checked_numbers("", found, sides)
-    found["dense_layers"] = checked_layers(found["dense_layers"], sides["M"])
-    for place, fit in enumerate(fits):
-        if not isinstance(fit, dict):
-            raise ProfileError(f"fits[{place}] must be an object, got {fit!r:.80}")
-        _check_names(f"fits[{place}]", fit, Fit)
-    found["fits"] = tuple(Fit(**_checked_numbers(f"fits[{i}].", fit, sides)) for i, fit in enumerate(fits))
-    eps = tuple(fit.eps for fit in found["fits"])
-    for name, numbers, fewest in (("lengths", found["lengths"], 2), ("keys", found["keys"], 3), ("eps", eps, 1)):
-        if len(numbers) < fewest or any(b <= a for a, b in pairwise(numbers)):
-            raise ProfileError(f"{name} must be {fewest} or more numbers in ascending order, got {numbers}")
-    return found
-
-
-def _check_names(what: str, values: Mapping[str, Any], kind: type) -> None:
+def _checked(what: str, values: Any, kind: type, sides: dict[str, int]) -> dict[str, Any]:
+    """The fields of a ``kind`` in an object of JSON, checked; ``sides`` collects the lengths of the arrays' sides."""
     names = {one.name for one in fields(kind)}
-    unknown, missing = sorted(map(repr, values.keys() - names)), sorted(names - values.keys())
-    if unknown or missing:
-        wrong = f"has unknown fields: {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
-        raise ProfileError(f"{what} {wrong}")
-
-
-def _checked_numbers(what: str, values: Mapping[str, Any], sides: dict[str, int]) -> dict[str, Any]:
-    """The numbers among the fields, checked: arrays of float64, or whole numbers and tuples of them.
-
-    The first field that has a side, such as the layers, sets its length in ``sides``, and the others must agree.
-    """
-    found: dict[str, Any] = {}
-    for name, (shape, (low, high)) in ((name, _NUMBERS[name]) for name in _NUMBERS if name in values):
+    if not isinstance(values, Mapping):
+        raise ProfileError(f"{what} must be an object, got {shown(values)}")
+    if unknown := sorted(map(shown, values.keys() - names)):
+        raise ProfileError(f"{what} has unknown fields: {', '.join(unknown)}")
+    if missing := sorted(names - values.keys()):
+        raise ProfileError(f"{what} lacks {', '.join(missing)}")
+    found = dict(values)
+    for name, (dtype, shape, (least, most)) in ((name, _FIELDS[name]) for name in _FIELDS if name in names):
+        called = name if kind is Profile else f"{what}.{name}"
         try:
             array = np.array(values[name])
         except ValueError:  # lists of several lengths
             array = np.array(None)
-        kinds, called = ("i", "integers") if name in _WHOLE else ("if", "numbers")
-        if array.dtype.kind not in kinds:
-            raise ProfileError(f"{what}{name} must be {called} in lists of equal lengths, got {values[name]!r:.80}")
-        if array.ndim == len(shape):
-            for letter, length in zip(shape, array.shape, strict=True):
-                sides.setdefault(letter, length)
-        wanted = tuple(sides.get(letter, letter) for letter in shape)
+        if array.dtype.kind not in dtype:
+            raise ProfileError(f"{called} must be {_KINDS[dtype]}, got {shown(values[name])}")
+        sides |= dict(zip(shape, array.shape, strict=False)) | sides
+        wanted = tuple(sides.get(side, side) for side in shape)
         if array.shape != wanted:
-            raise ProfileError(f"{what}{name} must have the shape {wanted}, got {array.shape}")
-        if not (np.isfinite(array) & (array >= low) & (array <= high)).all():
+            raise ProfileError(f"{called} must have the shape {wanted}, got {array.shape}")
+        if dtype != "U" and not (np.isfinite(array) & (array >= least) & (array <= most)).all():
             got = f"{array.min():g} to {array.max():g}"
-            raise ProfileError(f"{what}{name} must be finite and from {low:g} to {high:g}, got {got}")
-        scalars = tuple(array.tolist()) if shape else array.item()
-        found[name] = scalars if name in _WHOLE or not shape else array.astype(float)
+            raise ProfileError(f"{called} must be finite and from {least:g} to {most:g}, got {got}")
+        if shape:
+            found[name] = tuple(array.tolist()) if dtype == "i" else array.astype(float)
     return found
