@@ -21,8 +21,10 @@ def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) 
 
     In each query block every ``sample_stride``-th row (the last of each stride, and the block's last row) is scored
     against all keys; without a number the stride is that of ``stride_by_law`` for n / 2k, k the mean over key/value
-    heads of what those key blocks hold. A key block's weight is the largest share of its dense softmax mass that any
-    sampled row of any of the G heads puts on it, and infinite where one is not a number.
+    heads of what those key blocks hold. Each key block has a logit for each such row, its highest score; with
+    ``min_mass`` the log-sum-exp of its scores, so that shares are of softmax mass. The softmax over blocks is the row's
+    share for each; a block's weight is the largest share of any sampled row of any of the G heads, and infinite where
+    one is not a number.
 
     With ``min_mass`` it goes on in that order until the mean mass that the sampled rows and heads put on what is chosen
     reaches ``min_mass``, but not beyond ``ceil(max_factor * ceil(k / size))`` blocks.
@@ -33,7 +35,7 @@ def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) 
     visible, origin, budget = problem.visible, problem.origin, problem.budget
     group, num_kv_heads = problem.group, problem.key.shape[1]
     size, min_mass = options.size, options.min_mass
-    weights = torch.softmax(scores.detach().masked_fill(~visible_mask(visible, Lk), -torch.inf), dim=-1)
+    seen_scores = scores.detach().masked_fill(~visible_mask(visible, Lk), -torch.inf)
     budget = budget.expand(B, Hq, Lq)
     found: list[list[list[int]]] = []
     for b in range(B):
@@ -59,10 +61,12 @@ def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) 
             found.append([])
             for h, count in enumerate(counts_of_heads):
                 heads = slice(h * group, (h + 1) * group)
-                shares = {
-                    j: weights[b, heads][:, sampled, max(start + j * size, 0) : max(start + (j + 1) * size, 0)].sum(-1)
-                    for j in range(low, high + 1)
-                }
+                of_rows = seen_scores[b, heads][:, sampled]
+                logits = []
+                for j in range(low, high + 1):
+                    block = of_rows[..., max(start + j * size, 0) : max(start + (j + 1) * size, 0)]
+                    logits.append(torch.logsumexp(block, -1) if min_mass else block.amax(-1))
+                shares = dict(zip(range(low, high + 1), torch.softmax(torch.stack(logits), 0), strict=True))
                 weight = {j: float(share.max()) for j, share in shares.items()}
                 mass = {j: float(share.nan_to_num(nan=0.0).sum()) for j, share in shares.items()}
                 recent = max(min(max(local, high + 2 - count), diagonal), low)

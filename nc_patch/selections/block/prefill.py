@@ -138,22 +138,26 @@ def choose_blocks(
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
 
+    def segments_of(chunk: Chunk) -> int:
+        return max(1, triton.cdiv(chunk.width * options.size, _SEGMENT))
+
     indices = torch.full((N, Hkv, plan.capacity), -1, dtype=torch.int32, device=query.device)
     kept = None if expected is None else scratch(Hkv, S, group)
     choice = Choice(indices, torch.empty_like(plan.law), kept)
     chunks = score_chunks(plan, Hkv, group, multiprocessors(query.device))
     most_scores = max((chunk.width * chunk.samples for chunk in chunks), default=0) * group * Hkv
     most_blocks = max((chunk.width * (chunk.last - chunk.first) for chunk in chunks), default=0) * Hkv
-    most_rows = max((chunk.samples for chunk in chunks), default=0) * group * Hkv
-    scores = scratch(most_scores)
+    most_rows = max((chunk.samples * segments_of(chunk) for chunk in chunks), default=0) * group * Hkv
+    row_lse = scratch(most_rows)
     masses = scratch(most_blocks) if options.enlarges else None
     both = {
         "plan": Plan(plan.table, plan.samples, plan.sample_owner, plan.recent, plan.law, plan.limit),
-        "scores": scores,
+        "scores": scratch(most_scores),
         "group": group,
     }
     scored = {
         **both,
+        "row_lse": row_lse,
         "query": heads(query),
         "key": heads(key),
         "visible": problem.visible,
@@ -162,11 +166,12 @@ def choose_blocks(
         "settings": settings_of(problem),
         "shape": shape_of(query.shape[3], query.shape[3], tiles),
         "BLOCK_SIZE": options.size,
+        "MASS": options.enlarges,
         **score_options(query.shape[3], tiles, architecture),
     }
     chosen = {
         **both,
-        "scratch": Scratch(scratch(most_blocks), masses, scratch(most_rows)),
+        "scratch": Scratch(scratch(most_blocks), masses, row_lse),
         "choice": choice,
         "num_kv_heads": Hkv,
         "sample_count": S,
@@ -178,13 +183,14 @@ def choose_blocks(
         **compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),
     }
     for chunk in chunks:
-        row_count = chunk.samples * group
+        row_count, segments = chunk.samples * group, segments_of(chunk)
         of_chunk = {"first_sample": chunk.first_sample, "row_count": row_count, "width": chunk.width}
         if row_count:
-            segments = triton.cdiv(chunk.width * options.size, _SEGMENT)
             score_blocks_kernel[(triton.cdiv(row_count, tiles.rows), Hkv, segments)](**of_chunk, **scored)
             mark("score")
-        choose_blocks_kernel[(chunk.last - chunk.first, Hkv)](first_number=chunk.first, **of_chunk, **chosen)
+        choose_blocks_kernel[(chunk.last - chunk.first, Hkv)](
+            first_number=chunk.first, segments=segments, **of_chunk, **chosen
+        )
         mark("choose")
     if expected is not None and kept is not None:
         of_samples = kept.transpose(0, 1).reshape(S, -1)

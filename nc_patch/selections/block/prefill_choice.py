@@ -14,6 +14,7 @@ from nc_patch.ops.triton.scores import (
     finite_or_zero,
     fold,
     load_queries,
+    logits_base2,
     score_run,
 )
 from nc_patch.ops.triton.structs import PER_CALL, Rows
@@ -85,6 +86,7 @@ def score_blocks_kernel(
     visible,
     plan,
     scores,
+    row_lse,
     group,
     Lq,
     Lk,
@@ -94,16 +96,20 @@ def score_blocks_kernel(
     settings,
     shape,
     BLOCK_SIZE: tl.constexpr,
+    MASS: tl.constexpr,
 ):
-    """Log-sum-exps of the sampled rows' logits over each key block: ``scores [num_kv_heads, width, row_count]``.
+    """The logits of key blocks for sampled rows: ``scores [num_kv_heads, width, row_count]``.
+
+    A block's logit is its highest, or with ``MASS`` the log-sum-exp of its keys'. Of each segment of the keys a row's
+    log-sum-exp over the blocks goes to ``row_lse [segments, num_kv_heads, row_count]``.
 
     Rows are (sample, query head of the group), the head running fastest, from the plan's ``first_sample`` on; blocks
     are counted from the first that the row's query block sees.
 
     A program takes ``BLOCK_M`` consecutive rows of one key/value head, whatever query blocks they belong to: with 4
     sampled rows a query block and 4 query heads a group, 128 rows are those of 8 query blocks, so that keys are read
-    once for 8 of them. The log-sum-exp of a block needs nothing of the others, so that the third axis of the grid
-    divides the keys that a program's rows see.
+    once for 8 of them. A block's logit needs nothing of the others, so that the third axis of the grid divides the keys
+    that a program's rows see into segments.
     """
     kv_head = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
@@ -115,6 +121,8 @@ def score_blocks_kernel(
     start, end = visible_keys(visible + (own.batch * Lq + index) * 2, valid, Lk)
     rows = Rows(own.batch, kv_head, index, kv_head * group + flat % group, flat, valid, start, end, end)
     queries = load_queries(query, rows, shape)
+    peak = tl.full([shape.BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([shape.BLOCK_M], dtype=tl.float32)
 
     # Blocks are counted from each sequence's beginning: rows of one sequence at a time, and mostly there is but one.
     remaining = valid
@@ -138,14 +146,17 @@ def score_blocks_kernel(
         keys = head_of(key, batch, kv_head)
         first_block = lowest - own.lowest + segment * share * (shape.BLOCK_N // BLOCK_SIZE)
         written = BlockScores(scores + kv_head * width * row_count + flat, row_count, tl.where(here, own.blocks, 0))
-        score_tiles(
-            queries, keys, rows, low, 0, before, after, tiles, Lk, written, first_block, settings, shape, BLOCK_SIZE,
-            True,
+        peak, total = score_tiles(
+            queries, keys, rows, low, 0, before, after, tiles, Lk, written, first_block, peak, total, settings, shape,
+            BLOCK_SIZE, MASS, True,
         )  # fmt: skip
-        score_tiles(
-            queries, keys, rows, low, before, after, 0, 0, Lk, written, first_block, settings, shape, BLOCK_SIZE, False
-        )
+        peak, total = score_tiles(
+            queries, keys, rows, low, before, after, 0, 0, Lk, written, first_block, peak, total, settings, shape,
+            BLOCK_SIZE, MASS, False,
+        )  # fmt: skip
         remaining = remaining & ~here
+    places = row_lse + (segment * tl.num_programs(1) + kv_head) * row_count + flat
+    tl.store(places, finite_or_zero(peak) + tl.log2(total), mask=valid)
 
 
 @triton.jit
@@ -161,14 +172,18 @@ def score_tiles(
     Lk,
     written,
     first_block,
+    peak,
+    total,
     settings,
     shape,
     BLOCK_SIZE: tl.constexpr,
+    MASS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Scores the tiles ``from_tile:to_tile`` and ``later_from:later_to`` of the keys from ``low`` on.
 
-    ``first_block`` is the number that each row gives to the block at ``low``.
+    ``first_block`` is the number that each row gives to the block at ``low``. Returns the softmax over blocks that each
+    row had in ``peak`` and ``total``, with these.
     """
     blocks_of_tile: tl.constexpr = shape.BLOCK_N // BLOCK_SIZE
     for step in range(to_tile - from_tile + later_to - later_from):
@@ -178,28 +193,54 @@ def score_tiles(
         position = low + tile * shape.BLOCK_N
         columns = position + tl.arange(0, shape.BLOCK_N)
         raw = score_run(queries, keys, position, (columns >= 0) & (columns < Lk), shape, MASKED)
-        bent, factor = factored_logits(raw, settings)
+        seen = tl.full([1, 1], True, dtype=tl.int1)
         if MASKED:
             seen = (columns[None, :] >= rows.start[:, None]) & (columns[None, :] < rows.end[:, None])
+        logits = block_logits(raw, seen, settings, shape.BLOCK_M, blocks_of_tile, BLOCK_SIZE, MASS, MASKED)
+        block = first_block[:, None] + tile * blocks_of_tile + tl.arange(0, blocks_of_tile)[None, :]
+        own = (block >= 0) & (block < written.blocks[:, None])
+        tl.store(written.data[:, None] + block.to(tl.int64) * written.stride, logits, mask=own)
+        peak, total, _weights, _shrink = fold(tl.where(own, logits, float("-inf")), peak, total)
+    return peak, total
+
+
+@triton.jit
+def block_logits(
+    raw,
+    seen,
+    settings,
+    BLOCK_M: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    MASS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The logit in base 2 of each block of a tile of raw scores ``[BLOCK_M, BLOCKS * BLOCK_SIZE]``."""
+    if MASS:
+        bent, factor = factored_logits(raw, settings)
+        if MASKED:
             bent = tl.where(seen, bent, float("-inf"))
-        by_block = tl.reshape(bent, (shape.BLOCK_M, blocks_of_tile, BLOCK_SIZE))
+        by_block = tl.reshape(bent, (BLOCK_M, BLOCKS, BLOCK_SIZE))
         base = finite_or_zero(tl.max(by_block, axis=2) * factor)
         # A fused multiply-add by name: left to the compiler, tiles with and without a mask would round differently, and
-        # a block's score would depend on which other rows share its tile.
+        # a block's logit would depend on which other rows share its tile.
         factors = tl.full(by_block.shape, factor, dtype=tl.float32)
         total = tl.sum(tl.exp2(tl.fma(by_block, factors, tl.broadcast_to(-base[:, :, None], by_block.shape))), axis=2)
-        block = first_block[:, None] + tile * blocks_of_tile + tl.arange(0, blocks_of_tile)[None, :]
-        tl.store(
-            written.data[:, None] + block.to(tl.int64) * written.stride,
-            base + tl.log2(total),
-            mask=(block >= 0) & (block < written.blocks[:, None]),
-        )
+        logits = base + tl.log2(total)
+    else:
+        # A soft-cap and the scale keep the order of scores: they are applied to the highest alone.
+        by_block = tl.reshape(tl.where(seen, raw, float("-inf")) if MASKED else raw, (BLOCK_M, BLOCKS, BLOCK_SIZE))
+        highest = tl.max(by_block, axis=2)
+        # A maximum passes over what is not a number; a sum does not.
+        whole = tl.sum(tl.reshape(tl.where(seen, raw, 0.0) if MASKED else raw, by_block.shape), axis=2)
+        logits = logits_base2(tl.where(whole == whole, highest, whole), settings)
+    return logits
 
 
 class Scratch(NamedTuple):
     """Memory for the programs that choose: weights and masses, a row of ``width`` for each, and log-sum-exps of rows.
 
-    ``masses`` is None where no ``min_mass`` is asked for.
+    ``masses`` is None where no ``min_mass`` is asked for. ``row_lse`` is ``[segments, num_kv_heads, row_count]``.
     """
 
     weights: Any
@@ -221,7 +262,10 @@ class Choice(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=[*PER_CALL, "first_number", "first_sample", "sample_count", "row_count", "width", "capacity"]
+    do_not_specialize=[
+        *(*PER_CALL, "first_number", "first_sample", "segments", "sample_count"),
+        *("row_count", "width", "capacity"),
+    ]
 )
 def choose_blocks_kernel(
     plan,
@@ -232,6 +276,7 @@ def choose_blocks_kernel(
     group,
     first_number,
     first_sample,
+    segments,
     sample_count,
     row_count,
     width,
@@ -243,9 +288,8 @@ def choose_blocks_kernel(
 ):
     """The ``Choice`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
 
-    Reads the ``scores``, as ``score_blocks_kernel`` writes them, twice: for each row's log-sum-exp over its blocks, and
-    for the largest share that any row puts on each block; once more for the mass that each row keeps, where that is
-    wanted. ``min_mass`` is None for none.
+    Reads the ``scores``, as ``score_blocks_kernel`` writes them, once, for the largest share that any row puts on each
+    block; and once more for what each row keeps, where that is wanted. ``min_mass`` is None for none.
     """
     local = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -259,33 +303,39 @@ def choose_blocks_kernel(
     lse_row = scratch.row_lse + kv_head * row_count + before
     logits = BlockScores(scores + kv_head * width * row_count + before, row_count, own.blocks)
 
+    # The segments' sums of each row become one, in the place of the first.
     for from_row in range(0, rows, BLOCK_R):
         row = from_row + tl.arange(0, BLOCK_R)
         present = row < rows
         peak = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
         total = tl.zeros([BLOCK_R], dtype=tl.float32)
-        for from_block in range(0, own.blocks, BLOCK_C):
-            tile = load_scores(logits, row, present, from_block + tl.arange(0, BLOCK_C))
-            peak, total, _weights, _shrink = fold(tile, peak, total)
-        # Of a row that is missing 0, as where it is loaded below: its scores are -inf, and so its mass is 0, not NaN.
-        whole = tl.where(present, finite_or_zero(peak) + tl.log2(total), 0.0)
-        tl.store(lse_row + row, whole, mask=present)
-        for from_block in range(0, own.blocks, BLOCK_C):
-            block = from_block + tl.arange(0, BLOCK_C)
-            mass = load_mass(logits, row, present, block, whole)
+        for segment in range(segments):
+            part = lse_row + tl.cast(segment, tl.int64) * num_kv_heads * row_count + row
+            part_lse = tl.load(part, mask=present, other=float("-inf"))
+            higher = tl.maximum(peak, part_lse)
+            base = finite_or_zero(higher)
+            total = total * tl.exp2(peak - base) + tl.exp2(part_lse - base)
+            peak = higher
+        tl.store(lse_row + row, finite_or_zero(peak) + tl.log2(total), mask=present)
+    # Every thread has written what others read.
+    tl.debug_barrier()
+    for from_block in range(0, tl.where(rows > 0, own.blocks, 0), BLOCK_C):
+        block = from_block + tl.arange(0, BLOCK_C)
+        share = tl.full([BLOCK_C], float("-inf"), dtype=tl.float32)
+        held = tl.zeros([BLOCK_C], dtype=tl.float32)
+        for from_row in range(0, rows, BLOCK_R):
+            row = from_row + tl.arange(0, BLOCK_R)
+            present = row < rows
+            whole = tl.load(lse_row + row, mask=present, other=0.0)
+            tile = load_scores(logits, row, present, block) - whole[:, None]
             # NaN ranks first, with infinity, and weighs nothing.
-            weight = tl.max(tl.where(mass == mass, mass, float("inf")), axis=0)
-            if from_row > 0:
-                weight = tl.maximum(weight, tl.load(weights + block, mask=block < own.blocks, other=0.0))
-            tl.store(weights + block, weight, mask=block < own.blocks)
+            share = tl.maximum(share, tl.max(tl.where(tile == tile, tile, float("inf")), axis=0))
             if min_mass is not None:
-                held = tl.sum(tl.where(mass == mass, mass, 0.0), axis=0)
-                places_of_mass = scratch.masses + program * width + block
-                if from_row > 0:
-                    held += tl.load(places_of_mass, mask=block < own.blocks, other=0.0)
-                tl.store(places_of_mass, held, mask=block < own.blocks)
-        # Every thread has written the weights, and the log-sum-exps, that others read.
-        tl.debug_barrier()
+                held += tl.sum(tl.where(tile == tile, tl.exp2(tile), 0.0), axis=0)
+        tl.store(weights + block, tl.exp2(share), mask=block < own.blocks)
+        if min_mass is not None:
+            tl.store(scratch.masses + program * width + block, held, mask=block < own.blocks)
+    tl.debug_barrier()
 
     # Without a sampled row all blocks are attended, and there are no weights to look at.
     recent = tl.where(rows > 0, tl.load(plan.recent + pair), 0)

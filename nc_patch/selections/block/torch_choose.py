@@ -61,7 +61,7 @@ def choose_blocks(
             origin_of_columns = span.begin + span.lowest * size
             columns = _columns(keys, origin_of_columns, span.begin + span.stop * size)
             seen = visible[b, samples] - origin_of_columns
-            shares = block_shares(problem, query[b, :, samples], columns, seen, size, buffers)
+            shares = block_shares(problem, query[b, :, samples], columns, seen, options, buffers)
             mark("score")
         edges = torch.stack((lowest.expand_as(plan.law[of_span]), lowest + plan.recent[of_span]), -1)
         chosen, count = _heaviest(shares, owner, plan.law[of_span], plan.limit[of_span], (edges, width), options)
@@ -88,29 +88,31 @@ def block_shares(
     query: torch.Tensor,
     key: torch.Tensor,
     seen: torch.Tensor,
-    block_size: int,
+    options: BlockOptions,
     buffers: torch_rows.Buffers,
 ) -> torch.Tensor:
-    """The share of its softmax that every key block holds for S rows, float32 ``[Hq, S, K]``.
+    """The share that every key block has for S rows, as the definition says, float32 ``[Hq, S, K]``.
 
     Args:
         query: ``[Hq, S, D]``. key: float32 ``[Hkv, K * block_size, D]``. seen: int32 ``[S, 2]``, columns of ``key``.
     """
     before, after = torch_rows.split_scale(problem.scale)
-    scores = torch_rows.scores_of(query.float() * before, key, buffers, "sampled")
+    (Hq, S, D), (Hkv, columns, _) = query.shape, key.shape
+    # Keys come first: so the highest score of each block is found in whole vectors.
+    scores = buffers.get("sampled", (Hkv, columns, Hq // Hkv * S))
+    torch.bmm(key, (query.float() * before).reshape(Hkv, -1, D).transpose(1, 2), out=scores)
     torch_rows.final_scores_(scores, after, problem.softcap)
     clear_from, clear_to = int(seen[:, 0].max()), int(seen[:, 1].min())
-    columns = torch.arange(scores.shape[-1], device=scores.device)
     # Most columns are seen by every row: only the two ends need a mask.
-    ends = ((0, clear_from), (clear_to, scores.shape[-1])) if clear_from < clear_to else ((0, scores.shape[-1]),)
+    ends = ((0, clear_from), (clear_to, columns)) if clear_from < clear_to else ((0, columns),)
     for first, last in ends:
         if first < last:
-            column = columns[first:last]
-            hidden = (column < seen[:, :1]) | (column >= seen[:, 1:])
-            scores[..., first:last].masked_fill_(hidden, -torch.inf)
-    torch.softmax(scores, -1, out=scores)
-    ones = scores.new_ones(block_size, 1)
-    return (scores.view(-1, block_size) @ ones).view(*scores.shape[:2], -1)
+            column = torch.arange(first, last, device=scores.device)[:, None]
+            hidden = (column < seen[:, 0]) | (column >= seen[:, 1])
+            scores.view(Hkv, columns, -1, S)[:, first:last].masked_fill_(hidden[:, None], -torch.inf)
+    by_block = scores.view(Hkv, -1, options.size, scores.shape[-1])
+    logits = by_block.amax(2) if options.min_mass is None else torch.logsumexp(by_block, 2)
+    return torch.softmax(logits.transpose(1, 2).reshape(Hq, S, -1), -1)
 
 
 def _spans(plan: BlockPlan, size: int, num_heads: int) -> Iterator[_Span]:
