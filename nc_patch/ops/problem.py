@@ -147,18 +147,23 @@ def visible_mask(visible: torch.Tensor, key_length: int) -> torch.Tensor:
     return (position >= start) & (position < end)
 
 
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raises TypeError or ValueError unless a tensor has the dimensions and the dtype of queries, keys or values."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor [batch, heads, length, head_dim], got {type(tensor).__name__}")
+    if tensor.ndim != 4:
+        raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{name} must be one of {allowed}, got {tensor.dtype}; convert it, or the model, by .to()")
+
+
 def check_tensors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
 ) -> tuple[int, int, int, int]:
     """B, Hq, Lq and Lk; raises ValueError or TypeError unless the tensors fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor [batch, heads, length, head_dim], got {type(tensor).__name__}")
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise ValueError(f"{name} must be one of {allowed}, got {tensor.dtype}; convert it, or the model, by .to()")
+        check_tensor(name, tensor)
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
