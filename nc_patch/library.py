@@ -19,7 +19,6 @@ from nc_patch.ops.derivatives import (
     refuse_second_derivative,
     runs_directly,
 )
-from nc_patch.ops.means import page_starts, spread_over_pages
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.base import Selection, selection_class
 
@@ -111,14 +110,8 @@ def _attend_backward(
     chosen = selection_class(selection).from_numbers(numbers[2:])
     with autocast_off(problem.query):
         problem = chosen.with_means(problem, "torch")
-        found = attention_gradients(problem, chosen.choice(problem), grad_output)
-    key, value = found.key, found.value
-    if found.mean_key is not None and found.mean_value is not None:
-        Lk = key.shape[2]
-        starts = page_starts(problem.visible, problem.origin, Lk)
-        key = key + spread_over_pages(found.mean_key, starts, Lk)
-        value = value + spread_over_pages(found.mean_value, starts, Lk)
-    return [found.query, key, value, problem.query.new_empty(0) if found.sinks is None else found.sinks]
+        *of_tensors, sinks = attention_gradients(problem, chosen.choice(problem), grad_output)
+    return [*of_tensors, problem.query.new_empty(0) if sinks is None else sinks]
 
 
 @_attend_backward.register_fake
