@@ -1,8 +1,8 @@
-"""Cache layers of ``transformers`` that carry a key index, and follow it through everything a cache goes through.
+"""Cache layers of ``transformers`` that carry a key index, and keep it right through everything a cache goes through.
 
-The layers of a cache that a patched model meets are replaced by layers of the classes below. They hold the same keys
-and values, and serve any other model as before. An index is trusted only while its keys are the very ones that it
-was last seen with, unchanged; otherwise it is dropped, and built again when attention runs.
+They take the place of the layers of a cache that a patched model meets, and serve any other model as before. An index
+is trusted only while its keys are the very ones that it was last seen with, unchanged; otherwise it is dropped, and
+built again when attention runs.
 """
 
 import copy
@@ -20,12 +20,7 @@ from nc_patch.selections.index import LAYOUTS, KeyIndex, reserve_for
 
 
 class LayerCache(NamedTuple):
-    """What the attention function is told of the cache layer that its keys come from.
-
-    Attributes:
-        layer: the layer, if it can carry an index.
-        started: whether it held keys before this call.
-    """
+    """The cache layer that a call's keys come from, if it can carry an index, and whether it held keys before."""
 
     layer: "KeyIndexMixin | None"
     started: bool
@@ -39,8 +34,8 @@ def _state(keys: torch.Tensor) -> tuple[torch.Size, int | None]:
 class KeyIndexMixin:
     """A cache layer with key indexes, at most one of a kind.
 
-    In-place writes to the keys from outside are noticed by the tensor's version, which PyTorch does not count for
-    tensors made in inference mode, nor inside a compiled graph: call ``forget_index`` after writing there.
+    In-place writes to the keys from outside are noticed by the tensor's version, which PyTorch counts neither for
+    tensors made in inference mode nor inside a compiled graph: call ``forget_index`` after writing there.
     """
 
     _layer_type = None
@@ -68,10 +63,7 @@ class KeyIndexMixin:
         return handed
 
     def nc_compare(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """To be called first in each call of attention: sees whether its keys and values are what ``update`` returned.
-
-        Where they are not, no index is kept for this layer from now on.
-        """
+        """Keeps no index any more where the keys or values of a call of attention are not what ``update`` returned."""
         handed = self._nc_handed
         if handed is None or handed[0]() is not key:
             self.nc_never = frozenset(LAYOUTS)
@@ -82,20 +74,17 @@ class KeyIndexMixin:
 
     def nc_check(self) -> None:
         """Drops the indexes if the keys are not those they were made of."""
-        if self.nc_indexes:
-            seen, keys = self._nc_seen, self.keys
-            if seen is None or keys is None or seen[0]() is not keys or seen[1] != _state(keys):
-                self.nc_forget()
+        seen, keys = self._nc_seen, self.keys
+        unchanged = seen is not None and keys is not None and seen[0]() is keys and seen[1] == _state(keys)
+        if self.nc_indexes and not unchanged:
+            self.nc_forget()
 
     def nc_forget(self) -> None:
         """Drops the indexes; attention builds new ones from the keys."""
         self.nc_indexes, self._nc_seen = {}, None
 
     def nc_update(self, problem: Problem, kind: str, block_size: int, backend: str) -> KeyIndex:
-        """The index of one kind of all keys, those of this call taken in.
-
-        ``problem`` holds the keys and values that ``update`` returned, and the intervals of this call's queries.
-        """
+        """The index of one kind of all keys, those of this call, whose keys ``update`` returned, taken in."""
         key, value = problem.key, problem.value
         index = self.nc_indexes.get(kind)
         if index is None or index.block_size != block_size or not index.fits(key) or self.nc_unstarted(kind):
@@ -283,8 +272,8 @@ _INDEXED: dict[type, type] = {DynamicLayer: IndexedDynamicLayer, StaticLayer: In
 def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
     """What a cache holds for an attention layer that is about to run; None where there is no cache.
 
-    Replaces the cache's layer by one that carries an index, where that is possible. While ``torch.compile`` traces,
-    nothing is replaced: layers that carry none yet decode without.
+    Replaces the cache's layer by one that carries an index where that is possible, but not while ``torch.compile``
+    traces.
     """
     if isinstance(cache, EncoderDecoderCache):  # patched modules are those of self-attention
         cache = cache.self_attention_cache

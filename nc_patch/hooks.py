@@ -49,15 +49,12 @@ def forget_boundaries(*_: Any) -> None:
         _TOLD.set({})
 
 
-# What attention modules call their cache; transformers 5.24 has renamed it.
-_CACHE_ARGUMENTS = ("past_key_values", "cache")
-
-
 def hand_on_cache(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a patched attention module: hands the layer of the cache on to the attention function."""
-    cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+    # What attention modules call their cache; transformers 5.24 has renamed it.
+    cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
     # A module that several layers share is told which of them it stands for.
     layer = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
     found = None if cache is None else layer_cache(cache, layer)

@@ -140,35 +140,29 @@ def visibility_of(mask: torch.Tensor, batch: int, query_length: int, key_length:
     """
     if is_packed(mask):
         return Visibility.unpack(mask, query_length, key_length).expand(batch)
-    why = _misfit(mask, batch, query_length, key_length)
-    found = None if why else runs_of([seen_keys(mask)[:, 0]], key_length)
-    if found is None:
-        made_by = getattr(mask, "_nc_function", None)
-        shape = f"{mask.dtype} {tuple(mask.shape)}" + (f", made by {made_by}" if made_by else "")
-        raise UnsupportedMaskError(
-            f"{owner} got a custom attention mask ({shape}) that sparse attention cannot take: "
-            f"{why or 'a query sees several runs of keys, and other queries see what lies between them'}. Pass a 2-D "
-            "padding mask [batch, positions], or leave the layer dense with dense_layers=..."
-        )
-    return found.expand(batch)
-
-
-def _misfit(mask: torch.Tensor, batch: int, query_length: int, key_length: int) -> str | None:
-    """Why a mask is none that says which keys are seen, the same for all heads; None where it is one."""
     if torch.compiler.is_compiling():
-        return "it cannot be looked at while torch.compile traces"
-    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (query_length, key_length):
-        return f"it should be [{batch}, 1, {query_length}, {key_length}]"
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        return "it should be bool, or of a float dtype and added to the scores"
-    if mask.is_floating_point() and not bool(((mask <= HIDES) | (mask == 0)).all()):
-        return f"it adds to scores, where keys can only be hidden, by {HIDES:g} or less, or left as they are, by 0"
-    if mask.requires_grad:
-        return "it requires a gradient, and has none"
-    seen = seen_keys(mask)
-    if mask.shape[1] != 1 and not bool((seen == seen[:, :1]).all()):
-        return "it differs from head to head"
-    return None
+        why = "it cannot be looked at while torch.compile traces"
+    elif mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (query_length, key_length):
+        why = f"it should be [{batch}, 1, {query_length}, {key_length}]"
+    elif mask.dtype != torch.bool and not mask.is_floating_point():
+        why = "it should be bool, or of a float dtype and added to the scores"
+    elif mask.is_floating_point() and not bool(((mask <= HIDES) | (mask == 0)).all()):
+        why = f"it adds to scores, where keys can only be hidden, by {HIDES:g} or less, or left as they are, by 0"
+    elif mask.requires_grad:
+        why = "it requires a gradient, and has none"
+    elif mask.shape[1] != 1 and not bool((seen_keys(mask) == seen_keys(mask[:, :1])).all()):
+        why = "it differs from head to head"
+    else:
+        found = runs_of([seen_keys(mask)[:, 0]], key_length)
+        if found is not None:
+            return found.expand(batch)
+        why = "a query sees several runs of keys, and other queries see what lies between them"
+    made_by = getattr(mask, "_nc_function", None)
+    shape = f"{mask.dtype} {tuple(mask.shape)}" + (f", made by {made_by}" if made_by else "")
+    raise UnsupportedMaskError(
+        f"{owner} got a custom attention mask ({shape}) that sparse attention cannot take: {why}. Pass a 2-D padding "
+        "mask [batch, positions], or leave the layer dense with dense_layers=..."
+    )
 
 
 # What transformers hands on of where packed sequences begin; see split_sequences.
@@ -234,13 +228,11 @@ def _numbered(
         ends = [e for e in (cu_seq_lens_q, cu_seq_lens_k) if e is not None]
         if not torch.compiler.is_compiling():
             said = [e.tolist() if isinstance(e, torch.Tensor) else e for e in ends]
-            of_tensor, first = isinstance(ends[0], torch.Tensor) and ends[0].ndim == 1, said[0]
-            fits = of_tensor and first[:1] == [0] and first[-1:] == [query_length] and first == sorted(first)
-            if batch != 1 or not fits or first != said[-1]:
+            one, first = isinstance(ends[0], torch.Tensor) and ends[0].ndim == 1 and batch == 1, said[0]
+            if not one or first != [0, *sorted(first)[1:-1], query_length] or first != said[-1]:
                 raise UnsupportedMaskError(
                     f"cu_seq_lens_q must name the sequences of one row of {query_length} tokens, from 0 to "
-                    f"{query_length}, and cu_seq_lens_k the same ones, got {batch} rows and "
-                    f"{' and '.join(map(str, said))}"
+                    f"{query_length}, and cu_seq_lens_k the same ones, got {batch} rows and {said}"
                 )
         row = torch.arange(query_length, device=ends[0].device)
         return torch.searchsorted(ends[0].long(), row, right=True)[None], False
@@ -258,8 +250,7 @@ def once(shared: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:
         return make()
     made: dict[tuple[Any, ...], Any] | None = getattr(shared, "_nc_once", None)
     if made is None:
-        made = {}
-        shared._nc_once = made  # type: ignore[attr-defined]
+        made = shared._nc_once = {}  # type: ignore[attr-defined]
     if key not in made:
         made[key] = make()
     return made[key]

@@ -1,7 +1,6 @@
 """``KeyIndex``: what a layer keeps beside its keys so that decoding can choose among them almost for free.
 
-What an index of a kind holds, and how it takes in new keys, is for its ``Layout`` to say. An index is an accelerator:
-what it holds follows from the keys, and it can be dropped and built again.
+It follows from the keys, so that it can be dropped and built again. What one of a kind holds, its ``Layout`` says.
 """
 
 import copy
@@ -150,8 +149,7 @@ class KeyIndex:
         B, _, L, D = key.shape
         start = torch.zeros(B, dtype=torch.int32, device=key.device) if start is None else start
         end = torch.full((B,), L, dtype=torch.int32, device=key.device) if end is None else end
-        _check_ends(key, start=start, end=end)
-        _check_value(kind, key, value)
+        _check(kind, key, value, start=start, end=end)
         capacity = L if capacity is None else check_integer("capacity", capacity, L)
         head_dims = (D,) if value is None else (D, value.shape[-1])
         chosen, _ = choose_backend(backend, key.device, head_dims=head_dims)
@@ -181,8 +179,7 @@ class KeyIndex:
                 f"an index takes in keys like those it was built from, {self.dtype}, with at least the {count} new "
                 f"ones among them, got {describe(key)}"
             )
-        _check_value(self.kind, key, value)
-        _check_ends(key, end=end)
+        _check(self.kind, key, value, end=end)
         if key.shape[2] > self.capacity:
             self._reserve(key.shape[2])
         self._write(key, value, end - new, new, end)
@@ -194,12 +191,8 @@ class KeyIndex:
     def fits(self, key: torch.Tensor) -> bool:
         """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv, D, dtype and device."""
         tensor = next(iter(self._tensors.values()))
-        return (
-            self.dtype == key.dtype
-            and tensor.shape[:2] == key.shape[:2]
-            and self.head_dim == key.shape[-1]
-            and tensor.device == key.device
-        )
+        alike = self.dtype == key.dtype and tensor.device == key.device
+        return alike and tensor.shape[:2] == key.shape[:2] and self.head_dim == key.shape[-1]
 
     def select(self, indices: torch.Tensor) -> None:
         """Keeps the sequences ``indices``, int64 ``[B']``, of the batch, in this order; they may repeat (beams)."""
@@ -259,18 +252,14 @@ class KeyIndex:
         self.origin = change(self.origin)
 
 
-def _check_ends(key: torch.Tensor, **given: torch.Tensor) -> None:
-    """Refuses starts or ends of sequences that are not one whole number each, where the keys lie."""
+def _check(kind: str, key: torch.Tensor, value: torch.Tensor | None, **given: torch.Tensor) -> None:
+    """Refuses values that do not fit, and starts or ends of sequences that are not an integer each, beside the keys."""
+    if LAYOUTS[kind].takes_values and (value is None or value.ndim != 4 or value.shape[:3] != key.shape[:3]):
+        got = "none" if value is None else f"shape {tuple(value.shape)}"
+        raise ValueError(f'an index of kind "{kind}" needs the values {[*key.shape[:3], "Dv"]} of the keys, got {got}')
     batch = key.shape[0]
     for name, ends in given.items():
         if not isinstance(ends, torch.Tensor):
             raise TypeError(f"{name} must be an int tensor [{batch}], got {type(ends).__name__}")
         if ends.shape != (batch,) or ends.dtype.is_floating_point or ends.device != key.device:
             raise ValueError(f"{name} must be int [{batch}] on {key.device}, got {describe(ends)}")
-
-
-def _check_value(kind: str, key: torch.Tensor, value: torch.Tensor | None) -> None:
-    """Raises ValueError unless the values that an index of this kind needs are there and fit ``key``."""
-    if LAYOUTS[kind].takes_values and (value is None or value.ndim != 4 or value.shape[:3] != key.shape[:3]):
-        got = "none" if value is None else f"shape {tuple(value.shape)}"
-        raise ValueError(f'an index of kind "{kind}" needs the values {[*key.shape[:3], "Dv"]} of the keys, got {got}')
