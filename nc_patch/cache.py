@@ -1,8 +1,8 @@
-"""Cache layers of ``transformers`` that carry a key index, and follow it through everything a cache goes through.
+"""Cache layers of ``transformers`` that carry a key index, and keep it right through everything a cache goes through.
 
-The layers of a cache that a patched model meets are replaced by layers of the classes below. They hold the same keys
-and values, and serve any other model as before. An index is trusted only while its keys are the very ones that it
-was last seen with, unchanged; otherwise it is dropped, and built again when attention runs.
+They take the place of the layers of a cache that a patched model meets, and serve any other model as before. An index
+is trusted only while its keys are the very ones that it was last seen with, unchanged; otherwise it is dropped, and
+built again when attention runs.
 """
 
 import copy
@@ -20,41 +20,22 @@ from nc_patch.selections.index import LAYOUTS, KeyIndex, reserve_for
 
 
 class LayerCache(NamedTuple):
-    """What the attention function is told of the cache layer that its keys come from.
-
-    Attributes:
-        layer: the layer, if it can carry an index.
-        started: whether it held keys before this call.
-    """
+    """The cache layer that a call's keys come from, if it can carry an index, and whether it held keys before."""
 
     layer: "KeyIndexMixin | None"
     started: bool
 
 
-class _Seen(NamedTuple):
-    """The keys that an index was last known to describe: the tensor itself, its shape, and how often it was written."""
-
-    keys: "weakref.ref[torch.Tensor]"
-    shape: torch.Size
-    version: int | None
-
-    @classmethod
-    def of(cls, keys: torch.Tensor) -> "_Seen":
-        return cls(weakref.ref(keys), keys.shape, _version(keys))
-
-    def still(self, keys: torch.Tensor | None) -> bool:
-        return keys is not None and self.keys() is keys and self.shape == keys.shape and self.version == _version(keys)
-
-
-def _version(keys: torch.Tensor) -> int | None:
-    return None if keys.is_inference() else keys._version
+def _state(keys: torch.Tensor) -> tuple[torch.Size, int | None]:
+    """The shape of keys, and how often they were written."""
+    return keys.shape, None if keys.is_inference() else keys._version
 
 
 class KeyIndexMixin:
     """A cache layer with key indexes, at most one of a kind.
 
-    In-place writes to the keys from outside are noticed by the tensor's version, which PyTorch does not count for
-    tensors made in inference mode, nor inside a compiled graph: call ``forget_index`` after writing there.
+    In-place writes to the keys from outside are noticed by the tensor's version, which PyTorch counts neither for
+    tensors made in inference mode nor inside a compiled graph: call ``forget_index`` after writing there.
     """
 
     _layer_type = None
@@ -62,43 +43,39 @@ class KeyIndexMixin:
     values: torch.Tensor
     # Never changed in place: the class's empty one is shared.
     nc_indexes: "dict[str, KeyIndex]" = {}  # noqa: RUF012
-    _nc_seen: _Seen | None = None
-    _nc_offloads = False
+    # The keys that the indexes describe, and their state; None where keys have come that no attention has taken in.
+    _nc_seen: "tuple[weakref.ref[torch.Tensor], tuple[torch.Size, int | None]] | None" = None
+    # Whether the keys have been moved, and the indexes have not.
+    _nc_moved = False
     _nc_updated: frozenset[str] = frozenset()
-    # Whether keys have come that no attention has taken in yet: those of a model that is not patched never are.
-    _nc_pending = False
+    # Memory for keys and values to come, of a ``DynamicLayer``.
+    _nc_room: tuple[torch.Tensor, torch.Tensor] | None = None
     # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer
     # does not hold, because it computes them from what is cached, or because a module stands for several layers.
     _nc_handed: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None" = None
-    _nc_never: frozenset[str] = frozenset()
+    nc_never: frozenset[str] = frozenset()
 
     def nc_hand(self, handed: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes note of what ``update`` returns, and returns it."""
         if not torch.compiler.is_compiling():
-            self._nc_pending = True
+            self._nc_seen = None
             self._nc_handed = (weakref.ref(handed[0]), weakref.ref(handed[1]))
         return handed
 
     def nc_compare(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """To be called first in each call of attention: sees whether its keys and values are what ``update`` returned.
-
-        Where they are not, no index is kept for this layer from now on.
-        """
-        held = (None, None) if self._nc_handed is None else tuple(reference() for reference in self._nc_handed)
-        if held[0] is not key:
-            self._nc_never = frozenset(LAYOUTS)
-        elif held[1] is not value:
-            self._nc_never |= {kind for kind, layout in LAYOUTS.items() if layout.takes_values}
-        if self._nc_never:
-            self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind not in self._nc_never}
-
-    def nc_keeps(self, kind: str) -> bool:
-        """Whether an index of this kind may be kept; while ``torch.compile`` traces, one that is there may."""
-        return kind in self.nc_indexes or not (kind in self._nc_never or torch.compiler.is_compiling())
+        """Keeps no index any more where the keys or values of a call of attention are not what ``update`` returned."""
+        handed = self._nc_handed
+        if handed is None or handed[0]() is not key:
+            self.nc_never = frozenset(LAYOUTS)
+        elif handed[1]() is not value:
+            self.nc_never |= {kind for kind, layout in LAYOUTS.items() if layout.takes_values}
+        if self.nc_never:
+            self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind not in self.nc_never}
 
     def nc_check(self) -> None:
         """Drops the indexes if the keys are not those they were made of."""
-        unchanged = self._nc_seen is not None and self._nc_seen.still(self.keys) and not self._nc_pending
+        seen, keys = self._nc_seen, self.keys
+        unchanged = seen is not None and keys is not None and seen[0]() is keys and seen[1] == _state(keys)
         if self.nc_indexes and not unchanged:
             self.nc_forget()
 
@@ -107,20 +84,11 @@ class KeyIndexMixin:
         self.nc_indexes, self._nc_seen = {}, None
 
     def nc_update(self, problem: Problem, kind: str, block_size: int, backend: str) -> KeyIndex:
-        """The index of one kind of all keys, those of this call taken in.
-
-        ``problem`` holds the keys and values that ``update`` returned, and the intervals of this call's queries.
-        """
-        key, value, visible, origin = problem.key, problem.value, problem.visible, problem.origin
-        end = visible[..., 1].amax(-1)
+        """The index of one kind of all keys, those of this call, whose keys ``update`` returned, taken in."""
+        key, value = problem.key, problem.value
         index = self.nc_indexes.get(kind)
-        if index is not None and (index.block_size != block_size or not index.fits(key) or self.nc_unstarted(kind)):
-            index = None
-        if index is None:
-            # The key at which the sequence starts: its interval may start later.
-            start = origin[:, -1].clamp(min=0)
-            index = KeyIndex.build(key, kind, value=value, start=start, end=end, block_size=block_size, backend=backend)
-            index.unstarted = (end <= start).any()
+        if index is None or index.block_size != block_size or not index.fits(key) or self.nc_unstarted(kind):
+            index = _built(problem, kind, block_size, backend)
             self.nc_indexes = {**self.nc_indexes, kind: index}
             if isinstance(self, StaticLayer):
                 self.nc_unstarted(kind)  # read now: a compiled step cannot
@@ -130,7 +98,7 @@ class KeyIndexMixin:
             if not torch.compiler.is_compiling() and index.is_frozen():
                 index = index.clone()
                 self.nc_indexes = {**self.nc_indexes, kind: index}
-            index.extend(key, visible.shape[1], end, value)
+            index.extend(key, problem.visible.shape[1], problem.visible[..., 1].amax(-1), value)
         if not torch.compiler.is_compiling():  # nothing settles there, and a graph would guard what it left
             self._nc_updated |= {kind}
         return index
@@ -152,29 +120,26 @@ class KeyIndexMixin:
     def nc_settle(self) -> None:
         """Takes note that the indexes belong to the keys as they are now."""
         if self.nc_indexes and self.keys is not None:
-            if self._nc_offloads:
-                self._nc_move(self.keys.device)
-                self._nc_offloads = False
-            self._nc_seen, self._nc_pending = _Seen.of(self.keys), False
-
-    def _nc_move(self, device: torch.device) -> None:
-        for index in self.nc_indexes.values():
-            index.to(device)
+            if self._nc_moved:
+                for index in self.nc_indexes.values():
+                    index.to(self.keys.device)
+                self._nc_moved = False
+            self._nc_seen = (weakref.ref(self.keys), _state(self.keys))
 
     def offload(self) -> None:
         # The cache offloads a layer as soon as it is updated, before attention has run.
-        self._nc_offloads = bool(self.nc_indexes)
+        self._nc_moved, self._nc_room = bool(self.nc_indexes), None
         super().offload()  # type: ignore[misc]
 
     def prefetch(self) -> None:
         self.nc_check()
         super().prefetch()  # type: ignore[misc]
-        if self.nc_indexes and self.keys is not None:
-            self._nc_move(self.keys.device)
-            self.nc_settle()
+        self._nc_moved = bool(self.nc_indexes)
+        self.nc_settle()
 
     def reset(self) -> None:
         self.nc_forget()
+        self._nc_room = None
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -183,17 +148,15 @@ class KeyIndexMixin:
     def _nc_follow(self, change: Any, method: str, *arguments: Any) -> None:
         self.nc_check()
         getattr(super(), method)(*arguments)
-        if self.nc_indexes and self.keys is not None:
-            for index in self.nc_indexes.values():
-                change(index)
-            self.nc_settle()
+        for index in self.nc_indexes.values():
+            change(index)
+        self.nc_settle()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickle holds a layer of transformers, which loads where this library is not installed, and builds its index
         # again where it is.
-        plain: Any = object.__new__(next(of for of, indexed in _INDEXED.items() if indexed is type(self)))
-        own = ("nc_", "_nc_")
-        plain.__dict__ = {name: value for name, value in self.__dict__.items() if not name.startswith(own)}
+        plain: Any = object.__new__(DynamicLayer if isinstance(self, DynamicLayer) else StaticLayer)
+        plain.__dict__ = {name: value for name, value in self.__dict__.items() if not name.startswith(("nc_", "_nc_"))}
         return copy.copy, (plain,)
 
     def __copy__(self) -> "KeyIndexMixin":
@@ -207,9 +170,11 @@ class KeyIndexMixin:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # What the keys were last seen as does not survive a copy: only whether the index was right.
+        # What the keys were last seen as does not survive a copy: only whether the index was right. Nor does the room,
+        # into which a copy must not write.
         self.nc_check()
-        return {name: value for name, value in self.__dict__.items() if name not in ("_nc_seen", "_nc_handed")}
+        left_out = ("_nc_seen", "_nc_handed", "_nc_room")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -221,21 +186,21 @@ class KeyIndexMixin:
 class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
     """``DynamicLayer`` with a key index, and with room for keys to come, so that a step does not copy all of them."""
 
-    _nc_room: tuple[torch.Tensor, torch.Tensor] | None = None
     # How many keys were ever written to the room: what is there may be held by others, and is never written again.
     _nc_written = 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        held, length = (self.keys, self.values), self.get_seq_length()
-        if held[0] is None or not length or not self._nc_may_grow(key_states, value_states):
+        if self.keys is None or not self._nc_may_grow(key_states, value_states):
             self._nc_room = None
             return self.nc_hand(super().update(key_states, value_states, *args, **kwargs))
+        length = self.keys.shape[-2]
         end = length + key_states.shape[-2]
-        if self._nc_room is None or not self._nc_has_room(length, end):
+        if not self._nc_has_room(length, end):
             self._nc_room = None
-            self._nc_room = (with_room(held[0], end), with_room(held[1], end))
+            self._nc_room = (_with_room(self.keys, end), _with_room(self.values, end))
+        assert self._nc_room is not None
         for room, new in zip(self._nc_room, (key_states, value_states), strict=True):
             room[:, :, length:end] = new
         self.keys, self.values = (room[:, :, :end] for room in self._nc_room)
@@ -245,15 +210,18 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
     def _nc_may_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether new keys may be written into memory that is there: not where a gradient or a graph is recorded."""
         assert self.keys is not None
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (key_states, value_states, self.keys))
+        if not self.keys.numel() or torch.compiler.is_compiling():
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (key_states, value_states, self.keys)):
+            return False
         pairs = ((key_states, self.keys), (value_states, self.values))
-        alike = all(new.shape[0] == held.shape[0] and new.dtype == held.dtype for new, held in pairs)
-        return not recorded and not torch.compiler.is_compiling() and alike
+        return all(new.shape[0] == held.shape[0] and new.dtype == held.dtype for new, held in pairs)
 
     def _nc_has_room(self, length: int, end: int) -> bool:
         """Whether keys and values still are all that was written to the room, and ``end`` fit there."""
-        assert self._nc_room is not None and self.keys is not None  # noqa: PT018
-        return self._nc_written == length and all(
+        if self._nc_room is None or self.keys is None or self._nc_written != length:
+            return False
+        return all(
             room.shape[2] >= end
             and room.data_ptr() == held.data_ptr()
             and room.stride() == held.stride()
@@ -262,25 +230,13 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
             for room, held in zip(self._nc_room, (self.keys, self.values), strict=True)
         )
 
-    def offload(self) -> None:
-        self._nc_room = None
-        super().offload()
-
-    def reset(self) -> None:
-        self._nc_room = None
-        super().reset()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy must not write into the room of the original.
-        state = super().__getstate__()
-        state.pop("_nc_room", None)
-        return state
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._nc_follow(lambda index: index.repeat(repeats), "batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._nc_follow(lambda index: index.select(_as_indices(indices)), "batch_select_indices", indices)
+        chosen = torch.as_tensor(indices)
+        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
+        self._nc_follow(lambda index: index.select(chosen), "batch_select_indices", indices)
 
     def crop(self, *arguments: Any) -> None:
         # Nothing of an index depends on later keys, but for the page of the last one, which is written again when the
@@ -316,8 +272,8 @@ _INDEXED: dict[type, type] = {DynamicLayer: IndexedDynamicLayer, StaticLayer: In
 def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
     """What a cache holds for an attention layer that is about to run; None where there is no cache.
 
-    Replaces the cache's layer by one that carries an index, where that is possible. While ``torch.compile`` traces,
-    nothing is replaced: layers that carry none yet decode without.
+    Replaces the cache's layer by one that carries an index where that is possible, but not while ``torch.compile``
+    traces.
     """
     if isinstance(cache, EncoderDecoderCache):  # patched modules are those of self-attention
         cache = cache.self_attention_cache
@@ -341,9 +297,9 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
             found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
     if not compiling:
         found.nc_check()
-    length = found.get_seq_length()
     if isinstance(found, IndexedStaticLayer):
         return LayerCache(found, found.nc_filled or bool(found.nc_indexes))
+    length = found.get_seq_length()
     return LayerCache(found, length > 0 if isinstance(length, int) else bool(found.nc_indexes))
 
 
@@ -364,8 +320,7 @@ def key_index_of(config: NCConfig, problem: Problem, cache: LayerCache | None, d
             'without an index: decode="topk" or "window"'
         )
     # The same choice as with an index that is kept, from one that is not.
-    start, end = problem.origin[:, -1].clamp(min=0), problem.visible[..., 1].amax(-1)
-    return KeyIndex.build(problem.key, kind, start=start, end=end, block_size=block_size, backend=config.backend)
+    return _built(problem, kind, block_size, config.backend)
 
 
 def key_means_of(config: NCConfig, problem: Problem, cache: LayerCache | None) -> KeyIndex | None:
@@ -380,11 +335,24 @@ def _kept_index(
 ) -> KeyIndex | None:
     """The index of a kind that a cache layer keeps, brought up to date; None where the cache can keep none."""
     layer = None if cache is None else cache.layer
-    if layer is None or in_transform() or not layer.nc_keeps(kind):
+    if layer is None or in_transform():
         return None
-    if torch.compiler.is_compiling() and layer.nc_unstarted(kind):
-        return None  # what would have to be built waits for a call outside the graph
+    if torch.compiler.is_compiling():
+        if kind not in layer.nc_indexes or layer.nc_unstarted(kind):
+            return None  # what would have to be built waits for a call outside the graph
+    elif kind in layer.nc_never:
+        return None
     return layer.nc_update(problem, kind, block_size, config.backend)
+
+
+def _built(problem: Problem, kind: str, block_size: int, backend: str) -> KeyIndex:
+    """An index of one kind of all keys of a call."""
+    # The key at which the sequence starts: its interval may start later.
+    start, end = problem.origin[:, -1].clamp(min=0), problem.visible[..., 1].amax(-1)
+    key, value = problem.key, problem.value
+    index = KeyIndex.build(key, kind, value=value, start=start, end=end, block_size=block_size, backend=backend)
+    index.unstarted = (end <= start).any()
+    return index
 
 
 def forget_index(cache: Cache) -> None:
@@ -406,13 +374,8 @@ def forget_index(cache: Cache) -> None:
             layer.nc_forget()
 
 
-def with_room(tensor: torch.Tensor, length: int) -> torch.Tensor:
+def _with_room(tensor: torch.Tensor, length: int) -> torch.Tensor:
     """A buffer ``[B, H, N, D]`` that begins with ``tensor`` and has room for ``length`` and some more, N in all."""
     room = tensor.new_empty(*tensor.shape[:2], reserve_for(length), tensor.shape[3])
     room[:, :, : tensor.shape[2]] = tensor
     return room
-
-
-def _as_indices(indices: torch.Tensor) -> torch.Tensor:
-    indices = torch.as_tensor(indices)
-    return indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices

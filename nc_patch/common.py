@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import logging
 import operator
 import os
@@ -11,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,8 +35,7 @@ class DroppedMassError(RuntimeError):
     Attributes:
         layer, head: where.
         position: the query's position in its sequence; None where an estimate over the whole call was acted on.
-        kept_mass: what it keeps: at least, if ``certified``; an estimate for the head's rows otherwise.
-        certified: whether ``kept_mass`` is a proven lower limit.
+        kept_mass: a proven lower limit of what it keeps, if ``certified``; else an estimate for the head's rows.
     """
 
     def __init__(
@@ -150,12 +148,9 @@ def check_bool(name: str, value: Any) -> bool:
     return found
 
 
-# Asked for once, since PyTorch 2.11 cannot compile the question.
-_DEVICES = frozenset(
-    name
-    for name in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
-    if torch.amp.is_autocast_available(name)
-)
+# Devices that have autocast, asked for once, since PyTorch 2.11 cannot compile the question.
+_KNOWN = ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
+_DEVICES = frozenset(filter(torch.amp.is_autocast_available, _KNOWN))
 
 
 def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -179,11 +174,7 @@ def _is_on(device: torch.device) -> bool:
 
 
 def check_directory(directory: Path, names: Iterable[str] = ()) -> None:
-    """Makes a directory; to be called before a long run, so that its end does not fail to write there.
-
-    Args:
-        directory: where files will go; made when missing.
-        names: of those files.
+    """Makes a directory where it is missing, before a long run whose end is to write files of these names there.
 
     Raises:
         OSError: it cannot be made or written, or a directory is in the place of a file.
@@ -237,7 +228,7 @@ class Locked:
 def synchronized(method: Method) -> Method:
     """Makes a method of a ``Locked`` object wait for the others."""
 
-    @functools.wraps(method)
+    @wraps(method)
     def locked(self: Locked, *arguments: Any, **options: Any) -> Any:
         with self._lock:
             return method(self, *arguments, **options)

@@ -1,8 +1,7 @@
 """Which attention modules of a model can be patched, what stays dense, and what a patched module refuses.
 
-A family is judged by what its classes do, not by its name, so that one which ``transformers`` adds tomorrow is judged
-as well: whether attention goes through ``AttentionInterface``, whether it is causal, whether it already chooses keys
-for itself, and whether it changes the mask on its way.
+A family is judged by what its classes do, not by its name, so that those which ``transformers`` adds are judged too:
+whether attention goes through ``AttentionInterface`` and is causal, chooses keys by itself, or changes the mask.
 """
 
 import ast
@@ -10,8 +9,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
-from functools import lru_cache
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from nc_patch.common import BrokenCacheError, UnsupportedMaskError, UnsupportedM
 from nc_patch.visibility import made_for
 
 # Arguments by which a model asks of attention what cannot be had by attending fewer keys.
-REFUSED_ARGUMENTS = {
+_REFUSED_ARGUMENTS = {
     "position_bias": "adds a learned bias to every score",
     "indices": "brings its own sparse attention",
     "block_indices": "brings its own sparse attention",
@@ -38,13 +36,7 @@ _MOST_WRAPPERS = 8
 
 
 class LeftDense(NamedTuple):
-    """Parts of a model that patching leaves as they are.
-
-    Attributes:
-        names: the modules, or the layers.
-        kind: their class, or their layer type.
-        reason: why they are left.
-    """
+    """Modules or layers that patching leaves as they are: their names, their class or layer type, and why."""
 
     names: tuple[str, ...]
     kind: str
@@ -67,8 +59,7 @@ def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module
         UnsupportedModelError: the model cannot be patched; the message says why, and what to do.
     """
     check_is_module(model)
-    inner = _inner(model)
-    name = type(model).__name__
+    inner, name = _inner(model), type(model).__name__
     if inner is None:
         raise UnsupportedModelError(
             f"{name} is not a model of transformers; load it with AutoModelForCausalLM.from_pretrained"
@@ -77,13 +68,13 @@ def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder; only decoders with causal self-attention can be patched"
         )
-    routed = [m for m in inner.modules() if _routes_attention(_class(m))]
+    routed = _routed(inner)
     if not routed:
         raise UnsupportedModelError(
             f"the attention of {name} does not go through transformers' AttentionInterface, so it cannot be replaced; "
             "use a Llama-, Mistral-, Qwen- or Gemma-style model"
         )
-    causal = _of_text_decoder(inner, [m for m in routed if _is_causal(m)])
+    causal = [m for m in inner.modules() if type(m) in routed and _is_causal(m)]
     if not causal:
         raise UnsupportedModelError(
             f"{name} has no causal attention; only decoders can be patched. Where a config has is_decoder, set it."
@@ -97,14 +88,19 @@ def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module
         raise UnsupportedModelError(
             f"{name} drafts for another model and attends that model's keys, not its own. Patch the other model."
         )
+    # Where the model has other parts too, those of the text decoder, which hold another class of config.
+    text = type(inner.config.get_text_config(decoder=True))
+    causal = [m for m in causal if type(getattr(m, "config", None)) is text] or causal
     for module in causal:
         _check_module(module, name)
     return [(_layer(module, place), module) for place, module in enumerate(causal)]
 
 
 def mask_builders(model: torch.nn.Module) -> list[PreTrainedModel]:
-    """The parts of a model that build its masks through ``transformers``' mask interface."""
-    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and _builds_masks(_class(m))]
+    """The parts of a model that build their masks by functions named as ``create_causal_mask`` is."""
+    creates = re.compile(r"create_\w*mask\w*").fullmatch
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return [m for m in models if any(map(creates, _used_names(type(m))))]
 
 
 def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[LeftDense]:
@@ -112,22 +108,27 @@ def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[L
     inner = _inner(model)
     if inner is None:
         return []
-    chosen = {id(module) for module in patched}
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    routed, chosen = _routed(model), set(patched)
     for name, module in model.named_modules():
-        kind = _class(module)
-        routed = _routes_attention(kind)
-        if id(module) in chosen or not (routed or _is_other_attention(module)):
-            continue
-        if not routed:
+        if type(module) in routed:
+            reason = "is not of the text decoder" if _is_causal(module) else "is cross-attention, or not causal"
+        elif _is_other_attention(module, routed):
             reason = "does not go through AttentionInterface"
-        elif not _is_causal(module):
-            reason = "is cross-attention, or not causal"
         else:
-            reason = "is not of the text decoder"
-        groups.setdefault((kind.__name__, reason), []).append(name)
-    found = [LeftDense(tuple(names), kind, reason) for (kind, reason), names in groups.items()]
-    return found + list(_layers_without_attention(inner, patched))
+            continue
+        if module not in chosen:
+            groups[type(module).__name__, reason].append(name)
+    # Layers that attend no keys, such as linear attention and convolutions, by the types in the config.
+    config = inner.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    layers = [_layer(module, place) for place, module in enumerate(patched)]
+    if max(layers, default=0) < len(types):
+        attending = {types[layer] for layer in layers}  # where layers share one module, it names one of them
+        for layer, kind in enumerate(types):
+            if kind not in attending:
+                groups[f"{kind} layer", "has no attention over keys to patch"].append(f"layer {layer}")
+    return [LeftDense(tuple(names), kind, reason) for (kind, reason), names in groups.items()]
 
 
 def say_left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> None:
@@ -147,61 +148,40 @@ def _layer(module: torch.nn.Module, place: int) -> int:
     return layer if isinstance(layer, int) and layer >= 0 else place
 
 
-def _of_text_decoder(inner: PreTrainedModel, modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Those of the text decoder, where the model has other parts too: they hold another class of config."""
-    text = type(inner.config.get_text_config(decoder=True))
-    return [m for m in modules if type(getattr(m, "config", None)) is text] or modules
-
-
 def _check_module(module: torch.nn.Module, name: str) -> None:
-    kind = _class(module)
+    """Refuses an attention module of the model ``name`` that cannot be patched."""
+    cls: Any = type(module)
+    kind, nodes, own = cls.__name__, _source(cls), vars(module).get("forward")
     sparse = next((attribute for attribute in _ALREADY_SPARSE if hasattr(module, attribute)), None)
+    argument = next((n.arg for n in nodes if isinstance(n, ast.keyword) and n.arg in _REFUSED_ARGUMENTS), None)
+    change = next((n for n in nodes if isinstance(n, ast.Assign) and _changes_mask(n)), None)
     if sparse is not None:
-        raise UnsupportedModelError(
-            f"the attention of {name} is already sparse: {kind.__name__} selects keys by its {sparse}. Use the model "
-            "as it is."
+        why = f"the attention of {name} is already sparse: {kind} selects keys by its {sparse}"
+    elif own is not None and not _reaches_interface(own):
+        why = (
+            f"another library has put {getattr(own, '__qualname__', own)} in the place of forward of {kind}, which "
+            f"does not go through transformers' AttentionInterface. Load {name} without that library"
         )
-    own = vars(module).get("forward")
-    if own is not None and not _reaches_interface(own):
-        raise UnsupportedModelError(
-            f"another library has put {getattr(own, '__qualname__', own)} in the place of forward of {kind.__name__}: "
-            f"the attention of {name} does not go through transformers' AttentionInterface any more, so that patching "
-            "would change nothing. Load the model without that library, or use it as it is."
+    elif argument is not None:
+        what = _REFUSED_ARGUMENTS[argument]
+        why = f"{kind} of {name} passes {argument}: it {what}, which sparse attention cannot do"
+    elif change is not None:
+        line = ast.unparse(change).splitlines()[0]
+        why = (
+            f"{kind} of {name} makes a mask of its own ({line}), and sparse attention needs each query to see one run "
+            "of keys"
         )
-    argument = next((argument for argument in _arguments(kind) if argument in REFUSED_ARGUMENTS), None)
-    if argument is not None:
-        raise UnsupportedModelError(
-            f"{kind.__name__} of {name} passes {argument}: it {REFUSED_ARGUMENTS[argument]}, which sparse attention "
-            "cannot do. Use the model as it is."
-        )
-    change = _changes_mask(kind)
-    if change is not None:
-        raise UnsupportedModelError(
-            f"{kind.__name__} of {name} makes a mask of its own ({change}), and sparse attention needs each query to "
-            "see one run of keys. Use the model as it is."
-        )
-    if not hasattr(module, "config"):
-        raise UnsupportedModelError(
-            f"{kind.__name__} of {name} does not hold its config, so it cannot be switched. Use the model as it is."
-        )
+    elif not hasattr(module, "config"):
+        why = f"{kind} of {name} does not hold its config, so it cannot be switched"
+    else:
+        return
+    raise UnsupportedModelError(f"{why}. Use the model as it is.")
 
 
-def _class(module: torch.nn.Module) -> Any:
-    """The class of a module, as a key of the caches below."""
-    return type(module)
-
-
-def _routes_attention(kind: Any) -> bool:
-    """Whether a method of the class looks its attention function up in ``ALL_ATTENTION_FUNCTIONS``."""
-    return _routes(kind, kind.forward)
-
-
-@lru_cache(maxsize=1024)
-def _routes(kind: type, forward: Any) -> bool:
-    # By its forward too, which other libraries replace.
-    if issubclass(kind, PreTrainedModel):  # the base class names it too, to list what may be chosen
-        return False
-    return _INTERFACE in _used_names(kind)
+def _routed(model: torch.nn.Module) -> set[type]:
+    """Classes of a model's modules of which a method looks its attention function up."""
+    kinds = {type(m) for m in model.modules() if not isinstance(m, PreTrainedModel)}  # that lists what may be chosen
+    return {kind for kind in kinds if _INTERFACE in _used_names(kind)}
 
 
 def _reaches_interface(function: Any, depth: int = 0) -> bool:
@@ -214,12 +194,6 @@ def _reaches_interface(function: Any, depth: int = 0) -> bool:
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     wrapped = [part for part in (getattr(function, "__wrapped__", None), *cells) if callable(part)]
     return _INTERFACE in code.co_names or any(_reaches_interface(part, depth + 1) for part in wrapped)
-
-
-@lru_cache(maxsize=1024)
-def _builds_masks(kind: type) -> bool:
-    """Whether a method of the class calls a function named as ``create_causal_mask`` is."""
-    return any(re.fullmatch(r"create_\w*mask\w*", used) for used in _used_names(kind))
 
 
 def _used_names(kind: type) -> set[str]:
@@ -244,54 +218,26 @@ def _is_causal(module: torch.nn.Module) -> bool:
     return causal and bool(getattr(getattr(module, "config", None), "is_causal", True))
 
 
-def _is_other_attention(module: torch.nn.Module) -> bool:
-    """Whether a module is named as attention, without any below it that goes through ``AttentionInterface``."""
+def _is_other_attention(module: torch.nn.Module, routed: set[type]) -> bool:
+    """Whether a module is named as attention, without any below it that is too, or is ``routed``."""
     if "Attention" not in type(module).__name__ or isinstance(module, PreTrainedModel):
         return False
-    below = [_class(m) for m in module.modules() if m is not module]
-    return not any(_routes_attention(kind) or "Attention" in kind.__name__ for kind in below)
+    below = [type(m) for m in module.modules() if m is not module]
+    return not any(kind in routed or "Attention" in kind.__name__ for kind in below)
 
 
-def _layers_without_attention(inner: PreTrainedModel, patched: list[torch.nn.Module]) -> Iterator[LeftDense]:
-    """Decoder layers that attend no keys, such as linear attention and convolutions, by the types in the config."""
-    config = inner.config.get_text_config(decoder=True)
-    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    attending = {_layer(module, place) for place, module in enumerate(patched)}
-    if any(layer >= len(types) for layer in attending):
-        return
-    attend = {types[layer] for layer in attending}  # where layers share one module, it names one of them
-    others: dict[str, list[str]] = {}
-    for layer, kind in enumerate(types):
-        if kind not in attend:
-            others.setdefault(str(kind), []).append(f"layer {layer}")
-    for kind, layers in others.items():
-        yield LeftDense(tuple(layers), f"{kind} layer", "has no attention over keys to patch")
-
-
-@lru_cache(maxsize=1024)
-def _source(kind: type) -> ast.AST | None:
+@functools.lru_cache(maxsize=1024)
+def _source(kind: Any) -> tuple[ast.AST, ...]:
+    """The syntax tree of a class, node by node."""
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(kind)))
+        return tuple(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))))
     except (OSError, TypeError, SyntaxError):  # no source at hand: the attention function checks each call
-        return None
+        return ()
 
 
-def _arguments(kind: type) -> tuple[str, ...]:
-    """Names of the keyword arguments that the methods of a class pass to what they call."""
-    source = _source(kind)
-    nodes = () if source is None else ast.walk(source)
-    return tuple(node.arg for node in nodes if isinstance(node, ast.keyword) and node.arg is not None)
-
-
-def _changes_mask(kind: type) -> str | None:
-    """The first assignment by which a class makes a mask out of its mask, as source; None where there is none."""
-    source = _source(kind)
-    for node in () if source is None else ast.walk(source):
-        if not isinstance(node, ast.Assign) or not any(_names_mask(target) for target in node.targets):
-            continue
-        if _computes_on_mask(node.value):
-            return ast.unparse(node).splitlines()[0]
-    return None
+def _changes_mask(node: ast.Assign) -> bool:
+    """Whether an assignment makes a mask out of a mask."""
+    return any(map(_names_mask, node.targets)) and _computes_on_mask(node.value)
 
 
 def _names_mask(node: ast.AST) -> bool:
@@ -304,9 +250,7 @@ def _computes_on_mask(value: ast.AST) -> bool:
         return _computes_on_mask(value.body) or _computes_on_mask(value.orelse)
     if isinstance(value, ast.Subscript):
         return _computes_on_mask(value.value)
-    if not isinstance(value, (ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare)):
-        return False
-    return any(_names_mask(node) for node in ast.walk(value))
+    return isinstance(value, (ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare)) and any(map(_names_mask, ast.walk(value)))
 
 
 def say_unpatched(name: str) -> None:
@@ -320,7 +264,7 @@ def say_unpatched(name: str) -> None:
 def refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], crosses: bool) -> None:
     """Refuses what the model asks for and sparse attention cannot do; where it ``crosses``, it need not be causal."""
     name = type(module).__name__
-    for argument, what in REFUSED_ARGUMENTS.items():
+    for argument, what in _REFUSED_ARGUMENTS.items():
         if kwargs.get(argument) is not None:
             raise UnsupportedModelError(
                 f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
@@ -357,8 +301,8 @@ def refuse_missing_keys(module: torch.nn.Module, layer: int, mask: torch.Tensor,
 def refuse_masked_keys(module: torch.nn.Module, implementation: str, function: Any, dense: bool) -> None:
     """Refuses a call whose module says of some keys, as those of ``kvpress`` do, that certain heads must not see them.
 
-    ``kvpress`` has its wrapper see to that, which it puts around every attention function there is when it is imported.
-    It makes of those keys ones of no weight, by which dense attention is right, and choosing among keys is not.
+    The wrapper that ``kvpress`` puts around every attention function when it is imported gives those keys no weight,
+    by which dense attention is right, and choosing among keys is not.
 
     Args:
         function: what this library registered as ``implementation``.

@@ -7,7 +7,7 @@ import torch
 
 from nc_patch.cache import layer_cache
 from nc_patch.common import UnsupportedModelError, once
-from nc_patch.visibility import BOUNDARIES, is_packed, moved_mask
+from nc_patch.visibility import BOUNDARIES, is_packed, made_for
 
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
 IMPLEMENTATION = "nc_sparse"
@@ -18,8 +18,7 @@ def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
 
     Continuous batching switches to flash attention by itself where that is installed.
     """
-    config: Any = module.config
-    implementation = config._attn_implementation
+    implementation = module.config._attn_implementation  # type: ignore[union-attr]
     if implementation != IMPLEMENTATION:
         raise UnsupportedModelError(
             f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "
@@ -50,15 +49,12 @@ def forget_boundaries(*_: Any) -> None:
         _TOLD.set({})
 
 
-# What attention modules call their cache; transformers 5.24 has renamed it.
-_CACHE_ARGUMENTS = ("past_key_values", "cache")
-
-
 def hand_on_cache(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a patched attention module: hands the layer of the cache on to the attention function."""
-    cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+    # What attention modules call their cache; transformers 5.24 has renamed it.
+    cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
     # A module that several layers share is told which of them it stands for.
     layer = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
     found = None if cache is None else layer_cache(cache, layer)
@@ -73,15 +69,17 @@ def hand_on_mask(
     Otherwise accelerate's hook copies it for each layer, and a copy knows nothing of what is remembered on it.
     """
     hook: Any = getattr(module, "_hf_hook", None)
-    if hook is None:
-        return None
     mask: Any = kwargs.get("attention_mask")
-    places = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
-    place = next((place for place in places if place is not None), None)
-    if place is None or not is_packed(mask) or torch.compiler.is_compiling():
+    if hook is None or not is_packed(mask) or torch.compiler.is_compiling():
         return None
-    device = torch.device(place)
+    places = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
+    device = next((torch.device(place) for place in places if place is not None), mask.device)
     if device.type == mask.device.type and device.index in (None, mask.device.index):
         return None
-    moved = once(mask, ("moved", device), lambda: moved_mask(mask, device))
-    return args, {**kwargs, "attention_mask": moved}
+
+    def move() -> torch.Tensor:
+        moved: torch.Tensor = mask.to(device)
+        moved._nc_key_length = made_for(mask)  # type: ignore[attr-defined]
+        return moved
+
+    return args, {**kwargs, "attention_mask": once(mask, ("moved", device), move)}

@@ -1,9 +1,8 @@
 """Attention and its gradient as ``torch.library`` custom ops, the same for all selections.
 
-PyTorch's implementations read intervals and budgets on the host, which no CUDA graph can capture or replay; most of
-Triton's read nothing back. ``torch.compile(mode="reduce-overhead")`` has to know an op's kind before it runs, so that
-``attend`` is registered twice, and the name that is called follows from the backend. The upkeep of indexes is an op
-too, see ``selections.index``.
+PyTorch's implementations read intervals and budgets on the host, which no CUDA graph can capture; most of Triton's read
+nothing back. ``torch.compile(mode="reduce-overhead")`` has to know which before an op runs, so that ``attend`` is
+registered twice. The upkeep of indexes is an op too, see ``selections.index``.
 """
 
 from typing import Any
@@ -13,13 +12,7 @@ import torch
 from nc_patch.common import autocast_off
 from nc_patch.ops.attend_rows import attention_gradients
 from nc_patch.ops.backends import READS_HOST
-from nc_patch.ops.derivatives import (
-    in_transform,
-    refuse_forward_mode,
-    refuse_second_derivative,
-    runs_directly,
-)
-from nc_patch.ops.means import page_starts, spread_over_pages
+from nc_patch.ops.derivatives import in_transform, refuse_forward_mode, refuse_second_derivative, runs_directly
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.base import Selection, selection_class
 
@@ -33,10 +26,9 @@ def attend(selection: Selection, problem: Problem, backend: str) -> AttentionRes
     if runs_directly(tensors):
         return selection.run(problem, backend)
     op, rest = operation(selection, problem, backend), arguments(selection, problem, backend)
-    found = _call_transformed(op, *rest, *tensors) if in_transform() else op(tensors, *rest)
-    there = _there(selection, problem)
-    more = [field if wanted else None for field, wanted in zip(found[1:], there[1:], strict=True)]
-    return AttentionResult(found[0], *more)
+    output, *found = _call_transformed(op, *rest, *tensors) if in_transform() else op(tensors, *rest)
+    fields = zip(found, _fields(selection, problem), strict=True)
+    return AttentionResult(output, *(field if wanted else None for field, (wanted, _, _) in fields))
 
 
 def operation(selection: Selection, problem: Problem, backend: str) -> Any:
@@ -50,20 +42,18 @@ def arguments(selection: Selection, problem: Problem, backend: str) -> tuple[Any
     return selection.name, numbers, problem.flags(), problem.most, backend
 
 
-def _there(selection: Selection, problem: Problem) -> tuple[bool, ...]:
-    """Which fields of the result a selection gives for a problem."""
-    decodes = problem.phase == "decode"
-    estimates = selection.estimates and not decodes
-    lse = problem.stats or (decodes and problem.bounds)
-    return (
-        True,
-        lse,
-        problem.stats,
-        selection.counts_attended,
-        decodes and problem.bounds,
-        estimates and selection.enlarges,
-        estimates and problem.audit_seed >= 0,
-    )
+def _fields(selection: Selection, problem: Problem) -> list[tuple[bool, tuple[int, ...], torch.dtype]]:
+    """Of each field of the result but the output: whether a selection gives it for a problem, its shape and dtype."""
+    decodes, rows, heads = problem.phase == "decode", problem.query.shape[:3], problem.query.shape[1]
+    bounds, estimates = decodes and problem.bounds, selection.estimates and not decodes
+    return [
+        (problem.stats or bounds, rows, torch.float32),
+        (problem.stats, rows, torch.float32),
+        (selection.counts_attended, rows, torch.int32),
+        (bounds, (*rows, 2), torch.float32),
+        (estimates and selection.enlarges, (heads, 2), torch.float32),
+        (estimates and problem.audit_seed >= 0, (heads + 1, _AUDIT_COLUMNS), torch.float32),
+    ]
 
 
 def _run(
@@ -75,27 +65,19 @@ def _run(
     """
     problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags, most)
     chosen = selection_class(selection).from_numbers(numbers[2:])
-    result = chosen.run(problem, backend)
-    nothing = lambda: problem.query.new_empty(0, dtype=torch.float32)  # noqa: E731
-    there = _there(chosen, problem)
-    return [field if wanted and field is not None else nothing() for field, wanted in zip(result, there, strict=True)]
+    output, *found = chosen.run(problem, backend)
+    given = zip(found, _fields(chosen, problem), strict=True)
+    nothing = lambda dtype: output.new_empty(0, dtype=dtype)  # noqa: E731
+    return [output, *(t if wanted and t is not None else nothing(dtype) for t, (wanted, _, dtype) in given)]
 
 
 def _run_fake(
     tensors: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int], most: int, backend: str
 ) -> list[torch.Tensor]:
     problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags, most)
-    chosen = selection_class(selection)
-    query, rows, heads = problem.query, problem.query.shape[:3], problem.query.shape[1]
-    shapes = (rows, rows, rows, (*rows, 2), (heads, 2), (heads + 1, _AUDIT_COLUMNS))
-    there = _there(chosen.from_numbers(numbers[2:]), problem)[1:]
-    integer = torch.int32 if chosen.counts_attended else torch.float32
-    dtypes = (torch.float32, torch.float32, integer, *(torch.float32,) * 3)
-    fields = zip(shapes, there, dtypes, strict=True)
-    return [
-        query.new_empty(*rows, problem.value.shape[-1]),
-        *(query.new_empty(shape if wanted else (0,), dtype=dtype) for shape, wanted, dtype in fields),
-    ]
+    output = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[-1])
+    fields = _fields(selection_class(selection).from_numbers(numbers[2:]), problem)
+    return [output, *(output.new_empty(shape if wanted else 0, dtype=dtype) for wanted, shape, dtype in fields)]
 
 
 _attend = torch.library.custom_op("nc_patch::attend", _run, mutates_args=())
@@ -111,21 +93,14 @@ def _attend_backward(
     chosen = selection_class(selection).from_numbers(numbers[2:])
     with autocast_off(problem.query):
         problem = chosen.with_means(problem, "torch")
-        found = attention_gradients(problem, chosen.choice(problem), grad_output)
-    key, value = found.key, found.value
-    if found.mean_key is not None and found.mean_value is not None:
-        Lk = key.shape[2]
-        starts = page_starts(problem.visible, problem.origin, Lk)
-        key = key + spread_over_pages(found.mean_key, starts, Lk)
-        value = value + spread_over_pages(found.mean_value, starts, Lk)
-    return [found.query, key, value, problem.query.new_empty(0) if found.sinks is None else found.sinks]
+        *of_tensors, sinks = attention_gradients(problem, chosen.choice(problem), grad_output)
+    return [*of_tensors, problem.query.new_empty(0) if sinks is None else sinks]
 
 
 @_attend_backward.register_fake
 def _(grad_output, tensors, selection, numbers, flags):  # type: ignore[no-untyped-def]
-    query = tensors[0]
-    sinks = query.new_empty(0) if not flags[0] else tensors[6].new_empty(tensors[6].shape)
     # Contiguous, as the gradients are, whatever the strides of the tensors.
+    sinks = tensors[6].new_empty(tensors[6].shape) if flags[0] else tensors[0].new_empty(0)
     return [*(tensor.new_empty(tensor.shape) for tensor in tensors[:3]), sinks]
 
 
@@ -189,8 +164,7 @@ class _AttendInTransform(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, *settings = inputs[:6]
-        _setup(ctx, (inputs[6:], *settings), output)
+        _setup(ctx, (inputs[6:], *inputs[1:6]), output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:

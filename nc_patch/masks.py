@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import masking_utils
 
 from nc_patch.common import UnsupportedMaskError
@@ -12,10 +13,6 @@ from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
 
 MaskFunction = Callable[..., Any]
 
-_REMEDY = (
-    "Sparse attention needs each query to see one run of keys. Remove the custom mask, or leave the layers that need "
-    "it dense with dense_layers=..."
-)
 # Elements of a mask that are looked at together, to bound memory.
 _ELEMENTS_AT_ONCE = 1 << 24
 
@@ -56,9 +53,9 @@ def interval_mask(
     refuse_mapped(attention_mask=attention_mask)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedMaskError(
-            f"expected a 2-D padding mask [batch, positions], got shape {tuple(attention_mask.shape)}. {_REMEDY}"
+            f"expected a 2-D padding mask [batch, positions], got shape {tuple(attention_mask.shape)}. Pass what the "
+            "tokenizer returns, or leave layers that need another mask dense with dense_layers=..."
         )
-    custom = options.get("use_vmap", False)
     padding = None if attention_mask is None else attention_mask.to(device).bool()
     position = torch.arange(q_length, device=device)[None] + q_offset
 
@@ -67,26 +64,32 @@ def interval_mask(
         return masking_utils.sdpa_mask(
             *(batch_size, last - first, kv_length, q_offset + first, kv_offset, mask_function, padding),
             allow_is_causal_skip=False,
-            use_vmap=custom,
+            use_vmap=options.get("use_vmap", False),
             device=device,
         )
 
-    compiling = torch.compiler.is_compiling()
+    def seen_by_tokens() -> Iterator[torch.Tensor]:
+        """The rows, some at a time, bool ``[B, some, Lk]``; those of padding queries see nothing."""
+        is_token = None if padding is None else _is_token(padding, position)
+        step = max(1, _ELEMENTS_AT_ONCE // max(1, batch_size * kv_length))
+        for first in range(0, q_length, step):
+            rows = seen(first, min(first + step, q_length))[:, 0].expand(batch_size, -1, -1)
+            yield rows if is_token is None else rows & is_token[:, first : first + step, None]
+
     if mask_function is masking_utils.bidirectional_mask_function:
         packed = _all_keys(batch_size, q_length, kv_length, padding, device)
         return seen(0, q_length) if packed is None else packed
-    found: tuple[torch.Tensor, torch.Tensor] | None
-    if compiling:
-        slides = options.get("local_size") is not None
-        found = _probe(mask_function, position, batch_size, kv_length + kv_offset, custom=custom, slides=slides)
-    else:
-        found = _derive(mask_function, position)
+    compiling = torch.compiler.is_compiling()
+    found = (
+        _probe(mask_function, position.expand(batch_size, -1), kv_length + kv_offset, options)
+        if compiling
+        else _derive(mask_function, position)
+    )
     if found is not None:
         start, origin = (t.expand(batch_size, q_length) for t in found)
         visibility: Visibility | None = _within_keys(start, origin, position, padding, kv_offset, kv_length)
     else:
-        is_token = None if padding is None else _is_token(padding, position)
-        visibility = runs_of(_looked_at(seen, batch_size, q_length, kv_length, is_token), kv_length)
+        visibility = runs_of(seen_by_tokens(), kv_length)
     if visibility is None:
         mask = seen(0, q_length)
         mask._nc_function = getattr(mask_function, "__qualname__", repr(mask_function))  # type: ignore[attr-defined]
@@ -95,20 +98,6 @@ def interval_mask(
     if not compiling:
         packed._nc_key_length = kv_length  # type: ignore[attr-defined]
     return packed
-
-
-def _looked_at(
-    seen: Callable[[int, int], torch.Tensor],
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    is_token: torch.Tensor | None,
-) -> Iterator[torch.Tensor]:
-    """The rows of a mask, some at a time, bool ``[B, some, Lk]``; those of padding queries see nothing."""
-    step = max(1, _ELEMENTS_AT_ONCE // max(1, batch_size * kv_length))
-    for first in range(0, q_length, step):
-        rows = seen(first, min(first + step, q_length))[:, 0].expand(batch_size, -1, -1)
-        yield rows if is_token is None else rows & is_token[:, first : first + step, None]
 
 
 def _within_keys(
@@ -125,18 +114,17 @@ def _within_keys(
     order = None
     if padding is not None:
         # Cut to the tokens; a padding query sees nothing.
-        first, stop = _token_run(padding)
+        first, stop, whole = _token_run(padding)
         start, end, origin = torch.maximum(start, first), torch.minimum(end, stop), torch.maximum(origin, first)
         end = torch.where(_is_token(padding, position), end, start)
-        if not _is_whole(padding, first, stop):
+        if not whole:
             if position.shape[1] == 1:
                 _refuse_right_padding(padding)
             # Counted in tokens instead of positions.
-            before = torch.nn.functional.pad(padding.cumsum(-1), (1, 0))
+            before = pad(padding.cumsum(-1), (1, 0))
             start, end, origin = (before.gather(1, at.clamp(0, padding.shape[1])) for at in (start, end, origin))
             offset = before[:, min(kv_offset, padding.shape[1])][:, None]
-            missing = kv_offset + kv_length - padding.shape[1]
-            order = keys_first(torch.nn.functional.pad(padding, (0, missing))[:, kv_offset:])
+            order = keys_first(pad(padding, (0, kv_offset + kv_length - padding.shape[1]))[:, kv_offset:])
     start, end = ((t - offset).clamp(0, kv_length) for t in (start, end))
     visible = torch.stack((torch.minimum(start, end), end), dim=-1)
     return Visibility(visible.to(torch.int32), (origin - offset).to(torch.int32), order)
@@ -151,12 +139,11 @@ def _all_keys(
     """
     visible = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 1, 2)
     if padding is not None:
-        first, stop = _token_run(padding)
-        if not _is_whole(padding, first, stop):
+        first, stop, whole = _token_run(padding)
+        if not whole:
             return None
         visible = torch.cat((torch.minimum(first, stop), stop), -1)[:, None].to(torch.int32)
-    visible = visible.expand(batch_size, q_length, 2)
-    return torch.nn.functional.pad(visible, (0, 2))[:, None].contiguous().view(torch.uint32)
+    return pad(visible.expand(batch_size, q_length, 2), (0, 2))[:, None].contiguous().view(torch.uint32)
 
 
 _HOLES = (
@@ -166,23 +153,25 @@ _HOLES = (
 )
 
 
-def _is_whole(padding: torch.Tensor, first: torch.Tensor, stop: torch.Tensor) -> bool:
-    """Whether the tokens of each row of a 2-D padding mask are one run, ``first`` to ``stop``; reads the device.
+def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """First token of each row and the end of its last one, int64 ``[B, 1]``, and whether nothing lies between them.
 
-    Neither a compiled graph nor a capture can do that: they take it to be so, and a graph stops where it is not.
+    Neither a compiled graph nor a capture can read that: they take it to be so, and a graph stops where it is not.
     """
+    index = torch.arange(padding.shape[-1], device=padding.device)
+    first = torch.where(padding, index, padding.shape[-1]).amin(-1, keepdim=True)
+    stop = torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
     whole = (padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)).all()
     capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or capturing:
         torch._assert_async(whole, _HOLES)
-        return True
-    return bool(whole)
+        return first, stop, True
+    return first, stop, bool(whole)
 
 
 def _refuse_right_padding(padding: torch.Tensor) -> None:
     """Refuses a step of decoding whose token stands right behind padding that follows tokens."""
-    behind = padding[:, -1] & ~padding[:, -2:-1].any(-1) & padding[:, :-2].any(-1)
-    if bool(behind.any()):
+    if bool((padding[:, -1] & ~padding[:, -2:-1].any(-1) & padding[:, :-2].any(-1)).any()):
         raise UnsupportedMaskError(
             "the padding mask has holes, and the one token of this call stands right behind one. After a prompt padded "
             "on the right the padding's output would have been taken for it: pad on the left; to generate, to the left "
@@ -190,18 +179,10 @@ def _refuse_right_padding(padding: torch.Tensor) -> None:
         )
 
 
-def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First token of each row and the end of its last one, int64 ``[B, 1]``."""
-    index = torch.arange(padding.shape[-1], device=padding.device)
-    first = torch.where(padding, index, padding.shape[-1]).amin(-1, keepdim=True)
-    return first, torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
-
-
 def _is_token(padding: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Which of the queries at ``position[1, Lq]`` are tokens, bool ``[B, Lq]``."""
     length = padding.shape[-1]
-    at = position.clamp(max=length).expand(padding.shape[0], -1)
-    return torch.gather(torch.nn.functional.pad(padding, (0, 1)), -1, at)
+    return torch.gather(pad(padding, (0, 1)), -1, position.clamp(max=length).expand(padding.shape[0], -1))
 
 
 # What is recognised: the code of each mask function that masking_utils composes, taken from one made for the purpose.
@@ -222,9 +203,9 @@ def _parts(mask_function: MaskFunction, positions: torch.Tensor | None = None) -
 
     What is not recognised is ``"other"``.
     """
-    kind = _CODES.get(getattr(mask_function, "__code__", None))
-    if kind is None:
-        yield "other", {}
+    kind = _CODES.get(getattr(mask_function, "__code__", None), "other")
+    if kind == "other":
+        yield kind, {}
         return
     names = mask_function.__code__.co_freevars
     closed = dict(zip(names, (cell.cell_contents for cell in mask_function.__closure__ or ()), strict=True))
@@ -246,7 +227,7 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.
     kinds = {kind for kind, _ in parts}
     if "causal" not in kinds or "other" in kinds:
         return None
-    start, origin = torch.zeros_like(position), torch.zeros_like(position)
+    start = origin = torch.zeros_like(position)
     for kind, closed in parts:
         if kind == "sliding":
             start = torch.maximum(start, position + 1 - closed["sliding_window"])
@@ -257,8 +238,7 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.
             start = torch.maximum(start, position - within.remainder(closed["chunk_size"]))
         elif kind == "packed":
             sequence = closed["packed_sequence_mask"].to(position.device)
-            begins = torch.ones_like(sequence, dtype=torch.bool)
-            begins[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
+            begins = pad(sequence[:, 1:] != sequence[:, :-1], (1, 0), value=True)
             index = torch.arange(sequence.shape[-1], device=sequence.device)
             origin = torch.where(begins, index, 0).cummax(-1).values
             start = torch.maximum(start, origin)
@@ -267,37 +247,33 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.
 
 # By how many steps the bisection below finds one of 2**steps keys. A few numbers for all lengths: a graph is compiled
 # for each, and may be of any length otherwise. What is exported is one graph, with the most.
-_SEARCH_STEPS = (31, 22, 17, 12)
+_SEARCH_STEPS = (12, 17, 22, 31)
 
 
 def _probe(
-    mask_function: MaskFunction, position: torch.Tensor, batch_size: int, length: int, *, custom: bool, slides: bool
+    mask_function: MaskFunction, position: torch.Tensor, length: int, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """First visible position and origin by bisection on the mask function itself.
+    """First visible position and origin of the queries at ``position[B, Lq]``, by bisection on the mask function.
 
     While ``torch.compile`` traces, closures cannot be looked into, but the function can be called: below its own
     position a query's visibility is monotone in the key's position, so that O(Lq log Lk) evaluations find the start.
     """
     name = mask_function.__name__
-    if custom or name not in ("causal_mask_function", "and_mask"):
+    if options.get("use_vmap") or name not in ("causal_mask_function", "and_mask"):
         raise UnsupportedMaskError(
             f"the mask {name} cannot be looked at while torch.compile traces, where only causal, sliding, chunked and "
             "packed masks can. Make this call without torch.compile."
         )
-    position = position.expand(batch_size, -1)
+    low = torch.zeros_like(position)
     if name == "causal_mask_function":
-        return torch.zeros_like(position), torch.zeros_like(position)
-    batch = torch.arange(batch_size, device=position.device)[:, None]
-    head = torch.zeros_like(batch)
-    low, high = torch.zeros_like(position), position.clone()
-    steps, *fewer = _SEARCH_STEPS
-    for enough in () if torch.compiler.is_exporting() else fewer:
-        if length <= 1 << enough:
-            steps = enough
-    for _ in range(steps):
+        return low, low
+    batch = torch.arange(len(position), device=position.device)[:, None]
+    head, high = torch.zeros_like(batch), position
+    enough = [steps for steps in _SEARCH_STEPS[:-1] if not torch.compiler.is_exporting() and length <= 1 << steps]
+    for _ in range(min(enough, default=_SEARCH_STEPS[-1])):
         middle = (low + high) // 2
         seen = mask_function(batch, head, position, middle)
         low, high = torch.where(seen, low, middle + 1), torch.where(seen, middle, high)
     start = torch.minimum(low, position)
     # Packed sequences begin where their intervals do; where intervals slide, the row is taken as one sequence.
-    return start, torch.zeros_like(start) if slides else start
+    return start, start if options.get("local_size") is None else torch.zeros_like(start)

@@ -1,9 +1,5 @@
 """Which keys each query may see, as one interval a query; no kernel knows another mask.
 
-A visible interval is the half-open range [start, end) of key positions that a query may see. With it goes the origin,
-the key position at which the query's sequence begins: blocks are aligned to it. Both are counted in the key buffer, so
-an origin may be negative where a sliding cache has dropped the first keys.
-
 Where a mask leaves holes, as padding in the middle of a row does, the keys that some query sees are taken first, in
 their order: among those every query sees one run again, and ``Visibility.order`` says which they are.
 
@@ -16,16 +12,16 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from nc_patch.common import UnsupportedMaskError
+from nc_patch.ops.problem import causal_intervals
 
 
 class Visibility(NamedTuple):
-    """Which keys each query may see.
+    """Which keys each query may see: ``visible`` and ``origin`` as in ``Problem``.
 
     Attributes:
-        visible: int32 ``[B, Lq, 2]``, start and end of each query's interval; equal where a query sees nothing.
-        origin: int32 ``[B, Lq]``, the key position at which the query's sequence begins.
         order: int32 ``[B, Lk]``, the order in which keys are to be taken before intervals and origins count; None where
             they count in the keys as they lie.
     """
@@ -38,8 +34,7 @@ class Visibility(NamedTuple):
         """The one tensor that ``transformers`` carries, uint32 ``[B, 1, Lq, 3]``, longer where there is an order."""
         rows = torch.cat((self.visible, self.origin[..., None]), dim=-1)
         if self.order is not None:
-            order = torch.nn.functional.pad(self.order, (0, -self.order.shape[1] % 3))
-            rows = torch.cat((rows, order.unflatten(1, (-1, 3))), 1)
+            rows = torch.cat((rows, pad(self.order, (0, -self.order.shape[1] % 3)).unflatten(1, (-1, 3))), 1)
         return rows[:, None].contiguous().view(torch.uint32)
 
     @classmethod
@@ -74,13 +69,9 @@ class Visibility(NamedTuple):
 
 def is_packed(mask: Any) -> bool:
     """Whether a mask is one that ``Visibility.pack`` made."""
-    return (
-        isinstance(mask, torch.Tensor)
-        and mask.dtype == torch.uint32
-        and mask.ndim == 4
-        and mask.shape[1] == 1
-        and mask.shape[3] in (3, 4)
-    )
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.uint32 or mask.ndim != 4:
+        return False
+    return mask.shape[1] == 1 and mask.shape[3] in (3, 4)
 
 
 def is_bidirectional(mask: Any) -> bool:
@@ -88,36 +79,22 @@ def is_bidirectional(mask: Any) -> bool:
     return is_packed(mask) and mask.shape[3] == 4
 
 
-def moved_mask(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A packed mask on another device."""
-    moved = mask.to(device)
-    moved._nc_key_length = made_for(mask)  # type: ignore[attr-defined]
-    return moved
-
-
 def made_for(mask: torch.Tensor) -> int | None:
     """How many keys the packed intervals were made for, or None where that is not known."""
-    length: int | None = getattr(mask, "_nc_key_length", None)
-    return length
+    return getattr(mask, "_nc_key_length", None)
 
 
 def is_plain_causal(visible: torch.Tensor, key_length: int) -> bool:
-    """Whether intervals int32 ``[B, Lq, 2]`` are plain causal attention, the last query aligned with the last key.
-
-    Reads the device.
-    """
-    end = torch.arange(key_length - visible.shape[1] + 1, key_length + 1, device=visible.device, dtype=torch.int32)
-    return bool((visible[..., 0].eq(0) & visible[..., 1].eq(end)).all())
+    """Whether intervals are ``causal_intervals``; reads the device."""
+    batch, query_length = visible.shape[:2]
+    return torch.equal(visible, causal_intervals(batch, query_length, key_length, visible.device))
 
 
 def runs_of(rows: Iterable[torch.Tensor], key_length: int) -> Visibility | None:
     """What a mask lets queries see; None where a query sees several runs of the keys that any query of its row sees.
 
-    A query whose interval begins where those before it have ended begins a sequence.
-
-    Args:
-        rows: the mask, bool ``[B, some queries, Lk]``, a part at a time.
-        key_length: Lk.
+    A query whose interval begins where those before it have ended begins a sequence. ``rows`` are the mask, bool
+    ``[B, some queries, Lk]``, a part at a time.
     """
     parts, union = [], None
     for part in rows:
@@ -128,22 +105,21 @@ def runs_of(rows: Iterable[torch.Tensor], key_length: int) -> Visibility | None:
         return None
     first, stop, count = torch.cat(parts, 1).unbind(-1)
     first, stop = first.masked_fill(count == 0, 0), stop.masked_fill(count == 0, 0)
-    before = torch.nn.functional.pad(union.cumsum(-1), (1, 0))
-    start, end = before.gather(1, first), before.gather(1, stop)
+    start, end = (pad(union.cumsum(-1), (1, 0)).gather(1, at) for at in (first, stop))
     one_run, in_place = torch.stack(((end - start == count).all(), (stop - first == count).all())).tolist()
     if not one_run:
         return None
     if in_place:
         start, end = first, stop
-    reached = torch.nn.functional.pad(end.cummax(1).values, (1, -1))
-    origin = torch.where((count > 0) & (start >= reached), start, 0).cummax(1).values
+    begins = (count > 0) & (start >= pad(end.cummax(1).values, (1, -1)))
+    origin = torch.where(begins, start, 0).cummax(1).values
     origin = torch.where(count > 0, torch.minimum(origin, start), origin)
     visible = torch.stack((start, end), -1).to(torch.int32)
     return Visibility(visible, origin.to(torch.int32), None if in_place else keys_first(union))
 
 
 def keys_first(kept: torch.Tensor) -> torch.Tensor:
-    """The order, int32 ``[B, Lk]``, in which the keys that are kept, bool ``[B, Lk]``, come before the others."""
+    """The order, int32 ``[B, Lk]``, in which the keys that are ``kept``, bool, come before the others."""
     return kept.logical_not().byte().argsort(dim=-1, stable=True).to(torch.int32)
 
 
@@ -160,39 +136,33 @@ def visibility_of(mask: torch.Tensor, batch: int, query_length: int, key_length:
     """What a mask lets queries see: a packed one, or ``[B or 1, heads or 1, Lq, Lk]``, bool or added to the scores.
 
     Raises:
-        UnsupportedMaskError: sparse attention cannot take it; the message says why. ``owner`` is the module's name.
+        UnsupportedMaskError: sparse attention cannot take it; the message says why, and names its ``owner``.
     """
     if is_packed(mask):
         return Visibility.unpack(mask, query_length, key_length).expand(batch)
-    why = _misfit(mask, batch, query_length, key_length)
-    found = None if why else runs_of([seen_keys(mask)[:, 0]], key_length)
-    if found is None:
-        made_by = getattr(mask, "_nc_function", None)
-        shape = f"{mask.dtype} {tuple(mask.shape)}" + (f", made by {made_by}" if made_by else "")
-        raise UnsupportedMaskError(
-            f"{owner} got a custom attention mask ({shape}) that sparse attention cannot take: "
-            f"{why or 'a query sees several runs of keys, and other queries see what lies between them'}. Pass a 2-D "
-            "padding mask [batch, positions], or leave the layer dense with dense_layers=..."
-        )
-    return found.expand(batch)
-
-
-def _misfit(mask: torch.Tensor, batch: int, query_length: int, key_length: int) -> str | None:
-    """Why a mask is none that says which keys are seen, the same for all heads; None where it is one."""
     if torch.compiler.is_compiling():
-        return "it cannot be looked at while torch.compile traces"
-    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (query_length, key_length):
-        return f"it should be [{batch}, 1, {query_length}, {key_length}]"
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        return "it should be bool, or of a float dtype and added to the scores"
-    seen = seen_keys(mask)
-    if mask.is_floating_point() and not bool(((mask <= HIDES) | (mask == 0)).all()):
-        return f"it adds to scores, where keys can only be hidden, by {HIDES:g} or less, or left as they are, by 0"
-    if mask.requires_grad:
-        return "it requires a gradient, and has none"
-    if mask.shape[1] != 1 and not bool((seen == seen[:, :1]).all()):
-        return "it differs from head to head"
-    return None
+        why = "it cannot be looked at while torch.compile traces"
+    elif mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (query_length, key_length):
+        why = f"it should be [{batch}, 1, {query_length}, {key_length}]"
+    elif mask.dtype != torch.bool and not mask.is_floating_point():
+        why = "it should be bool, or of a float dtype and added to the scores"
+    elif mask.is_floating_point() and not bool(((mask <= HIDES) | (mask == 0)).all()):
+        why = f"it adds to scores, where keys can only be hidden, by {HIDES:g} or less, or left as they are, by 0"
+    elif mask.requires_grad:
+        why = "it requires a gradient, and has none"
+    elif mask.shape[1] != 1 and not bool((seen_keys(mask) == seen_keys(mask[:, :1])).all()):
+        why = "it differs from head to head"
+    else:
+        found = runs_of([seen_keys(mask)[:, 0]], key_length)
+        if found is not None:
+            return found.expand(batch)
+        why = "a query sees several runs of keys, and other queries see what lies between them"
+    made_by = getattr(mask, "_nc_function", None)
+    shape = f"{mask.dtype} {tuple(mask.shape)}" + (f", made by {made_by}" if made_by else "")
+    raise UnsupportedMaskError(
+        f"{owner} got a custom attention mask ({shape}) that sparse attention cannot take: {why}. Pass a 2-D padding "
+        "mask [batch, positions], or leave the layer dense with dense_layers=..."
+    )
 
 
 # What transformers hands on of where packed sequences begin; see split_sequences.
@@ -231,14 +201,13 @@ def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -
     start, end = visibility.visible.unbind(-1)
     is_token, row = end > start, torch.arange(Lq, device=end.device)
     # Padding between tokens says nothing: each token is compared with the one before it.
-    before = torch.nn.functional.pad(torch.where(is_token, row, -1).cummax(1).values, (1, -1), value=-1)
+    before = pad(torch.where(is_token, row, -1).cummax(1).values, (1, -1), value=-1)
     numbers = numbers.expand(B, Lq)
     previous = numbers.gather(1, before.clamp(min=0))
     opens = ((numbers == 0) | (numbers < previous)) if restart else numbers != previous
     opens &= is_token & (before >= 0)
-    begin = (
-        torch.where(opens, own_keys(visibility.visible), torch.iinfo(torch.int32).min).cummax(1).values.to(torch.int32)
-    )
+    begin = torch.where(opens, own_keys(visibility.visible), torch.iinfo(torch.int32).min).cummax(1).values
+    begin = begin.to(torch.int32)
     cut = is_token & ((start < begin) | (visibility.origin < begin))
     if not torch.compiler.is_compiling() and not bool(cut.any()):
         return visibility
@@ -259,14 +228,11 @@ def _numbered(
         ends = [e for e in (cu_seq_lens_q, cu_seq_lens_k) if e is not None]
         if not torch.compiler.is_compiling():
             said = [e.tolist() if isinstance(e, torch.Tensor) else e for e in ends]
-            fits = all(
-                isinstance(e, list) and e[:1] == [0] and e[-1:] == [query_length] and e == sorted(e) for e in said
-            )
-            if batch != 1 or not fits or said[0] != said[-1] or not isinstance(ends[0], torch.Tensor):
+            one, first = isinstance(ends[0], torch.Tensor) and ends[0].ndim == 1 and batch == 1, said[0]
+            if not one or first != [0, *sorted(first)[1:-1], query_length] or first != said[-1]:
                 raise UnsupportedMaskError(
                     f"cu_seq_lens_q must name the sequences of one row of {query_length} tokens, from 0 to "
-                    f"{query_length}, and cu_seq_lens_k the same ones, got {batch} rows and "
-                    f"{' and '.join(map(str, said))}"
+                    f"{query_length}, and cu_seq_lens_k the same ones, got {batch} rows and {said}"
                 )
         row = torch.arange(query_length, device=ends[0].device)
         return torch.searchsorted(ends[0].long(), row, right=True)[None], False

@@ -23,6 +23,20 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(plain_new_empty(*a, **k)))
 
 
+@pytest.fixture
+def device(poisoned_memory: None, request: pytest.FixtureRequest) -> str:
+    """Where kernels run; memory that is only allocated holds NaN, so that whatever a kernel leaves out shows.
+
+    In the interpreter the file's ``small_tiles`` count, by which short inputs cross many tiles.
+    """
+    from operations import INTERPRETED  # imports the library, which not all tests need
+
+    if not INTERPRETED:
+        return "cuda"
+    request.getfixturevalue("small_tiles")
+    return "cpu"
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed_and_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same random numbers every time; one thread, which is fastest on small tensors, except for real models."""

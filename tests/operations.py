@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from nc_patch import library
+from nc_patch.ops import backends
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.reference import reference_attention as attention_over
@@ -12,6 +14,28 @@ from nc_patch.ops.rows import Rows
 from nc_patch.selections import Block, Dense, Selection, TopK, Window
 from nc_patch.selections.block.blocks import BlockChoice
 from nc_patch.selections.block.definition import chosen_mask
+
+# Whether kernels run in Triton's interpreter, which is settled when they are imported.
+INTERPRETED = bool(backends._triton_interprets())
+
+
+def on_kernel_device(test: Any) -> Any:
+    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
+    if INTERPRETED:
+        return test
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
+    return pytest.mark.gpu(no_gpu(test))
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """The same NaNs and infinities, and elsewhere a relative error of the norm below the tolerance."""
+    actual = actual.double()
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual[expected.isinf()], expected[expected.isinf()])
+    finite = expected.isfinite()
+    difference, size = (actual[finite] - expected[finite]).norm(), expected[finite].norm()
+    assert difference <= tolerance * size, f"relative error {difference / size:.2e}"
 
 
 def problem_of(

@@ -180,8 +180,10 @@ def test_indexes_are_refused_by_name_where_they_do_not_fit():
         KeyIndex.build("key", "codes")
     with pytest.raises(TypeError, match=r"start must be an int tensor .2., got list"):
         KeyIndex.build(key, "codes", start=[0, 0])
-    with pytest.raises(ValueError, match="capacity must be a number of at least the 31 keys"):
+    with pytest.raises(TypeError, match="capacity must be an integer, got '31'"):
         KeyIndex.build(key, "codes", capacity="31")
+    with pytest.raises(ValueError, match="capacity must be at least 31, got 30"):
+        KeyIndex.build(key, "codes", capacity=30)
     index, end = KeyIndex.build(key, "means", value=value), torch.tensor([31, 31])
     for keys, count in ((key.half(), 1), (key[:1], 1), (key, 32), (key, -1)):
         with pytest.raises(ValueError, match=rf"takes in keys like those .*float32, with at least the {count} new"):

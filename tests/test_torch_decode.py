@@ -194,11 +194,11 @@ def test_wrong_uses_of_an_index_are_refused():
         KeyIndex.build(key, "codes", start=torch.zeros(3))
     with refused("shape"):
         KeyIndex.build(key[0], "codes")
-    with refused("block_size must be a positive number of keys, got 0"):
+    with refused("block_size must be at least 1, got 0"):
         KeyIndex.build(key, "pages", block_size=0)
     with refused("backend must be one of"):
         KeyIndex.build(key, "codes", backend="tritn")
-    with refused("bfloat16, float16 or float32, got torch.float64"):
+    with refused("bfloat16, float16, float32, got torch.float64"):
         KeyIndex.build(key.double(), "codes")
     with refused("end must be int"):
         KeyIndex.build(key, "codes", end=torch.ones(len(key), dtype=torch.int32, device="meta"))

@@ -17,7 +17,7 @@ from operations import (
 )
 
 from nc_patch.ops import rows as torch_rows
-from nc_patch.ops.kth_largest import by_partition_, by_sort, by_topk
+from nc_patch.ops.kth_largest import by_partition_, by_topk
 from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections import TopK
 
@@ -109,7 +109,7 @@ def test_the_attended_set_is_exact_on_adversarial_keys(kind, budget):
     assert torch.equal(raw > -torch.inf, expected[0])
 
 
-@pytest.mark.parametrize("algorithm", [by_topk, by_sort, by_partition_])
+@pytest.mark.parametrize("algorithm", [by_topk, by_partition_])
 def test_thresholds_are_the_kth_largest(algorithm):
     for seed in range(30):
         g = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ def test_thresholds_are_the_kth_largest(algorithm):
 def test_thresholds_are_split_over_threads_alike():
     torch.set_num_threads(3)
     values, count = torch.randn(9, 40, 400), torch.randint(0, 401, (40,))
-    expected = by_sort(values, count)
+    expected = by_topk(values, count)
     got = by_partition_(values.clone(), count)
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])

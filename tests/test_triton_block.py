@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 import operations  # noqa: E402
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import reference_attention  # noqa: E402
+from operations import INTERPRETED, assert_close, on_kernel_device, reference_attention  # noqa: E402
 
 from nc_patch.functional import sparse_attention  # noqa: E402
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals  # noqa: E402
@@ -33,23 +33,12 @@ from nc_patch.selections.block.prefill import (  # noqa: E402
 )
 from nc_patch.selections.block.torch import torch_block_attention  # noqa: E402
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-def on_kernel_device(test):
-    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
-    if INTERPRETED:
-        return test
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
-    return pytest.mark.gpu(no_gpu(test))
-
-
 @pytest.fixture
-def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the kernels run; memory that is only allocated holds NaN, so that whatever a kernel leaves out shows."""
-    if not INTERPRETED:
-        return "cuda"
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes by which short inputs cross many tiles in the interpreter."""
 
     def small(architecture, dtype, head_dim, value_dim, block_size):
         chunk = 32 if dtype == torch.float32 else None
@@ -60,7 +49,6 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(triton_block, "_BLOCKS_AT_ONCE", 8)
     monkeypatch.setattr(triton_block, "_RANKS_AT_ONCE", 16)
     monkeypatch.setattr(triton_block, "_SEGMENT", 64)
-    return "cpu"
 
 
 @dataclass(frozen=True)
@@ -253,18 +241,6 @@ def on_cpu(result: AttentionResult) -> tuple[torch.Tensor, ...]:
     """Output, log-sum-exp, kept mass, attended and estimate; empty where there is none."""
     fields = (*result[:4], result.estimate)
     return tuple(result.output.new_empty(0) if x is None else x.cpu() for x in fields)
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """The same NaNs and infinities, and elsewhere a relative error of the norm below the tolerance."""
-    actual = actual.double()
-    assert actual.shape == expected.shape
-    assert torch.equal(actual.isnan(), expected.isnan())
-    infinite = expected.isinf()
-    assert torch.equal(actual[infinite], expected[infinite])
-    finite = expected.isfinite()
-    difference, size = (actual[finite] - expected[finite]).norm(), expected[finite].norm()
-    assert difference <= tolerance * size, f"relative error {difference / size:.2e}"
 
 
 @on_kernel_device

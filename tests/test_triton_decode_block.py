@@ -8,38 +8,26 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="the kernels need triton")
+pytest.importorskip("triton", reason="the kernels need triton")
 
-from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import problem_of, reference_attention  # noqa: E402
+from gpu_semantics import check_as_on_a_gpu
+from operations import INTERPRETED, assert_close, on_kernel_device, problem_of, reference_attention
 
-from nc_patch.ops.problem import Problem  # noqa: E402
-from nc_patch.ops.triton.split import combine_splits  # noqa: E402
-from nc_patch.selections.block import decode as triton_decode_block  # noqa: E402
-from nc_patch.selections.block.decode import triton_block_decode  # noqa: E402
-from nc_patch.selections.block.pages import PageStatistics, page_count, summarize_pages  # noqa: E402
-from nc_patch.selections.block.summarize import triton_summarize_pages_  # noqa: E402
+from nc_patch.ops.problem import Problem
+from nc_patch.ops.triton.split import combine_splits
+from nc_patch.selections.block import decode as triton_decode_block
+from nc_patch.selections.block.decode import triton_block_decode
+from nc_patch.selections.block.pages import PageStatistics, page_count, summarize_pages
+from nc_patch.selections.block.summarize import triton_summarize_pages_
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-def on_kernel_device(test):
-    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
-    if INTERPRETED:
-        return test
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
-    return pytest.mark.gpu(no_gpu(test))
-
-
 @pytest.fixture
-def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the kernels run; memory that is only allocated holds NaN, so that whatever a kernel leaves out shows."""
-    if not INTERPRETED:
-        return "cuda"
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes by which short inputs cross many tiles in the interpreter."""
     # Few pages at a time make short inputs cross many chunks.
     monkeypatch.setattr(triton_decode_block, "_CHOOSE_AT_ONCE", 4)
-    return "cpu"
 
 
 @dataclass(frozen=True)
@@ -163,17 +151,6 @@ def reference(case: Case, inputs):
         softcap=case.softcap,
         block_size=case.block_size,
     )
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """The same NaNs and infinities, and elsewhere a relative error of the norm below the tolerance."""
-    actual = actual.double()
-    assert actual.shape == expected.shape
-    assert torch.equal(actual.isnan(), expected.isnan())
-    assert torch.equal(actual[expected.isinf()], expected[expected.isinf()])
-    finite = expected.isfinite()
-    difference, size = (actual[finite] - expected[finite]).norm(), expected[finite].norm()
-    assert difference <= tolerance * size, f"relative error {difference / size:.2e}"
 
 
 def exact_statistics(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

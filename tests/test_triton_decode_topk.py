@@ -14,7 +14,15 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import implementation, problem_of, reference_attention, topk_mask  # noqa: E402
+from operations import (  # noqa: E402
+    INTERPRETED,
+    assert_close,
+    implementation,
+    on_kernel_device,
+    problem_of,
+    reference_attention,
+    topk_mask,
+)
 
 from nc_patch.budget import budget_of  # noqa: E402
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, causal_intervals  # noqa: E402
@@ -25,27 +33,15 @@ from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_key
 from nc_patch.selections.topk.encode import triton_encode_keys_  # noqa: E402
 from nc_patch.selections.topk.plan import Sizes, plan_for, tail_splits  # noqa: E402
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The interpreter is slow: there some variations run only with NC_PATCH_LONG=1.
 THOROUGH = not INTERPRETED or os.environ.get("NC_PATCH_LONG") == "1"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-def on_kernel_device(test):
-    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
-    if INTERPRETED:
-        return test
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
-    return pytest.mark.gpu(no_gpu(test))
-
-
 @pytest.fixture
-def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the kernels run; memory that is only allocated holds NaN. In the interpreter there are few programs."""
-    if not INTERPRETED:
-        return "cuda"
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes by which short inputs cross many tiles in the interpreter."""
     plan_with(monkeypatch)
-    return "cpu"
 
 
 def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
@@ -186,18 +182,6 @@ def expect(case: Case, inputs: dict[str, torch.Tensor | None]):
         sink_keys=case.sink_keys,
         recent_keys=case.recent_keys,
     )
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """The same NaNs and infinities, and elsewhere a relative error of the norm below the tolerance."""
-    actual = actual.double()
-    assert actual.shape == expected.shape
-    assert torch.equal(actual.isnan(), expected.isnan())
-    infinite = expected.isinf()
-    assert torch.equal(actual[infinite], expected[infinite])
-    finite = expected.isfinite()
-    difference, size = (actual[finite] - expected[finite]).norm(), expected[finite].norm()
-    assert difference <= tolerance * size, f"relative error {difference / size:.2e}"
 
 
 def assert_contains(bounds: torch.Tensor, kept_mass: torch.Tensor) -> None:

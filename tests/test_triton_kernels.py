@@ -9,39 +9,35 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="the kernels need triton")
+pytest.importorskip("triton", reason="the kernels need triton")
 
-from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import problem_of, reference_attention, selection_of, topk_mask  # noqa: E402
+from gpu_semantics import check_as_on_a_gpu
+from operations import (
+    INTERPRETED,
+    assert_close,
+    on_kernel_device,
+    problem_of,
+    reference_attention,
+    selection_of,
+    topk_mask,
+)
 
-from nc_patch.ops.problem import causal_intervals  # noqa: E402
-from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
-from nc_patch.selections import TopK, Window  # noqa: E402
-from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
-from nc_patch.selections.topk.torch import forced_counts  # noqa: E402
+from nc_patch.ops.problem import causal_intervals
+from nc_patch.ops.triton import launch as triton_launch
+from nc_patch.selections import TopK, Window
+from nc_patch.selections.topk import threshold as triton_threshold
+from nc_patch.selections.topk.torch import forced_counts
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 KERNELS = ("topk", "window")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-def on_kernel_device(test):
-    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
-    if INTERPRETED:
-        return test
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
-    return pytest.mark.gpu(no_gpu(test))
-
-
 @pytest.fixture
-def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the kernels run; memory that is only allocated holds NaN, so that whatever a kernel leaves out shows."""
-    if not INTERPRETED:
-        return "cuda"
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes by which short inputs cross many tiles in the interpreter."""
     small = triton_launch.Tiles(32, 16, 4, 1)
     chunked = replace(small, chunk=32)
     monkeypatch.setattr(triton_launch, "tiles_for", lambda _, dtype, *sizes: chunked if dtype.itemsize == 4 else small)
-    return "cpu"
 
 
 @dataclass(frozen=True)
@@ -163,18 +159,6 @@ def run(selection: str, case: Case, device: str, inputs: dict[str, torch.Tensor 
     )
     output, lse, kept_mass = (None if x is None else x.cpu() for x in found[:3])
     return (output, lse, kept_mass), expected
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """The same NaNs and infinities, and elsewhere a relative error of the norm below the tolerance."""
-    actual = actual.double()
-    assert actual.shape == expected.shape
-    assert torch.equal(actual.isnan(), expected.isnan())
-    infinite = expected.isinf()
-    assert torch.equal(actual[infinite], expected[infinite])
-    finite = expected.isfinite()
-    difference, size = (actual[finite] - expected[finite]).norm(), expected[finite].norm()
-    assert difference <= tolerance * size, f"relative error {difference / size:.2e}"
 
 
 def check(selection: str, case: Case, device: str, inputs: dict[str, torch.Tensor | None]) -> None:

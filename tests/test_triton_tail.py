@@ -10,46 +10,34 @@ import torch
 from attention_cases import Case, relative_error
 from tiny_models import random_ids, tiny_model
 
-triton = pytest.importorskip("triton", reason="the kernels need triton")
+pytest.importorskip("triton", reason="the kernels need triton")
 
-from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import problem_of, problem_of_case  # noqa: E402
+from gpu_semantics import check_as_on_a_gpu
+from operations import INTERPRETED, on_kernel_device, problem_of, problem_of_case
 
-from nc_patch import patch_model  # noqa: E402
-from nc_patch.ops.means import PageMeans, page_means, page_starts  # noqa: E402
-from nc_patch.ops.problem import AttentionResult  # noqa: E402
-from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
-from nc_patch.ops.triton import split as triton_split  # noqa: E402
-from nc_patch.ops.triton.means import triton_page_means  # noqa: E402
-from nc_patch.selections import TopK  # noqa: E402
-from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
-from nc_patch.selections.topk import plan as topk_plan  # noqa: E402
-from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
-from nc_patch.selections.topk.layouts import Means  # noqa: E402
+from nc_patch import patch_model
+from nc_patch.ops.means import PageMeans, page_means, page_starts
+from nc_patch.ops.problem import AttentionResult
+from nc_patch.ops.triton import launch as triton_launch
+from nc_patch.ops.triton import split as triton_split
+from nc_patch.ops.triton.means import triton_page_means
+from nc_patch.selections import TopK
+from nc_patch.selections.topk import decode as triton_decode_topk
+from nc_patch.selections.topk import plan as topk_plan
+from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
+from nc_patch.selections.topk.layouts import Means
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 plan_for = topk_plan.plan_for
 
 
-def on_kernel_device(test):
-    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
-    if INTERPRETED:
-        return test
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
-    return pytest.mark.gpu(no_gpu(test))
-
-
 @pytest.fixture
-def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the kernels run; memory that is only allocated holds NaN. In the interpreter tiles are small."""
-    if not INTERPRETED:
-        return "cuda"
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes by which short inputs cross many tiles in the interpreter."""
     tiles = triton_launch.Tiles(16, 32, 4, 1)
     for module, pages in ((triton_launch, 32), (topk_plan, 16)):
         monkeypatch.setattr(module, "tiles_for", lambda *_, keys=pages: replace(tiles, keys=keys))
     plan_with(monkeypatch)
-    return "cpu"
 
 
 def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:

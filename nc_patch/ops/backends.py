@@ -32,9 +32,8 @@ def choose_backend(
     """The backend that runs a call on ``device``, and why it is not the fast one, if it is not.
 
     Args:
-        requested: ``"auto"``, ``"triton"`` or ``"torch"``.
         head_dims: of the keys, and of the values where they take part.
-        needs_grad: whether a gradient will be asked for, which only the PyTorch operations have.
+        needs_grad: whether a gradient will be asked for, which only PyTorch has.
         implemented: the backends that have what is called; PyTorch has everything.
 
     Raises:
@@ -42,8 +41,14 @@ def choose_backend(
     """
     if requested == "torch":
         return "torch", None
-    nowhere = triton_problem(device)
-    problem = nowhere or _problem_of_call(head_dims, needs_grad, "triton" in implemented)
+    nowhere = problem = triton_problem(device)
+    if problem is None and "triton" not in implemented:
+        problem = "has no kernel for it"
+    elif problem is None and needs_grad:
+        problem = "has no gradient, and one is required (under torch.inference_mode() none is)"
+    elif problem is None and max(head_dims) > MAX_HEAD_DIM:
+        sizes = " and ".join(map(str, dict.fromkeys(head_dims)))
+        problem = f"takes a head_dim of at most {MAX_HEAD_DIM}, got {sizes}"
     if problem is None:
         return "triton", None
     if requested == "triton":
@@ -62,18 +67,6 @@ def triton_problem(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"needs a GPU, and the tensors are on {device.type}"
     return _capability_problem(device)
-
-
-def _problem_of_call(head_dims: Sequence[int], needs_grad: bool, has_kernel: bool) -> str | None:
-    """Why Triton has nothing to run this call with, on any device; None where it has."""
-    if not has_kernel:
-        return "has no kernel for it"
-    if needs_grad:
-        return "has no gradient, and one is required (under torch.inference_mode() none is)"
-    if max(head_dims) > MAX_HEAD_DIM:
-        sizes = " and ".join(map(str, dict.fromkeys(head_dims)))
-        return f"takes a head_dim of at most {MAX_HEAD_DIM}, got {sizes}"
-    return None
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace how Triton reads its settings

@@ -1,18 +1,9 @@
-"""What traces a call, or wants its derivative; and the derivatives that there are none of, in words."""
+"""What traces a call, or wants its derivative; and which derivatives there are not."""
 
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-
-_NO_FORWARD_MODE = (
-    "sparse attention has no derivative in forward mode (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad). "
-    "Use reverse mode, tensor.backward(), torch.autograd.grad or torch.func.grad, or unpatch the model"
-)
-_NO_SECOND = (
-    "sparse attention has no second derivative (create_graph=True, torch.func.grad of grad, hessian): the gradient of "
-    "its attended keys is all there is. Use first derivatives, or unpatch the model"
-)
 
 
 def in_transform() -> bool:
@@ -62,9 +53,15 @@ def refuse_tangents(*tensors: torch.Tensor) -> None:
 
 def refuse_forward_mode(*_: Any) -> None:
     """Raises NotImplementedError: PyTorch takes the tangent of an operation that has none for zero."""
-    raise NotImplementedError(_NO_FORWARD_MODE)
+    raise NotImplementedError(
+        "sparse attention has no derivative in forward mode (torch.func.jvp, jacfwd, hessian, "
+        "torch.autograd.forward_ad). Use reverse mode, tensor.backward() or torch.func.grad, or unpatch the model"
+    )
 
 
 def refuse_second_derivative(ctx: Any, *_: Any) -> None:
     """Raises NotImplementedError; the backward of what computes gradients."""
-    raise NotImplementedError(_NO_SECOND)
+    raise NotImplementedError(
+        "sparse attention has no second derivative (create_graph=True, torch.func.grad of grad, hessian): the gradient "
+        "of its attended keys is all there is. Use first derivatives, or unpatch the model"
+    )

@@ -27,23 +27,12 @@ def kth_largest(values: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, to
 
 def by_topk(values: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``kth_largest`` with ``torch.topk`` over the largest k; leaves ``values`` as they are."""
-    H, _, N = values.shape
-    k = k.expand(H, -1).long()
-    if k.numel() == 0 or N == 0:
+    k = k.expand(values.shape[:2]).long()
+    if not k.numel() or not values.shape[-1]:
         return values.new_full(k.shape, torch.inf), torch.zeros_like(k, dtype=torch.bool)
-    best = torch.topk(values, min(N, int(k.max()) + 1), dim=-1).values
-    return _around(best, k)
-
-
-def by_sort(values: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kth_largest`` with a full sort; leaves ``values`` as they are."""
-    return _around(torch.sort(values, dim=-1, descending=True).values, k.expand(values.shape[0], -1).long())
-
-
-def _around(descending: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    last = descending.shape[-1] - 1
-    at = torch.gather(descending, -1, (k - 1).clamp(0, last)[..., None])[..., 0]
-    after = torch.gather(descending, -1, k.clamp(0, last)[..., None])[..., 0]
+    best = torch.topk(values, min(values.shape[-1], int(k.max()) + 1), dim=-1).values
+    last = best.shape[-1] - 1
+    at, after = (torch.gather(best, -1, rank.clamp(0, last)[..., None])[..., 0] for rank in (k - 1, k))
     tied = (at == after) & (k > 0) & (k <= last)
     return torch.where(k > 0, at, torch.inf), tied
 
@@ -55,7 +44,7 @@ def by_partition_(values: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, 
         k = k[0]
     at = torch.full((H, R), torch.inf, dtype=torch.float32)
     after = torch.full((H, R), torch.nan, dtype=torch.float32)  # equal to nothing, where there is no next value
-    if H == 0 or R == 0 or N == 0:
+    if not values.numel():
         return at, torch.zeros(H, R, dtype=torch.bool)
     array, at_array, after_array = values.numpy(), at.numpy(), after.numpy()
     shared = k.ndim == 1
@@ -86,12 +75,8 @@ def by_partition_(values: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, 
 
 def _runs(counts: list[int]) -> list[tuple[int, int, int]]:
     """(first, last, count) for each run of equal neighbours."""
-    runs, first = [], 0
-    for i in range(1, len(counts) + 1):
-        if i == len(counts) or counts[i] != counts[first]:
-            runs.append((first, i, counts[first]))
-            first = i
-    return runs
+    cuts = [i for i in range(len(counts)) if i == 0 or counts[i] != counts[i - 1]]
+    return [(first, last, counts[first]) for first, last in itertools.pairwise([*cuts, len(counts)])]
 
 
 @lru_cache(maxsize=4)

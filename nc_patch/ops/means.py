@@ -4,8 +4,7 @@ The keys of a sequence are cut into pages of ``TAIL_PAGE_SIZE``, counted from it
 it lies within the query's interval and before the page of the query's own position. It enters the softmax as one key,
 the mean of the page's keys, with the mean of the page's values, as often as the page has keys that are not attended.
 
-The means of all pages are kept by slot: slot i holds the page that starts at one of the positions ``16 i`` to
-``16 i + 15``. Pages do not overlap, so that several sequences in one row share the slots.
+Slot i holds the page that starts at one of the positions ``16 i`` to ``16 i + 15``, of whichever sequence of a row.
 """
 
 from typing import NamedTuple
@@ -38,10 +37,7 @@ def page_starts(visible: torch.Tensor, origin: torch.Tensor, key_length: int) ->
     The last slot is a spare one, so that there are two or more: PyTorch takes a size of one for a constant, and a graph
     of means in one slot would serve up to 16 keys only, or more only.
 
-    Args:
-        visible: int32 ``[B, Lq, 2]``. origin: int32 ``[B, Lq]``, where each query's sequence begins. Only queries that
-            see a key count.
-        key_length: number of keys. Nothing is read back from the device.
+    Only queries that see a key count. Nothing is read back from the device.
     """
     B = visible.shape[0]
     slots = slot_count(key_length) + 1
@@ -61,10 +57,7 @@ def page_starts(visible: torch.Tensor, origin: torch.Tensor, key_length: int) ->
 
 
 def page_means(key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> PageMeans:
-    """Means over the pages that start at ``starts`` int ``[B, S]``.
-
-    ``key`` is ``[B, Hkv, N, D]``, ``value`` ``[B, Hkv, N, Dv]``. A negative start gives a mean of other keys.
-    """
+    """Means over the pages that start at ``starts`` int ``[B, S]``; a negative start gives a mean of other keys."""
     return PageMeans(_mean_of(key, starts), _mean_of(value, starts))
 
 

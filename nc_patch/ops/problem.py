@@ -93,20 +93,10 @@ class Problem(NamedTuple):
         has_sinks, has_means, stats, bounds, page_size, audit_seed = flags
         at = 6 + has_sinks
         after = at + 2 * has_means
+        sinks, means = tensors[6] if has_sinks else None, PageMeans(*tensors[at:after]) if has_means else None
         query, key, value, visible, origin, budget = tensors[:6]
-        return cls(
-            *(query, key, value, visible, origin, budget),
-            scale=scale,
-            softcap=softcap,
-            sinks=tensors[6] if has_sinks else None,
-            means=PageMeans(*tensors[at:after]) if has_means else None,
-            key_index=tuple(tensors[after:]),
-            page_size=page_size,
-            most=most,
-            stats=bool(stats),
-            bounds=bool(bounds),
-            audit_seed=audit_seed,
-        )
+        given = (query, key, value, visible, origin, budget, scale, softcap, sinks, means, tuple(tensors[after:]))
+        return cls(*given, page_size, most, bool(stats), bool(bounds), audit_seed)
 
 
 class AttentionResult(NamedTuple):
@@ -146,18 +136,23 @@ def visible_mask(visible: torch.Tensor, key_length: int) -> torch.Tensor:
     return (position >= start) & (position < end)
 
 
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raises TypeError or ValueError unless a tensor has the dimensions and the dtype of queries, keys or values."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor [batch, heads, length, head_dim], got {type(tensor).__name__}")
+    if tensor.ndim != 4:
+        raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{name} must be one of {allowed}, got {tensor.dtype}; convert it, or the model, by .to()")
+
+
 def check_tensors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
 ) -> tuple[int, int, int, int]:
     """B, Hq, Lq and Lk; raises ValueError or TypeError unless the tensors fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor [batch, heads, length, head_dim], got {type(tensor).__name__}")
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise ValueError(f"{name} must be one of {allowed}, got {tensor.dtype}; convert it, or the model, by .to()")
+        check_tensor(name, tensor)
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
@@ -173,21 +168,15 @@ def check_tensors(
         raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)}, value {tuple(value.shape)}")
     if Hkv == 0 or Hq == 0 or Hq % Hkv:
         raise ValueError(f"the number of query heads must be a multiple of the key/value heads, got {Hq} and {Hkv}")
-    if sinks is not None and (
-        not isinstance(sinks, torch.Tensor) or sinks.shape != (Hq,) or sinks.device != query.device
-    ):
-        raise ValueError(f"sinks must be [{Hq}] on {query.device}, got {describe(sinks)}")
-    return B, Hq, Lq, Lk
+    if sinks is None or (isinstance(sinks, torch.Tensor) and sinks.shape == (Hq,) and sinks.device == query.device):
+        return B, Hq, Lq, Lk
+    raise ValueError(f"sinks must be [{Hq}] on {query.device}, got {describe(sinks)}")
 
 
 def check_int32(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """Raises ValueError unless a tensor is int32, of this shape and on this device."""
-    if (
-        not isinstance(tensor, torch.Tensor)
-        or tuple(tensor.shape) != shape
-        or tensor.dtype != torch.int32
-        or tensor.device != device
-    ):
+    fits = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32 and tuple(tensor.shape) == shape
+    if not fits or tensor.device != device:
         raise ValueError(f"{name} must be int32 {list(shape)} on {device}, got {describe(tensor)}")
 
 

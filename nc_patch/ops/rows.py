@@ -1,7 +1,7 @@
 """What PyTorch implementations share: blocks of query rows, their scores, and softmax times value.
 
-Everything here works on one sequence of the batch and one block of its rows, so that the extra memory is
-O(rows * keys), whatever Lq. Scores and softmax are float32.
+One block of rows of one sequence at a time, so that the extra memory is O(rows * keys), whatever Lq. Scores and softmax
+are float32.
 """
 
 import itertools
@@ -14,6 +14,8 @@ import torch
 
 from nc_patch.ops.problem import Problem
 
+# Most rows of a block.
+MOST_ROWS = 128
 # Below so many elements PyTorch's softmax, which wakes all threads whatever its size, is slower than its parts.
 _FEW_SCORES = 1 << 15
 # Score elements held at once per buffer: 16 MB in float32, near the size of a core's share of the last-level cache.
@@ -72,9 +74,9 @@ class Rows(NamedTuple):
         return (position >= self.visible[:, :1]) & (position < self.visible[:, 1:])
 
 
-def rows_per_block(num_heads: int, key_length: int, most: int = 128) -> int:
-    """How many rows keep ``num_heads * rows * key_length`` scores within the block's memory."""
-    return max(1, min(most, SCORES_PER_BLOCK // max(1, num_heads * key_length)))
+def rows_per_block(num_heads: int, key_length: int) -> int:
+    """How many rows, at most ``MOST_ROWS``, keep ``num_heads * rows * key_length`` scores within the block's memory."""
+    return max(1, min(MOST_ROWS, SCORES_PER_BLOCK // max(1, num_heads * key_length)))
 
 
 def row_blocks(visible: torch.Tensor, rows: int, origin: torch.Tensor | None = None) -> Iterator[RowBlock]:
@@ -84,15 +86,13 @@ def row_blocks(visible: torch.Tensor, rows: int, origin: torch.Tensor | None = N
     """
     B, Lq, _ = visible.shape
     blocks = -(-Lq // rows)
-    start, end = visible[..., 0].long(), visible[..., 1].long()
-    empty = end <= start
-    far = torch.iinfo(torch.int64).max
-    edges = []
-    for edge, fill in ((start, far), (end, 0)):
-        padded = torch.full((B, blocks * rows), fill, dtype=torch.int64, device=visible.device)
-        padded[:, :Lq] = edge.masked_fill(empty, fill)
-        edges.append(padded.view(B, blocks, rows))
-    lows, highs = edges[0].amin(-1).tolist(), edges[1].amax(-1).tolist()
+    start, end = visible.unbind(-1)
+    empty, far = end <= start, torch.iinfo(visible.dtype).max
+    start, end = (
+        torch.nn.functional.pad(edge.masked_fill(empty, fill), (0, blocks * rows - Lq), value=fill)
+        for edge, fill in ((start, far), (end, 0))
+    )
+    lows, highs = start.view(B, blocks, rows).amin(-1).tolist(), end.view(B, blocks, rows).amax(-1).tolist()
     for b in range(B):
         for i in range(blocks):
             if highs[b][i] > 0:
@@ -102,23 +102,21 @@ def row_blocks(visible: torch.Tensor, rows: int, origin: torch.Tensor | None = N
 
 def _by_sequence(block: RowBlock, visible: torch.Tensor, origin: torch.Tensor) -> Iterator[RowBlock]:
     """A block, cut where the origin of its rows changes."""
-    begin, seen = origin[block.rows], visible[block.rows]
-    cuts = (begin[1:] != begin[:-1]).nonzero()[:, 0] + 1
+    begin = origin[block.rows]
+    cuts = (begin[1:] != begin[:-1]).nonzero()[:, 0] + 1 + block.first
     if not len(cuts):
         yield block
         return
-    for first, last in itertools.pairwise([0, *cuts.tolist(), len(begin)]):
-        rows = seen[first:last][seen[first:last, 1] > seen[first:last, 0]]
-        if len(rows):
-            low, high = int(rows[:, 0].min()), int(rows[:, 1].max())
-            yield RowBlock(block.batch, block.first + first, block.first + last, low, high)
+    for first, last in itertools.pairwise([block.first, *cuts.tolist(), block.last]):
+        seen = visible[first:last]
+        seen = seen[seen[:, 1] > seen[:, 0]]
+        if len(seen):
+            yield RowBlock(block.batch, first, last, int(seen[:, 0].min()), int(seen[:, 1].max()))
 
 
 def split_scale(scale: float) -> tuple[float, float]:
-    """``scale`` as factors of the query and of the scores.
-
-    A power of two rounds nothing and goes to the query, unless it is above one: it might overflow there.
-    """
+    """``scale`` as factors of the query, where it is a power of two that rounds nothing there, and of the scores."""
+    # Above one the query might overflow.
     return (scale, 1.0) if math.frexp(scale)[0] == 0.5 and scale <= 1 else (1.0, scale)
 
 
@@ -191,11 +189,11 @@ class Buffers:
         self._expected, self._device = expected_elements, device
         self._made: dict[str, torch.Tensor] = {}
 
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The buffer ``name`` as an uninitialised tensor of ``shape``; what it held before may be lost."""
+    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The buffer ``name`` as an uninitialised float32 tensor of ``shape``; what it held before may be lost."""
         needed = math.prod(shape)
         if name not in self._made or self._made[name].numel() < needed:
-            self._made[name] = torch.empty(max(needed, self._expected), dtype=dtype, device=self._device)
+            self._made[name] = torch.empty(max(needed, self._expected), dtype=torch.float32, device=self._device)
         return self._made[name][:needed].view(shape)
 
 
@@ -222,8 +220,9 @@ class RowStats:
         empty: torch.Tensor,
         with_means: torch.Tensor | None = None,
     ) -> None:
-        """Takes the log-sum-exp over attended keys, over visible keys, and over attended keys and page means, where
-        there are any: ``[H, R]`` each; ``empty`` bool ``[R]``.
+        """Takes the log-sum-exp ``[H, R]`` over attended keys, visible keys, and attended keys and page means.
+
+        ``empty`` bool ``[R]``: which rows see no key.
         """
         self.kept_mass[block.batch, :, block.rows] = torch.where(empty, 1.0, torch.exp(attended - dense))
         lse = attended if with_means is None else with_means

@@ -1,24 +1,22 @@
 """``KeyIndex``: what a layer keeps beside its keys so that decoding can choose among them almost for free.
 
-What an index of a kind holds, and how it takes in new keys, is for its ``Layout`` to say. An index is an accelerator:
-what it holds follows from the keys, and it can be dropped and built again.
+It follows from the keys, so that it can be dropped and built again. What one of a kind holds, its ``Layout`` says.
 """
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
-from nc_patch.common import as_integer, autocast_off
+from nc_patch.common import as_integer, autocast_off, check_integer
 from nc_patch.ops.backends import READS_HOST, check_backend, choose_backend
 from nc_patch.ops.derivatives import runs_directly
-from nc_patch.ops.problem import describe
+from nc_patch.ops.problem import check_tensor, describe
 
-# A growing index reserves this many keys, or this part of its length if more, so that few steps copy it.
-_SMALLEST_RESERVE = 128
 # Buffers hold a multiple of so many keys: the strides that kernels are compiled for do not depend on a prompt's length.
 _CAPACITY_UNIT = 128
-_RESERVED_PART = 64
 
 
 class Layout(Protocol):
@@ -72,9 +70,8 @@ def layout(kind: str) -> Callable[[Kind], Kind]:
 
 
 def reserve_for(length: int) -> int:
-    """How many keys a growing buffer makes room for when it has to hold ``length``: more, a multiple of 128."""
-    room = length + max(_SMALLEST_RESERVE, length // _RESERVED_PART)
-    return room // _CAPACITY_UNIT * _CAPACITY_UNIT
+    """How many keys a growing buffer makes room for when it has to hold ``length``: more, so that few steps copy it."""
+    return (length + max(_CAPACITY_UNIT, length // 64)) // _CAPACITY_UNIT * _CAPACITY_UNIT
 
 
 def write_index(
@@ -94,6 +91,7 @@ for _reads_host, _suffix in ((False, ""), (True, "_on_host")):
     _EXTEND[_reads_host].register_fake(lambda index, tensors, kind, count, block_size, backend: None)
 
 
+@dataclass(eq=False, repr=False)
 class KeyIndex:
     """Index of the keys ``[B, Hkv, L, D]`` of one layer; made by ``build``, extended as keys arrive.
 
@@ -106,15 +104,15 @@ class KeyIndex:
         unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
 
+    kind: str
+    block_size: int
+    origin: torch.Tensor
+    capacity: int
+    head_dim: int
+    dtype: torch.dtype
+    _backend: str
+    _tensors: dict[str, torch.Tensor]
     unstarted: torch.Tensor | bool = False
-
-    def __init__(
-        self, kind: str, block_size: int, origin: torch.Tensor, head_dim: int, dtype: torch.dtype, backend: str
-    ) -> None:
-        self.kind, self.block_size, self.origin, self.head_dim, self.dtype = kind, block_size, origin, head_dim, dtype
-        self.capacity = 0
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._backend = backend
 
     @classmethod
     def build(
@@ -141,36 +139,24 @@ class KeyIndex:
             backend: as in ``NCConfig``.
 
         Raises:
-            ValueError: a kind or a shape that does not fit.
+            ValueError, TypeError: a kind or a shape that does not fit.
         """
         if kind not in LAYOUTS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, LAYOUTS))}, got {kind!r}")
-        if not isinstance(key, torch.Tensor):
-            raise TypeError(f"key must be a tensor [batch, heads, length, head_dim], got {type(key).__name__}")
-        if key.ndim != 4:
-            raise ValueError(f"key must be [batch, heads, length, head_dim], got shape {tuple(key.shape)}")
-        if not key.dtype.is_floating_point or key.dtype == torch.float64:
-            raise ValueError(f"key must be bfloat16, float16 or float32, got {key.dtype}")
-        given, block_size = block_size, as_integer(block_size) or 0
-        if block_size < 1:
-            raise ValueError(f"block_size must be a positive number of keys, got {given!r}")
+        check_tensor("key", key)
         check_backend(backend)
+        block_size = check_integer("block_size", block_size, 1)
         B, _, L, D = key.shape
         start = torch.zeros(B, dtype=torch.int32, device=key.device) if start is None else start
         end = torch.full((B,), L, dtype=torch.int32, device=key.device) if end is None else end
-        for name, tensor in (("start", start), ("end", end)):
-            _check_ends(name, tensor, B, key)
-        check_value(kind, key, value)
-        asked, capacity = capacity, L if capacity is None else as_integer(capacity)
-        if capacity is None or capacity < L:
-            raise ValueError(f"capacity must be a number of at least the {L} keys that are there, got {asked!r}")
+        _check(kind, key, value, start=start, end=end)
+        capacity = L if capacity is None else check_integer("capacity", capacity, L)
         head_dims = (D,) if value is None else (D, value.shape[-1])
         chosen, _ = choose_backend(backend, key.device, head_dims=head_dims)
-        of_kind = LAYOUTS[kind]
-        index = cls(kind, block_size, start.to(torch.int32).clone(), D, key.dtype, chosen)
-        room = -(-capacity // _CAPACITY_UNIT) * _CAPACITY_UNIT
-        tensors = of_kind.allocate(key, value, (start, end), of_kind.rows(room, block_size))
-        index._tensors, index.capacity = dict(zip(of_kind.names, tensors, strict=True)), capacity
+        layout, room = LAYOUTS[kind], -(-capacity // _CAPACITY_UNIT) * _CAPACITY_UNIT
+        allocated = layout.allocate(key, value, (start, end), layout.rows(room, block_size))
+        tensors, origin = dict(zip(layout.names, allocated, strict=True)), start.to(torch.int32).clone()
+        index = cls(kind, block_size, origin, capacity, D, key.dtype, chosen, tensors)
         if L:
             index._write(key, value, torch.zeros_like(index.origin), L, end)
         return index
@@ -193,8 +179,7 @@ class KeyIndex:
                 f"an index takes in keys like those it was built from, {self.dtype}, with at least the {count} new "
                 f"ones among them, got {describe(key)}"
             )
-        check_value(self.kind, key, value)
-        _check_ends("end", end, key.shape[0], key)
+        _check(self.kind, key, value, end=end)
         if key.shape[2] > self.capacity:
             self._reserve(key.shape[2])
         self._write(key, value, end - new, new, end)
@@ -206,12 +191,8 @@ class KeyIndex:
     def fits(self, key: torch.Tensor) -> bool:
         """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv, D, dtype and device."""
         tensor = next(iter(self._tensors.values()))
-        return (
-            self.dtype == key.dtype
-            and tensor.shape[:2] == key.shape[:2]
-            and self.head_dim == key.shape[-1]
-            and tensor.device == key.device
-        )
+        alike = self.dtype == key.dtype and tensor.device == key.device
+        return alike and tensor.shape[:2] == key.shape[:2] and self.head_dim == key.shape[-1]
 
     def select(self, indices: torch.Tensor) -> None:
         """Keeps the sequences ``indices``, int64 ``[B']``, of the batch, in this order; they may repeat (beams)."""
@@ -228,10 +209,9 @@ class KeyIndex:
 
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
-        copy = KeyIndex(self.kind, self.block_size, self.origin.clone(), self.head_dim, self.dtype, self._backend)
-        copy._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        copy.capacity, copy.unstarted = self.capacity, self.unstarted
-        return copy
+        twin = copy.copy(self)
+        twin._map(torch.clone)
+        return twin
 
     def is_frozen(self) -> bool:
         """Whether it was made or grew in inference mode, which is over: then only its clone may be written to."""
@@ -260,31 +240,26 @@ class KeyIndex:
         write(index, tensors, self.kind, count, self.block_size, self._backend)
 
     def _reserve(self, length: int) -> None:
-        of_kind, capacity = LAYOUTS[self.kind], reserve_for(length)
-        rows = of_kind.rows(capacity, self.block_size)
-        for name in [name for name in self._tensors if name not in of_kind.fixed]:
+        layout, self.capacity = LAYOUTS[self.kind], reserve_for(length)
+        rows = layout.rows(self.capacity, self.block_size)
+        for name in [name for name in self._tensors if name not in layout.fixed]:
             old = self._tensors[name]
-            grown = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
-            grown[:, :, : old.shape[2]] = old
-            self._tensors[name] = grown
-        self.capacity = capacity
+            self._tensors[name] = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
+            self._tensors[name][:, :, : old.shape[2]] = old
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._tensors = {name: change(tensor) for name, tensor in self._tensors.items()}
         self.origin = change(self.origin)
 
 
-def _check_ends(name: str, ends: torch.Tensor, batch: int, key: torch.Tensor) -> None:
-    """Refuses starts or ends of sequences that are not one whole number each, where the keys lie."""
-    if not isinstance(ends, torch.Tensor):
-        raise TypeError(f"{name} must be an int tensor [{batch}], got {type(ends).__name__}")
-    if ends.shape != (batch,) or ends.dtype.is_floating_point or ends.device != key.device:
-        got = f"{ends.dtype} {list(ends.shape)} on {ends.device}"
-        raise ValueError(f"{name} must be int [{batch}] on {key.device}, got {got}")
-
-
-def check_value(kind: str, key: torch.Tensor, value: torch.Tensor | None) -> None:
-    """Raises ValueError unless the values that an index of this kind needs are there and fit ``key``."""
+def _check(kind: str, key: torch.Tensor, value: torch.Tensor | None, **given: torch.Tensor) -> None:
+    """Refuses values that do not fit, and starts or ends of sequences that are not an integer each, beside the keys."""
     if LAYOUTS[kind].takes_values and (value is None or value.ndim != 4 or value.shape[:3] != key.shape[:3]):
         got = "none" if value is None else f"shape {tuple(value.shape)}"
         raise ValueError(f'an index of kind "{kind}" needs the values {[*key.shape[:3], "Dv"]} of the keys, got {got}')
+    batch = key.shape[0]
+    for name, ends in given.items():
+        if not isinstance(ends, torch.Tensor):
+            raise TypeError(f"{name} must be an int tensor [{batch}], got {type(ends).__name__}")
+        if ends.shape != (batch,) or ends.dtype.is_floating_point or ends.device != key.device:
+            raise ValueError(f"{name} must be int [{batch}] on {key.device}, got {describe(ends)}")

@@ -7,6 +7,7 @@ import torch
 from nc_patch.common import check_integer
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import (
+    MOST_ROWS,
     Buffers,
     Rows,
     RowStats,
@@ -20,9 +21,6 @@ from nc_patch.ops.rows import (
     weighted_values,
 )
 from nc_patch.selections.base import Selection, register
-
-# A block of R rows reads up to R - 1 keys more than its budget, so small blocks waste less and large ones call less.
-_MOST_ROWS = 128
 
 
 @register("window")
@@ -61,8 +59,9 @@ class Window(Selection):
         before, after = split_scale(problem.scale)
         most_keys = Lk
         if budget.numel() and not problem.stats:
-            most_keys = min(Lk, int(budget.max()) + _MOST_ROWS + self.sink_keys)
-        rows = rows_per_block(Hq, most_keys, _MOST_ROWS)
+            # A block of R rows reads up to R - 1 keys more than its budget.
+            most_keys = min(Lk, int(budget.max()) + MOST_ROWS + self.sink_keys)
+        rows = rows_per_block(Hq, most_keys)
         buffers = Buffers(Hq * min(rows, Lq) * most_keys, query.device)
         for block in row_blocks(problem.visible, rows):
             b = block.batch
