@@ -64,7 +64,20 @@ def attend_blocks(problem: Problem, plan: BlockPlan, choice: BlockChoice, block_
     logits = None if sinks is None else sinks.float().view(Hkv, group)
     buffers = torch_rows.Buffers(0, query.device)
     head_of_group, within = torch.arange(group, device=query.device), torch.arange(block_size, device=query.device)
-    for units in _units(plan, choice, problem.visible, block_size, group):
+    left = torch.ones(len(plan.listed), dtype=torch.bool, device=query.device)
+    if not (want_lse or problem.softcap or sinks is not None):
+        for b, numbers, rows in _causal_runs(problem, plan):
+            low = plan.listed[numbers.start][3]
+            run = slice(low, low + rows.stop - rows.start)
+            taken = query[b : b + 1, :, rows], key[b : b + 1, :, run], value[b : b + 1, :, run]
+            found = torch.nn.functional.scaled_dot_product_attention(
+                *(tensor.float() for tensor in taken), scale=problem.scale, is_causal=True, enable_gqa=True
+            )
+            if bool(found.isfinite().all()):  # else what is not finite has to stay where it is attended
+                output.view(B, Hq, Lq, Dv)[b, :, rows] = found[0].to(output.dtype)
+                attended.view(B, Hq, Lq)[b, :, rows] = torch.arange(1, found.shape[2] + 1, device=query.device).int()
+                left[numbers] = False
+    for units in _units(plan, choice, problem.visible, block_size, group, left):
         (U, R), M = units.row.shape, units.start.shape[1]
         head = units.head[:, None] * group + head_of_group
         place = ((units.batch[:, None] * Hq + head)[..., None] * Lq + units.row[:, None]).flatten()
@@ -96,14 +109,35 @@ def attend_blocks(problem: Problem, plan: BlockPlan, choice: BlockChoice, block_
     return BlockOutput(output.view(*shape, Dv), lse.view(shape) if want_lse else lse, attended.view(shape))
 
 
+def _causal_runs(problem: Problem, plan: BlockPlan) -> Iterator[tuple[int, slice, slice]]:
+    """Where a sequence begins with query blocks that attend all keys: (its row of the batch, which blocks, which rows).
+
+    In such a run every query sees one key more than the one before it, as PyTorch's own causal attention has it.
+    """
+    listed, first = plan.listed, 0
+    while first < len(listed):
+        batch, row, _, low, _, begin, *_ = listed[first]
+        stop = first
+        while stop < len(listed) and listed[stop][0] == batch and listed[stop][5] == begin and listed[stop][9] == 0:
+            stop += 1
+        if stop > first and low == begin:
+            rows = slice(row, listed[stop - 1][2])
+            seen = problem.visible[batch, rows]
+            ends = torch.arange(low + 1, low + 1 + len(seen), device=seen.device)
+            if bool(((seen[:, 0] == low) & (seen[:, 1] == ends)).all()):
+                yield batch, slice(first, stop), rows
+        first = max(stop, first + 1)
+
+
 def _units(
-    plan: BlockPlan, choice: BlockChoice, visible: torch.Tensor, block_size: int, group: int
+    plan: BlockPlan, choice: BlockChoice, visible: torch.Tensor, block_size: int, group: int, left: torch.Tensor
 ) -> Iterator[_Units]:
-    """All units in batches of like counts, within a block's memory."""
+    """The units of the query blocks that are ``left``, in batches of like counts, within a block's memory."""
     table, (N, Hkv) = plan.blocks, choice.block_counts.shape
     counts = choice.block_counts.flatten()
     rows = (table.last - table.first).repeat_interleave(Hkv)
     order = torch.sort(counts.long() * (int(rows.max()) + 1 if N else 1) + rows, stable=True).indices
+    order = order[left[order // Hkv]]
     counts, rows = counts[order], rows[order]
     listed_counts, listed_rows = counts.tolist(), rows.tolist()
     first = 0
