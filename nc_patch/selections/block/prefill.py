@@ -43,7 +43,7 @@ _CHOOSING = 4  # programs for each multiprocessor
 # Keys that one program scores, about: enough to use what it loads of its queries, few enough to have programs.
 _SEGMENT = 4096
 _ROWS_AT_ONCE = 16
-_BLOCKS_AT_ONCE = 256
+_BLOCKS_AT_ONCE = 128
 _RANKS_AT_ONCE = 1024
 _BLANK = Tiles(32, 1, 4, 1)
 
