@@ -234,6 +234,16 @@ def test_dense_never_returns_a_row_that_keeps_too_little(family, options, select
     assert kept > 0 or family == "gemma2", "some calls keep enough"
 
 
+@pytest.mark.parametrize("length", [16, 32])
+def test_blocks_that_attend_every_key_of_a_short_prompt_keep_all_of_it(length):
+    model, ids = tiny_model("llama"), random_ids(2, length)
+    options = {"prefill": "block", "query_block_size": 32, "local_keys": 0, "dense_below": 0}
+    patch_model(model, 2.0, 0.5, on_drop="raise", max_dropped_mass=0.0, **options)
+    with torch.inference_mode():
+        model(ids)
+    assert nc_stats(model)["kept_mass"]["prefill"]["mean"] == 1.0
+
+
 def test_a_call_redone_equals_the_dense_model_and_counts_every_key():
     model, ids = tiny_model("llama"), random_ids(2, 150)
     with torch.inference_mode():
