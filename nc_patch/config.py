@@ -32,7 +32,7 @@ PerHead = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 INDEX_USES: tuple[IndexUse, ...] = ("auto", "always", "never")
 ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
 # The budget of patch_model(model): see the table in docs/choosing.md.
-DEFAULT_ALPHA, DEFAULT_C = 2.0, 0.5
+DEFAULT_ALPHA, DEFAULT_C = 12.0, 0.5
 DEFAULT_DENSE_BELOW = 1024
 DEFAULT_PREFILL, DEFAULT_DECODE = Block(), TopK()
 _PHASES = ("prefill", "decode")
