@@ -9,6 +9,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from nc_patch import config
+from nc_patch.config import DEFAULT_DENSE_BELOW
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sparse_with_few_keys() -> Iterator[None]:
+    """``dense_below`` is 0 where a test does not set it: tiny models see few keys, and would run dense throughout.
+
+    What a test starts as a process of its own has the real default, as has what is made while tests are collected; the
+    fixture ``dense_with_few_keys`` gives it to a test.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config._DEFAULTS, "dense_below", 0)
+        yield
+
+
+@pytest.fixture
+def dense_with_few_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real default of ``dense_below``."""
+    monkeypatch.setitem(config._DEFAULTS, "dense_below", DEFAULT_DENSE_BELOW)
+
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,9 +171,9 @@ TestCodes, TestPages, TestMeans = CodesMachine.TestCase, PagesMachine.TestCase, 
 
 
 OPTIONS = {
-    "topk": {"key_index": "always"},
+    "topk": {"selection": "topk", "key_index": "always"},
     "block": {"selection": "block", "block_size": 16},
-    "tail": {"key_index": "always", "tail": "mean"},
+    "tail": {"selection": "topk", "key_index": "always", "tail": "mean"},
 }
 
 
@@ -231,7 +231,7 @@ def test_a_cache_filled_by_an_unpatched_model_is_indexed_when_it_is_met():
         patch_model(model, 1.0, 0.7, **OPTIONS["topk"])
         with_index = model(ids[:, -1:], past_key_values=cache).logits
         assert cache.layers[0].nc_indexes
-        patch_model(model, 1.0, 0.7, key_index="never")
+        patch_model(model, 1.0, 0.7, key_index="never", selection="topk")
         torch.testing.assert_close(with_index, model(ids[:, -1:], past_key_values=twin).logits, atol=1e-5, rtol=0)
 
 
@@ -301,7 +301,7 @@ def test_an_indexed_cache_pickles_and_serves_an_unpatched_model():
         assert shallow.nc_indexes["codes"] is not cache.layers[0].nc_indexes["codes"]
         assert copy.deepcopy(cache).layers[0].nc_indexes
         cache = pickle.load(io.BytesIO(pickle.dumps(cache)))
-        patch_model(model, 1.0, 0.7, key_index="never")
+        patch_model(model, 1.0, 0.7, key_index="never", selection="topk")
         plain = DynamicCache()
         model(ids[:, :50], past_key_values=plain)
         unpatch_model(model)

@@ -17,12 +17,12 @@ from nc_patch import forget_index, patch_model
 from nc_patch.cache import KeyIndexMixin
 
 OPTIONS = {
-    "topk": {"tail": "drop"},
-    "tail": {"tail": "mean"},
+    "topk": {"selection": "topk", "tail": "drop"},
+    "tail": {"selection": "topk", "tail": "mean"},
     "block": {"selection": "block", "block_size": 16},
     "window": {"selection": "window"},
     "blocks-then-topk": {"prefill": "block", "block_size": 16, "tail": "drop"},
-    "topk-then-blocks": {"decode": "block", "block_size": 16},
+    "topk-then-blocks": {"prefill": "topk", "decode": "block", "block_size": 16},
 }
 LONGEST = 300
 

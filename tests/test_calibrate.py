@@ -104,7 +104,7 @@ def test_every_family_is_calibrated_and_left_as_it_was(family):
 
 def test_a_patched_model_is_calibrated_densely_and_keeps_its_patch():
     model = tiny_model("llama")
-    patch_model(model, 2.0, 0.0)
+    patch_model(model, 2.0, 0.0, selection="topk")
     profile = calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=2, seed=0, rows=6)
     torch.manual_seed(0)
     assert is_patched(model)

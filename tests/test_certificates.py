@@ -16,6 +16,7 @@ from operations import problem_of, problem_of_case
 from test_torch_decode import KINDS, decode_case
 from tiny_models import random_ids, tiny_model
 from transformers import AttentionInterface
+from ways import CHOICES, TOPK, UNASKED
 
 from nc_patch import DroppedMassError, KeyIndex, NCConfig, nc_stats, patch_model, reset_stats, sparse_attention
 from nc_patch.attention import nc_attention_forward
@@ -191,10 +192,10 @@ def masses_and_outputs(call, selection: str, config: NCConfig) -> tuple[torch.Te
 @pytest.mark.parametrize(
     ("family", "options", "selections"),
     [
-        ("llama", {"key_index": "always", "tail": "mean"}, ("topk", "topk")),
-        ("llama", {"tail": "drop", "key_index": "never"}, ("topk", "topk")),
+        ("llama", TOPK | {"key_index": "always", "tail": "mean"}, ("topk", "topk")),
+        ("llama", TOPK | {"tail": "drop", "key_index": "never"}, ("topk", "topk")),
         ("gemma2", {"selection": "window"}, ("window", "window")),
-        ("gpt_oss", {"key_index": "always", "tail": "drop"}, ("topk", "topk")),
+        ("gpt_oss", TOPK | {"key_index": "always", "tail": "drop"}, ("topk", "topk")),
         ("llama", {"prefill": "topk", "decode": "block", "block_size": 16}, ("topk", "pages")),
     ],
     ids=str,
@@ -230,6 +231,15 @@ def test_dense_never_returns_a_row_that_keeps_too_little(family, options, select
     assert kept > 0 or family == "gemma2", "some calls keep enough"
 
 
+@pytest.mark.parametrize("length", [16, 32])
+def test_blocks_that_attend_every_key_of_a_short_prompt_keep_all_of_it(length):
+    model, ids = tiny_model("llama"), random_ids(2, length)
+    patch_model(model, 2.0, 0.5, **UNASKED, on_drop="raise", max_dropped_mass=0.0)
+    with torch.inference_mode():
+        model(ids)
+    assert nc_stats(model)["kept_mass"]["prefill"]["mean"] == 1.0
+
+
 def test_a_call_redone_equals_the_dense_model_and_counts_every_key():
     model, ids = tiny_model("llama"), random_ids(2, 150)
     with torch.inference_mode():
@@ -245,7 +255,7 @@ def test_a_call_redone_equals_the_dense_model_and_counts_every_key():
 
 def test_where_enough_is_kept_nothing_changes():
     model, ids = tiny_model("llama"), random_ids(2, 60)
-    for options in ({}, {"key_index": "always"}, {"selection": "block", "block_size": 16}, {"selection": "window"}):
+    for options in (*CHOICES, {"selection": "window"}):
         texts = []
         for on_drop in ("ignore", "warn", "raise", "dense"):
             patch_model(model, 2.0, 0.5, on_drop=on_drop, max_dropped_mass=0.999, **options)
@@ -281,7 +291,7 @@ def test_raise_names_the_place_and_the_remedy(selection):
 
 def test_after_an_error_the_cache_serves_on_once_it_is_cropped():
     model, ids = tiny_model("llama"), random_ids(1, 60)
-    options = {"key_index": "always", "tail": "drop"}
+    options = TOPK | {"key_index": "always", "tail": "drop"}
     with torch.inference_mode():
         cache = patch_model(model, 2.0, 0.5, **options)(ids, use_cache=True).past_key_values
         expected = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
@@ -296,7 +306,7 @@ def test_after_an_error_the_cache_serves_on_once_it_is_cropped():
 
 def test_warn_says_so_once_for_each_layer_and_counts(caplog):
     model, ids = tiny_model("llama"), random_ids(2, 60)
-    patch_model(model, 2.0, 0.5, on_drop="warn", max_dropped_mass=0.2)
+    patch_model(model, 2.0, 0.5, on_drop="warn", max_dropped_mass=0.2, selection="topk")
     with caplog.at_level(logging.WARNING, logger="nc_patch"), torch.inference_mode():
         for _ in range(3):
             model(ids)
@@ -325,8 +335,8 @@ def test_copies_keep_counts_and_what_was_said():
 
 def test_two_models_act_each_by_its_own_settings():
     first, second, ids = tiny_model("llama"), tiny_model("llama"), random_ids(1, 60)
-    patch_model(first, 2.0, 0.5, on_drop="dense")
-    patch_model(second, 2.0, 0.5, track=True)
+    patch_model(first, 2.0, 0.5, on_drop="dense", selection="topk")
+    patch_model(second, 2.0, 0.5, track=True, selection="topk")
     with torch.inference_mode():
         first(ids)
         second(ids)
@@ -337,7 +347,7 @@ def test_two_models_act_each_by_its_own_settings():
 
 def test_training_goes_through_calls_that_are_redone():
     ids, gradients = random_ids(1, 60), []
-    for options in ({"on_drop": "dense", "max_dropped_mass": 0.0}, {"selection": "dense"}):
+    for options in (TOPK | {"on_drop": "dense", "max_dropped_mass": 0.0}, {"selection": "dense"}):
         model = patch_model(tiny_model("llama"), 2.0, 0.5, **options).train()
         model(ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -346,7 +356,7 @@ def test_training_goes_through_calls_that_are_redone():
 
 def test_a_compiled_graph_refuses_by_name():
     model, ids = tiny_model("llama", num_hidden_layers=1), random_ids(1, 40)
-    patch_model(model, 2.0, 0.5, backend="torch", on_drop="dense")
+    patch_model(model, 2.0, 0.5, backend="torch", on_drop="dense", selection="topk")
     torch._dynamo.reset()
     with (
         torch.inference_mode(),
@@ -360,7 +370,7 @@ def test_compiled_in_several_graphs_it_acts():
     model, ids = tiny_model("llama", num_hidden_layers=1), random_ids(1, 40)
     with torch.inference_mode():
         dense = model(ids, use_cache=False).logits
-        patch_model(model, 2.0, 0.5, backend="torch", on_drop="dense")
+        patch_model(model, 2.0, 0.5, backend="torch", on_drop="dense", selection="topk")
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")(ids, use_cache=False).logits
     assert nc_stats(model)["layers"][0]["exceeded_calls"] == 1
@@ -368,11 +378,11 @@ def test_compiled_in_several_graphs_it_acts():
 
 
 def test_a_cuda_graph_refuses_by_name(monkeypatch):
-    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, on_drop="warn"), random_ids(1, 20)
+    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, on_drop="warn", selection="topk"), random_ids(1, 20)
     monkeypatch.setattr("nc_patch.attention._capturing", lambda tensor: True)
     with pytest.raises(RuntimeError, match=r'on_drop="warn".*nor a CUDA graph can'), torch.inference_mode():
         model(ids)
-    patch_model(model, 2.0, 0.5, track=True)
+    patch_model(model, 2.0, 0.5, track=True, selection="topk")
     with torch.inference_mode():
         model(ids)
     assert nc_stats(model)["kept_mass"] == {"prefill": None, "decode": None}

@@ -44,9 +44,10 @@ from nc_patch.selections import Block, TopK, Window  # noqa: F401  Block for eva
         ({"alpha": 1.0, "C": 0.5, "backend": "cuda"}, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
         ({"alpha": 1.0, "C": 0.5, "sink_keys": -1}, "sink_keys must be at least 0, got -1"),
         ({"alpha": 1.0, "C": 0.5, "min_keys": 0}, "min_keys must be at least 1, got 0"),
+        ({"alpha": 1.0, "C": 0.5, "dense_below": -1}, "dense_below must be at least 0, got -1"),
         ({"alpha": 1.0, "C": 0.5, "block_size": 48}, "block_size must be one of 16, 32, 64, 128, got 48"),
-        ({"alpha": 1.0, "C": 0.5, "query_block_size": 32}, "query_block_size must be one of 64, 128, got 32"),
-        ({"alpha": 1.0, "C": 0.5, "sample_stride": 5}, "sample_stride must be one of 4, 8, 16, 32, 64, got 5"),
+        ({"alpha": 1.0, "C": 0.5, "query_block_size": 16}, "query_block_size must be one of 32, 64, 128, got 16"),
+        ({"alpha": 1.0, "C": 0.5, "sample_stride": 5}, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 5"),
         ({"alpha": 1.0, "C": 0.5, "min_mass": 1.0}, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
         ({"alpha": 1.0, "C": 0.5, "max_factor": 0.5}, "max_factor must be a number of at least 1, got 0.5"),
         ({"alpha": 1.0, "C": 0.5, "dense_layers": [-1]}, "dense_layers must be at least 0, got -1"),
@@ -63,6 +64,9 @@ def test_values_outside_their_range_are_refused_by_name(arguments, message):
         ({"alpha": "2", "C": 0.5}, "alpha must be a positive number, or a list of them, got '2'"),
         ({"alpha": True, "C": 0.5}, "alpha must be a positive number"),
         ({"alpha": 1.0, "C": 0.5, "sink_keys": 2.5}, "sink_keys must be an integer, got 2.5"),
+        ({"alpha": 1.0, "C": 0.5, "dense_below": 1.5}, "dense_below must be an integer, got 1.5"),
+        ({"alpha": 1.0, "C": 0.5, "dense_below": "x"}, "dense_below must be an integer, got 'x'"),
+        ({"alpha": 1.0, "C": 0.5, "dense_below": True}, "dense_below must be an integer, got True"),
         ({"alpha": 1.0, "C": 0.5, "min_mass": "0.9"}, "min_mass must be a number in"),
         ({"alpha": 1.0, "C": 0.5, "max_factor": None}, "max_factor must be a number of at least 1, got None"),
         ({"alpha": 1.0, "C": 0.5, "track": 1}, "track must be True or False, got 1"),
@@ -87,8 +91,12 @@ def test_the_repr_says_what_differs_from_the_defaults_and_stays_short():
     assert repr(NCConfig(2.0, 0.5)) == "NCConfig(alpha=2.0, C=0.5)"
     config = NCConfig([1.0, 2.0], 0.5, selection="block", min_mass=0.9, dense_layers=[0])
     assert eval(repr(config)) == config
-    profiled = NCConfig([[1.0, 2.0, 3.0]] * 30, [0.5] * 30, tail="drop")
-    assert repr(profiled) == ("NCConfig(alpha=<30 layers of 3 heads, 1 to 3>, C=<30 layers, 0.5 to 0.5>, tail='drop')")
+    profiled = NCConfig([[1.0, 2.0, 3.0]] * 30, [0.5] * 30, dense_below=7)
+    assert repr(profiled) == "NCConfig(alpha=<30 layers of 3 heads, 1 to 3>, C=<30 layers, 0.5 to 0.5>, dense_below=7)"
+    assert repr(NCConfig(2.0, 0.5, selection="topk")) == "NCConfig(alpha=2.0, C=0.5, selection='topk')"
+    for options in ({"tail": "drop"}, {"local_keys": 0}, {"prefill": "topk", "sink_keys": 2}, {"decode": "block"}):
+        config = NCConfig(2.0, 0.5, **options)
+        assert eval(repr(config)) == config
 
 
 def test_unknown_options_are_refused_and_the_allowed_ones_listed():
@@ -121,6 +129,16 @@ def test_files_of_earlier_versions_load_where_a_removed_option_has_its_default(n
         NCConfig(2.0, 0.5, **{name: default})
 
 
+def test_a_file_without_dense_below_loads_and_gets_its_default(dense_with_few_keys):
+    config = NCConfig(2.0, 0.5, prefill="block", track=True)
+    values = config.to_dict()
+    assert values.pop("dense_below") == 1024
+    assert NCConfig.from_dict(values) == NCConfig.from_json(json.dumps(values)) == config
+    config = dataclasses.replace(config, dense_below=0)
+    assert NCConfig.from_json(config.to_json()) == config
+    assert config != NCConfig.from_dict(values)
+
+
 def test_it_is_frozen_and_hashable():
     config = NCConfig(2.0, 0.5)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -150,6 +168,22 @@ numbers = st.floats(1e-3, 1e3), st.floats(0, 1), st.integers(1, 100), st.integer
 def test_budget_is_the_law_in_float64(alpha, C, min_keys, n):
     expected = min(n, max(min_keys, math.ceil(alpha * float(n) ** C))) if n else 0
     assert NCConfig(alpha, C, min_keys=min_keys).budget(n) == expected
+
+
+@pytest.mark.parametrize("dense_below", [0, 1, 63, 100, 10**9])
+def test_a_query_that_sees_no_more_than_dense_below_keys_attends_them_all(dense_below):
+    law, config = (NCConfig([[2.0, 4.0]], 0.5, dense_below=below) for below in (0, dense_below))
+    n = torch.arange(200)
+    visible = torch.stack((torch.full_like(n, 3), n + 3), -1)[None].int()
+    found = config.row_budgets(visible, 200, 0)
+    for head in range(2):
+        expected = [int(i) if i <= dense_below else law.budget(int(i), 0, head) for i in n]
+        assert found[0, head].tolist() == config.budget(n, 0, head).tolist() == expected
+        assert [config.budget(int(i), 0, head) for i in n] == expected
+    for most in (1, 50, 63, 64, 199):
+        assert config.largest_budget(most, 0) == int(found[..., : most + 1].max())
+    rounded = budgets_for(n.numpy(), 4.0, 0.5, dense_below=dense_below)
+    assert rounded.tolist() == found[0, 1].tolist()
 
 
 @given(st.floats(1e-2, 1e2), st.sampled_from([0.0, 1 / 3, 0.5, 0.6, 0.7, 2 / 3, 1.0]) | st.floats(0, 1))

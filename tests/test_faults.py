@@ -18,10 +18,11 @@ from nc_patch import BrokenCacheError, forget_index, nc_stats, patch_model, unpa
 
 PACKAGE = str(Path(nc_patch.__file__).parent)
 SETTINGS = {
-    "topk": {"key_index": "always"},
-    "drop": {"key_index": "always", "tail": "drop"},
+    "topk": {"selection": "topk", "key_index": "always"},
+    "drop": {"selection": "topk", "key_index": "always", "tail": "drop"},
     "block": {"selection": "block", "block_size": 16},
     "window": {"selection": "window"},
+    "unasked": {"key_index": "always", "query_block_size": 32, "local_keys": 0},
 }
 LENGTH = 50
 
@@ -213,7 +214,7 @@ def test_ctrl_c_inside_generate_leaves_the_model_and_the_cache_usable(selection,
 def test_layers_that_keep_no_keys_of_their_own_are_not_taken_for_broken_ones():
     # Two calls on one model without a cache, and with one that starts empty, and a prompt shorter than a window.
     for family in ("llama", "mistral", "gemma2", "gpt_oss"):
-        model, ids = patch_model(tiny_model(family), 1.0, 0.7), random_ids(2, 30)
+        model, ids = patch_model(tiny_model(family), 1.0, 0.7, selection="topk"), random_ids(2, 30)
         cache = DynamicCache(config=model.config)
         for piece in ids.split([3, 20, 1, 1, 5], 1):
             logits(model, piece, cache)

@@ -53,7 +53,7 @@ def test_a_config_of_any_numbers_is_the_config_of_pythons(three, half):
 @pytest.mark.parametrize("make", [np.array, torch.tensor, tuple, iter], ids=lambda make: make.__name__)
 def test_layers_are_taken_from_arrays_tensors_and_any_iterable(make):
     assert NCConfig(2.0, 0.5, dense_layers=make([1, 0, 1])).dense_layers == (0, 1)
-    model = patch_model(tiny_model("llama"), 2.0, 0.5, dense_layers=make([0, 2]))
+    model = patch_model(tiny_model("llama"), 2.0, 0.5, dense_layers=make([0, 2]), selection="topk")
     model(random_ids(1, 30))
     assert [bool(layer["dense_calls"]) for layer in nc_stats(model)["layers"]] == [True, False, True]
 
@@ -97,7 +97,7 @@ def test_arguments_of_functions_are_taken_as_settings_are(three):
     index.extend(key, three, torch.tensor([40]))
     whole = KeyIndex.build(key, "pages", block_size=16)
     assert all(torch.equal(one, other) for one, other in zip(index.tensors(), whole.tensors(), strict=True))
-    model = patch_model(tiny_model("llama"), 2.0, 0.5)
+    model = patch_model(tiny_model("llama"), 2.0, 0.5, selection="topk")
     reset_stats(model, tail=three)
     model(random_ids(1, 30))
     assert nc_stats(model)["tail_mean_keys"] is not None

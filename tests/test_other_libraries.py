@@ -140,10 +140,11 @@ def test_a_model_whose_attention_another_library_has_replaced_is_refused(monkeyp
 
 
 def test_a_forward_that_another_library_has_wrapped_is_patched():
-    ids, expected, model = random_ids(1, 30), patch_model(tiny_model("llama"), 2.0, 0.5), tiny_model("llama")
+    ids, model = random_ids(1, 30), tiny_model("llama")
+    expected = patch_model(tiny_model("llama"), 2.0, 0.5, selection="topk")
     for wrap, layer in zip((closed_over, partly, marked), model.model.layers, strict=True):
         layer.self_attn.forward = wrap(layer.self_attn.forward)
-    assert torch.equal(patch_model(model, 2.0, 0.5)(ids).logits, expected(ids).logits)
+    assert torch.equal(patch_model(model, 2.0, 0.5, selection="topk")(ids).logits, expected(ids).logits)
 
 
 @pytest.mark.parametrize("lengths", [(10, 20, 30), (30, 20, 10), (20, 20, 21)], ids=str)

@@ -20,6 +20,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from ways import CHOICES, TOPK
 
 from nc_patch import (
     NCConfig,
@@ -35,7 +36,7 @@ from nc_patch import (
 )
 from nc_patch.common import say_once
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
-from nc_patch.selections import TopK
+from nc_patch.selections import Block, TopK
 
 SELECTIONS = ("topk", "window", "block", "dense")
 FULL = {"alpha >= 1, C = 1": (1.0, 1.0), "budget above n": (500.0, 0.0)}
@@ -106,7 +107,7 @@ def test_a_small_budget_changes_the_output_and_is_counted():
     model, ids = tiny_model("llama"), random_ids(1, 100)
     with torch.inference_mode():
         dense = model(ids).logits
-        patch_model(model, 2.0, 0.5)
+        patch_model(model, 2.0, 0.5, selection="topk")
         assert not torch.allclose(model(ids).logits, dense, atol=1e-3)
     stats = nc_stats(model)
     config = NCConfig(2.0, 0.5)
@@ -121,7 +122,7 @@ def test_a_small_budget_changes_the_output_and_is_counted():
 
 def test_the_tail_is_counted_apart():
     model, ids = tiny_model("llama"), random_ids(2, 60)
-    patch_model(model, 2.0, 0.5)
+    patch_model(model, 2.0, 0.5, selection="topk")
     reset_stats(model, tail=10)
     with torch.inference_mode():
         model(ids)
@@ -148,7 +149,7 @@ def test_counting_survives_long_generations(monkeypatch):
 
     monkeypatch.setattr(stats, "_FOLD_AT", 4)
     model, ids = tiny_model("llama"), random_ids(1, 5)
-    patch_model(model, 2.0, 0.5)
+    patch_model(model, 2.0, 0.5, selection="topk")
     model.generate(ids, max_new_tokens=20, do_sample=False)
     layer = nc_stats(model)["layers"][0]
     assert layer["calls"] == 20
@@ -176,7 +177,7 @@ def test_dense_layers_and_per_layer_settings_act_on_their_layer_only():
         dense = model(ids).logits
         patch_model(model, 1.0, 0.5, dense_layers=[0, 1, 2])
         assert torch.equal(model(ids).logits, dense)
-        patch_model(model, [1.0, 1.0, 1.0], [1.0, 0.5, 1.0])
+        patch_model(model, [1.0, 1.0, 1.0], [1.0, 0.5, 1.0], selection="topk")
         model(ids)
     fractions = [layer["attended_fraction"] for layer in nc_stats(model)["layers"]]
     assert fractions[0] == fractions[2] == 1.0
@@ -185,7 +186,7 @@ def test_dense_layers_and_per_layer_settings_act_on_their_layer_only():
 
 def test_budgets_per_head_reach_the_heads():
     model, ids = tiny_model("llama"), random_ids(1, 50)
-    patch_model(model, [[1.0, 2.0, 3.0, 4.0]] * 3, 0.0)
+    patch_model(model, [[1.0, 2.0, 3.0, 4.0]] * 3, 0.0, selection="topk")
     with torch.inference_mode():
         model(ids)
     expected = sum(min(n, k) for n in range(1, 51) for k in (1, 2, 3, 4)) / 200
@@ -195,9 +196,9 @@ def test_budgets_per_head_reach_the_heads():
 def test_patching_again_replaces_the_settings():
     model, ids = tiny_model("llama"), random_ids(1, 50)
     with torch.inference_mode():
-        once = patch_model(tiny_model("llama"), 3.0, 0.5)(ids).logits
-        patch_model(model, 1.0, 0.0)
-        patch_model(model, 3.0, 0.5)
+        once = patch_model(tiny_model("llama"), 3.0, 0.5, selection="topk")(ids).logits
+        patch_model(model, 1.0, 0.0, selection="topk")
+        patch_model(model, 3.0, 0.5, selection="topk")
         assert torch.equal(model(ids).logits, once)
     unpatch_model(model)
     assert model.config._attn_implementation == "sdpa"
@@ -207,22 +208,22 @@ def test_the_context_manager_restores_what_was_before():
     model, ids = tiny_model("llama"), random_ids(1, 50)
     with torch.inference_mode():
         dense = model(ids).logits
-        with patched(model, 2.0, 0.5) as inner:
+        with patched(model, 2.0, 0.5, selection="topk") as inner:
             assert inner is model
             sparse = model(ids).logits
         assert torch.equal(model(ids).logits, dense)
-        patch_model(model, 2.0, 0.5)
-        with contextlib.suppress(KeyError), patched(model, 1.0, 0.0):
+        patch_model(model, 2.0, 0.5, selection="topk")
+        with contextlib.suppress(KeyError), patched(model, 1.0, 0.0, selection="topk"):
             assert not torch.equal(model(ids).logits, sparse)
             raise KeyError
         assert torch.equal(model(ids).logits, sparse)
 
 
 def test_the_context_manager_patches_again_what_its_block_unpatched():
-    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5), random_ids(1, 50)
+    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, selection="topk"), random_ids(1, 50)
     with torch.inference_mode():
         sparse = model(ids).logits
-        with patched(model, 1.0, 0.0):
+        with patched(model, 1.0, 0.0, selection="topk"):
             unpatch_model(model)
         assert is_patched(model)
         assert torch.equal(model(ids).logits, sparse)
@@ -249,7 +250,7 @@ def test_copies_keep_the_patch(way):
     model, ids = tiny_model("llama"), random_ids(1, 50)
     with torch.inference_mode():
         dense = model(ids).logits
-        sparse = patch_model(model, 2.0, 0.5)(ids).logits
+        sparse = patch_model(model, 2.0, 0.5, selection="topk")(ids).logits
         if way == "deepcopy":
             other = copy.deepcopy(model)
         elif way == "pickle":
@@ -267,9 +268,9 @@ def test_copies_keep_the_patch(way):
 def test_two_models_with_different_settings_live_side_by_side():
     first, second, ids = tiny_model("llama"), tiny_model("llama"), random_ids(1, 50)
     with torch.inference_mode():
-        alone = patch_model(tiny_model("llama"), 1.0, 0.5)(ids).logits
-        patch_model(first, 1.0, 0.5)
-        patch_model(second, 3.0, 0.5)
+        alone = patch_model(tiny_model("llama"), 1.0, 0.5, selection="topk")(ids).logits
+        patch_model(first, 1.0, 0.5, selection="topk")
+        patch_model(second, 3.0, 0.5, selection="topk")
         assert torch.equal(first(ids).logits, alone)
         assert not torch.equal(second(ids).logits, alone)
 
@@ -281,9 +282,9 @@ def test_models_that_share_a_config_object():
     second.load_state_dict(first.state_dict())
     with torch.inference_mode():
         dense = second(ids, attention_mask=padding).logits[padding.bool()]
-        sparse = patch_model(first, 2.0, 0.5)(ids, attention_mask=padding).logits[padding.bool()]
+        sparse = patch_model(first, 2.0, 0.5, selection="topk")(ids, attention_mask=padding).logits[padding.bool()]
         assert torch.allclose(second(ids, attention_mask=padding).logits[padding.bool()], dense, atol=1e-5)
-        patch_model(second, 2.0, 0.5)
+        patch_model(second, 2.0, 0.5, selection="topk")
         unpatch_model(first)
         assert torch.equal(second(ids, attention_mask=padding).logits[padding.bool()], sparse)
         unpatch_model(second)
@@ -291,7 +292,7 @@ def test_models_that_share_a_config_object():
 
 
 def test_a_model_made_from_the_config_of_a_patched_one_runs_dense_and_the_log_says_so(caplog):
-    ids, model = random_ids(1, 20), patch_model(tiny_model("llama"), 2.0, 0.5)
+    ids, model = random_ids(1, 20), patch_model(tiny_model("llama"), 2.0, 0.5, selection="topk")
     other = LlamaForCausalLM(copy.deepcopy(model.config)).eval()
     other.load_state_dict(model.state_dict())
     say_once.cache_clear()
@@ -300,19 +301,19 @@ def test_a_model_made_from_the_config_of_a_patched_one_runs_dense_and_the_log_sa
         assert "runs dense" not in caplog.text
         assert torch.equal(other(ids).logits, tiny_model("llama")(ids).logits)
         assert "LlamaAttention runs dense: its config names the attention of patched models" in caplog.text
-        assert torch.equal(patch_model(other, 2.0, 0.5)(ids).logits, model(ids).logits)
+        assert torch.equal(patch_model(other, 2.0, 0.5, selection="topk")(ids).logits, model(ids).logits)
 
 
 def test_training_through_a_patched_model():
     model, ids = tiny_model("llama"), random_ids(2, 40)
     reference = tiny_model("llama")
-    patch_model(model, 1.0, 0.9999999, backend="torch")  # all keys, but by way of the top-k operation
+    patch_model(model, 1.0, 0.9999999, backend="torch", selection="topk")  # all keys, but by way of the top-k operation
     for m in (model, reference):
         m.train()
         m(ids, labels=ids).loss.backward()
     for (name, got), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert torch.allclose(got.grad, expected.grad, atol=1e-5), name
-    patch_model(model, 2.0, 0.5)
+    patch_model(model, 2.0, 0.5, selection="topk")
     model.zero_grad()
     loss = model(ids, labels=ids).loss
     loss.backward()
@@ -327,7 +328,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     ids = random_ids(1, 40)
     gradients = []
     for checkpointing in (False, True):
-        model = patch_model(tiny_model("llama"), 2.0, 0.5).train()
+        model = patch_model(tiny_model("llama"), 2.0, 0.5, selection="topk").train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -337,7 +338,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 def test_sampling_under_a_patched_model():
     model, ids = tiny_model("llama"), random_ids(2, 20)
-    patch_model(model, 2.0, 0.5)
+    patch_model(model, 2.0, 0.5, selection="topk")
     torch.manual_seed(3)
     first = model.generate(ids, max_new_tokens=6, do_sample=True)
     torch.manual_seed(3)
@@ -346,7 +347,7 @@ def test_sampling_under_a_patched_model():
 
 
 def test_a_compiled_forward_equals_the_eager_one():
-    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, backend="torch"), random_ids(1, 40)
+    model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, backend="torch", selection="topk"), random_ids(1, 40)
     with torch.inference_mode():
         eager = model(ids, use_cache=False).logits
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
@@ -355,8 +356,8 @@ def test_a_compiled_forward_equals_the_eager_one():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"key_index": "always"}, {"selection": "block", "block_size": 16}],
-    ids=["topk", "topk-by-codes", "block"],
+    CHOICES,
+    ids=["topk", "topk-by-codes", "block", "unasked"],
 )
 def test_compiled_decoding_on_a_static_cache_equals_generate(options):
     model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, backend="torch", **options), random_ids(1, 60)
@@ -371,7 +372,7 @@ def test_compiled_decoding_on_a_static_cache_equals_generate(options):
             tokens.append(step(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
     assert torch.equal(torch.cat(tokens, -1), expected[:, 60:])
     assert frames.frame_count <= 2  # a step is not compiled anew for every token
-    if options:
+    if options != TOPK:
         assert all(layer.nc_indexes for layer in cache.layers)
 
 
@@ -409,7 +410,7 @@ def changed_nothing(model, call, exception, message):
 def test_wrong_settings_are_refused_and_nothing_changes(arguments, options, exception, message):
     model = tiny_model("llama")
     changed_nothing(model, lambda: patch_model(model, *arguments, **options), exception, message)
-    patch_model(model, 2.0, 0.5)
+    patch_model(model, 2.0, 0.5, selection="topk")
     changed_nothing(model, lambda: patch_model(model, *arguments, **options), exception, message)
 
 
@@ -449,7 +450,7 @@ def test_a_custom_4d_mask_is_refused_and_handed_to_sdpa_where_the_layer_is_dense
     mask[..., 5, 2] = False
     with torch.inference_mode():
         dense = model(ids, attention_mask=mask).logits
-        patch_model(model, 2.0, 0.5)
+        patch_model(model, 2.0, 0.5, selection="topk")
         with pytest.raises(
             UnsupportedMaskError, match=r"LlamaAttention got a custom attention mask \(torch.bool \(1, 1, 12, 12\)\)"
         ):
@@ -459,7 +460,7 @@ def test_a_custom_4d_mask_is_refused_and_handed_to_sdpa_where_the_layer_is_dense
 
 
 def test_attention_dropout_is_refused_in_training():
-    model = patch_model(tiny_model("llama", attention_dropout=0.1), 2.0, 0.5).train()
+    model = patch_model(tiny_model("llama", attention_dropout=0.1), 2.0, 0.5, selection="topk").train()
     with pytest.raises(UnsupportedModelError, match=r"attention dropout 0.1"):
         model(random_ids(1, 8))
     with torch.inference_mode():
@@ -482,4 +483,4 @@ def test_without_alpha_and_C_the_defaults_are_taken():
     model = patch_model(tiny_model("llama"))
     config = next(module for module in model.modules() if hasattr(module, "_nc_patch"))._nc_patch.config
     assert config == NCConfig(DEFAULT_ALPHA, DEFAULT_C)
-    assert (config.prefill, config.decode) == (TopK(tail="mean"), TopK(tail="mean"))
+    assert (config.prefill, config.decode) == (Block(), TopK(tail="mean"))

@@ -53,7 +53,7 @@ def perplexity(smollm2):
 
 def test_topk_is_within_three_percent_of_dense_at_2048(perplexity):
     dense = perplexity("perplexity", 2048, None, samples=2)
-    assert perplexity("perplexity", 2048, NCConfig(2.0, 0.7, tail="drop"), samples=2) <= 1.03 * dense
+    assert perplexity("perplexity", 2048, NCConfig(2.0, 0.7, selection="topk", tail="drop"), samples=2) <= 1.03 * dense
 
 
 def test_the_defaults_are_within_two_percent_of_dense_at_2048(perplexity):
@@ -64,7 +64,7 @@ def test_the_defaults_are_within_two_percent_of_dense_at_2048(perplexity):
 def test_topk_recalls_at_2048_and_a_window_of_the_same_budget_does_not(perplexity):
     dense = perplexity("recall", 2048, None, samples=2)
     assert dense < 2.5
-    assert perplexity("recall", 2048, NCConfig(2.0, 0.5, tail="drop"), samples=2) <= 1.5 * dense
+    assert perplexity("recall", 2048, NCConfig(2.0, 0.5, selection="topk", tail="drop"), samples=2) <= 1.5 * dense
     window = NCConfig(2.0, 0.5, selection="window", sink_keys=4)
     assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
 
@@ -84,7 +84,8 @@ def test_blocks_stay_near_dense_at_2048_and_a_floor_on_the_mass_brings_them_near
 
 @pytest.mark.wide
 def test_a_growing_budget_beats_the_fixed_and_the_logarithmic_one_at_4096(perplexity):
-    laws = (NCConfig(2.0, 0.5, tail="drop"), LogConfig(6.4, tail="drop"), NCConfig(64, tail="drop"))
+    topk = {"selection": "topk", "tail": "drop"}
+    laws = (NCConfig(2.0, 0.5, **topk), LogConfig(6.4, **topk), NCConfig(64, **topk))
     assert [law.budget(1024) for law in laws] == [64, 64, 64]
     growing, logarithmic, fixed = (perplexity("recall", 4096, law) for law in laws)
     assert growing < logarithmic
@@ -117,7 +118,7 @@ def test_decoding_by_an_index_gives_the_tokens_of_decoding_without(smollm2):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False
     )
     dense = generate()
-    with patched(model, 1.0, 0.0, min_keys=4096, key_index="always"):  # the budget is every key
+    with patched(model, 1.0, 0.0, min_keys=4096, key_index="always", selection="topk"):  # the budget is every key
         assert torch.equal(generate(), dense)
     for options in ({"selection": "topk"}, {"selection": "block", "block_size": 16}):
         with patched(model, 2.0, 0.7, key_index="always", **options):
@@ -170,8 +171,8 @@ def test_a_profile_loses_less_than_six_tenths_of_what_a_uniform_law_loses(smollm
             logits = smollm2.model(input_ids=stretch[None, :-1], use_cache=False).logits[0]
         return float(torch.nn.functional.cross_entropy(logits.float(), stretch[1:]))
 
-    dense = loss(None)
+    dense, topk = loss(None), {"selection": "topk", "tail": "drop"}
     # Each attends 10 % of the keys of 2,048 tokens.
-    profile = loss(calibrated[0].at_budget(0.1, n=2048).config(tail="drop"))
-    uniform = min(loss(NCConfig(alpha, C, tail="drop")) for alpha, C in ((13.48, 0.3), (3.38, 0.5), (0.83, 0.7)))
+    profile = loss(calibrated[0].at_budget(0.1, n=2048).config(**topk))
+    uniform = min(loss(NCConfig(alpha, C, **topk)) for alpha, C in ((13.48, 0.3), (3.38, 0.5), (0.83, 0.7)))
     assert profile - dense <= 0.6 * (uniform - dense)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from tiny_models import random_ids, tiny_model
+from ways import BLOCKS, CHOICES, TOPK, UNASKED
 
 from nc_patch import nc_stats, patch_model
 from nc_patch.patch import reset_stats
@@ -44,13 +45,14 @@ def test_kept_mass_is_there_only_where_it_is_tracked(selection):
 @pytest.mark.parametrize(
     ("options", "prefill", "decode"),
     [
-        ({}, "exact", "exact"),
-        ({"key_index": "always"}, "exact", "bounds"),
-        ({"key_index": "never"}, "exact", "exact"),
+        ({}, "estimate", "exact"),
+        ({"selection": "topk"}, "exact", "exact"),
+        ({"selection": "topk", "key_index": "always"}, "exact", "bounds"),
+        ({"selection": "topk", "key_index": "never"}, "exact", "exact"),
         ({"selection": "window"}, "exact", "exact"),
         ({"prefill": "block", "block_size": 16}, "estimate", "exact"),
         ({"selection": "block", "block_size": 16}, "estimate", "exact"),
-        ({"decode": "dense"}, "exact", "dense"),
+        ({"prefill": "topk", "decode": "dense"}, "exact", "dense"),
         ({"dense_layers": [0, 1, 2]}, "dense", "dense"),
     ],
     ids=str,
@@ -77,7 +79,7 @@ def test_every_figure_says_what_it_rests_on(options, prefill, decode):
 
 
 def test_tracking_changes_no_output_and_no_random_state():
-    for options in ({}, {"key_index": "always"}, {"selection": "block", "block_size": 16}, {"selection": "window"}):
+    for options in (*CHOICES, {"selection": "window"}):
         model, ids, texts = tiny_model("llama"), random_ids(2, 90), []
         for track in (False, True):
             patch_model(model, 2.0, 0.5, track=track, **options)
@@ -86,7 +88,7 @@ def test_tracking_changes_no_output_and_no_random_state():
         assert torch.equal(*texts), options
 
 
-@pytest.mark.parametrize("options", [{}, {"selection": "block", "block_size": 16}, {"selection": "window"}], ids=str)
+@pytest.mark.parametrize("options", [UNASKED, TOPK, BLOCKS, {"selection": "window"}], ids=str)
 def test_tracking_changes_no_gradient_and_keeps_no_graph(options):
     ids, gradients = random_ids(1, 80), []
     for track in (False, True):
@@ -102,7 +104,7 @@ def test_tracking_changes_no_gradient_and_keeps_no_graph(options):
 
 
 def test_gradient_checkpointing_counts_twice():
-    model = patch_model(tiny_model("llama"), 2.0, 0.5, track=True).train()
+    model = patch_model(tiny_model("llama"), 2.0, 0.5, track=True, selection="topk").train()
     model.gradient_checkpointing_enable()
     ids = random_ids(1, 60)
     model(ids, labels=ids, use_cache=False).loss.backward()

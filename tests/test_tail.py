@@ -116,7 +116,7 @@ def test_pages_of_packed_sequences_lie_in_slots_of_their_own():
 
 
 def test_prefill_chunks_and_single_tokens_score_alike():
-    model = patch_model(tiny_model("llama"), 1.0, 0.6, tail="mean")
+    model = patch_model(tiny_model("llama"), 1.0, 0.6, tail="mean", selection="topk")
     ids = random_ids(2, 90)
     mask = torch.ones_like(ids)
     mask[1, :21] = 0

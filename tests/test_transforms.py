@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from ways import small
+from ways import CHOICES, TOPK, small
 
 from nc_patch import KeyIndex, nc_stats, patch_model, sparse_attention
 
@@ -67,7 +67,8 @@ def test_second_derivatives_and_forward_mode_are_refused_by_name(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"selection": "block"}, {"key_index": "always", "tail": "drop"}, {"track": True}]
+    "options",
+    [*CHOICES, TOPK | {"key_index": "always", "tail": "drop"}, TOPK | {"track": True}],
 )
 def test_gradients_of_every_sample_are_those_of_each_alone(options):
     model, ids = small(**options), random_ids(3, 30)
@@ -87,7 +88,7 @@ def test_gradients_of_every_sample_are_those_of_each_alone(options):
             torch.testing.assert_close(each[name][row], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("options", [{}, {"selection": "block"}, {"key_index": "always"}, {"selection": "window"}])
+@pytest.mark.parametrize("options", [*CHOICES, {"selection": "window"}])
 def test_a_model_maps_over_rows_with_and_without_a_cache(options):
     model, ids = small(**options), random_ids(3, 30)
     for use_cache in (False, True):

@@ -6,7 +6,19 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
-from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, full_and_small, left_padded, right_padded, rows_of, small
+from ways import (
+    EACH_FAMILY,
+    EACH_SELECTION,
+    FULL,
+    SMALL,
+    UNASKED,
+    attended_fraction,
+    full_and_small,
+    left_padded,
+    right_padded,
+    rows_of,
+    small,
+)
 
 from nc_patch import patch_model, unpatch_model
 from nc_patch.ops.problem import MAX_DECODE_QUERIES
@@ -26,35 +38,38 @@ def logits_by_row(model, batch):
     return [logits[row][kept.bool()] for row, kept in enumerate(batch["attention_mask"])]
 
 
+@EACH_SELECTION
 @pytest.mark.parametrize("side", PADDED)
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_batches_of_one_to_eight_rows_equal_dense_and_the_row_alone(family, side):
+def test_batches_of_one_to_eight_rows_equal_dense_and_the_row_alone(family, side, selections):
     dense, model = tiny_model(family), tiny_model(family)
     rows = rows_of(8)
     for budget, reference in ((FULL, dense), (SMALL, model)):
-        patch_model(model, *budget)
+        patch_model(model, *budget, **selections)
         with torch.inference_mode():
             expected = [reference(row[None]).logits[0] for row in rows]
         for count in range(1, 9):
             for row, found in enumerate(logits_by_row(model, PADDED[side](rows[:count]))):
                 torch.testing.assert_close(found, expected[row], atol=2e-5, rtol=0, msg=f"{count} rows, row {row}")
-    assert attended_fraction(model) < 0.7
+    assert attended_fraction(model) < (0.95 if selections == UNASKED else 0.7)
 
 
+@EACH_SELECTION
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_a_row_generates_in_a_batch_what_it_generates_alone(family):
-    model, rows = small(family), rows_of(8)
+def test_a_row_generates_in_a_batch_what_it_generates_alone(family, selections):
+    model, rows = small(family, **selections), rows_of(8)
     alone = [model.generate(row[None], max_new_tokens=6, do_sample=False, pad_token_id=0)[0, -6:] for row in rows]
     together = model.generate(**left_padded(rows), max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(together[:, -6:], torch.stack(alone))
 
 
+@EACH_SELECTION
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_packed_sequences_equal_dense_and_each_alone(family):
+def test_packed_sequences_equal_dense_and_each_alone(family, selections):
     rows = rows_of(4)
     packed = torch.cat(rows)[None]
     positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
-    for model, reference in full_and_small(family):
+    for model, reference in full_and_small(family, **selections):
         with torch.inference_mode():
             found = model(packed, position_ids=positions, use_cache=False).logits[0]
             expected = torch.cat([reference(row[None]).logits[0] for row in rows])
@@ -86,13 +101,14 @@ def test_a_padded_batch_in_pieces_equals_dense_and_the_whole(family, static, key
             torch.testing.assert_close(logits[row][kept.bool()], whole[row], atol=2e-5, rtol=0)
 
 
+@EACH_SELECTION
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_each_dtype_equals_dense_and_the_row_alone(family, dtype):
+def test_each_dtype_equals_dense_and_the_row_alone(family, dtype, selections):
     rows = rows_of(3)
     dense, model = tiny_model(family).to(dtype), tiny_model(family).to(dtype)
     for budget, reference in ((FULL, dense), (SMALL, model)):
-        patch_model(model, *budget)
+        patch_model(model, *budget, **selections)
         for row, found in enumerate(logits_by_row(model, left_padded(rows))):
             with torch.inference_mode():
                 expected = reference(rows[row][None]).logits[0]
@@ -106,7 +122,7 @@ def test_each_dtype_equals_dense_and_the_row_alone(family, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_dtype_taken_after_patching_is_as_one_taken_before(dtype):
     ids = random_ids(2, 40)
-    before, after = patch_model(tiny_model("llama").to(dtype), *SMALL), small().to(dtype)
+    before, after = patch_model(tiny_model("llama").to(dtype), *SMALL, selection="topk"), small().to(dtype)
     with torch.inference_mode():
         assert torch.equal(after(ids).logits, before(ids).logits)
         assert torch.equal(unpatch_model(after)(ids).logits, tiny_model("llama").to(dtype)(ids).logits)

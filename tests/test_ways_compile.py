@@ -6,7 +6,7 @@ from tiny_models import random_ids, tiny_model
 from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
-from ways import each_family, full_and_small, small
+from ways import BLOCKS, EACH_SELECTION, TOPK, UNASKED, each_family, full_and_small, small
 
 from nc_patch import sparse_attention
 
@@ -18,10 +18,11 @@ SELECTIONS = [
 ]
 
 
+@EACH_SELECTION
 @pytest.mark.parametrize("family", each_family("gemma2"))
-def test_a_compiled_forward_equals_dense_and_the_eager_one(family):
-    ids = random_ids(2, 40)
-    for model, reference in full_and_small(family):
+def test_a_compiled_forward_equals_dense_and_the_eager_one(family, selections):
+    ids = random_ids(2, 70)
+    for model, reference in full_and_small(family, **selections):
         torch._dynamo.reset()
         with torch.inference_mode():
             expected = reference(ids, use_cache=False).logits
@@ -44,20 +45,22 @@ def generated_by_compiled_steps(model, ids):
     return found, len(graphs)
 
 
+@EACH_SELECTION
 @pytest.mark.parametrize("family", each_family("llama"))
-def test_generate_compiles_itself_on_a_static_cache(family):
+def test_generate_compiles_itself_on_a_static_cache(family, selections):
     ids = random_ids(2, 40)
     _, graphs_of_dense = generated_by_compiled_steps(tiny_model(family), ids)
     assert graphs_of_dense <= 2  # the length of a sliding cache is first taken for a constant
-    for model, reference in full_and_small(family):
+    for model, reference in full_and_small(family, **selections):
         found, graphs = generated_by_compiled_steps(model, ids)
         assert torch.equal(found, reference.generate(ids, max_new_tokens=6, do_sample=False))
         assert graphs == graphs_of_dense  # a step is not compiled anew
 
 
+@EACH_SELECTION
 @pytest.mark.parametrize("family", each_family("llama"))
-def test_prompts_of_many_lengths_share_their_graphs(family):
-    model, frames = small(family), CompileCounterWithBackend("aot_eager")
+def test_prompts_of_many_lengths_share_their_graphs(family, selections):
+    model, frames = small(family, **selections), CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=frames, fullgraph=True)
     with torch.inference_mode():
@@ -68,9 +71,9 @@ def test_prompts_of_many_lengths_share_their_graphs(family):
     assert frames.frame_count == 2  # the first length is taken for a constant
 
 
-@pytest.mark.parametrize("selection", ["topk", "window", "block"])
-def test_a_compiled_step_of_training_has_the_gradients_of_an_eager_one(selection):
-    model, ids, gradients = small(selection=selection).train(), random_ids(2, 40), []
+@pytest.mark.parametrize("selections", [TOPK, {"selection": "window"}, BLOCKS, UNASKED], ids=str)
+def test_a_compiled_step_of_training_has_the_gradients_of_an_eager_one(selections):
+    model, ids, gradients = small(**selections).train(), random_ids(2, 70), []
     torch._dynamo.reset()
     for run in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()
@@ -116,7 +119,7 @@ class Attention(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "settings", [*SELECTIONS, {"family": "gemma2"}], ids=lambda settings: "-".join(settings.values())
+    "settings", [*SELECTIONS, {"family": "gemma2"}, UNASKED], ids=lambda settings: "-".join(map(str, settings.values()))
 )
 def test_an_exported_model_takes_every_length_from_two_on(settings):
     logits, length = Logits(small(**settings)), torch.export.Dim("length", min=2, max=8192)

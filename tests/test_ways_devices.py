@@ -50,7 +50,7 @@ def test_offloaded_weights_change_no_number_patched_before_or_after(family, offl
         for first in ("patch", "offload"):
             model = tiny_model(family)
             steps = {
-                "patch": lambda m, budget=budget: patch_model(m, *budget),
+                "patch": lambda m, budget=budget: patch_model(m, *budget, selection="topk"),
                 "offload": lambda m: OFFLOADS[offload](m, tempfile.mkdtemp(dir=tmp_path)),
             }
             for step in sorted(steps, key=lambda name, first=first: name != first):
@@ -69,7 +69,7 @@ def test_a_model_loaded_by_a_device_map_is_patched_as_any(family, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", attn_implementation=implementation)
     ids = random_ids(2, 40)
     with torch.inference_mode():
-        assert torch.equal(patch_model(model, *SMALL)(ids).logits, small(family)(ids).logits)
+        assert torch.equal(patch_model(model, *SMALL, selection="topk")(ids).logits, small(family)(ids).logits)
         assert torch.equal(unpatch_model(model)(ids).logits, tiny_model(family)(ids).logits)
 
 
@@ -79,11 +79,11 @@ def run_a_rank(directory, out):
     model = AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto").eval()
     found = {}
     for name, budget in (("full", FULL), ("small", SMALL)):
-        patch_model(model, *budget)
+        patch_model(model, *budget, selection="topk")
         with torch.inference_mode():
             found[name] = model(ids).logits
         found[f"{name} text"] = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    patch_model(model, [[1.0, 2.0, 3.0, 4.0]] * 3, 0.5)
+    patch_model(model, [[1.0, 2.0, 3.0, 4.0]] * 3, 0.5, selection="topk")
     try:
         model(ids)
     except UnsupportedModelError as error:
@@ -151,8 +151,8 @@ def test_quantised_weights_give_dense_with_a_full_budget_and_the_row_alone_with_
     with torch.inference_mode():
         dense = model(ids).logits
         assert not torch.equal(dense, tiny_model("llama")(ids).logits)
-        torch.testing.assert_close(patch_model(model, *FULL)(ids).logits, dense, atol=1e-4, rtol=0)
-        sparse = patch_model(model, *SMALL)(ids).logits
+        torch.testing.assert_close(patch_model(model, *FULL, selection="topk")(ids).logits, dense, atol=1e-4, rtol=0)
+        sparse = patch_model(model, *SMALL, selection="topk")(ids).logits
         assert not torch.allclose(sparse, dense, atol=1e-2)
         for row in range(2):
             torch.testing.assert_close(model(ids[row : row + 1]).logits[0], sparse[row], atol=1e-3, rtol=0)

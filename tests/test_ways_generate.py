@@ -9,7 +9,9 @@ from packaging.version import Version
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from ways import (
+    CHOICES,
     EACH_FAMILY,
+    EACH_SELECTION,
     SMALL,
     attended_fraction,
     full,
@@ -82,14 +84,17 @@ def test_an_assistant_proposes_and_the_tokens_are_those_of_dense_and_of_greedy_d
     assert torch.equal(generated(model, ids, assistant_model=small()), alone)
 
 
+@EACH_SELECTION
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_every_cache_gives_dense_with_a_full_budget_and_rows_of_their_own_with_a_small_one(family, cache, no_streams):
+def test_every_cache_gives_dense_with_a_full_budget_and_rows_of_their_own_with_a_small_one(
+    family, cache, selections, no_streams
+):
     skip_what_dense_cannot(family, cache)
     rows = rows_of(3)
     expected = generated(tiny_model(family), left_padded(rows), cache_implementation=cache)
-    assert torch.equal(generated(full(family), left_padded(rows), cache_implementation=cache), expected)
-    model = small(family)
+    assert torch.equal(generated(full(family, **selections), left_padded(rows), cache_implementation=cache), expected)
+    model = small(family, **selections)
     alone = [generated(model, row[None])[0, -NEW:] for row in rows]
     together = generated(model, left_padded(rows), cache_implementation=cache)
     assert torch.equal(together[:, -NEW:], torch.stack(alone))
@@ -154,7 +159,7 @@ def test_a_prefix_is_shared_by_several_continuations(family):
         assert torch.equal(found, generated(model, text))
 
 
-@pytest.mark.parametrize("options", [{}, {"key_index": "always"}, {"selection": "block", "block_size": 16}], ids=str)
+@pytest.mark.parametrize("options", CHOICES, ids=str)
 def test_a_cropped_cache_goes_on_as_one_that_never_was_longer(options):
     model, ids = patch_model(tiny_model("llama"), *SMALL, **options), random_ids(1, 60)
     cache, plain = DynamicCache(), DynamicCache()
@@ -167,9 +172,10 @@ def test_a_cropped_cache_goes_on_as_one_that_never_was_longer(options):
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
+@EACH_SELECTION
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_beams_of_a_batch_are_those_of_each_row(family):
-    model, rows = small(family), rows_of(3)
+def test_beams_of_a_batch_are_those_of_each_row(family, selections):
+    model, rows = small(family, **selections), rows_of(3)
     alone = [generated(model, row[None], num_beams=3)[0, -NEW:] for row in rows]
     together = generated(model, left_padded(rows), num_beams=3)
     assert torch.equal(together[:, -NEW:], torch.stack(alone))

@@ -6,15 +6,16 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache
-from ways import EACH_FAMILY, full, small
+from ways import CHOICES, EACH_FAMILY, TOPK, UNASKED, full, small
 
 from nc_patch import KeyIndex, forget_index, nc_stats, sparse_attention
 
 SELECTIONS = {
-    "topk": {},
-    "topk by codes": {"key_index": "always", "track": True},
+    "topk": TOPK,
+    "topk by codes": TOPK | {"key_index": "always", "track": True},
     "window": {"selection": "window"},
     "block": {"selection": "block", "block_size": 16, "track": True},
+    "unasked": UNASKED | {"track": True},
 }
 
 
@@ -62,7 +63,7 @@ def test_a_small_budget_under_autocast_generates_and_trains_alike_in_every_way(o
     assert torch.equal(gradient(model.train(), ids), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"key_index": "always"}, {"selection": "block", "block_size": 16}], ids=str)
+@pytest.mark.parametrize("options", CHOICES, ids=str)
 def test_a_cache_filled_under_autocast_goes_on_outside_it_with_an_index_of_its_keys(options):
     model, ids, cache = small(**options), random_ids(1, 73), DynamicCache()
     with torch.no_grad():

@@ -84,7 +84,7 @@ def test_a_patched_model_that_was_switched_to_another_implementation_does_not_ru
         eager = tiny_model(family)
         eager.set_attn_implementation("eager")
         assert torch.equal(model(ids).logits, eager(ids).logits)
-        assert torch.equal(patch_model(other, *SMALL)(ids).logits, small(family)(ids).logits)
+        assert torch.equal(patch_model(other, *SMALL, selection="topk")(ids).logits, small(family)(ids).logits)
         assert unpatch_model(other).config._attn_implementation == "eager"
 
 
@@ -132,7 +132,7 @@ def test_threads_that_patch_models_of_one_config_leave_each_as_it_was():
 
     def patch_again_and_again(i):
         for _ in range(20):
-            with patched(models[i], *SMALL), torch.inference_mode():
+            with patched(models[i], *SMALL, selection="topk"), torch.inference_mode():
                 models[i](ids)
         return is_patched(models[i])
 
@@ -145,7 +145,7 @@ def test_threads_that_patch_models_of_one_config_leave_each_as_it_was():
 def test_a_model_patched_and_run_in_inference_mode_runs_and_trains_outside_it():
     model, ids = tiny_model("llama"), random_ids(2, 30)
     with torch.inference_mode():
-        inside = patch_model(model, *SMALL)(ids).logits
+        inside = patch_model(model, *SMALL, selection="topk")(ids).logits
         text = model.generate(ids, max_new_tokens=4, do_sample=False)
     torch.testing.assert_close(model(ids).logits.detach(), inside.clone(), atol=1e-6, rtol=0)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), text)
@@ -157,7 +157,7 @@ def test_a_model_patched_and_run_in_inference_mode_runs_and_trains_outside_it():
 
 
 def test_two_patched_models_run_by_turns_within_one_generation():
-    first, second = small(), patch_model(tiny_model("gemma2"), *FULL)
+    first, second = small(), patch_model(tiny_model("gemma2"), *FULL, selection="topk")
     ids = random_ids(1, 40)
     alone = [model.generate(ids, max_new_tokens=8, do_sample=False) for model in (first, second)]
     assert torch.equal(first.generate(ids, max_new_tokens=8, do_sample=False, assistant_model=second), alone[0])

@@ -7,7 +7,7 @@ import torch
 from tiny_models import random_ids, tiny_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from ways import EACH_FAMILY, attended_fraction, full, small
+from ways import BLOCKS, EACH_FAMILY, TOPK, UNASKED, attended_fraction, full, small
 
 from nc_patch import is_patched, nc_stats, patch_model, unpatch_model
 
@@ -37,7 +37,7 @@ def test_gradients_are_dense_with_a_full_budget_and_checkpointing_changes_none(f
     assert_same(gradients(small(family), ids, checkpointing=True), gradients(small(family), ids))
 
 
-@pytest.mark.parametrize("options", [{"selection": "window"}, {"selection": "block"}, {"tail": "drop"}], ids=str)
+@pytest.mark.parametrize("options", [{"selection": "window"}, BLOCKS, TOPK | {"tail": "drop"}, UNASKED], ids=str)
 def test_checkpointing_changes_no_gradient_of_any_selection(options):
     ids = random_ids(2, 70)
     assert_same(gradients(small(**options), ids, checkpointing=True), gradients(small(**options), ids))
@@ -63,7 +63,7 @@ def test_a_lora_step_is_dense_with_a_full_budget_whether_patched_before_or_after
     expected = gradients(with_lora(tiny_model(family)), ids)
     assert all("lora" in name for name in expected)
     assert_same(gradients(with_lora(full(family)), ids), expected)
-    assert_same(gradients(patch_model(with_lora(tiny_model(family)), 1e6, 0.0), ids), expected)
+    assert_same(gradients(patch_model(with_lora(tiny_model(family)), 1e6, 0.0, selection="topk"), ids), expected)
 
 
 def test_lora_training_lowers_the_loss_and_merging_keeps_the_patch():
@@ -148,7 +148,7 @@ def test_state_goes_in_and_out_of_a_patched_model_as_of_any(tmp_path):
             parameter.zero_()
     plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     with torch.inference_mode():
-        assert torch.equal(patch_model(plain, 2.0, 0.5)(ids).logits, model(ids).logits)
+        assert torch.equal(patch_model(plain, 2.0, 0.5, selection="topk")(ids).logits, model(ids).logits)
         other = copy.deepcopy(model)
         other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         assert torch.equal(other(ids).logits, model(ids).logits)

@@ -12,6 +12,14 @@ from nc_patch import nc_stats, patch_model
 
 # Every key, by way of the selection; and few enough keys that the output is far from dense.
 FULL, SMALL = (1e6, 0.0), (2.0, 0.5)
+# The paper's definition: the same choice in prefill and decoding, however a sequence is cut into calls.
+TOPK = {"selection": "topk"}
+# What patch_model does unasked, with query blocks and local keys of which a tiny model's prompt holds several.
+UNASKED = {"query_block_size": 32, "local_keys": 0}
+BLOCKS = {"selection": "block", "block_size": 16}
+# Every kind of index, and none.
+CHOICES = (TOPK, TOPK | {"key_index": "always"}, BLOCKS, UNASKED)
+EACH_SELECTION = pytest.mark.parametrize("selections", [TOPK, UNASKED], ids=["topk", "unasked"])
 # The families that a plain run goes through; the others run in the wide sweep.
 CORE = ("llama", "gemma2")
 
@@ -25,19 +33,24 @@ EACH_FAMILY = each_family(*CORE)
 
 
 def small(family: str = "llama", **options: object) -> PreTrainedModel:
-    """A tiny model with a small budget."""
-    return patch_model(tiny_model(family), *SMALL, **options)
+    """A tiny model with a small budget; top-k where the options choose nothing else."""
+    return patch_model(tiny_model(family), *SMALL, **_with_selection(options))
 
 
 def full(family: str = "llama", **options: object) -> PreTrainedModel:
-    """A tiny model that attends every key, through the sparse operations."""
-    return patch_model(tiny_model(family), *FULL, **options)
+    """A tiny model that attends every key, through the sparse operations; top-k as in ``small``."""
+    return patch_model(tiny_model(family), *FULL, **_with_selection(options))
 
 
 def full_and_small(family: str, **options: object) -> list[tuple[PreTrainedModel, PreTrainedModel]]:
     """Models and what must give their numbers: a full budget with the dense model, a small one with itself."""
     model = small(family, **options)
     return [(full(family, **options), tiny_model(family)), (model, model)]
+
+
+def _with_selection(options: dict[str, Any]) -> dict[str, Any]:
+    chooses = options.keys() & {"selection", "prefill", "decode", *UNASKED}
+    return options if chooses else TOPK | options
 
 
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,199 @@
+"""``dense_below``: with so few keys a call is the unpatched model's, and beyond them each row goes by its own."""
+
+import itertools
+
+import pytest
+import torch
+from tiny_models import FAMILIES, random_ids, tiny_model
+from transformers import DynamicCache, StaticCache
+from ways import EACH_FAMILY, SMALL, TOPK, each_family, left_padded
+
+from nc_patch import nc_stats, patch_model, reset_stats, sparse_attention
+
+BORDER = 64
+REASON = f"no query sees more than dense_below={BORDER} keys"
+# With query blocks that end at the border, so that none holds rows of both kinds, and with ones that do not.
+SETTINGS = {
+    "unasked": {"local_keys": 0},
+    "topk": TOPK,
+    "topk by codes": TOPK | {"key_index": "always", "tail": "drop"},
+    "window": {"selection": "window"},
+    "blocks": {"selection": "block", "local_keys": 16},
+}
+INDEXES = {"unasked": {"means"}, "topk": {"means"}, "topk by codes": {"codes"}, "window": set(), "blocks": {"pages"}}
+EACH = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+
+
+def bordered(family="llama", **settings):
+    return patch_model(tiny_model(family), *SMALL, dense_below=BORDER, **settings)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def dense_calls(model):
+    return [layer["dense_calls"] for layer in nc_stats(model)["layers"]]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_a_call_of_few_keys_is_that_of_the_unpatched_model_and_keeps_no_index(family, setting):
+    dense, model, ids = tiny_model(family), bordered(family, **SETTINGS[setting]), random_ids(2, BORDER)
+    exact = FAMILIES[family][3] == "sdpa"  # eager attention rounds otherwise
+    caches = DynamicCache(config=dense.config), DynamicCache(config=dense.config)
+    with torch.inference_mode():
+        for piece in ids.split([BORDER - 5, 1, 1, 3], 1):
+            expected, found = (
+                each(piece, past_key_values=cache).logits for each, cache in zip((dense, model), caches, strict=True)
+            )
+            close(found, expected)
+            if exact and piece.shape[1] != 3:
+                assert torch.equal(found, expected)
+        assert not any(getattr(layer, "nc_indexes", None) for layer in caches[1].layers)
+        assert dense_calls(model) == [{REASON: 4}] * 3
+        assert nc_stats(model)["attended_fraction"] == 1.0
+        model(random_ids(2, 1), past_key_values=caches[1])
+    layers = zip(caches[1].layers, dense_calls(model), strict=True)
+    beyond = [layer for layer, reasons in layers if reasons == {REASON: 4}]  # not those of a narrow window
+    assert len(beyond) == (3 if family == "llama" else 1)
+    assert all(set(layer.nc_indexes) == INDEXES[setting] for layer in beyond)
+
+
+def test_what_patch_model_does_unasked_is_the_unpatched_model_up_to_1024_keys(dense_with_few_keys):
+    dense, model, ids = tiny_model("llama"), patch_model(tiny_model("llama")), random_ids(1, 300)
+    reason = {"no query sees more than dense_below=1024 keys": 2}
+    with torch.inference_mode():
+        for rows in (ids, left_padded([ids[0], ids[0, :100]])):
+            call = rows if isinstance(rows, dict) else {"input_ids": rows}
+            found, expected = model(**call).logits, dense(**call).logits
+            seen = call.get("attention_mask", torch.ones(found.shape[:2])).bool()
+            close(found[seen], expected[seen])
+            assert torch.equal(found, expected) or "attention_mask" in call
+    assert dense_calls(model) == [reason] * 3
+    text = dense.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), text)
+    assert nc_stats(model)["attended_fraction"] == 1.0
+
+
+@EACH
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_rows_up_to_the_border_are_dense_and_later_ones_go_by_the_law(family, settings):
+    dense, model, ids = tiny_model(family), bordered(family, **settings), random_ids(1, 3 * BORDER)
+    with torch.inference_mode():
+        expected, found = dense(ids).logits[0], model(ids).logits[0]
+        close(found[:BORDER], expected[:BORDER])
+        assert not torch.allclose(found[BORDER:], expected[BORDER:], atol=1e-3)
+    assert all(REASON not in reasons for reasons in dense_calls(model))
+
+
+@EACH
+def test_across_the_border_a_sequence_scores_the_same_alone_in_company_and_in_pieces(settings):
+    model, ids, other = bordered(**settings), random_ids(190), random_ids(BORDER - 3)
+    with torch.inference_mode():
+        alone = model(ids[None]).logits[0]
+        batch = left_padded([ids, other])
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        together = model(**batch, position_ids=positions).logits
+        close(together[0], alone)
+        close(together[1, -len(other) :], model(other[None]).logits[0])  # in a call that runs dense
+        positions = torch.cat((torch.arange(len(other)), torch.arange(len(ids))))[None]
+        packed = model(torch.cat((other, ids))[None], position_ids=positions, use_cache=False).logits[0]
+        close(packed, torch.cat((model(other[None]).logits[0], alone)))
+        for cache in (
+            DynamicCache(config=model.config),
+            StaticCache(config=model.config, max_cache_len=len(ids)),
+            StaticCache(config=model.config, max_cache_len=4 * BORDER),
+        ):
+            cuts = itertools.pairwise((0, 64, 128, 190))
+            pieces = [model(ids[None, first:last], past_key_values=cache).logits[0] for first, last in cuts]
+            close(torch.cat(pieces), alone)
+
+
+@EACH
+@pytest.mark.parametrize("new", [1, 40])
+def test_generate_across_the_border_gives_the_same_on_every_cache_and_row(settings, new):
+    model, rows = bordered(**settings), [random_ids(length) for length in (BORDER - 20, BORDER + 30, BORDER - 1)]
+    how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    alone = [model.generate(row[None], **how)[0, -new:] for row in rows]
+    for cache in ("dynamic", "static"):
+        together = model.generate(**left_padded(rows), cache_implementation=cache, **how)
+        assert torch.equal(together[:, -new:], torch.stack(alone)), cache
+    reset_stats(model)
+    model.generate(rows[0][None], **how)
+    calls = [layer["calls"] for layer in nc_stats(model)["layers"]]
+    assert calls == [new] * 3
+    assert dense_calls(model) == [{REASON: min(new, 21)}] * 3
+
+
+@EACH
+def test_an_index_is_built_from_all_keys_once_the_border_is_crossed(settings):
+    model, ids = bordered(**settings), random_ids(1, BORDER + 12)
+    at_once, by_steps = DynamicCache(), DynamicCache()
+    with torch.inference_mode():
+        model(ids[:, :BORDER], past_key_values=by_steps)
+        steps = [model(step, past_key_values=by_steps).logits for step in ids[:, BORDER:].split(1, 1)]
+        patch_model(model, *SMALL, **settings)(ids[:, :BORDER], past_key_values=at_once)
+        for layer, dense in zip(at_once.layers, by_steps.layers, strict=True):
+            layer.keys.copy_(dense.keys[:, :, :BORDER])
+            layer.values.copy_(dense.values[:, :, :BORDER])
+            layer.nc_forget()
+        found = [model(step, past_key_values=at_once).logits for step in ids[:, BORDER:].split(1, 1)]
+    for one, other in zip(found, steps, strict=True):
+        close(one, other)
+
+
+@EACH
+@pytest.mark.parametrize("family", each_family("llama"))
+def test_compiled_calls_across_the_border_equal_eager_ones(family, settings):
+    model = bordered(family, backend="torch", **settings)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        for length in (BORDER - 10, BORDER, BORDER + 1, 3 * BORDER, BORDER - 1):
+            ids = random_ids(2, length)
+            close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("settings", [TOPK, SETTINGS["unasked"]], ids=["topk", "unasked"])
+def test_compiled_steps_on_a_static_cache_cross_the_border(settings):
+    model, ids = bordered(backend="torch", **settings), random_ids(1, BORDER - 6)
+    with torch.inference_mode():
+        expected = model.generate(ids, max_new_tokens=14, do_sample=False)
+        cache = StaticCache(config=model.config, max_cache_len=BORDER + 30)
+        tokens = [model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)]
+        torch._dynamo.reset()
+        step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        for _ in range(13):
+            tokens.append(step(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+    assert torch.equal(torch.cat(tokens, -1), expected[:, ids.shape[1] :])
+
+
+@EACH
+def test_a_call_of_few_keys_has_the_gradients_of_the_unpatched_model(settings):
+    ids, gradients = random_ids(2, BORDER), []
+    for model in (tiny_model("llama"), bordered(**settings)):
+        model.train()(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_few_keys_keep_all_their_mass_and_drop_nothing():
+    model, ids = bordered(on_drop="raise", max_dropped_mass=0.0), random_ids(2, BORDER)
+    with torch.inference_mode():
+        model(ids)
+    assert dense_calls(model) == [{REASON: 1}] * 3
+    kept = nc_stats(model)["kept_mass"]["prefill"]
+    assert kept is None or kept["least"] == kept["mean"] == 1.0
+
+
+def test_the_function_attends_by_the_law_alone_unless_it_is_told(dense_with_few_keys):
+    query, key, value = (torch.randn(1, heads, 40, 16) for heads in (4, 2, 2))
+    call = lambda **options: sparse_attention(query, key, value, alpha=2.0, C=0.5, **options)  # noqa: E731
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    for selection in ("topk", "window"):
+        assert not torch.allclose(call(selection=selection), dense, atol=1e-2)
+        close(call(selection=selection, dense_below=40), dense)
+        half = call(selection=selection, dense_below=20, return_stats=True)
+        close(half.output[:, :, :20], dense[:, :, :20])
+        assert half.attended[0, 0, 15:25].tolist() == [16, 17, 18, 19, 20, 10, 10, 10, 10, 10]
