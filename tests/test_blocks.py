@@ -337,6 +337,18 @@ def test_a_patched_model_makes_one_plan_for_all_layers_of_a_forward_pass(made):
     assert len(made) == 3 + layers
 
 
+@pytest.mark.parametrize("stride", [None, 1, 8])
+def test_every_stride_has_a_gradient(stride):
+    g = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(1, 2, 300, 8, generator=g, requires_grad=True) for _ in range(3)]
+    options = {"alpha": 40.0, "selection": "block", "dense_below": 0, "sample_stride": stride, "local_keys": 16}
+    output = sparse_attention(*tensors, **options)
+    with torch.no_grad():
+        assert torch.allclose(output, sparse_attention(*tensors, **options), atol=1e-6)
+    output.sum().backward()
+    assert all(bool(t.grad.isfinite().all()) for t in tensors)
+
+
 def test_rows_scored_are_those_that_a_case_asks_for():
     case = random_case(0, longest=20)
     query, key = (torch.randn(1, heads, 256, 8) for heads in (2, 1))
