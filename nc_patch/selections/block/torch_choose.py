@@ -181,5 +181,6 @@ def _heaviest(
 def _kept(shares: torch.Tensor, owner: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """What S rows with ``shares [Hq, S, K]`` keep on the blocks chosen for their query block, float32 ``[Hq, S]``."""
     Hq, S, K = shares.shape
-    of_rows = shares.view(chosen.shape[1], -1, S, K) * chosen[owner].transpose(0, 1)[:, None]
+    Hkv = chosen.shape[1]
+    of_rows = shares.view(Hkv, Hq // Hkv, S, K) * chosen[owner].transpose(0, 1)[:, None]
     return of_rows.sum(-1).nan_to_num(nan=0.0).view(Hq, S).clamp(max=1.0)
