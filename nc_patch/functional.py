@@ -107,6 +107,7 @@ def sparse_attention(
     else:
         check_int32("visible", visible, (B, Lq, 2), query.device)
         check_intervals(visible, Lk)
+        visible = visible.view_as(visible)  # what is worked out once for a call is not left on the caller's tensor
     if origin is None:
         origin = visible[..., 0]
     else:

@@ -26,8 +26,9 @@ class Case:
     recent_keys: int
     block_size: int = 16
     query_block_size: int = 64
-    sample_stride: int = 16
-    min_mass: float = 0.0
+    sample_stride: int | None = 16
+    local_keys: int = 0
+    min_mass: float | None = None
     max_factor: float = 4.0
 
     def reference(self, selection: str, tail: bool = False) -> AttentionResult:
@@ -50,11 +51,12 @@ class Case:
         )
 
     def block_settings(self) -> dict[str, Any]:
-        """The keyword arguments of the ``block`` operation that say how blocks are cut and chosen, in its order."""
+        """The options of ``block``: how blocks are cut and chosen."""
         return {
             "block_size": self.block_size,
             "query_block_size": self.query_block_size,
             "sample_stride": self.sample_stride,
+            "local_keys": self.local_keys,
             "min_mass": self.min_mass,
             "max_factor": self.max_factor,
         }
@@ -71,7 +73,10 @@ class Case:
 
 
 def random_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32) -> Case:
-    """A case in which everything that may vary does: lengths, heads, intervals, budgets, ties, soft-cap, sinks."""
+    """A case in which everything may vary: lengths, heads, intervals, budgets, ties, soft-cap, sinks, block options.
+
+    In some, rows that see few keys have a budget of all of them.
+    """
     g = torch.Generator().manual_seed(seed)
     pick = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=g))  # noqa: E731
     B, Hkv, group, D, Dv = pick(1, 3), pick(1, 3), pick(1, 5), pick(1, 20), pick(1, 20)
@@ -103,9 +108,15 @@ def random_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float3
     budget = (share * (n + 1)).floor().clamp(min=1).minimum(n).to(torch.int32)
     sinks = torch.randn(Hq, generator=g) if pick(0, 2) == 0 else None
     scale, softcap = (0.125, 0.3)[pick(0, 1)], (0.0, 3.0)[pick(0, 1)]
-    return Case(
+    case = Case(
         query, key, value, visible, origin, budget, sinks, scale, softcap, pick(0, 5), pick(0, 5), (16, 32)[pick(0, 1)]
     )
+    if pick(0, 2) == 0:
+        case.budget = torch.where(n <= pick(1, longest), n, budget)
+    case.query_block_size = (32, 64, 64, 128)[pick(0, 3)]
+    case.sample_stride = (None, None, 1, 4, 16, 64)[pick(0, 5)]
+    case.local_keys = (0, 16, 64, 100)[pick(0, 3)]
+    return case
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:

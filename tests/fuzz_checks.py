@@ -19,8 +19,8 @@ from operations import problem_of, reference_attention, selection_of
 from nc_patch import AttentionResult, KeyIndex, NCConfig, sparse_attention
 from nc_patch.budget import budget_of
 from nc_patch.ops.problem import causal_intervals, visible_mask
-from nc_patch.selections.block.block import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
-from nc_patch.selections.block.blocks import BlockChoice
+from nc_patch.selections import Block
+from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES, BlockChoice
 from nc_patch.selections.block.definition import block_choice
 
 # How often each kind is drawn in a thousand cases.
@@ -63,7 +63,7 @@ class Call:
         key, value = self.inputs.key, self.inputs.value
         B, Lk = key.shape[0], key.shape[2]
         start = torch.zeros(B, dtype=torch.int32) if self.inputs.origin is None else self.inputs.origin[:, -1]
-        options = {"start": start.clamp(min=0), "block_size": self.options.get("block_size", 32)}
+        options = {"start": start.clamp(min=0), "block_size": self.options.get("block_size", Block.size)}
         first = Lk // 2 if kind != "codes" else Lk  # codes depend on the first keys, in their tightness
         end = torch.full((B,), first, dtype=torch.int32)
         piece = key[:, :, :first], value[:, :, :first]
@@ -135,13 +135,21 @@ def random_options(rng: random.Random, inputs: Inputs, selection: str) -> dict[s
     if selection == "block":
         options |= {
             "block_size": rng.choice(BLOCK_SIZES),
-            "query_block_size": rng.choice(QUERY_BLOCK_SIZES),
-            "sample_stride": rng.choice(SAMPLE_STRIDES[:3]),
+            "query_block_size": rng.choice(QUERY_BLOCK_SIZES[1:]),
+            "sample_stride": rng.choice(SAMPLE_STRIDES[2:5]),
             "min_mass": rng.choice((None, None, 0.5, 0.9)),
             "max_factor": rng.choice((1.0, 4.0, 1e300)),
         }
     elif selection == "topk":
         options["tail"] = rng.choice(("drop", "drop", "mean"))
+    # Drawn apart, so that what a seed stands for stays as it was in all else.
+    apart = random.Random(repr(options))
+    options["dense_below"] = apart.choice((0, 0, 0, apart.randint(0, 260), 10**6))
+    if selection == "block":
+        options["local_keys"] = apart.choice((0, 0, 64, apart.randint(0, 260), 10**6))
+        if apart.random() < 0.6:
+            options["query_block_size"] = apart.choice(QUERY_BLOCK_SIZES)
+            options["sample_stride"] = apart.choice((None, None, *SAMPLE_STRIDES))
     return options
 
 
@@ -222,7 +230,7 @@ def _references(call: Call) -> Iterator[AttentionResult]:
     lengths = (visible[..., 1] - visible[..., 0]).tolist()
     budget = torch.tensor(
         [
-            [[budget_of(n, alpha, C, o["min_keys"]) for n in rows] for alpha, C in zip(*per_head, strict=True)]
+            [[budget_of(n, *law, o["min_keys"], o["dense_below"]) for n in rows] for law in zip(*per_head, strict=True)]
             for rows in lengths
         ],
         dtype=torch.int32,
@@ -231,10 +239,8 @@ def _references(call: Call) -> Iterator[AttentionResult]:
         "visible": visible, "origin": origin, "budget": budget, "selection": selection, "softcap": i.softcap,
         "scale": i.query.shape[-1] ** -0.5 if i.scale is None else i.scale, "sinks": i.sinks,
         "sink_keys": o["sink_keys"], "recent_keys": o["recent_keys"], "tail": o.get("tail") == "mean",
-        "block_size": o.get("block_size", 32), "query_block_size": o.get("query_block_size", 64),
-        "sample_stride": o.get("sample_stride", 16), "min_mass": o.get("min_mass") or 0.0,
-        "max_factor": o.get("max_factor", 4.0),
     }  # fmt: skip
+    settings |= {name: o[name] for name in o if name in ("block_size", *Block.options)}
     value, finite = i.value, i.value.isfinite()
     if not bool(finite.all()):
         value = torch.cat((value, value.where(finite, 0.0), (~finite).to(value.dtype)), -1)
@@ -245,7 +251,8 @@ def _references(call: Call) -> Iterator[AttentionResult]:
     for _ in range(_PERTURBED):
         noisy = [t.double() * (1 + 4e-7 * torch.randn(t.shape, generator=g)) for t in (i.query, i.key)]
         # So is the mass that blocks are found to keep, where they stop at one.
-        settings["min_mass"] = (o.get("min_mass") or 0.0) * (1 + 2e-6 * float(torch.randn(1, generator=g)))
+        if o.get("min_mass"):
+            settings["min_mass"] = o["min_mass"] * (1 + 2e-6 * float(torch.randn(1, generator=g)))
         yield reference_attention(*noisy, value, **settings)
 
 
@@ -269,7 +276,8 @@ def _nudged_choice(call: Call, settings: dict[str, Any]) -> BlockChoice:
     rows = {name: settings[name] for name in ("visible", "budget", "origin")}
     block = selection_of("block", **settings)
     problem = problem_of(i.query, i.key, i.value, **rows)
-    return block_choice(problem, scores + _SHARE_ROUNDING * attended, block.settings)
+    assert isinstance(block, Block)
+    return block_choice(problem, scores + _SHARE_ROUNDING * attended, block)
 
 
 def _is_dense(call: Call) -> bool:

@@ -103,10 +103,10 @@ def _sinks(rng: random.Random, arguments: Arguments) -> None:
 
 CHANGES: list[Callable[[random.Random, Arguments], None]] = [
     _option("alpha", "C"),
-    _option("block_size", "query_block_size", "sample_stride", "max_factor"),
+    _option("block_size", "query_block_size", "sample_stride", "local_keys", "max_factor"),
     _option("selection", "backend", "tail", "law", "return_kept_mass"),
     _option("scale", "softcap"),
-    _option("sink_keys", "recent_keys", "min_keys"),
+    _option("sink_keys", "recent_keys", "min_keys", "dense_below"),
     _option("no_such_option"),
     _interval,
     _interval,
@@ -118,7 +118,7 @@ CHANGES: list[Callable[[random.Random, Arguments], None]] = [
     _sinks,
 ]
 # What stands for "the default" is nothing wrong.
-_FINE = ({"scale": None}, {"softcap": None}, {"return_kept_mass": None}, {"alpha": True})
+_FINE = ({"scale": None}, {"softcap": None}, {"return_kept_mass": None}, {"alpha": True}, {"sample_stride": None})
 
 
 def check_refused(seed: int) -> str | None:
@@ -126,7 +126,7 @@ def check_refused(seed: int) -> str | None:
     rng = random.Random(f"refused {seed}")
     arguments = _tensors(rng)
     rng.choice(CHANGES)(rng, arguments)
-    if any(name in arguments and arguments[name] is value for fine in _FINE[:4] for name, value in fine.items()):
+    if any(name in arguments and arguments[name] is value for fine in _FINE for name, value in fine.items()):
         return None
     said = ", ".join(f"{name}={_of(value)}" for name, value in arguments.items())
     try:

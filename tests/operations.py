@@ -65,9 +65,8 @@ def selection_of(name: str, **options: Any) -> Selection:
     if name == "window":
         return Window(options.get("sink_keys", 0))
     if name in ("block", "pages"):
-        sizes = {name: options[name] for name in ("query_block_size", "sample_stride", "max_factor") if name in options}
-        block = Block(min_mass=options.get("min_mass") or None, **sizes)
-        object.__setattr__(block, "size", options.get("block_size", 32))  # tests take smaller ones too
+        block = Block(**{name: options[name] for name in Block.options if name in options})
+        object.__setattr__(block, "size", options.get("block_size", block.size))  # tests take smaller ones too
         return block
     return Dense()
 
@@ -95,7 +94,7 @@ def reference_attention(
     chosen = selection_of(selection, **options)
     if choice is not None:
         assert isinstance(chosen, Block)
-        return attention_over(problem, chosen_mask(problem, choice, chosen.settings))
+        return attention_over(problem, chosen_mask(problem, choice, chosen))
     return chosen.reference(problem, decode=selection == "pages")
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 import nc_patch
+from nc_patch import functional
 
 RECORD = Path(__file__).parent.parent / "docs" / "results" / "kernel_resources.json"
 # What is called: FAMILY-DTYPE-dHEAD_DIM and options. The families are the rows of a selection, "blocks" and "pages" of
@@ -43,9 +44,10 @@ topk_tail-bf16-d{64,80,128,192,256}
 topk_tail-{bf16-d64,bf16-d128,bf16-d256,fp32-d128}-few_rows
 topk_tail-{bf16,fp32}-d{64,128,256}-sinks-softcap-stats
 topk_tail-fp16-d128
-blocks-bf16-{d64-k32,d80-k32,d128-k16,d128-k32,d128-k64,d128-k128,d192v128-k32,d256-k128}
-blocks-{bf16-d64-k16,bf16-d128-k32,bf16-d256-k32,fp32-d128-k32}-sinks-softcap-stats
-blocks-{fp16-d128-k32,fp32-d64-k32,fp32-d256-k32,bf16-d128-k32-min_mass}
+blocks-bf16-{d64-k16,d80-k16,d128-k16,d128-k32,d128-k64,d128-k128,d192v128-k16,d256-k16,d256-k128}
+blocks-{bf16-d64-k32,bf16-d128-k16,bf16-d128-k32,bf16-d256-k16,bf16-d256-k32,fp32-d128-k16}-sinks-softcap-stats
+blocks-{fp16-d128-k16,fp32-d64-k16,fp32-d128-k32,fp32-d256-k16}
+blocks-bf16-d128-k16{-audit,-min_mass,-min_mass-audit}
 encode-{bf16-d64,bf16-d80,bf16-d128,bf16-d256,fp16-d80,fp32-d128,fp32-d256}
 means-{bf16-touched,bf16-touched-many,fp32-touched-many}
 summarize-{bf16-d128-p128,fp16-d80-p64}
@@ -163,21 +165,31 @@ def call(case: str) -> None:
         if few:
             built.extend(key, 1, torch.full((1,), keys, dtype=torch.int32), value)
         return
-    nc_patch.sparse_attention(
-        *(query, key, value),
-        alpha=2354.0,  # a budget as of 131,072 keys; what kernels are compiled for follows from it
-        selection={"window": "window", "blocks": "block", "pages": "block"}.get(family, "topk"),
-        softcap=30.0 if {"softcap", "bounds"} & {*options} else None,
-        sinks=torch.zeros(4 * kv_heads) if "sinks" in options else None,
-        index=long_index(family) if decodes else None,
-        means=long_index("means") if "tail" in options else None,
-        return_stats="stats" in options,
-        return_kept_mass="bounds" if "bounds" in options else None,
-        tail="mean" if family == "topk_tail" or "tail" in options else "drop",
-        backend="triton",
-        min_mass=0.9 if "min_mass" in options else None,
-        **({"block_size": block_size} if family == "blocks" else {}),
-    )
+    # Budgets of "blocks" leave some out; the others' are as of 131,072 keys. What is compiled follows from both.
+    alpha, sizes = (64.0, {"block_size": block_size}) if family == "blocks" else (2354.0, {})
+    with _auditing() if "audit" in options else nullcontext():
+        nc_patch.sparse_attention(
+            *(query, key, value),
+            alpha=alpha,
+            dense_below=0,
+            selection={"window": "window", "blocks": "block", "pages": "block"}.get(family, "topk"),
+            softcap=30.0 if {"softcap", "bounds"} & {*options} else None,
+            sinks=torch.zeros(4 * kv_heads) if "sinks" in options else None,
+            index=long_index(family) if decodes else None,
+            means=long_index("means") if "tail" in options else None,
+            return_stats="stats" in options,
+            return_kept_mass="bounds" if "bounds" in options else None,
+            tail="mean" if family == "topk_tail" or "tail" in options else "drop",
+            backend="triton",
+            min_mass=0.9 if "min_mass" in options else None,
+            **sizes,
+        )
+
+
+def _auditing() -> AbstractContextManager[Any]:
+    """Within it ``sparse_attention`` asks for an audit, as only patched models do."""
+    attend = functional.attend
+    return mock.patch.object(functional, "attend", lambda problem, *rest: attend(problem._replace(audit_seed=0), *rest))
 
 
 def _long(tensor: torch.Tensor) -> torch.Tensor:

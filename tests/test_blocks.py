@@ -1,22 +1,33 @@
-"""The table of query blocks against the reference's runs of rows, and what is worked out from it."""
+"""The plan of block-sparse prefill: query blocks against the reference's runs of rows, and what follows from them."""
+
+import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import random_case
-from operations import problem_of, problem_of_case
+from attention_cases import Case, random_case
+from operations import problem_of, problem_of_case, run_blocks, selection_of
+from tiny_models import random_ids, tiny_model
 
+from nc_patch import patch_model, sparse_attention
+from nc_patch.budget import row_budgets
+from nc_patch.ops.problem import Problem, causal_intervals, visible_mask
+from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
+from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, QueryBlocks, make_plan, stride_by_law
 from nc_patch.selections.block.definition import query_blocks
 
 
-@pytest.mark.parametrize("query_block_size", [64, 128])
+@pytest.mark.parametrize("query_block_size", [32, 64, 128])
 def test_the_table_holds_the_references_query_blocks(query_block_size):
     for seed in range(60):
         case = random_case(seed, longest=300)
         B, Lq = case.origin.shape
         table = blocks.query_block_table(case.visible, case.origin, query_block_size)
         owner = blocks.block_of_rows(table, B, Lq)
-        sampled = blocks.sampled_rows(table, case.visible, case.origin, 16)
+        strides = 2 ** (torch.arange(len(table.first), dtype=torch.int32) % 6)
+        sampled = blocks.sampled_rows(table, case.visible, case.origin, owner, strides)
         problem = problem_of_case(case)
         counts = blocks.law_counts(problem, table, owner, 16)
         expected_owner = torch.full((B, Lq), -1)
@@ -25,8 +36,8 @@ def test_the_table_holds_the_references_query_blocks(query_block_size):
             for rows in query_blocks(case.visible[b], case.origin[b], query_block_size):
                 seen, begin = case.visible[b, rows], int(case.origin[b, rows[0]])
                 expected_owner[b, rows] = len(expected)
-                offset = seen[:, 1] - 1 - begin
-                assert torch.equal(sampled[b, rows], (offset % 16 == 15) | (rows == rows[-1]))
+                offset, stride = seen[:, 1] - 1 - begin, strides[len(expected)]
+                assert torch.equal(sampled[b, rows], (offset % stride == stride - 1) | (rows == rows[-1]))
                 of_group = case.budget.expand(case.query.shape[:3])[b].view(case.key.shape[1], -1, Lq)[..., rows]
                 width = (int(seen[:, 1].max()) - 1 - begin) // 16 - (int(seen[:, 0].min()) - begin) // 16 + 1
                 whole = (of_group.amax(1) >= seen[:, 1] - seen[:, 0]).all(-1)
@@ -37,6 +48,7 @@ def test_the_table_holds_the_references_query_blocks(query_block_size):
                 expected.append(row)
         assert torch.equal(owner, expected_owner)
         assert torch.stack(tuple(table), -1).tolist() == [list(row) for row in expected]
+        assert not sampled[owner < 0].any()
 
 
 def test_rows_without_keys_are_in_no_query_block():
@@ -44,8 +56,324 @@ def test_rows_without_keys_are_in_no_query_block():
     origin = torch.zeros(2, 5, dtype=torch.int32)
     table = blocks.query_block_table(visible, origin, 64)
     assert all(column.shape == (0,) for column in table)
-    assert torch.equal(blocks.block_of_rows(table, 2, 5), torch.full((2, 5), -1))
-    assert not blocks.sampled_rows(table, visible, origin, 4).any()
+    owner = blocks.block_of_rows(table, 2, 5)
+    assert torch.equal(owner, torch.full((2, 5), -1))
+    assert not blocks.sampled_rows(table, visible, origin, owner, table.first).any()
     key = torch.zeros(2, 3, 0, 8)
     problem = problem_of(torch.zeros(2, 3, 5, 8), key, key, visible, origin[:, None])
-    assert blocks.law_counts(problem, table, torch.full((2, 5), -1), 16).shape == (0, 3)
+    assert blocks.law_counts(problem, table, owner, 16).shape == (0, 3)
+    plan = make_plan(problem, Block())
+    assert plan.listed == []
+    assert plan.table.shape == (0, blocks.PLAN_COLUMNS)
+    assert plan.law.shape == plan.limit.shape == plan.recent.shape == (0, 3)
+    assert len(plan.samples) == len(plan.sample_owner) == 0
+
+
+def plan_of_case(case: Case, **options) -> BlockPlan:
+    return make_plan(problem_of_case(case), selection_of("block", **case.block_settings() | options))
+
+
+@pytest.mark.parametrize("min_mass", [None, 0.9])
+def test_a_plan_is_what_its_parts_say(min_mass):
+    for seed in range(60):
+        case = random_case(seed, longest=300)
+        size, factor = case.block_size, 1.7
+        plan = plan_of_case(case, min_mass=min_mass, max_factor=factor)
+        of = plan.blocks
+        strides = blocks.strides_of(
+            of,
+            torch.minimum(blocks.law_counts(problem_of_case(case), of, plan.owner, size), plan.table[:, 7, None]),
+            selection_of("block", **case.block_settings()),
+        )
+        sampled = blocks.sampled_rows(of, case.visible, case.origin, plan.owner, strides)
+        assert plan.listed == plan.table.tolist()
+        taken, most = 0, 1
+        for number, row in enumerate(plan.listed):
+            batch, first, last, low, high, begin, lowest, width, first_sample, samples = row
+            assert lowest == (low - begin) // size
+            assert width == (high - 1 - begin) // size + 1 - lowest
+            assert first_sample == taken
+            taken += samples
+            rows = plan.samples[first_sample:taken].tolist()
+            of_block = [r for r in range(first, last) if sampled[batch, r]]
+            attends_all = bool((plan.law[number] == width).all())
+            assert rows == ([] if attends_all else of_block), "who attends all scores nothing"
+            assert plan.sample_owner[first_sample:taken].tolist() == [number] * samples
+            own = (int(case.visible[batch, first, 1]) - 1 - begin) // size - lowest
+            of_heads = (x[number].tolist() for x in (plan.law, plan.limit, plan.recent))
+            for law, limit, recent in zip(*of_heads, strict=True):
+                assert 0 <= recent <= max(own, 0)
+                always = width - recent + (recent > 0)
+                assert always <= law <= limit <= width
+                assert min_mass is not None or limit == law
+                assert limit <= max(math.ceil(factor * law), always)
+                most = max(most, limit)
+        assert taken == len(plan.samples)
+        assert plan.capacity == most
+
+
+def test_the_stride_is_the_nearest_power_of_two():
+    assert stride_by_law(torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 1e9]).double()).tolist() == [
+        *(2, 2, 2, 4, 8, 16, 32, 64, 64)
+    ]
+    for power in range(1, 6):
+        boundary = 2.0 ** (power + 0.5)
+        below, above = math.nextafter(boundary, 0.0), math.nextafter(boundary, math.inf)
+        found = stride_by_law(torch.tensor([below, boundary, above], dtype=torch.float64))
+        assert found.tolist() == [2**power, 2 ** (power + 1), 2 ** (power + 1)]
+        assert found.dtype == torch.int32
+    ratio = torch.logspace(-1, 3, 1000, base=10.0, dtype=torch.float64)
+    expected = [min(max(2 ** round(math.log2(r)), 2), 64) for r in ratio.tolist()]
+    assert stride_by_law(ratio).tolist() == expected
+
+
+def at_length(n: int, heads: int = 1) -> tuple[QueryBlocks, torch.Tensor]:
+    """The last query block of a prompt of n tokens, and its key blocks of 16 for a budget of 12 n^0.5."""
+    columns = (0, n - 64, n, 0, n, 0)
+    counts = -(-math.ceil(12 * n**0.5) // 16)
+    return QueryBlocks(*(torch.tensor([x], dtype=torch.int32) for x in columns)), torch.full((1, heads), counts)
+
+
+def test_strides_grow_with_the_square_root_of_the_length():
+    # n / 2k is n^0.5 / 24, here with k rounded up to whole blocks.
+    lengths = ((1024, 2048, 4096, 4607), (5000, 8192, 16_384, 18_000), (20_000, 32_768, 65_536), (131_072, 262_144))
+    lengths += ((300_000, 524_288, 1_048_576),)
+    expected = {n: 2 << step for step, of_stride in enumerate(lengths) for n in of_stride}
+    found = {n: int(blocks.strides_of(*at_length(n), BlockOptions())) for n in expected}
+    assert found == expected
+    for stride in blocks.SAMPLE_STRIDES:
+        assert int(blocks.strides_of(*at_length(5000), BlockOptions(sample_stride=stride))) == stride
+    # Scoring costs n / stride keys a row, which is near 2k everywhere from where the stride is free to be so.
+    for n in (8192, 32_768, 131_072, 524_288, 1_048_576):
+        table, counts = at_length(n)
+        scored = n / int(blocks.strides_of(table, counts, BlockOptions()))
+        assert 2**-0.5 < scored / (2 * 16 * int(counts)) <= 2**0.5
+
+
+def test_the_stride_follows_the_mean_over_key_value_heads():
+    table, _ = at_length(16_384)
+    for counts in ([32, 160], [96, 96], [160, 32], [1, 191]):
+        assert int(blocks.strides_of(table, torch.tensor([counts]), BlockOptions())) == 4  # 16384 / (2 * 16 * 96) = 5.3
+    assert int(blocks.strides_of(table, torch.tensor([[1, 1]]), BlockOptions())) == 64
+
+
+def by_law(visible: torch.Tensor, origin: torch.Tensor, dense_below: int = 0, heads: int = 2) -> Problem:
+    """A problem with a budget of 2 n^0.5, of tensors that mean nothing."""
+    B, Lq, _ = visible.shape
+    Lk = int(visible.max())
+    key = torch.zeros(B, heads, Lk, 4)
+    budget = row_budgets(visible, Lk, [2.0], [0.5], 1, dense_below)
+    return problem_of(torch.zeros(B, 2 * heads, Lq, 4), key, key, visible, budget, origin=origin)
+
+
+def positions(plan: BlockPlan, problem: Problem, batch: int, begin: int) -> list[tuple[int, ...]]:
+    """What a plan says of one sequence, by position: its query blocks' rows, keys and counts, and the rows scored."""
+    found = []
+    for number, (b, first, last, low, high, origin, lowest, width, first_sample, samples) in enumerate(plan.listed):
+        if (b, origin) != (batch, begin):
+            continue
+        end = problem.visible[b, :, 1] - 1 - begin
+        scored = end[plan.samples[first_sample : first_sample + samples].long()].tolist()
+        counts = (x[number].tolist() for x in (plan.recent, plan.law, plan.limit))
+        keys = (int(end[first]), int(end[last - 1]), low - begin, high - begin, lowest, width)
+        found.append((*keys, *scored, *itertools.chain(*counts)))
+    return found
+
+
+@pytest.mark.parametrize("dense_below", [0, 300])
+@pytest.mark.parametrize("local_keys", [0, 64, 100])
+def test_a_plan_depends_neither_on_neighbours_nor_on_padding_nor_on_where_a_prompt_is_cut(local_keys, dense_below):
+    n, options = 1500, BlockOptions(local_keys=local_keys)
+    visible = causal_intervals(1, n, n, "cpu")
+    zero = torch.zeros(1, n, dtype=torch.int32)
+    alone = by_law(visible, zero, dense_below)
+    expected = positions(make_plan(alone, options), alone, 0, 0)
+    assert len(expected) == 24
+    # As the second of a batch, behind padding that ends within a block; the first is another sequence.
+    padding = 77
+    both = causal_intervals(2, n + padding, n + padding, "cpu").clone()
+    both[1, :, 0] = padding
+    both[1, :padding, 1] = padding
+    origin = both[..., 0].clone()
+    padded = by_law(both, origin, dense_below)
+    assert positions(make_plan(padded, options), padded, 1, padding) == expected
+    # Packed between two others.
+    total, border = n + 333, 100
+    packed = causal_intervals(1, total, total, "cpu").clone()
+    packed[0, border : border + n, 0], packed[0, border + n :, 0] = border, border + n
+    joined = by_law(packed, packed[..., 0].clone(), dense_below)
+    assert positions(make_plan(joined, options), joined, 0, border) == expected
+    # In pieces, each of whole query blocks but the last.
+    pieces = []
+    for first, last in itertools.pairwise((0, 64, 640, 1472, n)):
+        piece = by_law(visible[:, first:last].contiguous(), zero[:, first:last].contiguous(), dense_below)
+        pieces += positions(make_plan(piece, options), piece, 0, 0)
+    assert pieces == expected
+
+
+@pytest.mark.parametrize("local_keys", [0, 16, 64, 100, 1000])
+@pytest.mark.parametrize("size", [16, 32])
+def test_local_keys_are_attended_within_the_budget_and_never_beyond_it(size, local_keys):
+    g = torch.Generator().manual_seed(local_keys)
+    query, key = (torch.randn(1, 1, 1024, 16, generator=g) for _ in range(2))
+    visible = causal_intervals(1, 1024, 1024, "cpu")
+    value = torch.eye(1024)[None, None]
+    for budget in (1, 3 * size, 4 * size, 6 * size, 9 * size, 20 * size):
+        options = {"selection": "block", "block_size": size, "local_keys": local_keys, "dense_below": 0}
+        output = sparse_attention(query, key, value, alpha=float(budget), **options)
+        attended = (output[0, 0] > 0).view(16, 64, 1024)
+        assert not attended[~visible_mask(visible, 1024).view(16, 64, 1024)].any()
+        for number in range(16):
+            chosen = attended[number, -1].nonzero()[:, 0].div(size, rounding_mode="floor").unique()
+            own = 64 // size
+            first = 64 * number // size
+            in_all = min(max(-(-budget // size), own + (number > 0)), first + own)
+            assert len(chosen) == in_all, "as many blocks as the budget has, or those that are attended always"
+            always = {0, *range(first, first + own)}
+            assert always <= set(chosen.tolist())
+            # The most recent first: as many of them as the budget leaves, and all if it leaves that many.
+            local = range(max(64 * number - local_keys, 0) // size, first)
+            reached = [j for j in local if j >= first - (in_all - own - (number > 0))]
+            assert set(reached) <= set(chosen.tolist())
+
+
+def test_local_keys_are_part_of_the_budget_whatever_min_mass_adds():
+    g = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, 2, 700, 16, generator=g) for _ in range(3))
+    options = {"alpha": 100.0, "selection": "block", "dense_below": 0, "return_stats": True, "min_mass": 0.5}
+    for local_keys in (0, 64, 1000):
+        attended = sparse_attention(query, key, value, local_keys=local_keys, max_factor=1.0, **options).attended
+        assert int(attended.max()) <= 112
+
+
+@pytest.mark.parametrize("dense_below", [1, 100, 128, 400])
+def test_a_query_block_that_sees_no_more_than_dense_below_attends_all_and_scores_nothing(dense_below):
+    n = 600
+    g = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(1, heads, n, 16, generator=g) for heads in (4, 2, 2))
+    options = {"alpha": 8.0, "selection": "block", "return_stats": True, "dense_below": dense_below}
+    result = sparse_attention(query, key, value, **options)
+    seen = torch.arange(1, n + 1, dtype=torch.int32)
+    whole = dense_below // 64 * 64
+    assert torch.equal(result.attended[0, :, :whole], seen[:whole].expand(4, whole))
+    assert bool((result.kept_mass[0, :, :whole] > 0.999999).all())
+    beyond = -(-dense_below // 64) * 64
+    assert bool((result.attended[0, :, max(beyond, 192) :] < seen[max(beyond, 192) :]).all())
+    visible = causal_intervals(1, n, n, "cpu")
+    budget = row_budgets(visible, n, [8.0], [0.0], 1, dense_below)
+    plan = make_plan(problem_of(query, key, value, visible, budget), Block())
+    assert [last for _, _, last, *_, samples in plan.listed if not samples] == [
+        last for (_, _, last, *_, width, _, _), law in zip(plan.listed, plan.law, strict=True) if int(law[0]) == width
+    ]
+    assert all(samples == 0 for _, _, last, *_, samples in plan.listed if last <= dense_below)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_keys": -1}, "local_keys must be at least 0, got -1"),
+        ({"local_keys": 1.5}, "local_keys must be an integer, got 1.5"),
+        ({"local_keys": None}, "local_keys must be an integer, got None"),
+        ({"sample_stride": 3}, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 3"),
+        ({"sample_stride": 128}, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 128"),
+        ({"sample_stride": 0}, "sample_stride must be at least 1, got 0"),
+        ({"query_block_size": 16}, "query_block_size must be one of 32, 64, 128, got 16"),
+        ({"block_size": 8}, "block_size must be one of 16, 32, 64, 128, got 8"),
+        ({"min_mass": 1.0}, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
+        ({"max_factor": 0.5}, "max_factor must be a number of at least 1, got 0.5"),
+    ],
+    ids=str,
+)
+def test_options_that_there_are_not_are_refused_with_those_that_there_are(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sparse_attention(*(torch.zeros(1, 1, 2, 4),) * 3, alpha=1.0, selection="block", **options)
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[BlockPlan]:
+    """The plans that are made."""
+    plans, make = [], blocks.make_plan
+    monkeypatch.setattr(blocks, "make_plan", lambda *given: plans.append(make(*given)) or plans[-1])
+    return plans
+
+
+def test_a_plan_is_made_once_for_layers_with_the_same_intervals_and_budgets_and_anew_for_others(made):
+    problem, options = problem_of_case(replace(random_case(3, longest=300))), Block()
+    if problem.budget.shape[1] > 1:
+        problem = problem._replace(budget=problem.budget.amax(1, keepdim=True))
+    first = blocks.plan_of(problem, options)
+    again = problem._replace(query=problem.query * 2, key=problem.key + 1)
+    assert blocks.plan_of(again, options) is first
+    assert blocks.plan_of(again, Block()) is first
+    assert len(made) == 1
+    others = (
+        (problem._replace(budget=problem.budget.clone()), options),
+        (problem._replace(origin=problem.origin.clone()), options),
+        (problem._replace(visible=problem.visible.clone()), options),
+        (problem, Block(size=32)),
+        (problem, Block(local_keys=0)),
+        (problem._replace(key=problem.key[:, :1], query=problem.query[:, :1]), options),
+    )
+    for number, (other, of) in enumerate(others):
+        of_one_head = number == 5 and problem.key.shape[1] == 1
+        assert (blocks.plan_of(other, of) is first) == of_one_head
+    by_head = problem._replace(budget=problem.budget.expand(-1, problem.query.shape[1], -1).contiguous())
+    assert blocks.plan_of(by_head, options) is not blocks.plan_of(by_head, options)
+
+
+def test_a_patched_model_makes_one_plan_for_all_layers_of_a_forward_pass(made):
+    model, tokens = tiny_model("llama"), random_ids(2, 200)
+    layers, settings = model.config.num_hidden_layers, {"prefill": "block", "backend": "torch", "dense_below": 0}
+    with torch.no_grad():
+        patch_model(model, 2.0, 0.5, **settings)
+        model(tokens)
+        assert len(made) == 1
+        model(tokens)
+        assert len(made) == 2
+        model(tokens[:, :70])
+        assert len(made) == 3
+        patch_model(model, [2.0 + layer for layer in range(layers)], 0.5, **settings)
+        model(tokens)
+    assert len(made) == 3 + layers
+
+
+def test_intervals_that_a_caller_changes_between_calls_count_and_nothing_is_left_on_them():
+    g = torch.Generator().manual_seed(4)
+    query, key, value = (torch.randn(1, 1, 300, 8, generator=g) for _ in range(3))
+    visible = causal_intervals(1, 300, 300, "cpu").clone()
+    origin = torch.zeros(1, 300, dtype=torch.int32)
+    options = {"alpha": 40.0, "selection": "block", "dense_below": 0, "visible": visible, "origin": origin}
+    before = dict(vars(visible))
+    whole = sparse_attention(query, key, value, **options)
+    visible[0, :, 0] = (visible[0, :, 1] - 30).clamp(min=0)
+    changed = sparse_attention(query, key, value, **options)
+    assert not torch.allclose(whole, changed)
+    again = sparse_attention(query, key, value, **options | {"visible": visible.clone(), "origin": origin.clone()})
+    assert torch.equal(changed, again)
+    assert vars(visible) == before
+
+
+@pytest.mark.parametrize("stride", [None, 1, 8])
+def test_every_stride_has_a_gradient(stride):
+    g = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(1, 2, 300, 8, generator=g, requires_grad=True) for _ in range(3)]
+    options = {"alpha": 40.0, "selection": "block", "dense_below": 0, "sample_stride": stride, "local_keys": 16}
+    output = sparse_attention(*tensors, **options)
+    with torch.no_grad():
+        assert torch.allclose(output, sparse_attention(*tensors, **options), atol=1e-6)
+    output.sum().backward()
+    assert all(bool(t.grad.isfinite().all()) for t in tensors)
+
+
+def test_rows_scored_are_those_that_a_case_asks_for():
+    case = random_case(0, longest=20)
+    query, key = (torch.randn(1, heads, 256, 8) for heads in (2, 1))
+    visible = causal_intervals(1, 256, 256, "cpu")
+    budget = torch.full((1, 1, 256), 16, dtype=torch.int32).minimum(visible[:, None, :, 1])
+    tensors = {"query": query, "key": key, "value": key, "visible": visible, "budget": budget, "sinks": None}
+    case = replace(case, **tensors, origin=visible[..., 0], block_size=16, query_block_size=64, local_keys=0)
+    for stride in blocks.SAMPLE_STRIDES:
+        plan = plan_of_case(case, sample_stride=stride)
+        # The first query block sees four blocks, of its own positions, and attends them all.
+        assert plan.samples.tolist() == list(range(64 + stride - 1, 256, stride))
+        assert run_blocks(case, sample_stride=stride).output.isfinite().all()

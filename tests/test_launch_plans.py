@@ -28,9 +28,8 @@ from nc_patch.ops.problem import Problem  # noqa: E402
 from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
-from nc_patch.selections.block.blocks import BlockSettings, QueryBlocks  # noqa: E402
+from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockPlan  # noqa: E402
 from nc_patch.selections.block.pages import VECTORS, page_count  # noqa: E402
-from nc_patch.selections.block.plan import BlockPlan  # noqa: E402
 from nc_patch.selections.index import LAYOUTS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 from nc_patch.selections.topk.codes import KeyCodes  # noqa: E402
@@ -125,25 +124,29 @@ def decode_by_pages(head_dim: int, block_size: int) -> None:
     Block(block_size).run(problem, "triton")
 
 
+class Shown(list[list[int]]):
+    """The beginning of a list of another length."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
 def attend_blocks(head_dim: int, block_size: int) -> None:
     """Scoring, choosing and attending a prompt's blocks; their plan, which is read on the host, is made up."""
     query, visible = meta(BATCH, HEADS, KEYS, head_dim), integers(BATCH, KEYS, 2)
-    blocks, slots, capacity = BATCH * KEYS // 64, 4, 1024
-    widths = [KEYS // block_size] * 64  # of a few of them; chunks of them are taken one by one
-    count = integers(blocks, HEADS)
-    plan = BlockPlan(
-        integers(blocks, 8),
-        integers(blocks, slots),
-        count,
-        count,
-        widths,
-        64,
-        capacity,
-        QueryBlocks(*(integers(blocks),) * 6),
-    )
+    blocks, scored = BATCH * KEYS // 64, 4
+    width = KEYS // block_size
+    # As many as there are, of which a few are listed; chunks of them are taken one by one.
+    listed = Shown([[0, 0, 64, 0, KEYS, 0, 0, width, scored * number, scored] for number in range(64)])
+    listed.length = blocks
+    count, samples = integers(blocks, HEADS), integers(blocks * scored)
+    rows = (integers(blocks, PLAN_COLUMNS), meta(BATCH, KEYS, dtype=torch.int64))
+    plan = BlockPlan(*rows, count, count, count, samples, samples, listed, 1024)
     tiles = triton_block.block_tiles("sm_80", query.dtype, head_dim, head_dim, block_size)
     problem = problem_of(query, query, query, visible, integers(BATCH, 1, KEYS), stats=True)
-    choice, _ = triton_block.choose_blocks(problem, plan, tiles.score, BlockSettings(block_size, min_mass=0.5))
+    choice, _ = triton_block.choose_blocks(problem, plan, tiles.score, Block(block_size, min_mass=0.5))
     triton_block.attend_blocks(problem, plan, choice, tiles, block_size)
 
 
@@ -273,7 +276,7 @@ def meta_calls() -> dict[str, tuple[Any, Callable[[], Any]]]:
         return library.operation(selection, problem, "torch"), lambda: selection.run(problem, "torch")
 
     return {
-        "row_budgets": (row_budgets, lambda: row_budgets._init_fn(visible, Lk, [2.0], [0.5], 1)),
+        "row_budgets": (row_budgets, lambda: row_budgets._init_fn(visible, Lk, [2.0], [0.5], 1, 30)),
         "topk": attend(topk, problem),
         "window": attend(window, problem),
         "block": attend(block, problem),

@@ -1,4 +1,4 @@
-"""Block attention in PyTorch: its three steps apart, its settings, its estimate, and that neighbours change nothing."""
+"""Block attention in PyTorch: its three steps apart, its options, and that neighbours change nothing."""
 
 import itertools
 from dataclasses import replace
@@ -7,20 +7,21 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, random_case, relative_error
-from operations import problem_of, problem_of_case, reference_attention, run_blocks
+from operations import problem_of, problem_of_case, reference_attention, run_blocks, selection_of
 
-from nc_patch import KeyIndex, sparse_attention
+from nc_patch import KeyIndex, NCConfig, sparse_attention
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.problem import causal_intervals
-from nc_patch.selections.block import blocks
-from nc_patch.selections.block.blocks import BlockChoice, BlockSettings
+from nc_patch.selections import Block
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, make_plan, plan_of
+from nc_patch.selections.block.definition import block_choice
 from nc_patch.selections.block.torch_attend import attend_blocks
 from nc_patch.selections.block.torch_choose import choose_blocks
 
 
 def run(case: Case, want_stats: bool = True, **options: Any) -> tuple[torch.Tensor, ...]:
     result = run_blocks(case, stats=want_stats, **options)
-    return *result[:4], result.estimate
+    return *result[:4], result.enlarged
 
 
 def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) -> tuple[torch.Tensor, ...]:
@@ -37,11 +38,14 @@ def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) ->
 @pytest.mark.parametrize(
     "options",
     [
-        {"query_block_size": 128},
+        {"query_block_size": 128, "sample_stride": 16, "local_keys": 0},
+        {"query_block_size": 32, "sample_stride": 1},
         {"sample_stride": 4},
-        {"sample_stride": 64, "block_size": 64},
+        {"sample_stride": 64, "block_size": 64, "local_keys": 100},
+        {"sample_stride": None, "local_keys": 64},
         {"min_mass": 0.8371},
         {"min_mass": 0.6173, "max_factor": 1.5, "query_block_size": 128, "sample_stride": 8},
+        {"min_mass": 0.7119, "sample_stride": None, "local_keys": 16, "block_size": 32},
     ],
     ids=lambda options: ", ".join(f"{name}={value}" for name, value in options.items()),
 )
@@ -54,6 +58,35 @@ def test_every_setting_equals_the_reference(options):
         assert relative_error(output, expected.output) < 1e-5, seed
         assert torch.allclose(lse.double(), expected.lse, atol=1e-4), seed
         assert torch.allclose(kept_mass.double(), expected.kept_mass, atol=1e-5), seed
+
+
+def choice_of_the_definition(case: Case) -> BlockChoice:
+    """What float64 chooses for a case."""
+    key = case.key.double().repeat_interleave(case.query.shape[1] // case.key.shape[1], 1)
+    scores = case.scale * (case.query.double() @ key.transpose(2, 3))
+    scores = case.softcap * torch.tanh(scores / case.softcap) if case.softcap else scores
+    return block_choice(problem_of_case(case), scores, selection_of("block", **case.block_settings()))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("min_mass", [None, 0.7731], ids=["law", "min_mass"])
+def test_the_chosen_blocks_are_those_of_the_definition(min_mass):
+    dense, mixed = 0, 0
+    for seed in range(300, 340):
+        case = replace(random_case(seed, longest=300), min_mass=min_mass)
+        problem, options = problem_of_case(case), selection_of("block", **case.block_settings())
+        plan = make_plan(problem, options)
+        choice, added = choose_blocks(problem, plan, options)
+        expected = choice_of_the_definition(case)
+        assert torch.equal(choice.block_counts, expected.block_counts), seed
+        most = expected.block_indices.shape[-1]
+        assert torch.equal(choice.block_indices[..., :most], expected.block_indices), seed
+        assert bool((choice.block_indices[..., most:] == -1).all()), seed
+        assert torch.equal(added, expected.block_counts - plan.law), seed
+        unscored = [samples == 0 for *_, samples in plan.listed]
+        dense, mixed = dense + all(unscored), mixed + (any(unscored) and not all(unscored))
+    assert dense > 0
+    assert mixed > 3, "cases in which some query blocks attend everything and some do not"
 
 
 def packed_case(seed: int) -> Case:
@@ -69,7 +102,7 @@ def packed_case(seed: int) -> Case:
     return replace(case, **tensors, origin=visible[..., 0].clone(), block_size=16)
 
 
-@pytest.mark.parametrize("min_mass", [0.0, 0.913])
+@pytest.mark.parametrize("min_mass", [None, 0.913])
 def test_packed_sequences_equal_the_reference(min_mass):
     case = replace(packed_case(3), min_mass=min_mass)
     expected = case.reference("block")
@@ -82,16 +115,17 @@ def test_packed_sequences_equal_the_reference(min_mass):
 def test_the_attend_step_equals_the_reference_given_the_same_blocks():
     for seed in range(200, 230):
         case = random_case(seed, longest=300)
-        table = blocks.query_block_table(case.visible, case.origin, 64)
-        lowest, _, highest = blocks.always_attended(table, case.visible, case.block_size)
-        N, Hkv = table.first.shape[0], case.key.shape[1]
-        most = int((highest - lowest).max()) + 1 if N else 0
+        problem = problem_of_case(case, stats=True)
+        plan = make_plan(problem, selection_of("block", **case.block_settings()))
+        lowest, width = plan.table[:, 6], plan.table[:, 7]
+        N, Hkv = len(plan.listed), case.key.shape[1]
+        most = int(width.max()) if N else 0
         indices = torch.full((N, Hkv, most), -1, dtype=torch.int32)
         counts = torch.zeros(N, Hkv, dtype=torch.int32)
         g = torch.Generator().manual_seed(seed)
         for i, h in itertools.product(range(N), range(Hkv)):
             # Rows with nothing among the chosen blocks would be NaN, as in dense attention: keep all that some see.
-            available = torch.arange(int(lowest[i]), int(highest[i]) + 1, dtype=torch.int32)
+            available = torch.arange(int(lowest[i]), int(lowest[i] + width[i]), dtype=torch.int32)
             few = 1 + int(torch.randint(0, len(available), (1,), generator=g))
             taken = available[torch.randperm(len(available), generator=g)[:few]].sort().values
             counts[i, h], indices[i, h, :few] = few, taken
@@ -105,10 +139,10 @@ def test_the_attend_step_equals_the_reference_given_the_same_blocks():
             softcap=case.softcap,
             sinks=case.sinks,
             origin=case.origin,
-            block_size=case.block_size,
+            **case.block_settings(),
             choice=choice,
         )
-        result = attend_blocks(problem_of_case(case, stats=True), table, choice, case.block_size)
+        result = attend_blocks(problem, plan, choice, case.block_size)
         assert torch.equal(result.attended, expected.attended), seed
         held = expected.attended > 0
         assert relative_error(result.output[held], expected.output[held]) < 1e-5, seed
@@ -128,14 +162,15 @@ def test_a_nan_reaches_only_the_rows_that_attend_it():
 @pytest.mark.parametrize("options", [{}, {"min_mass": 0.9}])
 def test_a_full_budget_is_dense_attention(options):
     query, key, value = peaked(1, 2, 333)
-    full = sparse_attention(query, key, value, alpha=400.0, selection="block", **options)
+    full = sparse_attention(query, key, value, alpha=400.0, selection="block", dense_below=0, **options)
+    assert torch.equal(full, sparse_attention(query, key, value, alpha=1.0, selection="block", **options))
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     assert relative_error(full, dense) < 1e-6
 
 
 def test_a_sequence_scores_alike_alone_and_in_a_padded_batch():
     query, key, value = peaked(2, 2, 400)
-    options = {"alpha": 4.0, "C": 0.5, "selection": "block", "block_size": 16, "min_mass": 0.8}
+    options = {"alpha": 4.0, "C": 0.5, "selection": "block", "dense_below": 0, "min_mass": 0.8}
     padding = 77
     visible = causal_intervals(2, 400, 400, "cpu").clone()
     visible[1, :, 0] = padding
@@ -155,16 +190,19 @@ def test_many_chunks_equal_one(monkeypatch):
     monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 5000)
     parts = run(case, min_mass=0.91)
     assert relative_error(parts[0], whole[0]) < 1e-6
-    assert torch.allclose(parts[4], whole[4], rtol=1e-5)
+    assert torch.equal(parts[3], whole[3])
+    assert torch.equal(parts[4], whole[4])
 
 
-def test_the_one_distant_block_that_a_query_block_looks_for_is_found():
+@pytest.mark.parametrize(("local_keys", "budget"), [(0, 192.0), (64, 208.0)])
+def test_the_one_distant_block_that_a_query_block_looks_for_is_found(local_keys, budget):
     g = torch.Generator().manual_seed(5)
     topics = torch.randn(16, 1, 16, generator=g)
     key = (topics + 0.1 * torch.randn(16, 64, 16, generator=g)).view(1, 1, 1024, 16)
     query = (2 * topics.roll(8, 0) + 0.1 * torch.randn(16, 64, 16, generator=g)).view(1, 1, 1024, 16)
-    options = {"alpha": 192.0, "selection": "block", "block_size": 16, "return_stats": True}
-    late = sparse_attention(query, key, torch.randn(1, 1, 1024, 16), **options).kept_mass[..., 512:]
+    options = {"alpha": budget, "selection": "block", "dense_below": 0, "return_stats": True}
+    value = torch.randn(1, 1, 1024, 16)
+    late = sparse_attention(query, key, value, local_keys=local_keys, **options).kept_mass[..., 512:]
     window = sparse_attention(query, key, key, **options | {"selection": "window"}).kept_mass[..., 512:]
     assert late.mean() > 0.9
     assert window.mean() < 0.5
@@ -172,35 +210,52 @@ def test_the_one_distant_block_that_a_query_block_looks_for_is_found():
 
 def test_min_mass_adds_blocks_within_its_factor_and_never_takes_any_away():
     query, key, value = peaked(6, 1, 1024)
-    law = {"alpha": 2.0, "C": 0.5, "selection": "block", "block_size": 16, "return_stats": True}
+    law = {"alpha": 2.0, "C": 0.5, "selection": "block", "dense_below": 0, "return_stats": True}
     by_law = sparse_attention(query, key, value, **law)
     more = sparse_attention(query, key, value, min_mass=0.9, max_factor=3.0, **law)
     most = sparse_attention(query, key, value, min_mass=0.9, max_factor=1000.0, **law)
     assert bool((more.attended >= by_law.attended).all())
     assert bool((most.attended >= more.attended).all())
     assert by_law.kept_mass.mean() < more.kept_mass.mean() < most.kept_mass.mean()
-    assert by_law.estimate[:, 4].sum() == 0 < more.estimate[:, 4].sum()
-    rows, kept = most.estimate[:, :2].unbind(-1)
-    assert bool((kept.view(2, 2).sum(-1) / rows.view(2, 2).sum(-1) >= 0.9).all()), "per key/value head"
+    assert by_law.enlarged is None
+    assert more.enlarged.shape == (4, 2)
+    assert bool((more.enlarged[:, 0] == 16).all())
+    assert 0 < more.enlarged[:, 1].sum() <= most.enlarged[:, 1].sum()
+    # A query block of a key/value head is enlarged where its last row, which sees most, attends more than by the law.
+    grown = (most.attended > by_law.attended)[0].view(2, 2, 16, 64).any((1, 3)).sum(-1)
+    assert torch.equal(most.enlarged[:, 1], grown.repeat_interleave(2).float())
+    problem = problem_of(
+        *(query, key, value, causal_intervals(1, 1024, 1024, "cpu")),
+        NCConfig(2.0, 0.5, dense_below=0).row_budgets(causal_intervals(1, 1024, 1024, "cpu"), 1024),
+        scale=0.25,
+    )
+    plan = plan_of(problem, BlockOptions(min_mass=0.9, max_factor=1000.0))
+    kept = most.kept_mass[0, :, plan.samples.long()].double()
+    for number in plan.sample_owner.unique():
+        of_heads = kept[:, plan.sample_owner == number].view(2, -1).mean(-1)
+        assert bool((of_heads >= 0.9 - 1e-5).all()), "of the scored rows, for each key/value head"
 
 
-def test_the_estimate_is_the_kept_mass_of_the_sampled_rows_and_near_that_of_all():
+def test_what_an_audit_compares_with_is_the_kept_mass_of_the_rows_that_chose():
     query, key, value = peaked(7, 2, 1024)
     visible = causal_intervals(2, 1024, 1024, "cpu")
-    options = {"alpha": 4.0, "C": 0.5, "selection": "block", "block_size": 16, "return_stats": True}
-    result = sparse_attention(query, key, value, **options)
-    rows, kept, squares, number, _ = result.estimate.double().unbind(-1)
-    table = blocks.query_block_table(visible, visible[..., 0], 64)
-    sampled = blocks.sampled_rows(table, visible, visible[..., 0], 16)
-    true = result.kept_mass.double().movedim(1, 0)[:, sampled]
-    assert torch.equal(rows, torch.full((4,), 2.0 * 64, dtype=torch.float64))
-    assert torch.equal(number, torch.full((4,), 2.0 * 16, dtype=torch.float64))
-    assert torch.allclose(kept, true.sum(-1), rtol=1e-5)
-    assert torch.allclose(squares, true.square().sum(-1), rtol=1e-5)
-    estimate, truth = 1 - kept / rows, 1 - result.kept_mass.double().mean((0, 2))
-    spread = (true.var(-1) / rows).sqrt()
-    assert bool(((estimate - truth).abs() < 4 * spread).all()), (estimate, truth, spread)
-    assert bool((estimate < truth + 2 * spread).all()), "the rows that chose keep more, not less"
+    budget = NCConfig(4.0, 0.5, dense_below=300).row_budgets(visible, 1024)
+    problem = problem_of(query, key, value, visible, budget, scale=0.25, stats=True)
+    options = Block()
+    result, plan = options.run(problem, "torch"), plan_of(problem, options)
+    expected = torch.full((len(plan.listed), 4), torch.nan)
+    choose_blocks(problem, plan, options, expected)
+    for number, (batch, *_, first_sample, samples) in enumerate(plan.listed):
+        rows = plan.samples[first_sample : first_sample + samples].long()
+        true = result.kept_mass[batch, :, rows].mean(-1) if samples else torch.ones(4)
+        assert torch.allclose(expected[number], true, atol=1e-5)
+    dense = [samples == 0 for *_, samples in plan.listed]
+    assert dense == [last <= 300 for _, _, last, *_ in plan.listed]
+    scored = torch.zeros(2, 1024, dtype=torch.bool)
+    scored[plan.blocks.batch.long()[plan.sample_owner.long()], plan.samples.long()] = True
+    sparse = torch.tensor([not d for d in dense])[plan.owner]
+    kept = result.kept_mass.movedim(1, 0)
+    assert kept[:, scored].mean() > kept[:, sparse & ~scored].mean(), "the rows that chose keep more, not less"
 
 
 def test_nothing_grows_with_the_square_of_the_length():
@@ -211,11 +266,10 @@ def test_nothing_grows_with_the_square_of_the_length():
     visible = causal_intervals(1, n, n, "cpu")
     budget = torch.full((1, 1, n), 400, dtype=torch.int32).minimum(visible[..., 1][:, None])
     before = process.memory_info().rss
-    settings = BlockSettings()
-    table = blocks.query_block_table(visible, visible[..., 0], 64)
-    problem = problem_of(query, key, value, visible, budget, scale=0.25)
-    choice, _ = choose_blocks(problem, table, settings)
-    attend_blocks(problem, table, choice, 32)
+    problem, options = problem_of(query, key, value, visible, budget, scale=0.25), BlockOptions()
+    plan = make_plan(problem, options)
+    choice, _ = choose_blocks(problem, plan, options)
+    attend_blocks(problem, plan, choice, options.size)
     assert process.memory_info().rss - before < 200e6
 
 
@@ -228,7 +282,7 @@ def test_a_budget_of_all_keys_attends_them_wherever_intervals_begin_and_end(star
     )
     end = torch.arange(33, 33 + queries, dtype=torch.int32)
     visible = torch.stack(((end - 33 + start).clamp(max=33 + start), end), -1)[None]
-    options = {"visible": visible, "origin": torch.zeros(1, queries, dtype=torch.int32), "alpha": 1e6}
+    options = {"visible": visible, "origin": torch.zeros(1, queries, dtype=torch.int32), "alpha": 1e6, "dense_below": 0}
     expected = sparse_attention(query, key, value, **options, selection="dense")
     for block_size in (16, 32):
         found = sparse_attention(query, key, value, selection="block", block_size=block_size, **options)

@@ -26,7 +26,7 @@ from nc_patch.bench.prefill_rivals import rivals
 from nc_patch.bench.prefill_steps import step_seconds
 from nc_patch.bench.prompts import PromptInputs, make_prompt, prompt_concentration
 from nc_patch.bench.timing import Prepared
-from nc_patch.config import NCConfig
+from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.functional import attend, sparse_attention
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.problem import causal_intervals
@@ -100,6 +100,7 @@ def sparse_step(inputs: PromptInputs, config: NCConfig) -> Step:
             alpha=config.alpha,  # type: ignore[arg-type]
             C=config.C,  # type: ignore[arg-type]
             selection=config.prefill,
+            dense_below=config.dense_below,
             backend=config.backend,
         )
         assert isinstance(output, torch.Tensor)
@@ -187,10 +188,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     block.add_argument("--min-mass", type=float, help="kept mass to enlarge the budget for; by default none")
     most = f"by how much it may be enlarged; by default {Block.max_factor:g}"
     block.add_argument("--max-factor", type=float, default=Block.max_factor, help=most)
+    below = f"queries that see no more keys attend them all; by default {DEFAULT_DENSE_BELOW}"
+    parser.add_argument("--dense-below", type=int, default=DEFAULT_DENSE_BELOW, help=below)
 
 
 def _options(parsed: argparse.Namespace) -> dict[str, Any]:
-    names = ("block_size", "query_block_size", "sample_stride", "local_keys", "min_mass", "max_factor")
+    names = ("block_size", "query_block_size", "sample_stride", "local_keys", "min_mass", "max_factor", "dense_below")
     # What is counted and compared is the keys that are attended.
     return {name: getattr(parsed, name) for name in names} | {"tail": "drop"}
 

@@ -46,7 +46,7 @@ class Selection:
 
     ``keep`` is the definition; the forward pass in PyTorch, its gradient, ``torch.compile``, caches and ``generate``
     follow from it. What else a subclass may have makes it faster: ``hide_``, ``prefill_torch`` and ``prefill_triton``;
-    with a key index also ``decode_torch`` and ``decode_triton``. An option is a bool, an int, a float, a float or None,
+    with a key index also ``decode_torch`` and ``decode_triton``. An option is a bool, an int, a float, either or None,
     or one of a few strings, listed in ``choices``.
 
     Attributes:
@@ -160,12 +160,14 @@ class Selection:
     def from_numbers(cls, numbers: Iterable[float]) -> "Selection":
         """The inverse of ``numbers``."""
         values: dict[str, Any] = {}
+        annotations = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
         for option, number in zip(cls.options, numbers, strict=True):
             default = getattr(cls, option)
             if option in cls.choices:
                 values[option] = cls.choices[option][int(number)]
             elif default is None:
-                values[option] = None if math.isnan(number) else number
+                kind = int if annotations[option] == "int | None" else float
+                values[option] = None if math.isnan(number) else kind(number)
             else:
                 values[option] = type(default)(number)
         return cls(**values)
