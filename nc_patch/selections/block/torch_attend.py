@@ -69,9 +69,11 @@ def attend_blocks(problem: Problem, plan: BlockPlan, choice: BlockChoice, block_
         for b, numbers, rows in _causal_runs(problem, plan):
             low = plan.listed[numbers.start][3]
             run = slice(low, low + rows.stop - rows.start)
-            taken = query[b : b + 1, :, rows], key[b : b + 1, :, run], value[b : b + 1, :, run]
+            queries_here, keys_here, values_here = (
+                tensor[b : b + 1, :, seen].float() for tensor, seen in ((query, rows), (key, run), (value, run))
+            )
             found = torch.nn.functional.scaled_dot_product_attention(
-                *(tensor.float() for tensor in taken), scale=problem.scale, is_causal=True, enable_gqa=True
+                queries_here, keys_here, values_here, scale=problem.scale, is_causal=True, enable_gqa=True
             )
             if bool(found.isfinite().all()):  # else what is not finite has to stay where it is attended
                 output.view(B, Hq, Lq, Dv)[b, :, rows] = found[0].to(output.dtype)
