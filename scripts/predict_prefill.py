@@ -24,7 +24,9 @@ from nc_patch.selections.block.prefill import block_tiles, score_chunks
 LAYERS = 32
 QUERY_HEADS, KV_HEADS, HEAD_DIM, ELEMENT = 32, 8, 128, 2
 GROUP = QUERY_HEADS // KV_HEADS
-EXP_PER_CLOCK, MULTIPROCESSORS, CLOCK = 16, 132, 1.7e9
+MULTIPROCESSORS, SCHEDULERS = 132, 4
+# Scores that a program of ``choose`` looks at in one step of its loop.
+CHOICE_TILE = 16 * 128
 
 
 def plan_of_prompt(n: int, options: BlockOptions, law: NCConfig) -> BlockPlan:
@@ -61,12 +63,14 @@ def counts(n: int, options: BlockOptions, law: NCConfig) -> dict[str, float]:
     return {
         "dense_flops": 4.0 * HEAD_DIM * QUERY_HEADS * n * (n + 1) / 2,
         "score_flops": 2.0 * HEAD_DIM * scored,
-        "score_exponentials": scored,
+        "score_tiles": scored / (tiles.score.rows * tiles.score.keys),
         "score_key_bytes": HEAD_DIM * ELEMENT * KV_HEADS * tile_keys,
         "scored_share_of_rows": len(plan.samples) / n,
         "scores_written": score_bytes,
-        "choose_bytes": 2 * score_bytes,
+        "choose_bytes": score_bytes,
+        "choose_tiles": score_bytes / 4 / CHOICE_TILE,
         "attend_flops": 4.0 * HEAD_DIM * attended,
+        "attend_tiles": attended / (tiles.attend.rows * tiles.attend.keys),
         "attend_bytes_from_cache": row_tiles * gathered,
         "attend_bytes_from_memory_at_most": gathered,
         "mean_keys": float(keys.mean()),
@@ -77,28 +81,41 @@ def counts(n: int, options: BlockOptions, law: NCConfig) -> dict[str, float]:
     }
 
 
-def times(found: dict[str, float], rates: argparse.Namespace, efficiency: float) -> dict[str, float]:
-    """Milliseconds of each step where scoring and attending reach ``efficiency`` of the dense kernel's FLOP rate."""
-    dense_rate = rates.dense_tflops * 1e12
-    reached = efficiency * dense_rate
+def times(found: dict[str, float], rates: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of each step; each is matrix instructions, others that are issued, and bytes.
+
+    ``sparse`` has them one after the other where a program has a multiprocessor for itself (attend), and side by side
+    where two share it (score); ``sparse_at_best`` has them side by side everywhere.
+    """
+    clock = rates.clock_ghz * 1e9
+    matrix = rates.matrix_tflops * 1e12
     memory, cache = rates.memory_tb * 1e12, rates.cache_tb * 1e12
-    exp_rate = EXP_PER_CLOCK * MULTIPROCESSORS * CLOCK
+
+    def issued(tiles: float, instructions: float, warps: int) -> float:
+        return tiles * warps * instructions / (SCHEDULERS * MULTIPROCESSORS * clock)
+
     score = max(
-        found["score_flops"] / reached,
-        found["score_exponentials"] / exp_rate,
+        found["score_flops"] / matrix,
+        issued(found["score_tiles"], rates.score_instructions, 8),
         found["score_key_bytes"] / cache,
     )
-    attend = max(
-        found["attend_flops"] / reached,
-        found["attend_bytes_from_cache"] / cache,
-        found["attend_bytes_from_memory_at_most"] / memory,
+    products = found["attend_flops"] / matrix
+    others = issued(found["attend_tiles"], rates.attend_instructions, 8)
+    moved = max(found["attend_bytes_from_cache"] / cache, found["attend_bytes_from_memory_at_most"] / memory)
+    choose = max(
+        (found["scores_written"] + found["choose_bytes"]) / memory,
+        issued(found["choose_tiles"], rates.choose_instructions, 4),
     )
-    choose = (found["scores_written"] + found["choose_bytes"]) / memory
     fixed = (2 * found["score_chunks"] * rates.launch_us + rates.host_us / LAYERS) * 1e-6
-    milliseconds = {name: 1e3 * x for name, x in (("score", score), ("choose", choose), ("attend", attend))}
-    milliseconds |= {"fixed": 1e3 * fixed, "dense": 1e3 * found["dense_flops"] / dense_rate}
-    milliseconds["sparse"] = sum(milliseconds[name] for name in ("score", "choose", "attend", "fixed"))
-    return milliseconds | {"ratio": milliseconds["dense"] / milliseconds["sparse"]}
+    steps = {"score": score, "choose": choose, "attend": max(products + others, moved), "fixed": fixed}
+    milliseconds = {name: 1e3 * x for name, x in steps.items()}
+    milliseconds["dense"] = 1e3 * found["dense_flops"] / (rates.dense_tflops * 1e12)
+    milliseconds["sparse"] = 1e3 * sum(steps.values())
+    at_best = steps | {"attend": max(products, others, moved)}
+    milliseconds["sparse_at_best"] = 1e3 * sum(at_best.values())
+    for name in ("sparse", "sparse_at_best"):
+        milliseconds[name.replace("sparse", "ratio")] = milliseconds["dense"] / milliseconds[name]
+    return milliseconds
 
 
 def main() -> None:
@@ -109,9 +126,14 @@ def main() -> None:
     parser.add_argument("--dense-below", type=int, default=DEFAULT_DENSE_BELOW)
     parser.add_argument("--query-block-size", type=int, default=BlockOptions.query_block_size)
     parser.add_argument("--block-size", type=int, default=BlockOptions.size)
-    parser.add_argument("--strides", type=int, nargs="+", default=[0, 16], help="0: as the budget has it")
+    parser.add_argument("--strides", type=int, nargs="+", default=[0], help="0: as the budget has it")
     parser.add_argument("--dense-tflops", type=float, default=600.0, help="of the fastest dense kernel (assumed)")
-    parser.add_argument("--efficiencies", type=float, nargs="+", default=[0.55, 0.7], help="of that (assumed)")
+    parser.add_argument("--matrix-tflops", type=float, default=989.0, help="of matrix instructions alone")
+    parser.add_argument("--clock-ghz", type=float, default=1.755)
+    counted = "of a warp in the loop over whole tiles, counted in the code for sm_90 (head_dim 128, 16 keys)"
+    parser.add_argument("--score-instructions", type=float, default=333, help=counted)
+    parser.add_argument("--choose-instructions", type=float, default=264, help=counted)
+    parser.add_argument("--attend-instructions", type=float, default=442, help=counted)
     parser.add_argument("--memory-tb", type=float, default=4.3, help="TB/s of device memory")
     parser.add_argument("--cache-tb", type=float, default=5.5, help="TB/s of the second level cache (assumed)")
     parser.add_argument("--launch-us", type=float, default=3.0, help="of a kernel in a chunk (assumed)")
@@ -125,21 +147,11 @@ def main() -> None:
         options = BlockOptions(arguments.block_size, arguments.query_block_size, stride or None)
         for n in arguments.lengths:
             found = counts(n, options, law)
-            for efficiency in arguments.efficiencies:
-                predicted = times(found, arguments, efficiency)
-                rows.append(
-                    {
-                        "n": n,
-                        "sample_stride": options.sample_stride,
-                        "efficiency": efficiency,
-                        "predicted_ms": predicted,
-                    }
-                )
-                print(
-                    f"n {n:>7} stride {stride or 'law':>3} efficiency {efficiency:.2f}",
-                    *(f"{k} {v:.2f}" for k, v in predicted.items()),
-                )
-            rows[-1]["counts"] = found
+            predicted = times(found, arguments)
+            rows.append({"n": n, "sample_stride": options.sample_stride, "predicted_ms": predicted, "counts": found})
+            print(
+                f"n {n:>7} stride {stride or 'law':>3}", *(f"{name} {value:.2f}" for name, value in predicted.items())
+            )
     assumed = {name: value for name, value in vars(arguments).items() if name not in ("out", "lengths", "strides")}
     record = {
         "command": shlex.join(["python", *sys.argv]),
