@@ -26,7 +26,7 @@ from nc_patch.common import check_directory
 
 def block(**options: Any) -> NCConfig:
     """Block attention at the budget that is measured throughout."""
-    return NCConfig(4.0, 0.6, selection="block", **options)
+    return NCConfig(4.0, 0.6, selection="block", dense_below=0, **options)
 
 
 METHODS: dict[str, NCConfig | None] = {
@@ -40,8 +40,8 @@ METHODS: dict[str, NCConfig | None] = {
     "min_mass 0.9": block(min_mass=0.9),
     "keys 16, stride 8, min_mass 0.9": block(block_size=16, sample_stride=8, min_mass=0.9),
     "keys 16, min_mass 0.95": block(block_size=16, min_mass=0.95),
-    "window, 4 sinks": NCConfig(4.0, 0.6, selection="window", sink_keys=4),
-    "topk": NCConfig(4.0, 0.6, selection="topk"),
+    "window, 4 sinks": NCConfig(4.0, 0.6, selection="window", sink_keys=4, dense_below=0),
+    "topk": NCConfig(4.0, 0.6, selection="topk", dense_below=0),
 }
 
 

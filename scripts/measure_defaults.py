@@ -118,7 +118,7 @@ def main() -> None:
                 dense = None
                 for name in ["dense", *(name for name in names if name != "dense")]:
                     options = SETTINGS[name]
-                    config = None if options is None else NCConfig(**options)
+                    config = None if options is None else NCConfig(**{"selection": "topk", "dense_below": 0, **options})
                     warm_up(loaded.model, config)
                     found = measure(loaded.model, config, sample)
                     dense = found.seconds if dense is None else dense

@@ -25,11 +25,11 @@ from nc_patch.common import check_directory
 
 METHODS: dict[str, NCConfig | None] = {
     "dense": None,
-    "topk a=2 C=0.7": NCConfig(2.0, 0.7),
-    "topk a=2 C=0.5": NCConfig(2.0, 0.5),
-    "window a=2 C=0.7": NCConfig(2.0, 0.7, selection="window"),
-    "window a=2 C=0.5": NCConfig(2.0, 0.5, selection="window"),
-    "block a=4 C=0.6": NCConfig(4.0, 0.6, selection="block"),
+    "topk a=2 C=0.7": NCConfig(2.0, 0.7, selection="topk", dense_below=0),
+    "topk a=2 C=0.5": NCConfig(2.0, 0.5, selection="topk", dense_below=0),
+    "window a=2 C=0.7": NCConfig(2.0, 0.7, selection="window", dense_below=0),
+    "window a=2 C=0.5": NCConfig(2.0, 0.5, selection="window", dense_below=0),
+    "block a=4 C=0.6": NCConfig(4.0, 0.6, selection="block", dense_below=0),
 }
 
 

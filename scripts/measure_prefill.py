@@ -29,8 +29,8 @@ from nc_patch.common import check_directory
 
 METHODS: dict[str, NCConfig | None] = {
     "dense": None,
-    "block": NCConfig(4.0, 0.6, selection="block"),
-    "block, min_mass 0.9": NCConfig(4.0, 0.6, selection="block", min_mass=0.9),
+    "block": NCConfig(4.0, 0.6, selection="block", dense_below=0),
+    "block, min_mass 0.9": NCConfig(4.0, 0.6, selection="block", min_mass=0.9, dense_below=0),
 }
 LAYERS = (1, 10, 22)
 

@@ -81,7 +81,7 @@ def allocate(
     windows: np.ndarray,
     fraction: float,
     dense_layers: Sequence[int],
-    min_keys: int,
+    limits: tuple[int, int],
     ends: tuple[int, int],
 ) -> Laws:
     """The laws under which heads lose least while they attend ``fraction`` of all the keys that ``rows`` see.
@@ -90,7 +90,7 @@ def allocate(
 
     Args:
         demand: of every head.
-        rows, windows, min_keys: of which keys are counted; as in ``attended_fraction``.
+        rows, windows, limits: of which keys are counted; as in ``attended_fraction``.
         fraction: of all keys seen, in (0, 1].
         dense_layers: layers that attend every key, which counts too.
         ends: the shortest and the longest calibrated length.
@@ -104,7 +104,7 @@ def allocate(
     sparse[list(dense_layers)] = False
 
     def spent(laws: Laws, rows: np.ndarray = rows) -> float:
-        return attended_fraction(laws, rows, windows, min_keys)
+        return attended_fraction(laws, rows, windows, *limits)
 
     def laws_at(price: float) -> Laws:
         alpha, C = _power_laws(demand.at(price), demand.visible, weights)
@@ -129,26 +129,28 @@ def allocate(
     found = min(mixed(few), mixed(many), key=lambda laws: abs(spent(laws) - fraction))
     if abs(spent(found) - fraction) > 0.01 * fraction:
         raise ProfileError(
-            f"no budgets attend {fraction:.4g} of the keys: with min_keys={min_keys} and the dense layers "
-            f"{list(dense_layers)} they attend {spent(scaled(1e-9)):.4g} to "
+            f"no budgets attend {fraction:.4g} of the keys: with min_keys={limits[0]}, dense_below={limits[1]} and the "
+            f"dense layers {list(dense_layers)} they attend {spent(scaled(1e-9)):.4g} to "
             f"{spent(scaled(1e9)):.4g}; the nearest is {spent(found):.4g}"
         )
     return found
 
 
-def attended_fraction(laws: Laws, rows: np.ndarray, windows: np.ndarray, min_keys: int = 1) -> float:
+def attended_fraction(
+    laws: Laws, rows: np.ndarray, windows: np.ndarray, min_keys: int = 1, dense_below: int = 0
+) -> float:
     """Attended keys / visible keys, over the queries at ``rows`` of all layers and heads.
 
     Args:
         laws: of every head.
         rows: int64 ``[R]``, the positions of the queries, from 1.
         windows: ``[M]``, the most keys that a layer's queries see, 0 where there is no such limit.
-        min_keys: lower limit of every budget.
+        min_keys, dense_below: as in ``NCConfig``.
     """
     attended = seen = 0.0
     for window, alpha, C in zip(windows, *laws, strict=True):
         n, count = np.unique(np.minimum(rows, window) if window else rows, return_counts=True)
-        attended += float((budgets_for(n, alpha[:, None], C[:, None], min_keys) * count).sum())
+        attended += float((budgets_for(n, alpha[:, None], C[:, None], min_keys, dense_below) * count).sum())
         seen += float((n * count).sum()) * len(alpha)
     return attended / seen
 

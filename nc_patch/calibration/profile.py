@@ -151,6 +151,7 @@ class Profile:
         over: Over = "sequence",
         dense_layers: tuple[int, ...] | None = None,
         min_keys: int = 1,
+        dense_below: int | None = None,
     ) -> "Profile":
         """The profile with the laws that lose least, as predicted, for a total budget.
 
@@ -165,7 +166,7 @@ class Profile:
             over: ``"sequence"`` counts every query of a sequence of n tokens, as a prefill does; ``"last"`` the query
                 that sees all n, as a decoding step does.
             dense_layers: layers that attend every key, which counts; None for the profile's own.
-            min_keys: the ``min_keys`` of the config, which counts too.
+            min_keys, dense_below: those of the config, which count too; None for the default of ``dense_below``.
 
         Raises:
             ProfileError: values out of range, or a budget that cannot be had.
@@ -175,6 +176,7 @@ class Profile:
         if over not in ("sequence", "last"):
             raise ProfileError(f'over must be "sequence" or "last", got {over!r}')
         dense, min_keys = self._dense(dense_layers), checked_count("min_keys", min_keys)
+        below = NCConfig(1.0).dense_below if dense_below is None else checked_count("dense_below", dense_below, 0)
         ends = self.lengths if n is None else (checked_count("n", n),)
         rows = np.array(ends) if over == "last" else np.concatenate([np.arange(1, end + 1) for end in ends])
         if keys is not None:
@@ -185,7 +187,7 @@ class Profile:
             fraction = checked_number("fraction", fraction, 1)
             asked = f"{100 * fraction:g} % of the keys"
         windows, span = np.array(self.windows), (self.lengths[0], self.lengths[-1])
-        laws = allocate(self._demand, rows, windows, fraction, dense, min_keys, span)
+        laws = allocate(self._demand, rows, windows, fraction, dense, (min_keys, below), span)
         where = "over all calibrated lengths" if n is None else f"at {ends[0]:,} tokens"
         return self._with(laws, f"{asked} {where}, {over}", dense)
 
@@ -333,11 +335,12 @@ def checked_layers(given: Any, layers: int) -> tuple[int, ...]:
     return tuple(sorted(known))
 
 
-def checked_count(name: str, value: Any) -> int:
-    """The value as an int; raises ProfileError unless it is a positive integer."""
+def checked_count(name: str, value: Any, least: int = 1) -> int:
+    """The value as an int; raises ProfileError unless it is an integer of at least ``least``."""
     found = as_integer(value)
-    if found is None or found < 1:
-        raise ProfileError(f"{name} must be a positive integer, got {value!r}")
+    if found is None or found < least:
+        allowed = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ProfileError(f"{name} must be {allowed}, got {value!r}")
     return found
 
 
