@@ -6,6 +6,7 @@ from typing import Any
 
 from eval_tasks.models import DTYPES, LoadedModel, load_model
 from eval_tasks.smollm2 import SMOLLM2
+from nc_patch.selections import Block
 from nc_patch.selections.block.blocks import BLOCK_SIZES
 
 TEXT_FORMS = "a text file, a data set as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference"
@@ -69,6 +70,6 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
-        default=32,
-        help="keys per block of the method block (default: 32)",
+        default=Block.size,
+        help="keys per block of the method block (default: %(default)s)",
     )

@@ -36,6 +36,7 @@ _COLOURS = {
     "fraction-topk": "#F0E442",
     "fixed-topk-mean": "#0A3A5A",
     "nc-topk-mean": "#7A3300",
+    "nc": "#C51B7D",
     "profile": "#6A3D9A",
 }
 _OTHER_COLOURS = ("#8C564B", "#17BECF", "#BCBD22", "#9467BD")

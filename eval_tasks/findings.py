@@ -6,10 +6,11 @@ from typing import Any
 
 from eval_tasks.iso_quality import IsoQuality, NeededBudget
 from eval_tasks.measure import Phase
-from eval_tasks.methods import BLOCK, DENSE, blocks_chosen, find_method, keys_of
+from eval_tasks.methods import BLOCK, DENSE, NC, blocks_chosen, find_method, keys_of
 from eval_tasks.provenance import hardware_words
 from eval_tasks.summary import Row, Summary, losses, title_of
 from eval_tasks.verdicts import GAIN_NEEDED
+from nc_patch.selections import Block
 
 GROWING = "nc-topk"
 # The same with the means of the keys that it leaves out.
@@ -120,8 +121,14 @@ class Findings:
         means = self.cells.get((task, length, WITH_MEANS))
         if means is not None and leading.method == GROWING:
             sentences.append(
-                f"With the means of the keys that it leaves out beside it, as patch_model attends unasked, it reaches "
+                f"With the means of the keys that it leaves out beside it, it reaches "
                 f"{_number(means.perplexity)} ({_ratio(means)}{self._kept(task, length, means)})."
+            )
+        unasked = self.cells.get((task, length, NC))
+        if unasked is not None and unasked != leading:
+            sentences.append(
+                f"What patch_model does unasked, blocks in prefill and top-k with means in decoding, reaches "
+                f"{_number(unasked.perplexity)} ({_ratio(unasked)}{self._kept(task, length, unasked)})."
             )
         rivals = [s for s in self._sparse(task, length) if find_method(s.method).selects == "content" and s != leading]
         fixed = [s for s in rivals if not find_method(s.method).grows]
@@ -273,7 +280,8 @@ def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase
         return []
     listed = ", ".join(f"{find_method(method).title} at {n:,} tokens ({budget} keys)" for method, n, budget in found)
     return [
-        f"The blocks that are always attended, the first and those of the queries' own positions, use up the budget of "
+        "The blocks that are always attended, the first, those of the queries' own positions and in prefill those of "
+        f"the {Block.local_keys} keys before them, use up the budget of "
         f"{listed}: there no block is chosen by content, and more keys may be attended than the budget has."
     ]
 

@@ -20,6 +20,7 @@ from nc_patch.budget import budget_of, budgets
 from nc_patch.calibration.profile import Over, Profile
 from nc_patch.common import ProfileError
 from nc_patch.config import Backend, NCConfig
+from nc_patch.selections import Block
 
 Match = Literal["deploy", "scored", "total", "iso"]
 MATCHES: tuple[Match, ...] = get_args(Match)
@@ -49,7 +50,7 @@ class Budgets:
     alpha: float
     C: float
     equal_at: int
-    block_size: int = 32
+    block_size: int = Block.size
     backend: Backend = "auto"
     match: Match = "deploy"
     parameters: tuple[int, float, float] | None = None
@@ -132,7 +133,9 @@ def load_profile(path: str) -> Profile:
 @lru_cache(maxsize=256)
 def _config_of_profile(path: str, keys: float, n: int, over: Over) -> NCConfig:
     try:
-        return load_profile(path).at_budget(keys=keys, n=n, over=over).config(tail="drop")
+        return (
+            load_profile(path).at_budget(keys=keys, n=n, over=over, dense_below=0).config(selection="topk", tail="drop")
+        )
     except ProfileError as error:
         raise EvalError(f"{path}: {error}") from error
 

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from eval_tasks.errors import EvalError
 from eval_tasks.log_law import LogConfig
 from eval_tasks.matching import Budgets
 from eval_tasks.measure import Phase
 from eval_tasks.simulated import Simulated
-from nc_patch.config import NCConfig
+from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.selections import Block
 
 STREAMING_SINKS = 4
@@ -18,6 +19,8 @@ ORACLE_MASS = 0.95
 DENSE = "dense"
 PROFILE = "profile"
 BLOCK = "block"
+# What patch_model does unasked.
+NC = "nc"
 # Between a method and its number of keys, where iso-quality asks for that: fixed-topk@64.
 _KEYS = "@"
 # Before the name of a class of the package kvpress.
@@ -55,32 +58,37 @@ def _dense(budgets: Budgets) -> None:
     return None
 
 
+def _law(alpha: float, C: float, budgets: Budgets, make: type[NCConfig] = NCConfig, **options: Any) -> NCConfig:
+    """The settings of a law alone, from the first key on: methods are compared by what their laws choose."""
+    return make(alpha, C, backend=budgets.backend, dense_below=0, **options)
+
+
 def _window(budgets: Budgets) -> NCConfig:
-    return NCConfig(budgets.fixed, selection="window", sink_keys=0, backend=budgets.backend)
+    return _law(budgets.fixed, 0.0, budgets, selection="window", sink_keys=0)
 
 
 def _streaming(budgets: Budgets) -> NCConfig:
-    return NCConfig(budgets.fixed, selection="window", sink_keys=STREAMING_SINKS, backend=budgets.backend)
+    return _law(budgets.fixed, 0.0, budgets, selection="window", sink_keys=STREAMING_SINKS)
 
 
 def _nc_window(budgets: Budgets) -> NCConfig:
-    return NCConfig(budgets.alpha, budgets.C, selection="window", sink_keys=STREAMING_SINKS, backend=budgets.backend)
+    return _law(budgets.alpha, budgets.C, budgets, selection="window", sink_keys=STREAMING_SINKS)
 
 
 def _fixed_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig(budgets.fixed, selection="topk", tail="drop", backend=budgets.backend)
+    return _law(budgets.fixed, 0.0, budgets, selection="topk", tail="drop")
 
 
 def _log_topk(budgets: Budgets) -> NCConfig:
-    return LogConfig(budgets.log_factor, selection="topk", tail="drop", backend=budgets.backend)
+    return _law(budgets.log_factor, 0.0, budgets, LogConfig, selection="topk", tail="drop")
 
 
 def _nc_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig(budgets.alpha, budgets.C, selection="topk", tail="drop", backend=budgets.backend)
+    return _law(budgets.alpha, budgets.C, budgets, selection="topk", tail="drop")
 
 
 def _fraction_topk(budgets: Budgets) -> NCConfig:
-    return NCConfig(budgets.fraction, 1.0, selection="topk", tail="drop", backend=budgets.backend)
+    return _law(budgets.fraction, 1.0, budgets, selection="topk", tail="drop")
 
 
 def _fixed_topk_mean(budgets: Budgets) -> NCConfig:
@@ -92,11 +100,15 @@ def _nc_topk_mean(budgets: Budgets) -> NCConfig:
 
 
 def _profile(budgets: Budgets) -> NCConfig:
-    return replace(budgets.profile_config(), backend=budgets.backend)
+    return replace(budgets.profile_config(), backend=budgets.backend, dense_below=0)
 
 
 def _block(budgets: Budgets) -> NCConfig:
-    return NCConfig(budgets.alpha, budgets.C, selection="block", block_size=budgets.block_size, backend=budgets.backend)
+    return _law(budgets.alpha, budgets.C, budgets, selection="block", block_size=budgets.block_size)
+
+
+def _nc(budgets: Budgets) -> NCConfig:
+    return NCConfig(budgets.alpha, budgets.C, backend=budgets.backend)
 
 
 def _random(budgets: Budgets) -> Simulated:
@@ -152,9 +164,17 @@ METHODS: dict[str, Method] = {
         Method(
             "nc-topk-mean",
             "α·n^C top-k + means",
-            "nc-topk, and beside it the mean of the other keys in every page of 16, which counts as no key; what "
-            "patch_model does unasked",
+            "nc-topk, and beside it the mean of the other keys in every page of 16, which counts as no key",
             _nc_topk_mean,
+            "content",
+            True,
+        ),
+        Method(
+            NC,
+            "default",
+            "what patch_model does unasked, with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of "
+            f"the other keys, and every key where a query sees at most {DEFAULT_DENSE_BELOW:,}",
+            _nc,
             "content",
             True,
         ),
@@ -250,10 +270,11 @@ def blocks_chosen(budget: int, block_size: int, phase: Phase) -> int:
     """How many blocks of keys the method ``block`` chooses by content for queries with a budget.
 
     The first block and those of the queries' own positions are attended always: in prefill 64 positions choose
-    together, in decoding one. What is left of the budget is chosen. With nothing left the method is a window.
+    together, in decoding one. In prefill those of the 64 keys before them come next. What is left of the budget is
+    chosen. With nothing left the method is a window.
     """
-    together = 1 if phase == "decode" else Block.query_block_size
-    always = 1 + -(-together // block_size)
+    recent = 1 if phase == "decode" else Block.query_block_size + Block.local_keys
+    always = 1 + -(-recent // block_size)
     return max(0, -(-budget // block_size) - always)
 
 

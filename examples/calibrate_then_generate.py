@@ -24,13 +24,13 @@ if not arguments.profile.exists():
     measured = calibrate(model, tokenizer, [text], lengths=arguments.lengths, pieces=2)
     measured.save(arguments.profile)
 longest = max(arguments.lengths)
-profile = Profile.load(arguments.profile).at_budget(arguments.fraction, n=longest)
+profile = Profile.load(arguments.profile).at_budget(arguments.fraction, n=longest, dense_below=0)
 layers, heads = profile.shape
-config = profile.config()
+config = profile.config(selection="topk", dense_below=0)  # the prompt is short
 for layer in {0: "first", layers // 2: "middle", layers - 1: "last"}:
     print(f"layer {layer}: keys of {longest:,} by head {[config.budget(longest, layer, h) for h in range(heads)]}")
 prompt = tokenizer(text[-20 * longest :], return_tensors="pt", verbose=False)["input_ids"][:, :longest].to(model.device)
-patch_model(model, profile=profile)
+patch_model(model, config=config)
 with torch.inference_mode():
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
 print(f"generated: {tokenizer.decode(output[0, longest:])!r}")

@@ -12,7 +12,7 @@ from nc_patch import nc_stats, patch_model
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2", help="a directory, a name on the hub, or smollm2")
 parser.add_argument("--length", type=int, default=2048, help="tokens of prompt and answer")
-parser.add_argument("--alpha", type=float, default=2.0)
+parser.add_argument("--alpha", type=float, default=12.0)
 parser.add_argument("--C", type=float, default=0.5)
 arguments = parser.parse_args()
 

@@ -18,7 +18,8 @@ arguments = parser.parse_args()
 torch.manual_seed(0)
 loaded = load_model(arguments.model)
 model = get_peft_model(loaded.model, LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
-patch_model(model, alpha=2.0, C=0.5)  # before or after PEFT wraps the model
+# Before or after PEFT wraps the model. With dense_below=0 short texts are attended sparsely too.
+patch_model(model, alpha=2.0, C=0.5, selection="topk", dense_below=0)
 model.train()
 text = load_text("python-reference").content
 ids = loaded.tokenizer(text[: 20 * arguments.length], return_tensors="pt", verbose=False)["input_ids"]

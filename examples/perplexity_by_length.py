@@ -22,9 +22,9 @@ tokens = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt", v
 tokens = tokens[:, : max(arguments.lengths) + 1].to(loaded.model.device)
 ways = {
     "dense": None,
-    "top-k, 2·n^0.5": NCConfig(2.0, 0.5, tail="drop"),
-    "top-k and means": NCConfig(2.0, 0.5, tail="mean"),
-    "window, 2·n^0.5": NCConfig(2.0, 0.5, selection="window"),
+    "top-k, 2·n^0.5": NCConfig(2.0, 0.5, selection="topk", tail="drop", dense_below=0),
+    "top-k and means": NCConfig(2.0, 0.5, selection="topk", tail="mean", dense_below=0),
+    "window, 2·n^0.5": NCConfig(2.0, 0.5, selection="window", dense_below=0),
 }
 print(f"{'':16}" + "".join(f"{length:>8,}" for length in arguments.lengths))
 for name, config in ways.items():

@@ -51,5 +51,5 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
     model = load_model(arguments.model)
-    patch_model(model.model, alpha=2.0, C=0.5)
+    patch_model(model.model)
     server(model, arguments.port).serve_forever()

@@ -49,7 +49,7 @@ def budgets() -> str:
     """Keys of some laws at some lengths."""
     rows = []
     for alpha, C in LAWS:
-        keys = [NCConfig(alpha, C).budget(n) for n in LENGTHS]
+        keys = [NCConfig(alpha, C, dense_below=0).budget(n) for n in LENGTHS]
         shares = [f"{k:,} ({_percent(k / n)})" for k, n in zip(keys, LENGTHS, strict=True)]
         rows.append([f"{alpha:g}·n^{C:g}", *shares])
     return _markdown(["keys of", *(f"{n:,}" for n in LENGTHS)], rows)

@@ -27,7 +27,7 @@ from nc_patch.selections import Block
 
 # (name, phase, options of patch_model)
 WAYS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("topk", "prefill", {}),
+    ("topk", "prefill", {"selection": "topk"}),
     ("window", "prefill", {"selection": "window"}),
     ("block", "prefill", {"selection": "block"}),
     ("topk, every score", "decode", {"prefill": "window", "key_index": "never"}),
@@ -59,7 +59,7 @@ def main() -> None:
         times: dict[bool, list[float]] = {False: [], True: []}
         for repeat in range(arguments.repeats + 1):
             for track in (False, True):
-                patch_model(model, 4.0, 0.6, track=track, **options)
+                patch_model(model, 4.0, 0.6, track=track, dense_below=0, **options)
                 took = _time(model, ids, phase)
                 if repeat:
                     times[track].append(took)
@@ -107,7 +107,7 @@ def _time(model: LlamaForCausalLM, ids: torch.Tensor, phase: str) -> float:
 def _attention_alone(length: int, repeats: int) -> dict[str, float]:
     """What the audit of prefill by blocks adds to attention, as a ratio of processor times."""
     tensors = (torch.randn(1, heads, length, 64) for heads in (9, 3, 3))
-    problem = PromptInputs(*tensors).problem(NCConfig(4.0, 0.6))
+    problem = PromptInputs(*tensors).problem(NCConfig(4.0, 0.6, dense_below=0))
     ratios, spent = [], []
     for repeat in range(repeats + 1):
         times = []

@@ -75,7 +75,9 @@ def main() -> None:
         loaded.model(ids[:, : arguments.context - 1], past_key_values=prefilled, logits_to_keep=1)
         caches = {method: copy.deepcopy(prefilled) for method in arguments.methods}
         settings = {
-            method: None if options is None else {"alpha": arguments.alpha, "C": arguments.C, **options}
+            method: None
+            if options is None
+            else {"alpha": arguments.alpha, "C": arguments.C, "dense_below": 0, **options}
             for method, options in METHODS.items()
         }
         for position in range(arguments.context - 1, length):

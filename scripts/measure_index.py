@@ -120,7 +120,7 @@ def main() -> None:
         {"prefill": "dense", "decode": "block"},
         {"prefill": "dense", "decode": "topk"},
     ):
-        found = perplexity(loaded, ids, {"alpha": LAW[0], "C": LAW[1], **options})
+        found = perplexity(loaded, ids, {"alpha": LAW[0], "C": LAW[1], "dense_below": 0, **options})
         perplexities.append({**options, "perplexity": found})
         print(options, f"perplexity {found:.4f}", flush=True)
     ids = token_ids(loaded.tokenizer, text, arguments.length)

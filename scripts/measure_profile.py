@@ -32,6 +32,9 @@ DENSE = "dense"
 PROFILE = "profile"
 
 
+TOPK: dict[str, Any] = {"selection": "topk", "tail": "drop", "dense_below": 0}
+
+
 def uniform_law(fraction: float, C: float, length: int) -> NCConfig:
     """The law ``alpha * n^C`` under which the queries of a sequence attend a share of the keys they see."""
     visible = length * (length + 1) / 2
@@ -40,7 +43,7 @@ def uniform_law(fraction: float, C: float, length: int) -> NCConfig:
         alpha = math.sqrt(low * high)
         attended = int(budgets(np.arange(1, length + 1), alpha, C).sum())
         low, high = (alpha, high) if attended < fraction * visible else (low, alpha)
-    return NCConfig(high, C, tail="drop")
+    return NCConfig(high, C, **TOPK)
 
 
 def token_losses(model: Any, ids: torch.Tensor, config: NCConfig | None) -> tuple[np.ndarray, float]:
@@ -153,7 +156,7 @@ def main() -> None:
             stretch_ids = torch.from_numpy(ids[start : start + length + 1])
             jobs: list[tuple[str, float, NCConfig | None]] = [(DENSE, 1.0, None)]
             for fraction in arguments.fractions:
-                law = profile.at_budget(fraction, n=length).config(tail="drop")
+                law = profile.at_budget(fraction, n=length, dense_below=0).config(**TOPK)
                 jobs.append((PROFILE, fraction, law))
                 jobs += [(f"C={C:g}", fraction, uniform_law(fraction, C, length)) for C in arguments.exponents]
             for method, fraction, config in jobs:

@@ -22,7 +22,7 @@ from typing import Any
 MODES: dict[str, dict[str, float] | None] = {
     "plain": None,
     "dense law": {"alpha": 1.0, "C": 1.0},
-    "top-k of every key": {"alpha": 1e6, "C": 0.0},
+    "top-k of every key": {"alpha": 1e6, "C": 0.0, "selection": "topk", "dense_below": 0},
 }
 
 # What is not run, as pytest's -k takes it: images, whose blocks see both ways, so that the model refuses them by name.

@@ -50,6 +50,19 @@ def test_budgets_over_all_lengths_and_in_keys():
     assert spent(whole, 1024, "sequence") * 512.5 == pytest.approx(64, rel=0.01)
 
 
+def test_queries_that_attend_all_of_few_keys_are_counted(dense_with_few_keys):
+    profile = made_up_profile()
+    rows = np.arange(1, 2049)
+    for given, below in (({}, 1024), ({"dense_below": 300}, 300), ({"dense_below": 0}, 0)):
+        shared = profile.at_budget(0.5, n=2048, **given)
+        found = attended_fraction(Laws(shared.alpha, shared.C), rows, np.zeros(3, int), 1, below)
+        assert found == pytest.approx(0.5, rel=0.01)
+    with pytest.raises(ProfileError, match=r"no budgets attend 0.1 .* dense_below=1024"):
+        profile.at_budget(0.1, n=2048)
+    with pytest.raises(ProfileError, match="dense_below must be an integer of at least 0, got -1"):
+        profile.at_budget(0.1, n=2048, dense_below=-1)
+
+
 def test_dense_layers_stay_dense_and_count():
     profile = made_up_profile()
     shared = profile.at_budget(0.5, n=512, dense_layers=(1,))

@@ -30,7 +30,7 @@ def test_figures_are_those_of_the_weights_in_float64():
     n = torch.arange(128 - ROWS + 1, 129)
     scores = (query @ key.transpose(-1, -2) * received.scale).masked_fill(torch.arange(128) >= n[:, None], -torch.inf)
     weights = torch.softmax(scores, -1)
-    config = NCConfig(2.0, 0.5, tail="drop")
+    config = NCConfig(2.0, 0.5, selection="topk", tail="drop")
     forced = (torch.arange(128) < config.prefill.sink_keys) | (torch.arange(128) == n[:, None] - 1)
     best = scores.masked_fill(forced, torch.inf).argsort(-1, descending=True).argsort(-1)
     attended = weights * (best < config.budget(n)[:, None])
@@ -43,7 +43,7 @@ def test_figures_are_those_of_the_weights_in_float64():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_soft_caps_and_sinks_are_those_of_the_model(family):
-    model, ids, config = tiny_model(family), random_ids(1, 128), NCConfig(2.0, 0.5, tail="drop")
+    model, ids, config = tiny_model(family), random_ids(1, 128), NCConfig(2.0, 0.5, selection="topk", tail="drop")
     implementation = attention_of(model)
     rows = {row.layer: row for row in fidelity(model, ids, ["nc-topk"], BUDGETS, [128])}
     assert attention_of(model) == implementation

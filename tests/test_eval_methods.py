@@ -12,8 +12,10 @@ from eval_tasks.errors import EvalError
 from eval_tasks.log_law import LogConfig
 from eval_tasks.measure import measure
 from eval_tasks.methods import (
+    DEFAULT_METHODS,
     DENSE,
     METHODS,
+    NC,
     PROFILE,
     Budgets,
     blocks_chosen,
@@ -24,7 +26,8 @@ from eval_tasks.methods import (
     with_keys,
 )
 from eval_tasks.tasks import Sample
-from nc_patch import NCConfig, nc_stats, patched
+from nc_patch import NCConfig, nc_stats, patch_model, patched
+from nc_patch.selections import Block, TopK
 
 LAWS = [(2.0, 0.5, 1024), (2.0, 0.7, 512), (1.0, 0.9, 4096), (4.0, 0.6, 1000), (3.3, 0.0, 77), (50.0, 1.0, 64)]
 # A profile's budgets differ from head to head; test_calibrate_command.py holds their mean to the others'.
@@ -106,13 +109,33 @@ def test_a_method_with_a_number_of_keys_attends_so_many_at_every_length(name):
 @pytest.mark.parametrize("phase", ["all", "decode"])
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_blocks_are_chosen_by_content_where_the_budget_leaves_some(size, phase):
-    """What the last of 256 positions attends: the first block, its own 64 positions or block, and what was chosen."""
+    """What the last of 256 positions attends: the first block, its own, in prefill those before, and what was chosen.
+
+    Its own are those of 64 positions in prefill.
+    """
     ids = np.random.default_rng(0).integers(3, VOCABULARY, 257)
-    own = size if phase == "decode" else 64
+    own, local = (size, 0) if phase == "decode" else (64, 64)
     for blocks in range(2, 256 // size):
         config = NCConfig(blocks * size, selection="block", block_size=size)
+        before = max(0, min(local, blocks * size - size - own))
         measured = measure(tiny_model("llama"), config, Sample(ids, 1, 4), phase)
-        assert measured.tail_mean_keys == size + own + size * blocks_chosen(blocks * size, size, phase), blocks
+        assert measured.tail_mean_keys == size + own + before + size * blocks_chosen(blocks * size, size, phase), blocks
+
+
+def test_methods_are_laws_alone_but_for_what_patch_model_does_unasked(dense_with_few_keys):
+    budgets, model = Budgets(3.0, 0.6, 1024), patch_model(tiny_model("llama"), 3.0, 0.6)
+    unasked = next(module for module in model.modules() if hasattr(module, "_nc_patch"))._nc_patch.config
+    assert METHODS[NC].config(budgets) == unasked
+    assert (unasked.dense_below, unasked.prefill, unasked.decode) == (1024, Block(), TopK(tail="mean"))
+    assert budget_at(NC, budgets, 1024) == 1024
+    assert budget_at(NC, budgets, 2048) == budget_at("nc-topk", budgets, 2048)
+    for name in SPARSE:
+        config = METHODS[name].config(budgets)
+        assert name == NC or config.dense_below == 0, name
+        assert name == NC or config.prefill == config.decode, name
+        assert find_method(with_keys(name, 48)).config(budgets).dense_below == config.dense_below
+    assert METHODS["random"].config(budgets).config.dense_below == 0
+    assert NC in DEFAULT_METHODS
 
 
 def test_methods_sort_as_listed_and_then_by_keys():

@@ -79,7 +79,7 @@ def test_a_long_prompt_is_answered_densely_and_sparsely(run, model):
     tokens = int(re.match(r"(\d+) tokens", said).group(1))
     assert 350 <= tokens <= 400
     assert "dense: " in said
-    assert "alpha=2, C=0.5: " in said
+    assert "alpha=12, C=0.5: " in said
     keys, share = re.search(r"read (\d+) keys a query, ([\d.]+) %", said).groups()
     assert 0 < int(keys) <= 2 * tokens**0.5 + 1
     assert 0 < float(share) < 50

@@ -79,11 +79,11 @@ def run_a_rank(directory, out):
     model = AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto").eval()
     found = {}
     for name, budget in (("full", FULL), ("small", SMALL)):
-        patch_model(model, *budget, selection="topk")
+        patch_model(model, *budget, selection="topk", dense_below=0)
         with torch.inference_mode():
             found[name] = model(ids).logits
         found[f"{name} text"] = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    patch_model(model, [[1.0, 2.0, 3.0, 4.0]] * 3, 0.5, selection="topk")
+    patch_model(model, [[1.0, 2.0, 3.0, 4.0]] * 3, 0.5, selection="topk", dense_below=0)
     try:
         model(ids)
     except UnsupportedModelError as error:

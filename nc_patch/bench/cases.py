@@ -46,7 +46,7 @@ class Settings:
 
     def config(self, prefill: str, decode: str | None = None) -> NCConfig:
         """The settings of attention by a selection, or by one for each phase."""
-        return NCConfig(self.alpha, self.C, prefill=prefill, decode=decode or prefill, **self.options)
+        return NCConfig(self.alpha, self.C, prefill=prefill, decode=decode or prefill, dense_below=0, **self.options)
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,13 @@ def allocate(
     windows: np.ndarray,
     fraction: float,
     dense_layers: Sequence[int],
-    min_keys: int,
+    limits: tuple[int, int],
     lengths: Sequence[int],
 ) -> Laws:
     """The laws under which heads lose least while they attend ``fraction`` of the keys that ``rows`` see.
 
     Args:
-        rows, windows, min_keys: as in ``attended_fraction``.
+        rows, windows, limits: as in ``attended_fraction``.
         fraction: in (0, 1].
         dense_layers: layers that attend every key, which counts too.
         lengths: those calibrated; heads that attend nearly all keys at both ends attend all.
@@ -103,7 +103,7 @@ def allocate(
     sparse[list(dense_layers)] = False
 
     def spent(laws: Laws, rows: np.ndarray = rows) -> float:
-        return attended_fraction(laws, rows, windows, min_keys)
+        return attended_fraction(laws, rows, windows, *limits)
 
     def laws_at(price: float) -> Laws:
         return _power_laws(demand.at(price), demand.visible, weights).where(sparse)
@@ -128,25 +128,27 @@ def allocate(
     found = min(mixed(few), mixed(few + 1), key=lambda laws: abs(spent(laws) - fraction))
     if abs(spent(found) - fraction) > 0.01 * fraction:
         raise ProfileError(
-            f"no budgets attend {fraction:.4g} of the keys: with min_keys={min_keys} and the dense layers "
-            f"{list(dense_layers)} they attend {spent(scaled(1e-9)):.4g} to {spent(scaled(1e9)):.4g}; the nearest is "
-            f"{spent(found):.4g}"
+            f"no budgets attend {fraction:.4g} of the keys: with min_keys={limits[0]}, dense_below={limits[1]} and the "
+            f"dense layers {list(dense_layers)} they attend {spent(scaled(1e-9)):.4g} to "
+            f"{spent(scaled(1e9)):.4g}; the nearest is {spent(found):.4g}"
         )
     return found
 
 
-def attended_fraction(laws: Laws, rows: np.ndarray, windows: np.ndarray, min_keys: int = 1) -> float:
+def attended_fraction(
+    laws: Laws, rows: np.ndarray, windows: np.ndarray, min_keys: int = 1, dense_below: int = 0
+) -> float:
     """Attended keys / visible keys, over the queries at ``rows`` of all layers and heads.
 
     Args:
         rows: int64 ``[R]``, the positions of the queries, from 1.
         windows: ``[M]``, the most keys that a layer's queries see, 0 where there is no such limit.
-        min_keys: lower limit of every budget.
+        min_keys, dense_below: as in ``NCConfig``.
     """
     attended = seen = 0.0
     for window, alpha, C in zip(windows, *laws, strict=True):
         n, count = np.unique(np.minimum(rows, window) if window else rows, return_counts=True)
-        attended += float((budgets_for(n, alpha[:, None], C[:, None], min_keys) * count).sum())
+        attended += float((budgets_for(n, alpha[:, None], C[:, None], min_keys, dense_below) * count).sum())
         seen += float((n * count).sum()) * len(alpha)
     return attended / seen
 

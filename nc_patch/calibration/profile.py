@@ -150,6 +150,7 @@ class Profile:
         over: Over = "sequence",
         dense_layers: tuple[int, ...] | None = None,
         min_keys: int = 1,
+        dense_below: int | None = None,
     ) -> "Profile":
         """The profile with the laws that lose least, as predicted, for a total budget that all heads share.
 
@@ -163,7 +164,7 @@ class Profile:
             over: ``"sequence"`` counts every query of a sequence of n tokens, as a prefill does; ``"last"`` the query
                 that sees all n, as a decoding step does.
             dense_layers: layers that attend every key, which counts; None for the profile's own.
-            min_keys: the ``min_keys`` of the config, which counts too.
+            min_keys, dense_below: those of the config, which count too; None for the default of ``dense_below``.
 
         Raises:
             ProfileError: values out of range, or a budget that cannot be had.
@@ -174,6 +175,7 @@ class Profile:
             raise ProfileError(f'over must be "sequence" or "last", got {over!r}')
         dense = checked_layers(self.dense_layers if dense_layers is None else dense_layers, self.shape[0])
         min_keys = checked_count("min_keys", min_keys)
+        below = NCConfig(1.0).dense_below if dense_below is None else checked_count("dense_below", dense_below, 0)
         ends = self.lengths if n is None else (checked_count("n", n),)
         rows = np.array(ends) if over == "last" else np.concatenate([np.arange(1, end + 1) for end in ends])
         if keys is not None:
@@ -183,7 +185,8 @@ class Profile:
         else:
             fraction = checked_number("fraction", fraction)
             asked = f"{100 * fraction:g} % of the keys"
-        laws = allocate(self._demand, rows, np.array(self.windows), fraction, dense, min_keys, self.lengths)
+        limits = (min_keys, below)
+        laws = allocate(self._demand, rows, np.array(self.windows), fraction, dense, limits, self.lengths)
         where = "over all calibrated lengths" if n is None else f"at {ends[0]:,} tokens"
         return replace(self, **laws._asdict(), aim=f"{asked} {where}, {over}", dense_layers=dense)
 
@@ -334,11 +337,12 @@ def checked_layers(given: Any, layers: int) -> tuple[int, ...]:
     return tuple(sorted({layer for layer in found if layer is not None}))
 
 
-def checked_count(name: str, value: Any) -> int:
-    """The value as an int; raises ProfileError unless it is a positive integer."""
+def checked_count(name: str, value: Any, least: int = 1) -> int:
+    """The value as an int; raises ProfileError unless it is an integer of at least ``least``."""
     found = as_integer(value)
-    if found is None or found < 1:
-        raise ProfileError(f"{name} must be a positive integer, got {value!r}")
+    if found is None or found < least:
+        allowed = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ProfileError(f"{name} must be {allowed}, got {value!r}")
     return found
 
 
