@@ -42,9 +42,10 @@ QUICK = [
     "topk_tail-bf16-d128-sinks-softcap-stats",
     "topk_tail-bf16-d256-few_rows",
     "topk_tail-fp32-d128-few_rows",
-    "score_blocks-bf16-d128-k32",
-    "choose_blocks-bf16-d128-k32-min_mass",
-    "attend_blocks-bf16-d128-k32-sinks-softcap-stats",
+    "score_blocks-bf16-d128-k16",
+    "choose_blocks-bf16-d64-k16",
+    "choose_blocks-bf16-d128-k16-min_mass-audit",
+    "attend_blocks-bf16-d128-k16-sinks-softcap-stats",
     "attend_blocks-bf16-d256-k128",
     "score_pages-bf16-d256-p128-softcap",
     "choose_pages-bf16-d64-p16",
@@ -72,7 +73,10 @@ QUICK = [
 MOST_SPILLS = {"3.7.1": 0, "3.8.0": 72, "3.9.0": 12}.get(triton.__version__, 32)
 # What spills with the pinned Triton: registers that a program saves once, before its loops, and restores behind them.
 SPILLING = {
+    ("attend_blocks-bf16-d80-k16", "sm_90"): 1,
     ("attend_blocks-bf16-d128-k16", "sm_90"): 1,
+    ("attend_blocks-fp16-d128-k16", "sm_90"): 1,
+    ("attend_blocks-bf16-d128-k16-sinks-softcap-stats", "sm_90"): 4,
     ("attend_blocks-bf16-d128-k32-sinks-softcap-stats", "sm_90"): 3,
 }
 launches_of = functools.cache(recorded)

@@ -343,7 +343,9 @@ def choose_blocks_kernel(
     wanted = tl.load(plan.law + pair)
     if min_mass is not None:
         masses = scratch.masses + program * width
-        missing = min_mass * tl.cast(rows, tl.float32) - mass_of_always(masses, own.blocks, recent, BLOCK_P)
+        # Without a sampled row there are no masses either, and none is missing.
+        weighed = tl.where(rows > 0, own.blocks, 0)
+        missing = min_mass * tl.cast(rows, tl.float32) - mass_of_always(masses, weighed, recent, BLOCK_P)
         more = always + count_to_mass(weights, masses, recent, missing, BLOCK_P)
         # Where even all blocks miss the target by rounding, all are asked for.
         wanted = tl.minimum(tl.maximum(wanted, more), tl.load(plan.limit + pair))
