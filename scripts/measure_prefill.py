@@ -52,6 +52,8 @@ SETTINGS: dict[str, NCConfig | None] = {
     "stride 16": default(sample_stride=16),
     "local 0": default(local_keys=0),
     "local 128": default(local_keys=128),
+    # Weights are shares of softmax mass, as with ``min_mass``, where else the highest score of a block counts.
+    "by mass": default(min_mass=1e-6, max_factor=1.0),
     "min_mass 0.9": default(8.0, min_mass=0.9),
     "dense_below 0": default(dense_below=0),
     "dense_below 512": default(dense_below=512),
