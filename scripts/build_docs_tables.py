@@ -1,4 +1,4 @@
-"""Writes the tables of figures in docs/choosing.md and docs/limits.md, from the files under docs/results/.
+"""Writes the tables of figures in docs/choosing.md, limits.md and prefill.md, from the files under docs/results/.
 
 python scripts/build_docs_tables.py            writes the pages
 python scripts/build_docs_tables.py --check    exits with 1 where a committed page is not what would be written
@@ -17,12 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nc_patch import NCConfig
+from nc_patch.config import DEFAULT_DENSE_BELOW
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "docs" / "choosing.md", ROOT / "docs" / "limits.md")
+PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "limits.md", "prefill.md"))
 COMMAND = "python scripts/build_docs_tables.py"
-LAWS = ((1.0, 0.5), (2.0, 0.5), (2.0, 0.6), (4.0, 0.6), (2.0, 0.7))
+LAWS = ((2.0, 0.5), (12.0, 0.5), (4.0, 0.6), (2.0, 0.7))
 LENGTHS = (1024, 4096, 16384, 131072)
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -55,26 +56,28 @@ def budgets() -> str:
     return _markdown(["keys of", *(f"{n:,}" for n in LENGTHS)], rows)
 
 
-def defaults() -> str:
-    """Perplexity and recall perplexity over dense by setting and length, over the samples that dense has too."""
-    record = json.loads((RESULTS / "defaults.json").read_text(encoding="utf-8"))
-    found = {(r["settings"], r["task"], r["length"], r["sample"]): r for r in record["rows"]}
-    columns = sorted({(task, length) for _, task, length, _ in found}, key=lambda column: (column[0], column[1]))
-    lengths_of = [{length for who, _, length, _ in found if who == name} for name in record["settings"]]
-    common = min(set.intersection(*lengths_of))
+def prefill() -> str:
+    """Perplexity and recall over dense, and time, by setting and length, over the samples that dense has too."""
+    record = json.loads((RESULTS / "prefill.json").read_text(encoding="utf-8"))
+    found = {(r["settings"], r["task"], r["length"], r["text"], r["stretch"]): r for r in record["rows"]}
+    lengths = sorted({length for _, _, length, *_ in found if length > DEFAULT_DENSE_BELOW})
     rows = []
     for name in record["settings"]:
-        cells, shares = [], []
-        for task, length in columns:
-            samples = [s for s in range(99) if {(name, task, length, s), ("dense", task, length, s)} <= found.keys()]
-            own, dense = ([found[who, task, length, s] for s in samples] for who in (name, "dense"))
-            shares += [row["attended_fraction"] for row in own if length == common]
-            cells.append(_cell([r["nats"] for r in own], [r["nats"] for r in dense]))
+        cells = []
+        for length in lengths:
+            for task in ("perplexity", "recall"):
+                samples = [key[3:] for key in found if key[:3] == (name, task, length)]
+                own, dense = ([found[(who, task, length, *at)] for at in samples] for who in (name, "dense"))
+                cells.append(_ratios([a["nats"] - b["nats"] for a, b in zip(own, dense, strict=True)]))
+                times = [a["seconds"] / b["seconds"] for a, b in zip(own, dense, strict=True)]
+                shares = [row["attended"] for row in own]
+                if task == "perplexity":
+                    cost = f"{_percent(statistics.fmean(shares))}, {statistics.median(times):.2f}" if own else ""
+            cells.append(cost)
         if any(cells) and name != "dense":
-            rows.append([_setting(record["settings"][name]), _percent(statistics.fmean(shares)), *cells])
-    titles = {"perplexity": "perplexity", "recall": "recall perplexity"}
-    header = [f"{titles[task]} at {length:,}" for task, length in columns]
-    return _markdown(["", f"keys at {common:,}", *header], rows)
+            rows.append([f"**{name}**" if name == "default" else name, *cells])
+    what = ("perplexity", "recall", "keys, time")
+    return _markdown(["", *(f"{length:,}: {each}" for length in lengths for each in what)], rows)
 
 
 def laws() -> str:
@@ -94,41 +97,32 @@ def laws() -> str:
 def times() -> str:
     """Time on a CPU as a share of dense attention's: a token of decoding, and a prefill."""
     decode = json.loads((RESULTS / "decode_cpu.json").read_text(encoding="utf-8"))
-    forward = json.loads((RESULTS / "forward_cpu.json").read_text(encoding="utf-8"))
-    prefill = json.loads((RESULTS / "prefill_cpu.json").read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "prefill.json").read_text(encoding="utf-8"))
     rows = [
         [f"`{row['method']}`, a token after {int(decode['settings']['context']):,}", f"{row['median_over_dense']:.2f}"]
         for row in decode["results"]
         if row["method"] != "dense"
     ]
-    rows += [
-        [f"`{row['method']}`, {row['tokens']:,} tokens at once", f"{row['median_over_dense']:.2f}"]
-        for row in forward["results"]
-        if row["method"] != "dense"
-    ]
-    speedup = prefill["whole_forward"]["speedup"]
-    rows += [
-        [f"`{n}`, {prefill['tokens']:,} tokens at once", f"{1 / s:.2f}"] for n, s in speedup.items() if n != "dense"
-    ]
+    seconds = {(r["settings"], r["length"], r["task"], r["text"], r["stretch"]): r["seconds"] for r in record["rows"]}
+    for name, length in dict.fromkeys(key[:2] for key in seconds if key[0] in ("default", "topk 2 n^0.5", "window")):
+        ratios = [
+            own / seconds[("dense", *key[1:])]
+            for key, own in seconds.items()
+            if key[:3] == (name, length, "perplexity")
+        ]
+        rows.append([f"{name}, {length:,} tokens at once", f"{statistics.median(ratios):.2f}"])
     return _markdown(["", "time over dense"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"budgets": budgets, "defaults": defaults, "laws": laws, "times": times}
+TABLES: dict[str, Callable[[], str]] = {"budgets": budgets, "prefill": prefill, "laws": laws, "times": times}
 
 
-def _cell(nats: list[float], dense: list[float]) -> str:
-    """The ratio of perplexities; says so where there was one sample only."""
+def _ratios(nats: list[float]) -> str:
+    """What losses over dense come to as a ratio of perplexities, and that of the worst sample."""
     if not nats:
         return ""
-    ratio = math.exp(statistics.fmean(nats) - statistics.fmean(dense))
-    return (f"{ratio:.3f}" if ratio < 10 else f"{ratio:.1f}") + (" (one sample)" if len(nats) == 1 else "")
-
-
-def _setting(options: dict[str, object] | None) -> str:
-    options = dict(options or {})
-    law = f"{options.pop('alpha'):g}·n^{options.pop('C'):g}"
-    named = [f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}" for name, value in options.items()]
-    return f"{law}, `{', '.join(named)}`" if named else law
+    mean, worst = (math.exp(value) for value in (statistics.fmean(nats), max(nats)))
+    return f"{mean:.3f} ({worst:.3f})" if mean < 10 else f"{mean:.1f} ({worst:.1f})"
 
 
 def _percent(share: float) -> str:
