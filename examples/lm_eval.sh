@@ -9,6 +9,6 @@ metadata=${METADATA:-'{"lengths": [512, 1024, 2048]}'}
 output=${OUTPUT:-runs/lm_eval}
 shared=(--tasks "$tasks" --limit "${LIMIT:-4}" --metadata "$metadata" --output_path "$output")
 
-for attention in alpha=1,C=1 alpha=2,C=0.7 alpha=2,C=0.7,selection=window; do
+for attention in alpha=1,C=1 alpha=2,C=0.7,selection=topk,dense_below=0 alpha=2,C=0.7,selection=window,dense_below=0; do
     python -m eval_tasks.lm_eval run --model nc_hf --model_args "pretrained=$model,$attention" "${shared[@]}"
 done

@@ -131,16 +131,21 @@ def public_members(entry: Public) -> Iterator[Public]:
             yield Public(entry.module, f"{entry.name}.{node.name}", node)
 
 
-def _inherited(entry: Public) -> Iterator[str]:
-    """The names of the methods of its bases, where those are imported from this repository."""
+def _bases(entry: Public) -> Iterator[Public]:
+    """The bases of a class and theirs, the first ones last, where those are imported from this repository."""
     bases = {ast.unparse(base) for base in entry.node.bases} if isinstance(entry.node, ast.ClassDef) else set()
     for node in ast.parse(source_of(entry.module).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nc_patch"):
             for name in bases & {alias.name for alias in node.names}:
-                found = [base.node for base in _definitions(str(node.module)) if base.name == name]
-                yield from (
-                    method.name for base in found for method in base.body if isinstance(method, ast.FunctionDef)
-                )
+                for base in (found for found in _definitions(str(node.module)) if found.name == name):
+                    yield base
+                    yield from _bases(base)
+
+
+def _inherited(entry: Public) -> Iterator[str]:
+    """The names of the methods of its bases."""
+    for base in _bases(entry):
+        yield from (method.name for method in base.node.body if isinstance(method, ast.FunctionDef))
 
 
 def _definitions(module: str) -> list[Public]:
@@ -177,6 +182,9 @@ def signature(entry: Public) -> str:
         if initial is not None and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
             # It takes its fields, and others by keyword.
             parameters = _fields(node) + [each for each in parameters if each.startswith("**")]
+        elif any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+            inherited = [base.node for base in _bases(entry) if isinstance(base.node, ast.ClassDef)]
+            parameters = [field for base in reversed(inherited) for field in _fields(base)] + parameters
         if any(ast.unparse(base).endswith("Error") for base in node.bases):
             return f"class {name}({ast.unparse(node.bases[0])})"
         return _call(f"class {name}", parameters, "")

@@ -109,6 +109,6 @@ def test_signatures_are_as_python_has_them():
     assert entries["is_patched"] == "is_patched(model: torch.nn.Module) -> bool"
     assert entries["unpatch_model"] == "unpatch_model(model: Model) -> Model"
     assert entries["patched"].startswith("@contextmanager\npatched(\n    model: Model,\n    alpha: Any = None,")
-    assert "    *,\n    prefill: Selection = DEFAULT_SELECTION," in entries["NCConfig"]
+    assert "    *,\n    prefill: Selection = DEFAULT_PREFILL," in entries["NCConfig"]
     assert entries["NCConfig.to_json"] == "NCConfig.to_json() -> str"
     assert entries["UnsupportedModelError"] == "class UnsupportedModelError(ValueError)"

@@ -33,7 +33,9 @@ def question(tokenizer):
     return Question(ids, ("needle",), "all", 12, 0.25)
 
 
-@pytest.mark.parametrize("config", [None, NCConfig(2.0, 0.5), NCConfig(2.0, 0.5, tail="mean")], ids=str)
+@pytest.mark.parametrize(
+    "config", [None, NCConfig(2.0, 0.5, dense_below=0), NCConfig(2.0, 0.5, dense_below=0, selection="topk")], ids=str
+)
 def test_answers_are_those_of_generate(model, tokenizer, question, config):
     ids = torch.from_numpy(question.ids)[None]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
@@ -63,14 +65,14 @@ def test_what_an_answer_attends_is_the_law_at_its_positions(model, tokenizer, qu
 def test_a_dense_prefill_before_a_dense_question_changes_no_answer(model, tokenizer, question):
     whole, split = (answer(model, tokenizer, None, question, phase) for phase in ("all", "question"))
     assert split["said"] == whole["said"]
-    sparse = answer(model, tokenizer, NCConfig(2.0, 0.5), question, "question")
+    sparse = answer(model, tokenizer, NCConfig(2.0, 0.5, selection="topk"), question, "question")
     budgets = [NCConfig(2.0, 0.5).budget(n) for n in range(200 - QUESTION_TOKENS + 1, 200 + sparse["said_tokens"])]
     assert sparse["mean_keys"] == pytest.approx(np.mean(budgets))
 
 
 @pytest.mark.parametrize("phase", ["all", "prefill", "question", "decode"])
 def test_the_tokens_of_an_answer_are_timed_apart(model, tokenizer, question, phase):
-    row = answer(model, tokenizer, NCConfig(2.0, 0.5), question, phase)
+    row = answer(model, tokenizer, NCConfig(2.0, 0.5, selection="topk"), question, phase)
     assert 0 < row.get("prefill_seconds", 1e-9) < row["first_token_seconds"] < row["seconds"]
     assert ("prefill_seconds" in row) == (phase != "all")
 

@@ -24,7 +24,8 @@ def test_everything_is_dense_attention(family):
     model, ids = tiny_model(family), random_ids(2, 40)
     with torch.inference_mode():
         dense = model(ids).logits
-    for simulated in (Simulated("random", config=NCConfig(1.0, 1.0)), Simulated("top-p", mass=1.0 - 1e-9)):
+    every = NCConfig(1.0, 1.0, selection="topk")
+    for simulated in (Simulated("random", config=every), Simulated("top-p", mass=1.0 - 1e-9)):
         found, stats = logits(model, ids, simulated)
         assert torch.allclose(found, dense, atol=2e-5)
         assert stats["attended_fraction"] == pytest.approx(1.0, abs=2e-3)
@@ -33,7 +34,7 @@ def test_everything_is_dense_attention(family):
 
 
 def test_random_keys_fill_the_budget_and_hold_the_first_and_the_own_key():
-    config = NCConfig(2.0, 0.5, sink_keys=3, recent_keys=1)
+    config = NCConfig(2.0, 0.5, selection="topk", sink_keys=3, recent_keys=1)
     scores = causal_scores(2, 60)
     n = torch.arange(1, 61)
     visible = torch.stack((torch.zeros_like(n), n), -1)[None]
@@ -60,7 +61,7 @@ def test_the_oracle_takes_the_fewest_keys_that_hold_its_mass():
 
 def test_random_keys_are_the_same_every_time():
     model, ids = tiny_model("llama"), random_ids(1, 50)
-    simulated = Simulated("random", config=NCConfig(1.0, 0.5))
+    simulated = Simulated("random", config=NCConfig(1.0, 0.5, selection="topk"))
     first, stats = logits(model, ids, simulated)
     assert torch.equal(logits(model, ids, simulated)[0], first)
     assert stats["mean_keys"] == pytest.approx(sum(NCConfig(1.0, 0.5).budget(n) for n in range(1, 51)) / 50)

@@ -51,9 +51,10 @@ def test_the_stock_command_runs_the_task(model_dir: Path, text: Path, tmp_path: 
 
 def test_our_command_runs_nc_hf(model_dir: Path, text: Path, tmp_path: Path, our_command: Callable[..., None]) -> None:
     arguments = task_arguments(model_dir, text, tmp_path)
-    our_command("run", "--model", "nc_hf", *arguments, "alpha=2,C=0.5,selection=window,dense_layers=0+1")
+    our_command("run", "--model", "nc_hf", *arguments, "alpha=2,C=0.5,selection=window,dense_layers=0+1,dense_below=0")
     written = written_results(tmp_path)
-    assert written["config"]["nc_config"] == NCConfig(2, 0.5, selection="window", dense_layers=(0, 1)).to_dict()
+    expected = NCConfig(2, 0.5, selection="window", dense_layers=(0, 1), dense_below=0)
+    assert written["config"]["nc_config"] == expected.to_dict()
     assert written["results"]["nc_perplexity"]["perplexity_96,none"] > 1
 
 

@@ -56,8 +56,11 @@ def test_a_dense_budget_gives_the_figures_of_hf(evaluate: Callable[..., Any]) ->
 
 
 def test_results_name_the_settings_and_what_was_attended(evaluate: Callable[..., Any]) -> None:
-    results = evaluate("nc_hf", alpha=2.0, C=0.5, sink_keys=2, tail="drop")
-    assert results["config"]["nc_config"] == NCConfig(2.0, 0.5, sink_keys=2, tail="drop").to_dict()
+    results = evaluate("nc_hf", alpha=2.0, C=0.5, selection="topk", sink_keys=2, tail="drop", dense_below=0)
+    assert (
+        results["config"]["nc_config"]
+        == NCConfig(2.0, 0.5, selection="topk", sink_keys=2, tail="drop", dense_below=0).to_dict()
+    )
     assert 0 < results["config"]["nc_attended_fraction"] < 0.5
     json.dumps(results["config"], default=str)
     dense = evaluate("hf")
@@ -174,8 +177,10 @@ def test_a_profile_sets_the_budget_of_every_head(
     profile = calibrate(model, tokenizer, [text.read_text()], (32, 64, 128), pieces=2, rows=4)
     path = tmp_path / "profile.json"
     profile.at_budget(0.3, n=128).save(path)
-    results = evaluate("nc_hf", profile=str(path), tail="drop")
-    assert results["config"]["nc_config"] == profile.at_budget(0.3, n=128).config(tail="drop").to_dict()
+    results = evaluate("nc_hf", profile=str(path), selection="topk", tail="drop")
+    assert (
+        results["config"]["nc_config"] == profile.at_budget(0.3, n=128).config(selection="topk", tail="drop").to_dict()
+    )
     assert 0.2 < results["config"]["nc_attended_fraction"] < 0.4
     with pytest.raises(EvalError, match="profile: a profile brings alpha of its own"):
         evaluate("nc_hf", profile=str(path), alpha=2.0)

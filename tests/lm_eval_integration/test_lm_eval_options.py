@@ -13,6 +13,7 @@ from nc_patch import NCConfig
 from nc_patch.selections import Block, TopK
 
 
+@pytest.mark.usefixtures("dense_with_few_keys")  # as when the settings below are made
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -27,6 +28,7 @@ from nc_patch.selections import Block, TopK
         ({"alpha": 2, "C": 0.5, "dense_layers": "0+1+29"}, NCConfig(2.0, 0.5, dense_layers=(0, 1, 29))),
         ({"alpha": 2, "C": 0.5, "dense_layers": 3}, NCConfig(2.0, 0.5, dense_layers=(3,))),
         ({"alpha": 2, "C": 0.5, "dense_layers": [0, 1]}, NCConfig(2.0, 0.5, dense_layers=(0, 1))),
+        ({"alpha": 2, "C": 0.5, "dense_below": "64"}, NCConfig(2.0, 0.5, dense_below=64)),
         ({"alpha": 2, "C": 0.5, "sink_keys": "8", "min_keys": 16.0}, NCConfig(2.0, 0.5, sink_keys=8, min_keys=16)),
         (
             {"alpha": 2, "C": 0.5, "on_drop": "dense", "max_dropped_mass": "0.05", "track": True},
