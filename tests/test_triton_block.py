@@ -165,7 +165,7 @@ class Block:
 
     Attributes:
         law: how many blocks the budget has, or those that are attended always.
-        masses: what each head's sampled rows put on each block, ``[G, S, K]``.
+        masses: the share that each head's sampled rows give to each block, ``[G, S, K]``.
     """
 
     batch: int
@@ -178,14 +178,14 @@ class Block:
 
     @property
     def kept(self) -> torch.Tensor:
-        """The mass of each head's sampled rows on the chosen blocks, ``[G, S]``."""
+        """The shares of each head's sampled rows for the chosen blocks, ``[G, S]``."""
         return self.masses[..., [j - self.lowest for j in self.chosen]].sum(-1)
 
 
 def expected_blocks(case: Case, inputs: dict[str, Any]) -> list[Block]:
     """The choice in float64, block by block, with plain sorting."""
     size, found = case.block_size, []
-    weights = torch.softmax(scores_of(case, inputs), -1)
+    scores = scores_of(case, inputs)
     for b in range(case.batch):
         visible, origin = inputs["visible"][b], inputs["origin"][b]
         for rows in query_blocks(visible, origin, case.query_block_size):
@@ -207,9 +207,10 @@ def expected_blocks(case: Case, inputs: dict[str, Any]) -> list[Block]:
             law = max(law, len(always))
             limit = min(max(math.ceil(min(-(-int(budget.max()) // size), width) * case.max_factor), law), width)
             for h in range(case.kv_heads):
-                group = weights[b, h * case.group : (h + 1) * case.group, sampled]
+                group = scores[b, h * case.group : (h + 1) * case.group, sampled]
                 edges = [(max(begin + j * size, 0), begin + (j + 1) * size) for j in range(lowest, highest + 1)]
-                masses = torch.stack([group[..., low:high].sum(-1) for low, high in edges], -1)
+                logit = torch.amax if case.min_mass is None else torch.logsumexp
+                masses = torch.softmax(torch.stack([logit(group[..., low:high], -1) for low, high in edges], -1), -1)
                 by_block, largest = masses.sum((0, 1)), masses.amax((0, 1))
                 others = [j for j in range(lowest, highest + 1) if j not in always]
                 others.sort(key=lambda j, largest=largest, lowest=lowest: -largest[j - lowest])
