@@ -10,9 +10,9 @@ from attention_cases import Case, random_case, relative_error
 from operations import problem_of, problem_of_case, reference_attention, run_blocks, selection_of
 
 from nc_patch import KeyIndex, NCConfig, sparse_attention
-from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections import Block
+from nc_patch.selections.block import blocks
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, make_plan, plan_of
 from nc_patch.selections.block.definition import block_choice
 from nc_patch.selections.block.torch_attend import attend_blocks
@@ -188,7 +188,7 @@ def test_a_sequence_scores_alike_alone_and_in_a_padded_batch():
 def test_many_chunks_equal_one(monkeypatch):
     case = packed_case(4)
     whole = run(case, min_mass=0.91)
-    monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 5000)
+    monkeypatch.setattr(blocks, "SCORES_AT_ONCE", 5000)
     parts = run(case, min_mass=0.91)
     assert relative_error(parts[0], whole[0]) < 1e-6
     assert torch.equal(parts[3], whole[3])

@@ -20,6 +20,10 @@ BLOCK_SIZES = (16, 32, 64, 128)
 QUERY_BLOCK_SIZES = (32, 64, 128)
 SAMPLE_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 
+# Score elements that PyTorch holds at once, 8 MB in float32: as they are gone through several times, they are to stay
+# in a cache.
+SCORES_AT_ONCE = 1 << 21
+
 # Is told the name of each step when it has been done, or on a GPU launched: "plan", "score", "choose" or "attend".
 Mark = Callable[[str], None]
 

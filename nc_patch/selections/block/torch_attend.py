@@ -12,6 +12,7 @@ import torch
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.problem import Problem
 from nc_patch.ops.rows import final_scores_, softmax_, split_scale, weighted_values
+from nc_patch.selections.block import blocks
 from nc_patch.selections.block.blocks import BlockChoice, BlockPlan
 
 
@@ -148,7 +149,7 @@ def _units(
         while last < len(listed_counts):
             most_rows = max(most_rows, listed_rows[last])
             elements = (last + 1 - first) * group * most_rows * listed_counts[last] * block_size
-            if elements > torch_rows.SCORES_PER_BLOCK:
+            if elements > blocks.SCORES_AT_ONCE:
                 break
             last += 1
         most_rows = max(listed_rows[first:last])

@@ -10,6 +10,7 @@ import torch
 
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.problem import Problem
+from nc_patch.selections.block import blocks
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, Mark, no_mark
 
 
@@ -126,7 +127,7 @@ def _spans(plan: BlockPlan, size: int, num_heads: int) -> Iterator[_Span]:
         while last < len(listed) and listed[last][0] == batch and listed[last][5] == begin:
             wider = min(lowest, listed[last][6]), max(stop, listed[last][6] + listed[last][7])
             rows = max(samples[last + 1] - samples[first], last + 1 - first)
-            if num_heads * rows * (wider[1] - wider[0]) * size > torch_rows.SCORES_PER_BLOCK:
+            if num_heads * rows * (wider[1] - wider[0]) * size > blocks.SCORES_AT_ONCE:
                 break
             (lowest, stop), last = wider, last + 1
         yield _Span(batch, begin, first, last, slice(samples[first], samples[last]), lowest, stop)
