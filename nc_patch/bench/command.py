@@ -24,6 +24,7 @@ from nc_patch.bench.machine import commit, hardware, versions
 from nc_patch.bench.prefill import PREFILL
 from nc_patch.bench.timing import first_line
 from nc_patch.common import check_directory
+from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (DECODE, PREFILL)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -206,8 +207,8 @@ def _add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark) -> Non
     parser.add_argument("--lengths", type=_at_least(2), nargs="+", metavar="N", help=f"{lengths}; {both('lengths')}")
     parser.add_argument("--batch", type=_at_least(1), nargs="+", default=[1], metavar="B", help="by default 1")
     parser.add_argument("--geometry", choices=GEOMETRIES, nargs="+", help=both("geometry"))
-    parser.add_argument("--alpha", type=float, default=4.0, help="factor of the budget; by default 4")
-    parser.add_argument("--C", type=float, default=0.6, help="exponent of the budget; by default 0.6")
+    parser.add_argument("--alpha", type=float, default=DEFAULT_ALPHA, help="factor of the budget; by default 12")
+    parser.add_argument("--C", type=float, default=DEFAULT_C, help="exponent of the budget; by default 0.5")
     chosen = benchmark.selections
     parser.add_argument("--selections", choices=chosen, nargs="+", default=list(chosen), help="by default all")
     kinds = "kinds of dense attention to compare with"
