@@ -55,7 +55,7 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
                 assert row["roofline_fraction"] > 0
     assert {row["status"] for row in record["rows"] if "cudnn" in row["method"]} == {"absent"}
     said = capsys.readouterr().out
-    assert "tiny, batch 2, budget 4 n^0.6" in said
+    assert "tiny, batch 2, budget 12 n^0.5" in said
     assert "Faster than the fastest dense:" in said
     assert "Slower than it:" in said
     assert "sdpa cudnn, gqa: the cudnn backend needs a GPU" in said
