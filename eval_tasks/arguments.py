@@ -6,6 +6,7 @@ from typing import Any
 
 from eval_tasks.models import DTYPES, LoadedModel, load_model
 from eval_tasks.smollm2 import SMOLLM2
+from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 from nc_patch.selections import Block
 from nc_patch.selections.block.blocks import BLOCK_SIZES
 
@@ -63,8 +64,9 @@ def load_chosen_model(arguments: argparse.Namespace, device: str | None = None) 
 def add_budget_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``Budgets`` that every comparison takes."""
     add = parser.add_argument
-    add("--alpha", type=float, default=2.0, help="factor of the budget alpha * n^C (default: 2)")
-    add("--C", type=float, default=0.5, help="exponent of the budget, in [0, 1] (default: 0.5)")
+    alpha, C = DEFAULT_ALPHA, DEFAULT_C
+    add("--alpha", type=float, default=alpha, help=f"factor of the budget alpha * n^C (default: {alpha:g})")
+    add("--C", type=float, default=C, help=f"exponent of the budget, in [0, 1] (default: {C:g})")
     add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")
     add(
         "--block-size",

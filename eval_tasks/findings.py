@@ -127,7 +127,7 @@ class Findings:
         unasked = self.cells.get((task, length, NC))
         if unasked is not None and unasked != leading:
             sentences.append(
-                f"What patch_model does unasked, blocks in prefill and top-k with means in decoding, reaches "
+                f"With this budget patch_model, by blocks in prefill and top-k with means in decoding, reaches "
                 f"{_number(unasked.perplexity)} ({_ratio(unasked)}{self._kept(task, length, unasked)})."
             )
         rivals = [s for s in self._sparse(task, length) if find_method(s.method).selects == "content" and s != leading]

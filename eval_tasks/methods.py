@@ -172,7 +172,7 @@ METHODS: dict[str, Method] = {
         Method(
             NC,
             "default",
-            "what patch_model does unasked, with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of "
+            "what patch_model does with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of "
             f"the other keys, and every key where a query sees at most {DEFAULT_DENSE_BELOW:,}",
             _nc,
             "content",

@@ -20,5 +20,5 @@ echo "Measuring SmolLM2-135M on the Python language reference, results in $OUT; 
 exec "$NC_VENV/bin/nc-patch" eval --out "$OUT" \
     --model smollm2 --text python-reference \
     --methods dense streaming nc-window fixed-topk nc-topk nc-topk-mean nc block \
-    --lengths 512 1024 2048 4096 --samples 2 --equal-at 1024 --alpha 2 --C 0.5 --block-size 16 \
+    --lengths 512 1024 2048 4096 --samples 2 --equal-at 1024 \
     --device cpu --minutes 8.5

@@ -286,9 +286,11 @@ def test_what_patch_model_does_unasked_is_said_beside_the_law_alone():
     levels = {"dense": 2.0, "nc-topk": 7.0, "nc-topk-mean": 2.5, "nc": 2.2, "fixed-topk": 8.0}
     said = " ".join(findings(rows_of("recall", 4096, levels)).headline())
     assert "With the means of the keys that it leaves out beside it, it reaches 2.50 (25.0 % above dense)" in said
-    assert "What patch_model does unasked, blocks in prefill and top-k with means in decoding, reaches 2.20 (10" in said
+    assert (
+        "With this budget patch_model, by blocks in prefill and top-k with means in decoding, reaches 2.20 (10" in said
+    )
     assert "Budgets that equal its own at 1,024 tokens" in said
-    assert "What patch_model" not in " ".join(
+    assert "With this budget patch_model" not in " ".join(
         findings(rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 7.0})).headline()
     )
 
