@@ -1,8 +1,8 @@
 """``block`` over many rows, in three kernels; ``definition`` says what is attended.
 
-1. Score: sampled rows of several query blocks fill a tile of matrix rows and run over all visible keys; a logit for each
-   key block is written, for a chunk of query blocks at a time: as many as ``SCORE_BYTES`` hold or, if more, as fill the
-   GPU, within ``MOST_SCORE_BYTES``.
+1. Score: sampled rows of several query blocks fill a tile of matrix rows and run over all visible keys; a logit for
+   each key block is written, for a chunk of query blocks at a time: as many as ``SCORE_BYTES`` hold or, if more, as
+   fill the GPU, within ``MOST_SCORE_BYTES``.
 2. Choose: one program for a query block and key/value head turns them into shares and picks blocks by bisection.
 3. Attend: flash attention over the chosen blocks, whose lists are what remains of the choice:
    ``4 * N * Hkv * M`` bytes for N query blocks of at most M key blocks.
