@@ -84,7 +84,7 @@ def block_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim:
         score, attend = _SCORE[architecture][max(64, padded_dim(head_dim))], _ATTEND[architecture][padded]
     if score.keys < block_size and padded == 256:
         # A wide block of wide keys leaves shared memory for one stage, and registers for fewer rows.
-        score = replace(score, rows=32 if architecture == "sm_80" else 64, stages=1)
+        score = replace(score, rows=32 if architecture in ("sm_80", "gfx942") else 64, stages=1)
     # As many as fit the registers.
     edge_keys = 32 if dtype == torch.float32 or (padded <= 128 and architecture in ("sm_90", "gfx942")) else 16
     return BlockTiles(replace(score, keys=max(score.keys, block_size)), attend, edge_keys)
