@@ -77,7 +77,8 @@ def one_row(scores: list[float], budget: int, **options):
     """Attention of one query over keys with these raw scores, and values that show the weights."""
     key = torch.tensor(scores)[None, None, :, None]
     value = torch.eye(len(scores))[None, None]
-    settings_ = {"sink_keys": 0, "recent_keys": 0, "scale": 1.0, "tail": "drop", "backend": "torch"} | options
+    settings_ = {"sink_keys": 0, "recent_keys": 0, "scale": 1.0, "tail": "drop", "backend": "torch"}
+    settings_ |= {"dense_below": 0} | options
     return sparse_attention(torch.ones(1, 1, 1, 1), key, value, alpha=budget, **settings_)[0, 0, 0]
 
 
@@ -98,7 +99,7 @@ def test_scores_below_the_smallest_float32_choose_as_well_as_their_rounding_lets
     query = query * 2.0**-143
     value = torch.eye(90)[None, None]
     options = {"index": KeyIndex.build(key, "codes")} if indexed else {}
-    options |= {"sink_keys": 0, "recent_keys": 0, "scale": 1.0, "tail": "drop", "backend": "torch"}
+    options |= {"sink_keys": 0, "recent_keys": 0, "scale": 1.0, "tail": "drop", "backend": "torch", "dense_below": 0}
     attended = sparse_attention(query, key, value, alpha=20.0, C=0.0, **options)[0, 0, 0] > 0
     scores = (query.double() @ key.double().mT)[0, 0, 0]
     assert attended.sum() == 20
@@ -124,7 +125,7 @@ def test_a_scale_above_one_does_not_overflow_the_query(selection):
 
 def test_a_large_max_factor_takes_all_blocks_that_the_mass_needs():
     query, key, value = (torch.randn(1, 2, 300, 16) for _ in range(3))
-    options = {"alpha": 1.0, "selection": "block", "min_mass": 0.999999, "return_stats": True, "block_size": 16}
+    options = {"alpha": 1.0, "selection": "block", "min_mass": 0.999999, "return_stats": True, "dense_below": 0}
     result = sparse_attention(query * 0.01, key, value, max_factor=1e300, **options)
     assert torch.equal(result.attended[0, 0], torch.arange(1, 301, dtype=torch.int32))
 
@@ -132,7 +133,7 @@ def test_a_large_max_factor_takes_all_blocks_that_the_mass_needs():
 def test_pages_of_keys_that_all_heads_share_are_attended():
     key, value = (torch.randn(1, 1, 200, 16).expand(1, 3, 200, 16) for _ in range(2))
     query = torch.randn(1, 6, 1, 16)
-    options = {"alpha": 40.0, "selection": "block", "block_size": 16}
+    options = {"alpha": 40.0, "selection": "block", "block_size": 16, "dense_below": 0}
     shared = sparse_attention(query, key, value, index=KeyIndex.build(key, "pages", block_size=16), **options)
     key, value = key.contiguous(), value.contiguous()
     apart = sparse_attention(query, key, value, index=KeyIndex.build(key, "pages", block_size=16), **options)
@@ -143,7 +144,7 @@ def test_a_row_that_finds_none_of_its_keys_among_the_blocks_is_zero_and_has_no_g
     # The rows' intervals end far apart, so that the second one's keys are not among the first one's blocks.
     tensors = [torch.randn(1, 1, length, 8, requires_grad=True) for length in (2, 200, 200)]
     visible = torch.tensor([[[0, 128], [70, 90]]], dtype=torch.int32)
-    options = {"alpha": 1.0, "selection": "block", "block_size": 16, "query_block_size": 128, "return_stats": True}
+    options = {"alpha": 1.0, "selection": "block", "query_block_size": 128, "dense_below": 0, "return_stats": True}
     result = sparse_attention(*tensors, visible=visible, origin=torch.zeros(1, 2, dtype=torch.int32), **options)
     assert result.attended[0, 0, 1] == 0
     assert torch.equal(result.output[0, 0, 1], torch.zeros(8))
@@ -157,5 +158,6 @@ def test_a_row_that_finds_none_of_its_keys_among_the_blocks_is_zero_and_has_no_g
 def test_no_keys_at_all_give_zeros(selection, tail):
     query, key, value = torch.randn(2, 4, 3, 16), torch.zeros(2, 2, 0, 16), torch.zeros(2, 2, 0, 8)
     visible = torch.zeros(2, 3, 2, dtype=torch.int32)
-    output = sparse_attention(query, key, value, alpha=2.0, selection=selection, visible=visible, tail=tail)
+    options = {"alpha": 2.0, "selection": selection, "visible": visible, "tail": tail, "dense_below": 0}
+    output = sparse_attention(query, key, value, **options)
     assert torch.equal(output, torch.zeros(2, 4, 3, 8))
