@@ -57,7 +57,7 @@ def budgets() -> str:
 
 
 def prefill() -> str:
-    """Perplexity and recall over dense, and time, by setting and length, over the samples that dense has too."""
+    """Perplexity and recall over dense, and keys, by setting and length, over the samples that dense has too."""
     record = json.loads((RESULTS / "prefill.json").read_text(encoding="utf-8"))
     found = {(r["settings"], r["task"], r["length"], r["text"], r["stretch"]): r for r in record["rows"]}
     lengths = sorted({length for _, _, length, *_ in found if length > DEFAULT_DENSE_BELOW})
@@ -65,18 +65,16 @@ def prefill() -> str:
     for name in record["settings"]:
         cells = []
         for length in lengths:
+            shares: list[float] = []
             for task in ("perplexity", "recall"):
                 samples = [key[3:] for key in found if key[:3] == (name, task, length)]
                 own, dense = ([found[(who, task, length, *at)] for at in samples] for who in (name, "dense"))
                 cells.append(_ratios([a["nats"] - b["nats"] for a, b in zip(own, dense, strict=True)]))
-                times = [a["seconds"] / b["seconds"] for a, b in zip(own, dense, strict=True)]
-                shares = [row["attended"] for row in own]
-                if task == "perplexity":
-                    cost = f"{_percent(statistics.fmean(shares))}, {statistics.median(times):.2f}" if own else ""
-            cells.append(cost)
+                shares = [row["attended"] for row in own] or shares
+            cells.append(_percent(statistics.fmean(shares)) if shares else "")
         if any(cells) and name != "dense":
             rows.append([f"**{name}**" if name == "default" else name, *cells])
-    what = ("perplexity", "recall", "keys, time")
+    what = ("perplexity", "recall", "keys")
     return _markdown(["", *(f"{length:,}: {each}" for length in lengths for each in what)], rows)
 
 
@@ -103,14 +101,12 @@ def times() -> str:
         for row in decode["results"]
         if row["method"] != "dense"
     ]
-    seconds = {(r["settings"], r["length"], r["task"], r["text"], r["stretch"]): r["seconds"] for r in record["rows"]}
-    for name, length in dict.fromkeys(key[:2] for key in seconds if key[0] in ("default", "topk 2 n^0.5", "window")):
-        ratios = [
-            own / seconds[("dense", *key[1:])]
-            for key, own in seconds.items()
-            if key[:3] == (name, length, "perplexity")
-        ]
-        rows.append([f"{name}, {length:,} tokens at once", f"{statistics.median(ratios):.2f}"])
+    seconds = {(row["settings"], row["length"]): statistics.median(row["seconds"]) for row in record["times"]}
+    rows += [
+        [f"{name}, {length:,} tokens at once", f"{found / seconds['dense', length]:.2f}"]
+        for (name, length), found in seconds.items()
+        if name != "dense"
+    ]
     return _markdown(["", "time over dense"], rows)
 
 

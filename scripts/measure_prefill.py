@@ -1,11 +1,12 @@
 """Perplexity, recall and cost of prefill by length, and writes docs/results/prefill.json: what the defaults rest on.
 
 Each row is one forward pass over one stretch of a text: the mean loss of its second half, or of a passage of 256 tokens
-that it begins and ends with; the share of the keys attended; and processor seconds, which other programs on the machine
-hardly change. Everything is compared with dense attention on the same stretch. Rows that the file holds already are
-kept, so that lengths, texts and settings can be added. For example:
+that it begins and ends with, and the share of the keys attended, to be compared with dense attention on the same
+stretch. Rows that the file holds already are kept, so that lengths, texts and settings can be added. ``--times`` adds
+processor seconds of forward passes, dense and sparse in turn, for a machine that does nothing else. For example:
 
     python scripts/measure_prefill.py --texts python-reference moby-dick.txt --settings dense default --lengths 2048
+    python scripts/measure_prefill.py --times 3 --settings dense default --lengths 2048 4096 8192
 """
 
 import argparse
@@ -74,31 +75,42 @@ def sample_of(tokens: torch.Tensor, task: str, start: int, length: int) -> tuple
 
 @torch.inference_mode()
 def measure(model: Any, config: NCConfig | None, ids: torch.Tensor, scored: int) -> dict[str, float]:
-    """Nats a token, attended share and processor seconds of one forward pass."""
+    """Nats a token and attended share of one forward pass."""
     with patched(model, config=config) if config else nullcontext():
-        begin = time.process_time()
         logits = model(ids, use_cache=False, logits_to_keep=scored).logits[0, :-1]
-        seconds = time.process_time() - begin
         share = nc_stats(model)["attended_fraction"] if config else 1.0
     nats = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1 - scored :]).item()
-    return {"nats": nats, "attended": share, "seconds": seconds}
+    return {"nats": nats, "attended": share}
+
+
+@torch.inference_mode()
+def times(model: Any, names: list[str], ids: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
+    """Processor seconds of forward passes that read a prompt, with each of the settings in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name in names:
+            config = SETTINGS[name]
+            with patched(model, config=config) if config else nullcontext():
+                begin = time.process_time()
+                model(ids, use_cache=False, logits_to_keep=1)
+                seconds[name].append(time.process_time() - begin)
+    return [{"settings": name, "length": ids.shape[1], "seconds": found} for name, found in seconds.items()]
 
 
 def table(rows: dict[tuple[Any, ...], dict[str, Any]]) -> str:
-    """Markdown: for each setting, task and length the mean and largest loss over dense, the share, and the time."""
-    found: dict[tuple[str, str, int], list[tuple[float, float, float]]] = {}
+    """Markdown: for each setting, task and length the mean and largest loss over dense, and the share."""
+    found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
     for (settings, task, length, *where), row in rows.items():
         dense = rows.get(("dense", task, length, *where))
         if dense and settings != "dense":
-            ratio = row["nats"] - dense["nats"], row["attended"], row["seconds"] / dense["seconds"]
-            found.setdefault((task, settings, length), []).append(ratio)
-    lines = ["| task | settings | tokens | samples | over dense | worst | attended | time |", "|---|---|" + "---:|" * 6]
+            found.setdefault((task, settings, length), []).append((row["nats"] - dense["nats"], row["attended"]))
+    lines = ["| task | settings | tokens | samples | over dense | worst | attended |", "|---|---|" + "---:|" * 5]
     for (task, settings, length), of_samples in sorted(found.items()):
-        nats, shares, times = zip(*of_samples, strict=True)
+        nats, shares = zip(*of_samples, strict=True)
         mean = math.exp(sum(nats) / len(nats))
         lines.append(
             f"| {task} | {settings} | {length:,} | {len(nats)} | {mean:.3f} | {math.exp(max(nats)):.3f} "
-            f"| {sum(shares) / len(shares):.2f} | {sorted(times)[len(times) // 2]:.2f} |"
+            f"| {sum(shares) / len(shares):.2f} |"
         )
     return "\n".join(lines)
 
@@ -111,6 +123,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["dense", "default"], metavar="NAME")
     parser.add_argument("--stretches", type=int, default=4, help="of each text, evenly spaced")
+    parser.add_argument("--times", type=int, metavar="N", help="only times, each the median of N forward passes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/results/prefill.json"))
     arguments = parser.parse_args()
@@ -120,11 +133,30 @@ def main() -> None:
     record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
     keys = ("settings", "task", "length", "text", "stretch", "stretches")
     rows = {tuple(row[key] for key in keys): row for row in record["rows"]}
+
+    def save() -> None:
+        record.update(
+            command=shlex.join(["python", *sys.argv]),
+            commit=commit(),
+            versions=versions(),
+            hardware=hardware(torch.device("cpu"), torch.get_num_threads()),
+            model=arguments.model,
+            settings={name: str(config) for name, config in SETTINGS.items()},
+            rows=list(rows.values()),
+        )
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
     for name in arguments.texts:
         source = load_text(name)
         tokens = loaded.tokenizer(source.content, return_tensors="pt").input_ids[0]
         record.setdefault("texts", {})[Path(name).stem] = {"origin": source.origin, "sha256": source.sha256}
         for length in arguments.lengths:
+            if arguments.times:
+                measured = times(loaded.model, arguments.settings, tokens[None, :length], arguments.times)
+                kept = [row for row in record.get("times", []) if row["length"] != length]
+                record["times"] = kept + measured
+                save()
+                continue
             step = (len(tokens) - length) // arguments.stretches
             for task in arguments.tasks:
                 for stretch in range(arguments.stretches):
@@ -136,16 +168,7 @@ def main() -> None:
                         rows[key] = dict(zip(keys, key, strict=True)) | measure(
                             loaded.model, SETTINGS[settings], ids, scored
                         )
-                        record |= {
-                            "command": shlex.join(["python", *sys.argv]),
-                            "commit": commit(),
-                            "versions": versions(),
-                            "hardware": hardware(torch.device("cpu"), torch.get_num_threads()),
-                            "model": arguments.model,
-                            "settings": {name: str(config) for name, config in SETTINGS.items()},
-                            "rows": list(rows.values()),
-                        }
-                        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+                        save()
     print(table(rows))
 
 

@@ -261,7 +261,7 @@ def test_bytes_follow_from_shapes():
     row = 64 * 2
     assert traffic.dense_bytes(geometry, 3, 1000, 2) == 3 * 2 * 1000 * 2 * row + ends
     assert traffic.sparse_bytes(Window(), geometry, 3, 1000, 100, 2) == 3 * 2 * 100 * 2 * row + ends
-    pages = 32 * (3 * 64 + 12) + 128 * 2 * row + row + (3 * 64 + 12) // 32
+    pages = 63 * (3 * 64 + 12) + 112 * 2 * row + row + (3 * 64 + 12) // 16
     assert traffic.sparse_bytes(Block(), geometry, 3, 1000, 100, 2) == 3 * 2 * pages + ends
     codes = 1000 * (32 + 8) + 4 * 100 * (32 + 2 * row) + row + 72
     assert traffic.sparse_bytes(TopK(tail="drop"), geometry, 3, 1000, 100, 2) == 3 * 2 * codes + ends

@@ -46,7 +46,8 @@ class Settings:
 
     def config(self, prefill: str, decode: str | None = None) -> NCConfig:
         """The settings of attention by a selection, or by one for each phase."""
-        return NCConfig(self.alpha, self.C, prefill=prefill, decode=decode or prefill, dense_below=0, **self.options)
+        phases = {"prefill": prefill, "decode": decode or prefill}
+        return NCConfig(self.alpha, self.C, **phases, **{"dense_below": 0, **self.options})
 
 
 @dataclass(frozen=True)
