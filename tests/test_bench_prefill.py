@@ -47,6 +47,10 @@ def bench(out, *further):
         "200",
         "--repeats",
         "2",
+        "--alpha",
+        "4",
+        "--C",
+        "0.6",
         "--dense-below",
         "0",
     )
@@ -84,7 +88,7 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
     assert of_dense["flops"] == pytest.approx(2)
     assert {row["method"] for row in record["exponents"]} == {"dense", "block", "window", "topk"}
     said = capsys.readouterr().out
-    assert "tiny, batch 2, budget 12 n^0.5: milliseconds a layer" in said
+    assert "tiny, batch 2, budget 4 n^0.6: milliseconds a layer" in said
     assert "the law's is 1 + C = 1.6, dense 2" in said
     assert "sdpa cudnn, gqa: the cudnn backend needs a GPU" in said
     assert "% of dense; torch" in said
@@ -284,7 +288,7 @@ from nc_patch.bench.inputs import GEOMETRIES, Geometry
 from nc_patch.cli import main
 GEOMETRIES["tiny"] = Geometry{tuple(vars(TINY).values())}
 arguments = ["--device", "cpu", "--geometry", "tiny", "--lengths", "70", "--repeats", "1", "--selections", "block",
-             "--dense-below", "0"]
+             "--dense-below", "0", "--alpha", "4", "--C", "0.6"]
 raise SystemExit(main(["bench", "prefill", *arguments, "--out", {str(tmp_path)!r}]))
 """
     done = subprocess.run(

@@ -254,7 +254,7 @@ def test_the_profile_says_what_it_was_made_of():
     assert profile.aim == "95 % of every head's mass"
     config = profile.config(tail="drop")
     assert isinstance(config, NCConfig)
-    assert config.prefill.tail == "drop"
+    assert config.decode.tail == "drop"
 
 
 def test_a_terminal_shows_how_far_it_is(monkeypatch, capsys):

@@ -34,7 +34,8 @@ class Law:
     def config(self) -> NCConfig:
         """The paper's settings with this law: no key is attended for its place, and the others are dropped."""
         kind = LogConfig if self.kind == "log" else NCConfig
-        return kind(self.alpha, self.C, sink_keys=0, recent_keys=0, tail="drop")
+        options = {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "dense_below": 0}
+        return kind(self.alpha, self.C, selection="topk", **options)
 
 
 DENSE = Law("dense", 1.0, 1.0)

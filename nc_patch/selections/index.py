@@ -123,7 +123,7 @@ class KeyIndex:
         value: torch.Tensor | None = None,
         start: torch.Tensor | None = None,
         end: torch.Tensor | None = None,
-        block_size: int = 32,
+        block_size: int = 16,
         capacity: int | None = None,
         backend: str = "auto",
     ) -> "KeyIndex":
