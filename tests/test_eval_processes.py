@@ -18,6 +18,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.launch import Launch, run_processes, wanted_launch, without_processes
 from eval_tasks.ranks import Ranks
 from eval_tasks.store import read_rows
+from nc_patch import config
 from nc_patch.cli import main
 
 # Fields that say when, where and how fast, and not what was found.
@@ -35,6 +36,14 @@ def table(out):
     header, *rows = [line.split(",") for line in (out / "summary.csv").read_text(encoding="utf-8").splitlines()]
     kept = [place for place, name in enumerate(header) if name not in TIME_COLUMNS]
     return [[row[place] for place in kept] for row in (header, *rows)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def defaults_of_other_processes():
+    """The real default of ``dense_below`` in this process too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config._DEFAULTS, "dense_below", config.DEFAULT_DENSE_BELOW)
+        yield
 
 
 @pytest.fixture(scope="module")
