@@ -49,6 +49,7 @@ def sweep_arguments(directory: Path, out: Path, *further: str, words: int = 2000
         "--scored": "16",
         "--passage": "12",
         "--equal-at": "48",
+        "--alpha": "2",
         "--device": "cpu",
     }
     arguments = ["eval"]

@@ -40,7 +40,7 @@ def documents(max_seq_lengths, samples, **_):
 
 
 def arguments(model: Path, out: Path, *further: str) -> list[str]:
-    settings = ["--lengths", "512", "1024", "--samples", "2", "--device", "cpu", "--answer-tokens", "4"]
+    settings = ["--lengths", "512", "1024", "--samples", "2", "--device", "cpu", "--answer-tokens", "4", "--alpha", "2"]
     return ["eval", "--model", str(model), "--out", str(out), *settings, *further]
 
 
