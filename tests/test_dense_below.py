@@ -143,7 +143,13 @@ def test_an_index_is_built_from_all_keys_once_the_border_is_crossed(settings):
         close(one, other)
 
 
-@EACH
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, marks=() if name in ("unasked", "topk by codes") else pytest.mark.wide, id=name)
+        for name, settings in SETTINGS.items()
+    ],
+)
 @pytest.mark.parametrize("family", each_family("llama"))
 def test_compiled_calls_across_the_border_equal_eager_ones(family, settings):
     model = bordered(family, backend="torch", **settings)
