@@ -35,7 +35,8 @@ ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
 DEFAULT_ALPHA, DEFAULT_C = 12.0, 0.5
 DEFAULT_DENSE_BELOW = 1024
 DEFAULT_PREFILL, DEFAULT_DECODE = Block(), TopK()
-_PHASES = ("prefill", "decode")
+_DEFAULT_SELECTIONS = {"prefill": DEFAULT_PREFILL, "decode": DEFAULT_DECODE}
+_PHASES = tuple(_DEFAULT_SELECTIONS)
 # Options of earlier versions: the value that ``to_dict`` wrote by default, which files may still hold, and what is now.
 _REMOVED: dict[str, tuple[Any, str]] = {
     "estimator": ("sampled", "block-sparse prefill always scores sampled queries; leave it out"),
@@ -125,9 +126,8 @@ class NCConfig:
             changed = [option for option in options if getattr(self.prefill, option) != getattr(kind, option)]
             written |= {kind.shorthand.get(option, option): repr(getattr(self.prefill, option)) for option in changed}
         else:
-            defaults = {"prefill": DEFAULT_PREFILL, "decode": DEFAULT_DECODE}
             chosen = {phase: getattr(self, phase) for phase in _PHASES}
-            written |= {phase: repr(each) for phase, each in chosen.items() if each != defaults[phase]}
+            written |= {phase: repr(each) for phase, each in chosen.items() if each != _DEFAULT_SELECTIONS[phase]}
         changed = [name for name, default in _DEFAULTS.items() if getattr(self, name) != default]
         written |= {name: repr(getattr(self, name)) for name in changed}
         return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in written.items())})"
@@ -291,8 +291,7 @@ def _selections_of(settings: Mapping[str, Any]) -> dict[str, Selection]:
         if clash:
             raise TypeError(f"selection sets prefill and decode; leave it out or leave out {' and '.join(clash)}")
     name = lambda phase: phase if both is None else "selection"  # noqa: E731
-    defaults = {"prefill": DEFAULT_PREFILL, "decode": DEFAULT_DECODE}
-    given = {phase: settings.get(phase, defaults[phase]) if both is None else both for phase in _PHASES}
+    given = {phase: settings.get(phase, _DEFAULT_SELECTIONS[phase]) if both is None else both for phase in _PHASES}
     chosen = {phase: as_selection(name(phase), value) for phase, value in given.items()}
     for option, owners in option_owners().items():
         if option not in settings:

@@ -86,7 +86,7 @@ def test_a_plan_is_what_its_parts_say(min_mass):
             selection_of("block", **case.block_settings()),
         )
         sampled = blocks.sampled_rows(of, case.visible, case.origin, plan.owner, strides)
-        assert plan.listed == plan.table.tolist()
+        assert [list(row) for row in plan.listed] == plan.table.tolist()
         taken, most = 0, 1
         for number, row in enumerate(plan.listed):
             batch, first, last, low, high, begin, lowest, width, first_sample, samples = row

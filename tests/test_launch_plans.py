@@ -28,7 +28,7 @@ from nc_patch.ops.problem import Problem  # noqa: E402
 from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
-from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockPlan  # noqa: E402
+from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockPlan, PlannedBlock  # noqa: E402
 from nc_patch.selections.block.pages import VECTORS, page_count  # noqa: E402
 from nc_patch.selections.index import LAYOUTS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
@@ -139,7 +139,7 @@ def attend_blocks(head_dim: int, block_size: int) -> None:
     blocks, scored = BATCH * KEYS // 64, 4
     width = KEYS // block_size
     # As many as there are, of which a few are listed; chunks of them are taken one by one.
-    listed = Shown([[0, 0, 64, 0, KEYS, 0, 0, width, scored * number, scored] for number in range(64)])
+    listed = Shown([PlannedBlock(0, 0, 64, 0, KEYS, 0, 0, width, scored * number, scored) for number in range(64)])
     listed.length = blocks
     count, samples = integers(blocks, HEADS), integers(blocks * scored)
     rows = (integers(blocks, PLAN_COLUMNS), meta(BATCH, KEYS, dtype=torch.int64))

@@ -98,16 +98,34 @@ class BlockChoice(NamedTuple):
     block_counts: torch.Tensor
 
 
-# Columns of ``BlockPlan.table``.
-PLAN_COLUMNS = 10
+class PlannedBlock(NamedTuple):
+    """A query block in a plan: the fields of ``QueryBlocks``, and what it may attend and scores.
+
+    Attributes:
+        lowest: the first key block that a row sees. width: how many there are from there on.
+        first_sample: where its scored rows begin among the plan's ``samples``. samples: how many they are.
+    """
+
+    batch: int
+    first: int
+    last: int
+    low: int
+    high: int
+    begin: int
+    lowest: int
+    width: int
+    first_sample: int
+    samples: int
+
+
+PLAN_COLUMNS = len(PlannedBlock._fields)
 
 
 class BlockPlan(NamedTuple):
     """What is scored and attended, as far as it follows from intervals and budgets: the same for all layers of a model.
 
     Attributes:
-        table: int32 ``[N, 10]``, a query block a row: the columns of ``QueryBlocks``; ``lowest``, the first key block
-            that a row sees; ``width``, how many there are from there on; ``first_sample`` and how many rows are scored.
+        table: int32 ``[N, 10]``, a query block a row, in the columns of ``PlannedBlock``.
         owner: int64 ``[B, Lq]``, which query block each row belongs to; -1 for rows in none.
         recent: int32 ``[N, Hkv]``: attended always are ``lowest`` and the blocks from ``lowest + recent`` on, which
             hold the query block's own positions and, as far as the budget reaches, ``local_keys`` before them.
@@ -124,7 +142,7 @@ class BlockPlan(NamedTuple):
     limit: torch.Tensor
     samples: torch.Tensor
     sample_owner: torch.Tensor
-    listed: list[list[int]]
+    listed: list[PlannedBlock]
     capacity: int
 
     @property
@@ -173,7 +191,7 @@ def make_plan(problem: Problem, options: BlockOptions) -> BlockPlan:
     recent = torch.maximum(recent - lowest[:, None], torch.zeros_like(recent))
     always = (recent > 0).int() + width[:, None] - recent
     within = lambda count: torch.minimum(torch.maximum(count, always), width[:, None]).contiguous()  # noqa: E731
-    law, limit = within(budget), within(budget)
+    law = limit = within(budget)
     if options.min_mass is not None:
         limit = within((budget.double() * options.max_factor).ceil_().clamp_(max=2**31 - 1).int())
 
@@ -183,7 +201,8 @@ def make_plan(problem: Problem, options: BlockOptions) -> BlockPlan:
     of_block = owner.flatten()[samples]
     first_sample = torch.searchsorted(of_block, torch.arange(N + 1, device=device), out_int32=True)
     table = torch.stack((*blocks, lowest, width, first_sample[:-1], first_sample.diff()), -1)
-    *listed, (capacity, *_) = torch.cat((table, limit.max().expand(1, PLAN_COLUMNS))).tolist()
+    *found, (capacity, *_) = torch.cat((table, limit.max().expand(1, PLAN_COLUMNS))).tolist()
+    listed = [PlannedBlock(*row) for row in found]
     rows = (samples % Lq).int()
     return BlockPlan(table, owner, recent.contiguous(), law, limit, rows, of_block.int(), listed, capacity)
 

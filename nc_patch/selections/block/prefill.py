@@ -134,8 +134,8 @@ def choose_blocks(
     Hkv, group, (N, S) = key.shape[1], problem.group, (len(plan.listed), plan.samples.shape[0])
     architecture = architecture_of(query.device)
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=query.device)
+    def scratch(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=query.device)
 
     def segments_of(chunk: Chunk) -> int:
         return max(1, triton.cdiv(chunk.width * options.size, _SEGMENT))
@@ -218,15 +218,15 @@ def score_chunks(plan: BlockPlan, kv_heads: int, group: int, multiprocessors: in
     """
     fewest = triton.cdiv(_CHOOSING * multiprocessors, kv_heads)
     chunks: list[Chunk] = []
-    for number, (*_, width, first_sample, samples) in enumerate(plan.listed):
+    for number, block in enumerate(plan.listed):
         if chunks:
             chunk = chunks[-1]
-            wider, more = max(chunk.width, width), chunk.samples + samples
+            wider, more = max(chunk.width, block.width), chunk.samples + block.samples
             allowed = SCORE_BYTES if number + 1 - chunk.first > fewest else MOST_SCORE_BYTES
             if wider * more * group * kv_heads * 4 <= allowed:
                 chunks[-1] = chunk._replace(last=number + 1, width=wider, samples=more)
                 continue
-        chunks.append(Chunk(number, number + 1, width, first_sample, samples))
+        chunks.append(Chunk(number, number + 1, block.width, block.first_sample, block.samples))
     return chunks
 
 
@@ -263,7 +263,7 @@ def attend_blocks(
         "shape": shape,
     }
     if N:
-        longest = max(last - first for _, first, last, *_ in plan.listed)
+        longest = max(block.last - block.first for block in plan.listed)
         row_tiles = triton.cdiv(longest * group, tiles.attend.rows)
         attend_blocks_kernel[(N * Hkv * row_tiles,)](
             query=heads(query),

@@ -355,9 +355,9 @@ def choose_blocks_kernel(
     ties_before = 0
     for from_block in range(0, own.blocks, BLOCK_C):
         block = from_block + tl.arange(0, BLOCK_C)
-        rank = load_ranks(weights, recent, block)
-        above = (block < own.blocks) & ((block == 0) | (block >= recent) | (rank > cut))
-        place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
+        place, taken, taken_before, ties_before = take_blocks(
+            weights, own.blocks, recent, block, cut, spare, taken_before, ties_before
+        )
         tl.store(choice.indices + pair * capacity + place, own.lowest + block, mask=taken & (place < capacity))
 
     if choice.kept is not None:
@@ -370,13 +370,21 @@ def choose_blocks_kernel(
             ties_before = 0
             for from_block in range(0, own.blocks, BLOCK_C):
                 block = from_block + tl.arange(0, BLOCK_C)
-                rank = load_ranks(weights, recent, block)
-                above = (block < own.blocks) & ((block == 0) | (block >= recent) | (rank > cut))
-                place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
+                _place, taken, taken_before, ties_before = take_blocks(
+                    weights, own.blocks, recent, block, cut, spare, taken_before, ties_before
+                )
                 mass = load_mass(logits, row, present, block, whole)
                 kept_here += tl.sum(tl.where(taken[None, :], mass, 0.0), axis=1)
             stored = choice.kept + (kv_head * sample_count + own.first_sample) * group + row
             tl.store(stored, kept_here, mask=present)
+
+
+@triton.jit
+def take_blocks(weights, blocks, recent, block, cut, spare, taken_before, ties_before):
+    """``places`` of a tile of blocks: those attended always, those above the cut, and the first ``spare`` at it."""
+    rank = load_ranks(weights, recent, block)
+    above = (block < blocks) & ((block == 0) | (block >= recent) | (rank > cut))
+    return places(above, rank == cut, spare, taken_before, ties_before)
 
 
 @triton.jit

@@ -68,7 +68,7 @@ def attend_blocks(problem: Problem, plan: BlockPlan, choice: BlockChoice, block_
     left = torch.ones(len(plan.listed), dtype=torch.bool, device=query.device)
     if not (want_lse or problem.softcap or sinks is not None):
         for b, numbers, rows in _causal_runs(problem, plan):
-            low = plan.listed[numbers.start][3]
+            low = plan.listed[numbers.start].low
             run = slice(low, low + rows.stop - rows.start)
             queries_here, keys_here, values_here = (
                 tensor[b : b + 1, :, seen].float() for tensor, seen in ((query, rows), (key, run), (value, run))
@@ -119,16 +119,16 @@ def _causal_runs(problem: Problem, plan: BlockPlan) -> Iterator[tuple[int, slice
     """
     listed, first = plan.listed, 0
     while first < len(listed):
-        batch, row, _, low, _, begin, *_ = listed[first]
-        stop = first
-        while stop < len(listed) and listed[stop][0] == batch and listed[stop][5] == begin and listed[stop][9] == 0:
+        block, stop = listed[first], first
+        run = (block.batch, block.begin, 0)
+        while stop < len(listed) and (listed[stop].batch, listed[stop].begin, listed[stop].samples) == run:
             stop += 1
-        if stop > first and low == begin:
-            rows = slice(row, listed[stop - 1][2])
-            seen = problem.visible[batch, rows]
-            ends = torch.arange(low + 1, low + 1 + len(seen), device=seen.device)
-            if bool(((seen[:, 0] == low) & (seen[:, 1] == ends)).all()):
-                yield batch, slice(first, stop), rows
+        if stop > first and block.low == block.begin:
+            rows = slice(block.first, listed[stop - 1].last)
+            seen = problem.visible[block.batch, rows]
+            ends = torch.arange(block.low + 1, block.low + 1 + len(seen), device=seen.device)
+            if bool(((seen[:, 0] == block.low) & (seen[:, 1] == ends)).all()):
+                yield block.batch, slice(first, stop), rows
         first = max(stop, first + 1)
 
 

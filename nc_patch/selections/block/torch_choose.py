@@ -119,18 +119,19 @@ def block_shares(
 def _spans(plan: BlockPlan, size: int, num_heads: int) -> Iterator[_Span]:
     """The plan in runs of one sequence whose scores stay within a block's memory."""
     listed = plan.listed
-    samples = [*(row[8] for row in listed), plan.samples.shape[0]]
     first = 0
     while first < len(listed):
-        batch, _, _, _, _, begin, lowest, width, *_ = listed[first]
-        stop, last = lowest + width, first + 1
-        while last < len(listed) and listed[last][0] == batch and listed[last][5] == begin:
-            wider = min(lowest, listed[last][6]), max(stop, listed[last][6] + listed[last][7])
-            rows = max(samples[last + 1] - samples[first], last + 1 - first)
+        block = listed[first]
+        lowest, stop, samples, last = block.lowest, block.lowest + block.width, block.samples, first + 1
+        while last < len(listed) and (listed[last].batch, listed[last].begin) == (block.batch, block.begin):
+            more = listed[last]
+            wider = min(lowest, more.lowest), max(stop, more.lowest + more.width)
+            rows = max(samples + more.samples, last + 1 - first)
             if num_heads * rows * (wider[1] - wider[0]) * size > blocks.SCORES_AT_ONCE:
                 break
-            (lowest, stop), last = wider, last + 1
-        yield _Span(batch, begin, first, last, slice(samples[first], samples[last]), lowest, stop)
+            (lowest, stop), samples, last = wider, samples + more.samples, last + 1
+        scored = slice(block.first_sample, block.first_sample + samples)
+        yield _Span(block.batch, block.begin, first, last, scored, lowest, stop)
         first = last
 
 
