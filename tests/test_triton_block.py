@@ -23,7 +23,14 @@ from nc_patch.functional import sparse_attention  # noqa: E402
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals  # noqa: E402
 from nc_patch.ops.triton.launch import Tiles  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
-from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, make_plan, stride_by_law  # noqa: E402
+from nc_patch.selections.block.blocks import (  # noqa: E402
+    BlockChoice,
+    BlockOptions,
+    BlockPlan,
+    PlannedBlock,
+    make_plan,
+    stride_by_law,
+)
 from nc_patch.selections.block.definition import query_blocks  # noqa: E402
 from nc_patch.selections.block.prefill import (  # noqa: E402
     attend_blocks,
@@ -611,7 +618,7 @@ def plan_with(widths: list[int], samples: list[int]) -> BlockPlan:
     """A plan of query blocks with so many key blocks and scored rows, as far as chunks are cut by it."""
     first, listed = 0, []
     for width, count in zip(widths, samples, strict=True):
-        listed.append([0, 0, 0, 0, 0, 0, 0, width, first, count])
+        listed.append(PlannedBlock(0, 0, 0, 0, 0, 0, lowest=0, width=width, first_sample=first, samples=count))
         first += count
     nothing = torch.zeros(0)
     return BlockPlan(*(nothing,) * 7, listed, 1)
