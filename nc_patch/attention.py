@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from nc_patch.cache import LayerCache, key_index_of, key_means_of
+from nc_patch.cache import Indexes, LayerCache, indexes_of
 from nc_patch.certificates import record, record_dense, refuse_graphs
 from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once
 from nc_patch.config import NCConfig
@@ -182,19 +182,18 @@ def _attention(
         law = ("budget", laws, config.min_keys, config.dense_below, Lk)
         budget = once(visible, law, find) if len(laws) == 1 else find()
         problem = problem._replace(budget=budget)
-    index = means = None
+    kept = Indexes()
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
     by_an_index = config.decode.needs_index or not needs_gradient(query, key, value, problem.sinks)
     if patch is not None and not plan.short and not config.is_dense(plan.layer) and by_an_index:
         detached = problem
         if key.requires_grad or value.requires_grad:
             detached = problem._replace(key=problem.key.detach(), value=problem.value.detach())
-        index = key_index_of(config, detached, indexed, decoding)
-        means = key_means_of(config, detached, indexed)
-    if decoding and means is not None:
-        problem = problem._replace(means=PageMeans(*means.tensors()))
-    if plan.dense_reason is None and decoding and index is not None:
-        problem = by_index(problem, index, config.largest_budget(Lk, plan.layer))
+        kept = indexes_of(config, detached, indexed, decoding, decoding and plan.dense_reason is None)
+    if decoding and kept.means is not None:
+        problem = problem._replace(means=PageMeans(*kept.means.tensors()), new=kept.new)
+    if plan.dense_reason is None and decoding and kept.choosing is not None:
+        problem = by_index(problem, kept.choosing, config.largest_budget(Lk, plan.layer))._replace(new=kept.new)
 
     def run(selection: Selection) -> AttentionResult:
         dense = selection is _DENSE
@@ -203,7 +202,7 @@ def _attention(
             if causal:
                 return AttentionResult(_sdpa(problem, None))
         if dense:
-            return attend(problem._replace(key_index=(), means=None), selection, config.backend)
+            return attend(problem._replace(key_index=(), means=None, new=0), selection, config.backend)
         if not plan.measures:
             return attend(problem, selection, config.backend)
         decodes = problem.phase == "decode"

@@ -83,8 +83,11 @@ class KeyIndexMixin:
         """Drops the indexes; attention builds new ones from the keys."""
         self.nc_indexes, self._nc_seen = {}, None
 
-    def nc_update(self, problem: Problem, kind: str, block_size: int, backend: str) -> KeyIndex:
-        """The index of one kind of all keys, those of this call, whose keys ``update`` returned, taken in."""
+    def nc_update(self, problem: Problem, kind: str, block_size: int, backend: str, later: bool = False) -> KeyIndex:
+        """The index of one kind of all keys; those of this call, whose keys ``update`` returned, are taken in.
+
+        With ``later`` there is room for them, and who asks takes them in.
+        """
         key, value = problem.key, problem.value
         index = self.nc_indexes.get(kind)
         if index is None or index.block_size != block_size or not index.fits(key) or self.nc_unstarted(kind):
@@ -98,7 +101,10 @@ class KeyIndexMixin:
             if not torch.compiler.is_compiling() and index.is_frozen():
                 index = index.clone()
                 self.nc_indexes = {**self.nc_indexes, kind: index}
-            index.extend(key, problem.visible.shape[1], problem.visible[..., 1].amax(-1), value)
+            if later:
+                index.make_room(key.shape[2])
+            else:
+                index.extend(key, problem.visible.shape[1], problem.visible[..., 1].amax(-1), value)
         if not torch.compiler.is_compiling():  # nothing settles there, and a graph would guard what it left
             self._nc_updated |= {kind}
         return index
@@ -303,37 +309,49 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
     return LayerCache(found, length > 0 if isinstance(length, int) else bool(found.nc_indexes))
 
 
-def key_index_of(config: NCConfig, problem: Problem, cache: LayerCache | None, decoding: bool) -> KeyIndex | None:
-    """The index of a layer's keys that it decodes by, brought up to date or built for the call; None without one."""
+class Indexes(NamedTuple):
+    """What a layer decodes by: the index that its selection chooses by, and page means; None where there are none.
+
+    ``new``: how many keys of each sequence both have to take in before, where the cache keeps them.
+    """
+
+    choosing: KeyIndex | None = None
+    means: KeyIndex | None = None
+    new: int = 0
+
+
+def indexes_of(config: NCConfig, problem: Problem, cache: LayerCache | None, decoding: bool, later: bool) -> Indexes:
+    """The indexes of a layer, brought up to date or built for the call.
+
+    With ``later`` those that the cache keeps have room for the new keys, which decoding takes in itself.
+    """
     selection, kind = config.decode, config.decode.index_kind
-    if kind is None or not problem.visible.numel():
-        return None
-    backend, _ = choose_backend(config.backend, problem.key.device, head_dims=problem.head_dims)
-    use = config.key_index == "always" or (config.key_index == "auto" and backend in LAYOUTS[kind].pays_on)
-    block_size = selection.page_size
-    kept = _kept_index(config, problem, cache, kind, block_size) if use else None
-    if kept is not None or not decoding or not selection.needs_index:
-        return kept
-    if in_transform():
-        raise NotImplementedError(
-            "decoding by an index does not run inside a transform of torch.func (grad, vmap). Decode outside of it, or "
-            'without an index: decode="topk" or "window"'
-        )
-    # The same choice as with an index that is kept, from one that is not.
-    return _built(problem, kind, block_size, config.backend)
-
-
-def key_means_of(config: NCConfig, problem: Problem, cache: LayerCache | None) -> KeyIndex | None:
-    """The page means of a layer, brought up to date, where decoding adds what it leaves out by them."""
-    if not config.decode.uses_means or config.key_index == "never" or not problem.visible.numel():
-        return None
-    return _kept_index(config, problem, cache, "means", 1)
+    if not problem.visible.numel():
+        return Indexes()
+    index = means = None
+    page_size = selection.page_size
+    if kind is not None:
+        backend, _ = choose_backend(config.backend, problem.key.device, head_dims=problem.head_dims)
+        if config.key_index == "always" or (config.key_index == "auto" and backend in LAYOUTS[kind].pays_on):
+            index = _kept_index(config, problem, cache, kind, page_size, later)
+    if selection.uses_means and config.key_index != "never":
+        means = _kept_index(config, problem, cache, "means", 1, later)
+    new = problem.visible.shape[1] if later and (index is not None or means is not None) else 0
+    if index is None and decoding and selection.needs_index and kind is not None:
+        if in_transform():
+            raise NotImplementedError(
+                "decoding by an index does not run inside a transform of torch.func (grad, vmap). Decode outside of "
+                'it, or without an index: decode="topk" or "window"'
+            )
+        # The same choice as with an index that is kept, from one that is not.
+        return Indexes(_built(problem, kind, page_size, config.backend), means)
+    return Indexes(index, means, new)
 
 
 def _kept_index(
-    config: NCConfig, problem: Problem, cache: LayerCache | None, kind: str, block_size: int
+    config: NCConfig, problem: Problem, cache: LayerCache | None, kind: str, block_size: int, later: bool
 ) -> KeyIndex | None:
-    """The index of a kind that a cache layer keeps, brought up to date; None where the cache can keep none."""
+    """The index of a kind that a cache layer keeps, see ``indexes_of``; None where the cache can keep none."""
     layer = None if cache is None else cache.layer
     if layer is None or in_transform():
         return None
@@ -342,7 +360,7 @@ def _kept_index(
             return None  # what would have to be built waits for a call outside the graph
     elif kind in layer.nc_never:
         return None
-    return layer.nc_update(problem, kind, block_size, config.backend)
+    return layer.nc_update(problem, kind, block_size, config.backend, later)
 
 
 def _built(problem: Problem, kind: str, block_size: int, backend: str) -> KeyIndex:

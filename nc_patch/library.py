@@ -1,8 +1,8 @@
 """Attention and its gradient as ``torch.library`` custom ops, the same for all selections.
 
 PyTorch's implementations read intervals and budgets on the host, which no CUDA graph can capture; most of Triton's read
-nothing back. ``torch.compile(mode="reduce-overhead")`` has to know which before an op runs, so that ``attend`` is
-registered twice. The upkeep of indexes is an op too, see ``selections.index``.
+nothing back. ``torch.compile(mode="reduce-overhead")`` has to know which before an op runs, so that each op is
+registered twice. A step of decoding that takes its keys into an index is one op, ``decode``, which has no gradient.
 """
 
 from typing import Any
@@ -12,9 +12,16 @@ import torch
 from nc_patch.common import autocast_off
 from nc_patch.ops.attend_rows import attention_gradients
 from nc_patch.ops.backends import READS_HOST
-from nc_patch.ops.derivatives import in_transform, refuse_forward_mode, refuse_second_derivative, runs_directly
+from nc_patch.ops.derivatives import (
+    in_transform,
+    needs_gradient,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    runs_directly,
+)
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.base import Selection, selection_class
+from nc_patch.selections.index import extend
 
 # Columns of an audit.
 _AUDIT_COLUMNS = 5
@@ -25,15 +32,22 @@ def attend(selection: Selection, problem: Problem, backend: str) -> AttentionRes
     tensors = problem.tensors()
     if runs_directly(tensors):
         return selection.run(problem, backend)
+    if problem.new and needs_gradient(*tensors):
+        problem = extend(problem, selection.index_kind, backend)
     op, rest = operation(selection, problem, backend), arguments(selection, problem, backend)
-    output, *found = _call_transformed(op, *rest, *tensors) if in_transform() else op(tensors, *rest)
+    if problem.new:
+        index = problem.kept()
+        output, *found = op(tensors[: len(tensors) - len(index)], index, *rest)
+    else:
+        output, *found = _call_transformed(op, *rest, *tensors) if in_transform() else op(tensors, *rest)
     fields = zip(found, _fields(selection, problem), strict=True)
     return AttentionResult(output, *(field if wanted else None for field, (wanted, _, _) in fields))
 
 
 def operation(selection: Selection, problem: Problem, backend: str) -> Any:
     """The op that runs a problem: one that inductor leaves out of CUDA graphs, where the backend reads the host."""
-    return _attend_on_host if (problem.phase, backend) in selection.on_host else _attend
+    on_host = (problem.phase, backend) in selection.on_host
+    return _OPERATIONS["decode" if problem.new else "attend", on_host]
 
 
 def arguments(selection: Selection, problem: Problem, backend: str) -> tuple[Any, ...]:
@@ -80,8 +94,40 @@ def _run_fake(
     return [output, *(output.new_empty(shape if wanted else 0, dtype=dtype) for wanted, shape, dtype in fields)]
 
 
-_attend = torch.library.custom_op("nc_patch::attend", _run, mutates_args=())
-_attend_on_host = torch.library.custom_op("nc_patch::attend_on_host", _run, mutates_args=(), tags=READS_HOST)
+# The fields of an ``AttentionResult``: an op that changes tensors in place cannot return a list.
+_Fields = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]  # fmt: skip
+
+
+def _run_decode(
+    tensors: list[torch.Tensor], index: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int],
+    most: int, backend: str,
+) -> _Fields:  # fmt: skip
+    """``_run`` of a problem whose ``index`` takes in new keys."""
+    return tuple(_run([*tensors, *index], selection, numbers, flags, most, backend))  # type: ignore[return-value]
+
+
+def _run_decode_fake(
+    tensors: list[torch.Tensor], index: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int],
+    most: int, backend: str,
+) -> _Fields:  # fmt: skip
+    return tuple(_run_fake([*tensors, *index], selection, numbers, flags, most, backend))  # type: ignore[return-value]
+
+
+# By name, and whether it reads the device on the host.
+_OPERATIONS: dict[tuple[str, bool], Any] = {}
+for _name, _runs, _fakes, _mutates in (
+    ("attend", _run, _run_fake, ()),
+    ("decode", _run_decode, _run_decode_fake, ("index",)),
+):
+    for _on_host in (False, True):
+        _op = torch.library.custom_op(
+            f"nc_patch::{_name}{'_on_host' * _on_host}", _runs, mutates_args=_mutates,
+            tags=READS_HOST if _on_host else (),
+        )  # fmt: skip
+        _op.register_fake(_fakes)
+        _OPERATIONS[_name, _on_host] = _op
 
 
 @torch.library.custom_op("nc_patch::attend_backward", mutates_args=(), tags=READS_HOST)
@@ -139,8 +185,7 @@ def _one_by_one(info: Any, dims: list[int | None], tensors: list[torch.Tensor], 
     return results, [0] * len(results)
 
 
-for _op in (_attend, _attend_on_host):
-    _op.register_fake(_run_fake)
+for _op in (_OPERATIONS["attend", False], _OPERATIONS["attend", True]):
     _op.register_autograd(_backward, setup_context=_setup)
     _op.register_vmap(
         lambda info, dims, tensors, *rest, _op=_op: _one_by_one(info, dims[0], tensors, lambda each: _op(each, *rest))

@@ -30,6 +30,7 @@ class Problem(NamedTuple):
         sinks: ``[Hq]``, learned logits that join the softmax's denominator, or None.
         means: page means of ``key`` and ``value`` that are kept beside them, or None.
         key_index: the tensors of the index that decoding chooses by; none for prefill. page_size: keys per page of it.
+        new: how many keys before the end of each sequence ``key_index`` and ``means`` take in first, in place.
         most: no budget is larger; buffers of decoding are sized by it.
         stats: whether the log-sum-exp and the kept mass are wanted. bounds: whether bounds of the kept mass are.
         audit_seed: of the rows whose kept mass is estimated; negative for none.
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     means: PageMeans | None = None
     key_index: tuple[torch.Tensor, ...] = ()
     page_size: int = 0
+    new: int = 0
     most: int = 0
     stats: bool = False
     bounds: bool = False
@@ -78,25 +80,29 @@ class Problem(NamedTuple):
         given = [self.query, self.key, self.value, self.visible, self.origin, self.budget]
         if self.sinks is not None:
             given.append(self.sinks)
-        return [*given, *(self.means or ()), *self.key_index]
+        return [*given, *self.kept()]
+
+    def kept(self) -> list[torch.Tensor]:
+        """The tensors that are kept beside keys and values: ``means`` and ``key_index``."""
+        return [*(self.means or ()), *self.key_index]
 
     def flags(self) -> list[int]:
         """What ``unflatten`` has to know beside the tensors and the two numbers of the scores."""
         there = (self.sinks is not None, self.means is not None, self.stats, self.bounds)
-        return [*map(int, there), self.page_size, self.audit_seed]
+        return [*map(int, there), self.page_size, self.new, self.audit_seed]
 
     @classmethod
     def unflatten(
         cls, tensors: list[torch.Tensor], scale: float, softcap: float, flags: list[int], most: int = 0
     ) -> "Problem":
         """The inverse of ``tensors`` and ``flags``."""
-        has_sinks, has_means, stats, bounds, page_size, audit_seed = flags
+        has_sinks, has_means, stats, bounds, page_size, new, audit_seed = flags
         at = 6 + has_sinks
         after = at + 2 * has_means
         sinks, means = tensors[6] if has_sinks else None, PageMeans(*tensors[at:after]) if has_means else None
         query, key, value, visible, origin, budget = tensors[:6]
         given = (query, key, value, visible, origin, budget, scale, softcap, sinks, means, tuple(tensors[after:]))
-        return cls(*given, page_size, most, bool(stats), bool(bounds), audit_seed)
+        return cls(*given, page_size, new, most, bool(stats), bool(bounds), audit_seed)
 
 
 class AttentionResult(NamedTuple):

@@ -12,6 +12,7 @@ from nc_patch.ops.attend_rows import attend_rows
 from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
 from nc_patch.ops.reference import raw_scores, reference_attention
 from nc_patch.ops.rows import Buffers, RowBlock, Rows, row_blocks, rows_per_block
+from nc_patch.selections.index import extend
 
 Kind = TypeVar("Kind", bound="type[Selection]")
 
@@ -58,6 +59,7 @@ class Selection:
             prefill share a choice. estimates: whether a prefill returns an ``audit``, on request, in place of the kept
             mass of every row. bounds_kept_mass: whether decoding by its index bounds that.
         on_host: the (phase, backend) pairs whose implementation reads the device's memory on the host.
+        takes_in: the (phase, backend) whose implementation takes ``Problem.new`` keys into the index by itself.
     """
 
     name: ClassVar[str] = ""
@@ -71,6 +73,7 @@ class Selection:
     estimates: ClassVar[bool] = False
     bounds_kept_mass: ClassVar[bool] = False
     on_host: ClassVar[tuple[tuple[str, str], ...]] = (("prefill", "torch"), ("decode", "torch"))
+    takes_in: ClassVar[tuple[str, str] | None] = None
 
     prefill_triton: ClassVar[Callable[..., AttentionResult] | None] = None
     decode_torch: ClassVar[Callable[..., AttentionResult] | None] = None
@@ -137,7 +140,9 @@ class Selection:
         return attend_rows(problem, self.choice(problem))
 
     def run(self, problem: Problem, backend: str) -> AttentionResult:
-        """Attention on ``backend``, by the index where the problem has one."""
+        """Attention on ``backend``, by the index where the problem has one; ``new`` keys are taken in first."""
+        if problem.new and (problem.phase, backend) != self.takes_in:
+            problem = extend(problem, self.index_kind, backend)
         implementation: Any = getattr(self, f"{problem.phase}_{backend}")
         result: AttentionResult = implementation(problem)
         return result

@@ -13,7 +13,7 @@ import torch
 from nc_patch.common import as_integer, autocast_off, check_integer
 from nc_patch.ops.backends import READS_HOST, check_backend, choose_backend
 from nc_patch.ops.derivatives import runs_directly
-from nc_patch.ops.problem import check_tensor, describe
+from nc_patch.ops.problem import Problem, check_tensor, describe
 
 # Buffers hold a multiple of so many keys: the strides that kernels are compiled for do not depend on a prompt's length.
 _CAPACITY_UNIT = 128
@@ -89,6 +89,27 @@ for _reads_host, _suffix in ((False, ""), (True, "_on_host")):
         f"nc_patch::extend_index{_suffix}", write_index, mutates_args=("index",), tags=READS_HOST if _reads_host else ()
     )
     _EXTEND[_reads_host].register_fake(lambda index, tensors, kind, count, block_size, backend: None)
+
+
+def extend(problem: Problem, kind: str | None, backend: str) -> Problem:
+    """The problem after its index, of a kind, and its means have taken in its new keys, in place."""
+    end = problem.visible[..., 1].amax(-1)
+    key, value = problem.key.detach(), problem.value.detach()
+    tensors = [key, problem.origin[:, -1], end - problem.new, end]
+    indexes = [("means", [*problem.means])] if problem.means is not None else []
+    if problem.key_index and kind is not None:
+        indexes.append((kind, [*problem.key_index]))
+    for of_kind, index in indexes:
+        given = [*tensors, value] if LAYOUTS[of_kind].takes_values else tensors
+        _write(index, given, of_kind, problem.new, problem.page_size, backend)
+    return problem._replace(new=0)
+
+
+def _write(
+    index: list[torch.Tensor], tensors: list[torch.Tensor], kind: str, count: int, block_size: int, backend: str
+) -> None:
+    write = write_index if runs_directly([*index, *tensors]) else _EXTEND[backend == "torch"]
+    write(index, tensors, kind, count, block_size, backend)
 
 
 @dataclass(eq=False, repr=False)
@@ -180,9 +201,13 @@ class KeyIndex:
                 f"ones among them, got {describe(key)}"
             )
         _check(self.kind, key, value, end=end)
-        if key.shape[2] > self.capacity:
-            self._reserve(key.shape[2])
+        self.make_room(key.shape[2])
         self._write(key, value, end - new, new, end)
+
+    def make_room(self, length: int) -> None:
+        """Makes room for ``length`` keys, with which what ``tensors`` returned before may be stale."""
+        if length > self.capacity:
+            self._reserve(length)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What the kernels read, in the order of the layout; what lies beyond the sequences' ends means nothing."""
@@ -235,9 +260,7 @@ class KeyIndex:
         tensors = [key, self.origin, first, end]
         if LAYOUTS[self.kind].takes_values and value is not None:
             tensors.append(value)
-        index = list(self._tensors.values())
-        write = write_index if runs_directly([*index, *tensors]) else _EXTEND[self._backend == "torch"]
-        write(index, tensors, self.kind, count, self.block_size, self._backend)
+        _write(list(self._tensors.values()), tensors, self.kind, count, self.block_size, self._backend)
 
     def _reserve(self, length: int) -> None:
         layout, self.capacity = LAYOUTS[self.kind], reserve_for(length)

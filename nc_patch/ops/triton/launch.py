@@ -214,9 +214,42 @@ def settings_of(problem: Problem) -> ScoreSettings:
     return ScoreSettings(problem.scale, problem.softcap or None)
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(device: torch.device) -> Any:
     """A context in which Triton launches on this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+@lru_cache(maxsize=256)
+def compiled_kernels(*key: Any) -> dict[Any, Any]:
+    """What ``run_kernel`` has compiled for launches that are alike; ``key`` is all that Triton specialises them for."""
+    return {}
+
+
+def run_kernel(
+    kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], compiled: dict[Any, Any] | None = None
+) -> None:
+    """Launches a kernel with arguments and options of the compiler by their names.
+
+    ``compiled`` is of ``compiled_kernels``: what is found there is launched at once. Otherwise Triton looks at every
+    argument, which takes several times as long as the rest of a launch.
+    """
+    known = None if compiled is None else compiled.get(kernel)
+    if known is not None:
+        known[grid](*[arguments[name] for name in kernel.arg_names])
+        return
+    found = kernel[grid](**arguments)
+    if compiled is not None and found is not None:
+        compiled[kernel] = found
+
+
+def aligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether the memory of each tensor begins at a multiple of 16 bytes, which Triton specialises kernels for."""
+    return not any(t.data_ptr() & 15 for t in tensors if t is not None)
 
 
 def heads_of(tensor: torch.Tensor, tiles: Tiles) -> Heads:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton.launch import on_device
-from nc_patch.ops.triton.scores import LN_2, finite_or_zero, join_sink
+from nc_patch.ops.triton.scores import LN_2, empty_softmax, finite_or_zero, join_sink, write_rows
 from nc_patch.ops.triton.structs import PER_CALL, Softmax
 
 MAX_SPLITS = 256
@@ -134,3 +134,54 @@ def combine_kernel(
         first = block == 0
         tl.store(lse + row, (base + tl.log2(denominator)) * LN_2, mask=first)
         tl.store(lse_keys + row, (finite_or_zero(highest) + tl.log2(whole)) * LN_2, mask=first)
+
+
+@triton.jit
+def arrives_last(arrivals, programs):
+    """Whether this program is the last of ``programs`` that come here: it may read what the others have stored before.
+
+    ``arrivals`` points to an int32 that was zero before the launch.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(arrivals, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def join_parts(parts, row, valid, count, shape):
+    """The ``Softmax`` of the ``count`` parts of each row, which ``parts`` (a ``Softmax`` of pointers) holds."""
+    dv = tl.arange(0, shape.BLOCK_DV)
+    softmax = empty_softmax(shape)
+    for part in tl.range(0, count, loop_unroll_factor=4):
+        at = row * count + part
+        peak = tl.load(parts.peak + at, mask=valid, other=float("-inf"))
+        total = tl.load(parts.total + at, mask=valid, other=0.0)
+        used = (peak != float("-inf")) | (total != 0.0)
+        inside = used[:, None] & (dv < shape.DV)[None, :]
+        acc = tl.load(parts.acc + at[:, None] * shape.DV + dv[None, :], mask=inside, other=0.0)
+        higher = tl.maximum(softmax.peak, peak)
+        base = finite_or_zero(higher)
+        # Nothing is added to nothing, whatever the factor.
+        before = tl.where(softmax.total != 0.0, tl.exp2(finite_or_zero(softmax.peak) - base), 0.0)
+        factor = tl.where(used, tl.exp2(finite_or_zero(peak) - base), 0.0)
+        softmax = Softmax(
+            softmax.acc * before[:, None] + acc * factor[:, None], higher, softmax.total * before + total * factor
+        )
+    return softmax
+
+
+@triton.jit
+def write_joined(softmax, rows, sinks, attended, output, lse, lse_keys, shape):
+    """Writes the output of rows, and the logs of their softmax's denominators, with and without ``sinks``.
+
+    ``attended`` is how many keys each row attends: one without any is zero. What is not finite is stored as NaN: an
+    infinite or NaN value has been attended. ``lse`` and ``lse_keys`` are None where they are not wanted.
+    """
+    base, share, denominator = join_sink(softmax.peak, softmax.total, sinks, rows.head, rows.valid)
+    result = softmax.acc * (share / denominator)[:, None]
+    result = tl.where(tl.abs(result) < float("inf"), result, float("nan"))
+    write_rows(output, rows, result, share * 0.0 + 1.0, attended, shape)
+    if lse is not None:
+        tl.store(lse + rows.row, (base + tl.log2(denominator)) * LN_2, mask=rows.valid)
+    if lse_keys is not None:
+        own = finite_or_zero(softmax.peak) + tl.log2(softmax.total)
+        tl.store(lse_keys + rows.row, own * LN_2, mask=rows.valid)
