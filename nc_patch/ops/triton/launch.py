@@ -231,25 +231,32 @@ def compiled_kernels(*key: Any) -> dict[Any, Any]:
 
 
 def run_kernel(
-    kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], compiled: dict[Any, Any] | None = None
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: dict[str, Any],
+    options: dict[str, Any],
+    compiled: dict[Any, Any] | None = None,
 ) -> None:
-    """Launches a kernel with arguments and options of the compiler by their names.
+    """Launches a kernel with those of the arguments that it takes, by name, and with its options.
 
-    ``compiled`` is of ``compiled_kernels``: what is found there is launched at once. Otherwise Triton looks at every
-    argument, which takes several times as long as the rest of a launch.
+    Args:
+        arguments: whatever several kernels take. options: of the compiler, and compile-time arguments.
+        compiled: of ``compiled_kernels``. What is found there is launched at once; otherwise Triton looks at every
+            argument, which takes several times as long as the rest of a launch.
     """
     known = None if compiled is None else compiled.get(kernel)
     if known is not None:
-        known[grid](*[arguments[name] for name in kernel.arg_names])
+        known[grid](*[arguments[name] if name in arguments else options[name] for name in kernel.arg_names])
         return
-    found = kernel[grid](**arguments)
+    taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    found = kernel[grid](**taken, **options)
     if compiled is not None and found is not None:
         compiled[kernel] = found
 
 
-def aligned(*tensors: torch.Tensor | None) -> bool:
+def alignment(*tensors: torch.Tensor | None) -> tuple[bool | None, ...]:
     """Whether the memory of each tensor begins at a multiple of 16 bytes, which Triton specialises kernels for."""
-    return not any(t.data_ptr() & 15 for t in tensors if t is not None)
+    return tuple(None if t is None else t.data_ptr() & 15 == 0 for t in tensors)
 
 
 def heads_of(tensor: torch.Tensor, tiles: Tiles) -> Heads:

@@ -27,6 +27,9 @@ MOST_USEFUL_SPLITS = 64
 # Fewer keys than this are divided like this many.
 _SHORTEST = 4096
 _COLUMNS = 32
+# Parts that are joined one after another.
+PARTS_AT_ONCE = 16
+GROUP = tl.constexpr(PARTS_AT_ONCE)
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
@@ -147,14 +150,24 @@ def arrives_last(arrivals, programs):
 
 
 @triton.jit
-def join_parts(parts, row, valid, count, shape):
-    """The ``Softmax`` of the ``count`` parts of each row, which ``parts`` (a ``Softmax`` of pointers) holds."""
+def store_part(parts, rows, softmax, at, shape):
+    """Stores a ``Softmax`` at the places ``at`` of each row's parts, which ``parts`` (pointers) hold."""
+    dv = tl.arange(0, shape.BLOCK_DV)
+    inside = rows.valid[:, None] & (dv[None, :] < shape.DV)
+    tl.store(parts.acc + at[:, None] * shape.DV + dv[None, :], softmax.acc, mask=inside)
+    tl.store(parts.peak + at, softmax.peak, mask=rows.valid)
+    tl.store(parts.total + at, softmax.total, mask=rows.valid)
+
+
+@triton.jit
+def join_parts(parts, rows, first, step, count, shape):
+    """The ``Softmax`` of ``count`` parts of each row, ``step`` apart from the places ``first`` on."""
     dv = tl.arange(0, shape.BLOCK_DV)
     softmax = empty_softmax(shape)
     for part in tl.range(0, count, loop_unroll_factor=4):
-        at = row * count + part
-        peak = tl.load(parts.peak + at, mask=valid, other=float("-inf"))
-        total = tl.load(parts.total + at, mask=valid, other=0.0)
+        at = first + part * step
+        peak = tl.load(parts.peak + at, mask=rows.valid, other=float("-inf"))
+        total = tl.load(parts.total + at, mask=rows.valid, other=0.0)
         used = (peak != float("-inf")) | (total != 0.0)
         inside = used[:, None] & (dv < shape.DV)[None, :]
         acc = tl.load(parts.acc + at[:, None] * shape.DV + dv[None, :], mask=inside, other=0.0)
@@ -167,6 +180,29 @@ def join_parts(parts, row, valid, count, shape):
             softmax.acc * before[:, None] + acc * factor[:, None], higher, softmax.total * before + total * factor
         )
     return softmax
+
+
+@triton.jit
+def finish_part(parts, rows, softmax, part, count, arrivals, shape):
+    """(whether this program is the last of ``count``, the ``Softmax`` of all parts of its rows).
+
+    Each program comes here with its ``part``. The last one of every ``GROUP`` parts joins these, and the last of those
+    the groups, so that neither has many to read one after another. ``arrivals`` has an int32 for the groups together
+    and for each, ``cdiv(count, GROUP) + 1``, all zero before the launch.
+    """
+    store_part(parts, rows, softmax, rows.row * count + part, shape)
+    group = part // GROUP
+    first = rows.row * count + group * GROUP
+    members = tl.minimum(count - group * GROUP, GROUP)
+    last = False
+    if arrives_last(arrivals + 1 + group, members):
+        softmax = join_parts(parts, rows, first, 1, members, shape)
+        groups = tl.cdiv(count, GROUP)
+        store_part(parts, rows, softmax, first, shape)
+        last = arrives_last(arrivals, groups)
+        if last:
+            softmax = join_parts(parts, rows, rows.row * count, GROUP, groups, shape)
+    return last, softmax
 
 
 @triton.jit

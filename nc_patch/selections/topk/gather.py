@@ -1,8 +1,10 @@
-"""Softmax times value over the keys that a block of rows attends, over the pages of a tail, and bounds of the rest.
+"""Softmax times value over the keys that a block of rows attends and the pages of a tail, and bounds of the rest.
 
-The lists are those of ``candidates``. A value is read once for all rows of the block that attend its key. The keys and
-the pages of a block are divided among programs, and ``split`` joins what they leave. Logits are in base 2.
+A value is read once for all rows of the block that attend its key. The entries and the pages of a block are divided
+among programs, and the last of them joins what all leave. Logits are in base 2.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,122 +19,123 @@ from nc_patch.ops.triton.scores import (
     logits_base2,
     score_run,
 )
-from nc_patch.ops.triton.structs import PER_CALL
+from nc_patch.ops.triton.split import GROUP, finish_part, write_joined
+from nc_patch.ops.triton.structs import PER_CALL, Limits, Softmax
 from nc_patch.ops.triton.tail import PAGE, pages_of_rows
-from nc_patch.selections.topk.candidates import flagged_rows
-from nc_patch.selections.topk.scan import Mass, add_logits, empty_mass, logit_bounds, one_row, store_mass
+from nc_patch.selections.topk.choose import entries_of, positions_at
+from nc_patch.selections.topk.scan import Mass, add_logits, empty_mass, floats, integers, logit_bounds, store_mass
 
 # Relative width given to bounds of sums of exponentials, for their rounding in float32, and what underflow may lose.
 _SUM_SLACK = tl.constexpr(1e-4)
 _SMALLEST_MASS = tl.constexpr(1e-30)
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "capacity", "chunks", "parts", "slots"])
-def gather_kernel(
-    value, inputs, candidates, choice, partial, page_counts, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys,
-    recent_keys, capacity, chunks, parts, slots, settings, shape, FLAGGED: tl.constexpr,
-):  # fmt: skip
-    """The partial softmax of one of ``chunks`` parts of a block's list: what ``combine_splits`` joins, among ``parts``.
+class Results(NamedTuple):
+    """Pointers to the fields of an ``AttentionResult``."""
 
-    Where ``inputs`` have an origin, every key attended is added to the count of its page, ``page_counts[row, slot]``.
-    With ``FLAGGED`` only of flagged rows, whose list is all keys: an entry is its own position.
+    output: Any
+    lse: Any
+    bounds: Any
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride", "parts", "slots"])
+def gather_kernel(
+    query, value, mean_key, mean_value, inputs, scratch, sinks, results, budget_heads, num_kv_heads, group, Lq, Lk,
+    sink_keys, recent_keys, splits, segment, stride, parts, slots, settings, shape, pages, BLOCK_S: tl.constexpr,
+    BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """One part of the attention of a block of rows: of a split of its entries or, after those, of the pages.
+
+    The last part writes the ``Results``.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
-    # A row without a proof has an empty list.
-    if FLAGGED:
-        rows = flagged_rows(rows, choice.flags)
-    chunk = tl.program_id(1)
-    selected = select_keys(rows, choice, sink_keys, recent_keys)
-    values = head_of(value, rows.batch, rows.kv_head)
-    positions = candidates.positions + tl.program_id(0).to(tl.int64) * capacity
-    count = tl.load(choice.listed + rows.row, mask=rows.valid, other=0)
-    if inputs.origin is not None:
-        residue = tl.load(inputs.origin + rows.batch * Lq + rows.index, mask=rows.valid, other=0) & (PAGE - 1)
-    most = tl.max(count, axis=0)
-    tiles = tl.cdiv(most, shape.BLOCK_N)
-    dv = tl.arange(0, shape.BLOCK_DV)
+    block = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    whole = tl.load(integers(scratch, scratch.whole) + block) != 0
     softmax = empty_softmax(shape)
-    # Of the keys attended and of the rest of the list: at least, and at most.
+    if part < splits:
+        limits = Limits(floats(scratch, scratch.threshold), integers(scratch, scratch.ties_end))
+        selected = select_keys(rows, limits, sink_keys, recent_keys)
+        softmax = gather_entries(
+            softmax, head_of(value, rows.batch, rows.kv_head), rows, selected, scratch, whole, splits, segment, stride,
+            settings, shape, BOUNDS,
+        )  # fmt: skip
+    elif pages is not None:
+        softmax = gather_pages(
+            softmax, query, head_of(mean_key, rows.batch, rows.kv_head), head_of(mean_value, rows.batch, rows.kv_head),
+            rows, inputs, scratch, part - splits, parts - splits, Lq, slots, settings, pages,
+        )  # fmt: skip
+    partial = Softmax(floats(scratch, scratch.acc), floats(scratch, scratch.peak), floats(scratch, scratch.total))
+    arrivals = integers(scratch, scratch.arrivals) + block * (tl.cdiv(parts, GROUP) + 1)
+    last, softmax = finish_part(partial, rows, softmax, part, parts, arrivals, shape)
+    if last:
+        write_joined(softmax, rows, sinks, rows.wanted, results.output, results.lse, None, shape)
+        if BOUNDS:
+            write_bounds(results.bounds, rows, scratch, whole, splits, BLOCK_S)
+
+
+@triton.jit
+def gather_entries(
+    softmax, values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS: tl.constexpr
+):
+    """The ``Softmax`` of one split's entries; with ``BOUNDS`` their ``kept`` masses are stored."""
+    entries = entries_of(scratch, rows, whole, splits, segment)
+    dv = tl.arange(0, shape.BLOCK_DV)
+    # Of the keys attended and of the other entries: at least, and at most.
     in_least = empty_mass(shape.BLOCK_M)
     in_most = in_least
     out_least = in_least
     out_most = in_least
-    for tile in range(tiles * chunk // chunks, tiles * (chunk + 1) // chunks):
-        e = tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
-        position = e
-        if not FLAGGED:
-            position = tl.load(positions + e, mask=e < most, other=0)
-        here = e[None, :] < count[:, None]
-        if FLAGGED:  # keys before the interval have no scores
-            here = here & (position[None, :] >= rows.start[:, None])
-        at = rows.row[:, None] * capacity + e[None, :]
-        score = tl.load(candidates.scores + at, mask=here, other=0.0)
+    for begin in range(entries.begin, entries.stop, shape.BLOCK_N):
+        e = begin + tl.arange(0, shape.BLOCK_N)
+        position = positions_at(entries, e)
+        here = rows.valid[:, None] & (e < entries.stop)[None, :]
+        at = rows.row[:, None] * stride + e[None, :]
+        score = tl.load(floats(scratch, scratch.scores) + at, mask=here, other=0.0)
         chosen = here & attended_keys(score, position, selected)
         read = tl.max(chosen.to(tl.int32), axis=0) > 0
         places = values.data + position.to(tl.int64)[:, None] * values.stride + dv[None, :]
         tile_values = tl.load(places, mask=read[:, None] & (dv < shape.DV)[None, :], other=0.0)
         softmax = accumulate(softmax, tl.where(chosen, logits_base2(score, settings), float("-inf")), tile_values)
-        if inputs.origin is not None:
-            in_page = chosen & (position[None, :] >= residue[:, None])
-            slot = (position[None, :] - residue[:, None]) // PAGE
-            tl.atomic_add(page_counts + rows.row[:, None] * slots + slot, 1, mask=in_page, sem="relaxed")
-        if candidates.errors is not None:
-            lower, upper = logit_bounds(score, tl.load(candidates.errors + at, mask=here, other=0.0), settings)
+        if BOUNDS:
+            error = tl.load(floats(scratch, scratch.errors) + at, mask=here, other=0.0)
+            lower, upper = logit_bounds(score, error, settings)
             seen = (position[None, :] >= rows.start[:, None]) & (position[None, :] < rows.end[:, None])
             rest = here & seen & ~chosen
             in_least = add_logits(in_least, lower, chosen)
             in_most = add_logits(in_most, upper, chosen)
             out_least = add_logits(out_least, lower, rest)
             out_most = add_logits(out_most, upper, rest)
-    store_part(partial, rows, softmax, chunk, parts, shape)
-    if candidates.errors is not None:
-        kept = partial.kept + (rows.row * chunks + chunk) * 8
+    if BOUNDS:
+        kept = floats(scratch, scratch.kept) + (rows.row * splits + tl.program_id(1)) * 8
         store_mass(kept, in_least, rows.valid)
         store_mass(kept + 2, in_most, rows.valid)
         store_mass(kept + 4, out_least, rows.valid)
         store_mass(kept + 6, out_most, rows.valid)
+    return softmax
 
 
 @triton.jit
-def store_part(partial, rows, softmax, part, parts, shape):
-    """Stores a ``Softmax`` as one of ``parts`` parts of each row; see ``split``."""
-    at = rows.row * parts + part
-    dv = tl.arange(0, shape.BLOCK_DV)
-    inside = rows.valid[:, None] & (dv[None, :] < shape.DV)
-    tl.store(partial.acc + at[:, None] * shape.DV + dv[None, :], softmax.acc, mask=inside)
-    tl.store(partial.peak + at, softmax.peak, mask=rows.valid)
-    tl.store(partial.total + at, softmax.total, mask=rows.valid)
+def gather_pages(
+    softmax, query, mean_keys, mean_values, rows, inputs, scratch, split, splits, Lq, slots, settings, shape
+):
+    """The ``Softmax`` of one of ``splits`` shares of the pages; tiles have ``BLOCK_N`` pages.
 
-
-@triton.jit(do_not_specialize=[*PER_CALL, "slots", "parts", "first_part"])
-def tail_kernel(
-    query, mean_key, mean_value, inputs, page_counts, partial, budget_heads, num_kv_heads, group, Lq, Lk, slots, parts,
-    first_part, settings, shape,
-):  # fmt: skip
-    """The partial softmax of one of the splits of the pages, for a block of rows; tiles have ``BLOCK_N`` pages.
-
-    ``page_counts[row, slot]`` is how many keys the row attends of the page in each slot. A row's origin says where the
-    pages in the slots begin for it, so that rows of several sequences go together. Every page's mean key and mean value
-    are read once for the block.
+    A page counts as often as a row does not attend a key of it. A row's origin says where the pages in the slots begin
+    for it, so that rows of several sequences go together.
     """
-    split = tl.program_id(1)
-    splits = parts - first_part
-    rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
-    mean_keys = head_of(mean_key, rows.batch, rows.kv_head)
-    mean_values = head_of(mean_value, rows.batch, rows.kv_head)
     begin = tl.load(inputs.origin + rows.batch * Lq + rows.index, mask=rows.valid, other=0)
     residue, own = pages_of_rows(begin, rows.end)
     has_pages = own > rows.start
     low, high = span(tl.cdiv(rows.start - residue, PAGE), (own - residue) // PAGE, has_pages)
     queries = load_queries(query, rows, shape)
-    softmax = empty_softmax(shape)
     tiles = tl.cdiv(high - low, shape.BLOCK_N)
-    for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
+    for tile in tl.range(tiles * split // splits, tiles * (split + 1) // splits, num_stages=2):
         slot = low + tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
         here = slot < high
         page_begin = slot[None, :] * PAGE + residue[:, None]
         within = (page_begin >= rows.start[:, None]) & (page_begin < own[:, None]) & has_pages[:, None] & here[None, :]
-        counts = page_counts + rows.row[:, None] * slots + slot[None, :]
+        counts = integers(scratch, scratch.page_counts) + rows.row[:, None] * slots + slot[None, :]
         missing = -tl.load(counts, mask=within, other=PAGE) + PAGE
         within = within & (missing > 0)
         raw = score_run(queries, mean_keys, low + tile * shape.BLOCK_N, here, shape, True)
@@ -141,39 +144,40 @@ def tail_kernel(
         read = tl.max(within.to(tl.int32), axis=0) > 0
         logits = tl.where(within, logits, float("-inf"))
         softmax = accumulate_run(softmax, logits, mean_values, low + tile * shape.BLOCK_N, read, shape)
-    store_part(partial, rows, softmax, first_part + split, parts, shape)
+    return softmax
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "splits", "chunks"])
-def bounds_kernel(
-    inputs, choice, outside, partial, bounds, budget_heads, num_kv_heads, group, Lq, Lk, splits, chunks,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Kept mass of a row from below and above, ``bounds[row, 2]``. All keys of a flagged row are in its list."""
-    row = one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk)
-    kept = partial.kept + row.row * chunks * 8
-    unlisted = tl.where(tl.load(choice.flags + row.row) != 0, 0, splits)
-    more = outside + row.row * splits * 4
-    out_least = add_masses(join_masses(kept + 4, 8, chunks, BLOCK_C), join_masses(more, 4, unlisted, BLOCK_S))
-    out_most = add_masses(join_masses(kept + 6, 8, chunks, BLOCK_C), join_masses(more + 2, 4, unlisted, BLOCK_S))
-    lower = share_of(join_masses(kept, 8, chunks, BLOCK_C), out_most)
-    upper = share_of(join_masses(kept + 2, 8, chunks, BLOCK_C), out_least)
+@triton.jit
+def write_bounds(bounds, rows, scratch, whole, splits, BLOCK_S: tl.constexpr):
+    """Kept mass of rows from below and above, ``[rows, 2]``. Of a block that takes all keys, all are entries."""
+    kept = floats(scratch, scratch.kept) + rows.row * splits * 8
+    more = floats(scratch, scratch.outside) + rows.row * splits * 4
+    unlisted = tl.where(whole, 0, splits)
+    out_least = add_masses(
+        join_masses(kept + 4, 8, splits, rows.valid, BLOCK_S), join_masses(more, 4, unlisted, rows.valid, BLOCK_S)
+    )
+    out_most = add_masses(
+        join_masses(kept + 6, 8, splits, rows.valid, BLOCK_S), join_masses(more + 2, 4, unlisted, rows.valid, BLOCK_S)
+    )
+    lower = share_of(join_masses(kept, 8, splits, rows.valid, BLOCK_S), out_most)
+    upper = share_of(join_masses(kept + 2, 8, splits, rows.valid, BLOCK_S), out_least)
     lower = lower * (1.0 - _SUM_SLACK) - _SMALLEST_MASS
     upper = upper * (1.0 + _SUM_SLACK) + _SMALLEST_MASS
     lower = tl.where(lower == lower, tl.minimum(tl.maximum(lower, 0.0), 1.0), 0.0)
     upper = tl.where(upper == upper, tl.minimum(tl.maximum(upper, 0.0), 1.0), 1.0)
-    tl.store(bounds + row.row * 2, tl.where(row.end > row.start, lower, 1.0))
-    tl.store(bounds + row.row * 2 + 1, tl.where(row.end > row.start, upper, 1.0))
+    tl.store(bounds + rows.row * 2, tl.where(rows.end > rows.start, lower, 1.0), mask=rows.valid)
+    tl.store(bounds + rows.row * 2 + 1, tl.where(rows.end > rows.start, upper, 1.0), mask=rows.valid)
 
 
 @triton.jit
-def join_masses(parts, stride, count, BLOCK: tl.constexpr):
-    """The ``Mass`` of ``count`` of them that are stored ``stride`` apart."""
+def join_masses(parts, stride, count, valid, BLOCK: tl.constexpr):
+    """The ``Mass`` of each row's ``count`` masses, stored ``stride`` apart from its pointer of ``parts`` on."""
     at = tl.arange(0, BLOCK)
-    peaks = tl.load(parts + at * stride, mask=at < count, other=float("-inf"))
-    totals = tl.load(parts + at * stride + 1, mask=at < count, other=0.0)
-    peak = tl.max(peaks, axis=0)
-    return Mass(peak, tl.sum(relative(peaks, totals, finite_or_zero(peak)), axis=0))
+    there = valid[:, None] & (at < count)[None, :]
+    peaks = tl.load(parts[:, None] + at[None, :] * stride, mask=there, other=float("-inf"))
+    totals = tl.load(parts[:, None] + at[None, :] * stride + 1, mask=there, other=0.0)
+    peak = tl.max(peaks, axis=1)
+    return Mass(peak, tl.sum(relative(peaks, totals, finite_or_zero(peak)[:, None]), axis=1))
 
 
 @triton.jit

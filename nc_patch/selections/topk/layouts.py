@@ -38,9 +38,8 @@ class Codes:
         new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
         with autocast_off(key):
             center, spread = channel_moments(key, *ends) if L else (new(D, dtype=torch.float32) for _ in range(2))
-        halves = [new(rows, (D + 1) // 2, dtype=torch.int8) for _ in range(2)]
-        residuals = [new(rows, dtype=torch.bfloat16) for _ in range(2)]
-        return [*halves, new(rows, dtype=torch.float32), *residuals, center, spread]
+        of_keys = (new(rows, D, dtype=torch.int8), *(new(rows, dtype=torch.float32) for _ in range(2)))
+        return [*of_keys, center, spread]
 
     @staticmethod
     def write(

@@ -1,33 +1,31 @@
-"""How a step of decoding by codes is divided among programs: tiles, splits, room in lists, options of the compiler."""
+"""How a step of decoding by codes is divided among programs: tiles, splits, what is held between launches, options."""
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from nc_patch.ops.means import slot_count
 from nc_patch.ops.triton.launch import Tiles, compile_options, padded_dim, shape_of, tiles_for
-from nc_patch.ops.triton.split import MAX_SPLITS, padded_splits, planned_length, share
+from nc_patch.ops.triton.split import MAX_SPLITS, PARTS_AT_ONCE, padded_splits, planned_length, share
 from nc_patch.ops.triton.structs import constants
+from nc_patch.selections.topk.encode import key_shape
 from nc_patch.selections.topk.scan import CodeShape
 
 # Keys that a guess is taken from: fewer up to so many keys, and more beyond, where a closer guess saves more keys.
 _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
 # Room in a block's list, per key of the largest budget: for so many rows, each with twice its budget; and besides.
 _LEAST_SHARES, _MOST_SHARES, _ROOM_BESIDES = 4, 8, 4096
-# Room for what reaches a row's guess, per key of the largest budget; besides, the same.
-_REACHED_PER_KEY = 3
 # Room that a segment has beyond its even share of the list.
 _SEGMENT_SLACK = 64
-# Scores that a program of ``choose_kernel`` holds in registers.
-_MOST_HELD = 16384
-# Work is divided among programs as if this many keys, if not more, were chosen.
-_FEWEST_CHOSEN = 1024
+# What may reach a row's guess, per key of the largest budget, and how many of these scores are held in registers.
+_REACHED_PER_KEY, _MOST_HELD = 2, 16384
 # Values of a tile: the least that a matrix instruction takes. More need more registers than three such programs have.
 _GATHERED = 16
 # The least that a matrix instruction takes: of 8-bit numbers to be summed, and of rows.
 _LEAST_CHANNELS, _MATRIX_ROWS = 32, 16
+# Parts of the scratch memory begin at multiples of so many numbers.
+_ALIGNED = 32
 
 
 class Sizes(NamedTuple):
@@ -51,19 +49,63 @@ class Sizes(NamedTuple):
         return _shares(self.group * self.queries, rows) * self.batch * self.kv_heads
 
 
-@dataclass(frozen=True)
-class Plan:
+class Scratch(NamedTuple):
+    """What the kernels of a step hand on to each other: where each part begins in ``memory``, float32 or int32 numbers.
+
+    Rows are those of ``[B, Hq, Lq]``; a block is of rows that share a list, of which each of the splits has a segment.
+    An entry is a place in a block's list, or a position where the block takes all keys; ``stride`` is how many a row
+    has room for.
+
+    Attributes:
+        samples: float ``[rows, samples]``. guess: float ``[rows]``, a score that the needed keys should reach.
+        positions: int ``[blocks, splits, segment]``, the listed keys, rising. counts: int ``[blocks, splits]``, how
+            many they are; more than ``segment`` where there was no room.
+        sure: int ``[rows, splits]``, how many keys certainly reach the guess. whole: int ``[blocks]``, 1 where the list
+            is no proof and the block takes all keys.
+        scores, errors: float ``[rows, stride]``, exact scores of entries and, where bounds are wanted, what they may be
+            off by.
+        reached: int ``[rows]``, how many rivals reach the guess; their positions and scores are ``[rows, stride]``.
+        threshold, ties_end: float and int ``[rows]``, the ``Limits`` of what a row attends.
+        page_counts: int ``[rows, slots]``, how many keys of each page a row attends.
+        arrivals: int ``[rows, groups + 1]``, see ``split.finish_part``; a block uses those of the row of its number.
+        peak, total, acc: float ``[rows, parts]`` and ``[rows, parts, Dv]``, parts of each row's softmax.
+        outside: float ``[rows, splits, 4]``, the ``Mass`` of the lower and the upper logits of keys not listed.
+        kept: float ``[rows, splits, 8]``, the same of the keys attended, and of the other entries.
+    """
+
+    memory: Any
+    samples: Any
+    guess: Any
+    positions: Any
+    counts: Any
+    sure: Any
+    whole: Any
+    scores: Any
+    errors: Any
+    reached: Any
+    reached_positions: Any
+    reached_scores: Any
+    threshold: Any
+    ties_end: Any
+    page_counts: Any
+    arrivals: Any
+    peak: Any
+    total: Any
+    acc: Any
+    outside: Any
+    kept: Any
+
+
+class Plan(NamedTuple):
     """How a call is divided, from shapes and host integers alone.
 
     Attributes:
-        rows, keys: shape of a tile of codes; ``rows`` make a block. splits: programs that share a block's codes.
+        rows, keys: shape of a tile of codes; ``rows`` make a block. splits: programs that share a block.
         samples: keys that the guess is taken from, a multiple of ``keys``.
-        segment: list entries that one split may fill. capacity: entries of a block's whole list.
-        room: of these, how many may reach the guess of one row.
-        scored, gathered: list entries of a tile of keys and of values.
-        scorers, chunks: programs that share a block's list when it is scored, and when values are gathered.
-        tail_parts: programs that share the pages of a tail; none without one.
-        held: scores that choosing holds in registers.
+        segment: list entries of a split. stride: entries that a row has room for.
+        tail_parts: programs that share the pages of a tail; none without one. slots: of its pages.
+        offsets: of the parts of ``Scratch``. numbers: how many it holds.
+        constants: what the kernels are compiled for. options: those, and the compiler's, of each kernel.
     """
 
     rows: int
@@ -71,28 +113,23 @@ class Plan:
     splits: int
     samples: int
     segment: int
-    capacity: int
-    room: int
-    scored: int
-    gathered: int
-    scorers: int
-    chunks: int
+    stride: int
     tail_parts: int
-    held: int
+    slots: int
+    offsets: tuple[int, ...]
+    numbers: int
+    constants: tuple[Any, ...]
+    options: dict[str, dict[str, Any]]
 
     @property
     def parts(self) -> int:
-        """Parts of a row's softmax that are joined in the end, at most ``MAX_SPLITS``."""
-        return self.chunks + self.tail_parts
+        """Parts of a row's softmax that are joined in the end."""
+        return self.splits + self.tail_parts
 
-    def scratch_bytes(self, sizes: Sizes, want_bounds: bool) -> int:
-        """What ``decode.Scratch`` allocates."""
-        of_block = self.splits * (self.segment + 1) + self.capacity
-        of_row = self.samples + 2 * self.room + max(self.capacity, sizes.keys) * (1 + want_bounds) + 8
-        of_row += self.parts * (sizes.value_dim + 2) + (slot_count(sizes.keys) if self.tail_parts else 0)
-        if want_bounds:
-            of_row += 4 * self.splits + 8 * self.chunks
-        return 4 * (sizes.blocks(self.rows) * of_block + sizes.rows * of_row)
+    @property
+    def groups(self) -> int:
+        """Counters of ``split.finish_part``."""
+        return _shares(self.parts, PARTS_AT_ONCE) + 1
 
 
 def _shares(units: int, size: int) -> int:
@@ -100,64 +137,63 @@ def _shares(units: int, size: int) -> int:
     return -(-units // size)
 
 
-def _resident(dtype: torch.dtype, head_dim: int, want_bounds: bool) -> tuple[int, int, int]:
-    """How many programs that scan, score and gather a multiprocessor holds at once, by their registers.
-
-    ``head_dim`` is the larger one of keys and values; see ``launch_options``.
-    """
-    if _is_slim(dtype, head_dim, want_bounds):
-        return 3, 4, 3
-    return 1 if head_dim > 128 else 2, 3, 1 if dtype == torch.float32 else 2
-
-
 def _is_slim(dtype: torch.dtype, head_dim: int, want_bounds: bool) -> bool:
-    """Whether programs are held to so few registers that three or four fit a multiprocessor."""
+    """Whether programs are held to so few registers that three fit a multiprocessor."""
     return dtype != torch.float32 and head_dim <= 128 and not want_bounds
 
 
+@functools.lru_cache(maxsize=64)
 def plan_for(
     sizes: Sizes,
     budget: int,
     dtype: torch.dtype = torch.bfloat16,
     architecture: str = "sm_90",
-    *,
     want_bounds: bool = False,
     has_tail: bool = False,
 ) -> Plan:
     """The one place where tiles, splits and capacities are chosen; ``budget`` is the largest.
 
-    The parts of a tail come first: the attended keys share what is left of ``MAX_SPLITS``. What kernels are compiled
-    for follows from the ``planned_length``, so that few steps of a generation take others.
+    What kernels are compiled for follows from the ``planned_length``, so that few steps of a generation take others.
     """
-    scanning, scoring, gathering = _resident(dtype, max(sizes.head_dim, sizes.value_dim), want_bounds)
-    tail_parts = tail_splits(sizes, dtype, architecture) if has_tail else 0
+    largest = max(sizes.head_dim, sizes.value_dim)
+    resident = 3 if _is_slim(dtype, largest, want_bounds) else 1 if largest > 128 or dtype == torch.float32 else 2
     head_dim, keys, group_rows = padded_dim(sizes.head_dim), sizes.keys, sizes.group * sizes.queries
     rows = 8 if group_rows <= 8 else 16
     tile = 128 if head_dim <= 128 and rows == 8 else 32 if architecture.startswith("gfx") else 64
-    blocks = sizes.blocks(rows)
-    planned = planned_length(keys)
-    splits = share(scanning, blocks, planned // tile, MAX_SPLITS)
-    shares = min(_MOST_SHARES, max(_LEAST_SHARES, group_rows))
-    capacity = max(1, min(keys, 2 * shares * budget + _ROOM_BESIDES))
+    blocks, planned = sizes.blocks(rows), planned_length(keys)
+    splits = share(resident, blocks, planned // tile, MAX_SPLITS)
+    tail_parts = tail_splits(sizes, dtype, architecture) if has_tail else 0
+    capacity = min(keys, 2 * min(_MOST_SHARES, max(_LEAST_SHARES, group_rows)) * budget + _ROOM_BESIDES)
     whole = _shares(_shares(keys, tile) + 1, splits) * tile
-    scored = max(16, min(32, 4096 // head_dim))
-    likely = min(planned, 2 * max(_FEWEST_CHOSEN, _power_of_2(budget)) * min(group_rows, rows))
-    reached = _REACHED_PER_KEY * budget + _ROOM_BESIDES
-    return Plan(
-        rows=rows,
-        keys=tile,
-        splits=splits,
-        samples=_SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES,
-        segment=whole if capacity >= keys else min(whole, 2 * _shares(capacity, splits) + _SEGMENT_SLACK),
-        capacity=capacity,
-        room=max(1, min(keys, reached)),
-        scored=scored,
-        gathered=_GATHERED,
-        scorers=share(scoring, blocks, _shares(likely, scored), MAX_SPLITS),
-        chunks=share(gathering, blocks, _shares(likely, _GATHERED), MAX_SPLITS - tail_parts),
-        tail_parts=tail_parts,
-        held=min(_MOST_HELD, _power_of_2(min(planned, reached))),
-    )
+    segment = whole if capacity >= keys else min(whole, 2 * _shares(capacity, splits) + _SEGMENT_SLACK)
+    samples = _SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES
+    held = min(_MOST_HELD, _power_of_2(min(planned, _REACHED_PER_KEY * budget + _ROOM_BESIDES)))
+    tiles = (rows, tile, samples, max(16, min(32, 4096 // head_dim)), held, padded_splits(splits))
+    pages = tail_tiles(architecture, dtype, *sizes[-2:]) if has_tail else None
+    compiled_for = (tiles, pages, dtype, *sizes[-2:], architecture, want_bounds)
+    plan = Plan(
+        rows, tile, splits, samples, segment, max(splits * segment, keys), tail_parts,
+        slot_count(keys) if has_tail else 0, (), 0, compiled_for, _options(*compiled_for),
+    )  # fmt: skip
+    return with_scratch(plan, sizes, want_bounds)
+
+
+def with_scratch(plan: Plan, sizes: Sizes, want_bounds: bool) -> Plan:
+    """The plan with the places of the parts of ``Scratch``."""
+    rows, blocks, parts = sizes.rows, sizes.blocks(plan.rows), plan.parts
+    segments, stride = blocks * plan.splits, rows * plan.stride
+    bounds = rows * plan.splits if want_bounds else 0
+    lengths = (
+        rows * plan.samples, rows, segments * plan.segment, segments, rows * plan.splits, blocks, stride,
+        stride if want_bounds else 0, rows, stride, stride, rows, rows, rows * plan.slots,
+        rows * plan.groups, rows * parts, rows * parts, rows * parts * sizes.value_dim,
+        4 * bounds, 8 * bounds,
+    )  # fmt: skip
+    offsets, end = [], 0
+    for length in lengths:
+        offsets.append(end)
+        end += _shares(length, _ALIGNED) * _ALIGNED
+    return plan._replace(offsets=tuple(offsets), numbers=end)
 
 
 def _power_of_2(number: int) -> int:
@@ -166,7 +202,7 @@ def _power_of_2(number: int) -> int:
 
 
 def tail_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> Tiles:
-    """Tiles of ``tail_kernel``: rows, and pages at once."""
+    """Tiles of pages: rows, and pages at once."""
     return tiles_for(architecture, dtype, head_dim, value_dim, 1)
 
 
@@ -176,20 +212,9 @@ def tail_splits(sizes: Sizes, dtype: torch.dtype, architecture: str) -> int:
     return share(8 // tiles.warps, sizes.blocks(tiles.rows), _shares(slot_count(sizes.keys), tiles.keys))
 
 
-def launch_options(
-    plan: Plan, sizes: Sizes, dtype: torch.dtype, architecture: str, want_bounds: bool
-) -> dict[str, dict[str, Any]]:
-    """The compile-time arguments of each kernel, and the options of the compiler."""
-    tiles = (plan.rows, plan.keys, plan.samples, plan.scored, plan.gathered, plan.held)
-    splits = (padded_splits(plan.splits), padded_splits(plan.chunks))
-    pages = tail_tiles(architecture, dtype, *sizes[-2:]) if plan.tail_parts else None
-    return _launch_options(tiles, splits, pages, dtype, *sizes[-2:], architecture, want_bounds)
-
-
 @functools.lru_cache(maxsize=64)
-def _launch_options(
+def _options(
     tiles: tuple[int, ...],
-    splits: tuple[int, int],
     pages: Tiles | None,
     dtype: torch.dtype,
     head_dim: int,
@@ -197,39 +222,31 @@ def _launch_options(
     architecture: str,
     want_bounds: bool,
 ) -> dict[str, dict[str, Any]]:
-    rows, keys, samples, scored, gathered, held = tiles
+    """The compile-time arguments of each kernel, and the options of the compiler."""
+    rows, keys, samples, scored, held, splits = tiles
     amd, largest = architecture.startswith("gfx"), max(head_dim, value_dim)
-    codes = constants(CodeShape(head_dim, rows, keys, max(_LEAST_CHANNELS, padded_dim(head_dim) // 2)))
+    codes = constants(CodeShape(head_dim, rows, keys, max(_LEAST_CHANNELS, padded_dim(head_dim)), 2 if amd else 3))
     # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
     exact = Tiles(_MATRIX_ROWS, scored, 4, 2, 32 if dtype == torch.float32 else None)
     # AMD's warps are twice as wide, and eight leave too few registers.
-    values = Tiles(_MATRIX_ROWS, gathered, 4 if amd or dtype != torch.float32 else 8, 2 if amd else 5)
+    values = Tiles(_MATRIX_ROWS, _GATHERED, 4 if amd or dtype != torch.float32 else 8, 2 if amd else 5)
 
     def of_tiles(tiles: Tiles) -> dict[str, Any]:
         return {**compile_options(tiles, architecture), "shape": shape_of(head_dim, value_dim, tiles)}
 
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    slim = _is_slim(dtype, largest, want_bounds)
     # So many programs fit a multiprocessor as the plan counts on, and otherwise all registers are named.
-    fourth, third = ({} if amd else {"maxnreg": count if slim else 255} for count in (128, 168))
-    scoring = {**of_tiles(exact), **fourth}
-    choosing = {**plain, "num_warps": 16 if held > 8192 else 8 if held > 2048 else 4, "BLOCK_E": held}
-    guessing = {**plain, "num_warps": 16 if samples > 4096 else 8 if samples >= 2048 else 4, "SAMPLES": samples}
+    slim = _is_slim(dtype, largest, want_bounds)
+    third = {} if amd else {"maxnreg": 168 if slim else 255}
+    tail = None if pages is None else shape_of(head_dim, value_dim, pages)
     return {
-        "sample": {**plain, "shape": codes, "SAMPLES": samples},
-        "guess": guessing,
-        "scan": {
-            **plain, "num_stages": 3, "num_warps": 8 if largest > 128 and not amd else 4, **third, "shape": codes,
-        },
-        "score": {**scoring, "BLOCK_S": splits[0]},
-        "choose": {**choosing, "ROWS": rows, "BLOCK_S": splits[0]},
+        "prepare": {**plain, "shape": codes, "new_keys": constants(key_shape(head_dim)), "SAMPLES": samples,
+                    "DV": value_dim, "BLOCK_DV": padded_dim(value_dim)},
+        "guess": {**plain, "num_warps": 16 if samples > 4096 else 8, "SAMPLES": samples},
+        "scan": {**plain, "num_warps": 8 if largest > 128 and not amd else 4, **third, "shape": codes,
+                 "BOUNDS": want_bounds},
+        "score": {**of_tiles(exact), **third, "BLOCK_S": splits, "BOUNDS": want_bounds},
+        "choose": {**plain, "num_warps": 16 if held > 8192 else 8 if held > 2048 else 4, "BLOCK_E": held, "ROWS": rows},
         # Two tiles on their way: positions come first, and one tile of so few values would leave the memory idle.
-        "gather": {**of_tiles(values), **third, "FLAGGED": False},
-        "score_flagged": scoring,
-        "choose_flagged": choosing,
-        # There no positions come first, and more stages would spill registers.
-        "gather_flagged": {**of_tiles(values), "num_stages": 2, "FLAGGED": True},
-        # Two tiles of keys and of values on their way would leave AMD's shared memory room for one program.
-        "tail": {} if pages is None else {**of_tiles(pages), **({"num_stages": 1} if amd else {})},
-        "bounds": {**plain, "BLOCK_S": splits[0], "BLOCK_C": splits[1]},
+        "gather": {**of_tiles(values), **third, "pages": tail, "BLOCK_S": splits, "BOUNDS": want_bounds},
     }  # fmt: skip

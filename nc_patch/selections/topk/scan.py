@@ -4,9 +4,6 @@
 ``w ~= step * (256 * high + low)`` with two int8 vectors, so that its product with a key's codes is an exact integer
 product of the tensor cores; what the rounding leaves out is part of the error. Both vectors of a program's rows are
 stacked into one operand of twice the rows, which is the least number of rows that a matrix instruction takes.
-
-A tile of keys is looked at twice: by the high halves of all its codes, and by the low halves of those alone that the
-high ones do not rule out for every row.
 """
 
 from typing import Any, NamedTuple
@@ -14,10 +11,22 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.rows import budget_of, forced_keys, program_rows, span, visible_keys
+from nc_patch.ops.triton.means import average_rows
+from nc_patch.ops.triton.ranks import RANK_INFINITY, Bracket, count_ranks, narrow, rank_of, score_of, width_of
+from nc_patch.ops.triton.rows import (
+    budget_of,
+    forced_keys,
+    head_of,
+    program_rows,
+    row_pointers,
+    span,
+    visible_keys,
+)
 from nc_patch.ops.triton.scores import fold, logits_base2
 from nc_patch.ops.triton.structs import PER_CALL, Rows
-from nc_patch.selections.topk.codes import HIGH_UNIT, LARGEST_CODE, KeyCodes
+from nc_patch.ops.triton.tail import PAGE
+from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes
+from nc_patch.selections.topk.encode import encode_run
 
 # The largest weight: 127 * 256 + 127.
 _LARGEST_WEIGHT = tl.constexpr(32639.0)
@@ -26,20 +35,32 @@ _LARGEST_WEIGHT = tl.constexpr(32639.0)
 _HALF_ULP = tl.constexpr(2.0**-24)
 _SMALLEST = tl.constexpr(1e-25)
 _LARGEST = tl.constexpr(float(LARGEST_CODE))
-_HIGH_UNIT = tl.constexpr(HIGH_UNIT)
+# The bits of a float32 that are its exponent, those of 2**-126, and what less these are those of the inverse.
+_EXPONENT, _SMALLEST_EXPONENT, _INVERSE = tl.constexpr(0x7F800000), tl.constexpr(1 << 23), tl.constexpr(254 << 23)
 # The golden ratio's fraction in units of 2**-16, and odd.
 _GOLDEN = tl.constexpr(40503)
 # Rounding of a logit on its way from a raw score, relative to the logit and to the soft-cap: sixteen half units.
 _LOGIT_SLACK = tl.constexpr(2.0**-20)
+# The most queries of a call, a power of two.
+_QUERIES = tl.constexpr(32)
+# Entries that are set to zero at once.
+_ZEROS = tl.constexpr(1024)
+# Quarterings of the bracket of a guess: then it is 2**12 floats wide at most, a relative 2**-11.
+_GUESS_PASSES = tl.constexpr(10)
+# Deviations of the sample's count by which the guess lies on the safe side.
+_DEVIATIONS = tl.constexpr(5.0)
+# Below the rank of every score.
+NO_RIVAL = tl.constexpr(-2147483648)
 
 
 class CodeShape(NamedTuple):
-    """The constants of a program over codes: ``head_dim``, rows, keys in a tile, and padded half of ``head_dim``."""
+    """The constants of a program over codes: ``head_dim``, rows, keys in a tile, padded ``head_dim``, tiles at once."""
 
     D: Any
     BLOCK_M: Any
     BLOCK_N: Any
-    BLOCK_H: Any
+    BLOCK_D: Any
+    STAGES: Any
 
 
 class CodedRows(NamedTuple):
@@ -48,13 +69,11 @@ class CodedRows(NamedTuple):
     It is off by at most ``per_residual * residual + per_scale * scale + slack``, float32's rounding included.
 
     Attributes:
-        firsts, seconds: weights int8 ``[2 * BLOCK_M, BLOCK_H]`` of the first half of the channels and of the second:
-            the high parts of all rows, then the low ones.
+        weights: int8 ``[2 * BLOCK_M, BLOCK_D]``, the high parts of all rows, then the low ones.
         step, at_center, per_residual, per_scale, slack: float32 ``[BLOCK_M]``.
     """
 
-    firsts: Any
-    seconds: Any
+    weights: Any
     step: Any
     at_center: Any
     per_residual: Any
@@ -72,91 +91,178 @@ class Mass(NamedTuple):
     total: Any
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "length"])
-def sample_kernel(
-    query, codes, inputs, samples, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, length, shape,
-    SAMPLES: tl.constexpr,
+@triton.jit
+def floats(scratch, offset):
+    """A pointer to a part of ``Scratch`` that holds float32 numbers."""
+    return scratch.memory + offset
+
+
+@triton.jit
+def integers(scratch, offset):
+    """A pointer to a part of ``Scratch`` that holds int32 numbers."""
+    return (scratch.memory + offset).to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "length", "slots", "new"])
+def prepare_kernel(
+    query, key, value, codes, mean_key, mean_value, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk,
+    sink_keys, recent_keys, length, slots, new, shape, new_keys, SAMPLES: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Approximate scores, ``samples[row, SAMPLES]``, of keys drawn from even shares of the rivals of a block of rows.
+    """Approximate scores, ``samples``, of keys drawn from even shares of the rivals of a block of rows.
 
     Which key of its share is drawn follows from the share's number alone, by multiples of the golden ratio: evenly
-    spaced keys would be in step with a text that repeats itself.
-    A key outside a row's rivals is stored as -inf, and NaN as +inf. A program scores ``BLOCK_N`` keys.
+    spaced keys would be in step with a text that repeats itself. A key outside a row's rivals is stored as -inf, and
+    NaN as +inf. A program scores ``BLOCK_N`` keys.
+
+    The programs after these take the last ``new`` keys of each sequence into its codes and, unless None, its means. The
+    samples are of keys before them.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
-    codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
-    coded = coded_rows(query, rows, codes, group, Lq, shape)
-    first, last = rivals_of(rows, sink_keys, recent_keys)
-    begin, end = span(first, last, last > first)
-    place = tl.program_id(1) * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
-    at = (place.to(tl.int64) << 16) + (place * _GOLDEN & 0xFFFF)
-    columns = (begin + (end - begin).to(tl.int64) * at // (SAMPLES << 16)).to(tl.int32)
-    within = columns < end
-    product = _HIGH_UNIT * half_products(coded, codes.high, columns.to(tl.int64), within, shape)
-    product += half_products(coded, codes.low, columns.to(tl.int64), within, shape)
-    score = coded_scores(coded, product, tl.load(codes.scale + columns, mask=within, other=0.0))
-    score = tl.where(score == score, score, float("inf"))
-    rival = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
-    score = tl.where(rival, score, float("-inf"))
-    tl.store(samples + (rows.row * SAMPLES)[:, None] + place[None, :], score, mask=rows.valid[:, None])
+    q = tl.arange(0, _QUERIES)
+    end_of_sequence = tl.load(inputs.visible + (rows.batch * Lq + q) * 2 + 1, mask=q < Lq, other=0)
+    first_new = tl.max(end_of_sequence, axis=0) - new
+    number = tl.program_id(1)
+    if number < SAMPLES // shape.BLOCK_N:
+        codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
+        coded = coded_rows(query, rows, codes, shape)
+        first, last = rivals_of(rows, sink_keys, recent_keys)
+        begin, end = span(first, last, last > first)
+        end = tl.maximum(tl.minimum(end, first_new), begin)
+        place = number * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
+        at = (place.to(tl.int64) << 16) + (place * _GOLDEN & 0xFFFF)
+        columns = (begin + (end - begin).to(tl.int64) * at // (SAMPLES << 16)).to(tl.int32)
+        within = columns < end
+        product = code_products(coded, codes.codes, columns.to(tl.int64), within, shape)
+        score = coded_scores(coded, product, tl.load(codes.scale + columns, mask=within, other=0.0))
+        score = tl.where(score == score, score, float("inf"))
+        rival = (columns[None, :] >= first[:, None]) & (columns[None, :] < tl.minimum(last, end)[:, None])
+        score = tl.where(rival, score, float("-inf"))
+        samples = floats(scratch, scratch.samples)
+        tl.store(samples + (rows.row * SAMPLES)[:, None] + place[None, :], score, mask=rows.valid[:, None])
+    elif tl.program_id(0) % tl.cdiv(Lq * group, shape.BLOCK_M) == 0:
+        number -= SAMPLES // shape.BLOCK_N
+        tiles = tl.cdiv(new, new_keys.BLOCK_N)
+        if number < tiles:
+            keys = head_of(key, rows.batch, rows.kv_head)
+            begin = first_new.to(tl.int64) + number * new_keys.BLOCK_N
+            stop = tl.minimum(first_new + new, tl.minimum(Lk, length)).to(tl.int64)
+            encode_run(keys, codes, rows.batch * num_kv_heads + rows.kv_head, begin, stop, length, new_keys)
+        elif mean_key is not None:
+            # The pages that hold a new key, as ``means.triton_page_means_`` counts them.
+            touched = tl.minimum((new + PAGE - 2) // PAGE + 1, slots)
+            residue = tl.load(inputs.origin + rows.batch * Lq + Lq - 1) & (PAGE - 1)
+            changed = first_new - residue
+            changed = (changed - (changed & (PAGE - 1))) // PAGE
+            slot = tl.minimum(tl.maximum(changed, 0), slots - touched) + number - tiles
+            slot = slot.to(tl.int64) + tl.arange(0, 1)
+            start = slot * PAGE + residue
+            average_rows(
+                head_of(key, rows.batch, rows.kv_head), head_of(mean_key, rows.batch, rows.kv_head), start, slot,
+                slot >= 0, 0, Lk, shape.D, PAGE, new_keys.BLOCK_D,
+            )  # fmt: skip
+            average_rows(
+                head_of(value, rows.batch, rows.kv_head), head_of(mean_value, rows.batch, rows.kv_head), start, slot,
+                slot >= 0, 0, Lk, DV, PAGE, BLOCK_DV,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "slots", "groups"])
+def guess_kernel(
+    inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, slots, groups,
+    SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """A score that at least the needed rivals of a row should reach, and few more; -inf where the sample is no help.
+
+    Sets to zero what later kernels count in: ``reached``, ``page_counts`` and ``arrivals``.
+    """
+    row = one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk)
+    zeros = tl.arange(0, _ZEROS)
+    nothing = tl.zeros([_ZEROS], tl.int32)
+    tl.store(integers(scratch, scratch.reached) + row.row, 0)
+    tl.store(integers(scratch, scratch.arrivals) + row.row * groups + zeros, nothing, mask=zeros < groups)
+    for slot in range(0, slots, _ZEROS):
+        at = integers(scratch, scratch.page_counts) + row.row * slots + slot + zeros
+        tl.store(at, nothing, mask=slot + zeros < slots)
+    first, last = rivals_of(row, sink_keys, recent_keys)
+    rivals = last - first
+    needed = row.wanted - (row.end - row.start - rivals)
+    sampled = tl.load(floats(scratch, scratch.samples) + row.row * SAMPLES + tl.arange(0, SAMPLES))
+    ranks = tl.where(sampled > float("-inf"), rank_of(sampled), NO_RIVAL)
+    size = tl.sum((ranks > NO_RIVAL).to(tl.int32), axis=0)
+    share = needed.to(tl.float32) * size.to(tl.float32) / tl.maximum(rivals, 1).to(tl.float32)
+    place = tl.ceil(share + _DEVIATIONS * tl.sqrt(share) + 4.0).to(tl.int32)
+    low = tl.min(tl.where(ranks > NO_RIVAL, ranks, RANK_INFINITY), axis=0)
+    bracket = Bracket(low, tl.maximum(tl.max(ranks, axis=0) + 1, low), size, size * 0)
+    for _pass in range(_GUESS_PASSES):
+        width = width_of(bracket)
+        a = (bracket.low.to(tl.int64) + width // 4).to(tl.int32)
+        b = (bracket.low.to(tl.int64) + width // 2).to(tl.int32)
+        c = (bracket.low.to(tl.int64) + width * 3 // 4).to(tl.int32)
+        count_a, count_b, count_c = count_ranks(ranks, a, b, c)
+        bracket = narrow(bracket, place, a, b, c, count_a, count_b, count_c)
+    value = tl.where(place > size, float("-inf"), score_of(bracket.low))
+    value = tl.where(needed >= rivals, float("-inf"), value)
+    tl.store(floats(scratch, scratch.guess) + row.row, tl.where(needed > 0, value, float("inf")))
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment"])
 def scan_kernel(
-    query, codes, inputs, guess, segments, outside, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys,
-    length, splits, segment, settings, shape,
+    query, codes, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, length, splits,
+    segment, settings, shape, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """Lists, of every ``splits``-th tile of keys, those that may reach the ``guess`` of any row or are forced for one.
 
     The rows of a program share its list, a segment of its own, whose positions rise; its count goes on where the
-    segment is full. Unless ``outside`` is None, ``outside[row, split]`` is (peak, total) of the softmax of the lower
-    and then of the upper logits, in base 2, of the keys not listed, for which every low half is read.
+    segment is full. ``sure`` is how many rivals of each row certainly reach its guess. With ``BOUNDS`` also what the
+    keys that are not listed have of each row's softmax, ``outside``.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
-    coded = coded_rows(query, rows, codes, group, Lq, shape)
+    coded = coded_rows(query, rows, codes, shape)
     first, last = rivals_of(rows, sink_keys, recent_keys)
-    least = tl.load(guess + rows.row, mask=rows.valid, other=float("inf"))
+    least = tl.load(floats(scratch, scratch.guess) + rows.row, mask=rows.valid, other=float("inf"))
     lowest, highest = span(rows.start, rows.end, rows.end > rows.start)
     split = tl.program_id(1)
     own = tl.program_id(0).to(tl.int64) * splits + split
-    positions = segments.positions + own * segment
+    positions = integers(scratch, scratch.positions) + own * segment
     n = tl.arange(0, shape.BLOCK_N)
     listed = 0
+    sure = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.int32)
     least_mass = empty_mass(shape.BLOCK_M)
     most_mass = least_mass
-    for tile in range(lowest // shape.BLOCK_N + split, tl.cdiv(highest, shape.BLOCK_N), splits):
+    for tile in tl.range(
+        lowest // shape.BLOCK_N + split, tl.cdiv(highest, shape.BLOCK_N), splits, num_stages=shape.STAGES
+    ):
         begin = tl.cast(tile, tl.int64) * shape.BLOCK_N
         columns = tile * shape.BLOCK_N + n
         within = columns < highest
-        half: tl.constexpr = (shape.D + 1) // 2
-        product = _HIGH_UNIT * half_products(coded, codes.high + begin * half, n, within, shape)
+        product = code_products(coded, codes.codes + begin * shape.D, n, within, shape)
         sizes = tl.load(codes.scale + begin + n, mask=within, other=0.0)
-        far = tl.load(codes.coarse + begin + n, mask=within, other=0.0).to(tl.float32)
-        near = tl.load(codes.residual + begin + n, mask=within, other=0.0).to(tl.float32)
-        rounding = coded.per_scale[:, None] * sizes[None, :] + coded.slack[:, None]
-        seen = (columns[None, :] >= rows.start[:, None]) & (columns[None, :] < rows.end[:, None])
-        forced = (columns[None, :] < first[:, None]) | (columns[None, :] >= last[:, None])
-        # NaN is below nothing, so that a key whose score is not known at all is listed.
-        rough = coded_scores(coded, product, sizes)
-        reach = coded.per_residual[:, None] * far[None, :] + rounding
-        maybe = seen & (forced | ~(rough + reach < least[:, None]))
-        read = tl.max(maybe.to(tl.int32), axis=0) > 0 if outside is None else within
-        product += half_products(coded, codes.low + begin * half, n, read, shape)
+        residual = tl.load(codes.residual + begin + n, mask=within, other=0.0)
         score = coded_scores(coded, product, sizes)
-        error = coded.per_residual[:, None] * near[None, :] + rounding
-        chosen = tl.max((maybe & (forced | ~(score + error < least[:, None]))).to(tl.int32), axis=0)
+        error = coded.per_residual[:, None] * residual[None, :] + (
+            coded.per_scale[:, None] * sizes[None, :] + coded.slack[:, None]
+        )
+        rival = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+        seen = (columns[None, :] >= rows.start[:, None]) & (columns[None, :] < rows.end[:, None])
+        # NaN is below nothing, so that a key whose score is not known at all is listed.
+        reaches = seen & ~(rival & (score + error < least[:, None]))
+        sure += (rival & (score - error >= least[:, None])).to(tl.int32)
+        chosen = tl.max(reaches.to(tl.int32), axis=0)
         place = listed + tl.cumsum(chosen, axis=0) - chosen
         tl.store(positions + place, columns, mask=(chosen > 0) & (place < segment))
-        if outside is not None:
+        listed += tl.sum(chosen, axis=0)
+        if BOUNDS:
             rest = seen & (chosen == 0)[None, :]
             lower, upper = logit_bounds(score, error, settings)
             least_mass = add_logits(least_mass, lower, rest)
             most_mass = add_logits(most_mass, upper, rest)
-        listed += tl.sum(chosen, axis=0)
-    tl.store(segments.counts + own, listed)
-    if outside is not None:
-        sums = outside + (rows.row * splits + split) * 4
+    tl.store(integers(scratch, scratch.counts) + own, listed)
+    per_row = rows.row * splits + split
+    tl.store(integers(scratch, scratch.sure) + per_row, tl.sum(sure, axis=1), mask=rows.valid)
+    if BOUNDS:
+        sums = floats(scratch, scratch.outside) + per_row * 4
         store_mass(sums, least_mass, rows.valid)
         store_mass(sums + 2, most_mass, rows.valid)
 
@@ -186,108 +292,88 @@ def codes_of_head(codes, rows, num_kv_heads, length, shape):
     """The ``KeyCodes`` of one head: pointers to its first key's, of ``length`` keys, and to its first channel's."""
     head = rows.batch * num_kv_heads + rows.kv_head
     keys = head * length
-    halves = keys * ((shape.D + 1) // 2)
     return KeyCodes(
-        codes.high + halves, codes.low + halves, codes.scale + keys, codes.coarse + keys, codes.residual + keys,
-        codes.center + head * shape.D, codes.spread + head * shape.D,
+        codes.codes + keys * shape.D, codes.scale + keys, codes.residual + keys, codes.center + head * shape.D,
+        codes.spread + head * shape.D,
     )  # fmt: skip
 
 
 @triton.jit
-def coded_rows(query, rows, codes, group, Lq, shape):
-    """The ``CodedRows`` of the rows of ``program_rows``, against the codes of their head."""
-    blocks = tl.cdiv(Lq * group, shape.BLOCK_M)
-    stacked = tl.arange(0, 2 * shape.BLOCK_M)
-    flat = (blocks - 1 - tl.program_id(0) % blocks) * shape.BLOCK_M + stacked % shape.BLOCK_M
-    valid = flat < Lq * group
-    head = rows.kv_head * group + flat % group
-    pointers = query.data + rows.batch * query.stride_b + head * query.stride_h
-    pointers += (flat // group).to(tl.int64) * query.stride_l
-    D: tl.constexpr = shape.D
-    half: tl.constexpr = (D + 1) // 2
-    h = tl.arange(0, shape.BLOCK_H)
-    q, middle, w = weighted(pointers, codes.center, codes.spread, valid, h, half)
-    q_2, middle_2, w_2 = weighted(pointers + half, codes.center + half, codes.spread + half, valid, h, D - half)
-    at_center = tl.sum(q * middle, axis=1) + tl.sum(q_2 * middle_2, axis=1)
-    slack = row_norms(q, q_2) * tl.max(row_norms(middle, middle_2), axis=0) * (2 * (D + 16) * _HALF_ULP) + _SMALLEST
+def coded_rows(query, rows, codes, shape):
+    """The ``CodedRows`` of a program's rows against the codes of their head.
 
-    largest = tl.maximum(tl.max(tl.abs(w), axis=1), tl.max(tl.abs(w_2), axis=1))
+    Channels come first in the tiles that are summed: sums over them then stay within few threads. The weights are made
+    again in the order in which they are multiplied.
+    """
+    D: tl.constexpr = shape.D
+    d = tl.arange(0, shape.BLOCK_D)
+    exists = d < D
+    pointers = row_pointers(query, rows)
+    q = tl.load(pointers[None, :] + d[:, None], mask=exists[:, None] & rows.valid[None, :], other=0.0).to(tl.float32)
+    center = tl.load(codes.center + d[:, None], mask=exists[:, None], other=0.0)
+    w = q * tl.load(codes.spread + d[:, None], mask=exists[:, None], other=0.0)
+    at_center = tl.sum(q * center, axis=0)
+    # Of the sum above, and of the center's part in an exact score.
+    slack = tl.sum(tl.abs(q * center), axis=0) * (2 * (D + 16) * _HALF_ULP) + _SMALLEST
+
+    largest = tl.max(tl.abs(w), axis=0)
     step = largest / _LARGEST_WEIGHT
     step = tl.where((step > 1e-37) & (largest < float("inf")), step, 0.0)
-    level = levels(w, step)
-    level_2 = levels(w_2, step)
+    inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
     # NaN and infinity stay in what is left over, so that such a row bounds nothing.
-    left_over = row_norms(w - step[:, None] * level, w_2 - step[:, None] * level_2)
-    size = row_norms(w, w_2)
+    left_over = column_norms(w - step[None, :] * levels(w, inverse[None, :]), largest)
+    size = column_norms(w, largest)
     widest = _LARGEST * (D**0.5) * (1.0 + 8 * _HALF_ULP)
+
+    valid = twice(rows.valid.to(tl.int32), shape.BLOCK_M) > 0
+    places = twice(pointers, shape.BLOCK_M)[:, None] + d[None, :]
+    q = tl.load(places, mask=valid[:, None] & exists[None, :], other=0.0).to(tl.float32)
+    w = q * tl.load(codes.spread + d[None, :], mask=exists[None, :], other=0.0)
+    level = levels(w, twice(inverse, shape.BLOCK_M)[:, None])
+    upper = tl.floor((level + 128.0) * (1.0 / 256.0))
+    is_high = tl.arange(0, 2 * shape.BLOCK_M) < shape.BLOCK_M
+    weights = tl.where(is_high[:, None], upper, level - 256.0 * upper).to(tl.int8)
     per_scale = widest * (size * ((D + 16) * _HALF_ULP) + left_over)
-    is_high = (stacked < shape.BLOCK_M)[:, None]
-    return CodedRows(
-        byte_of(level, is_high),
-        byte_of(level_2, is_high),
-        one_half(step, shape.BLOCK_M),
-        one_half(at_center, shape.BLOCK_M),
-        one_half(size, shape.BLOCK_M),
-        one_half(per_scale, shape.BLOCK_M),
-        one_half(slack, shape.BLOCK_M),
-    )
+    return CodedRows(weights, step, at_center, size, per_scale, slack)
 
 
 @triton.jit
-def weighted(pointers, center, spread, valid, h, count):
-    """``count`` channels of queries, of the center ``[1, BLOCK_H]``, and of the queries times the spread; float32."""
-    mask = (h < count)[None, :]
-    q = tl.load(pointers[:, None] + h[None, :], mask=valid[:, None] & mask, other=0.0).to(tl.float32)
-    middle = tl.load(center + h[None, :], mask=mask, other=0.0)
-    return q, middle, q * tl.load(spread + h[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def levels(w, step):
-    """Whole numbers of at most 16 bits that times ``step`` are nearest to w; 0 where there are none."""
-    level = w / tl.where(step > 0, step, 1.0)[:, None]
-    level = tl.where((step > 0)[:, None] & (level == level), level, 0.0)
+def levels(w, inverse):
+    """Whole numbers of at most 16 bits nearest to ``w * inverse``; 0 for NaN."""
+    level = w * inverse
+    level = tl.where(level == level, level, 0.0)
     return tl.minimum(tl.maximum(tl.floor(level + 0.5), -_LARGEST_WEIGHT), _LARGEST_WEIGHT)
 
 
 @triton.jit
-def byte_of(level, is_high):
-    """The upper or the lower byte of 16-bit whole numbers, both signed."""
-    upper = tl.floor((level + 128.0) * (1.0 / 256.0))
-    return tl.where(is_high, upper, level - 256.0 * upper).to(tl.int8)
+def twice(vector, LENGTH: tl.constexpr):
+    """A vector, and the same again after it."""
+    return tl.reshape(tl.broadcast_to(vector[None, :], [2, LENGTH]), [2 * LENGTH])
 
 
 @triton.jit
-def one_half(stacked, BLOCK_M: tl.constexpr):
-    """The first ``BLOCK_M`` of twice as many numbers whose halves are equal; NaN stays."""
-    return 0.5 * tl.sum(tl.reshape(stacked, [2, BLOCK_M]), axis=0)
+def column_norms(tile, largest):
+    """At least the norm of each column, whose elements are at most ``largest``; not finite of NaN or inf.
 
-
-@triton.jit
-def row_norms(rows, more):
-    """At least the norm of each row of two tiles side by side, without overflow or underflow on the way.
-
-    NaN where a row holds NaN or inf.
+    Without overflow or underflow on the way: by powers of two, which round nothing, made of exponents alone.
     """
-    largest = tl.maximum(tl.max(tl.abs(rows), axis=1), tl.max(tl.abs(more), axis=1))
-    size = tl.where(largest > 0, largest, 1.0)[:, None]
-    squares = tl.sum((rows / size) * (rows / size), axis=1) + tl.sum((more / size) * (more / size), axis=1)
-    return largest * tl.sqrt(squares) * (1.0 + (2 * rows.shape[1] + 16) * _HALF_ULP)
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & _EXPONENT, _SMALLEST_EXPONENT)
+    inverse = -exponent + _INVERSE  # in this order also where constants are objects
+    scaled = tile * inverse.to(tl.float32, bitcast=True)[None, :]
+    size = exponent.to(tl.float32, bitcast=True)
+    return size * tl.sqrt(tl.sum(scaled * scaled, axis=0)) * (1.0 + (tile.shape[0] + 16) * _HALF_ULP)
 
 
 @triton.jit
-def half_products(coded, packed, keys, within, shape):
-    """int32 ``[BLOCK_M, BLOCK_N]``, exact: the 16-bit weights times the packed halves of the codes of ``keys``."""
-    half: tl.constexpr = (shape.D + 1) // 2
-    h = tl.arange(0, shape.BLOCK_H)
-    places = packed + (keys[None, :] * half + h[:, None])
-    if half == shape.BLOCK_H:
+def code_products(coded, codes, keys, within, shape):
+    """int32 ``[BLOCK_M, BLOCK_N]``, exact: the 16-bit weights times the codes of ``keys``."""
+    d = tl.arange(0, shape.BLOCK_D)
+    places = codes + (keys[None, :] * shape.D + d[:, None])
+    if shape.D == shape.BLOCK_D:
         tile = tl.load(places, mask=within[None, :], other=0)
     else:
-        tile = tl.load(places, mask=within[None, :] & (h < half)[:, None], other=0)
-    # Shifts of signed numbers, eight bits wide, so that the sign of the lower half comes out too.
-    product = tl.dot(coded.firsts, (tile << 4).to(tl.int8) >> 4, out_dtype=tl.int32)
-    product = tl.dot(coded.seconds, tile >> 4, product, out_dtype=tl.int32)
+        tile = tl.load(places, mask=within[None, :] & (d < shape.D)[:, None], other=0)
+    product = tl.dot(coded.weights, tile, out_dtype=tl.int32)
     parts = tl.reshape(product, [2, shape.BLOCK_M, shape.BLOCK_N])
     worth = tl.where(tl.arange(0, 2) == 0, 256, 1)
     return tl.sum(parts * worth[:, None, None], axis=0)

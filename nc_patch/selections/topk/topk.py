@@ -37,6 +37,7 @@ class TopK(Selection):
     choices: ClassVar = {"tail": ("mean", "drop")}
     index_kind: ClassVar = "codes"
     bounds_kept_mass: ClassVar = True
+    takes_in: ClassVar = ("decode", "triton")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -8,7 +8,7 @@ from nc_patch.ops.kth_largest import kth_largest
 from nc_patch.ops.means import TAIL_PAGE_SIZE
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import final_scores_, softmax_, weighted_values
-from nc_patch.selections.topk.codes import KeyCodes, code_slack, norm_of, score_slack, unpack_codes
+from nc_patch.selections.topk.codes import KeyCodes, code_slack, norm_of, score_slack
 from nc_patch.selections.topk.torch import forced_counts
 
 # Relative width given to bounds of sums of exponentials, for their rounding in float32.
@@ -94,14 +94,11 @@ def bound_scores(query: torch.Tensor, codes: KeyCodes, batch: int, head: int, lo
     """Raw scores of ``query`` float32 ``[H, R, D]`` against the keys ``low:high`` of one key/value head."""
     D = query.shape[-1]
     center, spread = codes.center[batch, head], codes.spread[batch, head]
-    packed_high, packed_low, scale, residual = (
-        t[batch, head, low:high] for t in (codes.high, codes.low, codes.scale, codes.residual)
-    )
+    whole, scale, residual = (t[batch, head, low:high] for t in (codes.codes, codes.scale, codes.residual))
     weighted = query * spread
-    whole = unpack_codes(packed_high, packed_low, D).float()
     # By a power of two near the largest weight, so that products with codes are finite where scores are.
     unit = torch.exp2(torch.frexp(weighted.abs().amax(-1, keepdim=True)).exponent.float() - 1)
-    score = ((weighted / unit) @ whole.T) * (scale * unit) + (query @ center)[..., None]
+    score = ((weighted / unit) @ whole.float().T) * (scale * unit) + (query @ center)[..., None]
     score = torch.where(score.isfinite(), score, torch.nan)  # what overflows bounds nothing
     off = residual.float() + scale * code_slack(D)
     slack = score_slack(query, center.expand(query.shape[0], D))
