@@ -23,6 +23,7 @@ from operations import (  # noqa: E402
     reference_attention,
     topk_mask,
 )
+from small_plans import plan_with  # noqa: E402
 
 from nc_patch.budget import budget_of  # noqa: E402
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, causal_intervals  # noqa: E402
@@ -31,8 +32,7 @@ from nc_patch.selections import TopK  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
 from nc_patch.selections.topk.encode import triton_encode_keys_  # noqa: E402
-from nc_patch.selections.topk.plan import Scratch, Sizes, plan_for, with_scratch  # noqa: E402
-from nc_patch.selections.topk.plan import _options as plan_options  # noqa: E402
+from nc_patch.selections.topk.plan import Scratch, Sizes, plan_for  # noqa: E402
 
 # The interpreter is slow: there some variations run only with NC_PATCH_LONG=1.
 THOROUGH = not INTERPRETED or os.environ.get("NC_PATCH_LONG") == "1"
@@ -43,24 +43,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes by which short inputs cross many tiles in the interpreter."""
     plan_with(monkeypatch)
-
-
-def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
-    """Plans small enough for the interpreter, that still have several tiles, splits and blocks; or with ``changes``."""
-
-    def small(sizes, budget, dtype, architecture, want_bounds, has_tail):
-        plan = plan_for(sizes, budget, dtype, architecture, want_bounds, has_tail)
-        splits, tile, samples = min(plan.splits, 2), 32, changes.get("samples", 64)
-        segment = changes.get("segment", -(-(-(-sizes.keys // tile) + 1) // splits) * tile)
-        (rows, _, _, scored, _, padded), *rest = plan.constants
-        constants = ((rows, tile, samples, scored, 128, padded), *rest)
-        plan = plan._replace(
-            keys=tile, splits=splits, samples=samples, segment=segment, stride=max(splits * segment, sizes.keys),
-            constants=constants, options=plan_options(*constants),
-        )  # fmt: skip
-        return with_scratch(plan, sizes, want_bounds)
-
-    monkeypatch.setattr(triton_decode_topk, "plan_for", small)
 
 
 @dataclass(frozen=True)

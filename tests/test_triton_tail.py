@@ -14,13 +14,14 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from gpu_semantics import check_as_on_a_gpu
 from operations import INTERPRETED, on_kernel_device, problem_of, problem_of_case
+from small_plans import plan_with
 
 from nc_patch import patch_model
 from nc_patch.ops.means import PageMeans, page_means, page_starts
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.ops.triton import launch as triton_launch
-from nc_patch.ops.triton import split as triton_split
 from nc_patch.ops.triton.means import triton_page_means
+from nc_patch.ops.triton.split import PARTS_AT_ONCE
 from nc_patch.selections import TopK
 from nc_patch.selections.topk import decode as triton_decode_topk
 from nc_patch.selections.topk import plan as topk_plan
@@ -28,7 +29,6 @@ from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_key
 from nc_patch.selections.topk.layouts import Means
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-plan_for = topk_plan.plan_for
 
 
 @pytest.fixture
@@ -38,18 +38,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, pages in ((triton_launch, 32), (topk_plan, 16)):
         monkeypatch.setattr(module, "tiles_for", lambda *_, keys=pages: replace(tiles, keys=keys))
     plan_with(monkeypatch)
-
-
-def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
-    """Plans small enough for the interpreter, or with ``changes``."""
-
-    def small(sizes, *args, **options):
-        plan = plan_for(sizes, *args, **options)
-        tiles = -(-sizes.keys // 32) + 1
-        plan = replace(plan, keys=32, splits=2, samples=64, segment=-(-tiles // 2) * 32, scorers=2, held=128)
-        return replace(plan, chunks=min(plan.chunks, 2), **changes)
-
-    monkeypatch.setattr(triton_decode_topk, "plan_for", small)
 
 
 def case_of(
@@ -156,25 +144,25 @@ def test_decoding_equals_the_reference(kind, device):
 @on_kernel_device
 def test_rows_whose_list_overflows_have_their_tail(device, monkeypatch):
     case = case_of("padding", 1, 60)
-    plan_with(monkeypatch, segment=3, capacity=4)
+    plan_with(monkeypatch, segment=3)
     output, lse, _ = decode(case, device)
     assert_equals_reference(case, output, lse)
 
 
 @on_kernel_device
-def test_parts_beyond_the_most_that_can_be_joined_are_fewer(device, monkeypatch):
-    case = case_of("causal", 1, 700)
-    for module in (topk_plan, triton_split):
-        monkeypatch.setattr(module, "MAX_SPLITS", 4)
-    if not INTERPRETED:  # where tiles hold more pages than there are
-        monkeypatch.setattr(topk_plan, "tail_splits", lambda *_: 3)
+def test_many_parts_are_joined_in_groups(device, monkeypatch):
+    case = case_of("causal", 2, 700)
+    plan_with(monkeypatch, splits=18)
     plans = []
     planned = triton_decode_topk.plan_for
-    recording = lambda *args, **options: plans.append(planned(*args, **options)) or plans[-1]  # noqa: E731
+    recording = lambda *args: plans.append(planned(*args)) or plans[-1]  # noqa: E731
     monkeypatch.setattr(triton_decode_topk, "plan_for", recording)
-    output, lse, _ = decode(case, device)
-    assert [(plan.tail_parts, plan.chunks, plan.parts) for plan in plans] == [(3, 1, 4)]
+    output, lse, bounds = decode(case, device)
+    assert plans[0].parts > 18 > PARTS_AT_ONCE
     assert_equals_reference(case, output, lse)
+    kept_mass = case.reference("topk").kept_mass
+    assert (bounds[..., 0].cpu() <= kept_mass + 1e-6).all()
+    assert (bounds[..., 1].cpu() >= kept_mass - 1e-6).all()
 
 
 @on_kernel_device
