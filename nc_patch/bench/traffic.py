@@ -14,7 +14,7 @@ from nc_patch.ops.means import TAIL_PAGE_SIZE, slot_count
 from nc_patch.selections import Block, Selection, Window
 from nc_patch.selections.block.pages import VECTORS
 
-# Bytes of a codes index besides the codes, per key: scale, in float32, and two residuals, in 16 bits each.
+# Bytes of a codes index besides the codes, per key: scale and residual, in float32.
 _CODE_NUMBERS = 8
 # Bytes of a pages index besides the codes, per page: a float32 scale of each vector.
 _PAGE_FLOATS = 4 * VECTORS
@@ -35,9 +35,8 @@ def sparse_bytes(selection: Selection, geometry: Geometry, batch: int, length: i
     - ``block``: codes of the ``ceil(n / size)`` pages, ``3 * D + 12`` bytes each; keys and values of ``ceil(k / size)``
       of them, which the group shares; upkeep reads the keys of a page and writes its codes, once in ``size`` steps: a
       key, and the ``size``-th part of the codes, a step.
-    - ``topk``: the high halves of the codes of n keys, ``D / 2 + 8`` bytes each; the low halves, keys and values of
-      ``min(n, G * k)`` positions: what several heads of a group choose is counted once for each; upkeep reads a key and
-      writes its code, ``D + 8`` bytes. The tail reads the means of ``ceil(n / 16)`` pages of keys and values, and its
+    - ``topk``: the codes of n keys, ``D + 8`` bytes each; keys and values of ``min(n, G * k)`` positions: what several
+      heads of a group choose is counted once for each; upkeep reads a key and writes its code, ``D + 8`` bytes. The tail reads the means of ``ceil(n / 16)`` pages of keys and values, and its
       upkeep a key and a value, and writes the 16th part of their means, a step.
 
     Query and output come on top.
@@ -52,9 +51,7 @@ def sparse_bytes(selection: Selection, geometry: Geometry, batch: int, length: i
         page = VECTORS * D + _PAGE_FLOATS
         per_head = pages * page + chosen * 2 * row + row + page // selection.size
     else:
-        half = (D + 1) // 2
-        per_head = length * (half + _CODE_NUMBERS) + min(length, group * budget) * (half + 2 * row)
-        per_head += row + D + _CODE_NUMBERS
+        per_head = (length + 1) * (D + _CODE_NUMBERS) + min(length, group * budget) * 2 * row + row
         if selection.uses_means:
             per_head += slot_count(length) * 2 * row + 2 * row + 2 * row // TAIL_PAGE_SIZE
     return batch * geometry.kv_heads * per_head + _ends(geometry, batch, itemsize)

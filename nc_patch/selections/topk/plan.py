@@ -1,6 +1,7 @@
 """How a step of decoding by codes is divided among programs: tiles, splits, what is held between launches, options."""
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -138,8 +139,8 @@ def _shares(units: int, size: int) -> int:
 
 
 def _is_slim(dtype: torch.dtype, head_dim: int, want_bounds: bool) -> bool:
-    """Whether programs are held to so few registers that three fit a multiprocessor."""
-    return dtype != torch.float32 and head_dim <= 128 and not want_bounds
+    """Whether programs are held to so few registers that three fit a multiprocessor; masks of channels need more."""
+    return dtype != torch.float32 and head_dim in (64, 128) and not want_bounds
 
 
 @functools.lru_cache(maxsize=64)
@@ -229,7 +230,8 @@ def _options(
     # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
     exact = Tiles(_MATRIX_ROWS, scored, 4, 2, 32 if dtype == torch.float32 else None)
     # AMD's warps are twice as wide, and eight leave too few registers.
-    values = Tiles(_MATRIX_ROWS, _GATHERED, 4 if amd or dtype != torch.float32 else 8, 2 if amd else 5)
+    wide = dtype == torch.float32 or (largest > 128 and want_bounds)
+    values = Tiles(_MATRIX_ROWS, _GATHERED, 8 if wide and not amd else 4, 2 if amd else 5)
 
     def of_tiles(tiles: Tiles) -> dict[str, Any]:
         return {**compile_options(tiles, architecture), "shape": shape_of(head_dim, value_dim, tiles)}
@@ -238,7 +240,8 @@ def _options(
     # So many programs fit a multiprocessor as the plan counts on, and otherwise all registers are named.
     slim = _is_slim(dtype, largest, want_bounds)
     third = {} if amd else {"maxnreg": 168 if slim else 255}
-    tail = None if pages is None else shape_of(head_dim, value_dim, pages)
+    # Of few pages at once, so that the program needs no more registers than for its keys.
+    tail = None if pages is None else shape_of(head_dim, value_dim, replace(pages, keys=_GATHERED))
     return {
         "prepare": {**plain, "shape": codes, "new_keys": constants(key_shape(head_dim)), "SAMPLES": samples,
                     "DV": value_dim, "BLOCK_DV": padded_dim(value_dim)},
