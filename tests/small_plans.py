@@ -27,3 +27,4 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
         return plan.with_scratch(made, sizes, want_bounds)
 
     monkeypatch.setattr(decode, "plan_for", small)
+    monkeypatch.setattr(decode, "_STEPS", {})

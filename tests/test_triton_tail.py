@@ -120,7 +120,7 @@ def decode(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def decode_by(case: Case, device: str, codes: KeyCodes, means: PageMeans, bounds: bool) -> AttentionResult:
     problem = problem_of_case(
         case, device, means=PageMeans(*(t.to(device) for t in means)), key_index=tuple(codes),
-        most=int(case.budget.max()), bounds=bounds,
+        most=int(case.budget.max()), bounds=bounds, stats=True,
     )  # fmt: skip
     return TopK(case.sink_keys, case.recent_keys).decode_triton(problem)
 

@@ -36,8 +36,9 @@ def sparse_bytes(selection: Selection, geometry: Geometry, batch: int, length: i
       of them, which the group shares; upkeep reads the keys of a page and writes its codes, once in ``size`` steps: a
       key, and the ``size``-th part of the codes, a step.
     - ``topk``: the codes of n keys, ``D + 8`` bytes each; keys and values of ``min(n, G * k)`` positions: what several
-      heads of a group choose is counted once for each; upkeep reads a key and writes its code, ``D + 8`` bytes. The tail reads the means of ``ceil(n / 16)`` pages of keys and values, and its
-      upkeep a key and a value, and writes the 16th part of their means, a step.
+      heads of a group choose is counted once for each; upkeep reads a key and writes its code, ``D + 8`` bytes. The
+      tail reads the means of ``ceil(n / 16)`` pages of keys and values, and its upkeep a key and a value, and writes
+      the 16th part of their means, a step.
 
     Query and output come on top.
     """

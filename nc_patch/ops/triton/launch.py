@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from nc_patch.ops.means import slot_count
+from nc_patch.ops.means import PageMeans, slot_count
 from nc_patch.ops.problem import MAX_HEAD_DIM, AttentionResult, Problem, check_int32, check_tensors, describe
 from nc_patch.ops.triton.attend import attend_kernel
 from nc_patch.ops.triton.structs import Heads, Limits, RowInputs, ScoreSettings, Shape, constants, heads
@@ -293,10 +293,13 @@ def prepared(problem: Problem) -> Problem:
     check_problem(problem)
     query, key, value = (dense_last(x) for x in (problem.query, problem.key, problem.value))
     visible, origin, budget = (x.contiguous() for x in (problem.visible, problem.origin, problem.budget))
+    sinks = None if problem.sinks is None else problem.sinks.contiguous()
+    means = None if problem.means is None else PageMeans(*map(dense_last, problem.means))
     index = tuple(x.contiguous() for x in problem.key_index)
     return problem._replace(
-        query=query, key=key, value=value, visible=visible, origin=origin, budget=budget, key_index=index
-    )
+        query=query, key=key, value=value, visible=visible, origin=origin, budget=budget, sinks=sinks, means=means,
+        key_index=index,
+    )  # fmt: skip
 
 
 def check_problem(problem: Problem) -> None:

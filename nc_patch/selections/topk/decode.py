@@ -20,17 +20,15 @@ others, in as many launches again.
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from nc_patch.ops.means import PageMeans
+from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
 from nc_patch.ops.triton.launch import (
-    alignment,
     architecture_of,
     compiled_kernels,
-    heads_of,
     on_device,
     prepared,
     run_kernel,
@@ -39,12 +37,37 @@ from nc_patch.ops.triton.launch import (
 from nc_patch.ops.triton.structs import RowInputs, heads
 from nc_patch.selections.topk.choose import choose_kernel, score_kernel
 from nc_patch.selections.topk.codes import KeyCodes
+from nc_patch.selections.topk.encode import key_shape
 from nc_patch.selections.topk.gather import Results, gather_kernel
-from nc_patch.selections.topk.plan import Plan, Scratch, Sizes, plan_for, tail_tiles
+from nc_patch.selections.topk.plan import Plan, Scratch, Sizes, plan_for
 from nc_patch.selections.topk.scan import guess_kernel, prepare_kernel, scan_kernel
 
 # What the kernels hand on to each other takes at most this much, unless one query of one sequence takes more.
 SCRATCH_BYTES = 256 * 2**20
+
+
+class Step(NamedTuple):
+    """A call, as far as shapes, strides, dtypes and numbers of the host determine it.
+
+    Attributes:
+        plan: how it is divided. dense: whether its tensors are taken as they are, and none is copied.
+        at_once: how many sequences and queries are decoded together.
+        arguments: of the kernels, but for tensors. grids, options: of each kernel.
+        compiled: what ``run_kernel`` remembers.
+    """
+
+    plan: Plan
+    dense: bool
+    at_once: tuple[int, int]
+    arguments: dict[str, Any]
+    grids: tuple[tuple[int, int, int], ...]
+    options: tuple[dict[str, Any], ...]
+    compiled: dict[Any, Any]
+
+
+# All layers of a step of generation share one, and so do those of many steps.
+_STEPS: dict[tuple[Any, ...], Step] = {}
+_MOST_STEPS = 256
 
 
 def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> AttentionResult:
@@ -59,32 +82,77 @@ def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> At
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
-    problem = prepared(problem)
-    _check_codes(problem)
-    sizes, plan = _plan_of(problem)
-    B, queries, taken = sizes.batch, sizes.queries, sizes
-    while problem.query.numel() and B * queries > 1 and 4 * plan.numbers > SCRATCH_BYTES:
-        B, queries = (-(-B // 2), queries) if B > 1 else (1, -(-queries // 2))
-        taken, plan = _plan_of(_part(problem, slice(0, B), slice(0, queries)))
-    if taken == sizes:
-        return _decode_at_once(problem, sizes, plan, sink_keys, recent_keys)
-    whole = _empty_result(problem)
-    for b, q in itertools.product(range(0, sizes.batch, B), range(0, sizes.queries, queries)):
-        of, at = slice(b, b + B), slice(q, q + queries)
-        part = _part(problem, of, at)
-        found = _decode_at_once(part, *_plan_of(part), sink_keys, recent_keys)
+    key = (
+        *(sink_keys, recent_keys, problem.scale, problem.softcap, problem.most, problem.new, problem.bounds),
+        *(problem.sinks is None, problem.means is None, problem.stats),
+        *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in problem.tensors()),
+    )
+    step = _STEPS.get(key)
+    if step is None:
+        if len(_STEPS) >= _MOST_STEPS:
+            _STEPS.clear()
+        step = _STEPS[key] = _step_of(problem, key, sink_keys, recent_keys)
+    B, Lq = problem.visible.shape[:2]
+    if step.at_once == (B, Lq):
+        return _decode_at_once(problem if step.dense else prepared(problem), step)
+    whole, (sequences, queries) = _empty_result(problem), step.at_once
+    for b, q in itertools.product(range(0, B, sequences), range(0, Lq, queries)):
+        of, at = slice(b, b + sequences), slice(q, q + queries)
+        found = triton_topk_decode(_part(problem, of, at), sink_keys, recent_keys)
         for into, some in zip(whole, found, strict=True):
             if into is not None and some is not None:
                 into[of, :, at] = some
     return whole
 
 
-def _plan_of(problem: Problem) -> tuple[Sizes, Plan]:
-    B, _, Lq, D = problem.query.shape
-    Hkv, Lk, DV = problem.value.shape[1:]
-    sizes = Sizes(B, Hkv, problem.group, Lq, Lk, D, DV)
-    most, architecture = max(1, min(problem.most, Lk)), architecture_of(problem.query.device)
-    return sizes, plan_for(sizes, most, problem.query.dtype, architecture, problem.bounds, problem.means is not None)
+def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys: int) -> Step:
+    """The ``Step`` of a problem, which it checks."""
+    as_given, problem = problem, prepared(problem)
+    _check_codes(problem)
+    (B, _, Lq, D), (_, Hkv, Lk, DV) = problem.query.shape, problem.value.shape
+    has_tail, most = problem.means is not None, max(1, min(problem.most, Lk))
+    dtype, architecture = problem.query.dtype, architecture_of(problem.query.device)
+
+    def plan_of(batch: int, queries: int) -> tuple[Sizes, Plan]:
+        sizes = Sizes(batch, Hkv, problem.group, queries, Lk, D, DV)
+        return sizes, plan_for(sizes, most, dtype, architecture, problem.bounds, has_tail)
+
+    sequences, queries = B, Lq
+    sizes, plan = plan_of(B, Lq)
+    while problem.query.numel() and sequences * queries > 1 and 4 * plan.numbers > SCRATCH_BYTES:
+        sequences, queries = (-(-sequences // 2), queries) if sequences > 1 else (1, -(-queries // 2))
+        sizes, plan = plan_of(sequences, queries)
+    blocks, rows, upkeep = sizes.blocks(plan.rows), sizes.rows, 0
+    if problem.new:
+        touched = min((problem.new + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1, plan.slots) if has_tail else 0
+        upkeep = -(-problem.new // key_shape(D).BLOCK_N) + touched
+    sampled, splits = plan.samples // plan.keys, plan.splits
+    arguments = {
+        "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq, "Lk": Lk,
+        "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
+        "new": problem.new, "splits": splits, "segment": plan.segment, "stride": plan.stride, "parts": plan.parts,
+        "slots": plan.slots, "groups": plan.groups, "settings": settings_of(problem), "mean_key": None,
+        "mean_value": None,
+    }  # fmt: skip
+    return Step(
+        plan,
+        all(mine is theirs for mine, theirs in zip(as_given.tensors(), problem.tensors(), strict=True)),
+        (sequences, queries),
+        arguments,
+        (
+            (blocks, sampled + upkeep, 1),
+            (rows, 1, 1),
+            *((blocks, splits, 1),) * 2,
+            (rows, 1, 1),
+            (blocks, plan.parts, 1),
+        ),
+        tuple(plan.options[name] for name in ("prepare", "guess", "scan", "score", "choose", "gather")),
+        # All that the kernels are compiled for is in the plan or among what the tensors of a step have in common.
+        compiled_kernels(
+            *(plan.constants, problem.softcap != 0, problem.sinks is None, problem.stats or problem.bounds),
+            *(of_tensor[1:] for of_tensor in key[-len(problem.tensors()) :]),
+        ),
+    )
 
 
 def _part(problem: Problem, of: slice, at: slice) -> Problem:
@@ -100,58 +168,31 @@ def _part(problem: Problem, of: slice, at: slice) -> Problem:
 def _empty_result(problem: Problem) -> AttentionResult:
     """Memory for the output, its log-sum-exp and the bounds."""
     rows, device = problem.query.shape[:3], problem.query.device
-    lse = torch.empty(rows, dtype=torch.float32, device=device)
+    lse = torch.empty(rows, dtype=torch.float32, device=device) if problem.stats or problem.bounds else None
     bounds = torch.empty((*rows, 2), dtype=torch.float32, device=device) if problem.bounds else None
     output = problem.query.new_empty(*rows, problem.value.shape[-1])
     return AttentionResult(output, lse, kept_mass_bounds=bounds)
 
 
-def _decode_at_once(problem: Problem, sizes: Sizes, plan: Plan, sink_keys: int, recent_keys: int) -> AttentionResult:
-    """``triton_topk_decode`` of what it has checked, by one plan."""
-    query, key, value = problem.query, problem.key, problem.value
-    visible, origin, budget = problem.visible.contiguous(), problem.origin.contiguous(), problem.budget.contiguous()
-    result, device, means, sinks = _empty_result(problem), query.device, problem.means, problem.sinks
-    if sizes.rows == 0:
+def _decode_at_once(problem: Problem, step: Step) -> AttentionResult:
+    """Decodes a problem all at once; its tensors have been checked, and are dense."""
+    result, plan, means = _empty_result(problem), step.plan, problem.means
+    if result.output.numel() == 0:
         return result
-    memory = torch.empty(plan.numbers, dtype=torch.float32, device=device)
-    codes = KeyCodes(*problem.key_index)
-    mean_key = mean_value = None
-    if means is not None:
-        tiles = tail_tiles(architecture_of(device), query.dtype, sizes.head_dim, sizes.value_dim)
-        mean_key, mean_value = (heads_of(tensor, tiles) for tensor in means)
-    arguments: dict[str, Any] = {
-        "query": heads(query), "key": heads(key), "value": heads(value), "codes": codes, "mean_key": mean_key,
-        "mean_value": mean_value, "inputs": RowInputs(visible, budget, None if means is None else origin),
-        "scratch": Scratch(memory, *plan.offsets), "sinks": sinks,
-        "results": Results(result.output, result.lse, result.kept_mass_bounds),
-        "budget_heads": budget.shape[1], "num_kv_heads": sizes.kv_heads, "group": sizes.group, "Lq": sizes.queries,
-        "Lk": sizes.keys, "sink_keys": sink_keys, "recent_keys": recent_keys, "length": codes.scale.shape[2],
-        "new": problem.new, "splits": plan.splits, "segment": plan.segment, "stride": plan.stride,
-        "parts": plan.parts, "slots": plan.slots, "groups": plan.groups, "settings": settings_of(problem),
+    query, device = problem.query, problem.query.device
+    arguments = {
+        **step.arguments, "query": heads(query), "key": heads(problem.key), "value": heads(problem.value),
+        "codes": KeyCodes(*problem.key_index),
+        "inputs": RowInputs(problem.visible, problem.budget, None if means is None else problem.origin),
+        "scratch": Scratch(torch.empty(plan.numbers, dtype=torch.float32, device=device), *plan.offsets),
+        "sinks": problem.sinks, "results": Results(result.output, result.lse, result.kept_mass_bounds),
     }  # fmt: skip
-    of_means = () if means is None else (means[0].stride(), means[1].stride())
-    compiled = compiled_kernels(
-        *("topk", device, plan.constants, query.stride(), key.stride(), value.stride(), *of_means),
-        *(None if sinks is None else sinks.dtype, problem.softcap != 0),
-        alignment(query, key, value, visible, budget, origin, sinks, *problem.kept()),
-    )
-    blocks, rows = sizes.blocks(plan.rows), sizes.rows
-    sampled = plan.samples // plan.keys
-    upkeep = 0
-    if problem.new:
-        per_program = plan.options["prepare"]["new_keys"].BLOCK_N.value
-        touched = 0 if means is None else min((problem.new + 14) // 16 + 1, plan.slots)
-        upkeep = -(-problem.new // per_program) + touched
+    if means is not None:
+        arguments["mean_key"], arguments["mean_value"] = map(heads, means)
+    kernels = (prepare_kernel, guess_kernel, scan_kernel, score_kernel, choose_kernel, gather_kernel)
     with on_device(device):
-        for kernel, name, grid in (
-            (prepare_kernel, "prepare", (blocks, sampled + upkeep, 1)),
-            (guess_kernel, "guess", (rows, 1, 1)),
-            (scan_kernel, "scan", (blocks, plan.splits, 1)),
-            (score_kernel, "score", (blocks, plan.splits, 1)),
-            (choose_kernel, "choose", (rows, 1, 1)),
-            (gather_kernel, "gather", (blocks, plan.parts, 1)),
-        ):
-            run_kernel(kernel, grid, arguments, plan.options[name], compiled)
+        for kernel, grid, options in zip(kernels, step.grids, step.options, strict=True):
+            run_kernel(kernel, grid, arguments, options, step.compiled)
     return result
 
 
