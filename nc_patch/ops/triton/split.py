@@ -164,7 +164,7 @@ def join_parts(parts, rows, first, step, count, shape):
     """The ``Softmax`` of ``count`` parts of each row, ``step`` apart from the places ``first`` on."""
     dv = tl.arange(0, shape.BLOCK_DV)
     softmax = empty_softmax(shape)
-    for part in tl.range(0, count, loop_unroll_factor=4):
+    for part in tl.range(0, count, loop_unroll_factor=2):
         at = first + part * step
         peak = tl.load(parts.peak + at, mask=rows.valid, other=float("-inf"))
         total = tl.load(parts.total + at, mask=rows.valid, other=0.0)
