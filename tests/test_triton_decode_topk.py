@@ -25,7 +25,9 @@ from operations import (  # noqa: E402
 )
 from small_plans import plan_with  # noqa: E402
 
+from nc_patch import KeyIndex  # noqa: E402
 from nc_patch.budget import budget_of  # noqa: E402
+from nc_patch.ops.means import PageMeans  # noqa: E402
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, causal_intervals  # noqa: E402
 from nc_patch.ops.triton.split import MAX_SPLITS  # noqa: E402
 from nc_patch.selections import TopK  # noqa: E402
@@ -526,6 +528,40 @@ def test_codes_written_in_place_bound_the_keys(change, dtype, device):
         # A code that lies between two may be rounded to either side.
         assert (bound <= 1.02 * exact.double() + 1e-6).all()
         assert torch.equal(bound.isinf(), exact.isinf())
+
+
+@on_kernel_device
+@pytest.mark.parametrize(("queries", "keys", "begin"), [(1, 96, 0), (1, 97, 5), (3, 100, 0), (17, 75, 3)])
+def test_a_step_takes_its_keys_into_the_index_first(queries, keys, begin, device):
+    case = Case("step", batch=2, kv_heads=2, queries=queries, keys=keys, value_dim=80, bounds=False)
+    inputs = {name: None if x is None else x.to(device) for name, x in inputs_of(case).items()}
+    # The second sequence is shorter: what lies beyond its end is not read.
+    inputs["visible"][1, :, 1] -= 20
+    inputs["visible"][..., 0] = begin
+    inputs["budget"].fill_(9)
+    end = inputs["visible"][:, -1, 1]
+    start = torch.full_like(end, begin)
+    problem = problem_of(**inputs, scale=0.2, origin=start[:, None].expand(-1, queries).contiguous(), most=9)
+    options = {"value": inputs["value"], "start": start, "end": end, "backend": "triton"}
+    results, indexes = [], []
+    for new in (0, queries):
+        means, codes = (KeyIndex.build(inputs["key"], kind, **options).tensors() for kind in ("means", "codes"))
+        for b in range(2 if new else 0):  # what has not been taken in yet holds anything
+            first = int(end[b]) - new
+            for tensor in codes[:3]:
+                tensor[b, :, first:] = 77
+            for tensor in means:
+                tensor[b, :, (first - begin) // 16 :] = 1e4
+        asked = problem._replace(means=PageMeans(*means), key_index=codes, new=new)
+        results.append(TopK().run(asked, "triton").output)
+        indexes.append((*means, *codes))
+    for b in range(2):
+        length, pages = int(end[b]), (int(end[b]) - begin) // 16
+        for number, (whole, kept) in enumerate(zip(*indexes, strict=True)):
+            size = pages if number < 2 else length if number < 5 else None
+            assert torch.equal(kept[b, :, :size], whole[b, :, :size])
+    # Which keys are sampled, and so what is listed besides the best, may differ.
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
 
 
 @on_kernel_device
