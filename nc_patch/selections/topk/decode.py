@@ -84,7 +84,7 @@ def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> At
     """
     key = (
         *(sink_keys, recent_keys, problem.scale, problem.softcap, problem.most, problem.new, problem.bounds),
-        *(problem.sinks is None, problem.means is None, problem.stats),
+        *(problem.sinks is None, problem.means is None, problem.stats, architecture_of(problem.query.device)),
         *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in problem.tensors()),
     )
     step = _STEPS.get(key)
@@ -149,7 +149,8 @@ def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys
         tuple(plan.options[name] for name in ("prepare", "guess", "scan", "score", "choose", "gather")),
         # All that the kernels are compiled for is in the plan or among what the tensors of a step have in common.
         compiled_kernels(
-            *(plan.constants, problem.softcap != 0, problem.sinks is None, problem.stats or problem.bounds),
+            *(architecture, plan.constants, problem.softcap != 0, problem.sinks is None),
+            *(problem.means is None, problem.stats or problem.bounds),
             *(of_tensor[1:] for of_tensor in key[-len(problem.tensors()) :]),
         ),
     )
