@@ -244,14 +244,15 @@ def run_kernel(
         compiled: of ``compiled_kernels``. What is found there is launched at once; otherwise Triton looks at every
             argument, which takes several times as long as the rest of a launch.
     """
-    known = None if compiled is None else compiled.get(kernel)
+    # By its identity: a kernel's hash is made of its source.
+    known = None if compiled is None else compiled.get(id(kernel))
     if known is not None:
         known[grid](*[arguments[name] if name in arguments else options[name] for name in kernel.arg_names])
         return
     taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     found = kernel[grid](**taken, **options)
     if compiled is not None and found is not None:
-        compiled[kernel] = found
+        compiled[id(kernel)] = found
 
 
 def alignment(*tensors: torch.Tensor | None) -> tuple[bool | None, ...]:

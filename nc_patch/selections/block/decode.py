@@ -12,7 +12,7 @@ One layer of Llama-3-8B (Hq 32, Hkv 8, D 128, bfloat16, batch 1), pages of 32, 4
 for dense attention. Nothing is read back to the host and every size follows from shapes and host integers.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from nc_patch.ops.triton.launch import (
     shape_of,
 )
 from nc_patch.ops.triton.split import padded_splits, share
-from nc_patch.ops.triton.structs import RowInputs, Softmax, constants, heads
+from nc_patch.ops.triton.structs import Heads, RowInputs, Softmax, constants
 from nc_patch.selections.block.decode_kernels import (
     ChooseShape,
     Chosen,
@@ -54,44 +54,20 @@ _CHOOSE_AT_ONCE = 4096
 _KEYS = 1024
 
 
-@dataclass(frozen=True)
-class DecodeTiles:
-    """Tile sizes of one step: of pages scored at once and of keys attended at once.
-
-    Attributes:
-        scorers, attenders: programs of each kernel that a multiprocessor holds at once, by their registers.
-    """
-
-    score: Tiles
-    attend: Tiles
-    scorers: int
-    attenders: int
-
-
-def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> DecodeTiles:
-    """The one place where tile sizes of decoding over pages are chosen, but for ``score_tiles``."""
-    score, widest = score_tiles(dtype, head_dim), max(padded_dim(head_dim), padded_dim(value_dim))
-    if dtype == torch.float32:
-        attend = Tiles(score.rows, 32, 8 if widest > 128 else 4, 1, 32)
-        return DecodeTiles(score, attend, 8 // score.warps, 8 // attend.warps)
-    keys, at_once = (32, 2) if widest > 128 else (64, 3)
-    # Channels beyond the head_dim are masked, which takes registers.
-    scorers = 3 if head_dim == padded_dim(head_dim) <= 128 else 2
-    return DecodeTiles(score, Tiles(score.rows, keys, 4, 2), scorers, at_once)
-
-
 class Plan(NamedTuple):
-    """What steps are launched with that are alike: all that follows from shapes, strides and dtypes.
+    """What steps that are alike are launched with: all that follows from shapes, strides and dtypes.
 
     Attributes:
-        numbers: how many queries and groups there are.
-        sizes: words of 32 bits of each part of the scratch memory, each a multiple of 16 bytes: logits, peaks and
-            totals of pages; peaks, totals and sums of attended keys; the last three are integers: see ``Chosen``.
+        strides: of query, key and value, as in ``Heads``. words: 32 bits each, of the scratch memory; none for no row.
+        sizes: words of its parts, multiples of 16 bytes: logits, peaks and totals of pages; peaks, totals and sums of
+            attended keys; and of one that holds integers, whose parts have ``counts``: see ``Chosen``.
         grids, arguments: of the three kernels. compiled: see ``compiled_kernels``.
     """
 
-    numbers: int
+    strides: tuple[tuple[int, ...], ...]
+    words: int
     sizes: list[int]
+    counts: list[int]
     grids: tuple[tuple[int, int, int], ...]
     arguments: tuple[dict[str, Any], ...]
     compiled: dict[Any, Any]
@@ -106,36 +82,30 @@ def triton_block_decode(problem: Problem) -> AttentionResult:
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take, or more than ``MAX_PAGES`` pages.
     """
-    problem, plan = _planned(problem)
-    query, sinks, device = problem.query, problem.sinks, problem.query.device
-    shape = query.shape[:3]
-    attended = torch.empty(shape, dtype=torch.int32, device=device)
-    output = torch.empty((*shape, problem.value.shape[3]), dtype=query.dtype, device=device)
+    problem, (strides, words, sizes, counts, grids, given, compiled) = _planned(problem)
+    query, key, value, visible, origin, budget, *_ = problem
+    B, Hq, Lq, _ = query.shape
+    attended = visible.new_empty((B, Hq, Lq))
+    output = query.new_empty((B, Hq, Lq, value.shape[3]))
     lse, lse_keys = (
-        torch.empty(shape, dtype=torch.float32, device=device) if problem.stats else None for _ in range(2)
+        (torch.empty_like(attended, dtype=torch.float32) for _ in range(2)) if problem.stats else (None, None)
     )
-    if plan.numbers == 0:
+    if not words:
         return AttentionResult(output, lse, lse_keys, attended)
-    scratch = torch.empty(sum(plan.sizes), dtype=torch.float32, device=device).split_with_sizes(plan.sizes)
-    page_logits, page_peak, page_total, peak, total, acc = scratch[:6]
-    page_parts, parts = Softmax(None, page_peak, page_total), Softmax(acc, peak, total)
-    pages, count, arrivals = (words.view(torch.int32) for words in scratch[6:])
-    chosen = Chosen(pages, count, attended, arrivals)
-    inputs = RowInputs(problem.visible, problem.budget, problem.origin)
-    common = {"inputs": inputs, "Lk": problem.key.shape[2]}
-    scored = {"query": heads(query), "key": heads(problem.key), **common}
-    statistics = PageStatistics(*problem.key_index)
-    read = (query, problem.key, problem.value, *inputs, *statistics, sinks)
-    compiled = plan.compiled if aligned(*read) else None
-    (score, choose, attend), grids = plan.arguments, plan.grids
-    with on_device(device):
-        score = {"statistics": statistics, "page_logits": page_logits, "parts": page_parts, **scored, **score}
-        run_kernel(score_pages_kernel, grids[0], score, compiled)
-        choose = {"page_logits": page_logits, "parts": page_parts, "chosen": chosen, **common, **choose}
-        run_kernel(choose_pages_kernel, grids[1], choose, compiled)
-        results = {"sinks": sinks, "output": output, "lse": lse, "lse_keys": lse_keys}
-        attend = {"value": heads(problem.value), "chosen": chosen, "parts": parts, **results, **scored, **attend}
-        run_kernel(attend_pages_kernel, grids[2], attend, compiled)
+    scratch = torch.empty(words, dtype=torch.float32, device=query.device)
+    page_logits, page_peak, page_total, peak, total, acc, integers = scratch.split_with_sizes(sizes)
+    pages, count, arrivals = integers.view(torch.int32).split_with_sizes(counts)
+    statistics, sinks = PageStatistics(*problem.key_index), problem.sinks
+    common = {"inputs": RowInputs(visible, budget, origin), "Lk": key.shape[2]}
+    scored = {"query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), **common}
+    scores = {"page_logits": page_logits, "parts": Softmax(None, page_peak, page_total)}
+    joined = {"value": Heads(value, *strides[2]), "parts": Softmax(acc, peak, total), "sinks": sinks}
+    results = {"chosen": Chosen(pages, count, attended, arrivals), "output": output, "lse": lse, "lse_keys": lse_keys}
+    known = compiled if aligned(query, key, value, visible, origin, budget, *statistics, sinks) else None
+    with on_device(query.device):
+        run_kernel(score_pages_kernel, grids[0], {"statistics": statistics, **scored, **scores, **given[0]}, known)
+        run_kernel(choose_pages_kernel, grids[1], {"chosen": results["chosen"], **common, **scores, **given[1]}, known)
+        run_kernel(attend_pages_kernel, grids[2], {**scored, **joined, **results, **given[2]}, known)
     kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
     return AttentionResult(output, lse, kept_mass, attended)
 
@@ -148,14 +118,12 @@ def _plans(*layout: Any) -> list[Plan]:
 
 def _planned(problem: Problem) -> tuple[Problem, Plan]:
     """The problem as the kernels take it, and its plan; what is alike is checked once."""
-    query, key, value, visible, origin, budget = problem[:6]
-    others = (query, visible, origin, budget, *problem.key_index, problem.sinks)
+    query, key, value, *_ = problem
+    others = (query, *problem[3:6], *problem.key_index, problem.sinks)
     plans = _plans(
         *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in others],
         *[(t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device) for t in (key, value)],
-        key.shape[2:3] == value.shape[2:3],
-        -(-key.shape[-2] // _KEYS),
-        -(-problem.most // problem.page_size),
+        *(key.shape[2:3] == value.shape[2:3], -(-key.shape[-2] // _KEYS), -(-problem.most // problem.page_size)),
         *(problem.page_size, problem.new, problem.stats, problem.scale, problem.softcap),
         *(architecture_of(query.device), _CHOOSE_AT_ONCE),
     )
@@ -175,7 +143,7 @@ def _planned(problem: Problem) -> tuple[Problem, Plan]:
 
 def _plan(problem: Problem) -> Plan:
     query, key, value, block_size = problem.query, problem.key, problem.value, problem.page_size
-    B, Hq, Lq, D = query.shape
+    B, _, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
     group, numbers, stored_pages = problem.group, B * Lq * Hkv, problem.key_index[0].shape[2]
     # A query's pages: those that a run of at most Lk keys can touch.
@@ -183,37 +151,54 @@ def _plan(problem: Problem) -> Plan:
     if width > MAX_PAGES:
         larger = block_size * -(-width // MAX_PAGES)
         raise ValueError(f"at most {MAX_PAGES} pages can be chosen from, got {width}: use block_size >= {larger}")
-    architecture, tiles = architecture_of(query.device), decode_tiles(query.dtype, D, DV)
+    scoring, attending, scorers, attenders = decode_tiles(query.dtype, D, DV)
     capacity = min(-(-problem.most // block_size) + 2, width)
-    blocks = -(-group // tiles.score.rows)
-    score_splits = share(tiles.scorers, numbers * blocks, -(-width // tiles.score.keys))
-    splits = share(tiles.attenders, numbers * blocks, -(-capacity * block_size // tiles.attend.keys))
+    blocks = -(-group // scoring.rows)
+    score_splits = share(scorers, numbers * blocks, -(-width // scoring.keys))
+    splits = share(attenders, numbers * blocks, -(-capacity * block_size // attending.keys))
+    rows, page_parts = numbers * group, numbers * group * (score_splits + 1)
+    floats = (rows * width, page_parts, page_parts, rows * splits, rows * splits, rows * splits * DV)
+    integers = (numbers * capacity, 2 * numbers, numbers * blocks)
+    sizes, counts = ([-(-size // 4) * 4 for size in parts] for parts in (floats, integers))
+    # At most 16 pages a thread at a time.
     at_once = min(_CHOOSE_AT_ONCE, max(128, triton.next_power_of_2(width)))
+    choosing = Tiles(1, at_once, max(4, at_once // 512), 1)
     choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1))
-    page, settings = page_shape_of(D, block_size), settings_of(problem)
-    page_parts, parts, rows = numbers * group * (score_splits + 1), B * Hq * Lq * splits, numbers * blocks
-    sizes = (numbers * group * width, page_parts, page_parts, parts, parts, parts * DV, numbers * capacity, numbers, rows)
+    join = shape_of(D, DV, replace(attending, rows=min(attending.rows, triton.next_power_of_2(group))))
     common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
-    scored = {**common, "settings": settings, "page": page}
-    score = {"stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, tiles.score)}
+    scored = {**common, "settings": settings_of(problem), "page": page_shape_of(D, block_size)}
+    score = {"stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, scoring)}
     choose = {"width": width, "splits": score_splits + 1, "capacity": capacity, "blocks": blocks}
     choose |= {"budget_heads": problem.budget.shape[1], "shape": constants(choice)}
-    attend = {"splits": splits, "capacity": capacity, "shape": shape_of(D, DV, tiles.attend)}
-    # At most 16 pages a thread at a time.
-    choosing = Tiles(1, at_once, max(4, at_once // 512), 1)
-    sinks, strides = problem.sinks, tuple(t.stride() for t in (query, key, value))
-    alike = (query.device, query.dtype, None if sinks is None else sinks.dtype, settings.softcap is None, problem.stats)
+    attend = {"splits": splits, "capacity": capacity, "shape": shape_of(D, DV, attending), "join_shape": join}
+    architecture, strides = architecture_of(query.device), tuple(t.stride()[:3] for t in (query, key, value))
+    sinks = None if problem.sinks is None else problem.sinks.dtype
+    alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats)
     return Plan(
-        numbers,
-        [max(4, -(-size // 4) * 4) for size in sizes],
+        strides,
+        sum(sizes) + sum(counts),
+        [*sizes, sum(counts)],
+        counts,
         ((numbers, score_splits + 1 + problem.new, blocks), (numbers, 1, 1), (numbers, splits, blocks)),
         (
-            {**scored, **score, **compile_options(tiles.score, architecture)},
+            {**scored, **score, **compile_options(scoring, architecture)},
             {**common, **choose, **compile_options(choosing, architecture)},
-            {**scored, **attend, **compile_options(tiles.attend, architecture)},
+            {**scored, **attend, **compile_options(attending, architecture)},
         ),
-        compiled_kernels("block", architecture, D, DV, block_size, choice, strides, *alike),
+        compiled_kernels("block", strides, D, DV, choice, join, *alike),
     )
+
+
+def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Tiles, Tiles, int, int]:
+    """Tiles of pages scored and of keys attended, and how many programs of each a multiprocessor's registers hold."""
+    scoring, widest = score_tiles(dtype, head_dim), max(padded_dim(head_dim), padded_dim(value_dim))
+    if dtype == torch.float32:
+        attending = Tiles(scoring.rows, 32, 8 if widest > 128 else 4, 1, 32)
+        return scoring, attending, 8 // scoring.warps, 8 // attending.warps
+    # Channels beyond the head_dim are masked, which takes registers.
+    scorers = 3 if head_dim == padded_dim(head_dim) <= 128 else 2
+    keys, attenders = (32, 2) if widest > 128 else (64, 3)
+    return scoring, Tiles(scoring.rows, keys, 4, 2), scorers, attenders
 
 
 def _check_pages(problem: Problem) -> None:

@@ -60,12 +60,11 @@ def load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def group_rows(seen, num_kv_heads, group, Lq, BLOCK_M: tl.constexpr):
-    """The ``Rows`` of this program, query heads of the group."""
-    member = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+def group_rows(seen, group, shape):
+    """The ``Rows`` of this program, query heads of the group, but for their offsets in results."""
+    member = tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
     head = seen.kv_head * group + member
-    row = (seen.batch * num_kv_heads * group + head) * Lq + seen.index
-    return Rows(seen.batch, seen.kv_head, seen.index, head, row, member < group, seen.start, seen.end, None)
+    return Rows(seen.batch, seen.kv_head, seen.index, head, None, member < group, seen.start, seen.end, None)
 
 
 @triton.jit
@@ -141,7 +140,7 @@ def score_pages_kernel(
     split = tl.program_id(1)
     if split <= splits:
         seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
-        rows = group_rows(seen, num_kv_heads, group, Lq, shape.BLOCK_M)
+        rows = group_rows(seen, group, shape)
         queries = load_queries(query, rows, shape)
         member = number.to(tl.int64) * group + tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
         logits_rows = page_logits + member * width
@@ -198,7 +197,8 @@ class Chosen(NamedTuple):
     """Where the choice goes.
 
     Attributes:
-        pages: int32 ``[number, capacity]``, ascending. count: how many they are, int32 ``[number]``.
+        pages: int32 ``[number, capacity]``, ascending. count: int32 ``[number, 2]``, how many they are, and the offset
+            of the group's first query head in results, so that those who attend need not keep it in registers.
         attended: int32 ``[B, Hq, Lq]``, the number of their visible keys.
         arrivals: int32 ``[number, blocks]``, which are set to zero for the programs that attend.
     """
@@ -251,7 +251,6 @@ def choose_pages_kernel(
         place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
         stored = chosen.pages + number.to(tl.int64) * capacity + place
         tl.store(stored, seen.low + page, mask=taken & (place < capacity))
-    tl.store(chosen.count + number, wanted)
     for block in range(blocks):
         tl.store(chosen.arrivals + number * blocks + block, 0)
     # The first and the last page may be seen in part; both are always chosen.
@@ -259,6 +258,8 @@ def choose_pages_kernel(
     missing = (seen.start - first_key) + (first_key + count * shape.BLOCK_SIZE - seen.end)
     keys = tl.where(count > 0, wanted * shape.BLOCK_SIZE - missing, 0)
     row = (seen.batch * num_kv_heads + seen.kv_head) * group * Lq + seen.index
+    tl.store(chosen.count + number * 2, wanted)
+    tl.store(chosen.count + number * 2 + 1, row.to(tl.int32))
     for member in range(group):
         tl.store(chosen.attended + row + member * Lq, keys)
 
@@ -291,21 +292,23 @@ def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
 def attend_pages_kernel(
     query, key, value, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk, splits,
-    capacity, settings, shape, page,
+    capacity, settings, shape, join_shape, page,
 ):  # fmt: skip
     """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
+
+    ``join_shape`` is ``shape`` with no more rows than a group has.
 
     All rows of a program attend the same keys and no other key is loaded, so that what others hold cannot matter.
     """
     number = tl.program_id(0)
     split = tl.program_id(1)
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
-    rows = group_rows(seen, num_kv_heads, group, Lq, shape.BLOCK_M)
+    rows = group_rows(seen, group, shape)
     queries = load_queries(query, rows, shape)
     keys = head_of(key, seen.batch, seen.kv_head)
     values = head_of(value, seen.batch, seen.kv_head)
     dv = tl.arange(0, shape.BLOCK_DV)
-    count = tl.load(chosen.count + number)
+    count = tl.load(chosen.count + number * 2)
     share = (count + splits - 1) // splits
     first = split * share
     page_list = chosen.pages + number.to(tl.int64) * capacity + first
@@ -329,14 +332,18 @@ def attend_pages_kernel(
         )
         peak, total, weights, shrink = fold(logits, peak, total)
         acc = dot(weights.to(tile_values.dtype), tile_values, acc * shrink[:, None])
-    part = rows.row * splits + split
+    member = number.to(tl.int64) * group + tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
+    part = member * splits + split
     tl.store(parts.peak + part, peak, mask=rows.valid)
     tl.store(parts.total + part, total, mask=rows.valid)
     if tiles > 0:
         inside = rows.valid[:, None] & (dv[None, :] < shape.DV)
         tl.store(parts.acc + part[:, None] * shape.DV + dv[None, :], acc, mask=inside)
     if arrives_last(chosen.arrivals + number * tl.num_programs(2) + tl.program_id(2), splits):
-        joined = join_parts(parts, rows.row, rows.valid, splits, shape)
-        # There is a key in every page that is chosen.
-        attended = tl.zeros([shape.BLOCK_M], dtype=tl.int32) + count
-        write_joined(joined, rows, sinks, attended, output, lse, lse_keys, shape)
+        of_group = tl.program_id(2) * join_shape.BLOCK_M + tl.arange(0, join_shape.BLOCK_M)
+        valid = of_group < group
+        joined = join_parts(parts, number.to(tl.int64) * group + of_group, valid, splits, join_shape)
+        row = tl.load(chosen.count + number * 2 + 1) + of_group.to(tl.int64) * Lq
+        joined_rows = Rows(None, None, None, (row // Lq) % (num_kv_heads * group), row, valid, None, None, None)
+        attended = tl.load(chosen.attended + row, mask=valid, other=0)
+        write_joined(joined, joined_rows, sinks, attended, output, lse, lse_keys, join_shape)
