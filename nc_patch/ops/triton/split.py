@@ -163,22 +163,24 @@ def store_part(parts, rows, softmax, at, shape):
 def join_parts(parts, rows, first, step, count, shape):
     """The ``Softmax`` of ``count`` parts of each row, ``step`` apart from the places ``first`` on."""
     dv = tl.arange(0, shape.BLOCK_DV)
+    inside = rows.valid[:, None] & (dv < shape.DV)[None, :]
     softmax = empty_softmax(shape)
-    for part in tl.range(0, count, loop_unroll_factor=4):
+    # So many parts are on their way at once.
+    UNROLLED: tl.constexpr = 4 if shape.BLOCK_M > 8 else 8
+    for part in tl.range(0, count, loop_unroll_factor=UNROLLED):
         at = first + part * step
         peak = tl.load(parts.peak + at, mask=rows.valid, other=float("-inf"))
         total = tl.load(parts.total + at, mask=rows.valid, other=0.0)
         used = (peak != float("-inf")) | (total != 0.0)
-        inside = used[:, None] & (dv < shape.DV)[None, :]
+        # Whether or not it is used, not to wait for the other two.
         acc = tl.load(parts.acc + at[:, None] * shape.DV + dv[None, :], mask=inside, other=0.0)
         higher = tl.maximum(softmax.peak, peak)
         base = finite_or_zero(higher)
         # Nothing is added to nothing, whatever the factor.
         before = tl.where(softmax.total != 0.0, tl.exp2(finite_or_zero(softmax.peak) - base), 0.0)
         factor = tl.where(used, tl.exp2(finite_or_zero(peak) - base), 0.0)
-        softmax = Softmax(
-            softmax.acc * before[:, None] + acc * factor[:, None], higher, softmax.total * before + total * factor
-        )
+        added = tl.where(used[:, None], acc * factor[:, None], 0.0)
+        softmax = Softmax(softmax.acc * before[:, None] + added, higher, softmax.total * before + total * factor)
     return softmax
 
 
@@ -198,6 +200,8 @@ def finish_part(parts, rows, softmax, part, count, arrivals, shape):
     if arrives_last(arrivals + 1 + group, members):
         softmax = join_parts(parts, rows, first, 1, members, shape)
         groups = tl.cdiv(count, GROUP)
+        # Every thread has read the part that is stored over.
+        tl.debug_barrier()
         store_part(parts, rows, softmax, first, shape)
         last = arrives_last(arrivals, groups)
         if last:

@@ -22,7 +22,7 @@ import triton
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.triton.launch import (
     Tiles,
-    aligned,
+    alignment,
     architecture_of,
     compile_options,
     compiled_kernels,
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
         strides: of query, key and value, as in ``Heads``. words: 32 bits each, of the scratch memory; none for no row.
         sizes: words of its parts, multiples of 16 bytes: logits, peaks and totals of pages; peaks, totals and sums of
             attended keys; and of one that holds integers, whose parts have ``counts``: see ``Chosen``.
-        grids, arguments: of the three kernels. compiled: see ``compiled_kernels``.
+        grids, options: of the three kernels. alike: what they are compiled for, but for the alignment of tensors.
     """
 
     strides: tuple[tuple[int, ...], ...]
@@ -69,8 +69,8 @@ class Plan(NamedTuple):
     sizes: list[int]
     counts: list[int]
     grids: tuple[tuple[int, int, int], ...]
-    arguments: tuple[dict[str, Any], ...]
-    compiled: dict[Any, Any]
+    options: tuple[dict[str, Any], ...]
+    alike: tuple[Any, ...]
 
 
 def triton_block_decode(problem: Problem) -> AttentionResult:
@@ -82,7 +82,7 @@ def triton_block_decode(problem: Problem) -> AttentionResult:
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take, or more than ``MAX_PAGES`` pages.
     """
-    problem, (strides, words, sizes, counts, grids, given, compiled) = _planned(problem)
+    problem, (strides, words, sizes, counts, grids, options, alike) = _planned(problem)
     query, key, value, visible, origin, budget, *_ = problem
     B, Hq, Lq, _ = query.shape
     attended = visible.new_empty((B, Hq, Lq))
@@ -96,16 +96,17 @@ def triton_block_decode(problem: Problem) -> AttentionResult:
     page_logits, page_peak, page_total, peak, total, acc, integers = scratch.split_with_sizes(sizes)
     pages, count, arrivals = integers.view(torch.int32).split_with_sizes(counts)
     statistics, sinks = PageStatistics(*problem.key_index), problem.sinks
-    common = {"inputs": RowInputs(visible, budget, origin), "Lk": key.shape[2]}
-    scored = {"query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), **common}
-    scores = {"page_logits": page_logits, "parts": Softmax(None, page_peak, page_total)}
-    joined = {"value": Heads(value, *strides[2]), "parts": Softmax(acc, peak, total), "sinks": sinks}
-    results = {"chosen": Chosen(pages, count, attended, arrivals), "output": output, "lse": lse, "lse_keys": lse_keys}
-    known = compiled if aligned(query, key, value, visible, origin, budget, *statistics, sinks) else None
+    inputs, page_parts = RowInputs(visible, budget, origin), Softmax(None, page_peak, page_total)
+    scored = {"query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "inputs": inputs, "Lk": key.shape[2]}
+    chosen, parts = Chosen(pages, count, attended, arrivals), Softmax(acc, peak, total)
+    results = {"sinks": sinks, "output": output, "lse": lse, "lse_keys": lse_keys, "chosen": chosen}
+    attend = {"value": Heads(value, *strides[2]), "parts": parts, **results, **scored}
+    score = {"statistics": statistics, "page_logits": page_logits, "parts": page_parts, "chosen": chosen, **scored}
+    compiled = compiled_kernels(alike, alignment(query, key, value, visible, origin, budget, *statistics, sinks))
     with on_device(query.device):
-        run_kernel(score_pages_kernel, grids[0], {"statistics": statistics, **scored, **scores, **given[0]}, known)
-        run_kernel(choose_pages_kernel, grids[1], {"chosen": results["chosen"], **common, **scores, **given[1]}, known)
-        run_kernel(attend_pages_kernel, grids[2], {**scored, **joined, **results, **given[2]}, known)
+        run_kernel(score_pages_kernel, grids[0], score, options[0], compiled)
+        run_kernel(choose_pages_kernel, grids[1], score, options[1], compiled)
+        run_kernel(attend_pages_kernel, grids[2], attend, options[2], compiled)
     kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
     return AttentionResult(output, lse, kept_mass, attended)
 
@@ -163,8 +164,8 @@ def _plan(problem: Problem) -> Plan:
     # At most 16 pages a thread at a time.
     at_once = min(_CHOOSE_AT_ONCE, max(128, triton.next_power_of_2(width)))
     choosing = Tiles(1, at_once, max(4, at_once // 512), 1)
-    choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1))
     join = shape_of(D, DV, replace(attending, rows=min(attending.rows, triton.next_power_of_2(group))))
+    choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1))
     common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
     scored = {**common, "settings": settings_of(problem), "page": page_shape_of(D, block_size)}
     score = {"stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, scoring)}
@@ -185,7 +186,7 @@ def _plan(problem: Problem) -> Plan:
             {**common, **choose, **compile_options(choosing, architecture)},
             {**scored, **attend, **compile_options(attending, architecture)},
         ),
-        compiled_kernels("block", strides, D, DV, choice, join, *alike),
+        ("block", strides, D, DV, choice, join, *alike),
     )
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from nc_patch.ops.triton.rows import budget_of, head_of
 from nc_patch.ops.triton.scores import dot, dot_scores, finite_or_zero, fold, load_queries, logits_base2
-from nc_patch.ops.triton.split import arrives_last, join_parts, write_joined
+from nc_patch.ops.triton.split import arrives_last, join_parts, store_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Rows, Softmax
 from nc_patch.selections.block.heaviest import find_cut, load_ranks, places
 from nc_patch.selections.block.summarize import summarize_page
@@ -200,7 +200,7 @@ class Chosen(NamedTuple):
         pages: int32 ``[number, capacity]``, ascending. count: int32 ``[number, 2]``, how many they are, and the offset
             of the group's first query head in results, so that those who attend need not keep it in registers.
         attended: int32 ``[B, Hq, Lq]``, the number of their visible keys.
-        arrivals: int32 ``[number, blocks]``, which are set to zero for the programs that attend.
+        arrivals: int32 ``[number, blocks]``, which are set to zero for those who attend: see ``split.arrives_last``.
     """
 
     pages: Any
@@ -332,18 +332,15 @@ def attend_pages_kernel(
         )
         peak, total, weights, shrink = fold(logits, peak, total)
         acc = dot(weights.to(tile_values.dtype), tile_values, acc * shrink[:, None])
-    member = number.to(tl.int64) * group + tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
-    part = member * splits + split
-    tl.store(parts.peak + part, peak, mask=rows.valid)
-    tl.store(parts.total + part, total, mask=rows.valid)
-    if tiles > 0:
-        inside = rows.valid[:, None] & (dv[None, :] < shape.DV)
-        tl.store(parts.acc + part[:, None] * shape.DV + dv[None, :], acc, mask=inside)
+    member = tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
+    held = Rows(None, None, None, None, number.to(tl.int64) * group + member, member < group, None, None, None)
+    store_part(parts, held, Softmax(acc, peak, total), held.row * splits + split, shape)
     if arrives_last(chosen.arrivals + number * tl.num_programs(2) + tl.program_id(2), splits):
-        of_group = tl.program_id(2) * join_shape.BLOCK_M + tl.arange(0, join_shape.BLOCK_M)
-        valid = of_group < group
-        joined = join_parts(parts, number.to(tl.int64) * group + of_group, valid, splits, join_shape)
-        row = tl.load(chosen.count + number * 2 + 1) + of_group.to(tl.int64) * Lq
-        joined_rows = Rows(None, None, None, (row // Lq) % (num_kv_heads * group), row, valid, None, None, None)
-        attended = tl.load(chosen.attended + row, mask=valid, other=0)
-        write_joined(joined, joined_rows, sinks, attended, output, lse, lse_keys, join_shape)
+        member_of = tl.program_id(2) * join_shape.BLOCK_M + tl.arange(0, join_shape.BLOCK_M)
+        place = number.to(tl.int64) * group + member_of
+        row = tl.load(chosen.count + number * 2 + 1) + member_of.to(tl.int64) * Lq
+        head = (row // Lq) % (num_kv_heads * group)
+        results = Rows(None, None, None, head, row, member_of < group, None, None, None)
+        joined = join_parts(parts, results, place * splits, 1, splits, join_shape)
+        attended = tl.load(chosen.attended + row, mask=results.valid, other=0)
+        write_joined(joined, results, sinks, attended, output, lse, lse_keys, join_shape)
