@@ -393,6 +393,47 @@ def indexes_of(n: int, D: int) -> dict[str, KeyIndex]:
 
 
 @pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
+def test_a_step_over_pages_is_three_launches_of_which_triton_specialises_none_again(monkeypatch):
+    compiled: list[str] = []
+    launched: list[tuple[str, int]] = []
+
+    class Compiled:
+        """What Triton returns for a launch."""
+
+        def __init__(self, name: str, arguments: int) -> None:
+            self.name, self.arguments = name, arguments
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+            return lambda *arguments: launched.append((self.name, len(arguments) - self.arguments))
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Compiled:
+        compiled.append(kernel.fn.__name__)
+        return Compiled(kernel.fn.__name__, len(kernel.arg_names))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(backends, "triton_problem", lambda device: None)
+    triton_launch.compiled_kernels.cache_clear()
+    query, _ = heads(1, 1200, 64)
+    visible, origin = packed(1, 1100)
+    index = indexes_of(1200, 64)["pages"].tensors()
+    compiled.clear()
+    names = ["score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
+    for n, room in ((1100, 64), (1101, 64), (1102, 90), (3000, 64)):
+        visible[..., 1] = n
+        keys = torch.zeros(1, 2, 3200, 64, dtype=torch.bfloat16)[:, :, :n]
+        problem = problem_of(query, keys, keys, visible, torch.full((1, 1, 1), room, dtype=torch.int32), scale=0.1)
+        problem = problem._replace(origin=origin, key_index=index, page_size=32, most=room, new=1)
+        Block().run(problem, "triton")
+        assert compiled == names
+    assert launched == [(name, 0) for name in names] * 3
+    # Memory that begins elsewhere is specialised for.
+    assert origin.data_ptr() % 16
+    Block().run(problem._replace(origin=origin.clone()), "triton")
+    assert compiled == names * 2
+    triton_launch.compiled_kernels.cache_clear()
+
+
+@pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
 def test_prompts_of_other_lengths_and_further_steps_compile_nothing_new(variants, monkeypatch):
     monkeypatch.setattr(backends, "triton_problem", lambda device: None)
     for head_dim in (80, 128):

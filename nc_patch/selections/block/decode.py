@@ -164,14 +164,14 @@ def _plan(problem: Problem) -> Plan:
     # At most 16 pages a thread at a time.
     at_once = min(_CHOOSE_AT_ONCE, max(128, triton.next_power_of_2(width)))
     choosing = Tiles(1, at_once, max(4, at_once // 512), 1)
-    join = shape_of(D, DV, replace(attending, rows=min(attending.rows, triton.next_power_of_2(group))))
+    joining = replace(attending, rows=min(attending.rows, triton.next_power_of_2(group)))
     choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1))
     common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
     scored = {**common, "settings": settings_of(problem), "page": page_shape_of(D, block_size)}
     score = {"stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, scoring)}
     choose = {"width": width, "splits": score_splits + 1, "capacity": capacity, "blocks": blocks}
     choose |= {"budget_heads": problem.budget.shape[1], "shape": constants(choice)}
-    attend = {"splits": splits, "capacity": capacity, "shape": shape_of(D, DV, attending), "join_shape": join}
+    shapes = {"shape": shape_of(D, DV, attending), "join_shape": shape_of(D, DV, joining)}
     architecture, strides = architecture_of(query.device), tuple(t.stride()[:3] for t in (query, key, value))
     sinks = None if problem.sinks is None else problem.sinks.dtype
     alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats)
@@ -184,9 +184,9 @@ def _plan(problem: Problem) -> Plan:
         (
             {**scored, **score, **compile_options(scoring, architecture)},
             {**common, **choose, **compile_options(choosing, architecture)},
-            {**scored, **attend, **compile_options(attending, architecture)},
+            {**scored, **shapes, "splits": splits, "capacity": capacity, **compile_options(attending, architecture)},
         ),
-        ("block", strides, D, DV, choice, join, *alike),
+        ("block", strides, D, DV, choice, joining.rows, *alike),
     )
 
 

@@ -106,20 +106,19 @@ def update_pages_(
     for b, (begin, changed, stop) in enumerate(zip(origin.tolist(), first.tolist(), end.tolist(), strict=True)):
         low = max(changed - begin, 0) // block_size
         high = min((min(stop, N, changed + count + block_size - 1) - begin) // block_size, P)
-        while low < high:
-            middle = min(high, low + at_once)
-            at, until = begin + low * block_size, begin + middle * block_size
+        for page in range(low, high, at_once):
+            pages = min(high - page, at_once)
+            at, until = begin + page * block_size, begin + (page + pages) * block_size
             keys, exists = key[b, :, max(at, 0) : max(until, 0)], None
             if at < 0:
                 # Of a sequence whose first keys were dropped.
-                missing = until - at - keys.shape[1]
+                missing = pages * block_size - keys.shape[1]
                 keys = torch.nn.functional.pad(keys, (0, 0, missing, 0))
-                exists = (torch.arange(until - at, device=key.device) >= missing).view(1, -1, block_size)
-                exists = exists.expand(len(keys), -1, -1)
-            new = summarize(keys.unflatten(1, (middle - low, block_size)), exists)
-            statistics.codes[b, :, low:middle] = new.codes
-            statistics.scales[b, :, low:middle] = new.scales
-            low = middle
+                exists = torch.arange(pages * block_size, device=key.device) >= missing
+                exists = exists.view(1, -1, block_size).expand(len(keys), -1, -1)
+            new = summarize(keys.unflatten(1, (pages, block_size)), exists)
+            statistics.codes[b, :, page : page + pages] = new.codes
+            statistics.scales[b, :, page : page + pages] = new.scales
 
 
 def page_logits(

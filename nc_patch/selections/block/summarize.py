@@ -74,7 +74,9 @@ def triton_summarize_pages_(
     with on_device(key.device):
         summarize_kernel[(touched, B * Hkv)](
             key=heads(dense_last(key)),
-            changed=Changed(origin.contiguous(), first.contiguous(), end.contiguous()),
+            origin=origin.contiguous(),
+            first=first.contiguous(),
+            end=end.contiguous(),
             statistics=dense,
             num_kv_heads=Hkv,
             N=N,
@@ -89,27 +91,19 @@ def triton_summarize_pages_(
             given.copy_(written)
 
 
-class Changed(NamedTuple):
-    """Integers ``[B]``: where each sequence begins, its first key that has changed, and where it ends."""
-
-    origin: Any
-    first: Any
-    end: Any
-
-
 @triton.jit(do_not_specialize=["num_kv_heads", "N", "stored_pages", "count"])
-def summarize_kernel(key, changed, statistics, num_kv_heads, N, stored_pages, count, page):
+def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, stored_pages, count, page):
     """The statistics of one page of those that have changed."""
     sequence = tl.program_id(1).to(tl.int64)
     batch = sequence // num_kv_heads
     keys = head_of(key, batch, sequence % num_kv_heads)
-    begin = tl.load(changed.origin + batch).to(tl.int64)
-    first = tl.load(changed.first + batch).to(tl.int64)
-    end = tl.minimum(tl.load(changed.end + batch).to(tl.int64), N)
+    begin = tl.load(origin + batch).to(tl.int64)
+    changed = tl.load(first + batch).to(tl.int64)
+    stop = tl.minimum(tl.load(end + batch).to(tl.int64), N)
     # Padding before the sequence belongs to no page.
-    number = tl.maximum(first - begin, 0) // page.BLOCK_SIZE + tl.program_id(0)
-    if begin + number * page.BLOCK_SIZE < first + count:
-        summarize_page(keys, statistics, sequence * stored_pages, number, stored_pages, begin, end, page)
+    number = tl.maximum(changed - begin, 0) // page.BLOCK_SIZE + tl.program_id(0)
+    if begin + number * page.BLOCK_SIZE < changed + count:
+        summarize_page(keys, statistics, sequence * stored_pages, number, stored_pages, begin, stop, page)
 
 
 @triton.jit
