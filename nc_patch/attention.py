@@ -177,11 +177,11 @@ def _attention(
     else:
         laws = config.laws(plan.layer)
         check_heads(module, laws, query.shape[1])
-        find = lambda: config.row_budgets(visible, Lk, plan.layer)  # noqa: E731
+        find = lambda: (config.row_budgets(visible, Lk, plan.layer), config.largest_budget(Lk, plan.layer))  # noqa: E731
         # Budgets by head are large, and as a rule of one layer alone.
         law = ("budget", laws, config.min_keys, config.dense_below, Lk)
-        budget = once(visible, law, find) if len(laws) == 1 else find()
-        problem = problem._replace(budget=budget)
+        budget, most = once(visible, law, find) if len(laws) == 1 else find()
+        problem = problem._replace(budget=budget, most=most)
     kept = Indexes()
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
     by_an_index = config.decode.needs_index or not needs_gradient(query, key, value, problem.sinks)
@@ -193,7 +193,7 @@ def _attention(
     if decoding and kept.means is not None:
         problem = problem._replace(means=PageMeans(*kept.means.tensors()), new=kept.new)
     if plan.dense_reason is None and decoding and kept.choosing is not None:
-        problem = by_index(problem, kept.choosing, config.largest_budget(Lk, plan.layer))._replace(new=kept.new)
+        problem = by_index(problem, kept.choosing, problem.most)._replace(new=kept.new)
 
     def run(selection: Selection) -> AttentionResult:
         dense = selection is _DENSE
@@ -307,11 +307,11 @@ def _visible_keys(
         found = visibility_of(mask, *lengths, name)
         return _Seen(split_sequences(found, **{**boundaries, "position_ids": None}), False, True)
     refuse_missing_keys(module, layer, mask, lengths[2])
-    found = once(mask, ("visibility", lengths), lambda: visibility_of(mask, *lengths, name))
-    if is_bidirectional(mask):
-        return _Seen(found, False, False)
 
-    def split() -> _Seen:
+    def look() -> _Seen:
+        found = visibility_of(mask, *lengths, name)
+        if is_bidirectional(mask):
+            return _Seen(found, False, False)
         cut = split_sequences(found, **boundaries)
         several = cut is not found and not torch.compiler.is_compiling()
         if several and getattr(module.config, "attention_chunk_size", None):
@@ -321,7 +321,8 @@ def _visible_keys(
             )
         return _Seen(cut, cut.order is None and not several, several)
 
-    return once(found.visible, ("split", *boundaries.values()), split)
+    seen: _Seen = once(mask, ("seen", lengths, *boundaries.values()), look)
+    return seen
 
 
 def _dense_reason(patch: LayerPatch | None, config: NCConfig, layer: int, selection: Selection) -> str | None:

@@ -264,8 +264,9 @@ def say_unpatched(name: str) -> None:
 def refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], crosses: bool) -> None:
     """Refuses what the model asks for and sparse attention cannot do; where it ``crosses``, it need not be causal."""
     name = type(module).__name__
-    for argument, what in _REFUSED_ARGUMENTS.items():
-        if kwargs.get(argument) is not None:
+    for argument in _REFUSED_ARGUMENTS.keys() & kwargs.keys():
+        if kwargs[argument] is not None:
+            what = _REFUSED_ARGUMENTS[argument]
             raise UnsupportedModelError(
                 f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
             )

@@ -243,8 +243,13 @@ def check_sequences(visible: torch.Tensor, origin: torch.Tensor) -> None:
             )
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> float:
     """The scale, by default ``1 / sqrt(D)``; raises ValueError unless scale and softcap are positive and finite."""
+    if type(scale) is float and softcap is None and 0 < scale <= _LARGEST:
+        return scale
     for name, value, allowed in (
         ("scale", scale, "a positive number"),
         ("softcap", softcap, "a positive number or None"),
@@ -252,6 +257,6 @@ def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> fl
         if value is None:
             continue
         found = as_number(value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value)
-        if found is None or not 0 < found <= torch.finfo(torch.float32).max:
+        if found is None or not 0 < found <= _LARGEST:
             raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return head_dim**-0.5 if scale is None else float(scale)

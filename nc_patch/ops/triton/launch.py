@@ -247,7 +247,8 @@ def run_kernel(
     # By its identity: a kernel's hash is made of its source.
     known = None if compiled is None else compiled.get(id(kernel))
     if known is not None:
-        known[grid](*[arguments[name] if name in arguments else options[name] for name in kernel.arg_names])
+        every = {**arguments, **options}
+        known[grid](*map(every.__getitem__, kernel.arg_names))
         return
     taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     found = kernel[grid](**taken, **options)

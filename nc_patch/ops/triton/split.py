@@ -74,7 +74,7 @@ def join_parts(parts, rows, first, step, count, shape):
     softmax = empty_softmax(shape)
     # With few rows there are registers for more parts at once, and not to wait for whether one is used.
     FEW: tl.constexpr = shape.BLOCK_M <= 8
-    UNROLLED: tl.constexpr = 8 if FEW else 4
+    UNROLLED: tl.constexpr = 8 if FEW else 2
     for part in tl.range(0, count, loop_unroll_factor=UNROLLED):
         at = first + part * step
         peak = tl.load(parts.peak + at, mask=rows.valid, other=float("-inf"))

@@ -231,7 +231,8 @@ def _options(
     exact = Tiles(_MATRIX_ROWS, scored, 4, 2, 32 if dtype == torch.float32 else None)
     # AMD's warps are twice as wide, and eight leave too few registers.
     wide = dtype == torch.float32 or (largest > 128 and want_bounds)
-    values = Tiles(_MATRIX_ROWS, _GATHERED, 8 if wide and not amd else 4, 2 if amd else 5)
+    stages = 2 if amd else 4 if dtype == torch.float32 else 5
+    values = Tiles(_MATRIX_ROWS, _GATHERED, 8 if wide and not amd else 4, stages)
 
     def of_tiles(tiles: Tiles) -> dict[str, Any]:
         return {**compile_options(tiles, architecture), "shape": shape_of(head_dim, value_dim, tiles)}
