@@ -30,6 +30,10 @@ class Memory:
     A *cell* is an element of the smallest type that the launch sees a tensor's storage as. Accesses are numbered from 1
     in the order in which they run; ``_first`` and ``_last[kind]`` hold the number of the first and the last access of a
     kind to each cell, or 0. ``_reader`` holds the lane that has read a cell since the last barrier, or 0 for several.
+
+    An atomic access that releases and acquires (``meet``) orders what its program did before its last barrier, and what
+    was ordered before that, before what another does after meeting it at the same address. ``_released`` are these
+    ranges of numbers for each such address, ``_before`` those that are ordered before what the program does now.
     """
 
     def __init__(self, kernel: str, tensors: Iterable[torch.Tensor], findings: "Counter[str]") -> None:
@@ -51,13 +55,23 @@ class Memory:
         self._first, self._last = np.zeros((2, 3, counts.sum()), np.int32)
         self._reader = np.zeros(counts.sum(), np.int32)
         self._sites = [""]
+        self._released: dict[int, set[tuple[int, int]]] = {}
         self.begin_program()
 
     def begin_program(self) -> None:
         self._program = self._phase = len(self._sites)
+        self._before: set[tuple[int, int]] = set()
 
     def barrier(self) -> None:
         self._phase = len(self._sites)
+
+    def meet(self, pointers: TensorHandle, mask: Array) -> None:
+        """An atomic access, which is noted apart, releases and acquires."""
+        address, active = np.broadcast_arrays(pointers.data, mask.astype(bool))
+        for place in address[active].tolist():
+            released = self._released.setdefault(place, set())
+            self._before |= released
+            released |= {*self._before, (self._program, self._phase)}
 
     def access(self, kind: int, pointers: TensorHandle, mask: Array, values: Array | None = None) -> TensorHandle:
         """Notes an access, of a store with its ``values``; returns the mask without what is outside all tensors."""
@@ -84,7 +98,7 @@ class Memory:
     def _note(self, kind: int, cell: Array, lane: Array) -> None:
         first, last = self._first, self._last
         for other in CONFLICTS[kind]:
-            foreign = cell[(first[other][cell] > 0) & (first[other][cell] < self._program)]
+            foreign = cell[self._unordered(first[other][cell]) | self._unordered(last[other][cell])]
             own = last[other][cell] >= self._phase
             own = cell[own & (self._reader[cell] != lane) if (kind, other) == (WRITE, READ) else own]
             for racing, whose in ((foreign, "in another program"), (own, "with no barrier between")):
@@ -100,6 +114,13 @@ class Memory:
         self._sites.append(site())
         first[kind][cell] = np.where(first[kind][cell] > 0, first[kind][cell], number)
         last[kind][cell] = number
+
+    def _unordered(self, number: Array) -> Array:
+        """Which accesses are those of other programs, and not ordered before what this one does."""
+        found = (number > 0) & (number < self._program)
+        for begin, end in self._before:
+            found &= (number < begin) | (number >= end)
+        return found
 
     def _found(self, kind: int, what: str) -> None:
         self._findings[f"{self._kernel}: {site()} {DOES[kind]} {what}"] += 1

@@ -7,7 +7,8 @@ come in any order, the threads of one see each other's stores only past a barrie
 - *order*: the programs of a launch run in an order drawn from the seed;
 - *races*: an address that two programs touch, or one program twice with no ``tl.debug_barrier`` between, where one of
   the two accesses is a store, or atomic and the other not; one store of different values to one address. A program may
-  store over what the same place in a tensor of that size has loaded, as in ``x[i] += 1``;
+  store over what the same place in a tensor of that size has loaded, as in ``x[i] += 1``. Atomic accesses that release
+  and acquire order what programs do before a barrier in front of them;
 - *memory*: what ``torch.empty`` returns holds a pattern. Reading it is found, and so is leaving the tensors that the
   launch was given, unless a mask forbids the access; what a mask forbids and no ``other`` replaces holds the pattern;
 - *arithmetic*: see ``Arithmetic``.
@@ -36,6 +37,7 @@ import torch
 import triton
 from gpu_arithmetic import Arithmetic
 from gpu_memory import ATOMIC, POISON, READ, WRITE, Memory, poisoned
+from triton._C.libtriton.ir import MEM_SEMANTIC
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
@@ -131,7 +133,10 @@ class GpuSemantics:
         plain(builder, pointers, value, self._memory.access(WRITE, pointers, mask.data, value.data), *rest)
 
     def _atomic(self, plain: Plain, builder: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        return plain(builder, op, pointers, value, self._memory.access(ATOMIC, pointers, mask.data), *rest)
+        allowed = self._memory.access(ATOMIC, pointers, mask.data)
+        if rest[0] == MEM_SEMANTIC.ACQUIRE_RELEASE:
+            self._memory.meet(pointers, allowed.data)
+        return plain(builder, op, pointers, value, allowed, *rest)
 
     def _compare_and_swap(self, plain: Plain, builder: Any, pointers: Any, *rest: Any) -> TensorHandle:
         self._memory.access(ATOMIC, pointers, np.ones(pointers.data.shape, bool))

@@ -14,6 +14,7 @@ from nc_patch.ops.rows import Rows
 from nc_patch.selections import Block, Dense, Selection, TopK, Window
 from nc_patch.selections.block.blocks import BlockChoice
 from nc_patch.selections.block.definition import chosen_mask
+from nc_patch.selections.block.pages import PageStatistics, summarize
 
 # Whether kernels run in Triton's interpreter, which is settled when they are imported.
 INTERPRETED = bool(backends._triton_interprets())
@@ -96,6 +97,29 @@ def reference_attention(
         assert isinstance(chosen, Block)
         return attention_over(problem, chosen_mask(problem, choice, chosen))
     return chosen.reference(problem, decode=selection == "pages")
+
+
+def summarize_pages(
+    key: torch.Tensor, origin: torch.Tensor, end: torch.Tensor, first_page: torch.Tensor, pages: int, block_size: int
+) -> PageStatistics:
+    """Statistics of ``pages`` pages from ``first_page`` on, over those of their keys that exist.
+
+    Args:
+        key: ``[B, Hkv, N, D]``.
+        origin: int ``[B]``, where each sequence begins; may be negative, keys before position 0 do not exist.
+        end: int ``[B]``, where each sequence ends.
+        first_page: int ``[B]``.
+
+    Returns:
+        Codes ``[B, Hkv, pages, 3, D]`` and scales ``[B, Hkv, pages, 3]``; zero for a page without keys.
+    """
+    B, Hkv, N, D = key.shape
+    offset = torch.arange(pages * block_size, device=key.device)
+    position = (origin.long() + first_page.long() * block_size)[:, None] + offset
+    exists = (position >= 0) & (position < end.long().clamp(max=N)[:, None])
+    index = position.clamp(0, max(N - 1, 0))[:, None, :, None].expand(-1, Hkv, -1, D)
+    keys = key.gather(2, index).view(B, Hkv, pages, block_size, D)
+    return summarize(keys, exists.view(B, 1, pages, block_size).expand(-1, Hkv, -1, -1))
 
 
 def topk_mask(

@@ -206,7 +206,7 @@ def name_of(launch: Launch, case: str) -> str:
         name = family
     elif name == "threshold" and family == "topk_tail":
         name = "threshold_tail"
-    elif family == "codes" and name not in ("combine", "encode", "means"):
+    elif family == "codes" and name not in ("encode", "means"):
         name = f"codes_{name}" + "_flagged" * bool(launch.named_constants().get("FLAGGED"))
     return f"{name}-{rest}"
 

@@ -133,6 +133,39 @@ def test_races_between_programs_are_found(does, races, gpu):
 
 
 @triton.jit
+def last_kernel(x, counter, out, N: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr):
+    """Every program writes elements of its own; the last, or without ``SEM`` any, reads all."""
+    own = tl.program_id(0)
+    tl.store(x + own * N + tl.arange(0, N), own)
+    if BARRIER:
+        tl.debug_barrier()
+    last = True
+    if SEM is not None:
+        last = tl.atomic_add(counter, 1, sem=SEM) == tl.num_programs(0) - 1
+    if last:
+        i = tl.arange(0, N)
+        total = tl.zeros([N], dtype=tl.int32)
+        for program in range(tl.num_programs(0)):
+            total += tl.load(x + program * N + i)
+        tl.store(out + own * N + i, total)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("barrier", "sem", "right"),
+    [(True, "acq_rel", True), (False, "acq_rel", False), (True, "relaxed", False), (True, None, False)],
+)
+def test_the_last_program_may_read_what_others_have_released(barrier, sem, right, gpu):
+    x, out = torch.zeros(40, dtype=torch.int32), torch.zeros(40, dtype=torch.int32)
+    last_kernel[(5,)](x, torch.zeros(1, dtype=torch.int32), out, 8, barrier, sem)
+    assert bool(gpu.findings) != right
+    if sem is not None:
+        assert out.sum() == 8 * sum(range(5))
+    if sem != "acq_rel":
+        assert all(finding.endswith(" in another program") for finding in gpu.findings)
+
+
+@triton.jit
 def overlay_kernel(whole, halves):
     """One program writes four bytes, another the last two of them."""
     if tl.program_id(0) == 0:

@@ -117,9 +117,9 @@ def decode_by_codes(head_dim: int, tail: bool, bounds: bool) -> None:
     TopK(4, 4, "mean" if tail else "drop").run(problem, "triton")
 
 
-def decode_by_pages(head_dim: int, block_size: int) -> None:
+def decode_by_pages(head_dim: int, block_size: int, queries: int = 1, **more: Any) -> None:
     index = page_tensors(head_dim, block_size)
-    problem = of_rows(1, head_dim, key_index=index, page_size=block_size, most=20_000, stats=True)
+    problem = of_rows(queries, head_dim, key_index=index, page_size=block_size, most=20_000, **more)
     Block(block_size).run(problem, "triton")
 
 
@@ -163,7 +163,7 @@ def average(head_dim: int) -> None:
 
 BLOCK_KERNELS = {"score_blocks", "choose_blocks", "attend_blocks", "blank_rows"}
 CODE_KERNELS = {"prepare", "guess", "scan", "score", "choose", "gather"}
-PAGE_KERNELS = {"score_pages", "choose_pages", "attend_pages", "combine", "attend"}
+PAGE_KERNELS = {"score_pages", "choose_pages", "attend_pages"}
 # What runs, and the kernels that it launches.
 CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
     "topk": (lambda D: attend_rows(TopK(4, 4, "drop"), D), {"threshold", "attend"}),
@@ -179,14 +179,11 @@ CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
         lambda D: decode_by_codes(D, True, False),
         CODE_KERNELS,
     ),
-    "pages-16": (
-        lambda D: decode_by_pages(D, 16),
-        {"score_pages", "choose_pages", "attend_pages", "combine", "attend"},
-    ),
-    "pages-128": (
-        lambda D: decode_by_pages(D, 128),
-        {"score_pages", "choose_pages", "attend_pages", "combine", "attend"},
-    ),
+    "pages-16": (lambda D: decode_by_pages(D, 16), PAGE_KERNELS),
+    "pages-128": (lambda D: decode_by_pages(D, 128), PAGE_KERNELS),
+    "pages-stats": (lambda D: decode_by_pages(D, 16, stats=True), {*PAGE_KERNELS, "attend"}),
+    "pages-new": (lambda D: decode_by_pages(D, 16, new=1), PAGE_KERNELS),
+    "pages-several-new": (lambda D: decode_by_pages(D, 16, 2, new=2), {*PAGE_KERNELS, "summarize"}),
     "summarize": (lambda D: write("pages", page_tensors(D, 16), D), {"summarize"}),
     "encode": (lambda D: write("codes", code_tensors(D), D), {"encode"}),
     "means": (average, {"means"}),
@@ -381,7 +378,10 @@ def step(n: int, D: int, indexes: dict[str, KeyIndex], alpha: float = 4.0) -> No
     )
     for tail in ("drop", "mean"):
         TopK(4, 4, tail).run(by_codes._replace(new=1), "triton")
-    Block().run(problem._replace(key_index=indexes["pages"].tensors(), page_size=32), "triton")
+    # By its own upkeep too, which takes in once more what is there.
+    for new in (0, 1):
+        by_pages = problem._replace(key_index=indexes["pages"].tensors(), page_size=32, new=new)
+        Block().run(by_pages, "triton")
 
 
 def indexes_of(n: int, D: int) -> dict[str, KeyIndex]:
@@ -390,6 +390,47 @@ def indexes_of(n: int, D: int) -> dict[str, KeyIndex]:
         kind: KeyIndex.build(key, kind, value=key if kind == "means" else None, backend="triton")
         for kind in ("codes", "pages", "means")
     }
+
+
+@pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
+def test_a_step_over_pages_is_three_launches_of_which_triton_specialises_none_again(monkeypatch):
+    compiled: list[str] = []
+    launched: list[tuple[str, int]] = []
+
+    class Compiled:
+        """What Triton returns for a launch."""
+
+        def __init__(self, name: str, arguments: int) -> None:
+            self.name, self.arguments = name, arguments
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+            return lambda *arguments: launched.append((self.name, len(arguments) - self.arguments))
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Compiled:
+        compiled.append(kernel.fn.__name__)
+        return Compiled(kernel.fn.__name__, len(kernel.arg_names))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(backends, "triton_problem", lambda device: None)
+    triton_launch.compiled_kernels.cache_clear()
+    query, _ = heads(1, 1200, 64)
+    visible, origin = packed(1, 1100)
+    index = indexes_of(1200, 64)["pages"].tensors()
+    compiled.clear()
+    names = ["score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
+    for n, room in ((1100, 64), (1101, 64), (1102, 90), (3000, 64)):
+        visible[..., 1] = n
+        keys = torch.zeros(1, 2, 3200, 64, dtype=torch.bfloat16)[:, :, :n]
+        problem = problem_of(query, keys, keys, visible, torch.full((1, 1, 1), room, dtype=torch.int32), scale=0.1)
+        problem = problem._replace(origin=origin, key_index=index, page_size=32, most=room, new=1)
+        Block().run(problem, "triton")
+        assert compiled == names
+    assert launched == [(name, 0) for name in names] * 3
+    # Memory that begins elsewhere is specialised for.
+    assert origin.data_ptr() % 16
+    Block().run(problem._replace(origin=origin.clone()), "triton")
+    assert compiled == names * 2
+    triton_launch.compiled_kernels.cache_clear()
 
 
 @pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")

@@ -5,11 +5,11 @@ import torch
 from attention_cases import Case, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import implementation, problem_of_case
+from operations import implementation, problem_of_case, summarize_pages
 
 from nc_patch import KeyIndex, sparse_attention
 from nc_patch.selections import TopK
-from nc_patch.selections.block.pages import page_count, summarize_pages
+from nc_patch.selections.block.pages import page_count
 from nc_patch.selections.block.torch_decode import torch_block_decode
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
 

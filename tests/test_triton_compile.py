@@ -1,7 +1,9 @@
 """Every kernel that the library launches compiles for every target, fits it and spills nothing; no GPU is needed."""
 
 import functools
+import re
 import sys
+from collections import Counter
 
 import pytest
 
@@ -18,6 +20,7 @@ from recorded_launches import (  # noqa: E402
     recorded,
     resources_of,
 )
+from triton.compiler import ASTSource  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set")
 
@@ -52,8 +55,7 @@ QUICK = [
     "choose_pages-bf16-d64-p16-many_pages",
     "attend_pages-bf16-d128-p32",
     "attend_pages-fp32-d128-p128-softcap",
-    "combine-fp16-d96-p64-sinks-stats",
-    "combine-fp32-d128-q1-bounds-sinks-few_heads",
+    "attend_pages-fp16-d96-p64-sinks-stats",
     "summarize-bf16-d128-p128",
     "codes_scan-bf16-d128-q1",
     "codes_scan-bf16-d128-q16-bounds",
@@ -183,3 +185,19 @@ def test_recording_under_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(RuntimeError, match="unset it"):
         recorded("sm_90")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("case", ["bf16-d128-p32", "fp32-d256-p32"])
+def test_a_page_is_summed_in_the_same_order_by_both_kernels_that_summarise_it(case, target):
+    # So that an index that is kept has the same bits as one that is built afresh.
+    found, launches = [], recorded(target, [f"pages-{case}"])
+    for kernel in ("summarize", "score_pages"):
+        launch = launches[f"{kernel}-{case}"]
+        source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+        text = triton.compile(source, target=TARGETS[target].gpu, options=launch.options).asm["ttgir"]
+        layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
+        sums = re.findall(r"\(tensor<(\d+x\d+xf32), (#\w+)>\) -> tensor<\d+xf32, #ttg.slice<{dim = (\d)", text)
+        found.append(Counter((shape, layouts[layout], axis) for shape, layout, axis in sums))
+    assert len(found[0]) == 2
+    assert found[0] <= found[1]

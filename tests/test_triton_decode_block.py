@@ -10,14 +10,26 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
+import triton
+import triton.language as tl
 from gpu_semantics import check_as_on_a_gpu
-from operations import INTERPRETED, assert_close, on_kernel_device, problem_of, reference_attention
+from operations import (
+    INTERPRETED,
+    assert_close,
+    on_kernel_device,
+    problem_of,
+    reference_attention,
+    summarize_pages,
+)
 
 from nc_patch.ops.problem import Problem
-from nc_patch.ops.triton.split import combine_splits
+from nc_patch.ops.triton.launch import Tiles, shape_of
+from nc_patch.ops.triton.split import arrives_last, join_parts, write_joined
+from nc_patch.ops.triton.structs import Rows, Softmax
+from nc_patch.selections import Block
 from nc_patch.selections.block import decode as triton_decode_block
 from nc_patch.selections.block.decode import triton_block_decode
-from nc_patch.selections.block.pages import PageStatistics, page_count, summarize_pages
+from nc_patch.selections.block.pages import PageStatistics, page_count
 from nc_patch.selections.block.summarize import triton_summarize_pages_
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -293,9 +305,66 @@ def test_summaries_follow_new_keys(first, count, dtype, device):
         assert (found.scales[b, :, rest] == 7).all()
 
 
+def index_of(case: Case, inputs: dict[str, torch.Tensor | None], missing: int) -> PageStatistics:
+    """An index of all keys but the last ``missing`` of each sequence; NaN, and codes of 99, of what is not whole."""
+    key, origin = inputs["key"], inputs["origin"][:, -1].contiguous()
+    pages = page_count(key.shape[2], case.block_size) + 2
+    codes = torch.full((*key.shape[:2], pages, 3, key.shape[3]), 99, dtype=torch.int8, device=key.device)
+    index = PageStatistics(codes, torch.full(codes.shape[:4], torch.nan, device=key.device))
+    end = torch.full_like(origin, case.keys - missing)
+    triton_summarize_pages_(key, origin, torch.zeros_like(end), case.keys, end, index, case.block_size)
+    return index
+
+
+# Keys that end with a page of the first sequence, that begin one and that lie within one.
+@on_kernel_device
+@pytest.mark.parametrize(("queries", "keys"), [(1, 160), (1, 161), (1, 170), (3, 161)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_step_that_takes_in_its_keys_leaves_and_attends_by_the_index_that_is_built_afresh(
+    dtype, queries, keys, device
+):
+    case = Case("new", dtype, 2, 3, queries, keys, 80, origins=(0, 7, -22), spare=9, budget=50, stats=False)
+    inputs = {name: x if x is None else x.to(device) for name, x in inputs_of(case).items()}
+    before, index, afresh = (index_of(case, inputs, missing) for missing in (queries, queries, 0))
+    block = Block(case.block_size)
+    problem = problem_of_run(case, inputs, index)._replace(new=queries)
+    assert block.takes_in_new(problem, "triton") == (queries == 1)
+    found = block.run(problem, "triton")
+    expected = block.run(problem_of_run(case, inputs, afresh), "triton")
+    assert torch.equal(found.output, expected.output)
+    assert torch.equal(found.attended, expected.attended)
+    completed = [(keys - b) // 16 > (keys - queries - b) // 16 for b in case.origins]
+    for kept, built, old in zip(index, afresh, before, strict=True):
+        torch.testing.assert_close(kept, built, rtol=0, atol=0, equal_nan=True)
+        assert [not torch.equal(*pair) for pair in zip(kept.nan_to_num(), old.nan_to_num(), strict=True)] == completed
+
+
+@on_kernel_device
+def test_a_key_goes_into_an_index_that_is_a_view_of_something_larger(device):
+    case = Case("view", kv_heads=2, keys=160, stats=False)
+    inputs = {name: x if x is None else x.to(device) for name, x in inputs_of(case).items()}
+    afresh, kept = index_of(case, inputs, 0), index_of(case, inputs, 1)
+    kept = PageStatistics(*(torch.cat((x, x), 2)[:, :, : x.shape[2]] for x in kept))
+    Block(case.block_size).run(problem_of_run(case, inputs, kept)._replace(new=1), "triton")
+    torch.testing.assert_close(tuple(kept), tuple(afresh), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def join_kernel(parts, sinks, attended, arrivals, last, output, lse, lse_keys, rows, num_heads, Lq, count, shape):
+    """The last of ``count`` programs joins the parts of a block of rows; every program says whether it is the last."""
+    row = tl.program_id(0) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
+    valid = row < rows
+    arrived = arrives_last(arrivals + tl.program_id(0), count)
+    tl.store(last + tl.program_id(0) * count + tl.program_id(1), arrived.to(tl.int32))
+    if arrived:
+        written = Rows(None, None, None, (row // Lq) % num_heads, row, valid, None, None, None)
+        joined = join_parts(parts, written, row * count, 1, count, shape)
+        write_joined(joined, written, sinks, tl.load(attended + row, mask=valid), output, lse, lse_keys, shape)
+
+
 @on_kernel_device
 @pytest.mark.parametrize("sinks", [False, True])
-def test_splits_combine_to_the_whole(sinks, device):
+def test_parts_join_to_the_whole(sinks, device):
     g = torch.Generator().manual_seed(0)
     rows, splits, width = 12, 5, 40
     logits, values = torch.randn(rows, splits, 7, generator=g).double() * 3, torch.randn(rows, splits, 7, width)
@@ -311,17 +380,36 @@ def test_splits_combine_to_the_whole(sinks, device):
     attended = torch.full((2, 3, 2), 9, dtype=torch.int32)
     attended.view(-1)[5] = 0
     output, lse, lse_keys = torch.empty(2, 3, 2, width), torch.empty(2, 3, 2), torch.empty(2, 3, 2)
-    moved = [x if x is None else x.to(device) for x in (acc, peak, total, sink, attended, output, lse, lse_keys)]
-    combine_splits(*moved)
+    arrivals, last = torch.zeros(2, dtype=torch.int32), torch.full((2, splits), 7, dtype=torch.int32)
+    tensors = (acc, peak, total, sink, attended, output, lse, lse_keys, arrivals, last)
+    moved = [x if x is None else x.to(device) for x in tensors]
+    acc, peak, total, sink_logits, attended, output, lse, lse_keys, arrivals, last = moved
+    join_kernel[(2, splits)](
+        parts=Softmax(acc, peak, total),
+        sinks=sink_logits,
+        attended=attended,
+        arrivals=arrivals,
+        last=last,
+        output=output,
+        lse=lse,
+        lse_keys=lse_keys,
+        rows=rows,
+        num_heads=3,
+        Lq=2,
+        count=splits,
+        shape=shape_of(width, width, Tiles(8, 16, 4, 1)),
+    )
+    assert arrivals.tolist() == [splits, splits]
+    assert last.sum(1).tolist() == [1, 1]
     expected_keys = torch.logsumexp(logits.flatten(1), -1)
     expected = expected_keys
     if sink is not None:
         expected = torch.logaddexp(expected, sink.double()[None, :, None].expand(2, 3, 2).reshape(-1))
     result = torch.einsum("rsn,rsnd->rd", torch.exp(logits - expected[:, None, None]), values.double())
     result[5] = 0
-    assert_close(moved[5].cpu().view(rows, width), result, 1e-5)
-    assert_close(moved[6].cpu().view(rows), expected, 1e-5)
-    assert_close(moved[7].cpu().view(rows), expected_keys, 1e-5)
+    assert_close(output.cpu().view(rows, width), result, 1e-5)
+    assert_close(lse.cpu().view(rows), expected, 1e-5)
+    assert_close(lse_keys.cpu().view(rows), expected_keys, 1e-5)
 
 
 @pytest.mark.parametrize(

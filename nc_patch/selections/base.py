@@ -139,9 +139,13 @@ class Selection:
         problem = self.with_means(problem, "torch")
         return attend_rows(problem, self.choice(problem))
 
+    def takes_in_new(self, problem: Problem, backend: str) -> bool:
+        """Whether the implementation takes a problem's new keys in by itself; where ``takes_in`` says, unless told."""
+        return (problem.phase, backend) == self.takes_in
+
     def run(self, problem: Problem, backend: str) -> AttentionResult:
         """Attention on ``backend``, by the index where the problem has one; ``new`` keys are taken in first."""
-        if problem.new and (problem.phase, backend) != self.takes_in:
+        if problem.new and not self.takes_in_new(problem, backend):
             problem = extend(problem, self.index_kind, backend)
         implementation: Any = getattr(self, f"{problem.phase}_{backend}")
         result: AttentionResult = implementation(problem)

@@ -244,7 +244,8 @@ def run_kernel(
         compiled: of ``compiled_kernels``. What is found there is launched at once; otherwise Triton looks at every
             argument, which takes several times as long as the rest of a launch.
     """
-    known = None if compiled is None else compiled.get(kernel)
+    # By its identity: a kernel's hash is made of its source.
+    known = None if compiled is None else compiled.get(id(kernel))
     if known is not None:
         every = {**arguments, **options}
         known[grid](*map(every.__getitem__, kernel.arg_names))
@@ -252,7 +253,7 @@ def run_kernel(
     taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     found = kernel[grid](**taken, **options)
     if compiled is not None and found is not None:
-        compiled[kernel] = found
+        compiled[id(kernel)] = found
 
 
 def alignment(*tensors: torch.Tensor | None) -> tuple[bool | None, ...]:

@@ -8,7 +8,6 @@ import torch
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.reference import final_scores
 from nc_patch.selections.base import Choice, Selection, register
-from nc_patch.selections.block import layout  # noqa: F401  registers it
 from nc_patch.selections.block.blocks import BlockOptions, Mark, no_mark
 from nc_patch.selections.block.definition import block_choice, chosen_mask, page_mask
 from nc_patch.selections.block.torch import ChosenBlocks, torch_block_attention
@@ -39,11 +38,17 @@ class Block(BlockOptions):
     estimates: ClassVar = True
     # Every backend counts query blocks on the host.
     on_host: ClassVar = (*Selection.on_host, ("prefill", "triton"))
+    takes_in: ClassVar = ("decode", "triton")
 
     @property
     def page_size(self) -> int:
         """Pages are blocks."""
         return self.size
+
+    def takes_in_new(self, problem: Problem, backend: str) -> bool:
+        """One key for one query: the page that it completes is the query's own, whose statistics are not read."""
+        one = problem.new == 1 and problem.query.shape[2] == 1 and problem.means is None
+        return one and super().takes_in_new(problem, backend)
 
     def mask(self, problem: Problem, scores: torch.Tensor, decode: bool = False) -> torch.Tensor:
         """The definition, bool ``[B, Hq, Lq, Lk]``; see ``Selection.mask``."""

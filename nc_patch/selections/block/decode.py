@@ -1,175 +1,205 @@
-"""``block`` while decoding, in four launches; ``definition.page_mask`` defines what it computes.
+"""``block`` while decoding, in three launches; ``definition.page_mask`` defines what it computes.
 
 1. Score: the statistics are read once for the query heads of a group: ``3 * D + 12`` bytes for each visible page and
-   key/value head, and a float32 logit written for each query head.
+   key/value head, and a float32 logit written for each query head. A new key is taken into the statistics.
 2. Choose: one program for a query and group reads the logits once, writes the pages' weights over the first
    head's, and finds the cut by bisection, reading them back from the cache; it writes the list of pages.
 3. Attend: the list is divided among programs, which gather ``2 * (D + Dv)`` bytes in 16 bits for each attended key.
-4. Combine: see ``split``.
+   The last of a row joins what they leave: see ``split``.
 
 One layer of Llama-3-8B (Hq 32, Hkv 8, D 128, bfloat16, batch 1), pages of 32, 4,705 keys, at 131,072 keys: statistics
 13.0 MB, logits 0.5 MB written and read, K and V 19.3 MB, partial sums 1.1 MB written and read: 36 MB against 537 MB
 for dense attention. Nothing is read back to the host and every size follows from shapes and host integers.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.triton.launch import Tiles as RowTiles
 from nc_patch.ops.triton.launch import (
+    Tiles,
+    alignment,
     architecture_of,
     compile_options,
+    compiled_kernels,
     kept_mass_of,
     on_device,
     padded_dim,
     prepared,
+    run_kernel,
     settings_of,
     shape_of,
 )
-from nc_patch.ops.triton.split import combine_splits, padded_splits, share
-from nc_patch.ops.triton.structs import RowInputs, heads
+from nc_patch.ops.triton.split import padded_splits, share
+from nc_patch.ops.triton.structs import Heads, RowInputs, Softmax, constants
 from nc_patch.selections.block.decode_kernels import (
-    Pages,
-    Sums,
+    ChooseShape,
+    Chosen,
     attend_pages_kernel,
     choose_pages_kernel,
     score_pages_kernel,
 )
-from nc_patch.selections.block.pages import VECTORS, page_count
+from nc_patch.selections.block.pages import VECTORS, PageStatistics, page_count
+from nc_patch.selections.block.summarize import page_shape_of, score_tiles
+from nc_patch.selections.index import extend
 
 # Counts of pages have 21 bits.
 MAX_PAGES = 2**21 - 1
 _CHOOSE_AT_ONCE = 4096
-_HEADS = 16
+# Steps with as many of these runs of keys share a plan.
+_KEYS = 1024
 
 
-@dataclass(frozen=True)
-class DecodeTiles:
-    """Tile sizes of one step: of pages scored at once and of keys attended at once.
+class Plan(NamedTuple):
+    """What steps that are alike are launched with: all that follows from shapes, strides and dtypes.
 
     Attributes:
-        scorers, attenders: programs of each kernel that a multiprocessor holds at once, by their registers.
+        strides: of query, key and value, as in ``Heads``. words: 32 bits each, of the scratch memory; none for no row.
+        sizes: words of its parts, multiples of 16 bytes: logits, peaks and totals of pages; peaks, totals and sums of
+            attended keys; and of one that holds integers, whose parts have ``counts``: see ``Chosen``.
+        grids, options: of the three kernels. alike: what they are compiled for, but for the alignment of tensors.
     """
 
-    score: RowTiles
-    attend: RowTiles
-    scorers: int
-    attenders: int
-
-
-def decode_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> DecodeTiles:
-    """The one place where tile sizes of decoding over pages are chosen."""
-    widest = max(padded_dim(head_dim), padded_dim(value_dim))
-    if dtype == torch.float32:
-        tile = RowTiles(_HEADS, 32, 8 if widest > 128 else 4, 1, 32)
-        return DecodeTiles(tile, tile, 8 // tile.warps, 8 // tile.warps)
-    keys, at_once = (32, 2) if widest > 128 else (64, 3)
-    # Channels beyond the head_dim are masked, which takes registers.
-    scorers = at_once if head_dim == padded_dim(head_dim) else 2
-    return DecodeTiles(RowTiles(_HEADS, 32, 4, 1), RowTiles(_HEADS, keys, 4, 2), scorers, at_once)
+    strides: tuple[tuple[int, ...], ...]
+    words: int
+    sizes: list[int]
+    counts: list[int]
+    grids: tuple[tuple[int, int, int], ...]
+    options: tuple[dict[str, Any], ...]
+    alike: tuple[Any, ...]
 
 
 def triton_block_decode(problem: Problem) -> AttentionResult:
     """Attention of each query over the pages that it chooses by their statistics; no budget is larger than ``most``.
 
-    ``problem.key_index`` are ``PageStatistics``; what lies beyond a query's own page is not read. The kept mass costs
-    as much as dense attention.
+    ``problem.key_index`` are ``PageStatistics``; what lies beyond a query's own page is not read. ``problem.new`` is 0,
+    or 1 where there is one query. The kept mass costs as much as dense attention.
 
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take, or more than ``MAX_PAGES`` pages.
     """
-    problem = prepared(problem)
-    _check_pages(problem)
-    block_size, want_stats = problem.page_size, problem.stats
-    B, Hq, Lq, D = problem.query.shape
-    Hkv, Lk, DV = problem.value.shape[1:]
-    group = problem.group
-    page_codes, page_scales = problem.key_index
+    problem, (strides, words, sizes, counts, grids, options, alike) = _planned(problem)
+    query, key, value, visible, origin, budget, *_ = problem
+    B, Hq, Lq, _ = query.shape
+    attended = visible.new_empty((B, Hq, Lq))
+    output = query.new_empty((B, Hq, Lq, value.shape[3]))
+    lse, lse_keys = (
+        (torch.empty_like(attended, dtype=torch.float32) for _ in range(2)) if problem.stats else (None, None)
+    )
+    if not words:
+        return AttentionResult(output, lse, lse_keys, attended)
+    scratch = torch.empty(words, dtype=torch.float32, device=query.device)
+    page_logits, page_peak, page_total, peak, total, acc, integers = scratch.split_with_sizes(sizes)
+    pages, count, arrivals = integers.view(torch.int32).split_with_sizes(counts)
+    statistics, sinks = PageStatistics(*problem.key_index), problem.sinks
+    inputs, page_parts = RowInputs(visible, budget, origin), Softmax(None, page_peak, page_total)
+    scored = {"query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "inputs": inputs, "Lk": key.shape[2]}
+    chosen, parts = Chosen(pages, count, attended, arrivals), Softmax(acc, peak, total)
+    results = {"sinks": sinks, "output": output, "lse": lse, "lse_keys": lse_keys, "chosen": chosen}
+    attend = {"value": Heads(value, *strides[2]), "parts": parts, **results, **scored}
+    score = {"statistics": statistics, "page_logits": page_logits, "parts": page_parts, "chosen": chosen, **scored}
+    compiled = compiled_kernels(alike, alignment(query, key, value, visible, origin, budget, *statistics, sinks))
+    with on_device(query.device):
+        run_kernel(score_pages_kernel, grids[0], score, options[0], compiled)
+        run_kernel(choose_pages_kernel, grids[1], score, options[1], compiled)
+        run_kernel(attend_pages_kernel, grids[2], attend, options[2], compiled)
+    kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
+    return AttentionResult(output, lse, kept_mass, attended)
+
+
+@lru_cache(maxsize=256)
+def _plans(*layout: Any) -> list[Plan]:
+    """Room for the plan of problems of a layout, once one of them has been checked."""
+    return []
+
+
+def _planned(problem: Problem) -> tuple[Problem, Plan]:
+    """The problem as the kernels take it, and its plan; what is alike is checked once."""
+    query, key, value, *_ = problem
+    others = (query, *problem[3:6], *problem.key_index, problem.sinks)
+    plans = _plans(
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in others],
+        *[(t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device) for t in (key, value)],
+        *(key.shape[2:3] == value.shape[2:3], -(-key.shape[-2] // _KEYS), -(-problem.most // problem.page_size)),
+        *(problem.page_size, problem.new, problem.stats, problem.scale, problem.softcap),
+        *(architecture_of(query.device), _CHOOSE_AT_ONCE),
+    )
+    if plans:
+        return problem, plans[0]
+    sinks = None if problem.sinks is None else problem.sinks.contiguous()
+    checked = prepared(problem)._replace(sinks=sinks)
+    _check_pages(checked)
+    plan = _plan(checked)
+    if all(given is taken for given, taken in zip(problem.tensors(), checked.tensors(), strict=True)):
+        plans.append(plan)
+    elif problem.new:
+        # The kernels would write to copies.
+        return _planned(extend(problem, "pages", "triton"))
+    return checked, plan
+
+
+def _plan(problem: Problem) -> Plan:
+    query, key, value, block_size = problem.query, problem.key, problem.value, problem.page_size
+    B, _, Lq, D = query.shape
+    Hkv, Lk, DV = value.shape[1:]
+    group, numbers, stored_pages = problem.group, B * Lq * Hkv, problem.key_index[0].shape[2]
     # A query's pages: those that a run of at most Lk keys can touch.
-    width = max(1, min(page_codes.shape[2], page_count(Lk, block_size) + 1))
+    width = max(1, min(stored_pages, page_count(-(-Lk // _KEYS) * _KEYS, block_size) + 1))
     if width > MAX_PAGES:
         larger = block_size * -(-width // MAX_PAGES)
         raise ValueError(f"at most {MAX_PAGES} pages can be chosen from, got {width}: use block_size >= {larger}")
-    device, architecture = problem.query.device, architecture_of(problem.query.device)
-    tiles = decode_tiles(architecture, problem.query.dtype, D, DV)
-    query, key, value = problem.query, problem.key, problem.value
-    inputs = RowInputs(problem.visible, problem.budget, problem.origin)
-    attended = torch.empty(B, Hq, Lq, dtype=torch.int32, device=device)
-    output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
-    lse, lse_keys = (
-        torch.empty(B, Hq, Lq, dtype=torch.float32, device=device) if want_stats else None for _ in range(2)
-    )
-    numbers = B * Lq * Hkv
-    if numbers == 0 or DV == 0:
-        return AttentionResult(output, lse, lse_keys, attended)
-
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
+    scoring, attending, scorers, attenders = decode_tiles(query.dtype, D, DV)
     capacity = min(-(-problem.most // block_size) + 2, width)
-    head_blocks = triton.cdiv(group, _HEADS)
-    score_splits = share(tiles.scorers, numbers * head_blocks, triton.cdiv(width, tiles.score.keys))
-    splits = share(tiles.attenders, numbers * head_blocks, triton.cdiv(capacity * block_size, tiles.attend.keys))
-    page_logits = scratch(numbers, group, width)
-    page_sums = Sums(*(scratch(numbers, group, score_splits + 1) for _ in range(2)))
-    sums = Sums(*(scratch(B * Hq * Lq, splits, *last) for last in ((), (), (DV,))))
-    pages = Pages(scratch(numbers, capacity, dtype=torch.int32), scratch(numbers, dtype=torch.int32), attended)
-    common = {
-        "inputs": inputs,
-        "num_kv_heads": Hkv,
-        "group": group,
-        "Lq": Lq,
-        "Lk": Lk,
-        "BLOCK_SIZE": block_size,
-    }
-    scored = {"query": heads(query), "key": heads(key), "settings": settings_of(problem)}
+    blocks = -(-group // scoring.rows)
+    score_splits = share(scorers, numbers * blocks, -(-width // scoring.keys))
+    splits = share(attenders, numbers * blocks, -(-capacity * block_size // attending.keys))
+    rows, page_parts = numbers * group, numbers * group * (score_splits + 1)
+    floats = (rows * width, page_parts, page_parts, rows * splits, rows * splits, rows * splits * DV)
+    integers = (numbers * capacity, 2 * numbers, numbers * blocks)
+    sizes, counts = ([-(-size // 4) * 4 for size in parts] for parts in (floats, integers))
+    # At most 16 pages a thread at a time.
     at_once = min(_CHOOSE_AT_ONCE, max(128, triton.next_power_of_2(width)))
-    with on_device(device):
-        score_pages_kernel[(numbers, score_splits + 1, head_blocks)](
-            codes=page_codes,
-            scales=page_scales,
-            page_logits=page_logits,
-            sums=page_sums,
-            stored_pages=page_codes.shape[2],
-            width=width,
-            splits=score_splits,
-            shape=shape_of(D, D, tiles.score),
-            BLOCK_K=max(16, triton.next_power_of_2(block_size)),
-            **common,
-            **scored,
-            **compile_options(tiles.score, architecture),
-        )
-        choose_pages_kernel[(numbers,)](
-            page_logits=page_logits,
-            sums=page_sums,
-            pages=pages,
-            budget_heads=problem.budget.shape[1],
-            width=width,
-            splits=score_splits + 1,
-            capacity=capacity,
-            BLOCK_P=at_once,
-            BLOCK_S=padded_splits(score_splits + 1),
-            **common,
-            # At most 16 pages a thread at a time.
-            **compile_options(RowTiles(1, at_once, max(4, at_once // 512), 1), architecture),
-        )
-        attend_pages_kernel[(numbers, splits, head_blocks)](
-            value=heads(value),
-            pages=pages,
-            sums=sums,
-            splits=splits,
-            capacity=capacity,
-            shape=shape_of(D, DV, tiles.attend),
-            **common,
-            **scored,
-            **compile_options(tiles.attend, architecture),
-        )
-    combine_splits(sums.acc, sums.peak, sums.total, problem.sinks, attended, output, lse, lse_keys)
-    kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
-    return AttentionResult(output, lse, kept_mass, attended)
+    choosing = Tiles(1, at_once, max(4, at_once // 512), 1)
+    joining = replace(attending, rows=min(attending.rows, triton.next_power_of_2(group)))
+    choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1))
+    common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
+    scored = {**common, "settings": settings_of(problem), "page": page_shape_of(D, block_size)}
+    score = {"stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, scoring)}
+    choose = {"width": width, "splits": score_splits + 1, "capacity": capacity, "blocks": blocks}
+    choose |= {"budget_heads": problem.budget.shape[1], "shape": constants(choice)}
+    shapes = {"shape": shape_of(D, DV, attending), "join_shape": shape_of(D, DV, joining)}
+    architecture, strides = architecture_of(query.device), tuple(t.stride()[:3] for t in (query, key, value))
+    sinks = None if problem.sinks is None else problem.sinks.dtype
+    alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats)
+    return Plan(
+        strides,
+        sum(sizes) + sum(counts),
+        [*sizes, sum(counts)],
+        counts,
+        ((numbers, score_splits + 1 + problem.new, blocks), (numbers, 1, 1), (numbers, splits, blocks)),
+        (
+            {**scored, **score, **compile_options(scoring, architecture)},
+            {**common, **choose, **compile_options(choosing, architecture)},
+            {**scored, **shapes, "splits": splits, "capacity": capacity, **compile_options(attending, architecture)},
+        ),
+        ("block", strides, D, DV, choice, joining.rows, *alike),
+    )
+
+
+def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Tiles, Tiles, int, int]:
+    """Tiles of pages scored and of keys attended, and how many programs of each a multiprocessor's registers hold."""
+    scoring, widest = score_tiles(dtype, head_dim), max(padded_dim(head_dim), padded_dim(value_dim))
+    if dtype == torch.float32:
+        attending = Tiles(scoring.rows, 32, 8 if widest > 128 else 4, 1, 32)
+        return scoring, attending, 8 // scoring.warps, 8 // attending.warps
+    # Channels beyond the head_dim are masked, which takes registers.
+    scorers = 3 if head_dim == padded_dim(head_dim) <= 128 else 2
+    keys, attenders = (32, 2) if widest > 128 else (64, 3)
+    return scoring, Tiles(scoring.rows, keys, 4, 2), scorers, attenders
 
 
 def _check_pages(problem: Problem) -> None:

@@ -2,7 +2,8 @@
 
 A program works for one query and one key/value head, for up to ``BLOCK_M`` of its query heads; ``number`` below counts
 (batch, query, key/value head) with the head running fastest. Logits are in base 2. Pages are counted from the first
-visible one, except in the list of chosen pages and in the statistics, where they are counted from the origin.
+visible one, except in the list of chosen pages and in the statistics, where they are counted from the origin. Parts of
+a softmax are as ``ops.triton.split`` describes them; those over pages have no values, and ``acc`` is None.
 """
 
 from typing import Any, NamedTuple
@@ -11,32 +12,16 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton.rows import budget_of, head_of
-from nc_patch.ops.triton.scores import (
-    dot,
-    dot_scores,
-    finite_or_zero,
-    fold,
-    load_queries,
-    logits_base2,
-)
-from nc_patch.ops.triton.structs import PER_CALL, Rows
+from nc_patch.ops.triton.scores import dot, dot_scores, finite_or_zero, fold, load_queries, logits_base2
+from nc_patch.ops.triton.split import arrives_last, join_parts, store_part, write_joined
+from nc_patch.ops.triton.structs import PER_CALL, Rows, Softmax
 from nc_patch.selections.block.heaviest import find_cut, load_ranks, places
+from nc_patch.selections.block.summarize import summarize_page
 
 _EXPONENT = tl.constexpr(0x7F800000)
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)
 # What is lost of a square, kept apart, is this much smaller: so that float16 can hold it.
 _LOW_PART = tl.constexpr(2048.0)
-
-
-class Sums(NamedTuple):
-    """Parts of a softmax, float32, of which each split writes one; ``ops.triton.split`` describes them.
-
-    ``acc`` is None where there are no values, and the softmax is over pages.
-    """
-
-    peak: Any
-    total: Any
-    acc: Any = None
 
 
 class Seen(NamedTuple):
@@ -75,9 +60,9 @@ def load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def group_rows(seen, group, BLOCK_M: tl.constexpr):
+def group_rows(seen, group, shape):
     """The ``Rows`` of this program, query heads of the group, but for their offsets in results."""
-    member = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    member = tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
     head = seen.kv_head * group + member
     return Rows(seen.batch, seen.kv_head, seen.index, head, None, member < group, seen.start, seen.end, None)
 
@@ -140,115 +125,111 @@ def page_scores(queries, codes, scales, in_range, scale, shape):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "stored_pages", "width", "splits"])
 def score_pages_kernel(
-    query,
-    key,
-    codes,
-    scales,
-    inputs,
-    page_logits,
-    sums,
-    stored_pages,
-    num_kv_heads,
-    group,
-    Lq,
-    Lk,
-    width,
-    splits,
-    settings,
-    shape,
-    BLOCK_K: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Logits ``[number, group, width]`` of visible pages, and the ``Sums`` of their softmax for each split.
+    query, key, statistics, inputs, page_logits, parts, stored_pages, num_kv_heads, group, Lq, Lk, width, splits,
+    settings, shape, page,
+):  # fmt: skip
+    """Logits ``[number, group, width]`` of visible pages, and ``parts`` of their softmax: ``splits + 1`` for each row.
 
-    Split s scores the s-th share of the pages from their statistics; the one after the last scores the query's own
-    page from its keys. What is NaN or +inf stays out of the softmax.
+    Program s along the second axis scores the s-th share of the pages from their statistics; the one after the last
+    scores the query's own page from its keys. What is NaN or +inf stays out of the softmax.
+
+    One program more, where there is one, takes the last key of the only query's sequence into the statistics. The page
+    that it completes is the query's own, so that nobody reads in this launch what is written.
     """
     number = tl.program_id(0)
     split = tl.program_id(1)
-    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE)
-    rows = group_rows(seen, group, shape.BLOCK_M)
-    queries = load_queries(query, rows, shape)
-    member = number.to(tl.int64) * group + tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
-    logits_rows = page_logits + member * width
-    peak = tl.full([shape.BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([shape.BLOCK_M], dtype=tl.float32)
-    own = tl.minimum(seen.pages, width) - 1
-    if split < splits:
-        share = (own + splits * shape.BLOCK_N - 1) // (splits * shape.BLOCK_N)
-        stop = tl.minimum((split + 1) * share * shape.BLOCK_N, own)
-        for tile in range(share):
-            page = (split * share + tile) * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
-            in_range = page < stop
-            first = seen.begin + (seen.low + page) * BLOCK_SIZE
-            size = tl.minimum(first + BLOCK_SIZE, seen.end) - tl.maximum(first, seen.start)
-            stored = (seen.batch * num_kv_heads + seen.kv_head) * stored_pages + (seen.low + page)
-            far, rest = page_scores(
-                queries, codes + stored * (3 * shape.D), scales + stored * 3, in_range, settings.scale, shape
-            )
-            far = logits_base2(far, settings)
-            others = tl.log2(tl.maximum(size - 1, 1).to(tl.float32))
-            others = tl.where(size > 1, others, float("-inf"))
-            rest = logits_base2(rest, settings) + others[None, :]
-            base = finite_or_zero(tl.maximum(far, rest))
-            logits = base + tl.log2(tl.exp2(far - base) + tl.exp2(rest - base))
-            tl.store(logits_rows[:, None] + page[None, :], logits, mask=rows.valid[:, None] & in_range[None, :])
-            # Written so that NaN fails the comparison too.
-            ordinary = (logits < float("inf")) & in_range[None, :]
-            peak, total, _weights, _shrink = fold(tl.where(ordinary, logits, float("-inf")), peak, total)
-    elif own >= 0:
-        keys = head_of(key, seen.batch, seen.kv_head)
-        position = seen.begin + (seen.low + seen.pages - 1) * BLOCK_SIZE + tl.arange(0, BLOCK_K)
-        in_page = (position >= seen.start) & (position < seen.end)
-        raw = dot_scores(queries, keys.data, position.to(tl.int64) * keys.stride, in_page, shape, True)
-        logits = logits_base2(raw, settings)
-        peak, total, _weights, _shrink = fold(tl.where(in_page[None, :], logits, float("-inf")), peak, total)
-        exact = finite_or_zero(peak) + tl.log2(total)
-        tl.store(logits_rows + own, exact, mask=rows.valid)
-        ordinary_page = exact < float("inf")
-        peak = tl.where(ordinary_page, peak, float("-inf"))
-        total = tl.where(ordinary_page, total, 0.0)
-    tl.store(sums.peak + member * (splits + 1) + split, peak, mask=rows.valid)
-    tl.store(sums.total + member * (splits + 1) + split, total, mask=rows.valid)
+    if split <= splits:
+        seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
+        rows = group_rows(seen, group, shape)
+        queries = load_queries(query, rows, shape)
+        member = number.to(tl.int64) * group + tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
+        logits_rows = page_logits + member * width
+        peak = tl.full([shape.BLOCK_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([shape.BLOCK_M], dtype=tl.float32)
+        own = tl.minimum(seen.pages, width) - 1
+        if split < splits:
+            first_stored = (seen.batch * num_kv_heads + seen.kv_head) * stored_pages + seen.low
+            share = (own + splits * shape.BLOCK_N - 1) // (splits * shape.BLOCK_N)
+            stop = tl.minimum((split + 1) * share * shape.BLOCK_N, own)
+            for tile in range(share):
+                n = (split * share + tile) * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
+                in_range = n < stop
+                first = seen.begin + (seen.low + n) * page.BLOCK_SIZE
+                size = tl.minimum(first + page.BLOCK_SIZE, seen.end) - tl.maximum(first, seen.start)
+                codes = statistics.codes + (first_stored + n) * (3 * shape.D)
+                scales = statistics.scales + (first_stored + n) * 3
+                far, rest = page_scores(queries, codes, scales, in_range, settings.scale, shape)
+                far = logits_base2(far, settings)
+                others = tl.log2(tl.maximum(size - 1, 1).to(tl.float32))
+                others = tl.where(size > 1, others, float("-inf"))
+                rest = logits_base2(rest, settings) + others[None, :]
+                base = finite_or_zero(tl.maximum(far, rest))
+                logits = base + tl.log2(tl.exp2(far - base) + tl.exp2(rest - base))
+                tl.store(logits_rows[:, None] + n[None, :], logits, mask=rows.valid[:, None] & in_range[None, :])
+                # Written so that NaN fails the comparison too.
+                ordinary = (logits < float("inf")) & in_range[None, :]
+                peak, total, _weights, _shrink = fold(tl.where(ordinary, logits, float("-inf")), peak, total)
+        elif own >= 0:
+            keys = head_of(key, seen.batch, seen.kv_head)
+            position = seen.begin + (seen.low + seen.pages - 1) * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
+            in_page = (position >= seen.start) & (position < seen.end)
+            raw = dot_scores(queries, keys.data, position.to(tl.int64) * keys.stride, in_page, shape, True)
+            logits = logits_base2(raw, settings)
+            peak, total, _weights, _shrink = fold(tl.where(in_page[None, :], logits, float("-inf")), peak, total)
+            exact = finite_or_zero(peak) + tl.log2(total)
+            tl.store(logits_rows + own, exact, mask=rows.valid)
+            ordinary_page = exact < float("inf")
+            peak = tl.where(ordinary_page, peak, float("-inf"))
+            total = tl.where(ordinary_page, total, 0.0)
+        tl.store(parts.peak + member * (splits + 1) + split, peak, mask=rows.valid)
+        tl.store(parts.total + member * (splits + 1) + split, total, mask=rows.valid)
+    elif tl.program_id(2) == 0:
+        batch = (number // num_kv_heads).to(tl.int64)
+        begin = tl.load(inputs.origin + batch).to(tl.int64)
+        end = tl.load(inputs.visible + batch * 2 + 1).to(tl.int64)
+        completed = tl.maximum(end - 1 - begin, 0) // page.BLOCK_SIZE
+        keys = head_of(key, batch, (number % num_kv_heads).to(tl.int64))
+        before = number.to(tl.int64) * stored_pages
+        summarize_page(keys, statistics, before, completed, stored_pages, begin, tl.minimum(end, Lk), page)
 
 
-class Pages(NamedTuple):
-    """Where the choice goes: int32 ``[number, capacity]``, ascending, and how many they are, ``[number]``.
+class Chosen(NamedTuple):
+    """Where the choice goes.
 
-    ``attended`` is int32 ``[B, Hq, Lq]``, the number of their visible keys.
+    Attributes:
+        pages: int32 ``[number, capacity]``, ascending. count: int32 ``[number, 2]``, how many they are, and the offset
+            of the group's first query head in results, so that those who attend need not keep it in registers.
+        attended: int32 ``[B, Hq, Lq]``, the number of their visible keys.
+        arrivals: int32 ``[number, blocks]``, which are set to zero for those who attend: see ``split.arrives_last``.
     """
 
-    chosen: Any
+    pages: Any
     count: Any
     attended: Any
+    arrivals: Any
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity"])
+class ChooseShape(NamedTuple):
+    """The constants of a choice: keys of a page, pages that are looked at together, and parts of a softmax, padded."""
+
+    BLOCK_SIZE: Any
+    BLOCK_P: Any
+    BLOCK_S: Any
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])
 def choose_pages_kernel(
-    inputs,
-    page_logits,
-    sums,
-    pages,
-    budget_heads,
-    num_kv_heads,
-    group,
-    Lq,
-    Lk,
-    width,
-    splits,
-    capacity,
-    BLOCK_P: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """The ``Pages`` that one query and the group attend; ``sums`` has ``splits`` parts for each query head."""
+    inputs, page_logits, parts, chosen, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity, blocks,
+    shape,
+):  # fmt: skip
+    """What one query and the group attend (``Chosen``); ``parts`` has ``splits`` of each query head."""
     number = tl.program_id(0)
-    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE)
+    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, shape.BLOCK_SIZE)
     count = tl.minimum(seen.pages, width)
     weights = page_logits + number.to(tl.int64) * group * width
     first_part = number.to(tl.int64) * group * splits
-    own_sums = Sums(sums.peak + first_part, sums.total + first_part)
-    sum_weights(weights, own_sums, group, width, splits, count, BLOCK_P, BLOCK_S)
+    own_parts = Softmax(None, parts.peak + first_part, parts.total + first_part)
+    sum_weights(weights, own_parts, group, width, splits, count, shape)
     largest_budget = 0
     for member in range(group):
         head = seen.kv_head * group + member
@@ -257,42 +238,45 @@ def choose_pages_kernel(
     tl.debug_barrier()
     always = tl.minimum(count, 2)
     # A budget of all keys has one page more, as intervals begin and end within pages.
-    more = tl.where(largest_budget >= seen.end - seen.start, BLOCK_SIZE, 0)
-    wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + BLOCK_SIZE - 1) // BLOCK_SIZE, always)
+    more = tl.where(largest_budget >= seen.end - seen.start, shape.BLOCK_SIZE, 0)
+    wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + shape.BLOCK_SIZE - 1) // shape.BLOCK_SIZE, always)
     wanted = tl.minimum(tl.minimum(wanted, count), capacity)
-    cut, spare = find_cut(weights, count - 1, wanted - always, BLOCK_P)
+    cut, spare = find_cut(weights, count - 1, wanted - always, shape.BLOCK_P)
     taken_before = 0
     ties_before = 0
-    for first in range(0, count, BLOCK_P):
-        page = first + tl.arange(0, BLOCK_P)
+    for first in range(0, count, shape.BLOCK_P):
+        page = first + tl.arange(0, shape.BLOCK_P)
         rank = load_ranks(weights, count - 1, page)
         above = (page < count) & ((page == 0) | (page == count - 1) | (rank > cut))
         place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
-        stored = pages.chosen + number.to(tl.int64) * capacity + place
+        stored = chosen.pages + number.to(tl.int64) * capacity + place
         tl.store(stored, seen.low + page, mask=taken & (place < capacity))
-    tl.store(pages.count + number, wanted)
+    for block in range(blocks):
+        tl.store(chosen.arrivals + number * blocks + block, 0)
     # The first and the last page may be seen in part; both are always chosen.
-    first_key = seen.begin + seen.low * BLOCK_SIZE
-    missing = (seen.start - first_key) + (first_key + count * BLOCK_SIZE - seen.end)
-    keys = tl.where(count > 0, wanted * BLOCK_SIZE - missing, 0)
+    first_key = seen.begin + seen.low * shape.BLOCK_SIZE
+    missing = (seen.start - first_key) + (first_key + count * shape.BLOCK_SIZE - seen.end)
+    keys = tl.where(count > 0, wanted * shape.BLOCK_SIZE - missing, 0)
     row = (seen.batch * num_kv_heads + seen.kv_head) * group * Lq + seen.index
+    tl.store(chosen.count + number * 2, wanted)
+    tl.store(chosen.count + number * 2 + 1, row.to(tl.int32))
     for member in range(group):
-        tl.store(pages.attended + row + member * Lq, keys)
+        tl.store(chosen.attended + row + member * Lq, keys)
 
 
 @triton.jit
-def sum_weights(logits_rows, sums, group, width, splits, pages, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
+def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
     """Writes, over the first head's logits, each page's weight, summed over the group.
 
     A logit that is NaN or +inf weighs +inf.
     """
-    split = tl.arange(0, BLOCK_S)
-    for first in range(0, pages, BLOCK_P):
-        page = first + tl.arange(0, BLOCK_P)
-        weight = tl.zeros([BLOCK_P], dtype=tl.float32)
+    split = tl.arange(0, shape.BLOCK_S)
+    for first in range(0, pages, shape.BLOCK_P):
+        page = first + tl.arange(0, shape.BLOCK_P)
+        weight = tl.zeros([shape.BLOCK_P], dtype=tl.float32)
         for member in range(group):
-            peaks = tl.load(sums.peak + member * splits + split, mask=split < splits, other=float("-inf"))
-            totals = tl.load(sums.total + member * splits + split, mask=split < splits, other=0.0)
+            peaks = tl.load(parts.peak + member * splits + split, mask=split < splits, other=float("-inf"))
+            totals = tl.load(parts.total + member * splits + split, mask=split < splits, other=0.0)
             row = logits_rows + tl.cast(member, tl.int64) * width
             logits = tl.load(row + page, mask=page < pages, other=float("-inf"))
             base = finite_or_zero(tl.max(peaks, axis=0))
@@ -307,39 +291,28 @@ def sum_weights(logits_rows, sums, group, width, splits, pages, BLOCK_P: tl.cons
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
 def attend_pages_kernel(
-    query,
-    key,
-    value,
-    inputs,
-    pages,
-    sums,
-    num_kv_heads,
-    group,
-    Lq,
-    Lk,
-    splits,
-    capacity,
-    settings,
-    shape,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """The ``Sums`` of one share of the chosen pages.
+    query, key, value, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk, splits,
+    capacity, settings, shape, join_shape, page,
+):  # fmt: skip
+    """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
+
+    ``join_shape`` is ``shape`` with no more rows than a group has.
 
     All rows of a program attend the same keys and no other key is loaded, so that what others hold cannot matter.
     """
     number = tl.program_id(0)
     split = tl.program_id(1)
-    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE)
-    rows = group_rows(seen, group, shape.BLOCK_M)
+    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
+    rows = group_rows(seen, group, shape)
     queries = load_queries(query, rows, shape)
     keys = head_of(key, seen.batch, seen.kv_head)
     values = head_of(value, seen.batch, seen.kv_head)
     dv = tl.arange(0, shape.BLOCK_DV)
-    count = tl.load(pages.count + number)
+    count = tl.load(chosen.count + number * 2)
     share = (count + splits - 1) // splits
     first = split * share
-    page_list = pages.chosen + number.to(tl.int64) * capacity + first
-    keys_left = tl.maximum(tl.minimum(first + share, count) - first, 0) * BLOCK_SIZE
+    page_list = chosen.pages + number.to(tl.int64) * capacity + first
+    keys_left = tl.maximum(tl.minimum(first + share, count) - first, 0) * page.BLOCK_SIZE
     tiles = (keys_left + shape.BLOCK_N - 1) // shape.BLOCK_N
     # Apart, not as a ``Softmax``: in float32 that takes more registers.
     peak = tl.full([shape.BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -347,8 +320,8 @@ def attend_pages_kernel(
     acc = tl.zeros([shape.BLOCK_M, shape.BLOCK_DV], dtype=tl.float32)
     for tile in range(tiles):
         offset = tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
-        page = tl.load(page_list + offset // BLOCK_SIZE, mask=offset < keys_left, other=0)
-        position = seen.begin + page * BLOCK_SIZE + offset % BLOCK_SIZE
+        of_page = tl.load(page_list + offset // page.BLOCK_SIZE, mask=offset < keys_left, other=0)
+        position = seen.begin + of_page * page.BLOCK_SIZE + offset % page.BLOCK_SIZE
         attended = (offset < keys_left) & (position >= seen.start) & (position < seen.end)
         raw = dot_scores(queries, keys.data, position.to(tl.int64) * keys.stride, attended, shape, True)
         logits = tl.where(attended[None, :], logits_base2(raw, settings), float("-inf"))
@@ -359,10 +332,15 @@ def attend_pages_kernel(
         )
         peak, total, weights, shrink = fold(logits, peak, total)
         acc = dot(weights.to(tile_values.dtype), tile_values, acc * shrink[:, None])
-    row = (seen.batch * num_kv_heads * group + rows.head) * Lq + seen.index
-    part = row * splits + split
-    tl.store(sums.peak + part, peak, mask=rows.valid)
-    tl.store(sums.total + part, total, mask=rows.valid)
-    if tiles > 0:
-        inside = rows.valid[:, None] & (dv[None, :] < shape.DV)
-        tl.store(sums.acc + part[:, None] * shape.DV + dv[None, :], acc, mask=inside)
+    member = tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
+    held = Rows(None, None, None, None, number.to(tl.int64) * group + member, member < group, None, None, None)
+    store_part(parts, held, Softmax(acc, peak, total), held.row * splits + split, shape)
+    if arrives_last(chosen.arrivals + number * tl.num_programs(2) + tl.program_id(2), splits):
+        member_of = tl.program_id(2) * join_shape.BLOCK_M + tl.arange(0, join_shape.BLOCK_M)
+        place = number.to(tl.int64) * group + member_of
+        row = tl.load(chosen.count + number * 2 + 1) + member_of.to(tl.int64) * Lq
+        head = (row // Lq) % (num_kv_heads * group)
+        results = Rows(None, None, None, head, row, member_of < group, None, None, None)
+        joined = join_parts(parts, results, place * splits, 1, splits, join_shape)
+        attended = tl.load(chosen.attended + row, mask=results.valid, other=0)
+        write_joined(joined, results, sinks, attended, output, lse, lse_keys, join_shape)

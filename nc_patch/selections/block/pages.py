@@ -8,9 +8,11 @@ anew choose the same pages. Pages are counted from the sequence's origin, not fr
 """
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+
+from nc_patch.selections.index import layout
 
 # The rows of PageStatistics.codes: the key apart, mean and variance of the others.
 VECTORS = 3
@@ -61,17 +63,13 @@ def summarize(keys: torch.Tensor, exists: torch.Tensor | None = None) -> PageSta
     # Numbers near one, whose squares neither overflow nor vanish; a power of two rounds nothing.
     unit = (largest.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp(min=_SMALLEST)
     keys = torch.where(sound[..., None, None], keys / unit[..., None, None], 0.0)
-    position = torch.arange(keys.shape[-2], device=keys.device)
-    if exists is None:
-        count = torch.full((1,), keys.shape[-2], device=keys.device)
-        distance = (keys - keys.sum(-2, keepdim=True) / count).square().sum(-1)
-        far = distance.argmax(-1, keepdim=True)
-        other = position != far
-    else:
-        count = exists.sum(-1, keepdim=True)
-        distance = (keys - keys.sum(-2, keepdim=True) / count.clamp(min=1)[..., None]).square().sum(-1)
-        far = torch.where(exists, distance, -1.0).argmax(-1, keepdim=True)
-        other = (position != far) & exists
+    whole = torch.full((1,), keys.shape[-2], device=keys.device)
+    count = whole if exists is None else exists.sum(-1, keepdim=True)
+    distance = (keys - keys.sum(-2, keepdim=True) / count.clamp(min=1)[..., None]).square().sum(-1)
+    distance = distance if exists is None else torch.where(exists, distance, -1.0)
+    far = distance.argmax(-1, keepdim=True)
+    other = torch.arange(keys.shape[-2], device=keys.device) != far
+    other = other if exists is None else other & exists
     others = (count - 1).clamp(min=1)
     mean = torch.where(other[..., None], keys, 0.0).sum(-2) / others
     variance = torch.where(other[..., None], keys - mean[..., None, :], 0.0).square().sum(-2) / others
@@ -84,29 +82,6 @@ def summarize(keys: torch.Tensor, exists: torch.Tensor | None = None) -> PageSta
     return PageStatistics(
         codes.clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), torch.where(sound[..., None], scales, torch.nan)
     )
-
-
-def summarize_pages(
-    key: torch.Tensor, origin: torch.Tensor, end: torch.Tensor, first_page: torch.Tensor, pages: int, block_size: int
-) -> PageStatistics:
-    """Statistics of ``pages`` pages from ``first_page`` on, over those of their keys that exist.
-
-    Args:
-        key: ``[B, Hkv, N, D]``.
-        origin: int ``[B]``, where each sequence begins; may be negative, keys before position 0 do not exist.
-        end: int ``[B]``, where each sequence ends.
-        first_page: int ``[B]``.
-
-    Returns:
-        Codes ``[B, Hkv, pages, 3, D]`` and scales ``[B, Hkv, pages, 3]``; zero for a page without keys.
-    """
-    B, Hkv, N, D = key.shape
-    offset = torch.arange(pages * block_size, device=key.device)
-    position = (origin.long() + first_page.long() * block_size)[:, None] + offset
-    exists = (position >= 0) & (position < end.long().clamp(max=N)[:, None])
-    index = position.clamp(0, max(N - 1, 0))[:, None, :, None].expand(-1, Hkv, -1, D)
-    keys = key.gather(2, index).view(B, Hkv, pages, block_size, D)
-    return summarize(keys, exists.view(B, 1, pages, block_size).expand(-1, Hkv, -1, -1))
 
 
 def update_pages_(
@@ -131,20 +106,19 @@ def update_pages_(
     for b, (begin, changed, stop) in enumerate(zip(origin.tolist(), first.tolist(), end.tolist(), strict=True)):
         low = max(changed - begin, 0) // block_size
         high = min((min(stop, N, changed + count + block_size - 1) - begin) // block_size, P)
-        while low < high:
-            middle = min(high, low + at_once)
-            at, until = begin + low * block_size, begin + middle * block_size
+        for page in range(low, high, at_once):
+            pages = min(high - page, at_once)
+            at, until = begin + page * block_size, begin + (page + pages) * block_size
             keys, exists = key[b, :, max(at, 0) : max(until, 0)], None
             if at < 0:
                 # Of a sequence whose first keys were dropped.
-                missing = until - at - keys.shape[1]
+                missing = pages * block_size - keys.shape[1]
                 keys = torch.nn.functional.pad(keys, (0, 0, missing, 0))
-                exists = (torch.arange(until - at, device=key.device) >= missing).view(1, -1, block_size)
-                exists = exists.expand(len(keys), -1, -1)
-            new = summarize(keys.unflatten(1, (middle - low, block_size)), exists)
-            statistics.codes[b, :, low:middle] = new.codes
-            statistics.scales[b, :, low:middle] = new.scales
-            low = middle
+                exists = torch.arange(pages * block_size, device=key.device) >= missing
+                exists = exists.view(1, -1, block_size).expand(len(keys), -1, -1)
+            new = summarize(keys.unflatten(1, (pages, block_size)), exists)
+            statistics.codes[b, :, page : page + pages] = new.codes
+            statistics.scales[b, :, page : page + pages] = new.scales
 
 
 def page_logits(
@@ -172,3 +146,38 @@ def page_logits(
     if isinstance(count, torch.Tensor):
         return torch.logaddexp(far, rest + (count - 1).to(query.dtype).log())
     return torch.logaddexp(far, rest + (math.log(count - 1) if count > 1 else -math.inf))
+
+
+@layout("pages")
+class Pages:
+    """What the key index of ``block`` holds: ``PageStatistics``, of which none is kept for a page that is not whole."""
+
+    names: ClassVar = ("page_codes", "page_scales")
+    fixed: ClassVar = ()
+    paged: ClassVar = True
+    takes_values: ClassVar = False
+    pays_on: ClassVar = ("triton", "torch")
+
+    @staticmethod
+    def rows(capacity: int, block_size: int) -> int:
+        """One for each page."""
+        return page_count(capacity, block_size)
+
+    @staticmethod
+    def allocate(
+        key: torch.Tensor, value: torch.Tensor | None, ends: tuple[torch.Tensor, torch.Tensor], rows: int
+    ) -> list[torch.Tensor]:
+        """Zeros."""
+        shape = (*key.shape[:2], rows, VECTORS)
+        return [key.new_zeros(*shape, key.shape[3], dtype=torch.int8), key.new_zeros(shape, dtype=torch.float32)]
+
+    @staticmethod
+    def write(
+        index: list[torch.Tensor], tensors: list[torch.Tensor], count: int, block_size: int, backend: str
+    ) -> None:
+        """Summarises each whole page that holds a new key."""
+        key, origin, first, end = tensors
+        update = update_pages_
+        if backend == "triton":
+            from nc_patch.selections.block.summarize import triton_summarize_pages_ as update
+        update(key, origin, first, count, end, PageStatistics(*index), block_size)

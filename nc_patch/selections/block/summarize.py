@@ -1,14 +1,15 @@
 """Upkeep of page statistics: the pages that new keys have completed are summarised, in place."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.launch import on_device
+from nc_patch.ops.triton.launch import Tiles, architecture_of, compile_options, dense_last, on_device, padded_dim
 from nc_patch.ops.triton.rows import head_of
-from nc_patch.ops.triton.structs import heads
+from nc_patch.ops.triton.structs import constants, heads
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
 
 _LARGEST_CODE = tl.constexpr(LARGEST_CODE)
@@ -16,9 +17,33 @@ _VECTORS = tl.constexpr(VECTORS)
 _EXPONENT = tl.constexpr(0x7F800000)
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)
 # Elements of a page that are held at once, and how many of them are channels at least.
-_ELEMENTS = 8192
+_ELEMENTS = 4096
 _CHANNELS = 32
-_OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+
+
+class PageShape(NamedTuple):
+    """The constants of a page: channels, keys, keys padded, and channels that are summarised at once."""
+
+    D: Any
+    BLOCK_SIZE: Any
+    BLOCK_K: Any
+    CHANNELS: Any
+
+
+@lru_cache(maxsize=64)
+def page_shape_of(head_dim: int, block_size: int) -> PageShape:
+    """The constants of pages of ``block_size`` keys."""
+    keys = max(16, triton.next_power_of_2(block_size))
+    channels = min(padded_dim(head_dim), max(_CHANNELS, _ELEMENTS // keys))
+    shape: PageShape = constants(PageShape(head_dim, block_size, keys, channels))
+    return shape
+
+
+def score_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Tiles of the kernels that summarise pages and score them: sums of as many warps have the same bits."""
+    if dtype == torch.float32:
+        return Tiles(16, 32, 8 if padded_dim(head_dim) > 128 else 4, 1, 32)
+    return Tiles(16, 32, 4, 1)
 
 
 def triton_summarize_pages_(
@@ -42,48 +67,113 @@ def triton_summarize_pages_(
             left out. Copied, and copied back, where they are not contiguous.
     """
     B, Hkv, N, D = key.shape
-    codes, scales = (tensor.contiguous() for tensor in statistics)
+    dense = PageStatistics(*(tensor.contiguous() for tensor in statistics))
     touched = (count + block_size - 2) // block_size + 1 if count > 0 else 0
     if touched == 0 or B * Hkv * D == 0:
         return
-    if key.stride(-1) != 1:
-        key = key.contiguous()
-    keys = triton.next_power_of_2(block_size)
     with on_device(key.device):
         summarize_kernel[(touched, B * Hkv)](
-            key=heads(key),
-            changed=Changed(origin.contiguous(), first.contiguous(), end.contiguous()),
-            codes=codes,
-            scales=scales,
+            key=heads(dense_last(key)),
+            origin=origin.contiguous(),
+            first=first.contiguous(),
+            end=end.contiguous(),
+            statistics=dense,
             num_kv_heads=Hkv,
             N=N,
-            stored_pages=codes.shape[2],
+            stored_pages=dense.codes.shape[2],
             count=count,
-            D=D,
-            BLOCK_SIZE=block_size,
-            BLOCK_K=keys,
-            CHANNELS=min(triton.next_power_of_2(D), max(_CHANNELS, _ELEMENTS // keys)),
-            **_OPTIONS,
+            page=page_shape_of(D, block_size),
+            **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
         )
     # Of a view of something larger a copy was written.
-    for given, written in zip(statistics, (codes, scales), strict=True):
+    for given, written in zip(statistics, dense, strict=True):
         if written is not given:
             given.copy_(written)
 
 
-class Changed(NamedTuple):
-    """Integers ``[B]``: where each sequence begins, its first key that has changed, and where it ends."""
-
-    origin: Any
-    first: Any
-    end: Any
+@triton.jit(do_not_specialize=["num_kv_heads", "N", "stored_pages", "count"])
+def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, stored_pages, count, page):
+    """The statistics of one page of those that have changed."""
+    sequence = tl.program_id(1).to(tl.int64)
+    batch = sequence // num_kv_heads
+    keys = head_of(key, batch, sequence % num_kv_heads)
+    begin = tl.load(origin + batch).to(tl.int64)
+    changed = tl.load(first + batch).to(tl.int64)
+    stop = tl.minimum(tl.load(end + batch).to(tl.int64), N)
+    # Padding before the sequence belongs to no page.
+    number = tl.maximum(changed - begin, 0) // page.BLOCK_SIZE + tl.program_id(0)
+    if begin + number * page.BLOCK_SIZE < changed + count:
+        summarize_page(keys, statistics, sequence * stored_pages, number, stored_pages, begin, stop, page)
 
 
 @triton.jit
-def load_scaled(rows, exists, first_channel, unit, D: tl.constexpr, CHANNELS: tl.constexpr):
+def summarize_page(keys, statistics, before, number, stored_pages, begin, end, page):
+    """Stores the statistics of the page with this number, if it is whole and there is a place for it.
+
+    ``before``: how many pages are stored before those of its head. In passes over its channels: range, distances,
+    ranges of the vectors, codes.
+    """
+    D: tl.constexpr = page.D
+    page_begin = begin + number * page.BLOCK_SIZE
+    if (number < stored_pages) & (page_begin + page.BLOCK_SIZE <= end):
+        k = tl.arange(0, page.BLOCK_K)
+        exists = (k < page.BLOCK_SIZE) & (page_begin + k >= 0)
+        there = tl.maximum(tl.sum(exists.to(tl.float32), axis=0), 1.0)
+        others = tl.maximum(there - 1.0, 1.0)
+        rows = keys.data + (page_begin + k) * keys.stride
+        largest = tl.zeros([page.BLOCK_K], dtype=tl.float32)
+        broken = tl.zeros([page.BLOCK_K], dtype=tl.int32)
+        for channel in range(0, D, page.CHANNELS):
+            size = tl.abs(load_scaled(rows, exists, channel, 1.0, page))
+            # Written so that NaN fails the comparison too.
+            broken += tl.sum((~(size < float("inf"))).to(tl.int32), axis=1)
+            largest = tl.maximum(largest, tl.max(size, axis=1))
+        sound = tl.sum(broken, axis=0) == 0
+        # Not ``exists & sound``: a mask made from a scalar's truth is none in the interpreter of Triton 3.9.
+        exists = exists & (k < tl.where(sound, page.BLOCK_SIZE, 0))
+        most = tl.max(tl.where(broken == 0, largest, 0.0), axis=0)
+        unit = (most.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
+        unit = tl.maximum(unit, _SMALLEST)
+        distance = tl.zeros([page.BLOCK_K], dtype=tl.float32)
+        for channel in range(0, D, page.CHANNELS):
+            tile = load_scaled(rows, exists, channel, unit, page)
+            off = tile - (tl.sum(tile, axis=0) / there)[None, :]
+            distance += tl.sum(off * off, axis=1)
+        distance = tl.where(exists, distance, -1.0)
+        # Of equals the first.
+        far = tl.min(tl.where(distance == tl.max(distance, axis=0), k, page.BLOCK_K), axis=0)
+        other = exists & (k != far)
+        far_step = unit * 0.0
+        mean_step = unit * 0.0
+        variance_step = unit * 0.0
+        for channel in range(0, D, page.CHANNELS):
+            tile = load_scaled(rows, exists, channel, unit, page)
+            apart, mean, variance = vectors(tile, k, far, other, others)
+            far_step = tl.maximum(far_step, tl.max(tl.abs(apart), axis=0))
+            mean_step = tl.maximum(mean_step, tl.max(tl.abs(mean), axis=0))
+            variance_step = tl.maximum(variance_step, tl.max(variance, axis=0))
+        far_step = far_step / _LARGEST_CODE
+        mean_step = mean_step / _LARGEST_CODE
+        variance_step = variance_step / _LARGEST_CODE
+        codes = statistics.codes + (before + number) * (_VECTORS * D)
+        for channel in range(0, D, page.CHANNELS):
+            d = channel + tl.arange(0, page.CHANNELS)
+            tile = load_scaled(rows, exists, channel, unit, page)
+            apart, mean, variance = vectors(tile, k, far, other, others)
+            tl.store(codes + d, encode(apart, far_step), mask=d < D)
+            tl.store(codes + D + d, encode(mean, mean_step), mask=d < D)
+            tl.store(codes + 2 * D + d, encode(variance, variance_step), mask=d < D)
+        scales = statistics.scales + (before + number) * _VECTORS
+        tl.store(scales, tl.where(sound, far_step * unit, float("nan")))
+        tl.store(scales + 1, tl.where(sound, mean_step * unit, float("nan")))
+        tl.store(scales + 2, tl.where(sound, tl.sqrt(variance_step) * unit, float("nan")))
+
+
+@triton.jit
+def load_scaled(rows, exists, first_channel, unit, page):
     """``CHANNELS`` channels of a page's keys in float32 over ``unit``, zero where there is no key."""
-    d = first_channel + tl.arange(0, CHANNELS)
-    tile = tl.load(rows[:, None] + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
+    d = first_channel + tl.arange(0, page.CHANNELS)
+    tile = tl.load(rows[:, None] + d[None, :], mask=exists[:, None] & (d[None, :] < page.D), other=0.0)
     tile = tile.to(tl.float32)
     return tl.div_rn(tile, tl.zeros_like(tile) + unit)
 
@@ -103,83 +193,3 @@ def encode(vector, step):
     level = tl.floor(tl.div_rn(vector, tl.zeros_like(vector) + tl.where(step > 0.0, step, 1.0)) + 0.5)
     level = tl.where(step > 0.0, level, 0.0)
     return tl.minimum(tl.maximum(level, -_LARGEST_CODE), _LARGEST_CODE).to(tl.int8)
-
-
-@triton.jit(do_not_specialize=["num_kv_heads", "N", "stored_pages", "count"])
-def summarize_kernel(
-    key,
-    changed,
-    codes,
-    scales,
-    num_kv_heads,
-    N,
-    stored_pages,
-    count,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """The statistics of one page, in passes over its channels: range, distances, ranges of the vectors, codes."""
-    sequence = tl.program_id(1).to(tl.int64)
-    batch = sequence // num_kv_heads
-    begin = tl.load(changed.origin + batch).to(tl.int64)
-    first = tl.load(changed.first + batch).to(tl.int64)
-    last = tl.minimum(tl.load(changed.end + batch).to(tl.int64), N)
-    # Padding before the sequence belongs to no page.
-    page = tl.maximum(first - begin, 0) // BLOCK_SIZE + tl.program_id(0)
-    page_begin = begin + page * BLOCK_SIZE
-    if (page < stored_pages) & (page_begin < first + count) & (page_begin + BLOCK_SIZE <= last):
-        k = tl.arange(0, BLOCK_K)
-        exists = (k < BLOCK_SIZE) & (page_begin + k >= 0)
-        number = tl.maximum(tl.sum(exists.to(tl.float32), axis=0), 1.0)
-        others = tl.maximum(number - 1.0, 1.0)
-        keys = head_of(key, batch, sequence % num_kv_heads)
-        rows = keys.data + (page_begin + k) * keys.stride
-        largest = tl.zeros([BLOCK_K], dtype=tl.float32)
-        broken = tl.zeros([BLOCK_K], dtype=tl.int32)
-        for channel in range(0, D, CHANNELS):
-            size = tl.abs(load_scaled(rows, exists, channel, 1.0, D, CHANNELS))
-            # Written so that NaN fails the comparison too.
-            broken += tl.sum((~(size < float("inf"))).to(tl.int32), axis=1)
-            largest = tl.maximum(largest, tl.max(size, axis=1))
-        sound = tl.sum(broken, axis=0) == 0
-        # Not ``exists & sound``: a mask made from a scalar's truth is none in the interpreter of Triton 3.9.
-        exists = exists & (k < tl.where(sound, BLOCK_SIZE, 0))
-        most = tl.max(tl.where(broken == 0, largest, 0.0), axis=0)
-        unit = (most.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
-        unit = tl.maximum(unit, _SMALLEST)
-        distance = tl.zeros([BLOCK_K], dtype=tl.float32)
-        for channel in range(0, D, CHANNELS):
-            tile = load_scaled(rows, exists, channel, unit, D, CHANNELS)
-            off = tile - (tl.sum(tile, axis=0) / number)[None, :]
-            distance += tl.sum(off * off, axis=1)
-        distance = tl.where(exists, distance, -1.0)
-        # Of equals the first.
-        far = tl.min(tl.where(distance == tl.max(distance, axis=0), k, BLOCK_K), axis=0)
-        other = exists & (k != far)
-        far_step = unit * 0.0
-        mean_step = unit * 0.0
-        variance_step = unit * 0.0
-        for channel in range(0, D, CHANNELS):
-            tile = load_scaled(rows, exists, channel, unit, D, CHANNELS)
-            apart, mean, variance = vectors(tile, k, far, other, others)
-            far_step = tl.maximum(far_step, tl.max(tl.abs(apart), axis=0))
-            mean_step = tl.maximum(mean_step, tl.max(tl.abs(mean), axis=0))
-            variance_step = tl.maximum(variance_step, tl.max(variance, axis=0))
-        far_step = far_step / _LARGEST_CODE
-        mean_step = mean_step / _LARGEST_CODE
-        variance_step = variance_step / _LARGEST_CODE
-        stored = sequence * stored_pages + page
-        page_codes = codes + stored * (_VECTORS * D)
-        for channel in range(0, D, CHANNELS):
-            d = channel + tl.arange(0, CHANNELS)
-            tile = load_scaled(rows, exists, channel, unit, D, CHANNELS)
-            apart, mean, variance = vectors(tile, k, far, other, others)
-            tl.store(page_codes + d, encode(apart, far_step), mask=d < D)
-            tl.store(page_codes + D + d, encode(mean, mean_step), mask=d < D)
-            tl.store(page_codes + 2 * D + d, encode(variance, variance_step), mask=d < D)
-        page_scales = scales + stored * _VECTORS
-        tl.store(page_scales, tl.where(sound, far_step * unit, float("nan")))
-        tl.store(page_scales + 1, tl.where(sound, mean_step * unit, float("nan")))
-        tl.store(page_scales + 2, tl.where(sound, tl.sqrt(variance_step) * unit, float("nan")))
