@@ -59,7 +59,6 @@ class Selection:
             prefill share a choice. estimates: whether a prefill returns an ``audit``, on request, in place of the kept
             mass of every row. bounds_kept_mass: whether decoding by its index bounds that.
         on_host: the (phase, backend) pairs whose implementation reads the device's memory on the host.
-        takes_in: the (phase, backend) whose implementation takes ``Problem.new`` keys into the index by itself.
     """
 
     name: ClassVar[str] = ""
@@ -73,7 +72,6 @@ class Selection:
     estimates: ClassVar[bool] = False
     bounds_kept_mass: ClassVar[bool] = False
     on_host: ClassVar[tuple[tuple[str, str], ...]] = (("prefill", "torch"), ("decode", "torch"))
-    takes_in: ClassVar[tuple[str, str] | None] = None
 
     prefill_triton: ClassVar[Callable[..., AttentionResult] | None] = None
     decode_torch: ClassVar[Callable[..., AttentionResult] | None] = None
@@ -139,13 +137,13 @@ class Selection:
         problem = self.with_means(problem, "torch")
         return attend_rows(problem, self.choice(problem))
 
-    def takes_in_new(self, problem: Problem, backend: str) -> bool:
-        """Whether the implementation takes a problem's new keys in by itself; where ``takes_in`` says, unless told."""
-        return (problem.phase, backend) == self.takes_in
+    def takes_in(self, problem: Problem, backend: str) -> bool:
+        """Whether the implementation takes the ``new`` keys of a problem into its index by itself."""
+        return False
 
     def run(self, problem: Problem, backend: str) -> AttentionResult:
         """Attention on ``backend``, by the index where the problem has one; ``new`` keys are taken in first."""
-        if problem.new and not self.takes_in_new(problem, backend):
+        if problem.new and not self.takes_in(problem, backend):
             problem = extend(problem, self.index_kind, backend)
         implementation: Any = getattr(self, f"{problem.phase}_{backend}")
         result: AttentionResult = implementation(problem)

@@ -38,17 +38,17 @@ class Block(BlockOptions):
     estimates: ClassVar = True
     # Every backend counts query blocks on the host.
     on_host: ClassVar = (*Selection.on_host, ("prefill", "triton"))
-    takes_in: ClassVar = ("decode", "triton")
 
     @property
     def page_size(self) -> int:
         """Pages are blocks."""
         return self.size
 
-    def takes_in_new(self, problem: Problem, backend: str) -> bool:
-        """One key for one query: the page that it completes is the query's own, whose statistics are not read."""
+    def takes_in(self, problem: Problem, backend: str) -> bool:
+        """In kernels, one key for one query: the page that it completes is the query's own, whose statistics are not
+        read."""
         one = problem.new == 1 and problem.query.shape[2] == 1 and problem.means is None
-        return one and super().takes_in_new(problem, backend)
+        return one and problem.phase == "decode" and backend == "triton"
 
     def mask(self, problem: Problem, scores: torch.Tensor, decode: bool = False) -> torch.Tensor:
         """The definition, bool ``[B, Hq, Lq, Lk]``; see ``Selection.mask``."""

@@ -37,7 +37,6 @@ class TopK(Selection):
     choices: ClassVar = {"tail": ("mean", "drop")}
     index_kind: ClassVar = "codes"
     bounds_kept_mass: ClassVar = True
-    takes_in: ClassVar = ("decode", "triton")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -71,6 +70,10 @@ class TopK(Selection):
     def uses_means(self) -> bool:
         """Whether page means stand for what is not attended."""
         return self.tail == "mean"
+
+    def takes_in(self, problem: Problem, backend: str) -> bool:
+        """In kernels, while decoding by codes."""
+        return problem.phase == "decode" and backend == "triton"
 
     def with_means(self, problem: Problem, backend: str) -> Problem:
         """The problem with its page means: those that are kept, or new ones; without any where they do not count."""
