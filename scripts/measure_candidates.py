@@ -2,7 +2,8 @@
 
 The keys and queries are those of ``nc-patch bench decode``: random, with clusters, channels that carry an offset, and
 heads of a group that share half of their direction. One key/value head is drawn for each length and seed. What the
-kernels do is done here in PyTorch: the sample and its guess, bounds by codes, and exact scores. With real keys heads of a group may agree more or less: ``union`` says how much these do.
+kernels do is done here in PyTorch: the sample and its guess, bounds by codes, and exact scores. With real keys heads of
+a group may agree more or less: ``union`` says how much these do.
 """
 
 import argparse

@@ -328,7 +328,7 @@ def test_a_step_that_takes_in_its_keys_leaves_and_attends_by_the_index_that_is_b
     before, index, afresh = (index_of(case, inputs, missing) for missing in (queries, queries, 0))
     block = Block(case.block_size)
     problem = problem_of_run(case, inputs, index)._replace(new=queries)
-    assert block.takes_in_new(problem, "triton") == (queries == 1)
+    assert block.takes_in(problem, "triton") == (queries == 1)
     found = block.run(problem, "triton")
     expected = block.run(problem_of_run(case, inputs, afresh), "triton")
     assert torch.equal(found.output, expected.output)

@@ -96,8 +96,10 @@ def join_parts(parts, rows, first, step, count, shape):
 
 
 @triton.jit
-def finish_part(parts, rows, softmax, part, count, arrivals, shape):
+def finish_part(parts, rows, softmax, part, count, arrivals, shape, join_rows, join_shape):
     """(whether this program is the last of ``count``, the ``Softmax`` of all parts of its rows).
+
+    ``join_rows`` are the same rows, in a tile of ``join_shape`` that may have room for fewer.
 
     Each program comes here with its ``part``. The last one of every ``GROUP`` parts joins these, and the last of those
     the groups, so that neither has many to read one after another. ``arrivals`` has an int32 for the groups together
@@ -105,19 +107,20 @@ def finish_part(parts, rows, softmax, part, count, arrivals, shape):
     """
     store_part(parts, rows, softmax, rows.row * count + part, shape)
     group = part // GROUP
-    first = rows.row * count + group * GROUP
+    first = join_rows.row * count + group * GROUP
     members = tl.minimum(count - group * GROUP, GROUP)
     last = False
+    joined = empty_softmax(join_shape)
     if arrives_last(arrivals + 1 + group, members):
-        softmax = join_parts(parts, rows, first, 1, members, shape)
+        joined = join_parts(parts, join_rows, first, 1, members, join_shape)
         groups = tl.cdiv(count, GROUP)
         # Every thread has read the part that is stored over.
         tl.debug_barrier()
-        store_part(parts, rows, softmax, first, shape)
+        store_part(parts, join_rows, joined, first, join_shape)
         last = arrives_last(arrivals, groups)
         if last:
-            softmax = join_parts(parts, rows, rows.row * count, GROUP, groups, shape)
-    return last, softmax
+            joined = join_parts(parts, join_rows, join_rows.row * count, GROUP, groups, join_shape)
+    return last, joined
 
 
 @triton.jit

@@ -88,11 +88,12 @@ def positions_at(entries, e):
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride"])
 def score_kernel(
     query, key, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, splits, segment,
-    stride, shape, BLOCK_S: tl.constexpr, BOUNDS: tl.constexpr,
+    stride, shape, ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """Exact scores of one split's share of a block's entries; see ``plan.Scratch``.
 
-    The rivals of each row that reach its guess are collected as ``reached``.
+    The rivals of each row that reach its guess are collected as ``reached``. A block has at most ``ROWS`` rows: fewer
+    than a matrix instruction takes.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     block = tl.program_id(0).to(tl.int64)
@@ -110,7 +111,6 @@ def score_kernel(
     entries = entries_of(scratch, rows, whole, splits, segment)
     queries = load_queries(query, rows, shape)
     keys = head_of(key, rows.batch, rows.kv_head)
-    many = tl.zeros([shape.BLOCK_M], dtype=tl.int32)
     for begin in range(entries.begin, entries.stop, shape.BLOCK_N):
         e = begin + tl.arange(0, shape.BLOCK_N)
         here = e < entries.stop
@@ -121,32 +121,48 @@ def score_kernel(
         tl.store(floats(scratch, scratch.scores) + at, score, mask=inside)
         if BOUNDS:
             tl.store(floats(scratch, scratch.errors) + at, error, mask=inside)
-        many += tl.sum(reaches(score, position, inside, first, last, least), axis=1)
     if not whole:
-        # Places in a row's collection are given out a split at a time. Their order is no matter: it is a set.
-        counts = integers(scratch, scratch.reached) + rows.row
-        taken = tl.atomic_add(counts, many, mask=rows.valid & (many > 0), sem="relaxed")
         # What other threads have stored is read back.
         tl.debug_barrier()
-        for begin in range(entries.begin, entries.stop, shape.BLOCK_N):
-            e = begin + tl.arange(0, shape.BLOCK_N)
-            position = positions_at(entries, e)
-            inside = rows.valid[:, None] & (e < entries.stop)[None, :]
-            at = rows.row[:, None] * stride + e[None, :]
-            score = tl.load(floats(scratch, scratch.scores) + at, mask=inside, other=0.0)
-            ones = reaches(score, position, inside, first, last, least)
-            at = rows.row[:, None] * stride + taken[:, None] + tl.cumsum(ones, axis=1) - ones
-            places = integers(scratch, scratch.reached_positions) + at
-            tl.store(places, tl.broadcast_to(position[None, :], at.shape), mask=ones > 0)
-            tl.store(floats(scratch, scratch.reached_scores) + at, score, mask=ones > 0)
-            taken += tl.sum(ones, axis=1)
+        few = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, ROWS)
+        collect(few, entries, scratch, sink_keys, recent_keys, stride, shape.BLOCK_N)
 
 
 @triton.jit
-def reaches(score, position, inside, first, last, least):
-    """1 where a key is a rival of a row and scores its guess or more, as NaN does; else 0."""
+def collect(rows, entries, scratch, sink_keys, recent_keys, stride, BLOCK_N: tl.constexpr):
+    """Adds the entries that reach each row's guess to its collection.
+
+    Places in it are given out a split at a time. Their order is no matter: it is a set.
+    """
+    first, last = rivals_of(rows, sink_keys, recent_keys)
+    least = tl.load(floats(scratch, scratch.guess) + rows.row, mask=rows.valid, other=float("inf"))
+    many = tl.zeros([rows.row.shape[0]], dtype=tl.int32)
+    for begin in range(entries.begin, entries.stop, BLOCK_N):
+        _position, _score, ones = reaching(rows, entries, begin, scratch, first, last, least, stride, BLOCK_N)
+        many += tl.sum(ones, axis=1)
+    counts = integers(scratch, scratch.reached) + rows.row
+    taken = tl.atomic_add(counts, many, mask=rows.valid & (many > 0), sem="relaxed")
+    for begin in range(entries.begin, entries.stop, BLOCK_N):
+        position, score, ones = reaching(rows, entries, begin, scratch, first, last, least, stride, BLOCK_N)
+        at = rows.row[:, None] * stride + taken[:, None] + tl.cumsum(ones, axis=1) - ones
+        places = integers(scratch, scratch.reached_positions) + at
+        tl.store(places, tl.broadcast_to(position[None, :], at.shape), mask=ones > 0)
+        tl.store(floats(scratch, scratch.reached_scores) + at, score, mask=ones > 0)
+        taken += tl.sum(ones, axis=1)
+
+
+@triton.jit
+def reaching(rows, entries, begin, scratch, first, last, least, stride, BLOCK_N: tl.constexpr):
+    """(position, score of each row, 1 where it is a rival that scores the row's guess or more, else 0) of entries.
+
+    NaN reaches any guess.
+    """
+    e = begin + tl.arange(0, BLOCK_N)
+    position = positions_at(entries, e)
+    inside = rows.valid[:, None] & (e < entries.stop)[None, :]
+    score = tl.load(floats(scratch, scratch.scores) + rows.row[:, None] * stride + e[None, :], mask=inside, other=0.0)
     rival = (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
-    return (inside & rival & ~(score < least[:, None])).to(tl.int32)
+    return position, score, (inside & rival & ~(score < least[:, None])).to(tl.int32)
 
 
 @triton.jit

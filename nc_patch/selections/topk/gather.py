@@ -41,8 +41,8 @@ class Results(NamedTuple):
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride", "parts", "slots"])
 def gather_kernel(
     query, value, mean_key, mean_value, inputs, scratch, sinks, results, budget_heads, num_kv_heads, group, Lq, Lk,
-    sink_keys, recent_keys, splits, segment, stride, parts, slots, settings, shape, pages, BLOCK_S: tl.constexpr,
-    BOUNDS: tl.constexpr,
+    sink_keys, recent_keys, splits, segment, stride, parts, slots, settings, shape, pages, join_shape,
+    BLOCK_S: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """One part of the attention of a block of rows: of a split of its entries or, after those, of the pages.
 
@@ -67,11 +67,12 @@ def gather_kernel(
         )  # fmt: skip
     partial = Softmax(floats(scratch, scratch.acc), floats(scratch, scratch.peak), floats(scratch, scratch.total))
     arrivals = integers(scratch, scratch.arrivals) + block * (tl.cdiv(parts, GROUP) + 1)
-    last, softmax = finish_part(partial, rows, softmax, part, parts, arrivals, shape)
+    joining = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, join_shape.BLOCK_M)
+    last, softmax = finish_part(partial, rows, softmax, part, parts, arrivals, shape, joining, join_shape)
     if last:
-        write_joined(softmax, rows, sinks, rows.wanted, results.output, results.lse, None, shape)
+        write_joined(softmax, joining, sinks, joining.wanted, results.output, results.lse, None, join_shape)
         if BOUNDS:
-            write_bounds(results.bounds, rows, scratch, whole, splits, BLOCK_S)
+            write_bounds(results.bounds, joining, scratch, whole, splits, BLOCK_S)
 
 
 @triton.jit

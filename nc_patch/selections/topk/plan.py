@@ -19,10 +19,10 @@ _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
 _LEAST_SHARES, _MOST_SHARES, _ROOM_BESIDES = 4, 8, 4096
 # Room that a segment has beyond its even share of the list.
 _SEGMENT_SLACK = 64
-# What may reach a row's guess, per key of the largest budget, and how many of these scores are held in registers.
-_REACHED_PER_KEY, _MOST_HELD = 2, 16384
-# Values of a tile: the least that a matrix instruction takes. More need more registers than three such programs have.
-_GATHERED = 16
+# Of the scores that reach a row's guess, up to 1.5 for each key of its budget, so many at most are held in registers.
+_MOST_HELD, _HELD_BESIDES = 16384, 256
+# Values, and pages, of a tile; and where so many would take too many registers, the least for a matrix instruction.
+_GATHERED, _FEW_GATHERED = 32, 16
 # The least that a matrix instruction takes: of 8-bit numbers to be summed, and of rows.
 _LEAST_CHANNELS, _MATRIX_ROWS = 32, 16
 # Parts of the scratch memory begin at multiples of so many numbers.
@@ -168,7 +168,7 @@ def plan_for(
     whole = _shares(_shares(keys, tile) + 1, splits) * tile
     segment = whole if capacity >= keys else min(whole, 2 * _shares(capacity, splits) + _SEGMENT_SLACK)
     samples = _SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES
-    held = min(_MOST_HELD, _power_of_2(min(planned, _REACHED_PER_KEY * budget + _ROOM_BESIDES)))
+    held = min(_MOST_HELD, _power_of_2(min(planned, 8 * budget // 5 + _HELD_BESIDES)))
     tiles = (rows, tile, samples, max(16, min(32, 4096 // head_dim)), held, padded_splits(splits))
     pages = tail_tiles(architecture, dtype, *sizes[-2:]) if has_tail else None
     compiled_for = (tiles, pages, dtype, *sizes[-2:], architecture, want_bounds)
@@ -230,27 +230,31 @@ def _options(
     # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
     exact = Tiles(_MATRIX_ROWS, scored, 4, 2, 32 if dtype == torch.float32 else None)
     # AMD's warps are twice as wide, and eight leave too few registers.
+    slim = _is_slim(dtype, largest, want_bounds)
+    # With more at once the assemblers of other architectures spill registers.
+    many = slim and architecture == "sm_90"
+    gathered = _GATHERED if many else _FEW_GATHERED
     wide = dtype == torch.float32 or (largest > 128 and want_bounds)
-    stages = 2 if amd else 4 if dtype == torch.float32 else 5
-    values = Tiles(_MATRIX_ROWS, _GATHERED, 8 if wide and not amd else 4, stages)
+    # Two tiles on their way: positions come first, and one tile of so few values would leave the memory idle.
+    stages = 2 if amd else 3 if many else 4 if dtype == torch.float32 else 5
+    values = Tiles(_MATRIX_ROWS, gathered, 8 if wide and not amd else 4, stages)
 
     def of_tiles(tiles: Tiles) -> dict[str, Any]:
         return {**compile_options(tiles, architecture), "shape": shape_of(head_dim, value_dim, tiles)}
 
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     # So many programs fit a multiprocessor as the plan counts on, and otherwise all registers are named.
-    slim = _is_slim(dtype, largest, want_bounds)
     third = {} if amd else {"maxnreg": 168 if slim else 255}
-    # Of few pages at once, so that the program needs no more registers than for its keys.
-    tail = None if pages is None else shape_of(head_dim, value_dim, replace(pages, keys=_GATHERED))
+    tail = None if pages is None else shape_of(head_dim, value_dim, replace(pages, keys=gathered))
+    joining = shape_of(head_dim, value_dim, replace(values, rows=rows))
     return {
         "prepare": {**plain, "shape": codes, "new_keys": constants(key_shape(head_dim)), "SAMPLES": samples,
                     "DV": value_dim, "BLOCK_DV": padded_dim(value_dim)},
         "guess": {**plain, "num_warps": 16 if samples > 4096 else 8, "SAMPLES": samples},
         "scan": {**plain, "num_warps": 8 if largest > 128 and not amd else 4, **third, "shape": codes,
                  "BOUNDS": want_bounds},
-        "score": {**of_tiles(exact), **third, "BLOCK_S": splits, "BOUNDS": want_bounds},
+        "score": {**of_tiles(exact), **third, "ROWS": rows, "BLOCK_S": splits, "BOUNDS": want_bounds},
         "choose": {**plain, "num_warps": 16 if held > 8192 else 8 if held > 2048 else 4, "BLOCK_E": held, "ROWS": rows},
-        # Two tiles on their way: positions come first, and one tile of so few values would leave the memory idle.
-        "gather": {**of_tiles(values), **third, "pages": tail, "BLOCK_S": splits, "BOUNDS": want_bounds},
+        "gather": {**of_tiles(values), **third, "pages": tail, "join_shape": joining, "BLOCK_S": splits,
+                   "BOUNDS": want_bounds},
     }  # fmt: skip
