@@ -207,7 +207,7 @@ def name_of(launch: Launch, case: str) -> str:
     elif name == "threshold" and family == "topk_tail":
         name = "threshold_tail"
     elif family == "codes" and name not in ("encode", "means"):
-        name = f"codes_{name}" + "_flagged" * bool(launch.named_constants().get("FLAGGED"))
+        name = f"codes_{name}"
     return f"{name}-{rest}"
 
 

@@ -63,15 +63,14 @@ QUICK = [
     "codes_choose-bf16-d128-q1",
     "codes_gather-bf16-d128-q1",
     "codes_gather-bf16-d64-q1-bounds-tail",
-    "codes_tail-bf16-d128-q1-tail",
-    "codes_score_flagged-fp32-d128-q1-bounds",
-    "codes_choose_flagged-bf16-d128-q1",
-    "codes_gather_flagged-bf16-d128-q1-tail",
+    "codes_gather-bf16-d128-q1-tail",
+    "codes_prepare-bf16-d128-q1-tail",
+    "codes_guess-bf16-d128-q1",
     "encode-bf16-d128",
 ]
 # Instructions that spill in any of these, of thousands: none with the pinned Triton. Those of other versions of PyTorch
 # allocate registers otherwise. Before 3.7.1 up to five variants spill; with 3.8 ten, 72 in topk of float32 on gfx942
-# and up to 22 in the others; with 3.9 four, of attend_blocks, codes_tail and codes_choose.
+# and up to 22 in the others; with 3.9 four, of attend_blocks and kernels of decoding.
 MOST_SPILLS = {"3.7.1": 0, "3.8.0": 72, "3.9.0": 12}.get(triton.__version__, 32)
 # What spills with the pinned Triton: registers that a program saves once, before its loops, and restores behind them.
 SPILLING = {

@@ -247,6 +247,8 @@ def _options(
     third = {} if amd else {"maxnreg": 168 if slim else 255}
     tail = None if pages is None else shape_of(head_dim, value_dim, replace(pages, keys=gathered))
     joining = shape_of(head_dim, value_dim, replace(values, rows=rows))
+    choosers = 16 if held > 8192 else 8 if held > 2048 else 4
+    choosing = {} if amd else {"maxnreg": min(255, 2048 // choosers)}
     return {
         "prepare": {**plain, "shape": codes, "new_keys": constants(key_shape(head_dim)), "SAMPLES": samples,
                     "DV": value_dim, "BLOCK_DV": padded_dim(value_dim)},
@@ -254,7 +256,7 @@ def _options(
         "scan": {**plain, "num_warps": 8 if largest > 128 and not amd else 4, **third, "shape": codes,
                  "BOUNDS": want_bounds},
         "score": {**of_tiles(exact), **third, "ROWS": rows, "BLOCK_S": splits, "BOUNDS": want_bounds},
-        "choose": {**plain, "num_warps": 16 if held > 8192 else 8 if held > 2048 else 4, "BLOCK_E": held, "ROWS": rows},
+        "choose": {**plain, **choosing, "num_warps": choosers, "BLOCK_E": held, "ROWS": rows},
         "gather": {**of_tiles(values), **third, "pages": tail, "join_shape": joining, "BLOCK_S": splits,
                    "BOUNDS": want_bounds},
     }  # fmt: skip
