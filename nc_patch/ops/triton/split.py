@@ -11,6 +11,7 @@ That is what a ``Softmax`` holds. A split that attended nothing has ``peak = -in
 counts for nothing.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -27,6 +28,9 @@ _SHORTEST = 4096
 # Parts that are joined one after another.
 PARTS_AT_ONCE = 16
 GROUP = tl.constexpr(PARTS_AT_ONCE)
+# On AMD's GPUs a barrier does not wait for stores, so that each thread waits for its own, by an atomic that does nothing.
+_EACH_WAITS = tl.constexpr(torch.version.hip is not None)
+_THREADS = tl.constexpr(512)
 
 
 def planned_length(keys: int) -> int:
@@ -53,6 +57,8 @@ def arrives_last(arrivals, programs):
 
     ``arrivals`` points to an int32 that was zero before the launch.
     """
+    if _EACH_WAITS:
+        tl.atomic_add(arrivals + tl.zeros([_THREADS], tl.int32), 0, sem="release")
     tl.debug_barrier()
     return tl.atomic_add(arrivals, 1, sem="acq_rel") == programs - 1
 
