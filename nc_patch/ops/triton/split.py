@@ -28,7 +28,7 @@ _SHORTEST = 4096
 # Parts that are joined one after another.
 PARTS_AT_ONCE = 16
 GROUP = tl.constexpr(PARTS_AT_ONCE)
-# On AMD's GPUs a barrier does not wait for stores, so that each thread waits for its own, by an atomic that does nothing.
+# On AMD's GPUs a barrier does not wait for stores: each thread waits for its own, by an atomic that adds nothing.
 _EACH_WAITS = tl.constexpr(torch.version.hip is not None)
 _THREADS = tl.constexpr(512)
 
