@@ -159,7 +159,8 @@ def _attention(
     if several and plan.decoding and Lq > 1:
         plan = _plan(patch, query, Lk, None)  # an index is of one sequence a row
     config, decoding, selection = plan.config, plan.decoding, plan.selection
-    problem = problem._replace(visible=visibility.visible, origin=visibility.origin)
+    visible = visibility.visible
+    problem = problem._replace(visible=visible, origin=visibility.origin)
     if visibility.order is not None:
         if not compiling:
             say_once(
@@ -171,7 +172,6 @@ def _attention(
         refuse_indexes(module, nc_layer_cache)
     indexed = nc_layer_cache if in_place else None
 
-    visible = problem.visible
     if plan.dense_reason is not None:
         selection, budget = _DENSE, None
     else:
@@ -179,8 +179,8 @@ def _attention(
         check_heads(module, laws, query.shape[1])
         find = lambda: (config.row_budgets(visible, Lk, plan.layer), config.largest_budget(Lk, plan.layer))  # noqa: E731
         # Budgets by head are large, and as a rule of one layer alone.
-        law = ("budget", laws, config.min_keys, config.dense_below, Lk)
-        budget, most = once(visible, law, find) if len(laws) == 1 else find()
+        law = (laws, config.min_keys, config.dense_below)
+        budget, most = once(visible, ("budget", law, Lk), find) if len(laws) == 1 else find()
         problem = problem._replace(budget=budget, most=most)
     kept = Indexes()
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.

@@ -29,9 +29,9 @@ _AUDIT_COLUMNS = 5
 
 def attend(selection: Selection, problem: Problem, backend: str) -> AttentionResult:
     """Attention of a problem by a selection on a backend, "torch" or "triton"; through the op where that is needed."""
-    tensors = problem.tensors()
-    if runs_directly(tensors):
+    if runs_directly((*problem[:3], *(() if problem.sinks is None else (problem.sinks,)))):
         return selection.run(problem, backend)
+    tensors = problem.tensors()
     if problem.new and needs_gradient(*tensors):
         problem = extend(problem, selection.index_kind, backend)
     op, rest = operation(selection, problem, backend), arguments(selection, problem, backend)

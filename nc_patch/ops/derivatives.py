@@ -1,5 +1,6 @@
 """What traces a call, or wants its derivative; and which derivatives there are not."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ def in_transform() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def runs_directly(tensors: list[torch.Tensor]) -> bool:
+def runs_directly(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether an implementation may be called without its op: nothing traces it and nothing records a gradient.
 
-    Going through the dispatcher takes longer than a step of decoding over the pages of a small model.
+    ``tensors`` are those that a gradient may be asked for; where they are plain tensors, so are all that belong to
+    them. Going through the dispatcher takes longer than a step of decoding over the pages of a small model.
     """
     return (
         not torch.compiler.is_compiling()
