@@ -177,11 +177,11 @@ def _attention(
     else:
         laws = config.laws(plan.layer)
         check_heads(module, laws, query.shape[1])
-        find = lambda: (config.row_budgets(visible, Lk, plan.layer), config.largest_budget(Lk, plan.layer))  # noqa: E731
+        find = lambda: config.row_budgets(visible, Lk, plan.layer)  # noqa: E731
         # Budgets by head are large, and as a rule of one layer alone.
-        law = (laws, config.min_keys, config.dense_below)
-        budget, most = once(visible, ("budget", law, Lk), find) if len(laws) == 1 else find()
-        problem = problem._replace(budget=budget, most=most)
+        law = (laws, config.min_keys, config.dense_below, Lk)
+        budget = once(visible, ("budget", law), find) if len(laws) == 1 else find()
+        problem = problem._replace(budget=budget)
     kept = Indexes()
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
     by_an_index = config.decode.needs_index or not needs_gradient(query, key, value, problem.sinks)
@@ -193,7 +193,8 @@ def _attention(
     if decoding and kept.means is not None:
         problem = problem._replace(means=PageMeans(*kept.means.tensors()), new=kept.new)
     if plan.dense_reason is None and decoding and kept.choosing is not None:
-        problem = by_index(problem, kept.choosing, problem.most)._replace(new=kept.new)
+        most = once(visible, ("most", law), lambda: config.largest_budget(Lk, plan.layer))
+        problem = by_index(problem, kept.choosing, most)._replace(new=kept.new)
 
     def run(selection: Selection) -> AttentionResult:
         dense = selection is _DENSE

@@ -15,6 +15,8 @@ Laws = tuple[tuple[float, float], ...]
 
 # Steps are computed once per law and length class; the next power of two keeps the number of classes small.
 _SMALLEST_CLASS = 1024
+# The largest n for which the budgets of one law are in a table: 4 MiB.
+_LARGEST_TABLE = 1 << 19
 # Relative distance to an integer below which the vectorised power is not trusted to round like the scalar one.
 _ROUNDING_DOUBT = 1e-9
 # Below this exponent the crossing of a law and an integer is computed with too few digits for that.
@@ -85,11 +87,14 @@ def row_budgets(
 ) -> torch.Tensor:
     """Budgets int32 ``[B, len(alphas), Lq]`` of the queries with intervals ``visible`` int32 ``[B, Lq, 2]``.
 
-    They are found among the steps of each law, which are no more than the law has keys at ``max_n``, the largest number
-    of visible keys: tables of a million entries for each of a thousand heads would fill a GPU.
+    Those of one law are read from a table, in two launches on a GPU. Of several laws, or for very many keys, they are
+    found among the steps of each law, which are no more than the law has keys at ``max_n``, the largest number of
+    visible keys: tables of a million entries for each of a thousand heads would fill a GPU.
     """
     n = visible[..., 1] - visible[..., 0]
     laws = tuple(zip(alphas, exponents, strict=True))
+    if len(laws) == 1 and max_n < _LARGEST_TABLE:
+        return _device_table(_length_class(max_n), laws[0], min_keys, dense_below, visible.device)[n][:, None]
     steps, least = _device_steps(_length_class(max_n), laws, min_keys, visible.device)
     rows = n.reshape(1, -1).expand(len(laws), -1).contiguous()
     counts = torch.searchsorted(steps, rows, right=True, out_int32=True)
@@ -102,6 +107,17 @@ def row_budgets(
 @row_budgets.register_fake
 def _(visible, max_n, alphas, exponents, min_keys, dense_below=0):  # type: ignore[no-untyped-def]
     return visible.new_empty(visible.shape[0], len(alphas), visible.shape[1])
+
+
+@lru_cache(maxsize=64)
+def _device_table(
+    length: int, law: tuple[float, float], min_keys: int, dense_below: int, device: torch.device
+) -> torch.Tensor:
+    """The budgets of a law by n, int32 ``[length]``."""
+    found = budgets(np.arange(length), *law, min_keys, dense_below).astype(np.int32)
+    # Made outside inference mode, so that what is first needed inside it can be used outside.
+    with torch.inference_mode(False), torch.no_grad():
+        return _to_stay(torch.from_numpy(found), device)
 
 
 def _length_class(max_n: int) -> int:

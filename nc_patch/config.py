@@ -116,9 +116,6 @@ class NCConfig:
         for name, value in {**given, **fields}.items():
             object.__setattr__(self, name, value)
         _same_form(self.alpha, self.C)
-        shared = not isinstance(self.alpha, tuple) and not isinstance(self.C, tuple)
-        # Asked for several times in each call of attention.
-        object.__setattr__(self, "_shared_laws", ((self.alpha, self.C),) if shared else None)
 
     def __repr__(self) -> str:
         """``alpha``, ``C`` and what differs from its default; lists per layer by their size and range."""
@@ -183,8 +180,8 @@ class NCConfig:
 
     def laws(self, layer: int | None = None) -> tuple[tuple[float, float], ...]:
         """The (alpha, C) pairs of a layer: one pair shared by all heads, or one per query head."""
-        if self._shared_laws is not None:  # type: ignore[attr-defined]
-            return self._shared_laws  # type: ignore[attr-defined]
+        if not isinstance(self.alpha, tuple) and not isinstance(self.C, tuple):
+            return ((self.alpha, self.C),)
         alpha, C = _of_layer("alpha", self.alpha, layer), _of_layer("C", self.C, layer)
         heads = max(len(v) if isinstance(v, tuple) else 1 for v in (alpha, C))
         spread = lambda v: v if isinstance(v, tuple) else (v,) * heads  # noqa: E731

@@ -263,7 +263,7 @@ def test_bytes_follow_from_shapes():
     assert traffic.sparse_bytes(Window(), geometry, 3, 1000, 100, 2) == 3 * 2 * 100 * 2 * row + ends
     pages = 63 * (3 * 64 + 12) + 112 * 2 * row + row + (3 * 64 + 12) // 16
     assert traffic.sparse_bytes(Block(), geometry, 3, 1000, 100, 2) == 3 * 2 * pages + ends
-    codes = 1000 * (32 + 8) + 4 * 100 * (32 + 2 * row) + row + 72
+    codes = 1001 * (64 + 8) + 4 * 100 * 2 * row + row
     assert traffic.sparse_bytes(TopK(tail="drop"), geometry, 3, 1000, 100, 2) == 3 * 2 * codes + ends
     means = 63 * 2 * row + 2 * row + 2 * row // 16
     assert traffic.sparse_bytes(TopK(), geometry, 3, 1000, 100, 2) == 3 * 2 * (codes + means) + ends
