@@ -37,7 +37,8 @@ GROUP, ROW = QUERY_HEADS // KV_HEADS, HEAD_DIM * ELEMENT
 MULTIPROCESSORS, SCHEDULERS, WARPS = 132, 4, 4
 _RESULTS = Path("docs/results")
 # Instructions of a warp: of a program besides its loops, and of a loop for one tile.
-PREPARE, GUESS, GUESS_PASS = 2600, 350, 30
+PREPARE, PREPARE_TILE = 2000, 438
+GUESS, GUESS_PASS = 350, 30
 SCAN, SCAN_TILE = 2279, 488
 SCORE, SCORE_TILE = 1500, 133 + 34 + 104
 CHOOSE, CHOOSE_PASS, CHOOSE_COUNT = 700, 300, 137
@@ -76,6 +77,7 @@ def topk_kernels(n: int, found: dict[str, float]) -> list[Kernel]:
     listed, chosen = KV_HEADS * budget * found["listed_union"], KV_HEADS * budget * found["chosen_union"]
     reached, slots, blocks = QUERY_HEADS * budget * found["reached_per_row"], KV_HEADS * n / 16, KV_HEADS
     splits, samples = blocks * plan.splits, KV_HEADS * plan.samples
+    samplers = blocks * plan.options["prepare"]["SAMPLERS"]
     shape, pages = plan.options["gather"]["shape"], plan.options["gather"]["pages"]
     scored, gathered, paged = plan.options["score"]["shape"].BLOCK_N.value, shape.BLOCK_N.value, pages.BLOCK_N.value
     parts = QUERY_HEADS * plan.parts * (HEAD_DIM + 2) * 4
@@ -87,9 +89,9 @@ def topk_kernels(n: int, found: dict[str, float]) -> list[Kernel]:
     return [
         kernel(
             "prepare",
-            splits,
+            samplers,
             samples * (HEAD_DIM + 32) + QUERY_HEADS * plan.samples * 4 + KV_HEADS * 33 * ROW,
-            samples / plan.keys * WARPS * (PREPARE + SCAN_TILE),
+            WARPS * (samplers * PREPARE + samples / plan.keys * PREPARE_TILE),
             3,
         ),
         kernel(

@@ -18,8 +18,8 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
         made = _plan_for(sizes, budget, dtype, architecture, want_bounds, has_tail)
         splits, tile, samples = min(made.splits, changes.get("splits", 2)), 32, changes.get("samples", 64)
         segment = changes.get("segment", -(-(-(-sizes.keys // tile) + 1) // splits) * tile)
-        (rows, _, _, scored, _, padded), *rest = made.constants
-        constants = ((rows, tile, samples, scored, 128, padded), *rest)
+        (rows, _, _, _, scored, _, padded), *rest = made.constants
+        constants = ((rows, tile, samples, 1, scored, 128, padded), *rest)
         made = made._replace(
             keys=tile, splits=splits, samples=samples, segment=segment, stride=max(splits * segment, sizes.keys),
             constants=constants, options=_options(*constants),

@@ -126,7 +126,7 @@ def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys
     if problem.new:
         touched = min((problem.new + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1, plan.slots) if has_tail else 0
         upkeep = -(-problem.new // key_shape(D).BLOCK_N) + touched
-    sampled, splits = plan.samples // plan.keys, plan.splits
+    sampled, splits = plan.options["prepare"]["SAMPLERS"], plan.splits
     arguments = {
         "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq, "Lk": Lk,
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],

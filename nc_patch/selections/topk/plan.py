@@ -169,7 +169,9 @@ def plan_for(
     segment = whole if capacity >= keys else min(whole, 2 * _shares(capacity, splits) + _SEGMENT_SLACK)
     samples = _SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES
     held = min(_MOST_HELD, _power_of_2(min(planned, 8 * budget // 5 + _HELD_BESIDES)))
-    tiles = (rows, tile, samples, max(16, min(32, 4096 // head_dim)), held, padded_splits(splits))
+    # A power of two, so that few batches take other variants.
+    samplers = min(samples // tile, _power_of_2(max(1, 132 // blocks)))
+    tiles = (rows, tile, samples, samplers, max(16, min(32, 4096 // head_dim)), held, padded_splits(splits))
     pages = tail_tiles(architecture, dtype, *sizes[-2:]) if has_tail else None
     compiled_for = (tiles, pages, dtype, *sizes[-2:], architecture, want_bounds)
     plan = Plan(
@@ -224,7 +226,7 @@ def _options(
     want_bounds: bool,
 ) -> dict[str, dict[str, Any]]:
     """The compile-time arguments of each kernel, and the options of the compiler."""
-    rows, keys, samples, scored, held, splits = tiles
+    rows, keys, samples, samplers, scored, held, splits = tiles
     amd, largest = architecture.startswith("gfx"), max(head_dim, value_dim)
     codes = constants(CodeShape(head_dim, rows, keys, max(_LEAST_CHANNELS, padded_dim(head_dim)), 2 if amd else 3))
     # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
@@ -251,7 +253,7 @@ def _options(
     choosing = {} if amd else {"maxnreg": min(255, 2048 // choosers)}
     return {
         "prepare": {**plain, "shape": codes, "new_keys": constants(key_shape(head_dim)), "SAMPLES": samples,
-                    "DV": value_dim, "BLOCK_DV": padded_dim(value_dim)},
+                    "SAMPLERS": samplers, "DV": value_dim, "BLOCK_DV": padded_dim(value_dim)},
         "guess": {**plain, "num_warps": 16 if samples > 4096 else 8, "SAMPLES": samples},
         "scan": {**plain, "num_warps": 8 if largest > 128 and not amd else 4, **third, "shape": codes,
                  "BOUNDS": want_bounds},

@@ -106,14 +106,14 @@ def integers(scratch, offset):
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "slots", "new"])
 def prepare_kernel(
     query, key, value, codes, mean_key, mean_value, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk,
-    sink_keys, recent_keys, length, slots, new, shape, new_keys, SAMPLES: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    sink_keys, recent_keys, length, slots, new, shape, new_keys, SAMPLES: tl.constexpr, SAMPLERS: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Approximate scores, ``samples``, of keys drawn from even shares of the rivals of a block of rows.
 
     Which key of its share is drawn follows from the share's number alone, by multiples of the golden ratio: evenly
     spaced keys would be in step with a text that repeats itself. A key outside a row's rivals is stored as -inf, and
-    NaN as +inf. A program scores ``BLOCK_N`` keys.
+    NaN as +inf. ``SAMPLERS`` programs share the samples of a block.
 
     The programs after these take the last ``new`` keys of each sequence into its codes and, unless None, its means. The
     samples are of keys before them.
@@ -123,25 +123,26 @@ def prepare_kernel(
     end_of_sequence = tl.load(inputs.visible + (rows.batch * Lq + q) * 2 + 1, mask=q < Lq, other=0)
     first_new = tl.max(end_of_sequence, axis=0) - new
     number = tl.program_id(1)
-    if number < SAMPLES // shape.BLOCK_N:
+    if number < SAMPLERS:
         codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
         coded = coded_rows(query, rows, codes, shape)
         first, last = rivals_of(rows, sink_keys, recent_keys)
         begin, end = span(first, last, last > first)
         end = tl.maximum(tl.minimum(end, first_new), begin)
-        place = number * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
-        at = (place.to(tl.int64) << 16) + (place * _GOLDEN & 0xFFFF)
-        columns = (begin + (end - begin).to(tl.int64) * at // (SAMPLES << 16)).to(tl.int32)
-        within = columns < end
-        product = code_products(coded, codes.codes, columns.to(tl.int64), within, shape)
-        score = coded_scores(coded, product, tl.load(codes.scale + columns, mask=within, other=0.0))
-        score = tl.where(score == score, score, float("inf"))
-        rival = (columns[None, :] >= first[:, None]) & (columns[None, :] < tl.minimum(last, end)[:, None])
-        score = tl.where(rival, score, float("-inf"))
-        samples = floats(scratch, scratch.samples)
-        tl.store(samples + (rows.row * SAMPLES)[:, None] + place[None, :], score, mask=rows.valid[:, None])
+        samples = floats(scratch, scratch.samples) + (rows.row * SAMPLES)[:, None]
+        for start in tl.range(number * (SAMPLES // SAMPLERS), (number + 1) * (SAMPLES // SAMPLERS), shape.BLOCK_N):
+            place = start + tl.arange(0, shape.BLOCK_N)
+            at = (place.to(tl.int64) << 16) + (place * _GOLDEN & 0xFFFF)
+            columns = (begin + (end - begin).to(tl.int64) * at // (SAMPLES << 16)).to(tl.int32)
+            within = columns < end
+            product = code_products(coded, codes.codes, columns.to(tl.int64), within, shape)
+            score = coded_scores(coded, product, tl.load(codes.scale + columns, mask=within, other=0.0))
+            score = tl.where(score == score, score, float("inf"))
+            rival = (columns[None, :] >= first[:, None]) & (columns[None, :] < tl.minimum(last, end)[:, None])
+            score = tl.where(rival, score, float("-inf"))
+            tl.store(samples + place[None, :], score, mask=rows.valid[:, None])
     elif tl.program_id(0) % tl.cdiv(Lq * group, shape.BLOCK_M) == 0:
-        number -= SAMPLES // shape.BLOCK_N
+        number -= SAMPLERS
         tiles = tl.cdiv(new, new_keys.BLOCK_N)
         if number < tiles:
             keys = head_of(key, rows.batch, rows.kv_head)
