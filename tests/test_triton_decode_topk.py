@@ -12,6 +12,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
+tl = pytest.importorskip("triton.language")
 
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 from operations import (  # noqa: E402
@@ -35,6 +36,7 @@ from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
 from nc_patch.selections.topk.encode import triton_encode_keys_  # noqa: E402
 from nc_patch.selections.topk.plan import Scratch, Sizes, plan_for  # noqa: E402
+from nc_patch.selections.topk.scan import column_norms  # noqa: E402
 
 # The interpreter is slow: there some variations run only with NC_PATCH_LONG=1.
 THOROUGH = not INTERPRETED or os.environ.get("NC_PATCH_LONG") == "1"
@@ -562,6 +564,27 @@ def test_a_step_takes_its_keys_into_the_index_first(queries, keys, begin, device
             assert torch.equal(kept[b, :, :size], whole[b, :, :size])
     # Which keys are sampled, and so what is listed besides the best, may differ.
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
+
+
+@triton.jit
+def norms_kernel(tile, norms, D: tl.constexpr, M: tl.constexpr):
+    columns = tl.load(tile + tl.arange(0, D)[:, None] * M + tl.arange(0, M)[None, :])
+    tl.store(norms + tl.arange(0, M), column_norms(columns, tl.max(tl.abs(columns), axis=0)))
+
+
+@on_kernel_device
+def test_norms_are_no_smaller_than_they_are_whatever_their_size(device):
+    tile = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    tile *= torch.tensor([1.0, 1e-38, 1e-44, 1e30, 3e37, 8e37, torch.inf, 0.0])
+    tile[3, 0] = torch.nan
+    found = torch.empty(8, device=device)
+    norms_kernel[(1,)](tile.to(device), found, 64, 8)
+    norms = tile.double().norm(dim=0)
+    assert not found[[0, 6]].isfinite().any()
+    assert (found.cpu().double() >= norms)[1:6].all()
+    assert found[5] == torch.inf  # beyond float32
+    assert (found.cpu()[1:5].double() <= 1.01 * norms[1:5]).all()
+    assert found[7] == 0
 
 
 @on_kernel_device

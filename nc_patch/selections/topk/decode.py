@@ -40,7 +40,8 @@ from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import key_shape
 from nc_patch.selections.topk.gather import Results, gather_kernel
 from nc_patch.selections.topk.plan import Plan, Scratch, Sizes, plan_for
-from nc_patch.selections.topk.scan import guess_kernel, prepare_kernel, scan_kernel
+from nc_patch.selections.topk.prepare import guess_kernel, prepare_kernel
+from nc_patch.selections.topk.scan import scan_kernel
 
 # What the kernels hand on to each other takes at most this much, unless one query of one sequence takes more.
 SCRATCH_BYTES = 256 * 2**20
