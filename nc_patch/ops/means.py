@@ -31,6 +31,11 @@ def slot_count(key_length: int) -> int:
     return -(-key_length // TAIL_PAGE_SIZE)
 
 
+def touched_slots(count: int, slots: int) -> int:
+    """How many of ``slots`` slots, at most, hold the pages of ``count`` keys side by side."""
+    return min((count + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1, slots) if count > 0 else 0
+
+
 def page_starts(visible: torch.Tensor, origin: torch.Tensor, key_length: int) -> torch.Tensor:
     """The position at which the page in each slot starts, int64 ``[B, S + 1]``; -1 where there is no whole page.
 

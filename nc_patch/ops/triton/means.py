@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans
+from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans, touched_slots
 from nc_patch.ops.triton.launch import dense_last, on_device
 from nc_patch.ops.triton.rows import head_of
 from nc_patch.ops.triton.structs import heads
@@ -48,8 +48,8 @@ def triton_page_means_(
     """
     if any(t.stride(-1) != 1 for t in means):
         raise ValueError(f"means need a dense last axis, got strides {means.key.stride()} and {means.value.stride()}")
-    touched = (count + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1 if count > 0 else 0
-    _launch(key, value, None, origin.contiguous(), first.contiguous(), min(touched, means.key.shape[2]), means)
+    touched = touched_slots(count, means.key.shape[2])
+    _launch(key, value, None, origin.contiguous(), first.contiguous(), touched, means)
 
 
 def _launch(
@@ -106,13 +106,9 @@ def means_kernel(
     if starts is not None:
         start = tl.load(starts + batch * S + slot, mask=here, other=0)
     else:
-        # Division that rounds down, for origins before the first key too.
-        begin = tl.load(origin + batch).to(tl.int64) & (PAGE - 1)
-        changed = tl.load(first + batch).to(tl.int64) - begin
-        changed = (changed - (changed & (PAGE - 1))) // PAGE
-        # Where the first slot is clamped some are written twice, with the same means.
-        slot += tl.minimum(tl.maximum(changed, 0), S - touched)
-        start = slot * PAGE + begin
+        changed, residue = changed_slots(tl.load(origin + batch), tl.load(first + batch), touched, S, PAGE)
+        slot += changed
+        start = slot * PAGE + residue
     block = tl.program_id(1)
     of_keys = tl.cdiv(D, CHANNELS)
     if block < of_keys:
@@ -125,6 +121,17 @@ def means_kernel(
             head_of(value, batch, kv_head), head_of(mean_value, batch, kv_head), start, slot, here,
             (block - of_keys) * CHANNELS, N, DV, PAGE, CHANNELS,
         )  # fmt: skip
+
+
+@triton.jit
+def changed_slots(origin, first, touched, S, PAGE: tl.constexpr):
+    """(first of the ``touched`` slots from that of the key ``first`` on, what pages begin at modulo ``PAGE``)."""
+    # Division that rounds down, for origins before the first key too.
+    residue = origin.to(tl.int64) & (PAGE - 1)
+    changed = first.to(tl.int64) - residue
+    changed = (changed - (changed & (PAGE - 1))) // PAGE
+    # Where the first slot is clamped some are written twice, with the same means.
+    return tl.minimum(tl.maximum(changed, 0), S - touched), residue
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans
+from nc_patch.ops.means import PageMeans, touched_slots
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
 from nc_patch.ops.triton.launch import (
     architecture_of,
@@ -123,17 +123,15 @@ def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys
     while problem.query.numel() and sequences * queries > 1 and 4 * plan.numbers > SCRATCH_BYTES:
         sequences, queries = (-(-sequences // 2), queries) if sequences > 1 else (1, -(-queries // 2))
         sizes, plan = plan_of(sequences, queries)
-    blocks, rows, upkeep = sizes.blocks(plan.rows), sizes.rows, 0
-    if problem.new:
-        touched = min((problem.new + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1, plan.slots) if has_tail else 0
-        upkeep = -(-problem.new // key_shape(D).BLOCK_N) + touched
+    blocks, rows, touched = sizes.blocks(plan.rows), sizes.rows, touched_slots(problem.new, plan.slots)
+    upkeep = -(-problem.new // key_shape(D).BLOCK_N) + touched
     sampled, splits = plan.options["prepare"]["SAMPLERS"], plan.splits
     arguments = {
         "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq, "Lk": Lk,
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
-        "new": problem.new, "splits": splits, "segment": plan.segment, "stride": plan.stride, "parts": plan.parts,
-        "slots": plan.slots, "groups": plan.groups, "settings": settings_of(problem), "mean_key": None,
-        "mean_value": None,
+        "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "stride": plan.stride,
+        "parts": plan.parts, "slots": plan.slots, "groups": plan.groups, "settings": settings_of(problem),
+        "mean_key": None, "mean_value": None,
     }  # fmt: skip
     return Step(
         plan,

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 
 from nc_patch.common import autocast_off
-from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans, page_means, slot_count
+from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans, page_means, slot_count, touched_slots
 from nc_patch.selections.index import layout
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
 
@@ -98,7 +98,7 @@ class Means:
             triton_page_means_(key, value, origin, first, count, PageMeans(*index))
             return
         slots = index[0].shape[2]
-        touched = min((count + TAIL_PAGE_SIZE - 2) // TAIL_PAGE_SIZE + 1, slots)
+        touched = touched_slots(count, slots)
         begin = origin.long() % TAIL_PAGE_SIZE
         # Means depend on the page alone, so that writing one twice, where a slot is clamped, does no harm.
         slot = torch.div(first.long() - begin, TAIL_PAGE_SIZE, rounding_mode="floor").clamp(0, slots - touched)

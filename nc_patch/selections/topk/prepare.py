@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.means import average_rows
+from nc_patch.ops.triton.means import average_rows, changed_slots
 from nc_patch.ops.triton.ranks import RANK_INFINITY, Bracket, count_ranks, narrow, rank_of, score_of, width_of
 from nc_patch.ops.triton.rows import head_of, program_rows, span
 from nc_patch.ops.triton.structs import PER_CALL
@@ -33,10 +33,10 @@ _GUESS_PASSES = tl.constexpr(10)
 _DEVIATIONS = tl.constexpr(5.0)
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "length", "slots", "new"])
+@triton.jit(do_not_specialize=[*PER_CALL, "length", "slots", "new", "touched"])
 def prepare_kernel(
     query, key, value, codes, mean_key, mean_value, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk,
-    sink_keys, recent_keys, length, slots, new, shape, new_keys, SAMPLES: tl.constexpr, SAMPLERS: tl.constexpr,
+    sink_keys, recent_keys, length, slots, new, touched, shape, new_keys, SAMPLES: tl.constexpr, SAMPLERS: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Approximate scores, ``samples``, of keys drawn from even shares of the rivals of a block of rows.
@@ -45,8 +45,8 @@ def prepare_kernel(
     spaced keys would be in step with a text that repeats itself. A key outside a row's rivals is stored as -inf, and
     NaN as +inf. ``SAMPLERS`` programs share the samples of a block.
 
-    The programs after these take the last ``new`` keys of each sequence into its codes and, unless None, its means. The
-    samples are of keys before them.
+    The programs after these take the last ``new`` keys of each sequence into its codes and, unless None, its means, of
+    which they have ``touched``. The samples are of keys before them.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     q = tl.arange(0, _QUERIES)
@@ -80,13 +80,9 @@ def prepare_kernel(
             stop = tl.minimum(first_new + new, tl.minimum(Lk, length)).to(tl.int64)
             encode_run(keys, codes, rows.batch * num_kv_heads + rows.kv_head, begin, stop, length, new_keys)
         elif mean_key is not None:
-            # The pages that hold a new key, as ``means.triton_page_means_`` counts them.
-            touched = tl.minimum((new + PAGE - 2) // PAGE + 1, slots)
-            residue = tl.load(inputs.origin + rows.batch * Lq + Lq - 1) & (PAGE - 1)
-            changed = first_new - residue
-            changed = (changed - (changed & (PAGE - 1))) // PAGE
-            slot = tl.minimum(tl.maximum(changed, 0), slots - touched) + number - tiles
-            slot = slot.to(tl.int64) + tl.arange(0, 1)
+            origin = tl.load(inputs.origin + rows.batch * Lq + Lq - 1)
+            changed, residue = changed_slots(origin, first_new, touched, slots, PAGE)
+            slot = changed + (number - tiles) + tl.arange(0, 1)
             start = slot * PAGE + residue
             average_rows(
                 head_of(key, rows.batch, rows.kv_head), head_of(mean_key, rows.batch, rows.kv_head), start, slot,
