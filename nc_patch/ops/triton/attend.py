@@ -44,7 +44,7 @@ def attend_kernel(
             head_of(tail.value, rows.batch, rows.kv_head), selected, origin, settings, shape, tail.shape,
         )  # fmt: skip
     base, share, denominator = join_sink(softmax.peak, softmax.total, sinks, rows.head, rows.valid)
-    write_rows(output, rows, softmax.acc, share / denominator, rows.wanted, shape)
+    write_rows(output, rows, softmax.acc * (share / denominator)[:, None], rows.wanted, shape)
     if lse is not None:
         seen_peak, seen_total = sum_seen(load_queries(query, rows, shape), keys, selected, settings, shape)
         mass = kept.total * tl.exp2(kept.peak - seen_peak) / seen_total

@@ -167,12 +167,12 @@ def join_sink(peak, total, sinks, head, valid):
 
 
 @triton.jit
-def write_rows(output, rows, acc, factor, attended, shape):
-    """Stores ``acc * factor`` in the contiguous ``[B, Hq, Lq, DV]``, and zero where a row has no ``attended`` key.
+def write_rows(output, rows, values, attended, shape):
+    """Stores values in the contiguous ``[B, Hq, Lq, DV]``, and zero where a row has no ``attended`` key.
 
     A row whose keys all score -inf stays 0 / 0.
     """
     dv = tl.arange(0, shape.BLOCK_DV)
-    values = tl.where((attended > 0)[:, None], acc * factor[:, None], 0.0)
+    values = tl.where((attended > 0)[:, None], values, 0.0)
     mask = rows.valid[:, None] & (dv[None, :] < shape.DV)
     tl.store((output + rows.row * shape.DV)[:, None] + dv[None, :], values.to(output.dtype.element_ty), mask=mask)

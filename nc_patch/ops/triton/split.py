@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.scores import LN_2, empty_softmax, finite_or_zero, join_sink
+from nc_patch.ops.triton.scores import LN_2, empty_softmax, finite_or_zero, join_sink, write_rows
 from nc_patch.ops.triton.structs import Softmax
 
 MAX_SPLITS = 256
@@ -139,10 +139,7 @@ def write_joined(softmax, rows, sinks, attended, output, lse, lse_keys, shape):
     base, share, denominator = join_sink(softmax.peak, softmax.total, sinks, rows.head, rows.valid)
     result = softmax.acc * (share / denominator)[:, None]
     result = tl.where(tl.abs(result) < float("inf"), result, float("nan"))
-    dv = tl.arange(0, shape.BLOCK_DV)
-    result = tl.where((attended > 0)[:, None], result, 0.0).to(output.dtype.element_ty)
-    inside = rows.valid[:, None] & (dv < shape.DV)[None, :]
-    tl.store((output + rows.row * shape.DV)[:, None] + dv[None, :], result, mask=inside)
+    write_rows(output, rows, result, attended, shape)
     if lse is not None:
         tl.store(lse + rows.row, (base + tl.log2(denominator)) * LN_2, mask=rows.valid)
     if lse_keys is not None:

@@ -140,7 +140,7 @@ def attend_blocks_kernel(
             seen_keys += tl.sum(seen.to(tl.int32), axis=1)
 
         base, share, denominator = join_sink(peak, total, sinks, head, valid)
-        write_rows(results.output, rows, acc, share / denominator, seen_keys, shape)
+        write_rows(results.output, rows, acc * (share / denominator)[:, None], seen_keys, shape)
         tl.store(results.attended + row, seen_keys, mask=valid)
         if results.lse is not None:
             lse_keys = (finite_or_zero(peak) + tl.log2(total)) * LN_2
