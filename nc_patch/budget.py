@@ -115,9 +115,7 @@ def _device_table(
 ) -> torch.Tensor:
     """The budgets of a law by n, int32 ``[length]``."""
     found = budgets(np.arange(length), *law, min_keys, dense_below).astype(np.int32)
-    # Made outside inference mode, so that what is first needed inside it can be used outside.
-    with torch.inference_mode(False), torch.no_grad():
-        return _to_stay(torch.from_numpy(found), device)
+    return _to_stay(found, device)
 
 
 def _length_class(max_n: int) -> int:
@@ -173,18 +171,18 @@ def _device_steps(length: int, laws: Laws, min_keys: int, device: torch.device) 
     for line, of_law in zip(together, steps, strict=True):
         line[: len(of_law)] = of_law
     least = np.array([[unreached if every else min_keys] for every in whole], dtype=np.int32)
-    # Made outside inference mode, so that what is first needed inside it can be used outside.
-    with torch.inference_mode(False), torch.no_grad():
-        return _to_stay(torch.from_numpy(together), device), _to_stay(torch.from_numpy(least), device)
+    return _to_stay(together, device), _to_stay(least, device)
 
 
-def _to_stay(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on ``device``, as one that outlives the call that first needs it.
+def _to_stay(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array as a tensor on ``device`` that outlives the call that first needs it, in inference mode and outside.
 
     It is copied in a thread of its own: inference mode, and the memory pool of a CUDA graph that is being warmed up,
     belong to a thread, and what is allocated in such a pool is overwritten later.
     """
-    if device == host.device:
-        return host
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(host.to, device).result()
+    with torch.inference_mode(False), torch.no_grad():
+        host = torch.from_numpy(numbers)
+        if device == host.device:
+            return host
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(host.to, device).result()

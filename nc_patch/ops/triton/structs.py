@@ -16,7 +16,7 @@ import triton.language as tl
 
 # Arguments whose values no kernel is compiled for: numbers of heads, queries and keys, and settings. Prompts of any
 # length share one variant.
-PER_CALL = ("num_kv_heads", "num_heads", "group", "Lq", "Lk", "budget_heads", "sink_keys", "recent_keys")
+PER_CALL = ("num_kv_heads", "group", "Lq", "Lk", "budget_heads", "sink_keys", "recent_keys")
 
 
 class Heads(NamedTuple):

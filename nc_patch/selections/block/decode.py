@@ -130,8 +130,7 @@ def _planned(problem: Problem) -> tuple[Problem, Plan]:
     )
     if plans:
         return problem, plans[0]
-    sinks = None if problem.sinks is None else problem.sinks.contiguous()
-    checked = prepared(problem)._replace(sinks=sinks)
+    checked = prepared(problem)
     _check_pages(checked)
     plan = _plan(checked)
     if all(given is taken for given, taken in zip(problem.tensors(), checked.tensors(), strict=True)):
