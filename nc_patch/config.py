@@ -24,7 +24,7 @@ from nc_patch.common import (
 from nc_patch.ops.backends import check_backend
 from nc_patch.selections import Block, Selection, TopK, selection_class, selection_names
 
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "cpu", "torch"]
 IndexUse = Literal["auto", "always", "never"]
 OnDrop = Literal["ignore", "warn", "raise", "dense"]
 PerHead = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
@@ -68,8 +68,9 @@ class NCConfig:
             ``"ignore"`` read the device in every call, and refuse to be compiled into a graph.
         max_dropped_mass: the part of the dense softmax mass, in [0, 1), that a row (a query and head) may drop.
         dense_layers: indices of layers that keep dense attention.
-        backend: ``"triton"``, ``"torch"``, or ``"auto"`` for Triton on GPUs (NVIDIA's from Ampere on, and AMD's) where
-            it has a kernel for the call, and PyTorch elsewhere. What Triton lacks is logged once.
+        backend: ``"triton"`` for GPUs (NVIDIA's from Ampere on, and AMD's), ``"cpu"`` for kernels that Numba compiles
+            for the CPU, ``"torch"`` for PyTorch alone, or ``"auto"`` for the fastest that has what a call needs.
+            Where Triton has not, or Numba is not installed, the log says so once.
         key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
             where it saves time: for blocks, and for top-k on Triton. It changes no result.
         options: ``selection``, which sets both ``prefill`` and ``decode``; and options of selections by name, such as

@@ -73,16 +73,31 @@ def test_amd_counts_capabilities_otherwise(monkeypatch):
     assert triton_problem(CUDA) is None
 
 
-def test_a_cpu_runs_pytorch_without_a_word(monkeypatch):
+@pytest.mark.parametrize("numba", [True, False])
+def test_a_cpu_runs_compiled_kernels_and_without_numba_pytorch(numba, monkeypatch):
     monkeypatch.setattr(backends, "_triton_interprets", lambda: False)
+    monkeypatch.setattr(backends, "has_numba", lambda: numba)
     device = torch.device("cpu")
-    assert choose_backend("auto", device, head_dims=(512, 512)) == ("torch", None)
+    call = {"head_dims": (512, 512), "implemented": TopK().backends("prefill")}
+    missing = "the CPU kernels need Numba (pip install 'nc_patch[cpu]')"
+    assert choose_backend("auto", device, **call) == (("cpu", None) if numba else ("torch", missing))
+    assert choose_backend("torch", device, **call) == ("torch", None)
+    assert choose_backend("auto", device, **call, needs_grad=True)[0] == "torch"
     with pytest.raises(RuntimeError, match="needs a GPU, and the tensors are on cpu"):
         choose_backend("triton", device, head_dims=(64,))
+    if not numba:
+        with pytest.raises(RuntimeError, match=r"""needs Numba \(pip install 'nc_patch\[cpu\]'\)"""):
+            choose_backend("cpu", device, **call)
+
+
+def test_the_kernels_for_cpus_do_not_run_on_a_gpu(ampere):
+    with pytest.raises(RuntimeError, match="needs the tensors on a CPU, and they are on cuda"):
+        choose_backend("cpu", CUDA, head_dims=(64,), implemented=TopK().backends("prefill"))
 
 
 def test_the_interpreter_is_chosen_by_the_call_too(monkeypatch):
     monkeypatch.setattr(backends, "_triton_interprets", lambda: True)
+    monkeypatch.setattr(backends, "has_numba", lambda: False)
     backend, reason = choose_backend("auto", torch.device("cpu"), head_dims=(512, 512))
     assert backend == "torch"
     assert reason == "Triton takes a head_dim of at most 256, got 512"
@@ -97,6 +112,7 @@ def test_the_interpreter_is_chosen_by_the_call_too(monkeypatch):
 )
 def test_a_call_that_triton_cannot_run_equals_pytorch_and_says_so_once(settings, head_dim, reason, monkeypatch, caplog):
     monkeypatch.setattr(backends, "triton_problem", lambda device: None)  # as on a GPU
+    monkeypatch.setattr(backends, "has_numba", lambda: False)
     tensors = [torch.randn(1, 2, 40, head_dim) for _ in range(3)]
     settings = {"alpha": 2.0, "C": 0.5, **settings}
     say_once.cache_clear()

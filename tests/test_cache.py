@@ -41,14 +41,15 @@ def assert_equals_fresh(index: KeyIndex, layer: CacheLayerMixin, lengths: list[i
             torch.testing.assert_close(held.residual[b, :, :length], fresh[2][b, :, :length], atol=0, rtol=1e-5)
         return
     if index.kind == "means":
-        fresh = KeyIndex.build(keys, "means", value=layer.values, start=index.origin)
+        fresh = KeyIndex.build(keys, "means", value=layer.values, start=index.origin, backend=index._backend)
         for b, length in enumerate(lengths):
             begin = int(index.origin[b])
             slots = [(begin + 16 * j) // 16 for j in range((length - begin) // 16)]
             for held_tensor, fresh_tensor in zip(index.tensors(), fresh.tensors(), strict=True):
                 assert torch.equal(held_tensor[b, :, slots], fresh_tensor[b, :, slots])
         return
-    fresh = KeyIndex.build(keys, "pages", start=index.origin, block_size=index.block_size).tensors()
+    settings = {"block_size": index.block_size, "backend": index._backend}
+    fresh = KeyIndex.build(keys, "pages", start=index.origin, **settings).tensors()
     for b, length in enumerate(lengths):
         whole = (length - int(index.origin[b])) // index.block_size
         for held_tensor, fresh_tensor in zip(index.tensors(), fresh, strict=True):
@@ -60,8 +61,15 @@ class CacheMachine(RuleBasedStateMachine):
 
     kind: str
 
-    @initialize(batch=st.integers(1, 3), length=st.integers(1, 60), static=st.booleans(), seed=st.integers(0, 9999))
-    def prefill(self, batch, length, static, seed):
+    @initialize(
+        batch=st.integers(1, 3),
+        length=st.integers(1, 60),
+        static=st.booleans(),
+        backend=st.sampled_from(("torch", "cpu")),
+        seed=st.integers(0, 9999),
+    )
+    def prefill(self, batch, length, static, backend, seed):
+        self.backend = backend
         self.generator = torch.Generator().manual_seed(seed)
         self.static = static
         self.cache = StaticCache(config=tiny_model("llama").config, max_cache_len=400) if static else DynamicCache()
@@ -81,7 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
         end = torch.arange(self.length - count + 1, self.length + 1).expand(self.batch, -1)
         start = self.start[:, None].expand_as(end)
         visible = torch.stack((start, torch.maximum(start, end)), -1).int()
-        self.layer.nc_update(call_of(keys, values, visible, start.int()), self.kind, BLOCK, "torch")
+        self.layer.nc_update(call_of(keys, values, visible, start.int()), self.kind, BLOCK, self.backend)
         self.layer.nc_settle()
 
     @rule(count=st.integers(1, 20))

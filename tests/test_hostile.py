@@ -334,9 +334,12 @@ def hook(event, arguments):
             events.append((event, tuple(map(str, arguments))[:3]))
 def refuse(*arguments, **options):
     raise AssertionError(f"the network was asked for: {arguments}")
+# Numba unpickles the kernels that it has compiled, from a folder of the user's own: before the hook is there.
+sys.path.insert(0, sys.argv[1])
+from compiled_kernels import compile_all
+compile_all()
 sys.addaudithook(hook)
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
-sys.path.insert(0, sys.argv[1])
 from tiny_sweep import sweep_arguments
 from tiny_models import tiny_model, random_ids
 import nc_patch

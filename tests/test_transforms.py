@@ -25,7 +25,9 @@ def energy(options):
     """A scalar of the queries ``[1, 4, 40, 8]``, and queries."""
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 40, 8, generator=draw) for heads in (4, 2, 2))
-    attend = lambda query: sparse_attention(query, key, value, alpha=2.0, C=0.5, **options)  # noqa: E731
+    attend = lambda query: sparse_attention(  # noqa: E731
+        query, key, value, alpha=2.0, C=0.5, backend="torch", **options
+    )
     return attend, lambda query: attend(query).square().sum(), query
 
 

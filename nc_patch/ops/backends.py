@@ -1,13 +1,15 @@
 """The one place that chooses which implementation runs an operation."""
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
 
 import torch
 
 from nc_patch.common import check_choice
 from nc_patch.ops.problem import MAX_HEAD_DIM
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "cpu", "torch")
 # Of an op that reads the device's memory on the host: inductor leaves it out of its CUDA graphs.
 READS_HOST: tuple[torch.Tag, ...] = (
     (torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else ()
@@ -27,9 +29,9 @@ def choose_backend(
     *,
     head_dims: Sequence[int],
     needs_grad: bool = False,
-    implemented: Sequence[str] = ("triton", "torch"),
+    implemented: Sequence[str] = ("triton", "cpu", "torch"),
 ) -> tuple[str, str | None]:
-    """The backend that runs a call on ``device``, and why it is not the fast one, if it is not.
+    """The backend that runs a call on ``device``, and why it is not a faster one, where that may surprise.
 
     Args:
         head_dims: of the keys, and of the values where they take part.
@@ -37,24 +39,52 @@ def choose_backend(
         implemented: the backends that have what is called; PyTorch has everything.
 
     Raises:
-        RuntimeError: Triton was asked for by name where it cannot run.
+        RuntimeError: a backend was asked for by name where it cannot run.
     """
     if requested == "torch":
         return "torch", None
-    nowhere = problem = triton_problem(device)
-    if problem is None and "triton" not in implemented:
-        problem = "has no kernel for it"
-    elif problem is None and needs_grad:
-        problem = "has no gradient, and one is required (under torch.inference_mode() none is)"
-    elif problem is None and max(head_dims) > MAX_HEAD_DIM:
-        sizes = " and ".join(map(str, dict.fromkeys(head_dims)))
-        problem = f"takes a head_dim of at most {MAX_HEAD_DIM}, got {sizes}"
-    if problem is None:
-        return "triton", None
-    if requested == "triton":
-        raise RuntimeError(f'backend="triton" {problem}. Use backend="auto" or backend="torch".')
-    # On a CPU nothing else is expected.
-    return "torch", None if nowhere is not None and device.type == "cpu" else f"Triton {problem}"
+    reasons = {}
+    for name, problem_of in _PROBLEMS.items():
+        if requested not in ("auto", name):
+            continue
+        nowhere = problem = problem_of(device)
+        if problem is None and name not in implemented:
+            problem = "has no kernel for it"
+        elif problem is None and needs_grad:
+            problem = "has no gradient, and one is required (under torch.inference_mode() none is)"
+        elif problem is None and name == "triton" and max(head_dims) > MAX_HEAD_DIM:
+            sizes = " and ".join(map(str, dict.fromkeys(head_dims)))
+            problem = f"takes a head_dim of at most {MAX_HEAD_DIM}, got {sizes}"
+        if problem is None:
+            return name, None
+        if requested == name:
+            raise RuntimeError(f'backend="{name}" {problem}. Use backend="auto" or backend="torch".')
+        reasons[name] = (nowhere, problem)
+    nowhere, problem = reasons["triton"]
+    if nowhere is None or device.type != "cpu":
+        return "torch", f"Triton {problem}"
+    return "torch", None if has_numba() else f"the CPU kernels need Numba ({INSTALL_NUMBA})"
+
+
+INSTALL_NUMBA = "pip install 'nc_patch[cpu]'"
+
+
+def cpu_problem(device: torch.device) -> str | None:
+    """Why the kernels for CPUs cannot run on ``device``, or None where they can."""
+    if device.type != "cpu":
+        return f"needs the tensors on a CPU, and they are on {device.type}"
+    return None if has_numba() else f"needs Numba ({INSTALL_NUMBA})"
+
+
+@torch.compiler.assume_constant_result
+def has_numba() -> bool:
+    """Whether Numba is installed, which compiles the kernels for CPUs."""
+    return _numba_found()
+
+
+@functools.cache
+def _numba_found() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def triton_problem(device: torch.device) -> str | None:
@@ -89,3 +119,9 @@ def _capability_problem(device: torch.device) -> str | None:
         return None
     least, got = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, capability))
     return f"needs a GPU of compute capability {least} or higher, and {device} has {got}"
+
+
+_PROBLEMS: dict[str, Callable[[torch.device], str | None]] = {
+    "triton": lambda device: triton_problem(device),
+    "cpu": lambda device: cpu_problem(device),
+}

@@ -46,8 +46,8 @@ class Selection:
     """Which keys fill the budget of each query. Subclasses are frozen dataclasses whose fields are their options.
 
     ``keep`` is the definition; the forward pass in PyTorch, its gradient, ``torch.compile``, caches and ``generate``
-    follow from it. What else a subclass may have makes it faster: ``hide_``, ``prefill_torch`` and ``prefill_triton``;
-    with a key index also ``decode_torch`` and ``decode_triton``. An option is a bool, an int, a float, either or None,
+    follow from it. What else a subclass may have makes it faster: ``hide_``, ``prefill_torch``, ``prefill_triton`` and
+    ``prefill_cpu``; with a key index also ``decode_torch``, ``decode_triton`` and ``decode_cpu``. An option is a bool, an int, a float, either or None,
     or one of a few strings, listed in ``choices``.
 
     Attributes:
@@ -74,7 +74,9 @@ class Selection:
     on_host: ClassVar[tuple[tuple[str, str], ...]] = (("prefill", "torch"), ("decode", "torch"))
 
     prefill_triton: ClassVar[Callable[..., AttentionResult] | None] = None
+    prefill_cpu: ClassVar[Callable[..., AttentionResult] | None] = None
     decode_torch: ClassVar[Callable[..., AttentionResult] | None] = None
+    decode_cpu: ClassVar[Callable[..., AttentionResult] | None] = None
     decode_triton: ClassVar[Callable[..., AttentionResult] | None] = None
 
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -151,7 +153,7 @@ class Selection:
 
     def backends(self, phase: str) -> tuple[str, ...]:
         """The backends that have the phase, ``"prefill"`` or ``"decode"``."""
-        return tuple(name for name in ("triton", "torch") if getattr(self, f"{phase}_{name}") is not None)
+        return tuple(name for name in ("triton", "cpu", "torch") if getattr(self, f"{phase}_{name}") is not None)
 
     def numbers(self) -> list[float]:
         """The options as numbers, which is how operations of ``torch.library`` take them."""

@@ -28,3 +28,9 @@ class Dense(Selection):
         from nc_patch.ops.triton.launch import launch_attention
 
         return launch_attention(problem.over_all_keys())
+
+    def prefill_cpu(self, problem: Problem) -> AttentionResult:
+        """A compiled kernel over all that rows see."""
+        from nc_patch.ops.cpu.recent import cpu_recent_attention
+
+        return cpu_recent_attention(problem.over_all_keys(), 0)

@@ -108,7 +108,7 @@ def extend(problem: Problem, kind: str | None, backend: str) -> Problem:
 def _write(
     index: list[torch.Tensor], tensors: list[torch.Tensor], kind: str, count: int, block_size: int, backend: str
 ) -> None:
-    write = write_index if runs_directly([*index, *tensors]) else _EXTEND[backend == "torch"]
+    write = write_index if runs_directly([*index, *tensors]) else _EXTEND[backend != "triton"]
     write(index, tensors, kind, count, block_size, backend)
 
 

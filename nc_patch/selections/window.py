@@ -94,3 +94,9 @@ class Window(Selection):
         from nc_patch.ops.triton.launch import launch_attention
 
         return launch_attention(self.with_means(problem, "triton"), self.sink_keys)
+
+    def prefill_cpu(self, problem: Problem) -> AttentionResult:
+        """In a compiled kernel, over the same two runs of keys."""
+        from nc_patch.ops.cpu.recent import cpu_recent_attention
+
+        return cpu_recent_attention(problem, self.sink_keys)

@@ -45,10 +45,11 @@ class Block(BlockOptions):
         return self.size
 
     def takes_in(self, problem: Problem, backend: str) -> bool:
-        """In kernels, one key for one query: the page that it completes is the query's own, whose statistics are not
-        read."""
-        one = problem.new == 1 and problem.query.shape[2] == 1 and problem.means is None
-        return one and problem.phase == "decode" and backend == "triton"
+        """In kernels; on a GPU one key for one query, as the page that it completes is the query's own, whose statistics
+        are not read."""
+        one = problem.new == 1 and problem.query.shape[2] == 1
+        fits = backend == "cpu" or (backend == "triton" and one)
+        return fits and problem.means is None and problem.phase == "decode"
 
     def mask(self, problem: Problem, scores: torch.Tensor, decode: bool = False) -> torch.Tensor:
         """The definition, bool ``[B, Hq, Lq, Lk]``; see ``Selection.mask``."""
@@ -74,9 +75,25 @@ class Block(BlockOptions):
 
         return triton_block_attention(problem, self, mark)
 
+    def prefill_cpu(self, problem: Problem, mark: Mark = no_mark) -> AttentionResult:
+        """In a compiled kernel; see ``cpu``. With ``min_mass``, or where an audit is asked, in PyTorch."""
+        if self.min_mass is not None or problem.audit_seed >= 0:
+            return self.prefill_torch(problem, mark)
+        from nc_patch.selections.block.cpu import cpu_block_attention
+
+        result = cpu_block_attention(problem, self)
+        mark("attend")
+        return result
+
     def decode_torch(self, problem: Problem) -> AttentionResult:
         """By page statistics, in PyTorch; see ``torch_decode``."""
         return torch_block_decode(problem)
+
+    def decode_cpu(self, problem: Problem) -> AttentionResult:
+        """By page statistics, in compiled kernels; see ``cpu_decode``."""
+        from nc_patch.selections.block.cpu_decode import cpu_block_decode
+
+        return cpu_block_decode(problem)
 
     def decode_triton(self, problem: Problem) -> AttentionResult:
         """By page statistics, in kernels; see ``decode``."""

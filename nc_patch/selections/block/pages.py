@@ -156,7 +156,7 @@ class Pages:
     fixed: ClassVar = ()
     paged: ClassVar = True
     takes_values: ClassVar = False
-    pays_on: ClassVar = ("triton", "torch")
+    pays_on: ClassVar = ("triton", "cpu", "torch")
 
     @staticmethod
     def rows(capacity: int, block_size: int) -> int:
@@ -180,4 +180,6 @@ class Pages:
         update = update_pages_
         if backend == "triton":
             from nc_patch.selections.block.summarize import triton_summarize_pages_ as update
+        elif backend == "cpu":
+            from nc_patch.selections.block.cpu_decode import cpu_summarize_pages_ as update
         update(key, origin, first, count, end, PageStatistics(*index), block_size)

@@ -21,8 +21,8 @@ class Codes:
     fixed: ClassVar = ("center", "spread")
     paged: ClassVar = False
     takes_values: ClassVar = False
-    # Reading a byte an element saves time only where reading is what takes the time.
-    pays_on: ClassVar = ("triton",)
+    # PyTorch has no product of bytes and floats: there codes cost more than they save.
+    pays_on: ClassVar = ("triton", "cpu")
 
     @staticmethod
     def rows(capacity: int, block_size: int) -> int:
@@ -53,6 +53,11 @@ class Codes:
 
             triton_encode_keys_(key, first, count, codes)
             return
+        if backend == "cpu":
+            from nc_patch.selections.topk.cpu_decode import cpu_encode_keys_
+
+            cpu_encode_keys_(key, first, count, codes)
+            return
         Hkv, N, D = key.shape[1:]
         for begin in range(0, count, _KEYS_AT_ONCE):
             offset = torch.arange(begin, min(begin + _KEYS_AT_ONCE, count), device=key.device)
@@ -71,7 +76,7 @@ class Means:
     fixed: ClassVar = ()
     paged: ClassVar = False
     takes_values: ClassVar = True
-    pays_on: ClassVar = ("triton", "torch")
+    pays_on: ClassVar = ("triton", "cpu", "torch")
 
     @staticmethod
     def rows(capacity: int, block_size: int) -> int:
@@ -96,6 +101,11 @@ class Means:
             from nc_patch.ops.triton.means import triton_page_means_
 
             triton_page_means_(key, value, origin, first, count, PageMeans(*index))
+            return
+        if backend == "cpu":
+            from nc_patch.selections.topk.cpu_decode import cpu_page_means_
+
+            cpu_page_means_(key, value, origin, first, count, PageMeans(*index))
             return
         slots = index[0].shape[2]
         touched = touched_slots(count, slots)

@@ -14,6 +14,9 @@ from nc_patch.selections.topk import layouts  # noqa: F401  registers them
 from nc_patch.selections.topk.torch import forced_counts, hide_all_but_best_
 from nc_patch.selections.topk.torch_decode import torch_topk_decode
 
+# So few queries on a CPU read keys as they are; for more it pays to lay them out anew.
+_FEW_QUERIES = 4
+
 
 @register("topk")
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class TopK(Selection):
 
     def takes_in(self, problem: Problem, backend: str) -> bool:
         """In kernels, while decoding by codes."""
-        return problem.phase == "decode" and backend == "triton"
+        return problem.phase == "decode" and (backend == "triton" or (backend == "cpu" and not problem.bounds))
 
     def with_means(self, problem: Problem, backend: str) -> Problem:
         """The problem with its page means: those that are kept, or new ones; without any where they do not count."""
@@ -96,9 +99,25 @@ class TopK(Selection):
         problem = self.with_means(problem, "triton")
         return launch_attention(problem, self.sink_keys, self.recent_keys, find_limits)
 
+    def prefill_cpu(self, problem: Problem) -> AttentionResult:
+        """In compiled kernels; see ``cpu``, and for few queries ``cpu_decode``."""
+        from nc_patch.selections.topk.cpu import cpu_topk_attention
+
+        if problem.query.shape[2] <= _FEW_QUERIES:
+            return self.decode_cpu(problem)
+        return cpu_topk_attention(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
+
     def decode_torch(self, problem: Problem) -> AttentionResult:
         """By codes: only keys that may be among the best are read."""
         return torch_topk_decode(self.with_means(problem, "torch"), self.sink_keys, self.recent_keys)
+
+    def decode_cpu(self, problem: Problem) -> AttentionResult:
+        """By codes, in compiled kernels; see ``cpu_decode``. Bounds of the kept mass in PyTorch."""
+        if problem.bounds:
+            return self.decode_torch(problem)
+        from nc_patch.selections.topk.cpu_decode import cpu_topk_decode
+
+        return cpu_topk_decode(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
 
     def decode_triton(self, problem: Problem) -> AttentionResult:
         """By codes, in kernels; see ``decode``."""

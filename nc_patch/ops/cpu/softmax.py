@@ -1,0 +1,99 @@
+"""Softmax of rows of scores, and the sum of the values at listed places."""
+
+import math
+
+import numpy as np
+
+from nc_patch.ops.cpu.rows import INF, LOG2E, compiled, dot_row, element_of
+from nc_patch.ops.cpu.vectors import add_rows, exponentials, f32, i32, largest, set_f32
+
+
+@compiled
+def cap(row, count, scale, softcap):
+    """Soft-caps raw scores: ``softcap * tanh(scale * score / softcap)``."""
+    for i in range(count):
+        set_f32(row, i, np.float32(softcap * math.tanh(f32(row, i) * scale / softcap)))
+
+
+@compiled
+def shift_of(p, head, most):
+    """What is taken from all raw scores of a row before the exponentials: the largest, or the sink's where it is larger."""
+    if p.sinks == 0:
+        return most
+    sink = np.float32(f32(p.sinks, head) * LOG2E / p.factor)
+    return sink if sink > most else most
+
+
+@compiled
+def sink_share(p, head, shift):
+    """What a head's sink adds to the sum of the exponentials."""
+    if p.sinks == 0:
+        return 0.0
+    return 2.0 ** (f32(p.sinks, head) * LOG2E - shift * p.factor)
+
+
+@compiled
+def write_log_sums(p, at, shift, kept, total):
+    """Writes, where that is asked, the logarithms of sums of exponentials: over the attended keys, and of all."""
+    if p.lse_kept != 0:
+        set_f32(p.lse_kept, at, np.float32(shift * p.factor / LOG2E + math.log(kept)))
+        set_f32(p.lse, at, np.float32(shift * p.factor / LOG2E + math.log(total)))
+
+
+@compiled
+def softmax_row(p, row, count, head, at):
+    """Makes exponentials of ``count`` raw scores, a multiple of 16, -inf where not attended; one over their sum."""
+    shift = shift_of(p, head, largest(row, count))
+    kept = exponentials(row, count, shift, np.float32(p.factor))
+    total = kept + sink_share(p, head, shift)
+    write_log_sums(p, at, shift, kept, total)
+    return np.float32(1.0 / total)
+
+
+@compiled
+def hide_outside(row, count, begin, stop):
+    """Makes ``count`` scores but for those in [begin, stop) -inf."""
+    for i in range(begin):
+        set_f32(row, i, -INF)
+    for i in range(stop, count):
+        set_f32(row, i, -INF)
+
+
+@compiled
+def add_listed(out, width, weights, places, count, rows, step, kind):
+    """Adds up the first ``width`` elements of rows of a kind at ``places``, ``step`` bytes apart, times their weights.
+
+    ``count`` is a multiple of 4.
+    """
+    size = 4 if kind == 0 else 2
+    column = 0
+    while column + 64 <= width:
+        at, to = rows + size * column, out + 4 * column
+        if kind == 0:
+            add_rows(to, weights, places, count, at, step, 4, 0)
+        elif kind == 1:
+            add_rows(to, weights, places, count, at, step, 4, 1)
+        else:
+            add_rows(to, weights, places, count, at, step, 4, 2)
+        column += 64
+    while column + 16 <= width:
+        at, to = rows + size * column, out + 4 * column
+        if kind == 0:
+            add_rows(to, weights, places, count, at, step, 1, 0)
+        elif kind == 1:
+            add_rows(to, weights, places, count, at, step, 1, 1)
+        else:
+            add_rows(to, weights, places, count, at, step, 1, 2)
+        column += 16
+    for d in range(column, width):
+        total = f32(out, d)
+        for j in range(count):
+            total += f32(weights, j) * element_of(rows + i32(places, j) * step, d, kind)
+        set_f32(out, d, total)
+
+
+@compiled
+def score_listed(p, x, keys, places, count, scores):
+    """Scores of a query of floats and the keys at ``places``."""
+    for j in range(count):
+        set_f32(scores, j, dot_row(x, keys + i32(places, j) * p.key_n, p.D, p.kind))

@@ -1,0 +1,187 @@
+"""Block-sparse prefill on a CPU: a query block and a key/value head choose their key blocks and attend them at once.
+
+The sampled queries are scored against all visible keys, 32 of them at a time; each key block leaves its highest scores.
+Chosen blocks that lie side by side are attended as one run of keys, by 32 queries at a time.
+"""
+
+import numpy as np
+from numba import carray
+
+from nc_patch.ops.cpu.columns import (
+    COLUMNS,
+    PIECE,
+    add_run,
+    addresses_of,
+    attend_pieces,
+    clear_run,
+    clip_runs,
+    pack_queries,
+    pieces_floats,
+    read_query,
+    room_floats,
+    score_keys,
+    set_limits,
+    write_column,
+)
+from nc_patch.ops.cpu.launch import Kernel, next_item, scratch_of
+from nc_patch.ops.cpu.parts import FIELDS, LogSums, arguments_of, parts_of
+from nc_patch.ops.cpu.recent import dense_log_sums
+from nc_patch.ops.cpu.rows import INF, best_of, compiled, padded
+from nc_patch.ops.cpu.vectors import (
+    address_of,
+    column_exponentials,
+    column_maxima,
+    f32,
+    fill,
+    i32,
+    largest_product,
+    set_f32,
+    set_i32,
+)
+from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockOptions, PlannedBlock, plan_of
+
+_BATCH, _FIRST, _LAST, _LOW, _HIGH, _BEGIN, _LOWEST, _WIDTH, _FIRST_SAMPLE, _SAMPLES = range(PLAN_COLUMNS)
+assert PlannedBlock._fields[-2:] == ("first_sample", "samples")
+
+
+def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionResult:
+    """Attention over key blocks that a query block shares, as ``definition`` says; without ``min_mass``."""
+    query, key, value = problem.query, problem.key, problem.value
+    B, Hq, Lq, D = query.shape
+    plan = plan_of(problem, options)
+    output = query.new_empty(B, Lq, Hq, value.shape[3]).transpose(1, 2)
+    sums = LogSums.of(problem)
+    attended = problem.visible.new_zeros(B, Hq, Lq)
+    if len(plan.listed) * 1 < 1 or int((plan.owner < 0).sum()):
+        output.zero_()
+    first = 0
+    for b in range(B):
+        count = sum(block.batch == b for block in plan.listed)
+        for part in parts_of(key[b : b + 1], value[b : b + 1]):
+            arguments = arguments_of(problem, output, part._replace(batch=b), sums)
+            widest = max((block.width for block in plan.listed), default=0)
+            blocks = -(-widest // 16) * 16 + 32
+            floats = room_floats(D, arguments["width"]) + (COLUMNS + 5) * blocks + 512
+            floats += 2 * (pieces_floats(widest * options.size) + 2 * plan.capacity)
+            heads = slice(part.heads.start * problem.group, part.heads.stop * problem.group)
+            _ATTEND(
+                count * arguments["heads"], 4 * floats, table=plan.table[first:], blocks=count, size=options.size,
+                law=plan.law[first:, part.heads].contiguous(), recent=plan.recent[first:, part.heads].contiguous(),
+                samples=plan.samples, widest=blocks, most=plan.capacity, attended=attended[b, heads], **arguments,
+            )  # fmt: skip
+        first += count
+    return sums.result(problem, output, dense_log_sums(problem))._replace(attended=attended)
+
+
+@compiled
+def _attend_item(p, item, scratch):
+    """One query block of one head; the last ones, which see most keys, come first."""
+    head, number = item % p.heads, p.blocks - 1 - item // p.heads
+    block = p.table + 4 * _COLUMNS_OF_PLAN * number
+    first, rows = i32(block, _FIRST), i32(block, _LAST) - i32(block, _FIRST)
+    begin, lowest, width = i32(block, _BEGIN), i32(block, _LOWEST), i32(block, _WIDTH)
+    law, recent = i32(p.law, number * p.heads + head), i32(p.recent, number * p.heads + head)
+    room = scratch
+    logits = room + 4 * room_floats(p.D, p.width)
+    weights = logits + 4 * COLUMNS * p.widest
+    values = weights + 4 * p.widest
+    chosen = values + 4 * p.widest
+    sample = chosen + 4 * p.widest
+    pieces = sample + 4 * 512
+    clipped = pieces + 8 * (2 * p.most + p.Lk // PIECE + 8)
+    start = begin + lowest * p.size
+    number_of = 0
+    if law >= width:
+        number_of = add_run(pieces, 0, max(start, 0), min(start + width * p.size, p.Lk))
+    else:
+        _weigh(p, head, room, block, logits, weights)
+        others = law - (width - recent + (1 if recent > 0 else 0))
+        if recent > 0:
+            number_of = add_run(pieces, 0, max(start, 0), start + p.size)
+        if others > 0:
+            best_of(weights + 4, recent - 1, others, 1, values, chosen, sample)
+            for j in range(others):
+                at = start + i32(chosen, j) * p.size
+                number_of = add_run(pieces, number_of, at, at + p.size)
+        number_of = add_run(pieces, number_of, max(start + recent * p.size, 0), min(start + width * p.size, p.Lk))
+    for column_of in range(0, p.group * rows, COLUMNS):
+        count = min(COLUMNS, p.group * rows - column_of)
+        low, high = p.Lk, 0
+        for column in range(count):
+            r = column_of + column
+            of_head, i = head * p.group + r // rows, first + r % rows
+            seen_from, seen_to = i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1)
+            set_limits(room, p, column, seen_from, seen_to, 0, 0)
+            read_query(p, room, column, of_head, i)
+            low, high = min(low, seen_from), max(high, seen_to)
+        pack_queries(p, room, count)
+        attend_pieces(p, head, room, clipped, clip_runs(pieces, number_of, clipped, low, high), count)
+        for column in range(count):
+            r = column_of + column
+            of_head, i = head * p.group + r // rows, first + r % rows
+            seen_from, seen_to = i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1)
+            keys = 0
+            for piece in range(number_of):
+                keys += max(min(i32(pieces, 2 * piece + 1), seen_to) - max(i32(pieces, 2 * piece), seen_from), 0)
+            write_column(p, room, column, of_head, i, keys)
+            set_i32(p.attended, of_head * p.Lq + i, keys)
+
+
+@compiled
+def _weigh(p, head, room, block, logits, weights):
+    """Writes the weight of every key block: its largest share of any sampled query of the group."""
+    begin, lowest, width = i32(block, _BEGIN), i32(block, _LOWEST), i32(block, _WIDTH)
+    samples = i32(block, _SAMPLES)
+    start = begin + lowest * p.size
+    _, limits, scores, _, maxima, sums, shifts, _ = addresses_of(p, room)
+    fill(weights, padded(width), np.float32(0))
+    at_once = PIECE // p.size
+    for column_of in range(0, p.group * samples, COLUMNS):
+        count = min(COLUMNS, p.group * samples - column_of)
+        for column in range(count):
+            r = column_of + column
+            i = i32(p.samples, i32(block, _FIRST_SAMPLE) + r % samples)
+            set_limits(room, p, column, i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1), 0, 0)
+            read_query(p, room, column, head * p.group + r // samples, i)
+        pack_queries(p, room, count)
+        clear = clear_run(limits, count)
+        fill(logits, COLUMNS * width, -INF)
+        fill(maxima, COLUMNS, -INF)
+        fill(sums, COLUMNS, np.float32(0))
+        for j in range(0, width, at_once):
+            first = start + j * p.size
+            last = min(first + at_once * p.size, start + width * p.size)
+            from_key, to_key = max(first, 0), min(last, p.Lk)
+            score_keys(p, head, room, scores, from_key, to_key, clear)
+            for k in range(j, min(j + at_once, width)):
+                key = max(start + k * p.size, 0)
+                keys = min(start + (k + 1) * p.size, p.Lk) - key
+                column_maxima(scores + (key - from_key) * 128, keys, logits + 128 * k)
+        column_maxima(logits, width, maxima)
+        for column in range(COLUMNS):
+            most = f32(maxima, column)
+            set_f32(shifts, column, np.float32(0) if most == -INF else most)
+        column_exponentials(logits, width, shifts, np.float32(p.factor), sums)
+        for column in range(COLUMNS):
+            set_f32(sums, column, np.float32(1.0 / f32(sums, column)) if column < count else np.float32(0))
+        for k in range(width):
+            set_f32(weights, k, largest_product(logits + 128 * k, sums, f32(weights, k)))
+
+
+_COLUMNS_OF_PLAN = PLAN_COLUMNS
+
+
+def _make(record, digest):
+    def attend(pointer):
+        digest  # noqa: B018
+        p, at = carray(pointer, 1, record)[0], address_of(pointer)
+        scratch, item = scratch_of(p, at), next_item(at)
+        while item < p.items:
+            _attend_item(p, item, scratch)
+            item = next_item(at)
+
+    return attend
+
+
+_ATTEND = Kernel(f"{FIELDS} table blocks size law recent samples widest most attended", _make)

@@ -1,0 +1,467 @@
+"""Exact ``topk`` of few queries on a CPU: codes bound every score, and only keys that may be among the best are read.
+
+Two launches. In the first an item is a run of keys of one key/value head: it takes in the new keys among them, bounds
+the scores of all queries of the group from below, and scores the run's page means. In the second an item is one query
+and head: it finds the threshold of its bounds, scores the keys that may reach it, and attends the best. Without codes
+the first scores the keys themselves.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray
+
+from nc_patch.ops.cpu.launch import KINDS, Kernel, next_item, scratch_of
+from nc_patch.ops.cpu.parts import LogSums, last_dense, padded_length
+from nc_patch.ops.cpu.recent import dense_log_sums
+from nc_patch.ops.cpu.rows import (
+    INF,
+    LOG2E,
+    best_of,
+    compiled,
+    dot_row,
+    pad_row,
+    padded,
+    read_row,
+    threshold_of,
+    write_row,
+)
+from nc_patch.ops.cpu.softmax import add_listed, score_listed
+from nc_patch.ops.cpu.vectors import (
+    LANES,
+    address_of,
+    code_products,
+    f32,
+    fill,
+    i32,
+    set_f32,
+    set_i8,
+    set_i32,
+    take_bounded,
+    to_lower_bounds,
+)
+from nc_patch.ops.means import PageMeans
+from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.ops.rows import HALF_ULP, SMALLEST
+from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes, code_slack
+from nc_patch.selections.topk.cpu_list import PAGE, weigh_list
+
+# Keys of an item of the first launch, and floats of bounds that are kept at once.
+_KEYS = 1024
+_MOST_BOUNDS = 1 << 24
+# Floats of a query's state, see ``_state_of``.
+_STATE = 4
+
+
+def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> AttentionResult:
+    """Attention of few queries a sequence over their best keys; ``new`` keys are taken in first.
+
+    By ``problem.key_index``, where there is one and codes of a head fill whole vectors; page means join as in prefill.
+    """
+    query, key, value, means = problem.query, problem.key, problem.value, problem.means
+    B, Hq, Lq, D = query.shape
+    N, Dv, group = key.shape[2], value.shape[3], problem.group
+    output, sums = query.new_empty(B, Lq, Hq, Dv).transpose(1, 2), LogSums.of(problem)
+    columns = padded_length(N) + 2 * LANES
+    slots = 0 if means is None else padded_length(min(means.key.shape[2], N // PAGE + 1)) + 2 * LANES
+    width = columns + slots + _STATE
+    at_once = max(1, min(Lq, _MOST_BOUNDS // (B * Hq * width)))
+    bounds = torch.empty(B * Hq * at_once, width)
+    arguments: dict[str, Any] = {
+        "query": last_dense(query), "key": last_dense(key), "value": last_dense(value), "output": output,
+        "visible": problem.visible, "origin": problem.origin, "budget": problem.budget,
+        "budget_b": problem.budget.stride(0), "budget_h": problem.budget.stride(1) * (problem.budget.shape[1] > 1),
+        "bounds": bounds, "bounds_n": 4 * width, "columns": columns, "slots": slots, "group": group,
+        "heads": key.shape[1], "Lq": Lq, "N": N, "D": D, "Dv": Dv, "kind": KINDS[query.dtype], "new": problem.new,
+        "factor": LOG2E if problem.softcap else problem.scale * LOG2E, "softcap": problem.softcap,
+        "scale": problem.scale, "per_scale": code_slack(D), "sink_keys": sink_keys, "recent_keys": recent_keys,
+        "sinks": 0 if problem.sinks is None else problem.sinks.float().contiguous(),
+        **dict(zip(("codes", "scales", "residuals", "center", "spread"), map(torch.Tensor.data_ptr, problem.key_index),
+                   strict=False)),
+    }  # fmt: skip
+    if problem.key_index:
+        arguments.update(coded=D % LANES == 0, room=problem.key_index[0].shape[2])
+    if means is not None:
+        arguments.update(mean_key=means.key, mean_value=means.value, mean_count=means.key.shape[2])
+    if sums.kept is not None:
+        arguments.update(lse_kept=sums.kept, lse=sums.every)
+    for first in range(0, Lq, at_once):
+        queries = min(at_once, Lq - first)
+        arguments.update(first=first, queries=queries)
+        floats = 5 * padded_length(D) + 4 * _KEYS + _STATE + 2 * LANES
+        _SCAN(B * key.shape[1] * -(-N // _KEYS), 4 * floats, **arguments)
+        floats = 4 * columns + slots + padded_length(D) + padded_length(Dv) + 512 + 2 * LANES
+        _ATTEND(B * Hq * queries, 4 * floats, **arguments)
+        arguments["new"] = 0
+    return sums.result(problem, output, dense_log_sums(problem))
+
+
+def cpu_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyCodes) -> None:
+    """Writes the codes of the keys ``[first, first + count)`` of each sequence, as far as there are any.
+
+    Args:
+        key: ``[B, Hkv, N, D]``. first: int ``[B]``. codes: contiguous, as those of an index are.
+    """
+    _write(_ENCODE, key, key, first, count, key.shape[2], codes=codes.codes.data_ptr(), scales=codes.scale,
+           residuals=codes.residual, center=codes.center, spread=codes.spread, room=codes.codes.shape[2])  # fmt: skip
+
+
+def cpu_page_means_(
+    key: torch.Tensor, value: torch.Tensor, origin: torch.Tensor, first: torch.Tensor, count: int, means: PageMeans
+) -> None:
+    """Writes the mean of each whole page that holds any of the keys ``[first, first + count)`` of each sequence.
+
+    Args:
+        key: ``[B, Hkv, N, D]``. value: ``[B, Hkv, N, Dv]``. origin, first: int ``[B]``.
+    """
+    slots = min(means.key.shape[2], key.shape[2] // PAGE + 1)
+    _write(_AVERAGE, key, value, first, count, slots * PAGE, mean_key=means.key, mean_value=means.value,
+           mean_count=slots, origin=origin.to(torch.int32).contiguous())  # fmt: skip
+
+
+def _write(
+    kernel: Kernel, key: torch.Tensor, value: torch.Tensor, first: torch.Tensor, count: int, span: int, **index: Any
+) -> None:
+    """Launches a kernel over runs of ``span`` keys of each head."""
+    B, Hkv, N, D = key.shape
+    kernel(
+        B * Hkv * -(-span // _KEYS), 4 * (2 * padded_length(max(D, value.shape[3])) + LANES), key=last_dense(key),
+        value=last_dense(value), first_keys=first.to(torch.int32).contiguous(), new=count, heads=Hkv, N=N, D=D,
+        Dv=value.shape[3], span=span, kind=KINDS[key.dtype], **index,
+    )  # fmt: skip
+
+
+@compiled
+def _encode_item(p, item, scratch):
+    """The codes of a run of keys of one head."""
+    runs = (p.span + _KEYS - 1) // _KEYS
+    head, begin = item // runs, item % runs * _KEYS
+    first = i32(p.first_keys, head // p.heads)
+    keys = p.key + head // p.heads * p.key_b + head % p.heads * p.key_h
+    for position in range(max(begin, first), min(begin + _KEYS, first + p.new, p.N, p.room)):
+        _encode(p, head, keys + position * p.key_n, head * p.room + position, scratch)
+
+
+@compiled
+def _average_item(p, item, scratch):
+    """The page means of a run of keys of one head."""
+    runs = (p.span + _KEYS - 1) // _KEYS
+    head, slot = item // runs, item % runs * (_KEYS // PAGE)
+    batch, end = head // p.heads, min(i32(p.first_keys, head // p.heads) + p.new, p.N)
+    _average(p, batch, head % p.heads, i32(p.origin, batch) % PAGE, end, slot, min(_KEYS // PAGE, p.mean_count - slot),
+             scratch)  # fmt: skip
+
+
+@compiled
+def _interval(p, batch, i):
+    """Start and end of what a query sees."""
+    at = 2 * (batch * p.Lq + i)
+    return i32(p.visible, at), i32(p.visible, at + 1)
+
+
+@compiled
+def _bounds_of(p, batch, head, i):
+    """Where the bounds of a query of a launch are; behind them the scores of page means, and its state."""
+    return p.bounds + ((batch * p.heads * p.group + head) * p.queries + i) * p.bounds_n
+
+
+@compiled
+def _state_of(p, bounds):
+    """Where what a query's bounds follow from is: q·center, the norm of the weighted query, the error of rounding."""
+    return bounds + 4 * (p.columns + p.slots)
+
+
+@compiled
+def _norm(x, count):
+    """The norm of floats, not below the true one but for its rounding of ordinary numbers."""
+    total = 0.0
+    for i in range(count):
+        total += np.float64(f32(x, i)) * np.float64(f32(x, i))
+    return np.float32(math.sqrt(total) + 2.0**-149)
+
+
+@compiled
+def _weigh_query(p, x, head, state):
+    """Multiplies a query by the channels' spreads, in place, and writes its state."""
+    center, spread = p.center + 4 * head * p.D, p.spread + 4 * head * p.D
+    middle, size = np.float32(0), _norm(x, p.D)
+    for d in range(p.D):
+        middle += f32(x, d) * f32(center, d)
+        set_f32(x, d, f32(x, d) * f32(spread, d))
+    set_f32(state, 0, middle)
+    set_f32(state, 1, _norm(x, p.D))
+    set_f32(state, 2, size * _norm(center, p.D) * np.float32(2 * (p.D + 16) * HALF_ULP) + np.float32(SMALLEST))
+
+
+@compiled
+def _scan_item(p, item, scratch):
+    """A run of keys of one head: new ones are taken in, scores are bounded from below, page means are scored."""
+    runs = (p.N + _KEYS - 1) // _KEYS
+    head, begin = item // runs, item % runs * _KEYS
+    batch, kv_head = head // p.heads, head % p.heads
+    end, high = 0, 0
+    for i in range(p.Lq):
+        end = max(end, _interval(p, batch, i)[1])
+        if p.first <= i < p.first + p.queries:
+            high = max(high, _interval(p, batch, i)[1])
+    keys = p.key + batch * p.key_b + kv_head * p.key_h
+    slot = begin // PAGE
+    slots = min(_KEYS // PAGE, min(p.mean_count, p.N // PAGE + 1) - slot)
+    if p.new > 0:
+        if p.codes != 0:
+            for position in range(max(begin, end - p.new), min(begin + _KEYS, end)):
+                _encode(p, head, keys + position * p.key_n, head * p.room + position, scratch)
+        if slots > 0:
+            _average(p, batch, kv_head, i32(p.origin, batch * p.Lq + p.Lq - 1) % PAGE, end, slot, slots, scratch)
+    count, step = min(begin + _KEYS, high) - begin, 4 * padded(p.D)
+    x, raw = scratch, scratch + 4 * step
+    rows = p.group * p.queries
+    for first in range(0, rows, 4):
+        many = min(4, rows - first)
+        for r in range(4):
+            if r >= many:
+                fill(x + r * step, padded(p.D), np.float32(0))
+                continue
+            of_head, i = kv_head * p.group + (first + r) // p.queries, (first + r) % p.queries
+            bounds = _bounds_of(p, batch, of_head, i)
+            read_row(x + r * step, p.query + batch * p.query_b + of_head * p.query_h + (p.first + i) * p.query_n, p.D,
+                     p.kind)  # fmt: skip
+            for j in range(slots):
+                mean = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h + (slot + j) * p.mean_key_n
+                set_f32(bounds + 4 * p.columns, slot + j, dot_row(x + r * step, mean, p.D, p.kind))
+            if p.coded == 0:
+                for j in range(count):
+                    set_f32(bounds, begin + j, dot_row(x + r * step, keys + (begin + j) * p.key_n, p.D, p.kind))
+            else:
+                _weigh_query(p, x + r * step, head, _state_of(p, bounds))
+        if p.coded == 0 or count <= 0:
+            continue
+        _multiply_codes(p, x, step, head * p.room + begin, count, many, raw)
+        for r in range(many):
+            of_head, i = kv_head * p.group + (first + r) // p.queries, (first + r) % p.queries
+            bounds = _bounds_of(p, batch, of_head, i)
+            state = _state_of(p, bounds)
+            to_lower_bounds(
+                raw + 4 * r * _KEYS, bounds + 4 * begin, padded(count), p.scales + 4 * (head * p.room + begin),
+                p.residuals + 4 * (head * p.room + begin), f32(state, 0), f32(state, 1), np.float32(p.per_scale),
+                f32(state, 2),
+            )  # fmt: skip
+
+
+@compiled
+def _multiply_codes(p, x, step, place, count, rows, raw):
+    """Products of up to four rows with ``count`` codes from ``place`` on, ``raw [4, _KEYS]``."""
+    codes = p.codes + place * p.D
+    if rows == 1:
+        for j in range(0, count - 3, 4):
+            code_products(x, step, codes + j * p.D, p.D, p.D, raw + 4 * j, 4 * _KEYS, 1)
+        for j in range(count // 4 * 4, count):
+            code_products(x, step, codes + j * p.D, 0, p.D, raw + 4 * j, 4 * _KEYS, 1)
+    elif rows == 2:
+        for j in range(0, count - 1, 2):
+            code_products(x, step, codes + j * p.D, p.D, p.D, raw + 4 * j, 4 * _KEYS, 2)
+        if count % 2:
+            code_products(x, step, codes + (count - 1) * p.D, 0, p.D, raw + 4 * (count - 1), 4 * _KEYS, 2)
+    else:
+        for j in range(count):
+            code_products(x, step, codes + j * p.D, p.D, p.D, raw + 4 * j, 4 * _KEYS, 4)
+
+
+@compiled
+def _encode(p, head, key, place, x):
+    """Writes the codes of a key; ``codes.encode_keys`` defines them."""
+    center, spread = p.center + 4 * head * p.D, p.spread + 4 * head * p.D
+    read_row(x, key, p.D, p.kind)
+    most, sound = np.float32(0), True
+    for d in range(p.D):
+        value = (f32(x, d) - f32(center, d)) / f32(spread, d)
+        set_f32(x, d, value)
+        sound = sound and abs(value) < INF
+        most = max(most, abs(value))
+    if not sound:
+        fill(x, padded(p.D), np.float32(0))
+        most = np.float32(0)
+    scale = most / np.float32(LARGEST_CODE) if most >= np.float32(SMALLEST) else np.float32(0)
+    left = 0.0
+    for d in range(p.D):
+        code = np.float32(0)
+        if scale > 0:
+            code = np.rint(f32(x, d) / scale)
+            code = min(max(code, np.float32(-LARGEST_CODE)), np.float32(LARGEST_CODE))
+        set_i8(p.codes + place * p.D, d, int(code))
+        rest = f32(x, d) - scale * code
+        left += np.float64(rest) * np.float64(rest)
+    residual = math.sqrt(left) * (1 + p.D * HALF_ULP) + most * (8 * math.sqrt(p.D) * HALF_ULP) + SMALLEST
+    set_f32(p.scales, place, scale)
+    set_f32(p.residuals, place, np.float32(residual * (1 + HALF_ULP)) if sound else INF)
+
+
+@compiled
+def _average(p, batch, kv_head, shift, end, slot, slots, x):
+    """Writes the means of the whole pages among so many slots that hold any of the new keys, which end at ``end``."""
+    for part in range(2):
+        width = p.D if part == 0 else p.Dv
+        source = p.key + batch * p.key_b + kv_head * p.key_h if part == 0 else p.value + batch * p.value_b + kv_head * p.value_h
+        target = (p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h if part == 0 else
+                  p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h)  # fmt: skip
+        source_n, target_n = (p.key_n, p.mean_key_n) if part == 0 else (p.value_n, p.mean_value_n)
+        total = x + 4 * padded(width)
+        for j in range(slots):
+            page = (slot + j) * PAGE + shift
+            if page + PAGE > end or page + PAGE <= end - p.new:
+                continue
+            fill(total, padded(width), np.float32(0))
+            for key in range(PAGE):
+                read_row(x, source + (page + key) * source_n, width, p.kind)
+                for d in range(width):
+                    set_f32(total, d, f32(total, d) + f32(x, d) * np.float32(1 / PAGE))
+            write_row(target + (slot + j) * target_n, total, width, np.float32(1), p.kind, x)
+
+
+@compiled
+def _attend_item(p, item, scratch):
+    """One query of one head: its threshold, its best keys, and softmax times value over those."""
+    i = p.first + item % p.queries
+    of_head = item // p.queries % (p.heads * p.group)
+    batch = item // p.queries // (p.heads * p.group)
+    kv_head = of_head // p.group
+    bounds = _bounds_of(p, batch, of_head, item % p.queries)
+    scores, places = scratch, scratch + 4 * p.columns
+    listed, exact = places + 4 * p.columns, places + 8 * p.columns
+    counts = exact + 4 * p.columns
+    x = counts + 4 * p.slots
+    out = x + 4 * padded(p.D)
+    sample = out + 4 * padded(p.Dv)
+    start, end = _interval(p, batch, i)
+    target = p.output + batch * p.output_b + of_head * p.output_h + i * p.output_n
+    fill(out, padded(p.Dv), np.float32(0))
+    inverse = np.float32(1)
+    if end > start:
+        read_row(x, p.query + batch * p.query_b + of_head * p.query_h + i * p.query_n, p.D, p.kind)
+        keys = p.key + batch * p.key_b + kv_head * p.key_h
+        values = p.value + batch * p.value_b + kv_head * p.value_h
+        k = min(i32(p.budget, batch * p.budget_b + of_head * p.budget_h + i), end - start)
+        recents = min(k, p.recent_keys)
+        sinks = min(k - recents, p.sink_keys)
+        if k >= end - start:
+            sinks, recents = k, 0
+        forced = sinks + recents
+        for j in range(forced):
+            set_i32(places, j, start + j if j < sinks else end - forced + j)
+        score_listed(p, x, keys, places, forced, scores)
+        if k > forced:
+            first, stop = start + sinks, end - recents
+            if p.coded == 0:
+                best_of(bounds + 4 * first, stop - first, k - forced, first, scores + 4 * forced, places + 4 * forced,
+                        sample)  # fmt: skip
+            else:
+                found, count = _candidates(p, batch * p.heads + kv_head, bounds, first, stop, k - forced,
+                                           (scores + 4 * forced, places + 4 * forced, listed, sample))  # fmt: skip
+                score_listed(p, x, keys, found, count, exact)
+                best_of(exact, count, k - forced, 0, scores + 4 * forced, places + 4 * forced, sample)
+                for j in range(forced, k):
+                    set_i32(places, j, i32(found, i32(places, j)))
+        pad_row(scores, k, -INF)
+        for j in range(k, padded(k)):
+            set_i32(places, j, i32(places, 0))
+        origin = i32(p.origin, batch * p.Lq + i)
+        slots = min(end // PAGE + 1, p.mean_count)
+        means = bounds + 4 * p.columns
+        inverse, slot, counted = weigh_list(
+            p, scores, places, k, (start, end, origin), of_head, (batch * p.heads * p.group + of_head) * p.Lq + i,
+            means, slots, counts,
+        )  # fmt: skip
+        add_listed(out, p.Dv, scores, places, padded(k), values, p.value_n, p.kind)
+        if counted > 0:
+            for j in range(padded(counted)):
+                set_i32(listed, j, slot + min(j, counted - 1))
+            add_listed(out, p.Dv, means + 4 * slot, listed, padded(counted),
+                       p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h, p.mean_value_n, p.kind)  # fmt: skip
+    write_row(target, out, p.Dv, inverse, p.kind, sample)
+
+
+@compiled
+def _candidates(p, head, bounds, first, stop, wanted, room):
+    """Lists the keys [first, stop) that may be among the best: where the list is, and how long."""
+    scores, places, listed, sample = room
+    state = _state_of(p, bounds)
+    threshold = threshold_of(bounds + 4 * first, stop - first, wanted, scores, places, sample)
+    # Whole vectors, which lie within what there is room for; what is not asked for is cut off again.
+    begin = first // LANES * LANES
+    count = take_bounded(
+        bounds + 4 * begin, padded(stop - begin), p.scales + 4 * (head * p.room + begin),
+        p.residuals + 4 * (head * p.room + begin), f32(state, 1), np.float32(p.per_scale), f32(state, 2), threshold,
+        listed, begin,
+    )  # fmt: skip
+    skipped = 0
+    while skipped < count and i32(listed, skipped) < first:
+        skipped += 1
+    while count > skipped and i32(listed, count - 1) >= stop:
+        count -= 1
+    return listed + 4 * skipped, count - skipped
+
+
+def _make_encode(record, digest):
+    def encode(pointer):
+        digest  # noqa: B018
+        p, at = carray(pointer, 1, record)[0], address_of(pointer)
+        scratch, item = scratch_of(p, at), next_item(at)
+        while item < p.items:
+            _encode_item(p, item, scratch)
+            item = next_item(at)
+
+    return encode
+
+
+def _make_average(record, digest):
+    def average(pointer):
+        digest  # noqa: B018
+        p, at = carray(pointer, 1, record)[0], address_of(pointer)
+        scratch, item = scratch_of(p, at), next_item(at)
+        while item < p.items:
+            _average_item(p, item, scratch)
+            item = next_item(at)
+
+    return average
+
+
+def _make_scan(record, digest):
+    def scan(pointer):
+        digest  # noqa: B018
+        p, at = carray(pointer, 1, record)[0], address_of(pointer)
+        scratch, item = scratch_of(p, at), next_item(at)
+        while item < p.items:
+            _scan_item(p, item, scratch)
+            item = next_item(at)
+
+    return scan
+
+
+def _make_attend(record, digest):
+    def attend(pointer):
+        digest  # noqa: B018
+        p, at = carray(pointer, 1, record)[0], address_of(pointer)
+        scratch, item = scratch_of(p, at), next_item(at)
+        while item < p.items:
+            _attend_item(p, item, scratch)
+            item = next_item(at)
+
+    return attend
+
+
+_OF_INDEX = (
+    "key key_b key_h key_n value value_b value_h value_n heads N D Dv kind new "
+    "codes scales residuals center spread room "
+    "mean_key mean_key_b mean_key_h mean_key_n mean_value mean_value_b mean_value_h mean_value_n mean_count origin"
+)
+_FIELDS = (
+    f"{_OF_INDEX} query query_b query_h query_n output output_b output_h output_n visible budget budget_b budget_h sinks "
+    "coded bounds bounds_n columns slots group Lq first queries factor:f softcap:f scale:f per_scale:f "
+    "sink_keys recent_keys lse lse_kept"
+)
+_ENCODE = Kernel(f"{_OF_INDEX} first_keys span", _make_encode)
+_AVERAGE = Kernel(f"{_OF_INDEX} first_keys span", _make_average)
+_SCAN = Kernel(_FIELDS, _make_scan)
+_ATTEND = Kernel(_FIELDS, _make_attend)
