@@ -21,7 +21,7 @@ from nc_patch.families import (
     refuse_unsupported,
     say_unpatched,
 )
-from nc_patch.functional import attend, by_index, check_scale
+from nc_patch.functional import attend, backend_of, by_index, check_scale
 from nc_patch.hooks import IMPLEMENTATION, told_boundaries
 from nc_patch.masks import interval_mask
 from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_mapped, refuse_tangents
@@ -198,7 +198,9 @@ def _attention(
 
     def run(selection: Selection) -> AttentionResult:
         dense = selection is _DENSE
-        if dense and plain and in_place and Lq in (1, Lk) and plan.host_reads:
+        # The kernel for CPUs is faster than PyTorch's for a prompt, and PyTorch's for a single query.
+        own = dense and Lq > 1 and backend_of(_DENSE, problem, config.backend)[0] == "cpu"
+        if dense and not own and plain and in_place and Lq in (1, Lk) and plan.host_reads:
             causal = once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
             if causal:
                 return AttentionResult(_sdpa(problem, None))
@@ -359,6 +361,11 @@ def _dense_by_mask(problem: Problem, mask: torch.Tensor | None, crosses: bool) -
 def _sdpa(problem: Problem, mask: torch.Tensor | None, causal: bool = True) -> torch.Tensor:
     """PyTorch's dense attention; without a mask plain causal, for which Lq must be 1 or Lk, or of all keys."""
     query, key, value = problem.query, problem.key, problem.value
+    if query.device.type == "cpu" and query.shape[2] == 1 and mask is None:
+        # As rows of their key/value head the queries of a group share the reading of its keys.
+        rows = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
+        output = torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=problem.scale)
+        return output.view(*query.shape[:3], -1)
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
