@@ -41,7 +41,10 @@ from nc_patch.selections import Block, TopK, Window  # noqa: F401  Block for eva
             "prefill must be one of 'block', 'dense', 'topk', 'window', got 'best'",
         ),
         ({"alpha": 1.0, "C": 0.5, "decode": None}, "decode must be one of"),
-        ({"alpha": 1.0, "C": 0.5, "backend": "cuda"}, "backend must be one of 'auto', 'triton', 'cpu', 'torch', got 'cuda'"),
+        (
+            {"alpha": 1.0, "C": 0.5, "backend": "cuda"},
+            "backend must be one of 'auto', 'triton', 'cpu', 'torch', got 'cuda'",
+        ),
         ({"alpha": 1.0, "C": 0.5, "sink_keys": -1}, "sink_keys must be at least 0, got -1"),
         ({"alpha": 1.0, "C": 0.5, "min_keys": 0}, "min_keys must be at least 1, got 0"),
         ({"alpha": 1.0, "C": 0.5, "dense_below": -1}, "dense_below must be at least 0, got -1"),

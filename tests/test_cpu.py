@@ -11,13 +11,12 @@ from attention_cases import Case, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import problem_of_case, selection_of
-from test_torch_decode import KINDS, all_equal, clustered, codes_of, decode_case, denormals, heavy_tails, huge_norms
 from test_tail import means_of, tail_case
+from test_torch_decode import KINDS, all_equal, clustered, codes_of, decode_case, denormals, heavy_tails, huge_norms
 from test_torch_ops import ADVERSARIAL, TOLERANCE, revealing_case
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import KeyIndex, patch_model, sparse_attention
-from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
 from nc_patch.selections import Block, Selection, TopK
 from nc_patch.selections.block.pages import PageStatistics, page_count, update_pages_
@@ -128,7 +127,9 @@ def test_the_attended_set_is_exact_on_adversarial_keys(kind, budget, by_codes):
         origin=problem.origin.expand(1, 6).contiguous(), budget=problem.budget.expand(1, 1, 6).contiguous(),
     )  # fmt: skip
     for each in (problem, many):
-        assert torch.equal(selection.run(each, "cpu").output > 0, expected.expand_as(each.query[..., :1].expand(-1, -1, -1, 100)))
+        assert torch.equal(
+            selection.run(each, "cpu").output > 0, expected.expand_as(each.query[..., :1].expand(-1, -1, -1, 100))
+        )
 
 
 @given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1), st.integers(0, 5))
@@ -191,7 +192,10 @@ def test_pages_of_hard_keys_are_chosen_as_defined(kind):
     for seed in range(300, 330):
         case = decode_case(seed)
         case.key = kind(case.key)
-        result, expected = Block(size=case.block_size).run(pages_problem(case, 0, False), "cpu"), case.reference("pages")
+        result, expected = (
+            Block(size=case.block_size).run(pages_problem(case, 0, False), "cpu"),
+            case.reference("pages"),
+        )
         assert torch.equal(result.attended, expected.attended), seed
         assert relative_error(result.output, expected.output) < 1e-4, seed
 
@@ -226,7 +230,11 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         found[threads] = [
-            *(sparse_attention(query, key, value, alpha=2.0, C=0.6, selection=name) for name in SELECTIONS if name != "drop"),
+            *(
+                sparse_attention(query, key, value, alpha=2.0, C=0.6, selection=name)
+                for name in SELECTIONS
+                if name != "drop"
+            ),
             sparse_attention(query[:, :, -1:], key, value, alpha=2.0, C=0.6, index=index["codes"]),
             sparse_attention(query[:, :, -1:], key, value, alpha=2.0, C=0.6, selection="block", index=index["pages"]),
         ]

@@ -47,8 +47,8 @@ class Selection:
 
     ``keep`` is the definition; the forward pass in PyTorch, its gradient, ``torch.compile``, caches and ``generate``
     follow from it. What else a subclass may have makes it faster: ``hide_``, ``prefill_torch``, ``prefill_triton`` and
-    ``prefill_cpu``; with a key index also ``decode_torch``, ``decode_triton`` and ``decode_cpu``. An option is a bool, an int, a float, either or None,
-    or one of a few strings, listed in ``choices``.
+    ``prefill_cpu``; with a key index also ``decode_torch``, ``decode_triton`` and ``decode_cpu``. An option is a bool,
+    an int, a float, either or None, or one of a few strings, listed in ``choices``.
 
     Attributes:
         name: by which ``NCConfig`` and the command line know it; set by ``register``.

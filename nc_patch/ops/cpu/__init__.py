@@ -1,1 +1,1 @@
-"""Kernels for CPUs, compiled by Numba: vector instructions, launches on PyTorch's threads, and what selections share."""
+"""Kernels for CPUs, compiled by Numba: vector instructions, launches on PyTorch's threads, what selections share."""

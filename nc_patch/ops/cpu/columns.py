@@ -8,31 +8,21 @@ import math
 
 import numpy as np
 
+from nc_patch.ops.cpu.llvm import LANES, TILE_ROWS
+from nc_patch.ops.cpu.products import column_exponentials, column_maxima, hide_columns, product
 from nc_patch.ops.cpu.rows import INF, compiled, padded, read_row, write_row
 from nc_patch.ops.cpu.softmax import sink_share, write_log_sums
-from nc_patch.ops.cpu.vectors import (
-    LANES,
-    TILE_ROWS,
-    column_exponentials,
-    column_maxima,
-    f32,
-    fill,
-    hide_columns,
-    i32,
-    product,
-    scale_row,
-    set_f32,
-    set_i32,
-)
+from nc_patch.ops.cpu.vectors import f32, fill, i32, scale_row, set_f32, set_i32
 
 COLUMNS = 32
 # Keys whose scores are held at once, and floats that they take.
 PIECE = 1024
 SCORES = PIECE * COLUMNS
 
+
 @compiled
 def room_floats(D, width):
-    """Floats of scratch memory that 32 queries take: packed, limits, scores, output, three states, a row and a spare."""
+    """Floats of scratch memory that 32 queries take; see ``addresses_of``."""
     return COLUMNS * (D + 4 + PIECE + width + 3) + COLUMNS * padded(D) + 2 * LANES
 
 
@@ -98,13 +88,15 @@ def clear_run(limits, count):
 
 @compiled
 def score_keys(p, head, room, target, first, last, clear):
-    """Final scores of the keys ``first:last`` but for the scale, -inf where a column does not attend; 128 bytes a key."""
+    """Soft-capped raw scores of the keys ``first:last``, 128 bytes a key; -inf where a column does not attend."""
     parts = addresses_of(p, room)
     keys, depth, z = p.keys + head * p.keys_h + first * p.keys_n, p.D, target
     count = last - first
     whole = count // TILE_ROWS * TILE_ROWS
     for row in range(0, whole, TILE_ROWS):
-        product(keys + row * p.keys_n, p.keys_n, 4, parts[0], 64, 64 * depth, z + row * 128, 128, depth, TILE_ROWS, 2, 0)
+        product(
+            keys + row * p.keys_n, p.keys_n, 4, parts[0], 64, 64 * depth, z + row * 128, 128, depth, TILE_ROWS, 2, 0
+        )
     for row in range(whole, count):
         product(keys + row * p.keys_n, p.keys_n, 4, parts[0], 64, 64 * depth, z + row * 128, 128, depth, 1, 2, 0)
     if p.softcap != 0:
@@ -178,7 +170,7 @@ def _add_values(p, weights, values, out, depth, count):
 
 @compiled
 def write_column(p, room, column, head, row, attended):
-    """Writes the output of a column's query, zeros where it attends nothing, and its log-sum-exp where that is asked."""
+    """Writes the output of a column's query, zeros where it attends nothing, and its log-sum-exp on request."""
     parts = addresses_of(p, room)
     source, spare = parts[3] + 4 * column * p.width, parts[7]
     at = p.output + head * p.output_h + row * p.output_n
@@ -194,7 +186,7 @@ def write_column(p, room, column, head, row, attended):
 
 @compiled
 def add_run(pieces, number, first, last):
-    """Appends the keys [first, last) to runs, joined to the last where they follow it; how many pieces there are now."""
+    """Appends the keys [first, last) to runs, joined to the last if they follow it; how many pieces there are now."""
     if number > 0 and i32(pieces, 2 * number - 1) == first:
         number -= 1
         first = i32(pieces, 2 * number)

@@ -1,8 +1,8 @@
 """How kernels are compiled and launched: on the threads that PyTorch has, each taking one item of work after another.
 
-A kernel is a C function of one address, that of a record of its arguments. What an item computes depends on the item
-alone, so that results do not depend on the number of threads. PyTorch's own OpenMP threads run it, which its operations
-before and after keep awake; a second pool would fight with them for the cores.
+What an item computes depends on the item alone, so that results do not depend on the number of threads. PyTorch's own
+OpenMP threads run a launch, which its operations before and after keep awake; a second pool would fight with them for
+the cores.
 """
 
 import ctypes
@@ -16,88 +16,115 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import types
+from numba import carray, types
 
 from nc_patch.common import say_once
-from nc_patch.ops.cpu.vectors import add_to
+from nc_patch.ops.cpu.vectors import add_to, address_of, call
 
-ENTRY = types.void(types.voidptr)
-# The first fields of every record; the launch fills them in.
-_HEADER = ("items", "item", "worker", "memory", "scratch")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The first fields of every record, which a launch fills in.
+_HEADER = ("items", "item", "worker", "memory", "scratch", "function")
 
 
 class Kernel:
-    """A compiled function over items of work; compiled when it is first called, and kept on the disk for later processes.
+    """A function over items of work, compiled when it is first called and kept on the disk for later processes.
+
+    It is given a pointer to a record of the arguments, the number of an item, and the address of scratch memory.
 
     Args:
-        fields: names of its arguments. A tensor ``[B, H, N, D]`` gives ``name``, an address, and ``name_b``,
-            ``name_h`` and ``name_n``, steps in bytes; one of another rank an address alone.
-        make: given the record's dtype and the digest of all kernels' sources, returns the function for ``cfunc``.
+        fields: names of the arguments, ``name:f`` for floats. One called ``name:4`` is a tensor ``[B, H, N, D]``, which
+            gives its address and, as ``name_b``, ``name_h`` and ``name_n``, steps in bytes; other tensors give an
+            address.
     """
 
-    def __init__(self, fields: str, make: Callable[[Any, str], Any]) -> None:
-        names = [*_HEADER, *fields.split()]
-        floats = {name.removesuffix(":f") for name in names if name.endswith(":f")}
-        self.record = np.dtype([(n.removesuffix(":f"), "f8" if n.removesuffix(":f") in floats else "i8") for n in names])
-        self._make = make
+    def __init__(self, function: Callable[..., None], fields: str) -> None:
+        self._function = function
+        names = [(name, "i8") for name in _HEADER]
+        self._tensors = frozenset(field[:-2] for field in fields.split() if field.endswith(":4"))
+        for field in fields.split():
+            name, _, kind = field.partition(":")
+            names.append((name, "f8" if kind == "f" else "i8"))
+            names += [(f"{name}_{step}", "i8") for step in "bhn"] if kind == "4" else []
+        # What is kept on the disk depends on the sources of all kernels, as its key has the record's fields.
+        self.record = np.dtype([*names, (f"sources_{_sources()}", "i8")])
 
     @functools.cached_property
-    def _compiled(self) -> Any:
-        return numba.cfunc(ENTRY, cache=True, nopython=True, error_model="numpy")(self._make(self.record, sources()))
+    def _address(self) -> int:
+        signature = types.void(types.CPointer(numba.from_dtype(self.record)), types.int64, types.int64)
+        return int(numba.cfunc(signature, cache=True, error_model="numpy")(self._function).address)
 
-    def __call__(self, items: int, scratch: int = 0, **arguments: Any) -> None:
-        """Runs ``items`` items.
-
-        Args:
-            scratch: bytes of scratch memory that each thread has for itself.
-        """
+    def __call__(self, items: int, floats: int = 0, **arguments: Any) -> None:
+        """Runs ``items`` items; each thread has scratch memory of so many floats, which begins at a multiple of 64."""
         if items <= 0:
             return
         record = np.zeros(1, self.record)
         row = record[0]
-        row["items"] = items
         for name, value in arguments.items():
-            if isinstance(value, torch.Tensor):
-                row[name] = value.data_ptr()
-                if value.ndim == 4:
-                    size = value.element_size()
-                    for suffix, step in zip("bhn", value.stride(), strict=False):
-                        row[f"{name}_{suffix}"] = step * size
-            else:
+            if not isinstance(value, torch.Tensor):
                 row[name] = value
-        threads = min(items, _threads())
-        scratch = -(-scratch // 4096) * 4096 + 64
+                continue
+            row[name] = value.data_ptr()
+            if name in self._tensors:
+                for suffix, step in zip("bhn", value.stride(), strict=False):
+                    row[f"{name}_{suffix}"] = step * value.element_size()
+        threads = 1 if os.getpid() != _PROCESS else min(items, torch.get_num_threads())
+        scratch = -(-4 * floats // 4096) * 4096 + 64
         memory = torch.empty(threads * scratch, dtype=torch.uint8)
-        row["memory"], row["scratch"] = memory.data_ptr(), scratch
-        run(self._compiled.address, record.ctypes.data, threads)
-
-
-@functools.cache
-def sources() -> str:
-    """A digest of the sources of all kernels, on which what is kept on the disk depends."""
-    package = Path(__file__).parent.parent.parent
-    found = hashlib.sha256()
-    for path in sorted([*package.glob("ops/cpu/*.py"), *package.glob("selections/**/cpu*.py")]):
-        found.update(path.read_bytes())
-    return found.hexdigest()
-
-
-def _threads() -> int:
-    return 1 if os.getpid() != _PROCESS else torch.get_num_threads()
+        header = (items, 0, 0, memory.data_ptr(), scratch, self._address)
+        for name, value in zip(_HEADER, header, strict=True):
+            row[name] = value
+        function, arguments_at = _loop()._address, record.ctypes.data
+        parallel = _gomp_parallel() if threads > 1 else None
+        if parallel is None:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(arguments_at)
+        else:
+            parallel(function, arguments_at, threads, 0)
 
 
 # OpenMP's threads do not live on in a forked process, where a parallel region would wait for them for ever.
 _PROCESS = os.getpid()
 
 
-def run(function: int, arguments: int, threads: int) -> None:
-    """Calls a C function with one address on so many threads, which take the work from each other."""
-    parallel = _gomp_parallel()
-    if parallel is None or threads == 1:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(arguments)
-    else:
-        parallel(function, arguments, threads, 0)
+def kernel(fields: str) -> Callable[[Callable[..., None]], Kernel]:
+    """Decorator that makes a ``Kernel`` of a function of a pointer, an item and scratch memory."""
+    return lambda function: Kernel(function, fields)
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the sources of all kernels."""
+    package = Path(__file__).parent.parent.parent
+    found = hashlib.sha256()
+    for path in sorted([*package.glob("ops/cpu/*.py"), *package.glob("selections/**/cpu*.py")]):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+@functools.cache
+def _loop() -> "_Loop":
+    return _Loop(_run_items, "")
+
+
+class _Loop(Kernel):
+    """What a thread of a launch runs."""
+
+    @functools.cached_property
+    def _address(self) -> int:
+        signature = types.void(types.CPointer(numba.from_dtype(self.record)))
+        return int(numba.cfunc(signature, cache=True, error_model="numpy")(self._function).address)
+
+
+def _run_items(pointer):
+    """Takes the items that are left, one after the other."""
+    p, at = carray(pointer, 1)[0], address_of(pointer)
+    scratch = (p.memory + add_to(at + _WORKER, 1) * p.scratch + 63) // 64 * 64
+    item = add_to(at + _ITEM, 1)
+    while item < p.items:
+        call(p.function, at, item, scratch)
+        item = add_to(at + _ITEM, 1)
+
+
+_ITEM, _WORKER = (8 * _HEADER.index(name) for name in ("item", "worker"))
 
 
 @functools.cache
@@ -112,18 +139,3 @@ def _gomp_parallel() -> Any:
     function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     function.restype = None
     return function
-
-
-_ITEM, _WORKER = (8 * _HEADER.index(name) for name in ("item", "worker"))
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def next_item(pointer: int) -> int:
-    """The next item of work of a launch, from 0 on; ``items`` or more where none is left."""
-    return add_to(pointer + _ITEM, 1)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def scratch_of(p, pointer):
-    """The address of this thread's scratch memory, from a multiple of 64 on."""
-    return (p.memory + add_to(pointer + _WORKER, 1) * p.scratch + 63) // 64 * 64

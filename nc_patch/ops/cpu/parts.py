@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from numba import carray
 
-from nc_patch.ops.cpu.launch import KINDS, Kernel, next_item, scratch_of
-from nc_patch.ops.cpu.rows import LOG2E, compiled, padded, read_row
-from nc_patch.ops.cpu.vectors import LANES, address_of, f32, fill, set_f32
+from nc_patch.ops.cpu.launch import KINDS, kernel
+from nc_patch.ops.cpu.llvm import LANES
+from nc_patch.ops.cpu.rows import LOG2E, padded, read_row
+from nc_patch.ops.cpu.vectors import f32, fill, set_f32
 from nc_patch.ops.problem import AttentionResult, Problem
 
 # Panels and rows that an item of work makes.
@@ -21,8 +22,7 @@ _MOST_BYTES = 1 << 26
 
 # What a kernel takes of a problem; tensors of four dimensions bring their steps in bytes.
 FIELDS = (
-    "query query_b query_h query_n keys keys_b keys_h keys_n values values_b values_h values_n "
-    "output output_b output_h output_n visible budget budget_h origin sinks factor:f softcap:f scale:f kind "
+    "query:4 keys:4 values:4 output:4 visible budget budget_h origin sinks factor:f softcap:f scale:f kind "
     "group heads Lq Lk D Dv width lse lse_kept"
 )
 
@@ -79,7 +79,9 @@ def padded_length(length: int) -> int:
     return -(-length // LANES) * LANES
 
 
-def parts_of(key: torch.Tensor, value: torch.Tensor, *, panels: bool = False, like: torch.Tensor | None = None) -> Iterator[Part]:
+def parts_of(
+    key: torch.Tensor, value: torch.Tensor, *, panels: bool = False, like: torch.Tensor | None = None
+) -> Iterator[Part]:
     """Keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` part by part, so that copies take bounded memory.
 
     Args:
@@ -127,7 +129,7 @@ def _as_rows(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
         return tensor
     _, H, N, D = tensor.shape
     copied = torch.empty(1, H, N, padded_length(D))
-    _COPY(H * -(-N // _ROWS), source=last_dense(tensor), target=copied, N=N, D=D, kind=KINDS[tensor.dtype])
+    _copy_kernel(H * -(-N // _ROWS), source=last_dense(tensor), target=copied, N=N, D=D, kind=KINDS[tensor.dtype])
     return copied
 
 
@@ -136,8 +138,8 @@ def _in_panels(tensor: torch.Tensor) -> torch.Tensor:
     _, H, N, D = tensor.shape
     S = -(-N // LANES)
     panels = torch.empty(1, H, S + 1, D, LANES)
-    _PACK(
-        H * -(-S // _PANELS), 4 * LANES * padded_length(D), source=last_dense(tensor), target=panels.flatten(3), S=S,
+    _pack_kernel(
+        H * -(-S // _PANELS), LANES * padded_length(D), source=last_dense(tensor), target=panels.flatten(3), S=S,
         N=N, D=D, kind=KINDS[tensor.dtype],
     )  # fmt: skip
     return panels.flatten(3)
@@ -148,9 +150,10 @@ def last_dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
-@compiled
-def _pack_item(p, item, scratch):
+@kernel("source:4 target:4 S N D kind")
+def _pack_kernel(pointer, item, scratch):
     """Makes up to ``_PANELS`` panels of one head."""
+    p = carray(pointer, 1)[0]
     chunks = (p.S + _PANELS - 1) // _PANELS
     head, first = item // chunks, item % chunks * _PANELS
     step = 4 * padded(p.D)
@@ -167,40 +170,12 @@ def _pack_item(p, item, scratch):
                 set_f32(target + 64 * d, lane, f32(scratch + lane * step, d))
 
 
-@compiled
-def _copy_item(p, item, scratch):
+@kernel("source:4 target:4 N D kind")
+def _copy_kernel(pointer, item, scratch):
     """Converts up to ``_ROWS`` rows of one head."""
+    p = carray(pointer, 1)[0]
     chunks = (p.N + _ROWS - 1) // _ROWS
     head, first = item // chunks, item % chunks * _ROWS
     for row in range(first, min(first + _ROWS, p.N)):
         read_row(p.target + head * p.target_h + row * p.target_n, p.source + head * p.source_h + row * p.source_n,
                  p.D, p.kind)  # fmt: skip
-
-
-def _make_pack(record, digest):
-    def pack(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _pack_item(p, item, scratch)
-            item = next_item(at)
-
-    return pack
-
-
-def _make_copy(record, digest):
-    def copy(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _copy_item(p, item, scratch)
-            item = next_item(at)
-
-    return copy
-
-
-_TENSORS = "source source_b source_h source_n target target_b target_h target_n"
-_PACK = Kernel(f"{_TENSORS} S N D kind", _make_pack)
-_COPY = Kernel(f"{_TENSORS} N D kind", _make_copy)

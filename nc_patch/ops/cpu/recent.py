@@ -14,11 +14,10 @@ from nc_patch.ops.cpu.columns import (
     set_limits,
     write_column,
 )
-from nc_patch.ops.cpu.launch import Kernel, next_item, scratch_of
+from nc_patch.ops.cpu.launch import kernel
 from nc_patch.ops.cpu.parts import FIELDS, LogSums, arguments_of, parts_of
-from nc_patch.ops.cpu.rows import compiled
 from nc_patch.ops.cpu.tiles import tile_of
-from nc_patch.ops.cpu.vectors import address_of, i32
+from nc_patch.ops.cpu.vectors import i32
 from nc_patch.ops.problem import AttentionResult, Problem
 
 # Rows of an item of work: the keys that a core reads serve all of them.
@@ -26,7 +25,7 @@ _ROWS = 64
 
 
 def cpu_recent_attention(problem: Problem, first_keys: int) -> AttentionResult:
-    """Attention over the first ``first_keys`` visible keys, within the budget but for one, and the most recent others."""
+    """Attention over the first ``first_keys`` visible keys, of the budget all but one at most, and the most recent."""
     sums = LogSums.of(problem)
     output = _attend(problem, first_keys, sums)
     return sums.result(problem, output, dense_log_sums(problem))
@@ -40,7 +39,7 @@ def _attend(problem: Problem, first_keys: int, sums: LogSums) -> torch.Tensor:
         arguments = arguments_of(problem, output, part, sums)
         floats = room_floats(query.shape[3], arguments["width"]) + pieces_floats(problem.key.shape[2])
         items = -(-Lq // _ROWS) * arguments["heads"]
-        _ATTEND(items, 4 * floats, first_keys=first_keys, rows=_ROWS, **arguments)
+        _attend_kernel(items, floats, first_keys=first_keys, rows=_ROWS, **arguments)
     return output
 
 
@@ -54,9 +53,10 @@ def dense_log_sums(problem: Problem) -> torch.Tensor | None:
     return sums.kept
 
 
-@compiled
-def _attend_item(p, item, scratch):
+@kernel(f"{FIELDS} first_keys rows")
+def _attend_kernel(pointer, item, scratch):
     """The rows of a tile, 32 queries at a time."""
+    p = carray(pointer, 1)[0]
     head, first, last = tile_of(p, item)
     rows = last - first
     pieces = scratch + 4 * room_floats(p.D, p.width)
@@ -85,18 +85,3 @@ def _attend_item(p, item, scratch):
             of_head, i = head * p.group + r // rows, first + r % rows
             seen = i32(p.visible, 2 * i + 1) - i32(p.visible, 2 * i)
             write_column(p, scratch, column, of_head, i, min(seen, i32(p.budget + of_head * p.budget_h * 4, i)))
-
-
-def _make(record, digest):
-    def attend(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _attend_item(p, item, scratch)
-            item = next_item(at)
-
-    return attend
-
-
-_ATTEND = Kernel(f"{FIELDS} first_keys rows", _make)

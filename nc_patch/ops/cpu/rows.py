@@ -5,10 +5,10 @@ import math
 import numba
 import numpy as np
 
+from nc_patch.ops.cpu.llvm import LANES
+from nc_patch.ops.cpu.products import dot
 from nc_patch.ops.cpu.vectors import (
-    LANES,
     count_from,
-    dot,
     element,
     f32,
     from_floats,

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 
+from nc_patch.ops.cpu.products import add_rows
 from nc_patch.ops.cpu.rows import INF, LOG2E, compiled, dot_row, element_of
-from nc_patch.ops.cpu.vectors import add_rows, exponentials, f32, i32, largest, set_f32
+from nc_patch.ops.cpu.vectors import exponentials, f32, i32, largest, set_f32
 
 
 @compiled
@@ -17,7 +18,7 @@ def cap(row, count, scale, softcap):
 
 @compiled
 def shift_of(p, head, most):
-    """What is taken from all raw scores of a row before the exponentials: the largest, or the sink's where it is larger."""
+    """What is taken from the raw scores of a row before the exponentials: the largest, or the sink's if larger."""
     if p.sinks == 0:
         return most
     sink = np.float32(f32(p.sinks, head) * LOG2E / p.factor)

@@ -1,10 +1,11 @@
 """Tiles of queries against the keys that they see: their scores, and softmax times value of all of those."""
 
-
 import numpy as np
 
+from nc_patch.ops.cpu.llvm import TILE_ROWS
+from nc_patch.ops.cpu.products import product
 from nc_patch.ops.cpu.rows import compiled, padded, read_row, write_row
-from nc_patch.ops.cpu.vectors import TILE_ROWS, fill, i32, product
+from nc_patch.ops.cpu.vectors import fill, i32
 
 
 @compiled

@@ -45,7 +45,7 @@ class Block(BlockOptions):
         return self.size
 
     def takes_in(self, problem: Problem, backend: str) -> bool:
-        """In kernels; on a GPU one key for one query, as the page that it completes is the query's own, whose statistics
+        """In kernels; on a GPU one key for one query: the page that it completes is the query's own, whose statistics
         are not read."""
         one = problem.new == 1 and problem.query.shape[2] == 1
         fits = backend == "cpu" or (backend == "triton" and one)

@@ -23,21 +23,12 @@ from nc_patch.ops.cpu.columns import (
     set_limits,
     write_column,
 )
-from nc_patch.ops.cpu.launch import Kernel, next_item, scratch_of
+from nc_patch.ops.cpu.launch import kernel
 from nc_patch.ops.cpu.parts import FIELDS, LogSums, arguments_of, parts_of
+from nc_patch.ops.cpu.products import column_exponentials, column_maxima, largest_product
 from nc_patch.ops.cpu.recent import dense_log_sums
 from nc_patch.ops.cpu.rows import INF, best_of, compiled, padded
-from nc_patch.ops.cpu.vectors import (
-    address_of,
-    column_exponentials,
-    column_maxima,
-    f32,
-    fill,
-    i32,
-    largest_product,
-    set_f32,
-    set_i32,
-)
+from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockOptions, PlannedBlock, plan_of
 
@@ -65,8 +56,8 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
             floats = room_floats(D, arguments["width"]) + (COLUMNS + 5) * blocks + 512
             floats += 2 * (pieces_floats(widest * options.size) + 2 * plan.capacity)
             heads = slice(part.heads.start * problem.group, part.heads.stop * problem.group)
-            _ATTEND(
-                count * arguments["heads"], 4 * floats, table=plan.table[first:], blocks=count, size=options.size,
+            _attend_kernel(
+                count * arguments["heads"], floats, table=plan.table[first:], blocks=count, size=options.size,
                 law=plan.law[first:, part.heads].contiguous(), recent=plan.recent[first:, part.heads].contiguous(),
                 samples=plan.samples, widest=blocks, most=plan.capacity, attended=attended[b, heads], **arguments,
             )  # fmt: skip
@@ -74,11 +65,12 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
     return sums.result(problem, output, dense_log_sums(problem))._replace(attended=attended)
 
 
-@compiled
-def _attend_item(p, item, scratch):
+@kernel(f"{FIELDS} table blocks size law recent samples widest most attended")
+def _attend_kernel(pointer, item, scratch):
     """One query block of one head; the last ones, which see most keys, come first."""
+    p = carray(pointer, 1)[0]
     head, number = item % p.heads, p.blocks - 1 - item // p.heads
-    block = p.table + 4 * _COLUMNS_OF_PLAN * number
+    block = p.table + 4 * PLAN_COLUMNS * number
     first, rows = i32(block, _FIRST), i32(block, _LAST) - i32(block, _FIRST)
     begin, lowest, width = i32(block, _BEGIN), i32(block, _LOWEST), i32(block, _WIDTH)
     law, recent = i32(p.law, number * p.heads + head), i32(p.recent, number * p.heads + head)
@@ -167,21 +159,3 @@ def _weigh(p, head, room, block, logits, weights):
             set_f32(sums, column, np.float32(1.0 / f32(sums, column)) if column < count else np.float32(0))
         for k in range(width):
             set_f32(weights, k, largest_product(logits + 128 * k, sums, f32(weights, k)))
-
-
-_COLUMNS_OF_PLAN = PLAN_COLUMNS
-
-
-def _make(record, digest):
-    def attend(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _attend_item(p, item, scratch)
-            item = next_item(at)
-
-    return attend
-
-
-_ATTEND = Kernel(f"{FIELDS} table blocks size law recent samples widest most attended", _make)

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from numba import carray
 
-from nc_patch.ops.cpu.launch import KINDS, Kernel, next_item, scratch_of
+from nc_patch.ops.cpu.launch import KINDS, kernel
+from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import LogSums, last_dense, padded_length
+from nc_patch.ops.cpu.products import code_products
 from nc_patch.ops.cpu.recent import dense_log_sums
 from nc_patch.ops.cpu.rows import (
     INF,
@@ -28,22 +30,14 @@ from nc_patch.ops.cpu.rows import (
     write_row,
 )
 from nc_patch.ops.cpu.softmax import add_listed, cap, score_listed, softmax_row
-from nc_patch.ops.cpu.vectors import (
-    LANES,
-    address_of,
-    code_products,
-    exponentials,
-    f32,
-    fill,
-    i32,
-    largest,
-    set_f32,
-    set_i8,
-    set_i32,
-)
+from nc_patch.ops.cpu.vectors import exponentials, f32, fill, i32, largest, set_f32, set_i8, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
 
+_FIELDS = (
+    "query:4 key:4 value:4 output:4 visible origin budget budget_b budget_h sinks codes scales room estimates width "
+    "most group heads Lq N D Dv kind new size factor:f softcap:f scale:f attended lse lse_kept"
+)
 # Pages of an item of the first launch.
 _PAGES = 64
 # The smallest normal float, below which keys count as zero.
@@ -78,9 +72,9 @@ def cpu_block_decode(problem: Problem) -> AttentionResult:
     if sums.kept is not None:
         arguments.update(lse_kept=sums.kept, lse=sums.every)
     floats = max(8 * padded_length(D) + 12 * LANES, size * D + 4 * padded_length(D))
-    _ESTIMATE(B * key.shape[1] * -(-(N // size + 2) // _PAGES), 4 * floats, **arguments)
+    _estimate_kernel(B * key.shape[1] * -(-(N // size + 2) // _PAGES), floats, **arguments)
     floats = 2 * most + 4 * width + padded_length(D) + padded_length(Dv) + size + 512 + 2 * LANES
-    _ATTEND(B * Hq * Lq, 4 * floats, **arguments)
+    _attend_kernel(B * Hq * Lq, floats, **arguments)
     return sums.result(problem, output, dense_log_sums(problem))._replace(attended=attended)
 
 
@@ -92,16 +86,17 @@ def cpu_summarize_pages_(
     B, Hkv, N, D = key.shape
     pages = min(statistics.codes.shape[2], N // block_size + 2)
     origin, first, end = (t.to(torch.int32).contiguous() for t in (origin, first, end))
-    _SUMMARIZE(
-        B * Hkv * -(-pages // _PAGES), 4 * (block_size * D + 4 * D), key=last_dense(key), origin=origin, firsts=first,
+    _summarize_kernel(
+        B * Hkv * -(-pages // _PAGES), block_size * D + 4 * D, key=last_dense(key), origin=origin, firsts=first,
         ends=end, codes=statistics.codes.data_ptr(), scales=statistics.scales, room=statistics.codes.shape[2],
         pages=pages, heads=Hkv, N=N, D=D, kind=KINDS[key.dtype], new=count, size=block_size,
     )  # fmt: skip
 
 
-@compiled
-def _summarize_item(p, item, scratch):
+@kernel("key:4 origin firsts ends codes scales room pages heads N D kind new size")
+def _summarize_kernel(pointer, item, scratch):
     """A run of pages of one head."""
+    p = carray(pointer, 1)[0]
     runs = (p.pages + _PAGES - 1) // _PAGES
     head, page = item // runs, item % runs * _PAGES
     batch = head // p.heads
@@ -120,9 +115,10 @@ def _interval(p, batch, i):
     return max(i32(p.visible, 2 * at), begin, 0), min(i32(p.visible, 2 * at + 1), p.N), begin
 
 
-@compiled
-def _estimate_item(p, item, scratch):
+@kernel(_FIELDS)
+def _estimate_kernel(pointer, item, scratch):
     """A run of pages of one head: those that have become whole are summarised, and all are estimated."""
+    p = carray(pointer, 1)[0]
     runs = (p.N // p.size + 2 + _PAGES - 1) // _PAGES
     head, first = item // runs, item % runs * _PAGES
     batch, kv_head = head // p.heads, head % p.heads
@@ -233,9 +229,10 @@ def summarize_page(p, keys, first, place, room):
         set_f32(p.scales, place * VECTORS + vector, (np.float32(math.sqrt(scale)) if vector == 2 else scale) * unit)
 
 
-@compiled
-def _attend_item(p, item, scratch):
+@kernel(_FIELDS)
+def _attend_kernel(pointer, item, scratch):
     """One query of one head: the pages of its group, and softmax times value over their keys."""
+    p = carray(pointer, 1)[0]
     i, of_head = item % p.Lq, item // p.Lq % (p.heads * p.group)
     batch = item // p.Lq // (p.heads * p.group)
     kv_head, at = of_head // p.group, (batch * p.heads * p.group + of_head) * p.Lq + i
@@ -281,8 +278,8 @@ def _attend_item(p, item, scratch):
         for j in range(taken, padded(taken)):
             set_i32(places, j, start)
         inverse = softmax_row(p, scores, padded(taken), of_head, at)
-        add_listed(out, p.Dv, scores, places, padded(taken), p.value + batch * p.value_b + kv_head * p.value_h, p.value_n,
-                   p.kind)  # fmt: skip
+        values = p.value + batch * p.value_b + kv_head * p.value_h
+        add_listed(out, p.Dv, scores, places, padded(taken), values, p.value_n, p.kind)
         set_i32(p.attended, at, taken)
     write_row(p.output + batch * p.output_b + of_head * p.output_h + i * p.output_n, out, p.Dv, inverse, p.kind, sample)
 
@@ -342,52 +339,3 @@ def _weigh_pages(p, batch, kv_head, i, keys, seen, x, own_scores, weights):
         share = np.float32(1) / total
         for j in range(pages):
             set_f32(weights, j, f32(weights, j) + f32(far, j) * share)
-
-
-def _make_summarize(record, digest):
-    def summarize(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _summarize_item(p, item, scratch)
-            item = next_item(at)
-
-    return summarize
-
-
-def _make_estimate(record, digest):
-    def estimate(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _estimate_item(p, item, scratch)
-            item = next_item(at)
-
-    return estimate
-
-
-def _make_attend(record, digest):
-    def attend(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _attend_item(p, item, scratch)
-            item = next_item(at)
-
-    return attend
-
-
-_FIELDS = (
-    "query query_b query_h query_n key key_b key_h key_n value value_b value_h value_n output output_b output_h output_n "
-    "visible origin budget budget_b budget_h sinks codes scales scales_b scales_h scales_n room estimates width most group "
-    "heads Lq N D Dv kind new size factor:f softcap:f scale:f attended lse lse_kept"
-)
-_SUMMARIZE = Kernel(
-    "key key_b key_h key_n origin firsts ends codes scales scales_b scales_h scales_n room pages heads N D kind new size",
-    _make_summarize,
-)
-_ESTIMATE = Kernel(_FIELDS, _make_estimate)
-_ATTEND = Kernel(_FIELDS, _make_attend)

@@ -1,8 +1,8 @@
 """Exact ``topk`` of many rows on a CPU: every score, the best of each row, and softmax times value over those alone.
 
 An item of work is one key/value head and a few positions with all heads of the group. Their scores stay in a core's
-cache. Each row lists its best keys, and the rows of the values at their places are added up; page means join as one more
-product over the tile. Where all rows of a tile attend all that they see, their weights are one more product too.
+cache. Each row lists its best keys, and the values at their places are added up; page means join as one more product
+over the tile. Where all rows of a tile attend all that they see, their weights are multiplied as a whole.
 """
 
 import itertools
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 from numba import carray
 
-from nc_patch.ops.cpu.launch import Kernel, next_item, scratch_of
+from nc_patch.ops.cpu.launch import kernel
+from nc_patch.ops.cpu.llvm import LANES, TILE_ROWS
 from nc_patch.ops.cpu.parts import FIELDS, LogSums, Part, arguments_of, padded_length, parts_of
 from nc_patch.ops.cpu.recent import dense_log_sums
 from nc_patch.ops.cpu.rows import INF, best_of, compiled, pad_row, padded
@@ -24,16 +25,7 @@ from nc_patch.ops.cpu.tiles import (
     tile_of,
     write_output,
 )
-from nc_patch.ops.cpu.vectors import (
-    LANES,
-    TILE_ROWS,
-    address_of,
-    f32,
-    fill,
-    i32,
-    set_f32,
-    set_i32,
-)
+from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.topk.cpu_list import PAGE, weigh_list
 
@@ -65,16 +57,17 @@ def cpu_topk_attention(problem: Problem, sink_keys: int, recent_keys: int) -> At
         if its_means is not None:
             arguments.update(means=its_means.keys, mean_values=its_means.values, slots=slots)
             arguments["mean_count"] = its_means.values.shape[2]
-        _ATTEND(
-            -(-Lq // rows) * arguments["heads"], 4 * floats, rows=rows, sink_keys=sink_keys, recent_keys=recent_keys,
+        _attend_kernel(
+            -(-Lq // rows) * arguments["heads"], floats, rows=rows, sink_keys=sink_keys, recent_keys=recent_keys,
             columns=columns, **arguments,
         )  # fmt: skip
     return sums.result(problem, output, dense_log_sums(problem))
 
 
-@compiled
-def _attend_item(p, item, scratch):
+@kernel(f"{FIELDS} means:4 mean_values:4 mean_count rows sink_keys recent_keys columns slots")
+def _attend_kernel(pointer, item, scratch):
     """One tile: its scores, then row by row the softmax and its product with the values."""
+    p = carray(pointer, 1)[0]
     head, first, last = tile_of(p, item)
     low, high = span_of(p, first, last)
     rows = last - first
@@ -178,22 +171,3 @@ def _parts_of(p, room):
     places = room + 4 * p.columns
     counts = places + 4 * p.columns
     return room, places, counts, counts + 4 * p.slots
-
-
-def _make(record, digest):
-    def attend(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _attend_item(p, item, scratch)
-            item = next_item(at)
-
-    return attend
-
-
-_ATTEND = Kernel(
-    f"{FIELDS} means means_b means_h means_n mean_values mean_values_b mean_values_h mean_values_n mean_count "
-    "rows sink_keys recent_keys columns slots",
-    _make,
-)

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from numba import carray
 
-from nc_patch.ops.cpu.launch import KINDS, Kernel, next_item, scratch_of
+from nc_patch.ops.cpu.launch import KINDS, Kernel, kernel
+from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import LogSums, last_dense, padded_length
+from nc_patch.ops.cpu.products import code_products, take_bounded, to_lower_bounds
 from nc_patch.ops.cpu.recent import dense_log_sums
 from nc_patch.ops.cpu.rows import (
     INF,
@@ -29,25 +31,21 @@ from nc_patch.ops.cpu.rows import (
     write_row,
 )
 from nc_patch.ops.cpu.softmax import add_listed, score_listed
-from nc_patch.ops.cpu.vectors import (
-    LANES,
-    address_of,
-    code_products,
-    f32,
-    fill,
-    i32,
-    set_f32,
-    set_i8,
-    set_i32,
-    take_bounded,
-    to_lower_bounds,
-)
+from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i8, set_i32
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import HALF_ULP, SMALLEST
 from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes, code_slack
 from nc_patch.selections.topk.cpu_list import PAGE, weigh_list
 
+_OF_INDEX = (
+    "key:4 value:4 heads N D Dv kind new codes scales residuals center spread room "
+    "mean_key:4 mean_value:4 mean_count origin"
+)
+_FIELDS = (
+    f"{_OF_INDEX} query:4 output:4 visible budget budget_b budget_h sinks coded bounds bounds_n columns slots group Lq "
+    "first queries factor:f softcap:f scale:f per_scale:f sink_keys recent_keys lse lse_kept"
+)
 # Keys of an item of the first launch, and floats of bounds that are kept at once.
 _KEYS = 1024
 _MOST_BOUNDS = 1 << 24
@@ -91,9 +89,9 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
         queries = min(at_once, Lq - first)
         arguments.update(first=first, queries=queries)
         floats = 5 * padded_length(D) + 4 * _KEYS + _STATE + 2 * LANES
-        _SCAN(B * key.shape[1] * -(-N // _KEYS), 4 * floats, **arguments)
+        _scan_kernel(B * key.shape[1] * -(-N // _KEYS), floats, **arguments)
         floats = 4 * columns + slots + padded_length(D) + padded_length(Dv) + 512 + 2 * LANES
-        _ATTEND(B * Hq * queries, 4 * floats, **arguments)
+        _attend_kernel(B * Hq * queries, floats, **arguments)
         arguments["new"] = 0
     return sums.result(problem, output, dense_log_sums(problem))
 
@@ -104,7 +102,7 @@ def cpu_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: 
     Args:
         key: ``[B, Hkv, N, D]``. first: int ``[B]``. codes: contiguous, as those of an index are.
     """
-    _write(_ENCODE, key, key, first, count, key.shape[2], codes=codes.codes.data_ptr(), scales=codes.scale,
+    _write(_encode_kernel, key, key, first, count, key.shape[2], codes=codes.codes.data_ptr(), scales=codes.scale,
            residuals=codes.residual, center=codes.center, spread=codes.spread, room=codes.codes.shape[2])  # fmt: skip
 
 
@@ -117,25 +115,26 @@ def cpu_page_means_(
         key: ``[B, Hkv, N, D]``. value: ``[B, Hkv, N, Dv]``. origin, first: int ``[B]``.
     """
     slots = min(means.key.shape[2], key.shape[2] // PAGE + 1)
-    _write(_AVERAGE, key, value, first, count, slots * PAGE, mean_key=means.key, mean_value=means.value,
+    _write(_average_kernel, key, value, first, count, slots * PAGE, mean_key=means.key, mean_value=means.value,
            mean_count=slots, origin=origin.to(torch.int32).contiguous())  # fmt: skip
 
 
 def _write(
-    kernel: Kernel, key: torch.Tensor, value: torch.Tensor, first: torch.Tensor, count: int, span: int, **index: Any
+    launch: Kernel, key: torch.Tensor, value: torch.Tensor, first: torch.Tensor, count: int, span: int, **index: Any
 ) -> None:
     """Launches a kernel over runs of ``span`` keys of each head."""
     B, Hkv, N, D = key.shape
-    kernel(
-        B * Hkv * -(-span // _KEYS), 4 * (2 * padded_length(max(D, value.shape[3])) + LANES), key=last_dense(key),
+    launch(
+        B * Hkv * -(-span // _KEYS), 2 * padded_length(max(D, value.shape[3])) + LANES, key=last_dense(key),
         value=last_dense(value), first_keys=first.to(torch.int32).contiguous(), new=count, heads=Hkv, N=N, D=D,
         Dv=value.shape[3], span=span, kind=KINDS[key.dtype], **index,
     )  # fmt: skip
 
 
-@compiled
-def _encode_item(p, item, scratch):
+@kernel(f"{_OF_INDEX} first_keys span")
+def _encode_kernel(pointer, item, scratch):
     """The codes of a run of keys of one head."""
+    p = carray(pointer, 1)[0]
     runs = (p.span + _KEYS - 1) // _KEYS
     head, begin = item // runs, item % runs * _KEYS
     first = i32(p.first_keys, head // p.heads)
@@ -144,9 +143,10 @@ def _encode_item(p, item, scratch):
         _encode(p, head, keys + position * p.key_n, head * p.room + position, scratch)
 
 
-@compiled
-def _average_item(p, item, scratch):
+@kernel(f"{_OF_INDEX} first_keys span")
+def _average_kernel(pointer, item, scratch):
     """The page means of a run of keys of one head."""
+    p = carray(pointer, 1)[0]
     runs = (p.span + _KEYS - 1) // _KEYS
     head, slot = item // runs, item % runs * (_KEYS // PAGE)
     batch, end = head // p.heads, min(i32(p.first_keys, head // p.heads) + p.new, p.N)
@@ -195,9 +195,10 @@ def _weigh_query(p, x, head, state):
     set_f32(state, 2, size * _norm(center, p.D) * np.float32(2 * (p.D + 16) * HALF_ULP) + np.float32(SMALLEST))
 
 
-@compiled
-def _scan_item(p, item, scratch):
+@kernel(_FIELDS)
+def _scan_kernel(pointer, item, scratch):
     """A run of keys of one head: new ones are taken in, scores are bounded from below, page means are scored."""
+    p = carray(pointer, 1)[0]
     runs = (p.N + _KEYS - 1) // _KEYS
     head, begin = item // runs, item % runs * _KEYS
     batch, kv_head = head // p.heads, head % p.heads
@@ -303,7 +304,11 @@ def _average(p, batch, kv_head, shift, end, slot, slots, x):
     """Writes the means of the whole pages among so many slots that hold any of the new keys, which end at ``end``."""
     for part in range(2):
         width = p.D if part == 0 else p.Dv
-        source = p.key + batch * p.key_b + kv_head * p.key_h if part == 0 else p.value + batch * p.value_b + kv_head * p.value_h
+        source = (
+            p.key + batch * p.key_b + kv_head * p.key_h
+            if part == 0
+            else p.value + batch * p.value_b + kv_head * p.value_h
+        )
         target = (p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h if part == 0 else
                   p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h)  # fmt: skip
         source_n, target_n = (p.key_n, p.mean_key_n) if part == 0 else (p.value_n, p.mean_value_n)
@@ -320,9 +325,10 @@ def _average(p, batch, kv_head, shift, end, slot, slots, x):
             write_row(target + (slot + j) * target_n, total, width, np.float32(1), p.kind, x)
 
 
-@compiled
-def _attend_item(p, item, scratch):
+@kernel(_FIELDS)
+def _attend_kernel(pointer, item, scratch):
     """One query of one head: its threshold, its best keys, and softmax times value over those."""
+    p = carray(pointer, 1)[0]
     i = p.first + item % p.queries
     of_head = item // p.queries % (p.heads * p.group)
     batch = item // p.queries // (p.heads * p.group)
@@ -377,8 +383,8 @@ def _attend_item(p, item, scratch):
         if counted > 0:
             for j in range(padded(counted)):
                 set_i32(listed, j, slot + min(j, counted - 1))
-            add_listed(out, p.Dv, means + 4 * slot, listed, padded(counted),
-                       p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h, p.mean_value_n, p.kind)  # fmt: skip
+            values = p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h
+            add_listed(out, p.Dv, means + 4 * slot, listed, padded(counted), values, p.mean_value_n, p.kind)
     write_row(target, out, p.Dv, inverse, p.kind, sample)
 
 
@@ -401,67 +407,3 @@ def _candidates(p, head, bounds, first, stop, wanted, room):
     while count > skipped and i32(listed, count - 1) >= stop:
         count -= 1
     return listed + 4 * skipped, count - skipped
-
-
-def _make_encode(record, digest):
-    def encode(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _encode_item(p, item, scratch)
-            item = next_item(at)
-
-    return encode
-
-
-def _make_average(record, digest):
-    def average(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _average_item(p, item, scratch)
-            item = next_item(at)
-
-    return average
-
-
-def _make_scan(record, digest):
-    def scan(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _scan_item(p, item, scratch)
-            item = next_item(at)
-
-    return scan
-
-
-def _make_attend(record, digest):
-    def attend(pointer):
-        digest  # noqa: B018
-        p, at = carray(pointer, 1, record)[0], address_of(pointer)
-        scratch, item = scratch_of(p, at), next_item(at)
-        while item < p.items:
-            _attend_item(p, item, scratch)
-            item = next_item(at)
-
-    return attend
-
-
-_OF_INDEX = (
-    "key key_b key_h key_n value value_b value_h value_n heads N D Dv kind new "
-    "codes scales residuals center spread room "
-    "mean_key mean_key_b mean_key_h mean_key_n mean_value mean_value_b mean_value_h mean_value_n mean_count origin"
-)
-_FIELDS = (
-    f"{_OF_INDEX} query query_b query_h query_n output output_b output_h output_n visible budget budget_b budget_h sinks "
-    "coded bounds bounds_n columns slots group Lq first queries factor:f softcap:f scale:f per_scale:f "
-    "sink_keys recent_keys lse lse_kept"
-)
-_ENCODE = Kernel(f"{_OF_INDEX} first_keys span", _make_encode)
-_AVERAGE = Kernel(f"{_OF_INDEX} first_keys span", _make_average)
-_SCAN = Kernel(_FIELDS, _make_scan)
-_ATTEND = Kernel(_FIELDS, _make_attend)

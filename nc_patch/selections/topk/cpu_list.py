@@ -4,15 +4,7 @@ import numpy as np
 
 from nc_patch.ops.cpu.rows import INF, compiled, pad_row, padded
 from nc_patch.ops.cpu.softmax import cap, shift_of, sink_share, write_log_sums
-from nc_patch.ops.cpu.vectors import (
-    exponentials,
-    fill_i32,
-    i32,
-    largest,
-    set_f32,
-    set_i32,
-    times_counts,
-)
+from nc_patch.ops.cpu.vectors import exponentials, fill_i32, i32, largest, set_f32, set_i32, times_counts
 from nc_patch.ops.means import TAIL_PAGE_SIZE
 
 PAGE = TAIL_PAGE_SIZE

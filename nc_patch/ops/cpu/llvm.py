@@ -1,0 +1,217 @@
+"""LLVM's instructions on vectors of 16 floats, as functions of Numba's compiler are made of them.
+
+Numba has no vectors of its own and vectorises few loops well; what is written here LLVM cuts to what the CPU has. An
+address is an int64.
+"""
+
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+# Rows of a tile whose products stay in registers: of 32 with AVX-512, of 16 without.
+_WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
+TILE_ROWS = 8 if _WIDE else 4
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F32 = ir.FloatType()
+FLOATS, INTS, MASK, HALVES = (ir.VectorType(kind, LANES) for kind in (F32, I32, I1, I16))
+
+Builder = Any
+Value = Any
+
+
+def const_int(value: int) -> Value:
+    return ir.Constant(I64, value)
+
+
+def const_ints(value: int) -> Value:
+    return ir.Constant(INTS, [value] * LANES)
+
+
+def const_vector(value: float) -> Value:
+    return ir.Constant(FLOATS, [value] * LANES)
+
+
+def call_llvm(b: Builder, name: str, result: Any, arguments: Sequence[Value]) -> Value:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), arguments)
+
+
+def element_at(b: Builder, address: Value, index: Value | int, size: int) -> Value:
+    """The address of the element ``index`` of so many bytes."""
+    index = const_int(index) if isinstance(index, int) else index
+    return b.add(address, b.mul(index, const_int(size)))
+
+
+def load(b: Builder, address: Value, kind: Any = FLOATS) -> Value:
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def store(b: Builder, value: Value, address: Value) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def splat(b: Builder, value: Value, kind: Any = FLOATS) -> Value:
+    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), const_ints(0))
+
+
+def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
+    return call_llvm(b, "llvm.fma.v16f32", FLOATS, (x, y, z))
+
+
+def lane_sum(b: Builder, vector: Value) -> Value:
+    """The sum of the lanes, always in the same order: halves are added to halves."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        parts = [
+            b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, width), list(range(first, first + width))))
+            for first in (0, width)
+        ]
+        vector = b.fadd(*parts)
+    return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def larger(b: Builder, x: Value, y: Value) -> Value:
+    """The larger of both, ``y`` where ``x`` is NaN."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def largest_lane(b: Builder, vector: Value) -> Value:
+    """The greatest lane; a NaN may hide others."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        parts = [
+            b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, width), list(range(first, first + width))))
+            for first in (0, width)
+        ]
+        vector = larger(b, *parts)
+    return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def as_floats(b: Builder, address: Value, index: Value | int, kind: int) -> Value:
+    """16 elements from an array's element ``index`` on: of float32 (0), bfloat16 (1), float16 (2) or int8 (3)."""
+    if kind == 0:
+        return load(b, element_at(b, address, index, 4))
+    if kind == 1:
+        half = load(b, element_at(b, address, index, 2), HALVES)
+        return b.bitcast(b.shl(b.zext(half, INTS), const_ints(16)), FLOATS)
+    if kind == 2:
+        return b.fpext(load(b, element_at(b, address, index, 2), ir.VectorType(ir.HalfType(), LANES)), FLOATS)
+    return b.sitofp(b.sext(load(b, element_at(b, address, index, 1), ir.VectorType(I8, LANES)), INTS), FLOATS)
+
+
+def loop(
+    b: Builder, stop: Value, step: int, begin: Sequence[Value], body: Callable[..., Sequence[Value]]
+) -> list[Value]:
+    """Runs ``body(index, *values)``, which returns new values, for 0, step, ... below ``stop``; the last values."""
+    entry, head = b.block, b.append_basic_block("head")
+    inside, after = b.append_basic_block("body"), b.append_basic_block("after")
+    b.branch(head)
+    b.position_at_end(head)
+    index = b.phi(I64)
+    index.add_incoming(const_int(0), entry)
+    values = []
+    for value in begin:
+        phi = b.phi(value.type)
+        phi.add_incoming(value, entry)
+        values.append(phi)
+    b.cbranch(b.icmp_signed("<", index, stop), inside, after)
+    b.position_at_end(inside)
+    changed = body(index, *values)
+    index.add_incoming(b.add(index, const_int(step)), b.block)
+    for phi, value in zip(values, changed, strict=True):
+        phi.add_incoming(value, b.block)
+    b.branch(head)
+    b.position_at_end(after)
+    return values
+
+
+# 2 ** x for x in [-0.5, 0.5], by interpolation at Chebyshev's points: to 1e-7.
+_EXP2 = (1.0, 0.6931471824645996, 0.24022650718688965, 0.05550327152013779, 0.009618056938052177, 0.0013400427997112274,
+         0.00015461444854736328)  # fmt: skip
+_TO_INTEGER = 1.5 * 2**23
+
+
+def exp2(b: Builder, x: Value) -> Value:
+    """2 ** x for x below 127; zero from -126 down."""
+    low = const_vector(-126.0)
+    vanishes = b.fcmp_ordered("<", x, low)
+    shifted = b.fadd(b.select(vanishes, low, x), const_vector(_TO_INTEGER))
+    fraction = b.fsub(b.select(vanishes, low, x), b.fsub(shifted, const_vector(_TO_INTEGER)))
+    power = const_vector(_EXP2[-1])
+    for coefficient in reversed(_EXP2[:-1]):
+        power = fma(b, power, fraction, const_vector(coefficient))
+    exponent = b.shl(b.bitcast(shifted, INTS), const_ints(23))
+    return b.select(vanishes, const_vector(0.0), b.bitcast(b.add(b.bitcast(power, INTS), exponent), FLOATS))
+
+
+def four_sums(b: Builder, vectors: Sequence[Value]) -> Value:
+    """The sums of the lanes of each of four vectors, as a vector of four; added up as in ``lane_sum``."""
+
+    def folded(x: Value, y: Value, width: int) -> Value:
+        lanes = [[run + offset + i + other for run in range(0, LANES, 2 * width) for other in (0, LANES)
+                  for i in range(width)] for offset in (0, width)]  # fmt: skip
+        kind = ir.VectorType(I32, LANES)
+        return b.fadd(*(b.shuffle_vector(x, y, ir.Constant(kind, each)) for each in lanes))
+
+    whole = folded(folded(vectors[0], vectors[2], 8), folded(vectors[1], vectors[3], 8), 4)
+    for width, count in ((2, 16), (1, 8)):
+        lanes = [
+            [run + offset + i for run in range(0, count, 2 * width) for i in range(width)] for offset in (0, width)
+        ]
+        kind = ir.VectorType(I32, count // 2)
+        whole = b.fadd(*(b.shuffle_vector(whole, whole, ir.Constant(kind, each)) for each in lanes))
+    return whole
+
+
+class Int:
+    """An int64, of which addresses are some."""
+
+
+class Float:
+    """A float32."""
+
+
+class Known(int):
+    """An integer that is known when the instructions are written."""
+
+
+_TYPES = {Int: types.int64, Float: types.float32, None: types.void}
+
+
+def instruction(write: Callable[..., Any]) -> Any:
+    """Decorator that makes a function for compiled code of one that writes LLVM's instructions.
+
+    The annotations say what its arguments are: ``Int``, ``Float`` or ``Known``, after the builder.
+    """
+    annotations = dict(write.__annotations__)
+    result = _TYPES[annotations.pop("return")]
+    kinds = list(annotations.values())[1:]
+    known = [kind is Known for kind in kinds]
+
+    def typing(context: Any, *given: Any) -> Any:
+        literals = [got.literal_value if is_known else None for is_known, got in zip(known, given, strict=True)]
+        wanted = [got if is_known else _TYPES[k] for is_known, got, k in zip(known, given, kinds, strict=True)]
+
+        def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            found = write(builder, *(v if x is None else x for v, x in zip(values, literals, strict=True)))
+            return context.get_dummy_value() if result is types.void else found
+
+        return result(*wanted), lower
+
+    typing.__name__, typing.__doc__, typing.__module__ = write.__name__, write.__doc__, write.__module__
+    names = ("context", *list(annotations)[1:])
+    typing.__signature__ = Signature(  # type: ignore[attr-defined]
+        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
+    return intrinsic(prefer_literal=any(known))(typing)
