@@ -199,7 +199,7 @@ def _attention(
     def run(selection: Selection) -> AttentionResult:
         dense = selection is _DENSE
         # The kernel for CPUs is faster than PyTorch's for a prompt, and PyTorch's for a single query.
-        own = dense and Lq > 1 and backend_of(_DENSE, problem, config.backend)[0] == "cpu"
+        own = dense and patch is not None and Lq > 1 and backend_of(_DENSE, problem, config.backend)[0] == "cpu"
         if dense and not own and plain and in_place and Lq in (1, Lk) and plan.host_reads:
             causal = once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
             if causal:

@@ -91,7 +91,7 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
     assert "tiny, batch 2, budget 4 n^0.6: milliseconds a layer" in said
     assert "the law's is 1 + C = 1.6, dense 2" in said
     assert "sdpa cudnn, gqa: the cudnn backend needs a GPU" in said
-    assert "% of dense; torch" in said
+    assert "% of dense; cpu" in said
 
 
 def test_beyond_the_reference_rows_are_compared_with_the_pytorch_backend_and_dense_ones_with_float64(

@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 from ways import EACH_FAMILY, SMALL, TOPK, each_family, left_padded
 
 from nc_patch import nc_stats, patch_model, reset_stats, sparse_attention
+from nc_patch.ops.backends import has_numba
 
 BORDER = 64
 REASON = f"no query sees more than dense_below={BORDER} keys"
@@ -20,7 +21,14 @@ SETTINGS = {
     "window": {"selection": "window"},
     "blocks": {"selection": "block", "local_keys": 16},
 }
-INDEXES = {"unasked": {"means"}, "topk": {"means"}, "topk by codes": {"codes"}, "window": set(), "blocks": {"pages"}}
+TOPK_INDEXES = {"codes", "means"} if has_numba() else {"means"}
+INDEXES = {
+    "unasked": TOPK_INDEXES,
+    "topk": TOPK_INDEXES,
+    "topk by codes": {"codes"},
+    "window": set(),
+    "blocks": {"pages"},
+}
 EACH = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
@@ -40,16 +48,20 @@ def dense_calls(model):
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_call_of_few_keys_is_that_of_the_unpatched_model_and_keeps_no_index(family, setting):
     dense, model, ids = tiny_model(family), bordered(family, **SETTINGS[setting]), random_ids(2, BORDER)
+    plain = bordered(family, **SETTINGS[setting], backend="torch")
     exact = FAMILIES[family][3] == "sdpa"  # eager attention rounds otherwise
-    caches = DynamicCache(config=dense.config), DynamicCache(config=dense.config)
+    caches = [DynamicCache(config=dense.config) for _ in range(3)]
     with torch.inference_mode():
         for piece in ids.split([BORDER - 5, 1, 1, 3], 1):
-            expected, found = (
-                each(piece, past_key_values=cache).logits for each, cache in zip((dense, model), caches, strict=True)
+            expected, found, by_pytorch = (
+                each(piece, past_key_values=cache).logits
+                for each, cache in zip((dense, model, plain), caches, strict=True)
             )
             close(found, expected)
-            if exact and piece.shape[1] != 3:
-                assert torch.equal(found, expected)
+            close(by_pytorch, expected)
+            # A single query of a group is a row of its head's, which rounds otherwise, as do the compiled kernels.
+            if exact and piece.shape[1] > 3:
+                assert torch.equal(by_pytorch, expected)
         assert not any(getattr(layer, "nc_indexes", None) for layer in caches[1].layers)
         assert dense_calls(model) == [{REASON: 4}] * 3
         assert nc_stats(model)["attended_fraction"] == 1.0
@@ -61,7 +73,7 @@ def test_a_call_of_few_keys_is_that_of_the_unpatched_model_and_keeps_no_index(fa
 
 
 def test_what_patch_model_does_unasked_is_the_unpatched_model_up_to_1024_keys(dense_with_few_keys):
-    dense, model, ids = tiny_model("llama"), patch_model(tiny_model("llama")), random_ids(1, 300)
+    dense, model, ids = tiny_model("llama"), patch_model(tiny_model("llama"), backend="torch"), random_ids(1, 300)
     reason = {"no query sees more than dense_below=1024 keys": 2}
     with torch.inference_mode():
         for rows in (ids, left_padded([ids[0], ids[0, :100]])):

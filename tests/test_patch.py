@@ -176,6 +176,8 @@ def test_dense_layers_and_per_layer_settings_act_on_their_layer_only():
     with torch.inference_mode():
         dense = model(ids).logits
         patch_model(model, 1.0, 0.5, dense_layers=[0, 1, 2])
+        torch.testing.assert_close(model(ids).logits, dense, atol=1e-5, rtol=0)
+        patch_model(model, 1.0, 0.5, dense_layers=[0, 1, 2], backend="torch")
         assert torch.equal(model(ids).logits, dense)
         patch_model(model, [1.0, 1.0, 1.0], [1.0, 0.5, 1.0], selection="topk")
         model(ids)

@@ -45,12 +45,12 @@ def test_kept_mass_is_there_only_where_it_is_tracked(selection):
 @pytest.mark.parametrize(
     ("options", "prefill", "decode"),
     [
-        ({}, "estimate", "exact"),
-        ({"selection": "topk"}, "exact", "exact"),
+        ({}, "estimate", "bounds"),
+        ({"selection": "topk"}, "exact", "bounds"),
         ({"selection": "topk", "key_index": "always"}, "exact", "bounds"),
         ({"selection": "topk", "key_index": "never"}, "exact", "exact"),
         ({"selection": "window"}, "exact", "exact"),
-        ({"prefill": "block", "block_size": 16}, "estimate", "exact"),
+        ({"prefill": "block", "block_size": 16}, "estimate", "bounds"),
         ({"selection": "block", "block_size": 16}, "estimate", "exact"),
         ({"prefill": "topk", "decode": "dense"}, "exact", "dense"),
         ({"dense_layers": [0, 1, 2]}, "dense", "dense"),

@@ -87,7 +87,7 @@ def test_a_bad_argument_is_refused_by_name(options: dict[str, Any], message: str
 def test_backend_means_the_kernels_or_lm_evals_kind_of_model() -> None:
     assert split_arguments({"backend": "torch", "dtype": "auto"}) == ({"backend": "torch"}, {"dtype": "auto"})
     assert split_arguments({"backend": "causal", "alpha": 1}) == ({"alpha": 1}, {"backend": "causal"})
-    with pytest.raises(EvalError, match=r"auto, triton, torch .* default, causal, seq2seq"):
+    with pytest.raises(EvalError, match=r"auto, triton, cpu, torch .* default, causal, seq2seq"):
         split_arguments({"backend": "cuda"})
 
 

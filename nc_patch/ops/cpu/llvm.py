@@ -28,18 +28,22 @@ Value = Any
 
 
 def const_int(value: int) -> Value:
+    """A constant int64."""
     return ir.Constant(I64, value)
 
 
 def const_ints(value: int) -> Value:
+    """A vector of one int32."""
     return ir.Constant(INTS, [value] * LANES)
 
 
 def const_vector(value: float) -> Value:
+    """A vector of one float."""
     return ir.Constant(FLOATS, [value] * LANES)
 
 
 def call_llvm(b: Builder, name: str, result: Any, arguments: Sequence[Value]) -> Value:
+    """Calls an intrinsic of LLVM's by its name."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), arguments)
 
@@ -51,19 +55,23 @@ def element_at(b: Builder, address: Value, index: Value | int, size: int) -> Val
 
 
 def load(b: Builder, address: Value, kind: Any = FLOATS) -> Value:
+    """What lies at an address, 16 floats unless another type is given."""
     return b.load(b.inttoptr(address, kind.as_pointer()), align=1)
 
 
 def store(b: Builder, value: Value, address: Value) -> None:
+    """Writes a value to an address."""
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
 
 
 def splat(b: Builder, value: Value, kind: Any = FLOATS) -> Value:
+    """A vector of one value."""
     first = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
     return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), const_ints(0))
 
 
 def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
+    """x * y + z of vectors, rounded once."""
     return call_llvm(b, "llvm.fma.v16f32", FLOATS, (x, y, z))
 
 

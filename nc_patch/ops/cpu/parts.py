@@ -128,7 +128,7 @@ def _as_rows(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     if _is_ready(tensor, multiple):
         return tensor
     _, H, N, D = tensor.shape
-    copied = torch.empty(1, H, N, padded_length(D))
+    copied = torch.empty(1, H, N, padded_length(D), dtype=torch.float32)
     _copy_kernel(H * -(-N // _ROWS), source=last_dense(tensor), target=copied, N=N, D=D, kind=KINDS[tensor.dtype])
     return copied
 
@@ -137,7 +137,7 @@ def _in_panels(tensor: torch.Tensor) -> torch.Tensor:
     """Keys ``[1, H, N, D]`` in panels ``[1, H, S + 1, D, 16]``; keys beyond N are zero."""
     _, H, N, D = tensor.shape
     S = -(-N // LANES)
-    panels = torch.empty(1, H, S + 1, D, LANES)
+    panels = torch.empty(1, H, S + 1, D, LANES, dtype=torch.float32)
     _pack_kernel(
         H * -(-S // _PANELS), LANES * padded_length(D), source=last_dense(tensor), target=panels.flatten(3), S=S,
         N=N, D=D, kind=KINDS[tensor.dtype],

@@ -56,7 +56,7 @@ def cpu_block_decode(problem: Problem) -> AttentionResult:
     attended = problem.visible.new_zeros(B, Hq, Lq)
     codes, scales = problem.key_index
     width = padded_length(N // size + 2) + LANES
-    estimates = torch.empty(B * Hq * Lq, 2 * width)
+    estimates = torch.empty(B * Hq * Lq, 2 * width, dtype=torch.float32)
     budget = problem.budget
     most = min(N, -(-problem.most // size) * size + 2 * size if problem.most else N) + 2 * LANES
     arguments: dict[str, Any] = {
