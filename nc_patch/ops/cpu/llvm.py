@@ -10,14 +10,15 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-# Rows of a tile whose products stay in registers: of 32 with AVX-512, of 16 without.
-_WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
-TILE_ROWS = 8 if _WIDE else 4
+# Whether a vector is one register, of 32; else it takes two or four, of 16 or 32.
+_WIDE = "+avx512f" in (config.CPU_FEATURES or llvm.get_host_cpu_features().flatten())
+# Rows of a tile 32 columns wide whose sums stay in registers.
+TILE_ROWS = 8 if _WIDE else 2
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
@@ -161,6 +162,44 @@ def exp2(b: Builder, x: Value) -> Value:
         power = fma(b, power, fraction, const_vector(coefficient))
     exponent = b.shl(b.bitcast(shifted, INTS), const_ints(23))
     return b.select(vanishes, const_vector(0.0), b.bitcast(b.add(b.bitcast(power, INTS), exponent), FLOATS))
+
+
+def prefetch(b: Builder, address: Value, size: int) -> None:
+    """Asks for ``size`` bytes from an address on; an address where nothing is does no harm."""
+    kind = I8.as_pointer()
+    flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]
+    for offset in range(0, size, 64):
+        pointer = b.inttoptr(b.add(address, const_int(offset)), kind)
+        call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
+
+
+def compress(b: Builder, mask: Value, pairs: Sequence[tuple[Value, Value]]) -> Value:
+    """Writes the lanes of vectors where a mask holds side by side to addresses; how many those are.
+
+    Up to 16 elements are written to each address.
+    """
+    bits = b.bitcast(mask, I16)
+    count = b.zext(call_llvm(b, "llvm.ctpop.i16", I16, [bits]), I64)
+    if _WIDE:
+        for vector, target in pairs:
+            suffix = "f32" if vector.type == FLOATS else "i32"
+            name = f"llvm.experimental.vector.compress.v16{suffix}"
+            store(b, call_llvm(b, name, vector.type, (vector, mask, ir.Constant(vector.type, ir.Undefined))), target)
+        return count
+    # Without an instruction for it: one lane after the other, by the lowest bit of the mask that is left.
+    copies = [cgutils.alloca_once(b, vector.type) for vector, _ in pairs]
+    for (vector, _), copy in zip(pairs, copies, strict=True):
+        b.store(vector, copy)
+
+    def body(i: Value, left: Value) -> list[Value]:
+        lane = b.zext(call_llvm(b, "llvm.cttz.i16", I16, [left, ir.Constant(I1, 1)]), I64)
+        for (vector, target), copy in zip(pairs, copies, strict=True):
+            value = load(b, element_at(b, b.ptrtoint(copy, I64), lane, 4), vector.type.element)
+            store(b, value, element_at(b, target, i, 4))
+        return [b.and_(left, b.sub(left, ir.Constant(I16, 1)))]
+
+    loop(b, count, 1, [bits], body)
+    return count
 
 
 def four_sums(b: Builder, vectors: Sequence[Value]) -> Value:

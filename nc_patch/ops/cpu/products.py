@@ -17,6 +17,7 @@ from nc_patch.ops.cpu.llvm import (
     Value,
     as_floats,
     call_llvm,
+    compress,
     const_int,
     const_ints,
     const_vector,
@@ -29,6 +30,7 @@ from nc_patch.ops.cpu.llvm import (
     largest_lane,
     load,
     loop,
+    prefetch,
     splat,
     store,
 )
@@ -159,6 +161,38 @@ def dot(b: Builder, x: Int, y: Int, count: Int, kind: Known) -> Float:
     return lane_sum(b, loop(b, count, LANES, [const_vector(0.0)], body)[0])
 
 
+# How many listed rows ahead of their use are asked for.
+_AHEAD = 16
+
+
+@instruction
+def listed_products(
+    b: Builder, x: Int, rows: Int, step: Int, places: Int, count: Int, depth: Int, out: Int, kind: Known
+) -> None:
+    """Dot products of a row of floats and rows of a kind at ``places``, ``step`` bytes apart; ``count`` of four.
+
+    They are what ``dot`` gives. Places are read ``_AHEAD + 4`` further than there are any.
+    """
+
+    def row_at(i: Value, k: int) -> Value:
+        place = load(b, element_at(b, places, b.add(i, const_int(k)), 4), I32)
+        return b.add(rows, b.mul(b.sext(place, I64), step))
+
+    def body(i: Value) -> list[Value]:
+        keys = [row_at(i, k) for k in range(4)]
+        for k in range(4):
+            prefetch(b, row_at(i, _AHEAD + k), 512)
+
+        def add(d: Value, *sums: Value) -> list[Value]:
+            row = load(b, element_at(b, x, d, 4))
+            return [fma(b, row, as_floats(b, key, d, kind), total) for key, total in zip(keys, sums, strict=True)]
+
+        store(b, four_sums(b, loop(b, depth, LANES, [const_vector(0.0)] * 4, add)), element_at(b, out, i, 4))
+        return []
+
+    loop(b, count, 4, [], body)
+
+
 @instruction
 def add_rows(
     b: Builder, out: Int, weights: Int, places: Int, count: Int, rows: Int, step: Int, vectors: Known, kind: Known
@@ -166,6 +200,7 @@ def add_rows(
     """Adds to ``16 * vectors`` floats the rows at ``places``, ``step`` bytes apart, each times its weight.
 
     ``count`` is a multiple of 4: two sums run side by side, so that one addition need not wait for the one before.
+    Places are read ``_AHEAD`` further than there are any.
     """
     targets = [b.add(out, const_int(64 * v)) for v in range(vectors)]
     begin = [load(b, t) for t in targets] + [const_vector(0.0)] * vectors
@@ -174,7 +209,11 @@ def add_rows(
         changed = list(sums)
         for k in range(4):
             at = b.add(i, const_int(k))
-            row = b.add(rows, b.mul(b.sext(load(b, element_at(b, places, at, 4), I32), I64), step))
+            row, later = (
+                b.add(rows, b.mul(b.sext(load(b, element_at(b, places, place, 4), I32), I64), step))
+                for place in (at, b.add(at, const_int(_AHEAD)))
+            )
+            prefetch(b, later, 16 * vectors * (4 if kind == 0 else 2))
             weight = splat(b, load(b, element_at(b, weights, at, 4), F32))
             for v in range(vectors):
                 number = k % 2 * vectors + v
@@ -262,11 +301,7 @@ def take_bounded(
         upper = b.fadd(lower, b.fadd(off, off))
         unknown = b.fcmp_ordered("==", lower, const_vector(-float("inf")))
         mask = b.or_(b.fcmp_unordered(">=", upper, constants[3]), unknown)
-        packed = call_llvm(
-            b, "llvm.experimental.vector.compress.v16i32", INTS, (place, mask, ir.Constant(INTS, ir.Undefined))
-        )
-        store(b, packed, element_at(b, places, found, 4))
-        more = b.zext(call_llvm(b, "llvm.ctpop.i16", I16, [b.bitcast(mask, I16)]), I64)
+        more = compress(b, mask, [(place, element_at(b, places, found, 4))])
         return [b.add(found, more), b.add(place, const_ints(LANES))]
 
     return loop(b, count, LANES, [const_int(0), begin], body)[0]

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from nc_patch.ops.cpu.products import add_rows
+from nc_patch.ops.cpu.llvm import LANES
+from nc_patch.ops.cpu.products import add_rows, listed_products
 from nc_patch.ops.cpu.rows import INF, LOG2E, compiled, dot_row, element_of
 from nc_patch.ops.cpu.vectors import exponentials, f32, i32, largest, set_f32
 
@@ -96,5 +97,14 @@ def add_listed(out, width, weights, places, count, rows, step, kind):
 @compiled
 def score_listed(p, x, keys, places, count, scores):
     """Scores of a query of floats and the keys at ``places``."""
-    for j in range(count):
+    done = 0
+    if p.D % LANES == 0:
+        done = count // 4 * 4
+        if p.kind == 0:
+            listed_products(x, keys, p.key_n, places, done, p.D, scores, 0)
+        elif p.kind == 1:
+            listed_products(x, keys, p.key_n, places, done, p.D, scores, 1)
+        else:
+            listed_products(x, keys, p.key_n, places, done, p.D, scores, 2)
+    for j in range(done, count):
         set_f32(scores, j, dot_row(x, keys + i32(places, j) * p.key_n, p.D, p.kind))

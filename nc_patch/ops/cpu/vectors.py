@@ -26,6 +26,7 @@ from nc_patch.ops.cpu.llvm import (
     Value,
     as_floats,
     call_llvm,
+    compress,
     const_int,
     const_ints,
     const_vector,
@@ -271,13 +272,7 @@ def take_from(
         value = load(b, element_at(b, row, i, 4))
         here = place[0] if place else load(b, element_at(b, first, i, 4), INTS)
         mask = b.fcmp_unordered(">=", value, least)
-        for vector, target, suffix in ((value, values, "f32"), (here, places, "i32")):
-            packed = call_llvm(
-                b, f"llvm.experimental.vector.compress.v16{suffix}", vector.type,
-                (vector, mask, ir.Constant(vector.type, ir.Undefined)),
-            )  # fmt: skip
-            store(b, packed, element_at(b, target, found, 4))
-        more = b.zext(call_llvm(b, "llvm.ctpop.i16", I16, [b.bitcast(mask, I16)]), I64)
+        more = compress(b, mask, [(value, element_at(b, values, found, 4)), (here, element_at(b, places, found, 4))])
         return [b.add(found, more), *(b.add(p, const_ints(LANES)) for p in place)]
 
     return loop(b, count, LANES, begin, body)[0]
