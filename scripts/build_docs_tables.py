@@ -93,21 +93,14 @@ def laws() -> str:
 
 
 def times() -> str:
-    """Time on a CPU as a share of dense attention's: a token of decoding, and a prefill."""
-    decode = json.loads((RESULTS / "decode_cpu.json").read_text(encoding="utf-8"))
-    record = json.loads((RESULTS / "prefill.json").read_text(encoding="utf-8"))
-    rows = [
-        [f"`{row['method']}`, a token after {int(decode['settings']['context']):,}", f"{row['median_over_dense']:.2f}"]
-        for row in decode["results"]
-        if row["method"] != "dense"
-    ]
-    seconds = {(row["settings"], row["length"]): statistics.median(row["seconds"]) for row in record["times"]}
-    rows += [
-        [f"{name}, {length:,} tokens at once", f"{found / seconds['dense', length]:.2f}"]
-        for (name, length), found in seconds.items()
-        if name != "dense"
-    ]
-    return _markdown(["", "time over dense"], rows)
+    """Time of a real model on a CPU as a share of dense attention's: a step of decoding, and prompts."""
+    record = json.loads((RESULTS / "cpu.json").read_text(encoding="utf-8"))
+    parts = [("a token after", tokens, found) for tokens, found in record["steps"].items()]
+    parts += [("a prompt of", tokens, found) for tokens, found in record["prompts"].items()]
+    names = [name for name in next(iter(record["prompts"].values())) if name != "dense"]
+    cell = lambda found, name: f"{found[name]['over_dense']:.2f}" if name in found else ""  # noqa: E731
+    rows = [[f"{what} {int(tokens):,}", *(cell(found, name) for name in names)] for what, tokens, found in parts]
+    return _markdown(["time over dense", *names], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {"budgets": budgets, "prefill": prefill, "laws": laws, "times": times}

@@ -5,10 +5,11 @@ import torch
 from attention_cases import Case, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import implementation, problem_of_case, summarize_pages
+from operations import implementation, problem_of, problem_of_case, summarize_pages
 
 from nc_patch import KeyIndex, sparse_attention
-from nc_patch.selections import TopK
+from nc_patch.ops.problem import causal_intervals
+from nc_patch.selections import Block, TopK
 from nc_patch.selections.block.pages import page_count
 from nc_patch.selections.block.torch_decode import torch_block_decode
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
@@ -268,6 +269,23 @@ def test_nan_and_inf_in_a_page_reach_only_the_rows_that_attend_it(what, where):
         sound = ~result.output.isnan()
         torch.testing.assert_close(result.output[sound], plain.output[sound])
         assert not result.output[0, :2, :, :3].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_pages_that_hold_nan_come_before_all_but_the_first_and_the_querys_own(backend):
+    key, query = torch.randn(1, 1, 160, 16), torch.randn(1, 2, 1, 16)
+    key[0, 0, 20:100:16] = torch.nan
+    index = KeyIndex.build(key, "pages", block_size=16)
+    value, visible = torch.randn(1, 1, 160, 16), causal_intervals(1, 1, 160, "cpu")
+    for pages, expected in ((2, [0, 9]), (3, [0, 1, 9])):
+        budget = torch.full((1, 1, 1), 16 * pages, dtype=torch.int32)
+        problem = problem_of(query, key, value, visible, budget, origin=torch.zeros(1, 1, dtype=torch.int32))
+        problem = problem._replace(key_index=index.tensors(), page_size=16)
+        mask = Block(size=16).mask(problem, query.double() @ key.double().transpose(2, 3), decode=True)
+        assert mask[0, 0, 0].view(10, 16).any(-1).nonzero()[:, 0].tolist() == expected
+        result = Block(size=16).run(problem, backend)
+        assert result.attended.tolist() == [[[16 * pages]] * 2]
+        assert bool(result.output.isfinite().all()) == (1 not in expected)
 
 
 # Not where page weights lie further apart than float32 can hold, or logits closer than its rounding.

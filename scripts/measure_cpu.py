@@ -1,0 +1,188 @@
+"""Times attention on this CPU against dense attention, and writes docs/results/cpu.json.
+
+Three parts: decoding as an operator, in Llama-3-8B's geometry, against three forms of PyTorch's dense attention; whole
+steps of a real model, each method on its own copy of one prompt's cache; and whole forward passes of prompts. Methods
+take turns, so that whatever else the machine does falls on all of them alike; figures are medians.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from eval_tasks.models import load_model
+from eval_tasks.provenance import commit, hardware, versions
+from eval_tasks.texts import load_text
+from nc_patch import KeyIndex, NCConfig, patched, sparse_attention
+from nc_patch.common import check_directory
+
+LAW = {"alpha": 4.0, "C": 0.6}
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+STEPS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "topk with means": LAW,
+    "topk": LAW | {"tail": "drop"},
+    "block": LAW | {"selection": "block"},
+    "window": LAW | {"selection": "window"},
+}
+PROMPTS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "dense, patched": {"alpha": 1.0, "C": 1.0},
+    "default": {},
+    "block": LAW,
+    "topk with means": LAW | {"selection": "topk"},
+    "topk": LAW | {"selection": "topk", "tail": "drop"},
+    "window": LAW | {"selection": "window"},
+}
+
+
+def in_turns(methods: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each method; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(repeats + 1):
+        for name, run in methods.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
+
+
+def decode_operator(keys: int, repeats: int) -> dict[str, float]:
+    """Seconds of one query over so many keys."""
+    draw = torch.Generator().manual_seed(0)
+    query = 1.5 * torch.randn(1, HEADS, 1, HEAD_DIM, generator=draw)
+    key, value = (torch.randn(1, KV_HEADS, keys, HEAD_DIM, generator=draw) for _ in range(2))
+    codes, pages = KeyIndex.build(key, "codes"), KeyIndex.build(key, "pages")
+    means = KeyIndex.build(key, "means", value=value)
+    dense = torch.nn.functional.scaled_dot_product_attention
+    rows = query.view(1, KV_HEADS, -1, HEAD_DIM)
+    group = HEADS // KV_HEADS
+    sparse = lambda **options: sparse_attention(query, key, value, **LAW, **options)  # noqa: E731
+    return in_turns(
+        {
+            "dense, a group as rows": lambda: dense(rows, key, value),
+            "dense, enable_gqa": lambda: dense(query, key, value, enable_gqa=True),
+            "dense, repeated heads": lambda: dense(query, *(t.repeat_interleave(group, 1) for t in (key, value))),
+            "topk with means": lambda: sparse(index=codes, means=means),
+            "topk": lambda: sparse(index=codes, tail="drop"),
+            "block": lambda: sparse(index=pages, selection="block"),
+        },
+        repeats,
+    )
+
+
+def steps(model: Any, ids: torch.Tensor, context: int, tokens: int) -> dict[str, float]:
+    """Seconds of decoding a token after ``context`` others."""
+    prompt = DynamicCache()
+    model(ids[:, :context], past_key_values=prompt, logits_to_keep=1)
+    caches = {name: copy.deepcopy(prompt) for name in STEPS}
+    place = dict.fromkeys(STEPS, context)
+
+    def step(name: str) -> None:
+        at = place[name]
+        model(ids[:, at : at + 1], past_key_values=caches[name], logits_to_keep=1)
+        place[name] += 1
+
+    def run(name: str, options: dict[str, Any] | None) -> Callable[[], None]:
+        return lambda: step(name) if options is None else with_patch(model, options, lambda: step(name))
+
+    return in_turns({name: run(name, options) for name, options in STEPS.items()}, tokens)
+
+
+def with_patch(model: Any, options: dict[str, Any], run: Callable[[], None]) -> None:
+    """Runs something with a patched model."""
+    default = NCConfig()
+    with patched(model, **({"alpha": default.alpha, "C": default.C} | options)):
+        run()
+
+
+def prompts(model: Any, ids: torch.Tensor, length: int, repeats: int) -> dict[str, float]:
+    """Seconds of a forward pass over ``length`` tokens."""
+    forward = lambda: model(ids[:, :length], logits_to_keep=1)  # noqa: E731
+
+    def run(options: dict[str, Any] | None) -> Callable[[], Any]:
+        return forward if options is None else lambda: with_patch(model, options, forward)
+
+    return in_turns({name: run(options) for name, options in PROMPTS.items()}, repeats)
+
+
+def peak_bytes(name: str, model: str, length: int) -> int:
+    """The largest resident memory of a process that runs one forward pass."""
+    loaded, ids = loaded_text(model, length)
+    with torch.inference_mode():
+        options = PROMPTS[name]
+        forward = lambda: loaded.model(ids, logits_to_keep=1)  # noqa: E731
+        forward() if options is None else with_patch(loaded.model, options, forward)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def loaded_text(model: str, length: int) -> tuple[Any, torch.Tensor]:
+    """A model, and so many tokens of a text."""
+    loaded = load_model(model, "float32", "cpu")
+    ids = loaded.tokenizer(load_text("python-reference").content[: length * 12])["input_ids"][:length]
+    if len(ids) < length:
+        raise SystemExit(f"the text has {len(ids)} tokens, {length} are needed")
+    return loaded, torch.tensor([ids])
+
+
+def report(title: str, seconds: dict[str, float]) -> dict[str, Any]:
+    """Prints seconds and their ratios to the first method's, and returns both."""
+    print(title, flush=True)
+    first = next(iter(seconds.values()))
+    for name, found in seconds.items():
+        print(f"  {name:24} {found * 1e3:10.2f} ms  {found / first:6.2f}", flush=True)
+    return {name: {"seconds": found, "over_dense": found / first} for name, found in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--keys", type=int, nargs="*", default=[8192, 32768, 131072], help="of the operator")
+    parser.add_argument("--context", type=int, default=8128, help="tokens before the first step that is timed")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192], help="of prompts")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of operators; of prompts half as many")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/cpu.json"))
+    arguments = parser.parse_args()
+    check_directory(arguments.out.parent, [arguments.out.name])
+    record: dict[str, Any] = {
+        "command": "python scripts/measure_cpu.py",
+        "settings": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu"), torch.get_num_threads()),
+    }
+    longest = max([*arguments.lengths, arguments.context + 40])
+    loaded, ids = loaded_text(arguments.model, longest)
+    with torch.inference_mode():
+        record["operator"] = {
+            keys: report(f"decoding over {keys:,} keys", decode_operator(keys, 3 * arguments.repeats))
+            for keys in arguments.keys
+        }
+        found = steps(loaded.model, ids, arguments.context, 32)
+        record["steps"] = {arguments.context: report(f"a step after {arguments.context:,} tokens", found)}
+        record["prompts"] = {
+            length: report(
+                f"a prompt of {length:,} tokens", prompts(loaded.model, ids, length, max(1, arguments.repeats // 2))
+            )
+            for length in arguments.lengths
+        }
+    record["peak_bytes"] = {}
+    for name in ("dense", "default", "topk with means"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak = pool.apply(peak_bytes, (name, arguments.model, longest))
+        print(f"{name}: at most {peak / 1e6:.0f} MB with {longest:,} tokens", flush=True)
+        record["peak_bytes"][name] = peak
+    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
