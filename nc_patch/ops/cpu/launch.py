@@ -50,8 +50,7 @@ class Kernel:
 
     @functools.cached_property
     def _address(self) -> int:
-        signature = types.void(types.CPointer(numba.from_dtype(self.record)), types.int64, types.int64)
-        return int(numba.cfunc(signature, cache=True, error_model="numpy")(self._function).address)
+        return _compile(self._function, types.CPointer(numba.from_dtype(self.record)), types.int64, types.int64)
 
     def __call__(self, items: int, floats: int = 0, **arguments: Any) -> None:
         """Runs ``items`` items; each thread has scratch memory of so many floats, which begins at a multiple of 64."""
@@ -90,6 +89,22 @@ def kernel(fields: str) -> Callable[[Callable[..., None]], Kernel]:
     return lambda function: Kernel(function, fields)
 
 
+def _compile(function: Callable[..., None], *arguments: Any) -> int:
+    """The address of a compiled function of such arguments."""
+    signature = types.void(*arguments)
+    try:
+        compiled = numba.cfunc(signature, cache=True, error_model="numpy")(function)
+    except (RuntimeError, OSError) as error:
+        if "cannot cache" not in str(error) and not isinstance(error, OSError):
+            raise
+        say_once(
+            "The compiled kernels for CPUs cannot be kept on the disk, so that every process compiles them anew: set "
+            f"NUMBA_CACHE_DIR to a directory that can be written to ({error})."
+        )
+        compiled = numba.cfunc(signature, error_model="numpy")(function)
+    return int(compiled.address)
+
+
 @functools.cache
 def _sources() -> str:
     """A digest of the sources of all kernels."""
@@ -110,8 +125,7 @@ class _Loop(Kernel):
 
     @functools.cached_property
     def _address(self) -> int:
-        signature = types.void(types.CPointer(numba.from_dtype(self.record)))
-        return int(numba.cfunc(signature, cache=True, error_model="numpy")(self._function).address)
+        return _compile(self._function, types.CPointer(numba.from_dtype(self.record)))
 
 
 def _run_items(pointer):
