@@ -76,17 +76,20 @@ def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
     return call_llvm(b, "llvm.fma.v16f32", FLOATS, (x, y, z))
 
 
-def lane_sum(b: Builder, vector: Value) -> Value:
-    """The sum of the lanes, always in the same order: halves are added to halves."""
+def _folded(b: Builder, vector: Value, join: Callable[[Value, Value], Value]) -> Value:
+    """The lanes joined to one, always in the same order: halves are joined to halves."""
     width = LANES
     while width > 1:
         width //= 2
-        parts = [
-            b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, width), list(range(first, first + width))))
-            for first in (0, width)
-        ]
-        vector = b.fadd(*parts)
+        kind = ir.VectorType(I32, width)
+        halves = (ir.Constant(kind, list(range(first, first + width))) for first in (0, width))
+        vector = join(*(b.shuffle_vector(vector, vector, half) for half in halves))
     return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def lane_sum(b: Builder, vector: Value) -> Value:
+    """The sum of the lanes."""
+    return _folded(b, vector, b.fadd)
 
 
 def larger(b: Builder, x: Value, y: Value) -> Value:
@@ -96,15 +99,7 @@ def larger(b: Builder, x: Value, y: Value) -> Value:
 
 def largest_lane(b: Builder, vector: Value) -> Value:
     """The greatest lane; a NaN may hide others."""
-    width = LANES
-    while width > 1:
-        width //= 2
-        parts = [
-            b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, width), list(range(first, first + width))))
-            for first in (0, width)
-        ]
-        vector = larger(b, *parts)
-    return b.extract_element(vector, ir.Constant(I32, 0))
+    return _folded(b, vector, lambda x, y: larger(b, x, y))
 
 
 def as_floats(b: Builder, address: Value, index: Value | int, kind: int) -> Value:
