@@ -115,8 +115,7 @@ def steps(model: Any, ids: torch.Tensor, context: int, tokens: int) -> dict[str,
 
 def with_patch(model: Any, options: dict[str, Any], run: Callable[[], None]) -> None:
     """Runs something with a patched model."""
-    default = NCConfig()
-    with patched(model, **({"alpha": default.alpha, "C": default.C} | options)):
+    with patched(model, **options):
         run()
 
 
