@@ -6,7 +6,9 @@ take turns, so that whatever else the machine does falls on all of them alike; f
 """
 
 import argparse
+import contextlib
 import copy
+import functools
 import json
 import multiprocessing
 import resource
@@ -49,8 +51,15 @@ PROMPTS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def in_turns(methods: dict[str, Callable[[], Any]], repeats: int, cold: bool = False) -> dict[str, float]:
-    """Median seconds of each method; the first round is not counted.
+def seconds_of(run: Callable[[], Any]) -> float:
+    """How long something takes."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def in_turns(methods: dict[str, Callable[[], float]], repeats: int, cold: bool = False) -> dict[str, float]:
+    """Median of the seconds that each method returns; the first round is not counted.
 
     ``cold``: what the caches hold is replaced before each run, as the other layers of a model do.
     """
@@ -59,9 +68,7 @@ def in_turns(methods: dict[str, Callable[[], Any]], repeats: int, cold: bool = F
     for _ in range(repeats + 1):
         for name, run in methods.items():
             others.add_(1)
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(run())
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
@@ -81,18 +88,15 @@ def decode_operator(keys: int, repeats: int) -> dict[str, float]:
     problem = Problem(query, key, value, visible, visible[..., 0].contiguous(), budget, scale=HEAD_DIM**-0.5)
     by_codes, by_pages = (by_index(problem, index, int(budget.max())) for index in (codes, pages))
     with_means = by_codes._replace(means=PageMeans(*means.tensors()))
-    return in_turns(
-        {
-            "dense, a group as rows": lambda: dense(rows, key, value),
-            "dense, enable_gqa": lambda: dense(query, key, value, enable_gqa=True),
-            "dense, repeated heads": lambda: dense(query, *(t.repeat_interleave(group, 1) for t in (key, value))),
-            "topk with means": lambda: attend(with_means, TopK(), "auto"),
-            "topk": lambda: attend(by_codes, TopK(tail="drop"), "auto"),
-            "block": lambda: attend(by_pages, Block(), "auto"),
-        },
-        repeats,
-        cold=True,
-    )
+    methods: dict[str, Callable[[], Any]] = {
+        "dense, a group as rows": lambda: dense(rows, key, value),
+        "dense, enable_gqa": lambda: dense(query, key, value, enable_gqa=True),
+        "dense, repeated heads": lambda: dense(query, *(t.repeat_interleave(group, 1) for t in (key, value))),
+        "topk with means": lambda: attend(with_means, TopK(), "auto"),
+        "topk": lambda: attend(by_codes, TopK(tail="drop"), "auto"),
+        "block": lambda: attend(by_pages, Block(), "auto"),
+    }
+    return in_turns({name: functools.partial(seconds_of, run) for name, run in methods.items()}, 3 * repeats, cold=True)
 
 
 def steps(model: Any, ids: torch.Tensor, context: int, tokens: int) -> dict[str, float]:
@@ -102,40 +106,32 @@ def steps(model: Any, ids: torch.Tensor, context: int, tokens: int) -> dict[str,
     caches = {name: copy.deepcopy(prompt) for name in STEPS}
     place = dict.fromkeys(STEPS, context)
 
-    def step(name: str) -> None:
-        at = place[name]
-        model(ids[:, at : at + 1], past_key_values=caches[name], logits_to_keep=1)
+    def step(name: str) -> float:
+        at, cache = place[name], caches[name]
         place[name] += 1
+        return patched_seconds(model, STEPS[name], lambda: model(ids[:, at : at + 1], past_key_values=cache))
 
-    def run(name: str, options: dict[str, Any] | None) -> Callable[[], None]:
-        return lambda: step(name) if options is None else with_patch(model, options, lambda: step(name))
-
-    return in_turns({name: run(name, options) for name, options in STEPS.items()}, tokens)
+    return in_turns({name: functools.partial(step, name) for name in STEPS}, tokens)
 
 
-def with_patch(model: Any, options: dict[str, Any], run: Callable[[], None]) -> None:
-    """Runs something with a patched model."""
-    with patched(model, **options):
-        run()
+def patched_seconds(model: Any, options: dict[str, Any] | None, run: Callable[[], Any]) -> float:
+    """How long something takes with a patched model, or with the model as it is; patching is not counted."""
+    with contextlib.nullcontext() if options is None else patched(model, **options):
+        return seconds_of(run)
 
 
 def prompts(model: Any, ids: torch.Tensor, length: int, repeats: int) -> dict[str, float]:
     """Seconds of a forward pass over ``length`` tokens."""
     forward = lambda: model(ids[:, :length], logits_to_keep=1)  # noqa: E731
-
-    def run(options: dict[str, Any] | None) -> Callable[[], Any]:
-        return forward if options is None else lambda: with_patch(model, options, forward)
-
-    return in_turns({name: run(options) for name, options in PROMPTS.items()}, repeats)
+    methods = {name: functools.partial(patched_seconds, model, options, forward) for name, options in PROMPTS.items()}
+    return in_turns(methods, repeats)
 
 
 def peak_bytes(name: str, model: str, length: int) -> int:
     """The largest resident memory of a process that runs one forward pass."""
     loaded, ids = loaded_text(model, length)
     with torch.inference_mode():
-        options = PROMPTS[name]
-        forward = lambda: loaded.model(ids, logits_to_keep=1)  # noqa: E731
-        forward() if options is None else with_patch(loaded.model, options, forward)
+        patched_seconds(loaded.model, PROMPTS[name], lambda: loaded.model(ids, logits_to_keep=1))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -178,7 +174,7 @@ def main() -> None:
     loaded, ids = loaded_text(arguments.model, longest)
     with torch.inference_mode():
         record["operator"] = {
-            keys: report(f"decoding over {keys:,} keys", decode_operator(keys, 3 * arguments.repeats))
+            keys: report(f"decoding over {keys:,} keys", decode_operator(keys, arguments.repeats))
             for keys in arguments.keys
         }
         found = steps(loaded.model, ids, arguments.context, 32)
