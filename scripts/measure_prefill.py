@@ -1,12 +1,10 @@
-"""Perplexity, recall and cost of prefill by length, and writes docs/results/prefill.json: what the defaults rest on.
+"""Measures perplexity and recall of prefill by length, and writes docs/results/prefill.json: what the defaults rest on.
 
 Each row is one forward pass over one stretch of a text: the mean loss of its second half, or of a passage of 256 tokens
 that it begins and ends with, and the share of the keys attended, to be compared with dense attention on the same
-stretch. Rows that the file holds already are kept, so that lengths, texts and settings can be added. ``--times`` adds
-processor seconds of forward passes, dense and sparse in turn, for a machine that does nothing else. For example:
+stretch. Rows that the file holds already are kept, so that lengths, texts and settings can be added. For example:
 
     python scripts/measure_prefill.py --texts python-reference moby-dick.txt --settings dense default --lengths 2048
-    python scripts/measure_prefill.py --times 3 --settings dense default --lengths 2048 4096 8192
 """
 
 import argparse
@@ -14,7 +12,6 @@ import json
 import math
 import shlex
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -83,20 +80,6 @@ def measure(model: Any, config: NCConfig | None, ids: torch.Tensor, scored: int)
     return {"nats": nats, "attended": share}
 
 
-@torch.inference_mode()
-def times(model: Any, names: list[str], ids: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
-    """Processor seconds of forward passes that read a prompt, with each of the settings in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(repeats):
-        for name in names:
-            config = SETTINGS[name]
-            with patched(model, config=config) if config else nullcontext():
-                begin = time.process_time()
-                model(ids, use_cache=False, logits_to_keep=1)
-                seconds[name].append(time.process_time() - begin)
-    return [{"settings": name, "length": ids.shape[1], "seconds": found} for name, found in seconds.items()]
-
-
 def table(rows: dict[tuple[Any, ...], dict[str, Any]]) -> str:
     """Markdown: for each setting, task and length the mean and largest loss over dense, and the share."""
     found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
@@ -123,12 +106,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["dense", "default"], metavar="NAME")
     parser.add_argument("--stretches", type=int, default=4, help="of each text, evenly spaced")
-    parser.add_argument("--times", type=int, metavar="N", help="only times, each the median of N forward passes")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/results/prefill.json"))
     arguments = parser.parse_args()
     check_directory(arguments.out.parent, [arguments.out.name])
-    torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model, "float32", "cpu")
     record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
     keys = ("settings", "task", "length", "text", "stretch", "stretches")
@@ -151,12 +131,6 @@ def main() -> None:
         tokens = loaded.tokenizer(source.content, return_tensors="pt").input_ids[0]
         record.setdefault("texts", {})[Path(name).stem] = {"origin": source.origin, "sha256": source.sha256}
         for length in arguments.lengths:
-            if arguments.times:
-                measured = times(loaded.model, arguments.settings, tokens[None, :length], arguments.times)
-                kept = [row for row in record.get("times", []) if row["length"] != length]
-                record["times"] = kept + measured
-                save()
-                continue
             step = (len(tokens) - length) // arguments.stretches
             for task in arguments.tasks:
                 for stretch in range(arguments.stretches):
