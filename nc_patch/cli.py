@@ -32,6 +32,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "demo": Command("eval_tasks.demo", "run_demo", "answer one question about a long prompt, dense and sparse"),
     "eval": Command("eval_tasks.command", "run_eval", "measure sparse attention by context length"),
     "report": Command("eval_tasks.command", "run_report", "write one report of earlier evals"),
     "fidelity": Command(

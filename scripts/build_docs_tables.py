@@ -103,7 +103,23 @@ def times() -> str:
     return _markdown(["time over dense", *names], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"budgets": budgets, "prefill": prefill, "laws": laws, "times": times}
+def decode_cpu() -> str:
+    """Time of decoding as an operator on a CPU, as a share of the fastest dense attention's."""
+    record = json.loads((RESULTS / "cpu.json").read_text(encoding="utf-8"))["operator"]
+    names = [name for name in next(iter(record.values())) if name != "dense, a group as rows"]
+    rows = [
+        [f"{int(keys):,}", *(f"{found[name]['over_dense']:.2f}" for name in names)] for keys, found in record.items()
+    ]
+    return _markdown(["keys", *names], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "budgets": budgets,
+    "prefill": prefill,
+    "laws": laws,
+    "times": times,
+    "decode_cpu": decode_cpu,
+}
 
 
 def _ratios(nats: list[float]) -> str:

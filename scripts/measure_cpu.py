@@ -1,8 +1,8 @@
 """Times attention on this CPU against dense attention, and writes docs/results/cpu.json.
 
-Three parts: decoding as an operator, in Llama-3-8B's geometry, against three forms of PyTorch's dense attention; whole
-steps of a real model, each method on its own copy of one prompt's cache; and whole forward passes of prompts. Methods
-take turns, so that whatever else the machine does falls on all of them alike; figures are medians.
+Decoding as an operator, in Llama-3-8B's geometry, against three forms of PyTorch's dense attention; steps of a real
+model, each method on its own copy of one prompt's cache; forward passes of prompts, and what those hold at most.
+Methods take turns, so that whatever else the machine does falls on all of them alike; figures are medians.
 """
 
 import argparse
@@ -10,8 +10,6 @@ import contextlib
 import copy
 import functools
 import json
-import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import Problem, causal_intervals
 from nc_patch.selections import Block, TopK
 
+PARTS = ("operator", "steps", "prompts", "memory")
 LAW = {"alpha": 4.0, "C": 0.6}
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 STEPS: dict[str, dict[str, Any] | None] = {
@@ -127,12 +126,14 @@ def prompts(model: Any, ids: torch.Tensor, length: int, repeats: int) -> dict[st
     return in_turns(methods, repeats)
 
 
-def peak_bytes(name: str, model: str, length: int) -> int:
-    """The largest resident memory of a process that runs one forward pass."""
-    loaded, ids = loaded_text(model, length)
-    with torch.inference_mode():
-        patched_seconds(loaded.model, PROMPTS[name], lambda: loaded.model(ids, logits_to_keep=1))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_bytes(model: Any, ids: torch.Tensor, options: dict[str, Any] | None) -> int:
+    """By how many bytes a forward pass raises what the process holds, at most; on Linux."""
+    status = Path("/proc/self/status")
+    held = lambda name: int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024  # noqa: E731
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = held("VmRSS")
+    patched_seconds(model, options, lambda: model(ids, logits_to_keep=1))
+    return held("VmHWM") - before
 
 
 def loaded_text(model: str, length: int) -> tuple[Any, torch.Tensor]:
@@ -160,10 +161,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8128, help="tokens before the first step that is timed")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192], help="of prompts")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of operators; of prompts half as many")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they were")
     parser.add_argument("--out", type=Path, default=Path("docs/results/cpu.json"))
     arguments = parser.parse_args()
     check_directory(arguments.out.parent, [arguments.out.name])
-    record: dict[str, Any] = {
+    record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    record |= {
         "command": "python scripts/measure_cpu.py",
         "settings": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
         "commit": commit(),
@@ -172,25 +175,26 @@ def main() -> None:
     }
     longest = max([*arguments.lengths, arguments.context + 40])
     loaded, ids = loaded_text(arguments.model, longest)
+    repeats = arguments.repeats
     with torch.inference_mode():
-        record["operator"] = {
-            keys: report(f"decoding over {keys:,} keys", decode_operator(keys, arguments.repeats))
-            for keys in arguments.keys
-        }
-        found = steps(loaded.model, ids, arguments.context, 32)
-        record["steps"] = {arguments.context: report(f"a step after {arguments.context:,} tokens", found)}
-        record["prompts"] = {
-            length: report(
-                f"a prompt of {length:,} tokens", prompts(loaded.model, ids, length, max(1, arguments.repeats // 2))
-            )
-            for length in arguments.lengths
-        }
-    record["peak_bytes"] = {}
-    for name in ("dense", "default", "topk with means"):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(peak_bytes, (name, arguments.model, longest))
-        print(f"{name}: at most {peak / 1e6:.0f} MB with {longest:,} tokens", flush=True)
-        record["peak_bytes"][name] = peak
+        if "operator" in arguments.parts:
+            record["operator"] = {
+                keys: report(f"decoding over {keys:,} keys", decode_operator(keys, repeats)) for keys in arguments.keys
+            }
+        if "steps" in arguments.parts:
+            found = steps(loaded.model, ids, arguments.context, 32)
+            record["steps"] = {arguments.context: report(f"a step after {arguments.context:,} tokens", found)}
+        if "prompts" in arguments.parts:
+            record["prompts"] = {
+                length: report(
+                    f"a prompt of {length:,} tokens", prompts(loaded.model, ids, length, max(1, repeats // 2))
+                )
+                for length in arguments.lengths
+            }
+        if "memory" in arguments.parts:
+            record["memory"] = {name: peak_bytes(loaded.model, ids, options) for name, options in PROMPTS.items()}
+            for name, peak in record["memory"].items():
+                print(f"{name:24} {peak / 1e6:10.0f} MB for {longest:,} tokens", flush=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
