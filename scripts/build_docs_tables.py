@@ -21,7 +21,7 @@ from nc_patch.config import DEFAULT_DENSE_BELOW
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "limits.md", "prefill.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "decoding.md", "limits.md", "prefill.md"))
 COMMAND = "python scripts/build_docs_tables.py"
 LAWS = ((2.0, 0.5), (12.0, 0.5), (4.0, 0.6), (2.0, 0.7))
 LENGTHS = (1024, 4096, 16384, 131072)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -126,13 +127,16 @@ def prompts(model: Any, ids: torch.Tensor, length: int, repeats: int) -> dict[st
     return in_turns(methods, repeats)
 
 
-def peak_bytes(model: Any, ids: torch.Tensor, options: dict[str, Any] | None) -> int:
-    """By how many bytes a forward pass raises what the process holds, at most; on Linux."""
+def peak_bytes(name: str, model: str, length: int) -> int:
+    """By how many bytes a forward pass raises what a new process holds, at most; on Linux."""
+    loaded, ids = loaded_text(model, length)
     status = Path("/proc/self/status")
-    held = lambda name: int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024  # noqa: E731
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = held("VmRSS")
-    patched_seconds(model, options, lambda: model(ids, logits_to_keep=1))
+    held = lambda which: int(status.read_text().split(f"{which}:")[1].split()[0]) * 1024  # noqa: E731
+    with torch.inference_mode():
+        patched_seconds(loaded.model, PROMPTS[name], lambda: loaded.model(ids[:, :1100], logits_to_keep=1))
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = held("VmRSS")
+        patched_seconds(loaded.model, PROMPTS[name], lambda: loaded.model(ids, logits_to_keep=1))
     return held("VmHWM") - before
 
 
@@ -192,8 +196,10 @@ def main() -> None:
                 for length in arguments.lengths
             }
         if "memory" in arguments.parts:
-            record["memory"] = {name: peak_bytes(loaded.model, ids, options) for name, options in PROMPTS.items()}
-            for name, peak in record["memory"].items():
+            record["memory"] = {}
+            for name in PROMPTS:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    record["memory"][name] = peak = pool.apply(peak_bytes, (name, arguments.model, longest))
                 print(f"{name:24} {peak / 1e6:10.0f} MB for {longest:,} tokens", flush=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
