@@ -16,7 +16,7 @@ def test_no_command_an_unknown_one_and_help(capsys):
     assert main([]) == 2
     assert "usage: nc-patch" in capsys.readouterr().err
     assert main(["evaluate"]) == 2
-    assert "unknown command 'evaluate'; allowed are eval, report" in capsys.readouterr().err
+    assert "unknown command 'evaluate'; allowed are demo, eval, report" in capsys.readouterr().err
     assert main(["--help"]) == 0
     assert "measure sparse attention by context length" in capsys.readouterr().out
     assert main(["--version"]) == 0
