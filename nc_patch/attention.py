@@ -21,9 +21,10 @@ from nc_patch.families import (
     refuse_unsupported,
     say_unpatched,
 )
-from nc_patch.functional import attend, backend_of, by_index, check_scale
+from nc_patch.functional import attend, by_index, check_scale
 from nc_patch.hooks import IMPLEMENTATION, told_boundaries
 from nc_patch.masks import interval_mask
+from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_mapped, refuse_tangents
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
@@ -199,7 +200,7 @@ def _attention(
     def run(selection: Selection) -> AttentionResult:
         dense = selection is _DENSE
         # The kernel for CPUs is faster than PyTorch's for a prompt, and PyTorch's for a single query.
-        own = dense and patch is not None and Lq > 1 and backend_of(_DENSE, problem, config.backend)[0] == "cpu"
+        own = dense and patch is not None and Lq > 1 and _runs_dense_kernel(problem, config.backend)
         if dense and not own and plain and in_place and Lq in (1, Lk) and plan.host_reads:
             causal = once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
             if causal:
@@ -235,6 +236,18 @@ def _attention(
 
 
 _DENSE = Dense()
+
+
+def _runs_dense_kernel(problem: Problem, backend: str) -> bool:
+    """Whether dense attention of several queries goes through the kernel for CPUs."""
+    if backend not in ("auto", "cpu") or needs_gradient(*problem[:3]):
+        return False
+    chosen, _ = choose_backend(
+        "auto", problem.query.device, head_dims=problem.head_dims, implemented=_DENSE.backends("prefill")
+    )
+    return chosen == "cpu"
+
+
 # The settings of a module that is not patched.
 _UNPATCHED = NCConfig(1.0, 1.0)
 

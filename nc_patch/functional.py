@@ -51,8 +51,8 @@ def sparse_attention(
     gradient is required the PyTorch backend runs.
 
     A NaN or infinite score that is attended makes its row NaN, as in dense attention; NaN counts as the highest score,
-    so ``"topk"`` attends it. A NaN or infinite value does so too, and where Triton runs it may reach other rows of the
-    same tile, up to 128. What no query sees is not read. Finite inputs never give NaN.
+    so ``"topk"`` attends it. A NaN or infinite value does so too, and where kernels run, Triton's or those for CPUs, it
+    may reach other rows of the same tile, up to 128. What no query sees is not read. Finite inputs never give NaN.
 
     Args:
         query: ``[B, Hq, Lq, D]``, bfloat16, float16 or float32.

@@ -111,6 +111,91 @@ def test_what_no_query_sees_is_not_read(name):
         assert relative_error(selection.run(problem, "cpu").output, expected) < 1e-6, seed
 
 
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("queries", [3, 48])
+def test_nan_in_padding_reaches_no_row(name, queries):
+    query, key, value = (torch.randn(1, heads, 64, 16) for heads in (4, 2, 2))
+    key[:, :, :16] = value[:, :, :16] = torch.nan
+    visible = causal_intervals(1, 64, 64, "cpu").clamp(min=16)[:, -queries:].contiguous()
+    options = {"alpha": 1.0, "C": 0.5, "visible": visible, "selection": "topk" if name == "drop" else name}
+    options |= {"tail": name} if name == "drop" else {}
+    found = []
+    for padding in (torch.nan, 0.0):
+        key[:, :, :16] = value[:, :, :16] = padding
+        found.append(sparse_attention(query[:, :, -queries:], key, value, **options, backend="cpu"))
+    assert bool(found[0].isfinite().all())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_sink_beyond_all_scores_leaves_the_statistics_right(name):
+    case = case_for(name, 4)
+    case.sinks = torch.full((case.query.shape[1],), 120.0)
+    selection, problem = selection_for(name, case), problem_of_case(case, stats=True)
+    assert_equals(selection.run(problem, "cpu"), selection.reference(problem), torch.float32, 4)
+
+
+@pytest.mark.parametrize("bits", [-1, 0x7F800001, 0x7FC12345])
+def test_a_nan_of_any_bits_stays_one(bits):
+    query, key, value = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    key[0, 0, 10] = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    options = {"alpha": 2.0, "C": 0.5, "tail": "drop"}
+    found, expected = (sparse_attention(query, key, value, **options, backend=name) for name in ("cpu", "torch"))
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+def test_a_default_device_is_not_where_kernels_compute():
+    tensors, visible = [torch.randn(1, 2, 40, 16) for _ in range(3)], causal_intervals(1, 40, 40, "cpu")
+    with torch.device("meta"):
+        for name in ("topk", "block", "window", "dense"):
+            result = sparse_attention(
+                *tensors, alpha=2.0, C=0.5, visible=visible, origin=visible[..., 0], selection=name
+            )
+            assert result.device.type == "cpu"
+            assert bool(result.isfinite().all())
+
+
+def test_few_rows_at_the_end_of_a_long_buffer_choose_blocks():
+    n, rows = 400_000, 32
+    query, key = torch.randn(1, 1, rows, 16), torch.randn(1, 1, n, 16)
+    end = torch.arange(n - rows + 1, n + 1, dtype=torch.int32)
+    visible = torch.stack((end - 128, end), -1)[None].contiguous()
+    options = {
+        "alpha": 2.0,
+        "C": 0.5,
+        "selection": "block",
+        "visible": visible,
+        "origin": visible[..., 0].clamp(max=n - 160),
+    }
+    found, expected = (sparse_attention(query, key, key, **options, backend=name) for name in ("cpu", "torch"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_sequence_is_no_fault():
+    empty = torch.empty(0, 1, 3, 16)
+    for name in ("topk", "block", "window", "dense"):
+        assert sparse_attention(empty, empty, empty, alpha=1.0, C=0.5, selection=name).shape == empty.shape
+
+
+def test_of_a_first_page_with_one_visible_key_only_that_counts():
+    g = torch.Generator().manual_seed(0)
+    key = 0.001 * torch.randn(1, 1, 320, 16, generator=g)
+    key[:, :, :15] = 3 * torch.randn(1, 1, 15, 16, generator=g).abs()
+    key[:, :, 15] = 0
+    key[:, :, 200:216] += 0.02
+    query, visible = torch.full((1, 1, 1, 16), 40.0), torch.tensor([[[15, 320]]], dtype=torch.int32)
+    index = KeyIndex.build(key, "pages", block_size=16)
+    options = {"alpha": 2.2, "C": 0.5, "selection": "block", "visible": visible, "index": index, "return_stats": True}
+    found, expected = (sparse_attention(query, key, key, **options, backend=name) for name in ("cpu", "torch"))
+    torch.testing.assert_close(found.kept_mass, expected.kept_mass)
+
+
+def test_a_backend_by_name_leaves_dense_layers_to_train():
+    model = patch_model(tiny_model("llama"), 1.0, 0.6, backend="cpu", dense_below=1024)
+    model(random_ids(1, 40), labels=random_ids(1, 40)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("kind", ADVERSARIAL)
 @pytest.mark.parametrize("budget", [1, 2, 31, 63, 64, 99, 100])
 @pytest.mark.parametrize("by_codes", [False, True])

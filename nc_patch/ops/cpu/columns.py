@@ -179,9 +179,8 @@ def write_column(p, room, column, head, row, attended):
         write_row(at, source, p.Dv, np.float32(1), p.kind, spare)
         return
     shift, kept = f32(parts[6], column), f32(parts[5], column)
-    total = kept + sink_share(p, head, shift)
-    write_log_sums(p, head * p.Lq + row, shift, kept, total)
-    write_row(at, source, p.Dv, np.float32(1.0 / total), p.kind, spare)
+    write_log_sums(p, head, head * p.Lq + row, shift, kept, kept)
+    write_row(at, source, p.Dv, np.float32(1.0 / (kept + sink_share(p, head, shift))), p.kind, spare)
 
 
 @compiled

@@ -68,7 +68,7 @@ class Kernel:
                     row[f"{name}_{suffix}"] = step * value.element_size()
         threads = 1 if os.getpid() != _PROCESS else min(items, torch.get_num_threads())
         scratch = -(-4 * floats // 4096) * 4096 + 64
-        memory = torch.empty(threads * scratch, dtype=torch.uint8)
+        memory = torch.empty(threads * scratch, dtype=torch.uint8, device="cpu")
         header = (items, 0, 0, memory.data_ptr(), scratch, self._address)
         for name, value in zip(_HEADER, header, strict=True):
             row[name] = value

@@ -156,7 +156,8 @@ def exp2(b: Builder, x: Value) -> Value:
     for coefficient in reversed(_EXP2[:-1]):
         power = fma(b, power, fraction, const_vector(coefficient))
     exponent = b.shl(b.bitcast(shifted, INTS), const_ints(23))
-    return b.select(vanishes, const_vector(0.0), b.bitcast(b.add(b.bitcast(power, INTS), exponent), FLOATS))
+    value = b.select(vanishes, const_vector(0.0), b.bitcast(b.add(b.bitcast(power, INTS), exponent), FLOATS))
+    return b.select(b.fcmp_unordered("uno", x, x), x, value)
 
 
 def prefetch(b: Builder, address: Value, size: int) -> None:

@@ -71,7 +71,9 @@ class LogSums(NamedTuple):
         if self.kept is None or dense is None:
             return AttentionResult(output)
         empty = (problem.visible[..., 1] <= problem.visible[..., 0])[:, None]
-        return AttentionResult(output, self.every, torch.exp(self.kept - dense).masked_fill_(empty, 1.0))
+        return AttentionResult(
+            output, self.every, torch.exp(self.kept - dense).clamp_(max=1.0).masked_fill_(empty, 1.0)
+        )
 
 
 def padded_length(length: int) -> int:
@@ -128,7 +130,7 @@ def _as_rows(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     if _is_ready(tensor, multiple):
         return tensor
     _, H, N, D = tensor.shape
-    copied = torch.empty(1, H, N, padded_length(D), dtype=torch.float32)
+    copied = torch.empty(1, H, N, padded_length(D), dtype=torch.float32, device="cpu")
     _copy_kernel(H * -(-N // _ROWS), source=last_dense(tensor), target=copied, N=N, D=D, kind=KINDS[tensor.dtype])
     return copied
 
@@ -137,7 +139,7 @@ def _in_panels(tensor: torch.Tensor) -> torch.Tensor:
     """Keys ``[1, H, N, D]`` in panels ``[1, H, S + 1, D, 16]``; keys beyond N are zero."""
     _, H, N, D = tensor.shape
     S = -(-N // LANES)
-    panels = torch.empty(1, H, S + 1, D, LANES, dtype=torch.float32)
+    panels = torch.empty(1, H, S + 1, D, LANES, dtype=torch.float32, device="cpu")
     _pack_kernel(
         H * -(-S // _PANELS), LANES * padded_length(D), source=last_dense(tensor), target=panels.flatten(3), S=S,
         N=N, D=D, kind=KINDS[tensor.dtype],

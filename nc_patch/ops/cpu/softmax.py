@@ -18,38 +18,43 @@ def cap(row, count, scale, softcap):
 
 
 @compiled
-def shift_of(p, head, most):
-    """What is taken from the raw scores of a row before the exponentials: the largest, or the sink's if larger."""
-    if p.sinks == 0:
-        return most
-    sink = np.float32(f32(p.sinks, head) * LOG2E / p.factor)
-    return sink if sink > most else most
+def shift_of(p, most):
+    """What is taken from the raw scores of a row before the exponentials: the largest of them."""
+    return np.float32(0) if most == -INF and p.sinks != 0 else most
 
 
 @compiled
 def sink_share(p, head, shift):
-    """What a head's sink adds to the sum of the exponentials."""
+    """What a head's sink adds to the sum of the exponentials; infinite where it leaves nothing to the keys."""
     if p.sinks == 0:
         return 0.0
     return 2.0 ** (f32(p.sinks, head) * LOG2E - shift * p.factor)
 
 
 @compiled
-def write_log_sums(p, at, shift, kept, total):
-    """Writes, where that is asked, the logarithms of sums of exponentials: over the attended keys, and of all."""
-    if p.lse_kept != 0:
-        set_f32(p.lse_kept, at, np.float32(shift * p.factor / LOG2E + math.log(kept)))
-        set_f32(p.lse, at, np.float32(shift * p.factor / LOG2E + math.log(total)))
+def write_log_sums(p, head, at, shift, kept, total):
+    """Writes, where that is asked, logarithms of sums of exponentials: over attended keys, and over all and the sink.
+
+    ``total`` is of the attended keys and of page means.
+    """
+    if p.lse_kept == 0:
+        return
+    base = shift * p.factor / LOG2E
+    set_f32(p.lse_kept, at, np.float32(base + math.log(kept)))
+    every = base + math.log(total)
+    if p.sinks != 0:
+        sink = np.float64(f32(p.sinks, head))
+        every = max(every, sink) + math.log1p(math.exp(-abs(every - sink)))
+    set_f32(p.lse, at, np.float32(every))
 
 
 @compiled
 def softmax_row(p, row, count, head, at):
     """Makes exponentials of ``count`` raw scores, a multiple of 16, -inf where not attended; one over their sum."""
-    shift = shift_of(p, head, largest(row, count))
-    kept = exponentials(row, count, shift, np.float32(p.factor))
-    total = kept + sink_share(p, head, shift)
-    write_log_sums(p, at, shift, kept, total)
-    return np.float32(1.0 / total)
+    shift = shift_of(p, largest(row, count))
+    total = exponentials(row, count, shift, np.float32(p.factor))
+    write_log_sums(p, head, at, shift, total, total)
+    return np.float32(1.0 / (total + sink_share(p, head, shift)))
 
 
 @compiled

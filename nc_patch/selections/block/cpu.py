@@ -16,7 +16,6 @@ from nc_patch.ops.cpu.columns import (
     clear_run,
     clip_runs,
     pack_queries,
-    pieces_floats,
     read_query,
     room_floats,
     score_keys,
@@ -54,18 +53,19 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
             widest = max((block.width for block in plan.listed), default=0)
             blocks = -(-widest // 16) * 16 + 32
             floats = room_floats(D, arguments["width"]) + (COLUMNS + 5) * blocks + 512
-            floats += 2 * (pieces_floats(widest * options.size) + 2 * plan.capacity)
+            runs = plan.capacity + key.shape[2] // PIECE + 8
+            floats += 2 * 2 * runs
             heads = slice(part.heads.start * problem.group, part.heads.stop * problem.group)
             _attend_kernel(
                 count * arguments["heads"], floats, table=plan.table[first:], blocks=count, size=options.size,
                 law=plan.law[first:, part.heads].contiguous(), recent=plan.recent[first:, part.heads].contiguous(),
-                samples=plan.samples, widest=blocks, most=plan.capacity, attended=attended[b, heads], **arguments,
+                samples=plan.samples, widest=blocks, runs=runs, attended=attended[b, heads], **arguments,
             )  # fmt: skip
         first += count
     return sums.result(problem, output, dense_log_sums(problem))._replace(attended=attended)
 
 
-@kernel(f"{FIELDS} table blocks size law recent samples widest most attended")
+@kernel(f"{FIELDS} table blocks size law recent samples widest runs attended")
 def _attend_kernel(pointer, item, scratch):
     """One query block of one head; the last ones, which see most keys, come first."""
     p = carray(pointer, 1)[0]
@@ -81,7 +81,7 @@ def _attend_kernel(pointer, item, scratch):
     chosen = values + 4 * p.widest
     sample = chosen + 4 * p.widest
     pieces = sample + 4 * 512
-    clipped = pieces + 8 * (2 * p.most + p.Lk // PIECE + 8)
+    clipped = pieces + 8 * p.runs
     start = begin + lowest * p.size
     number_of = 0
     if law >= width:

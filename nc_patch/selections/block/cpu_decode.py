@@ -55,8 +55,9 @@ def cpu_block_decode(problem: Problem) -> AttentionResult:
     output, sums = query.new_empty(B, Lq, Hq, Dv).transpose(1, 2), LogSums.of(problem)
     attended = problem.visible.new_zeros(B, Hq, Lq)
     codes, scales = problem.key_index
-    width = padded_length(N // size + 2) + LANES
-    estimates = torch.empty(B * Hq * Lq, 2 * width, dtype=torch.float32)
+    span = max(N, int((problem.visible[..., 1] - problem.origin).max())) if B * Lq else 0
+    width = padded_length(span // size + 2) + LANES
+    estimates = torch.empty(B * Hq * Lq, 2 * width, dtype=torch.float32, device="cpu")
     budget = problem.budget
     most = min(N, -(-problem.most // size) * size + 2 * size if problem.most else N) + 2 * LANES
     arguments: dict[str, Any] = {
@@ -147,7 +148,7 @@ def _estimate_kernel(pointer, item, scratch):
                 scaled = f32(x + r * step, d) * np.float32(p.scale)
                 set_f32(x + r * step, d, scaled)
                 set_f32(squares + r * step, d, np.float32(0.5) * scaled * scaled)
-        for page in range(max(first, low), min(first + _PAGES, high)):
+        for page in range(max(first, low), min(first + _PAGES, high, p.room)):
             place = head * p.room + page
             for vector in range(VECTORS):
                 codes = p.codes + (place * VECTORS + vector) * p.D
@@ -317,6 +318,8 @@ def _weigh_pages(p, batch, kv_head, i, keys, seen, x, own_scores, weights):
                 set_f32(weights, j, INF)
                 set_f32(far, j, -INF)
                 set_f32(rest, j, -INF)
+        if in_first == 1:  # the key apart is the only one
+            set_f32(rest, 0, -INF)
         own_is_sound = True
         for j in range(end - first_own):
             own_is_sound = own_is_sound and f32(own_scores, j) < INF

@@ -89,6 +89,8 @@ def _attend_kernel(pointer, item, scratch):
     if p.means != 0 and not whole:
         slots = min(high // PAGE + 1, p.mean_count)
         score(x, p.D, p.means + head * p.means_h, padded(slots) // LANES, means, means_step, tile)
+    # The slots of the pages that count for any row: what others hold may be of keys that no query sees.
+    first_slot, last_slot = slots, 0
     values = p.values + head * p.values_h
     for r in range(p.group * rows):
         i, of_head = first + r % rows, head * p.group + r // rows
@@ -104,8 +106,10 @@ def _attend_kernel(pointer, item, scratch):
             k = min(i32(p.budget + 4 * of_head * p.budget_h, i), end - start)
             taken = _list_best(p, row, start, end, k, room)
             scores, places, counts, _ = _parts_of(p, room)
-            inverse, _, _ = weigh_list(p, scores, places, taken, (start, end, i32(p.origin, i)), of_head,
+            inverse, slot, counted = weigh_list(p, scores, places, taken, (start, end, i32(p.origin, i)), of_head,
                                        of_head * p.Lq + i, means + r * means_step, slots, counts)  # fmt: skip
+            if counted > 0:
+                first_slot, last_slot = min(first_slot, slot), max(last_slot, slot + counted)
             add_listed(out + r * out_step, p.width, scores, places, padded(taken), values, p.values_n, 0)
         else:
             fill(z + r * step, width, np.float32(0))
@@ -114,9 +118,10 @@ def _attend_kernel(pointer, item, scratch):
     if whole:
         add_product(z + 4 * (low - base), step, values + low * p.values_n, p.values_n, out, out_step, high - low, tile,
                     p.width)  # fmt: skip
-    elif slots > 0:
-        add_product(means, means_step, p.mean_values + head * p.mean_values_h, p.mean_values_n, out, out_step, slots,
-                    tile, p.width)  # fmt: skip
+    elif first_slot < last_slot:
+        mean_values = p.mean_values + head * p.mean_values_h + first_slot * p.mean_values_n
+        add_product(means + 4 * first_slot, means_step, mean_values, p.mean_values_n, out, out_step,
+                    last_slot - first_slot, tile, p.width)  # fmt: skip
     for r in range(p.group * rows):
         i, of_head = first + r % rows, head * p.group + r // rows
         if i32(p.visible, 2 * i + 1) <= i32(p.visible, 2 * i):

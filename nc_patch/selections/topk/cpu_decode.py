@@ -65,8 +65,8 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
     columns = padded_length(N) + 2 * LANES
     slots = 0 if means is None else padded_length(min(means.key.shape[2], N // PAGE + 1)) + 2 * LANES
     width = columns + slots + _STATE
-    at_once = max(1, min(Lq, _MOST_BOUNDS // (B * Hq * width)))
-    bounds = torch.empty(B * Hq * at_once, width, dtype=torch.float32)
+    at_once = max(1, min(Lq, _MOST_BOUNDS // max(1, B * Hq * width)))
+    bounds = torch.empty(B * Hq * at_once, width, dtype=torch.float32, device="cpu")
     arguments: dict[str, Any] = {
         "query": last_dense(query), "key": last_dense(key), "value": last_dense(value), "output": output,
         "visible": problem.visible, "origin": problem.origin, "budget": problem.budget,

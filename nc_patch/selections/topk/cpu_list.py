@@ -35,18 +35,18 @@ def weigh_list(p, scores, places, taken, seen, head, at, means, slots, counts):
             cap(means + 4 * slot, counted, p.scale, p.softcap)
         pad_row(means + 4 * slot, counted, -INF)
         most = max(most, largest(means + 4 * slot, padded(counted)))
-    shift = shift_of(p, head, most)
+    shift = shift_of(p, most)
     kept = exponentials(scores, padded(taken), shift, np.float32(p.factor))
-    total = kept + sink_share(p, head, shift)
+    total = kept
     if counted > 0:
         exponentials(means + 4 * slot, padded(counted), shift, np.float32(p.factor))
         total += times_counts(means + 4 * slot, counts, padded(counted))
-    write_log_sums(p, at, shift, kept, total)
+    write_log_sums(p, head, at, shift, kept, total)
     for j in range(slot):
         set_f32(means, j, np.float32(0))
     for j in range(slot + counted, slots):
         set_f32(means, j, np.float32(0))
-    return np.float32(1.0 / total), slot, counted
+    return np.float32(1.0 / (total + sink_share(p, head, shift))), slot, counted
 
 
 @compiled

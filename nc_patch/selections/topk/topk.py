@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from nc_patch.common import check_integer
-from nc_patch.ops.means import page_means, page_starts
+from nc_patch.ops.means import PageMeans, page_means, page_starts
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import Buffers, Rows
 from nc_patch.selections.base import Selection, check_options, register
@@ -89,7 +89,10 @@ class TopK(Selection):
             from nc_patch.ops.triton.means import triton_page_means
 
             return problem._replace(means=triton_page_means(problem.key, problem.value, starts))
-        return problem._replace(means=page_means(problem.key, problem.value, starts))
+        means = page_means(problem.key, problem.value, starts)
+        if backend == "cpu":  # whose kernels multiply what is between the pages of two sequences by zero
+            means = PageMeans(*(mean.masked_fill_((starts < 0)[:, None, :, None], 0.0) for mean in means))
+        return problem._replace(means=means)
 
     def prefill_triton(self, problem: Problem) -> AttentionResult:
         """Two kernels: a search for each row's threshold, and the attention; see ``prefill``."""
