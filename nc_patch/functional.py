@@ -175,18 +175,6 @@ def by_index(problem: Problem, index: KeyIndex, most: int) -> Problem:
     return problem._replace(origin=origin, key_index=index.tensors(), page_size=index.block_size, most=most)
 
 
-def backend_of(selection: Selection, problem: Problem, backend: str) -> tuple[str, str | None]:
-    """The backend that runs a selection on a problem, and why it is not a faster one; see ``choose_backend``."""
-    p, phase = problem, problem.phase
-    return choose_backend(
-        backend,
-        p.query.device,
-        head_dims=p.head_dims,
-        needs_grad=phase == "prefill" and needs_gradient(p.query, p.key, p.value, p.sinks),
-        implemented=selection.backends(phase),
-    )
-
-
 def attend(problem: Problem, selection: Selection, backend: str) -> AttentionResult:
     """Runs a selection on a problem; ``backend`` as in ``NCConfig``.
 
@@ -194,7 +182,13 @@ def attend(problem: Problem, selection: Selection, backend: str) -> AttentionRes
         The output, with what the problem asks for; ``attended`` also where only the selection knows it.
     """
     p, phase = problem, problem.phase
-    chosen, reason = backend_of(selection, p, backend)
+    chosen, reason = choose_backend(
+        backend,
+        p.query.device,
+        head_dims=p.head_dims,
+        needs_grad=phase == "prefill" and needs_gradient(p.query, p.key, p.value, p.sinks),
+        implemented=selection.backends(phase),
+    )
     if reason is not None:
         what = f"decoding by {selection.index_kind}" if phase == "decode" else f"{selection.name} attention"
         say_once(f"{what} runs on the PyTorch backend: {reason}.")

@@ -4,14 +4,12 @@ So keys are read as they lie, masks and maxima take whole vectors, and the produ
 columns. Runs of keys longer than a piece are attended piece by piece, with a running maximum.
 """
 
-import math
-
 import numpy as np
 
 from nc_patch.ops.cpu.llvm import LANES, TILE_ROWS
 from nc_patch.ops.cpu.products import column_exponentials, column_maxima, hide_columns, product
 from nc_patch.ops.cpu.rows import INF, compiled, padded, read_row, write_row
-from nc_patch.ops.cpu.softmax import sink_share, write_log_sums
+from nc_patch.ops.cpu.softmax import cap, sink_share, write_log_sums
 from nc_patch.ops.cpu.vectors import f32, fill, i32, scale_row, set_f32, set_i32
 
 COLUMNS = 32
@@ -100,11 +98,18 @@ def score_keys(p, head, room, target, first, last, clear):
     for row in range(whole, count):
         product(keys + row * p.keys_n, p.keys_n, 4, parts[0], 64, 64 * depth, z + row * 128, 128, depth, 1, 2, 0)
     if p.softcap != 0:
-        for i in range(count * COLUMNS):
-            set_f32(z, i, np.float32(p.softcap * math.tanh(f32(z, i) * p.scale / p.softcap)))
+        cap(z, count * COLUMNS, p.scale, p.softcap)
     seen_from, seen_to, gap, after = clear
     if first < seen_from or last > seen_to or (last > gap and first < after):
         hide_columns(z, count, first, parts[1])
+
+
+@compiled
+def set_shifts(maxima, shifts):
+    """What is taken from the scores of each column: the largest, or nothing where none is attended."""
+    for column in range(COLUMNS):
+        most = f32(maxima, column)
+        set_f32(shifts, column, np.float32(0) if most == -INF else most)
 
 
 @compiled
@@ -141,9 +146,7 @@ def attend_pieces(p, head, room, pieces, number, count):
                     by = np.float32(2.0 ** ((old - new) * factor))
                     set_f32(sums, column, f32(sums, column) * by)
                     scale_row(out + 4 * column * p.width, p.width, by)
-        for column in range(COLUMNS):
-            most = f32(maxima, column)
-            set_f32(shifts, column, np.float32(0) if most == -INF else most)
+        set_shifts(maxima, shifts)
         column_exponentials(scores, held, shifts, factor, sums)
         held = 0
         for piece in range(begin, stop):

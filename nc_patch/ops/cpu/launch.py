@@ -72,7 +72,7 @@ class Kernel:
         header = (items, 0, 0, memory.data_ptr(), scratch, self._address)
         for name, value in zip(_HEADER, header, strict=True):
             row[name] = value
-        function, arguments_at = _loop()._address, record.ctypes.data
+        function, arguments_at = _loop_address(), record.ctypes.data
         parallel = _gomp_parallel() if threads > 1 else None
         if parallel is None:
             ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(arguments_at)
@@ -116,16 +116,9 @@ def _sources() -> str:
 
 
 @functools.cache
-def _loop() -> "_Loop":
-    return _Loop(_run_items, "")
-
-
-class _Loop(Kernel):
-    """What a thread of a launch runs."""
-
-    @functools.cached_property
-    def _address(self) -> int:
-        return _compile(self._function, types.CPointer(numba.from_dtype(self.record)))
+def _loop_address() -> int:
+    """The address of what a thread of a launch runs."""
+    return _compile(_run_items, types.CPointer(numba.from_dtype(Kernel(_run_items, "").record)))
 
 
 def _run_items(pointer):

@@ -112,11 +112,32 @@ def arguments_of(problem: Problem, output: torch.Tensor, part: Part, sums: LogSu
     return {
         "query": query, "keys": part.keys, "values": part.values, "output": output[b : b + 1, heads],
         "visible": problem.visible[b], "origin": problem.origin[b], "budget": budget[heads] if by_head else budget,
-        "budget_h": budget.stride(0) * by_head, "sinks": 0 if sinks is None else sinks[heads].float().contiguous(),
-        "factor": LOG2E if problem.softcap else problem.scale * LOG2E, "softcap": problem.softcap,
-        "scale": problem.scale, "kind": KINDS[query.dtype], "group": group, "heads": part.heads.stop - part.heads.start,
+        "budget_h": budget.stride(0) * by_head, **_score_arguments(problem, sinks if sinks is None else sinks[heads]),
+        "group": group, "heads": part.heads.stop - part.heads.start,
         "Lq": query.shape[2], "Lk": problem.key.shape[2], "D": query.shape[3], "Dv": output.shape[3],
         "width": part.values.shape[3], **sums.addresses(b, heads),
+    }  # fmt: skip
+
+
+def decode_arguments(problem: Problem, output: torch.Tensor, sums: LogSums) -> dict[str, Any]:
+    """The fields of a kernel for few queries: all heads of all sequences, keys and values as they are."""
+    query, key, value, budget = problem.query, problem.key, problem.value, problem.budget
+    found = {
+        "query": last_dense(query), "key": last_dense(key), "value": last_dense(value), "output": output,
+        "visible": problem.visible, "origin": problem.origin, "budget": budget, "budget_b": budget.stride(0),
+        "budget_h": budget.stride(1) * (budget.shape[1] > 1), **_score_arguments(problem, problem.sinks),
+        "group": problem.group, "heads": key.shape[1], "Lq": query.shape[2], "N": key.shape[2], "D": query.shape[3],
+        "Dv": value.shape[3], "new": problem.new,
+    }  # fmt: skip
+    return found if sums.kept is None else found | {"lse_kept": sums.kept, "lse": sums.every}
+
+
+def _score_arguments(problem: Problem, sinks: torch.Tensor | None) -> dict[str, Any]:
+    """The fields that are of the scores, and the dtype."""
+    return {
+        "factor": LOG2E if problem.softcap else problem.scale * LOG2E, "softcap": problem.softcap,
+        "scale": problem.scale, "kind": KINDS[problem.query.dtype],
+        "sinks": 0 if sinks is None else sinks.float().contiguous(),
     }  # fmt: skip
 
 

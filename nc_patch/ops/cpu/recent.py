@@ -47,8 +47,8 @@ def dense_log_sums(problem: Problem) -> torch.Tensor | None:
     """The log-sum-exp of each row over all keys that it sees, float32 ``[B, Hq, Lq]``; None without ``stats``."""
     if not problem.stats:
         return None
-    every = problem.over_all_keys()._replace(sinks=None, stats=False)
-    sums = LogSums.of(every._replace(stats=True))
+    every = problem.over_all_keys()._replace(sinks=None)
+    sums = LogSums.of(every)
     _attend(every, 0, sums)
     return sums.kept
 

@@ -189,19 +189,6 @@ def scale_row(b: Builder, row: Int, count: Int, factor: Float) -> None:
 
 
 @instruction
-def raise_to(b: Builder, target: Int, source: Int, count: Int) -> None:
-    """Each float of ``target`` becomes the larger of it and that of ``source``; NaN where that is."""
-
-    def body(i: Value) -> list[Value]:
-        old, new = load(b, element_at(b, target, i, 4)), load(b, element_at(b, source, i, 4))
-        stays = b.or_(b.fcmp_unordered("uno", old, old), b.fcmp_ordered("<=", new, old))
-        store(b, b.select(stays, old, new), element_at(b, target, i, 4))
-        return []
-
-    loop(b, count, LANES, [], body)
-
-
-@instruction
 def largest(b: Builder, row: Int, count: Int) -> Float:
     """The largest float, leaving out NaN; -inf of nothing."""
 

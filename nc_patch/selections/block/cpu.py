@@ -20,10 +20,12 @@ from nc_patch.ops.cpu.columns import (
     room_floats,
     score_keys,
     set_limits,
+    set_shifts,
     write_column,
 )
 from nc_patch.ops.cpu.launch import kernel
-from nc_patch.ops.cpu.parts import FIELDS, LogSums, arguments_of, parts_of
+from nc_patch.ops.cpu.llvm import LANES
+from nc_patch.ops.cpu.parts import FIELDS, LogSums, arguments_of, padded_length, parts_of
 from nc_patch.ops.cpu.products import column_exponentials, column_maxima, largest_product
 from nc_patch.ops.cpu.recent import dense_log_sums
 from nc_patch.ops.cpu.rows import INF, best_of, compiled, padded
@@ -43,25 +45,21 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
     output = query.new_empty(B, Lq, Hq, value.shape[3]).transpose(1, 2)
     sums = LogSums.of(problem)
     attended = problem.visible.new_zeros(B, Hq, Lq)
-    if len(plan.listed) * 1 < 1 or int((plan.owner < 0).sum()):
+    if bool((plan.owner < 0).any()):
         output.zero_()
-    first = 0
-    for b in range(B):
-        count = sum(block.batch == b for block in plan.listed)
-        for part in parts_of(key[b : b + 1], value[b : b + 1]):
-            arguments = arguments_of(problem, output, part._replace(batch=b), sums)
-            widest = max((block.width for block in plan.listed), default=0)
-            blocks = -(-widest // 16) * 16 + 32
-            floats = room_floats(D, arguments["width"]) + (COLUMNS + 5) * blocks + 512
-            runs = plan.capacity + key.shape[2] // PIECE + 8
-            floats += 2 * 2 * runs
-            heads = slice(part.heads.start * problem.group, part.heads.stop * problem.group)
-            _attend_kernel(
-                count * arguments["heads"], floats, table=plan.table[first:], blocks=count, size=options.size,
-                law=plan.law[first:, part.heads].contiguous(), recent=plan.recent[first:, part.heads].contiguous(),
-                samples=plan.samples, widest=blocks, runs=runs, attended=attended[b, heads], **arguments,
-            )  # fmt: skip
-        first += count
+    counts = [sum(block.batch == b for block in plan.listed) for b in range(B)]
+    blocks = padded_length(max((block.width for block in plan.listed), default=0)) + 2 * LANES
+    runs = plan.capacity + key.shape[2] // PIECE + 8
+    for part in parts_of(key, value):
+        b, first = part.batch, sum(counts[: part.batch])
+        arguments = arguments_of(problem, output, part, sums)
+        floats = room_floats(D, arguments["width"]) + (COLUMNS + 5) * blocks + 512 + 2 * 2 * runs
+        heads = slice(part.heads.start * problem.group, part.heads.stop * problem.group)
+        _attend_kernel(
+            counts[b] * arguments["heads"], floats, table=plan.table[first:], blocks=counts[b], size=options.size,
+            law=plan.law[first:, part.heads].contiguous(), recent=plan.recent[first:, part.heads].contiguous(),
+            samples=plan.samples, widest=blocks, runs=runs, attended=attended[b, heads], **arguments,
+        )  # fmt: skip
     return sums.result(problem, output, dense_log_sums(problem))._replace(attended=attended)
 
 
@@ -151,9 +149,7 @@ def _weigh(p, head, room, block, logits, weights):
                 keys = min(start + (k + 1) * p.size, p.Lk) - key
                 column_maxima(scores + (key - from_key) * 128, keys, logits + 128 * k)
         column_maxima(logits, width, maxima)
-        for column in range(COLUMNS):
-            most = f32(maxima, column)
-            set_f32(shifts, column, np.float32(0) if most == -INF else most)
+        set_shifts(maxima, shifts)
         column_exponentials(logits, width, shifts, np.float32(p.factor), sums)
         for column in range(COLUMNS):
             set_f32(sums, column, np.float32(1.0 / f32(sums, column)) if column < count else np.float32(0))

@@ -6,7 +6,6 @@ the pages for the whole group, as each head of the group does, and attends the c
 """
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from numba import carray
 
 from nc_patch.ops.cpu.launch import KINDS, kernel
 from nc_patch.ops.cpu.llvm import LANES
-from nc_patch.ops.cpu.parts import LogSums, last_dense, padded_length
+from nc_patch.ops.cpu.parts import LogSums, decode_arguments, last_dense, padded_length
 from nc_patch.ops.cpu.products import code_products
 from nc_patch.ops.cpu.recent import dense_log_sums
 from nc_patch.ops.cpu.rows import (
@@ -58,20 +57,11 @@ def cpu_block_decode(problem: Problem) -> AttentionResult:
     span = max(N, int((problem.visible[..., 1] - problem.origin).max())) if B * Lq else 0
     width = padded_length(span // size + 2) + LANES
     estimates = torch.empty(B * Hq * Lq, 2 * width, dtype=torch.float32, device="cpu")
-    budget = problem.budget
     most = min(N, -(-problem.most // size) * size + 2 * size if problem.most else N) + 2 * LANES
-    arguments: dict[str, Any] = {
-        "query": last_dense(query), "key": last_dense(key), "value": last_dense(value), "output": output,
-        "visible": problem.visible, "origin": problem.origin, "budget": budget, "budget_b": budget.stride(0),
-        "budget_h": budget.stride(1) * (budget.shape[1] > 1), "codes": codes.data_ptr(), "scales": scales,
-        "room": codes.shape[2], "estimates": estimates, "width": width, "most": most, "group": problem.group,
-        "heads": key.shape[1], "Lq": Lq, "N": N, "D": D, "Dv": Dv, "kind": KINDS[query.dtype], "new": problem.new,
-        "size": size, "factor": LOG2E if problem.softcap else problem.scale * LOG2E, "softcap": problem.softcap,
-        "scale": problem.scale, "sinks": 0 if problem.sinks is None else problem.sinks.float().contiguous(),
-        "attended": attended,
+    arguments = decode_arguments(problem, output, sums) | {
+        "codes": codes.data_ptr(), "scales": scales, "room": codes.shape[2], "estimates": estimates, "width": width,
+        "most": most, "size": size, "attended": attended,
     }  # fmt: skip
-    if sums.kept is not None:
-        arguments.update(lse_kept=sums.kept, lse=sums.every)
     floats = max(8 * padded_length(D) + 12 * LANES, size * D + 4 * padded_length(D))
     _estimate_kernel(B * key.shape[1] * -(-(N // size + 2) // _PAGES), floats, **arguments)
     floats = 2 * most + 4 * width + padded_length(D) + padded_length(Dv) + size + 512 + 2 * LANES
@@ -258,7 +248,8 @@ def _attend_kernel(pointer, item, scratch):
         others = max(count - 2, 0)
         if others < pages - 2:
             _weigh_pages(p, batch, kv_head, i, keys, (start, end, begin), x, own_scores, weights)
-            best_of(weights + 4, pages - 2, others, 1, weights + 4 * p.width, chosen, sample) if others > 0 else None
+            if others > 0:
+                best_of(weights + 4, pages - 2, others, 1, weights + 4 * p.width, chosen, sample)
         else:
             for j in range(others):
                 set_i32(chosen, j, j + 1)
@@ -307,11 +298,9 @@ def _weigh_pages(p, batch, kv_head, i, keys, seen, x, own_scores, weights):
             set_f32(far, j, f32(at, low + j))
             set_f32(rest, j, f32(at, p.width + low + j))
         if p.softcap != 0:
-            for j in range(end - first_own):
-                set_f32(own_scores, j, np.float32(p.softcap * math.tanh(f32(own_scores, j) / p.softcap)))
-            for j in range(pages):
-                set_f32(far, j, np.float32(p.softcap * math.tanh(f32(far, j) / p.softcap)))
-                set_f32(rest, j, np.float32(p.softcap * math.tanh(f32(rest, j) / p.softcap)))
+            cap(own_scores, end - first_own, 1.0, p.softcap)
+            cap(far, pages, 1.0, p.softcap)
+            cap(rest, pages, 1.0, p.softcap)
         for j in range(pages):
             # What is no number, or infinite, outweighs all others, and has no part in the softmax.
             if not (f32(far, j) < INF and f32(rest, j) < INF):

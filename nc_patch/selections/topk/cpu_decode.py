@@ -15,12 +15,11 @@ from numba import carray
 
 from nc_patch.ops.cpu.launch import KINDS, Kernel, kernel
 from nc_patch.ops.cpu.llvm import LANES
-from nc_patch.ops.cpu.parts import LogSums, last_dense, padded_length
+from nc_patch.ops.cpu.parts import LogSums, decode_arguments, last_dense, padded_length
 from nc_patch.ops.cpu.products import code_products, take_bounded, to_lower_bounds
 from nc_patch.ops.cpu.recent import dense_log_sums
 from nc_patch.ops.cpu.rows import (
     INF,
-    LOG2E,
     best_of,
     compiled,
     dot_row,
@@ -60,22 +59,16 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
     """
     query, key, value, means = problem.query, problem.key, problem.value, problem.means
     B, Hq, Lq, D = query.shape
-    N, Dv, group = key.shape[2], value.shape[3], problem.group
+    N, Dv = key.shape[2], value.shape[3]
     output, sums = query.new_empty(B, Lq, Hq, Dv).transpose(1, 2), LogSums.of(problem)
     columns = padded_length(N) + 2 * LANES
     slots = 0 if means is None else padded_length(min(means.key.shape[2], N // PAGE + 1)) + 2 * LANES
     width = columns + slots + _STATE
     at_once = max(1, min(Lq, _MOST_BOUNDS // max(1, B * Hq * width)))
     bounds = torch.empty(B * Hq * at_once, width, dtype=torch.float32, device="cpu")
-    arguments: dict[str, Any] = {
-        "query": last_dense(query), "key": last_dense(key), "value": last_dense(value), "output": output,
-        "visible": problem.visible, "origin": problem.origin, "budget": problem.budget,
-        "budget_b": problem.budget.stride(0), "budget_h": problem.budget.stride(1) * (problem.budget.shape[1] > 1),
-        "bounds": bounds, "bounds_n": 4 * width, "columns": columns, "slots": slots, "group": group,
-        "heads": key.shape[1], "Lq": Lq, "N": N, "D": D, "Dv": Dv, "kind": KINDS[query.dtype], "new": problem.new,
-        "factor": LOG2E if problem.softcap else problem.scale * LOG2E, "softcap": problem.softcap,
-        "scale": problem.scale, "per_scale": code_slack(D), "sink_keys": sink_keys, "recent_keys": recent_keys,
-        "sinks": 0 if problem.sinks is None else problem.sinks.float().contiguous(),
+    arguments = decode_arguments(problem, output, sums) | {
+        "bounds": bounds, "bounds_n": 4 * width, "columns": columns, "slots": slots, "per_scale": code_slack(D),
+        "sink_keys": sink_keys, "recent_keys": recent_keys,
         **dict(zip(("codes", "scales", "residuals", "center", "spread"), map(torch.Tensor.data_ptr, problem.key_index),
                    strict=False)),
     }  # fmt: skip
@@ -83,8 +76,6 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
         arguments.update(coded=D % LANES == 0, room=problem.key_index[0].shape[2])
     if means is not None:
         arguments.update(mean_key=means.key, mean_value=means.value, mean_count=means.key.shape[2])
-    if sums.kept is not None:
-        arguments.update(lse_kept=sums.kept, lse=sums.every)
     for first in range(0, Lq, at_once):
         queries = min(at_once, Lq - first)
         arguments.update(first=first, queries=queries)
@@ -302,27 +293,26 @@ def _encode(p, head, key, place, x):
 @compiled
 def _average(p, batch, kv_head, shift, end, slot, slots, x):
     """Writes the means of the whole pages among so many slots that hold any of the new keys, which end at ``end``."""
-    for part in range(2):
-        width = p.D if part == 0 else p.Dv
-        source = (
-            p.key + batch * p.key_b + kv_head * p.key_h
-            if part == 0
-            else p.value + batch * p.value_b + kv_head * p.value_h
-        )
-        target = (p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h if part == 0 else
-                  p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h)  # fmt: skip
-        source_n, target_n = (p.key_n, p.mean_key_n) if part == 0 else (p.value_n, p.mean_value_n)
-        total = x + 4 * padded(width)
-        for j in range(slots):
-            page = (slot + j) * PAGE + shift
-            if page + PAGE > end or page + PAGE <= end - p.new:
-                continue
-            fill(total, padded(width), np.float32(0))
-            for key in range(PAGE):
-                read_row(x, source + (page + key) * source_n, width, p.kind)
-                for d in range(width):
-                    set_f32(total, d, f32(total, d) + f32(x, d) * np.float32(1 / PAGE))
-            write_row(target + (slot + j) * target_n, total, width, np.float32(1), p.kind, x)
+    key, value = p.key + batch * p.key_b + kv_head * p.key_h, p.value + batch * p.value_b + kv_head * p.value_h
+    mean_key = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h
+    mean_value = p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h
+    for j in range(slots):
+        page = (slot + j) * PAGE + shift
+        if end - p.new - PAGE < page <= end - PAGE:
+            _average_rows(p, key + page * p.key_n, p.key_n, mean_key + (slot + j) * p.mean_key_n, p.D, x)
+            _average_rows(p, value + page * p.value_n, p.value_n, mean_value + (slot + j) * p.mean_value_n, p.Dv, x)
+
+
+@compiled
+def _average_rows(p, rows, step, target, width, x):
+    """Writes the mean of a page's rows."""
+    total = x + 4 * padded(width)
+    fill(total, padded(width), np.float32(0))
+    for row in range(PAGE):
+        read_row(x, rows + row * step, width, p.kind)
+        for d in range(width):
+            set_f32(total, d, f32(total, d) + f32(x, d) * np.float32(1 / PAGE))
+    write_row(target, total, width, np.float32(1), p.kind, x)
 
 
 @kernel(_FIELDS)
