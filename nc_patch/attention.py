@@ -378,7 +378,7 @@ def _sdpa(problem: Problem, mask: torch.Tensor | None, causal: bool = True) -> t
         # As rows of their key/value head the queries of a group share the reading of its keys.
         rows = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
         output = torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=problem.scale)
-        return output.view(*query.shape[:3], -1)
+        return output.reshape(*query.shape[:3], -1)
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
