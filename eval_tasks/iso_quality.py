@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from eval_tasks.bootstrap import CONFIDENCE, MIN_SAMPLES, RESAMPLES
+from eval_tasks.stats import CONFIDENCE, MIN_SAMPLES, RESAMPLES
 
+Interval = tuple[float, float]
 # Fewer lengths than this leave no point to check a fitted line by.
 _LENGTHS_NEEDED = 3
 
@@ -42,7 +43,7 @@ class NeededBudget:
     high: float | None
     reached: float | None
     at_most: bool
-    largest: int = 0
+    largest: int
 
     @property
     def censored(self) -> bool:
@@ -52,12 +53,12 @@ class NeededBudget:
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """The power law through the needed budgets, and how it and its rivals predict lengths left out.
+    """The power law k = α·n^C through the needed budgets, and how it and its rivals predict lengths left out.
 
     Attributes:
-        alpha, C: of k = α·n^C.
-        alpha_interval, C_interval: bootstrap intervals; None below two documents. Resamples with a censored budget
-            count with the smallest value that its bounds allow for the low end, and the largest for the high one.
+        alpha, C: of the law.
+        C_interval: bootstrap interval; None below two documents. Resamples with a censored budget count with the
+            smallest value that its bounds allow for the low end, and the largest for the high one.
         lengths: how many lengths it rests on.
         errors: name of a law → typical factor by which it misses a length that was left out; 1 is perfect.
         fitted: the share of resamples in which no budget of these lengths was censored.
@@ -65,28 +66,23 @@ class FittedLaw:
 
     alpha: float
     C: float
-    alpha_interval: tuple[float, float] | None
-    C_interval: tuple[float, float] | None
+    C_interval: Interval | None
     lengths: int
     errors: dict[str, float]
     fitted: float
 
+    @property
+    def best(self) -> str:
+        """The law that predicts a length left out best."""
+        return min(self.errors, key=lambda law: self.errors[law])
+
 
 @dataclass(frozen=True)
 class IsoQuality:
-    """What one method needs on one task.
-
-    Attributes:
-        task, method: which.
-        within: the margin on the loss, in nats per token (or the share of answers).
-        documents: how many are shared by all lengths and budgets.
-        needed: by length.
-        law: None where the needed budget is known at fewer than three lengths.
-    """
+    """What one method needs on one task; ``law`` is None where the budget is known at fewer than three lengths."""
 
     task: str
     method: str
-    within: float
     documents: int
     needed: tuple[NeededBudget, ...]
     law: FittedLaw | None
@@ -101,7 +97,7 @@ def iso_quality(
         task, method: names for the result.
         differences: length → budget → loss over dense of each document, the same documents in the same order
             throughout.
-        within: how much loss counts as none.
+        within: how much loss counts as none, in nats per token or as a share of the answers.
         seed: of the resampling.
 
     Raises:
@@ -112,25 +108,26 @@ def iso_quality(
         raise ValueError(f"every length and budget needs the same documents, at least one; got {sorted(counts)}")
     documents = counts.pop()
     drawn = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES) / documents
-    lengths = sorted(differences)
-    point, resampled, lowest, highest = [], [], [], []
-    for length in lengths:
+    needed, lowest, highest = [], [], []
+    for length in sorted(differences):
         budgets = sorted(differences[length])
         losses = np.array([differences[length][k] for k in budgets], dtype=np.float64)
-        point.append(float(_smallest(budgets, losses.mean(axis=1)[:, None], within)[0]))
+        keys = float(_smallest(budgets, losses.mean(axis=1)[:, None], within)[0])
         sample = _smallest(budgets, losses @ drawn.T, within)
-        resampled.append(sample)
         # What may be needed at least and at most: one key, and all of them, beyond what was measured.
-        lowest.append(np.where(np.isnan(sample), budgets[-1], np.where(sample == budgets[0], 1.0, sample)))
-        highest.append(np.where(np.isnan(sample), max(length, budgets[-1]), sample))
-    needed = [
-        _needed(length, keys, sample, low, high, sorted(differences[length]), documents)
-        for length, keys, sample, low, high in zip(lengths, point, resampled, lowest, highest, strict=True)
-    ]
-    known = np.array([not n.censored for n in needed])
-    n, k = np.array(lengths, dtype=np.float64)[known], np.array(point)[known]
-    law = _fit(n, k, np.array(lowest)[known], np.array(highest)[known], documents)
-    return IsoQuality(task, method, within, documents, tuple(needed), law)
+        least = np.where(np.isnan(sample), budgets[-1], np.where(sample == budgets[0], 1.0, sample))
+        most = np.where(np.isnan(sample), max(length, budgets[-1]), sample)
+        known, low, high, reached = None if math.isnan(keys) else keys, None, None, None
+        if documents >= MIN_SAMPLES:
+            (low, high), reached = _interval(least, most), float(np.mean(~np.isnan(sample)))
+        needed.append(NeededBudget(length, known, low, high, reached, keys == budgets[0], budgets[-1]))
+        lowest.append(least)
+        highest.append(most)
+    fitted = [i for i, budget in enumerate(needed) if not budget.censored]
+    law = None
+    if len(fitted) >= _LENGTHS_NEEDED:
+        law = _fit([needed[i] for i in fitted], np.array(lowest)[fitted], np.array(highest)[fitted], documents)
+    return IsoQuality(task, method, documents, tuple(needed), law)
 
 
 def _smallest(budgets: Sequence[int], losses: np.ndarray, within: float) -> np.ndarray:
@@ -139,80 +136,45 @@ def _smallest(budgets: Sequence[int], losses: np.ndarray, within: float) -> np.n
     # The first budget from which on every larger one is inside.
     first = len(budgets) - np.logical_and.accumulate(inside[::-1], axis=0).sum(axis=0)
     keys = np.full(losses.shape[1], np.nan)
-    logs = np.log(np.array(budgets, dtype=np.float64))
-    columns = np.arange(losses.shape[1])
-    at_first = first == 0
-    keys[at_first] = budgets[0]
-    between = (first > 0) & (first < len(budgets))
+    keys[first == 0] = budgets[0]
+    between = np.flatnonzero((first > 0) & (first < len(budgets)))
     above, below = first[between], first[between] - 1
-    high, low = losses[below, columns[between]], losses[above, columns[between]]
-    share = (high - within) / (high - low)
-    keys[between] = np.exp(logs[below] + share * (logs[above] - logs[below]))
+    high, low = losses[below, between], losses[above, between]
+    logs = np.log(np.array(budgets, dtype=np.float64))
+    keys[between] = np.exp(logs[below] + (high - within) / (high - low) * (logs[above] - logs[below]))
     return keys
 
 
-def _needed(
-    length: int,
-    keys: float,
-    resampled: np.ndarray,
-    lowest: np.ndarray,
-    highest: np.ndarray,
-    budgets: Sequence[int],
-    documents: int,
-) -> NeededBudget:
-    low = high = reached = None
+def _fit(needed: Sequence[NeededBudget], lowest: np.ndarray, highest: np.ndarray, documents: int) -> FittedLaw:
+    """The law through budgets that are known; of their resamples the bounds ``[L, R]``."""
+    log_n = np.log([budget.length for budget in needed])
+    log_k = np.log([budget.keys or math.nan for budget in needed])
+    line, spread = stats.linregress(log_n, log_k), None
     if documents >= MIN_SAMPLES:
-        reached = float(np.mean(~np.isnan(resampled)))
-        low, high = _interval(lowest, highest)
-    found = None if math.isnan(keys) else keys
-    return NeededBudget(length, found, low, high, reached, keys == budgets[0], budgets[-1])
-
-
-def _fit(n: np.ndarray, k: np.ndarray, lowest: np.ndarray, highest: np.ndarray, documents: int) -> FittedLaw | None:
-    """The law through the budgets ``k [L]`` at lengths ``n [L]``; of resamples the bounds ``[L, R]`` of them."""
-    if len(n) < _LENGTHS_NEEDED:
-        return None
-    line = stats.linregress(np.log(n), np.log(k))
-    intervals: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
-    if documents >= MIN_SAMPLES:
-        intercepts, slopes = _bounds(np.log(n), np.log(lowest), np.log(highest))
-        intervals = (_interval(*(np.exp(bound) for bound in intercepts)), _interval(*slopes))
+        # A slope is a sum of the values with fixed weights, so it is extreme where each is at one of its ends.
+        weights = (log_n - log_n.mean()) / ((log_n - log_n.mean()) ** 2).sum()
+        rising, falling = np.maximum(weights, 0), np.minimum(weights, 0)
+        low, high = np.log(lowest), np.log(highest)
+        spread = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
     fitted = float(np.mean((lowest == highest).all(axis=0)))
-    return FittedLaw(
-        float(np.exp(line.intercept)), float(line.slope), *intervals, len(n), _errors(n, k), fitted
-    )  # fmt: skip
+    alpha, C = float(np.exp(line.intercept)), float(line.slope)
+    return FittedLaw(alpha, C, spread, len(needed), _errors(log_n, log_k), fitted)
 
 
-def _bounds(
-    x: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The least and the greatest intercept and slope of lines fitted at ``x`` to anything between ``low`` and ``high``.
-
-    Both are sums of the values with fixed weights, so each is extreme where every value is at one of its ends.
-    """
-    slope_weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    weights = (1 / len(x) - x.mean() * slope_weights, slope_weights)
-    intercept, slope = (
-        (np.maximum(w, 0) @ low + np.minimum(w, 0) @ high, np.maximum(w, 0) @ high + np.minimum(w, 0) @ low)
-        for w in weights
-    )
-    return intercept, slope
-
-
-def _errors(n: np.ndarray, k: np.ndarray) -> dict[str, float]:
+def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:
     """Root mean square, as a factor, of the error in log k at each length, predicted from the others."""
     missed: dict[str, list[float]] = {"constant": [], "logarithmic": [], "power": []}
-    logs, log_n = np.log(k), np.log(n)
-    for left_out in range(len(n)):
-        rest = np.arange(len(n)) != left_out
-        line = stats.linregress(log_n[rest], logs[rest])
-        missed["constant"].append(logs[rest].mean() - logs[left_out])
-        missed["logarithmic"].append((logs - np.log(log_n))[rest].mean() + np.log(log_n[left_out]) - logs[left_out])
-        missed["power"].append(line.intercept + line.slope * log_n[left_out] - logs[left_out])
+    for left_out in range(len(log_n)):
+        rest = np.arange(len(log_n)) != left_out
+        line = stats.linregress(log_n[rest], log_k[rest])
+        factor = (log_k - np.log(log_n))[rest].mean()
+        missed["constant"].append(log_k[rest].mean() - log_k[left_out])
+        missed["logarithmic"].append(factor + np.log(log_n[left_out]) - log_k[left_out])
+        missed["power"].append(line.intercept + line.slope * log_n[left_out] - log_k[left_out])
     return {law: float(np.exp(np.sqrt(np.mean(np.square(errors))))) for law, errors in missed.items()}
 
 
-def _interval(lowest: np.ndarray, highest: np.ndarray) -> tuple[float, float]:
+def _interval(lowest: np.ndarray, highest: np.ndarray) -> Interval:
     """The interval of values of which each is known to lie between two bounds."""
     tail = (1 - CONFIDENCE) / 2
     return float(np.quantile(lowest, tail)), float(np.quantile(highest, 1 - tail))

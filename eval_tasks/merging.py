@@ -28,19 +28,13 @@ class MergedRun:
         directories: where they come from.
         run: what ``run.json`` of the first says, with the methods, tasks, lengths and samples of all.
         rows: of all, each key once.
-        records: ``run.json`` of each.
+        commands: that measured them.
     """
 
     directories: tuple[Path, ...]
     run: dict[str, Any]
     rows: list[Row]
-    records: tuple[dict[str, Any], ...]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What was measured, as in ``run.json``."""
-        identity: dict[str, Any] = self.run["identity"]
-        return identity
+    commands: tuple[str, ...]
 
 
 def merge_runs(directories: Sequence[Path]) -> list[MergedRun]:
@@ -57,48 +51,42 @@ def merge_runs(directories: Sequence[Path]) -> list[MergedRun]:
             raise EvalError(f"{directory / RUN} is damaged: {problem}. Leave {directory} out, or measure it again")
         if run is None or not rows:
             raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
+        check_rows(directory, rows)
         _check_known(directory, run, rows)
-        groups.setdefault(_setting(run), []).append((directory, run, [_with_index(run, row) for row in rows]))
+        identity = {name: value for name, value in run["identity"].items() if name not in _CELLS}
+        longest = max(run["identity"]["lengths"], default=0)
+        setting = json.dumps([identity, longest, run.get("hardware"), _samples_matter(run)], sort_keys=True)
+        groups.setdefault(setting, []).append((directory, run, [_with_index(run, row) for row in rows]))
     return [_merged(group) for group in groups.values()]
 
 
 def differing(runs: Sequence[MergedRun]) -> list[str]:
     """For each run the settings in which the runs differ, in words; empty strings for a single run."""
-    identities = [{**run.identity, **run.run.get("hardware", {})} for run in runs]
     # Where the number of samples keeps runs apart, it tells them apart.
-    cells = [name for name in _CELLS if name != "samples" or all(_samples_matter(run.run) is None for run in runs)]
+    cells = set(_CELLS) - ({"samples"} if any(_samples_matter(run.run) is not None for run in runs) else set())
+    identities = [{**run.run["identity"], **run.run.get("hardware", {})} for run in runs]
     names = [
         name
-        for name in dict.fromkeys(name for identity in identities for name in identity)
-        if name not in cells and len({json.dumps(identity.get(name)) for identity in identities}) > 1
+        for name in dict.fromkeys(name for identity in identities for name in identity if name not in cells)
+        if len({json.dumps(identity.get(name)) for identity in identities}) > 1
     ]
     return [", ".join(f"{name} {identity.get(name)}" for name in names) for identity in identities]
 
 
 def _check_known(directory: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    check_rows(directory, rows)
     identity = run["identity"]
     for name, known, default in (("match", MATCHES, "deploy"), ("phase", PHASES, "all")):
         if identity.get(name, default) not in known:
             got = ascii(identity[name])[:60]
             raise EvalError(f"{directory} was measured with {name} {got}, which this version does not know")
-    unknown = sorted({row["task"] for row in rows if row["task"] not in TASKS and "score" not in row})
-    unknown = [
-        task for task in unknown if any("score" not in r and "failed" not in r for r in rows if r["task"] == task)
-    ]
-    if unknown:
+    texts = {row["task"] for row in rows if "score" not in row and "failed" not in row}
+    if unknown := sorted(texts - set(TASKS)):
         raise EvalError(f"{directory} holds results of {', '.join(unknown)}, which this version does not know")
     for name in sorted({row["method"] for row in rows} | set(identity["methods"])):
         try:
             find_method(name)
         except EvalError as error:
             raise EvalError(f"{directory} holds results that this version does not know: {error}") from error
-
-
-def _setting(run: Mapping[str, Any]) -> str:
-    identity = {name: value for name, value in run["identity"].items() if name not in _CELLS}
-    longest = max(run["identity"]["lengths"], default=0)
-    return json.dumps([identity, longest, run.get("hardware"), _samples_matter(run)], sort_keys=True)
 
 
 def _samples_matter(run: Mapping[str, Any]) -> int | None:
@@ -118,27 +106,25 @@ def _with_index(run: Mapping[str, Any], row: Row) -> Row:
     if "index" in row:
         return row
     seeds, samples = _seeds(run), int(run["identity"]["samples"])
-    if len(seeds) == 1:
-        return {**row, "seed": seeds[0], "index": int(row["sample"])}
-    return {**row, "seed": seeds[int(row["sample"]) // samples % len(seeds)], "index": int(row["sample"]) % samples}
+    seed, index = divmod(int(row["sample"]), samples) if len(seeds) > 1 else (0, int(row["sample"]))
+    return {**row, "seed": seeds[seed % len(seeds)], "index": index}
 
 
 def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRun:
-    identities = [run["identity"] for _, run, _ in group]
+    runs = [run for _, run, _ in group]
+    of_all = {name: [value for run in runs for value in run["identity"][name]] for name in ("methods", "tasks", "lengths")}
     together = {
-        "methods": sorted({name for identity in identities for name in identity["methods"]}, key=order_of),
-        "tasks": list(dict.fromkeys(name for identity in identities for name in identity["tasks"])),
-        "lengths": sorted({length for identity in identities for length in identity["lengths"]}),
-        "samples": max(identity["samples"] for identity in identities),
+        "methods": sorted(set(of_all["methods"]), key=order_of),
+        "tasks": list(dict.fromkeys(of_all["tasks"])),
+        "lengths": sorted(set(of_all["lengths"])),
+        "samples": max(run["identity"]["samples"] for run in runs),
+    }
+    planned = [run.get("planned") for run in runs]
+    run = {
+        **runs[0],
+        "identity": {**runs[0]["identity"], **together},
+        "sessions": [session for run in runs for session in run["sessions"]],
+        "planned": None if None in planned else sum(planned),
     }
     rows = {row["key"]: row for _, _, rows in group for row in rows}
-    run = dict(group[0][1])
-    planned = [one.get("planned") for _, one, _ in group]
-    run["sessions"] = [session for _, one, _ in group for session in one["sessions"]]
-    run["planned"] = None if None in planned else sum(planned)
-    return MergedRun(
-        tuple(directory for directory, _, _ in group),
-        {**run, "identity": {**run["identity"], **together}},
-        list(rows.values()),
-        tuple(run for _, run, _ in group),
-    )
+    return MergedRun(tuple(path for path, _, _ in group), run, list(rows.values()), tuple(r["command"] for r in runs))

@@ -1,236 +1,200 @@
-"""Rows of measurements summed up by method, task and length, each beside dense on the same samples."""
+"""From the rows of a run to tables: what each method reaches, compared with dense, and the budgets that quality needs.
 
-import csv
-import io
+All tables are data frames of pandas, in the order in which tasks, lengths and methods are listed.
+"""
+
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from statistics import fmean, median
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from eval_tasks.bootstrap import paired_difference
-from eval_tasks.methods import DENSE, order_of
+import numpy as np
+import pandas as pd
+
+from eval_tasks.iso_quality import IsoQuality, iso_quality
+from eval_tasks.methods import DENSE, keys_of, order_of
+from eval_tasks.stats import MIN_SAMPLES, compare, corrected, effective_length
 from eval_tasks.tasks import TASKS
 
 Row = Mapping[str, Any]
-Place = tuple[int, int]
+CELL = ["task", "length", "method"]
+PLACE = ["seed", "index"]
 """What tells a sample from others of its task and length: its seed, and its number among those of the seed."""
+UNSEEN = "unseen"
+# Dense attention has to gain so many nats from the first copy, or answer so much right, to be compared with.
+_GAIN_NEEDED = 0.5
+_SCORE_NEEDED = 0.5
+_NUMBERS = [
+    "score", "loss_sum", "tokens", "bytes", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction",
+    "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens", "depth",
+]  # fmt: skip
+_OTHERS = [*CELL, "sample", *PLACE, "document", "phase", "failed", "ran_dense", "token_losses"]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One method at one task and length.
-
-    Attributes:
-        task, length, method: which.
-        samples: how many places of the text were measured.
-        budget: k(n) of the method's law at this length; the length itself for dense.
-        attended_fraction, mean_keys: realised, over all queries, layers and heads.
-        tail_attended_fraction, tail_mean_keys: realised at the scored positions.
-        score: mean over samples of the share of answers that are right; None for tasks that score a text.
-        loss: mean over samples of nats per scored token; for answers 1 − score.
-        perplexity: exp(loss); None for answers.
-        bits_per_byte: of the scored text; None for answers.
-        loss_minus_dense: mean paired difference of the loss from dense; None where dense was not measured.
-        low, high: its bootstrap interval; None with fewer than two samples.
-        worse_samples: in how many samples the loss is above dense.
-        perplexity_ratio: perplexity / dense perplexity on the same samples.
-        seconds: median of all that was read, a dense prefill and the answer included; None, as what follows from it
-            and the memory, where it was simulated.
-        tokens_per_second: of the part that is sparse: all tokens, those of the prefill, or those scored after it; of
-            answers those given after the first. None where that part was not timed apart.
-        peak_memory_mb: largest over samples, in 10^6 bytes above what was held before.
-        failed: how many samples more could not be measured.
-        sparse_seconds: median of the part that the phase makes sparse, of texts; None where it was not timed apart.
-        seconds_per_answer_token: median, of the tokens after the first; None for texts and where not timed apart.
-        answer_tokens: mean number of tokens that a method answered with.
-    """
-
-    task: str
-    length: int
-    method: str
-    samples: int
-    budget: int
-    attended_fraction: float
-    mean_keys: float | None
-    tail_attended_fraction: float
-    tail_mean_keys: float | None
-    score: float | None
-    loss: float
-    perplexity: float | None
-    bits_per_byte: float | None
-    loss_minus_dense: float | None
-    low: float | None
-    high: float | None
-    worse_samples: int | None
-    perplexity_ratio: float | None
-    seconds: float | None
-    tokens_per_second: float | None
-    peak_memory_mb: float | None
-    failed: int = 0
-    sparse_seconds: float | None = None
-    seconds_per_answer_token: float | None = None
-    answer_tokens: float | None = None
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Samples of one method at one task and length that could not be measured.
-
-    Attributes:
-        task, length, method: which.
-        failed: how many samples.
-        reason: why, in the words of the first.
-    """
-
-    task: str
-    length: int
-    method: str
-    failed: int
-    reason: str
-
-
-def loss_of(row: Row) -> float:
-    """Nats per scored token of a row; of an answer, 1 − its score."""
-    if "score" in row:
-        return 1.0 - float(row["score"])
-    return float(row["loss_sum"]) / int(row["tokens"])
-
-
-def place_of(row: Row) -> Place:
-    """Which sample a row measured.
+def measurements(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows of ``results.jsonl`` with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed.
 
     Rows without an ``index`` were written before there was one: their ``sample`` goes on over the seeds, so they match
     rows of the same run, and ``merge_runs`` gives them their index before they meet others.
     """
-    return int(row.get("seed") or 0), int(row.get("index", row["sample"]))
+    frame = pd.DataFrame.from_records(list(rows)).reindex(columns=[*_OTHERS, *_NUMBERS])
+    frame[_NUMBERS] = frame[_NUMBERS].astype(float)
+    frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").fillna(0).astype("int64")
+    frame["index"] = frame["index"].fillna(frame["sample"]).astype("int64")
+    alone = "sample " + frame["index"].astype(str) + " of seed " + frame["seed"].astype(str)
+    frame["document"] = frame["document"].where(frame["document"].notna(), alone).astype(str)
+    frame["phase"] = frame["phase"].fillna("all")
+    loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
+    frame["loss"] = loss.where(frame["failed"].isna())
+    tasks = sorted(set(frame["task"]), key=lambda name: (list(TASKS).index(name) if name in TASKS else len(TASKS), name))
+    frame["task"] = pd.Categorical(frame["task"], tasks)
+    frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
+    return frame.drop_duplicates([*CELL, *PLACE], keep="last").sort_values([*CELL, *PLACE], ignore_index=True)
 
 
-def losses(rows: Iterable[Row], task: str, length: int, method: str) -> dict[Place, float]:
-    """Loss by sample of one method at one task and length."""
-    return {
-        place_of(row): loss_of(row)
-        for row in rows
-        if "failed" not in row and (row["task"], row["length"], row["method"]) == (task, length, method)
-    }
+def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
+    """One line for each method at each task and length.
 
+    Args:
+        frame: of ``measurements``.
+        compared: of ``comparisons``, for the differences from dense and their intervals.
 
-def documents_of(rows: Iterable[Row]) -> dict[Place, str]:
-    """The document of each sample: as its row says, or one of its own."""
-    return {place_of(row): str(row.get("document", "sample {} of seed {}".format(*place_of(row)))) for row in rows}
-
-
-def summarise(rows: Iterable[Row]) -> list[Summary]:
-    """Sums up rows of ``results.jsonl``, ordered by task, length and method as they are listed.
-
-    Dense is compared on the samples that both have.
+    Returns:
+        Columns, where a value that does not exist is missing: ``samples`` and ``failed`` count what was measured and
+        what could not be. ``budget`` is k(n) of the method's law. ``attended_fraction`` and ``mean_keys`` are realised,
+        over all queries, layers and heads; with ``tail_`` at the scored positions. ``perplexity``, its ratio to dense
+        and ``bits_per_byte`` are of texts, ``score`` and ``answer_tokens`` (the mean) of answers. ``worse_samples``
+        have a loss above dense. ``seconds`` is the median of all that was read, a dense prefill and the answer
+        included, ``sparse_seconds`` and ``tokens_per_second`` of the part that is sparse, where that was timed apart,
+        and ``seconds_per_answer_token`` of the tokens after the first. ``peak_memory_mb`` is the largest, in 10^6 bytes
+        above what was held before.
     """
-    cells: dict[tuple[str, int, str], list[Row]] = {}
-    failed: Counter[tuple[str, int, str]] = Counter()
-    for row in rows:
-        cell = (row["task"], int(row["length"]), row["method"])
-        if "failed" in row:
-            failed[cell] += 1
-        else:
-            cells.setdefault(cell, []).append(row)
-    return [
-        replace(_summary(cell, cells[cell], cells.get((cell[0], cell[1], DENSE), [])), failed=failed[cell])
-        for cell in sorted(cells, key=cell_order)
+    frame = frame.join(_sparse_part(frame))
+    cells = frame.groupby(CELL, observed=True)
+    found = pd.DataFrame([_cell(own) for _, own in cells], index=pd.MultiIndex.from_tuples(list(cells.groups)))
+    found = found.rename_axis(CELL).reset_index()
+    against = compared[[*CELL, "difference", "low", "high", "worse_samples"]]
+    found = found.merge(against.rename(columns={"difference": "loss_minus_dense"}), how="left", on=CELL)
+    found["perplexity"] = np.exp(found["loss"]).where(found["score"].isna())
+    found["perplexity_ratio"] = np.exp(found["loss_minus_dense"]).where(found["score"].isna())
+    counts = ["samples", "budget", "worse_samples", "failed"]
+    found[counts] = found[counts].astype("Int64")
+    return found[
+        [
+            *CELL, "samples", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys",
+            "score", "loss", "perplexity", "bits_per_byte", "loss_minus_dense", "low", "high", "worse_samples",
+            "perplexity_ratio", "seconds", "tokens_per_second", "peak_memory_mb", "failed", "sparse_seconds",
+            "seconds_per_answer_token", "answer_tokens",
+        ]
+    ]  # fmt: skip
+
+
+def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
+    """Every method against dense at every task and length, p-values corrected over all of them by Holm's procedure.
+
+    Args:
+        frame: of ``measurements``.
+        within: the margin, as a share: 0.05 is five percent more perplexity, or five answers in a hundred.
+    """
+    cells, paired = [], []
+    for (task, length), own in frame.dropna(subset=["loss"]).groupby(["task", "length"], observed=True):
+        wide = own.pivot(index=PLACE, columns="method", values="loss")
+        owners = own.drop_duplicates(PLACE, keep="last").set_index(PLACE)["document"]
+        for method in wide.columns.drop(DENSE, errors="ignore"):
+            pairs = wide[[method, DENSE]].dropna() if DENSE in wide else wide[:0]
+            if len(pairs):
+                cells.append((task, length, method))
+                paired.append((pairs[method], pairs[DENSE], list(owners[pairs.index]), dense_fails(frame, task, length)))
+    family = sum(len(set(documents)) >= MIN_SAMPLES for *_, documents, fails in paired if not fails)
+    found = [
+        compare(a.to_numpy(), b.to_numpy(), documents, *_margin(frame, task, within), fails, family)
+        for (task, _, _), (a, b, documents, fails) in zip(cells, paired, strict=True)
     ]
+    worse = [int((a > b).sum()) for a, b, *_ in paired]
+    names = [
+        "documents", "difference", "low", "high", "margin", "detectable", "p_difference", "p_margin", "needed",
+        "needed_within", "verdict", "dense_fails",
+    ]  # fmt: skip
+    table = pd.DataFrame([[getattr(c, name) for name in names] for c in corrected(found)], columns=names)
+    for place, name in enumerate(CELL):
+        table.insert(place, name, pd.Series([cell[place] for cell in cells], dtype=frame[name].dtype))
+    numbers = ["difference", "low", "high", "margin", "detectable", "p_difference", "p_margin", "worse_samples"]
+    return table.assign(worse_samples=worse).astype(dict.fromkeys(numbers, float) | {"dense_fails": bool})
 
 
-def failures(rows: Iterable[Row]) -> list[Failure]:
-    """What could not be measured, in the order of ``summarise``."""
-    cells: dict[tuple[str, int, str], list[Row]] = {}
-    for row in rows:
-        if "failed" in row:
-            cells.setdefault((row["task"], int(row["length"]), row["method"]), []).append(row)
-    return [Failure(*cell, len(cells[cell]), cells[cell][0]["failed"]) for cell in sorted(cells, key=cell_order)]
+def dense_fails(frame: pd.DataFrame, task: str, length: int) -> bool:
+    """Whether dense attention itself fails at a task and length, so that no method can be judged there."""
+    dense = frame[(frame["length"] == length) & (frame["method"] == DENSE)]
+    mean = dense.loc[dense["task"] == task, "loss"].mean()
+    if is_answer(frame, task):
+        return bool(mean > 1 - _SCORE_NEEDED)
+    return task == "recall" and bool(dense.loc[dense["task"] == UNSEEN, "loss"].mean() - mean < _GAIN_NEEDED)
 
 
-def cell_order(cell: tuple[str, int, str]) -> tuple[int, str, int, tuple[int, str, int]]:
-    """A key that sorts (task, length, method) as tasks and methods are listed."""
-    task, length, method = cell
-    return list(TASKS).index(task) if task in TASKS else len(TASKS), task, length, order_of(method)
+def is_answer(frame: pd.DataFrame, task: str) -> bool:
+    """Whether a task scores generated answers, and not a text."""
+    return bool(frame.loc[frame["task"] == task, "score"].notna().any())
 
 
-def _summary(cell: tuple[str, int, str], rows: list[Row], dense_rows: list[Row]) -> Summary:
-    task, length, method = cell
-    dense = {place_of(row): loss_of(row) for row in dense_rows}
-    own = {place_of(row): loss_of(row) for row in rows}
-    shared = sorted(own.keys() & dense.keys()) if method != DENSE else []
-    pairs = [(own[sample], dense[sample]) for sample in shared]
-    owners = documents_of(rows)
-    difference = (
-        paired_difference([a for a, _ in pairs], [b for _, b in pairs], documents=[owners[sample] for sample in shared])
-        if pairs
-        else None
-    )
-    loss = fmean(own.values())
-    peaks = [int(row["peak_memory"]) for row in rows if row["peak_memory"] is not None]
-    parts = [part for row in rows if (part := _sparse_part(row)) is not None]
-    answers = [row for row in rows if "score" in row]
-    return Summary(
-        task=task,
-        length=length,
-        method=method,
-        samples=len(own),
-        budget=int(rows[0]["budget"]),
-        attended_fraction=fmean(row["attended_fraction"] for row in rows),
-        mean_keys=_mean_or_none(rows, "mean_keys"),
-        tail_attended_fraction=fmean(row["tail_attended_fraction"] for row in rows),
-        tail_mean_keys=_mean_or_none(rows, "tail_mean_keys"),
-        score=1.0 - loss if answers else None,
-        loss=loss,
-        perplexity=None if answers else math.exp(loss),
-        bits_per_byte=None if answers else _bits_per_byte(rows),
-        loss_minus_dense=difference.mean if difference else None,
-        low=difference.low if difference else None,
-        high=difference.high if difference else None,
-        worse_samples=sum(a > b for a, b in pairs) if pairs else None,
-        perplexity_ratio=math.exp(difference.mean) if difference and not answers else None,
-        seconds=_median(float(row["seconds"]) for row in rows if row["seconds"] is not None),
-        tokens_per_second=_median(tokens / seconds for tokens, seconds in parts),
-        peak_memory_mb=max(peaks) / 1e6 if peaks else None,
-        sparse_seconds=None if answers else _median(seconds for _, seconds in parts),
-        seconds_per_answer_token=_median(seconds / tokens for tokens, seconds in parts) if answers else None,
-        answer_tokens=_mean_or_none(rows, "said_tokens") if all("said_tokens" in row for row in rows) else None,
-    )
+def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: float) -> pd.DataFrame:
+    """The longest context within the margin of dense, by the means, of each method and task (0 for none).
 
-
-def _sparse_part(row: Row) -> tuple[int, float] | None:
-    """Tokens and seconds of what the phase of a row makes sparse; of an answer, of its tokens after the first.
-
-    None where it was not timed apart, or holds no token.
+    Lengths where dense fails are left out; ``longest`` is the longest of the others.
     """
-    seconds, phase = row["seconds"], row.get("phase", "all")
-    prefill, first = row.get("prefill_seconds"), row.get("first_token_seconds")
-    part: tuple[int, float] | None = None
-    if seconds is None:
-        return None
-    if "score" in row:
-        part = None if first is None else (int(row.get("said_tokens", 0)) - 1, float(seconds) - float(first))
-    elif phase == "all":
-        part = int(row["length"]), float(seconds)
-    elif prefill is not None:
-        scored = int(row["tokens"])
-        part = (
-            (int(row["length"]) - scored, float(prefill))
-            if phase == "prefill"
-            else (scored, float(seconds) - float(prefill))
-        )
-    return part if part is not None and part[0] > 0 and part[1] > 0 else None
+    dense = summary[summary["method"] == DENSE].set_index(["task", "length"])["score"]
+    found = []
+    for (task, method), own in compared[~compared["dense_fails"]].groupby(["task", "method"], observed=True):
+        right = own["length"].map(lambda length, task=task: dense[task, length])
+        ratios = (own["difference"] / right).where(right.notna(), np.expm1(own["difference"]))
+        reached = effective_length(dict(zip(own["length"], ratios, strict=True)), within)
+        found.append((task, method, reached or 0, own["length"].max()))
+    return pd.DataFrame(found, columns=["task", "method", "length", "longest"])
 
 
-def _median(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return median(values) if values else None
+def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
+    """What each method needs to stay within the margin of dense, from rows of methods with numbers of keys.
+
+    Only documents measured with every length and budget count. Lengths where dense fails are left out, and those that
+    are not measured to the end: fewer documents, or fewer budgets, would say less of all others.
+    """
+    named = pd.DataFrame([keys_of(name) for name in frame["method"]], columns=["base", "keys"], index=frame.index)
+    swept, found = frame.join(named).dropna(subset=["keys"]), []
+    for task, method in dict.fromkeys(zip(swept["task"], swept["base"], strict=True)):
+        own, cells = swept[(swept["task"] == task) & (swept["base"] == method)], {}
+        own = own[~own["length"].isin([n for n in set(own["length"]) if dense_fails(frame, task, n)])]
+        for length, cell in own.groupby("length"):
+            dense = frame[(frame["task"] == task) & (frame["length"] == length) & (frame["method"] == DENSE)]
+            wide = cell.pivot(index=PLACE, columns="keys", values="loss")
+            if set(own.loc[own["keys"] < length, "keys"]) <= set(wide.columns):
+                # What failed was measured, and holds nothing.
+                over = wide.dropna(axis=1, how="all").sub(dense.set_index(PLACE)["loss"], axis=0)
+                cells[length] = over.dropna()
+        most = max(map(len, cells.values()), default=0)
+        cells = {length: cell for length, cell in cells.items() if len(cell) == most}
+        shared = pd.concat(cells.values(), axis=1, join="inner").index if cells else []
+        if len(shared):
+            owners = frame[frame["task"] == task].drop_duplicates(PLACE, keep="last").set_index(PLACE)["document"]
+            by_document = {
+                length: cell.loc[shared].groupby(list(owners[shared]), sort=False).mean().to_dict("list")
+                for length, cell in cells.items()
+            }
+            found.append(iso_quality(task, method, by_document, _margin(frame, task, within)[0]))
+    return found
 
 
-def _bits_per_byte(rows: list[Row]) -> float:
-    nats = math.fsum(row["loss_sum"] for row in rows)
-    return float(nats / sum(row["bytes"] for row in rows) / math.log(2))
+def needed_table(found: Iterable[IsoQuality]) -> pd.DataFrame:
+    """The budgets that the quality of dense needs, each with the law through those of its task and method."""
+    names = ["length", "keys", "low", "high", "reached", "at_most", "largest"]
+    rows = []
+    for iso in found:
+        law = iso.law and (iso.law.alpha, iso.law.C, *(iso.law.C_interval or (None, None)))
+        for n in iso.needed:
+            rows.append([iso.task, iso.method, *(getattr(n, x) for x in names), iso.documents, *(law or [None] * 4)])
+    return pd.DataFrame(rows, columns=["task", "method", *names, "documents", "alpha", "C", "C_low", "C_high"])
+
+
+def csv_of(table: pd.DataFrame) -> str:
+    """A table as CSV with a header; what is missing is an empty field."""
+    return str(table.to_csv(index=False, float_format="%.6g"))
 
 
 def title_of(task: str) -> str:
@@ -238,34 +202,40 @@ def title_of(task: str) -> str:
     return TASKS[task].title if task in TASKS else task
 
 
-def _mean_or_none(rows: list[Row], name: str) -> float | None:
-    values = [row[name] for row in rows]
-    return None if None in values else fmean(values)
+def _margin(frame: pd.DataFrame, task: str, within: float) -> tuple[float, bool]:
+    """The margin on the loss that ``within`` means, nats per token or a share of the answers, and whether the latter."""
+    answers = is_answer(frame, task)
+    return (within if answers else math.log1p(within)), answers
 
 
-def to_csv(summaries: Iterable[Summary], failed: Iterable[Failure] = ()) -> str:
-    """The summaries as CSV with a header, then cells without any result; a value that does not exist is empty."""
-    summaries = list(summaries)
-    measured = {(s.task, s.length, s.method) for s in summaries}
-    names = [field.name for field in fields(Summary)]
-    empty = [f for f in failed if (f.task, f.length, f.method) not in measured]
-    return csv_of(
-        names,
-        [[getattr(summary, name) for name in names] for summary in summaries]
-        + [[0 if name == "samples" else getattr(failure, name, None) for name in names] for failure in empty],
-    )
+def _cell(own: pd.DataFrame) -> dict[str, Any]:
+    done = own[own["failed"].isna()]
+    answers = bool(done["score"].notna().any())
+    means = ["attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys", "loss"]
+    return {
+        "samples": len(done),
+        "failed": len(own) - len(done),
+        "budget": done["budget"].iloc[0] if len(done) else None,
+        **done[means].mean(skipna=False),
+        "score": 1.0 - done["loss"].mean() if answers else None,
+        "bits_per_byte": None if answers else done["loss_sum"].sum(min_count=1) / done["bytes"].sum(min_count=1) / math.log(2),
+        "seconds": done["seconds"].median(),
+        "tokens_per_second": (done["part_tokens"] / done["part_seconds"]).median(),
+        "peak_memory_mb": done["peak_memory"].max() / 1e6,
+        "sparse_seconds": None if answers else done["part_seconds"].median(),
+        "seconds_per_answer_token": (done["part_seconds"] / done["part_tokens"]).median() if answers else None,
+        "answer_tokens": done["said_tokens"].mean(skipna=False),
+    }
 
 
-def csv_of(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as CSV with a header; None is an empty field."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([_cell(value) for value in row] for row in rows)
-    return out.getvalue()
+def _sparse_part(frame: pd.DataFrame) -> pd.DataFrame:
+    """Tokens and seconds of what the phase of a row makes sparse; of an answer, of its tokens after the first.
 
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    NaN where it was not timed apart, or holds no token.
+    """
+    which = [frame["score"].notna(), frame["phase"] == "all", frame["phase"] == "prefill"]
+    after = frame["seconds"] - frame["prefill_seconds"]
+    tokens = np.select(which, [frame["said_tokens"] - 1, frame["length"], frame["length"] - frame["tokens"]], frame["tokens"])
+    spent = [frame["seconds"] - frame["first_token_seconds"], frame["seconds"], frame["prefill_seconds"]]
+    part = pd.DataFrame({"part_tokens": tokens, "part_seconds": np.select(which, spent, after)}, index=frame.index)
+    return part.where((part["part_tokens"] > 0) & (part["part_seconds"] > 0))

@@ -1,40 +1,54 @@
-"""Each method against dense attention on the same samples: tests, a margin, and what could have been detected.
+"""Each method against dense attention on the same samples: intervals, tests, a margin, and what could be detected.
 
-A difference that is not significant proves nothing. So a method is called non-inferior only when the data exclude a
-loss of more than a stated margin, and every verdict carries the number of documents and the smallest difference that
-so many would have shown. Where many comparisons are made, all of this is at the level that Holm's procedure asks of
+A difference that is not significant proves nothing. So a method is non-inferior only when the data exclude a loss of
+more than a stated margin. Where many comparisons are made, all of this is at the level that Holm's procedure asks of
 the first of them.
 """
 
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import optimize, special, stats
 
-from eval_tasks.bootstrap import MIN_SAMPLES, by_document, paired_difference
-
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
 POWER = 0.8
+MIN_SAMPLES = 2
+"""With fewer documents than this, resampling says nothing about the spread."""
 MARGIN_DOCUMENTS = 20
 """Fewer documents of unbounded losses than this say too little about their tail for a test of the margin."""
 # Steps into which the sum of all differences is divided for the exact distribution of its flips.
 _STEPS = 1 << 17
 
+Numbers = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The mean of paired differences, its bootstrap interval (None below two documents), and what it rests on."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    samples: int
+    documents: int
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method against dense attention at one task and length; differences above zero are losses.
+    """One method against dense attention; differences above zero are losses.
 
     Attributes:
-        task, length, method: which.
         documents: how many independent documents.
         difference: mean loss over dense: nats per token, or the share of answers lost.
         low, high: its bootstrap interval.
         margin: the loss, in the same units, that counts as none.
-        detectable: the smallest difference that a test on so many documents finds in 80 of 100 cases, at the level of
-            the first of its family; None where they find none.
+        detectable: the smallest difference that a test on so many documents finds in 80 of 100 cases; None for none.
         p_difference: of a difference either way: McNemar's exact test for right or wrong answers, else sign flips of
             whole documents.
         p_margin: of a loss below the margin, one-sided; None where there is too little to test.
@@ -43,9 +57,6 @@ class Comparison:
         needed_within: documents below which nothing can be shown to be within the margin in this family.
     """
 
-    task: str
-    length: int
-    method: str
     documents: int
     difference: float
     low: float | None
@@ -54,9 +65,9 @@ class Comparison:
     detectable: float | None
     p_difference: float | None
     p_margin: float | None
+    needed: int
+    needed_within: int
     dense_fails: bool = False
-    needed: int = 0
-    needed_within: int = 0
 
     @property
     def verdict(self) -> str:
@@ -73,12 +84,40 @@ class Comparison:
         return "non-inferior" if within else "undecided"
 
 
+def paired_difference(
+    values: Numbers, reference: Numbers, seed: int = 0, documents: Sequence[Hashable] | None = None
+) -> PairedDifference:
+    """The difference ``values - reference`` over the same samples in the same order.
+
+    Args:
+        values, reference: one number per sample.
+        seed: of the resampling.
+        documents: which document each sample comes from; None where each is one of its own. Samples of one document
+            resemble each other, so whole documents are resampled.
+
+    Raises:
+        ValueError: the sequences differ in length or are empty.
+    """
+    sums, counts = _by_document(values, reference, documents)
+    mean, samples, found = float(sums.sum() / counts.sum()), int(counts.sum()), len(sums)
+    if found < MIN_SAMPLES:
+        return PairedDifference(mean, None, None, samples, found)
+    low, high = stats.bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis),
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return PairedDifference(mean, float(low), float(high), samples, found)
+
+
 def compare(
-    task: str,
-    length: int,
-    method: str,
-    values: Sequence[float],
-    reference: Sequence[float],
+    values: Numbers,
+    reference: Numbers,
     documents: Sequence[Hashable],
     margin: float,
     answers: bool = False,
@@ -88,27 +127,26 @@ def compare(
     """Compares losses of a method with those of dense attention on the same samples; p-values are uncorrected.
 
     Args:
-        task, length, method: names for the result.
         values, reference: loss per sample, lower is better; for answers 1 − score.
         documents: of each sample.
-        margin: as in ``Comparison``.
+        margin, dense_fails: as in ``Comparison``.
         answers: whether every loss is one of an answer, in [0, 1].
-        dense_fails: as in ``Comparison``.
         family: how many comparisons are corrected together.
     """
-    interval = paired_difference(values, reference, documents=documents)
-    sums, counts = by_document(values, reference, documents)
+    found = paired_difference(values, reference, documents=documents)
+    sums, counts = _by_document(values, reference, documents)
     means = sums / counts
     # McNemar's and the binomial test take samples for independent, which those of one document are not.
-    right_or_wrong = answers and len(means) == len(values) and _all_right_or_wrong(values, reference)
+    right_or_wrong = answers and len(means) == len(values) and bool(np.isin([*values, *reference], (0.0, 1.0)).all())
     p_difference = p_margin = None
     if len(means) >= MIN_SAMPLES:
         p_difference = mcnemar(values, reference) if right_or_wrong else sign_flips(means)
         p_margin = losses_within(means, margin) if answers else mean_within(means, margin)
+    detectable = smallest_detectable(means, right_or_wrong, family)
+    needed, needed_within = documents_for_difference(family), documents_for_margin(margin, answers, family)
     return Comparison(
-        task, length, method, interval.documents, interval.mean, interval.low, interval.high, margin,
-        smallest_detectable(means, right_or_wrong, family), p_difference, p_margin, dense_fails,
-        documents_for_difference(family), documents_for_margin(margin, answers, family),
+        found.documents, found.mean, found.low, found.high, margin, detectable, p_difference, p_margin,
+        needed, needed_within, dense_fails,
     )  # fmt: skip
 
 
@@ -118,36 +156,32 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     Those without a verdict do not count towards the family. One whose margin could not be tested counts as if its p
     were 1, since it was asked.
     """
-    judged = [c for c in comparisons if not c.dense_fails and c.p_difference is not None]
-    differences = holm([c.p_difference for c in judged if c.p_difference is not None])
-    margins = holm([1.0 if c.p_margin is None else c.p_margin for c in judged])
-    found = {
-        id(c): replace(c, p_difference=a, p_margin=None if c.p_margin is None else b)
-        for c, a, b in zip(judged, differences, margins, strict=True)
-    }
-    return [found.get(id(c), c) for c in comparisons]
+    judged = [i for i, c in enumerate(comparisons) if not c.dense_fails and c.p_difference is not None]
+    differences = holm([comparisons[i].p_difference or 0.0 for i in judged])
+    margins = holm([1.0 if (p := comparisons[i].p_margin) is None else p for i in judged])
+    result = list(comparisons)
+    for i, difference, margin in zip(judged, differences, margins, strict=True):
+        tested = None if result[i].p_margin is None else margin
+        result[i] = replace(result[i], p_difference=difference, p_margin=tested)
+    return result
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted by Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979)."""
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
-    return adjusted
+    order, count = np.argsort(p_values, kind="stable"), len(p_values)
+    adjusted = np.empty(count)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(count, 0, -1) * np.asarray(p_values)[order]))
+    return list(map(float, adjusted))
 
 
-def mcnemar(values: Sequence[float], reference: Sequence[float]) -> float:
+def mcnemar(values: Numbers, reference: Numbers) -> float:
     """p of McNemar's exact test: among samples on which the two differ, each is as often the wrong one."""
-    only_here = sum(a > b for a, b in zip(values, reference, strict=True))
-    only_there = sum(a < b for a, b in zip(values, reference, strict=True))
-    if only_here + only_there == 0:
-        return 1.0
-    return float(stats.binomtest(only_here, only_here + only_there).pvalue)
+    signs = np.sign(np.asarray(values) - np.asarray(reference))
+    differ = int(np.abs(signs).sum())
+    return float(stats.binomtest(int((signs > 0).sum()), differ).pvalue) if differ else 1.0
 
 
-def sign_flips(means: Sequence[float] | np.ndarray) -> float:
+def sign_flips(means: Numbers) -> float:
     """p of the permutation test that flips the sign of each document's difference, two-sided.
 
     All flips are counted, by the distribution of their sum: the differences are rounded to one part in 131,072 of the
@@ -158,8 +192,7 @@ def sign_flips(means: Sequence[float] | np.ndarray) -> float:
         return 1.0
     steps = np.rint(np.asarray(means) * (_STEPS / sizes.sum())).astype(np.int64)
     # The sum of all flips is the sum of all sizes, less twice that of those which count as negative.
-    negative = np.zeros(1)
-    negative[0] = 1.0
+    negative = np.ones(1)
     for size in np.abs(steps):
         negative = 0.5 * (np.pad(negative, (0, size)) + np.pad(negative, (size, 0)))
     total = int(np.abs(steps).sum())
@@ -167,7 +200,7 @@ def sign_flips(means: Sequence[float] | np.ndarray) -> float:
     return float(min(1.0, negative[np.abs(flipped) >= abs(int(steps.sum()))].sum()))
 
 
-def losses_within(means: Sequence[float] | np.ndarray, margin: float) -> float:
+def losses_within(means: Numbers, margin: float) -> float:
     """p of the hypothesis that answers lose ``margin`` or more on average, from each document's loss in [-1, 1].
 
     What was won is counted as nothing lost, which can only make p larger. Then answers that are right or wrong are
@@ -176,7 +209,7 @@ def losses_within(means: Sequence[float] | np.ndarray, margin: float) -> float:
     documents and any distribution.
     """
     lost = np.clip(np.asarray(means, dtype=np.float64), 0.0, 1.0)
-    if np.all((lost == 0.0) | (lost == 1.0)) and np.all(np.isin(means, (-1.0, 0.0, 1.0))):
+    if np.all(np.isin(means, (-1.0, 0.0, 1.0))):
         return float(stats.binom.cdf(int(lost.sum()), len(lost), margin))
     mean = float(lost.mean())
     if mean >= margin:
@@ -185,14 +218,12 @@ def losses_within(means: Sequence[float] | np.ndarray, margin: float) -> float:
     return float(np.exp(-len(lost) * divergence))
 
 
-def mean_within(means: Sequence[float] | np.ndarray, margin: float) -> float | None:
+def mean_within(means: Numbers, margin: float) -> float | None:
     """p of the hypothesis that the mean loss is ``margin`` or more, from each document's loss, which has no bound.
 
     The larger of two one-sided p-values: of the t-test, and of the t-test corrected for skewness (Johnson, JASA 73,
-    1978), since a few documents with large losses, of which none or few were drawn, deceive the first.
-
-    Returns:
-        None below ``MARGIN_DOCUMENTS``.
+    1978), since a few documents with large losses, of which none or few were drawn, deceive the first. None below
+    ``MARGIN_DOCUMENTS``.
     """
     count = len(means)
     if count < MARGIN_DOCUMENTS:
@@ -222,21 +253,12 @@ def documents_for_margin(margin: float, answers: bool, family: int = 1) -> int:
     return math.ceil(math.log(SIGNIFICANCE / max(1, family)) / math.log1p(-margin)) if 0 < margin < 1 else 1
 
 
-def smallest_detectable(
-    means: Sequence[float] | np.ndarray, right_or_wrong: bool = False, family: int = 1
-) -> float | None:
+def smallest_detectable(means: Numbers, right_or_wrong: bool = False, family: int = 1) -> float | None:
     """The smallest difference that so many documents show as the first of a family, with a power of ``POWER``.
 
     For answers that are right or wrong: the share lost at which McNemar's test finds enough of them when none are won.
-    Else that of a paired two-sided t-test with the spread that was found.
-
-    Args:
-        means: difference of each document.
-        right_or_wrong: whether all samples are right or wrong.
-        family: how many comparisons are corrected together.
-
-    Returns:
-        None where no difference, however large, reaches significance.
+    Else that of a paired two-sided t-test with the spread that was found. None where no difference, however large,
+    reaches significance.
     """
     count, fewest = len(means), documents_for_difference(family)
     if count < fewest:
@@ -250,14 +272,11 @@ def smallest_detectable(
 
 
 def effective_length(ratios: dict[int, float], within: float) -> int | None:
-    """The longest length up to which a method's loss over dense stays within a factor.
+    """The longest length up to which a method stays within a factor of dense; None when none is.
 
     Args:
         ratios: length → (quality of dense / quality of the method) − 1; 0.05 is five percent worse.
         within: how much worse still counts, as such a ratio.
-
-    Returns:
-        None when the shortest length is outside already.
     """
     reached = None
     for length in sorted(ratios):
@@ -267,5 +286,15 @@ def effective_length(ratios: dict[int, float], within: float) -> int | None:
     return reached
 
 
-def _all_right_or_wrong(values: Sequence[float], reference: Sequence[float]) -> bool:
-    return all(x in (0.0, 1.0) for x in (*values, *reference))
+def _by_document(
+    values: Numbers, reference: Numbers, documents: Sequence[Hashable] | None = None
+) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
+    """The sum of differences and the number of samples of each document, float64 ``[documents]`` both."""
+    owners = list(range(len(values)) if documents is None else documents)
+    if not len(values) == len(reference) == len(owners) or not len(values):
+        raise ValueError(
+            f"pairs need the same samples, at least one: got {len(values)}, {len(reference)} and {len(owners)}"
+        )
+    differences = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    rows, _ = pd.factorize(np.array(owners, dtype=object))
+    return np.bincount(rows, differences), np.bincount(rows).astype(np.float64)
