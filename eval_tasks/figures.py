@@ -1,12 +1,19 @@
-"""The plots of a report, made with matplotlib: as SVG for the page, as PNG for documents."""
+"""The plots of a report, made with matplotlib: lines named where they end, and maps of depths.
+
+Each is drawn twice, for a wide page and for a phone, in sizes where one point is one pixel of the page.
+"""
 
 import io
-from collections.abc import Callable, Sequence
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 
 matplotlib.use("Agg")  # draws into files; needs no display
 
@@ -15,280 +22,178 @@ import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
+from scipy.optimize import isotonic_regression
 
 from eval_tasks.iso_quality import IsoQuality
-from eval_tasks.methods import DENSE, find_method, keys_of, order_of
-from eval_tasks.summary import Row, Summary, title_of
-from eval_tasks.tasks import TASKS
+from eval_tasks.methods import DENSE, NC, find_method, order_of
+from eval_tasks.summary import UNSEEN, title_of
 from nc_patch.budget import law_values
 
-# Okabe and Ito's colours, which people with any colour vision tell apart.
+FONT = {"font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "svg.fonttype": "path"}
+# Colours that people with any colour vision tell apart, each dark enough to be read as text on white.
 _COLOURS = {
-    "dense": "#000000",
-    "window": "#999999",
-    "streaming": "#E69F00",
-    "fixed-topk": "#56B4E9",
-    "log-topk": "#0072B2",
-    "nc-window": "#CC79A7",
-    "nc-topk": "#D55E00",
-    "block": "#009E73",
-    "fraction-topk": "#F0E442",
-    "fixed-topk-mean": "#0A3A5A",
-    "nc-topk-mean": "#7A3300",
-    "nc": "#C51B7D",
-    "profile": "#6A3D9A",
-}
-_OTHER_COLOURS = ("#8C564B", "#17BECF", "#BCBD22", "#9467BD")
+    DENSE: "#000000", "window": "#6E6E6E", "streaming": "#9A5B00", "fixed-topk": "#0072B2", "log-topk": "#5A4FCF",
+    "nc-window": "#A3487F", "nc-topk": "#C44E00", "block": "#00785A", "fraction-topk": "#7D6B00",
+    "fixed-topk-mean": "#0A3A5A", "nc-topk-mean": "#7A3300", NC: "#C51B7D", "profile": "#6A3D9A",
+}  # fmt: skip
+_OTHER_COLOURS = ("#8C564B", "#00727E", "#5F6B00", "#7A55A0")
 _MARKERS = {"all": "o", "recent": "s", "content": "^", "chance": "x"}
 _LINES = {"all": "-", "recent": "--", "content": "-", "chance": ":"}
-FONT = {"font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "svg.fonttype": "path"}
-_REFERENCE = "unseen"
+_STYLE = FONT | {
+    "font.size": 14, "axes.titlesize": 15, "axes.labelsize": 14, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#666666", "grid.color": "#DDDDDD", "axes.titlelocation": "left", "axes.titlepad": 10,
+}  # fmt: skip
+_WIDE, _NARROW = 1080, 358
+_LABEL_HEIGHT = 17.0
 # Above this ratio of largest to smallest value an axis is logarithmic.
 _LOGARITHMIC_FROM = 4.0
-# Below this ratio a logarithmic axis may be left without a single label.
-_LABELLED_FROM = 2.5
-_POSITION_BINS = 16
-_DEPTH_BINS = 10
-_MAPS_PER_ROW = 4
-_TASKS_AT_ONCE = 4
+_POSITION_BINS, _DEPTH_BINS = 16, 10
 
 
-def section_figures(
-    summaries: Sequence[Summary], rows: Sequence[Row], needed: Sequence[IsoQuality]
-) -> list[tuple[str, str, Figure]]:
-    """The plots of a report as (name, caption, figure): those for which there is something to show.
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot, named at its end: ``low`` and ``high`` are ends of bars, ``law`` a curve, ``beyond`` arrows."""
 
-    Args:
-        summaries, rows: of one run.
-        needed: the budgets that iso-quality found; where there are any, their plot comes first.
-    """
-    tasks = _scored_tasks(summaries)
-    found = []
-    if _is_known(needed):
-        found.append(
-            ("needed", "The budget that the quality of dense needs, and the law through it.", needed_figure(needed))
-        )
-    for task in tasks:
-        title = title_of(task).capitalize()
-        description = f" {TASKS[task].description.capitalize()}." if task in TASKS else ""
-        if not needed:
-            found.append((task, f"{title} by context length.{description}", task_figure(summaries, task)))
-        found.append(
-            (f"{task}-pareto", f"{title} against what it costs, one line per method.", pareto_figure(summaries, task))
-        )
-        positions = position_figure(rows, task)
-        if positions is not None:
-            caption = f"{title}: loss over dense by position within the scored tokens."
-            found.append((f"{task}-positions", caption, positions))
-        depths = depth_figure(rows, task)
-        if depths is not None:
-            found.append((f"{task}-depths", f"{title}: share of right answers by depth and length.", depths))
-    if tasks and not needed:
-        caption = "What each method attended: the realised budget, and its share of all visible keys."
-        found.append(("budget", caption, budget_figure(summaries, tasks[0])))
-    return found
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: dict[str, Any]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    law: Sequence[float] = ()
+    beyond: Sequence[tuple[float, float]] = ()
 
 
-def task_figure(summaries: Sequence[Summary], task: str) -> Figure:
-    """Quality of one task by length, one line per method."""
-    figure, axes = _axes(1)
-    _draw_task(axes[0], summaries, task)
-    _legend(figure, axes)
-    return figure
+@dataclass(frozen=True)
+class Panel:
+    """One plot: its lines, the lengths on its x axis where it has those, and whether its values are percentages."""
+
+    title: str
+    lines: Sequence[Line]
+    lengths: Sequence[int] = ()
+    percent: bool = False
+    x_label: str = "context length, tokens"
 
 
-def budget_figure(summaries: Sequence[Summary], task: str) -> Figure:
-    """Keys attended at the scored positions, and the attended fraction of all keys, by length."""
-    figure, axes = _axes(2)
-    own = [summary for summary in summaries if summary.task == task]
-    _draw(axes[0], own, lambda summary: summary.tail_mean_keys)
-    axes[0].set(title="keys attended per query, scored positions", ylabel="keys")
-    _draw(axes[1], own, lambda summary: 100 * summary.attended_fraction)
-    axes[1].set(title="share of the visible keys attended", ylabel="%")
-    _legend(figure, axes)
-    return figure
+def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
+    """Quality by length, a plot for each task; ``shown`` is of ``overview``, ``summary`` has what was not seen before."""
+    panels = []
+    for task, own in shown.groupby("task", sort=False, observed=True):
+        answers = own["score"].notna().any()
+        lines = _lines_of(own, "length", 100 * own["score"] if answers else own["perplexity"])
+        unseen = summary[(summary["task"] == UNSEEN) & (task == "recall")].dropna(subset=["perplexity"])
+        if len(unseen):
+            dotted = {"color": "#444444", "linestyle": ":", "linewidth": 1.6}
+            lines.append(Line("dense, not seen before", list(unseen["length"]), list(unseen["perplexity"]), dotted))
+        title = f"{title_of(task)}, {'% right (higher' if answers else 'lower'} is better{')' if answers else ''}"
+        panels.append(Panel(title, lines, sorted(set(own["length"])), bool(answers)))
+    return panels
 
 
-def pareto_figure(summaries: Sequence[Summary], task: str) -> Figure:
-    """Quality against the attended fraction and against time; a line joins the lengths of a method, longest marked."""
-    figure, axes = _axes(2)
-    own = [summary for summary in summaries if summary.task == task]
-    longest = max(summary.length for summary in own)
-    seconds, cost_in_time = _time_axis(own)
-    costs: tuple[tuple[str, Callable[[Summary], float | None]], ...] = (
-        ("share of the visible keys attended at the scored positions, %", lambda s: 100 * s.tail_attended_fraction),
-        (seconds, cost_in_time),
-    )
-    for axis, (label, cost) in zip(axes, costs, strict=True):
-        for name in sorted({keys_of(s.method)[0] for s in own}, key=order_of):
-            method = find_method(name)
-            line = sorted(
-                (s for s in own if keys_of(s.method)[0] == name), key=lambda s: (s.length, s.tail_attended_fraction)
-            )
-            at_longest = [s for s in line if s.length == longest]
-            joined = at_longest if any(keys_of(s.method)[1] is not None for s in line) else line
-            points = [(cost(s), _quality(s)) for s in joined if cost(s) is not None]
-            if not points:  # simulated methods have no time
-                continue
-            axis.plot(*zip(*points, strict=True), color=_colour(name), linewidth=1.0, alpha=0.5)
-            ends = [(cost(s), _quality(s)) for s in at_longest]
-            if ends:
-                axis.plot(
-                    *zip(*ends, strict=True), linestyle="", marker=_MARKERS[method.selects], markersize=8,
-                    color=_colour(name), label=method.title,
-                )  # fmt: skip
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(FuncFormatter(minor_label))
-        axis.set(xlabel=label, ylabel=_quality_label(own), title=f"{title_of(task)}, marks at {longest:,} tokens")
-        axis.grid(alpha=0.3)
-        _scale(axis, logarithmic=task == "recall")
-    _legend(figure, axes)
-    return figure
+def budget_panels(own: pd.DataFrame) -> list[Panel]:
+    """Keys attended at the scored positions of one task, and the share of all keys, by length."""
+    lengths = sorted(set(own["length"]))
+    return [
+        Panel("keys read by a scored query", _lines_of(own, "length", own["tail_mean_keys"]), lengths),
+        Panel("% of the keys, all queries", _lines_of(own, "length", 100 * own["attended_fraction"]), lengths),
+    ]
 
 
-def _time_axis(own: Sequence[Summary]) -> tuple[str, Callable[[Summary], float | None]]:
-    """What time is of, and which: of a task's sparse part where all that was timed has it apart."""
-    if any(s.score is not None for s in own):
-        return "seconds of prompt and answer", lambda s: s.seconds
-    if all(s.sparse_seconds is not None for s in own if s.seconds is not None):
-        return "seconds of the part that is sparse", lambda s: s.sparse_seconds
-    return "seconds of all that was read", lambda s: s.seconds
+def position_panels(frame: pd.DataFrame) -> list[Panel]:
+    """Loss over dense by position within the scored tokens, at the longest length of each task of texts."""
+    panels = []
+    for task, own in frame.dropna(subset=["token_losses"]).groupby("task", observed=True):
+        own = own[own["length"] == own["length"].max()]
+        losses = {name: np.mean(list(rows["token_losses"]), axis=0) for name, rows in own.groupby("method", observed=True)}
+        if DENSE in losses and len(losses) > 1:
+            dense = losses.pop(DENSE)
+            edges = np.unique(np.linspace(0, len(dense), min(_POSITION_BINS, len(dense)) + 1).astype(int))
+            middles = list((edges[:-1] + edges[1:]) / 2)
+            lines = [
+                Line(find_method(name).title, middles, [(values - dense)[a:b].mean() for a, b in pairwise(edges)], _style(name))
+                for name, values in losses.items()
+            ]
+            lines.append(Line("dense", middles, [0.0] * len(middles), {"color": "#000000"}))
+            title = f"{title_of(task)} at {own['length'].max():,} tokens"
+            panels.append(Panel(title, lines, x_label="position among the scored tokens"))
+    return panels
 
 
-def position_figure(rows: Sequence[Row], task: str) -> Figure | None:
-    """Loss over dense by position within the scored tokens, at the longest length; None without such losses."""
-    own = [row for row in rows if row["task"] == task and "token_losses" in row]
-    if not own:
-        return None
-    longest = max(row["length"] for row in own)
-    losses: dict[str, list[np.ndarray]] = {}
-    for row in own:
-        if row["length"] == longest:
-            losses.setdefault(row["method"], []).append(np.asarray(row["token_losses"]))
-    if DENSE not in losses or len(losses) < 2:
-        return None
-    dense = np.mean(losses[DENSE], axis=0)
-    figure, axes = _axes(1)
-    edges = np.unique(np.linspace(0, len(dense), min(_POSITION_BINS, len(dense)) + 1).astype(int))
-    for name in sorted(losses.keys() - {DENSE}, key=order_of):
-        method = find_method(name)
-        difference = np.mean(losses[name], axis=0) - dense
-        binned = [difference[a:b].mean() for a, b in pairwise(edges)]
-        axes[0].plot(
-            (edges[:-1] + edges[1:]) / 2, binned, linestyle=_LINES[method.selects], marker=_MARKERS[method.selects],
-            color=_colour(name), label=method.title,
-        )  # fmt: skip
-    axes[0].axhline(0.0, color="#000000", linewidth=1.0)
-    title = f"{title_of(task)} at {longest:,} tokens, lower is better"
-    axes[0].set(title=title, xlabel="position among the scored tokens", ylabel="loss − dense, nats per token")
-    axes[0].grid(alpha=0.3)
-    _legend(figure, axes)
-    return figure
-
-
-def depth_figure(rows: Sequence[Row], task: str) -> Figure | None:
-    """Share of right answers by depth of the needle and context length, one map per method; None without depths."""
-    own = [row for row in rows if row["task"] == task and "depth" in row and "score" in row]
-    if not own:
-        return None
-    methods = sorted({row["method"] for row in own}, key=order_of)
-    lengths = sorted({row["length"] for row in own})
-    columns = min(_MAPS_PER_ROW, len(methods))
-    with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(3.6 * columns + 1, 3.2 * -(-len(methods) // columns)), layout="constrained")
-        grid = list(figure.subplots(-(-len(methods) // columns), columns, squeeze=False).flat)
-    for axis, name in zip(grid, methods, strict=False):
-        scores = np.full((_DEPTH_BINS, len(lengths)), np.nan)
-        for column, length in enumerate(lengths):
-            for band in range(_DEPTH_BINS):
-                cell = [
-                    row["score"]
-                    for row in own
-                    if (row["method"], row["length"]) == (name, length)
-                    and min(int(row["depth"] * _DEPTH_BINS), _DEPTH_BINS - 1) == band
-                ]
-                if cell:
-                    scores[band, column] = 100 * np.mean(cell)
-        image = axis.imshow(scores, vmin=0, vmax=100, cmap="viridis", aspect="auto", origin="upper")
-        axis.set_facecolor("#dddddd")  # where nothing was measured
-        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axis.set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["0 %", "50 %", "100 %"])
-        axis.set(title=find_method(name).title, xlabel="tokens", ylabel="depth")
-    for axis in grid[len(methods) :]:
-        axis.set_visible(False)
-    figure.colorbar(image, ax=grid[: len(methods)], label="right, %")
-    return figure
-
-
-def needed_figure(needed: Sequence[IsoQuality]) -> Figure:
-    """The budget that each method needs by length with its interval, and the fitted power law: a plot for each task.
-
-    An arrow stands where more is needed than was measured.
-    """
-    tasks = list(dict.fromkeys(iso.task for iso in needed))
-    figure, axes = _axes(len(tasks))
-    for axis, task in zip(axes, tasks, strict=True):
+def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
+    """The budget that each method needs by length, its interval and the fitted law; an arrow where none is enough."""
+    panels = []
+    for task in dict.fromkeys(iso.task for iso in needed):
+        lines = []
         for iso in (iso for iso in needed if iso.task == task):
-            _draw_needed(axis, iso)
-        _lengths_axis(axis, sorted({n.length for iso in needed for n in iso.needed}))
-        axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set(title=f"keys needed for dense attention's {title_of(task)}", ylabel="keys")
-        axis.grid(alpha=0.3)
-    _legend(figure, axes)
+            points = [(n, n.keys) for n in iso.needed if n.keys is not None]
+            x = [float(n.length) for n, _ in points]
+            lines.append(
+                Line(
+                    find_method(iso.method).title,
+                    x,
+                    [keys for _, keys in points],
+                    _style(iso.method) | {"linestyle": ""},
+                    [keys if n.low is None else min(n.low, keys) for n, keys in points],
+                    [keys if n.high is None else max(n.high, keys) for n, keys in points],
+                    list(law_values(np.array(x), iso.law.alpha, iso.law.C)) if iso.law else (),
+                    [(n.length, n.largest) for n in iso.needed if n.keys is None],
+                )
+            )
+        lengths = sorted({n.length for iso in needed for n in iso.needed})
+        panels.append(Panel(f"keys needed, {title_of(task)}", lines, lengths))
+    return panels
+
+
+def draw(panels: Sequence[Panel], narrow: bool = False) -> Figure:
+    """The plots side by side, or below each other on a narrow page."""
+    columns = 1 if narrow or len(panels) == 1 else 2
+    rows = -(-len(panels) // columns)
+    width = _NARROW if narrow else _WIDE if columns == 2 else 0.7 * _WIDE
+    height = max(270.0, 100 + _LABEL_HEIGHT * max((len(panel.lines) for panel in panels), default=0))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width / 72, rows * height / 72), dpi=72, layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axis, panel in zip(axes, panels, strict=False):
+            _draw_panel(axis, panel, narrow)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        figure.draw_without_rendering()  # what follows needs heights
+        for axis, panel in zip(axes, panels, strict=False):
+            _name_lines(axis, panel)
     return figure
 
 
-def _draw_needed(axis: Axes, iso: IsoQuality) -> None:
-    method, points = find_method(iso.method), [n for n in iso.needed if n.keys is not None]
-    style: dict[str, Any] = {"marker": _MARKERS[method.selects], "color": _colour(iso.method), "linestyle": ""}
-    n, k = np.array([p.length for p in points], dtype=float), np.array([p.keys for p in points], dtype=float)
-    low = np.array([k_ if p.low is None else min(p.low, k_) for p, k_ in zip(points, k, strict=True)])
-    high = np.array([k_ if p.high is None else max(p.high, k_) for p, k_ in zip(points, k, strict=True)])
-    axis.errorbar(n, k, yerr=[k - low, high - k], capsize=3, label=method.title, **style)
-    for beyond in (p for p in iso.needed if p.keys is None):
-        axis.errorbar([beyond.length], [beyond.largest], yerr=[0.4 * beyond.largest], lolims=True, **style)
-    if iso.law is not None:
-        axis.plot(n, law_values(n, iso.law.alpha, iso.law.C), color=_colour(iso.method))
-
-
-def _is_known(needed: Sequence[IsoQuality]) -> bool:
-    return any(n.keys is not None for iso in needed for n in iso.needed)
-
-
-def main_figure(summaries: Sequence[Summary], needed: Sequence[IsoQuality] = ()) -> Figure:
-    """The result in one picture: every scored task side by side, or the budgets that iso-quality found."""
-    if _is_known(needed):
-        return needed_figure(needed)
-    tasks = _scored_tasks(summaries)[:_TASKS_AT_ONCE]
-    figure, axes = _axes(max(1, len(tasks)))
-    for axis, task in zip(axes, tasks, strict=False):
-        _draw_task(axis, summaries, task)
-    if tasks:
-        _legend(figure, axes)
+def depth_maps(own: pd.DataFrame, narrow: bool = False) -> Figure:
+    """Share of right answers of one task by depth of the needle and context length, one map per method."""
+    methods, lengths = sorted(set(own["method"]), key=order_of), sorted(set(own["length"]))
+    columns = min(2 if narrow else 4, len(methods))
+    rows, width = -(-len(methods) // columns), _NARROW if narrow else _WIDE * min(4, columns + 1) / 4
+    band = np.minimum((own["depth"] * _DEPTH_BINS).astype(int), _DEPTH_BINS - 1)
+    with matplotlib.rc_context(_STYLE | {"font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13}):
+        figure = Figure(figsize=(width / 72, (190 * rows + 70 * narrow) / 72), dpi=72, layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+        for axis, name in zip(axes, methods, strict=False):
+            cells = own[own["method"] == name].groupby([band, "length"])["score"].mean().unstack()
+            scores = 100 * cells.reindex(index=range(_DEPTH_BINS), columns=lengths)
+            image = axis.imshow(scores, vmin=0, vmax=100, cmap="cividis", aspect="auto", origin="upper")
+            axis.set_facecolor("#DDDDDD")  # where nothing was measured
+            axis.set_title(textwrap.fill(find_method(name).title, 17 if narrow else 30))
+            _length_ticks(axis, range(len(lengths)), lengths, 3 if narrow else 5)
+            axis.set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["0 %", "50 %", "100 %"])
+        for axis in axes[len(methods) :]:
+            axis.set_visible(False)
+        figure.supylabel("depth of the needle", fontsize=13)
+        figure.colorbar(image, ax=axes, label="% right", location="bottom" if narrow else "right", aspect=30)
     return figure
-
-
-def _scored_tasks(summaries: Sequence[Summary]) -> list[str]:
-    tasks = dict.fromkeys(summary.task for summary in summaries)
-    return [task for task in tasks if task not in TASKS or not TASKS[task].dense_only]
-
-
-def _quality(summary: Summary) -> float | None:
-    return summary.perplexity if summary.score is None else 100 * summary.score
-
-
-def _quality_label(summaries: Sequence[Summary]) -> str:
-    return "perplexity" if all(summary.score is None for summary in summaries) else "right, %"
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element to stand in a page; equal figures give equal text."""
+    """The figure as an ``<svg>`` element; equal figures give equal text."""
     buffer = io.StringIO()
     with matplotlib.rc_context(FONT | {"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -299,64 +204,6 @@ def to_png(figure: Figure) -> bytes:
     with matplotlib.rc_context(FONT):
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _axes(count: int) -> tuple[Figure, list[Axes]]:
-    with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(6.4 * count, 4.4), layout="constrained")
-        return figure, list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def _draw_task(axis: Axes, summaries: Sequence[Summary], task: str) -> None:
-    own = [summary for summary in summaries if summary.task == task]
-    _draw(axis, own, _quality)
-    unseen = [(s.length, s.perplexity) for s in summaries if s.task == _REFERENCE and s.perplexity is not None]
-    if task == "recall" and unseen:
-        axis.plot(*zip(*unseen, strict=True), ":", color="#444444", label="dense, passage not seen before")
-    _scale(axis, logarithmic=task == "recall")
-    label = _quality_label(own)
-    better = "lower" if label == "perplexity" else "higher"
-    if better == "higher":
-        axis.set_yscale("linear")
-        axis.set_ylim(-3, 103)
-    axis.set(title=f"{title_of(task)}, {better} is better", ylabel=label)
-
-
-def _draw(axis: Axes, summaries: Sequence[Summary], value: Callable[[Summary], float | None]) -> None:
-    for method in map(find_method, sorted({s.method for s in summaries}, key=order_of)):
-        points = [(s.length, value(s)) for s in summaries if s.method == method.name]
-        points = [(length, y) for length, y in points if y is not None]
-        if points:
-            axis.plot(
-                *zip(*points, strict=True),
-                linestyle=_LINES[method.selects],
-                marker=_MARKERS[method.selects],
-                color=_colour(method.name),
-                linewidth=2.6 if method.name in (DENSE, "nc-topk") else 1.6,
-                label=method.title,
-            )
-    _lengths_axis(axis, sorted({summary.length for summary in summaries}))
-    axis.grid(alpha=0.3)
-    _scale(axis)
-
-
-def _lengths_axis(axis: Axes, lengths: Sequence[int]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axis.set_xlabel("context length, tokens")
-
-
-def _colour(name: str) -> str:
-    """The colour of a method; those with a number of keys and presses get one that follows from the name."""
-    return _COLOURS.get(name) or _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)]
-
-
-def _scale(axis: Axes, logarithmic: bool = False) -> None:
-    values = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata()) if y > 0]
-    spread = max(values) / min(values) if values else 1.0
-    if spread > _LOGARITHMIC_FROM or (logarithmic and spread > _LABELLED_FROM):
-        logarithmic_y(axis)
 
 
 def logarithmic_y(axis: Axes) -> None:
@@ -371,7 +218,70 @@ def minor_label(value: float, _: int) -> str:
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    with matplotlib.rc_context(FONT):
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3 if len(axes) == 1 else 5)
+def _lines_of(own: pd.DataFrame, x: str, y: pd.Series) -> list[Line]:
+    """A line for each method, of the values that there are."""
+    table = pd.DataFrame({"method": own["method"].astype(str), "x": own[x], "y": y}).dropna()
+    return [
+        Line(find_method(name).title, list(points["x"]), list(points["y"]), _style(name))
+        for name, points in table.groupby("method", sort=False)
+    ]
+
+
+def _style(name: str) -> dict[str, Any]:
+    """How a method is drawn; those with a number of keys and presses get a colour that follows from the name."""
+    colour = _COLOURS.get(name) or _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)]
+    selects = find_method(name).selects
+    width = 2.8 if name in (DENSE, NC) else 1.8
+    return {"color": colour, "linestyle": _LINES[selects], "marker": _MARKERS[selects], "linewidth": width}
+
+
+def _draw_panel(axis: Axes, panel: Panel, narrow: bool) -> None:
+    for line in panel.lines:
+        if line.low:
+            y = np.array(line.y)
+            axis.errorbar(line.x, y, [y - line.low, np.array(line.high) - y], color=line.style["color"], linestyle="", capsize=3)
+        if line.law:
+            axis.plot(line.x, line.law, color=line.style["color"])
+        for x, y in line.beyond:
+            axis.errorbar([x], [y], yerr=[0.4 * y], lolims=True, **line.style)
+        axis.plot(line.x, line.y, **line.style)
+    values = [value for line in panel.lines for value in (*line.y, *line.low, *line.high)]
+    if panel.percent:
+        axis.set_ylim(-3, 103)
+    elif values and min(values) > 0 and max(values) > _LOGARITHMIC_FROM * min(values):
+        logarithmic_y(axis)
+    axis.set_title(textwrap.fill(panel.title, 36 if narrow else 60))
+    axis.set_xlabel(panel.x_label)
+    axis.grid(axis="y")
+    if panel.lengths:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_minor_locator(NullLocator())
+        _length_ticks(axis, panel.lengths, panel.lengths, 4 if narrow else 7)
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(4 if narrow else 7))
+
+
+def _length_ticks(axis: Axes, places: Sequence[float], lengths: Sequence[int], most: int) -> None:
+    """Labels of lengths, 4,096 as 4K; of many every second or third, the longest among them."""
+    step = math.ceil(len(lengths) / most)
+    words = [f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}" for length in lengths]
+    axis.set_xticks(list(places)[::-1][::step], words[::-1][::step])
+
+
+def _name_lines(axis: Axes, panel: Panel) -> None:
+    """Puts the name of each line beside its last point, as near as the other names let it stand."""
+    ends = sorted(((line.x[-1], line.y[-1], line) for line in panel.lines if len(line.x)), key=lambda end: end[1])
+    if not ends:
+        return
+    wanted = axis.transAxes.inverted().transform(axis.transData.transform([(x, y) for x, y, _ in ends]))[:, 1]
+    gap = _LABEL_HEIGHT / axis.get_window_extent().height
+    steps = gap * np.arange(len(ends))
+    places = np.clip(isotonic_regression(wanted - steps).x, 0.0, max(0.0, 1.0 - steps[-1])) + steps
+    beside = axis.transAxes + ScaledTranslation(18 / 72, 0, axis.figure.dpi_scale_trans)
+    for (x, y, line), place in zip(ends, places, strict=True):
+        colour = line.style["color"]
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.9, "alpha": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
+        axis.annotate(
+            line.label, (x, y), (1.0, place), textcoords=beside, color=colour, va="center", fontsize=13,
+            arrowprops=leader, annotation_clip=False,
+        )  # fmt: skip

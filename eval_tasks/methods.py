@@ -1,6 +1,6 @@
 """The methods a sweep compares, in one list; the command line, the report and the tests read it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -289,3 +289,25 @@ def _sparse(method: Method, budgets: Budgets) -> NCConfig:
 
 def _no_config(budgets: Budgets) -> None:
     return None
+
+
+def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase: Phase) -> list[str]:
+    """Where no block of keys is chosen by content, as a sentence; none where there is nothing of the kind.
+
+    Args:
+        cells: method, length and budget of whatever is measured; only those of ``block`` that leave keys out matter.
+        block_size: keys of a block.
+        phase: what of a forward pass is sparse.
+    """
+    listed = ", ".join(
+        f"{find_method(method).title} at {n:,} tokens ({budget} keys)"
+        for method, n, budget in cells
+        if keys_of(method)[0] == BLOCK and budget < n and not blocks_chosen(budget, block_size, phase)
+    )
+    if not listed:
+        return []
+    return [
+        "The blocks that are always attended, the first, those of the queries' own positions and in prefill those of "
+        f"the {Block.local_keys} keys before them, use up the budget of {listed}: there no block is chosen by content, "
+        "and more keys may be attended than the budget has."
+    ]

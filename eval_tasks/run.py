@@ -12,9 +12,8 @@ import torch
 
 from eval_tasks.cells import Measurer, Planned
 from eval_tasks.errors import EvalError
-from eval_tasks.findings import without_choice
 from eval_tasks.ingredients import Ingredients, check_methods, load_ingredients, load_model_of
-from eval_tasks.methods import budget_at
+from eval_tasks.methods import budget_at, without_choice
 from eval_tasks.models import attention_of, pick_device, tokenizer_fingerprint
 from eval_tasks.plan import groups_of, plan_of
 from eval_tasks.progress import Forecast, Progress, Step, duration

@@ -20,6 +20,8 @@ CELL = ["task", "length", "method"]
 PLACE = ["seed", "index"]
 """What tells a sample from others of its task and length: its seed, and its number among those of the seed."""
 UNSEEN = "unseen"
+DENSE_ONLY = [name for name, task in TASKS.items() if task.dense_only]
+_TASKS_SHOWN = 3
 # Dense attention has to gain so many nats from the first copy, or answer so much right, to be compared with.
 _GAIN_NEEDED = 0.5
 _SCORE_NEEDED = 0.5
@@ -148,6 +150,19 @@ def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: flo
         reached = effective_length(dict(zip(own["length"], ratios, strict=True)), within)
         found.append((task, method, reached or 0, own["length"].max()))
     return pd.DataFrame(found, columns=["task", "method", "length", "longest"])
+
+
+def overview(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary of the tasks that methods are compared in; of more than three, those with answers as one mean."""
+    shown = summary[~summary["task"].isin(DENSE_ONLY) & (summary["samples"] > 0)].astype({"task": object})
+    answers = shown[shown["score"].notna()]
+    tasks = answers["task"].nunique()
+    if shown["task"].nunique() <= _TASKS_SHOWN or tasks < 2:
+        return shown
+    cells = answers.groupby(["length", "method"], observed=True)
+    mean = cells.mean(numeric_only=True)[(cells.size() == tasks)].reset_index()
+    mean = mean.assign(task=f"mean of {tasks} tasks", low=np.nan, high=np.nan)
+    return pd.concat([shown[shown["score"].isna()], mean], ignore_index=True)
 
 
 def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
