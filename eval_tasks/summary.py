@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from eval_tasks.iso_quality import IsoQuality, iso_quality
-from eval_tasks.methods import DENSE, keys_of, order_of
+from eval_tasks.methods import DENSE, find_method, keys_of, order_of
 from eval_tasks.stats import MIN_SAMPLES, compare, corrected, effective_length
 from eval_tasks.tasks import TASKS
 
@@ -73,13 +73,13 @@ def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
     frame = frame.join(_sparse_part(frame))
     cells = frame.groupby(CELL, observed=True)
     found = pd.DataFrame([_cell(own) for _, own in cells], index=pd.MultiIndex.from_tuples(list(cells.groups)))
-    found = found.rename_axis(CELL).reset_index()
+    found = found.rename_axis(CELL).reset_index().astype(frame.dtypes[CELL].to_dict())
     against = compared[[*CELL, "difference", "low", "high", "worse_samples"]]
     found = found.merge(against.rename(columns={"difference": "loss_minus_dense"}), how="left", on=CELL)
     found["perplexity"] = np.exp(found["loss"]).where(found["score"].isna())
     found["perplexity_ratio"] = np.exp(found["loss_minus_dense"]).where(found["score"].isna())
     counts = ["samples", "budget", "worse_samples", "failed"]
-    found[counts] = found[counts].astype("Int64")
+    found = found.astype(dict.fromkeys(found.columns.drop(CELL), float)).astype(dict.fromkeys(counts, "Int64"))
     return found[
         [
             *CELL, "samples", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys",
@@ -165,6 +165,21 @@ def overview(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([shown[shown["score"].isna()], mean], ignore_index=True)
 
 
+def longest_compared(summary: pd.DataFrame, compared: pd.DataFrame) -> int | None:
+    """The longest length at which, in some task, dense works and each method has its samples; None without any.
+
+    Where there is none of the kind: the longest at which anything is compared. Simulated methods do not count.
+    """
+    usable = summary[(summary["samples"] > 0) & ~summary["method"].map(_is_simulated).astype(bool)]
+    tried = (usable["samples"] + usable["failed"]).groupby([usable["task"], usable["length"]], observed=True).nunique()
+    judged = compared[~compared["method"].map(_is_simulated).astype(bool)]
+    if not len(judged):
+        return None
+    whole = [tried[cell] == 1 for cell in zip(judged["task"], judged["length"], strict=True)]
+    best = judged[np.array(whole) & ~judged["dense_fails"]]
+    return int((best if len(best) else judged)["length"].max())
+
+
 def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
     """What each method needs to stay within the margin of dense, from rows of methods with numbers of keys.
 
@@ -215,6 +230,10 @@ def csv_of(table: pd.DataFrame) -> str:
 def title_of(task: str) -> str:
     """The label of a task in plots and tables; tasks of generated answers are called by their names."""
     return TASKS[task].title if task in TASKS else task
+
+
+def _is_simulated(method: str) -> bool:
+    return find_method(method).simulated
 
 
 def _margin(frame: pd.DataFrame, task: str, within: float) -> tuple[float, bool]:

@@ -1,0 +1,184 @@
+"""What a report says in words, chosen by the numbers: the result, and what to keep in mind."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from eval_tasks.iso_quality import IsoQuality
+from eval_tasks.methods import DENSE, NC, find_method, without_choice
+from eval_tasks.provenance import hardware_words
+from eval_tasks.summary import CELL, title_of
+from eval_tasks.tasks import TASKS
+
+NOTHING_COMPARED = (
+    "Dense attention was not measured beside a method that could be used on the same samples, so nothing is compared."
+)
+VERDICTS = {
+    "better": "better",
+    "non-inferior": "as good",
+    "worse, yet within the margin": "slightly worse",
+    "worse": "worse",
+    "undecided": "undecided",
+    "too few documents": "too few samples",
+    "dense fails here: no verdict": "dense fails",
+}
+"""The verdicts of a comparison in the words of the first table."""
+_FEW = 10
+_APART = {
+    "all": "one forward pass",
+    "prefill": "the prefill",
+    "question": "the scored tokens, read at once after a dense prefill",
+    "decode": "the scored tokens, read one by one after a dense prefill",
+}
+_TOGETHER = {
+    "prefill": "the sparse prefill and the scored tokens, which are read densely, together",
+    "question": "a dense prefill and the scored tokens after it together",
+    "decode": "a dense prefill and the scored tokens one by one after it together",
+}
+
+
+def lead(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str) -> str:
+    """The result of one method in two sentences: the package's own where it was measured, else the best.
+
+    Args:
+        at: of ``overview``, at one length.
+        compared: of ``comparisons``.
+        cost, what: of ``costs``.
+    """
+    usable = at[[name != DENSE and not find_method(name).simulated for name in at["method"]]]
+    first = usable[usable["task"] == usable["task"].iloc[0]].set_index("method")
+    best = next((name for name in (NC, "nc-topk") if name in first.index), first["loss_minus_dense"].idxmin())
+    own = usable[usable["method"] == best]
+    said = f"At {own['length'].iloc[0]:,} tokens, {find_method(best).title} attention reads "
+    said += f"{percent(own['attended_fraction'].mean())} of the keys"
+    times = cost["seconds"].reindex([best, DENSE])
+    if times.notna().all():
+        said += f" and takes {times[best] / times[DENSE]:.2f} times as long as dense attention for {what}"
+    results = []
+    for row in own.itertuples():
+        amount, signed = quality(row)[0].lstrip("+−"), row.loss_minus_dense * (-1 if row.score == row.score else 1)
+        side = "" if amount == "same" or "times" in amount else " higher" if signed > 0 else " lower"
+        results.append(f"{title_of(row.task)} is {amount}{side} ({verdict(compared, row)})")
+    return f"{said}. Against dense attention, {', '.join(results)}."
+
+
+def iso_sentences(found: Sequence[IsoQuality], within: float) -> list[str]:
+    """What budget each method needs at the longest length where it is known, and which law it follows."""
+    sentences = []
+    for iso in found:
+        known = [n for n in iso.needed if n.keys is not None]
+        said = f"To stay within {100 * within:g} % of dense in {title_of(iso.task)}, {find_method(iso.method).title} needs "
+        if known:
+            said += f"{'at most ' * known[-1].at_most}{known[-1].keys:.0f} of {known[-1].length:,} keys"
+        else:
+            said += "more than any budget that was measured"
+        if iso.law is None:
+            said += "; a law takes three lengths whose budget is known on both sides"
+        else:
+            spread = iso.law.C_interval
+            interval = f" (95 % interval of the exponent {spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
+            said += f", and {iso.law.alpha:.3g}·n^{iso.law.C:.2f}{interval} by length; of the three laws the {iso.law.best} "
+            said += "one predicts a length left out best"
+        if bounded := [n for n in iso.needed if n.censored]:
+            sides = ", ".join(f"{n.length:,} ({'at most ' if n.at_most else 'more than '}{n.keys or n.largest:.0f})" for n in bounded)
+            said += f". At {len(bounded)} of {len(iso.needed)} lengths it is known on one side alone, and they enter no law: {sides}"
+        sentences.append(said + ".")
+    return sentences
+
+
+def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
+    """Few samples, lengths where dense fails, calls that ran dense, blocks nobody chose, hardware, failures."""
+    said = []
+    if len(compared):
+        fewest = compared["documents"].min()
+        within = compared.loc[compared["needed_within"].idxmax()]
+        said.append(
+            f"{'Few samples' if fewest < _FEW else 'Samples'}: {fewest} documents at the least. Among {len(compared)} "
+            f"comparisons a difference needs at least {compared['needed'].max()} documents to show, and “as good” "
+            f"{within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons need fewer."
+        )
+    for task, own in compared[compared["dense_fails"]].groupby("task", observed=True):
+        listed = ", ".join(f"{length:,}" for length in sorted(set(own["length"])))
+        said.append(f"Dense attention itself fails in {title_of(task)} at {listed} tokens: judge no method there.")
+    for (task, length, method), own in frame.dropna(subset=["failed"]).groupby(CELL, observed=True):
+        reason, title = own["failed"].iloc[0], find_method(method).title
+        said.append(f"Not measured, {reason}: {title} in {title_of(task)} at {length:,} tokens ({len(own)} samples).")
+    ran_dense = sorted({reason for calls in frame["ran_dense"].dropna() for reason in calls})
+    if ran_dense:
+        said.append(f"Some calls of patched models ran dense: {'; '.join(ran_dense)}.")
+    simulated = [find_method(name).title for name in frame["method"].cat.categories if find_method(name).simulated]
+    if simulated:
+        said.append(f"Simulated as a mask over dense attention, so without a time: {', '.join(simulated)}.")
+    machines = hardware_of(run)
+    if len(machines) > 1:
+        said.append(
+            f"Parts of this run were measured on different hardware ({'; '.join(machines)}): times and memory of "
+            "different samples do not compare."
+        )
+    identity = run["identity"]
+    budgets = frame.dropna(subset=["budget"]).drop_duplicates(["length", "method"], keep="last")
+    cells = [(row.method, row.length, int(row.budget)) for row in budgets.itertuples()]
+    return said + without_choice(cells, int(identity.get("block_size", 32)), identity.get("phase", "all"))
+
+
+def hardware_of(run: Mapping[str, Any]) -> list[str]:
+    """The different machines that a run was made on, in words; those of old runs may be unknown."""
+    sessions = run.get("sessions", [])
+    machines = [run.get("hardware"), *(session.get("hardware") for session in sessions)]
+    machines += [machine for session in sessions for machine in session.get("other_hardware", [])]
+    return list(dict.fromkeys(hardware_words(machine) for machine in machines if machine))
+
+
+def costs(at: pd.DataFrame, run: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
+    """``seconds`` and ``peak_memory_mb`` of each method, in perplexity or else the first task, and what time is of.
+
+    Without seconds where parts of the run were measured on different hardware.
+    """
+    phase, tasks = run["identity"].get("phase", "all"), list(at["task"])
+    own = at[at["task"] == ("perplexity" if "perplexity" in tasks else tasks[0])].set_index("method")
+    timed = own.dropna(subset=["seconds"])
+    column, what = "seconds", _TOGETHER.get(phase, _APART["all"])
+    if own["score"].notna().any():
+        what = "the prompt and the answer, as long as each method made it"
+        if phase in ("question", "decode") and timed["seconds_per_answer_token"].notna().all():
+            column, what = "seconds_per_answer_token", "each token of an answer after the first"
+    elif timed["sparse_seconds"].notna().all():
+        column, what = "sparse_seconds", _APART[phase]
+    if len(hardware_of(run)) > 1 or not len(timed):
+        return own[["peak_memory_mb"]].assign(seconds=math.nan), ""
+    return own[["peak_memory_mb"]].assign(seconds=own[column]), what
+
+
+def quality(row: Any) -> tuple[str, str]:
+    """A method against dense in one task, and the 95 % interval: change of perplexity, or points of right answers."""
+    loss = [row.loss_minus_dense, row.low, row.high]
+    if math.isnan(loss[0]):
+        return "not compared", ""
+    if not math.isnan(row.score):
+        points = [-100 * value for value in (loss[0], loss[2], loss[1])]
+        mean, *ends = (f"{value:+.0f}" if round(value) else "0" for value in points)
+        mean = "same" if mean == "0" else f"{mean} points"
+    elif loss[0] >= math.log(2):
+        mean, *ends = (f"{math.exp(value):.1f}" for value in loss)
+        mean = f"{mean} times"
+    else:
+        mean, *ends = (f"{100 * math.expm1(value):+.1f}" for value in loss)
+        mean = f"{mean} %"
+    return mean.replace("-", "−"), "" if math.isnan(row.low) else " … ".join(ends).replace("-", "−")
+
+
+def verdict(compared: pd.DataFrame, row: Any) -> str:
+    """The verdict on a method at a row of an overview, in plain words; of a mean of tasks how often there is which."""
+    own = compared[(compared["length"] == row.length) & (compared["method"] == row.method)]
+    alone = own[own["task"] == row.task]
+    if len(alone):
+        return VERDICTS[alone["verdict"].iloc[0]]
+    counts = own.loc[~own["task"].isin(TASKS), "verdict"].map(VERDICTS).value_counts()
+    return ", ".join(f"{name} in {count}" for name, count in counts.items())
+
+
+def percent(share: float) -> str:
+    """A share as a percentage, with a decimal where it is small."""
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
