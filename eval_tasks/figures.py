@@ -148,15 +148,16 @@ def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
 
 def draw(panels: Sequence[Panel], narrow: bool = False) -> Figure:
     """The plots side by side, or below each other on a narrow page."""
-    columns = 1 if narrow or len(panels) == 1 else 2
-    rows = -(-len(panels) // columns)
-    width = _NARROW if narrow else _WIDE if columns == 2 else 0.7 * _WIDE
+    columns = 1 if narrow else min(3, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    width = _NARROW if narrow else _WIDE if columns > 1 else 0.7 * _WIDE
     height = max(270.0, 100 + _LABEL_HEIGHT * max((len(panel.lines) for panel in panels), default=0))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width / 72, rows * height / 72), dpi=72, layout="constrained")
+        figure.get_layout_engine().set(h_pad=12 / 72)
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axis, panel in zip(axes, panels, strict=False):
-            _draw_panel(axis, panel, narrow)
+            _draw_panel(axis, panel, narrow or columns == 3)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         figure.draw_without_rendering()  # what follows needs heights

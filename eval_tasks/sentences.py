@@ -9,6 +9,7 @@ import pandas as pd
 from eval_tasks.iso_quality import IsoQuality
 from eval_tasks.methods import DENSE, NC, find_method, without_choice
 from eval_tasks.provenance import hardware_words
+from eval_tasks.stats import DENSE_FAILS
 from eval_tasks.summary import CELL, title_of
 from eval_tasks.tasks import TASKS
 
@@ -22,7 +23,7 @@ VERDICTS = {
     "worse": "worse",
     "undecided": "undecided",
     "too few documents": "too few samples",
-    "dense fails here: no verdict": "dense fails",
+    DENSE_FAILS: "dense fails",
 }
 """The verdicts of a comparison in the words of the first table."""
 _FEW = 10
@@ -47,7 +48,8 @@ def lead(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str
         compared: of ``comparisons``.
         cost, what: of ``costs``.
     """
-    usable = at[[name != DENSE and not find_method(name).simulated for name in at["method"]]]
+    usable = at.dropna(subset=["loss_minus_dense"])
+    usable = usable[[not find_method(name).simulated for name in usable["method"]]]
     first = usable[usable["task"] == usable["task"].iloc[0]].set_index("method")
     best = next((name for name in (NC, "nc-topk") if name in first.index), first["loss_minus_dense"].idxmin())
     own = usable[usable["method"] == best]
@@ -55,11 +57,12 @@ def lead(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str
     said += f"{percent(own['attended_fraction'].mean())} of the keys"
     times = cost["seconds"].reindex([best, DENSE])
     if times.notna().all():
-        said += f" and takes {times[best] / times[DENSE]:.2f} times as long as dense attention for {what}"
+        said += f" and takes {times[best] / times[DENSE]:.2f} times as long as dense attention ({what})"
     results = []
     for row in own.itertuples():
-        amount, signed = quality(row)[0].lstrip("+−"), row.loss_minus_dense * (-1 if row.score == row.score else 1)
-        side = "" if amount == "same" or "times" in amount else " higher" if signed > 0 else " lower"
+        amount = quality(row)[0]
+        side = {"+": " higher", "−": " lower"}.get(amount[0], "")
+        amount = amount.lstrip("+−")
         results.append(f"{title_of(row.task)} is {amount}{side} ({verdict(compared, row)})")
     return f"{said}. Against dense attention, {', '.join(results)}."
 
@@ -79,8 +82,8 @@ def iso_sentences(found: Sequence[IsoQuality], within: float) -> list[str]:
         else:
             spread = iso.law.C_interval
             interval = f" (95 % interval of the exponent {spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
-            said += f", and {iso.law.alpha:.3g}·n^{iso.law.C:.2f}{interval} by length; of the three laws the {iso.law.best} "
-            said += "one predicts a length left out best"
+            said += f"; by length this follows {iso.law.alpha:.3g}·n^{iso.law.C:.2f}{interval}, and of three laws the "
+            said += f"{iso.law.best} one predicts a length left out best"
         if bounded := [n for n in iso.needed if n.censored]:
             sides = ", ".join(f"{n.length:,} ({'at most ' if n.at_most else 'more than '}{n.keys or n.largest:.0f})" for n in bounded)
             said += f". At {len(bounded)} of {len(iso.needed)} lengths it is known on one side alone, and they enter no law: {sides}"
@@ -95,16 +98,18 @@ def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame)
         fewest = compared["documents"].min()
         within = compared.loc[compared["needed_within"].idxmax()]
         said.append(
-            f"{'Few samples' if fewest < _FEW else 'Samples'}: {fewest} documents at the least. Among {len(compared)} "
-            f"comparisons a difference needs at least {compared['needed'].max()} documents to show, and “as good” "
-            f"{within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons need fewer."
+            f"{'Few samples: ' * bool(fewest < _FEW)}{fewest} documents or more in each comparison. With {len(compared)} "
+            f"comparisons a difference takes at least {compared['needed'].max()} documents to show, and “as good” "
+            f"{within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons take fewer."
         )
     for task, own in compared[compared["dense_fails"]].groupby("task", observed=True):
         listed = ", ".join(f"{length:,}" for length in sorted(set(own["length"])))
         said.append(f"Dense attention itself fails in {title_of(task)} at {listed} tokens: judge no method there.")
-    for (task, length, method), own in frame.dropna(subset=["failed"]).groupby(CELL, observed=True):
-        reason, title = own["failed"].iloc[0], find_method(method).title
-        said.append(f"Not measured, {reason}: {title} in {title_of(task)} at {length:,} tokens ({len(own)} samples).")
+    failed = frame.dropna(subset=["failed"])
+    for (reason, method), own in failed.groupby(["failed", "method"], observed=True):
+        cells = own.groupby(["task", "length"], observed=True).size().items()
+        listed = ", ".join(f"{title_of(task)} at {length:,} tokens ({count} samples)" for (task, length), count in cells)
+        said.append(f"Not measured, {reason}: {find_method(method).title} in {listed}.")
     ran_dense = sorted({reason for calls in frame["ran_dense"].dropna() for reason in calls})
     if ran_dense:
         said.append(f"Some calls of patched models ran dense: {'; '.join(ran_dense)}.")
@@ -155,16 +160,16 @@ def quality(row: Any) -> tuple[str, str]:
     """A method against dense in one task, and the 95 % interval: change of perplexity, or points of right answers."""
     loss = [row.loss_minus_dense, row.low, row.high]
     if math.isnan(loss[0]):
-        return "not compared", ""
+        return "failed" if row.samples == 0 else "not compared", ""
     if not math.isnan(row.score):
         points = [-100 * value for value in (loss[0], loss[2], loss[1])]
         mean, *ends = (f"{value:+.0f}" if round(value) else "0" for value in points)
-        mean = "same" if mean == "0" else f"{mean} points"
+        mean = "the same" if mean == "0" else f"{mean} points"
     elif loss[0] >= math.log(2):
         mean, *ends = (f"{math.exp(value):.1f}" for value in loss)
         mean = f"{mean} times"
     else:
-        mean, *ends = (f"{100 * math.expm1(value):+.1f}" for value in loss)
+        mean, *ends = (f"{round(100 * math.expm1(value), 1) + 0.0:+.1f}" for value in loss)
         mean = f"{mean} %"
     return mean.replace("-", "−"), "" if math.isnan(row.low) else " … ".join(ends).replace("-", "−")
 
@@ -173,12 +178,14 @@ def verdict(compared: pd.DataFrame, row: Any) -> str:
     """The verdict on a method at a row of an overview, in plain words; of a mean of tasks how often there is which."""
     own = compared[(compared["length"] == row.length) & (compared["method"] == row.method)]
     alone = own[own["task"] == row.task]
-    if len(alone):
-        return VERDICTS[alone["verdict"].iloc[0]]
+    if len(alone) or math.isnan(row.loss_minus_dense):
+        return VERDICTS[alone["verdict"].iloc[0]] if len(alone) else ""
     counts = own.loc[~own["task"].isin(TASKS), "verdict"].map(VERDICTS).value_counts()
     return ", ".join(f"{name} in {count}" for name, count in counts.items())
 
 
 def percent(share: float) -> str:
-    """A share as a percentage, with a decimal where it is small."""
+    """A share as a percentage, with a decimal where it is small; a dash for what is missing."""
+    if math.isnan(share):
+        return "–"
     return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -22,6 +22,7 @@ MIN_SAMPLES = 2
 """With fewer documents than this, resampling says nothing about the spread."""
 MARGIN_DOCUMENTS = 20
 """Fewer documents of unbounded losses than this say too little about their tail for a test of the margin."""
+DENSE_FAILS = "dense fails here: no verdict"
 # Steps into which the sum of all differences is divided for the exact distribution of its flips.
 _STEPS = 1 << 17
 
@@ -73,7 +74,7 @@ class Comparison:
     def verdict(self) -> str:
         """What the corrected tests say, in words."""
         if self.dense_fails:
-            return "dense fails here: no verdict"
+            return DENSE_FAILS
         if self.p_difference is None:
             return "too few documents"
         within = self.p_margin is not None and self.p_margin <= SIGNIFICANCE

@@ -154,7 +154,7 @@ def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: flo
 
 def overview(summary: pd.DataFrame) -> pd.DataFrame:
     """The summary of the tasks that methods are compared in; of more than three, those with answers as one mean."""
-    shown = summary[~summary["task"].isin(DENSE_ONLY) & (summary["samples"] > 0)].astype({"task": object})
+    shown = summary[~summary["task"].isin(DENSE_ONLY)].astype({"task": object})
     answers = shown[shown["score"].notna()]
     tasks = answers["task"].nunique()
     if shown["task"].nunique() <= _TASKS_SHOWN or tasks < 2:

@@ -11,8 +11,10 @@ import pandas as pd
 
 from eval_tasks.iso_quality import IsoQuality
 from eval_tasks.methods import DENSE, find_method
-from eval_tasks.sentences import percent, quality, verdict
+from eval_tasks.sentences import VERDICTS, percent, quality, verdict
+from eval_tasks.stats import DENSE_FAILS
 from eval_tasks.summary import title_of
+from eval_tasks.tasks import TASKS
 
 Column = Callable[[Any], str]
 
@@ -46,23 +48,23 @@ def main_table(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, wha
     for method, own in at.groupby("method", observed=True):
         cells, verdicts = {row.task: row for row in own.itertuples()}, defaultdict(list)
         for task, row in cells.items():
-            verdicts[verdict(compared, row)].append(title_of(task))
-        several = len(verdicts) > 1
-        said = "; ".join(word + f" in {', '.join(names)}" * several for word, names in verdicts.items())
+            verdicts[verdict(compared, row)].append(task)
+        told = {word: names for word, names in verdicts.items() if word not in ("", VERDICTS[DENSE_FAILS])} or verdicts
+        said = "; ".join(word + f" in {', '.join(names)}" * (len(told) > 1) for word, names in told.items())
         seconds, memory = cost["seconds"].get(method, math.nan), cost["peak_memory_mb"].get(method, math.nan)
         time = f"{seconds:.3g} s" if method == DENSE else f"{seconds / cost['seconds'].get(DENSE, math.nan):.2f}×"
         rows.append(
             [
                 (find_method(method).title, ""),
                 (percent(own["attended_fraction"].mean()), ""),
-                *(_quality(cells[task]) if task in cells else ("not measured", "") for task in tasks),
+                *(_quality(cells[task], compared) if task in cells else ("not measured", "") for task in tasks),
                 ("" if method == DENSE else said, ""),
                 ("–" if "nan" in time else time, ""),
                 ("–" if pd.isna(memory) else f"{memory:,.0f} MB", ""),
             ]
         )
     note = "Small print: 95 % interval. As good: a loss beyond the margin is excluded; undecided: the samples do not tell."
-    header = ["Method", "Keys read", *(_capital(title_of(task)) for task in tasks), "Verdict", "Time", "Memory"]
+    header = ["Method", "Keys read", *(title_of(task) if task not in TASKS else title_of(task).capitalize() for task in tasks), "Verdict", "Time", "Memory"]
     title = f"Against dense attention at {at['length'].iloc[0]:,} tokens"
     return Table(title, note + (f" Time: of {what}." if what else ""), header, rows)
 
@@ -191,11 +193,9 @@ def _table(title: str, note: str, frame: pd.DataFrame, columns: Mapping[str, Col
     return Table(title, note, list(made), [[(cell, "") for cell in row] for row in zip(*made.values(), strict=True)])
 
 
-def _quality(row: Any) -> tuple[str, str]:
-    if row.method == DENSE:
-        return (number(row.perplexity, 2) if pd.isna(row.score) else f"{100 * row.score:.0f} % right"), ""
-    return quality(row)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _quality(row: Any, compared: pd.DataFrame) -> tuple[str, str]:
+    if row.method != DENSE:
+        return quality(row)
+    here = compared[(compared["task"] == row.task) & (compared["length"] == row.length)]
+    value = number(row.perplexity, 2) if pd.isna(row.score) else f"{100 * row.score:.0f} % right"
+    return value, "fails: judge no method" if here["dense_fails"].any() else ""
