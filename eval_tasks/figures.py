@@ -87,7 +87,7 @@ def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
         if len(unseen):
             dotted = {"color": "#444444", "linestyle": ":", "linewidth": 1.6}
             lines.append(Line("dense, not seen before", list(unseen["length"]), list(unseen["perplexity"]), dotted))
-        title = f"{title_of(task)}, {'% right (higher' if answers else 'lower'} is better{')' if answers else ''}"
+        title = f"{title_of(task)}, {'% right' if answers else 'lower is better'}"
         panels.append(Panel(title, lines, sorted(set(own["length"])), bool(answers)))
     return panels
 
@@ -106,13 +106,20 @@ def position_panels(frame: pd.DataFrame) -> list[Panel]:
     panels = []
     for task, own in frame.dropna(subset=["token_losses"]).groupby("task", observed=True):
         own = own[own["length"] == own["length"].max()]
-        losses = {name: np.mean(list(rows["token_losses"]), axis=0) for name, rows in own.groupby("method", observed=True)}
+        losses = {
+            name: np.mean(list(rows["token_losses"]), axis=0) for name, rows in own.groupby("method", observed=True)
+        }
         if DENSE in losses and len(losses) > 1:
             dense = losses.pop(DENSE)
             edges = np.unique(np.linspace(0, len(dense), min(_POSITION_BINS, len(dense)) + 1).astype(int))
             middles = list((edges[:-1] + edges[1:]) / 2)
             lines = [
-                Line(find_method(name).title, middles, [(values - dense)[a:b].mean() for a, b in pairwise(edges)], _style(name))
+                Line(
+                    find_method(name).title,
+                    middles,
+                    [(values - dense)[a:b].mean() for a, b in pairwise(edges)],
+                    _style(name),
+                )
                 for name, values in losses.items()
             ]
             lines.append(Line("dense", middles, [0.0] * len(middles), {"color": "#000000"}))
@@ -127,21 +134,22 @@ def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
     for task in dict.fromkeys(iso.task for iso in needed):
         lines = []
         for iso in (iso for iso in needed if iso.task == task):
-            points = [(n, n.keys) for n in iso.needed if n.keys is not None]
-            x = [float(n.length) for n, _ in points]
+            n = iso.needed.dropna(subset=["keys"])
+            law = law_values(n["length"].to_numpy(float), iso.law.alpha, iso.law.C) if iso.law else ()
+            beyond = iso.needed.loc[iso.needed["keys"].isna(), ["length", "largest"]]
             lines.append(
                 Line(
                     find_method(iso.method).title,
-                    x,
-                    [keys for _, keys in points],
+                    list(n["length"]),
+                    list(n["keys"]),
                     _style(iso.method) | {"linestyle": ""},
-                    [keys if n.low is None else min(n.low, keys) for n, keys in points],
-                    [keys if n.high is None else max(n.high, keys) for n, keys in points],
-                    list(law_values(np.array(x), iso.law.alpha, iso.law.C)) if iso.law else (),
-                    [(n.length, n.largest) for n in iso.needed if n.keys is None],
+                    list(n[["low", "keys"]].min(axis=1)),
+                    list(n[["high", "keys"]].max(axis=1)),
+                    list(law),
+                    list(beyond.itertuples(index=False)),
                 )
             )
-        lengths = sorted({n.length for iso in needed for n in iso.needed})
+        lengths = sorted({n for iso in needed for n in iso.needed["length"]})
         panels.append(Panel(f"keys needed, {title_of(task)}", lines, lengths))
     return panels
 
@@ -240,7 +248,9 @@ def _draw_panel(axis: Axes, panel: Panel, narrow: bool) -> None:
     for line in panel.lines:
         if line.low:
             y = np.array(line.y)
-            axis.errorbar(line.x, y, [y - line.low, np.array(line.high) - y], color=line.style["color"], linestyle="", capsize=3)
+            axis.errorbar(
+                line.x, y, [y - line.low, np.array(line.high) - y], color=line.style["color"], linestyle="", capsize=3
+            )
         if line.law:
             axis.plot(line.x, line.law, color=line.style["color"])
         for x, y in line.beyond:
@@ -281,7 +291,15 @@ def _name_lines(axis: Axes, panel: Panel) -> None:
     beside = axis.transAxes + ScaledTranslation(18 / 72, 0, axis.figure.dpi_scale_trans)
     for (x, y, line), place in zip(ends, places, strict=True):
         colour = line.style["color"]
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.9, "alpha": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
+        leader = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.9,
+            "alpha": 0.7,
+            "shrinkA": 1,
+            "shrinkB": 4,
+            "relpos": (0, 0.5),
+        }
         axis.annotate(
             line.label, (x, y), (1.0, place), textcoords=beside, color=colour, va="center", fontsize=13,
             arrowprops=leader, annotation_clip=False,

@@ -14,41 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from eval_tasks.stats import CONFIDENCE, MIN_SAMPLES, RESAMPLES
 
-Interval = tuple[float, float]
 # Fewer lengths than this leave no point to check a fitted line by.
 _LENGTHS_NEEDED = 3
-
-
-@dataclass(frozen=True)
-class NeededBudget:
-    """The smallest budget within the margin at one length.
-
-    Attributes:
-        length: of the context.
-        keys: the budget; None where no measured one is within the margin.
-        low, high: bootstrap interval; None below two documents. In resamples where the smallest measured budget is
-            within the margin, one key may do, and where none is, all keys may be needed.
-        reached: the share of resamples in which some measured budget is within the margin; None below two documents.
-        at_most: whether the smallest measured budget already is within it, so that ``keys`` is an upper bound.
-        largest: the largest measured budget, which is not enough where ``keys`` is None.
-    """
-
-    length: int
-    keys: float | None
-    low: float | None
-    high: float | None
-    reached: float | None
-    at_most: bool
-    largest: int
-
-    @property
-    def censored(self) -> bool:
-        """Whether the budget is only bounded, on one side, by those that were measured."""
-        return self.keys is None or self.at_most
 
 
 @dataclass(frozen=True)
@@ -57,7 +29,7 @@ class FittedLaw:
 
     Attributes:
         alpha, C: of the law.
-        C_interval: bootstrap interval; None below two documents. Resamples with a censored budget count with the
+        C_low, C_high: bootstrap interval; None below two documents. Resamples with a censored budget count with the
             smallest value that its bounds allow for the low end, and the largest for the high one.
         lengths: how many lengths it rests on.
         errors: name of a law → typical factor by which it misses a length that was left out; 1 is perfect.
@@ -66,7 +38,8 @@ class FittedLaw:
 
     alpha: float
     C: float
-    C_interval: Interval | None
+    C_low: float | None
+    C_high: float | None
     lengths: int
     errors: dict[str, float]
     fitted: float
@@ -79,13 +52,29 @@ class FittedLaw:
 
 @dataclass(frozen=True)
 class IsoQuality:
-    """What one method needs on one task; ``law`` is None where the budget is known at fewer than three lengths."""
+    """What one method needs on one task.
+
+    Attributes:
+        task, method: which.
+        documents: how many are shared by all lengths and budgets.
+        needed: a line for each length: ``keys``, missing where no measured budget is within the margin; ``low`` and
+            ``high`` of its bootstrap interval, in which one key may do in resamples where the smallest measured budget
+            is within the margin, and all keys may be needed where none is; ``reached``, the share of resamples in which
+            some is; ``at_most``, whether the smallest measured budget already is within it; ``largest``, the largest
+            measured budget.
+        law: None where the budget is known on both sides at fewer than three lengths.
+    """
 
     task: str
     method: str
     documents: int
-    needed: tuple[NeededBudget, ...]
+    needed: pd.DataFrame
     law: FittedLaw | None
+
+    @property
+    def bounded(self) -> pd.DataFrame:
+        """The lengths at which the budget is known on one side alone."""
+        return self.needed[self.needed["keys"].isna() | self.needed["at_most"]]
 
 
 def iso_quality(
@@ -108,26 +97,25 @@ def iso_quality(
         raise ValueError(f"every length and budget needs the same documents, at least one; got {sorted(counts)}")
     documents = counts.pop()
     drawn = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES) / documents
-    needed, lowest, highest = [], [], []
+    rows, lowest, highest = [], [], []
     for length in sorted(differences):
         budgets = sorted(differences[length])
         losses = np.array([differences[length][k] for k in budgets], dtype=np.float64)
         keys = float(_smallest(budgets, losses.mean(axis=1)[:, None], within)[0])
         sample = _smallest(budgets, losses @ drawn.T, within)
         # What may be needed at least and at most: one key, and all of them, beyond what was measured.
-        least = np.where(np.isnan(sample), budgets[-1], np.where(sample == budgets[0], 1.0, sample))
-        most = np.where(np.isnan(sample), max(length, budgets[-1]), sample)
-        known, low, high, reached = None if math.isnan(keys) else keys, None, None, None
-        if documents >= MIN_SAMPLES:
-            (low, high), reached = _interval(least, most), float(np.mean(~np.isnan(sample)))
-        needed.append(NeededBudget(length, known, low, high, reached, keys == budgets[0], budgets[-1]))
-        lowest.append(least)
-        highest.append(most)
-    fitted = [i for i, budget in enumerate(needed) if not budget.censored]
+        lowest.append(np.where(np.isnan(sample), budgets[-1], np.where(sample == budgets[0], 1.0, sample)))
+        highest.append(np.where(np.isnan(sample), max(length, budgets[-1]), sample))
+        spread = [*_interval(lowest[-1], highest[-1]), float(np.mean(~np.isnan(sample)))]
+        rows.append(
+            [length, keys, *(spread if documents >= MIN_SAMPLES else [math.nan] * 3), keys == budgets[0], budgets[-1]]
+        )
+    needed = pd.DataFrame(rows, columns=["length", "keys", "low", "high", "reached", "at_most", "largest"])
+    known = np.array(needed["keys"].notna() & ~needed["at_most"])
     law = None
-    if len(fitted) >= _LENGTHS_NEEDED:
-        law = _fit([needed[i] for i in fitted], np.array(lowest)[fitted], np.array(highest)[fitted], documents)
-    return IsoQuality(task, method, documents, tuple(needed), law)
+    if known.sum() >= _LENGTHS_NEEDED:
+        law = _fit(needed[known], np.array(lowest)[known], np.array(highest)[known], documents)
+    return IsoQuality(task, method, documents, needed, law)
 
 
 def _smallest(budgets: Sequence[int], losses: np.ndarray, within: float) -> np.ndarray:
@@ -145,11 +133,10 @@ def _smallest(budgets: Sequence[int], losses: np.ndarray, within: float) -> np.n
     return keys
 
 
-def _fit(needed: Sequence[NeededBudget], lowest: np.ndarray, highest: np.ndarray, documents: int) -> FittedLaw:
+def _fit(needed: pd.DataFrame, lowest: np.ndarray, highest: np.ndarray, documents: int) -> FittedLaw:
     """The law through budgets that are known; of their resamples the bounds ``[L, R]``."""
-    log_n = np.log([budget.length for budget in needed])
-    log_k = np.log([budget.keys or math.nan for budget in needed])
-    line, spread = stats.linregress(log_n, log_k), None
+    log_n, log_k = np.log(needed["length"].to_numpy(float)), np.log(needed["keys"].to_numpy())
+    line, spread = stats.linregress(log_n, log_k), (None, None)
     if documents >= MIN_SAMPLES:
         # A slope is a sum of the values with fixed weights, so it is extreme where each is at one of its ends.
         weights = (log_n - log_n.mean()) / ((log_n - log_n.mean()) ** 2).sum()
@@ -158,7 +145,7 @@ def _fit(needed: Sequence[NeededBudget], lowest: np.ndarray, highest: np.ndarray
         spread = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
     fitted = float(np.mean((lowest == highest).all(axis=0)))
     alpha, C = float(np.exp(line.intercept)), float(line.slope)
-    return FittedLaw(alpha, C, spread, len(needed), _errors(log_n, log_k), fitted)
+    return FittedLaw(alpha, C, *spread, len(needed), _errors(log_n, log_k), fitted)
 
 
 def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:
@@ -174,7 +161,7 @@ def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:
     return {law: float(np.exp(np.sqrt(np.mean(np.square(errors))))) for law, errors in missed.items()}
 
 
-def _interval(lowest: np.ndarray, highest: np.ndarray) -> Interval:
+def _interval(lowest: np.ndarray, highest: np.ndarray) -> tuple[float, float]:
     """The interval of values of which each is known to lie between two bounds."""
     tail = (1 - CONFIDENCE) / 2
     return float(np.quantile(lowest, tail)), float(np.quantile(highest, 1 - tail))

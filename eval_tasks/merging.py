@@ -112,7 +112,9 @@ def _with_index(run: Mapping[str, Any], row: Row) -> Row:
 
 def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRun:
     runs = [run for _, run, _ in group]
-    of_all = {name: [value for run in runs for value in run["identity"][name]] for name in ("methods", "tasks", "lengths")}
+    of_all = {
+        name: [value for run in runs for value in run["identity"][name]] for name in ("methods", "tasks", "lengths")
+    }
     together = {
         "methods": sorted(set(of_all["methods"]), key=order_of),
         "tasks": list(dict.fromkeys(of_all["tasks"])),

@@ -29,6 +29,21 @@ WITHIN = 0.05
 PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     resources.files("eval_tasks").joinpath("templates/report.html").read_text(encoding="utf-8")
 )
+_MEASURED = "Columns that begin with “tail” are of the scored positions; losses are in nats per token, memory in MB."
+_TESTS = (
+    "Loss over dense on the same documents (nats per token, or share of answers). Non-inferior: a loss of more than the "
+    "margin ({percent:g} % of perplexity, or points of answers) is excluded. p-values are corrected over all lines by "
+    "Holm's procedure. p difference: exact McNemar test for answers that are right or wrong, else all flips of the "
+    "signs of whole documents. p margin: for answers the exact binomial test on those lost (of partial scores "
+    "Hoeffding's bound), else a t-test corrected for skewness. Detectable: the smallest difference that so many "
+    "documents show in 80 of 100 cases at the level of the first of all lines."
+)
+_EFFECTIVE = "The longest context up to which a method stays within the margin of dense, by the means; 0 for none."
+_NEEDED = (
+    "The smallest k within the margin of dense, interpolated between measured budgets; none where the largest is not "
+    "enough. Reached: the share of resamples in which a measured budget is. One key and all keys end the interval of "
+    "budgets that are known on one side alone. The law is fitted to the lengths at which they are known on both sides."
+)
 
 
 class Section:
@@ -50,18 +65,20 @@ class Section:
         self.shown = summary.overview(self.summary)
         self.found = summary.needed_budgets(self.frame, within)
         self.needed = summary.needed_table(self.found)
-        self.caveats = sentences.caveats(self.run, self.frame, self.compared)
-        self.details = [tables.quality_table(self.summary)]
+        self.caveats = sentences.caveats(self.run, self.frame, self.compared, self.found)
+        self.details = [tables.full_table("All that was measured", _MEASURED, self.summary)]
         if len(self.compared):
+            note = _TESTS.format(percent=100 * within)
+            self.details.append(tables.full_table("Tests against dense", note, _for_programs(self.compared)))
             lengths = summary.effective_lengths(self.summary, self.compared, within)
-            self.details += [tables.comparison_table(self.compared, within), tables.effective_table(lengths, within)]
+            self.details.append(tables.full_table("Effective context length", _EFFECTIVE, lengths))
         length = summary.longest_compared(self.summary, self.compared)
         self.table: tables.Table | None = None
         self.result = [sentences.NOTHING_COMPARED]
         if self.found:
-            self.table, budgets = tables.needed_tables(self.needed, self.found, within)
-            self.details.insert(0, budgets)
-            self.result = sentences.iso_sentences(self.found, within)
+            self.table = tables.needed_main(self.found)
+            self.details.insert(0, tables.full_table("Budgets needed, by length", _NEEDED, self.needed))
+            self.result = [sentences.iso_lead(self.found, within)]
         elif length is not None:
             at = self.shown[self.shown["length"] == length]
             cost = sentences.costs(at, self.run)
@@ -71,7 +88,11 @@ class Section:
     def progress(self) -> str:
         """How much of the plan is measured; empty for a run that is whole."""
         planned, done = self.run.get("planned"), len(self.merged.rows)
-        return "" if planned is None or done >= planned else f"{done} of {planned} measurements are made; the same command goes on."
+        return (
+            ""
+            if planned is None or done >= planned
+            else f"{done} of {planned} measurements are made; the same command goes on."
+        )
 
     def facts(self) -> str:
         """What was measured on what, in a line."""
@@ -93,40 +114,28 @@ class Section:
             caption = f"{summary.title_of(task)}: share of right answers by depth and length."
             yield "Needles by depth", caption, lambda narrow, own=own: figures.depth_maps(own, narrow)
         if panels := figures.position_panels(self.frame):
-            caption = "Loss over dense, in nats per token, by position within the scored tokens; above the line is worse."
+            caption = (
+                "Loss over dense, in nats per token, by position within the scored tokens; above the line is worse."
+            )
             yield "Loss by position", caption, lambda narrow, panels=panels: figures.draw(panels, narrow)
         if not self.found and len(self.shown):
             own = self.shown[self.shown["task"] == self.shown["task"].iloc[0]]
             caption = "What each method attended: the realised budget, and its share of all visible keys."
             yield "Budgets", caption, lambda narrow: figures.draw(figures.budget_panels(own), narrow)
 
-    def setup(self) -> dict[str, str]:
-        """What was measured, name by name."""
-        run, identity = self.run, self.identity
-        match = identity.get("match", "deploy")
-        budgets = f"k(n) = {identity['alpha']:g} · n^{identity['C']:g}"
-        if match == "deploy":
-            budgets += f"; fixed {run['budget_at_equal']}; logarithmic {run['log_factor']:.4g} · log2(n)"
-        tasks = [f"{t.title}: {t.description}" for t in map(TASKS.get, identity["tasks"]) if t]
-        methods = {find_method(name).title: find_method(name).description for name in identity["methods"]}
-        return {
-            "Model": f"{identity['model']}, {run['model_class']}",
-            "Text": f"{run['text_origin']}, {run['text_tokens']:,} tokens",
-            "Scored": f"{identity['scored']} tokens (perplexity), a passage of {identity['passage']} tokens (recall)",
-            "Tasks": "; ".join([*tasks, *(name for name in identity["tasks"] if name not in TASKS)]),
-            "Sparse": SPARSE_IN[identity.get("phase", "all")],
-            "Matched budgets": f"{match}: {MATCHED_BY[match].format(equal_at=identity['equal_at'])}",
-            "Budgets": budgets,
-            **methods,
-        }
-
     def record(self) -> dict[str, str]:
-        """Versions, hardware and all settings, name by name."""
-        commits = dict.fromkeys(str(row.get("commit")) for row in self.merged.rows)
+        """Tasks, methods, versions, hardware and all settings, name by name."""
+        identity, match = self.identity, self.identity.get("match", "deploy")
         values = {
-            **self.identity,
+            "model class": self.run["model_class"],
+            "text": f"{self.run['text_origin']}, {self.run['text_tokens']:,} tokens",
+            "sparse": SPARSE_IN[identity.get("phase", "all")],
+            "matched budgets": f"{match}: {MATCHED_BY[match].format(equal_at=identity['equal_at'])}",
+            **{TASKS[name].title: TASKS[name].description for name in identity["tasks"] if name in TASKS},
+            **{find_method(name).title: find_method(name).description for name in identity["methods"]},
+            **{name: value for name, value in identity.items() if name != "text"},
             **self.run.get("hardware", {}),
-            "commit": ", ".join(commits),
+            "commit": ", ".join(dict.fromkeys(str(row.get("commit")) for row in self.merged.rows)),
             "measured": ", ".join(str(session.get("started")) for session in self.run["sessions"]),
             "directories": ", ".join(map(str, self.merged.directories)),
         }
@@ -168,7 +177,7 @@ def csv_files(sections: Sequence[Section]) -> dict[str, str]:
     """The tables for programs by file name; with several sections a first column says which."""
     found = {
         SUMMARY: [section.summary for section in sections],
-        COMPARISONS: [section.compared.drop(columns=["dense_fails", "worse_samples"]) for section in sections],
+        COMPARISONS: [_for_programs(section.compared) for section in sections],
     }
     if any(section.found for section in sections):
         found[NEEDED] = [section.needed for section in sections]
@@ -183,8 +192,12 @@ def render(sections: Sequence[Section], labels: Sequence[str], csv: dict[str, st
     """The report as one page of HTML that refers to nothing outside itself; all text in it is escaped."""
     models = ", ".join(dict.fromkeys(str(section.identity["model"]) for section in sections))
     files = {name: _data("text/csv", text.encode()) for name, text in csv.items()}
-    return PAGE.render(title=f"Sparse against dense attention: {models}", sections=list(zip(sections, labels, strict=True)),
-                       files=files, picture=_picture)
+    return PAGE.render(
+        title=f"Sparse against dense attention: {models}",
+        sections=list(zip(sections, labels, strict=True)),
+        files=files,
+        picture=_picture,
+    )
 
 
 def markdown(sections: Sequence[Section], labels: Sequence[str]) -> str:
@@ -199,11 +212,18 @@ def markdown(sections: Sequence[Section], labels: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _for_programs(compared: pd.DataFrame) -> pd.DataFrame:
+    return compared.drop(columns=["dense_fails", "worse_samples"])
+
+
 def _picture(draw: Callable[[bool], Figure]) -> list[dict[str, Any]]:
     """The drawings for a wide page and for a narrow one, each with its width in pixels."""
     drawn = [draw(narrow) for narrow in (False, True)]
     return [
-        {"width": round(72 * figure.get_figwidth()), "source": _data("image/svg+xml", figures.to_svg(figure, "a").encode())}
+        {
+            "width": round(72 * figure.get_figwidth()),
+            "source": _data("image/svg+xml", figures.to_svg(figure, "a").encode()),
+        }
         for figure in drawn
     ]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from eval_tasks.iso_quality import IsoQuality
+from eval_tasks.measure import SPARSE_IN
 from eval_tasks.methods import DENSE, NC, find_method, without_choice
 from eval_tasks.provenance import hardware_words
 from eval_tasks.stats import DENSE_FAILS
@@ -27,17 +28,6 @@ VERDICTS = {
 }
 """The verdicts of a comparison in the words of the first table."""
 _FEW = 10
-_APART = {
-    "all": "one forward pass",
-    "prefill": "the prefill",
-    "question": "the scored tokens, read at once after a dense prefill",
-    "decode": "the scored tokens, read one by one after a dense prefill",
-}
-_TOGETHER = {
-    "prefill": "the sparse prefill and the scored tokens, which are read densely, together",
-    "question": "a dense prefill and the scored tokens after it together",
-    "decode": "a dense prefill and the scored tokens one by one after it together",
-}
 
 
 def lead(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str) -> str:
@@ -67,33 +57,35 @@ def lead(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str
     return f"{said}. Against dense attention, {', '.join(results)}."
 
 
-def iso_sentences(found: Sequence[IsoQuality], within: float) -> list[str]:
-    """What budget each method needs at the longest length where it is known, and which law it follows."""
-    sentences = []
+def iso_lead(found: Sequence[IsoQuality], within: float) -> str:
+    """What budget each method needs at the longest length where it is known, and how that grows."""
+    said = []
     for iso in found:
-        known = [n for n in iso.needed if n.keys is not None]
-        said = f"To stay within {100 * within:g} % of dense in {title_of(iso.task)}, {find_method(iso.method).title} needs "
-        if known:
-            said += f"{'at most ' * known[-1].at_most}{known[-1].keys:.0f} of {known[-1].length:,} keys"
-        else:
-            said += "more than any budget that was measured"
-        if iso.law is None:
-            said += "; a law takes three lengths whose budget is known on both sides"
-        else:
-            spread = iso.law.C_interval
-            interval = f" (95 % interval of the exponent {spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
-            said += f"; by length this follows {iso.law.alpha:.3g}·n^{iso.law.C:.2f}{interval}, and of three laws the "
-            said += f"{iso.law.best} one predicts a length left out best"
-        if bounded := [n for n in iso.needed if n.censored]:
-            sides = ", ".join(f"{n.length:,} ({'at most ' if n.at_most else 'more than '}{n.keys or n.largest:.0f})" for n in bounded)
-            said += f". At {len(bounded)} of {len(iso.needed)} lengths it is known on one side alone, and they enter no law: {sides}"
-        sentences.append(said + ".")
-    return sentences
+        known = iso.needed.dropna(subset=["keys"])
+        keys = "more than any budget that was measured"
+        if len(known):
+            n = known.iloc[-1]
+            keys = f"{'at most ' * bool(n['at_most'])}{n['keys']:.0f} of {n['length']:,} keys"
+        law = f", by length {iso.law.alpha:.3g}·n^{iso.law.C:.2f}" if iso.law else ""
+        said.append(f"{find_method(iso.method).title} needs {keys} in {title_of(iso.task)}{law}")
+    return f"To stay within {100 * within:g} % of dense attention, {'; '.join(said)}."
 
 
-def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
+def caveats(
+    run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame, found: Sequence[IsoQuality]
+) -> list[str]:
     """Few samples, lengths where dense fails, calls that ran dense, blocks nobody chose, hardware, failures."""
     said = []
+    for iso in found:
+        if len(iso.bounded):
+            sides = [
+                f"{n.length:,} ({'at most' if n.at_most else 'more than'} {n.largest if math.isnan(n.keys) else n.keys:.0f})"
+                for n in iso.bounded.itertuples()
+            ]
+            said.append(
+                f"{find_method(iso.method).title} in {title_of(iso.task)}: at {len(sides)} of {len(iso.needed)} lengths the "
+                f"budget is known on one side alone, and they enter no law: {', '.join(sides)}."
+            )
     if len(compared):
         fewest = compared["documents"].min()
         within = compared.loc[compared["needed_within"].idxmax()]
@@ -108,7 +100,9 @@ def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame)
     failed = frame.dropna(subset=["failed"])
     for (reason, method), own in failed.groupby(["failed", "method"], observed=True):
         cells = own.groupby(["task", "length"], observed=True).size().items()
-        listed = ", ".join(f"{title_of(task)} at {length:,} tokens ({count} samples)" for (task, length), count in cells)
+        listed = ", ".join(
+            f"{title_of(task)} at {length:,} tokens ({count} samples)" for (task, length), count in cells
+        )
         said.append(f"Not measured, {reason}: {find_method(method).title} in {listed}.")
     ran_dense = sorted({reason for calls in frame["ran_dense"].dropna() for reason in calls})
     if ran_dense:
@@ -144,13 +138,13 @@ def costs(at: pd.DataFrame, run: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
     phase, tasks = run["identity"].get("phase", "all"), list(at["task"])
     own = at[at["task"] == ("perplexity" if "perplexity" in tasks else tasks[0])].set_index("method")
     timed = own.dropna(subset=["seconds"])
-    column, what = "seconds", _TOGETHER.get(phase, _APART["all"])
+    column, what = "seconds", "all that was read, dense parts included"
     if own["score"].notna().any():
-        what = "the prompt and the answer, as long as each method made it"
+        what = "prompt and answer, as long as each method made it"
         if phase in ("question", "decode") and timed["seconds_per_answer_token"].notna().all():
             column, what = "seconds_per_answer_token", "each token of an answer after the first"
     elif timed["sparse_seconds"].notna().all():
-        column, what = "sparse_seconds", _APART[phase]
+        column, what = "sparse_seconds", SPARSE_IN[phase].split(";")[0]
     if len(hardware_of(run)) > 1 or not len(timed):
         return own[["peak_memory_mb"]].assign(seconds=math.nan), ""
     return own[["peak_memory_mb"]].assign(seconds=own[column]), what
@@ -170,7 +164,7 @@ def quality(row: Any) -> tuple[str, str]:
         mean = f"{mean} times"
     else:
         mean, *ends = (f"{round(100 * math.expm1(value), 1) + 0.0:+.1f}" for value in loss)
-        mean = f"{mean} %"
+        mean = "the same" if mean in ("+0.0", "-0.0") else f"{mean} %"
     return mean.replace("-", "−"), "" if math.isnan(row.low) else " … ".join(ends).replace("-", "−")
 
 

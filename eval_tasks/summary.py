@@ -4,7 +4,7 @@ All tables are data frames of pandas, in the order in which tasks, lengths and m
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,10 +44,12 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     frame["index"] = frame["index"].fillna(frame["sample"]).astype("int64")
     alone = "sample " + frame["index"].astype(str) + " of seed " + frame["seed"].astype(str)
     frame["document"] = frame["document"].where(frame["document"].notna(), alone).astype(str)
-    frame["phase"] = frame["phase"].fillna("all")
+    frame["phase"] = frame["phase"].astype(object).fillna("all")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
-    tasks = sorted(set(frame["task"]), key=lambda name: (list(TASKS).index(name) if name in TASKS else len(TASKS), name))
+    tasks = sorted(
+        set(frame["task"]), key=lambda name: (list(TASKS).index(name) if name in TASKS else len(TASKS), name)
+    )
     frame["task"] = pd.Categorical(frame["task"], tasks)
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
     return frame.drop_duplicates([*CELL, *PLACE], keep="last").sort_values([*CELL, *PLACE], ignore_index=True)
@@ -105,7 +107,9 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
             pairs = wide[[method, DENSE]].dropna() if DENSE in wide else wide[:0]
             if len(pairs):
                 cells.append((task, length, method))
-                paired.append((pairs[method], pairs[DENSE], list(owners[pairs.index]), dense_fails(frame, task, length)))
+                paired.append(
+                    (pairs[method], pairs[DENSE], list(owners[pairs.index]), dense_fails(frame, task, length))
+                )
     family = sum(len(set(documents)) >= MIN_SAMPLES for *_, documents, fails in paired if not fails)
     found = [
         compare(a.to_numpy(), b.to_numpy(), documents, *_margin(frame, task, within), fails, family)
@@ -211,15 +215,15 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
     return found
 
 
-def needed_table(found: Iterable[IsoQuality]) -> pd.DataFrame:
+def needed_table(found: Sequence[IsoQuality]) -> pd.DataFrame:
     """The budgets that the quality of dense needs, each with the law through those of its task and method."""
-    names = ["length", "keys", "low", "high", "reached", "at_most", "largest"]
-    rows = []
-    for iso in found:
-        law = iso.law and (iso.law.alpha, iso.law.C, *(iso.law.C_interval or (None, None)))
-        for n in iso.needed:
-            rows.append([iso.task, iso.method, *(getattr(n, x) for x in names), iso.documents, *(law or [None] * 4)])
-    return pd.DataFrame(rows, columns=["task", "method", *names, "documents", "alpha", "C", "C_low", "C_high"])
+    parts = [iso.needed.assign(task=iso.task, method=iso.method, documents=iso.documents) for iso in found]
+    for part, iso in zip(parts, found, strict=True):
+        for name in ("alpha", "C", "C_low", "C_high"):
+            part[name] = float("nan") if iso.law is None else getattr(iso.law, name)
+    columns = ["task", "method", "length", "keys", "low", "high", "reached", "at_most", "largest", "documents"]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    return table.reindex(columns=[*columns, "alpha", "C", "C_low", "C_high"])
 
 
 def csv_of(table: pd.DataFrame) -> str:
@@ -252,7 +256,9 @@ def _cell(own: pd.DataFrame) -> dict[str, Any]:
         "budget": done["budget"].iloc[0] if len(done) else None,
         **done[means].mean(skipna=False),
         "score": 1.0 - done["loss"].mean() if answers else None,
-        "bits_per_byte": None if answers else done["loss_sum"].sum(min_count=1) / done["bytes"].sum(min_count=1) / math.log(2),
+        "bits_per_byte": None
+        if answers
+        else done["loss_sum"].sum(min_count=1) / done["bytes"].sum(min_count=1) / math.log(2),
         "seconds": done["seconds"].median(),
         "tokens_per_second": (done["part_tokens"] / done["part_seconds"]).median(),
         "peak_memory_mb": done["peak_memory"].max() / 1e6,
@@ -269,7 +275,9 @@ def _sparse_part(frame: pd.DataFrame) -> pd.DataFrame:
     """
     which = [frame["score"].notna(), frame["phase"] == "all", frame["phase"] == "prefill"]
     after = frame["seconds"] - frame["prefill_seconds"]
-    tokens = np.select(which, [frame["said_tokens"] - 1, frame["length"], frame["length"] - frame["tokens"]], frame["tokens"])
+    tokens = np.select(
+        which, [frame["said_tokens"] - 1, frame["length"], frame["length"] - frame["tokens"]], frame["tokens"]
+    )
     spent = [frame["seconds"] - frame["first_token_seconds"], frame["seconds"], frame["prefill_seconds"]]
     part = pd.DataFrame({"part_tokens": tokens, "part_seconds": np.select(which, spent, after)}, index=frame.index)
     return part.where((part["part_tokens"] > 0) & (part["part_seconds"] > 0))

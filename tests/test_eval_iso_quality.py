@@ -1,15 +1,12 @@
 """Needed budgets and fitted laws: recovered where the truth is known."""
 
-import csv
-import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from eval_tasks.findings import iso_sentences
 from eval_tasks.iso_quality import iso_quality
-from eval_tasks.report import needed_csv
+from eval_tasks.summary import needed_table
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BUDGETS = (8, 16, 32, 64, 128, 256, 512)
@@ -28,8 +25,7 @@ def test_a_power_law_is_recovered_and_predicts_best():
     assert found.law.alpha == pytest.approx(2.0, rel=1e-5)
     assert found.law.errors["power"] == pytest.approx(1.0, abs=1e-5)
     assert found.law.errors["power"] < found.law.errors["logarithmic"] < found.law.errors["constant"]
-    for needed in found.needed:
-        assert needed.keys == pytest.approx(2.0 * needed.length**0.5, rel=1e-6)
+    assert list(found.needed["keys"]) == pytest.approx([2.0 * n**0.5 for n in LENGTHS], rel=1e-6)
 
 
 @pytest.mark.parametrize(("law", "best"), [(lambda n: 6.4 * np.log2(n), "logarithmic"), (lambda n: 50.0, "constant")])
@@ -45,22 +41,23 @@ def test_the_interval_of_C_covers_the_truth_about_as_often_as_it_says():
         draw = np.random.default_rng(trial)
         tilts = draw.normal(0.0, 0.05, 30)
         data = {n: {k: list(np.log(2.0 * n ** (0.5 + tilts) / k)) for k in BUDGETS if k < n} for n in LENGTHS}
-        low, high = iso_quality("recall", "fixed-topk", data, within=0.0, seed=trial).law.C_interval
-        covered += low <= 0.5 <= high
+        law = iso_quality("recall", "fixed-topk", data, within=0.0, seed=trial).law
+        covered += law.C_low <= 0.5 <= law.C_high
     assert covered >= 16
 
 
 def test_a_margin_lets_a_smaller_budget_do():
     strict = iso_quality("recall", "fixed-topk", losses(lambda n: 64.0), within=0.0)
     lax = iso_quality("recall", "fixed-topk", losses(lambda n: 64.0), within=np.log(2))
-    assert [n.keys for n in lax.needed] == pytest.approx([n.keys / 2 for n in strict.needed])
+    assert list(lax.needed["keys"]) == pytest.approx(list(strict.needed["keys"] / 2))
 
 
 def test_a_budget_that_none_reaches_is_none_and_one_that_the_smallest_reaches_is_a_bound():
     found = iso_quality("recall", "window", losses(lambda n: 10_000.0 if n > 1024 else 2.0, noise=0.1), within=0.0)
-    assert [n.keys for n in found.needed] == [8, 8, None, None, None]
-    assert [n.at_most for n in found.needed] == [True, True, False, False, False]
-    assert [n.reached for n in found.needed] == pytest.approx([1, 1, 0, 0, 0])
+    assert list(found.needed["keys"].fillna(0)) == [8, 8, 0, 0, 0]
+    assert list(found.needed["at_most"]) == [True, True, False, False, False]
+    assert list(found.needed["reached"]) == pytest.approx([1, 1, 0, 0, 0])
+    assert len(found.bounded) == 5
     assert found.law is None
 
 
@@ -68,8 +65,8 @@ def test_lengths_where_the_budget_is_only_bounded_do_not_enter_the_law():
     """Measured with 40 and 128 keys, 2·n^0.5 is known from 512 to 2,048 tokens, and bounded below and above them."""
     data = {n: {k: [np.log(2.0 * n**0.5 / k)] * 9 for k in (40, 128)} for n in (256, 512, 1024, 2048, 8192)}
     found = iso_quality("recall", "fixed-topk", data, within=0.0)
-    assert [n.length for n in found.needed if n.at_most] == [256]
-    assert [n.length for n in found.needed if n.keys is None] == [8192]
+    assert list(found.needed.loc[found.needed["at_most"], "length"]) == [256]
+    assert list(found.needed.loc[found.needed["keys"].isna(), "length"]) == [8192]
     assert found.law.lengths == 3
     assert pytest.approx(0.5, abs=1e-6) == found.law.C
 
@@ -77,13 +74,8 @@ def test_lengths_where_the_budget_is_only_bounded_do_not_enter_the_law():
 def test_no_law_goes_through_fewer_than_three_known_budgets():
     data = {n: {k: [np.log(2.0 * n**0.5 / k)] * 9 for k in (64, 512)} for n in (256, 512, 2048, 4096)}
     found = iso_quality("recall", "fixed-topk", data, within=0.0)
-    assert [n.censored for n in found.needed] == [True, True, False, False]
+    assert list(found.bounded["length"]) == [256, 512]
     assert found.law is None
-    [said] = iso_sentences([found], 0.0)
-    assert "needs at most 64 of 256, at most 64 of 512, 91 of 2,048, 128 of 4,096 keys" in said
-    assert "Too few lengths to fit a law to" in said
-    assert "At 2 of 4 lengths the budget is known on one side alone" in said
-    assert "at 2 the smallest measured budget is enough already (256, 512)" in said
 
 
 def test_resamples_without_a_known_budget_widen_the_interval_and_are_not_left_out():
@@ -93,24 +85,23 @@ def test_resamples_without_a_known_budget_widen_the_interval_and_are_not_left_ou
     data = {n: {k: list(np.log(2.0 * n**0.5 / k) + shifts) for k in (8, 16, 32, 64, 128, 200)} for n in LENGTHS}
     found = iso_quality("recall", "fixed-topk", data, within=0.0)
     assert found.law.fitted < 0.95
-    longest = found.needed[-1]
-    assert longest.reached < 0.975
-    assert longest.high == 8192
-    assert longest.low < longest.keys < 200
-    low, high = found.law.C_interval
-    assert low < 0.5
-    assert high > 0.75
+    longest = found.needed.iloc[-1]
+    assert longest["reached"] < 0.975
+    assert longest["high"] == 8192
+    assert longest["low"] < longest["keys"] < 200
+    assert found.law.C_low < 0.5
+    assert found.law.C_high > 0.75
 
 
 def test_a_larger_budget_that_is_worse_again_counts_against_the_smaller():
     data = {512: {16: [-1.0], 32: [1.0], 64: [-1.0]}}
-    assert 32 < iso_quality("recall", "fixed-topk", data, within=0.0).needed[0].keys < 64
+    assert 32 < iso_quality("recall", "fixed-topk", data, within=0.0).needed["keys"][0] < 64
 
 
 def test_one_document_has_no_intervals():
     found = iso_quality("recall", "fixed-topk", losses(lambda n: 2.0 * n**0.5, documents=1), within=0.0)
-    assert found.law.C_interval is None
-    assert found.needed[0].low is None
+    assert found.law.C_low is None
+    assert found.needed["low"].isna().all()
 
 
 def test_documents_must_be_the_same_throughout():
@@ -118,14 +109,10 @@ def test_documents_must_be_the_same_throughout():
         iso_quality("recall", "fixed-topk", {512: {16: [0.0]}, 1024: {16: [0.0, 1.0]}}, within=0.0)
 
 
-def test_needed_budgets_are_written_for_programs():
+def test_the_table_of_needed_budgets_has_the_law_beside_each():
     known = iso_quality("recall", "fixed-topk", losses(lambda n: 2.0 * n**0.5), within=0.0)
-    few = replace(known, method="streaming", law=None)
-    rows = list(csv.DictReader(io.StringIO(needed_csv([known, few]))))
-    assert [row["length"] for row in rows] == [str(n.length) for n in known.needed] * 2
-    for row, needed in zip(rows, known.needed, strict=False):
-        assert (row["task"], row["method"]) == ("recall", "fixed-topk")
-        assert float(row["keys"]) == pytest.approx(needed.keys, rel=1e-5)
-        assert float(row["C"]) == pytest.approx(known.law.C, rel=1e-5)
-        assert float(row["C_low"]) <= float(row["C"]) <= float(row["C_high"])
-    assert (rows[-1]["alpha"], rows[-1]["C_high"]) == ("", "")
+    table = needed_table([known, replace(known, method="streaming", law=None)])
+    assert list(table["length"]) == [*LENGTHS, *LENGTHS]
+    assert list(table["keys"]) == list(known.needed["keys"]) * 2
+    assert set(table.loc[table["method"] == "fixed-topk", "C"]) == {known.law.C}
+    assert table.loc[table["method"] == "streaming", ["alpha", "C", "C_low", "C_high"]].isna().all(axis=None)
