@@ -54,7 +54,7 @@ _POSITION_BINS, _DEPTH_BINS = 16, 10
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a plot, named at its end: ``low`` and ``high`` are ends of bars, ``law`` a curve, ``beyond`` arrows."""
+    """A line of a plot, named at its end; ``low`` and ``high`` are ends of bars, ``law`` a curve, ``beyond`` arrows."""
 
     label: str
     x: Sequence[float]
@@ -78,11 +78,11 @@ class Panel:
 
 
 def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
-    """Quality by length, a plot for each task; ``shown`` is of ``overview``, ``summary`` has what was not seen before."""
+    """Quality by length, a plot for each task of ``overview``; the summary has what was not seen before."""
     panels = []
     for task, own in shown.groupby("task", sort=False, observed=True):
         answers = own["score"].notna().any()
-        lines = _lines_of(own, "length", 100 * own["score"] if answers else own["perplexity"])
+        lines = _lines_of(own, 100 * own["score"] if answers else own["perplexity"])
         unseen = summary[(summary["task"] == UNSEEN) & (task == "recall")].dropna(subset=["perplexity"])
         if len(unseen):
             dotted = {"color": "#444444", "linestyle": ":", "linewidth": 1.6}
@@ -96,8 +96,8 @@ def budget_panels(own: pd.DataFrame) -> list[Panel]:
     """Keys attended at the scored positions of one task, and the share of all keys, by length."""
     lengths = sorted(set(own["length"]))
     return [
-        Panel("keys read by a scored query", _lines_of(own, "length", own["tail_mean_keys"]), lengths),
-        Panel("% of the keys, all queries", _lines_of(own, "length", 100 * own["attended_fraction"]), lengths),
+        Panel("keys read by a scored query", _lines_of(own, own["tail_mean_keys"]), lengths),
+        Panel("% of the keys, all queries", _lines_of(own, 100 * own["attended_fraction"]), lengths),
     ]
 
 
@@ -106,22 +106,13 @@ def position_panels(frame: pd.DataFrame) -> list[Panel]:
     panels = []
     for task, own in frame.dropna(subset=["token_losses"]).groupby("task", observed=True):
         own = own[own["length"] == own["length"].max()]
-        losses = {
-            name: np.mean(list(rows["token_losses"]), axis=0) for name, rows in own.groupby("method", observed=True)
-        }
-        if DENSE in losses and len(losses) > 1:
-            dense = losses.pop(DENSE)
+        means = own.groupby("method", observed=True)["token_losses"].agg(lambda rows: np.mean(list(rows), axis=0))
+        if DENSE in means and len(means) > 1:
+            dense = means.pop(DENSE)
             edges = np.unique(np.linspace(0, len(dense), min(_POSITION_BINS, len(dense)) + 1).astype(int))
             middles = list((edges[:-1] + edges[1:]) / 2)
-            lines = [
-                Line(
-                    find_method(name).title,
-                    middles,
-                    [(values - dense)[a:b].mean() for a, b in pairwise(edges)],
-                    _style(name),
-                )
-                for name, values in losses.items()
-            ]
+            binned = {name: [(loss - dense)[a:b].mean() for a, b in pairwise(edges)] for name, loss in means.items()}
+            lines = [Line(find_method(name).title, middles, y, _style(name)) for name, y in binned.items()]
             lines.append(Line("dense", middles, [0.0] * len(middles), {"color": "#000000"}))
             title = f"{title_of(task)} at {own['length'].max():,} tokens"
             panels.append(Panel(title, lines, x_label="position among the scored tokens"))
@@ -227,9 +218,9 @@ def minor_label(value: float, _: int) -> str:
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
-def _lines_of(own: pd.DataFrame, x: str, y: pd.Series) -> list[Line]:
-    """A line for each method, of the values that there are."""
-    table = pd.DataFrame({"method": own["method"].astype(str), "x": own[x], "y": y}).dropna()
+def _lines_of(own: pd.DataFrame, y: pd.Series) -> list[Line]:
+    """A line by length for each method, of the values that there are."""
+    table = pd.DataFrame({"method": own["method"].astype(str), "x": own["length"], "y": y}).dropna()
     return [
         Line(find_method(name).title, list(points["x"]), list(points["y"]), _style(name))
         for name, points in table.groupby("method", sort=False)

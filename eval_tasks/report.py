@@ -29,11 +29,11 @@ WITHIN = 0.05
 PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     resources.files("eval_tasks").joinpath("templates/report.html").read_text(encoding="utf-8")
 )
-_MEASURED = "Columns that begin with “tail” are of the scored positions; losses are in nats per token, memory in MB."
+_MEASURED = "Those that begin with “tail” are of the scored positions; losses are in nats per token, memory in MB."
 _TESTS = (
-    "Loss over dense on the same documents (nats per token, or share of answers). Non-inferior: a loss of more than the "
-    "margin ({percent:g} % of perplexity, or points of answers) is excluded. p-values are corrected over all lines by "
-    "Holm's procedure. p difference: exact McNemar test for answers that are right or wrong, else all flips of the "
+    "Loss over dense on the same documents (nats per token, or share of answers). Non-inferior: a loss of more than "
+    "the margin ({percent:g} % of perplexity, or points of answers) is excluded. p-values are corrected over all lines "
+    "by Holm's procedure. p difference: exact McNemar test for answers that are right or wrong, else all flips of the "
     "signs of whole documents. p margin: for answers the exact binomial test on those lost (of partial scores "
     "Hoeffding's bound), else a t-test corrected for skewness. Detectable: the smallest difference that so many "
     "documents show in 80 of 100 cases at the level of the first of all lines."
@@ -88,20 +88,22 @@ class Section:
     def progress(self) -> str:
         """How much of the plan is measured; empty for a run that is whole."""
         planned, done = self.run.get("planned"), len(self.merged.rows)
-        return (
-            ""
-            if planned is None or done >= planned
-            else f"{done} of {planned} measurements are made; the same command goes on."
-        )
+        whole = planned is None or done >= planned
+        return "" if whole else f"{done} of {planned} measurements are made; the same command goes on."
 
     def facts(self) -> str:
         """What was measured on what, in a line."""
-        lengths, samples = self.identity["lengths"], sorted(set(self.frame.groupby(summary.CELL, observed=True).size()))
-        spread = f"{lengths[0]:,}" + (f" to {lengths[-1]:,}" if len(lengths) > 1 else "")
-        counts = f"{samples[0]}" + (f" to {samples[-1]}" if len(samples) > 1 else "")
-        model = f"{self.identity['model']} ({_in_millions(self.run['model_parameters'])} parameters, {self.run['model_dtype']})"
-        machines = "; ".join(sentences.hardware_of(self.run)) or "unknown hardware"
-        return " · ".join([model, self.run["text_origin"], f"{spread} tokens", f"{counts} samples each", machines])
+        counts = self.frame.groupby(summary.CELL, observed=True).size()
+        parameters = _in_millions(self.run["model_parameters"])
+        return " · ".join(
+            [
+                f"{self.identity['model']} ({parameters} parameters, {self.run['model_dtype']})",
+                self.run["text_origin"],
+                f"{_span(self.frame['length'])} tokens",
+                f"{_span(counts)} samples each",
+                *sentences.hardware_of(self.run),
+            ]
+        )
 
     def main_figure(self, narrow: bool = False) -> Figure:
         """The result in one picture: quality by length, or the budgets that iso-quality found."""
@@ -114,9 +116,7 @@ class Section:
             caption = f"{summary.title_of(task)}: share of right answers by depth and length."
             yield "Needles by depth", caption, lambda narrow, own=own: figures.depth_maps(own, narrow)
         if panels := figures.position_panels(self.frame):
-            caption = (
-                "Loss over dense, in nats per token, by position within the scored tokens; above the line is worse."
-            )
+            caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
             yield "Loss by position", caption, lambda narrow, panels=panels: figures.draw(panels, narrow)
         if not self.found and len(self.shown):
             own = self.shown[self.shown["task"] == self.shown["task"].iloc[0]]
@@ -230,6 +230,11 @@ def _picture(draw: Callable[[bool], Figure]) -> list[dict[str, Any]]:
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _span(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:,} to {high:,}" if low < high else f"{low:,}"
 
 
 def _in_millions(count: int) -> str:

@@ -11,7 +11,7 @@ from eval_tasks.measure import SPARSE_IN
 from eval_tasks.methods import DENSE, NC, find_method, without_choice
 from eval_tasks.provenance import hardware_words
 from eval_tasks.stats import DENSE_FAILS
-from eval_tasks.summary import CELL, title_of
+from eval_tasks.summary import title_of
 from eval_tasks.tasks import TASKS
 
 NOTHING_COMPARED = (
@@ -78,21 +78,18 @@ def caveats(
     said = []
     for iso in found:
         if len(iso.bounded):
-            sides = [
-                f"{n.length:,} ({'at most' if n.at_most else 'more than'} {n.largest if math.isnan(n.keys) else n.keys:.0f})"
-                for n in iso.bounded.itertuples()
-            ]
+            listed = ", ".join(f"{length:,}" for length in iso.bounded["length"])
             said.append(
-                f"{find_method(iso.method).title} in {title_of(iso.task)}: at {len(sides)} of {len(iso.needed)} lengths the "
-                f"budget is known on one side alone, and they enter no law: {', '.join(sides)}."
+                f"{find_method(iso.method).title} in {title_of(iso.task)}: at {listed} tokens the needed budget is "
+                "known on one side alone (at most the smallest measured, or more than the largest), which enters no law."
             )
     if len(compared):
         fewest = compared["documents"].min()
         within = compared.loc[compared["needed_within"].idxmax()]
         said.append(
-            f"{'Few samples: ' * bool(fewest < _FEW)}{fewest} documents or more in each comparison. With {len(compared)} "
-            f"comparisons a difference takes at least {compared['needed'].max()} documents to show, and “as good” "
-            f"{within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons take fewer."
+            f"{'Few samples: ' * bool(fewest < _FEW)}{fewest} documents or more in each comparison. With "
+            f"{len(compared)} comparisons a difference takes at least {within['needed']} documents to show, and “as "
+            f"good” {within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons take fewer."
         )
     for task, own in compared[compared["dense_fails"]].groupby("task", observed=True):
         listed = ", ".join(f"{length:,}" for length in sorted(set(own["length"])))

@@ -241,7 +241,7 @@ def _is_simulated(method: str) -> bool:
 
 
 def _margin(frame: pd.DataFrame, task: str, within: float) -> tuple[float, bool]:
-    """The margin on the loss that ``within`` means, nats per token or a share of the answers, and whether the latter."""
+    """The margin on the loss that ``within`` means, and whether it is one of answers rather than of nats per token."""
     answers = is_answer(frame, task)
     return (within if answers else math.log1p(within)), answers
 

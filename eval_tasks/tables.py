@@ -97,7 +97,7 @@ def needed_main(found: Sequence[IsoQuality]) -> Table:
                 (f"{law.best}, misses by {law.errors[law.best]:.2f}" if law else "–", ""),
             ]
         )
-    note = "Small print: 95 % interval. The best law misses a length that it was not fitted to by this factor; 1 is perfect."
+    note = "Small print: 95 % interval. The best law misses a length left out of the fit by this factor; 1 is perfect."
     header = ["Method", "Task", "Keys needed", "At tokens", "Fitted law", "C", "Best law"]
     return Table("Budget needed for the quality of dense", note, header, rows)
 
