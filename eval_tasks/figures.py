@@ -152,8 +152,8 @@ def draw(panels: Sequence[Panel], narrow: bool = False) -> Figure:
     width = _NARROW if narrow else _WIDE if columns > 1 else 0.7 * _WIDE
     height = max(270.0, 100 + _LABEL_HEIGHT * max((len(panel.lines) for panel in panels), default=0))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width / 72, rows * height / 72), dpi=72, layout="constrained")
-        figure.get_layout_engine().set(h_pad=12 / 72)
+        figure = Figure(figsize=(width / 72, rows * height / 72), dpi=72)
+        figure.set_layout_engine("constrained", h_pad=12 / 72)
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axis, panel in zip(axes, panels, strict=False):
             _draw_panel(axis, panel, narrow or columns == 3)
@@ -238,14 +238,12 @@ def _style(name: str) -> dict[str, Any]:
 def _draw_panel(axis: Axes, panel: Panel, narrow: bool) -> None:
     for line in panel.lines:
         if line.low:
-            y = np.array(line.y)
-            axis.errorbar(
-                line.x, y, [y - line.low, np.array(line.high) - y], color=line.style["color"], linestyle="", capsize=3
-            )
+            bars = np.abs(np.array([line.low, line.high]) - line.y)
+            axis.errorbar(line.x, line.y, bars, color=line.style["color"], linestyle="", capsize=3)
         if line.law:
             axis.plot(line.x, line.law, color=line.style["color"])
-        for x, y in line.beyond:
-            axis.errorbar([x], [y], yerr=[0.4 * y], lolims=True, **line.style)
+        for length, most in line.beyond:
+            axis.errorbar([length], [most], yerr=[0.4 * most], lolims=True, **line.style)
         axis.plot(line.x, line.y, **line.style)
     values = [value for line in panel.lines for value in (*line.y, *line.low, *line.high)]
     if panel.percent:

@@ -136,7 +136,8 @@ def _smallest(budgets: Sequence[int], losses: np.ndarray, within: float) -> np.n
 def _fit(needed: pd.DataFrame, lowest: np.ndarray, highest: np.ndarray, documents: int) -> FittedLaw:
     """The law through budgets that are known; of their resamples the bounds ``[L, R]``."""
     log_n, log_k = np.log(needed["length"].to_numpy(float)), np.log(needed["keys"].to_numpy())
-    line, spread = stats.linregress(log_n, log_k), (None, None)
+    line = stats.linregress(log_n, log_k)
+    spread: tuple[float, float] | tuple[None, None] = (None, None)
     if documents >= MIN_SAMPLES:
         # A slope is a sum of the values with fixed weights, so it is extreme where each is at one of its ends.
         weights = (log_n - log_n.mean()) / ((log_n - log_n.mean()) ** 2).sum()

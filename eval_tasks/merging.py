@@ -121,7 +121,7 @@ def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRu
         "lengths": sorted(set(of_all["lengths"])),
         "samples": max(run["identity"]["samples"] for run in runs),
     }
-    planned = [run.get("planned") for run in runs]
+    planned: list[Any] = [run.get("planned") for run in runs]
     run = {
         **runs[0],
         "identity": {**runs[0]["identity"], **together},

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -114,14 +115,14 @@ class Section:
         """The other plots: heading, caption, and what draws them, for a wide page or a narrow one."""
         for task, own in self.frame.dropna(subset=["depth", "score"]).groupby("task", observed=True):
             caption = f"{summary.title_of(task)}: share of right answers by depth and length."
-            yield "Needles by depth", caption, lambda narrow, own=own: figures.depth_maps(own, narrow)
+            yield "Needles by depth", caption, partial(figures.depth_maps, own)
         if panels := figures.position_panels(self.frame):
             caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
-            yield "Loss by position", caption, lambda narrow, panels=panels: figures.draw(panels, narrow)
+            yield "Loss by position", caption, partial(figures.draw, panels)
         if not self.found and len(self.shown):
             own = self.shown[self.shown["task"] == self.shown["task"].iloc[0]]
             caption = "What each method attended: the realised budget, and its share of all visible keys."
-            yield "Budgets", caption, lambda narrow: figures.draw(figures.budget_panels(own), narrow)
+            yield "Budgets", caption, partial(figures.draw, figures.budget_panels(own))
 
     def record(self) -> dict[str, str]:
         """Tasks, methods, versions, hardware and all settings, name by name."""

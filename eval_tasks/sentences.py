@@ -79,9 +79,10 @@ def caveats(
     for iso in found:
         if len(iso.bounded):
             listed = ", ".join(f"{length:,}" for length in iso.bounded["length"])
+            who = f"{find_method(iso.method).title} in {title_of(iso.task)}"
             said.append(
-                f"{find_method(iso.method).title} in {title_of(iso.task)}: at {listed} tokens the needed budget is "
-                "known on one side alone (at most the smallest measured, or more than the largest), which enters no law."
+                f"{who}: at {listed} tokens the needed budget is known on one side alone (at most the smallest "
+                "measured, or more than the largest), which enters no law."
             )
     if len(compared):
         fewest = compared["documents"].min()
