@@ -5,12 +5,10 @@ from statistics import fmean
 from typing import Any
 
 from eval_tasks.iso_quality import IsoQuality, NeededBudget
-from eval_tasks.measure import Phase
-from eval_tasks.methods import BLOCK, DENSE, NC, blocks_chosen, find_method, keys_of
+from eval_tasks.methods import DENSE, NC, find_method, without_choice
 from eval_tasks.provenance import hardware_words
 from eval_tasks.summary import Row, Summary, losses, title_of
 from eval_tasks.verdicts import GAIN_NEEDED
-from nc_patch.selections import Block
 
 GROWING = "nc-topk"
 # The same with the means of the keys that it leaves out.
@@ -261,29 +259,6 @@ class Findings:
     def _dense_fails(self, length: int) -> bool:
         unseen = self.cells.get(("unseen", length, DENSE))
         return unseen is not None and unseen.loss - self.cells["recall", length, DENSE].loss < GAIN_NEEDED
-
-
-def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase: Phase) -> list[str]:
-    """That blocks were not chosen by content, as a sentence; none where there is nothing of the kind.
-
-    Args:
-        cells: method, length and budget of whatever is measured; only those of ``block`` that leave keys out matter.
-        block_size: keys of a block.
-        phase: what of a forward pass is sparse.
-    """
-    found = [
-        (method, n, budget)
-        for method, n, budget in cells
-        if keys_of(method)[0] == BLOCK and budget < n and not blocks_chosen(budget, block_size, phase)
-    ]
-    if not found:
-        return []
-    listed = ", ".join(f"{find_method(method).title} at {n:,} tokens ({budget} keys)" for method, n, budget in found)
-    return [
-        "The blocks that are always attended, the first, those of the queries' own positions and in prefill those of "
-        f"the {Block.local_keys} keys before them, use up the budget of "
-        f"{listed}: there no block is chosen by content, and more keys may be attended than the budget has."
-    ]
 
 
 def hardware_of(run: Mapping[str, Any]) -> list[str]:
