@@ -66,7 +66,8 @@ def build_question(
     Raises:
         EvalError: the length cannot be filled.
     """
-    options = {"material": material, "new_tokens": new_tokens, "use_chat_template": bool(tokenizer.chat_template)}
+    template = bool(tokenizer.chat_template)
+    options: dict[str, Any] = {"material": material, "new_tokens": new_tokens, "use_chat_template": template}
     sample = synthesize(GENERATORS[name], tokenizer, length, seed, index, **options)
     bos = getattr(tokenizer, "bos_token", None)
     special = {"add_special_tokens": False} if bos and sample.prompt.startswith(bos) else {}

@@ -188,7 +188,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    several = {"nargs": "+"}
     matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
     phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
     methods = f"default: {spaced(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed"
@@ -196,13 +195,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="directory for results.jsonl, summary.csv, run.json and report.html")
     add_model_options(parser)
     add("--text", default=PYTHON_REFERENCE, help=f"{TEXT_FORMS} (default)")
-    add("--methods", **several, metavar="METHOD", help=methods)
+    add("--methods", nargs="+", metavar="METHOD", help=methods)
     add("--profile", metavar="FILE", help="a profile from nc-patch calibrate; adds the method profile")
     add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
-    add("--iso-keys", **several, type=positive, metavar="K", default=list(_ISO_KEYS), help=keys)
+    add("--iso-keys", nargs="+", type=positive, metavar="K", default=list(_ISO_KEYS), help=keys)
     _add_within(parser)
     add("--phase", choices=list(PHASES), default="all", help=f"what is sparse (default: all). {phases}")
-    add("--tasks", **several, default=list(TASKS), metavar="TASK", help=f"default: {spaced(TASKS)}")
+    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {spaced(TASKS)}")
     add_lengths(parser, _LENGTHS, "context lengths in tokens")
     add("--samples", type=positive, default=4, help="stretches of text at each length (default: 4)")
     add_budget_options(parser)
@@ -210,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--passage", type=positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
     add("--answer-tokens", type=positive, metavar="N", help="most tokens of an answer (default: as in the original)")
     seeds = "seeds of the random draws; each draws --samples samples (default: 0)"
-    add("--seed", type=int, **several, default=[0], help=seeds)
+    add("--seed", type=int, nargs="+", default=[0], help=seeds)
     add("--backend", choices=list(BACKENDS), default="auto", help="what runs sparse attention (default: auto)")
     add("--minutes", type=float, help="begin nothing that is not expected to end within so many minutes")
     add("--processes", type=positive, metavar="N", help="share the samples among N processes of this machine")

@@ -58,8 +58,8 @@ def cache_only_where_offline() -> Iterator[None]:
     if hub_resolves():
         yield
         return
-    offline = {"HF_HUB_OFFLINE": True}
-    with mock.patch.multiple(datasets.config, **offline), mock.patch.multiple(huggingface_hub.constants, **offline):
+    name = "HF_HUB_OFFLINE"
+    with mock.patch.object(datasets.config, name, True), mock.patch.object(huggingface_hub.constants, name, True):
         yield
 
 

@@ -114,7 +114,7 @@ def in_phase(
             with _attending(model, attention, tail) as count:
                 result, further, scored = read(cache, peak)
                 counts = count()
-    timed = {"seconds": peak.seconds, "peak_memory": peak.bytes, **peak.marks}
+    timed: dict[str, Any] = {"seconds": peak.seconds, "peak_memory": peak.bytes, **peak.marks}
     if isinstance(attention, Simulated):
         timed = {"seconds": None, "peak_memory": None}
     if isinstance(attention, Press):

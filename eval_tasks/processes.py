@@ -134,7 +134,8 @@ def start_processes(processes: int | None, command: Sequence[str]) -> int | None
             raise EvalError(f"a launcher started {launched_world()} processes already; leave out --processes")
         return None
     if processes is not None:
-        nodes, local, options = 1, processes, {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
+        nodes, local = 1, processes
+        options: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
     else:
         nodes, local, options = _announced()
     if nodes * local <= 1:

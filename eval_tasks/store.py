@@ -244,7 +244,7 @@ _OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), "number f
 
 def _problem(values: Mapping[str, Any], required: Mapping[str, str]) -> str | None:
     """What is wrong with an object, in words; None where nothing is."""
-    for name, kind in (required | {name: _OPTIONAL[name] for name in _OPTIONAL if name in values}).items():
+    for name, kind in {**required, **{name: _OPTIONAL[name] for name in _OPTIONAL if name in values}}.items():
         if name not in values:
             return f"{name} is missing"
         if not _fits(values[name], kind):
