@@ -1,8 +1,8 @@
 """Whether what is timed is right: rows of the first sequence, all heads, against the float64 reference.
 
 A query block of prefill chooses and attends for itself, so that some of them are computed as if the others were not
-there. Beyond a size sparse attention is compared with the PyTorch backend, which where it is what is timed shows no
-more than that rows do not depend on each other, and dense attention with float64 products.
+there. Beyond a size the PyTorch backend is what outputs are compared with; where it is what is timed, that shows no
+more than that rows do not depend on each other.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from eval_tasks.bench.inputs import Inputs
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.selections import Block, Dense
+from nc_patch.selections import Block
 from nc_patch.selections.index import KeyIndex
 
 # Up to so many keys, and scores of the compared rows, the reference, which stores them several times over, is computed.
@@ -30,7 +30,7 @@ class Expected:
     """What a method should return for the first sequence.
 
     Attributes:
-        output: float64 ``[1, Hq, R, Dv]``. rows: which queries these are, int64 ``[R]``. against: what computed it.
+        output: ``[1, Hq, R, Dv]``. rows: which queries these are, int64 ``[R]``. against: what computed it.
         attended: mean number of keys attended. kept_mass: mean share of the dense softmax that they hold.
     """
 
@@ -51,37 +51,26 @@ def checked_rows(queries: int, query_block_size: int) -> torch.Tensor:
 
 def expected_output(inputs: Inputs, config: NCConfig, phase: str, rows: torch.Tensor) -> Expected:
     """The right output of these queries by the selection of ``config`` for a phase, dense included."""
-    decode, selection = phase == "decode", getattr(config, phase)
+    selection = getattr(config, phase)
     query, key, value = inputs.query[:1, :, rows.to(inputs.query.device)], inputs.key[:1], inputs.value[:1]
-    visible, n = inputs.visible(rows)[:1], key.shape[2]
-    is_short = n <= REFERENCE_KEYS and query.shape[1] * len(rows) * n <= REFERENCE_SCORES
-    if isinstance(selection, Dense) and not is_short:
-        return Expected(_dense(query, key, value, visible[0, :, 1]), rows, "float64", _mean(visible[..., 1]), 1.0)
-    if is_short:
-        tensors = (query.cpu(), key.cpu(), value.cpu(), visible.cpu(), visible[..., 0].cpu().contiguous())
-        budget = config.row_budgets(visible.cpu(), n, 0)
-        problem = Problem(*tensors, budget, scale=query.shape[-1] ** -0.5, stats=True)
-        result, against = selection.reference(problem, decode=decode), "reference, float64"
+    visible, n = inputs.visible()[:1, rows.to(query.device)].contiguous(), key.shape[2]
+    if n <= REFERENCE_KEYS and query.shape[1] * len(rows) * n <= REFERENCE_SCORES:
+        query, key, value, visible = (tensor.cpu() for tensor in (query, key, value, visible))
+        origin, budget = visible[..., 0].contiguous(), config.row_budgets(visible, n, 0)
+        problem = Problem(query, key, value, visible, origin, budget, scale=query.shape[-1] ** -0.5, stats=True)
+        result, against = selection.reference(problem, decode=phase == "decode"), "reference, float64"
     else:
-        pages = decode and isinstance(selection, Block)
-        result, against = (
-            sparse_attention(
-                *(query, key, value),
-                alpha=config.alpha,  # type: ignore[arg-type]
-                C=config.C,  # type: ignore[arg-type]
-                selection=selection,
-                visible=visible,
-                dense_below=config.dense_below,
-                index=KeyIndex.build(key, "pages", block_size=selection.size, backend="torch") if pages else None,
-                return_stats=True,
-                backend="torch",
-            ),
-            "PyTorch backend",
-        )
+        index = None
+        if phase == "decode" and isinstance(selection, Block):
+            index = KeyIndex.build(key, "pages", block_size=selection.size, backend="torch")
+        settings: dict[str, Any] = {"alpha": config.alpha, "C": config.C, "dense_below": config.dense_below}
+        settings |= {"selection": selection, "visible": visible, "index": index, "backend": "torch"}
+        result, against = sparse_attention(query, key, value, **settings, return_stats=True), "PyTorch backend"
     assert isinstance(result, AttentionResult)
     assert result.attended is not None
     assert result.kept_mass is not None
-    return Expected(result.output.double(), rows, against, _mean(result.attended), _mean(result.kept_mass))
+    attended, kept_mass = float(result.attended.double().mean()), float(result.kept_mass.double().mean())
+    return Expected(result.output, rows, against, attended, kept_mass)
 
 
 def compare(output: torch.Tensor, expected: Expected, method: str) -> dict[str, Any]:
@@ -98,23 +87,3 @@ def compare(output: torch.Tensor, expected: Expected, method: str) -> dict[str, 
         tolerance = BLOCK_TOLERANCE
     is_right = bool(output.isfinite().all()) and error <= tolerance
     return {"relative_error": error, "compared_with": expected.against, "right": is_right}
-
-
-def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Few rows and one head after the other, so that few scores are there at a time; ``ends`` are int32 ``[R]``."""
-    group, scale = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5
-    output = torch.empty(*query.shape[:3], value.shape[-1], dtype=torch.float64, device=query.device)
-    for begin in range(0, len(ends), 32):
-        rows = slice(begin, begin + 32)
-        last = int(ends[rows].max())
-        hidden = torch.arange(last, device=query.device) >= ends[rows, None]
-        for h in range(key.shape[1]):
-            heads = slice(h * group, (h + 1) * group)
-            scores = query[0, heads, rows].double() @ key[0, h, :last].double().T * scale
-            weights = torch.softmax(scores.masked_fill_(hidden, -torch.inf), -1)
-            output[0, heads, rows] = weights @ value[0, h, :last].double()
-    return output
-
-
-def _mean(values: torch.Tensor) -> float:
-    return float(values.double().mean())

@@ -6,18 +6,18 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eval_tasks.arguments import positive
 from eval_tasks.bench import report
-from eval_tasks.bench.decode import DECODE
 from eval_tasks.bench.inputs import GEOMETRIES
-from eval_tasks.bench.measure import Benchmark, Row, Settings, measure_all
+from eval_tasks.bench.measure import Row, measure_all
 from eval_tasks.bench.models import measure_models
-from eval_tasks.bench.prefill import PREFILL
+from eval_tasks.bench.operator import DECODE, PREFILL, Benchmark, Settings
 from eval_tasks.bench.rivals import KINDS, rival_versions
 from eval_tasks.bench.timing import first_line
 from eval_tasks.errors import EvalError
@@ -72,24 +72,17 @@ def settings_of(parsed: argparse.Namespace) -> Settings:
         twice = [value for value in given if list(given).count(value) > 1]
         if twice:
             raise ValueError(f"--{name}: {twice[0]} is given twice")
+        if name in ("lengths", benchmark.whole) and 1 in given:
+            raise ValueError(f"--{name}: a length must be at least 2, got 1")
     options: dict[str, Any] = {}
     if benchmark is PREFILL:  # the keys that are attended are what is compared: nothing stands for the others
         options = {name: getattr(parsed, name) for name in (*_BLOCK_OPTIONS, "dense_below")} | {"tail": "drop"}
-    defaults = benchmark.defaults[device.type]
-    settings = Settings(
-        device=device,
-        dtype=DTYPES[parsed.dtype or defaults["dtype"]],
-        geometries=tuple(parsed.geometry or defaults["geometry"]),
-        batches=tuple(parsed.batch),
-        lengths=tuple(parsed.lengths or defaults["lengths"]),
-        selections=tuple(parsed.selections),
-        alpha=parsed.alpha,
-        C=parsed.C,
-        options=options,
-        repeats=parsed.repeats or defaults["repeats"],
-        seed=parsed.seed,
-        dense=tuple(parsed.dense),
-    )
+    chosen: dict[str, Any] = {
+        name: getattr(parsed, name) for name in ("batch", "selections", "alpha", "C", "seed", "dense")
+    }
+    for name in ("geometry", "lengths", "dtype", "repeats"):
+        chosen[name] = getattr(parsed, name) or benchmark.defaults[device.type][name]
+    settings = Settings(device=device, options=options, **chosen | {"dtype": DTYPES[chosen["dtype"]]})
     settings.config("dense")  # raises for values outside their ranges
     return settings
 
@@ -193,11 +186,10 @@ def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark, wh
         return f"by default {cpu} on the CPU, {cuda} on a GPU"
 
     add, files = of_benchmark.add_argument, f"{benchmark.phase}.json and {benchmark.phase}.png"
-    from_2, from_1 = _at_least(2), _at_least(1)
     add("--out", type=Path, required=True, metavar="DIR", help=f"where {files} go")
     add("--device", default="auto", help="cpu, cuda or cuda:N; by default the GPU where there is one")
-    add("--lengths", type=from_2, nargs="+", metavar="N", help=f"keys, or tokens of a prompt; {both('lengths')}")
-    add("--batch", type=from_1, nargs="+", default=[1], metavar="B", help="by default 1")
+    add("--lengths", type=positive, nargs="+", metavar="N", help=f"keys, or tokens of a prompt; {both('lengths')}")
+    add("--batch", type=positive, nargs="+", default=[1], metavar="B", help="by default 1")
     add("--geometry", choices=GEOMETRIES, nargs="+", help=both("geometry"))
     add("--alpha", type=float, default=DEFAULT_ALPHA, help="factor of the budget; by default %(default)g")
     add("--C", type=float, default=DEFAULT_C, help="exponent of the budget; by default %(default)g")
@@ -205,9 +197,11 @@ def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark, wh
     add("--selections", choices=selections, nargs="+", default=selections, help="by default all")
     add("--dense", choices=KINDS, nargs="+", default=list(KINDS), help="dense attention to compare with; all")
     add("--dtype", choices=DTYPES, help=both("dtype"))
-    add("--repeats", type=from_1, metavar="R", help=both("repeats"))
+    add("--repeats", type=positive, metavar="R", help=both("repeats"))
     add("--seed", type=int, default=0)
-    add(f"--{benchmark.whole}", type=from_2, nargs="*", metavar="N", help=f"{whole} N tokens; {both(benchmark.whole)}")
+    add(
+        f"--{benchmark.whole}", type=positive, nargs="*", metavar="N", help=f"{whole} N tokens; {both(benchmark.whole)}"
+    )
     add("--minutes", type=float, help="no case begins after that; by default no limit")
 
 
@@ -223,16 +217,3 @@ def _add_block_options(prefill: argparse.ArgumentParser) -> None:
     add("--max-factor", type=float, default=Block.max_factor, help=f"by how much it may be enlarged{default}")
     below = f"queries that see no more keys attend them all{default}"
     prefill.add_argument("--dense-below", type=int, default=DEFAULT_DENSE_BELOW, help=below)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return integer

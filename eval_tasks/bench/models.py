@@ -13,9 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 from eval_tasks.bench.inputs import GEOMETRIES
-from eval_tasks.bench.measure import NO_TIME, OK, Row, Settings, fail
+from eval_tasks.bench.measure import NO_TIME, OK, Row, fail
+from eval_tasks.bench.operator import Settings
 from nc_patch.patch import patched
 
 CACHES = ("dynamic", "static")
@@ -25,20 +28,6 @@ _TOKENS = {"cpu": 12, "cuda": 64}
 # New tokens at the beginning that are not timed: compilation, and the first growth of buffers.
 _SKIPPED = {"cpu": 3, "cuda": 16}
 _GENERATIONS, _FORWARDS = 2, 3
-
-
-class TokenTimes:
-    """A streamer of ``generate`` that keeps when each token came; the first entry is the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by ``generate`` with tokens that are on the host already."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called by ``generate`` when it is done."""
 
 
 def measure_models(what: str, settings: Settings, lengths: tuple[int, ...], deadline: float) -> Iterator[Row]:
@@ -52,9 +41,9 @@ def measure_models(what: str, settings: Settings, lengths: tuple[int, ...], dead
     runs: dict[str, Callable[[Any, torch.Tensor], list[float]]] = {"none": _forward_rates}
     if what == "generate":
         runs = {cache: partial(_generate_rates, cache=cache) for cache in CACHES}
-    for geometry in settings.geometries:
+    for geometry in settings.geometry:
         model = random_model(geometry, max(lengths), settings)
-        for case in ((b, n, c) for b in settings.batches for n in sorted(lengths) for c in runs):
+        for case in ((b, n, c) for b in settings.batch for n in sorted(lengths) for c in runs):
             known = {"geometry": geometry, **dict(zip(("batch", "length", "cache"), case, strict=True))}
             generator = torch.Generator().manual_seed(settings.seed)
             ids = torch.randint(1, _VOCABULARY, case[:2], generator=generator).to(settings.device)
@@ -64,11 +53,9 @@ def measure_models(what: str, settings: Settings, lengths: tuple[int, ...], dead
                     yield row | {"status": NO_TIME, "message": "the time was used up before this case"}
                     continue
                 phases = ("dense", method) if what == "generate" else (method, "dense")
+                attention = nullcontext() if method == "dense" else patched(model, config=settings.config(*phases))
                 try:
-                    with (
-                        torch.inference_mode(),
-                        nullcontext() if method == "dense" else patched(model, config=settings.config(*phases)),
-                    ):
+                    with torch.inference_mode(), attention:
                         rates = runs[case[2]](model, ids)
                     row |= {"tokens_per_second": statistics.median(rates), "tokens_per_second_of_each_run": rates}
                     row["layers"] = _LAYERS[settings.device.type]
@@ -79,8 +66,6 @@ def measure_models(what: str, settings: Settings, lengths: tuple[int, ...], dead
 
 def random_model(name: str, length: int, settings: Settings) -> Any:
     """A Llama of a geometry's shape with few layers and random weights, in evaluation mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     geometry, device = GEOMETRIES[name], settings.device
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
@@ -95,31 +80,33 @@ def random_model(name: str, length: int, settings: Settings) -> Any:
         eos_token_id=None,
         pad_token_id=0,
     )
-    before = torch.get_default_dtype()
     torch.manual_seed(settings.seed)
-    torch.set_default_dtype(settings.dtype)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(settings.dtype).eval()
+
+
+class _TokenTimes(BaseStreamer):
+    """Keeps when each token came; the first entry is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def _generate_rates(model: Any, ids: torch.Tensor, cache: str) -> list[float]:
     tokens, skipped, rates = _TOKENS[ids.device.type], _SKIPPED[ids.device.type], []
+    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    options["cache_implementation"] = "static" if cache == "static" else None
     if ids.device.type == "cuda":
         torch._dynamo.reset()  # PyTorch limits how often one model is compiled, and each attention compiles it anew
     for _ in range(1 + _GENERATIONS):
-        streamer = TokenTimes()
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            cache_implementation="static" if cache == "static" else None,
-            streamer=streamer,
-        )
+        streamer = _TokenTimes()
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
         timed = streamer.times[1 + skipped :]
         rates.append(len(ids) * (len(timed) - 1) / (timed[-1] - timed[0]))
     return rates[1:]
@@ -130,8 +117,8 @@ def _forward_rates(model: Any, ids: torch.Tensor) -> list[float]:
     for _ in range(1 + _FORWARDS):
         begin = time.perf_counter()
         logits = model(ids, use_cache=False, logits_to_keep=1).logits
-        finite = bool(logits.isfinite().all())  # waits for the device
+        is_finite = bool(logits.isfinite().all())  # waits for the device
         rates.append(ids.numel() / (time.perf_counter() - begin))
-        if not finite:
+        if not is_finite:
             raise FloatingPointError("the logits are not finite")
     return rates[1:]

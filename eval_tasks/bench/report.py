@@ -1,4 +1,4 @@
-"""What was measured, as tables, sentences and a plot: times, from which length on sparse is faster, what did not run."""
+"""What was measured, as tables, sentences and a plot."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from eval_tasks.bench.measure import ABSENT, FAILED, LEFT_OUT, OK, WRONG, Benchmark, Row
+from eval_tasks.bench.measure import ABSENT, FAILED, LEFT_OUT, OK, WRONG, Row
+from eval_tasks.bench.operator import Benchmark
 
 _CASE = ["geometry", "batch", "length"]
 # Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -22,7 +23,7 @@ def timed(rows: Sequence[Row]) -> pd.DataFrame:
 
     ``line`` is the method, or ``"dense"`` whatever its implementation. Empty where nothing was timed.
     """
-    found = pd.DataFrame([row for row in rows if "median_seconds" in row])
+    found = pd.DataFrame([{"kept_mass": None, "backend": "-"} | row for row in rows if "median_seconds" in row])
     if found.empty:
         return found
     dense = found[found.kind == "dense"]
@@ -67,17 +68,18 @@ def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
     shown, lines = timed(rows), []
     if not shown.empty:
         columns = {
+            "model": shown.geometry,
+            "batch": shown.batch,
             "keys": shown.length.map("{:,}".format),
             "budget": shown.budget.map("{:,}".format),
             "method": shown.method,
             benchmark.unit: (benchmark.per_second * shown.median_seconds).map("{:,.1f}".format),
             "over dense": shown.speed.map("{:.2f}x".format),
+            "kept mass": shown.kept_mass.astype(float).map("{:.3f}".format),
+            "backend": shown.backend,
         }
-        for name in ("kept_mass", "backend"):
-            if name in shown:
-                columns[name.replace("_", " ")] = shown[name].map(lambda v: f"{v:.3f}" if isinstance(v, float) else v)
-        table = pd.DataFrame({"model": shown.geometry, "batch": shown.batch, **columns})
-        lines += [table.fillna("-").to_string(index=False), "(kept mass: share of the dense softmax that is attended)"]
+        table = pd.DataFrame(columns).replace("nan", "-").replace("nanx", "-")
+        lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended)"]
     lines += ["", "Faster than the fastest dense:"]
     lines += [f"  {c['selection']:7} {c['geometry']}, batch {c['batch']}: {c['says']}" for c in crossovers(rows)]
     lines += ["Exponent of n in the time, by least squares in the logarithms:"]
@@ -91,7 +93,7 @@ def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
 
 def models_text(what: str, rows: Sequence[Row]) -> str:
     """The rows of whole models as a table, with the speed over dense attention with the same cache."""
-    found = pd.DataFrame(rows).reindex(columns=[*rows[0], "tokens_per_second", "message"])
+    found = pd.DataFrame(rows, columns=[*_CASE, "cache", "method", "status", "tokens_per_second", "message"])
     case = [*_CASE, "cache"]
     dense = found[found.method == "dense"].set_index(case).tokens_per_second.rename("dense")
     speed = found.tokens_per_second / found.join(dense, on=case).dense

@@ -32,8 +32,8 @@ class Prepared:
     replayed: torch.Tensor | None = None
 
 
-def capture(step: Step, steps: int, device: torch.device) -> Prepared:
-    """Warms up ``step(i)`` for i below ``steps`` and captures all of them as one graph, in a row, as layers come.
+def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepared:
+    """What runs ``step(i)`` for i below ``steps``, in a row, as layers come; on a GPU as one CUDA graph, if wanted.
 
     What the warm-up raises is raised here. What cannot be captured is timed as it is, and says so.
     """
@@ -42,7 +42,7 @@ def capture(step: Step, steps: int, device: torch.device) -> Prepared:
         for i in range(steps):
             step(i)
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not graph:
         all_steps()
         return Prepared(all_steps, steps)
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -52,14 +52,14 @@ def capture(step: Step, steps: int, device: torch.device) -> Prepared:
             all_steps()
     current.wait_stream(side)
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
+    captured = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(captured):
             replayed = step(0)
             for i in range(1, steps):
                 step(i)
         replayed.fill_(torch.nan)  # so that a replay which leaves something out shows
-        graph.replay()
+        captured.replay()
         torch.cuda.synchronize(device)
     except Exception as error:
         torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
@@ -67,7 +67,7 @@ def capture(step: Step, steps: int, device: torch.device) -> Prepared:
             raise
         torch.cuda.synchronize(device)
         return Prepared(all_steps, steps, False, first_line(error))
-    return Prepared(graph.replay, steps, True, replayed=replayed)
+    return Prepared(captured.replay, steps, True, replayed=replayed)
 
 
 def seconds_of(prepared: Prepared, device: torch.device) -> float:
