@@ -84,7 +84,7 @@ def _measure_case(
                 row |= {"attended": right[selection].attended, "kept_mass": right[selection].kept_mass}
                 row["backend"] = _backend(sets[0], config, phase)
             step = make(sets)
-            if not _is_right(row, _first_output(row, step, device), right[selection]):
+            if not _is_right(row, step(0), right[selection]):
                 continue
             prepared = prepare(step, len(sets), device, graph=phase == "decode")
             if prepared.replayed is not None and not _is_right(row, prepared.replayed, right[selection]):
@@ -133,18 +133,6 @@ def fail(row: Row, error: Exception) -> None:
         return
     short_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     row |= {"status": NO_MEMORY if short_of_memory else FAILED, "message": first_line(error)}
-
-
-def _first_output(row: Row, step: Step, device: torch.device) -> torch.Tensor:
-    """The output of the first set of inputs; how much memory it took at most is written into the row, on a GPU."""
-    if device.type != "cuda":
-        return step(0)
-    torch.cuda.reset_peak_memory_stats(device)
-    allocated = torch.cuda.memory_allocated(device)
-    output = step(0)
-    torch.cuda.synchronize(device)
-    row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - allocated
-    return output
 
 
 def _is_right(row: Row, output: torch.Tensor, expected: Expected) -> bool:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401 - so that it is there before a long run ends
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -13,9 +13,11 @@ from matplotlib.ticker import NullLocator
 from eval_tasks.bench.measure import ABSENT, FAILED, LEFT_OUT, OK, WRONG, Row
 from eval_tasks.bench.operator import Benchmark
 
+matplotlib.use("Agg")  # draws into files; needs no display
 _CASE = ["geometry", "batch", "length"]
+_MISSING = ["nan", "nanx"]
 # Okabe and Ito's colours, which people with any colour vision tell apart.
-_COLOURS = {"dense": "#000000", "topk": "#D55E00", "block": "#009E73", "window": "#CC79A7"}
+_COLOURS = {"fastest dense": "#000000", "topk": "#D55E00", "block": "#009E73", "window": "#CC79A7"}
 
 
 def timed(rows: Sequence[Row]) -> pd.DataFrame:
@@ -78,7 +80,7 @@ def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
             "kept mass": shown.kept_mass.astype(float).map("{:.3f}".format),
             "backend": shown.backend,
         }
-        table = pd.DataFrame(columns).replace("nan", "-").replace("nanx", "-")
+        table = pd.DataFrame(columns).replace(_MISSING, "-")
         lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended)"]
     lines += ["", "Faster than the fastest dense:"]
     lines += [f"  {c['selection']:7} {c['geometry']}, batch {c['batch']}: {c['says']}" for c in crossovers(rows)]
@@ -97,9 +99,11 @@ def models_text(what: str, rows: Sequence[Row]) -> str:
     case = [*_CASE, "cache"]
     dense = found[found.method == "dense"].set_index(case).tokens_per_second.rename("dense")
     speed = found.tokens_per_second / found.join(dense, on=case).dense
-    table = found[[*case, "method"]].assign(
-        **{"tokens a second": found.tokens_per_second.map("{:,.1f}".format), "over dense": speed.map("{:.2f}x".format)}
-    )
+    shown = {
+        "tokens a second": found.tokens_per_second.map("{:,.1f}".format),
+        "over dense": speed.map("{:.2f}x".format),
+    }
+    table = found[[*case, "method"]].assign(**shown).replace(_MISSING, "-")
     failed = found[found.status != OK]
     problems = [f"  {row.method} ({row.length:,} tokens): {row.status}: {row.message}" for row in failed.itertuples()]
     heading = f"\n{what}, a random model of few layers:"
@@ -112,18 +116,12 @@ def draw(rows: Sequence[Row], benchmark: Benchmark, title: str, path: Path) -> N
     figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, ((geometry, batch), panel) in zip(axes, panels, strict=True):
-        for line, of in panel.groupby("line"):
-            label = "fastest dense" if line == "dense" else line
-            times = benchmark.per_second * of.median_seconds
-            axis.plot(of.length, times, "o-", color=_COLOURS[line], label=label)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        times = panel.assign(time=benchmark.per_second * panel.median_seconds).pivot_table("time", "length", "line")
+        times = times.rename(columns={"dense": "fastest dense"})
+        times.plot(ax=axis, style="o-", color=_COLOURS, loglog=True, grid=True)
         axis.xaxis.set_minor_locator(NullLocator())
-        lengths = sorted(panel.length.unique())
-        axis.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=45)
+        axis.set_xticks(times.index, [f"{n:,}" for n in times.index], rotation=45)
         axis.set(title=f"{geometry}, batch {batch}", xlabel="keys", ylabel=benchmark.unit)
-        axis.grid(alpha=0.3)
-        axis.legend()
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
