@@ -217,7 +217,7 @@ def test_after_the_deadline_no_case_begins(tmp_path, capsys):
         ("decode", ("--C", "1.5"), "C must be a number in [0, 1]"),
         ("decode", ("--minutes", "0"), "--minutes must be a positive number, got 0.0"),
         ("decode", ("--generate", "1"), "--generate: a length must be at least 2, got 1"),
-        ("decode", ("--device", "abacus"), "device must be auto, cpu, cuda"),
+        ("decode", ("--device", "abacus"), "invalid choice: 'abacus'"),
         ("decode", ("--device", "cuda"), "Use --device cpu"),
         ("decode", ("--block-size", "32"), "unrecognized arguments: --block-size"),
         ("prefill", ("--block-size", "48"), "invalid choice: 48"),

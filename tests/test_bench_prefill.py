@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -94,29 +91,6 @@ def test_options_reach_the_attention(tmp_path):
     names = ("size", "query_block_size", "sample_stride", "local_keys")
     assert [options[name] for name in names] == [32, 128, 1, 32]
     assert block("dense", "--dense-below", "300")[0]["kept_mass"] == pytest.approx(1)
-
-
-def test_a_run_on_the_triton_backend_in_its_interpreter(tmp_path):
-    pytest.importorskip("triton")
-    script = f"""
-from eval_tasks.bench.inputs import GEOMETRIES, Geometry
-from nc_patch.cli import main
-GEOMETRIES["tiny"] = Geometry{tuple(vars(TINY).values())}
-arguments = ["--device", "cpu", "--geometry", "tiny", "--lengths", "70", "--repeats", "1", "--selections", "block",
-             "--dense-below", "0", "--alpha", "4", "--C", "0.6"]
-raise SystemExit(main(["bench", "prefill", *arguments, "--out", {str(tmp_path)!r}]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    row = json.loads((tmp_path / "prefill.json").read_text())["rows"][0]
-    assert (row["method"], row["backend"], row["status"]) == ("block", "triton", "ok")
 
 
 def test_prompts_are_local_have_sinks_and_seek_few_of_the_other_keys():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from eval_tasks.arguments import positive
+from eval_tasks.arguments import positive, spaced
 from eval_tasks.bench import report
 from eval_tasks.bench.inputs import GEOMETRIES
 from eval_tasks.bench.measure import Row, measure_all
@@ -182,12 +182,12 @@ def _plain(settings: Settings, phase: str) -> dict[str, Any]:
 def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark, whole: str) -> None:
     def both(name: str) -> str:
         by_device = (benchmark.defaults[kind][name] for kind in ("cpu", "cuda"))
-        cpu, cuda = (" ".join(map(str, d)) if isinstance(d, tuple) else d for d in by_device)
+        cpu, cuda = (spaced(d) if isinstance(d, list) else d for d in by_device)
         return f"by default {cpu} on the CPU, {cuda} on a GPU"
 
     add, files = of_benchmark.add_argument, f"{benchmark.phase}.json and {benchmark.phase}.png"
     add("--out", type=Path, required=True, metavar="DIR", help=f"where {files} go")
-    add("--device", default="auto", help="cpu, cuda or cuda:N; by default the GPU where there is one")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="by default the GPU where there is one")
     add("--lengths", type=positive, nargs="+", metavar="N", help=f"keys, or tokens of a prompt; {both('lengths')}")
     add("--batch", type=positive, nargs="+", default=[1], metavar="B", help="by default 1")
     add("--geometry", choices=GEOMETRIES, nargs="+", help=both("geometry"))

@@ -117,7 +117,7 @@ def draw(rows: Sequence[Row], benchmark: Benchmark, title: str, path: Path) -> N
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, ((geometry, batch), panel) in zip(axes, panels, strict=True):
         times = panel.assign(time=benchmark.per_second * panel.median_seconds).pivot_table("time", "length", "line")
-        times = times.rename(columns={"dense": "fastest dense"})
+        times = times.rename(columns={"dense": "fastest dense"}).rename_axis(columns=None)
         times.plot(ax=axis, style="o-", color=_COLOURS, loglog=True, grid=True)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticks(times.index, [f"{n:,}" for n in times.index], rotation=45)
