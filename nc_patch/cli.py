@@ -1,7 +1,6 @@
 """The command line: ``nc-patch COMMAND ...``, also as ``python -m nc_patch COMMAND ...``.
 
-Commands live in ``eval_tasks`` and ``nc_patch.bench`` and are imported when they are called, so that the library needs
-none of their packages.
+Commands live in ``eval_tasks`` and are imported when they are called, so that the library needs none of their packages.
 """
 
 import importlib
@@ -39,10 +38,10 @@ COMMANDS = {
         "eval_tasks.fidelity_command", "run_fidelity", "compare each layer and head with dense attention"
     ),
     "bench": Command(
-        "nc_patch.bench.command",
+        "eval_tasks.bench.command",
         "run_bench",
         "time sparse attention against dense attention",
-        ("torch", "transformers"),
+        ("matplotlib", "pandas", "psutil", "torch", "transformers"),
     ),
     "calibrate": Command(
         "eval_tasks.calibrate_command", "run_calibrate", "measure how sparse every head is, for budgets that follow it"
