@@ -81,8 +81,7 @@ class Block(BlockOptions):
             return self.prefill_torch(problem)
         from nc_patch.selections.block.cpu import cpu_block_attention
 
-        result = cpu_block_attention(problem, self)
-        return result
+        return cpu_block_attention(problem, self)
 
     def decode_torch(self, problem: Problem) -> AttentionResult:
         """By page statistics, in PyTorch; see ``torch_decode``."""

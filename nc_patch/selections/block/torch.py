@@ -21,7 +21,7 @@ from nc_patch.selections.block.torch_choose import choose_blocks
 
 
 def torch_block_attention(problem: Problem, options: BlockOptions) -> AttentionResult:
-    """Attention over key blocks that a query block shares, as ``definition`` says; the kept mass costs half of dense's."""
+    """Attention over key blocks that a query block shares; see ``definition``. The kept mass costs half of dense's."""
     visible = problem.visible
     plan = plan_of(problem, options)
     expected, audited = expected_of(problem, len(plan.listed)), None
