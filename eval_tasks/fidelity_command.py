@@ -9,8 +9,7 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +46,9 @@ def run_fidelity(argv: Sequence[str]) -> int:
     out = arguments.out
     try:
         check_out(out, (RESULTS, TABLE, PICTURE))
-        rows, record = _measure(arguments)
+        rows, setup = _measure(arguments)
         layers, picture = by_layer(rows), io.BytesIO()
-        record |= {"command": shlex.join(["nc-patch", "fidelity", *argv]), "rows": [asdict(row) for row in rows]}
+        record = {"command": shlex.join(["nc-patch", "fidelity", *argv]), **setup, "rows": rows}
         write_atomically(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
         write_atomically(out / TABLE, layers.to_csv(index=False, float_format="%.6g").encode())
         figure(layers).savefig(picture, dpi=150)
@@ -57,30 +56,10 @@ def run_fidelity(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"nc-patch: {error}", file=sys.stderr)
         return USAGE_ERROR
-    print(f"kept mass / output error\n{table(layers)}")
+    table = layers.pivot_table(["kept_mass", "output_error"], "method", "length", sort=False)
+    print(table.rename(index=lambda name: find_method(name).title).to_string(float_format="%.3f"))
     print(f"\nWritten: {', '.join(str(out / name) for name in (RESULTS, TABLE, PICTURE))}")
     return 0
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """One method in one layer at one length, means over the last ``ROWS`` queries of a sample.
-
-    Attributes:
-        method, length, sample, layer: which; the last query is at position ``length`` - 1, and sees ``length`` keys
-            unless the layer has a window.
-        kept_mass: of each query head, the dense softmax weight of the keys that are attended.
-        output_error: of each query head, ‖o − o_dense‖ / ‖o_dense‖.
-        attended_fraction: attended keys / visible keys.
-    """
-
-    method: str
-    length: int
-    sample: int
-    layer: int
-    kept_mass: list[float]
-    output_error: list[float]
-    attended_fraction: float
 
 
 def fidelity(
@@ -91,17 +70,20 @@ def fidelity(
     lengths: Sequence[int],
     sample: int = 0,
     layers: Sequence[int] | None = None,
-) -> Iterator[Fidelity]:
-    """Compares methods with dense attention on what the layers of a model receive.
+) -> Iterator[dict[str, Any]]:
+    """Compares methods with dense attention on what the layers of a model receive; means over ``ROWS`` last queries.
 
     Args:
-        model: a causal language model that ``patch_model`` takes; windows, soft-caps and sinks are those of its layers.
-        ids: int64 ``[1, L]``, L at least the longest length; one forward pass serves all lengths.
-        methods: names as in ``find_method``, without dense and without simulated ones.
-        budgets: of the methods.
-        lengths: how many tokens are read up to the last measured query.
+        model: one that ``patch_model`` takes; windows, soft-caps and sinks are those of its layers.
+        ids: int64 ``[1, L]``; one forward pass serves all lengths.
+        methods, budgets: as in ``find_method``, without dense and simulated methods.
+        lengths: how many tokens are read up to the last measured query, each at most L.
         sample: a number for the results.
         layers: which; None for all.
+
+    Yields:
+        A row for each layer, method and length: ``kept_mass``, the dense softmax weight of the attended keys, and
+        ``output_error``, ‖o − o_dense‖ / ‖o_dense‖, of each query head; ``attended_fraction`` of the visible keys.
 
     Raises:
         EvalError: a method has no attention of its own, or a length does not fit.
@@ -118,57 +100,44 @@ def fidelity(
             assert result.attended is not None
             error = (result.output.float() - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
             start, end = problem.visible[0, length - ROWS : length].unbind(-1)
-            share = float((result.attended.float().mean((0, 1)) / (end - start)).mean())
-            kept = result.kept_mass.mean((0, 2)).tolist()
-            yield Fidelity(name, length, sample, layer, kept, error.mean((0, 2)).tolist(), share)
+            yield {
+                "method": name,
+                "length": length,
+                "sample": sample,
+                "layer": layer,
+                "kept_mass": result.kept_mass.mean((0, 2)).tolist(),
+                "output_error": error.mean((0, 2)).tolist(),
+                "attended_fraction": float((result.attended.float().mean((0, 1)) / (end - start)).mean()),
+            }
 
 
-def by_layer(rows: Sequence[Fidelity]) -> pd.DataFrame:
+def by_layer(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Means over samples and heads, and the error of the worst head, by method, length and layer."""
-    heads = pd.DataFrame(map(asdict, rows)).explode(["kept_mass", "output_error"])
-    heads["head"] = heads.groupby(level=0).cumcount()
     figures, which = ["kept_mass", "output_error", "attended_fraction"], ["method", "length", "layer"]
-    by_head = heads.astype(dict.fromkeys(figures, float)).groupby([*which, "head"], sort=False)[figures].mean()
-    layers = by_head.groupby(which, sort=False)
+    heads = pd.DataFrame(rows).explode(["kept_mass", "output_error"]).astype(dict.fromkeys(figures, float))
+    heads["head"] = heads.groupby(level=0).cumcount()
+    layers = heads.groupby([*which, "head"], sort=False)[figures].mean().groupby(which, sort=False)
     found = layers.mean()
     found.insert(2, "worst_head_error", layers["output_error"].max())
     return found.reset_index()
 
 
-def table(layers: pd.DataFrame) -> str:
-    """Kept mass and output error of each method by length, as text."""
-    means = layers.groupby(["method", "length"])[["kept_mass", "output_error"]].mean()
-    cells = means.apply(lambda row: f"{row.kept_mass:.3f} / {row.output_error:.3f}", axis=1).unstack()
-    cells = cells.loc[list(dict.fromkeys(layers.method))]
-    cells.index = pd.Index([find_method(name).title for name in cells.index])
-    return str(cells.rename_axis(columns=None).to_string(col_space=16))
-
-
 def figure(layers: pd.DataFrame) -> Figure:
-    """Output error by length, and by layer at the longest length; the shaded band reaches to the worst head."""
-    lengths = sorted(set(layers.length))
-    picture = Figure(figsize=(10, 4), layout="constrained")
-    left, right = picture.subplots(1, 2)
-    for name, own in layers.groupby("method", sort=False):
-        means = own.groupby("length").output_error.mean()
-        (line,) = left.plot(means.index, means, marker="o", label=find_method(str(name)).title)
-        own = own[own.length == lengths[-1]]
-        right.plot(own.layer, own.output_error, color=line.get_color())
-        right.fill_between(
-            own.layer, own.output_error, own.worst_head_error, color=line.get_color(), alpha=0.12, linewidth=0
-        )
-    left.set(xscale="log", xlabel="keys that a query sees", ylabel="output error", title="mean over layers and heads")
-    left.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    left.minorticks_off()
-    right.set(xlabel="layer", title=f"at {lengths[-1]:,} keys; the band reaches to the worst head")
-    for axis in (left, right):
-        axis.set_yscale("log")
-        axis.grid(alpha=0.3)
+    """Output error by layer at the longest length; the shaded bands reach to the worst heads."""
+    longest = layers.length.max()
+    picture = Figure(figsize=(9, 5), layout="constrained")
+    axis = picture.subplots()
+    for name, own in layers[layers.length == longest].groupby("method", sort=False):
+        (line,) = axis.plot(own.layer, own.output_error, label=find_method(str(name)).title)
+        colour = line.get_color()
+        axis.fill_between(own.layer, own.output_error, own.worst_head_error, color=colour, alpha=0.12, linewidth=0)
+    axis.set(yscale="log", xlabel="layer", ylabel=f"output error at {longest:,} keys, mean over heads to the worst")
+    axis.grid(alpha=0.3)
     picture.legend(loc="outside lower center", ncols=4, frameon=False)
     return picture
 
 
-def _measure(arguments: argparse.Namespace) -> tuple[list[Fidelity], dict[str, Any]]:
+def _measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The figures, and what they were measured on."""
     lengths = ascending(arguments.lengths)
     budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at, arguments.block_size)
@@ -180,13 +149,12 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[Fidelity], dict[str, A
     loaded, source = load_chosen_model(arguments), load_text(arguments.text)
     text = tokenise(loaded.tokenizer, source.content)
     starts = places(text, Layout((max(lengths),), arguments.samples, 1, 1, arguments.seed))
-    rows: list[Fidelity] = []
+    rows: list[dict[str, Any]] = []
     for sample, start in enumerate(starts):
         ids = torch.from_numpy(text.ids[start : start + max(lengths)])[None].to(loaded.model.device)
         rows.extend(fidelity(loaded.model, ids, methods, budgets, lengths, sample))
         print(f"sample {sample + 1} of {len(starts)}", file=sys.stderr)
     return rows, {
-        "command": "",
         "commit": commit(),
         "versions": versions(),
         "hardware": hardware(loaded.model.device, torch.get_num_threads()),

@@ -6,35 +6,30 @@ import io
 from pathlib import Path
 from string import Template
 
-import matplotlib
 import matplotlib.backends.backend_agg  # noqa: F401  (loaded now, not when hours of measuring end)
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from eval_tasks.store import write_atomically
-from nc_patch.budget import budgets_for, law_values
+from nc_patch.budget import budgets_for
 from nc_patch.calibration.fit import Fit
 from nc_patch.calibration.profile import SPARSE_BELOW, Profile
 from nc_patch.config import NCConfig
 
 PROFILE, PROFILE_REPORT, PROFILE_PICTURE = "profile.json", "calibration.html", "calibration.png"
-_HEADS_SHOWN = 6
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; } th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; } th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid; }
 img { width: 100%; } pre { background: #f4f4f4; padding: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 </style></head><body>
 <h1>$title</h1>
 <ul>$findings</ul>
-<img alt="Exponents, fitted laws, mass kept and budgets" src="data:image/png;base64,$picture">
+<img alt="Exponents and budgets by layer and head, and the mass kept" src="data:image/png;base64,$picture">
 <h2>Layer by layer</h2>
-<p>Medians over the heads of a layer; ${file} has every head. Sensitivity is the loss, in nats per token, that an error
-of unit norm in a head's output adds.</p>
+<p>Medians over heads. Sensitivity: the loss, in nats per token, that an error of unit norm in a head's output adds.</p>
 $table
 <h2>Measure it again</h2>
 <pre>$command</pre>
@@ -42,44 +37,50 @@ $table
 """)
 
 
-def write_profile_report(
-    profile: Profile, directory: Path, command: str, dense_below: int | None = None
-) -> list[str]:
+def write_profile_report(profile: Profile, directory: Path, command: str, dense_below: int | None = None) -> list[str]:
     """Writes the page and the picture into a directory; returns the findings as sentences.
 
     Args:
-        profile: what was measured.
+        profile, dense_below: as in ``profile_findings``.
         directory: where the files go.
-        command: that measured it.
-        dense_below: with which the budget in force was counted; None for the default of ``NCConfig``.
+        command: that measured.
 
     Raises:
         EvalError: the directory cannot be written.
     """
     sentences, picture = profile_findings(profile, dense_below), io.BytesIO()
-    profile_figure(profile).savefig(picture, dpi=120)
+    versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
+    setup = (
+        f"Measured on {profile.pieces} pieces of text (SHA-256 of their tokens {profile.texts}) at {profile.lengths} "
+        f"tokens: {profile.model_class}, weights {profile.fingerprint}, with {versions}."
+    )
+    profile_figure(profile).savefig(picture, dpi=150)
     write_atomically(directory / PROFILE_PICTURE, picture.getvalue())
     page = _PAGE.substitute(
         title=html.escape(f"How sparse attention is: {profile.model}"),
-        findings="\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in (*sentences, _setup(profile))),
+        findings="\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in (*sentences, setup)),
         picture=base64.b64encode(picture.getvalue()).decode(),
         table=layer_table(profile).to_html(index=False, border=0, float_format="{:.3g}".format),
         command=html.escape(command),
-        file=PROFILE,
     )
     write_atomically(directory / PROFILE_REPORT, page.encode())
     return sentences
 
 
 def profile_findings(profile: Profile, dense_below: int | None = None) -> list[str]:
-    """What calibration found, as sentences; ``dense_below`` as in ``write_profile_report``."""
+    """What calibration found, as sentences.
+
+    Args:
+        profile: what was measured.
+        dense_below: with which the budget of its laws was counted; None for the default of ``NCConfig``.
+    """
     fit, longest = shown_fit(profile), profile.lengths[-1]
     by_layer = np.median(fit.C, 1)
     low, high = int(by_layer.argmin()), int(by_layer.argmax())
     share = fit.support[-1] / profile.visible[-1][:, None]
-    dense = np.argwhere(~profile.is_sparse())
-    layers = ", ".join(map(str, sorted(set(dense[:, 0].tolist()))))
     below = NCConfig(1.0).dense_below if dense_below is None else dense_below
+    dense = np.argwhere(~profile.is_sparse())
+    layers = ", ".join(map(str, np.unique(dense[:, 0])))
     sentences = [
         f"At {longest:,} tokens the median head holds {100 * (1 - fit.eps):g} % of its mass in "
         f"{100 * np.median(share):.2g} % of the keys.",
@@ -87,14 +88,12 @@ def profile_findings(profile: Profile, dense_below: int | None = None) -> list[s
         f"over heads); over all heads its median is {np.median(fit.C):.2f}.",
         f"The laws of this profile are for {profile.aim}; at {longest:,} tokens they are predicted to keep "
         f"{100 * float(np.mean(profile.kept_mass(longest)[0])):.1f} % of the mass, averaged over heads.",
-        f"Rows are taken to be sparse where they see more than {below:,} keys: a budget of keys holds with "
-        f"dense_below={below}, and counts all keys of shorter rows.",
+        f"A query that sees at most {below:,} keys attends them all, and a budget counts that: patch the model with "
+        f"dense_below={below}.",
         f"R² of the fits: median {np.median(fit.r2):.2f}; it is low where C is near 0, because there is little to "
         f"explain. Half the width of C's 90 % interval: median {np.median((fit.C_high - fit.C_low) / 2):.2f}.",
-        f"{len(dense)} of {fit.C.size} heads are not sparse: they need {100 * SPARSE_BELOW:g} % of the keys or more "
-        f"(layers {layers})."
-        if layers
-        else f"Every head is sparse: it needs less than {100 * SPARSE_BELOW:g} % of the keys.",
+        f"{len(dense)} of {fit.C.size} heads are not sparse, as they need {100 * SPARSE_BELOW:g} % of the keys or more"
+        + (f" (layers {layers})." if layers else "."),
     ]
     if profile.pieces == 1:
         sentences.append("One piece of text was read, so the intervals say nothing about other texts.")
@@ -125,70 +124,31 @@ def shown_fit(profile: Profile) -> Fit:
 
 
 def profile_figure(profile: Profile) -> Figure:
-    """Exponents and budgets by layer and head, a few heads' laws with their points, and the mass kept."""
+    """Exponents, and shares of the keys attended, by layer and head; and the mass kept by so many keys."""
     fit, longest = shown_fit(profile), profile.lengths[-1]
-    share = f"{100 * (1 - fit.eps):g} % of the mass"
     seen = np.array([min(longest, window or longest) for window in profile.windows], dtype=float)[:, None]
     attended = 100 * budgets_for(seen, profile.alpha, profile.C) / seen
     attended[list(profile.dense_layers)] = 100.0
-    with matplotlib.rc_context({"font.size": 12}):
-        figure = Figure(figsize=(14.5, 10.0), layout="constrained")
-        (exponents, fits), (mass, budgets) = figure.subplots(2, 2)
-        _heat_map(exponents, fit.C, f"exponent C of the keys that hold {share}", Normalize(0.0, 1.0))
-        _heat_map(budgets, attended, f"% of the keys attended at {longest:,} tokens, log scale", LogNorm())
-        _draw_fits(fits, profile, fit)
-        fits.set(title=f"keys that hold {share}", xlabel="keys seen", ylabel="keys needed")
-        _draw_mass(mass, profile)
-        mass.set(title="mass kept, median and middle half of the heads", xlabel="keys attended", ylabel="% of the mass")
-    return figure
-
-
-def _draw_fits(axis: Axes, profile: Profile, fit: Fit) -> None:
-    """Points and laws of a few heads, from the smallest exponent to the largest."""
-    order = np.argsort(fit.C, axis=None, kind="stable")
-    places = np.linspace(0, len(order) - 1, min(_HEADS_SHOWN, len(order))).round().astype(int)
-    for flat in order[places]:
-        layer, head = np.unravel_index(flat, fit.C.shape)
-        n, law = profile.visible[:, layer], (fit.alpha[layer, head], fit.C[layer, head])
-        (points,) = axis.loglog(n, fit.support[:, layer, head], "o", base=2)
-        line = np.geomspace(n.min(), n.max(), 50)
-        label = f"layer {layer}, head {head}: {law[0]:.3g}·n^{law[1]:.2f}"
-        axis.plot(line, law_values(line, *law), color=points.get_color(), label=label)
-    axis.set_xticks(profile.lengths, [f"{length:,}" for length in profile.lengths])
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_ylim(top=16 * axis.get_ylim()[1])  # room for the legend
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=9, loc="upper left")
-
-
-def _draw_mass(axis: Axes, profile: Profile) -> None:
-    """Kept mass by number of keys, one line per length."""
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, len(profile.lengths)))
-    for kept, length, colour in zip(profile.kept, profile.lengths, colours, strict=True):
+    figure = Figure(figsize=(16, 5), layout="constrained")
+    exponents, budgets, mass = figure.subplots(1, 3)
+    for axis, values, title, norm in (
+        (exponents, fit.C, f"exponent C of the keys that hold {100 * (1 - fit.eps):g} % of the mass", Normalize(0, 1)),
+        (budgets, attended, f"% of the keys attended at {longest:,} tokens, log scale", LogNorm()),
+    ):
+        image = axis.imshow(values.T, norm=norm, aspect="auto", origin="lower")
+        axis.set(title=title, xlabel="layer", ylabel="query head")
+        for which in (axis.xaxis, axis.yaxis):
+            which.get_major_locator().set_params(integer=True)
+        bar = figure.colorbar(image, ax=axis, format="{x:g}")
+        bar.ax.yaxis.set_minor_formatter("{x:g}")
+    for kept, length in zip(profile.kept, profile.lengths, strict=True):
         keys = [k for k in profile.keys if k < length]
         low, middle, high = np.percentile(100 * kept[..., : len(keys)], (25, 50, 75), axis=(0, 1))
-        axis.plot(keys, middle, color=colour, label=f"{length:,} tokens")
-        axis.fill_between(keys, low, high, color=colour, alpha=0.12, linewidth=0)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=10, loc="lower right")
-
-
-def _heat_map(axis: Axes, values: np.ndarray, title: str, norm: Normalize) -> None:
-    image = axis.imshow(values.T, norm=norm, aspect="auto", origin="lower")
-    axis.set(title=title, xlabel="layer", ylabel="query head")
-    for which in (axis.xaxis, axis.yaxis):
-        which.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    form = LogFormatter() if isinstance(norm, LogNorm) else None
-    axis.get_figure().colorbar(image, ax=axis, format=form)
-
-
-def _setup(profile: Profile) -> str:
-    """What was measured on what, as a sentence."""
-    shares = ", ".join(f"{100 * (1 - fit.eps):g} %" for fit in profile.fits)
-    versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
-    return (
-        f"Measured: {profile.model_class} with the weights {profile.fingerprint}, at {profile.lengths} tokens, on "
-        f"{profile.pieces} pieces of text (SHA-256 of their tokens {profile.texts}), for {shares} of the mass; {versions}."
-    )
+        mass.plot(keys, middle, label=f"{length:,} tokens")
+        mass.fill_between(keys, low, high, alpha=0.1, linewidth=0)
+    mass.set_xscale("log", base=2)
+    mass.xaxis.set_major_formatter("{x:g}")
+    mass.set(title="mass kept, median and middle half of the heads", xlabel="keys attended", ylabel="% of the mass")
+    mass.grid(alpha=0.3)
+    mass.legend(loc="lower right")
+    return figure
