@@ -91,8 +91,8 @@ def prompt_of(tokenizer: Any, text: str, tokens: int, question: str | None) -> t
     asked = f"{(f' {FACT} ' if question is None else '').join(halves)}\n\n{question or QUESTION}"
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": asked}]
-        encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return tokenizer(encoded, return_tensors="pt", add_special_tokens=False).input_ids
+        options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        return tokenizer.apply_chat_template(message, **options)["input_ids"]
     return tokenizer(f"{asked}\nAnswer:", return_tensors="pt").input_ids
 
 

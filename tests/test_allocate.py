@@ -28,7 +28,7 @@ def spent(profile, n: int, over: str) -> float:
 
 @pytest.mark.parametrize("windows", [(0, 0, 0), (0, 200, 0)], ids=["global", "one-layer-slides"])
 @pytest.mark.parametrize("over", ["sequence", "last"])
-@pytest.mark.parametrize("fraction", [0.05, 0.14, 0.5])
+@pytest.mark.parametrize("fraction", [0.05, 0.14, 0.5, 1.0])
 def test_budgets_sum_to_what_is_asked_at_every_calibrated_length(fraction, over, windows):
     profile = made_up_profile(windows=windows)
     for n in LENGTHS:
@@ -69,11 +69,6 @@ def test_dense_layers_stay_dense_and_count():
     assert spent(shared, 512, "sequence") == pytest.approx(0.5, rel=0.01)
     with pytest.raises(ProfileError, match=r"no budgets attend 0.3 of the keys: .* dense layers \[1\]"):
         profile.at_budget(0.3, n=512, dense_layers=(1,))
-
-
-def test_every_key_is_a_budget_too():
-    shared = made_up_profile().at_budget(1.0, n=512)
-    assert spent(shared, 512, "sequence") == 1.0
 
 
 def test_no_exchange_of_keys_between_heads_loses_less():

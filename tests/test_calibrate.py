@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from processes import start_call
-from profiles import measured_profile
 from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,8 +93,8 @@ def test_every_family_is_calibrated_and_left_as_it_was(family):
 def test_a_patched_model_is_calibrated_densely_and_keeps_its_patch():
     model = tiny_model("llama")
     patch_model(model, 2.0, 0.0, selection="topk")
-    profile = calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=2, rows=6)
-    assert profile == calibrate(tiny_model("llama"), None, [random_ids(300).tolist()], LENGTHS, pieces=2, rows=6)
+    profile = calibrate(model, None, [IDS], LENGTHS, pieces=2, rows=6)
+    assert profile == calibrate(tiny_model("llama"), None, [IDS], LENGTHS, pieces=2, rows=6)
     assert is_patched(model)
     assert nc_stats(model)["attended_fraction"] is None  # nothing ran under the patch that is back
     model(random_ids(1, 40))
@@ -221,9 +220,9 @@ def test_models_that_cannot_be_patched_or_give_nan_are_refused():
 
 
 def test_the_profile_says_what_it_was_made_of():
-    profile = measured_profile()
-    assert (profile.lengths, profile.pieces, profile.model_class) == ((32, 64, 128, 256), 2, "LlamaForCausalLM")
-    tokens = np.array(cut_pieces(None, [random_ids(800).tolist()], 256, 2), dtype=np.int64)
+    profile = calibrate(tiny_model("llama"), None, [IDS], LENGTHS, pieces=2, rows=6)
+    assert (profile.lengths, profile.pieces, profile.model_class) == (LENGTHS, 2, "LlamaForCausalLM")
+    tokens = np.array(cut_pieces(None, [IDS], LENGTHS[-1], 2), dtype=np.int64)
     assert profile.texts == hashlib.sha256(tokens.tobytes()).hexdigest()
     assert set(profile.versions) == {"nc_patch", "torch", "transformers", "python"}
     assert profile.aim == "95 % of every head's mass"

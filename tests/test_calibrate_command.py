@@ -91,14 +91,12 @@ def test_the_report_names_the_heads_that_are_not_sparse():
     ("further", "message"),
     [
         (("--lengths", "64"), "at least two different numbers of tokens"),
-        (("--pieces", "99"), "the texts hold 15 pieces of 128 tokens, and 99 are asked for"),
         (("--at", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
         (("--dense-below", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
         (("--fraction", "0.1", "--dense-below", "-1"), "dense_below must be an integer of at least 0, got -1"),
         (("--fraction", "0.1", "--dense-below", "128"), "no budgets attend 0.1 of the keys"),
         (("--dense-layers", "9"), "dense_layers must be a list of layers from 0 to 2"),
         (("--text", "no-such-text"), "no text named 'no-such-text'"),
-        (("--part", "third"), "invalid choice: 'third'"),
     ],
 )
 def test_what_does_not_fit_is_refused(home, capsys, further, message):
