@@ -24,7 +24,7 @@ from nc_patch.calibration.calibrate import calibrate
 from nc_patch.calibration.profile import checked_count, checked_layers, checked_number
 from nc_patch.cli import USAGE_ERROR
 from nc_patch.common import ProfileError, UnsupportedModelError
-from nc_patch.config import DEFAULT_DENSE_BELOW
+from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.patch import model_shape
 
 
@@ -83,12 +83,20 @@ def _together(ranks: Ranks) -> Iterator[None]:
 
 def _check_budget(arguments: argparse.Namespace) -> None:
     """Raises EvalError or ProfileError for a budget that is none, before anything is measured."""
-    if arguments.fraction is not None:
-        checked_number("fraction", arguments.fraction)
-        checked_count("n", 1 if arguments.at is None else arguments.at)
-        checked_count("dense_below", arguments.dense_below or 0, 0)
-    elif arguments.at is not None or arguments.dense_below is not None:
-        raise EvalError("--at and --dense-below say how the budget of --fraction is counted: give that too")
+    if arguments.fraction is None:
+        if arguments.at is not None or arguments.dense_below is not None:
+            raise EvalError("--at and --dense-below say how the budget of --fraction is counted: give that too")
+        return
+    fraction = checked_number("fraction", arguments.fraction)
+    ends = arguments.lengths if arguments.at is None else [checked_count("n", arguments.at)]
+    below = NCConfig(1.0).dense_below if arguments.dense_below is None else arguments.dense_below
+    dense = [min(n, checked_count("dense_below", below, 0)) for n in ends]
+    least = sum(n * (n + 1) for n in dense) / max(1, sum(n * (n + 1) for n in ends))
+    if fraction < least:
+        raise EvalError(
+            f"queries that see at most {below:,} keys attend {least:.3g} of all keys, and --fraction is {fraction:g}: "
+            "give a larger one, a longer --at or a smaller --dense-below"
+        )
 
 
 def _part(content: str, part: str) -> str:

@@ -94,7 +94,11 @@ def test_the_report_names_the_heads_that_are_not_sparse():
         (("--at", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
         (("--dense-below", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
         (("--fraction", "0.1", "--dense-below", "-1"), "dense_below must be an integer of at least 0, got -1"),
-        (("--fraction", "0.1", "--dense-below", "128"), "no budgets attend 0.1 of the keys"),
+        (
+            ("--fraction", "0.1", "--dense-below", "64"),
+            "attend 0.432 of all keys, and --fraction is 0.1",
+        ),
+        (("--fraction", "1e-3", "--at", "128"), "no budgets attend 0.001 of the keys"),
         (("--dense-layers", "9"), "dense_layers must be a list of layers from 0 to 2"),
         (("--text", "no-such-text"), "no text named 'no-such-text'"),
     ],
