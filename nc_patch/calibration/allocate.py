@@ -37,6 +37,7 @@ class Demand:
     """How many keys each head takes at each length, by the price of a key.
 
     Attributes:
+        visible: ``[L, M]``, as given.
         steepest: ``[M, H]``, log of what the first further key is worth at the longest length.
 
     Args:
@@ -121,8 +122,8 @@ def allocate(
     low, high = _closest(lambda factor: spent(scaled(factor)) > fraction, 1e-6, 1e6)
     # A little away from the step, where the last bit would decide.
     lower, upper = scaled(low * (1 - 1e-6)).alpha, scaled(high * (1 + 1e-6)).alpha
-    order = np.argsort(-np.where(sparse, demand.steepest, -np.inf), axis=None, kind="stable")
-    place = np.argsort(order).reshape(sparse.shape)
+    place = np.argsort(np.argsort(-np.where(sparse, demand.steepest, -np.inf), axis=None, kind="stable"))
+    place = place.reshape(sparse.shape)
     few = bisect_left(range(1, sparse.size), True, key=lambda count: spent(mixed(count)) > fraction)
     found = min(mixed(few), mixed(few + 1), key=lambda laws: abs(spent(laws) - fraction))
     if abs(spent(found) - fraction) > 0.01 * fraction:

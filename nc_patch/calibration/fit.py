@@ -42,7 +42,8 @@ def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int =
     Args:
         log_n: ``[L, M]``, log of the keys that rows see.
         log_k: ``[P, L, M, H, R]``, log of the keys that R rows of each of P pieces need.
-        eps, seed: as in ``Fit``, and of the bootstrap.
+        eps: as in ``Fit``.
+        seed: of the bootstrap.
     """
     P, L, M, H, R = log_k.shape
     points = log_k.mean((0, 4))  # [L, M, H]
@@ -67,18 +68,18 @@ def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int =
     C_half = np.where(spread < _SAME**2, 1.0, quantile * slope_error)
     # log alpha is the level at the middle minus C times the middle, so its error has both.
     alpha_half = np.hypot(quantile * level_error, C_half * log_n.mean(0)[:, None])
-    return Fit(
-        eps,
-        alpha=significant(np.exp(intercept)),
-        alpha_low=significant(np.exp(np.maximum(intercept - alpha_half, -_WIDEST))),
-        alpha_high=significant(np.exp(np.minimum(intercept + alpha_half, _WIDEST))),
-        C=significant(slope),
-        C_low=significant(np.clip(slope - C_half, 0.0, 1.0)),
-        C_high=significant(np.clip(slope + C_half, 0.0, 1.0)),
-        r2=significant(np.where(variance > 1e-12, 1 - residual / np.maximum(variance, 1e-12), 1.0)),
-        level_half=significant(quantile * level_error),
-        support=significant(np.exp(points)),
-    )
+    arrays = {
+        "alpha": np.exp(intercept),
+        "alpha_low": np.exp(np.maximum(intercept - alpha_half, -_WIDEST)),
+        "alpha_high": np.exp(np.minimum(intercept + alpha_half, _WIDEST)),
+        "C": slope,
+        "C_low": np.clip(slope - C_half, 0.0, 1.0),
+        "C_high": np.clip(slope + C_half, 0.0, 1.0),
+        "r2": np.where(variance > 1e-12, 1 - residual / np.maximum(variance, 1e-12), 1.0),
+        "level_half": quantile * level_error,
+        "support": np.exp(points),
+    }
+    return Fit(eps, **{name: significant(values) for name, values in arrays.items()})
 
 
 def theil_sen(log_n: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,8 +98,11 @@ def theil_sen(log_n: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def student_quantile(freedom: int) -> float:
     """The 95 % quantile of Student's t, by its Cornish-Fisher expansion; with no degree of freedom the normal one."""
-    z, v = 1.6448536, max(freedom, 2)
-    return z if freedom < 1 else z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    z = 1.6448536
+    if freedom < 1:
+        return z
+    v = max(freedom, 2)
+    return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
 
 
 def significant(values: np.ndarray, digits: int = 6) -> np.ndarray:

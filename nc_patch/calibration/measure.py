@@ -175,7 +175,8 @@ def row_curves(
     Args:
         call: of one sequence.
         rows: int64 ``[R]``, which queries; each sees at least one key.
-        keys, eps: G numbers of keys and E shares of the mass that may be missing, ascending.
+        keys: G numbers of keys, ascending, at least ``SMALLEST_KEYS``.
+        eps: E shares of the mass that may be missing, in (0, 1).
         probes: float32 ``[P, H, R, Dv]``, directions along which the error of the output is measured.
     """
     problem = call.problem

@@ -58,7 +58,7 @@ class Profile:
     profile=profile)`` applies it. Arrays are float64.
 
     Attributes:
-        model, model_class: names. fingerprint: of the weights. versions: of the software that measured.
+        model, model_class: their names. fingerprint: of the weights. versions: of the software that measured.
         texts: SHA-256 of the tokens that were read. pieces: how many pieces of text.
         lengths: numbers of tokens at which rows were taken, ascending.
         visible: ``[L, M]``, keys that these rows see; less than the length where a layer slides.
