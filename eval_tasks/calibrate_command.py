@@ -3,8 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, positive
 from eval_tasks.errors import EvalError
-from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.models import pick_device
+from eval_tasks.processes import AgreedError, Processes, joined_processes, launched_rank, start_processes
 from eval_tasks.profile_report import PROFILE, PROFILE_PICTURE, PROFILE_REPORT, write_profile_report
-from eval_tasks.ranks import AgreedError, Ranks, joined_ranks, launched_rank
 from eval_tasks.store import check_out
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch.calibration import calibrate as defaults
@@ -33,11 +31,11 @@ def run_calibrate(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     transformers_logging.disable_progress_bar()
     try:
-        launch = wanted_launch(arguments.processes)
-        if launch is not None:
-            return run_processes(launch, ["calibrate", *without_processes(argv)])
-        with joined_ranks(device=arguments.device) as ranks:
-            _calibrate(arguments, shlex.join(["nc-patch", "calibrate", *argv]), ranks)
+        code = start_processes(arguments.processes, ["calibrate", *argv])
+        if code is not None:
+            return code
+        with joined_processes(device=arguments.device) as processes:
+            _calibrate(arguments, shlex.join(["nc-patch", "calibrate", *argv]), processes)
     except (EvalError, ProfileError, UnsupportedModelError) as error:
         if launched_rank() == 0 or not isinstance(error, AgreedError):
             print(f"nc-patch: {error}", file=sys.stderr)
@@ -45,40 +43,29 @@ def run_calibrate(argv: Sequence[str]) -> int:
     return 0
 
 
-def _calibrate(arguments: argparse.Namespace, command: str, ranks: Ranks) -> None:
+def _calibrate(arguments: argparse.Namespace, command: str, processes: Processes) -> None:
     out: Path = arguments.out.expanduser()
-    with _together(ranks):
+    with processes.together():
         check_out(out, (PROFILE, PROFILE_REPORT, PROFILE_PICTURE))
         _check_budget(arguments)
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
         texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
         device = pick_device(arguments.device)
-        if ranks.world > 1 and device == torch.device("cuda"):
-            device = pick_device(f"cuda:{ranks.local_rank}")
+        if processes.world > 1 and device == torch.device("cuda"):
+            device = pick_device(f"cuda:{processes.local_rank}")
         loaded = load_chosen_model(arguments, str(device))
         dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
     options = {name: getattr(arguments, name) for name in ("eps", "pieces", "rows", "seed")}
     profile = calibrate(loaded.model, loaded.tokenizer, texts, arguments.lengths, arguments.target, **options)
     profile = replace(profile, model=arguments.model, dense_layers=dense)
-    with _together(ranks):
+    with processes.together():
         if arguments.fraction is not None:
             profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
-        if ranks.is_first:
+        if processes.is_first:
             profile.save(out / PROFILE)
             print("\n".join(write_profile_report(profile, out, command, arguments.dense_below)))
             print("\nProfile: {}\nReport: {}".format(*(shlex.quote(str(out / f)) for f in (PROFILE, PROFILE_REPORT))))
-
-
-@contextmanager
-def _together(ranks: Ranks) -> Iterator[None]:
-    """A step that all processes take: where one of them fails, all do."""
-    failed = None
-    try:
-        yield
-    except (EvalError, ProfileError) as error:
-        failed = EvalError(str(error))
-    ranks.agree(failed)
 
 
 def _check_budget(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, get_int_from_env
 
 from eval_tasks.errors import EvalError
+from nc_patch.common import ProfileError
 
 # The names that torchrun, Intel MPI, Open MPI and MVAPICH give to the same numbers.
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -69,11 +70,11 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A step that all processes take; where one of them raises EvalError, all do."""
-        mine: EvalError | None = None
+        """A step that all processes take; where one of them raises EvalError or ProfileError, all do."""
+        mine: EvalError | ProfileError | None = None
         try:
             yield
-        except EvalError as error:
+        except (EvalError, ProfileError) as error:
             if self.world == 1 or isinstance(error, AgreedError):
                 raise
             mine = error
@@ -156,8 +157,8 @@ def start_processes(processes: int | None, command: Sequence[str]) -> int | None
             return failure.exitcode
         how = signal.Signals(-failure.exitcode).name
         print(
-            f"nc-patch: process {rank} was ended by {how}, so the run stops; a sweep keeps what it has measured, and the "
-            "same command goes on.",
+            f"nc-patch: process {rank} was ended by {how}, so the run stops; a sweep keeps what it has measured, and "
+            "the same command goes on.",
             file=sys.stderr,
         )
         return 128 - failure.exitcode

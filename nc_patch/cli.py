@@ -15,6 +15,9 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 INSTALL_EVAL = "pip install -e '.[eval]' in the checkout of nc_patch"
 
 
+_REQUIRED = ("accelerate", "matplotlib", "numpy", "pandas", "psutil", "scipy", "torch", "tqdm", "transformers")
+
+
 class Command(NamedTuple):
     """A subcommand: a function of the remaining arguments that returns the exit code.
 
@@ -27,7 +30,7 @@ class Command(NamedTuple):
     module: str
     function: str
     summary: str
-    requires: tuple[str, ...] = ("matplotlib", "numpy", "psutil", "scipy", "torch", "tqdm", "transformers")
+    requires: tuple[str, ...] = _REQUIRED
 
 
 COMMANDS = {

@@ -8,11 +8,11 @@ import shutil
 import subprocess
 
 import pytest
+from eval_tasks.progress import Forecast, Step, duration
 
 from eval_tasks.findings import Findings
 from eval_tasks.merging import differing, merge_runs
 from eval_tasks.methods import METHODS
-from eval_tasks.progress import Forecast, Step, duration
 from eval_tasks.provenance import record_session
 from eval_tasks.report import Section, write_report
 from eval_tasks.store import ResultStore

@@ -161,7 +161,7 @@ def test_damage_in_the_middle_and_missing_fields_are_refused_with_their_line(tmp
 )
 def test_a_damaged_record_is_refused(tmp_path, content):
     (tmp_path / RUN).write_text(content)
-    with pytest.raises(EvalError, match="run.json is damaged"):
+    with pytest.raises(EvalError, match=r"run.json is damaged"):
         check_same(tmp_path, {"seed": 0})
 
 
