@@ -2,20 +2,11 @@
 
 import random
 import string
+from itertools import pairwise
 
-from eval_tasks.synthetic.haystack import NOISE, noise
-from eval_tasks.synthetic.needles import insert
-from eval_tasks.synthetic.sample import Draft, Generator, Recipe, Request
+from eval_tasks.synthetic.haystack import NOISE, insert, noise
+from eval_tasks.synthetic.sample import Generator, Recipe, Request
 
-_TEMPLATE = (
-    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
-    "Question: Find all variables that are assigned the value {value} in the text above."
-)
-# The misspelling is RULER's.
-_PREFIX = (
-    "Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined the"
-    " value {value}, they are:"
-)
 _HOPS = 4
 # Below the first length RULER's worked example (500 tokens) takes more than a fifth, so it shrinks; below the second it
 # goes.
@@ -30,11 +21,7 @@ def _recipe(request: Request) -> Recipe:
     shown = ""
     if request.length >= _SHORTEST:
         shown = f"{example.question(lines * len(NOISE))} {example.prefix} {' '.join(example.names)}\n\n"
-
-    def build(units: int, padding: int) -> Draft:
-        return Draft(shown + chain.question(units), chain.prefix, chain.assignments)
-
-    return Recipe(build, chain.names)
+    return Recipe(lambda units, _: shown + chain.question(units), chain.prefix, chain.names, chain.assignments)
 
 
 class _Chain:
@@ -46,14 +33,21 @@ class _Chain:
             names["".join(draw.choices(string.ascii_uppercase, k=letters))] = None
         self.names = tuple(names)
         self.value = draw.randint(10_000, 99_999)
-        copies = (f"VAR {later} = VAR {earlier}" for earlier, later in zip(self.names, self.names[1:], strict=False))
+        copies = (f"VAR {later} = VAR {earlier}" for earlier, later in pairwise(names))
         self.assignments = (f"VAR {self.names[0]} = {self.value}", *copies)
         self.depths = sorted(draw.random() for _ in self.assignments)
-        self.prefix = _PREFIX.format(count=len(self.names), value=self.value)
+        # The misspelling is RULER's.
+        self.prefix = (
+            f"Answer: According to the chain(s) of variable assignment in the text above, {len(names)} variables are"
+            f" assgined the value {self.value}, they are:"
+        )
 
     def question(self, sentences: int) -> str:
-        lines = insert(noise(sentences), list(self.assignments), self.depths)
-        return _TEMPLATE.format(context="\n".join(lines), value=self.value)
+        context = "\n".join(insert(noise(sentences), self.assignments, self.depths))
+        return (
+            f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+            f"Question: Find all variables that are assigned the value {self.value} in the text above."
+        )
 
 
 VARIABLE_TRACKING = Generator(
