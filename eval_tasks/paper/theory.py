@@ -8,42 +8,36 @@ Derrida's random energy model), and how much each of them holds stays random.
 """
 
 import math
+from typing import Any
 
+import numpy as np
 from scipy.special import ndtr, ndtri
 
 
-def growing_spread(n: int, s: float) -> float:
+def growing_spread(n: float, s: float) -> float:
     """σ with σ² = s²·2·ln n, at which the exponent of the entropy support does not depend on n."""
     return s * math.sqrt(2.0 * math.log(n))
 
 
-def support_exponent(s: float) -> float:
-    """The exponent of n in the entropy support exp(H) for σ² = s²·2·ln n: 1 − s², and 0 in the frozen phase.
-
-    H = ln Z − Σ p·score = (ln n + σ²/2) − σ² = ln n − σ²/2.
-    """
-    return max(0.0, 1.0 - s * s)
+def support_exponent(s: Any) -> Any:
+    """The exponent of n in the entropy support exp(H) for σ² = s²·2·ln n: 1 − s², and 0 in the frozen phase."""
+    return np.maximum(0.0, 1.0 - np.square(s))
 
 
-def entropy_support(n: int, sigma: float) -> float:
-    """exp(H) = n·exp(−σ²/2) keys, and not below 1."""
+def entropy_support(n: float, sigma: float) -> float:
+    """exp(H) = n·exp(−σ²/2) keys, and not below 1: H = ln Z − Σ p·score = (ln n + σ²/2) − σ²."""
     return max(1.0, n * math.exp(-sigma * sigma / 2.0))
 
 
-def mass_share(sigma: float, epsilon: float) -> float:
+def mass_share(sigma: Any, epsilon: float) -> Any:
     """The share of the keys, from the largest down, that hold 1 − ε of the mass: Φ(−σ − Φ⁻¹(ε)).
 
     The mass above a threshold t, in units of σ, is Φ(σ − t), the share of keys above it Φ(−t). It does not depend on n:
     with a fixed σ the number of keys is proportional to n.
     """
-    return float(ndtr(-sigma - ndtri(epsilon)))
+    return ndtr(-sigma - ndtri(epsilon))
 
 
 def kept_mass(n: int, k: float, sigma: float) -> float:
-    """The mass of the k largest of n keys: Φ(σ + Φ⁻¹(k/n))."""
-    return 1.0 if k >= n else float(ndtr(sigma + ndtri(k / n)))
-
-
-def crossover_length(sigma: float) -> float:
-    """exp(σ²/2): at a fixed σ the support of a row of fewer keys is O(1), and from there on it grows as n."""
-    return math.exp(sigma * sigma / 2.0)
+    """The mass of the k largest of n keys, k ≤ n: Φ(σ + Φ⁻¹(k/n))."""
+    return float(ndtr(sigma + ndtri(k / n)))

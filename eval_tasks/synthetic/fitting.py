@@ -8,19 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
 
-Render = Callable[[str, str], str]
-"""From a question and the words that open its answer to the text that the model reads."""
-Count = Callable[[str], int]
-"""From a text to its number of tokens, those included that the tokenizer adds."""
-
+Render = Callable[[str, str], str]  # from a question and the words that open its answer to what the model reads
+Count = Callable[[str], int]  # from a text to its number of tokens, those included that the tokenizer adds
 TOLERANCE = 0.02  # share of the length that may stay empty
 _CLOSE_ENOUGH = 0.002  # share of the room at which the search ends early
 _PROBE = 32  # units of filler from which their size is first estimated
-
-
-def plain(question: str, prefix: str) -> str:
-    """The question and the opening of its answer, one space apart."""
-    return f"{question} {prefix}" if prefix else question
 
 
 def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
@@ -36,10 +28,9 @@ def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
 
     def render(question: str, prefix: str) -> str:
         turns = [{"role": "user", "content": question}]
-        if prefix:
-            opened = [*turns, {"role": "assistant", "content": prefix}]
-            with contextlib.suppress(ValueError, TemplateError):
-                return str(tokenizer.apply_chat_template(opened, tokenize=False, continue_final_message=True))
+        opened = [*turns, {"role": "assistant", "content": prefix}]
+        with contextlib.suppress(ValueError, TemplateError):
+            return str(tokenizer.apply_chat_template(opened, tokenize=False, continue_final_message=True))
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except (ValueError, TemplateError) as error:

@@ -9,15 +9,14 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.synthetic.fitting import TOLERANCE, Count, Render, chat, counter, fill, plain
+from eval_tasks.synthetic.fitting import TOLERANCE, Count, Render, chat, counter, fill
 from eval_tasks.synthetic.haystack import Prose, load_prose
 from eval_tasks.texts import PYTHON_REFERENCE
 
+DEPTHS = 40  # RULER puts needles at this many evenly spaced depths
+
 Match = Literal["all", "part"]
 """How an answer is scored: the share of the expected strings it holds, or whether it holds any of them."""
-
-DEPTHS = 40
-"""RULER puts needles at this many evenly spaced depths."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,12 @@ class SyntheticSample:
     """A prompt that fills a length, and what is expected of the model.
 
     Attributes:
-        prompt: the text that the model reads.
-        question: its part that is the user's turn.
-        prefix: its part that opens the answer.
-        answers: the strings that the answer is searched for.
-        match: whether all of them count in proportion, or any one suffices.
+        prompt: the text that the model reads. question: its part that is the user's turn. prefix: its part that opens
+            the answer.
+        answers: the strings that the answer is searched for. match: how it is scored.
         length: the length asked for, in tokens.
-        prompt_tokens: tokens of the prompt, special tokens included.
-        new_tokens: tokens kept free for the answer; with the prompt they fill 98 to 100 % of the length.
+        prompt_tokens: tokens of the prompt, special tokens included. new_tokens: tokens kept free for the answer; both
+            fill 98 to 100 % of the length.
         depths: where each sentence of evidence lies, as a share of the prompt's letters.
     """
 
@@ -165,7 +162,7 @@ def synthesize(
             chat template.
     """
     material = material or Material()
-    render = render or (chat(tokenizer) if use_chat_template else plain)
+    render = render or (chat(tokenizer) if use_chat_template else "{} {}".format)
     count = count or counter(tokenizer)
     recipe = generator.recipe(Request(length, seed, index, material, generator.name))
     reserve = generator.new_tokens if new_tokens is None else new_tokens
