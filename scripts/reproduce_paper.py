@@ -27,49 +27,40 @@ from eval_tasks.texts import load_text
 from nc_patch.common import check_directory
 
 PARTS = ("synthetic", "model", "figures")
-# Gaussian rows, and what is compared at equal mean cost; samples of the text follow one another.
-GAUSSIAN = {
-    "lengths": [4**i for i in range(4, 11)],
-    "seeds": 32,
-    "mixed_lengths": [1024, 4096, 16384, 65536],
-    "mixed_keys": 256,
+# For each part its arguments of ``measure``, and the length at which all laws give 64 keys.
+FULL: dict[str, dict[str, Any]] = {
+    "synthetic": {
+        "equal_at": 1024,
+        "lengths": [4**i for i in range(4, 11)],
+        "seeds": 32,
+        "mixed_lengths": [1024, 4096, 16384, 65536],
+        "mixed_keys": 256,
+    },
+    "model": {
+        "equal_at": 1024,
+        "samples": 3,
+        "layers": [0, 1, 3, 6, 10, 14, 18, 22, 26, 29],
+        "lengths": [512, 1024, 2048, 4096, 8192],
+        "mixed_keys": 128,
+        "rows": 8,
+    },
 }
-QUICK_GAUSSIAN = {"lengths": [256, 1024, 4096], "seeds": 4, "mixed_lengths": [1024, 4096], "mixed_keys": 64}
-MODEL = {
-    "samples": 3,
-    "layers": [0, 1, 3, 6, 10, 14, 18, 22, 26, 29],
-    "lengths": [512, 1024, 2048, 4096, 8192],
-    "mixed_keys": 128,
-    "rows": 8,
-}
-QUICK_MODEL = {"samples": 2, "layers": [0, 10], "lengths": [128, 256, 512], "mixed_keys": 32, "rows": 4}
+_QUICK_ROWS = {"lengths": [256, 1024, 4096], "seeds": 4, "mixed_lengths": [1024, 4096], "mixed_keys": 64}
+_QUICK_MODEL = {"samples": 2, "layers": [0, 10], "lengths": [128, 256, 512], "mixed_keys": 32, "rows": 4}
+QUICK = {"synthetic": {"equal_at": 256, **_QUICK_ROWS}, "model": {"equal_at": 256, **_QUICK_MODEL}}
 
 
-def measure_synthetic(quick: bool) -> dict[str, Any]:
-    """Errors, supports and exponents of Gaussian rows, the comparison at equal mean cost, and the library's error."""
-    plan: dict[str, Any] = QUICK_GAUSSIAN if quick else GAUSSIAN
-    laws = equal_at(64, 256 if quick else 1024)
-    found = synthetic.measure(laws=laws, **plan)
-    library = [
-        {"n": n, "law": law.name, "sigma": sigma} | synthetic.library_difference(n, 0, sigma, law)
-        for n in plan["lengths"]
-        for law in laws
-        for sigma in (2.0, 4.0)
-    ]
-    shared = {"lengths": plan["lengths"], "seeds": plan["seeds"], "channels": synthetic.CHANNELS}
-    return {**shared, "laws": [vars(law) for law in laws], **found, "library_differences": library}
-
-
-def measure_model(quick: bool, name: str, text_name: str) -> dict[str, Any]:
-    """Counts, errors and the comparison at equal mean cost on a model."""
-    plan: dict[str, Any] = QUICK_MODEL if quick else MODEL
-    loaded, text = load_model(name, "float32", "cpu"), load_text(text_name)
-    longest, laws = max(plan["lengths"]), equal_at(64, 256 if quick else 1024)
-    samples = token_ids(loaded.tokenizer, text, longest * plan["samples"]).split(longest, 1)
-    found = model.measure(loaded.model, laws=laws, **{**plan, "samples": samples})
-    source = {"name": text.name, "origin": text.origin, "sha256": text.sha256}
-    shared = {"model": name, "text": source, **{key: plan[key] for key in ("samples", "layers", "lengths", "rows")}}
-    return {**shared, "laws": [vars(law) for law in laws], **found}
+def measure(part: str, plan: dict[str, Any], name: str, text_name: str) -> dict[str, Any]:
+    """The plan of a part and what was found; ``name`` and ``text_name`` are of the model and of what it reads."""
+    laws = equal_at(64, plan["equal_at"])
+    found: dict[str, Any] = {**plan, "laws": [vars(law) for law in laws]}
+    arguments = {key: value for key, value in plan.items() if key != "equal_at"}
+    if part == "synthetic":
+        return found | synthetic.measure(laws=laws, **arguments)
+    loaded, text, longest = load_model(name, "float32", "cpu"), load_text(text_name), max(plan["lengths"])
+    found |= {"model": name, "text": {"name": text.name, "origin": text.origin, "sha256": text.sha256}}
+    arguments["samples"] = token_ids(loaded.tokenizer, text, longest * plan["samples"]).split(longest, 1)
+    return found | model.measure(loaded.model, laws=laws, **arguments)
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
@@ -95,19 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     check_directory(options.out)
     torch.set_num_threads(options.threads)
-    measures = {
-        "synthetic": lambda: measure_synthetic(options.quick),
-        "model": lambda: measure_model(options.quick, options.model, options.text),
-    }
-    for part in [part for part in measures if part in options.parts]:
+    for part in [part for part in FULL if part in options.parts]:
         begin = time.perf_counter()
-        found = measures[part]()
+        found = measure(part, (QUICK if options.quick else FULL)[part], options.model, options.text)
         record = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "versions": versions()}
         record |= {"hardware": hardware(torch.device("cpu"), options.threads), "seconds": time.perf_counter() - begin}
         write(options.out / f"{part}.json", record | found)
         print(f"{options.out / part}.json after {record['seconds']:.0f} s", flush=True)
     if "figures" in options.parts:
-        files = {name: options.out / f"{name}.json" for name in measures}
+        files = {name: options.out / f"{name}.json" for name in FULL}
         records = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
         if not records:
             raise SystemExit(f"{options.out} holds neither synthetic.json nor model.json: measure first")

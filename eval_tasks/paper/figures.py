@@ -1,6 +1,6 @@
 """The pictures of docs/paper.md, drawn from what the measurements wrote."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -39,8 +39,6 @@ _LOSSES = {
     "relative_error": ("relative output error", "#0072B2"),
     "output_error": ("largest output error", "#009E73"),
 }
-_WEIGHTS = ("largest error of an attention weight", "weight_error")
-_SHARED = "values from the same inputs"
 _SIDESTEP = 0.03  # octaves between the points of one law and those of the next
 
 
@@ -49,31 +47,34 @@ def figures(synthetic: Record | None, model: Record | None) -> dict[str, Figure]
     found = {}
     if synthetic:
         rows = [row for row in synthetic["errors"] if row["spread"] == "sigma=2"]
-        shared = (f"largest output error, {_SHARED}", "output_error.shared")
-        independent = ("largest output error, values independent of keys", "output_error.independent")
         title = "Bounded weights: scores N(0, σ²) with σ = 2 at every n"
-        found["bounded"] = _by_length(title, rows, (_WEIGHTS, independent, shared, ("dropped mass", "dropped_mass")))
+        panels = {
+            "weight_error": "largest error of an attention weight",
+            "output_error.independent": "largest output error, values independent of keys",
+            "output_error.shared": "largest output error, values from the same inputs",
+            "dropped_mass": "dropped mass",
+        }
+        found["bounded"] = _by_length(title, rows, panels, linear=("dropped_mass",))
         rows = [row for row in synthetic["errors"] if row["spread"] == "s=0.707" and row["law"] != "zero"]
         title = "Spread that grows: scores N(0, ln n), whose entropy support is n^0.5"
-        shared = (f"relative output error, {_SHARED}", "relative_error.shared")
-        found["growing"] = _by_length(title, rows, (_WEIGHTS, shared, ("dropped mass", "dropped_mass")))
+        shared = {"relative_error.shared": "relative output error, values from the inputs"}
+        kept = ("weight_error", "relative_error.shared", "dropped_mass")
+        found["growing"] = _by_length(title, rows, {loss: (panels | shared)[loss] for loss in kept})
         found["exponents"] = _exponents(synthetic)
     if model:
-        title = f"SmolLM2: exact top-k, {len(model['layers'])} layers, all laws equal at one length"
-        panels = [(title_of, name) for name, (title_of, _) in _LOSSES.items()]
-        found["model"] = _by_length(title, model["errors"], panels, logarithmic=False)
+        title = f"{model['model']}: exact top-k, {len(model['layers'])} layers, all laws equal at one length"
+        panels = {loss: name for loss, (name, _) in _LOSSES.items()}
+        found["model"] = _by_length(title, model["errors"], panels, linear=tuple(_LOSSES))
         found["heads"] = _heads(model)
     if synthetic and model:
         found["mixed"] = _mixed(synthetic, model)
     return found
 
 
-def _by_length(
-    title: str, rows: Sequence[Record], panels: Sequence[tuple[str, str]], logarithmic: bool = True
-) -> Figure:
-    """A panel for each (title, loss), with a line for each law; ``title`` is above all of them."""
-    figure, axes = _frame(2 if len(panels) == 4 else 1, len(panels) if len(panels) < 4 else 2, title)
-    for axis, (name, loss) in zip(axes, panels, strict=True):
+def _by_length(title: str, rows: Sequence[Record], panels: Mapping[str, str], linear: Sequence[str] = ()) -> Figure:
+    """A panel for each loss and its name, with a line for each law."""
+    figure, axes = _frame(*((2, 2) if len(panels) == 4 else (1, 3)), title)
+    for axis, (loss, name) in zip(axes, panels.items(), strict=True):
         for place, (law, (label, colour, style)) in enumerate(_LAWS.items()):
             own = [row for row in rows if row["law"] == law]
             if own and (law, loss) != ("zero", "dropped_mass"):
@@ -85,10 +86,10 @@ def _by_length(
                 label = label.format(keys=max(row["budget"] for row in own))
                 _bars(axis, x, values, fmt=style, color=colour, elinewidth=0.8, capsize=2, label=label)
         _log_lengths(axis, sorted({row["n"] for row in rows}))
-        if logarithmic:
-            logarithmic_y(axis)
-        else:
+        if loss in linear:
             axis.set_ylim(bottom=0)
+        else:
+            logarithmic_y(axis)
         axis.set_title(name)
     _shared_legend(figure, axes[0])
     return figure
@@ -130,7 +131,7 @@ def _exponents(record: Record) -> Figure:
 
 
 def _heads(record: Record) -> Figure:
-    figure, (counts, slopes, expected) = _frame(1, 3, "SmolLM2: how many keys hold the mass")
+    figure, (counts, slopes, expected) = _frame(1, 3, f"{record['model']}: how many keys hold the mass")
     layers, lengths = record["layers"], record["lengths"]
     for place, (layer, colour) in enumerate(zip(layers, _viridis(len(layers)), strict=True)):
         heads = [head for head in record["heads"] if head["layer"] == layer]
@@ -165,7 +166,7 @@ def _mixed(synthetic: Record, model: Record) -> Figure:
         ("at the worst length", lambda row: max(row["by_length"])),
     )
     panels = [("Gaussian inputs: dropped mass, ", lines, *one) for one in what]
-    panels += [("SmolLM2: ", of_model, *one) for one in what]
+    panels += [(f"{model['model']}: ", of_model, *one) for one in what]
     for axis, (title, drawn, of, value) in zip(axes, panels, strict=True):
         for label, colour, rows in drawn:
             relative = [value(row) / value(rows[0]) for row in rows]  # the first is the fixed budget

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,13 +13,10 @@ from eval_tasks.bootstrap import CONFIDENCE, paired_difference
 from eval_tasks.log_law import log_budgets
 from nc_patch.budget import budgets
 
-Estimate = tuple[float, float, float]
-"""A mean and its interval."""
-
 
 @dataclass(frozen=True)
 class Law:
-    """One budget law: ``alpha * n**C``, or of kind ``"log"`` ``alpha * log2(n)``."""
+    """One budget law: ``alpha * n**C``, of kind ``"log"`` ``alpha * log2(n)``; no key where alpha is 0."""
 
     name: str
     alpha: float
@@ -28,6 +25,8 @@ class Law:
 
     def budgets(self, n: np.ndarray) -> np.ndarray:
         """Keys that queries attend which see ``n``, int64."""
+        if self.alpha == 0:
+            return np.zeros_like(n)
         return log_budgets(n, self.alpha) if self.kind == "log" else budgets(n, self.alpha, self.C)
 
     def budget(self, n: int) -> int:
@@ -39,37 +38,28 @@ def equal_at(keys: int, length: int) -> list[Law]:
     """Laws that all give ``keys`` at ``length``: fixed, logarithmic, and α·n^C for C = 0.25, 0.5, 0.75 and 1."""
     laws = [Law("fixed", float(keys), 0.0), Law("log n", keys / math.log2(length), 0.0, "log")]
     laws += [Law(f"n^{C:g}", keys / length**C, C) for C in (0.25, 0.5, 0.75, 1.0)]
-    return [_not_above(law, keys, length) for law in laws]
-
-
-def _not_above(law: Law, keys: int, length: int) -> Law:
-    """The law, its factor lowered by what rounding made it too large."""
-    while law.budget(length) > keys:
-        law = Law(law.name, math.nextafter(law.alpha, 0.0), law.C, law.kind)
-    return law
+    for place, law in enumerate(laws):
+        while laws[place].budget(length) > keys:  # rounding made the factor too large
+            laws[place] = replace(law, alpha=math.nextafter(laws[place].alpha, 0.0))
+    return laws
 
 
 def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
-    """α·n^C for C = 0 (the fixed budget), 0.1 … 1, of the largest α whose mean budget over ``lengths`` is ``keys``.
+    """α·n^C for C = 0 (the fixed budget), 0.1 … 1, of the largest α whose mean budget is at most ``keys``.
 
     Raises:
         ValueError: not even one key per query is that little, or the shortest length has fewer than ``keys``.
     """
     if not 1 <= keys <= min(lengths):
         raise ValueError(f"keys must be between 1 and the shortest length {min(lengths)}, got {keys}")
-
-    def law(alpha: float, C: float) -> Law:
-        return Law(f"n^{C:g}, mean {keys}", alpha, C)
-
-    found = [law(float(keys), 0.0)]
-    for C in (step / 10 for step in range(1, 11)):
-        low, high = 0.0, float(keys)
+    laws = [Law(f"n^{step / 10:g}, mean {keys}", float(keys), step / 10) for step in range(11)]
+    for place, law in enumerate(laws[1:], 1):
+        low, high = replace(law, alpha=0.0), law
         for _ in range(60):
-            middle = (low + high) / 2
-            enough = law(middle, C).budgets(np.array(lengths)).mean() > keys
-            low, high = (low, middle) if enough else (middle, high)
-        found.append(law(low, C))
-    return found
+            middle = replace(law, alpha=(low.alpha + high.alpha) / 2)
+            low, high = (low, middle) if middle.budgets(np.array(lengths)).mean() > keys else (middle, high)
+        laws[place] = low
+    return laws
 
 
 def compare(
@@ -82,26 +72,30 @@ def compare(
         lengths: each as frequent as the others.
         losses: ``[lengths, samples, laws]``; a sample's losses are averaged over lengths.
         documents: which document each sample is from, if not one of its own; what is resampled.
-
-    Returns:
-        A dict for each law: ``C``, ``alpha``, ``mean_budget``, ``loss``, ``difference`` from fixed with its interval
-        ``low`` to ``high``, and ``by_length``, the mean loss at each length.
     """
     found = []
-    for place, law in enumerate(laws):
-        own, fixed = losses[..., place], losses[..., 0]
-        difference = paired_difference(own.mean(0).tolist(), fixed.mean(0).tolist(), documents=documents)
+    for law, own in zip(laws, np.moveaxis(losses, -1, 0), strict=True):
+        difference = paired_difference(own.mean(0).tolist(), losses[..., 0].mean(0).tolist(), documents=documents)
         row = {"C": law.C, "alpha": law.alpha, "mean_budget": float(law.budgets(np.array(lengths)).mean())}
         row |= {"loss": float(own.mean()), "difference": difference.mean}
         found.append(row | {"low": difference.low, "high": difference.high, "by_length": own.mean(1).tolist()})
     return found
 
 
-def estimate(values: ArrayLike) -> Estimate:
+def estimate(values: ArrayLike) -> tuple[float, float, float]:
     """The mean of two or more independent values, and its interval by Student's t at ``CONFIDENCE``."""
     found = np.asarray(values, dtype=np.float64)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1) * stats.sem(found)
     return float(found.mean()), float(found.mean() - half), float(found.mean() + half)
+
+
+def estimates(lengths: Sequence[int], laws: Sequence[Law], losses: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A row for each length and law, with the ``estimate`` of each loss ``[lengths, samples, laws]``."""
+    return [
+        {"n": n, "law": law.name, "budget": law.budget(n)} | {name: estimate(x[i, :, k]) for name, x in losses.items()}
+        for i, n in enumerate(lengths)
+        for k, law in enumerate(laws)
+    ]
 
 
 def exponents(lengths: Sequence[int], counts: np.ndarray) -> np.ndarray:

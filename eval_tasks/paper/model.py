@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eval_tasks.capture import Captured, capture
-from eval_tasks.paper.laws import Law, compare, equal_in_mean, estimate, exponents, gather
+from eval_tasks.paper.laws import Law, compare, equal_in_mean, estimate, estimates, exponents, gather
 from eval_tasks.paper.theory import mass_share
 from nc_patch.functional import attend
 from nc_patch.ops.problem import Problem
@@ -89,22 +89,13 @@ def measure(
     mixed_keys: int,
     rows: int = 8,
 ) -> dict[str, Any]:
-    """All samples, layers, lengths and laws.
-
-    Args:
-        model: any that ``nc_patch`` takes.
-        samples: token ids ``[1, L]`` each, L at least the longest length.
-        layers: of the model.
-        lengths: contexts, rising.
-        laws: compared at every length.
-        mixed_keys: the mean cost of the laws that are compared over all lengths.
-        rows: queries at each length.
+    """All samples (token ids ``[1, L]``, L at least the longest length), layers, rising lengths and laws.
 
     Returns:
         ``heads``: for each layer and head the counts of ``count_keys``, medians over rows and samples, and their
         exponents over the lengths. ``errors``: for each length and law the estimates over samples of ``MEASURES``.
         ``slopes``: for each law the slopes of log loss against log n, estimates over samples. ``mixed``: the losses of
-        α·n^C by C at equal mean cost.
+        α·n^C by C at a mean cost of ``mixed_keys``.
     """
     of_mean = equal_in_mean(mixed_keys, lengths)
     counted, lost = [], []
@@ -113,26 +104,22 @@ def measure(
         captured = capture(model, ids[:, : max(lengths)], layers)
         counted.append([[count_keys(one, at) for one in captured] for at in positions])
         lost.append([[losses(one, at, [*laws, *of_mean]) for one in captured] for at in positions])
-    table = gather(lost)  # [samples, lengths, layers, laws, rows]
-    means = {name: x.mean((2, 4)) for name, x in table.items()}  # [samples, lengths, laws]
-    errors = [
-        {"n": n, "law": law.name, "budget": law.budget(n)} | {name: estimate(x[:, i, k]) for name, x in means.items()}
-        for i, n in enumerate(lengths)
-        for k, law in enumerate(laws)
-    ]
+    table = {name: x.swapaxes(0, 1) for name, x in gather(lost).items()}  # [lengths, samples, layers, laws, rows]
+    means = {name: x.mean((2, 4)) for name, x in table.items()}
+    errors = estimates(lengths, laws, means)
     for by_name in (table, means):
         by_name["dropped_mass"] = 1 - by_name.pop("kept_mass")
     slopes = [
-        {"law": law.name} | {name: estimate(exponents(lengths, x[:, :, k].T)) for name, x in means.items()}
+        {"law": law.name} | {name: estimate(exponents(lengths, x[..., k])) for name, x in means.items()}
         for k, law in enumerate(laws)
     ]
     documents = np.repeat(np.arange(len(samples)), len(layers) * rows).tolist()
     mixed = {}
     for name, x in table.items():
-        of_length = x[:, :, :, len(laws) :].transpose(1, 0, 2, 4, 3).reshape(len(lengths), -1, len(of_mean))
-        mixed[name] = compare(of_mean, lengths, of_length, documents)
-    compared = {"lengths": lengths, "keys": mixed_keys, "rows": mixed}
-    return {"heads": _heads(gather(counted), layers, lengths), "errors": errors, "slopes": slopes, "mixed": compared}
+        flat = np.moveaxis(x[:, :, :, len(laws) :], 3, -1).reshape(len(lengths), -1, len(of_mean))
+        mixed[name] = compare(of_mean, lengths, flat, documents)
+    heads = _heads(gather(counted), layers, lengths)
+    return {"heads": heads, "errors": errors, "slopes": slopes, "mixed": {"rows": mixed}}
 
 
 def _heads(counts: dict[str, np.ndarray], layers: Sequence[int], lengths: Sequence[int]) -> list[dict[str, Any]]:

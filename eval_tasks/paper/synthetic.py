@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval_tasks.paper.laws import Law, compare, equal_in_mean, estimate, exponents, gather
+from eval_tasks.paper.laws import Law, compare, equal_in_mean, estimate, estimates, exponents, gather
 from eval_tasks.paper.theory import growing_spread
 from nc_patch import sparse_attention
 
@@ -111,63 +111,58 @@ def supports(row: Row, sigma: float) -> dict[str, float]:
 def measure(
     lengths: Sequence[int], seeds: int, laws: Sequence[Law], mixed_lengths: Sequence[int], mixed_keys: int
 ) -> dict[str, Any]:
-    """All rows of all lengths, every spread and law.
-
-    Args:
-        lengths, seeds: the rows; seeds are 0, 1, 2 ….
-        laws: compared at every length.
-        mixed_lengths, mixed_keys: some of the lengths, and the mean cost of the laws that are compared over them.
+    """Rows of all lengths and of the seeds 0, 1, 2 …, every spread and law.
 
     Returns:
-        ``errors``: a dict for each spread, length and law, of estimates over the seeds.
-        ``supports``: one for each spread and length, of geometric means over the seeds.
-        ``exponents``: one for each spread, of the slopes of the supports over all lengths.
-        ``mixed``: for each spread, the dropped mass of α·n^C by C at equal mean cost.
+        ``errors``: a dict for each spread, length and law, of estimates over the seeds. ``supports``: one for each
+        spread and length, of geometric means. ``exponents``: one for each spread, of the slopes of the supports.
+        ``mixed``: for each spread, the dropped mass of α·n^C by C at a mean cost of ``mixed_keys`` over
+        ``mixed_lengths``. ``library_differences``: see there.
     """
-    of_mean = equal_in_mean(mixed_keys, mixed_lengths)
-    names = ["zero", *(law.name for law in laws)]
-    budgets = {n: [0, *(law.budget(n) for law in [*laws, *of_mean])] for n in lengths}
+    shown, of_mean = [Law("zero", 0.0, 0.0), *laws], equal_in_mean(mixed_keys, mixed_lengths)
 
     def measured(n: int, seed: int) -> list[dict[str, Any]]:
-        row = draw(n, seed)
-        sigmas = [sigma_of(spread, n) for spread in SPREADS]
-        return [losses(row, sigma, budgets[n]) | supports(row, sigma) for sigma in sigmas]
+        row, budgets = draw(n, seed), [law.budget(n) for law in [*shown, *of_mean]]
+        return [losses(row, sigma_of(s, n), budgets) | supports(row, sigma_of(s, n)) for s in SPREADS]
 
     # [lengths, seeds, spreads], and laws behind them where it is a loss.
     table = gather([[measured(n, seed) for seed in range(seeds)] for n in lengths])
-    counts = {name: x for name, x in table.items() if x.ndim == 3}
-    lost = {name: x for name, x in table.items() if x.ndim == 4}
-    errors, support_rows, slopes, mixed = [], [], [], {}
-    mixed_places = [list(lengths).index(n) for n in mixed_lengths]
-    for (i, n), (s, spread) in product(enumerate(lengths), enumerate(SPREADS)):
-        for k, law in enumerate(names):
-            row = {"spread": spread, "n": n, "law": law, "budget": budgets[n][k]}
-            errors.append(row | {name: estimate(x[i, :, s, k]) for name, x in lost.items()})
-        logs = {name: estimate(np.log(x[i, :, s])) for name, x in counts.items()}
-        support_rows.append({"spread": spread, "n": n} | {name: np.exp(x).tolist() for name, x in logs.items()})
+    found: dict[str, Any] = {"errors": [], "supports": [], "exponents": []}
+    mixed, places = {}, [list(lengths).index(n) for n in mixed_lengths]
     for s, spread in enumerate(SPREADS):
-        slopes.append({"spread": spread} | {k: estimate(exponents(lengths, x[:, :, s])) for k, x in counts.items()})
-        dropped = 1 - lost["kept_mass"][mixed_places][:, :, s, len(names) :]
-        mixed[spread] = {"dropped_mass": compare(of_mean, mixed_lengths, dropped)}
-    compared = {"lengths": mixed_lengths, "keys": mixed_keys, "rows": mixed}
-    return {"errors": errors, "supports": support_rows, "exponents": slopes, "mixed": compared}
+        lost = {name: x[:, :, s] for name, x in table.items() if x.ndim == 4}
+        counts = {name: x[:, :, s] for name, x in table.items() if x.ndim == 3}
+        found["errors"] += [{"spread": spread} | row for row in estimates(lengths, shown, lost)]
+        for i, n in enumerate(lengths):
+            means = {name: np.exp(estimate(np.log(x[i]))).tolist() for name, x in counts.items()}
+            found["supports"].append({"spread": spread, "n": n} | means)
+        slopes = {name: estimate(exponents(lengths, x)) for name, x in counts.items()}
+        found["exponents"].append({"spread": spread} | slopes)
+        mixed[spread] = {
+            "dropped_mass": compare(of_mean, mixed_lengths, 1 - lost["kept_mass"][places, :, len(shown) :])
+        }
+    return found | {"mixed": {"rows": mixed}, "library_differences": library_differences(lengths, laws)}
 
 
-def library_difference(n: int, seed: int, sigma: float, law: Law) -> dict[str, float]:
-    """How far ``nc_patch``, whose scores and softmax are float32, is from ``attend`` on one row.
+def library_differences(lengths: Sequence[int], laws: Sequence[Law]) -> list[dict[str, Any]]:
+    """How far ``nc_patch``, whose scores and softmax are float32, is from ``attend`` on the rows of seed 0.
 
     Returns:
-        ``kept_mass``: the difference of the kept mass. ``independent``, ``shared``: the largest of an output channel.
+        A dict for each length, σ of 2 and 4, and law: the difference of the ``kept_mass``, and the largest of an output
+        channel for each of ``VALUES``.
     """
-    row, k = draw(n, seed), law.budget(n)
-    (kept, _), outputs, _ = attend(row, sigma, [k])
-    query, inputs, values = (
-        torch.from_numpy(x).float().view(1, 1, -1, CHANNELS) for x in (sigma * row.direction, row.inputs(), row.values)
-    )
-    found = {}
-    options: dict[str, Any] = {"alpha": k, "sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
-    for name, value in zip(VALUES, (values, inputs), strict=True):
-        result: Any = sparse_attention(query, inputs, value, scale=1.0, **options)
-        found[name] = float(np.abs(result.output.flatten().numpy() - outputs[name][0]).max())
-        found["kept_mass"] = abs(float(result.kept_mass) - kept)
+    found = []
+    for n, sigma in product(lengths, (2.0, 4.0)):
+        row, budgets = draw(n, 0), [law.budget(n) for law in laws]
+        kept, outputs, _ = attend(row, sigma, budgets)
+        query, key = (torch.from_numpy(x).float().view(1, 1, -1, CHANNELS) for x in (row.direction, row.inputs()))
+        values = {"independent": torch.from_numpy(row.values).float()[None, None], "shared": key}
+        for place, law in enumerate(laws):
+            difference: dict[str, Any] = {"n": n, "law": law.name, "sigma": sigma}
+            options: dict[str, Any] = {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
+            for name, value in values.items():
+                result: Any = sparse_attention(sigma * query, key, value, alpha=budgets[place], scale=1.0, **options)
+                difference[name] = float(np.abs(result.output.flatten().numpy() - outputs[name][place]).max())
+                difference["kept_mass"] = abs(float(result.kept_mass) - kept[place])
+            found.append(difference)
     return found
