@@ -1,6 +1,7 @@
 """The pictures of docs/paper.md, drawn from what the measurements wrote."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import matplotlib
@@ -12,9 +13,10 @@ from matplotlib.ticker import NullLocator
 from eval_tasks.figures import logarithmic_y
 from eval_tasks.paper.laws import exponents
 from eval_tasks.paper.synthetic import sigma_of
-from eval_tasks.paper.theory import entropy_support, growing_spread, mass_share, support_exponent
+from eval_tasks.paper.theory import entropy_support, growing_spread, mass_share
 
 Record = dict[str, Any]
+Rows = Sequence[Record]
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _LAWS = {
@@ -39,58 +41,51 @@ _LOSSES = {
     "relative_error": ("relative output error", "#0072B2"),
     "output_error": ("largest output error", "#009E73"),
 }
-_SIDESTEP = 0.03  # octaves between the points of one law and those of the next
 
 
 def figures(synthetic: Record | None, model: Record | None) -> dict[str, Figure]:
     """Name → picture, of the records that there are."""
     found = {}
     if synthetic:
-        rows = [row for row in synthetic["errors"] if row["spread"] == "sigma=2"]
-        title = "Bounded weights: scores N(0, σ²) with σ = 2 at every n"
-        panels = {
-            "weight_error": "largest error of an attention weight",
+        rows = {name: [row for row in synthetic["errors"] if row["spread"] == name] for name in ("sigma=2", "s=0.707")}
+        weights = {"weight_error": "largest error of an attention weight"}
+        outputs = {
             "output_error.independent": "largest output error, values independent of keys",
             "output_error.shared": "largest output error, values from the same inputs",
-            "dropped_mass": "dropped mass",
         }
-        found["bounded"] = _by_length(title, rows, panels, linear=("dropped_mass",))
-        rows = [row for row in synthetic["errors"] if row["spread"] == "s=0.707" and row["law"] != "zero"]
+        relative = {"relative_error.shared": "relative output error, values from the inputs"}
+        dropped = {"dropped_mass": "dropped mass"}
+        title = "Bounded weights: scores N(0, σ²) with σ = 2 at every n"
+        found["bounded"] = _by_length(title, rows["sigma=2"], weights | outputs | dropped, linear=dropped)
         title = "Spread that grows: scores N(0, ln n), whose entropy support is n^0.5"
-        shared = {"relative_error.shared": "relative output error, values from the inputs"}
-        kept = ("weight_error", "relative_error.shared", "dropped_mass")
-        found["growing"] = _by_length(title, rows, {loss: (panels | shared)[loss] for loss in kept})
+        without_zero = [row for row in rows["s=0.707"] if row["law"] != "zero"]
+        found["growing"] = _by_length(title, without_zero, weights | relative | dropped)
         found["exponents"] = _exponents(synthetic)
     if model:
         title = f"{model['model']}: exact top-k, {len(model['layers'])} layers, all laws equal at one length"
         panels = {loss: name for loss, (name, _) in _LOSSES.items()}
-        found["model"] = _by_length(title, model["errors"], panels, linear=tuple(_LOSSES))
+        found["model"] = _by_length(title, model["errors"], panels, linear=panels)
         found["heads"] = _heads(model)
     if synthetic and model:
         found["mixed"] = _mixed(synthetic, model)
     return found
 
 
-def _by_length(title: str, rows: Sequence[Record], panels: Mapping[str, str], linear: Sequence[str] = ()) -> Figure:
+def _by_length(title: str, rows: Rows, panels: Mapping[str, str], linear: Collection[str] = ()) -> Figure:
     """A panel for each loss and its name, with a line for each law."""
     figure, axes = _frame(*((2, 2) if len(panels) == 4 else (1, 3)), title)
     for axis, (loss, name) in zip(axes, panels.items(), strict=True):
         for place, (law, (label, colour, style)) in enumerate(_LAWS.items()):
             own = [row for row in rows if row["law"] == law]
             if own and (law, loss) != ("zero", "dropped_mass"):
-                values = [row["kept_mass"] if loss == "dropped_mass" else row[loss] for row in own]
-                if loss == "dropped_mass":
-                    values = [(1 - mean, 1 - high, 1 - low) for mean, low, high in values]
                 # Moved a little, so that intervals of equal budgets stand side by side.
-                x = [row["n"] * 2 ** (_SIDESTEP * (place - len(_LAWS) // 2)) for row in own]
+                x = [row["n"] * 2 ** (0.03 * (place - len(_LAWS) // 2)) for row in own]
                 label = label.format(keys=max(row["budget"] for row in own))
-                _bars(axis, x, values, fmt=style, color=colour, elinewidth=0.8, capsize=2, label=label)
+                _bars(axis, x, own, loss, fmt=style, color=colour, elinewidth=0.8, capsize=2, label=label)
         _log_lengths(axis, sorted({row["n"] for row in rows}))
-        if loss in linear:
-            axis.set_ylim(bottom=0)
-        else:
+        axis.set(title=name, **({"ylim": (0, None)} if loss in linear else {}))
+        if loss not in linear:
             logarithmic_y(axis)
-        axis.set_title(name)
     _shared_legend(figure, axes[0])
     return figure
 
@@ -98,15 +93,10 @@ def _by_length(title: str, rows: Sequence[Record], panels: Mapping[str, str], li
 def _exponents(record: Record) -> Figure:
     figure, (supports, slopes) = _frame(1, 2)
     lengths = np.array(record["lengths"])
-    shown = ("sigma=1", *_SPREADS)
-    for name, colour in zip(shown, _viridis(len(shown)), strict=True):
+    shown = {"sigma=1": ("σ = 1 at every n", ""), **_SPREADS}
+    for (name, (label, _)), colour in zip(shown.items(), _viridis(len(shown)), strict=True):
         rows = [row for row in record["supports"] if row["spread"] == name]
-        kind, _, value = name.partition("=")
-        growing = f"σ² = {value}²·2 ln n: n^{support_exponent(float(value)):.2f}"
-        label = f"σ = {value}" if kind == "sigma" else growing
-        _bars(
-            supports, [row["n"] for row in rows], [row["entropy"] for row in rows], fmt="o", color=colour, label=label
-        )
+        _bars(supports, [row["n"] for row in rows], rows, "entropy", fmt="o", color=colour, label=label)
         dense = np.geomspace(lengths[0], lengths[-1], 100)
         expected = np.array([entropy_support(n, sigma_of(name, n)) for n in dense])
         supports.plot(dense, np.where(expected > 1, expected, np.nan), color=colour, linewidth=1.2)
@@ -114,15 +104,14 @@ def _exponents(record: Record) -> Figure:
     supports.set(title="entropy support exp(H); lines: n·exp(−σ²/2)", ylabel="keys", yscale="log")
     supports.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     rows = [row for row in record["exponents"] if row["spread"].startswith("s=")]
-    s = np.array([float(row["spread"].removeprefix("s=")) for row in rows])
-    grid = np.linspace(0, max(s) * 1.05, 200)
-    slopes.plot(grid, support_exponent(grid), color="#D55E00", label="1 − s²")
-    _bars(slopes, s, [row["entropy"] for row in rows], fmt="o", color="#D55E00", label="entropy support, measured")
-    held = "keys that hold 95 %"
-    _bars(slopes, s, [row["mass 0.95"] for row in rows], fmt="s", color="#0072B2", label=f"{held}, measured")
+    s = [float(row["spread"].removeprefix("s=")) for row in rows]
+    grid = np.linspace(0, 1.25, 200)
+    slopes.plot(grid, np.maximum(0, 1 - grid**2), color="#D55E00", label="1 − s²")
+    _bars(slopes, s, rows, "entropy", fmt="o", color="#D55E00", label="entropy support, measured")
+    _bars(slopes, s, rows, "mass 0.95", fmt="s", color="#0072B2", label="keys that hold 95 %, measured")
     unfrozen = grid[grid <= 1]
-    counts = [[max(1.0, n * mass_share(growing_spread(n, x), 0.05)) for x in unfrozen] for n in lengths]
-    label = f"{held}, expected over these n"
+    counts = [np.maximum(1, n * mass_share(growing_spread(n, unfrozen), 0.05)) for n in lengths]
+    label = "keys that hold 95 %, expected over these n"
     slopes.plot(unfrozen, exponents(lengths, np.array(counts)), color="#0072B2", linestyle="--", label=label)
     title = f"exponent fitted over n = {lengths[0]:,} … {lengths[-1]:,}"
     slopes.set(title=title, xlabel="s, where σ² = s²·2·ln n", ylabel="C", ylim=(-0.05, 1.5))
@@ -147,10 +136,8 @@ def _heads(record: Record) -> Figure:
     _shared_legend(figure, counts)
     slopes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     slopes.set(title="C fitted to them; a dot a head, line: median", xlabel="layer", ylabel="C")
-    for C in (0.0, 1.0):
-        slopes.axhline(C, color="#000000", linewidth=1, linestyle=":")
-    expected.set(xscale="log", yscale="log", xlabel="keys expected from normal scores", ylabel="keys measured")
     expected.axline((10, 10), (100, 100), color="#000000", linewidth=1, linestyle=":")
+    expected.set(xscale="log", yscale="log", xlabel="keys expected from normal scores", ylabel="keys measured")
     expected.set_title(f"the same at n = {lengths[-1]:,}, a dot a head")
     return figure
 
@@ -159,25 +146,23 @@ def _mixed(synthetic: Record, model: Record) -> Figure:
     """Loss against the exponent of the budget at equal mean cost: its mean over lengths, and the worst length's."""
     figure, axes = _frame(2, 2)
     spreads, losses = synthetic["mixed"]["rows"], model["mixed"]["rows"]
-    lines = [(label, colour, spreads[name]["dropped_mass"]) for name, (label, colour) in _SPREADS.items()]
+    gaussian = [(label, colour, spreads[name]["dropped_mass"]) for name, (label, colour) in _SPREADS.items()]
     of_model = [(label, colour, losses[name]) for name, (label, colour) in _LOSSES.items()]
-    what: tuple[tuple[str, Callable[[Record], float]], ...] = (
-        ("mean over all lengths", lambda row: row["loss"]),
-        ("at the worst length", lambda row: max(row["by_length"])),
-    )
-    panels = [("Gaussian inputs: dropped mass, ", lines, *one) for one in what]
-    panels += [(f"{model['model']}: ", of_model, *one) for one in what]
-    for axis, (title, drawn, of, value) in zip(axes, panels, strict=True):
-        for label, colour, rows in drawn:
-            relative = [value(row) / value(rows[0]) for row in rows]  # the first is the fixed budget
+    what: dict[str, Callable[[Record], float]] = {
+        "mean over all lengths": lambda row: row["loss"],
+        "at the worst length": lambda row: max(row["by_length"]),
+    }
+    kinds = {"Gaussian inputs: dropped mass": gaussian, model["model"]: of_model}
+    for axis, ((inputs, lines), (of, loss)) in zip(axes, product(kinds.items(), what.items()), strict=True):
+        for label, colour, rows in lines:
+            relative = [loss(row) / loss(rows[0]) for row in rows]  # the first is the fixed budget
             axis.plot([row["C"] for row in rows], relative, "o-", color=colour, label=label)
         axis.axhline(1.0, color="#000000", linewidth=1.0, linestyle=":")
         axis.set(xlabel="C of k = α·n^C, α set for equal mean cost", ylabel="loss relative to the fixed budget's")
-        axis.set_title(title + of)
-    for axis in axes[:2]:
-        logarithmic_y(axis)
-    for axis in axes[::2]:
+        axis.set_title(f"{inputs}, {of}")
         axis.legend(fontsize=9)
+        if lines is gaussian:
+            logarithmic_y(axis)
     return figure
 
 
@@ -190,10 +175,12 @@ def _frame(rows: int, columns: int, title: str = "") -> tuple[Figure, list[Axes]
     return figure, axes
 
 
-def _bars(axis: Axes, x: Sequence[float] | np.ndarray, estimates: Iterable[Sequence[float]], **style: Any) -> None:
-    """Means with their intervals."""
-    mean, low, high = np.array(list(estimates), dtype=np.float64).T
-    axis.errorbar(x, mean, np.maximum(0.0, np.stack((mean - low, high - mean))), markersize=5, **style)
+def _bars(axis: Axes, x: Sequence[float], rows: Rows, name: str, **style: Any) -> None:
+    """A loss or count of each row, with its interval."""
+    mean, low, high = np.array([row["kept_mass" if name == "dropped_mass" else name] for row in rows]).T
+    if name == "dropped_mass":
+        mean, low, high = 1 - mean, 1 - high, 1 - low
+    axis.errorbar(x, mean, np.maximum(0.0, (mean - low, high - mean)), markersize=5, **style)
 
 
 def _viridis(count: int) -> np.ndarray:
@@ -207,8 +194,9 @@ def _shared_legend(figure: Figure, axis: Axes) -> None:
 
 def _log_lengths(axis: Axes, lengths: Sequence[int] | np.ndarray) -> None:
     """A logarithmic x axis with a mark at every length, 2,048 as 2k."""
-    short = [f"{n >> 20}M" if n % (1 << 20) == 0 else f"{n >> 10}k" if n % 1024 == 0 else f"{n:,}" for n in lengths]
     axis.set_xscale("log", base=2)
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xticks(lengths, short)
+    axis.set_xticks(
+        lengths, [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" if n >= 1024 else f"{n}" for n in lengths]
+    )
     axis.set_xlabel("n, keys")

@@ -62,8 +62,7 @@ def draw(n: int, seed: int) -> Row:
 def attend(row: Row, sigma: float, budgets: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
     """Attends the k highest scores for each of K budgets in [0, n], and last all keys; k = 0 gives zero.
 
-    Returns:
-        The mass kept ``[K + 1]``; for each of ``VALUES`` the outputs ``[K + 1, CHANNELS]``; all weights ``[n]``.
+    Returns the mass kept ``[K + 1]``, for each of ``VALUES`` the outputs ``[K + 1, CHANNELS]``, all weights ``[n]``.
     """
     n = len(row.z)
     weights = np.exp(sigma * (row.z - row.z[0]))
@@ -147,9 +146,7 @@ def measure(
 def library_differences(lengths: Sequence[int], laws: Sequence[Law]) -> list[dict[str, Any]]:
     """How far ``nc_patch``, whose scores and softmax are float32, is from ``attend`` on the rows of seed 0.
 
-    Returns:
-        A dict for each length, σ of 2 and 4, and law: the difference of the ``kept_mass``, and the largest of an output
-        channel for each of ``VALUES``.
+    For each length, σ of 2 and 4, and law: of the ``kept_mass``, and the most of an output channel by ``VALUES``.
     """
     found = []
     for n, sigma in product(lengths, (2.0, 4.0)):

@@ -1,27 +1,19 @@
 """What is expected where the scores of a row are independent and normal, N(0, σ²): so many keys hold so much.
 
-With Gaussian inputs x_j and a given query q, the scores q·W x_j are exactly that, with σ = ‖Wᵀq‖ times the scale:
-bounded weights keep σ bounded however long the context is. The weights exp(σ z) are lognormal, and tilting a normal
-density by exp(σ z) shifts it by σ: the mass lies on the keys with z near σ. While σ² < 2 ln n there are many of those
-and the law of large numbers gives what follows; beyond, the few largest keys hold the mass (the frozen phase of
-Derrida's random energy model), and how much each of them holds stays random.
+The weights exp(σ z) are lognormal, and tilting a normal density by exp(σ z) shifts it by σ: the mass lies on the keys
+with z near σ. While σ² < 2 ln n there are many of those and the law of large numbers gives what follows; beyond, the
+few largest keys hold the mass (the frozen phase of Derrida's random energy model).
 """
 
 import math
 from typing import Any
 
-import numpy as np
 from scipy.special import ndtr, ndtri
 
 
-def growing_spread(n: float, s: float) -> float:
-    """σ with σ² = s²·2·ln n, at which the exponent of the entropy support does not depend on n."""
+def growing_spread(n: float, s: Any) -> Any:
+    """σ with σ² = s²·2·ln n, at which the exponent of the entropy support, 1 − s² or 0, does not depend on n."""
     return s * math.sqrt(2.0 * math.log(n))
-
-
-def support_exponent(s: Any) -> Any:
-    """The exponent of n in the entropy support exp(H) for σ² = s²·2·ln n: 1 − s², and 0 in the frozen phase."""
-    return np.maximum(0.0, 1.0 - np.square(s))
 
 
 def entropy_support(n: float, sigma: float) -> float:
