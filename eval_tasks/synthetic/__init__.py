@@ -6,10 +6,10 @@
 from eval_tasks.synthetic.counting import COUNTING_GENERATORS
 from eval_tasks.synthetic.needles import NEEDLE_GENERATORS
 from eval_tasks.synthetic.sample import Generator, Material, SyntheticSample, synthesize
-from eval_tasks.synthetic.tracking import VARIABLE_TRACKING
 
-_ALL = (*NEEDLE_GENERATORS, VARIABLE_TRACKING, *COUNTING_GENERATORS)
-GENERATORS: dict[str, Generator] = {generator.name: generator for generator in _ALL}
+GENERATORS: dict[str, Generator] = {
+    generator.name: generator for generator in (*NEEDLE_GENERATORS, *COUNTING_GENERATORS)
+}
 """Every generator by its name."""
 
 __all__ = ["GENERATORS", "Generator", "Material", "SyntheticSample", "synthesize"]

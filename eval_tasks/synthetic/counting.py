@@ -14,8 +14,6 @@ _COMMON = 10
 _COMMON_PREFIX = "Answer: The top 10 words that appear most often in the list are:"
 _FREQUENT = 3
 _FREQUENT_PREFIX = "Answer: According to the coded text above, the three most frequently appeared words are:"
-_ZIPF = 2.0  # exponent of the law by which frequencies fall with the rank
-_CODE_LETTERS = 6
 _TOKENS_PER_CODE = 50  # RULER has one coded word in its vocabulary for every 50 tokens
 
 
@@ -58,9 +56,10 @@ def _frequent_words(request: Request) -> Recipe:
     draw = request.random("vocabulary")
     codes: dict[str, None] = {}
     while len(codes) < max(request.length // _TOKENS_PER_CODE, _FREQUENT + 1):
-        codes["".join(draw.choices(string.ascii_lowercase, k=_CODE_LETTERS))] = None
+        codes["".join(draw.choices(string.ascii_lowercase, k=6))] = None
     vocabulary = ["...", *codes]  # the first rank is noise, which the question tells to ignore
-    shares = np.arange(1, len(vocabulary) + 1, dtype=np.float64) ** -_ZIPF / (math.pi**2 / 6)
+    # By Zipf's law with exponent 2.
+    shares = np.arange(1, len(vocabulary) + 1, dtype=np.float64) ** -2.0 / (math.pi**2 / 6)
 
     def question(units: int, padding: int) -> str:
         # Enough words that the last of the three asked for stands more often than the next.
@@ -76,13 +75,8 @@ def _frequent_words(request: Request) -> Recipe:
     return Recipe(question, _FREQUENT_PREFIX, tuple(vocabulary[1 : _FREQUENT + 1]))
 
 
+_CHANCE = _COMMON / len(english_words())
 COUNTING_GENERATORS: tuple[Generator, ...] = (
-    Generator(
-        "cwe",
-        "the ten words that stand most often in a numbered list",
-        _common_words,
-        new_tokens=120,
-        chance=_COMMON / len(english_words()),
-    ),
+    Generator("cwe", "the ten words that stand most often in a numbered list", _common_words, 120, chance=_CHANCE),
     Generator("fwe", "the three coded words that stand most often", _frequent_words, new_tokens=50),
 )

@@ -1,9 +1,12 @@
-"""RULER's needles in a haystack (arXiv 2404.06654, section 3), and the passkey among noise (arXiv 2305.16300)."""
+"""RULER's needles in a haystack and chains of variables (arXiv 2404.06654, section 3); passkeys (arXiv 2305.16300)."""
 
 import random
+import string
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 from eval_tasks.synthetic.haystack import NOISE, insert, noise
@@ -96,6 +99,42 @@ def _passkey(request: Request) -> Recipe:
     return Recipe(question, "The pass key is", (key,), (needle,))
 
 
+def _tracking(request: Request) -> Recipe:
+    chain, example = _chain(request.random("chain"), letters=5), _chain(request.random("example"), letters=3)
+    # RULER's worked example has 500 tokens, twelve lines of noise. Where that is more than a fifth of the length it is
+    # shorter, and below 1,024 tokens there is none.
+    lines = 12 if request.length >= 2560 else request.length // 512 - 1
+    shown = ""
+    if lines > 0:
+        shown = f"{example.question(lines * len(NOISE), 0)} {example.prefix} {' '.join(example.answers)}\n\n"
+    return replace(chain, question=lambda units, padding: shown + chain.question(units, padding))
+
+
+def _chain(draw: random.Random, letters: int) -> Recipe:
+    """A number that is assigned to a variable and copied from one to the next, and the question for all of them."""
+    names: dict[str, None] = {}
+    while len(names) < 5:
+        names["".join(draw.choices(string.ascii_uppercase, k=letters))] = None
+    value = draw.randint(10_000, 99_999)
+    held = [str(value), *(f"VAR {name}" for name in names)]
+    assignments = tuple(f"{later} = {earlier}" for earlier, later in pairwise(held))
+    depths = sorted(draw.random() for _ in assignments)
+
+    def question(units: int, padding: int) -> str:
+        context = "\n".join(insert(noise(units), assignments, depths))
+        return (
+            f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+            f"Question: Find all variables that are assigned the value {value} in the text above."
+        )
+
+    # The misspelling is RULER's.
+    prefix = (
+        f"Answer: According to the chain(s) of variable assignment in the text above, {len(names)} variables are"
+        f" assgined the value {value}, they are:"
+    )
+    return Recipe(question, prefix, tuple(names), assignments)
+
+
 def _niah(name: str, description: str, haystack: Haystack, **options: Any) -> Generator:
     return Generator(f"niah_{name}", description, partial(_needles, haystack=haystack, **options), new_tokens=128)
 
@@ -107,13 +146,12 @@ NEEDLE_GENERATORS: tuple[Generator, ...] = (
     _niah("multikey_1", "one of four numbers, each under its word, in prose", "prose", key_count=4),
     _niah("multikey_2", "one number under a word, among others of its kind and nothing else", "needles"),
     _niah(
-        "multikey_3",
-        "one UUID under a UUID, among others of its kind and nothing else",
-        "needles",
-        keys="uuids",
-        values="uuids",
+        "multikey_3", "one UUID under a UUID, among others and nothing else", "needles", keys="uuids", values="uuids"
     ),
     _niah("multivalue", "four numbers under one word, in prose", "prose", values_per_key=4),
     _niah("multiquery", "four numbers under four words, in prose", "prose", key_count=4, queried=4),
     Generator("passkey", "a five-digit key, said twice, among sentences of noise", _passkey, 16, chance=1 / 90_000),
+    Generator(
+        "vt", "the five variables that hold a value, handed on by a chain of four copies in noise", _tracking, 30
+    ),
 )

@@ -21,11 +21,7 @@ Match = Literal["all", "part"]
 
 @dataclass(frozen=True)
 class Material:
-    """What samples are made of, beside words that the seed draws.
-
-    Attributes:
-        text: the prose that hides the facts, by its name as in ``eval_tasks.texts.load_text``.
-    """
+    """The prose that hides the facts: that of a text, by its name as in ``eval_tasks.texts.load_text``."""
 
     text: str = PYTHON_REFERENCE
 
@@ -149,8 +145,7 @@ def synthesize(
         generator: which task.
         tokenizer: of the model under test.
         length: tokens of context, those that the model will generate included.
-        seed: of everything drawn.
-        index: of the sample.
+        seed, index: of everything drawn, and of the sample.
         material: the prose that hides the facts; by default the Python reference.
         use_chat_template: put the question into the tokenizer's chat template.
         new_tokens: tokens kept free for the answer in place of the generator's.
