@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -191,10 +190,3 @@ def test_the_quick_run_writes_records_and_pictures(script: Callable[..., None], 
     assert all(x == float(f"{x:.5g}") for row in record["errors"] for x in row["kept_mass"])
     for name in ("bounded", "growing", "exponents"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_page_shows_pictures_that_are_there() -> None:
-    page = ROOT / "docs" / "paper.md"
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
-    assert len(pictures) >= 5
-    assert all((page.parent / picture).is_file() for picture in pictures)
