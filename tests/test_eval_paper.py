@@ -63,7 +63,7 @@ def naive_losses(row: synthetic.Row, sigma: float, k: int) -> dict[str, float]:
     top = np.argsort(-row.z, kind="stable")[:k]
     kept[top] = weights[top] / weights[top].sum() if k else 0.0
     found = {"kept_mass": weights[top].sum(), "weight_error": np.abs(kept - weights).max()}
-    for name, values in (("independent", row.values), ("shared", row.inputs())):
+    for name, values in (("independent", row.values), ("shared", row.inputs)):
         difference = kept @ values - weights @ values
         found[f"output_error.{name}"] = np.abs(difference).max()
         found[f"relative_error.{name}"] = np.linalg.norm(difference) / np.linalg.norm(weights @ values)
@@ -80,8 +80,8 @@ def test_losses_of_a_row_are_those_of_the_definition() -> None:
 
 def test_the_inputs_of_a_row_have_its_scores_and_unit_covariance() -> None:
     row = synthetic.draw(20_000, 0)
-    np.testing.assert_allclose(row.inputs() @ row.direction, row.z, atol=1e-12)
-    np.testing.assert_allclose(np.cov(row.inputs().T), np.eye(synthetic.CHANNELS), atol=0.05)
+    np.testing.assert_allclose(row.inputs @ row.direction, row.z, atol=1e-12)
+    np.testing.assert_allclose(np.cov(row.inputs.T), np.eye(synthetic.CHANNELS), atol=0.05)
     assert abs(np.corrcoef(row.values @ row.direction, row.z)[0, 1]) < 0.03
 
 

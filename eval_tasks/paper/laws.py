@@ -98,7 +98,7 @@ def estimates(lengths: Sequence[int], laws: Sequence[Law], losses: Mapping[str, 
     ]
 
 
-def exponents(lengths: Sequence[int], counts: np.ndarray) -> np.ndarray:
+def exponents(lengths: ArrayLike, counts: np.ndarray) -> np.ndarray:
     """The slope of log count against log n of each sample: counts ``[lengths, samples]`` → ``[samples]``."""
     return np.polyfit(np.log(lengths), np.log(counts), 1)[0]
 

@@ -1,8 +1,7 @@
-"""The same on a model's own queries, keys and values: how many keys hold the mass, and what a budget law loses.
+"""The same on a model's own queries, keys and values, of one dense forward pass over each sample.
 
-They come from one dense forward pass over each sample. At every length n, a few queries evenly spaced over the last
-sixteenth before it stand for a context of n; what they attend is computed by ``nc_patch`` as the paper's top-k: no key
-is attended but for its score, and the others are dropped.
+At every length n, a few queries evenly spaced over the last sixteenth before it stand for a context of n. What they
+attend is computed by ``nc_patch`` as the paper's top-k: no key for its place, and the others are dropped.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from eval_tasks.paper.laws import Law, compare, equal_in_mean, estimate, estimat
 from eval_tasks.paper.theory import mass_share
 from nc_patch.functional import attend
 from nc_patch.ops.problem import Problem
-from nc_patch.selections import Dense, TopK
+from nc_patch.selections import Dense, Selection, TopK
 
 MEASURES = ("kept_mass", "output_error", "relative_error")
 
@@ -57,16 +56,14 @@ def losses(captured: Captured, positions: torch.Tensor, laws: Sequence[Law]) -> 
     difference of any of their channels, ``relative_error`` is ‖o − o_dense‖ / ‖o_dense‖.
     """
     n = positions + 1
-    query, key, value = captured.query[:, :, positions], captured.key[:, :, : n[-1]], captured.value[:, :, : n[-1]]
     visible = torch.stack((torch.zeros_like(n), n), -1)[None].int()
-    origin = torch.zeros_like(n)[None].int()
+    rows = (captured.query[:, :, positions], captured.key[:, :, : n[-1]], captured.value[:, :, : n[-1]])
+    rows += (visible, visible[..., 0].contiguous())
 
-    def attended(selection: Any, budget: np.ndarray) -> tuple[torch.Tensor, Any]:
+    def attended(selection: Selection, budget: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs of all heads ``[rows, Hq·D]``, and the kept mass ``[rows]``."""
-        rows = torch.from_numpy(budget).int()[None, None]
-        result = attend(
-            Problem(query, key, value, visible, origin, rows, captured.scale, stats=True), selection, "auto"
-        )
+        budgets = torch.from_numpy(budget).int()[None, None]
+        result = attend(Problem(*rows, budgets, captured.scale, stats=True), selection, "auto")
         assert result.kept_mass is not None
         return result.output[0].transpose(0, 1).flatten(1).double(), result.kept_mass[0].double().mean(0)
 

@@ -2,14 +2,13 @@
 
 Inputs x_j ~ N(0, I) in ``CHANNELS`` dimensions are the keys; a query of length σ along a random unit vector u gives
 independent scores σ·z_j with z_j = u·x_j ~ N(0, 1). Values are ``independent`` of the keys, N(0, I), or ``shared``: the
-inputs themselves, as in self-attention with W_V = I. Rows are drawn one at a time, of any length, and never n × n.
-
-Since σ only scales the scores, one sorted row serves every σ; since attention over the k highest scores is a ratio of
-partial sums in that order, one pass over the row serves every budget.
+inputs themselves, as in self-attention with W_V = I. Since σ only scales the scores, one sorted row serves every σ;
+since attention over the k highest scores is a ratio of partial sums in that order, one pass serves every budget.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise, product
 from typing import Any
 
@@ -46,6 +45,7 @@ class Row:
     values: np.ndarray
     direction: np.ndarray
 
+    @cached_property
     def inputs(self) -> np.ndarray:
         """The inputs x_j, ``[n, CHANNELS]``: the independent values with their component along u replaced by z."""
         return self.values + np.outer(self.z - self.values @ self.direction, self.direction)
@@ -68,14 +68,13 @@ def attend(row: Row, sigma: float, budgets: Sequence[int]) -> tuple[np.ndarray, 
     weights = np.exp(sigma * (row.z - row.z[0]))
     weights /= weights.sum()
     cuts = np.unique([0, *budgets, n])
-    columns = np.column_stack((np.ones(n), row.z, row.values))
+    columns = np.column_stack((np.ones(n), row.values, row.inputs))
     by_span = [weights[begin:end] @ columns[begin:end] for begin, end in pairwise(cuts)]
-    sums = np.cumsum([np.zeros(2 + CHANNELS), *by_span], axis=0)[np.searchsorted(cuts, [*budgets, n])]
+    sums = np.cumsum([np.zeros(1 + 2 * CHANNELS), *by_span], axis=0)[np.searchsorted(cuts, [*budgets, n])]
     mass = sums[:, :1]
     # Sums over no key are zero, and so is what they are divided to.
-    mean_score, independent = np.split(sums[:, 1:] / np.maximum(mass, np.finfo(np.float64).tiny), [1], axis=1)
-    shared = independent + (mean_score - independent @ row.direction[:, None]) * row.direction
-    return mass[:, 0], dict(zip(VALUES, (independent, shared), strict=True)), weights
+    outputs = np.split(sums[:, 1:] / np.maximum(mass, np.finfo(np.float64).tiny), 2, axis=1)
+    return mass[:, 0], dict(zip(VALUES, outputs, strict=True)), weights
 
 
 def losses(row: Row, sigma: float, budgets: Sequence[int]) -> dict[str, np.ndarray]:
@@ -152,7 +151,7 @@ def library_differences(lengths: Sequence[int], laws: Sequence[Law]) -> list[dic
     for n, sigma in product(lengths, (2.0, 4.0)):
         row, budgets = draw(n, 0), [law.budget(n) for law in laws]
         kept, outputs, _ = attend(row, sigma, budgets)
-        query, key = (torch.from_numpy(x).float().view(1, 1, -1, CHANNELS) for x in (row.direction, row.inputs()))
+        query, key = (torch.from_numpy(x).float().view(1, 1, -1, CHANNELS) for x in (row.direction, row.inputs))
         values = {"independent": torch.from_numpy(row.values).float()[None, None], "shared": key}
         for place, law in enumerate(laws):
             difference: dict[str, Any] = {"n": n, "law": law.name, "sigma": sigma}
