@@ -5,12 +5,10 @@ import math
 import runpy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from operations import reference_attention
 from scipy import integrate, stats
 from tiny_models import random_ids, tiny_model
 
@@ -124,40 +122,27 @@ def test_estimates_are_student_intervals() -> None:
     assert estimate([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0 - half, 2.0 + half))
 
 
-def test_counts_of_a_layer_are_those_of_its_exact_weights() -> None:
-    captured, positions = capture(tiny_model("llama"), random_ids(1, 96), [1])[0], model.positions_before(80, 3)
+def test_counts_and_losses_of_a_layer_are_those_of_its_exact_weights() -> None:
+    [captured], positions = capture(tiny_model("llama"), random_ids(1, 96), [1]), model.positions_before(80, 3)
     assert positions.tolist() in ([74, 76, 79], [74, 77, 79])
-    found = model.count_keys(captured, positions)
-    for head in range(4):
-        for row, position in enumerate(positions.tolist()):
-            keys = captured.key[0, head // 2, : position + 1].double()
-            scores = captured.scale * keys @ captured.query[0, head, position].double()
-            mass, sigma = (
-                torch.softmax(scores, 0).sort(descending=True).values.cumsum(0),
-                float(scores.std(correction=0)),
-            )
-            assert found["mass 0.95"][head, row] == 1 + int((mass < 0.95).sum())
-            assert found["sigma"][head, row] == pytest.approx(sigma)
-            expected = max(1.0, (position + 1) * theory.mass_share(sigma, 0.05))
-            assert found["normal 0.95"][head, row] == pytest.approx(expected)
-
-
-def test_losses_of_a_layer_are_those_of_the_reference() -> None:
-    captured, positions = capture(tiny_model("llama"), random_ids(1, 96), [1])[0], model.positions_before(90, 4)
-    law, end = Law("2 n^0.5", 2.0, 0.5), positions.int() + 1
-    found = model.losses(captured, positions, [law])
-    budget = torch.tensor([law.budget(int(n)) for n in end], dtype=torch.int32).view(1, 1, -1)
-    query, key, value, scale = captured
-    common: dict[str, Any] = {"visible": torch.stack((torch.zeros_like(end), end), -1)[None], "scale": scale}
-    sparse, dense = (
-        reference_attention(query[:, :, positions], key, value, budget=budget, selection=selection, **common)
-        for selection in ("topk", "dense")
-    )
-    difference = (sparse.output - dense.output)[0].transpose(0, 1).flatten(1)
-    relative = difference.norm(dim=-1) / dense.output[0].transpose(0, 1).flatten(1).norm(dim=-1)
-    np.testing.assert_allclose(found["relative_error"][0], relative, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found["output_error"][0], difference.abs().amax(-1), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found["kept_mass"][0], sparse.kept_mass[0].mean(0), rtol=1e-5)
+    law = Law("2 n^0.5", 2.0, 0.5)
+    counts, lost = model.count_keys(captured, positions), model.losses(captured, positions, [law])
+    key, value = (x[0].double().repeat_interleave(2, 0) for x in (captured.key, captured.value))
+    for row, position in enumerate(positions.tolist()):
+        n, k = position + 1, law.budget(position + 1)
+        scores = captured.scale * torch.einsum("hd,hnd->hn", captured.query[0, :, position].double(), key[:, :n])
+        weights, order = torch.softmax(scores, -1).sort(descending=True)
+        mass, sigma = weights.cumsum(-1), scores.std(-1, correction=0).numpy()
+        assert counts["mass 0.95"][:, row].tolist() == (1 + (mass < 0.95).sum(-1)).tolist()
+        np.testing.assert_allclose(counts["sigma"][:, row], sigma)
+        expected = np.maximum(1.0, n * theory.mass_share(sigma, 0.05))
+        np.testing.assert_allclose(counts["normal 0.95"][:, row], expected)
+        values = value.take_along_dim(order[..., None], 1)
+        dense = torch.einsum("hn,hnd->hd", weights, values)
+        difference = torch.einsum("hn,hnd->hd", weights[:, :k] / mass[:, k - 1 : k], values[:, :k]) - dense
+        found = [lost[name][0, row] for name in ("kept_mass", "output_error", "relative_error")]
+        expected = [float(x) for x in (mass[:, k - 1].mean(), difference.abs().max(), difference.norm() / dense.norm())]
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_a_model_is_measured_sample_by_sample() -> None:

@@ -1,6 +1,6 @@
 """The pictures of docs/paper.md, drawn from what the measurements wrote."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import product
 from typing import Any
 
@@ -36,11 +36,16 @@ _SPREADS = {
     "s=0.866": ("σ² = 0.75 · 2 ln n", "#009E73"),
     "s=1.2": ("σ² = 1.44 · 2 ln n", "#CC79A7"),
 }
-_LOSSES = {
-    "dropped_mass": ("dropped mass", "#D55E00"),
-    "relative_error": ("relative output error", "#0072B2"),
-    "output_error": ("largest output error", "#009E73"),
+_TITLES = {
+    "dropped_mass": "dropped mass",
+    "relative_error": "relative output error",
+    "output_error": "largest output error",
+    "weight_error": "largest error of an attention weight",
+    "output_error.independent": "largest output error, values independent of keys",
+    "output_error.shared": "largest output error, values from the same inputs",
+    "relative_error.shared": "relative output error, values from the inputs",
 }
+_OF_MODEL = {"dropped_mass": "#D55E00", "relative_error": "#0072B2", "output_error": "#009E73"}
 
 
 def figures(synthetic: Record | None, model: Record | None) -> dict[str, Figure]:
@@ -48,33 +53,26 @@ def figures(synthetic: Record | None, model: Record | None) -> dict[str, Figure]
     found = {}
     if synthetic:
         rows = {name: [row for row in synthetic["errors"] if row["spread"] == name] for name in ("sigma=2", "s=0.707")}
-        weights = {"weight_error": "largest error of an attention weight"}
-        outputs = {
-            "output_error.independent": "largest output error, values independent of keys",
-            "output_error.shared": "largest output error, values from the same inputs",
-        }
-        relative = {"relative_error.shared": "relative output error, values from the inputs"}
-        dropped = {"dropped_mass": "dropped mass"}
         title = "Bounded weights: scores N(0, σ²) with σ = 2 at every n"
-        found["bounded"] = _by_length(title, rows["sigma=2"], weights | outputs | dropped, linear=dropped)
+        losses = ("weight_error", "output_error.independent", "output_error.shared", "dropped_mass")
+        found["bounded"] = _by_length(title, rows["sigma=2"], losses, linear=("dropped_mass",))
         title = "Spread that grows: scores N(0, ln n), whose entropy support is n^0.5"
-        without_zero = [row for row in rows["s=0.707"] if row["law"] != "zero"]
-        found["growing"] = _by_length(title, without_zero, weights | relative | dropped)
+        losses = ("weight_error", "relative_error.shared", "dropped_mass")
+        found["growing"] = _by_length(title, [row for row in rows["s=0.707"] if row["law"] != "zero"], losses)
         found["exponents"] = _exponents(synthetic)
     if model:
         title = f"{model['model']}: exact top-k, {len(model['layers'])} layers, all laws equal at one length"
-        panels = {loss: name for loss, (name, _) in _LOSSES.items()}
-        found["model"] = _by_length(title, model["errors"], panels, linear=panels)
+        found["model"] = _by_length(title, model["errors"], _OF_MODEL, linear=_OF_MODEL)
         found["heads"] = _heads(model)
     if synthetic and model:
         found["mixed"] = _mixed(synthetic, model)
     return found
 
 
-def _by_length(title: str, rows: Rows, panels: Mapping[str, str], linear: Collection[str] = ()) -> Figure:
-    """A panel for each loss and its name, with a line for each law."""
-    figure, axes = _frame(*((2, 2) if len(panels) == 4 else (1, 3)), title)
-    for axis, (loss, name) in zip(axes, panels.items(), strict=True):
+def _by_length(title: str, rows: Rows, losses: Collection[str], linear: Collection[str] = ()) -> Figure:
+    """A panel for each loss, with a line for each law."""
+    figure, axes = _frame(*((2, 2) if len(losses) == 4 else (1, 3)), title)
+    for axis, loss in zip(axes, losses, strict=True):
         for place, (law, (label, colour, style)) in enumerate(_LAWS.items()):
             own = [row for row in rows if row["law"] == law]
             if own and (law, loss) != ("zero", "dropped_mass"):
@@ -83,8 +81,10 @@ def _by_length(title: str, rows: Rows, panels: Mapping[str, str], linear: Collec
                 label = label.format(keys=max(row["budget"] for row in own))
                 _bars(axis, x, own, loss, fmt=style, color=colour, elinewidth=0.8, capsize=2, label=label)
         _log_lengths(axis, sorted({row["n"] for row in rows}))
-        axis.set(title=name, **({"ylim": (0, None)} if loss in linear else {}))
-        if loss not in linear:
+        axis.set_title(_TITLES[loss])
+        if loss in linear:
+            axis.set_ylim(bottom=0)
+        else:
             logarithmic_y(axis)
     _shared_legend(figure, axes[0])
     return figure
@@ -147,7 +147,7 @@ def _mixed(synthetic: Record, model: Record) -> Figure:
     figure, axes = _frame(2, 2)
     spreads, losses = synthetic["mixed"]["rows"], model["mixed"]["rows"]
     gaussian = [(label, colour, spreads[name]["dropped_mass"]) for name, (label, colour) in _SPREADS.items()]
-    of_model = [(label, colour, losses[name]) for name, (label, colour) in _LOSSES.items()]
+    of_model = [(_TITLES[name], colour, losses[name]) for name, colour in _OF_MODEL.items()]
     what: dict[str, Callable[[Record], float]] = {
         "mean over all lengths": lambda row: row["loss"],
         "at the worst length": lambda row: max(row["by_length"]),
