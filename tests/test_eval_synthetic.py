@@ -18,9 +18,8 @@ from eval_tasks.synthetic.words import WordStream, english_words
 NEEDLES = tuple(name for name in GENERATORS if name.startswith("niah_"))
 
 
-def sample(
-    name: str, length: int = 2048, seed: int = 0, index: int = 0, kind: str = "byte_bpe", chat: bool = False
-) -> SyntheticSample:
+def sample(name: str, length: int = 2048, seed: int = 0, index: int = 0, kind: str = "byte_bpe") -> SyntheticSample:
+    chat = kind == "unigram_chat"
     return synthesize(GENERATORS[name], tokenizer_of_kind(kind), length, seed, index, use_chat_template=chat)
 
 
@@ -29,7 +28,7 @@ def sample(
 )
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_sample_fills_its_length_to_two_percent_and_never_over(name: str, kind: str, length: int) -> None:
-    found = sample(name, length, index=1, kind=kind, chat=kind == "unigram_chat")
+    found = sample(name, length, index=1, kind=kind)
     tokens = tokenizer_of_kind(kind)(found.prompt, add_special_tokens=not found.prompt.startswith("<s>"))["input_ids"]
     assert len(tokens) == found.prompt_tokens
     assert 0.98 * length <= found.prompt_tokens + found.new_tokens <= length
@@ -110,11 +109,12 @@ def test_frequent_words_are_the_most_frequent(length: int) -> None:
     assert ranked[3][1] > ranked[4][1]
 
 
-NO_ANSWERS = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('user turns only') }}{% endif %}"
-NO_FINAL_ANSWER = "{% set messages = messages[:1] %}"
+USER_TURNS = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('user turns only') }}{% endif %}"
 
 
-@pytest.mark.parametrize("start", ["", NO_ANSWERS, NO_FINAL_ANSWER], ids=["opened", "raises", "drops it"])
+@pytest.mark.parametrize(
+    "start", ["", USER_TURNS, "{% set messages = messages[:1] %}"], ids=["opens", "raises", "drops"]
+)
 def test_a_chat_template_wraps_the_question_and_opens_the_answer(start: str) -> None:
     tokenizer, plain = copy.deepcopy(tokenizer_of_kind("unigram_chat")), sample("niah_single_2", 1024)
     tokenizer.chat_template = start + CHAT_TEMPLATE
@@ -123,18 +123,15 @@ def test_a_chat_template_wraps_the_question_and_opens_the_answer(start: str) -> 
     assert (found.answers, found.prefix) == (plain.answers, plain.prefix)
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "has no chat template"),
-        ("{{ raise_exception('needs a system turn') }}", r"take a user's question \(needs a system turn\)"),
-    ],
-)
-def test_a_template_that_takes_no_question_is_refused(template: str | None, message: str) -> None:
+def test_a_template_that_takes_no_question_is_refused() -> None:
     tokenizer = copy.deepcopy(tokenizer_of_kind("unigram_chat"))
-    tokenizer.chat_template = template
-    with pytest.raises(EvalError, match=message):
-        synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
+    templates = {
+        None: "has no chat template",
+        "{{ raise_exception('no turns') }}": r"take a user's question \(no turns\)",
+    }
+    for tokenizer.chat_template, message in templates.items():
+        with pytest.raises(EvalError, match=message):
+            synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
 
 
 def test_the_room_for_the_answer_can_be_chosen_and_a_length_without_room_is_refused() -> None:
@@ -182,8 +179,7 @@ def test_words_are_distinct_however_many_are_asked_for() -> None:
     many = stream.first(5000)
     assert len(set(many)) == 5000
     assert set(many[: len(english_words())]) == set(english_words())
-    assert WordStream("seed").first(10) == many[:10] == stream.first(10)
-    assert WordStream("other").first(10) != many[:10]
+    assert WordStream("seed").first(10) == many[:10] == stream.first(10) != WordStream("other").first(10)
 
 
 @pytest.mark.parametrize(("per_unit", "room"), [(1, 100), (3, 1000), (17, 123_456), (1, 123_456), (17, 100)])
