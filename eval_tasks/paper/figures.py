@@ -54,10 +54,10 @@ def figures(synthetic: Record | None, model: Record | None) -> dict[str, Figure]
     if synthetic:
         rows = {name: [row for row in synthetic["errors"] if row["spread"] == name] for name in ("sigma=2", "s=0.707")}
         title = "Bounded weights: scores N(0, σ²) with σ = 2 at every n"
-        losses = ("weight_error", "output_error.independent", "output_error.shared", "dropped_mass")
+        losses = ["weight_error", "output_error.independent", "output_error.shared", "dropped_mass"]
         found["bounded"] = _by_length(title, rows["sigma=2"], losses, linear=("dropped_mass",))
         title = "Spread that grows: scores N(0, ln n), whose entropy support is n^0.5"
-        losses = ("weight_error", "relative_error.shared", "dropped_mass")
+        losses = ["weight_error", "relative_error.shared", "dropped_mass"]
         found["growing"] = _by_length(title, [row for row in rows["s=0.707"] if row["law"] != "zero"], losses)
         found["exponents"] = _exponents(synthetic)
     if model:

@@ -57,13 +57,13 @@ def losses(captured: Captured, positions: torch.Tensor, laws: Sequence[Law]) -> 
     """
     n = positions + 1
     visible = torch.stack((torch.zeros_like(n), n), -1)[None].int()
-    rows = (captured.query[:, :, positions], captured.key[:, :, : n[-1]], captured.value[:, :, : n[-1]])
-    rows += (visible, visible[..., 0].contiguous())
+    query, key, value = captured.query[:, :, positions], captured.key[:, :, : n[-1]], captured.value[:, :, : n[-1]]
+    budgets, origin = n.int()[None, None], visible[..., 0].contiguous()
+    every = Problem(query, key, value, visible, origin, budgets, captured.scale, stats=True)
 
     def attended(selection: Selection, budget: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs of all heads ``[rows, Hq·D]``, and the kept mass ``[rows]``."""
-        budgets = torch.from_numpy(budget).int()[None, None]
-        result = attend(Problem(*rows, budgets, captured.scale, stats=True), selection, "auto")
+        result = attend(every._replace(budget=torch.from_numpy(budget).int()[None, None]), selection, "auto")
         assert result.kept_mass is not None
         return result.output[0].transpose(0, 1).flatten(1).double(), result.kept_mass[0].double().mean(0)
 
