@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from eval_tasks.bench.rivals import KINDS, rival_versions
 from eval_tasks.bench.timing import first_line
 from eval_tasks.errors import EvalError
 from eval_tasks.models import DTYPES, pick_device
-from eval_tasks.provenance import command_line, commit, hardware, hardware_words, versions
+from eval_tasks.provenance import commit, hardware, hardware_words, versions
 from eval_tasks.store import check_out, write_atomically
 from nc_patch.cli import USAGE_ERROR
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, DEFAULT_DENSE_BELOW
@@ -54,7 +55,7 @@ def run_bench(arguments: Sequence[str]) -> int:
     except (EvalError, ValueError) as error:
         print(f"nc-patch bench: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return _measure(benchmark, parsed, settings, command_line(["bench", *arguments]))
+    return _measure(benchmark, parsed, settings, shlex.join(["nc-patch", "bench", *arguments]))
 
 
 def settings_of(parsed: argparse.Namespace) -> Settings:
