@@ -1,5 +1,6 @@
 """Generated tasks in a sweep: a question about a long context, its answer token by token, and whether that is right."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.measure import Attention, Peak, Phase, attended, in_phase, memory_watched, only_last, with_cache
+from eval_tasks.measure import Attention, Phase, in_phase, only_last, with_cache
 from eval_tasks.metrics.string_match.string_match import score
+from eval_tasks.peak import Peak, memory_watched
 from eval_tasks.synthetic import GENERATORS, Material, synthesize
 
 # With phase "question" so many last tokens of a prompt count as the question, which stands at its end.
@@ -37,13 +39,12 @@ class Question:
     depth: float | None
 
 
-def check_generated(names: list[str], lengths: tuple[int, ...], seed: int, material: Material) -> None:
-    """Raises EvalError for a length that is too short for a generated task, and where the data of one are missing."""
+def check_generated(names: Sequence[str], lengths: Sequence[int]) -> None:
+    """Raises EvalError for a length that is too short for a generated task."""
     for name in names:
         shortest = GENERATORS[name].shortest
         if min(lengths) < shortest:
             raise EvalError(f"length {min(lengths)} is too short for the task {name}, which needs {shortest} tokens")
-        GENERATORS[name].answers(seed, 0, material)
 
 
 def build_question(
@@ -65,16 +66,9 @@ def build_question(
     Raises:
         EvalError: the length cannot be filled.
     """
-    sample = synthesize(
-        GENERATORS[name],
-        tokenizer,
-        length,
-        seed,
-        index,
-        material=material,
-        new_tokens=new_tokens,
-        use_chat_template=bool(tokenizer.chat_template),
-    )
+    template = bool(tokenizer.chat_template)
+    options: dict[str, Any] = {"material": material, "new_tokens": new_tokens, "use_chat_template": template}
+    sample = synthesize(GENERATORS[name], tokenizer, length, seed, index, **options)
     bos = getattr(tokenizer, "bos_token", None)
     special = {"add_special_tokens": False} if bos and sample.prompt.startswith(bos) else {}
     ids = tokenizer(sample.prompt, verbose=False, **special)["input_ids"]
@@ -102,32 +96,26 @@ def answer(
             prefilled densely. ``"decode"``: the last token of the prompt and the answer.
 
     Returns:
-        Fields of a row: the score in [0, 1], what was said, the depth of the evidence, what was attended (the scored
-        positions are those that predict a token of the answer), memory, and time: of all, until the context before
-        what is read last was read where that is apart, and until the first token of the answer.
+        Fields of a row: the score in [0, 1], what was said, the depth of the evidence, ``first_token_seconds`` until
+        the first token of the answer, and the fields of ``in_phase``, whose scored positions are those that predict a
+        token of the answer.
 
     Raises:
         MemoryRanOut: what was allocated for it is free again.
     """
-    with memory_watched(len(question.ids)):
-        return _answer(model, tokenizer, attention, question, phase)
-
-
-def _answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, attention: Attention, question: Question, phase: Phase
-) -> dict[str, Any]:
     ids = torch.from_numpy(question.ids).to(model.device)
     before = len(ids) - (QUESTION_TOKENS if phase == "question" else 1)
+    ends = _ends(model, tokenizer)
 
-    def read(cache: DynamicCache | None) -> list[int]:
+    def read(cache: DynamicCache | None, peak: Peak) -> tuple[list[int], int, int]:
         rest = ids if cache is None else ids[before:]
         cache = DynamicCache(config=model.config) if cache is None else cache
-        return _greedy(model, rest, len(ids), cache, question.new_tokens, _ends(model, tokenizer), peak)
+        said = _greedy(model, rest, len(ids), cache, question.new_tokens, ends, peak)
+        return said, len(ids) - before + len(said) - 1, len(said)
 
-    with torch.inference_mode(), Peak(model) as peak:
-        said, what, cache = in_phase(phase, model, attention, ids[:before], 1, read, peak)
+    with memory_watched(len(ids)):
+        said, counts = in_phase(phase, model, attention, ids[:before], 1, read)
     text = tokenizer.decode(said, skip_special_tokens=True)
-    what = attended(what, model, attention, phase, before, len(ids) + len(said) - 1, len(said), cache)
     return {
         "score": score(text, question.answers, question.match),
         "said": text[:KEPT_LETTERS],
@@ -135,8 +123,7 @@ def _answer(
         "prompt_tokens": len(ids),
         "said_tokens": len(said),
         **({} if question.depth is None else {"depth": question.depth}),
-        **what,
-        **peak.of(attention),
+        **counts,
     }
 
 

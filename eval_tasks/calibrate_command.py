@@ -3,156 +3,116 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, positive, spaced
+from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, positive
 from eval_tasks.errors import EvalError
-from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.models import pick_device
+from eval_tasks.processes import AgreedError, Processes, joined_processes, launched_rank, start_processes
 from eval_tasks.profile_report import PROFILE, PROFILE_PICTURE, PROFILE_REPORT, write_profile_report
-from eval_tasks.provenance import command_line
-from eval_tasks.ranks import AgreedError, Ranks, agreed, joined_ranks, launched_rank
 from eval_tasks.store import check_out
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
-from nc_patch.calibration.calibrate import (
-    DEFAULT_EPS,
-    DEFAULT_LENGTHS,
-    DEFAULT_PIECES,
-    DEFAULT_ROWS,
-    DEFAULT_TARGET,
-    calibrate,
-)
-from nc_patch.calibration.profile import Profile, checked_count, checked_layers, checked_number
-from nc_patch.cli import INTERRUPTED, USAGE_ERROR
+from nc_patch.calibration import calibrate as defaults
+from nc_patch.calibration.calibrate import calibrate
+from nc_patch.calibration.profile import checked_count, checked_layers, checked_number
+from nc_patch.cli import USAGE_ERROR
 from nc_patch.common import ProfileError, UnsupportedModelError
+from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.patch import model_shape
 
 
 def run_calibrate(argv: Sequence[str]) -> int:
-    """Calibrates a model and writes the profile and its report; returns 0, 2 for errors, or 130 for Ctrl-C."""
+    """Calibrates a model and writes the profile and its report; returns 0, or 2 for errors."""
     arguments = _parser().parse_args(argv)
     transformers_logging.disable_progress_bar()
-    command = command_line(["calibrate", *argv])
     try:
-        launch = wanted_launch(arguments.processes)
-        if launch is not None:
-            return run_processes(launch, ["calibrate", *without_processes(argv)])
-        with joined_ranks(device=arguments.device) as ranks:
-            profile = _calibrated(arguments, ranks)
-            sentences = []
-            with agreed(ranks), _shared_errors():
-                if ranks.is_first:
-                    profile.save(arguments.out / PROFILE)
-                    sentences = write_profile_report(profile, arguments.out, command)
+        code = start_processes(arguments.processes, ["calibrate", *argv])
+        if code is not None:
+            return code
+        with joined_processes(device=arguments.device) as processes:
+            _calibrate(arguments, shlex.join(["nc-patch", "calibrate", *argv]), processes)
     except (EvalError, ProfileError, UnsupportedModelError) as error:
         if launched_rank() == 0 or not isinstance(error, AgreedError):
             print(f"nc-patch: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
-        if launched_rank() == 0:
-            print("\nInterrupted; nothing was written.", file=sys.stderr)
-        return INTERRUPTED
-    if sentences:
-        print("\n".join(sentences))
-        profile_path, report = (shlex.quote(str(arguments.out / name)) for name in (PROFILE, PROFILE_REPORT))
-        print(f"\nProfile: {profile_path}\nReport: {report}")
     return 0
 
 
-def _calibrated(arguments: argparse.Namespace, ranks: Ranks) -> Profile:
-    with agreed(ranks), _shared_errors():
-        check_out(arguments.out, (PROFILE, PROFILE_REPORT, PROFILE_PICTURE))
-        if arguments.fraction is not None:
-            checked_number("fraction", arguments.fraction)
-            checked_count("n", 1 if arguments.at is None else arguments.at)
+def _calibrate(arguments: argparse.Namespace, command: str, processes: Processes) -> None:
+    out: Path = arguments.out.expanduser()
+    with processes.together():
+        check_out(out, (PROFILE, PROFILE_REPORT, PROFILE_PICTURE))
+        _check_budget(arguments)
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
         texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
         device = pick_device(arguments.device)
-        if device.type == "cuda" and device.index is None and ranks.world > 1:
-            device = pick_device(f"cuda:{ranks.local_rank}")
+        if processes.world > 1 and device == torch.device("cuda"):
+            device = pick_device(f"cuda:{processes.local_rank}")
         loaded = load_chosen_model(arguments, str(device))
         dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
-    profile = calibrate(
-        loaded.model,
-        loaded.tokenizer,
-        texts,
-        arguments.lengths,
-        arguments.target,
-        eps=arguments.eps,
-        pieces=arguments.pieces,
-        rows=arguments.rows,
-        seed=arguments.seed,
-    )
+    options = {name: getattr(arguments, name) for name in ("eps", "pieces", "rows", "seed")}
+    profile = calibrate(loaded.model, loaded.tokenizer, texts, arguments.lengths, arguments.target, **options)
     profile = replace(profile, model=arguments.model, dense_layers=dense)
-    if arguments.fraction is not None:
-        profile = profile.at_budget(arguments.fraction, n=arguments.at)
-    return profile
+    with processes.together():
+        if arguments.fraction is not None:
+            profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
+        if processes.is_first:
+            profile.save(out / PROFILE)
+            print("\n".join(write_profile_report(profile, out, command, arguments.dense_below)))
+            print("\nProfile: {}\nReport: {}".format(*(shlex.quote(str(out / f)) for f in (PROFILE, PROFILE_REPORT))))
 
 
-@contextmanager
-def _shared_errors() -> Iterator[None]:
-    """Makes a ProfileError an EvalError, of which the other processes hear."""
-    try:
-        yield
-    except ProfileError as error:
-        raise EvalError(str(error)) from error
+def _check_budget(arguments: argparse.Namespace) -> None:
+    """Raises EvalError or ProfileError for a budget that is none, before anything is measured."""
+    if arguments.fraction is None:
+        if arguments.at is not None or arguments.dense_below is not None:
+            raise EvalError("--at and --dense-below say how the budget of --fraction is counted: give that too")
+        return
+    fraction = checked_number("fraction", arguments.fraction)
+    ends = arguments.lengths if arguments.at is None else [checked_count("n", arguments.at)]
+    below = NCConfig(1.0).dense_below if arguments.dense_below is None else arguments.dense_below
+    dense = [min(n, checked_count("dense_below", below, 0)) for n in ends]
+    least = sum(n * (n + 1) for n in dense) / max(1, sum(n * (n + 1) for n in ends))
+    if fraction < least:
+        raise EvalError(
+            f"queries that see at most {below:,} keys attend {least:.3g} of all keys, and --fraction is {fraction:g}: "
+            "give a larger one, a longer --at or a smaller --dense-below"
+        )
 
 
 def _part(content: str, part: str) -> str:
-    if part == "all":
-        return content
     middle = len(content) // 2
-    return content[:middle] if part == "first" else content[middle:]
+    return {"all": content, "first": content[:middle], "second": content[middle:]}[part]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nc-patch calibrate",
-        allow_abbrev=False,
-        description="Measure how sparse every head of a model is, and write a profile of budgets.",
-    )
+    description = "Measure how sparse every head of a model is, and write a profile of budgets."
+    parser = argparse.ArgumentParser(prog="nc-patch calibrate", allow_abbrev=False, description=description)
     add = parser.add_argument
-    add("--out", type=_directory, required=True, metavar="DIR", help=f"for {PROFILE} and the report")
+    add("--out", type=Path, required=True, metavar="DIR", help=f"for {PROFILE} and the report")
     add_model_options(parser)
-    add(
-        "--text",
-        nargs="+",
-        default=[PYTHON_REFERENCE],
-        metavar="TEXT",
-        help=f"each {TEXT_FORMS} (default)",
-    )
-    add(
-        "--part",
-        choices=["all", "first", "second"],
-        default="all",
-        help="half of each text to read, so that the other is left to test on (default: all)",
-    )
-    add_lengths(parser, DEFAULT_LENGTHS, "context lengths in tokens")
-    add(
-        "--eps",
-        nargs="+",
-        type=float,
-        default=list(DEFAULT_EPS),
-        metavar="E",
-        help=f"shares of the mass to leave out (default: {spaced(DEFAULT_EPS)})",
-    )
-    add("--target", type=float, default=DEFAULT_TARGET, help="mass that the budgets are for (default: %(default)g)")
+    add("--text", nargs="+", default=[PYTHON_REFERENCE], metavar="TEXT", help=f"each {TEXT_FORMS} (default)")
+    halves = "half of each text to read, so that the other is left to test on (default: all)"
+    add("--part", choices=["all", "first", "second"], default="all", help=halves)
+    add_lengths(parser, defaults.DEFAULT_LENGTHS, "context lengths in tokens")
+    shares = f"shares of the mass to leave out (default: {' '.join(map(str, defaults.DEFAULT_EPS))})"
+    add("--eps", nargs="+", type=float, default=list(defaults.DEFAULT_EPS), metavar="E", help=shares)
+    mass = "mass that the budgets are for (default: %(default)g)"
+    add("--target", type=float, default=defaults.DEFAULT_TARGET, help=mass)
     add("--fraction", type=float, metavar="F", help="budgets for this share of all keys, in place of --target")
     add("--at", type=int, metavar="N", help="context length at which --fraction holds (default: over all lengths)")
+    below = f"count the budget of --fraction for rows that attend all of up to N keys (default: {DEFAULT_DENSE_BELOW})"
+    add("--dense-below", type=int, metavar="N", help=below)
     add("--dense-layers", nargs="+", type=int, default=[], metavar="LAYER", help="layers that stay dense")
-    add("--pieces", type=int, default=DEFAULT_PIECES, help="pieces of text (default: %(default)s)")
-    add("--rows", type=int, default=DEFAULT_ROWS, help="rows at each length of each piece (default: %(default)s)")
+    add("--pieces", type=int, default=defaults.DEFAULT_PIECES, help="pieces of text (default: %(default)s)")
+    rows = "rows at each length of each piece (default: %(default)s)"
+    add("--rows", type=int, default=defaults.DEFAULT_ROWS, help=rows)
     add("--seed", type=int, default=0, help="of random numbers (default: 0)")
     add("--processes", type=positive, metavar="N", help="share the pieces among N processes of this machine")
     return parser
-
-
-def _directory(text: str) -> Path:
-    return Path(text).expanduser()

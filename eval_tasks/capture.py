@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval_tasks.errors import EvalError
 from eval_tasks.texts import Text
 from nc_patch.attention import Observed
+from nc_patch.ops.problem import Problem
 from nc_patch.patch import observed
 
 
@@ -21,39 +22,21 @@ class Captured(NamedTuple):
     scale: float
 
 
-class Received(NamedTuple):
-    """The same of a layer of any kind.
-
-    Attributes:
-        query, key, value, scale: as in ``Captured``.
-        visible: int32 ``[1, L, 2]``, the half-open interval of keys that each query sees.
-        softcap, sinks: as ``sparse_attention`` takes them; None where the layer has none.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    scale: float
-    visible: torch.Tensor
-    softcap: float | None
-    sinks: torch.Tensor | None
-
-
-def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Received]:
-    """What ``layers`` receive when the model reads ``ids``, one sequence ``[1, L]`` without padding, densely.
+def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Problem]:
+    """What ``layers`` compute when the model reads ``ids``, one sequence ``[1, L]`` without padding, densely.
 
     Raises:
         UnsupportedModelError: the model's attention is not called by ``AttentionInterface``, or cannot be patched.
         ValueError: the model has no attention in such a layer.
     """
-    found: dict[int, Received] = {}
+    found: dict[int, Problem] = {}
 
     def take(call: Observed) -> None:
         if call.layer in layers:
             p = call.problem
             sinks = None if p.sinks is None else p.sinks.detach()  # a parameter of the model
-            tensors = (p.query.clone(), p.key.clone(), p.value.clone())
-            found[call.layer] = Received(*tensors, p.scale, p.visible, p.softcap or None, sinks)
+            query, key, value = p.query.clone(), p.key.clone(), p.value.clone()
+            found[call.layer] = Problem(query, key, value, p.visible, p.origin, p.budget, p.scale, p.softcap, sinks)
 
     with torch.inference_mode(), observed(model, take):
         model(ids, use_cache=False, logits_to_keep=1)
@@ -70,19 +53,17 @@ def capture(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) ->
         EvalError: a layer slides, goes by chunks, has a soft-cap or sinks.
         ValueError: as in ``receive``.
     """
-    return [_plain(received, layer) for layer, received in zip(layers, receive(model, ids, layers), strict=True)]
-
-
-def _plain(received: Received, layer: int) -> Captured:
-    begins = bool(received.visible[..., 0].any())
-    extras = {"a window": begins, "a soft-cap": received.softcap is not None, "sinks": received.sinks is not None}
-    found = [name for name, there in extras.items() if there]
-    if found:
-        raise EvalError(
-            f"layer {layer} has {' and '.join(found)}, and this measurement is of plain causal attention: choose other "
-            "layers, or another model"
-        )
-    return Captured(received.query, received.key, received.value, received.scale)
+    plain = []
+    for layer, p in zip(layers, receive(model, ids, layers), strict=True):
+        extras = {"a window": p.visible[..., 0].any(), "a soft-cap": p.softcap, "sinks": p.sinks is not None}
+        found = [name for name, there in extras.items() if there]
+        if found:
+            raise EvalError(
+                f"layer {layer} has {' and '.join(found)}, and this measurement is of plain causal attention: choose "
+                "other layers, or another model"
+            )
+        plain.append(Captured(p.query, p.key, p.value, p.scale))
+    return plain
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> torch.Tensor:

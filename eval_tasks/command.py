@@ -18,17 +18,15 @@ from eval_tasks.arguments import (
     spaced,
 )
 from eval_tasks.errors import EvalError
-from eval_tasks.launch import run_processes, wanted_launch, without_processes
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
 from eval_tasks.measure import PHASES, SPARSE_IN
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
-from eval_tasks.provenance import command_line
-from eval_tasks.ranks import AgreedError, joined_ranks, launched_rank
+from eval_tasks.processes import AgreedError, joined_processes, launched_rank, start_processes
 from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.run import run_sweep
 from eval_tasks.sweep import Sweep
 from eval_tasks.synthetic import GENERATORS, Generator
-from eval_tasks.tasks import LM_EVAL, TASKS, Layout, Task, ascending
+from eval_tasks.tasks import TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED, USAGE_ERROR
 from nc_patch.ops.backends import BACKENDS
@@ -45,21 +43,20 @@ def run_eval(argv: Sequence[str]) -> int:
         print(_listed(METHODS if arguments.list_methods else {**TASKS, **GENERATORS}))
         return 0
     transformers_logging.disable_progress_bar()
-    command = command_line(["eval", *argv])
+    command = shlex.join(["nc-patch", "eval", *argv])
     try:
         directory = _directory(arguments)
         sweep = _sweep(arguments)
-        launch = wanted_launch(arguments.processes)
-        if launch is not None:
-            return run_processes(launch, ["eval", *without_processes(argv)])
-        with joined_ranks(sweep.tp_plan is not None, sweep.device) as ranks:
-            if sweep.tp_plan is not None and ranks.world == 1:
+        code = start_processes(arguments.processes, ["eval", *argv])
+        if code is not None:
+            return code
+        with joined_processes(sweep.tp_plan is not None, sweep.device) as processes:
+            if sweep.tp_plan is not None and processes.world == 1:
                 raise EvalError("--tp-plan spreads a model over several processes: add --processes N, or use torchrun")
-            complete = run_sweep(sweep, directory, command, ranks)
-            is_first = ranks.is_first
-        if not is_first:
+            complete = run_sweep(sweep, directory, command, processes)
+        if not processes.is_first:
             return 0
-        _print_findings([directory], None, arguments.within / 100)
+        _write_report([directory], None, arguments.within / 100)
     except EvalError as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -81,7 +78,7 @@ def run_report(argv: Sequence[str]) -> int:
     _add_within(parser)
     arguments = parser.parse_args(argv)
     try:
-        _print_findings(arguments.directories, arguments.out, arguments.within / 100)
+        _write_report(arguments.directories, arguments.out, arguments.within / 100)
     except EvalError as error:
         return _refuse(error)
     return 0
@@ -93,20 +90,14 @@ def _refuse(error: EvalError) -> int:
     return USAGE_ERROR
 
 
-def _print_findings(directories: Sequence[Path], out: Path | None, within: float) -> None:
-    findings = write_report(directories, out, within)
-    print("\n".join(findings))
+def _write_report(directories: Sequence[Path], out: Path | None, within: float) -> None:
+    print("\n".join(write_report(directories, out, within)))
     print(f"\nReport: {shlex.quote(str((out or directories[0]) / REPORT))}")
 
 
 def _add_within(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--within",
-        type=_percentage,
-        default=100 * WITHIN,
-        metavar="PERCENT",
-        help=f"how much worse than dense counts as no worse (default: {100 * WITHIN:g})",
-    )
+    what = f"how much worse than dense counts as no worse (default: {100 * WITHIN:g})"
+    parser.add_argument("--within", type=_percentage, default=100 * WITHIN, metavar="PERCENT", help=what)
 
 
 def _percentage(text: str) -> float:
@@ -127,72 +118,64 @@ def _directory(arguments: argparse.Namespace) -> Path:
 
 def _sweep(arguments: argparse.Namespace) -> Sweep:
     """The sweep that the arguments ask for; raises EvalError for values that do not fit."""
+    given = arguments
     try:
         budgets = Budgets(
-            arguments.alpha,
-            arguments.C,
-            arguments.equal_at,
-            arguments.block_size,
-            arguments.backend,
-            match=arguments.match,
-            profile=arguments.profile,
+            given.alpha, given.C, given.equal_at, given.block_size, given.backend, given.match, profile=given.profile
         )
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
-    layout = Layout(
-        ascending(arguments.lengths), arguments.samples, arguments.scored, arguments.passage, arguments.seed[0]
-    )
+    if len(set(given.seed)) < len(given.seed) or min(given.seed) < 0:
+        raise EvalError(f"--seed takes different numbers from 0 on, got {spaced(given.seed)}")
     return Sweep(
-        model=arguments.model,
-        text=arguments.text,
-        methods=_methods(arguments),
-        tasks=_tasks(arguments.tasks),
+        model=given.model,
+        text=given.text,
+        methods=_methods(given),
+        tasks=_tasks(given.tasks),
         budgets=budgets,
-        layout=layout,
-        **model_options(arguments),
-        threads=arguments.threads,
-        minutes=arguments.minutes,
-        tp_plan=arguments.tp_plan,
-        phase=arguments.phase,
-        iso_keys=tuple(sorted(set(arguments.iso_keys))) if arguments.match == "iso" else (),
-        answer_tokens=arguments.answer_tokens,
-        retry_failed=arguments.retry_failed,
-        more_seeds=_distinct(arguments.seed)[1:],
-        hub_copies=arguments.hub_copies,
+        layout=Layout(ascending(given.lengths), given.samples, given.scored, given.passage, given.seed[0]),
+        threads=given.threads,
+        minutes=given.minutes,
+        tp_plan=given.tp_plan,
+        phase=given.phase,
+        iso_keys=tuple(sorted(set(given.iso_keys))) if given.match == "iso" else (),
+        answer_tokens=given.answer_tokens,
+        retry_failed=given.retry_failed,
+        more_seeds=tuple(given.seed[1:]),
+        **model_options(given),
     )
-
-
-def _distinct(seeds: Sequence[int]) -> tuple[int, ...]:
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise EvalError(f"--seed takes different numbers from 0 on, got {' '.join(map(str, seeds))}")
-    return tuple(seeds)
 
 
 def _tasks(names: Sequence[str]) -> tuple[str, ...]:
     """The tasks asked for, in the order in which they are listed; raises EvalError for unknown ones."""
     known = [*TASKS, *GENERATORS]
     for name in names:
-        if name not in known and not name.startswith(LM_EVAL):
-            raise EvalError(f"unknown task {name!r}; allowed are {', '.join(known)}, and {LM_EVAL}NAME")
-    foreign = dict.fromkeys(name for name in names if name.startswith(LM_EVAL))
-    return (*(name for name in known if name in names), *foreign)
+        if name not in known:
+            raise EvalError(
+                f"unknown task {name!r}; allowed are {', '.join(known)}. Tasks of lm-eval run by python -m "
+                "eval_tasks.lm_eval"
+            )
+    return tuple(name for name in known if name in names)
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
     """The methods asked for, in the order in which they are listed; raises EvalError for unknown ones."""
-    names = arguments.methods or (list(_ISO_METHODS) if arguments.match == "iso" else list(DEFAULT_METHODS))
+    iso = arguments.match == "iso"
+    names = {*(arguments.methods or (_ISO_METHODS if iso else DEFAULT_METHODS))}
     if PROFILE in names and arguments.profile is None:
         raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
-    for name in [*names, *([PROFILE] if arguments.profile else [])]:
+    if arguments.profile:
+        names.add(PROFILE)
+    for name in sorted(names, key=order_of):
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
-        if find_method(name).press is not None and arguments.match == "iso":
+        if find_method(name).press is not None and iso:
             raise EvalError(f"{name} has no budget that --match iso could vary; leave it out")
-        if name == PROFILE and arguments.match == "iso":
+        if name == PROFILE and iso:
             raise EvalError(f"{name} gives each head its own budget, which --match iso cannot set; leave it out")
-    if arguments.match == "iso" and set(names) == {DENSE}:
+    if iso and names == {DENSE}:
         raise EvalError("--match iso compares budgets of sparse methods with dense: name one, for example fixed-topk")
-    return tuple(sorted({*names, *([PROFILE] if arguments.profile else [])}, key=order_of))
+    return tuple(sorted(names, key=order_of))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -205,58 +188,28 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
+    phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
+    methods = f"default: {spaced(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed"
+    keys = f"with --match iso: the budgets, in keys, that are measured (default: {spaced(_ISO_KEYS)})"
     add("--out", type=Path, metavar="DIR", help="directory for results.jsonl, summary.csv, run.json and report.html")
     add_model_options(parser)
-    add(
-        "--text",
-        default=PYTHON_REFERENCE,
-        help=f"{TEXT_FORMS} (default)",
-    )
-    add(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help=f"default: {' '.join(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed",
-    )
+    add("--text", default=PYTHON_REFERENCE, help=f"{TEXT_FORMS} (default)")
+    add("--methods", nargs="+", metavar="METHOD", help=methods)
     add("--profile", metavar="FILE", help="a profile from nc-patch calibrate; adds the method profile")
-    matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
     add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
-    add(
-        "--iso-keys",
-        nargs="+",
-        type=positive,
-        metavar="K",
-        default=list(_ISO_KEYS),
-        help=f"with --match iso: the budgets, in keys, that are measured (default: {spaced(_ISO_KEYS)})",
-    )
+    add("--iso-keys", nargs="+", type=positive, metavar="K", default=list(_ISO_KEYS), help=keys)
     _add_within(parser)
-    phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
     add("--phase", choices=list(PHASES), default="all", help=f"what is sparse (default: all). {phases}")
-    add(
-        "--tasks",
-        nargs="+",
-        default=list(TASKS),
-        metavar="TASK",
-        help=f"default: {' '.join(TASKS)}; also {LM_EVAL}NAME, a task or group of lm-eval",
-    )
+    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {spaced(TASKS)}")
     add_lengths(parser, _LENGTHS, "context lengths in tokens")
     add("--samples", type=positive, default=4, help="stretches of text at each length (default: 4)")
     add_budget_options(parser)
     add("--scored", type=positive, default=256, help="last tokens that perplexity scores (default: 256)")
     add("--passage", type=positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
     add("--answer-tokens", type=positive, metavar="N", help="most tokens of an answer (default: as in the original)")
-    add(
-        "--hub-copies",
-        metavar="DIR",
-        help="copies of the data sets that tasks load from the hub, as DIR/NAMESPACE/NAME",
-    )
-    add(
-        "--seed",
-        type=int,
-        nargs="+",
-        default=[0],
-        help="seeds of the random draws; each draws --samples samples (default: 0)",
-    )
+    seeds = "seeds of the random draws; each draws --samples samples (default: 0)"
+    add("--seed", type=int, nargs="+", default=[0], help=seeds)
     add("--backend", choices=list(BACKENDS), default="auto", help="what runs sparse attention (default: auto)")
     add("--minutes", type=float, help="begin nothing that is not expected to end within so many minutes")
     add("--processes", type=positive, metavar="N", help="share the samples among N processes of this machine")

@@ -6,6 +6,7 @@ perplexity is that of the end of the prompt, which both have to read anyway.
 
 import argparse
 import contextlib
+import math
 import statistics
 import sys
 import time
@@ -49,7 +50,7 @@ class Answer:
     @property
     def step(self) -> float:
         """Median seconds of a token after the first."""
-        return statistics.median(self.steps) if self.steps else float("nan")
+        return statistics.median(self.steps) if self.steps else math.nan
 
 
 def run_demo(argv: Sequence[str]) -> int:
@@ -62,14 +63,15 @@ def run_demo(argv: Sequence[str]) -> int:
         loaded = load_chosen_model(arguments)
         model, tokenizer = loaded.model, loaded.tokenizer
         prompt = prompt_of(tokenizer, arguments.text, arguments.tokens, arguments.question).to(model.device)
-    except (EvalError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         print(f"nc-patch: {error}", file=sys.stderr)
         return USAGE_ERROR
     where = f"{torch.get_num_threads()} threads" if model.device.type == "cpu" else str(model.device)
     print(f"{arguments.model}, a prompt of {prompt.shape[1]:,} tokens of {arguments.text}, on {where}")
     print(f"Question: {arguments.question or QUESTION}\n")
     for each in (None, config):  # what compiles and loads on first use is not timed
-        answer(model, tokenizer, prompt[:, : config.dense_below + 64], each, 2, shown=False)
+        with contextlib.redirect_stdout(None):
+            answer(model, tokenizer, prompt[:, : config.dense_below + 64], each, 2)
     dense, sparse = (answer(model, tokenizer, prompt, each, arguments.answer_tokens) for each in (None, config))
     print("\n".join(["", *comparison(dense, sparse, prompt.shape[1], config)]))
     return 0
@@ -85,69 +87,52 @@ def prompt_of(tokenizer: Any, text: str, tokens: int, question: str | None) -> t
     ids = tokenizer(source.content[: tokens * 12], add_special_tokens=False)["input_ids"]
     if len(ids) < tokens:
         raise EvalError(f"the text {source.name} has {len(ids):,} tokens, and --tokens asks for {tokens:,}")
-    half = tokens // 2
-    parts = [tokenizer.decode(ids[:half]), tokenizer.decode(ids[half:tokens])]
-    content = f" {FACT} ".join(parts) if question is None else "".join(parts)
-    asked = f"{content}\n\n{question or QUESTION}"
+    halves = (tokenizer.decode(part) for part in (ids[: tokens // 2], ids[tokens // 2 : tokens]))
+    asked = f"{(f' {FACT} ' if question is None else '').join(halves)}\n\n{question or QUESTION}"
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": asked}]
-        encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return tokenizer(encoded, return_tensors="pt", add_special_tokens=False).input_ids
+        options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        return tokenizer.apply_chat_template(message, **options)["input_ids"]
     return tokenizer(f"{asked}\nAnswer:", return_tensors="pt").input_ids
 
 
 @torch.inference_mode()
-def answer(
-    model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | None, most: int, shown: bool = True
-) -> Answer:
-    """The greedy answer of at most ``most`` tokens, printed as it comes; dense without a config."""
-    found, cache, name = Answer(), DynamicCache(), "dense" if config is None else "sparse"
-    ends = {tokenizer.eos_token_id, *_listed(model.generation_config.eos_token_id)}
-    with contextlib.nullcontext() if config is None else patched(model, config=config):
+def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | None, most: int) -> Answer:
+    """The greedy answer of at most ``most`` tokens to ``prompt`` ``[1, N]``, printed as it comes; None is dense."""
+    found, cache, taken, sparse = Answer(), DynamicCache(), list[int](), config is not None
+    eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    with patched(model, config=config) if sparse else contextlib.nullcontext():
         begin = time.perf_counter()
         scored = min(SCORED, prompt.shape[1] - 1)
         logits = model(prompt, past_key_values=cache, logits_to_keep=scored + 1).logits[0].float()
         token = int(logits[-1].argmax())
         found.first = time.perf_counter() - begin
         found.nats = torch.nn.functional.cross_entropy(logits[:-1], prompt[0, -scored:]).item()
-        share = 1.0
-        if config is not None:
-            share = nc_stats(model)["attended_fraction"]
+        share = nc_stats(model)["attended_fraction"] if sparse else 1.0
+        if sparse:
             reset_stats(model)
-        if shown:
-            print(f"{name:7} {found.first:6.2f} s to the first token: ", end="", flush=True)
-        taken: list[int] = []
+        print(f"{'sparse' if sparse else 'dense':7} {found.first:6.2f} s to the first token: ", end="", flush=True)
         while token not in ends and len(taken) < most:
             taken.append(token)
             text = tokenizer.decode(taken)
-            if shown:
-                print(text[len(found.text) :], end="", flush=True)
+            print(text[len(found.text) :], end="", flush=True)
             found.text, begin = text, time.perf_counter()
             logits = model(prompt.new_tensor([[token]]), past_key_values=cache).logits
             token = int(logits[0, -1].argmax())
             found.steps.append(time.perf_counter() - begin)
-        if config is not None and found.steps:
+        if sparse and found.steps:
             found.shares = (share, nc_stats(model)["attended_fraction"])
-    if shown:
-        print(f"   ({found.step * 1e3:.0f} ms a token)", flush=True)
+    print(f"   ({found.step * 1e3:.0f} ms a token)", flush=True)
     return found
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def comparison(dense: Answer, sparse: Answer, tokens: int, config: NCConfig) -> list[str]:
     """Lines that say what sparse attention saves, what it costs, and what to do."""
     prompt, step = sparse.first / dense.first, sparse.step / dense.step
-    quality = float(torch.tensor(sparse.nats - dense.nats).exp())
+    quality = math.exp(sparse.nats - dense.nats)
     ((alpha, C),) = config.laws(0)
     law = f"alpha={alpha:g}, C={C:g}"
-    lines = [
-        f"time        prompt {prompt:.2f}, each further token {step:.2f} of dense attention's",
-        f"keys read   {sparse.shares[0]:.0%} by the prompt, {sparse.shares[1]:.0%} by the answer, at {law}",
-        f"perplexity  {quality:.3f} times dense attention's, over the last {SCORED} tokens of the prompt",
-    ]
     if tokens <= config.dense_below:
         advice = f"a prompt of more than {config.dense_below:,} tokens: a shorter one attends every key."
     elif quality > GOOD:
@@ -157,18 +142,22 @@ def comparison(dense: Answer, sparse: Answer, tokens: int, config: NCConfig) -> 
         advice = "dense attention: at this length sparse attention saves no time."
     else:
         advice = f"patch_model(model, {law})"
-    return [*lines, f"suggestion  {advice}"]
+    return [
+        f"time        prompt {prompt:.2f}, each further token {step:.2f} of dense attention's",
+        f"keys read   {sparse.shares[0]:.0%} by the prompt, {sparse.shares[1]:.0%} by the answer, at {law}",
+        f"perplexity  {quality:.3f} times dense attention's, over the last {SCORED} tokens of the prompt",
+        f"suggestion  {advice}",
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nc-patch demo", description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
     add_model_options(parser)
-    parser.add_argument("--text", default=PYTHON_REFERENCE, help="what the prompt is of: a file or a known name")
-    parser.add_argument("--tokens", type=positive, default=6000, help="of the text (default: 6000)")
-    parser.add_argument("--question", help="about the text; by default one about a fact that is hidden in it")
-    parser.add_argument("--answer-tokens", type=positive, default=32, help="at most (default: 32)")
-    parser.add_argument(
-        "--alpha", type=float, default=DEFAULT_ALPHA, help=f"of the budget (default: {DEFAULT_ALPHA:g})"
-    )
-    parser.add_argument("--C", type=float, default=DEFAULT_C, help=f"of the budget (default: {DEFAULT_C:g})")
+    add("--text", default=PYTHON_REFERENCE, help="what the prompt is of: a file or a known name")
+    add("--tokens", type=positive, default=6000, help="of the text (default: 6000)")
+    add("--question", help="about the text; by default one about a fact that is hidden in it")
+    add("--answer-tokens", type=positive, default=32, help="at most (default: 32)")
+    add("--alpha", type=float, default=DEFAULT_ALPHA, help=f"of the budget (default: {DEFAULT_ALPHA:g})")
+    add("--C", type=float, default=DEFAULT_C, help=f"of the budget (default: {DEFAULT_C:g})")
     return parser

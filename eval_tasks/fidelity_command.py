@@ -1,50 +1,144 @@
-"""``nc-patch fidelity``: the command line of ``eval_tasks.fidelity``, and its table and picture."""
+"""``nc-patch fidelity``: what sparse attention keeps of dense attention's rows, by layer, head and position.
+
+Every layer gets the queries, keys and values of a dense forward pass, so that one layer's error does not reach the
+next: figures say where a method loses, not what a model loses by it.
+"""
 
 import argparse
+import io
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import matplotlib.backends.backend_agg  # noqa: F401  (loaded now, not when hours of measuring end)
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from eval_tasks.arguments import TEXT_FORMS, add_budget_options, add_lengths, add_model_options, load_chosen_model
+from eval_tasks.capture import receive
 from eval_tasks.errors import EvalError
-from eval_tasks.fidelity import ROWS, Fidelity, fidelity
-from eval_tasks.figures import to_png
 from eval_tasks.matching import Budgets
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, find_method, order_of
 from eval_tasks.models import attention_of
 from eval_tasks.provenance import commit, hardware, versions
+from eval_tasks.simulated import Simulated
 from eval_tasks.store import check_out, write_atomically
-from eval_tasks.summary import csv_of
 from eval_tasks.tasks import Layout, ascending, places, tokenise
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
+from nc_patch import AttentionResult, NCConfig
 from nc_patch.cli import USAGE_ERROR
+from nc_patch.functional import attend
+from nc_patch.ops.problem import Problem
+from nc_patch.selections import Dense
 
 RESULTS, TABLE, PICTURE = "fidelity.json", "fidelity.csv", "fidelity.png"
+# The queries that are measured at each length: the last ones, a whole block of queries for every selection.
+ROWS = 64
 
 
 def run_fidelity(argv: Sequence[str]) -> int:
     """Measures, writes ``fidelity.json``, ``fidelity.csv`` and ``fidelity.png``, and returns the exit code."""
     arguments = _parser().parse_args(argv)
+    out = arguments.out
     try:
-        rows = _measure(arguments)
-    except (EvalError, ValueError) as error:
+        check_out(out, (RESULTS, TABLE, PICTURE))
+        rows, setup = _measure(arguments)
+        layers, picture = by_layer(rows), io.BytesIO()
+        record = {"command": shlex.join(["nc-patch", "fidelity", *argv]), **setup, "rows": rows}
+        write_atomically(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
+        write_atomically(out / TABLE, layers.to_csv(index=False, float_format="%.6g").encode())
+        figure(layers).savefig(picture, dpi=150)
+        write_atomically(out / PICTURE, picture.getvalue())
+    except ValueError as error:
         print(f"nc-patch: {error}", file=sys.stderr)
         return USAGE_ERROR
-    print(table(rows))
-    print(f"\nWritten: {', '.join(str(arguments.out / name) for name in (RESULTS, TABLE, PICTURE))}")
+    table = layers.pivot_table(["kept_mass", "output_error"], "method", "length", sort=False)
+    print(table.rename(index=lambda name: find_method(name).title).to_string(float_format="%.3f"))
+    print(f"\nWritten: {', '.join(str(out / name) for name in (RESULTS, TABLE, PICTURE))}")
     return 0
 
 
-def _measure(arguments: argparse.Namespace) -> list[Fidelity]:
-    out: Path = arguments.out
-    check_out(out, (RESULTS, TABLE, PICTURE))
+def fidelity(
+    model: Any,
+    ids: torch.Tensor,
+    methods: Sequence[str],
+    budgets: Budgets,
+    lengths: Sequence[int],
+    sample: int = 0,
+    layers: Sequence[int] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Compares methods with dense attention on what the layers of a model receive; means over ``ROWS`` last queries.
+
+    Args:
+        model: one that ``patch_model`` takes; windows, soft-caps and sinks are those of its layers.
+        ids: int64 ``[1, L]``; one forward pass serves all lengths.
+        methods, budgets: as in ``find_method``, without dense and simulated methods.
+        lengths: how many tokens are read up to the last measured query, each at most L.
+        sample: a number for the results.
+        layers: which; None for all.
+
+    Yields:
+        A row for each layer, method and length: ``kept_mass``, the dense softmax weight of the attended keys, and
+        ``output_error``, ‖o − o_dense‖ / ‖o_dense‖, of each query head; ``attended_fraction`` of the visible keys.
+
+    Raises:
+        EvalError: a method has no attention of its own, or a length does not fit.
+    """
+    configs = [(name, length, _config(name, budgets, length)) for name in methods for length in lengths]
+    if min(lengths) < ROWS or max(lengths) > ids.shape[1]:
+        raise EvalError(f"lengths must lie between {ROWS} and the {ids.shape[1]} tokens that are read, got {lengths}")
+    chosen = list(range(model.config.get_text_config().num_hidden_layers)) if layers is None else list(layers)
+    for layer, problem in zip(chosen, receive(model, ids[:, : max(lengths)], chosen), strict=True):
+        dense = {length: _attend(problem, length, NCConfig(1.0, 1.0)).output.float() for length in lengths}
+        for name, length, config in configs:
+            result, reference = _attend(problem, length, config), dense[length]
+            assert result.kept_mass is not None
+            assert result.attended is not None
+            error = (result.output.float() - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
+            start, end = problem.visible[0, length - ROWS : length].unbind(-1)
+            yield {
+                "method": name,
+                "length": length,
+                "sample": sample,
+                "layer": layer,
+                "kept_mass": result.kept_mass.mean((0, 2)).tolist(),
+                "output_error": error.mean((0, 2)).tolist(),
+                "attended_fraction": float((result.attended.float().mean((0, 1)) / (end - start)).mean()),
+            }
+
+
+def by_layer(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Means over samples and heads, and the error of the worst head, by method, length and layer."""
+    figures, which = ["kept_mass", "output_error", "attended_fraction"], ["method", "length", "layer"]
+    heads = pd.DataFrame(rows).explode(["kept_mass", "output_error"]).astype(dict.fromkeys(figures, float))
+    heads["head"] = heads.groupby(level=0).cumcount()
+    layers = heads.groupby([*which, "head"], sort=False)[figures].mean().groupby(which, sort=False)
+    found = layers.mean()
+    found.insert(2, "worst_head_error", layers["output_error"].max())
+    return found.reset_index()
+
+
+def figure(layers: pd.DataFrame) -> Figure:
+    """Output error by layer at the longest length; the shaded bands reach to the worst heads."""
+    longest = layers.length.max()
+    picture = Figure(figsize=(9, 5), layout="constrained")
+    axis = picture.subplots()
+    for name, own in layers[layers.length == longest].groupby("method", sort=False):
+        (line,) = axis.plot(own.layer, own.output_error, label=find_method(str(name)).title)
+        colour = line.get_color()
+        axis.fill_between(own.layer, own.output_error, own.worst_head_error, color=colour, alpha=0.12, linewidth=0)
+    axis.set(yscale="log", xlabel="layer", ylabel=f"output error at {longest:,} keys, mean over heads to the worst")
+    axis.grid(alpha=0.3)
+    picture.legend(loc="outside lower center", ncols=4, frameon=False)
+    return picture
+
+
+def _measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The figures, and what they were measured on."""
     lengths = ascending(arguments.lengths)
     budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at, arguments.block_size)
     methods = sorted(set(arguments.methods), key=order_of)
@@ -52,17 +146,15 @@ def _measure(arguments: argparse.Namespace) -> list[Fidelity]:
         find_method(name)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    loaded = load_chosen_model(arguments)
-    source = load_text(arguments.text)
+    loaded, source = load_chosen_model(arguments), load_text(arguments.text)
     text = tokenise(loaded.tokenizer, source.content)
     starts = places(text, Layout((max(lengths),), arguments.samples, 1, 1, arguments.seed))
-    rows: list[Fidelity] = []
+    rows: list[dict[str, Any]] = []
     for sample, start in enumerate(starts):
         ids = torch.from_numpy(text.ids[start : start + max(lengths)])[None].to(loaded.model.device)
         rows.extend(fidelity(loaded.model, ids, methods, budgets, lengths, sample))
         print(f"sample {sample + 1} of {len(starts)}", file=sys.stderr)
-    record: dict[str, Any] = {
-        "command": shlex.join(["nc-patch", "fidelity", *sys.argv[2:]]),
+    return rows, {
         "commit": commit(),
         "versions": versions(),
         "hardware": hardware(loaded.model.device, torch.get_num_threads()),
@@ -70,80 +162,35 @@ def _measure(arguments: argparse.Namespace) -> list[Fidelity]:
         "attention": attention_of(loaded.model),
         "text": {"name": source.name, "origin": source.origin, "sha256": source.sha256},
         "queries": ROWS,
-        "rows": [row.to_dict() for row in rows],
     }
-    write_atomically(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
-    write_atomically(out / TABLE, to_csv(rows).encode())
-    write_atomically(out / PICTURE, to_png(figure(rows)))
-    return rows
 
 
-def to_csv(rows: Sequence[Fidelity]) -> str:
-    """Means over samples and heads, and the worst head, by method, length and layer."""
-    names = ["method", "length", "layer", "kept_mass", "output_error", "worst_head_error", "attended_fraction"]
-    lines = []
-    for method, length, layer in dict.fromkeys((row.method, row.length, row.layer) for row in rows):
-        own = [r for r in rows if (r.method, r.length, r.layer) == (method, length, layer)]
-        by_head = [fmean(errors) for errors in zip(*(row.output_error for row in own), strict=True)]
-        kept = fmean(fmean(row.kept_mass) for row in own)
-        attended = fmean(row.attended_fraction for row in own)
-        lines.append([method, length, layer, kept, fmean(by_head), max(by_head), attended])
-    return csv_of(names, lines)
+def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
+    method = find_method(name)
+    config = method.config(budgets.at(length))
+    if config is None or isinstance(config, Simulated) or method.press is not None:
+        raise EvalError(f"{name} is no sparse attention of this package: fidelity compares those with dense attention")
+    return config
 
 
-def table(rows: Sequence[Fidelity]) -> str:
-    """Kept mass and output error of each method by length, as text."""
-    lengths = sorted({row.length for row in rows})
-    lines = [f"{'kept mass / output error':26}" + "".join(f"{length:>18,}" for length in lengths)]
-    for method in dict.fromkeys(row.method for row in rows):
-        cells = []
-        for length in lengths:
-            own = [row for row in rows if (row.method, row.length) == (method, length)]
-            kept, error = (fmean(fmean(getattr(row, name)) for row in own) for name in ("kept_mass", "output_error"))
-            cells.append(f"{kept:9.3f} / {error:.3f}")
-        lines.append(f"{find_method(method).title:26}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join(lines)
-
-
-def figure(rows: Sequence[Fidelity]) -> Figure:
-    """Output error by length, and by layer at the longest length; the shaded band reaches to the worst head."""
-    longest = max(row.length for row in rows)
-    picture = Figure(figsize=(10, 4), layout="constrained")
-    by_length, by_layer = picture.subplots(1, 2)
-    for place, method in enumerate(dict.fromkeys(row.method for row in rows)):
-        colour = f"C{place}"
-        own = [row for row in rows if row.method == method]
-        lengths = sorted({row.length for row in own})
-        means = [fmean(fmean(row.output_error) for row in own if row.length == length) for length in lengths]
-        by_length.plot(lengths, means, marker="o", color=colour, label=find_method(method).title)
-        layers = sorted({row.layer for row in own})
-        at = {layer: [r.output_error for r in own if (r.layer, r.length) == (layer, longest)] for layer in layers}
-        by_head = {layer: [fmean(errors) for errors in zip(*found, strict=True)] for layer, found in at.items()}
-        by_layer.plot(layers, [fmean(by_head[layer]) for layer in layers], color=colour)
-        by_layer.fill_between(
-            layers, [fmean(by_head[layer]) for layer in layers], [max(by_head[layer]) for layer in layers],
-            color=colour, alpha=0.12, linewidth=0,
-        )  # fmt: skip
-    by_length.set(
-        xscale="log", xlabel="keys that a query sees", ylabel="output error", title="mean over layers and heads"
+def _attend(problem: Problem, length: int, config: NCConfig) -> AttentionResult:
+    """Attention of the last ``ROWS`` of the first ``length`` queries, over the first ``length`` keys."""
+    rows = slice(length - ROWS, length)
+    visible = problem.visible[:, rows].contiguous()
+    problem = problem._replace(
+        query=problem.query[:, :, rows],
+        key=problem.key[:, :, :length],
+        value=problem.value[:, :, :length],
+        visible=visible,
+        origin=torch.zeros_like(visible[..., 0]),
+        budget=config.row_budgets(visible, length),
+        stats=True,
     )
-    by_length.set_xticks(sorted({row.length for row in rows}), [f"{n:,}" for n in sorted({row.length for row in rows})])
-    by_length.minorticks_off()
-    by_layer.set(xlabel="layer", title=f"at {longest:,} keys; the band reaches to the worst head")
-    for axis in (by_length, by_layer):
-        axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-    picture.legend(loc="outside lower center", ncols=4, frameon=False)
-    return picture
+    return attend(problem, Dense() if config.is_dense() else config.prefill, config.backend)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nc-patch fidelity",
-        allow_abbrev=False,
-        description="Compare the attention of each layer and head with dense attention on the same inputs: kept mass "
-        "and output error, by position.",
-    )
+    parser = argparse.ArgumentParser(prog="nc-patch fidelity", allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     sparse = [name for name in DEFAULT_METHODS if name != DENSE]
     add("--out", type=Path, required=True, metavar="DIR", help=f"directory for {RESULTS}, {TABLE} and {PICTURE}")

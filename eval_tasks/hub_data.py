@@ -1,15 +1,13 @@
 """Data sets of the Hugging Face hub: from the hub, its cache, or copies on disk; errors say what is missing."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from eval_tasks.errors import EvalError
 from eval_tasks.models import hub_resolves
-
-_log = logging.getLogger(__name__)
 
 
 def load_hub(name: str, config: str | None = None, *, copies: str | None = None, **options: Any) -> Any:
@@ -34,7 +32,6 @@ def load_hub(name: str, config: str | None = None, *, copies: str | None = None,
 
 def load_with(loader: Any, name: str, config: str | None = None, *, copies: str | None = None, **options: Any) -> Any:
     """``load_hub`` with a given ``datasets.load_dataset``, which others may have replaced meanwhile."""
-    given = f"{name}, configuration {config}," if config else name
     try:
         if copies is not None:
             return _load_copy(loader, Path(copies).expanduser() / name, config, options)
@@ -44,11 +41,11 @@ def load_with(loader: Any, name: str, config: str | None = None, *, copies: str 
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').split(chr(10))[0]}"
         if copies is None and not hub_resolves():
             reason = "the hub cannot be reached from here, and its cache on this machine does not hold the data set"
+        given = f"{name}, configuration {config}," if config else name
         where = "could not be loaded from its copy" if copies is not None else "could not be downloaded from the hub"
         raise EvalError(
-            f"the data set {given} {where} ({reason}). Download it where there is a network"
-            f" (hf download --repo-type dataset {name} --local-dir DIR/{name}) and give --hub-copies DIR to nc-patch"
-            ' eval, or --metadata \'{"hub_copies": "DIR"}\' to lm-eval'
+            f"the data set {given} {where} ({reason}). Download it where there is a network (hf download --repo-type "
+            f'dataset {name} --local-dir DIR/{name}) and give lm-eval --metadata \'{{"hub_copies": "DIR"}}\''
         ) from error
 
 
@@ -61,15 +58,9 @@ def cache_only_where_offline() -> Iterator[None]:
     if hub_resolves():
         yield
         return
-    places = ((datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE"))
-    before = [getattr(module, name) for module, name in places]
-    for module, name in places:
-        setattr(module, name, True)
-    try:
+    name = "HF_HUB_OFFLINE"
+    with mock.patch.object(datasets.config, name, True), mock.patch.object(huggingface_hub.constants, name, True):
         yield
-    finally:
-        for (module, name), value in zip(places, before, strict=True):
-            setattr(module, name, value)
 
 
 def _load_copy(loader: Any, directory: Path, config: str | None, options: dict[str, Any]) -> Any:

@@ -1,9 +1,4 @@
-"""What makes budgets equal: the ways of matching, and the parameters of the laws that follow from each.
-
-``deploy``: equal at one length, which then varies: the rules as one would deploy them. ``scored``: the same k at each
-length, for the query that sees all of it. ``total``: the same number of keys over all queries of each length.
-``iso``: no budgets are set equal; each method's smallest one is sought that keeps dense attention's quality.
-"""
+"""What makes budgets equal: the ways of matching, and the parameters of the laws that follow from each."""
 
 import math
 from collections.abc import Callable
@@ -37,14 +32,16 @@ class Budgets:
     """The budgets of a comparison: α·n^C, and the other laws matched to it.
 
     Attributes:
-        alpha: factor of the power law, positive.
-        C: exponent of the power law, in [0, 1].
+        alpha, C: factor (positive) and exponent (in [0, 1]) of the power law.
         equal_at: the length n0 at which all methods have the same budget, at least 2; for ``deploy``.
         block_size: keys per block of the method ``block``; as in ``NCConfig``.
         backend: as in ``NCConfig``.
         match: what makes budgets equal.
         parameters: fixed budget, logarithmic factor and fraction, in place of those that are equal at ``equal_at``.
         profile: path of a calibrated profile, for the method ``profile``.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     alpha: float
@@ -61,9 +58,7 @@ class Budgets:
             raise ValueError(f"equal_at must be a length of at least 2, got {self.equal_at}")
         if self.match not in MATCHES:
             raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {self.match!r}")
-        NCConfig(
-            self.alpha, self.C, block_size=self.block_size, backend=self.backend
-        )  # raises for values outside their ranges
+        NCConfig(self.alpha, self.C, block_size=self.block_size, backend=self.backend)
 
     def at(self, length: int) -> "Budgets":
         """The budgets at one context length, whose laws are matched as ``match`` says."""
@@ -78,20 +73,6 @@ class Budgets:
         """The budget that the fixed methods keep."""
         return self.parameters[0] if self.parameters else budget_of(self.equal_at, self.alpha, self.C)
 
-    def profile_config(self) -> NCConfig:
-        """Top-k with the budgets of the profile, shared among layers and heads and matched as all others are.
-
-        Raises:
-            EvalError: there is no profile, or it cannot be read.
-        """
-        if self.profile is None:
-            raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
-        if self.parameters:
-            return _config_of_profile(
-                self.profile, total_of(self.equal_at, self.alpha, self.C) / self.equal_at, self.equal_at, "sequence"
-            )
-        return _config_of_profile(self.profile, float(self.fixed), self.equal_at, "last")
-
     @property
     def log_factor(self) -> float:
         """The factor a of ``ceil(a * log2(n))``."""
@@ -105,9 +86,44 @@ class Budgets:
         """The share f of ``ceil(f * n)``."""
         if self.parameters:
             return self.parameters[2]
-        return not_above(
-            self.fixed, self.fixed / self.equal_at, lambda fraction: budget_of(self.equal_at, fraction, 1.0)
-        )
+        at = lambda fraction: budget_of(self.equal_at, fraction, 1.0)  # noqa: E731
+        return not_above(self.fixed, self.fixed / self.equal_at, at)
+
+    def profile_config(self) -> NCConfig:
+        """Top-k with the budgets of the profile, shared among layers and heads and matched as all others are.
+
+        Raises:
+            EvalError: there is no profile, or it cannot be read.
+        """
+        if self.profile is None:
+            raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
+        if self.parameters:
+            keys = total_of(self.equal_at, self.alpha, self.C) / self.equal_at
+            return _config_of_profile(self.profile, keys, self.equal_at, "sequence")
+        return _config_of_profile(self.profile, float(self.fixed), self.equal_at, "last")
+
+
+@lru_cache(maxsize=4)
+def load_profile(path: str) -> Profile:
+    """The profile in a file; raises EvalError where it cannot be read."""
+    try:
+        return Profile.load(Path(path).expanduser())
+    except ProfileError as error:
+        raise EvalError(str(error)) from error
+
+
+def total_of(length: int, alpha: float, C: float) -> int:
+    """Keys that the law lets the queries of a sequence attend together, each seeing those up to itself."""
+    return int(budgets(np.arange(1, length + 1), alpha, C).sum())
+
+
+@lru_cache(maxsize=256)
+def _config_of_profile(path: str, keys: float, n: int, over: Over) -> NCConfig:
+    try:
+        shared = load_profile(path).at_budget(keys=keys, n=n, over=over, dense_below=0)
+        return shared.config(selection="topk", tail="drop")
+    except ProfileError as error:
+        raise EvalError(f"{path}: {error}") from error
 
 
 def not_above(budget: int, factor: float, budget_at: Callable[[float], int]) -> float:
@@ -117,47 +133,13 @@ def not_above(budget: int, factor: float, budget_at: Callable[[float], int]) -> 
     return factor
 
 
-@lru_cache(maxsize=4)
-def load_profile(path: str) -> Profile:
-    """The profile in a file.
-
-    Raises:
-        EvalError: it cannot be read.
-    """
-    try:
-        return Profile.load(Path(path).expanduser())
-    except ProfileError as error:
-        raise EvalError(str(error)) from error
-
-
-@lru_cache(maxsize=256)
-def _config_of_profile(path: str, keys: float, n: int, over: Over) -> NCConfig:
-    try:
-        return (
-            load_profile(path).at_budget(keys=keys, n=n, over=over, dense_below=0).config(selection="topk", tail="drop")
-        )
-    except ProfileError as error:
-        raise EvalError(f"{path}: {error}") from error
-
-
 @lru_cache(maxsize=256)
 def _same_total(alpha: float, C: float, length: int) -> tuple[int, float, float]:
     """Fixed budget, logarithmic factor and fraction whose totals over a sequence come nearest to the power law's."""
-    wanted = total_of(length, alpha, C)
-    sums = np.array([_fixed_total(length, k) for k in range(1, length + 1)])
-    fixed = int(np.argmin(np.abs(sums - wanted))) + 1
-    n = np.arange(1, length + 1)
+    wanted, n = total_of(length, alpha, C), np.arange(1, length + 1)
+    fixed = int(np.argmin(np.abs(n * length - n * (n - 1) // 2 - wanted))) + 1
     log_factor = _bisect(lambda factor: int(log_budgets(n, factor).sum()), wanted, float(length))
     return fixed, log_factor, _bisect(lambda factor: total_of(length, factor, 1.0), wanted, 1.0)
-
-
-def total_of(length: int, alpha: float, C: float) -> int:
-    """Keys that the law lets the queries of a sequence attend together, each seeing those up to itself."""
-    return int(budgets(np.arange(1, length + 1), alpha, C).sum())
-
-
-def _fixed_total(length: int, k: int) -> int:
-    return k * length - k * (k - 1) // 2
 
 
 def _bisect(total: Callable[[float], int], wanted: int, high: float) -> float:

@@ -10,10 +10,9 @@ from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHES
 from eval_tasks.measure import PHASES
 from eval_tasks.methods import find_method, order_of
-from eval_tasks.schema import check_rows, run_problem
-from eval_tasks.store import RUN, read_rows, read_run
+from eval_tasks.store import read_rows, read_run
 from eval_tasks.summary import Row
-from eval_tasks.tasks import LM_EVAL, TASKS
+from eval_tasks.tasks import TASKS
 
 # What may differ between runs that belong together: which cells they measured. The longest length stays, since the
 # places in the text follow from it.
@@ -46,9 +45,6 @@ def merge_runs(directories: Sequence[Path]) -> list[MergedRun]:
     groups: dict[str, list[tuple[Path, dict[str, Any], list[Row]]]] = {}
     for directory in directories:
         run, rows = read_run(directory), read_rows(directory)
-        problem = None if run is None else run_problem(run)
-        if problem is not None:
-            raise EvalError(f"{directory / RUN} is damaged: {problem}. Leave {directory} out, or measure it again")
         if run is None or not rows:
             raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
         check_rows(directory, rows)
@@ -92,7 +88,7 @@ def _check_known(directory: Path, run: Mapping[str, Any], rows: Sequence[Row]) -
 def _samples_matter(run: Mapping[str, Any]) -> int | None:
     """The samples of each seed where they decide what a sample is: lm-eval's documents are counted over all seeds."""
     identity = run["identity"]
-    foreign = any(name.startswith(LM_EVAL) for name in identity["tasks"])
+    foreign = any(name.startswith("lm-eval:") for name in identity["tasks"])
     return int(identity["samples"]) if foreign and len(_seeds(run)) > 1 else None
 
 

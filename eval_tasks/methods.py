@@ -8,7 +8,8 @@ from typing import Any
 from eval_tasks.errors import EvalError
 from eval_tasks.log_law import LogConfig
 from eval_tasks.matching import Budgets
-from eval_tasks.measure import Phase
+from eval_tasks.measure import Attention, Phase
+from eval_tasks.presses import Press
 from eval_tasks.simulated import Simulated
 from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.selections import Block
@@ -47,170 +48,131 @@ class Method:
     title: str
     description: str
     config: Callable[[Budgets], NCConfig | Simulated | None]
-    selects: str
-    grows: bool
+    selects: str = "content"
+    grows: bool = False
     default: bool = True
     press: str | None = None
     simulated: bool = False
 
 
-def _dense(budgets: Budgets) -> None:
-    return None
-
-
-def _law(alpha: float, C: float, budgets: Budgets, make: type[NCConfig] = NCConfig, **options: Any) -> NCConfig:
+def _law(budgets: Budgets, alpha: float, C: float = 0.0, make: type[NCConfig] = NCConfig, **options: Any) -> NCConfig:
     """The settings of a law alone, from the first key on: methods are compared by what their laws choose."""
     return make(alpha, C, backend=budgets.backend, dense_below=0, **options)
 
 
-def _window(budgets: Budgets) -> NCConfig:
-    return _law(budgets.fixed, 0.0, budgets, selection="window", sink_keys=0)
+def _topk(budgets: Budgets, alpha: float, C: float = 0.0, tail: str = "drop", **options: Any) -> NCConfig:
+    return _law(budgets, alpha, C, selection="topk", tail=tail, **options)
 
 
-def _streaming(budgets: Budgets) -> NCConfig:
-    return _law(budgets.fixed, 0.0, budgets, selection="window", sink_keys=STREAMING_SINKS)
-
-
-def _nc_window(budgets: Budgets) -> NCConfig:
-    return _law(budgets.alpha, budgets.C, budgets, selection="window", sink_keys=STREAMING_SINKS)
-
-
-def _fixed_topk(budgets: Budgets) -> NCConfig:
-    return _law(budgets.fixed, 0.0, budgets, selection="topk", tail="drop")
-
-
-def _log_topk(budgets: Budgets) -> NCConfig:
-    return _law(budgets.log_factor, 0.0, budgets, LogConfig, selection="topk", tail="drop")
+def _window(budgets: Budgets, alpha: float, C: float, sinks: int) -> NCConfig:
+    return _law(budgets, alpha, C, selection="window", sink_keys=sinks)
 
 
 def _nc_topk(budgets: Budgets) -> NCConfig:
-    return _law(budgets.alpha, budgets.C, budgets, selection="topk", tail="drop")
+    return _topk(budgets, budgets.alpha, budgets.C)
 
 
-def _fraction_topk(budgets: Budgets) -> NCConfig:
-    return _law(budgets.fraction, 1.0, budgets, selection="topk", tail="drop")
+def _means(name: str) -> str:
+    return f"{name}, and beside it the mean of the other keys in every page of 16, which counts as no key"
 
 
-def _fixed_topk_mean(budgets: Budgets) -> NCConfig:
-    return replace(_fixed_topk(budgets), tail="mean")  # type: ignore[call-arg]
-
-
-def _nc_topk_mean(budgets: Budgets) -> NCConfig:
-    return replace(_nc_topk(budgets), tail="mean")  # type: ignore[call-arg]
-
-
-def _profile(budgets: Budgets) -> NCConfig:
-    return replace(budgets.profile_config(), backend=budgets.backend, dense_below=0)
-
-
-def _block(budgets: Budgets) -> NCConfig:
-    return _law(budgets.alpha, budgets.C, budgets, selection="block", block_size=budgets.block_size)
-
-
-def _nc(budgets: Budgets) -> NCConfig:
-    return NCConfig(budgets.alpha, budgets.C, backend=budgets.backend)
-
-
-def _random(budgets: Budgets) -> Simulated:
-    return Simulated("random", config=_nc_topk(budgets))
-
-
-def _oracle(budgets: Budgets) -> Simulated:
-    return Simulated("top-p", mass=ORACLE_MASS)
-
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("dense", "dense", "every key, the unpatched model", _dense, "all", False),
-        Method("window", "fixed window", "the most recent keys, a fixed number", _window, "recent", False),
-        Method(
-            "streaming",
-            "sinks + fixed window",
-            f"the first {STREAMING_SINKS} keys and the most recent ones, a fixed number (StreamingLLM)",
-            _streaming,
-            "recent",
-            False,
-        ),
-        Method("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", _fixed_topk, "content", False),
-        Method("log-topk", "log n top-k", "the highest scores, a·log2(n) of them", _log_topk, "content", False),
-        Method(
-            "fraction-topk",
-            "fixed-fraction top-k",
-            "the highest scores, a fixed share of all keys",
-            _fraction_topk,
-            "content",
-            False,
-            default=False,
-        ),
-        Method(
-            "nc-window",
-            "α·n^C window",
-            f"the first {STREAMING_SINKS} keys and the most recent ones, α·n^C in all",
-            _nc_window,
-            "recent",
-            True,
-        ),
-        Method("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", _nc_topk, "content", True),
-        Method(
-            "fixed-topk-mean",
-            "fixed-k top-k + means",
-            "fixed-topk, and beside it the mean of the other keys in every page of 16, which counts as no key",
-            _fixed_topk_mean,
-            "content",
-            False,
-            default=False,
-        ),
-        Method(
-            "nc-topk-mean",
-            "α·n^C top-k + means",
-            "nc-topk, and beside it the mean of the other keys in every page of 16, which counts as no key",
-            _nc_topk_mean,
-            "content",
-            True,
-        ),
-        Method(
-            NC,
-            "default",
-            "what patch_model does with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of "
-            f"the other keys, and every key where a query sees at most {DEFAULT_DENSE_BELOW:,}",
-            _nc,
-            "content",
-            True,
-        ),
-        Method(
-            PROFILE,
-            "calibrated top-k",
-            "the highest scores, as many as a calibrated profile gives each layer and head; needs --profile FILE",
-            _profile,
-            "content",
-            True,
-            default=False,
-        ),
-        Method(BLOCK, "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", _block, "content", True),
-        Method(
-            "random",
-            "α·n^C random keys",
-            "nc-topk with keys drawn by lot beside the first and the own one: a floor (simulated, without a time)",
-            _random,
-            "chance",
-            True,
-            default=False,
-            simulated=True,
-        ),
-        Method(
-            "oracle",
-            f"oracle, {ORACLE_MASS:.0%} of the mass",
-            f"of every query the fewest keys that hold {ORACLE_MASS:.0%} of its attention, which none can know "
-            "beforehand: a ceiling (simulated, without a time)",
-            _oracle,
-            "content",
-            False,
-            default=False,
-            simulated=True,
-        ),
-    )
-}
+_LISTED = (
+    Method(DENSE, "dense", "every key, the unpatched model", lambda b: None, "all"),
+    Method(
+        "window",
+        "fixed window",
+        "the most recent keys, a fixed number",
+        lambda b: _window(b, b.fixed, 0.0, 0),
+        "recent",
+    ),
+    Method(
+        "streaming",
+        "sinks + fixed window",
+        f"the first {STREAMING_SINKS} keys and the most recent ones, a fixed number (StreamingLLM)",
+        lambda b: _window(b, b.fixed, 0.0, STREAMING_SINKS),
+        "recent",
+    ),
+    Method("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", lambda b: _topk(b, b.fixed)),
+    Method(
+        "log-topk",
+        "log n top-k",
+        "the highest scores, a·log2(n) of them",
+        lambda b: _topk(b, b.log_factor, make=LogConfig),
+    ),
+    Method(
+        "fraction-topk",
+        "fixed-fraction top-k",
+        "the highest scores, a fixed share of all keys",
+        lambda b: _topk(b, b.fraction, 1.0),
+        default=False,
+    ),
+    Method(
+        "nc-window",
+        "α·n^C window",
+        f"the first {STREAMING_SINKS} keys and the most recent ones, α·n^C in all",
+        lambda b: _window(b, b.alpha, b.C, STREAMING_SINKS),
+        "recent",
+        grows=True,
+    ),
+    Method("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", _nc_topk, grows=True),
+    Method(
+        "fixed-topk-mean",
+        "fixed-k top-k + means",
+        _means("fixed-topk"),
+        lambda b: _topk(b, b.fixed, tail="mean"),
+        default=False,
+    ),
+    Method(
+        "nc-topk-mean",
+        "α·n^C top-k + means",
+        _means("nc-topk"),
+        lambda b: _topk(b, b.alpha, b.C, "mean"),
+        grows=True,
+    ),
+    Method(
+        NC,
+        "default",
+        "what patch_model does with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of the other "
+        f"keys, and every key where a query sees at most {DEFAULT_DENSE_BELOW:,}",
+        lambda b: NCConfig(b.alpha, b.C, backend=b.backend),
+        grows=True,
+    ),
+    Method(
+        PROFILE,
+        "calibrated top-k",
+        "the highest scores, as many as a calibrated profile gives each layer and head; needs --profile FILE",
+        lambda b: replace(b.profile_config(), backend=b.backend, dense_below=0),
+        grows=True,
+        default=False,
+    ),
+    Method(
+        BLOCK,
+        "α·n^C blocks",
+        "the best blocks of keys, α·n^C keys in all",
+        lambda b: _law(b, b.alpha, b.C, selection="block", block_size=b.block_size),
+        grows=True,
+    ),
+    Method(
+        "random",
+        "α·n^C random keys",
+        "nc-topk with keys drawn by lot beside the first and the own one: a floor (simulated, without a time)",
+        lambda b: Simulated("random", config=_nc_topk(b)),
+        "chance",
+        grows=True,
+        default=False,
+        simulated=True,
+    ),
+    Method(
+        "oracle",
+        f"oracle, {ORACLE_MASS:.0%} of the mass",
+        f"of every query the fewest keys that hold {ORACLE_MASS:.0%} of its attention, which none can know beforehand: "
+        "a ceiling (simulated, without a time)",
+        lambda b: Simulated("top-p", mass=ORACLE_MASS),
+        default=False,
+        simulated=True,
+    ),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _LISTED}
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)
 
 
@@ -222,7 +184,7 @@ def with_keys(name: str, keys: int) -> str:
 def keys_of(name: str) -> tuple[str, int | None]:
     """A method's name and the number of keys that ``with_keys`` put to it, or None."""
     base, _, keys = name.partition(_KEYS)
-    return base, int(keys) if keys else None
+    return base, int(keys) if keys.isdecimal() else None
 
 
 def find_method(name: str) -> Method:
@@ -233,17 +195,21 @@ def find_method(name: str) -> Method:
     """
     if name.startswith(PRESS):
         press = name.removeprefix(PRESS)
-        label = f"{press.removesuffix('Press')} (kvpress)"
-        return Method(
-            name, label, f"the cache compressed by {press} of kvpress", _no_config, "content", True, press=press
-        )
+        title, what = f"{press.removesuffix('Press')} (kvpress)", f"the cache compressed by {press} of kvpress"
+        return Method(name, title, what, lambda b: None, grows=True, press=press)
     base, keys = keys_of(name)
     if base not in METHODS:
         raise EvalError(f"unknown method {base!r}; allowed are {', '.join(METHODS)}, and {PRESS}NAMEPress")
     method = METHODS[base]
     if keys is None:
         return method
-    fixed = lambda budgets: NCConfig(**vars(_sparse(method, budgets)) | {"alpha": float(keys), "C": 0.0})  # noqa: E731
+
+    def fixed(budgets: Budgets) -> NCConfig:
+        config = method.config(budgets)
+        if not isinstance(config, NCConfig):
+            raise EvalError(f"{method.name} attends by no budget and takes no number of keys")
+        return NCConfig(**vars(config) | {"alpha": float(keys), "C": 0.0})
+
     return replace(method, name=name, title=f"{method.title}, {keys} keys", config=fixed, grows=False)
 
 
@@ -251,6 +217,12 @@ def order_of(name: str) -> tuple[int, str, int]:
     """A key that sorts methods as they are listed, then by their number of keys."""
     base, keys = keys_of(name)
     return list(METHODS).index(base) if base in METHODS else len(METHODS), base, keys or 0
+
+
+def attention_by(name: str, budgets: Budgets, n: int) -> Attention:
+    """What a method attends by at a context length."""
+    press = find_method(name).press
+    return Press(press, budget_at(name, budgets, n)) if press else find_method(name).config(budgets.at(n))
 
 
 def budget_at(name: str, budgets: Budgets, n: int) -> int:
@@ -276,19 +248,6 @@ def blocks_chosen(budget: int, block_size: int, phase: Phase) -> int:
     recent = 1 if phase == "decode" else Block.query_block_size + Block.local_keys
     always = 1 + -(-recent // block_size)
     return max(0, -(-budget // block_size) - always)
-
-
-def _sparse(method: Method, budgets: Budgets) -> NCConfig:
-    config = method.config(budgets)
-    if config is None:
-        raise EvalError(f"{method.name} attends every key and takes no number of them")
-    if isinstance(config, Simulated):
-        raise EvalError(f"{method.name} is simulated and takes no number of keys")
-    return config
-
-
-def _no_config(budgets: Budgets) -> None:
-    return None
 
 
 def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase: Phase) -> list[str]:

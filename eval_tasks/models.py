@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import socket
 import sys
 import urllib.parse
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.ranks import launched_rank
+from eval_tasks.processes import launched_rank
 from eval_tasks.smollm2 import SMOLLM2, smollm2_directory
 
 # What transformers says of a model whose class has no SDPA attention.
@@ -155,10 +156,8 @@ def _load_weights(source: ModelSource, **options: Any) -> Any:
         if _NO_SDPA not in str(error.__cause__):  # said before the weights are read
             raise
     if launched_rank() == 0:
-        print(
-            f"{source.name} has no SDPA attention: dense attention runs eagerly, which holds every score in memory.",
-            file=sys.stderr,
-        )
+        said = "has no SDPA attention: dense attention runs eagerly, which holds every score in memory."
+        print(f"{source.name} {said}", file=sys.stderr)
     return _from_pretrained(AutoModelForCausalLM, source, attn_implementation="eager", **options)
 
 
@@ -168,14 +167,13 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-    except RuntimeError as error:
-        raise EvalError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
+    except RuntimeError:
+        target = torch.device("meta")
     if target.type not in ("cpu", "cuda"):
         raise EvalError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise EvalError(
-            f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu."
-        )
+        there = torch.cuda.device_count()
+        raise EvalError(f"device {device!r} is not there: torch sees {there} GPUs. Use --device cpu.")
     return target
 
 
@@ -202,32 +200,30 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> An
 
 def _explain(source: ModelSource, error: Exception) -> str:
     reason = _whole(error)
-    advice = [advice for words, advice in _ADVICE if any(word in reason for word in words)]
+    advice = " ".join(advice for words, advice in _ADVICE.items() if re.search(words, reason))
     if source.is_local:
-        return " ".join((f"the model {source.name} could not be loaded: {reason}", *advice))
+        return f"the model {source.name} could not be loaded: {reason} {advice}".rstrip()
     online = hub_resolves()
     where = "could not be loaded from the hub" if online else "the hub cannot be reached from here"
-    otherwise = f"Check the name and the network, or use --model {SMOLLM2}, which needs neither."
-    advice = advice if online and advice else [otherwise]
-    return " ".join((f"the model {source.name!r} is no directory here and {where}: {reason}", *advice))
+    if not online or not advice:
+        advice = f"Check the name and the network, or use --model {SMOLLM2}, which needs neither."
+    return f"the model {source.name!r} is no directory here and {where}: {reason} {advice}"
 
 
 # Words in an error, and what to do about it.
-_ADVICE = (
-    (
-        ("gated repo", "private repository", "401 Client Error", "403 Client Error"),
-        "Ask for access on the model's page where it is gated, and log in: hf auth login, or the token in HF_TOKEN.",
-    ),
-    (("trust_remote_code",), "Read that code, and if you trust it, add --trust-remote-code."),
-    (("valid git identifier",), "Correct --revision."),
-)
+_ADVICE = {
+    "gated repo|private repository|401 Client Error|403 Client Error": "Ask for access on the model's page where it is "
+    "gated, and log in: hf auth login, or the token in HF_TOKEN.",
+    "trust_remote_code": "Read that code, and if you trust it, add --trust-remote-code.",
+    "valid git identifier": "Correct --revision.",
+}
 
 
 def _whole(error: Exception) -> str:
     """What an error says, in one line."""
     words = " ".join(str(error).split()) or type(error).__name__
     words = words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]} ..."
-    return words if words.endswith((".", "!", "?", "...")) else f"{words}."
+    return words if words.endswith((".", "!", "?")) else f"{words}."
 
 
 def hub_resolves() -> bool:

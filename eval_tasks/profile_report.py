@@ -1,51 +1,86 @@
-"""The report of a calibration: one page of HTML that refers to nothing outside itself, and its plots as a PNG."""
+"""The report of a calibration: one page of HTML that refers to nothing outside itself, and its figure as a PNG."""
 
+import base64
 import html
+import io
 from pathlib import Path
+from string import Template
 
+import matplotlib.backends.backend_agg  # noqa: F401  (loaded now, not when hours of measuring end)
 import numpy as np
+import pandas as pd
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
 
-from eval_tasks.figures import to_png, to_svg
-from eval_tasks.profile_figures import profile_figure, profile_figures, shown_fit
-from eval_tasks.report import PAGE
 from eval_tasks.store import write_atomically
-from eval_tasks.tables import Table
+from nc_patch.budget import budgets_for
+from nc_patch.calibration.fit import Fit
 from nc_patch.calibration.profile import SPARSE_BELOW, Profile
+from nc_patch.config import NCConfig
 
 PROFILE, PROFILE_REPORT, PROFILE_PICTURE = "profile.json", "calibration.html", "calibration.png"
-# Heads of the table: more make the page hard to read, and the file has them all.
-_HEADS_LISTED = 40
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; } th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid; }
+img { width: 100%; } pre { background: #f4f4f4; padding: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+</style></head><body>
+<h1>$title</h1>
+<ul>$findings</ul>
+<img alt="Exponents and budgets by layer and head, and the mass kept" src="data:image/png;base64,$picture">
+<h2>Layer by layer</h2>
+<p>Medians over heads. Sensitivity: the loss, in nats per token, that an error of unit norm in a head's output adds.</p>
+$table
+<h2>Measure it again</h2>
+<pre>$command</pre>
+</body></html>
+""")
 
 
-def write_profile_report(profile: Profile, directory: Path, command: str) -> list[str]:
+def write_profile_report(profile: Profile, directory: Path, command: str, dense_below: int | None = None) -> list[str]:
     """Writes the page and the picture into a directory; returns the findings as sentences.
+
+    Args:
+        profile, dense_below: as in ``profile_findings``.
+        directory: where the files go.
+        command: that measured.
 
     Raises:
         EvalError: the directory cannot be written.
     """
-    sentences = profile_findings(profile)
-    write_atomically(directory / PROFILE_PICTURE, to_png(profile_figure(profile)))
-    parts = [
-        f'<p class="lead">{_escape(" ".join(sentences[:2]))}</p>',
-        f"<ul>{''.join(f'<li>{_escape(sentence)}</li>' for sentence in sentences[2:])}</ul>",
-        *(_figure(to_svg(figure, name), caption) for name, caption, figure in profile_figures(profile)),
-        *(table.to_html() for table in (layer_table(profile), sparse_table(profile))),
-        setup_table(profile).to_html(),
-        "<h2>Measure it again</h2>",
-        f"<pre>{_escape(command)}</pre>",
-    ]
-    content = PAGE.substitute(title=_escape(f"How sparse attention is: {profile.model}"), sections="\n".join(parts))
-    write_atomically(directory / PROFILE_REPORT, content.encode())
+    sentences, picture = profile_findings(profile, dense_below), io.BytesIO()
+    versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
+    setup = (
+        f"Measured on {profile.pieces} pieces of text (SHA-256 of their tokens {profile.texts}) at {profile.lengths} "
+        f"tokens: {profile.model_class}, weights {profile.fingerprint}, with {versions}."
+    )
+    profile_figure(profile).savefig(picture, dpi=150)
+    write_atomically(directory / PROFILE_PICTURE, picture.getvalue())
+    page = _PAGE.substitute(
+        title=html.escape(f"How sparse attention is: {profile.model}"),
+        findings="\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in (*sentences, setup)),
+        picture=base64.b64encode(picture.getvalue()).decode(),
+        table=layer_table(profile).to_html(index=False, border=0, float_format="{:.3g}".format),
+        command=html.escape(command),
+    )
+    write_atomically(directory / PROFILE_REPORT, page.encode())
     return sentences
 
 
-def profile_findings(profile: Profile) -> list[str]:
-    """What calibration found, as sentences."""
+def profile_findings(profile: Profile, dense_below: int | None = None) -> list[str]:
+    """What calibration found, as sentences.
+
+    Args:
+        profile: what was measured.
+        dense_below: with which the budget of its laws was counted; None for the default of ``NCConfig``.
+    """
     fit, longest = shown_fit(profile), profile.lengths[-1]
     by_layer = np.median(fit.C, 1)
     low, high = int(by_layer.argmin()), int(by_layer.argmax())
     share = fit.support[-1] / profile.visible[-1][:, None]
+    below = NCConfig(1.0).dense_below if dense_below is None else dense_below
     dense = np.argwhere(~profile.is_sparse())
+    layers = ", ".join(map(str, np.unique(dense[:, 0])))
     sentences = [
         f"At {longest:,} tokens the median head holds {100 * (1 - fit.eps):g} % of its mass in "
         f"{100 * np.median(share):.2g} % of the keys.",
@@ -53,89 +88,67 @@ def profile_findings(profile: Profile) -> list[str]:
         f"over heads); over all heads its median is {np.median(fit.C):.2f}.",
         f"The laws of this profile are for {profile.aim}; at {longest:,} tokens they are predicted to keep "
         f"{100 * float(np.mean(profile.kept_mass(longest)[0])):.1f} % of the mass, averaged over heads.",
+        f"A query that sees at most {below:,} keys attends them all, and a budget counts that: patch the model with "
+        f"dense_below={below}.",
         f"R² of the fits: median {np.median(fit.r2):.2f}; it is low where C is near 0, because there is little to "
         f"explain. Half the width of C's 90 % interval: median {np.median((fit.C_high - fit.C_low) / 2):.2f}.",
+        f"{len(dense)} of {fit.C.size} heads are not sparse, as they need {100 * SPARSE_BELOW:g} % of the keys or more"
+        + (f" (layers {layers})." if layers else "."),
     ]
-    if len(dense):
-        layers = sorted({int(layer) for layer, _ in dense})
-        sentences.append(
-            f"{len(dense)} of {fit.C.size} heads are not sparse: they need {100 * SPARSE_BELOW:g} % of the keys or "
-            f"more (layers {', '.join(map(str, layers))})."
-        )
-    else:
-        sentences.append(f"Every head is sparse: it needs less than {100 * SPARSE_BELOW:g} % of the keys.")
     if profile.pieces == 1:
         sentences.append("One piece of text was read, so the intervals say nothing about other texts.")
     return sentences
 
 
-def layer_table(profile: Profile) -> Table:
-    """Exponents, keys and sensitivity, layer by layer."""
-    fit = shown_fit(profile)
-    rows = []
-    for layer in range(profile.shape[0]):
-        C, share = fit.C[layer], fit.support[-1, layer] / profile.visible[-1, layer]
-        rows.append(
-            (
-                str(layer),
-                f"{np.median(C):.2f}",
-                f"{C.min():.2f} – {C.max():.2f}",
-                f"{100 * np.median(share):.1f} %",
-                f"{profile.sensitivity[layer].mean():.3g}",
-                f"{np.median(profile.alpha[layer]):.3g} · n^{np.median(profile.C[layer]):.2f}",
-                "dense" if layer in profile.dense_layers else "",
-            )
-        )
-    return Table(
-        "Layer by layer",
-        "Sensitivity is the loss, in nats per token, that an error of unit norm in a head's output adds. The law is "
-        "the median over heads.",
-        ("Layer", "C, median", "C, range", f"Keys for {100 * (1 - fit.eps):g} %", "Sensitivity", "Law in force", ""),
-        tuple(rows),
-    )
+def layer_table(profile: Profile) -> pd.DataFrame:
+    """Exponents, keys, sensitivity and laws, one row a layer."""
+    fit, layers = shown_fit(profile), range(profile.shape[0])
+    columns = {
+        "layer": layers,
+        "C": np.median(fit.C, 1),
+        "C, least": fit.C.min(1),
+        "C, most": fit.C.max(1),
+        f"% of keys for {100 * (1 - fit.eps):g} %": 100 * np.median(fit.support[-1], 1) / profile.visible[-1],
+        "heads not sparse": [", ".join(map(str, np.flatnonzero(row))) for row in ~profile.is_sparse()],
+        "sensitivity": np.median(profile.sensitivity, 1),
+        "alpha in force": np.median(profile.alpha, 1),
+        "C in force": np.median(profile.C, 1),
+        "dense": ["yes" if layer in profile.dense_layers else "" for layer in layers],
+    }
+    return pd.DataFrame(columns)
 
 
-def sparse_table(profile: Profile) -> Table:
-    """The heads that need the largest share of the keys."""
-    fit = shown_fit(profile)
-    share = fit.support[-1] / profile.visible[-1][:, None]
-    order = np.argsort(-share, axis=None, kind="stable")[:_HEADS_LISTED]
-    rows = []
-    for layer, head in zip(*np.unravel_index(order, share.shape), strict=True):
-        rows.append(
-            (
-                f"{layer}, {head}",
-                f"{100 * share[layer, head]:.0f} %",
-                f"{fit.C[layer, head]:.2f}",
-                f"{fit.C_low[layer, head]:.2f} – {fit.C_high[layer, head]:.2f}",
-                f"{fit.r2[layer, head]:.2f}",
-                "" if share[layer, head] < SPARSE_BELOW else "not sparse",
-            )
-        )
-    return Table(
-        "The heads that need most keys",
-        f"Up to {_HEADS_LISTED} of them; {PROFILE} has all.",
-        ("Layer, head", f"Keys for {100 * (1 - fit.eps):g} %", "C", "90 % interval", "R²", ""),
-        tuple(rows),
-    )
+def shown_fit(profile: Profile) -> Fit:
+    """The fit that figures and sentences speak of: that of 95 % of the mass, or the nearest."""
+    return min(profile.fits, key=lambda fit: abs(fit.eps - 0.05))
 
 
-def setup_table(profile: Profile) -> Table:
-    """What was measured on what."""
-    rows = (
-        ("Model", f"{profile.model} ({profile.model_class}), weights {profile.fingerprint}"),
-        ("Lengths", ", ".join(f"{n:,}" for n in profile.lengths)),
-        ("Text", f"{profile.pieces} pieces, SHA-256 of their tokens {profile.texts}"),
-        ("Shares of the mass", ", ".join(f"{100 * (1 - fit.eps):g} %" for fit in profile.fits)),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in profile.versions.items())),
-    )
-    return Table("What was measured", "", ("", ""), rows)
-
-
-def _figure(svg: str, caption: str) -> str:
-    labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{_escape(caption)}" ', 1)
-    return f"<figure>{labelled}<figcaption>{_escape(caption)}</figcaption></figure>"
-
-
-def _escape(value: object) -> str:
-    return html.escape(str(value))
+def profile_figure(profile: Profile) -> Figure:
+    """Exponents, and shares of the keys attended, by layer and head; and the mass kept by so many keys."""
+    fit, longest = shown_fit(profile), profile.lengths[-1]
+    seen = np.array([min(longest, window or longest) for window in profile.windows], dtype=float)[:, None]
+    attended = 100 * budgets_for(seen, profile.alpha, profile.C) / seen
+    attended[list(profile.dense_layers)] = 100.0
+    figure = Figure(figsize=(16, 5), layout="constrained")
+    exponents, budgets, mass = figure.subplots(1, 3)
+    for axis, values, title, norm in (
+        (exponents, fit.C, f"exponent C of the keys that hold {100 * (1 - fit.eps):g} % of the mass", Normalize(0, 1)),
+        (budgets, attended, f"% of the keys attended at {longest:,} tokens, log scale", LogNorm()),
+    ):
+        image = axis.imshow(values.T, norm=norm, aspect="auto", origin="lower")
+        axis.set(title=title, xlabel="layer", ylabel="query head")
+        for which in (axis.xaxis, axis.yaxis):
+            which.get_major_locator().set_params(integer=True)
+        bar = figure.colorbar(image, ax=axis, format="{x:g}")
+        bar.ax.yaxis.set_minor_formatter("{x:g}")
+    for kept, length in zip(profile.kept, profile.lengths, strict=True):
+        keys = [k for k in profile.keys if k < length]
+        low, middle, high = np.percentile(100 * kept[..., : len(keys)], (25, 50, 75), axis=(0, 1))
+        mass.plot(keys, middle, label=f"{length:,} tokens")
+        mass.fill_between(keys, low, high, alpha=0.1, linewidth=0)
+    mass.set_xscale("log", base=2)
+    mass.xaxis.set_major_formatter("{x:g}")
+    mass.set(title="mass kept, median and middle half of the heads", xlabel="keys attended", ylabel="% of the mass")
+    mass.grid(alpha=0.3)
+    mass.legend(loc="lower right")
+    return figure

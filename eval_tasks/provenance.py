@@ -1,10 +1,9 @@
-"""``run.json``: everything that is needed to believe a figure and to measure it again."""
+"""What is needed to believe a figure and to measure it again: versions, hardware, commit, and ``run.json``."""
 
 import datetime
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, threads: int) -> dict[str, Any]:
-    """What the run is measured on: processor, cores, memory, and the GPU where it is used."""
+    """What is measured on: processor, cores, memory, and the GPU where it is used."""
     found: dict[str, Any] = {
         "device": device.type,
         "processor": _processor(),
@@ -55,15 +54,16 @@ def hardware_words(found: Mapping[str, Any]) -> str:
 def commit() -> str | None:
     """The git commit of the installed source, with ``-dirty`` when tracked files differ from it; None outside git."""
     root = Path(nc_patch.__file__).resolve().parent.parent
-    head = _git(root, "rev-parse", "HEAD")
-    if head is None:
+    if not (root / ".git").exists():
         return None
-    return head + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-
-
-def command_line(arguments: list[str]) -> str:
-    """The command as a shell takes it."""
-    return shlex.join(["nc-patch", *arguments])
+    git = lambda *arguments: subprocess.run(  # noqa: E731
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+    ).stdout.strip()
+    try:
+        return str(git("rev-parse", "HEAD")) + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"The git commit could not be read ({error}); it is recorded as unknown.", file=sys.stderr)
+        return None
 
 
 def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
@@ -77,16 +77,13 @@ def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         EvalError: the message names what differs, before and now.
     """
-    run = read_run(directory)
-    if run is None:
-        return
-    before, sessions = run.get("identity", {}), run.get("sessions", [])
-    if not isinstance(before, dict) or not isinstance(sessions, list) or not all(isinstance(s, dict) for s in sessions):
-        raise EvalError(f"{directory / RUN} is damaged; give another --out, or remove the directory")
+    before = (read_run(directory) or {"identity": {}})["identity"]
+    now = json.loads(json.dumps(identity))
+    shown = lambda value: json.dumps(value, ensure_ascii=False)  # noqa: E731
     differing = [
-        f"{name} was {json.dumps(before[name], ensure_ascii=False)}, is {json.dumps(_plain(value), ensure_ascii=False)}"
-        for name, value in identity.items()
-        if name in before and before[name] != _plain(value)
+        f"{name} was {shown(before[name])}, is {shown(value)}"
+        for name, value in now.items()
+        if name in before and before[name] != value
     ]
     if differing:
         raise EvalError(
@@ -96,11 +93,7 @@ def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
 
 
 def record_session(
-    directory: Path,
-    identity: Mapping[str, Any],
-    details: Mapping[str, Any],
-    command: str,
-    session: Mapping[str, Any] | None = None,
+    directory: Path, identity: Mapping[str, Any], details: Mapping[str, Any], session: Mapping[str, Any]
 ) -> None:
     """Writes ``run.json``, or adds this session to the one there is; says so where its hardware is another.
 
@@ -108,37 +101,19 @@ def record_session(
         directory: of the run.
         identity: as for ``check_same``.
         details: more about the run that later sessions need not repeat.
-        command: the command line.
-        session: more about this session, with its ``hardware``.
+        session: of this session the ``command``, its ``hardware``, and more.
     """
-    run = read_run(directory) or {"command": command, "identity": dict(identity), **details, "sessions": []}
-    before, here = run.get("hardware"), (session or {}).get("hardware")
-    if before and here and hardware_words(before) != hardware_words(here):
+    run = read_run(directory) or {"command": session["command"], "identity": dict(identity), **details, "sessions": []}
+    before, here = run.get("hardware"), session["hardware"]
+    if before and hardware_words(before) != hardware_words(here):
         print(
             f"This session runs on other hardware ({hardware_words(here)}) than the first ({hardware_words(before)}); "
             "it is recorded, and the report says that times do not compare.",
             file=sys.stderr,
         )
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run.setdefault("sessions", []).append({"started": now, "commit": commit(), "command": command, **(session or {})})
+    run["sessions"].append({"started": now, "commit": commit(), **session})
     write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"The git commit could not be read ({error}); it is recorded as unknown.", file=sys.stderr)
-        return None
-    return done.stdout.strip()
 
 
 def _processor() -> str:

@@ -1,42 +1,84 @@
 """Runs a sweep: measures what a directory does not hold yet, alone or with other processes, until time is up."""
 
 import contextlib
-import itertools
 import secrets
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from eval_tasks.cells import Measurer, Planned
-from eval_tasks.errors import EvalError
-from eval_tasks.ingredients import Ingredients, check_methods, load_ingredients, load_model_of
-from eval_tasks.methods import budget_at, without_choice
-from eval_tasks.models import attention_of, pick_device, tokenizer_fingerprint
-from eval_tasks.plan import groups_of, plan_of
-from eval_tasks.progress import Forecast, Progress, Step, duration
+from eval_tasks.answers import Question, answer, build_question, check_generated
+from eval_tasks.errors import EvalError, MemoryRanOut
+from eval_tasks.matching import load_profile
+from eval_tasks.measure import measure, warm_up
+from eval_tasks.methods import Method, attention_by, budget_at, find_method, without_choice
+from eval_tasks.models import (
+    attention_of,
+    find_model,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    pick_device,
+    tokenizer_fingerprint,
+)
+from eval_tasks.presses import find_press
+from eval_tasks.processes import Processes
 from eval_tasks.provenance import check_same, commit, hardware, hardware_words, record_session, versions
-from eval_tasks.ranks import Ranks, agreed
 from eval_tasks.report import REPORT_FILES
-from eval_tasks.schema import check_rows
-from eval_tasks.store import ResultStore, check_out, read_run, valid_rows
-from eval_tasks.sweep import Sweep
+from eval_tasks.store import append_row, check_out, claimed, read_rows, read_run
+from eval_tasks.sweep import Cells, Sweep, plan_of, total
+from eval_tasks.synthetic import GENERATORS, Material
+from eval_tasks.tasks import TASKS, Sample, TokenisedText, check_lengths, places, tokenise
+from eval_tasks.texts import Text, load_text
+from nc_patch import ProfileError
 from nc_patch.calibration.fingerprint import weights_fingerprint
 
-Known = list[tuple[str, tuple[str, int, float | None], bool]]
-"""What a directory holds, row by row: key, what it cost, and whether it failed."""
+
+@dataclass(frozen=True)
+class Source:
+    """All that samples are built from.
+
+    Attributes:
+        text, tokens: the text, as it is and by the tokenizer.
+        tokenizer: of the model.
+        starts: where in the text the samples of each seed begin; none where no task takes stretches of it.
+        material: what generated tasks draw from.
+    """
+
+    text: Text
+    tokens: TokenisedText
+    tokenizer: PreTrainedTokenizerBase
+    starts: dict[int, list[int]]
+    material: Material
+
+    def start(self, cells: Cells) -> int | None:
+        """Where in the text the sample begins; None for a generated task."""
+        return self.starts[cells.seed][cells.index] if cells.task in TASKS else None
+
+    def build(self, cells: Cells, sweep: Sweep) -> Sample | Question:
+        """The sample of some cells."""
+        start = self.start(cells)
+        if start is not None:
+            return TASKS[cells.task].build(self.tokens, start, cells.length, sweep.layout)
+        return build_question(
+            cells.task, self.tokenizer, cells.length, cells.seed, cells.index, self.material, sweep.answer_tokens
+        )
 
 
-def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None = None) -> bool:
+def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes | None = None) -> bool:
     """Measures what the directory does not hold yet, and adds it there.
 
     Args:
         sweep: what to measure.
         directory: where results go; made when missing. Processes on several machines need it to be the same one.
         command: the command line, for the record.
-        ranks: the processes that share the work; None for this one alone.
+        processes: those that share the work; None for this one alone.
 
     Returns:
         Whether everything was measured, by all processes; False when the time limit came first in any of them.
@@ -44,186 +86,264 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, ranks: Ranks | None =
     Raises:
         EvalError: something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
-    ranks = ranks or Ranks()
-    with agreed(ranks):
-        if sweep.threads is not None:
-            torch.set_num_threads(sweep.threads)
-        check_same(directory, sweep.identity() | versions())
-        ingredients = load_ingredients(sweep)
-        device = _own_device(sweep, ranks)
+    processes = processes or Processes()
     with contextlib.ExitStack() as stack:
-        with agreed(ranks):
-            if ranks.is_first:
+        with processes.together():
+            if sweep.threads is not None:
+                torch.set_num_threads(sweep.threads)
+            check_same(directory, sweep.identity() | versions())
+            source = load_source(sweep)
+            device = pick_device(sweep.device)
+            if device.type == "cuda" and device.index is None and processes.world > 1:
+                device = pick_device(f"cuda:{processes.local_rank}")
+        with processes.together():
+            if processes.is_first:
                 check_out(directory, REPORT_FILES)
-            first_store = stack.enter_context(ResultStore(directory)) if ranks.is_first else None
-        with agreed(ranks):
-            model = load_model_of(sweep, str(device))
-            identity = sweep.identity() | versions() | _fingerprints(model, ingredients)
-            if ranks.is_first:
+                stack.enter_context(claimed(directory))
+        with processes.together():
+            model = _load_model(sweep, str(device))
+            identity = sweep.identity() | versions() | _fingerprints(model, source)
+            if processes.is_first:
                 check_same(directory, identity)
             check_methods(sweep, model)
-        constants = {"weights": identity["weights"], "text": ingredients.text.sha256, "dtype": str(model.dtype)}
-        plan = plan_of(sweep, ingredients.foreign, constants)
-        session = _session(hardware(device, torch.get_num_threads()), ranks)
-        with agreed(ranks):
-            if ranks.is_first:
-                details = _details(sweep, model, ingredients) | {"planned": len(plan), "hardware": session["hardware"]}
-                record_session(directory, identity, details, command, session)
-        with agreed(ranks):
-            store = first_store or stack.enter_context(_part_store(directory, ranks, session["id"]))
-        with agreed(ranks):
-            if ranks.is_first:
-                check_rows(directory, store.rows)
-        known_rows = list(store.rows)
-        known = ranks.from_first([(row["key"], _costs(row), "failed" in row) for row in valid_rows(known_rows)])
+        plan = plan_of(sweep, {"weights": identity["weights"], "text": source.text.sha256, "dtype": str(model.dtype)})
+        session = _session(command, hardware(device, torch.get_num_threads()), processes)
+        with processes.together():
+            if processes.is_first:
+                record_session(directory, identity, _details(sweep, model, source, plan, session), session)
+        with processes.together():
+            if (read_run(directory) or {"sessions": [{}]})["sessions"][-1].get("id") != session["id"]:
+                raise EvalError(
+                    f"{directory} is not the directory that process 0 writes to; several machines need one they share"
+                )
+            known = read_rows(directory)
+        todo, rate = _todo(sweep, plan, known, processes.is_first), _seconds_by_cost(known)
         began = time.monotonic()
-        todo = _todo(sweep, plan, known, ranks)
-        complete = _measure_all(sweep, todo, _forecast(known), store, Measurer(sweep, model, ingredients), ranks)
-        if not ranks.is_first:
-            stack.close()
-        complete = all(ranks.gathered(complete))  # and every other process has closed its part
-        if first_store is not None:
-            first_store.take_in_parts()
-            new = {row["key"] for row in first_store.rows[len(known_rows) :]}
-            left = sum(planned.key not in new for planned in todo)
-            _say_how_it_ended(sweep, time.monotonic() - began, complete, left, len(plan))
+        complete = _measure_all(Measurer(sweep, model, source), todo, rate, directory, processes)
+        complete = all(processes.gathered(complete))
+        if processes.is_first:
+            _say_how_it_ended(sweep, time.monotonic() - began, complete, todo, read_rows(directory), total(plan))
         return complete
 
 
-def _fingerprints(model: Any, ingredients: Ingredients) -> dict[str, Any]:
+def load_source(sweep: Sweep) -> Source:
+    """Loads what samples are built from, and checks that every task can be built at every length.
+
+    Raises:
+        EvalError: something is missing, or a length or task does not fit the model, text or tokenizer.
+    """
+    text = load_text(sweep.text)
+    found = find_model(sweep.model, sweep.revision, sweep.trust_remote_code)
+    positions, longest = max_positions(found), max(sweep.layout.lengths)
+    if positions is not None and longest > positions:
+        raise EvalError(
+            f"length {longest:,} is beyond the {positions:,} positions of {sweep.model} (max_position_embeddings); "
+            "leave it out of --lengths"
+        )
+    tokenizer = load_tokenizer(found)
+    tokens = tokenise(tokenizer, text.content)
+    scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
+    check_lengths(scored, sweep.layout, len(tokens.prefix))
+    material = Material(sweep.text)
+    check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
+    starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
+    return Source(text, tokens, tokenizer, starts, material)
+
+
+def check_methods(sweep: Sweep, model: Any) -> None:
+    """Tries every method on a few tokens, which also takes its one-off costs out of the first measurement.
+
+    Raises:
+        EvalError: a method does not run on the model, or the profile is of another one.
+    """
+    if sweep.budgets.profile is not None:
+        try:
+            load_profile(sweep.budgets.profile).check_model(model)
+        except ProfileError as error:
+            raise EvalError(str(error)) from error
+    for name in sweep.methods:
+        _check_method(sweep, model, find_method(name))
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Makes rows with one model, which each of them patches and unpatches."""
+
+    sweep: Sweep
+    model: Any
+    source: Source
+
+    def row(self, cells: Cells, method: str, subject: Sample | Question) -> dict[str, Any]:
+        """The row of one method on a sample; where memory runs out, one that says so."""
+        sweep, start = self.sweep, self.source.start(cells)
+        what = f"{cells.task} with {method} at {cells.length:,} tokens"
+        try:
+            measured = self._measured(cells, method, subject)
+        except MemoryRanOut as error:
+            if sweep.tp_plan is not None:  # the other processes still wait for this one's part of a layer
+                raise EvalError(f"{what}: {error}") from error
+            print(f"{what}: {error}. It is recorded, and the run goes on.", file=sys.stderr)
+            measured = {"failed": "out of memory", "error": str(error)}
+        except EvalError as error:
+            raise EvalError(f"{what}: {error}") from error
+        return {
+            "key": cells.keys[method],
+            "model": sweep.model,
+            "method": method,
+            "task": cells.task,
+            "length": cells.length,
+            "sample": cells.sample,
+            "seed": cells.seed,
+            "index": cells.index,
+            "place": start,
+            # Two seeds that choose the same stretch have one document between them.
+            **({} if start is None else {"document": str(start)}),
+            "phase": sweep.phase,
+            "budget": budget_at(method, sweep.budgets, cells.length),
+            **measured,
+        }
+
+    def _measured(self, cells: Cells, method: str, subject: Sample | Question) -> dict[str, Any]:
+        attention = attention_by(method, self.sweep.budgets, cells.length)
+        if isinstance(subject, Sample):
+            return measure(self.model, attention, subject, self.sweep.phase)
+        return answer(self.model, self.source.tokenizer, attention, subject, self.sweep.phase)
+
+
+def _measure_all(
+    measurer: Measurer, todo: Sequence[Cells], rate: float | None, directory: Path, processes: Processes
+) -> bool:
+    """Measures this process's share; returns whether it left nothing of it for want of time.
+
+    ``rate`` is what earlier sessions took, in seconds by cost; None where there were none.
+    """
+    sweep, began, spent = measurer.sweep, time.monotonic(), 0.0
+    source_commit, shares = commit(), sweep.tp_plan is not None
+    mine = todo if shares else todo[processes.rank :: processes.world]
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=sum(cells.cost * len(cells.keys) for cells in mine),
+        disable=not processes.is_first,
+        bar_format="{percentage:3.0f}%|{bar}| {desc}{remaining} left",
+        mininterval=0.1 if terminal else 30,
+        delay=0.5 if terminal else 30,
+        leave=False,
+    ) as bar:
+        for turn, cells in enumerate(mine):
+            # One sample is measured whatever the limit, so that runs that are repeated always get further.
+            expected = (rate or 0.0) * cells.cost * len(cells.keys)
+            stops = turn > 0 and _exceeds(sweep.minutes, time.monotonic() - began, expected)
+            if shares and sweep.minutes is not None:
+                stops = processes.from_first(stops)  # each has a clock of its own, and none can go on alone
+            if stops:
+                return False
+            subject = measurer.source.build(cells, sweep)
+            for method in cells.keys:
+                bar.set_description_str(f"{cells.length:,} tokens, {cells.task}, {method}, ", refresh=terminal)
+                row = measurer.row(cells, method, subject)
+                if processes.is_first or not shares:
+                    append_row(directory, row | {"commit": source_commit, "process": processes.rank})
+                bar.update(cells.cost)
+            spent += cells.cost * len(cells.keys)
+            rate = (time.monotonic() - began) / spent
+    return True
+
+
+def _check_method(sweep: Sweep, model: Any, method: Method) -> None:
+    if method.press is not None:
+        find_press(method.press)
+        if sweep.phase not in ("question", "decode"):
+            raise EvalError(
+                f"{method.name} compresses what a dense prefill left, which is not what the other methods do; measure "
+                "all of them that way with --phase question or --phase decode"
+            )
+        return
+    try:
+        warm_up(model, method.config(sweep.budgets.at(max(sweep.layout.lengths))))
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise EvalError(f"the method {method.name} does not run on this model and device: {error}") from error
+
+
+def _load_model(sweep: Sweep, device: str) -> Any:
+    spread = (sweep.device_map, sweep.tp_plan, sweep.revision, sweep.trust_remote_code)
+    return load_model(sweep.model, sweep.dtype, device, *spread).model
+
+
+def _fingerprints(model: Any, source: Source) -> dict[str, Any]:
     """What must be the same in every session, and is known once the model is there."""
     return {
         "weights": weights_fingerprint(model),
         "attention": attention_of(model),
-        "tokenizer": tokenizer_fingerprint(ingredients.tokenizer),
-        "text_sha256": ingredients.text.sha256,
+        "tokenizer": tokenizer_fingerprint(source.tokenizer),
+        "text_sha256": source.text.sha256,
     }
 
 
-def _details(sweep: Sweep, model: Any, ingredients: Ingredients) -> dict[str, Any]:
+def _details(
+    sweep: Sweep, model: Any, source: Source, plan: Sequence[Cells], session: dict[str, Any]
+) -> dict[str, Any]:
     return {
-        "text_origin": ingredients.text.origin,
-        "text_tokens": len(ingredients.tokens.ids),
+        "text_origin": source.text.origin,
+        "text_tokens": len(source.tokens.ids),
         "model_class": type(model).__name__,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "model_parameters": model.num_parameters(),
         "budget_at_equal": sweep.budgets.fixed,
         "log_factor": sweep.budgets.log_factor,
+        "planned": total(plan),
+        "hardware": session["hardware"],
     }
 
 
-def _session(here: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+def _session(command: str, here: dict[str, Any], processes: Processes) -> dict[str, Any]:
     """What is recorded of a session: an id, the hardware of process 0, and any other that processes run on."""
-    machines = ranks.gathered(here)
+    machines = processes.gathered(here)
     others = {hardware_words(each): each for each in machines}
     del others[hardware_words(machines[0])]
-    session = {"id": secrets.token_hex(8), "processes": ranks.world, "hardware": machines[0]}
-    return ranks.from_first(session | ({"other_hardware": list(others.values())} if others else {}))
+    session = {"id": secrets.token_hex(8), "command": command, "processes": processes.world, "hardware": machines[0]}
+    found: dict[str, Any] = processes.from_first(session | ({"other_hardware": [*others.values()]} if others else {}))
+    return found
 
 
-def _own_device(sweep: Sweep, ranks: Ranks) -> torch.device:
-    device = pick_device(sweep.device)
-    if device.type == "cuda" and device.index is None and ranks.world > 1:
-        return pick_device(f"cuda:{ranks.local_rank}")
-    return device
+def _todo(sweep: Sweep, plan: Sequence[Cells], known: Sequence[dict[str, Any]], speaks: bool) -> list[Cells]:
+    """What is not measured yet; the process that speaks says how much is there."""
+    failed = {row["key"] for row in known if "failed" in row}
+    done = {row["key"] for row in known} - (failed if sweep.retry_failed else set())
+    todo = [left for cells in plan if (left := cells.without(done)).keys]
+    if speaks:
+        there = total(plan) - total(todo)
+        gone = sum(key in failed & done for cells in plan for key in cells.keys.values())
+        if there:
+            print(f"{there} of {total(plan)} measurements are there already.", file=sys.stderr)
+        if gone:
+            print(f"{gone} of them failed; --retry-failed measures them again.", file=sys.stderr)
+        at = [(n, length) for length in sweep.layout.lengths for n in sweep.methods_at(length)]
+        budgets = [(name, length, budget_at(name, sweep.budgets, length)) for name, length in at]
+        for sentence in without_choice(budgets, sweep.budgets.block_size, sweep.phase):
+            print(f"{sentence} Smaller --block-size, or larger budgets, leave some to choose.", file=sys.stderr)
+    return todo
 
 
-def _part_store(directory: Path, ranks: Ranks, session: str) -> ResultStore:
-    run = read_run(directory) or {"sessions": [{}]}
-    if run["sessions"][-1].get("id") != session:
-        raise EvalError(
-            f"{directory} is not the directory that process 0 writes to; several machines need one they share"
-        )
-    return ResultStore(directory, ranks.rank)
+def _seconds_by_cost(known: Sequence[dict[str, Any]]) -> float | None:
+    timed = [row for row in known if row.get("seconds") is not None]
+    costs = sum(Cells(row["length"], "", 0, 0, 0, {}).cost for row in timed)
+    return sum(row["seconds"] for row in timed) / costs if timed else None
 
 
-def _costs(row: dict[str, Any]) -> tuple[str, int, float | None]:
-    return row["method"], row["length"], row.get("seconds")
-
-
-def _todo(sweep: Sweep, plan: list[Planned], known: Known, ranks: Ranks) -> list[Planned]:
-    """What is not measured yet; the first process says how much there is."""
-    failed = {key for key, _, has_failed in known if has_failed}
-    done = {key for key, _, _ in known} - (failed if sweep.retry_failed else set())
-    if ranks.is_first:
-        _say_what_is_there(plan, done, failed)
-        _say_what_chooses_no_block(sweep)
-    return [planned for planned in plan if planned.key not in done]
-
-
-def _forecast(known: Known) -> Forecast:
-    forecast = Forecast()
-    for _, (method, length, seconds), _ in known:
-        if seconds is not None:
-            forecast.learn(Step(method, length), seconds)
-    return forecast
-
-
-def _measure_all(
-    sweep: Sweep, todo: list[Planned], forecast: Forecast, store: ResultStore, measurer: Measurer, ranks: Ranks
-) -> bool:
-    """Measures this process's share; returns whether it left nothing of it for want of time."""
-    began = time.monotonic()
-    source_commit = commit()
-    writes = ranks.is_first or sweep.tp_plan is None
-    groups = groups_of(todo)
-    first_steps = list(itertools.accumulate((len(group) for group in groups), initial=0))
-    progress = Progress([planned.step for planned in todo], forecast, ranks.world, ranks.is_first)
-    try:
-        for turn, number in enumerate(ranks.take(len(groups))):
-            group = groups[number]
-            # One group is measured whatever the limit, so that runs that are repeated always get further.
-            stops = turn > 0 and _exceeds(
-                sweep.minutes, time.monotonic() - began, forecast.seconds(p.step for p in group)
-            )
-            if sweep.tp_plan is not None and sweep.minutes is not None:
-                stops = ranks.from_first(stops)  # each has a clock of its own, and none can go on alone
-            if stops:
-                return False
-            progress.begun_before(first_steps[number])
-            for planned in group:
-                progress.starts(f"{planned.length:,} tokens, {planned.task}, {planned.method}")
-                began_row = time.monotonic()
-                row = measurer.row(planned)
-                if writes:
-                    store.append(row | {"commit": source_commit, "process": ranks.rank})
-                if "failed" not in row:
-                    forecast.learn(planned.step, time.monotonic() - began_row)
-                progress.finished()
-    finally:
-        progress.close()
-    return True
-
-
-def _say_how_it_ended(sweep: Sweep, seconds: float, complete: bool, left: int, planned: int) -> None:
+def _say_how_it_ended(
+    sweep: Sweep, seconds: float, complete: bool, todo: Sequence[Cells], rows: Sequence[dict[str, Any]], planned: int
+) -> None:
     if complete:
-        print(f"Measured in {duration(seconds)}.", file=sys.stderr)
-    else:
-        print(
-            f"Stopped before the limit of {sweep.minutes:g} minutes with {left} of {planned} measurements to go; the "
-            "same command goes on.",
-            file=sys.stderr,
-        )
+        print(f"Measured in {tqdm.format_interval(seconds)}.", file=sys.stderr)
+        return
+    there = {row["key"] for row in rows if not (sweep.retry_failed and "failed" in row)}
+    left = sum(len(cells.without(there).keys) for cells in todo)
+    print(
+        f"Stopped before the limit of {sweep.minutes:g} minutes with {left} of {planned} measurements to go; the same "
+        "command goes on.",
+        file=sys.stderr,
+    )
 
 
-def _say_what_is_there(plan: list[Planned], done: set[str], failed: set[str]) -> None:
-    there = sum(planned.key in done for planned in plan)
-    if there:
-        print(f"{there} of {len(plan)} measurements are there already.", file=sys.stderr)
-    gone = sum(planned.key in failed & done for planned in plan)
-    if gone:
-        print(f"{gone} of them failed; --retry-failed measures them again.", file=sys.stderr)
-
-
-def _say_what_chooses_no_block(sweep: Sweep) -> None:
-    cells = [
-        (name, length, budget_at(name, sweep.budgets, length))
-        for length in sweep.layout.lengths
-        for name in sweep.methods_at(length)
-    ]
-    for sentence in without_choice(cells, sweep.budgets.block_size, sweep.phase):
-        print(f"{sentence} Smaller --block-size, or larger budgets, leave some to choose.", file=sys.stderr)
-
-
-def _exceeds(minutes: float | None, spent: float, expected: float | None) -> bool:
-    return minutes is not None and spent + (expected or 0.0) > 60 * minutes
+def _exceeds(minutes: float | None, spent: float, expected: float) -> bool:
+    return minutes is not None and spent + expected > 60 * minutes

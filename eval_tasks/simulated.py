@@ -98,7 +98,6 @@ def _forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
-    dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -111,26 +110,23 @@ def _forward(
     Hkv, Lk = key.shape[1], key.shape[2]
     visibility = visibility_of(attention_mask, B, Lq, Lk, type(module).__name__)
     visible, key, value = visibility.visible, visibility.take(key), visibility.take(value)
-    scale = check_scale(scaling, softcap, D)
-    config = active.simulated.config
+    scale, config = check_scale(scaling, softcap, D), active.simulated.config
     layer = int(getattr(module, "layer_idx", 0) or 0)
     budget = None if config is None else config.row_budgets(visible, Lk, layer).expand(B, Hq, Lq)
     keys, values = (tensor.float().repeat_interleave(Hq // Hkv, 1) for tensor in (key, value))
-    rows = max(1, _CHUNK // (B * Hq * Lk))
+    position = torch.arange(Lk, device=query.device)
     outputs, attended = [], []
-    for first in range(0, Lq, rows):
-        part = slice(first, first + rows)
+    for part in torch.arange(Lq).split(max(1, _CHUNK // (B * Hq * Lk))):
         scores = query[:, :, part].float() @ keys.transpose(-1, -2) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        position = torch.arange(Lk, device=query.device)
         seen = (position >= visible[:, part, None, 0]) & (position < visible[:, part, None, 1])
         scores = scores.masked_fill(~seen[:, None], -torch.inf)
         chosen = _chosen(active, scores, visible[:, part], None if budget is None else budget[:, :, part])
         attended.append(chosen.sum(-1, dtype=torch.int32))
         scores = scores.masked_fill(~chosen, -torch.inf)
         if s_aux is not None:
-            scores = torch.cat((scores, s_aux.float().view(1, -1, 1, 1).expand(B, -1, scores.shape[2], 1)), -1)
+            scores = torch.cat((scores, s_aux.float().view(1, -1, 1, 1).expand(B, -1, len(part), 1)), -1)
         weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., :Lk]
         outputs.append((weights @ values).to(query.dtype))
     counters = LayerCounters()
@@ -142,15 +138,12 @@ def _forward(
 def _chosen(active: _Active, scores: torch.Tensor, visible: torch.Tensor, budget: torch.Tensor | None) -> torch.Tensor:
     """Bool ``[B, Hq, R, Lk]``: the keys that are attended, among those whose score is not -inf."""
     seen = scores > -torch.inf
-    if active.simulated.choice == "top-p":
-        assert active.simulated.mass is not None
+    if budget is None:
         weights, order = torch.softmax(scores, -1).nan_to_num(0.0).sort(-1, descending=True)
         # A key is in while those before it hold less than the mass.
-        needed = weights.cumsum(-1) - weights < active.simulated.mass
+        needed = weights.cumsum(-1) - weights < (active.simulated.mass or 0.0)
         return torch.zeros_like(seen).scatter_(-1, order, needed) & seen
-    assert active.simulated.config is not None
-    assert budget is not None
-    always = active.simulated.config.prefill
+    always = active.simulated.config and active.simulated.config.prefill
     assert isinstance(always, TopK)
     drawn = torch.rand(scores.shape, generator=active.generator, device=scores.device)
     position = torch.arange(scores.shape[-1], device=scores.device)

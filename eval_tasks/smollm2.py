@@ -42,7 +42,12 @@ def smollm2_directory() -> Path:
         shutil.rmtree(target)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        _check_space(cache, gguf.stat().st_size * _BYTES_PER_GGUF_BYTE)
+        needed, free = gguf.stat().st_size * _BYTES_PER_GGUF_BYTE, shutil.disk_usage(cache).free
+        if free < needed:
+            raise EvalError(
+                f"the model cache {cache} needs {needed / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; make room or "
+                "set NC_PATCH_CACHE to another directory"
+            )
         temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2}-", dir=cache))
     except OSError as error:
         raise EvalError(
@@ -51,7 +56,8 @@ def smollm2_directory() -> Path:
     try:
         print(f"Converting {gguf.name} to {target}, once; this takes about half a minute.", file=sys.stderr)
         convert_gguf(gguf, temporary)
-        _write_manifest(temporary, gguf, version)
+        manifest = {"source": gguf.name, "package": f"{PACKAGE} {version}", "files": _sizes(temporary)}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         with contextlib.suppress(FileExistsError, OSError):  # another process may have been first
             temporary.rename(target)
         if not _is_whole(target):
@@ -104,22 +110,8 @@ def _packaged_gguf() -> tuple[Path, str]:
     return found[0], package.version
 
 
-def _check_space(cache: Path, needed: int) -> None:
-    free = shutil.disk_usage(cache).free
-    if free < needed:
-        raise EvalError(
-            f"the model cache {cache} needs {needed / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; make room or set "
-            "NC_PATCH_CACHE to another directory"
-        )
-
-
 def _sizes(directory: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != _MANIFEST}
-
-
-def _write_manifest(directory: Path, gguf: Path, version: str) -> None:
-    manifest = {"source": gguf.name, "package": f"{PACKAGE} {version}", "files": _sizes(directory)}
-    (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_whole(directory: Path) -> bool:

@@ -1,7 +1,7 @@
-"""The directory of a sweep: results appended line by line, so that nothing measured is lost whatever happens.
+"""The directory of a sweep: ``results.jsonl``, one row a line and safe whatever happens, and ``run.json`` beside it.
 
-The first process of a run adds to ``results.jsonl``; every other one to a part of its own, ``results.rank1.jsonl`` and
-so on, which the first one takes in at the end of the run, or at the start of the next.
+Every process of a run appends to the same file, which is locked for the moment of a line; the lock of the directory is
+the run's. What is read is checked, since directories of results are passed from hand to hand.
 """
 
 import contextlib
@@ -10,9 +10,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,10 @@ from eval_tasks.errors import EvalError
 from nc_patch.common import check_directory, replace_file
 
 RESULTS = "results.jsonl"
-PARTS = "results.rank*.jsonl"
 RUN = "run.json"
 _LOCK = ".lock"
-# No sweep writes more: a file beyond is not read into memory, and a longer line is damaged.
+# No sweep writes more: a file beyond is not read into memory.
 _LARGEST_FILE = 1 << 30
-_LONGEST_LINE = 1 << 24
 
 
 def measurement_key(identity: Mapping[str, Any]) -> str:
@@ -59,148 +58,79 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise EvalError(f"{path} cannot be written: {error.strerror or error}. Make room, or check it.") from error
 
 
-class ResultStore:
-    """The results of one directory: the rows measured so far, and a place to add to them.
+@contextlib.contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Within, no other run may add to the directory; a last line that was torn when an earlier run ended is cut off.
 
-    Use as a context manager: while it is open no other process can add to the same file.
-
-    Args:
-        directory: where the files lie; made when missing.
-        rank: of the process; 0 adds to ``results.jsonl`` and takes in the parts of the others.
-
-    Attributes:
-        rows: the rows in the order they were added, each a dictionary with a ``"key"``; for ranks above 0 only those
-            of its own part.
+    Raises:
+        EvalError: another run is measuring into it, or it cannot be written.
     """
-
-    def __init__(self, directory: Path, rank: int = 0) -> None:
-        self.directory = directory
-        self.path = directory / (PARTS.replace("*", str(rank)) if rank else RESULTS)
-        self.rows: list[dict[str, Any]] = []
-        self._lock_path = directory / _LOCK if rank == 0 else self.path
-        self._file = -1
-        self._lock = -1
-
-    def __enter__(self) -> "ResultStore":
+    with _opened(directory / _LOCK) as lock:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = _open_to_write(self._lock_path)
-            self._file = _open_to_write(self.path)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._close()
             raise EvalError(
-                f"the directory {self.directory} cannot be written: {error.strerror}. Give another --out."
+                f"another process is measuring into {directory}; wait for it, or give another --out"
             ) from error
+        with _opened(directory / RESULTS) as file:
+            if _cut_torn_line(file):
+                said = "was torn off when the last run ended; it is measured again."
+                print(f"The last line of {directory / RESULTS} {said}", file=sys.stderr)
+        yield
+
+
+def append_row(directory: Path, row: Mapping[str, Any]) -> None:
+    """Adds a row to the results of a directory; it is on the disk, whole, when this returns.
+
+    Raises:
+        EvalError: the disk is full or failing; what was measured before is kept.
+    """
+    path = directory / RESULTS
+    line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with _opened(path) as file:
         try:
-            _claim(self._lock, self.directory)
-            _repair(self.path, self._file)
-            self.rows = _rows_of(self.path)
-            if self.path.name == RESULTS:
-                self.take_in_parts()
-        except BaseException:
-            self._close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Adds one row, which is on the disk when this returns. The row appears whole or not at all.
-
-        Raises:
-            EvalError: the disk is full or failing; what was measured before is kept.
-        """
-        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        size = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) != len(line):
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the descriptor is closed
+            _cut_torn_line(file)  # of a process that was killed
+            if os.write(file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file)
+            os.fsync(file)
         except OSError as error:
-            with contextlib.suppress(OSError):  # a torn line is cut off when the file is opened again
-                os.ftruncate(self._file, size)
+            with contextlib.suppress(OSError):
+                _cut_torn_line(file)
             raise EvalError(
-                f"{self.path} cannot be written: {error.strerror}. What was measured before is kept; make room, and "
-                "the same command goes on."
+                f"{path} cannot be written: {error.strerror}. What was measured before is kept; make room, and the "
+                "same command goes on."
             ) from error
-        self.rows.append(dict(row))
-
-    def take_in_parts(self) -> None:
-        """Adds the rows of other processes' parts that are not here yet, and removes the parts.
-
-        A row also counts as not here while all there is of its cell is a failure: it was tried again, with success. An
-        interruption in between loses nothing, and doubles nothing: rows are told by their keys.
-
-        Raises:
-            EvalError: a process still adds to its part.
-        """
-        known = {row["key"]: row for row in valid_rows(self.rows)}
-        for path in sorted(self.directory.glob(PARTS)):
-            part = _open_part(path)
-            try:
-                _claim(part, self.directory)
-                _repair(path, part)
-                for row in _rows_of(path):
-                    here = known.get(row["key"])
-                    if here is None or ("failed" in here and "failed" not in row):
-                        self.append(row)
-                        known[row["key"]] = row
-                path.unlink()
-            finally:
-                os.close(part)
-
-    def _close(self) -> None:
-        for descriptor in (self._file, self._lock):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._file = self._lock = -1
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a directory, parts included, each key once; a last line that was never finished is left out.
+    """The rows of a directory, each key once; a last line that was never finished is left out.
+
+    Of rows with one key the last counts, a cell that failed and was tried again; a failure never takes the place of a
+    success.
 
     Raises:
-        EvalError: a line that is not the last one of its file is damaged.
+        EvalError: a line that is not the last is damaged, or a row is not as ``nc-patch eval`` writes it.
     """
-    files = [directory / RESULTS, *sorted(directory.glob(PARTS))]
-    return valid_rows(row for path in files for row in _rows_of(path))
-
-
-def valid_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each key once: of rows with the same key the last one counts, a cell that failed and was tried again.
-
-    A failure never takes the place of a success.
-    """
+    path = directory / RESULTS
     found: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    lines = (_content(path) or b"").removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines, 1):
+        row = _parsed(line)
+        if row is None or not isinstance(row.get("key"), str):
+            if line and number < len(lines):
+                raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
+            continue
+        problem = _problem(row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW)
+        if problem is not None:
+            raise EvalError(
+                f"{directory} holds a damaged result, {ascii(row['key'])[:60]}: {problem}. Remove line {number} of "
+                f"{path}, or give another directory"
+            )
         here = found.get(row["key"])
         if here is None or "failed" in here or "failed" not in row:
             found[row["key"]] = row
     return list(found.values())
-
-
-def _rows_of(path: Path) -> list[dict[str, Any]]:
-    content = _content(path)
-    return [] if content is None else list(_parse(path, content.removesuffix(b"\n").split(b"\n")))
-
-
-def _content(path: Path) -> bytes | None:
-    """What a file holds; None where there is none. Raises EvalError for what is no ordinary file of ordinary size."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
-            raise EvalError(
-                f"{path} is no file of results: it must be an ordinary file of at most {_LARGEST_FILE:,} bytes. "
-                "Remove it, or give another directory"
-            )
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        if isinstance(error, EvalError):
-            raise
-        raise EvalError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
@@ -213,69 +143,120 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     content = _content(path)
     if content is None:
         return None
-    try:
-        run = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise EvalError(f"{path} is damaged ({error}); give another --out, or remove the directory") from error
-    if not isinstance(run, dict):
-        raise EvalError(f"{path} is damaged (not an object); give another --out, or remove the directory")
+    run = _parsed(content)
+    problem = "it is no object of JSON" if run is None else _problem(run, _RUN)
+    problem = problem or _problem(run["identity"], _IDENTITY)  # type: ignore[index]
+    if problem is not None:
+        raise EvalError(f"{path} is damaged: {problem}. Give another directory, or remove this one")
     return run
 
 
-def _parse(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        row = _row(line)
-        if row is not None:
-            yield row
-        elif line and number < len(lines):
-            raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor that adds to a file, made where it is missing. A link is refused: it might lead anywhere."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        row = json.loads(line) if len(line) <= _LONGEST_LINE else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, flags, 0o644)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no ordinary file")
+    except OSError as error:
+        raise EvalError(f"{path} cannot be written: {error.strerror}. Give another --out.") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _cut_torn_line(descriptor: int) -> bool:
+    """Cuts off a last line that is not whole: torn by the end of a process, or damaged by that of the machine."""
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, min(size, 1 << 24), max(0, size - (1 << 24)))
+    start = tail.removesuffix(b"\n").rfind(b"\n") + 1
+    last = tail[start:]
+    row = _parsed(last)
+    if not last or (row is not None and "key" in row and last.endswith(b"\n")):
+        return False
+    if row is not None and "key" in row:
+        os.write(descriptor, b"\n")
+        return False
+    os.ftruncate(descriptor, size - len(last))
+    return True
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds; None where there is none. Raises EvalError for what is no ordinary file of ordinary size."""
+    try:
+        if not path.exists():
+            return None
+        if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
+            raise EvalError(
+                f"{path} is no file of results: it must be an ordinary file of at most {_LARGEST_FILE:,} bytes. "
+                "Remove it, or give another directory"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise EvalError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """The object that a text of JSON holds; None where it holds anything else."""
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("key"), str) else None
+    return value if isinstance(value, dict) else None
 
 
-def _open_to_write(path: Path) -> int:
-    """A descriptor that adds to a file, made where it is missing; what is no file of the directory itself is refused.
+# What a field may hold. Names go into file names, tables and headings; control characters move a terminal's cursor.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "name": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.:/][\w.@:/+=, -]{0,119}", v) is not None,
+    "text": lambda v: (
+        isinstance(v, str) and len(v) < 1e5 and not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", v)
+    ),
+    "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and -1e15 <= v <= 1e15,
+    "count": lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 1e15,
+    "positive count": lambda v: _KINDS["count"](v) and v > 0,
+    "number from 0 on": lambda v: _KINDS["number"](v) and v >= 0,
+    "share of 1": lambda v: _KINDS["number"](v) and 0 <= v <= 1 + 1e-6,
+    "object": lambda v: isinstance(v, dict) and all(map(_KINDS["text"], v)),
+}
+_CELL = {"method": "name", "task": "name", "length": "positive count", "sample": "count"}
+_MEASURED = {"budget": "count", "peak_memory": "count or null", "seconds": "number from 0 on or null"}
+_MEASURED |= dict.fromkeys(("attended_fraction", "tail_attended_fraction"), "share of 1")
+_MEASURED |= dict.fromkeys(("mean_keys", "tail_mean_keys"), "number from 0 on or null")
+_FAILED_ROW = _CELL | {"failed": "text"}
+_ANSWER_ROW = _CELL | _MEASURED | {"score": "number"}
+_TEXT_ROW = _CELL | _MEASURED | {"loss_sum": "number", "tokens": "positive count", "bytes": "positive count"}
+_RUN = {"identity": "object", "sessions": "list of object", "model_parameters": "count", "text_tokens": "count"}
+_RUN |= dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), "text")
+_RUN |= dict.fromkeys(("budget_at_equal", "log_factor"), "number")
+_IDENTITY = {"model": "text", "lengths": "list of positive count", "alpha": "number", "C": "number"}
+_IDENTITY |= dict.fromkeys(("methods", "tasks"), "list of name")
+_IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), "positive count")
+# What a row or a run may lack.
+_OPTIONAL = {"commit": "text or null", "phase": "text", "ran_dense": "object", "hardware": "object"}
+_OPTIONAL |= {"depth": "share of 1 or null", "token_losses": "list of number", "block_size": "positive count"}
+_OPTIONAL |= dict.fromkeys(("index", "said_tokens"), "count") | {"planned": "count or null"}
+_OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), "number from 0 on or null")
 
-    Following a link would change a file that lies anywhere.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, f"{path.name} is no ordinary file")
-    return descriptor
+
+def _problem(values: Mapping[str, Any], required: Mapping[str, str]) -> str | None:
+    """What is wrong with an object, in words; None where nothing is."""
+    for name, kind in {**required, **{name: _OPTIONAL[name] for name in _OPTIONAL if name in values}}.items():
+        if name not in values:
+            return f"{name} is missing"
+        if not _fits(values[name], kind):
+            return f"{name} must be a {kind}, got {type(values[name]).__name__} {ascii(values[name])[:60]}"
+    if "loss_sum" in values and abs(values["loss_sum"] / values["tokens"]) > 700:  # its exponential must be a number
+        return f"loss_sum / tokens must be within 700, got {values['loss_sum'] / values['tokens']:g}"
+    return None
 
 
-def _open_part(path: Path) -> int:
-    try:
-        return _open_to_write(path)
-    except OSError as error:
-        raise EvalError(f"{path} cannot be taken in: {error.strerror}. Remove it, or give another --out.") from error
-
-
-def _claim(descriptor: int, directory: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise EvalError(f"another process is measuring into {directory}; wait for it, or give another --out") from error
-
-
-def _repair(path: Path, descriptor: int) -> None:
-    """Cuts off a last line that was torn by the end of the process or damaged by that of the machine, and says so."""
-    content = path.read_bytes()
-    if not content:
-        return
-    start = content.removesuffix(b"\n").rfind(b"\n") + 1
-    if _row(content[start:]) is None:
-        os.ftruncate(descriptor, start)
-        print(f"The last line of {path} was torn off when the last run ended; it is measured again.", file=sys.stderr)
-    elif content.endswith(b"\n"):
-        return
-    else:
-        os.write(descriptor, b"\n")
-    os.fsync(descriptor)
+def _fits(value: Any, kind: str) -> bool:
+    if kind.endswith(" or null"):
+        return value is None or _fits(value, kind.removesuffix(" or null"))
+    if kind.startswith("list of "):
+        return isinstance(value, list) and all(_fits(item, kind.removeprefix("list of ")) for item in value)
+    return _KINDS[kind](value)

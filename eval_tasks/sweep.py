@@ -1,14 +1,17 @@
-"""The settings of a sweep: which tasks and methods, at which lengths, on which model and text."""
+"""The settings of a sweep, and what follows from them: every cell to measure, in an order in which a part is of use."""
 
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase
-from eval_tasks.methods import DENSE, with_keys
-from eval_tasks.tasks import Layout
+from eval_tasks.methods import DENSE, budget_at, find_method, with_keys
+from eval_tasks.store import measurement_key
+from eval_tasks.tasks import TASKS, Layout
 
 
 @dataclass(frozen=True)
@@ -16,23 +19,19 @@ class Sweep:
     """What to measure.
 
     Attributes:
-        model: a name as ``find_model`` takes it.
-        text: a name as ``load_text`` takes it.
-        methods, tasks: names of ``METHODS`` and ``TASKS``.
+        model, text: names as ``find_model`` and ``load_text`` take them.
+        methods, tasks: names of ``METHODS``, and of ``TASKS`` and ``GENERATORS``.
         budgets: of the methods.
         layout: lengths, samples and seed.
-        dtype, device: as ``load_model`` takes them.
+        dtype, device, device_map, tp_plan, revision, trust_remote_code: as ``load_model`` takes them.
         threads: of PyTorch on the CPU; None leaves its choice.
         minutes: after the first, no sample is begun that is not expected to end within so many minutes; None for no
             limit.
-        device_map, tp_plan: how one model is spread over devices or processes; as ``load_model`` takes them.
         phase: which part of a forward pass is sparse; as ``measure`` takes it.
         iso_keys: budgets that ``match="iso"`` tries.
         answer_tokens: the most tokens of an answer to a generated task; None for each task's own number.
         retry_failed: whether cells that failed in an earlier session are measured again.
         more_seeds: seeds beside that of the layout; every one of them has as many samples.
-        revision, trust_remote_code: of the model; as ``load_model`` takes them.
-        hub_copies: a directory with copies of the hub's data sets, as ``Material`` takes it.
     """
 
     model: str
@@ -54,7 +53,6 @@ class Sweep:
     more_seeds: tuple[int, ...] = ()
     revision: str | None = None
     trust_remote_code: bool = False
-    hub_copies: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -70,35 +68,87 @@ class Sweep:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in every session that adds to one directory."""
+        profile, own = self.budgets.profile, ("model", "text", "dtype", "device", "threads", "device_map", "tp_plan")
         return {
-            "model": self.model,
-            "text": self.text,
-            "methods": list(self.methods),
-            "tasks": list(self.tasks),
+            **{name: getattr(self, name) for name in (*own, "phase", "answer_tokens")},
+            **{name: list(getattr(self, name)) for name in ("methods", "tasks", "iso_keys")},
             "lengths": list(self.layout.lengths),
-            "samples": self.layout.samples,
             "seed": list(self.seeds) if self.more_seeds else self.layout.seed,
-            "scored": self.layout.scored,
-            "passage": self.layout.passage,
-            "alpha": self.budgets.alpha,
-            "C": self.budgets.C,
-            "equal_at": self.budgets.equal_at,
-            "block_size": self.budgets.block_size,
-            "backend": self.budgets.backend,
-            "dtype": self.dtype,
-            "device": self.device,
-            "threads": self.threads,
-            "device_map": self.device_map,
-            "tp_plan": self.tp_plan,
-            "match": self.budgets.match,
-            "phase": self.phase,
-            "iso_keys": list(self.iso_keys),
-            "answer_tokens": self.answer_tokens,
-            **({} if self.budgets.profile is None else {"profile": _profile_digest(self.budgets.profile)}),
+            **{name: getattr(self.layout, name) for name in ("samples", "scored", "passage")},
+            **{n: getattr(self.budgets, n) for n in ("alpha", "C", "equal_at", "block_size", "backend", "match")},
+            **({} if profile is None else {"profile": _digest(load_profile(profile).to_dict())}),
             **({} if self.revision is None else {"revision": self.revision}),
         }
 
 
-def _profile_digest(path: str) -> str:
+@dataclass(frozen=True)
+class Cells:
+    """What all methods are measured on together: one sample of one task and length.
+
+    Attributes:
+        length, task: which.
+        seed, index: of the sample: its seed, and its number among those of the seed.
+        sample: its number over all seeds.
+        keys: method → key of its row.
+    """
+
+    length: int
+    task: str
+    seed: int
+    index: int
+    sample: int
+    keys: Mapping[str, str]
+
+    @property
+    def cost(self) -> float:
+        """Relative cost of a forward pass, of linear layers and attention: what a forecast of its time goes by."""
+        return self.length * (1 + self.length / 2048)
+
+    def without(self, done: set[str]) -> "Cells":
+        """What is left when rows of these keys are there."""
+        return replace(self, keys={method: key for method, key in self.keys.items() if key not in done})
+
+
+def plan_of(sweep: Sweep, constants: Mapping[str, Any]) -> list[Cells]:
+    """The cells of a sweep: short lengths first, at each length task by task.
+
+    Args:
+        sweep: what to measure.
+        constants: what all cells share and a result depends on, for their keys.
+    """
+    drawn = [(seed, index) for seed in sweep.seeds for index in range(sweep.layout.samples)]
+    plan = []
+    for length, task in itertools.product(sweep.layout.lengths, sweep.tasks):
+        methods = sweep.methods_at(length) if task not in TASKS or not TASKS[task].dense_only else (DENSE,)
+        for sample, (seed, index) in enumerate(drawn):
+            shared = {**constants, "task": task, "length": length, "sample": index, "seed": seed}
+            keys = {name: measurement_key(shared | _cell(sweep, name, task, length)) for name in methods}
+            plan.append(Cells(length, task, seed, index, sample, keys))
+    return plan
+
+
+def total(plan: Sequence[Cells]) -> int:
+    """How many rows they give."""
+    return sum(len(cells.keys) for cells in plan)
+
+
+def _cell(sweep: Sweep, name: str, task: str, length: int) -> dict[str, Any]:
+    """What a row depends on beside the sample."""
+    method, layout = find_method(name), sweep.layout
+    config = method.config(sweep.budgets.at(length))
+    return {
+        "method": name,
+        "config": config and config.to_dict(),
+        "samples_of": max(layout.lengths),
+        "phase": sweep.phase,
+        "scored": layout.scored,
+        "passage": layout.passage,
+        "device": sweep.device,
+        **({} if task in TASKS else {"answer_tokens": sweep.answer_tokens}),
+        **({"budget": budget_at(name, sweep.budgets, length)} if method.press else {}),
+    }
+
+
+def _digest(content: Any) -> str:
     """What a profile holds, in short, wherever its file lies."""
-    return hashlib.sha256(json.dumps(load_profile(path).to_dict(), sort_keys=True).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]

@@ -1,8 +1,7 @@
 """The tasks of a sweep, in one list: which tokens a model reads, and which of them are scored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +15,7 @@ class TokenisedText:
 
     Attributes:
         ids: int64 ``[N]``, the tokens without any that the tokenizer adds.
-        byte_ends: int64 ``[N]``, the bytes of UTF-8 up to the end of each token.
-        letter_ends: int64 ``[N]``, the letters up to the end of each token.
+        byte_ends, letter_ends: int64 ``[N]``, the bytes of UTF-8, and the letters, up to the end of each token.
         prefix: the tokens that the tokenizer puts before a text (for example a BOS token); often none.
     """
 
@@ -25,6 +23,14 @@ class TokenisedText:
     byte_ends: np.ndarray
     letter_ends: np.ndarray
     prefix: tuple[int, ...]
+
+    def bytes_of(self, start: int, stop: int) -> int:
+        """Bytes of the tokens from ``start`` (at least 0) up to ``stop``."""
+        return int(self.byte_ends[stop - 1] - (self.byte_ends[start - 1] if start else 0))
+
+    def joined(self, *spans: tuple[int, int]) -> np.ndarray:
+        """The prefix and the tokens of each half-open span, int64."""
+        return np.concatenate([np.asarray(self.prefix, dtype=np.int64), *(self.ids[a:b] for a, b in spans)])
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def places(text: TokenisedText, layout: Layout) -> list[int]:
     return [int(slot) * layout.stretch for slot in chosen]
 
 
-def check_lengths(tasks: list[Task], layout: Layout, prefix: int) -> None:
+def check_lengths(tasks: Sequence[Task], layout: Layout, prefix: int) -> None:
     """Raises EvalError for a length that is too short for a task."""
     for task in tasks:
         needed = task.shortest(layout, prefix)
@@ -152,16 +158,6 @@ def check_lengths(tasks: list[Task], layout: Layout, prefix: int) -> None:
                 f"length {min(layout.lengths)} is too short for the task {task.name}, which needs {needed} tokens: "
                 f"{layout.scored} scored (--scored), a passage of {layout.passage} (--passage)"
             )
-
-
-def _span_bytes(text: TokenisedText, start: int, stop: int) -> int:
-    """Bytes of the tokens from ``start`` (at least 0) up to ``stop``."""
-    before = text.byte_ends[start - 1] if start else 0
-    return int(text.byte_ends[stop - 1] - before)
-
-
-def _join(text: TokenisedText, spans: list[tuple[int, int]]) -> np.ndarray:
-    return np.concatenate([np.asarray(text.prefix, dtype=np.int64), *(text.ids[start:stop] for start, stop in spans)])
 
 
 def passage_start(text: TokenisedText, place: int, layout: Layout) -> int:
@@ -178,27 +174,24 @@ def passage_start(text: TokenisedText, place: int, layout: Layout) -> int:
 def _perplexity(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
     # The stretch ends at the same token for every length: what grows is the context to the left.
     stop = place + max(layout.lengths) + 1
-    ids = _join(text, [(stop - length - 1 + len(text.prefix), stop)])
-    return Sample(ids, layout.scored, _span_bytes(text, stop - layout.scored, stop))
+    ids = text.joined((stop - length - 1 + len(text.prefix), stop))
+    return Sample(ids, layout.scored, text.bytes_of(stop - layout.scored, stop))
 
 
 def _recall(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
     start = passage_start(text, place, layout)
-    passage = (start, start + layout.passage)
-    before = (start - layout.lead, start)
-    filler = (passage[1], before[0] + length + 1 - len(text.prefix) - layout.passage)
-    return Sample(_join(text, [before, passage, filler, passage]), layout.passage, _span_bytes(text, *passage))
+    stop, lead = start + layout.passage, start - layout.lead
+    filler = (stop, lead + length + 1 - len(text.prefix) - layout.passage)
+    ids = text.joined((lead, start), (start, stop), filler, (start, stop))
+    return Sample(ids, layout.passage, text.bytes_of(start, stop))
 
 
 def _unseen(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
     start = passage_start(text, place, layout)
-    passage = (start, start + layout.passage)
-    filler = (passage[1], start + length + 1 - len(text.prefix))
-    return Sample(_join(text, [filler, passage]), layout.passage, _span_bytes(text, *passage))
+    stop = start + layout.passage
+    ids = text.joined((stop, start + length + 1 - len(text.prefix)), (start, stop))
+    return Sample(ids, layout.passage, text.bytes_of(start, stop))
 
-
-# Before the name of a task or group of lm-eval, which its own evaluator runs.
-LM_EVAL = "lm-eval:"
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -230,7 +223,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def ascending(lengths: list[int]) -> tuple[int, ...]:
+def ascending(lengths: Sequence[int]) -> tuple[int, ...]:
     """The lengths in ascending order.
 
     Raises:
@@ -239,7 +232,7 @@ def ascending(lengths: list[int]) -> tuple[int, ...]:
     ordered = sorted(lengths)
     if ordered[0] < 2:
         raise EvalError(f"lengths must be at least 2 tokens, got {ordered[0]}")
-    for shorter, longer in pairwise(ordered):
-        if shorter == longer:
-            raise EvalError(f"the length {longer} is given twice")
+    twice = [length for length in ordered if ordered.count(length) > 1]
+    if twice:
+        raise EvalError(f"the length {twice[0]} is given twice")
     return tuple(ordered)

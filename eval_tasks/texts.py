@@ -122,26 +122,27 @@ def _read_file(path: Path) -> tuple[str, str]:
 
 
 def _read_dataset(name: str) -> tuple[str, str]:
-    source, split, column = _dataset_fields(name)
+    source, *fields = name.split(":")
+    if not source or not 1 <= len(fields) <= 2 or not all(fields):
+        raise EvalError(f"a data set is written NAME[,CONFIG]:SPLIT[:COLUMN], for example {_EXAMPLE}; got {name!r}")
+    split, column = fields[0], (*fields, "text")[1]
     builder, _, config = source.partition(",")
     arguments: dict[str, Any] = {"split": split, "streaming": True}
     if builder in FILE_BUILDERS:
         if not Path(config).expanduser().is_file():
             raise EvalError(f"the data set {name!r} names the file {config!r}, which does not exist")
         arguments["data_files"] = {split: str(Path(config).expanduser())}
-        if builder == "text":
-            arguments["sample_by"] = "document"
+        arguments |= {"sample_by": "document"} if builder == "text" else {}
     elif config:
         arguments["name"] = config
     try:
         from datasets import load_dataset
-    except ImportError as error:
-        raise EvalError(f"texts from data sets need the package datasets: {INSTALL_EVAL}") from error
-    try:
-        documents = load_dataset(builder, **arguments)
-        content, count = _join_documents(documents, name, column)
+
+        content, count = _join_documents(load_dataset(builder, **arguments), name, column)
     except EvalError:
         raise
+    except ImportError as error:
+        raise EvalError(f"texts from data sets need the package datasets: {INSTALL_EVAL}") from error
     except Exception as error:  # `datasets` raises its own, its file systems' and its HTTP client's exceptions
         reason = str(error).split("\n")[0]
         raise EvalError(
@@ -149,13 +150,6 @@ def _read_dataset(name: str) -> tuple[str, str]:
             f"and the network, or give a local file or {PYTHON_REFERENCE}."
         ) from error
     return content, f"the first {count} documents of the data set {source}, split {split}"
-
-
-def _dataset_fields(name: str) -> tuple[str, str, str]:
-    source, *rest = name.split(":")
-    if not source or not 1 <= len(rest) <= 2 or not all(rest):
-        raise EvalError(f"a data set is written NAME[,CONFIG]:SPLIT[:COLUMN], for example {_EXAMPLE}; got {name!r}")
-    return source, rest[0], rest[1] if len(rest) == 2 else "text"
 
 
 def _join_documents(documents: Iterable[dict[str, Any]], name: str, column: str) -> tuple[str, int]:

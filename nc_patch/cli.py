@@ -1,7 +1,6 @@
 """The command line: ``nc-patch COMMAND ...``, also as ``python -m nc_patch COMMAND ...``.
 
-Commands live in ``eval_tasks`` and ``nc_patch.bench`` and are imported when they are called, so that the library needs
-none of their packages.
+Commands live in ``eval_tasks`` and are imported when they are called, so that the library needs none of their packages.
 """
 
 import importlib
@@ -16,6 +15,9 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 INSTALL_EVAL = "pip install -e '.[eval]' in the checkout of nc_patch"
 
 
+_REQUIRED = ("accelerate", "matplotlib", "numpy", "pandas", "psutil", "scipy", "torch", "tqdm", "transformers")
+
+
 class Command(NamedTuple):
     """A subcommand: a function of the remaining arguments that returns the exit code.
 
@@ -28,7 +30,7 @@ class Command(NamedTuple):
     module: str
     function: str
     summary: str
-    requires: tuple[str, ...] = ("matplotlib", "numpy", "psutil", "scipy", "torch", "tqdm", "transformers")
+    requires: tuple[str, ...] = _REQUIRED
 
 
 COMMANDS = {
@@ -39,10 +41,10 @@ COMMANDS = {
         "eval_tasks.fidelity_command", "run_fidelity", "compare each layer and head with dense attention"
     ),
     "bench": Command(
-        "nc_patch.bench.command",
+        "eval_tasks.bench.command",
         "run_bench",
         "time sparse attention against dense attention",
-        ("torch", "transformers"),
+        ("matplotlib", "pandas", "psutil", "torch", "transformers"),
     ),
     "calibrate": Command(
         "eval_tasks.calibrate_command", "run_calibrate", "measure how sparse every head is, for budgets that follow it"

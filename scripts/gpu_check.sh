@@ -4,7 +4,8 @@
 #   scripts/gpu_check.sh [--dry-run] prefill [OUT]    every test of the kernels, then prefill of long prompts
 #   scripts/gpu_check.sh [--dry-run] decode [OUT]     CUDA graphs, decoding, and a memory checker (compute-sanitizer)
 # Results: OUT/gpu_check_PART.txt, a summary, and OUT/gpu_check_PART.tar.gz, the rest; OUT is by default runs/gpu_check.
-# Needs torch, triton, transformers, pytest, pytest-xdist and numpy in python3, or in PYTHON=/path/to/python.
+# Needs torch, triton, transformers, matplotlib, numpy, pandas, psutil, pytest and pytest-xdist in python3, or in
+# PYTHON=/path/to/python.
 # --dry-run, or a machine without a GPU: collects the tests with only these packages importable, runs the benchmarks on
 # the CPU at sizes that say nothing about speed, and compiles all that they and the memory checker launch for an H200.
 # Exit status: 0, 1 where a step fails, 2 for arguments or an environment that do not fit.
@@ -29,7 +30,7 @@ for argument in "$@"; do
     case "$argument" in
         --dry-run) DRY=--dry-run ;;
         -h | --help)
-            sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+            sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
             exit 0
             ;;
         -*) fail "unknown option $argument; allowed are --dry-run and --help" ;;
@@ -88,9 +89,9 @@ timed() {
 check_environment() {
     "$PYTHON" - <<'PY' | tee "$RESULTS/machine.txt"
 import sys
-import numpy, pytest, torch, transformers, triton, xdist
+import matplotlib, numpy, pandas, psutil, pytest, torch, transformers, triton, xdist
 print("python", sys.version.split()[0], sys.executable)
-for package in (torch, triton, transformers, pytest, xdist, numpy):
+for package in (torch, triton, transformers, matplotlib, numpy, pandas, psutil, pytest, xdist):
     print(package.__name__, package.__version__)
 print("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
 PY
@@ -105,7 +106,7 @@ hide_other_packages() {
     mkdir "$RESULTS/hidden"
     cat >"$RESULTS/hidden/sitecustomize.py" <<'PY'
 import sys
-for name in ("accelerate", "datasets", "eval_tasks", "evaluate", "gguf", "hypothesis", "lm_eval", "matplotlib", "peft", "psutil"):
+for name in ("accelerate", "datasets", "evaluate", "gguf", "hypothesis", "lm_eval", "peft"):
     sys.modules[name] = None
 PY
     export PYTHONPATH="$RESULTS/hidden:$PYTHONPATH"

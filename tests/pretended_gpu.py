@@ -20,13 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime.driver import driver
 
-from nc_patch.bench import command, decode, prefill
-from nc_patch.bench.cases import cases
-from nc_patch.bench.inputs import GEOMETRIES, DecodeInputs
-from nc_patch.bench.prefill_steps import step_seconds
-from nc_patch.bench.prompts import PromptInputs
-from nc_patch.selections import selection_class
-from nc_patch.selections.index import KeyIndex
+from eval_tasks.bench.command import parser, settings_of
+from eval_tasks.bench.inputs import GEOMETRIES, Inputs
+from eval_tasks.bench.operator import sparse_step
 
 # An H100 or H200: shared memory and threads of a program, and the largest grid along each axis.
 _ARCHITECTURE, _SHARED, _THREADS = 90, 227 * 1024, 1024
@@ -77,11 +73,10 @@ def pretended_gpu() -> Iterator[list[Launch]]:
 
 def call_benchmark(arguments: Sequence[str]) -> None:
     """Calls each sparse step that ``nc-patch bench`` with these arguments times, at each of its shapes, once."""
-    parsed = command._parser().parse_args([*arguments, "--out", "unused", "--device", "cpu"])
-    benchmark = command.BENCHMARKS[parsed.benchmark]
-    settings, _ = command._settings(parsed, benchmark)
-    for case in cases(settings):
-        if benchmark is decode.DECODE and case.batch * case.length > _MOST_KEYS:
+    parsed = parser().parse_args([*arguments, "--out", "unused", "--device", "cpu"])
+    settings, phase = settings_of(parsed), parsed.benchmark
+    for case in settings.cases():
+        if phase == "decode" and case.batch * case.length > _MOST_KEYS:
             print(f"not called: {case}: its indexes are too large to be made here")
             continue
         geometry, n = GEOMETRIES[case.geometry], case.length
@@ -89,19 +84,10 @@ def call_benchmark(arguments: Sequence[str]) -> None:
         def empty(heads: int, length: int, batch: int = case.batch, width: int = geometry.head_dim) -> torch.Tensor:
             return torch.empty(batch, heads, length, width, dtype=settings.dtype)  # memory that is never touched
 
-        key, value = empty(geometry.kv_heads, n), empty(geometry.kv_heads, n)
-        if benchmark is prefill.PREFILL:
-            inputs = PromptInputs(empty(geometry.heads, n), key, value)
-            for selection in settings.selections:
-                prefill.sparse_step(inputs, settings.config(selection))(0)
-            step_seconds(inputs, settings, deadline=0.0)
-            continue
-        end = torch.full((case.batch,), n, dtype=torch.int32)
+        queries = empty(geometry.heads, n if phase == "prefill" else 1)
+        inputs = Inputs(queries, empty(geometry.kv_heads, n), empty(geometry.kv_heads, n))
         for selection in settings.selections:
-            kind = selection_class(selection).index_kind
-            index = {selection: KeyIndex.build(key, kind)} if kind else {}
-            one = DecodeInputs(empty(geometry.heads, 1), key, value, end, index)
-            decode.sparse_step([one], settings.config(selection))(0)
+            sparse_step([inputs], settings.config(selection), phase)(0)
 
 
 def main(arguments: Sequence[str]) -> None:

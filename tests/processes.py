@@ -10,7 +10,7 @@ from typing import Any
 
 from tiny_sweep import sweep_arguments
 
-from eval_tasks.launch import free_port
+from eval_tasks.processes import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["eval_tasks.command"])

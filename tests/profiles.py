@@ -26,13 +26,8 @@ def made_up_profile(layers: int = 3, heads: int = 4, windows: Sequence[int] = (0
     for eps in (0.05, 0.2):
         support = np.clip(-np.log(eps) * needed, 1, visible[..., None])
         alpha = -np.log(eps) * scale
-        half = np.full(C.shape, 0.1)
-        fits.append(
-            Fit(
-                eps, alpha, alpha / 2, alpha * 2, C, np.clip(C - half, 0, 1), np.clip(C + half, 0, 1),
-                np.ones(C.shape), half, support,
-            )
-        )  # fmt: skip
+        half, near = np.full(C.shape, 0.1), (np.clip(C - 0.1, 0, 1), np.clip(C + 0.1, 0, 1))
+        fits.append(Fit(eps, alpha, alpha / 2, alpha * 2, C, *near, np.ones(C.shape), half, support))
     return Profile(
         model="made-up",
         model_class="LlamaForCausalLM",

@@ -1,76 +1,102 @@
 """``nc-patch bench``: what it measures and writes on the CPU, at sizes that say nothing about speed."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
-import types
+import math
 
 import pytest
 import torch
 
-from nc_patch.bench import checks, command, decode, dense_rivals, inputs, report, timing, traffic
-from nc_patch.bench.inputs import GEOMETRIES
+from eval_tasks.bench import checks, command, inputs, measure, operator, report, timing
+from eval_tasks.bench.inputs import GEOMETRIES
 from nc_patch.cli import main
-from nc_patch.config import NCConfig
-from nc_patch.selections import Block, TopK, Window
 
 CPU = torch.device("cpu")
-TINY = inputs.Geometry(4, 2, 16, 64, 96, 2)
+TINY = inputs.Geometry(4, 2, 16, 64, 96)
+PHASES = pytest.mark.parametrize("phase", ["decode", "prefill"])
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """A geometry and copies that take no time; few sets of inputs."""
+    """A geometry that takes no time, and few sets of inputs."""
     monkeypatch.setitem(GEOMETRIES, "tiny", TINY)
-    monkeypatch.setitem(decode.DECODE.defaults["cpu"], "ceiling_size", 4)
-    monkeypatch.setattr(decode, "_MOST_SETS", 2)
-    monkeypatch.setattr(decode, "_FEWEST_SETS", 2)
+    monkeypatch.setattr(operator, "_MOST_SETS", 2)
+    monkeypatch.setattr(operator, "_FEWEST_SETS", 2)
 
 
-def bench(out, *further):
-    arguments = ("--device", "cpu", "--geometry", "tiny", "--lengths", "64", "200", "--repeats", "2")
-    return main(["bench", "decode", *arguments, "--out", str(out), *further])
+def bench(phase, out, *further):
+    arguments = ["--device", "cpu", "--geometry", "tiny", "--lengths", "64", "200", "--repeats", "2", "--alpha", "4"]
+    more = ["--dense-below", "0"] if phase == "prefill" else []
+    return main(["bench", phase, *arguments, *more, "--out", str(out), *further])
 
 
-def read(out):
-    return json.loads((out / decode.DECODE.file).read_text())
+def read(phase, out):
+    return json.loads((out / f"{phase}.json").read_text())
 
 
-def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsys):
-    assert bench(tmp_path, "--batch", "1", "2") == 0
-    record = read(tmp_path)
+def row_of(method, length, seconds=None, kind="dense", **more):
+    known = {"geometry": "tiny", "batch": 1, "length": length, "method": method, "kind": kind, "status": "ok"}
+    return {**known, **({} if seconds is None else {"median_seconds": seconds}), **more}
+
+
+@pytest.mark.parametrize(
+    ("phase", "forms", "whole", "caches"),
+    [("decode", ("gqa", "rows"), "generate", 2), ("prefill", ("gqa", "expanded"), "forward", 1)],
+    ids=["decode", "prefill"],
+)
+def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsys, phase, forms, whole, caches):
+    assert bench(phase, tmp_path, "--batch", "1", "2", f"--{whole}", "40") == 0
+    record = read(phase, tmp_path)
     assert record["versions"]["torch"] == torch.__version__
-    assert record["command"].startswith("nc-patch bench decode --device cpu")
-    assert record["copy_bytes_per_second"] > 0
-    timed = {(row["batch"], row["length"], row["method"]): row for row in record["rows"] if row["status"] == "ok"}
-    for batch in (1, 2):
-        for length in (64, 200):
-            for method in ("topk", "block", "window", "sdpa flash, rows", "sdpa math, gqa"):
-                row = timed[batch, length, method]
-                assert row["right"]
-                assert row["relative_error"] < 1e-3
-                assert row["compared_with"] == "reference, float64"
-                assert row["median_seconds"] > 0
-                assert row["roofline_fraction"] > 0
+    assert record["command"].startswith(f"nc-patch bench {phase} --device cpu")
+    methods = {"topk", "block", "window", *(f"sdpa {b}, {f}" for b in ("flash", "math") for f in forms)}
+    ran = {(row["batch"], row["length"], row["method"]): row for row in record["rows"] if row["status"] == "ok"}
+    assert ran.keys() == {(batch, length, method) for batch in (1, 2) for length in (64, 200) for method in methods}
+    for row in ran.values():
+        assert row["right"]
+        assert row["relative_error"] < 1e-3
+        assert row["compared_with"] == "reference, float64"
+        assert row["median_seconds"] > 0
+        assert row["kind"] == "dense" or 0 < row["kept_mass"] <= 1
+        assert row["kind"] == "dense" or row["backend"] == "cpu" or row["backend"].startswith("torch")
     assert {row["status"] for row in record["rows"] if "cudnn" in row["method"]} == {"absent"}
+    assert {row["method"] for row in record["exponents"]} == {"dense", "topk", "block", "window"}
+    assert len(record[whole]) == 2 * caches * 4
+    assert all(row["status"] == "ok" and row["tokens_per_second"] > 0 for row in record[whole])
     said = capsys.readouterr().out
-    assert "tiny, batch 2, budget 12 n^0.5" in said
-    assert "Faster than the fastest dense:" in said
-    assert "Slower than it:" in said
-    assert "sdpa cudnn, gqa: the cudnn backend needs a GPU" in said
+    for part in ("budget 4 n^0.5", "Faster than the fastest dense:", "sdpa cudnn, gqa: the cudnn backend needs a GPU"):
+        assert part in said
+    assert f"{whole}, a random model of few layers" in said
+    assert (tmp_path / f"{phase}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@PHASES
+def test_inputs_are_the_same_for_a_seed_and_others_for_another_and_cold_in_decoding(phase):
+    def draw(seed):
+        settings = operator.Settings(CPU, torch.bfloat16, ["tiny"], [2], [70], ["topk"], 4.0, 0.5, 1, seed=seed)
+        return operator.make_sets(settings, settings.cases()[0], phase)
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert len(first) == (2 if phase == "decode" else 1)
+    assert first[0].query.shape == (2, 4, 1 if phase == "decode" else 70, 16)
+    for name in ("query", "key", "value"):
+        one, same, another = (getattr(sets[0], name) for sets in (first, again, other))
+        assert torch.equal(one, same)
+        assert not torch.equal(one, another)
+        assert one.isfinite().all()
+        assert one.count_nonzero() > 0.9 * one.numel()
 
 
 def test_topk_decodes_with_the_tail_of_the_default_from_means_that_are_kept(tmp_path, monkeypatch):
-    plain, kinds = decode.sparse_attention, []
+    plain, kinds = operator.sparse_attention, []
 
     def attend(*arguments, index, means, **options):
         selection = options["selection"]
         kinds.append((selection.name, selection.uses_means, index and index.kind, means and means.kind))
         return plain(*arguments, index=index, means=means, **options)
 
-    monkeypatch.setattr(decode, "sparse_attention", attend)
-    assert bench(tmp_path) == 0
+    monkeypatch.setattr(operator, "sparse_attention", attend)
+    assert bench("decode", tmp_path) == 0
     assert set(kinds) == {
         ("topk", True, "codes", "means"),
         ("block", False, "pages", None),
@@ -78,39 +104,41 @@ def test_topk_decodes_with_the_tail_of_the_default_from_means_that_are_kept(tmp_
     }
 
 
-@pytest.mark.parametrize("benchmark", ["decode", "prefill"])
-def test_only_the_kinds_of_dense_attention_that_were_asked_for_run(tmp_path, benchmark):
-    arguments = ("--device", "cpu", "--geometry", "tiny", "--lengths", "64", "--selections", "window", "--repeats", "1")
-    main(["bench", benchmark, *arguments, "--out", str(tmp_path), "--dense", "flex", "flash_attn"])
-    assert {row["method"] for row in json.loads((tmp_path / f"{benchmark}.json").read_text())["rows"]} == {"window"}
+@PHASES
+def test_only_the_kinds_of_dense_attention_that_were_asked_for_run(tmp_path, phase):
+    assert bench(phase, tmp_path, "--selections", "window", "--dense", "flex", "flash_attn") == 0
+    assert {row["method"] for row in read(phase, tmp_path)["rows"]} == {"window"}
 
 
-def test_beyond_the_reference_outputs_are_compared_with_the_pytorch_backend(tmp_path, monkeypatch):
+@PHASES
+def test_beyond_the_reference_outputs_are_compared_with_the_pytorch_backend(tmp_path, monkeypatch, phase):
     monkeypatch.setattr(checks, "REFERENCE_KEYS", 100)
-    assert bench(tmp_path, "--dtype", "bfloat16") == 0
-    against = {(row["length"], row["method"]): row["compared_with"] for row in read(tmp_path)["rows"] if "right" in row}
-    assert against[64, "topk"] == "reference, float64"
-    assert against[200, "topk"] == against[200, "block"] == against[200, "window"] == "PyTorch backend"
-    assert against[200, "sdpa math, rows"] == "float64"
+    assert bench(phase, tmp_path, "--dtype", "bfloat16") == 0
+    rows = [row for row in read(phase, tmp_path)["rows"] if "right" in row]
+    against = {64: "reference, float64", 200: "PyTorch backend"}
+    assert {row["method"] for row in rows} >= {"topk", "block", "window", "sdpa math, gqa"}
+    assert all(row["compared_with"] == against[row["length"]] for row in rows)
 
 
-def test_a_wrong_output_is_recorded_and_the_run_fails(tmp_path, capsys, monkeypatch):
-    right = decode.sparse_attention
-    monkeypatch.setattr(decode, "sparse_attention", lambda *a, **k: right(*a, **k) * 1.1)
-    assert bench(tmp_path, "--selections", "window") == 1
-    rows = [row for row in read(tmp_path)["rows"] if row["method"] == "window"]
-    assert all(row["status"] == "wrong" and "median_seconds" not in row for row in rows)
+@PHASES
+def test_a_wrong_output_is_recorded_and_the_run_fails(tmp_path, capsys, monkeypatch, phase):
+    right = operator.sparse_attention
+    monkeypatch.setattr(operator, "sparse_attention", lambda *a, **k: right(*a, **k) * 1.1)
+    assert bench(phase, tmp_path, "--selections", "window") == 1
+    rows = [row for row in read(phase, tmp_path)["rows"] if row["method"] == "window"]
+    assert [row["status"] for row in rows] == ["wrong"] * 2
+    assert all("median_seconds" not in row for row in rows)
     assert "sparse attention failed or was wrong in 2 rows" in capsys.readouterr().err
 
 
 def test_a_graph_that_replays_something_else_is_recorded_as_wrong(tmp_path, monkeypatch):
-    def prepare(step, steps, device):
-        prepared = timing.prepare(step, steps, device)
+    def prepare(step, steps, device, graph):
+        prepared = timing.prepare(step, steps, device, graph)
         return dataclasses.replace(prepared, captured=True, replayed=step(0) * torch.nan)
 
-    monkeypatch.setattr(decode, "prepare", prepare)
-    assert bench(tmp_path, "--selections", "topk") == 1
-    rows = [row for row in read(tmp_path)["rows"] if row["method"] == "topk"]
+    monkeypatch.setattr(measure, "prepare", prepare)
+    assert bench("decode", tmp_path, "--selections", "topk") == 1
+    rows = [row for row in read("decode", tmp_path)["rows"] if row["method"] == "topk"]
     assert [row["status"] for row in rows] == ["wrong"] * 2
     assert all(row["message"].endswith("in a CUDA graph") for row in rows)
 
@@ -123,226 +151,147 @@ def test_a_graph_that_replays_something_else_is_recorded_as_wrong(tmp_path, monk
 def test_a_method_that_fails_is_recorded_with_its_message_and_the_others_go_on(
     tmp_path, capsys, monkeypatch, error, status, code
 ):
-    def fail(*arguments, **options):
+    def broken(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(decode, "sparse_attention", fail)
-    assert bench(tmp_path) == code
-    rows = {(row["length"], row["method"]): row for row in read(tmp_path)["rows"]}
+    monkeypatch.setattr(operator, "sparse_attention", broken)
+    assert bench("decode", tmp_path) == code
+    rows = {(row["length"], row["method"]): row for row in read("decode", tmp_path)["rows"]}
     assert rows[64, "topk"]["status"] == status
     assert str(error) in rows[64, "topk"]["message"]
     assert rows[200, "sdpa math, rows"]["status"] == "ok"
     assert str(error) in capsys.readouterr().out
 
 
-def test_a_case_without_memory_is_skipped_with_its_message(tmp_path, capsys, monkeypatch):
-    plain = decode.make_inputs
-
-    def make(geometry, batch, length, *rest):
-        if length > 100:
-            raise torch.OutOfMemoryError("no room for 200 keys")
-        return plain(geometry, batch, length, *rest)
-
-    monkeypatch.setattr(decode, "make_inputs", make)
-    assert bench(tmp_path) == 0
-    assert [row["message"] for row in read(tmp_path)["rows"] if row["kind"] == "case"] == [
-        "OutOfMemoryError: no room for 200 keys"
-    ]
-    assert "out of memory" in capsys.readouterr().out
+@PHASES
+def test_a_case_without_memory_is_skipped_with_its_message(tmp_path, capsys, monkeypatch, phase):
+    # Between what the two lengths need: bytes of queries, keys, values and outputs over the share that they may take.
+    monkeypatch.setattr(operator, "free_bytes", lambda device: 100 * 2 * (4 + 2) * 16 * 4 / 0.6)
+    assert bench(phase, tmp_path) == 0
+    rows = read(phase, tmp_path)["rows"]
+    assert [(row["length"], row["status"]) for row in rows if row["kind"] == "case"] == [(200, "out of memory")]
+    assert any(row["length"] == 64 and row["status"] == "ok" for row in rows)
+    assert "GB of queries, keys, values" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "stop", [KeyboardInterrupt(), RuntimeError("CUDA error: the device is gone")], ids=["key", "gpu"]
+    ("stop", "says"),
+    [(KeyboardInterrupt(), "interrupted"), (RuntimeError("the GPU is gone"), "RuntimeError: the GPU is gone")],
+    ids=["key", "gpu"],
 )
-def test_what_was_measured_before_a_stop_is_written_and_reported(tmp_path, capsys, monkeypatch, stop):
+def test_what_was_measured_before_a_stop_is_written_and_reported(tmp_path, capsys, monkeypatch, stop, says):
     plain = command.measure_all
 
-    def measure(*arguments):
+    def measure_all(*arguments):
         yield next(plain(*arguments))
         raise stop
 
-    monkeypatch.setattr(command, "measure_all", measure)
-    assert bench(tmp_path) == 1
-    record = read(tmp_path)
-    assert record["stopped"] in ("interrupted", "RuntimeError: CUDA error: the device is gone")
+    monkeypatch.setattr(command, "measure_all", measure_all)
+    assert bench("decode", tmp_path) == 1
+    record = read("decode", tmp_path)
+    assert record["stopped"] == says
     assert {row["length"] for row in record["rows"]} == {64}
     said = capsys.readouterr()
-    assert "tiny, batch 1, budget" in said.out
-    assert "nc-patch bench: stopped: " in said.err
+    assert "budget 4 n^0.5" in said.out
+    assert f"nc-patch bench: stopped: {says}" in said.err
 
 
 def test_after_the_deadline_no_case_begins(tmp_path, capsys):
-    assert bench(tmp_path, "--minutes", "1e-9") == 1
-    assert {row["status"] for row in read(tmp_path)["rows"]} == {"out of time"}
+    assert bench("decode", tmp_path, "--minutes", "1e-9") == 1
+    assert {row["status"] for row in read("decode", tmp_path)["rows"]} == {"out of time"}
     assert "nothing could be timed" in capsys.readouterr().err
 
 
-def test_without_matplotlib_there_is_no_plot_and_it_says_so(tmp_path, capsys, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert bench(tmp_path, "--selections", "window") == 0
-    assert "no plot: matplotlib is not installed" in capsys.readouterr().out
-    assert not (tmp_path / decode.DECODE.plot).exists()
-
-
-def test_with_matplotlib_there_is_a_plot(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    assert bench(tmp_path, "--selections", "window") == 0
-    assert (tmp_path / decode.DECODE.plot).read_bytes().startswith(b"\x89PNG")
-
-
-def test_generate_counts_tokens_of_dense_and_patched_models_with_both_caches(tmp_path, capsys):
-    assert bench(tmp_path, "--generate", "40", "--selections", "topk", "block") == 0
-    rows = read(tmp_path)["generate"]
-    assert {(row["cache"], row["method"]) for row in rows} == {
-        (cache, method) for cache in ("dynamic", "static") for method in ("dense", "topk", "block")
-    }
-    assert all(row["status"] == "ok" and row["tokens_per_second"] > 0 for row in rows)
-    assert "generate, a random model of few layers" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    ("further", "message"),
+    ("phase", "further", "message"),
     [
-        (("--lengths", "1"), "must be at least 2, got 1"),
-        (("--lengths", "many"), "must be an integer, got 'many'"),
-        (("--lengths", "64", "64"), "--lengths: 64 is given twice"),
-        (("--batch", "0"), "must be at least 1, got 0"),
-        (("--geometry", "cube"), "invalid choice: 'cube'"),
-        (("--dense", "flex", "flex"), "--dense: flex is given twice"),
-        (("--selections", "dense"), "invalid choice: 'dense'"),
-        (("--dtype", "int8"), "invalid choice: 'int8'"),
-        (("--alpha", "-1"), "alpha must be a positive number"),
-        (("--C", "1.5"), "C must be a number in [0, 1]"),
-        (("--minutes", "0"), "--minutes must be a positive number, got 0.0"),
-        (("--generate", "1"), "must be at least 2, got 1"),
-        (("--device", "abacus"), "invalid choice: 'abacus'"),
+        ("decode", ("--lengths", "1"), "--lengths: a length must be at least 2, got 1"),
+        ("decode", ("--lengths", "many"), "invalid positive value: 'many'"),
+        ("decode", ("--lengths", "64", "64"), "--lengths: 64 is given twice"),
+        ("decode", ("--batch", "0"), "must be at least 1, got 0"),
+        ("decode", ("--geometry", "cube"), "invalid choice: 'cube'"),
+        ("decode", ("--dense", "flex", "flex"), "--dense: flex is given twice"),
+        ("decode", ("--selections", "dense"), "invalid choice: 'dense'"),
+        ("decode", ("--dtype", "int8"), "invalid choice: 'int8'"),
+        ("decode", ("--alpha", "-1"), "alpha must be a positive number"),
+        ("decode", ("--C", "1.5"), "C must be a number in [0, 1]"),
+        ("decode", ("--minutes", "0"), "--minutes must be a positive number, got 0.0"),
+        ("decode", ("--generate", "1"), "--generate: a length must be at least 2, got 1"),
+        ("decode", ("--device", "abacus"), "invalid choice: 'abacus'"),
+        ("decode", ("--device", "cuda"), "Use --device cpu"),
+        ("decode", ("--block-size", "32"), "unrecognized arguments: --block-size"),
+        ("prefill", ("--block-size", "48"), "invalid choice: 48"),
+        ("prefill", ("--min-mass", "2"), "min_mass must be a number in (0, 1)"),
+        ("prefill", ("--max-factor", "0.5"), "max_factor must be a number of at least 1"),
+        ("prefill", ("--sample-stride", "5"), "invalid choice: 5"),
+        ("prefill", ("--local-keys", "-1"), "local_keys must be at least 0, got -1"),
+        ("prefill", ("--dense-below", "-1"), "dense_below must be at least 0, got -1"),
+        ("prefill", ("--generate", "8"), "unrecognized arguments: --generate"),
+        ("prefill", ("--forward", "1"), "--forward: a length must be at least 2, got 1"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_does_not_fit_is_refused_before_any_work(tmp_path, capsys, further, message):
-    assert bench(tmp_path / "out", *further) == 2
+def test_what_does_not_fit_is_refused_before_any_work(tmp_path, capsys, monkeypatch, phase, further, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert bench(phase, tmp_path / "out", *further) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_command_a_missing_out_a_file_and_a_gpu_that_is_not_there_are_refused(tmp_path, capsys, monkeypatch):
+def test_a_missing_command_a_missing_out_and_a_file_are_refused(tmp_path, capsys):
     assert main(["bench"]) == 2
     assert main(["bench", "decode"]) == 2
     assert "--out" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert bench(tmp_path / "file") == 2
+    assert bench("decode", tmp_path / "file") == 2
     assert "is a file; give a directory" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench(tmp_path, "--device", "cuda") == 2
-    assert "sees no GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("n", [1024, 16384])
-def test_scores_hold_most_of_their_mass_in_about_the_square_root_of_the_keys(n):
-    one = inputs.make_inputs(inputs.Geometry(8, 2, 64, 64, 64, 1), 1, n, torch.float32, CPU, [], 0)
-    found = inputs.concentration(one, n // 4)
-    assert n**0.5 / 3 < found["keys_of_mass"] < 3 * n**0.5
-    assert found["best_keys_mass"] > 0.95
-
-
-def test_inputs_are_the_same_for_a_seed_and_others_for_another():
-    first, again, other = (inputs.make_inputs(TINY, 2, 70, torch.bfloat16, CPU, ["topk"], seed) for seed in (0, 0, 1))
-    assert torch.equal(first.key, again.key)
-    assert torch.equal(first.query, again.query)
-    assert not torch.equal(first.key, other.key)
-    assert set(first.indexes) == {"topk"}
-
-
-def test_bytes_follow_from_shapes():
-    geometry = inputs.Geometry(8, 2, 64, 0, 0, 0)
-    ends = 2 * 3 * 8 * 64 * 2
-    row = 64 * 2
-    assert traffic.dense_bytes(geometry, 3, 1000, 2) == 3 * 2 * 1000 * 2 * row + ends
-    assert traffic.sparse_bytes(Window(), geometry, 3, 1000, 100, 2) == 3 * 2 * 100 * 2 * row + ends
-    pages = 63 * (3 * 64 + 12) + 112 * 2 * row + row + (3 * 64 + 12) // 16
-    assert traffic.sparse_bytes(Block(), geometry, 3, 1000, 100, 2) == 3 * 2 * pages + ends
-    codes = 1001 * (64 + 8) + 4 * 100 * 2 * row + row
-    assert traffic.sparse_bytes(TopK(tail="drop"), geometry, 3, 1000, 100, 2) == 3 * 2 * codes + ends
-    means = 63 * 2 * row + 2 * row + 2 * row // 16
-    assert traffic.sparse_bytes(TopK(), geometry, 3, 1000, 100, 2) == 3 * 2 * (codes + means) + ends
-    many = traffic.sparse_bytes(TopK(tail="drop"), geometry, 1, 1000, 900, 2)
-    assert many < traffic.dense_bytes(geometry, 1, 2000, 2)
-
-
-def test_the_crossover_is_interpolated_between_measured_lengths():
-    def rows(times):
-        for length, dense, sparse in times:
-            known = {"geometry": "tiny", "batch": 1, "length": length, "status": "ok"}
-            yield {**known, "method": "sdpa", "kind": "dense", "median_seconds": dense}
-            yield {**known, "method": "topk", "kind": "sparse", "median_seconds": sparse}
-
+def test_crossovers_are_interpolated_between_lengths_and_exponents_are_slopes_in_the_logarithms():
     def crossing(*times):
-        return report.crossovers(list(rows(times)), ["topk"])[0]
+        rows = [row_of("sdpa", n, dense) for n, dense, _ in times]
+        return report.crossovers(rows + [row_of("topk", n, sparse, "sparse") for n, _, sparse in times])[0]
 
     assert crossing((100, 1.0, 2.0), (400, 4.0, 2.0))["length"] == 200
     assert "at every length measured, from 100" in crossing((100, 2.0, 1.0), (400, 4.0, 2.0))["says"]
     assert "not up to 400 keys, where it takes 1.50 times" in crossing((100, 2.0, 1.0), (400, 4.0, 6.0))["says"]
+    powers = [row_of("sdpa", n, 3.0 * n**1.6) for n in (100, 300, 1000)]
+    slower = [row_of("math", n, 9.0 * n**1.6) for n in (100, 300, 1000)]
+    assert report.exponents(powers + slower)[0]["time"] == pytest.approx(1.6)
+    assert report.exponents(powers[:1])[0]["time"] is None
 
 
-def test_hopeless_methods_are_not_repeated(monkeypatch):
-    seconds = {"fast": 1.0, "slow": 9.0}
-    monkeypatch.setattr(timing, "seconds_of", lambda prepared, device: seconds[prepared.launch()])
-    methods = {name: timing.Prepared(lambda name=name: name, 1) for name in seconds}
+def test_methods_have_their_turns_and_hopeless_ones_or_those_that_raise_leave_the_others(monkeypatch):
+    order, seconds = [], {"fast": 1.0, "slow": 9.0}
+
+    def seconds_of(prepared, device):
+        order.append(prepared.launch())
+        if order[-1] == "broken":
+            raise MemoryError("gone")
+        return seconds[order[-1]]
+
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    methods = {name: timing.Prepared(lambda name=name: name, 1) for name in ("fast", "slow", "broken")}
     taken, raised = timing.interleave(methods, 10, CPU)
     assert {name: len(times) for name, times in taken.items()} == {"fast": 10, "slow": 3}
-    assert not raised
-
-
-def test_a_method_that_raises_while_it_is_timed_leaves_the_others():
-    def breaks():
-        raise MemoryError("gone")
-
-    methods = {"sound": timing.Prepared(lambda: None, 1), "broken": timing.Prepared(breaks, 1)}
-    taken, raised = timing.interleave(methods, 4, CPU)
-    assert len(taken["sound"]) == 4
     assert list(raised) == ["broken"]
-    assert "broken" not in taken
+    assert order == ["fast", "slow", "broken", *["fast", "slow"] * 2, *["fast"] * 7]
 
 
-def test_rivals_that_are_not_installed_are_absent_by_name(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    one = inputs.make_inputs(TINY, 1, 64, torch.float32, CPU, [], 0)
-    for name in ("flash_attn", "flash_attn 3", "flashinfer"):
-        with pytest.raises(dense_rivals.Absent, match="is not installed"):
-            dense_rivals.rivals(torch.device("cuda"))[name]([one])
-
-
-@pytest.mark.parametrize("name", ["flash_attn", "flash_attn 3", "flashinfer"])
-def test_rivals_of_other_packages_are_called_with_their_layouts(name, monkeypatch):
-    """Stand-ins with the packages' documented layouts; whether the packages agree only a GPU can tell."""
-
-    def attend(query, key, value):
-        groups = query.shape[2] // key.shape[2]
-        query, key, value = (t.transpose(1, 2).float() for t in (query, key, value))
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-    class Wrapper:
-        def __init__(self, workspace, layout, **options):
-            assert layout == "HND"
-
-        def plan(self, indptr, indices, last, heads, kv_heads, head_dim, page_size, **options):
-            self.pages = [indices[indptr[b] : indptr[b + 1]].long() for b in range(len(last))]
-            assert last.tolist() == [page_size] * len(last)
-
-        def run(self, query, pages):
-            flat = [torch.stack([t[p].transpose(1, 2).flatten(0, 1) for p in self.pages]) for t in pages]
-            return attend(query[:, None], *flat)[:, 0]
-
-    module = types.SimpleNamespace(
-        flash_attn_with_kvcache=attend, BatchDecodeWithPagedKVCacheWrapper=Wrapper, __spec__=object()
-    )
-    for package in ("flash_attn", "flash_attn_interface", "flashinfer"):
-        monkeypatch.setitem(sys.modules, package, module)
-    sets = [inputs.make_inputs(TINY, 2, 128, torch.float32, CPU, [], seed) for seed in (0, 1)]
-    step = dense_rivals.rivals(torch.device("cuda"))[name](sets)
-    for i in (0, 1):
-        right = checks.expected_output(sets[i], NCConfig(4.0, 0.6, selection="dense"))
-        assert checks.compare(step(i), right, "dense")["right"]
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ([], None),
+        ([row_of("fast", 100, 1.0), row_of("slow", 100, 1.9)], None),
+        ([row_of("fast", 100, 1.0), row_of("slow", 100, 2.1)], "took 2.1 times as long"),
+        ([row_of("fast", 100, 0.1), row_of("slow", 100, 0.21)], None),
+        ([row_of("slow", 100, status="left out", message="took 9 times")], "took 9 times"),
+    ],
+    ids=["first", "fast-enough", "slow", "slow-and-short", "left-out"],
+)
+def test_methods_that_were_slow_are_left_out_of_long_cases(before, message):
+    row, late = row_of("slow", 200), row_of("slow", 200)
+    assert measure.is_wanted(row, before, math.inf, growth=2.0) is (message is None)
+    assert message is None or message in row["message"]
+    assert not measure.is_wanted(late, before, 0.0, growth=2.0)
+    assert late["status"] == "out of time"

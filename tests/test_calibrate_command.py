@@ -1,21 +1,22 @@
 """``nc-patch calibrate``: the files it writes, how it refuses and shares, and what takes its profile."""
 
 import json
+import socket
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from processes import start
 from profiles import made_up_profile
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
 from eval_tasks.errors import EvalError
-from eval_tasks.launch import free_port
 from eval_tasks.lm_eval.options import read_config
 from eval_tasks.matching import MATCHES, Budgets, total_of
 from eval_tasks.methods import METHODS, budget_at, find_method
-from eval_tasks.profile_report import profile_findings
+from eval_tasks.profile_report import layer_table, profile_findings, write_profile_report
 from eval_tasks.store import read_rows, read_run
-from nc_patch import Profile
+from nc_patch import NCConfig, Profile
 from nc_patch.cli import main
 
 
@@ -28,10 +29,9 @@ def home(tmp_path_factory):
 
 
 def arguments(home, out: str, *further: str) -> list[str]:
-    return [
-        "calibrate", "--model", str(home / "model"), "--text", str(home / "text.txt"), "--out", str(home / out),
-        "--lengths", "32", "64", "128", "--pieces", "3", "--rows", "4", "--device", "cpu", *further,
-    ]  # fmt: skip
+    shared = ["--model", str(home / "model"), "--text", str(home / "text.txt"), "--out", str(home / out)]
+    sizes = ["--lengths", "32", "64", "128", "--pieces", "3", "--rows", "4", "--device", "cpu"]
+    return ["calibrate", *shared, *sizes, *further]
 
 
 @pytest.fixture(scope="module")
@@ -40,79 +40,78 @@ def calibrated(home):
     return home / "alone"
 
 
-def test_it_writes_a_profile_a_page_and_a_picture(home, calibrated, capsys):
+def test_it_writes_a_profile_a_page_and_a_picture_and_the_same_again(home, calibrated, capsys):
     profile = Profile.load(calibrated / "profile.json")
-    assert profile.model == str(home / "model")
-    assert profile.lengths == (32, 64, 128)
+    assert (profile.model, profile.lengths) == (str(home / "model"), (32, 64, 128))
     assert (calibrated / "calibration.png").read_bytes().startswith(b"\x89PNG")
     page = (calibrated / "calibration.html").read_text(encoding="utf-8")
-    assert page.count("<svg ") == 4
-    assert "src=" not in page
-    assert 'href="http' not in page
-    assert "Layer by layer" in page
-    assert "nc-patch calibrate --model" in page
-    assert main(arguments(home, "alone")) == 0
+    assert page.count("<table") == page.count("<img") == page.count('src="data:') == 1
+    assert "http" not in page
+    assert main(arguments(home, "again")) == 0
     said = capsys.readouterr().out
     assert "The exponent C runs from" in said
     assert "profile.json" in said
-    assert Profile.load(calibrated / "profile.json") == profile
+    assert Profile.load(home / "again" / "profile.json") == profile
 
 
-def test_a_budget_may_take_the_place_of_the_mass(home, calibrated):
-    assert main(arguments(home, "alone", "--fraction", "0.3", "--at", "128")) == 0
-    profile = Profile.load(calibrated / "profile.json")
-    assert profile.aim == "30 % of the keys at 128 tokens, sequence"
-    assert main(arguments(home, "alone")) == 0
+def test_a_budget_holds_for_rows_that_are_dense_up_to_the_length_that_is_given(home, calibrated, capsys):
+    profiles = {}
+    for out, below in (("default", ()), ("below", ("--dense-below", "40"))):
+        assert main(arguments(home, out, "--fraction", "0.3", "--at", "128", *below)) == 0
+        profiles[out] = Profile.load(home / out / "profile.json")
+        assert profiles[out].aim == "30 % of the keys at 128 tokens, sequence"
+        length = int(below[1]) if below else NCConfig(1.0).dense_below
+        assert f"dense_below={length}." in capsys.readouterr().out
+        assert f"dense_below={length}." in (home / out / "calibration.html").read_text(encoding="utf-8")
+    measured = Profile.load(calibrated / "profile.json")
+    assert profiles["default"] == measured.at_budget(0.3, n=128)
+    assert profiles["below"] == measured.at_budget(0.3, n=128, dense_below=40)
+    assert (profiles["below"].alpha != profiles["default"].alpha).any()
 
 
-def test_the_page_escapes_what_comes_from_outside(tmp_path, calibrated):
-    from eval_tasks.profile_report import write_profile_report
-
-    profile = replace(Profile.load(calibrated / "profile.json"), model="<script>alert(1)</script>")
+def test_the_page_escapes_what_comes_from_outside(tmp_path):
+    profile = replace(made_up_profile(), model="<script>alert(1)</script>")
     write_profile_report(profile, tmp_path, "nc-patch calibrate --model '<b>'")
     page = (tmp_path / "calibration.html").read_text(encoding="utf-8")
-    assert "<script>" not in page
     assert "&lt;script&gt;" in page
+    assert "<script>" not in page
     assert "<b>" not in page
 
 
-def test_findings_name_the_heads_that_are_not_sparse():
-    said = " ".join(profile_findings(made_up_profile().at_mass(0.9)))
-    assert "of 12 heads are not sparse" in said
-    assert "(layers 1, 2)" in said
+def test_the_report_names_the_heads_that_are_not_sparse():
+    profile = made_up_profile().at_mass(0.9)
+    assert "of 12 heads are not sparse, as they need 50 % of the keys or more (layers 1, 2)" in " ".join(
+        profile_findings(profile)
+    )
+    named = [[int(head) for head in heads.split(", ") if head] for heads in layer_table(profile)["heads not sparse"]]
+    assert named == [np.flatnonzero(~heads).tolist() for heads in profile.is_sparse()]
 
 
 @pytest.mark.parametrize(
     ("further", "message"),
     [
         (("--lengths", "64"), "at least two different numbers of tokens"),
-        (("--lengths", "64", "1024"), "beyond the 512 positions"),
-        (("--pieces", "99"), "the texts hold 15 pieces of 128 tokens, and 99 are asked for"),
-        (("--target", "1.5"), "target must be a number in (0, 1), got 1.5"),
-        (("--eps", "0"), "eps must be a number in (0, 1)"),
-        (("--fraction", "2"), "fraction must be a number in (0, 1]"),
-        (("--fraction", "0.1", "--at", "0"), "n must be a positive integer"),
+        (("--at", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
+        (("--dense-below", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
+        (("--fraction", "0.1", "--dense-below", "-1"), "dense_below must be an integer of at least 0, got -1"),
+        (
+            ("--fraction", "0.1", "--dense-below", "64"),
+            "attend 0.432 of all keys, and --fraction is 0.1",
+        ),
+        (("--fraction", "1e-3", "--at", "128"), "no budgets attend 0.001 of the keys"),
         (("--dense-layers", "9"), "dense_layers must be a list of layers from 0 to 2"),
         (("--text", "no-such-text"), "no text named 'no-such-text'"),
-        (("--model", "/no/such/model"), "no model at /no/such/model"),
-        (("--device", "abacus"), "device must be"),
-        (("--threads", "0"), "argument --threads: must be at least 1, got 0"),
-        (("--part", "third"), "invalid choice: 'third'"),
     ],
 )
-def test_what_does_not_fit_is_refused(home, calibrated, capsys, further, message):
-    assert main(arguments(home, "alone", *further)) == 2
+def test_what_does_not_fit_is_refused(home, capsys, further, message):
+    assert main(arguments(home, "refused", *further)) == 2
     assert message in capsys.readouterr().err
-
-
-def test_an_out_that_is_a_file_is_refused(home, capsys):
-    (home / "file").write_text("")
-    assert main(arguments(home, "file")) == 2
-    assert "is a file; give a directory" in capsys.readouterr().err
+    assert not list(home.glob("refused/*"))
 
 
 def test_two_processes_find_what_one_does(home, calibrated):
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     ranks = [
         start(arguments(home, "two"), home / f"said{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(2)
@@ -137,24 +136,21 @@ def test_the_method_profile_attends_as_many_keys_as_the_others(tmp_path):
         else:
             n = 256 if match == "deploy" else 512
             assert budget_at("profile", budgets, n) == pytest.approx(budgets.fixed, rel=0.02)
-    with pytest.raises(EvalError, match="needs a calibrated profile: --profile FILE"):
-        find_method("profile").config(Budgets(2.0, 0.5, 256))
-    with pytest.raises(EvalError, match="cannot be read"):
-        find_method("profile").config(Budgets(2.0, 0.5, 256, profile=str(tmp_path / "nothing")))
+    for missing, message in ((None, "needs a calibrated profile"), (str(tmp_path / "nothing"), "cannot be read")):
+        with pytest.raises(EvalError, match=message):
+            find_method("profile").config(Budgets(2.0, 0.5, 256, profile=missing))
 
 
 def test_a_sweep_measures_a_profile_and_keeps_it_apart_from_others(home, calibrated, capsys):
-    path = calibrated / "profile.json"
-    further = ("--profile", str(path), "--methods", "dense", "nc-topk")
-    assert main(sweep_arguments(home, home / "sweep", *further)) == 0
-    rows = read_rows(home / "sweep")
-    assert {row["method"] for row in rows} == {"dense", "nc-topk", "profile"}
-    assert read_run(home / "sweep")["identity"]["methods"] == ["dense", "nc-topk", "profile"]
-    changed = home / "changed.json"
+    path, changed = calibrated / "profile.json", home / "changed.json"
     Profile.load(path).at_mass(0.5).save(changed)
-    capsys.readouterr()
-    again = ("--profile", str(changed), "--methods", "dense", "nc-topk")
-    assert main(sweep_arguments(home, home / "sweep", *again)) == 2
+    sweep = lambda file: sweep_arguments(  # noqa: E731
+        home, home / "sweep", "--profile", str(file), "--methods", "dense", "nc-topk"
+    )
+    assert main(sweep(path)) == 0
+    assert {row["method"] for row in read_rows(home / "sweep")} == {"dense", "nc-topk", "profile"}
+    assert read_run(home / "sweep")["identity"]["methods"] == ["dense", "nc-topk", "profile"]
+    assert main(sweep(changed)) == 2
     assert "profile was" in capsys.readouterr().err
 
 

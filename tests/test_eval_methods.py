@@ -1,4 +1,4 @@
-"""The list of methods: budgets equal where it says so, and each method what its name says."""
+"""The list of methods: each is what its name says, and budgets are equal where the way of matching says so."""
 
 import math
 from dataclasses import replace
@@ -10,6 +10,7 @@ from tiny_models import VOCABULARY, tiny_model
 
 from eval_tasks.errors import EvalError
 from eval_tasks.log_law import LogConfig
+from eval_tasks.matching import Budgets, total_of
 from eval_tasks.measure import measure
 from eval_tasks.methods import (
     DEFAULT_METHODS,
@@ -17,7 +18,6 @@ from eval_tasks.methods import (
     METHODS,
     NC,
     PROFILE,
-    Budgets,
     blocks_chosen,
     budget_at,
     find_method,
@@ -34,12 +34,26 @@ LAWS = [(2.0, 0.5, 1024), (2.0, 0.7, 512), (1.0, 0.9, 4096), (4.0, 0.6, 1000), (
 SPARSE = [name for name, method in METHODS.items() if name not in (DENSE, PROFILE) and not method.simulated]
 
 
+def total(name, budgets, length):
+    config = METHODS[name].config(budgets.at(length))
+    return sum(config.budget(n) for n in range(1, length + 1))
+
+
 @pytest.mark.parametrize("law", LAWS, ids=str)
 @pytest.mark.parametrize("name", SPARSE)
-def test_all_budgets_are_equal_at_the_stated_length(name, law):
-    alpha, C, equal_at = law
-    budgets = Budgets(alpha, C, equal_at)
-    assert budget_at(name, budgets, equal_at) == budgets.fixed
+def test_budgets_are_equal_where_the_way_of_matching_says_so(name, law):
+    deployed = Budgets(*law)
+    assert deployed.at(64) == deployed.at(4096) == deployed
+    assert budget_at(name, deployed, law[2]) == deployed.fixed
+    scored = Budgets(*law, match="scored")
+    for length in (64, 500, 4096):
+        assert budget_at(name, scored, length) == budget_at("nc-topk", scored, length)
+    totals = Budgets(*law, match="total")
+    for length in (64, 700):
+        wanted = total("nc-topk", totals, length)
+        assert wanted == total_of(length, law[0], law[1])
+        # A fixed budget is a whole number: half a key a query is as near as it comes.
+        assert abs(total(name, totals, length) - wanted) <= max(0.5 * length, 2)
 
 
 def test_rounding_never_lifts_the_logarithmic_budget():
@@ -52,20 +66,15 @@ def test_rounding_never_lifts_the_logarithmic_budget():
 def test_budgets_grow_as_the_method_says(name):
     budgets = Budgets(2.0, 0.5, 1024)
     later = budget_at(name, budgets, 4096)
-    if METHODS[name].grows:
-        assert later == 2 * budgets.fixed
-    elif name == "fraction-topk":
-        assert later == 4 * budgets.fixed
-    elif name == "log-topk":
+    if name == "log-topk":
         assert budgets.fixed < later < 1.25 * budgets.fixed
     else:
-        assert later == budgets.fixed
+        assert later == budgets.fixed * (4 if name == "fraction-topk" else 2 if METHODS[name].grows else 1)
 
 
 def test_dense_is_the_unpatched_model_and_attends_everything():
-    budgets = Budgets(2.0, 0.5, 1024)
-    assert METHODS[DENSE].config(budgets) is None
-    assert budget_at(DENSE, budgets, 4096) == 4096
+    assert METHODS[DENSE].config(Budgets(2.0, 0.5, 1024)) is None
+    assert budget_at(DENSE, Budgets(2.0, 0.5, 1024), 4096) == 4096
 
 
 @pytest.mark.parametrize(
@@ -74,14 +83,19 @@ def test_dense_is_the_unpatched_model_and_attends_everything():
 )
 def test_selection_and_sinks_are_those_of_the_method(name, selection, sinks):
     config = METHODS[name].config(Budgets(2.0, 0.5, 1024))
-    assert config.prefill == config.decode
-    assert config.prefill.name == selection
+    assert (config.prefill, config.prefill.name) == (config.decode, selection)
     assert sinks is None or config.prefill.sink_keys == sinks
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((0.0, 0.5, 64), "alpha"), ((2.0, 1.5, 64), "C must be"), ((2.0, 0.5, 1), "at least 2"), ((2.0, 0.5, 64, 7), "7")],
+    [
+        ((0.0, 0.5, 64), "alpha"),
+        ((2.0, 1.5, 64), "C must be"),
+        ((2.0, 0.5, 1), "at least 2"),
+        ((2.0, 0.5, 64, 7), "7"),
+        ((2.0, 0.5, 64, 16, "auto", "luck"), "deploy, scored, total, iso"),
+    ],
 )
 def test_budgets_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -89,21 +103,19 @@ def test_budgets_out_of_range_are_refused(arguments, message):
 
 
 def test_means_beside_topk_are_the_same_budget_with_another_tail():
-    budgets = Budgets(2.0, 0.5, 1024)
     for name in ("fixed-topk", "nc-topk"):
-        plain, mean = METHODS[name].config(budgets), METHODS[f"{name}-mean"].config(budgets)
+        plain, mean = (METHODS[each].config(Budgets(2.0, 0.5, 1024)) for each in (name, f"{name}-mean"))
         assert (plain.prefill.tail, mean.prefill.tail) == ("drop", "mean")
         assert replace(plain, tail="mean").to_dict() == mean.to_dict()
 
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_a_method_with_a_number_of_keys_attends_so_many_at_every_length(name):
-    budgets = Budgets(2.0, 0.5, 1024)
-    named = with_keys(name, 48)
+    budgets, named = Budgets(2.0, 0.5, 1024), with_keys(name, 48)
     assert keys_of(named) == (name, 48)
     assert [budget_at(named, budgets, n) for n in (32, 512, 4096)] == [32, 48, 48]
     config, plain = find_method(named).config(budgets), METHODS[name].config(budgets)
-    assert (config.prefill, config.decode) == (plain.prefill, plain.decode)
+    assert (config.prefill, config.decode, config.dense_below) == (plain.prefill, plain.decode, plain.dense_below)
 
 
 @pytest.mark.parametrize("phase", ["all", "decode"])
@@ -118,8 +130,8 @@ def test_blocks_are_chosen_by_content_where_the_budget_leaves_some(size, phase):
     for blocks in range(2, 256 // size):
         config = NCConfig(blocks * size, selection="block", block_size=size)
         before = max(0, min(local, blocks * size - size - own))
-        measured = measure(tiny_model("llama"), config, Sample(ids, 1, 4), phase)
-        assert measured.tail_mean_keys == size + own + before + size * blocks_chosen(blocks * size, size, phase), blocks
+        attended = measure(tiny_model("llama"), config, Sample(ids, 1, 4), phase)["tail_mean_keys"]
+        assert attended == size + own + before + size * blocks_chosen(blocks * size, size, phase), blocks
 
 
 def test_methods_are_laws_alone_but_for_what_patch_model_does_unasked(dense_with_few_keys):
@@ -129,29 +141,22 @@ def test_methods_are_laws_alone_but_for_what_patch_model_does_unasked(dense_with
     assert (unasked.dense_below, unasked.prefill, unasked.decode) == (1024, Block(), TopK(tail="mean"))
     assert budget_at(NC, budgets, 1024) == 1024
     assert budget_at(NC, budgets, 2048) == budget_at("nc-topk", budgets, 2048)
-    for name in SPARSE:
+    for name in {*SPARSE} - {NC}:
         config = METHODS[name].config(budgets)
-        assert name == NC or config.dense_below == 0, name
-        assert name == NC or config.prefill == config.decode, name
-        assert find_method(with_keys(name, 48)).config(budgets).dense_below == config.dense_below
+        assert (config.dense_below, config.prefill) == (0, config.decode), name
     assert METHODS["random"].config(budgets).config.dense_below == 0
     assert NC in DEFAULT_METHODS
 
 
-def test_methods_sort_as_listed_and_then_by_keys():
+def test_methods_sort_as_listed_and_then_by_keys_and_unknown_ones_are_refused_with_those_there_are():
     names = ["nc-topk", "fixed-topk@128", "kvpress:SnapKVPress", "dense", "fixed-topk@16", "fixed-topk"]
-    assert sorted(names, key=order_of) == [
-        "dense", "fixed-topk", "fixed-topk@16", "fixed-topk@128", "nc-topk", "kvpress:SnapKVPress",
-    ]  # fmt: skip
-
-
-def test_unknown_methods_are_refused_with_those_there_are():
+    expected = ["dense", "fixed-topk", "fixed-topk@16", "fixed-topk@128", "nc-topk", "kvpress:SnapKVPress"]
+    assert sorted(names, key=order_of) == expected
     with pytest.raises(EvalError, match="unknown method 'nc-topkk'; allowed are dense, window"):
         find_method("nc-topkk")
-    with pytest.raises(EvalError, match="attends every key"):
-        find_method("dense@64").config(Budgets(2.0, 0.5, 1024))
-    with pytest.raises(EvalError, match="random is simulated"):
-        find_method("random@64").config(Budgets(2.0, 0.5, 1024))
+    for name in ("dense@64", "random@64"):
+        with pytest.raises(EvalError, match="takes no number of keys"):
+            find_method(name).config(Budgets(2.0, 0.5, 1024))
 
 
 def test_every_query_has_the_logarithmic_budget_of_the_keys_that_it_sees():

@@ -15,39 +15,27 @@ from eval_tasks.synthetic.haystack import NOISE, load_prose, noise
 from eval_tasks.synthetic.sample import DEPTHS
 from eval_tasks.synthetic.words import WordStream, english_words
 
-OFFLINE = tuple(name for name in GENERATORS if not name.startswith("qa_"))
-NEEDLES = tuple(name for name in OFFLINE if name.startswith("niah_"))
+NEEDLES = tuple(name for name in GENERATORS if name.startswith("niah_"))
 
 
-def sample(
-    name: str, length: int = 2048, seed: int = 0, index: int = 0, kind: str = "byte_bpe", chat: bool = False
-) -> SyntheticSample:
+def sample(name: str, length: int = 2048, seed: int = 0, index: int = 0, kind: str = "byte_bpe") -> SyntheticSample:
+    chat = kind == "unigram_chat"
     return synthesize(GENERATORS[name], tokenizer_of_kind(kind), length, seed, index, use_chat_template=chat)
-
-
-def assert_fills(found: SyntheticSample, length: int, kind: str) -> None:
-    tokens = tokenizer_of_kind(kind)(found.prompt, add_special_tokens=not found.prompt.startswith("<s>"))["input_ids"]
-    assert len(tokens) == found.prompt_tokens
-    assert 0.98 * length <= found.prompt_tokens + found.new_tokens <= length
 
 
 @pytest.mark.parametrize(
     ("kind", "length"), [*((kind, length) for kind in KINDS for length in (512, 2048)), (KINDS[0], 16384)]
 )
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("name", GENERATORS)
 def test_a_sample_fills_its_length_to_two_percent_and_never_over(name: str, kind: str, length: int) -> None:
-    found = sample(name, length, index=1, kind=kind, chat=kind == "unigram_chat")
-    assert_fills(found, length, kind)
+    found = sample(name, length, index=1, kind=kind)
+    tokens = tokenizer_of_kind(kind)(found.prompt, add_special_tokens=not found.prompt.startswith("<s>"))["input_ids"]
+    assert len(tokens) == found.prompt_tokens
+    assert 0.98 * length <= found.prompt_tokens + found.new_tokens <= length
     assert found.new_tokens == GENERATORS[name].new_tokens
 
 
-def test_a_long_sample_takes_seconds_and_hides_its_needle_once() -> None:
-    found = sample("niah_single_2", 131072)
-    assert_fills(found, 131072, "byte_bpe")
-    assert found.prompt.count(found.answers[0]) == 1
-
-
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("name", GENERATORS)
 def test_samples_depend_on_seed_and_index_alone(name: str) -> None:
     first = sample(name, 1024, seed=3, index=5)
     assert sample(name, 1024, seed=3, index=5) == first
@@ -61,44 +49,33 @@ def test_samples_depend_on_seed_and_index_alone(name: str) -> None:
 @pytest.mark.parametrize("name", NEEDLES)
 def test_every_needle_is_there_once_and_holds_its_answer(name: str, index: int) -> None:
     found = sample(name, index=index)
-    many = name in ("niah_multivalue", "niah_multiquery")
-    assert len(found.answers) == len(set(found.answers)) == (4 if many else 1)
+    assert len(found.answers) == len(set(found.answers)) == (4 if name in ("niah_multivalue", "niah_multiquery") else 1)
     needles = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", found.prompt)
-    values = [value for _, value in needles]
-    for answer in found.answers:
-        assert found.prompt.count(answer) == values.count(answer) == 1
-    for key in {key for key, value in needles if value in found.answers}:
-        asked_for = found.question[found.question.rindex("\n") :]
-        assert key in asked_for
+    asked = {value: key for key, value in needles if value in found.answers}
+    assert set(asked) == set(found.answers)
+    for answer, key in asked.items():
+        assert found.prompt.count(answer) == 1
+        assert key in found.question[found.question.rindex("\n") :]
         assert key in found.prefix
     assert len({key for key, _ in needles}) == (1 if name == "niah_multivalue" else len(needles))
     expected = {"niah_multikey_1": 4, "niah_multivalue": 4, "niah_multiquery": 4}.get(name, 1)
     assert len(needles) == expected or (name in ("niah_multikey_2", "niah_multikey_3") and len(needles) > 10)
 
 
-def test_the_passkey_is_said_twice() -> None:
-    found = sample("passkey")
+def test_a_long_sample_hides_its_passkey_twice_and_nothing_else_than_noise() -> None:
+    found = sample("passkey", 131072)
     (key,) = found.answers
-    assert found.prompt.count(key) == 2
-    assert f"The pass key is {key}. Remember it. {key} is the pass key." in found.prompt
     assert re.fullmatch(r"\d{5}", key)
-
-
-def test_needles_lie_at_every_depth_of_the_grid_once() -> None:
-    depths = [sample("passkey", 4096, index=i).depths[0] for i in range(DEPTHS)]
-    assert min(depths) < 0.05
-    assert max(depths) > 0.95
-    nearest = {round(depth * 10) for depth in depths}
-    assert nearest == set(range(11))
-
-
-def test_all_the_noise_is_the_known_sentences() -> None:
-    found = sample("niah_single_1", 1024)
-    context = found.question.split("\n", 1)[1].rsplit("\n", 1)[0]
-    rest = re.sub(r"One of the special magic numbers for \S+ is: \d+\.", "", context)
+    rest = found.question.split("\n")[1].replace(f"The pass key is {key}. Remember it. {key} is the pass key.", "")
     for sentence in NOISE:
         rest = rest.replace(sentence, "")
     assert rest.strip() == ""
+    assert found.prompt.count(key) == 2
+
+
+def test_needles_lie_at_every_depth_of_the_grid_once() -> None:
+    depths = sorted(sample("passkey", 4096, index=i).depths[0] for i in range(DEPTHS))
+    assert depths == pytest.approx([i / (DEPTHS - 1) for i in range(DEPTHS)], abs=0.05)
 
 
 @pytest.mark.parametrize("length", [512, 1024, 4096])
@@ -109,10 +86,7 @@ def test_variables_form_a_chain_that_ends_in_the_value(length: int) -> None:
     assert value is not None
     assigned = dict(re.findall(r"VAR (\w{5}) = (?:VAR )?(\w+)", last_question))
     assert set(assigned) == set(found.answers)
-    for variable in found.answers:
-        while variable in assigned:
-            variable = assigned[variable]
-        assert variable == value[1]
+    assert [assigned[variable] for variable in found.answers] == [value[1], *found.answers[:-1]]
     order = [last_question.index(f"VAR {variable} = ") for variable in found.answers]
     assert order == sorted(order)
 
@@ -120,11 +94,9 @@ def test_variables_form_a_chain_that_ends_in_the_value(length: int) -> None:
 @pytest.mark.parametrize("length", [512, 2048, 8192])
 def test_common_words_are_the_most_common(length: int) -> None:
     found = sample("cwe", length, index=1)
-    last_list = found.question[found.question.rindex("Below is a numbered list") :]
-    items = re.findall(r"(\d+)\. (\w+)", last_list)
+    items = re.findall(r"(\d+)\. (\w+)", found.question[found.question.rindex("Below is a numbered list") :])
     assert [int(number) for number, _ in items] == list(range(1, len(items) + 1))
-    counts = Counter(word for _, word in items)
-    ranked = counts.most_common()
+    ranked = Counter(word for _, word in items).most_common()
     assert {word for word, _ in ranked[:10]} == set(found.answers)
     assert ranked[9][1] > ranked[10][1]
 
@@ -132,155 +104,72 @@ def test_common_words_are_the_most_common(length: int) -> None:
 @pytest.mark.parametrize("length", [512, 2048, 8192])
 def test_frequent_words_are_the_most_frequent(length: int) -> None:
     found = sample("fwe", length, index=1)
-    text = found.question[: found.question.index("\nQuestion:")]
-    counts = Counter(re.findall(r"\b[a-z]{6}\b|\.\.\.", text[text.index("Find the three") :].split("words. ", 1)[1]))
-    ranked = counts.most_common(5)
-    assert ranked[0][0] == "..."
-    assert [word for word, _ in ranked[1:4]] == list(found.answers)
+    ranked = Counter(found.question.split("coded words. ")[1].split("\nQuestion:")[0].split()).most_common(5)
+    assert [word for word, _ in ranked[:4]] == ["...", *found.answers]
     assert ranked[3][1] > ranked[4][1]
 
 
-@pytest.mark.parametrize("index", range(12))
-@pytest.mark.parametrize("name", [name for name in OFFLINE if name.startswith("babi")])
-def test_stories_answer_their_question(name: str, index: int) -> None:
-    found = sample(name, 1024, index=index)
-    question = found.question[found.question.rindex("\n") + 1 :]
-    body = found.question[: found.question.rindex("\n")].split("\n\n")[-1]
-    assert len(found.depths) == {"babi_qa2": 2, "babi_qa3": 3}.get(name, 1)
-    assert found.answers == (answered(name, body, question),)
+USER_TURNS = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('user turns only') }}{% endif %}"
 
 
-def answered(name: str, story: str, question: str) -> str:
-    """The answer to a question by following the story again, sentence by sentence."""
-    place: dict[str, str] = {}
-    trail: dict[str, list[str]] = {}
-    holder: dict[str, str] = {}
-    names = "Mary|John|Daniel|Sandra|Fred|Bill|Jeff"
-    pattern = (
-        rf"({names}) (?:moved|went|journeyed|travelled|went back) to the (\w+)\."
-        rf"|({names}) (?:got|took|picked up|grabbed) the (\w+) there\."
-        rf"|({names}) (?:dropped|left|put down|discarded) the (\w+) there\."
-    )
-    for match in re.finditer(pattern, story):
-        walker, where, taker, taken, _, dropped = match.groups()
-        if walker:
-            place[walker] = where
-            for thing, person in holder.items():
-                if person == walker:
-                    trail[thing].append(where)
-        elif taker:
-            holder[taken] = taker
-            trail[taken] = [place[taker]] if taker in place else []
-        else:
-            del holder[dropped]
-    if name == "babi_qa1":
-        return place[question.removeprefix("Where is ").rstrip("?")]
-    if name == "babi_qa2":
-        return trail[question.removeprefix("Where is the ").rstrip("?")][-1]
-    if name == "babi_qa3":
-        asked = re.fullmatch(r"Where was the (\w+) before the (\w+)\?", question)
-        assert asked is not None
-        assert trail[asked[1]][-1] == asked[2]
-        return trail[asked[1]][-2]
-    if name == "babi_qa4":
-        facts = re.findall(r"The (\w+) is (north|south|east|west) of the (\w+)\.", story)
-        opposite = {"north": "south", "south": "north", "east": "west", "west": "east"}
-        for x, direction, y in facts:
-            if question in (f"What is {direction} of the {y}?", f"What is the {y} {opposite[direction]} of?"):
-                return str(x)
-    gifts = re.findall(rf"({names}) (?:gave|handed|passed) the (\w+) to ({names})\.", story)
-    for giver, thing, receiver in gifts:
-        if question == f"What did {giver} give to {receiver}?":
-            return str(thing)
-        if question == f"Who gave the {thing} to {receiver}?":
-            return str(giver)
-        if question == f"Who did {giver} give the {thing} to?":
-            return str(receiver)
-    raise AssertionError(f"no answer to {question}")
-
-
-def test_a_chat_template_wraps_the_question_and_counts() -> None:
-    plain = sample("niah_single_2", 1024, kind="unigram_chat")
-    chat = sample("niah_single_2", 1024, kind="unigram_chat", chat=True)
-    assert chat.prompt.startswith("<s>[user] ")
-    assert chat.prompt.endswith(f"</s>[assistant] {chat.prefix}")
-    assert chat.answers == plain.answers
-    with pytest.raises(EvalError, match="has no chat template"):
-        sample("niah_single_2", 1024, chat=True)
-
-
-NO_ANSWERS = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('user turns only') }}{% endif %}"
-NO_FINAL_ANSWER = "{% set messages = messages[:1] %}"
-NOTHING = "{{ raise_exception('needs a system turn') }}"
-
-
-@pytest.mark.parametrize("start", [NO_ANSWERS, NO_FINAL_ANSWER], ids=["raises", "drops it"])
-def test_a_template_that_takes_no_opened_answer_gives_the_same_prompt(start: str) -> None:
-    tokenizer = copy.deepcopy(tokenizer_of_kind("unigram_chat"))
-    generator = GENERATORS["niah_single_2"]
-    expected = synthesize(generator, tokenizer, 1024, use_chat_template=True)
-    assert expected.prefix
+@pytest.mark.parametrize(
+    "start", ["", USER_TURNS, "{% set messages = messages[:1] %}"], ids=["opens", "raises", "drops"]
+)
+def test_a_chat_template_wraps_the_question_and_opens_the_answer(start: str) -> None:
+    tokenizer, plain = copy.deepcopy(tokenizer_of_kind("unigram_chat")), sample("niah_single_2", 1024)
     tokenizer.chat_template = start + CHAT_TEMPLATE
-    assert synthesize(generator, tokenizer, 1024, use_chat_template=True) == expected
+    found = synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
+    assert found.prompt == f"<s>[user] {found.question}</s>[assistant] {found.prefix}"
+    assert (found.answers, found.prefix) == (plain.answers, plain.prefix)
 
 
-def test_a_template_that_takes_no_question_is_an_error_that_says_so() -> None:
+def test_a_template_that_takes_no_question_is_refused() -> None:
     tokenizer = copy.deepcopy(tokenizer_of_kind("unigram_chat"))
-    tokenizer.chat_template = NOTHING
-    with pytest.raises(EvalError, match=r"does not take a user's question \(needs a system turn\)"):
-        synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
+    templates = {
+        None: "has no chat template",
+        "{{ raise_exception('no turns') }}": r"take a user's question \(no turns\)",
+    }
+    for tokenizer.chat_template, message in templates.items():
+        with pytest.raises(EvalError, match=message):
+            synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
 
 
-def test_the_room_for_the_answer_can_be_chosen() -> None:
+def test_the_room_for_the_answer_can_be_chosen_and_a_length_without_room_is_refused() -> None:
     found = synthesize(GENERATORS["niah_single_1"], tokenizer_of_kind("byte_bpe"), 1024, new_tokens=20)
     assert found.new_tokens == 20
     assert 0.98 * 1024 - 20 <= found.prompt_tokens <= 1004
-
-
-def test_a_length_without_room_is_refused() -> None:
     with pytest.raises(EvalError, match="niah_single_2 cannot fill 160 tokens, of which 128 are kept for the answer"):
         sample("niah_single_2", 160)
+    with pytest.raises(EvalError, match="fwe fills only 683 of 700 tokens, since one step more of its filler"):
+        sample("fwe", 700, seed=3, index=47)
 
 
-def test_other_texts_hide_the_facts_too(tmp_path: Path) -> None:
-    words = "It was a quiet evening and nobody in the old house had anything to say about the strange letter"
+def test_other_texts_hide_the_facts_unless_they_say_them_or_are_too_short(tmp_path: Path) -> None:
     file = tmp_path / "novel.txt"
-    file.write_text("\n\n".join(f"{words} of day {i}.  More   was to come." for i in range(60)))
-    found = synthesize(
-        GENERATORS["niah_single_2"], tokenizer_of_kind("byte_bpe"), 1024, material=Material(text=str(file))
-    )
+    material, generator, tokenizer = Material(str(file)), GENERATORS["niah_single_2"], tokenizer_of_kind("byte_bpe")
+    words = "It was a quiet evening and nobody in the old house had anything to say about the strange letter"
+    story = "\n\n".join(f"{words} of day {i}.  More   was to come." for i in range(60))
+    file.write_text(story)
+    found = synthesize(generator, tokenizer, 1024, material=material)
     assert "It was a quiet evening" in found.prompt
     assert "   " not in found.prompt
+    (needle,) = re.findall(r"One of the special magic .*?: \d+\.", found.prompt)
+    file.write_text(f"{story}\n\nNobody there knew what the next sentence of this letter was to tell them. {needle}")
+    load_prose.cache_clear()
+    with pytest.raises(EvalError, match=r"stands \d times in the prompt, .*give another text"):
+        synthesize(generator, tokenizer, 4096, material=Material(str(file)))
     file.write_text("Too little.")
     load_prose.cache_clear()
     with pytest.raises(EvalError, match="holds 0 words of prose; a haystack needs 400"):
         load_prose(str(file))
 
 
-def test_a_text_that_holds_the_evidence_itself_is_refused(tmp_path: Path) -> None:
-    story = sample("babi_qa4", 1024).question.split("\n\n")[-1]
-    facts = re.findall(r"The \w+ is \w+ of the \w+\.", story)
-    filler = "\n\n".join(
-        f"Nothing at all was to be seen of it on day {i}, and nobody there knew why." for i in range(60)
-    )
-    file = tmp_path / "house.txt"
-    file.write_text(f"{filler}\n\nThere is an old house which nobody has lived in for many years. {' '.join(facts)}")
-    with pytest.raises(EvalError, match=r"stands \d times in the prompt, .*give another text"):
-        synthesize(GENERATORS["babi_qa4"], tokenizer_of_kind("byte_bpe"), 2048, material=Material(str(file)))
-
-
-def test_prose_is_prose() -> None:
+def test_prose_is_prose_and_noise_has_as_many_sentences_as_asked() -> None:
     prose = load_prose("python-reference")
-    text = " ".join(prose.words)
     assert len(prose.words) > 20_000
-    assert ">>>" not in text
-    assert "  " not in text
-    assert prose.sentence_starts[0] == 0
+    assert ">>>" not in " ".join(prose.words)
     assert prose.stretch(len(prose.words) - 2, 5) == [*prose.words[-2:], *prose.words[:3]]
     assert " ".join(prose.sentences(100, 300)) == " ".join(prose.words[100:400])
-
-
-def test_noise_has_exactly_as_many_sentences_as_asked() -> None:
     for count in (0, 1, 5, 13):
         assert len(re.findall(r"\.", " ".join(noise(count)))) == count
 
@@ -290,12 +179,10 @@ def test_words_are_distinct_however_many_are_asked_for() -> None:
     many = stream.first(5000)
     assert len(set(many)) == 5000
     assert set(many[: len(english_words())]) == set(english_words())
-    assert WordStream("seed").first(10) == many[:10] == stream.first(10)
-    assert WordStream("other").first(10) != many[:10]
+    assert WordStream("seed").first(10) == many[:10] == stream.first(10) != WordStream("other").first(10)
 
 
-@pytest.mark.parametrize("per_unit", [1, 3, 17])
-@pytest.mark.parametrize("room", [100, 1000, 123_456])
+@pytest.mark.parametrize(("per_unit", "room"), [(1, 100), (3, 1000), (17, 123_456), (1, 123_456), (17, 100)])
 def test_filling_finds_the_room_in_a_few_steps(per_unit: int, room: int) -> None:
     asked: list[int] = []
 
@@ -307,12 +194,6 @@ def test_filling_finds_the_room_in_a_few_steps(per_unit: int, room: int) -> None
     assert tokens_at(found) <= room
     assert room - tokens_at(found) <= max(0.002 * room, per_unit + 2)
     assert len(asked) < 16
-
-
-def test_filling_stops_where_the_units_end() -> None:
-    assert fill(lambda units: 10 + units, 1000, largest=20) == 20
-    with pytest.raises(EvalError, match="needs 10 tokens without any filler, and 5 are free"):
-        fill(lambda units: 10 + units, 5)
 
 
 def test_counting_adds_special_tokens_once() -> None:

@@ -1,11 +1,39 @@
-"""Texts by name."""
+"""Texts by name, what the tasks hand to a model, and where the samples lie in the text."""
 
 import hashlib
+from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
+from tiny_sweep import tiny_text, tiny_tokenizer
 
 from eval_tasks.errors import EvalError
+from eval_tasks.tasks import TASKS, Layout, ascending, check_lengths, passage_start, places, tokenise
 from eval_tasks.texts import load_text, reflow
+
+LAYOUT = Layout(lengths=(64, 100, 257), samples=3, scored=20, passage=24, seed=5)
+WRAPPED = """\
+The extended form of the statement is equivalent to another, longer,
+one that follows here, which was hyphen-broken by the wrapping of the
+documentation, and in which a hyphen breaks a word, for example quote-
+delimited words.
+
+   if __debug__:
+       if not expression: raise AssertionError
+
+* a list item that is so long that it had to be wrapped by the writer
+  of the page
+* another item"""
+REFLOWED = """\
+The extended form of the statement is equivalent to another, longer, one that follows here, which was hyphen-broken \
+by the wrapping of the documentation, and in which a hyphen breaks a word, for example quote-delimited words.
+
+   if __debug__:
+       if not expression: raise AssertionError
+
+* a list item that is so long that it had to be wrapped by the writer of the page
+* another item"""
 
 
 def test_the_python_reference_is_the_same_every_time_and_its_lines_are_whole():
@@ -18,71 +46,134 @@ def test_the_python_reference_is_the_same_every_time_and_its_lines_are_whole():
 
 
 def test_reflow_joins_wrapped_prose_and_leaves_code_lists_and_paragraphs_alone():
-    wrapped = "\n".join(
-        [
-            "The extended form of the statement is equivalent to another, longer,",
-            "one that follows here, which was hyphen-broken by the wrapping of the",
-            "documentation.",
-            "",
-            "   if __debug__:",
-            "       if not expression: raise AssertionError",
-            "",
-            "* a list item that is so long that it had to be wrapped by the writer",
-            "  of the page",
-            "* another item",
-        ]
-    )
-    assert reflow(wrapped).split("\n") == [
-        "The extended form of the statement is equivalent to another, longer, one that follows here, which was "
-        "hyphen-broken by the wrapping of the documentation.",
-        "",
-        "   if __debug__:",
-        "       if not expression: raise AssertionError",
-        "",
-        "* a list item that is so long that it had to be wrapped by the writer of the page",
-        "* another item",
-    ]
+    assert reflow(WRAPPED) == REFLOWED
 
 
-def test_reflow_joins_words_that_were_broken_at_their_hyphen_without_a_blank():
-    assert reflow("x" * 60 + " quote-\ndelimited words") == "x" * 60 + " quote-delimited words"
+def test_files_and_data_sets_of_local_files_are_read_as_they_are(tmp_path):
+    novel, books = tmp_path / "novel.txt", tmp_path / "books.jsonl"
+    novel.write_text("Call me\nIshmael. é\n", encoding="utf-8")
+    books.write_text('{"body": "first"}\n{"body": "second"}\n', encoding="utf-8")
+    assert load_text(str(novel)).content == "Call me\nIshmael. é\n"
+    assert load_text(str(novel)).sha256 == hashlib.sha256(novel.read_bytes()).hexdigest()
+    assert load_text(f"text,{novel}:train").content == "Call me\nIshmael. é"
+    assert load_text(f"json,{books}:train:body").content == "first\n\nsecond"
 
 
-def test_a_file_is_read_as_it_is(tmp_path):
-    path = tmp_path / "novel.txt"
-    path.write_text("Call me\nIshmael. é\n", encoding="utf-8")
-    text = load_text(str(path))
-    assert text.content == "Call me\nIshmael. é\n"
-    assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no-such-text", None, "no text named 'no-such-text'"),
+        ("text,{}/nothing.txt:train", None, "does not exist"),
+        ("pg19:", None, r"written NAME.*for example emozilla/pg19-test:test"),
+        ("{}/file", b" \n", "is empty"),
+        ("{}/file", "é".encode("latin-1"), "not UTF-8"),
+        ("json,{}/file:train", b'{"body": "first"}\n', "no column 'text'; it has body"),
+    ],
+)
+def test_missing_empty_and_unreadable_texts_are_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / "file").write_bytes(content)
+    with pytest.raises(EvalError, match=message):
+        load_text(name.format(tmp_path))
 
 
-def test_a_data_set_of_local_text_files_needs_no_network(tmp_path):
-    pytest.importorskip("datasets")
-    path = tmp_path / "novel.txt"
-    path.write_text("One line.\nAnother line.\n", encoding="utf-8")
-    assert load_text(f"text,{path}:train").content == "One line.\nAnother line."
+@pytest.fixture(params=[False, True], ids=["no-bos", "bos"])
+def text(request):
+    return tokenise(tiny_tokenizer(bos=request.param), tiny_text(3000))
 
 
-def test_a_data_set_joins_documents_of_the_named_column(tmp_path):
-    pytest.importorskip("datasets")
-    path = tmp_path / "books.jsonl"
-    path.write_text('{"body": "first"}\n{"body": "second"}\n', encoding="utf-8")
-    assert load_text(f"json,{path}:train:body").content == "first\n\nsecond"
-    with pytest.raises(EvalError, match="no column 'text'; it has body"):
-        load_text(f"json,{path}:train")
+def sample(text, task, length, index=0):
+    return TASKS[task].build(text, places(text, LAYOUT)[index], length, LAYOUT)
 
 
-def test_missing_empty_and_unreadable_texts_are_refused(tmp_path):
-    with pytest.raises(EvalError, match="no text named 'no-such-text'"):
-        load_text("no-such-text")
-    with pytest.raises(EvalError, match="does not exist"):
-        load_text(f"text,{tmp_path}/nothing.txt:train")
-    with pytest.raises(EvalError, match=r"written NAME.*for example emozilla/pg19-test:test"):
-        load_text("pg19:")
-    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
-    empty.write_text(" \n")
-    latin.write_bytes("é".encode("latin-1"))
-    with pytest.raises(EvalError, match="is empty"):
-        load_text(str(empty))
-    with pytest.raises(EvalError, match="not UTF-8"):
-        load_text(str(latin))
+@pytest.mark.parametrize("task", TASKS)
+def test_the_last_stretch_of_a_text_is_long_enough_wherever_the_passage_lies(task):
+    words = ["12"] * (LAYOUT.lead + LAYOUT.slack) + ["abcdefgh"] * (LAYOUT.stretch - LAYOUT.lead - LAYOUT.slack)
+    text = tokenise(tiny_tokenizer(), " ".join(words))
+    assert passage_start(text, 0, LAYOUT) == LAYOUT.lead + LAYOUT.slack
+    for length in LAYOUT.lengths:
+        assert len(TASKS[task].build(text, 0, length, LAYOUT).ids) == length + 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", LAYOUT.lengths)
+def test_the_model_reads_exactly_as_many_tokens_as_asked(text, task, length):
+    ids = sample(text, task, length).ids
+    assert len(ids[:-1]) == length
+    assert tuple(ids[: len(text.prefix)]) == text.prefix
+
+
+@pytest.mark.parametrize("length", LAYOUT.lengths)
+def test_recall_holds_the_same_passage_near_the_start_and_at_the_end_and_the_text_around_it(text, length):
+    place = passage_start(text, places(text, LAYOUT)[1], LAYOUT)
+    ids = sample(text, "recall", length, 1).ids[len(text.prefix) :]
+    passage = text.ids[place : place + LAYOUT.passage]
+    np.testing.assert_array_equal(ids[LAYOUT.lead :][: LAYOUT.passage], passage)
+    np.testing.assert_array_equal(ids[-LAYOUT.passage :], passage)
+    first = place - LAYOUT.lead
+    np.testing.assert_array_equal(ids[: -LAYOUT.passage], text.ids[first : first + len(ids) - LAYOUT.passage])
+
+
+def test_the_unseen_passage_stands_only_at_the_end(text):
+    ids = sample(text, "unseen", 100).ids
+    passage = sample(text, "recall", 100).ids[-LAYOUT.passage :]
+    np.testing.assert_array_equal(ids[-LAYOUT.passage :], passage)
+    earlier = np.lib.stride_tricks.sliding_window_view(ids[: -LAYOUT.passage], LAYOUT.passage)
+    assert not (earlier == passage).all(axis=1).any()
+
+
+def test_perplexity_scores_the_same_tokens_under_every_length(text):
+    ends = [sample(text, "perplexity", length).ids[-LAYOUT.scored :] for length in LAYOUT.lengths]
+    assert all((end == ends[0]).all() for end in ends)
+    short, long = (sample(text, "perplexity", length).ids[len(text.prefix) :] for length in (64, 257))
+    np.testing.assert_array_equal(long[-len(short) :], short)
+
+
+def test_the_passage_is_prose_where_the_stretch_begins_with_something_else():
+    words = ["12"] * 40 + ["abcdefgh"] * 24 + ["34"] * 100 + ["abcdefghij"] * 400
+    text = tokenise(tiny_tokenizer(), " ".join(words))
+    layout = Layout(lengths=(128,), samples=1, scored=20, passage=24, seed=0)
+    assert passage_start(text, 0, layout) == passage_start(text, 30, layout) == 40
+
+
+def test_bytes_are_those_of_the_scored_words_and_the_blanks_before_them(text):
+    assert sample(text, "perplexity", 64).scored_bytes == LAYOUT.scored * len(" w00")
+
+
+def test_bytes_count_utf8_and_not_characters():
+    text = tokenise(tiny_tokenizer(), "w03 é€😀 w04")
+    assert list(text.byte_ends) == [3, 3 + 1 + 2 + 3 + 4, 3 + 1 + 2 + 3 + 4 + 4]
+
+
+def test_places_do_not_overlap_and_fewer_are_the_first_of_more(text):
+    starts = places(text, LAYOUT)
+    ordered = sorted(starts)
+    assert all(b - a >= LAYOUT.stretch for a, b in pairwise(ordered))
+    assert ordered[-1] + LAYOUT.stretch <= len(text.ids)
+    assert places(text, replace(LAYOUT, samples=2)) == starts[:2]
+    assert places(text, replace(LAYOUT, seed=6)) != starts
+
+
+def test_a_short_text_is_refused_with_what_it_has_and_what_is_needed():
+    text = tokenise(tiny_tokenizer(), tiny_text(500))
+    with pytest.raises(EvalError, match=r"500 tokens; 3 samples of up to 257 tokens need 1,176"):
+        places(text, LAYOUT)
+
+
+@pytest.mark.parametrize(("task", "least"), [("perplexity", 20), ("recall", 54), ("unseen", 25)])
+def test_lengths_below_what_a_task_needs_are_refused_and_that_length_works(text, task, least):
+    least += len(text.prefix)
+    fits = Layout((least,), 1, LAYOUT.scored, LAYOUT.passage, 0)
+    check_lengths([TASKS[task]], fits, len(text.prefix))
+    assert len(TASKS[task].build(text, 0, least, fits).ids) == least + 1
+    short = Layout((least - 1,), 1, LAYOUT.scored, LAYOUT.passage, 0)
+    with pytest.raises(EvalError, match=f"length {least - 1} is too short for the task {task}, which needs {least}"):
+        check_lengths([TASKS[task]], short, len(text.prefix))
+
+
+def test_lengths_are_sorted_and_repeats_and_nonsense_are_refused():
+    assert ascending([2048, 512]) == (512, 2048)
+    with pytest.raises(EvalError, match="512 is given twice"):
+        ascending([512, 1024, 512])
+    with pytest.raises(EvalError, match="at least 2"):
+        ascending([0, 512])

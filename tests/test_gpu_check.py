@@ -115,7 +115,6 @@ def test_a_dry_run_compiles_every_launch_and_benches_on_the_cpu_with_few_package
     assert all(int(count) > 30 for step in PARTS[part][1:] for count in launched[step] or ["0"])
     rows = json.loads(results[f"{part}.json"])["rows"]
     assert {row["method"] for row in rows if row["status"] == "ok"} >= {"topk", "block", "window"}
-    assert "no plot: matplotlib is not installed" in results[f"{part}.log"]
 
 
 @pytest.mark.slow

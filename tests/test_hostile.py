@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from eval_tasks.schema import row_problem, run_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_eval_report import rows_of, run_of
@@ -25,7 +26,6 @@ import nc_patch
 from eval_tasks.errors import EvalError
 from eval_tasks.merging import merge_runs
 from eval_tasks.report import Section, markdown
-from eval_tasks.schema import row_problem, run_problem
 from eval_tasks.store import ResultStore, read_rows, read_run
 from nc_patch import NCConfig, Profile, ProfileError
 from nc_patch.cli import main

@@ -1,6 +1,5 @@
 """What a run needs at its end is there before it begins: a place for every file, what draws, and options that fit."""
 
-import builtins
 import subprocess
 import sys
 
@@ -8,7 +7,7 @@ import pytest
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
 from eval_tasks import calibrate_command, fidelity_command, run
-from nc_patch.bench import command
+from eval_tasks.bench import command
 from nc_patch.cli import main
 
 
@@ -64,22 +63,6 @@ def test_bench_sees_it_too(tmp_path, capsys, monkeypatch, file):
     (tmp_path / "out" / file).mkdir(parents=True)
     assert main(["bench", "decode", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
     assert f"cannot be written: {file} is a directory. Give another" in capsys.readouterr().err
-
-
-def test_bench_sees_before_it_measures_that_matplotlib_is_broken(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(command, "_measure", measured)
-    monkeypatch.delitem(sys.modules, "nc_patch.bench.plot", raising=False)
-    whole = builtins.__import__
-
-    def broken(name, *rest):
-        if name == "matplotlib":
-            raise ImportError("built for another numpy")
-        return whole(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", broken)
-    assert main(["bench", "decode", "--device", "cpu", "--out", str(tmp_path)]) == 2
-    assert "cannot be imported (built for another numpy)" in capsys.readouterr().err
 
 
 def test_a_report_loads_nothing_of_matplotlib_when_it_is_drawn():

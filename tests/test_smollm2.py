@@ -5,22 +5,28 @@ import os
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from eval_tasks.errors import EvalError
 from eval_tasks.log_law import LogConfig
-from nc_patch import NCConfig, patch_model, patched, unpatch_model
+from eval_tasks.measure import measure
+from eval_tasks.models import load_model
+from eval_tasks.tasks import TASKS, Layout, places, tokenise
+from eval_tasks.texts import load_text
+from nc_patch import NCConfig, calibrate, patch_model, patched, unpatch_model
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
 pytest.importorskip("gguf", reason="the conversion of SmolLM2 needs the package gguf")
 pytestmark = pytest.mark.slow
+TOPK = {"selection": "topk", "tail": "drop"}
+WINDOW = {"selection": "window", "sink_keys": 4}
+FLOOR = {"selection": "block", "min_mass": 0.9}
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
-    from eval_tasks.errors import EvalError
-    from eval_tasks.models import load_model
-
     try:
         return load_model("smollm2", "float32", "cpu")
     except EvalError as error:
@@ -28,66 +34,55 @@ def smollm2() -> Any:
 
 
 @pytest.fixture(scope="module")
-def perplexity(smollm2):
-    """A function (task, length, config) → perplexity over the samples of the harness's task."""
-    from eval_tasks.measure import measure
-    from eval_tasks.tasks import TASKS, Layout, places, tokenise
-    from eval_tasks.texts import load_text
+def text(smollm2):
+    return tokenise(smollm2.tokenizer, load_text("python-reference").content)
 
-    text = tokenise(smollm2.tokenizer, load_text("python-reference").content)
+
+@pytest.fixture(scope="module")
+def perplexity(smollm2, text):
+    """A function (task, length, config) → perplexity over the samples of the harness's task."""
     known: dict[Any, float] = {}
 
-    def run(task: str, length: int, config: NCConfig | None, samples: int = 1) -> float:
+    def run(task: str, length: int, config: NCConfig | None, samples: int) -> float:
         key = (task, length, config, samples)
         if key not in known:
             layout = Layout(lengths=(length,), samples=samples, scored=256, passage=256, seed=0)
-            losses = [
-                measure(smollm2.model, config, TASKS[task].build(text, place, length, layout))
-                for place in places(text, layout)
-            ]
+            built = [TASKS[task].build(text, place, length, layout) for place in places(text, layout)]
+            losses = [measure(smollm2.model, config, sample) for sample in built]
             known[key] = math.exp(sum(m.loss_sum for m in losses) / sum(m.tokens for m in losses))
         return known[key]
 
     return run
 
 
-def test_topk_is_within_three_percent_of_dense_at_2048(perplexity):
-    dense = perplexity("perplexity", 2048, None, samples=2)
-    assert perplexity("perplexity", 2048, NCConfig(2.0, 0.7, selection="topk", tail="drop"), samples=2) <= 1.03 * dense
+@pytest.mark.parametrize(
+    ("task", "alpha", "C", "options", "most"),
+    [
+        ("perplexity", 2.0, 0.7, TOPK, 1.03),
+        ("perplexity", DEFAULT_ALPHA, DEFAULT_C, {}, 1.02),
+        ("perplexity", 4.0, 0.6, {"selection": "block"}, 1.08),
+        ("perplexity", 4.0, 0.6, FLOOR, 1.05),
+        ("recall", 2.0, 0.5, TOPK, 1.5),
+        ("recall", 4.0, 0.6, {"selection": "block"}, 1.5),
+        ("recall", 4.0, 0.6, FLOOR, 1.1),
+    ],
+)
+def test_perplexity_at_2048_is_near_that_of_dense_attention(perplexity, task, alpha, C, options, most):
+    dense = perplexity(task, 2048, None, 2)
+    assert task != "recall" or dense < 2.5
+    assert perplexity(task, 2048, NCConfig(alpha, C, **options), 2) <= most * dense
 
 
-def test_the_defaults_are_within_two_percent_of_dense_at_2048(perplexity):
-    dense = perplexity("perplexity", 2048, None, samples=2)
-    assert perplexity("perplexity", 2048, NCConfig(DEFAULT_ALPHA, DEFAULT_C), samples=2) <= 1.02 * dense
-
-
-def test_topk_recalls_at_2048_and_a_window_of_the_same_budget_does_not(perplexity):
-    dense = perplexity("recall", 2048, None, samples=2)
-    assert dense < 2.5
-    assert perplexity("recall", 2048, NCConfig(2.0, 0.5, selection="topk", tail="drop"), samples=2) <= 1.5 * dense
-    window = NCConfig(2.0, 0.5, selection="window", sink_keys=4)
-    assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
-
-
-def test_blocks_stay_near_dense_at_2048_and_a_floor_on_the_mass_brings_them_nearer(perplexity):
-    block = NCConfig(4.0, 0.6, selection="block")
-    floor = NCConfig(4.0, 0.6, selection="block", min_mass=0.9)
-    dense = perplexity("perplexity", 2048, None, samples=2)
-    assert perplexity("perplexity", 2048, block, samples=2) <= 1.08 * dense
-    assert perplexity("perplexity", 2048, floor, samples=2) <= 1.05 * dense
-    dense = perplexity("recall", 2048, None, samples=2)
-    assert perplexity("recall", 2048, block, samples=2) <= 1.5 * dense
-    assert perplexity("recall", 2048, floor, samples=2) <= 1.1 * dense
-    window = NCConfig(4.0, 0.6, selection="window", sink_keys=4)
-    assert perplexity("recall", 2048, window, samples=2) >= 10 * dense
+@pytest.mark.parametrize(("alpha", "C"), [(2.0, 0.5), (4.0, 0.6)])
+def test_a_window_with_the_budget_of_those_that_recall_does_not(perplexity, alpha, C):
+    assert perplexity("recall", 2048, NCConfig(alpha, C, **WINDOW), 2) >= 10 * perplexity("recall", 2048, None, 2)
 
 
 @pytest.mark.wide
 def test_a_growing_budget_beats_the_fixed_and_the_logarithmic_one_at_4096(perplexity):
-    topk = {"selection": "topk", "tail": "drop"}
-    laws = (NCConfig(2.0, 0.5, **topk), LogConfig(6.4, **topk), NCConfig(64, **topk))
+    laws = (NCConfig(2.0, 0.5, **TOPK), LogConfig(6.4, **TOPK), NCConfig(64, **TOPK))
     assert [law.budget(1024) for law in laws] == [64, 64, 64]
-    growing, logarithmic, fixed = (perplexity("recall", 4096, law) for law in laws)
+    growing, logarithmic, fixed = (perplexity("recall", 4096, law, 1) for law in laws)
     assert growing < logarithmic
     assert growing < fixed
 
@@ -107,72 +102,55 @@ def test_a_full_budget_gives_the_logits_and_the_greedy_text_of_sdpa(smollm2, sel
         assert torch.equal(model(**prompt).logits, dense)
 
 
-def test_decoding_by_an_index_gives_the_tokens_of_decoding_without(smollm2):
-    from eval_tasks.texts import load_text
-
+def test_decoding_by_an_index_gives_the_tokens_of_decoding_without(smollm2, text):
     # NC_PATCH_LONG=1: 2,048 tokens in and 256 out, some ten minutes on two cores.
     length, new = (2048, 256) if os.environ.get("NC_PATCH_LONG") == "1" else (300, 16)
-    model, tokenizer = smollm2.model, smollm2.tokenizer
-    prompt = torch.tensor([tokenizer(load_text("python-reference").content[: length * 12])["input_ids"][:length]])
-    generate = lambda: model.generate(  # noqa: E731
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False
-    )
+    prompt = torch.from_numpy(text.ids[None, :length])
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": new, "min_new_tokens": new}
+    generate = lambda: smollm2.model.generate(prompt, **options, do_sample=False)  # noqa: E731
     dense = generate()
-    with patched(model, 1.0, 0.0, min_keys=4096, key_index="always", selection="topk"):  # the budget is every key
+    with patched(smollm2.model, 1.0, 0.0, min_keys=4096, key_index="always", selection="topk"):  # every key
         assert torch.equal(generate(), dense)
-    for options in ({"selection": "topk"}, {"selection": "block", "block_size": 16}):
-        with patched(model, 2.0, 0.7, key_index="always", **options):
+    for options_of_patch in ({"selection": "topk"}, {"selection": "block", "block_size": 16}):
+        with patched(smollm2.model, 2.0, 0.7, key_index="always", **options_of_patch):
             by_index = generate()
-        with patched(model, 2.0, 0.7, key_index="never", **options):
+        with patched(smollm2.model, 2.0, 0.7, key_index="never", **options_of_patch):
             assert torch.equal(generate(), by_index)
 
 
 @pytest.fixture(scope="module")
-def calibrated(smollm2):
+def calibrated(smollm2, text):
     """(profile of the first half of the text up to 4,096 tokens, what pieces of the second half hold at 8,192)."""
-    from eval_tasks.tasks import tokenise
-    from eval_tasks.texts import load_text
-    from nc_patch import calibrate
-
-    ids = tokenise(smollm2.tokenizer, load_text("python-reference").content).ids
-    half = len(ids) // 2
-    profile = calibrate(smollm2.model, None, [ids[:half].tolist()], (256, 512, 1024, 2048, 4096), pieces=4)
+    first, second = (part.tolist() for part in np.split(text.ids, [len(text.ids) // 2]))
+    profile = calibrate(smollm2.model, None, [first], (256, 512, 1024, 2048, 4096), pieces=4)
     # Nothing but the longest length is looked at; the shorter one keeps the pass with gradients short.
-    later = calibrate(smollm2.model, None, [ids[half:].tolist()], (256, 8192), pieces=3)
-    return profile, later
+    return profile, calibrate(smollm2.model, None, [second], (256, 8192), pieces=3)
 
 
 @pytest.mark.wide
 def test_a_profile_of_4096_tokens_predicts_what_is_kept_at_8192(calibrated):
-    import numpy as np
-
     profile, later = calibrated
     laws = profile.at_mass(0.9)
     budget = np.ceil(laws.alpha * 8192.0**laws.C)
     kept = np.empty(budget.shape)
-    for layer, head in np.ndindex(*budget.shape):
-        kept[layer, head] = np.interp(np.log(budget[layer, head]), np.log(later.keys), later.kept[-1, layer, head])
+    for head in np.ndindex(*budget.shape):
+        kept[head] = np.interp(np.log(budget[head]), np.log(later.keys), later.kept[(-1, *head)])
     predicted, low, high = laws.kept_mass(8192)
     assert np.median(np.abs(predicted - kept)) <= 0.03
     assert np.mean((low <= kept) & (kept <= high)) >= 0.8
 
 
 @pytest.mark.wide
-def test_a_profile_loses_less_than_six_tenths_of_what_a_uniform_law_loses(smollm2, calibrated):
-    from eval_tasks.tasks import tokenise
-    from eval_tasks.texts import load_text
-
-    ids = torch.from_numpy(tokenise(smollm2.tokenizer, load_text("python-reference").content).ids)
-    start = len(ids) // 2 + 6000
-    stretch = ids[start : start + 2049]
+def test_a_profile_loses_less_than_six_tenths_of_what_a_uniform_law_loses(smollm2, text, calibrated):
+    start = len(text.ids) // 2 + 6000
+    stretch = torch.from_numpy(text.ids[start : start + 2049])
 
     def loss(config: NCConfig | None) -> float:
         with torch.inference_mode(), patched(smollm2.model, config=config) if config else nullcontext():
             logits = smollm2.model(input_ids=stretch[None, :-1], use_cache=False).logits[0]
         return float(torch.nn.functional.cross_entropy(logits.float(), stretch[1:]))
 
-    dense, topk = loss(None), {"selection": "topk", "tail": "drop"}
     # Each attends 10 % of the keys of 2,048 tokens.
-    profile = loss(calibrated[0].at_budget(0.1, n=2048).config(**topk))
-    uniform = min(loss(NCConfig(alpha, C, **topk)) for alpha, C in ((13.48, 0.3), (3.38, 0.5), (0.83, 0.7)))
+    dense, profile = loss(None), loss(calibrated[0].at_budget(0.1, n=2048).config(**TOPK))
+    uniform = min(loss(NCConfig(alpha, C, **TOPK)) for alpha, C in ((13.48, 0.3), (3.38, 0.5), (0.83, 0.7)))
     assert profile - dense <= 0.6 * (uniform - dense)

@@ -9,7 +9,7 @@ from tiny_models import random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, small
 
-from eval_tasks.launch import free_port
+from eval_tasks.processes import free_port
 from nc_patch import UnsupportedModelError, is_patched, patch_model, unpatch_model
 from nc_patch.hooks import hand_on_mask
 from nc_patch.masks import interval_mask

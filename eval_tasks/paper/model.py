@@ -1,8 +1,7 @@
-"""The same on a model's own queries, keys and values: how many keys hold the mass, and what a budget law loses.
+"""The same on a model's own queries, keys and values, of one dense forward pass over each sample.
 
-They come from one dense forward pass over each sample. At every length n, ``ROWS`` queries evenly spaced over the last
-sixteenth before it stand for a context of n; what they attend is computed by ``nc_patch`` as the paper's top-k: no key
-is attended but for its score, and the others are dropped.
+At every length n, a few queries evenly spaced over the last sixteenth before it stand for a context of n. What they
+attend is computed by ``nc_patch`` as the paper's top-k: no key for its place, and the others are dropped.
 """
 
 from collections.abc import Sequence
@@ -13,12 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from eval_tasks.capture import Captured, capture
-from eval_tasks.paper.estimates import estimate, exponents
-from eval_tasks.paper.laws import DENSE, Law, topk_attention
+from eval_tasks.paper.laws import Law, compare, equal_in_mean, estimate, estimates, exponents, gather
 from eval_tasks.paper.theory import mass_share
+from nc_patch.functional import attend
+from nc_patch.ops.problem import Problem
+from nc_patch.selections import Dense, Selection, TopK
 
-ROWS = 8
-EPSILONS = (0.2, 0.05)
 MEASURES = ("kept_mass", "output_error", "relative_error")
 
 
@@ -31,51 +30,51 @@ def count_keys(captured: Captured, positions: torch.Tensor) -> dict[str, np.ndar
     """What each row's exact weights hold, in float64; ``[Hq, rows]`` each.
 
     Returns:
-        ``mass …``: for each of ``EPSILONS`` the number of keys that hold 1 − ε of the mass; ``entropy``: the support
-        exp(H); ``sigma``: the standard deviation of the visible keys' scores; ``normal …``: how many keys would hold
-        1 − ε if the scores were independent and normal with that deviation.
+        ``mass 0.95``: the number of keys that hold 95 % of the mass; ``sigma``: the standard deviation of the visible
+        keys' scores; ``normal 0.95``: how many keys would hold as much if the scores were independent and normal with
+        that deviation.
     """
     query, key, _, scale = captured
     group, length = query.shape[1] // key.shape[1], int(positions[-1]) + 1
     keys = key[0, :, :length].double().repeat_interleave(group, 0)
     scores = scale * query[0, :, positions].double() @ keys.mT
-    seen = torch.arange(length) <= positions[:, None]
+    hidden = torch.arange(length) > positions[:, None]
     n = positions + 1
-    mean = scores.masked_fill(~seen, 0.0).sum(-1) / n
-    sigma = ((scores - mean[..., None]).masked_fill(~seen, 0.0).square().sum(-1) / n).sqrt()
-    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
-    found = {"sigma": sigma.numpy(), "entropy": torch.special.entr(weights).sum(-1).exp().numpy()}
+    mean = scores.masked_fill(hidden, 0.0).sum(-1, keepdim=True) / n[:, None]
+    sigma = ((scores - mean).masked_fill(hidden, 0.0).square().sum(-1) / n).sqrt().numpy()
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
     cumulative = weights.sort(-1, descending=True).values.cumsum(-1)
-    for epsilon in EPSILONS:
-        counts = ((cumulative < 1 - epsilon).sum(-1) + 1).minimum(n)
-        found[f"mass {1 - epsilon:g}"] = counts.numpy()
-        shares = np.vectorize(lambda s, epsilon=epsilon: mass_share(s, epsilon))(sigma.numpy())
-        found[f"normal {1 - epsilon:g}"] = np.maximum(1.0, shares * n.numpy())
-    return found
+    counts = ((cumulative < 0.95).sum(-1) + 1).minimum(n).numpy()
+    expected = np.maximum(1.0, mass_share(sigma, 0.05) * n.numpy())
+    return {"sigma": sigma, "mass 0.95": counts, "normal 0.95": expected}
 
 
-def losses(captured: Captured, positions: torch.Tensor, laws: Sequence[Law]) -> dict[str, dict[str, np.ndarray]]:
-    """What each law's top-k loses: law → measure of ``MEASURES`` → ``[rows]``.
+def losses(captured: Captured, positions: torch.Tensor, laws: Sequence[Law]) -> dict[str, np.ndarray]:
+    """What each law's top-k loses, ``[laws, rows]`` for each of ``MEASURES``.
 
     The kept mass is the mean over heads. Outputs are those of all heads side by side: ``output_error`` is the largest
     difference of any of their channels, ``relative_error`` is ‖o − o_dense‖ / ‖o_dense‖.
     """
-    length = int(positions[-1]) + 1
-    query, key, value = captured.query[:, :, positions], captured.key[:, :, :length], captured.value[:, :, :length]
-    end = positions.int() + 1
-    options: dict[str, Any] = {"visible": torch.stack((torch.zeros_like(end), end), -1)[None], "scale": captured.scale}
-    dense = topk_attention(query, key, value, DENSE, **options).output
-    found = {}
-    for law in laws:
-        result = topk_attention(query, key, value, law, **options)
+    n = positions + 1
+    visible = torch.stack((torch.zeros_like(n), n), -1)[None].int()
+    query, key, value = captured.query[:, :, positions], captured.key[:, :, : n[-1]], captured.value[:, :, : n[-1]]
+    budgets, origin = n.int()[None, None], visible[..., 0].contiguous()
+    every = Problem(query, key, value, visible, origin, budgets, captured.scale, stats=True)
+
+    def attended(selection: Selection, budget: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs of all heads ``[rows, Hq·D]``, and the kept mass ``[rows]``."""
+        result = attend(every._replace(budget=torch.from_numpy(budget).int()[None, None]), selection, "auto")
         assert result.kept_mass is not None
-        difference, whole = (x[0].transpose(0, 1).flatten(1).double() for x in (result.output - dense, dense))
-        found[law.name] = {
-            "kept_mass": result.kept_mass[0].double().mean(0).numpy(),
-            "output_error": difference.abs().amax(-1).numpy(),
-            "relative_error": (difference.norm(dim=-1) / whole.norm(dim=-1)).numpy(),
-        }
-    return found
+        return result.output[0].transpose(0, 1).flatten(1).double(), result.kept_mass[0].double().mean(0)
+
+    dense, _ = attended(Dense(), n.numpy())
+    found = []
+    for law in laws:
+        output, kept = attended(TopK(sink_keys=0, recent_keys=0, tail="drop"), law.budgets(n.numpy()))
+        difference = output - dense
+        relative = difference.norm(dim=-1) / dense.norm(dim=-1)
+        found.append(dict(zip(MEASURES, (kept, difference.abs().amax(-1), relative), strict=True)))
+    return gather(found)
 
 
 def measure(
@@ -84,80 +83,53 @@ def measure(
     layers: Sequence[int],
     lengths: Sequence[int],
     laws: Sequence[Law],
-    mixed: Sequence[Law],
-    rows: int = ROWS,
+    mixed_keys: int,
+    rows: int = 8,
 ) -> dict[str, Any]:
-    """All samples, layers, lengths and laws.
-
-    Args:
-        model: any that ``nc_patch`` takes.
-        samples: token ids ``[1, L]`` each, L at least the longest length.
-        layers: of the model.
-        lengths: contexts, rising.
-        laws: compared at every length.
-        mixed: more laws, for ``rows``.
-        rows: queries at each length.
+    """All samples (token ids ``[1, L]``, L at least the longest length), layers, rising lengths and laws.
 
     Returns:
-        ``heads``: for each layer and head the exponents of ``count_keys`` over the lengths, and its counts, medians
-        over rows and samples. ``errors``: for each length and law the estimates over samples of ``MEASURES``, and
-        ``relative_error_by_layer``. ``slopes``: for each law the slopes of log loss against log n, estimates over
-        samples. ``rows``: law of ``mixed`` → measure → ``[lengths, samples·layers·rows]``, with
-        ``documents``, the sample of each.
+        ``heads``: for each layer and head the counts of ``count_keys``, medians over rows and samples, and their
+        exponents over the lengths. ``errors``: for each length and law the estimates over samples of ``MEASURES``.
+        ``slopes``: for each law the slopes of log loss against log n, estimates over samples. ``mixed``: the losses of
+        α·n^C by C at a mean cost of ``mixed_keys``.
     """
-    counted: dict[str, list[Any]] = {}
-    lost: dict[str, dict[str, list[Any]]] = {}
+    of_mean = equal_in_mean(mixed_keys, lengths)
+    counted, lost = [], []
+    positions = [positions_before(n, rows) for n in lengths]
     for ids in samples:
         captured = capture(model, ids[:, : max(lengths)], layers)
-        by_layer = [[count_keys(one, positions_before(n, rows)) for n in lengths] for one in captured]
-        for name in by_layer[0][0]:
-            counted.setdefault(name, []).append([[at[name] for at in one] for one in by_layer])
-        for n in lengths:
-            found = [losses(one, positions_before(n, rows), [*laws, *mixed]) for one in captured]
-            for law in [*laws, *mixed]:
-                for name in MEASURES:
-                    lost.setdefault(law.name, {}).setdefault(name, []).append([one[law.name][name] for one in found])
-    counts = {name: np.array(values) for name, values in counted.items()}  # [samples, layers, lengths, heads, rows]
-    shape = (len(samples), len(lengths), len(layers), rows)
-    errors = {law: {name: np.array(x).reshape(shape) for name, x in own.items()} for law, own in lost.items()}
-    return {
-        "heads": _heads(counts, layers, lengths),
-        "errors": [
-            {"n": n, "law": law.name, "budget": law.budget(n)}
-            | {name: estimate(errors[law.name][name][:, place].mean((1, 2))) for name in MEASURES}
-            | {"relative_error_by_layer": errors[law.name]["relative_error"][:, place].mean((0, 2)).tolist()}
-            for place, n in enumerate(lengths)
-            for law in laws
-        ],
-        "slopes": [
-            {"law": law.name} | {name: estimate(slopes) for name, slopes in _slopes(errors[law.name], lengths).items()}
-            for law in laws
-        ],
-        "rows": {
-            law.name: {name: np.moveaxis(x, 1, 0).reshape(len(lengths), -1) for name, x in errors[law.name].items()}
-            for law in mixed
-        },
-        "documents": np.repeat(np.arange(len(samples)), len(layers) * rows).tolist(),
-    }
-
-
-def _slopes(errors: dict[str, np.ndarray], lengths: Sequence[int]) -> dict[str, np.ndarray]:
-    """Slopes of each sample, of losses ``[samples, lengths, layers, rows]``; the kept mass counts as the dropped."""
-    means = {name: x.mean((2, 3)).T for name, x in errors.items()}
-    means["dropped_mass"] = 1 - means.pop("kept_mass")
-    return {name: exponents(lengths, x) for name, x in means.items()}
+        counted.append([[count_keys(one, at) for one in captured] for at in positions])
+        lost.append([[losses(one, at, [*laws, *of_mean]) for one in captured] for at in positions])
+    table = {name: x.swapaxes(0, 1) for name, x in gather(lost).items()}  # [lengths, samples, layers, laws, rows]
+    means = {name: x.mean((2, 4)) for name, x in table.items()}
+    errors = estimates(lengths, laws, means)
+    for by_name in (table, means):
+        by_name["dropped_mass"] = 1 - by_name.pop("kept_mass")
+    slopes = [
+        {"law": law.name} | {name: estimate(exponents(lengths, x[..., k])) for name, x in means.items()}
+        for k, law in enumerate(laws)
+    ]
+    documents = np.repeat(np.arange(len(samples)), len(layers) * rows).tolist()
+    mixed = {}
+    for name, x in table.items():
+        flat = np.moveaxis(x[:, :, :, len(laws) :], 3, -1).reshape(len(lengths), -1, len(of_mean))
+        mixed[name] = compare(of_mean, lengths, flat, documents)
+    heads = _heads(gather(counted), layers, lengths)
+    return {"heads": heads, "errors": errors, "slopes": slopes, "mixed": {"rows": mixed}}
 
 
 def _heads(counts: dict[str, np.ndarray], layers: Sequence[int], lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """Medians and exponents of counts ``[samples, lengths, layers, heads, rows]``."""
     # The median over rows is what a budget must serve; a mean would follow the few rows that spread far.
-    middle = {name: np.median(np.moveaxis(x, 0, -1), axis=(-2, -1)) for name, x in counts.items()}
-    by_sample = {name: np.median(x, axis=-1) for name, x in counts.items()}  # [samples, layers, lengths, heads]
+    middle = {name: np.median(x, axis=(0, -1)) for name, x in counts.items()}
+    by_sample = {name: np.median(x, axis=-1) for name, x in counts.items()}
     return [
         {
             "layer": layer,
             "head": head,
-            "counts": {name: x[place, :, head].tolist() for name, x in middle.items()},
-            "exponents": {name: estimate(exponents(lengths, x[:, place, :, head].T)) for name, x in by_sample.items()},
+            "counts": {name: x[:, place, head].tolist() for name, x in middle.items()},
+            "exponents": {name: estimate(exponents(lengths, x[:, :, place, head].T)) for name, x in by_sample.items()},
         }
         for place, layer in enumerate(layers)
         for head in range(middle["sigma"].shape[-1])

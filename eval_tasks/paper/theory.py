@@ -1,49 +1,35 @@
 """What is expected where the scores of a row are independent and normal, N(0, σ²): so many keys hold so much.
 
-With Gaussian inputs x_j and a given query q, the scores q·W x_j are exactly that, with σ = ‖Wᵀq‖ times the scale:
-bounded weights keep σ bounded however long the context is. The weights exp(σ z) are lognormal, and tilting a normal
-density by exp(σ z) shifts it by σ: the mass lies on the keys with z near σ. While σ² < 2 ln n there are many of those
-and the law of large numbers gives what follows; beyond, the few largest keys hold the mass (the frozen phase of
-Derrida's random energy model), and how much each of them holds stays random.
+The weights exp(σ z) are lognormal, and tilting a normal density by exp(σ z) shifts it by σ: the mass lies on the keys
+with z near σ. While σ² < 2 ln n there are many of those and the law of large numbers gives what follows; beyond, the
+few largest keys hold the mass (the frozen phase of Derrida's random energy model).
 """
 
 import math
+from typing import Any
 
 from scipy.special import ndtr, ndtri
 
 
-def growing_spread(n: int, s: float) -> float:
-    """σ with σ² = s²·2·ln n, at which the exponent of the entropy support does not depend on n."""
+def growing_spread(n: float, s: Any) -> Any:
+    """σ with σ² = s²·2·ln n, at which the exponent of the entropy support, 1 − s² or 0, does not depend on n."""
     return s * math.sqrt(2.0 * math.log(n))
 
 
-def support_exponent(s: float) -> float:
-    """The exponent of n in the entropy support exp(H) for σ² = s²·2·ln n: 1 − s², and 0 in the frozen phase.
-
-    H = ln Z − Σ p·score = (ln n + σ²/2) − σ² = ln n − σ²/2.
-    """
-    return max(0.0, 1.0 - s * s)
-
-
-def entropy_support(n: int, sigma: float) -> float:
-    """exp(H) = n·exp(−σ²/2) keys, and not below 1."""
+def entropy_support(n: float, sigma: float) -> float:
+    """exp(H) = n·exp(−σ²/2) keys, and not below 1: H = ln Z − Σ p·score = (ln n + σ²/2) − σ²."""
     return max(1.0, n * math.exp(-sigma * sigma / 2.0))
 
 
-def mass_share(sigma: float, epsilon: float) -> float:
+def mass_share(sigma: Any, epsilon: float) -> Any:
     """The share of the keys, from the largest down, that hold 1 − ε of the mass: Φ(−σ − Φ⁻¹(ε)).
 
     The mass above a threshold t, in units of σ, is Φ(σ − t), the share of keys above it Φ(−t). It does not depend on n:
     with a fixed σ the number of keys is proportional to n.
     """
-    return float(ndtr(-sigma - ndtri(epsilon)))
+    return ndtr(-sigma - ndtri(epsilon))
 
 
 def kept_mass(n: int, k: float, sigma: float) -> float:
-    """The mass of the k largest of n keys: Φ(σ + Φ⁻¹(k/n))."""
-    return 1.0 if k >= n else float(ndtr(sigma + ndtri(k / n)))
-
-
-def crossover_length(sigma: float) -> float:
-    """exp(σ²/2): at a fixed σ the support of a row of fewer keys is O(1), and from there on it grows as n."""
-    return math.exp(sigma * sigma / 2.0)
+    """The mass of the k largest of n keys, k ≤ n: Φ(σ + Φ⁻¹(k/n))."""
+    return float(ndtr(sigma + ndtri(k / n)))

@@ -1,24 +1,14 @@
-"""Tasks generated at any context length, without a network: RULER's, the passkey, and facts in a haystack.
+"""Tasks generated at any context length, without a network: RULER's and the passkey.
 
 ``synthesize(GENERATORS["niah_single_2"], tokenizer, length, seed, index)`` is a pure function of its arguments.
 """
 
 from eval_tasks.synthetic.counting import COUNTING_GENERATORS
-from eval_tasks.synthetic.documents_qa import QA_GENERATORS
-from eval_tasks.synthetic.facts import FACT_GENERATORS
 from eval_tasks.synthetic.needles import NEEDLE_GENERATORS
 from eval_tasks.synthetic.sample import Generator, Material, SyntheticSample, synthesize
-from eval_tasks.synthetic.tracking import VARIABLE_TRACKING
 
 GENERATORS: dict[str, Generator] = {
-    generator.name: generator
-    for generator in (
-        *NEEDLE_GENERATORS,
-        VARIABLE_TRACKING,
-        *COUNTING_GENERATORS,
-        *FACT_GENERATORS,
-        *QA_GENERATORS,
-    )
+    generator.name: generator for generator in (*NEEDLE_GENERATORS, *COUNTING_GENERATORS)
 }
 """Every generator by its name."""
 

@@ -8,19 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
 
-Render = Callable[[str, str], str]
-"""From a question and the words that open its answer to the text that the model reads."""
-Count = Callable[[str], int]
-"""From a text to its number of tokens, those included that the tokenizer adds."""
-
+Render = Callable[[str, str], str]  # from a question and the words that open its answer to what the model reads
+Count = Callable[[str], int]  # from a text to its number of tokens, those included that the tokenizer adds
 TOLERANCE = 0.02  # share of the length that may stay empty
-_CLOSE_ENOUGH = 0.002  # share of the length at which the search ends early
+_CLOSE_ENOUGH = 0.002  # share of the room at which the search ends early
 _PROBE = 32  # units of filler from which their size is first estimated
-
-
-def plain(question: str, prefix: str) -> str:
-    """The question and the opening of its answer, one space apart."""
-    return f"{question} {prefix}" if prefix else question
 
 
 def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
@@ -36,10 +28,9 @@ def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
 
     def render(question: str, prefix: str) -> str:
         turns = [{"role": "user", "content": question}]
-        if prefix:
-            opened = [*turns, {"role": "assistant", "content": prefix}]
-            with contextlib.suppress(ValueError, TemplateError):
-                return str(tokenizer.apply_chat_template(opened, tokenize=False, continue_final_message=True))
+        opened = [*turns, {"role": "assistant", "content": prefix}]
+        with contextlib.suppress(ValueError, TemplateError):
+            return str(tokenizer.apply_chat_template(opened, tokenize=False, continue_final_message=True))
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except (ValueError, TemplateError) as error:
@@ -55,32 +46,24 @@ def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
 def counter(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None = None) -> Count:
     """Counts tokens as lm-eval's Hugging Face models read a text: special tokens once, template or not.
 
-    Args:
-        tokenizer: of the model.
-        add_bos_token: whether special tokens are added; by default the tokenizer decides.
+    ``add_bos_token`` says whether special tokens are added; by default the tokenizer decides.
     """
     bos = getattr(tokenizer, "bos_token", None)
 
     def count(text: str) -> int:
-        options = {} if add_bos_token is None else {"add_special_tokens": add_bos_token}
-        if bos and text.startswith(bos):
-            options = {"add_special_tokens": False}
+        add = False if bos and text.startswith(bos) else add_bos_token
+        options = {} if add is None else {"add_special_tokens": add}
         return len(tokenizer(text, return_attention_mask=False, verbose=False, **options)["input_ids"])
 
     return count
 
 
-def fill(tokens_at: Callable[[int], int], room: int, largest: int | None = None) -> int:
+def fill(tokens_at: Callable[[int], int], room: int) -> int:
     """How many units of filler fit: the largest number found whose text has at most ``room`` tokens.
 
-    Tokens grow almost in proportion to units, so secants land within a few steps; the search stops when at most 0.2 %
-    of the room, or no whole unit, is left.
-
-    Args:
-        tokens_at: tokens of the whole text with that many units of filler; grows with its argument, but for a few
-            tokens.
-        room: the tokens that may be used.
-        largest: the most units there are, where that is limited.
+    ``tokens_at`` gives the tokens of the whole text with that many units; it grows but for a few tokens, almost in
+    proportion, so that secants land within a few steps. The search stops when at most 0.2 % of the room, or no whole
+    unit, is left.
 
     Raises:
         EvalError: not even the text without filler fits.
@@ -88,19 +71,17 @@ def fill(tokens_at: Callable[[int], int], room: int, largest: int | None = None)
     low, low_tokens = 0, tokens_at(0)
     if low_tokens > room:
         raise EvalError(f"the text needs {low_tokens} tokens without any filler, and {room} are free; ask for more")
-    high = None if largest is None else largest + 1  # known, or taken, not to fit
-    aim = room * (1 - _CLOSE_ENOUGH / 2)
+    high: int | None = None  # known, or taken, not to fit
     guess = _PROBE
-    size = 0.0  # tokens of one unit, as last measured
     while high is None or high - low > 1:
         guess = max(low + 1, guess if high is None else min(guess, high - 1))
         tokens = tokens_at(guess)
-        size = (tokens - low_tokens) / (guess - low)
+        size = (tokens - low_tokens) / (guess - low)  # tokens of one unit
         if tokens <= room:
             low, low_tokens = guess, tokens
             if room - low_tokens <= _CLOSE_ENOUGH * room:
                 break
         else:
             high = guess
-        guess = low + int((aim - low_tokens) / size) if size > 0 else 2 * guess
+        guess = low + int((room * (1 - _CLOSE_ENOUGH / 2) - low_tokens) / size) if size > 0 else 2 * guess
     return low

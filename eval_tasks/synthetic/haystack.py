@@ -1,20 +1,16 @@
 """What hides the facts: prose taken from a text, or the sentences about green grass that say nothing."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from eval_tasks.errors import EvalError
 from eval_tasks.texts import load_text
 
 # The noise of Mohtashami & Jaggi (arXiv 2305.16300, section 4.3), which RULER repeats too.
-NOISE: tuple[str, ...] = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
+NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 
 _SENTENCE_END = re.compile(r'[.!?]["”’)]*$')
 _LIST_MARK = re.compile(r"^(?:[*+-] |\d+\. )+")
@@ -41,23 +37,12 @@ class Prose:
 
     def stretch(self, start: int, count: int) -> list[str]:
         """``count`` words from the word ``start`` on; behind the last word follows the first."""
-        found = list(self.words[start : start + count])
-        while len(found) < count:
-            found.extend(self.words[: count - len(found)])
-        return found
+        return [self.words[i % len(self.words)] for i in range(start, start + count)]
 
     def sentences(self, start: int, count: int) -> list[str]:
         """The same words as ``stretch``, joined to sentences; the last one may be cut short."""
-        sentences: list[str] = []
-        begin = 0
         words = self.stretch(start, count)
-        for index, word in enumerate(words, 1):
-            if _SENTENCE_END.search(word) and (index == len(words) or _opens(words[index])):
-                sentences.append(" ".join(words[begin:index]))
-                begin = index
-        if begin < len(words):
-            sentences.append(" ".join(words[begin:]))
-        return sentences
+        return [" ".join(words[begin:end]) for begin, end in pairwise([*_sentence_starts(words), count])]
 
 
 @lru_cache(maxsize=4)
@@ -80,14 +65,21 @@ def load_prose(name: str) -> Prose:
             f"the text {name!r} holds {len(words)} words of prose; a haystack needs {_FEWEST_WORDS}: paragraphs that a"
             " blank line divides, of twelve words or more, that end with a full stop and are mostly letters"
         )
-    starts = [0] + [i for i in range(1, len(words)) if _SENTENCE_END.search(words[i - 1]) and _opens(words[i])]
-    return Prose(tuple(words), tuple(starts), text.origin, text.sha256)
+    return Prose(tuple(words), tuple(_sentence_starts(words)), text.origin, text.sha256)
 
 
 def noise(count: int) -> list[str]:
     """``count`` sentences of noise in lines of five, as RULER writes them; the last line may be shorter."""
-    whole, rest = divmod(count, len(NOISE))
-    return [" ".join(NOISE)] * whole + ([" ".join(NOISE[:rest])] if rest else [])
+    return [" ".join(NOISE[: count - begin]) for begin in range(0, count, len(NOISE))]
+
+
+def insert(pieces: Sequence[str], inserted: Sequence[str], depths: Sequence[float]) -> list[str]:
+    """The pieces with each inserted string at its depth in [0, 1]; depths ascend."""
+    places = [min(int(len(pieces) * depth), len(pieces)) for depth in depths]
+    found: list[str] = []
+    for string, (begin, place) in zip(inserted, pairwise([0, *places]), strict=True):
+        found += [*pieces[begin:place], string]
+    return [*found, *pieces[places[-1] :]]
 
 
 def _is_prose(paragraph: str) -> bool:
@@ -100,6 +92,7 @@ def _is_prose(paragraph: str) -> bool:
     )
 
 
-def _opens(word: str) -> bool:
-    """Whether a word can open a sentence."""
-    return word.lstrip("\"“‘'(*")[:1].isupper()
+def _sentence_starts(words: Sequence[str]) -> list[int]:
+    """Where a word with a capital follows the end of a sentence, and the first word."""
+    opens = lambda word: word.lstrip("\"“‘'(*")[:1].isupper()  # noqa: E731
+    return [i for i, word in enumerate(words) if i == 0 or (opens(word) and _SENTENCE_END.search(words[i - 1]))]

@@ -1,113 +1,72 @@
-"""RULER's needles in a haystack (arXiv 2404.06654, section 3), and the passkey among noise (arXiv 2305.16300)."""
+"""RULER's needles in a haystack and chains of variables (arXiv 2404.06654, section 3); passkeys (arXiv 2305.16300)."""
 
 import random
+import string
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
 
-from eval_tasks.synthetic.haystack import NOISE, noise
-from eval_tasks.synthetic.sample import DEPTHS, Draft, Generator, Recipe, Request
+from eval_tasks.synthetic.haystack import NOISE, insert, noise
+from eval_tasks.synthetic.sample import DEPTHS, Generator, Recipe, Request
 from eval_tasks.synthetic.words import ADJECTIVES, NOUNS
-
-NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-_TEMPLATE = (
-    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about"
-    " the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided"
-    " text?"
-)
-# RULER's wording where there is a single answer.
-_TEMPLATE_ONE = (
-    "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about"
-    " the {kind} afterwards.\n{context}\nWhat is the special magic {kind} for {query} mentioned in the provided text?"
-)
 
 Kind = Literal["words", "numbers", "uuids"]
 Haystack = Literal["noise", "prose", "needles"]
 
 
-@dataclass(frozen=True)
-class NeedleTask:
-    """Which needles lie in which haystack.
+def _needles(
+    request: Request,
+    haystack: Haystack,
+    keys: Kind = "words",
+    values: Kind = "numbers",
+    key_count: int = 1,
+    values_per_key: int = 1,
+    queried: int = 1,
+) -> Recipe:
+    """Needles at the depths of RULER's grid, around which the haystack is filled up.
 
-    Attributes:
-        haystack: the noise sentences, prose, or other needles.
-        keys: kind of the keys.
-        values: kind of the values.
-        key_count: how many keys.
-        values_per_key: how many needles for each.
-        queried: how many of the keys are asked for.
+    Each key has ``values_per_key`` needles, and ``queried`` of the keys are asked for.
     """
+    draw = request.random("needles")
+    some_key, some_value = _distinct(draw, keys), _distinct(draw, values)
+    needle = f"One of the special magic {values} for {{}} is: {{}}.".format
+    drawn = [(next(some_key), [next(some_value) for _ in range(values_per_key)]) for _ in range(key_count)]
+    asked = [drawn[i] for i in sorted(draw.sample(range(key_count), queried))]
+    needles = [needle(key, value) for key, own in drawn for value in own]
+    draw.shuffle(needles)
+    places = draw.sample(range(DEPTHS), len(needles)) if len(needles) > 1 else []
+    depths = sorted(place / (DEPTHS - 1) for place in places) or [request.depth()]
+    start = request.random("prose").choice(request.material.prose.sentence_starts) if haystack == "prose" else 0
+    others: list[str] = []
 
-    haystack: Haystack
-    keys: Kind = "words"
-    values: Kind = "numbers"
-    key_count: int = 1
-    values_per_key: int = 1
-    queried: int = 1
+    def pieces(units: int) -> list[str]:
+        """Sentences of noise, words of prose in sentences, or needles that nobody asks for."""
+        if haystack == "noise":
+            return noise(units)
+        if haystack == "prose":
+            return request.material.prose.sentences(start, units)
+        others.extend(needle(next(some_key), next(some_value)) for _ in range(len(others), units))
+        return others[:units]
 
-    def recipe(self, request: Request) -> Recipe:
-        """Needles at the depths of RULER's grid, around which the haystack is filled up."""
-        draw = request.random("needles")
-        keys, values = _distinct(draw, self.keys), _distinct(draw, self.values)
-        drawn = [(next(keys), [next(values) for _ in range(self.values_per_key)]) for _ in range(self.key_count)]
-        asked = [drawn[i] for i in sorted(draw.sample(range(self.key_count), self.queried))]
-        needles = [self._needle(key, value) for key, values_of_key in drawn for value in values_of_key]
-        draw.shuffle(needles)
-        depths = self._depths(request, draw, len(needles))
-        answers = tuple(value for _, values_of_key in asked for value in values_of_key)
-        evidence = tuple(self._needle(key, value) for key, values_of_key in asked for value in values_of_key)
-        pieces = self._pieces(request, keys, values)
-        query = _listed([key for key, _ in asked])
-        single = len(answers) == 1
-        kind = self.values[:-1] if single else self.values
-        verb = "is" if single else "are"
-        prefix = f"The special magic {kind} for {query} mentioned in the provided text {verb}"
-        glue = " " if self.haystack == "prose" else "\n"
+    answers = tuple(value for _, own in asked for value in own)
+    some, verb, every, kind = ("A", "is", "", values[:-1]) if len(answers) == 1 else ("Some", "are", " all", values)
+    *first, last = [key for key, _ in asked]
+    query = f"{', '.join(first)}, and {last}" if first else last
+    asks = f"special magic {kind} for {query} mentioned in the provided text"
 
-        def build(units: int, padding: int) -> Draft:
-            context = glue.join([*noise(padding), *insert(pieces(units), needles, depths)])
-            template = _TEMPLATE_ONE if single else _TEMPLATE
-            return Draft(template.format(kind=kind, context=context, query=query), prefix, evidence)
+    def question(units: int, padding: int) -> str:
+        glue = " " if haystack == "prose" else "\n"
+        context = glue.join([*noise(padding), *insert(pieces(units), needles, depths)])
+        return (
+            f"{some} special magic {kind} {verb} hidden within the following text. Make sure to memorize it. I will"
+            f" quiz you about the {kind} afterwards.\n{context}\nWhat {verb}{every} the {asks}?"
+        )
 
-        return Recipe(build, answers, padded=self.haystack == "needles")
-
-    def _needle(self, key: str, value: str) -> str:
-        return NEEDLE.format(kind=self.values, key=key, value=value)
-
-    def _depths(self, request: Request, draw: random.Random, count: int) -> list[float]:
-        if count == 1:
-            return [request.depth()]
-        return sorted(grid / (DEPTHS - 1) for grid in draw.sample(range(DEPTHS), count))
-
-    def _pieces(self, request: Request, keys: Iterator[str], values: Iterator[str]) -> Callable[[int], list[str]]:
-        """The haystack by its units: words of prose, sentences of noise, or needles that nobody asks for."""
-        if self.haystack == "noise":
-            return noise
-        if self.haystack == "prose":
-            prose = request.material.prose
-            start = request.random("prose").choice(prose.sentence_starts)
-            return lambda units: prose.sentences(start, units)
-        others: list[str] = []
-
-        def needles(units: int) -> list[str]:
-            while len(others) < units:
-                others.append(self._needle(next(keys), next(values)))
-            return others[:units]
-
-        return needles
-
-
-def insert(pieces: list[str], inserted: list[str], depths: list[float]) -> list[str]:
-    """The pieces with each inserted string at its depth in [0, 1]; depths ascend."""
-    found: list[str] = []
-    begin = 0
-    for string, depth in zip(inserted, depths, strict=True):
-        place = min(int(len(pieces) * depth), len(pieces))
-        found.extend(pieces[begin:place])
-        found.append(string)
-        begin = place
-    return found + pieces[begin:]
+    evidence = tuple(needle(key, value) for key, own in asked for value in own)
+    return Recipe(question, f"The {asks} {verb}", answers, evidence, padded=haystack == "needles")
 
 
 def _distinct(draw: random.Random, kind: Kind) -> Iterator[str]:
@@ -125,45 +84,74 @@ def _distinct(draw: random.Random, kind: Kind) -> Iterator[str]:
             yield drawn
 
 
-def _listed(keys: list[str]) -> str:
-    return keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + ", and " + keys[-1]
-
-
-_PASSKEY_TEMPLATE = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you"
-    " about the important information there.\n{context}\nWhat is the pass key?"
-)
-
-
 def _passkey(request: Request) -> Recipe:
     key = str(request.random("key").randint(10_000, 99_999))
     needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-    depth = request.depth()
 
-    def build(units: int, padding: int) -> Draft:
+    def question(units: int, padding: int) -> str:
         # As in the original, the noise is one running text, and the needle stands between two of its sentences.
-        sentences = [NOISE[i % len(NOISE)] for i in range(units)]
-        context = " ".join(insert(sentences, [needle], [depth]))
-        return Draft(_PASSKEY_TEMPLATE.format(context=context), "The pass key is", (needle,))
+        context = " ".join(insert([NOISE[i % len(NOISE)] for i in range(units)], [needle], [request.depth()]))
+        return (
+            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz"
+            f" you about the important information there.\n{context}\nWhat is the pass key?"
+        )
 
-    return Recipe(build, (key,))
+    return Recipe(question, "The pass key is", (key,), (needle,))
 
 
-_NIAH: dict[str, tuple[NeedleTask, str]] = {
-    "niah_single_1": (NeedleTask("noise"), "one number under a word, among sentences of noise"),
-    "niah_single_2": (NeedleTask("prose"), "one number under a word, in prose"),
-    "niah_single_3": (NeedleTask("prose", values="uuids"), "one UUID under a word, in prose"),
-    "niah_multikey_1": (NeedleTask("prose", key_count=4), "one of four numbers, each under its word, in prose"),
-    "niah_multikey_2": (NeedleTask("needles"), "one number under a word, among others of its kind and nothing else"),
-    "niah_multikey_3": (
-        NeedleTask("needles", keys="uuids", values="uuids"),
-        "one UUID under a UUID, among others of its kind and nothing else",
-    ),
-    "niah_multivalue": (NeedleTask("prose", values_per_key=4), "four numbers under one word, in prose"),
-    "niah_multiquery": (NeedleTask("prose", key_count=4, queried=4), "four numbers under four words, in prose"),
-}
+def _tracking(request: Request) -> Recipe:
+    chain, example = _chain(request.random("chain"), letters=5), _chain(request.random("example"), letters=3)
+    # RULER's worked example has 500 tokens, twelve lines of noise. Where that is more than a fifth of the length it is
+    # shorter, and below 1,024 tokens there is none.
+    lines = 12 if request.length >= 2560 else request.length // 512 - 1
+    shown = ""
+    if lines > 0:
+        shown = f"{example.question(lines * len(NOISE), 0)} {example.prefix} {' '.join(example.answers)}\n\n"
+    return replace(chain, question=lambda units, padding: shown + chain.question(units, padding))
+
+
+def _chain(draw: random.Random, letters: int) -> Recipe:
+    """A number that is assigned to a variable and copied from one to the next, and the question for all of them."""
+    names: dict[str, None] = {}
+    while len(names) < 5:
+        names["".join(draw.choices(string.ascii_uppercase, k=letters))] = None
+    value = draw.randint(10_000, 99_999)
+    held = [str(value), *(f"VAR {name}" for name in names)]
+    assignments = tuple(f"{later} = {earlier}" for earlier, later in pairwise(held))
+    depths = sorted(draw.random() for _ in assignments)
+
+    def question(units: int, padding: int) -> str:
+        context = "\n".join(insert(noise(units), assignments, depths))
+        return (
+            f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+            f"Question: Find all variables that are assigned the value {value} in the text above."
+        )
+
+    # The misspelling is RULER's.
+    prefix = (
+        f"Answer: According to the chain(s) of variable assignment in the text above, {len(names)} variables are"
+        f" assgined the value {value}, they are:"
+    )
+    return Recipe(question, prefix, tuple(names), assignments)
+
+
+def _niah(name: str, description: str, haystack: Haystack, **options: Any) -> Generator:
+    return Generator(f"niah_{name}", description, partial(_needles, haystack=haystack, **options), new_tokens=128)
+
 
 NEEDLE_GENERATORS: tuple[Generator, ...] = (
-    *(Generator(name, what, task.recipe, new_tokens=128) for name, (task, what) in _NIAH.items()),
+    _niah("single_1", "one number under a word, among sentences of noise", "noise"),
+    _niah("single_2", "one number under a word, in prose", "prose"),
+    _niah("single_3", "one UUID under a word, in prose", "prose", values="uuids"),
+    _niah("multikey_1", "one of four numbers, each under its word, in prose", "prose", key_count=4),
+    _niah("multikey_2", "one number under a word, among others of its kind and nothing else", "needles"),
+    _niah(
+        "multikey_3", "one UUID under a UUID, among others and nothing else", "needles", keys="uuids", values="uuids"
+    ),
+    _niah("multivalue", "four numbers under one word, in prose", "prose", values_per_key=4),
+    _niah("multiquery", "four numbers under four words, in prose", "prose", key_count=4, queried=4),
     Generator("passkey", "a five-digit key, said twice, among sentences of noise", _passkey, 16, chance=1 / 90_000),
+    Generator(
+        "vt", "the five variables that hold a value, handed on by a chain of four copies in noise", _tracking, 30
+    ),
 )

@@ -9,29 +9,21 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.synthetic.fitting import TOLERANCE, Count, Render, chat, counter, fill, plain
+from eval_tasks.synthetic.fitting import TOLERANCE, Count, Render, chat, counter, fill
 from eval_tasks.synthetic.haystack import Prose, load_prose
 from eval_tasks.texts import PYTHON_REFERENCE
+
+DEPTHS = 40  # RULER puts needles at this many evenly spaced depths
 
 Match = Literal["all", "part"]
 """How an answer is scored: the share of the expected strings it holds, or whether it holds any of them."""
 
-DEPTHS = 40
-"""RULER puts needles at this many evenly spaced depths."""
-
 
 @dataclass(frozen=True)
 class Material:
-    """What samples are made of, beside words that the seed draws.
-
-    Attributes:
-        text: the prose that hides the facts, by its name as in ``eval_tasks.texts.load_text``.
-        hub_copies: a directory with copies of the hub's data sets, as ``NAMESPACE/NAME`` below it; None reaches for
-            the hub.
-    """
+    """The prose that hides the facts: that of a text, by its name as in ``eval_tasks.texts.load_text``."""
 
     text: str = PYTHON_REFERENCE
-    hub_copies: str | None = None
 
     @cached_property
     def prose(self) -> Prose:
@@ -41,15 +33,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Request:
-    """One sample that a generator is asked for.
-
-    Attributes:
-        length: tokens of context, those that the model will generate included.
-        seed: of everything drawn.
-        index: of the sample; samples of one seed differ by it alone.
-        material: what the sample is made of.
-        key: names the generator; part of every seed.
-    """
+    """One sample that a generator is asked for; ``key`` names the generator and is part of every seed."""
 
     length: int
     seed: int
@@ -69,34 +53,21 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A prompt with some amount of filler.
-
-    Attributes:
-        question: the user's turn: instructions, context and question.
-        prefix: the words that open the answer, for the model to continue.
-        evidence: the sentences of the context that the answer needs, each there exactly once.
-    """
-
-    question: str
-    prefix: str
-    evidence: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Recipe:
     """How to build one sample around any amount of filler.
 
     Attributes:
-        build: the draft with (units of filler, sentences of padding).
-        answers: the strings that an answer is searched for, whatever the amount.
-        largest: the most units of filler there are; None for no limit.
+        question: the user's turn with (units of filler, sentences of padding): instructions, context and question.
+        prefix: the words that open the answer, for the model to continue.
+        answers: the strings that an answer is searched for.
+        evidence: the sentences of the context that the answer needs, each there exactly once.
         padded: whether padding evens out what one unit more would overfill.
     """
 
-    build: Callable[[int, int], Draft]
+    question: Callable[[int, int], str]
+    prefix: str
     answers: tuple[str, ...]
-    largest: int | None = None
+    evidence: tuple[str, ...] = ()
     padded: bool = False
 
 
@@ -124,10 +95,7 @@ class Generator:
 
     def answers(self, seed: int, index: int, material: Material | None = None) -> tuple[str, ...]:
         """The answers of a sample, which are the same at every length; no tokenizer is needed."""
-        return self.recipe(self._request(self.shortest, seed, index, material)).answers
-
-    def _request(self, length: int, seed: int, index: int, material: Material | None) -> Request:
-        return Request(length, seed, index, material or Material(), self.name)
+        return self.recipe(Request(self.shortest, seed, index, material or Material(), self.name)).answers
 
 
 @dataclass(frozen=True)
@@ -135,14 +103,12 @@ class SyntheticSample:
     """A prompt that fills a length, and what is expected of the model.
 
     Attributes:
-        prompt: the text that the model reads.
-        question: its part that is the user's turn.
-        prefix: its part that opens the answer.
-        answers: the strings that the answer is searched for.
-        match: whether all of them count in proportion, or any one suffices.
+        prompt: the text that the model reads. question: its part that is the user's turn. prefix: its part that opens
+            the answer.
+        answers: the strings that the answer is searched for. match: how it is scored.
         length: the length asked for, in tokens.
-        prompt_tokens: tokens of the prompt, special tokens included.
-        new_tokens: tokens kept free for the answer; with the prompt they fill 98 to 100 % of the length.
+        prompt_tokens: tokens of the prompt, special tokens included. new_tokens: tokens kept free for the answer; both
+            fill 98 to 100 % of the length.
         depths: where each sentence of evidence lies, as a share of the prompt's letters.
     """
 
@@ -179,8 +145,7 @@ def synthesize(
         generator: which task.
         tokenizer: of the model under test.
         length: tokens of context, those that the model will generate included.
-        seed: of everything drawn.
-        index: of the sample.
+        seed, index: of everything drawn, and of the sample.
         material: the prose that hides the facts; by default the Python reference.
         use_chat_template: put the question into the tokenizer's chat template.
         new_tokens: tokens kept free for the answer in place of the generator's.
@@ -188,22 +153,22 @@ def synthesize(
         count: how tokens are counted, in place of the tokenizer with the special tokens it adds.
 
     Raises:
-        EvalError: the length is too short for the task, its data do not reach as far, or the tokenizer has no chat
-            template.
+        EvalError: the length is too short for the task, the text says what is hidden in it, or the tokenizer has no
+            chat template.
     """
-    reserve = generator.new_tokens if new_tokens is None else new_tokens
-    render = render or (chat(tokenizer) if use_chat_template else plain)
+    material = material or Material()
+    render = render or (chat(tokenizer) if use_chat_template else "{} {}".format)
     count = count or counter(tokenizer)
-    recipe = generator.recipe(generator._request(length, seed, index, material))
+    recipe = generator.recipe(Request(length, seed, index, material, generator.name))
+    reserve = generator.new_tokens if new_tokens is None else new_tokens
     room = length - reserve
 
     @cache
     def measured(units: int, padding: int = 0) -> int:
-        draft = recipe.build(units, padding)
-        return count(render(draft.question, draft.prefix))
+        return count(render(recipe.question(units, padding), recipe.prefix))
 
     try:
-        units = fill(measured, room, recipe.largest)
+        units = fill(measured, room)
         padding, tokens = 0, measured(units)
         if recipe.padded and room - tokens > TOLERANCE / 2 * length:
             padding = fill(lambda sentences: measured(units, sentences), room)
@@ -214,18 +179,18 @@ def synthesize(
         ) from error
     if tokens + reserve < (1 - TOLERANCE) * length:
         raise EvalError(
-            f"{generator.name} fills only {tokens + reserve} of {length} tokens: its data reach no further; ask for"
-            " shorter lengths, or give more data"
+            f"{generator.name} fills only {tokens + reserve} of {length} tokens, since one step more of its filler goes"
+            " beyond them; ask for more"
         )
-    draft = recipe.build(units, padding)
-    prompt = render(draft.question, draft.prefix)
-    for sentence in draft.evidence:
+    question = recipe.question(units, padding)
+    prompt = render(question, recipe.prefix)
+    for sentence in recipe.evidence:
         if (times := prompt.count(sentence)) != 1:
-            text = (material or Material()).text
             raise EvalError(
-                f"{sentence!r} stands {times} times in the prompt, so the text {text!r} says it too; give another text"
+                f"{sentence!r} stands {times} times in the prompt, so the text {material.text!r} says it too; give"
+                " another text"
             )
-    depths = tuple(prompt.index(sentence) / len(prompt) for sentence in draft.evidence)
+    depths = tuple(prompt.index(sentence) / len(prompt) for sentence in recipe.evidence)
     return SyntheticSample(
-        prompt, draft.question, draft.prefix, recipe.answers, generator.match, length, tokens, reserve, depths
+        prompt, question, recipe.prefix, recipe.answers, generator.match, length, tokens, reserve, depths
     )

@@ -43,22 +43,20 @@ def calibrate(
 ) -> Profile:
     """Measures on real text how many keys each layer and query head needs, and makes a ``Profile`` of it.
 
-    Every piece of text, as long as the longest length, goes through the model once, densely, while exact rows of its
-    attention just before each length are taken; and its beginning a second time, backwards too, for what an error of
-    each head does to the loss. The model is left as it was, whatever happens. A terminal shows a bar.
-
-    With ``torch.distributed`` initialised (``accelerate launch``, ``torchrun``) the processes share the pieces, and
-    each returns the same profile.
+    Every piece of text goes through the model once, densely, while exact rows of its attention just before each length
+    are taken; and its beginning a second time, backwards too, for what an error of each head does to the loss. The
+    model is left as it was. With ``torch.distributed`` initialised the processes share the pieces, and each returns the
+    same profile.
 
     Args:
         model: a causal language model that ``patch_model`` takes.
         tokenizer: of the model; None where ``texts`` are tokens.
         texts: texts, or lists of token ids; the pieces are taken evenly from all of them, and do not overlap.
-        lengths: at least two numbers of tokens.
+        lengths: at least two numbers of tokens; a piece is as long as the longest.
         target: share of the softmax mass that the laws of the profile are for; see ``Profile.at_mass``.
         eps: shares of the mass that may be missing, for each of which a power law is fitted; 1 - target joins them.
-        pieces: how many pieces of text. Intervals rest on their differences: with one they say nothing of other texts.
-        rows: how many rows at each length of each piece.
+        pieces: of text. Intervals rest on their differences: with one they say nothing of other texts.
+        rows: taken at each length of each piece.
         seed: of random numbers.
 
     Raises:

@@ -83,9 +83,9 @@ def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int =
 
 
 def theil_sen(log_n: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The Theil-Sen line through points ``[L, M, H]`` at ``log_n`` ``[L, M]``: slope, in [0, 1], and intercept.
+    """The Theil-Sen line through points ``[L, M, H]`` at ``log_n`` ``[L, M]``: slope in [0, 1], intercept; ``[M, H]``.
 
-    Both are ``[M, H]``. Where all lengths are the same (a window that is full at every length) the slope is 0.
+    Where all lengths are the same (a window that is full at every length) the slope is 0.
     """
     first, second = np.triu_indices(len(log_n), 1)
     run = (log_n[second] - log_n[first])[..., None]

@@ -14,15 +14,7 @@ import torch
 
 from nc_patch.attention import Observed
 from nc_patch.common import ProfileError
-from nc_patch.ops.rows import (
-    Buffers,
-    final_scores_,
-    hide_unseen_,
-    plain_softmax_,
-    rows_per_block,
-    scores_of,
-    split_scale,
-)
+from nc_patch.ops import rows as score_rows
 from nc_patch.patch import model_shape, observed
 from nc_patch.selections import TopK
 
@@ -36,13 +28,10 @@ _TOPK = TopK()  # curves are of what it attends by default
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured on each piece of text.
+    """What is measured on each piece of text: so many rows just before each of the ascending lengths.
 
-    Attributes:
-        lengths: numbers of tokens, ascending; rows are taken just before each.
-        rows: how many rows at each length.
-        eps: shares of the mass, ascending, for which the keys that hold all the rest are counted.
-        seed: of random directions and sampled tokens.
+    The keys that hold all but a share of the mass are counted for each of the ascending ``eps``; ``seed`` is that of
+    random directions and sampled tokens.
     """
 
     lengths: tuple[int, ...]
@@ -69,11 +58,9 @@ class Piece(NamedTuple):
 
     Attributes:
         visible, support: int32 ``[L, M, R]`` and ``[E, L, M, H, R]``, as in ``RowCurves``.
-        kept: float32 ``[L, M, H, G]``, as in ``RowCurves``, the mean over rows.
-        error: float32 ``[L, M, H, G]``, mean squared norm of the output's error.
-        loss: float32 ``[L', M, H, G]`` for lengths up to ``GRADIENT_LENGTH``, the nats per token that this error is
-            expected to add: half its mean square along the loss's gradient for tokens that the model draws (the Fisher
-            information).
+        kept, error: float32 ``[L, M, H, G]``, means over rows of the mass kept and of the output error's squared norm.
+        loss: float32 ``[L', M, H, G]`` for lengths up to ``GRADIENT_LENGTH``, nats per token that this error adds: half
+            its mean square along the loss's gradient for tokens that the model draws (the Fisher information).
     """
 
     visible: np.ndarray
@@ -86,12 +73,8 @@ class Piece(NamedTuple):
 def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable[[], Any] = lambda: None) -> Piece:
     """What the attention of a model holds on a piece of text, from a dense pass and one with gradients.
 
-    The model is left as it was: its patch, its training modes and its parameters' ``requires_grad``.
-
-    Args:
-        model: a causal language model that ``patch_model`` takes.
-        ids: tokens, as many as the longest length.
-        on_layer: called after each layer of each of the two passes.
+    The model is left as it was: its patch, its training modes and its parameters' ``requires_grad``. There are as many
+    ``ids`` as the longest length; ``on_layer`` is called after each layer of each of the two passes.
 
     Raises:
         ProfileError: the attention holds NaN or Inf.
@@ -142,8 +125,8 @@ def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """The model in evaluation mode, with gradients from its embeddings on but of no parameter; then as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [(module, "training", module.training) for module in model.modules()]
+    before += [(parameter, "requires_grad", parameter.requires_grad) for parameter in model.parameters()]
     start = lambda module, arguments, output: output.detach().requires_grad_()  # noqa: E731
     hook = model.get_input_embeddings().register_forward_hook(start)
     model.eval().requires_grad_(False)
@@ -151,10 +134,8 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 def loss_of_drawn_tokens(logits: torch.Tensor, seed: int) -> torch.Tensor:
@@ -176,8 +157,8 @@ class RowCurves(NamedTuple):
         visible: int64 ``[R]``, how many keys each row sees.
         support: int32 ``[E, H, R]``, the smallest number of keys that hold the share 1 - eps of the softmax mass.
         kept: float32 ``[G, H, R]``, the mass of the keys that top-k attends with each number of keys.
-        error: float32 ``[G, H, R]``, the square of the output's difference from the dense one along the probes, summed
-            over them. With standard normal probes its mean is P times the squared norm of the difference.
+        error: float32 ``[G, H, R]``, the square of the output's difference from the dense one, summed over the probes
+            along which it is taken; with standard normal ones its mean is P times the difference's squared norm.
     """
 
     visible: torch.Tensor
@@ -200,24 +181,24 @@ def row_curves(
     """
     problem = call.problem
     rows, probes = rows.to(problem.query.device), probes.to(problem.query.device)
-    step = rows_per_block(problem.query.shape[1], problem.key.shape[2])
+    step = score_rows.rows_per_block(problem.query.shape[1], problem.key.shape[2])
     if len(rows) > step:
         blocks = zip(rows.split(step), probes.split(step, 2), strict=True)
         parts = [row_curves(call, some, keys, eps, along) for some, along in blocks]
         return RowCurves(*(torch.cat(tensors, -1) for tensors in zip(*parts, strict=True)))
-    buffers, seen = Buffers(0, rows.device), problem.visible[0, rows]
+    buffers, seen = score_rows.Buffers(0, rows.device), problem.visible[0, rows]
     low, high = int(seen[:, 0].min()), int(seen[:, 1].max())
     key, value = (tensor[0, :, low:high].detach().float() for tensor in (problem.key, problem.value))
     position = torch.arange(low, high, device=seen.device, dtype=torch.int32)
-    before, after = split_scale(problem.scale)
-    scores = scores_of(problem.query[0, :, rows].detach().float() * before, key, buffers)
-    scores = hide_unseen_(final_scores_(scores, after, problem.softcap), seen, position)
+    before, after = score_rows.split_scale(problem.scale)
+    scores = score_rows.scores_of(problem.query[0, :, rows].detach().float() * before, key, buffers)
+    scores = score_rows.hide_unseen_(score_rows.final_scores_(scores, after, problem.softcap), seen, position)
     # What a learned sink adds to the denominator, in units of the mass of the keys.
     sink: float | torch.Tensor = 0.0
     if problem.sinks is not None:
         sink = torch.exp(problem.sinks.detach().float()[:, None] - torch.logsumexp(scores, -1))[None]
     # Stable, so that ties go to the lower position, as in the definition of "topk".
-    ordered, order = torch.sort(plain_softmax_(scores), dim=-1, descending=True, stable=True)
+    ordered, order = torch.sort(score_rows.plain_softmax_(scores), dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1, dtype=torch.float64)
     support = torch.stack([(mass < 1 - share - _ROUNDING).sum(-1) + 1 for share in eps])
 
@@ -239,7 +220,7 @@ def row_curves(
     kept = held(ordered)
     error = torch.zeros_like(kept)
     for probe in probes:
-        weights = ordered * scores_of(probe, value, buffers, "along").gather(-1, order)
+        weights = ordered * score_rows.scores_of(probe, value, buffers, "along").gather(-1, order)
         dense = weights.sum(-1, dtype=torch.float64)
         error += (held(weights) / (kept + sink) - dense / (1.0 + sink)).square()
     visible = (seen[:, 1] - seen[:, 0]).long()

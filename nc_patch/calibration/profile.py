@@ -58,20 +58,18 @@ class Profile:
     profile=profile)`` applies it. Arrays are float64.
 
     Attributes:
-        model: name of the model. model_class: its class. fingerprint: of its weights.
+        model, model_class: their names. fingerprint: of the weights. versions: of the software that measured.
         texts: SHA-256 of the tokens that were read. pieces: how many pieces of text.
         lengths: numbers of tokens at which rows were taken, ascending.
         visible: ``[L, M]``, keys that these rows see; less than the length where a layer slides.
-        windows: the most keys that a layer's queries see, 0 where there is no such limit; ``[M]``.
-        keys: numbers of keys at which curves were taken; ``[G]``.
-        kept: ``[L, M, H, G]``, mean share of the softmax mass that top-k keeps with each number of keys.
-        error: ``[L, M, H, G]``, mean squared norm of the output's error with each number of keys.
+        windows: ``[M]``, the most keys that a layer's queries see, 0 where there is no such limit.
+        keys: ``[G]``, at which curves were taken.
+        kept, error: ``[L, M, H, G]``, mean share of the softmax mass that top-k keeps with each number of keys, and
+            mean squared norm of the output's error.
         sensitivity: ``[M, H]``, the loss in nats per token that a unit of this error adds, to second order.
         fits: laws of the keys that hold ``1 - eps`` of the mass, one for each eps, ascending.
-        alpha, C: ``[M, H]``, the laws in force.
-        aim: in words, what the laws in force were made for.
+        alpha, C: ``[M, H]``, the laws in force. aim: in words, what they were made for.
         dense_layers: layers that attend every key.
-        versions: of the software that measured.
     """
 
     model: str
@@ -106,10 +104,7 @@ class Profile:
         return int(self.alpha.shape[0]), int(self.alpha.shape[1])
 
     def config(self, **options: Any) -> NCConfig:
-        """The ``NCConfig`` with this profile's laws.
-
-        Args:
-            options: every other option of ``NCConfig``; ``dense_layers`` adds to the profile's own.
+        """The ``NCConfig`` with this profile's laws and other options; ``dense_layers`` adds to the profile's own.
 
         Raises:
             TypeError: an option is one that the profile brings, or as in ``NCConfig``.
@@ -152,15 +147,12 @@ class Profile:
         min_keys: int = 1,
         dense_below: int | None = None,
     ) -> "Profile":
-        """The profile with the laws that lose least, as predicted, for a total budget that all heads share.
-
-        What is least is the sum over heads of ``sensitivity * error``.
+        """The profile whose laws lose least, in the sum of ``sensitivity * error``, for a budget that all heads share.
 
         Args:
             fraction: attended keys / visible keys over all layers, heads and counted queries, in (0, 1].
             keys: in place of ``fraction``, the mean number of keys of a query and head.
-            n: context length for which the budget holds; None for the sequences of all calibrated lengths together.
-                Beyond them the laws are extrapolated.
+            n: context length for which the budget holds; None for all calibrated lengths together.
             over: ``"sequence"`` counts every query of a sequence of n tokens, as a prefill does; ``"last"`` the query
                 that sees all n, as a decoding step does.
             dense_layers: layers that attend every key, which counts; None for the profile's own.
@@ -185,17 +177,12 @@ class Profile:
         else:
             fraction = checked_number("fraction", fraction)
             asked = f"{100 * fraction:g} % of the keys"
-        limits = (min_keys, below)
-        laws = allocate(self._demand, rows, np.array(self.windows), fraction, dense, limits, self.lengths)
+        laws = allocate(self._demand, rows, np.array(self.windows), fraction, dense, (min_keys, below), self.lengths)
         where = "over all calibrated lengths" if n is None else f"at {ends[0]:,} tokens"
         return replace(self, **laws._asdict(), aim=f"{asked} {where}, {over}", dense_layers=dense)
 
     def at_mass(self, mass: float, *, dense_layers: tuple[int, ...] | None = None) -> "Profile":
-        """The profile with laws under which every head keeps this share of its softmax mass, on average.
-
-        Args:
-            mass: in (0, 1).
-            dense_layers: as in ``at_budget``.
+        """The profile with laws under which every head keeps this share of its softmax mass in (0, 1), on average.
 
         Raises:
             ProfileError: ``mass`` is out of range.
@@ -214,8 +201,7 @@ class Profile:
     def kept_mass(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The share of the mass that the laws in force are predicted to keep for a query that sees n keys.
 
-        Within the calibrated lengths it is interpolated, beyond them the measured curve is stretched as the support of
-        each head grows.
+        Beyond the calibrated lengths the measured curve is stretched as the support of each head grows.
 
         Returns:
             Arrays ``[M, H]``: the estimate and the ends of its 90 % interval.

@@ -57,10 +57,12 @@ def column_maxima(b: Builder, z: Int, rows: Int, found: Int) -> None:
 
 @instruction
 def column_exponentials(b: Builder, z: Int, rows: Int, shifts: Int, factor: Float, sums: Int) -> None:
-    """Each float becomes ``2 ** ((x - shift) * factor)``; the sums of the columns are added to those at ``sums``."""
+    """Each float becomes ``2 ** ((x - shift) * factor)``; the sums of the columns are added to those at ``sums``.
+
+    They are summed apart first: one running sum over a million keys would lose three digits.
+    """
     times = splat(b, factor)
     minus = [load(b, b.add(shifts, const_int(64 * v))) for v in range(2)]
-    begin = [load(b, b.add(sums, const_int(64 * v))) for v in range(2)]
 
     def body(i: Value, *totals: Value) -> list[Value]:
         added = []
@@ -71,8 +73,9 @@ def column_exponentials(b: Builder, z: Int, rows: Int, shifts: Int, factor: Floa
             added.append(b.fadd(totals[v], value))
         return added
 
-    for v, value in enumerate(loop(b, rows, 1, begin, body)):
-        store(b, value, b.add(sums, const_int(64 * v)))
+    for v, value in enumerate(loop(b, rows, 1, [const_vector(0.0)] * 2, body)):
+        target = b.add(sums, const_int(64 * v))
+        store(b, b.fadd(load(b, target), value), target)
 
 
 @instruction
@@ -132,13 +135,13 @@ def product(
     """The product z ``[rows, 16 * vectors]`` of x ``[rows, depth]`` and y ``[depth, 16 * vectors]``; steps in bytes.
 
     Each element is one chain of multiply-adds along the depth. Elements of x lie ``x_next`` apart in a row, vectors of
-    y ``y_next``. ``adds`` 1: z is added to.
+    y ``y_next``. ``adds`` 1: the whole product is added to z.
     """
     x_rows = [b.add(x, b.mul(x_step, const_int(r))) for r in range(rows)]
     targets = [
         b.add(b.add(z, b.mul(z_step, const_int(r))), const_int(64 * v)) for r in range(rows) for v in range(vectors)
     ]
-    begin = [load(b, target) if adds else const_vector(0.0) for target in targets]
+    begin = [const_vector(0.0)] * len(targets)
 
     def body(k: Value, at: Value, along: Value, *sums: Value) -> list[Value]:
         columns = [load(b, b.add(at, b.mul(y_next, const_int(v)))) for v in range(vectors)]
@@ -148,7 +151,7 @@ def product(
         return [b.add(at, y_step), b.add(along, x_next), *added]
 
     for target, value in zip(targets, loop(b, depth, 1, [y, const_int(0), *begin], body)[2:], strict=True):
-        store(b, value, target)
+        store(b, b.fadd(load(b, target), value) if adds else value, target)
 
 
 @instruction
@@ -203,7 +206,7 @@ def add_rows(
     Places are read ``_AHEAD`` further than there are any.
     """
     targets = [b.add(out, const_int(64 * v)) for v in range(vectors)]
-    begin = [load(b, t) for t in targets] + [const_vector(0.0)] * vectors
+    begin = [const_vector(0.0)] * (2 * vectors)
 
     def body(i: Value, *sums: Value) -> list[Value]:
         changed = list(sums)
@@ -222,7 +225,7 @@ def add_rows(
 
     sums = loop(b, count, 4, begin, body)
     for target, one, other in zip(targets, sums[:vectors], sums[vectors:], strict=True):
-        store(b, b.fadd(one, other), target)
+        store(b, b.fadd(load(b, target), b.fadd(one, other)), target)
 
 
 @instruction

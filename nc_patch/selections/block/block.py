@@ -8,7 +8,7 @@ import torch
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.reference import final_scores
 from nc_patch.selections.base import Choice, Selection, register
-from nc_patch.selections.block.blocks import BlockOptions, Mark, no_mark
+from nc_patch.selections.block.blocks import BlockOptions
 from nc_patch.selections.block.definition import block_choice, chosen_mask, page_mask
 from nc_patch.selections.block.torch import ChosenBlocks, torch_block_attention
 from nc_patch.selections.block.torch_decode import torch_block_decode
@@ -65,25 +65,23 @@ class Block(BlockOptions):
         """
         return ChosenBlocks(problem, self)
 
-    def prefill_torch(self, problem: Problem, mark: Mark = no_mark) -> AttentionResult:
-        """In PyTorch; see ``torch``. ``mark`` is for timing the steps, see ``blocks.Mark``."""
-        return torch_block_attention(problem, self, mark)
+    def prefill_torch(self, problem: Problem) -> AttentionResult:
+        """In PyTorch; see ``torch``."""
+        return torch_block_attention(problem, self)
 
-    def prefill_triton(self, problem: Problem, mark: Mark = no_mark) -> AttentionResult:
+    def prefill_triton(self, problem: Problem) -> AttentionResult:
         """In kernels; see ``prefill``."""
         from nc_patch.selections.block.prefill import triton_block_attention
 
-        return triton_block_attention(problem, self, mark)
+        return triton_block_attention(problem, self)
 
-    def prefill_cpu(self, problem: Problem, mark: Mark = no_mark) -> AttentionResult:
+    def prefill_cpu(self, problem: Problem) -> AttentionResult:
         """In a compiled kernel; see ``cpu``. With ``min_mass``, or where an audit is asked, in PyTorch."""
         if self.min_mass is not None or problem.audit_seed >= 0:
-            return self.prefill_torch(problem, mark)
+            return self.prefill_torch(problem)
         from nc_patch.selections.block.cpu import cpu_block_attention
 
-        result = cpu_block_attention(problem, self)
-        mark("attend")
-        return result
+        return cpu_block_attention(problem, self)
 
     def decode_torch(self, problem: Problem) -> AttentionResult:
         """By page statistics, in PyTorch; see ``torch_decode``."""

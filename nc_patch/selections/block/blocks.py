@@ -6,7 +6,6 @@ too: block ``j`` of a sequence that begins at ``begin`` holds the keys ``begin +
 it. So nothing depends on where a sequence lies in the buffer, nor on its neighbours.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -23,13 +22,6 @@ SAMPLE_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 # Score elements that PyTorch holds at once, 8 MB in float32: as they are gone through several times, they are to stay
 # in a cache.
 SCORES_AT_ONCE = 1 << 21
-
-# Is told the name of each step when it has been done, or on a GPU launched: "plan", "score", "choose" or "attend".
-Mark = Callable[[str], None]
-
-
-def no_mark(_: str) -> None:
-    """The mark of who does not time the steps."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from nc_patch.ops.triton.launch import (
 )
 from nc_patch.ops.triton.structs import heads
 from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
-from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, Mark, no_mark, plan_of
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, plan_of
 from nc_patch.selections.block.prefill_attend import Results, attend_blocks_kernel, blank_rows_kernel
 from nc_patch.selections.block.prefill_choice import Choice, Plan, Scratch, choose_blocks_kernel, score_blocks_kernel
 
@@ -90,11 +90,10 @@ def block_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim:
     return BlockTiles(replace(score, keys=max(score.keys, block_size)), attend, edge_keys)
 
 
-def triton_block_attention(problem: Problem, options: BlockOptions, mark: Mark = no_mark) -> AttentionResult:
+def triton_block_attention(problem: Problem, options: BlockOptions) -> AttentionResult:
     """Attention over key blocks that a query block chooses by the dense softmax mass of its sampled rows.
 
-    The kept mass costs as much as dense attention. ``mark`` is for timing the steps, see ``blocks.Mark``; it may be
-    called several times for one.
+    The kept mass costs as much as dense attention.
 
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
@@ -102,17 +101,14 @@ def triton_block_attention(problem: Problem, options: BlockOptions, mark: Mark =
     """
     problem = prepared(problem)
     plan, query = plan_of(problem, options), problem.query
-    mark("plan")
     architecture = architecture_of(query.device)
     tiles = block_tiles(architecture, query.dtype, *problem.head_dims, options.size)
     expected, audited = expected_of(problem, len(plan.listed)), None
     with on_device(query.device):
-        choice, added = choose_blocks(problem, plan, tiles.score, options, expected, mark)
+        choice, added = choose_blocks(problem, plan, tiles.score, options, expected)
         if expected is not None:
             audited = audit(problem, plan, choice, expected, options.size)
-            mark("choose")
         output, lse, lse_keys, attended = attend_blocks(problem, plan, choice, tiles, options.size)
-    mark("attend")
     kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
     enlarged = enlarged_of(added, problem.group) if options.enlarges else None
     return AttentionResult(output, lse, kept_mass, attended, enlarged=enlarged, audit=audited)
@@ -124,7 +120,6 @@ def choose_blocks(
     tiles: Tiles,
     options: BlockOptions,
     expected: torch.Tensor | None = None,
-    mark: Mark = no_mark,
 ) -> tuple[BlockChoice, torch.Tensor]:
     """The blocks that each query block attends, and int32 ``[N, Hkv]``, how many of them ``min_mass`` has added.
 
@@ -186,17 +181,14 @@ def choose_blocks(
         of_chunk = {"first_sample": chunk.first_sample, "row_count": row_count, "width": chunk.width}
         if row_count:
             score_blocks_kernel[(triton.cdiv(row_count, tiles.rows), Hkv, segments)](**of_chunk, **scored)
-            mark("score")
         choose_blocks_kernel[(chunk.last - chunk.first, Hkv)](
             first_number=chunk.first, segments=segments, **of_chunk, **chosen
         )
-        mark("choose")
     if expected is not None and kept is not None:
         of_samples = kept.transpose(0, 1).reshape(S, -1)
         lengths = plan.table[:, 9].long()
         mean = torch.segment_reduce(of_samples, "sum", lengths=lengths, axis=0, unsafe=True) / lengths[:, None]
         expected.copy_(mean.masked_fill(lengths[:, None] == 0, 1.0))
-    mark("choose")
     return BlockChoice(choice.indices, choice.counts), choice.counts - plan.law
 
 

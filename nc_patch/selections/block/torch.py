@@ -15,26 +15,20 @@ from nc_patch.ops.rows import (
 )
 from nc_patch.selections.base import Choice
 from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
-from nc_patch.selections.block.blocks import BlockOptions, Mark, no_mark, plan_of
+from nc_patch.selections.block.blocks import BlockOptions, plan_of
 from nc_patch.selections.block.torch_attend import attend_blocks
 from nc_patch.selections.block.torch_choose import choose_blocks
 
 
-def torch_block_attention(problem: Problem, options: BlockOptions, mark: Mark = no_mark) -> AttentionResult:
-    """Attention over key blocks that a query block shares, as ``definition`` says; the kept mass costs half of dense's.
-
-    ``mark`` is for timing the steps, see ``blocks.Mark``; it may be called several times for one.
-    """
+def torch_block_attention(problem: Problem, options: BlockOptions) -> AttentionResult:
+    """Attention over key blocks that a query block shares; see ``definition``. The kept mass costs half of dense's."""
     visible = problem.visible
     plan = plan_of(problem, options)
     expected, audited = expected_of(problem, len(plan.listed)), None
-    mark("plan")
-    choice, added = choose_blocks(problem, plan, options, expected, mark)
+    choice, added = choose_blocks(problem, plan, options, expected)
     if expected is not None:
         audited = audit(problem, plan, choice, expected, options.size)
-        mark("choose")
     output, of_keys, attended = attend_blocks(problem, plan, choice, options.size)
-    mark("attend")
     lse = kept_mass = None
     if problem.stats:
         empty = (visible[..., 1] <= visible[..., 0])[:, None]

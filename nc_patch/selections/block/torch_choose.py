@@ -11,7 +11,7 @@ import torch
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.problem import Problem
 from nc_patch.selections.block import blocks
-from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, Mark, no_mark
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan
 
 
 class _Span(NamedTuple):
@@ -31,7 +31,6 @@ def choose_blocks(
     plan: BlockPlan,
     options: BlockOptions,
     expected: torch.Tensor | None = None,
-    mark: Mark = no_mark,
 ) -> tuple[BlockChoice, torch.Tensor]:
     """The blocks that each query block attends, as ``definition.block_choice`` defines them.
 
@@ -63,7 +62,6 @@ def choose_blocks(
             columns = _columns(keys, origin_of_columns, span.begin + span.stop * size)
             seen = visible[b, samples] - origin_of_columns
             shares = block_shares(problem, query[b, :, samples], columns, seen, options, buffers)
-            mark("score")
         edges = torch.stack((lowest.expand_as(plan.law[of_span]), lowest + plan.recent[of_span]), -1)
         chosen, count = _heaviest(shares, owner, plan.law[of_span], plan.limit[of_span], (edges, width), options)
         if expected is not None:
@@ -76,11 +74,9 @@ def choose_blocks(
         exists = torch.arange(order.shape[-1], device=order.device) < count[..., None]
         indices.append(torch.where(exists, order + span.lowest, -1).int())
         counts.append(count)
-        mark("choose")
     most = max(listed.shape[-1] for listed in indices)
     filled = [torch.nn.functional.pad(listed, (0, most - listed.shape[-1]), value=-1) for listed in indices]
     count = torch.cat(counts)
-    mark("choose")
     return BlockChoice(torch.cat(filled), count), count - plan.law
 
 

@@ -4,10 +4,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import psutil
 import torch
 
+Step = Callable[[int], torch.Tensor]
+"""Runs a method on the i-th set of inputs."""
+
 # A method that takes this many times as long as the fastest is not repeated beyond the fewest.
-_HOPELESS, FEWEST = 4.0, 3
+_HOPELESS, _FEWEST = 4.0, 3
 _WARM_UPS = 3
 
 
@@ -16,22 +20,20 @@ class Prepared:
     """Steps that are ready to be timed.
 
     Attributes:
-        launch: runs one step on each set of inputs.
-        steps: how many sets there are.
-        captured: whether launch replays a CUDA graph; None where there are none.
-        reason: why it does not.
+        launch: runs one step on each set of inputs. steps: how many sets there are.
+        captured: whether launch replays a CUDA graph; None where there are none. reason: why it does not.
         replayed: what a replay of the graph returned for the first set.
     """
 
     launch: Callable[[], object]
-    steps: int
+    steps: int = 1
     captured: bool | None = None
     reason: str | None = None
     replayed: torch.Tensor | None = None
 
 
-def prepare(step: Callable[[int], torch.Tensor], steps: int, device: torch.device) -> Prepared:
-    """Warms up ``step(i)`` for i below ``steps`` and captures all of them as one graph, in a row, as layers come.
+def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepared:
+    """What runs ``step(i)`` for i below ``steps``, in a row, as layers come; on a GPU as one CUDA graph, if wanted.
 
     What the warm-up raises is raised here. What cannot be captured is timed as it is, and says so.
     """
@@ -40,7 +42,7 @@ def prepare(step: Callable[[int], torch.Tensor], steps: int, device: torch.devic
         for i in range(steps):
             step(i)
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not graph:
         all_steps()
         return Prepared(all_steps, steps)
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -50,14 +52,14 @@ def prepare(step: Callable[[int], torch.Tensor], steps: int, device: torch.devic
             all_steps()
     current.wait_stream(side)
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
+    captured = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(captured):
             replayed = step(0)
             for i in range(1, steps):
                 step(i)
         replayed.fill_(torch.nan)  # so that a replay which leaves something out shows
-        graph.replay()
+        captured.replay()
         torch.cuda.synchronize(device)
     except Exception as error:
         torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
@@ -65,7 +67,7 @@ def prepare(step: Callable[[int], torch.Tensor], steps: int, device: torch.devic
             raise
         torch.cuda.synchronize(device)
         return Prepared(all_steps, steps, False, first_line(error))
-    return Prepared(graph.replay, steps, True, replayed=replayed)
+    return Prepared(captured.replay, steps, True, replayed=replayed)
 
 
 def seconds_of(prepared: Prepared, device: torch.device) -> float:
@@ -95,15 +97,20 @@ def interleave(
     for turn in range(repeats):
         best = min((min(seconds) for seconds in taken.values() if seconds), default=float("inf"))
         for name, prepared in methods.items():
-            if name in raised or (turn >= FEWEST and min(taken[name]) > _HOPELESS * best):
+            if name in raised or (turn >= _FEWEST and min(taken[name]) > _HOPELESS * best):
                 continue
             try:
                 taken[name].append(seconds_of(prepared, device))
             except Exception as error:
                 raised[name] = error
-        if turn + 1 >= FEWEST and time.monotonic() > deadline:
+        if turn + 1 >= _FEWEST and time.monotonic() > deadline:
             break
     return {name: seconds for name, seconds in taken.items() if name not in raised}, raised
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def first_line(error: BaseException) -> str:

@@ -1,0 +1,220 @@
+"""The command ``nc-patch bench``: its arguments, its time limit, and what it writes."""
+
+import argparse
+import datetime
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval_tasks.arguments import positive, spaced
+from eval_tasks.bench import report
+from eval_tasks.bench.inputs import GEOMETRIES
+from eval_tasks.bench.measure import Row, measure_all
+from eval_tasks.bench.models import measure_models
+from eval_tasks.bench.operator import DECODE, PREFILL, Benchmark, Settings
+from eval_tasks.bench.rivals import KINDS, rival_versions
+from eval_tasks.bench.timing import first_line
+from eval_tasks.errors import EvalError
+from eval_tasks.models import DTYPES, pick_device
+from eval_tasks.provenance import commit, hardware, hardware_words, versions
+from eval_tasks.store import check_out, write_atomically
+from nc_patch.cli import USAGE_ERROR
+from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, DEFAULT_DENSE_BELOW
+from nc_patch.selections import Block
+from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
+
+BENCHMARKS = {benchmark.phase: benchmark for benchmark in (DECODE, PREFILL)}
+FAILURE = 1
+# Part of the time that the operator may take where a whole model is measured too.
+_OPERATOR_SHARE = 0.7
+# Options of block prefill, by the names that NCConfig has for them.
+_BLOCK_OPTIONS = ("block_size", "query_block_size", "sample_stride", "local_keys", "min_mass", "max_factor")
+
+
+def run_bench(arguments: Sequence[str]) -> int:
+    """Runs ``nc-patch bench``.
+
+    Args:
+        arguments: what follows ``bench``.
+
+    Returns:
+        0; 1 where sparse attention failed or was wrong in a case; 2 for arguments that do not fit.
+    """
+    parsed = parser().parse_args(list(arguments))
+    benchmark = BENCHMARKS[parsed.benchmark]
+    try:
+        settings = settings_of(parsed)
+        check_out(parsed.out, (f"{benchmark.phase}.json", f"{benchmark.phase}.png"))
+    except (EvalError, ValueError) as error:
+        print(f"nc-patch bench: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return _measure(benchmark, parsed, settings, shlex.join(["nc-patch", "bench", *arguments]))
+
+
+def settings_of(parsed: argparse.Namespace) -> Settings:
+    """The settings of parsed arguments, with the defaults of the device where they say nothing.
+
+    Raises:
+        ValueError: a value is outside its range, given twice, or a device that is not there.
+    """
+    benchmark = BENCHMARKS[parsed.benchmark]
+    device = pick_device(parsed.device)
+    if parsed.minutes is not None and not (math.isfinite(parsed.minutes) and parsed.minutes > 0):
+        raise ValueError(f"--minutes must be a positive number, got {parsed.minutes}")
+    for name in ("lengths", "batch", "geometry", "selections", "dense", benchmark.whole):
+        given = getattr(parsed, name) or ()
+        twice = [value for value in given if list(given).count(value) > 1]
+        if twice:
+            raise ValueError(f"--{name}: {twice[0]} is given twice")
+        if name in ("lengths", benchmark.whole) and 1 in given:
+            raise ValueError(f"--{name}: a length must be at least 2, got 1")
+    options: dict[str, Any] = {}
+    if benchmark is PREFILL:  # the keys that are attended are what is compared: nothing stands for the others
+        options = {name: getattr(parsed, name) for name in (*_BLOCK_OPTIONS, "dense_below")} | {"tail": "drop"}
+    chosen: dict[str, Any] = {
+        name: getattr(parsed, name) for name in ("batch", "selections", "alpha", "C", "seed", "dense")
+    }
+    for name in ("geometry", "lengths", "dtype", "repeats"):
+        chosen[name] = getattr(parsed, name) or benchmark.defaults[device.type][name]
+    settings = Settings(device=device, options=options, **chosen | {"dtype": DTYPES[chosen["dtype"]]})
+    settings.config("dense")  # raises for values outside their ranges
+    return settings
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of ``nc-patch bench``."""
+    found = argparse.ArgumentParser(
+        prog="nc-patch bench",
+        description="Times sparse attention against the fastest dense attention that is installed.",
+    )
+    commands = found.add_subparsers(dest="benchmark", metavar="{" + ",".join(BENCHMARKS) + "}", required=True)
+    for name, what, whole in (
+        ("decode", "one step of the operator, per layer, and generate()", "time generate() too, after prompts of"),
+        ("prefill", "attention of a whole prompt, per layer, and forward passes", "time forward passes too, of"),
+    ):
+        of_benchmark = commands.add_parser(name, help=what, description=BENCHMARKS[name].what)
+        _add_options(of_benchmark, BENCHMARKS[name], whole)
+    _add_block_options(commands.choices["prefill"])
+    return found
+
+
+def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Settings, command: str) -> int:
+    """Measures, writes the results after every case, and prints the report."""
+    started, out = time.monotonic(), parsed.out
+    deadline = started + (math.inf if parsed.minutes is None else 60 * parsed.minutes)
+    lengths = getattr(parsed, benchmark.whole)
+    operator_deadline = deadline if lengths is None else started + _OPERATOR_SHARE * (deadline - started)
+    rows: list[Row] = []
+    whole_rows: list[Row] = []
+    record: dict[str, Any] = {
+        "command": command,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions() | rival_versions(),
+        "hardware": hardware(settings.device, torch.get_num_threads()),
+        "what": benchmark.what,
+        "settings": _plain(settings, benchmark.phase),
+        "rows": rows,
+        benchmark.whole: whole_rows,
+    }
+    print(f"{hardware_words(record['hardware'])}, {record['settings']['dtype']}: {len(settings.cases())} cases")
+
+    def say(case: str) -> None:
+        print(f"  {time.monotonic() - started:5.0f} s  {case}", flush=True)
+
+    def write() -> None:
+        record["minutes"] = (time.monotonic() - started) / 60
+        record.update(crossovers=report.crossovers(rows), exponents=report.exponents(rows))
+        write_atomically(out / f"{benchmark.phase}.json", (json.dumps(record, indent=1) + "\n").encode())
+
+    try:
+        for found in measure_all(benchmark, settings, operator_deadline, say):
+            rows += found
+            write()
+        if lengths is not None:
+            lengths = lengths or benchmark.defaults[settings.device.type][benchmark.whole]
+            say(benchmark.whole)
+            for row in measure_models(benchmark.whole, settings, tuple(lengths), deadline):
+                whole_rows.append(row)
+                write()
+    except KeyboardInterrupt:
+        record["stopped"] = "interrupted"
+    except RuntimeError as error:  # the device itself; what was measured before stays
+        record["stopped"] = first_line(error)
+    write()
+    return _conclude(benchmark, record, f"budget {settings.alpha:g} n^{settings.C:g}", out)
+
+
+def _conclude(benchmark: Benchmark, record: dict[str, Any], law: str, out: Path) -> int:
+    """Prints and draws what was measured, and returns the exit code."""
+    rows, whole_rows = record["rows"], record[benchmark.whole]
+    print(f"\n{law}\n{report.text(rows, benchmark)}")
+    if whole_rows:
+        print(report.models_text(benchmark.whole, whole_rows))
+    problems = []
+    written = [out / f"{benchmark.phase}.json"]
+    if any("median_seconds" in row for row in rows):
+        written.append(out / f"{benchmark.phase}.png")
+        report.draw(rows, benchmark, f"{hardware_words(record['hardware'])}, {law}", written[-1])
+    else:
+        problems.append("nothing could be timed, see above")
+    print(f"\nWritten: {' and '.join(map(str, written))}")
+    if "stopped" in record:
+        problems.append(f"stopped: {record['stopped']}")
+    if failed := report.failures([*rows, *whole_rows]):
+        problems.append(f"sparse attention failed or was wrong in {failed} rows, see above")
+    for problem in problems:
+        print(f"nc-patch bench: {problem}", file=sys.stderr)
+    return FAILURE if problems else 0
+
+
+def _plain(settings: Settings, phase: str) -> dict[str, Any]:
+    found = {**vars(settings), "device": str(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")}
+    return {**found, "options": [getattr(settings.config(name), phase).to_dict() for name in settings.selections]}
+
+
+def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark, whole: str) -> None:
+    def both(name: str) -> str:
+        by_device = (benchmark.defaults[kind][name] for kind in ("cpu", "cuda"))
+        cpu, cuda = (spaced(d) if isinstance(d, list) else d for d in by_device)
+        return f"by default {cpu} on the CPU, {cuda} on a GPU"
+
+    add, files = of_benchmark.add_argument, f"{benchmark.phase}.json and {benchmark.phase}.png"
+    add("--out", type=Path, required=True, metavar="DIR", help=f"where {files} go")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="by default the GPU where there is one")
+    add("--lengths", type=positive, nargs="+", metavar="N", help=f"keys, or tokens of a prompt; {both('lengths')}")
+    add("--batch", type=positive, nargs="+", default=[1], metavar="B", help="by default 1")
+    add("--geometry", choices=GEOMETRIES, nargs="+", help=both("geometry"))
+    add("--alpha", type=float, default=DEFAULT_ALPHA, help="factor of the budget; by default %(default)g")
+    add("--C", type=float, default=DEFAULT_C, help="exponent of the budget; by default %(default)g")
+    selections = list(benchmark.selections)
+    add("--selections", choices=selections, nargs="+", default=selections, help="by default all")
+    add("--dense", choices=KINDS, nargs="+", default=list(KINDS), help="dense attention to compare with; all")
+    add("--dtype", choices=DTYPES, help=both("dtype"))
+    add("--repeats", type=positive, metavar="R", help=both("repeats"))
+    add("--seed", type=int, default=0)
+    add(
+        f"--{benchmark.whole}", type=positive, nargs="*", metavar="N", help=f"{whole} N tokens; {both(benchmark.whole)}"
+    )
+    add("--minutes", type=float, help="no case begins after that; by default no limit")
+
+
+def _add_block_options(prefill: argparse.ArgumentParser) -> None:
+    add = prefill.add_argument_group("block").add_argument
+    size, rows, default = Block.size, Block.query_block_size, "; by default %(default)s"
+    add("--block-size", type=int, choices=BLOCK_SIZES, default=size, help=f"keys of a block{default}")
+    add("--query-block-size", type=int, choices=QUERY_BLOCK_SIZES, default=rows, help=f"queries of a block{default}")
+    stride = "every how many queries one is scored; by default it follows the budget"
+    add("--sample-stride", type=int, choices=SAMPLE_STRIDES, help=stride)
+    add("--local-keys", type=int, default=Block.local_keys, help="keys before a query block, always")
+    add("--min-mass", type=float, help="kept mass to enlarge the budget for; by default none")
+    add("--max-factor", type=float, default=Block.max_factor, help=f"by how much it may be enlarged{default}")
+    below = f"queries that see no more keys attend them all{default}"
+    prefill.add_argument("--dense-below", type=int, default=DEFAULT_DENSE_BELOW, help=below)

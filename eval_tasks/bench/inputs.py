@@ -1,0 +1,142 @@
+"""What is timed: shapes of known models, and random queries and keys whose attention is local, has sinks, and seeks.
+
+**Keys** are ``offset + spread * (basis z + noise)``, channel by channel: ``spread`` is log-normal, and four channels
+carry large offsets, as keys of real models do. In the space of ``basis``, which queries look into, ``z`` is content
+(rank 16, 85 % common to runs of 40 keys, which are the borders of no block) and whether the key is one of the first
+four, the sinks. Their values are small, as in real models.
+
+**Scores.** Query i over its n = i + 1 keys has ``a(n) <content> + S(n) [j < 4]``.
+
+- ``a(n)`` is the standard deviation for which 95 % of the softmax of the content alone lie in the n^c best keys, with
+  an exponent c of each head between 0.6 and 0.95. What a query seeks is in part common to the heads of a key/value
+  head and a run of 40 queries, in part the head's own in that run, and in part the row's own: neighbours attend to
+  similar keys, never to the same. The rest is the content of the query's own key, which makes attention local.
+- ``S(n)`` gives the sinks an expected share of the softmax, of each head between 0.15 and 0.55.
+
+Kept masses, which follow, are measured in every case.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from nc_patch.ops.problem import causal_intervals
+
+SINKS = 4
+_CONTENT_RANK, _RUN, _NOISE = 16, 40, 0.3
+_OUTLIERS, _OUTLIER_OFFSET, _SPREAD = 4, 8.0, 0.5
+_MASS, _FEWEST_KEYS, _SINK_VALUE = 0.95, 64, 0.1
+# Of the variance of what keys hold and queries seek: common to a run, to a head and a run, and of the query's own key.
+_KEY_RUN, _QUERY_RUN, _HEAD_RUN, _OWN_KEY = 0.85, 0.3, 0.1, 0.5
+_EXPONENTS, _SINK_SHARE = (0.6, 0.95), (0.15, 0.55)
+_ROWS_AT_ONCE = 1 << 15
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of a decoder: of its attention, and what a model with random weights needs besides."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+
+
+# Llama 3 8B, Qwen3 8B and Mistral 7B have the same attention, and differ in what is around it.
+GEOMETRIES = {
+    "llama3-8b": Geometry(32, 8, 128, 4096, 14336),
+    "qwen3-8b": Geometry(32, 8, 128, 4096, 12288),
+    "mistral-7b": Geometry(32, 8, 128, 4096, 14336),
+    "smollm2": Geometry(9, 3, 64, 576, 1536),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Attention of one layer: the last Lq queries of sequences of n keys.
+
+    Attributes:
+        query: ``[B, Hq, Lq, D]``; Lq is n for a prompt, and 1 for a decoding step. key, value: ``[B, Hkv, n, D]``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def visible(self) -> torch.Tensor:
+        """Causal intervals int32 ``[B, Lq, 2]``."""
+        return causal_intervals(len(self.query), self.query.shape[2], self.key.shape[2], self.query.device)
+
+    @cached_property
+    def expanded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values repeated for every head of a group, ``[B, Hq, n, D]``; made once, and kept."""
+        group = self.query.shape[1] // self.key.shape[1]
+        return self.key.repeat_interleave(group, 1), self.value.repeat_interleave(group, 1)
+
+
+def make_inputs(
+    geometry: Geometry, batch: int, length: int, queries: int, dtype: torch.dtype, generator: torch.Generator
+) -> Inputs:
+    """Draws the keys of sequences, and their last ``queries`` queries, on the generator's device."""
+    device = generator.device
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    Hq, Hkv, D = geometry.heads, geometry.kv_heads, geometry.head_dim
+    group, rank, before = Hq // Hkv, min(_CONTENT_RANK, D // 4), length - queries
+    spread, offset = (_SPREAD * normal(Hkv, 1, D)).exp(), normal(Hkv, 1, D)
+    outliers = torch.randint(D, (Hkv, 1, min(_OUTLIERS, D)), generator=generator, device=device)
+    offset.scatter_(2, outliers, _OUTLIER_OFFSET * normal(Hkv, 1, outliers.shape[-1]).sign())
+    basis = torch.linalg.qr(normal(Hkv, D, rank + 1)).Q.transpose(1, 2)
+    n = torch.arange(before + 1, length + 1, dtype=torch.float64, device=device)
+    weights = [of_heads.view(Hkv, group, queries, 1) for of_heads in _weights(Hq, n, generator)]
+    query = torch.empty(batch, Hq, queries, D, dtype=dtype, device=device)
+    key = torch.empty(batch, Hkv, length, D, dtype=dtype, device=device)
+    value = torch.empty_like(key)
+    for b in range(batch):
+        for begin in range(0, length, _ROWS_AT_ONCE):
+            rows = slice(begin, min(begin + _ROWS_AT_ONCE, length))
+            count = rows.stop - begin
+            run = torch.arange(count, device=device) // _RUN
+            is_sink = (torch.arange(begin, rows.stop, device=device) < SINKS).float()[:, None]
+            own = (1 - _KEY_RUN) ** 0.5 * normal(Hkv, count, rank)
+            content = (_KEY_RUN**0.5 * normal(Hkv, count // _RUN + 1, rank)[:, run] + own) * (1 - is_sink)
+            noise = _NOISE * normal(Hkv, count, D)
+            noise -= noise @ basis.transpose(1, 2) @ basis
+            held = torch.cat((content, is_sink.expand(Hkv, -1, -1)), -1)
+            key[b, :, rows] = offset + spread * (held @ basis + noise)
+            value[b, :, rows] = normal(Hkv, count, D) * (1 - (1 - _SINK_VALUE) * is_sink)
+
+            asking = slice(max(begin, before), rows.stop)
+            if (count := asking.stop - asking.start) <= 0:
+                continue
+            content, run = content[:, None, -count:], run[:count]
+            direction = _OWN_KEY**0.5 * content + _QUERY_RUN**0.5 * normal(Hkv, 1, count // _RUN + 1, rank)[:, :, run]
+            direction = direction + _HEAD_RUN**0.5 * normal(Hkv, group, count // _RUN + 1, rank)[:, :, run]
+            own_share = 1 - _OWN_KEY - _QUERY_RUN - _HEAD_RUN
+            direction = direction + own_share**0.5 * normal(Hkv, group, count, rank)
+            place = slice(asking.start - before, asking.stop - before)
+            content_weight, sink = (of_rows[:, :, place] for of_rows in weights)
+            sought = torch.cat((torch.nn.functional.normalize(direction, dim=-1) * content_weight, sink), -1)
+            found = sought.flatten(1, 2) @ (basis / spread) * D**0.5
+            query[b, :, place] = found.view(Hq, count, D)
+    return Inputs(query, key, value)
+
+
+def _weights(heads: int, n: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much content and sinks count in rows that see n keys, float64 ``[R]``: a and S, float32 ``[Hq, R]``."""
+
+    def draw(low: float, high: float) -> torch.Tensor:
+        uniform = torch.rand(heads, 1, generator=generator, device=n.device, dtype=torch.float64)
+        return low + (high - low) * uniform
+
+    n = n.clamp(min=_FEWEST_KEYS)
+    level, sink_share = torch.tensor(_MASS, dtype=torch.float64, device=n.device), draw(*_SINK_SHARE)
+    # Softmax tilts scores N(0, a^2) to N(a^2, a^2): 95 % lie above a^2 - 1.645 a, as a share Q(a - 1.645) of keys does.
+    content = torch.special.ndtri(level) + torch.special.ndtri(1 - n ** (draw(*_EXPONENTS) - 1))
+    # The sum over n keys of exp(content) is about this; the last term is what n draws lack of the tail.
+    mass = n.log() + content.square() / 2 + torch.special.log_ndtr((2 * n.log()).sqrt() - content)
+    return content.float(), (mass + (sink_share / (1 - sink_share) / SINKS).log()).float()

@@ -1,0 +1,169 @@
+"""What is timed: one decoding step of one layer, or attention of a whole prompt at one layer, as a model calls it.
+
+A decoding step is the upkeep of the index and the tail's means (one key taken in), the choice of keys, and attention.
+The projections and the write to the cache are the same for all methods and left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from eval_tasks.bench.inputs import GEOMETRIES, Inputs, make_inputs
+from eval_tasks.bench.rivals import KINDS
+from eval_tasks.bench.timing import Step, free_bytes
+from nc_patch.config import NCConfig
+from nc_patch.functional import sparse_attention
+from nc_patch.selections.index import KeyIndex
+
+# Inputs of decoding rotate until together they are this many times the cache; fewer and more sets do not pay.
+_TIMES_CACHE, _FEWEST_SETS, _MOST_SETS = 3, 4, 16
+_CPU_CACHE_BYTES = 32 << 20
+# Of the free memory, what inputs may take with what methods make of them: indexes, copies in pages, an output.
+_MEMORY_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One geometry, batch and length."""
+
+    geometry: str
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.geometry}, batch {self.batch}, {self.length:,} keys"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed, on what; ``options`` are those of selections, by name, as ``NCConfig`` takes them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    geometry: Sequence[str]
+    batch: Sequence[int]
+    lengths: Sequence[int]
+    selections: Sequence[str]
+    alpha: float
+    C: float
+    repeats: int
+    seed: int = 0
+    dense: Sequence[str] = KINDS
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, prefill: str, decode: str | None = None) -> NCConfig:
+        """The settings of attention by a selection, or by one for each phase."""
+        phases = {"prefill": prefill, "decode": decode or prefill}
+        return NCConfig(self.alpha, self.C, **phases, **{"dense_below": 0, **self.options})
+
+    def cases(self) -> list[Case]:
+        """All cases, short ones first within each geometry and batch."""
+        return [Case(g, b, n) for g in self.geometry for b in self.batch for n in sorted(self.lengths)]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One subcommand of ``nc-patch bench``.
+
+    Attributes:
+        phase: its name, ``"decode"`` or ``"prefill"``. what: what a time is, in the results.
+        unit: of the times that are shown. per_second: how many are a second.
+        selections: those measured by default, in this order. whole: the option that measures whole models too.
+        defaults: by device type, what is measured where the arguments do not say.
+    """
+
+    phase: str
+    what: str
+    unit: str
+    per_second: float
+    selections: tuple[str, ...]
+    whole: str
+    defaults: dict[str, dict[str, Any]]
+
+
+DECODE = Benchmark(
+    phase="decode",
+    what=(
+        "One decoding step of one layer: upkeep of the indexes (one key), choice of keys, attention. CUDA graphs on a "
+        "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of all implementations that ran."
+    ),
+    unit="microseconds a step and layer",
+    per_second=1e6,
+    selections=("topk", "block", "window"),
+    whole="generate",
+    defaults={
+        "cpu": {"geometry": ["smollm2"], "dtype": "float32", "lengths": [512, 2048, 8192], "repeats": 5}
+        | {"generate": [1024]},
+        "cuda": {"geometry": ["llama3-8b"], "dtype": "bfloat16", "lengths": [2**i for i in range(12, 19)]}
+        | {"repeats": 30, "generate": [32768]},
+    },
+)
+PREFILL = Benchmark(
+    phase="prefill",
+    what=(
+        "Causal attention of a whole prompt at one layer: intervals, budgets, choice of keys, attention; medians of "
+        "interleaved repeats. Dense: the fastest of all implementations that ran."
+    ),
+    unit="milliseconds a layer",
+    per_second=1e3,
+    selections=("block", "window", "topk"),
+    whole="forward",
+    defaults={
+        "cpu": {"geometry": ["smollm2"], "dtype": "float32", "lengths": [1024, 2048, 4096, 8192], "repeats": 5}
+        | {"forward": [2048]},
+        "cuda": {"geometry": ["llama3-8b"], "dtype": "bfloat16", "lengths": [2**i for i in range(13, 21)]}
+        | {"repeats": 20, "forward": [32768, 131072]},
+    },
+)
+
+
+def make_sets(settings: Settings, case: Case, phase: str) -> list[Inputs]:
+    """The inputs of a case: one prompt, or as many decoding steps as keep the cache cold and the memory holds.
+
+    Raises:
+        MemoryError: they leave too little memory.
+    """
+    geometry, device = GEOMETRIES[case.geometry], settings.device
+    keys = 2 * geometry.kv_heads * case.batch * case.length * geometry.head_dim * settings.dtype.itemsize
+    queries, wanted, size = case.length, 1, keys * (1 + geometry.heads / geometry.kv_heads)
+    if phase == "decode":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE_BYTES
+        queries, size = 1, 2.5 * keys
+        wanted = min(_MOST_SETS, max(_FEWEST_SETS, -(-_TIMES_CACHE * cache // keys)))
+    room = int(_MEMORY_SHARE * free_bytes(device) / size)
+    if room < 1:
+        raise MemoryError(f"{size / 1e9:.1f} GB of queries, keys, values and what follows leave too little memory")
+    generators = [torch.Generator(device).manual_seed(settings.seed + i) for i in range(min(wanted, room))]
+    return [make_inputs(geometry, case.batch, case.length, queries, settings.dtype, one) for one in generators]
+
+
+def sparse_step(sets: Sequence[Inputs], config: NCConfig, phase: str) -> Step:
+    """A step of a selection; in decoding the last key is taken into the index and the page means first."""
+    selection, indexed = getattr(config, phase), phase == "decode"
+    kind, has_means = selection.index_kind if indexed else None, indexed and selection.uses_means
+    indexes = [KeyIndex.build(one.key, kind) if kind else None for one in sets]
+    means_of = [KeyIndex.build(one.key, "means", value=one.value) if has_means else None for one in sets]
+    batch, _, length, _ = sets[0].key.shape
+    end = torch.full((batch,), length, dtype=torch.int32, device=sets[0].key.device)
+
+    def step(i: int) -> torch.Tensor:
+        one, index, means = sets[i], indexes[i], means_of[i]
+        if index is not None:
+            index.extend(one.key, 1, end)
+        if means is not None:
+            means.extend(one.key, 1, end, one.value)
+        output = sparse_attention(
+            *(one.query, one.key, one.value),
+            alpha=config.alpha,  # type: ignore[arg-type]
+            C=config.C,  # type: ignore[arg-type]
+            selection=selection,
+            index=index,
+            means=means,
+            dense_below=config.dense_below,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    return step

@@ -1,0 +1,329 @@
+"""One measurement: losses, realised budgets, phases, answers, simulated methods and presses of kvpress."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from synthetic_tokenizers import tokenizer_of_kind
+from tiny_models import random_ids, tiny_model
+from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
+
+from eval_tasks import measure as measuring
+from eval_tasks.answers import QUESTION_TOKENS, Question, answer, build_question
+from eval_tasks.errors import EvalError
+from eval_tasks.measure import PHASES, measure
+from eval_tasks.methods import METHODS, Budgets
+from eval_tasks.presses import Press, find_press
+from eval_tasks.simulated import IMPLEMENTATION, Simulated, _Active, _chosen, counted, simulating
+from eval_tasks.store import read_rows
+from eval_tasks.synthetic import Material
+from eval_tasks.tasks import TASKS, Layout, tokenise
+from nc_patch import NCConfig, patched
+from nc_patch.cli import main
+
+BUDGETS = Budgets(2.0, 0.5, 48)
+TOPK = NCConfig(2.0, 0.5, selection="topk", dense_below=0)
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return TASKS["perplexity"].build(tokenise(tiny_tokenizer(), tiny_text(2000)), 0, 96, Layout((96,), 1, 16, 12, 0))
+
+
+def loss_under(model, sample, hidden_before=0):
+    """Σ −ln p of the 16 scored tokens, whose rows do not see the first keys; from the model's own forward pass."""
+    ids = torch.from_numpy(sample.ids)
+    seen = torch.ones(96, 96, dtype=torch.bool).tril()
+    seen[80:, :hidden_before] = False
+    with torch.inference_mode():
+        mask = torch.zeros(1, 1, 96, 96).masked_fill(~seen, -torch.inf)
+        logits = model(ids[None, :-1], attention_mask=mask).logits[0].double()
+    return float(-torch.log_softmax(logits, -1)[torch.arange(96), ids[1:]][-16:].sum())
+
+
+def test_the_loss_is_that_of_the_scored_tokens_and_the_model_stays_unpatched(sample):
+    model = tiny_model("llama")
+    measured = measure(model, None, sample)
+    assert measured["loss_sum"] == pytest.approx(loss_under(model, sample), rel=1e-5)
+    assert (measured["tokens"], measured["bytes"]) == (16, 16 * len(" w00"))
+    assert len(measured["token_losses"]) == 16
+    assert sum(measured["token_losses"]) == pytest.approx(measured["loss_sum"], abs=1e-3)
+    assert measure(model, METHODS["nc-topk"].config(BUDGETS), sample)["loss_sum"] != measured["loss_sum"]
+    assert measure(model, None, sample)["loss_sum"] == measured["loss_sum"]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("block", "nc", "oracle", "profile")])
+def test_realised_budgets_are_those_of_the_law(sample, method):
+    config = METHODS[method].config(BUDGETS)
+    measured = measure(tiny_model("llama"), config, sample)
+    law = (lambda n: n) if config is None else getattr(config, "config", config).budget
+    budgets = [law(n) for n in range(1, 97)]
+    assert measured["mean_keys"] == pytest.approx(sum(budgets) / 96)
+    assert measured["tail_mean_keys"] == pytest.approx(sum(budgets[-16:]) / 16)
+    assert measured["attended_fraction"] == pytest.approx(sum(budgets) / sum(range(1, 97)))
+    assert measured["tail_attended_fraction"] == pytest.approx(sum(budgets[-16:]) / sum(range(81, 97)))
+    assert measured["ran_dense"] == {}
+
+
+def test_dense_keys_are_left_open_where_layers_slide(sample):
+    measured = measure(tiny_model("mistral"), None, sample)
+    assert (measured["attended_fraction"], measured["mean_keys"], measured["tail_mean_keys"]) == (1.0, None, None)
+
+
+@pytest.mark.parametrize("method", ["nc-topk", "nc-window", "block", "random"])
+def test_phases_are_sparse_where_they_say_and_time_their_prefill_apart(sample, method):
+    model, attention = tiny_model("llama"), METHODS[method].config(BUDGETS)
+    law = getattr(attention, "config", attention).budget
+    dense = measure(model, None, sample)
+    found = {phase: measure(model, attention, sample, phase) for phase in PHASES}
+    assert len({round(m["loss_sum"], 6) for m in (dense, *found.values())}) >= 4
+    assert found["prefill"]["tail_mean_keys"] == dense["tail_mean_keys"] == 88.5
+    if method != "block":
+        assert found["prefill"]["mean_keys"] == pytest.approx(sum(law(n) for n in range(1, 81)) / 80)
+        scored = sum(law(n) for n in range(81, 97)) / 16
+        for phase in ("question", "decode"):
+            assert found[phase]["tail_mean_keys"] == found[phase]["mean_keys"] == pytest.approx(scored)
+    if method in ("nc-topk", "nc-window"):  # a row scores the same whether it is read alone or with others
+        assert found["decode"]["loss_sum"] == pytest.approx(found["question"]["loss_sum"], rel=1e-5)
+    for phase, measured in found.items():
+        if method == "random":
+            assert (measured["seconds"], measured["peak_memory"]) == (None, None)
+        else:
+            assert 0 < measured.get("prefill_seconds", 1e-9) < measured["seconds"]
+        assert ("prefill_seconds" in measured) == (phase != "all" and method != "random")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("method", ["dense", "nc-topk", "nc-window", "fixed-topk-mean"])
+def test_every_phase_of_all_keys_is_dense(sample, phase, method):
+    model, config = tiny_model("llama"), METHODS[method].config(BUDGETS)
+    every = config and dataclasses.replace(config, alpha=1.0, C=1.0, tail="drop")
+    assert measure(model, every, sample, phase)["loss_sum"] == pytest.approx(loss_under(model, sample), rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_an_error_and_others_are_not_taken_for_memory(sample, monkeypatch):
+    model = tiny_model("llama")
+    model.lm_head.weight.data[5] = math.nan
+    with pytest.raises(EvalError, match="NaN or Inf"):
+        measure(model, None, sample)
+
+    def broken(*_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(measuring, "_forward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        measure(model, None, sample)
+
+
+# Answers to generated tasks
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_of_kind("byte_bpe")
+
+
+@pytest.fixture(scope="module")
+def speaker(tokenizer):
+    return tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def question(tokenizer):
+    return Question(np.random.default_rng(0).integers(5, len(tokenizer), size=200), ("needle",), "all", 12, 0.25)
+
+
+@pytest.mark.parametrize("config", [None, NCConfig(2.0, 0.5, dense_below=0), TOPK], ids=["dense", "default", "topk"])
+def test_answers_are_those_of_generate(speaker, tokenizer, question, config):
+    ids = torch.from_numpy(question.ids)[None]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+    with contextlib.nullcontext() if config is None else patched(speaker, config=config):
+        out = speaker.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    expected = tokenizer.decode(out[0, 200:], skip_special_tokens=True)
+    row = answer(speaker, tokenizer, config, question)
+    assert (row["said"], row["score"]) == (expected[:400], 0.0)
+    asked = dataclasses.replace(question, answers=(expected[2:6],))
+    assert answer(speaker, tokenizer, config, asked)["score"] == 1.0
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_an_answer_attends_is_the_law_at_its_positions_and_its_tokens_are_timed_apart(
+    speaker, tokenizer, question, phase
+):
+    row, dense = (answer(speaker, tokenizer, config, question, phase) for config in (TOPK, None))
+    law = lambda first, last: np.mean([TOPK.budget(n) for n in range(first, last)])  # noqa: E731
+    end = 200 + row["said_tokens"]
+    begin = {"question": 200 - QUESTION_TOKENS + 1, "decode": 200}.get(phase, 1)
+    assert row["mean_keys"] == pytest.approx(law(1, 200) if phase == "prefill" else law(begin, end))
+    tail = np.mean(range(200, end)) if phase == "prefill" else law(200, end)
+    assert row["tail_mean_keys"] == pytest.approx(tail)
+    last = 200 + dense["said_tokens"]
+    assert dense["tail_mean_keys"] == pytest.approx(np.mean(range(200, last)))
+    assert dense["mean_keys"] == pytest.approx(np.mean(range(begin, 200 if phase == "prefill" else last)))
+    assert dense["said"] == answer(speaker, tokenizer, None, question)["said"]
+    assert 0 < row.get("prefill_seconds", 1e-9) < row["first_token_seconds"] < row["seconds"]
+    assert ("prefill_seconds" in row) == (phase != "all")
+
+
+def test_a_question_fills_its_length_and_holds_its_answer(tokenizer):
+    question = build_question("niah_single_1", tokenizer, 768, 0, 3, Material())
+    assert 0.9 * 768 <= len(question.ids) + question.new_tokens <= 768
+    shorter = build_question("niah_single_1", tokenizer, 768, 0, 3, Material(), new_tokens=16)
+    assert (shorter.answers, shorter.new_tokens) == (question.answers, 16)
+    assert len(shorter.ids) > len(question.ids)
+    assert all(expected in tokenizer.decode(question.ids) for expected in question.answers)
+    assert 0 <= question.depth <= 1
+
+
+def test_a_sweep_asks_every_method_the_same_and_refuses_lengths_that_are_too_short(
+    tmp_path, capsys, speaker, tokenizer
+):
+    speaker.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ["eval", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    asked = ["--tasks", "passkey", "--methods", "dense", "nc-topk", "--lengths", "512", "640", "--samples", "2"]
+    assert main([*arguments, *asked]) == 0
+    rows = read_rows(tmp_path / "out")
+    same = {(r["length"], r["sample"], tuple(r["expected"]), r["depth"], r["prompt_tokens"]) for r in rows}
+    assert (len(rows), len(same)) == (8, 4)
+    assert len({row["expected"][0] for row in rows}) == 2
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["identity"]["tasks"] == ["passkey"]
+    assert main([*arguments, "--out", str(tmp_path / "b"), "--tasks", "niah_single_1", "--lengths", "64"]) == 2
+    assert "length 64 is too short for the task niah_single_1" in capsys.readouterr().err
+
+
+# Simulated methods
+
+
+def logits_of(model, ids, simulated):
+    with torch.inference_mode(), simulating(model, simulated, tail=10) as counters:
+        return model(ids).logits, counted(counters)
+
+
+def causal_scores(heads: int, length: int) -> torch.Tensor:
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    return 2 * torch.randn(1, heads, length, length).masked_fill(~visible, -torch.inf)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_simulating_every_key_is_dense_attention(family):
+    model, ids = tiny_model(family), random_ids(2, 40)
+    with torch.inference_mode():
+        dense = model(ids).logits
+    for simulated in (Simulated("random", NCConfig(1.0, 1.0, selection="topk")), Simulated("top-p", mass=1.0 - 1e-9)):
+        found, stats = logits_of(model, ids, simulated)
+        assert torch.allclose(found, dense, atol=2e-5)
+        assert stats["attended_fraction"] == pytest.approx(1.0, abs=2e-3)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, dense)
+
+
+def test_random_keys_fill_the_budget_hold_the_first_and_the_own_key_and_follow_the_seed():
+    config = NCConfig(2.0, 0.5, selection="topk", sink_keys=3, recent_keys=1)
+    scores, n = causal_scores(2, 60), torch.arange(1, 61)
+    visible = torch.stack((torch.zeros_like(n), n), -1)[None]
+    budget = config.budget(n)[None, None].expand(1, 2, 60)
+    active = [_Active(Simulated("random", config), None, torch.Generator().manual_seed(seed)) for seed in (0, 1, 0)]
+    chosen, other, again = (_chosen(one, scores, visible, budget) for one in active)
+    assert torch.equal(chosen.sum(-1), budget)
+    assert chosen.diagonal(dim1=-2, dim2=-1).all()
+    assert chosen[:, :, 20:, :3].all()
+    assert not (chosen & (scores == -torch.inf)).any()
+    assert torch.equal(chosen, again)
+    assert not torch.equal(chosen, other)
+
+
+def test_the_oracle_takes_the_fewest_keys_that_hold_its_mass():
+    scores = causal_scores(3, 50)
+    chosen = _chosen(_Active(Simulated("top-p", mass=0.8), None, torch.Generator()), scores, torch.empty(0), None)
+    weights = torch.softmax(scores.double(), -1)
+    held = (weights * chosen).sum(-1)
+    assert (held >= 0.8 - 1e-6).all()
+    lightest = weights.masked_fill(~chosen, torch.inf).amin(-1)
+    assert (held - lightest < 0.8).all()
+    assert (weights.masked_fill(chosen, 0).amax(-1) <= lightest + 1e-9).all()
+
+
+def test_a_patched_model_simulates_nothing_and_the_name_runs_nowhere_else():
+    model, ids, simulated = tiny_model("llama"), random_ids(1, 8), Simulated("top-p", mass=0.5)
+    with patched(model, 2.0, 0.5), pytest.raises(EvalError, match="unpatch it first"):
+        logits_of(model, ids, simulated)
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="interrupted"), simulating(model, simulated, None):
+        raise RuntimeError("interrupted")
+    assert model.config._attn_implementation == before
+    model.set_attn_implementation(IMPLEMENTATION)
+    with pytest.raises(EvalError, match="within simulating"):
+        model(ids)
+
+
+# Presses of kvpress, with a stand-in of that package
+
+
+@dataclasses.dataclass
+class RecentPress:
+    """Keeps the last keys, by hooks on the attention modules around a prefill, as the base class of kvpress does."""
+
+    compression_ratio: float = 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        def compress(module, arguments, kwargs, output):
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            kept = round(layer.keys.shape[2] * (1 - self.compression_ratio))
+            layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
+
+        hooks = [layer.self_attn.register_forward_hook(compress, with_kwargs=True) for layer in model.model.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@pytest.fixture
+def kvpress(monkeypatch):
+    package = types.ModuleType("kvpress")
+    package.RecentPress, package.BasePress = RecentPress, type("BasePress", (), {})
+    package.__spec__ = types.SimpleNamespace(name="kvpress")
+    monkeypatch.setitem(sys.modules, "kvpress", package)
+
+
+@pytest.mark.parametrize("kept", [80, 30])
+def test_what_a_press_drops_is_seen_by_no_scored_token(kvpress, sample, kept):
+    model = tiny_model("llama")
+    measured = measure(model, Press("RecentPress", kept), sample, "question")
+    assert measured["loss_sum"] == pytest.approx(loss_under(model, sample, hidden_before=80 - kept), rel=1e-5)
+    assert measured["tail_mean_keys"] == pytest.approx(kept + 8.5)
+    assert measured["attended_fraction"] == pytest.approx((kept + 8.5) / (80 + 8.5))
+
+
+def test_presses_stand_beside_other_methods_where_the_prefill_is_dense(kvpress, tmp_path, capsys):
+    methods = ("--methods", "dense", "nc-topk", "kvpress:RecentPress", "--tasks", "recall")
+    assert main(sweep_arguments(tmp_path, tmp_path / "out", *methods)) == 2
+    assert "--phase question" in capsys.readouterr().err
+    assert main(sweep_arguments(tmp_path, tmp_path / "out", *methods, "--phase", "question")) == 0
+    budgets = {(row["length"], row["method"]): row["budget"] for row in read_rows(tmp_path / "out")}
+    assert budgets[96, "kvpress:RecentPress"] == budgets[96, "nc-topk"]
+    assert "Recent (kvpress)" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_presses_that_are_not_there_are_refused_with_what_is(kvpress, monkeypatch, tmp_path):
+    for name in ("BasePress", "NoSuchPress"):
+        with pytest.raises(EvalError, match="it has RecentPress"):
+            find_press(name)
+    monkeypatch.setitem(sys.modules, "kvpress", None)
+    with pytest.raises(EvalError, match="pip install kvpress"):
+        find_press("SnapKVPress")
+    (tmp_path / "kvpress").mkdir()
+    (tmp_path / "kvpress" / "__init__.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kvpress", raising=False)
+    with pytest.raises(EvalError, match="cannot be imported: No module named 'a_package_that_is_not_there'"):
+        find_press("SnapKVPress")
