@@ -136,17 +136,16 @@ def _smallest(budgets: Sequence[int], losses: np.ndarray, within: float) -> np.n
 def _fit(needed: pd.DataFrame, lowest: np.ndarray, highest: np.ndarray, documents: int) -> FittedLaw:
     """The law through budgets that are known; of their resamples the bounds ``[L, R]``."""
     log_n, log_k = np.log(needed["length"].to_numpy(float)), np.log(needed["keys"].to_numpy())
-    line = stats.linregress(log_n, log_k)
-    spread: tuple[float, float] | tuple[None, None] = (None, None)
+    line, C_low, C_high = stats.linregress(log_n, log_k), None, None
     if documents >= MIN_SAMPLES:
         # A slope is a sum of the values with fixed weights, so it is extreme where each is at one of its ends.
         weights = (log_n - log_n.mean()) / ((log_n - log_n.mean()) ** 2).sum()
         rising, falling = np.maximum(weights, 0), np.minimum(weights, 0)
         low, high = np.log(lowest), np.log(highest)
-        spread = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
+        C_low, C_high = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
     fitted = float(np.mean((lowest == highest).all(axis=0)))
     alpha, C = float(np.exp(line.intercept)), float(line.slope)
-    return FittedLaw(alpha, C, *spread, len(needed), _errors(log_n, log_k), fitted)
+    return FittedLaw(alpha, C, C_low, C_high, len(needed), _errors(log_n, log_k), fitted)
 
 
 def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:

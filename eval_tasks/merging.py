@@ -47,7 +47,6 @@ def merge_runs(directories: Sequence[Path]) -> list[MergedRun]:
         run, rows = read_run(directory), read_rows(directory)
         if run is None or not rows:
             raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
-        check_rows(directory, rows)
         _check_known(directory, run, rows)
         identity = {name: value for name, value in run["identity"].items() if name not in _CELLS}
         longest = max(run["identity"]["lengths"], default=0)

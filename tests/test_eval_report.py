@@ -13,7 +13,6 @@ import pytest
 
 from eval_tasks.merging import differing, merge_runs
 from eval_tasks.methods import METHODS
-from eval_tasks.provenance import record_session
 from eval_tasks.report import Section, markdown, write_report
 from eval_tasks.stats import paired_difference
 from eval_tasks.summary import comparisons, measurements, needed_budgets, overview, summarise
@@ -51,17 +50,17 @@ def run_of(**identity):
     return {"identity": known | settings | identity, **model, **text, "hardware": {"processor": NASTY, "threads": 2}}
 
 
-def write_run(directory, rows, **identity):
+def write_run(directory, rows, sessions=({"started": "now"},), **identity):
     directory.mkdir(parents=True, exist_ok=True)
+    run = run_of(**{"model": "tiny"} | identity) | {"sessions": sessions, "planned": 14}
     (directory / "results.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows), encoding="utf-8")
-    run = run_of(**{"model": "tiny"} | identity)
-    record_session(directory, run.pop("identity"), run, f"nc-patch eval --out {directory.name}")
+    (directory / "run.json").write_text(json.dumps(run | {"command": f"nc-patch eval --out {directory.name}"}))
     return directory
 
 
-def said_of(directory, rows, **identity):
+def said_of(directory, rows, **further):
     """The Markdown of a report in one line."""
-    [merged] = merge_runs([write_run(directory, rows, **identity)])
+    [merged] = merge_runs([write_run(directory, rows, **further)])
     return html.unescape(" ".join(markdown([Section(merged, 0.05)], [""]).split()))
 
 
@@ -223,13 +222,10 @@ def test_caveats_say_what_weakens_a_comparison(tmp_path):
     rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 3.0, "oracle": 2.1}, ran_dense={"a mask": 1})
     rows += [row("recall", 4096, i, "block", 5.0, tail_mean_keys=97.0) for i in range(3)]
     rows += [{**row("recall", 4096, 0, "window", 2.0), "failed": "out of memory"}]
-    run = write_run(tmp_path / "a", rows)
-    record_session(run, {}, {}, "nc-patch eval", {"hardware": {"processor": "another", "cores": 4, "threads": 2}})
-    [merged] = merge_runs([run])
-    merged.run["planned"] = 99
-    said = html.unescape(" ".join(markdown([Section(merged, 0.05)], [""]).split()))
+    here, there = ({"hardware": {"processor": name, "cores": 4, "threads": 2}} for name in ("one", "another"))
+    said = said_of(tmp_path / "a", rows, sessions=[here, there])
     for text in (
-        "13 of 99 measurements are made",
+        "13 of 14 measurements are made",
         "Few samples: 3 documents",
         "Not measured, out of memory: fixed window in recall perplexity at 4,096 tokens (1 samples)",
         "ran dense: a mask",
@@ -251,7 +247,8 @@ for (const width of [1280, 1049, 390]) {
     const inside = frame.contentDocument;
     for (const fold of inside.querySelectorAll("details")) fold.open = true;
     const main = inside.querySelector("table.main").parentElement;
-    const sizes = [...inside.querySelectorAll("body *")].map(e => parseFloat(inside.defaultView.getComputedStyle(e).fontSize));
+    const size = e => parseFloat(inside.defaultView.getComputedStyle(e).fontSize);
+    const sizes = [...inside.querySelectorAll("body *")].map(size);
     const drawn = [...inside.images].map(i => 13 * i.clientWidth / (0.75 * i.naturalWidth));
     const said = document.createElement("p");
     const wide = Math.max(inside.documentElement.scrollWidth - width, main.scrollWidth - main.clientWidth);
