@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from eval_tasks.stats import CONFIDENCE, paired_difference
 from eval_tasks.log_law import log_budgets
+from eval_tasks.stats import CONFIDENCE, paired_difference
 from nc_patch.budget import budgets
 
 
