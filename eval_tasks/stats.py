@@ -90,14 +90,8 @@ def paired_difference(
 ) -> PairedDifference:
     """The difference ``values - reference`` over the same samples in the same order.
 
-    Args:
-        values, reference: one number per sample.
-        seed: of the resampling.
-        documents: which document each sample comes from; None where each is one of its own. Samples of one document
-            resemble each other, so whole documents are resampled.
-
-    Raises:
-        ValueError: the sequences differ in length or are empty.
+    Samples of one document resemble each other, so whole documents are resampled; None where each is one of its own.
+    Raises ValueError for sequences that differ in length or are empty.
     """
     sums, counts = _by_document(values, reference, documents)
     mean, samples, found = float(sums.sum() / counts.sum()), int(counts.sum()), len(sums)
@@ -273,12 +267,7 @@ def smallest_detectable(means: Numbers, right_or_wrong: bool = False, family: in
 
 
 def effective_length(ratios: dict[int, float], within: float) -> int | None:
-    """The longest length up to which a method stays within a factor of dense; None when none is.
-
-    Args:
-        ratios: length → (quality of dense / quality of the method) − 1; 0.05 is five percent worse.
-        within: how much worse still counts, as such a ratio.
-    """
+    """The longest length up to which a method's loss, as a share of dense attention's quality, is within a margin."""
     reached = None
     for length in sorted(ratios):
         if ratios[length] > within:

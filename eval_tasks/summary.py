@@ -170,9 +170,9 @@ def overview(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def longest_compared(summary: pd.DataFrame, compared: pd.DataFrame) -> int | None:
-    """The longest length at which, in some task, dense works and each method has its samples; None without any.
+    """The longest length at which, in some task, dense works and each method that is not simulated has its samples.
 
-    Where there is none of the kind: the longest at which anything is compared. Simulated methods do not count.
+    Else the longest at which anything is compared; None without any.
     """
     usable = summary[(summary["samples"] > 0) & ~summary["method"].map(_is_simulated).astype(bool)]
     tried = (usable["samples"] + usable["failed"]).groupby([usable["task"], usable["length"]], observed=True).nunique()

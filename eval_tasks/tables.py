@@ -50,7 +50,11 @@ def main_table(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, wha
         told = {word: names for word, names in verdicts.items() if word not in ("", VERDICTS[DENSE_FAILS])} or verdicts
         said = "; ".join(word + f" in {', '.join(names)}" * (len(told) > 1) for word, names in told.items())
         seconds, memory = cost["seconds"].get(method, math.nan), cost["peak_memory_mb"].get(method, math.nan)
-        time = f"{seconds:,.{0 if seconds > 99 else 2}f} s" if method == DENSE else f"{seconds / cost['seconds'].get(DENSE, math.nan):.2f}×"
+        time = (
+            f"{seconds:,.{0 if seconds > 99 else 2}f} s"
+            if method == DENSE
+            else f"{seconds / cost['seconds'].get(DENSE, math.nan):.2f}×"
+        )
         rows.append(
             [
                 (find_method(method).title, ""),
