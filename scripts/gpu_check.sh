@@ -38,8 +38,8 @@ if [ -z "$PART" ]; then
     done
     exit $STATUS
 fi
-PYTHON="$(command -v "$PYTHON")" || fail "PYTHON=$PYTHON does not run"
-PYTHON="$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")"
+command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON does not run"
+[[ "$PYTHON" != */* ]] || PYTHON="$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")"
 RESULTS="$(mkdir -p "$OUT" && cd "$OUT" && pwd)/gpu_check_$PART"
 { rm -rf "$RESULTS" && mkdir "$RESULTS" && : >"$RESULTS.txt"; } || fail "OUT=$OUT cannot be written"
 cd "$ROOT" || exit 2
