@@ -13,34 +13,23 @@ from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.store import write_atomically
 from nc_patch.common import check_directory
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 
 class Measurement(argparse.ArgumentParser):
-    """The command line of a script that measures, and the JSON file that it writes.
-
-    Args:
-        doc: the script's docstring.
-        name: of the file in ``docs/results``, where ``--out`` does not give another.
-    """
+    """The command line of a script that measures, and the file of ``docs/results`` that it writes."""
 
     def __init__(self, doc: str | None, name: str) -> None:
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--out", type=Path, default=RESULTS / name, help=f"default: docs/results/{name}")
-        self.out = RESULTS / name
 
-    def start(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """The arguments; raises OSError, before anything is measured, where the file cannot be written."""
+    def start(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+        """The arguments, and what the file holds already; raises OSError where it cannot be written."""
         self.command = shlex.join(["python", f"scripts/{self.prog}", *(sys.argv[1:] if argv is None else argv)])
         arguments = self.parse_args(argv)
         self.out = arguments.out
         check_directory(self.out.parent, [self.out.name])
-        return arguments
-
-    def earlier(self) -> dict[str, Any]:
-        """What the file holds from an earlier run."""
-        return json.loads(self.out.read_text(encoding="utf-8")) if self.out.exists() else {}
+        return arguments, json.loads(self.out.read_text(encoding="utf-8")) if self.out.exists() else {}
 
     def save(self, **content: Any) -> None:
         """Writes the file: the command, commit, versions and hardware, and what was measured."""

@@ -34,20 +34,13 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 Options = dict[str, Any] | None
 STEPS: dict[str, Options] = {
     "dense": None,
-    "topk with means": LAW,
-    "topk": LAW | {"tail": "drop"},
+    "topk with means": LAW | {"selection": "topk"},
+    "topk": LAW | {"selection": "topk", "tail": "drop"},
     "block": LAW | {"selection": "block"},
     "window": LAW | {"selection": "window"},
 }
-PROMPTS: dict[str, Options] = {
-    "dense": None,
-    "dense, patched": {"alpha": 1.0, "C": 1.0},
-    "default": {},
-    "block": LAW,
-    "topk with means": LAW | {"selection": "topk"},
-    "topk": LAW | {"selection": "topk", "tail": "drop"},
-    "window": LAW | {"selection": "window"},
-}
+# Prompts by blocks are followed by decoding by top-k, as by default.
+PROMPTS = {"dense": None, "dense, patched": {"alpha": 1.0, "C": 1.0}, "default": {}, **STEPS, "block": LAW}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192], help="of prompts")
     add("--repeats", type=int, default=5, help="timed rounds of operators; of prompts half as many")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they were")
-    arguments = measurement.start(argv)
-    record = measurement.earlier()
+    arguments, record = measurement.start(argv)
     longest = max([*arguments.lengths, arguments.context + 40])
     model, ids = loaded_text(arguments.model, longest)
     repeats = arguments.repeats

@@ -53,9 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
     add("--settings", nargs="+", choices=SETTINGS, default=["dense", "default"], metavar="NAME")
     add("--stretches", type=int, default=4, help="of each text, evenly spaced")
-    arguments = measurement.start(argv)
+    arguments, earlier = measurement.start(argv)
     loaded = load_model(arguments.model, "float32", "cpu")
-    earlier = measurement.earlier()
     rows = {tuple(row[key] for key in KEYS): row for row in earlier.get("rows", [])}
     texts = earlier.get("texts", {})
     about = {"model": arguments.model, "settings": {name: str(config) for name, config in SETTINGS.items()}}
