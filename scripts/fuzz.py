@@ -27,8 +27,7 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
-    from fuzz_checks import KINDS, check
-    from fuzz_triton import KERNELS, check_kernel
+    from fuzz_checks import KERNELS, KINDS, check, check_kernel
 
     torch.set_num_threads(1)
     run, shares = (check_kernel, dict.fromkeys(KERNELS, 1)) if arguments.triton else (check, KINDS)
