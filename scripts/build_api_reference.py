@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
 
 def page() -> str:
     """The whole page."""
-    head = f"Made from the docstrings by `{COMMAND}`. B batch, Hq query heads, Hkv key/value heads, Lq query length,"
-    parts = [f"# API reference\n\n{head}\nLk key length, D head dimension; tensors are `[B, H, L, D]`.\n"]
+    made = f"Made from the docstrings by `{COMMAND}`. B batch, Hq query heads, Hkv key/value heads, Lq query length,"
+    parts = [f"# API reference\n\n{made}\nLk key length, D head dimension; tensors are `[B, H, L, D]`.\n"]
     seen: list[Any] = []
     for module in MODULES:
         parts.append(f"## {module}\n\n{_markdown(import_module(module).__doc__)}")

@@ -6,7 +6,6 @@ python scripts/build_docs_tables.py --check    exits with 1 where a committed pa
 A table stands between <!-- table: NAME --> and <!-- end --> and is what the function NAME returns.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -25,25 +24,21 @@ PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "decoding.md", "l
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Writes or checks the pages; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of date")
-    check = parser.parse_args(argv).check
+def main(argv: list[str]) -> int:
+    """Writes or, with ``--check``, checks the pages; returns the exit code."""
     tables = {"budgets": budgets, "prefill": prefill, "laws": laws, "times": times, "decode_cpu": decode_cpu}
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         wanted = _TABLE.sub(lambda found: f"{found[1]}{tables[found[2]]()}\n{found[3]}", text)
-        if wanted != text:
+        if argv != ["--check"]:
+            page.write_text(wanted, encoding="utf-8")
+        elif wanted != text:
             stale.append(page.name)
-            if not check:
-                page.write_text(wanted, encoding="utf-8")
-    if not check or not stale:
-        return 0
-    command = "python scripts/build_docs_tables.py"
-    print(f"{', '.join(stale)}: tables are not those of docs/results; run: {command}", file=sys.stderr)
-    return 1
+    if stale:
+        command = "python scripts/build_docs_tables.py"
+        print(f"{', '.join(stale)}: tables are not those of docs/results; run: {command}", file=sys.stderr)
+    return 1 if stale else 0
 
 
 def budgets() -> str:
@@ -93,24 +88,21 @@ def laws() -> str:
 def times() -> str:
     """Time of a real model on a CPU as a share of dense attention's: a step of decoding, and prompts."""
     record = _read("cpu.json")
-    found = {f"a token after {int(tokens):,}": each for tokens, each in record["steps"].items()}
-    found |= {f"a prompt of {int(tokens):,}": each for tokens, each in record["prompts"].items()}
-    return _over_dense("time over dense", found, [name for name in next(reversed(found.values())) if name != "dense"])
+    prompts = {f"a prompt of {int(tokens):,}": found for tokens, found in record["prompts"].items()}
+    steps = {f"a token after {int(tokens):,}": found for tokens, found in record["steps"].items()}
+    return _over_dense("time over dense", steps | prompts, list(next(iter(prompts.values()))))
 
 
 def decode_cpu() -> str:
     """Time of decoding as an operator on a CPU, as a share of the fastest dense attention's."""
-    found = {f"{int(keys):,}": each for keys, each in _read("cpu.json")["operator"].items()}
-    return _over_dense("keys", found, list(next(iter(found.values())))[1:])
+    found = {f"{int(keys):,}": found for keys, found in _read("cpu.json")["operator"].items()}
+    return _over_dense("keys", found, list(next(iter(found.values()))))
 
 
-def _over_dense(title: str, found: dict[str, dict[str, Any]], names: list[str]) -> str:
-    """A row for each size, and a column for each method but the one that the others are compared with."""
-    rows = [
-        [size, *(f"{each[name]['over_dense']:.2f}" if name in each else "" for name in names)]
-        for size, each in found.items()
-    ]
-    return _markdown([title, *names], rows)
+def _over_dense(title: str, sizes: dict[str, dict[str, Any]], names: list[str]) -> str:
+    """A row for each size, and a column for each method but the first, with which they are compared."""
+    ratio = lambda found, name: f"{found[name]['over_dense']:.2f}" if name in found else ""  # noqa: E731
+    return _markdown([title, *names[1:]], [[size, *(ratio(f, n) for n in names[1:])] for size, f in sizes.items()])
 
 
 def _read(name: str) -> Any:
@@ -126,4 +118,4 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,16 @@ def main() -> int:
     arguments = parser.parse_args()
     if not (arguments.directory / "tests" / "test_modeling_common.py").exists():
         parser.error(f"{arguments.directory} has no tests/test_modeling_common.py: give a checkout of transformers")
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"transformers": transformers.__version__, "torch": torch.__version__, "models": {}}
     fine = True
     for model in arguments.models:
-        plain, patched = (
-            run(arguments.directory, model, arguments.work.resolve(), way) for way in ("plain", "patched")
-        )
+        plain, patched = (run(arguments.directory, model, work, way) for way in ("plain", "patched"))
         # A test that fails where it was skipped, or is skipped where it passed, ends worse.
         rank = ["passed", "skipped", "failed"].index
-        worse = [r for name, r in patched.items() if rank(r["outcome"]) > rank(plain.get(name, r)["outcome"])]
+        before = {name: record["outcome"] for name, record in plain.items()}
+        worse = [r for name, r in patched.items() if rank(r["outcome"]) > rank(before.get(name, "passed"))]
         for record in worse:
             name, skipped = record["test"].split("::")[-1], record["outcome"] == "skipped"
             reasons = [why for why, patterns in EXCEPTIONS.items() if any(fnmatch(name, each) for each in patterns)]
@@ -87,8 +88,7 @@ def run(directory: Path, model: str, work: Path, way: str) -> dict[str, dict[str
     record.unlink(missing_ok=True)
     here = Path(__file__).resolve()
     environment = dict(os.environ, NC_UPSTREAM_RECORD=str(record), NC_UPSTREAM_WAY=way, HF_HUB_OFFLINE="1")
-    paths = [str(here.parent.parent), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (here.parent.parent, here.parent, *sys.path[1:])))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", here.stem]
     command += [f"tests/models/{model}/test_modeling_{model}.py", *(["-k", SELECT[model]] if model in SELECT else [])]
     with log.open("w", encoding="utf-8") as output:
@@ -99,29 +99,23 @@ def run(directory: Path, model: str, work: Path, way: str) -> dict[str, dict[str
     return {each["test"]: each for each in sorted(records, key=lambda each: each["outcome"] == "failed")}
 
 
-def _patch(model: torch.nn.Module) -> None:
+def _patch(module: torch.nn.Module, _: Any = None) -> None:
     """Patches a model that is about to run, unless that is done; what cannot be patched runs as it is."""
-    text = model.config.get_text_config(decoder=True)
-    keeps_eager = _COMPARES_WITH_EAGER in os.environ["PYTEST_CURRENT_TEST"] and text._attn_implementation == "eager"
-    if (is_patched(model) and text._attn_implementation == IMPLEMENTATION) or keeps_eager:
+    if not isinstance(module, transformers.PreTrainedModel) or torch.compiler.is_compiling():
         return
-    try:
-        patch_model(model, **FULL)
-        _patched[type(model).__name__] += 1
-    except UnsupportedModelError:
-        pass
-
-
-def _before_forward(module: torch.nn.Module, _: Any) -> None:
-    if isinstance(module, transformers.PreTrainedModel) and not torch.compiler.is_compiling():
-        _patch(module)
+    implementation = module.config.get_text_config(decoder=True)._attn_implementation
+    keeps_eager = _COMPARES_WITH_EAGER in os.environ["PYTEST_CURRENT_TEST"] and implementation == "eager"
+    if not keeps_eager and not (is_patched(module) and implementation == IMPLEMENTATION):
+        with suppress(UnsupportedModelError):
+            patch_model(module, **FULL)
+            _patched[type(module).__name__] += 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Gets between the tests and ``forward`` and ``generate`` of every model."""
     patching = os.environ["NC_UPSTREAM_WAY"] == "patched"
     if patching:
-        torch.nn.modules.module.register_module_forward_pre_hook(_before_forward)
+        torch.nn.modules.module.register_module_forward_pre_hook(_patch)
     generate = transformers.GenerationMixin.generate
 
     @functools.wraps(generate)
