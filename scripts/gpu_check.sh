@@ -40,7 +40,8 @@ if [ -z "$PART" ]; then
 fi
 command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON does not run"
 [[ "$PYTHON" != */* ]] || PYTHON="$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")"
-RESULTS="$(mkdir -p "$OUT" && cd "$OUT" && pwd)/gpu_check_$PART"
+RESULTS="$(mkdir -p "$OUT" && cd "$OUT" && pwd)" || fail "OUT=$OUT cannot be written"
+RESULTS="$RESULTS/gpu_check_$PART"
 { rm -rf "$RESULTS" && mkdir "$RESULTS" && : >"$RESULTS.txt"; } || fail "OUT=$OUT cannot be written"
 cd "$ROOT" || exit 2
 # Only what is asked for is loaded into pytest, whatever else is installed.

@@ -1,18 +1,16 @@
 """Times attention on this CPU against dense attention, and writes docs/results/cpu.json.
 
 Decoding as an operator, in Llama-3-8B's geometry, against three forms of PyTorch's dense attention; steps of a real
-model, each method on its own copy of one prompt's cache; forward passes of prompts, and what those hold at most.
+model, each method on its own copy of one prompt's cache; forward passes of prompts.
 Methods take turns, so that whatever else the machine does falls on all of them alike; figures are medians.
 """
 
 import contextlib
 import copy
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import Problem, causal_intervals
 from nc_patch.selections import Block, TopK
 
-PARTS = ("operator", "steps", "prompts", "memory")
+PARTS = ("operator", "steps", "prompts")
 LAW = {"alpha": 4.0, "C": 0.6}
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 Options = dict[str, Any] | None
@@ -67,12 +65,6 @@ def main(argv: list[str] | None = None) -> None:
             rounds = max(1, repeats // 2)
             found = {length: in_turns(prompts(model, ids[:, :length]), rounds) for length in arguments.lengths}
             record["prompts"] = over_dense("a prompt of {:,} tokens", found)
-        if "memory" in arguments.parts:
-            record["memory"] = {}
-            for name in PROMPTS:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    record["memory"][name] = peak = pool.apply(peak_bytes, (name, arguments.model, longest))
-                print(f"{name:24} {peak / 1e6:10.0f} MB for {longest:,} tokens", flush=True)
     settings = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
     measurement.save(settings=settings, **{part: record[part] for part in PARTS if part in record})
 
@@ -161,19 +153,6 @@ def prompts(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], float]]:
     """A forward pass, by name."""
     forward = partial(model, ids, logits_to_keep=1)
     return {name: partial(patched_seconds, model, options, forward) for name, options in PROMPTS.items()}
-
-
-def peak_bytes(name: str, model_name: str, length: int) -> int:
-    """By how many bytes a forward pass raises what a new process holds, at most; on Linux."""
-    model, ids = loaded_text(model_name, length)
-    status = Path("/proc/self/status")
-    held = lambda which: int(status.read_text().split(f"{which}:")[1].split()[0]) * 1024  # noqa: E731
-    with torch.inference_mode():
-        prompts(model, ids[:, :1100])[name]()
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = held("VmRSS")
-        prompts(model, ids)[name]()
-    return held("VmHWM") - before
 
 
 def loaded_text(model: str, length: int) -> tuple[Any, torch.Tensor]:
