@@ -57,9 +57,7 @@ def page() -> str:
 def public_names(module: str) -> list[tuple[str, Any]]:
     """The public functions and classes of a module: its ``__all__``, else what it defines without leading ``_``."""
     loaded = import_module(module)
-    own = [
-        name for name, what in vars(loaded).items() if getattr(what, "__module__", None) == module and name[0] != "_"
-    ]
+    own = [name for name, each in vars(loaded).items() if getattr(each, "__module__", "") == module and name[0] != "_"]
     found = [(name, getattr(loaded, name)) for name in getattr(loaded, "__all__", own)]
     return [(name, what) for name, what in found if inspect.isclass(what) or inspect.isfunction(inspect.unwrap(what))]
 
@@ -117,9 +115,8 @@ def _described(name: str, what: Any) -> str:
 
 def _markdown(docstring: str | None) -> str:
     """A docstring in Markdown: its sections become headed lists, its double backticks single ones."""
-    text, *sections = re.split(
-        r"^(Args|Attributes|Returns|Raises|Yields):\n", inspect.cleandoc(docstring or ""), flags=re.M
-    )
+    titles = r"^(Args|Attributes|Returns|Raises|Yields):\n"
+    text, *sections = re.split(titles, inspect.cleandoc(docstring or ""), flags=re.M)
     for title, body in zip(sections[::2], sections[1::2], strict=True):
         if title not in ("Returns", "Yields"):
             body = re.sub(r"^ {4}(?=\S)([^:\n]+):", r"- `\1`:", body, flags=re.M)

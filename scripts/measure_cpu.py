@@ -65,21 +65,15 @@ def main(argv: list[str] | None = None) -> None:
             rounds = max(1, repeats // 2)
             found = {length: in_turns(prompts(model, ids[:, :length]), rounds) for length in arguments.lengths}
             record["prompts"] = over_dense("a prompt of {:,} tokens", found)
-    settings = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
-    measurement.save(settings=settings, **{part: record[part] for part in PARTS if part in record})
+    measurement.save(**{part: record[part] for part in PARTS if part in record})
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    """How long something takes."""
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def patched_seconds(model: Any, options: Options, run: Callable[[], Any]) -> float:
-    """How long something takes with a patched model, or with the model as it is; patching is not counted."""
+def seconds_of(run: Callable[[], Any], model: Any = None, options: Options = None) -> float:
+    """How long something takes, with a patched model where there are options; patching is not counted."""
     with contextlib.nullcontext() if options is None else patched(model, **options):
-        return seconds_of(run)
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
 
 
 def in_turns(methods: dict[str, Callable[[], float]], repeats: int, cold: bool = False) -> dict[str, float]:
@@ -141,7 +135,7 @@ def steps(model: Any, ids: torch.Tensor, context: int) -> dict[str, Callable[[],
 
     def step(options: Options, cache: DynamicCache, tokens: Iterable[torch.Tensor]) -> float:
         token = next(iter(tokens))
-        return patched_seconds(model, options, lambda: model(token, past_key_values=cache))
+        return seconds_of(lambda: model(token, past_key_values=cache), model, options)
 
     return {
         name: partial(step, options, copy.deepcopy(prompt), iter(ids[:, context:].split(1, 1)))
@@ -152,7 +146,7 @@ def steps(model: Any, ids: torch.Tensor, context: int) -> dict[str, Callable[[],
 def prompts(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], float]]:
     """A forward pass, by name."""
     forward = partial(model, ids, logits_to_keep=1)
-    return {name: partial(patched_seconds, model, options, forward) for name, options in PROMPTS.items()}
+    return {name: partial(seconds_of, forward, model, options) for name, options in PROMPTS.items()}
 
 
 def loaded_text(model: str, length: int) -> tuple[Any, torch.Tensor]:

@@ -16,29 +16,22 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "examples" / "README.md"
 
 
-def main() -> None:
+def main(word: str = "") -> None:
     page = PAGE.read_text(encoding="utf-8")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for block in re.findall(r"```console\n(.*?)```", page, re.S):
-        if sys.argv[1:] == [] or sys.argv[1] in block:
-            printed = recorded(re.findall(r"^\$ (.*)", block, re.M))
-            print(printed, flush=True)
-            page = page.replace(f"```console\n{block}```", f"```console\n{printed}```")
+        if word in block:
+            steps = [f"cat <<'SHOWN'\n$ {line}\nSHOWN\n{line}" for line in re.findall(r"^\$ (.*)", block, re.M)]
+            script = "\n".join(["set -e", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *steps])
+            done = subprocess.run(
+                ["bash", "-c", script], cwd=ROOT, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, text=True
+            )
+            print(done.stdout, flush=True)
+            if done.returncode != 0:
+                sys.exit(f"The last of these commands ended with {done.returncode}.")
+            page = page.replace(f"```console\n{block}```", f"```console\n{done.stdout}```")
             PAGE.write_text(page, encoding="utf-8")
 
 
-def recorded(commands: list[str]) -> str:
-    """The commands, each followed by what it printed; the script ends where one of them fails."""
-    script = ["set -e", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
-    for command in commands:
-        script += [f"cat <<'COMMAND'\n$ {command}\nCOMMAND", command]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(script)], cwd=ROOT, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode != 0:
-        sys.exit(f"a command ended with {done.returncode}, after:\n{done.stdout}")
-    return done.stdout
-
-
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
