@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.options import OPTIONS, located, misspelt, read_config, read_profile, split_arguments
-from eval_tasks.lm_eval.response_cache import fingerprint, use_own_table
+from eval_tasks.lm_eval.response_cache import use_own_table
 from eval_tasks.models import tokenizer_fingerprint
 from nc_patch import NCConfig, Profile, UnsupportedModelError, nc_stats, patch_model
 from nc_patch.calibration.fingerprint import weights_fingerprint
@@ -57,7 +57,7 @@ class NCHFLM(HFLM):
         if self._world_size > 1 and getattr(self, "accelerator", None) is not None:
             self._rank = self.accelerator.process_index
         if not isinstance(pretrained, str):
-            self._patch()
+            self._patch(self._model, self.nc_config)
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
         try:
@@ -78,12 +78,12 @@ class NCHFLM(HFLM):
             if "unexpected keyword argument" not in str(error):
                 raise
             raise EvalError(f"{error}; {_allowed()}") from error
-        self._patch()
+        self._patch(self._model, self.nc_config)
 
-    def _patch(self) -> None:
+    def _patch(self, model: Any, config: NCConfig) -> None:
         if self.nc_profile is not None:
-            self.nc_profile.check_model(self._model)
-        patch_model(self._model, config=self.nc_config)
+            self.nc_profile.check_model(model)
+        patch_model(model, config=config)
 
     def _try_settings(self, trust_remote_code: bool) -> None:
         """Patches the model without its weights, which may be many gigabytes away, and throws it away."""
@@ -95,10 +95,10 @@ class NCHFLM(HFLM):
             trial = self.AUTO_MODEL_CLASS.from_config(config, trust_remote_code=trust_remote_code)
         try:
             # Which kernels can run is a matter of the device, and this model is on none.
-            patch_model(trial, config=dataclasses.replace(self.nc_config, backend="auto"))
+            self._patch(trial, dataclasses.replace(self.nc_config, backend="auto"))
+        except UnsupportedModelError:
+            raise
         except ValueError as error:
-            if isinstance(error, UnsupportedModelError):
-                raise
             raise EvalError(str(error)) from error
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -124,15 +124,13 @@ class NCHFLM(HFLM):
                 "pretrained": weights_fingerprint(self._model),
                 "tokenizer": tokenizer_fingerprint(self.tokenizer),
             }
-            use_own_table(cache_hook.dbdict, f"nc_hf {fingerprint(self.nc_config.to_dict(), arguments)}")
+            use_own_table(cache_hook.dbdict, self.nc_config.to_dict(), arguments)
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes under ``config`` in its results, with the settings and what this process attended."""
         stats = nc_stats(self._model)
-        dense_calls: Counter[str] = Counter()
-        for layer in stats["layers"]:
-            dense_calls.update(layer["dense_calls"])
+        dense_calls = sum((Counter(layer["dense_calls"]) for layer in stats["layers"]), Counter[str]())
         return {
             **super().get_model_info(),
             "nc_patch_version": __version__,

@@ -1,9 +1,10 @@
 """From lm-eval's ``--model_args`` to a validated ``NCConfig``, before any model is loaded."""
 
+import contextlib
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or arguments.get("gguf_file") or arguments.get("subfolder"):
         return dict(arguments)
     source = find_model(name)
-    return {**arguments, "pretrained": source.location, **source.options}
+    return {**source.options, **arguments, "pretrained": source.location}
 
 
 def read_config(
@@ -74,8 +75,11 @@ def read_config(
         if given:
             raise EvalError(f"nc_config holds every setting: leave out {', '.join(given)}, or nc_config")
         return _given_config(nc_config)
+    typed = {name: _typed(name, value) for name, value in options.items()}
     if profile is not None:
-        return _config_of_profile(read_profile(profile), options)
+        loaded = read_profile(profile)
+        with _refused("profile: "):
+            return loaded.config(**typed)
     if "alpha" not in options:
         raise EvalError(
             "alpha is missing: give the factor of the budget k(n) = alpha * n**C, for example alpha=2,C=0.7, or"
@@ -86,10 +90,8 @@ def read_config(
             f"C is missing: give the exponent of the budget k(n) = alpha * n**C, for example C=0.7; C=0 is a fixed"
             f" budget of alpha={options['alpha']} keys"
         )
-    try:
-        return NCConfig(**{name: _typed(name, value) for name, value in options.items()})
-    except (TypeError, ValueError) as error:
-        raise EvalError(str(error)) from error
+    with _refused():
+        return NCConfig(**typed)
 
 
 def read_profile(given: Profile | str | os.PathLike[str]) -> Profile:
@@ -105,57 +107,40 @@ def read_profile(given: Profile | str | os.PathLike[str]) -> Profile:
 def misspelt(names: Iterable[str]) -> dict[str, str]:
     """Those of ``names`` that look like an option of ``NCConfig`` and are none, with the option they look like."""
     by_lowercase = {option.lower(): option for option in (*OPTIONS, "nc_config", "profile")}
-    found = {}
-    for name in names:
-        match = difflib.get_close_matches(name.lower(), by_lowercase, n=1, cutoff=_LIKENESS)
-        if match:
-            found[name] = by_lowercase[match[0]]
-    return found
+    near = {name: difflib.get_close_matches(name.lower(), by_lowercase, n=1, cutoff=_LIKENESS) for name in names}
+    return {name: by_lowercase[found[0]] for name, found in near.items() if found}
 
 
 def _given_config(given: NCConfig | Mapping[str, Any] | str | os.PathLike[str]) -> NCConfig:
     if isinstance(given, NCConfig):
         return given
-    try:
-        if isinstance(given, Mapping):
+    if isinstance(given, Mapping):
+        with _refused("nc_config: "):
             return NCConfig.from_dict(given)
-        return NCConfig.from_json(Path(given).read_text(encoding="utf-8"))
+    try:
+        with _refused(f"nc_config={given}: "):
+            return NCConfig.from_json(Path(given).read_text(encoding="utf-8"))
     except OSError as error:
         raise EvalError(f"nc_config={given}: {error.strerror}; give a JSON file of settings") from error
-    except (TypeError, ValueError) as error:
-        where = "nc_config" if isinstance(given, Mapping) else f"nc_config={given}"
-        raise EvalError(f"{where}: {error}") from error
 
 
-def _config_of_profile(profile: Profile, options: Mapping[str, Any]) -> NCConfig:
+@contextlib.contextmanager
+def _refused(where: str = "") -> Iterator[None]:
+    """Within, values that ``NCConfig`` refuses raise an ``EvalError`` that says where they stand."""
     try:
-        return profile.config(**{name: _typed(name, value) for name, value in options.items()})
+        yield
     except (TypeError, ValueError) as error:
-        raise EvalError(f"profile: {error}") from error
+        raise EvalError(f"{where}{error}") from error
 
 
 def _typed(name: str, value: Any) -> Any:
     """The value in the type that ``NCConfig`` asks for; what cannot be converted is left for it to refuse."""
-    if name == "dense_layers":
-        parts = value.split("+") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        return [_integer(part) for part in parts]
-    if name in ("alpha", "C"):
-        return _number(value)
-    return _integer(value)
-
-
-def _number(value: Any) -> Any:
+    if name == "dense_layers" and not isinstance(value, list | tuple):
+        value = value.split("+") if isinstance(value, str) else [value]
     if isinstance(value, list | tuple):
-        return [_number(item) for item in value]
+        return [_typed("", item) for item in value]
     if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _integer(value: Any) -> Any:
+        with contextlib.suppress(ValueError):
+            value = float(value)
     # lm-eval reads "-1" as the float -1.0.
-    number = _number(value)
-    return int(number) if isinstance(number, float) and number.is_integer() else number
+    return int(value) if isinstance(value, float) and value.is_integer() else value

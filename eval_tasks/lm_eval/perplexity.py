@@ -1,43 +1,49 @@
-"""The lm-eval task ``nc_perplexity``: the same last tokens under a growing left context.
+"""The lm-eval tasks ``nc_perplexity``, the same last tokens under a growing left context, and ``nc_recall``.
 
-One document is one passage scored once per context length, so ``--limit N`` takes N passages at every length, and the
-lengths are compared on the same tokens, placed as in the harness's own task ``perplexity``. Nothing here needs
-``nc_patch``: any of lm-eval's models can run the task.
+Lengths are compared on the same tokens. ``nc_perplexity`` places its passages as the harness's own task ``perplexity``
+does. ``nc_recall`` is the harness's ``recall`` at any length: a passage that the model has read at the start of its
+context is scored behind filler, prose that repeats where the text ends, always without the passage.
 """
 
-import dataclasses
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
-from datasets import Dataset
-from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_aggregation
 
-from eval_tasks.lm_eval.by_length import ByLengthTask
-from eval_tasks.lm_eval.passages import cut_passages
-from eval_tasks.lm_eval.settings import LENGTHS, positive, read_settings
-from eval_tasks.tasks import TASKS, Layout, check_lengths, tokenise
-from eval_tasks.texts import PYTHON_REFERENCE, load_text
+from eval_tasks.errors import EvalError
+from eval_tasks.lm_eval.by_length import ByLengthTask, Samples
+from eval_tasks.lm_eval.cutting import WordText
+from eval_tasks.lm_eval.settings import Settings
+from eval_tasks.synthetic.fitting import TOLERANCE, fill
+from eval_tasks.synthetic.haystack import Prose, load_prose
+from eval_tasks.synthetic.sample import Material, Request
+from eval_tasks.tasks import TASKS, Layout, check_lengths, places
+from eval_tasks.texts import load_text
 
-SCORED = 256
-SAMPLES = 16
+# Words before the passage of recall, whose own start would otherwise serve as attention sink.
+_LEAD = 24
 
 
 class PerplexityByLength(ByLengthTask):
-    """Perplexity and bits per byte of each passage's end, one metric per context length."""
+    """``nc_perplexity``: perplexity and bits per byte of each passage's end, one metric per context length."""
 
-    def construct_requests(self, doc: Mapping[str, Any], ctx: str, **options: Any) -> list[Instance]:
+    numbers: ClassVar[dict[str, int]] = {"samples": 16, "scored": 256}
+
+    def make_samples(self) -> Samples:
+        """Passages of the text, fewer of which are the first of more."""
+        given = self.settings
+        layout = Layout(given.lengths, given.samples, given.scored, passage=0, seed=given.seed)
+        source = load_text(given.text)
+        text = WordText(source.content, given.tokenizer)
+        check_lengths([TASKS["perplexity"]], layout, len(text.tokens.prefix))
+        ends = (place + given.lengths[-1] + 1 for place in places(text.tokens, layout))
+        return [_passage(text, end, given) for end in ends], source.origin, source.sha256
+
+    def requests(self, doc: Mapping[str, Any], ctx: Any) -> list[tuple[str, str]]:
         """One log-likelihood request per context length."""
-        return [
-            Instance(
-                request_type="loglikelihood",
-                doc=doc,
-                arguments=(context, doc["continuation"]),
-                idx=index,
-                metadata=options["metadata"],
-            )
-            for index, context in enumerate(doc["contexts"])
-        ]
+        return [(context, doc["continuation"]) for context in doc["contexts"]]
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
         """Per length, the log-likelihood with the number of tokens and of bytes that it covers."""
@@ -51,56 +57,83 @@ class PerplexityByLength(ByLengthTask):
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], float]]:
         """How each metric is taken over passages: ``exp(-Σll / Σtokens)`` and ``-Σll / (Σbytes · ln 2)``."""
         rules = {"perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}
-        return {f"{name}_{length}": get_aggregation(rule) for length in self.lengths for name, rule in rules.items()}
-
-    def higher_is_better(self) -> dict[str, bool]:
-        """Every metric is better when lower."""
-        return dict.fromkeys(self.aggregation(), False)
+        lengths = self.settings.lengths
+        return {f"{name}_{length}": get_aggregation(rule) for length in lengths for name, rule in rules.items()}
 
 
-def documents(
-    *,
-    lengths: Sequence[int] | int | None = None,
-    max_seq_lengths: Sequence[int] | int | None = None,
-    scored: int = SCORED,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    text: str = PYTHON_REFERENCE,
-    **model: Any,
-) -> dict[str, Dataset]:
-    """The passages of ``nc_perplexity``; its arguments are lm-eval's ``--metadata``, merged with ``--model_args``.
+class RecallByLength(PerplexityByLength):
+    """``nc_recall``: the same metrics of a passage that stands at the start of the context too."""
 
-    Args:
-        lengths: context lengths in tokens of the model's tokenizer; by default those of 512, 1024, 2048 and 4096 that
-            the model has positions for.
-        max_seq_lengths: the same under the name that lm-eval's own tasks have for it.
-        scored: tokens scored at the end of each context.
-        samples: how many passages.
-        seed: of their places in the text.
-        text: where they come from: ``python-reference``, a file or a data set, as ``eval_tasks.texts.load_text`` says.
-        model: the model's arguments: ``tokenizer`` or ``pretrained`` names the tokenizer, ``pretrained`` and
-            ``max_length`` limit the lengths.
+    numbers: ClassVar[dict[str, int]] = {"samples": 16, "passage": 128}
 
-    Returns:
-        ``{"test": Dataset}``, one row per passage.
+    def make_samples(self) -> Samples:
+        """Passages of the text's prose."""
+        prose = load_prose(self.settings.text)
+        rows = [_recalled(prose, self.settings, index) for index in range(self.settings.samples)]
+        return rows, prose.origin, prose.sha256
 
-    Raises:
-        EvalError: no tokenizer is named, a setting is out of range, or the text is too short.
+
+def _passage(text: WordText, end_token: int, settings: Settings) -> dict[str, Any]:
+    """The passage that ends at the last border before a token, and its left contexts, each the end of the next.
+
+    Cuts fall at the borders of words, so lengths are reached from below, within a few tokens.
     """
-    positive(scored=scored)
-    settings = read_settings(
-        "nc_perplexity",
-        LENGTHS,
-        samples,
-        lengths=lengths,
-        max_seq_lengths=max_seq_lengths,
-        seed=seed,
-        model=model,
-    )
-    layout = Layout(settings.lengths, samples, scored, passage=0, seed=seed)
-    source = load_text(text)
-    tokens = tokenise(settings.tokenizer, source.content)
-    check_lengths([TASKS["perplexity"]], layout, len(tokens.prefix))
-    cut = cut_passages(source.content, tokens, layout, settings.encode)
-    origin = {"lengths": layout.lengths, "text_origin": source.origin, "text_sha256": source.sha256}
-    return {"test": Dataset.from_list([dataclasses.asdict(passage) | origin for passage in cut])}
+
+    def border_from(token: int) -> int:
+        return text.borders[bisect_left(text.borders, text.starts[max(0, token)])]
+
+    end = text.borders[bisect_right(text.borders, text.starts[end_token]) - 1]
+    last = bisect_left(text.starts, end)
+    cut = border_from(last - settings.scored)
+    contexts, read, scored = [], [], []
+    for length in settings.lengths:
+        begin = border_from(last - length - 1 + len(text.tokens.prefix))
+        total = settings.count(text.part(begin, end))
+        # Cut off from what stood before it, the first word can take more tokens than it did in place.
+        while total > length + 1 and begin < cut:
+            begin = text.borders[bisect_right(text.borders, begin)]
+            total = settings.count(text.part(begin, end))
+        contexts.append(text.part(begin, cut))
+        # The last token is predicted and not read.
+        read.append(total - 1)
+        scored.append(total - settings.count(contexts[-1]))
+        for tokens, wanted in ((read[-1], length), (scored[-1], settings.scored)):
+            if not wanted - max(8, wanted // 10) <= tokens <= wanted:
+                raise EvalError(
+                    f"the text has too few spaces near byte {end} to score {settings.scored} tokens under a context of"
+                    f" {length}: got {scored[-1]} and {read[-1]}; give a text with words, or larger lengths"
+                )
+    return _row(contexts, text.part(cut, end), read, scored)
+
+
+def _recalled(prose: Prose, settings: Settings, index: int) -> dict[str, Any]:
+    count = settings.count
+    start = Request(0, settings.seed, index, Material(), "recall").random().choice(prose.sentence_starts)
+    size = fill(cache(lambda words: count(" ".join(prose.stretch(start, words)))), settings.passage)
+    if size + 2 * _LEAD > len(prose.words) // 2:
+        raise EvalError(
+            f"the text holds {len(prose.words)} words of prose, too few for a passage of {settings.passage} tokens and"
+            " filler; ask for a shorter passage, or give more text"
+        )
+    repeated = " ".join(prose.stretch(start, size))
+    lead = " ".join(prose.stretch((start - _LEAD) % len(prose.words), _LEAD))
+    # The rest of the text from behind the passage on, round to the lead.
+    rest = prose.stretch((start + size) % len(prose.words), len(prose.words) - size - _LEAD)
+
+    def context(words: int) -> str:
+        whole, part = divmod(words, len(rest))
+        return " ".join([lead, repeated, *(rest * whole), *rest[:part]])
+
+    total = cache(lambda words: count(f"{context(words)} {repeated}"))
+    sizes = [fill(total, length) for length in settings.lengths]
+    read = [total(words) for words in sizes]
+    for length, tokens in zip(settings.lengths, read, strict=True):
+        if tokens < (1 - TOLERANCE) * length:
+            raise EvalError(f"a word of the text {prose.origin} is too long to fill {length} tokens; got {tokens}")
+    contexts = [context(words) for words in sizes]
+    return _row(contexts, f" {repeated}", read, [n - count(text) for n, text in zip(read, contexts, strict=True)])
+
+
+def _row(contexts: list[str], continuation: str, read: list[int], scored: list[int]) -> dict[str, Any]:
+    """A document: per length a left context, the tokens that the model reads, and those of the scored continuation."""
+    return {"contexts": contexts, "continuation": continuation, "context_tokens": read, "scored_tokens": scored}
