@@ -16,8 +16,7 @@ from lm_eval.api.registry import get_aggregation
 
 from eval_tasks.errors import EvalError
 from eval_tasks.hub_data import load_hub
-from eval_tasks.lm_eval.by_length import ByLengthTask, Samples
-from eval_tasks.lm_eval.cutting import WordText
+from eval_tasks.lm_eval.by_length import ByLengthTask, Samples, WordText
 from eval_tasks.lm_eval.settings import Settings
 from eval_tasks.synthetic.fitting import TOLERANCE
 from eval_tasks.tasks import tokenise
@@ -30,7 +29,7 @@ _MOST_ROWS = 2000
 
 
 class PerplexityByPosition(ByLengthTask):
-    """Perplexity of each part of the documents, and of the whole.
+    """Perplexity of each part over all documents, ``exp(-Σll / Σtokens)``, and of the whole.
 
     Documents are stretches of one text that do not overlap, or, where the YAML names a ``dataset_path`` of the hub, the
     starts of the first documents in its column ``text`` that are long enough; ``dataset_kwargs`` go to
@@ -40,7 +39,6 @@ class PerplexityByPosition(ByLengthTask):
     numbers: ClassVar[dict[str, int]] = {"samples": 8}
 
     def make_samples(self) -> Samples:
-        """Documents of the longest length, cut at every length."""
         name = self.config.dataset_path
         if name is None:
             source = load_text(self.settings.text)
@@ -51,17 +49,14 @@ class PerplexityByPosition(ByLengthTask):
         return [_cut(text, self.settings) for text in texts], origin, sha256
 
     def requests(self, doc: Mapping[str, Any], ctx: Any) -> list[tuple[str, str]]:
-        """One log-likelihood request per part, under all that goes before it."""
         return [("".join(doc["parts"][:index]), part) for index, part in enumerate(doc["parts"])]
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        """Per part and of the whole, the log-likelihood with the number of tokens that it covers."""
         scores = [(found, tokens) for (found, _), tokens in zip(results, doc["tokens"], strict=True)]
         whole = (sum(found for found, _ in scores), sum(doc["tokens"]))
         return dict(zip(self.aggregation(), [*scores, whole], strict=True))
 
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], float]]:
-        """Perplexity of each part over all documents, ``exp(-Σll / Σtokens)``, and of the whole."""
         parts = [f"perplexity_{begin}_{end}" for begin, end in pairwise([0, *self.settings.lengths])]
         return dict.fromkeys([*parts, "perplexity"], get_aggregation("weighted_perplexity"))
 
@@ -94,8 +89,7 @@ def _long_enough(rows: Iterable[Mapping[str, Any]], settings: Settings, name: st
         if "text" not in row:
             raise EvalError(f"the data set {name} has no column 'text'; it has {', '.join(sorted(row))}")
         text = row["text"][: _CHARACTERS_PER_TOKEN * length].strip()
-        # Most tokens have more than a character, so short documents need no tokenising.
-        tokens = settings.count(text) if len(text) > length else 0
+        tokens = settings.count(text)
         longest = max(longest, tokens)
         if tokens >= length:
             texts.append(text)

@@ -20,15 +20,11 @@ from eval_tasks.lm_eval.options import located
 class HubTask(ConfigurableTask):
     """One of lm-eval's tasks with data from the hub, from its cache, or from copies (``hub_copies`` in ``--metadata``).
 
-    Args:
-        config: the settings of lm-eval's YAML, as its task manager hands them over.
-
-    Raises:
-        EvalError: the data are not there; the message says which, and how to bring them.
+    Where they are not there, an EvalError says which, and how to bring them.
     """
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        config = {name: value for name, value in (config or {}).items() if name != "class"}
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        config = {name: value for name, value in config.items() if name != "class"}
         # Tasks that count tokens load the tokenizer themselves, and know no other names than those of the hub.
         config["metadata"] = located(config.get("metadata", {}))
         super().__init__(config=config)

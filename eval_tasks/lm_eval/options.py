@@ -3,22 +3,20 @@
 import contextlib
 import dataclasses
 import difflib
-import os
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
 from eval_tasks.models import find_model
 from nc_patch.calibration.profile import Profile
-from nc_patch.common import ProfileError
 from nc_patch.config import NCConfig, option_owners
 from nc_patch.ops.backends import BACKENDS
 
 OPTIONS = (*(field.name for field in dataclasses.fields(NCConfig)), "selection", *option_owners())
 # HFLM has an argument of the same name as NCConfig.backend; their values differ, so the value says which is meant.
 _HFLM_BACKENDS = ("default", "causal", "seq2seq")
-_LIKENESS = 0.7
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -56,7 +54,7 @@ def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def read_config(
     options: Mapping[str, Any],
     nc_config: NCConfig | Mapping[str, Any] | str | None = None,
-    profile: Profile | str | os.PathLike[str] | None = None,
+    profile: Profile | str | PathLike[str] | None = None,
 ) -> NCConfig:
     """The ``NCConfig`` that model arguments describe.
 
@@ -70,66 +68,53 @@ def read_config(
     Raises:
         EvalError: an option is missing or out of range, or the file cannot be read; the message says what to give.
     """
-    if nc_config is not None:
-        given = [*sorted(options), *(["profile"] if profile is not None else [])]
-        if given:
-            raise EvalError(f"nc_config holds every setting: leave out {', '.join(given)}, or nc_config")
-        return _given_config(nc_config)
     typed = {name: _typed(name, value) for name, value in options.items()}
+    if nc_config is not None:
+        if given := [*sorted(options), *(["profile"] if profile is not None else [])]:
+            raise EvalError(f"nc_config holds every setting: leave out {', '.join(given)}, or nc_config")
+        if isinstance(nc_config, NCConfig):
+            return nc_config
+        if isinstance(nc_config, Mapping):
+            with _errors_of("nc_config: "):
+                return NCConfig.from_dict(nc_config)
+        with _errors_of(f"nc_config={nc_config}: "):
+            return NCConfig.from_json(Path(nc_config).read_text(encoding="utf-8"))
     if profile is not None:
-        loaded = read_profile(profile)
-        with _refused("profile: "):
-            return loaded.config(**typed)
-    if "alpha" not in options:
-        raise EvalError(
-            "alpha is missing: give the factor of the budget k(n) = alpha * n**C, for example alpha=2,C=0.7, or"
-            " nc_config=FILE or profile=FILE"
-        )
-    if "C" not in options:
-        raise EvalError(
-            f"C is missing: give the exponent of the budget k(n) = alpha * n**C, for example C=0.7; C=0 is a fixed"
-            f" budget of alpha={options['alpha']} keys"
-        )
-    with _refused():
+        with _errors_of("profile: "):
+            return read_profile(profile).config(**typed)
+    for name, meaning in (("alpha", "factor"), ("C", "exponent, 0 for a fixed budget,")):
+        if name not in options:
+            raise EvalError(
+                f"{name} is missing: give the {meaning} of the budget k(n) = alpha * n**C, for example alpha=2,C=0.7,"
+                " or nc_config=FILE or profile=FILE"
+            )
+    with _errors_of(""):
         return NCConfig(**typed)
 
 
-def read_profile(given: Profile | str | os.PathLike[str]) -> Profile:
+def read_profile(given: Profile | str | PathLike[str]) -> Profile:
     """A calibrated profile, or that in a file; raises EvalError for one that cannot be read."""
     if isinstance(given, Profile):
         return given
-    try:
+    with _errors_of(f"profile={given}: "):
         return Profile.load(Path(given))
-    except ProfileError as error:
-        raise EvalError(f"profile={given}: {error}") from error
 
 
 def misspelt(names: Iterable[str]) -> dict[str, str]:
     """Those of ``names`` that look like an option of ``NCConfig`` and are none, with the option they look like."""
     by_lowercase = {option.lower(): option for option in (*OPTIONS, "nc_config", "profile")}
-    near = {name: difflib.get_close_matches(name.lower(), by_lowercase, n=1, cutoff=_LIKENESS) for name in names}
+    near = {name: difflib.get_close_matches(name.lower(), by_lowercase, n=1, cutoff=0.7) for name in names}
     return {name: by_lowercase[found[0]] for name, found in near.items() if found}
 
 
-def _given_config(given: NCConfig | Mapping[str, Any] | str | os.PathLike[str]) -> NCConfig:
-    if isinstance(given, NCConfig):
-        return given
-    if isinstance(given, Mapping):
-        with _refused("nc_config: "):
-            return NCConfig.from_dict(given)
-    try:
-        with _refused(f"nc_config={given}: "):
-            return NCConfig.from_json(Path(given).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EvalError(f"nc_config={given}: {error.strerror}; give a JSON file of settings") from error
-
-
 @contextlib.contextmanager
-def _refused(where: str = "") -> Iterator[None]:
-    """Within, values that ``NCConfig`` refuses raise an ``EvalError`` that says where they stand."""
+def _errors_of(where: str) -> Iterator[None]:
+    """Within, what cannot be read or is refused raises an ``EvalError`` that says where it stands."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except EvalError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
         raise EvalError(f"{where}{error}") from error
 
 

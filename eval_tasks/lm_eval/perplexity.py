@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 from lm_eval.api.registry import get_aggregation
 
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.by_length import ByLengthTask, Samples
-from eval_tasks.lm_eval.cutting import WordText
+from eval_tasks.lm_eval.by_length import ByLengthTask, Samples, WordText
 from eval_tasks.lm_eval.settings import Settings
 from eval_tasks.synthetic.fitting import TOLERANCE, fill
 from eval_tasks.synthetic.haystack import Prose, load_prose
@@ -27,12 +26,11 @@ _LEAD = 24
 
 
 class PerplexityByLength(ByLengthTask):
-    """``nc_perplexity``: perplexity and bits per byte of each passage's end, one metric per context length."""
+    """``nc_perplexity``: per length ``exp(-Σll / Σtokens)`` and ``-Σll / (Σbytes · ln 2)`` over all passages."""
 
     numbers: ClassVar[dict[str, int]] = {"samples": 16, "scored": 256}
 
     def make_samples(self) -> Samples:
-        """Passages of the text, fewer of which are the first of more."""
         given = self.settings
         layout = Layout(given.lengths, given.samples, given.scored, passage=0, seed=given.seed)
         source = load_text(given.text)
@@ -42,11 +40,9 @@ class PerplexityByLength(ByLengthTask):
         return [_passage(text, end, given) for end in ends], source.origin, source.sha256
 
     def requests(self, doc: Mapping[str, Any], ctx: Any) -> list[tuple[str, str]]:
-        """One log-likelihood request per context length."""
         return [(context, doc["continuation"]) for context in doc["contexts"]]
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        """Per length, the log-likelihood with the number of tokens and of bytes that it covers."""
         size = len(doc["continuation"].encode("utf-8"))
         scores: dict[str, Any] = {}
         for length, tokens, (loglikelihood, _) in zip(doc["lengths"], doc["scored_tokens"], results, strict=True):
@@ -55,7 +51,6 @@ class PerplexityByLength(ByLengthTask):
         return scores
 
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], float]]:
-        """How each metric is taken over passages: ``exp(-Σll / Σtokens)`` and ``-Σll / (Σbytes · ln 2)``."""
         rules = {"perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}
         lengths = self.settings.lengths
         return {f"{name}_{length}": get_aggregation(rule) for length in lengths for name, rule in rules.items()}
@@ -67,7 +62,6 @@ class RecallByLength(PerplexityByLength):
     numbers: ClassVar[dict[str, int]] = {"samples": 16, "passage": 128}
 
     def make_samples(self) -> Samples:
-        """Passages of the text's prose."""
         prose = load_prose(self.settings.text)
         rows = [_recalled(prose, self.settings, index) for index in range(self.settings.samples)]
         return rows, prose.origin, prose.sha256

@@ -24,11 +24,9 @@ GROUP_METRICS = [{"metric": METRIC, "weight_by_size": False}] + [
 class RetrievalByLength(ByLengthTask):
     """String match of what a model answers, one metric per context length and their mean.
 
-    Args:
-        config: the YAML's settings, as lm-eval's task manager hands them over; ``dataset_kwargs`` names the generator.
+    In the YAML ``dataset_kwargs`` name the generator.
     """
 
-    # As lm-eval's own ruler.
     numbers: ClassVar[dict[str, int]] = {"samples": 100}
     plain_text: ClassVar[bool] = False
     more_is_better: ClassVar[bool] = True
@@ -40,7 +38,6 @@ class RetrievalByLength(ByLengthTask):
         super().__init__({**config, "generation_kwargs": generation})
 
     def make_samples(self) -> Samples:
-        """The samples without their prompts."""
         self._material = Material(self.settings.text)
         seed, prose = self.settings.seed, self._material.prose
         answers = (list(self._generator.answers(seed, i, self._material)) for i in range(self.settings.samples))
@@ -69,14 +66,11 @@ class RetrievalByLength(ByLengthTask):
         ]
 
     def requests(self, doc: Mapping[str, Any], ctx: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-        """One request to generate per context length."""
         return [(prompt, deepcopy(self.config.generation_kwargs)) for prompt in ctx]
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-        """Score per length, and their mean."""
         scores = [score(answer, doc["answers"], self._generator.match) for answer in results]
         return dict(zip(self.aggregation(), [*scores, mean(scores)], strict=True))
 
     def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
-        """The mean over samples of every metric."""
         return dict.fromkeys([*(f"{METRIC}_{length}" for length in self.settings.lengths), METRIC], mean)

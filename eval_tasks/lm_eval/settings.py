@@ -20,19 +20,18 @@ from nc_patch.common import as_integer, plain
 # Where this package's tasks lie, for lm-eval's --include_path.
 TASKS_DIRECTORY = Path(__file__).resolve().parents[1]
 
-LENGTHS = (512, 1024, 2048, 4096)
-
 
 @dataclass(frozen=True)
 class Settings:
-    """What the tasks by context length have in common.
+    """What ``--metadata`` says, with the tokenizer of the model under test.
 
     Attributes:
-        lengths: context lengths in tokens of the model's tokenizer, ascending.
+        lengths: context lengths in tokens of the tokenizer, ascending; ``max_seq_lengths`` means the same, as for
+            lm-eval's own ruler. By default those of 512, 1024, 2048 and 4096 that the model has positions for.
         seed: of the samples.
         text: where they come from, by its name as in ``eval_tasks.texts.load_text``.
         hub_copies: a directory with copies of the hub's data sets; None reaches for the hub.
-        tokenizer: of the model under test.
+        tokenizer: named by ``tokenizer``, ``pretrained`` or ``model``.
         count: the tokens that the model reads of a text on its own.
         samples: how many samples at each length.
         scored, passage: tokens scored of each sample, for the tasks that have the setting.
@@ -50,13 +49,11 @@ class Settings:
 
 
 def read_settings(task: str, given: Mapping[str, Any], **numbers: int) -> Settings:
-    """Checks what the command line gave.
+    """Checks what the command line gave: ``--metadata`` merged with ``--model_args``.
 
     Args:
         task: named in errors.
-        given: ``--metadata`` merged with ``--model_args``: the fields of ``Settings``; ``max_seq_lengths``, as lm-eval's
-            own ``ruler`` calls the lengths; and the model's arguments, of which ``tokenizer``, ``pretrained`` or
-            ``model`` names the tokenizer and ``pretrained`` or ``max_length`` limits the lengths.
+        given: the fields of ``Settings`` and the model's arguments.
         numbers: the positive integers among the settings, with their defaults.
 
     Raises:
@@ -74,9 +71,7 @@ def read_settings(task: str, given: Mapping[str, Any], **numbers: int) -> Settin
     tokenizer = tokenizer_of(model, task)
     return Settings(
         checked_lengths(lengths[0] if lengths else None, max_length_of(model, tokenizer)),
-        seed,
-        given.get("text", PYTHON_REFERENCE),
-        given.get("hub_copies"),
+        *(seed, given.get("text", PYTHON_REFERENCE), given.get("hub_copies")),
         tokenizer,
         counter(tokenizer, model.get("add_bos_token")),
         **chosen,
@@ -91,12 +86,7 @@ def positive(**values: Any) -> None:
 
 
 def tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lm-eval's Hugging Face model would load from the same arguments, ``pretrained`` located.
-
-    Raises:
-        EvalError: none of ``tokenizer``, ``pretrained`` and ``model`` (its name for APIs) is given, or it cannot be
-            loaded.
-    """
+    """The tokenizer that lm-eval's model would load from the same arguments; raises EvalError where there is none."""
     given = model.get("tokenizer") or model.get("pretrained") or model.get("model")
     if isinstance(given, PreTrainedTokenizerBase):
         return given
@@ -123,20 +113,15 @@ def max_length_of(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
     """The length at which lm-eval's Hugging Face model would cut contexts off; None for other kinds of model."""
     if model.get("max_length") is not None:
         return int(model["max_length"])
-    pretrained = model.get("pretrained")
-    if isinstance(pretrained, str):
-        return resolve_max_length(AutoConfig.from_pretrained(pretrained, **_loading(model)), tokenizer)
-    return None if pretrained is None else resolve_max_length(pretrained.config, tokenizer)
+    given = model.get("pretrained")
+    config = AutoConfig.from_pretrained(given, **_loading(model)) if isinstance(given, str) else given and given.config
+    return resolve_max_length(config, tokenizer) if config else None
 
 
 def checked_lengths(lengths: Sequence[int] | int | None, limit: int | None) -> tuple[int, ...]:
-    """The lengths in ascending order; by default those of 512, 1024, 2048 and 4096 within the model's positions.
-
-    Raises:
-        EvalError: a length is no integer, below 2, given twice, or beyond the model's positions.
-    """
+    """The lengths in ascending order, or the defaults; raises EvalError for one beyond the model's positions."""
     if lengths is None:
-        lengths = [length for length in LENGTHS if limit is None or length <= limit]
+        lengths = [length for length in (512, 1024, 2048, 4096) if limit is None or length <= limit]
         if not lengths:
             raise EvalError(f"the model has {limit} positions: give lengths of at most {limit} in --metadata")
     listed = plain(lengths)
