@@ -22,6 +22,10 @@ from nc_patch import NCConfig, Profile, UnsupportedModelError, nc_stats, patch_m
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.version import __version__
 
+_ALLOWED = (
+    f"nc_hf takes {', '.join(OPTIONS)}, nc_config and profile beside the arguments of lm-eval's hf, of from_pretrained"
+    " and of the model's config"
+)
 # Where and in what portions the model runs; rounding apart, the answers do not depend on it.
 _PLACEMENT = {
     *("batch_size", "cache_dir", "device", "device_map", "force_download", "local_files_only", "logits_cache"),
@@ -75,15 +79,17 @@ class NCHFLM(HFLM):
         wrong = misspelt(name for name in self._nc_loader_arguments if not hasattr(self.config, name))
         if wrong:
             advice = ", ".join(f"{name} (is it {option}?)" for name, option in wrong.items())
-            raise EvalError(
-                f"unknown argument {advice}; nc_hf takes {', '.join(OPTIONS)}, nc_config and profile beside the"
-                " arguments of lm-eval's hf, of from_pretrained and of the model's config"
-            )
+            raise EvalError(f"unknown argument {advice}; {_ALLOWED}")
 
     def _create_model(self, *args: Any, trust_remote_code: bool | None = False, **kwargs: Any) -> None:
         if not kwargs.get("autogptq") and not kwargs.get("gptqmodel"):
             self._try_settings(bool(trust_remote_code))
-        super()._create_model(*args, trust_remote_code=trust_remote_code, **kwargs)
+        try:
+            super()._create_model(*args, trust_remote_code=trust_remote_code, **kwargs)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise EvalError(f"{error}; {_ALLOWED}") from error
         self._patch(self._model, self.nc_config)
 
     def _patch(self, model: Any, config: NCConfig) -> None:

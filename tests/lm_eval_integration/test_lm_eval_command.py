@@ -58,40 +58,56 @@ def test_our_command_runs_nc_hf(model_dir: Path, text: Path, tmp_path: Path, our
     assert written["results"]["nc_perplexity"]["perplexity_96,none"] > 1
 
 
-def test_our_command_takes_the_users_tasks_too(tmp_path: Path, our_command: Callable[..., None], capsys: Any) -> None:
+@pytest.mark.parametrize("line", [["ls", "subtasks"], ["validate", "--tasks", "my_task,nc_perplexity,nc_ruler"]])
+def test_our_command_lists_and_validates_the_users_tasks_beside_ours(
+    tmp_path: Path, our_command: Callable[..., None], capsys: pytest.CaptureFixture[str], line: list[str]
+) -> None:
     (tmp_path / "mine.yaml").write_text("task: my_task\noutput_type: loglikelihood\n")
-    our_command("ls", "subtasks", "--include_path", str(tmp_path))
+    our_command(*line, "--include_path", str(tmp_path))
     printed = capsys.readouterr().out
     assert "my_task" in printed
     assert "nc_perplexity" in printed
 
 
+def test_the_users_tasks_are_those_of_the_command_line_or_of_the_config(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("include_path: /theirs\ntasks: [x]\n")
+    given = lambda **values: command.task_directories(argparse.Namespace(**values))  # noqa: E731
+    assert given(include_path=None) == given(include_path=str(TASKS_DIRECTORY)) == [str(TASKS_DIRECTORY)]
+    assert given(include_path="/mine", config=str(config)) == [str(TASKS_DIRECTORY), "/mine"]
+    assert given(include_path=None, config=str(config)) == [str(TASKS_DIRECTORY), "/theirs"]
+
+
 @pytest.mark.parametrize(
-    ("model_args", "metadata", "message"),
+    ("model_args", "further", "message"),
     [
-        (["alpha=2,C=2"], "{}", "C must be a number in [0, 1], got 2"),
-        (["alpha=2,C=0.5"], '{"lengths": [500]}', f"lengths [500] exceed the {POSITIONS} positions of the model"),
-        (["alpha=2,C=0.5", "pretrained=/absent"], "{}", "no model at /absent: there is no such file or directory"),
+        (["alpha=2,C=2"], [], "C must be a number in [0, 1], got 2"),
+        (["alpha=2,C=0.5", "pretrained=/absent"], [], "no model at /absent: there is no such file or directory"),
+        (
+            ["alpha=2,C=0.5"],
+            ["--metadata", '{"lengths": [500]}'],
+            f"lengths [500] exceed the {POSITIONS} positions of the model",
+        ),
+        (["alpha=2,C=0.5"], ["--output_path", "out"], "--output_path out is a file; give a directory"),
+        (["alpha=2,C=0.5"], ["--output_path", "out/results.json"], "--output_path out is a file; give a directory"),
     ],
 )
 def test_our_command_ends_with_one_line_on_a_bad_argument(
-    model_dir: Path, our_command: Callable[..., None], model_args: list[str], metadata: str, message: str
+    model_dir: Path,
+    our_command: Callable[..., None],
+    forwards: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_args: list[str],
+    further: list[str],
+    message: str,
 ) -> None:
-    line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--device", "cpu", "--metadata", metadata]
+    monkeypatch.chdir(tmp_path)
+    Path("out").write_text("")
+    line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--device", "cpu", *further]
     with pytest.raises(SystemExit) as ended:
         our_command(*line, "--model_args", f"pretrained={model_dir}", *model_args)
     assert ended.value.code == f"error: {message}"
-
-
-@pytest.mark.parametrize("name", ["out", "out/results.json"])
-def test_our_command_sees_before_it_measures_that_results_have_no_place(
-    model_dir: Path, tmp_path: Path, our_command: Callable[..., None], forwards: list[int], name: str
-) -> None:
-    (tmp_path / "out").write_text("")
-    line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--output_path", str(tmp_path / name)]
-    with pytest.raises(SystemExit) as ended:
-        our_command(*line, "--device", "cpu", "--model_args", f"pretrained={model_dir},alpha=2,C=0.5")
-    assert ended.value.code == f"error: --output_path {tmp_path / 'out'} is a file; give a directory"
     assert not forwards
 
 
@@ -99,16 +115,6 @@ def test_our_command_is_a_module(tmp_path: Path) -> None:
     done = run_command("eval_tasks.lm_eval", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--include_path" in done.stdout
-
-
-def test_the_users_tasks_come_beside_ours(tmp_path: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text("include_path: /theirs\ntasks: [x]\n")
-    given = lambda **values: command.task_directories(argparse.Namespace(**values))  # noqa: E731
-    assert given(include_path=None) == [str(TASKS_DIRECTORY)]
-    assert given(include_path=str(TASKS_DIRECTORY)) == [str(TASKS_DIRECTORY)]
-    assert given(include_path="/mine", config=str(config)) == [str(TASKS_DIRECTORY), "/mine"]
-    assert given(include_path=None, config=str(config)) == [str(TASKS_DIRECTORY), "/theirs"]
 
 
 def test_standing_in_the_package_directory_is_refused_instead_of_hiding_lm_eval() -> None:
