@@ -109,7 +109,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def our_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs ``main`` on arguments, with the tasks of ``suites`` alone of lm-eval's thousands, whose index takes seconds."""
+    """Runs ``main`` on arguments, of lm-eval's thousands of tasks with those of ``suites`` alone, to save seconds."""
     from lm_eval.tasks import TaskManager
 
     from eval_tasks.lm_eval import __main__ as command

@@ -63,7 +63,7 @@ def test_the_cache_of_built_requests_tells_lengths_apart(
 
 def test_scores_need_no_cache_that_can_be_written(long_model_dir: Path, tmp_path: Path) -> None:
     script = """
-import json, sys
+import sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 import eval_tasks.lm_eval
@@ -77,10 +77,10 @@ found = simple_evaluate(
 print(found["nc_niah_single_1"]["string_match_512,none"], found["nc_document"]["perplexity,none"])
 """
     (tmp_path / "home").write_text("")  # a file where the directory of caches and their locks would be
+    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script, str(long_model_dir), str(TASKS_DIRECTORY)],
-        capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False, env={**os.environ, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     match, perplexity = map(float, done.stdout.splitlines()[-1].split())
