@@ -1,6 +1,7 @@
 """The metrics for ``evaluate``: loaded from their directories without a network, right and wrong inputs."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_a_run_of_tokens_counts_by_their_number_where_its_middle_lies() -> None:
 def test_ranges_double_by_default(count: int, edges: list[int]) -> None:
     found = compute("perplexity_by_position", [[-1.0] * count], [[1] * count])
     assert found["edges"] == edges
-    assert found["tokens"] == [min(b, count) - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    assert found["tokens"] == [min(b, count) - a for a, b in pairwise(edges)]
 
 
 def test_a_hopeless_model_has_an_infinite_perplexity() -> None:

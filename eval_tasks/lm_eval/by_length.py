@@ -7,18 +7,15 @@ first. Nothing here needs ``nc_patch``: any of lm-eval's models can run the task
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
-from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.lm_eval.settings import Settings, read_settings
 from eval_tasks.models import tokenizer_fingerprint
-from eval_tasks.tasks import tokenise
 
 Samples = tuple[Iterable[Mapping[str, Any]], str, str]
 """Documents, where they come from in words, and the hash of that text."""
@@ -76,24 +73,3 @@ class ByLengthTask(ConfigurableTask):
         content = json.dumps([*self.dataset["test"], self.config.generation_kwargs], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         super().build_all_requests(tokenizer_name=f"{tokenizer_name}-{digest}", **options)
-
-
-class WordText:
-    """A text that is cut before whitespace, where a tokenizer yields the same tokens for the parts as for the whole.
-
-    Attributes:
-        tokens: of the whole text.
-        starts: the byte at which each token begins, and the text's end.
-        borders: the bytes at which a cut may fall, ascending: the starts of whitespace, and the text's ends.
-    """
-
-    def __init__(self, content: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._content = content.encode("utf-8")
-        self.tokens = tokenise(tokenizer, content)
-        self.starts = [0, *self.tokens.byte_ends.tolist()]
-        inner = (match.start() for match in re.finditer(rb"\s+(?=\S)", self._content) if match.start())
-        self.borders = [0, *inner, len(self._content)]
-
-    def part(self, begin: int, end: int) -> str:
-        """The text from one byte to another, which are borders."""
-        return self._content[begin:end].decode("utf-8")

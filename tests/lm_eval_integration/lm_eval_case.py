@@ -5,8 +5,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TASKS_DIRECTORY = ROOT / "eval_tasks"
-POSITIONS = 192
-LONG_POSITIONS = 1100
+POSITIONS = 1100
 LENGTHS = [48, 96, 160]
 SCORED = 16
 

@@ -61,7 +61,7 @@ def test_the_cache_of_built_requests_tells_lengths_apart(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_scores_need_no_cache_that_can_be_written(long_model_dir: Path, tmp_path: Path) -> None:
+def test_scores_need_no_cache_that_can_be_written(model_dir: Path, tmp_path: Path) -> None:
     script = """
 import sys
 from lm_eval import simple_evaluate
@@ -79,7 +79,7 @@ print(found["nc_niah_single_1"]["string_match_512,none"], found["nc_document"]["
     (tmp_path / "home").write_text("")  # a file where the directory of caches and their locks would be
     environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", script, str(long_model_dir), str(TASKS_DIRECTORY)],
+        [sys.executable, "-c", script, str(model_dir), str(TASKS_DIRECTORY)],
         capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False, env={**os.environ, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 from lm_eval_case import POSITIONS, ROOT, SCORED, TASKS_DIRECTORY
 
 import eval_tasks.lm_eval.__main__ as command
+from eval_tasks.texts import python_reference
 from nc_patch import NCConfig
 
 
@@ -26,36 +27,33 @@ def run_command(module: str, *arguments: str, cwd: Path) -> subprocess.Completed
     return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
 
 
-def task_arguments(model_dir: Path, text: Path, output: Path) -> list[str]:
-    metadata = json.dumps({"lengths": [48, 96], "scored": SCORED, "samples": 2, "text": str(text)})
-    shared = ["--tasks", "nc_perplexity", "--device", "cpu", "--metadata", metadata, "--output_path", str(output)]
-    return [*shared, "--model_args", f"pretrained={model_dir},dtype=float32"]
-
-
-def written_results(directory: Path) -> dict[str, Any]:
-    (file,) = directory.rglob("results_*.json")
-    return json.loads(file.read_text())
-
-
-def test_the_stock_command_runs_the_task(model_dir: Path, text: Path, tmp_path: Path) -> None:
-    arguments = ["--model", "hf", "--include_path", str(TASKS_DIRECTORY), *task_arguments(model_dir, text, tmp_path)]
-    done = run_command("lm_eval", "run", *arguments, cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("module", "line", "model_args", "settings"),
+    [
+        ("lm_eval", ["--model", "hf", "--include_path", str(TASKS_DIRECTORY)], "", None),
+        (
+            *("eval_tasks.lm_eval", ["--model", "nc_hf"]),
+            ",alpha=2,C=0.5,selection=window,dense_layers=0+1,dense_below=0",
+            NCConfig(2, 0.5, selection="window", dense_layers=(0, 1), dense_below=0).to_dict(),
+        ),
+    ],
+)
+def test_the_stock_command_and_ours_run_the_task(
+    model_dir: Path, tmp_path: Path, module: str, line: list[str], model_args: str, settings: dict[str, Any] | None
+) -> None:
+    metadata = json.dumps({"lengths": [48, 96], "scored": SCORED, "samples": 2})
+    shared = ["--tasks", "nc_perplexity", "--device", "cpu", "--metadata", metadata, "--output_path", str(tmp_path)]
+    given = ["--model_args", f"pretrained={model_dir},dtype=float32{model_args}"]
+    done = run_command(module, "run", *line, *shared, *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    written = written_results(tmp_path)
+    (file,) = tmp_path.rglob("results_*.json")
+    written = json.loads(file.read_text())
     assert list(written["results"]) == ["nc_perplexity"]
     assert written["results"]["nc_perplexity"]["perplexity_96,none"] > 1
     recorded = written["configs"]["nc_perplexity"]["metadata"]
-    assert recorded["text_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert recorded["text_sha256"] == hashlib.sha256(python_reference()[0].encode()).hexdigest()
     assert (recorded["lengths"], recorded["samples"]) == ([48, 96], 2)
-
-
-def test_our_command_runs_nc_hf(model_dir: Path, text: Path, tmp_path: Path, our_command: Callable[..., None]) -> None:
-    arguments = task_arguments(model_dir, text, tmp_path)
-    our_command("run", "--model", "nc_hf", *arguments, "alpha=2,C=0.5,selection=window,dense_layers=0+1,dense_below=0")
-    written = written_results(tmp_path)
-    expected = NCConfig(2, 0.5, selection="window", dense_layers=(0, 1), dense_below=0)
-    assert written["config"]["nc_config"] == expected.to_dict()
-    assert written["results"]["nc_perplexity"]["perplexity_96,none"] > 1
+    assert written["config"].get("nc_config") == settings
 
 
 @pytest.mark.parametrize("line", [["ls", "subtasks"], ["validate", "--tasks", "my_task,nc_perplexity,nc_ruler"]])
@@ -85,8 +83,8 @@ def test_the_users_tasks_are_those_of_the_command_line_or_of_the_config(tmp_path
         (["alpha=2,C=0.5", "pretrained=/absent"], [], "no model at /absent: there is no such file or directory"),
         (
             ["alpha=2,C=0.5"],
-            ["--metadata", '{"lengths": [500]}'],
-            f"lengths [500] exceed the {POSITIONS} positions of the model",
+            ["--metadata", '{"lengths": [5000]}'],
+            f"lengths [5000] exceed the {POSITIONS} positions of the model",
         ),
         (["alpha=2,C=0.5"], ["--output_path", "out"], "--output_path out is a file; give a directory"),
         (["alpha=2,C=0.5"], ["--output_path", "out/results.json"], "--output_path out is a file; give a directory"),
@@ -109,12 +107,6 @@ def test_our_command_ends_with_one_line_on_a_bad_argument(
         our_command(*line, "--model_args", f"pretrained={model_dir}", *model_args)
     assert ended.value.code == f"error: {message}"
     assert not forwards
-
-
-def test_our_command_is_a_module(tmp_path: Path) -> None:
-    done = run_command("eval_tasks.lm_eval", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "--include_path" in done.stdout
 
 
 def test_standing_in_the_package_directory_is_refused_instead_of_hiding_lm_eval() -> None:

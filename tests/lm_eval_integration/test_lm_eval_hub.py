@@ -29,34 +29,18 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eval_tasks.hub_data, "hub_resolves", lambda: False)
 
 
-def write_parquet(directory: Path, configs: dict[str, dict[str, Dataset]]) -> None:
-    """A data set as the hub lays it out: parquet files, and a card that says which configuration they are of."""
-    directory.mkdir(parents=True)
-    lines = ["---", "configs:"]
-    for config, splits in configs.items():
-        lines += [f"- config_name: {config}", "  data_files:"]
-        for split, data in splits.items():
-            file = directory / config / f"{split}-00000-of-00001.parquet"
-            file.parent.mkdir(exist_ok=True)
-            data.to_parquet(str(file))
-            lines += [f"  - split: {split}", f"    path: {file.relative_to(directory)}"]
-    (directory / "README.md").write_text("\n".join([*lines, "---", "# A card", ""]))
-
-
 @pytest.fixture
 def copies(tmp_path: Path) -> Path:
-    """Copies of what the tasks load, some as parquet and cards, some as ``save_to_disk`` writes them."""
+    """Copies of what the tasks load: files as on the hub, or what ``save_to_disk`` writes."""
     directory = tmp_path / "copies"
     story = {"input": f"{WORDS} 1. Mary moved to the garden.", "question": "Where is Mary? ", "target": "garden"}
     stories = DatasetDict({f"qa{i}": Dataset.from_list([story] * 3) for i in range(1, 6)})
     stories.save_to_disk(str(directory / "RMT-team/babilong-1k-samples/1k"))
-    choice = {"context": WORDS, "question": "What changed?", "choices": ["a", "b", "c", "d"], "answer": 1}
-    table = Dataset.from_list([choice] * 3)
-    write_parquet(directory / "recursal/longbench-v2", {"table_qa": {"train": table}, "graph": {"train": table}})
     essays = Dataset.from_list([{"text": " ".join(f"{WORDS} {i}." for i in range(300))}])
     essays.save_to_disk(str(directory / "baber/paul_graham_essays"))
     books = Dataset.from_list([{"text": "short"}, *({"text": " ".join([f"{WORDS} {i}."] * 60)} for i in range(4))])
-    write_parquet(directory / "emozilla/pg19-test", {"default": {"test": books}})
+    (directory / "emozilla/pg19-test").mkdir(parents=True)
+    books.to_parquet(str(directory / "emozilla/pg19-test/test-00000-of-00001.parquet"))
     proofs = directory / "dwzhu/PoSE-Datasets/proof-pile"
     proofs.mkdir(parents=True)
     (proofs / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in books))
@@ -77,25 +61,12 @@ def test_perplexity_on_hub_documents_takes_those_that_are_long_enough(
         run_tasks(["nc_pg19"], metadata={**metadata, "samples": 5})
 
 
-def group_of(task: str, directory: Path) -> str:
-    """A group like those of the package, around a single one of lm-eval's tasks; returns its directory."""
-    directory.mkdir()
-    hub_task = "!function eval_tasks.lm_eval.hub.HubTask"
-    (directory / "one.yaml").write_text(f"group: one\ntask:\n  - task: {task}\n    class: {hub_task}\n")
-    return str(directory)
-
-
-def test_lm_evals_own_suites_run_on_copies(run_tasks: Callable[..., Any], copies: Path, tmp_path: Path) -> None:
+def test_lm_evals_own_suites_run_on_copies(run_tasks: Callable[..., Any], copies: Path) -> None:
     metadata = {"hub_copies": str(copies), "max_seq_lengths": "1k"}
-    shared: dict[str, Any] = {"metadata": metadata, "model_args": {"alpha": 1, "C": 1}, "limit": 1}
-    babilong = [str(LM_EVAL_TASKS / "babilong")]
-    results = run_tasks(["nc_hub_babilong_longctx"], "nc_hf", more_tasks=babilong, **shared)
+    options = {"more_tasks": [str(LM_EVAL_TASKS / "babilong")], "model_args": {"alpha": 1, "C": 1}, "limit": 1}
+    results = run_tasks(["nc_hub_babilong_longctx"], "nc_hf", metadata, **options)
     assert set(results["results"]) >= {f"babilong_qa{i}" for i in range(1, 6)}
     assert results["samples"]["babilong_qa1"][0]["doc"]["target"] == "garden"
-    longbench = [str(LM_EVAL_TASKS / "longbench2"), group_of("longbench2_table", tmp_path / "group")]
-    results = run_tasks(["one"], "nc_hf", more_tasks=longbench, **shared)
-    assert WORDS in results["samples"]["longbench2_table"][0]["arguments"][0][0]
-    assert 0 <= results["results"]["longbench2_table"]["acc,none"] <= 1
 
 
 def test_lm_evals_own_ruler_runs_on_a_copy(
@@ -109,12 +80,13 @@ def test_lm_evals_own_ruler_runs_on_a_copy(
     nltk = pytest.importorskip("nltk")
     monkeypatch.setattr(nltk.data, "find", lambda name: name)
     monkeypatch.setattr(nltk, "sent_tokenize", lambda text: re.split(r"(?<=\.) ", text))
-    before = set(sys.modules)
-    paths = [str(LM_EVAL_TASKS / "ruler"), group_of("niah_single_2", tmp_path / "group")]
+    hub_task = "!function eval_tasks.lm_eval.hub.HubTask"
+    (tmp_path / "one.yaml").write_text(f"group: one\ntask:\n  - task: niah_single_2\n    class: {hub_task}\n")
     metadata = {"hub_copies": str(copies), "max_seq_lengths": [1024]}
     options = {"model_args": {"alpha": 1, "C": 1}, "limit": 1, "gen_kwargs": "max_gen_toks=2"}
+    before = set(sys.modules)
     try:
-        results = run_tasks(["one"], "nc_hf", metadata, more_tasks=paths, **options)
+        results = run_tasks(["one"], "nc_hf", metadata, more_tasks=[str(LM_EVAL_TASKS / "ruler"), tmp_path], **options)
     finally:
         for module in {name for name in sys.modules if name.startswith("lm_eval.tasks.ruler")} - before:
             del sys.modules[module]
@@ -131,10 +103,10 @@ def test_lm_evals_own_ruler_runs_on_a_copy(
     ],
 )
 def test_without_a_network_one_line_says_what_is_missing(
-    long_model_dir: Path, our_command: Callable[..., None], name: str, data: str
+    model_dir: Path, our_command: Callable[..., None], name: str, data: str
 ) -> None:
     suites = tuple(str(LM_EVAL_TASKS / suite) for suite in ("babilong", "longbench2"))
-    arguments = ["--device", "cpu", "--model_args", f"pretrained={long_model_dir},alpha=2,C=0.5"]
+    arguments = ["--device", "cpu", "--model_args", f"pretrained={model_dir},alpha=2,C=0.5"]
     with pytest.raises(SystemExit) as ended:
         our_command("run", "--model", "nc_hf", "--tasks", name, *arguments, suites=suites)
     message = str(ended.value.code)
@@ -146,10 +118,10 @@ def test_without_a_network_one_line_says_what_is_missing(
 
 
 def test_a_package_that_a_suite_needs_is_named(
-    long_model_dir: Path, our_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, our_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wonderwords", None)
-    arguments = ["--device", "cpu", "--model_args", f"pretrained={long_model_dir},alpha=2,C=0.5"]
+    arguments = ["--device", "cpu", "--model_args", f"pretrained={model_dir},alpha=2,C=0.5"]
     with pytest.raises(SystemExit, match=r"error: Please install the `wonderwords` and `nltk` packages"):
         our_command(
             *("run", "--model", "nc_hf", "--tasks", "nc_hub_ruler", *arguments), suites=(str(LM_EVAL_TASKS / "ruler"),)

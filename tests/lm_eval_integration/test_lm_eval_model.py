@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.model import NCHFLM
+from eval_tasks.texts import python_reference
 from nc_patch import NCConfig, UnsupportedModelError, calibrate
 
 
@@ -76,8 +77,8 @@ def test_results_name_the_settings_and_what_was_attended(evaluate: Callable[...,
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block"])
-def test_scores_do_not_depend_on_the_batch(model_dir: Path, text: Path, selection: str, forwards: list[int]) -> None:
-    words = text.read_text().split()
+def test_scores_do_not_depend_on_the_batch(model_dir: Path, selection: str, forwards: list[int]) -> None:
+    words = python_reference()[0].split()
     requests = [
         Instance("loglikelihood", {}, (" ".join(words[i * 100 : i * 100 + n]), " " + " ".join(words[-8:])), 0)
         for i, n in enumerate((3, 20, 21, 30, 35, 7))
@@ -92,8 +93,8 @@ def test_scores_do_not_depend_on_the_batch(model_dir: Path, text: Path, selectio
 
 
 @pytest.mark.parametrize("selection", ["topk", "window"])
-def test_generated_text_does_not_depend_on_the_batch(model_dir: Path, text: Path, selection: str) -> None:
-    words = text.read_text().split()
+def test_generated_text_does_not_depend_on_the_batch(model_dir: Path, selection: str) -> None:
+    words = python_reference()[0].split()
     options = {"until": ["</s>"], "max_gen_toks": 12}
     prompts = [" ".join(words[i * 50 : i * 50 + n]) for i, n in enumerate((2, 14, 30))]
     requests = [Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts]
@@ -161,17 +162,17 @@ def test_bad_arguments_are_refused_before_the_weights_are_read(
 @pytest.mark.usefixtures("no_weights")
 def test_a_model_that_cannot_be_patched_is_refused_before_its_weights_are_read(model_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
-    transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=400).save_pretrained(tmp_path)
+    transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=6000).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError):
         small_model(tmp_path)
 
 
-def test_a_profile_sets_the_budget_of_every_head(
-    evaluate: Callable[..., Any], model_dir: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_profile_sets_the_budget_of_every_head(evaluate: Callable[..., Any], model_dir: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    profile = calibrate(model, tokenizer, [text.read_text()], (32, 64, 128), pieces=2, rows=4).at_budget(0.3, n=128)
+    profile = calibrate(model, tokenizer, [python_reference()[0]], (32, 64, 128), pieces=2, rows=4).at_budget(
+        0.3, n=128
+    )
     profile.save(tmp_path / "profile.json")
     results = evaluate("nc_hf", profile=str(tmp_path / "profile.json"), selection="topk", tail="drop")
     assert results["config"]["nc_config"] == profile.config(selection="topk", tail="drop").to_dict()
