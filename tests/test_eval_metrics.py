@@ -2,8 +2,6 @@
 
 import math
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,16 +13,14 @@ from eval_tasks.errors import EvalError
 from eval_tasks.metrics import METRICS, metric_path
 
 
-def compute(name: str, predictions: list[Any], references: list[Any], **options: Any) -> Any:
+def compute(name, predictions, references, **options):
     metric = evaluate.load(str(metric_path(name)), keep_in_memory=True)
     return metric.compute(predictions=predictions, references=references, **options)
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_metric_loads_from_its_directory_or_its_file_alone_without_a_network(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: Any, **__: Any) -> None:
+def test_a_metric_loads_from_its_directory_or_its_file_alone_without_a_network(name, tmp_path, monkeypatch):
+    def refused(*_, **__):
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr("socket.getaddrinfo", refused)
@@ -36,7 +32,7 @@ def test_a_metric_loads_from_its_directory_or_its_file_alone_without_a_network(
         assert metric.inputs_description.strip().startswith("Args:")
 
 
-def test_an_unknown_metric_is_refused() -> None:
+def test_an_unknown_metric_is_refused():
     with pytest.raises(EvalError, match="no metric named 'bleu': there are perplexity_by_position, string_match"):
         metric_path("bleu")
 
@@ -51,7 +47,7 @@ def test_an_unknown_metric_is_refused() -> None:
         ("12\x0034", ["1234"], 0.0, 0.0),
     ],
 )
-def test_string_match_is_rulers(prediction: str, references: list[str], share: float, part: float) -> None:
+def test_string_match_is_rulers(prediction, references, share, part):
     other = ("x", ["x"])
     for match, expected in (("all", share), ("part", part)):
         found = compute("string_match", [prediction, other[0]], [references, other[1]], match=match)
@@ -59,15 +55,14 @@ def test_string_match_is_rulers(prediction: str, references: list[str], share: f
 
 
 @pytest.mark.parametrize(
-    ("references", "match", "message"),
-    [([["a"]], "any", "match must be 'all'"), ([[]], "all", "at least one string")],
+    ("references", "match", "message"), [([["a"]], "any", "match must be 'all'"), ([[]], "all", "at least one string")]
 )
-def test_string_match_refuses_what_it_cannot_score(references: list[list[str]], match: str, message: str) -> None:
+def test_string_match_refuses_what_it_cannot_score(references, match, message):
     with pytest.raises(ValueError, match=message):
         compute("string_match", ["a"], references, match=match)
 
 
-def test_perplexity_by_position_is_the_mean_over_the_tokens_of_a_range() -> None:
+def test_perplexity_by_position_is_the_mean_over_the_tokens_of_a_range():
     values = [[-1.0, -2.0, -3.0, -4.0], [-5.0, -6.0]]
     found = compute("perplexity_by_position", values, [[1] * 4, [1] * 2], edges=[0, 1, 3])
     assert found["tokens"] == [2, 3]
@@ -76,7 +71,7 @@ def test_perplexity_by_position_is_the_mean_over_the_tokens_of_a_range() -> None
     assert found["overall"] == pytest.approx(math.exp(17 / 5))
 
 
-def test_a_run_of_tokens_counts_by_their_number_where_its_middle_lies() -> None:
+def test_a_run_of_tokens_counts_by_their_number_where_its_middle_lies():
     name = "perplexity_by_position"
     single = compute(name, [[-1.0, -2.0, -3.0, -6.0]], [[1, 1, 1, 1]], edges=[0, 2, 4])
     assert compute(name, [[-3.0, -9.0]], [[2, 2]], edges=[0, 2, 4]) == single
@@ -92,13 +87,13 @@ def test_a_run_of_tokens_counts_by_their_number_where_its_middle_lies() -> None:
 @pytest.mark.parametrize(
     ("count", "edges"), [(1, [0, 1]), (2, [0, 1, 2]), (8, [0, 1, 2, 4, 8]), (9, [0, 1, 2, 4, 8, 16])]
 )
-def test_ranges_double_by_default(count: int, edges: list[int]) -> None:
+def test_ranges_double_by_default(count, edges):
     found = compute("perplexity_by_position", [[-1.0] * count], [[1] * count])
     assert found["edges"] == edges
     assert found["tokens"] == [min(b, count) - a for a, b in pairwise(edges)]
 
 
-def test_a_hopeless_model_has_an_infinite_perplexity() -> None:
+def test_a_hopeless_model_has_an_infinite_perplexity():
     assert compute("perplexity_by_position", [[-1e4]], [[1]], edges=[0, 1])["perplexity"] == [math.inf]
 
 
@@ -112,8 +107,6 @@ def test_a_hopeless_model_has_an_infinite_perplexity() -> None:
         ([-1.0], [1], [0], "two or more"),
     ],
 )
-def test_perplexity_by_position_refuses_what_does_not_fit(
-    values: list[float], counts: list[int], edges: list[int], message: str
-) -> None:
+def test_perplexity_by_position_refuses_what_does_not_fit(values, counts, edges, message):
     with pytest.raises(ValueError, match=message):
         compute("perplexity_by_position", [values], [counts], edges=edges)

@@ -1,9 +1,6 @@
 """A tiny random Llama with its tokenizer, and the tasks run on it."""
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tmp_path_factory):
     """A Llama of two layers with weights large enough that attention is uneven, and a tokenizer with a template."""
     directory = tmp_path_factory.mktemp("model")
     tokenizer_of_kind("byte_bpe").save_pretrained(directory)
@@ -37,14 +34,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_tasks(model_dir: Path) -> Callable[..., dict[str, Any]]:
+def run_tasks(model_dir):
     """``run_tasks(names, model, metadata, **options)``: runs tasks through ``simple_evaluate``, returns its results."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 
-    def run(names: list[str], model: str = "hf", metadata: dict[str, Any] | None = None, **options: Any) -> Any:
+    def run(names, model="hf", metadata=None, **options):
         arguments = {"pretrained": str(model_dir), "dtype": "float32", **options.pop("model_args", {})}
         paths = [str(TASKS_DIRECTORY), *options.pop("more_tasks", [])]
         given = {**arguments, **(metadata or {})}
@@ -56,10 +53,10 @@ def run_tasks(model_dir: Path) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def evaluate(run_tasks: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+def evaluate(run_tasks):
     """``evaluate(model, **model_args)``: the results of ``nc_perplexity`` on short passages."""
 
-    def run(model: str, options: dict[str, Any] | None = None, lengths: list[int] = LENGTHS, **model_args: Any) -> Any:
+    def run(model, options=None, lengths=LENGTHS, **model_args):
         metadata = {"lengths": lengths, "scored": SCORED, "samples": 4}
         return run_tasks(["nc_perplexity"], model, metadata, model_args=model_args, **(options or {}))
 
@@ -67,12 +64,12 @@ def evaluate(run_tasks: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def forwards(monkeypatch):
     """Batch sizes of the model's forward calls, one entry per call."""
-    calls: list[int] = []
+    calls = []
     forward = transformers.LlamaForCausalLM.forward
 
-    def counted(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def counted(self, input_ids, *args, **kwargs):
         calls.append(input_ids.shape[0])
         return forward(self, input_ids, *args, **kwargs)
 
@@ -81,14 +78,14 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def our_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def our_command(monkeypatch):
     """Runs ``main`` on arguments, of lm-eval's thousands of tasks with those of ``suites`` alone, to save seconds."""
     from lm_eval.tasks import TaskManager
 
     from eval_tasks.lm_eval import __main__ as command
 
-    def run(*arguments: str, suites: tuple[str, ...] = ()) -> None:
-        def manager(include_path: list[str], **options: Any) -> TaskManager:
+    def run(*arguments, suites=()):
+        def manager(include_path, **options):
             return TaskManager(include_path=[*suites, *include_path], include_defaults=False, **options)
 
         monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)

@@ -1,7 +1,6 @@
 """Sizes, and ways to the tasks, that the tests of this directory share."""
 
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TASKS_DIRECTORY = ROOT / "eval_tasks"
@@ -10,7 +9,7 @@ LENGTHS = [48, 96, 160]
 SCORED = 16
 
 
-def load_task(name: str, **metadata: Any) -> Any:
+def load_task(name, **metadata):
     """A task of the package as lm-eval's task manager makes it."""
     from lm_eval.tasks import TaskManager
 
@@ -18,12 +17,12 @@ def load_task(name: str, **metadata: Any) -> Any:
     return manager.load([name])["tasks"][name]
 
 
-def rows(name: str, **metadata: Any) -> list[dict[str, Any]]:
+def rows(name, **metadata):
     """The documents of a task."""
     return list(load_task(name, **metadata).dataset["test"])
 
 
-def figures(results: dict[str, Any], task: str = "nc_perplexity") -> dict[str, float]:
+def figures(results, task="nc_perplexity"):
     """The metrics of a task by name."""
     found = results["results"][task].items()
     return {

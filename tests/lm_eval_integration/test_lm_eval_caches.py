@@ -4,9 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +14,8 @@ from lm_eval_case import LENGTHS, ROOT, TASKS_DIRECTORY, figures
 from transformers import AutoModelForCausalLM
 
 
-def test_the_response_cache_tells_settings_apart(
-    evaluate: Callable[..., Any], tmp_path: Path, forwards: list[int]
-) -> None:
-    def run(**arguments: Any) -> tuple[dict[str, float], int]:
+def test_the_response_cache_tells_settings_apart(evaluate, tmp_path, forwards):
+    def run(**arguments):
         forwards.clear()
         found = figures(evaluate(**arguments, options={"use_cache": str(tmp_path / "cache"), "device": "cpu"}))
         return found, len(forwards)
@@ -38,7 +33,7 @@ def test_the_response_cache_tells_settings_apart(
     assert [file.name for file in tmp_path.iterdir()] == ["cache_rank0.db"]
 
 
-def test_the_response_cache_tells_weights_apart(model_dir: Path, tmp_path: Path, evaluate: Callable[..., Any]) -> None:
+def test_the_response_cache_tells_weights_apart(model_dir, tmp_path, evaluate):
     shutil.copytree(model_dir, tmp_path / "model")
     options = {"use_cache": str(tmp_path / "cache")}
     arguments = {"pretrained": str(tmp_path / "model"), "alpha": 2, "C": 0.5, "lengths": [48], "options": options}
@@ -50,9 +45,7 @@ def test_the_response_cache_tells_weights_apart(model_dir: Path, tmp_path: Path,
     assert figures(evaluate("nc_hf", **arguments)) != pytest.approx(first, rel=1e-4)
 
 
-def test_the_cache_of_built_requests_tells_lengths_apart(
-    evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_of_built_requests_tells_lengths_apart(evaluate, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path))
     fresh = figures(evaluate("hf", lengths=[64, 96]))
     evaluate("hf", lengths=[48, 96], options={"cache_requests": True})
@@ -61,7 +54,7 @@ def test_the_cache_of_built_requests_tells_lengths_apart(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_scores_need_no_cache_that_can_be_written(model_dir: Path, tmp_path: Path) -> None:
+def test_scores_need_no_cache_that_can_be_written(model_dir, tmp_path):
     script = """
 import sys
 from lm_eval import simple_evaluate

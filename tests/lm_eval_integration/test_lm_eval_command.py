@@ -6,9 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +19,7 @@ from eval_tasks.texts import python_reference
 from nc_patch import NCConfig
 
 
-def run_command(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_command(module, *arguments, cwd):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", module, *arguments]
     return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
@@ -38,9 +36,7 @@ def run_command(module: str, *arguments: str, cwd: Path) -> subprocess.Completed
         ),
     ],
 )
-def test_the_stock_command_and_ours_run_the_task(
-    model_dir: Path, tmp_path: Path, module: str, line: list[str], model_args: str, settings: dict[str, Any] | None
-) -> None:
+def test_the_stock_command_and_ours_run_the_task(model_dir, tmp_path, module, line, model_args, settings):
     metadata = json.dumps({"lengths": [48, 96], "scored": SCORED, "samples": 2})
     shared = ["--tasks", "nc_perplexity", "--device", "cpu", "--metadata", metadata, "--output_path", str(tmp_path)]
     given = ["--model_args", f"pretrained={model_dir},dtype=float32{model_args}"]
@@ -57,9 +53,7 @@ def test_the_stock_command_and_ours_run_the_task(
 
 
 @pytest.mark.parametrize("line", [["ls", "subtasks"], ["validate", "--tasks", "my_task,nc_perplexity,nc_ruler"]])
-def test_our_command_lists_and_validates_the_users_tasks_beside_ours(
-    tmp_path: Path, our_command: Callable[..., None], capsys: pytest.CaptureFixture[str], line: list[str]
-) -> None:
+def test_our_command_lists_and_validates_the_users_tasks_beside_ours(tmp_path, our_command, capsys, line):
     (tmp_path / "mine.yaml").write_text("task: my_task\noutput_type: loglikelihood\n")
     our_command(*line, "--include_path", str(tmp_path))
     printed = capsys.readouterr().out
@@ -67,7 +61,7 @@ def test_our_command_lists_and_validates_the_users_tasks_beside_ours(
     assert "nc_perplexity" in printed
 
 
-def test_the_users_tasks_are_those_of_the_command_line_or_of_the_config(tmp_path: Path) -> None:
+def test_the_users_tasks_are_those_of_the_command_line_or_of_the_config(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("include_path: /theirs\ntasks: [x]\n")
     given = lambda **values: command.task_directories(argparse.Namespace(**values))  # noqa: E731
@@ -91,15 +85,8 @@ def test_the_users_tasks_are_those_of_the_command_line_or_of_the_config(tmp_path
     ],
 )
 def test_our_command_ends_with_one_line_on_a_bad_argument(
-    model_dir: Path,
-    our_command: Callable[..., None],
-    forwards: list[int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    model_args: list[str],
-    further: list[str],
-    message: str,
-) -> None:
+    model_dir, our_command, forwards, tmp_path, monkeypatch, model_args, further, message
+):
     monkeypatch.chdir(tmp_path)
     Path("out").write_text("")
     line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--device", "cpu", *further]
@@ -109,7 +96,7 @@ def test_our_command_ends_with_one_line_on_a_bad_argument(
     assert not forwards
 
 
-def test_standing_in_the_package_directory_is_refused_instead_of_hiding_lm_eval() -> None:
+def test_standing_in_the_package_directory_is_refused_instead_of_hiding_lm_eval():
     done = run_command("lm_eval", "ls", cwd=TASKS_DIRECTORY)
     assert done.returncode != 0
     assert "run from another directory" in done.stderr

@@ -3,10 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -24,13 +22,13 @@ WORDS = "The weather on the coast changed again, and the keeper of the lighthous
 
 
 @pytest.fixture(autouse=True)
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_hub(monkeypatch):
     """The hub is out of reach, whatever machine this is."""
     monkeypatch.setattr(eval_tasks.hub_data, "hub_resolves", lambda: False)
 
 
 @pytest.fixture
-def copies(tmp_path: Path) -> Path:
+def copies(tmp_path):
     """Copies of what the tasks load: files as on the hub, or what ``save_to_disk`` writes."""
     directory = tmp_path / "copies"
     story = {"input": f"{WORDS} 1. Mary moved to the garden.", "question": "Where is Mary? ", "target": "garden"}
@@ -47,9 +45,7 @@ def copies(tmp_path: Path) -> Path:
     return directory
 
 
-def test_perplexity_on_hub_documents_takes_those_that_are_long_enough(
-    run_tasks: Callable[..., Any], copies: Path
-) -> None:
+def test_perplexity_on_hub_documents_takes_those_that_are_long_enough(run_tasks, copies):
     metadata = {"lengths": [256, 1024], "samples": 3, "hub_copies": str(copies)}
     results = run_tasks(["nc_hub_perplexity"], metadata=metadata)
     for task in ("nc_pg19", "nc_proof_pile"):
@@ -61,7 +57,7 @@ def test_perplexity_on_hub_documents_takes_those_that_are_long_enough(
         run_tasks(["nc_pg19"], metadata={**metadata, "samples": 5})
 
 
-def test_lm_evals_own_suites_run_on_copies(run_tasks: Callable[..., Any], copies: Path) -> None:
+def test_lm_evals_own_suites_run_on_copies(run_tasks, copies):
     metadata = {"hub_copies": str(copies), "max_seq_lengths": "1k"}
     options = {"more_tasks": [str(LM_EVAL_TASKS / "babilong")], "model_args": {"alpha": 1, "C": 1}, "limit": 1}
     results = run_tasks(["nc_hub_babilong_longctx"], "nc_hf", metadata, **options)
@@ -69,9 +65,7 @@ def test_lm_evals_own_suites_run_on_copies(run_tasks: Callable[..., Any], copies
     assert results["samples"]["babilong_qa1"][0]["doc"]["target"] == "garden"
 
 
-def test_lm_evals_own_ruler_runs_on_a_copy(
-    run_tasks: Callable[..., Any], copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lm_evals_own_ruler_runs_on_a_copy(run_tasks, copies, tmp_path, monkeypatch):
     # Stand-ins for the package wonderwords and for NLTK's download, which the task needs beside its essays.
     categories = {kind: [f"{kind}-{i}" for i in range(300)] for kind in ("nouns", "adjectives", "verbs")}
     words = ModuleType("wonderwords")
@@ -102,9 +96,7 @@ def test_lm_evals_own_ruler_runs_on_a_copy(
         ("nc_hub_longbench2", "recursal/longbench-v2, configuration"),
     ],
 )
-def test_without_a_network_one_line_says_what_is_missing(
-    model_dir: Path, our_command: Callable[..., None], name: str, data: str
-) -> None:
+def test_without_a_network_one_line_says_what_is_missing(model_dir, our_command, name, data):
     suites = tuple(str(LM_EVAL_TASKS / suite) for suite in ("babilong", "longbench2"))
     arguments = ["--device", "cpu", "--model_args", f"pretrained={model_dir},alpha=2,C=0.5"]
     with pytest.raises(SystemExit) as ended:
@@ -117,9 +109,7 @@ def test_without_a_network_one_line_says_what_is_missing(
     assert "hub_copies" in message
 
 
-def test_a_package_that_a_suite_needs_is_named(
-    model_dir: Path, our_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_a_suite_needs_is_named(model_dir, our_command, monkeypatch):
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     arguments = ["--device", "cpu", "--model_args", f"pretrained={model_dir},alpha=2,C=0.5"]
     with pytest.raises(SystemExit, match=r"error: Please install the `wonderwords` and `nltk` packages"):
@@ -128,7 +118,7 @@ def test_a_package_that_a_suite_needs_is_named(
         )
 
 
-def test_a_copy_that_is_missing_or_broken_is_named(copies: Path) -> None:
+def test_a_copy_that_is_missing_or_broken_is_named(copies):
     with pytest.raises(EvalError, match=r"a/b could not be loaded from its copy .*no directory .*copies/a/b"):
         load_hub("a/b", copies=str(copies))
     with pytest.raises(EvalError, match=r"the data set emozilla/pg19-test could not be loaded from its copy"):

@@ -2,10 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -27,25 +25,24 @@ from eval_tasks.texts import python_reference
 from nc_patch import NCConfig, UnsupportedModelError, calibrate
 
 
-def small_model(pretrained: Any, name: str = "nc_hf", **options: Any) -> Any:
+def small_model(pretrained, name="nc_hf", **options):
     """A model of lm-eval, sparse with C = 0.5 where nothing else is said."""
     budget = {"alpha": 2, "C": 0.5} if name == "nc_hf" else {}
     given = str(pretrained) if isinstance(pretrained, Path) else pretrained
     return get_model(name)(**{"pretrained": given, "device": "cpu", "dtype": "float32", **budget, **options})
 
 
-def one_score(model: Any) -> float:
+def one_score(model):
     request = Instance("loglikelihood", {}, ("abc " * 60, "abc"), 0)
-    score: float = model.loglikelihood([request], disable_tqdm=True)[0][0]
-    return score
+    return model.loglikelihood([request], disable_tqdm=True)[0][0]
 
 
-def test_processes_of_several_machines_share_the_documents(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
+def test_processes_of_several_machines_share_the_documents(model_dir, monkeypatch):
+    taken = []
     model = AutoModelForCausalLM.from_pretrained(model_dir)
 
-    def launched(machine: int, local: int) -> Callable[..., None]:
-        def init(self: Any, **_: Any) -> None:
+    def launched(machine, local):
+        def init(self, **_):
             self._model = model
             self.accelerator = SimpleNamespace(process_index=2 * machine + local, local_process_index=local)
             self._rank, self._world_size = self.accelerator.local_process_index, 4
@@ -60,13 +57,13 @@ def test_processes_of_several_machines_share_the_documents(model_dir: Path, monk
     assert sorted(taken) == list(range(10))
 
 
-def test_a_dense_budget_gives_the_figures_of_hf(evaluate: Callable[..., Any]) -> None:
+def test_a_dense_budget_gives_the_figures_of_hf(evaluate):
     dense = figures(evaluate("hf"))
     assert len(dense) == 2 * len(LENGTHS)
     assert figures(evaluate("nc_hf", alpha=1, C=1)) == pytest.approx(dense, rel=1e-5)
 
 
-def test_results_name_the_settings_and_what_was_attended(evaluate: Callable[..., Any]) -> None:
+def test_results_name_the_settings_and_what_was_attended(evaluate):
     settings = {"alpha": 2.0, "C": 0.5, "selection": "topk", "sink_keys": 2, "tail": "drop", "dense_below": 0}
     results = evaluate("nc_hf", **settings)
     assert results["config"]["nc_config"] == NCConfig(**settings).to_dict()
@@ -77,7 +74,7 @@ def test_results_name_the_settings_and_what_was_attended(evaluate: Callable[...,
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block"])
-def test_scores_do_not_depend_on_the_batch(model_dir: Path, selection: str, forwards: list[int]) -> None:
+def test_scores_do_not_depend_on_the_batch(model_dir, selection, forwards):
     words = python_reference()[0].split()
     requests = [
         Instance("loglikelihood", {}, (" ".join(words[i * 100 : i * 100 + n]), " " + " ".join(words[-8:])), 0)
@@ -93,7 +90,7 @@ def test_scores_do_not_depend_on_the_batch(model_dir: Path, selection: str, forw
 
 
 @pytest.mark.parametrize("selection", ["topk", "window"])
-def test_generated_text_does_not_depend_on_the_batch(model_dir: Path, selection: str) -> None:
+def test_generated_text_does_not_depend_on_the_batch(model_dir, selection):
     words = python_reference()[0].split()
     options = {"until": ["</s>"], "max_gen_toks": 12}
     prompts = [" ".join(words[i * 50 : i * 50 + n]) for i, n in enumerate((2, 14, 30))]
@@ -105,14 +102,14 @@ def test_generated_text_does_not_depend_on_the_batch(model_dir: Path, selection:
     assert all(alone)
 
 
-def test_a_loaded_model_is_patched_too(model_dir: Path) -> None:
+def test_a_loaded_model_is_patched_too(model_dir):
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     found = one_score(small_model(loaded, tokenizer=AutoTokenizer.from_pretrained(model_dir)))
     assert found == pytest.approx(one_score(small_model(model_dir)), abs=1e-5)
     assert found != pytest.approx(one_score(small_model(model_dir, "hf")), abs=1e-3)
 
 
-def test_adapters_stay_when_the_model_is_patched(model_dir: Path, tmp_path: Path) -> None:
+def test_adapters_stay_when_the_model_is_patched(model_dir, tmp_path):
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     torch.manual_seed(0)
     settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -123,16 +120,16 @@ def test_adapters_stay_when_the_model_is_patched(model_dir: Path, tmp_path: Path
     assert one_score(small_model(model_dir, peft=str(tmp_path))) != pytest.approx(adapted, abs=1e-3)
 
 
-def test_an_argument_that_nothing_takes_is_refused_with_the_allowed_names(model_dir: Path) -> None:
+def test_an_argument_that_nothing_takes_is_refused_with_the_allowed_names(model_dir):
     with pytest.raises(EvalError, match=r"frobnicate.*nc_hf takes alpha, C"):
         small_model(model_dir, frobnicate=1)
 
 
 @pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_weights(monkeypatch):
     """Whoever reads weights fails."""
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
+    def refuse(*args, **kwargs):
         raise AssertionError("the weights were read")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
@@ -152,22 +149,20 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"alpha": None, "C": None, "profile": made_up_profile()}, "is for 3 layers of 4 query heads"),
     ],
 )
-def test_bad_arguments_are_refused_before_the_weights_are_read(
-    model_dir: Path, arguments: dict[str, Any], message: str
-) -> None:
+def test_bad_arguments_are_refused_before_the_weights_are_read(model_dir, arguments, message):
     with pytest.raises(EvalError, match=message):
         small_model(**{"pretrained": model_dir, **arguments})
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_model_that_cannot_be_patched_is_refused_before_its_weights_are_read(model_dir: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_patched_is_refused_before_its_weights_are_read(model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
     transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=6000).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError):
         small_model(tmp_path)
 
 
-def test_a_profile_sets_the_budget_of_every_head(evaluate: Callable[..., Any], model_dir: Path, tmp_path: Path) -> None:
+def test_a_profile_sets_the_budget_of_every_head(evaluate, model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     profile = calibrate(model, tokenizer, [python_reference()[0]], (32, 64, 128), pieces=2, rows=4).at_budget(

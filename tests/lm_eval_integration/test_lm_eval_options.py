@@ -1,8 +1,5 @@
 """Model arguments of ``nc_hf``: from what lm-eval parses to settings, and what is refused."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
@@ -36,11 +33,11 @@ from nc_patch.selections import Block, TopK
         ),
     ],
 )
-def test_model_arguments_become_typed_settings(options: dict[str, Any], expected: NCConfig) -> None:
+def test_model_arguments_become_typed_settings(options, expected):
     assert read_config(options) == expected
 
 
-def test_settings_come_from_a_file(tmp_path: Path) -> None:
+def test_settings_come_from_a_file(tmp_path):
     config = NCConfig((1.0, 2.0), (0.5, 0.7), prefill="window", dense_layers=(1,))
     file = tmp_path / "settings.json"
     file.write_text(config.to_json())
@@ -69,24 +66,24 @@ def test_settings_come_from_a_file(tmp_path: Path) -> None:
         ({"alpha": 2, "C": 0.5, "dense_layers": "a+b"}, "dense_layers must be an integer"),
     ],
 )
-def test_a_bad_argument_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+def test_a_bad_argument_is_refused_by_name(options, message):
     with pytest.raises(EvalError, match=message):
         read_config(options)
 
 
-def test_backend_means_the_kernels_or_lm_evals_kind_of_model() -> None:
+def test_backend_means_the_kernels_or_lm_evals_kind_of_model():
     assert split_arguments({"backend": "torch", "dtype": "auto"}) == ({"backend": "torch"}, {"dtype": "auto"})
     assert split_arguments({"backend": "causal", "alpha": 1}) == ({"alpha": 1}, {"backend": "causal"})
     with pytest.raises(EvalError, match=r"auto, triton, cpu, torch .* default, causal, seq2seq"):
         split_arguments({"backend": "cuda"})
 
 
-def test_misspelt_options_are_recognised_and_other_arguments_are_not() -> None:
+def test_misspelt_options_are_recognised_and_other_arguments_are_not():
     found = misspelt(["c", "alhpa", "sink_key", "dense_layer", "device_map", "attn_implementation", "use_safetensors"])
     assert found == {"c": "C", "alhpa": "alpha", "sink_key": "sink_keys", "dense_layer": "dense_layers"}
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_a_located_model_keeps_what_was_said_of_its_code(trusted: bool) -> None:
+def test_a_located_model_keeps_what_was_said_of_its_code(trusted):
     given = {"pretrained": "someone/model", "trust_remote_code": trusted, "revision": "v2"}
     assert located(given) == given

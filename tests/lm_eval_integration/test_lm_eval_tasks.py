@@ -2,10 +2,8 @@
 
 import math
 import random
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ RULER = [
 LOSSES = ("nc_perplexity", "nc_recall", "nc_document")
 
 
-def test_every_offline_task_runs_from_end_to_end(run_tasks: Callable[..., Any]) -> None:
+def test_every_offline_task_runs_from_end_to_end(run_tasks):
     results = run_tasks(["nc_long"], metadata={"lengths": [512], "samples": 2}, gen_kwargs="max_gen_toks=8")
     scores = {name: figures(results, f"nc_{name}")["string_match_512"] for name in (*RULER, "passkey")}
     assert all(0 <= score <= 1 for score in scores.values())
@@ -43,9 +41,7 @@ def test_every_offline_task_runs_from_end_to_end(run_tasks: Callable[..., Any]) 
     assert results["configs"]["nc_cwe"]["metadata"]["text_sha256"]
 
 
-def test_another_kind_of_model_runs_the_tasks_at_lengths_of_the_named_tokenizer(
-    run_tasks: Callable[..., Any], model_dir: Path
-) -> None:
+def test_another_kind_of_model_runs_the_tasks_at_lengths_of_the_named_tokenizer(run_tasks, model_dir):
     metadata = {"pretrained": None, "tokenizer": str(model_dir), "lengths": [512, 2048], "samples": 3}
     results = run_tasks(["nc_niah_single_2", "nc_recall"], "dummy", metadata, limit=2)
     assert figures(results, "nc_niah_single_2")["string_match_2048"] == 0
@@ -53,9 +49,7 @@ def test_another_kind_of_model_runs_the_tasks_at_lengths_of_the_named_tokenizer(
     assert results["n-samples"]["nc_recall"] == {"original": 3, "effective": 2}
 
 
-def test_figures_are_those_of_the_harness_where_every_token_is_a_word(
-    model_dir: Path, tmp_path: Path, run_tasks: Callable[..., Any]
-) -> None:
+def test_figures_are_those_of_the_harness_where_every_token_is_a_word(model_dir, tmp_path, run_tasks):
     file = tmp_path / "letters.txt"
     file.write_text(" ".join(random.Random(2).choices("abcdefgh", k=2000)))
     tokens = tokenise(AutoTokenizer.from_pretrained(model_dir), file.read_text())
@@ -74,16 +68,14 @@ def test_figures_are_those_of_the_harness_where_every_token_is_a_word(
 
 
 @pytest.mark.parametrize("task", LOSSES)
-def test_figures_are_those_of_the_model_on_the_same_tokens(
-    task: str, model_dir: Path, run_tasks: Callable[..., Any]
-) -> None:
+def test_figures_are_those_of_the_model_on_the_same_tokens(task, model_dir, run_tasks):
     lengths = [400, 700, 1024]
     found = figures(
         run_tasks([task], metadata={"lengths": lengths, "samples": 2}, model_args={"dtype": "float64"}), task
     )
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
-    losses: list[list[float]] = [[], [], []]
+    losses = [[], [], []]
     sizes = [0, 0, 0]
     loaded = load_task(task, tokenizer=str(model_dir), lengths=lengths, samples=2)
     loaded.build_all_requests()
@@ -107,7 +99,7 @@ def test_figures_are_those_of_the_model_on_the_same_tokens(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_length_scores_the_same_tokens_of_each_passage(model_dir: Path) -> None:
+def test_every_length_scores_the_same_tokens_of_each_passage(model_dir):
     source = python_reference()[0]
     lengths = [128, 256, 512]
     ends = set()
@@ -122,7 +114,7 @@ def test_every_length_scores_the_same_tokens_of_each_passage(model_dir: Path) ->
     assert len(ends) == 16
 
 
-def test_recall_repeats_its_passage_behind_filler_even_beyond_the_text(model_dir: Path) -> None:
+def test_recall_repeats_its_passage_behind_filler_even_beyond_the_text(model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     lengths = [512, 2048, 100_000]
     found = rows("nc_recall", tokenizer=str(model_dir), lengths=lengths, samples=3)
@@ -138,7 +130,7 @@ def test_recall_repeats_its_passage_behind_filler_even_beyond_the_text(model_dir
     assert len({row["continuation"] for row in found}) == 3
 
 
-def test_documents_are_cut_at_the_lengths(model_dir: Path) -> None:
+def test_documents_are_cut_at_the_lengths(model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     text = python_reference()[0]
     starts = set()
@@ -152,7 +144,7 @@ def test_documents_are_cut_at_the_lengths(model_dir: Path) -> None:
     assert len(starts) == 3
 
 
-def test_special_tokens_count_towards_the_length_and_are_not_scored(tmp_path: Path) -> None:
+def test_special_tokens_count_towards_the_length_and_are_not_scored(tmp_path):
     tokenizer_of_kind("bpe_with_bos").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     (row,) = rows("nc_perplexity", tokenizer=str(tmp_path), lengths=[512], samples=1)
@@ -167,9 +159,7 @@ def test_special_tokens_count_towards_the_length_and_are_not_scored(tmp_path: Pa
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_prompts_with_their_answer_fill_every_length_of_a_limited_run(
-    run_tasks: Callable[..., Any], model_dir: Path, chat: bool
-) -> None:
+def test_prompts_with_their_answer_fill_every_length_of_a_limited_run(run_tasks, model_dir, chat):
     lengths = [512, 1024]
     options = {"apply_chat_template": chat, "system_instruction": "Be brief." if chat else None, "limit": 1}
     metadata = {"max_seq_lengths": lengths, "samples": 4}
@@ -186,7 +176,7 @@ def test_prompts_with_their_answer_fill_every_length_of_a_limited_run(
 
 
 @pytest.mark.parametrize("name", ["niah_multivalue", "niah_single_3", "cwe"])
-def test_right_partial_and_wrong_answers_score_as_in_the_original(model_dir: Path, name: str) -> None:
+def test_right_partial_and_wrong_answers_score_as_in_the_original(model_dir, name):
     task = load_task(f"nc_{name}", tokenizer=str(model_dir), lengths=[512, 700, 1024], samples=3)
     doc = task.dataset["test"][2]
     answers = doc["answers"]
@@ -197,7 +187,7 @@ def test_right_partial_and_wrong_answers_score_as_in_the_original(model_dir: Pat
 
 
 @pytest.mark.parametrize("task", ["nc_vt", *LOSSES])
-def test_fewer_samples_are_the_first_of_more_and_the_seed_chooses_them(model_dir: Path, task: str) -> None:
+def test_fewer_samples_are_the_first_of_more_and_the_seed_chooses_them(model_dir, task):
     few, many, other = (
         [{name: value for name, value in row.items() if name != "seed"} for row in found]
         for found in (
@@ -208,7 +198,7 @@ def test_fewer_samples_are_the_first_of_more_and_the_seed_chooses_them(model_dir
     assert few == many[:2] != other
 
 
-def test_default_lengths_are_those_the_model_has_positions_for(model_dir: Path) -> None:
+def test_default_lengths_are_those_the_model_has_positions_for(model_dir):
     found = rows("nc_vt", pretrained=str(model_dir))
     assert found[0]["lengths"] == [n for n in (512, 1024) if n <= POSITIONS]
     assert len(found) == 100
@@ -248,14 +238,7 @@ def test_default_lengths_are_those_the_model_has_positions_for(model_dir: Path) 
         ("nc_document", {"text": "wordless.txt", "samples": 1}, "a document cannot be cut at 512 tokens"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(
-    model_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    task: str,
-    settings: dict[str, Any],
-    message: str,
-) -> None:
+def test_settings_that_do_not_fit_are_refused(model_dir, tmp_path, monkeypatch, task, settings, message):
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("abc def")
     Path("wordless.txt").write_text("x" * 20_000)
@@ -264,8 +247,8 @@ def test_settings_that_do_not_fit_are_refused(
 
 
 @pytest.mark.slow
-def test_a_real_model_keeps_its_perplexity_with_few_keys(run_tasks: Callable[..., Any]) -> None:
-    def perplexity(model: str, **options: Any) -> tuple[float, float]:
+def test_a_real_model_keeps_its_perplexity_with_few_keys(run_tasks):
+    def perplexity(model, **options):
         metadata = {"lengths": [512, 1024], "pretrained": "smollm2"}
         given = {"pretrained": str(smollm2_directory()), **options}
         found = figures(run_tasks(["nc_perplexity"], model, metadata, model_args=given, limit=2), "nc_perplexity")
