@@ -1,6 +1,5 @@
 """The lm-eval model ``nc_hf`` on a tiny random model: what it computes, records and refuses."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,11 +48,10 @@ def test_processes_of_several_machines_share_the_documents(model_dir, monkeypatc
 
         return init
 
-    for machine in (0, 1):
-        for local in (0, 1):
-            monkeypatch.setattr(HFLM, "__init__", launched(machine, local))
-            lm = NCHFLM(str(model_dir), alpha=2, C=0.5)
-            taken += range(lm.rank, 10, lm.world_size)  # as lm-eval deals documents out
+    for machine, local in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        monkeypatch.setattr(HFLM, "__init__", launched(machine, local))
+        lm = NCHFLM(str(model_dir), alpha=2, C=0.5)
+        taken += range(lm.rank, 10, lm.world_size)  # as lm-eval deals documents out
     assert sorted(taken) == list(range(10))
 
 
@@ -68,7 +66,6 @@ def test_results_name_the_settings_and_what_was_attended(evaluate):
     results = evaluate("nc_hf", **settings)
     assert results["config"]["nc_config"] == NCConfig(**settings).to_dict()
     assert 0 < results["config"]["nc_attended_fraction"] < 0.5
-    json.dumps(results["config"], default=str)
     dense = evaluate("hf")
     assert figures(results)["perplexity_160"] != pytest.approx(figures(dense)["perplexity_160"], rel=1e-3)
 
@@ -140,7 +137,7 @@ def no_weights(monkeypatch):
     ("arguments", "message"),
     [
         ({"alpha": None}, "alpha is missing"),
-        ({"alpha": -1}, "alpha must be a positive number"),
+        ({"C": None}, "C is missing"),
         ({"sink_key": 4}, r"sink_key \(is it sink_keys\?\).*nc_hf takes alpha, C, prefill"),
         ({"dense_layers": "0+7"}, r"dense_layers names layers \[7\]"),
         ({"alpha": [1, 2, 3]}, "alpha has 3 layers, the model has 2"),
@@ -165,9 +162,8 @@ def test_a_model_that_cannot_be_patched_is_refused_before_its_weights_are_read(m
 def test_a_profile_sets_the_budget_of_every_head(evaluate, model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    profile = calibrate(model, tokenizer, [python_reference()[0]], (32, 64, 128), pieces=2, rows=4).at_budget(
-        0.3, n=128
-    )
+    profile = calibrate(model, tokenizer, [python_reference()[0]], (32, 64, 128), pieces=2, rows=4)
+    profile = profile.at_budget(0.3, n=128)
     profile.save(tmp_path / "profile.json")
     results = evaluate("nc_hf", profile=str(tmp_path / "profile.json"), selection="topk", tail="drop")
     assert results["config"]["nc_config"] == profile.config(selection="topk", tail="drop").to_dict()
