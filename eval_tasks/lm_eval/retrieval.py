@@ -33,7 +33,7 @@ class RetrievalByLength(ByLengthTask):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._generator = GENERATORS[config["dataset_kwargs"]["generator"]]
-        generation = dict(config["generation_kwargs"])
+        generation = dict(config.get("generation_kwargs", {}))
         generation.setdefault("max_gen_toks", self._generator.new_tokens)
         super().__init__({**config, "generation_kwargs": generation})
 

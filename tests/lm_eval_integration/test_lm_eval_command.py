@@ -19,9 +19,10 @@ from eval_tasks.texts import python_reference
 from nc_patch import NCConfig
 
 
-def run_command(module, *arguments, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def run_command(module, *arguments, cwd, **environment):
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     line = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, **environment}
     return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
 
 
@@ -36,19 +37,23 @@ def run_command(module, *arguments, cwd):
         ),
     ],
 )
-def test_the_stock_command_and_ours_run_the_task(model_dir, tmp_path, module, line, model_args, settings):
-    metadata = json.dumps({"lengths": [48, 96], "scored": SCORED, "samples": 2})
-    shared = ["--tasks", "nc_perplexity", "--device", "cpu", "--metadata", metadata, "--output_path", str(tmp_path)]
-    given = ["--model_args", f"pretrained={model_dir},dtype=float32{model_args}"]
-    done = run_command(module, "run", *line, *shared, *given, cwd=tmp_path)
+def test_the_stock_command_and_ours_run_the_tasks_with_no_cache_that_can_be_written(
+    model_dir, tmp_path, module, line, model_args, settings
+):
+    metadata = json.dumps({"lengths": [256, 512], "scored": SCORED, "samples": 2})
+    shared = ["--device", "cpu", "--metadata", metadata, "--gen_kwargs", "max_gen_toks=4", "--output_path", "out"]
+    given = ["--tasks", "nc_perplexity,nc_passkey", "--model_args", f"pretrained={model_dir},dtype=float32{model_args}"]
+    home = tmp_path / "home"
+    home.write_text("")  # a file where the directory of caches and their locks would be
+    done = run_command(module, "run", *line, *shared, *given, cwd=tmp_path, HF_HOME=str(home))
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.rglob("results_*.json")
     written = json.loads(file.read_text())
-    assert list(written["results"]) == ["nc_perplexity"]
-    assert written["results"]["nc_perplexity"]["perplexity_96,none"] > 1
+    assert set(written["results"]) == {"nc_passkey", "nc_perplexity"}
+    assert written["results"]["nc_perplexity"]["perplexity_512,none"] > 1
     recorded = written["configs"]["nc_perplexity"]["metadata"]
     assert recorded["text_sha256"] == hashlib.sha256(python_reference()[0].encode()).hexdigest()
-    assert (recorded["lengths"], recorded["samples"]) == ([48, 96], 2)
+    assert (recorded["lengths"], recorded["samples"]) == ([256, 512], 2)
     assert written["config"].get("nc_config") == settings
 
 

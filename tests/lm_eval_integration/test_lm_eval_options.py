@@ -23,10 +23,7 @@ from nc_patch.selections import Block, TopK
         ({"dense_layers": "0+1+29"}, {"dense_layers": (0, 1, 29)}),
         ({"dense_layers": 3}, {"dense_layers": (3,)}),
         ({"dense_layers": [0, 1]}, {"dense_layers": (0, 1)}),
-        (
-            {"sink_keys": "8", "min_keys": 16.0, "dense_below": "64"},
-            {"sink_keys": 8, "min_keys": 16, "dense_below": 64},
-        ),
+        ({"sink_keys": "8", "min_keys": 16.0}, {"sink_keys": 8, "min_keys": 16}),
         ({"on_drop": "dense", "max_dropped_mass": "0.05"}, {"on_drop": "dense", "max_dropped_mass": 0.05}),
         ({"track": True}, {"track": True}),
     ],
