@@ -15,7 +15,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.processes import launched_rank
 from eval_tasks.smollm2 import SMOLLM2, smollm2_directory
 
 # What transformers says of a model whose class has no SDPA attention.
@@ -155,7 +154,7 @@ def _load_weights(source: ModelSource, **options: Any) -> Any:
     except EvalError as error:
         if _NO_SDPA not in str(error.__cause__):  # said before the weights are read
             raise
-    if launched_rank() == 0:
+    if os.environ.get("RANK", "0") == "0":  # said by one of the processes that share a run
         said = "has no SDPA attention: dense attention runs eagerly, which holds every score in memory."
         print(f"{source.name} {said}", file=sys.stderr)
     return _from_pretrained(AutoModelForCausalLM, source, attn_implementation="eager", **options)

@@ -12,14 +12,9 @@
 set -uo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-PYTHON="${PYTHON:-python3}"
-DRY=
-PART=
-OUT=
+PYTHON="${PYTHON:-python3}" DRY='' PART='' OUT=''
 # FlexAttention, which would be compiled for every length, is left out.
-MODEL=(--geometry llama3-8b --dtype bfloat16 --dense sdpa flash_attn)
-PREFILL=(prefill "${MODEL[@]}" --selections block --lengths 32768 131072 524288)
-DECODE=(decode "${MODEL[@]}" --selections topk block --batch 1 8 --lengths 32768 131072 524288)
+MODEL=(--geometry llama3-8b --dtype bfloat16 --dense sdpa flash_attn --lengths 32768 131072 524288)
 
 fail() {
     printf 'gpu_check.sh: %s\n' "$*" >&2
@@ -29,44 +24,30 @@ fail() {
 for argument in "$@"; do
     case "$argument" in
         --dry-run) DRY=--dry-run ;;
-        -h | --help)
-            sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-            exit 0
-            ;;
+        -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
         -*) fail "unknown option $argument; allowed are --dry-run and --help" ;;
-        *)
-            if [ -z "$PART$OUT" ] && [[ "$argument" =~ ^(prefill|decode)$ ]]; then
-                PART="$argument"
-            else
-                [ -z "$OUT" ] || fail "one OUT is enough, got $OUT and $argument; a part is prefill or decode"
-                OUT="$argument"
-            fi
-            ;;
+        prefill | decode) [ -z "$PART$OUT" ] && PART="$argument" || fail "one PART is enough, and OUT comes after it" ;;
+        *) [ -z "$OUT" ] && OUT="$argument" || fail "one OUT is enough, got $OUT and $argument" ;;
     esac
 done
 OUT="${OUT:-$ROOT/runs/gpu_check}"
+STATUS=0
 if [ -z "$PART" ]; then
-    STATUS=0
     for part in prefill decode; do
         "${BASH_SOURCE[0]}" $DRY "$part" "$OUT" || STATUS=$?
         [ $STATUS -ne 2 ] || break
     done
     exit $STATUS
 fi
-mkdir -p "$OUT" || fail "OUT=$OUT cannot be written"
-RESULTS="$(cd "$OUT" && pwd)/gpu_check_$PART"
 command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON does not run"
-if [[ "$PYTHON" == */* ]]; then # relative to where the check is called
-    PYTHON="$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")"
-fi
+[[ "$PYTHON" != */* ]] || PYTHON="$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")"
+RESULTS="$(mkdir -p "$OUT" && cd "$OUT" && pwd)" || fail "OUT=$OUT cannot be written"
+RESULTS="$RESULTS/gpu_check_$PART"
+{ rm -rf "$RESULTS" && mkdir "$RESULTS" && : >"$RESULTS.txt"; } || fail "OUT=$OUT cannot be written"
 cd "$ROOT" || exit 2
-{ rm -rf "$RESULTS" && mkdir "$RESULTS"; } || fail "$RESULTS cannot be written"
-
 # Only what is asked for is loaded into pytest, whatever else is installed.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-STATUS=0
-: >"$RESULTS.txt"
 
 # record STEP RESULT WHAT: one line of the summary; the result FAILED makes the whole check fail.
 record() {
@@ -75,19 +56,78 @@ record() {
 }
 
 # timed STEP UNTIL COMMAND...: runs the command, its output in STEP.log too, and interrupts it when the check has run for
-# UNTIL seconds, or a dry run for an hour; sets TOOK and CODE, 124 where it was interrupted.
+# UNTIL seconds, or a dry run for an hour; sets TOOK, CODE (124 where it was interrupted) and LOG.
 timed() {
-    local step="$1" begin=$SECONDS limit=$(($2 - SECONDS))
-    shift 2
+    local begin=$SECONDS limit=$(($2 - SECONDS))
+    LOG="$1.log"
     [ -z "$DRY" ] || limit=3600
-    printf '\n== %s, %s s at most: %s\n' "$step" "$limit" "$*"
-    timeout -s INT -k 15 $((limit > 1 ? limit : 1)) "$@" 2>&1 | tee -a "$RESULTS/$step.log"
+    printf '\n== %s, %s s at most: %s\n' "$1" "$limit" "${*:3}"
+    timeout -s INT -k 15 $((limit > 1 ? limit : 1)) "${@:3}" 2>&1 | tee -a "$RESULTS/$LOG"
     CODE=${PIPESTATUS[0]} TOOK=$((SECONDS - begin))
     [ "$CODE" -ne 137 ] || CODE=124 # it did not end when it was interrupted, and was killed
 }
 
-check_environment() {
-    "$PYTHON" - <<'PY' | tee "$RESULTS/machine.txt"
+# dry_launches STEP WHAT...: everything that a step launches, on a GPU that is not there.
+dry_launches() {
+    timed "$1" 0 "$PYTHON" tests/pretended_gpu.py "${@:2}"
+    [ "$CODE" -eq 0 ] || record "$1" FAILED "a launch for a GPU that is not there ended with $CODE; see $LOG"
+    return "$CODE"
+}
+
+# run_tests STEP UNTIL FILES...: over all cores but two, in processes of which one that breaks its GPU is replaced.
+run_tests() {
+    local workers=$(($(nproc) - 2)) counts
+    # Where a test hangs is printed after 90 s.
+    local how=(-n "$((workers < 1 ? 1 : workers > 16 ? 16 : workers))" --dist worksteal -rsfE --durations=10)
+    [ -z "$DRY" ] || how=(--collect-only -qq)
+    timed "$1" "$2" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider -p xdist.plugin "${how[@]}" \
+        -o faulthandler_timeout=90 "${@:3}"
+    # Of the last line, such as "12 passed, 3 skipped in 4.56s".
+    counts="$(grep -oE '[0-9]+ (passed|failed|error|skipped).*[^= ]' "$RESULTS/$LOG" | tail -n 1)"
+    case "$CODE$DRY $counts" in
+        "0 "*passed*) record "$1" ok "$counts" ;;
+        0--dry-run*) record "$1" dry "tests for a GPU can be collected" ;;
+        124*) record "$1" FAILED "stopped at its time limit: ${counts:-nothing ended}; see $LOG" ;;
+        *) record "$1" FAILED "${counts:-pytest ended with $CODE}; see $LOG" ;;
+    esac
+}
+
+# bench UNTIL NAME ARGUMENTS...: one benchmark; what it measured before its time limit stays.
+bench() {
+    # In the last half minute nothing begins that could take as long.
+    local how=("${@:2}" --device cuda --minutes "$(awk "BEGIN { print ($1 - $SECONDS - 30) / 60 }")")
+    if [ -n "$DRY" ]; then
+        dry_launches "$2" bench "${@:2}" || return
+        how=("$2" --device cpu --geometry smollm2 --lengths 64 200 --repeats 1)
+    fi
+    timed "$2" "$1" "$PYTHON" -m nc_patch bench "${how[@]}" --out "$RESULTS"
+    case $CODE in
+        0) record "$2" "$([ -n "$DRY" ] && echo dry || echo ok)" "see $LOG and $2.json" ;;
+        124) record "$2" stopped "at its time limit; what was measured is in $2.json" ;;
+        *) record "$2" FAILED "ended with $CODE; see $LOG" ;;
+    esac
+}
+
+run_sanitizer() {
+    local found
+    if [ -n "$DRY" ]; then
+        dry_launches sanitizer small && record sanitizer dry "see $LOG"
+    elif ! command -v compute-sanitizer >/dev/null; then
+        TOOK=0 record sanitizer "not run" "compute-sanitizer is not there"
+    else
+        # Every tensor has an allocation of its own, so that reads beyond one show.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timed sanitizer "$1" \
+            compute-sanitizer --tool memcheck --error-exitcode 99 "$PYTHON" scripts/small_attention.py
+        found="$(grep 'ERROR SUMMARY' "$RESULTS/$LOG" | tail -n 1)"
+        case $CODE in
+            0) record sanitizer ok "$found" ;;
+            99) record sanitizer FAILED "$found; see $LOG" ;;
+            *) record sanitizer "not run" "ended with $CODE without a finding; see $LOG" ;;
+        esac
+    fi
+}
+
+"$PYTHON" - >"$RESULTS/machine.txt" <<'PY' || fail "$PYTHON lacks what is needed; choose another with PYTHON=/path/to/python"
 import sys
 import matplotlib, numpy, pandas, psutil, pytest, torch, transformers, triton, xdist
 print("python", sys.version.split()[0], sys.executable)
@@ -95,101 +135,28 @@ for package in (torch, triton, transformers, matplotlib, numpy, pandas, psutil, 
     print(package.__name__, package.__version__)
 print("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
 PY
-    [ "${PIPESTATUS[0]}" -eq 0 ] || fail "$PYTHON lacks what is needed; choose another with PYTHON=/path/to/python"
-    if command -v nvidia-smi >/dev/null; then
-        nvidia-smi >>"$RESULTS/machine.txt" 2>&1
-    fi
-}
-
-# Modules of other packages look as if they were not installed, so that what needs them shows.
-hide_other_packages() {
-    mkdir "$RESULTS/hidden"
-    cat >"$RESULTS/hidden/sitecustomize.py" <<'PY'
-import sys
-for name in ("accelerate", "datasets", "evaluate", "gguf", "hypothesis", "lm_eval", "peft"):
-    sys.modules[name] = None
-PY
-    export PYTHONPATH="$RESULTS/hidden:$PYTHONPATH"
-}
-
-# run_tests STEP UNTIL FILES...: over all cores but two, in processes of which one that breaks its GPU is replaced.
-run_tests() {
-    local step="$1" until="$2" workers=$(($(nproc) - 2)) counts
-    shift 2
-    workers=$((workers < 1 ? 1 : workers > 16 ? 16 : workers))
-    # Where a test hangs is printed after 90 s.
-    local how=(-n "$workers" --dist worksteal -rsfE --durations=10 -o faulthandler_timeout=90)
-    [ -z "$DRY" ] || how=(--collect-only -qq)
-    timed "$step" "$until" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider -p xdist.plugin "${how[@]}" "$@"
-    # Of the last line, such as "12 passed, 3 skipped in 4.56s".
-    counts="$(grep -E '[0-9]+ (passed|failed|error|skipped)' "$RESULTS/$step.log" | tail -n 1 | sed 's/=//g; s/^ *//; s/ *$//')"
-    case "$CODE$DRY $counts" in
-        "0 "*passed*) record "$step" ok "$counts" ;;
-        0--dry-run*) record "$step" dry "tests for a GPU can be collected" ;;
-        124*) record "$step" FAILED "stopped at its time limit: ${counts:-nothing ended}; see $step.log" ;;
-        *) record "$step" FAILED "${counts:-pytest ended with $CODE}; see $step.log" ;;
-    esac
-}
-
-# bench UNTIL NAME ARGUMENTS...: one benchmark; what it measured before its time limit stays.
-bench() {
-    local until="$1" step="$2" result=ok
-    shift
-    # In the last half minute nothing begins that could take as long.
-    local how=("$@" --device cuda --minutes "$(awk "BEGIN { print ($until - $SECONDS - 30) / 60 }")")
-    if [ -n "$DRY" ]; then
-        dry_launches "$step" "$until" bench "$@" || return
-        result=dry how=("$step" --device cpu --geometry smollm2 --lengths 64 200 --repeats 1)
-    fi
-    timed "$step" "$until" "$PYTHON" -m nc_patch bench "${how[@]}" --out "$RESULTS"
-    case $CODE in
-        0) record "$step" "$result" "see $step.log and $step.json" ;;
-        124) record "$step" stopped "at its time limit; what was measured is in $step.json" ;;
-        *) record "$step" FAILED "ended with $CODE; see $step.log" ;;
-    esac
-}
-
-# dry_launches STEP UNTIL WHAT...: everything that a step launches, on a GPU that is not there.
-dry_launches() {
-    timed "$1" "$2" "$PYTHON" tests/pretended_gpu.py "${@:3}"
-    [ "$CODE" -ne 0 ] || return 0
-    record "$1" FAILED "a launch for a GPU that is not there ended with $CODE; see $1.log"
-    return 1
-}
-
-run_sanitizer() {
-    local findings
-    if [ -n "$DRY" ]; then
-        dry_launches sanitizer "$1" small && record sanitizer dry "see sanitizer.log"
-    elif ! command -v compute-sanitizer >/dev/null; then
-        TOOK=0 record sanitizer "not run" "compute-sanitizer is not there"
-    else
-        # Every tensor has an allocation of its own, so that reads beyond one show.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timed sanitizer "$1" \
-            compute-sanitizer --tool memcheck --error-exitcode 99 "$PYTHON" scripts/small_attention.py
-        findings="$(grep 'ERROR SUMMARY' "$RESULTS/sanitizer.log" | tail -n 1)"
-        case $CODE in
-            0) record sanitizer ok "$findings" ;;
-            99) record sanitizer FAILED "$findings; see sanitizer.log" ;;
-            *) record sanitizer "not run" "ended with $CODE without a finding; see sanitizer.log" ;;
-        esac
-    fi
-}
-
-check_environment
+cat "$RESULTS/machine.txt"
 if [ -z "$DRY" ] && grep -q '^gpu none' "$RESULTS/machine.txt"; then
     echo "There is no GPU here: this is a dry run."
     DRY=--dry-run
 fi
-[ -z "$DRY" ] || hide_other_packages
+if [ -n "$DRY" ]; then
+    # Modules of other packages look as if they were not installed, so that what needs them shows.
+    mkdir "$RESULTS/hidden"
+    echo 'import sys; sys.modules |= dict.fromkeys(
+    "accelerate datasets evaluate gguf hypothesis lm_eval peft".split())' >"$RESULTS/hidden/sitecustomize.py"
+    PYTHONPATH="$RESULTS/hidden:$PYTHONPATH"
+else
+    nvidia-smi >>"$RESULTS/machine.txt" 2>&1
+fi
 # What matters most comes first; time that a step leaves over goes to the next.
 if [ "$PART" = prefill ]; then
     GLOBIGNORE=tests/test_triton_graphs.py
     run_tests tests 205 tests/test_triton_*.py
-    bench 345 "${PREFILL[@]}"
+    bench 345 prefill "${MODEL[@]}" --selections block
 else
     run_tests graphs 120 tests/test_triton_graphs.py
-    bench 245 "${DECODE[@]}"
+    bench 245 decode "${MODEL[@]}" --selections topk block --batch 1 8
     run_sanitizer 345
 fi
 tar -C "$(dirname "$RESULTS")" -czf "$RESULTS.tar.gz" "$(basename "$RESULTS")" && rm -r "$RESULTS"

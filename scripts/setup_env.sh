@@ -18,64 +18,38 @@ nc_python_fits() {
 
 # Prints the first interpreter that fits, beginning with those the pinned versions are tested with.
 nc_find_python() {
-    local candidate
-    if [ -n "${PYTHON:-}" ]; then
-        nc_python_fits "$PYTHON" || nc_fail "PYTHON=$PYTHON is not Python 3.11 or newer, which constraints.txt needs, or does not run"
-        printf '%s\n' "$PYTHON"
-        return
-    fi
-    for candidate in python3.11 python3.12 python3.13 python3 python3.14 python; do
-        if nc_python_fits "$candidate"; then
-            printf '%s\n' "$candidate"
-            return
-        fi
+    local candidate candidates=(python3.11 python3.12 python3.13 python3 python3.14 python)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
+        nc_python_fits "$candidate" && printf '%s\n' "$candidate" && return
     done
+    [ -z "${PYTHON:-}" ] || nc_fail "PYTHON=$PYTHON is not Python 3.11 or newer, which constraints.txt needs, or does not run"
     nc_fail "Python 3.11 or newer is needed and none was found; install it, or say where it is with PYTHON=/path/to/python"
-}
-
-# Prints a hash of what extra $1 is installed from.
-nc_stamp() {
-    "$NC_VENV/bin/python" - "$1" "$NC_ROOT/pyproject.toml" "$NC_ROOT/constraints.txt" "$NC_ROOT/scripts/setup_env.sh" <<'PY'
-import hashlib, pathlib, sys
-
-digest = hashlib.sha256(repr((sys.version, sys.argv[1])).encode())
-for name in sys.argv[2:]:
-    digest.update(pathlib.Path(name).read_bytes())
-print(digest.hexdigest())
-PY
 }
 
 nc_check_disk() {
     local needed="${NC_PATCH_MIN_DISK_MB:-4000}" free
     free="$(df -Pm "$NC_ROOT" | awk 'NR == 2 { print $4 }')"
-    if [ -n "$free" ] && [ "$free" -lt "$needed" ]; then
+    [ "${free:-$needed}" -ge "$needed" ] ||
         nc_fail "$NC_ROOT has $free MB free and the installation needs $needed MB; make room first"
-    fi
 }
 
 # Runs pip; on failure says what most likely went wrong, in one line after pip's own.
 nc_pip() {
-    local log
-    log="$(mktemp)"
-    if "$NC_VENV/bin/python" -m pip --disable-pip-version-check "$@" >"$log" 2>&1; then
-        rm -f "$log"
-        return
-    fi
-    tail -n 25 "$log" >&2
-    local why="see the lines above"
-    if grep -qiE 'No space left|Errno 28' "$log"; then
+    local said why="see the lines above"
+    said="$("$NC_VENV/bin/python" -m pip --disable-pip-version-check "$@" 2>&1)" && return
+    tail -n 25 <<<"$said" >&2
+    if grep -qiE 'No space left|Errno 28' <<<"$said"; then
         why="the disk is full"
-    elif grep -qiE 'name resolution|name or service|NewConnectionError|ConnectTimeout|Network is unreachable|Connection refused|ProxyError|SSLError|No matching distribution|ResolutionImpossible' "$log"; then
+    elif grep -qiE 'name resolution|name or service|NewConnectionError|ConnectTimeout|Network is unreachable|Connection refused|ProxyError|SSLError|No matching distribution|ResolutionImpossible' <<<"$said"; then
         why="the package index could not be reached or lacks a package; check the network and the settings of pip"
     fi
-    rm -f "$log"
     nc_fail "installation failed: $why. Run the script again to go on."
 }
 
 # setup_env EXTRA [PACKAGE...]: packages are installed without their dependencies, at the pinned versions.
 setup_env() {
     local extra="$1" python stamp
-    shift
     [ -f "$NC_ROOT/constraints.txt" ] || nc_fail "$NC_ROOT/constraints.txt is missing; this is not a whole checkout"
     if ! nc_python_fits "$NC_VENV/bin/python"; then
         python="$(nc_find_python)" || exit 1
@@ -86,17 +60,13 @@ setup_env() {
         rm -rf "$NC_VENV"
         "$python" -m venv "$NC_VENV" || nc_fail "$NC_VENV could not be made"
     fi
-    stamp="$(nc_stamp "$extra $*")"
-    if [ "$(cat "$NC_VENV/.nc_patch-$extra" 2>/dev/null)" = "$stamp" ]; then
-        return
-    fi
+    stamp="$({ "$NC_VENV/bin/python" -VV && echo "$@" && cd "$NC_ROOT" && cat pyproject.toml constraints.txt scripts/setup_env.sh; } | cksum)"
+    [ "$(cat "$NC_VENV/.nc_patch-$extra" 2>/dev/null)" != "$stamp" ] || return 0
     nc_check_disk
     echo "Installing nc_patch[$extra] into $NC_VENV; a few minutes the first time."
     # PyTorch first and alone, so that no other package's requirement chooses its version.
     nc_pip install -c "$NC_ROOT/constraints.txt" torch
     nc_pip install -c "$NC_ROOT/constraints.txt" -e "$NC_ROOT[$extra]"
-    if [ $# -gt 0 ]; then
-        nc_pip install --no-deps -c "$NC_ROOT/constraints.txt" "$@"
-    fi
+    [ $# -eq 1 ] || nc_pip install --no-deps -c "$NC_ROOT/constraints.txt" "${@:2}"
     printf '%s\n' "$stamp" >"$NC_VENV/.nc_patch-$extra"
 }

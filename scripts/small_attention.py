@@ -14,50 +14,44 @@ from nc_patch import KeyIndex, sparse_attention
 
 # Lengths that fill no tile; of the second sequence the first keys are padding.
 _KEYS, _PADDING, _HEADS, _KV_HEADS, _HEAD_DIM = 333, 21, 8, 2, 128
-_LAW = {"alpha": 2.0, "C": 0.6}
-
-
-def small_calls(device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """The outputs of all calls, each with a name."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    key, value = (torch.randn(2, _KV_HEADS, _KEYS, _HEAD_DIM, device=device).to(dtype) for _ in range(2))
-    prompt = torch.randn(2, _HEADS, _KEYS, _HEAD_DIM, device=device).to(dtype)
-    start = torch.tensor([0, _PADDING], dtype=torch.int32, device=device)
-    end = torch.full_like(start, _KEYS)
-    origin = start[:, None].expand(-1, _KEYS).contiguous()
-    position = torch.arange(1, _KEYS + 1, dtype=torch.int32, device=device).expand(2, -1)
-    visible = torch.stack((torch.minimum(origin, position), position), -1)
-    for selection, options in (
-        *(("block", {}), ("block", {"min_mass": 0.9}), ("window", {})),
-        *(("topk", {"tail": "mean"}), ("topk", {"tail": "drop"})),
-    ):
-        output = sparse_attention(
-            *(prompt, key, value), **_LAW, selection=selection, visible=visible, origin=origin, **options
-        )
-        yield f"prefill {selection} {options}", output
-    step = {**_LAW, "visible": visible[:, -1:], "origin": origin[:, -1:]}
-    for selection, kinds in (("topk", ("codes", "means")), ("topk", ("codes",)), ("block", ("pages",))):
-        kept = [KeyIndex.build(key, kind, value=value, start=start) for kind in kinds]
-        for index in kept:
-            index.extend(key, 1, end, value)
-        index, means = (*kept, None)[:2]
-        tail = "drop" if means is None else "mean"
-        output = sparse_attention(
-            *(prompt[:, :, -1:], key, value), **step, selection=selection, index=index, means=means, tail=tail
-        )
-        yield f"decoding {selection} by {' and '.join(kinds)}", output
 
 
 def main() -> int:
     """Makes all calls, says which came out finite, and returns the exit status."""
     torch.manual_seed(0)
-    status = 0
     with torch.inference_mode():
-        for name, output in small_calls(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
-            finite = bool(output.isfinite().all())
-            print(f"{name}: {'finite' if finite else 'NOT FINITE'}", flush=True)
-            status = status if finite else 99
-    return status
+        outputs = dict(small_calls(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    wrong = [name for name, output in outputs.items() if not output.isfinite().all()]
+    print(f"{len(outputs)} calls, not finite: {', '.join(wrong) or 'none'}")
+    return 99 if wrong else 0
+
+
+def small_calls(device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """The outputs of all calls, each with a name."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query, key, value = (
+        torch.randn(2, heads, _KEYS, _HEAD_DIM, device=device).to(dtype) for heads in (_HEADS, _KV_HEADS, _KV_HEADS)
+    )
+    start = torch.tensor([0, _PADDING], dtype=torch.int32, device=device)
+    origin = start[:, None].expand(-1, _KEYS).contiguous()
+    position = torch.arange(1, _KEYS + 1, dtype=torch.int32, device=device).expand(2, -1)
+    visible = torch.stack((torch.minimum(origin, position), position), -1)
+    settings = {"alpha": 2.0, "C": 0.6, "visible": visible, "origin": origin}
+    for selection, options in (
+        *(("block", {}), ("block", {"min_mass": 0.9}), ("window", {})),
+        *(("topk", {"tail": "mean"}), ("topk", {"tail": "drop"})),
+    ):
+        output = sparse_attention(query, key, value, **settings, selection=selection, **options)
+        yield f"prefill {selection} {options}", output
+    settings |= {"visible": visible[:, -1:], "origin": origin[:, -1:]}
+    for selection, kinds in (("topk", ("codes", "means")), ("topk", ("codes",)), ("block", ("pages",))):
+        indexes = {}
+        for name, kind in zip(("index", "means"), kinds, strict=False):
+            indexes[name] = KeyIndex.build(key, kind, value=value, start=start)
+            indexes[name].extend(key, 1, torch.full_like(start, _KEYS), value)
+        tail = "mean" if "means" in kinds else "drop"
+        output = sparse_attention(query[:, :, -1:], key, value, **settings, **indexes, selection=selection, tail=tail)
+        yield f"decoding {selection} by {' and '.join(kinds)}", output
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.hub import misses_a_package
 from eval_tasks.lm_eval.settings import TASKS_DIRECTORY
 from eval_tasks.store import check_out
-from nc_patch.common import UnsupportedModelError
+from nc_patch.common import ProfileError, UnsupportedModelError
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         if output is not None:
             check_out(Path(output).parent if Path(output).suffix == ".json" else Path(output), option="--output_path")
         cli.execute(arguments)
-    except (EvalError, UnsupportedModelError) as error:
+    except (EvalError, ProfileError, UnsupportedModelError) as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
         if not misses_a_package(error):
@@ -43,9 +43,9 @@ def main() -> None:
 
 def task_directories(arguments: argparse.Namespace) -> list[str]:
     """This package's tasks, then the user's ``--include_path`` (or the one in ``--config``), whose names win."""
-    given = _given(arguments, "include_path")
-    directories = [] if given is None else [given] if isinstance(given, str) else list(given)
-    return [str(TASKS_DIRECTORY), *(path for path in directories if Path(path).resolve() != TASKS_DIRECTORY)]
+    given = _given(arguments, "include_path") or []
+    paths = [given] if isinstance(given, str) else given
+    return [str(TASKS_DIRECTORY), *(path for path in paths if Path(path).resolve() != TASKS_DIRECTORY)]
 
 
 def _given(arguments: argparse.Namespace, name: str) -> Any:

@@ -1,52 +1,75 @@
 """The common ground of this package's lm-eval tasks: one document is one sample, scored once per context length.
 
 So ``--limit N`` takes N samples at every length, where lm-eval's own tasks list all samples of the shortest length
-first.
+first. Nothing here needs ``nc_patch``: any of lm-eval's models can run the tasks.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
+from datasets import Dataset
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
-_log = logging.getLogger(__name__)
-# Columns that are the same in every row and belong beside the results.
-_SHARED = ("lengths", "text_origin", "text_sha256")
+from eval_tasks.lm_eval.settings import Settings, read_settings
+from eval_tasks.models import tokenizer_fingerprint
+
+Samples = tuple[Iterable[Mapping[str, Any]], str, str]
+"""Documents, where they come from in words, and the hash of that text."""
 
 
 class ByLengthTask(ConfigurableTask):
-    """A task whose documents hold the same sample at several context lengths.
+    """A task whose documents hold the same sample at several context lengths, which the settings describe.
 
-    Args:
-        config: the YAML's settings, as lm-eval's task manager hands them over.
+    Attributes:
+        numbers: the settings that are positive integers, with their defaults.
+        plain_text: whether the task scores plain text, to which no chat template belongs.
+        more_is_better: of every metric.
     """
 
-    # Whether the task scores plain text, to which no chat template belongs.
-    plain_text = True
+    numbers: ClassVar[dict[str, int]] = {"samples": 16}
+    plain_text: ClassVar[bool] = True
+    more_is_better: ClassVar[bool] = False
+    settings: Settings
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        super().__init__(config={name: value for name, value in (config or {}).items() if name != "class"})
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config={name: value for name, value in config.items() if name != "class"})
+
+    def make_samples(self) -> Samples:
+        """The documents that the settings describe; raises EvalError where the text does not serve."""
+        raise NotImplementedError
+
+    def requests(self, doc: Mapping[str, Any], ctx: Any) -> Iterable[tuple[Any, ...]]:
+        """What a document asks the model: the arguments of one request of lm-eval after the other."""
+        raise NotImplementedError
+
+    def download(self, *_: Any, **__: Any) -> None:
+        """Makes the documents, by ``--metadata`` and ``--model_args``, which lm-eval merges."""
+        metadata = self.config.metadata or {}
+        self.settings = read_settings(self.config.task, metadata, **self.numbers)
+        rows, origin, sha256 = self.make_samples()
+        described = {"lengths": list(self.settings.lengths), "text_origin": origin, "text_sha256": sha256}
+        shared = {**described, "tokenizer": tokenizer_fingerprint(self.settings.tokenizer)}
+        self.dataset = {"test": Dataset.from_list([{**row, **shared} for row in rows])}
         # lm-eval writes the metadata beside the results; defaults and the text's hash belong there too.
-        row = self.dataset["test"][0]
-        resolved = {name: row[name] for name in _SHARED if name in row}
-        self.config.metadata = {**(self.config.metadata or {}), **resolved, "samples": len(self.dataset["test"])}
+        self.config.metadata = {**metadata, **described, "samples": len(self.dataset["test"])}
 
-    @property
-    def lengths(self) -> list[int]:
-        """The context lengths, ascending, in tokens."""
-        lengths: list[int] = self.dataset["test"][0]["lengths"]
-        return lengths
+    def construct_requests(self, doc: Mapping[str, Any], ctx: Any, **options: Any) -> list[Instance]:
+        asked = enumerate(self.requests(doc, ctx))
+        return [Instance(self.OUTPUT_TYPE, doc, given, i, metadata=options["metadata"]) for i, given in asked]
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return dict.fromkeys(self.aggregation(), self.more_is_better)
 
     def build_all_requests(self, *, tokenizer_name: str = "", **options: Any) -> None:
         """Builds the requests; lm-eval's cache of built requests is told these documents from others'."""
         if self.plain_text and (options.get("apply_chat_template") or options.get("system_instruction")):
-            _log.warning(
+            logging.getLogger(__name__).warning(
                 "%s scores plain text: no chat template and no system instruction is applied", self.config.task
             )
-        digest = hashlib.sha256()
-        for row in self.dataset["test"]:
-            digest.update(json.dumps(row, sort_keys=True).encode())
-        super().build_all_requests(tokenizer_name=f"{tokenizer_name}-{digest.hexdigest()[:16]}", **options)
+        content = json.dumps([*self.dataset["test"], self.config.generation_kwargs], sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        super().build_all_requests(tokenizer_name=f"{tokenizer_name}-{digest}", **options)

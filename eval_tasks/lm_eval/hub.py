@@ -4,9 +4,8 @@ The groups in ``eval_tasks/yaml/hub`` name ``HubTask`` as the class of lm-eval's
 lm-eval's; what is added is where the data are looked for, and the error when they are not there.
 """
 
-import contextlib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,25 @@ from eval_tasks.lm_eval.options import located
 class HubTask(ConfigurableTask):
     """One of lm-eval's tasks with data from the hub, from its cache, or from copies (``hub_copies`` in ``--metadata``).
 
-    Args:
-        config: the settings of lm-eval's YAML, as its task manager hands them over.
-
-    Raises:
-        EvalError: the data are not there; the message says which, and how to bring them.
+    Where they are not there, an EvalError says which, and how to bring them.
     """
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        config = {name: value for name, value in (config or {}).items() if name != "class"}
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        config = {name: value for name, value in config.items() if name != "class"}
         # Tasks that count tokens load the tokenizer themselves, and know no other names than those of the hub.
         config["metadata"] = located(config.get("metadata", {}))
         super().__init__(config=config)
 
     def download(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the data set, or generates it as the task does."""
-        copies = (self.config.metadata or {}).get("hub_copies")
+        """Loads the data set, or generates it as the task does; ``datasets.load_dataset`` reads copies meanwhile."""
+        original, copies = datasets.load_dataset, (self.config.metadata or {}).get("hub_copies")
+
+        def load(path: str, name: str | None = None, **options: Any) -> Any:
+            return load_with(original, path, name, copies=copies, **options)
+
+        datasets.load_dataset = load
         try:
-            with looked_up(copies), cache_only_where_offline():
+            with cache_only_where_offline():
                 super().download(*args, **kwargs)
         except EvalError as error:
             raise EvalError(f"the task {self.config.task} cannot run: {error}") from error
@@ -48,21 +48,8 @@ class HubTask(ConfigurableTask):
                 f"the task {self.config.task} cannot run, because what it downloads on its own is missing"
                 f" ({type(error).__name__}: {reason.strip()}). Run it once where there is a network."
             ) from error
-
-
-@contextlib.contextmanager
-def looked_up(copies: str | None) -> Iterator[None]:
-    """Within, ``datasets.load_dataset`` reads the copies where they are given, and fails with an ``EvalError``."""
-    original = datasets.load_dataset
-
-    def load(path: str, name: str | None = None, **options: Any) -> Any:
-        return load_with(original, path, name, copies=copies, **options)
-
-    datasets.load_dataset = load
-    try:
-        yield
-    finally:
-        datasets.load_dataset = original
+        finally:
+            datasets.load_dataset = original
 
 
 def misses_a_package(error: ImportError) -> bool:

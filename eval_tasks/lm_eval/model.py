@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import hashlib
 import inspect
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +12,26 @@ from typing import Any
 import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
+from sqlitedict import SqliteDict  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.options import OPTIONS, located, misspelt, read_config, read_profile, split_arguments
-from eval_tasks.lm_eval.response_cache import fingerprint, use_own_table
 from eval_tasks.models import tokenizer_fingerprint
 from nc_patch import NCConfig, Profile, UnsupportedModelError, nc_stats, patch_model
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.version import __version__
+
+_ALLOWED = (
+    f"nc_hf takes {', '.join(OPTIONS)}, nc_config and profile beside the arguments of lm-eval's hf, of from_pretrained"
+    " and of the model's config"
+)
+# Where and in what portions the model runs; rounding apart, the answers do not depend on it.
+_PLACEMENT = {
+    *("batch_size", "cache_dir", "device", "device_map", "force_download", "local_files_only", "logits_cache"),
+    *("max_batch_size", "max_cpu_memory", "max_memory", "max_memory_per_gpu", "offload_folder", "parallelize"),
+    *("token", "tp_plan"),
+}
 
 
 class NCHFLM(HFLM):
@@ -47,17 +60,16 @@ class NCHFLM(HFLM):
         self.nc_config = read_config(options, nc_config, self.nc_profile)
         if pretrained is None:
             raise EvalError("pretrained is missing: give a hub name or a local directory")
-        others = located({"pretrained": pretrained, **others})
+        self._nc_model_arguments = located({"pretrained": pretrained, **others})
         taken = inspect.signature(HFLM.__init__).parameters
-        self._nc_model_arguments = others
-        self._nc_loader_arguments = {name: value for name, value in others.items() if name not in taken}
-        super().__init__(**others)
+        self._nc_loader_arguments = {k: value for k, value in self._nc_model_arguments.items() if k not in taken}
+        super().__init__(**self._nc_model_arguments)
         # HFLM counts the processes of all machines and takes its number among those of its own: on several machines
         # documents would be scored twice, and others never.
         if self._world_size > 1 and getattr(self, "accelerator", None) is not None:
             self._rank = self.accelerator.process_index
         if not isinstance(pretrained, str):
-            self._patch()
+            self._patch(self._model, self.nc_config)
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
         try:
@@ -67,7 +79,7 @@ class NCHFLM(HFLM):
         wrong = misspelt(name for name in self._nc_loader_arguments if not hasattr(self.config, name))
         if wrong:
             advice = ", ".join(f"{name} (is it {option}?)" for name, option in wrong.items())
-            raise EvalError(f"unknown argument {advice}; {_allowed()}")
+            raise EvalError(f"unknown argument {advice}; {_ALLOWED}")
 
     def _create_model(self, *args: Any, trust_remote_code: bool | None = False, **kwargs: Any) -> None:
         if not kwargs.get("autogptq") and not kwargs.get("gptqmodel"):
@@ -77,13 +89,13 @@ class NCHFLM(HFLM):
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
-            raise EvalError(f"{error}; {_allowed()}") from error
-        self._patch()
+            raise EvalError(f"{error}; {_ALLOWED}") from error
+        self._patch(self._model, self.nc_config)
 
-    def _patch(self) -> None:
+    def _patch(self, model: Any, config: NCConfig) -> None:
         if self.nc_profile is not None:
-            self.nc_profile.check_model(self._model)
-        patch_model(self._model, config=self.nc_config)
+            self.nc_profile.check_model(model)
+        patch_model(model, config=config)
 
     def _try_settings(self, trust_remote_code: bool) -> None:
         """Patches the model without its weights, which may be many gigabytes away, and throws it away."""
@@ -95,10 +107,10 @@ class NCHFLM(HFLM):
             trial = self.AUTO_MODEL_CLASS.from_config(config, trust_remote_code=trust_remote_code)
         try:
             # Which kernels can run is a matter of the device, and this model is on none.
-            patch_model(trial, config=dataclasses.replace(self.nc_config, backend="auto"))
+            self._patch(trial, dataclasses.replace(self.nc_config, backend="auto"))
+        except UnsupportedModelError:
+            raise
         except ValueError as error:
-            if isinstance(error, UnsupportedModelError):
-                raise
             raise EvalError(str(error)) from error
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -117,22 +129,37 @@ class NCHFLM(HFLM):
             self.batch_size_per_gpu = batch_size
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Attaches lm-eval's response cache, in a table of its own for these settings, arguments and weights."""
-        if cache_hook.dbdict is not None:
-            arguments = {
-                **self._nc_model_arguments,
-                "pretrained": weights_fingerprint(self._model),
-                "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            }
-            use_own_table(cache_hook.dbdict, f"nc_hf {fingerprint(self.nc_config.to_dict(), arguments)}")
+        """Attaches lm-eval's response cache, in a table of its own for these settings, arguments and weights.
+
+        The cache's key is the request alone: another alpha would be given the answers of the first. lm-eval's
+        ``CachingLM`` and ``CacheHook`` share the store whose table is chosen here.
+        """
+        store = cache_hook.dbdict
+        if store is not None:
+            if not isinstance(store, SqliteDict):
+                raise RuntimeError(
+                    f"lm-eval's response cache is a {type(store).__name__}, not a SqliteDict: answers of different"
+                    " settings could not be told apart; leave out --use_cache"
+                )
+            store.tablename = f"nc_hf {self._fingerprint()}"
+            SqliteDict(store.filename, tablename=store.tablename).close()  # makes the table
         super().set_cache_hook(cache_hook)
+
+    def _fingerprint(self) -> str:
+        """A short hash of everything that an answer depends on."""
+        arguments = {name: value for name, value in self._nc_model_arguments.items() if name not in _PLACEMENT}
+        arguments |= {
+            "pretrained": weights_fingerprint(self._model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }
+        given = {name: value for name, value in arguments.items() if value is not None}
+        content = {"nc_patch": __version__, "settings": self.nc_config.to_dict(), "arguments": given}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes under ``config`` in its results, with the settings and what this process attended."""
         stats = nc_stats(self._model)
-        dense_calls: Counter[str] = Counter()
-        for layer in stats["layers"]:
-            dense_calls.update(layer["dense_calls"])
+        dense_calls = sum((Counter(layer["dense_calls"]) for layer in stats["layers"]), Counter[str]())
         return {
             **super().get_model_info(),
             "nc_patch_version": __version__,
@@ -141,10 +168,3 @@ class NCHFLM(HFLM):
             "nc_mean_keys": stats["mean_keys"],
             "nc_dense_calls": dict(dense_calls),
         }
-
-
-def _allowed() -> str:
-    return (
-        f"nc_hf takes {', '.join(OPTIONS)}, nc_config and profile beside the arguments of lm-eval's hf, of"
-        " from_pretrained and of the model's config"
-    )

@@ -1,23 +1,22 @@
 """From lm-eval's ``--model_args`` to a validated ``NCConfig``, before any model is loaded."""
 
+import contextlib
 import dataclasses
 import difflib
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
 from eval_tasks.models import find_model
 from nc_patch.calibration.profile import Profile
-from nc_patch.common import ProfileError
 from nc_patch.config import NCConfig, option_owners
 from nc_patch.ops.backends import BACKENDS
 
 OPTIONS = (*(field.name for field in dataclasses.fields(NCConfig)), "selection", *option_owners())
 # HFLM has an argument of the same name as NCConfig.backend; their values differ, so the value says which is meant.
 _HFLM_BACKENDS = ("default", "causal", "seq2seq")
-_LIKENESS = 0.7
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -49,13 +48,13 @@ def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or arguments.get("gguf_file") or arguments.get("subfolder"):
         return dict(arguments)
     source = find_model(name)
-    return {**arguments, "pretrained": source.location, **source.options}
+    return {**source.options, **arguments, "pretrained": source.location}
 
 
 def read_config(
     options: Mapping[str, Any],
     nc_config: NCConfig | Mapping[str, Any] | str | None = None,
-    profile: Profile | str | os.PathLike[str] | None = None,
+    profile: Profile | str | PathLike[str] | None = None,
 ) -> NCConfig:
     """The ``NCConfig`` that model arguments describe.
 
@@ -69,93 +68,64 @@ def read_config(
     Raises:
         EvalError: an option is missing or out of range, or the file cannot be read; the message says what to give.
     """
+    typed = {name: _typed(name, value) for name, value in options.items()}
     if nc_config is not None:
-        given = [*sorted(options), *(["profile"] if profile is not None else [])]
-        if given:
+        if given := [*sorted(options), *(["profile"] if profile is not None else [])]:
             raise EvalError(f"nc_config holds every setting: leave out {', '.join(given)}, or nc_config")
-        return _given_config(nc_config)
+        if isinstance(nc_config, NCConfig):
+            return nc_config
+        if isinstance(nc_config, Mapping):
+            with _errors_of("nc_config: "):
+                return NCConfig.from_dict(nc_config)
+        with _errors_of(f"nc_config={nc_config}: "):
+            return NCConfig.from_json(Path(nc_config).read_text(encoding="utf-8"))
     if profile is not None:
-        return _config_of_profile(read_profile(profile), options)
-    if "alpha" not in options:
-        raise EvalError(
-            "alpha is missing: give the factor of the budget k(n) = alpha * n**C, for example alpha=2,C=0.7, or"
-            " nc_config=FILE or profile=FILE"
-        )
-    if "C" not in options:
-        raise EvalError(
-            f"C is missing: give the exponent of the budget k(n) = alpha * n**C, for example C=0.7; C=0 is a fixed"
-            f" budget of alpha={options['alpha']} keys"
-        )
-    try:
-        return NCConfig(**{name: _typed(name, value) for name, value in options.items()})
-    except (TypeError, ValueError) as error:
-        raise EvalError(str(error)) from error
+        with _errors_of("profile: "):
+            return read_profile(profile).config(**typed)
+    for name, meaning in (("alpha", "factor"), ("C", "exponent, 0 for a fixed budget,")):
+        if name not in options:
+            raise EvalError(
+                f"{name} is missing: give the {meaning} of the budget k(n) = alpha * n**C, for example alpha=2,C=0.7,"
+                " or nc_config=FILE or profile=FILE"
+            )
+    with _errors_of(""):
+        return NCConfig(**typed)
 
 
-def read_profile(given: Profile | str | os.PathLike[str]) -> Profile:
+def read_profile(given: Profile | str | PathLike[str]) -> Profile:
     """A calibrated profile, or that in a file; raises EvalError for one that cannot be read."""
     if isinstance(given, Profile):
         return given
-    try:
+    with _errors_of(f"profile={given}: "):
         return Profile.load(Path(given))
-    except ProfileError as error:
-        raise EvalError(f"profile={given}: {error}") from error
 
 
 def misspelt(names: Iterable[str]) -> dict[str, str]:
     """Those of ``names`` that look like an option of ``NCConfig`` and are none, with the option they look like."""
     by_lowercase = {option.lower(): option for option in (*OPTIONS, "nc_config", "profile")}
-    found = {}
-    for name in names:
-        match = difflib.get_close_matches(name.lower(), by_lowercase, n=1, cutoff=_LIKENESS)
-        if match:
-            found[name] = by_lowercase[match[0]]
-    return found
+    near = {name: difflib.get_close_matches(name.lower(), by_lowercase, n=1, cutoff=0.7) for name in names}
+    return {name: by_lowercase[found[0]] for name, found in near.items() if found}
 
 
-def _given_config(given: NCConfig | Mapping[str, Any] | str | os.PathLike[str]) -> NCConfig:
-    if isinstance(given, NCConfig):
-        return given
+@contextlib.contextmanager
+def _errors_of(where: str) -> Iterator[None]:
+    """Within, what cannot be read or is refused raises an ``EvalError`` that says where it stands."""
     try:
-        if isinstance(given, Mapping):
-            return NCConfig.from_dict(given)
-        return NCConfig.from_json(Path(given).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EvalError(f"nc_config={given}: {error.strerror}; give a JSON file of settings") from error
-    except (TypeError, ValueError) as error:
-        where = "nc_config" if isinstance(given, Mapping) else f"nc_config={given}"
-        raise EvalError(f"{where}: {error}") from error
-
-
-def _config_of_profile(profile: Profile, options: Mapping[str, Any]) -> NCConfig:
-    try:
-        return profile.config(**{name: _typed(name, value) for name, value in options.items()})
-    except (TypeError, ValueError) as error:
-        raise EvalError(f"profile: {error}") from error
+        yield
+    except EvalError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
+        raise EvalError(f"{where}{error}") from error
 
 
 def _typed(name: str, value: Any) -> Any:
     """The value in the type that ``NCConfig`` asks for; what cannot be converted is left for it to refuse."""
-    if name == "dense_layers":
-        parts = value.split("+") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        return [_integer(part) for part in parts]
-    if name in ("alpha", "C"):
-        return _number(value)
-    return _integer(value)
-
-
-def _number(value: Any) -> Any:
+    if name == "dense_layers" and not isinstance(value, list | tuple):
+        value = value.split("+") if isinstance(value, str) else [value]
     if isinstance(value, list | tuple):
-        return [_number(item) for item in value]
+        return [_typed("", item) for item in value]
     if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _integer(value: Any) -> Any:
+        with contextlib.suppress(ValueError):
+            value = float(value)
     # lm-eval reads "-1" as the float -1.0.
-    number = _number(value)
-    return int(number) if isinstance(number, float) and number.is_integer() else number
+    return int(value) if isinstance(value, float) and value.is_integer() else value

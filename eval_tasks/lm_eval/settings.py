@@ -1,8 +1,8 @@
 """What lm-eval's ``--metadata`` and ``--model_args`` say about a task: the tokenizer, the lengths, the numbers."""
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,75 +12,70 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from eval_tasks.errors import EvalError
 from eval_tasks.hub_data import cache_only_where_offline
 from eval_tasks.lm_eval.options import located
+from eval_tasks.synthetic.fitting import Count, counter
 from eval_tasks.tasks import ascending
+from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.common import as_integer, plain
 
 # Where this package's tasks lie, for lm-eval's --include_path.
 TASKS_DIRECTORY = Path(__file__).resolve().parents[1]
 
-LENGTHS = (512, 1024, 2048, 4096)
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Settings:
-    """What the tasks by context length have in common.
+    """What ``--metadata`` says, with the tokenizer of the model under test.
 
     Attributes:
-        lengths: context lengths in tokens, ascending.
-        samples: how many samples at each length.
+        lengths: context lengths in tokens of the tokenizer, ascending; ``max_seq_lengths`` means the same, as for
+            lm-eval's own ruler. By default those of 512, 1024, 2048 and 4096 that the model has positions for.
         seed: of the samples.
-        tokenizer: of the model under test.
-        add_bos_token: whether the model adds special tokens to a text; None leaves it to the tokenizer.
+        text: where they come from, by its name as in ``eval_tasks.texts.load_text``.
+        hub_copies: a directory with copies of the hub's data sets; None reaches for the hub.
+        tokenizer: named by ``tokenizer``, ``pretrained`` or ``model``.
+        count: the tokens that the model reads of a text on its own.
+        samples: how many samples at each length.
+        scored, passage: tokens scored of each sample, for the tasks that have the setting.
     """
 
     lengths: tuple[int, ...]
-    samples: int
     seed: int
+    text: str
+    hub_copies: str | None
     tokenizer: PreTrainedTokenizerBase
-    add_bos_token: bool | None
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens that the model reads of a text on its own."""
-        options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        ids: list[int] = self.tokenizer.encode(text, **options)
-        return ids
+    count: Count
+    samples: int
+    scored: int = 0
+    passage: int = 0
 
 
-def read_settings(
-    task: str,
-    defaults: Sequence[int],
-    samples: int,
-    *,
-    lengths: Sequence[int] | int | None,
-    max_seq_lengths: Sequence[int] | int | None,
-    seed: int,
-    model: Mapping[str, Any],
-) -> Settings:
-    """Checks what the command line gave.
+def read_settings(task: str, given: Mapping[str, Any], **numbers: int) -> Settings:
+    """Checks what the command line gave: ``--metadata`` merged with ``--model_args``.
 
     Args:
         task: named in errors.
-        defaults: lengths where none are given; those the model has no positions for are left out.
-        samples: how many samples.
-        lengths: context lengths in tokens.
-        max_seq_lengths: the same under the name that lm-eval's own ``ruler`` has for it.
-        seed: of the samples.
-        model: the model's arguments.
+        given: the fields of ``Settings`` and the model's arguments.
+        numbers: the positive integers among the settings, with their defaults.
 
     Raises:
         EvalError: a value is out of range, both names of the lengths are given, or no tokenizer is named.
     """
-    positive(samples=samples)
-    number = as_integer(seed)
-    if number is None:
-        raise EvalError(f"seed must be an integer, got {seed!r}")
-    if lengths is not None and max_seq_lengths is not None:
+    chosen = {name: given.get(name, default) for name, default in numbers.items()}
+    positive(**chosen)
+    seed = as_integer(given.get("seed", 0))
+    if seed is None:
+        raise EvalError(f"seed must be an integer, got {given['seed']!r}")
+    lengths = [given[name] for name in ("lengths", "max_seq_lengths") if given.get(name) is not None]
+    if len(lengths) > 1:
         raise EvalError("lengths and max_seq_lengths mean the same: give one of them")
-    model = located(model)
+    model = located(given)
     tokenizer = tokenizer_of(model, task)
-    given = max_seq_lengths if lengths is None else lengths
-    checked = checked_lengths(given, max_length_of(model, tokenizer), defaults)
-    return Settings(checked, int(samples), number, tokenizer, model.get("add_bos_token"))
+    return Settings(
+        checked_lengths(lengths[0] if lengths else None, max_length_of(model, tokenizer)),
+        *(seed, given.get("text", PYTHON_REFERENCE), given.get("hub_copies")),
+        tokenizer,
+        counter(tokenizer, model.get("add_bos_token")),
+        **chosen,
+    )
 
 
 def positive(**values: Any) -> None:
@@ -91,16 +86,7 @@ def positive(**values: Any) -> None:
 
 
 def tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lm-eval's Hugging Face model would load from the same arguments.
-
-    Args:
-        model: the model's arguments, with ``pretrained`` located.
-        task: named in errors.
-
-    Raises:
-        EvalError: none of ``tokenizer``, ``pretrained`` and ``model`` (its name for APIs) is given, or it cannot be
-            loaded.
-    """
+    """The tokenizer that lm-eval's model would load from the same arguments; raises EvalError where there is none."""
     given = model.get("tokenizer") or model.get("pretrained") or model.get("model")
     if isinstance(given, PreTrainedTokenizerBase):
         return given
@@ -108,12 +94,9 @@ def tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBase
         raise EvalError(
             f"{task} measures context in tokens: give pretrained=... in --model_args, or tokenizer=... in --metadata"
         )
-    options = {"revision": model.get("revision", "main"), "trust_remote_code": model.get("trust_remote_code", False)}
-    if model.get("gguf_file") and not model.get("tokenizer"):
-        options["gguf_file"] = model["gguf_file"]
-    for name in ("add_bos_token", "subfolder"):
-        if model.get(name) is not None:
-            options[name] = model[name]
+    options = {"trust_remote_code": False, **_loading(model, "add_bos_token")}
+    if model.get("tokenizer"):
+        options.pop("gguf_file", None)
     name = given if isinstance(given, str) else given.name_or_path
     try:
         with nullcontext() if Path(name).is_dir() else cache_only_where_offline():
@@ -130,35 +113,27 @@ def max_length_of(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
     """The length at which lm-eval's Hugging Face model would cut contexts off; None for other kinds of model."""
     if model.get("max_length") is not None:
         return int(model["max_length"])
-    pretrained = model.get("pretrained")
-    if pretrained is None:
-        return None
-    if not isinstance(pretrained, str):
-        return resolve_max_length(pretrained.config, tokenizer)
-    options = {
-        name: model[name] for name in ("revision", "trust_remote_code", "gguf_file", "subfolder") if name in model
-    }
-    return resolve_max_length(AutoConfig.from_pretrained(pretrained, **options), tokenizer)
+    given = model.get("pretrained")
+    config = AutoConfig.from_pretrained(given, **_loading(model)) if isinstance(given, str) else given and given.config
+    return resolve_max_length(config, tokenizer) if config else None
 
 
-def checked_lengths(
-    lengths: Sequence[int] | int | None, limit: int | None, defaults: Sequence[int] = LENGTHS
-) -> tuple[int, ...]:
-    """The lengths in ascending order, or those of the defaults that the model has positions for.
-
-    Raises:
-        EvalError: a length is no integer, below 2, given twice, or beyond the model's positions.
-    """
+def checked_lengths(lengths: Sequence[int] | int | None, limit: int | None) -> tuple[int, ...]:
+    """The lengths in ascending order, or the defaults; raises EvalError for one beyond the model's positions."""
     if lengths is None:
-        lengths = [length for length in defaults if limit is None or length <= limit]
+        lengths = [length for length in (512, 1024, 2048, 4096) if limit is None or length <= limit]
         if not lengths:
             raise EvalError(f"the model has {limit} positions: give lengths of at most {limit} in --metadata")
     listed = plain(lengths)
-    several = isinstance(listed, Iterable) and not isinstance(listed, str)
-    given = [as_integer(n) for n in (listed if several else [listed])]
+    given = [as_integer(n) for n in (listed if isinstance(listed, list | tuple) else [listed])]
     if None in given or not given:
         raise EvalError(f"lengths must be a list of integers, got {lengths!r}")
     ordered = ascending([n for n in given if n is not None])
     if limit is not None and ordered[-1] > limit:
         raise EvalError(f"lengths {[n for n in ordered if n > limit]} exceed the {limit} positions of the model")
     return ordered
+
+
+def _loading(model: Mapping[str, Any], *further: str) -> dict[str, Any]:
+    names = ("revision", "trust_remote_code", "gguf_file", "subfolder", *further)
+    return {name: model[name] for name in names if model.get(name) is not None}

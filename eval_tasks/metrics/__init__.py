@@ -11,11 +11,7 @@ METRICS: tuple[str, ...] = ("perplexity_by_position", "string_match")
 
 
 def metric_path(name: str) -> Path:
-    """The directory of a metric, which ``evaluate.load`` takes.
-
-    Raises:
-        EvalError: there is no metric of that name.
-    """
+    """The directory of a metric, which ``evaluate.load`` takes; raises EvalError where there is none of that name."""
     if name not in METRICS:
         raise EvalError(f"no metric named {name!r}: there are {', '.join(METRICS)}")
     return Path(__file__).parent / name

@@ -1,11 +1,8 @@
 """The lm-eval model ``nc_hf`` on a tiny random model: what it computes, records and refuses."""
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,65 +14,70 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval_case import LENGTHS, figures
+from profiles import made_up_profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.model import NCHFLM
+from eval_tasks.texts import python_reference
 from nc_patch import NCConfig, UnsupportedModelError, calibrate
 
 
-def test_nc_hf_is_registered() -> None:
-    assert get_model("nc_hf").__name__ == "NCHFLM"
+def small_model(pretrained, name="nc_hf", **options):
+    """A model of lm-eval, sparse with C = 0.5 where nothing else is said."""
+    budget = {"alpha": 2, "C": 0.5} if name == "nc_hf" else {}
+    given = str(pretrained) if isinstance(pretrained, Path) else pretrained
+    return get_model(name)(**{"pretrained": given, "device": "cpu", "dtype": "float32", **budget, **options})
 
 
-def test_processes_of_several_machines_share_the_documents(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
+def one_score(model):
+    request = Instance("loglikelihood", {}, ("abc " * 60, "abc"), 0)
+    return model.loglikelihood([request], disable_tqdm=True)[0][0]
+
+
+def test_processes_of_several_machines_share_the_documents(model_dir, monkeypatch):
+    taken = []
     model = AutoModelForCausalLM.from_pretrained(model_dir)
 
-    def launched(machine: int, local: int) -> Callable[..., None]:
-        def init(self: Any, **_: Any) -> None:
+    def launched(machine, local):
+        def init(self, **_):
             self._model = model
             self.accelerator = SimpleNamespace(process_index=2 * machine + local, local_process_index=local)
             self._rank, self._world_size = self.accelerator.local_process_index, 4
 
         return init
 
-    for machine in (0, 1):
-        for local in (0, 1):
-            monkeypatch.setattr(HFLM, "__init__", launched(machine, local))
-            lm = NCHFLM(str(model_dir), alpha=2, C=0.5)
-            taken += range(lm.rank, 10, lm.world_size)  # as lm-eval deals documents out
+    for machine, local in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        monkeypatch.setattr(HFLM, "__init__", launched(machine, local))
+        lm = NCHFLM(str(model_dir), alpha=2, C=0.5)
+        taken += range(lm.rank, 10, lm.world_size)  # as lm-eval deals documents out
     assert sorted(taken) == list(range(10))
 
 
-def test_a_dense_budget_gives_the_figures_of_hf(evaluate: Callable[..., Any]) -> None:
+def test_a_dense_budget_gives_the_figures_of_hf(evaluate):
     dense = figures(evaluate("hf"))
     assert len(dense) == 2 * len(LENGTHS)
     assert figures(evaluate("nc_hf", alpha=1, C=1)) == pytest.approx(dense, rel=1e-5)
 
 
-def test_results_name_the_settings_and_what_was_attended(evaluate: Callable[..., Any]) -> None:
-    results = evaluate("nc_hf", alpha=2.0, C=0.5, selection="topk", sink_keys=2, tail="drop", dense_below=0)
-    assert (
-        results["config"]["nc_config"]
-        == NCConfig(2.0, 0.5, selection="topk", sink_keys=2, tail="drop", dense_below=0).to_dict()
-    )
+def test_results_name_the_settings_and_what_was_attended(evaluate):
+    settings = {"alpha": 2.0, "C": 0.5, "selection": "topk", "sink_keys": 2, "tail": "drop", "dense_below": 0}
+    results = evaluate("nc_hf", **settings)
+    assert results["config"]["nc_config"] == NCConfig(**settings).to_dict()
     assert 0 < results["config"]["nc_attended_fraction"] < 0.5
-    json.dumps(results["config"], default=str)
     dense = evaluate("hf")
     assert figures(results)["perplexity_160"] != pytest.approx(figures(dense)["perplexity_160"], rel=1e-3)
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block"])
-def test_scores_do_not_depend_on_the_batch(model_dir: Path, text: Path, selection: str, forwards: list[int]) -> None:
-    words = text.read_text().split()
+def test_scores_do_not_depend_on_the_batch(model_dir, selection, forwards):
+    words = python_reference()[0].split()
     requests = [
         Instance("loglikelihood", {}, (" ".join(words[i * 100 : i * 100 + n]), " " + " ".join(words[-8:])), 0)
         for i, n in enumerate((3, 20, 21, 30, 35, 7))
     ]
-    settings = {"alpha": 1.5, "C": 0.5, "selection": selection, "block_size": 16, "dtype": "float32"}
-    model = get_model("nc_hf")(str(model_dir), device="cpu", batch_size=1, **settings)
+    model = small_model(model_dir, alpha=1.5, selection=selection, block_size=16)
     alone = [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
     forwards.clear()
     model.batch_size_per_gpu = 4
@@ -85,52 +87,46 @@ def test_scores_do_not_depend_on_the_batch(model_dir: Path, text: Path, selectio
 
 
 @pytest.mark.parametrize("selection", ["topk", "window"])
-def test_generated_text_does_not_depend_on_the_batch(model_dir: Path, text: Path, selection: str) -> None:
-    words = text.read_text().split()
-    requests = [
-        Instance(
-            "generate_until", {}, (" ".join(words[i * 50 : i * 50 + n]), {"until": ["</s>"], "max_gen_toks": 12}), 0
-        )
-        for i, n in enumerate((2, 14, 30))
-    ]
-    model = get_model("nc_hf")(str(model_dir), device="cpu", alpha=1.5, C=0.5, selection=selection, dtype="float32")
+def test_generated_text_does_not_depend_on_the_batch(model_dir, selection):
+    words = python_reference()[0].split()
+    options = {"until": ["</s>"], "max_gen_toks": 12}
+    prompts = [" ".join(words[i * 50 : i * 50 + n]) for i, n in enumerate((2, 14, 30))]
+    requests = [Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts]
+    model = small_model(model_dir, alpha=1.5, selection=selection)
     alone = model.generate_until(requests, disable_tqdm=True)
     model.batch_size_per_gpu = 3
     assert model.generate_until(requests, disable_tqdm=True) == alone
     assert all(alone)
 
 
-def test_a_loaded_model_is_patched_too(model_dir: Path, evaluate: Callable[..., Any]) -> None:
+def test_a_loaded_model_is_patched_too(model_dir):
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model = get_model("nc_hf")(loaded, alpha=2, C=0.5, tokenizer=AutoTokenizer.from_pretrained(model_dir))
-    request = Instance("loglikelihood", {}, ("abc " * 60, "abc"), 0)
-    by_name = get_model("nc_hf")(str(model_dir), alpha=2, C=0.5, dtype="float32", device="cpu")
-    dense = get_model("hf")(str(model_dir), dtype="float32", device="cpu")
-    score = model.loglikelihood([request], disable_tqdm=True)[0][0]
-    assert score == pytest.approx(by_name.loglikelihood([request], disable_tqdm=True)[0][0], abs=1e-5)
-    assert score != pytest.approx(dense.loglikelihood([request], disable_tqdm=True)[0][0], abs=1e-3)
+    found = one_score(small_model(loaded, tokenizer=AutoTokenizer.from_pretrained(model_dir)))
+    assert found == pytest.approx(one_score(small_model(model_dir)), abs=1e-5)
+    assert found != pytest.approx(one_score(small_model(model_dir, "hf")), abs=1e-3)
 
 
-def test_adapters_stay_when_the_model_is_patched(model_dir: Path, tmp_path: Path) -> None:
+def test_adapters_stay_when_the_model_is_patched(model_dir, tmp_path):
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     torch.manual_seed(0)
     settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), settings).save_pretrained(tmp_path)
-    request = [Instance("loglikelihood", {}, ("abc " * 60, "abc"), 0)]
-    arguments = {"pretrained": str(model_dir), "dtype": "float32", "device": "cpu"}
-    score = lambda name, **more: get_model(name)(**arguments, **more).loglikelihood(request, disable_tqdm=True)[0][0]  # noqa: E731
-    adapted = score("hf", peft=str(tmp_path))
-    assert score("nc_hf", peft=str(tmp_path), alpha=1, C=1) == pytest.approx(adapted, abs=1e-4)
-    assert score("nc_hf", alpha=1, C=1) != pytest.approx(adapted, abs=1e-3)
-    assert score("nc_hf", peft=str(tmp_path), alpha=2, C=0.5) != pytest.approx(adapted, abs=1e-3)
+    adapted = one_score(small_model(model_dir, "hf", peft=str(tmp_path)))
+    assert one_score(small_model(model_dir, peft=str(tmp_path), alpha=1, C=1)) == pytest.approx(adapted, abs=1e-4)
+    assert one_score(small_model(model_dir, alpha=1, C=1)) != pytest.approx(adapted, abs=1e-3)
+    assert one_score(small_model(model_dir, peft=str(tmp_path))) != pytest.approx(adapted, abs=1e-3)
 
 
-# What must be refused before the weights are read
+def test_an_argument_that_nothing_takes_is_refused_with_the_allowed_names(model_dir):
+    with pytest.raises(EvalError, match=r"frobnicate.*nc_hf takes alpha, C"):
+        small_model(model_dir, frobnicate=1)
 
 
 @pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
+def no_weights(monkeypatch):
+    """Whoever reads weights fails."""
+
+    def refuse(*args, **kwargs):
         raise AssertionError("the weights were read")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
@@ -140,47 +136,37 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"C": 0.5}, "alpha is missing"),
-        ({"alpha": -1, "C": 0.5}, "alpha must be a positive number"),
-        ({"alpha": 2, "C": 0.5, "sink_key": 4}, r"sink_key \(is it sink_keys\?\).*nc_hf takes alpha, C, prefill"),
-        ({"alpha": 2, "C": 0.5, "dense_layers": "0+7"}, r"dense_layers names layers \[7\]"),
-        ({"alpha": [1, 2, 3], "C": 0.5}, "alpha has 3 layers, the model has 2"),
-        ({"alpha": 2, "C": 0.5, "pretrained": "/absent/model"}, "no model at /absent/model"),
-        ({"alpha": 2, "C": 0.5, "pretrained": None}, "pretrained is missing"),
+        ({"alpha": None}, "alpha is missing"),
+        ({"C": None}, "C is missing"),
+        ({"sink_key": 4}, r"sink_key \(is it sink_keys\?\).*nc_hf takes alpha, C, prefill"),
+        ({"dense_layers": "0+7"}, r"dense_layers names layers \[7\]"),
+        ({"alpha": [1, 2, 3]}, "alpha has 3 layers, the model has 2"),
+        ({"pretrained": "/absent/model"}, "no model at /absent/model"),
+        ({"pretrained": None}, "pretrained is missing"),
+        ({"alpha": None, "C": None, "profile": made_up_profile()}, "is for 3 layers of 4 query heads"),
     ],
 )
-def test_bad_arguments_are_refused_before_the_weights_are_read(
-    model_dir: Path, arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        get_model("nc_hf")(**{"pretrained": str(model_dir), "device": "cpu", **arguments})
+def test_bad_arguments_are_refused_before_the_weights_are_read(model_dir, arguments, message):
+    with pytest.raises(EvalError, match=message):
+        small_model(**{"pretrained": model_dir, **arguments})
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_model_that_cannot_be_patched_is_refused_before_its_weights_are_read(model_dir: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_patched_is_refused_before_its_weights_are_read(model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
-    transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=400).save_pretrained(tmp_path)
+    transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=6000).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError):
-        get_model("nc_hf")(str(tmp_path), alpha=2, C=0.5, device="cpu")
+        small_model(tmp_path)
 
 
-def test_an_argument_that_nothing_takes_is_refused_with_the_allowed_names(model_dir: Path) -> None:
-    with pytest.raises(EvalError, match=r"frobnicate.*nc_hf takes alpha, C"):
-        get_model("nc_hf")(str(model_dir), alpha=2, C=0.5, device="cpu", frobnicate=1)
-
-
-def test_a_profile_sets_the_budget_of_every_head(
-    evaluate: Callable[..., Any], model_dir: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_profile_sets_the_budget_of_every_head(evaluate, model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    profile = calibrate(model, tokenizer, [text.read_text()], (32, 64, 128), pieces=2, rows=4)
-    path = tmp_path / "profile.json"
-    profile.at_budget(0.3, n=128).save(path)
-    results = evaluate("nc_hf", profile=str(path), selection="topk", tail="drop")
-    assert (
-        results["config"]["nc_config"] == profile.at_budget(0.3, n=128).config(selection="topk", tail="drop").to_dict()
-    )
+    profile = calibrate(model, tokenizer, [python_reference()[0]], (32, 64, 128), pieces=2, rows=4)
+    profile = profile.at_budget(0.3, n=128)
+    profile.save(tmp_path / "profile.json")
+    results = evaluate("nc_hf", profile=str(tmp_path / "profile.json"), selection="topk", tail="drop")
+    assert results["config"]["nc_config"] == profile.config(selection="topk", tail="drop").to_dict()
     assert 0.2 < results["config"]["nc_attended_fraction"] < 0.4
     with pytest.raises(EvalError, match="profile: a profile brings alpha of its own"):
-        evaluate("nc_hf", profile=str(path), alpha=2.0)
+        evaluate("nc_hf", profile=profile, alpha=2.0)

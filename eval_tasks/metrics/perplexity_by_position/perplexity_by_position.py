@@ -1,13 +1,12 @@
 """Perplexity by position in the context as an ``evaluate.Metric``; this file needs nothing else of its package."""
 
-import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 
 _DESCRIPTION = """\
 Perplexity of the tokens at each range of positions in the context. It falls with the position where a model uses its
@@ -42,59 +41,46 @@ def by_position(
     tolerance: int = 0,
 ) -> dict[str, Any]:
     """What ``PerplexityByPosition`` computes, from the same arguments."""
-    totals = [first_position + sum(document) for document in counts]
-    edges = _doubling(max(totals, default=0)) if edges is None else list(edges)
+    if edges is None:
+        longest = first_position + max(map(sum, counts), default=0)
+        edges = [0, *(2**power for power in range(max(0, longest - 1).bit_length() + 1))]
     if len(edges) < 2 or any(a >= b for a, b in pairwise(edges)):
         raise ValueError(f"edges must be two or more ascending positions, got {list(edges)}")
-    sums, tokens = [0.0] * (len(edges) - 1), [0] * (len(edges) - 1)
-    for number, (values, sizes) in enumerate(zip(loglikelihoods, counts, strict=True)):
-        if len(values) != len(sizes):
+    # Endless ranges on both sides, so that every run lies in one.
+    bounds = np.array([-np.inf, *edges, np.inf])
+    sums, tokens = np.zeros(len(edges) + 1), np.zeros(len(edges) + 1, dtype=int)
+    for number, (values, given) in enumerate(zip(loglikelihoods, counts, strict=True)):
+        if len(values) != len(given):
             raise ValueError(
-                f"document {number} has {len(values)} log-likelihoods and {len(sizes)} counts of tokens; give one each"
+                f"document {number} has {len(values)} log-likelihoods and {len(given)} counts of tokens; give one each"
             )
-        position = first_position
-        for value, size in zip(values, sizes, strict=True):
-            if size < 1:
-                raise ValueError(f"document {number} has a log-likelihood of {size} tokens; each covers at least one")
-            bucket = bisect_right(edges, position + (size - 1) // 2) - 1
-            if _across(edges, bucket, position, position + size) > tolerance:
-                raise ValueError(
-                    f"document {number}: the {size} tokens from position {position} on lie across an edge of"
-                    f" {list(edges)}; split them, or move the edge"
-                )
-            position += size
-            if 0 <= bucket < len(sums):
-                sums[bucket] += value
-                tokens[bucket] += size
-    losses = [-total / count if count else None for total, count in zip(sums, tokens, strict=True)]
-    return {
-        "edges": list(edges),
-        "perplexity": [None if loss is None else _exp(loss) for loss in losses],
-        "loss": losses,
-        "tokens": tokens,
-        "overall": _exp(-sum(sums) / sum(tokens)) if sum(tokens) else None,
-    }
-
-
-def _across(edges: Sequence[int], bucket: int, begin: int, end: int) -> int:
-    """How many tokens of a run lie outside the range that holds its middle."""
-    before = max(0, edges[bucket] - begin) if bucket >= 0 else 0
-    behind = max(0, end - edges[bucket + 1]) if bucket + 1 < len(edges) else 0
-    return before + behind
-
-
-def _doubling(end: int) -> list[int]:
-    edges = [0, 1]
-    while edges[-1] < end:
-        edges.append(2 * edges[-1])
-    return edges
-
-
-def _exp(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+        sizes = np.array(given, dtype=int)
+        if np.any(sizes < 1):
+            raise ValueError(
+                f"document {number} has a log-likelihood of {sizes.min()} tokens; each covers at least one"
+            )
+        ends = first_position + np.cumsum(sizes)
+        begins = ends - sizes
+        ranges = np.searchsorted(bounds, begins + (sizes - 1) // 2, side="right") - 1
+        across = np.maximum(0, bounds[ranges] - begins) + np.maximum(0, ends - bounds[ranges + 1])
+        if np.any(across > tolerance):
+            run = np.argmax(across > tolerance)
+            raise ValueError(
+                f"document {number}: the {sizes[run]} tokens from position {begins[run]} on lie across an edge of"
+                f" {list(edges)}; split them, or move the edge"
+            )
+        np.add.at(sums, ranges, values)
+        np.add.at(tokens, ranges, sizes)
+    sums, tokens = sums[1:-1], tokens[1:-1]
+    losses = [-total / count if count else None for total, count in zip(sums.tolist(), tokens.tolist(), strict=True)]
+    with np.errstate(over="ignore"):
+        return {
+            "edges": list(edges),
+            "perplexity": [None if loss is None else float(np.exp(loss)) for loss in losses],
+            "loss": losses,
+            "tokens": tokens.tolist(),
+            "overall": float(np.exp(-sums.sum() / tokens.sum())) if tokens.any() else None,
+        }
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
@@ -102,24 +88,11 @@ class PerplexityByPosition(evaluate.Metric):
     """Perplexity of the tokens at each range of positions in the context."""
 
     def _info(self) -> Any:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Sequence(datasets.Value("int64")),
-                }
-            ),
-        )
+        lists = {
+            "predictions": datasets.Sequence(datasets.Value("float64")),
+            "references": datasets.Sequence(datasets.Value("int64")),
+        }
+        return evaluate.MetricInfo(_DESCRIPTION, "", datasets.Features(lists), _INPUTS)
 
-    def _compute(
-        self,
-        predictions: Sequence[Sequence[float]],
-        references: Sequence[Sequence[int]],
-        edges: Sequence[int] | None = None,
-        first_position: int = 0,
-        tolerance: int = 0,
-    ) -> dict[str, Any]:
-        return by_position(predictions, references, edges, first_position, tolerance)
+    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
+        return by_position(predictions, references, **options)

@@ -7,15 +7,8 @@ from typing import Any
 import datasets
 import evaluate
 
-_CITATION = """\
-@article{hsieh2024ruler,
-  title={RULER: What's the Real Context Size of Your Long-Context Language Models?},
-  author={Cheng-Ping Hsieh and Simeng Sun and Samuel Kriman and Shantanu Acharya and Dima Rekesh and Fei Jia and
-          Yang Zhang and Boris Ginsburg},
-  journal={arXiv preprint arXiv:2404.06654},
-  year={2024}
-}"""
 _DESCRIPTION = "Which of the expected strings an answer holds, upper and lower case alike, as in RULER."
+_CITATION = "Hsieh et al., RULER: What's the Real Context Size of Your Long-Context Language Models?, arXiv 2404.06654"
 _INPUTS = """
 Args:
     predictions: the answers, one string each.
@@ -25,7 +18,6 @@ Returns:
     string_match: mean score in [0, 1].
     scores: score of each answer.
 """
-_CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def score(prediction: str, references: Sequence[str], match: str = "all") -> float:
@@ -39,7 +31,7 @@ def score(prediction: str, references: Sequence[str], match: str = "all") -> flo
     if not references:
         raise ValueError("an answer needs at least one string to search for, got none")
     # Control characters become line ends, so that a string is not found across them.
-    text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
+    text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
     found = [reference.lower() in text for reference in references]
     return sum(found) / len(found) if match == "all" else float(any(found))
 
@@ -49,17 +41,8 @@ class StringMatch(evaluate.Metric):
     """Which of the expected strings an answer holds."""
 
     def _info(self) -> Any:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
-            ),
-        )
+        texts = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
+        return evaluate.MetricInfo(_DESCRIPTION, _CITATION, datasets.Features(texts), _INPUTS)
 
     def _compute(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], match: str = "all"

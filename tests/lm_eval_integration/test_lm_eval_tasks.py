@@ -1,0 +1,261 @@
+"""The tasks of this package in lm-eval: what is read and scored, the figures, the settings, and what is refused."""
+
+import math
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+
+from lm_eval_case import LENGTHS, POSITIONS, SCORED, figures, load_task, rows
+from synthetic_tokenizers import tokenizer_of_kind
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval_tasks.errors import EvalError
+from eval_tasks.smollm2 import smollm2_directory
+from eval_tasks.synthetic import GENERATORS
+from eval_tasks.tasks import TASKS, Layout, places, tokenise
+from eval_tasks.texts import python_reference
+
+RULER = [
+    *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe"),
+]
+LOSSES = ("nc_perplexity", "nc_recall", "nc_document")
+
+
+def test_every_offline_task_runs_from_end_to_end(run_tasks):
+    results = run_tasks(["nc_long"], metadata={"lengths": [512], "samples": 2}, gen_kwargs="max_gen_toks=8")
+    scores = {name: figures(results, f"nc_{name}")["string_match_512"] for name in (*RULER, "passkey")}
+    assert all(0 <= score <= 1 for score in scores.values())
+    assert all(len(results["samples"][f"nc_{name}"]) == 2 for name in scores)
+    mean = sum(scores[name] for name in RULER) / len(RULER)
+    assert results["groups"]["nc_ruler"]["string_match_512,none"] == pytest.approx(mean)
+    assert "string_match_1024,none" not in results["groups"]["nc_ruler"]
+    for task in ("nc_recall", "nc_perplexity"):
+        assert set(figures(results, task)) == {"perplexity_512", "bits_per_byte_512"}
+    assert set(figures(results, "nc_document")) == {"perplexity_0_512", "perplexity"}
+    assert results["configs"]["nc_cwe"]["metadata"]["text_sha256"]
+
+
+def test_another_kind_of_model_runs_the_tasks_at_lengths_of_the_named_tokenizer(run_tasks, model_dir):
+    metadata = {"pretrained": None, "tokenizer": str(model_dir), "lengths": [512, 2048], "samples": 3}
+    results = run_tasks(["nc_niah_single_2", "nc_recall"], "dummy", metadata, limit=2)
+    assert figures(results, "nc_niah_single_2")["string_match_2048"] == 0
+    assert figures(results, "nc_recall")["perplexity_2048"] > 0
+    assert results["n-samples"]["nc_recall"] == {"original": 3, "effective": 2}
+
+
+def test_figures_are_those_of_the_harness_where_every_token_is_a_word(model_dir, tmp_path, run_tasks):
+    file = tmp_path / "letters.txt"
+    file.write_text(" ".join(random.Random(2).choices("abcdefgh", k=2000)))
+    tokens = tokenise(AutoTokenizer.from_pretrained(model_dir), file.read_text())
+    layout = Layout(tuple(LENGTHS), samples=4, scored=SCORED, passage=0, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    metadata = {"lengths": LENGTHS, "samples": 4, "scored": SCORED, "text": str(file)}
+    found = figures(run_tasks(["nc_perplexity"], metadata=metadata), "nc_perplexity")
+    for length in LENGTHS:
+        losses = []
+        for place in places(tokens, layout):
+            sample = TASKS["perplexity"].build(tokens, place, length, layout)
+            ids = torch.tensor(sample.ids)
+            logp = model(ids[None, :-1]).logits[0].log_softmax(-1).gather(-1, ids[1:, None])
+            losses.append(-logp[-sample.scored :].mean().item())
+        assert found[f"perplexity_{length}"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", LOSSES)
+def test_figures_are_those_of_the_model_on_the_same_tokens(task, model_dir, run_tasks):
+    lengths = [400, 700, 1024]
+    found = figures(
+        run_tasks([task], metadata={"lengths": lengths, "samples": 2}, model_args={"dtype": "float64"}), task
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    losses = [[], [], []]
+    sizes = [0, 0, 0]
+    loaded = load_task(task, tokenizer=str(model_dir), lengths=lengths, samples=2)
+    loaded.build_all_requests()
+    for request in loaded.instances:
+        context, continuation = request.args
+        # lm-eval puts the BOS token before a text without context.
+        before = tokenizer(context)["input_ids"] or [tokenizer.bos_token_id]
+        ids = torch.tensor(before + tokenizer(continuation)["input_ids"])
+        logp = model(ids[None]).logits[0].log_softmax(-1)[:-1].gather(-1, ids[1:, None])
+        losses[request.idx] += (-logp[len(before) - 1 :, 0]).tolist()
+        sizes[request.idx] += len(continuation.encode())
+    expected = {}
+    for (begin, end), values, size in zip(pairwise([0, *lengths]), losses, sizes, strict=True):
+        name = f"{begin}_{end}" if task == "nc_document" else f"{end}"
+        expected[f"perplexity_{name}"] = math.exp(sum(values) / len(values))
+        expected[f"bits_per_byte_{name}"] = sum(values) / size / math.log(2)
+    if task == "nc_document":
+        every = [value for values in losses for value in values]
+        expected = {name: value for name, value in expected.items() if name.startswith("perplexity")}
+        expected["perplexity"] = math.exp(sum(every) / len(every))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_length_scores_the_same_tokens_of_each_passage(model_dir):
+    source = python_reference()[0]
+    lengths = [128, 256, 512]
+    ends = set()
+    for row in rows("nc_perplexity", pretrained=str(model_dir), lengths=lengths, scored=64):
+        wholes = [context + row["continuation"] for context in row["contexts"]]
+        assert all(longer.endswith(shorter) for shorter, longer in pairwise(wholes))
+        assert wholes[-1] in source
+        assert all(0.9 * n <= got <= n for got, n in zip(row["context_tokens"], lengths, strict=True))
+        assert len(set(row["scored_tokens"])) == 1
+        assert 56 <= row["scored_tokens"][0] <= 64
+        ends.add(source.index(wholes[-1]) + len(wholes[-1]))
+    assert len(ends) == 16
+
+
+def test_recall_repeats_its_passage_behind_filler_even_beyond_the_text(model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    lengths = [512, 2048, 100_000]
+    found = rows("nc_recall", tokenizer=str(model_dir), lengths=lengths, samples=3)
+    for row in found:
+        passage = row["continuation"].strip()
+        columns = (lengths, row["contexts"], row["context_tokens"], row["scored_tokens"])
+        for length, context, read, scored in zip(*columns, strict=True):
+            assert context.count(passage) == 1
+            assert context.index(passage) < 200
+            whole = tokenizer(context + row["continuation"])["input_ids"]
+            assert 0.98 * length <= len(whole) == read <= length
+            assert 120 <= scored <= 130
+    assert len({row["continuation"] for row in found}) == 3
+
+
+def test_documents_are_cut_at_the_lengths(model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    text = python_reference()[0]
+    starts = set()
+    for row in rows("nc_document", tokenizer=str(model_dir), lengths=[512, 2048, 16384], samples=3):
+        for i, length in enumerate(row["lengths"], 1):
+            so_far = "".join(row["parts"][:i])
+            assert 0.98 * length <= len(tokenizer(so_far)["input_ids"]) == sum(row["tokens"][:i]) <= length
+        whole = "".join(row["parts"])
+        assert whole in text
+        starts.add(text.index(whole))
+    assert len(starts) == 3
+
+
+def test_special_tokens_count_towards_the_length_and_are_not_scored(tmp_path):
+    tokenizer_of_kind("bpe_with_bos").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    (row,) = rows("nc_perplexity", tokenizer=str(tmp_path), lengths=[512], samples=1)
+    ids = tokenizer.encode(row["contexts"][0] + row["continuation"])
+    assert ids[0] == 0
+    assert len(ids) - 1 == row["context_tokens"][0] <= 512
+    (row,) = rows("nc_document", tokenizer=str(tmp_path), lengths=[128, 512], samples=1)
+    ids = tokenizer.encode("".join(row["parts"]))
+    assert ids[0] == 0
+    assert sum(row["tokens"]) == len(ids) - 1
+    assert 502 <= len(ids) <= 512
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_with_their_answer_fill_every_length_of_a_limited_run(run_tasks, model_dir, chat):
+    lengths = [512, 1024]
+    options = {"apply_chat_template": chat, "system_instruction": "Be brief." if chat else None, "limit": 1}
+    metadata = {"max_seq_lengths": lengths, "samples": 4}
+    results = run_tasks(["nc_niah_multikey_2"], metadata=metadata, gen_kwargs="max_gen_toks=20", **options)
+    (sample,) = results["samples"]["nc_niah_multikey_2"]
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    for length, (prompt, generation) in zip(lengths, sample["arguments"], strict=True):
+        assert generation["max_gen_toks"] == 20
+        assert 0.98 * length <= len(tokenizer(prompt)["input_ids"]) + 20 <= length
+        assert prompt.startswith("<s>[system] Be brief.</s>[user] A special magic number") == chat
+        assert prompt.count(sample["target"][0]) == 1
+        assert prompt.endswith("mentioned in the provided text is")
+    assert set(figures(results, "nc_niah_multikey_2")) == {"string_match_512", "string_match_1024", "string_match"}
+
+
+@pytest.mark.parametrize("name", ["niah_multivalue", "niah_single_3", "cwe"])
+def test_right_partial_and_wrong_answers_score_as_in_the_original(model_dir, name):
+    task = load_task(f"nc_{name}", tokenizer=str(model_dir), lengths=[512, 700, 1024], samples=3)
+    doc = task.dataset["test"][2]
+    answers = doc["answers"]
+    assert tuple(answers) == GENERATORS[name].answers(0, 2)
+    scores = task.process_results(doc, [", ".join(answers).upper(), f"It is {answers[0]}.", "I do not know"])
+    expected = {"string_match_512": 1, "string_match_700": 1 / len(answers), "string_match_1024": 0}
+    assert scores == pytest.approx({**expected, "string_match": sum(expected.values()) / 3})
+
+
+@pytest.mark.parametrize("task", ["nc_vt", *LOSSES])
+def test_fewer_samples_are_the_first_of_more_and_the_seed_chooses_them(model_dir, task):
+    few, many, other = (
+        [{name: value for name, value in row.items() if name != "seed"} for row in found]
+        for found in (
+            rows(task, tokenizer=str(model_dir), lengths=[512], samples=samples, seed=seed)
+            for samples, seed in ((2, 7), (5, 7), (2, 8))
+        )
+    )
+    assert few == many[:2] != other
+
+
+def test_default_lengths_are_those_the_model_has_positions_for(model_dir):
+    found = rows("nc_vt", pretrained=str(model_dir))
+    assert found[0]["lengths"] == [n for n in (512, 1024) if n <= POSITIONS]
+    assert len(found) == 100
+    assert rows("nc_perplexity", tokenizer=str(model_dir), max_length=600)[0]["lengths"] == [512]
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("nc_vt", {"lengths": [512, 4096]}, rf"\[4096\] exceed the {POSITIONS} positions"),
+        ("nc_vt", {"lengths": [512], "max_seq_lengths": [512]}, "mean the same: give one of them"),
+        ("nc_vt", {"lengths": ["512"]}, "lengths must be a list of integers"),
+        ("nc_vt", {"lengths": []}, "lengths must be a list of integers"),
+        ("nc_vt", {"lengths": None, "max_length": 192}, "the model has 192 positions: give lengths"),
+        ("nc_vt", {"samples": 0}, "samples must be a positive integer, got 0"),
+        ("nc_vt", {"seed": "x"}, "seed must be an integer, got 'x'"),
+        ("nc_vt", {"pretrained": None}, "nc_vt measures context in tokens: give pretrained=.* or tokenizer="),
+        ("nc_vt", {"tokenizer": "/absent/tokenizer"}, "the tokenizer /absent/tokenizer cannot be loaded"),
+        ("nc_vt", {"text": "/absent.txt"}, "no text named '/absent.txt'"),
+        ("nc_niah_single_2", {"lengths": [150]}, "cannot fill 150 tokens, of which 128 are kept for the answer"),
+        ("nc_perplexity", {"scored": 0}, "scored must be a positive integer"),
+        ("nc_perplexity", {"lengths": [255]}, "too short for the task perplexity"),
+        ("nc_perplexity", {"text": "short.txt"}, r"the text has \d tokens"),
+        ("nc_perplexity", {"text": "wordless.txt", "samples": 1}, "too few spaces"),
+        ("nc_recall", {"passage": 0}, "passage must be a positive integer"),
+        ("nc_recall", {"lengths": [128]}, "needs .* tokens without any filler"),
+        (
+            "nc_recall",
+            {"passage": 40_000, "lengths": [100_000], "max_length": 100_000},
+            "too few for a passage of 40000 tokens",
+        ),
+        (
+            "nc_document",
+            {"lengths": [200_000], "max_length": 200_000},
+            r"the text has [\d,]+ tokens; 8 documents of 200,000 tokens",
+        ),
+        ("nc_document", {"text": "wordless.txt", "samples": 1}, "a document cannot be cut at 512 tokens"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(model_dir, tmp_path, monkeypatch, task, settings, message):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("abc def")
+    Path("wordless.txt").write_text("x" * 20_000)
+    with pytest.raises(EvalError, match=message):
+        load_task(task, **{"pretrained": str(model_dir), "lengths": [512], **settings}).build_all_requests()
+
+
+@pytest.mark.slow
+def test_a_real_model_keeps_its_perplexity_with_few_keys(run_tasks):
+    def perplexity(model, **options):
+        metadata = {"lengths": [512, 1024], "pretrained": "smollm2"}
+        given = {"pretrained": str(smollm2_directory()), **options}
+        found = figures(run_tasks(["nc_perplexity"], model, metadata, model_args=given, limit=2), "nc_perplexity")
+        return found["perplexity_512"], found["perplexity_1024"]
+
+    dense, sparse = perplexity("hf"), perplexity("nc_hf", alpha=2, C=0.7)
+    window = perplexity("nc_hf", alpha=2, C=0.7, selection="window")
+    assert 6 < dense[1] < dense[0] < 20
+    assert sparse[1] == pytest.approx(dense[1], rel=0.05)
+    assert window[1] > sparse[1]

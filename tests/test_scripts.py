@@ -1,0 +1,58 @@
+"""Scripts that measure: on a tiny model and a short text they write what they say."""
+
+import json
+
+import pytest
+import torch
+from script_modules import load_script
+from synthetic_tokenizers import tokenizer_of_kind
+from tiny_models import tiny_model
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The directory of a tiny model with a tokenizer of bytes."""
+    tokenizer = tokenizer_of_kind("byte_bpe")
+    tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    return str(tmp_path / "m")
+
+
+def test_prefill_is_compared_with_dense_on_the_same_tokens_and_rows_are_kept(tmp_path, model):
+    measure, out, text = load_script("measure_prefill"), tmp_path / "prefill.json", tmp_path / "text.txt"
+    text.write_text("".join(f"{number * number} sheep. " for number in range(400)))
+    arguments = ["--model", model, "--texts", str(text), "--lengths", "1100", "--tasks", "perplexity"]
+    arguments += ["--stretches", "1", "--out", str(out)]
+    measure.main([*arguments, "--settings", "dense"])
+    (dense,) = json.loads(out.read_text())["rows"]
+    measure.main([*arguments, "--settings", "dense", "dense_below 0", "window"])
+    record = json.loads(out.read_text())
+    assert record["rows"][0] == dense
+    assert [row["settings"] for row in record["rows"]] == ["dense", "dense_below 0", "window"]
+    assert dense["attended"] == 1 > record["rows"][1]["attended"]
+    assert record["command"].startswith("python scripts/")
+    assert {"commit", "versions", "hardware", "texts"} <= record.keys()
+
+
+def test_recall_scores_the_passage_that_a_stretch_begins_with():
+    ids, scored = load_script("measure_prefill").sample_of(torch.arange(600), "recall")
+    assert scored == 256
+    assert torch.equal(ids[0, -256:], torch.arange(256))
+    assert torch.equal(ids[0, :344], torch.arange(344))
+
+
+def test_times_on_a_cpu_are_written_beside_those_of_dense_attention(tmp_path, model):
+    measure, out = load_script("measure_cpu"), tmp_path / "cpu.json"
+    out.write_text('{"steps": {"8": {"dense": 1}}}')
+    measure.main(["--model", model, "--context", "8", "--lengths", "--parts", "prompts", "--out", str(out)])
+    assert json.loads(out.read_text())["steps"] == {"8": {"dense": 1}}
+    sizes = ["--keys", "2048", "--context", "1030", "--lengths", "1040", "--repeats", "1"]
+    measure.main(["--model", model, *sizes, "--parts", "operator", "steps", "prompts", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert list(record["steps"]["1030"]) == list(measure.STEPS)
+    assert list(record["prompts"]["1040"]) == list(measure.PROMPTS)
+    assert {"topk with means", "topk", "block"} < record["operator"]["2048"].keys()
+    for part in ("operator", "steps", "prompts"):
+        (found,) = record[part].values()
+        dense = next(iter(found.values()))["seconds"]
+        assert [each["over_dense"] for each in found.values()] == [each["seconds"] / dense for each in found.values()]
