@@ -38,13 +38,14 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     Rows without an ``index`` were written before there was one: their ``sample`` goes on over the seeds, so they match
     rows of the same run, and ``merge_runs`` gives them their index before they meet others.
     """
-    frame = pd.DataFrame.from_records(list(rows)).reindex(columns=[*_OTHERS, *_NUMBERS])
-    frame[_NUMBERS] = frame[_NUMBERS].astype(float)
+    names = [*_OTHERS, *_NUMBERS]
+    frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype=object)
+    frame = frame.astype(dict.fromkeys(_NUMBERS, float) | {"length": "int64", "sample": "int64"})
     frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").fillna(0).astype("int64")
     frame["index"] = frame["index"].fillna(frame["sample"]).astype("int64")
     alone = "sample " + frame["index"].astype(str) + " of seed " + frame["seed"].astype(str)
-    frame["document"] = frame["document"].where(frame["document"].notna(), alone).astype(str)
-    frame["phase"] = frame["phase"].astype(object).fillna("all")
+    frame["document"] = frame["document"].where(frame["document"].notna(), alone).map(ascii)
+    frame["phase"] = frame["phase"].fillna("all")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
     tasks = sorted(
