@@ -3,6 +3,7 @@
 They talk over gloo, on GPUs too: they exchange a few words, and gloo notices at once when a process is gone.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -149,6 +150,7 @@ def start_processes(processes: int | None, command: Sequence[str]) -> int | None
     config = LaunchConfig(
         nodes, nodes, local, DefaultLogsSpecs(), run_id="nc_patch", max_restarts=0, monitor_interval=0.05, **options
     )
+    logging.disable(logging.CRITICAL)  # what failed has said so itself
     try:
         elastic_launch(config, sys.executable)("-m", "nc_patch", *_without_processes(command))
     except ChildFailedError as error:
@@ -166,6 +168,8 @@ def start_processes(processes: int | None, command: Sequence[str]) -> int | None
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
         return 128 + error.sigval
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
 
 

@@ -152,7 +152,7 @@ def write_report(directories: Path | Sequence[Path], out: Path | None = None, wi
         within: the margin within which a method counts as no worse than dense, as a share.
 
     Returns:
-        The main finding of the first section, as sentences.
+        The main finding of the first section: its first table and its sentences, line by line.
 
     Raises:
         EvalError: a directory holds no measurement or is damaged, or the report cannot be written.
@@ -171,7 +171,8 @@ def write_report(directories: Path | Sequence[Path], out: Path | None = None, wi
     write_atomically(target / MAIN_FIGURE, figures.to_png(sections[0].main_figure()))
     write_atomically(target / MARKDOWN, markdown(sections, labels).encode())
     write_atomically(target / REPORT, render(sections, labels, csv).encode())
-    return sections[0].result
+    first = sections[0]
+    return [*([first.table.title, "", first.table.to_text(), ""] if first.table else []), *first.result]
 
 
 def csv_files(sections: Sequence[Section]) -> dict[str, str]:

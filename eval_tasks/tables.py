@@ -34,6 +34,13 @@ class Table:
         return "\n".join([f"### {plain(self.title)}", "", *([plain(self.note), ""] if self.note else []), *table, ""])
 
 
+    def to_text(self) -> str:
+        """The cells in columns, for a terminal."""
+        lines = [self.header, *([text for text, _ in row] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
 def main_table(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
     """Each method at one length: what it reads, how good it is against dense in each task, and what it costs.
 
