@@ -82,7 +82,7 @@ def generated_by_compiled_steps(model, ids):
     return found, len(graphs)
 
 
-@families_and_settings(("llama", "topk"), ("llama", "unasked"))
+@families_and_settings(("llama", "unasked"))
 def test_generate_compiles_itself_on_a_static_cache(family, settings):
     ids = random_ids(2, 40)
     _, graphs_of_dense = generated_by_compiled_steps(tiny_model(family, num_hidden_layers=LAYERS.get(family, 1)), ids)
@@ -108,7 +108,7 @@ def test_a_compiled_step_keeps_the_index_of_a_static_cache(options):
     assert all(layer.nc_indexes for layer in cache.layers)
 
 
-@families_and_settings(("llama", "topk"), ("llama", "unasked"))
+@families_and_settings(("llama", "unasked"))
 def test_prompts_of_many_lengths_share_their_graphs(family, settings):
     model, frames = small(family, LAYERS.get(family, 1), **settings), CompileCounterWithBackend("aot_eager")
     compiled = whole(model, frames)
@@ -177,7 +177,9 @@ class Call(torch.nn.Module):
         return self.function(*tensors)
 
 
-@pytest.mark.parametrize("settings", [*PLAIN.values(), {"family": "gemma2", "layers": 2}], ids=[*PLAIN, "gemma2"])
+@pytest.mark.parametrize(
+    "settings", [*PLAIN.values(), pytest.param({"family": "gemma2", "layers": 2}, marks=pytest.mark.wide)]
+)
 def test_an_exported_model_takes_every_length_from_two_on(settings):
     model, length = small(**{"layers": 1} | settings), torch.export.Dim("length", min=2, max=8192)
     logits = Call(lambda ids: model(ids, use_cache=False).logits, model)
