@@ -11,13 +11,14 @@ import zipfile
 
 import pytest
 import torch
-from test_cache_sequences import BLOCK, DIM, HEADS, assert_equals_fresh, call_of
+from test_cache_sequences import assert_equals_fresh
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from ways import assert_close
 
 from nc_patch import forget_index, patch_model, patched, unpatch_model
 from nc_patch.cache import layer_cache
+from nc_patch.ops.problem import Problem
 
 OPTIONS = {
     "topk": {"selection": "topk", "key_index": "always"},
@@ -55,7 +56,7 @@ def test_keys_written_in_inference_mode_need_forget_index():
         forget_index(cache)
         assert all(not layer.nc_indexes for layer in cache.layers)
         model(ids[:, -1:], past_key_values=cache)
-        assert_equals_fresh(cache.layers[0].nc_indexes["codes"], cache.layers[0], [61])
+        assert_equals_fresh(cache.layers[0].nc_indexes["codes"], cache.layers[0], 61)
         forget_index(EncoderDecoderCache(cache, DynamicCache()))
         assert all(not layer.nc_indexes for layer in cache.layers)
 
@@ -149,12 +150,16 @@ def test_an_index_is_copied_with_its_layer():
     assert copy.deepcopy(cache).layers[0].nc_indexes
 
 
+HEADS, DIM = 2, 8
+
+
 def append(layer, new):
     """What a call of attention does to a layer and its index."""
     keys, values = layer.update(new, new)
     end = torch.arange(keys.shape[2] - new.shape[2], keys.shape[2]) + 1
     visible = torch.stack((torch.zeros_like(end), end), -1)[None].int()
-    layer.nc_update(call_of(keys, values, visible, visible[..., 0]), "codes", BLOCK, "torch")
+    call = Problem(new, keys, values, visible, visible[..., 0], visible.new_empty(0), scale=1.0)
+    layer.nc_update(call, "codes", 16, "torch")
     layer.nc_settle()
 
 

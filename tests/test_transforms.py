@@ -92,7 +92,7 @@ def test_a_model_maps_over_rows_with_and_without_a_cache(settings):
 
 
 def test_what_cannot_be_mapped_is_named():
-    model, ids = small(), random_ids(2, 20)
+    model, blocks, ids = small(), small(selection="block"), random_ids(2, 20)
     mask = torch.ones_like(ids)
     with pytest.raises(NotImplementedError, match=r"maps over attention_mask.*Give all rows to one call"):
         vmap(lambda row, seen: model(row[None], attention_mask=seen[None]).logits)(ids, mask)
@@ -102,17 +102,13 @@ def test_what_cannot_be_mapped_is_named():
     visible = torch.tensor([0, 1], dtype=torch.int32).expand(2, 1, 5, 2)
     with pytest.raises(NotImplementedError, match="maps over visible"):
         vmap(lambda q, seen: sparse_attention(q, q, q, alpha=2.0, visible=seen))(query, visible)
-    model = small(on_drop="warn")
-    with pytest.raises(RuntimeError, match=r"nor a transform of torch.func"):
-        vmap(lambda row: model(row[None]).logits)(ids)
-
-
-def test_decoding_by_an_index_is_refused_in_a_transform():
-    model, ids = small(selection="block"), random_ids(2, 1)
     with (
         pytest.raises(NotImplementedError, match=r"decoding by an index does not run inside a transform"),
         torch.no_grad(),
     ):
+        vmap(lambda row: blocks(row[None]).logits)(random_ids(2, 1))
+    model = small(on_drop="warn")
+    with pytest.raises(RuntimeError, match=r"nor a transform of torch.func"):
         vmap(lambda row: model(row[None]).logits)(ids)
 
 
@@ -136,12 +132,6 @@ def test_compiled_transforms_give_the_same_gradients_and_whole_graphs_of_them_ar
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"leave out fullgraph=True"):
         torch.compile(lambda query: grad(loss)(query), backend="aot_eager", fullgraph=True)(query)
-
-
-@EACH_SELECTION
-def test_the_function_compiles_as_a_whole(settings):
-    attend, _, query = energy(settings)
-    assert torch.equal(torch.compile(attend, backend="aot_eager", fullgraph=True)(query), attend(query))
 
 
 def test_what_stays_dense_has_the_derivatives_of_dense_attention():

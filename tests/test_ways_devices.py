@@ -14,7 +14,6 @@ from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction
 
 from eval_tasks.launch import free_port
 from nc_patch import (
-    NCConfig,
     UnsupportedModelError,
     is_patched,
     nc_stats,
@@ -25,7 +24,6 @@ from nc_patch import (
 )
 from nc_patch.hooks import hand_on_mask
 from nc_patch.masks import interval_mask
-from nc_patch.stats import LayerCounters
 from nc_patch.visibility import is_packed, made_for
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -140,31 +138,29 @@ def test_a_model_over_two_processes_gives_the_numbers_of_one(tmp_path):
 def int8_torchao(model):
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    return model
 
 
 def int8_quanto(model):
     quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
     quanto.quantize(model, weights=quanto.qint8)
     quanto.freeze(model)
-    return model
 
 
 def int8_bitsandbytes(model):
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    nn = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
     for module in list(model.modules()):
         for name, linear in list(module.named_children()):
             if isinstance(linear, torch.nn.Linear):
                 sizes = (linear.in_features, linear.out_features)
-                quantised = bitsandbytes.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+                quantised = nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
                 quantised.load_state_dict(linear.state_dict())
                 setattr(module, name, quantised.to("cpu"))
-    return model
 
 
 @pytest.mark.parametrize("quantise", [int8_torchao, int8_quanto, int8_bitsandbytes])
 def test_quantised_weights_give_dense_with_a_full_budget_and_the_row_alone_with_a_small_one(quantise):
-    ids, model = random_ids(2, 40), quantise(tiny_model("llama"))
+    ids, model = random_ids(2, 40), tiny_model("llama")
+    quantise(model)
     with torch.inference_mode():
         dense = model(ids).logits
         assert not torch.equal(dense, tiny_model("llama")(ids).logits)
@@ -172,7 +168,6 @@ def test_quantised_weights_give_dense_with_a_full_budget_and_the_row_alone_with_
         sparse = patch_model(model, *SMALL, **TOPK)(ids).logits
         assert not torch.allclose(sparse, dense, atol=1e-2)
         assert_close(torch.cat([model(row[None]).logits for row in ids]), sparse, atol=1e-3)
-    assert is_patched(model)
 
 
 # Serving
@@ -252,23 +247,6 @@ def test_threads_that_generate_on_one_model_get_what_one_alone_gets_and_every_ca
     stats = nc_stats(model)
     assert [layer["calls"] for layer in stats["layers"]] == [layer["calls"] for layer in expected["layers"]]
     assert stats["mean_keys"] == pytest.approx(expected["mean_keys"])
-
-
-def test_counters_lose_nothing_when_threads_count_calls_of_several_shapes():
-    config, calls, counters = NCConfig(*SMALL), 400, LayerCounters()
-
-    def count(i):
-        n = torch.arange(1, 2 + i, dtype=torch.int32)
-        visible = torch.stack((torch.zeros_like(n), n), -1)[None]
-        budget = config.budget(n)[None, None]
-        for _ in range(calls):
-            counters.add_later(budget, visible)
-            counters.keys.read()
-        return float(budget.sum())
-
-    attended = in_threads(count)
-    assert counters.calls == THREADS * calls
-    assert counters.keys.read()[0] == calls * sum(attended)
 
 
 def test_threads_that_patch_models_of_one_config_leave_each_as_it_was():
