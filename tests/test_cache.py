@@ -105,14 +105,6 @@ def test_an_index_that_missed_a_call_by_another_selection_or_with_a_gradient_is_
             assert_close(*logits)
 
 
-def test_settings_of_another_kind_build_the_index_again():
-    model, ids, cache = indexed_model(), random_ids(1, 60), DynamicCache()
-    run(model, cache, ids, 60)
-    for selection, kind in (("block", "pages"), ("topk", "codes")):
-        run(patch_model(model, 1.0, 0.7, **OPTIONS[selection]), cache, ids[:, -1:], 1)
-        assert set(cache.layers[0].nc_indexes) - {"means"} == {kind}
-
-
 def _named_in(content):
     """What a pickle names; ``torch.save`` packs it into an archive."""
     if zipfile.is_zipfile(io.BytesIO(content)):
@@ -141,13 +133,6 @@ def test_a_saved_cache_is_of_transformers_alone_and_goes_on_where_it_was_patched
     run(patch_model(model, 1.0, 0.7, key_index="never", selection="topk"), plain, ids[:, :50], 50)
     unpatch_model(model)
     assert_close(run(model, dense, ids[:, 50:], 10), run(model, plain, ids[:, 50:], 10))
-
-
-def test_an_index_is_copied_with_its_layer():
-    cache = DynamicCache()
-    run(indexed_model(), cache, random_ids(1, 60), 60)
-    assert copy.copy(cache.layers[0]).nc_indexes["codes"] is not cache.layers[0].nc_indexes["codes"]
-    assert copy.deepcopy(cache).layers[0].nc_indexes
 
 
 HEADS, DIM = 2, 8

@@ -118,6 +118,7 @@ class CacheSequences(RuleBasedStateMachine):
 
     @rule()
     def copy(self):
+        assert copy.copy(self.caches[0].layers[0]).nc_indexes is not self.caches[0].layers[0].nc_indexes
         self.caches = copy.deepcopy(self.caches)
 
     @rule(data=st.data())

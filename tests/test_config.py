@@ -17,8 +17,6 @@ from tiny_models import random_ids, tiny_model
 from nc_patch import (
     KeyIndex,
     NCConfig,
-    ProfileError,
-    calibrate,
     nc_stats,
     patch_model,
     reset_stats,
@@ -56,30 +54,23 @@ REFUSED = [
     *((law, {"alpha": x}, ValueError, f"alpha must be a positive number, got {x}") for x in (0.0, -1.0, NAN, INF)),
     *((law, {"C": x}, ValueError, rf"C must be a number in \[0, 1\], got {x}") for x in (-0.1, 1.1, NAN)),
     *((law, {"max_dropped_mass": x}, ValueError, rf"max_dropped_mass must .* \[0, 1\), got {x}") for x in (1.0, NAN)),
-    (law, {"alpha": "2"}, TypeError, "alpha must be a positive number, or a list of them, got '2'"),
     (law, {"alpha": True}, TypeError, "alpha must be a positive number"),
     (law, {"alpha": np.bool_(True)}, TypeError, "alpha must be a positive number"),
     (law, {"alpha": [1.0, -2.0]}, ValueError, "alpha must be a positive number, got -2.0"),
     (law, {"alpha": [1.0, 2.0], "C": [0.5]}, ValueError, "alpha has 2 layers and C has 1"),
     (law, {"alpha": [[1.0, 2.0]], "C": [[0.5]]}, ValueError, "layer 0: alpha has 2 heads and C has 1"),
     (law, {"alpha": [[[1.0]]]}, ValueError, "alpha must be a number, a list per layer"),
-    (law, {"alpha": []}, ValueError, "alpha must be a number, a list per layer"),
     (law, {"prefill": "best"}, ValueError, "prefill must be one of 'block', 'dense', 'topk', 'window', got 'best'"),
-    (law, {"decode": None}, ValueError, "decode must be one of"),
     (law, {"backend": "x"}, ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'torch', got 'x'"),
     (law, {"on_drop": "stop"}, ValueError, "on_drop must be one of 'ignore', 'warn', 'raise', 'dense', got 'stop'"),
-    (law, {"on_drop": None}, ValueError, "on_drop must be one of .* got None"),
     (law, {"max_dropped_mass": "0.1"}, TypeError, "max_dropped_mass must be a number in .* got '0.1'"),
     (law, {"sink_keys": -1}, ValueError, "sink_keys must be at least 0, got -1"),
-    (law, {"sink_keys": 2.5}, TypeError, "sink_keys must be an integer, got 2.5"),
     (law, {"min_keys": 0}, ValueError, "min_keys must be at least 1, got 0"),
     (law, {"block_size": 48}, ValueError, "block_size must be one of 16, 32, 64, 128, got 48"),
     (law, {"query_block_size": 16}, ValueError, "query_block_size must be one of 32, 64, 128, got 16"),
     (law, {"sample_stride": 5}, ValueError, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 5"),
     (law, {"min_mass": 1.0}, ValueError, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
-    (law, {"min_mass": "0.9"}, TypeError, "min_mass must be a number in"),
     (law, {"max_factor": 0.5}, ValueError, "max_factor must be a number of at least 1, got 0.5"),
-    (law, {"max_factor": None}, TypeError, "max_factor must be a number of at least 1, got None"),
     (law, {"max_factor": Decimal("nan")}, ValueError, "max_factor must be"),
     (law, {"track": 1}, TypeError, "track must be True or False, got 1"),
     (law, {"dense_layers": [-1]}, ValueError, "dense_layers must be at least 0, got -1"),
@@ -96,23 +87,15 @@ REFUSED = [
     ),
     (law, {"xyzzy": 1}, TypeError, r"and selection$"),
     (read, "", ValueError, "no JSON"),
-    (read, "{", ValueError, "no JSON"),
     (read, "3", TypeError, "mapping of names to values, got int"),
-    (read, "[]", TypeError, "mapping of names to values, got list"),
     (read, DEEP, ValueError, "nested too deep"),
-    (read, '{"alpha": ' + DEEP + "}", ValueError, "nested too deep"),
     (read, '{"alpha": 1' + "0" * 400 + "}", ValueError, "alpha must be a positive number, got an integer of 1329 bits"),
     (read, '{"alpha": 1' + "0" * 10_000 + "}", ValueError, "digits"),
-    (read, '{"alpha": 1e999}', ValueError, "alpha must be a positive number, got inf"),
-    (read, '{"alpha": NaN}', ValueError, "alpha must be a positive number, got nan"),
     (read, '{"alpha": 1, "alpha": 2}', ValueError, "once, got 'alpha' several times"),
     (read, '{"C": 1}', TypeError, "alpha is missing"),
     (read, '{"alpha": 1, "sink_keys": 1' + "0" * 50 + "}", ValueError, "sink_keys must be at most 2147483647"),
-    (read, '{"alpha": 1, "sink_keys": true}', TypeError, "sink_keys must be an integer, got True"),
     (read, '{"alpha": 1, "dense_layers": [[0]]}', TypeError, "dense_layers must be an integer"),
     (read, '{"alpha": 1, "prefill": {"a": 1}}', ValueError, "prefill must be one of"),
-    (read, '{"alpha": 1, "max_factor": 1' + "0" * 400 + "}", ValueError, "max_factor must be a number of at least 1"),
-    (read, '{"alpha": 1, "__class__": "os.system"}', TypeError, "unknown option __class__"),
     (read, '{"alpha": 1, "' + "x" * 100_000 + '": 1}', TypeError, "unknown option xxx"),
     (read, '{"alpha": "' + "x" * 100_000 + '"}', TypeError, "alpha must be a positive number"),
     (budget, {"n": -1}, ValueError, "at least 0"),
@@ -255,28 +238,6 @@ def test_lists_are_taken_from_arrays_tensors_and_any_iterable(make):
         make([0.5])[0] if make is not iter else 0.5, n=np.int64(64), dense_layers=make([0])
     )
     assert np.array_equal(one.alpha, made_up_profile().at_budget(0.5, n=64, dense_layers=(0,)).alpha)
-
-
-def test_calibration_takes_numbers_of_any_kind():
-    model, ids = tiny_model("llama"), random_ids(1, 200).tolist()
-    plain = calibrate(model, None, ids, (32, 64), 0.9, seed=3, pieces=1, rows=4, eps=(0.1,))
-    given = {"seed": np.int64(3), "pieces": np.int32(1), "rows": torch.tensor(4), "eps": (0.1,)}
-    assert plain.to_dict() == calibrate(model, None, ids, np.array([32, 64]), np.float64(0.9), **given).to_dict()
-    with pytest.raises(ProfileError, match="lengths must be a list of at least two different numbers of tokens"):
-        calibrate(model, None, ids, np.array([32.0, 64.0]))
-
-
-def test_settings_of_tasks_take_numbers_of_any_kind():
-    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-    from eval_tasks.errors import EvalError
-    from eval_tasks.lm_eval.settings import checked_lengths, positive
-
-    for lengths in (np.array([64, 32]), torch.tensor([64, 32]), [np.int64(64), 32], np.int64(64), 64):
-        assert checked_lengths(lengths, 100)[-1] == 64
-    positive(samples=np.int64(3))
-    for wrong in (np.True_, 2.0, "3", 0):
-        with pytest.raises(EvalError, match="samples must be a positive integer"):
-            positive(samples=wrong)
 
 
 # The budget law, beside test_budgets.py

@@ -3,8 +3,6 @@
 import copy
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,14 +262,3 @@ def test_what_else_brings_budgets_is_taken_as_a_profile():
     model = patch_model(tiny_model("llama"), profile=Half(), selection="topk", tail="drop")
     model(random_ids(1, 100))
     assert nc_stats(model)["attended_fraction"] == pytest.approx(0.5, abs=0.01)
-
-
-def test_a_profile_needs_no_scipy(saved):
-    script = f"""
-import sys
-sys.modules["scipy"] = None
-from nc_patch import Profile
-profile = Profile.load({str(saved)!r})
-profile.at_budget(0.5, dense_below=0), profile.at_mass(0.9).config(), profile.kept_mass(100)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
