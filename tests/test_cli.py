@@ -4,6 +4,7 @@ import builtins
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_sweep import sweep_arguments
@@ -15,6 +16,7 @@ from nc_patch import __version__
 from nc_patch.bench import command
 from nc_patch.cli import main
 
+PROFILE = Path(__file__).parent / "data" / "profile_format_1.json"
 BENCH = ["bench", "decode", "--device", "cpu"]
 CANNOT = "cannot be written: {} is a directory. Give another"
 
@@ -174,7 +176,12 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
 @pytest.mark.parametrize(
     ("script", "loaded"),
     [
-        ("import nc_patch", "eval_tasks"),
+        (
+            "sys.modules['scipy'] = None\n"
+            "import nc_patch\n"
+            f"nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()",
+            "eval_tasks",
+        ),
         (
             "import eval_tasks.report, eval_tasks.profile_report\n"
             "from eval_tasks.figures import Figure, to_png, to_svg\n"
@@ -185,7 +192,7 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
             "matplotlib",
         ),
     ],
-    ids=["the library nothing of the harness", "a report nothing of matplotlib when it is drawn"],
+    ids=["a profile neither scipy nor the harness", "a report nothing of matplotlib when it is drawn"],
 )
 def test_what_is_not_needed_is_not_imported(script, loaded):
     code = f"""import sys
