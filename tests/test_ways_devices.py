@@ -265,17 +265,6 @@ def test_threads_that_patch_models_of_one_config_leave_each_as_it_was():
         assert torch.equal(first(ids).logits, tiny_model("llama")(ids).logits)
 
 
-def test_a_model_patched_and_run_in_inference_mode_runs_and_trains_outside_it():
-    model, ids = tiny_model("llama"), random_ids(2, 30)
-    with torch.inference_mode():
-        inside = patch_model(model, *SMALL, **TOPK)(ids).logits
-        text = generated(model, ids)
-    assert_close(model(ids).logits.detach(), inside.clone())
-    assert torch.equal(generated(model, ids), text)
-    model.train()(ids, labels=ids).loss.backward()
-    assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
-
-
 def test_two_patched_models_run_by_turns_within_one_generation():
     first, second, ids = small(), full("gemma2"), random_ids(1, 40)
     for model, other in ((first, second), (second, first)):
