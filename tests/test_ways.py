@@ -65,7 +65,8 @@ def compared(family, request):
     for model, reference in full_and_small(family, **SETTINGS[request.param]):
         with torch.inference_mode():
             scores.append((model, alone(reference, rows)))
-    assert attended_fraction(model) < 0.75
+    # All layers of Mistral slide, over fewer keys than a block holds.
+    assert family == "mistral" or attended_fraction(model) < 0.75
     return request.param, rows, scores
 
 
