@@ -33,7 +33,6 @@ class Table:
         table = ["| " + " | ".join(map(plain, line)) + " |" for line in lines]
         return "\n".join([f"### {plain(self.title)}", "", *([plain(self.note), ""] if self.note else []), *table, ""])
 
-
     def to_text(self) -> str:
         """The cells in columns, for a terminal."""
         lines = [self.header, *([text for text, _ in row] for row in self.rows)]

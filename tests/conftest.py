@@ -17,8 +17,8 @@ from nc_patch.config import DEFAULT_DENSE_BELOW
 def sparse_with_few_keys() -> Iterator[None]:
     """``dense_below`` is 0 where a test does not set it: tiny models see few keys, and would run dense throughout.
 
-    What a test starts as a process of its own has the real default, as has what is made while tests are collected; the
-    fixture ``dense_with_few_keys`` gives it to a test.
+    Processes of their own and what is made while tests are collected have the real default, as has a test that takes
+    ``dense_with_few_keys``.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(config._DEFAULTS, "dense_below", 0)

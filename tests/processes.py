@@ -1,6 +1,6 @@
 """Runs of ``nc-patch``, and calls, in processes of their own, forked from one server that has imported everything."""
 
-import multiprocessing
+import multiprocessing.process
 import os
 import sys
 import time
@@ -33,13 +33,17 @@ def _call(
     function(*arguments)
 
 
-def start_call(
-    function: Callable[..., None], *arguments: Any, said: Path, **environment: str
-) -> "multiprocessing.process.BaseProcess":
-    """Starts ``function(*arguments)``, a function of a module; what it says goes to the file ``said``."""
-    process = _CONTEXT.Process(target=_call, args=(function, arguments, environment, said), daemon=True)
+def _started(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
+    process = _CONTEXT.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
+
+
+def start_call(
+    function: Callable[..., None], *arguments: Any, said: Path, **environment: str
+) -> multiprocessing.process.BaseProcess:
+    """Starts ``function(*arguments)``, a function of a module; what it says goes to the file ``said``."""
+    return _started(_call, function, arguments, environment, said)
 
 
 def _run(arguments: list[str], environment: Mapping[str, str], said: Path, setup: Callable[[], None] | None) -> None:
@@ -56,30 +60,20 @@ def _run(arguments: list[str], environment: Mapping[str, str], said: Path, setup
 
 def start(
     arguments: list[str], said: Path, setup: Callable[[], None] | None = None, **environment: str
-) -> "multiprocessing.process.BaseProcess":
+) -> multiprocessing.process.BaseProcess:
     """Starts ``nc-patch ARGUMENTS``; what it says goes to the file ``said``; ``setup`` runs in it first."""
-    process = _CONTEXT.Process(target=_run, args=(arguments, environment, said, setup), daemon=True)
-    process.start()
-    return process
+    return _started(_run, arguments, environment, said, setup)
 
 
 def start_ranks(
     home: Path, outs: list[str], *further: str, setups: tuple[Callable[[], None] | None, ...] = (None, None)
-) -> "list[multiprocessing.process.BaseProcess]":
+) -> list[multiprocessing.process.BaseProcess]:
     """Starts the two processes of one tiny sweep below ``home``; what they say goes to ``said0`` and ``said1``."""
-    port = str(free_port())
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        start(
-            sweep_arguments(home, home / out, *further),
-            home / f"said{rank}",
-            setup,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            **shared,
-        )
-        for rank, (out, setup) in enumerate(zip(outs, setups, strict=True))
-    ]
+    shared, ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}, []
+    for rank, (out, setup) in enumerate(zip(outs, setups, strict=True)):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(start(sweep_arguments(home, home / out, *further), home / f"said{rank}", setup, **place, **shared))
+    return ranks
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:

@@ -1,39 +1,84 @@
-"""The command line: exit codes and messages, all before any work."""
+"""The command line: exit codes and messages, all before any work; what a run needs at its end is there as it begins."""
 
+import builtins
 import importlib.util
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_sweep import sweep_arguments
 
+from eval_tasks import calibrate_command, fidelity_command, run
+from eval_tasks.bench import command
 from eval_tasks.methods import METHODS
 from eval_tasks.tasks import TASKS
 from nc_patch import __version__
 from nc_patch.cli import main
 
-
-def test_no_command_an_unknown_one_and_help(capsys):
-    assert main([]) == 2
-    assert "usage: nc-patch" in capsys.readouterr().err
-    assert main(["evaluate"]) == 2
-    assert "unknown command 'evaluate'; allowed are demo, eval, report" in capsys.readouterr().err
-    assert main(["--help"]) == 0
-    assert "measure sparse attention by context length" in capsys.readouterr().out
-    assert main(["--version"]) == 0
-    assert __version__ in capsys.readouterr().out
+PROFILE = Path(__file__).parent / "data" / "profile_format_1.json"
+BENCH = ["bench", "decode", "--device", "cpu"]
+CANNOT = "cannot be written: {} is a directory. Give another"
 
 
-def test_eval_help_names_every_method_and_the_lists_print_them(capsys):
-    assert main(["eval", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in METHODS)
-    assert "iso: no budgets are equal" in said
-    assert main(["eval", "--list-methods"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in METHODS)
-    assert main(["eval", "--list-tasks"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in TASKS)
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Whatever a command would measure fails."""
+
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("something was measured before what the end needs was looked for")
+
+    monkeypatch.setattr(run, "_measure_all", measured)
+    monkeypatch.setattr(fidelity_command, "fidelity", measured)
+    monkeypatch.setattr(calibrate_command, "calibrate", measured)
+    monkeypatch.setattr(command, "_measure", measured)
+
+
+@pytest.fixture
+def arguments_of(tmp_path):
+    """Arguments of each command that measures, on a tiny model."""
+
+    def arguments_of(name, *further):
+        sweep = sweep_arguments(tmp_path, tmp_path / "out", *further)
+        if name == "eval":
+            return sweep
+        if name == "bench":
+            return [*BENCH, "--out", str(tmp_path / "out"), *further]
+        return [name, "--device", "cpu", *sweep[1:7], *further]
+
+    return arguments_of
+
+
+def test_help_lists_and_the_version_are_printed(capsys):
+    for arguments, words in (
+        (["--help"], ["measure sparse attention by context length"]),
+        (["--version"], [__version__]),
+        (["eval", "--help"], [*METHODS, "iso: no budgets are equal"]),
+        (["eval", "--list-methods"], METHODS),
+        (["eval", "--list-tasks"], TASKS),
+    ):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert [word for word in words if word not in said] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: nc-patch"),
+        (["evaluate"], "unknown command 'evaluate'; allowed are demo, eval, report"),
+        (["eval"], "--out DIR"),
+        (["eval", "--out", "file"], "is a file; give a directory"),
+        (["eval", "--out", "file/out"], "cannot be written"),
+        (["report", "."], "holds no measurements"),
+    ],
+)
+def test_commands_without_what_they_need_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    needs = sweep_arguments(tmp_path, arguments[2]) if "file/out" in arguments else arguments
+    assert main(needs) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -58,32 +103,21 @@ def test_eval_help_names_every_method_and_the_lists_print_them(capsys):
         (("--match", "luck"), "invalid choice: 'luck'"),
         (("--tp-plan", "auto"), "add --processes N"),
         (("--tasks", "juggling"), "unknown task 'juggling'; allowed are recall"),
+        (("--tasks", "lm-eval:arc"), "Tasks of lm-eval run by python -m eval_tasks.lm_eval"),
+        (("--methods", "profile"), "--profile FILE, from nc-patch calibrate"),
+        (("--seed", "3", "3"), "--seed takes different numbers from 0 on, got 3 3"),
         (("--samples", "0"), "at least 1"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
+        (("--device", "cuda"), "torch sees 0 GPUs"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+    ids=" ".join,
 )
-def test_what_does_not_fit_is_refused_before_any_work(tmp_path, capsys, further, message):
+def test_what_does_not_fit_is_refused_before_any_work(tmp_path, capsys, monkeypatch, further, message):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     out = tmp_path / "out"
     assert main(sweep_arguments(tmp_path, out, *further)) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
-
-
-def test_a_missing_or_unusable_out_is_refused(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert main(["eval"]) == 2
-    assert "--out DIR" in capsys.readouterr().err
-    assert main(["eval", "--out", str(tmp_path / "file")]) == 2
-    assert "is a file; give a directory" in capsys.readouterr().err
-    assert main(sweep_arguments(tmp_path, tmp_path / "file" / "out")) == 2
-    assert "cannot be written" in capsys.readouterr().err
-
-
-def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert main(sweep_arguments(tmp_path, tmp_path / "out", "--device", "cuda")) == 2
-    assert "torch sees 0 GPUs" in capsys.readouterr().err
 
 
 def test_a_backend_that_needs_a_gpu_is_refused_on_the_cpu_before_any_work(tmp_path, capsys, monkeypatch):
@@ -94,6 +128,47 @@ def test_a_backend_that_needs_a_gpu_is_refused_on_the_cpu_before_any_work(tmp_pa
     assert (out / "results.jsonl").read_bytes() == b""
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *(("eval", file) for file in ("report.html", "main.png", "summary.csv")),
+        *(("fidelity", file) for file in ("fidelity.json", "fidelity.png")),
+        *(("calibrate", file) for file in ("profile.json", "calibration.html", "calibration.png")),
+        *(("bench", file) for file in ("decode.json", "decode.png")),
+    ],
+)
+def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(
+    name, file, arguments_of, tmp_path, capsys, unmeasured
+):
+    (tmp_path / "out" / file).mkdir(parents=True)
+    assert main(arguments_of(name)) == 2
+    assert CANNOT.format(file) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [(("--fraction", "2"), "fraction must be a number"), (("--fraction", "0.1", "--at", "0"), "n must be a positive")],
+)
+def test_calibrate_sees_before_it_measures_that_its_budget_is_none(arguments_of, capsys, unmeasured, further, message):
+    assert main(arguments_of("calibrate", *further)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_sees_before_it_measures_that_matplotlib_is_broken(arguments_of, capsys, monkeypatch, unmeasured):
+    pytest.importorskip("matplotlib")
+    monkeypatch.delitem(sys.modules, "nc_patch.bench.plot", raising=False)
+    whole = builtins.__import__
+
+    def broken(name, *rest):
+        if name == "matplotlib":
+            raise ImportError("built for another numpy")
+        return whole(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    assert main(arguments_of("bench")) == 2
+    assert "cannot be imported (built for another numpy)" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
@@ -101,13 +176,31 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
     assert "eval needs matplotlib: pip install -e '.[eval]' in the checkout of nc_patch" in capsys.readouterr().err
 
 
-def test_a_report_of_an_empty_directory_is_refused(tmp_path, capsys):
-    assert main(["report", str(tmp_path)]) == 2
-    assert "holds no measurements" in capsys.readouterr().err
-
-
-def test_the_library_imports_nothing_of_the_harness():
-    import subprocess
-
-    code = "import sys, nc_patch; sys.exit(any(name.split('.')[0] == 'eval_tasks' for name in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("script", "loaded"),
+    [
+        (
+            "sys.modules['scipy'] = None\n"
+            "import nc_patch\n"
+            f"nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()",
+            "eval_tasks",
+        ),
+        (
+            "import eval_tasks.report, eval_tasks.profile_report\n"
+            "from eval_tasks.figures import Figure, to_png, to_svg\n"
+            "before = set(sys.modules)\n"
+            "figure = Figure()\n"
+            "figure.subplots().plot([1, 2], [1, 2], label='a')\n"
+            "to_png(figure), to_svg(figure, 'a')\n",
+            "matplotlib",
+        ),
+    ],
+    ids=["a profile neither scipy nor the harness", "a report nothing of matplotlib when it is drawn"],
+)
+def test_what_is_not_needed_is_not_imported(script, loaded):
+    code = f"""import sys
+before = set()
+{script}
+print([name for name in sorted(set(sys.modules) - before) if name.split(".")[0] == {loaded!r}])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

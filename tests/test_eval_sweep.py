@@ -14,7 +14,6 @@ from processes import lines, wait_until
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
 from eval_tasks import measure as measuring
-from eval_tasks import run
 from eval_tasks.methods import DEFAULT_METHODS
 from eval_tasks.store import read_rows, read_run
 from eval_tasks.tasks import TASKS
@@ -87,30 +86,6 @@ def test_another_text_under_the_same_name_is_refused(sweep, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(tiny_text(2000, seed=9), encoding="utf-8")
     assert sweep("out", "--methods", "dense", "--tasks", "recall") == 2
     assert "text_sha256 was" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("further", "message"),
-    [
-        (("--seed", "3", "3"), "--seed takes different numbers from 0 on, got 3 3"),
-        (("--tasks", "recal"), "unknown task 'recal'; allowed are recall, unseen, perplexity"),
-        (("--tasks", "lm-eval:arc"), "Tasks of lm-eval run by python -m eval_tasks.lm_eval"),
-        (("--methods", "nc-topkk"), "unknown method 'nc-topkk'; allowed are dense"),
-        (("--methods", "fixed-topk@8"), "numbers of keys are chosen by --match iso"),
-        (("--methods", "profile"), "--profile FILE, from nc-patch calibrate"),
-        (("--methods", "dense", "--match", "iso"), "name one, for example fixed-topk"),
-        (("--lengths", "48", "48"), "the length 48 is given twice"),
-        (("--lengths", "9999"), "beyond the 512 positions"),
-        (("--samples", "40"), "Ask for fewer samples or shorter lengths, or give more text"),
-        (("--alpha", "-1"), "alpha must be"),
-        (("--tp-plan", "auto"), "add --processes N, or use torchrun"),
-        (("--device", "cuda:7"), "is not there: torch sees"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_before_anything_is(sweep, capsys, monkeypatch, further, message):
-    monkeypatch.setattr(run, "_measure_all", None)
-    assert sweep("out", *further) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_a_model_without_sdpa_is_swept_and_its_attention_is_recorded(sweep, tmp_path, capsys):

@@ -8,7 +8,6 @@ import runpy
 import subprocess
 import sys
 import threading
-import tokenize
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,7 +20,7 @@ from tiny_models import tiny_model
 import nc_patch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-MOST_LINES = 40
+MOST_LINES = 90
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +45,9 @@ def run(monkeypatch, capsys):
     return start
 
 
-def _lines_of_code(path):
-    """The lines of a Python file that hold neither blanks, comments nor docstrings alone."""
-    tree = ast.parse(path.read_text())
-    docstrings = set()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    with path.open("rb") as source:
-        tokens = [t for t in tokenize.tokenize(source.readline) if t.type not in (*skipped, tokenize.ENCODING)]
-    return {line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docstrings
-
-
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short_and_says_what_it_does(path):
-    assert len(_lines_of_code(path)) <= MOST_LINES
+    assert len(path.read_text().splitlines()) <= MOST_LINES
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 

@@ -12,18 +12,12 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
+from ways import EACH_SETTING, assert_close
 
 import nc_patch
 from nc_patch import BrokenCacheError, forget_index, nc_stats, patch_model, unpatch_model
 
 PACKAGE = str(Path(nc_patch.__file__).parent)
-SETTINGS = {
-    "topk": {"selection": "topk", "key_index": "always"},
-    "drop": {"selection": "topk", "key_index": "always", "tail": "drop"},
-    "block": {"selection": "block", "block_size": 16},
-    "window": {"selection": "window"},
-    "unasked": {"key_index": "always", "query_block_size": 32, "local_keys": 0},
-}
 LENGTH = 50
 
 
@@ -79,36 +73,25 @@ def places(count: int, wanted: int) -> list[int]:
     return sorted({*range(1, count + 1, step), count})
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("selection", SETTINGS)
-def test_a_decoding_step_may_fail_anywhere(selection, error):
-    fail_at_lines(selection, error, new_tokens=1, wanted=10)
+def crop_layers(cache: DynamicCache, length: int) -> None:
+    """What the message of ``BrokenCacheError`` says."""
+    for layer in cache.layers:
+        layer.crop(length - layer.get_seq_length())
 
 
-@pytest.mark.parametrize("selection", SETTINGS)
-def test_a_later_piece_of_a_prompt_may_fail_anywhere(selection):
-    fail_at_lines(selection, torch.OutOfMemoryError, new_tokens=40, wanted=6)
+def patched_model(options: dict) -> torch.nn.Module:
+    return patch_model(tiny_model("llama"), 1.0, 0.7, **options)
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("new_tokens", [1, 40])
-@pytest.mark.parametrize("selection", SETTINGS)
-def test_every_line_of_a_call_may_fail(selection, new_tokens):
-    fail_at_lines(selection, torch.OutOfMemoryError, new_tokens, wanted=10**9)
-
-
-def fail_at_lines(selection: str, error: type[BaseException], new_tokens: int, wanted: int) -> None:
-    options = SETTINGS[selection]
-    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **options), random_ids(2, LENGTH + new_tokens + 1)
-    new, next_one = ids[:, LENGTH:-1], ids[:, -1:]
-    filled = DynamicCache()
+def fail_at_lines(options: dict, error: type[BaseException], new_tokens: int, wanted: int) -> None:
+    model, ids = patched_model(options), random_ids(2, LENGTH + new_tokens + 1)
+    new, next_one, filled = ids[:, LENGTH:-1], ids[:, -1:], DynamicCache()
     logits(model, ids[:, :LENGTH], filled)
-    expected = without_index(model, options, filled, new)
-    fresh = logits(model, ids)
+    expected, fresh = without_index(model, options, filled, new), logits(model, ids)
     twin = copy.deepcopy(filled)
     with Lines() as lines:
         found = logits(model, new, twin)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert_close(found, expected)
     before, refused = state_of(model), 0
     for at in places(lines.count, wanted):
         cache = copy.deepcopy(filled)
@@ -117,75 +100,73 @@ def fail_at_lines(selection: str, error: type[BaseException], new_tokens: int, w
         assert state_of(model) == before
         # As it is: refused where some layers have taken the tokens and others have not, and right where they agree.
         used = copy.deepcopy(cache)
-        lengths = [layer.get_seq_length() for layer in used.layers]
-        if len(set(lengths)) > 1:
+        if len({layer.get_seq_length() for layer in used.layers}) > 1:
             refused += 1
             with pytest.raises(BrokenCacheError, match="Start with a new cache"):
                 logits(model, next_one, used)
         else:
             goes_on = without_index(model, options, used, next_one)
-            torch.testing.assert_close(logits(model, next_one, used), goes_on, atol=1e-5, rtol=0)
-        # As the message says.
+            assert_close(logits(model, next_one, used), goes_on)
         crop_layers(cache, LENGTH)
-        torch.testing.assert_close(logits(model, new, cache), expected, atol=1e-5, rtol=0)
+        assert_close(logits(model, new, cache), expected)
         goes_on = without_index(model, options, cache, next_one)
-        torch.testing.assert_close(logits(model, next_one, cache), goes_on, atol=1e-5, rtol=0)
+        assert_close(logits(model, next_one, cache), goes_on)
     assert refused
-    torch.testing.assert_close(logits(model, ids), fresh, atol=0, rtol=0)
+    assert torch.equal(logits(model, ids), fresh)
     nc_stats(model)
     unpatch_model(model)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def crop_layers(cache: DynamicCache, length: int) -> None:
-    """What the message of ``BrokenCacheError`` says."""
-    for layer in cache.layers:
-        layer.crop(length - layer.get_seq_length())
+@pytest.mark.parametrize(
+    ("error", "new_tokens", "wanted"),
+    [
+        (torch.OutOfMemoryError, 1, 10),
+        (KeyboardInterrupt, 1, 6),
+        (torch.OutOfMemoryError, 40, 6),
+        *(pytest.param(torch.OutOfMemoryError, count, 10**9, marks=pytest.mark.wide) for count in (1, 40)),
+    ],
+)
+@EACH_SETTING
+def test_a_decoding_step_or_a_later_piece_of_a_prompt_may_fail_anywhere(settings, error, new_tokens, wanted):
+    fail_at_lines(settings, error, new_tokens, wanted)
 
 
-@pytest.mark.parametrize("selection", SETTINGS)
-def test_a_first_call_may_fail_anywhere(selection):
-    options = SETTINGS[selection]
-    ids = random_ids(1, LENGTH)
-    model = patch_model(tiny_model("llama"), 1.0, 0.7, **options)
-    logits(model, ids, DynamicCache())
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@EACH_SETTING
+def test_a_cache_is_right_again_once_it_is_reset_after_a_call_that_failed_anywhere(settings, static):
+    model, ids = patched_model(settings), random_ids(1, LENGTH + 1)
+    new = lambda: StaticCache(model.config, max_cache_len=80) if static else DynamicCache()  # noqa: E731
+    # The first call on a dynamic cache, which makes its layers, and a later one on a static cache.
+    before, failing = (ids[:, :-1], ids[:, -1:]) if static else (None, ids)
+
+    def whole(cache):
+        if before is not None:
+            logits(model, before, cache)
+        return logits(model, failing, cache)
+
+    expected, cache = whole(new()), new()
+    if before is not None:
+        logits(model, before, cache)
     with Lines() as lines:
-        expected = logits(model, ids, DynamicCache())
-    for at in places(lines.count, 6):
-        cache = DynamicCache()
+        logits(model, failing, cache)
+    for at in places(lines.count, 4):
+        cache = new()
+        if before is not None:
+            logits(model, before, cache)
         with pytest.raises(torch.OutOfMemoryError), Lines(at):
-            logits(model, ids, cache)
-        torch.testing.assert_close(logits(model, ids, DynamicCache()), expected, atol=0, rtol=0)
+            logits(model, failing, cache)
+        assert_close(whole(new()), expected)
         cache.reset()
-        torch.testing.assert_close(logits(model, ids, cache), expected, atol=0, rtol=0)
+        assert_close(whole(cache), expected)
 
 
-@pytest.mark.parametrize("selection", SETTINGS)
-def test_a_static_cache_is_right_again_once_it_is_reset(selection):
-    options = SETTINGS[selection]
-    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **options), random_ids(1, LENGTH + 1)
-    cache = StaticCache(config=model.config, max_cache_len=80)
-    logits(model, ids[:, :-1], cache)
-    with Lines() as lines:
-        expected = logits(model, ids[:, -1:], cache)
-    for at in places(lines.count, 3):
-        cache.reset()
-        logits(model, ids[:, :-1], cache)
-        with pytest.raises(torch.OutOfMemoryError), Lines(at):
-            logits(model, ids[:, -1:], cache)
-        cache.reset()
-        logits(model, ids[:, :-1], cache)
-        torch.testing.assert_close(logits(model, ids[:, -1:], cache), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("selection", SETTINGS)
 @pytest.mark.parametrize(("layer", "step"), [(0, 0), (1, 0), (2, 3), (0, 5), (1, 7)])
-def test_ctrl_c_inside_generate_leaves_the_model_and_the_cache_usable(selection, layer, step):
-    options = SETTINGS[selection]
-    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **options), random_ids(2, LENGTH)
-    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    expected, before = model.generate(ids, **settings), state_of(model)
-    calls = []
+@EACH_SETTING
+def test_ctrl_c_inside_generate_leaves_the_model_and_the_cache_usable(settings, layer, step):
+    model, ids, calls = patched_model(settings), random_ids(2, LENGTH), []
+    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected, before = model.generate(ids, **how), state_of(model)
 
     def interrupt(*_):
         calls.append(None)
@@ -195,11 +176,11 @@ def test_ctrl_c_inside_generate_leaves_the_model_and_the_cache_usable(selection,
     hook = model.model.layers[layer].mlp.register_forward_hook(interrupt)
     cache = DynamicCache()
     with pytest.raises(KeyboardInterrupt):
-        model.generate(ids, past_key_values=cache, **settings)
+        model.generate(ids, past_key_values=cache, **how)
     hook.remove()
     assert state_of(model) == before
-    assert torch.equal(model.generate(ids, **settings), expected)
-    held = min(layer_.get_seq_length() for layer_ in cache.layers) if len(cache.layers) == 3 else 0
+    assert torch.equal(model.generate(ids, **how), expected)
+    held = min(each.get_seq_length() for each in cache.layers) if len(cache.layers) == 3 else 0
     if layer < 2:
         with pytest.raises(BrokenCacheError):
             logits(model, ids[:, :1], copy.deepcopy(cache))
@@ -208,14 +189,14 @@ def test_ctrl_c_inside_generate_leaves_the_model_and_the_cache_usable(selection,
         assert torch.equal(model.generate(expected[:, : held + 1], past_key_values=cache, max_length=62), expected)
     else:
         cache.reset()
-        assert torch.equal(model.generate(ids, past_key_values=cache, **settings), expected)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **how), expected)
 
 
-def test_layers_that_keep_no_keys_of_their_own_are_not_taken_for_broken_ones():
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_layers_that_keep_no_keys_of_their_own_are_not_taken_for_broken_ones(family):
     # Two calls on one model without a cache, and with one that starts empty, and a prompt shorter than a window.
-    for family in ("llama", "mistral", "gemma2", "gpt_oss"):
-        model, ids = patch_model(tiny_model(family), 1.0, 0.7, selection="topk"), random_ids(2, 30)
-        cache = DynamicCache(config=model.config)
-        for piece in ids.split([3, 20, 1, 1, 5], 1):
-            logits(model, piece, cache)
-        logits(model, ids)
+    model, ids = patch_model(tiny_model(family), 1.0, 0.7, selection="topk"), random_ids(2, 30)
+    cache = DynamicCache(config=model.config)
+    for piece in ids.split([3, 20, 1, 1, 5], 1):
+        found = logits(model, piece, cache)
+    assert_close(found, logits(model, ids))

@@ -1,23 +1,20 @@
-"""Configs, directories of results and texts from strangers: refused with a clear error, never run, never a traceback.
+"""Directories of results and texts from strangers: refused with a clear error, never run, never a traceback.
 
 What the packages may do at all is held here as well: nothing is unpickled or evaluated, and no network is used unless
-a name of the hub is given.
+a name of the hub is given. ``test_config.py`` and ``test_profile.py`` hold files of settings and profiles to the same.
 """
 
-import ast
 import copy
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from eval_tasks.schema import row_problem, run_problem
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_eval_report import rows_of, run_of
 from tiny_sweep import sweep_arguments
 
@@ -26,8 +23,7 @@ import nc_patch
 from eval_tasks.errors import EvalError
 from eval_tasks.merging import merge_runs
 from eval_tasks.report import Section, markdown
-from eval_tasks.store import ResultStore, read_rows, read_run
-from nc_patch import NCConfig, Profile, ProfileError
+from eval_tasks.store import claimed, read_rows
 from nc_patch.cli import main
 
 SCRIPT = "<script>alert(1)</script>"
@@ -40,17 +36,20 @@ WRONG = [
 ]
 
 
-def written(directory: Path) -> Path:
+@pytest.fixture
+def directory(tmp_path):
     """A directory of results in which nothing is wrong."""
-    directory.mkdir(parents=True, exist_ok=True)
+    return written(tmp_path / "in")
+
+
+def written(directory: Path) -> Path:
+    directory.mkdir()
     rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 7.0}) + rows_of("perplexity", 4096, {"dense": 2.0})
-    write(directory, rows, good_run())
+    write(directory, rows, RUN)
     return directory
 
 
-def good_run() -> dict:
-    run = run_of(model="tiny", methods=["dense", "nc-topk"])
-    return {**run, "command": "nc-patch eval", "sessions": [{"started": "x"}]}
+RUN = run_of(model="tiny", methods=["dense", "nc-topk"]) | {"command": "nc-patch eval", "sessions": [{"started": "x"}]}
 
 
 def write(directory: Path, rows: list, run: object) -> None:
@@ -61,58 +60,6 @@ def write(directory: Path, rows: list, run: object) -> None:
 
 def files_of(directory: Path) -> dict[str, bytes | None]:
     return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(directory.rglob("*")) if not p.is_symlink()}
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "message"),
-    [
-        ("", ValueError, "no JSON"),
-        ("{", ValueError, "no JSON"),
-        ("3", TypeError, "mapping of names to values, got int"),
-        ("[]", TypeError, "mapping of names to values, got list"),
-        (DEEP, ValueError, "nested too deep"),
-        ('{"alpha": ' + DEEP + "}", ValueError, "nested too deep"),
-        ('{"alpha": [[[1]]]}', ValueError, "a list per layer"),
-        ('{"alpha": 1' + "0" * 400 + "}", ValueError, "alpha must be a positive number, got an integer of 1329 bits"),
-        ('{"alpha": 1' + "0" * 10_000 + "}", ValueError, "digits"),
-        ('{"alpha": 1e999}', ValueError, "alpha must be a positive number, got inf"),
-        ('{"alpha": NaN}', ValueError, "alpha must be a positive number, got nan"),
-        ('{"alpha": 1, "alpha": 2}', ValueError, "once, got 'alpha' several times"),
-        ('{"alpha": 1, "sink_keys": 1' + "0" * 50 + "}", ValueError, "sink_keys must be at most 2147483647"),
-        ('{"alpha": 1, "sink_keys": true}', TypeError, "sink_keys must be an integer, got True"),
-        ('{"alpha": 1, "dense_layers": "0"}', TypeError, "dense_layers must be a sequence"),
-        ('{"alpha": 1, "dense_layers": [[0]]}', TypeError, "dense_layers must be an integer"),
-        ('{"alpha": 1, "prefill": {"a": 1}}', ValueError, "prefill must be one of"),
-        ('{"alpha": 1, "max_factor": 1' + "0" * 400 + "}", ValueError, "max_factor must be a number of at least 1"),
-        ('{"alpha": 1, "__class__": "os.system"}', TypeError, "unknown option __class__"),
-        ('{"alpha": 1, "' + "x" * 100_000 + '": 1}', TypeError, "unknown option xxx"),
-        ('{"alpha": "' + "x" * 100_000 + '"}', TypeError, "alpha must be a positive number"),
-    ],
-    ids=range(21),
-)
-def test_hostile_configs_are_refused_in_a_short_message(text, error, message):
-    with pytest.raises(error, match=message) as caught:
-        NCConfig.from_json(text)
-    assert len(str(caught.value)) < 800
-
-
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["topk", "auto"]),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-        max_leaves=6,
-    ),
-    st.sampled_from(sorted(NCConfig(1.0).to_dict())),
-)
-@settings(max_examples=300, deadline=None)
-def test_any_value_of_any_setting_is_taken_or_refused_by_name(value, name):
-    values = NCConfig(1.0).to_dict() | {name: value}
-    config, said = None, ""
-    try:
-        config = NCConfig.from_json(json.dumps(values))
-    except (ValueError, TypeError) as error:
-        said = str(error)
-    assert said if config is None else NCConfig.from_json(config.to_json()) == config
 
 
 def changed(value: object, rng: random.Random) -> object:
@@ -132,24 +79,34 @@ def changed(value: object, rng: random.Random) -> object:
             return value
 
 
-def test_a_sound_directory_has_no_problem_and_reports(tmp_path):
-    directory = written(tmp_path / "in")
-    assert run_problem(read_run(directory)) is None
-    assert all(row_problem(row) is None for row in read_rows(directory))
+def reported(directory: Path, capsys: pytest.CaptureFixture) -> str:
+    """What a report says of a directory that it refuses, without writing anything."""
+    before = files_of(directory.parent)
+    assert main(["report", str(directory), "--out", str(directory.parent / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert len(said) < 600
+    assert files_of(directory.parent) == before
+    return said
+
+
+def test_a_sound_directory_reports_and_counts_duplicated_lines_once(directory, tmp_path):
     assert main(["report", str(directory), "--out", str(tmp_path / "out")]) == 0
+    rows = read_rows(directory)
+    write(directory, rows * 3, RUN)
+    assert read_rows(directory) == rows
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_damaged_directories_are_reported_or_refused_by_name(part, tmp_path):
     refused = 0
-    for seed in range(part * 60, part * 60 + 60):
-        rng = random.Random(seed)
-        directory = written(tmp_path / str(seed))
-        rows, run = read_rows(directory), read_run(directory)
+    for seed in range(part * 30, part * 30 + 30):
+        rng, directory = random.Random(seed), written(tmp_path / str(seed))
+        rows, run = read_rows(directory), RUN
         if rng.random() < 0.5:
             rows[rng.randrange(len(rows))] = changed(rows[0], rng)
         else:
-            run = changed(run, rng)
+            run = changed(RUN, rng)
         write(directory, rows, run)
         said = text = ""
         try:
@@ -163,7 +120,7 @@ def test_damaged_directories_are_reported_or_refused_by_name(part, tmp_path):
         assert len(said) < 600
         assert "<script" not in text.split("```")[0]
         assert "\x1b" not in text
-    assert refused > 20
+    assert refused > 10
 
 
 LINES = {
@@ -180,72 +137,52 @@ LINES = {
 }
 
 
+RECORDS = (b"", b"null", b"[]", b"3", DEEP.encode(), b"\xff\xfe", b'{"identity": 3}', b"{}")
+
+
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)
-def test_damaged_lines_are_named_and_nothing_is_written(line, tmp_path, capsys):
-    directory = written(tmp_path / "in")
+def test_damaged_lines_are_named_and_nothing_is_written(line, directory, capsys):
     rows = read_rows(directory)
-    write(directory, [rows[0], line, *rows[1:]], good_run())
-    before = files_of(tmp_path)
-    assert main(["report", str(directory), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "damaged" in said
-    assert "Traceback" not in said
-    assert len(said) < 600
-    assert files_of(tmp_path) == before
+    write(directory, [rows[0], line, *rows[1:]], RUN)
+    assert "damaged" in reported(directory, capsys)
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"3", DEEP.encode(), b"\xff\xfe", b'{"identity": 3}', b"{}"])
-def test_damaged_records_of_a_run_are_named(content, tmp_path, capsys):
-    directory = written(tmp_path / "in")
+@pytest.mark.parametrize("content", RECORDS, ids=range(len(RECORDS)))
+def test_damaged_records_of_a_run_are_named(content, directory, capsys):
     write(directory, read_rows(directory), content)
-    assert main(["report", str(directory), "--out", str(tmp_path / "out")]) == 2
-    assert "run.json is damaged" in capsys.readouterr().err
+    assert "run.json is damaged" in reported(directory, capsys)
 
 
-def test_duplicated_lines_count_once(tmp_path):
-    directory = written(tmp_path / "in")
-    rows = read_rows(directory)
-    write(directory, rows * 3, good_run())
-    assert read_rows(directory) == rows
+NAMES = ("results.jsonl", ".lock", "run.json", "report.html")
 
 
-@pytest.mark.parametrize("name", ["results.jsonl", ".lock", "run.json", "results.rank1.jsonl", "report.html"])
-def test_links_lead_no_write_out_of_the_directory(name, tmp_path, capsys):
-    directory, outside = written(tmp_path / "in"), tmp_path / "outside"
+@pytest.mark.parametrize(("name", "target"), [*((name, "there") for name in NAMES), (".lock", "missing")])
+def test_links_lead_no_write_out_of_the_directory(name, target, directory, tmp_path, capsys):
+    outside = tmp_path / "outside"
     outside.mkdir()
-    for target in ("there", "missing") if name == ".lock" else ("there",):
-        victim = outside / target
-        if target == "there":
-            victim.write_text("precious\nnot JSON", encoding="utf-8")
-        before = files_of(outside)
-        (directory / name).unlink(missing_ok=True)
-        (directory / name).symlink_to(victim)
-        if name in ("run.json", "report.html"):
-            main(["report", str(directory)])
-        else:
-            main(sweep_arguments(tmp_path / "model", directory))
-        assert "Traceback" not in capsys.readouterr().err
-        assert files_of(outside) == before
-
-
-@pytest.mark.parametrize("name", ["results.jsonl", "run.json", "results.rank1.jsonl", ".lock"])
-@pytest.mark.parametrize("kind", ["a pipe", "a device", "a directory"])
-def test_what_is_no_file_is_refused_and_never_waited_for(name, kind, tmp_path, capsys):
-    directory = written(tmp_path / "in")
+    if target == "there":
+        (outside / target).write_text("precious\nnot JSON", encoding="utf-8")
+    before = files_of(outside)
     (directory / name).unlink(missing_ok=True)
-    if kind == "a pipe":
-        os.mkfifo(directory / name)
-    elif kind == "a device":
-        (directory / name).symlink_to("/dev/zero")
-    else:
-        (directory / name).mkdir()
+    (directory / name).symlink_to(outside / target)
+    reports = name in ("run.json", "report.html")
+    main(["report", str(directory)] if reports else sweep_arguments(tmp_path / "model", directory))
+    assert "Traceback" not in capsys.readouterr().err
+    assert files_of(outside) == before
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "run.json", ".lock"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+def test_what_is_no_file_is_refused_and_never_waited_for(name, make, directory, tmp_path, capsys):
+    (directory / name).unlink(missing_ok=True)
+    make(directory / name)
     if name != ".lock":
         assert main(["report", str(directory), "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
         assert name in said
         assert "Traceback" not in said
     if name != "run.json":
-        with pytest.raises(EvalError, match="cannot be"), ResultStore(directory):
+        with pytest.raises(EvalError, match="cannot be"), claimed(directory):
             pass
 
 
@@ -259,68 +196,41 @@ def test_hostile_texts_are_measured_or_refused(content, tmp_path, capsys):
     assert not page.exists() or "<script" not in page.read_text(encoding="utf-8")
 
 
-FORBIDDEN_CALLS = {
-    *("eval", "exec", "compile", "__import__", "input", "breakpoint"),
-    *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "shelve.open", "joblib.load", "dill.load"),
-    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.hub.load"),
-}
-
-
-def called_names(tree: ast.AST) -> list[tuple[str, ast.Call]]:
-    """The dotted name of every call, with the names that imports gave resolved."""
-    aliases: dict[str, str] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            roots = {a.name: a.name if a.asname else a.name.partition(".")[0] for a in node.names}
-            aliases |= {a.asname or roots[a.name]: roots[a.name] for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            aliases |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            parts, at = [], node.func
-            while isinstance(at, ast.Attribute):
-                parts.append(at.attr)
-                at = at.value
-            if isinstance(at, ast.Name):
-                found.append((".".join([aliases.get(at.id, at.id), *reversed(parts)]), node))
-    return found
-
-
-def forbidden(source: str) -> list[str]:
-    """What a source calls that could run what it reads."""
-    found = []
-    for name, call in called_names(ast.parse(source)):
-        options = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
-        unsafe = (
-            (name == "torch.load" and options.get("weights_only") is not True)
-            or (name == "numpy.load" and options.get("allow_pickle") is not False)
-            or (name.startswith("subprocess.") and options.get("shell", False) is not False)
-        )
-        if name in FORBIDDEN_CALLS or unsafe or options.get("trust_remote_code") or options.get("allow_pickle"):
-            found.append(f"{name} in line {call.lineno}")
-    return found
+# What could run what it reads; by name, since nothing here hides a call behind another one.
+FORBIDDEN = re.compile(
+    r"""(?<![.\w])(eval|exec|compile|__import__|input|breakpoint)\(
+    |\b(pickle|marshal|shelve|joblib|dill)\.(load|loads|open|Unpickler)\b|\bfrom\ (pickle|marshal|shelve|joblib|dill)\b
+    |\byaml\.(load|unsafe_load|full_load)\b|\bos\.(system|popen)\b|\btorch\.hub\.load\b|\bimport\ (pickle|marshal)\ as\b
+    |\btorch\.load\((?![^()]*weights_only=True)|\bnp\.load\((?![^()]*allow_pickle=False)
+    |weights_only=False|trust_remote_code=True|allow_pickle=True|shell=True""",
+    re.X,
+)
 
 
 def test_the_packages_call_nothing_that_unpickles_or_evaluates():
     sources = [path for package in (nc_patch, eval_tasks) for path in Path(package.__file__).parent.rglob("*.py")]
-    assert len(sources) > 100
-    assert {str(path): calls for path in sources if (calls := forbidden(path.read_text(encoding="utf-8")))} == {}
+    assert len(sources) > 50
+    found = {str(path): FORBIDDEN.search(path.read_text(encoding="utf-8")) for path in sources}
+    assert {name: match.group() for name, match in found.items() if match} == {}
 
 
-def test_the_search_for_forbidden_calls_finds_them():
-    for source in (
-        "import pickle as p\np.load(f)",
-        "from pickle import loads\nloads(x)",
-        "import torch\ntorch.load(f)",
-        "import torch\ntorch.load(f, weights_only=False)",
-        "import yaml\nyaml.load(f)",
-        "eval('1')",
-        "import subprocess\nsubprocess.run('ls', shell=True)",
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle as p",
+        "from pickle import loads",
+        "pickle.load(f)",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "yaml.load(f)",
+        "x = eval('1')",
+        "subprocess.run('ls', shell=True)",
         "AutoModel.from_pretrained(x, trust_remote_code=True)",
-    ):
-        assert forbidden(source), source
-    assert not forbidden("import torch\ntorch.load(f, weights_only=True)\nmodel.eval()\nself.compile()")
+    ],
+)
+def test_the_search_for_forbidden_calls_finds_them(source):
+    assert FORBIDDEN.search(source)
+    assert not FORBIDDEN.search("torch.load(f, weights_only=True)\nmodel.eval()\nself.compile()\nre.compile(x)")
 
 
 # Runs in a process of its own: what an audit hook sees cannot be taken back, nor the hook.
@@ -379,13 +289,3 @@ def test_a_name_of_the_hub_is_what_asks_for_the_network(monkeypatch, tmp_path, c
     assert main(sweep_arguments(tmp_path, tmp_path / "out", "--model", "nobody/nothing")) == 2
     assert asked
     assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["\ud800", "\x1b[2J", "a\nb", "\u202e"])
-def test_names_that_cannot_be_printed_are_escaped_in_messages(name):
-    with pytest.raises(TypeError, match="unknown option") as of_config:
-        NCConfig.from_json(json.dumps({"alpha": 1, name: 1}))
-    with pytest.raises(ProfileError, match="format must be a number") as of_profile:
-        Profile.from_dict({"format": name})
-    for caught in (of_config, of_profile):
-        assert str(caught.value).isprintable()

@@ -11,6 +11,7 @@ from nc_patch.visibility import Visibility, is_bidirectional, is_packed, is_plai
 
 LENGTH = 40
 SEQUENCES = (3, 17, 20)  # lengths of packed sequences
+BEGINS = [[0] * 3 + [3] * 17 + [20] * 20]
 PACKED_POSITIONS = torch.cat([torch.arange(n) for n in SEQUENCES])[None]
 
 
@@ -30,114 +31,101 @@ KINDS = {
     "packed sliding": (packed(mu.sliding_window_causal_mask_function(7)), 7),
     "packed chunked": (packed(mu.chunked_causal_mask_function(8, NO_PADDING)), 8),
 }
-
-
-def expected(mask_function, q_length, kv_length, q_offset, kv_offset, padding, batch):
-    return mu.sdpa_mask(
-        batch, q_length, kv_length, q_offset, kv_offset, mask_function, padding, allow_is_causal_skip=False
-    )[:, :1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_whole_sequence(kind):
-    mask_function, local = KINDS[kind]
-    packed_mask = interval_mask(1, LENGTH, LENGTH, mask_function=mask_function, local_size=local)
-    visible = Visibility.unpack(packed_mask, LENGTH, LENGTH).visible
-    assert torch.equal(visible_mask(visible, LENGTH), expected(mask_function, LENGTH, LENGTH, 0, 0, None, 1))
-
-
-@pytest.mark.parametrize("kind", ["causal", "sliding"])
-@pytest.mark.parametrize(
-    ("q_length", "kv_length", "q_offset", "kv_offset"), [(5, 40, 35, 0), (1, 40, 39, 0), (4, 12, 30, 22)]
+EACH_KIND = pytest.mark.parametrize(("function", "local"), KINDS.values(), ids=KINDS)
+PLAIN_KINDS = pytest.mark.parametrize(
+    ("function", "local"), [KINDS["causal"], KINDS["sliding"]], ids=["causal", "sliding"]
 )
-def test_against_a_cache(kind, q_length, kv_length, q_offset, kv_offset):
-    mask_function, local = KINDS[kind]
-    packed_mask = interval_mask(2, q_length, kv_length, q_offset, kv_offset, mask_function, local_size=local)
-    visible = Visibility.unpack(packed_mask, q_length, kv_length).visible
-    assert torch.equal(
-        visible_mask(visible, kv_length), expected(mask_function, q_length, kv_length, q_offset, kv_offset, None, 2)
-    )
+# Queries, keys, and the positions of the first of each: whole, against a cache, a static cache, one that dropped keys.
+CALLS = pytest.mark.parametrize(
+    "call",
+    [(40, 40, 0, 0), (5, 40, 35, 0), (1, 40, 39, 0), (4, 12, 36, 28), (3, 64, 37, 0), (3, 64, torch.tensor(37), 0)],
+)
 
 
-@pytest.mark.parametrize("kind", ["causal", "sliding"])
-def test_a_static_cache_longer_than_what_was_written(kind):
-    mask_function, local = KINDS[kind]
-    packed_mask = interval_mask(1, 3, 64, torch.tensor(10), 0, mask_function, local_size=local)
-    visible = Visibility.unpack(packed_mask, 3, 64).visible
-    assert visible[..., 1].tolist() == [[11, 12, 13]]
-    assert torch.equal(visible_mask(visible, 64), expected(mask_function, 3, 64, 10, 0, None, 1))
+def expected(function, call=(LENGTH, LENGTH, 0, 0), padding=None, batch=1):
+    """The mask of transformers, bool ``[B, 1, Lq, Lk]``, in which padding queries see nothing."""
+    call = [int(number) for number in call]
+    mask = mu.sdpa_mask(batch, *call, function, padding, allow_is_causal_skip=False)[:, :1]
+    return mask if padding is None else mask & padding[:, None, call[2] : call[2] + call[0], None]
 
 
+def found(function, call=(LENGTH, LENGTH, 0, 0), padding=None, batch=1, local=None):
+    mask = interval_mask(batch, *call, function, padding, local_size=local)
+    return Visibility.unpack(mask, *call[:2])
+
+
+def assert_sees(visibility, mask):
+    """The keys that queries see are those of a mask, in the order in which padding with holes leaves them."""
+    if visibility.order is not None:
+        mask = mask.take_along_dim(visibility.order[:, None, None].long(), 3)
+    assert torch.equal(visible_mask(visibility.visible, mask.shape[-1]), mask)
+
+
+@EACH_KIND
+def test_a_whole_sequence_sees_what_transformers_lets_it_see_while_compiling_too(function, local, monkeypatch):
+    plain = found(function, local=local)
+    assert_sees(plain, expected(function))
+    monkeypatch.setattr(masks.torch.compiler, "is_compiling", lambda: True)
+    probed = found(function, local=local)
+    assert torch.equal(plain.visible, probed.visible)
+    assert local is not None or torch.equal(plain.origin, probed.origin)
+
+
+@PLAIN_KINDS
+@CALLS
+def test_a_call_on_a_cache_sees_what_transformers_lets_it_see(function, local, call):
+    assert_sees(found(function, call, batch=2, local=local), expected(function, call, batch=2))
+
+
+@PLAIN_KINDS
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["causal", "sliding"])
-def test_padding(kind, side):
-    mask_function, local = KINDS[kind]
+def test_padding_is_cut_off_and_sequences_begin_after_it(function, local, side):
     padding = torch.ones(3, LENGTH, dtype=torch.bool)
     for row, count in enumerate((0, 9, 31)):
         padding[row, slice(0, count) if side == "left" else slice(LENGTH - count, LENGTH)] = False
-    visible, origin, order = Visibility.unpack(
-        interval_mask(3, LENGTH, LENGTH, mask_function=mask_function, attention_mask=padding, local_size=local),
-        *(LENGTH, LENGTH),
-    )
-    assert order is None
-    mask = expected(mask_function, LENGTH, LENGTH, 0, 0, padding, 3)
-    tokens = padding[:, None, :, None]
-    assert torch.equal(visible_mask(visible, LENGTH), mask & tokens), "a padding query sees nothing, others as in SDPA"
-    first = padding.int().argmax(-1)
-    assert torch.equal(origin[padding], first[:, None].expand(3, LENGTH)[padding].int())
+    visibility = found(function, padding=padding, batch=3, local=local)
+    assert visibility.order is None
+    assert_sees(visibility, expected(function, padding=padding, batch=3))
+    first = padding.int().argmax(-1, keepdim=True).expand(3, LENGTH)
+    assert torch.equal(visibility.origin[padding], first[padding].int())
+
+
+@PLAIN_KINDS
+@CALLS
+def test_padding_with_holes_leaves_the_keys_that_are_tokens(function, local, call):
+    padding = torch.ones(4, LENGTH, dtype=torch.bool)
+    padding[0, 7:20], padding[1, [0, 1, 2, 15, 33, 36]], padding[2, :30:2] = False, False, False
+    visibility = found(function, call, padding, 4, local)
+    assert visibility.order is not None
+    assert_sees(visibility, expected(function, call, padding, 4))
+    is_token = padding[:, int(call[2]) : int(call[2]) + call[0]]
+    dropped = padding[:, : call[3]].sum(-1, keepdim=True)  # tokens whose keys the cache does not hold any more
+    assert torch.equal(visibility.origin[is_token], (-dropped).expand_as(is_token)[is_token].int())
 
 
 def test_chunks_are_counted_from_the_first_token_of_a_left_padded_row():
     padding = torch.ones(2, LENGTH, dtype=torch.bool)
     padding[1, :5] = False
-    mask_function = mu.chunked_causal_mask_function(8, torch.tensor([0, 5]))
-    packed_mask = interval_mask(2, LENGTH, LENGTH, mask_function=mask_function, attention_mask=padding)
-    visible = Visibility.unpack(packed_mask, LENGTH, LENGTH).visible
-    mask = expected(mask_function, LENGTH, LENGTH, 0, 0, padding, 2)
-    assert torch.equal(visible_mask(visible, LENGTH), mask & padding[:, None, :, None])
+    function = mu.chunked_causal_mask_function(8, torch.tensor([0, 5]))
+    assert_sees(found(function, padding=padding, batch=2), expected(function, padding=padding, batch=2))
 
 
-def test_origins_of_packed_sequences():
-    packed_mask = interval_mask(1, LENGTH, LENGTH, mask_function=KINDS["packed sliding"][0])
-    origin = Visibility.unpack(packed_mask, LENGTH, LENGTH).origin
-    assert origin.tolist() == [[0] * 3 + [3] * 17 + [20] * 20]
-
-
-def test_origin_of_a_cache_that_dropped_its_first_keys_is_negative():
-    origin = Visibility.unpack(interval_mask(1, 1, 7, 30, 24, KINDS["sliding"][0], local_size=7), 1, 7).origin
-    assert origin.tolist() == [[-24]]
-
-
-def test_a_mask_handed_in_again_is_returned_as_it_is():
-    mask = interval_mask(2, 5, 5)
-    assert interval_mask(2, 5, 5, attention_mask=mask) is mask
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bisection_while_compiling_finds_the_same_starts(kind, monkeypatch):
-    mask_function, local = KINDS[kind]
-    make = lambda: interval_mask(1, LENGTH, LENGTH, mask_function=mask_function, local_size=local)  # noqa: E731
-    plain = Visibility.unpack(make(), LENGTH, LENGTH)
-    monkeypatch.setattr(masks.torch.compiler, "is_compiling", lambda: True)
-    probed = Visibility.unpack(make(), LENGTH, LENGTH)
-    assert torch.equal(plain.visible, probed.visible)
-    if kind in ("causal", "packed"):
-        assert torch.equal(plain.origin, probed.origin)
+def test_origins_are_where_sequences_begin_before_the_first_key_where_a_cache_dropped_it():
+    assert found(KINDS["packed sliding"][0]).origin.tolist() == BEGINS
+    assert found(KINDS["sliding"][0], (1, 7, 30, 24), local=7).origin.tolist() == [[-24]]
 
 
 IMAGES = torch.full((1, LENGTH), -1)
 IMAGES[0, 5:12], IMAGES[0, 20:31] = 0, 1
-BLOCKWISE = mu.blockwise_overlay(IMAGES)
 PARTED = torch.where(IMAGES == 1, 0, IMAGES)
+WITH_IMAGES = mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(IMAGES))
 
 
 @pytest.mark.parametrize(
-    "mask_function",
+    "function",
     [
-        pytest.param(mu.or_masks(mu.causal_mask_function, BLOCKWISE), id="images"),
-        pytest.param(
-            mu.and_masks(mu.or_masks(mu.causal_mask_function, BLOCKWISE), mu.sliding_window_overlay(9)), id="sliding"
-        ),
+        pytest.param(WITH_IMAGES, id="images"),
+        pytest.param(mu.and_masks(WITH_IMAGES, mu.sliding_window_overlay(9)), id="images, sliding"),
         pytest.param(mu.or_masks(mu.causal_mask_function, lambda b, h, q, k: k < 13), id="prefix"),
         pytest.param(mu.and_masks(mu.causal_mask_function, lambda b, h, q, k: k % 2 == 0), id="every second key"),
         pytest.param(mu.sliding_window_overlay(4), id="no end"),
@@ -146,29 +134,24 @@ PARTED = torch.where(IMAGES == 1, 0, IMAGES)
 )
 @pytest.mark.parametrize("left", [0, 6])
 @pytest.mark.parametrize("elements", [50, 1 << 20])
-def test_whatever_lets_a_query_see_one_run_of_the_keys_is_taken(mask_function, left, elements, monkeypatch):
+def test_whatever_lets_a_query_see_one_run_of_the_keys_is_taken(function, left, elements, monkeypatch):
     monkeypatch.setattr(masks, "_ELEMENTS_AT_ONCE", elements)
-    padding = torch.ones(1, LENGTH, dtype=torch.bool)
-    padding[:, :left] = False
-    found = Visibility.unpack(
-        interval_mask(1, LENGTH, LENGTH, mask_function=mask_function, attention_mask=padding), LENGTH, LENGTH
-    )
-    mask = expected(mask_function, LENGTH, LENGTH, 0, 0, padding, 1) & padding[:, None, :, None]
-    order = torch.arange(LENGTH)[None] if found.order is None else found.order.long()
-    assert torch.equal(visible_mask(found.visible, LENGTH), mask.take_along_dim(order[:, None, None], 3))
-    assert bool((found.origin[padding] <= found.visible[padding][:, 0]).all())
+    padding = torch.arange(LENGTH)[None] >= left
+    visibility = found(function, padding=padding)
+    assert_sees(visibility, expected(function, padding=padding))
+    assert bool((visibility.origin[padding] <= visibility.visible[padding][:, 0]).all())
 
 
 @pytest.mark.parametrize(
-    ("mask_function", "name"),
+    ("function", "name"),
     [
         (mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(PARTED)), "or_mask"),
         (mu.and_masks(mu.causal_mask_function, lambda b, h, q, k: (q - k) % 2 == 0), "and_mask"),
     ],
 )
-def test_a_mask_of_several_runs_becomes_what_sdpa_takes_and_is_refused_by_name(mask_function, name):
-    mask = interval_mask(1, LENGTH, LENGTH, mask_function=mask_function)
-    assert torch.equal(mask, expected(mask_function, LENGTH, LENGTH, 0, 0, None, 1))
+def test_a_mask_of_several_runs_becomes_what_sdpa_takes_and_is_refused_by_name(function, name):
+    mask = interval_mask(1, LENGTH, LENGTH, mask_function=function)
+    assert torch.equal(mask, expected(function))
     with pytest.raises(UnsupportedMaskError, match=rf"Layer got a custom.*{name}.*several runs of keys"):
         visibility_of(mask, 1, LENGTH, LENGTH, "Layer")
 
@@ -177,9 +160,9 @@ def test_masks_of_four_dimensions_are_taken_where_every_row_is_one_run_and_refus
     causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     added = torch.where(causal, 0.0, torch.finfo(torch.float32).min)
     for mask in (causal, added, causal.expand(2, 3, 6, 6), torch.where(causal, 0.0, -torch.inf).bfloat16()):
-        found = visibility_of(mask, 2, 6, 6, "Layer")
-        assert found.order is None
-        assert torch.equal(visible_mask(found.visible, 6), causal.expand(2, 1, 6, 6))
+        visibility = visibility_of(mask, 2, 6, 6, "Layer")
+        assert visibility.order is None
+        assert_sees(visibility, causal.expand(2, 1, 6, 6))
     by_head, biased, unknown = causal.repeat(1, 2, 1, 1), added.clone(), added.clone()
     by_head[0, 1, 5, 0], biased[0, 0, 3, 1], unknown[0, 0, 3, 1] = False, 0.5, torch.nan
     for mask, why in (
@@ -194,86 +177,58 @@ def test_masks_of_four_dimensions_are_taken_where_every_row_is_one_run_and_refus
             visibility_of(mask, 2, 6, 6, "Layer")
 
 
-def test_documents_of_a_mask_of_four_dimensions_begin_where_their_rows_do():
-    mask = expected(KINDS["packed"][0], LENGTH, LENGTH, 0, 0, None, 1)
-    found = visibility_of(mask, 1, LENGTH, LENGTH, "Layer")
-    assert found.origin.tolist() == [[0] * 3 + [3] * 17 + [20] * 20]
-    assert torch.equal(visible_mask(found.visible, LENGTH), mask)
+def test_a_mask_of_four_dimensions_has_documents_that_begin_where_their_rows_do_and_keeps_keys_in_place():
+    mask = expected(KINDS["packed"][0])
+    visibility = visibility_of(mask, 1, LENGTH, LENGTH, "Layer")
+    assert visibility.origin.tolist() == BEGINS
+    assert_sees(visibility, mask)
+    padding = torch.arange(20) >= 5
+    mask = torch.ones(20, 20, dtype=torch.bool).tril() & padding & padding[:, None]
+    visibility = visibility_of(mask[None, None], 1, 20, 20, "Layer")
+    assert visibility.order is None
+    assert visibility.visible[0, 5:].tolist() == [[5, end] for end in range(6, 21)]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.float32, torch.uint8])
 @pytest.mark.parametrize("keys", [3, 4])
 def test_no_mask_of_the_callers_is_taken_for_packed_intervals(dtype, keys):
     assert not is_packed(torch.ones(1, 1, keys, keys).tril().to(dtype))
-    assert is_packed(interval_mask(1, keys, keys))
+    mask = interval_mask(1, keys, keys)
+    assert is_packed(mask)
+    assert interval_mask(1, keys, keys, attention_mask=mask) is mask
 
 
-def test_packed_intervals_of_another_call_are_refused():
-    for made, called in ((30, 20), (20, 30)):
-        with pytest.raises(UnsupportedMaskError, match=f"another call than one of {called} queries"):
-            visibility_of(interval_mask(1, made, called), 1, called, called, "Layer")
-
-
-def test_a_mask_of_four_dimensions_with_padding_leaves_keys_where_they_lie():
-    padding = torch.arange(20) >= 5
-    mask = torch.ones(20, 20, dtype=torch.bool).tril() & padding & padding[:, None]
-    found = visibility_of(mask[None, None], 1, 20, 20, "Layer")
-    assert found.order is None
-    assert found.visible[0, 5:].tolist() == [[5, end] for end in range(6, 21)]
-
-
-@pytest.mark.parametrize("kind", ["causal", "sliding"])
-@pytest.mark.parametrize(
-    ("q_length", "kv_length", "q_offset", "kv_offset"),
-    [(LENGTH, LENGTH, 0, 0), (5, LENGTH, 35, 0), (1, LENGTH, 39, 0), (4, 12, 36, 28), (3, 64, 37, 0)],
-)
-def test_padding_with_holes_leaves_the_keys_that_are_tokens(kind, q_length, kv_length, q_offset, kv_offset):
-    mask_function, local = KINDS[kind]
-    padding = torch.ones(4, LENGTH, dtype=torch.bool)
-    padding[0, 7:20], padding[1, [0, 1, 2, 15, 33, 36]], padding[2, :30:2] = False, False, False
-    found = Visibility.unpack(
-        interval_mask(4, q_length, kv_length, q_offset, kv_offset, mask_function, padding, local_size=local),
-        *(q_length, kv_length),
-    )
-    mask = expected(mask_function, q_length, kv_length, q_offset, kv_offset, padding, 4)
-    is_token = padding[:, q_offset : q_offset + q_length]
-    order = found.order[:, None, None].long()
-    assert torch.equal(
-        visible_mask(found.visible, kv_length), (mask & is_token[:, None, :, None]).take_along_dim(order, 3)
-    )
-    first = padding.int().argmax(-1, keepdim=True)
-    dropped = padding[:, :kv_offset].sum(-1, keepdim=True)
-    assert torch.equal(
-        found.origin[is_token], (padding.cumsum(-1).gather(1, first) - 1 - dropped).expand_as(is_token)[is_token].int()
-    )
+@pytest.mark.parametrize(("made", "called"), [(30, 20), (20, 30)])
+def test_packed_intervals_of_another_call_are_refused(made, called):
+    with pytest.raises(UnsupportedMaskError, match=f"another call than one of {called} queries"):
+        visibility_of(interval_mask(1, made, called), 1, called, called, "Layer")
 
 
 def test_the_mask_of_cross_attention_holds_every_key_that_is_no_padding_and_is_marked():
     padding = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    packed = interval_mask(3, 2, 4, mask_function=mu.bidirectional_mask_function, attention_mask=padding)
-    assert packed.view(torch.int32)[:, 0, :, :2].tolist() == [[[0, 4]] * 2, [[1, 3]] * 2, [[0, 0]] * 2]
-    assert is_bidirectional(packed)
+    both_ways = {"mask_function": mu.bidirectional_mask_function, "attention_mask": padding}
+    mask = interval_mask(3, 2, 4, **both_ways)
+    assert mask.view(torch.int32)[:, 0, :, :2].tolist() == [[[0, 4]] * 2, [[1, 3]] * 2, [[0, 0]] * 2]
+    assert is_bidirectional(mask)
     assert not is_bidirectional(interval_mask(3, 4, 4))
     padding[0, 1] = False
-    mask = interval_mask(3, 2, 4, mask_function=mu.bidirectional_mask_function, attention_mask=padding)
-    assert torch.equal(mask, padding[:, None, None].expand(3, 1, 2, 4))
+    assert torch.equal(interval_mask(3, 2, 4, **both_ways), padding[:, None, None].expand(3, 1, 2, 4))
 
 
-def test_custom_masks_are_refused_while_compiling(monkeypatch):
+@pytest.mark.parametrize("compose", [mu.or_masks, mu.and_masks])
+def test_custom_masks_are_refused_while_compiling(monkeypatch, compose):
     monkeypatch.setattr(masks.torch.compiler, "is_compiling", lambda: True)
-    for mask_function, custom in (
-        (mu.or_masks(mu.causal_mask_function), False),
-        (mu.and_masks(mu.causal_mask_function), True),
-    ):
-        with pytest.raises(UnsupportedMaskError, match="cannot be looked at while"):
-            interval_mask(1, 4, 4, mask_function=mask_function, use_vmap=custom)
+    with pytest.raises(UnsupportedMaskError, match="cannot be looked at while"):
+        interval_mask(1, 4, 4, mask_function=compose(mu.causal_mask_function), use_vmap=compose is mu.and_masks)
 
 
 def test_plain_causal_is_told_from_the_rest():
-    plain = lambda mask, lengths: is_plain_causal(Visibility.unpack(mask, *lengths).visible, lengths[1])  # noqa: E731
-    assert plain(interval_mask(2, 5, 9, 4), (5, 9))
-    assert not plain(interval_mask(2, 5, 12, 4), (5, 12))
+    plain = lambda call, padding=None: is_plain_causal(  # noqa: E731
+        found(mu.causal_mask_function, (*call, 0), padding, batch=2).visible, call[1]
+    )
+    assert plain((5, 9, 4))
+    assert not plain((5, 12, 4))
     padding = torch.ones(2, 5, dtype=torch.bool)
-    assert plain(interval_mask(2, 5, 5, attention_mask=padding), (5, 5))
+    assert plain((5, 5, 0), padding)
     padding[1, 0] = False
-    assert not plain(interval_mask(2, 5, 5, attention_mask=padding), (5, 5))
+    assert not plain((5, 5, 0), padding)

@@ -77,38 +77,58 @@ def to_lengths(*lengths):
     return compress
 
 
-@pytest.mark.parametrize("options", [{"alpha": 1.0, "C": 1.0}, {"alpha": 2.0, "C": 0.5, "selection": "dense"}], ids=str)
+DENSE, ALL_KEYS = {"alpha": 1.0, "C": 1.0}, {"alpha": 1e6, "C": 0.0}
+SPARSE = {"alpha": 2.0, "C": 0.5}
+
+
+def by_patched(options, compress):
+    return decoded(patch_model(tiny_model("llama"), **options), compress)
+
+
+@pytest.mark.parametrize("options", [DENSE, SPARSE | {"selection": "dense"}], ids=str)
 def test_keys_masked_by_head_are_not_attended_where_all_others_are(imported, options):
     imported("sdpa", IMPLEMENTATION)
     expected = decoded(tiny_model("llama"), by_head)
-    torch.testing.assert_close(decoded(patch_model(tiny_model("llama"), **options), by_head), expected)
-    with pytest.raises(AssertionError):  # they do make a difference
-        torch.testing.assert_close(
-            decoded(tiny_model("llama"), lambda modules, cache: None), expected, atol=0.1, rtol=0
-        )
+    torch.testing.assert_close(by_patched(options, by_head), expected)
+    unmasked = decoded(tiny_model("llama"), lambda modules, cache: None)
+    assert not torch.allclose(unmasked, expected, atol=0.1), "they make a difference"
 
 
-@pytest.mark.parametrize("options", [{"alpha": 1.0, "C": 1.0}, {"alpha": 2.0, "C": 0.5}], ids=str)
-def test_keys_masked_by_head_are_refused_where_nothing_masks_them(imported, options):
-    imported("sdpa")
+BEFORE, AMONG = r"imported before nc_patch.*Import nc_patch first", "sparse attention would choose among these keys"
+BOTH = ("sdpa", IMPLEMENTATION)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (("sdpa",), DENSE, BEFORE),
+        (("sdpa",), SPARSE, BEFORE),
+        (BOTH, SPARSE | {"selection": "topk"}, AMONG),
+        (BOTH, SPARSE | {"selection": "block"}, AMONG),
+        (BOTH, SPARSE | {"selection": "window"}, AMONG),
+    ],
+)
+def test_keys_masked_by_head_are_refused_where_nothing_masks_them_or_attention_is_sparse(
+    imported, names, options, message
+):
+    imported(*names)
     model = patch_model(tiny_model("llama"), **options)
-    with pytest.raises(UnsupportedModelError, match=r"imported before nc_patch.*Import nc_patch first"):
+    with pytest.raises(UnsupportedModelError, match=message):
         decoded(model, by_head)
     model(random_ids(1, 20))  # a prefill masks none
 
 
-@pytest.mark.parametrize("selection", ["topk", "block", "window"])
-def test_sparse_attention_refuses_to_choose_among_keys_masked_by_head(imported, selection):
-    imported("sdpa", IMPLEMENTATION)
-    with pytest.raises(UnsupportedModelError, match="sparse attention would choose among these keys"):
-        decoded(patch_model(tiny_model("llama"), 2.0, 0.5, selection=selection), by_head)
-
-
-def test_keys_dropped_alike_in_every_layer_are_dropped():
+@pytest.mark.parametrize("options", [DENSE, ALL_KEYS, ALL_KEYS | {"selection": "block"}], ids=str)
+def test_keys_dropped_alike_in_every_layer_are_dropped(options):
     compress = to_lengths(20, 20, 20)
-    expected = decoded(tiny_model("llama"), compress)
-    for options in ({"alpha": 1.0, "C": 1.0}, {"alpha": 1e6, "C": 0.0}, {"alpha": 1e6, "C": 0.0, "selection": "block"}):
-        torch.testing.assert_close(decoded(patch_model(tiny_model("llama"), **options), compress), expected)
+    torch.testing.assert_close(by_patched(options, compress), decoded(tiny_model("llama"), compress))
+
+
+@pytest.mark.parametrize("lengths", [(10, 20, 30), (30, 20, 10), (20, 20, 21)], ids=str)
+@pytest.mark.parametrize("options", [DENSE, SPARSE], ids=str)
+def test_other_numbers_of_keys_in_each_layer_are_refused(lengths, options):
+    with pytest.raises(BrokenCacheError, match="drops keys layer by layer, let it keep as many in every layer"):
+        by_patched(options, to_lengths(*lengths))
 
 
 def closed_over(forward):
@@ -145,10 +165,3 @@ def test_a_forward_that_another_library_has_wrapped_is_patched():
     for wrap, layer in zip((closed_over, partly, marked), model.model.layers, strict=True):
         layer.self_attn.forward = wrap(layer.self_attn.forward)
     assert torch.equal(patch_model(model, 2.0, 0.5, selection="topk")(ids).logits, expected(ids).logits)
-
-
-@pytest.mark.parametrize("lengths", [(10, 20, 30), (30, 20, 10), (20, 20, 21)], ids=str)
-@pytest.mark.parametrize("options", [{"alpha": 1.0, "C": 1.0}, {"alpha": 2.0, "C": 0.5}], ids=str)
-def test_other_numbers_of_keys_in_each_layer_are_refused(lengths, options):
-    with pytest.raises(BrokenCacheError, match="drops keys layer by layer, let it keep as many in every layer"):
-        decoded(patch_model(tiny_model("llama"), **options), to_lengths(*lengths))

@@ -4,30 +4,24 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from ways import CHOICES, TOPK, small
+from ways import EACH_SETTING, SETTINGS, small
 
 from nc_patch import KeyIndex, nc_stats, patch_model, sparse_attention
 
-SELECTIONS = {
-    "topk": {"selection": "topk"},
-    "drop": {"selection": "topk", "tail": "drop"},
-    "block": {"selection": "block", "block_size": 16},
-    "window": {"selection": "window"},
-    "dense": {"selection": "dense"},
-}
-EACH_SELECTION = pytest.mark.parametrize("options", SELECTIONS.values(), ids=SELECTIONS.keys())
+SELECTIONS = {**SETTINGS, "dense": {"selection": "dense"}}
+EACH_SELECTION = pytest.mark.parametrize("settings", SELECTIONS.values(), ids=SELECTIONS)
 SECOND, FORWARD = "no second derivative .*or unpatch the model", "no derivative in forward mode .*or unpatch the model"
 # PyTorch says that it maps over an operation by a loop.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
-def energy(options):
-    """A scalar of the queries ``[1, 4, 40, 8]``, and queries."""
+def energy(settings):
+    """The function of queries ``[1, 4, 40, 8]``, a scalar of it, and queries."""
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 40, 8, generator=draw) for heads in (4, 2, 2))
-    attend = lambda query: sparse_attention(  # noqa: E731
-        query, key, value, alpha=2.0, C=0.5, backend="torch", **options
-    )
+    options = {"alpha": 2.0, "C": 0.5, "backend": "torch"} | settings
+    options.pop("key_index", None)
+    attend = lambda query: sparse_attention(query, key, value, **options)  # noqa: E731
     return attend, lambda query: attend(query).square().sum(), query
 
 
@@ -37,8 +31,8 @@ def by_autograd(function, at):
 
 
 @EACH_SELECTION
-def test_gradients_of_transforms_are_autograds(options):
-    attend, loss, query = energy(options)
+def test_gradients_of_transforms_are_autograds(settings):
+    attend, loss, query = energy(settings)
     expected = by_autograd(loss, query)
     assert torch.equal(grad(loss)(query), expected)
     assert torch.equal(vjp(loss, query)[1](torch.ones(()))[0], expected)
@@ -51,8 +45,8 @@ def test_gradients_of_transforms_are_autograds(options):
 
 
 @EACH_SELECTION
-def test_second_derivatives_and_forward_mode_are_refused_by_name(options):
-    _, loss, query = energy(options)
+def test_second_derivatives_and_forward_mode_are_refused_by_name(settings):
+    _, loss, query = energy(settings)
     twice = query.clone().requires_grad_()
     (once,) = torch.autograd.grad(loss(twice), twice, create_graph=True)
     with pytest.raises(NotImplementedError, match=SECOND):
@@ -68,12 +62,10 @@ def test_second_derivatives_and_forward_mode_are_refused_by_name(options):
         jvp(grad(loss), (query,), (query,))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [*CHOICES, TOPK | {"key_index": "always", "tail": "drop"}, TOPK | {"track": True}],
-)
-def test_gradients_of_every_sample_are_those_of_each_alone(options):
-    model, ids = small(**options), random_ids(3, 30)
+@pytest.mark.parametrize("track", [False, True], ids=["", "tracked"])
+@EACH_SETTING
+def test_gradients_of_every_sample_are_those_of_each_alone(settings, track):
+    model, ids = small(track=track, **settings), random_ids(3, 30)
     parameters = dict(model.named_parameters())
 
     def loss(parameters, ids):
@@ -86,13 +78,13 @@ def test_gradients_of_every_sample_are_those_of_each_alone(options):
     for row in range(3):
         model.zero_grad()
         model(ids[row : row + 1], use_cache=False, labels=ids[row : row + 1]).loss.backward()
-        for name, parameter in parameters.items():
-            torch.testing.assert_close(each[name][row], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+        expected = {name: parameter.grad for name, parameter in parameters.items()}
+        torch.testing.assert_close({name: g[row] for name, g in each.items()}, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [*CHOICES, {"selection": "window"}])
-def test_a_model_maps_over_rows_with_and_without_a_cache(options):
-    model, ids = small(**options), random_ids(3, 30)
+@EACH_SETTING
+def test_a_model_maps_over_rows_with_and_without_a_cache(settings):
+    model, ids = small(**settings), random_ids(3, 30)
     for use_cache in (False, True):
         found = vmap(lambda row, use_cache=use_cache: model(row[None], use_cache=use_cache).logits[0])(ids)
         torch.testing.assert_close(found, model(ids).logits)
@@ -100,7 +92,7 @@ def test_a_model_maps_over_rows_with_and_without_a_cache(options):
 
 
 def test_what_cannot_be_mapped_is_named():
-    model, ids = small(), random_ids(2, 20)
+    model, blocks, ids = small(), small(selection="block"), random_ids(2, 20)
     mask = torch.ones_like(ids)
     with pytest.raises(NotImplementedError, match=r"maps over attention_mask.*Give all rows to one call"):
         vmap(lambda row, seen: model(row[None], attention_mask=seen[None]).logits)(ids, mask)
@@ -110,17 +102,13 @@ def test_what_cannot_be_mapped_is_named():
     visible = torch.tensor([0, 1], dtype=torch.int32).expand(2, 1, 5, 2)
     with pytest.raises(NotImplementedError, match="maps over visible"):
         vmap(lambda q, seen: sparse_attention(q, q, q, alpha=2.0, visible=seen))(query, visible)
-    model = small(on_drop="warn")
-    with pytest.raises(RuntimeError, match=r"nor a transform of torch.func"):
-        vmap(lambda row: model(row[None]).logits)(ids)
-
-
-def test_decoding_by_an_index_is_refused_in_a_transform():
-    model, ids = small(selection="block"), random_ids(2, 1)
     with (
         pytest.raises(NotImplementedError, match=r"decoding by an index does not run inside a transform"),
         torch.no_grad(),
     ):
+        vmap(lambda row: blocks(row[None]).logits)(random_ids(2, 1))
+    model = small(on_drop="warn")
+    with pytest.raises(RuntimeError, match=r"nor a transform of torch.func"):
         vmap(lambda row: model(row[None]).logits)(ids)
 
 
@@ -144,12 +132,6 @@ def test_compiled_transforms_give_the_same_gradients_and_whole_graphs_of_them_ar
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"leave out fullgraph=True"):
         torch.compile(lambda query: grad(loss)(query), backend="aot_eager", fullgraph=True)(query)
-
-
-@EACH_SELECTION
-def test_the_function_compiles_as_a_whole(options):
-    attend, _, query = energy(options)
-    assert torch.equal(torch.compile(attend, backend="aot_eager", fullgraph=True)(query), attend(query))
 
 
 def test_what_stays_dense_has_the_derivatives_of_dense_attention():

@@ -1,33 +1,70 @@
-"""``torch.compile`` around a patched model: the numbers of dense attention with a full budget, and of eager mode."""
+"""``torch.compile`` and ``torch.export``: the numbers of dense attention with a full budget, and of eager mode."""
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
+import transformers
+from tiny_models import FAMILIES, random_ids, tiny_model
 from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import CompileConfig
-from ways import BLOCKS, EACH_SELECTION, TOPK, UNASKED, each_family, full_and_small, small
+from transformers import CompileConfig, StaticCache
+from ways import (
+    CHOICES,
+    SETTINGS,
+    assert_close,
+    boundaries,
+    full_and_small,
+    left_padded,
+    rows_of,
+    small,
+    with_holes,
+)
 
 from nc_patch import sparse_attention
 
-SELECTIONS = [
-    {"selection": "topk"},
-    {"selection": "topk", "tail": "drop"},
-    {"selection": "window"},
-    {"selection": "block"},
-]
+# Compiling takes most of the time: no more layers than a family has kinds of, and the index makes no other graphs.
+LAYERS = {"gemma2": 2, "gpt_oss": 2}
+PLAIN = {name: settings for name, settings in SETTINGS.items() if name != "topk by codes"}
+EACH_PLAIN = pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN)
 
 
-@EACH_SELECTION
-@pytest.mark.parametrize("family", each_family("gemma2"))
-def test_a_compiled_forward_equals_dense_and_the_eager_one(family, selections):
+def families_and_settings(*plain):
+    """All families with two settings; those that are not ``plain`` are left to the wide sweep."""
+    cases = [(family, name) for family in FAMILIES for name in ("topk", "unasked")]
+    return pytest.mark.parametrize(
+        ("family", "settings"),
+        [
+            pytest.param(
+                *(case[0], SETTINGS[case[1]]), marks=() if case in plain else pytest.mark.wide, id="-".join(case)
+            )
+            for case in cases
+        ],
+    )
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    torch._dynamo.reset()
+
+
+def whole(model, backend="aot_eager"):
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+@families_and_settings(("llama", "topk"), ("gemma2", "unasked"))
+def test_a_compiled_forward_equals_dense_and_the_eager_one(family, settings):
     ids = random_ids(2, 70)
-    for model, reference in full_and_small(family, **selections):
+    for model, reference in full_and_small(family, LAYERS.get(family, 1), **settings):
         torch._dynamo.reset()
         with torch.inference_mode():
-            expected = reference(ids, use_cache=False).logits
-            found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, use_cache=False).logits
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+            assert_close(whole(model)(ids, use_cache=False).logits, reference(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("kind", ["positions", "cu_seq_lens"])
+def test_a_compiled_call_splits_packed_sequences(kind):
+    rows, model = [random_ids(21), random_ids(34)], small(layers=1)
+    with torch.inference_mode():
+        found = whole(model)(torch.cat(rows)[None], use_cache=False, **boundaries(kind, [21, 34])).logits[0]
+        assert_close(found, torch.cat([model(row[None]).logits[0] for row in rows]))
 
 
 def generated_by_compiled_steps(model, ids):
@@ -45,98 +82,119 @@ def generated_by_compiled_steps(model, ids):
     return found, len(graphs)
 
 
-@EACH_SELECTION
-@pytest.mark.parametrize("family", each_family("llama"))
-def test_generate_compiles_itself_on_a_static_cache(family, selections):
+@families_and_settings(("llama", "unasked"))
+def test_generate_compiles_itself_on_a_static_cache(family, settings):
     ids = random_ids(2, 40)
-    _, graphs_of_dense = generated_by_compiled_steps(tiny_model(family), ids)
+    _, graphs_of_dense = generated_by_compiled_steps(tiny_model(family, num_hidden_layers=LAYERS.get(family, 1)), ids)
     assert graphs_of_dense <= 2  # the length of a sliding cache is first taken for a constant
-    for model, reference in full_and_small(family, **selections):
+    for model, reference in full_and_small(family, LAYERS.get(family, 1), **settings):
         found, graphs = generated_by_compiled_steps(model, ids)
         assert torch.equal(found, reference.generate(ids, max_new_tokens=6, do_sample=False))
         assert graphs == graphs_of_dense  # a step is not compiled anew
 
 
-@EACH_SELECTION
-@pytest.mark.parametrize("family", each_family("llama"))
-def test_prompts_of_many_lengths_share_their_graphs(family, selections):
-    model, frames = small(family, **selections), CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=frames, fullgraph=True)
+@pytest.mark.parametrize("options", CHOICES[1:], ids=str)
+def test_a_compiled_step_keeps_the_index_of_a_static_cache(options):
+    model, ids = small(layers=1, backend="torch", **options), random_ids(1, 60)
+    frames, cache = CompileCounterWithBackend("aot_eager"), StaticCache(config=model.config, max_cache_len=90)
+    with torch.inference_mode():
+        expected = model.generate(ids, max_new_tokens=24, do_sample=False)
+        tokens = [model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)]
+        step = whole(model.forward, frames)
+        for _ in range(23):
+            tokens.append(step(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+    assert torch.equal(torch.cat(tokens, -1), expected[:, 60:])
+    assert frames.frame_count <= 2  # a step is not compiled anew for every token
+    assert all(layer.nc_indexes for layer in cache.layers)
+
+
+@families_and_settings(("llama", "unasked"))
+def test_prompts_of_many_lengths_share_their_graphs(family, settings):
+    model, frames = small(family, LAYERS.get(family, 1), **settings), CompileCounterWithBackend("aot_eager")
+    compiled = whole(model, frames)
     with torch.inference_mode():
         for length in (40, 20, 31, 9, 55, 64):  # of a page or less too
             ids = random_ids(2, length)
-            found, expected = (m(ids, use_cache=False).logits for m in (compiled, model))
-            torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+            assert_close(*(each(ids, use_cache=False).logits for each in (compiled, model)))
     assert frames.frame_count == 2  # the first length is taken for a constant
 
 
-@pytest.mark.parametrize("selections", [TOPK, {"selection": "window"}, BLOCKS, UNASKED], ids=str)
-def test_a_compiled_step_of_training_has_the_gradients_of_an_eager_one(selections):
-    model, ids, gradients = small(**selections).train(), random_ids(2, 70), []
-    torch._dynamo.reset()
+@EACH_PLAIN
+def test_a_compiled_step_of_training_has_the_gradients_of_an_eager_one(settings):
+    model, ids, gradients = small(layers=1, **settings).train(), random_ids(2, 70), []
     for run in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()
         run(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-    for eager, compiled in zip(*gradients, strict=True):
-        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_compiled_call_refuses_a_padding_mask_with_holes():
-    model, ids, mask = small(), random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    model, ids, mask = small(layers=1), random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
     mask[0, :10] = 0
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = whole(model)
     with torch.inference_mode():
-        found, expected = (m(ids, attention_mask=mask, use_cache=False).logits for m in (compiled, model))
-        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=0)
+        found, expected = (each(ids, attention_mask=mask, use_cache=False).logits for each in (compiled, model))
+        assert_close(found[mask.bool()], expected[mask.bool()])
         mask[0, 20] = 0
         with pytest.raises(RuntimeError, match=r"the padding mask has holes.*to generate, to the left"):
             compiled(ids, attention_mask=mask, use_cache=False)
 
 
-class Logits(torch.nn.Module):
-    """The logits of a model without a cache, for ``torch.export``."""
+@pytest.mark.parametrize("selection", ["topk", pytest.param("window", marks=pytest.mark.wide), "block"])
+def test_a_compiled_static_cache_takes_holes_that_were_there_from_the_first_call(selection):
+    model, batch = small(layers=1, selection=selection, block_size=16), with_holes(rows_of(3, shortest=30))
+    how = {"max_new_tokens": 5, "pad_token_id": 0, "disable_compile": True, "cache_implementation": "static"}
+    eager = model.generate(**batch, **how)
+    model.forward = whole(model.forward)
+    assert torch.equal(model.generate(**batch, **how), eager)
 
-    def __init__(self, model):
+
+def test_a_compiled_call_refuses_holes_that_come_once_the_cache_has_an_index():
+    model, batch = small(layers=1, selection="block"), left_padded(rows_of(3))
+    length = batch["input_ids"].shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    with torch.inference_mode():
+        model(**batch, past_key_values=cache)
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+        mask[:, length - 9] = 0  # a token that later ones are not to see
+        inputs, position = torch.zeros(3, 1, 64), torch.full((3, 1), length)
+        packed = transformers.masking_utils.create_masks_for_generate(model.config, inputs, mask, cache, position)
+        with pytest.raises(Exception, match=r"mask has holes.*drop the key index"):
+            whole(model)(random_ids(3, 1), attention_mask=packed, past_key_values=cache, position_ids=position)
+        eager = model(random_ids(3, 1), attention_mask=mask, past_key_values=cache, position_ids=position)
+    assert bool(eager.logits.isfinite().all())
+
+
+class Call(torch.nn.Module):
+    """A function as a module, for ``torch.export``."""
+
+    def __init__(self, function, model=None):
         super().__init__()
-        self.model = model
+        self.function, self.model = function, model
 
-    def forward(self, ids):
-        return self.model(ids, use_cache=False).logits
-
-
-class Attention(torch.nn.Module):
-    """``sparse_attention`` with settings, for ``torch.export``."""
-
-    def __init__(self, settings):
-        super().__init__()
-        self.settings = settings
-
-    def forward(self, query, key, value):
-        return sparse_attention(query, key, value, alpha=2.0, C=0.5, **self.settings)
+    def forward(self, *tensors):
+        return self.function(*tensors)
 
 
 @pytest.mark.parametrize(
-    "settings", [*SELECTIONS, {"family": "gemma2"}, UNASKED], ids=lambda settings: "-".join(map(str, settings.values()))
+    "settings", [*PLAIN.values(), pytest.param({"family": "gemma2", "layers": 2}, marks=pytest.mark.wide)]
 )
 def test_an_exported_model_takes_every_length_from_two_on(settings):
-    logits, length = Logits(small(**settings)), torch.export.Dim("length", min=2, max=8192)
-    exported = torch.export.export(logits, (random_ids(2, 40),), dynamic_shapes=({1: length},)).module()
+    model, length = small(**{"layers": 1} | settings), torch.export.Dim("length", min=2, max=8192)
+    logits = Call(lambda ids: model(ids, use_cache=False).logits, model)
+    exported = torch.export.export(logits, (random_ids(2, 40),), dynamic_shapes=(({1: length},),)).module()
     for ids in (random_ids(2, length) for length in (2, 9, 16, 17, 70)):
-        torch.testing.assert_close(exported(ids), logits(ids), atol=2e-5, rtol=0)
+        assert_close(exported(ids), logits(ids))
 
 
-@pytest.mark.parametrize("settings", SELECTIONS, ids=lambda settings: "-".join(settings.values()))
+@EACH_PLAIN
 def test_exported_attention_takes_every_number_of_queries_and_keys(settings):
-    attention, rows = Attention(settings), lambda heads, length: torch.randn(1, heads, length, 16)
+    attention = Call(lambda q, k, v: sparse_attention(q, k, v, alpha=2.0, C=0.5, **settings))
+    tensors = lambda queries, keys: [torch.randn(1, h, n, 16) for h, n in ((4, queries), (2, keys), (2, keys))]  # noqa: E731
     queries, keys = torch.export.Dim("queries", min=2, max=512), torch.export.Dim("keys", min=2, max=4096)
-    exported = torch.export.export(
-        attention,
-        (rows(4, 40), rows(2, 90), rows(2, 90)),
-        dynamic_shapes=({2: queries}, {2: keys}, {2: keys}),
-    ).module()
+    shapes = (({2: queries}, {2: keys}, {2: keys}),)
+    exported = torch.export.export(attention, (*tensors(40, 90),), dynamic_shapes=shapes).module()
     for asked, seen in ((2, 2), (2, 9), (9, 17), (60, 70), (2, 300)):
-        inputs = (rows(4, asked), rows(2, seen), rows(2, seen))
-        torch.testing.assert_close(exported(*inputs), attention(*inputs), atol=2e-5, rtol=0)
+        inputs = tensors(asked, seen)
+        assert_close(exported(*inputs), attention(*inputs))

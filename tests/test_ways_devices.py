@@ -1,22 +1,40 @@
-"""Models over several devices, off the device, over processes, and in fewer bits: the numbers stay."""
+"""Models over devices, processes and threads, in fewer bits, in pipelines: the numbers stay, or the way is refused."""
 
+import copy
 import tempfile
+import threading
 
 import pytest
 import torch
 from processes import start_call
 from tiny_models import random_ids, tiny_model
-from transformers import AutoModelForCausalLM
-from ways import EACH_FAMILY, FULL, SMALL, attended_fraction, small
+from tiny_sweep import tiny_text, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig, TextGenerationPipeline
+from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction, full, full_and_small, small
 
 from eval_tasks.processes import free_port
-from nc_patch import UnsupportedModelError, is_patched, patch_model, unpatch_model
+from nc_patch import (
+    UnsupportedModelError,
+    is_patched,
+    nc_stats,
+    patch_model,
+    patched,
+    reset_stats,
+    unpatch_model,
+)
 from nc_patch.hooks import hand_on_mask
 from nc_patch.masks import interval_mask
 from nc_patch.visibility import is_packed, made_for
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module  # noqa: E402
+
+
+def generated(model, ids, **options):
+    return model.generate(ids, **{"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options)
+
+
+# Devices
 
 
 def offload_to_cpu(model, directory):
@@ -37,40 +55,44 @@ def dispatch(model, directory):
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=directory, force_hooks=True)
 
 
-OFFLOADS = {"cpu": offload_to_cpu, "disk": offload_to_disk, "dispatched": dispatch}
+def load_by_a_device_map(model, directory):
+    model.save_pretrained(directory)
+    implementation = {"attn_implementation": model.config._attn_implementation}
+    return AutoModelForCausalLM.from_pretrained(directory, device_map="auto", **implementation)
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("place", [offload_to_cpu, offload_to_disk, dispatch, load_by_a_device_map])
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_offloaded_weights_change_no_number_patched_before_or_after(family, offload, tmp_path):
-    ids = random_ids(2, 40)
-    for budget, reference in ((FULL, tiny_model(family)), (SMALL, small(family))):
-        expected = reference(ids).logits.detach()
-        text = reference.generate(ids, max_new_tokens=4, do_sample=False)
-        for first in ("patch", "offload"):
+def test_where_weights_lie_changes_no_number_patched_before_or_after(family, place, tmp_path):
+    ids, dense = random_ids(2, 40), tiny_model(family)
+    for budget, reference in ((FULL, dense), (SMALL, small(family))):
+        expected, text = reference(ids).logits.detach(), generated(reference, ids)
+        for patch_first in (True, False) if place is not load_by_a_device_map else (False,):
             model = tiny_model(family)
-            steps = {
-                "patch": lambda m, budget=budget: patch_model(m, *budget, selection="topk"),
-                "offload": lambda m: OFFLOADS[offload](m, tempfile.mkdtemp(dir=tmp_path)),
-            }
-            for step in sorted(steps, key=lambda name, first=first: name != first):
-                steps[step](model)
-            torch.testing.assert_close(model(ids).logits.detach(), expected, atol=2e-5, rtol=0)
-            assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), text)
+            if patch_first:
+                patch_model(model, *budget, **TOPK)
+            model = place(model, tempfile.mkdtemp(dir=tmp_path))
+            if not patch_first:
+                patch_model(model, *budget, **TOPK)
+            assert_close(model(ids).logits.detach(), expected)
+            assert torch.equal(generated(model, ids), text)
             assert (attended_fraction(model) == 1.0) == (budget == FULL)
-        unpatch_model(model)
-        torch.testing.assert_close(model(ids).logits, tiny_model(family)(ids).logits, atol=0, rtol=0)
+        assert torch.equal(unpatch_model(model)(ids).logits, dense(ids).logits)
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_a_model_loaded_by_a_device_map_is_patched_as_any(family, tmp_path):
-    tiny_model(family).save_pretrained(tmp_path)
-    implementation = tiny_model(family).config._attn_implementation
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", attn_implementation=implementation)
-    ids = random_ids(2, 40)
-    with torch.inference_mode():
-        assert torch.equal(patch_model(model, *SMALL, selection="topk")(ids).logits, small(family)(ids).logits)
-        assert torch.equal(unpatch_model(model)(ids).logits, tiny_model(family)(ids).logits)
+def test_a_mask_is_moved_to_a_device_once_for_all_layers_there_and_stays_where_it_is_right():
+    model, mask = small(), interval_mask(1, 5, 5)
+    layers = list(model.model.layers)
+    assert hand_on_mask(layers[0], (), {"attention_mask": mask}) is None
+    add_hook_to_module(layers[0], AlignDevicesHook(execution_device="cpu"))
+    assert hand_on_mask(layers[0], (), {"attention_mask": mask}) is None
+    for layer in layers:
+        add_hook_to_module(layer, SequentialHook(ModelHook(), AlignDevicesHook(execution_device="meta")))
+    moved = [hand_on_mask(layer, (), {"attention_mask": mask})[1]["attention_mask"] for layer in layers]
+    assert moved[0].device.type == "meta"
+    assert is_packed(moved[0])
+    assert made_for(moved[0]) == 5
+    assert all(each is moved[0] for each in moved)
 
 
 def run_a_rank(directory, out):
@@ -79,11 +101,11 @@ def run_a_rank(directory, out):
     model = AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto").eval()
     found = {}
     for name, budget in (("full", FULL), ("small", SMALL)):
-        patch_model(model, *budget, selection="topk", dense_below=0)
+        patch_model(model, *budget, **TOPK, dense_below=0)
         with torch.inference_mode():
             found[name] = model(ids).logits
-        found[f"{name} text"] = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    patch_model(model, [[1.0, 2.0, 3.0, 4.0]] * 3, 0.5, selection="topk", dense_below=0)
+        found[f"{name} text"] = generated(model, ids)
+    patch_model(model, [[1.0, 2.0, 3.0, 4.0]] * 3, 0.5, **TOPK, dense_below=0)
     try:
         model(ids)
     except UnsupportedModelError as error:
@@ -97,8 +119,7 @@ def test_a_model_over_two_processes_gives_the_numbers_of_one(tmp_path):
     model.save_pretrained(tmp_path)
     torch.save(ids, tmp_path / "ids.pt")
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    outs = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
-    ranks = []
+    outs, ranks = [tmp_path / f"rank{rank}.pt" for rank in range(2)], []
     for rank, out in enumerate(outs):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         said = out.with_suffix(".said")
@@ -109,74 +130,142 @@ def test_a_model_over_two_processes_gives_the_numbers_of_one(tmp_path):
     for out in outs:
         found = torch.load(out)
         for name, reference in (("full", model), ("small", small())):
-            torch.testing.assert_close(found[name], reference(ids).logits.detach(), atol=2e-5, rtol=0)
-            text = reference.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-            assert torch.equal(found[f"{name} text"], text)
+            assert_close(found[name], reference(ids).logits.detach())
+            assert torch.equal(found[f"{name} text"], generated(reference, ids))
         assert "given for 4 heads, LlamaAttention has 2 in this process" in found["per head"]
 
 
 def int8_torchao(model):
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    return model
 
 
 def int8_quanto(model):
     quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
     quanto.quantize(model, weights=quanto.qint8)
     quanto.freeze(model)
-    return model
 
 
 def int8_bitsandbytes(model):
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    nn = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
     for module in list(model.modules()):
         for name, linear in list(module.named_children()):
             if isinstance(linear, torch.nn.Linear):
-                quantised = bitsandbytes.nn.Linear8bitLt(
-                    linear.in_features, linear.out_features, bias=False, has_fp16_weights=False
-                )
+                sizes = (linear.in_features, linear.out_features)
+                quantised = nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
                 quantised.load_state_dict(linear.state_dict())
                 setattr(module, name, quantised.to("cpu"))
-    return model
 
 
-QUANTISED = {"torchao": int8_torchao, "quanto": int8_quanto, "bitsandbytes": int8_bitsandbytes}
-
-
-@pytest.mark.parametrize("library", QUANTISED)
-def test_quantised_weights_give_dense_with_a_full_budget_and_the_row_alone_with_a_small_one(library):
-    ids = random_ids(2, 40)
-    model = QUANTISED[library](tiny_model("llama"))
+@pytest.mark.parametrize("quantise", [int8_torchao, int8_quanto, int8_bitsandbytes])
+def test_quantised_weights_give_dense_with_a_full_budget_and_the_row_alone_with_a_small_one(quantise):
+    ids, model = random_ids(2, 40), tiny_model("llama")
+    quantise(model)
     with torch.inference_mode():
         dense = model(ids).logits
         assert not torch.equal(dense, tiny_model("llama")(ids).logits)
-        torch.testing.assert_close(patch_model(model, *FULL, selection="topk")(ids).logits, dense, atol=1e-4, rtol=0)
-        sparse = patch_model(model, *SMALL, selection="topk")(ids).logits
+        assert_close(patch_model(model, *FULL, **TOPK)(ids).logits, dense, atol=1e-4)
+        sparse = patch_model(model, *SMALL, **TOPK)(ids).logits
         assert not torch.allclose(sparse, dense, atol=1e-2)
-        for row in range(2):
-            torch.testing.assert_close(model(ids[row : row + 1]).logits[0], sparse[row], atol=1e-3, rtol=0)
-    assert is_patched(model)
+        assert_close(torch.cat([model(row[None]).logits for row in ids]), sparse, atol=1e-3)
 
 
-def test_a_mask_is_moved_to_a_device_once_for_all_layers_there():
-    model, mask = small(), interval_mask(1, 5, 5)
-    layers = list(model.model.layers)
-    for layer in layers:
-        add_hook_to_module(layer, SequentialHook(ModelHook(), AlignDevicesHook(execution_device="meta")))
-    moved = [hand_on_mask(layer, (), {"attention_mask": mask})[1]["attention_mask"] for layer in layers]
-    assert moved[0].device.type == "meta"
-    assert is_packed(moved[0])
-    assert made_for(moved[0]) == 5
-    assert all(each is moved[0] for each in moved)
-    assert all(hand_on_mask in layer._forward_pre_hooks.values() for layer in layers)
-    unpatch_model(model)
-    assert not any(layer._forward_pre_hooks for layer in layers)
+# Serving
 
 
-def test_a_mask_that_is_where_its_layer_is_stays():
-    model, mask = small(), interval_mask(1, 5, 5)
-    layer = model.model.layers[0]
-    assert hand_on_mask(layer, (), {"attention_mask": mask}) is None
-    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
-    assert hand_on_mask(layer, (), {"attention_mask": mask}) is None
+def test_a_pipeline_writes_what_dense_writes_and_with_a_small_budget_what_each_text_gets_alone():
+    texts = [tiny_text(words, seed=words) for words in (30, 12, 21)]
+    how = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+
+    def written(model, texts, **options):
+        tokenizer = tiny_tokenizer()
+        tokenizer.padding_side = "left"
+        found = TextGenerationPipeline(model=model, tokenizer=tokenizer)(texts, **how, **options)
+        return [text["generated_text"] for [text] in found]
+
+    for model, reference in full_and_small("llama"):
+        assert written(model, texts, batch_size=3) == [written(reference, [text])[0] for text in texts]
+    assert attended_fraction(model) < 0.7
+
+
+def test_what_would_run_dense_in_silence_is_refused_by_name():
+    model, ids = small(), random_ids(1, 20)
+    with pytest.raises(ValueError, match="Implementation nc_sparse is not supported for continuous batching"):
+        model.generate_batch([[3, 4, 5], [6, 7]], GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=2))
+    with pytest.raises(UnsupportedModelError, match=r"asks for attention weights \(output_attentions\)"):
+        model(ids, output_attentions=True)
+    assert nc_stats(model)["layers"][0]["calls"] == 0
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, small()(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_patched_model_that_was_switched_to_another_implementation_does_not_run_dense_in_silence(family):
+    model, eager, ids = small(family), tiny_model(family), random_ids(1, 20)
+    model.set_attn_implementation("eager")
+    eager.set_attn_implementation("eager")
+    with pytest.raises(UnsupportedModelError, match=r"is patched, but .* set to 'eager' since.*unpatch_model"):
+        model(ids)
+    other = copy.deepcopy(model)
+    with torch.inference_mode():
+        assert torch.equal(unpatch_model(model)(ids).logits, eager(ids).logits)
+        assert torch.equal(patch_model(other, *SMALL, **TOPK)(ids).logits, small(family)(ids).logits)
+    for each in (model, unpatch_model(other)):
+        assert each.config._attn_implementation == "eager"
+
+
+THREADS = 4
+
+
+def in_threads(work):
+    """Results of ``work(i)`` in so many threads, begun together; raises what one of them raised."""
+    results, problems, together = {}, [], threading.Barrier(THREADS)
+
+    def run(i):
+        try:
+            together.wait()
+            results[i] = work(i)
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]
+    return [results[i] for i in range(THREADS)]
+
+
+def test_threads_that_generate_on_one_model_get_what_one_alone_gets_and_every_call_is_counted():
+    model, prompts = small(), [random_ids(1 + i % 2, 20 + 5 * i) for i in range(THREADS)]
+    alone = [generated(model, prompt) for prompt in prompts]
+    expected = nc_stats(model)
+    reset_stats(model)
+    assert all(map(torch.equal, in_threads(lambda i: generated(model, prompts[i])), alone))
+    stats = nc_stats(model)
+    assert [layer["calls"] for layer in stats["layers"]] == [layer["calls"] for layer in expected["layers"]]
+    assert stats["mean_keys"] == pytest.approx(expected["mean_keys"])
+
+
+def test_threads_that_patch_models_of_one_config_leave_each_as_it_was():
+    first, ids = tiny_model("llama"), random_ids(1, 30)
+    models = [first] + [type(first)(first.config).eval() for _ in range(THREADS - 1)]
+
+    def patch_again_and_again(i):
+        for _ in range(20):
+            with patched(models[i], *SMALL, **TOPK), torch.inference_mode():
+                models[i](ids)
+        return is_patched(models[i])
+
+    assert in_threads(patch_again_and_again) == [False] * THREADS
+    assert first.config._attn_implementation == "sdpa"
+    with torch.inference_mode():
+        assert torch.equal(first(ids).logits, tiny_model("llama")(ids).logits)
+
+
+def test_two_patched_models_run_by_turns_within_one_generation():
+    first, second, ids = small(), full("gemma2"), random_ids(1, 40)
+    for model, other in ((first, second), (second, first)):
+        assert torch.equal(generated(model, ids, assistant_model=other), generated(model, ids))

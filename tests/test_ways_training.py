@@ -1,4 +1,4 @@
-"""Training through the patch: LoRA, checkpointing, Trainer; with a full budget the numbers are dense attention's."""
+"""Training through the patch, autocast, other default dtypes: dense attention's numbers with a full budget."""
 
 import copy
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
-from ways import BLOCKS, EACH_FAMILY, TOPK, UNASKED, attended_fraction, full, small
+from transformers import DynamicCache, Trainer, TrainingArguments
+from ways import CHOICES, EACH_FAMILY, EACH_FAMILY_AND_SETTING, EACH_SETTING, FULL, attended_fraction, full, small
 
-from nc_patch import is_patched, nc_stats, patch_model, unpatch_model
+from nc_patch import KeyIndex, forget_index, is_patched, nc_stats, patch_model, sparse_attention, unpatch_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -23,24 +23,19 @@ def gradients(model, ids, checkpointing=False):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(found, expected, atol=1e-5):
-    assert found.keys() == expected.keys()
+def assert_same(found, expected):
     assert found
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], atol=atol, rtol=1e-4, msg=name)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_gradients_are_dense_with_a_full_budget_and_checkpointing_changes_none(family):
-    ids = random_ids(2, 30)
-    assert_same(gradients(full(family), ids), gradients(tiny_model(family), ids))
-    assert_same(gradients(small(family), ids, checkpointing=True), gradients(small(family), ids))
-
-
-@pytest.mark.parametrize("options", [{"selection": "window"}, BLOCKS, TOPK | {"tail": "drop"}, UNASKED], ids=str)
-def test_checkpointing_changes_no_gradient_of_any_selection(options):
+@EACH_FAMILY_AND_SETTING
+def test_gradients_are_dense_with_a_full_budget_and_checkpointing_changes_none(family, settings):
     ids = random_ids(2, 70)
-    assert_same(gradients(small(**options), ids, checkpointing=True), gradients(small(**options), ids))
+    assert_same(gradients(full(family, **settings), ids), gradients(tiny_model(family), ids))
+    own = gradients(small(family, **settings), ids)
+    assert_same(gradients(small(family, **settings), ids, checkpointing=True), own)
+    with pytest.raises(AssertionError):
+        assert_same(own, gradients(tiny_model(family), ids))
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -63,7 +58,7 @@ def test_a_lora_step_is_dense_with_a_full_budget_whether_patched_before_or_after
     expected = gradients(with_lora(tiny_model(family)), ids)
     assert all("lora" in name for name in expected)
     assert_same(gradients(with_lora(full(family)), ids), expected)
-    assert_same(gradients(patch_model(with_lora(tiny_model(family)), 1e6, 0.0, selection="topk"), ids), expected)
+    assert_same(gradients(patch_model(with_lora(tiny_model(family)), *FULL, selection="topk"), ids), expected)
 
 
 def test_lora_training_lowers_the_loss_and_merging_keeps_the_patch():
@@ -84,44 +79,24 @@ def test_lora_training_lowers_the_loss_and_merging_keeps_the_patch():
         torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-4, rtol=0)
 
 
-def trainer_of(model, directory, data):
-    arguments = TrainingArguments(
-        str(directory),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        learning_rate=1e-2,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    return Trainer(model, arguments, train_dataset=data, eval_dataset=data)
-
-
-def test_trainer_evaluates_and_steps_as_dense_with_a_full_budget(tmp_path):
+def test_trainer_evaluates_and_steps_as_a_plain_loop_would_and_what_it_saves_is_unpatched(tmp_path):
     data = [{"input_ids": row, "labels": row} for row in random_ids(4, 30)]
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "use_cpu": True}
+    settings |= {"learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     losses, weights = [], []
-    for model in (tiny_model("llama"), full()):
-        trainer = trainer_of(model, tmp_path, data)
+    for model in (tiny_model("llama"), full(), small()):
+        with torch.inference_mode():
+            expected = sum(float(model(**batch).loss) for batch in DataLoader(data, batch_size=2)) / 2
+        arguments = TrainingArguments(str(tmp_path), **settings)
+        trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
         losses.append([trainer.evaluate()["eval_loss"]])
+        assert losses[-1][0] == pytest.approx(expected, abs=1e-5)
         losses[-1] += [trainer.train().training_loss, trainer.evaluate()["eval_loss"]]
+        assert losses[-1][2] < losses[-1][0]
         weights.append(model.state_dict())
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert losses[0][2] < losses[0][0]
-    for name, weight in weights[1].items():
-        torch.testing.assert_close(weight, weights[0][name], atol=2e-4, rtol=0, msg=name)
-
-
-def test_trainer_evaluates_the_sparse_model_and_what_it_saves_is_unpatched(tmp_path):
-    data = [{"input_ids": row, "labels": row} for row in random_ids(4, 30)]
-    model = small()
-    trainer = trainer_of(model, tmp_path, data)
-    with torch.inference_mode():
-        batches = DataLoader(data, batch_size=2)
-        expected = sum(float(model(**batch).loss) for batch in batches) / 2
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
-    trainer.train()
+    assert losses[2] != pytest.approx(losses[0], abs=1e-3)
+    torch.testing.assert_close(weights[1], weights[0], atol=2e-4, rtol=0)
     trainer.save_model(str(tmp_path / "saved"))
     loaded = type(model).from_pretrained(tmp_path / "saved")
     assert not is_patched(loaded)
@@ -130,26 +105,113 @@ def test_trainer_evaluates_the_sparse_model_and_what_it_saves_is_unpatched(tmp_p
         assert torch.equal(loaded.eval()(ids).logits, unpatch_model(model.eval())(ids).logits)
 
 
-def test_train_and_eval_change_neither_the_patch_nor_the_output():
-    model, ids = small(), random_ids(1, 40)
-    with torch.inference_mode():
-        before = model(ids).logits
-        assert torch.equal(model.train()(ids).logits, before)
-        assert torch.equal(model.eval()(ids).logits, before)
+def test_state_goes_in_and_out_of_a_patched_model_as_of_any():
+    model, plain, ids = small(), tiny_model("llama"), random_ids(1, 40)
+    state = copy.deepcopy(model.state_dict())
+    assert state.keys() == plain.state_dict().keys()
+    for other in (plain, copy.deepcopy(model)):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(state)
+        with torch.inference_mode():
+            found = other if is_patched(other) else patch_model(other, 2.0, 0.5, selection="topk")
+            assert torch.equal(found(ids).logits, model(ids).logits)
 
 
-def test_state_goes_in_and_out_of_a_patched_model_as_of_any(tmp_path):
-    model, ids = small(), random_ids(1, 40)
-    plain = tiny_model("llama")
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    torch.save(model.state_dict(), tmp_path / "state.pt")
+# Autocast and default dtypes
+
+
+def autocast(dtype=torch.bfloat16):
+    return torch.autocast("cpu", dtype=dtype)
+
+
+def gradient(model, ids, *, backward_inside=False):
+    """The gradient of one weight of the first layer after a step under autocast."""
+    model.zero_grad()
+    with autocast():
+        loss = model(ids, labels=ids, use_cache=False).loss
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    return next(p.grad.clone() for name, p in model.named_parameters() if name.endswith("q_proj.weight"))
+
+
+def relative_error(found, expected):
+    return float((found - expected).float().norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", [each for each in EACH_FAMILY if each.id != "gpt_oss"])
+def test_a_full_budget_under_autocast_is_dense_attention_under_autocast(family, dtype):
+    ids = random_ids(2, 40)
+    with torch.inference_mode(), autocast(dtype):
+        dense, found = (model(ids).logits for model in (tiny_model(family), full(family)))
+    assert found.dtype == dense.dtype
+    assert relative_error(found, dense) < 0.02
+
+
+@EACH_SETTING
+def test_a_small_budget_under_autocast_generates_and_trains_alike_in_every_way(settings):
+    ids, model, how = random_ids(2, 70), small(track=True, **settings), {"max_new_tokens": 6, "do_sample": False}
+    with autocast():
+        text = model.generate(ids, **how)
+        assert torch.equal(model.generate(ids, use_cache="block" in str(settings), **how), text)
+    expected = gradient(model, ids)
+    assert relative_error(gradient(full(**settings), ids), gradient(tiny_model("llama"), ids)) < 0.02
+    assert torch.equal(gradient(model, ids, backward_inside=True), expected)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert torch.equal(gradient(model.train(), ids), expected)
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+def test_a_cache_filled_under_autocast_goes_on_outside_it_with_an_index_of_its_keys(options):
+    model, ids, cache = small(**options), random_ids(1, 73), DynamicCache()
     with torch.no_grad():
-        for parameter in plain.parameters():
-            parameter.zero_()
-    plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    with torch.inference_mode():
-        assert torch.equal(patch_model(plain, 2.0, 0.5, selection="topk")(ids).logits, model(ids).logits)
-        other = copy.deepcopy(model)
-        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert torch.equal(other(ids).logits, model(ids).logits)
-    assert nc_stats(other)["layers"][0]["calls"] == nc_stats(model)["layers"][0]["calls"]
+        with autocast(torch.float16):
+            model(ids[:, :70], past_key_values=cache)
+        fresh = copy.deepcopy(cache)
+        forget_index(fresh)
+        found, expected = (
+            [model(step, past_key_values=each).logits for step in ids[:, 70:].split([2, 1], 1)]
+            for each in (cache, fresh)
+        )
+    assert all(map(torch.equal, found, expected))
+    assert {tensor.dtype for layer in cache.layers for tensor in (layer.keys, layer.values)} == {torch.float32}
+
+
+def test_the_function_under_autocast_is_that_of_the_lower_dtype():
+    query, key, value = (torch.randn(1, heads, 50, 16) for heads in (4, 2, 2))
+    lower = [tensor.bfloat16() for tensor in (query, key, value)]
+    expected, index = sparse_attention(*lower, alpha=2.0, C=0.5), KeyIndex.build(lower[1], "codes")
+    with autocast():
+        assert torch.equal(sparse_attention(query, key, lower[2], alpha=2.0, C=0.5), expected)
+        assert all(map(torch.equal, KeyIndex.build(lower[1], "codes").tensors(), index.tensors()))
+        with pytest.raises(ValueError, match=r"of other keys than bfloat16 .* of torch.float32"):
+            sparse_attention(query[:, :, -1:], key, value, alpha=2.0, index=KeyIndex.build(key, "codes"))
+
+
+def numbers(model, ids):
+    """Logits of a prompt and of steps, the gradient of a weight, and the mean kept mass of both phases."""
+    cache = DynamicCache()
+    logits = [model(ids, use_cache=False).logits.float()]
+    with torch.no_grad():
+        logits += [model(piece, past_key_values=cache).logits.float() for piece in ids.split([64, 5, 1], 1)]
+    kept = nc_stats(model)["kept_mass"]
+    mass = [kept[phase]["mean"] for phase in ("prefill", "decode")]
+    weight = gradients(model, ids)["model.layers.0.self_attn.q_proj.weight"]
+    return [*logits, weight, torch.tensor(mass, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@EACH_SETTING
+def test_the_default_dtype_changes_nothing(settings, dtype):
+    ids, models = random_ids(2, 70), [small(track=True, **settings) for _ in range(2)]
+    expected = numbers(models[0], ids)
+    torch.set_default_dtype(dtype)
+    try:
+        found = numbers(models[1], ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))

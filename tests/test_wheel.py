@@ -18,26 +18,25 @@ PACKAGES = ("nc_patch", "eval_tasks")
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def python(*command, **options):
+    options = {"capture_output": True, "text": True, "timeout": 300, "check": False} | options
+    done = subprocess.run([sys.executable, *map(str, command)], **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def pip(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return python("-m", "pip", "--disable-pip-version-check", *arguments)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel of this checkout, built from a copy without what earlier builds left behind."""
-    setuptools = pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
-    assert setuptools.__version__
+    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
     home = tmp_path_factory.mktemp("wheel")
     left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "results")
     shutil.copytree(ROOT, home / "source", ignore=left_out)
-    built = pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", home, home / "source")
-    assert built.returncode == 0, built.stdout + built.stderr
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", home, home / "source")
     (found,) = home.glob("*.whl")
     return found
 
@@ -46,23 +45,13 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     """A directory that the wheel is installed into."""
     target = tmp_path_factory.mktemp("installed")
-    done = pip("install", "--no-deps", "--no-index", "--target", target, wheel)
-    assert done.returncode == 0, done.stdout + done.stderr
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
     return target
 
 
-def run_outside(installed, cwd, *command):
-    """Runs a command in ``cwd`` with the installed packages before those of the environment."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run_outside(installed, cwd, script):
+    """What a script says that runs in ``cwd`` with the installed packages before those of the environment."""
+    return python(script, cwd=cwd, env={**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"})
 
 
 def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
@@ -83,7 +72,7 @@ def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
     assert "eval_tasks/metrics/string_match/string_match.py" in names
 
 
-def test_the_wheel_states_the_one_version_the_licence_and_the_command(wheel):
+def test_the_one_version_the_licence_and_the_command_are_stated(wheel):
     name = f"nc_patch-{__version__}"
     assert wheel.name == f"{name}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
@@ -92,24 +81,20 @@ def test_the_wheel_states_the_one_version_the_licence_and_the_command(wheel):
         assert f"{name}.dist-info/licenses/LICENSE" in archive.namelist()
     assert f"\nVersion: {__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
-
-
-def test_the_version_is_stated_in_one_place_and_the_changelog_has_it():
-    number = re.escape(__version__)
-    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
-    places = [path for path in (ROOT / "nc_patch").rglob("*.py") if re.search(rf'"{number}"', path.read_text())]
+    places = [path for path in (ROOT / "nc_patch").rglob("*.py") if f'"{__version__}"' in path.read_text()]
     assert places == [ROOT / "nc_patch" / "version.py"]
-    assert re.search(rf"^## \[?{number}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert re.search(rf"^## \[?{re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
 def test_outside_the_checkout_the_lines_of_the_readme_and_an_eval_run(installed, tmp_path):
-    arguments = sweep_arguments(tmp_path, tmp_path / "out", "--tasks", "perplexity", "--methods", "dense", "nc-topk")
+    arguments = sweep_arguments(tmp_path, tmp_path / "out", "--tasks", "perplexity", "--backend", "torch")
     lines = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert lines is not None
     assert HUB_NAME in lines.group(1)
     script = tmp_path / "readme.py"
     script.write_text(
-        lines.group(1).replace(HUB_NAME, str(tmp_path / "model"))
+        # In PyTorch: compiling kernels for another place takes a minute.
+        lines.group(1).replace(HUB_NAME, str(tmp_path / "model")).replace("C=0.5)", "C=0.5, backend='torch')")
         + "import sys, torch, nc_patch, eval_tasks\n"
         + "model(torch.arange(40)[None])\n"
         + "assert 0 < nc_stats(model)['attended_fraction'] < 1\n"
@@ -117,11 +102,10 @@ def test_outside_the_checkout_the_lines_of_the_readme_and_an_eval_run(installed,
         + "from nc_patch.cli import main\n"
         + f"sys.exit(main({arguments!r}))\n"
     )
-    done = run_outside(installed, tmp_path, script)
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = run_outside(installed, tmp_path, script)
     for package in PACKAGES:
-        assert str(installed / package / "__init__.py") in done.stdout
-    assert "Report:" in done.stdout
+        assert str(installed / package / "__init__.py") in said
+    assert "Report:" in said
     for name in ("results.jsonl", "summary.csv", "run.json", "report.md", "report.html"):
         assert (tmp_path / "out" / name).stat().st_size > 0
 
@@ -139,10 +123,9 @@ def test_outside_the_checkout_tasks_and_metrics_are_found_and_the_command_is_the
         "print(sorted(found))\n"
         "print([evaluate.load(str(metric_path(name))).name for name in METRICS])\n"
     )
-    done = run_outside(installed, tmp_path, script)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "'nc_perplexity'" in done.stdout
-    assert "'nc_niah_single_2'" in done.stdout
-    assert "string_match" in done.stdout
+    said = run_outside(installed, tmp_path, script)
+    assert "'nc_perplexity'" in said
+    assert "'nc_niah_single_2'" in said
+    assert "string_match" in said
     command = (installed / "bin" / "nc-patch").read_text()
     assert "from nc_patch.cli import main" in command

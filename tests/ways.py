@@ -1,12 +1,21 @@
-"""What every way of running a model is held to: a full budget gives dense attention's numbers, a small one its own."""
+"""The ways of running a model, and the settings that each is held to: one list of both.
+
+However a model is run, a full budget gives dense attention's numbers, and a small one the numbers of each row alone.
+"""
 
 import contextlib
+import copy
+import io
+import itertools
+import pickle
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import FAMILIES, random_ids, tiny_model
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from nc_patch import nc_stats, patch_model
 
@@ -19,7 +28,15 @@ UNASKED = {"query_block_size": 32, "local_keys": 0}
 BLOCKS = {"selection": "block", "block_size": 16}
 # Every kind of index, and none.
 CHOICES = (TOPK, TOPK | {"key_index": "always"}, BLOCKS, UNASKED)
-EACH_SELECTION = pytest.mark.parametrize("selections", [TOPK, UNASKED], ids=["topk", "unasked"])
+SETTINGS: dict[str, dict[str, Any]] = {
+    "topk": TOPK,
+    "topk by codes": TOPK | {"key_index": "always", "tail": "drop"},
+    "window": {"selection": "window"},
+    "blocks": BLOCKS,
+    "unasked": UNASKED,
+}
+# Where each query chooses for itself, alike in prefill and decoding, a sequence may be cut anywhere.
+CUT_ANYWHERE = ("topk", "topk by codes", "window")
 # The families that a plain run goes through; the others run in the wide sweep.
 CORE = ("llama", "gemma2")
 
@@ -30,27 +47,60 @@ def each_family(*core: str) -> list[Any]:
 
 
 EACH_FAMILY = each_family(*CORE)
+EACH_SETTING = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+# A plain run goes through every setting of the first family, and two of the second.
+EACH_FAMILY_AND_SETTING = pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        pytest.param(family, settings, marks=() if plain else pytest.mark.wide, id=f"{family}-{name}")
+        for family in FAMILIES
+        for name, settings in SETTINGS.items()
+        for plain in [family == CORE[0] or (family in CORE and name in ("topk", "unasked"))]
+    ],
+)
 
 
-def small(family: str = "llama", **options: object) -> PreTrainedModel:
+def slides(family: str) -> bool:
+    """Whether layers of a tiny model slide."""
+    return "sliding_window" in FAMILIES[family][2]
+
+
+def small(family: str = "llama", layers: int = 3, **options: object) -> PreTrainedModel:
     """A tiny model with a small budget; top-k where the options choose nothing else."""
-    return patch_model(tiny_model(family), *SMALL, **_with_selection(options))
+    return patch_model(tiny_model(family, num_hidden_layers=layers), *SMALL, **_with_selection(options))
 
 
-def full(family: str = "llama", **options: object) -> PreTrainedModel:
+def full(family: str = "llama", layers: int = 3, **options: object) -> PreTrainedModel:
     """A tiny model that attends every key, through the sparse operations; top-k as in ``small``."""
-    return patch_model(tiny_model(family), *FULL, **_with_selection(options))
+    return patch_model(tiny_model(family, num_hidden_layers=layers), *FULL, **_with_selection(options))
 
 
-def full_and_small(family: str, **options: object) -> list[tuple[PreTrainedModel, PreTrainedModel]]:
+def full_and_small(family: str, layers: int = 3, **options: object) -> list[tuple[PreTrainedModel, PreTrainedModel]]:
     """Models and what must give their numbers: a full budget with the dense model, a small one with itself."""
-    model = small(family, **options)
-    return [(full(family, **options), tiny_model(family)), (model, model)]
+    model = small(family, layers, **options)
+    return [(full(family, layers, **options), tiny_model(family, num_hidden_layers=layers)), (model, model)]
 
 
 def _with_selection(options: dict[str, Any]) -> dict[str, Any]:
     chooses = options.keys() & {"selection", "prefill", "decode", *UNASKED}
     return options if chooses else TOPK | options
+
+
+def assert_close(found: Any, expected: Any, atol: float = 2e-5) -> None:
+    """Tensors, or lists of them, are equal but for rounding."""
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
+def attended_fraction(model: PreTrainedModel) -> float:
+    """How much of what it saw a patched model attended."""
+    fraction = nc_stats(model)["attended_fraction"]
+    assert fraction is not None, "nothing ran through the patch"
+    return fraction
+
+
+def rows_of(count: int, shortest: int = 20, step: int = 7) -> list[torch.Tensor]:
+    """Up to eight rows of random ids, each of another length."""
+    return [random_ids(shortest + step * (3 * place % 8)) for place in range(count)]
 
 
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -68,18 +118,171 @@ def right_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.flip(1) for name, tensor in flipped.items()}
 
 
-def rows_of(count: int, shortest: int = 20, step: int = 7) -> list[torch.Tensor]:
-    """Up to eight rows of random ids, each of another length."""
-    rows = [random_ids(shortest + step * (3 * place % 8)) for place in range(count)]
-    assert len({len(row) for row in rows}) == count
-    return rows
+def with_holes(rows: list[torch.Tensor], at: int = 9) -> dict[str, torch.Tensor]:
+    """A left-padded batch in whose longer rows padding of 3, 7, ... places follows the first ``at`` tokens."""
+    pieces = [3 + 4 * (place % 4) if len(row) > at else 0 for place, row in enumerate(rows)]
+    gapped = [torch.cat((row[:at], row.new_zeros(n), row[at:])) for row, n in zip(rows, pieces, strict=True)]
+    batch = left_padded(gapped)
+    for place, (row, count) in enumerate(zip(gapped, pieces, strict=True)):
+        begin = batch["input_ids"].shape[1] - len(row) + at
+        batch["attention_mask"][place, begin : begin + count] = 0
+    return batch
 
 
-def attended_fraction(model: PreTrainedModel) -> float:
-    """How much of what it saw a patched model attended."""
-    fraction = nc_stats(model)["attended_fraction"]
-    assert fraction is not None, "nothing ran through the patch"
-    return fraction
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count the tokens of a padding mask."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def boundaries(kind: str, lengths: list[int]) -> dict[str, Any]:
+    """What a caller may say of where packed sequences begin."""
+    named: dict[str, Any] = {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
+    if kind == "cu_seq_lens":
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        named |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        named |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    if kind == "seq_idx":
+        numbers = torch.arange(len(lengths), dtype=torch.int32)
+        named["seq_idx"] = numbers.repeat_interleave(torch.tensor(lengths))[None]
+    return named
+
+
+# The ways: a model and rows of ids ``[L]`` → the logits of each row, ``[L, vocabulary]``.
+Rows = list[torch.Tensor]
+
+
+def alone(model: Callable[..., Any], rows: Rows) -> Rows:
+    return [model(row[None], use_cache=False).logits[0] for row in rows]
+
+
+def in_a_batch(
+    model: Callable[..., Any], rows: Rows, pad: Any = left_padded, cache: Any = None, **options: Any
+) -> Rows:
+    batch = pad(rows)
+    kept = batch["attention_mask"].bool()
+    held = None if cache is None else cache(model.config)
+    options |= {"position_ids": positions_of(batch["attention_mask"]), "past_key_values": held}
+    logits = model(**batch, use_cache=held is not None, **options).logits
+    return [logits[place][tokens] for place, tokens in enumerate(kept)]
+
+
+def by_a_mask_of_four_dimensions(model: Callable[..., Any], rows: Rows, added: bool) -> Rows:
+    batch = left_padded(rows)
+    kept = batch["attention_mask"].bool()
+    mask = torch.ones(kept.shape[1], kept.shape[1], dtype=torch.bool).tril() & kept[:, None, None]
+    given = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if added else mask
+    logits = model(batch["input_ids"], attention_mask=given, position_ids=positions_of(batch["attention_mask"])).logits
+    return [logits[place][tokens] for place, tokens in enumerate(kept)]
+
+
+def packed(model: Callable[..., Any], rows: Rows, kind: str, filler: int | None = None, **options: Any) -> Rows:
+    """``filler`` puts padding after each row, of which positions say that it is ``filler``."""
+    gaps = [0 if filler is None else 1 + place % 4 for place in range(len(rows))]
+    padded = [torch.cat((row, row.new_zeros(gap))) for row, gap in zip(rows, gaps, strict=True)]
+    mask = torch.cat([torch.arange(len(row)) < len(row) - gap for row, gap in zip(padded, gaps, strict=True)])[None]
+    named = boundaries(kind, [len(row) for row in padded])
+    if filler is not None:
+        named |= {"position_ids": named["position_ids"].masked_fill(~mask, filler), "attention_mask": mask.long()}
+    logits = model(torch.cat(padded)[None], **named, **options).logits[mask]
+    return list(logits.split([len(row) for row in rows]))
+
+
+def packed_beside_a_mask(model: Callable[..., Any], rows: Rows, dimensions: int) -> Rows:
+    count = sum(map(len, rows))
+    ones = torch.ones(count, count, dtype=torch.bool).tril()[None, None] if dimensions == 4 else torch.ones(1, count)
+    return packed(model, rows, "cu_seq_lens" if dimensions == 4 else "position_ids", attention_mask=ones)
+
+
+def in_pieces(model: Callable[..., Any], rows: Rows, cache: Any) -> Rows:
+    """A padded batch: the first pieces hold only padding of some rows, the last ones several queries, and one."""
+    batch, logits = left_padded(rows), []
+    held, positions = cache(model.config), positions_of(batch["attention_mask"])
+    length = batch["input_ids"].shape[1]
+    for first, last in itertools.pairwise((0, 1, 17, 38, 39, 60, length - 4, length - 1, length)):
+        piece = slice(first, last)
+        options = {"attention_mask": batch["attention_mask"][:, :last], "past_key_values": held}
+        logits.append(model(batch["input_ids"][:, piece], position_ids=positions[:, piece], **options).logits)
+    return [row[tokens] for row, tokens in zip(torch.cat(logits, 1), batch["attention_mask"].bool(), strict=True)]
+
+
+def cut_at_query_blocks(model: Callable[..., Any], rows: Rows, cache: Any) -> Rows:
+    """Each row by itself, cut at multiples of 64 tokens; the last piece has more queries than a decoding call."""
+    found = []
+    for row in rows:
+        held, cuts = cache(model.config), [0, *range(64, len(row) - 32, 64), len(row)]
+        pieces = [row[None, first:last] for first, last in itertools.pairwise(cuts)]
+        found.append(torch.cat([model(piece, past_key_values=held).logits[0] for piece in pieces]))
+    return found
+
+
+def token_by_token(model: Callable[..., Any], rows: Rows) -> Rows:
+    row, cache = rows[0], DynamicCache(config=model.config)
+    return [torch.cat([model(token[None, None], past_key_values=cache).logits[0] for token in row])]
+
+
+def copied(model: PreTrainedModel, rows: Rows, copier: Callable[[Any], Any]) -> Rows:
+    return alone(copier(model), rows)
+
+
+def saved_and_loaded(model: PreTrainedModel) -> PreTrainedModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def while_training(model: PreTrainedModel, rows: Rows) -> Rows:
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            return [logits.detach() for logits in alone(model.train(), rows)]
+        finally:
+            model.eval()
+
+
+def dynamic_cache(config: Any) -> DynamicCache:
+    return DynamicCache(config=config)
+
+
+def static_cache(config: Any) -> StaticCache:
+    return StaticCache(config=config, max_cache_len=250)
+
+
+WAYS: dict[str, Callable[[Any, Rows], Rows]] = {
+    "padded left": in_a_batch,
+    "padded right": partial(in_a_batch, pad=right_padded),
+    "in a batch of eight": lambda model, rows: in_a_batch(model, (rows * 8)[:8])[: len(rows)],
+    "holes": partial(in_a_batch, pad=with_holes),
+    "holes, dynamic cache": partial(in_a_batch, pad=with_holes, cache=dynamic_cache),
+    "holes, static cache": partial(in_a_batch, pad=with_holes, cache=static_cache),
+    "bool mask of four dimensions": partial(by_a_mask_of_four_dimensions, added=False),
+    "added mask of four dimensions": partial(by_a_mask_of_four_dimensions, added=True),
+    "packed by positions": partial(packed, kind="positions", use_cache=False),
+    "packed by lengths": partial(packed, kind="cu_seq_lens", use_cache=False),
+    "packed by numbers": partial(packed, kind="seq_idx", use_cache=False),
+    "packed, with a cache": partial(packed, kind="positions", use_cache=True),
+    "packed by lengths, with a cache": partial(packed, kind="cu_seq_lens", use_cache=True),
+    "packed by positions, padding between": partial(packed, kind="positions", filler=1),
+    "packed by positions, padding that counts as 0": partial(packed, kind="positions", filler=0),
+    "packed by lengths, padding between": partial(packed, kind="cu_seq_lens", filler=99),
+    "packed by numbers, padding between": partial(packed, kind="seq_idx", filler=99),
+    "packed, with a mask of ones": partial(packed_beside_a_mask, dimensions=2),
+    "packed, with a mask of four dimensions": partial(packed_beside_a_mask, dimensions=4),
+    "in pieces": partial(in_pieces, cache=dynamic_cache),
+    "in pieces, static cache": partial(in_pieces, cache=static_cache),
+    "cut at query blocks": partial(cut_at_query_blocks, cache=dynamic_cache),
+    "cut at query blocks, static cache": partial(cut_at_query_blocks, cache=static_cache),
+    "token by token": token_by_token,
+    "deepcopy": partial(copied, copier=copy.deepcopy),
+    "pickle": partial(copied, copier=lambda model: pickle.loads(pickle.dumps(model))),
+    "torch.save": partial(copied, copier=saved_and_loaded),
+    "while training": while_training,
+}
+# What blocks of queries, or decoding by another selection, need not score as the whole sequence does.
+CUTS = ("in pieces", "in pieces, static cache", "token by token")
+# Windows of layers that slide count places, so that rows with holes are compared with dense ones of the same holes; and
+# a mask of the caller's has none.
+BY_PLACE = tuple(name for name in WAYS if "holes" in name)
+WITHOUT_WINDOWS = tuple(name for name in WAYS if "four dimensions" in name)
 
 
 class _NoStream(contextlib.nullcontext):

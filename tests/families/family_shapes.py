@@ -60,7 +60,6 @@ _OPTIONAL = re.compile(
 _GEMMA4 = {"global_head_dim": 32, "hidden_size_per_layer_input": 8}
 # What cannot be built here; the suite still tries, so that an entry that is no longer true shows.
 NOT_BUILT = {
-    "gemma2": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     "gemma3n Gemma3nForConditionalGeneration": "its vision tower needs the package timm",
     "gemma4_assistant": "transformers refuses every config of it, its default among them",
     "gemma4_unified_assistant": "transformers refuses every config of it, its default among them",

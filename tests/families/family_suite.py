@@ -93,11 +93,9 @@ class _Runs:
         return self.logits(self.ids[:, :length], use_cache=False).logits[0]
 
     def single(self) -> torch.Tensor:
-        """Logits of a prompt of one token."""
         return self.alone(1)
 
     def pair(self) -> torch.Tensor:
-        """Logits of a prompt of two tokens."""
         return self.alone(2)
 
     def padded(self) -> torch.Tensor:
