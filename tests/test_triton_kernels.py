@@ -31,7 +31,6 @@ from small_plans import plan_with  # noqa: E402
 
 from nc_patch import patch_model  # noqa: E402
 from nc_patch.ops.means import PageMeans, page_means, page_starts  # noqa: E402
-from nc_patch.ops.problem import causal_intervals  # noqa: E402
 from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.ops.triton.launch import Tiles  # noqa: E402
 from nc_patch.ops.triton.means import triton_page_means  # noqa: E402
@@ -194,8 +193,13 @@ def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_prog
 @ROWS
 def test_keys_between_what_the_rows_of_a_program_see_change_nothing(way, device):
     case = Shape("apart", (), group=1).case()
-    for rows, seen in ((slice(7), (2, 9)), (slice(7, 9), (40, 40)), (slice(9, 14), (12, 26)), (slice(14, 20), (26, 33))):
-        case.visible[:, rows] = torch.tensor(seen, dtype=torch.int32)
+    for rows, seen in (
+        (slice(7), (2, 9)),
+        (slice(7, 9), (40, 40)),
+        (slice(9, 14), (12, 26)),
+        (slice(14, 20), (26, 33)),
+    ):
+        case.visible[:, first:] = torch.tensor(seen, dtype=torch.int32)
     case.budget = case.budget.minimum(case.rows)
     assert int(case.unread(way, "triton").sum()) == 2 + 3 + 20
     assert check(way, case, "triton", device).output.isfinite().all()
