@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import peaked
 from operations import problem_of
-from test_torch_block import peaked
 
 from nc_patch import NCConfig
 from nc_patch.functional import attend
