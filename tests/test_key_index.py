@@ -210,7 +210,7 @@ CODES, PAGES = KeyIndex.build(KEY, "codes"), KeyIndex.build(KEY, "pages")
 def test_wrong_uses_of_an_index_are_refused(options, error, message):
     given = {"query": QUERY, "key": KEY, "alpha": 2.0} | options
     with pytest.raises(error, match=message):
-        sparse_attention(given.pop("query"), given["key"], given.pop("key"), **given)
+        sparse_attention(value=given["key"], **given)
 
 
 def test_keys_that_an_index_cannot_take_in_are_refused():
