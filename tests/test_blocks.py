@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, peaked, random_case
+from attention_cases import peaked, random_case
 from operations import problem_of, problem_of_case
 from tiny_models import random_ids, tiny_model
 
@@ -16,40 +16,8 @@ from nc_patch.ops.problem import Problem, causal_intervals, visible_mask
 from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
 from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, QueryBlocks, make_plan, plan_of, stride_by_law
-from nc_patch.selections.block.definition import block_choice, query_blocks
+from nc_patch.selections.block.definition import block_choice
 from nc_patch.selections.block.torch_choose import choose_blocks
-
-
-@pytest.mark.parametrize("query_block_size", [32, 64, 128])
-def test_the_table_holds_the_references_query_blocks(query_block_size):
-    for seed in range(30):
-        case = random_case(seed, longest=300)
-        B, Lq = case.origin.shape
-        table = blocks.query_block_table(case.visible, case.origin, query_block_size)
-        owner = blocks.block_of_rows(table, B, Lq)
-        strides = 2 ** (torch.arange(len(table.first), dtype=torch.int32) % 6)
-        sampled = blocks.sampled_rows(table, case.visible, case.origin, owner, strides)
-        problem = problem_of_case(case)
-        counts = blocks.law_counts(problem, table, owner, 16)
-        expected_owner = torch.full((B, Lq), -1)
-        expected = []
-        for b in range(B):
-            for rows in query_blocks(case.visible[b], case.origin[b], query_block_size):
-                seen, begin = case.visible[b, rows], int(case.origin[b, rows[0]])
-                expected_owner[b, rows] = len(expected)
-                offset, stride = seen[:, 1] - 1 - begin, strides[len(expected)]
-                assert torch.equal(sampled[b, rows], (offset % stride == stride - 1) | (rows == rows[-1]))
-                of_group = case.budget.expand(case.query.shape[:3])[b].view(case.key.shape[1], -1, Lq)[..., rows]
-                width = (int(seen[:, 1].max()) - 1 - begin) // 16 - (int(seen[:, 0].min()) - begin) // 16 + 1
-                whole = (of_group.amax(1) >= seen[:, 1] - seen[:, 0]).all(-1)
-                wanted = torch.where(whole, width, -(-of_group.amax((1, 2)) // 16)).int()
-                found = torch.where(whole, counts[len(expected)].clamp(max=width), counts[len(expected)])
-                assert torch.equal(found, wanted)
-                row = (b, int(rows[0]), int(rows[-1]) + 1, int(seen[:, 0].min()), int(seen[:, 1].max()), begin)
-                expected.append(row)
-        assert torch.equal(owner, expected_owner)
-        assert torch.stack(tuple(table), -1).tolist() == [list(row) for row in expected]
-        assert not sampled[owner < 0].any()
 
 
 def test_rows_without_keys_are_in_no_query_block():
@@ -60,49 +28,6 @@ def test_rows_without_keys_are_in_no_query_block():
     assert plan.table.shape == (0, blocks.PLAN_COLUMNS)
     assert plan.law.shape == plan.limit.shape == plan.recent.shape == (0, 3)
     assert len(plan.samples) == len(plan.sample_owner) == 0
-
-
-def plan_of_case(case: Case, **options) -> BlockPlan:
-    return make_plan(problem_of_case(case), case.selection("block", **options))
-
-
-@pytest.mark.parametrize("min_mass", [None, 0.9])
-def test_a_plan_is_what_its_parts_say(min_mass):
-    for seed in range(30):
-        case = random_case(seed, longest=300)
-        size, factor = case.block_size, 1.7
-        plan = plan_of_case(case, min_mass=min_mass, max_factor=factor)
-        of = plan.blocks
-        strides = blocks.strides_of(
-            of,
-            torch.minimum(blocks.law_counts(problem_of_case(case), of, plan.owner, size), plan.table[:, 7, None]),
-            case.selection("block"),
-        )
-        sampled = blocks.sampled_rows(of, case.visible, case.origin, plan.owner, strides)
-        assert [list(row) for row in plan.listed] == plan.table.tolist()
-        taken, most = 0, 1
-        for number, row in enumerate(plan.listed):
-            batch, first, last, low, high, begin, lowest, width, first_sample, samples = row
-            assert lowest == (low - begin) // size
-            assert width == (high - 1 - begin) // size + 1 - lowest
-            assert first_sample == taken
-            taken += samples
-            rows = plan.samples[first_sample:taken].tolist()
-            of_block = [r for r in range(first, last) if sampled[batch, r]]
-            attends_all = bool((plan.law[number] == width).all())
-            assert rows == ([] if attends_all else of_block), "who attends all scores nothing"
-            assert plan.sample_owner[first_sample:taken].tolist() == [number] * samples
-            own = (int(case.visible[batch, first, 1]) - 1 - begin) // size - lowest
-            of_heads = (x[number].tolist() for x in (plan.law, plan.limit, plan.recent))
-            for law, limit, recent in zip(*of_heads, strict=True):
-                assert 0 <= recent <= max(own, 0)
-                always = width - recent + (recent > 0)
-                assert always <= law <= limit <= width
-                assert min_mass is not None or limit == law
-                assert limit <= max(math.ceil(factor * law), always)
-                most = max(most, limit)
-        assert taken == len(plan.samples)
-        assert plan.capacity == most
 
 
 def test_the_stride_is_the_nearest_power_of_two():
@@ -245,14 +170,10 @@ def test_local_keys_are_attended_within_the_budget_and_never_beyond_it(size, loc
             local = range(max(64 * number - local_keys, 0) // size, first)
             reached = [j for j in local if j >= first - (in_all - own - (number > 0))]
             assert set(reached) <= set(chosen.tolist())
-
-
-def test_local_keys_are_part_of_the_budget_whatever_min_mass_adds():
-    query, key, value = peaked(1, 1, 700)
-    options = {"alpha": 100.0, "selection": "block", "return_stats": True, "min_mass": 0.5, "max_factor": 1.0}
-    for local_keys in (0, 64, 1000):
-        attended = sparse_attention(query, key, value, local_keys=local_keys, dense_below=0, **options).attended
-        assert int(attended.max()) <= 112
+        # Nor does a kept mass to aim at change that.
+        options |= {"min_mass": 0.5, "max_factor": 1.0, "return_stats": True}
+        most = sparse_attention(query, key, value, alpha=float(budget), **options).attended.max()
+        assert int(most) <= max(-(-budget // size), own + 1) * size
 
 
 @pytest.mark.parametrize("dense_below", [1, 100, 128, 400])

@@ -419,7 +419,7 @@ def test_prompts_of_other_lengths_and_further_steps_compile_nothing_new(variants
             prefill(n, head_dim)
             step(n + 1, head_dim, indexes_of(n, head_dim))
         indexes = indexes_of(1000, head_dim)
-        for n in range(1001, 1200):
+        for n in (*range(1001, 1034), *range(1040, 1200, 13)):
             step(n, head_dim, indexes)
         assert variants == first
     assert {name for name, _ in variants} == KERNELS
