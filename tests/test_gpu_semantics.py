@@ -184,23 +184,20 @@ def arithmetic_kernel(x, y, out, N: tl.constexpr, DOES: tl.constexpr):
         c = a / 3.0
     elif DOES == "exp2":
         c = tl.exp2(a)
-    elif DOES == "log2":
-        c = tl.log2(a)
-    elif DOES == "sqrt":
-        c = tl.sqrt(a)
     elif DOES == "maximum":
         c = tl.maximum(a, b)
-    elif DOES == "minimum":
-        c = tl.minimum(a, b)
     elif DOES == "product-plus":
         c = a * a + b
     elif DOES == "minus-product":
         c = b - a * a
-    elif DOES == "max":
-        c = tl.max(a, axis=0) + tl.zeros_like(a)
     elif DOES == "sum":
         c = tl.sum(a, axis=0) + tl.zeros_like(a)
-    tl.store(out + i, c.to(out.dtype.element_ty))
+    elif DOES == "dot":  # of 16 by 64 and 64 by 16 numbers
+        row, k = tl.arange(0, 16), tl.arange(0, 64)
+        left, right = tl.load(x + row[:, None] * 64 + k), tl.load(y + k[:, None] * 16 + row[None, :])
+        tl.store(out + row[:, None] * 16 + row[None, :], tl.dot(left, right))
+    if DOES != "dot":
+        tl.store(out + i, c.to(out.dtype.element_ty))
 
 
 def computed(does: str, x: torch.Tensor, y: torch.Tensor | None = None, dtype: torch.dtype = torch.float32):
@@ -209,14 +206,11 @@ def computed(does: str, x: torch.Tensor, y: torch.Tensor | None = None, dtype: t
     return out
 
 
-INEXACT = {"divide": lambda x: x / 3, "exp2": torch.exp2, "log2": torch.log2, "sqrt": torch.sqrt}
-
-
 @interpreted
-@pytest.mark.parametrize("name", INEXACT)
-def test_division_roots_powers_and_logarithms_are_off_by_two_units_at_most(name):
-    x = torch.rand(1024) * 6 + 2
-    exact, results = INEXACT[name](x.double()), []
+@pytest.mark.parametrize("name", ["divide", "exp2"])
+def test_division_and_powers_are_off_by_two_units_at_most(name):
+    x, results = torch.rand(1024) * 6 + 2, []
+    exact = torch.exp2(x.double()) if name == "exp2" else x.double() / 3
     for seed in (1, 1, 2):
         with GpuSemantics(seed).active():
             results.append(computed(name, x))
@@ -233,26 +227,21 @@ def test_special_numbers_and_casts_are_those_of_ptx(gpu):
     assert computed("exp2", torch.tensor([0.0, -0.0, -127.5, -torch.inf])).tolist() == [1, 1, 0, 0]
     x, y = torch.tensor([torch.nan, 2.0, 3.0, 5.0]), torch.tensor([1.0, torch.nan, 4.0, 5.0])
     assert computed("maximum", x, y).tolist() == [1, 2, 4, 5]
-    assert computed("minimum", x, y).tolist() == [1, 2, 3, 5]
-    assert computed("max", x).tolist() == [5] * 4
-    wide = torch.tensor([3e9, -3e9, torch.nan, torch.inf, -2.9, 200.7, 40000.0, -200.0])
-    for dtype, expected in {
-        torch.int32: [2**31 - 1, -(2**31), 0, 2**31 - 1, -2, 200, 40000, -200],
-        torch.int16: [2**15 - 1, -(2**15), 0, 2**15 - 1, -2, 200, 2**15 - 1, -200],
-        torch.int8: [-1, 0, 0, -1, -2, 200 - 256, -1, 256 - 200],
-        torch.uint8: [255, 0, 0, 255, 0, 200, 40000 % 256, 0],
-    }.items():
-        assert computed("cast", wide, dtype=dtype).tolist() == expected
+    wide = torch.tensor([3e9, -3e9, torch.nan, -torch.inf, -2.9, 200.7, 40000.0, -200.0])
+    assert computed("cast", wide, dtype=torch.int32).tolist() == [
+        2**31 - 1,
+        -(2**31),
+        0,
+        -(2**31),
+        -2,
+        200,
+        40000,
+        -200,
+    ]
+    assert computed("cast", wide, dtype=torch.int8).tolist() == [-1, 0, 0, 0, -2, 200 - 256, -1, 256 - 200]
     ties = torch.cat([1 + torch.arange(-8, 8) / 256, torch.randn(13), torch.tensor([torch.nan, torch.inf, 3.4e38])])
     rounded = computed("cast", ties, dtype=torch.bfloat16)
     torch.testing.assert_close(rounded, ties.bfloat16(), rtol=0, atol=0, equal_nan=True)
-
-
-@triton.jit
-def product_kernel(x, y, out, K: tl.constexpr):
-    i, k = tl.arange(0, 16), tl.arange(0, K)
-    product = tl.dot(tl.load(x + i[:, None] * K + k[None, :]), tl.load(y + k[:, None] * 16 + i[None, :]))
-    tl.store(out + i[:, None] * 16 + i[None, :], product)
 
 
 @interpreted
@@ -264,14 +253,14 @@ def test_products_and_sums_are_rounded_as_on_a_gpu(gpu):
     assert torch.equal(computed("minus-product", x, x * x), -rounded)
     # Folded in halves; one after the other would give 1.
     assert computed("sum", torch.tensor([1e8, 1.0, -1e8, 1.0])).tolist() == [2] * 4
-    x, y, out = torch.rand(16, 64), torch.rand(64, 16), torch.empty(16, 16)
+    x, y = torch.rand(16, 64), torch.rand(64, 16)
+    exact = x.double() @ y.double()
     for sign in (1, -1):
-        product_kernel[(1,)](sign * x, y, out, 64)
-        exact = x.double() @ y.double()
-        lost = (exact - sign * out.double()) / exact
+        out = sign * computed("dot", sign * x.flatten(), y.flatten())[:256].view(16, 16).double()
+        lost = (exact - out) / exact
         assert (lost > 0).all()
         assert lost.max() < 4 * 2.0**-23
-        assert (out != (sign * exact).float()).double().mean() > 0.5
+        assert (out != exact.float()).double().mean() > 0.5
 
 
 @interpreted

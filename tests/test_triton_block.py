@@ -42,7 +42,15 @@ def choose(case: Case, problem: Problem) -> tuple[torch.Tensor, ...]:
 
 
 CHOOSING = (
-    *("blocks-left-padding", "packed", "sliding", "stride-1", "stride-by-the-law", "local-keys", "dense-rows"),
+    *(
+        "blocks-left-padding",
+        "packed-blocks",
+        "sliding-blocks",
+        "stride-1",
+        "stride-by-the-law",
+        "local-keys",
+        "dense-rows",
+    ),
     *("local-keys-beyond-the-budget", "packed-dense-rows", "min-mass", "min-mass-capped", "min-mass-sliding"),
 )
 
@@ -59,6 +67,7 @@ def test_choice_and_what_it_keeps_are_those_of_the_definition_and_of_pytorch(nam
     assert torch.equal(indices[..., :most], expected.block_indices)
     assert (indices[..., most:] == -1).all()
     plan = make_plan(problem, options)
+    assert len(plan.samples) > 0
     assert torch.equal(added, expected.block_counts - plan.law)
     assert bool(added.any()) == (case.min_mass is not None)
     by_pytorch = torch.full_like(kept, torch.nan)
