@@ -199,6 +199,15 @@ def test_a_call_of_few_keys_has_the_gradients_of_the_unpatched_model(settings):
     assert all(map(torch.equal, *gradients))
 
 
+def test_few_keys_keep_all_their_mass_and_drop_nothing():
+    model, ids = bordered(on_drop="raise", max_dropped_mass=0.0), random_ids(2, BORDER)
+    with torch.inference_mode():
+        model(ids)
+    assert dense_calls(model) == [{REASON: 1}] * 3
+    kept = nc_stats(model)["kept_mass"]["prefill"]
+    assert kept is None or kept["least"] == kept["mean"] == 1.0
+
+
 def test_the_function_attends_by_the_law_alone_unless_it_is_told(dense_with_few_keys):
     query, key, value = (torch.randn(1, heads, 40, 16) for heads in (4, 2, 2))
     call = lambda **options: sparse_attention(query, key, value, alpha=2.0, C=0.5, **options)  # noqa: E731

@@ -226,30 +226,6 @@ def plan_with(widths: list[int], samples: list[int]) -> BlockPlan:
     return BlockPlan(*(torch.zeros(0),) * 7, listed, 1)
 
 
-def check_chunks(chunks: list[triton_block.Chunk], widths: list[int], samples: list[int]) -> None:
-    """Every query block is in one chunk, which has what it says."""
-    assert [n for chunk in chunks for n in range(chunk.first, chunk.last)] == list(range(len(widths)))
-    for chunk in chunks:
-        assert chunk.width == max(widths[chunk.first : chunk.last])
-        assert chunk.first_sample == sum(samples[: chunk.first])
-        assert chunk.samples == sum(samples[chunk.first : chunk.last])
-
-
-def test_chunks_hold_every_query_block_and_no_more_than_fits(monkeypatch):
-    widths, samples = [1, 5, 5, 9, 200, 3, 3], [0, 4, 4, 2, 4, 1, 64]
-    monkeypatch.setattr(triton_block, "MOST_SCORE_BYTES", 2400)
-    for at_once in (300, 2400):
-        monkeypatch.setattr(triton_block, "SCORE_BYTES", at_once)
-        chunks = triton_block.score_chunks(plan_with(widths, samples), 2, 3, 1)
-        check_chunks(chunks, widths, samples)
-        for chunk in chunks:
-            # Two query blocks, of two key/value heads, are enough for a multiprocessor: more of them take less.
-            most = 2400 if chunk.last - chunk.first <= 2 else at_once
-            assert chunk.width * chunk.samples * 4 * 2 * 3 <= most or chunk.last - chunk.first == 1
-    assert len(chunks) == 4
-    assert triton_block.score_chunks(plan_with([], []), 2, 3, 1) == []
-
-
 @pytest.mark.parametrize("keys", [32_768, 524_288, 2_097_152])
 def test_chunks_give_every_multiprocessor_work_within_the_memory_allowed(keys):
     # Llama-3-8B: 8 key/value heads of 4 query heads, blocks of 16 keys, and rows scored by the law.
@@ -258,8 +234,11 @@ def test_chunks_give_every_multiprocessor_work_within_the_memory_allowed(keys):
     samples = [0 if row < 1024 else 64 // stride for row, stride in zip(rows, strides, strict=True)]
     widths = [(row + 64) // 16 for row in rows]
     chunks = triton_block.score_chunks(plan_with(widths, samples), 8, 4, 132)
-    check_chunks(chunks, widths, samples)
+    assert [n for chunk in chunks for n in range(chunk.first, chunk.last)] == list(range(len(widths)))
     for chunk in chunks:
+        assert chunk.width == max(widths[chunk.first : chunk.last])
+        assert chunk.first_sample == sum(samples[: chunk.first])
+        assert chunk.samples == sum(samples[chunk.first : chunk.last])
         size = chunk.width * chunk.samples * 8 * 4 * 4
         assert size <= triton_block.MOST_SCORE_BYTES
         enough = (chunk.last - chunk.first) * 8 >= 4 * 132 or size > triton_block.MOST_SCORE_BYTES // 2

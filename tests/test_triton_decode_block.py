@@ -10,7 +10,6 @@ from test_key_index import assert_summarises
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-import triton.language as tl  # noqa: E402
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
 from operations import INTERPRETED, assert_close, on_kernel_device, problem_of_case  # noqa: E402
 from test_triton_kernels import FP32_BF16, small_sizes  # noqa: E402
@@ -18,9 +17,6 @@ from test_triton_kernels import FP32_BF16, small_sizes  # noqa: E402
 from nc_patch import KeyIndex  # noqa: E402
 from nc_patch.functional import by_index  # noqa: E402
 from nc_patch.ops.problem import Problem  # noqa: E402
-from nc_patch.ops.triton.launch import Tiles, shape_of  # noqa: E402
-from nc_patch.ops.triton.split import arrives_last, join_parts, write_joined  # noqa: E402
-from nc_patch.ops.triton.structs import Rows, Softmax  # noqa: E402
 from nc_patch.selections import Block  # noqa: E402
 from nc_patch.selections.block.decode import triton_block_decode  # noqa: E402
 from nc_patch.selections.block.pages import PageStatistics  # noqa: E402
@@ -145,60 +141,6 @@ def test_a_key_goes_into_an_index_that_is_a_view_of_something_larger(device):
     kept = kept._replace(key_index=tuple(torch.cat((x, x), 2)[:, :, : x.shape[2]] for x in kept.key_index))
     Block(16).run(kept, "triton")
     torch.testing.assert_close(kept.key_index, afresh.key_index, rtol=0, atol=0, equal_nan=True)
-
-
-@triton.jit
-def join_kernel(parts, sinks, attended, arrivals, last, output, lse, lse_keys, rows, num_heads, Lq, count, shape):
-    """The last of ``count`` programs joins the parts of a block of rows; every program says whether it is the last."""
-    row = tl.program_id(0) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
-    valid = row < rows
-    arrived = arrives_last(arrivals + tl.program_id(0), count)
-    tl.store(last + tl.program_id(0) * count + tl.program_id(1), arrived.to(tl.int32))
-    if arrived:
-        written = Rows(None, None, None, (row // Lq) % num_heads, row, valid, None, None, None)
-        joined = join_parts(parts, written, row * count, 1, count, shape)
-        write_joined(joined, written, sinks, tl.load(attended + row, mask=valid), output, lse, lse_keys, shape)
-
-
-@on_kernel_device
-@pytest.mark.parametrize("sinks", [False, True])
-def test_parts_join_to_the_whole(sinks, device):
-    g = torch.Generator().manual_seed(0)
-    rows, splits, width = 12, 5, 40
-    logits, values = torch.randn(rows, splits, 7, generator=g).double() * 3, torch.randn(rows, splits, 7, width)
-    logits[3] = -torch.inf
-    sink = torch.randn(3, generator=g) if sinks else None
-    base2 = logits * 1.4426950408889634
-    peak = base2.amax(-1)
-    weights = torch.exp2(base2 - torch.where(peak.isinf(), 0.0, peak)[..., None])
-    acc, total = (weights[..., None] * values).sum(-2).float(), weights.sum(-1).float()
-    peak = peak.float()
-    for idle in ((1, 2), (5,)):
-        peak[idle], total[idle], acc[idle], logits[idle] = -torch.inf, 0.0, torch.nan, -torch.inf
-    attended = torch.full((2, 3, 2), 9, dtype=torch.int32)
-    attended.view(-1)[5] = 0
-    output, lse, lse_keys = torch.empty(2, 3, 2, width), torch.empty(2, 3, 2), torch.empty(2, 3, 2)
-    arrivals, last = torch.zeros(2, dtype=torch.int32), torch.full((2, splits), 7, dtype=torch.int32)
-    tensors = (acc, peak, total, sink, attended, output, lse, lse_keys, arrivals, last)
-    acc, peak, total, sink_logits, attended, output, lse, lse_keys, arrivals, last = (
-        x if x is None else x.to(device) for x in tensors
-    )
-    join_kernel[(2, splits)](
-        parts=Softmax(acc, peak, total), sinks=sink_logits, attended=attended, arrivals=arrivals, last=last,
-        output=output, lse=lse, lse_keys=lse_keys, rows=rows, num_heads=3, Lq=2, count=splits,
-        shape=shape_of(width, width, Tiles(8, 16, 4, 1)),
-    )  # fmt: skip
-    assert arrivals.tolist() == [splits, splits]
-    assert last.sum(1).tolist() == [1, 1]
-    expected_keys = torch.logsumexp(logits.flatten(1), -1)
-    expected = expected_keys
-    if sink is not None:
-        expected = torch.logaddexp(expected, sink.double()[None, :, None].expand(2, 3, 2).reshape(-1))
-    result = torch.einsum("rsn,rsnd->rd", torch.exp(logits - expected[:, None, None]), values.double())
-    result[5] = 0
-    assert_close(output.cpu().view(rows, width), result, 1e-5)
-    assert_close(lse.cpu().view(rows), expected, 1e-5)
-    assert_close(lse_keys.cpu().view(rows), expected_keys, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import Shape, check
+from attention_cases import DESCRIBED, Shape, check
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 tl = pytest.importorskip("triton.language")
@@ -46,19 +46,13 @@ def part_of(scratch: Scratch, name: str, *shape: int, dtype: torch.dtype = torch
 
 
 class Watched:
-    """A kernel that keeps the arguments of its last launch, before which ``change`` may change what it reads."""
+    """A kernel before whose launches ``change`` sees, and may change, what it reads."""
 
-    def __init__(self, kernel, change=None):
-        self.kernel, self.change, self.arguments, self.arg_names = kernel, change, {}, kernel.arg_names
+    def __init__(self, kernel, change):
+        self.kernel, self.change, self.arg_names = kernel, change, kernel.arg_names
 
     def __getitem__(self, grid):
-        def launch(**kwargs):
-            self.arguments = kwargs
-            if self.change is not None:
-                self.change(**kwargs)
-            self.kernel[grid](**kwargs)
-
-        return launch
+        return lambda **kwargs: (self.change(**kwargs), self.kernel[grid](**kwargs))
 
 
 @pytest.fixture
@@ -140,52 +134,11 @@ def test_queries_that_go_one_after_another_give_what_they_give_together(device, 
 
 
 @on_kernel_device
-def test_the_list_holds_what_may_reach_the_guess_of_any_row_and_rows_collect_what_does(device, monkeypatch):
-    plan_with(monkeypatch, samples=256)
-    case = decode_shape(queries=2, keys=300, budget=10, unequal=0.0).case()
-    score = Watched(triton_decode_topk.score_kernel)
-    monkeypatch.setattr(triton_decode_topk, "choose_kernel", Watched(triton_decode_topk.choose_kernel))
-    monkeypatch.setattr(triton_decode_topk, "score_kernel", score)
-    problem = case.problem("codes", "triton", device)
-    case.selection("codes").run(problem, "triton")
-    scratch, splits, segment, stride = (score.arguments[name] for name in ("scratch", "splits", "segment", "stride"))
-    part = lambda name, *shape, **options: part_of(scratch, name, *shape, **options).cpu()  # noqa: E731
-    integers = {"dtype": torch.int32}
-    guess, scores, found = part("guess", 6), part("scores", 6, stride), part("positions", splits, segment, **integers)
-    counts, sure = part("counts", splits, **integers), part("sure", 6, splits, **integers).sum(1)
-    reached, collected = part("reached", 6, **integers), part("reached_positions", 6, stride, **integers)
-    collected_scores = part("reached_scores", 6, stride)
-
-    query, key = case.query[0].double(), case.key[0, 0].double()
-    exact = (query @ key.T).reshape(6, -1)  # a head's queries side by side, as in [B, Hq, Lq]
-    start, end = case.visible[0].repeat(3, 1).T[..., None]
-    at = torch.arange(300)
-    seen = (at >= start) & (at < end)
-    forced = seen & ((at < start + 4) | (at >= end - 2))
-    reaches = seen & ~forced & (exact >= guess[:, None])
-
-    codes = KeyCodes(*(t.cpu() for t in problem.key_index))
-    size = (query * codes.spread[0].double()).norm(dim=-1).reshape(6, 1)
-    off = 2.01 * size * codes.residual[0, 0, :300].double() + 1e-4
-    listed = [found[s, : counts[s]].long() for s in range(splits)]
-    assert all((positions.diff() > 0).all() for positions in listed)
-    is_listed = torch.zeros(300, dtype=torch.bool)
-    is_listed[torch.cat(listed)] = True
-    assert is_listed.sum() == counts.sum()
-    assert not ((reaches | forced).any(0) & ~is_listed).any()
-    assert not (is_listed & ~(forced | (seen & (exact + off >= guess[:, None]))).any(0)).any()
-    assert is_listed.sum() < 250
-    # What is said to be certain is, and it is most.
-    assert (sure <= reaches.sum(1)).all()
-    assert (sure >= (seen & ~forced & (exact - off >= guess[:, None])).sum(1)).all()
-
-    for s, positions in enumerate(listed):
-        own = scores[:, s * segment : s * segment + counts[s]].double()
-        assert (own - exact[:, positions]).abs().max() < 1e-4
-    for r in range(6):
-        mine = collected[r, : reached[r]].long()
-        assert torch.equal(mine.sort().values, reaches[r].nonzero()[:, 0])
-        assert (collected_scores[r, : reached[r]].double() - exact[r, mine]).abs().max() < 1e-4
+@pytest.mark.parametrize("name", ["decode", "decode-ragged", "decode-full-budget", "decode-forced-keys"])
+def test_blocks_of_ordinary_keys_have_a_proof(name, device, taken_whole):
+    case = DESCRIBED[f"{name}-codes"][0].case()
+    case.selection("codes").run(case.problem("codes", "triton", device), "triton")
+    assert taken_whole == [0]
 
 
 @on_kernel_device
