@@ -8,17 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import (
-    DESCRIBED,
-    SHAPES,
-    TOLERANCE,
-    WAYS,
-    Case,
-    Shape,
-    case_for,
-    check,
-    relative_error,
-)
+from attention_cases import DESCRIBED, SHAPES, TOLERANCE, WAYS, Case, Shape, case_for, check, relative_error
 from tiny_models import random_ids, tiny_model
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
