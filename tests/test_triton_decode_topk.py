@@ -221,7 +221,7 @@ def test_codes_written_in_place_bound_the_keys(kind, dtype, device):
 
 
 @on_kernel_device
-@pytest.mark.parametrize(("queries", "keys", "begin"), [(1, 96, 0), (1, 97, 5), (3, 100, 0), (17, 75, 3)])
+@pytest.mark.parametrize(("queries", "keys", "begin"), [(1, 97, 5), (17, 64, 0)])
 def test_a_step_takes_its_keys_into_the_index_first(queries, keys, begin, device):
     case = decode_shape(batch=2, kv_heads=2, queries=queries, keys=keys, value_dim=80, budget=9).case()
     # The second sequence is shorter: what lies beyond its end is not read.
@@ -292,7 +292,7 @@ def test_a_tensor_whose_last_axis_is_not_dense_is_copied(name, device):
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    for queries, keys, message in ((MAX_DECODE_QUERIES + 1, 80, "at most 32 queries"), (1, 200, "codes must be those")):
+    for queries, keys, message in ((MAX_DECODE_QUERIES + 1, 80, "at most 32 queries"), (1, 400, "codes must be those")):
         index = decode_shape(keys=80).case().problem("codes").key_index
         problem = problem_of_case(decode_shape(queries=queries, keys=keys).case(), key_index=index, most=9)
         with pytest.raises(ValueError, match=message):
