@@ -40,7 +40,7 @@ EACH = pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_random_cases_equal_the_reference(way, dtype):
-    for seed in range(30 if dtype == torch.float32 else 12):
+    for seed in range(50 if dtype == torch.float32 else 12):
         case = case_for(way, seed, dtype)
         expected = case.reference(way)
         for backend, stats in itertools.product(INSTALLED, (True, False)):
@@ -54,18 +54,6 @@ def test_random_cases_equal_the_reference(way, dtype):
 def test_described_cases_equal_the_reference(name):
     shape, way = DESCRIBED[name]
     case = shape.case()
-    expected = case.reference(way)
-    for backend in INSTALLED:
-        check(way, case, backend, expected=expected)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@given(st.integers(1000, 10**9), st.sampled_from([way for way in WAYS if way not in ("codes", "pages")]))
-@settings(max_examples=120, deadline=None, derandomize=True)
-def test_more_random_cases_equal_the_reference(seed, way):
-    case = case_for(way, seed)
-    if way == "block":  # where a soft-cap saturates, float32 cannot tell blocks apart that float64 can
-        case.softcap = 0.0
     expected = case.reference(way)
     for backend in INSTALLED:
         check(way, case, backend, expected=expected)
