@@ -204,13 +204,9 @@ def test_a_query_block_that_sees_no_more_than_dense_below_attends_all_and_scores
         ({"local_keys": -1}, "local_keys must be at least 0, got -1"),
         ({"local_keys": 1.5}, "local_keys must be an integer, got 1.5"),
         ({"local_keys": None}, "local_keys must be an integer, got None"),
-        ({"sample_stride": 3}, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 3"),
-        ({"sample_stride": 128}, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 128"),
         ({"sample_stride": 0}, "sample_stride must be at least 1, got 0"),
         ({"query_block_size": 16}, "query_block_size must be one of 32, 64, 128, got 16"),
         ({"block_size": 8}, "block_size must be one of 16, 32, 64, 128, got 8"),
-        ({"min_mass": 1.0}, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
-        ({"max_factor": 0.5}, "max_factor must be a number of at least 1, got 0.5"),
     ],
     ids=str,
 )
