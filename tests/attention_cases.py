@@ -461,8 +461,12 @@ SHAPES = [
             ("packed-blocks", {}, {"intervals": "packed", "budget": 20}),
             ("sliding-blocks", {}, {"intervals": "sliding", "queries": 140, "keys": 170, "group": 1, "budget": 50}),
             ("min-mass", {"min_mass": 0.9, "max_factor": 8.0}, {"queries": 90, "keys": 260, "budget": 33}),
-            ("min-mass-capped", {"min_mass": 0.99, "max_factor": 1.5}, {"keys": 300, "budget": 30}),
-            ("min-mass-sliding", {"min_mass": 0.97}, {"keys": 300, "intervals": "sliding", "budget": 16}),
+            ("min-mass-capped", {"min_mass": 0.99, "max_factor": 1.5}, {"keys": 300, "budget": 80}),
+            (
+                "min-mass-sliding",
+                {"min_mass": 0.97, "max_factor": 8.0},
+                {"keys": 300, "intervals": "sliding", "budget": 16},
+            ),
         )
     ),
     # Decoding: few queries, of sequences with one origin each.
