@@ -60,13 +60,16 @@ codes-{bf16-d80,fp32-d256}-q1-tail
 _MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+k\d+|tcgen05\.mma|v_mfma_\w+")
 
 
-def _expanded(pattern: str) -> Iterator[str]:
-    """``"a{b,c}"`` as ``"ab"`` and ``"ac"``."""
-    parts = enumerate(re.split(r"{(.*?)}", pattern))
-    return map("".join, product(*(part.split(",") if i % 2 else [part] for i, part in parts)))
+def expanded(patterns: str) -> tuple[str, ...]:
+    """Patterns with spaces between: ``"a{b,c}"`` as ``"ab"`` and ``"ac"``."""
+    found: list[str] = []
+    for pattern in patterns.split():
+        parts = enumerate(re.split(r"{(.*?)}", pattern))
+        found += map("".join, product(*(part.split(",") if i % 2 else [part] for i, part in parts)))
+    return tuple(found)
 
 
-CASES = tuple(case for line in _CASES.split() for case in _expanded(line))
+CASES = expanded(_CASES)
 
 
 class Target(NamedTuple):

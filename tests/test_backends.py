@@ -53,19 +53,16 @@ def test_what_triton_cannot_run_runs_in_pytorch_and_by_name_is_refused(call, rea
         choose_backend("triton", **call)
 
 
-@pytest.mark.parametrize("capability", [(6, 0), (7, 0), (7, 5)])
-def test_gpus_before_ampere_run_pytorch_and_say_so(capability, monkeypatch):
+@pytest.mark.parametrize("capability", [(6, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)])
+def test_gpus_from_ampere_on_run_triton_and_others_pytorch_and_say_so(capability, monkeypatch):
     gpu_of(monkeypatch, capability)
+    if capability >= (8, 0):
+        assert triton_problem(CUDA) is None
+        return
     reason = "needs a GPU of compute capability 8.0 or higher, and cuda:0 has " + ".".join(map(str, capability))
     assert choose_backend("auto", CUDA, head_dims=(64,)) == ("torch", f"Triton {reason}")
     with pytest.raises(RuntimeError, match=reason):
         choose_backend("triton", CUDA, head_dims=(64,))
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_gpus_from_ampere_on_run_triton(capability, monkeypatch):
-    gpu_of(monkeypatch, capability)
-    assert triton_problem(CUDA) is None
 
 
 def test_amd_counts_capabilities_otherwise(monkeypatch):
@@ -95,32 +92,17 @@ def test_the_kernels_for_cpus_do_not_run_on_a_gpu(ampere):
         choose_backend("cpu", CUDA, head_dims=(64,), implemented=TopK().backends("prefill"))
 
 
-def test_the_interpreter_is_chosen_by_the_call_too(monkeypatch):
-    monkeypatch.setattr(backends, "_triton_interprets", lambda: True)
-    monkeypatch.setattr(backends, "has_numba", lambda: False)
-    backend, reason = choose_backend("auto", torch.device("cpu"), head_dims=(512, 512))
-    assert backend == "torch"
-    assert reason == "Triton takes a head_dim of at most 256, got 512"
-
-
-@pytest.mark.parametrize(
-    ("settings", "head_dim", "reason"),
-    [
-        ({"selection": "topk"}, 512, "takes a head_dim of at most 256, got 512"),
-        ({"selection": "block"}, 288, "takes a head_dim of at most 256, got 288"),
-    ],
-)
-def test_a_call_that_triton_cannot_run_equals_pytorch_and_says_so_once(settings, head_dim, reason, monkeypatch, caplog):
-    monkeypatch.setattr(backends, "triton_problem", lambda device: None)  # as on a GPU
+@pytest.mark.parametrize(("selection", "head_dim"), [("topk", 512), ("block", 288)])
+def test_a_call_that_triton_cannot_run_equals_pytorch_and_says_so_once(selection, head_dim, monkeypatch, caplog):
+    monkeypatch.setattr(backends, "triton_problem", lambda device: None)  # as on a GPU, or in the interpreter
     monkeypatch.setattr(backends, "has_numba", lambda: False)
     tensors = [torch.randn(1, 2, 40, head_dim) for _ in range(3)]
-    settings = {"alpha": 2.0, "C": 0.5, **settings}
+    settings, reason = {"alpha": 2.0, "C": 0.5, "selection": selection}, f"head_dim of at most 256, got {head_dim}"
     say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "nc_patch"):
         found = [sparse_attention(*tensors, **settings) for _ in range(2)]
     expected = sparse_attention(*tensors, **settings, backend="torch")
-    assert torch.equal(found[0], expected)
-    assert torch.equal(found[1], expected)
+    assert all(torch.equal(each, expected) for each in found)
     assert sum(reason in record.getMessage() for record in caplog.records) == 1
     with pytest.raises(RuntimeError, match=reason):
         sparse_attention(*tensors, **settings, backend="triton")

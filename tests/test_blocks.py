@@ -1,4 +1,4 @@
-"""The plan of block-sparse prefill: query blocks against the reference's runs of rows, and what follows from them."""
+"""Block-sparse prefill: the plan of query blocks, the choice of key blocks, and what its options promise."""
 
 import itertools
 import math
@@ -6,124 +6,38 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, random_case
-from operations import problem_of, problem_of_case, run_blocks, selection_of
+from attention_cases import peaked, random_case
+from operations import problem_of, problem_of_case
 from tiny_models import random_ids, tiny_model
 
-from nc_patch import patch_model, sparse_attention
+from nc_patch import KeyIndex, NCConfig, patch_model, sparse_attention
 from nc_patch.budget import row_budgets
 from nc_patch.ops.problem import Problem, causal_intervals, visible_mask
 from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
-from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, QueryBlocks, make_plan, stride_by_law
-from nc_patch.selections.block.definition import query_blocks
-
-
-@pytest.mark.parametrize("query_block_size", [32, 64, 128])
-def test_the_table_holds_the_references_query_blocks(query_block_size):
-    for seed in range(60):
-        case = random_case(seed, longest=300)
-        B, Lq = case.origin.shape
-        table = blocks.query_block_table(case.visible, case.origin, query_block_size)
-        owner = blocks.block_of_rows(table, B, Lq)
-        strides = 2 ** (torch.arange(len(table.first), dtype=torch.int32) % 6)
-        sampled = blocks.sampled_rows(table, case.visible, case.origin, owner, strides)
-        problem = problem_of_case(case)
-        counts = blocks.law_counts(problem, table, owner, 16)
-        expected_owner = torch.full((B, Lq), -1)
-        expected = []
-        for b in range(B):
-            for rows in query_blocks(case.visible[b], case.origin[b], query_block_size):
-                seen, begin = case.visible[b, rows], int(case.origin[b, rows[0]])
-                expected_owner[b, rows] = len(expected)
-                offset, stride = seen[:, 1] - 1 - begin, strides[len(expected)]
-                assert torch.equal(sampled[b, rows], (offset % stride == stride - 1) | (rows == rows[-1]))
-                of_group = case.budget.expand(case.query.shape[:3])[b].view(case.key.shape[1], -1, Lq)[..., rows]
-                width = (int(seen[:, 1].max()) - 1 - begin) // 16 - (int(seen[:, 0].min()) - begin) // 16 + 1
-                whole = (of_group.amax(1) >= seen[:, 1] - seen[:, 0]).all(-1)
-                wanted = torch.where(whole, width, -(-of_group.amax((1, 2)) // 16)).int()
-                found = torch.where(whole, counts[len(expected)].clamp(max=width), counts[len(expected)])
-                assert torch.equal(found, wanted)
-                row = (b, int(rows[0]), int(rows[-1]) + 1, int(seen[:, 0].min()), int(seen[:, 1].max()), begin)
-                expected.append(row)
-        assert torch.equal(owner, expected_owner)
-        assert torch.stack(tuple(table), -1).tolist() == [list(row) for row in expected]
-        assert not sampled[owner < 0].any()
+from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, QueryBlocks, make_plan, plan_of, stride_by_law
+from nc_patch.selections.block.definition import block_choice
+from nc_patch.selections.block.torch_choose import choose_blocks
 
 
 def test_rows_without_keys_are_in_no_query_block():
-    visible = torch.zeros(2, 5, 2, dtype=torch.int32)
-    origin = torch.zeros(2, 5, dtype=torch.int32)
-    table = blocks.query_block_table(visible, origin, 64)
-    assert all(column.shape == (0,) for column in table)
-    owner = blocks.block_of_rows(table, 2, 5)
-    assert torch.equal(owner, torch.full((2, 5), -1))
-    assert not blocks.sampled_rows(table, visible, origin, owner, table.first).any()
-    key = torch.zeros(2, 3, 0, 8)
-    problem = problem_of(torch.zeros(2, 3, 5, 8), key, key, visible, origin[:, None])
-    assert blocks.law_counts(problem, table, owner, 16).shape == (0, 3)
-    plan = make_plan(problem, Block())
+    visible, key = torch.zeros(2, 5, 2, dtype=torch.int32), torch.zeros(2, 3, 0, 8)
+    plan = make_plan(problem_of(torch.zeros(2, 3, 5, 8), key, key, visible, visible[:, None, :, 0]), Block())
     assert plan.listed == []
+    assert torch.equal(plan.owner, torch.full((2, 5), -1))
     assert plan.table.shape == (0, blocks.PLAN_COLUMNS)
     assert plan.law.shape == plan.limit.shape == plan.recent.shape == (0, 3)
     assert len(plan.samples) == len(plan.sample_owner) == 0
 
 
-def plan_of_case(case: Case, **options) -> BlockPlan:
-    return make_plan(problem_of_case(case), selection_of("block", **case.block_settings() | options))
-
-
-@pytest.mark.parametrize("min_mass", [None, 0.9])
-def test_a_plan_is_what_its_parts_say(min_mass):
-    for seed in range(60):
-        case = random_case(seed, longest=300)
-        size, factor = case.block_size, 1.7
-        plan = plan_of_case(case, min_mass=min_mass, max_factor=factor)
-        of = plan.blocks
-        strides = blocks.strides_of(
-            of,
-            torch.minimum(blocks.law_counts(problem_of_case(case), of, plan.owner, size), plan.table[:, 7, None]),
-            selection_of("block", **case.block_settings()),
-        )
-        sampled = blocks.sampled_rows(of, case.visible, case.origin, plan.owner, strides)
-        assert [list(row) for row in plan.listed] == plan.table.tolist()
-        taken, most = 0, 1
-        for number, row in enumerate(plan.listed):
-            batch, first, last, low, high, begin, lowest, width, first_sample, samples = row
-            assert lowest == (low - begin) // size
-            assert width == (high - 1 - begin) // size + 1 - lowest
-            assert first_sample == taken
-            taken += samples
-            rows = plan.samples[first_sample:taken].tolist()
-            of_block = [r for r in range(first, last) if sampled[batch, r]]
-            attends_all = bool((plan.law[number] == width).all())
-            assert rows == ([] if attends_all else of_block), "who attends all scores nothing"
-            assert plan.sample_owner[first_sample:taken].tolist() == [number] * samples
-            own = (int(case.visible[batch, first, 1]) - 1 - begin) // size - lowest
-            of_heads = (x[number].tolist() for x in (plan.law, plan.limit, plan.recent))
-            for law, limit, recent in zip(*of_heads, strict=True):
-                assert 0 <= recent <= max(own, 0)
-                always = width - recent + (recent > 0)
-                assert always <= law <= limit <= width
-                assert min_mass is not None or limit == law
-                assert limit <= max(math.ceil(factor * law), always)
-                most = max(most, limit)
-        assert taken == len(plan.samples)
-        assert plan.capacity == most
-
-
 def test_the_stride_is_the_nearest_power_of_two():
-    assert stride_by_law(torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 1e9]).double()).tolist() == [
-        *(2, 2, 2, 4, 8, 16, 32, 64, 64)
-    ]
     for power in range(1, 6):
         boundary = 2.0 ** (power + 0.5)
         below, above = math.nextafter(boundary, 0.0), math.nextafter(boundary, math.inf)
         found = stride_by_law(torch.tensor([below, boundary, above], dtype=torch.float64))
         assert found.tolist() == [2**power, 2 ** (power + 1), 2 ** (power + 1)]
-        assert found.dtype == torch.int32
-    ratio = torch.logspace(-1, 3, 1000, base=10.0, dtype=torch.float64)
-    expected = [min(max(2 ** round(math.log2(r)), 2), 64) for r in ratio.tolist()]
+    ratio = torch.cat((torch.zeros(1).double(), torch.logspace(-1, 3, 1000, dtype=torch.float64)))
+    expected = [2, *(min(max(2 ** round(math.log2(r)), 2), 64) for r in ratio[1:].tolist())]
     assert stride_by_law(ratio).tolist() == expected
 
 
@@ -211,7 +125,28 @@ def test_a_plan_depends_neither_on_neighbours_nor_on_padding_nor_on_where_a_prom
     assert pieces == expected
 
 
-@pytest.mark.parametrize("local_keys", [0, 16, 64, 100, 1000])
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("min_mass", [None, 0.7731], ids=["law", "min_mass"])
+def test_the_chosen_blocks_are_those_of_the_definition(min_mass):
+    dense, mixed = 0, 0
+    for seed in range(300, 330):
+        case = replace(random_case(seed, longest=300), min_mass=min_mass)
+        problem, options = problem_of_case(case), case.selection("block")
+        plan = make_plan(problem, options)
+        choice, added = choose_blocks(problem, plan, options)
+        expected = block_choice(problem, case.scores(), options)
+        assert torch.equal(choice.block_counts, expected.block_counts), seed
+        most = expected.block_indices.shape[-1]
+        assert torch.equal(choice.block_indices[..., :most], expected.block_indices), seed
+        assert bool((choice.block_indices[..., most:] == -1).all()), seed
+        assert torch.equal(added, expected.block_counts - plan.law), seed
+        unscored = [samples == 0 for *_, samples in plan.listed]
+        dense, mixed = dense + all(unscored), mixed + (any(unscored) and not all(unscored))
+    assert dense > 0
+    assert mixed > 3, "cases in which some query blocks attend everything and some do not"
+
+
+@pytest.mark.parametrize("local_keys", [0, 16, 100, 1000])
 @pytest.mark.parametrize("size", [16, 32])
 def test_local_keys_are_attended_within_the_budget_and_never_beyond_it(size, local_keys):
     g = torch.Generator().manual_seed(local_keys)
@@ -235,15 +170,10 @@ def test_local_keys_are_attended_within_the_budget_and_never_beyond_it(size, loc
             local = range(max(64 * number - local_keys, 0) // size, first)
             reached = [j for j in local if j >= first - (in_all - own - (number > 0))]
             assert set(reached) <= set(chosen.tolist())
-
-
-def test_local_keys_are_part_of_the_budget_whatever_min_mass_adds():
-    g = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(1, 2, 700, 16, generator=g) for _ in range(3))
-    options = {"alpha": 100.0, "selection": "block", "dense_below": 0, "return_stats": True, "min_mass": 0.5}
-    for local_keys in (0, 64, 1000):
-        attended = sparse_attention(query, key, value, local_keys=local_keys, max_factor=1.0, **options).attended
-        assert int(attended.max()) <= 112
+        # Nor does a kept mass to aim at change that.
+        options |= {"min_mass": 0.5, "max_factor": 1.0, "return_stats": True}
+        most = sparse_attention(query, key, value, alpha=float(budget), **options).attended.max()
+        assert int(most) <= max(-(-budget // size), own + 1) * size
 
 
 @pytest.mark.parametrize("dense_below", [1, 100, 128, 400])
@@ -274,19 +204,94 @@ def test_a_query_block_that_sees_no_more_than_dense_below_attends_all_and_scores
         ({"local_keys": -1}, "local_keys must be at least 0, got -1"),
         ({"local_keys": 1.5}, "local_keys must be an integer, got 1.5"),
         ({"local_keys": None}, "local_keys must be an integer, got None"),
-        ({"sample_stride": 3}, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 3"),
-        ({"sample_stride": 128}, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 128"),
         ({"sample_stride": 0}, "sample_stride must be at least 1, got 0"),
         ({"query_block_size": 16}, "query_block_size must be one of 32, 64, 128, got 16"),
         ({"block_size": 8}, "block_size must be one of 16, 32, 64, 128, got 8"),
-        ({"min_mass": 1.0}, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
-        ({"max_factor": 0.5}, "max_factor must be a number of at least 1, got 0.5"),
     ],
     ids=str,
 )
 def test_options_that_there_are_not_are_refused_with_those_that_there_are(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         sparse_attention(*(torch.zeros(1, 1, 2, 4),) * 3, alpha=1.0, selection="block", **options)
+
+
+@pytest.mark.parametrize(("local_keys", "budget"), [(0, 192.0), (64, 208.0)])
+def test_the_one_distant_block_that_a_query_block_looks_for_is_found(local_keys, budget):
+    g = torch.Generator().manual_seed(5)
+    topics = torch.randn(16, 1, 16, generator=g)
+    key = (topics + 0.1 * torch.randn(16, 64, 16, generator=g)).view(1, 1, 1024, 16)
+    query = (2 * topics.roll(8, 0) + 0.1 * torch.randn(16, 64, 16, generator=g)).view(1, 1, 1024, 16)
+    kept = [
+        sparse_attention(query, key, key, alpha=budget, dense_below=0, return_stats=True, **options).kept_mass
+        for options in ({"selection": "block", "local_keys": local_keys}, {"selection": "window"})
+    ]
+    assert kept[0][..., 512:].mean() > 0.9
+    assert kept[1][..., 512:].mean() < 0.5
+
+
+def test_min_mass_adds_blocks_within_its_factor_and_never_takes_any_away():
+    query, key, value = peaked(6, 1, 1024)
+    law = {"alpha": 2.0, "C": 0.5, "selection": "block", "dense_below": 0, "return_stats": True}
+    by_law = sparse_attention(query, key, value, **law)
+    more = sparse_attention(query, key, value, min_mass=0.9, max_factor=3.0, **law)
+    most = sparse_attention(query, key, value, min_mass=0.9, max_factor=1000.0, **law)
+    assert bool((more.attended >= by_law.attended).all())
+    assert bool((most.attended >= more.attended).all())
+    assert by_law.kept_mass.mean() < more.kept_mass.mean() < most.kept_mass.mean()
+    assert by_law.enlarged is None
+    assert bool((more.enlarged[:, 0] == 16).all())
+    assert 0 < more.enlarged[:, 1].sum() <= most.enlarged[:, 1].sum()
+    # A query block of a key/value head is enlarged where its last row, which sees most, attends more than by the law.
+    grown = (most.attended > by_law.attended)[0].view(2, 2, 16, 64).any((1, 3)).sum(-1)
+    assert torch.equal(most.enlarged[:, 1], grown.repeat_interleave(2).float())
+    visible = causal_intervals(1, 1024, 1024, "cpu")
+    budget = NCConfig(2.0, 0.5, dense_below=0).row_budgets(visible, 1024)
+    problem = problem_of(query, key, value, visible, budget, scale=0.25)
+    plan = plan_of(problem, BlockOptions(min_mass=0.9, max_factor=1000.0))
+    kept = most.kept_mass[0, :, plan.samples.long()].double()
+    for number in plan.sample_owner.unique():
+        of_heads = kept[:, plan.sample_owner == number].view(2, -1).mean(-1)
+        assert bool((of_heads >= 0.9 - 1e-5).all()), "of the scored rows, for each key/value head"
+
+
+def test_what_an_audit_compares_with_is_the_kept_mass_of_the_rows_that_chose():
+    query, key, value = peaked(7, 2, 1024)
+    visible = causal_intervals(2, 1024, 1024, "cpu")
+    budget = NCConfig(4.0, 0.5, dense_below=300).row_budgets(visible, 1024)
+    problem = problem_of(query, key, value, visible, budget, scale=0.25, stats=True)
+    options = Block(min_mass=0.5, max_factor=1.0)  # by which rows share out their softmax, not their highest scores
+    result, plan = options.run(problem, "torch"), plan_of(problem, options)
+    expected = torch.full((len(plan.listed), 4), torch.nan)
+    choose_blocks(problem, plan, options, expected)
+    for number, (batch, *_, first_sample, samples) in enumerate(plan.listed):
+        rows = plan.samples[first_sample : first_sample + samples].long()
+        true = result.kept_mass[batch, :, rows].mean(-1) if samples else torch.ones(4)
+        assert torch.allclose(expected[number], true, atol=1e-5)
+    dense = [samples == 0 for *_, samples in plan.listed]
+    assert dense == [last <= 300 for _, _, last, *_ in plan.listed]
+    scored = torch.zeros(2, 1024, dtype=torch.bool)
+    scored[plan.blocks.batch.long()[plan.sample_owner.long()], plan.samples.long()] = True
+    sparse = torch.tensor([not d for d in dense])[plan.owner]
+    kept = result.kept_mass.movedim(1, 0)
+    assert kept[:, scored].mean() > kept[:, sparse & ~scored].mean(), "the rows that chose keep more, not less"
+
+
+@pytest.mark.parametrize("queries", [1, 3, 200])
+def test_a_budget_of_all_keys_attends_them_wherever_intervals_begin_and_end(queries):
+    g = torch.Generator().manual_seed(queries)
+    query, key, value = (
+        torch.randn(1, heads, length, 8, generator=g) for heads, length in ((4, queries), (2, 333), (2, 333))
+    )
+    end = torch.arange(33, 33 + queries, dtype=torch.int32)
+    for start, block_size in itertools.product((0, 12, 27), (16, 32)):
+        visible = torch.stack(((end - 33 + start).clamp(max=33 + start), end), -1)[None]
+        options = {"visible": visible, "origin": torch.zeros(1, queries, dtype=torch.int32), "dense_below": 0}
+        expected = sparse_attention(query, key, value, alpha=1e6, selection="dense", **options)
+        options |= {"alpha": 1e6, "selection": "block", "block_size": block_size}
+        index = KeyIndex.build(key, "pages", block_size=block_size)
+        for more in ({}, {"min_mass": 0.9}, *([{"index": index}] if queries <= 32 else [])):
+            found = sparse_attention(query, key, value, **options, **more)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.fixture
@@ -351,29 +356,3 @@ def test_intervals_that_a_caller_changes_between_calls_count_and_nothing_is_left
     again = sparse_attention(query, key, value, **options | {"visible": visible.clone(), "origin": origin.clone()})
     assert torch.equal(changed, again)
     assert vars(visible) == before
-
-
-@pytest.mark.parametrize("stride", [None, 1, 8])
-def test_every_stride_has_a_gradient(stride):
-    g = torch.Generator().manual_seed(5)
-    tensors = [torch.randn(1, 2, 300, 8, generator=g, requires_grad=True) for _ in range(3)]
-    options = {"alpha": 40.0, "selection": "block", "dense_below": 0, "sample_stride": stride, "local_keys": 16}
-    output = sparse_attention(*tensors, **options)
-    with torch.no_grad():
-        assert torch.allclose(output, sparse_attention(*tensors, **options), atol=1e-6)
-    output.sum().backward()
-    assert all(bool(t.grad.isfinite().all()) for t in tensors)
-
-
-def test_rows_scored_are_those_that_a_case_asks_for():
-    case = random_case(0, longest=20)
-    query, key = (torch.randn(1, heads, 256, 8) for heads in (2, 1))
-    visible = causal_intervals(1, 256, 256, "cpu")
-    budget = torch.full((1, 1, 256), 16, dtype=torch.int32).minimum(visible[:, None, :, 1])
-    tensors = {"query": query, "key": key, "value": key, "visible": visible, "budget": budget, "sinks": None}
-    case = replace(case, **tensors, origin=visible[..., 0], block_size=16, query_block_size=64, local_keys=0)
-    for stride in blocks.SAMPLE_STRIDES:
-        plan = plan_of_case(case, sample_stride=stride)
-        # The first query block sees four blocks, of its own positions, and attends them all.
-        assert plan.samples.tolist() == list(range(64 + stride - 1, 256, stride))
-        assert run_blocks(case, sample_stride=stride).output.isfinite().all()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import random_case, relative_error
+from attention_cases import case_for, random_case, relative_error
 from operations import reference_attention, topk_mask
 
 from nc_patch.ops.problem import causal_intervals, visible_mask
@@ -47,11 +47,11 @@ def test_a_full_budget_is_dense_attention(selection):
     assert torch.equal(result.attended, budget.expand(2, 6, 33))
 
 
-@pytest.mark.parametrize("selection", ["topk", "window"])
-def test_exactly_the_budget_is_attended(selection):
+@pytest.mark.parametrize("way", ["topk", "drop", "window"])
+def test_exactly_the_budget_is_attended(way):
     for seed in range(20):
-        case = random_case(seed)
-        assert torch.equal(case.reference(selection).attended, case.budget.expand(case.query.shape[:3]))
+        case = case_for(way, seed)
+        assert torch.equal(case.reference(way).attended, case.budget.expand(case.query.shape[:3]))
 
 
 def test_forced_keys_never_exceed_the_budget():

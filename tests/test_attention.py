@@ -1,0 +1,286 @@
+"""Every way of attending in PyTorch and in the kernels for CPUs, against the float64 definitions."""
+
+import itertools
+
+import pytest
+import torch
+from attention_cases import (
+    BLOCK_OPTIONS,
+    DESCRIBED,
+    KINDS,
+    PAGE_KINDS,
+    PREFILL,
+    TOLERANCE,
+    WAYS,
+    Case,
+    case_for,
+    check,
+    decode_case,
+    random_case,
+    relative_error,
+    tail_case,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operations import assert_close, operation, problem_of_case, topk_mask
+
+from nc_patch.ops import rows as torch_rows
+from nc_patch.ops.backends import has_numba
+from nc_patch.ops.kth_largest import by_partition_, by_topk
+from nc_patch.ops.problem import Problem, causal_intervals
+from nc_patch.selections import Block, TopK
+from nc_patch.selections.block import blocks
+
+BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not has_numba(), reason="needs Numba"))]
+INSTALLED = ("torch", "cpu") if has_numba() else ("torch",)
+EACH = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_random_cases_equal_the_reference(way, dtype):
+    for seed in range(50 if dtype == torch.float32 else 12):
+        case = case_for(way, seed, dtype)
+        expected = case.reference(way)
+        for backend, stats in itertools.product(INSTALLED, (True, False)):
+            check(way, case, backend, expected=expected, stats=stats)
+        if WAYS[way].index == "codes":
+            check(way, case, "torch", expected=expected, bounds=True)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_described_cases_equal_the_reference(name):
+    shape, way = DESCRIBED[name]
+    case = shape.case()
+    expected = case.reference(way)
+    for backend in INSTALLED:
+        check(way, case, backend, expected=expected)
+
+
+@given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1), st.integers(0, 5))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_codes_choose_the_references_keys_and_bound_the_kept_mass(seed, kind, new):
+    case = decode_case(seed)
+    pad = -case.query.shape[-1] % 16 if seed % 3 else 0  # whole vectors of codes, or keys themselves
+    case.query, case.key = (torch.nn.functional.pad(t, (0, pad)) for t in (case.query, case.key))
+    if kind in (1, 5, 6):
+        case.query = (case.query * 4).round()
+    case.key = KINDS[kind](case.key)
+    # What float32 rounds off a large logit; of still larger ones a single key has all of the softmax.
+    largest = float((case.scale * case.query.double() @ stretched(case).transpose(2, 3)).abs().max())
+    tolerance = 1e-5 + (5e-7 * largest if largest < 1e5 else 0.0)
+    new = min(new, case.query.shape[2], int((case.visible[:, -1, 1] - case.visible[:, 0, 0]).min()))
+    expected = case.reference("codes")
+    for backend in INSTALLED:
+        check("codes", case, backend, expected=expected, new=max(new, 0), stats=False, tolerance=tolerance)
+    check("codes", case, "torch", expected=expected, stats=False, bounds=True, tolerance=tolerance)
+
+
+def stretched(case: Case) -> torch.Tensor:
+    """The keys in float64, for each query head."""
+    return case.key.double().repeat_interleave(case.query.shape[1] // case.key.shape[1], 1)
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_pages_are_chosen_and_attended_as_defined(part):
+    for seed in range(part * 40, part * 40 + 40):
+        case = decode_case(seed)
+        expected = case.reference("pages")
+        new = seed % 4 if bool((case.origin == 0).all()) else 0
+        for backend in INSTALLED:
+            check("pages", case, backend, expected=expected, new=new, stats=seed % 2 == 0)
+
+
+@pytest.mark.parametrize("kind", PAGE_KINDS)
+def test_pages_of_hard_keys_are_chosen_as_defined(kind):
+    for seed in range(300, 320):
+        case = decode_case(seed)
+        case.key = kind(case.key)
+        expected = case.reference("pages")
+        for backend in INSTALLED:
+            check("pages", case, backend, expected=expected, stats=False, tolerance=1e-4)
+
+
+@EACH
+@pytest.mark.parametrize("way", ["drop", "window", "codes"])
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_reach_the_rows_that_attend_them_and_no_number_is_wrong(way, where, what, backend):
+    reached = 0
+    for seed in range(12):
+        case = case_for(way, seed, longest=60)
+        case.softcap = 0.0
+        tensor = getattr(case, where)
+        tensor[0, 0, tensor.shape[2] // 2, 0] = what
+        expected = case.reference(way).output
+        output = case.selection(way).run(case.problem(way), backend).output.double()
+        reached += bool(expected.isnan().any())
+        assert not bool((output.isfinite() & ~expected.isfinite()).any()), seed
+        if where == "key" or backend == "torch":
+            assert torch.equal(output.isnan(), expected.isnan()), seed
+        sound = output.isfinite() & expected.isfinite()
+        torch.testing.assert_close(output[sound], expected[sound], atol=1e-4, rtol=1e-5)
+    assert reached
+
+
+@EACH
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sink_beyond_all_scores_leaves_the_statistics_right(way, backend):
+    case = case_for(way, 4)
+    case.sinks = torch.full((case.query.shape[1],), 120.0)
+    check(way, case, backend)
+
+
+def revealing_case(keys: torch.Tensor, budget: int, rows: int, scale: float) -> Case:
+    """A query head over ``keys [Lk, D]``, with values that reveal which keys are attended."""
+    Lk, D = keys.shape
+    visible = torch.tensor([0, Lk], dtype=torch.int32).expand(1, rows, 2).contiguous()
+    allowed = torch.full((1, 1, rows), budget, dtype=torch.int32)
+    tensors = torch.full((1, 1, rows, D), 0.5), keys[None, None].contiguous(), torch.eye(Lk)[None, None]
+    return Case(*tensors, visible, visible[..., 0].contiguous(), allowed, None, scale, 0.0, 2, 1)
+
+
+ADVERSARIAL = {
+    "all equal": lambda n: torch.ones(n, 4),
+    "all zero": lambda n: torch.zeros(n, 4),
+    "two values": lambda n: (torch.rand(n, 1) > 0.5).float().expand(n, 4) / 2,
+    "one outlier": lambda n: torch.where(torch.arange(n)[:, None] == n // 2, 900.0, -1.0).expand(n, 4),
+    "denormals": lambda n: torch.randint(1, 9, (n, 1)).float().expand(n, 4) * 2.0**-148,
+    "neighbouring floats": lambda n: (1 + torch.randint(0, 4, (n, 1)) * 2.0**-22).expand(n, 4),
+    "huge": lambda n: torch.randn(n, 4) * 1e30,
+    "rising": lambda n: torch.arange(n)[:, None].expand(n, 4) / 8,
+    "falling": lambda n: -torch.arange(n)[:, None].expand(n, 4) / 8,
+}
+
+
+@EACH
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+@pytest.mark.parametrize("way", ["drop", "codes"])
+def test_the_attended_set_is_exact_on_adversarial_keys(kind, way, backend):
+    keys = torch.nn.functional.pad(ADVERSARIAL[kind](100), (0, 12))
+    for budget, rows in itertools.product((1, 2, 31, 63, 64, 99, 100), (1, 6)):
+        # A scale by which no weight of an attended key underflows.
+        case = revealing_case(keys, budget, rows, 1e-33 if kind == "huge" else 0.01)
+        expected = topk_mask(case.query @ case.key.transpose(2, 3), case.visible, case.budget, 2, 1)
+        output = case.selection(way).run(case.problem(way), backend).output
+        assert torch.equal(output > 0, expected), budget
+
+
+@pytest.mark.parametrize("algorithm", [by_topk, by_partition_])
+def test_thresholds_are_the_kth_largest(algorithm):
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        heads, rows, length = (int(torch.randint(1, n, (1,), generator=g)) for n in (5, 9, 200))
+        values = torch.randn(heads, rows, length, generator=g)
+        values = values.round() if seed % 3 == 0 else values
+        values[torch.rand(values.shape, generator=g) < 0.1 * (seed % 2)] = -torch.inf
+        count = torch.randint(0, length + 1, (heads, rows) if seed % 2 else (rows,), generator=g)
+        threshold, tied = algorithm(values.clone(), count)
+        padded = torch.nn.functional.pad(values.sort(-1, descending=True).values, (1, 1), value=torch.inf)
+        k = count.expand(heads, rows).long()[..., None]
+        at, after = padded.gather(-1, k)[..., 0], padded.gather(-1, k + 1)[..., 0]
+        assert torch.equal(threshold, at)
+        assert torch.equal(tied.expand(heads, rows), (at == after) & (k[..., 0] > 0) & (k[..., 0] < length))
+
+
+def test_thresholds_are_split_over_threads_alike():
+    torch.set_num_threads(3)
+    values, count = torch.randn(9, 40, 400), torch.randint(0, 401, (40,))
+    for found, expected in zip(by_partition_(values.clone(), count), by_topk(values, count), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("way", ["drop", "window", "block"])
+def test_many_chunks_equal_one(way, monkeypatch):
+    case = random_case(5)
+    case.min_mass = 0.91
+    whole = case.selection(way).run(problem_of_case(case), "torch")
+    monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 64)
+    monkeypatch.setattr(blocks, "SCORES_AT_ONCE", 500)
+    parts = case.selection(way).run(problem_of_case(case), "torch")
+    assert relative_error(parts.output, whole.output) < 1e-6
+    if way == "block":
+        assert torch.equal(parts.attended, whole.attended)
+        assert torch.equal(parts.enlarged, whole.enlarged)
+
+
+@pytest.mark.parametrize("way", PREFILL)
+def test_gradients_equal_those_of_the_reference(way):
+    compared = 0
+    for seed in range(16):
+        case = case_for(way, seed, longest=90)
+        if bool((case.rows <= 0).any()):  # the reference's own gradient is NaN where a row sees nothing
+            continue
+        names = [name for name in ("query", "key", "value", "sinks") if getattr(case, name) is not None]
+        gradients, weight = [], torch.randn(*case.query.shape[:3], case.value.shape[-1])
+        for dtype in (torch.float32, torch.float64):
+            leaves = {name: getattr(case, name).detach().to(dtype).requires_grad_() for name in names}
+            problem = problem_of_case(case)._replace(**leaves)
+            selection = case.selection(way)
+            output = (operation(selection, problem) if dtype == torch.float32 else selection.reference(problem)).output
+            gradients.append(torch.autograd.grad(output, list(leaves.values()), weight.to(output.dtype)))
+        for found, expected in zip(*gradients, strict=True):
+            assert relative_error(found, expected) < 1e-4, seed
+        compared += 1
+    assert compared > 5
+
+
+def test_a_row_that_sees_nothing_has_no_gradient_and_no_nan():
+    query, key, value = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
+    visible = causal_intervals(1, 6, 6, "cpu").clone()
+    visible[0, :2] = 3
+    budget = (visible[..., 1] - visible[..., 0])[:, None].clamp(max=2)
+    problem = Problem(query, key, value, visible, visible[..., 0].contiguous(), budget, 0.5)
+    output = operation(TopK(1, 1, "drop"), problem).output
+    output.sum().backward()
+    assert torch.equal(output[:, :, :2], torch.zeros(1, 2, 2, 4))
+    assert all(bool(t.grad.isfinite().all()) for t in (query, key, value))
+    assert torch.equal(query.grad[:, :, :2], torch.zeros(1, 2, 2, 4))
+
+
+@EACH
+def test_memory_grows_with_keys_and_not_with_queries_times_keys(backend):
+    process = pytest.importorskip("psutil").Process()
+    n = 6000  # Lq * Lk * heads in float32 would be 288 MB
+    query, key = torch.randn(1, 2, n, 16), torch.randn(1, 2, n, 16)
+    visible = causal_intervals(1, n, n, "cpu")
+    budget = torch.full((1, 1, n), 50, dtype=torch.int32).minimum(visible[..., 1][:, None])
+    problem = Problem(query, key, key, visible, visible[..., 0].contiguous(), budget, 0.25)
+    before = process.memory_info().rss
+    for selection in (TopK(), Block()):
+        selection.run(problem, backend)
+    assert process.memory_info().rss - before < 150e6
+
+
+OPTIONS = [
+    {"query_block_size": 128, "sample_stride": 16, "local_keys": 0},
+    {"query_block_size": 32, "sample_stride": 1},
+    {"sample_stride": 64, "block_size": 64, "local_keys": 100},
+    {"sample_stride": None, "local_keys": 64},
+    {"min_mass": 0.8371},
+    {"min_mass": 0.6173, "max_factor": 1.5, "query_block_size": 128, "sample_stride": 8},
+    {"min_mass": 0.7119, "sample_stride": None, "local_keys": 16, "block_size": 32},
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@EACH
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda given: ", ".join(f"{name}={x}" for name, x in given.items()))
+def test_every_setting_of_block_equals_the_reference(options, backend):
+    assert options.keys() <= set(BLOCK_OPTIONS)
+    for seed in range(100, 108):
+        case = random_case(seed, longest=300)
+        for name, value in options.items():
+            setattr(case, name, value)
+        check("block", case, backend)
+
+
+@EACH
+def test_rows_of_packed_sequences_have_their_own_pages_in_the_tail(backend):
+    case = tail_case(2)
+    assert len(case.origin.unique()) > 2
+    result = check("topk", case, backend)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(result.output, case.reference("drop").output, 1e-2)

@@ -1,0 +1,220 @@
+"""Indexes of keys: what they hold, on every backend, what decoding by them keeps, and which uses are refused."""
+
+import pytest
+import torch
+from attention_cases import KINDS, TOLERANCE, tail_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operations import problem_of
+from test_attention import BACKENDS, EACH, INSTALLED
+
+from nc_patch import KeyIndex, sparse_attention
+from nc_patch.ops.problem import causal_intervals
+from nc_patch.selections import Block
+
+
+def test_bounds_are_narrow_where_attention_is_sharp():
+    g = torch.Generator().manual_seed(0)
+    key, value = torch.randn(1, 2, 4000, 64, generator=g), torch.randn(1, 2, 4000, 64, generator=g)
+    query = 2 * torch.randn(1, 6, 1, 64, generator=g)
+    index = KeyIndex.build(key, "codes")
+    result = sparse_attention(query, key, value, alpha=4.0, C=0.6, index=index, return_kept_mass="bounds")
+    lower, upper = result.kept_mass_bounds.unbind(-1)
+    dense = sparse_attention(query, key, value, alpha=4.0, C=0.6, return_stats=True)
+    torch.testing.assert_close(result.output, dense.output, atol=1e-6, rtol=1e-5)
+    assert bool((lower <= dense.kept_mass).all())
+    assert bool((dense.kept_mass <= upper).all())
+    assert float((upper - lower).max()) < 0.05
+
+
+def test_each_query_of_a_call_chooses_pages_as_it_would_alone():
+    g = torch.Generator().manual_seed(2)
+    key, value = torch.randn(1, 2, 300, 32, generator=g), torch.randn(1, 2, 300, 32, generator=g)
+    query = torch.randn(1, 4, 8, 32, generator=g)
+    options = {"alpha": 2.0, "C": 0.6, "selection": "block", "block_size": 16}
+    together = sparse_attention(query, key, value, index=KeyIndex.build(key, "pages"), **options)
+    for i in range(8):
+        keys, values = key[:, :, : 293 + i], value[:, :, : 293 + i]
+        index = KeyIndex.build(keys, "pages")
+        alone = sparse_attention(query[:, :, i : i + 1], keys, values, index=index, **options)
+        torch.testing.assert_close(alone[:, :, 0], together[:, :, i], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_an_index_takes_the_bytes_it_promises(D):
+    key = torch.randn(1, 8, 8192, D).bfloat16()
+    kv_bytes = 2 * key.nbytes
+    codes, pages = KeyIndex.build(key, "codes"), KeyIndex.build(key, "pages")
+    assert pages.nbytes() <= kv_bytes / 8
+    if D == 128:
+        assert codes.nbytes() <= 0.27 * kv_bytes
+        grown = KeyIndex.build(key[:, :, :8191], "codes")
+        grown.extend(key, 1, torch.tensor([8192]))
+        assert grown.nbytes() <= 0.27 * kv_bytes * 8320 / 8192
+
+
+def assert_summarises(codes: torch.Tensor, scales: torch.Tensor, page: torch.Tensor) -> None:
+    """``codes [3, D]`` and ``scales [3]`` are those of the keys ``[n, D]``; of the farthest any may be apart."""
+    page, n = page.double(), len(page)
+    apart, mean, root = codes.double() * scales[:, None].double()
+    # A code is off by half a step, and by a whole one of the smallest numbers.
+    step = lambda x: 0.502 * float(x.abs().max()) / 127 + 1e-37  # noqa: E731
+    distance = (page - page.mean(0)).square().sum(-1)
+    far = (page - apart).abs().amax(-1).argmin()
+    assert float((page[far] - apart).abs().max()) <= step(page[far])
+    assert float(distance[far]) >= float(distance.max()) * (1 - 1e-5)
+    if n == 1:
+        assert not codes[1:].any()
+        return
+    largest = float(page.abs().max())
+    variance = codes[2] * scales[2].double() ** 2
+    assert (root >= 0).all()
+    # Equal distances are decided by rounding.
+    for i in (distance >= distance.max() * (1 - 1e-5)).nonzero()[:, 0]:
+        others = page[torch.arange(n) != i]
+        of_mean, of_variance = others.mean(0), others.var(0, correction=0)
+        if float((of_mean - mean).abs().max()) <= step(of_mean) + 1e-5 * largest:
+            off = float((of_variance - variance).abs().max())
+            assert off <= step(of_variance) + 1e-5 * largest**2
+            return
+    raise AssertionError("no mean of the others is that of the page")
+
+
+@given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1), st.sampled_from(INSTALLED))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(seed, kind, backend):
+    g = torch.Generator().manual_seed(seed)
+    length, D = int(torch.randint(1, 70, (1,), generator=g)), int(torch.randint(1, 20, (1,), generator=g))
+    key = KINDS[kind](torch.randn(2, 2, length, D, generator=g))
+    start = torch.randint(-20, length, (2,), generator=g)
+    index = KeyIndex.build(key, "pages", start=start, capacity=128, backend=backend)
+    for b, begin in enumerate(start.tolist()):
+        for j in range(8):
+            codes, scales = (t[b, :, j] for t in index.tensors())
+            first, last = begin + 16 * j, begin + 16 * j + 16
+            if last > length or last <= 0:  # no key, or a page that is not whole yet
+                assert not codes.any()
+                assert not scales.any()
+                continue
+            for h in range(2):
+                assert_summarises(codes[h], scales[h], key[b, h, max(first, 0) : last])
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_nan_and_inf_in_a_page_reach_only_the_rows_that_attend_it(what, where):
+    g = torch.Generator().manual_seed(3)
+    key, value = torch.randn(1, 2, 333, 24, generator=g), torch.randn(1, 2, 333, 24, generator=g)
+    query = torch.randn(1, 4, 2, 24, generator=g)
+    options = {"alpha": 40.0, "C": 0.0, "selection": "block", "return_stats": True, "backend": "torch"}
+    plain = sparse_attention(query, key, value, index=KeyIndex.build(key, "pages"), **options)
+    broken = {"key": key.clone(), "value": value.clone()}
+    broken[where][0, 0, 100, 3] = what
+    index = KeyIndex.build(broken["key"], "pages")
+    result = sparse_attention(query, broken["key"], broken["value"], index=index, **options)
+    # The other key/value head does not notice.
+    assert torch.equal(result.output[:, 2:], plain.output[:, 2:])
+    if where == "key":
+        assert index.tensors()[1][0, 0, 6].isnan().all()
+        assert not index.tensors()[1][0, 1].isnan().any()
+        # Its page is attended before all others, and the attended numbers stay what the budget allows.
+        assert result.output[:, :2].isnan().all() or what != torch.nan
+        assert torch.equal(result.attended, plain.attended)
+    else:
+        sound = ~result.output.isnan()
+        torch.testing.assert_close(result.output[sound], plain.output[sound])
+        assert not result.output[0, :2, :, :3].isnan().any()
+
+
+@EACH
+def test_pages_that_hold_nan_come_before_all_but_the_first_and_the_querys_own(backend):
+    key, query = torch.randn(1, 1, 160, 16), torch.randn(1, 2, 1, 16)
+    key[0, 0, 20:100:16] = torch.nan
+    index = KeyIndex.build(key, "pages")
+    value, visible = torch.randn(1, 1, 160, 16), causal_intervals(1, 1, 160, "cpu")
+    for pages, expected in ((2, [0, 9]), (3, [0, 1, 9])):
+        budget = torch.full((1, 1, 1), 16 * pages, dtype=torch.int32)
+        problem = problem_of(query, key, value, visible, budget)._replace(key_index=index.tensors(), page_size=16)
+        mask = Block(size=16).mask(problem, query.double() @ key.double().transpose(2, 3), decode=True)
+        assert mask[0, 0, 0].view(10, 16).any(-1).nonzero()[:, 0].tolist() == expected
+        result = Block(size=16).run(problem, backend)
+        assert result.attended.tolist() == [[[16 * pages]] * 2]
+        assert bool(result.output.isfinite().all()) == (1 not in expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("kind", ["codes", "means", "pages"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_other_backends_build_pytorchs_indexes_to_rounding(kind, dtype, backend):
+    for seed in range(12):
+        case = tail_case(seed, 300, dtype)
+        B, _, Lk, _ = case.key.shape
+        options = {"value": case.value, "start": case.origin[:, -1], "end": torch.full((B,), Lk)}
+        found, expected = (
+            KeyIndex.build(case.key, kind, **options, backend=name).tensors() for name in (backend, "torch")
+        )
+        for b in range(B):
+            first = int(case.origin[b, -1])
+            whole = (Lk - first) // 16
+            of_kind = {"codes": (first, Lk), "means": (first // 16, first // 16 + whole), "pages": (0, whole)}
+            rows = slice(*of_kind[kind])
+            for mine, its in zip(found, expected, strict=True):
+                mine, its = (t[b] if t.shape[2:] == case.key.shape[3:] else t[b, :, rows] for t in (mine, its))
+                tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
+                torch.testing.assert_close(mine.float(), its.float(), atol=tolerance, rtol=1e-5)
+
+
+KEY, QUERY = torch.randn(1, 2, 50, 16), torch.randn(1, 4, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"key": "key"}, TypeError, r"key must be a tensor .*got str"),
+        ({"key": KEY[0]}, ValueError, "shape"),
+        ({"key": KEY.double()}, ValueError, "bfloat16, float16, float32, got torch.float64"),
+        ({"kind": "bits"}, ValueError, "kind must be"),
+        ({"kind": "means"}, ValueError, r"needs the values \[1, 2, 50, 'Dv'\] of the keys, got none"),
+        ({"capacity": 10}, ValueError, "capacity must be at least 50, got 10"),
+        ({"capacity": "50"}, TypeError, "capacity must be an integer, got '50'"),
+        ({"start": torch.zeros(3)}, ValueError, "start must be int"),
+        ({"start": [0]}, TypeError, r"start must be an int tensor .1., got list"),
+        ({"end": torch.ones(1, dtype=torch.int32, device="meta")}, ValueError, "end must be int"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
+        ({"backend": "tritn"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_what_no_index_can_be_built_from_is_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        KeyIndex.build(**{"key": KEY, "kind": "codes"} | changes)
+
+
+CODES, PAGES = KeyIndex.build(KEY, "codes"), KeyIndex.build(KEY, "pages")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"index": PAGES}, ValueError, 'got "pages" for TopK'),
+        ({"index": CODES, "selection": "block"}, ValueError, 'got "codes" for Block'),
+        ({"index": "codes"}, TypeError, r"made by KeyIndex.build\(key, ...\), got str"),
+        ({"means": "codes"}, TypeError, r"made by KeyIndex.build\(key, ...\), got str"),
+        ({"index": CODES, "key": torch.cat((KEY, KEY), 2)}, ValueError, "other keys"),
+        ({"index": CODES, "query": QUERY.expand(1, 4, 33, 16)}, ValueError, "at most 32 queries"),
+        ({"return_kept_mass": "bounds"}, ValueError, "come from codes"),
+        ({"return_kept_mass": "exact"}, ValueError, 'must be "bounds"'),
+        ({"index": CODES, "return_stats": True}, ValueError, "every key"),
+        ({"return_stats": "yes"}, TypeError, "return_stats must be True or False, got 'yes'"),
+    ],
+)
+def test_wrong_uses_of_an_index_are_refused(options, error, message):
+    given = {"query": QUERY, "key": KEY, "alpha": 2.0} | options
+    with pytest.raises(error, match=message):
+        sparse_attention(value=given["key"], **given)
+
+
+def test_keys_that_an_index_cannot_take_in_are_refused():
+    index, end = KeyIndex.build(KEY, "means", value=KEY), torch.tensor([50])
+    for keys, count in ((KEY.half(), 1), (KEY[:, :1], 1), (KEY, 51), (KEY, -1)):
+        with pytest.raises(ValueError, match=rf"takes in keys like those .*float32, with at least the {count} new"):
+            index.extend(keys, count, end, KEY)
