@@ -83,24 +83,20 @@ class Case:
         scores = self.scale * (self.query.double() @ key.transpose(2, 3))
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
 
-    def unread(self, way: str, backend: str) -> torch.Tensor:
+    def unread(self, way: str) -> torch.Tensor:
         """Positions that nothing may be read from, bool ``[B, 1, Lk, 1]``: what no query sees.
 
-        Pages are those of a sequence: there what lies outside of all sequences. The kernels for CPUs multiply values
-        between the intervals of their rows by zero: there what lies outside of all intervals.
+        Pages are those of a sequence: there what lies outside of all sequences.
         """
         visible = self.visible
         if WAYS[way].tail == "mean" or WAYS[way].index == "pages":
             visible = torch.stack((self.origin.amin(1), visible[..., 1].amax(1)), -1)[:, None]
-        elif backend == "cpu":
-            first = visible[..., 0].masked_fill(visible[..., 1] <= visible[..., 0], self.key.shape[2])
-            visible = torch.stack((first.amin(1), visible[..., 1].amax(1)), -1)[:, None]
         return ~visible_mask(visible, self.key.shape[2]).any(2)[:, 0, None, :, None]
 
     def problem(self, way: str, backend: str = "torch", device: str = "cpu", new: int = 0, **more: Any) -> Problem:
         """The problem of a way, with NaN where nothing may be read; its index has yet to take in ``new`` keys."""
         problem = problem_of_case(self, device, **more)
-        unread = self.unread(way, backend).to(device)
+        unread = self.unread(way).to(device)
         nan = {name: getattr(problem, name).masked_fill(unread, torch.nan) for name in ("key", "value")}
         problem, kind = problem._replace(**nan), WAYS[way].index
         if kind is None:

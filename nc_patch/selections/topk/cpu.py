@@ -131,9 +131,15 @@ def _attend_kernel(pointer, item, scratch):
 
 @compiled
 def _attends_all(p, head, first, last):
-    """Whether every row has a budget of all that it sees."""
+    """Whether every row has a budget of all that it sees, and no key lies between the rows' intervals, seen by none."""
+    lowest, reach = 0, -1
     for i in range(first, last):
-        seen = i32(p.visible, 2 * i + 1) - i32(p.visible, 2 * i)
+        start, end = i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1)
+        seen = end - start
+        if seen > 0:
+            if reach >= 0 and (start > reach or end < lowest):
+                return False
+            lowest, reach = start if reach < 0 else min(lowest, start), max(reach, end)
         for g in range(p.group if p.budget_h else 1):
             at = (head * p.group + g) * p.budget_h
             if i32(p.budget + 4 * at, i) < seen:

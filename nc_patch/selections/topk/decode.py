@@ -13,9 +13,9 @@ Nothing is read back from the device and all sizes follow from shapes, so that a
 6. ``gather_kernel``: softmax times value over the chosen keys, and over the means of the other keys' pages, in parts,
    which the last program joins. A value is read once for all rows of a block that attend its key.
 
-Six launches, whatever is asked for. Means add n / 16 * (D + Dv) elements for a key/value head with n keys, and n / 16 *
-4 bytes for each row. What is held between the launches takes at most ``SCRATCH_BYTES``: where several queries of several
-sequences would take more, some of them go after the others, in as many launches again.
+Six launches, whatever is asked for. Means add n / 16 * (D + Dv) elements for a key/value head with n keys, and n / 16
+* 4 bytes for each row. What is held between the launches takes at most ``SCRATCH_BYTES``: where several queries of
+several sequences would take more, some of them go after the others, in as many launches again.
 """
 
 import itertools
