@@ -113,6 +113,23 @@ def test_two_threads_generate_with_one_model():
         assert all(torch.equal(x, y) for x, y in zip(found, alone, strict=True))
 
 
+@pytest.mark.parametrize("selection", ["dense", "window", "topk"])
+def test_sums_over_many_keys_lose_no_digits(selection):
+    """The error of one running sum grows with the number of keys: of a quarter of a million to two ten-thousandths."""
+    n, g = 1 << 18, torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, rows, 16, generator=g) for rows in (2, n, n))
+    query[..., 0], query[..., 1:] = 4, 0
+    alpha = 1.0 if selection == "dense" else 1 / 16
+    options = {"selection": selection, "scale": 1.0, "return_stats": True, "backend": "cpu"}
+    options |= {"tail": "drop"} if selection == "topk" else {}
+    result = sparse_attention(query, key, value + 1, alpha=alpha, C=1.0, **options)
+    scores = (query.double() @ key.double().transpose(2, 3))[0, 0]
+    dense = torch.logsumexp(torch.stack((scores[0].index_fill(0, torch.tensor(n - 1), -torch.inf), scores[1])), -1)
+    mass = torch.exp(result.lse[0, 0].double() - dense)
+    torch.testing.assert_close(result.kept_mass[0, 0].double(), mass, rtol=1e-5, atol=0)
+    assert selection != "dense" or torch.allclose(result.lse[0, 0].double(), dense, rtol=0, atol=3e-6)
+
+
 def run_program(text: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Runs a program in a process of its own."""
     (folder / "program.py").write_text(text)

@@ -184,7 +184,7 @@ def test_keys_between_what_the_rows_of_a_program_see_change_nothing(way, device)
     for first, seen in ((0, (2, 9)), (7, (40, 40)), (9, (12, 26)), (14, (26, 33))):
         case.visible[:, first:] = torch.tensor(seen, dtype=torch.int32)
     case.budget = case.budget.minimum(case.rows)
-    assert int(case.unread(way, "triton").sum()) == 2 + 3 + 20
+    assert int(case.unread(way).sum()) == 2 + 3 + 20
     assert check(way, case, "triton", device).output.isfinite().all()
 
 

@@ -55,18 +55,21 @@ def dense_log_sums(problem: Problem) -> torch.Tensor | None:
 
 @kernel(f"{FIELDS} first_keys rows")
 def _attend_kernel(pointer, item, scratch):
-    """The rows of a tile, 32 queries at a time."""
+    """The rows of a tile, up to 32 queries at a time, between whose intervals no key lies: none is read unseen."""
     p = carray(pointer, 1)[0]
     head, first, last = tile_of(p, item)
     rows = last - first
     pieces = scratch + 4 * room_floats(p.D, p.width)
-    for begin in range(0, p.group * rows, COLUMNS):
-        count = min(COLUMNS, p.group * rows - begin)
-        low, left, right, high = p.Lk, 0, p.Lk, 0
-        for column in range(count):
-            r = begin + column
+    begin = 0
+    while begin < p.group * rows:
+        low, left, right, high, count = p.Lk, 0, p.Lk, 0, 0
+        while count < COLUMNS and begin + count < p.group * rows:
+            column, r = count, begin + count
             of_head, i = head * p.group + r // rows, first + r % rows
             start, end = i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1)
+            if start < end and low < high and (start > high or end < low):
+                break
+            count += 1
             budget = min(i32(p.budget + of_head * p.budget_h * 4, i), end - start)
             gap = start + min(max(budget - 1, 0), p.first_keys)
             after = end - (budget - (gap - start))
@@ -85,3 +88,4 @@ def _attend_kernel(pointer, item, scratch):
             of_head, i = head * p.group + r // rows, first + r % rows
             seen = i32(p.visible, 2 * i + 1) - i32(p.visible, 2 * i)
             write_column(p, scratch, column, of_head, i, min(seen, i32(p.budget + of_head * p.budget_h * 4, i)))
+        begin += count
