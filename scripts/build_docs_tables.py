@@ -1,4 +1,4 @@
-"""Writes the tables of figures in docs/choosing.md, decoding.md, limits.md and prefill.md, from docs/results/.
+"""Writes the tables of figures in docs/choosing.md, decoding.md and prefill.md, from docs/results/.
 
 python scripts/build_docs_tables.py            writes the pages
 python scripts/build_docs_tables.py --check    exits with 1 where a committed page is not what would be written
@@ -20,7 +20,7 @@ from nc_patch.config import DEFAULT_DENSE_BELOW
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "decoding.md", "limits.md", "prefill.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "decoding.md", "prefill.md"))
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
