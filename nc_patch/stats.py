@@ -262,16 +262,22 @@ def total(layers: Sequence[LayerCounters]) -> dict[str, Any]:
 
 
 class PatchStats(dict[str, Any]):
-    """The dictionary of ``nc_stats``; ``print`` shows a line for the model and one for each layer.
+    """The dictionary of ``nc_stats``; ``print`` shows a line for the model and one for all layers that are alike.
 
     A kept mass that is estimated, and not certain, has ``~`` before it.
     """
 
     def __str__(self) -> str:
         layers = self["layers"]
-        every = {**self, "layer": "all", "calls": sum(layer["calls"] for layer in layers), "dense_calls": {}}
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for layer in layers:
+            alike.setdefault(_row(layer), []).append(layer["layer"])
+        every = {**self, "calls": sum(layer["calls"] for layer in layers), "dense_calls": {}}
+        rows = [("all", *_row(every))]
+        if len(alike) > 1 or any(layer["dense_calls"] for layer in layers):
+            rows += [(_ranges(numbers), *row) for row, numbers in alike.items()]
         # Columns in which nothing was counted say nothing.
-        table = zip(_COLUMNS, *map(_row, (every, *layers)), strict=True)
+        table = zip(_COLUMNS, *rows, strict=True)
         columns = [column for column in table if any(text.strip("-") for text in column[1:])]
         widths = [0 if column[0] == _COLUMNS[-1] else max(map(len, column)) for column in columns]
         lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in zip(*columns, strict=True)]
@@ -279,11 +285,23 @@ class PatchStats(dict[str, Any]):
         return "\n".join(lines)
 
 
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs of them joined, for example ``"0, 2-29"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
 def _row(counts: dict[str, Any]) -> tuple[str, ...]:
+    """What is printed of a layer or of the model, without its number."""
     keys, share = counts["mean_keys"], counts["attended_fraction"]
     masses = (counts["kept_mass"][phase] for phase in PHASES)
     return (
-        *(str(counts["layer"]), str(counts["calls"]), "-" if keys is None else f"{keys:,.1f}"),
+        *(str(counts["calls"]), "-" if keys is None else f"{keys:,.1f}"),
         "-" if share is None else f"{100 * share:.1f} %",
         *("-" if mass is None else f"{'' if mass['certified'] else '~'}{mass['mean']:.4f}" for mass in masses),
         "; ".join(f"{count} of them: {reason}" for reason, count in counts["dense_calls"].items()),
