@@ -20,7 +20,7 @@ from tiny_models import tiny_model
 import nc_patch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-MOST_LINES = 90
+MOST_LINES = 45
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +71,6 @@ def test_a_long_prompt_is_answered_densely_and_sparsely(run, model):
     assert 0 < float(share) < 80
 
 
-def test_perplexity_by_length_gives_one_figure_for_each_way_and_length(run, model):
-    said = run("perplexity_by_length.py", "--model", model, "--lengths", 64, 128, 256, "--scored", 32)
-    header, *rows = said.splitlines()
-    assert header.split() == ["64", "128", "256"]
-    figures = {row[:16].strip(): [float(figure) for figure in row[16:].split()] for row in rows}
-    assert {len(row) for row in figures.values()} == {3}
-    assert all(figure > 1 for row in figures.values() for figure in row)
-    assert len({tuple(row) for row in figures.values()}) == 4  # a budget below the context changes every figure
-
-
 def test_a_profile_is_calibrated_once_and_generates_with_its_budget(run, model, tmp_path):
     if not hasattr(nc_patch, "calibrate"):
         pytest.skip("nc_patch has no calibrate yet")
@@ -120,8 +110,8 @@ def test_the_server_answers_as_generate_does_and_refuses_what_it_cannot_read(mod
     thread = threading.Thread(target=served.serve_forever, daemon=True)
     thread.start()
 
-    def ask(body, path="/v1/completions"):
-        url = f"http://127.0.0.1:{served.server_port}{path}"
+    def ask(body):
+        url = f"http://127.0.0.1:{served.server_port}/v1/completions"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(urllib.request.Request(url, data=body), timeout=60) as answer:
             return json.load(answer)
@@ -130,17 +120,12 @@ def test_the_server_answers_as_generate_does_and_refuses_what_it_cannot_read(mod
         answer = ask(json.dumps({"prompt": prompt, "max_tokens": 8}).encode())
         length = inputs["input_ids"].shape[1]
         assert answer["choices"][0]["text"] == loaded.tokenizer.decode(output[0, length:], skip_special_tokens=True)
-        assert answer["usage"] == {"prompt_tokens": length, "completion_tokens": 8}
-        for body, path, status in (
-            (b"{}", "/v1/completions", 400),
-            (b"[]", "/v1/completions", 400),
-            (b'{"prompt": ""}', "/v1/completions", 400),
-            (b"no JSON", "/v1/completions", 400),
-            (b"{}", "/elsewhere", 404),
-        ):
+        assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (length, 8)
+        assert answer["usage"]["seconds"] > 0
+        for body in (b"{}", b"[]", b'{"prompt": ""}', b"no JSON"):
             with pytest.raises(urllib.error.HTTPError) as refused:
-                ask(body, path)
-            assert refused.value.code == status
+                ask(body)
+            assert refused.value.code == 400
             assert json.load(refused.value)["error"]
     finally:
         served.shutdown()
