@@ -1,4 +1,4 @@
-"""Writes the tables of figures in docs/choosing.md, decoding.md, limits.md and prefill.md, from docs/results/.
+"""Writes the tables in docs/choosing.md, decoding.md, families.md, limits.md and prefill.md, from docs/results/.
 
 python scripts/build_docs_tables.py            writes the pages
 python scripts/build_docs_tables.py --check    exits with 1 where a committed page is not what would be written
@@ -20,13 +20,35 @@ from nc_patch.config import DEFAULT_DENSE_BELOW
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "decoding.md", "limits.md", "prefill.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "decoding.md", "families.md", "limits.md", "prefill.md"))
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+# Rows of docs/families.md, and what the findings of the families in a row match.
+_SUPPORTED = {
+    "every way of running works": "^prefill yes; decode yes; packed yes$",
+    "every way works, and packed sequences stay apart, unlike in the dense model": "packed yes, unlike",
+    "linear attention, convolutions and other layers without keys stay as they are": "no attention over keys",
+    "cross-attention, or a vision or audio tower, stays dense": "cross-attention|not of the text decoder|VisionAttention",
+    "packed sequences mix, as in the dense model": "packed (as dense|in attention)",
+    "padded batches differ from single prompts, as in the dense model": "padded batches as dense",
+    "a prompt in pieces differs from a whole one, as in the dense model": "pieces as dense",
+    "some ways of running raise an error, as in the dense model": "not when dense either",
+}
+_REFUSED = {
+    "its attention does not go through `AttentionInterface`": "the attention of .* does not go through",
+    "it is sparse already": "already sparse",
+    "its masks do not come from `transformers`' mask functions": "masks through",
+    "it makes a mask of its own": "mask of its own",
+    "it has no causal attention": "no causal attention",
+    "it adds a learned bias to every score": "position_bias",
+    "not tested: it needs the package timm": "needs the package timm",
+    "not tested: no config of it can be built": "refuses every config",
+}
 
 
 def main(argv: list[str]) -> int:
     """Writes or, with ``--check``, checks the pages; returns the exit code."""
     tables = {"budgets": budgets, "prefill": prefill, "laws": laws, "times": times, "decode_cpu": decode_cpu}
+    tables |= {"supported": lambda: families(_SUPPORTED), "refused": lambda: families(_REFUSED)}
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -97,6 +119,22 @@ def decode_cpu() -> str:
     """Time of decoding as an operator on a CPU, as a share of the fastest dense attention's."""
     found = {f"{int(keys):,}": found for keys, found in _read("cpu.json")["operator"].items()}
     return _over_dense("keys", found, list(next(iter(found.values()))))
+
+
+def families(rows: dict[str, str]) -> str:
+    """Model types by what was found of them; one stands in every row that it matches."""
+    found: dict[str, str] = {}
+    for family in _read("families.json")["families"]:
+        ways = [f"{way} {family[way]}" for way in ("prefill", "decode", "packed") if family[way]]
+        found[family["name"]] = "; ".join(filter(None, [family["refused"], family["not_built"], *ways, *family["dense"]]))
+    known = "|".join((_SUPPORTED | _REFUSED).values())
+    if unseen := [name for name, findings in found.items() if not re.search(known, findings)]:
+        raise ValueError(f"no row of docs/families.md holds {', '.join(unseen)}")
+    cells = []
+    for row, pattern in rows.items():
+        names = [name.partition(" ")[0] for name, findings in found.items() if re.search(pattern, findings)]
+        cells.append([row, ", ".join(dict.fromkeys(names))])
+    return _markdown(["finding", "model types"], cells)
 
 
 def _over_dense(title: str, sizes: dict[str, dict[str, Any]], names: list[str]) -> str:
