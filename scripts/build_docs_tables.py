@@ -27,7 +27,7 @@ _SUPPORTED = {
     "every way of running works": "^prefill yes; decode yes; packed yes$",
     "every way works, and packed sequences stay apart, unlike in the dense model": "packed yes, unlike",
     "linear attention, convolutions and other layers without keys stay as they are": "no attention over keys",
-    "cross-attention, or a vision or audio tower, stays dense": "cross-attention|not of the text decoder|VisionAttention",
+    "cross-attention, or a vision or audio tower, stays dense": "cross-attention|not of the text|VisionAttention",
     "packed sequences mix, as in the dense model": "packed (as dense|in attention)",
     "padded batches differ from single prompts, as in the dense model": "padded batches as dense",
     "a prompt in pieces differs from a whole one, as in the dense model": "pieces as dense",
@@ -126,13 +126,14 @@ def families(rows: dict[str, str]) -> str:
     found: dict[str, str] = {}
     for family in _read("families.json")["families"]:
         ways = [f"{way} {family[way]}" for way in ("prefill", "decode", "packed") if family[way]]
-        found[family["name"]] = "; ".join(filter(None, [family["refused"], family["not_built"], *ways, *family["dense"]]))
+        findings = [family["refused"], family["not_built"], *ways, *family["dense"]]
+        found[family["name"]] = "; ".join(filter(None, findings))
     known = "|".join((_SUPPORTED | _REFUSED).values())
-    if unseen := [name for name, findings in found.items() if not re.search(known, findings)]:
+    if unseen := [name for name, said in found.items() if not re.search(known, said)]:
         raise ValueError(f"no row of docs/families.md holds {', '.join(unseen)}")
     cells = []
     for row, pattern in rows.items():
-        names = [name.partition(" ")[0] for name, findings in found.items() if re.search(pattern, findings)]
+        names = [name.partition(" ")[0] for name, said in found.items() if re.search(pattern, said)]
         cells.append([row, ", ".join(dict.fromkeys(names))])
     return _markdown(["finding", "model types"], cells)
 
