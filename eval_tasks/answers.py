@@ -60,7 +60,11 @@ def build_question(
 
     Args:
         name: of the generator.
-        tokenizer, length, seed, index, material: as ``synthesize`` takes them.
+        tokenizer: as ``synthesize`` takes it.
+        length: as ``synthesize`` takes it.
+        seed: as ``synthesize`` takes it.
+        index: as ``synthesize`` takes it.
+        material: as ``synthesize`` takes it.
         new_tokens: tokens of an answer, in place of the task's own number.
 
     Raises:

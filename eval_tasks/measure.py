@@ -82,7 +82,9 @@ def in_phase(
     """Reads a context and what follows it, with sparse attention in the part that a phase names.
 
     Args:
-        phase, model, attention: as in ``measure``.
+        phase: as in ``measure``.
+        model: as in ``measure``.
+        attention: as in ``measure``.
         context: int64 ``[N]``, the tokens before those that are scored.
         tail: how many of the last queries of each call are counted apart.
         read: reads the rest, given the cache of the context, or everything, given None; returns its result, and how

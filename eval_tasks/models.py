@@ -69,7 +69,8 @@ def find_model(name: str, revision: str | None = None, trust_remote_code: bool =
 
     Args:
         name: what to resolve.
-        revision, trust_remote_code: as in ``ModelSource``.
+        revision: as in ``ModelSource``.
+        trust_remote_code: as in ``ModelSource``.
 
     Raises:
         EvalError: a path that does not exist, a revision of what is not on the hub, or the package of ``"smollm2"`` is
@@ -125,7 +126,8 @@ def load_model(
         device: as ``torch.device`` takes it, or ``"auto"``: the GPU where there is one.
         device_map: ``"auto"`` and its kin: the layers of one model over all devices, as ``from_pretrained`` takes it.
         tp_plan: ``"auto"``: every layer of one model over all processes, as ``from_pretrained`` takes it.
-        revision, trust_remote_code: as in ``ModelSource``.
+        revision: as in ``ModelSource``.
+        trust_remote_code: as in ``ModelSource``.
 
     Raises:
         EvalError: the model is missing, cannot be reached, is no causal language model, or the device is absent.

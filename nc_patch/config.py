@@ -49,7 +49,7 @@ _REMOVED: dict[str, tuple[Any, str]] = {
 class NCConfig:
     """Settings of attention over ``k(n) = min(n, max(min_keys, ceil(alpha * n**C)))`` of the n visible keys.
 
-    Args:
+    Attributes:
         alpha: factor of the budget law, positive. One number; one per layer; or one per layer and query head.
         C: exponent of the budget law, in [0, 1]; the same forms as ``alpha``. 0 is a fixed budget; 1 with
             ``alpha >= 1`` is dense.
@@ -73,6 +73,8 @@ class NCConfig:
             Where Triton has not, or Numba is not installed, the log says so once.
         key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
             where it saves time: for blocks, and for top-k on Triton. It changes no result.
+
+    Args:
         options: ``selection``, which sets both ``prefill`` and ``decode``; and options of selections by name, such as
             ``block_size=16`` or ``tail="drop"``, for each of the two that has them.
 

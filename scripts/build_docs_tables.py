@@ -1,4 +1,4 @@
-"""Writes the tables of figures in docs/choosing.md, decoding.md and prefill.md, from docs/results/.
+"""Writes the tables in README.md and docs/choosing.md, decoding.md, families.md and prefill.md, from docs/results/.
 
 python scripts/build_docs_tables.py            writes the pages
 python scripts/build_docs_tables.py --check    exits with 1 where a committed page is not what would be written
@@ -15,18 +15,50 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from eval_tasks.methods import find_method, order_of
 from nc_patch import NCConfig
 from nc_patch.config import DEFAULT_DENSE_BELOW
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "decoding.md", "prefill.md"))
+DOCS = ("choosing.md", "decoding.md", "families.md", "prefill.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in DOCS))
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+# Rows of docs/families.md, and what the findings of the families in a row match.
+_SUPPORTED = {
+    "every way of running works": "^prefill yes; decode yes; packed yes$",
+    "every way works, and packed sequences stay apart, unlike in the dense model": "packed yes, unlike",
+    "linear attention, convolutions and other layers without keys stay as they are": "no attention over keys",
+    "cross-attention, or a vision or audio tower, stays dense": "cross-attention|not of the text|VisionAttention",
+    "packed sequences mix, as in the dense model": "packed (as dense|in attention)",
+    "padded batches differ from single prompts, as in the dense model": "padded batches as dense",
+    "a prompt in pieces differs from a whole one, as in the dense model": "pieces as dense",
+    "some ways of running raise an error, as in the dense model": "not when dense either",
+}
+_REFUSED = {
+    "its attention does not go through `AttentionInterface`": "the attention of .* does not go through",
+    "it is sparse already": "already sparse",
+    "its masks do not come from `transformers`' mask functions": "masks through",
+    "it makes a mask of its own": "mask of its own",
+    "it has no causal attention": "no causal attention",
+    "it adds a learned bias to every score": "position_bias",
+    "not tested: it needs the package timm": "needs the package timm",
+    "not tested: no config of it can be built": "refuses every config",
+}
 
 
 def main(argv: list[str]) -> int:
     """Writes or, with ``--check``, checks the pages; returns the exit code."""
-    tables = {"budgets": budgets, "prefill": prefill, "laws": laws, "times": times, "decode_cpu": decode_cpu}
+    tables = {
+        "budgets": budgets,
+        "prefill": prefill,
+        "quality": quality,
+        "peers": peers,
+        "speed": speed,
+        "times": times,
+        "decode_cpu": decode_cpu,
+    }
+    tables |= {"supported": lambda: families(_SUPPORTED), "refused": lambda: families(_REFUSED)}
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -71,18 +103,38 @@ def prefill() -> str:
     return _markdown(["", *(f"{n:,}: {what}" for n, what in columns)], lines)
 
 
-def laws() -> str:
-    """What each method of the quickstart loses at the longest length, budgets being equal at 1,024 tokens."""
-    table = pd.read_csv(RESULTS / "quickstart" / "summary.csv")
-    longest = table.length.max()
-    text, recall = (table[(table.task == t) & (table.length == longest)] for t in ("perplexity", "recall"))
-    both = recall.merge(text, on="method", suffixes=("_recall", ""))
+def quality(run: str = "prefill") -> str:
+    """Perplexity and recall perplexity of each method over dense attention's, and the keys that it reads."""
+    table = pd.read_csv(RESULTS / "readme" / run / "summary.csv")
+    table = table[table.task != "unseen"].pivot(index="method", columns=["length", "task"])
+    lengths = sorted(table["perplexity"].columns.get_level_values(0).unique())
+    columns = [(n, task) for n in lengths for task in ("perplexity", "recall")]
+    rows = []
+    for name in sorted(table.index, key=order_of):
+        ratios = [table.loc[name, ("perplexity_ratio", *column)] for column in columns]
+        dense = [f"1 ({table.loc[name, ('perplexity', *column)]:.2f})" for column in columns]
+        keys = table.loc[name, ("tail_attended_fraction", lengths[-1], "perplexity")]
+        rows.append([find_method(name).title, *(dense if name == "dense" else map(_ratio, ratios)), _percent(keys)])
+    named = {"perplexity": "perplexity", "recall": "recall perplexity"}
+    return _markdown(["", *(f"{named[task]}, {n:,}" for n, task in columns), f"keys read, {lengths[-1]:,}"], rows)
+
+
+def peers() -> str:
+    """The same for methods that read a question after a dense prefill."""
+    return quality("question")
+
+
+def speed() -> str:
+    """Time of the default on a CPU as a share of dense attention's, of prompts and of steps of decoding."""
+    record = _read("cpu.json")
     rows = [
-        [f"`{row.method}`", f"{row.tail_mean_keys:.0f}", _percent(row.tail_attended_fraction)]
-        + [f"{value:.3g}" for value in (row.perplexity, row.perplexity_recall)]
-        for row in both.itertuples()
+        [f"a prompt of {int(n):,} tokens", f"{found['default']['over_dense']:.2f}"]
+        for n, found in record["prompts"].items()
     ]
-    return _markdown([f"{longest:,} tokens", "keys", "share", "perplexity", "recall perplexity"], rows)
+    rows += [
+        [f"a token after {int(n):,}", f"{found['default']['over_dense']:.2f}"] for n, found in record["steps"].items()
+    ]
+    return _markdown(["SmolLM2-135M, two cores", "time over dense"], rows)
 
 
 def times() -> str:
@@ -99,6 +151,23 @@ def decode_cpu() -> str:
     return _over_dense("keys", found, list(next(iter(found.values()))))
 
 
+def families(rows: dict[str, str]) -> str:
+    """Model types by what was found of them; one stands in every row that it matches."""
+    found: dict[str, str] = {}
+    for family in _read("families.json")["families"]:
+        ways = [f"{way} {family[way]}" for way in ("prefill", "decode", "packed") if family[way]]
+        findings = [family["refused"], family["not_built"], *ways, *family["dense"]]
+        found[family["name"]] = "; ".join(filter(None, findings))
+    known = "|".join((_SUPPORTED | _REFUSED).values())
+    if unseen := [name for name, said in found.items() if not re.search(known, said)]:
+        raise ValueError(f"no row of docs/families.md holds {', '.join(unseen)}")
+    cells = []
+    for row, pattern in rows.items():
+        names = [name.partition(" ")[0] for name, said in found.items() if re.search(pattern, said)]
+        cells.append([row, ", ".join(dict.fromkeys(names))])
+    return _markdown(["finding", "model types"], cells)
+
+
 def _over_dense(title: str, sizes: dict[str, dict[str, Any]], names: list[str]) -> str:
     """A row for each size, and a column for each method but the first, with which they are compared."""
     ratio = lambda found, name: f"{found[name]['over_dense']:.2f}" if name in found else ""  # noqa: E731
@@ -107,6 +176,10 @@ def _over_dense(title: str, sizes: dict[str, dict[str, Any]], names: list[str]) 
 
 def _read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 1.1 else f"{value:.3f}"
 
 
 def _percent(share: float) -> str:

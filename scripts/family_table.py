@@ -1,22 +1,26 @@
-"""Puts every causal language model of the installed transformers through the suite, and writes docs/families.md.
+"""Puts every causal language model of the installed transformers through the suite: docs/results/families.json.
 
-Takes some minutes. Exits with 1, and writes nothing, where a family is neither right nor refused.
+Takes some minutes. Exits with 1, and writes nothing, where a family is neither right nor refused. Afterwards
+``python scripts/build_docs_tables.py`` writes the tables of docs/families.md.
 """
 
+import dataclasses
 import logging
 import sys
 from pathlib import Path
 
 import torch
+from frame import Measurement
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "families"))
 
-from family_report import TABLE, table
 from family_suite import examine
 from family_walk import families
 
 
 def main() -> None:
+    frame = Measurement(__doc__, "families.json")
+    frame.start()
     torch.set_num_threads(1)
     logging.getLogger("nc_patch").setLevel(logging.ERROR)
     outcomes = []
@@ -28,7 +32,7 @@ def main() -> None:
         )
     if wrong := [outcome.name for outcome in outcomes if outcome.wrong]:
         sys.exit(f"{len(wrong)} families are wrong: {', '.join(wrong)}")
-    TABLE.write_text(table(outcomes))
+    frame.save(families=[dataclasses.asdict(outcome) for outcome in outcomes])
 
 
 if __name__ == "__main__":

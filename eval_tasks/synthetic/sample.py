@@ -145,7 +145,8 @@ def synthesize(
         generator: which task.
         tokenizer: of the model under test.
         length: tokens of context, those that the model will generate included.
-        seed, index: of everything drawn, and of the sample.
+        seed: of everything drawn.
+        index: of the sample.
         material: the prose that hides the facts; by default the Python reference.
         use_chat_template: put the question into the tokenizer's chat template.
         new_tokens: tokens kept free for the answer in place of the generator's.

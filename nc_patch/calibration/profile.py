@@ -156,7 +156,8 @@ class Profile:
             over: ``"sequence"`` counts every query of a sequence of n tokens, as a prefill does; ``"last"`` the query
                 that sees all n, as a decoding step does.
             dense_layers: layers that attend every key, which counts; None for the profile's own.
-            min_keys, dense_below: those of the config, which count too; None for the default of ``dense_below``.
+            min_keys: that of the config, which counts too.
+            dense_below: that of the config, which counts too; None for its default.
 
         Raises:
             ProfileError: values out of range, or a budget that cannot be had.

@@ -154,7 +154,8 @@ class KeyIndex:
             key: ``[B, Hkv, L, D]``, bfloat16, float16 or float32.
             kind: ``"codes"``, ``"pages"`` or ``"means"``.
             value: ``[B, Hkv, L, Dv]``, for ``"means"``.
-            start, end: int ``[B]``, where each sequence begins and ends within L; by default everywhere 0 and L.
+            start: int ``[B]``, where each sequence begins within L; by default 0.
+            end: int ``[B]``, where each sequence ends within L; by default L.
             block_size: keys per page.
             capacity: how many keys to make room for; by default L.
             backend: as in ``NCConfig``.
