@@ -1,4 +1,4 @@
-"""Scripts as modules: ``load_script("build_api_reference")``."""
+"""Scripts as modules: ``load_script("build_docs_tables")``."""
 
 import sys
 from importlib import import_module

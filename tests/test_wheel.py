@@ -58,7 +58,7 @@ def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert "EvalError" in archive.read("eval_tasks/errors.py").decode()
-    suffixes = {".py", ".yaml", ".html", ".typed"}
+    suffixes = {".py", ".yaml", ".html", ".txt", ".typed"}
     wanted = {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
