@@ -14,6 +14,8 @@ from nc_patch import patch_model
 
 def complete(loaded: LoadedModel, prompt: str, max_tokens: int = 16, **_: object) -> dict:
     """The answer to one request."""
+    if not prompt:
+        raise ValueError("the prompt is empty")
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
     begin, length = time.perf_counter(), inputs["input_ids"].shape[1]
     output = loaded.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0, length:]

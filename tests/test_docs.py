@@ -119,7 +119,15 @@ def test_a_table_that_is_out_of_date_is_named(tmp_path, monkeypatch, capsys):
     assert page.read_text().endswith("<!-- end -->\nAfter.\n")
 
 
-WITH_CODE = ("README", "docs/choosing", "docs/decoding", "docs/families", "docs/selection", "docs/settings", "docs/start")
+WITH_CODE = (
+    "README",
+    "docs/choosing",
+    "docs/decoding",
+    "docs/families",
+    "docs/selection",
+    "docs/settings",
+    "docs/start",
+)
 
 
 @pytest.mark.parametrize("page", [f"{name}.md" for name in WITH_CODE])
