@@ -1,6 +1,5 @@
 """The command line: exit codes and messages, all before any work; what a run needs at its end is there as it begins."""
 
-import builtins
 import importlib.util
 import subprocess
 import sys
@@ -152,21 +151,6 @@ def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(
 def test_calibrate_sees_before_it_measures_that_its_budget_is_none(arguments_of, capsys, unmeasured, further, message):
     assert main(arguments_of("calibrate", *further)) == 2
     assert message in capsys.readouterr().err
-
-
-def test_bench_sees_before_it_measures_that_matplotlib_is_broken(arguments_of, capsys, monkeypatch, unmeasured):
-    pytest.importorskip("matplotlib")
-    monkeypatch.delitem(sys.modules, "nc_patch.bench.plot", raising=False)
-    whole = builtins.__import__
-
-    def broken(name, *rest):
-        if name == "matplotlib":
-            raise ImportError("built for another numpy")
-        return whole(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", broken)
-    assert main(arguments_of("bench")) == 2
-    assert "cannot be imported (built for another numpy)" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeypatch):

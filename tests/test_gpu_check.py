@@ -58,7 +58,8 @@ def with_stand_ins(tmp_path):
 def results_of(out, part):
     """The first two words of each line of the summary, and the other results by name, as text."""
     with tarfile.open(out / f"gpu_check_{part}.tar.gz") as packed:
-        files = {Path(f.name).name: packed.extractfile(f).read().decode() for f in packed.getmembers() if f.isfile()}
+        members = [member for member in packed.getmembers() if member.isfile()]
+        files = {Path(m.name).name: packed.extractfile(m).read().decode(errors="replace") for m in members}
     return [line.split()[:2] for line in (out / f"gpu_check_{part}.txt").read_text().splitlines()], files
 
 

@@ -5,7 +5,7 @@ import torch
 from attention_cases import KINDS, TOLERANCE, tail_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import problem_of
+from operations import assert_summarises, problem_of
 from test_attention import BACKENDS, EACH, INSTALLED
 
 from nc_patch import KeyIndex, sparse_attention
@@ -51,33 +51,6 @@ def test_an_index_takes_the_bytes_it_promises(D):
         grown = KeyIndex.build(key[:, :, :8191], "codes")
         grown.extend(key, 1, torch.tensor([8192]))
         assert grown.nbytes() <= 0.27 * kv_bytes * 8320 / 8192
-
-
-def assert_summarises(codes: torch.Tensor, scales: torch.Tensor, page: torch.Tensor) -> None:
-    """``codes [3, D]`` and ``scales [3]`` are those of the keys ``[n, D]``; of the farthest any may be apart."""
-    page, n = page.double(), len(page)
-    apart, mean, root = codes.double() * scales[:, None].double()
-    # A code is off by half a step, and by a whole one of the smallest numbers.
-    step = lambda x: 0.502 * float(x.abs().max()) / 127 + 1e-37  # noqa: E731
-    distance = (page - page.mean(0)).square().sum(-1)
-    far = (page - apart).abs().amax(-1).argmin()
-    assert float((page[far] - apart).abs().max()) <= step(page[far])
-    assert float(distance[far]) >= float(distance.max()) * (1 - 1e-5)
-    if n == 1:
-        assert not codes[1:].any()
-        return
-    largest = float(page.abs().max())
-    variance = codes[2] * scales[2].double() ** 2
-    assert (root >= 0).all()
-    # Equal distances are decided by rounding.
-    for i in (distance >= distance.max() * (1 - 1e-5)).nonzero()[:, 0]:
-        others = page[torch.arange(n) != i]
-        of_mean, of_variance = others.mean(0), others.var(0, correction=0)
-        if float((of_mean - mean).abs().max()) <= step(of_mean) + 1e-5 * largest:
-            off = float((of_variance - variance).abs().max())
-            assert off <= step(of_variance) + 1e-5 * largest**2
-            return
-    raise AssertionError("no mean of the others is that of the page")
 
 
 @given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1), st.sampled_from(INSTALLED))

@@ -49,7 +49,7 @@ def perplexity(smollm2, text):
             layout = Layout(lengths=(length,), samples=samples, scored=256, passage=256, seed=0)
             built = [TASKS[task].build(text, place, length, layout) for place in places(text, layout)]
             losses = [measure(smollm2.model, config, sample) for sample in built]
-            known[key] = math.exp(sum(m.loss_sum for m in losses) / sum(m.tokens for m in losses))
+            known[key] = math.exp(sum(m["loss_sum"] for m in losses) / sum(m["tokens"] for m in losses))
         return known[key]
 
     return run

@@ -6,12 +6,11 @@ As in ``test_triton_kernels.py`` the interpreter needs a process of its own, whi
 import pytest
 import torch
 from attention_cases import Case, Shape, check
-from test_key_index import assert_summarises
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import INTERPRETED, assert_close, on_kernel_device, problem_of_case  # noqa: E402
+from operations import INTERPRETED, assert_close, assert_summarises, on_kernel_device, problem_of_case  # noqa: E402
 from test_triton_kernels import FP32_BF16, small_sizes  # noqa: E402
 
 from nc_patch import KeyIndex  # noqa: E402
