@@ -190,6 +190,41 @@ def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_sh
     assert list(shown["score"]) == pytest.approx([1.0, 0.2, 0.95])
 
 
+def failed(entry):
+    return {name: entry[name] for name in ("key", "method", "task", "length", "sample")} | {"failed": "out of memory"}
+
+
+@pytest.mark.parametrize("samples", [1, 20])
+def test_answers_of_many_tasks_or_of_one_sample_have_no_interval(tmp_path, samples):
+    rights = {"dense": lambda i: 1, "nc-topk": lambda i: i % 2}
+    rows = answers_of(1024, rights, samples)
+    said = said_of(tmp_path / "a", rows)
+    assert ("100 points lower (too few samples)" if samples == 1 else "50 points lower (worse)") in said
+    rows += [entry for name in "bcd" for entry in answers_of(1024, rights, samples, name)]
+    said = said_of(tmp_path / "b", rows)
+    assert "mean of 4 tasks is " + ("100" if samples == 1 else "50") + " points lower" in said
+
+
+def test_many_tasks_are_summed_up_where_all_are_there_to_be_compared(tmp_path):
+    rights = {"dense": lambda i: 1, "nc-topk": lambda i: i % 2}
+    rows = [entry for name in "abcd" for entry in answers_of(512, rights, task=name)]
+    unfinished = answers_of(1024, rights, task="a")
+    assert "Against dense attention at 512 tokens" in said_of(tmp_path / "a", rows + unfinished)
+    for method in rights:
+        lost = [failed(entry) if (entry["task"], entry["method"]) == ("b", method) else entry for entry in rows]
+        assert "mean of 4 tasks is" not in said_of(tmp_path / method, lost)
+
+
+def test_lengths_at_which_all_budgets_fail_are_left_out_of_iso_quality(tmp_path):
+    levels = {"dense": 2.0, "fixed-topk@16": 3.0, "fixed-topk@64": 2.0}
+    rows, lost = rows_of("recall", 256, levels), [failed(entry) for entry in rows_of("recall", 512, levels)]
+    [found] = needed_budgets(measurements(rows + lost), 0.05)
+    assert list(found.needed["length"]) == [256]
+    assert needed_budgets(measurements(lost), 0.05) == []
+    dense = [entry for entry in rows_of("recall", 512, levels) if entry["method"] == "dense"]
+    assert "Not measured, out of memory" in said_of(tmp_path / "a", lost[1:] + dense)
+
+
 def test_iso_quality_is_what_an_iso_run_reports_and_unfinished_lengths_take_nothing_from_others(tmp_path):
     def measured(lengths, samples=8, budgets=(16, 64, 256)):
         levels = {
