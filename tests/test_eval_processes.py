@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,37 @@ def test_processes_on_different_machines_are_recorded_and_said(home):
     assert session["hardware"] == record["hardware"]
     assert [machine["processor"] for machine in session["other_hardware"]] == ["another"]
     assert "different hardware" in (home / "mixed" / "report.md").read_text()
+
+
+def _stale_file():
+    from eval_tasks import run
+
+    run.read_rows = lambda directory: []
+
+
+def test_processes_share_out_the_list_of_the_first_whatever_they_read_themselves(home, alone):
+    out = home / "stale"
+    shutil.copytree(alone, out)
+    whole = (alone / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(whole[:-3]))
+    codes, said, other = ended(home, "stale", "stale", setups=(None, _stale_file))
+    assert codes == [0, 0], said + other
+    assert results(out) == results(alone)
+    assert lines(out / "results.jsonl") == len(whole)
+
+
+def _other_version():
+    from eval_tasks import run
+
+    versions = run.versions
+    run.versions = lambda: versions() | {"torch": "1.0"}
+
+
+def test_processes_of_other_versions_are_refused(home):
+    codes, said, _ = ended(home, "old", "old", further=FEW, setups=(None, _other_version))
+    assert codes == [2, 2], said
+    assert "process 1 of 2: torch is 1.0 here, " in said
+    assert not lines(home / "old" / "results.jsonl")
 
 
 def test_directories_that_are_not_shared_are_refused(home):
