@@ -194,7 +194,7 @@ def _announced() -> tuple[int, int, dict[str, Any]]:
     """Machines, processes of this one, and where they meet, as ``accelerate launch --cpu`` was told."""
     if os.environ.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in os.environ:
         return 1, 1, {}
-    from accelerate.commands.launch import launch_command_parser
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     command = _launcher_command()
     if command is None:
@@ -203,6 +203,8 @@ def _announced() -> tuple[int, int, dict[str, Any]]:
             "--processes N, or torchrun --nproc_per_node N -m nc_patch eval ..."
         )
     options, _ = launch_command_parser().parse_known_args(command)
+    if options.num_processes is None:  # they stand in a configuration of accelerate, or follow from the machine
+        options, *_ = _validate_launch_command(options)
     machines, total = options.num_machines or 1, options.num_processes or 1
     local = total // machines
     print(f"accelerate launch --cpu started one process; starting the {local} of this machine.", file=sys.stderr)

@@ -53,6 +53,7 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     )
     frame["task"] = pd.Categorical(frame["task"], tasks)
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
+    frame = frame.loc[frame["failed"].isna().sort_values(kind="stable").index]  # a success counts before any failure
     return frame.drop_duplicates([*CELL, *PLACE], keep="last").sort_values([*CELL, *PLACE], ignore_index=True)
 
 

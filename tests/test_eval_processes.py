@@ -271,6 +271,17 @@ def test_processes_that_the_user_asks_for_are_started_and_end_as_the_first_that_
     assert start_processes(2, ["eval"]) == 1
 
 
+def test_what_accelerate_announces_is_taken_from_its_configuration(monkeypatch, tmp_path):
+    settings = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "use_cpu": True}
+    settings |= {"num_processes": 3, "num_machines": 1, "machine_rank": 0, "mixed_precision": "no"}
+    (tmp_path / "accelerate.json").write_text(json.dumps(settings))
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    command = ["--config_file", str(tmp_path / "accelerate.json"), "-m", "nc_patch", "eval"]
+    monkeypatch.setattr(module, "_launcher_command", lambda: command)
+    assert module._announced()[:2] == (1, 3)
+
+
 def test_what_accelerate_announces_is_taken_from_its_command_line(monkeypatch):
     command = ["--cpu", "--num_processes", "6", "--num_machines", "2", "--machine_rank", "1", "-m", "nc_patch", "eval"]
     for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29511"}.items():

@@ -112,6 +112,7 @@ def test_cells_that_several_runs_measured_count_once_and_a_success_before_any_fa
         [merged] = merge_runs(runs)
         assert {row["key"] for row in merged.rows} == {row["key"] for row in rows}
         assert not any("failed" in row for row in merged.rows)
+        assert not measurements([entry | {"key": str(n)} for n, entry in enumerate(sum(order, []))])["failed"].any()
         assert Section(merged, 0.05).progress() == "7 of 21 measurements are made; the same command goes on."
 
 
