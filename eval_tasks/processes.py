@@ -25,6 +25,8 @@ from nc_patch.common import ProfileError
 # The names that torchrun, Intel MPI, Open MPI and MVAPICH give to the same numbers.
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Tells processes that were started here from those of a launcher.
+_RUN_ID = "nc_patch"
 # How long a process waits for the others: at the start for a model that is loaded, at the end for a last sample.
 _PATIENCE = timedelta(hours=2)
 
@@ -148,7 +150,7 @@ def start_processes(processes: int | None, command: Sequence[str]) -> int | None
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
     config = LaunchConfig(
-        nodes, nodes, local, DefaultLogsSpecs(), run_id="nc_patch", max_restarts=0, monitor_interval=0.05, **options
+        nodes, nodes, local, DefaultLogsSpecs(), run_id=_RUN_ID, max_restarts=0, monitor_interval=0.05, **options
     )
     logging.disable(logging.CRITICAL)  # what failed has said so itself
     try:
@@ -181,6 +183,11 @@ def launched_world() -> int:
 def launched_rank() -> int:
     """Which of them this one is."""
     return int(get_int_from_env(_RANK, 0))
+
+
+def is_started_here() -> bool:
+    """Whether ``start_processes`` started this process, and speaks for it where the user interrupts them."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID
 
 
 def free_port() -> int:

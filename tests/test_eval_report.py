@@ -107,12 +107,14 @@ def test_runs_of_the_same_setting_are_merged_and_others_stand_apart(tmp_path):
 def test_cells_that_several_runs_measured_count_once_and_a_success_before_any_failure(tmp_path):
     rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 3.0}) + rows_of("recall", 2048, {"dense": 2.0})[:1]
     lost = [failed(entry) for entry in rows]
-    for order in ((rows, lost), (lost, rows)):
+    for order in itertools.permutations((rows, lost)):
         runs = [write_run(tmp_path / str(number), entries) for number, entries in enumerate(order)]
         [merged] = merge_runs(runs)
         assert {row["key"] for row in merged.rows} == {row["key"] for row in rows}
         assert not any("failed" in row for row in merged.rows)
-        assert not measurements([entry | {"key": str(n)} for n, entry in enumerate(sum(order, []))])["failed"].any()
+        assert not measurements([entry | {"key": str(n)} for n, entry in enumerate(itertools.chain(*order))])[
+            "failed"
+        ].any()
         assert Section(merged, 0.05).progress() == "7 of 21 measurements are made; the same command goes on."
 
 
