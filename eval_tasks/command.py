@@ -1,6 +1,7 @@
 """``nc-patch eval`` and ``nc-patch report``: arguments in, a directory of results out."""
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
 from eval_tasks.measure import PHASES, SPARSE_IN
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
-from eval_tasks.processes import AgreedError, joined_processes, launched_rank, start_processes
+from eval_tasks.processes import AgreedError, is_started_here, joined_processes, launched_rank, start_processes
 from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.run import run_sweep
 from eval_tasks.sweep import Sweep
@@ -60,7 +61,7 @@ def run_eval(argv: Sequence[str]) -> int:
     except EvalError as error:
         return _refuse(error)
     except KeyboardInterrupt:
-        if launched_rank() == 0:
+        if launched_rank() == 0 and not is_started_here():
             print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
         return INTERRUPTED
     if not complete:
@@ -125,6 +126,13 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         )
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
+    if given.match == "iso" and min(given.iso_keys) >= max(given.lengths):
+        raise EvalError(
+            f"every budget of --iso-keys ({spaced(given.iso_keys)}) holds all keys of every length "
+            f"({spaced(given.lengths)}): give smaller ones, or longer --lengths"
+        )
+    if given.minutes is not None and not (math.isfinite(given.minutes) and given.minutes > 0):
+        raise EvalError(f"--minutes must be a positive number, got {given.minutes}")
     if len(set(given.seed)) < len(given.seed) or min(given.seed) < 0:
         raise EvalError(f"--seed takes different numbers from 0 on, got {spaced(given.seed)}")
     return Sweep(

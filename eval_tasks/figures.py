@@ -28,7 +28,7 @@ from scipy.optimize import isotonic_regression
 
 from eval_tasks.iso_quality import IsoQuality
 from eval_tasks.methods import DENSE, NC, find_method, order_of
-from eval_tasks.summary import UNSEEN, title_of
+from eval_tasks.summary import PLACE, UNSEEN, title_of
 from nc_patch.budget import law_values
 
 FONT = {"font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "svg.fonttype": "path"}
@@ -102,20 +102,29 @@ def budget_panels(own: pd.DataFrame) -> list[Panel]:
 
 
 def position_panels(frame: pd.DataFrame) -> list[Panel]:
-    """Loss over dense by position within the scored tokens, at the longest length of each task of texts."""
+    """Loss over dense by position within the scored tokens, at the longest length of each task of texts.
+
+    Of the same samples for a method and for dense.
+    """
     panels = []
+    sample = ["length", *PLACE]
     for task, own in frame.dropna(subset=["token_losses"]).groupby("task", observed=True):
-        own = own[own["length"] == own["length"].max()]
-        means = own.groupby("method", observed=True)["token_losses"].agg(lambda rows: np.mean(list(rows), axis=0))
-        if DENSE in means and len(means) > 1:
-            dense = means.pop(DENSE)
-            edges = np.unique(np.linspace(0, len(dense), min(_POSITION_BINS, len(dense)) + 1).astype(int))
-            middles = list((edges[:-1] + edges[1:]) / 2)
-            binned = {name: [(loss - dense)[a:b].mean() for a, b in pairwise(edges)] for name, loss in means.items()}
-            lines = [Line(find_method(name).title, middles, y, _style(name)) for name, y in binned.items()]
-            lines.append(Line("dense", middles, [0.0] * len(middles), {"color": "#000000"}))
-            title = f"{title_of(task)} at {own['length'].max():,} tokens"
-            panels.append(Panel(title, lines, x_label="position among the scored tokens"))
+        dense = own.loc[own["method"] == DENSE, [*sample, "token_losses"]]
+        pairs = own[own["method"] != DENSE].merge(dense, on=sample, suffixes=("", "_dense"))
+        pairs = pairs[pairs["length"] == pairs["length"].max()]
+        if not len(pairs):
+            continue
+        over = np.array(list(pairs["token_losses"])) - np.array(list(pairs["token_losses_dense"]))
+        scored = over.shape[1]
+        edges = np.unique(np.linspace(0, scored, min(_POSITION_BINS, scored) + 1).astype(int))
+        middles = list((edges[:-1] + edges[1:]) / 2)
+        methods = pairs["method"].cat.remove_unused_categories()
+        means = {name: over[(methods == name).to_numpy()].mean(axis=0) for name in methods.cat.categories}
+        binned = {name: [mean[a:b].mean() for a, b in pairwise(edges)] for name, mean in means.items()}
+        lines = [Line(find_method(name).title, middles, y, _style(name)) for name, y in binned.items()]
+        lines.append(Line("dense", middles, [0.0] * len(middles), {"color": "#000000"}))
+        title = f"{title_of(task)} at {pairs['length'].max():,} tokens"
+        panels.append(Panel(title, lines, x_label="position among the scored tokens"))
     return panels
 
 

@@ -10,7 +10,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHES
 from eval_tasks.measure import PHASES
 from eval_tasks.methods import find_method, order_of
-from eval_tasks.store import read_rows, read_run
+from eval_tasks.store import each_key_once, read_rows, read_run
 from eval_tasks.summary import Row
 from eval_tasks.tasks import TASKS
 
@@ -116,12 +116,13 @@ def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRu
         "lengths": sorted(set(of_all["lengths"])),
         "samples": max(run["identity"]["samples"] for run in runs),
     }
+    measured = [row for _, _, rows in group for row in rows]
+    rows = each_key_once(measured)
     planned: list[Any] = [run.get("planned") for run in runs]
     run = {
         **runs[0],
         "identity": {**runs[0]["identity"], **together},
         "sessions": [session for run in runs for session in run["sessions"]],
-        "planned": None if None in planned else sum(planned),
+        "planned": None if None in planned else sum(planned) - (len(measured) - len(rows)),
     }
-    rows = {row["key"]: row for _, _, rows in group for row in rows}
-    return MergedRun(tuple(path for path, _, _ in group), run, list(rows.values()), tuple(r["command"] for r in runs))
+    return MergedRun(tuple(path for path, _, _ in group), run, rows, tuple(r["command"] for r in runs))

@@ -208,7 +208,7 @@ def find_method(name: str) -> Method:
         config = method.config(budgets)
         if not isinstance(config, NCConfig):
             raise EvalError(f"{method.name} attends by no budget and takes no number of keys")
-        return NCConfig(**vars(config) | {"alpha": float(keys), "C": 0.0})
+        return NCConfig(**vars(config) | {"alpha": float(keys), "C": 0.0, "dense_below": 0})
 
     return replace(method, name=name, title=f"{method.title}, {keys} keys", config=fixed, grows=False)
 

@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,6 +93,7 @@ def memory_watched(tokens: int) -> Iterator[None]:
         if not ours:
             raise
         reason = str(error).split("\n")[0]
+        traceback.clear_frames(error.__traceback__)  # which hold what was allocated, and are held by the next error
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

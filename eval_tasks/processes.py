@@ -25,6 +25,8 @@ from nc_patch.common import ProfileError
 # The names that torchrun, Intel MPI, Open MPI and MVAPICH give to the same numbers.
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Tells processes that were started here from those of a launcher.
+_RUN_ID = "nc_patch"
 # How long a process waits for the others: at the start for a model that is loaded, at the end for a last sample.
 _PATIENCE = timedelta(hours=2)
 
@@ -148,7 +150,7 @@ def start_processes(processes: int | None, command: Sequence[str]) -> int | None
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
     config = LaunchConfig(
-        nodes, nodes, local, DefaultLogsSpecs(), run_id="nc_patch", max_restarts=0, monitor_interval=0.05, **options
+        nodes, nodes, local, DefaultLogsSpecs(), run_id=_RUN_ID, max_restarts=0, monitor_interval=0.05, **options
     )
     logging.disable(logging.CRITICAL)  # what failed has said so itself
     try:
@@ -183,6 +185,11 @@ def launched_rank() -> int:
     return int(get_int_from_env(_RANK, 0))
 
 
+def is_started_here() -> bool:
+    """Whether ``start_processes`` started this process, and speaks for it where the user interrupts them."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID
+
+
 def free_port() -> int:
     """A port of this machine that nothing listens on."""
     with socket.socket() as found:
@@ -194,7 +201,7 @@ def _announced() -> tuple[int, int, dict[str, Any]]:
     """Machines, processes of this one, and where they meet, as ``accelerate launch --cpu`` was told."""
     if os.environ.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in os.environ:
         return 1, 1, {}
-    from accelerate.commands.launch import launch_command_parser
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     command = _launcher_command()
     if command is None:
@@ -203,6 +210,8 @@ def _announced() -> tuple[int, int, dict[str, Any]]:
             "--processes N, or torchrun --nproc_per_node N -m nc_patch eval ..."
         )
     options, _ = launch_command_parser().parse_known_args(command)
+    if options.num_processes is None:  # they stand in a configuration of accelerate, or follow from the machine
+        options, *_ = _validate_launch_command(options)
     machines, total = options.num_machines or 1, options.num_processes or 1
     local = total // machines
     print(f"accelerate launch --cpu started one process; starting the {local} of this machine.", file=sys.stderr)

@@ -106,6 +106,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes 
             if processes.is_first:
                 check_same(directory, identity)
             check_methods(sweep, model)
+        _check_alike(sweep, processes, identity | {"model's dtype": str(model.dtype)})
         plan = plan_of(sweep, {"weights": identity["weights"], "text": source.text.sha256, "dtype": str(model.dtype)})
         session = _session(command, hardware(device, torch.get_num_threads()), processes)
         with processes.together():
@@ -116,8 +117,11 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes 
                 raise EvalError(
                     f"{directory} is not the directory that process 0 writes to; several machines need one they share"
                 )
-            known = read_rows(directory)
-        todo, rate = _todo(sweep, plan, known, processes.is_first), _seconds_by_cost(known)
+            if not processes.is_first:
+                stack.enter_context(claimed(directory, is_first=False))
+            known = read_rows(directory) if processes.is_first else []
+        # All share out the list of the first one, since what they read of a file may differ between machines.
+        todo, rate = processes.from_first((_todo(sweep, plan, known, processes.is_first), _seconds_by_cost(known)))
         began = time.monotonic()
         complete = _measure_all(Measurer(sweep, model, source), todo, rate, directory, processes)
         complete = all(processes.gathered(complete))
@@ -277,6 +281,20 @@ def _fingerprints(model: Any, source: Source) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(source.tokenizer),
         "text_sha256": source.text.sha256,
     }
+
+
+def _check_alike(sweep: Sweep, processes: Processes, identity: dict[str, Any]) -> None:
+    """Raises EvalError in all processes where one of them would measure something else than the first."""
+    # Where processes hold parts of one model, so may what tells its weights from others.
+    first = processes.from_first(identity)
+    with processes.together():
+        differing = [
+            f"{name} is {value} here, {first[name]} in process 0"
+            for name, value in identity.items()
+            if value != first[name] and not (name == "weights" and sweep.tp_plan is not None)
+        ]
+        if differing:
+            raise EvalError(f"{'; '.join(differing)}. All machines need the same model, text and versions")
 
 
 def _details(

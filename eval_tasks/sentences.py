@@ -155,7 +155,7 @@ def quality(row: Any) -> tuple[str, str]:
         return "failed" if row.samples == 0 else "not compared", ""
     if not math.isnan(row.score):
         points = [-100 * value for value in (loss[0], loss[2], loss[1])]
-        mean, *ends = (f"{value:+.0f}" if round(value) else "0" for value in points)
+        mean, *ends = (f"{value:+.0f}" if abs(value) > 0.5 else "0" for value in points)
         mean = "the same" if mean == "0" else f"{mean} points"
     elif loss[0] >= math.log(2):
         mean, *ends = (f"{math.exp(value):.1f}" for value in loss)

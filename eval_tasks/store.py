@@ -15,11 +15,12 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eval_tasks.errors import EvalError
 from nc_patch.common import check_directory, replace_file
 
+Row = TypeVar("Row", bound=Mapping[str, Any])
 RESULTS = "results.jsonl"
 RUN = "run.json"
 _LOCK = ".lock"
@@ -59,23 +60,25 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def claimed(directory: Path) -> Iterator[None]:
+def claimed(directory: Path, is_first: bool = True) -> Iterator[None]:
     """Within, no other run may add to the directory; a last line that was torn when an earlier run ended is cut off.
+
+    The first process of a run claims it while nobody holds it, and then all of them hold it: where the first one is
+    killed, the others keep the next run out until they have ended, too.
 
     Raises:
         EvalError: another run is measuring into it, or it cannot be written.
     """
     with _opened(directory / _LOCK) as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_first:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _say_torn_line(directory)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             raise EvalError(
                 f"another process is measuring into {directory}; wait for it, or give another --out"
             ) from error
-        with _opened(directory / RESULTS) as file:
-            if _cut_torn_line(file):
-                said = "was torn off when the last run ended; it is measured again."
-                print(f"The last line of {directory / RESULTS} {said}", file=sys.stderr)
         yield
 
 
@@ -106,14 +109,11 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> None:
 def read_rows(directory: Path) -> list[dict[str, Any]]:
     """The rows of a directory, each key once; a last line that was never finished is left out.
 
-    Of rows with one key the last counts, a cell that failed and was tried again; a failure never takes the place of a
-    success.
-
     Raises:
         EvalError: a line that is not the last is damaged, or a row is not as ``nc-patch eval`` writes it.
     """
     path = directory / RESULTS
-    found: dict[str, dict[str, Any]] = {}
+    rows = []
     lines = (_content(path) or b"").removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
         row = _parsed(line)
@@ -121,12 +121,22 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
             if line and number < len(lines):
                 raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
             continue
-        problem = _problem(row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW)
+        problem = _problem(
+            row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW, _OPTIONAL
+        )
         if problem is not None:
             raise EvalError(
                 f"{directory} holds a damaged result, {ascii(row['key'])[:60]}: {problem}. Remove line {number} of "
                 f"{path}, or give another directory"
             )
+        rows.append(row)
+    return each_key_once(rows)
+
+
+def each_key_once(rows: Iterable[Row]) -> list[Row]:
+    """Of rows with one key the last one, a cell that failed and was tried again; a success in place of any failure."""
+    found: dict[str, Row] = {}
+    for row in rows:
         here = found.get(row["key"])
         if here is None or "failed" in here or "failed" not in row:
             found[row["key"]] = row
@@ -144,8 +154,8 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     if content is None:
         return None
     run = _parsed(content)
-    problem = "it is no object of JSON" if run is None else _problem(run, _RUN)
-    problem = problem or _problem(run["identity"], _IDENTITY)  # type: ignore[index]
+    problem = "it is no object of JSON" if run is None else _problem(run, _RUN, _OPTIONAL)
+    problem = problem or _problem(run["identity"], _IDENTITY, _OPTIONAL | {"seed": "seed or several"})  # type: ignore[index]
     if problem is not None:
         raise EvalError(f"{path} is damaged: {problem}. Give another directory, or remove this one")
     return run
@@ -167,6 +177,13 @@ def _opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _say_torn_line(directory: Path) -> None:
+    with _opened(directory / RESULTS) as file:
+        if _cut_torn_line(file):
+            said = "was torn off when the last run ended; it is measured again."
+            print(f"The last line of {directory / RESULTS} {said}", file=sys.stderr)
 
 
 def _cut_torn_line(descriptor: int) -> bool:
@@ -220,7 +237,13 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "positive count": lambda v: _KINDS["count"](v) and v > 0,
     "number from 0 on": lambda v: _KINDS["number"](v) and v >= 0,
     "share of 1": lambda v: _KINDS["number"](v) and 0 <= v <= 1 + 1e-6,
-    "object": lambda v: isinstance(v, dict) and all(map(_KINDS["text"], v)),
+    "object": lambda v: isinstance(v, dict) and _is_flat(v),
+    "session": lambda v: (
+        _KINDS["object"](v)
+        and isinstance(v.get("hardware", {}), dict)
+        and _fits(v.get("other_hardware", []), "list of object")
+    ),
+    "seed or several": lambda v: _KINDS["count"](v) or (v != [] and _fits(v, "list of count")),
 }
 _CELL = {"method": "name", "task": "name", "length": "positive count", "sample": "count"}
 _MEASURED = {"budget": "count", "peak_memory": "count or null", "seconds": "number from 0 on or null"}
@@ -229,7 +252,7 @@ _MEASURED |= dict.fromkeys(("mean_keys", "tail_mean_keys"), "number from 0 on or
 _FAILED_ROW = _CELL | {"failed": "text"}
 _ANSWER_ROW = _CELL | _MEASURED | {"score": "number"}
 _TEXT_ROW = _CELL | _MEASURED | {"loss_sum": "number", "tokens": "positive count", "bytes": "positive count"}
-_RUN = {"identity": "object", "sessions": "list of object", "model_parameters": "count", "text_tokens": "count"}
+_RUN = {"identity": "object", "sessions": "list of session", "model_parameters": "count", "text_tokens": "count"}
 _RUN |= dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), "text")
 _RUN |= dict.fromkeys(("budget_at_equal", "log_factor"), "number")
 _IDENTITY = {"model": "text", "lengths": "list of positive count", "alpha": "number", "C": "number"}
@@ -239,19 +262,32 @@ _IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), "positi
 _OPTIONAL = {"commit": "text or null", "phase": "text", "ran_dense": "object", "hardware": "object"}
 _OPTIONAL |= {"depth": "share of 1 or null", "token_losses": "list of number", "block_size": "positive count"}
 _OPTIONAL |= dict.fromkeys(("index", "said_tokens"), "count") | {"planned": "count or null"}
+_OPTIONAL |= {"seed": "count or null"}
 _OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), "number from 0 on or null")
 
 
-def _problem(values: Mapping[str, Any], required: Mapping[str, str]) -> str | None:
+def _problem(values: Mapping[str, Any], required: Mapping[str, str], optional: Mapping[str, str]) -> str | None:
     """What is wrong with an object, in words; None where nothing is."""
-    for name, kind in {**required, **{name: _OPTIONAL[name] for name in _OPTIONAL if name in values}}.items():
+    for name, kind in {**required, **{name: optional[name] for name in optional if name in values}}.items():
         if name not in values:
             return f"{name} is missing"
         if not _fits(values[name], kind):
             return f"{name} must be a {kind}, got {type(values[name]).__name__} {ascii(values[name])[:60]}"
+    if "loss_sum" in values and len(values.get("token_losses", range(values["tokens"]))) != values["tokens"]:
+        return f"token_losses must be {values['tokens']}, one for each of the tokens, got {len(values['token_losses'])}"
     if "loss_sum" in values and abs(values["loss_sum"] / values["tokens"]) > 700:  # its exponential must be a number
         return f"loss_sum / tokens must be within 700, got {values['loss_sum'] / values['tokens']:g}"
     return None
+
+
+def _is_flat(value: Any, depth: int = 0) -> bool:
+    """Whether a value is made of texts, numbers, lists and objects, none of them deep."""
+    if value is None or isinstance(value, bool) or _KINDS["text"](value) or _KINDS["number"](value):
+        return True
+    if depth > 6 or not isinstance(value, (list, dict)):
+        return False
+    names, items = (value, value.values()) if isinstance(value, dict) else ((), value)
+    return all(map(_KINDS["text"], names)) and all(_is_flat(item, depth + 1) for item in items)
 
 
 def _fits(value: Any, kind: str) -> bool:

@@ -53,6 +53,7 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     )
     frame["task"] = pd.Categorical(frame["task"], tasks)
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
+    frame = frame.loc[frame["failed"].isna().sort_values(kind="stable").index]  # a success counts before any failure
     return frame.drop_duplicates([*CELL, *PLACE], keep="last").sort_values([*CELL, *PLACE], ignore_index=True)
 
 
@@ -166,6 +167,10 @@ def overview(summary: pd.DataFrame) -> pd.DataFrame:
         return shown
     cells = answers.groupby(["length", "method"], observed=True)
     mean = cells.mean(numeric_only=True)[(cells.size() == tasks)].reset_index()
+    if set(mean["method"]) <= {DENSE}:  # no method has answered all tasks
+        return shown
+    compared = (cells["loss_minus_dense"].count() == tasks)[cells.size() == tasks].to_numpy()
+    mean["loss_minus_dense"] = mean["loss_minus_dense"].where(compared)
     mean = mean.assign(task=f"mean of {tasks} tasks", low=np.nan, high=np.nan)
     return pd.concat([shown[shown["score"].isna()], mean], ignore_index=True)
 
@@ -173,11 +178,14 @@ def overview(summary: pd.DataFrame) -> pd.DataFrame:
 def longest_compared(summary: pd.DataFrame, compared: pd.DataFrame) -> int | None:
     """The longest length at which, in some task, dense works and each method that is not simulated has its samples.
 
-    Else the longest at which anything is compared; None without any.
+    Else the longest at which anything is compared; None without any. What no line of ``overview`` compares counts as
+    nothing.
     """
+    shown = overview(summary).dropna(subset=["loss_minus_dense"])
+    shown = shown[~shown["method"].map(_is_simulated).astype(bool)]
     usable = summary[(summary["samples"] > 0) & ~summary["method"].map(_is_simulated).astype(bool)]
     tried = (usable["samples"] + usable["failed"]).groupby([usable["task"], usable["length"]], observed=True).nunique()
-    judged = compared[~compared["method"].map(_is_simulated).astype(bool)]
+    judged = compared[~compared["method"].map(_is_simulated).astype(bool) & compared["length"].isin(shown["length"])]
     if not len(judged):
         return None
     whole = [tried[cell] == 1 for cell in zip(judged["task"], judged["length"], strict=True)]
@@ -202,7 +210,8 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
             if set(own.loc[own["keys"] < length, "keys"]) <= set(wide.columns):
                 # What failed was measured, and holds nothing.
                 over = wide.dropna(axis=1, how="all").sub(dense.set_index(PLACE)["loss"], axis=0)
-                cells[length] = over.dropna()
+                if len(over.columns):
+                    cells[length] = over.dropna()
         most = max(map(len, cells.values()), default=0)
         cells = {length: cell for length, cell in cells.items() if len(cell) == most}
         shared = pd.concat(cells.values(), axis=1, join="inner").index if cells else []

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,8 +121,8 @@ def full_table(title: str, note: str, frame: pd.DataFrame) -> Table:
 
 
 def plain(text: object) -> str:
-    """Text that neither ends a cell of Markdown nor is taken for HTML."""
-    return html.escape(str(text).replace("\n", " "), quote=False).replace("|", "\\|")
+    """Text that neither ends a cell of Markdown nor is taken for HTML, a link or a picture."""
+    return re.sub(r"[\\|\[]", r"\\\g<0>", html.escape(str(text).replace("\n", " "), quote=False))
 
 
 def _word(name: str, value: Any) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
 
 from eval_tasks import measure as measuring
 from eval_tasks.answers import QUESTION_TOKENS, Question, answer, build_question
-from eval_tasks.errors import EvalError
+from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.measure import PHASES, measure
 from eval_tasks.methods import METHODS, Budgets
 from eval_tasks.presses import Press, find_press
@@ -105,6 +106,20 @@ def test_every_phase_of_all_keys_is_dense(sample, phase, method):
     model, config = tiny_model("llama"), METHODS[method].config(BUDGETS)
     every = config and dataclasses.replace(config, alpha=1.0, C=1.0, tail="drop")
     assert measure(model, every, sample, phase)["loss_sum"] == pytest.approx(loss_under(model, sample), rel=1e-5)
+
+
+def test_where_memory_ran_out_nothing_holds_what_was_allocated(sample, monkeypatch):
+    held = []
+
+    def greedy(model, ids, keep, cache=None):
+        large = torch.zeros(8)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measuring, "_forward", greedy)
+    with pytest.raises(MemoryRanOut, match="ran out at 96 tokens"):
+        measure(tiny_model("llama"), TOPK, sample)
+    assert held[0]() is None
 
 
 def test_a_loss_that_is_no_number_is_an_error_and_others_are_not_taken_for_memory(sample, monkeypatch):

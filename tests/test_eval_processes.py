@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,37 @@ def test_processes_on_different_machines_are_recorded_and_said(home):
     assert "different hardware" in (home / "mixed" / "report.md").read_text()
 
 
+def _stale_file():
+    from eval_tasks import run
+
+    run.read_rows = lambda directory: []
+
+
+def test_processes_share_out_the_list_of_the_first_whatever_they_read_themselves(home, alone):
+    out = home / "stale"
+    shutil.copytree(alone, out)
+    whole = (alone / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(whole[:-3]))
+    codes, said, other = ended(home, "stale", "stale", setups=(None, _stale_file))
+    assert codes == [0, 0], said + other
+    assert results(out) == results(alone)
+    assert lines(out / "results.jsonl") == len(whole)
+
+
+def _other_version():
+    from eval_tasks import run
+
+    versions = run.versions
+    run.versions = lambda: versions() | {"torch": "1.0"}
+
+
+def test_processes_of_other_versions_are_refused(home):
+    codes, said, _ = ended(home, "old", "old", further=FEW, setups=(None, _other_version))
+    assert codes == [2, 2], said
+    assert "process 1 of 2: torch is 1.0 here, " in said
+    assert not lines(home / "old" / "results.jsonl")
+
+
 def test_directories_that_are_not_shared_are_refused(home):
     codes, said, _ = ended(home, "here", "there")
     assert codes == [2, 2]
@@ -237,6 +269,17 @@ def test_processes_that_the_user_asks_for_are_started_and_end_as_the_first_that_
     assert {row["process"] for row in read_rows(home / "asked")} == {0, 1}
     monkeypatch.setattr(module.sys, "executable", "/bin/false")
     assert start_processes(2, ["eval"]) == 1
+
+
+def test_what_accelerate_announces_is_taken_from_its_configuration(monkeypatch, tmp_path):
+    settings = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "use_cpu": True}
+    settings |= {"num_processes": 3, "num_machines": 1, "machine_rank": 0, "mixed_precision": "no"}
+    (tmp_path / "accelerate.json").write_text(json.dumps(settings))
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    command = ["--config_file", str(tmp_path / "accelerate.json"), "-m", "nc_patch", "eval"]
+    monkeypatch.setattr(module, "_launcher_command", lambda: command)
+    assert module._announced()[:2] == (1, 3)
 
 
 def test_what_accelerate_announces_is_taken_from_its_command_line(monkeypatch):

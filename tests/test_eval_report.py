@@ -11,6 +11,7 @@ import subprocess
 import pandas as pd
 import pytest
 
+from eval_tasks.figures import position_panels
 from eval_tasks.merging import differing, merge_runs
 from eval_tasks.methods import METHODS
 from eval_tasks.report import Section, markdown, write_report
@@ -19,7 +20,7 @@ from eval_tasks.summary import comparisons, measurements, needed_budgets, overvi
 from nc_patch.cli import main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-NASTY = "<script>alert('x')</script>&"
+NASTY = "<script>alert('x')</script>& ![x](http://x.org/x.png)"
 
 
 def row(task, length, sample, method, perplexity, budget=64, **further):
@@ -40,6 +41,10 @@ def answers_of(length, rights, samples=20, task="niah_single_1", **further):
         for i, (method, right) in itertools.product(range(samples), rights.items())
     ]
     return [{k: v for k, v in one.items() if k not in ("loss_sum", "tokens", "bytes")} for one in found]
+
+
+def failed(entry):
+    return {name: entry[name] for name in ("key", "method", "task", "length", "sample")} | {"failed": "out of memory"}
 
 
 def run_of(**identity):
@@ -79,6 +84,7 @@ def test_the_report_escapes_every_text_and_refers_to_nothing_outside_itself(tmp_
     assert {source.partition(":")[0] for source in re.findall(r'(?:src|href|srcset)="([^"]*)"', page)} == {"data"}
     prose, _, _ = (tmp_path / "<b>" / "report.md").read_text(encoding="utf-8").split("```")
     assert "<script" not in prose
+    assert re.findall(r"(?<!\\)\[[^]]*\]\([^)]*\)", prose) == ["[Quality by context length](main.png)"]
 
 
 def test_runs_of_the_same_setting_are_merged_and_others_stand_apart(tmp_path):
@@ -96,6 +102,33 @@ def test_runs_of_the_same_setting_are_merged_and_others_stand_apart(tmp_path):
         assert text in page
     for name in ("report.md", "comparisons.csv", "main.png"):
         assert (tmp_path / "all" / name).stat().st_size > 0
+
+
+def test_cells_that_several_runs_measured_count_once_and_a_success_before_any_failure(tmp_path):
+    rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 3.0}) + rows_of("recall", 2048, {"dense": 2.0})[:1]
+    lost = [failed(entry) for entry in rows]
+    for order in itertools.permutations((rows, lost)):
+        runs = [write_run(tmp_path / str(number), entries) for number, entries in enumerate(order)]
+        [merged] = merge_runs(runs)
+        assert {row["key"] for row in merged.rows} == {row["key"] for row in rows}
+        assert not any("failed" in row for row in merged.rows)
+        assert not measurements([entry | {"key": str(n)} for n, entry in enumerate(itertools.chain(*order))])[
+            "failed"
+        ].any()
+        assert Section(merged, 0.05).progress() == "7 of 21 measurements are made; the same command goes on."
+
+
+def test_loss_by_position_is_of_the_samples_that_a_method_shares_with_dense():
+    def measured(sample, method, over, length=512):
+        losses = [sample + place / 10 + over * place for place in range(10)]
+        return row("perplexity", length, sample, method, 2.0, token_losses=losses)
+
+    rows = [measured(sample, "dense", 0.0) for sample in range(3)] + [measured(2, "nc-topk", 0.5)]
+    [panel] = position_panels(measurements([*rows, measured(0, "dense", 0.0, 1024)]))
+    assert panel.title == "perplexity at 512 tokens"
+    assert {line.label: pytest.approx(line.y) for line in panel.lines} == {
+        "α·n^C top-k": [0.5 * place for place in range(10)], "dense": [0.0] * 10,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("indexed", [True, False], ids=["with an index", "of an older version"])
@@ -188,6 +221,37 @@ def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_sh
     shown = overview(summary_of(rows).reset_index())
     assert set(shown["task"]) == {"mean of 4 tasks"}
     assert list(shown["score"]) == pytest.approx([1.0, 0.2, 0.95])
+
+
+@pytest.mark.parametrize("samples", [1, 20])
+def test_answers_of_many_tasks_or_of_one_sample_have_no_interval(tmp_path, samples):
+    rights = {"dense": lambda i: 1, "nc-topk": lambda i: i % 2}
+    rows = answers_of(1024, rights, samples)
+    said = said_of(tmp_path / "a", rows)
+    assert ("100 points lower (too few samples)" if samples == 1 else "50 points lower (worse)") in said
+    rows += [entry for name in "bcd" for entry in answers_of(1024, rights, samples, name)]
+    said = said_of(tmp_path / "b", rows)
+    assert "mean of 4 tasks is " + ("100" if samples == 1 else "50") + " points lower" in said
+
+
+def test_many_tasks_are_summed_up_where_all_are_there_to_be_compared(tmp_path):
+    rights = {"dense": lambda i: 1, "nc-topk": lambda i: i % 2}
+    rows = [entry for name in "abcd" for entry in answers_of(512, rights, task=name)]
+    unfinished = answers_of(1024, rights, task="a")
+    assert "Against dense attention at 512 tokens" in said_of(tmp_path / "a", rows + unfinished)
+    for method in rights:
+        lost = [failed(entry) if (entry["task"], entry["method"]) == ("b", method) else entry for entry in rows]
+        assert "mean of 4 tasks is" not in said_of(tmp_path / method, lost)
+
+
+def test_lengths_at_which_all_budgets_fail_are_left_out_of_iso_quality(tmp_path):
+    levels = {"dense": 2.0, "fixed-topk@16": 3.0, "fixed-topk@64": 2.0}
+    rows, lost = rows_of("recall", 256, levels), [failed(entry) for entry in rows_of("recall", 512, levels)]
+    [found] = needed_budgets(measurements(rows + lost), 0.05)
+    assert list(found.needed["length"]) == [256]
+    assert needed_budgets(measurements(lost), 0.05) == []
+    dense = [entry for entry in rows_of("recall", 512, levels) if entry["method"] == "dense"]
+    assert "Not measured, out of memory" in said_of(tmp_path / "a", lost[1:] + dense)
 
 
 def test_iso_quality_is_what_an_iso_run_reports_and_unfinished_lengths_take_nothing_from_others(tmp_path):

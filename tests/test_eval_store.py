@@ -79,6 +79,18 @@ def test_a_second_run_is_refused_while_the_first_measures(tmp_path):
         pass
 
 
+def test_the_next_run_waits_for_the_processes_that_a_killed_first_one_leaves(tmp_path):
+    with claimed(tmp_path), claimed(tmp_path, is_first=False):
+        pass
+    with claimed(tmp_path, is_first=False):
+        with pytest.raises(EvalError, match="another process is measuring"), claimed(tmp_path):
+            pass
+        with claimed(tmp_path, is_first=False):
+            pass
+    with claimed(tmp_path), pytest.raises(EvalError, match="another process is measuring"), claimed(tmp_path):
+        pass
+
+
 def test_a_retry_takes_the_place_of_a_failure_and_never_the_other_way_round(tmp_path):
     failed = {"key": "a", **CELL, "failed": "out of memory"}
     for each in (failed, row("b"), row("a", tokens=3), {**failed, "key": "b"}):
@@ -135,7 +147,9 @@ def test_a_place_that_is_none_is_refused(tmp_path, place):
         ({"attended_fraction": 1.5}, "attended_fraction must be a share"),
         ({"seconds": "1"}, "seconds must be a number from 0 on or null"),
         ({"token_losses": [1.0, "x"]}, "token_losses must be a list of number"),
+        ({"token_losses": [1.0]}, "token_losses must be 2, one for each of the tokens"),
         ({"depth": 2}, "depth must be a share"),
+        ({"seed": "first"}, "seed must be a count or null"),
     ],
 )
 def test_a_row_that_cannot_have_been_measured_is_refused_by_its_field(tmp_path, damage, message):
@@ -153,6 +167,22 @@ def test_damage_in_the_middle_and_missing_fields_are_refused_with_their_line(tmp
     (tmp_path / RESULTS).write_text(line("a") + json.dumps(lacking) + "\n")
     with pytest.raises(EvalError, match=r"'b': tokens is missing. Remove line 2"):
         read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"sessions": [{"hardware": "a laptop"}]},
+        {"sessions": [{"other_hardware": {"processor": "p"}}]},
+        {"hardware": {"processor": "\x1b[2J"}},
+        {"identity": IDENTITY | {"seed": []}},
+        {"identity": IDENTITY | {"dtype": "\ud800"}},
+    ],
+)
+def test_a_record_of_another_kind_is_refused(tmp_path, damage):
+    (tmp_path / RUN).write_text(json.dumps(DETAILS | {"identity": IDENTITY, "command": "c", "sessions": []} | damage))
+    with pytest.raises(EvalError, match=r"run.json is damaged: (sessions|hardware|identity|seed) must be"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(

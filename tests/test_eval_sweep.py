@@ -111,26 +111,29 @@ def test_a_time_limit_keeps_what_is_whole_and_the_next_run_goes_on(sweep, tmp_pa
     assert len(read_rows(out)) == 16
 
 
-def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path):
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")], ids=["alone", "two processes"])
+def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path, processes):
     few = ("--lengths", "400", "--samples", "8", "--methods", "dense", "nc-topk", "--tasks", "recall", "perplexity")
     arguments = sweep_arguments(tmp_path, tmp_path / "out", *few, words=5000)
     process = subprocess.Popen(
-        [sys.executable, "-m", "nc_patch", *arguments],
+        [sys.executable, "-m", "nc_patch", *arguments, *processes],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     results = tmp_path / "out" / "results.jsonl"
     wait_until(lambda: lines(results) >= 5 or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=60)
     before = results.read_bytes()
     assert before.endswith(b"\n")
     assert 5 <= before.count(b"\n") < 32
     assert process.returncode == 130
-    assert "To go on: nc-patch eval" in said
+    assert said.count("To go on: nc-patch eval") == 1
+    assert all(word in said.partition("To go on:")[2] for word in processes)
     assert main(arguments) == 0
     assert results.read_bytes().startswith(before)
     assert lines(results) == len(read_rows(tmp_path / "out")) == 32
