@@ -123,11 +123,7 @@ _LISTED = (
         default=False,
     ),
     Method(
-        "nc-topk-mean",
-        "α·n^C top-k + means",
-        _means("nc-topk"),
-        lambda b: _topk(b, b.alpha, b.C, "mean"),
-        grows=True,
+        "nc-topk-mean", "α·n^C top-k + means", _means("nc-topk"), lambda b: _topk(b, b.alpha, b.C, "mean"), grows=True
     ),
     Method(
         NC,
