@@ -38,12 +38,7 @@ $table
 
 
 def write_profile_report(profile: Profile, directory: Path, command: str, dense_below: int | None = None) -> list[str]:
-    """Writes the page and the picture into a directory; returns the findings as sentences.
-
-    Args:
-        profile, dense_below: as in ``profile_findings``.
-        directory: where the files go.
-        command: that measured.
+    """Writes the page, which tells the command, and the picture; returns what ``profile_findings`` says.
 
     Raises:
         EvalError: the directory cannot be written.
@@ -70,9 +65,7 @@ def write_profile_report(profile: Profile, directory: Path, command: str, dense_
 def profile_findings(profile: Profile, dense_below: int | None = None) -> list[str]:
     """What calibration found, as sentences.
 
-    Args:
-        profile: what was measured.
-        dense_below: with which the budget of its laws was counted; None for the default of ``NCConfig``.
+    ``dense_below`` is what the budget of the laws was counted with; None for the default of ``NCConfig``.
     """
     fit, longest = shown_fit(profile), profile.lengths[-1]
     by_layer = np.median(fit.C, 1)
