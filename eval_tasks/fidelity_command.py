@@ -75,10 +75,9 @@ def fidelity(
 
     Args:
         model: one that ``patch_model`` takes; windows, soft-caps and sinks are those of its layers.
-        ids: int64 ``[1, L]``; one forward pass serves all lengths.
-        methods, budgets: as in ``find_method``, without dense and simulated methods.
+        ids: int64 ``[1, L]``; one forward pass serves all lengths. sample: its number in the results.
+        methods: by name, without dense and simulated ones.
         lengths: how many tokens are read up to the last measured query, each at most L.
-        sample: a number for the results.
         layers: which; None for all.
 
     Yields:
@@ -100,15 +99,10 @@ def fidelity(
             assert result.attended is not None
             error = (result.output.float() - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
             start, end = problem.visible[0, length - ROWS : length].unbind(-1)
-            yield {
-                "method": name,
-                "length": length,
-                "sample": sample,
-                "layer": layer,
-                "kept_mass": result.kept_mass.mean((0, 2)).tolist(),
-                "output_error": error.mean((0, 2)).tolist(),
-                "attended_fraction": float((result.attended.float().mean((0, 1)) / (end - start)).mean()),
-            }
+            attended = float((result.attended.float().mean((0, 1)) / (end - start)).mean())
+            figures = {"kept_mass": result.kept_mass.mean((0, 2)).tolist(), "output_error": error.mean((0, 2)).tolist()}
+            row: dict[str, Any] = {"method": name, "length": length, "sample": sample, "layer": layer}
+            yield row | figures | {"attended_fraction": attended}
 
 
 def by_layer(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

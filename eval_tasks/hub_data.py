@@ -13,17 +13,10 @@ from eval_tasks.models import hub_resolves
 def load_hub(name: str, config: str | None = None, *, copies: str | None = None, **options: Any) -> Any:
     """A data set by its name on the hub, as ``datasets.load_dataset`` returns it.
 
-    Args:
-        name: ``NAMESPACE/NAME``.
-        config: the configuration, where the data set has several.
-        copies: a directory that holds the data set as ``copies/NAMESPACE/NAME`` (or ``.../NAME/CONFIG``), either as the
-            hub lays it out (``hf download --repo-type dataset NAME --local-dir DIR``: parquet or JSON files and the
-            card) or as ``Dataset.save_to_disk`` writes it; None asks the hub, and its cache where it cannot be
-            reached.
-        options: further arguments of ``load_dataset``, for example ``split``.
-
-    Raises:
-        EvalError: the data set is not there or cannot be read; the message says where it was looked for.
+    ``copies`` is a directory that holds the data set as ``copies/NAMESPACE/NAME`` (or ``.../NAME/CONFIG``), either as
+    the hub lays it out (``hf download --repo-type dataset NAME --local-dir DIR``: parquet or JSON files and the card)
+    or as ``Dataset.save_to_disk`` writes it; None asks the hub, and its cache where it cannot be reached. Raises
+    EvalError where the data set is not there or cannot be read.
     """
     import datasets
 

@@ -71,8 +71,9 @@ def caveats(
     for iso in found:
         if listed := ", ".join(f"{length:,}" for length in iso.bounded["length"]):
             said.append(
-                f"{find_method(iso.method).title} in {title_of(iso.task)}: at {listed} tokens the needed budget is known"
-                " on one side alone (at most the smallest measured, or more than the largest), which enters no law."
+                f"{find_method(iso.method).title} in {title_of(iso.task)}: at {listed} tokens the needed budget is "
+                "known on one side alone (at most the smallest measured, or more than the largest), which enters no "
+                "law."
             )
     if len(compared):
         fewest = compared["documents"].min()

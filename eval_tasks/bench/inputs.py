@@ -55,10 +55,9 @@ GEOMETRIES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Attention of one layer: the last Lq queries of sequences of n keys.
+    """Attention of one layer: the last Lq queries ``[B, Hq, Lq, D]`` of sequences of n keys ``[B, Hkv, n, D]``.
 
-    Attributes:
-        query: ``[B, Hq, Lq, D]``; Lq is n for a prompt, and 1 for a decoding step. key, value: ``[B, Hkv, n, D]``.
+    Lq is n for a prompt, and 1 for a decoding step.
     """
 
     query: torch.Tensor

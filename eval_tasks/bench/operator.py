@@ -65,13 +65,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One subcommand of ``nc-patch bench``.
+    """One subcommand of ``nc-patch bench``: ``"decode"`` or ``"prefill"``, and what a time is in its results.
 
-    Attributes:
-        phase: its name, ``"decode"`` or ``"prefill"``. what: what a time is, in the results.
-        unit: of the times that are shown. per_second: how many are a second.
-        selections: those measured by default, in this order. whole: the option that measures whole models too.
-        defaults: by device type, what is measured where the arguments do not say.
+    Times are shown in a ``unit`` of which ``per_second`` are a second. The option named ``whole`` measures whole models
+    too; ``selections`` and, by device type, ``defaults`` are what is measured where the arguments do not say.
     """
 
     phase: str
@@ -122,8 +119,7 @@ PREFILL = Benchmark(
 def make_sets(settings: Settings, case: Case, phase: str) -> list[Inputs]:
     """The inputs of a case: one prompt, or as many decoding steps as keep the cache cold and the memory holds.
 
-    Raises:
-        MemoryError: they leave too little memory.
+    Raises MemoryError where one set leaves too little memory.
     """
     geometry, device = GEOMETRIES[case.geometry], settings.device
     keys = 2 * geometry.kv_heads * case.batch * case.length * geometry.head_dim * settings.dtype.itemsize
@@ -147,6 +143,8 @@ def sparse_step(sets: Sequence[Inputs], config: NCConfig, phase: str) -> Step:
     means_of = [KeyIndex.build(one.key, "means", value=one.value) if has_means else None for one in sets]
     batch, _, length, _ = sets[0].key.shape
     end = torch.full((batch,), length, dtype=torch.int32, device=sets[0].key.device)
+    settings: dict[str, Any] = {"alpha": config.alpha, "C": config.C, "dense_below": config.dense_below}
+    settings["selection"] = selection
 
     def step(i: int) -> torch.Tensor:
         one, index, means = sets[i], indexes[i], means_of[i]
@@ -154,15 +152,7 @@ def sparse_step(sets: Sequence[Inputs], config: NCConfig, phase: str) -> Step:
             index.extend(one.key, 1, end)
         if means is not None:
             means.extend(one.key, 1, end, one.value)
-        output = sparse_attention(
-            *(one.query, one.key, one.value),
-            alpha=config.alpha,  # type: ignore[arg-type]
-            C=config.C,  # type: ignore[arg-type]
-            selection=selection,
-            index=index,
-            means=means,
-            dense_below=config.dense_below,
-        )
+        output = sparse_attention(one.query, one.key, one.value, index=index, means=means, **settings)
         assert isinstance(output, torch.Tensor)
         return output
 

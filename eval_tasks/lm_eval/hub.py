@@ -18,10 +18,7 @@ from eval_tasks.lm_eval.options import located
 
 
 class HubTask(ConfigurableTask):
-    """One of lm-eval's tasks with data from the hub, from its cache, or from copies (``hub_copies`` in ``--metadata``).
-
-    Where they are not there, an EvalError says which, and how to bring them.
-    """
+    """One of lm-eval's tasks with data from the hub, its cache, or copies (``hub_copies`` in ``--metadata``)."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         config = {name: value for name, value in config.items() if name != "class"}

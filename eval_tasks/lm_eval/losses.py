@@ -56,8 +56,7 @@ class PerplexityByLength(ByLengthTask):
         return [(context, doc["continuation"]) for context in doc["contexts"]]
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        size = len(doc["continuation"].encode("utf-8"))
-        scores: dict[str, Any] = {}
+        size, scores = len(doc["continuation"].encode("utf-8")), dict[str, Any]()
         for length, tokens, (loglikelihood, _) in zip(doc["lengths"], doc["scored_tokens"], results, strict=True):
             scores[f"perplexity_{length}"] = (loglikelihood, tokens)
             scores[f"bits_per_byte_{length}"] = (loglikelihood, size)
@@ -116,10 +115,8 @@ class PerplexityByPosition(ByLengthTask):
 class WordText:
     """A text that is cut before whitespace, where a tokenizer yields the same tokens for the parts as for the whole.
 
-    Attributes:
-        tokens: of the whole text.
-        starts: the byte at which each token begins, and the text's end.
-        borders: the bytes at which a cut may fall, ascending: the starts of whitespace, and the text's ends.
+    ``starts`` are the bytes at which tokens begin, and the text's end; ``borders``, ascending, those at which a cut may
+    fall: the starts of whitespace, and the text's ends.
     """
 
     def __init__(self, content: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -219,8 +216,7 @@ def _stretches(text: str, settings: Settings) -> list[str]:
 
 
 def _long_enough(rows: Iterable[Mapping[str, Any]], settings: Settings, name: str) -> list[str]:
-    texts: list[str] = []
-    length, longest = settings.lengths[-1], 0
+    texts, length, longest = list[str](), settings.lengths[-1], 0
     for row in islice(rows, _MOST_ROWS):
         if "text" not in row:
             raise EvalError(f"the data set {name} has no column 'text'; it has {', '.join(sorted(row))}")
@@ -242,9 +238,7 @@ def _cut(text: str, settings: Settings) -> dict[str, Any]:
     words = WordText(text[: _CHARACTERS_PER_TOKEN * settings.lengths[-1]], settings.tokenizer)
     # Special tokens are read, and none is scored.
     special = settings.count("a") - len(settings.tokenizer.encode("a", add_special_tokens=False))
-    parts: list[str] = []
-    counts: list[int] = []
-    begin = 0
+    parts, counts, begin = list[str](), list[int](), 0
     for length in settings.lengths:
         border = bisect_right(words.borders, words.starts[min(length - special, len(words.tokens.ids))]) - 1
         while (total := settings.count(words.part(0, words.borders[border]))) > length and border:

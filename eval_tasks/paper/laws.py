@@ -47,8 +47,7 @@ def equal_at(keys: int, length: int) -> list[Law]:
 def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
     """α·n^C for C = 0 (the fixed budget), 0.1 … 1, of the largest α whose mean budget is at most ``keys``.
 
-    Raises:
-        ValueError: not even one key per query is that little, or the shortest length has fewer than ``keys``.
+    Raises ValueError where that is below one key, or more than the shortest length.
     """
     if not 1 <= keys <= min(lengths):
         raise ValueError(f"keys must be between 1 and the shortest length {min(lengths)}, got {keys}")
@@ -65,13 +64,10 @@ def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
 def compare(
     laws: Sequence[Law], lengths: Sequence[int], losses: np.ndarray, documents: Sequence[Hashable] | None = None
 ) -> list[dict[str, Any]]:
-    """The mean loss of each law over all lengths and samples, and its difference from the first law's.
+    """The mean loss of each law of ``equal_in_mean`` over all lengths and samples, and its difference from the first's.
 
-    Args:
-        laws: those of ``equal_in_mean``, whose first is the fixed budget.
-        lengths: each as frequent as the others.
-        losses: ``[lengths, samples, laws]``; a sample's losses are averaged over lengths.
-        documents: which document each sample is from, if not one of its own; what is resampled.
+    ``losses`` are ``[lengths, samples, laws]``; a sample's losses are averaged over lengths. Documents are resampled,
+    by default each sample as one of its own.
     """
     found = []
     for law, own in zip(laws, np.moveaxis(losses, -1, 0), strict=True):

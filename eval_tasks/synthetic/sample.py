@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +14,8 @@ from eval_tasks.synthetic.haystack import Prose, load_prose
 from eval_tasks.texts import PYTHON_REFERENCE
 
 DEPTHS = 40  # RULER puts needles at this many evenly spaced depths
-
+# How an answer is scored: the share of the expected strings it holds, or whether it holds any of them.
 Match = Literal["all", "part"]
-"""How an answer is scored: the share of the expected strings it holds, or whether it holds any of them."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Material:
 
     text: str = PYTHON_REFERENCE
 
-    @cached_property
+    @property
     def prose(self) -> Prose:
         """The prose of the text; raises EvalError where there is none."""
         return load_prose(self.text)
@@ -58,8 +57,7 @@ class Recipe:
 
     Attributes:
         question: the user's turn with (units of filler, sentences of padding): instructions, context and question.
-        prefix: the words that open the answer, for the model to continue.
-        answers: the strings that an answer is searched for.
+        prefix: the words that open the answer, for the model to continue. answers: what it is searched for.
         evidence: the sentences of the context that the answer needs, each there exactly once.
         padded: whether padding evens out what one unit more would overfill.
     """
@@ -73,16 +71,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Generator:
-    """One task whose samples are generated at any length.
+    """One task whose samples are generated at any length, from ``shortest`` tokens on with tokenizers of usual size.
 
-    Attributes:
-        name: what command lines and results call it.
-        description: one sentence for a newcomer.
-        recipe: how to build a sample.
-        new_tokens: tokens kept free for the answer, as in the original.
-        match: how the answer is scored.
-        chance: expected score of one who answers at random without reading the context.
-        shortest: the shortest length in tokens that tokenizers of usual size can fill.
+    So many ``new_tokens`` are kept free for the answer, as in the original; ``chance`` is the expected score of one who
+    answers at random without reading the context.
     """
 
     name: str
@@ -100,16 +92,10 @@ class Generator:
 
 @dataclass(frozen=True)
 class SyntheticSample:
-    """A prompt that fills a length, and what is expected of the model.
+    """A prompt, its parts that are the user's turn and open the answer, and what is expected of the model.
 
-    Attributes:
-        prompt: the text that the model reads. question: its part that is the user's turn. prefix: its part that opens
-            the answer.
-        answers: the strings that the answer is searched for. match: how it is scored.
-        length: the length asked for, in tokens.
-        prompt_tokens: tokens of the prompt, special tokens included. new_tokens: tokens kept free for the answer; both
-            fill 98 to 100 % of the length.
-        depths: where each sentence of evidence lies, as a share of the prompt's letters.
+    ``prompt_tokens``, special tokens included, and ``new_tokens``, kept free for the answer, fill 98 to 100 % of the
+    length. ``depths`` are where the sentences of evidence lie, as shares of the prompt's letters.
     """
 
     prompt: str = field(repr=False)
@@ -136,17 +122,13 @@ def synthesize(
     render: Render | None = None,
     count: Count | None = None,
 ) -> SyntheticSample:
-    """A sample that fills ``length`` tokens of the tokenizer to 98 % or more and never over.
+    """A sample that fills ``length`` tokens of the tokenizer, the answer's included, to 98 % or more and never over.
 
     The same arguments give the same sample; needles, keys and answers depend on the seed and the index alone, so
     samples of several lengths ask for the same things.
 
     Args:
-        generator: which task.
-        tokenizer: of the model under test.
-        length: tokens of context, those that the model will generate included.
-        seed, index: of everything drawn, and of the sample.
-        material: the prose that hides the facts; by default the Python reference.
+        material: by default the Python reference.
         use_chat_template: put the question into the tokenizer's chat template.
         new_tokens: tokens kept free for the answer in place of the generator's.
         render: how a question becomes a prompt, in place of the plain text or the chat template.
@@ -191,6 +173,5 @@ def synthesize(
                 " another text"
             )
     depths = tuple(prompt.index(sentence) / len(prompt) for sentence in recipe.evidence)
-    return SyntheticSample(
-        prompt, question, recipe.prefix, recipe.answers, generator.match, length, tokens, reserve, depths
-    )
+    expected = (recipe.prefix, recipe.answers, generator.match)
+    return SyntheticSample(prompt, question, *expected, length, tokens, reserve, depths)

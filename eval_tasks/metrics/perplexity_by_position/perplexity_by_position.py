@@ -88,10 +88,8 @@ class PerplexityByPosition(evaluate.Metric):
     """Perplexity of the tokens at each range of positions in the context."""
 
     def _info(self) -> Any:
-        lists = {
-            "predictions": datasets.Sequence(datasets.Value("float64")),
-            "references": datasets.Sequence(datasets.Value("int64")),
-        }
+        kinds = {"predictions": "float64", "references": "int64"}
+        lists = {name: datasets.Sequence(datasets.Value(kind)) for name, kind in kinds.items()}
         return evaluate.MetricInfo(_DESCRIPTION, "", datasets.Features(lists), _INPUTS)
 
     def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
