@@ -55,8 +55,8 @@ def differing(runs: Sequence[MergedRun]) -> list[str]:
     # Where the number of samples keeps runs apart, it tells them apart.
     cells = set(_CELLS) - ({"samples"} if any(_samples_matter(run.run) is not None for run in runs) else set())
     identities = [{**run.run["identity"], **run.run.get("hardware", {})} for run in runs]
-    names = dict.fromkeys(name for identity in identities for name in identity if name not in cells)
-    names = [name for name in names if len({json.dumps(identity.get(name)) for identity in identities}) > 1]
+    given = dict.fromkeys(name for identity in identities for name in identity if name not in cells)
+    names = [name for name in given if len({json.dumps(identity.get(name)) for identity in identities}) > 1]
     return [", ".join(f"{name} {identity.get(name)}" for name in names) for identity in identities]
 
 
