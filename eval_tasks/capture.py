@@ -42,10 +42,8 @@ def capture(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) ->
     for layer, p in zip(layers, received, strict=True):
         extras = {"a window": p.visible[..., 0].any(), "a soft-cap": p.softcap, "sinks": p.sinks is not None}
         if found := [name for name, there in extras.items() if there]:
-            raise EvalError(
-                f"layer {layer} has {' and '.join(found)}, and this measurement is of plain causal attention: choose "
-                "other layers, or another model"
-            )
+            said = f"layer {layer} has {' and '.join(found)}, and this measurement is of plain causal attention"
+            raise EvalError(f"{said}: choose other layers, or another model")
     return received
 
 

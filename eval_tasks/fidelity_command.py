@@ -148,15 +148,10 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
         ids = torch.from_numpy(text.ids[start : start + max(lengths)])[None].to(loaded.model.device)
         rows.extend(fidelity(loaded.model, ids, methods, budgets, lengths, sample))
         print(f"sample {sample + 1} of {len(starts)}", file=sys.stderr)
-    return rows, {
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(loaded.model.device, torch.get_num_threads()),
-        "model": arguments.model,
-        "attention": attention_of(loaded.model),
-        "text": {"name": source.name, "origin": source.origin, "sha256": source.sha256},
-        "queries": ROWS,
-    }
+    machine = hardware(loaded.model.device, torch.get_num_threads())
+    described = {"name": source.name, "origin": source.origin, "sha256": source.sha256}
+    setup: dict[str, Any] = {"commit": commit(), "versions": versions(), "hardware": machine, "model": arguments.model}
+    return rows, setup | {"attention": attention_of(loaded.model), "text": described, "queries": ROWS}
 
 
 def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
@@ -171,15 +166,10 @@ def _attend(problem: Problem, length: int, config: NCConfig) -> AttentionResult:
     """Attention of the last ``ROWS`` of the first ``length`` queries, over the first ``length`` keys."""
     rows = slice(length - ROWS, length)
     visible = problem.visible[:, rows].contiguous()
-    problem = problem._replace(
-        query=problem.query[:, :, rows],
-        key=problem.key[:, :, :length],
-        value=problem.value[:, :, :length],
-        visible=visible,
-        origin=torch.zeros_like(visible[..., 0]),
-        budget=config.row_budgets(visible, length),
-        stats=True,
-    )
+    query, key, value = problem.query[:, :, rows], problem.key[:, :, :length], problem.value[:, :, :length]
+    origin, budget = torch.zeros_like(visible[..., 0]), config.row_budgets(visible, length)
+    problem = problem._replace(query=query, key=key, value=value, visible=visible, origin=origin)
+    problem = problem._replace(budget=budget, stats=True)
     return attend(problem, Dense() if config.is_dense() else config.prefill, config.backend)
 
 

@@ -12,14 +12,12 @@ from itertools import pairwise
 from typing import Any
 
 import matplotlib
-import numpy as np
-import pandas as pd
-
-matplotlib.use("Agg")  # draws into files; needs no display
 
 # Loaded with the rest rather than by the first plot, which is drawn when a run ends.
 import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -93,11 +91,9 @@ def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
 
 def budget_panels(own: pd.DataFrame) -> list[Panel]:
     """Keys attended at the scored positions of one task, and the share of all keys, by length."""
-    lengths = sorted(set(own["length"]))
-    return [
-        Panel("keys read by a scored query", _lines_of(own, own["tail_mean_keys"]), lengths),
-        Panel("% of the keys, all queries", _lines_of(own, 100 * own["attended_fraction"]), lengths),
-    ]
+    shown = {"keys read by a scored query": own["tail_mean_keys"]}
+    shown["% of the keys, all queries"] = 100 * own["attended_fraction"]
+    return [Panel(title, _lines_of(own, y), sorted(set(own["length"]))) for title, y in shown.items()]
 
 
 def position_panels(frame: pd.DataFrame) -> list[Panel]:
@@ -237,12 +233,12 @@ def _draw_panel(axis: Axes, panel: Panel, narrow: bool) -> None:
     axis.set_title(textwrap.fill(panel.title, 36 if narrow else 60))
     axis.set_xlabel(panel.x_label)
     axis.grid(axis="y")
+    most = 4 if narrow else 7
+    axis.xaxis.set_major_locator(MaxNLocator(most))
     if panel.lengths:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_minor_locator(NullLocator())
-        _length_ticks(axis, panel.lengths, panel.lengths, 4 if narrow else 7)
-    else:
-        axis.xaxis.set_major_locator(MaxNLocator(4 if narrow else 7))
+        _length_ticks(axis, panel.lengths, panel.lengths, most)
 
 
 def _length_ticks(axis: Axes, places: Sequence[float], lengths: Sequence[int], most: int) -> None:

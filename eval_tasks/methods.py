@@ -221,8 +221,8 @@ def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase
     )
     if not listed:
         return []
-    return [
+    said = (
         "The blocks that are always attended, the first, those of the queries' own positions and in prefill those of "
-        f"the {Block.local_keys} keys before them, use up the budget of {listed}: there no block is chosen by content, "
-        "and more keys may be attended than the budget has."
-    ]
+    )
+    said += f"the {Block.local_keys} keys before them, use up the budget of {listed}: there no block is chosen by "
+    return [f"{said}content, and more keys may be attended than the budget has."]

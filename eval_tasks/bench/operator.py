@@ -80,38 +80,32 @@ class Benchmark:
     defaults: dict[str, dict[str, Any]]
 
 
+_CPU = {"geometry": ["smollm2"], "dtype": "float32", "repeats": 5}
+_GPU = {"geometry": ["llama3-8b"], "dtype": "bfloat16"}
 DECODE = Benchmark(
     phase="decode",
-    what=(
-        "One decoding step of one layer: upkeep of the indexes (one key), choice of keys, attention. CUDA graphs on a "
-        "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of all implementations that ran."
-    ),
+    what="One decoding step of one layer: upkeep of the indexes (one key), choice of keys, attention. CUDA graphs on a "
+    "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of all implementations that ran.",
     unit="microseconds a step and layer",
     per_second=1e6,
     selections=("topk", "block", "window"),
     whole="generate",
     defaults={
-        "cpu": {"geometry": ["smollm2"], "dtype": "float32", "lengths": [512, 2048, 8192], "repeats": 5}
-        | {"generate": [1024]},
-        "cuda": {"geometry": ["llama3-8b"], "dtype": "bfloat16", "lengths": [2**i for i in range(12, 19)]}
-        | {"repeats": 30, "generate": [32768]},
+        "cpu": _CPU | {"lengths": [512, 2048, 8192], "generate": [1024]},
+        "cuda": _GPU | {"lengths": [2**i for i in range(12, 19)], "repeats": 30, "generate": [32768]},
     },
 )
 PREFILL = Benchmark(
     phase="prefill",
-    what=(
-        "Causal attention of a whole prompt at one layer: intervals, budgets, choice of keys, attention; medians of "
-        "interleaved repeats. Dense: the fastest of all implementations that ran."
-    ),
+    what="Causal attention of a whole prompt at one layer: intervals, budgets, choice of keys, attention; medians of "
+    "interleaved repeats. Dense: the fastest of all implementations that ran.",
     unit="milliseconds a layer",
     per_second=1e3,
     selections=("block", "window", "topk"),
     whole="forward",
     defaults={
-        "cpu": {"geometry": ["smollm2"], "dtype": "float32", "lengths": [1024, 2048, 4096, 8192], "repeats": 5}
-        | {"forward": [2048]},
-        "cuda": {"geometry": ["llama3-8b"], "dtype": "bfloat16", "lengths": [2**i for i in range(13, 21)]}
-        | {"repeats": 20, "forward": [32768, 131072]},
+        "cpu": _CPU | {"lengths": [1024, 2048, 4096, 8192], "forward": [2048]},
+        "cuda": _GPU | {"lengths": [2**i for i in range(13, 21)], "repeats": 20, "forward": [32768, 131072]},
     },
 )
 

@@ -3,10 +3,7 @@
 ``nc_perplexity`` scores the same last tokens under a growing left context, where the harness's own task ``perplexity``
 puts its samples. ``nc_recall`` is the harness's ``recall`` at any length: a passage that the model has read at the
 start of its context is scored behind filler, prose that repeats where the text ends, always without the passage.
-
-``nc_document`` gives loss curves: a document is cut at the context lengths, and each part is scored under all that goes
-before it. Lengths of 1,024, 2,048 and 4,096 give the perplexity of the positions 0 to 1,023, 1,024 to 2,047 and 2,048
-to 4,095. Parts that double in size cost twice one forward pass over the document.
+``nc_document`` cuts a document at the context lengths, and scores each part under all that goes before it.
 """
 
 import re
@@ -202,8 +199,7 @@ def _stretches(text: str, settings: Settings) -> list[str]:
     if slots < settings.samples:
         raise EvalError(
             f"the text has {len(tokens.ids):,} tokens; {settings.samples} documents of {size - 1:,} tokens need"
-            f" {settings.samples * size:,}. Ask for fewer samples or shorter lengths, or give more text (text in"
-            " --metadata)."
+            f" {settings.samples * size:,}. Ask for fewer or shorter ones, or give more text (text in --metadata)."
         )
     content = text.encode("utf-8")
     pieces = []
@@ -244,10 +240,8 @@ def _cut(text: str, settings: Settings) -> dict[str, Any]:
         while (total := settings.count(words.part(0, words.borders[border]))) > length and border:
             border -= 1
         if not (1 - TOLERANCE) * length <= total <= length:
-            raise EvalError(
-                f"a document cannot be cut at {length} tokens: its words end at {total}. Give a text with words, or"
-                " other lengths"
-            )
+            advice = "Give a text with words, or other lengths"
+            raise EvalError(f"a document cannot be cut at {length} tokens: its words end at {total}. {advice}")
         end = words.borders[border]
         parts.append(words.part(begin, end))
         counts.append(total - special - sum(counts))

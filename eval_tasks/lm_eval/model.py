@@ -157,11 +157,6 @@ class NCHFLM(HFLM):
         """What lm-eval writes under ``config`` in its results, with the settings and what this process attended."""
         stats = nc_stats(self._model)
         dense_calls = sum((Counter(layer["dense_calls"]) for layer in stats["layers"]), Counter[str]())
-        return {
-            **super().get_model_info(),
-            "nc_patch_version": __version__,
-            "nc_config": self.nc_config.to_dict(),
-            "nc_attended_fraction": stats["attended_fraction"],
-            "nc_mean_keys": stats["mean_keys"],
-            "nc_dense_calls": dict(dense_calls),
-        }
+        found: dict[str, Any] = {"nc_patch_version": __version__, "nc_config": self.nc_config.to_dict()}
+        found |= {f"nc_{name}": stats[name] for name in ("attended_fraction", "mean_keys")}
+        return {**super().get_model_info(), **found, "nc_dense_calls": dict(dense_calls)}

@@ -150,28 +150,22 @@ def synthesize(
         return count(render(recipe.question(units, padding), recipe.prefix))
 
     try:
-        units = fill(measured, room)
-        padding, tokens = 0, measured(units)
-        if recipe.padded and room - tokens > TOLERANCE / 2 * length:
+        units, padding = fill(measured, room), 0
+        if recipe.padded and room - measured(units) > TOLERANCE / 2 * length:
             padding = fill(lambda sentences: measured(units, sentences), room)
-            tokens = measured(units, padding)
     except EvalError as error:
-        raise EvalError(
-            f"{generator.name} cannot fill {length} tokens, of which {reserve} are kept for the answer: {error}"
-        ) from error
+        said = f"{generator.name} cannot fill {length} tokens, of which {reserve} are kept for the answer"
+        raise EvalError(f"{said}: {error}") from error
+    tokens = measured(units, padding)
     if tokens + reserve < (1 - TOLERANCE) * length:
-        raise EvalError(
-            f"{generator.name} fills only {tokens + reserve} of {length} tokens, since one step more of its filler goes"
-            " beyond them; ask for more"
-        )
+        said = f"{generator.name} fills only {tokens + reserve} of {length} tokens"
+        raise EvalError(f"{said}, since one step more of its filler goes beyond them; ask for more")
     question = recipe.question(units, padding)
     prompt = render(question, recipe.prefix)
     for sentence in recipe.evidence:
         if (times := prompt.count(sentence)) != 1:
-            raise EvalError(
-                f"{sentence!r} stands {times} times in the prompt, so the text {material.text!r} says it too; give"
-                " another text"
-            )
+            said = f"{sentence!r} stands {times} times in the prompt, so the text {material.text!r} says it too"
+            raise EvalError(f"{said}; give another text")
     depths = tuple(prompt.index(sentence) / len(prompt) for sentence in recipe.evidence)
     expected = (recipe.prefix, recipe.answers, generator.match)
     return SyntheticSample(prompt, question, *expected, length, tokens, reserve, depths)
