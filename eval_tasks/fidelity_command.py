@@ -80,12 +80,9 @@ def fidelity(
         lengths: how many tokens are read up to the last measured query, each at most L.
         layers: which; None for all.
 
-    Yields:
-        A row for each layer, method and length: ``kept_mass``, the dense softmax weight of the attended keys, and
-        ``output_error``, ‖o − o_dense‖ / ‖o_dense‖, of each query head; ``attended_fraction`` of the visible keys.
-
-    Raises:
-        EvalError: a method has no attention of its own, or a length does not fit.
+    Yields a row for each layer, method and length: ``kept_mass``, the dense softmax weight of the attended keys, and
+    ``output_error``, ‖o − o_dense‖ / ‖o_dense‖, of each query head; ``attended_fraction`` of the visible keys. Raises
+    EvalError where a method has no attention of its own, or a length does not fit.
     """
     configs = [(name, length, _config(name, budgets, length)) for name in methods for length in lengths]
     if min(lengths) < ROWS or max(lengths) > ids.shape[1]:

@@ -38,11 +38,7 @@ $table
 
 
 def write_profile_report(profile: Profile, directory: Path, command: str, dense_below: int | None = None) -> list[str]:
-    """Writes the page, which tells the command, and the picture; returns what ``profile_findings`` says.
-
-    Raises:
-        EvalError: the directory cannot be written.
-    """
+    """Writes the page, which tells the command, and the picture; returns what ``profile_findings`` says."""
     sentences, picture = profile_findings(profile, dense_below), io.BytesIO()
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
     setup = (

@@ -132,17 +132,11 @@ class Section:
 
 
 def write_report(directories: Path | Sequence[Path], out: Path | None = None, within: float = WITHIN) -> list[str]:
-    """Writes the report of what directories of runs hold; those that measured the same thing alike share a section.
+    """Writes the report of directories of runs to ``out``, by default the only one of them.
 
-    Args:
-        out: where the report goes; None for the directory, where there is one.
-        within: the margin within which a method counts as no worse than dense, as a share.
-
-    Returns:
-        The main finding of the first section: its first table and its sentences, line by line.
-
-    Raises:
-        EvalError: a directory holds no measurement or is damaged, or the report cannot be written.
+    Those that measured the same thing the same way share a section. A method counts as no worse than dense ``within``
+    this margin. Returns the main finding of the first section, its table and sentences, line by line; raises EvalError
+    where a directory holds no measurement or is damaged, or the report cannot be written.
     """
     directories = [directories] if isinstance(directories, Path) else list(directories)
     if out is None and len(directories) != 1:

@@ -122,11 +122,9 @@ def compare(
         p_difference = mcnemar(values, reference) if right_or_wrong else sign_flips(means)
         p_margin = losses_within(means, margin) if answers else mean_within(means, margin)
     detectable = smallest_detectable(means, right_or_wrong, family)
-    needed, needed_within = documents_for_difference(family), documents_for_margin(margin, answers, family)
-    return Comparison(
-        found.documents, found.mean, found.low, found.high, margin, detectable, p_difference, p_margin,
-        needed, needed_within, dense_fails,
-    )  # fmt: skip
+    needed = documents_for_difference(family), documents_for_margin(margin, answers, family)
+    difference = (found.documents, found.mean, found.low, found.high)
+    return Comparison(*difference, margin, detectable, p_difference, p_margin, *needed, dense_fails)
 
 
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:

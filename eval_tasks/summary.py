@@ -110,9 +110,8 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
         "documents", "difference", "low", "high", "margin", "detectable", "p_difference", "p_margin", "needed",
         "needed_within", "verdict", "dense_fails",
     ]  # fmt: skip
-    table = pd.DataFrame([[getattr(c, name) for name in names] for c in corrected(found)], columns=names)
-    for place, name in enumerate(CELL):
-        table.insert(place, name, pd.Series([cell[place] for cell in cells], dtype=frame[name].dtype))
+    rows = [[*cell, *(getattr(c, name) for name in names)] for cell, c in zip(cells, corrected(found), strict=True)]
+    table = pd.DataFrame(rows, columns=[*CELL, *names]).astype(frame.dtypes[CELL].to_dict())
     numbers = ["difference", "low", "high", "margin", "detectable", "p_difference", "p_margin", "worse_samples"]
     return table.assign(worse_samples=worse).astype(dict.fromkeys(numbers, float) | {"dense_fails": bool})
 

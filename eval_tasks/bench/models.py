@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 from eval_tasks.bench.inputs import GEOMETRIES
 from eval_tasks.bench.measure import NO_TIME, OK, Row, fail
@@ -76,19 +76,6 @@ def random_model(name: str, length: int, settings: Settings) -> Any:
         return LlamaForCausalLM(config).to(settings.dtype).eval()
 
 
-class _TokenTimes(BaseStreamer):
-    """Keeps when each token came; the first entry is the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def _generate_rates(model: Any, ids: torch.Tensor, cache: str) -> list[float]:
     tokens, skipped, rates = _TOKENS[ids.device.type], _SKIPPED[ids.device.type], []
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
@@ -96,9 +83,10 @@ def _generate_rates(model: Any, ids: torch.Tensor, cache: str) -> list[float]:
     if ids.device.type == "cuda":
         torch._dynamo.reset()  # PyTorch limits how often one model is compiled, and each attention compiles it anew
     for _ in range(1 + _GENERATIONS):
-        streamer = _TokenTimes()
+        times = list[float]()  # of the prompt, and of each token
+        streamer = SimpleNamespace(put=lambda _, times=times: times.append(time.perf_counter()), end=lambda: None)
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
-        timed = streamer.times[1 + skipped :]
+        timed = times[1 + skipped :]
         rates.append(len(ids) * (len(timed) - 1) / (timed[-1] - timed[0]))
     return rates[1:]
 

@@ -13,7 +13,7 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 
 from eval_tasks.errors import EvalError
-from eval_tasks.hub_data import cache_only_where_offline, load_with
+from eval_tasks.hub_data import cache_only_where_offline, load_hub
 from eval_tasks.lm_eval.options import located
 
 
@@ -31,7 +31,7 @@ class HubTask(ConfigurableTask):
         original, copies = datasets.load_dataset, (self.config.metadata or {}).get("hub_copies")
 
         def load(path: str, name: str | None = None, **options: Any) -> Any:
-            return load_with(original, path, name, copies=copies, **options)
+            return load_hub(path, name, copies=copies, loader=original, **options)
 
         datasets.load_dataset = load
         try:

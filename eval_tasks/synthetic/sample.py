@@ -135,8 +135,7 @@ def synthesize(
         count: how tokens are counted, in place of the tokenizer with the special tokens it adds.
 
     Raises:
-        EvalError: the length is too short for the task, the text says what is hidden in it, or the tokenizer has no
-            chat template.
+        EvalError: the length is too short, the text says what is hidden in it, or there is no chat template.
     """
     material = material or Material()
     render = render or (chat(tokenizer) if use_chat_template else "{} {}".format)
