@@ -139,15 +139,14 @@ def _fit(needed: pd.DataFrame, lowest: np.ndarray, highest: np.ndarray, document
 
 def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:
     """Root mean square, as a factor, of the error in log k at each length, predicted from the others."""
-    missed: dict[str, list[float]] = {"constant": [], "logarithmic": [], "power": []}
+    foretold = []
     for left_out in range(len(log_n)):
         rest = np.arange(len(log_n)) != left_out
         line = stats.linregress(log_n[rest], log_k[rest])
-        factor = (log_k - np.log(log_n))[rest].mean()
-        missed["constant"].append(log_k[rest].mean() - log_k[left_out])
-        missed["logarithmic"].append(factor + np.log(log_n[left_out]) - log_k[left_out])
-        missed["power"].append(line.intercept + line.slope * log_n[left_out] - log_k[left_out])
-    return {law: float(np.exp(np.sqrt(np.mean(np.square(errors))))) for law, errors in missed.items()}
+        logarithmic = (log_k - np.log(log_n))[rest].mean() + np.log(log_n[left_out])
+        foretold.append((log_k[rest].mean(), logarithmic, line.intercept + line.slope * log_n[left_out]))
+    missed = np.exp(np.sqrt(np.square(np.array(foretold) - log_k[:, None]).mean(axis=0)))
+    return dict(zip(("constant", "logarithmic", "power"), missed.tolist(), strict=True))
 
 
 def _interval(lowest: np.ndarray, highest: np.ndarray) -> tuple[float, float]:

@@ -99,9 +99,7 @@ def _with_index(run: Mapping[str, Any], row: Row) -> Row:
 
 def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRun:
     runs = [run for _, run, _ in group]
-    methods, tasks, lengths = (
-        dict.fromkeys(value for run in runs for value in run["identity"][name]) for name in _CELLS[:3]
-    )
+    methods, tasks, lengths = (dict.fromkeys(v for run in runs for v in run["identity"][name]) for name in _CELLS[:3])
     cells = {"methods": sorted(methods, key=order_of), "tasks": list(tasks), "lengths": sorted(lengths)}
     identity = {**runs[0]["identity"], **cells, "samples": max(run["identity"]["samples"] for run in runs)}
     sessions = [session for run in runs for session in run["sessions"]]

@@ -149,10 +149,7 @@ def keys_of(name: str) -> tuple[str, int | None]:
 
 
 def find_method(name: str) -> Method:
-    """The method of a name: one of ``METHODS``, one with a number of keys, or a press of the package kvpress.
-
-    Raises EvalError where there is none.
-    """
+    """The method of a name: one of ``METHODS``, one with a number of keys, or a press; raises EvalError for others."""
     if name.startswith(PRESS):
         press = name.removeprefix(PRESS)
         title, what = f"{press.removesuffix('Press')} (kvpress)", f"the cache compressed by {press} of kvpress"
@@ -221,8 +218,6 @@ def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase
     )
     if not listed:
         return []
-    said = (
-        "The blocks that are always attended, the first, those of the queries' own positions and in prefill those of "
-    )
-    said += f"the {Block.local_keys} keys before them, use up the budget of {listed}: there no block is chosen by "
+    said = "The blocks that are always attended, the first, those of the queries' own positions and in prefill those "
+    said += f"of the {Block.local_keys} keys before them, use up the budget of {listed}: there no block is chosen by "
     return [f"{said}content, and more keys may be attended than the budget has."]

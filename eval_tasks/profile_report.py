@@ -59,10 +59,7 @@ def write_profile_report(profile: Profile, directory: Path, command: str, dense_
 
 
 def profile_findings(profile: Profile, dense_below: int | None = None) -> list[str]:
-    """What calibration found, as sentences.
-
-    ``dense_below`` is what the budget of the laws was counted with; None for the default of ``NCConfig``.
-    """
+    """What calibration found, as sentences; ``dense_below`` is that of the laws' budget, None for ``NCConfig``'s."""
     fit, longest = shown_fit(profile), profile.lengths[-1]
     by_layer = np.median(fit.C, 1)
     low, high = int(by_layer.argmin()), int(by_layer.argmax())

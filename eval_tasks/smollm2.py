@@ -65,10 +65,7 @@ def smollm2_directory() -> Path:
 
 
 def convert_gguf(gguf: Path, directory: Path) -> None:
-    """Writes the model and tokenizer of a GGUF file into ``directory`` as float32 safetensors, and checks the bits.
-
-    Raises EvalError where ``gguf`` is not installed, or what was written differs from what was read.
-    """
+    """Writes the model and tokenizer of a GGUF file into ``directory`` as float32 safetensors, and checks the bits."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -254,9 +254,8 @@ def _by_document(
     """The sum of differences and the number of samples of each document, float64 ``[documents]`` both."""
     owners = list(range(len(values)) if documents is None else documents)
     if not len(values) == len(reference) == len(owners) or not len(values):
-        raise ValueError(
-            f"pairs need the same samples, at least one: got {len(values)}, {len(reference)} and {len(owners)}"
-        )
+        counts = f"{len(values)}, {len(reference)} and {len(owners)}"
+        raise ValueError(f"pairs need the same samples, at least one: got {counts}")
     differences = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     rows, _ = pd.factorize(np.array(owners, dtype=object))
     return np.bincount(rows, differences), np.bincount(rows).astype(np.float64)

@@ -46,10 +46,9 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     frame["phase"] = frame["phase"].fillna("all")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
-    found = set(frame["task"])
-    frame["task"] = pd.Categorical(
-        frame["task"], [name for name in TASKS if name in found] + sorted(found - set(TASKS))
-    )
+    there = set(frame["task"])
+    tasks = [*(name for name in TASKS if name in there), *sorted(there - set(TASKS))]
+    frame["task"] = pd.Categorical(frame["task"], tasks)
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
     return frame.drop_duplicates([*CELL, *PLACE], keep="last").sort_values([*CELL, *PLACE], ignore_index=True)
 

@@ -41,10 +41,7 @@ class Table:
 
 
 def main_table(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
-    """Each method at one length: what it reads, how good it is against dense in each task, and what it costs.
-
-    The arguments are those of ``sentences.lead``.
-    """
+    """What each method reads at one length, how good it is in each task, and what it costs; see ``lead``."""
     tasks, rows = list(dict.fromkeys(at["task"])), []
     for method, own in at.groupby("method", observed=True):
         cells, verdicts = {row.task: row for row in own.itertuples()}, defaultdict(list)
@@ -60,13 +57,12 @@ def main_table(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, wha
         after = [said, "–" if "nan" in time else time, "–" if pd.isna(memory) else f"{memory:,.0f} MB"]
         found = [_quality(cells[task], compared) if task in cells else ("not measured", "") for task in tasks]
         rows.append([*_cells(before), *found, *_cells(after)])
-    note = (
-        "Small print: 95 % interval. As good: a loss beyond the margin is excluded; undecided: the samples do not tell."
-    )
+    note = "Small print: 95 % interval. As good: a loss beyond the margin is excluded; undecided: the samples do not "
+    note += "tell." + (f" Time: of {what}." if what else "")
     titles = [title_of(task).capitalize() if task in TASKS else task for task in tasks]
     title = f"Against dense attention at {at['length'].iloc[0]:,} tokens"
     header = ["Method", "Keys read", *titles, "Verdict", "Time", "Memory"]
-    return Table(title, note + (f" Time: of {what}." if what else ""), header, rows)
+    return Table(title, note, header, rows)
 
 
 def needed_main(found: Sequence[IsoQuality]) -> Table:

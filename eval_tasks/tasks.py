@@ -32,10 +32,7 @@ class TokenisedText:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one forward pass reads, ids int64 ``[length + 1]``, and how many of its last tokens and bytes are scored.
-
-    The model reads all but the last token and predicts all but the first.
-    """
+    """Token ids int64 ``[length + 1]``, of which all but the last are read, and how many of the last are scored."""
 
     ids: np.ndarray
     scored: int
@@ -103,9 +100,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, content: str) -> TokenisedText:
     bytes_of_chars = np.frombuffer(content.encode("utf-32-le"), dtype=np.uint32)
     widths = 1 + (bytes_of_chars >= 0x80) + (bytes_of_chars >= 0x800) + (bytes_of_chars >= 0x10000)
     letters = np.fromiter((char.isalpha() for char in content), dtype=np.int64, count=len(content))
-    byte_ends, letter_ends = (
-        np.append(0, np.cumsum(counts, dtype=np.int64))[char_ends] for counts in (widths, letters)
-    )
+    byte_ends, letter_ends = (np.append(0, np.cumsum(n, dtype=np.int64))[char_ends] for n in (widths, letters))
     return TokenisedText(ids, byte_ends, letter_ends, _prefix(tokenizer))
 
 

@@ -72,10 +72,7 @@ def expected_output(inputs: Inputs, config: NCConfig, phase: str, rows: torch.Te
 
 
 def compare(output: torch.Tensor, expected: Expected, method: str) -> dict[str, Any]:
-    """How far an output ``[B, Hq, Lq, Dv]`` is off, as ``|out - right| / |right|``, and whether it is right.
-
-    It is not where it is off by more than the tolerance, or not finite anywhere.
-    """
+    """How far an output ``[B, Hq, Lq, Dv]`` is off, ``|out - right| / |right|``, and whether it is right and finite."""
     right = expected.output.double().cpu()
     found = output[:1, :, expected.rows.to(output.device)].double().cpu()
     error = float((found - right).norm() / right.norm())

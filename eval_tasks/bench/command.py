@@ -51,10 +51,7 @@ def run_bench(arguments: Sequence[str]) -> int:
 
 
 def settings_of(parsed: argparse.Namespace) -> Settings:
-    """The settings of parsed arguments, with the defaults of the device where they say nothing.
-
-    Raises ValueError for a value that is outside its range or given twice, and a device that is not there.
-    """
+    """The settings of parsed arguments, or else the device's defaults; raises ValueError for what is wrong."""
     benchmark = BENCHMARKS[parsed.benchmark]
     device = pick_device(parsed.device)
     if parsed.minutes is not None and not (math.isfinite(parsed.minutes) and parsed.minutes > 0):

@@ -55,10 +55,7 @@ GEOMETRIES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Attention of one layer: the last Lq queries ``[B, Hq, Lq, D]`` of sequences of n keys ``[B, Hkv, n, D]``.
-
-    Lq is n for a prompt, and 1 for a decoding step.
-    """
+    """Attention of one layer: all queries ``[B, Hq, Lq, D]``, or in decoding the last, of n keys ``[B, Hkv, n, D]``."""
 
     query: torch.Tensor
     key: torch.Tensor

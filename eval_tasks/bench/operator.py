@@ -111,10 +111,7 @@ PREFILL = Benchmark(
 
 
 def make_sets(settings: Settings, case: Case, phase: str) -> list[Inputs]:
-    """The inputs of a case: one prompt, or as many decoding steps as keep the cache cold and the memory holds.
-
-    Raises MemoryError where one set leaves too little memory.
-    """
+    """One prompt, or as many decoding steps as keep the cache cold and the memory holds; else raises MemoryError."""
     geometry, device = GEOMETRIES[case.geometry], settings.device
     keys = 2 * geometry.kv_heads * case.batch * case.length * geometry.head_dim * settings.dtype.itemsize
     queries, wanted, size = case.length, 1, keys * (1 + geometry.heads / geometry.kv_heads)

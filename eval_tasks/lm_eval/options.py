@@ -20,10 +20,7 @@ _HFLM_BACKENDS = ("default", "causal", "seq2seq")
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divides model arguments into the options of ``NCConfig`` and what is left for ``HFLM``.
-
-    Raises EvalError where ``backend`` is neither one of ``NCConfig`` nor one of ``HFLM``.
-    """
+    """Divides model arguments into the options of ``NCConfig`` and what is left for ``HFLM``."""
     options = {name: value for name, value in arguments.items() if name in OPTIONS and value is not None}
     others = {name: value for name, value in arguments.items() if name not in OPTIONS}
     backend = options.get("backend", BACKENDS[0])

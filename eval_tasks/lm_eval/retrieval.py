@@ -21,10 +21,7 @@ GROUP_METRICS = [{"metric": name, "weight_by_size": False} for name in _NAMES]
 
 
 class RetrievalByLength(ByLengthTask):
-    """String match of what a model answers, one metric per context length and their mean.
-
-    In the YAML ``dataset_kwargs`` name the generator.
-    """
+    """String match of answers, one metric per context length and their mean; ``dataset_kwargs`` name the generator."""
 
     numbers: ClassVar[dict[str, int]] = {"samples": 100}
     plain_text: ClassVar[bool] = False
