@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from eval_tasks.log_law import log_budgets
+from eval_tasks.matching import not_above
 from eval_tasks.stats import CONFIDENCE, paired_difference
 from nc_patch.budget import budgets
 
@@ -38,10 +39,8 @@ def equal_at(keys: int, length: int) -> list[Law]:
     """Laws that all give ``keys`` at ``length``: fixed, logarithmic, and α·n^C for C = 0.25, 0.5, 0.75 and 1."""
     laws = [Law("fixed", float(keys), 0.0), Law("log n", keys / math.log2(length), 0.0, "log")]
     laws += [Law(f"n^{C:g}", keys / length**C, C) for C in (0.25, 0.5, 0.75, 1.0)]
-    for place, law in enumerate(laws):
-        while laws[place].budget(length) > keys:  # rounding made the factor too large
-            laws[place] = replace(law, alpha=math.nextafter(laws[place].alpha, 0.0))
-    return laws
+    at = [lambda alpha, law=law: replace(law, alpha=alpha).budget(length) for law in laws]
+    return [replace(law, alpha=not_above(keys, law.alpha, budget)) for law, budget in zip(laws, at, strict=True)]
 
 
 def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
