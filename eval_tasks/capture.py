@@ -1,7 +1,6 @@
 """What the attention of some layers receives in one dense forward pass."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,21 +12,10 @@ from nc_patch.ops.problem import Problem
 from nc_patch.patch import observed
 
 
-class Captured(NamedTuple):
-    """A layer's query ``[1, Hq, L, D]``, key ``[1, Hkv, L, D]``, value ``[1, Hkv, L, Dv]``; the scores' factor."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    scale: float
-
-
 def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Problem]:
     """What ``layers`` compute when the model reads ``ids``, one sequence ``[1, L]`` without padding, densely.
 
-    Raises:
-        UnsupportedModelError: the model's attention is not called by ``AttentionInterface``, or cannot be patched.
-        ValueError: the model has no attention in such a layer.
+    Raises ValueError where the model has no attention in such a layer, and what ``observed`` raises.
     """
     found: dict[int, Problem] = {}
 
@@ -40,38 +28,27 @@ def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) ->
 
     with torch.inference_mode(), observed(model, take):
         model(ids, use_cache=False, logits_to_keep=1)
-    missing = [layer for layer in layers if layer not in found]
-    if missing:
+    if missing := [layer for layer in layers if layer not in found]:
         raise ValueError(f"the attention of layers {missing} was not called; the model has {sorted(found)} of those")
     return [found[layer] for layer in layers]
 
 
-def capture(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Captured]:
+def capture(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Problem]:
     """``receive`` for layers of plain causal attention, which query, key, value and scale say everything about.
 
-    Raises:
-        EvalError: a layer slides, goes by chunks, has a soft-cap or sinks.
-        ValueError: as in ``receive``.
+    Raises EvalError for a layer that slides, goes by chunks, has a soft-cap or sinks.
     """
-    plain = []
-    for layer, p in zip(layers, receive(model, ids, layers), strict=True):
+    received = receive(model, ids, layers)
+    for layer, p in zip(layers, received, strict=True):
         extras = {"a window": p.visible[..., 0].any(), "a soft-cap": p.softcap, "sinks": p.sinks is not None}
-        found = [name for name, there in extras.items() if there]
-        if found:
-            raise EvalError(
-                f"layer {layer} has {' and '.join(found)}, and this measurement is of plain causal attention: choose "
-                "other layers, or another model"
-            )
-        plain.append(Captured(p.query, p.key, p.value, p.scale))
-    return plain
+        if found := [name for name, there in extras.items() if there]:
+            said = f"layer {layer} has {' and '.join(found)}, and this measurement is of plain causal attention"
+            raise EvalError(f"{said}: choose other layers, or another model")
+    return received
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> torch.Tensor:
-    """The first ``length`` tokens of a text, ``[1, length]``.
-
-    Raises:
-        EvalError: the text is shorter.
-    """
+    """The first ``length`` tokens of a text, ``[1, length]``; raises EvalError where it is shorter."""
     # Tokenising a text of millions of characters to its end would take longer than the forward pass.
     ids = tokenizer(text.content[: length * 12])["input_ids"][:length]
     if len(ids) < length:

@@ -26,26 +26,19 @@ from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
 FACT = "The secret word of the lighthouse keeper is marigold."
 QUESTION = "What is the secret word of the lighthouse keeper?"
-# Tokens at the end of the prompt whose loss is compared.
-SCORED = 256
-# Ratios of perplexities up to which a setting is recommended as it is.
-GOOD = 1.02
+SCORED = 256  # tokens at the end of the prompt whose loss is compared
+GOOD = 1.02  # ratio of perplexities up to which a setting is recommended as it is
 
 
 @dataclass
 class Answer:
-    """What one way of attention made of the prompt.
-
-    Attributes:
-        text: the answer. first: seconds to its first token. steps: seconds of each further token.
-        nats: mean loss of the prompt's last tokens. shares: of the keys attended by the prompt and by the steps.
-    """
+    """What one way of attention made of the prompt."""
 
     text: str = ""
-    first: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    nats: float = 0.0
-    shares: tuple[float, float] = (1.0, 1.0)
+    first: float = 0.0  # seconds to the first token
+    steps: list[float] = field(default_factory=list)  # seconds of each further one
+    nats: float = 0.0  # mean loss of the prompt's last tokens
+    shares: tuple[float, float] = (1.0, 1.0)  # of the keys attended by the prompt, and by the steps
 
     @property
     def step(self) -> float:
@@ -78,11 +71,7 @@ def run_demo(argv: Sequence[str]) -> int:
 
 
 def prompt_of(tokenizer: Any, text: str, tokens: int, question: str | None) -> torch.Tensor:
-    """Token ids ``[1, N]``: about ``tokens`` of a text, with a fact in its middle if none is asked, and a question.
-
-    Raises:
-        EvalError: the text is too short.
-    """
+    """Token ids ``[1, N]``: ``tokens`` of a text, with a fact in its middle if nothing is asked, and a question."""
     source = load_text(text)
     ids = tokenizer(source.content[: tokens * 12], add_special_tokens=False)["input_ids"]
     if len(ids) < tokens:

@@ -75,18 +75,14 @@ def fidelity(
 
     Args:
         model: one that ``patch_model`` takes; windows, soft-caps and sinks are those of its layers.
-        ids: int64 ``[1, L]``; one forward pass serves all lengths.
-        methods, budgets: as in ``find_method``, without dense and simulated methods.
+        ids: int64 ``[1, L]``; one forward pass serves all lengths. sample: its number in the results.
+        methods: by name, without dense and simulated ones.
         lengths: how many tokens are read up to the last measured query, each at most L.
-        sample: a number for the results.
         layers: which; None for all.
 
-    Yields:
-        A row for each layer, method and length: ``kept_mass``, the dense softmax weight of the attended keys, and
-        ``output_error``, ‖o − o_dense‖ / ‖o_dense‖, of each query head; ``attended_fraction`` of the visible keys.
-
-    Raises:
-        EvalError: a method has no attention of its own, or a length does not fit.
+    Yields a row for each layer, method and length: ``kept_mass``, the dense softmax weight of the attended keys, and
+    ``output_error``, ‖o − o_dense‖ / ‖o_dense‖, of each query head; ``attended_fraction`` of the visible keys. Raises
+    EvalError where a method has no attention of its own, or a length does not fit.
     """
     configs = [(name, length, _config(name, budgets, length)) for name in methods for length in lengths]
     if min(lengths) < ROWS or max(lengths) > ids.shape[1]:
@@ -100,15 +96,10 @@ def fidelity(
             assert result.attended is not None
             error = (result.output.float() - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
             start, end = problem.visible[0, length - ROWS : length].unbind(-1)
-            yield {
-                "method": name,
-                "length": length,
-                "sample": sample,
-                "layer": layer,
-                "kept_mass": result.kept_mass.mean((0, 2)).tolist(),
-                "output_error": error.mean((0, 2)).tolist(),
-                "attended_fraction": float((result.attended.float().mean((0, 1)) / (end - start)).mean()),
-            }
+            attended = float((result.attended.float().mean((0, 1)) / (end - start)).mean())
+            figures = {"kept_mass": result.kept_mass.mean((0, 2)).tolist(), "output_error": error.mean((0, 2)).tolist()}
+            row: dict[str, Any] = {"method": name, "length": length, "sample": sample, "layer": layer}
+            yield row | figures | {"attended_fraction": attended}
 
 
 def by_layer(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -154,15 +145,10 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
         ids = torch.from_numpy(text.ids[start : start + max(lengths)])[None].to(loaded.model.device)
         rows.extend(fidelity(loaded.model, ids, methods, budgets, lengths, sample))
         print(f"sample {sample + 1} of {len(starts)}", file=sys.stderr)
-    return rows, {
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(loaded.model.device, torch.get_num_threads()),
-        "model": arguments.model,
-        "attention": attention_of(loaded.model),
-        "text": {"name": source.name, "origin": source.origin, "sha256": source.sha256},
-        "queries": ROWS,
-    }
+    machine = hardware(loaded.model.device, torch.get_num_threads())
+    described = {"name": source.name, "origin": source.origin, "sha256": source.sha256}
+    setup: dict[str, Any] = {"commit": commit(), "versions": versions(), "hardware": machine, "model": arguments.model}
+    return rows, setup | {"attention": attention_of(loaded.model), "text": described, "queries": ROWS}
 
 
 def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
@@ -177,15 +163,10 @@ def _attend(problem: Problem, length: int, config: NCConfig) -> AttentionResult:
     """Attention of the last ``ROWS`` of the first ``length`` queries, over the first ``length`` keys."""
     rows = slice(length - ROWS, length)
     visible = problem.visible[:, rows].contiguous()
-    problem = problem._replace(
-        query=problem.query[:, :, rows],
-        key=problem.key[:, :, :length],
-        value=problem.value[:, :, :length],
-        visible=visible,
-        origin=torch.zeros_like(visible[..., 0]),
-        budget=config.row_budgets(visible, length),
-        stats=True,
-    )
+    query, key, value = problem.query[:, :, rows], problem.key[:, :, :length], problem.value[:, :, :length]
+    origin, budget = torch.zeros_like(visible[..., 0]), config.row_budgets(visible, length)
+    problem = problem._replace(query=query, key=key, value=value, visible=visible, origin=origin)
+    problem = problem._replace(budget=budget, stats=True)
     return attend(problem, Dense() if config.is_dense() else config.prefill, config.backend)
 
 

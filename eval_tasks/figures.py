@@ -12,17 +12,15 @@ from itertools import pairwise
 from typing import Any
 
 import matplotlib
-import numpy as np
-import pandas as pd
-
-matplotlib.use("Agg")  # draws into files; needs no display
 
 # Loaded with the rest rather than by the first plot, which is drawn when a run ends.
 import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
 
@@ -45,8 +43,7 @@ _STYLE = FONT | {
     "font.size": 14, "axes.titlesize": 15, "axes.labelsize": 14, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#666666", "grid.color": "#DDDDDD", "axes.titlelocation": "left", "axes.titlepad": 10,
 }  # fmt: skip
-_WIDE, _NARROW = 1080, 358
-_LABEL_HEIGHT = 17.0
+_WIDE, _NARROW, _LABEL_HEIGHT = 1080, 358, 17.0
 # Above this ratio of largest to smallest value an axis is logarithmic.
 _LOGARITHMIC_FROM = 4.0
 _POSITION_BINS, _DEPTH_BINS = 16, 10
@@ -94,11 +91,9 @@ def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
 
 def budget_panels(own: pd.DataFrame) -> list[Panel]:
     """Keys attended at the scored positions of one task, and the share of all keys, by length."""
-    lengths = sorted(set(own["length"]))
-    return [
-        Panel("keys read by a scored query", _lines_of(own, own["tail_mean_keys"]), lengths),
-        Panel("% of the keys, all queries", _lines_of(own, 100 * own["attended_fraction"]), lengths),
-    ]
+    shown = {"keys read by a scored query": own["tail_mean_keys"]}
+    shown["% of the keys, all queries"] = 100 * own["attended_fraction"]
+    return [Panel(title, _lines_of(own, y), sorted(set(own["length"]))) for title, y in shown.items()]
 
 
 def position_panels(frame: pd.DataFrame) -> list[Panel]:
@@ -137,18 +132,10 @@ def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
             n = iso.needed.dropna(subset=["keys"])
             law = law_values(n["length"].to_numpy(float), iso.law.alpha, iso.law.C) if iso.law else ()
             beyond = iso.needed.loc[iso.needed["keys"].isna(), ["length", "largest"]]
-            lines.append(
-                Line(
-                    find_method(iso.method).title,
-                    list(n["length"]),
-                    list(n["keys"]),
-                    _style(iso.method) | {"linestyle": ""},
-                    list(n[["low", "keys"]].min(axis=1)),
-                    list(n[["high", "keys"]].max(axis=1)),
-                    list(law),
-                    list(beyond.itertuples(index=False)),
-                )
-            )
+            ends = list(n[["low", "keys"]].min(axis=1)), list(n[["high", "keys"]].max(axis=1))
+            points, style = (list(n["length"]), list(n["keys"])), _style(iso.method) | {"linestyle": ""}
+            arrows = list(beyond.itertuples(index=False))
+            lines.append(Line(find_method(iso.method).title, *points, style, *ends, list(law), arrows))
         lengths = sorted({n for iso in needed for n in iso.needed["length"]})
         panels.append(Panel(f"keys needed, {title_of(task)}", lines, lengths))
     return panels
@@ -216,24 +203,17 @@ def to_png(figure: Figure) -> bytes:
 
 
 def logarithmic_y(axis: Axes) -> None:
-    """Makes the y axis logarithmic, with labels that can be read also where it spans less than a decade."""
+    """Makes the y axis logarithmic, with labels at 2 and 5 too, for axes that span less than a decade."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(FuncFormatter(minor_label))
-
-
-def minor_label(value: float, _: int) -> str:
-    """Labels 2 and 5 between the powers of ten, where a plot would otherwise have one label or none."""
-    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
 
 
 def _lines_of(own: pd.DataFrame, y: pd.Series) -> list[Line]:
     """A line by length for each method, of the values that there are."""
     table = pd.DataFrame({"method": own["method"].astype(str), "x": own["length"], "y": y}).dropna()
-    return [
-        Line(find_method(name).title, list(points["x"]), list(points["y"]), _style(name))
-        for name, points in table.groupby("method", sort=False)
-    ]
+    groups = table.groupby("method", sort=False)
+    return [Line(find_method(name).title, list(own["x"]), list(own["y"]), _style(name)) for name, own in groups]
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -262,12 +242,12 @@ def _draw_panel(axis: Axes, panel: Panel, narrow: bool) -> None:
     axis.set_title(textwrap.fill(panel.title, 36 if narrow else 60))
     axis.set_xlabel(panel.x_label)
     axis.grid(axis="y")
+    most = 4 if narrow else 7
+    axis.xaxis.set_major_locator(MaxNLocator(most))
     if panel.lengths:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_minor_locator(NullLocator())
-        _length_ticks(axis, panel.lengths, panel.lengths, 4 if narrow else 7)
-    else:
-        axis.xaxis.set_major_locator(MaxNLocator(4 if narrow else 7))
+        _length_ticks(axis, panel.lengths, panel.lengths, most)
 
 
 def _length_ticks(axis: Axes, places: Sequence[float], lengths: Sequence[int], most: int) -> None:
@@ -288,17 +268,8 @@ def _name_lines(axis: Axes, panel: Panel) -> None:
     places = np.clip(isotonic_regression(wanted - steps).x, 0.0, max(0.0, 1.0 - steps[-1])) + steps
     beside = axis.transAxes + ScaledTranslation(18 / 72, 0, axis.figure.dpi_scale_trans)
     for (x, y, line), place in zip(ends, places, strict=True):
-        colour = line.style["color"]
-        leader = {
-            "arrowstyle": "-",
-            "color": colour,
-            "linewidth": 0.9,
-            "alpha": 0.7,
-            "shrinkA": 1,
-            "shrinkB": 4,
-            "relpos": (0, 0.5),
-        }
-        axis.annotate(
-            line.label, (x, y), (1.0, place), textcoords=beside, color=colour, va="center", fontsize=13,
-            arrowprops=leader, annotation_clip=False,
-        )  # fmt: skip
+        colour = {"color": line.style["color"]}
+        leader = colour | {"arrowstyle": "-", "linewidth": 0.9, "alpha": 0.7, "shrinkA": 1, "shrinkB": 4}
+        leader["relpos"] = (0, 0.5)
+        options: dict[str, Any] = colour | {"va": "center", "fontsize": 13, "annotation_clip": False}
+        axis.annotate(line.label, (x, y), (1.0, place), textcoords=beside, arrowprops=leader, **options)

@@ -10,28 +10,20 @@ from eval_tasks.errors import EvalError
 from eval_tasks.models import hub_resolves
 
 
-def load_hub(name: str, config: str | None = None, *, copies: str | None = None, **options: Any) -> Any:
+def load_hub(
+    name: str, config: str | None = None, *, copies: str | None = None, loader: Any = None, **options: Any
+) -> Any:
     """A data set by its name on the hub, as ``datasets.load_dataset`` returns it.
 
-    Args:
-        name: ``NAMESPACE/NAME``.
-        config: the configuration, where the data set has several.
-        copies: a directory that holds the data set as ``copies/NAMESPACE/NAME`` (or ``.../NAME/CONFIG``), either as the
-            hub lays it out (``hf download --repo-type dataset NAME --local-dir DIR``: parquet or JSON files and the
-            card) or as ``Dataset.save_to_disk`` writes it; None asks the hub, and its cache where it cannot be
-            reached.
-        options: further arguments of ``load_dataset``, for example ``split``.
-
-    Raises:
-        EvalError: the data set is not there or cannot be read; the message says where it was looked for.
+    ``copies`` is a directory that holds the data set as ``copies/NAMESPACE/NAME`` (or ``.../NAME/CONFIG``), either as
+    the hub lays it out (``hf download --repo-type dataset NAME --local-dir DIR``: parquet or JSON files and the card)
+    or as ``Dataset.save_to_disk`` writes it; None asks the hub, and its cache where it cannot be reached. Raises
+    EvalError where the data set is not there or cannot be read. ``loader`` is ``datasets.load_dataset`` where that is
+    replaced meanwhile.
     """
     import datasets
 
-    return load_with(datasets.load_dataset, name, config, copies=copies, **options)
-
-
-def load_with(loader: Any, name: str, config: str | None = None, *, copies: str | None = None, **options: Any) -> Any:
-    """``load_hub`` with a given ``datasets.load_dataset``, which others may have replaced meanwhile."""
+    loader = loader or datasets.load_dataset
     try:
         if copies is not None:
             return _load_copy(loader, Path(copies).expanduser() / name, config, options)

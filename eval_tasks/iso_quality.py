@@ -1,12 +1,12 @@
 """The budget that quality needs: the smallest k that stays within a margin of dense, by length, and the law it follows.
 
 For each length the smallest k is read off the measured budgets, between which log k is interpolated; then
-log k = log α + C·log n is fitted, beside the constant and the logarithmic law of one parameter. Laws are compared by
-how well each predicts a length that it was not fitted to. Documents are resampled through all of these steps.
+log k = log α + C·log n is fitted, beside the constant and the logarithmic law, and laws are compared by how well each
+predicts a length that it was not fitted to. Documents are resampled through all of these steps.
 
 A budget is known only where one measured budget is outside the margin and a larger one within. Elsewhere it is
-censored: at most the smallest measured one, or more than the largest. Lengths where it is censored bound the law but
-do not enter the fit, and in resamples it is taken for anything between those bounds.
+censored: at most the smallest measured one, or more than the largest. Such lengths do not enter the fit, and in
+resamples the budget is taken for anything between those bounds.
 """
 
 import math
@@ -25,13 +25,11 @@ _LENGTHS_NEEDED = 3
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """The power law k = α·n^C through the needed budgets, and how it and its rivals predict lengths left out.
+    """The power law k = α·n^C through the needed budgets of so many lengths.
 
     Attributes:
-        alpha, C: of the law.
         C_low, C_high: bootstrap interval; None below two documents. Resamples with a censored budget count with the
             smallest value that its bounds allow for the low end, and the largest for the high one.
-        lengths: how many lengths it rests on.
         errors: name of a law → typical factor by which it misses a length that was left out; 1 is perfect.
         fitted: the share of resamples in which no budget of these lengths was censored.
     """
@@ -52,16 +50,13 @@ class FittedLaw:
 
 @dataclass(frozen=True)
 class IsoQuality:
-    """What one method needs on one task.
+    """What one method needs on one task, from documents that all lengths and budgets share.
 
     Attributes:
-        task, method: which.
-        documents: how many are shared by all lengths and budgets.
         needed: a line for each length: ``keys``, missing where no measured budget is within the margin; ``low`` and
-            ``high`` of its bootstrap interval, in which one key may do in resamples where the smallest measured budget
-            is within the margin, and all keys may be needed where none is; ``reached``, the share of resamples in which
-            some is; ``at_most``, whether the smallest measured budget already is within it; ``largest``, the largest
-            measured budget.
+            ``high`` of its bootstrap interval, for which one key does in resamples where the smallest measured budget
+            is within the margin, and all keys where none is; ``reached``, the share of resamples in which some is;
+            ``at_most``, whether the smallest measured budget already is within it; ``largest`` measured budget.
         law: None where the budget is known on both sides at fewer than three lengths.
     """
 
@@ -80,17 +75,11 @@ class IsoQuality:
 def iso_quality(
     task: str, method: str, differences: Mapping[int, Mapping[int, Sequence[float]]], within: float, seed: int = 0
 ) -> IsoQuality:
-    """Finds the needed budgets and fits the laws.
+    """Finds the needed budgets and fits the laws; raises ValueError where documents differ in number or are none.
 
     Args:
-        task, method: names for the result.
-        differences: length → budget → loss over dense of each document, the same documents in the same order
-            throughout.
-        within: how much loss counts as none, in nats per token or as a share of the answers.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: the documents differ in number, or there are none.
+        differences: length → budget → loss over dense of each document, in the same order throughout.
+        within: how much loss counts as none, in nats per token or as a share of the answers. seed: of the resampling.
     """
     counts = {len(values) for budgets in differences.values() for values in budgets.values()}
     if len(counts) != 1 or 0 in counts:
@@ -106,10 +95,10 @@ def iso_quality(
         # What may be needed at least and at most: one key, and all of them, beyond what was measured.
         lowest.append(np.where(np.isnan(sample), budgets[-1], np.where(sample == budgets[0], 1.0, sample)))
         highest.append(np.where(np.isnan(sample), max(length, budgets[-1]), sample))
-        spread = [*_interval(lowest[-1], highest[-1]), float(np.mean(~np.isnan(sample)))]
-        rows.append(
-            [length, keys, *(spread if documents >= MIN_SAMPLES else [math.nan] * 3), keys == budgets[0], budgets[-1]]
-        )
+        spread = [math.nan] * 3
+        if documents >= MIN_SAMPLES:
+            spread = [*_interval(lowest[-1], highest[-1]), float(np.mean(~np.isnan(sample)))]
+        rows.append([length, keys, *spread, keys == budgets[0], budgets[-1]])
     needed = pd.DataFrame(rows, columns=["length", "keys", "low", "high", "reached", "at_most", "largest"])
     known = np.array(needed["keys"].notna() & ~needed["at_most"])
     law = None
@@ -150,15 +139,14 @@ def _fit(needed: pd.DataFrame, lowest: np.ndarray, highest: np.ndarray, document
 
 def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:
     """Root mean square, as a factor, of the error in log k at each length, predicted from the others."""
-    missed: dict[str, list[float]] = {"constant": [], "logarithmic": [], "power": []}
+    foretold = []
     for left_out in range(len(log_n)):
         rest = np.arange(len(log_n)) != left_out
         line = stats.linregress(log_n[rest], log_k[rest])
-        factor = (log_k - np.log(log_n))[rest].mean()
-        missed["constant"].append(log_k[rest].mean() - log_k[left_out])
-        missed["logarithmic"].append(factor + np.log(log_n[left_out]) - log_k[left_out])
-        missed["power"].append(line.intercept + line.slope * log_n[left_out] - log_k[left_out])
-    return {law: float(np.exp(np.sqrt(np.mean(np.square(errors))))) for law, errors in missed.items()}
+        logarithmic = (log_k - np.log(log_n))[rest].mean() + np.log(log_n[left_out])
+        foretold.append((log_k[rest].mean(), logarithmic, line.intercept + line.slope * log_n[left_out]))
+    missed = np.exp(np.sqrt(np.square(np.array(foretold) - log_k[:, None]).mean(axis=0)))
+    return dict(zip(("constant", "logarithmic", "power"), missed.tolist(), strict=True))
 
 
 def _interval(lowest: np.ndarray, highest: np.ndarray) -> tuple[float, float]:

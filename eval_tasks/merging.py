@@ -21,13 +21,9 @@ _CELLS = ("methods", "tasks", "lengths", "samples", "iso_keys")
 
 @dataclass(frozen=True)
 class MergedRun:
-    """Directories whose rows can stand in one table.
+    """Directories whose rows, each key once, can stand in one table, and the commands that measured them.
 
-    Attributes:
-        directories: where they come from.
-        run: what ``run.json`` of the first says, with the methods, tasks, lengths and samples of all.
-        rows: of all, each key once.
-        commands: that measured them.
+    ``run`` is what ``run.json`` of the first says, with the methods, tasks, lengths and samples of all.
     """
 
     directories: tuple[Path, ...]
@@ -39,8 +35,7 @@ class MergedRun:
 def merge_runs(directories: Sequence[Path]) -> list[MergedRun]:
     """Reads runs and puts together those of one model, text, hardware, version and set of budgets.
 
-    Raises:
-        EvalError: a directory holds no measurement, is damaged, or holds what this version does not know.
+    Raises EvalError for a directory that holds no measurement, is damaged, or holds what this version does not know.
     """
     groups: dict[str, list[tuple[Path, dict[str, Any], list[Row]]]] = {}
     for directory in directories:
@@ -60,11 +55,8 @@ def differing(runs: Sequence[MergedRun]) -> list[str]:
     # Where the number of samples keeps runs apart, it tells them apart.
     cells = set(_CELLS) - ({"samples"} if any(_samples_matter(run.run) is not None for run in runs) else set())
     identities = [{**run.run["identity"], **run.run.get("hardware", {})} for run in runs]
-    names = [
-        name
-        for name in dict.fromkeys(name for identity in identities for name in identity if name not in cells)
-        if len({json.dumps(identity.get(name)) for identity in identities}) > 1
-    ]
+    given = dict.fromkeys(name for identity in identities for name in identity if name not in cells)
+    names = [name for name in given if len({json.dumps(identity.get(name)) for identity in identities}) > 1]
     return [", ".join(f"{name} {identity.get(name)}" for name in names) for identity in identities]
 
 
@@ -107,22 +99,13 @@ def _with_index(run: Mapping[str, Any], row: Row) -> Row:
 
 def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRun:
     runs = [run for _, run, _ in group]
-    of_all = {
-        name: [value for run in runs for value in run["identity"][name]] for name in ("methods", "tasks", "lengths")
-    }
-    together = {
-        "methods": sorted(set(of_all["methods"]), key=order_of),
-        "tasks": list(dict.fromkeys(of_all["tasks"])),
-        "lengths": sorted(set(of_all["lengths"])),
-        "samples": max(run["identity"]["samples"] for run in runs),
-    }
+    methods, tasks, lengths = (dict.fromkeys(v for run in runs for v in run["identity"][name]) for name in _CELLS[:3])
+    cells = {"methods": sorted(methods, key=order_of), "tasks": list(tasks), "lengths": sorted(lengths)}
+    identity = {**runs[0]["identity"], **cells, "samples": max(run["identity"]["samples"] for run in runs)}
+    sessions = [session for run in runs for session in run["sessions"]]
     measured = [row for _, _, rows in group for row in rows]
     rows = each_key_once(measured)
     planned: list[Any] = [run.get("planned") for run in runs]
-    run = {
-        **runs[0],
-        "identity": {**runs[0]["identity"], **together},
-        "sessions": [session for run in runs for session in run["sessions"]],
-        "planned": None if None in planned else sum(planned) - (len(measured) - len(rows)),
-    }
+    whole = None if None in planned else sum(planned) - (len(measured) - len(rows))
+    run = {**runs[0], "identity": identity, "sessions": sessions, "planned": whole}
     return MergedRun(tuple(path for path, _, _ in group), run, rows, tuple(r["command"] for r in runs))

@@ -15,33 +15,22 @@ from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.selections import Block
 
 STREAMING_SINKS = 4
-# What the oracle's keys hold.
-ORACLE_MASS = 0.95
-DENSE = "dense"
-PROFILE = "profile"
-BLOCK = "block"
-# What patch_model does unasked.
-NC = "nc"
-# Between a method and its number of keys, where iso-quality asks for that: fixed-topk@64.
-_KEYS = "@"
-# Before the name of a class of the package kvpress.
-PRESS = "kvpress:"
+ORACLE_MASS = 0.95  # that its keys hold
+DENSE, PROFILE, BLOCK = "dense", "profile", "block"
+NC = "nc"  # what patch_model does unasked
+_KEYS = "@"  # between a method and its number of keys, where iso-quality asks for that: fixed-topk@64
+PRESS = "kvpress:"  # before the name of a class of the package kvpress
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to attend.
+    """One way to attend: its name on command lines and in results, its label in plots, a sentence for a newcomer.
 
     Attributes:
-        name: what the command line and the results call it.
-        title: a short label for plots and tables.
-        description: one sentence for a newcomer.
         config: the settings for given budgets, or what is simulated; None is the unpatched model.
         selects: ``"all"``, ``"recent"`` (by position), ``"content"`` (by score) or ``"chance"``.
-        grows: whether the budget follows n^C.
-        default: whether a sweep measures it unasked.
+        default: whether a sweep measures it unasked. simulated: whether it is a mask over dense attention.
         press: the class of kvpress that compresses the cache, for methods that are not this package's.
-        simulated: whether it is a mask over dense attention, which has no time.
     """
 
     name: str
@@ -49,7 +38,6 @@ class Method:
     description: str
     config: Callable[[Budgets], NCConfig | Simulated | None]
     selects: str = "content"
-    grows: bool = False
     default: bool = True
     press: str | None = None
     simulated: bool = False
@@ -64,7 +52,7 @@ def _topk(budgets: Budgets, alpha: float, C: float = 0.0, tail: str = "drop", **
     return _law(budgets, alpha, C, selection="topk", tail=tail, **options)
 
 
-def _window(budgets: Budgets, alpha: float, C: float, sinks: int) -> NCConfig:
+def _window(budgets: Budgets, alpha: float, C: float = 0.0, sinks: int = STREAMING_SINKS) -> NCConfig:
     return _law(budgets, alpha, C, selection="window", sink_keys=sinks)
 
 
@@ -72,24 +60,20 @@ def _nc_topk(budgets: Budgets) -> NCConfig:
     return _topk(budgets, budgets.alpha, budgets.C)
 
 
-def _means(name: str) -> str:
-    return f"{name}, and beside it the mean of the other keys in every page of 16, which counts as no key"
-
-
+_RECENT = f"the first {STREAMING_SINKS} keys and the most recent ones"
+_MEANS = "and beside it the mean of the other keys in every page of 16, which counts as no key"
 _LISTED = (
     Method(DENSE, "dense", "every key, the unpatched model", lambda b: None, "all"),
     Method(
         "window",
         "fixed window",
         "the most recent keys, a fixed number",
-        lambda b: _window(b, b.fixed, 0.0, 0),
+        lambda b: _window(b, b.fixed, sinks=0),
         "recent",
     ),
     Method(
-        "streaming",
-        "sinks + fixed window",
-        f"the first {STREAMING_SINKS} keys and the most recent ones, a fixed number (StreamingLLM)",
-        lambda b: _window(b, b.fixed, 0.0, STREAMING_SINKS),
+        *("streaming", "sinks + fixed window", f"{_RECENT}, a fixed number (StreamingLLM)"),
+        lambda b: _window(b, b.fixed),
         "recent",
     ),
     Method("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", lambda b: _topk(b, b.fixed)),
@@ -100,57 +84,35 @@ _LISTED = (
         lambda b: _topk(b, b.log_factor, make=LogConfig),
     ),
     Method(
-        "fraction-topk",
-        "fixed-fraction top-k",
-        "the highest scores, a fixed share of all keys",
+        *("fraction-topk", "fixed-fraction top-k", "the highest scores, a fixed share of all keys"),
         lambda b: _topk(b, b.fraction, 1.0),
         default=False,
     ),
+    Method("nc-window", "α·n^C window", f"{_RECENT}, α·n^C in all", lambda b: _window(b, b.alpha, b.C), "recent"),
+    Method("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", _nc_topk),
     Method(
-        "nc-window",
-        "α·n^C window",
-        f"the first {STREAMING_SINKS} keys and the most recent ones, α·n^C in all",
-        lambda b: _window(b, b.alpha, b.C, STREAMING_SINKS),
-        "recent",
-        grows=True,
-    ),
-    Method("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", _nc_topk, grows=True),
-    Method(
-        "fixed-topk-mean",
-        "fixed-k top-k + means",
-        _means("fixed-topk"),
+        *("fixed-topk-mean", "fixed-k top-k + means", f"fixed-topk, {_MEANS}"),
         lambda b: _topk(b, b.fixed, tail="mean"),
         default=False,
     ),
-    Method(
-        "nc-topk-mean",
-        "α·n^C top-k + means",
-        _means("nc-topk"),
-        lambda b: _topk(b, b.alpha, b.C, "mean"),
-        grows=True,
-    ),
+    Method("nc-topk-mean", "α·n^C top-k + means", f"nc-topk, {_MEANS}", lambda b: _topk(b, b.alpha, b.C, "mean")),
     Method(
         NC,
         "default",
         "what patch_model does with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of the other "
         f"keys, and every key where a query sees at most {DEFAULT_DENSE_BELOW:,}",
         lambda b: NCConfig(b.alpha, b.C, backend=b.backend),
-        grows=True,
     ),
     Method(
         PROFILE,
         "calibrated top-k",
         "the highest scores, as many as a calibrated profile gives each layer and head; needs --profile FILE",
         lambda b: replace(b.profile_config(), backend=b.backend, dense_below=0),
-        grows=True,
         default=False,
     ),
     Method(
-        BLOCK,
-        "α·n^C blocks",
-        "the best blocks of keys, α·n^C keys in all",
+        *(BLOCK, "α·n^C blocks", "the best blocks of keys, α·n^C keys in all"),
         lambda b: _law(b, b.alpha, b.C, selection="block", block_size=b.block_size),
-        grows=True,
     ),
     Method(
         "random",
@@ -158,7 +120,6 @@ _LISTED = (
         "nc-topk with keys drawn by lot beside the first and the own one: a floor (simulated, without a time)",
         lambda b: Simulated("random", config=_nc_topk(b)),
         "chance",
-        grows=True,
         default=False,
         simulated=True,
     ),
@@ -188,15 +149,11 @@ def keys_of(name: str) -> tuple[str, int | None]:
 
 
 def find_method(name: str) -> Method:
-    """The method of a name: one of ``METHODS``, one with a number of keys, or a press of the package kvpress.
-
-    Raises:
-        EvalError: there is none; the message lists those there are.
-    """
+    """The method of a name: one of ``METHODS``, one with a number of keys, or a press; raises EvalError for others."""
     if name.startswith(PRESS):
         press = name.removeprefix(PRESS)
         title, what = f"{press.removesuffix('Press')} (kvpress)", f"the cache compressed by {press} of kvpress"
-        return Method(name, title, what, lambda b: None, grows=True, press=press)
+        return Method(name, title, what, lambda b: None, press=press)
     base, keys = keys_of(name)
     if base not in METHODS:
         raise EvalError(f"unknown method {base!r}; allowed are {', '.join(METHODS)}, and {PRESS}NAMEPress")
@@ -210,7 +167,7 @@ def find_method(name: str) -> Method:
             raise EvalError(f"{method.name} attends by no budget and takes no number of keys")
         return NCConfig(**vars(config) | {"alpha": float(keys), "C": 0.0, "dense_below": 0})
 
-    return replace(method, name=name, title=f"{method.title}, {keys} keys", config=fixed, grows=False)
+    return replace(method, name=name, title=f"{method.title}, {keys} keys", config=fixed)
 
 
 def order_of(name: str) -> tuple[int, str, int]:
@@ -239,11 +196,10 @@ def budget_at(name: str, budgets: Budgets, n: int) -> int:
 
 
 def blocks_chosen(budget: int, block_size: int, phase: Phase) -> int:
-    """How many blocks of keys the method ``block`` chooses by content for queries with a budget.
+    """How many blocks of keys the method ``block`` chooses by content; with none it is a window.
 
-    The first block and those of the queries' own positions are attended always: in prefill 64 positions choose
-    together, in decoding one. In prefill those of the 64 keys before them come next. What is left of the budget is
-    chosen. With nothing left the method is a window.
+    The first block and those of the queries' own positions are attended always, in prefill also those of the 64 keys
+    before them. In prefill 64 positions choose together, in decoding one.
     """
     recent = 1 if phase == "decode" else Block.query_block_size + Block.local_keys
     always = 1 + -(-recent // block_size)
@@ -253,10 +209,7 @@ def blocks_chosen(budget: int, block_size: int, phase: Phase) -> int:
 def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase: Phase) -> list[str]:
     """Where no block of keys is chosen by content, as a sentence; none where there is nothing of the kind.
 
-    Args:
-        cells: method, length and budget of whatever is measured; only those of ``block`` that leave keys out matter.
-        block_size: keys of a block.
-        phase: what of a forward pass is sparse.
+    ``cells`` are method, length and budget of all that is measured; those of ``block`` that leave keys out matter.
     """
     listed = ", ".join(
         f"{find_method(method).title} at {n:,} tokens ({budget} keys)"
@@ -265,8 +218,6 @@ def without_choice(cells: Sequence[tuple[str, int, int]], block_size: int, phase
     )
     if not listed:
         return []
-    return [
-        "The blocks that are always attended, the first, those of the queries' own positions and in prefill those of "
-        f"the {Block.local_keys} keys before them, use up the budget of {listed}: there no block is chosen by content, "
-        "and more keys may be attended than the budget has."
-    ]
+    said = "The blocks that are always attended, the first, those of the queries' own positions and in prefill those "
+    said += f"of the {Block.local_keys} keys before them, use up the budget of {listed}: there no block is chosen by "
+    return [f"{said}content, and more keys may be attended than the budget has."]

@@ -17,8 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from eval_tasks.errors import EvalError
 from eval_tasks.smollm2 import SMOLLM2, smollm2_directory
 
-# What transformers says of a model whose class has no SDPA attention.
-_NO_SDPA = "torch.nn.functional.scaled_dot_product_attention"
 # Letters of an error of transformers or the hub that are passed on.
 _LONGEST_REASON = 600
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,14 +24,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies.
+    """Where a model lies: its name as the user wrote it, and a directory or a name on the hub.
 
-    Attributes:
-        name: as the user wrote it.
-        location: a directory or a name on the hub.
-        gguf_file: the file inside it, where it is one of that kind.
-        revision: a branch, tag or commit of the hub; None for the main one.
-        trust_remote_code: whether Python code that comes with the model may run.
+    ``gguf_file`` is the file in that directory, where it is one of that kind; ``revision`` a branch, tag or commit of
+    the hub, None for the main one; ``trust_remote_code`` whether Python code that comes with the model may run.
     """
 
     name: str
@@ -67,14 +61,8 @@ class LoadedModel:
 def find_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
     """Resolves a name: ``"smollm2"``, a directory, a ``.gguf`` file, or else a name on the hub. Loads no weights.
 
-    Args:
-        name: what to resolve.
-        revision: as in ``ModelSource``.
-        trust_remote_code: as in ``ModelSource``.
-
-    Raises:
-        EvalError: a path that does not exist, a revision of what is not on the hub, or the package of ``"smollm2"`` is
-            not installed.
+    Raises EvalError for a path that does not exist or holds no model, a revision of what is not on the hub, and where
+    the package of ``"smollm2"`` is not installed.
     """
     path = Path(name).expanduser()
     if revision is not None and (name == SMOLLM2 or path.exists()):
@@ -154,7 +142,8 @@ def _load_weights(source: ModelSource, **options: Any) -> Any:
     try:
         return _from_pretrained(AutoModelForCausalLM, source, attn_implementation="sdpa", **options)
     except EvalError as error:
-        if _NO_SDPA not in str(error.__cause__):  # said before the weights are read
+        # What transformers says, before it reads the weights, of a model whose class has no SDPA attention.
+        if "torch.nn.functional.scaled_dot_product_attention" not in str(error.__cause__):
             raise
     if os.environ.get("RANK", "0") == "0":  # said by one of the processes that share a run
         said = "has no SDPA attention: dense attention runs eagerly, which holds every score in memory."
@@ -180,10 +169,8 @@ def pick_device(device: str) -> torch.device:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short hex digest of what the tokenizer is: its serialised form where it is a fast one, else its vocabulary."""
-    if getattr(tokenizer, "is_fast", False):
-        serialised = tokenizer.backend_tokenizer.to_str()
-    else:
-        serialised = repr(sorted(tokenizer.get_vocab().items()))
+    is_fast = getattr(tokenizer, "is_fast", False)
+    serialised = tokenizer.backend_tokenizer.to_str() if is_fast else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(serialised.encode()).hexdigest()[:16]
 
 

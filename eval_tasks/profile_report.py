@@ -38,16 +38,7 @@ $table
 
 
 def write_profile_report(profile: Profile, directory: Path, command: str, dense_below: int | None = None) -> list[str]:
-    """Writes the page and the picture into a directory; returns the findings as sentences.
-
-    Args:
-        profile, dense_below: as in ``profile_findings``.
-        directory: where the files go.
-        command: that measured.
-
-    Raises:
-        EvalError: the directory cannot be written.
-    """
+    """Writes the page, which tells the command, and the picture; returns what ``profile_findings`` says."""
     sentences, picture = profile_findings(profile, dense_below), io.BytesIO()
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
     setup = (
@@ -68,12 +59,7 @@ def write_profile_report(profile: Profile, directory: Path, command: str, dense_
 
 
 def profile_findings(profile: Profile, dense_below: int | None = None) -> list[str]:
-    """What calibration found, as sentences.
-
-    Args:
-        profile: what was measured.
-        dense_below: with which the budget of its laws was counted; None for the default of ``NCConfig``.
-    """
+    """What calibration found, as sentences; ``dense_below`` is that of the laws' budget, None for ``NCConfig``'s."""
     fit, longest = shown_fit(profile), profile.lengths[-1]
     by_layer = np.median(fit.C, 1)
     low, high = int(by_layer.argmin()), int(by_layer.argmax())

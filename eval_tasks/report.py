@@ -21,10 +21,8 @@ from eval_tasks.methods import find_method
 from eval_tasks.store import check_out, write_atomically
 from eval_tasks.tasks import TASKS
 
-REPORT, MARKDOWN, SUMMARY, COMPARISONS, NEEDED, MAIN_FIGURE = (
-    "report.html", "report.md", "summary.csv", "comparisons.csv", "needed.csv", "main.png",
-)  # fmt: skip
-REPORT_FILES = (REPORT, MARKDOWN, SUMMARY, COMPARISONS, NEEDED, MAIN_FIGURE)
+REPORT_FILES = ("report.html", "report.md", "summary.csv", "comparisons.csv", "needed.csv", "main.png")
+REPORT, MARKDOWN, SUMMARY, COMPARISONS, NEEDED, MAIN_FIGURE = REPORT_FILES
 WITHIN = 0.05
 # Read before a run, not at its end.
 PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -50,12 +48,8 @@ _NEEDED = (
 class Section:
     """Everything that is said about one run, or several that were put together.
 
-    Attributes:
-        run: as ``run.json`` has it.
-        table: the first one, at the longest length that can be judged; None where nothing is compared.
-        result: the main finding, as sentences.
-        caveats: what to keep in mind.
-        details: all other tables.
+    ``table`` is the first one, at the longest length that can be judged (None where nothing is compared), ``details``
+    are the others; ``result`` is the main finding and ``caveats`` what to keep in mind, as sentences.
     """
 
     def __init__(self, merged: MergedRun, within: float) -> None:
@@ -96,15 +90,9 @@ class Section:
         """What was measured on what, in a line."""
         counts = self.frame.groupby(summary.CELL, observed=True).size()
         parameters = _in_millions(self.run["model_parameters"])
-        return " · ".join(
-            [
-                f"{self.identity['model']} ({parameters} parameters, {self.run['model_dtype']})",
-                self.run["text_origin"],
-                f"{_span(self.frame['length'])} tokens",
-                f"{_span(counts)} samples each",
-                *sentences.hardware_of(self.run),
-            ]
-        )
+        model = f"{self.identity['model']} ({parameters} parameters, {self.run['model_dtype']})"
+        sizes = [f"{_span(self.frame['length'])} tokens", f"{_span(counts)} samples each"]
+        return " · ".join([model, self.run["text_origin"], *sizes, *sentences.hardware_of(self.run)])
 
     def main_figure(self, narrow: bool = False) -> Figure:
         """The result in one picture: quality by length, or the budgets that iso-quality found."""
@@ -144,18 +132,11 @@ class Section:
 
 
 def write_report(directories: Path | Sequence[Path], out: Path | None = None, within: float = WITHIN) -> list[str]:
-    """Writes the report of what directories hold.
+    """Writes the report of directories of runs to ``out``, by default the only one of them.
 
-    Args:
-        directories: of runs; those that measured the same thing the same way share a section.
-        out: where the report goes; None for the directory, where there is one.
-        within: the margin within which a method counts as no worse than dense, as a share.
-
-    Returns:
-        The main finding of the first section: its first table and its sentences, line by line.
-
-    Raises:
-        EvalError: a directory holds no measurement or is damaged, or the report cannot be written.
+    Those that measured the same thing the same way share a section. A method counts as no worse than dense ``within``
+    this margin. Returns the main finding of the first section, its table and sentences, line by line; raises EvalError
+    where a directory holds no measurement or is damaged, or the report cannot be written.
     """
     directories = [directories] if isinstance(directories, Path) else list(directories)
     if out is None and len(directories) != 1:
@@ -177,10 +158,7 @@ def write_report(directories: Path | Sequence[Path], out: Path | None = None, wi
 
 def csv_files(sections: Sequence[Section]) -> dict[str, str]:
     """The tables for programs by file name; with several sections a first column says which."""
-    found = {
-        SUMMARY: [section.summary for section in sections],
-        COMPARISONS: [_for_programs(section.compared) for section in sections],
-    }
+    found = {SUMMARY: [one.summary for one in sections], COMPARISONS: [_for_programs(one.compared) for one in sections]}
     if any(section.found for section in sections):
         found[NEEDED] = [section.needed for section in sections]
     if len(sections) == 1:
@@ -194,12 +172,9 @@ def render(sections: Sequence[Section], labels: Sequence[str], csv: dict[str, st
     """The report as one page of HTML that refers to nothing outside itself; all text in it is escaped."""
     models = ", ".join(dict.fromkeys(str(section.identity["model"]) for section in sections))
     files = {name: _data("text/csv", text.encode()) for name, text in csv.items()}
-    return PAGE.render(
-        title=f"Sparse against dense attention: {models}",
-        sections=list(zip(sections, labels, strict=True)),
-        files=files,
-        picture=_picture,
-    )
+    pairs = list(zip(sections, labels, strict=True))
+    title = f"Sparse against dense attention: {models}"
+    return PAGE.render(title=title, sections=pairs, files=files, picture=_picture)
 
 
 def markdown(sections: Sequence[Section], labels: Sequence[str]) -> str:
@@ -220,14 +195,11 @@ def _for_programs(compared: pd.DataFrame) -> pd.DataFrame:
 
 def _picture(draw: Callable[[bool], Figure]) -> list[dict[str, Any]]:
     """The drawings for a wide page and for a narrow one, each with its width in pixels."""
-    drawn = [draw(narrow) for narrow in (False, True)]
-    return [
-        {
-            "width": round(72 * figure.get_figwidth()),
-            "source": _data("image/svg+xml", figures.to_svg(figure, "a").encode()),
-        }
-        for figure in drawn
-    ]
+    drawn = []
+    for figure in (draw(False), draw(True)):
+        source = _data("image/svg+xml", figures.to_svg(figure, "a").encode())
+        drawn.append({"width": round(72 * figure.get_figwidth()), "source": source})
+    return drawn
 
 
 def _data(kind: str, content: bytes) -> str:

@@ -17,26 +17,18 @@ from eval_tasks.tasks import TASKS
 NOTHING_COMPARED = (
     "Dense attention was not measured beside a method that could be used on the same samples, so nothing is compared."
 )
-VERDICTS = {
-    "better": "better",
-    "non-inferior": "as good",
-    "worse, yet within the margin": "slightly worse",
-    "worse": "worse",
-    "undecided": "undecided",
-    "too few documents": "too few samples",
-    DENSE_FAILS: "dense fails",
-}
-"""The verdicts of a comparison in the words of the first table."""
+# The verdicts of a comparison in the words of the first table.
+VERDICTS = {name: name for name in ("better", "worse", "undecided")} | {
+    "non-inferior": "as good", "worse, yet within the margin": "slightly worse",
+    "too few documents": "too few samples", DENSE_FAILS: "dense fails",
+}  # fmt: skip
 _FEW = 10
 
 
 def lead(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str) -> str:
     """The result of one method in two sentences: the package's own where it was measured, else the best.
 
-    Args:
-        at: of ``overview``, at one length.
-        compared: of ``comparisons``.
-        cost, what: of ``costs``.
+    ``at`` is of ``overview``, at one length; ``compared`` of ``comparisons``; ``cost`` and ``what`` of ``costs``.
     """
     usable = at.dropna(subset=["loss_minus_dense"])
     usable = usable[[not find_method(name).simulated for name in usable["method"]]]
@@ -77,12 +69,11 @@ def caveats(
     """Few samples, lengths where dense fails, calls that ran dense, blocks nobody chose, hardware, failures."""
     said = []
     for iso in found:
-        if len(iso.bounded):
-            listed = ", ".join(f"{length:,}" for length in iso.bounded["length"])
-            who = f"{find_method(iso.method).title} in {title_of(iso.task)}"
+        if listed := ", ".join(f"{length:,}" for length in iso.bounded["length"]):
             said.append(
-                f"{who}: at {listed} tokens the needed budget is known on one side alone (at most the smallest "
-                "measured, or more than the largest), which enters no law."
+                f"{find_method(iso.method).title} in {title_of(iso.task)}: at {listed} tokens the needed budget is "
+                "known on one side alone (at most the smallest measured, or more than the largest), which enters no "
+                "law."
             )
     if len(compared):
         fewest = compared["documents"].min()
@@ -98,9 +89,7 @@ def caveats(
     failed = frame.dropna(subset=["failed"])
     for (reason, method), own in failed.groupby(["failed", "method"], observed=True):
         cells = own.groupby(["task", "length"], observed=True).size().items()
-        listed = ", ".join(
-            f"{title_of(task)} at {length:,} tokens ({count} samples)" for (task, length), count in cells
-        )
+        listed = ", ".join(f"{title_of(task)} at {n:,} tokens ({count} samples)" for (task, n), count in cells)
         said.append(f"Not measured, {reason}: {find_method(method).title} in {listed}.")
     ran_dense = sorted({reason for calls in frame["ran_dense"].dropna() for reason in calls})
     if ran_dense:

@@ -33,11 +33,8 @@ _CHUNK = 1 << 25
 class Simulated:
     """Which keys a simulated method attends.
 
-    Attributes:
-        choice: ``"random"`` or ``"top-p"``.
-        config: for ``"random"`` the law of its budget, and in ``TopK`` the first and last keys that are in it always.
-        mass: for ``"top-p"`` the share of the softmax to hold, in (0, 1).
-        seed: of the random keys.
+    ``config`` is the law of the budget of random keys, and in ``TopK`` the first and last keys that are in it always;
+    ``mass`` the share of the softmax that top-p holds, in (0, 1).
     """
 
     choice: Literal["random", "top-p"]
@@ -66,13 +63,7 @@ _ACTIVE: ContextVar[_Active | None] = ContextVar("nc_simulated", default=None)
 def simulating(model: Any, simulated: Simulated, tail: int | None) -> Iterator[list[LayerCounters]]:
     """Lets a model attend as ``simulated`` says within the block; yields the counters of its calls.
 
-    Args:
-        model: a causal language model of ``transformers``, not patched.
-        simulated: which keys are attended.
-        tail: how many of the last queries of each call are counted apart.
-
-    Raises:
-        EvalError: the model is patched.
+    So many (``tail``) of the last queries of each call are counted apart. Raises EvalError for a patched model.
     """
     if any(PATCH_ATTRIBUTE in module.__dict__ for module in model.modules()):
         raise EvalError("a patched model cannot simulate other attention; unpatch it first")

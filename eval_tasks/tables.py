@@ -4,7 +4,7 @@ import html
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +42,7 @@ class Table:
 
 
 def main_table(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
-    """Each method at one length: what it reads, how good it is against dense in each task, and what it costs.
-
-    Args:
-        at: of ``overview``, at one length.
-        compared: of ``comparisons``.
-        cost, what: of ``costs``.
-    """
+    """What each method reads at one length, how good it is in each task, and what it costs; see ``lead``."""
     tasks, rows = list(dict.fromkeys(at["task"])), []
     for method, own in at.groupby("method", observed=True):
         cells, verdicts = {row.task: row for row in own.itertuples()}, defaultdict(list)
@@ -57,34 +51,19 @@ def main_table(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, wha
         told = {word: names for word, names in verdicts.items() if word not in ("", VERDICTS[DENSE_FAILS])} or verdicts
         said = "; ".join(word + f" in {', '.join(names)}" * (len(told) > 1) for word, names in told.items())
         seconds, memory = cost["seconds"].get(method, math.nan), cost["peak_memory_mb"].get(method, math.nan)
-        time = (
-            f"{seconds:,.{0 if seconds > 99 else 2}f} s"
-            if method == DENSE
-            else f"{seconds / cost['seconds'].get(DENSE, math.nan):.2f}×"
-        )
-        rows.append(
-            [
-                (find_method(method).title, ""),
-                (percent(own["attended_fraction"].mean()), ""),
-                *(_quality(cells[task], compared) if task in cells else ("not measured", "") for task in tasks),
-                ("–" if method == DENSE else said, ""),
-                ("–" if "nan" in time else time, ""),
-                ("–" if pd.isna(memory) else f"{memory:,.0f} MB", ""),
-            ]
-        )
-    note = (
-        "Small print: 95 % interval. As good: a loss beyond the margin is excluded; undecided: the samples do not tell."
-    )
-    header = [
-        "Method",
-        "Keys read",
-        *(title_of(task) if task not in TASKS else title_of(task).capitalize() for task in tasks),
-        "Verdict",
-        "Time",
-        "Memory",
-    ]
+        time = f"{seconds / cost['seconds'].get(DENSE, math.nan):.2f}×"
+        if method == DENSE:
+            said, time = "–", f"{seconds:,.{0 if seconds > 99 else 2}f} s"
+        before = [find_method(method).title, percent(own["attended_fraction"].mean())]
+        after = [said, "–" if "nan" in time else time, "–" if pd.isna(memory) else f"{memory:,.0f} MB"]
+        found = [_quality(cells[task], compared) if task in cells else ("not measured", "") for task in tasks]
+        rows.append([*_cells(before), *found, *_cells(after)])
+    note = "Small print: 95 % interval. As good: a loss beyond the margin is excluded; undecided: the samples do not "
+    note += "tell." + (f" Time: of {what}." if what else "")
+    titles = [title_of(task).capitalize() if task in TASKS else task for task in tasks]
     title = f"Against dense attention at {at['length'].iloc[0]:,} tokens"
-    return Table(title, note + (f" Time: of {what}." if what else ""), header, rows)
+    header = ["Method", "Keys read", *titles, "Verdict", "Time", "Memory"]
+    return Table(title, note, header, rows)
 
 
 def needed_main(found: Sequence[IsoQuality]) -> Table:
@@ -94,20 +73,14 @@ def needed_main(found: Sequence[IsoQuality]) -> Table:
         known = iso.needed.dropna(subset=["keys"])
         n, law = (known if len(known) else iso.needed).iloc[-1], iso.law
         keys = "at most " * bool(n["at_most"]) + f"{n['keys']:,.0f}" if len(known) else f"more than {n['largest']:,}"
-        rows.append(
-            [
-                (find_method(iso.method).title, ""),
-                (title_of(iso.task), ""),
-                (keys, "" if pd.isna(n["low"]) else f"{n['low']:,.0f} … {n['high']:,.0f}"),
-                (f"{n['length']:,}", ""),
-                (f"{law.alpha:.3g}·n^{law.C:.2f}" if law else "needs three known lengths", ""),
-                (
-                    f"{law.C:.2f}" if law else "–",
-                    f"{law.C_low:.2f} … {law.C_high:.2f}" if law and law.C_low is not None else "",
-                ),
-                (f"{law.best}, misses by {law.errors[law.best]:.2f}" if law else "–", ""),
-            ]
-        )
+        interval = "" if pd.isna(n["low"]) else f"{n['low']:,.0f} … {n['high']:,.0f}"
+        row = [*_cells([find_method(iso.method).title, title_of(iso.task)]), (keys, interval), (f"{n['length']:,}", "")]
+        if law is None:
+            rows.append([*row, *_cells(["needs three known lengths", "–", "–"])])
+            continue
+        exponents = "" if law.C_low is None else f"{law.C_low:.2f} … {law.C_high:.2f}"
+        best = f"{law.best}, misses by {law.errors[law.best]:.2f}"
+        rows.append([*row, (f"{law.alpha:.3g}·n^{law.C:.2f}", ""), (f"{law.C:.2f}", exponents), (best, "")])
     note = "Small print: 95 % interval. The best law misses a length left out of the fit by this factor; 1 is perfect."
     header = ["Method", "Task", "Keys needed", "At tokens", "Fitted law", "C", "Best law"]
     return Table("Budget needed for the quality of dense", note, header, rows)
@@ -116,13 +89,17 @@ def needed_main(found: Sequence[IsoQuality]) -> Table:
 def full_table(title: str, note: str, frame: pd.DataFrame) -> Table:
     """All of a frame, with the names of its columns, but for columns that are empty."""
     frame = frame.dropna(axis=1, how="all")
-    rows = [[(_word(name, value), "") for name, value in row.items()] for row in frame.to_dict("records")]
+    rows = [_cells(_word(name, value) for name, value in row.items()) for row in frame.to_dict("records")]
     return Table(title, note, [name.replace("_", " ") for name in frame.columns], rows)
 
 
 def plain(text: object) -> str:
     """Text that neither ends a cell of Markdown nor is taken for HTML, a link or a picture."""
     return re.sub(r"[\\|\[]", r"\\\g<0>", html.escape(str(text).replace("\n", " "), quote=False))
+
+
+def _cells(texts: Iterable[str]) -> list[tuple[str, str]]:
+    return [(text, "") for text in texts]
 
 
 def _word(name: str, value: Any) -> str:

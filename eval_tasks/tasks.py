@@ -11,12 +11,9 @@ from eval_tasks.errors import EvalError
 
 @dataclass(frozen=True)
 class TokenisedText:
-    """A text as tokens.
+    """A text as tokens, int64 ``[N]``, without any that the tokenizer adds; ``prefix`` are those that it puts before.
 
-    Attributes:
-        ids: int64 ``[N]``, the tokens without any that the tokenizer adds.
-        byte_ends, letter_ends: int64 ``[N]``, the bytes of UTF-8, and the letters, up to the end of each token.
-        prefix: the tokens that the tokenizer puts before a text (for example a BOS token); often none.
+    ``byte_ends`` and ``letter_ends`` count the bytes of UTF-8 and the letters up to the end of each token.
     """
 
     ids: np.ndarray
@@ -35,13 +32,7 @@ class TokenisedText:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one forward pass reads and what is scored.
-
-    Attributes:
-        ids: int64 ``[length + 1]``: the model reads all but the last and predicts all but the first.
-        scored: how many of the last predictions count.
-        scored_bytes: bytes of UTF-8 of the scored tokens.
-    """
+    """Token ids int64 ``[length + 1]``, of which all but the last are read, and how many of the last are scored."""
 
     ids: np.ndarray
     scored: int
@@ -52,12 +43,8 @@ class Sample:
 class Layout:
     """Where the samples of a sweep lie in the text, so that every length and method sees the same ones.
 
-    Attributes:
-        lengths: the context lengths in tokens, ascending.
-        samples: number of places in the text.
-        scored: tokens scored at the end of each perplexity sample.
-        passage: tokens of the passage that recall repeats.
-        seed: of the choice of places.
+    Context lengths, in tokens, ascend; ``scored`` tokens count at the end of a sample of perplexity; recall repeats a
+    ``passage`` of so many.
     """
 
     lengths: tuple[int, ...]
@@ -84,12 +71,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Task:
-    """One way to score a model at a context length.
+    """One way to score a model at a context length; name, title and description are as in ``Method``.
 
     Attributes:
-        name: what the command line and the results call it.
-        title: a short label for plots and tables.
-        description: one sentence for a newcomer.
         build: the sample at a place of the text, from (text, start of the place, length, layout).
         shortest: the shortest length for which there is a sample, from (layout, tokens of the prefix).
         dense_only: a reference that is measured with dense attention alone.
@@ -104,11 +88,7 @@ class Task:
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, content: str) -> TokenisedText:
-    """Tokenises a text, keeping the bytes that each token stands for.
-
-    Raises:
-        EvalError: the tokenizer is not a fast one, which alone knows where its tokens lie in the text.
-    """
+    """Tokenises a text, keeping the bytes that each token stands for, which fast tokenizers alone can tell."""
     if not getattr(tokenizer, "is_fast", False):
         raise EvalError(
             f"{type(tokenizer).__name__} is a slow tokenizer and cannot tell the bytes of its tokens; load the model "
@@ -120,8 +100,8 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, content: str) -> TokenisedText:
     bytes_of_chars = np.frombuffer(content.encode("utf-32-le"), dtype=np.uint32)
     widths = 1 + (bytes_of_chars >= 0x80) + (bytes_of_chars >= 0x800) + (bytes_of_chars >= 0x10000)
     letters = np.fromiter((char.isalpha() for char in content), dtype=np.int64, count=len(content))
-    up_to = lambda counts: np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))[char_ends]  # noqa: E731
-    return TokenisedText(ids, up_to(widths), up_to(letters), _prefix(tokenizer))
+    byte_ends, letter_ends = (np.append(0, np.cumsum(n, dtype=np.int64))[char_ends] for n in (widths, letters))
+    return TokenisedText(ids, byte_ends, letter_ends, _prefix(tokenizer))
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -134,10 +114,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def places(text: TokenisedText, layout: Layout) -> list[int]:
     """The starts, in tokens, of ``layout.samples`` stretches of text that do not overlap, chosen by the seed.
 
-    Fewer samples are the first of more.
-
-    Raises:
-        EvalError: the text is too short; the message says how many tokens it has and how many are needed.
+    Fewer samples are the first of more. Raises EvalError where the text is too short.
     """
     slots = len(text.ids) // layout.stretch
     if slots < layout.samples:
@@ -193,42 +170,33 @@ def _unseen(text: TokenisedText, place: int, length: int, layout: Layout) -> Sam
     return Sample(ids, layout.passage, text.bytes_of(start, stop))
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            "recall",
-            "recall perplexity",
-            "a few words, a passage, the text that follows it as filler, and the passage again, which is scored: only "
-            "attention that reaches back to the first copy makes the second one easy",
-            _recall,
-            lambda layout, prefix: layout.lead + 2 * layout.passage + prefix,
-        ),
-        Task(
-            "unseen",
-            "passage not seen before",
-            "the passage of recall behind the filler alone, without its first copy: what recalling nothing looks like",
-            _unseen,
-            lambda layout, prefix: layout.passage + 1 + prefix,
-            dense_only=True,
-        ),
-        Task(
-            "perplexity",
-            "perplexity",
-            "the same last tokens of a stretch of text, under a left context that grows with the length",
-            _perplexity,
-            lambda layout, prefix: layout.scored + prefix,
-        ),
-    )
-}
+_LISTED = (
+    Task(
+        "recall",
+        "recall perplexity",
+        "a few words, a passage, the text that follows it as filler, and the passage again, which is scored: only "
+        "attention that reaches back to the first copy makes the second one easy",
+        *(_recall, lambda layout, prefix: layout.lead + 2 * layout.passage + prefix),
+    ),
+    Task(
+        "unseen",
+        "passage not seen before",
+        "the passage of recall behind the filler alone, without its first copy: what recalling nothing looks like",
+        *(_unseen, lambda layout, prefix: layout.passage + 1 + prefix),
+        dense_only=True,
+    ),
+    Task(
+        "perplexity",
+        "perplexity",
+        "the same last tokens of a stretch of text, under a left context that grows with the length",
+        *(_perplexity, lambda layout, prefix: layout.scored + prefix),
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _LISTED}
 
 
 def ascending(lengths: Sequence[int]) -> tuple[int, ...]:
-    """The lengths in ascending order.
-
-    Raises:
-        EvalError: a length is below 2 or given twice.
-    """
+    """The lengths in ascending order; raises EvalError for one that is below 2 or given twice."""
     ordered = sorted(lengths)
     if ordered[0] < 2:
         raise EvalError(f"lengths must be at least 2 tokens, got {ordered[0]}")

@@ -18,22 +18,13 @@ _EXAMPLE = "emozilla/pg19-test:test"
 # More text than any sweep reads; keeps data sets of many gigabytes from being tokenised whole.
 MAX_CHARACTERS = 8_000_000
 
-# The column at which Sphinx wraps its plain-text output.
-_SPHINX_WIDTH = 70
 _BULLET = re.compile(r"(?:[*+-]|\d+\.|[a-z]\.) +")
 _CODE = re.compile(r"\s*(?:>>>|\.\.\.|\||\+[-=])")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it came from.
-
-    Attributes:
-        name: as the user wrote it.
-        origin: where the text came from, in words, with the version where there is one.
-        content: the text itself.
-        sha256: hex digest of the content in UTF-8.
-    """
+    """A text by the name that the user wrote, where it came from in words, and the digest of its UTF-8."""
 
     name: str
     origin: str
@@ -42,16 +33,12 @@ class Text:
 
 
 def load_text(name: str) -> Text:
-    """Loads a text.
+    """Loads a text; raises EvalError where there is none, it is empty, or it cannot be read.
 
-    Args:
-        name: ``"python-reference"``; the path of a UTF-8 file; or a data set as ``NAME[,CONFIG]:SPLIT[:COLUMN]`` (for
-            example ``emozilla/pg19-test:test`` or ``Salesforce/wikitext,wikitext-103-raw-v1:test``), where NAME may be
-            ``text``, ``json``, ``csv`` or ``parquet`` and CONFIG a local file. Documents of a data set are joined by
-            blank lines, from the first on, up to 8 million characters.
-
-    Raises:
-        EvalError: there is no such text, it is empty, or it cannot be read.
+    The name is ``"python-reference"``, the path of a UTF-8 file, or a data set as ``NAME[,CONFIG]:SPLIT[:COLUMN]`` (for
+    example ``emozilla/pg19-test:test`` or ``Salesforce/wikitext,wikitext-103-raw-v1:test``), where NAME may be
+    ``text``, ``json``, ``csv`` or ``parquet`` and CONFIG a local file. Documents of a data set are joined by blank
+    lines, from the first on, up to 8 million characters.
     """
     if name == PYTHON_REFERENCE:
         content, origin = python_reference()
@@ -81,15 +68,14 @@ def python_reference() -> tuple[str, str]:
     return content, f"the language reference of Python {platform.python_version()} (pydoc_data.topics)"
 
 
-def reflow(text: str, width: int = _SPHINX_WIDTH) -> str:
-    """Joins the lines of paragraphs that were wrapped at ``width`` columns and leaves all other line ends alone.
+def reflow(text: str, width: int = 70) -> str:
+    """Joins the lines of paragraphs that were wrapped at ``width`` columns (Sphinx's) and leaves other line ends alone.
 
     Line ends in the middle of sentences cost a language model a quarter of its perplexity and say nothing about
     attention. Two lines are joined when both stand at the same indentation (or the first opens a list item whose text
     the second continues) and the second one's first word would not have fitted on the first.
     """
-    lines: list[str] = []
-    last_piece = ""  # the last source line that went into lines[-1]
+    lines, last_piece = list[str](), ""  # the last source line that went into lines[-1]
     for line in text.split("\n"):
         if lines and _continues(last_piece, line, width):
             glue = "" if re.search(r"\w-$", last_piece) else " "
@@ -153,8 +139,7 @@ def _read_dataset(name: str) -> tuple[str, str]:
 
 
 def _join_documents(documents: Iterable[dict[str, Any]], name: str, column: str) -> tuple[str, int]:
-    parts: list[str] = []
-    characters = 0
+    parts, characters = list[str](), 0
     for document in documents:
         if column not in document:
             raise EvalError(f"the data set {name!r} has no column {column!r}; it has {', '.join(sorted(document))}")

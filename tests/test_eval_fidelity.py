@@ -49,9 +49,10 @@ def test_figures_are_those_of_the_models_own_weights_in_float64(family, length):
 
 def test_of_plain_causal_attention_query_key_and_scale_say_everything():
     model, ids = tiny_model("llama"), random_ids(1, 64)
-    (query, key, _, scale), position = capture(model, ids, [1])[0], torch.arange(64)
+    [captured], position = capture(model, ids, [1]), torch.arange(64)
     model.set_attn_implementation("eager")
-    scores = (query @ key.repeat_interleave(2, 1).transpose(-1, -2) * scale).double()
+    keys = captured.key.repeat_interleave(2, 1)
+    scores = (captured.query @ keys.transpose(-1, -2) * captured.scale).double()
     weights = torch.softmax(scores.masked_fill(position > position[:, None], -torch.inf), -1)
     assert torch.allclose(weights, model(ids, output_attentions=True).attentions[1].double(), atol=1e-5)
 

@@ -27,11 +27,9 @@ _CHECKED_BLOCKS = 4
 
 @dataclass(frozen=True)
 class Expected:
-    """What a method should return for the first sequence.
+    """What a method should return for the first sequence: ``[1, Hq, R, Dv]`` of the queries ``rows``, ``[R]``.
 
-    Attributes:
-        output: ``[1, Hq, R, Dv]``. rows: which queries these are, int64 ``[R]``. against: what computed it.
-        attended: mean number of keys attended. kept_mass: mean share of the dense softmax that they hold.
+    ``against`` names what computed it; the other two are means over rows: of keys, and of the dense softmax they hold.
     """
 
     output: torch.Tensor
@@ -74,16 +72,11 @@ def expected_output(inputs: Inputs, config: NCConfig, phase: str, rows: torch.Te
 
 
 def compare(output: torch.Tensor, expected: Expected, method: str) -> dict[str, Any]:
-    """How far an output ``[B, Hq, Lq, Dv]`` is off, as ``|out - right| / |right|``, and whether that is within reason.
-
-    Returns:
-        ``relative_error``, ``compared_with``, ``right``; wrong is also what is not finite anywhere.
-    """
+    """How far an output ``[B, Hq, Lq, Dv]`` is off, ``|out - right| / |right|``, and whether it is right and finite."""
     right = expected.output.double().cpu()
     found = output[:1, :, expected.rows.to(output.device)].double().cpu()
     error = float((found - right).norm() / right.norm())
-    tolerance = TOLERANCE[output.dtype]
-    if method == "block" and output.dtype != torch.float32:
-        tolerance = BLOCK_TOLERANCE
+    rounded = method == "block" and output.dtype != torch.float32
+    tolerance = BLOCK_TOLERANCE if rounded else TOLERANCE[output.dtype]
     is_right = bool(output.isfinite().all()) and error <= tolerance
     return {"relative_error": error, "compared_with": expected.against, "right": is_right}

@@ -31,7 +31,6 @@ from nc_patch.selections import Block
 from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
 
 BENCHMARKS = {benchmark.phase: benchmark for benchmark in (DECODE, PREFILL)}
-FAILURE = 1
 # Part of the time that the operator may take where a whole model is measured too.
 _OPERATOR_SHARE = 0.7
 # Options of block prefill, by the names that NCConfig has for them.
@@ -39,14 +38,7 @@ _BLOCK_OPTIONS = ("block_size", "query_block_size", "sample_stride", "local_keys
 
 
 def run_bench(arguments: Sequence[str]) -> int:
-    """Runs ``nc-patch bench``.
-
-    Args:
-        arguments: what follows ``bench``.
-
-    Returns:
-        0; 1 where sparse attention failed or was wrong in a case; 2 for arguments that do not fit.
-    """
+    """Runs ``nc-patch bench``; returns 0, 1 where sparse attention failed or was wrong, or 2 for wrong arguments."""
     parsed = parser().parse_args(list(arguments))
     benchmark = BENCHMARKS[parsed.benchmark]
     try:
@@ -59,11 +51,7 @@ def run_bench(arguments: Sequence[str]) -> int:
 
 
 def settings_of(parsed: argparse.Namespace) -> Settings:
-    """The settings of parsed arguments, with the defaults of the device where they say nothing.
-
-    Raises:
-        ValueError: a value is outside its range, given twice, or a device that is not there.
-    """
+    """The settings of parsed arguments, or else the device's defaults; raises ValueError for what is wrong."""
     benchmark = BENCHMARKS[parsed.benchmark]
     device = pick_device(parsed.device)
     if parsed.minutes is not None and not (math.isfinite(parsed.minutes) and parsed.minutes > 0):
@@ -78,9 +66,8 @@ def settings_of(parsed: argparse.Namespace) -> Settings:
     options: dict[str, Any] = {}
     if benchmark is PREFILL:  # the keys that are attended are what is compared: nothing stands for the others
         options = {name: getattr(parsed, name) for name in (*_BLOCK_OPTIONS, "dense_below")} | {"tail": "drop"}
-    chosen: dict[str, Any] = {
-        name: getattr(parsed, name) for name in ("batch", "selections", "alpha", "C", "seed", "dense")
-    }
+    names = ("batch", "selections", "alpha", "C", "seed", "dense")
+    chosen: dict[str, Any] = {name: getattr(parsed, name) for name in names}
     for name in ("geometry", "lengths", "dtype", "repeats"):
         chosen[name] = getattr(parsed, name) or benchmark.defaults[device.type][name]
     settings = Settings(device=device, options=options, **chosen | {"dtype": DTYPES[chosen["dtype"]]})
@@ -90,10 +77,8 @@ def settings_of(parsed: argparse.Namespace) -> Settings:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of ``nc-patch bench``."""
-    found = argparse.ArgumentParser(
-        prog="nc-patch bench",
-        description="Times sparse attention against the fastest dense attention that is installed.",
-    )
+    description = "Times sparse attention against the fastest dense attention that is installed."
+    found = argparse.ArgumentParser(prog="nc-patch bench", description=description)
     commands = found.add_subparsers(dest="benchmark", metavar="{" + ",".join(BENCHMARKS) + "}", required=True)
     for name, what, whole in (
         ("decode", "one step of the operator, per layer, and generate()", "time generate() too, after prompts of"),
@@ -172,7 +157,7 @@ def _conclude(benchmark: Benchmark, record: dict[str, Any], law: str, out: Path)
         problems.append(f"sparse attention failed or was wrong in {failed} rows, see above")
     for problem in problems:
         print(f"nc-patch bench: {problem}", file=sys.stderr)
-    return FAILURE if problems else 0
+    return 1 if problems else 0
 
 
 def _plain(settings: Settings, phase: str) -> dict[str, Any]:
@@ -200,9 +185,8 @@ def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark, wh
     add("--dtype", choices=DTYPES, help=both("dtype"))
     add("--repeats", type=positive, metavar="R", help=both("repeats"))
     add("--seed", type=int, default=0)
-    add(
-        f"--{benchmark.whole}", type=positive, nargs="*", metavar="N", help=f"{whole} N tokens; {both(benchmark.whole)}"
-    )
+    models = f"{whole} N tokens; {both(benchmark.whole)}"
+    add(f"--{benchmark.whole}", type=positive, nargs="*", metavar="N", help=models)
     add("--minutes", type=float, help="no case begins after that; by default no limit")
 
 

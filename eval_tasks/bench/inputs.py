@@ -55,11 +55,7 @@ GEOMETRIES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Attention of one layer: the last Lq queries of sequences of n keys.
-
-    Attributes:
-        query: ``[B, Hq, Lq, D]``; Lq is n for a prompt, and 1 for a decoding step. key, value: ``[B, Hkv, n, D]``.
-    """
+    """Attention of one layer: all queries ``[B, Hq, Lq, D]``, or in decoding the last, of n keys ``[B, Hkv, n, D]``."""
 
     query: torch.Tensor
     key: torch.Tensor

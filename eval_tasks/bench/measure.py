@@ -20,8 +20,7 @@ from nc_patch.selections import Block
 
 Row = dict[str, Any]
 OK, ABSENT, FAILED, WRONG, NO_MEMORY, NO_TIME = "ok", "absent", "error", "wrong", "out of memory", "out of time"
-# Was too slow at a shorter length to be of interest at a longer one.
-LEFT_OUT = "left out"
+LEFT_OUT = "left out"  # was too slow at a shorter length to be of interest at a longer one
 # A method is left out where a run would take more than so many seconds and it takes so many times the fastest dense's.
 _LONG_SECONDS, _TOO_SLOW = 1.0, 2.0
 # Repeats of a case go on for this long, and three in any case.
@@ -33,8 +32,7 @@ def measure_all(
 ) -> Iterator[list[Row]]:
     """The rows of one case after another; a case that fails is a row that says why, and the next goes on.
 
-    Args:
-        deadline: of ``time.monotonic``, after which no case begins. say: told of each case that begins.
+    After the deadline (``time.monotonic``) no case begins; ``say`` is told of each that does.
     """
     before: list[Row] = []
     for case in settings.cases():
@@ -64,10 +62,9 @@ def _measure_case(
     compared = checked_rows(sets[0].query.shape[2], settings.options.get("query_block_size", Block.query_block_size))
     dense = settings.config("dense")
     shared = {"status": OK, "budget": dense.largest_budget(case.length), "input_sets": len(sets)}
-    methods: list[tuple[str, NCConfig, Callable[[Sequence[Inputs]], Step]]] = []
-    for name in settings.selections:
-        config = settings.config(name)
-        methods.append((name, config, partial(sparse_step, config=config, phase=phase)))
+    configs = {name: settings.config(name) for name in settings.selections}
+    methods: list[tuple[str, NCConfig, Callable[[Sequence[Inputs]], Step]]]
+    methods = [(name, config, partial(sparse_step, config=config, phase=phase)) for name, config in configs.items()]
     methods += [(name, dense, make) for name, make in rivals(device, phase, settings.dense).items()]
     rows: dict[str, Row] = {}
     right: dict[str, Expected] = {}
@@ -105,9 +102,7 @@ def _measure_case(
 def is_wanted(row: Row, before: Sequence[Row], deadline: float, growth: float) -> bool:
     """Whether a method is worth its time, by what it took at shorter lengths; if not, its row says why.
 
-    Args:
-        before: the rows of earlier cases. deadline: of ``time.monotonic``, after which no method is.
-        growth: exponent of the length with which dense attention's time grows.
+    ``before`` holds the rows of earlier cases; dense attention's time grows with the length to the power of ``growth``.
     """
     if time.monotonic() > deadline:
         row |= {"status": NO_TIME, "message": "the time was used up before this method"}
@@ -130,9 +125,9 @@ def fail(row: Row, error: Exception) -> None:
     """Writes into a row that its method is absent, or short of memory, or broke."""
     if isinstance(error, Absent):
         row |= {"status": ABSENT, "message": str(error)}
-        return
-    short_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    row |= {"status": NO_MEMORY if short_of_memory else FAILED, "message": first_line(error)}
+    else:
+        short_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        row |= {"status": NO_MEMORY if short_of_memory else FAILED, "message": first_line(error)}
 
 
 def _is_right(row: Row, output: torch.Tensor, expected: Expected) -> bool:

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 from eval_tasks.bench.inputs import GEOMETRIES
 from eval_tasks.bench.measure import NO_TIME, OK, Row, fail
@@ -33,10 +33,9 @@ _GENERATIONS, _FORWARDS = 2, 3
 def measure_models(what: str, settings: Settings, lengths: tuple[int, ...], deadline: float) -> Iterator[Row]:
     """One row for each geometry, batch, length and attention: tokens a second, or why there are none.
 
-    Args:
-        what: ``"generate"``, with each kind of cache after a prompt that all read densely and that is not timed, or
-            ``"forward"``, over a prompt without a cache and with the last token's logits alone.
-        deadline: of ``time.monotonic``, after which nothing begins.
+    ``what`` is ``"generate"``, with each kind of cache after a prompt that all read densely and that is not timed, or
+    ``"forward"``, over a prompt without a cache and with the last token's logits alone. Nothing begins after the
+    deadline (``time.monotonic``).
     """
     runs: dict[str, Callable[[Any, torch.Tensor], list[float]]] = {"none": _forward_rates}
     if what == "generate":
@@ -67,35 +66,14 @@ def measure_models(what: str, settings: Settings, lengths: tuple[int, ...], dead
 def random_model(name: str, length: int, settings: Settings) -> Any:
     """A Llama of a geometry's shape with few layers and random weights, in evaluation mode."""
     geometry, device = GEOMETRIES[name], settings.device
-    config = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=geometry.hidden_size,
-        intermediate_size=geometry.intermediate_size,
-        num_hidden_layers=_LAYERS[device.type],
-        num_attention_heads=geometry.heads,
-        num_key_value_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        max_position_embeddings=length + _TOKENS[device.type],
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    sizes = {name: getattr(geometry, name) for name in ("head_dim", "hidden_size", "intermediate_size")}
+    sizes |= {"num_attention_heads": geometry.heads, "num_key_value_heads": geometry.kv_heads}
+    sizes |= {"vocab_size": _VOCABULARY, "num_hidden_layers": _LAYERS[device.type]}
+    sizes["max_position_embeddings"] = length + _TOKENS[device.type]
+    config = LlamaConfig(**sizes, bos_token_id=1, eos_token_id=None, pad_token_id=0)
     torch.manual_seed(settings.seed)
     with torch.device(device):
         return LlamaForCausalLM(config).to(settings.dtype).eval()
-
-
-class _TokenTimes(BaseStreamer):
-    """Keeps when each token came; the first entry is the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def _generate_rates(model: Any, ids: torch.Tensor, cache: str) -> list[float]:
@@ -105,9 +83,10 @@ def _generate_rates(model: Any, ids: torch.Tensor, cache: str) -> list[float]:
     if ids.device.type == "cuda":
         torch._dynamo.reset()  # PyTorch limits how often one model is compiled, and each attention compiles it anew
     for _ in range(1 + _GENERATIONS):
-        streamer = _TokenTimes()
+        times = list[float]()  # of the prompt, and of each token
+        streamer = SimpleNamespace(put=lambda _, times=times: times.append(time.perf_counter()), end=lambda: None)
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
-        timed = streamer.times[1 + skipped :]
+        timed = times[1 + skipped :]
         rates.append(len(ids) * (len(timed) - 1) / (timed[-1] - timed[0]))
     return rates[1:]
 

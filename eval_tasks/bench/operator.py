@@ -65,13 +65,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One subcommand of ``nc-patch bench``.
+    """One subcommand of ``nc-patch bench``: ``"decode"`` or ``"prefill"``, and what a time is in its results.
 
-    Attributes:
-        phase: its name, ``"decode"`` or ``"prefill"``. what: what a time is, in the results.
-        unit: of the times that are shown. per_second: how many are a second.
-        selections: those measured by default, in this order. whole: the option that measures whole models too.
-        defaults: by device type, what is measured where the arguments do not say.
+    Times are shown in a ``unit`` of which ``per_second`` are a second. The option named ``whole`` measures whole models
+    too; ``selections`` and, by device type, ``defaults`` are what is measured where the arguments do not say.
     """
 
     phase: str
@@ -83,48 +80,38 @@ class Benchmark:
     defaults: dict[str, dict[str, Any]]
 
 
+_CPU = {"geometry": ["smollm2"], "dtype": "float32", "repeats": 5}
+_GPU = {"geometry": ["llama3-8b"], "dtype": "bfloat16"}
 DECODE = Benchmark(
     phase="decode",
-    what=(
-        "One decoding step of one layer: upkeep of the indexes (one key), choice of keys, attention. CUDA graphs on a "
-        "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of all implementations that ran."
-    ),
+    what="One decoding step of one layer: upkeep of the indexes (one key), choice of keys, attention. CUDA graphs on a "
+    "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of all implementations that ran.",
     unit="microseconds a step and layer",
     per_second=1e6,
     selections=("topk", "block", "window"),
     whole="generate",
     defaults={
-        "cpu": {"geometry": ["smollm2"], "dtype": "float32", "lengths": [512, 2048, 8192], "repeats": 5}
-        | {"generate": [1024]},
-        "cuda": {"geometry": ["llama3-8b"], "dtype": "bfloat16", "lengths": [2**i for i in range(12, 19)]}
-        | {"repeats": 30, "generate": [32768]},
+        "cpu": _CPU | {"lengths": [512, 2048, 8192], "generate": [1024]},
+        "cuda": _GPU | {"lengths": [2**i for i in range(12, 19)], "repeats": 30, "generate": [32768]},
     },
 )
 PREFILL = Benchmark(
     phase="prefill",
-    what=(
-        "Causal attention of a whole prompt at one layer: intervals, budgets, choice of keys, attention; medians of "
-        "interleaved repeats. Dense: the fastest of all implementations that ran."
-    ),
+    what="Causal attention of a whole prompt at one layer: intervals, budgets, choice of keys, attention; medians of "
+    "interleaved repeats. Dense: the fastest of all implementations that ran.",
     unit="milliseconds a layer",
     per_second=1e3,
     selections=("block", "window", "topk"),
     whole="forward",
     defaults={
-        "cpu": {"geometry": ["smollm2"], "dtype": "float32", "lengths": [1024, 2048, 4096, 8192], "repeats": 5}
-        | {"forward": [2048]},
-        "cuda": {"geometry": ["llama3-8b"], "dtype": "bfloat16", "lengths": [2**i for i in range(13, 21)]}
-        | {"repeats": 20, "forward": [32768, 131072]},
+        "cpu": _CPU | {"lengths": [1024, 2048, 4096, 8192], "forward": [2048]},
+        "cuda": _GPU | {"lengths": [2**i for i in range(13, 21)], "repeats": 20, "forward": [32768, 131072]},
     },
 )
 
 
 def make_sets(settings: Settings, case: Case, phase: str) -> list[Inputs]:
-    """The inputs of a case: one prompt, or as many decoding steps as keep the cache cold and the memory holds.
-
-    Raises:
-        MemoryError: they leave too little memory.
-    """
+    """One prompt, or as many decoding steps as keep the cache cold and the memory holds; else raises MemoryError."""
     geometry, device = GEOMETRIES[case.geometry], settings.device
     keys = 2 * geometry.kv_heads * case.batch * case.length * geometry.head_dim * settings.dtype.itemsize
     queries, wanted, size = case.length, 1, keys * (1 + geometry.heads / geometry.kv_heads)
@@ -147,6 +134,8 @@ def sparse_step(sets: Sequence[Inputs], config: NCConfig, phase: str) -> Step:
     means_of = [KeyIndex.build(one.key, "means", value=one.value) if has_means else None for one in sets]
     batch, _, length, _ = sets[0].key.shape
     end = torch.full((batch,), length, dtype=torch.int32, device=sets[0].key.device)
+    settings: dict[str, Any] = {"alpha": config.alpha, "C": config.C, "dense_below": config.dense_below}
+    settings["selection"] = selection
 
     def step(i: int) -> torch.Tensor:
         one, index, means = sets[i], indexes[i], means_of[i]
@@ -154,15 +143,7 @@ def sparse_step(sets: Sequence[Inputs], config: NCConfig, phase: str) -> Step:
             index.extend(one.key, 1, end)
         if means is not None:
             means.extend(one.key, 1, end, one.value)
-        output = sparse_attention(
-            *(one.query, one.key, one.value),
-            alpha=config.alpha,  # type: ignore[arg-type]
-            C=config.C,  # type: ignore[arg-type]
-            selection=selection,
-            index=index,
-            means=means,
-            dense_below=config.dense_below,
-        )
+        output = sparse_attention(one.query, one.key, one.value, index=index, means=means, **settings)
         assert isinstance(output, torch.Tensor)
         return output
 

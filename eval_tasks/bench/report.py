@@ -57,9 +57,8 @@ def exponents(rows: Sequence[Row]) -> list[Row]:
     shown, found = timed(rows), []
     if not shown.empty:
         for (geometry, batch, line), of in shown.groupby(["geometry", "batch", "line"], sort=False):
-            slope = None
-            if len(of) > 1:
-                slope = float(np.polyfit(np.log(of.length), np.log(of.median_seconds), 1)[0])
+            n, seconds = np.log(of.length), np.log(of.median_seconds)
+            slope = float(np.polyfit(n, seconds, 1)[0]) if len(of) > 1 else None
             known = {"geometry": geometry, "batch": int(batch), "method": line}
             found.append({**known, "lengths": of.length.tolist(), "time": slope})
     return found
@@ -99,11 +98,8 @@ def models_text(what: str, rows: Sequence[Row]) -> str:
     case = [*_CASE, "cache"]
     dense = found[found.method == "dense"].set_index(case).tokens_per_second.rename("dense")
     speed = found.tokens_per_second / found.join(dense, on=case).dense
-    shown = {
-        "tokens a second": found.tokens_per_second.map("{:,.1f}".format),
-        "over dense": speed.map("{:.2f}x".format),
-    }
-    table = found[[*case, "method"]].assign(**shown).replace(_MISSING, "-")
+    table = found[[*case, "method"]].assign(**{"tokens a second": found.tokens_per_second.map("{:,.1f}".format)})
+    table = table.assign(**{"over dense": speed.map("{:.2f}x".format)}).replace(_MISSING, "-")
     failed = found[found.status != OK]
     problems = [f"  {row.method} ({row.length:,} tokens): {row.status}: {row.message}" for row in failed.itertuples()]
     heading = f"\n{what}, a random model of few layers:"

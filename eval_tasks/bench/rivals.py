@@ -35,7 +35,6 @@ _BACKENDS = {
 _WORKSPACE, _PAGE, _FLEX_BLOCK = 256 << 20, 64, 128
 # Above this many keys PyTorch's plain implementation, which stores all scores of a prompt, is not tried.
 _MATH_KEYS = 4096
-_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flashinfer-python")
 
 
 class Absent(Exception):
@@ -45,10 +44,8 @@ class Absent(Exception):
 def rivals(device: torch.device, phase: str, kinds: Sequence[str] = KINDS) -> dict[str, Make]:
     """By name, which begins with one of ``kinds``, what makes a step of each implementation from the sets of inputs.
 
-    Args:
-        phase: ``"decode"``, one query a sequence, or ``"prefill"``, whole prompts.
-
-    Making, or the first step, raises ``Absent`` or whatever the implementation raises.
+    The phase is ``"decode"``, one query a sequence, or ``"prefill"``, whole prompts. Making, or the first step, raises
+    ``Absent`` or whatever the implementation raises.
     """
     found: dict[str, Make] = {}
     for backend in _BACKENDS:
@@ -67,7 +64,7 @@ def rival_versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"cuda": torch.version.cuda}
     if torch.backends.cudnn.is_available():
         found["cudnn"] = str(torch.backends.cudnn.version())
-    for package in _PACKAGES:
+    for package in ("triton", "flash-attn", "flash-attn-3", "flashinfer-python"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -83,10 +80,7 @@ def causal_blocks(length: int, device: torch.device) -> BlockMask:
     diagonal = torch.zeros_like(whole)
     diagonal[..., 0] = number
     return BlockMask.from_kv_blocks(
-        torch.ones_like(number).view(1, 1, blocks),
-        diagonal,
-        number.view(1, 1, blocks),
-        whole,
+        *(torch.ones_like(number).view(1, 1, blocks), diagonal, number.view(1, 1, blocks), whole),
         BLOCK_SIZE=_FLEX_BLOCK,
         mask_mod=lambda batch, head, query, key: query >= key,
         seq_lengths=(length, length),
@@ -158,14 +152,9 @@ def _flashinfer_decode(sets: Sequence[Inputs]) -> Step:
     workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=key.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
     integers: dict[str, Any] = {"dtype": torch.int32, "device": key.device}
-    wrapper.plan(
-        torch.arange(B + 1, **integers) * pages,
-        torch.arange(B * pages, **integers),
-        torch.full((B,), _PAGE, **integers),
-        *(query.shape[1], Hkv, D, _PAGE),
-        q_data_type=query.dtype,
-        kv_data_type=key.dtype,
-    )
+    ends, numbers = torch.arange(B + 1, **integers) * pages, torch.arange(B * pages, **integers)
+    filled, sizes = torch.full((B,), _PAGE, **integers), (query.shape[1], Hkv, D, _PAGE)
+    wrapper.plan(ends, numbers, filled, *sizes, q_data_type=query.dtype, kv_data_type=key.dtype)
     return lambda i: wrapper.run(sets[i].query[:, :, 0], copies[i])[:, :, None]
 
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-Step = Callable[[int], torch.Tensor]
-"""Runs a method on the i-th set of inputs."""
-
+Step = Callable[[int], torch.Tensor]  # runs a method on the i-th set of inputs
 # A method that takes this many times as long as the fastest is not repeated beyond the fewest.
 _HOPELESS, _FEWEST = 4.0, 3
 _WARM_UPS = 3
@@ -17,12 +15,10 @@ _WARM_UPS = 3
 
 @dataclass(frozen=True)
 class Prepared:
-    """Steps that are ready to be timed.
+    """Steps that are ready to be timed: ``launch`` runs one on each of so many sets of inputs.
 
-    Attributes:
-        launch: runs one step on each set of inputs. steps: how many sets there are.
-        captured: whether launch replays a CUDA graph; None where there are none. reason: why it does not.
-        replayed: what a replay of the graph returned for the first set.
+    ``captured`` says whether that replays a CUDA graph (None where there are none), ``reason`` why it does not;
+    ``replayed`` is what a replay returned for the first set.
     """
 
     launch: Callable[[], object]

@@ -17,22 +17,16 @@ from lm_eval.api.task import ConfigurableTask
 from eval_tasks.lm_eval.settings import Settings, read_settings
 from eval_tasks.models import tokenizer_fingerprint
 
+# Documents, where they come from in words, and the hash of that text.
 Samples = tuple[Iterable[Mapping[str, Any]], str, str]
-"""Documents, where they come from in words, and the hash of that text."""
 
 
 class ByLengthTask(ConfigurableTask):
-    """A task whose documents hold the same sample at several context lengths, which the settings describe.
+    """A task whose documents hold the same sample at several context lengths, which the settings describe."""
 
-    Attributes:
-        numbers: the settings that are positive integers, with their defaults.
-        plain_text: whether the task scores plain text, to which no chat template belongs.
-        more_is_better: of every metric.
-    """
-
-    numbers: ClassVar[dict[str, int]] = {"samples": 16}
-    plain_text: ClassVar[bool] = True
-    more_is_better: ClassVar[bool] = False
+    numbers: ClassVar[dict[str, int]] = {"samples": 16}  # the settings that are positive integers, with their defaults
+    plain_text: ClassVar[bool] = True  # no chat template belongs to it
+    more_is_better: ClassVar[bool] = False  # of every metric
     settings: Settings
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -13,15 +13,12 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 
 from eval_tasks.errors import EvalError
-from eval_tasks.hub_data import cache_only_where_offline, load_with
+from eval_tasks.hub_data import cache_only_where_offline, load_hub
 from eval_tasks.lm_eval.options import located
 
 
 class HubTask(ConfigurableTask):
-    """One of lm-eval's tasks with data from the hub, from its cache, or from copies (``hub_copies`` in ``--metadata``).
-
-    Where they are not there, an EvalError says which, and how to bring them.
-    """
+    """One of lm-eval's tasks with data from the hub, its cache, or copies (``hub_copies`` in ``--metadata``)."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         config = {name: value for name, value in config.items() if name != "class"}
@@ -34,7 +31,7 @@ class HubTask(ConfigurableTask):
         original, copies = datasets.load_dataset, (self.config.metadata or {}).get("hub_copies")
 
         def load(path: str, name: str | None = None, **options: Any) -> Any:
-            return load_with(original, path, name, copies=copies, **options)
+            return load_hub(path, name, copies=copies, loader=original, **options)
 
         datasets.load_dataset = load
         try:

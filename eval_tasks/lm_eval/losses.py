@@ -3,10 +3,7 @@
 ``nc_perplexity`` scores the same last tokens under a growing left context, where the harness's own task ``perplexity``
 puts its samples. ``nc_recall`` is the harness's ``recall`` at any length: a passage that the model has read at the
 start of its context is scored behind filler, prose that repeats where the text ends, always without the passage.
-
-``nc_document`` gives loss curves: a document is cut at the context lengths, and each part is scored under all that goes
-before it. Lengths of 1,024, 2,048 and 4,096 give the perplexity of the positions 0 to 1,023, 1,024 to 2,047 and 2,048
-to 4,095. Parts that double in size cost twice one forward pass over the document.
+``nc_document`` cuts a document at the context lengths, and scores each part under all that goes before it.
 """
 
 import re
@@ -56,8 +53,7 @@ class PerplexityByLength(ByLengthTask):
         return [(context, doc["continuation"]) for context in doc["contexts"]]
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        size = len(doc["continuation"].encode("utf-8"))
-        scores: dict[str, Any] = {}
+        size, scores = len(doc["continuation"].encode("utf-8")), dict[str, Any]()
         for length, tokens, (loglikelihood, _) in zip(doc["lengths"], doc["scored_tokens"], results, strict=True):
             scores[f"perplexity_{length}"] = (loglikelihood, tokens)
             scores[f"bits_per_byte_{length}"] = (loglikelihood, size)
@@ -116,10 +112,8 @@ class PerplexityByPosition(ByLengthTask):
 class WordText:
     """A text that is cut before whitespace, where a tokenizer yields the same tokens for the parts as for the whole.
 
-    Attributes:
-        tokens: of the whole text.
-        starts: the byte at which each token begins, and the text's end.
-        borders: the bytes at which a cut may fall, ascending: the starts of whitespace, and the text's ends.
+    ``starts`` are the bytes at which tokens begin, and the text's end; ``borders``, ascending, those at which a cut may
+    fall: the starts of whitespace, and the text's ends.
     """
 
     def __init__(self, content: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -205,8 +199,7 @@ def _stretches(text: str, settings: Settings) -> list[str]:
     if slots < settings.samples:
         raise EvalError(
             f"the text has {len(tokens.ids):,} tokens; {settings.samples} documents of {size - 1:,} tokens need"
-            f" {settings.samples * size:,}. Ask for fewer samples or shorter lengths, or give more text (text in"
-            " --metadata)."
+            f" {settings.samples * size:,}. Ask for fewer or shorter ones, or give more text (text in --metadata)."
         )
     content = text.encode("utf-8")
     pieces = []
@@ -219,8 +212,7 @@ def _stretches(text: str, settings: Settings) -> list[str]:
 
 
 def _long_enough(rows: Iterable[Mapping[str, Any]], settings: Settings, name: str) -> list[str]:
-    texts: list[str] = []
-    length, longest = settings.lengths[-1], 0
+    texts, length, longest = list[str](), settings.lengths[-1], 0
     for row in islice(rows, _MOST_ROWS):
         if "text" not in row:
             raise EvalError(f"the data set {name} has no column 'text'; it has {', '.join(sorted(row))}")
@@ -242,18 +234,14 @@ def _cut(text: str, settings: Settings) -> dict[str, Any]:
     words = WordText(text[: _CHARACTERS_PER_TOKEN * settings.lengths[-1]], settings.tokenizer)
     # Special tokens are read, and none is scored.
     special = settings.count("a") - len(settings.tokenizer.encode("a", add_special_tokens=False))
-    parts: list[str] = []
-    counts: list[int] = []
-    begin = 0
+    parts, counts, begin = list[str](), list[int](), 0
     for length in settings.lengths:
         border = bisect_right(words.borders, words.starts[min(length - special, len(words.tokens.ids))]) - 1
         while (total := settings.count(words.part(0, words.borders[border]))) > length and border:
             border -= 1
         if not (1 - TOLERANCE) * length <= total <= length:
-            raise EvalError(
-                f"a document cannot be cut at {length} tokens: its words end at {total}. Give a text with words, or"
-                " other lengths"
-            )
+            advice = "Give a text with words, or other lengths"
+            raise EvalError(f"a document cannot be cut at {length} tokens: its words end at {total}. {advice}")
         end = words.borders[border]
         parts.append(words.part(begin, end))
         counts.append(total - special - sum(counts))

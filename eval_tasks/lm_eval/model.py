@@ -39,13 +39,12 @@ class NCHFLM(HFLM):
 
     Args:
         pretrained: a hub name, a local directory, ``smollm2``, or a loaded model (patched in place).
-        nc_config: a JSON file of settings in place of alpha, C and the other options.
-        profile: a file of ``nc-patch calibrate`` in place of alpha and C: budgets for every layer and head.
+        nc_config, profile: as in ``read_config``.
         arguments: alpha, C and every other option of ``NCConfig``; all else goes to ``HFLM``.
 
-    Raises:
-        EvalError: an argument is missing, misspelt or out of range; before the weights are read.
-        UnsupportedModelError: the model's attention cannot be patched; before the weights are read.
+    Raises, before the weights are read:
+        EvalError: an argument is missing, misspelt or out of range.
+        UnsupportedModelError: the model's attention cannot be patched.
     """
 
     def __init__(
@@ -148,10 +147,8 @@ class NCHFLM(HFLM):
     def _fingerprint(self) -> str:
         """A short hash of everything that an answer depends on."""
         arguments = {name: value for name, value in self._nc_model_arguments.items() if name not in _PLACEMENT}
-        arguments |= {
-            "pretrained": weights_fingerprint(self._model),
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-        }
+        arguments["pretrained"] = weights_fingerprint(self._model)
+        arguments["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
         given = {name: value for name, value in arguments.items() if value is not None}
         content = {"nc_patch": __version__, "settings": self.nc_config.to_dict(), "arguments": given}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]
@@ -160,11 +157,6 @@ class NCHFLM(HFLM):
         """What lm-eval writes under ``config`` in its results, with the settings and what this process attended."""
         stats = nc_stats(self._model)
         dense_calls = sum((Counter(layer["dense_calls"]) for layer in stats["layers"]), Counter[str]())
-        return {
-            **super().get_model_info(),
-            "nc_patch_version": __version__,
-            "nc_config": self.nc_config.to_dict(),
-            "nc_attended_fraction": stats["attended_fraction"],
-            "nc_mean_keys": stats["mean_keys"],
-            "nc_dense_calls": dict(dense_calls),
-        }
+        found: dict[str, Any] = {"nc_patch_version": __version__, "nc_config": self.nc_config.to_dict()}
+        found |= {f"nc_{name}": stats[name] for name in ("attended_fraction", "mean_keys")}
+        return {**super().get_model_info(), **found, "nc_dense_calls": dict(dense_calls)}

@@ -20,11 +20,7 @@ _HFLM_BACKENDS = ("default", "causal", "seq2seq")
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divides model arguments into the options of ``NCConfig`` and what is left for ``HFLM``.
-
-    Raises:
-        EvalError: ``backend`` is neither one of ``NCConfig`` nor one of ``HFLM``.
-    """
+    """Divides model arguments into the options of ``NCConfig`` and what is left for ``HFLM``."""
     options = {name: value for name, value in arguments.items() if name in OPTIONS and value is not None}
     others = {name: value for name, value in arguments.items() if name not in OPTIONS}
     backend = options.get("backend", BACKENDS[0])
@@ -39,11 +35,7 @@ def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with ``pretrained`` resolved as everywhere in this package: ``smollm2`` and ``.gguf`` files work.
-
-    Raises:
-        EvalError: ``pretrained`` is a path where there is no model.
-    """
+    """The arguments with ``pretrained`` resolved by ``find_model``, so that ``smollm2`` and ``.gguf`` files work."""
     name = arguments.get("pretrained")
     if not isinstance(name, str) or arguments.get("gguf_file") or arguments.get("subfolder"):
         return dict(arguments)
@@ -59,10 +51,8 @@ def read_config(
     """The ``NCConfig`` that model arguments describe.
 
     Args:
-        options: values by option name, as ``--model_args`` gives them: numbers, texts, and lists as Python lists or,
-            for ``dense_layers``, as ``0+1+29``.
-        nc_config: in place of ``options``, a path to a JSON file that ``NCConfig.to_json`` wrote, the same as a
-            mapping, or an ``NCConfig``.
+        options: by name, as ``--model_args`` gives them; lists as Python lists or, for ``dense_layers``, as ``0+1+29``.
+        nc_config: in place of ``options``: a JSON file that ``NCConfig.to_json`` wrote, a mapping, or an ``NCConfig``.
         profile: in place of alpha and C, a calibrated profile or the path of one; the other options go with it.
 
     Raises:

@@ -16,16 +16,12 @@ from eval_tasks.synthetic import GENERATORS, Material, synthesize
 
 METRIC = "string_match"
 # What a group of these tasks takes the mean of, each task counting the same: lm-eval wants the names in advance.
-GROUP_METRICS = [{"metric": METRIC, "weight_by_size": False}] + [
-    {"metric": f"{METRIC}_{512 << doubling}", "weight_by_size": False} for doubling in range(12)
-]
+_NAMES = (METRIC, *(f"{METRIC}_{512 << doubling}" for doubling in range(12)))
+GROUP_METRICS = [{"metric": name, "weight_by_size": False} for name in _NAMES]
 
 
 class RetrievalByLength(ByLengthTask):
-    """String match of what a model answers, one metric per context length and their mean.
-
-    In the YAML ``dataset_kwargs`` name the generator.
-    """
+    """String match of answers, one metric per context length and their mean; ``dataset_kwargs`` name the generator."""
 
     numbers: ClassVar[dict[str, int]] = {"samples": 100}
     plain_text: ClassVar[bool] = False
@@ -54,16 +50,10 @@ class RetrievalByLength(ByLengthTask):
             prompt: str = plain_context(filled, num_fewshot=0, gen_prefix=prefix or None, **options)
             return prompt
 
-        return [
-            synthesize(
-                *(self._generator, self.settings.tokenizer, length, self.settings.seed, doc["sample"]),
-                material=self._material,
-                new_tokens=self.config.generation_kwargs["max_gen_toks"],
-                render=render,
-                count=self.settings.count,
-            ).prompt
-            for length in doc["lengths"]
-        ]
+        generator, tokenizer, place = self._generator, self.settings.tokenizer, (self.settings.seed, doc["sample"])
+        ways: dict[str, Any] = {"material": self._material, "render": render, "count": self.settings.count}
+        ways["new_tokens"] = self.config.generation_kwargs["max_gen_toks"]
+        return [synthesize(generator, tokenizer, length, *place, **ways).prompt for length in doc["lengths"]]
 
     def requests(self, doc: Mapping[str, Any], ctx: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
         return [(prompt, deepcopy(self.config.generation_kwargs)) for prompt in ctx]

@@ -28,13 +28,10 @@ class Settings:
     Attributes:
         lengths: context lengths in tokens of the tokenizer, ascending; ``max_seq_lengths`` means the same, as for
             lm-eval's own ruler. By default those of 512, 1024, 2048 and 4096 that the model has positions for.
-        seed: of the samples.
-        text: where they come from, by its name as in ``eval_tasks.texts.load_text``.
+        seed: of the samples. text: where they come from, by its name as in ``eval_tasks.texts.load_text``.
         hub_copies: a directory with copies of the hub's data sets; None reaches for the hub.
-        tokenizer: named by ``tokenizer``, ``pretrained`` or ``model``.
-        count: the tokens that the model reads of a text on its own.
-        samples: how many samples at each length.
-        scored, passage: tokens scored of each sample, for the tasks that have the setting.
+        tokenizer: named by ``tokenizer``, ``pretrained`` or ``model``. count: its tokens of a text.
+        samples: at each length. scored, passage: tokens scored of each sample, for the tasks that have the setting.
     """
 
     lengths: tuple[int, ...]
@@ -49,18 +46,15 @@ class Settings:
 
 
 def read_settings(task: str, given: Mapping[str, Any], **numbers: int) -> Settings:
-    """Checks what the command line gave: ``--metadata`` merged with ``--model_args``.
+    """Checks what the command line gave a task: ``--metadata`` merged with ``--model_args``.
 
-    Args:
-        task: named in errors.
-        given: the fields of ``Settings`` and the model's arguments.
-        numbers: the positive integers among the settings, with their defaults.
-
-    Raises:
-        EvalError: a value is out of range, both names of the lengths are given, or no tokenizer is named.
+    ``numbers`` are the positive integers among the settings, with their defaults. Raises EvalError where a value is out
+    of range, both names of the lengths are given, or no tokenizer is named.
     """
     chosen = {name: given.get(name, default) for name, default in numbers.items()}
-    positive(**chosen)
+    for name, value in chosen.items():
+        if (as_integer(value) or 0) < 1:
+            raise EvalError(f"{name} must be a positive integer, got {value!r}")
     seed = as_integer(given.get("seed", 0))
     if seed is None:
         raise EvalError(f"seed must be an integer, got {given['seed']!r}")
@@ -69,20 +63,9 @@ def read_settings(task: str, given: Mapping[str, Any], **numbers: int) -> Settin
         raise EvalError("lengths and max_seq_lengths mean the same: give one of them")
     model = located(given)
     tokenizer = tokenizer_of(model, task)
-    return Settings(
-        checked_lengths(lengths[0] if lengths else None, max_length_of(model, tokenizer)),
-        *(seed, given.get("text", PYTHON_REFERENCE), given.get("hub_copies")),
-        tokenizer,
-        counter(tokenizer, model.get("add_bos_token")),
-        **chosen,
-    )
-
-
-def positive(**values: Any) -> None:
-    """Raises EvalError for a value that is no positive integer."""
-    for name, value in values.items():
-        if (as_integer(value) or 0) < 1:
-            raise EvalError(f"{name} must be a positive integer, got {value!r}")
+    ordered = checked_lengths(lengths[0] if lengths else None, max_length_of(model, tokenizer))
+    count, text = counter(tokenizer, model.get("add_bos_token")), given.get("text", PYTHON_REFERENCE)
+    return Settings(ordered, seed, text, given.get("hub_copies"), tokenizer, count, **chosen)
 
 
 def tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBase:

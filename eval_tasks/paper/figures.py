@@ -196,7 +196,6 @@ def _log_lengths(axis: Axes, lengths: Sequence[int] | np.ndarray) -> None:
     """A logarithmic x axis with a mark at every length, 2,048 as 2k."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xticks(
-        lengths, [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" if n >= 1024 else f"{n}" for n in lengths]
-    )
+    words = [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" if n >= 1024 else f"{n}" for n in lengths]
+    axis.set_xticks(lengths, words)
     axis.set_xlabel("n, keys")

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from eval_tasks.log_law import log_budgets
+from eval_tasks.matching import not_above
 from eval_tasks.stats import CONFIDENCE, paired_difference
 from nc_patch.budget import budgets
 
@@ -38,17 +39,14 @@ def equal_at(keys: int, length: int) -> list[Law]:
     """Laws that all give ``keys`` at ``length``: fixed, logarithmic, and α·n^C for C = 0.25, 0.5, 0.75 and 1."""
     laws = [Law("fixed", float(keys), 0.0), Law("log n", keys / math.log2(length), 0.0, "log")]
     laws += [Law(f"n^{C:g}", keys / length**C, C) for C in (0.25, 0.5, 0.75, 1.0)]
-    for place, law in enumerate(laws):
-        while laws[place].budget(length) > keys:  # rounding made the factor too large
-            laws[place] = replace(law, alpha=math.nextafter(laws[place].alpha, 0.0))
-    return laws
+    at = [lambda alpha, law=law: replace(law, alpha=alpha).budget(length) for law in laws]
+    return [replace(law, alpha=not_above(keys, law.alpha, budget)) for law, budget in zip(laws, at, strict=True)]
 
 
 def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
     """α·n^C for C = 0 (the fixed budget), 0.1 … 1, of the largest α whose mean budget is at most ``keys``.
 
-    Raises:
-        ValueError: not even one key per query is that little, or the shortest length has fewer than ``keys``.
+    Raises ValueError where that is below one key, or more than the shortest length.
     """
     if not 1 <= keys <= min(lengths):
         raise ValueError(f"keys must be between 1 and the shortest length {min(lengths)}, got {keys}")
@@ -65,13 +63,10 @@ def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
 def compare(
     laws: Sequence[Law], lengths: Sequence[int], losses: np.ndarray, documents: Sequence[Hashable] | None = None
 ) -> list[dict[str, Any]]:
-    """The mean loss of each law over all lengths and samples, and its difference from the first law's.
+    """The mean loss of each law of ``equal_in_mean`` over all lengths and samples, and its difference from the first's.
 
-    Args:
-        laws: those of ``equal_in_mean``, whose first is the fixed budget.
-        lengths: each as frequent as the others.
-        losses: ``[lengths, samples, laws]``; a sample's losses are averaged over lengths.
-        documents: which document each sample is from, if not one of its own; what is resampled.
+    ``losses`` are ``[lengths, samples, laws]``; a sample's losses are averaged over lengths. Documents are resampled,
+    by default each sample as one of its own.
     """
     found = []
     for law, own in zip(laws, np.moveaxis(losses, -1, 0), strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from eval_tasks.capture import Captured, capture
+from eval_tasks.capture import capture
 from eval_tasks.paper.laws import Law, compare, equal_in_mean, estimate, estimates, exponents, gather
 from eval_tasks.paper.theory import mass_share
 from nc_patch.functional import attend
@@ -26,18 +26,15 @@ def positions_before(n: int, rows: int) -> torch.Tensor:
     return torch.linspace(n - 1 - n // 16, n - 1, rows).round().long()
 
 
-def count_keys(captured: Captured, positions: torch.Tensor) -> dict[str, np.ndarray]:
+def count_keys(captured: Problem, positions: torch.Tensor) -> dict[str, np.ndarray]:
     """What each row's exact weights hold, in float64; ``[Hq, rows]`` each.
 
-    Returns:
-        ``mass 0.95``: the number of keys that hold 95 % of the mass; ``sigma``: the standard deviation of the visible
-        keys' scores; ``normal 0.95``: how many keys would hold as much if the scores were independent and normal with
-        that deviation.
+    ``mass 0.95`` is the number of keys that hold 95 % of the mass, ``sigma`` the standard deviation of the scores of
+    visible keys, ``normal 0.95`` how many keys would hold as much if scores were independent and normal with it.
     """
-    query, key, _, scale = captured
-    group, length = query.shape[1] // key.shape[1], int(positions[-1]) + 1
-    keys = key[0, :, :length].double().repeat_interleave(group, 0)
-    scores = scale * query[0, :, positions].double() @ keys.mT
+    query, key, length = captured.query, captured.key, int(positions[-1]) + 1
+    keys = key[0, :, :length].double().repeat_interleave(query.shape[1] // key.shape[1], 0)
+    scores = captured.scale * query[0, :, positions].double() @ keys.mT
     hidden = torch.arange(length) > positions[:, None]
     n = positions + 1
     mean = scores.masked_fill(hidden, 0.0).sum(-1, keepdim=True) / n[:, None]
@@ -49,7 +46,7 @@ def count_keys(captured: Captured, positions: torch.Tensor) -> dict[str, np.ndar
     return {"sigma": sigma, "mass 0.95": counts, "normal 0.95": expected}
 
 
-def losses(captured: Captured, positions: torch.Tensor, laws: Sequence[Law]) -> dict[str, np.ndarray]:
+def losses(captured: Problem, positions: torch.Tensor, laws: Sequence[Law]) -> dict[str, np.ndarray]:
     """What each law's top-k loses, ``[laws, rows]`` for each of ``MEASURES``.
 
     The kept mass is the mean over heads. Outputs are those of all heads side by side: ``output_error`` is the largest
@@ -88,11 +85,10 @@ def measure(
 ) -> dict[str, Any]:
     """All samples (token ids ``[1, L]``, L at least the longest length), layers, rising lengths and laws.
 
-    Returns:
-        ``heads``: for each layer and head the counts of ``count_keys``, medians over rows and samples, and their
-        exponents over the lengths. ``errors``: for each length and law the estimates over samples of ``MEASURES``.
-        ``slopes``: for each law the slopes of log loss against log n, estimates over samples. ``mixed``: the losses of
-        α·n^C by C at a mean cost of ``mixed_keys``.
+    ``heads`` has for each layer and head the counts of ``count_keys``, medians over rows and samples, and their
+    exponents over the lengths; ``errors`` for each length and law the estimates over samples of ``MEASURES``;
+    ``slopes`` for each law those of log loss against log n; ``mixed`` the losses of α·n^C by C at a mean cost of
+    ``mixed_keys``.
     """
     of_mean = equal_in_mean(mixed_keys, lengths)
     counted, lost = [], []

@@ -33,12 +33,9 @@ def sigma_of(spread: str, n: float) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One row, highest score first.
+    """One row in float64, highest score first: the scores z ``[n]`` at σ = 1, and values ``[n, CHANNELS]``.
 
-    Attributes:
-        z: float64 ``[n]``, the scores at σ = 1, falling.
-        values: float64 ``[n, CHANNELS]``, independent of z.
-        direction: float64 ``[CHANNELS]``, the unit vector u.
+    Values are independent of z; ``direction`` ``[CHANNELS]`` is the unit vector u.
     """
 
     z: np.ndarray
@@ -80,10 +77,8 @@ def attend(row: Row, sigma: float, budgets: Sequence[int]) -> tuple[np.ndarray, 
 def losses(row: Row, sigma: float, budgets: Sequence[int]) -> dict[str, np.ndarray]:
     """What attention over the k highest scores loses, for each k of ``budgets``; k = 0 stands for answering zero.
 
-    Returns:
-        float64 ``[len(budgets)]`` each: ``kept_mass``; ``weight_error``, the largest difference of an attention weight;
-        for each of ``VALUES``, ``output_error.…``, the largest difference of an output channel, and
-        ``relative_error.…``, ‖o − o_dense‖ / ‖o_dense‖.
+    ``kept_mass``; ``weight_error``, the largest difference of an attention weight; of each of ``VALUES`` the largest
+    difference of an output channel, ``output_error.…``, and ``relative_error.…``, ‖o − o_dense‖ / ‖o_dense‖.
     """
     mass, outputs, weights = attend(row, sigma, budgets)
     kept = mass[:-1]
@@ -111,11 +106,9 @@ def measure(
 ) -> dict[str, Any]:
     """Rows of all lengths and of the seeds 0, 1, 2 …, every spread and law.
 
-    Returns:
-        ``errors``: a dict for each spread, length and law, of estimates over the seeds. ``supports``: one for each
-        spread and length, of geometric means. ``exponents``: one for each spread, of the slopes of the supports.
-        ``mixed``: for each spread, the dropped mass of α·n^C by C at a mean cost of ``mixed_keys`` over
-        ``mixed_lengths``. ``library_differences``: see there.
+    ``errors`` has a dict for each spread, length and law, of estimates over the seeds; ``supports`` one for each spread
+    and length, of geometric means; ``exponents`` one for each spread, of the slopes of the supports; ``mixed`` for each
+    spread the dropped mass of α·n^C by C at a mean cost of ``mixed_keys`` over ``mixed_lengths``.
     """
     shown, of_mean = [Law("zero", 0.0, 0.0), *laws], equal_in_mean(mixed_keys, mixed_lengths)
 
@@ -136,9 +129,8 @@ def measure(
             found["supports"].append({"spread": spread, "n": n} | means)
         slopes = {name: estimate(exponents(lengths, x)) for name, x in counts.items()}
         found["exponents"].append({"spread": spread} | slopes)
-        mixed[spread] = {
-            "dropped_mass": compare(of_mean, mixed_lengths, 1 - lost["kept_mass"][places, :, len(shown) :])
-        }
+        dropped = 1 - lost["kept_mass"][places, :, len(shown) :]
+        mixed[spread] = {"dropped_mass": compare(of_mean, mixed_lengths, dropped)}
     return found | {"mixed": {"rows": mixed}, "library_differences": library_differences(lengths, laws)}
 
 

@@ -28,8 +28,3 @@ def mass_share(sigma: Any, epsilon: float) -> Any:
     with a fixed σ the number of keys is proportional to n.
     """
     return ndtr(-sigma - ndtri(epsilon))
-
-
-def kept_mass(n: int, k: float, sigma: float) -> float:
-    """The mass of the k largest of n keys, k ≤ n: Φ(σ + Φ⁻¹(k/n))."""
-    return float(ndtr(sigma + ndtri(k / n)))

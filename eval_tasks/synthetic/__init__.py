@@ -7,9 +7,6 @@ from eval_tasks.synthetic.counting import COUNTING_GENERATORS
 from eval_tasks.synthetic.needles import NEEDLE_GENERATORS
 from eval_tasks.synthetic.sample import Generator, Material, SyntheticSample, synthesize
 
-GENERATORS: dict[str, Generator] = {
-    generator.name: generator for generator in (*NEEDLE_GENERATORS, *COUNTING_GENERATORS)
-}
-"""Every generator by its name."""
+GENERATORS: dict[str, Generator] = {one.name: one for one in (*NEEDLE_GENERATORS, *COUNTING_GENERATORS)}
 
 __all__ = ["GENERATORS", "Generator", "Material", "SyntheticSample", "synthesize"]

@@ -10,9 +10,8 @@ import numpy as np
 from eval_tasks.synthetic.sample import Generator, Recipe, Request
 from eval_tasks.synthetic.words import WordStream, english_words
 
-_COMMON = 10
+_COMMON, _FREQUENT = 10, 3
 _COMMON_PREFIX = "Answer: The top 10 words that appear most often in the list are:"
-_FREQUENT = 3
 _FREQUENT_PREFIX = "Answer: According to the coded text above, the three most frequently appeared words are:"
 _TOKENS_PER_CODE = 50  # RULER has one coded word in its vocabulary for every 50 tokens
 

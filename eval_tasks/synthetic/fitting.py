@@ -18,10 +18,8 @@ _PROBE = 32  # units of filler from which their size is first estimated
 def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
     """Renders a question as the user's turn of the tokenizer's chat template, and the opening as the assistant's.
 
-    Where the template takes no assistant's turn to be continued, the opening follows the words that begin one.
-
-    Raises:
-        EvalError: the tokenizer has no chat template, or one that does not take a question.
+    Where the template takes no assistant's turn to be continued, the opening follows the words that begin one. Raises
+    EvalError where there is no template, or one that does not take a question.
     """
     if not tokenizer.chat_template:
         raise EvalError("the tokenizer has no chat template: measure without one, or give a tokenizer that has one")
@@ -63,10 +61,7 @@ def fill(tokens_at: Callable[[int], int], room: int) -> int:
 
     ``tokens_at`` gives the tokens of the whole text with that many units; it grows but for a few tokens, almost in
     proportion, so that secants land within a few steps. The search stops when at most 0.2 % of the room, or no whole
-    unit, is left.
-
-    Raises:
-        EvalError: not even the text without filler fits.
+    unit, is left. Raises EvalError where not even the text without filler fits.
     """
     low, low_tokens = 0, tokens_at(0)
     if low_tokens > room:

@@ -21,13 +21,9 @@ _FEWEST_WORDS = 400
 
 @dataclass(frozen=True)
 class Prose:
-    """The paragraphs of a text that are prose, as one run of words.
+    """The paragraphs of a text that are prose, as one run of words; origin and digest are those of the whole text.
 
-    Attributes:
-        words: in order, without line ends.
-        sentence_starts: index of the first word of each sentence, ascending from 0.
-        origin: where the text came from.
-        sha256: of the whole text.
+    ``sentence_starts`` are the indices of the first words of sentences, ascending from 0.
     """
 
     words: tuple[str, ...]
@@ -50,15 +46,11 @@ def load_prose(name: str) -> Prose:
     """The prose of a text, by its name as in ``eval_tasks.texts.load_text``.
 
     Paragraphs are kept that have a dozen words or more, end with a full stop, and are nine tenths letters and spaces:
-    no code, no tables, no headings. Repeated paragraphs are kept once.
-
-    Raises:
-        EvalError: there is no such text, or it holds too little prose.
+    no code, no tables, no headings. Repeated paragraphs are kept once. Raises EvalError where there is too little.
     """
     text = load_text(name)
-    paragraphs = dict.fromkeys(
-        " ".join(_LIST_MARK.sub("", paragraph.strip()).split()) for paragraph in re.split(r"\n\s*\n", text.content)
-    )
+    pieces = re.split(r"\n\s*\n", text.content)
+    paragraphs = dict.fromkeys(" ".join(_LIST_MARK.sub("", piece.strip()).split()) for piece in pieces)
     words = [word for paragraph in paragraphs if _is_prose(paragraph) for word in paragraph.split()]
     if len(words) < _FEWEST_WORDS:
         raise EvalError(
@@ -94,5 +86,5 @@ def _is_prose(paragraph: str) -> bool:
 
 def _sentence_starts(words: Sequence[str]) -> list[int]:
     """Where a word with a capital follows the end of a sentence, and the first word."""
-    opens = lambda word: word.lstrip("\"“‘'(*")[:1].isupper()  # noqa: E731
-    return [i for i, word in enumerate(words) if i == 0 or (opens(word) and _SENTENCE_END.search(words[i - 1]))]
+    opens = [word.lstrip("\"“‘'(*")[:1].isupper() for word in words]
+    return [i for i in range(len(words)) if i == 0 or (opens[i] and _SENTENCE_END.search(words[i - 1]))]

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +14,8 @@ from eval_tasks.synthetic.haystack import Prose, load_prose
 from eval_tasks.texts import PYTHON_REFERENCE
 
 DEPTHS = 40  # RULER puts needles at this many evenly spaced depths
-
+# How an answer is scored: the share of the expected strings it holds, or whether it holds any of them.
 Match = Literal["all", "part"]
-"""How an answer is scored: the share of the expected strings it holds, or whether it holds any of them."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Material:
 
     text: str = PYTHON_REFERENCE
 
-    @cached_property
+    @property
     def prose(self) -> Prose:
         """The prose of the text; raises EvalError where there is none."""
         return load_prose(self.text)
@@ -58,8 +57,7 @@ class Recipe:
 
     Attributes:
         question: the user's turn with (units of filler, sentences of padding): instructions, context and question.
-        prefix: the words that open the answer, for the model to continue.
-        answers: the strings that an answer is searched for.
+        prefix: the words that open the answer, for the model to continue. answers: what it is searched for.
         evidence: the sentences of the context that the answer needs, each there exactly once.
         padded: whether padding evens out what one unit more would overfill.
     """
@@ -73,16 +71,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Generator:
-    """One task whose samples are generated at any length.
+    """One task whose samples are generated at any length, from ``shortest`` tokens on with tokenizers of usual size.
 
-    Attributes:
-        name: what command lines and results call it.
-        description: one sentence for a newcomer.
-        recipe: how to build a sample.
-        new_tokens: tokens kept free for the answer, as in the original.
-        match: how the answer is scored.
-        chance: expected score of one who answers at random without reading the context.
-        shortest: the shortest length in tokens that tokenizers of usual size can fill.
+    So many ``new_tokens`` are kept free for the answer, as in the original; ``chance`` is the expected score of one who
+    answers at random without reading the context.
     """
 
     name: str
@@ -100,16 +92,10 @@ class Generator:
 
 @dataclass(frozen=True)
 class SyntheticSample:
-    """A prompt that fills a length, and what is expected of the model.
+    """A prompt, its parts that are the user's turn and open the answer, and what is expected of the model.
 
-    Attributes:
-        prompt: the text that the model reads. question: its part that is the user's turn. prefix: its part that opens
-            the answer.
-        answers: the strings that the answer is searched for. match: how it is scored.
-        length: the length asked for, in tokens.
-        prompt_tokens: tokens of the prompt, special tokens included. new_tokens: tokens kept free for the answer; both
-            fill 98 to 100 % of the length.
-        depths: where each sentence of evidence lies, as a share of the prompt's letters.
+    ``prompt_tokens``, special tokens included, and ``new_tokens``, kept free for the answer, fill 98 to 100 % of the
+    length. ``depths`` are where the sentences of evidence lie, as shares of the prompt's letters.
     """
 
     prompt: str = field(repr=False)
@@ -136,7 +122,7 @@ def synthesize(
     render: Render | None = None,
     count: Count | None = None,
 ) -> SyntheticSample:
-    """A sample that fills ``length`` tokens of the tokenizer to 98 % or more and never over.
+    """A sample that fills ``length`` tokens of the tokenizer, the answer's included, to 98 % or more and never over.
 
     The same arguments give the same sample; needles, keys and answers depend on the seed and the index alone, so
     samples of several lengths ask for the same things.
@@ -154,8 +140,7 @@ def synthesize(
         count: how tokens are counted, in place of the tokenizer with the special tokens it adds.
 
     Raises:
-        EvalError: the length is too short for the task, the text says what is hidden in it, or the tokenizer has no
-            chat template.
+        EvalError: the length is too short, the text says what is hidden in it, or there is no chat template.
     """
     material = material or Material()
     render = render or (chat(tokenizer) if use_chat_template else "{} {}".format)
@@ -169,29 +154,22 @@ def synthesize(
         return count(render(recipe.question(units, padding), recipe.prefix))
 
     try:
-        units = fill(measured, room)
-        padding, tokens = 0, measured(units)
-        if recipe.padded and room - tokens > TOLERANCE / 2 * length:
+        units, padding = fill(measured, room), 0
+        if recipe.padded and room - measured(units) > TOLERANCE / 2 * length:
             padding = fill(lambda sentences: measured(units, sentences), room)
-            tokens = measured(units, padding)
     except EvalError as error:
-        raise EvalError(
-            f"{generator.name} cannot fill {length} tokens, of which {reserve} are kept for the answer: {error}"
-        ) from error
+        said = f"{generator.name} cannot fill {length} tokens, of which {reserve} are kept for the answer"
+        raise EvalError(f"{said}: {error}") from error
+    tokens = measured(units, padding)
     if tokens + reserve < (1 - TOLERANCE) * length:
-        raise EvalError(
-            f"{generator.name} fills only {tokens + reserve} of {length} tokens, since one step more of its filler goes"
-            " beyond them; ask for more"
-        )
+        said = f"{generator.name} fills only {tokens + reserve} of {length} tokens"
+        raise EvalError(f"{said}, since one step more of its filler goes beyond them; ask for more")
     question = recipe.question(units, padding)
     prompt = render(question, recipe.prefix)
     for sentence in recipe.evidence:
         if (times := prompt.count(sentence)) != 1:
-            raise EvalError(
-                f"{sentence!r} stands {times} times in the prompt, so the text {material.text!r} says it too; give"
-                " another text"
-            )
+            said = f"{sentence!r} stands {times} times in the prompt, so the text {material.text!r} says it too"
+            raise EvalError(f"{said}; give another text")
     depths = tuple(prompt.index(sentence) / len(prompt) for sentence in recipe.evidence)
-    return SyntheticSample(
-        prompt, question, recipe.prefix, recipe.answers, generator.match, length, tokens, reserve, depths
-    )
+    expected = (recipe.prefix, recipe.answers, generator.match)
+    return SyntheticSample(prompt, question, *expected, length, tokens, reserve, depths)

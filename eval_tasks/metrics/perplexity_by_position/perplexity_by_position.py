@@ -50,15 +50,13 @@ def by_position(
     bounds = np.array([-np.inf, *edges, np.inf])
     sums, tokens = np.zeros(len(edges) + 1), np.zeros(len(edges) + 1, dtype=int)
     for number, (values, given) in enumerate(zip(loglikelihoods, counts, strict=True)):
-        if len(values) != len(given):
+        who, sizes = f"document {number}", np.array(given, dtype=int)
+        if len(values) != len(sizes):
             raise ValueError(
-                f"document {number} has {len(values)} log-likelihoods and {len(given)} counts of tokens; give one each"
+                f"{who} has {len(values)} log-likelihoods and {len(sizes)} counts of tokens; give one each"
             )
-        sizes = np.array(given, dtype=int)
         if np.any(sizes < 1):
-            raise ValueError(
-                f"document {number} has a log-likelihood of {sizes.min()} tokens; each covers at least one"
-            )
+            raise ValueError(f"{who} has a log-likelihood of {sizes.min()} tokens; each covers at least one")
         ends = first_position + np.cumsum(sizes)
         begins = ends - sizes
         ranges = np.searchsorted(bounds, begins + (sizes - 1) // 2, side="right") - 1
@@ -66,7 +64,7 @@ def by_position(
         if np.any(across > tolerance):
             run = np.argmax(across > tolerance)
             raise ValueError(
-                f"document {number}: the {sizes[run]} tokens from position {begins[run]} on lie across an edge of"
+                f"{who}: the {sizes[run]} tokens from position {begins[run]} on lie across an edge of"
                 f" {list(edges)}; split them, or move the edge"
             )
         np.add.at(sums, ranges, values)
@@ -88,10 +86,8 @@ class PerplexityByPosition(evaluate.Metric):
     """Perplexity of the tokens at each range of positions in the context."""
 
     def _info(self) -> Any:
-        lists = {
-            "predictions": datasets.Sequence(datasets.Value("float64")),
-            "references": datasets.Sequence(datasets.Value("int64")),
-        }
+        kinds = {"predictions": "float64", "references": "int64"}
+        lists = {name: datasets.Sequence(datasets.Value(kind)) for name, kind in kinds.items()}
         return evaluate.MetricInfo(_DESCRIPTION, "", datasets.Features(lists), _INPUTS)
 
     def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:

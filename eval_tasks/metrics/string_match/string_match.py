@@ -21,11 +21,7 @@ Returns:
 
 
 def score(prediction: str, references: Sequence[str], match: str = "all") -> float:
-    """Score of one answer in [0, 1]; see ``StringMatch``.
-
-    Raises:
-        ValueError: ``match`` is unknown, or there are no references.
-    """
+    """Score of one answer in [0, 1]; raises ValueError where ``match`` is unknown, or there are no references."""
     if match not in ("all", "part"):
         raise ValueError(f"match must be 'all' (share of the strings) or 'part' (any of them), got {match!r}")
     if not references:
@@ -44,8 +40,6 @@ class StringMatch(evaluate.Metric):
         texts = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
         return evaluate.MetricInfo(_DESCRIPTION, _CITATION, datasets.Features(texts), _INPUTS)
 
-    def _compute(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]], match: str = "all"
-    ) -> dict[str, Any]:
+    def _compute(self, predictions: Any, references: Any, match: str = "all") -> dict[str, Any]:
         scores = [score(*pair, match) for pair in zip(predictions, references, strict=True)]
         return {"string_match": sum(scores) / len(scores), "scores": scores}
