@@ -157,6 +157,15 @@ def test_calibrate_sees_before_it_measures_that_its_budget_is_none(arguments_of,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("fidelity", "--samples", "0"), ("fidelity", "--seed", "-1"), ("calibrate", "--seed", "-1")],
+)
+def test_numbers_that_are_too_small_are_refused_by_name(arguments_of, capsys, unmeasured, name, option, value):
+    assert main(arguments_of(name, option, value)) == 2
+    assert f"argument {option}: must be at least" in capsys.readouterr().err
+
+
 def test_bench_sees_before_it_measures_that_matplotlib_is_broken(arguments_of, capsys, monkeypatch, unmeasured):
     pytest.importorskip("matplotlib")
     monkeypatch.delitem(sys.modules, "nc_patch.bench.plot", raising=False)
