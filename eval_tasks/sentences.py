@@ -92,7 +92,8 @@ def caveats(
             within = judged.loc[judged["needed_within"].idxmax()]
             told += (
                 f" With {len(judged)} comparisons a difference takes at least {within['needed']} documents to show, "
-                f"and “as good” {within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons take fewer."
+                f"and “as good” {within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons take "
+                "fewer."
             )
         said.append(told)
     for task, own in compared[compared["dense_fails"]].groupby("task", observed=True):
