@@ -22,6 +22,14 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """The type of a number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
 def spaced(values: Iterable[object]) -> str:
     """Values as they are written on a command line."""
     return " ".join(map(str, values))

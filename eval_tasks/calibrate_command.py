@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, positive
+from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, not_negative, positive
 from eval_tasks.errors import EvalError
 from eval_tasks.models import pick_device
 from eval_tasks.processes import AgreedError, Processes, joined_processes, launched_rank, start_processes
@@ -113,6 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--pieces", type=int, default=defaults.DEFAULT_PIECES, help="pieces of text (default: %(default)s)")
     rows = "rows at each length of each piece (default: %(default)s)"
     add("--rows", type=int, default=defaults.DEFAULT_ROWS, help=rows)
-    add("--seed", type=int, default=0, help="of random numbers (default: 0)")
+    add("--seed", type=not_negative, default=0, help="of random numbers (default: 0)")
     add("--processes", type=positive, metavar="N", help="share the pieces among N processes of this machine")
     return parser

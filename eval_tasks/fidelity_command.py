@@ -18,7 +18,15 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from eval_tasks.arguments import TEXT_FORMS, add_budget_options, add_lengths, add_model_options, load_chosen_model
+from eval_tasks.arguments import (
+    TEXT_FORMS,
+    add_budget_options,
+    add_lengths,
+    add_model_options,
+    load_chosen_model,
+    not_negative,
+    positive,
+)
 from eval_tasks.capture import receive
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets
@@ -179,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", default=PYTHON_REFERENCE, help=f"{TEXT_FORMS} (default)")
     add("--methods", nargs="+", default=sparse, metavar="METHOD", help=f"default: {' '.join(sparse)}")
     add_lengths(parser, (512, 1024, 2048), "keys that a query sees")
-    add("--samples", type=int, default=2, help="stretches of text (default: 2)")
-    add("--seed", type=int, default=0, help="of the choice of stretches (default: 0)")
+    add("--samples", type=positive, default=2, help="stretches of text (default: 2)")
+    add("--seed", type=not_negative, default=0, help="of the choice of stretches (default: 0)")
     add_budget_options(parser)
     return parser

@@ -27,8 +27,9 @@ _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # Tells processes that were started here from those of a launcher.
 _RUN_ID = "nc_patch"
-# How long a process waits for the others: at the start for a model that is loaded, at the end for a last sample.
-_PATIENCE = timedelta(hours=2)
+# How long a process waits for the others: at the start for a model that is loaded, at the end for the shares of slower
+# machines. Of one that is gone it hears at once.
+_PATIENCE = timedelta(days=1)
 
 
 class AgreedError(EvalError):

@@ -77,12 +77,16 @@ def caveats(
             )
     if len(compared):
         fewest = compared["documents"].min()
-        within = compared.loc[compared["needed_within"].idxmax()]
-        said.append(
-            f"{'Few samples: ' * bool(fewest < _FEW)}{fewest} documents or more in each comparison. With "
-            f"{len(compared)} comparisons a difference takes at least {within['needed']} documents to show, and “as "
-            f"good” {within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons take fewer."
-        )
+        judged = compared[~compared["dense_fails"] & compared["p_difference"].notna()]
+        told = f"{'Few samples: ' * bool(fewest < _FEW)}{fewest} documents or more in each comparison."
+        if len(judged):
+            within = judged.loc[judged["needed_within"].idxmax()]
+            told += (
+                f" With {len(judged)} comparisons a difference takes at least {within['needed']} documents to show, "
+                f"and “as good” {within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons take "
+                "fewer."
+            )
+        said.append(told)
     for task, own in compared[compared["dense_fails"]].groupby("task", observed=True):
         listed = ", ".join(f"{length:,}" for length in sorted(set(own["length"])))
         said.append(f"Dense attention itself fails in {title_of(task)} at {listed} tokens: judge no method there.")

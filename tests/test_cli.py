@@ -156,6 +156,15 @@ def test_calibrate_sees_before_it_measures_that_its_budget_is_none(arguments_of,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("fidelity", "--samples", "0"), ("fidelity", "--seed", "-1"), ("calibrate", "--seed", "-1")],
+)
+def test_numbers_that_are_too_small_are_refused_by_name(arguments_of, capsys, unmeasured, name, option, value):
+    assert main(arguments_of(name, option, value)) == 2
+    assert f"argument {option}: must be at least" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))

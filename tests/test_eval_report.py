@@ -282,6 +282,15 @@ def test_the_first_table_is_of_the_longest_length_at_which_dense_works_and_every
     assert "nothing is compared" in said_of(tmp_path / "b", rows_of("recall", 1024, {"nc-topk": 3.0, "window": 9.0}))
 
 
+def test_the_number_of_comparisons_is_of_those_that_have_a_verdict(tmp_path):
+    rows = rows_of("recall", 1024, {"dense": 2.0, "nc-topk": 3.0}) + rows_of(
+        "recall", 4096, {"dense": 30.0, "nc-topk": 33.0}
+    )
+    said = said_of(tmp_path / "a", rows + rows_of("unseen", 4096, {"dense": 37.0}))
+    assert "With 1 comparisons a difference takes at least 6 documents" in said
+    assert "comparisons a difference" not in said_of(tmp_path / "b", rows_of("recall", 512, {"dense": 2, "nc": 3}, 1))
+
+
 def test_caveats_say_what_weakens_a_comparison(tmp_path):
     rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 3.0, "oracle": 2.1}, ran_dense={"a mask": 1})
     rows += [row("recall", 4096, i, "block", 5.0, tail_mean_keys=97.0) for i in range(3)]
