@@ -104,19 +104,17 @@ def prefill() -> str:
 
 
 def quality(run: str = "prefill") -> str:
-    """Perplexity and recall perplexity of each method over dense attention's, and the keys that it reads."""
+    """Perplexity and recall perplexity of each method over dense attention's at the longest length, and keys read."""
     table = pd.read_csv(RESULTS / "readme" / run / "summary.csv")
-    table = table[table.task != "unseen"].pivot(index="method", columns=["length", "task"])
-    lengths = sorted(table["perplexity"].columns.get_level_values(0).unique())
-    columns = [(n, task) for n in lengths for task in ("perplexity", "recall")]
+    table = table[(table.length == table.length.max()) & (table.task != "unseen")].pivot(index="method", columns="task")
     rows = []
     for name in sorted(table.index, key=order_of):
-        ratios = [table.loc[name, ("perplexity_ratio", *column)] for column in columns]
-        dense = [f"1 ({table.loc[name, ('perplexity', *column)]:.2f})" for column in columns]
-        keys = table.loc[name, ("tail_attended_fraction", lengths[-1], "perplexity")]
-        rows.append([find_method(name).title, *(dense if name == "dense" else map(_ratio, ratios)), _percent(keys)])
-    named = {"perplexity": "perplexity", "recall": "recall perplexity"}
-    return _markdown(["", *(f"{named[task]}, {n:,}" for n, task in columns), f"keys read, {lengths[-1]:,}"], rows)
+        found = table.loc[name]
+        cells = [_ratio(found["perplexity_ratio", task]) for task in ("perplexity", "recall")]
+        if name == "dense":
+            cells = [f"1 ({found['perplexity', task]:.2f})" for task in ("perplexity", "recall")]
+        rows.append([find_method(name).title, *cells, _percent(found["tail_attended_fraction", "perplexity"])])
+    return _markdown(["4,096 tokens", "perplexity", "recall perplexity", "keys read"], rows)
 
 
 def peers() -> str:
