@@ -1,4 +1,4 @@
-"""Serves completions over HTTP with sparse attention, from the standard library; one request at a time.
+"""Serves completions over HTTP with sparse attention, one at a time: python examples/serve.py [MODEL] [PORT]
 
 POST /v1/completions takes {"prompt": ..., "max_tokens": ...} and answers as OpenAI's interface does.
 """
@@ -13,9 +13,6 @@ from nc_patch import patch_model
 
 
 def complete(loaded: LoadedModel, prompt: str, max_tokens: int = 16, **_: object) -> dict:
-    """The answer to one request."""
-    if not prompt:
-        raise ValueError("the prompt is empty")
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
     begin, length = time.perf_counter(), inputs["input_ids"].shape[1]
     output = loaded.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0, length:]
@@ -25,14 +22,12 @@ def complete(loaded: LoadedModel, prompt: str, max_tokens: int = 16, **_: object
 
 
 def server(loaded: LoadedModel, port: int) -> HTTPServer:
-    """A server of this machine alone; port 0 takes a free one."""
-
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             try:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 status, answer = 200, complete(loaded, **request)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 status, answer = 400, {"error": f"{type(error).__name__}: {error}"}
             self.send_response(status)
             self.end_headers()
@@ -41,7 +36,7 @@ def server(loaded: LoadedModel, port: int) -> HTTPServer:
     return HTTPServer(("127.0.0.1", port), Handler)
 
 
-if __name__ == "__main__":  # python examples/serve.py [MODEL] [PORT]
+if __name__ == "__main__":
     model = load_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2")
     patch_model(model.model)
     server(model, int(sys.argv[2]) if len(sys.argv) > 2 else 8000).serve_forever()
