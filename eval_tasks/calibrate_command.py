@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,13 @@ from transformers.utils import logging as transformers_logging
 
 from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, not_negative, positive
 from eval_tasks.errors import EvalError
-from eval_tasks.models import pick_device
-from eval_tasks.processes import AgreedError, Processes, joined_processes, launched_rank, start_processes
+from eval_tasks.processes import Processes, joined_processes, refused, start_processes
 from eval_tasks.profile_report import PROFILE, PROFILE_PICTURE, PROFILE_REPORT, write_profile_report
 from eval_tasks.store import check_out
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch.calibration import calibrate as defaults
 from nc_patch.calibration.calibrate import calibrate
 from nc_patch.calibration.profile import checked_count, checked_layers, checked_number
-from nc_patch.cli import USAGE_ERROR
 from nc_patch.common import ProfileError, UnsupportedModelError
 from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.patch import model_shape
@@ -37,9 +34,7 @@ def run_calibrate(argv: Sequence[str]) -> int:
         with joined_processes(device=arguments.device) as processes:
             _calibrate(arguments, shlex.join(["nc-patch", "calibrate", *argv]), processes)
     except (EvalError, ProfileError, UnsupportedModelError) as error:
-        if launched_rank() == 0 or not isinstance(error, AgreedError):
-            print(f"nc-patch: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return refused(error)
     return 0
 
 
@@ -51,10 +46,7 @@ def _calibrate(arguments: argparse.Namespace, command: str, processes: Processes
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
         texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
-        device = pick_device(arguments.device)
-        if processes.world > 1 and device == torch.device("cuda"):
-            device = pick_device(f"cuda:{processes.local_rank}")
-        loaded = load_chosen_model(arguments, str(device))
+        loaded = load_chosen_model(arguments, str(processes.device(arguments.device)))
         dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
     options = {name: getattr(arguments, name) for name in ("eps", "pieces", "rows", "seed")}
     profile = calibrate(loaded.model, loaded.tokenizer, texts, arguments.lengths, arguments.target, **options)

@@ -22,14 +22,14 @@ from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
 from eval_tasks.measure import PHASES, SPARSE_IN
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
-from eval_tasks.processes import AgreedError, is_started_here, joined_processes, launched_rank, start_processes
+from eval_tasks.processes import is_started_here, joined_processes, launched_rank, refused, start_processes
 from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.run import run_sweep
 from eval_tasks.sweep import Sweep
 from eval_tasks.synthetic import GENERATORS, Generator
 from eval_tasks.tasks import TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
-from nc_patch.cli import INTERRUPTED, USAGE_ERROR
+from nc_patch.cli import INTERRUPTED
 from nc_patch.ops.backends import BACKENDS
 
 _LENGTHS = (512, 1024, 2048)
@@ -59,7 +59,7 @@ def run_eval(argv: Sequence[str]) -> int:
             return 0
         _write_report([directory], None, arguments.within / 100)
     except EvalError as error:
-        return _refuse(error)
+        return refused(error)
     except KeyboardInterrupt:
         if launched_rank() == 0 and not is_started_here():
             print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
@@ -81,14 +81,8 @@ def run_report(argv: Sequence[str]) -> int:
     try:
         _write_report(arguments.directories, arguments.out, arguments.within / 100)
     except EvalError as error:
-        return _refuse(error)
+        return refused(error)
     return 0
-
-
-def _refuse(error: EvalError) -> int:
-    if launched_rank() == 0 or not isinstance(error, AgreedError):
-        print(f"nc-patch: {error}", file=sys.stderr)
-    return USAGE_ERROR
 
 
 def _write_report(directories: Sequence[Path], out: Path | None, within: float) -> None:

@@ -20,6 +20,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, get_int_from_env
 
 from eval_tasks.errors import EvalError
+from eval_tasks.models import pick_device
+from nc_patch.cli import USAGE_ERROR
 from nc_patch.common import ProfileError
 
 # The names that torchrun, Intel MPI, Open MPI and MVAPICH give to the same numbers.
@@ -54,6 +56,13 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this is the process that speaks."""
         return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """The device that a name means, as ``pick_device`` says; of several processes each has a GPU of its own."""
+        device = pick_device(name)
+        if device.type == "cuda" and device.index is None and self.world > 1:
+            return pick_device(f"cuda:{self.local_rank}")
+        return device
 
     def gathered(self, value: Any) -> list[Any]:
         """What each process passed, in their order, in all of them; waits for them."""
@@ -174,6 +183,13 @@ def start_processes(processes: int | None, command: Sequence[str]) -> int | None
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+def refused(error: Exception) -> int:
+    """Prints an error for the user, once where all processes raise it, and returns the exit code."""
+    if launched_rank() == 0 or not isinstance(error, AgreedError):
+        print(f"nc-patch: {error}", file=sys.stderr)
+    return USAGE_ERROR
 
 
 def launched_world() -> int:

@@ -24,7 +24,6 @@ from eval_tasks.models import (
     load_model,
     load_tokenizer,
     max_positions,
-    pick_device,
     tokenizer_fingerprint,
 )
 from eval_tasks.presses import find_press
@@ -32,7 +31,7 @@ from eval_tasks.processes import Processes
 from eval_tasks.provenance import check_same, commit, hardware, hardware_words, record_session, versions
 from eval_tasks.report import REPORT_FILES
 from eval_tasks.store import append_row, check_out, claimed, read_rows, read_run
-from eval_tasks.sweep import Cells, Sweep, plan_of, total
+from eval_tasks.sweep import Cells, Sweep, cost_of, plan_of, total
 from eval_tasks.synthetic import GENERATORS, Material
 from eval_tasks.tasks import TASKS, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
@@ -93,9 +92,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes 
                 torch.set_num_threads(sweep.threads)
             check_same(directory, sweep.identity() | versions())
             source = load_source(sweep)
-            device = pick_device(sweep.device)
-            if device.type == "cuda" and device.index is None and processes.world > 1:
-                device = pick_device(f"cuda:{processes.local_rank}")
+            device = processes.device(sweep.device)
         with processes.together():
             if processes.is_first:
                 check_out(directory, REPORT_FILES)
@@ -126,7 +123,10 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes 
         complete = _measure_all(Measurer(sweep, model, source), todo, rate, directory, processes)
         complete = all(processes.gathered(complete))
         if processes.is_first:
-            _say_how_it_ended(sweep, time.monotonic() - began, complete, todo, read_rows(directory), total(plan))
+            if complete:
+                print(f"Measured in {tqdm.format_interval(time.monotonic() - began)}.", file=sys.stderr)
+            else:
+                _say_what_is_left(sweep, todo, read_rows(directory), total(plan))
         return complete
 
 
@@ -344,16 +344,11 @@ def _todo(sweep: Sweep, plan: Sequence[Cells], known: Sequence[dict[str, Any]], 
 
 def _seconds_by_cost(known: Sequence[dict[str, Any]]) -> float | None:
     timed = [row for row in known if row.get("seconds") is not None]
-    costs = sum(Cells(row["length"], "", 0, 0, 0, {}).cost for row in timed)
+    costs = sum(cost_of(row["length"]) for row in timed)
     return sum(row["seconds"] for row in timed) / costs if timed else None
 
 
-def _say_how_it_ended(
-    sweep: Sweep, seconds: float, complete: bool, todo: Sequence[Cells], rows: Sequence[dict[str, Any]], planned: int
-) -> None:
-    if complete:
-        print(f"Measured in {tqdm.format_interval(seconds)}.", file=sys.stderr)
-        return
+def _say_what_is_left(sweep: Sweep, todo: Sequence[Cells], rows: Sequence[dict[str, Any]], planned: int) -> None:
     there = {row["key"] for row in rows if not (sweep.retry_failed and "failed" in row)}
     left = sum(len(cells.without(there).keys) for cells in todo)
     print(

@@ -81,6 +81,11 @@ class Sweep:
         }
 
 
+def cost_of(length: int) -> float:
+    """Relative cost of a forward pass, of linear layers and attention: what a forecast of its time goes by."""
+    return length * (1 + length / 2048)
+
+
 @dataclass(frozen=True)
 class Cells:
     """What all methods are measured on together: one sample of one task and length.
@@ -101,8 +106,8 @@ class Cells:
 
     @property
     def cost(self) -> float:
-        """Relative cost of a forward pass, of linear layers and attention: what a forecast of its time goes by."""
-        return self.length * (1 + self.length / 2048)
+        """That of a forward pass; see ``cost_of``."""
+        return cost_of(self.length)
 
     def without(self, done: set[str]) -> "Cells":
         """What is left when rows of these keys are there."""

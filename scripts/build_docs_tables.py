@@ -106,7 +106,8 @@ def prefill() -> str:
 def quality(run: str = "prefill") -> str:
     """Perplexity and recall perplexity of each method over dense attention's at the longest length, and keys read."""
     table = pd.read_csv(RESULTS / "readme" / run / "summary.csv")
-    table = table[(table.length == table.length.max()) & (table.task != "unseen")].pivot(index="method", columns="task")
+    longest = table.length.max()
+    table = table[(table.length == longest) & (table.task != "unseen")].pivot(index="method", columns="task")
     rows = []
     for name in sorted(table.index, key=order_of):
         found = table.loc[name]
@@ -114,7 +115,7 @@ def quality(run: str = "prefill") -> str:
         if name == "dense":
             cells = [f"1 ({found['perplexity', task]:.2f})" for task in ("perplexity", "recall")]
         rows.append([find_method(name).title, *cells, _percent(found["tail_attended_fraction", "perplexity"])])
-    return _markdown(["4,096 tokens", "perplexity", "recall perplexity", "keys read"], rows)
+    return _markdown([f"{longest:,} tokens", "perplexity", "recall perplexity", "keys read"], rows)
 
 
 def peers() -> str:
