@@ -8,6 +8,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from nc_patch import steps
 from nc_patch.cache import Indexes, LayerCache, indexes_of
 from nc_patch.certificates import record, record_dense, refuse_graphs
 from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once
@@ -21,7 +22,7 @@ from nc_patch.families import (
     refuse_unsupported,
     say_unpatched,
 )
-from nc_patch.functional import attend, by_index, check_scale
+from nc_patch.functional import attend, backend_of, by_index, check_scale
 from nc_patch.hooks import IMPLEMENTATION, told_boundaries
 from nc_patch.masks import interval_mask
 from nc_patch.ops.backends import choose_backend
@@ -29,6 +30,7 @@ from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_mapped
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
 from nc_patch.selections import Dense, Selection
+from nc_patch.selections.index import LAYOUTS
 from nc_patch.stats import LayerCounters, tally
 from nc_patch.visibility import (
     BOUNDARIES,
@@ -100,8 +102,14 @@ def nc_attention_forward(
         UnsupportedModelError: the model asks for what sparse attention cannot do.
     """
     patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
+    arguments = {**kwargs, "dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    if patch is not None and patch.observe is None:
+        of_patch = (patch.config, patch.layer, patch.counters)
+        repeated = steps.repeat(module, (query, key, value), attention_mask, *of_patch, arguments)
+        if repeated is not None:
+            return repeated.transpose(1, 2).contiguous(), None
     crosses = patch is None and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)
-    refuse_unsupported(module, {**kwargs, "dropout": dropout}, crosses)
+    refuse_unsupported(module, arguments, crosses)
     nc_layer_cache: LayerCache | None = kwargs.get("nc_layer_cache")
     if patch is None and not crosses and not torch.compiler.is_compiling():
         say_unpatched(type(module).__name__)
@@ -110,8 +118,6 @@ def nc_attention_forward(
     query, key, value = cast_for_autocast(query, key, value)
     if isinstance(attention_mask, torch.Tensor):
         (attention_mask,) = cast_for_autocast(attention_mask)
-    told = told_boundaries()
-    boundaries = {name: kwargs[name] if kwargs.get(name) is not None else told.get(name) for name in BOUNDARIES}
     with autocast_off(query):
         unseen = query.new_empty(query.shape[0], 1, 0, dtype=torch.int32)
         problem = Problem(
@@ -120,7 +126,7 @@ def nc_attention_forward(
             softcap=0.0 if softcap is None else float(softcap),
             sinks=s_aux,
         )
-        return _attention(module, problem, attention_mask, patch, nc_layer_cache, boundaries, crosses)
+        return _attention(module, problem, attention_mask, patch, arguments, crosses)
 
 
 def _attention(
@@ -128,14 +134,16 @@ def _attention(
     problem: Problem,
     attention_mask: torch.Tensor | None,
     patch: LayerPatch | None,
-    nc_layer_cache: LayerCache | None,
-    boundaries: dict[str, torch.Tensor | None],
+    arguments: dict[str, Any],
     crosses: bool,
 ) -> tuple[torch.Tensor, None]:
     """``nc_attention_forward`` of a problem that lacks what its queries may see, and its budgets.
 
-    ``boundaries`` say where packed sequences begin; ``crosses``: every query may see every key.
+    ``arguments`` are what else was given; ``crosses``: every query may see every key.
     """
+    nc_layer_cache: LayerCache | None = arguments.get("nc_layer_cache")
+    told = told_boundaries()
+    boundaries = {name: arguments[name] if arguments.get(name) is not None else told.get(name) for name in BOUNDARIES}
     query, key, value = problem.query, problem.key, problem.value
     B, _, Lq, Lk = check_tensors(query, key, value, problem.sinks)
     refuse_tangents(query, key, value)
@@ -231,7 +239,14 @@ def _attention(
         patch.observe(Observed(plan.layer, problem, result.output))
     if patch is not None and not compiling and not in_transform():
         own = result.attended if selection.counts_attended else None
-        _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
+        counts = _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
+        shared = decoding and in_place and cached is not None and not plan.measures and patch.observe is None
+        if shared and dense_reason is None and len(laws) == 1 and problem.sinks is None and steps.is_plain(problem[:3]):
+            steps.remember(
+                attention_mask, module, problem, arguments, config=config, selection=selection, counts=counts,
+                kinds=steps.kinds_of(kept), paged=kept.choosing is not None and LAYOUTS[kept.choosing.kind].paged,
+                tail=patch.counters.tail, backend=backend_of(problem, selection, config.backend)[0],
+            )  # fmt: skip
     return result.output.transpose(1, 2).contiguous(), None
 
 
@@ -396,12 +411,15 @@ def _count(
     attended: torch.Tensor | None,
     dense_reason: str | None,
     own: bool,
-) -> None:
-    """Counts one call; what follows from the intervals and the settings alone is worked out once for all layers."""
+) -> torch.Tensor | None:
+    """Counts one call; what follows from the intervals and the settings alone is worked out once for all layers.
+
+    Returns the tally, or None where it follows from what is attended, and is taken later.
+    """
     tail = patch.counters.tail
     if own and attended is not None and attended.shape[-1] <= MAX_DECODE_QUERIES and dense_reason is None:
         patch.counters.add_later(attended, visible)
-        return
+        return None
     if own and attended is not None:
         counts = tally(attended, visible, tail)
     elif attended is None:
@@ -411,6 +429,7 @@ def _count(
         law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.dense_below)
         counts = once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))
     patch.counters.add(counts, dense_reason)
+    return counts
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -181,16 +181,9 @@ def attend(problem: Problem, selection: Selection, backend: str) -> AttentionRes
     Returns:
         The output, with what the problem asks for; ``attended`` also where only the selection knows it.
     """
-    p, phase = problem, problem.phase
-    chosen, reason = choose_backend(
-        backend,
-        p.query.device,
-        head_dims=p.head_dims,
-        needs_grad=phase == "prefill" and needs_gradient(p.query, p.key, p.value, p.sinks),
-        implemented=selection.backends(phase),
-    )
+    p, (chosen, reason) = problem, backend_of(problem, selection, backend)
     if reason is not None:
-        what = f"decoding by {selection.index_kind}" if phase == "decode" else f"{selection.name} attention"
+        what = f"decoding by {selection.index_kind}" if p.phase == "decode" else f"{selection.name} attention"
         say_once(f"{what} runs on the PyTorch backend: {reason}.")
     result = library.attend(selection, p, chosen)
     if result.lse is not None and not p.stats and not p.bounds:
@@ -199,6 +192,18 @@ def attend(problem: Problem, selection: Selection, backend: str) -> AttentionRes
         budget = (p.over_all_keys() if isinstance(selection, Dense) else p).budget
         result = result._replace(attended=budget.expand(p.query.shape[:3]).contiguous())
     return result
+
+
+def backend_of(problem: Problem, selection: Selection, backend: str) -> tuple[str, str | None]:
+    """Which backend runs a selection on a problem, and why no faster one; ``backend`` as in ``NCConfig``."""
+    phase = problem.phase
+    return choose_backend(
+        backend,
+        problem.query.device,
+        head_dims=problem.head_dims,
+        needs_grad=phase == "prefill" and needs_gradient(*problem[:3], problem.sinks),
+        implemented=selection.backends(phase),
+    )
 
 
 def check_index(index: KeyIndex, key: torch.Tensor, kind: str | None, used_by: str, query_length: int) -> None:

@@ -134,6 +134,7 @@ class KeyIndex:
     _backend: str
     _tensors: dict[str, torch.Tensor]
     unstarted: torch.Tensor | bool = False
+    _row_origins: torch.Tensor | None = None
 
     @classmethod
     def build(
@@ -214,6 +215,13 @@ class KeyIndex:
         """What the kernels read, in the order of the layout; what lies beyond the sequences' ends means nothing."""
         return tuple(self._tensors.values())
 
+    def row_origins(self, query_length: int) -> torch.Tensor:
+        """``origin`` of each query, int32 ``[B, query_length]``."""
+        found = self._row_origins
+        if found is None or found.shape[1] != query_length:
+            found = self._row_origins = self.origin[:, None].expand(-1, query_length).contiguous()
+        return found
+
     def fits(self, key: torch.Tensor) -> bool:
         """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv, D, dtype and device."""
         tensor = next(iter(self._tensors.values()))
@@ -228,6 +236,7 @@ class KeyIndex:
         """``select`` with int64 ``[B]``, as many as sequences, into the same memory: static addresses stay."""
         for tensor in self.everything():
             tensor.copy_(tensor.index_select(0, indices.to(tensor.device)))
+        self._row_origins = None
 
     def repeat(self, repeats: int) -> None:
         """Repeats every sequence ``repeats`` times, copies side by side."""
@@ -273,7 +282,7 @@ class KeyIndex:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._tensors = {name: change(tensor) for name, tensor in self._tensors.items()}
-        self.origin = change(self.origin)
+        self.origin, self._row_origins = change(self.origin), None
 
 
 def _check(kind: str, key: torch.Tensor, value: torch.Tensor | None, **given: torch.Tensor) -> None:

@@ -1,0 +1,127 @@
+"""A decoding step as the first layer of a forward pass works it out; the layers after it repeat it for their tensors.
+
+In eager mode the host decides how long a step takes, so that what follows from the mask and the settings is not asked
+again in every layer.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from nc_patch.cache import Indexes, LayerCache
+from nc_patch.config import NCConfig
+from nc_patch.ops.derivatives import in_transform
+from nc_patch.ops.means import PageMeans
+from nc_patch.ops.problem import Problem
+from nc_patch.selections import Selection
+from nc_patch.stats import LayerCounters
+
+_ATTRIBUTE = "_nc_step"
+
+
+class Step(NamedTuple):
+    """What the layers of one forward pass have in common.
+
+    Attributes:
+        config, selection, backend: how keys are chosen, and by what.
+        problem: of the first layer; what it sees, its budgets and its settings are those of all.
+        alike: shapes, dtypes and devices of query, key and value, and the scale, for which all that was checked holds.
+        module_config: of the model. arguments: what else the attention function was given, the cache aside.
+        kinds: of the key indexes that each layer keeps, with their page sizes: of the one that is chosen by, and means.
+        paged: whether pages are counted from the first index's origin. tail, counts: of ``tally``, where the budget is
+            what is attended.
+    """
+
+    config: NCConfig
+    selection: Selection
+    backend: str
+    problem: Problem
+    alike: tuple[Any, ...]
+    module_config: Any
+    arguments: dict[str, Any]
+    kinds: tuple[tuple[str, int], ...]
+    paged: bool
+    tail: int | None
+    counts: torch.Tensor | None
+
+
+def remember(
+    mask: torch.Tensor, module: torch.nn.Module, problem: Problem, arguments: dict[str, Any], **fields: Any
+) -> None:
+    """Keeps a step for the layers after this one, on the mask that they share; ``fields`` are its others."""
+    alike = _alike(problem[:3], arguments)
+    others = {name: value for name, value in arguments.items() if name not in ("nc_layer_cache", "scaling")}
+    step = Step(problem=problem, alike=alike, module_config=module.config, arguments=others, **fields)
+    setattr(mask, _ATTRIBUTE, step)
+
+
+def is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether nothing traces, transforms or differentiates a call, or casts its tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not in_transform()
+        and forward_ad._current_level < 0
+        and all(type(tensor) is torch.Tensor for tensor in tensors)
+        and not torch.is_autocast_enabled(tensors[0].device.type)
+    )
+
+
+def repeat(
+    module: torch.nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: Any,
+    config: NCConfig,
+    layer: int,
+    counters: LayerCounters,
+    arguments: dict[str, Any],
+) -> torch.Tensor | None:
+    """Attention ``[B, Hq, Lq, Dv]`` of a layer whose forward pass has a step that fits; None where there is none.
+
+    Args:
+        tensors: query, key and value. arguments: what else the attention function was given.
+    """
+    step: Step | None = getattr(mask, _ATTRIBUTE, None)
+    cache: LayerCache | None = arguments.get("nc_layer_cache")
+    held = None if cache is None else cache.layer
+    if step is None or held is None or config is not step.config or layer in config.dense_layers:
+        return None
+    told = module.config is step.module_config and module.__dict__.get("masked_key_indices") is None
+    if not (told and is_plain(tensors) and _alike(tensors, arguments) == step.alike and counters.tail == step.tail):
+        return None
+    given = step.arguments
+    if len(arguments) != len(given) + 2 or any(arguments.get(name) is not value for name, value in given.items()):
+        return None
+    query, key, value = tensors
+    held.nc_compare(key, value)
+    indexes = held.nc_ready(step.kinds, key)
+    if indexes is None:
+        return None
+    origin, means, chosen = step.problem.origin, None, ()
+    if step.problem.means is not None:
+        means = PageMeans(*indexes[-1].tensors())
+    if step.problem.key_index:
+        chosen = indexes[0].tensors()
+        origin = indexes[0].row_origins(query.shape[2]) if step.paged else origin
+    shared = step.problem
+    problem = Problem(query, key, value, shared.visible, origin, *shared[5:9], means, chosen, *shared[11:])
+    result = step.selection.run(problem, step.backend)
+    if step.kinds:
+        held.nc_settle()
+    if step.counts is None:
+        counters.add_later(result.attended, shared.visible)
+    else:
+        counters.add(step.counts, None)
+    return result.output
+
+
+def kinds_of(kept: Indexes) -> tuple[tuple[str, int], ...]:
+    """The kinds and page sizes of the indexes that a layer decodes by."""
+    return tuple((index.kind, index.block_size) for index in (kept.choosing, kept.means) if index is not None)
+
+
+def _alike(tensors: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> tuple[Any, ...]:
+    query, key, value = tensors
+    dtypes, devices = (query.dtype, key.dtype, value.dtype), (query.device, key.device)
+    return query.shape, key.shape, value.shape, dtypes, devices, arguments["scaling"]
