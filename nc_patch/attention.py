@@ -242,10 +242,11 @@ def _attention(
         counts = _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
         shared = decoding and in_place and cached is not None and not plan.measures and patch.observe is None
         if shared and dense_reason is None and len(laws) == 1 and problem.sinks is None and steps.is_plain(problem[:3]):
+            backend, _ = backend_of(problem, selection, config.backend)
             steps.remember(
-                attention_mask, module, problem, arguments, config=config, selection=selection, counts=counts,
+                attention_mask, module, problem, arguments, config=config, run=selection.bound(problem, backend),
                 kinds=steps.kinds_of(kept), paged=kept.choosing is not None and LAYOUTS[kept.choosing.kind].paged,
-                tail=patch.counters.tail, backend=backend_of(problem, selection, config.backend)[0],
+                tail=patch.counters.tail, counts=counts,
             )  # fmt: skip
     return result.output.transpose(1, 2).contiguous(), None
 

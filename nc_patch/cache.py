@@ -109,20 +109,21 @@ class KeyIndexMixin:
             self._nc_updated |= {kind}
         return index
 
-    def nc_ready(self, kinds: tuple[tuple[str, int], ...], key: torch.Tensor) -> list[KeyIndex] | None:
-        """The indexes of these kinds and page sizes, with room for ``key``; None unless they are all that there is, are
-        right for the keys before, and only have to take in new ones, which who asks does.
+    def nc_ready(self, kinds: tuple[tuple[str, int, int], ...], key: torch.Tensor) -> list[KeyIndex] | None:
+        """The indexes of these kinds, page sizes and capacities, with room for ``key``; None unless they are all that
+        there is, are right for the keys before, and only have to take in new ones, which who asks does.
         """
         indexes = self.nc_indexes
         if len(indexes) != len(kinds) or self._nc_moved:
             return None
         found = []
-        for kind, block_size in kinds:
+        for kind, block_size, capacity in kinds:
             index = indexes.get(kind)
-            fits = index is not None and index.block_size == block_size and index.fits(key)
-            if index is None or not fits or index.unstarted is not False or index.is_frozen():
+            if index is None or index.block_size != block_size or not index.fits(key):
                 return None
             index.make_room(key.shape[2])
+            if index.capacity != capacity or index.unstarted is not False or index.is_frozen():
+                return None
             found.append(index)
         return found
 

@@ -4,6 +4,7 @@ In eager mode the host decides how long a step takes, so that what follows from 
 again in every layer.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,7 @@ from nc_patch.cache import Indexes, LayerCache
 from nc_patch.config import NCConfig
 from nc_patch.ops.derivatives import in_transform
 from nc_patch.ops.means import PageMeans
-from nc_patch.ops.problem import Problem
-from nc_patch.selections import Selection
+from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.stats import LayerCounters
 
 _ATTRIBUTE = "_nc_step"
@@ -24,23 +24,22 @@ class Step(NamedTuple):
     """What the layers of one forward pass have in common.
 
     Attributes:
-        config, selection, backend: how keys are chosen, and by what.
+        config: of the model. run: of ``Selection.bound``.
         problem: of the first layer; what it sees, its budgets and its settings are those of all.
-        alike: shapes, dtypes and devices of query, key and value, and the scale, for which all that was checked holds.
+        alike: what of query, key and value the computation was chosen for and checked, and the scale.
         module_config: of the model. arguments: what else the attention function was given, the cache aside.
-        kinds: of the key indexes that each layer keeps, with their page sizes: of the one that is chosen by, and means.
+        kinds: of the key indexes that each layer keeps: of the one that is chosen by, and of means; see ``kinds_of``.
         paged: whether pages are counted from the first index's origin. tail, counts: of ``tally``, where the budget is
             what is attended.
     """
 
     config: NCConfig
-    selection: Selection
-    backend: str
+    run: Callable[[Problem], AttentionResult]
     problem: Problem
     alike: tuple[Any, ...]
     module_config: Any
     arguments: dict[str, Any]
-    kinds: tuple[tuple[str, int], ...]
+    kinds: tuple[tuple[str, int, int], ...]
     paged: bool
     tail: int | None
     counts: torch.Tensor | None
@@ -98,30 +97,34 @@ def repeat(
     indexes = held.nc_ready(step.kinds, key)
     if indexes is None:
         return None
-    origin, means, chosen = step.problem.origin, None, ()
-    if step.problem.means is not None:
+    shared = step.problem
+    origin, means, chosen = shared.origin, shared.means, shared.key_index
+    if means is not None:
         means = PageMeans(*indexes[-1].tensors())
-    if step.problem.key_index:
+    if chosen:
         chosen = indexes[0].tensors()
         origin = indexes[0].row_origins(query.shape[2]) if step.paged else origin
-    shared = step.problem
-    problem = Problem(query, key, value, shared.visible, origin, *shared[5:9], means, chosen, *shared[11:])
-    result = step.selection.run(problem, step.backend)
+    problem = shared._replace(query=query, key=key, value=value, origin=origin, means=means, key_index=chosen)
+    result = step.run(problem)
     if step.kinds:
         held.nc_settle()
-    if step.counts is None:
+    if step.counts is None and result.attended is not None:
         counters.add_later(result.attended, shared.visible)
-    else:
+    elif step.counts is not None:
         counters.add(step.counts, None)
     return result.output
 
 
-def kinds_of(kept: Indexes) -> tuple[tuple[str, int], ...]:
-    """The kinds and page sizes of the indexes that a layer decodes by."""
-    return tuple((index.kind, index.block_size) for index in (kept.choosing, kept.means) if index is not None)
+def kinds_of(kept: Indexes) -> tuple[tuple[str, int, int], ...]:
+    """The kinds, page sizes and capacities of the indexes that a layer decodes by."""
+    indexes = [index for index in (kept.choosing, kept.means) if index is not None]
+    return tuple((index.kind, index.block_size, index.capacity) for index in indexes)
 
 
 def _alike(tensors: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> tuple[Any, ...]:
     query, key, value = tensors
-    dtypes, devices = (query.dtype, key.dtype, value.dtype), (query.device, key.device)
-    return query.shape, key.shape, value.shape, dtypes, devices, arguments["scaling"]
+    return (
+        *(query.shape, query.stride(), query.dtype, query.device, query.data_ptr() & 15),
+        *(key.shape, key.stride(), key.dtype, key.device, key.data_ptr() & 15),
+        *(value.shape, value.stride(), value.dtype, value.data_ptr() & 15, arguments["scaling"]),
+    )

@@ -151,6 +151,12 @@ class Selection:
         result: AttentionResult = implementation(problem)
         return result
 
+    def bound(self, problem: Problem, backend: str) -> Callable[[Problem], AttentionResult]:
+        """What runs problems like this one: with tensors of the same shapes, strides, dtypes, devices and alignment to
+        16 bytes, and the same settings. Asked for once a forward pass, and called in each layer.
+        """
+        return lambda like: self.run(like, backend)
+
     def backends(self, phase: str) -> tuple[str, ...]:
         """The backends that have the phase, ``"prefill"`` or ``"decode"``."""
         return tuple(name for name in ("triton", "cpu", "torch") if getattr(self, f"{phase}_{name}") is not None)

@@ -1,7 +1,7 @@
 """From tensors to a kernel launch: what the kernels take, the tile sizes they use, and their outputs."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -226,34 +226,63 @@ def on_device(device: torch.device) -> Any:
 
 @lru_cache(maxsize=256)
 def compiled_kernels(*key: Any) -> dict[Any, Any]:
-    """What ``run_kernel`` has compiled for launches that are alike; ``key`` is all that Triton specialises them for."""
+    """What ``Launches`` have compiled for launches that are alike; ``key`` is all that Triton specialises them for."""
     return {}
 
 
-def run_kernel(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    arguments: dict[str, Any],
-    options: dict[str, Any],
-    compiled: dict[Any, Any] | None = None,
-) -> None:
-    """Launches a kernel with those of the arguments that it takes, by name, and with its options.
+class Launches:
+    """Kernels that are launched one after another, for problems that are alike: what changes is given by name.
 
     Args:
-        arguments: whatever several kernels take. options: of the compiler, and compile-time arguments.
+        kernels: with the grid and the options of each: compile-time arguments, and what the compiler takes.
+        arguments: whatever several kernels take, and does not change.
         compiled: of ``compiled_kernels``. What is found there is launched at once; otherwise Triton looks at every
             argument, which takes several times as long as the rest of a launch.
     """
-    # By its identity: a kernel's hash is made of its source.
-    known = None if compiled is None else compiled.get(id(kernel))
-    if known is not None:
-        every = {**arguments, **options}
-        known[grid](*map(every.__getitem__, kernel.arg_names))
-        return
-    taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-    found = kernel[grid](**taken, **options)
-    if compiled is not None and found is not None:
-        compiled[id(kernel)] = found
+
+    def __init__(
+        self,
+        kernels: Sequence[tuple[Any, tuple[int, int, int], dict[str, Any]]],
+        arguments: dict[str, Any],
+        compiled: dict[Any, Any],
+    ) -> None:
+        self._kernels, self._arguments, self._compiled = kernels, arguments, compiled
+        # Of each kernel what launches it, its arguments in order, and where those are that change.
+        self._ready: list[tuple[Any, list[Any], list[tuple[int, str]]]] = []
+
+    def __call__(self, device: torch.device, changing: dict[str, Any]) -> None:
+        """Launches the kernels on a device with those of the arguments that each takes."""
+        with on_device(device):
+            if not self._ready:
+                self._launch_first(changing)
+                return
+            driver = triton.runtime.driver.active
+            stream = driver.get_current_stream(driver.get_current_device())
+            for launch, arguments, places in self._ready:
+                taken = arguments.copy()
+                for place, name in places:
+                    taken[place] = changing[name]
+                launch(*taken, stream=stream)
+
+    def _launch_first(self, changing: dict[str, Any]) -> None:
+        ready = []
+        for kernel, grid, options in self._kernels:
+            fixed = {**self._arguments, **options}
+            # By its identity: a kernel's hash is made of its source.
+            found = self._compiled.get(id(kernel))
+            if found is None:
+                given = {**self._arguments, **changing}
+                taken = {name: given[name] for name in kernel.arg_names if name in given}
+                found = kernel[grid](**taken, **options)
+                if found is None:  # in the interpreter
+                    continue
+                self._compiled[id(kernel)] = found
+            else:
+                found[grid](*(changing[name] if name in changing else fixed[name] for name in kernel.arg_names))
+            places = [(at, name) for at, name in enumerate(kernel.arg_names) if name in changing]
+            ready.append((found[grid], [fixed.get(name) for name in kernel.arg_names], places))
+        if len(ready) == len(self._kernels):
+            self._ready = ready
 
 
 def alignment(*tensors: torch.Tensor | None) -> tuple[bool | None, ...]:

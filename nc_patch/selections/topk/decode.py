@@ -19,21 +19,16 @@ several sequences would take more, some of them go after the others, in as many 
 """
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from nc_patch.ops.means import PageMeans, touched_slots
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
-from nc_patch.ops.triton.launch import (
-    architecture_of,
-    compiled_kernels,
-    on_device,
-    prepared,
-    run_kernel,
-    settings_of,
-)
-from nc_patch.ops.triton.structs import RowInputs, heads
+from nc_patch.ops.triton.launch import Launches, architecture_of, compiled_kernels, prepared, settings_of
+from nc_patch.ops.triton.structs import Heads, RowInputs
 from nc_patch.selections.topk.choose import choose_kernel, score_kernel
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import key_shape
@@ -52,17 +47,14 @@ class Step(NamedTuple):
     Attributes:
         plan: how it is divided. dense: whether its tensors are taken as they are, and none is copied.
         at_once: how many sequences and queries are decoded together.
-        arguments: of the kernels, but for tensors. grids, options: of each kernel.
-        compiled: what ``run_kernel`` remembers.
+        strides: of query, key, value and means, as in ``Heads``. launches: the kernels.
     """
 
     plan: Plan
     dense: bool
     at_once: tuple[int, int]
-    arguments: dict[str, Any]
-    grids: tuple[tuple[int, int, int], ...]
-    options: tuple[dict[str, Any], ...]
-    compiled: dict[Any, Any]
+    strides: tuple[tuple[int, ...], ...]
+    launches: Launches
 
 
 # All layers of a step of generation share one, and so do those of many steps.
@@ -82,6 +74,11 @@ def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> At
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
+    return bound_topk_decode(problem, sink_keys, recent_keys)(problem)
+
+
+def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Problem], AttentionResult]:
+    """``triton_topk_decode`` of problems like this one; see ``Selection.bound``."""
     key = (
         *(sink_keys, recent_keys, problem.scale, problem.softcap, problem.most, problem.new, problem.bounds),
         *(problem.sinks is None, problem.means is None, problem.stats, architecture_of(problem.query.device)),
@@ -92,10 +89,15 @@ def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> At
         if len(_STEPS) >= _MOST_STEPS:
             _STEPS.clear()
         step = _STEPS[key] = _step_of(problem, key, sink_keys, recent_keys)
+    if step.at_once != tuple(problem.visible.shape[:2]):
+        return partial(_decode_in_parts, step.at_once, sink_keys, recent_keys)
+    return partial(_decode_at_once, step)
+
+
+def _decode_in_parts(at_once: tuple[int, int], sink_keys: int, recent_keys: int, problem: Problem) -> AttentionResult:
+    """Decodes so many sequences and queries at a time."""
     B, Lq = problem.visible.shape[:2]
-    if step.at_once == (B, Lq):
-        return _decode_at_once(problem if step.dense else prepared(problem), step)
-    whole, (sequences, queries) = _empty_result(problem), step.at_once
+    whole, (sequences, queries) = _empty_result(problem), at_once
     for b, q in itertools.product(range(0, B, sequences), range(0, Lq, queries)):
         of, at = slice(b, b + sequences), slice(q, q + queries)
         found = triton_topk_decode(_part(problem, of, at), sink_keys, recent_keys)
@@ -130,27 +132,25 @@ def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
         "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "stride": plan.stride,
         "parts": plan.parts, "slots": plan.slots, "groups": plan.groups, "settings": settings_of(problem),
-        "mean_key": None, "mean_value": None,
+        "mean_key": None, "mean_value": None, "sinks": None,
     }  # fmt: skip
+    grids = ((blocks, sampled + upkeep, 1), (rows, 1, 1), *((blocks, splits, 1),) * 2, (rows, 1, 1))
+    grids = (*grids, (blocks, plan.parts, 1))
+    kernels = (prepare_kernel, guess_kernel, scan_kernel, score_kernel, choose_kernel, gather_kernel)
+    options = (plan.options[name] for name in ("prepare", "guess", "scan", "score", "choose", "gather"))
+    # All that the kernels are compiled for is in the plan or among what the tensors of a step have in common.
+    compiled = compiled_kernels(
+        *(architecture, plan.constants, problem.softcap != 0, problem.sinks is None),
+        *(problem.means is None, problem.stats or problem.bounds),
+        *(of_tensor[1:] for of_tensor in key[-len(problem.tensors()) :]),
+    )
+    as_heads = (problem.query, problem.key, problem.value, *(problem.means or ()))
     return Step(
         plan,
         all(mine is theirs for mine, theirs in zip(as_given.tensors(), problem.tensors(), strict=True)),
         (sequences, queries),
-        arguments,
-        (
-            (blocks, sampled + upkeep, 1),
-            (rows, 1, 1),
-            *((blocks, splits, 1),) * 2,
-            (rows, 1, 1),
-            (blocks, plan.parts, 1),
-        ),
-        tuple(plan.options[name] for name in ("prepare", "guess", "scan", "score", "choose", "gather")),
-        # All that the kernels are compiled for is in the plan or among what the tensors of a step have in common.
-        compiled_kernels(
-            *(architecture, plan.constants, problem.softcap != 0, problem.sinks is None),
-            *(problem.means is None, problem.stats or problem.bounds),
-            *(of_tensor[1:] for of_tensor in key[-len(problem.tensors()) :]),
-        ),
+        tuple(t.stride()[:3] for t in as_heads),
+        Launches(tuple(zip(kernels, grids, options, strict=True)), arguments, compiled),
     )
 
 
@@ -173,25 +173,27 @@ def _empty_result(problem: Problem) -> AttentionResult:
     return AttentionResult(output, lse, kept_mass_bounds=bounds)
 
 
-def _decode_at_once(problem: Problem, step: Step) -> AttentionResult:
-    """Decodes a problem all at once; its tensors have been checked, and are dense."""
+def _decode_at_once(step: Step, problem: Problem) -> AttentionResult:
+    """Decodes a problem all at once."""
+    if not step.dense:
+        problem = prepared(problem)
     result, plan, means = _empty_result(problem), step.plan, problem.means
     if result.output.numel() == 0:
         return result
-    query, device = problem.query, problem.query.device
-    arguments = {
-        **step.arguments, "query": heads(query), "key": heads(problem.key), "value": heads(problem.value),
-        "codes": KeyCodes(*problem.key_index),
-        "inputs": RowInputs(problem.visible, problem.budget, None if means is None else problem.origin),
-        "scratch": Scratch(torch.empty(plan.numbers, dtype=torch.float32, device=device), *plan.offsets),
-        "sinks": problem.sinks, "results": Results(result.output, result.lse, result.kept_mass_bounds),
+    query, key, value, visible, origin, budget, *_ = problem
+    scratch = torch.empty(plan.numbers, dtype=torch.float32, device=query.device)
+    strides = step.strides
+    changing = {
+        "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
+        "codes": KeyCodes(*problem.key_index), "scratch": Scratch(scratch, *plan.offsets),
+        "inputs": RowInputs(visible, budget, None if means is None else origin),
+        "results": Results(result.output, result.lse, result.kept_mass_bounds),
     }  # fmt: skip
+    if problem.sinks is not None:
+        changing["sinks"] = problem.sinks
     if means is not None:
-        arguments["mean_key"], arguments["mean_value"] = map(heads, means)
-    kernels = (prepare_kernel, guess_kernel, scan_kernel, score_kernel, choose_kernel, gather_kernel)
-    with on_device(device):
-        for kernel, grid, options in zip(kernels, step.grids, step.options, strict=True):
-            run_kernel(kernel, grid, arguments, options, step.compiled)
+        changing |= {"mean_key": Heads(means.key, *strides[3]), "mean_value": Heads(means.value, *strides[4])}
+    step.launches(query.device, changing)
     return result
 
 

@@ -1,5 +1,6 @@
 """``TopK``: the keys with the highest scores."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -121,6 +122,15 @@ class TopK(Selection):
         from nc_patch.selections.topk.cpu_decode import cpu_topk_decode
 
         return cpu_topk_decode(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
+
+    def bound(self, problem: Problem, backend: str) -> Callable[[Problem], AttentionResult]:
+        """While decoding by codes in kernels, their launches."""
+        complete = self.uses_means == (problem.means is not None)
+        if backend != "triton" or problem.phase != "decode" or not complete:
+            return super().bound(problem, backend)
+        from nc_patch.selections.topk.decode import bound_topk_decode
+
+        return bound_topk_decode(problem, self.sink_keys, self.recent_keys)
 
     def decode_triton(self, problem: Problem) -> AttentionResult:
         """By codes, in kernels; see ``decode``."""
