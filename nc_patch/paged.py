@@ -5,17 +5,16 @@ page lie beside its keys, so that they move with the block. A row attends what `
 attends for its sequence alone.
 """
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from nc_patch.common import check_choice
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.problem import DTYPES, AttentionResult, Problem, describe
-from nc_patch.selections.block.blocks import BLOCK_SIZES
-from nc_patch.selections.block.pages import VECTORS, PageStatistics, summarize
-from nc_patch.selections.block.torch_decode import torch_block_decode
+from nc_patch.ops.problem import AttentionResult, Problem, describe
+from nc_patch.selections import Block
+from nc_patch.selections.block.pages import PageStatistics, check_blocks, check_table, summarize
+
+_IMPLEMENTED = ("triton", "torch")
 
 
 class PagedKeys(NamedTuple):
@@ -43,10 +42,16 @@ def summarize_slots_(paged: PagedKeys, slots: torch.Tensor, page_size: int, back
     Raises:
         ValueError: tensors that do not fit each other or the page size. RuntimeError: a backend that cannot run here.
     """
-    _check_paged(page_size, *_layouts(paged))
+    check_blocks(*paged, page_size)
     if slots.dtype != torch.int64 or slots.ndim != 1 or slots.device != paged.key.device:
         raise ValueError(f"slots must be int64 [T] on {paged.key.device}, got {describe(slots)}")
-    choose_backend(backend, slots.device, head_dims=paged.key.shape[-1:], implemented=("torch",))
+    chosen, _ = choose_backend(backend, slots.device, head_dims=paged.key.shape[-1:], implemented=_IMPLEMENTED)
+    statistics = PageStatistics(paged.codes, paged.scales)
+    if chosen == "triton":
+        from nc_patch.selections.block.summarize import triton_summarize_slots_
+
+        triton_summarize_slots_(paged.key, statistics, slots, page_size)
+        return
     last = slots[(slots >= 0) & (slots % page_size == page_size - 1)]
     block, page = last // paged.key.shape[2], last % paged.key.shape[2] // page_size
     found = summarize(paged.key.unflatten(2, (-1, page_size))[block, :, page])
@@ -75,85 +80,17 @@ def paged_block_attention(
     Raises:
         ValueError: tensors that do not fit each other or the page size. RuntimeError: a backend that cannot run here.
     """
-    _check_paged(page_size, *_layouts(paged))
-    _check_rows(*_layouts((query, table, lengths, budget)), *_layouts((paged.key,)))
-    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.device != query.device):
-        raise ValueError(f"sinks must be [{query.shape[1]}] on {query.device}, got {describe(sinks)}")
-    head_dims = (paged.key.shape[-1], paged.value.shape[-1])
-    choose_backend(backend, query.device, head_dims=head_dims, implemented=("torch",))
-    R, Hq, _ = query.shape
-    N = paged.key.shape[2]
-    output = query.new_zeros(R, Hq, paged.value.shape[-1])
-    attended = torch.zeros(R, Hq, dtype=torch.int32, device=query.device)
-    for r, length in enumerate(lengths.tolist()):
-        if length <= 0:
-            continue
-        blocks = table[r, : -(-length // N)]
-        key, value, codes, scales = (t[blocks].transpose(0, 1).flatten(1, 2)[None] for t in paged)
-        row = slice(r, r + 1)
-        visible = torch.tensor([[[0, length]]], dtype=torch.int32, device=query.device)
-        found = torch_block_decode(
-            Problem(
-                query[row, :, None], key, value, visible, visible[..., 0], budget[row, :, None].contiguous(), scale,
-                softcap, sinks, key_index=PageStatistics(codes, scales), page_size=page_size, most=most,
-            )
-        )  # fmt: skip
-        assert found.attended is not None
-        output[r], attended[r] = found.output[0, :, 0], found.attended[0, :, 0]
-    return AttentionResult(output, attended=attended)
-
-
-def _layouts(tensors: tuple[torch.Tensor, ...]) -> list[tuple[Any, ...]]:
-    """What is checked of tensors, as a key."""
-    return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-
-
-@lru_cache(maxsize=256)
-def _check_paged(page_size: int, *layouts: tuple[Any, ...]) -> None:
-    """Raises ValueError unless blocks of these layouts fit each other and the page size."""
-    check_choice("page_size", page_size, BLOCK_SIZES)
-    (key, _, dtype, device), (value, *_), *_ = layouts
-    if len(key) != 4 or len(value) != 4 or key[:3] != value[:3] or dtype not in DTYPES:
-        raise ValueError(
-            "key must be [blocks, Hkv, N, D] and value [blocks, Hkv, N, Dv], bfloat16, float16 or float32, got "
-            f"{dtype} {list(key)} and {list(value)}"
-        )
-    if key[2] % page_size:
-        raise ValueError(f"a block must hold a multiple of page_size {page_size} keys, got {key[2]}")
-    of_pages = (*key[:2], key[2] // page_size, VECTORS)
-    for name, layout, dense, shape, wanted in (
-        ("key", layouts[0], 1, key, dtype),
-        ("value", layouts[1], 1, value, dtype),
-        ("codes", layouts[2], 2, (*of_pages, key[3]), torch.int8),
-        ("scales", layouts[3], 1, of_pages, torch.float32),
-    ):
-        strides = (shape[-1], 1)[-dense:]
-        if layout != (shape, layout[1], wanted, device) or layout[1][-dense:] != strides:
-            raise ValueError(
-                f"{name} must be {wanted} {list(shape)} on {device} with strides that end with {list(strides)}, got "
-                f"{layout[2]} {list(layout[0])} on {layout[3]} with strides {list(layout[1])}"
-            )
-
-
-@lru_cache(maxsize=256)
-def _check_rows(*layouts: tuple[Any, ...]) -> None:
-    """Raises ValueError unless query, table, lengths and budget of these layouts fit each other and the keys, last."""
-    query, table, lengths, budget, (key, _, dtype, device) = layouts
-    if len(query[0]) != 3 or query[0][2] != key[3] or query[0][1] % key[1] or query[0][1] == 0:
-        raise ValueError(
-            f"query must be [R, Hq, {key[3]}], Hq a multiple of the {key[1]} key/value heads, got {list(query[0])}"
-        )
-    if query[2] != dtype or query[3] != device:
-        raise ValueError(f"query must be {dtype} on {device} as the keys are, got {query[2]} on {query[3]}")
-    R, Hq, _ = query[0]
-    for name, layout, shapes in (
-        ("table", table, [(R, *table[0][1:2])]),
-        ("lengths", lengths, [(R,)]),
-        ("budget", budget, [(R, Hq), (R, 1)]),
-    ):
-        if layout[0] not in shapes or layout[2] != torch.int32 or layout[3] != device:
-            allowed = "[R, M]" if name == "table" else " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(
-                f"{name} must be int32 {allowed} on {device} for {R} rows, got {layout[2]} {list(layout[0])} on "
-                f"{layout[3]}"
-            )
+    if query.ndim != 3:
+        raise ValueError(f"query must be [R, Hq, D], got {describe(query)}")
+    query = query if query.stride(2) == 1 else query.contiguous()
+    problem = Problem(
+        query.unsqueeze(2), paged.key, paged.value, lengths.unsqueeze(-1).contiguous(), lengths,
+        budget.unsqueeze(-1).contiguous(), scale, softcap, sinks, key_index=(paged.codes, paged.scales),
+        page_size=page_size, most=most, table=table,
+    )  # fmt: skip
+    chosen, _ = choose_backend(backend, query.device, head_dims=problem.head_dims, implemented=_IMPLEMENTED)
+    if chosen != "triton":  # there only what is not alike is checked
+        check_table(problem)
+    found = Block().run(problem, chosen)
+    assert found.attended is not None
+    return found._replace(output=found.output[:, :, 0], attended=found.attended[:, :, 0])
