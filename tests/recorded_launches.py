@@ -30,6 +30,7 @@ from triton.runtime.driver import driver
 
 import nc_patch
 from nc_patch import functional
+from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
 
 RECORD = Path(__file__).parent.parent / "docs" / "results" / "kernel_resources.json"
 # What is called: FAMILY-DTYPE-dHEAD_DIM and options. The families are the rows of a selection, "blocks" and "pages" of
@@ -52,6 +53,7 @@ encode-{bf16-d64,bf16-d80,bf16-d128,bf16-d256,fp16-d80,fp32-d128,fp32-d256}
 means-{bf16-touched,bf16-touched-many,fp32-touched-many}
 summarize-{bf16-d128-p128,fp16-d80-p64}
 pages-{bf16-d64-p16,bf16-d64-p16-many_pages,bf16-d128-p32,bf16-d128-p128-softcap,bf16-d256-p128-softcap}
+pages-{bf16-d64-p16,bf16-d128-p32,bf16-d256-p128-softcap,fp16-d96-p64-sinks,fp32-d128-p128-softcap}-paged
 pages-{fp16-d96-p64,fp16-d96-p64-sinks-stats,fp32-d128-p128-softcap,fp32-d256-p32}
 codes-bf16-{d128-q1,d64-q1-bounds,d128-q16-bounds,d256-q16-bounds}{,-tail}
 codes-fp32-d128-q1-bounds{,-tail,-sinks-few_heads}
@@ -149,6 +151,9 @@ def call(case: str) -> None:
     keys = 65536 if "many_pages" in options else 16384 if decodes else 100 if few else 300
     queries = int(numbers.get("q", 1 if decodes or few else keys))
     kv_heads = 1 if "few_heads" in options else 8 if decodes and "many_pages" not in options else 2
+    if "paged" in options:
+        _call_paged(dtype, head_dim, block_size, options)
+        return
     query = _long(torch.empty(1, 4 * kv_heads, queries, head_dim, dtype=dtype))
     key = _long(torch.empty(1, kv_heads, keys, head_dim, dtype=dtype))
     value = _long(torch.empty(1, kv_heads, keys, int(numbers.get("v", head_dim)), dtype=dtype))
@@ -187,6 +192,25 @@ def call(case: str) -> None:
             min_mass=0.9 if "min_mass" in options else None,
             **sizes,
         )
+
+
+def _call_paged(dtype: torch.dtype, head_dim: int, page_size: int, options: Sequence[str]) -> None:
+    """Decoding over blocks of 128 keys, and new keys in them, as a serving engine calls it: 4 rows of 16,384 keys."""
+    shape = (8, 2, 128, head_dim)
+    key, value = (_long(torch.empty(shape, dtype=dtype)) for _ in "kv")
+    codes = _long(torch.empty(8, 2, 128 // page_size, 3, head_dim, dtype=torch.int8))
+    paged = PagedKeys(key, value, codes, torch.empty(codes.shape[:-1]))
+    summarize_slots_(paged, torch.zeros(4, dtype=torch.int64), page_size, "triton")
+    numbers = torch.ones(4, 128, dtype=torch.int32)
+    paged_block_attention(
+        *(torch.empty(4, 8, head_dim, dtype=dtype), paged, numbers, numbers[:, 0], numbers[:, :1]),
+        most=2354,
+        page_size=page_size,
+        scale=1.0,
+        softcap=30.0 if "softcap" in options else 0.0,
+        sinks=torch.zeros(8) if "sinks" in options else None,
+        backend="triton",
+    )
 
 
 def _auditing() -> AbstractContextManager[Any]:

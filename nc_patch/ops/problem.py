@@ -30,6 +30,9 @@ class Problem(NamedTuple):
         sinks: ``[Hq]``, learned logits that join the softmax's denominator, or None.
         means: page means of ``key`` and ``value`` that are kept beside them, or None.
         key_index: the tensors of the index that decoding chooses by; none for prefill. page_size: keys per page of it.
+        table: int32 ``[B, M]``, the blocks of memory in which each sequence's keys lie, where they are paged; else
+            None. With a table ``key`` is ``[blocks, Hkv, N, D]``, ``value`` and ``key_index`` are alike, ``visible`` is
+            int32 ``[B, 1]``, how many keys the only query of each sequence sees, and ``origin`` is not read.
         new: how many keys before the end of each sequence ``key_index`` and ``means`` take in first, in place.
         most: no budget is larger; buffers of decoding are sized by it.
         stats: whether the log-sum-exp and the kept mass are wanted. bounds: whether bounds of the kept mass are.
@@ -53,6 +56,7 @@ class Problem(NamedTuple):
     stats: bool = False
     bounds: bool = False
     audit_seed: int = -1
+    table: torch.Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -63,6 +67,11 @@ class Problem(NamedTuple):
     def head_dims(self) -> tuple[int, int]:
         """D and Dv."""
         return self.query.shape[-1], self.value.shape[-1]
+
+    @property
+    def key_length(self) -> int:
+        """Lk, or the keys for which the table has blocks."""
+        return self.key.shape[2] * (1 if self.table is None else self.table.shape[1])
 
     @property
     def phase(self) -> str:

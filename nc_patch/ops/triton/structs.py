@@ -28,13 +28,21 @@ class Heads(NamedTuple):
     stride_l: Any
 
 
+class Table(NamedTuple):
+    """Where keys lie in blocks of memory: int32 rows of blocks, one for each sequence, and the step between rows."""
+
+    data: Any
+    stride: Any
+
+
 class RowInputs(NamedTuple):
     """What is given for each query: contiguous int32 tensors.
 
     Attributes:
         visible: ``[B, Lq, 2]``. budget: ``[B, budget_heads, Lq]``, with ``budget_heads`` (1 or Hq) an argument of the
             kernel.
-        origin: ``[B, Lq]``, or None where a kernel has no use for it.
+        origin: ``[B, Lq]``, or None where a kernel has no use for it. Where keys lie in blocks of memory it is None
+            too, and ``visible`` is ``[B, 1]``, how many keys the only query of each sequence sees.
     """
 
     visible: Any

@@ -35,7 +35,7 @@ from nc_patch.ops.triton.launch import (
     shape_of,
 )
 from nc_patch.ops.triton.split import padded_splits, share
-from nc_patch.ops.triton.structs import Heads, RowInputs, Softmax, constants
+from nc_patch.ops.triton.structs import Heads, RowInputs, Softmax, Table, constants
 from nc_patch.selections.block.decode_kernels import (
     ChooseShape,
     Chosen,
@@ -43,7 +43,7 @@ from nc_patch.selections.block.decode_kernels import (
     choose_pages_kernel,
     score_pages_kernel,
 )
-from nc_patch.selections.block.pages import VECTORS, PageStatistics, page_count
+from nc_patch.selections.block.pages import PageStatistics, check_pages, check_table, page_count
 from nc_patch.selections.block.summarize import page_shape_of, score_tiles
 from nc_patch.selections.index import extend
 
@@ -58,7 +58,8 @@ class Plan(NamedTuple):
     """What steps that are alike are launched with: all that follows from shapes, strides and dtypes.
 
     Attributes:
-        strides: of query, key and value, as in ``Heads``. words: 32 bits each, of the scratch memory; none for no row.
+        strides: of query, key, value and, in blocks of memory, codes and scales, as in ``Heads``.
+        words: 32 bits each, of the scratch memory; none for no row.
         sizes: words of its parts, multiples of 16 bytes: logits, peaks and totals of pages; peaks, totals and sums of
             attended keys; and of one that holds integers, whose parts have ``counts``: see ``Chosen``.
         grids, options: of the three kernels. alike: what they are compiled for, but for the alignment of tensors.
@@ -85,7 +86,7 @@ def triton_block_decode(problem: Problem) -> AttentionResult:
     problem, (strides, words, sizes, counts, grids, options, alike) = _planned(problem)
     query, key, value, visible, origin, budget, *_ = problem
     B, Hq, Lq, _ = query.shape
-    attended = visible.new_empty((B, Hq, Lq))
+    attended = budget.new_empty((B, Hq, Lq))
     output = query.new_empty((B, Hq, Lq, value.shape[3]))
     lse, lse_keys = (
         (torch.empty_like(attended, dtype=torch.float32) for _ in range(2)) if problem.stats else (None, None)
@@ -95,14 +96,19 @@ def triton_block_decode(problem: Problem) -> AttentionResult:
     scratch = torch.empty(words, dtype=torch.float32, device=query.device)
     page_logits, page_peak, page_total, peak, total, acc, integers = scratch.split_with_sizes(sizes)
     pages, count, arrivals = integers.view(torch.int32).split_with_sizes(counts)
-    statistics, sinks = PageStatistics(*problem.key_index), problem.sinks
+    statistics, sinks, table = PageStatistics(*problem.key_index), problem.sinks, None
     inputs, page_parts = RowInputs(visible, budget, origin), Softmax(None, page_peak, page_total)
-    scored = {"query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "inputs": inputs, "Lk": key.shape[2]}
+    if problem.table is not None:
+        statistics = PageStatistics(*(Heads(t, *at) for t, at in zip(statistics, strides[3:], strict=True)))  # type: ignore[arg-type]
+        inputs, table = RowInputs(visible, budget), Table(problem.table, problem.table.stride(0))
+    scored: dict[str, Any] = {"query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "inputs": inputs}
+    scored |= {"Lk": problem.key_length, "table": table}
     chosen, parts = Chosen(pages, count, attended, arrivals), Softmax(acc, peak, total)
     results = {"sinks": sinks, "output": output, "lse": lse, "lse_keys": lse_keys, "chosen": chosen}
     attend = {"value": Heads(value, *strides[2]), "parts": parts, **results, **scored}
     score = {"statistics": statistics, "page_logits": page_logits, "parts": page_parts, "chosen": chosen, **scored}
-    compiled = compiled_kernels(alike, alignment(query, key, value, visible, origin, budget, *statistics, sinks))
+    places = alignment(query, key, value, visible, origin, budget, *problem.key_index, sinks, problem.table)
+    compiled = compiled_kernels(alike, places)
     with on_device(query.device):
         run_kernel(score_pages_kernel, grids[0], score, options[0], compiled)
         run_kernel(choose_pages_kernel, grids[1], score, options[1], compiled)
@@ -120,18 +126,24 @@ def _plans(*layout: Any) -> list[Plan]:
 def _planned(problem: Problem) -> tuple[Problem, Plan]:
     """The problem as the kernels take it, and its plan; what is alike is checked once."""
     query, key, value, *_ = problem
-    others = (query, *problem[3:6], *problem.key_index, problem.sinks)
+    others = (query, *problem[3:6], *problem.key_index, problem.sinks, problem.table)
+    keys = -(-key.shape[-2] // _KEYS) if problem.table is None else key.shape[-2]
     plans = _plans(
         *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in others],
         *[(t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device) for t in (key, value)],
-        *(key.shape[2:3] == value.shape[2:3], -(-key.shape[-2] // _KEYS), -(-problem.most // problem.page_size)),
+        *(key.shape[2:3] == value.shape[2:3], keys, -(-problem.most // problem.page_size)),
         *(problem.page_size, problem.new, problem.stats, problem.scale, problem.softcap),
         *(architecture_of(query.device), _CHOOSE_AT_ONCE),
     )
     if plans:
         return problem, plans[0]
-    checked = prepared(problem)
-    _check_pages(checked)
+    if problem.table is None:
+        checked = prepared(problem)
+        codes, scales = checked.key_index
+        check_pages(checked.key, codes, scales, codes.shape[2] if codes.ndim == 5 else 0)
+    else:
+        checked = problem
+        check_table(problem)
     plan = _plan(checked)
     if all(given is taken for given, taken in zip(problem.tensors(), checked.tensors(), strict=True)):
         plans.append(plan)
@@ -144,8 +156,9 @@ def _planned(problem: Problem) -> tuple[Problem, Plan]:
 def _plan(problem: Problem) -> Plan:
     query, key, value, block_size = problem.query, problem.key, problem.value, problem.page_size
     B, _, Lq, D = query.shape
-    Hkv, Lk, DV = value.shape[1:]
-    group, numbers, stored_pages = problem.group, B * Lq * Hkv, problem.key_index[0].shape[2]
+    Hkv, _, DV = value.shape[1:]
+    group, numbers, Lk, table = problem.group, B * Lq * Hkv, problem.key_length, problem.table
+    stored_pages = problem.key_index[0].shape[2] if table is None else page_count(Lk, block_size)
     # A query's pages: those that a run of at most Lk keys can touch.
     width = max(1, min(stored_pages, page_count(-(-Lk // _KEYS) * _KEYS, block_size) + 1))
     if width > MAX_PAGES:
@@ -166,14 +179,17 @@ def _plan(problem: Problem) -> Plan:
     joining = replace(attending, rows=min(attending.rows, triton.next_power_of_2(group)))
     choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1))
     common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
-    scored = {**common, "settings": settings_of(problem), "page": page_shape_of(D, block_size)}
+    page = page_shape_of(D, block_size, None if table is None else key.shape[2])
+    scored = {**common, "settings": settings_of(problem), "page": page}
     score = {"stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, scoring)}
     choose = {"width": width, "splits": score_splits + 1, "capacity": capacity, "blocks": blocks}
     choose |= {"budget_heads": problem.budget.shape[1], "shape": constants(choice)}
     shapes = {"shape": shape_of(D, DV, attending), "join_shape": shape_of(D, DV, joining)}
-    architecture, strides = architecture_of(query.device), tuple(t.stride()[:3] for t in (query, key, value))
+    placed = (query, key, value) if table is None else (query, key, value, *problem.key_index)
+    architecture, strides = architecture_of(query.device), tuple(t.stride()[:3] for t in placed)
     sinks = None if problem.sinks is None else problem.sinks.dtype
-    alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats)
+    blocks_of = None if table is None else (table.stride(0), key.shape[2])
+    alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats, blocks_of)
     return Plan(
         strides,
         sum(sizes) + sum(counts),
@@ -199,15 +215,3 @@ def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Til
     scorers = 3 if head_dim == padded_dim(head_dim) <= 128 else 2
     keys, attenders = (32, 2) if widest > 128 else (64, 3)
     return scoring, Tiles(scoring.rows, keys, 4, 2), scorers, attenders
-
-
-def _check_pages(problem: Problem) -> None:
-    codes, scales = problem.key_index
-    B, Hkv, _, D = problem.key.shape
-    P = codes.shape[2] if codes.ndim == 5 else 0
-    for name, tensor, dtype, shape in (
-        ("page_codes", codes, torch.int8, (B, Hkv, P, VECTORS, D)),
-        ("page_scales", scales, torch.float32, (B, Hkv, P, VECTORS)),
-    ):
-        if tensor.dtype != dtype or tensor.shape != shape:
-            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")

@@ -50,13 +50,50 @@ def load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE: tl.constexpr):
     index = ((number // num_kv_heads) % Lq).to(tl.int64)
     kv_head = (number % num_kv_heads).to(tl.int64)
     query = batch * Lq + index
-    begin = tl.load(inputs.origin + query)
-    start = tl.maximum(tl.maximum(tl.load(inputs.visible + query * 2), begin), 0)
-    end = tl.maximum(tl.minimum(tl.load(inputs.visible + query * 2 + 1), Lk), start)
+    if inputs.origin is not None:
+        begin = tl.load(inputs.origin + query)
+        start = tl.maximum(tl.maximum(tl.load(inputs.visible + query * 2), begin), 0)
+        end = tl.maximum(tl.minimum(tl.load(inputs.visible + query * 2 + 1), Lk), start)
+    else:
+        end = tl.maximum(tl.minimum(tl.load(inputs.visible + query), Lk), 0)
+        begin = end * 0
+        start = begin
     # No negative number is divided: start is not before begin.
     low = (start - begin) // BLOCK_SIZE
     pages = tl.where(end > start, (end - start + (start - begin) % BLOCK_SIZE + BLOCK_SIZE - 1) // BLOCK_SIZE, 0)
     return Seen(batch, index, kv_head, start, end, begin, low, pages)
+
+
+@triton.jit
+def offsets_of(tensor, table, batch, position, there, page):
+    """Offsets of keys from where those of their head begin (see ``sequence_of``); a table is read where ``there``."""
+    if table is None:
+        offsets = position.to(tl.int64) * tensor.stride_l
+    else:
+        block = tl.load(table.data + batch * table.stride + position // page.KEYS, mask=there, other=0).to(tl.int64)
+        offsets = block * tensor.stride_b + (position % page.KEYS) * tensor.stride_l
+    return offsets
+
+
+@triton.jit
+def page_pointers(statistics, table, seen, number, there, page):
+    """Pointers to the codes and the scales of pages by number, in blocks of memory."""
+    pages: tl.constexpr = page.KEYS // page.BLOCK_SIZE
+    block = tl.load(table.data + seen.batch * table.stride + number // pages, mask=there, other=0).to(tl.int64)
+    codes = head_of(statistics.codes, 0, seen.kv_head)
+    scales = head_of(statistics.scales, 0, seen.kv_head)
+    place = number % pages
+    at_codes = block * statistics.codes.stride_b + place * codes.stride
+    at_scales = block * statistics.scales.stride_b + place * scales.stride
+    return codes.data + at_codes, scales.data + at_scales
+
+
+@triton.jit
+def sequence_of(tensor, table, batch, head):
+    """One head of a sequence, or with a ``Table`` of the first block."""
+    if table is not None:
+        batch = 0
+    return head_of(tensor, batch, head)
 
 
 @triton.jit
@@ -125,8 +162,8 @@ def page_scores(queries, codes, scales, in_range, scale, shape):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "stored_pages", "width", "splits"])
 def score_pages_kernel(
-    query, key, statistics, inputs, page_logits, parts, stored_pages, num_kv_heads, group, Lq, Lk, width, splits,
-    settings, shape, page,
+    query, key, statistics, table, inputs, page_logits, parts, stored_pages, num_kv_heads, group, Lq, Lk, width,
+    splits, settings, shape, page,
 ):  # fmt: skip
     """Logits ``[number, group, width]`` of visible pages, and ``parts`` of their softmax: ``splits + 1`` for each row.
 
@@ -135,6 +172,8 @@ def score_pages_kernel(
 
     One program more, where there is one, takes the last key of the only query's sequence into the statistics. The page
     that it completes is the query's own, so that nobody reads in this launch what is written.
+
+    With a ``Table`` the statistics are ``Heads``.
     """
     number = tl.program_id(0)
     split = tl.program_id(1)
@@ -156,8 +195,11 @@ def score_pages_kernel(
                 in_range = n < stop
                 first = seen.begin + (seen.low + n) * page.BLOCK_SIZE
                 size = tl.minimum(first + page.BLOCK_SIZE, seen.end) - tl.maximum(first, seen.start)
-                codes = statistics.codes + (first_stored + n) * (3 * shape.D)
-                scales = statistics.scales + (first_stored + n) * 3
+                if table is None:
+                    codes = statistics.codes + (first_stored + n) * (3 * shape.D)
+                    scales = statistics.scales + (first_stored + n) * 3
+                else:
+                    codes, scales = page_pointers(statistics, table, seen, n, in_range, page)
                 far, rest = page_scores(queries, codes, scales, in_range, settings.scale, shape)
                 far = logits_base2(far, settings)
                 others = tl.log2(tl.maximum(size - 1, 1).to(tl.float32))
@@ -170,10 +212,11 @@ def score_pages_kernel(
                 ordinary = (logits < float("inf")) & in_range[None, :]
                 peak, total, _weights, _shrink = fold(tl.where(ordinary, logits, float("-inf")), peak, total)
         elif own >= 0:
-            keys = head_of(key, seen.batch, seen.kv_head)
+            keys = sequence_of(key, table, seen.batch, seen.kv_head)
             position = seen.begin + (seen.low + seen.pages - 1) * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
             in_page = (position >= seen.start) & (position < seen.end)
-            raw = dot_scores(queries, keys.data, position.to(tl.int64) * keys.stride, in_page, shape, True)
+            offsets = offsets_of(key, table, seen.batch, position, in_page, page)
+            raw = dot_scores(queries, keys.data, offsets, in_page, shape, True)
             logits = logits_base2(raw, settings)
             peak, total, _weights, _shrink = fold(tl.where(in_page[None, :], logits, float("-inf")), peak, total)
             exact = finite_or_zero(peak) + tl.log2(total)
@@ -183,14 +226,16 @@ def score_pages_kernel(
             total = tl.where(ordinary_page, total, 0.0)
         tl.store(parts.peak + member * (splits + 1) + split, peak, mask=rows.valid)
         tl.store(parts.total + member * (splits + 1) + split, total, mask=rows.valid)
-    elif tl.program_id(2) == 0:
-        batch = (number // num_kv_heads).to(tl.int64)
-        begin = tl.load(inputs.origin + batch).to(tl.int64)
-        end = tl.load(inputs.visible + batch * 2 + 1).to(tl.int64)
-        completed = tl.maximum(end - 1 - begin, 0) // page.BLOCK_SIZE
-        keys = head_of(key, batch, (number % num_kv_heads).to(tl.int64))
-        before = number.to(tl.int64) * stored_pages
-        summarize_page(keys, statistics, before, completed, stored_pages, begin, tl.minimum(end, Lk), page)
+    elif table is None:  # noqa: SIM102 - with a table nothing of this is compiled
+        if tl.program_id(2) == 0:
+            batch = (number // num_kv_heads).to(tl.int64)
+            begin = tl.load(inputs.origin + batch).to(tl.int64)
+            end = tl.load(inputs.visible + batch * 2 + 1).to(tl.int64)
+            completed = tl.maximum(end - 1 - begin, 0) // page.BLOCK_SIZE
+            keys = head_of(key, batch, (number % num_kv_heads).to(tl.int64))
+            first = begin + completed * page.BLOCK_SIZE
+            if (completed < stored_pages) & (first + page.BLOCK_SIZE <= tl.minimum(end, Lk)):
+                summarize_page(keys, statistics, number.to(tl.int64) * stored_pages + completed, first, page)
 
 
 class Chosen(NamedTuple):
@@ -291,8 +336,8 @@ def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
 def attend_pages_kernel(
-    query, key, value, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk, splits,
-    capacity, settings, shape, join_shape, page,
+    query, key, value, table, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk,
+    splits, capacity, settings, shape, join_shape, page,
 ):  # fmt: skip
     """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
 
@@ -305,8 +350,8 @@ def attend_pages_kernel(
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
     rows = group_rows(seen, group, shape)
     queries = load_queries(query, rows, shape)
-    keys = head_of(key, seen.batch, seen.kv_head)
-    values = head_of(value, seen.batch, seen.kv_head)
+    keys = sequence_of(key, table, seen.batch, seen.kv_head)
+    values = sequence_of(value, table, seen.batch, seen.kv_head)
     dv = tl.arange(0, shape.BLOCK_DV)
     count = tl.load(chosen.count + number * 2)
     share = (count + splits - 1) // splits
@@ -323,10 +368,11 @@ def attend_pages_kernel(
         of_page = tl.load(page_list + offset // page.BLOCK_SIZE, mask=offset < keys_left, other=0)
         position = seen.begin + of_page * page.BLOCK_SIZE + offset % page.BLOCK_SIZE
         attended = (offset < keys_left) & (position >= seen.start) & (position < seen.end)
-        raw = dot_scores(queries, keys.data, position.to(tl.int64) * keys.stride, attended, shape, True)
+        at_keys = offsets_of(key, table, seen.batch, position, attended, page)
+        raw = dot_scores(queries, keys.data, at_keys, attended, shape, True)
         logits = tl.where(attended[None, :], logits_base2(raw, settings), float("-inf"))
         tile_values = tl.load(
-            values.data + (position.to(tl.int64)[:, None] * values.stride + dv[None, :]),
+            values.data + (offsets_of(value, table, seen.batch, position, attended, page)[:, None] + dv[None, :]),
             mask=attended[:, None] & (dv[None, :] < shape.DV),
             other=0.0,
         )

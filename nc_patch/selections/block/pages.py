@@ -12,6 +12,9 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from nc_patch.common import check_choice
+from nc_patch.ops.problem import DTYPES, Problem, check_int32, describe
+from nc_patch.selections.block.blocks import BLOCK_SIZES
 from nc_patch.selections.index import layout
 
 # The rows of PageStatistics.codes: the key apart, mean and variance of the others.
@@ -37,6 +40,59 @@ class PageStatistics(NamedTuple):
 
     codes: torch.Tensor
     scales: torch.Tensor
+
+
+def check_pages(key: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, pages: int) -> None:
+    """Raises ValueError unless there are statistics of so many pages for each sequence, or block, and head of keys."""
+    shape = (*key.shape[:2], pages, VECTORS)
+    for name, tensor, dtype, wanted in (
+        ("page_codes", codes, torch.int8, (*shape, key.shape[3])),
+        ("page_scales", scales, torch.float32, shape),
+    ):
+        if tensor.dtype != dtype or tensor.shape != wanted or tensor.device != key.device:
+            raise ValueError(f"{name} must be {dtype} {list(wanted)} on {key.device}, got {describe(tensor)}")
+
+
+def check_blocks(
+    key: torch.Tensor, value: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, page_size: int
+) -> None:
+    """Raises ValueError unless keys and values in blocks of memory fit each other, their statistics and the pages."""
+    check_choice("page_size", page_size, BLOCK_SIZES)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.ndim != 4 or tensor.shape[:3] != key.shape[:3] or tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be [blocks, Hkv, N, head_dim], bfloat16, float16 or float32, got {describe(tensor)}"
+                + f" beside a key {describe(key)}" * (name == "value")
+            )
+    if key.shape[2] == 0 or key.shape[2] % page_size:
+        raise ValueError(f"a block must hold a multiple of page_size {page_size} keys, got {key.shape[2]}")
+    check_pages(key, codes, scales, key.shape[2] // page_size)
+    ends = {"key": (1,), "value": (1,), "page_codes": (key.shape[3], 1), "page_scales": (1,)}
+    for (name, end), tensor in zip(ends.items(), (key, value, codes, scales), strict=True):
+        if tensor.stride()[-len(end) :] != end:
+            raise ValueError(f"{name} must have strides that end with {list(end)}, got {list(tensor.stride())}")
+
+
+def check_table(problem: Problem) -> None:
+    """Raises ValueError unless the tensors of a problem with a table fit each other."""
+    query, key, value, table = problem.query, problem.key, problem.value, problem.table
+    assert table is not None
+    codes, scales = problem.key_index
+    check_blocks(key, value, codes, scales, problem.page_size)
+    if query.ndim != 4 or query.shape[3] != key.shape[3] or query.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query must be [R, Hq, {key.shape[3]}], Hq a multiple of {key.shape[1]} key/value heads, got "
+            f"{describe(query)}"
+        )
+    R, Hq, device = len(query), query.shape[1], key.device
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.dtype != key.dtype or tensor.device != device:
+            raise ValueError(f"{name} must be {key.dtype} on {device} as the keys are, got {describe(tensor)}")
+    check_int32("table", table, (R, *table.shape[1:2]), device)
+    check_int32("lengths", problem.visible[..., 0], (R,), device)
+    check_int32("budget", problem.budget[..., 0], (R, 1 if problem.budget.shape[1:2] == (1,) else Hq), device)
+    if problem.sinks is not None and (problem.sinks.shape != (Hq,) or problem.sinks.device != device):
+        raise ValueError(f"sinks must be [{Hq}] on {device}, got {describe(problem.sinks)}")
 
 
 def page_count(key_length: int, block_size: int) -> int:

@@ -22,20 +22,24 @@ _CHANNELS = 32
 
 
 class PageShape(NamedTuple):
-    """The constants of a page: channels, keys, keys padded, and channels that are summarised at once."""
+    """The constants of a page: channels, keys, keys padded, channels that are summarised at once.
+
+    ``KEYS`` are those of a block of memory that holds several pages, or None.
+    """
 
     D: Any
     BLOCK_SIZE: Any
     BLOCK_K: Any
     CHANNELS: Any
+    KEYS: Any = None
 
 
 @lru_cache(maxsize=64)
-def page_shape_of(head_dim: int, block_size: int) -> PageShape:
-    """The constants of pages of ``block_size`` keys."""
+def page_shape_of(head_dim: int, block_size: int, keys_stored: int | None = None) -> PageShape:
+    """The constants of pages of ``block_size`` keys, in blocks of memory of so many where they lie in such."""
     keys = max(16, triton.next_power_of_2(block_size))
     channels = min(padded_dim(head_dim), max(_CHANNELS, _ELEMENTS // keys))
-    shape: PageShape = constants(PageShape(head_dim, block_size, keys, channels))
+    shape: PageShape = constants(PageShape(head_dim, block_size, keys, channels, keys_stored))
     return shape
 
 
@@ -102,71 +106,104 @@ def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, store
     stop = tl.minimum(tl.load(end + batch).to(tl.int64), N)
     # Padding before the sequence belongs to no page.
     number = tl.maximum(changed - begin, 0) // page.BLOCK_SIZE + tl.program_id(0)
-    if begin + number * page.BLOCK_SIZE < changed + count:
-        summarize_page(keys, statistics, sequence * stored_pages, number, stored_pages, begin, stop, page)
+    first = begin + number * page.BLOCK_SIZE
+    if (first < changed + count) & (number < stored_pages) & (first + page.BLOCK_SIZE <= stop):
+        summarize_page(keys, statistics, sequence * stored_pages + number, first, page)
+
+
+def triton_summarize_slots_(
+    key: torch.Tensor, statistics: PageStatistics, slots: torch.Tensor, block_size: int
+) -> None:
+    """Writes the statistics of each page whose last key is new; one launch.
+
+    Args:
+        key: ``[blocks, Hkv, N, D]``. slots: int64 ``[T]``, ``block * N`` plus a place in the block; negative for none.
+        statistics: codes ``[blocks, Hkv, N // block_size, 3, D]`` and scales, as ``paged.PagedKeys`` has them.
+    """
+    Hkv, _, D = key.shape[1:]
+    if slots.numel() and Hkv:
+        with on_device(key.device):
+            summarize_slots_kernel[(slots.numel(), Hkv)](
+                key=heads(key),
+                statistics=PageStatistics(*map(heads, statistics)),  # type: ignore[arg-type]
+                slots=slots.contiguous(),
+                page=page_shape_of(D, block_size, key.shape[2]),
+                **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
+            )
 
 
 @triton.jit
-def summarize_page(keys, statistics, before, number, stored_pages, begin, end, page):
-    """Stores the statistics of the page with this number, if it is whole and there is a place for it.
+def summarize_slots_kernel(key, statistics, slots, page):
+    """The statistics of the page that the key in a slot completes, of one head."""
+    slot = tl.load(slots + tl.program_id(0))
+    if (slot >= 0) & (slot % page.BLOCK_SIZE == page.BLOCK_SIZE - 1):
+        head = tl.program_id(1).to(tl.int64)
+        block = slot // page.KEYS
+        number = slot % page.KEYS // page.BLOCK_SIZE
+        codes = head_of(statistics.codes, block, head)
+        scales = head_of(statistics.scales, block, head)
+        written = PageStatistics(codes.data + number * codes.stride, scales.data + number * scales.stride)
+        summarize_page(head_of(key, block, head), written, 0, number * page.BLOCK_SIZE, page)
 
-    ``before``: how many pages are stored before those of its head. In passes over its channels: range, distances,
-    ranges of the vectors, codes.
+
+@triton.jit
+def summarize_page(keys, statistics, place, first, page):
+    """Stores, in a place of the statistics, those of the whole page whose first key is at ``first``.
+
+    In passes over its channels: range, distances, ranges of the vectors, codes.
     """
     D: tl.constexpr = page.D
-    page_begin = begin + number * page.BLOCK_SIZE
-    if (number < stored_pages) & (page_begin + page.BLOCK_SIZE <= end):
-        k = tl.arange(0, page.BLOCK_K)
-        exists = (k < page.BLOCK_SIZE) & (page_begin + k >= 0)
-        there = tl.maximum(tl.sum(exists.to(tl.float32), axis=0), 1.0)
-        others = tl.maximum(there - 1.0, 1.0)
-        rows = keys.data + (page_begin + k) * keys.stride
-        largest = tl.zeros([page.BLOCK_K], dtype=tl.float32)
-        broken = tl.zeros([page.BLOCK_K], dtype=tl.int32)
-        for channel in range(0, D, page.CHANNELS):
-            size = tl.abs(load_scaled(rows, exists, channel, 1.0, page))
-            # Written so that NaN fails the comparison too.
-            broken += tl.sum((~(size < float("inf"))).to(tl.int32), axis=1)
-            largest = tl.maximum(largest, tl.max(size, axis=1))
-        sound = tl.sum(broken, axis=0) == 0
-        # Not ``exists & sound``: a mask made from a scalar's truth is none in the interpreter of Triton 3.9.
-        exists = exists & (k < tl.where(sound, page.BLOCK_SIZE, 0))
-        most = tl.max(tl.where(broken == 0, largest, 0.0), axis=0)
-        unit = (most.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
-        unit = tl.maximum(unit, _SMALLEST)
-        distance = tl.zeros([page.BLOCK_K], dtype=tl.float32)
-        for channel in range(0, D, page.CHANNELS):
-            tile = load_scaled(rows, exists, channel, unit, page)
-            off = tile - (tl.sum(tile, axis=0) / there)[None, :]
-            distance += tl.sum(off * off, axis=1)
-        distance = tl.where(exists, distance, -1.0)
-        # Of equals the first.
-        far = tl.min(tl.where(distance == tl.max(distance, axis=0), k, page.BLOCK_K), axis=0)
-        other = exists & (k != far)
-        far_step = unit * 0.0
-        mean_step = unit * 0.0
-        variance_step = unit * 0.0
-        for channel in range(0, D, page.CHANNELS):
-            tile = load_scaled(rows, exists, channel, unit, page)
-            apart, mean, variance = vectors(tile, k, far, other, others)
-            far_step = tl.maximum(far_step, tl.max(tl.abs(apart), axis=0))
-            mean_step = tl.maximum(mean_step, tl.max(tl.abs(mean), axis=0))
-            variance_step = tl.maximum(variance_step, tl.max(variance, axis=0))
-        far_step = far_step / _LARGEST_CODE
-        mean_step = mean_step / _LARGEST_CODE
-        variance_step = variance_step / _LARGEST_CODE
-        codes = statistics.codes + (before + number) * (_VECTORS * D)
-        for channel in range(0, D, page.CHANNELS):
-            d = channel + tl.arange(0, page.CHANNELS)
-            tile = load_scaled(rows, exists, channel, unit, page)
-            apart, mean, variance = vectors(tile, k, far, other, others)
-            tl.store(codes + d, encode(apart, far_step), mask=d < D)
-            tl.store(codes + D + d, encode(mean, mean_step), mask=d < D)
-            tl.store(codes + 2 * D + d, encode(variance, variance_step), mask=d < D)
-        scales = statistics.scales + (before + number) * _VECTORS
-        tl.store(scales, tl.where(sound, far_step * unit, float("nan")))
-        tl.store(scales + 1, tl.where(sound, mean_step * unit, float("nan")))
-        tl.store(scales + 2, tl.where(sound, tl.sqrt(variance_step) * unit, float("nan")))
+    k = tl.arange(0, page.BLOCK_K)
+    exists = (k < page.BLOCK_SIZE) & (first + k >= 0)
+    there = tl.maximum(tl.sum(exists.to(tl.float32), axis=0), 1.0)
+    others = tl.maximum(there - 1.0, 1.0)
+    rows = keys.data + (first + k) * keys.stride
+    largest = tl.zeros([page.BLOCK_K], dtype=tl.float32)
+    broken = tl.zeros([page.BLOCK_K], dtype=tl.int32)
+    for channel in range(0, D, page.CHANNELS):
+        size = tl.abs(load_scaled(rows, exists, channel, 1.0, page))
+        # Written so that NaN fails the comparison too.
+        broken += tl.sum((~(size < float("inf"))).to(tl.int32), axis=1)
+        largest = tl.maximum(largest, tl.max(size, axis=1))
+    sound = tl.sum(broken, axis=0) == 0
+    # Not ``exists & sound``: a mask made from a scalar's truth is none in the interpreter of Triton 3.9.
+    exists = exists & (k < tl.where(sound, page.BLOCK_SIZE, 0))
+    most = tl.max(tl.where(broken == 0, largest, 0.0), axis=0)
+    unit = (most.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
+    unit = tl.maximum(unit, _SMALLEST)
+    distance = tl.zeros([page.BLOCK_K], dtype=tl.float32)
+    for channel in range(0, D, page.CHANNELS):
+        tile = load_scaled(rows, exists, channel, unit, page)
+        off = tile - (tl.sum(tile, axis=0) / there)[None, :]
+        distance += tl.sum(off * off, axis=1)
+    distance = tl.where(exists, distance, -1.0)
+    # Of equals the first.
+    far = tl.min(tl.where(distance == tl.max(distance, axis=0), k, page.BLOCK_K), axis=0)
+    other = exists & (k != far)
+    far_step = unit * 0.0
+    mean_step = unit * 0.0
+    variance_step = unit * 0.0
+    for channel in range(0, D, page.CHANNELS):
+        tile = load_scaled(rows, exists, channel, unit, page)
+        apart, mean, variance = vectors(tile, k, far, other, others)
+        far_step = tl.maximum(far_step, tl.max(tl.abs(apart), axis=0))
+        mean_step = tl.maximum(mean_step, tl.max(tl.abs(mean), axis=0))
+        variance_step = tl.maximum(variance_step, tl.max(variance, axis=0))
+    far_step = far_step / _LARGEST_CODE
+    mean_step = mean_step / _LARGEST_CODE
+    variance_step = variance_step / _LARGEST_CODE
+    codes = statistics.codes + place * (_VECTORS * D)
+    for channel in range(0, D, page.CHANNELS):
+        d = channel + tl.arange(0, page.CHANNELS)
+        tile = load_scaled(rows, exists, channel, unit, page)
+        apart, mean, variance = vectors(tile, k, far, other, others)
+        tl.store(codes + d, encode(apart, far_step), mask=d < D)
+        tl.store(codes + D + d, encode(mean, mean_step), mask=d < D)
+        tl.store(codes + 2 * D + d, encode(variance, variance_step), mask=d < D)
+    scales = statistics.scales + place * _VECTORS
+    tl.store(scales, tl.where(sound, far_step * unit, float("nan")))
+    tl.store(scales + 1, tl.where(sound, mean_step * unit, float("nan")))
+    tl.store(scales + 2, tl.where(sound, tl.sqrt(variance_step) * unit, float("nan")))
 
 
 @triton.jit

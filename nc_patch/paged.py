@@ -1,0 +1,96 @@
+"""``block`` while decoding where keys lie in blocks of memory, as serving engines keep them.
+
+A sequence's keys are named by a table of blocks; its first key is the first of its first block. The statistics of a
+page lie beside its keys, so that they move with the block. A row attends what ``patch_model(..., decode="block")``
+attends for its sequence alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.problem import AttentionResult, Problem, describe
+from nc_patch.selections import Block
+from nc_patch.selections.block.pages import PageStatistics, check_blocks, check_table, summarize
+
+_IMPLEMENTED = ("triton", "torch")
+
+
+class PagedKeys(NamedTuple):
+    """One layer's keys and values in blocks of memory, with the statistics of their pages (``PageStatistics``).
+
+    Attributes:
+        key: ``[blocks, Hkv, N, D]``, N keys a block, a multiple of the page size. value: ``[blocks, Hkv, N, Dv]``. Any
+            strides, with the last axis dense.
+        codes: int8 ``[blocks, Hkv, N // page_size, 3, D]``. scales: float32 ``[blocks, Hkv, N // page_size, 3]``. Any
+            strides, with the vectors of a page side by side.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+def summarize_slots_(paged: PagedKeys, slots: torch.Tensor, page_size: int, backend: str = "auto") -> None:
+    """Writes the statistics of each page whose last key is new; the page's keys are all in ``paged.key`` by then.
+
+    Args:
+        slots: int64 ``[T]``, for each new key ``block * N`` plus its place in the block; negative for padding.
+
+    Raises:
+        ValueError: tensors that do not fit each other or the page size. RuntimeError: a backend that cannot run here.
+    """
+    check_blocks(*paged, page_size)
+    if slots.dtype != torch.int64 or slots.ndim != 1 or slots.device != paged.key.device:
+        raise ValueError(f"slots must be int64 [T] on {paged.key.device}, got {describe(slots)}")
+    chosen, _ = choose_backend(backend, slots.device, head_dims=paged.key.shape[-1:], implemented=_IMPLEMENTED)
+    statistics = PageStatistics(paged.codes, paged.scales)
+    if chosen == "triton":
+        from nc_patch.selections.block.summarize import triton_summarize_slots_
+
+        triton_summarize_slots_(paged.key, statistics, slots, page_size)
+        return
+    last = slots[(slots >= 0) & (slots % page_size == page_size - 1)]
+    block, page = last // paged.key.shape[2], last % paged.key.shape[2] // page_size
+    found = summarize(paged.key.unflatten(2, (-1, page_size))[block, :, page])
+    paged.codes[block, :, page], paged.scales[block, :, page] = found
+
+
+def paged_block_attention(
+    query: torch.Tensor, paged: PagedKeys, table: torch.Tensor, lengths: torch.Tensor, budget: torch.Tensor, *,
+    most: int, page_size: int, scale: float, softcap: float = 0.0, sinks: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> AttentionResult:  # fmt: skip
+    """Attention of each row over the pages that it chooses by their statistics, as ``definition.page_mask`` says.
+
+    Nothing is read beyond a row's length, nor of blocks that its table does not name for it.
+
+    Args:
+        query: ``[R, Hq, D]``, a row for each query token; several may be of one sequence.
+        table: int32 ``[R, M]``, the blocks of each row's sequence; what follows those of its length may be anything.
+        lengths: int32 ``[R]``, how many keys each row sees, its own included.
+        budget: int32 ``[R, Hq or 1]``, how many keys each row attends, none more than ``most``.
+        sinks: ``[Hq]``, learned logits that join the softmax's denominator, or None.
+
+    Returns:
+        Output ``[R, Hq, Dv]`` and attended int32 ``[R, Hq]``; zeros for a row of length 0.
+
+    Raises:
+        ValueError: tensors that do not fit each other or the page size. RuntimeError: a backend that cannot run here.
+    """
+    if query.ndim != 3:
+        raise ValueError(f"query must be [R, Hq, D], got {describe(query)}")
+    query = query if query.stride(2) == 1 else query.contiguous()
+    problem = Problem(
+        query.unsqueeze(2), paged.key, paged.value, lengths.unsqueeze(-1).contiguous(), lengths,
+        budget.unsqueeze(-1).contiguous(), scale, softcap, sinks, key_index=(paged.codes, paged.scales),
+        page_size=page_size, most=most, table=table,
+    )  # fmt: skip
+    chosen, _ = choose_backend(backend, query.device, head_dims=problem.head_dims, implemented=_IMPLEMENTED)
+    if chosen != "triton":  # there only what is not alike is checked
+        check_table(problem)
+    found = Block().run(problem, chosen)
+    assert found.attended is not None
+    return found._replace(output=found.output[:, :, 0], attended=found.attended[:, :, 0])

@@ -1,0 +1,186 @@
+"""Decoding by pages over keys in blocks of memory: held to the float64 definition over each row's keys alone."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from operations import INTERPRETED, assert_close, assert_summarises, reference_attention
+
+from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
+
+BACKENDS = ["triton"] if INTERPRETED else ["torch"]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def blocks_of_memory(
+    blocks: int, kv_heads: int, keys: int, dims: tuple[int, int], page_size: int, dtype: torch.dtype
+) -> PagedKeys:
+    """Views of one memory, filled with NaN: each head of a block holds its keys, its values and their statistics."""
+    (D, Dv), pages = dims, keys // page_size
+    whole, of_page = keys * (D + Dv) * dtype.itemsize, -(-3 * (D + 4) // 16) * 16
+    memory = torch.full((blocks, kv_heads, whole + pages * of_page), 0xFF, dtype=torch.uint8)
+    rows = memory[..., :whole].view(dtype).unflatten(-1, (keys, D + Dv))
+    statistics = memory[..., whole:].unflatten(-1, (pages, of_page))
+    codes = statistics[..., : 3 * D].view(torch.int8).unflatten(-1, (3, D))
+    return PagedKeys(rows[..., :D], rows[..., D:], codes, statistics[..., -16:-4].view(torch.float32))
+
+
+@dataclass
+class Engine:
+    """Sequences of random keys in shuffled blocks, and rows that decode them: ``rows`` are (sequence, length)."""
+
+    lengths: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...] = ()
+    dtype: torch.dtype = torch.float32
+    dims: tuple[int, int] = (32, 32)
+    kv_heads: int = 2
+    group: int = 2
+    keys: int = 32
+    page_size: int = 16
+    budget: int = 70
+    by_head: bool = False
+    softcap: float = 0.0
+    sinks: bool = False
+    wider: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        g = torch.Generator().manual_seed(self.seed)
+        rows = self.rows or tuple(enumerate(self.lengths))
+        counts = [-(-n // self.keys) for n in self.lengths]
+        self.paged = blocks_of_memory(sum(counts) + 3, self.kv_heads, self.keys, self.dims, self.page_size, self.dtype)
+        free = torch.randperm(sum(counts) + 3, generator=g)[: sum(counts)].split(counts)
+        table = torch.full((len(counts), max(counts) + self.wider), -1, dtype=torch.int32)
+        self.sequences = []
+        for b, n in enumerate(self.lengths):
+            table[b, : counts[b]] = free[b]
+            key, value = (torch.randn(self.kv_heads, n, d, generator=g).to(self.dtype) for d in self.dims)
+            at = torch.arange(n)
+            block, place = table[b, at // self.keys].long(), at % self.keys
+            for memory, rows_of in zip(self.paged, (key, value), strict=False):
+                memory[block, :, place] = rows_of.transpose(0, 1)
+            self.sequences.append((key, value, block * self.keys + place))
+        of = torch.tensor([b for b, _ in rows], dtype=torch.long)
+        heads = self.kv_heads * self.group
+        self.table, self.visible = table[of], torch.tensor([n for _, n in rows], dtype=torch.int32)
+        self.query = torch.randn(len(rows), self.dims[0], heads, generator=g).mT.to(self.dtype)
+        largest = torch.full((len(rows), heads if self.by_head else 1), self.budget, dtype=torch.int32)
+        largest -= torch.randint(0, self.budget, largest.shape, generator=g, dtype=torch.int32) * self.by_head
+        self.given_budget = largest.minimum(self.visible[:, None])
+        self.sink_logits = torch.randn(heads, generator=g) if self.sinks else None
+        self.of = of
+
+    def settings(self) -> dict[str, Any]:
+        return {"scale": self.dims[0] ** -0.5, "softcap": self.softcap, "sinks": self.sink_logits}
+
+    def summarize(self, backend: str) -> None:
+        """A prompt first, then keys one by one, beside padding."""
+        for *_, slots in self.sequences:
+            prompt = max(len(slots) - 40, 0)
+            summarize_slots_(self.paged, torch.cat((torch.tensor([-1]), slots[:prompt])), self.page_size, backend)
+            for slot in slots[prompt:].split(3):
+                summarize_slots_(self.paged, slot, self.page_size, backend)
+
+    def check_rows(self, backend: str) -> None:
+        found = paged_block_attention(
+            self.query, self.paged, self.table, self.visible, self.given_budget, most=self.budget,
+            page_size=self.page_size, backend=backend, **self.settings(),
+        )  # fmt: skip
+        assert found.output.dtype == self.dtype
+        for r, length in enumerate(self.visible.tolist()):
+            if length == 0:
+                assert not found.output[r].any()
+                assert not found.attended[r].any()
+                continue
+            key, value, _ = self.sequences[self.of[r]]
+            expected = reference_attention(
+                self.query[r][None, :, None], key[None], value[None],
+                visible=torch.tensor([[[0, length]]], dtype=torch.int32), budget=self.given_budget[r][None, :, None],
+                selection="pages", block_size=self.page_size, **self.settings(),
+            )  # fmt: skip
+            assert_close(found.output[r], expected.output[0, :, 0], TOLERANCE[self.dtype])
+            assert torch.equal(found.attended[r], expected.attended[0, :, 0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Engine((50, 200, 333)),
+        Engine((31, 190, 700), dtype=torch.bfloat16, dims=(128, 64), kv_heads=1, group=6, keys=64, page_size=32),
+        Engine((1, 16, 17, 250), dtype=torch.float16, dims=(80, 80), keys=16, by_head=True),
+        Engine((70, 129), ((0, 68), (0, 69), (0, 70), (1, 129), (1, 0)), group=3, sinks=True),
+        Engine((400, 90), softcap=2.0, sinks=True, by_head=True, keys=48, seed=3),
+        Engine((300,), ((0, 0), (0, 300), (0, 240)), budget=300, wider=0),
+    ],
+    ids=["ragged", "bf16-wide", "fp16-one_page", "drafts", "softcap", "all_keys"],
+)
+def test_each_row_attends_what_its_sequence_alone_would(engine, backend):
+    # What no row may read is NaN: other blocks, keys beyond a length, statistics of pages that are not whole.
+    engine = replace(engine)
+    engine.summarize(backend)
+    engine.check_rows(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_follows_a_rows_length_is_not_read(backend):
+    engine = Engine((300,), ((0, 240), (0, 230), (0, 225)), wider=0)
+    engine.summarize(backend)
+    *_, slots = engine.sequences[0]
+    for last in slots[240::16]:
+        for t in engine.paged[2:]:
+            t[last // 32, :, last % 32 // 16] = -1
+    for t in engine.paged[:2]:
+        t[slots[240:] // 32, :, slots[240:] % 32] = torch.nan
+    engine.check_rows(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_changes(backend):
+    engine = Engine((100,), dtype=torch.bfloat16, keys=48)
+    before = [t.clone() for t in engine.paged]
+    key, _, slots = engine.sequences[0]
+    summarize_slots_(engine.paged, slots[[15, 16, 30, 47, 95, 99]], 16, backend)
+    written = torch.zeros(engine.paged.codes.shape[:3], dtype=torch.bool)
+    for last in (15, 47, 95):
+        block, page = int(slots[last]) // 48, int(slots[last]) % 48 // 16
+        written[block, :, page] = True
+        for h in range(2):
+            codes, scales = engine.paged.codes[block, h, page], engine.paged.scales[block, h, page]
+            assert_summarises(codes, scales, key[h, last - 15 : last + 1])
+    for now, old in zip(engine.paged[2:], before[2:], strict=True):
+        torch.testing.assert_close(now[~written], old[~written], rtol=0, atol=0, equal_nan=True)
+    for now, old in zip(engine.paged[:2], before[:2], strict=True):
+        torch.testing.assert_close(now, old, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"page_size": 24}, "page_size must be one of 16, 32, 64, 128, got 24"),
+        ({"page_size": 64}, "a block must hold a multiple of page_size 64 keys, got 32"),
+        ({"page_size": 32}, r"page_codes must be torch.int8 \[.*, 1, 3, 32\]"),
+        ({"table": torch.zeros(2, 4)}, r"table must be int32 \[2, 4\] on cpu, got float32"),
+        ({"lengths": torch.ones(3, dtype=torch.int32)}, r"lengths must be int32 \[2\]"),
+        ({"budget": torch.ones(2, 3, dtype=torch.int32)}, r"budget must be int32 \[2, 4\] on cpu, got int32 \[2, 3\]"),
+        ({"query": torch.zeros(2, 3, 32)}, "Hq a multiple of 2 key/value heads"),
+        ({"query": torch.zeros(2, 4, 32).half()}, "query must be torch.float32 on cpu as the keys are"),
+        ({"sinks": torch.zeros(3)}, r"sinks must be \[4\]"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    engine = Engine((20, 30))
+    arguments = {
+        "query": engine.query, "table": engine.table, "lengths": engine.visible, "budget": engine.given_budget,
+        "most": 70, "page_size": 16, "scale": 1.0,
+    }  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        paged_block_attention(paged=engine.paged, **arguments | change)
+
+
+@pytest.mark.parametrize("slots", [torch.zeros(3, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int64)])
+def test_slots_that_are_no_list_of_int64_are_refused(slots):
+    with pytest.raises(ValueError, match=r"slots must be int64 \[T\] on cpu, got int"):
+        summarize_slots_(Engine((20,)).paged, slots, 16)
