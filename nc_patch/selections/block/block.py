@@ -1,5 +1,6 @@
 """``Block``: key blocks that a block of queries chooses together; while decoding, pages that each query chooses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,6 +93,14 @@ class Block(BlockOptions):
         from nc_patch.selections.block.cpu_decode import cpu_block_decode
 
         return cpu_block_decode(problem)
+
+    def bound(self, problem: Problem, backend: str) -> Callable[[Problem], AttentionResult]:
+        """While decoding in kernels, their launches."""
+        if backend != "triton" or problem.phase != "decode" or (problem.new and not self.takes_in(problem, backend)):
+            return super().bound(problem, backend)
+        from nc_patch.selections.block.decode import bound_block_decode
+
+        return bound_block_decode(problem)
 
     def decode_triton(self, problem: Problem) -> AttentionResult:
         """By page statistics, in kernels; see ``decode``."""

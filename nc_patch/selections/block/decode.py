@@ -12,8 +12,9 @@ One layer of Llama-3-8B (Hq 32, Hkv 8, D 128, bfloat16, batch 1), pages of 32, 4
 for dense attention. Nothing is read back to the host and every size follows from shapes and host integers.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +22,15 @@ import triton
 
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.triton.launch import (
+    Launches,
     Tiles,
     alignment,
     architecture_of,
     compile_options,
     compiled_kernels,
     kept_mass_of,
-    on_device,
     padded_dim,
     prepared,
-    run_kernel,
     settings_of,
     shape_of,
 )
@@ -62,16 +62,15 @@ class Plan(NamedTuple):
         words: 32 bits each, of the scratch memory; none for no row.
         sizes: words of its parts, multiples of 16 bytes: logits, peaks and totals of pages; peaks, totals and sums of
             attended keys; and of one that holds integers, whose parts have ``counts``: see ``Chosen``.
-        grids, options: of the three kernels. alike: what they are compiled for, but for the alignment of tensors.
+        choosing, attending: the launches.
     """
 
     strides: tuple[tuple[int, ...], ...]
     words: int
     sizes: list[int]
     counts: list[int]
-    grids: tuple[tuple[int, int, int], ...]
-    options: tuple[dict[str, Any], ...]
-    alike: tuple[Any, ...]
+    choosing: Launches
+    attending: Launches
 
 
 def triton_block_decode(problem: Problem) -> AttentionResult:
@@ -83,36 +82,43 @@ def triton_block_decode(problem: Problem) -> AttentionResult:
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take, or more than ``MAX_PAGES`` pages.
     """
-    problem, (strides, words, sizes, counts, grids, options, alike) = _planned(problem)
+    problem, plan = _planned(problem)
+    return _decode(plan, problem)
+
+
+def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]:
+    """``triton_block_decode`` of problems like this one; see ``Selection.bound``."""
+    checked, plan = _planned(problem)
+    taken = all(given is taken for given, taken in zip(problem.tensors(), checked.tensors(), strict=True))
+    return partial(_decode, plan) if taken else triton_block_decode
+
+
+def _decode(plan: Plan, problem: Problem) -> AttentionResult:
     query, key, value, visible, origin, budget, *_ = problem
     B, Hq, Lq, _ = query.shape
-    attended = budget.new_empty((B, Hq, Lq))
+    attended, strides = budget.new_empty((B, Hq, Lq)), plan.strides
     output = query.new_empty((B, Hq, Lq, value.shape[3]))
-    lse, lse_keys = (
-        (torch.empty_like(attended, dtype=torch.float32) for _ in range(2)) if problem.stats else (None, None)
-    )
-    if not words:
+    lse = lse_keys = None
+    if problem.stats:
+        lse, lse_keys = (torch.empty_like(attended, dtype=torch.float32) for _ in range(2))
+    if not plan.words:
         return AttentionResult(output, lse, lse_keys, attended)
-    scratch = torch.empty(words, dtype=torch.float32, device=query.device)
-    page_logits, page_peak, page_total, peak, total, acc, integers = scratch.split_with_sizes(sizes)
-    pages, count, arrivals = integers.view(torch.int32).split_with_sizes(counts)
-    statistics, sinks, table = PageStatistics(*problem.key_index), problem.sinks, None
-    inputs, page_parts = RowInputs(visible, budget, origin), Softmax(None, page_peak, page_total)
+    scratch = torch.empty(plan.words, dtype=torch.float32, device=query.device)
+    page_logits, page_peak, page_total, peak, total, acc, integers = scratch.split_with_sizes(plan.sizes)
+    pages, count, arrivals = integers.view(torch.int32).split_with_sizes(plan.counts)
+    statistics, table = PageStatistics(*problem.key_index), None
+    inputs = RowInputs(visible, budget, origin)
     if problem.table is not None:
         statistics = PageStatistics(*(Heads(t, *at) for t, at in zip(statistics, strides[3:], strict=True)))  # type: ignore[arg-type]
         inputs, table = RowInputs(visible, budget), Table(problem.table, problem.table.stride(0))
-    scored: dict[str, Any] = {"query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "inputs": inputs}
-    scored |= {"Lk": problem.key_length, "table": table}
-    chosen, parts = Chosen(pages, count, attended, arrivals), Softmax(acc, peak, total)
-    results = {"sinks": sinks, "output": output, "lse": lse, "lse_keys": lse_keys, "chosen": chosen}
-    attend = {"value": Heads(value, *strides[2]), "parts": parts, **results, **scored}
-    score = {"statistics": statistics, "page_logits": page_logits, "parts": page_parts, "chosen": chosen, **scored}
-    places = alignment(query, key, value, visible, origin, budget, *problem.key_index, sinks, problem.table)
-    compiled = compiled_kernels(alike, places)
-    with on_device(query.device):
-        run_kernel(score_pages_kernel, grids[0], score, options[0], compiled)
-        run_kernel(choose_pages_kernel, grids[1], score, options[1], compiled)
-        run_kernel(attend_pages_kernel, grids[2], attend, options[2], compiled)
+    changing = {
+        "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
+        "inputs": inputs, "Lk": problem.key_length, "table": table, "statistics": statistics,
+        "chosen": Chosen(pages, count, attended, arrivals), "page_logits": page_logits, "sinks": problem.sinks,
+        "output": output, "lse": lse, "lse_keys": lse_keys,
+    }  # fmt: skip
+    plan.choosing(query.device, {**changing, "parts": Softmax(None, page_peak, page_total)})
+    plan.attending(query.device, {**changing, "parts": Softmax(acc, peak, total)})
     kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
     return AttentionResult(output, lse, kept_mass, attended)
 
@@ -134,6 +140,7 @@ def _planned(problem: Problem) -> tuple[Problem, Plan]:
         *(key.shape[2:3] == value.shape[2:3], keys, -(-problem.most // problem.page_size)),
         *(problem.page_size, problem.new, problem.stats, problem.scale, problem.softcap),
         *(architecture_of(query.device), _CHOOSE_AT_ONCE),
+        alignment(*problem.tensors()),
     )
     if plans:
         return problem, plans[0]
@@ -190,18 +197,26 @@ def _plan(problem: Problem) -> Plan:
     sinks = None if problem.sinks is None else problem.sinks.dtype
     blocks_of = None if table is None else (table.stride(0), key.shape[2])
     alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats, blocks_of)
+    scoring_options = {**scored, **score, **compile_options(scoring, architecture)}
+    choosing_options = {**common, **choose, **compile_options(choosing, architecture)}
+    attending_options = {**scored, **shapes, "splits": splits, "capacity": capacity}
+    attending_options |= compile_options(attending, architecture)
+    alike = ("block", strides, D, DV, choice, joining.rows, *alike)
+    compiled = compiled_kernels(alike, alignment(*problem.tensors()))
     return Plan(
         strides,
         sum(sizes) + sum(counts),
         [*sizes, sum(counts)],
         counts,
-        ((numbers, score_splits + 1 + problem.new, blocks), (numbers, 1, 1), (numbers, splits, blocks)),
-        (
-            {**scored, **score, **compile_options(scoring, architecture)},
-            {**common, **choose, **compile_options(choosing, architecture)},
-            {**scored, **shapes, "splits": splits, "capacity": capacity, **compile_options(attending, architecture)},
+        Launches(
+            (
+                (score_pages_kernel, (numbers, score_splits + 1 + problem.new, blocks), scoring_options),
+                (choose_pages_kernel, (numbers, 1, 1), choosing_options),
+            ),
+            {},
+            compiled,
         ),
-        ("block", strides, D, DV, choice, joining.rows, *alike),
+        Launches(((attend_pages_kernel, (numbers, splits, blocks), attending_options),), {}, compiled),
     )
 
 
