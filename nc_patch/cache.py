@@ -26,6 +26,22 @@ class LayerCache(NamedTuple):
     started: bool
 
 
+class Room(NamedTuple):
+    """Memory for keys and values to come, and what a layer holds of it; what is there may be held by others too, and is
+    never written again: where the layer holds other views, shorter ones too, it gets other memory.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    held_keys: torch.Tensor
+    held_values: torch.Tensor
+
+    def holds(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether these are what the layer was left with, in memory that may be written to."""
+        alike = self.held_keys is keys and self.held_values is values
+        return alike and self.keys.is_inference() == torch.is_inference_mode_enabled()
+
+
 def _state(keys: torch.Tensor) -> tuple[torch.Size, int | None]:
     """The shape of keys, and how often they were written."""
     return keys.shape, None if keys.is_inference() else keys._version
@@ -48,8 +64,8 @@ class KeyIndexMixin:
     # Whether the keys have been moved, and the indexes have not.
     _nc_moved = False
     _nc_updated: frozenset[str] = frozenset()
-    # Memory for keys and values to come, of a ``DynamicLayer``.
-    _nc_room: tuple[torch.Tensor, torch.Tensor] | None = None
+    # Of a ``DynamicLayer``.
+    _nc_room: "Room | None" = None
     # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer
     # does not hold, because it computes them from what is cached, or because a module stands for several layers.
     _nc_handed: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None" = None
@@ -210,25 +226,22 @@ class KeyIndexMixin:
 class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
     """``DynamicLayer`` with a key index, and with room for keys to come, so that a step does not copy all of them."""
 
-    # How many keys were ever written to the room: what is there may be held by others, and is never written again.
-    _nc_written = 0
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.keys is None or not self._nc_may_grow(key_states, value_states):
             self._nc_room = None
             return self.nc_hand(super().update(key_states, value_states, *args, **kwargs))
-        length = self.keys.shape[-2]
-        end = length + key_states.shape[-2]
-        if not self._nc_has_room(length, end):
-            self._nc_room = None
-            self._nc_room = (_with_room(self.keys, end), _with_room(self.values, end))
-        assert self._nc_room is not None
-        for room, new in zip(self._nc_room, (key_states, value_states), strict=True):
-            room[:, :, length:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self._nc_room)
-        self._nc_written = end
+        length, new = self.keys.shape[2], key_states.shape[2]
+        room, self._nc_room = self._nc_room, None
+        if room is None or not room.holds(self.keys, self.values) or room.keys.shape[2] < length + new:
+            keys, values = (_with_room(held, length + new) for held in (self.keys, self.values))
+        else:
+            keys, values = room.keys, room.values
+        keys.narrow(2, length, new).copy_(key_states)
+        values.narrow(2, length, new).copy_(value_states)
+        self.keys, self.values = keys.narrow(2, 0, length + new), values.narrow(2, 0, length + new)
+        self._nc_room = Room(keys, values, self.keys, self.values)
         return self.nc_hand((self.keys, self.values))
 
     def _nc_may_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
@@ -238,21 +251,9 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
             return False
         if torch.is_grad_enabled() and any(t.requires_grad for t in (key_states, value_states, self.keys)):
             return False
-        pairs = ((key_states, self.keys), (value_states, self.values))
-        return all(new.shape[0] == held.shape[0] and new.dtype == held.dtype for new, held in pairs)
-
-    def _nc_has_room(self, length: int, end: int) -> bool:
-        """Whether keys and values still are all that was written to the room, and ``end`` fit there."""
-        if self._nc_room is None or self.keys is None or self._nc_written != length:
-            return False
-        return all(
-            room.shape[2] >= end
-            and room.data_ptr() == held.data_ptr()
-            and room.stride() == held.stride()
-            and room.shape[0] == held.shape[0]
-            and room.is_inference() == torch.is_inference_mode_enabled()
-            for room, held in zip(self._nc_room, (self.keys, self.values), strict=True)
-        )
+        keys, values = self.keys, self.values
+        alike = key_states.dtype == keys.dtype and value_states.dtype == values.dtype
+        return alike and key_states.shape[0] == keys.shape[0] and value_states.shape[0] == values.shape[0]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._nc_follow(lambda index: index.repeat(repeats), "batch_repeat_interleave", repeats)

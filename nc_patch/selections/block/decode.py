@@ -201,8 +201,7 @@ def _plan(problem: Problem) -> Plan:
     choosing_options = {**common, **choose, **compile_options(choosing, architecture)}
     attending_options = {**scored, **shapes, "splits": splits, "capacity": capacity}
     attending_options |= compile_options(attending, architecture)
-    alike = ("block", strides, D, DV, choice, joining.rows, *alike)
-    compiled = compiled_kernels(alike, alignment(*problem.tensors()))
+    compiled = compiled_kernels(("block", strides, D, DV, choice, joining.rows, *alike), alignment(*problem.tensors()))
     return Plan(
         strides,
         sum(sizes) + sum(counts),

@@ -134,8 +134,8 @@ def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys
         "parts": plan.parts, "slots": plan.slots, "groups": plan.groups, "settings": settings_of(problem),
         "mean_key": None, "mean_value": None, "sinks": None,
     }  # fmt: skip
-    grids = ((blocks, sampled + upkeep, 1), (rows, 1, 1), *((blocks, splits, 1),) * 2, (rows, 1, 1))
-    grids = (*grids, (blocks, plan.parts, 1))
+    scanning, whole_rows = (blocks, splits, 1), (rows, 1, 1)
+    grids = ((blocks, sampled + upkeep, 1), whole_rows, scanning, scanning, whole_rows, (blocks, plan.parts, 1))
     kernels = (prepare_kernel, guess_kernel, scan_kernel, score_kernel, choose_kernel, gather_kernel)
     options = (plan.options[name] for name in ("prepare", "guess", "scan", "score", "choose", "gather"))
     # All that the kernels are compiled for is in the plan or among what the tensors of a step have in common.
@@ -183,7 +183,7 @@ def _decode_at_once(step: Step, problem: Problem) -> AttentionResult:
     query, key, value, visible, origin, budget, *_ = problem
     scratch = torch.empty(plan.numbers, dtype=torch.float32, device=query.device)
     strides = step.strides
-    changing = {
+    changing: dict[str, Any] = {
         "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
         "codes": KeyCodes(*problem.key_index), "scratch": Scratch(scratch, *plan.offsets),
         "inputs": RowInputs(visible, budget, None if means is None else origin),
