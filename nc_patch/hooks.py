@@ -18,7 +18,8 @@ def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
 
     Continuous batching switches to flash attention by itself where that is installed.
     """
-    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+    # As it is stored: the property of a config takes longer than the rest of the hook.
+    implementation = vars(module.config).get("_attn_implementation_internal")  # type: ignore[arg-type]
     if implementation != IMPLEMENTATION:
         raise UnsupportedModelError(
             f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "
@@ -68,7 +69,7 @@ def hand_on_mask(
 
     Otherwise accelerate's hook copies it for each layer, and a copy knows nothing of what is remembered on it.
     """
-    hook: Any = getattr(module, "_hf_hook", None)
+    hook: Any = module.__dict__.get("_hf_hook")
     mask: Any = kwargs.get("attention_mask")
     if hook is None or not is_packed(mask) or torch.compiler.is_compiling():
         return None
