@@ -38,6 +38,7 @@ from nc_patch.visibility import (
     is_bidirectional,
     is_packed,
     is_plain_causal,
+    made_for,
     seen_keys,
     split_sequences,
     visibility_of,
@@ -339,6 +340,11 @@ def _visible_keys(
         found = visibility_of(mask, *lengths, name)
         return _Seen(split_sequences(found, **{**boundaries, "position_ids": None}), False, True)
     refuse_missing_keys(module, layer, mask, lengths[2])
+    if not torch.compiler.is_compiling() and made_for(mask) is None and "_hf_hook" in vars(module):
+        say_once(
+            "accelerate copies the mask for each layer, which works out again what follows from it, because the model "
+            "was patched before it was dispatched. To save that time call patch_model again."
+        )
 
     def look() -> _Seen:
         found = visibility_of(mask, *lengths, name)

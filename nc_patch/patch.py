@@ -108,7 +108,7 @@ def patch_model(
                 part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
                 part.register_forward_hook(forget_boundaries, always_call=True)
         for holder in _holders(model):
-            if hand_on_mask not in holder._forward_pre_hooks.values():
+            if "_hf_hook" in vars(holder) and hand_on_mask not in holder._forward_pre_hooks.values():
                 holder.register_forward_pre_hook(hand_on_mask, with_kwargs=True)
     say_left_dense(model, [module for _, module in modules])
     return model

@@ -22,6 +22,7 @@ from nc_patch import (
     reset_stats,
     unpatch_model,
 )
+from nc_patch.common import say_once
 from nc_patch.hooks import hand_on_mask
 from nc_patch.masks import interval_mask
 from nc_patch.visibility import is_packed, made_for
@@ -78,6 +79,24 @@ def test_where_weights_lie_changes_no_number_patched_before_or_after(family, pla
             assert torch.equal(generated(model, ids), text)
             assert (attended_fraction(model) == 1.0) == (budget == FULL)
         assert torch.equal(unpatch_model(model)(ids).logits, dense(ids).logits)
+
+
+class CopiesMask(ModelHook):
+    def pre_forward(self, module, *args, **kwargs):
+        if isinstance(kwargs.get("attention_mask"), torch.Tensor):
+            kwargs["attention_mask"] = kwargs["attention_mask"].clone()
+        return args, kwargs
+
+
+def test_a_model_that_is_dispatched_after_it_was_patched_is_right_and_says_how_it_would_be_faster(caplog):
+    say_once.cache_clear()
+    ids, model = random_ids(2, 40), small()
+    expected = model(ids).logits.detach()
+    for module in (*model.model.layers, *(layer.self_attn for layer in model.model.layers)):
+        add_hook_to_module(module, CopiesMask())
+    assert "accelerate" not in caplog.text
+    assert torch.equal(model(ids).logits.detach(), expected)
+    assert caplog.text.count("call patch_model again") == 1
 
 
 def test_a_mask_is_moved_to_a_device_once_for_all_layers_there_and_stays_where_it_is_right():
