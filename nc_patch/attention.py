@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -188,9 +189,14 @@ def _attention(
         laws = config.laws(plan.layer)
         check_heads(module, laws, query.shape[1])
         find = lambda: config.row_budgets(visible, Lk, plan.layer)  # noqa: E731
-        # Budgets by head are large, and as a rule of one layer alone.
-        law = (laws, config.min_keys, config.dense_below, Lk)
-        budget = once(visible, ("budget", law), find) if len(laws) == 1 else find()
+        budgets: tuple[torch.Tensor, ...] = ()
+        if config.layers is None:
+            budget = once(visible, ("budget", config, Lk), find)
+        elif compiling or not decoding:  # by head they are large
+            budget = find()
+        else:
+            budgets = once(visible, ("budgets", config, Lk), lambda: config.budgets_by_layer(visible, Lk))
+            budget = budgets[plan.layer]
         problem = problem._replace(budget=budget)
     kept = Indexes()
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
@@ -203,7 +209,7 @@ def _attention(
     if decoding and kept.means is not None:
         problem = problem._replace(means=PageMeans(*kept.means.tensors()), new=kept.new)
     if plan.dense_reason is None and decoding and kept.choosing is not None:
-        most = once(visible, ("most", law), lambda: config.largest_budget(Lk, plan.layer))
+        most = config.largest_budget(Lk, plan.layer) if compiling else _most(config, Lk)
         problem = by_index(problem, kept.choosing, most)._replace(new=kept.new)
 
     def run(selection: Selection) -> AttentionResult:
@@ -240,19 +246,29 @@ def _attention(
         patch.observe(Observed(plan.layer, problem, result.output))
     if patch is not None and not compiling and not in_transform():
         own = result.attended if selection.counts_attended else None
-        counts = _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
+        _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
         shared = decoding and in_place and cached is not None and not plan.measures and patch.observe is None
-        if shared and dense_reason is None and len(laws) == 1 and problem.sinks is None and steps.is_plain(problem[:3]):
+        if shared and dense_reason is None and problem.sinks is None and steps.is_plain(problem[:3]):
             backend, _ = backend_of(problem, selection, config.backend)
             steps.remember(
                 attention_mask, module, problem, arguments, config=config, run=selection.bound(problem, backend),
                 kinds=steps.kinds_of(kept), paged=kept.choosing is not None and LAYOUTS[kept.choosing.kind].paged,
-                tail=patch.counters.tail, counts=counts,
+                budgets=budgets,
             )  # fmt: skip
     return result.output.transpose(1, 2).contiguous(), None
 
 
 _DENSE = Dense()
+
+
+# Steps of as many keys, rounded up, have buffers of one size.
+_LENGTHS = 1024
+
+
+@lru_cache(maxsize=64)
+def _most(config: NCConfig, key_length: int) -> int:
+    """What no budget of a step exceeds."""
+    return config.largest_budget(-(-key_length // _LENGTHS) * _LENGTHS)
 
 
 def _runs_dense_kernel(problem: Problem, backend: str) -> bool:
@@ -413,30 +429,25 @@ def _sdpa(problem: Problem, mask: torch.Tensor | None, causal: bool = True) -> t
 
 
 def _count(
-    patch: LayerPatch,
-    visible: torch.Tensor,
-    attended: torch.Tensor | None,
-    dense_reason: str | None,
-    own: bool,
-) -> torch.Tensor | None:
-    """Counts one call; what follows from the intervals and the settings alone is worked out once for all layers.
+    patch: LayerPatch, visible: torch.Tensor, attended: torch.Tensor | None, dense_reason: str | None, own: bool
+) -> None:
+    """Counts one call, with what it attended: its budget, or where the selection has its ``own`` number, that.
 
-    Returns the tally, or None where it follows from what is attended, and is taken later.
+    What follows from the intervals and the settings alone is worked out once for all layers.
     """
     tail = patch.counters.tail
-    if own and attended is not None and attended.shape[-1] <= MAX_DECODE_QUERIES and dense_reason is None:
-        patch.counters.add_later(attended, visible)
-        return None
-    if own and attended is not None:
-        counts = tally(attended, visible, tail)
-    elif attended is None:
+    if attended is None:
         n = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
         counts = once(visible, ("tally", "dense", tail), lambda: tally(n, visible, tail))
+    elif dense_reason is None and attended.shape[-1] <= MAX_DECODE_QUERIES:
+        patch.counters.add_later(attended, visible)
+        return
+    elif own:
+        counts = tally(attended, visible, tail)
     else:
         law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.dense_below)
         counts = once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))
     patch.counters.add(counts, dense_reason)
-    return counts
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -176,8 +177,23 @@ class NCConfig:
         alphas, exponents = zip(*self.laws(layer), strict=True)
         return row_budgets(visible, max_n, list(alphas), list(exponents), self.min_keys, self.dense_below)
 
+    @property
+    def layers(self) -> int | None:
+        """For how many layers alpha or C are given one by one; None where they are not."""
+        given = [len(values) for values in (self.alpha, self.C) if isinstance(values, tuple)]
+        return max(given, default=None)
+
+    def budgets_by_layer(self, visible: torch.Tensor, max_n: int) -> tuple[torch.Tensor, ...]:
+        """``row_budgets`` of every layer, where alpha or C are per layer, found at once."""
+        laws = [self.laws(layer) for layer in range(self.layers or 0)]
+        alphas, exponents = zip(*itertools.chain.from_iterable(laws), strict=True)
+        found = row_budgets(visible, max_n, list(alphas), list(exponents), self.min_keys, self.dense_below)
+        return tuple(each.contiguous() for each in found.split([len(of_layer) for of_layer in laws], 1))
+
     def largest_budget(self, n: int, layer: int | None = None) -> int:
-        """The largest budget that any head of a layer has for up to ``n`` visible keys."""
+        """The largest budget that any head of a layer, or of all layers, has for up to ``n`` visible keys."""
+        if layer is None and self.layers is not None:
+            return max(self.largest_budget(n, layer) for layer in range(self.layers))
         law = max(budget_of(n, alpha, C, self.min_keys) for alpha, C in self.laws(layer))
         return max(law, min(n, self.dense_below))
 

@@ -19,7 +19,7 @@ def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
     Continuous batching switches to flash attention by itself where that is installed.
     """
     # As it is stored: the property of a config takes longer than the rest of the hook.
-    implementation = vars(module.config).get("_attn_implementation_internal")  # type: ignore[arg-type]
+    implementation = vars(module.config).get("_attn_implementation_internal")
     if implementation != IMPLEMENTATION:
         raise UnsupportedModelError(
             f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "

@@ -5,6 +5,7 @@ again in every layer.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,8 @@ class Step(NamedTuple):
         alike: what of query, key and value the computation was chosen for and checked, and the scale.
         module_config: of the model. arguments: what else the attention function was given, the cache aside.
         kinds: of the key indexes that each layer keeps: of the one that is chosen by, and of means; see ``kinds_of``.
-        paged: whether pages are counted from the first index's origin. tail, counts: of ``tally``, where the budget is
-            what is attended.
+        paged: whether pages are counted from the first index's origin. budgets: of each layer, where they differ.
+        dense_layers: those that attend every key.
     """
 
     config: NCConfig
@@ -41,8 +42,8 @@ class Step(NamedTuple):
     arguments: dict[str, Any]
     kinds: tuple[tuple[str, int, int], ...]
     paged: bool
-    tail: int | None
-    counts: torch.Tensor | None
+    budgets: tuple[torch.Tensor, ...]
+    dense_layers: frozenset[int]
 
 
 def remember(
@@ -51,7 +52,8 @@ def remember(
     """Keeps a step for the layers after this one, on the mask that they share; ``fields`` are its others."""
     alike = _alike(problem[:3], arguments)
     others = {name: value for name, value in arguments.items() if name not in ("nc_layer_cache", "scaling")}
-    step = Step(problem=problem, alike=alike, module_config=module.config, arguments=others, **fields)
+    fields |= {"alike": alike, "module_config": module.config, "dense_layers": _dense_layers(fields["config"])}
+    step = Step(problem=problem, arguments=others, **fields)
     setattr(mask, _ATTRIBUTE, step)
 
 
@@ -84,34 +86,35 @@ def repeat(
     step: Step | None = getattr(mask, _ATTRIBUTE, None)
     cache: LayerCache | None = arguments.get("nc_layer_cache")
     held = None if cache is None else cache.layer
-    if step is None or held is None or config is not step.config or layer in config.dense_layers:
+    if step is None or held is None or config is not step.config or layer in step.dense_layers:
         return None
     told = module.config is step.module_config and module.__dict__.get("masked_key_indices") is None
-    if not (told and is_plain(tensors) and _alike(tensors, arguments) == step.alike and counters.tail == step.tail):
+    if not (told and is_plain(tensors) and _alike(tensors, arguments) == step.alike):
         return None
     given = step.arguments
     if len(arguments) != len(given) + 2 or any(arguments.get(name) is not value for name, value in given.items()):
         return None
-    query, key, value = tensors
+    shared, (query, key, value) = step.problem, tensors
+    budget = step.budgets[layer] if step.budgets else shared.budget
+    if budget.shape != shared.budget.shape or (budget.data_ptr() - shared.budget.data_ptr()) & 15:
+        return None
     held.nc_compare(key, value)
     indexes = held.nc_ready(step.kinds, key)
     if indexes is None:
         return None
-    shared = step.problem
     origin, means, chosen = shared.origin, shared.means, shared.key_index
     if means is not None:
         means = PageMeans(*indexes[-1].tensors())
     if chosen:
         chosen = indexes[0].tensors()
         origin = indexes[0].row_origins(query.shape[2]) if step.paged else origin
-    problem = shared._replace(query=query, key=key, value=value, origin=origin, means=means, key_index=chosen)
+    problem = shared._replace(
+        query=query, key=key, value=value, origin=origin, budget=budget, means=means, key_index=chosen
+    )
     result = step.run(problem)
     if step.kinds:
         held.nc_settle()
-    if step.counts is None and result.attended is not None:
-        counters.add_later(result.attended, shared.visible)
-    elif step.counts is not None:
-        counters.add(step.counts, None)
+    counters.add_later(budget if result.attended is None else result.attended, shared.visible)
     return result.output
 
 
@@ -119,6 +122,12 @@ def kinds_of(kept: Indexes) -> tuple[tuple[str, int, int], ...]:
     """The kinds, page sizes and capacities of the indexes that a layer decodes by."""
     indexes = [index for index in (kept.choosing, kept.means) if index is not None]
     return tuple((index.kind, index.block_size, index.capacity) for index in indexes)
+
+
+@lru_cache(maxsize=64)
+def _dense_layers(config: NCConfig) -> frozenset[int]:
+    by_law = range(config.layers) if config.layers is not None else ()
+    return frozenset(config.dense_layers).union(layer for layer in by_law if config.is_dense(layer))
 
 
 def _alike(tensors: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> tuple[Any, ...]:

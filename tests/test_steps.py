@@ -1,0 +1,112 @@
+"""The layers of a decoding step repeat what its first layer has worked out, where that holds for them too."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import random_ids, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from nc_patch import attention, nc_stats, patch_model, steps
+
+LAYERS, PROMPT, STEPS = 4, 40, 6
+BY_HEAD = {"alpha": [[1.0, 2.0, 1.5, 3.0], [2.0, 1.0, 2.5, 1.5], 2.0, 1.0], "C": [0.5, 0.5, 0.6, 1.0]}
+LAW = {"alpha": 2.0, "C": 0.5}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model("llama", num_hidden_layers=LAYERS).eval()
+
+
+def decode(model, monkeypatch, repeats, static=False, count=1):
+    """Logits of the steps, and how often each layer was worked out and not repeated, the prompt's aside."""
+    worked_out = Counter()
+    first = attention._attention
+
+    def counted(module, *arguments):
+        worked_out[module.layer_idx] += 1
+        return first(module, *arguments)
+
+    monkeypatch.setattr(attention, "_attention", counted)
+    if not repeats:
+        monkeypatch.setattr(steps, "repeat", lambda *arguments: None)
+    torch.manual_seed(0)
+    ids = random_ids(2, PROMPT + STEPS * count)
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+        worked_out.clear()
+        logits = [
+            model(ids[:, PROMPT + at : PROMPT + at + count], past_key_values=cache, use_cache=True).logits
+            for at in range(0, STEPS * count, count)
+        ]
+    monkeypatch.undo()
+    return torch.cat(logits, 1), [worked_out[layer] // STEPS for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({**LAW}, [1, 0, 0, 0]),
+        ({**LAW, "tail": "drop"}, [1, 0, 0, 0]),
+        ({**LAW, "key_index": "never"}, [1, 0, 0, 0]),
+        ({**LAW, "decode": "block", "prefill": "topk"}, [1, 0, 0, 0]),
+        ({**LAW, "selection": "window"}, [1, 0, 0, 0]),
+        ({**LAW, "backend": "torch", "key_index": "always"}, [1, 0, 0, 0]),
+        ({**LAW, "dense_layers": (0, 2)}, [1, 1, 1, 0]),
+        ({**BY_HEAD}, [1, 0, 1, 1]),
+        ({**LAW, "track": True}, [1, 1, 1, 1]),
+    ],
+    ids=["default", "drop", "no index", "block", "window", "torch", "dense layers", "by head", "track"],
+)
+def test_steps_give_what_they_give_where_each_layer_is_worked_out(tiny, monkeypatch, settings, expected, static, count):
+    models = [copy.deepcopy(tiny) for _ in range(2)]
+    for model in models:
+        patch_model(model, dense_below=0, **settings)
+    found, layers = decode(models[0], monkeypatch, True, static, count)
+    every, _ = decode(models[1], monkeypatch, False, static, count)
+    assert torch.equal(found, every)
+    assert nc_stats(models[0])["layers"] == nc_stats(models[1])["layers"]
+    assert layers == expected
+
+
+def scaled(attention):
+    attention.scaling *= 0.5
+
+
+def under_autocast(attention):
+    attention.register_forward_pre_hook(lambda *_: torch.set_autocast_enabled("cpu", True))
+    attention.register_forward_hook(lambda *_: torch.set_autocast_enabled("cpu", False))
+
+
+def with_gradients(attention):
+    attention.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(True) and None)
+    attention.register_forward_hook(lambda *_: torch.set_grad_enabled(False) and None)
+
+
+def with_another_argument(attention):
+    attention.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "more": 1}), with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (scaled, [1, 0, 1, 1]),  # and leaves a step that does not fit the next layer
+        (under_autocast, [1, 0, 1, 1]),
+        (with_gradients, [1, 0, 1, 0]),
+        (with_another_argument, [1, 0, 1, 1]),
+    ],
+)
+def test_a_layer_that_is_called_in_another_way_is_worked_out(tiny, monkeypatch, change, expected):
+    models = [copy.deepcopy(tiny) for _ in range(2)]
+    for model in models:
+        patch_model(model, dense_below=0, **LAW)
+        change(model.model.layers[2].self_attn)
+    found, layers = decode(models[0], monkeypatch, True)
+    every, _ = decode(models[1], monkeypatch, False)
+    assert torch.equal(found, every)
+    assert layers == expected
