@@ -22,14 +22,10 @@ KEPT_LETTERS = 400
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as tokens, and what is expected.
+    """A prompt as tokens, int64 ``[N]``, and what is expected.
 
-    Attributes:
-        ids: int64 ``[N]``.
-        answers: the strings that the answer is searched for.
-        match: whether all of them count in proportion (``"all"``), or any one suffices (``"part"``).
-        new_tokens: how many tokens the model may answer with.
-        depth: where the first sentence of evidence lies, as a share of the prompt; None without evidence.
+    The answer is searched for ``answers``: all count in proportion (``match="all"``), or any one suffices (``"part"``).
+    ``depth`` is where the first sentence of evidence lies, as a share of the prompt; None without evidence.
     """
 
     ids: np.ndarray
@@ -56,22 +52,12 @@ def build_question(
     material: Material,
     new_tokens: int | None = None,
 ) -> Question:
-    """A sample of a generated task, in the tokenizer's chat template where it has one.
+    """A sample of a generated task, in the tokenizer's chat template where it has one; arguments as of ``synthesize``.
 
-    Args:
-        name: of the generator.
-        tokenizer: as ``synthesize`` takes it.
-        length: as ``synthesize`` takes it.
-        seed: as ``synthesize`` takes it.
-        index: as ``synthesize`` takes it.
-        material: as ``synthesize`` takes it.
-        new_tokens: tokens of an answer, in place of the task's own number.
-
-    Raises:
-        EvalError: the length cannot be filled.
+    Raises EvalError where the length cannot be filled.
     """
-    template = bool(tokenizer.chat_template)
-    options: dict[str, Any] = {"material": material, "new_tokens": new_tokens, "use_chat_template": template}
+    chat = bool(tokenizer.chat_template)
+    options: dict[str, Any] = {"material": material, "new_tokens": new_tokens, "use_chat_template": chat}
     sample = synthesize(GENERATORS[name], tokenizer, length, seed, index, **options)
     bos = getattr(tokenizer, "bos_token", None)
     special = {"add_special_tokens": False} if bos and sample.prompt.startswith(bos) else {}
@@ -82,34 +68,18 @@ def build_question(
 
 
 def answer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    attention: Attention,
-    question: Question,
-    phase: Phase = "all",
+    model: Any, tokenizer: PreTrainedTokenizerBase, attention: Attention, question: Question, phase: Phase = "all"
 ) -> dict[str, Any]:
-    """Lets a model answer greedily and scores what it says.
+    """Lets a model that is not patched answer greedily, and scores what it says.
 
-    Args:
-        model: a causal language model of ``transformers``, not patched.
-        tokenizer: of the model.
-        attention: as for ``measure``.
-        question: what to ask.
-        phase: ``"all"``: prefill and decoding are sparse. ``"prefill"``: the prompt but for its last token.
-            ``"question"``: the last ``QUESTION_TOKENS`` tokens of the prompt and the answer; what comes before is
-            prefilled densely. ``"decode"``: the last token of the prompt and the answer.
-
-    Returns:
-        Fields of a row: the score in [0, 1], what was said, the depth of the evidence, ``first_token_seconds`` until
-        the first token of the answer, and the fields of ``in_phase``, whose scored positions are those that predict a
-        token of the answer.
-
-    Raises:
-        MemoryRanOut: what was allocated for it is free again.
+    The context of ``phase`` is the prompt but for its last token, or for its last ``QUESTION_TOKENS`` where the phase
+    is ``"question"``. Returns fields of a row: the score in [0, 1], what was said, the depth of the evidence,
+    ``first_token_seconds`` until the first token of the answer, and the fields of ``in_phase``, whose scored positions
+    are those that predict a token of the answer. Raises MemoryRanOut once what was allocated is free again.
     """
     ids = torch.from_numpy(question.ids).to(model.device)
     before = len(ids) - (QUESTION_TOKENS if phase == "question" else 1)
-    ends = _ends(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
 
     def read(cache: DynamicCache | None, peak: Peak) -> tuple[list[int], int, int]:
         rest = ids if cache is None else ids[before:]
@@ -152,7 +122,8 @@ def _greedy(
     return said
 
 
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer."""
     found = model.generation_config.eos_token_id
     ids = found if isinstance(found, list) else [found]
     return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}

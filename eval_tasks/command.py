@@ -1,7 +1,6 @@
 """``nc-patch eval`` and ``nc-patch report``: arguments in, a directory of results out."""
 
 import argparse
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from eval_tasks.arguments import (
     model_options,
     positive,
     spaced,
-)
+)  # fmt: skip
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
 from eval_tasks.measure import PHASES, SPARSE_IN
@@ -54,18 +53,15 @@ def run_eval(argv: Sequence[str]) -> int:
         with joined_processes(sweep.tp_plan is not None, sweep.device) as processes:
             if sweep.tp_plan is not None and processes.world == 1:
                 raise EvalError("--tp-plan spreads a model over several processes: add --processes N, or use torchrun")
-            complete = run_sweep(sweep, directory, command, processes)
-        if not processes.is_first:
-            return 0
-        _write_report([directory], None, arguments.within / 100)
+            run_sweep(sweep, directory, command, processes)
+        if processes.is_first:
+            _write_report([directory], None, arguments.within / 100)
     except EvalError as error:
         return refused(error)
     except KeyboardInterrupt:
         if launched_rank() == 0 and not is_started_here():
             print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
         return INTERRUPTED
-    if not complete:
-        print(f"To measure the rest: {command}", file=sys.stderr)
     return 0
 
 
@@ -125,8 +121,6 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
             f"every budget of --iso-keys ({spaced(given.iso_keys)}) holds all keys of every length "
             f"({spaced(given.lengths)}): give smaller ones, or longer --lengths"
         )
-    if given.minutes is not None and not (math.isfinite(given.minutes) and given.minutes > 0):
-        raise EvalError(f"--minutes must be a positive number, got {given.minutes}")
     if len(set(given.seed)) < len(given.seed) or min(given.seed) < 0:
         raise EvalError(f"--seed takes different numbers from 0 on, got {spaced(given.seed)}")
     return Sweep(
@@ -137,7 +131,6 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         budgets=budgets,
         layout=Layout(ascending(given.lengths), given.samples, given.scored, given.passage, given.seed[0]),
         threads=given.threads,
-        minutes=given.minutes,
         tp_plan=given.tp_plan,
         phase=given.phase,
         iso_keys=tuple(sorted(set(given.iso_keys))) if given.match == "iso" else (),
@@ -151,12 +144,9 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
 def _tasks(names: Sequence[str]) -> tuple[str, ...]:
     """The tasks asked for, in the order in which they are listed; raises EvalError for unknown ones."""
     known = [*TASKS, *GENERATORS]
-    for name in names:
-        if name not in known:
-            raise EvalError(
-                f"unknown task {name!r}; allowed are {', '.join(known)}. Tasks of lm-eval run by python -m "
-                "eval_tasks.lm_eval"
-            )
+    if unknown := [name for name in names if name not in known]:
+        said = f"unknown task {unknown[0]!r}; allowed are {', '.join(known)}"
+        raise EvalError(f"{said}. Tasks of lm-eval run by python -m eval_tasks.lm_eval")
     return tuple(name for name in known if name in names)
 
 
@@ -213,7 +203,6 @@ def _parser() -> argparse.ArgumentParser:
     seeds = "seeds of the random draws; each draws --samples samples (default: 0)"
     add("--seed", type=int, nargs="+", default=[0], help=seeds)
     add("--backend", choices=list(BACKENDS), default="auto", help="what runs sparse attention (default: auto)")
-    add("--minutes", type=float, help="begin nothing that is not expected to end within so many minutes")
     add("--processes", type=positive, metavar="N", help="share the samples among N processes of this machine")
     add("--tp-plan", metavar="PLAN", help="auto: spread every layer of one model over all processes")
     add("--retry-failed", action="store_true", help="measure cells again that ran out of memory before")

@@ -33,7 +33,6 @@ from eval_tasks.matching import Budgets
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, find_method, order_of
 from eval_tasks.models import attention_of
 from eval_tasks.provenance import commit, hardware, versions
-from eval_tasks.simulated import Simulated
 from eval_tasks.store import check_out, write_atomically
 from eval_tasks.tasks import Layout, ascending, places, tokenise
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
@@ -162,7 +161,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
 def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
     method = find_method(name)
     config = method.config(budgets.at(length))
-    if config is None or isinstance(config, Simulated) or method.press is not None:
+    if config is None or method.press is not None:
         raise EvalError(f"{name} is no sparse attention of this package: fidelity compares those with dense attention")
     return config
 

@@ -1,6 +1,6 @@
 """The plots of a report, made with matplotlib: lines named where they end, and maps of depths.
 
-Each is drawn twice, for a wide page and for a phone, in sizes where one point is one pixel of the page.
+A plot is as wide as the page of a phone, where one point is one pixel; a wide page has several of them in a row.
 """
 
 import io
@@ -25,7 +25,7 @@ from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
 
 from eval_tasks.iso_quality import IsoQuality
-from eval_tasks.methods import DENSE, NC, find_method, order_of
+from eval_tasks.methods import DENSE, NC, find_method, keys_of, order_of
 from eval_tasks.summary import PLACE, UNSEEN, title_of
 from nc_patch.budget import law_values
 
@@ -37,16 +37,15 @@ _COLOURS = {
     "fixed-topk-mean": "#0A3A5A", "nc-topk-mean": "#7A3300", NC: "#C51B7D", "profile": "#6A3D9A",
 }  # fmt: skip
 _OTHER_COLOURS = ("#8C564B", "#00727E", "#5F6B00", "#7A55A0")
-_MARKERS = {"all": "o", "recent": "s", "content": "^", "chance": "x"}
-_LINES = {"all": "-", "recent": "--", "content": "-", "chance": ":"}
+_BY_POSITION = ("window", "streaming", "nc-window")  # whose lines are dashed
 _STYLE = FONT | {
     "font.size": 14, "axes.titlesize": 15, "axes.labelsize": 14, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#666666", "grid.color": "#DDDDDD", "axes.titlelocation": "left", "axes.titlepad": 10,
 }  # fmt: skip
-_WIDE, _NARROW, _LABEL_HEIGHT = 1080, 358, 17.0
+_WIDTH, _LABEL_HEIGHT = 352, 17.0
 # Above this ratio of largest to smallest value an axis is logarithmic.
 _LOGARITHMIC_FROM = 4.0
-_POSITION_BINS, _DEPTH_BINS = 16, 10
+_POSITION_BINS, _DEPTH_BINS, _TICKS = 16, 10, 4
 
 
 @dataclass(frozen=True)
@@ -141,47 +140,42 @@ def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
     return panels
 
 
-def draw(panels: Sequence[Panel], narrow: bool = False) -> Figure:
-    """The plots side by side, or below each other on a narrow page."""
-    columns = 1 if narrow else min(3, max(1, len(panels)))
-    rows = max(1, -(-len(panels) // columns))
-    width = _NARROW if narrow else _WIDE if columns > 1 else 0.7 * _WIDE
+def draw(panels: Sequence[Panel]) -> Figure:
+    """The plots side by side."""
+    count = max(1, len(panels))
     height = max(270.0, 100 + _LABEL_HEIGHT * max((len(panel.lines) for panel in panels), default=0))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width / 72, rows * height / 72), dpi=72)
-        figure.set_layout_engine("constrained", h_pad=12 / 72)
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        figure = Figure(figsize=(count * _WIDTH / 72, height / 72), dpi=72, layout="constrained")
+        axes = figure.subplots(1, count, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=False):
-            _draw_panel(axis, panel, narrow or columns == 3)
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
+            _draw_panel(axis, panel)
         figure.draw_without_rendering()  # what follows needs heights
         for axis, panel in zip(axes, panels, strict=False):
             _name_lines(axis, panel)
     return figure
 
 
-def depth_maps(own: pd.DataFrame, narrow: bool = False) -> Figure:
+def depth_maps(own: pd.DataFrame) -> Figure:
     """Share of right answers of one task by depth of the needle and context length, one map per method."""
     methods, lengths = sorted(set(own["method"]), key=order_of), sorted(set(own["length"]))
-    columns = min(2 if narrow else 4, len(methods))
-    rows, width = -(-len(methods) // columns), _NARROW if narrow else _WIDE * min(4, columns + 1) / 4
+    columns = min(2, len(methods))
+    rows = -(-len(methods) // columns)
     band = np.minimum((own["depth"] * _DEPTH_BINS).astype(int), _DEPTH_BINS - 1)
     with matplotlib.rc_context(_STYLE | {"font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13}):
-        figure = Figure(figsize=(width / 72, (190 * rows + 70 * narrow) / 72), dpi=72, layout="constrained")
+        figure = Figure(figsize=(_WIDTH / 72, (190 * rows + 70) / 72), dpi=72, layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for axis, name in zip(axes, methods, strict=False):
             cells = own[own["method"] == name].groupby([band, "length"])["score"].mean().unstack()
             scores = 100 * cells.reindex(index=range(_DEPTH_BINS), columns=lengths)
             image = axis.imshow(scores, vmin=0, vmax=100, cmap="cividis", aspect="auto", origin="upper")
             axis.set_facecolor("#DDDDDD")  # where nothing was measured
-            axis.set_title(textwrap.fill(find_method(name).title, 17 if narrow else 30))
-            _length_ticks(axis, range(len(lengths)), lengths, 3 if narrow else 5)
+            axis.set_title(textwrap.fill(find_method(name).title, 17))
+            _length_ticks(axis, range(len(lengths)), lengths, 3)
             axis.set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["0 %", "50 %", "100 %"])
         for axis in axes[len(methods) :]:
             axis.set_visible(False)
         figure.supylabel("depth of the needle", fontsize=13)
-        figure.colorbar(image, ax=axes, label="% right", location="bottom" if narrow else "right", aspect=30)
+        figure.colorbar(image, ax=axes, label="% right", location="bottom", aspect=30)
     return figure
 
 
@@ -219,12 +213,11 @@ def _lines_of(own: pd.DataFrame, y: pd.Series) -> list[Line]:
 def _style(name: str) -> dict[str, Any]:
     """How a method is drawn; those with a number of keys and presses get a colour that follows from the name."""
     colour = _COLOURS.get(name) or _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)]
-    selects = find_method(name).selects
-    width = 2.8 if name in (DENSE, NC) else 1.8
-    return {"color": colour, "linestyle": _LINES[selects], "marker": _MARKERS[selects], "linewidth": width}
+    line, marker = ("-", "o") if name == DENSE else ("--", "s") if keys_of(name)[0] in _BY_POSITION else ("-", "^")
+    return {"color": colour, "linestyle": line, "marker": marker, "linewidth": 2.8 if name in (DENSE, NC) else 1.8}
 
 
-def _draw_panel(axis: Axes, panel: Panel, narrow: bool) -> None:
+def _draw_panel(axis: Axes, panel: Panel) -> None:
     for line in panel.lines:
         if line.low:
             bars = np.abs(np.array([line.low, line.high]) - line.y)
@@ -239,15 +232,14 @@ def _draw_panel(axis: Axes, panel: Panel, narrow: bool) -> None:
         axis.set_ylim(-3, 103)
     elif values and min(values) > 0 and max(values) > _LOGARITHMIC_FROM * min(values):
         logarithmic_y(axis)
-    axis.set_title(textwrap.fill(panel.title, 36 if narrow else 60))
+    axis.set_title(textwrap.fill(panel.title, 36))
     axis.set_xlabel(panel.x_label)
     axis.grid(axis="y")
-    most = 4 if narrow else 7
-    axis.xaxis.set_major_locator(MaxNLocator(most))
+    axis.xaxis.set_major_locator(MaxNLocator(_TICKS))
     if panel.lengths:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_minor_locator(NullLocator())
-        _length_ticks(axis, panel.lengths, panel.lengths, most)
+        _length_ticks(axis, panel.lengths, panel.lengths, _TICKS)
 
 
 def _length_ticks(axis: Axes, places: Sequence[float], lengths: Sequence[int], most: int) -> None:

@@ -31,17 +31,9 @@ MATCHED_BY = {
 class Budgets:
     """The budgets of a comparison: α·n^C, and the other laws matched to it.
 
-    Attributes:
-        alpha, C: factor (positive) and exponent (in [0, 1]) of the power law.
-        equal_at: the length n0 at which all methods have the same budget, at least 2; for ``deploy``.
-        block_size: keys per block of the method ``block``; as in ``NCConfig``.
-        backend: as in ``NCConfig``.
-        match: what makes budgets equal.
-        parameters: fixed budget, logarithmic factor and fraction, in place of those that are equal at ``equal_at``.
-        profile: path of a calibrated profile, for the method ``profile``.
-
-    Raises:
-        ValueError: a value is out of its range.
+    With ``match="deploy"`` all methods have the same budget at ``equal_at`` tokens, at least 2. ``parameters`` are
+    fixed budget, logarithmic factor and fraction in place of those that follow from it; ``block_size`` is that of the
+    method ``block``, ``profile`` the path of a calibrated profile. Raises ValueError for a value out of its range.
     """
 
     alpha: float
@@ -92,8 +84,7 @@ class Budgets:
     def profile_config(self) -> NCConfig:
         """Top-k with the budgets of the profile, shared among layers and heads and matched as all others are.
 
-        Raises:
-            EvalError: there is no profile, or it cannot be read.
+        Raises EvalError where there is no profile, or it cannot be read.
         """
         if self.profile is None:
             raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Any, Literal, TypeVar, get_args
@@ -13,7 +14,6 @@ from transformers import DynamicCache
 from eval_tasks.errors import EvalError
 from eval_tasks.peak import Peak, memory_watched
 from eval_tasks.presses import Press
-from eval_tasks.simulated import Simulated, counted, simulating
 from eval_tasks.tasks import Sample
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
 
@@ -25,10 +25,10 @@ SPARSE_IN = {
     "question": "the scored tokens, or question and answer, after a dense prefill",
     "decode": "the scored tokens, or the answer, one by one after a dense prefill",
 }
-"""What each phase measures, for people."""
+"""What is sparse in each phase, for people."""
 
-Attention = NCConfig | Press | Simulated | None
-"""What a measurement attends by; None is the model as it is."""
+Attention = NCConfig | Press | None
+"""What a measurement attends by: sparse attention, a press that compresses the cache, or None, the model as it is."""
 
 Result = TypeVar("Result")
 _COUNTS = ("attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys")
@@ -36,24 +36,11 @@ _WARM_UP_TOKENS = 64
 
 
 def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "all") -> dict[str, Any]:
-    """Runs one sample through a model.
+    """Runs one sample through a model that is not patched; ``SPARSE_IN`` says what is sparse in each phase.
 
-    Args:
-        model: a causal language model of ``transformers``, not patched.
-        attention: the sparse attention to use, a press that compresses the cache, or what is simulated; None for the
-            model as it is.
-        sample: what to read and score.
-        phase: ``"all"``: the whole forward pass is sparse. ``"prefill"``: all but the scored tokens, which are read
-            with dense attention. ``"question"``: the scored tokens alone, all at once, after a dense prefill, which
-            does not test a sparse prefill. ``"decode"``: the same, one scored token after another.
-
-    Returns:
-        Fields of a row. ``loss_sum``: Σ −ln p over the scored tokens, in nats; ``token_losses``: of each, to four
-        digits; ``tokens`` and ``bytes`` of UTF-8 that they stand for. Beside them the fields of ``in_phase``.
-
-    Raises:
-        EvalError: the loss is not finite.
-        MemoryRanOut: what was allocated for it is free again.
+    Returns fields of a row: ``loss_sum``, Σ −ln p over the scored ``tokens``, in nats; ``token_losses``, of each, to
+    four digits; ``bytes`` of UTF-8 that they stand for; and the fields of ``in_phase``. Raises EvalError for a loss
+    that is not finite, and MemoryRanOut once what was allocated is free again.
     """
     ids = torch.from_numpy(sample.ids).to(model.device)
     length, scored = len(ids) - 1, sample.scored
@@ -79,24 +66,17 @@ def in_phase(
     tail: int,
     read: Callable[[DynamicCache | None, Peak], tuple[Result, int, int]],
 ) -> tuple[Result, dict[str, Any]]:
-    """Reads a context and what follows it, with sparse attention in the part that a phase names.
+    """Reads a context, int64 ``[N]``, and what follows it, with sparse attention in the part that a phase names.
 
-    Args:
-        phase: as in ``measure``.
-        model: as in ``measure``.
-        attention: as in ``measure``.
-        context: int64 ``[N]``, the tokens before those that are scored.
-        tail: how many of the last queries of each call are counted apart.
-        read: reads the rest, given the cache of the context, or everything, given None; returns its result, and how
-            many tokens it read after the context, and how many positions were scored.
+    ``read`` reads the rest, given the cache of the context, or everything, given None; it returns its result, how many
+    tokens it read after the context, and how many positions were scored. The ``tail`` last queries of each call are
+    counted apart.
 
-    Returns:
-        What ``read`` returned, and fields of a row. ``attended_fraction``: attended keys / visible keys over all
-        queries, layers and heads; ``mean_keys``: attended keys per query, None where it is not known;
-        ``tail_attended_fraction``, ``tail_mean_keys``: the same over the scored positions; ``ran_dense``: how many
-        calls ran dense although patched, by reason. ``seconds`` of all that was read, ``prefill_seconds`` until the
-        context was read, where that is apart, and ``peak_memory`` in bytes above what was held before: None where
-        attention is simulated.
+    Returns the result of ``read``, and fields of a row. ``attended_fraction``: attended keys / visible keys over all
+    queries, layers and heads; ``mean_keys``: attended keys per query, None where it is not known;
+    ``tail_attended_fraction``, ``tail_mean_keys``: the same over the scored positions; ``ran_dense``: how many calls
+    ran dense although patched, by reason. ``seconds`` of all that was read, ``prefill_seconds`` of the context where
+    that is apart, and ``peak_memory`` in bytes above what was held before.
     """
     cache: DynamicCache | None = None
     with Peak(model) as peak:
@@ -116,9 +96,7 @@ def in_phase(
             with _attending(model, attention, tail) as count:
                 result, further, scored = read(cache, peak)
                 counts = count()
-    timed: dict[str, Any] = {"seconds": peak.seconds, "peak_memory": peak.bytes, **peak.marks}
-    if isinstance(attention, Simulated):
-        timed = {"seconds": None, "peak_memory": None}
+    timed = {"seconds": peak.seconds, "peak_memory": peak.bytes, **peak.marks}
     if isinstance(attention, Press):
         assert cache is not None
         return result, _compressed(cache, len(context) + further, scored) | timed
@@ -147,29 +125,20 @@ def with_cache(model: Any, cache: DynamicCache) -> dict[str, DynamicCache]:
 
 @contextlib.contextmanager
 def _attending(model: Any, attention: Attention, tail: int | None) -> Iterator[Callable[[], dict[str, Any] | None]]:
-    """Lets a model attend sparsely within the block; yields a function that says what was attended so far.
-
-    Nothing is done for a press, which works on the cache, or for None; nothing is counted there.
-    """
-    if isinstance(attention, NCConfig):
-        with patched(model, config=attention):
-            reset_stats(model, tail=tail)
-            yield lambda: _attended(model)
-    elif isinstance(attention, Simulated):
-        with simulating(model, attention, tail) as counters:
-            yield lambda: {**counted(counters), "ran_dense": {}}
-    else:
+    """Patches the model within the block where ``attention`` is of this package; yields what counts the keys so far."""
+    if not isinstance(attention, NCConfig):
         yield lambda: None
+        return
+    with patched(model, config=attention):
+        reset_stats(model, tail=tail)
+        yield lambda: _attended(model)
 
 
 def _attended(model: Any) -> dict[str, Any]:
     """What a patched model attended since its counts were set to zero."""
     stats = nc_stats(model)
-    ran_dense: dict[str, int] = {}
-    for layer in stats["layers"]:
-        for reason, calls in layer["dense_calls"].items():
-            ran_dense[reason] = ran_dense.get(reason, 0) + calls
-    return {**{key: stats[key] for key in _COUNTS}, "ran_dense": ran_dense}
+    ran_dense = sum((Counter(layer["dense_calls"]) for layer in stats["layers"]), Counter[str]())
+    return {**{key: stats[key] for key in _COUNTS}, "ran_dense": dict(ran_dense)}
 
 
 def _dense(model: Any, phase: Phase, context: int, length: int, scored: int) -> dict[str, Any]:
@@ -202,10 +171,7 @@ def _prefilled(model: Any, context: torch.Tensor, attention: Attention = None) -
 
 
 def _forward(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache | None = None) -> torch.Tensor:
-    """Logits ``[keep, V]`` of the last positions; only these are computed where the model can.
-
-    With a cache only the last ``keep`` tokens are read, at the positions they have in the whole sequence.
-    """
+    """Logits ``[keep, V]`` of the last positions; with a cache only the last ``keep`` tokens are read."""
     if cache is None:
         logits: torch.Tensor = model(input_ids=ids[None], use_cache=False, **only_last(model, keep)).logits
     else:
@@ -216,5 +182,4 @@ def _forward(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache | Non
 
 def _one_by_one(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache) -> torch.Tensor:
     """The logits of ``_forward`` with a cache, from one call for each token."""
-    steps = [_forward(model, ids[: len(ids) - keep + i + 1], 1, cache) for i in range(keep)]
-    return torch.cat(steps)
+    return torch.cat([_forward(model, ids[: len(ids) - keep + i + 1], 1, cache) for i in range(keep)])

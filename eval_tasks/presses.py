@@ -15,12 +15,7 @@ from eval_tasks.errors import EvalError
 
 @dataclass(frozen=True)
 class Press:
-    """A press and how much it keeps.
-
-    Attributes:
-        name: the class in ``kvpress``, for example ``"SnapKVPress"``.
-        kept: keys that every layer and head keeps of the context.
-    """
+    """A class of ``kvpress`` by its name, such as ``"SnapKVPress"``, and the keys that every layer and head keeps."""
 
     name: str
     kept: int
@@ -33,25 +28,15 @@ class Press:
 
 
 def find_press(name: str) -> type[Any]:
-    """The class of a press.
-
-    Raises:
-        EvalError: ``kvpress`` is not installed or does not fit what is installed beside it, or it has no such press
-            that takes a compression ratio.
-    """
+    """The class of a press; raises EvalError where kvpress is missing, does not load, or has none with a ratio."""
     if importlib.util.find_spec("kvpress") is None:
         raise EvalError(f"the method kvpress:{name} needs the package kvpress: pip install kvpress")
     try:
         package = importlib.import_module("kvpress")
     except ImportError as error:
         raise EvalError(f"kvpress is installed and cannot be imported: {error}") from error
-    presses = {
-        key: value
-        for key, value in vars(package).items()
-        if inspect.isclass(value)
-        and key.endswith("Press")
-        and "compression_ratio" in inspect.signature(value).parameters
-    }
+    classes = {name: value for name, value in inspect.getmembers(package, inspect.isclass) if name.endswith("Press")}
+    presses = {k: v for k, v in classes.items() if "compression_ratio" in inspect.signature(v).parameters}
     if name not in presses:
         raise EvalError(f"kvpress has no press {name!r} with a compression ratio; it has {', '.join(sorted(presses))}")
     found: type[Any] = presses[name]

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def hardware_words(found: Mapping[str, Any]) -> str:
     return f"{found['gpu']} beside {processor}" if found.get("gpu") else processor
 
 
+@cache
 def commit() -> str | None:
     """The git commit of the installed source, with ``-dirty`` when tracked files differ from it; None outside git."""
     root = Path(nc_patch.__file__).resolve().parent.parent
@@ -67,25 +69,16 @@ def commit() -> str | None:
 
 
 def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Refuses a directory that holds a run of another identity.
+    """Refuses a directory that holds a run of another identity, by an EvalError that names what differs.
 
-    Args:
-        directory: of the run.
-        identity: name → value of everything that must not change within one directory; a name that the directory's
-            record lacks is not compared.
-
-    Raises:
-        EvalError: the message names what differs, before and now.
+    ``identity`` has everything that must not change within one directory; what its record lacks is not compared.
     """
     before = (read_run(directory) or {"identity": {}})["identity"]
     now = json.loads(json.dumps(identity))
     shown = lambda value: json.dumps(value, ensure_ascii=False)  # noqa: E731
-    differing = [
-        f"{name} was {shown(before[name])}, is {shown(value)}"
-        for name, value in now.items()
-        if name in before and before[name] != value
-    ]
-    if differing:
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if changed:
+        differing = [f"{name} was {shown(before[name])}, is {shown(now[name])}" for name in changed]
         raise EvalError(
             f"{directory} holds a run of other arguments: {'; '.join(differing)}. Give another --out, the same "
             "arguments as before, or remove the directory."
@@ -97,15 +90,11 @@ def record_session(
 ) -> None:
     """Writes ``run.json``, or adds this session to the one there is; says so where its hardware is another.
 
-    Args:
-        directory: of the run.
-        identity: as for ``check_same``.
-        details: more about the run that later sessions need not repeat.
-        session: of this session the ``command``, its ``hardware``, and more.
+    ``details`` are what later sessions need not repeat; of a session, ``command``, ``hardware`` and more is recorded.
     """
     run = read_run(directory) or {"command": session["command"], "identity": dict(identity), **details, "sessions": []}
-    before, here = run.get("hardware"), session["hardware"]
-    if before and hardware_words(before) != hardware_words(here):
+    before, here = run["hardware"], session["hardware"]
+    if hardware_words(before) != hardware_words(here):
         print(
             f"This session runs on other hardware ({hardware_words(here)}) than the first ({hardware_words(before)}); "
             "it is recorded, and the report says that times do not compare.",

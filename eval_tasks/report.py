@@ -2,11 +2,9 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from jinja2 import Environment
@@ -82,9 +80,8 @@ class Section:
 
     def progress(self) -> str:
         """How much of the plan is measured; empty for a run that is whole."""
-        planned, done = self.run.get("planned"), len(self.merged.rows)
-        whole = planned is None or done >= planned
-        return "" if whole else f"{done} of {planned} measurements are made; the same command goes on."
+        planned, done = self.run["planned"], len(self.merged.rows)
+        return "" if done >= planned else f"{done} of {planned} measurements are made; the same command goes on."
 
     def facts(self) -> str:
         """What was measured on what, in a line."""
@@ -94,36 +91,39 @@ class Section:
         sizes = [f"{_span(self.frame['length'])} tokens", f"{_span(counts)} samples each"]
         return " · ".join([model, self.run["text_origin"], *sizes, *sentences.hardware_of(self.run)])
 
-    def main_figure(self, narrow: bool = False) -> Figure:
-        """The result in one picture: quality by length, or the budgets that iso-quality found."""
-        panels = figures.needed_panels(self.found) if self.found else figures.quality_panels(self.shown, self.summary)
-        return figures.draw(panels, narrow)
+    def main_panels(self) -> list[figures.Panel]:
+        """The result in plots: quality by length, or the budgets that iso-quality found."""
+        return figures.needed_panels(self.found) if self.found else figures.quality_panels(self.shown, self.summary)
 
-    def figures(self) -> Iterator[tuple[str, str, Callable[[bool], Figure]]]:
-        """The other plots: heading, caption, and what draws them, for a wide page or a narrow one."""
+    def main_figures(self) -> list[Figure]:
+        """``main_panels``, each drawn by itself."""
+        return [figures.draw([panel]) for panel in self.main_panels()]
+
+    def figures(self) -> Iterator[tuple[str, str, list[Figure]]]:
+        """The other plots: heading, caption, and what is drawn."""
         for task, own in self.frame.dropna(subset=["depth", "score"]).groupby("task", observed=True):
             caption = f"{summary.title_of(task)}: share of right answers by depth and length."
-            yield "Needles by depth", caption, partial(figures.depth_maps, own)
+            yield "Needles by depth", caption, [figures.depth_maps(own)]
         if panels := figures.position_panels(self.frame):
             caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
-            yield "Loss by position", caption, partial(figures.draw, panels)
+            yield "Loss by position", caption, [figures.draw([panel]) for panel in panels]
         if not self.found and len(self.shown):
             own = self.shown[self.shown["task"] == self.shown["task"].iloc[0]]
             caption = "What each method attended: the realised budget, and its share of all visible keys."
-            yield "Budgets", caption, partial(figures.draw, figures.budget_panels(own))
+            yield "Budgets", caption, [figures.draw([panel]) for panel in figures.budget_panels(own)]
 
     def record(self) -> dict[str, str]:
         """Tasks, methods, versions, hardware and all settings, name by name."""
-        identity, match = self.identity, self.identity.get("match", "deploy")
+        identity, match = self.identity, self.identity["match"]
         values = {
             "model class": self.run["model_class"],
             "text": f"{self.run['text_origin']}, {self.run['text_tokens']:,} tokens",
-            "sparse": SPARSE_IN[identity.get("phase", "all")],
+            "sparse": SPARSE_IN[identity["phase"]],
             "matched budgets": f"{match}: {MATCHED_BY[match].format(equal_at=identity['equal_at'])}",
             **{TASKS[name].title: TASKS[name].description for name in identity["tasks"] if name in TASKS},
             **{find_method(name).title: find_method(name).description for name in identity["methods"]},
             **{name: value for name, value in identity.items() if name != "text"},
-            **self.run.get("hardware", {}),
+            **self.run["hardware"],
             "commit": ", ".join(dict.fromkeys(str(row.get("commit")) for row in self.merged.rows)),
             "measured": ", ".join(str(session.get("started")) for session in self.run["sessions"]),
             "directories": ", ".join(map(str, self.merged.directories)),
@@ -144,15 +144,14 @@ def write_report(directories: Path | Sequence[Path], out: Path | None = None, wi
     target = out or directories[0]
     merged = merge_runs(directories)
     check_out(target, REPORT_FILES)
-    sections = [Section(run, within) for run in merged]
-    labels = differing(merged)
-    csv = csv_files(sections)
-    for name, text in csv.items():
-        write_atomically(target / name, text.encode())
-    write_atomically(target / MAIN_FIGURE, figures.to_png(sections[0].main_figure()))
-    write_atomically(target / MARKDOWN, markdown(sections, labels).encode())
-    write_atomically(target / REPORT, render(sections, labels, csv).encode())
-    first = sections[0]
+    sections, labels = [Section(run, within) for run in merged], differing(merged)
+    first, csv = sections[0], csv_files(sections)
+    content = {name: text.encode() for name, text in csv.items()}
+    content[MAIN_FIGURE] = figures.to_png(figures.draw(first.main_panels()))
+    content[MARKDOWN] = markdown(sections, labels).encode()
+    content[REPORT] = render(sections, labels, csv).encode()
+    for name, what in content.items():
+        write_atomically(target / name, what)
     return [*([first.table.title, "", first.table.to_text(), ""] if first.table else []), *first.result]
 
 
@@ -171,10 +170,10 @@ def csv_files(sections: Sequence[Section]) -> dict[str, str]:
 def render(sections: Sequence[Section], labels: Sequence[str], csv: dict[str, str]) -> str:
     """The report as one page of HTML that refers to nothing outside itself; all text in it is escaped."""
     models = ", ".join(dict.fromkeys(str(section.identity["model"]) for section in sections))
-    files = {name: _data("text/csv", text.encode()) for name, text in csv.items()}
+    title, files = f"Sparse against dense attention: {models}", {name: _data("text/csv", csv[name]) for name in csv}
     pairs = list(zip(sections, labels, strict=True))
-    title = f"Sparse against dense attention: {models}"
-    return PAGE.render(title=title, sections=pairs, files=files, picture=_picture)
+    picture = lambda figure: _data("image/svg+xml", figures.to_svg(figure, "a"))  # noqa: E731
+    return PAGE.render(title=title, sections=pairs, files=files, picture=picture)
 
 
 def markdown(sections: Sequence[Section], labels: Sequence[str]) -> str:
@@ -193,17 +192,8 @@ def _for_programs(compared: pd.DataFrame) -> pd.DataFrame:
     return compared.drop(columns=["dense_fails", "worse_samples"])
 
 
-def _picture(draw: Callable[[bool], Figure]) -> list[dict[str, Any]]:
-    """The drawings for a wide page and for a narrow one, each with its width in pixels."""
-    drawn = []
-    for figure in (draw(False), draw(True)):
-        source = _data("image/svg+xml", figures.to_svg(figure, "a").encode())
-        drawn.append({"width": round(72 * figure.get_figwidth()), "source": source})
-    return drawn
-
-
-def _data(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _data(kind: str, content: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content.encode()).decode()}"
 
 
 def _span(values: pd.Series) -> str:

@@ -1,4 +1,4 @@
-"""Runs a sweep: measures what a directory does not hold yet, alone or with other processes, until time is up."""
+"""Runs a sweep: measures what a directory does not hold yet, alone or with other processes."""
 
 import contextlib
 import secrets
@@ -17,21 +17,14 @@ from eval_tasks.answers import Question, answer, build_question, check_generated
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import load_profile
 from eval_tasks.measure import measure, warm_up
-from eval_tasks.methods import Method, attention_by, budget_at, find_method, without_choice
-from eval_tasks.models import (
-    attention_of,
-    find_model,
-    load_model,
-    load_tokenizer,
-    max_positions,
-    tokenizer_fingerprint,
-)
+from eval_tasks.methods import Method, attention_by, budget_at, find_method
+from eval_tasks.models import attention_of, find_model, load_model, load_tokenizer, max_positions, tokenizer_fingerprint
 from eval_tasks.presses import find_press
 from eval_tasks.processes import Processes
 from eval_tasks.provenance import check_same, commit, hardware, hardware_words, record_session, versions
 from eval_tasks.report import REPORT_FILES
 from eval_tasks.store import append_row, check_out, claimed, read_rows, read_run
-from eval_tasks.sweep import Cells, Sweep, cost_of, plan_of, total
+from eval_tasks.sweep import Cells, Sweep, plan_of, total
 from eval_tasks.synthetic import GENERATORS, Material
 from eval_tasks.tasks import TASKS, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
@@ -41,13 +34,9 @@ from nc_patch.calibration.fingerprint import weights_fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """All that samples are built from.
+    """All that samples are built from: the text as it is and as tokens, the tokenizer, and what generated tasks use.
 
-    Attributes:
-        text, tokens: the text, as it is and by the tokenizer.
-        tokenizer: of the model.
-        starts: where in the text the samples of each seed begin; none where no task takes stretches of it.
-        material: what generated tasks draw from.
+    ``starts`` says where in the text the samples of each seed begin.
     """
 
     text: Text
@@ -65,25 +54,15 @@ class Source:
         start = self.start(cells)
         if start is not None:
             return TASKS[cells.task].build(self.tokens, start, cells.length, sweep.layout)
-        return build_question(
-            cells.task, self.tokenizer, cells.length, cells.seed, cells.index, self.material, sweep.answer_tokens
-        )
+        drawn = (cells.length, cells.seed, cells.index)
+        return build_question(cells.task, self.tokenizer, *drawn, self.material, sweep.answer_tokens)
 
 
-def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes | None = None) -> bool:
-    """Measures what the directory does not hold yet, and adds it there.
+def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes | None = None) -> None:
+    """Measures what the directory does not hold yet, and adds it there; ``command`` is for the record.
 
-    Args:
-        sweep: what to measure.
-        directory: where results go; made when missing. Processes on several machines need it to be the same one.
-        command: the command line, for the record.
-        processes: those that share the work; None for this one alone.
-
-    Returns:
-        Whether everything was measured, by all processes; False when the time limit came first in any of them.
-
-    Raises:
-        EvalError: something is missing or does not fit, or another process ended; nothing that was measured is lost.
+    The ``processes`` share the work; on several machines they need the directory to be the same one. Raises EvalError
+    where something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
     processes = processes or Processes()
     with contextlib.ExitStack() as stack:
@@ -98,7 +77,8 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes 
                 check_out(directory, REPORT_FILES)
                 stack.enter_context(claimed(directory))
         with processes.together():
-            model = _load_model(sweep, str(device))
+            spread = (sweep.device_map, sweep.tp_plan, sweep.revision, sweep.trust_remote_code)
+            model = load_model(sweep.model, sweep.dtype, str(device), *spread).model
             identity = sweep.identity() | versions() | _fingerprints(model, source)
             if processes.is_first:
                 check_same(directory, identity)
@@ -116,25 +96,20 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes 
                 )
             if not processes.is_first:
                 stack.enter_context(claimed(directory, is_first=False))
-            known = read_rows(directory) if processes.is_first else []
+            todo = _todo(sweep, plan, read_rows(directory)) if processes.is_first else []
         # All share out the list of the first one, since what they read of a file may differ between machines.
-        todo, rate = processes.from_first((_todo(sweep, plan, known, processes.is_first), _seconds_by_cost(known)))
+        todo = processes.from_first(todo)
         began = time.monotonic()
-        complete = _measure_all(Measurer(sweep, model, source), todo, rate, directory, processes)
-        complete = all(processes.gathered(complete))
+        _measure_all(sweep, model, source, todo, directory, processes)
+        processes.gathered(None)  # the first one waits for all shares
         if processes.is_first:
-            if complete:
-                print(f"Measured in {tqdm.format_interval(time.monotonic() - began)}.", file=sys.stderr)
-            else:
-                _say_what_is_left(sweep, todo, read_rows(directory), total(plan))
-        return complete
+            print(f"Measured in {tqdm.format_interval(time.monotonic() - began)}.", file=sys.stderr)
 
 
 def load_source(sweep: Sweep) -> Source:
-    """Loads what samples are built from, and checks that every task can be built at every length.
+    """Loads what samples are built from.
 
-    Raises:
-        EvalError: something is missing, or a length or task does not fit the model, text or tokenizer.
+    Raises EvalError where something is missing, or a length or task does not fit the model, text or tokenizer.
     """
     text = load_text(sweep.text)
     found = find_model(sweep.model, sweep.revision, sweep.trust_remote_code)
@@ -148,17 +123,15 @@ def load_source(sweep: Sweep) -> Source:
     tokens = tokenise(tokenizer, text.content)
     scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
     check_lengths(scored, sweep.layout, len(tokens.prefix))
-    material = Material(sweep.text)
     check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
     starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
-    return Source(text, tokens, tokenizer, starts, material)
+    return Source(text, tokens, tokenizer, starts, Material(sweep.text))
 
 
 def check_methods(sweep: Sweep, model: Any) -> None:
     """Tries every method on a few tokens, which also takes its one-off costs out of the first measurement.
 
-    Raises:
-        EvalError: a method does not run on the model, or the profile is of another one.
+    Raises EvalError where a method does not run on the model, or the profile is of another one.
     """
     if sweep.budgets.profile is not None:
         try:
@@ -167,90 +140,6 @@ def check_methods(sweep: Sweep, model: Any) -> None:
             raise EvalError(str(error)) from error
     for name in sweep.methods:
         _check_method(sweep, model, find_method(name))
-
-
-@dataclass(frozen=True)
-class Measurer:
-    """Makes rows with one model, which each of them patches and unpatches."""
-
-    sweep: Sweep
-    model: Any
-    source: Source
-
-    def row(self, cells: Cells, method: str, subject: Sample | Question) -> dict[str, Any]:
-        """The row of one method on a sample; where memory runs out, one that says so."""
-        sweep, start = self.sweep, self.source.start(cells)
-        what = f"{cells.task} with {method} at {cells.length:,} tokens"
-        try:
-            measured = self._measured(cells, method, subject)
-        except MemoryRanOut as error:
-            if sweep.tp_plan is not None:  # the other processes still wait for this one's part of a layer
-                raise EvalError(f"{what}: {error}") from error
-            print(f"{what}: {error}. It is recorded, and the run goes on.", file=sys.stderr)
-            measured = {"failed": "out of memory", "error": str(error)}
-        except EvalError as error:
-            raise EvalError(f"{what}: {error}") from error
-        return {
-            "key": cells.keys[method],
-            "model": sweep.model,
-            "method": method,
-            "task": cells.task,
-            "length": cells.length,
-            "sample": cells.sample,
-            "seed": cells.seed,
-            "index": cells.index,
-            "place": start,
-            # Two seeds that choose the same stretch have one document between them.
-            **({} if start is None else {"document": str(start)}),
-            "phase": sweep.phase,
-            "budget": budget_at(method, sweep.budgets, cells.length),
-            **measured,
-        }
-
-    def _measured(self, cells: Cells, method: str, subject: Sample | Question) -> dict[str, Any]:
-        attention = attention_by(method, self.sweep.budgets, cells.length)
-        if isinstance(subject, Sample):
-            return measure(self.model, attention, subject, self.sweep.phase)
-        return answer(self.model, self.source.tokenizer, attention, subject, self.sweep.phase)
-
-
-def _measure_all(
-    measurer: Measurer, todo: Sequence[Cells], rate: float | None, directory: Path, processes: Processes
-) -> bool:
-    """Measures this process's share; returns whether it left nothing of it for want of time.
-
-    ``rate`` is what earlier sessions took, in seconds by cost; None where there were none.
-    """
-    sweep, began, spent = measurer.sweep, time.monotonic(), 0.0
-    source_commit, shares = commit(), sweep.tp_plan is not None
-    mine = todo if shares else todo[processes.rank :: processes.world]
-    terminal = sys.stderr.isatty()
-    with tqdm(
-        total=sum(cells.cost * len(cells.keys) for cells in mine),
-        disable=not processes.is_first,
-        bar_format="{percentage:3.0f}%|{bar}| {desc}{remaining} left",
-        mininterval=0.1 if terminal else 30,
-        delay=0.5 if terminal else 30,
-        leave=False,
-    ) as bar:
-        for turn, cells in enumerate(mine):
-            # One sample is measured whatever the limit, so that runs that are repeated always get further.
-            expected = (rate or 0.0) * cells.cost * len(cells.keys)
-            stops = turn > 0 and _exceeds(sweep.minutes, time.monotonic() - began, expected)
-            if shares and sweep.minutes is not None:
-                stops = processes.from_first(stops)  # each has a clock of its own, and none can go on alone
-            if stops:
-                return False
-            subject = measurer.source.build(cells, sweep)
-            for method in cells.keys:
-                bar.set_description_str(f"{cells.length:,} tokens, {cells.task}, {method}, ", refresh=terminal)
-                row = measurer.row(cells, method, subject)
-                if processes.is_first or not shares:
-                    append_row(directory, row | {"commit": source_commit, "process": processes.rank})
-                bar.update(cells.cost)
-            spent += cells.cost * len(cells.keys)
-            rate = (time.monotonic() - began) / spent
-    return True
 
 
 def _check_method(sweep: Sweep, model: Any, method: Method) -> None:
@@ -268,9 +157,61 @@ def _check_method(sweep: Sweep, model: Any, method: Method) -> None:
         raise EvalError(f"the method {method.name} does not run on this model and device: {error}") from error
 
 
-def _load_model(sweep: Sweep, device: str) -> Any:
-    spread = (sweep.device_map, sweep.tp_plan, sweep.revision, sweep.trust_remote_code)
-    return load_model(sweep.model, sweep.dtype, device, *spread).model
+def _measure_all(
+    sweep: Sweep, model: Any, source: Source, todo: Sequence[Cells], directory: Path, processes: Processes
+) -> None:
+    """Measures this process's share; all of it where the processes share one model."""
+    source_commit, shares = commit(), sweep.tp_plan is not None
+    mine = todo if shares else todo[processes.rank :: processes.world]
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=sum(cells.cost * len(cells.keys) for cells in mine),
+        disable=not processes.is_first,
+        bar_format="{percentage:3.0f}%|{bar}| {desc}{remaining} left",
+        mininterval=0.1 if terminal else 30,
+        delay=0.5 if terminal else 30,
+        leave=False,
+    ) as bar:
+        for cells in mine:
+            subject = source.build(cells, sweep)
+            for method in cells.keys:
+                bar.set_description_str(f"{cells.length:,} tokens, {cells.task}, {method}, ", refresh=terminal)
+                row = _row(sweep, model, source, cells, method, subject)
+                if processes.is_first or not shares:
+                    append_row(directory, row | {"commit": source_commit, "process": processes.rank})
+                bar.update(cells.cost)
+
+
+def _row(
+    sweep: Sweep, model: Any, source: Source, cells: Cells, method: str, subject: Sample | Question
+) -> dict[str, Any]:
+    """The row of one method on a sample; where memory runs out, one that says so."""
+    start, what = source.start(cells), f"{cells.task} with {method} at {cells.length:,} tokens"
+    try:
+        attention = attention_by(method, sweep.budgets, cells.length)
+        if isinstance(subject, Sample):
+            measured = measure(model, attention, subject, sweep.phase)
+        else:
+            measured = answer(model, source.tokenizer, attention, subject, sweep.phase)
+    except MemoryRanOut as error:
+        if sweep.tp_plan is not None:  # the other processes still wait for this one's part of a layer
+            raise EvalError(f"{what}: {error}") from error
+        print(f"{what}: {error}. It is recorded, and the run goes on.", file=sys.stderr)
+        measured = {"failed": "out of memory", "error": str(error)}
+    except EvalError as error:
+        raise EvalError(f"{what}: {error}") from error
+    return {
+        "key": cells.keys[method],
+        "model": sweep.model,
+        "method": method,
+        **{name: getattr(cells, name) for name in ("task", "length", "sample", "seed", "index")},
+        "place": start,
+        # Two seeds that choose the same stretch have one document between them.
+        **({} if start is None else {"document": str(start)}),
+        "phase": sweep.phase,
+        "budget": budget_at(method, sweep.budgets, cells.length),
+        **measured,
+    }
 
 
 def _fingerprints(model: Any, source: Source) -> dict[str, Any]:
@@ -285,16 +226,14 @@ def _fingerprints(model: Any, source: Source) -> dict[str, Any]:
 
 def _check_alike(sweep: Sweep, processes: Processes, identity: dict[str, Any]) -> None:
     """Raises EvalError in all processes where one of them would measure something else than the first."""
-    # Where processes hold parts of one model, so may what tells its weights from others.
     first = processes.from_first(identity)
+    # Where processes hold parts of one model, what tells its weights from others may differ, too.
+    compared = set(identity) - ({"weights"} if sweep.tp_plan is not None else set())
+    differing = [name for name in identity if name in compared and identity[name] != first[name]]
     with processes.together():
-        differing = [
-            f"{name} is {value} here, {first[name]} in process 0"
-            for name, value in identity.items()
-            if value != first[name] and not (name == "weights" and sweep.tp_plan is not None)
-        ]
         if differing:
-            raise EvalError(f"{'; '.join(differing)}. All machines need the same model, text and versions")
+            said = "; ".join(f"{name} is {identity[name]} here, {first[name]} in process 0" for name in differing)
+            raise EvalError(f"{said}. All machines need the same model, text and versions")
 
 
 def _details(
@@ -315,48 +254,20 @@ def _details(
 
 def _session(command: str, here: dict[str, Any], processes: Processes) -> dict[str, Any]:
     """What is recorded of a session: an id, the hardware of process 0, and any other that processes run on."""
-    machines = processes.gathered(here)
-    others = {hardware_words(each): each for each in machines}
-    del others[hardware_words(machines[0])]
-    session = {"id": secrets.token_hex(8), "command": command, "processes": processes.world, "hardware": machines[0]}
+    first, *machines = processes.gathered(here)
+    others = {hardware_words(each): each for each in machines if hardware_words(each) != hardware_words(first)}
+    session = {"id": secrets.token_hex(8), "command": command, "processes": processes.world, "hardware": first}
     found: dict[str, Any] = processes.from_first(session | ({"other_hardware": [*others.values()]} if others else {}))
     return found
 
 
-def _todo(sweep: Sweep, plan: Sequence[Cells], known: Sequence[dict[str, Any]], speaks: bool) -> list[Cells]:
-    """What is not measured yet; the process that speaks says how much is there."""
+def _todo(sweep: Sweep, plan: Sequence[Cells], known: Sequence[dict[str, Any]]) -> list[Cells]:
+    """What is not measured yet; says how much is there."""
     failed = {row["key"] for row in known if "failed" in row}
     done = {row["key"] for row in known} - (failed if sweep.retry_failed else set())
     todo = [left for cells in plan if (left := cells.without(done)).keys]
-    if speaks:
-        there = total(plan) - total(todo)
-        gone = sum(key in failed & done for cells in plan for key in cells.keys.values())
-        if there:
-            print(f"{there} of {total(plan)} measurements are there already.", file=sys.stderr)
-        if gone:
-            print(f"{gone} of them failed; --retry-failed measures them again.", file=sys.stderr)
-        at = [(n, length) for length in sweep.layout.lengths for n in sweep.methods_at(length)]
-        budgets = [(name, length, budget_at(name, sweep.budgets, length)) for name, length in at]
-        for sentence in without_choice(budgets, sweep.budgets.block_size, sweep.phase):
-            print(f"{sentence} Smaller --block-size, or larger budgets, leave some to choose.", file=sys.stderr)
+    if there := total(plan) - total(todo):
+        print(f"{there} of {total(plan)} measurements are there already.", file=sys.stderr)
+    if gone := sum(key in failed & done for cells in plan for key in cells.keys.values()):
+        print(f"{gone} of them failed; --retry-failed measures them again.", file=sys.stderr)
     return todo
-
-
-def _seconds_by_cost(known: Sequence[dict[str, Any]]) -> float | None:
-    timed = [row for row in known if row.get("seconds") is not None]
-    costs = sum(cost_of(row["length"]) for row in timed)
-    return sum(row["seconds"] for row in timed) / costs if timed else None
-
-
-def _say_what_is_left(sweep: Sweep, todo: Sequence[Cells], rows: Sequence[dict[str, Any]], planned: int) -> None:
-    there = {row["key"] for row in rows if not (sweep.retry_failed and "failed" in row)}
-    left = sum(len(cells.without(there).keys) for cells in todo)
-    print(
-        f"Stopped before the limit of {sweep.minutes:g} minutes with {left} of {planned} measurements to go; the same "
-        "command goes on.",
-        file=sys.stderr,
-    )
-
-
-def _exceeds(minutes: float | None, spent: float, expected: float) -> bool:
-    return minutes is not None and spent + expected > 60 * minutes

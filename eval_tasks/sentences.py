@@ -8,7 +8,7 @@ import pandas as pd
 
 from eval_tasks.iso_quality import IsoQuality
 from eval_tasks.measure import SPARSE_IN
-from eval_tasks.methods import DENSE, NC, find_method, without_choice
+from eval_tasks.methods import DENSE, NC, find_method
 from eval_tasks.provenance import hardware_words
 from eval_tasks.stats import DENSE_FAILS
 from eval_tasks.summary import title_of
@@ -31,7 +31,6 @@ def lead(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str
     ``at`` is of ``overview``, at one length; ``compared`` of ``comparisons``; ``cost`` and ``what`` of ``costs``.
     """
     usable = at.dropna(subset=["loss_minus_dense"])
-    usable = usable[[not find_method(name).simulated for name in usable["method"]]]
     first = usable[usable["task"] == usable["task"].iloc[0]].set_index("method")
     best = next((name for name in (NC, "nc-topk") if name in first.index), first["loss_minus_dense"].idxmin())
     own = usable[usable["method"] == best]
@@ -66,7 +65,7 @@ def iso_lead(found: Sequence[IsoQuality], within: float) -> str:
 def caveats(
     run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame, found: Sequence[IsoQuality]
 ) -> list[str]:
-    """Few samples, lengths where dense fails, calls that ran dense, blocks nobody chose, hardware, failures."""
+    """Few samples, lengths where dense fails, calls that ran dense, different hardware, failures."""
     said = []
     for iso in found:
         if listed := ", ".join(f"{length:,}" for length in iso.bounded["length"]):
@@ -98,27 +97,21 @@ def caveats(
     ran_dense = sorted({reason for calls in frame["ran_dense"].dropna() for reason in calls})
     if ran_dense:
         said.append(f"Some calls of patched models ran dense: {'; '.join(ran_dense)}.")
-    simulated = [find_method(name).title for name in frame["method"].cat.categories if find_method(name).simulated]
-    if simulated:
-        said.append(f"Simulated as a mask over dense attention, so without a time: {', '.join(simulated)}.")
     machines = hardware_of(run)
     if len(machines) > 1:
         said.append(
             f"Parts of this run were measured on different hardware ({'; '.join(machines)}): times and memory of "
             "different samples do not compare."
         )
-    identity = run["identity"]
-    budgets = frame.dropna(subset=["budget"]).drop_duplicates(["length", "method"], keep="last")
-    cells = [(row.method, row.length, int(row.budget)) for row in budgets.itertuples()]
-    return said + without_choice(cells, int(identity.get("block_size", 32)), identity.get("phase", "all"))
+    return said
 
 
 def hardware_of(run: Mapping[str, Any]) -> list[str]:
-    """The different machines that a run was made on, in words; those of old runs may be unknown."""
-    sessions = run.get("sessions", [])
-    machines = [run.get("hardware"), *(session.get("hardware") for session in sessions)]
+    """The different machines that a run was made on, in words."""
+    sessions = run["sessions"]
+    machines = [run["hardware"], *(session["hardware"] for session in sessions if "hardware" in session)]
     machines += [machine for session in sessions for machine in session.get("other_hardware", [])]
-    return list(dict.fromkeys(hardware_words(machine) for machine in machines if machine))
+    return list(dict.fromkeys(map(hardware_words, machines)))
 
 
 def costs(at: pd.DataFrame, run: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
@@ -126,7 +119,7 @@ def costs(at: pd.DataFrame, run: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
 
     Without seconds where parts of the run were measured on different hardware.
     """
-    phase, tasks = run["identity"].get("phase", "all"), list(at["task"])
+    phase, tasks = run["identity"]["phase"], list(at["task"])
     own = at[at["task"] == ("perplexity" if "perplexity" in tasks else tasks[0])].set_index("method")
     timed = own.dropna(subset=["seconds"])
     column, what = "seconds", "all that was read, dense parts included"

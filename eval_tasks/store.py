@@ -34,11 +34,7 @@ def measurement_key(identity: Mapping[str, Any]) -> str:
 
 
 def check_out(directory: Path, names: Iterable[str] = (), option: str = "--out") -> None:
-    """Makes the directory that an option names, and sees that files of these names can be written there at the end.
-
-    Raises:
-        EvalError: they cannot.
-    """
+    """Makes the directory that an option names; raises EvalError where files of these names cannot be written there."""
     if directory.exists() and not directory.is_dir():
         raise EvalError(f"{option} {directory} is a file; give a directory")
     try:
@@ -48,11 +44,7 @@ def check_out(directory: Path, names: Iterable[str] = (), option: str = "--out")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that readers, and an interruption, see the old content or the new, never a part.
-
-    Raises:
-        EvalError: the directory cannot be written, or the disk is full.
-    """
+    """Writes a file so that readers, and an interruption, see the old content or the new; raises EvalError."""
     try:
         replace_file(path, content)
     except OSError as error:
@@ -64,10 +56,8 @@ def claimed(directory: Path, is_first: bool = True) -> Iterator[None]:
     """Within, no other run may add to the directory; a last line that was torn when an earlier run ended is cut off.
 
     The first process of a run claims it while nobody holds it, and then all of them hold it: where the first one is
-    killed, the others keep the next run out until they have ended, too.
-
-    Raises:
-        EvalError: another run is measuring into it, or it cannot be written.
+    killed, the others keep the next run out until they have ended, too. Raises EvalError where another run is measuring
+    into it, or it cannot be written.
     """
     with _opened(directory / _LOCK) as lock:
         try:
@@ -85,8 +75,7 @@ def claimed(directory: Path, is_first: bool = True) -> Iterator[None]:
 def append_row(directory: Path, row: Mapping[str, Any]) -> None:
     """Adds a row to the results of a directory; it is on the disk, whole, when this returns.
 
-    Raises:
-        EvalError: the disk is full or failing; what was measured before is kept.
+    Raises EvalError where the disk is full or failing; what was measured before is kept.
     """
     path = directory / RESULTS
     line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -109,11 +98,9 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> None:
 def read_rows(directory: Path) -> list[dict[str, Any]]:
     """The rows of a directory, each key once; a last line that was never finished is left out.
 
-    Raises:
-        EvalError: a line that is not the last is damaged, or a row is not as ``nc-patch eval`` writes it.
+    Raises EvalError where a line that is not the last is damaged, or a row is not as ``nc-patch eval`` writes it.
     """
-    path = directory / RESULTS
-    rows = []
+    path, rows = directory / RESULTS, []
     lines = (_content(path) or b"").removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
         row = _parsed(line)
@@ -121,9 +108,7 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
             if line and number < len(lines):
                 raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
             continue
-        problem = _problem(
-            row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW, _OPTIONAL
-        )
+        problem = _problem(row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW)
         if problem is not None:
             raise EvalError(
                 f"{directory} holds a damaged result, {ascii(row['key'])[:60]}: {problem}. Remove line {number} of "
@@ -144,18 +129,14 @@ def each_key_once(rows: Iterable[Row]) -> list[Row]:
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
-    """The directory's ``run.json``, or None where there is none.
-
-    Raises:
-        EvalError: the file is damaged.
-    """
+    """The directory's ``run.json``, or None where there is none; raises EvalError for a damaged one."""
     path = directory / RUN
     content = _content(path)
     if content is None:
         return None
     run = _parsed(content)
-    problem = "it is no object of JSON" if run is None else _problem(run, _RUN, _OPTIONAL)
-    problem = problem or _problem(run["identity"], _IDENTITY, _OPTIONAL | {"seed": "seed or several"})  # type: ignore[index]
+    problem = "it is no object of JSON" if run is None else _problem(run, _RUN)
+    problem = problem or _problem(run["identity"], _IDENTITY)  # type: ignore[index]
     if problem is not None:
         raise EvalError(f"{path} is damaged: {problem}. Give another directory, or remove this one")
     return run
@@ -226,68 +207,75 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-# What a field may hold. Names go into file names, tables and headings; control characters move a terminal's cursor.
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "name": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.:/][\w.@:/+=, -]{0,119}", v) is not None,
-    "text": lambda v: (
-        isinstance(v, str) and len(v) < 1e5 and not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", v)
-    ),
-    "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and -1e15 <= v <= 1e15,
-    "count": lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 1e15,
-    "positive count": lambda v: _KINDS["count"](v) and v > 0,
-    "number from 0 on": lambda v: _KINDS["number"](v) and v >= 0,
-    "share of 1": lambda v: _KINDS["number"](v) and 0 <= v <= 1 + 1e-6,
-    "object": lambda v: isinstance(v, dict) and _is_flat(v),
-    "session": lambda v: (
-        _KINDS["object"](v)
-        and isinstance(v.get("hardware", {}), dict)
-        and _fits(v.get("other_hardware", []), "list of object")
-    ),
-    "seed or several": lambda v: _KINDS["count"](v) or (v != [] and _fits(v, "list of count")),
-}
-_CELL = {"method": "name", "task": "name", "length": "positive count", "sample": "count"}
-_MEASURED = {"budget": "count", "peak_memory": "count or null", "seconds": "number from 0 on or null"}
-_MEASURED |= dict.fromkeys(("attended_fraction", "tail_attended_fraction"), "share of 1")
-_MEASURED |= dict.fromkeys(("mean_keys", "tail_mean_keys"), "number from 0 on or null")
-_FAILED_ROW = _CELL | {"failed": "text"}
-_ANSWER_ROW = _CELL | _MEASURED | {"score": "number"}
-_TEXT_ROW = _CELL | _MEASURED | {"loss_sum": "number", "tokens": "positive count", "bytes": "positive count"}
-_RUN = {"identity": "object", "sessions": "list of session", "model_parameters": "count", "text_tokens": "count"}
-_RUN |= dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), "text")
-_RUN |= dict.fromkeys(("budget_at_equal", "log_factor"), "number")
-_IDENTITY = {"model": "text", "lengths": "list of positive count", "alpha": "number", "C": "number"}
-_IDENTITY |= dict.fromkeys(("methods", "tasks"), "list of name")
-_IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), "positive count")
-# What a row or a run may lack.
-_OPTIONAL = {"commit": "text or null", "phase": "text", "ran_dense": "object", "hardware": "object"}
-_OPTIONAL |= {"depth": "share of 1 or null", "token_losses": "list of number", "block_size": "positive count"}
-_OPTIONAL |= dict.fromkeys(("index", "said_tokens"), "count") | {"planned": "count or null"}
-_OPTIONAL |= {"seed": "count or null"}
-_OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), "number from 0 on or null")
-
-
-def _problem(values: Mapping[str, Any], required: Mapping[str, str], optional: Mapping[str, str]) -> str | None:
-    """What is wrong with an object, in words; None where nothing is."""
-    for name, kind in {**required, **{name: optional[name] for name in optional if name in values}}.items():
-        if name not in values:
-            return f"{name} is missing"
-        if not _fits(values[name], kind):
-            return f"{name} must be a {kind}, got {type(values[name]).__name__} {ascii(values[name])[:60]}"
-    if "loss_sum" in values and len(values.get("token_losses", range(values["tokens"]))) != values["tokens"]:
-        return f"token_losses must be {values['tokens']}, one for each of the tokens, got {len(values['token_losses'])}"
-    if "loss_sum" in values and abs(values["loss_sum"] / values["tokens"]) > 700:  # its exponential must be a number
-        return f"loss_sum / tokens must be within 700, got {values['loss_sum'] / values['tokens']:g}"
-    return None
+def _is_number(value: Any, low: float = -1e15, high: float = 1e15) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_flat(value: Any, depth: int = 0) -> bool:
     """Whether a value is made of texts, numbers, lists and objects, none of them deep."""
-    if value is None or isinstance(value, bool) or _KINDS["text"](value) or _KINDS["number"](value):
+    if value is None or isinstance(value, bool) or _KINDS["text"](value) or _is_number(value):
         return True
     if depth > 6 or not isinstance(value, (list, dict)):
         return False
     names, items = (value, value.values()) if isinstance(value, dict) else ((), value)
     return all(map(_KINDS["text"], names)) and all(_is_flat(item, depth + 1) for item in items)
+
+
+# What a field may hold. Names go into file names, tables and headings; control characters move a terminal's cursor.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "name": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.:/][\w.@:/+=, -]{0,119}", v) is not None,
+    "text": lambda v: isinstance(v, str) and len(v) < 1e5 and not _CONTROL.search(v),
+    "number": _is_number,
+    "count": lambda v: isinstance(v, int) and _is_number(v, 0),
+    "positive count": lambda v: isinstance(v, int) and _is_number(v, 1),
+    "number from 0 on": lambda v: _is_number(v, 0),
+    "share of 1": lambda v: _is_number(v, 0, 1 + 1e-6),
+    "object": lambda v: isinstance(v, dict) and _is_flat(v),
+    "session": lambda v: (
+        _fits(v, "object")
+        and isinstance(v.get("hardware", {}), dict)
+        and _fits(v.get("other_hardware", []), "list of object")
+    ),
+    "seed or several": lambda v: _fits(v, "count") or (v != [] and _fits(v, "list of count")),
+}
+_CELL = {
+    "method": "name",
+    "task": "name",
+    "length": "positive count",
+    **dict.fromkeys(("sample", "seed", "index"), "count"),
+}
+_FAILED_ROW = _CELL | {"failed": "text"}
+_MEASURED = _CELL | {"budget": "count", "peak_memory": "count", "seconds": "number from 0 on", "phase": "text"}
+_MEASURED |= dict.fromkeys(("attended_fraction", "tail_attended_fraction"), "share of 1") | {"ran_dense": "object"}
+_MEASURED |= dict.fromkeys(("mean_keys", "tail_mean_keys"), "number from 0 on or null")
+_ANSWER_ROW = _MEASURED | {"score": "number"}
+_TEXT_ROW = _MEASURED | {"loss_sum": "number", "tokens": "positive count", "bytes": "positive count"}
+_RUN = {"identity": "object", "sessions": "list of session", "model_parameters": "count", "text_tokens": "count"}
+_RUN |= dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), "text")
+_RUN |= dict.fromkeys(("budget_at_equal", "log_factor"), "number") | {"planned": "count", "hardware": "object"}
+_IDENTITY = {"model": "text", "lengths": "list of positive count", "alpha": "number", "C": "number", "phase": "text"}
+_IDENTITY |= dict.fromkeys(("methods", "tasks"), "list of name") | {"match": "text", "seed": "seed or several"}
+_IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), "positive count")
+# What a row may lack.
+_OPTIONAL = {"commit": "text or null", "depth": "share of 1", "token_losses": "list of number", "said_tokens": "count"}
+_OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), "number from 0 on")
+
+
+def _problem(values: Mapping[str, Any], required: Mapping[str, str]) -> str | None:
+    """What is wrong with an object, in words; None where nothing is."""
+    for name, kind in {**required, **{name: _OPTIONAL[name] for name in _OPTIONAL if name in values}}.items():
+        if name not in values:
+            return f"{name} is missing"
+        if not _fits(values[name], kind):
+            return f"{name} must be a {kind}, got {type(values[name]).__name__} {ascii(values[name])[:60]}"
+    if "loss_sum" in required:
+        losses, tokens = values.get("token_losses"), values["tokens"]
+        if losses is not None and len(losses) != tokens:
+            return f"token_losses must be {tokens}, one for each of the tokens, got {len(losses)}"
+        if abs(values["loss_sum"] / tokens) > 700:  # its exponential must be a number
+            return f"loss_sum / tokens must be within 700, got {values['loss_sum'] / tokens:g}"
+    return None
 
 
 def _fits(value: Any, kind: str) -> bool:

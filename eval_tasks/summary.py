@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from eval_tasks.iso_quality import IsoQuality, iso_quality
-from eval_tasks.methods import DENSE, find_method, keys_of, order_of
+from eval_tasks.methods import DENSE, keys_of, order_of
 from eval_tasks.stats import MIN_SAMPLES, compare, corrected, effective_length
 from eval_tasks.tasks import TASKS
 
@@ -27,23 +27,16 @@ _NUMBERS = [
     "score", "loss_sum", "tokens", "bytes", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction",
     "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens", "depth",
 ]  # fmt: skip
-_OTHERS = [*CELL, "sample", *PLACE, "document", "phase", "failed", "ran_dense", "token_losses"]
+_OTHERS = [*CELL, *PLACE, "document", "phase", "failed", "ran_dense", "token_losses"]
 
 
 def measurements(rows: Iterable[Row]) -> pd.DataFrame:
-    """Rows of ``results.jsonl`` with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed.
-
-    Rows without an ``index`` were written before there was one: their ``sample`` goes on over the seeds, so they match
-    rows of the same run, and ``merge_runs`` gives them their index before they meet others.
-    """
+    """Rows of ``results.jsonl`` with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed."""
     names = [*_OTHERS, *_NUMBERS]
     frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype=object)
-    frame = frame.astype(dict.fromkeys(_NUMBERS, float) | {"length": "int64", "sample": "int64"})
-    frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").fillna(0).astype("int64")
-    frame["index"] = frame["index"].fillna(frame["sample"]).astype("int64")
+    frame = frame.astype(dict.fromkeys(_NUMBERS, float) | dict.fromkeys(("length", *PLACE), "int64"))
     alone = "sample " + frame["index"].astype(str) + " of seed " + frame["seed"].astype(str)
     frame["document"] = frame["document"].where(frame["document"].notna(), alone).map(ascii)
-    frame["phase"] = frame["phase"].fillna("all")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
     there = set(frame["task"])
@@ -57,13 +50,11 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
 def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
     """One line for each method at each task and length, from ``measurements`` and ``comparisons``.
 
-    A value that does not exist is missing. ``samples`` and ``failed`` count what was measured and what could not be.
-    ``budget`` is k(n) of the method's law. ``attended_fraction`` and ``mean_keys`` are realised, over all queries,
-    layers and heads; with ``tail_`` at the scored positions. ``perplexity``, its ratio to dense and ``bits_per_byte``
-    are of texts, ``score`` and ``answer_tokens`` (the mean) of answers. ``worse_samples`` have a loss above dense.
-    ``seconds`` is the median of all that was read, a dense prefill and the answer included, ``sparse_seconds`` and
-    ``tokens_per_second`` of the part that is sparse, where that was timed apart, ``seconds_per_answer_token`` of the
-    tokens after the first. ``peak_memory_mb`` is the largest, in 10^6 bytes above what was held before.
+    What does not exist is missing: ``perplexity``, its ratio and ``bits_per_byte`` are of texts, ``score`` and
+    ``answer_tokens`` (the mean) of answers. ``budget`` is k(n) of the method's law; ``attended_fraction`` and
+    ``mean_keys`` are realised, with ``tail_`` at the scored positions. ``seconds`` is the median of all that was read,
+    ``sparse_seconds`` and ``tokens_per_second`` of the part that is sparse, ``seconds_per_answer_token`` of the tokens
+    after the first; ``peak_memory_mb`` the largest, in 10^6 bytes above what was held before.
     """
     frame = frame.join(_sparse_part(frame))
     cells = frame.groupby(CELL, observed=True)
@@ -164,17 +155,14 @@ def overview(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def longest_compared(summary: pd.DataFrame, compared: pd.DataFrame) -> int | None:
-    """The longest length at which, in some task, dense works and each method that is not simulated has its samples.
+    """The longest length at which, in some task, dense works and each method has its samples.
 
-    Else the longest at which anything is compared; None without any. What no line of ``overview`` compares counts as
-    nothing.
+    Else the longest at which a line of ``overview`` compares anything; None without any.
     """
-    simulated = [name for name in set(summary["method"]) if find_method(name).simulated]
     shown = overview(summary).dropna(subset=["loss_minus_dense"])
-    shown = shown[~shown["method"].isin(simulated)]
-    usable = summary[(summary["samples"] > 0) & ~summary["method"].isin(simulated)]
+    usable = summary[summary["samples"] > 0]
     tried = (usable["samples"] + usable["failed"]).groupby([usable["task"], usable["length"]], observed=True).nunique()
-    judged = compared[~compared["method"].isin(simulated) & compared["length"].isin(shown["length"])]
+    judged = compared[compared["length"].isin(shown["length"])]
     if not len(judged):
         return None
     whole = [tried[cell] == 1 for cell in zip(judged["task"], judged["length"], strict=True)]

@@ -21,12 +21,9 @@ class Sweep:
     Attributes:
         model, text: names as ``find_model`` and ``load_text`` take them.
         methods, tasks: names of ``METHODS``, and of ``TASKS`` and ``GENERATORS``.
-        budgets: of the methods.
-        layout: lengths, samples and seed.
+        budgets, layout: of the methods; lengths, samples and seed.
         dtype, device, device_map, tp_plan, revision, trust_remote_code: as ``load_model`` takes them.
         threads: of PyTorch on the CPU; None leaves its choice.
-        minutes: after the first, no sample is begun that is not expected to end within so many minutes; None for no
-            limit.
         phase: which part of a forward pass is sparse; as ``measure`` takes it.
         iso_keys: budgets that ``match="iso"`` tries.
         answer_tokens: the most tokens of an answer to a generated task; None for each task's own number.
@@ -43,7 +40,6 @@ class Sweep:
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
-    minutes: float | None = None
     device_map: str | None = None
     tp_plan: str | None = None
     phase: Phase = "all"
@@ -81,20 +77,12 @@ class Sweep:
         }
 
 
-def cost_of(length: int) -> float:
-    """Relative cost of a forward pass, of linear layers and attention: what a forecast of its time goes by."""
-    return length * (1 + length / 2048)
-
-
 @dataclass(frozen=True)
 class Cells:
     """What all methods are measured on together: one sample of one task and length.
 
-    Attributes:
-        length, task: which.
-        seed, index: of the sample: its seed, and its number among those of the seed.
-        sample: its number over all seeds.
-        keys: method → key of its row.
+    The sample is number ``index`` among those of its ``seed``, and number ``sample`` over all seeds; ``keys`` gives
+    the key of each method's row.
     """
 
     length: int
@@ -106,8 +94,8 @@ class Cells:
 
     @property
     def cost(self) -> float:
-        """That of a forward pass; see ``cost_of``."""
-        return cost_of(self.length)
+        """Relative cost of a forward pass, of linear layers and attention: what a forecast of its time goes by."""
+        return self.length * (1 + self.length / 2048)
 
     def without(self, done: set[str]) -> "Cells":
         """What is left when rows of these keys are there."""
@@ -115,11 +103,9 @@ class Cells:
 
 
 def plan_of(sweep: Sweep, constants: Mapping[str, Any]) -> list[Cells]:
-    """The cells of a sweep: short lengths first, at each length task by task.
+    """The cells of a sweep, short lengths first, at each length task by task.
 
-    Args:
-        sweep: what to measure.
-        constants: what all cells share and a result depends on, for their keys.
+    ``constants`` are what all cells share and a result depends on, for their keys.
     """
     drawn = [(seed, index) for seed in sweep.seeds for index in range(sweep.layout.samples)]
     plan = []
