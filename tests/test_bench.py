@@ -26,7 +26,7 @@ def tiny(monkeypatch):
 
 def bench(phase, out, *further):
     arguments = ["--device", "cpu", "--geometry", "tiny", "--lengths", "64", "200", "--repeats", "2", "--alpha", "4"]
-    more = ["--dense-below", "0"] if phase == "prefill" else []
+    more = ["--set", "dense_below=0"] if phase == "prefill" else []
     return main(["bench", phase, *arguments, *more, "--out", str(out), *further])
 
 
@@ -102,12 +102,6 @@ def test_topk_decodes_with_the_tail_of_the_default_from_means_that_are_kept(tmp_
         ("block", False, "pages", None),
         ("window", False, None, None),
     }
-
-
-@PHASES
-def test_only_the_kinds_of_dense_attention_that_were_asked_for_run(tmp_path, phase):
-    assert bench(phase, tmp_path, "--selections", "window", "--dense", "flex", "flash_attn") == 0
-    assert {row["method"] for row in read(phase, tmp_path)["rows"]} == {"window"}
 
 
 @PHASES
@@ -210,7 +204,6 @@ def test_after_the_deadline_no_case_begins(tmp_path, capsys):
         ("decode", ("--lengths", "64", "64"), "--lengths: 64 is given twice"),
         ("decode", ("--batch", "0"), "must be at least 1, got 0"),
         ("decode", ("--geometry", "cube"), "invalid choice: 'cube'"),
-        ("decode", ("--dense", "flex", "flex"), "--dense: flex is given twice"),
         ("decode", ("--selections", "dense"), "invalid choice: 'dense'"),
         ("decode", ("--dtype", "int8"), "invalid choice: 'int8'"),
         ("decode", ("--alpha", "-1"), "alpha must be a positive number"),
@@ -219,13 +212,11 @@ def test_after_the_deadline_no_case_begins(tmp_path, capsys):
         ("decode", ("--generate", "1"), "--generate: a length must be at least 2, got 1"),
         ("decode", ("--device", "abacus"), "invalid choice: 'abacus'"),
         ("decode", ("--device", "cuda"), "Use --device cpu"),
-        ("decode", ("--block-size", "32"), "unrecognized arguments: --block-size"),
-        ("prefill", ("--block-size", "48"), "invalid choice: 48"),
-        ("prefill", ("--min-mass", "2"), "min_mass must be a number in (0, 1)"),
-        ("prefill", ("--max-factor", "0.5"), "max_factor must be a number of at least 1"),
-        ("prefill", ("--sample-stride", "5"), "invalid choice: 5"),
-        ("prefill", ("--local-keys", "-1"), "local_keys must be at least 0, got -1"),
-        ("prefill", ("--dense-below", "-1"), "dense_below must be at least 0, got -1"),
+        ("prefill", ("--set", "block_size=48"), "block_size must be one of"),
+        ("prefill", ("--set", "min_mass=2"), "min_mass must be a number in (0, 1)"),
+        ("prefill", ("--set", "dense_below=-1"), "dense_below must be at least 0, got -1"),
+        ("prefill", ("--set", "stride=4"), "unknown option stride"),
+        ("prefill", ("--set", "dense_below"), "must be OPTION=VALUE"),
         ("prefill", ("--generate", "8"), "unrecognized arguments: --generate"),
         ("prefill", ("--forward", "1"), "--forward: a length must be at least 2, got 1"),
     ],

@@ -19,22 +19,17 @@ from eval_tasks.bench.inputs import GEOMETRIES
 from eval_tasks.bench.measure import Row, measure_all
 from eval_tasks.bench.models import measure_models
 from eval_tasks.bench.operator import DECODE, PREFILL, Benchmark, Settings
-from eval_tasks.bench.rivals import KINDS, rival_versions
 from eval_tasks.bench.timing import first_line
 from eval_tasks.errors import EvalError
 from eval_tasks.models import DTYPES, pick_device
 from eval_tasks.provenance import commit, hardware, hardware_words, versions
 from eval_tasks.store import check_out, write_atomically
 from nc_patch.cli import USAGE_ERROR
-from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, DEFAULT_DENSE_BELOW
-from nc_patch.selections import Block
-from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
+from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
 BENCHMARKS = {benchmark.phase: benchmark for benchmark in (DECODE, PREFILL)}
 # Part of the time that the operator may take where a whole model is measured too.
 _OPERATOR_SHARE = 0.7
-# Options of block prefill, by the names that NCConfig has for them.
-_BLOCK_OPTIONS = ("block_size", "query_block_size", "sample_stride", "local_keys", "min_mass", "max_factor")
 
 
 def run_bench(arguments: Sequence[str]) -> int:
@@ -44,40 +39,38 @@ def run_bench(arguments: Sequence[str]) -> int:
     try:
         settings = settings_of(parsed)
         check_out(parsed.out, (f"{benchmark.phase}.json", f"{benchmark.phase}.png"))
-    except (EvalError, ValueError) as error:
+    except (EvalError, ValueError, TypeError) as error:
         print(f"nc-patch bench: {error}", file=sys.stderr)
         return USAGE_ERROR
     return _measure(benchmark, parsed, settings, shlex.join(["nc-patch", "bench", *arguments]))
 
 
 def settings_of(parsed: argparse.Namespace) -> Settings:
-    """The settings of parsed arguments, or else the device's defaults; raises ValueError for what is wrong."""
+    """The settings of parsed arguments, or else the defaults; raises ValueError or TypeError for what is wrong."""
     benchmark = BENCHMARKS[parsed.benchmark]
     device = pick_device(parsed.device)
     if parsed.minutes is not None and not (math.isfinite(parsed.minutes) and parsed.minutes > 0):
         raise ValueError(f"--minutes must be a positive number, got {parsed.minutes}")
-    for name in ("lengths", "batch", "geometry", "selections", "dense", benchmark.whole):
+    for name in ("lengths", "batch", "geometry", "selections", benchmark.whole):
         given = getattr(parsed, name) or ()
         twice = [value for value in given if list(given).count(value) > 1]
         if twice:
             raise ValueError(f"--{name}: {twice[0]} is given twice")
         if name in ("lengths", benchmark.whole) and 1 in given:
             raise ValueError(f"--{name}: a length must be at least 2, got 1")
-    options: dict[str, Any] = {}
-    if benchmark is PREFILL:  # the keys that are attended are what is compared: nothing stands for the others
-        options = {name: getattr(parsed, name) for name in (*_BLOCK_OPTIONS, "dense_below")} | {"tail": "drop"}
-    names = ("batch", "selections", "alpha", "C", "seed", "dense")
-    chosen: dict[str, Any] = {name: getattr(parsed, name) for name in names}
+    chosen: dict[str, Any] = {name: getattr(parsed, name) for name in ("batch", "selections", "alpha", "C", "seed")}
     for name in ("geometry", "lengths", "dtype", "repeats"):
         chosen[name] = getattr(parsed, name) or benchmark.defaults[device.type][name]
+    options = benchmark.options | dict(parsed.set)
     settings = Settings(device=device, options=options, **chosen | {"dtype": DTYPES[chosen["dtype"]]})
-    settings.config("dense")  # raises for values outside their ranges
+    for name in settings.selections:
+        settings.config(name)  # raises for values outside their ranges
     return settings
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of ``nc-patch bench``."""
-    description = "Times sparse attention against the fastest dense attention that is installed."
+    description = "Times sparse attention against the fastest dense attention of PyTorch."
     found = argparse.ArgumentParser(prog="nc-patch bench", description=description)
     commands = found.add_subparsers(dest="benchmark", metavar="{" + ",".join(BENCHMARKS) + "}", required=True)
     for name, what, whole in (
@@ -86,7 +79,6 @@ def parser() -> argparse.ArgumentParser:
     ):
         of_benchmark = commands.add_parser(name, help=what, description=BENCHMARKS[name].what)
         _add_options(of_benchmark, BENCHMARKS[name], whole)
-    _add_block_options(commands.choices["prefill"])
     return found
 
 
@@ -102,7 +94,7 @@ def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Setting
         "command": command,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "versions": versions() | rival_versions(),
+        "versions": versions() | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "hardware": hardware(settings.device, torch.get_num_threads()),
         "what": benchmark.what,
         "settings": _plain(settings, benchmark.phase),
@@ -165,6 +157,17 @@ def _plain(settings: Settings, phase: str) -> dict[str, Any]:
     return {**found, "options": [getattr(settings.config(name), phase).to_dict() for name in settings.selections]}
 
 
+def _option(text: str) -> tuple[str, Any]:
+    """The type of an option of ``NCConfig``: its name, and its value as JSON, or else as text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be OPTION=VALUE, such as dense_below=0, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark, whole: str) -> None:
     def both(name: str) -> str:
         by_device = (benchmark.defaults[kind][name] for kind in ("cpu", "cuda"))
@@ -181,24 +184,12 @@ def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark, wh
     add("--C", type=float, default=DEFAULT_C, help="exponent of the budget; by default %(default)g")
     selections = list(benchmark.selections)
     add("--selections", choices=selections, nargs="+", default=selections, help="by default all")
-    add("--dense", choices=KINDS, nargs="+", default=list(KINDS), help="dense attention to compare with; all")
+    unasked = spaced(f"{name}={json.dumps(value)}" for name, value in benchmark.options.items())
+    options = f"of NCConfig, by the names that it has for them, such as sample_stride=4; by default {unasked}"
+    add("--set", type=_option, nargs="+", default=[], metavar="OPTION=VALUE", help=options)
     add("--dtype", choices=DTYPES, help=both("dtype"))
     add("--repeats", type=positive, metavar="R", help=both("repeats"))
     add("--seed", type=int, default=0)
     models = f"{whole} N tokens; {both(benchmark.whole)}"
     add(f"--{benchmark.whole}", type=positive, nargs="*", metavar="N", help=models)
     add("--minutes", type=float, help="no case begins after that; by default no limit")
-
-
-def _add_block_options(prefill: argparse.ArgumentParser) -> None:
-    add = prefill.add_argument_group("block").add_argument
-    size, rows, default = Block.size, Block.query_block_size, "; by default %(default)s"
-    add("--block-size", type=int, choices=BLOCK_SIZES, default=size, help=f"keys of a block{default}")
-    add("--query-block-size", type=int, choices=QUERY_BLOCK_SIZES, default=rows, help=f"queries of a block{default}")
-    stride = "every how many queries one is scored; by default it follows the budget"
-    add("--sample-stride", type=int, choices=SAMPLE_STRIDES, help=stride)
-    add("--local-keys", type=int, default=Block.local_keys, help="keys before a query block, always")
-    add("--min-mass", type=float, help="kept mass to enlarge the budget for; by default none")
-    add("--max-factor", type=float, default=Block.max_factor, help=f"by how much it may be enlarged{default}")
-    below = f"queries that see no more keys attend them all{default}"
-    prefill.add_argument("--dense-below", type=int, default=DEFAULT_DENSE_BELOW, help=below)

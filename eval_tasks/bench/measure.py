@@ -65,7 +65,7 @@ def _measure_case(
     configs = {name: settings.config(name) for name in settings.selections}
     methods: list[tuple[str, NCConfig, Callable[[Sequence[Inputs]], Step]]]
     methods = [(name, config, partial(sparse_step, config=config, phase=phase)) for name, config in configs.items()]
-    methods += [(name, dense, make) for name, make in rivals(device, phase, settings.dense).items()]
+    methods += [(name, dense, make) for name, make in rivals(phase).items()]
     rows: dict[str, Row] = {}
     right: dict[str, Expected] = {}
     ready: dict[str, Prepared] = {}

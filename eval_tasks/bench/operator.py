@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from eval_tasks.bench.inputs import GEOMETRIES, Inputs, make_inputs
-from eval_tasks.bench.rivals import KINDS
 from eval_tasks.bench.timing import Step, free_bytes
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
@@ -50,13 +49,12 @@ class Settings:
     C: float
     repeats: int
     seed: int = 0
-    dense: Sequence[str] = KINDS
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self, prefill: str, decode: str | None = None) -> NCConfig:
         """The settings of attention by a selection, or by one for each phase."""
         phases = {"prefill": prefill, "decode": decode or prefill}
-        return NCConfig(self.alpha, self.C, **phases, **{"dense_below": 0, **self.options})
+        return NCConfig(self.alpha, self.C, **phases, **self.options)
 
     def cases(self) -> list[Case]:
         """All cases, short ones first within each geometry and batch."""
@@ -68,7 +66,7 @@ class Benchmark:
     """One subcommand of ``nc-patch bench``: ``"decode"`` or ``"prefill"``, and what a time is in its results.
 
     Times are shown in a ``unit`` of which ``per_second`` are a second. The option named ``whole`` measures whole models
-    too; ``selections`` and, by device type, ``defaults`` are what is measured where the arguments do not say.
+    too; ``selections``, ``options`` and, by device type, ``defaults`` are what is measured unasked.
     """
 
     phase: str
@@ -76,6 +74,7 @@ class Benchmark:
     unit: str
     per_second: float
     selections: tuple[str, ...]
+    options: dict[str, Any]
     whole: str
     defaults: dict[str, dict[str, Any]]
 
@@ -89,6 +88,7 @@ DECODE = Benchmark(
     unit="microseconds a step and layer",
     per_second=1e6,
     selections=("topk", "block", "window"),
+    options={"dense_below": 0},
     whole="generate",
     defaults={
         "cpu": _CPU | {"lengths": [512, 2048, 8192], "generate": [1024]},
@@ -102,6 +102,7 @@ PREFILL = Benchmark(
     unit="milliseconds a layer",
     per_second=1e3,
     selections=("block", "window", "topk"),
+    options={"tail": "drop"},  # the keys that are attended are what is compared: nothing stands for the others
     whole="forward",
     defaults={
         "cpu": _CPU | {"lengths": [1024, 2048, 4096, 8192], "forward": [2048]},
