@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from eval_tasks.answers import end_tokens
 from eval_tasks.arguments import add_model_options, load_chosen_model, positive
 from eval_tasks.errors import EvalError
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
@@ -88,20 +89,18 @@ def prompt_of(tokenizer: Any, text: str, tokens: int, question: str | None) -> t
 @torch.inference_mode()
 def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | None, most: int) -> Answer:
     """The greedy answer of at most ``most`` tokens to ``prompt`` ``[1, N]``, printed as it comes; None is dense."""
-    found, cache, taken, sparse = Answer(), DynamicCache(), list[int](), config is not None
-    eos = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    with patched(model, config=config) if sparse else contextlib.nullcontext():
+    found, cache, taken, ends = Answer(), DynamicCache(), list[int](), end_tokens(model, tokenizer)
+    with patched(model, config=config) if config else contextlib.nullcontext():
         begin = time.perf_counter()
         scored = min(SCORED, prompt.shape[1] - 1)
         logits = model(prompt, past_key_values=cache, logits_to_keep=scored + 1).logits[0].float()
         token = int(logits[-1].argmax())
         found.first = time.perf_counter() - begin
         found.nats = torch.nn.functional.cross_entropy(logits[:-1], prompt[0, -scored:]).item()
-        share = nc_stats(model)["attended_fraction"] if sparse else 1.0
-        if sparse:
+        share = nc_stats(model)["attended_fraction"] if config else 1.0
+        if config:
             reset_stats(model)
-        print(f"{'sparse' if sparse else 'dense':7} {found.first:6.2f} s to the first token: ", end="", flush=True)
+        print(f"{'sparse' if config else 'dense':7} {found.first:6.2f} s to the first token: ", end="", flush=True)
         while token not in ends and len(taken) < most:
             taken.append(token)
             text = tokenizer.decode(taken)
@@ -110,7 +109,7 @@ def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | 
             logits = model(prompt.new_tensor([[token]]), past_key_values=cache).logits
             token = int(logits[0, -1].argmax())
             found.steps.append(time.perf_counter() - begin)
-        if sparse and found.steps:
+        if config and found.steps:
             found.shares = (share, nc_stats(model)["attended_fraction"])
     print(f"   ({found.step * 1e3:.0f} ms a token)", flush=True)
     return found

@@ -5,7 +5,6 @@ next: figures say where a method loses, not what a model loses by it.
 """
 
 import argparse
-import io
 import json
 import shlex
 import sys
@@ -13,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.backends.backend_agg  # noqa: F401  (loaded now, not when hours of measuring end)
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -29,11 +27,13 @@ from eval_tasks.arguments import (
 )
 from eval_tasks.capture import receive
 from eval_tasks.errors import EvalError
+from eval_tasks.figures import to_png
 from eval_tasks.matching import Budgets
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, find_method, order_of
 from eval_tasks.models import attention_of
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.store import check_out, write_atomically
+from eval_tasks.summary import csv_of
 from eval_tasks.tasks import Layout, ascending, places, tokenise
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch import AttentionResult, NCConfig
@@ -54,12 +54,11 @@ def run_fidelity(argv: Sequence[str]) -> int:
     try:
         check_out(out, (RESULTS, TABLE, PICTURE))
         rows, setup = _measure(arguments)
-        layers, picture = by_layer(rows), io.BytesIO()
+        layers = by_layer(rows)
         record = {"command": shlex.join(["nc-patch", "fidelity", *argv]), **setup, "rows": rows}
         write_atomically(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
-        write_atomically(out / TABLE, layers.to_csv(index=False, float_format="%.6g").encode())
-        figure(layers).savefig(picture, dpi=150)
-        write_atomically(out / PICTURE, picture.getvalue())
+        write_atomically(out / TABLE, csv_of(layers).encode())
+        write_atomically(out / PICTURE, to_png(figure(layers)))
     except ValueError as error:
         print(f"nc-patch: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -80,12 +79,8 @@ def fidelity(
 ) -> Iterator[dict[str, Any]]:
     """Compares methods with dense attention on what the layers of a model receive; means over ``ROWS`` last queries.
 
-    Args:
-        model: one that ``patch_model`` takes; windows, soft-caps and sinks are those of its layers.
-        ids: int64 ``[1, L]``; one forward pass serves all lengths. sample: its number in the results.
-        methods: by name, without dense and simulated ones.
-        lengths: how many tokens are read up to the last measured query, each at most L.
-        layers: which; None for all.
+    One forward pass over ``ids``, int64 ``[1, L]``, serves all lengths: the tokens up to the last measured query. By
+    default all layers are measured; ``sample`` is a number for the results.
 
     Yields a row for each layer, method and length: ``kept_mass``, the dense softmax weight of the attended keys, and
     ``output_error``, ‖o − o_dense‖ / ‖o_dense‖, of each query head; ``attended_fraction`` of the visible keys. Raises

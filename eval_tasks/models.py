@@ -20,6 +20,13 @@ from eval_tasks.smollm2 import SMOLLM2, smollm2_directory
 # Letters of an error of transformers or the hub that are passed on.
 _LONGEST_REASON = 600
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Words in an error, and what to do about it.
+_ADVICE = {
+    "gated repo|private repository|401 Client Error|403 Client Error": "Ask for access on the model's page where it is "
+    "gated, and log in: hf auth login, or the token in HF_TOKEN.",
+    "trust_remote_code": "Read that code, and if you trust it, add --trust-remote-code.",
+    "valid git identifier": "Correct --revision.",
+}
 
 
 @dataclass(frozen=True)
@@ -103,22 +110,17 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Loads a causal language model and its tokenizer.
+    """Loads a causal language model by a name of ``find_model``, and its tokenizer.
 
     Its dense attention is SDPA, or ``transformers``' own "eager" where the model has none, which is said: soft-caps and
     sinks are beyond SDPA. ``attention_of`` tells which.
 
     Args:
-        name: as in ``find_model``.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the checkpoint's own on a GPU, float32 else.
+        dtype: one of ``DTYPES``, or ``"auto"``: the checkpoint's own on a GPU, float32 else.
         device: as ``torch.device`` takes it, or ``"auto"``: the GPU where there is one.
-        device_map: ``"auto"`` and its kin: the layers of one model over all devices, as ``from_pretrained`` takes it.
-        tp_plan: ``"auto"``: every layer of one model over all processes, as ``from_pretrained`` takes it.
-        revision: as in ``ModelSource``.
-        trust_remote_code: as in ``ModelSource``.
+        device_map, tp_plan: as ``from_pretrained`` takes them: one model over all devices, or over all processes.
 
-    Raises:
-        EvalError: the model is missing, cannot be reached, is no causal language model, or the device is absent.
+    Raises EvalError where the model is missing, out of reach or no causal language model, or the device is absent.
     """
     target = pick_device(device)
     if dtype != "auto" and dtype not in DTYPES:
@@ -136,19 +138,6 @@ def load_model(
 def attention_of(model: PreTrainedModel) -> str:
     """The name of the implementation by which a model attends where it is not patched: ``"sdpa"`` or ``"eager"``."""
     return str(model.config.get_text_config()._attn_implementation)
-
-
-def _load_weights(source: ModelSource, **options: Any) -> Any:
-    try:
-        return _from_pretrained(AutoModelForCausalLM, source, attn_implementation="sdpa", **options)
-    except EvalError as error:
-        # What transformers says, before it reads the weights, of a model whose class has no SDPA attention.
-        if "torch.nn.functional.scaled_dot_product_attention" not in str(error.__cause__):
-            raise
-    if os.environ.get("RANK", "0") == "0":  # said by one of the processes that share a run
-        said = "has no SDPA attention: dense attention runs eagerly, which holds every score in memory."
-        print(f"{source.name} {said}", file=sys.stderr)
-    return _from_pretrained(AutoModelForCausalLM, source, attn_implementation="eager", **options)
 
 
 def pick_device(device: str) -> torch.device:
@@ -172,6 +161,31 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     is_fast = getattr(tokenizer, "is_fast", False)
     serialised = tokenizer.backend_tokenizer.to_str() if is_fast else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(serialised.encode()).hexdigest()[:16]
+
+
+def hub_resolves() -> bool:
+    """Whether the hub's host name has an address; a proxy is trusted to find it."""
+    if urllib.request.getproxies():
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _load_weights(source: ModelSource, **options: Any) -> Any:
+    try:
+        return _from_pretrained(AutoModelForCausalLM, source, attn_implementation="sdpa", **options)
+    except EvalError as error:
+        # What transformers says, before it reads the weights, of a model whose class has no SDPA attention.
+        if "torch.nn.functional.scaled_dot_product_attention" not in str(error.__cause__):
+            raise
+    if os.environ.get("RANK", "0") == "0":  # said by one of the processes that share a run
+        said = "has no SDPA attention: dense attention runs eagerly, which holds every score in memory."
+        print(f"{source.name} {said}", file=sys.stderr)
+    return _from_pretrained(AutoModelForCausalLM, source, attn_implementation="eager", **options)
 
 
 def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> Any:
@@ -198,29 +212,8 @@ def _explain(source: ModelSource, error: Exception) -> str:
     return f"the model {source.name!r} is no directory here and {where}: {reason} {advice}"
 
 
-# Words in an error, and what to do about it.
-_ADVICE = {
-    "gated repo|private repository|401 Client Error|403 Client Error": "Ask for access on the model's page where it is "
-    "gated, and log in: hf auth login, or the token in HF_TOKEN.",
-    "trust_remote_code": "Read that code, and if you trust it, add --trust-remote-code.",
-    "valid git identifier": "Correct --revision.",
-}
-
-
 def _whole(error: Exception) -> str:
     """What an error says, in one line."""
     words = " ".join(str(error).split()) or type(error).__name__
     words = words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]} ..."
     return words if words.endswith((".", "!", "?")) else f"{words}."
-
-
-def hub_resolves() -> bool:
-    """Whether the hub's host name has an address; a proxy is trusted to find it."""
-    if urllib.request.getproxies():
-        return True
-    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import sys
 import threading
 import time
 import traceback
@@ -21,7 +20,7 @@ _SAMPLING_SECONDS = 0.005
 class Peak:
     """Times a block and finds its peak memory above the start: ``seconds`` and ``bytes`` when it is left.
 
-    Memory is resident memory on the CPU, and allocated memory on GPUs, added up over those that share a model.
+    Memory is resident on the CPU, and allocated on GPUs, added up over those that share a model.
     """
 
     def __init__(self, model: Any) -> None:
@@ -102,7 +101,6 @@ def memory_watched(tokens: int) -> Iterator[None]:
 
 def _return_freed_memory() -> None:
     """Gives freed memory back to the system, so that a later peak is not hidden in what an earlier one left (glibc)."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

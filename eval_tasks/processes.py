@@ -40,12 +40,9 @@ class AgreedError(EvalError):
 
 @dataclass(frozen=True)
 class Processes:
-    """One of the processes that share a run; a process alone where nothing else is said.
+    """One of the ``world`` processes that share a run, by default a process alone.
 
-    Attributes:
-        rank: which process of all machines, from 0; the first one speaks.
-        world: how many there are.
-        local_rank: which process of this machine; the number of its GPU.
+    ``rank`` counts the processes of all machines, from 0, ``local_rank`` those of this one, which has a GPU for each.
     """
 
     rank: int = 0
@@ -101,12 +98,8 @@ class Processes:
 def joined_processes(shared_model: bool = False, device: str = "auto") -> Iterator[Processes]:
     """Joins the processes that a launcher started (``accelerate launch``, ``torchrun``, ``mpirun``), for the block.
 
-    Args:
-        shared_model: the processes hold parts of one model (``tp_plan``), and exchange tensors too.
-        device: where the model runs; as ``load_model`` takes it.
-
-    Raises:
-        EvalError: the processes do not find each other.
+    With a ``shared_model`` (``tp_plan``) they exchange tensors too, on ``device``, as ``load_model`` takes it. Raises
+    EvalError where they do not find each other.
     """
     if launched_world() <= 1:
         yield Processes()
@@ -127,24 +120,17 @@ def joined_processes(shared_model: bool = False, device: str = "auto") -> Iterat
 
 
 def start_processes(processes: int | None, command: Sequence[str]) -> int | None:
-    """Runs ``python -m nc_patch COMMAND`` in several processes of this machine; where one fails, the others are ended.
+    """Runs ``python -m nc_patch COMMAND`` in as many processes of this machine as the user asked for.
 
     ``accelerate launch --cpu --num_processes N`` starts one process and only says where N should meet; these are
-    started here, too.
+    started here, too. Where one process fails, the others are ended.
 
-    Args:
-        processes: how many the user asked for.
-        command: what each of them runs; ``--processes N`` in it is left out.
-
-    Returns:
-        The exit code of the process that failed first (128 + signal for one that was killed), or 0; None where this
-        process is to do the work itself.
-
-    Raises:
-        EvalError: both a launcher and the user ask for processes, or what accelerate announced cannot be found out.
+    Returns the exit code of the process that failed first (128 + signal for one that was killed), or 0; None where this
+    process is to do the work itself. Raises EvalError where both a launcher and the user ask for processes, or what
+    accelerate announced cannot be found out.
     """
-    if launched_world() > 1:
-        if processes is not None:
+    if launched_world() > 1 or is_started_here():
+        if processes is not None and not is_started_here():
             raise EvalError(f"a launcher started {launched_world()} processes already; leave out --processes")
         return None
     if processes is not None:
@@ -164,7 +150,7 @@ def start_processes(processes: int | None, command: Sequence[str]) -> int | None
     )
     logging.disable(logging.CRITICAL)  # what failed has said so itself
     try:
-        elastic_launch(config, sys.executable)("-m", "nc_patch", *_without_processes(command))
+        elastic_launch(config, sys.executable)("-m", "nc_patch", *command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
@@ -247,14 +233,3 @@ def _launcher_command() -> list[str] | None:
         if word == "launch" or word.endswith(("accelerate-launch", "accelerate.commands.launch")):
             return command[place + 1 :]
     return None
-
-
-def _without_processes(command: Sequence[str]) -> list[str]:
-    left: list[str] = []
-    words = iter(command)
-    for word in words:
-        if word == "--processes":
-            next(words, None)
-        elif not word.startswith("--processes="):
-            left.append(word)
-    return left

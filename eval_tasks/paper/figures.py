@@ -12,8 +12,7 @@ from matplotlib.ticker import NullLocator
 
 from eval_tasks.figures import logarithmic_y
 from eval_tasks.paper.laws import exponents
-from eval_tasks.paper.synthetic import sigma_of
-from eval_tasks.paper.theory import entropy_support, growing_spread, mass_share
+from eval_tasks.paper.theory import growing_spread, mass_share
 
 Record = dict[str, Any]
 Rows = Sequence[Record]
@@ -41,10 +40,9 @@ _TITLES = {
     "relative_error": "relative output error",
     "output_error": "largest output error",
     "weight_error": "largest error of an attention weight",
-    "output_error.independent": "largest output error, values independent of keys",
-    "output_error.shared": "largest output error, values from the same inputs",
     "relative_error.shared": "relative output error, values from the inputs",
 }
+_OF_ROWS = ("weight_error", "relative_error.shared", "dropped_mass")
 _OF_MODEL = {"dropped_mass": "#D55E00", "relative_error": "#0072B2", "output_error": "#009E73"}
 
 
@@ -54,11 +52,9 @@ def figures(synthetic: Record | None, model: Record | None) -> dict[str, Figure]
     if synthetic:
         rows = {name: [row for row in synthetic["errors"] if row["spread"] == name] for name in ("sigma=2", "s=0.707")}
         title = "Bounded weights: scores N(0, σ²) with σ = 2 at every n"
-        losses = ["weight_error", "output_error.independent", "output_error.shared", "dropped_mass"]
-        found["bounded"] = _by_length(title, rows["sigma=2"], losses, linear=("dropped_mass",))
+        found["bounded"] = _by_length(title, rows["sigma=2"], _OF_ROWS, linear=_OF_ROWS[1:])
         title = "Spread that grows: scores N(0, ln n), whose entropy support is n^0.5"
-        losses = ["weight_error", "relative_error.shared", "dropped_mass"]
-        found["growing"] = _by_length(title, [row for row in rows["s=0.707"] if row["law"] != "zero"], losses)
+        found["growing"] = _by_length(title, [row for row in rows["s=0.707"] if row["law"] != "zero"], _OF_ROWS)
         found["exponents"] = _exponents(synthetic)
     if model:
         title = f"{model['model']}: exact top-k, {len(model['layers'])} layers, all laws equal at one length"
@@ -71,7 +67,7 @@ def figures(synthetic: Record | None, model: Record | None) -> dict[str, Figure]
 
 def _by_length(title: str, rows: Rows, losses: Collection[str], linear: Collection[str] = ()) -> Figure:
     """A panel for each loss, with a line for each law."""
-    figure, axes = _frame(*((2, 2) if len(losses) == 4 else (1, 3)), title)
+    figure, axes = _frame(1, 3, title)
     for axis, loss in zip(axes, losses, strict=True):
         for place, (law, (label, colour, style)) in enumerate(_LAWS.items()):
             own = [row for row in rows if row["law"] == law]
@@ -91,54 +87,41 @@ def _by_length(title: str, rows: Rows, losses: Collection[str], linear: Collecti
 
 
 def _exponents(record: Record) -> Figure:
-    figure, (supports, slopes) = _frame(1, 2)
+    figure, (axis,) = _frame(1, 1)
     lengths = np.array(record["lengths"])
-    shown = {"sigma=1": ("σ = 1 at every n", ""), **_SPREADS}
-    for (name, (label, _)), colour in zip(shown.items(), _viridis(len(shown)), strict=True):
-        rows = [row for row in record["supports"] if row["spread"] == name]
-        _bars(supports, [row["n"] for row in rows], rows, "entropy", fmt="o", color=colour, label=label)
-        dense = np.geomspace(lengths[0], lengths[-1], 100)
-        expected = np.array([entropy_support(n, sigma_of(name, n)) for n in dense])
-        supports.plot(dense, np.where(expected > 1, expected, np.nan), color=colour, linewidth=1.2)
-    _log_lengths(supports, lengths)
-    supports.set(title="entropy support exp(H); lines: n·exp(−σ²/2)", ylabel="keys", yscale="log")
-    supports.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     rows = [row for row in record["exponents"] if row["spread"].startswith("s=")]
     s = [float(row["spread"].removeprefix("s=")) for row in rows]
     grid = np.linspace(0, 1.25, 200)
-    slopes.plot(grid, np.maximum(0, 1 - grid**2), color="#D55E00", label="1 − s²")
-    _bars(slopes, s, rows, "entropy", fmt="o", color="#D55E00", label="entropy support, measured")
-    _bars(slopes, s, rows, "mass 0.95", fmt="s", color="#0072B2", label="keys that hold 95 %, measured")
+    axis.plot(grid, np.maximum(0, 1 - grid**2), color="#D55E00", label="1 − s²")
+    _bars(axis, s, rows, "entropy", fmt="o", color="#D55E00", label="entropy support, measured")
+    _bars(axis, s, rows, "mass 0.95", fmt="s", color="#0072B2", label="keys that hold 95 %, measured")
     unfrozen = grid[grid <= 1]
     counts = [np.maximum(1, n * mass_share(growing_spread(n, unfrozen), 0.05)) for n in lengths]
     label = "keys that hold 95 %, expected over these n"
-    slopes.plot(unfrozen, exponents(lengths, np.array(counts)), color="#0072B2", linestyle="--", label=label)
+    axis.plot(unfrozen, exponents(lengths, np.array(counts)), color="#0072B2", linestyle="--", label=label)
     title = f"exponent fitted over n = {lengths[0]:,} … {lengths[-1]:,}"
-    slopes.set(title=title, xlabel="s, where σ² = s²·2·ln n", ylabel="C", ylim=(-0.05, 1.5))
-    slopes.legend(fontsize=9, loc="upper right")
+    axis.set(title=title, xlabel="s, where σ² = s²·2·ln n", ylabel="C", ylim=(-0.05, 1.5))
+    axis.legend(fontsize=9, loc="upper right")
     return figure
 
 
 def _heads(record: Record) -> Figure:
-    figure, (counts, slopes, expected) = _frame(1, 3, f"{record['model']}: how many keys hold the mass")
+    figure, (counts, slopes) = _frame(1, 2, f"{record['model']}: how many keys hold 95 % of the mass")
     layers, lengths = record["layers"], record["lengths"]
-    for place, (layer, colour) in enumerate(zip(layers, _viridis(len(layers)), strict=True)):
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
+    for place, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
         heads = [head for head in record["heads"] if head["layer"] == layer]
         held = np.array([head["counts"]["mass 0.95"] for head in heads])
         C = [head["exponents"]["mass 0.95"][0] for head in heads]
         counts.plot(lengths, np.median(held, axis=0), "o-", color=colour, label=f"layer {layer}")
         slopes.plot([place] * len(C), C, "o", color=colour, alpha=0.5, markersize=5)
         slopes.plot([place - 0.3, place + 0.3], [np.median(C)] * 2, color="#000000", linewidth=2)
-        expected.plot([head["counts"]["normal 0.95"][-1] for head in heads], held[:, -1], "o", color=colour)
     _log_lengths(counts, lengths)
     logarithmic_y(counts)
-    counts.set(title="keys that hold 95 %, median over heads", ylabel="keys")
-    _shared_legend(figure, counts)
+    counts.set(title="median over heads", ylabel="keys")
     slopes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     slopes.set(title="C fitted to them; a dot a head, line: median", xlabel="layer", ylabel="C")
-    expected.axline((10, 10), (100, 100), color="#000000", linewidth=1, linestyle=":")
-    expected.set(xscale="log", yscale="log", xlabel="keys expected from normal scores", ylabel="keys measured")
-    expected.set_title(f"the same at n = {lengths[-1]:,}, a dot a head")
+    _shared_legend(figure, counts)
     return figure
 
 
@@ -183,16 +166,12 @@ def _bars(axis: Axes, x: Sequence[float], rows: Rows, name: str, **style: Any) -
     axis.errorbar(x, mean, np.maximum(0.0, (mean - low, high - mean)), markersize=5, **style)
 
 
-def _viridis(count: int) -> np.ndarray:
-    return matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count))
-
-
 def _shared_legend(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(10, len(labels)))
 
 
-def _log_lengths(axis: Axes, lengths: Sequence[int] | np.ndarray) -> None:
+def _log_lengths(axis: Axes, lengths: Sequence[int]) -> None:
     """A logarithmic x axis with a mark at every length, 2,048 as 2k."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_minor_locator(NullLocator())

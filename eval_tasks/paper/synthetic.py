@@ -9,15 +9,13 @@ since attention over the k highest scores is a ratio of partial sums in that ord
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 
 from eval_tasks.paper.laws import Law, compare, equal_in_mean, estimate, estimates, exponents, gather
 from eval_tasks.paper.theory import growing_spread
-from nc_patch import sparse_attention
 
 CHANNELS = 16
 VALUES = ("independent", "shared")
@@ -131,26 +129,4 @@ def measure(
         found["exponents"].append({"spread": spread} | slopes)
         dropped = 1 - lost["kept_mass"][places, :, len(shown) :]
         mixed[spread] = {"dropped_mass": compare(of_mean, mixed_lengths, dropped)}
-    return found | {"mixed": {"rows": mixed}, "library_differences": library_differences(lengths, laws)}
-
-
-def library_differences(lengths: Sequence[int], laws: Sequence[Law]) -> list[dict[str, Any]]:
-    """How far ``nc_patch``, whose scores and softmax are float32, is from ``attend`` on the rows of seed 0.
-
-    For each length, σ of 2 and 4, and law: of the ``kept_mass``, and the most of an output channel by ``VALUES``.
-    """
-    found = []
-    for n, sigma in product(lengths, (2.0, 4.0)):
-        row, budgets = draw(n, 0), [law.budget(n) for law in laws]
-        kept, outputs, _ = attend(row, sigma, budgets)
-        query, key = (torch.from_numpy(x).float().view(1, 1, -1, CHANNELS) for x in (row.direction, row.inputs))
-        values = {"independent": torch.from_numpy(row.values).float()[None, None], "shared": key}
-        for place, law in enumerate(laws):
-            difference: dict[str, Any] = {"n": n, "law": law.name, "sigma": sigma}
-            options: dict[str, Any] = {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
-            for name, value in values.items():
-                result: Any = sparse_attention(sigma * query, key, value, alpha=budgets[place], scale=1.0, **options)
-                difference[name] = float(np.abs(result.output.flatten().numpy() - outputs[name][place]).max())
-                difference["kept_mass"] = abs(float(result.kept_mass) - kept[place])
-            found.append(difference)
-    return found
+    return found | {"mixed": {"rows": mixed}}

@@ -12,13 +12,8 @@ from scipy.special import ndtr, ndtri
 
 
 def growing_spread(n: float, s: Any) -> Any:
-    """σ with σ² = s²·2·ln n, at which the exponent of the entropy support, 1 − s² or 0, does not depend on n."""
+    """σ with σ² = s²·2·ln n, at which the entropy support n·exp(−σ²/2) is n^(1 − s²), for s up to 1."""
     return s * math.sqrt(2.0 * math.log(n))
-
-
-def entropy_support(n: float, sigma: float) -> float:
-    """exp(H) = n·exp(−σ²/2) keys, and not below 1: H = ln Z − Σ p·score = (ln n + σ²/2) − σ²."""
-    return max(1.0, n * math.exp(-sigma * sigma / 2.0))
 
 
 def mass_share(sigma: Any, epsilon: float) -> Any:
