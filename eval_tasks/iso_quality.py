@@ -1,12 +1,9 @@
 """The budget that quality needs: the smallest k that stays within a margin of dense, by length, and the law it follows.
 
-For each length the smallest k is read off the measured budgets, between which log k is interpolated; then
-log k = log α + C·log n is fitted, beside the constant and the logarithmic law, and laws are compared by how well each
-predicts a length that it was not fitted to. Documents are resampled through all of these steps.
-
-A budget is known only where one measured budget is outside the margin and a larger one within. Elsewhere it is
-censored: at most the smallest measured one, or more than the largest. Such lengths do not enter the fit, and in
-resamples the budget is taken for anything between those bounds.
+For each length the smallest k is interpolated in log k between measured budgets; then log k = log α + C·log n is
+fitted, and laws are compared by how well each predicts a length that it was not fitted to. Documents are resampled
+through all of these steps. A budget is known where one measured budget is outside the margin and a larger one within.
+Elsewhere it is censored: such lengths do not enter the fit, and in resamples it is taken for anything in its bounds.
 """
 
 import math
@@ -25,13 +22,10 @@ _LENGTHS_NEEDED = 3
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """The power law k = α·n^C through the needed budgets of so many lengths.
+    """The power law k = α·n^C through the needed budgets of so many lengths, and the interval of C (None for one document).
 
-    Attributes:
-        C_low, C_high: bootstrap interval; None below two documents. Resamples with a censored budget count with the
-            smallest value that its bounds allow for the low end, and the largest for the high one.
-        errors: name of a law → typical factor by which it misses a length that was left out; 1 is perfect.
-        fitted: the share of resamples in which no budget of these lengths was censored.
+    ``errors`` gives by the name of a law the typical factor by which it misses a length that was left out; ``fitted`` is
+    the share of resamples in which no budget was censored.
     """
 
     alpha: float
@@ -52,12 +46,9 @@ class FittedLaw:
 class IsoQuality:
     """What one method needs on one task, from documents that all lengths and budgets share.
 
-    Attributes:
-        needed: a line for each length: ``keys``, missing where no measured budget is within the margin; ``low`` and
-            ``high`` of its bootstrap interval, for which one key does in resamples where the smallest measured budget
-            is within the margin, and all keys where none is; ``reached``, the share of resamples in which some is;
-            ``at_most``, whether the smallest measured budget already is within it; ``largest`` measured budget.
-        law: None where the budget is known on both sides at fewer than three lengths.
+    ``needed`` has a line for each length: ``keys``, missing where no measured budget is within the margin, their bootstrap
+    interval ``low`` to ``high`` (one key or all keys where a resample is censored), ``reached``, the share of resamples in
+    which some budget is within it, ``at_most``, whether the smallest already is, and the ``largest`` measured one.
     """
 
     task: str
@@ -77,9 +68,8 @@ def iso_quality(
 ) -> IsoQuality:
     """Finds the needed budgets and fits the laws; raises ValueError where documents differ in number or are none.
 
-    Args:
-        differences: length → budget → loss over dense of each document, in the same order throughout.
-        within: how much loss counts as none, in nats per token or as a share of the answers. seed: of the resampling.
+    ``differences``: length → budget → loss over dense of each document, in the same order throughout. ``within``: how much
+    loss counts as none, in nats per token or as a share of the answers.
     """
     counts = {len(values) for budgets in differences.values() for values in budgets.values()}
     if len(counts) != 1 or 0 in counts:

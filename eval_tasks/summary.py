@@ -50,11 +50,9 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
 def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
     """One line for each method at each task and length, from ``measurements`` and ``comparisons``.
 
-    What does not exist is missing: ``perplexity``, its ratio and ``bits_per_byte`` are of texts, ``score`` and
-    ``answer_tokens`` (the mean) of answers. ``budget`` is k(n) of the method's law; ``attended_fraction`` and
-    ``mean_keys`` are realised, with ``tail_`` at the scored positions. ``seconds`` is the median of all that was read,
-    ``sparse_seconds`` and ``tokens_per_second`` of the part that is sparse, ``seconds_per_answer_token`` of the tokens
-    after the first; ``peak_memory_mb`` the largest, in 10^6 bytes above what was held before.
+    ``perplexity``, its ratio and ``bits_per_byte`` are of texts, ``score`` and ``answer_tokens`` (the mean) of answers.
+    ``budget`` is k(n) of the method's law; attended keys are realised, with ``tail_`` at the scored positions. ``seconds``
+    is the median of all that was read, ``sparse_seconds`` and ``tokens_per_second`` of the part that is sparse.
     """
     frame = frame.join(_sparse_part(frame))
     cells = frame.groupby(CELL, observed=True)

@@ -16,19 +16,11 @@ from eval_tasks.tasks import TASKS, Layout
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to measure.
+    """What to measure: ``model``, ``text``, ``methods`` and ``tasks`` by name, at the lengths and samples of a ``layout``.
 
-    Attributes:
-        model, text: names as ``find_model`` and ``load_text`` take them.
-        methods, tasks: names of ``METHODS``, and of ``TASKS`` and ``GENERATORS``.
-        budgets, layout: of the methods; lengths, samples and seed.
-        dtype, device, device_map, tp_plan, revision, trust_remote_code: as ``load_model`` takes them.
-        threads: of PyTorch on the CPU; None leaves its choice.
-        phase: which part of a forward pass is sparse; as ``measure`` takes it.
-        iso_keys: budgets that ``match="iso"`` tries.
-        answer_tokens: the most tokens of an answer to a generated task; None for each task's own number.
-        retry_failed: whether cells that failed in an earlier session are measured again.
-        more_seeds: seeds beside that of the layout; every one of them has as many samples.
+    How the model runs is said as ``load_model`` takes it; ``threads`` are PyTorch's on the CPU. ``phase`` is as ``measure``
+    takes it, ``iso_keys`` are the budgets that ``match="iso"`` tries, ``answer_tokens`` the most tokens of an answer (None:
+    each task's own number). Every one of ``more_seeds`` draws as many samples as that of the layout.
     """
 
     model: str

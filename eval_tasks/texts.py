@@ -35,10 +35,9 @@ class Text:
 def load_text(name: str) -> Text:
     """Loads a text; raises EvalError where there is none, it is empty, or it cannot be read.
 
-    The name is ``"python-reference"``, the path of a UTF-8 file, or a data set as ``NAME[,CONFIG]:SPLIT[:COLUMN]`` (for
-    example ``emozilla/pg19-test:test`` or ``Salesforce/wikitext,wikitext-103-raw-v1:test``), where NAME may be
-    ``text``, ``json``, ``csv`` or ``parquet`` and CONFIG a local file. Documents of a data set are joined by blank
-    lines, from the first on, up to 8 million characters.
+    The name is ``"python-reference"``, the path of a UTF-8 file, or a data set as ``NAME[,CONFIG]:SPLIT[:COLUMN]``, where
+    NAME may be one of ``FILE_BUILDERS`` and CONFIG a local file. Its documents are joined by blank lines, from the first on,
+    up to 8 million characters.
     """
     if name == PYTHON_REFERENCE:
         content, origin = python_reference()
@@ -71,9 +70,8 @@ def python_reference() -> tuple[str, str]:
 def reflow(text: str, width: int = 70) -> str:
     """Joins the lines of paragraphs that were wrapped at ``width`` columns (Sphinx's) and leaves other line ends alone.
 
-    Line ends in the middle of sentences cost a language model a quarter of its perplexity and say nothing about
-    attention. Two lines are joined when both stand at the same indentation (or the first opens a list item whose text
-    the second continues) and the second one's first word would not have fitted on the first.
+    Two lines are joined when both stand at the same indentation (or the first opens a list item whose text the second
+    continues) and the second one's first word would not have fitted on the first.
     """
     lines, last_piece = list[str](), ""  # the last source line that went into lines[-1]
     for line in text.split("\n"):

@@ -1,8 +1,7 @@
-"""Whether what is timed is right: rows of the first sequence, all heads, against the float64 reference.
+"""Whether what is timed is right: some rows of the first sequence, all heads, against the float64 reference.
 
-A query block of prefill chooses and attends for itself, so that some of them are computed as if the others were not
-there. Beyond a size the PyTorch backend is what outputs are compared with; where it is what is timed, that shows no
-more than that rows do not depend on each other.
+Beyond a size the PyTorch backend is what outputs are compared with; where it is what is timed, that shows no more than
+that rows do not depend on each other.
 """
 
 from dataclasses import dataclass

@@ -1,19 +1,13 @@
 """What is timed: shapes of known models, and random queries and keys whose attention is local, has sinks, and seeks.
 
 **Keys** are ``offset + spread * (basis z + noise)``, channel by channel: ``spread`` is log-normal, and four channels
-carry large offsets, as keys of real models do. In the space of ``basis``, which queries look into, ``z`` is content
-(rank 16, 85 % common to runs of 40 keys, which are the borders of no block) and whether the key is one of the first
-four, the sinks. Their values are small, as in real models.
+carry large offsets. In the space of ``basis``, which queries look into, ``z`` is content (rank 16, 85 % common to runs
+of 40 keys) and whether the key is one of the first four, the sinks, whose values are small.
 
-**Scores.** Query i over its n = i + 1 keys has ``a(n) <content> + S(n) [j < 4]``.
-
-- ``a(n)`` is the standard deviation for which 95 % of the softmax of the content alone lie in the n^c best keys, with
-  an exponent c of each head between 0.6 and 0.95. What a query seeks is in part common to the heads of a key/value
-  head and a run of 40 queries, in part the head's own in that run, and in part the row's own: neighbours attend to
-  similar keys, never to the same. The rest is the content of the query's own key, which makes attention local.
-- ``S(n)`` gives the sinks an expected share of the softmax, of each head between 0.15 and 0.55.
-
-Kept masses, which follow, are measured in every case.
+**Scores.** Query i over its n = i + 1 keys has ``a(n) <content> + S(n) [j < 4]``. ``a(n)`` is the standard deviation
+for which 95 % of the softmax of the content lie in the n^c best keys, c of each head between 0.6 and 0.95; what a query
+seeks is in part common to its group and a run of 40 queries, in part the head's own, in part the content of its own
+key, which makes attention local. ``S(n)`` gives the sinks a share of each head between 0.15 and 0.55.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Whole models with random weights, dense and patched: tokens a second of ``generate``, and of forward passes.
 
-The model is a Llama of the geometry's shape with few layers and a small vocabulary, so that attention has about the
-share of the time that it has in the whole model. Random weights attend almost evenly: this says how fast, and nothing
-about how good.
+The model is a Llama with few layers and a small vocabulary, so that attention has about the share of the time that it
+has in the whole model. Random weights attend almost evenly: this says how fast, and nothing about how good.
 """
 
 import statistics

@@ -1,9 +1,8 @@
 """The lm-eval tasks that score a text: ``nc_perplexity``, ``nc_recall`` and ``nc_document``, as perplexities.
 
-``nc_perplexity`` scores the same last tokens under a growing left context, where the harness's own task ``perplexity``
-puts its samples. ``nc_recall`` is the harness's ``recall`` at any length: a passage that the model has read at the
-start of its context is scored behind filler, prose that repeats where the text ends, always without the passage.
-``nc_document`` cuts a document at the context lengths, and scores each part under all that goes before it.
+``nc_perplexity`` scores the same last tokens under a growing left context, ``nc_recall`` a passage that the model has
+read at the start of its context, behind filler, and ``nc_document`` the parts of a document between the context
+lengths, each under all that goes before it.
 """
 
 import re
@@ -80,8 +79,7 @@ class PerplexityByPosition(ByLengthTask):
     """Perplexity of each part over all documents, ``exp(-Σll / Σtokens)``, and of the whole.
 
     Documents are stretches of one text that do not overlap, or, where the YAML names a ``dataset_path`` of the hub, the
-    starts of the first documents in its column ``text`` that are long enough; ``dataset_kwargs`` go to
-    ``datasets.load_dataset``.
+    starts of the first documents in its column ``text`` that are long enough.
     """
 
     numbers: ClassVar[dict[str, int]] = {"samples": 8}

@@ -35,16 +35,11 @@ _PLACEMENT = {
 
 
 class NCHFLM(HFLM):
-    """``HFLM`` whose model is patched right after it is loaded.
+    """``HFLM`` whose model, a name, a directory, ``smollm2`` or a loaded model, is patched right after it is loaded.
 
-    Args:
-        pretrained: a hub name, a local directory, ``smollm2``, or a loaded model (patched in place).
-        nc_config, profile: as in ``read_config``.
-        arguments: alpha, C and every other option of ``NCConfig``; all else goes to ``HFLM``.
-
-    Raises, before the weights are read:
-        EvalError: an argument is missing, misspelt or out of range.
-        UnsupportedModelError: the model's attention cannot be patched.
+    Takes ``nc_config`` and ``profile`` as ``read_config``, and the options of ``NCConfig``; all else goes to ``HFLM``.
+    Raises EvalError for an argument that is missing, misspelt or out of range, and UnsupportedModelError where the
+    attention cannot be patched, before the weights are read.
     """
 
     def __init__(

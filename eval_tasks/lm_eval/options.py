@@ -48,15 +48,11 @@ def read_config(
     nc_config: NCConfig | Mapping[str, Any] | str | None = None,
     profile: Profile | str | PathLike[str] | None = None,
 ) -> NCConfig:
-    """The ``NCConfig`` that model arguments describe.
+    """The ``NCConfig`` that model arguments describe; raises EvalError, which says what to give, where they do not.
 
-    Args:
-        options: by name, as ``--model_args`` gives them; lists as Python lists or, for ``dense_layers``, as ``0+1+29``.
-        nc_config: in place of ``options``: a JSON file that ``NCConfig.to_json`` wrote, a mapping, or an ``NCConfig``.
-        profile: in place of alpha and C, a calibrated profile or the path of one; the other options go with it.
-
-    Raises:
-        EvalError: an option is missing or out of range, or the file cannot be read; the message says what to give.
+    ``options`` are by name, as ``--model_args`` gives them; ``dense_layers`` may be ``0+1+29``. In their place ``nc_config``
+    is a JSON file that ``NCConfig.to_json`` wrote, a mapping, or an ``NCConfig``; in place of alpha and C, ``profile`` is a
+    calibrated profile or its path.
     """
     typed = {name: _typed(name, value) for name, value in options.items()}
     if nc_config is not None:

@@ -25,13 +25,9 @@ TASKS_DIRECTORY = Path(__file__).resolve().parents[1]
 class Settings:
     """What ``--metadata`` says, with the tokenizer of the model under test.
 
-    Attributes:
-        lengths: context lengths in tokens of the tokenizer, ascending; ``max_seq_lengths`` means the same, as for
-            lm-eval's own ruler. By default those of 512, 1024, 2048 and 4096 that the model has positions for.
-        seed: of the samples. text: where they come from, by its name as in ``eval_tasks.texts.load_text``.
-        hub_copies: a directory with copies of the hub's data sets; None reaches for the hub.
-        tokenizer: named by ``tokenizer``, ``pretrained`` or ``model``. count: its tokens of a text.
-        samples: at each length. scored, passage: tokens scored of each sample, for the tasks that have the setting.
+    ``lengths`` ascend, in tokens; by default those of 512, 1024, 2048 and 4096 that the model has positions for. ``text``
+    is a name as ``load_text`` takes it, ``hub_copies`` a directory with copies of the hub's data sets. There are
+    ``samples`` at each length, of which so many tokens are ``scored``, or are the ``passage``, for tasks that have these.
     """
 
     lengths: tuple[int, ...]

@@ -1,8 +1,7 @@
 """What is expected where the scores of a row are independent and normal, N(0, σ²): so many keys hold so much.
 
-The weights exp(σ z) are lognormal, and tilting a normal density by exp(σ z) shifts it by σ: the mass lies on the keys
-with z near σ. While σ² < 2 ln n there are many of those and the law of large numbers gives what follows; beyond, the
-few largest keys hold the mass (the frozen phase of Derrida's random energy model).
+Tilting a normal density by exp(σ z) shifts it by σ: the mass lies on the keys with z near σ. While σ² < 2 ln n there
+are many of those; beyond, the few largest keys hold the mass (the frozen phase of Derrida's random energy model).
 """
 
 import math

@@ -55,11 +55,9 @@ class Request:
 class Recipe:
     """How to build one sample around any amount of filler.
 
-    Attributes:
-        question: the user's turn with (units of filler, sentences of padding): instructions, context and question.
-        prefix: the words that open the answer, for the model to continue. answers: what it is searched for.
-        evidence: the sentences of the context that the answer needs, each there exactly once.
-        padded: whether padding evens out what one unit more would overfill.
+    ``question`` is the user's turn with (units of filler, sentences of padding), ``prefix`` the words that open the answer,
+    which is searched for ``answers``. ``evidence`` are the sentences that it needs, each there exactly once; ``padded`` says
+    whether padding evens out what one unit more would overfill.
     """
 
     question: Callable[[int, int], str]
@@ -124,23 +122,10 @@ def synthesize(
 ) -> SyntheticSample:
     """A sample that fills ``length`` tokens of the tokenizer, the answer's included, to 98 % or more and never over.
 
-    The same arguments give the same sample; needles, keys and answers depend on the seed and the index alone, so
-    samples of several lengths ask for the same things.
-
-    Args:
-        generator: which task.
-        tokenizer: of the model under test.
-        length: tokens of context, those that the model will generate included.
-        seed: of everything drawn.
-        index: of the sample.
-        material: the prose that hides the facts; by default the Python reference.
-        use_chat_template: put the question into the tokenizer's chat template.
-        new_tokens: tokens kept free for the answer in place of the generator's.
-        render: how a question becomes a prompt, in place of the plain text or the chat template.
-        count: how tokens are counted, in place of the tokenizer with the special tokens it adds.
-
-    Raises:
-        EvalError: the length is too short, the text says what is hidden in it, or there is no chat template.
+    The same arguments give the same sample; needles, keys and answers depend on the seed and the index alone, so samples of
+    several lengths ask for the same things. ``new_tokens``, kept free for the answer, ``render``, from question to prompt,
+    and ``count``, of tokens, take the place of the generator's, of plain text or chat template, and of the tokenizer's.
+    Raises EvalError where the length is too short, the text says what is hidden in it, or there is no chat template.
     """
     material = material or Material()
     render = render or (chat(tokenizer) if use_chat_template else "{} {}".format)
