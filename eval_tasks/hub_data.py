@@ -13,11 +13,11 @@ from eval_tasks.models import hub_resolves
 def load_hub(
     name: str, config: str | None = None, *, copies: str | None = None, loader: Any = None, **options: Any
 ) -> Any:
-    """A data set by its name on the hub, as ``datasets.load_dataset`` returns it; raises EvalError where it is not there.
+    """A data set of the hub, as ``datasets.load_dataset`` returns it; raises EvalError where it is not there.
 
-    ``copies`` is a directory that holds it as ``copies/NAMESPACE/NAME`` (or ``.../NAME/CONFIG``), as the hub lays it out or
-    as ``Dataset.save_to_disk`` writes it; None asks the hub, and its cache where it cannot be reached. ``loader`` is
-    ``datasets.load_dataset`` where that is replaced meanwhile.
+    ``copies`` is a directory that holds it as ``copies/NAMESPACE/NAME`` (or ``.../NAME/CONFIG``), as the hub lays it
+    out or as ``Dataset.save_to_disk`` writes it; None asks the hub, and its cache where it cannot be reached.
+    ``loader`` is ``datasets.load_dataset`` where that is replaced meanwhile.
     """
     import datasets
 

@@ -22,10 +22,10 @@ _LENGTHS_NEEDED = 3
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """The power law k = α·n^C through the needed budgets of so many lengths, and the interval of C (None for one document).
+    """The power law k = α·n^C through the needed budgets of so many lengths, and the interval of C, None for one document.
 
-    ``errors`` gives by the name of a law the typical factor by which it misses a length that was left out; ``fitted`` is
-    the share of resamples in which no budget was censored.
+    ``errors`` gives by the name of a law the typical factor by which it misses a length that was left out; ``fitted``
+    is the share of resamples in which no budget was censored.
     """
 
     alpha: float
@@ -46,9 +46,10 @@ class FittedLaw:
 class IsoQuality:
     """What one method needs on one task, from documents that all lengths and budgets share.
 
-    ``needed`` has a line for each length: ``keys``, missing where no measured budget is within the margin, their bootstrap
-    interval ``low`` to ``high`` (one key or all keys where a resample is censored), ``reached``, the share of resamples in
-    which some budget is within it, ``at_most``, whether the smallest already is, and the ``largest`` measured one.
+    ``needed`` has a line for each length: ``keys``, missing where no measured budget is within the margin, their
+    bootstrap interval ``low`` to ``high`` (one key or all keys where a resample is censored), ``reached``, the share of
+    resamples in which some budget is within it, ``at_most``, whether the smallest already is, and the ``largest``
+    measured one.
     """
 
     task: str
@@ -68,8 +69,8 @@ def iso_quality(
 ) -> IsoQuality:
     """Finds the needed budgets and fits the laws; raises ValueError where documents differ in number or are none.
 
-    ``differences``: length → budget → loss over dense of each document, in the same order throughout. ``within``: how much
-    loss counts as none, in nats per token or as a share of the answers.
+    ``differences``: length → budget → loss over dense of each document, in the same order throughout. ``within``: how
+    much loss counts as none, in nats per token or as a share of the answers.
     """
     counts = {len(values) for budgets in differences.values() for values in budgets.values()}
     if len(counts) != 1 or 0 in counts:

@@ -69,11 +69,12 @@ def in_phase(
     """Reads a context, int64 ``[N]``, and what follows it, with sparse attention in the part that a phase names.
 
     ``read`` reads the rest, given the cache of the context, or everything, given None; it returns its result, how many
-    tokens it read after the context, and how many positions were scored, for which the last ``tail`` queries are counted.
+    tokens it read after the context, and how many positions were scored, for which the last ``tail`` queries are
+    counted.
 
-    Returns the result of ``read``, and fields of a row: ``attended_fraction`` of the visible keys over all queries, layers
-    and heads; ``mean_keys`` per query, None where it is not known; with ``tail_`` the same over the scored positions;
-    ``ran_dense``, how many calls ran dense although patched, by reason; ``seconds`` of all that was read,
+    Returns the result of ``read``, and fields of a row: ``attended_fraction`` of the visible keys over all queries,
+    layers and heads; ``mean_keys`` per query, None where it is not known; with ``tail_`` the same over the scored
+    positions; ``ran_dense``, how many calls ran dense although patched, by reason; ``seconds`` of all that was read,
     ``prefill_seconds`` of the context where that is apart, and ``peak_memory`` in bytes above what was held before.
     """
     cache: DynamicCache | None = None

@@ -113,9 +113,9 @@ def load_model(
     """Loads a causal language model by a name of ``find_model``, and its tokenizer.
 
     Its dense attention is SDPA, or ``transformers``' own "eager" where the model has none (soft-caps, sinks), which is
-    said. ``dtype`` and ``device`` may be ``"auto"``: the checkpoint's own on a GPU, float32 else; the GPU where there is
-    one. ``device_map`` spreads a model over all devices, ``tp_plan`` over all processes, as in ``from_pretrained``. Raises
-    EvalError where the model is missing, out of reach or no causal language model, or the device is absent.
+    said. ``dtype`` and ``device`` may be ``"auto"``: the checkpoint's own on a GPU, float32 else; the GPU where there
+    is one. ``device_map`` spreads a model over all devices, ``tp_plan`` over all processes, as in ``from_pretrained``.
+    Raises EvalError where the model is missing, out of reach or no causal language model, or the device is absent.
     """
     target = pick_device(device)
     if dtype != "auto" and dtype not in DTYPES:

@@ -122,9 +122,10 @@ def joined_processes(shared_model: bool = False, device: str = "auto") -> Iterat
 def start_processes(processes: int | None, command: Sequence[str]) -> int | None:
     """Runs ``python -m nc_patch COMMAND`` in as many processes of this machine as the user asked for.
 
-    ``accelerate launch --cpu --num_processes N`` starts one process and only says where N should meet; these are started
-    here, too. Returns the exit code of the process that failed first (128 + signal for one that was killed), or 0; None
-    where this process is to do the work itself. Raises EvalError where both a launcher and the user ask for processes.
+    ``accelerate launch --cpu --num_processes N`` starts one process and only says where N should meet; these are
+    started here, too. Returns the exit code of the process that failed first (128 + signal for one that was killed), or
+    0; None where this process is to do the work itself. Raises EvalError where both a launcher and the user ask for
+    processes.
     """
     if launched_world() > 1 or is_started_here():
         if processes is not None and not is_started_here():

@@ -40,9 +40,10 @@ class Comparison:
     """One method against dense attention, on so many independent documents.
 
     ``difference`` is the mean loss over dense, in nats per token or as the share of answers lost, with its bootstrap
-    interval; ``margin`` the loss that counts as none; ``detectable`` the smallest difference that so many documents show in
-    80 of 100 cases. ``p_difference`` is of a difference either way, ``p_margin`` of a loss below the margin, one-sided; None
-    where there is too little to test. ``needed`` and ``needed_within`` are the documents below which neither can be shown.
+    interval; ``margin`` the loss that counts as none; ``detectable`` the smallest difference that so many documents
+    show in 80 of 100 cases. ``p_difference`` is of a difference either way, ``p_margin`` of a loss below the margin,
+    one-sided; None where there is too little to test. ``needed`` and ``needed_within`` are the documents below which
+    neither can be shown.
     """
 
     documents: int
@@ -172,8 +173,9 @@ def sign_flips(means: Numbers) -> float:
 def losses_within(means: Numbers, margin: float) -> float:
     """p of the hypothesis that answers lose ``margin`` or more on average, from each document's loss in [-1, 1].
 
-    What was won counts as nothing lost. Answers that are right or wrong are then lost by a binomial chance of at least the
-    margin (Clopper and Pearson, Biometrika 26, 1934); of partial scores the bound is Hoeffding's (JASA 58, 1963, theorem 1).
+    What was won counts as nothing lost. Answers that are right or wrong are then lost by a binomial chance of at least
+    the margin (Clopper and Pearson, Biometrika 26, 1934); of partial scores the bound is Hoeffding's (JASA 58, 1963,
+    theorem 1).
     """
     lost = np.clip(np.asarray(means, dtype=np.float64), 0.0, 1.0)
     if np.all(np.isin(means, (-1.0, 0.0, 1.0))):
@@ -222,8 +224,8 @@ def documents_for_margin(margin: float, answers: bool, family: int = 1) -> int:
 def smallest_detectable(means: Numbers, right_or_wrong: bool = False, family: int = 1) -> float | None:
     """The smallest difference that so many documents show as the first of a family, with a power of ``POWER``.
 
-    Of answers the share lost that McNemar's test finds when none are won, else that of a paired two-sided t-test with the
-    spread that was found; None where no difference, however large, reaches significance.
+    Of answers the share lost that McNemar's test finds when none are won, else that of a paired two-sided t-test with
+    the spread that was found; None where no difference, however large, reaches significance.
     """
     count, fewest = len(means), documents_for_difference(family)
     if count < fewest:

@@ -51,8 +51,9 @@ def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
     """One line for each method at each task and length, from ``measurements`` and ``comparisons``.
 
     ``perplexity``, its ratio and ``bits_per_byte`` are of texts, ``score`` and ``answer_tokens`` (the mean) of answers.
-    ``budget`` is k(n) of the method's law; attended keys are realised, with ``tail_`` at the scored positions. ``seconds``
-    is the median of all that was read, ``sparse_seconds`` and ``tokens_per_second`` of the part that is sparse.
+    ``budget`` is k(n) of the method's law; attended keys are realised, with ``tail_`` at the scored positions.
+    ``seconds`` is the median of all that was read, ``sparse_seconds`` and ``tokens_per_second`` of the part that is
+    sparse.
     """
     frame = frame.join(_sparse_part(frame))
     cells = frame.groupby(CELL, observed=True)

@@ -16,11 +16,11 @@ from eval_tasks.tasks import TASKS, Layout
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to measure: ``model``, ``text``, ``methods`` and ``tasks`` by name, at the lengths and samples of a ``layout``.
+    """What to measure: ``model``, ``text``, ``methods`` and ``tasks`` by name, and lengths and samples in a ``layout``.
 
-    How the model runs is said as ``load_model`` takes it; ``threads`` are PyTorch's on the CPU. ``phase`` is as ``measure``
-    takes it, ``iso_keys`` are the budgets that ``match="iso"`` tries, ``answer_tokens`` the most tokens of an answer (None:
-    each task's own number). Every one of ``more_seeds`` draws as many samples as that of the layout.
+    How the model runs is said as ``load_model`` takes it; ``threads`` are PyTorch's on the CPU. ``phase`` is as
+    ``measure`` takes it, ``iso_keys`` are the budgets that ``match="iso"`` tries, ``answer_tokens`` the most tokens of
+    an answer (None: each task's own number). Every one of ``more_seeds`` draws as many samples as that of the layout.
     """
 
     model: str

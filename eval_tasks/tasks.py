@@ -73,8 +73,8 @@ class Layout:
 class Task:
     """One way to score a model at a context length; name, title and description are as in ``Method``.
 
-    ``build`` makes the sample from (text, start of the place, length, layout); ``shortest`` is the shortest length, from
-    (layout, tokens of the prefix). One that is ``dense_only`` is a reference, measured with dense attention alone.
+    ``build`` makes the sample from (text, start of the place, length, layout); ``shortest`` is the shortest length,
+    from (layout, tokens of the prefix). One that is ``dense_only`` is a reference, measured with dense attention alone.
     """
 
     name: str

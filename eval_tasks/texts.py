@@ -35,9 +35,9 @@ class Text:
 def load_text(name: str) -> Text:
     """Loads a text; raises EvalError where there is none, it is empty, or it cannot be read.
 
-    The name is ``"python-reference"``, the path of a UTF-8 file, or a data set as ``NAME[,CONFIG]:SPLIT[:COLUMN]``, where
-    NAME may be one of ``FILE_BUILDERS`` and CONFIG a local file. Its documents are joined by blank lines, from the first on,
-    up to 8 million characters.
+    The name is ``"python-reference"``, the path of a UTF-8 file, or a data set as ``NAME[,CONFIG]:SPLIT[:COLUMN]``,
+    where NAME may be one of ``FILE_BUILDERS`` and CONFIG a local file. Its documents are joined by blank lines, from
+    the first on, up to 8 million characters.
     """
     if name == PYTHON_REFERENCE:
         content, origin = python_reference()

@@ -50,9 +50,9 @@ def read_config(
 ) -> NCConfig:
     """The ``NCConfig`` that model arguments describe; raises EvalError, which says what to give, where they do not.
 
-    ``options`` are by name, as ``--model_args`` gives them; ``dense_layers`` may be ``0+1+29``. In their place ``nc_config``
-    is a JSON file that ``NCConfig.to_json`` wrote, a mapping, or an ``NCConfig``; in place of alpha and C, ``profile`` is a
-    calibrated profile or its path.
+    ``options`` are by name, as ``--model_args`` gives them; ``dense_layers`` may be ``0+1+29``. In their place
+    ``nc_config`` is a JSON file that ``NCConfig.to_json`` wrote, a mapping, or an ``NCConfig``; in place of alpha and
+    C, ``profile`` is a calibrated profile or its path.
     """
     typed = {name: _typed(name, value) for name, value in options.items()}
     if nc_config is not None:

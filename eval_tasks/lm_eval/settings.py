@@ -25,9 +25,10 @@ TASKS_DIRECTORY = Path(__file__).resolve().parents[1]
 class Settings:
     """What ``--metadata`` says, with the tokenizer of the model under test.
 
-    ``lengths`` ascend, in tokens; by default those of 512, 1024, 2048 and 4096 that the model has positions for. ``text``
-    is a name as ``load_text`` takes it, ``hub_copies`` a directory with copies of the hub's data sets. There are
-    ``samples`` at each length, of which so many tokens are ``scored``, or are the ``passage``, for tasks that have these.
+    ``lengths`` ascend, in tokens; by default those of 512, 1024, 2048 and 4096 that the model has positions for.
+    ``text`` is a name as ``load_text`` takes it, ``hub_copies`` a directory with copies of the hub's data sets. There
+    are ``samples`` at each length, of which so many tokens are ``scored``, or are the ``passage``, for tasks that have
+    these.
     """
 
     lengths: tuple[int, ...]

@@ -86,8 +86,8 @@ def measure(
     """All samples (token ids ``[1, L]``, L at least the longest length), layers, rising lengths and laws.
 
     ``heads`` has by layer and head the counts of ``count_keys``, medians over rows and samples, and their exponents;
-    ``errors`` by length and law the estimates of ``MEASURES``; ``slopes`` by law those of log loss against log n; ``mixed``
-    the losses of α·n^C by C at a mean cost of ``mixed_keys``.
+    ``errors`` by length and law the estimates of ``MEASURES``; ``slopes`` by law those of log loss against log n;
+    ``mixed`` the losses of α·n^C by C at a mean cost of ``mixed_keys``.
     """
     of_mean = equal_in_mean(mixed_keys, lengths)
     counted, lost = [], []

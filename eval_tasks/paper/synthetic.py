@@ -104,9 +104,9 @@ def measure(
 ) -> dict[str, Any]:
     """Rows of all lengths and of the seeds 0, 1, 2 …, every spread and law.
 
-    ``errors`` has estimates over the seeds by spread, length and law; ``supports`` geometric means by spread and length;
-    ``exponents`` the slopes of the supports; ``mixed`` by spread the dropped mass of α·n^C by C at a mean cost of
-    ``mixed_keys`` over ``mixed_lengths``.
+    ``errors`` has estimates over the seeds by spread, length and law; ``supports`` geometric means by spread and
+    length; ``exponents`` the slopes of the supports; ``mixed`` by spread the dropped mass of α·n^C by C at a mean cost
+    of ``mixed_keys`` over ``mixed_lengths``.
     """
     shown, of_mean = [Law("zero", 0.0, 0.0), *laws], equal_in_mean(mixed_keys, mixed_lengths)
 

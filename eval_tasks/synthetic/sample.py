@@ -55,9 +55,9 @@ class Request:
 class Recipe:
     """How to build one sample around any amount of filler.
 
-    ``question`` is the user's turn with (units of filler, sentences of padding), ``prefix`` the words that open the answer,
-    which is searched for ``answers``. ``evidence`` are the sentences that it needs, each there exactly once; ``padded`` says
-    whether padding evens out what one unit more would overfill.
+    ``question`` is the user's turn with (units of filler, sentences of padding), ``prefix`` the words that open the
+    answer, which is searched for ``answers``. ``evidence`` are the sentences that it needs, each there exactly once;
+    ``padded`` says whether padding evens out what one unit more would overfill.
     """
 
     question: Callable[[int, int], str]
@@ -122,10 +122,11 @@ def synthesize(
 ) -> SyntheticSample:
     """A sample that fills ``length`` tokens of the tokenizer, the answer's included, to 98 % or more and never over.
 
-    The same arguments give the same sample; needles, keys and answers depend on the seed and the index alone, so samples of
-    several lengths ask for the same things. ``new_tokens``, kept free for the answer, ``render``, from question to prompt,
-    and ``count``, of tokens, take the place of the generator's, of plain text or chat template, and of the tokenizer's.
-    Raises EvalError where the length is too short, the text says what is hidden in it, or there is no chat template.
+    The same arguments give the same sample; needles, keys and answers depend on the seed and the index alone, so
+    samples of several lengths ask for the same things. ``new_tokens``, kept free for the answer, ``render``, from
+    question to prompt, and ``count``, of tokens, take the place of the generator's, of plain text or chat template, and
+    of the tokenizer's. Raises EvalError where the length is too short, the text says what is hidden in it, or there is
+    no chat template.
     """
     material = material or Material()
     render = render or (chat(tokenizer) if use_chat_template else "{} {}".format)
