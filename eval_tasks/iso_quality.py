@@ -22,7 +22,7 @@ _LENGTHS_NEEDED = 3
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """The power law k = α·n^C through the needed budgets of so many lengths, and the interval of C, None for one document.
+    """The power law k = α·n^C through the needed budgets of some lengths, and the interval of C, None of one document.
 
     ``errors`` gives by the name of a law the typical factor by which it misses a length that was left out; ``fitted``
     is the share of resamples in which no budget was censored.

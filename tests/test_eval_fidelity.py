@@ -89,7 +89,7 @@ def test_means_of_what_is_left_out_are_no_keys():
 @pytest.mark.parametrize(
     ("method", "length", "message"),
     [
-        *((name, 128, "no sparse attention of this package") for name in ("dense", "random", "kvpress:SnapKVPress")),
+        *((name, 128, "no sparse attention of this package") for name in ("dense", "kvpress:SnapKVPress")),
         *(("nc-topk", length, "between 64 and the 128 tokens") for length in (32, 256)),
     ],
 )

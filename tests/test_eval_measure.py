@@ -1,4 +1,4 @@
-"""One measurement: losses, realised budgets, phases, answers, simulated methods and presses of kvpress."""
+"""One measurement: losses, realised budgets, phases, answers and presses of kvpress."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from synthetic_tokenizers import tokenizer_of_kind
-from tiny_models import random_ids, tiny_model
+from tiny_models import tiny_model
 from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
 
 from eval_tasks import measure as measuring
@@ -21,7 +21,6 @@ from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.measure import PHASES, measure
 from eval_tasks.methods import METHODS, Budgets
 from eval_tasks.presses import Press, find_press
-from eval_tasks.simulated import IMPLEMENTATION, Simulated, _Active, _chosen, counted, simulating
 from eval_tasks.store import read_rows
 from eval_tasks.synthetic import Material
 from eval_tasks.tasks import TASKS, Layout, tokenise
@@ -59,11 +58,11 @@ def test_the_loss_is_that_of_the_scored_tokens_and_the_model_stays_unpatched(sam
     assert measure(model, None, sample)["loss_sum"] == measured["loss_sum"]
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("block", "nc", "oracle", "profile")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("block", "nc", "profile")])
 def test_realised_budgets_are_those_of_the_law(sample, method):
     config = METHODS[method].config(BUDGETS)
     measured = measure(tiny_model("llama"), config, sample)
-    law = (lambda n: n) if config is None else getattr(config, "config", config).budget
+    law = (lambda n: n) if config is None else config.budget
     budgets = [law(n) for n in range(1, 97)]
     assert measured["mean_keys"] == pytest.approx(sum(budgets) / 96)
     assert measured["tail_mean_keys"] == pytest.approx(sum(budgets[-16:]) / 16)
@@ -77,10 +76,10 @@ def test_dense_keys_are_left_open_where_layers_slide(sample):
     assert (measured["attended_fraction"], measured["mean_keys"], measured["tail_mean_keys"]) == (1.0, None, None)
 
 
-@pytest.mark.parametrize("method", ["nc-topk", "nc-window", "block", "random"])
+@pytest.mark.parametrize("method", ["nc-topk", "nc-window", "block"])
 def test_phases_are_sparse_where_they_say_and_time_their_prefill_apart(sample, method):
     model, attention = tiny_model("llama"), METHODS[method].config(BUDGETS)
-    law = getattr(attention, "config", attention).budget
+    law = attention.budget
     dense = measure(model, None, sample)
     found = {phase: measure(model, attention, sample, phase) for phase in PHASES}
     assert len({round(m["loss_sum"], 6) for m in (dense, *found.values())}) >= 4
@@ -90,14 +89,11 @@ def test_phases_are_sparse_where_they_say_and_time_their_prefill_apart(sample, m
         scored = sum(law(n) for n in range(81, 97)) / 16
         for phase in ("question", "decode"):
             assert found[phase]["tail_mean_keys"] == found[phase]["mean_keys"] == pytest.approx(scored)
-    if method in ("nc-topk", "nc-window"):  # a row scores the same whether it is read alone or with others
+        # A row scores the same whether it is read alone or with others.
         assert found["decode"]["loss_sum"] == pytest.approx(found["question"]["loss_sum"], rel=1e-5)
     for phase, measured in found.items():
-        if method == "random":
-            assert (measured["seconds"], measured["peak_memory"]) == (None, None)
-        else:
-            assert 0 < measured.get("prefill_seconds", 1e-9) < measured["seconds"]
-        assert ("prefill_seconds" in measured) == (phase != "all" and method != "random")
+        assert 0 < measured.get("prefill_seconds", 1e-9) < measured["seconds"]
+        assert ("prefill_seconds" in measured) == (phase != "all")
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -211,71 +207,6 @@ def test_a_sweep_asks_every_method_the_same_and_refuses_lengths_that_are_too_sho
     assert json.loads((tmp_path / "out" / "run.json").read_text())["identity"]["tasks"] == ["passkey"]
     assert main([*arguments, "--out", str(tmp_path / "b"), "--tasks", "niah_single_1", "--lengths", "64"]) == 2
     assert "length 64 is too short for the task niah_single_1" in capsys.readouterr().err
-
-
-# Simulated methods
-
-
-def logits_of(model, ids, simulated):
-    with torch.inference_mode(), simulating(model, simulated, tail=10) as counters:
-        return model(ids).logits, counted(counters)
-
-
-def causal_scores(heads: int, length: int) -> torch.Tensor:
-    visible = torch.ones(length, length, dtype=torch.bool).tril()
-    return 2 * torch.randn(1, heads, length, length).masked_fill(~visible, -torch.inf)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
-def test_simulating_every_key_is_dense_attention(family):
-    model, ids = tiny_model(family), random_ids(2, 40)
-    with torch.inference_mode():
-        dense = model(ids).logits
-    for simulated in (Simulated("random", NCConfig(1.0, 1.0, selection="topk")), Simulated("top-p", mass=1.0 - 1e-9)):
-        found, stats = logits_of(model, ids, simulated)
-        assert torch.allclose(found, dense, atol=2e-5)
-        assert stats["attended_fraction"] == pytest.approx(1.0, abs=2e-3)
-    with torch.inference_mode():
-        assert torch.equal(model(ids).logits, dense)
-
-
-def test_random_keys_fill_the_budget_hold_the_first_and_the_own_key_and_follow_the_seed():
-    config = NCConfig(2.0, 0.5, selection="topk", sink_keys=3, recent_keys=1)
-    scores, n = causal_scores(2, 60), torch.arange(1, 61)
-    visible = torch.stack((torch.zeros_like(n), n), -1)[None]
-    budget = config.budget(n)[None, None].expand(1, 2, 60)
-    active = [_Active(Simulated("random", config), None, torch.Generator().manual_seed(seed)) for seed in (0, 1, 0)]
-    chosen, other, again = (_chosen(one, scores, visible, budget) for one in active)
-    assert torch.equal(chosen.sum(-1), budget)
-    assert chosen.diagonal(dim1=-2, dim2=-1).all()
-    assert chosen[:, :, 20:, :3].all()
-    assert not (chosen & (scores == -torch.inf)).any()
-    assert torch.equal(chosen, again)
-    assert not torch.equal(chosen, other)
-
-
-def test_the_oracle_takes_the_fewest_keys_that_hold_its_mass():
-    scores = causal_scores(3, 50)
-    chosen = _chosen(_Active(Simulated("top-p", mass=0.8), None, torch.Generator()), scores, torch.empty(0), None)
-    weights = torch.softmax(scores.double(), -1)
-    held = (weights * chosen).sum(-1)
-    assert (held >= 0.8 - 1e-6).all()
-    lightest = weights.masked_fill(~chosen, torch.inf).amin(-1)
-    assert (held - lightest < 0.8).all()
-    assert (weights.masked_fill(chosen, 0).amax(-1) <= lightest + 1e-9).all()
-
-
-def test_a_patched_model_simulates_nothing_and_the_name_runs_nowhere_else():
-    model, ids, simulated = tiny_model("llama"), random_ids(1, 8), Simulated("top-p", mass=0.5)
-    with patched(model, 2.0, 0.5), pytest.raises(EvalError, match="unpatch it first"):
-        logits_of(model, ids, simulated)
-    before = model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="interrupted"), simulating(model, simulated, None):
-        raise RuntimeError("interrupted")
-    assert model.config._attn_implementation == before
-    model.set_attn_implementation(IMPLEMENTATION)
-    with pytest.raises(EvalError, match="within simulating"):
-        model(ids)
 
 
 # Presses of kvpress, with a stand-in of that package

@@ -71,17 +71,12 @@ def test_perplexity_by_position_is_the_mean_over_the_tokens_of_a_range():
     assert found["overall"] == pytest.approx(math.exp(17 / 5))
 
 
-def test_a_run_of_tokens_counts_by_their_number_where_its_middle_lies():
+def test_a_run_of_tokens_counts_by_their_number():
     name = "perplexity_by_position"
     single = compute(name, [[-1.0, -2.0, -3.0, -6.0]], [[1, 1, 1, 1]], edges=[0, 2, 4])
     assert compute(name, [[-3.0, -9.0]], [[2, 2]], edges=[0, 2, 4]) == single
-    later = compute(name, [[-3.0]], [[2]], edges=[0, 2, 4], first_position=2)
-    assert later["tokens"] == [0, 2]
-    assert later["perplexity"] == [None, pytest.approx(math.exp(1.5))]
-    across = compute(name, [[-1.0, -2.0]], [[9, 10]], edges=[0, 10, 20], tolerance=1)
-    assert across["tokens"] == [9, 10]
-    with pytest.raises(ValueError, match="the 10 tokens from position 8 on lie across an edge"):
-        compute(name, [[-1.0, -2.0]], [[8, 10]], edges=[0, 10, 20], tolerance=1)
+    empty = compute(name, [[-3.0]], [[2]], edges=[0, 2, 4])
+    assert (empty["tokens"], empty["perplexity"]) == ([2, 0], [pytest.approx(math.exp(1.5)), None])
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,12 @@ def test_the_copy_of_a_process_that_was_faster_is_used(packaged, monkeypatch):
     assert [entry.name for entry in directory.parent.iterdir()] == [directory.name]
 
 
-def test_a_cache_that_cannot_be_written_or_is_full_is_refused(packaged, monkeypatch, tmp_path):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 5})())
-    with pytest.raises(EvalError, match="make room or set NC_PATCH_CACHE"):
+def test_a_cache_that_cannot_be_written_and_a_missing_package_are_refused(packaged, monkeypatch, tmp_path):
+    def full(source, directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(smollm2, "convert_gguf", full)
+    with pytest.raises(EvalError, match="No space left on device.*make room, or set NC_PATCH_CACHE"):
         smollm2.smollm2_directory()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NC_PATCH_CACHE", str(tmp_path / "file" / "cache"))

@@ -128,21 +128,6 @@ def test_an_error_in_one_process_is_said_and_stops_the_others(home):
     assert "process 1" in said or "another" in said
 
 
-def _no_time():
-    from eval_tasks import run
-
-    run._exceeds = lambda *_: True
-
-
-def test_a_run_that_another_process_stopped_for_time_is_not_called_complete(home, alone):
-    codes, said, _ = ended(home, "hurried", "hurried", further=(*FEW, "--minutes", "60"), setups=(None, _no_time))
-    assert codes == [0, 0], said
-    assert len(read_rows(home / "hurried")) == 6
-    assert "Stopped before the limit of 60 minutes with 2 of 8 measurements to go" in said
-    assert "To measure the rest: nc-patch eval" in said
-    assert "Measured in" not in said
-
-
 def _other_machine():
     from eval_tasks import run
 
@@ -251,16 +236,6 @@ def test_a_model_over_two_processes_measures_what_one_does_and_writes_once(home,
     assert lines(home / "split" / "results.jsonl") == len(losses(whole))
 
 
-@pytest.mark.parametrize("hurried", [0, 1])
-def test_processes_that_share_a_model_stop_together_by_the_clock_of_the_first(home, hurried):
-    out, setups = f"clock{hurried}", (_no_time, None) if hurried == 0 else (None, _no_time)
-    further = (*FEW, "--samples", "1", "--tp-plan", "auto", "--minutes", "60")
-    codes, said, _ = ended(home, out, out, further=further, setups=setups)
-    assert codes == [0, 0], said
-    assert len(read_rows(home / out)) == (2 if hurried == 0 else 4)
-    assert ("Stopped before the limit" in said) == (hurried == 0)
-
-
 def test_processes_that_the_user_asks_for_are_started_and_end_as_the_first_that_failed(home, alone, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = sweep_arguments(home, home / "asked", "--processes", "2")
@@ -298,9 +273,9 @@ def test_what_accelerate_announces_is_taken_from_its_command_line(monkeypatch):
         start_processes(2, ["eval"])
 
 
-def test_processes_do_not_start_processes():
-    assert module._without_processes(["--out", "a", "--processes", "4", "--seed", "1"]) == ["--out", "a", "--seed", "1"]
-    assert module._without_processes(["--processes=4"]) == []
+def test_processes_do_not_start_processes(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", module._RUN_ID)
+    assert start_processes(4, ["eval"]) is None
     assert (Processes().gathered(3), Processes().from_first(4)) == ([3], 4)
 
 

@@ -19,15 +19,15 @@ from eval_tasks.store import (
     write_atomically,
 )
 
-CELL = {"method": "dense", "task": "recall", "length": 48, "sample": 0}
-COUNTS = {"budget": 48, "attended_fraction": 1.0, "tail_attended_fraction": 1.0, "mean_keys": None}
+CELL = {"method": "dense", "task": "recall", "length": 48, "sample": 0, "seed": 0, "index": 0, "phase": "all"}
+COUNTS = {"budget": 48, "attended_fraction": 1.0, "tail_attended_fraction": 1.0, "mean_keys": None, "ran_dense": {}}
 COUNTS |= {"tail_mean_keys": 3.5, "seconds": 0.1, "peak_memory": 7}
 LOSS = {"loss_sum": 5.0, "tokens": 2, "bytes": 8}
 IDENTITY = {"model": "m", "methods": ["dense"], "tasks": ["recall"], "lengths": [48], "samples": 1, "scored": 16}
-IDENTITY |= {"passage": 12, "alpha": 2.0, "C": 0.5, "equal_at": 48, "seed": 0}
+IDENTITY |= {"passage": 12, "alpha": 2.0, "C": 0.5, "equal_at": 48, "seed": 0, "phase": "all", "match": "deploy"}
 DETAILS = {"model_class": "M", "model_dtype": "float32", "model_parameters": 1, "text_origin": "é", "text_tokens": 9}
-DETAILS |= {"budget_at_equal": 14, "log_factor": 2.5}
 SESSION = {"command": "nc-patch eval", "hardware": {"processor": "p", "cores": 2, "threads": 2}}
+DETAILS |= {"budget_at_equal": 14, "log_factor": 2.5, "planned": 1, "hardware": SESSION["hardware"]}
 
 
 def row(key, **fields):
@@ -145,11 +145,11 @@ def test_a_place_that_is_none_is_refused(tmp_path, place):
         ({"budget": True}, "budget must be a count"),
         ({"loss_sum": 1e12, "tokens": 1}, "within 700"),
         ({"attended_fraction": 1.5}, "attended_fraction must be a share"),
-        ({"seconds": "1"}, "seconds must be a number from 0 on or null"),
+        ({"seconds": "1"}, "seconds must be a number from 0 on"),
         ({"token_losses": [1.0, "x"]}, "token_losses must be a list of number"),
         ({"token_losses": [1.0]}, "token_losses must be 2, one for each of the tokens"),
         ({"depth": 2}, "depth must be a share"),
-        ({"seed": "first"}, "seed must be a count or null"),
+        ({"seed": "first"}, "seed must be a count"),
     ],
 )
 def test_a_row_that_cannot_have_been_measured_is_refused_by_its_field(tmp_path, damage, message):
@@ -211,7 +211,7 @@ def test_other_arguments_are_refused_by_name_and_the_same_ones_are_not(tmp_path)
 
 
 def test_each_session_is_recorded_the_first_command_stays_and_other_hardware_is_said(tmp_path, capsys):
-    record_session(tmp_path, IDENTITY, DETAILS | {"hardware": SESSION["hardware"]}, SESSION)
+    record_session(tmp_path, IDENTITY, DETAILS, SESSION)
     record_session(tmp_path, IDENTITY, {}, SESSION | {"command": "second", "hardware": {"processor": "q"}})
     run = read_run(tmp_path)
     assert (run["command"], run["text_origin"], run["identity"]) == ("nc-patch eval", "é", IDENTITY)

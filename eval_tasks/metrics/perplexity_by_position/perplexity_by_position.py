@@ -18,9 +18,7 @@ Args:
     references: for each document, how many tokens each log-likelihood covers: 1 for single tokens.
     edges: ascending positions, in tokens, between which tokens are taken together, the first of them included: [0, 512,
         1024] gives 0 to 511 and 512 to 1,023. By default 0, 1, 2, 4, 8 and so on to the end of the longest document.
-        Tokens outside are left out of every range.
-    first_position: position of each document's first token.
-    tolerance: how many tokens of a run may lie across an edge; it counts where its middle lies.
+        Tokens outside are left out.
 Returns:
     edges: as used.
     perplexity: of each range, exp of the mean negative log-likelihood of its tokens; None where there are none.
@@ -28,26 +26,19 @@ Returns:
     tokens: how many tokens each range holds.
     overall: perplexity of all tokens in the ranges.
 Raises:
-    ValueError: a run of tokens lies across an edge by more than the tolerance, the lists differ in length, or the edges
-        do not ascend.
+    ValueError: a run of tokens lies across an edge, the lists differ in length, or the edges do not ascend.
 """
 
 
 def by_position(
-    loglikelihoods: Sequence[Sequence[float]],
-    counts: Sequence[Sequence[int]],
-    edges: Sequence[int] | None = None,
-    first_position: int = 0,
-    tolerance: int = 0,
+    loglikelihoods: Sequence[Sequence[float]], counts: Sequence[Sequence[int]], edges: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """What ``PerplexityByPosition`` computes, from the same arguments."""
     if edges is None:
-        longest = first_position + max(map(sum, counts), default=0)
+        longest = max(map(sum, counts), default=0)
         edges = [0, *(2**power for power in range(max(0, longest - 1).bit_length() + 1))]
     if len(edges) < 2 or any(a >= b for a, b in pairwise(edges)):
         raise ValueError(f"edges must be two or more ascending positions, got {list(edges)}")
-    # Endless ranges on both sides, so that every run lies in one.
-    bounds = np.array([-np.inf, *edges, np.inf])
     sums, tokens = np.zeros(len(edges) + 1), np.zeros(len(edges) + 1, dtype=int)
     for number, (values, given) in enumerate(zip(loglikelihoods, counts, strict=True)):
         who, sizes = f"document {number}", np.array(given, dtype=int)
@@ -57,16 +48,13 @@ def by_position(
             )
         if np.any(sizes < 1):
             raise ValueError(f"{who} has a log-likelihood of {sizes.min()} tokens; each covers at least one")
-        ends = first_position + np.cumsum(sizes)
-        begins = ends - sizes
-        ranges = np.searchsorted(bounds, begins + (sizes - 1) // 2, side="right") - 1
-        across = np.maximum(0, bounds[ranges] - begins) + np.maximum(0, ends - bounds[ranges + 1])
-        if np.any(across > tolerance):
-            run = np.argmax(across > tolerance)
-            raise ValueError(
-                f"{who}: the {sizes[run]} tokens from position {begins[run]} on lie across an edge of"
-                f" {list(edges)}; split them, or move the edge"
-            )
+        ends = np.cumsum(sizes)
+        # The range before the first edge is 0, the one behind the last the last.
+        ranges, last = (np.searchsorted(edges, position, side="right") for position in (ends - sizes, ends - 1))
+        if np.any(ranges != last):
+            run = np.argmax(ranges != last)
+            said = f"{who}: the {sizes[run]} tokens from position {ends[run] - sizes[run]} on lie across an edge of"
+            raise ValueError(f"{said} {list(edges)}; split them, or move the edge")
         np.add.at(sums, ranges, values)
         np.add.at(tokens, ranges, sizes)
     sums, tokens = sums[1:-1], tokens[1:-1]
