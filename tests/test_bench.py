@@ -12,7 +12,7 @@ from eval_tasks.bench.inputs import GEOMETRIES
 from nc_patch.cli import main
 
 CPU = torch.device("cpu")
-TINY = inputs.Geometry(4, 2, 16, 64, 96)
+TINY = inputs.Geometry(4, 2, 16)
 PHASES = pytest.mark.parametrize("phase", ["decode", "prefill"])
 
 
@@ -40,12 +40,10 @@ def row_of(method, length, seconds=None, kind="dense", **more):
 
 
 @pytest.mark.parametrize(
-    ("phase", "forms", "whole", "caches"),
-    [("decode", ("gqa", "rows"), "generate", 2), ("prefill", ("gqa", "expanded"), "forward", 1)],
-    ids=["decode", "prefill"],
+    ("phase", "forms"), [("decode", ("gqa", "rows")), ("prefill", ("gqa", "expanded"))], ids=["decode", "prefill"]
 )
-def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsys, phase, forms, whole, caches):
-    assert bench(phase, tmp_path, "--batch", "1", "2", f"--{whole}", "40") == 0
+def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsys, phase, forms):
+    assert bench(phase, tmp_path, "--batch", "1", "2") == 0
     record = read(phase, tmp_path)
     assert record["versions"]["torch"] == torch.__version__
     assert record["command"].startswith(f"nc-patch bench {phase} --device cpu")
@@ -61,12 +59,9 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
         assert row["kind"] == "dense" or row["backend"] == "cpu" or row["backend"].startswith("torch")
     assert {row["status"] for row in record["rows"] if "cudnn" in row["method"]} == {"absent"}
     assert {row["method"] for row in record["exponents"]} == {"dense", "topk", "block", "window"}
-    assert len(record[whole]) == 2 * caches * 4
-    assert all(row["status"] == "ok" and row["tokens_per_second"] > 0 for row in record[whole])
     said = capsys.readouterr().out
     for part in ("budget 4 n^0.5", "Faster than the fastest dense:", "sdpa cudnn, gqa: the cudnn backend needs a GPU"):
         assert part in said
-    assert f"{whole}, a random model of few layers" in said
     assert (tmp_path / f"{phase}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -209,7 +204,6 @@ def test_after_the_deadline_no_case_begins(tmp_path, capsys):
         ("decode", ("--alpha", "-1"), "alpha must be a positive number"),
         ("decode", ("--C", "1.5"), "C must be a number in [0, 1]"),
         ("decode", ("--minutes", "0"), "--minutes must be a positive number, got 0.0"),
-        ("decode", ("--generate", "1"), "--generate: a length must be at least 2, got 1"),
         ("decode", ("--device", "abacus"), "invalid choice: 'abacus'"),
         ("decode", ("--device", "cuda"), "Use --device cpu"),
         ("prefill", ("--set", "block_size=48"), "block_size must be one of"),
@@ -217,8 +211,6 @@ def test_after_the_deadline_no_case_begins(tmp_path, capsys):
         ("prefill", ("--set", "dense_below=-1"), "dense_below must be at least 0, got -1"),
         ("prefill", ("--set", "stride=4"), "unknown option stride"),
         ("prefill", ("--set", "dense_below"), "must be OPTION=VALUE"),
-        ("prefill", ("--generate", "8"), "unrecognized arguments: --generate"),
-        ("prefill", ("--forward", "1"), "--forward: a length must be at least 2, got 1"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )

@@ -12,7 +12,7 @@ from nc_patch.cli import main
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
 
-TINY = Geometry(4, 2, 16, 64, 96)
+TINY = Geometry(4, 2, 16)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_options_reach_the_attention(tmp_path):
 
 def test_prompts_are_local_have_sinks_and_seek_few_of_the_other_keys():
     n, budget = 4096, round(4 * 4096**0.6)
-    inputs = drawn(n, geometry=Geometry(6, 2, 64, 0, 0))
+    inputs = drawn(n, geometry=Geometry(6, 2, 64))
     query, key = inputs.query[0, :, 2048:].float(), inputs.key[0].float().repeat_interleave(3, 0)
     scores = (query @ key.transpose(1, 2)) * 64**-0.5
     scores.masked_fill_(torch.arange(n) > torch.arange(2048, n)[:, None], -torch.inf)

@@ -81,7 +81,7 @@ def test_a_cache_that_cannot_be_written_and_a_missing_package_are_refused(packag
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(smollm2, "convert_gguf", full)
-    with pytest.raises(EvalError, match="No space left on device.*make room, or set NC_PATCH_CACHE"):
+    with pytest.raises(EvalError, match=r"No space left on device.*make room, or set NC_PATCH_CACHE"):
         smollm2.smollm2_directory()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NC_PATCH_CACHE", str(tmp_path / "file" / "cache"))

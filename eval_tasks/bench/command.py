@@ -17,7 +17,6 @@ from eval_tasks.arguments import positive, spaced
 from eval_tasks.bench import report
 from eval_tasks.bench.inputs import GEOMETRIES
 from eval_tasks.bench.measure import Row, measure_all
-from eval_tasks.bench.models import measure_models
 from eval_tasks.bench.operator import DECODE, PREFILL, Benchmark, Settings
 from eval_tasks.bench.timing import first_line
 from eval_tasks.errors import EvalError
@@ -28,8 +27,6 @@ from nc_patch.cli import USAGE_ERROR
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
 BENCHMARKS = {benchmark.phase: benchmark for benchmark in (DECODE, PREFILL)}
-# Part of the time that the operator may take where a whole model is measured too.
-_OPERATOR_SHARE = 0.7
 
 
 def run_bench(arguments: Sequence[str]) -> int:
@@ -51,13 +48,12 @@ def settings_of(parsed: argparse.Namespace) -> Settings:
     device = pick_device(parsed.device)
     if parsed.minutes is not None and not (math.isfinite(parsed.minutes) and parsed.minutes > 0):
         raise ValueError(f"--minutes must be a positive number, got {parsed.minutes}")
-    for name in ("lengths", "batch", "geometry", "selections", benchmark.whole):
+    for name in ("lengths", "batch", "geometry", "selections"):
         given = getattr(parsed, name) or ()
-        twice = [value for value in given if list(given).count(value) > 1]
-        if twice:
+        if twice := [value for value in given if list(given).count(value) > 1]:
             raise ValueError(f"--{name}: {twice[0]} is given twice")
-        if name in ("lengths", benchmark.whole) and 1 in given:
-            raise ValueError(f"--{name}: a length must be at least 2, got 1")
+    if 1 in (parsed.lengths or ()):
+        raise ValueError("--lengths: a length must be at least 2, got 1")
     chosen: dict[str, Any] = {name: getattr(parsed, name) for name in ("batch", "selections", "alpha", "C", "seed")}
     for name in ("geometry", "lengths", "dtype", "repeats"):
         chosen[name] = getattr(parsed, name) or benchmark.defaults[device.type][name]
@@ -73,12 +69,8 @@ def parser() -> argparse.ArgumentParser:
     description = "Times sparse attention against the fastest dense attention of PyTorch."
     found = argparse.ArgumentParser(prog="nc-patch bench", description=description)
     commands = found.add_subparsers(dest="benchmark", metavar="{" + ",".join(BENCHMARKS) + "}", required=True)
-    for name, what, whole in (
-        ("decode", "one step of the operator, per layer, and generate()", "time generate() too, after prompts of"),
-        ("prefill", "attention of a whole prompt, per layer, and forward passes", "time forward passes too, of"),
-    ):
-        of_benchmark = commands.add_parser(name, help=what, description=BENCHMARKS[name].what)
-        _add_options(of_benchmark, BENCHMARKS[name], whole)
+    for name, what in (("decode", "one step of a layer"), ("prefill", "attention of a whole prompt at a layer")):
+        _add_options(commands.add_parser(name, help=what, description=BENCHMARKS[name].what), BENCHMARKS[name])
     return found
 
 
@@ -86,10 +78,7 @@ def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Setting
     """Measures, writes the results after every case, and prints the report."""
     started, out = time.monotonic(), parsed.out
     deadline = started + (math.inf if parsed.minutes is None else 60 * parsed.minutes)
-    lengths = getattr(parsed, benchmark.whole)
-    operator_deadline = deadline if lengths is None else started + _OPERATOR_SHARE * (deadline - started)
     rows: list[Row] = []
-    whole_rows: list[Row] = []
     record: dict[str, Any] = {
         "command": command,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -99,7 +88,6 @@ def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Setting
         "what": benchmark.what,
         "settings": _plain(settings, benchmark.phase),
         "rows": rows,
-        benchmark.whole: whole_rows,
     }
     print(f"{hardware_words(record['hardware'])}, {record['settings']['dtype']}: {len(settings.cases())} cases")
 
@@ -112,15 +100,9 @@ def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Setting
         write_atomically(out / f"{benchmark.phase}.json", (json.dumps(record, indent=1) + "\n").encode())
 
     try:
-        for found in measure_all(benchmark, settings, operator_deadline, say):
+        for found in measure_all(benchmark, settings, deadline, say):
             rows += found
             write()
-        if lengths is not None:
-            lengths = lengths or benchmark.defaults[settings.device.type][benchmark.whole]
-            say(benchmark.whole)
-            for row in measure_models(benchmark.whole, settings, tuple(lengths), deadline):
-                whole_rows.append(row)
-                write()
     except KeyboardInterrupt:
         record["stopped"] = "interrupted"
     except RuntimeError as error:  # the device itself; what was measured before stays
@@ -131,11 +113,8 @@ def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Setting
 
 def _conclude(benchmark: Benchmark, record: dict[str, Any], law: str, out: Path) -> int:
     """Prints and draws what was measured, and returns the exit code."""
-    rows, whole_rows = record["rows"], record[benchmark.whole]
+    rows, problems = record["rows"], []
     print(f"\n{law}\n{report.text(rows, benchmark)}")
-    if whole_rows:
-        print(report.models_text(benchmark.whole, whole_rows))
-    problems = []
     written = [out / f"{benchmark.phase}.json"]
     if any("median_seconds" in row for row in rows):
         written.append(out / f"{benchmark.phase}.png")
@@ -145,7 +124,7 @@ def _conclude(benchmark: Benchmark, record: dict[str, Any], law: str, out: Path)
     print(f"\nWritten: {' and '.join(map(str, written))}")
     if "stopped" in record:
         problems.append(f"stopped: {record['stopped']}")
-    if failed := report.failures([*rows, *whole_rows]):
+    if failed := report.failures(rows):
         problems.append(f"sparse attention failed or was wrong in {failed} rows, see above")
     for problem in problems:
         print(f"nc-patch bench: {problem}", file=sys.stderr)
@@ -168,7 +147,7 @@ def _option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark, whole: str) -> None:
+def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark) -> None:
     def both(name: str) -> str:
         by_device = (benchmark.defaults[kind][name] for kind in ("cpu", "cuda"))
         cpu, cuda = (spaced(d) if isinstance(d, list) else d for d in by_device)
@@ -190,6 +169,4 @@ def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark, wh
     add("--dtype", choices=DTYPES, help=both("dtype"))
     add("--repeats", type=positive, metavar="R", help=both("repeats"))
     add("--seed", type=int, default=0)
-    models = f"{whole} N tokens; {both(benchmark.whole)}"
-    add(f"--{benchmark.whole}", type=positive, nargs="*", metavar="N", help=models)
     add("--minutes", type=float, help="no case begins after that; by default no limit")

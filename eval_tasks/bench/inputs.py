@@ -29,22 +29,15 @@ _ROWS_AT_ONCE = 1 << 15
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of a decoder: of its attention, and what a model with random weights needs besides."""
+    """Shape of a decoder's attention."""
 
     heads: int
     kv_heads: int
     head_dim: int
-    hidden_size: int
-    intermediate_size: int
 
 
-# Llama 3 8B, Qwen3 8B and Mistral 7B have the same attention, and differ in what is around it.
-GEOMETRIES = {
-    "llama3-8b": Geometry(32, 8, 128, 4096, 14336),
-    "qwen3-8b": Geometry(32, 8, 128, 4096, 12288),
-    "mistral-7b": Geometry(32, 8, 128, 4096, 14336),
-    "smollm2": Geometry(9, 3, 64, 576, 1536),
-}
+# The first is that of Qwen3 8B and Mistral 7B, too.
+GEOMETRIES = {"llama3-8b": Geometry(32, 8, 128), "smollm2": Geometry(9, 3, 64)}
 
 
 @dataclass(frozen=True)

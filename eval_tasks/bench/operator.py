@@ -51,10 +51,9 @@ class Settings:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
-    def config(self, prefill: str, decode: str | None = None) -> NCConfig:
-        """The settings of attention by a selection, or by one for each phase."""
-        phases = {"prefill": prefill, "decode": decode or prefill}
-        return NCConfig(self.alpha, self.C, **phases, **self.options)
+    def config(self, selection: str) -> NCConfig:
+        """The settings of attention by a selection."""
+        return NCConfig(self.alpha, self.C, prefill=selection, decode=selection, **self.options)
 
     def cases(self) -> list[Case]:
         """All cases, short ones first within each geometry and batch."""
@@ -65,8 +64,8 @@ class Settings:
 class Benchmark:
     """One subcommand of ``nc-patch bench``: ``"decode"`` or ``"prefill"``, and what a time is in its results.
 
-    Times are shown in a ``unit`` of which ``per_second`` are a second. The option named ``whole`` measures whole models
-    too; ``selections``, ``options`` and, by device type, ``defaults`` are what is measured unasked.
+    Times are shown in a ``unit`` of which ``per_second`` are a second. ``selections``, ``options`` and, by device type,
+    ``defaults`` are what is measured unasked.
     """
 
     phase: str
@@ -75,7 +74,6 @@ class Benchmark:
     per_second: float
     selections: tuple[str, ...]
     options: dict[str, Any]
-    whole: str
     defaults: dict[str, dict[str, Any]]
 
 
@@ -89,10 +87,9 @@ DECODE = Benchmark(
     per_second=1e6,
     selections=("topk", "block", "window"),
     options={"dense_below": 0},
-    whole="generate",
     defaults={
-        "cpu": _CPU | {"lengths": [512, 2048, 8192], "generate": [1024]},
-        "cuda": _GPU | {"lengths": [2**i for i in range(12, 19)], "repeats": 30, "generate": [32768]},
+        "cpu": _CPU | {"lengths": [512, 2048, 8192]},
+        "cuda": _GPU | {"lengths": [2**i for i in range(12, 19)], "repeats": 30},
     },
 )
 PREFILL = Benchmark(
@@ -103,10 +100,9 @@ PREFILL = Benchmark(
     per_second=1e3,
     selections=("block", "window", "topk"),
     options={"tail": "drop"},  # the keys that are attended are what is compared: nothing stands for the others
-    whole="forward",
     defaults={
-        "cpu": _CPU | {"lengths": [1024, 2048, 4096, 8192], "forward": [2048]},
-        "cuda": _GPU | {"lengths": [2**i for i in range(13, 21)], "repeats": 20, "forward": [32768, 131072]},
+        "cpu": _CPU | {"lengths": [1024, 2048, 4096, 8192]},
+        "cuda": _GPU | {"lengths": [2**i for i in range(13, 21)], "repeats": 20},
     },
 )
 

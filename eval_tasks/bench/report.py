@@ -92,20 +92,6 @@ def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
     return "\n".join([*lines, *(["Did not run, or not as meant:", *missing] if missing else [])])
 
 
-def models_text(what: str, rows: Sequence[Row]) -> str:
-    """The rows of whole models as a table, with the speed over dense attention with the same cache."""
-    found = pd.DataFrame(rows, columns=[*_CASE, "cache", "method", "status", "tokens_per_second", "message"])
-    case = [*_CASE, "cache"]
-    dense = found[found.method == "dense"].set_index(case).tokens_per_second.rename("dense")
-    speed = found.tokens_per_second / found.join(dense, on=case).dense
-    table = found[[*case, "method"]].assign(**{"tokens a second": found.tokens_per_second.map("{:,.1f}".format)})
-    table = table.assign(**{"over dense": speed.map("{:.2f}x".format)}).replace(_MISSING, "-")
-    failed = found[found.status != OK]
-    problems = [f"  {row.method} ({row.length:,} tokens): {row.status}: {row.message}" for row in failed.itertuples()]
-    heading = f"\n{what}, a random model of few layers:"
-    return "\n".join([heading, table.to_string(index=False), *problems])
-
-
 def draw(rows: Sequence[Row], benchmark: Benchmark, title: str, path: Path) -> None:
     """Writes the plot: time by length, sparse and the fastest dense, one panel per geometry and batch."""
     panels = list(timed(rows).groupby(["geometry", "batch"], sort=False))
