@@ -7,8 +7,6 @@ from typing import Any
 from eval_tasks.models import DTYPES, LoadedModel, load_model
 from eval_tasks.smollm2 import SMOLLM2
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
-from nc_patch.selections import Block
-from nc_patch.selections.block.blocks import BLOCK_SIZES
 
 TEXT_FORMS = "a text file, a data set as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference"
 """What ``--text`` takes, for people."""
@@ -76,10 +74,3 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, default=alpha, help=f"factor of the budget alpha * n^C (default: {alpha:g})")
     add("--C", type=float, default=C, help=f"exponent of the budget, in [0, 1] (default: {C:g})")
     add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")
-    add(
-        "--block-size",
-        type=int,
-        choices=BLOCK_SIZES,
-        default=Block.size,
-        help="keys per block of the method block (default: %(default)s)",
-    )

@@ -111,9 +111,8 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
     """The sweep that the arguments ask for; raises EvalError for values that do not fit."""
     given = arguments
     try:
-        budgets = Budgets(
-            given.alpha, given.C, given.equal_at, given.block_size, given.backend, given.match, profile=given.profile
-        )
+        law = (given.alpha, given.C, given.equal_at)
+        budgets = Budgets(*law, given.backend, given.match, profile=given.profile)
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
     if given.match == "iso" and min(given.iso_keys) >= max(given.lengths):

@@ -133,7 +133,7 @@ def figure(layers: pd.DataFrame) -> Figure:
 def _measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The figures, and what they were measured on."""
     lengths = ascending(arguments.lengths)
-    budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at, arguments.block_size)
+    budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at)
     methods = sorted(set(arguments.methods), key=order_of)
     for name in methods:
         find_method(name)

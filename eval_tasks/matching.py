@@ -15,7 +15,6 @@ from nc_patch.budget import budget_of, budgets
 from nc_patch.calibration.profile import Over, Profile
 from nc_patch.common import ProfileError
 from nc_patch.config import Backend, NCConfig
-from nc_patch.selections import Block
 
 Match = Literal["deploy", "scored", "total", "iso"]
 MATCHES: tuple[Match, ...] = get_args(Match)
@@ -32,14 +31,13 @@ class Budgets:
     """The budgets of a comparison: α·n^C, and the other laws matched to it.
 
     With ``match="deploy"`` all methods have the same budget at ``equal_at`` tokens, at least 2. ``parameters`` are
-    fixed budget, logarithmic factor and fraction in place of those that follow from it; ``block_size`` is that of the
-    method ``block``, ``profile`` the path of a calibrated profile. Raises ValueError for a value out of its range.
+    fixed budget, logarithmic factor and fraction in place of those that follow from it; ``profile`` is the path of a
+    calibrated profile. Raises ValueError for a value out of its range.
     """
 
     alpha: float
     C: float
     equal_at: int
-    block_size: int = Block.size
     backend: Backend = "auto"
     match: Match = "deploy"
     parameters: tuple[int, float, float] | None = None
@@ -50,7 +48,7 @@ class Budgets:
             raise ValueError(f"equal_at must be a length of at least 2, got {self.equal_at}")
         if self.match not in MATCHES:
             raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {self.match!r}")
-        NCConfig(self.alpha, self.C, block_size=self.block_size, backend=self.backend)
+        NCConfig(self.alpha, self.C, backend=self.backend)
 
     def at(self, length: int) -> "Budgets":
         """The budgets at one context length, whose laws are matched as ``match`` says."""

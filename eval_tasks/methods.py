@@ -89,7 +89,7 @@ _LISTED = (
     ),
     Method(
         *("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all"),
-        lambda b: _law(b, b.alpha, b.C, selection="block", block_size=b.block_size),
+        lambda b: _law(b, b.alpha, b.C, selection="block"),
     ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _LISTED}

@@ -63,7 +63,7 @@ class Sweep:
             "lengths": list(self.layout.lengths),
             "seed": list(self.seeds) if self.more_seeds else self.layout.seed,
             **{name: getattr(self.layout, name) for name in ("samples", "scored", "passage")},
-            **{n: getattr(self.budgets, n) for n in ("alpha", "C", "equal_at", "block_size", "backend", "match")},
+            **{n: getattr(self.budgets, n) for n in ("alpha", "C", "equal_at", "backend", "match")},
             **({} if profile is None else {"profile": _digest(load_profile(profile).to_dict())}),
             **({} if self.revision is None else {"revision": self.revision}),
         }

@@ -69,9 +69,7 @@ def test_what_plain_causal_attention_cannot_stand_for_is_not_captured(family, me
 @pytest.mark.parametrize("method", ["window", "streaming", "log-topk", "block"])
 def test_a_larger_budget_keeps_more_and_errs_less(method):
     model, ids = tiny_model("llama"), random_ids(1, 192)
-    small, large = (
-        list(fidelity(model, ids, [method], Budgets(alpha, 0.5, 192, block_size=16), [192])) for alpha in (2.0, 8.0)
-    )
+    small, large = (list(fidelity(model, ids, [method], Budgets(alpha, 0.5, 192), [192])) for alpha in (2.0, 8.0))
     assert len(small) == len(large) == 3
     for a, b in zip(small, large, strict=True):
         assert sum(b["kept_mass"]) > sum(a["kept_mass"])

@@ -84,8 +84,8 @@ def test_selection_and_sinks_are_those_of_the_method(name, selection, sinks):
         ((0.0, 0.5, 64), "alpha"),
         ((2.0, 1.5, 64), "C must be"),
         ((2.0, 0.5, 1), "at least 2"),
-        ((2.0, 0.5, 64, 7), "7"),
-        ((2.0, 0.5, 64, 16, "auto", "luck"), "deploy, scored, total, iso"),
+        ((2.0, 0.5, 64, "abacus"), "abacus"),
+        ((2.0, 0.5, 64, "auto", "luck"), "deploy, scored, total, iso"),
     ],
 )
 def test_budgets_out_of_range_are_refused(arguments, message):
