@@ -155,28 +155,28 @@ def draw(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def depth_maps(own: pd.DataFrame) -> Figure:
-    """Share of right answers of one task by depth of the needle and context length, one map per method."""
+def depth_maps(own: pd.DataFrame) -> list[Figure]:
+    """Share of right answers of one task by depth of the needle and context length, two methods in a figure."""
     methods, lengths = sorted(set(own["method"]), key=order_of), sorted(set(own["length"]))
-    columns = min(2, len(methods))
-    rows = -(-len(methods) // columns)
     band = np.minimum((own["depth"] * _DEPTH_BINS).astype(int), _DEPTH_BINS - 1)
-    with matplotlib.rc_context(_STYLE | {"font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13}):
-        figure = Figure(figsize=(_WIDTH / 72, (190 * rows + 70) / 72), dpi=72, layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-        for axis, name in zip(axes, methods, strict=False):
-            cells = own[own["method"] == name].groupby([band, "length"])["score"].mean().unstack()
-            scores = 100 * cells.reindex(index=range(_DEPTH_BINS), columns=lengths)
-            image = axis.imshow(scores, vmin=0, vmax=100, cmap="cividis", aspect="auto", origin="upper")
-            axis.set_facecolor("#DDDDDD")  # where nothing was measured
-            axis.set_title(textwrap.fill(find_method(name).title, 17))
-            _length_ticks(axis, range(len(lengths)), lengths, 3)
-            axis.set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["0 %", "50 %", "100 %"])
-        for axis in axes[len(methods) :]:
-            axis.set_visible(False)
-        figure.supylabel("depth of the needle", fontsize=13)
-        figure.colorbar(image, ax=axes, label="% right", location="bottom", aspect=30)
-    return figure
+    scores = 100 * own.groupby(["method", band, "length"], observed=True)["score"].mean().unstack()
+    found = []
+    for pair in (methods[i : i + 2] for i in range(0, len(methods), 2)):
+        with matplotlib.rc_context(_STYLE | {"font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13}):
+            figure = Figure(figsize=(_WIDTH / 72, 270 / 72), dpi=72, layout="constrained")
+            axes = figure.subplots(1, 2, sharey=True)
+            for axis, name in zip(axes, pair, strict=False):
+                cells = scores.loc[name].reindex(index=range(_DEPTH_BINS), columns=lengths)
+                image = axis.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto", origin="upper")
+                axis.set_facecolor("#DDDDDD")  # where nothing was measured
+                axis.set_title(textwrap.fill(find_method(name).title, 17))
+                _length_ticks(axis, range(len(lengths)), lengths, 3)
+            axes[0].set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["0 %", "50 %", "100 %"])
+            axes[0].set_ylabel("depth of the needle")
+            axes[1].set_visible(len(pair) > 1)
+            figure.colorbar(image, ax=axes, label="% right", location="bottom", aspect=30)
+        found.append(figure)
+    return found
 
 
 def to_svg(figure: Figure, name: str) -> str:

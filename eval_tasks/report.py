@@ -103,7 +103,7 @@ class Section:
         """The other plots: heading, caption, and what is drawn."""
         for task, own in self.frame.dropna(subset=["depth", "score"]).groupby("task", observed=True):
             caption = f"{summary.title_of(task)}: share of right answers by depth and length."
-            yield "Needles by depth", caption, [figures.depth_maps(own)]
+            yield "Needles by depth", caption, figures.depth_maps(own)
         if panels := figures.position_panels(self.frame):
             caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
             yield "Loss by position", caption, [figures.draw([panel]) for panel in panels]
