@@ -88,10 +88,6 @@ def test_ranges_double_by_default(count, edges):
     assert found["tokens"] == [min(b, count) - a for a, b in pairwise(edges)]
 
 
-def test_a_hopeless_model_has_an_infinite_perplexity():
-    assert compute("perplexity_by_position", [[-1e4]], [[1]], edges=[0, 1])["perplexity"] == [math.inf]
-
-
 @pytest.mark.parametrize(
     ("values", "counts", "edges", "message"),
     [
