@@ -96,7 +96,7 @@ def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Setting
 
     def write() -> None:
         record["minutes"] = (time.monotonic() - started) / 60
-        record.update(crossovers=report.crossovers(rows), exponents=report.exponents(rows))
+        record["crossovers"] = report.crossovers(rows)
         write_atomically(out / f"{benchmark.phase}.json", (json.dumps(record, indent=1) + "\n").encode())
 
     try:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -52,20 +51,8 @@ def crossovers(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def exponents(rows: Sequence[Row]) -> list[Row]:
-    """The exponent of n in the time of each method, by least squares in the logarithms; None for a single length."""
-    shown, found = timed(rows), []
-    if not shown.empty:
-        for (geometry, batch, line), of in shown.groupby(["geometry", "batch", "line"], sort=False):
-            n, seconds = np.log(of.length), np.log(of.median_seconds)
-            slope = float(np.polyfit(n, seconds, 1)[0]) if len(of) > 1 else None
-            known = {"geometry": geometry, "batch": int(batch), "method": line}
-            found.append({**known, "lengths": of.length.tolist(), "time": slope})
-    return found
-
-
 def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
-    """The times of all cases, crossovers, exponents, and everything that did not run or not as meant."""
+    """The times of all cases, crossovers, and everything that did not run or not as meant."""
     shown, lines = timed(rows), []
     if not shown.empty:
         columns = {
@@ -83,11 +70,6 @@ def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
         lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended)"]
     lines += ["", "Faster than the fastest dense:"]
     lines += [f"  {c['selection']:7} {c['geometry']}, batch {c['batch']}: {c['says']}" for c in crossovers(rows)]
-    lines += ["Exponent of n in the time, by least squares in the logarithms:"]
-    for row in exponents(rows):
-        slope = "unknown" if row["time"] is None else f"{row['time']:.2f}"
-        where = f"{row['geometry']}, batch {row['batch']}"
-        lines.append(f"  {row['method']:7} {where}: {slope} over {len(row['lengths'])} lengths")
     missing = dict.fromkeys(_problem(row) for row in rows if row["status"] != OK or row.get("captured") is False)
     return "\n".join([*lines, *(["Did not run, or not as meant:", *missing] if missing else [])])
 
