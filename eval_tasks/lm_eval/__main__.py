@@ -14,7 +14,6 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.hub import misses_a_package
 from eval_tasks.lm_eval.settings import TASKS_DIRECTORY
 from eval_tasks.store import check_out
 from nc_patch.common import ProfileError, UnsupportedModelError
@@ -34,10 +33,6 @@ def main() -> None:
             check_out(Path(output).parent if Path(output).suffix == ".json" else Path(output), option="--output_path")
         cli.execute(arguments)
     except (EvalError, ProfileError, UnsupportedModelError) as error:
-        sys.exit(f"error: {error}")
-    except ImportError as error:
-        if not misses_a_package(error):
-            raise
         sys.exit(f"error: {error}")
 
 

@@ -43,9 +43,8 @@ def run_tasks(model_dir):
 
     def run(names, model="hf", metadata=None, **options):
         arguments = {"pretrained": str(model_dir), "dtype": "float32", **options.pop("model_args", {})}
-        paths = [str(TASKS_DIRECTORY), *options.pop("more_tasks", [])]
         given = {**arguments, **(metadata or {})}
-        manager = TaskManager(include_path=paths, include_defaults=False, metadata=given)
+        manager = TaskManager(include_path=str(TASKS_DIRECTORY), include_defaults=False, metadata=given)
         options = {"batch_size": 1, "device": "cpu", "bootstrap_iters": 0, **options}
         return simple_evaluate(model=model, model_args=arguments, tasks=names, task_manager=manager, **options)
 
@@ -79,14 +78,14 @@ def forwards(monkeypatch):
 
 @pytest.fixture
 def our_command(monkeypatch):
-    """Runs ``main`` on arguments, of lm-eval's thousands of tasks with those of ``suites`` alone, to save seconds."""
+    """Runs ``main`` on arguments, without lm-eval's own thousands of tasks, to save seconds."""
     from lm_eval.tasks import TaskManager
 
     from eval_tasks.lm_eval import __main__ as command
 
-    def run(*arguments, suites=()):
+    def run(*arguments):
         def manager(include_path, **options):
-            return TaskManager(include_path=[*suites, *include_path], include_defaults=False, **options)
+            return TaskManager(include_path=include_path, include_defaults=False, **options)
 
         monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
         monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
