@@ -24,17 +24,14 @@ _LENGTHS_NEEDED = 3
 class FittedLaw:
     """The power law k = α·n^C through the needed budgets of some lengths, and the interval of C, None of one document.
 
-    ``errors`` gives by the name of a law the typical factor by which it misses a length that was left out; ``fitted``
-    is the share of resamples in which no budget was censored.
+    ``errors`` gives by the name of a law the typical factor by which it misses a length that was left out.
     """
 
     alpha: float
     C: float
     C_low: float | None
     C_high: float | None
-    lengths: int
     errors: dict[str, float]
-    fitted: float
 
     @property
     def best(self) -> str:
@@ -123,9 +120,8 @@ def _fit(needed: pd.DataFrame, lowest: np.ndarray, highest: np.ndarray, document
         rising, falling = np.maximum(weights, 0), np.minimum(weights, 0)
         low, high = np.log(lowest), np.log(highest)
         C_low, C_high = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
-    fitted = float(np.mean((lowest == highest).all(axis=0)))
     alpha, C = float(np.exp(line.intercept)), float(line.slope)
-    return FittedLaw(alpha, C, C_low, C_high, len(needed), _errors(log_n, log_k), fitted)
+    return FittedLaw(alpha, C, C_low, C_high, _errors(log_n, log_k))
 
 
 def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:

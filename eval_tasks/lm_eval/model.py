@@ -1,7 +1,5 @@
 """The lm-eval model ``nc_hf``: lm-eval's Hugging Face model with sparse attention of budget alpha * n**C."""
 
-import copy
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -9,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from sqlitedict import SqliteDict  # type: ignore[import-untyped]
@@ -38,8 +35,8 @@ class NCHFLM(HFLM):
     """``HFLM`` whose model, a name, a directory, ``smollm2`` or a loaded model, is patched right after it is loaded.
 
     Takes ``nc_config`` and ``profile`` as ``read_config``, and the options of ``NCConfig``; all else goes to ``HFLM``.
-    Raises EvalError for an argument that is missing, misspelt or out of range, and UnsupportedModelError where the
-    attention cannot be patched, before the weights are read.
+    Raises EvalError for an argument that is missing, misspelt or out of range, before the weights are read, and
+    UnsupportedModelError where the attention cannot be patched.
     """
 
     def __init__(
@@ -63,7 +60,7 @@ class NCHFLM(HFLM):
         if self._world_size > 1 and getattr(self, "accelerator", None) is not None:
             self._rank = self.accelerator.process_index
         if not isinstance(pretrained, str):
-            self._patch(self._model, self.nc_config)
+            self._patch()
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
         try:
@@ -75,33 +72,20 @@ class NCHFLM(HFLM):
             advice = ", ".join(f"{name} (is it {option}?)" for name, option in wrong.items())
             raise EvalError(f"unknown argument {advice}; {_ALLOWED}")
 
-    def _create_model(self, *args: Any, trust_remote_code: bool | None = False, **kwargs: Any) -> None:
-        if not kwargs.get("autogptq") and not kwargs.get("gptqmodel"):
-            self._try_settings(bool(trust_remote_code))
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super()._create_model(*args, trust_remote_code=trust_remote_code, **kwargs)
+            super()._create_model(*args, **kwargs)
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
             raise EvalError(f"{error}; {_ALLOWED}") from error
-        self._patch(self._model, self.nc_config)
+        self._patch()
 
-    def _patch(self, model: Any, config: NCConfig) -> None:
-        if self.nc_profile is not None:
-            self.nc_profile.check_model(model)
-        patch_model(model, config=config)
-
-    def _try_settings(self, trust_remote_code: bool) -> None:
-        """Patches the model without its weights, which may be many gigabytes away, and throws it away."""
-        config = copy.deepcopy(self.config)
-        for name, value in self._nc_loader_arguments.items():
-            if hasattr(config, name):
-                setattr(config, name, value)
-        with torch.device("meta"):
-            trial = self.AUTO_MODEL_CLASS.from_config(config, trust_remote_code=trust_remote_code)
+    def _patch(self) -> None:
         try:
-            # Which kernels can run is a matter of the device, and this model is on none.
-            self._patch(trial, dataclasses.replace(self.nc_config, backend="auto"))
+            if self.nc_profile is not None:
+                self.nc_profile.check_model(self._model)
+            patch_model(self._model, config=self.nc_config)
         except UnsupportedModelError:
             raise
         except ValueError as error:

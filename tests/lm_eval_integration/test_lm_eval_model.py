@@ -139,11 +139,8 @@ def no_weights(monkeypatch):
         ({"alpha": None}, "alpha is missing"),
         ({"C": None}, "C is missing"),
         ({"sink_key": 4}, r"sink_key \(is it sink_keys\?\).*nc_hf takes alpha, C, prefill"),
-        ({"dense_layers": "0+7"}, r"dense_layers names layers \[7\]"),
-        ({"alpha": [1, 2, 3]}, "alpha has 3 layers, the model has 2"),
         ({"pretrained": "/absent/model"}, "no model at /absent/model"),
         ({"pretrained": None}, "pretrained is missing"),
-        ({"alpha": None, "C": None, "profile": made_up_profile()}, "is for 3 layers of 4 query heads"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_weights_are_read(model_dir, arguments, message):
@@ -151,10 +148,23 @@ def test_bad_arguments_are_refused_before_the_weights_are_read(model_dir, argume
         small_model(**{"pretrained": model_dir, **arguments})
 
 
-@pytest.mark.usefixtures("no_weights")
-def test_a_model_that_cannot_be_patched_is_refused_before_its_weights_are_read(model_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dense_layers": "0+7"}, r"dense_layers names layers \[7\]"),
+        ({"alpha": [1, 2, 3]}, "alpha has 3 layers, the model has 2"),
+        ({"alpha": None, "C": None, "profile": made_up_profile()}, "is for 3 layers of 4 query heads"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(model_dir, arguments, message):
+    with pytest.raises(EvalError, match=message):
+        small_model(model_dir, **arguments)
+
+
+def test_a_model_that_cannot_be_patched_is_refused(model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
-    transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=6000).save_pretrained(tmp_path)
+    mamba = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=6000)
+    AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError):
         small_model(tmp_path)
 
