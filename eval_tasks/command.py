@@ -135,7 +135,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         iso_keys=tuple(sorted(set(given.iso_keys))) if given.match == "iso" else (),
         answer_tokens=given.answer_tokens,
         retry_failed=given.retry_failed,
-        more_seeds=tuple(given.seed[1:]),
+        seeds=tuple(given.seed),
         **model_options(given),
     )
 

@@ -20,7 +20,7 @@ class Sweep:
 
     How the model runs is said as ``load_model`` takes it; ``threads`` are PyTorch's on the CPU. ``phase`` is as
     ``measure`` takes it, ``iso_keys`` are the budgets that ``match="iso"`` tries, ``answer_tokens`` the most tokens of
-    an answer (None: each task's own number). Every one of ``more_seeds`` draws as many samples as that of the layout.
+    an answer (None: each task's own number). Each of the ``seeds`` draws as many samples; the first is the layout's.
     """
 
     model: str
@@ -29,6 +29,7 @@ class Sweep:
     tasks: tuple[str, ...]
     budgets: Budgets
     layout: Layout
+    seeds: tuple[int, ...]
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -38,14 +39,8 @@ class Sweep:
     iso_keys: tuple[int, ...] = ()
     answer_tokens: int | None = None
     retry_failed: bool = False
-    more_seeds: tuple[int, ...] = ()
     revision: str | None = None
     trust_remote_code: bool = False
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """All seeds; each draws its own samples."""
-        return (self.layout.seed, *self.more_seeds)
 
     def methods_at(self, length: int) -> tuple[str, ...]:
         """The names of what is measured at a length: the methods, or for ``iso`` each with every budget."""
@@ -61,7 +56,7 @@ class Sweep:
             **{name: getattr(self, name) for name in (*own, "phase", "answer_tokens")},
             **{name: list(getattr(self, name)) for name in ("methods", "tasks", "iso_keys")},
             "lengths": list(self.layout.lengths),
-            "seed": list(self.seeds) if self.more_seeds else self.layout.seed,
+            "seed": list(self.seeds) if len(self.seeds) > 1 else self.seeds[0],
             **{name: getattr(self.layout, name) for name in ("samples", "scored", "passage")},
             **{n: getattr(self.budgets, n) for n in ("alpha", "C", "equal_at", "backend", "match")},
             **({} if profile is None else {"profile": _digest(load_profile(profile).to_dict())}),
