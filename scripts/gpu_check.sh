@@ -13,8 +13,7 @@ set -uo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="${PYTHON:-python3}" DRY='' PART='' OUT=''
-# FlexAttention, which would be compiled for every length, is left out.
-MODEL=(--geometry llama3-8b --dtype bfloat16 --dense sdpa flash_attn --lengths 32768 131072 524288)
+MODEL=(--geometry llama3-8b --dtype bfloat16 --lengths 32768 131072 524288)
 
 fail() {
     printf 'gpu_check.sh: %s\n' "$*" >&2

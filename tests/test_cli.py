@@ -100,8 +100,6 @@ def test_commands_without_what_they_need_are_refused(arguments, message, tmp_pat
         (("--methods", "dense", "--match", "iso"), "name one, for example fixed-topk"),
         (("--methods", "kvpress:SnapKVPress", "--match", "iso"), "no budget that --match iso could vary"),
         (("--iso-keys", "96", "--match", "iso"), "(96) holds all keys of every length (48 96)"),
-        (("--minutes", "nan"), "--minutes must be a positive number, got nan"),
-        (("--minutes", "-1"), "--minutes must be a positive number, got -1.0"),
         (("--match", "luck"), "invalid choice: 'luck'"),
         (("--tp-plan", "auto"), "add --processes N"),
         (("--tasks", "juggling"), "unknown task 'juggling'; allowed are recall"),
