@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.backends import check_backend, choose_backend
 from nc_patch.ops.problem import AttentionResult, Problem, describe
 from nc_patch.selections import Block
 from nc_patch.selections.block.pages import PageStatistics, check_blocks, check_table, summarize
-
-_IMPLEMENTED = ("triton", "torch")
 
 
 class PagedKeys(NamedTuple):
@@ -45,7 +43,7 @@ def summarize_slots_(paged: PagedKeys, slots: torch.Tensor, page_size: int, back
     check_blocks(*paged, page_size)
     if slots.dtype != torch.int64 or slots.ndim != 1 or slots.device != paged.key.device:
         raise ValueError(f"slots must be int64 [T] on {paged.key.device}, got {describe(slots)}")
-    chosen, _ = choose_backend(backend, slots.device, head_dims=paged.key.shape[-1:], implemented=_IMPLEMENTED)
+    chosen = _backend(backend, paged)
     statistics = PageStatistics(paged.codes, paged.scales)
     if chosen == "triton":
         from nc_patch.selections.block.summarize import triton_summarize_slots_
@@ -88,9 +86,16 @@ def paged_block_attention(
         budget.unsqueeze(-1).contiguous(), scale, softcap, sinks, key_index=(paged.codes, paged.scales),
         page_size=page_size, most=most, table=table,
     )  # fmt: skip
-    chosen, _ = choose_backend(backend, query.device, head_dims=problem.head_dims, implemented=_IMPLEMENTED)
+    chosen = _backend(backend, paged)
     if chosen != "triton":  # there only what is not alike is checked
         check_table(problem)
     found = Block().run(problem, chosen)
     assert found.attended is not None
     return found._replace(output=found.output[:, :, 0], attended=found.attended[:, :, 0])
+
+
+def _backend(requested: str, paged: PagedKeys) -> str:
+    """The backend that runs a call."""
+    check_backend(requested)
+    head_dims = (paged.key.shape[-1], paged.value.shape[-1])
+    return choose_backend(requested, paged.key.device, head_dims=head_dims, implemented=("triton", "torch"))[0]

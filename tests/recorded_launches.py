@@ -195,10 +195,10 @@ def call(case: str) -> None:
 
 
 def _call_paged(dtype: torch.dtype, head_dim: int, page_size: int, options: Sequence[str]) -> None:
-    """Decoding over blocks of 128 keys, and new keys in them, as a serving engine calls it: 4 rows of 16,384 keys."""
-    shape = (8, 2, 128, head_dim)
+    """Decoding over blocks of 128 keys, and new keys in them, as serving engines call it: 4 rows of 16,384 keys."""
+    shape = (1, 2, 128, head_dim)
     key, value = (_long(torch.empty(shape, dtype=dtype)) for _ in "kv")
-    codes = _long(torch.empty(8, 2, 128 // page_size, 3, head_dim, dtype=torch.int8))
+    codes = _long(torch.empty(1, 2, 128 // page_size, 3, head_dim, dtype=torch.int8))
     paged = PagedKeys(key, value, codes, torch.empty(codes.shape[:-1]))
     summarize_slots_(paged, torch.zeros(4, dtype=torch.int64), page_size, "triton")
     numbers = torch.ones(4, 128, dtype=torch.int32)

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from operations import INTERPRETED, assert_close, assert_summarises, reference_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nc_patch.ops.problem import AttentionResult
 from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
 
 BACKENDS = ["triton"] if INTERPRETED else ["torch"]
@@ -82,11 +84,15 @@ class Engine:
             for slot in slots[prompt:].split(3):
                 summarize_slots_(self.paged, slot, self.page_size, backend)
 
-    def check_rows(self, backend: str) -> None:
-        found = paged_block_attention(
+    def attend(self, backend: str) -> AttentionResult:
+        return paged_block_attention(
             self.query, self.paged, self.table, self.visible, self.given_budget, most=self.budget,
             page_size=self.page_size, backend=backend, **self.settings(),
         )  # fmt: skip
+
+    def check_rows(self, backend: str) -> None:
+        found = self.attend(backend)
+        assert found.attended is not None
         assert found.output.dtype == self.dtype
         for r, length in enumerate(self.visible.tolist()):
             if length == 0:
@@ -178,6 +184,27 @@ def test_what_does_not_fit_is_refused(change, message):
     }  # fmt: skip
     with pytest.raises((ValueError, RuntimeError), match=message):
         paged_block_attention(paged=engine.paged, **arguments | change)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a tensor's numbers, or a shape that follows from them, are asked for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="launches are not those of a GPU")
+def test_a_step_on_a_gpu_is_four_launches_and_reads_nothing_on_the_host():
+    from pretended_gpu import pretended_gpu
+
+    engine = Engine((50, 200), dims=(64, 64), dtype=torch.bfloat16)
+    with torch.inference_mode(), pretended_gpu() as launches, NoHostReads():
+        for _ in range(2):
+            summarize_slots_(engine.paged, engine.sequences[0][2][-4:], 16, "triton")
+            engine.attend("triton")
+    step = ["summarize_slots_kernel", "score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
+    assert [launch.kernel for launch in launches] == 2 * step
 
 
 @pytest.mark.parametrize("slots", [torch.zeros(3, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int64)])

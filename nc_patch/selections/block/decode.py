@@ -184,7 +184,9 @@ def _plan(problem: Problem) -> Plan:
     at_once = min(_CHOOSE_AT_ONCE, max(128, triton.next_power_of_2(width)))
     choosing = Tiles(1, at_once, max(4, at_once // 512), 1)
     joining = replace(attending, rows=min(attending.rows, triton.next_power_of_2(group)))
-    choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1))
+    blocks_of = None if table is None else (table.stride(0), key.shape[2])
+    pages_stored = None if table is None else key.shape[2] // block_size
+    choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1), pages_stored)
     common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
     page = page_shape_of(D, block_size, None if table is None else key.shape[2])
     scored = {**common, "settings": settings_of(problem), "page": page}
@@ -195,7 +197,6 @@ def _plan(problem: Problem) -> Plan:
     placed = (query, key, value) if table is None else (query, key, value, *problem.key_index)
     architecture, strides = architecture_of(query.device), tuple(t.stride()[:3] for t in placed)
     sinks = None if problem.sinks is None else problem.sinks.dtype
-    blocks_of = None if table is None else (table.stride(0), key.shape[2])
     alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats, blocks_of)
     scoring_options = {**scored, **score, **compile_options(scoring, architecture)}
     choosing_options = {**common, **choose, **compile_options(choosing, architecture)}

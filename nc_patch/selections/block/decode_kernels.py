@@ -65,35 +65,28 @@ def load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def offsets_of(tensor, table, batch, position, there, page):
-    """Offsets of keys from where those of their head begin (see ``sequence_of``); a table is read where ``there``."""
-    if table is None:
-        offsets = position.to(tl.int64) * tensor.stride_l
+def page_in_memory(table, batch, number, there, PAGES: tl.constexpr):
+    """Which page of the memory a sequence's page is, counted block after block of ``PAGES``."""
+    block = tl.load(table.data + batch * table.stride + number // PAGES, mask=there, other=0)
+    return block * PAGES + number % PAGES
+
+
+@triton.jit
+def offsets_of(tensor, place, CELLS: tl.constexpr):
+    """Offsets of keys, or of pages, from where those of a head begin: of a sequence, or of blocks of ``CELLS``."""
+    if CELLS is None:
+        offsets = place.to(tl.int64) * tensor.stride_l
     else:
-        block = tl.load(table.data + batch * table.stride + position // page.KEYS, mask=there, other=0).to(tl.int64)
-        offsets = block * tensor.stride_b + (position % page.KEYS) * tensor.stride_l
+        offsets = (place // CELLS).to(tl.int64) * tensor.stride_b + (place % CELLS) * tensor.stride_l
     return offsets
 
 
 @triton.jit
-def page_pointers(statistics, table, seen, number, there, page):
-    """Pointers to the codes and the scales of pages by number, in blocks of memory."""
-    pages: tl.constexpr = page.KEYS // page.BLOCK_SIZE
-    block = tl.load(table.data + seen.batch * table.stride + number // pages, mask=there, other=0).to(tl.int64)
-    codes = head_of(statistics.codes, 0, seen.kv_head)
-    scales = head_of(statistics.scales, 0, seen.kv_head)
-    place = number % pages
-    at_codes = block * statistics.codes.stride_b + place * codes.stride
-    at_scales = block * statistics.scales.stride_b + place * scales.stride
-    return codes.data + at_codes, scales.data + at_scales
-
-
-@triton.jit
-def sequence_of(tensor, table, batch, head):
-    """One head of a sequence, or with a ``Table`` of the first block."""
-    if table is not None:
+def memory_of(tensor, batch, head, CELLS: tl.constexpr):
+    """Where the keys or the pages of a head begin, for ``offsets_of``."""
+    if CELLS is not None:
         batch = 0
-    return head_of(tensor, batch, head)
+    return head_of(tensor, batch, head).data
 
 
 @triton.jit
@@ -199,7 +192,12 @@ def score_pages_kernel(
                     codes = statistics.codes + (first_stored + n) * (3 * shape.D)
                     scales = statistics.scales + (first_stored + n) * 3
                 else:
-                    codes, scales = page_pointers(statistics, table, seen, n, in_range, page)
+                    pages: tl.constexpr = page.KEYS // page.BLOCK_SIZE
+                    place = page_in_memory(table, seen.batch, n, in_range, pages)
+                    codes = memory_of(statistics.codes, 0, seen.kv_head, pages)
+                    codes += offsets_of(statistics.codes, place, pages)
+                    scales = memory_of(statistics.scales, 0, seen.kv_head, pages)
+                    scales += offsets_of(statistics.scales, place, pages)
                 far, rest = page_scores(queries, codes, scales, in_range, settings.scale, shape)
                 far = logits_base2(far, settings)
                 others = tl.log2(tl.maximum(size - 1, 1).to(tl.float32))
@@ -212,11 +210,15 @@ def score_pages_kernel(
                 ordinary = (logits < float("inf")) & in_range[None, :]
                 peak, total, _weights, _shrink = fold(tl.where(ordinary, logits, float("-inf")), peak, total)
         elif own >= 0:
-            keys = sequence_of(key, table, seen.batch, seen.kv_head)
-            position = seen.begin + (seen.low + seen.pages - 1) * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
+            last = seen.low + seen.pages - 1
+            position = seen.begin + last * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
+            place = position
+            if table is not None:
+                last = page_in_memory(table, seen.batch, last, own >= 0, page.KEYS // page.BLOCK_SIZE)
+                place = last * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
+            keys = memory_of(key, seen.batch, seen.kv_head, page.KEYS)
             in_page = (position >= seen.start) & (position < seen.end)
-            offsets = offsets_of(key, table, seen.batch, position, in_page, page)
-            raw = dot_scores(queries, keys.data, offsets, in_page, shape, True)
+            raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), in_page, shape, True)
             logits = logits_base2(raw, settings)
             peak, total, _weights, _shrink = fold(tl.where(in_page[None, :], logits, float("-inf")), peak, total)
             exact = finite_or_zero(peak) + tl.log2(total)
@@ -242,8 +244,9 @@ class Chosen(NamedTuple):
     """Where the choice goes.
 
     Attributes:
-        pages: int32 ``[number, capacity]``, ascending. count: int32 ``[number, 2]``, how many they are, and the offset
-            of the group's first query head in results, so that those who attend need not keep it in registers.
+        pages: int32 ``[number, capacity]``, ascending; with a ``Table`` as ``page_in_memory`` counts them.
+        count: int32 ``[number, 2]``, how many they are, and the offset of the group's first query head in results, so
+            that those who attend need not keep it in registers.
         attended: int32 ``[B, Hq, Lq]``, the number of their visible keys.
         arrivals: int32 ``[number, blocks]``, which are set to zero for those who attend: see ``split.arrives_last``.
     """
@@ -255,17 +258,21 @@ class Chosen(NamedTuple):
 
 
 class ChooseShape(NamedTuple):
-    """The constants of a choice: keys of a page, pages that are looked at together, and parts of a softmax, padded."""
+    """The constants of a choice: keys of a page, pages that are looked at together, and parts of a softmax, padded.
+
+    ``PAGES`` are those of a block of memory, or None.
+    """
 
     BLOCK_SIZE: Any
     BLOCK_P: Any
     BLOCK_S: Any
+    PAGES: Any = None
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])
 def choose_pages_kernel(
-    inputs, page_logits, parts, chosen, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity, blocks,
-    shape,
+    table, inputs, page_logits, parts, chosen, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity,
+    blocks, shape,
 ):  # fmt: skip
     """What one query and the group attend (``Chosen``); ``parts`` has ``splits`` of each query head."""
     number = tl.program_id(0)
@@ -295,7 +302,11 @@ def choose_pages_kernel(
         above = (page < count) & ((page == 0) | (page == count - 1) | (rank > cut))
         place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
         stored = chosen.pages + number.to(tl.int64) * capacity + place
-        tl.store(stored, seen.low + page, mask=taken & (place < capacity))
+        stays = taken & (place < capacity)
+        found = seen.low + page
+        if table is not None:
+            found = page_in_memory(table, seen.batch, found, stays, shape.PAGES)
+        tl.store(stored, found, mask=stays)
     for block in range(blocks):
         tl.store(chosen.arrivals + number * blocks + block, 0)
     # The first and the last page may be seen in part; both are always chosen.
@@ -336,7 +347,7 @@ def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
 def attend_pages_kernel(
-    query, key, value, table, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk,
+    query, key, value, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk,
     splits, capacity, settings, shape, join_shape, page,
 ):  # fmt: skip
     """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
@@ -350,14 +361,17 @@ def attend_pages_kernel(
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
     rows = group_rows(seen, group, shape)
     queries = load_queries(query, rows, shape)
-    keys = sequence_of(key, table, seen.batch, seen.kv_head)
-    values = sequence_of(value, table, seen.batch, seen.kv_head)
+    keys = memory_of(key, seen.batch, seen.kv_head, page.KEYS)
+    values = memory_of(value, seen.batch, seen.kv_head, page.KEYS)
     dv = tl.arange(0, shape.BLOCK_DV)
     count = tl.load(chosen.count + number * 2)
     share = (count + splits - 1) // splits
     first = split * share
     page_list = chosen.pages + number.to(tl.int64) * capacity + first
     keys_left = tl.maximum(tl.minimum(first + share, count) - first, 0) * page.BLOCK_SIZE
+    if page.KEYS is not None:
+        # Of the pages only a sequence's last, which is listed last, may lack keys.
+        keys_left = tl.minimum(keys_left, seen.end - (seen.pages - count + first) * page.BLOCK_SIZE)
     tiles = (keys_left + shape.BLOCK_N - 1) // shape.BLOCK_N
     # Apart, not as a ``Softmax``: in float32 that takes more registers.
     peak = tl.full([shape.BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -366,13 +380,14 @@ def attend_pages_kernel(
     for tile in range(tiles):
         offset = tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
         of_page = tl.load(page_list + offset // page.BLOCK_SIZE, mask=offset < keys_left, other=0)
-        position = seen.begin + of_page * page.BLOCK_SIZE + offset % page.BLOCK_SIZE
-        attended = (offset < keys_left) & (position >= seen.start) & (position < seen.end)
-        at_keys = offsets_of(key, table, seen.batch, position, attended, page)
-        raw = dot_scores(queries, keys.data, at_keys, attended, shape, True)
+        place = seen.begin + of_page * page.BLOCK_SIZE + offset % page.BLOCK_SIZE
+        attended = offset < keys_left
+        if page.KEYS is None:
+            attended = attended & (place >= seen.start) & (place < seen.end)
+        raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), attended, shape, True)
         logits = tl.where(attended[None, :], logits_base2(raw, settings), float("-inf"))
         tile_values = tl.load(
-            values.data + (offsets_of(value, table, seen.batch, position, attended, page)[:, None] + dv[None, :]),
+            values + (offsets_of(value, place, page.KEYS)[:, None] + dv[None, :]),
             mask=attended[:, None] & (dv[None, :] < shape.DV),
             other=0.0,
         )
