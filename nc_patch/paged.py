@@ -43,17 +43,12 @@ def summarize_slots_(paged: PagedKeys, slots: torch.Tensor, page_size: int, back
     check_blocks(*paged, page_size)
     if slots.dtype != torch.int64 or slots.ndim != 1 or slots.device != paged.key.device:
         raise ValueError(f"slots must be int64 [T] on {paged.key.device}, got {describe(slots)}")
-    chosen = _backend(backend, paged)
-    statistics = PageStatistics(paged.codes, paged.scales)
+    chosen, update = _backend(backend, paged), _summarize_slots_
     if chosen == "triton":
-        from nc_patch.selections.block.summarize import triton_summarize_slots_
-
-        triton_summarize_slots_(paged.key, statistics, slots, page_size)
-        return
-    last = slots[(slots >= 0) & (slots % page_size == page_size - 1)]
-    block, page = last // paged.key.shape[2], last % paged.key.shape[2] // page_size
-    found = summarize(paged.key.unflatten(2, (-1, page_size))[block, :, page])
-    paged.codes[block, :, page], paged.scales[block, :, page] = found
+        from nc_patch.selections.block.summarize import triton_summarize_slots_ as update
+    elif chosen == "cpu":
+        from nc_patch.selections.block.cpu_decode import cpu_summarize_slots_ as update
+    update(paged.key, PageStatistics(paged.codes, paged.scales), slots, page_size)
 
 
 def paged_block_attention(
@@ -94,8 +89,16 @@ def paged_block_attention(
     return found._replace(output=found.output[:, :, 0], attended=found.attended[:, :, 0])
 
 
+def _summarize_slots_(key: torch.Tensor, statistics: PageStatistics, slots: torch.Tensor, page_size: int) -> None:
+    """``summarize_slots_`` in PyTorch."""
+    last = slots[(slots >= 0) & (slots % page_size == page_size - 1)]
+    block, page = last // key.shape[2], last % key.shape[2] // page_size
+    found = summarize(key.unflatten(2, (-1, page_size))[block, :, page])
+    statistics.codes[block, :, page], statistics.scales[block, :, page] = found
+
+
 def _backend(requested: str, paged: PagedKeys) -> str:
     """The backend that runs a call."""
     check_backend(requested)
     head_dims = (paged.key.shape[-1], paged.value.shape[-1])
-    return choose_backend(requested, paged.key.device, head_dims=head_dims, implemented=("triton", "torch"))[0]
+    return choose_backend(requested, paged.key.device, head_dims=head_dims)[0]

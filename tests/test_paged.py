@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
 
-BACKENDS = ["triton"] if INTERPRETED else ["torch"]
+BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 

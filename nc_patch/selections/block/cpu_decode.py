@@ -3,6 +3,9 @@
 Two launches. In the first an item is a run of pages of one key/value head: it summarises those that new keys have
 completed, and estimates the scores of all queries of the group. In the second an item is one query and head: it weighs
 the pages for the whole group, as each head of the group does, and attends the chosen ones.
+
+A key's place is how many steps of ``key_n`` bytes it lies behind the first of its head: its position or, where a table
+names the blocks of memory of a sequence, ``key_block`` for each block before and ``key_row`` for each key before.
 """
 
 import math
@@ -34,8 +37,9 @@ from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
 
 _FIELDS = (
-    "query:4 key:4 value:4 output:4 visible origin budget budget_b budget_h sinks codes scales room estimates width "
-    "most group heads Lq N D Dv kind new size factor:f softcap:f scale:f attended lse lse_kept"
+    "query:4 key:4 value:4 output:4 visible origin budget budget_b budget_h sinks codes:4 scales:4 room estimates "
+    "width most group heads Lq N D Dv kind new size factor:f softcap:f scale:f attended lse lse_kept table table_b "
+    "pages key_block key_row value_block value_row"
 )
 # Pages of an item of the first launch.
 _PAGES = 64
@@ -50,23 +54,41 @@ def cpu_block_decode(problem: Problem) -> AttentionResult:
     """
     query, key, value = problem.query, problem.key, problem.value
     B, Hq, Lq, D = query.shape
-    N, Dv, size = key.shape[2], value.shape[3], problem.page_size
+    N, Dv, size, table = key.shape[2], value.shape[3], problem.page_size, problem.table
     output, sums = query.new_empty(B, Lq, Hq, Dv).transpose(1, 2), LogSums.of(problem)
     attended = problem.visible.new_zeros(B, Hq, Lq)
     codes, scales = problem.key_index
-    span = max(N, int((problem.visible[..., 1] - problem.origin).max())) if B * Lq else 0
+    if table is not None:
+        N = span = min(problem.key_length, max(0, int(problem.visible.max()))) if B else 0
+    else:
+        span = max(N, int((problem.visible[..., 1] - problem.origin).max())) if B * Lq else 0
     width = padded_length(span // size + 2) + LANES
     estimates = torch.empty(B * Hq * Lq, 2 * width, dtype=torch.float32, device="cpu")
     most = min(N, -(-problem.most // size) * size + 2 * size if problem.most else N) + 2 * LANES
     arguments = decode_arguments(problem, output, sums) | {
-        "codes": codes.data_ptr(), "scales": scales, "room": codes.shape[2], "estimates": estimates, "width": width,
-        "most": most, "size": size, "attended": attended,
+        "codes": codes, "scales": scales, "room": codes.shape[2], "estimates": estimates, "width": width,
+        "most": most, "size": size, "attended": attended, "N": N, "key_row": 1, "value_row": 1,
     }  # fmt: skip
+    if table is not None:
+        arguments |= {"table": table, "table_b": table.stride(0), "pages": codes.shape[2], "room": span // size}
+        arguments |= {**_steps("key", key), **_steps("value", value)}
     floats = max(8 * padded_length(D) + 12 * LANES, size * D + 4 * padded_length(D))
     _estimate_kernel(B * key.shape[1] * -(-(N // size + 2) // _PAGES), floats, **arguments)
     floats = 2 * most + 4 * width + padded_length(D) + padded_length(Dv) + size + 512 + 2 * LANES
     _attend_kernel(B * Hq * Lq, floats, **arguments)
     return sums.result(problem, output, dense_log_sums(problem))._replace(attended=attended)
+
+
+def _steps(name: str, tensor: torch.Tensor) -> dict[str, int]:
+    """The fields of places in blocks of memory ``[blocks, Hkv, N, D]``."""
+    block, _, row, _ = (step * tensor.element_size() for step in tensor.stride())
+    unit = math.gcd(block, row)
+    if len(tensor) * block // unit >= 2**31:
+        raise ValueError(
+            f"{name} has blocks of {block} bytes and rows of {row}, of which there are too many to count in steps of "
+            f"{unit} bytes: take fewer blocks, or round the bytes of a block up to a multiple of a row's"
+        )
+    return {f"{name}_n": unit, f"{name}_block": block // unit, f"{name}_row": row // unit}
 
 
 def cpu_summarize_pages_(
@@ -79,12 +101,35 @@ def cpu_summarize_pages_(
     origin, first, end = (t.to(torch.int32).contiguous() for t in (origin, first, end))
     _summarize_kernel(
         B * Hkv * -(-pages // _PAGES), block_size * D + 4 * D, key=last_dense(key), origin=origin, firsts=first,
-        ends=end, codes=statistics.codes.data_ptr(), scales=statistics.scales, room=statistics.codes.shape[2],
-        pages=pages, heads=Hkv, N=N, D=D, kind=KINDS[key.dtype], new=count, size=block_size,
+        ends=end, codes=statistics.codes, scales=statistics.scales, room=statistics.codes.shape[2], pages=pages,
+        heads=Hkv, N=N, D=D, kind=KINDS[key.dtype], new=count, size=block_size,
     )  # fmt: skip
 
 
-@kernel("key:4 origin firsts ends codes scales room pages heads N D kind new size")
+def cpu_summarize_slots_(key: torch.Tensor, statistics: PageStatistics, slots: torch.Tensor, block_size: int) -> None:
+    """The pages in blocks of memory whose last keys are in these slots; see ``paged.summarize_slots_``."""
+    Hkv, N, D = key.shape[1:]
+    _summarize_slots_kernel(
+        Hkv * -(-len(slots) // _PAGES), block_size * D + 4 * D, key=key, slots=slots.to(torch.int32).contiguous(),
+        codes=statistics.codes, scales=statistics.scales, count=len(slots), heads=Hkv, N=N, D=D,
+        kind=KINDS[key.dtype], size=block_size,
+    )  # fmt: skip
+
+
+@kernel("key:4 slots codes:4 scales:4 count heads N D kind size")
+def _summarize_slots_kernel(pointer, item, scratch):
+    """A run of slots, for one head."""
+    p = carray(pointer, 1)[0]
+    head, first = item % p.heads, item // p.heads * _PAGES
+    for i in range(first, min(first + _PAGES, p.count)):
+        slot = i32(p.slots, i)
+        if slot >= 0 and slot % p.size == p.size - 1:
+            block, page = slot // p.N, slot % p.N // p.size
+            keys = p.key + block * p.key_b + head * p.key_h
+            summarize_page(p, keys, page * p.size, *_statistics_at(p, block, head, page), scratch)
+
+
+@kernel("key:4 origin firsts ends codes:4 scales:4 room pages heads N D kind new size")
 def _summarize_kernel(pointer, item, scratch):
     """A run of pages of one head."""
     p = carray(pointer, 1)[0]
@@ -95,13 +140,31 @@ def _summarize_kernel(pointer, item, scratch):
     stop = min(i32(p.ends, batch), p.N, changed + p.new + p.size - 1)
     keys = p.key + batch * p.key_b + head % p.heads * p.key_h
     for j in range(max(page, max(changed - begin, 0) // p.size), min(page + _PAGES, p.room, (stop - begin) // p.size)):
-        summarize_page(p, keys, begin + j * p.size, head * p.room + j, scratch)
+        summarize_page(p, keys, begin + j * p.size, *_statistics_at(p, batch, head % p.heads, j), scratch)
+
+
+@compiled
+def _statistics_at(p, block, head, page):
+    """The addresses of a page's codes and scales: of a block of memory, or of a sequence."""
+    at = p.codes + block * p.codes_b + head * p.codes_h + page * p.codes_n
+    return at, p.scales + block * p.scales_b + head * p.scales_h + page * p.scales_n
+
+
+@compiled
+def _page_at(p, batch, page):
+    """The block of memory that holds a page, and its number there; the sequence and its number, without blocks."""
+    if p.table == 0:
+        return batch, page
+    number = page // p.pages
+    return np.int64(i32(p.table, batch * p.table_b + number)), page - number * p.pages
 
 
 @compiled
 def _interval(p, batch, i):
     """Start and end of what a query sees, and where its sequence begins."""
     at = batch * p.Lq + i
+    if p.table != 0:
+        return np.int64(0), max(min(i32(p.visible, at), p.N), 0), np.int64(0)
     begin = i32(p.origin, at)
     return max(i32(p.visible, 2 * at), begin, 0), min(i32(p.visible, 2 * at + 1), p.N), begin
 
@@ -121,7 +184,7 @@ def _estimate_kernel(pointer, item, scratch):
     if p.new > 0:
         for page in range(max(first, (end - p.new - begin) // p.size), min(first + _PAGES, (end - begin) // p.size)):
             if page < p.room:
-                summarize_page(p, keys, begin + page * p.size, head * p.room + page, scratch)
+                summarize_page(p, keys, begin + page * p.size, *_statistics_at(p, batch, kv_head, page), scratch)
     step = 4 * padded(p.D)
     x, squares, found = scratch, scratch + 4 * step, scratch + 8 * step
     rows = p.group * p.Lq
@@ -139,17 +202,17 @@ def _estimate_kernel(pointer, item, scratch):
                 set_f32(x + r * step, d, scaled)
                 set_f32(squares + r * step, d, np.float32(0.5) * scaled * scaled)
         for page in range(max(first, low), min(first + _PAGES, high, p.room)):
-            place = head * p.room + page
+            block, number = _page_at(p, batch, page)
+            first_codes, scales = _statistics_at(p, block, kv_head, number)
             for vector in range(VECTORS):
-                codes = p.codes + (place * VECTORS + vector) * p.D
+                codes = first_codes + vector * p.D
                 weighted = squares if vector == 2 else x
                 if p.D % LANES == 0:
                     code_products(weighted, step, codes, p.D, p.D, found + 64 * vector, 16, 4)
                 else:
                     for r in range(4):
                         set_f32(found + 64 * vector, 4 * r, dot_row(weighted + r * step, codes, p.D, 3))
-            apart, mean, spread = (f32(p.scales, place * VECTORS), f32(p.scales, place * VECTORS + 1),
-                                   f32(p.scales, place * VECTORS + 2))  # fmt: skip
+            apart, mean, spread = f32(scales, 0), f32(scales, 1), f32(scales, 2)
             for r in range(many):
                 of_head, i = kv_head * p.group + (r0 + r) // p.Lq, (r0 + r) % p.Lq
                 at = p.estimates + 8 * p.width * ((batch * p.heads * p.group + of_head) * p.Lq + i)
@@ -159,7 +222,7 @@ def _estimate_kernel(pointer, item, scratch):
 
 
 @compiled
-def summarize_page(p, keys, first, place, room):
+def summarize_page(p, keys, first, codes, scales, room):
     """Writes the statistics of the page of ``size`` keys from ``first`` on; ``pages.summarize`` defines them."""
     step = 4 * p.D
     mean = room + p.size * step
@@ -175,9 +238,9 @@ def summarize_page(p, keys, first, place, room):
         count += 1
     if not sound:
         for d in range(VECTORS * p.D):
-            set_i8(p.codes + place * VECTORS * p.D, d, 0)
+            set_i8(codes, d, 0)
         for vector in range(VECTORS):
-            set_f32(p.scales, place * VECTORS + vector, np.float32(np.nan))
+            set_f32(scales, vector, np.float32(np.nan))
         return
     # Numbers near one, whose squares neither overflow nor vanish; a power of two rounds nothing.
     unit = np.float32(2.0 ** (math.frexp(max(most, np.float32(_SMALLEST)))[1] - 1))
@@ -216,8 +279,8 @@ def summarize_page(p, keys, first, place, room):
         scale = most / np.float32(LARGEST_CODE)
         for d in range(p.D):
             code = math.floor(f32(row, d) / scale + np.float32(0.5)) if scale > 0 else 0.0
-            set_i8(p.codes + (place * VECTORS + vector) * p.D, d, int(min(max(code, -LARGEST_CODE), LARGEST_CODE)))
-        set_f32(p.scales, place * VECTORS + vector, (np.float32(math.sqrt(scale)) if vector == 2 else scale) * unit)
+            set_i8(codes + vector * p.D, d, int(min(max(code, -LARGEST_CODE), LARGEST_CODE)))
+        set_f32(scales, vector, (np.float32(math.sqrt(scale)) if vector == 2 else scale) * unit)
 
 
 @kernel(_FIELDS)
@@ -243,41 +306,61 @@ def _attend_kernel(pointer, item, scratch):
             budget = max(budget, i32(p.budget, batch * p.budget_b + (kv_head * p.group + g) * p.budget_h + i))
         pages = own + 1 - low
         count = min((budget + p.size - 1) // p.size, pages) if budget < end - start else pages
-        keys = p.key + batch * p.key_b + kv_head * p.key_h
+        keys, values = p.key + kv_head * p.key_h, p.value + kv_head * p.value_h
+        if p.table == 0:
+            keys, values = keys + batch * p.key_b, values + batch * p.value_b
         chosen = weights + 8 * p.width
         others = max(count - 2, 0)
         if others < pages - 2:
-            _weigh_pages(p, batch, kv_head, i, keys, (start, end, begin), x, own_scores, weights)
+            own_keys = keys + _place_of(p, batch, begin, own, p.key_block, p.key_row) * p.key_n
+            _weigh_pages(p, batch, kv_head, i, own_keys, (start, end, begin), x, own_scores, weights)
             if others > 0:
                 best_of(weights + 4, pages - 2, others, 1, weights + 4 * p.width, chosen, sample)
         else:
             for j in range(others):
                 set_i32(chosen, j, j + 1)
-        taken = 0
-        for j in range(-1, others + 1):
-            page = low if j < 0 else own if j == others else low + i32(chosen, j)
-            if j == others and own == low:
-                continue
-            first, last = max(begin + page * p.size, start), min(begin + (page + 1) * p.size, end)
-            for position in range(first, last):
-                set_i32(places, taken, position)
-                taken += 1
+        taken = _list_places(p, batch, (start, end, begin), chosen, others, p.key_block, p.key_row, places)
         read_row(x, p.query + batch * p.query_b + of_head * p.query_h + i * p.query_n, p.D, p.kind)
         score_listed(p, x, keys, places, taken, scores)
         if p.softcap != 0:
             cap(scores, taken, p.scale, p.softcap)
         pad_row(scores, taken, -INF)
+        if p.value_block != p.key_block or p.value_row != p.key_row:
+            _list_places(p, batch, (start, end, begin), chosen, others, p.value_block, p.value_row, places)
         for j in range(taken, padded(taken)):
-            set_i32(places, j, start)
+            set_i32(places, j, i32(places, 0))
         inverse = softmax_row(p, scores, padded(taken), of_head, at)
-        values = p.value + batch * p.value_b + kv_head * p.value_h
         add_listed(out, p.Dv, scores, places, padded(taken), values, p.value_n, p.kind)
         set_i32(p.attended, at, taken)
     write_row(p.output + batch * p.output_b + of_head * p.output_h + i * p.output_n, out, p.Dv, inverse, p.kind, sample)
 
 
 @compiled
-def _weigh_pages(p, batch, kv_head, i, keys, seen, x, own_scores, weights):
+def _place_of(p, batch, begin, page, of_block, of_row):
+    """The place of a page's first key, in steps for each block of memory and for each key."""
+    block, number = _page_at(p, batch, page)
+    return block * of_block + (begin + number * p.size) * of_row
+
+
+@compiled
+def _list_places(p, batch, seen, chosen, others, of_block, of_row, places):
+    """Lists the places of the visible keys of the first page, of ``others`` that are chosen and of the own one."""
+    start, end, begin = seen
+    low, own, taken = (start - begin) // p.size, (end - 1 - begin) // p.size, 0
+    for j in range(-1, others + 1):
+        page = low if j < 0 else own if j == others else low + i32(chosen, j)
+        if j == others and own == low:
+            continue
+        first = begin + page * p.size
+        place = _place_of(p, batch, begin, page, of_block, of_row)
+        for position in range(max(first, start), min(first + p.size, end)):
+            set_i32(places, taken, place + (position - first) * of_row)
+            taken += 1
+    return taken
+
+
+@compiled
+def _weigh_pages(p, batch, kv_head, i, own_keys, seen, x, own_scores, weights):
     """Writes the weight of each page from the first visible one up to the query's own: its share, over all heads.
 
     Three times as much room follows the weights.
@@ -292,7 +375,8 @@ def _weigh_pages(p, batch, kv_head, i, keys, seen, x, own_scores, weights):
         of_head = kv_head * p.group + g
         read_row(x, p.query + batch * p.query_b + of_head * p.query_h + i * p.query_n, p.D, p.kind)
         for j in range(end - first_own):
-            set_f32(own_scores, j, dot_row(x, keys + (first_own + j) * p.key_n, p.D, p.kind) * np.float32(p.scale))
+            row = own_keys + (first_own - begin - own * p.size + j) * p.key_row * p.key_n
+            set_f32(own_scores, j, dot_row(x, row, p.D, p.kind) * np.float32(p.scale))
         at = p.estimates + 8 * p.width * ((batch * p.heads * p.group + of_head) * p.Lq + i)
         for j in range(pages):
             set_f32(far, j, f32(at, low + j))
