@@ -14,6 +14,8 @@ from nc_patch.ops.problem import AttentionResult, Problem, describe
 from nc_patch.selections import Block
 from nc_patch.selections.block.pages import PageStatistics, check_blocks, check_table, summarize
 
+_BLOCK = Block()
+
 
 class PagedKeys(NamedTuple):
     """One layer's keys and values in blocks of memory, with the statistics of their pages (``PageStatistics``).
@@ -84,7 +86,7 @@ def paged_block_attention(
     chosen = _backend(backend, paged)
     if chosen != "triton":  # there only what is not alike is checked
         check_table(problem)
-    found = Block().run(problem, chosen)
+    found = _BLOCK.run(problem, chosen)
     assert found.attended is not None
     return found._replace(output=found.output[:, :, 0], attended=found.attended[:, :, 0])
 

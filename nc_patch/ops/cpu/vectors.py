@@ -38,6 +38,7 @@ from nc_patch.ops.cpu.llvm import (
     largest_lane,
     load,
     loop,
+    prefetch,
     splat,
     store,
 )
@@ -106,6 +107,12 @@ def element(b: Builder, address: Int, index: Int, kind: Known) -> Float:
 def i8(b: Builder, address: Int, index: Int) -> Int:
     """The int8 at ``address[index]``."""
     return b.sext(load(b, b.add(address, index), I8), I64)
+
+
+@instruction
+def ask_for(b: Builder, address: Int) -> None:
+    """Has 512 bytes from an address on brought into the caches; an address where nothing is does no harm."""
+    prefetch(b, address, 512)
 
 
 @instruction

@@ -32,7 +32,7 @@ from nc_patch.ops.cpu.rows import (
     write_row,
 )
 from nc_patch.ops.cpu.softmax import add_listed, cap, score_listed, softmax_row
-from nc_patch.ops.cpu.vectors import exponentials, f32, fill, i32, largest, set_f32, set_i8, set_i32
+from nc_patch.ops.cpu.vectors import ask_for, exponentials, f32, fill, i32, largest, set_f32, set_i8, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
 
@@ -43,6 +43,8 @@ _FIELDS = (
 )
 # Pages of an item of the first launch.
 _PAGES = 64
+# How many pages ahead of their use those of a table are asked for.
+_AHEAD = 4
 # The smallest normal float, below which keys count as zero.
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
 
@@ -202,6 +204,9 @@ def _estimate_kernel(pointer, item, scratch):
                 set_f32(x + r * step, d, scaled)
                 set_f32(squares + r * step, d, np.float32(0.5) * scaled * scaled)
         for page in range(max(first, low), min(first + _PAGES, high, p.room)):
+            if p.table != 0 and page + _AHEAD < min(first + _PAGES, high):
+                block, number = _page_at(p, batch, page + _AHEAD)
+                ask_for(_statistics_at(p, block, kv_head, number)[0])
             block, number = _page_at(p, batch, page)
             first_codes, scales = _statistics_at(p, block, kv_head, number)
             for vector in range(VECTORS):

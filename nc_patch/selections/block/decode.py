@@ -140,7 +140,7 @@ def _planned(problem: Problem) -> tuple[Problem, Plan]:
         *(key.shape[2:3] == value.shape[2:3], keys, -(-problem.most // problem.page_size)),
         *(problem.page_size, problem.new, problem.stats, problem.scale, problem.softcap),
         *(architecture_of(query.device), _CHOOSE_AT_ONCE),
-        alignment(*problem.tensors()),
+        alignment(*problem.tensors(), problem.table),
     )
     if plans:
         return problem, plans[0]
@@ -202,7 +202,9 @@ def _plan(problem: Problem) -> Plan:
     choosing_options = {**common, **choose, **compile_options(choosing, architecture)}
     attending_options = {**scored, **shapes, "splits": splits, "capacity": capacity}
     attending_options |= compile_options(attending, architecture)
-    compiled = compiled_kernels(("block", strides, D, DV, choice, joining.rows, *alike), alignment(*problem.tensors()))
+    compiled = compiled_kernels(
+        ("block", strides, D, DV, choice, joining.rows, *alike), alignment(*problem.tensors(), problem.table)
+    )
     return Plan(
         strides,
         sum(sizes) + sum(counts),
