@@ -185,10 +185,10 @@ def _plan(problem: Problem) -> Plan:
     choosing = Tiles(1, at_once, max(4, at_once // 512), 1)
     joining = replace(attending, rows=min(attending.rows, triton.next_power_of_2(group)))
     blocks_of = None if table is None else (table.stride(0), key.shape[2])
-    pages_stored = None if table is None else key.shape[2] // block_size
+    pages_stored = 0 if table is None else key.shape[2] // block_size
     choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1), pages_stored)
     common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
-    page = page_shape_of(D, block_size, None if table is None else key.shape[2])
+    page = page_shape_of(D, block_size, 0 if table is None else key.shape[2])
     scored = {**common, "settings": settings_of(problem), "page": page}
     score = {"stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, scoring)}
     choose = {"width": width, "splits": score_splits + 1, "capacity": capacity, "blocks": blocks}

@@ -74,7 +74,7 @@ def page_in_memory(table, batch, number, there, PAGES: tl.constexpr):
 @triton.jit
 def offsets_of(tensor, place, CELLS: tl.constexpr):
     """Offsets of keys, or of pages, from where those of a head begin: of a sequence, or of blocks of ``CELLS``."""
-    if CELLS is None:
+    if CELLS == 0:
         offsets = place.to(tl.int64) * tensor.stride_l
     else:
         offsets = (place // CELLS).to(tl.int64) * tensor.stride_b + (place % CELLS) * tensor.stride_l
@@ -84,7 +84,7 @@ def offsets_of(tensor, place, CELLS: tl.constexpr):
 @triton.jit
 def memory_of(tensor, batch, head, CELLS: tl.constexpr):
     """Where the keys or the pages of a head begin, for ``offsets_of``."""
-    if CELLS is not None:
+    if CELLS > 0:
         batch = 0
     return head_of(tensor, batch, head).data
 
@@ -260,13 +260,13 @@ class Chosen(NamedTuple):
 class ChooseShape(NamedTuple):
     """The constants of a choice: keys of a page, pages that are looked at together, and parts of a softmax, padded.
 
-    ``PAGES`` are those of a block of memory, or None.
+    ``PAGES`` are those of a block of memory, 0 where pages do not lie in such.
     """
 
     BLOCK_SIZE: Any
     BLOCK_P: Any
     BLOCK_S: Any
-    PAGES: Any = None
+    PAGES: Any = 0
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])
@@ -369,7 +369,7 @@ def attend_pages_kernel(
     first = split * share
     page_list = chosen.pages + number.to(tl.int64) * capacity + first
     keys_left = tl.maximum(tl.minimum(first + share, count) - first, 0) * page.BLOCK_SIZE
-    if page.KEYS is not None:
+    if page.KEYS > 0:
         # Of the pages only a sequence's last, which is listed last, may lack keys.
         keys_left = tl.minimum(keys_left, seen.end - (seen.pages - count + first) * page.BLOCK_SIZE)
     tiles = (keys_left + shape.BLOCK_N - 1) // shape.BLOCK_N
@@ -382,7 +382,7 @@ def attend_pages_kernel(
         of_page = tl.load(page_list + offset // page.BLOCK_SIZE, mask=offset < keys_left, other=0)
         place = seen.begin + of_page * page.BLOCK_SIZE + offset % page.BLOCK_SIZE
         attended = offset < keys_left
-        if page.KEYS is None:
+        if page.KEYS == 0:
             attended = attended & (place >= seen.start) & (place < seen.end)
         raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), attended, shape, True)
         logits = tl.where(attended[None, :], logits_base2(raw, settings), float("-inf"))

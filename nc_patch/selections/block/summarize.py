@@ -24,18 +24,18 @@ _CHANNELS = 32
 class PageShape(NamedTuple):
     """The constants of a page: channels, keys, keys padded, channels that are summarised at once.
 
-    ``KEYS`` are those of a block of memory that holds several pages, or None.
+    ``KEYS`` are those of a block of memory, 0 where pages do not lie in such.
     """
 
     D: Any
     BLOCK_SIZE: Any
     BLOCK_K: Any
     CHANNELS: Any
-    KEYS: Any = None
+    KEYS: Any = 0
 
 
 @lru_cache(maxsize=64)
-def page_shape_of(head_dim: int, block_size: int, keys_stored: int | None = None) -> PageShape:
+def page_shape_of(head_dim: int, block_size: int, keys_stored: int = 0) -> PageShape:
     """The constants of pages of ``block_size`` keys, in blocks of memory of so many where they lie in such."""
     keys = max(16, triton.next_power_of_2(block_size))
     channels = min(padded_dim(head_dim), max(_CHANNELS, _ELEMENTS // keys))
