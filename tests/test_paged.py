@@ -16,10 +16,21 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 def blocks_of_memory(
-    blocks: int, kv_heads: int, keys: int, dims: tuple[int, int], page_size: int, dtype: torch.dtype
+    blocks: int, kv_heads: int, keys: int, dims: tuple[int, int], page_size: int, dtype: torch.dtype, together: bool
 ) -> PagedKeys:
-    """Views of one memory, filled with NaN: each head of a block holds its keys, its values and their statistics."""
+    """Memory full of NaN: each head of a block holds its keys, its values and their statistics, or all are apart."""
     (D, Dv), pages = dims, keys // page_size
+    if not together:
+        codes = torch.full((blocks, kv_heads, pages, 3, D), -1, dtype=torch.int8)
+        key, value, scales = (
+            torch.full((blocks, *shape), torch.nan, dtype=of)
+            for shape, of in (
+                ((keys, kv_heads, D), dtype),
+                ((kv_heads, keys, Dv), dtype),
+                (codes.shape[1:-1], torch.float32),
+            )
+        )
+        return PagedKeys(key.transpose(1, 2), value, codes, scales)
     whole, of_page = keys * (D + Dv) * dtype.itemsize, -(-3 * (D + 4) // 16) * 16
     memory = torch.full((blocks, kv_heads, whole + pages * of_page), 0xFF, dtype=torch.uint8)
     rows = memory[..., :whole].view(dtype).unflatten(-1, (keys, D + Dv))
@@ -45,13 +56,16 @@ class Engine:
     softcap: float = 0.0
     sinks: bool = False
     wider: int = 2
+    together: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         g = torch.Generator().manual_seed(self.seed)
         rows = self.rows or tuple(enumerate(self.lengths))
         counts = [-(-n // self.keys) for n in self.lengths]
-        self.paged = blocks_of_memory(sum(counts) + 3, self.kv_heads, self.keys, self.dims, self.page_size, self.dtype)
+        self.paged = blocks_of_memory(
+            sum(counts) + 3, self.kv_heads, self.keys, self.dims, self.page_size, self.dtype, self.together
+        )
         free = torch.randperm(sum(counts) + 3, generator=g)[: sum(counts)].split(counts)
         table = torch.full((len(counts), max(counts) + self.wider), -1, dtype=torch.int32)
         self.sequences = []
@@ -119,8 +133,9 @@ class Engine:
         Engine((70, 129), ((0, 68), (0, 69), (0, 70), (1, 129), (1, 0)), group=3, sinks=True),
         Engine((400, 90), softcap=2.0, sinks=True, by_head=True, keys=48, seed=3),
         Engine((300,), ((0, 0), (0, 300), (0, 240)), budget=300, wider=0),
+        Engine((90, 300), dtype=torch.bfloat16, dims=(64, 32), together=False),
     ],
-    ids=["ragged", "bf16-wide", "fp16-one_page", "drafts", "softcap", "all_keys"],
+    ids=["ragged", "bf16-wide", "fp16-one_page", "drafts", "softcap", "all_keys", "apart"],
 )
 def test_each_row_attends_what_its_sequence_alone_would(engine, backend):
     # What no row may read is NaN: other blocks, keys beyond a length, statistics of pages that are not whole.
@@ -140,6 +155,21 @@ def test_what_follows_a_rows_length_is_not_read(backend):
     for t in engine.paged[:2]:
         t[slots[240:] // 32, :, slots[240:] % 32] = torch.nan
     engine.check_rows(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_no_rows_and_no_slots_nothing_comes(backend):
+    engine = Engine((20,))
+    before = [t.clone() for t in engine.paged]
+    summarize_slots_(engine.paged, torch.empty(0, dtype=torch.int64), 16, backend)
+    for now, old in zip(engine.paged, before, strict=True):
+        torch.testing.assert_close(now, old, rtol=0, atol=0, equal_nan=True)
+    engine.query, engine.table, engine.visible = engine.query[:0], engine.table[:0], engine.visible[:0]
+    engine.given_budget = engine.given_budget[:0]
+    found = engine.attend(backend)
+    assert found.output.shape == (0, 4, 32)
+    assert found.attended is not None
+    assert found.attended.shape == (0, 4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -205,6 +235,24 @@ def test_a_step_on_a_gpu_is_four_launches_and_reads_nothing_on_the_host():
             engine.attend("triton")
     step = ["summarize_slots_kernel", "score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
     assert [launch.kernel for launch in launches] == 2 * step
+
+
+def test_more_keys_than_32_bits_count_are_refused():
+    of = lambda *shape, dtype=torch.float32: torch.zeros(1, *shape, dtype=dtype).expand(2**27, *shape)  # noqa: E731
+    paged = PagedKeys(of(1, 16, 32), of(1, 16, 32), of(1, 1, 3, 32, dtype=torch.int8), of(1, 1, 3))
+    with pytest.raises(ValueError, match="blocks can hold at most 2147483647 keys, got 134217728 of 16"):
+        summarize_slots_(paged, torch.tensor([15]), 16)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the kernels for CPUs")
+def test_blocks_whose_steps_have_no_common_measure_are_refused_on_a_cpu():
+    memory = torch.empty(2**31 + 2**12, dtype=torch.bfloat16)  # never touched
+    key = memory.as_strided((2049, 1, 16, 16), (2**20 + 1, 16, 19, 1))
+    paged = PagedKeys(key, key, torch.zeros(2049, 1, 1, 3, 16, dtype=torch.int8), torch.zeros(2049, 1, 1, 3))
+    number = torch.ones(1, dtype=torch.int32)
+    rest = {"most": 1, "page_size": 16, "scale": 1.0, "backend": "cpu"}
+    with pytest.raises(ValueError, match="key has blocks of 2097154 bytes and rows of 38"):
+        paged_block_attention(key[0, :1, :1], paged, number[:, None], number, number[:, None], **rest)
 
 
 @pytest.mark.parametrize("slots", [torch.zeros(3, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int64)])

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from nc_patch.common import check_choice
+from nc_patch.common import LARGEST_INTEGER, check_choice
 from nc_patch.ops.problem import DTYPES, Problem, check_int32, describe
 from nc_patch.selections.block.blocks import BLOCK_SIZES
 from nc_patch.selections.index import layout
@@ -66,6 +66,8 @@ def check_blocks(
             )
     if key.shape[2] == 0 or key.shape[2] % page_size:
         raise ValueError(f"a block must hold a multiple of page_size {page_size} keys, got {key.shape[2]}")
+    if len(key) * key.shape[2] > LARGEST_INTEGER:
+        raise ValueError(f"blocks can hold at most {LARGEST_INTEGER} keys, got {len(key)} of {key.shape[2]}")
     check_pages(key, codes, scales, key.shape[2] // page_size)
     ends = {"key": (1,), "value": (1,), "page_codes": (key.shape[3], 1), "page_scales": (1,)}
     for (name, end), tensor in zip(ends.items(), (key, value, codes, scales), strict=True):
