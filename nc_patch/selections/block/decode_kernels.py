@@ -77,7 +77,7 @@ def offsets_of(tensor, place, CELLS: tl.constexpr):
     if CELLS == 0:
         offsets = place.to(tl.int64) * tensor.stride_l
     else:
-        offsets = (place // CELLS).to(tl.int64) * tensor.stride_b + (place % CELLS) * tensor.stride_l
+        offsets = (place // CELLS).to(tl.int64) * tensor.stride_b + (place % CELLS).to(tl.int64) * tensor.stride_l
     return offsets
 
 
@@ -194,9 +194,8 @@ def score_pages_kernel(
                 else:
                     pages: tl.constexpr = page.KEYS // page.BLOCK_SIZE
                     place = page_in_memory(table, seen.batch, n, in_range, pages)
-                    codes = memory_of(statistics.codes, 0, seen.kv_head, pages)
-                    codes += offsets_of(statistics.codes, place, pages)
-                    scales = memory_of(statistics.scales, 0, seen.kv_head, pages)
+                    codes = head_of(statistics.codes, 0, seen.kv_head).data + offsets_of(statistics.codes, place, pages)
+                    scales = head_of(statistics.scales, 0, seen.kv_head).data
                     scales += offsets_of(statistics.scales, place, pages)
                 far, rest = page_scores(queries, codes, scales, in_range, settings.scale, shape)
                 far = logits_base2(far, settings)
@@ -347,8 +346,8 @@ def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
 def attend_pages_kernel(
-    query, key, value, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk,
-    splits, capacity, settings, shape, join_shape, page,
+    query, key, value, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk, splits,
+    capacity, settings, shape, join_shape, page,
 ):  # fmt: skip
     """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
 
