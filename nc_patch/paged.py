@@ -91,11 +91,11 @@ def paged_block_attention(
     return found._replace(output=found.output[:, :, 0], attended=found.attended[:, :, 0])
 
 
-def _summarize_slots_(key: torch.Tensor, statistics: PageStatistics, slots: torch.Tensor, page_size: int) -> None:
+def _summarize_slots_(key: torch.Tensor, statistics: PageStatistics, slots: torch.Tensor, block_size: int) -> None:
     """``summarize_slots_`` in PyTorch."""
-    last = slots[(slots >= 0) & (slots % page_size == page_size - 1)]
-    block, page = last // key.shape[2], last % key.shape[2] // page_size
-    found = summarize(key.unflatten(2, (-1, page_size))[block, :, page])
+    last = slots[(slots >= 0) & (slots % block_size == block_size - 1)]
+    block, page = last // key.shape[2], last % key.shape[2] // block_size
+    found = summarize(key.unflatten(2, (-1, block_size))[block, :, page])
     statistics.codes[block, :, page], statistics.scales[block, :, page] = found
 
 

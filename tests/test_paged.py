@@ -201,7 +201,7 @@ def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_chan
         ({"lengths": torch.ones(3, dtype=torch.int32)}, r"lengths must be int32 \[2\]"),
         ({"budget": torch.ones(2, 3, dtype=torch.int32)}, r"budget must be int32 \[2, 4\] on cpu, got int32 \[2, 3\]"),
         ({"query": torch.zeros(2, 3, 32)}, "Hq a multiple of 2 key/value heads"),
-        ({"query": torch.zeros(2, 4, 32).half()}, "query must be torch.float32 on cpu as the keys are"),
+        ({"query": torch.zeros(2, 4, 32).half()}, r"query must be torch.float32 \[R, Hq, 32\] on cpu"),
         ({"sinks": torch.zeros(3)}, r"sinks must be \[4\]"),
         ({"backend": "cuda"}, "backend must be one of"),
     ],

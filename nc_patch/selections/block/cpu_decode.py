@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numba import carray
 
+from nc_patch.common import LARGEST_INTEGER
 from nc_patch.ops.cpu.launch import KINDS, kernel
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import LogSums, decode_arguments, last_dense, padded_length
@@ -85,7 +86,7 @@ def _steps(name: str, tensor: torch.Tensor) -> dict[str, int]:
     """The fields of places in blocks of memory ``[blocks, Hkv, N, D]``."""
     block, _, row, _ = (step * tensor.element_size() for step in tensor.stride())
     unit = math.gcd(block, row)
-    if len(tensor) * block // unit >= 2**31:
+    if (len(tensor) * block + tensor.shape[2] * row) // unit > LARGEST_INTEGER:
         raise ValueError(
             f"{name} has blocks of {block} bytes and rows of {row}, of which there are too many to count in steps of "
             f"{unit} bytes: take fewer blocks, or round the bytes of a block up to a multiple of a row's"

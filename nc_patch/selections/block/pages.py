@@ -58,12 +58,12 @@ def check_blocks(
 ) -> None:
     """Raises ValueError unless keys and values in blocks of memory fit each other, their statistics and the pages."""
     check_choice("page_size", page_size, BLOCK_SIZES)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.ndim != 4 or tensor.shape[:3] != key.shape[:3] or tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be [blocks, Hkv, N, head_dim], bfloat16, float16 or float32, got {describe(tensor)}"
-                + f" beside a key {describe(key)}" * (name == "value")
-            )
+    fits = key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3] and key.dtype in DTYPES
+    if not fits or (value.dtype, value.device) != (key.dtype, key.device):
+        raise ValueError(
+            "key must be [blocks, Hkv, N, D] and value [blocks, Hkv, N, Dv], both bfloat16, float16 or float32, got "
+            f"{describe(key)} and {describe(value)}"
+        )
     if key.shape[2] == 0 or key.shape[2] % page_size:
         raise ValueError(f"a block must hold a multiple of page_size {page_size} keys, got {key.shape[2]}")
     if len(key) * key.shape[2] > LARGEST_INTEGER:
@@ -81,15 +81,14 @@ def check_table(problem: Problem) -> None:
     assert table is not None
     codes, scales = problem.key_index
     check_blocks(key, value, codes, scales, problem.page_size)
-    if query.ndim != 4 or query.shape[3] != key.shape[3] or query.shape[1] == 0 or query.shape[1] % key.shape[1]:
+    (_, Hkv, _, D), device = key.shape, key.device
+    fits = query.ndim == 4 and query.shape[3] == D and query.shape[1] > 0 and query.shape[1] % Hkv == 0
+    if not fits or (query.dtype, query.device) != (key.dtype, device):
         raise ValueError(
-            f"query must be [R, Hq, {key.shape[3]}], Hq a multiple of {key.shape[1]} key/value heads, got "
-            f"{describe(query)}"
+            f"query must be {key.dtype} [R, Hq, {D}] on {device}, Hq a multiple of {Hkv} key/value heads, got "
+            f"{describe(query[:, :, 0])}"
         )
-    R, Hq, device = len(query), query.shape[1], key.device
-    for name, tensor in (("query", query), ("value", value)):
-        if tensor.dtype != key.dtype or tensor.device != device:
-            raise ValueError(f"{name} must be {key.dtype} on {device} as the keys are, got {describe(tensor)}")
+    R, Hq = query.shape[:2]
     check_int32("table", table, (R, *table.shape[1:2]), device)
     check_int32("lengths", problem.visible[..., 0], (R,), device)
     check_int32("budget", problem.budget[..., 0], (R, 1 if problem.budget.shape[1:2] == (1,) else Hq), device)

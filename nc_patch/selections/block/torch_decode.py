@@ -14,7 +14,7 @@ def torch_block_decode(problem: Problem) -> AttentionResult:
     as much as dense attention.
     """
     if problem.table is not None:
-        return _paged_decode(problem)
+        problem = _gathered(problem)
     query, value, visible, budget = problem.query, problem.value, problem.visible, problem.budget
     (B, Hq, Lq, _), N = query.shape, problem.key.shape[2]
     Hkv, group = problem.key.shape[1], problem.group
@@ -35,28 +35,17 @@ def torch_block_decode(problem: Problem) -> AttentionResult:
     return AttentionResult(output, *stats.results(), attended)
 
 
-def _paged_decode(problem: Problem) -> AttentionResult:
-    """The same, sequence by sequence, of keys that a table names: each sequence's are gathered first."""
-    table, budget, N = problem.table, problem.budget, problem.key.shape[2]
-    assert table is not None
-    output = problem.query.new_zeros(*problem.query.shape[:3], problem.value.shape[-1])
-    attended = budget.new_zeros(output.shape[:3])
-    for b, length in enumerate(problem.visible[:, 0].clamp(max=problem.key_length).tolist()):
-        if length <= 0:
-            continue
-        blocks = table[b, : -(-length // N)]
-        memory = (problem.key, problem.value, *problem.key_index)
-        key, value, *statistics = (t[blocks].transpose(0, 1).flatten(1, 2)[None] for t in memory)
-        visible = torch.tensor([[[0, length]]], dtype=torch.int32, device=table.device)
-        found = torch_block_decode(
-            problem._replace(
-                query=problem.query[b : b + 1], key=key, value=value, visible=visible, origin=visible[..., 0],
-                budget=budget[b : b + 1], key_index=tuple(statistics), table=None,
-            )
-        )  # fmt: skip
-        assert found.attended is not None
-        output[b], attended[b] = found.output[0], found.attended[0]
-    return AttentionResult(output, attended=attended)
+def _gathered(problem: Problem) -> Problem:
+    """The problem with the keys that its table names, side by side: as many for each sequence as the longest has."""
+    ends, N = problem.visible.clamp(0, problem.key_length), problem.key.shape[2]
+    assert problem.table is not None
+    # What follows a sequence's own blocks may be any number, and is not read.
+    blocks = problem.table[:, : -(-int(ends.max()) // N) if ends.numel() else 0].clamp(0, len(problem.key) - 1)
+    memory = (problem.key, problem.value, *problem.key_index)
+    key, value, codes, scales = (t[blocks].transpose(1, 2).flatten(2, 3) for t in memory)
+    starts = torch.zeros_like(ends)
+    visible = torch.stack((starts, ends), -1)
+    return problem._replace(key=key, value=value, visible=visible, origin=starts, key_index=(codes, scales), table=None)
 
 
 def _attend(
