@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from operations import INTERPRETED, assert_close, assert_summarises, reference_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
@@ -216,27 +215,6 @@ def test_what_does_not_fit_is_refused(change, message):
         paged_block_attention(paged=engine.paged, **arguments | change)
 
 
-class NoHostReads(TorchDispatchMode):
-    """Fails where a tensor's numbers, or a shape that follows from them, are asked for."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.skipif(INTERPRETED, reason="launches are not those of a GPU")
-def test_a_step_on_a_gpu_is_four_launches_and_reads_nothing_on_the_host():
-    from pretended_gpu import pretended_gpu
-
-    engine = Engine((50, 200), dims=(64, 64), dtype=torch.bfloat16)
-    with torch.inference_mode(), pretended_gpu() as launches, NoHostReads():
-        for _ in range(2):
-            summarize_slots_(engine.paged, engine.sequences[0][2][-4:], 16, "triton")
-            engine.attend("triton")
-    step = ["summarize_slots_kernel", "score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
-    assert [launch.kernel for launch in launches] == 2 * step
-
-
 def test_more_keys_than_32_bits_count_are_refused():
     of = lambda *shape, dtype=torch.float32: torch.zeros(1, *shape, dtype=dtype).expand(2**27, *shape)  # noqa: E731
     paged = PagedKeys(of(1, 16, 32), of(1, 16, 32), of(1, 1, 3, 32, dtype=torch.int8), of(1, 1, 3))
@@ -244,7 +222,6 @@ def test_more_keys_than_32_bits_count_are_refused():
         summarize_slots_(paged, torch.tensor([15]), 16)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the kernels for CPUs")
 def test_blocks_whose_steps_have_no_common_measure_are_refused_on_a_cpu():
     memory = torch.empty(2**31 + 2**12, dtype=torch.bfloat16)  # never touched
     key = memory.as_strided((2049, 1, 16, 16), (2**20 + 1, 16, 19, 1))
@@ -259,3 +236,11 @@ def test_blocks_whose_steps_have_no_common_measure_are_refused_on_a_cpu():
 def test_slots_that_are_no_list_of_int64_are_refused(slots):
     with pytest.raises(ValueError, match=r"slots must be int64 \[T\] on cpu, got int"):
         summarize_slots_(Engine((20,)).paged, slots, 16)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_every_case_in_the_interpreter():
+    pytest.importorskip("triton", reason="the interpreter is Triton's")
+    from gpu_semantics import check_as_on_a_gpu
+
+    check_as_on_a_gpu(__file__)
