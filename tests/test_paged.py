@@ -10,7 +10,8 @@ from operations import INTERPRETED, assert_close, assert_summarises, reference_a
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
 
-BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu"]
+gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports"))
+BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", pytest.param("triton", marks=gpu)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -93,15 +94,25 @@ class Engine:
         """A prompt first, then keys one by one, beside padding."""
         for *_, slots in self.sequences:
             prompt = max(len(slots) - 40, 0)
-            summarize_slots_(self.paged, torch.cat((torch.tensor([-1]), slots[:prompt])), self.page_size, backend)
+            self.write(torch.cat((torch.tensor([-1]), slots[:prompt])), backend)
             for slot in slots[prompt:].split(3):
-                summarize_slots_(self.paged, slot, self.page_size, backend)
+                self.write(slot, backend)
+
+    def write(self, slots: torch.Tensor, backend: str) -> None:
+        device = "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+        paged = PagedKeys(*(t.to(device) for t in self.paged))
+        summarize_slots_(paged, slots.to(device), self.page_size, backend)
+        for mine, written in zip(self.paged, paged, strict=True):
+            mine.copy_(written)
 
     def attend(self, backend: str) -> AttentionResult:
-        return paged_block_attention(
-            self.query, self.paged, self.table, self.visible, self.given_budget, most=self.budget,
-            page_size=self.page_size, backend=backend, **self.settings(),
-        )  # fmt: skip
+        device = "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+        paged = PagedKeys(*(t.to(device) for t in self.paged))
+        rows = (t.to(device) for t in (self.table, self.visible, self.given_budget))
+        sinks = None if self.sink_logits is None else self.sink_logits.to(device)
+        settings = {**self.settings(), "sinks": sinks, "most": self.budget, "page_size": self.page_size}
+        found = paged_block_attention(self.query.to(device), paged, *rows, backend=backend, **settings)
+        return AttentionResult(*(None if t is None else t.cpu() for t in found))
 
     def check_rows(self, backend: str) -> None:
         found = self.attend(backend)
@@ -160,7 +171,7 @@ def test_what_follows_a_rows_length_is_not_read(backend):
 def test_of_no_rows_and_no_slots_nothing_comes(backend):
     engine = Engine((20,))
     before = [t.clone() for t in engine.paged]
-    summarize_slots_(engine.paged, torch.empty(0, dtype=torch.int64), 16, backend)
+    engine.write(torch.empty(0, dtype=torch.int64), backend)
     for now, old in zip(engine.paged, before, strict=True):
         torch.testing.assert_close(now, old, rtol=0, atol=0, equal_nan=True)
     engine.query, engine.table, engine.visible = engine.query[:0], engine.table[:0], engine.visible[:0]
@@ -176,7 +187,7 @@ def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_chan
     engine = Engine((100,), dtype=torch.bfloat16, keys=48)
     before = [t.clone() for t in engine.paged]
     key, _, slots = engine.sequences[0]
-    summarize_slots_(engine.paged, slots[[15, 16, 30, 47, 95, 99]], 16, backend)
+    engine.write(slots[[15, 16, 30, 47, 95, 99]], backend)
     written = torch.zeros(engine.paged.codes.shape[:3], dtype=torch.bool)
     for last in (15, 47, 95):
         block, page = int(slots[last]) // 48, int(slots[last]) % 48 // 16

@@ -11,7 +11,7 @@ from pretended_gpu import pretended_gpu  # noqa: E402
 from test_paged import Engine  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from nc_patch.paged import summarize_slots_  # noqa: E402
+from nc_patch.paged import paged_block_attention, summarize_slots_  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set")
 
@@ -29,6 +29,7 @@ def test_a_step_on_a_gpu_is_four_launches_and_reads_nothing_on_the_host():
     with torch.inference_mode(), pretended_gpu() as launches, NoHostReads():
         for _ in range(2):
             summarize_slots_(engine.paged, engine.sequences[0][2][-4:], 16, "triton")
-            engine.attend("triton")
+            rows = (engine.table, engine.visible, engine.given_budget)
+            paged_block_attention(engine.query, engine.paged, *rows, most=70, page_size=16, scale=1.0, backend="triton")
     step = ["summarize_slots_kernel", "score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
     assert [launch.kernel for launch in launches] == 2 * step
