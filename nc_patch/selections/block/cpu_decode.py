@@ -110,7 +110,7 @@ def cpu_summarize_pages_(
 
 
 def cpu_summarize_slots_(key: torch.Tensor, statistics: PageStatistics, slots: torch.Tensor, block_size: int) -> None:
-    """The pages in blocks of memory whose last keys are in these slots; see ``paged.summarize_slots_``."""
+    """The pages in blocks of memory whose last keys are in these slots; see ``paged``."""
     Hkv, N, D = key.shape[1:]
     _summarize_slots_kernel(
         Hkv * -(-len(slots) // _PAGES), block_size * D + 4 * D, key=key, slots=slots.to(torch.int32).contiguous(),

@@ -114,22 +114,16 @@ def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, store
 def triton_summarize_slots_(
     key: torch.Tensor, statistics: PageStatistics, slots: torch.Tensor, block_size: int
 ) -> None:
-    """Writes the statistics of each page whose last key is new; one launch.
-
-    Args:
-        key: ``[blocks, Hkv, N, D]``. slots: int64 ``[T]``, ``block * N`` plus a place in the block; negative for none.
-        statistics: codes ``[blocks, Hkv, N // block_size, 3, D]`` and scales, as ``paged.PagedKeys`` has them.
-    """
-    Hkv, _, D = key.shape[1:]
-    if slots.numel() and Hkv:
-        with on_device(key.device):
-            summarize_slots_kernel[(slots.numel(), Hkv)](
-                key=heads(key),
-                statistics=PageStatistics(*map(heads, statistics)),  # type: ignore[arg-type]
-                slots=slots.contiguous(),
-                page=page_shape_of(D, block_size, key.shape[2]),
-                **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
-            )
+    """The pages in blocks of memory whose last keys are in these slots, in one launch; see ``paged``."""
+    Hkv, N, D = key.shape[1:]
+    with on_device(key.device):
+        summarize_slots_kernel[(len(slots), Hkv)](
+            key=heads(key),
+            statistics=PageStatistics(*map(heads, statistics)),  # type: ignore[arg-type]
+            slots=slots.contiguous(),
+            page=page_shape_of(D, block_size, N),
+            **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
+        )
 
 
 @triton.jit
