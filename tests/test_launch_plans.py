@@ -31,7 +31,8 @@ from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockPlan, PlannedBlock  # noqa: E402
-from nc_patch.selections.block.pages import VECTORS, page_count  # noqa: E402
+from nc_patch.selections.block.pages import VECTORS, PageStatistics, page_count  # noqa: E402
+from nc_patch.selections.block.summarize import triton_summarize_slots_  # noqa: E402
 from nc_patch.selections.index import LAYOUTS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 
@@ -165,6 +166,15 @@ def average(head_dim: int) -> None:
 BLOCK_KERNELS = {"score_blocks", "choose_blocks", "attend_blocks", "blank_rows"}
 CODE_KERNELS = {"prepare", "guess", "scan", "score", "choose", "gather"}
 PAGE_KERNELS = {"score_pages", "choose_pages", "attend_pages"}
+
+
+def summarize_slots(head_dim: int) -> None:
+    """New keys of blocks of memory, as many as grids allow keys of one sequence."""
+    keys, codes = meta(2**18, HEADS, 16, head_dim), meta(2**18, HEADS, 1, VECTORS, head_dim, dtype=torch.int8)
+    statistics = PageStatistics(codes, floats(2**18, HEADS, 1, VECTORS))
+    triton_summarize_slots_(keys, statistics, meta(KEYS, dtype=torch.int64), 16)
+
+
 # What runs, and the kernels that it launches.
 CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
     "topk": (lambda D: attend_rows(TopK(4, 4, "drop"), D), {"threshold", "attend"}),
@@ -180,6 +190,7 @@ CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
     "pages-new": (lambda D: decode_by_pages(D, 16, new=1), PAGE_KERNELS),
     "pages-several-new": (lambda D: decode_by_pages(D, 16, 2, new=2), {*PAGE_KERNELS, "summarize"}),
     "summarize": (lambda D: write("pages", page_tensors(D, 16), D), {"summarize"}),
+    "summarize-slots": (summarize_slots, {"summarize_slots"}),
     "encode": (lambda D: write("codes", code_tensors(D), D), {"encode"}),
     "means": (average, {"means"}),
 }
@@ -377,12 +388,14 @@ def test_a_step_over_pages_is_three_launches_of_which_triton_specialises_none_ag
         arguments: int
 
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *arguments: launched.append((self.name, len(arguments) - self.arguments))
+            return lambda *arguments, stream=0: launched.append((self.name, len(arguments) - self.arguments))
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Compiled:
         compiled.append(kernel.fn.__name__)
         return Compiled(kernel.fn.__name__, len(kernel.arg_names))
 
+    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
     monkeypatch.setattr(backends, "triton_problem", lambda device: None)
     triton_launch.compiled_kernels.cache_clear()
@@ -422,4 +435,4 @@ def test_prompts_of_other_lengths_and_further_steps_compile_nothing_new(variants
         for n in (*range(1001, 1034), *range(1040, 1200, 13)):
             step(n, head_dim, indexes)
         assert variants == first
-    assert {name for name, _ in variants} == KERNELS
+    assert {name for name, _ in variants} == KERNELS - {"summarize_slots_kernel"}  # of serving engines

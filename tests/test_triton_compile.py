@@ -34,6 +34,7 @@ topk_tail-{bf16-d64,bf16-d256-few_rows,fp32-d128-few_rows}
 choose_blocks-{bf16-d64-k16,bf16-d128-k16-min_mass-audit}
 attend_blocks-bf16-d256-k128
 score_pages-bf16-d256-p128-softcap
+{score,attend}_pages-bf16-d128-p32-paged
 choose_pages-{bf16-d64-p16,bf16-d64-p16-many_pages}
 attend_pages-{bf16-d128-p32,fp32-d128-p128-softcap,fp16-d96-p64-sinks-stats}
 summarize-bf16-d128-p128

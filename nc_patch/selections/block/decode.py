@@ -62,15 +62,14 @@ class Plan(NamedTuple):
         words: 32 bits each, of the scratch memory; none for no row.
         sizes: words of its parts, multiples of 16 bytes: logits, peaks and totals of pages; peaks, totals and sums of
             attended keys; and of one that holds integers, whose parts have ``counts``: see ``Chosen``.
-        choosing, attending: the launches.
+        launches: the three kernels.
     """
 
     strides: tuple[tuple[int, ...], ...]
     words: int
     sizes: list[int]
     counts: list[int]
-    choosing: Launches
-    attending: Launches
+    launches: Launches
 
 
 def triton_block_decode(problem: Problem) -> AttentionResult:
@@ -115,10 +114,10 @@ def _decode(plan: Plan, problem: Problem) -> AttentionResult:
         "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
         "inputs": inputs, "Lk": problem.key_length, "table": table, "statistics": statistics,
         "chosen": Chosen(pages, count, attended, arrivals), "page_logits": page_logits, "sinks": problem.sinks,
-        "output": output, "lse": lse, "lse_keys": lse_keys,
+        "output": output, "lse": lse, "lse_keys": lse_keys, "page_parts": Softmax(None, page_peak, page_total),
+        "parts": Softmax(acc, peak, total),
     }  # fmt: skip
-    plan.choosing(query.device, {**changing, "parts": Softmax(None, page_peak, page_total)})
-    plan.attending(query.device, {**changing, "parts": Softmax(acc, peak, total)})
+    plan.launches(query.device, changing)
     kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
     return AttentionResult(output, lse, kept_mass, attended)
 
@@ -214,11 +213,11 @@ def _plan(problem: Problem) -> Plan:
             (
                 (score_pages_kernel, (numbers, score_splits + 1 + problem.new, blocks), scoring_options),
                 (choose_pages_kernel, (numbers, 1, 1), choosing_options),
+                (attend_pages_kernel, (numbers, splits, blocks), attending_options),
             ),
             {},
             compiled,
         ),
-        Launches(((attend_pages_kernel, (numbers, splits, blocks), attending_options),), {}, compiled),
     )
 
 

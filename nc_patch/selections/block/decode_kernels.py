@@ -155,10 +155,10 @@ def page_scores(queries, codes, scales, in_range, scale, shape):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "stored_pages", "width", "splits"])
 def score_pages_kernel(
-    query, key, statistics, table, inputs, page_logits, parts, stored_pages, num_kv_heads, group, Lq, Lk, width,
+    query, key, statistics, table, inputs, page_logits, page_parts, stored_pages, num_kv_heads, group, Lq, Lk, width,
     splits, settings, shape, page,
 ):  # fmt: skip
-    """Logits ``[number, group, width]`` of visible pages, and ``parts`` of their softmax: ``splits + 1`` for each row.
+    """Logits ``[number, group, width]`` of visible pages; ``page_parts`` of their softmax, ``splits + 1`` for each row.
 
     Program s along the second axis scores the s-th share of the pages from their statistics; the one after the last
     scores the query's own page from its keys. What is NaN or +inf stays out of the softmax.
@@ -225,8 +225,8 @@ def score_pages_kernel(
             ordinary_page = exact < float("inf")
             peak = tl.where(ordinary_page, peak, float("-inf"))
             total = tl.where(ordinary_page, total, 0.0)
-        tl.store(parts.peak + member * (splits + 1) + split, peak, mask=rows.valid)
-        tl.store(parts.total + member * (splits + 1) + split, total, mask=rows.valid)
+        tl.store(page_parts.peak + member * (splits + 1) + split, peak, mask=rows.valid)
+        tl.store(page_parts.total + member * (splits + 1) + split, total, mask=rows.valid)
     elif table is None:  # noqa: SIM102 - with a table nothing of this is compiled
         if tl.program_id(2) == 0:
             batch = (number // num_kv_heads).to(tl.int64)
@@ -270,16 +270,16 @@ class ChooseShape(NamedTuple):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])
 def choose_pages_kernel(
-    table, inputs, page_logits, parts, chosen, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity,
+    table, inputs, page_logits, page_parts, chosen, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity,
     blocks, shape,
 ):  # fmt: skip
-    """What one query and the group attend (``Chosen``); ``parts`` has ``splits`` of each query head."""
+    """What one query and the group attend (``Chosen``); ``page_parts`` has ``splits`` of each query head."""
     number = tl.program_id(0)
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, shape.BLOCK_SIZE)
     count = tl.minimum(seen.pages, width)
     weights = page_logits + number.to(tl.int64) * group * width
     first_part = number.to(tl.int64) * group * splits
-    own_parts = Softmax(None, parts.peak + first_part, parts.total + first_part)
+    own_parts = Softmax(None, page_parts.peak + first_part, page_parts.total + first_part)
     sum_weights(weights, own_parts, group, width, splits, count, shape)
     largest_budget = 0
     for member in range(group):
