@@ -39,26 +39,9 @@ class Results(NamedTuple):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "query_blocks", "capacity", "row_tiles"])
 def attend_blocks_kernel(
-    query,
-    key,
-    value,
-    visible,
-    table,
-    choice,
-    sinks,
-    results,
-    query_blocks,
-    num_kv_heads,
-    group,
-    Lq,
-    Lk,
-    capacity,
-    row_tiles,
-    settings,
-    shape,
-    EDGE_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
+    query, key, value, visible, table, choice, sinks, results, query_blocks, num_kv_heads, group, Lq, Lk, capacity,
+    row_tiles, settings, shape, EDGE_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
     """The ``Results`` of ``BLOCK_M`` rows of one query block and key/value head over the blocks chosen for them.
 
     All rows attend the same blocks, so that a tile of keys, gathered from several blocks, is loaded once for the group.
