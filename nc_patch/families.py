@@ -260,7 +260,10 @@ def refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], crosses:
             "0 or use model.eval()."
         )
     if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
-        why = "asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch it."
+        why = (
+            "asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch the "
+            "model."
+        )
     for argument, what in _REFUSED_ARGUMENTS.items():
         if kwargs.get(argument) is not None:
             why = f"passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
