@@ -24,16 +24,13 @@ class Window(Selection):
     def __post_init__(self) -> None:
         object.__setattr__(self, "sink_keys", check_integer("sink_keys", self.sink_keys, 0))
 
-    def edges(self, visible: torch.Tensor, budget: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the first keys end and the recent ones begin, int32 ``[H or 1, R]``; arguments as in ``Rows``."""
-        sinks = (budget - 1).clamp(0, self.sink_keys)
-        return visible[:, 0] + sinks, visible[:, 1] - (budget - sinks)
-
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The definition, bool ``[H or 1, R, N]``; see ``Selection.keep``."""
-        position = rows.positions(scores.shape[-1])
-        sink_stop, recent_begin = (edge[..., None] for edge in self.edges(rows.visible, rows.budget))
-        return rows.seen(scores.shape[-1]) & ((position < sink_stop) | (position >= recent_begin))
+        position, (start, end) = rows.positions(scores.shape[-1]), rows.visible.unbind(-1)
+        firsts = (rows.budget - 1).clamp(0, self.sink_keys)
+        first = position < (start + firsts)[..., None]
+        recent = position >= (end - rows.budget + firsts)[..., None]
+        return rows.seen(scores.shape[-1]) & (first | recent)
 
     def prefill_triton(self, problem: Problem) -> AttentionResult:
         """The attention kernel over two runs of keys: to the rows' last sink, and from their first recent key on."""
