@@ -97,23 +97,21 @@ def sparse_attention(
     refuse_tangents(query, key, value)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
-    visible_given = visible is not None
-    if visible is None:
-        if Lq > Lk:
-            raise ValueError(
-                f"causal attention needs at least as many keys as queries, got Lq={Lq} and Lk={Lk}; pass visible"
-            )
-        visible = causal_intervals(B, Lq, Lk, query.device)
-    else:
+    if origin is not None:
+        check_int32("origin", origin, (B, Lq), query.device)
+    if visible is not None:
         check_int32("visible", visible, (B, Lq, 2), query.device)
         check_intervals(visible, Lk)
         visible = visible.view_as(visible)  # what is worked out once for a call is not left on the caller's tensor
-    if origin is None:
-        origin = visible[..., 0]
+        if chosen.uses_means:
+            check_sequences(visible, visible[..., 0] if origin is None else origin)
+    elif Lq <= Lk:
+        visible = causal_intervals(B, Lq, Lk, query.device)
     else:
-        check_int32("origin", origin, (B, Lq), query.device)
-    if visible_given and chosen.uses_means:
-        check_sequences(visible, origin)
+        raise ValueError(
+            f"causal attention needs at least as many keys as queries, got Lq={Lq} and Lk={Lk}; pass visible"
+        )
+    origin = visible[..., 0] if origin is None else origin
     if as_bool(return_stats) is None:
         raise TypeError(f"return_stats must be True or False, got {shown(return_stats)}")
     if return_kept_mass not in (None, "bounds"):
@@ -255,13 +253,9 @@ def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> fl
     """The scale, by default ``1 / sqrt(D)``; raises ValueError unless scale and softcap are positive and finite."""
     if type(scale) is float and softcap is None and 0 < scale <= _LARGEST:
         return scale
-    for name, value, allowed in (
-        ("scale", scale, "a positive number"),
-        ("softcap", softcap, "a positive number or None"),
-    ):
-        if value is None:
-            continue
+    given = (("scale", scale, "a positive number"), ("softcap", softcap, "a positive number or None"))
+    for name, value, allowed in given:
         found = as_number(value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value)
-        if found is None or not 0 < found <= _LARGEST:
+        if value is not None and (found is None or not 0 < found <= _LARGEST):
             raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return head_dim**-0.5 if scale is None else float(scale)
