@@ -106,10 +106,10 @@ class Problem(NamedTuple):
     ) -> "Problem":
         """The inverse of ``tensors`` and ``flags``."""
         has_sinks, has_means, stats, bounds, page_size, new, audit_seed = flags
-        first, rest = tensors[:6], list(tensors[6:])
+        query, key, value, visible, origin, budget, *rest = tensors
         sinks = rest.pop(0) if has_sinks else None
         means = PageMeans(rest.pop(0), rest.pop(0)) if has_means else None
-        given = (*first, scale, softcap, sinks, means, tuple(rest))
+        given = (query, key, value, visible, origin, budget, scale, softcap, sinks, means, tuple(rest))
         return cls(*given, page_size, new, most, bool(stats), bool(bounds), audit_seed)
 
 

@@ -175,7 +175,8 @@ class Selection:
             elif field.default is None:
                 values[field.name] = int(number) if "int" in str(field.type) else number
             else:
-                values[field.name] = type(field.default)(number)
+                kind: Any = type(field.default)
+                values[field.name] = kind(number)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
