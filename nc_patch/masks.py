@@ -77,6 +77,7 @@ def interval_mask(
         packed = _all_keys(batch_size, q_length, kv_length, padding, device)
         return seen(0, q_length) if packed is None else packed
     compiling = torch.compiler.is_compiling()
+    found: tuple[torch.Tensor, torch.Tensor] | None
     if compiling:
         found = _probe(mask_function, position.expand(batch_size, -1), kv_length + kv_offset, options)
     else:
