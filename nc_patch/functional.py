@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from nc_patch import library
-from nc_patch.common import as_bool, as_number, autocast_off, cast_for_autocast, plain, say_once, shown
+from nc_patch.common import as_number, autocast_off, cast_for_autocast, check_bool, plain, say_once, shown
 from nc_patch.config import NCConfig, option_owners
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import needs_gradient, refuse_mapped, refuse_tangents
@@ -112,8 +112,7 @@ def sparse_attention(
             f"causal attention needs at least as many keys as queries, got Lq={Lq} and Lk={Lk}; pass visible"
         )
     origin = visible[..., 0] if origin is None else origin
-    if as_bool(return_stats) is None:
-        raise TypeError(f"return_stats must be True or False, got {shown(return_stats)}")
+    check_bool("return_stats", return_stats)
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
     if index is not None:
