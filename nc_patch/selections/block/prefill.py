@@ -33,7 +33,7 @@ from nc_patch.ops.triton.launch import (
 from nc_patch.ops.triton.structs import heads
 from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, plan_of
-from nc_patch.selections.block.prefill_attend import Results, attend_blocks_kernel, blank_rows_kernel
+from nc_patch.selections.block.prefill_attend import Results, attend_blocks_kernel
 from nc_patch.selections.block.prefill_choice import Choice, Plan, Scratch, choose_blocks_kernel, score_blocks_kernel
 
 # Scores of a chunk of query blocks: about what the second level cache of a large GPU holds. A chunk that gives the
@@ -45,7 +45,6 @@ _SEGMENT = 4096
 _ROWS_AT_ONCE = 16
 _BLOCKS_AT_ONCE = 128
 _RANKS_AT_ONCE = 1024
-_BLANK = Tiles(32, 1, 4, 1)
 
 
 @dataclass(frozen=True)
@@ -237,33 +236,36 @@ def attend_blocks(
 
     lse, lse_keys = (result(torch.float32) if problem.stats else None for _ in range(2))
     results = Results(result(query.dtype, DV), lse, lse_keys, result(torch.int32))
-    if results.output.numel() == 0:
+    N, sizes = len(plan.listed), [block.last - block.first for block in plan.listed]
+    if sum(sizes) < B * Lq:  # some rows see no key
+        for tensor, nothing in zip(results, (0.0, -torch.inf, -torch.inf, 0), strict=True):
+            if tensor is not None:
+                tensor.fill_(nothing)
+        if lse is not None and problem.sinks is not None:
+            lse.copy_(problem.sinks[:, None])
+    if N == 0 or results.output.numel() == 0:
         return results
-    N, group, architecture = len(plan.listed), Hq // Hkv, architecture_of(query.device)
-    shape = shape_of(D, DV, tiles.attend)
-    common = {"visible": problem.visible, "sinks": problem.sinks, "results": results, "Lq": Lq, "shape": shape}
-    if N:
-        longest = max(block.last - block.first for block in plan.listed)
-        row_tiles = triton.cdiv(longest * group, tiles.attend.rows)
-        attend_blocks_kernel[(N * Hkv * row_tiles,)](
-            query=heads(query),
-            key=heads(problem.key),
-            value=heads(value),
-            table=plan.table,
-            choice=choice,
-            query_blocks=N,
-            num_kv_heads=Hkv,
-            group=group,
-            Lk=Lk,
-            capacity=choice.block_indices.shape[2],
-            row_tiles=row_tiles,
-            settings=settings_of(problem),
-            EDGE_N=tiles.edge_keys,
-            BLOCK_SIZE=block_size,
-            **common,
-            **compile_options(tiles.attend, architecture),
-        )
-    blank_rows_kernel[(triton.cdiv(B * Lq, _BLANK.rows),)](
-        heads=Hq, row_count=B * Lq, BLOCK_R=_BLANK.rows, **common, **compile_options(_BLANK, architecture)
+    row_tiles = triton.cdiv(max(sizes) * problem.group, tiles.attend.rows)
+    attend_blocks_kernel[(N * Hkv * row_tiles,)](
+        query=heads(query),
+        key=heads(problem.key),
+        value=heads(value),
+        visible=problem.visible,
+        table=plan.table,
+        choice=choice,
+        sinks=problem.sinks,
+        results=results,
+        query_blocks=N,
+        num_kv_heads=Hkv,
+        group=problem.group,
+        Lq=Lq,
+        Lk=Lk,
+        capacity=choice.block_indices.shape[2],
+        row_tiles=row_tiles,
+        settings=settings_of(problem),
+        shape=shape_of(D, DV, tiles.attend),
+        EDGE_N=tiles.edge_keys,
+        BLOCK_SIZE=block_size,
+        **compile_options(tiles.attend, architecture_of(query.device)),
     )
     return results
