@@ -28,13 +28,6 @@ def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, dense_below: in
 
     All of them where ``n`` is at most ``dense_below``. In float64; arXiv 2404.02690 shows that Ω(n^C) entries suffice.
 
-    Args:
-        n: number of visible keys, at least 0.
-        alpha: factor, positive.
-        C: exponent in [0, 1].
-        min_keys: lower limit of the budget, at least 1.
-        dense_below: up to how many visible keys a query attends all of them.
-
     Raises:
         ValueError: ``n`` is negative.
     """

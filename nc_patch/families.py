@@ -290,11 +290,8 @@ def refuse_masked_keys(module: torch.nn.Module, implementation: str, function: A
     """Refuses a call whose module says of some keys, as those of ``kvpress`` do, that certain heads must not see them.
 
     The wrapper that ``kvpress`` puts around every attention function when it is imported gives those keys no weight,
-    by which dense attention is right, and choosing among keys is not.
-
-    Args:
-        function: what this library registered as ``implementation``.
-        dense: whether the call attends every key.
+    by which ``dense`` attention is right, and choosing among keys is not. ``function`` is what this library registered
+    as ``implementation``.
     """
     if getattr(module, "masked_key_indices", None) is None:
         return

@@ -149,14 +149,8 @@ def patched(
 def observed(model: Model, observe: Callable[[Observed], None]) -> Iterator[Model]:
     """``with observed(model, observe):`` runs the model densely and shows ``observe`` every attention call.
 
-    Afterwards the model is what it was before, patched or not.
-
-    Args:
-        model: as in ``patch_model``.
-        observe: called after each layer's attention, before its output goes on.
-
-    Raises:
-        UnsupportedModelError: the model cannot be patched; it is left as it was.
+    It is called after each layer's attention, before the output goes on. Afterwards the model is what it was before,
+    patched or not. Errors as in ``patch_model``.
     """
     with patched(model, config=NCConfig(1.0, 1.0)):
         for module, patch in _patched_modules(model):

@@ -36,14 +36,9 @@ class Laws(NamedTuple):
 class Demand:
     """How many keys each head takes at each length, by the price of a key.
 
-    Attributes:
-        visible: ``[L, M]``, as given.
-        steepest: ``[M, H]``, log of what the first further key is worth at the longest length.
-
-    Args:
-        keys: ``[G]``, ascending.
-        visible: ``[L, M]``, how many keys the rows of each length see.
-        cost: ``[L, M, H, G]``, what heads lose with so many keys.
+    Of ``keys [G]``, ascending; ``visible [L, M]``, how many keys the rows of each length see; and ``cost [L, M, H, G]``,
+    what heads lose with so many keys. ``steepest [M, H]`` is the log of what the first further key is worth at the
+    longest length.
     """
 
     def __init__(self, keys: np.ndarray, visible: np.ndarray, cost: np.ndarray) -> None:

@@ -32,10 +32,8 @@ def choose_backend(
 ) -> tuple[str, str | None]:
     """The backend that runs a call on ``device``, and why it is not a faster one, where that may surprise.
 
-    Args:
-        head_dims: of the keys, and of the values where they take part.
-        needs_grad: whether a gradient will be asked for, which only PyTorch has.
-        implemented: the backends that have what is called; PyTorch has everything.
+    ``head_dims`` are of the keys, and of the values where they take part; ``needs_grad`` is whether a gradient will be
+    asked for, which only PyTorch has; ``implemented`` are the backends that have what is called.
 
     Raises:
         RuntimeError: a backend was asked for by name where it cannot run.

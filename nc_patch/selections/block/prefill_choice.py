@@ -92,10 +92,9 @@ def score_blocks_kernel(
     Rows are (sample, query head of the group), the head running fastest, from the plan's ``first_sample`` on; blocks
     are counted from the first that the row's query block sees.
 
-    A program takes ``BLOCK_M`` consecutive rows of one key/value head, whatever query blocks they belong to: with 4
-    sampled rows a query block and 4 query heads a group, 128 rows are those of 8 query blocks, so that keys are read
-    once for 8 of them. A block's logit needs nothing of the others, so that the third axis of the grid divides the keys
-    that a program's rows see into segments.
+    A program takes ``BLOCK_M`` consecutive rows of one key/value head, whatever query blocks they belong to, so that
+    keys are read once for several query blocks. A block's logit needs nothing of the others: the third axis of the grid
+    divides the keys that a program's rows see into segments.
     """
     kv_head = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
