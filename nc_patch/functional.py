@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import pad
 
 from nc_patch import library
 from nc_patch.common import as_number, autocast_off, cast_for_autocast, check_bool, plain, say_once, shown
@@ -228,21 +229,19 @@ def check_sequences(visible: torch.Tensor, origin: torch.Tensor) -> None:
 
     A sequence reaches from its origin to the next one in the same row of the batch.
     """
-    for b, (seen, begin) in enumerate(zip(visible, origin, strict=True)):
-        rows = seen[:, 1] > seen[:, 0]
-        begin, seen = begin[rows], seen[rows]
-        origins = begin.unique()
-        following = torch.cat((origins, origins.new_tensor([torch.iinfo(torch.int32).max])))
-        after = following[torch.searchsorted(origins, begin, right=True)]
-        wrong = ((seen[:, 0] < begin) | (seen[:, 1] > after)).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            interval, reach = seen[row].tolist(), [int(begin[row]), int(after[row])]
-            raise ValueError(
-                f"visible has the interval {interval} in sequence {b} of the batch, which reaches from {reach[0]} to "
-                f"{reach[1]}, and page means cut sequences into pages. Pass origin, int32 [B, Lq], where each query's "
-                'sequence begins, or tail="drop"'
-            )
+    far = torch.iinfo(torch.int32).max
+    is_token, origin = visible[..., 1] > visible[..., 0], origin.contiguous()
+    begins = pad(origin.masked_fill(~is_token, far).sort(-1).values, (0, 1), value=far)
+    after = begins.gather(-1, torch.searchsorted(begins, origin, right=True).clamp(max=origin.shape[1]))
+    wrong = (is_token & ((visible[..., 0] < origin) | (visible[..., 1] > after))).nonzero()
+    if len(wrong):
+        b, row = wrong[0].tolist()
+        interval, reach = visible[b, row].tolist(), [int(origin[b, row]), int(after[b, row])]
+        raise ValueError(
+            f"visible has the interval {interval} in sequence {b} of the batch, which reaches from {reach[0]} to "
+            f"{reach[1]}, and page means cut sequences into pages. Pass origin, int32 [B, Lq], where each query's "
+            'sequence begins, or tail="drop"'
+        )
 
 
 _LARGEST = torch.finfo(torch.float32).max

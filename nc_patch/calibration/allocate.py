@@ -36,8 +36,8 @@ class Laws(NamedTuple):
 class Demand:
     """How many keys each head takes at each length, by the price of a key.
 
-    Of ``keys [G]``, ascending; ``visible [L, M]``, how many keys the rows of each length see; and ``cost [L, M, H, G]``,
-    what heads lose with so many keys. ``steepest [M, H]`` is the log of what the first further key is worth at the
+    ``keys`` are ``[G]``, ascending; ``visible [L, M]`` is how many the rows of each length see, ``cost [L, M, H, G]``
+    what heads lose with so many keys, and ``steepest [M, H]`` the log of what the first further key is worth at the
     longest length.
     """
 
