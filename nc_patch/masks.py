@@ -79,7 +79,7 @@ def interval_mask(
     compiling = torch.compiler.is_compiling()
     found: tuple[torch.Tensor, torch.Tensor] | None
     if compiling:
-        found = _probe(mask_function, position.expand(batch_size, -1), kv_length + kv_offset, options)
+        found = _probe(mask_function, position.expand(batch_size, -1), options)
     else:
         found = _derive(mask_function, position)
     visibility: Visibility | None
@@ -243,18 +243,13 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.
     return start, origin
 
 
-# By how many steps the bisection below finds one of 2**steps keys. A few numbers for all lengths: a graph is compiled
-# for each, and may be of any length otherwise. What is exported is one graph, with the most.
-_SEARCH_STEPS = (12, 17, 22, 31)
-
-
 def _probe(
-    mask_function: MaskFunction, position: torch.Tensor, length: int, options: dict[str, Any]
+    mask_function: MaskFunction, position: torch.Tensor, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First visible position and origin of the queries at ``position[B, Lq]``, by bisection on the mask function.
 
     While ``torch.compile`` traces, closures cannot be looked into, but the function can be called: below its own
-    position a query's visibility is monotone in the key's position, so that O(Lq log Lk) evaluations find the start.
+    position a query's visibility is monotone in the key's position, so that 31 evaluations find the start.
     """
     name = mask_function.__name__
     if options.get("use_vmap") or name not in ("causal_mask_function", "and_mask"):
@@ -267,8 +262,7 @@ def _probe(
         return low, low
     batch = torch.arange(len(position), device=position.device)[:, None]
     head, high = torch.zeros_like(batch), position
-    enough = [steps for steps in _SEARCH_STEPS[:-1] if not torch.compiler.is_exporting() and length <= 1 << steps]
-    for _ in range(min(enough, default=_SEARCH_STEPS[-1])):
+    for _ in range(31):  # enough for every length, of which a graph may be
         middle = (low + high) // 2
         seen = mask_function(batch, head, position, middle)
         low, high = torch.where(seen, low, middle + 1), torch.where(seen, middle, high)
