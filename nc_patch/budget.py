@@ -28,13 +28,6 @@ def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, dense_below: in
 
     All of them where ``n`` is at most ``dense_below``. In float64; arXiv 2404.02690 shows that Ω(n^C) entries suffice.
 
-    Args:
-        n: number of visible keys, at least 0.
-        alpha: factor, positive.
-        C: exponent in [0, 1].
-        min_keys: lower limit of the budget, at least 1.
-        dense_below: up to how many visible keys a query attends all of them.
-
     Raises:
         ValueError: ``n`` is negative.
     """
@@ -78,18 +71,12 @@ def is_dense_law(alpha: float, C: float) -> bool:
 
 @torch.library.custom_op("nc_patch::row_budgets", mutates_args=())
 def row_budgets(
-    visible: torch.Tensor,
-    max_n: int,
-    alphas: list[float],
-    exponents: list[float],
-    min_keys: int,
-    dense_below: int = 0,
+    visible: torch.Tensor, max_n: int, alphas: list[float], exponents: list[float], min_keys: int, dense_below: int = 0
 ) -> torch.Tensor:
     """Budgets int32 ``[B, len(alphas), Lq]`` of the queries with intervals ``visible`` int32 ``[B, Lq, 2]``.
 
-    Those of one law are read from a table, in two launches on a GPU. Of several laws, or for very many keys, they are
-    found among the steps of each law, which are no more than the law has keys at ``max_n``, the largest number of
-    visible keys: tables of a million entries for each of a thousand heads would fill a GPU.
+    ``max_n`` is the largest number of visible keys. Budgets of one law are read from a table, in two launches on a GPU.
+    Those of several laws, or for very many keys, are found among the steps of each law, which take less memory.
     """
     n = visible[..., 1] - visible[..., 0]
     laws = tuple(zip(alphas, exponents, strict=True))
@@ -114,8 +101,7 @@ def _device_table(
     length: int, law: tuple[float, float], min_keys: int, dense_below: int, device: torch.device
 ) -> torch.Tensor:
     """The budgets of a law by n, int32 ``[length]``."""
-    found = budgets(np.arange(length), *law, min_keys, dense_below).astype(np.int32)
-    return _to_stay(found, device)
+    return _to_stay(budgets(np.arange(length), *law, min_keys, dense_below).astype(np.int32), device)
 
 
 def _length_class(max_n: int) -> int:
@@ -130,10 +116,9 @@ def _doubtful(raw: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _host_steps(length: int, alpha: float, C: float) -> np.ndarray:
-    """Where the law without its limits takes one key more: int32 ``[K]``, entry j the smallest n of more than j.
+    """Where the law without its limits takes one key more: int32 ``[K]``, entry j the smallest n of more than j keys.
 
-    K is what it gives at ``length - 1``, at most ``length``. So as many entries are at most n as the law
-    gives n keys, rounded up.
+    K is what it gives at ``length - 1``, at most ``length``.
     """
     law = lambda n: alpha * float(n) ** C  # noqa: E731
     count = min(math.ceil(law(length - 1)), length)  # no n that is looked up has more keys

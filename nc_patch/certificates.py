@@ -5,19 +5,16 @@ the keys alone: neither a learned sink nor the means of ``tail="mean"`` count. A
 it whatever the rounding: from codes, or from every score.
 """
 
-import logging
 import math
 
 import torch
 
-from nc_patch.common import DroppedMassError
+from nc_patch.common import DroppedMassError, logger
 from nc_patch.config import NCConfig
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import product_slack
 from nc_patch.stats import LayerCounters
 from nc_patch.visibility import own_keys
-
-logger = logging.getLogger("nc_patch")
 
 # Relative error of sums of exponentials in float32, and absolute error of what underflows.
 _SUM_SLACK = 1e-4
@@ -36,12 +33,8 @@ def record(
 ) -> bool:
     """Counts the kept mass of a call, and does what ``on_drop`` asks where it is too little.
 
-    Args:
-        result: with an audit, or with what ``certified_bounds`` needs.
-        phase: ``"prefill"`` or ``"decode"``.
-
-    Returns:
-        Whether the call is to be done again, dense; it is then not counted.
+    ``result`` has an audit, or what ``certified_bounds`` needs. Returns whether the call is to be done again, dense; it
+    is then not counted.
 
     Raises:
         DroppedMassError: ``on_drop`` is ``"raise"``.
@@ -82,9 +75,8 @@ def find_drop(
 ) -> DroppedMassError | None:
     """The error that names where least is kept, if that is below ``limit``, else None; reads the device.
 
-    Args:
-        kept: ``[B, Hq, Lq]``, what every row is certain to keep; or if not ``certified`` ``[1, Hq, 1]``, what the rows
-            of each head are estimated to keep on average.
+    ``kept`` is what every row is certain to keep, ``[B, Hq, Lq]``; or if not ``certified`` what the rows of each head
+    are estimated to keep on average, ``[1, Hq, 1]``.
     """
     if kept.numel() == 0:
         return None
@@ -93,12 +85,11 @@ def find_drop(
     if share >= (limit if certified else limit - _ESTIMATE_ROUNDING):
         return None
     b, head, row = (int(i) for i in torch.unravel_index(at, kept.shape))
-    mass = f"{share:.4f} of the dense softmax mass"
-    position = int(own_keys(problem.visible)[b, row] - problem.origin[b, row]) if certified else None
+    mass, position = f"{share:.4f} of the dense softmax mass", None
+    said = f": in a call of {phase} its rows keep by estimate {mass} on average"
     if certified:
+        position = int(own_keys(problem.visible)[b, row] - problem.origin[b, row])
         said = f", position {position} of sequence {b}: in {phase} only {mass} is certain to be kept"
-    else:
-        said = f": in a call of {phase} its rows keep by estimate {mass} on average"
     message = (
         f"layer {layer}, head {head}{said}, less than 1 - max_dropped_mass = {limit:g}. Raise alpha, C or "
         'max_dropped_mass, leave the layer dense with dense_layers, or set on_drop="dense".'

@@ -13,18 +13,12 @@ from nc_patch.version import __version__
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 INSTALL_EVAL = "pip install -e '.[eval]' in the checkout of nc_patch"
-
-
 _REQUIRED = ("accelerate", "matplotlib", "numpy", "pandas", "psutil", "scipy", "torch", "tqdm", "transformers")
 
 
 class Command(NamedTuple):
-    """A subcommand: a function of the remaining arguments that returns the exit code.
-
-    Attributes:
-        module, function: where it is.
-        summary: one line for the help.
-        requires: modules that must be installed.
+    """A subcommand: where its function of the remaining arguments is, which returns the exit code, its line of the
+    help, and the modules that must be installed.
     """
 
     module: str
@@ -53,13 +47,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command; returns 2 for arguments or an environment that do not fit, or what the command returns.
 
-    Args:
-        argv: the arguments without the program's name; None takes those of the process.
-
-    Returns:
-        The exit code: 0, 2 for arguments or an environment that do not fit, or what the command returns.
+    ``argv`` are the arguments without the program's name; None takes those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""What every part uses: exceptions, the log, numbers in settings, autocast, files written whole, locked objects."""
+"""What every part uses: exceptions, the log, numbers in settings, autocast, files written whole."""
 
 import contextlib
 import errno
@@ -8,11 +8,10 @@ import os
 import reprlib
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -206,34 +205,6 @@ def replace_file(path: Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class Locked:
-    """Base of what threads share; holds the lock that ``synchronized`` takes, which copies and pickles leave out."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.RLock()
-
-
-def synchronized(method: Method) -> Method:
-    """Makes a method of a ``Locked`` object wait for the others."""
-
-    @wraps(method)
-    def locked(self: Locked, *arguments: Any, **options: Any) -> Any:
-        with self._lock:
-            return method(self, *arguments, **options)
-
-    return locked  # type: ignore[return-value]
 
 
 def once(shared: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:

@@ -47,7 +47,7 @@ class LeftDense(NamedTuple):
 
 
 def check_is_module(model: object) -> None:
-    """Raises UnsupportedModelError where a model is none."""
+    """Raises UnsupportedModelError unless a model is a module."""
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__name__}")
 
@@ -61,39 +61,31 @@ def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module
     check_is_module(model)
     inner, name = _inner(model), type(model).__name__
     if inner is None:
-        raise UnsupportedModelError(
-            f"{name} is not a model of transformers; load it with AutoModelForCausalLM.from_pretrained"
-        )
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder; only decoders with causal self-attention can be patched"
-        )
-    routed = _routed(inner)
-    if not routed:
-        raise UnsupportedModelError(
+        why = f"{name} is not a model of transformers; load it with AutoModelForCausalLM.from_pretrained"
+    elif getattr(inner.config, "is_encoder_decoder", False):
+        why = f"{name} is an encoder-decoder; only decoders with causal self-attention can be patched"
+    elif not (routed := _routed(inner)):
+        why = (
             f"the attention of {name} does not go through transformers' AttentionInterface, so it cannot be replaced; "
             "use a Llama-, Mistral-, Qwen- or Gemma-style model"
         )
-    causal = [m for m in inner.modules() if type(m) in routed and _is_causal(m)]
-    if not causal:
-        raise UnsupportedModelError(
-            f"{name} has no causal attention; only decoders can be patched. Where a config has is_decoder, set it."
-        )
-    if not mask_builders(inner):
-        raise UnsupportedModelError(
+    elif not (causal := [m for m in inner.modules() if type(m) in routed and _is_causal(m)]):
+        why = f"{name} has no causal attention; only decoders can be patched. Where a config has is_decoder, set it."
+    elif not mask_builders(inner):
+        why = (
             f"{name} does not build its masks through transformers' mask interface, so that causality and padding "
             "would be lost. Use the model as it is."
         )
-    if "shared_kv_states" in inspect.signature(type(inner).forward).parameters:
-        raise UnsupportedModelError(
-            f"{name} drafts for another model and attends that model's keys, not its own. Patch the other model."
-        )
-    # Where the model has other parts too, those of the text decoder, which hold another class of config.
-    text = type(inner.config.get_text_config(decoder=True))
-    causal = [m for m in causal if type(getattr(m, "config", None)) is text] or causal
-    for module in causal:
-        _check_module(module, name)
-    return [(_layer(module, place), module) for place, module in enumerate(causal)]
+    elif "shared_kv_states" in inspect.signature(type(inner).forward).parameters:
+        why = f"{name} drafts for another model and attends that model's keys, not its own. Patch the other model."
+    else:
+        # Where the model has other parts too, those of the text decoder, which hold another class of config.
+        text = type(inner.config.get_text_config(decoder=True))
+        causal = [m for m in causal if type(getattr(m, "config", None)) is text] or causal
+        for module in causal:
+            _check_module(module, name)
+        return [(_layer(module, place), module) for place, module in enumerate(causal)]
+    raise UnsupportedModelError(why)
 
 
 def mask_builders(model: torch.nn.Module) -> list[PreTrainedModel]:
@@ -154,7 +146,8 @@ def _check_module(module: torch.nn.Module, name: str) -> None:
     kind, nodes, own = cls.__name__, _source(cls), vars(module).get("forward")
     sparse = next((attribute for attribute in _ALREADY_SPARSE if hasattr(module, attribute)), None)
     argument = next((n.arg for n in nodes if isinstance(n, ast.keyword) and n.arg in _REFUSED_ARGUMENTS), None)
-    change = next((n for n in nodes if isinstance(n, ast.Assign) and _changes_mask(n)), None)
+    masks = (n for n in nodes if isinstance(n, ast.Assign) and any(map(_names_mask, n.targets)))
+    change = next((n for n in masks if _computes_on_mask(n.value)), None)
     if sparse is not None:
         why = f"the attention of {name} is already sparse: {kind} selects keys by its {sparse}"
     elif own is not None and not _reaches_interface(own):
@@ -235,17 +228,12 @@ def _source(kind: Any) -> tuple[ast.AST, ...]:
         return ()
 
 
-def _changes_mask(node: ast.Assign) -> bool:
-    """Whether an assignment makes a mask out of a mask."""
-    return any(map(_names_mask, node.targets)) and _computes_on_mask(node.value)
-
-
 def _names_mask(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id in ("attention_mask", "attn_mask", "causal_mask", "mask")
 
 
 def _computes_on_mask(value: ast.AST) -> bool:
-    """Whether an expression computes with a mask, rather than choosing, slicing or handing on one."""
+    """Whether an expression makes a mask out of a mask, rather than choosing, slicing or handing on one."""
     if isinstance(value, ast.IfExp):
         return _computes_on_mask(value.body) or _computes_on_mask(value.orelse)
     if isinstance(value, ast.Subscript):
@@ -263,25 +251,24 @@ def say_unpatched(name: str) -> None:
 
 def refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], crosses: bool) -> None:
     """Refuses what the model asks for and sparse attention cannot do; where it ``crosses``, it need not be causal."""
-    name = type(module).__name__
-    for argument in _REFUSED_ARGUMENTS.keys() & kwargs.keys():
-        if kwargs[argument] is not None:
-            what = _REFUSED_ARGUMENTS[argument]
-            raise UnsupportedModelError(
-                f"{name} passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
-            )
-    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
-        raise UnsupportedModelError(
-            f"{name} asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch "
-            "the model."
-        )
-    if kwargs.get("dropout"):
-        raise UnsupportedModelError(
-            f"{name} asks for attention dropout {kwargs['dropout']}, which sparse attention has not. Set "
-            "attention_dropout to 0 or use model.eval()."
-        )
+    why = None
     if kwargs.get("is_causal") is False and not crosses:
-        raise UnsupportedModelError(f"{name} asks for attention that is not causal, which sparse attention cannot do.")
+        why = "asks for attention that is not causal, which sparse attention cannot do."
+    if kwargs.get("dropout"):
+        why = (
+            f"asks for attention dropout {kwargs['dropout']}, which sparse attention has not. Set attention_dropout to "
+            "0 or use model.eval()."
+        )
+    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
+        why = (
+            "asks for attention weights (output_attentions), which are never formed. Leave it out, or unpatch the "
+            "model."
+        )
+    for argument, what in _REFUSED_ARGUMENTS.items():
+        if kwargs.get(argument) is not None:
+            why = f"passes {argument}: it {what}, which sparse attention cannot do. Unpatch it."
+    if why is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} {why}")
 
 
 def refuse_missing_keys(module: torch.nn.Module, layer: int, mask: torch.Tensor, key_length: int) -> None:
@@ -303,11 +290,8 @@ def refuse_masked_keys(module: torch.nn.Module, implementation: str, function: A
     """Refuses a call whose module says of some keys, as those of ``kvpress`` do, that certain heads must not see them.
 
     The wrapper that ``kvpress`` puts around every attention function when it is imported gives those keys no weight,
-    by which dense attention is right, and choosing among keys is not.
-
-    Args:
-        function: what this library registered as ``implementation``.
-        dense: whether the call attends every key.
+    by which ``dense`` attention is right, and choosing among keys is not. ``function`` is what this library registered
+    as ``implementation``.
     """
     if getattr(module, "masked_key_indices", None) is None:
         return

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import pad
 
 from nc_patch import library
-from nc_patch.common import as_bool, as_number, autocast_off, cast_for_autocast, plain, say_once, shown
+from nc_patch.common import as_number, autocast_off, cast_for_autocast, check_bool, plain, say_once, shown
 from nc_patch.config import NCConfig, option_owners
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import needs_gradient, refuse_mapped, refuse_tangents
@@ -97,25 +98,22 @@ def sparse_attention(
     refuse_tangents(query, key, value)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
-    visible_given = visible is not None
-    if visible is None:
-        if Lq > Lk:
-            raise ValueError(
-                f"causal attention needs at least as many keys as queries, got Lq={Lq} and Lk={Lk}; pass visible"
-            )
-        visible = causal_intervals(B, Lq, Lk, query.device)
-    else:
+    if origin is not None:
+        check_int32("origin", origin, (B, Lq), query.device)
+    if visible is not None:
         check_int32("visible", visible, (B, Lq, 2), query.device)
         check_intervals(visible, Lk)
         visible = visible.view_as(visible)  # what is worked out once for a call is not left on the caller's tensor
-    if origin is None:
-        origin = visible[..., 0]
+        if chosen.uses_means:
+            check_sequences(visible, visible[..., 0] if origin is None else origin)
+    elif Lq <= Lk:
+        visible = causal_intervals(B, Lq, Lk, query.device)
     else:
-        check_int32("origin", origin, (B, Lq), query.device)
-    if visible_given and chosen.uses_means:
-        check_sequences(visible, origin)
-    if as_bool(return_stats) is None:
-        raise TypeError(f"return_stats must be True or False, got {shown(return_stats)}")
+        raise ValueError(
+            f"causal attention needs at least as many keys as queries, got Lq={Lq} and Lk={Lk}; pass visible"
+        )
+    origin = visible[..., 0] if origin is None else origin
+    check_bool("return_stats", return_stats)
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
     if index is not None:
@@ -231,21 +229,19 @@ def check_sequences(visible: torch.Tensor, origin: torch.Tensor) -> None:
 
     A sequence reaches from its origin to the next one in the same row of the batch.
     """
-    for b, (seen, begin) in enumerate(zip(visible, origin, strict=True)):
-        rows = seen[:, 1] > seen[:, 0]
-        begin, seen = begin[rows], seen[rows]
-        origins = begin.unique()
-        following = torch.cat((origins, origins.new_tensor([torch.iinfo(torch.int32).max])))
-        after = following[torch.searchsorted(origins, begin, right=True)]
-        wrong = ((seen[:, 0] < begin) | (seen[:, 1] > after)).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            interval, reach = seen[row].tolist(), [int(begin[row]), int(after[row])]
-            raise ValueError(
-                f"visible has the interval {interval} in sequence {b} of the batch, which reaches from {reach[0]} to "
-                f"{reach[1]}, and page means cut sequences into pages. Pass origin, int32 [B, Lq], where each query's "
-                'sequence begins, or tail="drop"'
-            )
+    far = torch.iinfo(torch.int32).max
+    is_token, origin = visible[..., 1] > visible[..., 0], origin.contiguous()
+    begins = pad(origin.masked_fill(~is_token, far).sort(-1).values, (0, 1), value=far)
+    after = begins.gather(-1, torch.searchsorted(begins, origin, right=True).clamp(max=origin.shape[1]))
+    wrong = (is_token & ((visible[..., 0] < origin) | (visible[..., 1] > after))).nonzero()
+    if len(wrong):
+        b, row = wrong[0].tolist()
+        interval, reach = visible[b, row].tolist(), [int(origin[b, row]), int(after[b, row])]
+        raise ValueError(
+            f"visible has the interval {interval} in sequence {b} of the batch, which reaches from {reach[0]} to "
+            f"{reach[1]}, and page means cut sequences into pages. Pass origin, int32 [B, Lq], where each query's "
+            'sequence begins, or tail="drop"'
+        )
 
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -255,13 +251,9 @@ def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> fl
     """The scale, by default ``1 / sqrt(D)``; raises ValueError unless scale and softcap are positive and finite."""
     if type(scale) is float and softcap is None and 0 < scale <= _LARGEST:
         return scale
-    for name, value, allowed in (
-        ("scale", scale, "a positive number"),
-        ("softcap", softcap, "a positive number or None"),
-    ):
-        if value is None:
-            continue
+    given = (("scale", scale, "a positive number"), ("softcap", softcap, "a positive number or None"))
+    for name, value, allowed in given:
         found = as_number(value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value)
-        if found is None or not 0 < found <= _LARGEST:
+        if value is not None and (found is None or not 0 < found <= _LARGEST):
             raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return head_dim**-0.5 if scale is None else float(scale)

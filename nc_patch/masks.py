@@ -33,12 +33,9 @@ def interval_mask(
     Args:
         batch_size, q_length, kv_length: B, Lq and Lk.
         q_offset, kv_offset: positions of the first query and the first key within the whole context.
-        mask_function: what ``transformers`` composed: causal, sliding, chunked and packed masks are understood, and the
-            plain bidirectional one of cross-attention, in which every query sees all keys.
+        mask_function: causal, sliding, chunked, packed, an intersection of those, or plain bidirectional.
         attention_mask: the 2-D padding mask ``[B, positions]``, true for tokens; or the result of an earlier call.
-        device: where the result goes.
-        options: of ``transformers``: ``use_vmap`` is true where a model adds a mask function of its own, ``local_size``
-            not None where the mask slides or goes by chunks.
+        options: of ``transformers``: ``use_vmap`` where a model adds a function of its own, and ``local_size``.
 
     Returns:
         uint32 ``[B, 1, R, 3]``, see ``Visibility.pack``; or where some query sees more than one run of keys the bool
@@ -80,14 +77,15 @@ def interval_mask(
         packed = _all_keys(batch_size, q_length, kv_length, padding, device)
         return seen(0, q_length) if packed is None else packed
     compiling = torch.compiler.is_compiling()
-    found = (
-        _probe(mask_function, position.expand(batch_size, -1), kv_length + kv_offset, options)
-        if compiling
-        else _derive(mask_function, position)
-    )
+    found: tuple[torch.Tensor, torch.Tensor] | None
+    if compiling:
+        found = _probe(mask_function, position.expand(batch_size, -1), options)
+    else:
+        found = _derive(mask_function, position)
+    visibility: Visibility | None
     if found is not None:
         start, origin = (t.expand(batch_size, q_length) for t in found)
-        visibility: Visibility | None = _within_keys(start, origin, position, padding, kv_offset, kv_length)
+        visibility = _within_keys(start, origin, position, padding, kv_offset, kv_length)
     else:
         visibility = runs_of(seen_by_tokens(), kv_length)
     if visibility is None:
@@ -147,9 +145,9 @@ def _all_keys(
 
 
 _HOLES = (
-    "the padding mask has holes, which a compiled call cannot take: the tokens of a row must be one run, padded on the "
-    "left or right. Move the padding to one side of each row; to generate, to the left (tokenizer.padding_side = "
-    "'left'). Or run the model without torch.compile."
+    "the padding mask has holes, which a compiled call cannot take: the tokens of a row must be one run. Move the "
+    "padding to one side of each row; to generate, to the left (tokenizer.padding_side = 'left'). Or run the model "
+    "without torch.compile."
 )
 
 
@@ -245,18 +243,13 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.
     return start, origin
 
 
-# By how many steps the bisection below finds one of 2**steps keys. A few numbers for all lengths: a graph is compiled
-# for each, and may be of any length otherwise. What is exported is one graph, with the most.
-_SEARCH_STEPS = (12, 17, 22, 31)
-
-
 def _probe(
-    mask_function: MaskFunction, position: torch.Tensor, length: int, options: dict[str, Any]
+    mask_function: MaskFunction, position: torch.Tensor, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First visible position and origin of the queries at ``position[B, Lq]``, by bisection on the mask function.
 
     While ``torch.compile`` traces, closures cannot be looked into, but the function can be called: below its own
-    position a query's visibility is monotone in the key's position, so that O(Lq log Lk) evaluations find the start.
+    position a query's visibility is monotone in the key's position, so that 31 evaluations find the start.
     """
     name = mask_function.__name__
     if options.get("use_vmap") or name not in ("causal_mask_function", "and_mask"):
@@ -269,8 +262,7 @@ def _probe(
         return low, low
     batch = torch.arange(len(position), device=position.device)[:, None]
     head, high = torch.zeros_like(batch), position
-    enough = [steps for steps in _SEARCH_STEPS[:-1] if not torch.compiler.is_exporting() and length <= 1 << steps]
-    for _ in range(min(enough, default=_SEARCH_STEPS[-1])):
+    for _ in range(31):  # enough for every length, of which a graph may be
         middle = (low + high) // 2
         seen = mask_function(batch, head, position, middle)
         low, high = torch.where(seen, low, middle + 1), torch.where(seen, middle, high)

@@ -26,8 +26,7 @@ from nc_patch.stats import PatchStats, summary, total
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-# Patched modules alive in this process: a config object that several models share keeps its implementation while one
-# needs it.
+# Patched modules that are alive: a config object that several models share keeps its implementation while one needs it.
 _PATCHED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 _HOOKS = (hand_on_cache, hand_on_mask, refuse_switched, note_boundaries, forget_boundaries)
 # Held while models are patched and unpatched, which threads may do at once.
@@ -77,32 +76,14 @@ def patch_model(
         ValueError, TypeError: a setting is wrong; the model is left as it was. ``ProfileError``, a ValueError, where
             the profile is of a model of another shape; of one with other weights it is only warned.
     """
-    if profile is not None:
-        config = _config_of_profile(model, profile, alpha, C, config, options)
-    elif config is None:
-        check_option_names(options)
-        if isinstance(alpha, NCConfig):
-            raise TypeError("settings go by name: patch_model(model, config=NCConfig(...))")
-        if alpha is None and C is None:
-            alpha, C = DEFAULT_ALPHA, DEFAULT_C
-        if alpha is None or C is None:
-            raise TypeError(
-                "give alpha and C, for example patch_model(model, alpha=2.0, C=0.7), or neither of them, or "
-                "config=NCConfig(...)"
-            )
-        config = NCConfig(alpha, C, **options)
-    elif alpha is not None or C is not None or options:
-        extra = [name for name, value in (("alpha", alpha), ("C", C)) if value is not None] + sorted(options)
-        raise TypeError(f"config holds every setting; leave out {', '.join(extra)}")
-    elif not isinstance(config, NCConfig):
-        raise TypeError(f"config must be an NCConfig, got {type(config).__name__}")
+    settings = _settings(model, alpha, C, config, profile, options)
     modules = attention_modules(model)
-    _check_shape(config, modules)
+    _check_shape(settings, modules)
     with _LOCK:
         for layer, module in modules:
-            _attach(module, LayerPatch(config, layer, _original_of(module, _patch_of(module))))
-        for module_config in _configs(modules):
-            module_config._attn_implementation_internal = IMPLEMENTATION
+            _attach(module, LayerPatch(settings, layer, _original_of(module)))
+        for _, module in modules:
+            _use(module, IMPLEMENTATION)
         for part in mask_builders(model):
             if note_boundaries not in part._forward_pre_hooks.values():
                 part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
@@ -130,9 +111,9 @@ def unpatch_model(model: Model) -> Model:
             _remove_hooks(part)
         for module, patch in modules:
             # What the user has set since stays.
-            switched = _config_of(module)._attn_implementation != IMPLEMENTATION
+            switched = _implementation_of(module) != IMPLEMENTATION
             if not switched and not any(other.config is module.config for other in _PATCHED):
-                _config_of(module)._attn_implementation_internal = patch.original_implementation
+                _use(module, patch.original_implementation)
     return model
 
 
@@ -159,7 +140,7 @@ def patched(
             with _LOCK:
                 for module, patch in before:
                     if not _attach(module, patch):  # the block has unpatched it
-                        _config_of(module)._attn_implementation_internal = IMPLEMENTATION
+                        _use(module, IMPLEMENTATION)
         elif is_patched(model):
             unpatch_model(model)
 
@@ -168,14 +149,8 @@ def patched(
 def observed(model: Model, observe: Callable[[Observed], None]) -> Iterator[Model]:
     """``with observed(model, observe):`` runs the model densely and shows ``observe`` every attention call.
 
-    Afterwards the model is what it was before, patched or not.
-
-    Args:
-        model: as in ``patch_model``.
-        observe: called after each layer's attention, before its output goes on.
-
-    Raises:
-        UnsupportedModelError: the model cannot be patched; it is left as it was.
+    It is called after each layer's attention, before the output goes on. Afterwards the model is what it was before,
+    patched or not. Errors as in ``patch_model``.
     """
     with patched(model, config=NCConfig(1.0, 1.0)):
         for module, patch in _patched_modules(model):
@@ -186,7 +161,7 @@ def observed(model: Model, observe: Callable[[Observed], None]) -> Iterator[Mode
 def model_shape(model: torch.nn.Module) -> tuple[int, int]:
     """How many layers and query heads the settings of a model are for; errors as in ``patch_model``."""
     modules = attention_modules(model)
-    config = _config_of(modules[0][1])
+    config = modules[0][1].config
     return getattr(config, "num_hidden_layers", len(modules)), getattr(config, "num_attention_heads", 0)
 
 
@@ -201,25 +176,21 @@ def nc_stats(model: torch.nn.Module) -> PatchStats:
     Calls inside a compiled graph are not counted. Gradient checkpointing runs, and counts, a layer twice.
 
     Returns:
-        ``attended_fraction`` (attended keys / visible keys), ``mean_keys`` (attended keys per query and head),
-        ``tail_attended_fraction`` and ``tail_mean_keys`` (the same over the last queries of each call, where
-        ``reset_stats`` was told how many), each None where nothing was counted; and ``layers``, a list with the same
-        for each layer, beside ``layer``, ``name``, ``calls``, ``dense_calls`` (how many calls ran dense, by reason) and
-        ``exceeded_calls`` (how many dropped more than ``max_dropped_mass``, where ``on_drop`` looked).
+        A dictionary, whose figures are None where nothing was counted:
 
-        ``kept_mass``, of all layers and of each, says under ``"prefill"`` and ``"decode"`` how much of the dense
-        softmax mass the attended keys held, over the rows (queries and heads) of those calls; None where nothing was
-        measured, as without ``track`` and ``on_drop``. ``mean`` lies between ``lower`` and ``upper``: for certain if
-        ``certified``, which figures from every score and bounds from codes are, and calls that attended every key;
-        otherwise, in prefill by ``"block"``, it is an estimate with a 95 % interval, from ``audited_rows`` drawn at
-        random. ``least`` is the lowest limit of any certified row, ``below`` how many of them fall short of ``1 -
-        max_dropped_mass``; ``rows`` counts all. Of a layer also ``calls`` by what the figures rest on (``"exact"``,
-        ``"bounds"``, ``"estimate"``, ``"dense"``); ``mean``, ``lower``, ``upper`` and ``least`` ``_by_head``; and with
-        ``min_mass`` the ``enlarged_fraction`` of query blocks that took more than their budget.
-        docs/certificates.md says what these figures mean and cost.
-
-        ``left_dense`` lists what patching left as it was, such as vision towers, cross-attention and layers without
-        attention: ``kind``, ``names`` and ``reason``.
+        - ``attended_fraction`` (attended keys / visible keys) and ``mean_keys`` (attended keys per query and head);
+          ``tail_attended_fraction`` and ``tail_mean_keys``, the same over the last queries of each call, where
+          ``reset_stats`` was told how many.
+        - ``kept_mass``, under ``"prefill"`` and ``"decode"``, with ``track`` or ``on_drop``: how much of the dense
+          softmax mass the attended keys held; docs/certificates.md says what its figures mean and cost. ``mean`` lies
+          between ``lower`` and ``upper``: for certain if ``certified``, otherwise with 95 %, estimated from
+          ``audited_rows``. ``least`` is the lowest limit of any certified row; ``below`` of ``rows`` fall short of
+          ``1 - max_dropped_mass``. Of a layer also ``calls`` by what the figures rest on (``"exact"``, ``"bounds"``,
+          ``"estimate"``, ``"dense"``), the figures ``_by_head``, and with ``min_mass`` the ``enlarged_fraction`` of
+          query blocks that took more than their budget.
+        - ``layers``: a list with the same for each, beside ``layer``, ``name``, ``calls``, ``dense_calls`` (by reason)
+          and ``exceeded_calls``, which dropped more than ``max_dropped_mass``.
+        - ``left_dense``: what patching left as it was, such as vision towers: ``kind``, ``names`` and ``reason``.
 
     Raises:
         ValueError: the model is not patched.
@@ -245,16 +216,34 @@ def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
         patch.counters.tail = queries
 
 
-def _config_of_profile(
-    model: torch.nn.Module, profile: Any, alpha: Any, C: Any, config: NCConfig | None, options: dict[str, Any]
+def _settings(
+    model: torch.nn.Module, alpha: Any, C: Any, config: NCConfig | None, profile: Any, options: dict[str, Any]
 ) -> NCConfig:
-    given = [name for name, value in (("alpha", alpha), ("C", C), ("config", config)) if value is not None]
-    if given:
-        raise TypeError(f"profile brings alpha and C of its own; leave out {', '.join(given)}")
-    if not isinstance(profile, HasBudgets):
-        raise TypeError(f"profile must be a Profile, for example Profile.load(path), got {type(profile).__name__}")
-    profile.check_model(model)
-    return profile.config(**options)
+    """The settings that the arguments of ``patch_model`` give."""
+    given = [name for name, value in (("alpha", alpha), ("C", C)) if value is not None]
+    if profile is not None:
+        given += ["config"] * (config is not None)
+        if given:
+            raise TypeError(f"profile brings alpha and C of its own; leave out {', '.join(given)}")
+        if not isinstance(profile, HasBudgets):
+            raise TypeError(f"profile must be a Profile, for example Profile.load(path), got {type(profile).__name__}")
+        profile.check_model(model)
+        return profile.config(**options)
+    if config is not None:
+        if given or options:
+            raise TypeError(f"config holds every setting; leave out {', '.join([*given, *sorted(options)])}")
+        if not isinstance(config, NCConfig):
+            raise TypeError(f"config must be an NCConfig, got {type(config).__name__}")
+        return config
+    check_option_names(options)
+    if isinstance(alpha, NCConfig):
+        raise TypeError("settings go by name: patch_model(model, config=NCConfig(...))")
+    if len(given) == 1:
+        raise TypeError(
+            "give alpha and C, for example patch_model(model, alpha=2.0, C=0.7), or neither of them, or "
+            "config=NCConfig(...)"
+        )
+    return NCConfig(alpha, C, **options) if given else NCConfig(DEFAULT_ALPHA, DEFAULT_C, **options)
 
 
 def _patch_of(module: torch.nn.Module) -> LayerPatch | None:
@@ -279,12 +268,6 @@ def _holders(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if any(_patch_of(child) is not None for child in module.children())]
 
 
-def _takes_more_arguments(module: torch.nn.Module) -> bool:
-    """Whether a module hands keyword arguments that it does not know on to its attention function."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-
 def _remove_hooks(module: torch.nn.Module) -> None:
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number in [number for number, hook in hooks.items() if hook in _HOOKS]:
@@ -293,12 +276,14 @@ def _remove_hooks(module: torch.nn.Module) -> None:
             module._forward_hooks_always_called.pop(number, None)
 
 
-def _config_of(module: torch.nn.Module) -> Any:
-    return module.config
+def _implementation_of(module: Any) -> str:
+    implementation: str = module.config._attn_implementation
+    return implementation
 
 
-def _configs(modules: list[tuple[int, torch.nn.Module]]) -> list[Any]:
-    return list({id(_config_of(module)): _config_of(module) for _, module in modules}.values())
+def _use(module: Any, implementation: str) -> None:
+    """Makes a module call an implementation, without the checks of ``set_attn_implementation``."""
+    module.config._attn_implementation_internal = implementation
 
 
 def _attach(module: torch.nn.Module, patch: LayerPatch) -> bool:
@@ -307,29 +292,26 @@ def _attach(module: torch.nn.Module, patch: LayerPatch) -> bool:
     setattr(module, PATCH_ATTRIBUTE, patch)
     if not was_patched:
         module.register_forward_pre_hook(refuse_switched)
-        if _takes_more_arguments(module):
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters):  # it hands them on
             module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
     _PATCHED.add(module)
     return was_patched
 
 
-def _original_of(module: torch.nn.Module, before: LayerPatch | None) -> str:
+def _original_of(module: torch.nn.Module) -> str:
     """The implementation that unpatching a module gives back."""
-    implementation: str = _config_of(module)._attn_implementation
-    if implementation != IMPLEMENTATION:
-        return implementation
-    if before is not None:
-        return before.original_implementation
-    for other in _PATCHED:  # another model that shares this config object is patched
-        patch = _patch_of(other)
-        if other is not module and patch is not None and other.config is module.config:
-            return patch.original_implementation
-    return "sdpa"
+    if _implementation_of(module) != IMPLEMENTATION:
+        return _implementation_of(module)
+    # Where another model that shares this config object is patched, what that had.
+    sharing = [module, *(other for other in _PATCHED if other.config is module.config)]
+    patches = (_patch_of(each) for each in sharing)
+    return next((patch.original_implementation for patch in patches if patch is not None), "sdpa")
 
 
-def _check_shape(config: NCConfig, modules: list[tuple[int, torch.nn.Module]]) -> None:
-    for module_config in _configs(modules):
+def _check_shape(settings: NCConfig, modules: list[tuple[int, Any]]) -> None:
+    for config in {id(module.config): module.config for _, module in modules}.values():
         # Some families have two attention modules a layer, and count those.
-        last = max(layer for layer, module in modules if _config_of(module) is module_config)
-        layers = max(getattr(module_config, "num_hidden_layers", len(modules)), last + 1)
-        config.check_model(layers, getattr(module_config, "num_attention_heads", 0))
+        last = max(layer for layer, module in modules if module.config is config)
+        layers = max(getattr(config, "num_hidden_layers", len(modules)), last + 1)
+        settings.check_model(layers, getattr(config, "num_attention_heads", 0))

@@ -4,18 +4,20 @@ Counting never reads the device while the model runs: a call appends small tenso
 """
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from nc_patch.common import Locked, synchronized
 from nc_patch.ops.problem import MAX_DECODE_QUERIES
 
 PHASES = ("prefill", "decode")
 # As many pending tensors are folded into one, so that a long generation does not pile them up.
 _FOLD_AT = 512
+# Held while counts change: threads may share a model.
+_LOCK = threading.RLock()
 _COLUMNS = ("layer", "calls", "keys", "share", *(f"mass, {phase}" for phase in PHASES), "ran dense")
 
 
@@ -67,44 +69,43 @@ def _joined(masses: torch.Tensor) -> torch.Tensor:
     return torch.cat((masses[..., :-1].sum(0), masses[..., -1:].amin(0)), -1)
 
 
-class Sums(Locked):
-    """A sum of small tensors over calls, which threads may share; adding to it never reads the device."""
+class Sums:
+    """A sum of small tensors over calls; adding to it never reads the device."""
 
     tally: Callable[..., torch.Tensor] = staticmethod(tally)
     join: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda tensors: tensors.sum(0))
 
     def __init__(self) -> None:
-        super().__init__()
         self._pending: list[torch.Tensor] = []
         # Calls of few queries, whose tally is taken together: values, intervals, and the setting of ``tally``.
         self._later: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
 
-    @synchronized
     def add(self, counts: torch.Tensor) -> None:
         """Adds a tensor as ``tally`` makes it."""
-        self._pending.append(counts)
-        if len(self._pending) >= _FOLD_AT:
-            self._pending = [self.join(torch.stack(_on_one_device(self._pending)))]
+        with _LOCK:
+            self._pending.append(counts)
+            if len(self._pending) >= _FOLD_AT:
+                self._pending = [self.join(torch.stack(_on_one_device(self._pending)))]
 
-    @synchronized
     def add_later(self, values: torch.Tensor, visible: torch.Tensor, setting: Any) -> None:
         """Adds the tally of a call; where it has few queries it is taken of many such calls together."""
-        if values.shape[2] > MAX_DECODE_QUERIES:
-            self.add(self.tally(values, visible, setting))
-            return
-        if self._later and (self._later[0][0].shape, self._later[0][2]) != (values.shape, setting):
-            self._take_tally()
-        self._later.append((values, visible, setting))
-        if len(self._later) >= _FOLD_AT:
-            self._take_tally()
+        with _LOCK:
+            if values.shape[2] > MAX_DECODE_QUERIES:
+                self.add(self.tally(values, visible, setting))
+                return
+            if self._later and (self._later[0][0].shape, self._later[0][2]) != (values.shape, setting):
+                self._take_tally()
+            self._later.append((values, visible, setting))
+            if len(self._later) >= _FOLD_AT:
+                self._take_tally()
 
-    @synchronized
     def read(self) -> torch.Tensor:
         """The sum, float64 on the CPU; empty where nothing was added. Reads the device."""
-        self._take_tally()
-        if self._pending:
-            self._pending = [self.join(torch.stack(_on_one_device(self._pending))).cpu()]
-        return self._pending[0] if self._pending else torch.empty(0, dtype=torch.float64)
+        with _LOCK:
+            self._take_tally()
+            if self._pending:
+                self._pending = [self.join(torch.stack(_on_one_device(self._pending))).cpu()]
+            return self._pending[0] if self._pending else torch.empty(0, dtype=torch.float64)
 
     def _take_tally(self) -> None:
         later, self._later = self._later, []
@@ -112,14 +113,14 @@ class Sums(Locked):
             values, visible, settings = zip(*later, strict=True)
             self.add(self.tally(*(torch.cat(_on_one_device(parts)) for parts in (values, visible)), settings[0]))
 
-    @synchronized
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold numbers, not tensors of a device or of inference mode.
-        return super().__getstate__() | {"_later": [], "_pending": self.read().tolist()}
+        with _LOCK:
+            return {"_pending": self.read().tolist(), **{k: v for k, v in vars(self).items() if k != "_pending"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         numbers = state["_pending"]
-        super().__setstate__(state | {"_pending": [torch.tensor(numbers, dtype=torch.float64)] if numbers else []})
+        vars(self).update(state, _pending=[torch.tensor(numbers, dtype=torch.float64)] if numbers else [])
 
 
 def _on_one_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -142,17 +143,17 @@ class MassCounts(Sums):
         super().__init__()
         self.calls: Counter[str] = Counter()
 
-    @synchronized
     def add_bounds(self, basis: str, bounds: torch.Tensor, visible: torch.Tensor, limit: float) -> None:
         """Counts a call of certain rows; ``basis`` as in ``calls``, the others as in ``tally_bounds``."""
-        self.calls[basis] += 1
-        self.add_later(bounds, visible, limit)
+        with _LOCK:
+            self.calls[basis] += 1
+            self.add_later(bounds, visible, limit)
 
-    @synchronized
     def add_audit(self, audit: torch.Tensor, choice: torch.Tensor | None) -> None:
         """Counts a call whose kept mass is estimated; arguments as in ``tally_audit``."""
-        self.calls["estimate"] += 1
-        self.add(tally_audit(audit, choice))
+        with _LOCK:
+            self.calls["estimate"] += 1
+            self.add(tally_audit(audit, choice))
 
     def summary(self) -> dict[str, Any] | None:
         """What ``nc_stats`` says of these calls, None where there were none; reads the device."""
@@ -197,43 +198,42 @@ def _t_quantile(freedom: float) -> float:
     return 1.959964 + 2.372271 / freedom + 2.822499 / freedom**2 + 2.555850 / freedom**3 + 1.589534 / freedom**4
 
 
-class LayerCounters(Locked):
-    """The counters of one attention layer; threads may share them."""
+class LayerCounters:
+    """The counters of one attention layer."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.tail: int | None = None
         self.warned = False
         self.reset()
 
-    @synchronized
     def reset(self) -> None:
         """Sets all counts to zero."""
-        self.calls = self.exceeded_calls = 0
-        self.dense_calls: Counter[str] = Counter()
-        self.keys = Sums()
-        self.mass = {phase: MassCounts() for phase in PHASES}
+        with _LOCK:
+            self.calls = self.exceeded_calls = 0
+            self.dense_calls: Counter[str] = Counter()
+            self.keys = Sums()
+            self.mass = {phase: MassCounts() for phase in PHASES}
 
-    @synchronized
     def add(self, counts: torch.Tensor, dense_reason: str | None) -> None:
         """Counts one call; ``counts`` as from ``tally``."""
-        self.calls += 1
-        if dense_reason is not None:
-            self.dense_calls[dense_reason] += 1
-        self.keys.add(counts)
+        with _LOCK:
+            self.calls += 1
+            if dense_reason is not None:
+                self.dense_calls[dense_reason] += 1
+            self.keys.add(counts)
 
-    @synchronized
     def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
         """Counts one call of few queries; ``tally`` is taken of many such calls together. Arguments as there."""
-        self.calls += 1
-        self.keys.add_later(attended, visible, self.tail)
+        with _LOCK:
+            self.calls += 1
+            self.keys.add_later(attended, visible, self.tail)
 
-    @synchronized
     def add_exceeded(self) -> bool:
         """Counts a call that dropped more than is allowed; returns whether it is the first one ever."""
-        self.exceeded_calls += 1
-        first, self.warned = not self.warned, True
-        return first
+        with _LOCK:
+            self.exceeded_calls += 1
+            first, self.warned = not self.warned, True
+            return first
 
 
 def summary(counters: LayerCounters) -> dict[str, Any]:

@@ -182,14 +182,12 @@ def own_keys(visible: torch.Tensor) -> torch.Tensor:
 def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -> Visibility:
     """Cuts intervals to their own sequence where several are packed into a row and the caller says where they begin.
 
-    Args:
-        visibility: of Lq queries, the last of them at the last key that any of them sees.
-        boundaries: what ``transformers`` hands on: ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int ``[sequences + 1]``;
-            ``seq_idx``, int ``[B or 1, Lq]``, the number of each token's sequence; ``position_ids``, int ``[B or 1,
-            Lq]``, which begin again with 0 or with less than the token's before. The first that is given counts.
+    ``boundaries`` are what ``transformers`` hands on, of which the first that is given counts: ``cu_seq_lens_q`` and
+    ``cu_seq_lens_k``, int ``[sequences + 1]``; ``seq_idx``, int ``[B or 1, Lq]``, the number of each token's sequence;
+    ``position_ids``, int ``[B or 1, Lq]``, which begin again with 0 or with less than the token's before. The last of
+    the Lq queries is at the last key that any of them sees.
 
-    Returns:
-        The same object where that changes nothing. While ``torch.compile`` traces it is always a new one.
+    Returns the same object where that changes nothing; while ``torch.compile`` traces always a new one.
 
     Raises:
         UnsupportedMaskError: the boundaries do not fit the call.

@@ -163,7 +163,7 @@ def average(head_dim: int) -> None:
     write("means", mean_tensors(head_dim), head_dim)
 
 
-BLOCK_KERNELS = {"score_blocks", "choose_blocks", "attend_blocks", "blank_rows"}
+BLOCK_KERNELS = {"score_blocks", "choose_blocks", "attend_blocks"}
 CODE_KERNELS = {"prepare", "guess", "scan", "score", "choose", "gather"}
 PAGE_KERNELS = {"score_pages", "choose_pages", "attend_pages"}
 

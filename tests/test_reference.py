@@ -6,6 +6,7 @@ from attention_cases import case_for, random_case, relative_error
 from operations import reference_attention, topk_mask
 
 from nc_patch.ops.problem import causal_intervals, visible_mask
+from nc_patch.ops.rows import Rows
 from nc_patch.selections.topk.torch import forced_counts
 from nc_patch.selections.window import Window
 
@@ -56,12 +57,18 @@ def test_exactly_the_budget_is_attended(way):
 
 def test_forced_keys_never_exceed_the_budget():
     budget = torch.arange(12)
-    visible = torch.stack((torch.zeros(12), torch.full((12,), 40)), -1).int()
-    sink_stop, recent_begin = Window(4).edges(visible, budget[None])
-    for sinks, recents in (forced_counts(budget, 4, 3), (sink_stop[0], 40 - recent_begin[0])):
-        assert bool(((sinks + recents) <= budget).all())
-        assert bool((sinks >= 0).all())
-        assert bool((recents[1:] >= 1).all()), "the query's own position is attended from a budget of one"
+    sinks, recents = forced_counts(budget, 4, 3)
+    assert bool(((sinks + recents) <= budget).all())
+    assert bool((sinks >= 0).all())
+    assert bool((recents[1:] >= 1).all()), "the query's own position is attended from a budget of one"
+
+
+def test_a_window_is_the_first_keys_and_the_most_recent_ones():
+    budget, visible = torch.arange(12)[None], torch.tensor([[3, 40]], dtype=torch.int32).expand(12, 2)
+    kept = Window(4).keep(torch.zeros(1, 12, 50), Rows(visible, budget, visible[:, 0], 0, 1))[0]
+    for count, row in enumerate(kept):
+        firsts = min(4, max(count - 1, 0))
+        assert row.nonzero()[:, 0].tolist() == [*range(3, 3 + firsts), *range(40 - count + firsts, 40)]
 
 
 def test_topk_keeps_the_most_mass():

@@ -36,14 +36,9 @@ class Laws(NamedTuple):
 class Demand:
     """How many keys each head takes at each length, by the price of a key.
 
-    Attributes:
-        visible: ``[L, M]``, as given.
-        steepest: ``[M, H]``, log of what the first further key is worth at the longest length.
-
-    Args:
-        keys: ``[G]``, ascending.
-        visible: ``[L, M]``, how many keys the rows of each length see.
-        cost: ``[L, M, H, G]``, what heads lose with so many keys.
+    ``keys`` are ``[G]``, ascending; ``visible [L, M]`` is how many the rows of each length see, ``cost [L, M, H, G]``
+    what heads lose with so many keys, and ``steepest [M, H]`` the log of what the first further key is worth at the
+    longest length.
     """
 
     def __init__(self, keys: np.ndarray, visible: np.ndarray, cost: np.ndarray) -> None:
@@ -51,11 +46,9 @@ class Demand:
         seen = visible[..., None, None]
         cost = np.where(keys >= seen, 0.0, np.maximum(cost, 0.0))
         keys = np.broadcast_to(np.minimum(keys, seen), cost.shape)
-        with np.errstate(divide="ignore", invalid="ignore"):  # keys repeat where all are attended
-            slopes = -np.diff(_convex(keys, cost)) / np.diff(keys)
+        slopes = -_hull_slopes(keys, cost)
         tiny = max(float(slopes.max(where=np.isfinite(slopes), initial=0.0)), 1e-300) * 1e-12
-        slopes = np.where(np.isfinite(slopes), np.maximum(slopes, tiny), tiny)
-        self._log_slopes = np.log(np.minimum.accumulate(slopes, -1))
+        self._log_slopes = np.log(np.fmax(slopes, tiny))
         # A slope between two numbers of keys belongs to their geometric mean.
         self._log_keys = np.log(np.sqrt(keys[..., 1:] * keys[..., :-1]))
         self._log_least, self._log_most = np.log(keys[..., :1]), np.log(seen)
@@ -153,21 +146,15 @@ def attended_fraction(
     return attended / seen
 
 
-def _convex(keys: np.ndarray, curves: np.ndarray) -> np.ndarray:
-    """The lower convex hull of falling curves ``[..., G]`` over keys of the same shape."""
-    hull = np.minimum.accumulate(curves, -1)
-    for at in np.ndindex(*hull.shape[:-1]):
-        x, y = keys[at], hull[at]
-        kept = [0]
-        for i in (np.flatnonzero(np.diff(x)) + 1).tolist():
-            while len(kept) > 1:
-                a, b = kept[-2:]
-                if (y[b] - y[a]) * (x[i] - x[a]) <= (y[i] - y[a]) * (x[b] - x[a]):
-                    break
-                kept.pop()
-            kept.append(i)
-        hull[at] = np.interp(x, x[kept], y[kept])
-    return hull
+def _hull_slopes(keys: np.ndarray, curves: np.ndarray) -> np.ndarray:
+    """Slopes ``[..., G - 1]`` of the lower convex hull of curves ``[..., G]`` over keys; NaN where keys repeat."""
+    slopes = np.full((*curves.shape[:-1], curves.shape[-1] - 1), np.nan)
+    for first in range(slopes.shape[-1]):
+        rise, run = (values[..., first + 1 :] - values[..., first, None] for values in (curves, keys))
+        chords = np.divide(rise, run, out=np.full_like(rise, np.nan), where=run > 0)
+        lowest = np.fmin.accumulate(chords[..., ::-1], -1)[..., ::-1]  # of those that end at each key or beyond
+        slopes[..., first:] = np.fmax(slopes[..., first:], lowest)
+    return np.where(np.diff(keys) > 0, slopes, np.nan)
 
 
 def _level_weights(visible: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -141,20 +141,20 @@ def _measured(model: Any, ids: list[list[int]], plan: Plan) -> list[Piece]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     numbers = range(rank, len(ids), world)
     steps = len(numbers) * 2 * model_shape(model)[0]
-    own: dict[int, Piece] | Exception
+    own: dict[int, Piece] = {}
+    error = None
     try:
         with tqdm(total=steps, desc="calibrating", unit="layer", disable=True if rank else None) as bar:
             own = {number: measure_piece(model, ids[number], plan, bar.update) for number in numbers}
-    except Exception as error:  # the other processes wait for this one, and must hear of it
-        own = error
-    said = f"{type(own).__name__}: {own}" if isinstance(own, Exception) else own
-    gathered: list[Any] = [said] * world
+    except Exception as caught:  # the other processes wait for this one, and must hear of it
+        error = caught
+    gathered: list[Any] = [own]
     if world > 1:
-        dist.all_gather_object(gathered, said)
-    if isinstance(own, Exception):
-        raise own
-    failed = [f"process {number}: {part}" for number, part in enumerate(gathered) if isinstance(part, str)]
-    if failed:
+        gathered *= world
+        dist.all_gather_object(gathered, own if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if failed := [f"process {number}: {part}" for number, part in enumerate(gathered) if isinstance(part, str)]:
         raise ProfileError(f"calibration ended, because another process failed: {'; '.join(failed)}")
     return [gathered[number % world][number] for number in range(len(ids))]
 

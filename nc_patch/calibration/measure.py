@@ -87,27 +87,29 @@ def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable
         *(np.full((levels, M, H, G), np.nan, np.float32) for levels in (L, L, len(beginning))),
     )
 
-    def see(call: Observed) -> None:
+    @torch.no_grad()
+    def see(call: Observed, gradient: torch.Tensor | None = None) -> None:
+        """Along random directions; or along the loss's gradient, of the beginning of the piece."""
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + call.layer)
-        for level, length in enumerate(plan.lengths):
-            probes = torch.randn(_PROBES, H, R, call.problem.value.shape[-1], generator=generator)
-            found = row_curves(call, plan.positions(length), plan.keys, plan.eps, probes)
+        for level, length in enumerate(plan.lengths if gradient is None else beginning):
+            rows = plan.positions(length).to(call.output.device)
+            if gradient is None:
+                probes = torch.randn(_PROBES, H, R, call.problem.value.shape[-1], generator=generator)
+            else:
+                probes = gradient[:, :, rows].float()
+            found = row_curves(call, rows, plan.keys, plan.eps, probes)
+            error = found.error.double().mean(-1).T.cpu()
+            if gradient is not None:
+                piece.loss[level, call.layer] = error / 2
+                continue
+            piece.error[level, call.layer] = error / _PROBES
+            piece.kept[level, call.layer] = found.kept.double().mean(-1).T.cpu()
             piece.visible[level, call.layer] = found.visible.cpu()
             piece.support[:, level, call.layer] = found.support.cpu()
-            piece.kept[level, call.layer] = found.kept.double().mean(-1).T.cpu()
-            piece.error[level, call.layer] = found.error.double().mean(-1).T.cpu() / _PROBES
-        on_layer()
-
-    @torch.no_grad()
-    def see_gradient(call: Observed, gradient: torch.Tensor) -> None:
-        for level, length in enumerate(beginning):
-            rows = plan.positions(length).to(gradient.device)
-            found = row_curves(call, rows, plan.keys, plan.eps, gradient[:, :, rows].float())
-            piece.loss[level, call.layer] = found.error.double().mean(-1).T.cpu() / 2
         on_layer()
 
     def await_gradient(call: Observed) -> None:
-        call.output.register_hook(lambda gradient: see_gradient(call, gradient))
+        call.output.register_hook(lambda gradient: see(call, gradient))
 
     tokens = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
     short = tokens[:, : beginning[-1]]
@@ -197,31 +199,25 @@ def row_curves(
     sink: float | torch.Tensor = 0.0
     if problem.sinks is not None:
         sink = torch.exp(problem.sinks.detach().float()[:, None] - torch.logsumexp(scores, -1))[None]
-    # Stable, so that ties go to the lower position, as in the definition of "topk".
-    ordered, order = torch.sort(score_rows.plain_softmax_(scores), dim=-1, descending=True, stable=True)
-    mass = ordered.cumsum(-1, dtype=torch.float64)
+    weights = score_rows.plain_softmax_(scores)
+    mass = weights.sort(-1, descending=True).values.cumsum(-1, dtype=torch.float64)
     support = torch.stack([(mass < 1 - share - _ROUNDING).sum(-1) + 1 for share in eps])
 
-    # Top-k attends its first and recent keys first, and then the heaviest of the others.
-    always = (position < seen[:, :1] + _TOPK.sink_keys) | (position >= seen[:, 1:] - _TOPK.recent_keys)
-    number = (always & (position >= seen[:, :1]) & (position < seen[:, 1:])).sum(-1)
-    forced = always.expand_as(order).gather(-1, order)
-    count = (~forced).cumsum(-1, dtype=torch.int32)
-    wanted = (torch.tensor(keys, device=seen.device)[None] - number[:, None]).clamp(min=0)  # [R, G]
-    wanted = wanted.to(torch.int32).expand(len(order), -1, -1).contiguous()
-    place = torch.searchsorted(count, wanted).clamp(max=order.shape[-1] - 1)
+    # Top-k attends its first and recent keys, and then the heaviest of the others; of equal ones the first.
+    forced = (position < seen[:, :1] + _TOPK.sink_keys) | (position >= seen[:, 1:] - _TOPK.recent_keys)
+    forced &= (position >= seen[:, :1]) & (position < seen[:, 1:])
+    order = (weights + forced).sort(dim=-1, descending=True, stable=True).indices
+    last = torch.tensor(keys, device=order.device).clamp(max=order.shape[-1]) - 1
 
-    def held(weights: torch.Tensor) -> torch.Tensor:
-        """Sums of ordered weights over what each number of keys attends, ``[G, H, R]``."""
-        by_rank = (weights * ~forced).cumsum(-1, dtype=torch.float64)
-        whole = by_rank.gather(-1, place) + (weights * forced).sum(-1, dtype=torch.float64, keepdim=True)
-        return whole.movedim(-1, 0)
+    def held(parts: torch.Tensor) -> torch.Tensor:
+        """Sums of parts ``[H, R, N]`` over what each number of keys attends, ``[G, H, R]``."""
+        return parts.gather(-1, order).cumsum(-1, dtype=torch.float64)[..., last].movedim(-1, 0)
 
-    kept = held(ordered)
+    kept = held(weights)
     error = torch.zeros_like(kept)
     for probe in probes:
-        weights = ordered * score_rows.scores_of(probe, value, buffers, "along").gather(-1, order)
-        dense = weights.sum(-1, dtype=torch.float64)
-        error += (held(weights) / (kept + sink) - dense / (1.0 + sink)).square()
+        along = weights * score_rows.scores_of(probe, value, buffers, "along")
+        dense = along.sum(-1, dtype=torch.float64)
+        error += (held(along) / (kept + sink) - dense / (1.0 + sink)).square()
     visible = (seen[:, 1] - seen[:, 0]).long()
     return RowCurves(visible, support.to(torch.int32), kept.clamp(max=1.0).float(), error.float())

@@ -1,7 +1,6 @@
 """``Profile``: what calibration measured on a model, and the budgets of every layer and head that follow from it."""
 
 import json
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,11 +16,9 @@ from nc_patch.budget import budgets_for, law_values
 from nc_patch.calibration.allocate import Demand, Laws, allocate
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.calibration.fit import Fit, theil_sen
-from nc_patch.common import ProfileError, as_integer, as_number, plain, replace_file, shown
+from nc_patch.common import ProfileError, as_integer, as_number, logger, plain, replace_file, shown
 from nc_patch.config import NCConfig
 from nc_patch.patch import model_shape
-
-logger = logging.getLogger("nc_patch")
 
 Over = Literal["sequence", "last"]
 FORMAT = 1

@@ -1,8 +1,7 @@
 """The one place that chooses which implementation runs an operation."""
 
-import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -11,11 +10,11 @@ from nc_patch.ops.problem import MAX_HEAD_DIM
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
 # Of an op that reads the device's memory on the host: inductor leaves it out of its CUDA graphs.
-READS_HOST: tuple[torch.Tag, ...] = (
-    (torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else ()
-)
+READS_HOST = (torch.Tag.cudagraph_unsafe,)
 # Ampere: what came before lacks the 8-bit matrix instructions and the shared memory that the kernels use.
 _LEAST_CAPABILITY = (8, 0)
+INSTALL_NUMBA = "pip install 'nc_patch[cpu]'"
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 def check_backend(requested: str) -> None:
@@ -33,10 +32,8 @@ def choose_backend(
 ) -> tuple[str, str | None]:
     """The backend that runs a call on ``device``, and why it is not a faster one, where that may surprise.
 
-    Args:
-        head_dims: of the keys, and of the values where they take part.
-        needs_grad: whether a gradient will be asked for, which only PyTorch has.
-        implemented: the backends that have what is called; PyTorch has everything.
+    ``head_dims`` are of the keys, and of the values where they take part; ``needs_grad`` is whether a gradient will be
+    asked for, which only PyTorch has; ``implemented`` are the backends that have what is called.
 
     Raises:
         RuntimeError: a backend was asked for by name where it cannot run.
@@ -44,7 +41,7 @@ def choose_backend(
     if requested == "torch":
         return "torch", None
     reasons = {}
-    for name, problem_of in _PROBLEMS.items():
+    for name, problem_of in (("triton", triton_problem), ("cpu", cpu_problem)):
         if requested not in ("auto", name):
             continue
         nowhere = problem = problem_of(device)
@@ -66,9 +63,6 @@ def choose_backend(
     return "torch", None if has_numba() else f"the CPU kernels need Numba ({INSTALL_NUMBA})"
 
 
-INSTALL_NUMBA = "pip install 'nc_patch[cpu]'"
-
-
 def cpu_problem(device: torch.device) -> str | None:
     """Why the kernels for CPUs cannot run on ``device``, or None where they can."""
     if device.type != "cpu":
@@ -76,15 +70,9 @@ def cpu_problem(device: torch.device) -> str | None:
     return None if has_numba() else f"needs Numba ({INSTALL_NUMBA})"
 
 
-@torch.compiler.assume_constant_result
 def has_numba() -> bool:
     """Whether Numba is installed, which compiles the kernels for CPUs."""
-    return _numba_found()
-
-
-@functools.cache
-def _numba_found() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return _HAS_NUMBA
 
 
 def triton_problem(device: torch.device) -> str | None:
@@ -119,9 +107,3 @@ def _capability_problem(device: torch.device) -> str | None:
         return None
     least, got = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, capability))
     return f"needs a GPU of compute capability {least} or higher, and {device} has {got}"
-
-
-_PROBLEMS: dict[str, Callable[[torch.device], str | None]] = {
-    "triton": lambda device: triton_problem(device),
-    "cpu": lambda device: cpu_problem(device),
-}

@@ -106,11 +106,10 @@ class Problem(NamedTuple):
     ) -> "Problem":
         """The inverse of ``tensors`` and ``flags``."""
         has_sinks, has_means, stats, bounds, page_size, new, audit_seed = flags
-        at = 6 + has_sinks
-        after = at + 2 * has_means
-        sinks, means = tensors[6] if has_sinks else None, PageMeans(*tensors[at:after]) if has_means else None
-        query, key, value, visible, origin, budget = tensors[:6]
-        given = (query, key, value, visible, origin, budget, scale, softcap, sinks, means, tuple(tensors[after:]))
+        query, key, value, visible, origin, budget, *rest = tensors
+        sinks = rest.pop(0) if has_sinks else None
+        means = PageMeans(rest.pop(0), rest.pop(0)) if has_means else None
+        given = (query, key, value, visible, origin, budget, scale, softcap, sinks, means, tuple(rest))
         return cls(*given, page_size, new, most, bool(stats), bool(bounds), audit_seed)
 
 
@@ -126,7 +125,7 @@ class AttentionResult(NamedTuple):
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
         kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
         enlarged: float32 ``[Hq, 2]``, how many blocks of queries there are, and how many attend more than their budget.
-        audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what such a choice keeps; columns ``AUDIT_COLUMNS``.
+        audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what such a choice keeps; see ``stats.tally_audit``.
     """
 
     output: torch.Tensor

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from nc_patch.common import as_bool, shown
+from nc_patch.common import check_bool, check_choice, shown
 from nc_patch.ops.attend_rows import attend_rows
 from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
 from nc_patch.ops.reference import raw_scores, reference_attention
@@ -18,11 +18,7 @@ Kind = TypeVar("Kind", bound="type[Selection]")
 
 
 class Choice:
-    """Which keys the rows of a problem attend, block of rows by block of rows.
-
-    Attributes:
-        blocks: the row blocks; together they hold every row that sees a key.
-    """
+    """Which keys the rows of a problem attend, by ``blocks`` of rows that together hold every row that sees a key."""
 
     def __init__(self, problem: Problem, selection: "Selection") -> None:
         self._problem, self._selection = problem, selection
@@ -131,7 +127,7 @@ class Selection:
         return False
 
     def choice(self, problem: Problem) -> Choice:
-        """What each block of rows attends, for a forward pass or a gradient in PyTorch."""
+        """What each block of rows attends, for a forward or backward pass in PyTorch."""
         return Choice(problem, self)
 
     def prefill_torch(self, problem: Problem) -> AttentionResult:
@@ -163,28 +159,24 @@ class Selection:
 
     def numbers(self) -> list[float]:
         """The options as numbers, which is how operations of ``torch.library`` take them."""
-        found = []
-        for option in self.options:
-            value = getattr(self, option)
-            if value is None:
-                value = math.nan
-            found.append(float(self.choices[option].index(value) if option in self.choices else value))
-        return found
+        values = {option: getattr(self, option) for option in self.options}
+        values |= {option: choices.index(values[option]) for option, choices in self.choices.items()}
+        return [math.nan if value is None else float(value) for value in values.values()]
 
     @classmethod
     def from_numbers(cls, numbers: Iterable[float]) -> "Selection":
         """The inverse of ``numbers``."""
         values: dict[str, Any] = {}
-        annotations = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
-        for option, number in zip(cls.options, numbers, strict=True):
-            default = getattr(cls, option)
-            if option in cls.choices:
-                values[option] = cls.choices[option][int(number)]
-            elif default is None:
-                kind = int if annotations[option] == "int | None" else float
-                values[option] = None if math.isnan(number) else kind(number)
+        for field, number in zip(fields(cls), numbers, strict=True):  # type: ignore[arg-type]
+            if field.name in cls.choices:
+                values[field.name] = cls.choices[field.name][int(number)]
+            elif math.isnan(number):
+                values[field.name] = None
+            elif field.default is None:
+                values[field.name] = int(number) if "int" in str(field.type) else number
             else:
-                values[option] = type(default)(number)
+                kind: Any = type(field.default)
+                values[field.name] = kind(number)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,12 +195,13 @@ def register(name: str) -> Callable[[Kind], Kind]:
     """
 
     def add(kind: Kind) -> Kind:
-        kind.name, kind.options = name, tuple(field.name for field in fields(kind))  # type: ignore[arg-type]
-        for field in fields(kind):  # type: ignore[arg-type]
-            listed = field.name in kind.choices and field.default in kind.choices[field.name]
-            if field.default is MISSING or not (listed or isinstance(field.default, (int, float, type(None)))):
+        options = fields(kind)  # type: ignore[arg-type]
+        kind.name, kind.options = name, tuple(option.name for option in options)
+        for option in options:
+            listed = option.default in kind.choices.get(option.name, ())
+            if option.default is MISSING or not (listed or isinstance(option.default, (int, float, type(None)))):
                 raise TypeError(
-                    f"{kind.__name__}.{field.name} needs a default that is a number, a bool or None, or a string of "
+                    f"{kind.__name__}.{option.name} needs a default that is a number, a bool or None, or a string of "
                     "its choices"
                 )
         _SELECTIONS[name] = kind
@@ -236,9 +229,8 @@ def selection_class(name: str) -> "type[Selection]":
 def check_options(selection: Selection) -> None:
     """Raises ValueError or TypeError unless the options that are bools or of listed strings are that."""
     for option in selection.options:
-        value, default = getattr(selection, option), getattr(type(selection), option)
-        if option in selection.choices and value not in selection.choices[option]:
-            allowed = ", ".join(map(repr, selection.choices[option]))
-            raise ValueError(f"{selection.shorthand.get(option, option)} must be one of {allowed}, got {shown(value)}")
-        if isinstance(default, bool) and as_bool(value) is None:
-            raise TypeError(f"{selection.shorthand.get(option, option)} must be True or False, got {shown(value)}")
+        value, called = getattr(selection, option), selection.shorthand.get(option, option)
+        if option in selection.choices:
+            check_choice(called, value, selection.choices[option])
+        elif isinstance(getattr(type(selection), option), bool):
+            check_bool(called, value)

@@ -153,17 +153,15 @@ def launch_attention(
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
-    check_problem(problem)
-    query, means, wanted = problem.query, problem.means, problem.stats
+    problem = prepared(problem)
+    query, means = problem.query, problem.means
     (B, Hq, Lq, D), (Lk, DV), device = query.shape, problem.value.shape[2:], query.device
-    Hkv, group = Hq // problem.group, problem.group
-    architecture = architecture_of(device)
+    Hkv, group, architecture = problem.key.shape[1], problem.group, architecture_of(device)
     tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group, means is not None)
-    origin = None if means is None else problem.origin.contiguous()
     arguments = {
         "query": heads_of(query, tiles),
         "key": heads_of(problem.key, tiles),
-        "inputs": RowInputs(problem.visible.contiguous(), problem.budget.contiguous(), origin),
+        "inputs": RowInputs(problem.visible, problem.budget, None if means is None else problem.origin),
         "budget_heads": problem.budget.shape[1],
         "num_kv_heads": Hkv,
         "group": group,
@@ -186,18 +184,10 @@ def launch_attention(
     if means is not None:
         tail = Tail(heads_of(means.key, tiles), heads_of(means.value, tiles), tail_shape_of(D, DV, tiles))
     output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
-    lse, kept_mass = (floats(), floats()) if wanted else (None, None)
-    launch.run(
-        attend_kernel,
-        value=heads_of(problem.value, tiles),
-        limits=limits,
-        tail=tail,
-        sinks=None if problem.sinks is None else problem.sinks.contiguous(),
-        output=output,
-        lse=lse,
-        kept_mass=kept_mass,
-        settings=settings_of(problem),
-    )
+    lse, kept_mass = (floats(), floats()) if problem.stats else (None, None)
+    value, settings = heads_of(problem.value, tiles), settings_of(problem)
+    results = {"output": output, "lse": lse, "kept_mass": kept_mass}
+    launch.run(attend_kernel, value=value, limits=limits, tail=tail, sinks=problem.sinks, settings=settings, **results)
     return AttentionResult(output, lse, kept_mass)
 
 
@@ -291,13 +281,8 @@ def alignment(*tensors: torch.Tensor | None) -> tuple[bool | None, ...]:
 
 
 def heads_of(tensor: torch.Tensor, tiles: Tiles) -> Heads:
-    """The structure for ``[B, H, L, D]``; of a copy where a tile of it could not be addressed."""
-    return heads(addressable(tensor, tiles.keys))
-
-
-def addressable(tensor: torch.Tensor, keys: int) -> torch.Tensor:
-    """The tensor with its last axis dense and, within a tile of ``keys``, offsets that fit 32 bits; else a copy."""
-    return tensor if tensor.stride(-1) == 1 and tensor.stride(2) * keys < 2**31 else tensor.contiguous()
+    """The structure for ``[B, H, L, D]``; of a copy where offsets within a tile do not fit 32 bits."""
+    return heads(tensor if tensor.stride(2) * tiles.keys < 2**31 else tensor.contiguous())
 
 
 def dense_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@
 Nothing of size Lq * Lk is stored. The plan reads the device three times, once for all layers of a forward pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from nc_patch.ops.triton.launch import (
 from nc_patch.ops.triton.structs import heads
 from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, plan_of
-from nc_patch.selections.block.prefill_attend import Results, attend_blocks_kernel, blank_rows_kernel
+from nc_patch.selections.block.prefill_attend import Results, attend_blocks_kernel
 from nc_patch.selections.block.prefill_choice import Choice, Plan, Scratch, choose_blocks_kernel, score_blocks_kernel
 
 # Scores of a chunk of query blocks: about what the second level cache of a large GPU holds. A chunk that gives the
@@ -44,15 +45,11 @@ _SEGMENT = 4096
 _ROWS_AT_ONCE = 16
 _BLOCKS_AT_ONCE = 128
 _RANKS_AT_ONCE = 1024
-_BLANK = Tiles(32, 1, 4, 1)
 
 
 @dataclass(frozen=True)
 class BlockTiles:
-    """Tile sizes of the kernels that score and that attend, and keys of a tile there that masks are applied to.
-
-    Masks cost registers, and at the edges a tile is rarely full: so few keys.
-    """
+    """Tile sizes of the kernels that score and that attend, and of the masked edges there: masks cost registers."""
 
     score: Tiles
     attend: Tiles
@@ -115,57 +112,51 @@ def triton_block_attention(problem: Problem, options: BlockOptions) -> Attention
 
 
 def choose_blocks(
-    problem: Problem,
-    plan: BlockPlan,
-    tiles: Tiles,
-    options: BlockOptions,
-    expected: torch.Tensor | None = None,
+    problem: Problem, plan: BlockPlan, tiles: Tiles, options: BlockOptions, expected: torch.Tensor | None = None
 ) -> tuple[BlockChoice, torch.Tensor]:
     """The blocks that each query block attends, and int32 ``[N, Hkv]``, how many of them ``min_mass`` has added.
 
     ``expected``, float32 ``[N, Hq]``, is given the mean kept mass of each query block's sampled rows, 1 without any.
     """
-    query, key = problem.query, problem.key
-    Hkv, group, (N, S) = key.shape[1], problem.group, (len(plan.listed), plan.samples.shape[0])
-    architecture = architecture_of(query.device)
+    query, device, D = problem.query, problem.query.device, problem.query.shape[3]
+    Hkv, group, N, S = problem.key.shape[1], problem.group, len(plan.listed), plan.samples.shape[0]
+    architecture = architecture_of(device)
+    chunks = score_chunks(plan, Hkv, group, multiprocessors(device))
 
     def scratch(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=query.device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
-    def segments_of(chunk: Chunk) -> int:
-        return max(1, triton.cdiv(chunk.width * options.size, _SEGMENT))
+    def scratch_for(size: Callable[[Chunk], int]) -> torch.Tensor:
+        return scratch(max(map(size, chunks), default=0) * Hkv)
 
-    indices = torch.full((N, Hkv, plan.capacity), -1, dtype=torch.int32, device=query.device)
+    indices = torch.full((N, Hkv, plan.capacity), -1, dtype=torch.int32, device=device)
     kept = None if expected is None else scratch(Hkv, S, group)
     choice = Choice(indices, torch.empty_like(plan.law), kept)
-    chunks = score_chunks(plan, Hkv, group, multiprocessors(query.device))
-    most_scores = max((chunk.width * chunk.samples for chunk in chunks), default=0) * group * Hkv
-    most_blocks = max((chunk.width * (chunk.last - chunk.first) for chunk in chunks), default=0) * Hkv
-    most_rows = max((chunk.samples * segments_of(chunk) for chunk in chunks), default=0) * group * Hkv
-    row_lse = scratch(most_rows)
-    masses = scratch(most_blocks) if options.enlarges else None
+    row_lse = scratch_for(lambda chunk: chunk.samples * group * _segments(chunk, options))
+    blocks = lambda chunk: chunk.width * (chunk.last - chunk.first)  # noqa: E731
+    masses = scratch_for(blocks) if options.enlarges else None
     both = {
         "plan": Plan(plan.table, plan.samples, plan.sample_owner, plan.recent, plan.law, plan.limit),
-        "scores": scratch(most_scores),
+        "scores": scratch_for(lambda chunk: chunk.width * chunk.samples * group),
         "group": group,
     }
     scored = {
         **both,
         "row_lse": row_lse,
         "query": heads(query),
-        "key": heads(key),
+        "key": heads(problem.key),
         "visible": problem.visible,
         "Lq": query.shape[2],
-        "Lk": key.shape[2],
+        "Lk": problem.key.shape[2],
         "settings": settings_of(problem),
-        "shape": shape_of(query.shape[3], query.shape[3], tiles),
+        "shape": shape_of(D, D, tiles),
         "BLOCK_SIZE": options.size,
         "MASS": options.enlarges,
-        **score_options(query.shape[3], tiles, architecture),
+        **score_options(D, tiles, architecture),
     }
     chosen = {
         **both,
-        "scratch": Scratch(scratch(most_blocks), masses, row_lse),
+        "scratch": Scratch(scratch_for(blocks), masses, row_lse),
         "choice": choice,
         "num_kv_heads": Hkv,
         "sample_count": S,
@@ -177,16 +168,14 @@ def choose_blocks(
         **compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),
     }
     for chunk in chunks:
-        row_count, segments = chunk.samples * group, segments_of(chunk)
-        of_chunk = {"first_sample": chunk.first_sample, "row_count": row_count, "width": chunk.width}
-        if row_count:
-            score_blocks_kernel[(triton.cdiv(row_count, tiles.rows), Hkv, segments)](**of_chunk, **scored)
-        choose_blocks_kernel[(chunk.last - chunk.first, Hkv)](
-            first_number=chunk.first, segments=segments, **of_chunk, **chosen
-        )
+        rows, segments = chunk.samples * group, _segments(chunk, options)
+        of_chunk = {"first_sample": chunk.first_sample, "row_count": rows, "width": chunk.width}
+        if rows:
+            score_blocks_kernel[(triton.cdiv(rows, tiles.rows), Hkv, segments)](**of_chunk, **scored)
+        pairs = (chunk.last - chunk.first, Hkv)
+        choose_blocks_kernel[pairs](first_number=chunk.first, segments=segments, **of_chunk, **chosen)
     if expected is not None and kept is not None:
-        of_samples = kept.transpose(0, 1).reshape(S, -1)
-        lengths = plan.table[:, 9].long()
+        of_samples, lengths = kept.transpose(0, 1).reshape(S, -1), plan.table[:, 9].long()
         mean = torch.segment_reduce(of_samples, "sum", lengths=lengths, axis=0, unsafe=True) / lengths[:, None]
         expected.copy_(mean.masked_fill(lengths[:, None] == 0, 1.0))
     return BlockChoice(choice.indices, choice.counts), choice.counts - plan.law
@@ -222,6 +211,10 @@ def score_chunks(plan: BlockPlan, kv_heads: int, group: int, multiprocessors: in
     return chunks
 
 
+def _segments(chunk: Chunk, options: BlockOptions) -> int:
+    return max(1, triton.cdiv(chunk.width * options.size, _SEGMENT))
+
+
 def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, Any]:
     """Options of the compiler for ``score_blocks_kernel``: on Hopper registers for two programs, where they suffice."""
     options = compile_options(tiles, architecture)
@@ -243,39 +236,36 @@ def attend_blocks(
 
     lse, lse_keys = (result(torch.float32) if problem.stats else None for _ in range(2))
     results = Results(result(query.dtype, DV), lse, lse_keys, result(torch.int32))
-    if results.output.numel() == 0:
+    N, sizes = len(plan.listed), [block.last - block.first for block in plan.listed]
+    if sum(sizes) < B * Lq:  # some rows see no key
+        for tensor, nothing in zip(results, (0.0, -torch.inf, -torch.inf, 0), strict=True):
+            if tensor is not None:
+                tensor.fill_(nothing)
+        if lse is not None and problem.sinks is not None:
+            lse.copy_(problem.sinks[:, None])
+    if N == 0 or results.output.numel() == 0:
         return results
-    N, group, architecture = len(plan.listed), Hq // Hkv, architecture_of(query.device)
-    shape = shape_of(D, DV, tiles.attend)
-    common = {
-        "visible": problem.visible,
-        "sinks": None if problem.sinks is None else problem.sinks.contiguous(),
-        "results": results,
-        "Lq": Lq,
-        "shape": shape,
-    }
-    if N:
-        longest = max(block.last - block.first for block in plan.listed)
-        row_tiles = triton.cdiv(longest * group, tiles.attend.rows)
-        attend_blocks_kernel[(N * Hkv * row_tiles,)](
-            query=heads(query),
-            key=heads(problem.key),
-            value=heads(value),
-            table=plan.table,
-            choice=choice,
-            query_blocks=N,
-            num_kv_heads=Hkv,
-            group=group,
-            Lk=Lk,
-            capacity=choice.block_indices.shape[2],
-            row_tiles=row_tiles,
-            settings=settings_of(problem),
-            EDGE_N=tiles.edge_keys,
-            BLOCK_SIZE=block_size,
-            **common,
-            **compile_options(tiles.attend, architecture),
-        )
-    blank_rows_kernel[(triton.cdiv(B * Lq, _BLANK.rows),)](
-        heads=Hq, row_count=B * Lq, BLOCK_R=_BLANK.rows, **common, **compile_options(_BLANK, architecture)
+    row_tiles = triton.cdiv(max(sizes) * problem.group, tiles.attend.rows)
+    attend_blocks_kernel[(N * Hkv * row_tiles,)](
+        query=heads(query),
+        key=heads(problem.key),
+        value=heads(value),
+        visible=problem.visible,
+        table=plan.table,
+        choice=choice,
+        sinks=problem.sinks,
+        results=results,
+        query_blocks=N,
+        num_kv_heads=Hkv,
+        group=problem.group,
+        Lq=Lq,
+        Lk=Lk,
+        capacity=choice.block_indices.shape[2],
+        row_tiles=row_tiles,
+        settings=settings_of(problem),
+        shape=shape_of(D, DV, tiles.attend),
+        EDGE_N=tiles.edge_keys,
+        BLOCK_SIZE=block_size,
+        **compile_options(tiles.attend, architecture_of(query.device)),
     )
     return results

@@ -1,4 +1,4 @@
-"""The kernel of block-sparse prefill that attends the chosen key blocks, and the one for rows that see no key."""
+"""The kernel of block-sparse prefill that attends the chosen key blocks."""
 
 from typing import Any, NamedTuple
 
@@ -39,26 +39,9 @@ class Results(NamedTuple):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "query_blocks", "capacity", "row_tiles"])
 def attend_blocks_kernel(
-    query,
-    key,
-    value,
-    visible,
-    table,
-    choice,
-    sinks,
-    results,
-    query_blocks,
-    num_kv_heads,
-    group,
-    Lq,
-    Lk,
-    capacity,
-    row_tiles,
-    settings,
-    shape,
-    EDGE_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
+    query, key, value, visible, table, choice, sinks, results, query_blocks, num_kv_heads, group, Lq, Lk, capacity,
+    row_tiles, settings, shape, EDGE_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
     """The ``Results`` of ``BLOCK_M`` rows of one query block and key/value head over the blocks chosen for them.
 
     All rows attend the same blocks, so that a tile of keys, gathered from several blocks, is loaded once for the group.
@@ -161,27 +144,3 @@ def clear_run(block_list, count, begin, rows, BLOCK_N: tl.constexpr, BLOCK_SIZE:
         before += tl.sum(((entry < count) & (position < clear_from)).to(tl.int32), axis=0)
         until += tl.sum(((entry < count) & (position + BLOCK_SIZE <= clear_to)).to(tl.int32), axis=0)
     return before * BLOCK_SIZE, tl.maximum(until - before, 0) * BLOCK_SIZE // BLOCK_N
-
-
-@triton.jit(do_not_specialize=[*PER_CALL, "heads", "row_count"])
-def blank_rows_kernel(visible, sinks, results, heads, Lq, row_count, BLOCK_R: tl.constexpr, shape):
-    """What the rows are given that see no key: output 0, attended 0, and the sink for a log-sum-exp."""
-    flat = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists = flat < row_count
-    start = tl.load(visible + flat.to(tl.int64) * 2, mask=exists, other=0)
-    end = tl.load(visible + flat.to(tl.int64) * 2 + 1, mask=exists, other=1)
-    blank = exists & (end <= start)
-    dv = tl.arange(0, shape.BLOCK_DV)
-    if tl.max(blank.to(tl.int32), axis=0) > 0:
-        for head in range(heads):
-            row = ((flat // Lq).to(tl.int64) * heads + head) * Lq + flat % Lq
-            zeros = tl.zeros([BLOCK_R, shape.BLOCK_DV], dtype=results.output.dtype.element_ty)
-            inside = blank[:, None] & (dv[None, :] < shape.DV)
-            tl.store(results.output + row[:, None] * shape.DV + dv[None, :], zeros, mask=inside)
-            tl.store(results.attended + row, tl.zeros([BLOCK_R], dtype=tl.int32), mask=blank)
-            if results.lse is not None:
-                lse = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
-                tl.store(results.lse_keys + row, lse, mask=blank)
-                if sinks is not None:
-                    lse = tl.zeros([BLOCK_R], dtype=tl.float32) + tl.load(sinks + head).to(tl.float32)
-                tl.store(results.lse + row, lse, mask=blank)

@@ -81,23 +81,9 @@ class BlockScores(NamedTuple):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "first_sample", "row_count", "width"])
 def score_blocks_kernel(
-    query,
-    key,
-    visible,
-    plan,
-    scores,
-    row_lse,
-    group,
-    Lq,
-    Lk,
-    first_sample,
-    row_count,
-    width,
-    settings,
-    shape,
-    BLOCK_SIZE: tl.constexpr,
-    MASS: tl.constexpr,
-):
+    query, key, visible, plan, scores, row_lse, group, Lq, Lk, first_sample, row_count, width, settings, shape,
+    BLOCK_SIZE: tl.constexpr, MASS: tl.constexpr,
+):  # fmt: skip
     """The logits of key blocks for sampled rows: ``scores [num_kv_heads, width, row_count]``.
 
     A block's logit is its highest, or with ``MASS`` the log-sum-exp of its keys'. Of each segment of the keys a row's
@@ -106,10 +92,9 @@ def score_blocks_kernel(
     Rows are (sample, query head of the group), the head running fastest, from the plan's ``first_sample`` on; blocks
     are counted from the first that the row's query block sees.
 
-    A program takes ``BLOCK_M`` consecutive rows of one key/value head, whatever query blocks they belong to: with 4
-    sampled rows a query block and 4 query heads a group, 128 rows are those of 8 query blocks, so that keys are read
-    once for 8 of them. A block's logit needs nothing of the others, so that the third axis of the grid divides the keys
-    that a program's rows see into segments.
+    A program takes ``BLOCK_M`` consecutive rows of one key/value head, whatever query blocks they belong to, so that
+    keys are read once for several query blocks. A block's logit needs nothing of the others: the third axis of the grid
+    divides the keys that a program's rows see into segments.
     """
     kv_head = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
@@ -161,25 +146,9 @@ def score_blocks_kernel(
 
 @triton.jit
 def score_tiles(
-    queries,
-    keys,
-    rows,
-    low,
-    from_tile,
-    to_tile,
-    later_from,
-    later_to,
-    Lk,
-    written,
-    first_block,
-    peak,
-    total,
-    settings,
-    shape,
-    BLOCK_SIZE: tl.constexpr,
-    MASS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    queries, keys, rows, low, from_tile, to_tile, later_from, later_to, Lk, written, first_block, peak, total, settings,
+    shape, BLOCK_SIZE: tl.constexpr, MASS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Scores the tiles ``from_tile:to_tile`` and ``later_from:later_to`` of the keys from ``low`` on.
 
     ``first_block`` is the number that each row gives to the block at ``low``. Returns the softmax over blocks that each
@@ -206,15 +175,9 @@ def score_tiles(
 
 @triton.jit
 def block_logits(
-    raw,
-    seen,
-    settings,
-    BLOCK_M: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    MASS: tl.constexpr,
+    raw, seen, settings, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASS: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """The logit in base 2 of each block of a tile of raw scores ``[BLOCK_M, BLOCKS * BLOCK_SIZE]``."""
     if MASS:
         bent, factor = factored_logits(raw, settings)
@@ -268,24 +231,9 @@ class Choice(NamedTuple):
     ]
 )
 def choose_blocks_kernel(
-    plan,
-    scores,
-    scratch,
-    choice,
-    num_kv_heads,
-    group,
-    first_number,
-    first_sample,
-    segments,
-    sample_count,
-    row_count,
-    width,
-    capacity,
-    min_mass,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    plan, scores, scratch, choice, num_kv_heads, group, first_number, first_sample, segments, sample_count, row_count,
+    width, capacity, min_mass, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """The ``Choice`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
 
     Reads the ``scores``, as ``score_blocks_kernel`` writes them, once, for the largest share that any row puts on each
