@@ -80,6 +80,7 @@ def _run(
     problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags, most)
     chosen = selection_class(selection).from_numbers(numbers[2:])
     output, *found = chosen.run(problem, backend)
+    output = output.contiguous()  # as compiled graphs expect; kernels for CPUs write it as the model goes on with it
     given = zip(found, _fields(chosen, problem), strict=True)
     nothing = lambda dtype: output.new_empty(0, dtype=dtype)  # noqa: E731
     return [output, *(t if wanted and t is not None else nothing(dtype) for t, (wanted, _, dtype) in given)]

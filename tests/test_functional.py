@@ -73,6 +73,15 @@ def test_custom_ops_keep_the_contract_of_torch(way):
     torch.library.opcheck(op, (problem.tensors(), *library.arguments(chosen, problem, "torch")))
 
 
+@pytest.mark.parametrize("way", [way for way in PREFILL if way != "drop"])
+def test_the_kernels_for_cpus_return_what_compiled_graphs_expect(way):
+    pytest.importorskip("numba", reason="Numba is not installed")
+    case = random_case(8, longest=40)
+    problem, chosen = problem_of_case(case), case.selection(way)
+    arguments = (problem.tensors(), *library.arguments(chosen, problem, "cpu"))
+    torch.library.opcheck(library.operation(chosen, problem, "cpu"), arguments, test_utils="test_faketensor")
+
+
 @EACH_SELECTION
 def test_it_compiles_without_a_graph_break(selection):
     query, key, value = tensors()
