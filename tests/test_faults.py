@@ -88,6 +88,7 @@ def fail_at_lines(options: dict, error: type[BaseException], new_tokens: int, wa
     new, next_one, filled = ids[:, LENGTH:-1], ids[:, -1:], DynamicCache()
     logits(model, ids[:, :LENGTH], filled)
     expected, fresh = without_index(model, options, filled, new), logits(model, ids)
+    logits(model, new, copy.deepcopy(filled))  # what is worked out once for all calls
     twin = copy.deepcopy(filled)
     with Lines() as lines:
         found = logits(model, new, twin)
