@@ -11,20 +11,19 @@ from nc_patch.visibility import BOUNDARIES, is_packed, made_for
 
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
 IMPLEMENTATION = "nc_sparse"
+# While continuous batching runs. It must contain "flash", or transformers makes masks of all its requests' keys.
+PAGED_IMPLEMENTATION = "nc_sparse_flash"
 
 
 def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
-    """Forward pre-hook of a patched attention module: what was switched to another implementation does not run dense.
-
-    Continuous batching switches to flash attention by itself where that is installed.
-    """
+    """Forward pre-hook of a patched attention module: what was switched to another implementation is not run dense."""
     # As it is stored: the property of a config takes longer than the rest of the hook.
     implementation = vars(module.config).get("_attn_implementation_internal")
-    if implementation != IMPLEMENTATION:
+    if implementation not in (IMPLEMENTATION, PAGED_IMPLEMENTATION):
         raise UnsupportedModelError(
             f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "
-            "since, by set_attn_implementation or by continuous batching: it would run dense. Call unpatch_model to "
-            "run it so, or patch_model again for sparse attention."
+            "since, by set_attn_implementation: it would run dense. Call unpatch_model to run it so, or patch_model "
+            "again for sparse attention."
         )
 
 
