@@ -13,7 +13,7 @@ import torch
 from nc_patch.attention import PATCH_ATTRIBUTE, LayerPatch, Observed
 from nc_patch.common import as_integer
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
-from nc_patch.continuous import serve_plain, serve_sparse
+from nc_patch.continuous import serve
 from nc_patch.families import attention_modules, check_is_module, left_dense, mask_builders, say_left_dense
 from nc_patch.hooks import (
     IMPLEMENTATION,
@@ -92,7 +92,7 @@ def patch_model(
         for holder in _holders(model):
             if "_hf_hook" in vars(holder) and hand_on_mask not in holder._forward_pre_hooks.values():
                 holder.register_forward_pre_hook(hand_on_mask, with_kwargs=True)
-    serve_sparse(model)
+    serve(model, sparse=True)
     say_left_dense(model, [module for _, module in modules])
     return model
 
@@ -104,7 +104,7 @@ def unpatch_model(model: Model) -> Model:
         ValueError: the model is not patched; ``is_patched`` says whether it is.
     """
     modules, holders = _patched_modules(model), _holders(model)
-    serve_plain(model)
+    serve(model, sparse=False)
     with _LOCK:
         for module, _ in modules:
             delattr(module, PATCH_ATTRIBUTE)
