@@ -144,6 +144,7 @@ def patched(
                 for module, patch in before:
                     if not _attach(module, patch):  # the block has unpatched it
                         _use(module, IMPLEMENTATION)
+            serve(model, sparse=True)
         elif is_patched(model):
             unpatch_model(model)
 

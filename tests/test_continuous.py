@@ -1,0 +1,233 @@
+"""Continuous batching of transformers on a patched model: each request gets the tokens that generate gives it alone."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, tiny_model
+from torch.testing import assert_close
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import RequestState
+
+from nc_patch import NCConfig, UnsupportedModelError, nc_stats, patch_model, patched, unpatch_model
+from nc_patch.patch import observed
+
+NEW = 14
+NO_END = {"max_new_tokens": NEW, "pad_token_id": 0}
+PAGES = {"alpha": 2.0, "C": 0.5, "dense_below": 0, "decode": "block"}
+Tokens = list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Tokens:
+    """Some as long as whole pages, some with a prompt's last token in a pass of its own, two that begin alike."""
+    draw = torch.Generator().manual_seed(1)
+    found = [torch.randint(3, VOCABULARY, (n,), generator=draw).tolist() for n in (5, 37, 128, 65, 200)]
+    return [*found, found[4][:96] + found[1][:20]]
+
+
+@pytest.fixture(scope="module")
+def dense(prompts) -> tuple[Tokens, list[float]]:
+    """What the unpatched model makes of them."""
+    return batched(tiny_model("llama", max_position_embeddings=1024), prompts)
+
+
+def model_with(**settings: Any) -> Any:
+    return patch_model(tiny_model("llama", max_position_embeddings=1024), **settings)
+
+
+def alone(model: Any, prompts: Tokens) -> tuple[Tokens, list[float]]:
+    """Tokens of generate for each prompt by itself, and their log-probabilities."""
+    how = GenerationConfig(**NO_END, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    tokens, logprobs = [], []
+    for prompt in prompts:
+        found = model.generate(torch.tensor([prompt]), generation_config=how)
+        new = found.sequences[0, len(prompt) :]
+        tokens.append(new.tolist())
+        logits = torch.cat(found.logits).log_softmax(-1)
+        logprobs += logits.gather(1, new[:, None]).flatten().tolist()
+    return tokens, logprobs
+
+
+def batched(model: Any, prompts: Tokens, copies: int = 1, **options: Any) -> tuple[Tokens, list[float]]:
+    """The same of all prompts together; each ``copies`` times, which shares or copies the blocks of its prompt."""
+    settings = ContinuousBatchingConfig(
+        **{"page_size": 16, "num_blocks": 120, "max_batch_tokens": 64, "return_logprobs": True, **options}
+    )
+    # Several continuations need sampling, of which top_k=1 leaves nothing to chance.
+    sampling = {"do_sample": True, "top_k": 1, "num_return_sequences": copies} if copies > 1 else {"do_sample": False}
+    found = model.generate_batch(prompts, GenerationConfig(**NO_END, **sampling), settings)
+    assert [output.error for output in found.values()] == [None] * (len(prompts) * copies)
+    outputs = [output for output in found.values() if "child" not in output.request_id or copies > 1]
+    return [output.generated_tokens for output in outputs], [x for output in outputs for x in output.logprobs]
+
+
+def assert_as_alone(model: Any, prompts: Tokens, copies: int = 1, **options: Any) -> Tokens:
+    tokens, logprobs = alone(model, prompts)
+    found, found_logprobs = batched(model, prompts, copies, **options)
+    assert found == [request for request in tokens for _ in range(copies)]
+    if copies == 1:
+        assert_close(torch.tensor(found_logprobs), torch.tensor(logprobs), atol=2e-3, rtol=0)
+    return tokens
+
+
+NO_TABLES = {"max_blocks_per_request": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({**PAGES, "prefill": "dense"}, {}),
+        ({**PAGES, "prefill": "topk"}, {}),
+        ({**PAGES, "prefill": "topk"}, NO_TABLES),
+        ({**PAGES, "prefill": "topk", "block_size": 32}, {"page_size": 64}),
+        ({**PAGES, "prefill": "topk", "alpha": [2.0, [1.0, 2.0, 3.0, 4.0], 1.5], "dense_layers": [2]}, {}),
+        ({**PAGES, "prefill": "topk", "dense_below": 100}, {"allow_block_sharing": False}),
+        ({**PAGES, "prefill": "block"}, {"max_batch_tokens": 1024, "allow_block_sharing": False}),
+        ({**PAGES, "prefill": "window", "decode": "window"}, NO_TABLES),
+        ({**PAGES, "prefill": "topk", "decode": "dense"}, {"scheduler_type": "prefill_first"}),
+    ],
+    ids=["dense", "topk", "no tables", "pages of 32", "by head", "dense below", "block", "window", "dense decode"],
+)
+def test_each_request_gets_what_it_gets_alone(prompts, dense, settings, options):
+    model = model_with(**settings)
+    assert assert_as_alone(model, prompts, **options) != dense[0]
+    assert nc_stats(model)["attended_fraction"] < 0.9
+
+
+@pytest.mark.parametrize("settings", [{"decode": "block"}, {}, {"prefill": "topk", "decode": "window"}])
+def test_with_a_full_budget_it_is_that_of_the_unpatched_model(prompts, dense, settings):
+    found, logprobs = batched(model_with(alpha=1.0, C=1.0, **settings), prompts)
+    assert found == dense[0]
+    assert_close(torch.tensor(logprobs), torch.tensor(dense[1]), atol=1e-4, rtol=0)
+
+
+def test_block_sparse_prefill_in_pieces_of_whole_query_blocks_is_that_of_the_prompt_at_once(prompts):
+    model = model_with(**PAGES, prefill="block")
+    assert_as_alone(model, [prompts[4]], max_batch_tokens=128)
+    assert nc_stats(model)["layers"][0]["dense_calls"] == {}
+
+
+def test_a_query_block_that_a_pass_cuts_attends_every_key_and_the_statistics_say_so(prompts):
+    model, dense = model_with(**PAGES, prefill="block"), model_with(**PAGES, prefill="dense")
+    prompt = prompts[4][:63]
+    tokens, logprobs = alone(dense, [prompt])
+    found, found_logprobs = batched(model, [prompt], max_batch_tokens=40)
+    assert found == tokens
+    assert_close(torch.tensor(found_logprobs), torch.tensor(logprobs), atol=2e-3, rtol=0)
+    assert nc_stats(model)["layers"][0]["dense_calls"] == {"a pass cuts it": 2}
+
+
+def test_a_request_that_is_computed_again_continues_as_it_began(prompts, monkeypatch):
+    again, begin_again = [], RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda self: again.append(self) or begin_again(self)
+    )
+    # Each grows out of its sixth block, and there is one block more.
+    requests = [prompts[4][start : start + 95] for start in (0, 50, 100)]
+    memory = {"num_blocks": 19, "max_batch_tokens": 512, "safety_margin": 0.0, "allow_block_sharing": False}
+    assert_as_alone(model_with(**PAGES, prefill="topk"), requests, **memory)
+    assert any(request.generated_tokens for request in again)
+
+
+@pytest.mark.parametrize("options", [{}, {"page_size": 64, "allow_block_sharing": False}], ids=["shared", "copied"])
+def test_several_continuations_of_a_prompt_are_what_each_is_alone(prompts, options):
+    assert_as_alone(model_with(**PAGES, prefill="topk"), prompts[1:5], 3, num_blocks=300, **options)
+
+
+def test_a_request_counts_what_generate_counts(prompts):
+    model, other = model_with(**PAGES, prefill="topk"), model_with(**PAGES, prefill="topk")
+    alone(model, [prompts[3]])
+    batched(other, [prompts[3]])
+    for name in ("attended_fraction", "mean_keys"):
+        assert nc_stats(other)[name] == pytest.approx(nc_stats(model)[name])
+
+
+def test_a_session_that_is_kept_serves_again_until_the_model_is_patched_anew(prompts):
+    model = model_with(**PAGES, prefill="topk")
+    how = GenerationConfig(**NO_END, do_sample=False)
+    settings = ContinuousBatchingConfig(page_size=16, num_blocks=120, max_batch_tokens=64)
+    expected = alone(model, prompts)[0]
+    for _ in range(2):
+        found = model.generate_batch(prompts, how, settings, persistent_manager=True)
+        assert [output.generated_tokens for output in found.values()] == expected
+    with patched(model, **{**PAGES, "alpha": 1.0, "prefill": "topk"}):
+        assert assert_as_alone(model, prompts[3:]) != expected[3:]
+    assert batched(model, prompts)[0] == expected
+
+
+def test_unpatching_gives_back_the_models_own_continuous_batching(prompts, dense):
+    model = unpatch_model(model_with(**PAGES))
+    assert "init_continuous_batching" not in model.__dict__
+    assert batched(model, prompts) == dense
+    assert type(model.init_continuous_batching(GenerationConfig(**NO_END))) is ContinuousBatchingManager
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_copies_and_pickles_serve_by_themselves(prompts):
+    model = model_with(**PAGES, prefill="topk")
+    tokens = alone(model, prompts[:3])[0]
+    calls = nc_stats(model)["layers"][0]["calls"]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert batched(other, prompts[:3])[0] == tokens
+        assert nc_stats(other)["layers"][0]["calls"] > calls == nc_stats(model)["layers"][0]["calls"]
+
+
+def test_a_session_goes_on_after_a_pause_and_fails_when_the_model_is_unpatched(prompts):
+    model = model_with(**PAGES, prefill="topk")
+    expected = alone(model, prompts)[0]
+    settings = ContinuousBatchingConfig(page_size=16, num_blocks=120, max_batch_tokens=64)
+    how = GenerationConfig(**NO_END, do_sample=False)
+    with model.continuous_batching_context_manager(how, continuous_batching_config=settings) as manager:
+        manager.add_requests(prompts)
+        with manager.pause():
+            assert alone(model, prompts[:2])[0] == expected[:2]
+        found = {output.request_id: output.generated_tokens for output in _finished(manager, len(prompts))}
+        assert [found[f"req_{i}"] for i in range(len(prompts))] == expected
+        unpatch_model(model)
+        manager.add_request(prompts[0])
+        [failed] = _finished(manager, 1)
+    assert "patched or unpatched" in failed.error
+    assert model.config._attn_implementation == "sdpa"
+
+
+def _finished(manager: ContinuousBatchingManager, count: int) -> list[Any]:
+    found: list[Any] = []
+    while len(found) < count:
+        output = manager.get_result(timeout=60)
+        assert output is not None
+        found += [output] if output.is_finished() else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "options", "message"),
+    [
+        ("llama", {"alpha": 2.0, "C": 0.5}, {}, 'decode="topk".*patch with decode="block"'),
+        ("llama", {**PAGES, "track": True}, {}, "kept mass: patch without track"),
+        ("llama", {**PAGES, "on_drop": "warn"}, {}, "kept mass: patch without track and on_drop"),
+        ("llama", PAGES, {"cpu_offload_space": 1.0}, "cpu_offload_space.*set it to 0"),
+        ("llama", PAGES, {"page_size": 24}, "page_size=24: give a multiple of 16"),
+        ("llama", PAGES, {"use_cuda_graph": True}, "use_cuda_graph=True.*leave it out"),
+        ("llama", PAGES, {"use_cuda_graph": (False, True)}, "use_cuda_graph=.*leave it out"),
+        ("mistral", PAGES, {}, "sliding_attention layers.*use generate"),
+        ("gemma2", PAGES, {}, "sliding_attention layers.*use generate"),
+    ],
+)
+def test_what_would_not_be_as_generate_is_refused_by_name(family, settings, options, message):
+    model = patch_model(tiny_model(family), config=NCConfig(**settings))
+    with pytest.raises(UnsupportedModelError, match=message):
+        model.generate_batch(
+            [[3, 4, 5]], GenerationConfig(**NO_END), continuous_batching_config=ContinuousBatchingConfig(**options)
+        )
+
+
+def test_what_the_call_asks_for_is_refused_by_name_too():
+    model = model_with(**PAGES)
+    with observed(model, print), pytest.raises(UnsupportedModelError, match="be observed: use generate"):
+        model.generate_batch([[3, 4, 5]], GenerationConfig(**NO_END))
+    with pytest.raises(UnsupportedModelError, match="quantized cache: leave cache_implementation out"):
+        model.init_continuous_batching(GenerationConfig(**NO_END, cache_implementation="quantized"))
