@@ -10,12 +10,14 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from synthetic_tokenizers import tokenizer_of_kind
 from tiny_models import tiny_model
+from transformers import ContinuousBatchingConfig
 
 import nc_patch
 
@@ -101,36 +103,42 @@ def test_the_server_answers_as_generate_does_and_refuses_what_it_cannot_read(mod
 
     example = runpy.run_path(str(EXAMPLES / "serve.py"))
     loaded = load_model(str(model))
-    patch_model(loaded.model, 2.0, 0.5)
+    patch_model(loaded.model, 2.0, 0.5, decode="block")
     prompt = "A class definition is an executable statement. " * 8
     inputs = loaded.tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
         output = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    served = example["server"](loaded, 0)
-    thread = threading.Thread(target=served.serve_forever, daemon=True)
-    thread.start()
+    room = ContinuousBatchingConfig(num_blocks=8)
+    with loaded.model.continuous_batching_context_manager(continuous_batching_config=room) as manager:
+        served = example["server"](loaded, manager, 0)
+        thread = threading.Thread(target=served.serve_forever, daemon=True)
+        thread.start()
 
-    def ask(body):
-        url = f"http://127.0.0.1:{served.server_port}/v1/completions"
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(urllib.request.Request(url, data=body), timeout=60) as answer:
-            return json.load(answer)
+        def ask(body):
+            url = f"http://127.0.0.1:{served.server_port}/v1/completions"
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(urllib.request.Request(url, data=body), timeout=60) as answer:
+                return json.load(answer)
 
-    try:
-        answer = ask(json.dumps({"prompt": prompt, "max_tokens": 8}).encode())
-        length = inputs["input_ids"].shape[1]
-        assert answer["choices"][0]["text"] == loaded.tokenizer.decode(output[0, length:], skip_special_tokens=True)
-        assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (length, 8)
-        assert answer["usage"]["seconds"] > 0
-        for body in (b"{}", b"[]", b'{"prompt": 3}', b'{"prompt": ""}', b"no JSON"):
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                ask(body)
-            assert refused.value.code == 400
-            assert json.load(refused.value)["error"]
-    finally:
-        served.shutdown()
-        served.server_close()
-        thread.join(10)
+        try:
+            body = json.dumps({"prompt": prompt, "max_tokens": 8}).encode()
+            with ThreadPoolExecutor(3) as users:
+                answers = list(users.map(ask, [body] * 3))
+            length = inputs["input_ids"].shape[1]
+            for answer in answers:
+                expected = loaded.tokenizer.decode(output[0, length:], skip_special_tokens=True)
+                assert answer["choices"][0]["text"] == expected
+                assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (length, 8)
+                assert answer["usage"]["seconds"] > 0
+            for body in (b"{}", b"[]", b'{"prompt": 3}', b'{"prompt": ""}', b"no JSON"):
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    ask(body)
+                assert refused.value.code == 400
+                assert json.load(refused.value)["error"]
+        finally:
+            served.shutdown()
+            served.server_close()
+            thread.join(10)
 
 
 def test_the_notebook_runs_from_top_to_bottom(model, monkeypatch, capsys):

@@ -209,7 +209,7 @@ def test_a_pipeline_writes_what_dense_writes_and_with_a_small_budget_what_each_t
 
 def test_what_would_run_dense_in_silence_is_refused_by_name():
     model, ids = small(), random_ids(1, 20)
-    with pytest.raises(ValueError, match="Implementation nc_sparse is not supported for continuous batching"):
+    with pytest.raises(UnsupportedModelError, match=r'decode="topk".*patch with decode="block"'):
         model.generate_batch([[3, 4, 5], [6, 7]], GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=2))
     with pytest.raises(UnsupportedModelError, match=r"asks for attention weights \(output_attentions\)"):
         model(ids, output_attentions=True)
