@@ -8,13 +8,13 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from transformers import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from eval_tasks.models import LoadedModel, load_model
 from nc_patch import patch_model
 
 
-def server(loaded: LoadedModel, manager: object, port: int) -> ThreadingHTTPServer:
+def server(loaded: LoadedModel, manager: ContinuousBatchingManager, port: int) -> ThreadingHTTPServer:
     def complete(prompt: str, max_tokens: int = 16, **_: object) -> dict:
         begin, ids = time.perf_counter(), loaded.tokenizer(prompt or None)["input_ids"]
         new = next(manager.request_id_iter(manager.add_request(ids, max_new_tokens=max_tokens))).generated_tokens
@@ -38,6 +38,5 @@ def server(loaded: LoadedModel, manager: object, port: int) -> ThreadingHTTPServ
 if __name__ == "__main__":
     model = load_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2")
     patch_model(model.model, decode="block")
-    room = ContinuousBatchingConfig(num_blocks=64)  # of 256 tokens, for all requests together
-    with model.model.continuous_batching_context_manager(continuous_batching_config=room) as batching:
+    with model.model.continuous_batching_context_manager() as batching:
         server(model, batching, int(sys.argv[2]) if len(sys.argv) > 2 else 8000).serve_forever()
