@@ -8,7 +8,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
 
 from eval_tasks.models import LoadedModel, load_model
 from nc_patch import patch_model
@@ -37,6 +37,6 @@ def server(loaded: LoadedModel, manager: ContinuousBatchingManager, port: int) -
 
 if __name__ == "__main__":
     model = load_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2")
-    patch_model(model.model, decode="block")
-    with model.model.continuous_batching_context_manager() as batching:
+    room = {"continuous_batching_config": ContinuousBatchingConfig(num_blocks=64)}  # of 256 tokens, for all together
+    with patch_model(model.model, decode="block").continuous_batching_context_manager(**room) as batching:
         server(model, batching, int(sys.argv[2]) if len(sys.argv) > 2 else 8000).serve_forever()
