@@ -311,8 +311,8 @@ def _attend_pages(patch: LayerPatch, problem: Problem, paged: PagedKeys, batch: 
     lengths = visible[:, 0, 1].contiguous()
     budget = lengths[:, None]
     if not config.is_dense(layer):
-        find = lambda: config.row_budgets(visible, most, layer)[..., 0].contiguous()  # noqa: E731
-        budget, most = once(visible, ("budget", config.laws(layer)), find), config.largest_budget(most, layer)
+        find = partial(config.row_budgets, visible, most, layer)
+        budget, most = once(visible, ("budget", config.laws(layer)), find)[..., 0], config.largest_budget(most, layer)
     result = paged_block_attention(
         *(problem.query[0].transpose(0, 1)[batch.rows], paged, batch.table, lengths, budget),
         most=most, page_size=page_size, backend=config.backend,
@@ -334,22 +334,22 @@ def _attend_gathered(
     selection = config.prefill if past < prompt else config.decode
     reason = None
     if isinstance(selection, Dense) or config.is_dense(patch.layer):
-        reason = "the settings say so"
+        reason = "the settings of the layer attend every key"
     elif end <= config.dense_below:
         reason = f"no query sees more than dense_below={config.dense_below} keys"
     together = getattr(selection, "query_block_size", 1) if selection.chooses_together and reason is None else 1
     start = min(past - past % -together, end)
     stop = end if end == prompt else max(start, end - end % together)
-    gather = lambda t: t.transpose(1, 2)[blocks].flatten(0, 1)[:end].transpose(0, 1)[None]  # noqa: E731
+    held = blocks[: -(-end // paged.key.shape[2])]
+    gather = lambda t: t.transpose(1, 2)[held].flatten(0, 1)[:end].transpose(0, 1)[None]  # noqa: E731
     key, value = gather(paged.key), gather(paged.value)
     outputs = []
     for low, high, why in ((past, start, "a pass cuts it"), (start, stop, reason), (stop, end, "a pass cuts it")):
         if low < high:
-            seen = once(
-                blocks, (low, high), lambda at=(low, high): causal_intervals(1, at[1] - at[0], at[1], key.device)
-            )
+            find = partial(causal_intervals, 1, high - low, high, key.device)
+            seen = once(blocks, (low, high), find)
             law = ("budget", config.laws(patch.layer))
-            budget = once(seen, law, lambda seen=seen: config.row_budgets(seen, end, patch.layer))
+            budget = once(seen, law, partial(config.row_budgets, seen, end, patch.layer))
             part = problem._replace(query=problem.query[:, :, low - past : high - past], key=key, value=value)
             part = part._replace(visible=seen, origin=seen[..., 0].contiguous(), budget=budget)
             part = part if why is None else part.over_all_keys()
