@@ -31,16 +31,12 @@ from nc_patch.stats import tally
 
 
 def serve(model: torch.nn.Module, sparse: bool) -> None:
-    """Makes continuous batching of a model sparse, or its own again, and drops the cache that a session has kept.
-
-    With transformers before 5.23 it stays as it is, and refuses a patched model.
-    """
-    known = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+    """Makes continuous batching of a model sparse, or its own again, and drops the cache that a session has kept."""
     parts: list[Any] = [part for part in model.modules() if hasattr(type(part), "init_continuous_batching")]
     for part in parts:
         part.destroy_cached_continuous_batching_manager()
         part.__dict__.pop("init_continuous_batching", None)
-        if sparse and known:
+        if sparse:
             part.init_continuous_batching = StartSession(part)
 
 
@@ -82,6 +78,11 @@ class StartSession:
 
 def _refuse_settings(model: Any, generation: Any, settings: Any) -> None:
     """Raises UnsupportedModelError where tokens would not be those of ``generate``, or what was asked not be done."""
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        raise UnsupportedModelError(
+            f"a patched model needs transformers 5.23 for continuous batching, got {transformers.__version__}: install a "
+            "newer one, use generate, or unpatch the model"
+        )
     from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
     patches = _patches(model)

@@ -226,9 +226,12 @@ def test_what_would_not_be_as_generate_is_refused_by_name(family, settings, opti
         )
 
 
-def test_what_the_call_asks_for_is_refused_by_name_too():
+def test_what_the_call_asks_for_is_refused_by_name_too(monkeypatch):
     model = model_with(**PAGES)
     with observed(model, print), pytest.raises(UnsupportedModelError, match="be observed: use generate"):
         model.generate_batch([[3, 4, 5]], GenerationConfig(**NO_END))
     with pytest.raises(UnsupportedModelError, match="quantized cache: leave cache_implementation out"):
         model.init_continuous_batching(GenerationConfig(**NO_END, cache_implementation="quantized"))
+    monkeypatch.setattr("transformers.__version__", "5.22.1")
+    with pytest.raises(UnsupportedModelError, match=r"needs transformers 5\.23 .*, got 5\.22\.1: install a newer one"):
+        model.generate_batch([[3, 4, 5]], GenerationConfig(**NO_END))
