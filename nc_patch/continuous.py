@@ -80,8 +80,8 @@ def _refuse_settings(model: Any, generation: Any, settings: Any) -> None:
     """Raises UnsupportedModelError where tokens would not be those of ``generate``, or what was asked not be done."""
     if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
         raise UnsupportedModelError(
-            f"a patched model needs transformers 5.23 for continuous batching, got {transformers.__version__}: install a "
-            "newer one, use generate, or unpatch the model"
+            "continuous batching of a patched model needs transformers 5.23, got "
+            f"{transformers.__version__}: install a newer one, use generate, or unpatch the model"
         )
     from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 

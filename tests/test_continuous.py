@@ -12,7 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState
 
-from nc_patch import NCConfig, UnsupportedModelError, nc_stats, patch_model, patched, unpatch_model
+from nc_patch import NCConfig, UnsupportedModelError, continuous, nc_stats, patch_model, patched, unpatch_model
 from nc_patch.patch import observed
 
 NEW = 14
@@ -232,6 +232,6 @@ def test_what_the_call_asks_for_is_refused_by_name_too(monkeypatch):
         model.generate_batch([[3, 4, 5]], GenerationConfig(**NO_END))
     with pytest.raises(UnsupportedModelError, match="quantized cache: leave cache_implementation out"):
         model.init_continuous_batching(GenerationConfig(**NO_END, cache_implementation="quantized"))
-    monkeypatch.setattr("transformers.__version__", "5.22.1")
-    with pytest.raises(UnsupportedModelError, match=r"needs transformers 5\.23 .*, got 5\.22\.1: install a newer one"):
+    monkeypatch.setattr(continuous.transformers, "__version__", "5.22.1")
+    with pytest.raises(UnsupportedModelError, match=r"needs transformers 5\.23, got 5\.22\.1: install a newer one"):
         model.generate_batch([[3, 4, 5]], GenerationConfig(**NO_END))
