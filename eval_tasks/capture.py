@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
 from eval_tasks.texts import Text
-from nc_patch.attention import Observed
+from nc_patch.layers import Observed
 from nc_patch.ops.problem import Problem
 from nc_patch.patch import observed
 

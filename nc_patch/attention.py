@@ -1,7 +1,5 @@
 """The attention function that ``transformers`` calls in place of its own, and its registration."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ from nc_patch.families import (
 )
 from nc_patch.functional import attend, backend_of, by_index, check_scale
 from nc_patch.hooks import IMPLEMENTATION, told_boundaries
+from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed
 from nc_patch.masks import interval_mask
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_mapped, refuse_tangents
@@ -32,7 +31,7 @@ from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
 from nc_patch.selections import Dense, Selection
 from nc_patch.selections.index import LAYOUTS
-from nc_patch.stats import LayerCounters, tally
+from nc_patch.stats import tally
 from nc_patch.visibility import (
     BOUNDARIES,
     Visibility,
@@ -44,41 +43,6 @@ from nc_patch.visibility import (
     split_sequences,
     visibility_of,
 )
-
-# The attribute of an attention module that holds its LayerPatch.
-PATCH_ATTRIBUTE = "_nc_patch"
-
-
-class Observed(NamedTuple):
-    """One call of attention, as an observer sees it.
-
-    Attributes:
-        layer: index of the layer.
-        problem: what attention was computed of; its budget may be empty.
-        output: ``[B, Hq, Lq, Dv]``, which goes on through the model.
-    """
-
-    layer: int
-    problem: Problem
-    output: torch.Tensor
-
-
-@dataclass(frozen=True)
-class LayerPatch:
-    """What one attention module needs to know: its settings, its place, what ran before, its counters, and who else
-    wants to see its calls.
-    """
-
-    config: NCConfig
-    layer: int
-    original_implementation: str
-    counters: LayerCounters = field(default_factory=LayerCounters, compare=False)
-    observe: Callable[[Observed], None] | None = field(default=None, compare=False)
-
-    @property
-    def audit_seed(self) -> int:
-        """Seed of the rows that an audit of the next call draws: another for each layer and call."""
-        return self.counters.calls * 4096 + self.layer
 
 
 def nc_attention_forward(
@@ -106,8 +70,7 @@ def nc_attention_forward(
     patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
     arguments = {**kwargs, "dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
     if patch is not None and patch.observe is None:
-        of_patch = (patch.config, patch.layer, patch.counters)
-        repeated = steps.repeat(module, (query, key, value), attention_mask, *of_patch, arguments)
+        repeated = steps.repeat(module, (query, key, value), attention_mask, patch, arguments)
         if repeated is not None:
             return repeated.transpose(1, 2).contiguous(), None
     crosses = patch is None and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)

@@ -18,12 +18,12 @@ import transformers
 from transformers import AttentionInterface
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from nc_patch.attention import PATCH_ATTRIBUTE, LayerPatch
 from nc_patch.common import UnsupportedModelError, once
 from nc_patch.config import NCConfig
 from nc_patch.families import refuse_unsupported
 from nc_patch.functional import attend, check_scale
 from nc_patch.hooks import PAGED_IMPLEMENTATION
+from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch
 from nc_patch.ops.problem import Problem, causal_intervals
 from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
 from nc_patch.selections import Dense

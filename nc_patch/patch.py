@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from nc_patch.attention import PATCH_ATTRIBUTE, LayerPatch, Observed
 from nc_patch.common import as_integer
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
 from nc_patch.continuous import serve
@@ -23,6 +22,7 @@ from nc_patch.hooks import (
     note_boundaries,
     refuse_switched,
 )
+from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed
 from nc_patch.stats import PatchStats, summary, total
 
 Model = TypeVar("Model", bound=torch.nn.Module)

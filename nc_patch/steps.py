@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 
 from nc_patch.cache import Indexes, LayerCache
 from nc_patch.config import NCConfig
+from nc_patch.layers import LayerPatch
 from nc_patch.ops.derivatives import in_transform
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.stats import LayerCounters
 
 _ATTRIBUTE = "_nc_step"
 
@@ -73,9 +73,7 @@ def repeat(
     module: torch.nn.Module,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     mask: Any,
-    config: NCConfig,
-    layer: int,
-    counters: LayerCounters,
+    patch: LayerPatch,
     arguments: dict[str, Any],
 ) -> torch.Tensor | None:
     """Attention ``[B, Hq, Lq, Dv]`` of a layer whose forward pass has a step that fits; None where there is none.
@@ -86,7 +84,7 @@ def repeat(
     step: Step | None = getattr(mask, _ATTRIBUTE, None)
     cache: LayerCache | None = arguments.get("nc_layer_cache")
     held = None if cache is None else cache.layer
-    if step is None or held is None or config is not step.config or layer in step.dense_layers:
+    if step is None or held is None or patch.config is not step.config or patch.layer in step.dense_layers:
         return None
     told = module.config is step.module_config and module.__dict__.get("masked_key_indices") is None
     if not (told and is_plain(tensors) and _alike(tensors, arguments) == step.alike):
@@ -95,7 +93,7 @@ def repeat(
     if len(arguments) != len(given) + 2 or any(arguments.get(name) is not value for name, value in given.items()):
         return None
     shared, (query, key, value) = step.problem, tensors
-    budget = step.budgets[layer] if step.budgets else shared.budget
+    budget = step.budgets[patch.layer] if step.budgets else shared.budget
     if budget.shape != shared.budget.shape or (budget.data_ptr() - shared.budget.data_ptr()) & 15:
         return None
     held.nc_compare(key, value)
@@ -114,7 +112,7 @@ def repeat(
     result = step.run(problem)
     if step.kinds:
         held.nc_settle()
-    counters.add_later(budget if result.attended is None else result.attended, shared.visible)
+    patch.counters.add_later(budget if result.attended is None else result.attended, shared.visible)
     return result.output
 
 

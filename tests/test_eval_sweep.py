@@ -17,8 +17,8 @@ from eval_tasks import measure as measuring
 from eval_tasks.methods import DEFAULT_METHODS
 from eval_tasks.store import read_rows, read_run
 from eval_tasks.tasks import TASKS
-from nc_patch.attention import PATCH_ATTRIBUTE
 from nc_patch.cli import main
+from nc_patch.layers import PATCH_ATTRIBUTE
 
 # Recall and perplexity by every method, and by dense attention what it is without the passage.
 PER_SAMPLE = 2 * len(DEFAULT_METHODS) + 1

@@ -6,9 +6,9 @@ import torch
 from attention_cases import random_case
 from operations import problem_of, reference_attention
 
-from nc_patch.attention import Observed
 from nc_patch.calibration.fit import fit_power_laws
 from nc_patch.calibration.measure import SMALLEST_KEYS, Plan, row_curves
+from nc_patch.layers import Observed
 from nc_patch.ops.problem import causal_intervals, visible_mask
 from nc_patch.selections import TopK
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nc_patch.attention import Observed
 from nc_patch.common import ProfileError
+from nc_patch.layers import Observed
 from nc_patch.ops import rows as score_rows
 from nc_patch.patch import model_shape, observed
 from nc_patch.selections import TopK
