@@ -19,10 +19,6 @@ BLOCK_SIZES = (16, 32, 64, 128)
 QUERY_BLOCK_SIZES = (32, 64, 128)
 SAMPLE_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 
-# Score elements that PyTorch holds at once, 8 MB in float32: as they are gone through several times, they are to stay
-# in a cache.
-SCORES_AT_ONCE = 1 << 21
-
 
 @dataclass(frozen=True)
 class BlockOptions(Selection):
