@@ -16,17 +16,20 @@ _FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 
 
 def rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """What the kept mass can be where it was computed in float32: float32 ``[B, Hq, Lq, 2]`` of ``[B, Hq, Lq]``."""
-    kept = kept.double().clamp(0, 1)
+    """Bounds float32 ``[B, Hq, Lq, 2]`` of the kept mass that was computed as ``kept [B, Hq, Lq]`` in float32."""
     query, key, visible, scale = problem.query, problem.key, problem.visible, problem.scale
     Lk, D = key.shape[2:]
+    empty = visible[..., 1] <= visible[..., 0]
+    if Lk == 0:
+        return torch.ones(*kept.shape, 2, dtype=torch.float32, device=kept.device)
     # A buffer may hold anything beyond the keys that are seen.
     position = torch.arange(Lk, device=key.device)
-    start = torch.where(visible[..., 1] > visible[..., 0], visible[..., 0], Lk).amin(-1)[:, None, None]
+    start = visible[..., 0].masked_fill(empty, Lk).amin(-1)[:, None, None]
     end = visible[..., 1].amax(-1)[:, None, None]
     query_norm, key_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (query, key))
     largest = key_norm.masked_fill((position < start) | (position >= end), 0.0).amax(-1)
     size = (query_norm * largest.repeat_interleave(problem.group, 1)[..., None]).double()
+    kept = kept.double().clamp(0, 1)
     # What a score may be off by. Matrix units may cut where others round, and take factors of fewer digits.
     factors = _FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
     magnitude = (scale * size).clamp(max=problem.softcap or math.inf)
@@ -39,4 +42,4 @@ def rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
     # The float64 limits are rounded away from each other.
     lower = lower.nan_to_num(nan=0.0) * (1 - 2 * _FLOAT32_ROUNDING)
     upper = upper.nan_to_num(nan=1.0) * (1 + 2 * _FLOAT32_ROUNDING)
-    return torch.stack((lower, upper), -1).clamp(0, 1).float()
+    return torch.stack((lower, upper), -1).clamp(0, 1).float().masked_fill(empty[:, None, :, None], 1.0)

@@ -13,14 +13,10 @@ from nc_patch.selections.block.torch_choose import choose_blocks
 
 def torch_block_attention(problem: Problem, options: BlockOptions) -> AttentionResult:
     """Attention over key blocks that a query block shares; see ``definition``. Every score is computed."""
-    expected = expected_of(problem, len(plan_of(problem, options).listed))
-    chosen = ChosenBlocks(problem, options, expected)
+    chosen = ChosenBlocks(problem, options)
     result = attend_rows(problem._replace(means=None), chosen)
-    return result._replace(
-        attended=chosen.attended,
-        enlarged=enlarged_of(chosen.added, problem.group) if options.enlarges else None,
-        audit=None if expected is None else audit(problem, chosen.plan, chosen.choice, expected, options.size),
-    )
+    enlarged = enlarged_of(chosen.added, problem.group) if options.enlarges else None
+    return result._replace(attended=chosen.attended, enlarged=enlarged, audit=chosen.audit())
 
 
 class ChosenBlocks(Choice):
@@ -28,24 +24,25 @@ class ChosenBlocks(Choice):
 
     Attributes:
         attended: int32 ``[B, Hq, Lq]``, how many keys the rows attend for which ``keep`` has been called.
-        plan, choice, added: see ``choose_blocks``, which also writes to ``expected``.
+        added: int32 ``[N, Hkv]``, how many blocks ``min_mass`` has added.
     """
 
-    def __init__(self, problem: Problem, options: BlockOptions, expected: torch.Tensor | None = None) -> None:
-        self._problem, self._size, self.plan = problem, options.size, plan_of(problem, options)
-        self.choice, self.added = choose_blocks(problem, self.plan, options, expected)
+    def __init__(self, problem: Problem, options: BlockOptions) -> None:
+        self._problem, self._size, self._plan = problem, options.size, plan_of(problem, options)
+        self._expected = expected_of(problem, len(self._plan.listed))
+        self._choice, self.added = choose_blocks(problem, self._plan, options, self._expected)
         self.attended = problem.visible.new_zeros(problem.query.shape[:3])
         rows = rows_per_block(problem.query.shape[1], problem.key.shape[2])
         self.blocks = [
             RowBlock(block.batch, first, min(first + rows, block.last), block.low, block.high)
-            for block in self.plan.listed
+            for block in self._plan.listed
             for first in range(block.first, block.last, rows)
         ]
 
     def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
         """See ``Choice.keep``."""
-        number = int(self.plan.owner[block.batch, block.first])
-        planned, (indices, counts) = self.plan.listed[number], (each[number] for each in self.choice)
+        number = int(self._plan.owner[block.batch, block.first])
+        planned, (indices, counts) = self._plan.listed[number], (each[number] for each in self._choice)
         exists = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
         place = torch.where(exists, indices - planned.lowest, planned.width).long()
         chosen = exists.new_zeros(len(counts), planned.width + 1).scatter_(1, place, True)
@@ -55,3 +52,9 @@ class ChosenBlocks(Choice):
         group = self._problem.group
         self.attended[block.batch, :, block.rows] = keep.sum(-1, dtype=torch.int32).repeat_interleave(group, 0)
         return keep.repeat_interleave(group, 0)
+
+    def audit(self) -> torch.Tensor | None:
+        """The audit of the choice; None where none is asked for."""
+        if self._expected is None:
+            return None
+        return audit(self._problem, self._plan, self._choice, self._expected, self._size)
