@@ -12,12 +12,10 @@ import torch
 from nc_patch.ops.means import TAIL_PAGE_SIZE, page_starts, spread_over_pages
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import (
-    Buffers,
     RowBlock,
     RowStats,
     final_scores_,
     hide_unseen_,
-    rows_per_block,
     scores_of,
     softmax_,
     weighted_values,
@@ -40,12 +38,12 @@ def attend_rows(problem: Problem, choice: Choice) -> AttentionResult:
     """
     query, sinks = problem.query, None if problem.sinks is None else problem.sinks.float()
     output = query.new_zeros(*query.shape[:3], problem.value.shape[-1])
-    stats, buffers = RowStats(query, sinks, problem.stats), _buffers(problem)
+    stats = RowStats(query, sinks, problem.stats)
     for block in choice.blocks:
         seen = problem.visible[block.batch, block.rows]
         empty = seen[:, 1] <= seen[:, 0]
         rows_query, keys, values = _parts(problem, block)
-        scores = scores_of(rows_query, keys, buffers)
+        scores = scores_of(rows_query, keys)
         keep = choice.keep(scores, block)
         final_scores_(scores, problem.scale, problem.softcap)
         if problem.stats:
@@ -61,12 +59,6 @@ def attend_rows(problem: Problem, choice: Choice) -> AttentionResult:
         found = weighted_values(weights, values, *(() if pages is None else (pages.value,)))
         output[block.batch, :, block.rows] = found.masked_fill_(empty[:, None], 0.0).to(output.dtype)
     return AttentionResult(output, *stats.results())
-
-
-def _buffers(problem: Problem) -> Buffers:
-    """Memory for the scores of the largest block."""
-    (_, Hq, Lq, _), Lk = problem.query.shape, problem.key.shape[2]
-    return Buffers(Hq * min(rows_per_block(Hq, Lk), Lq) * Lk, problem.query.device)
 
 
 def _parts(problem: Problem, block: RowBlock) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,7 +100,7 @@ def _pages_of(problem: Problem, block: RowBlock, query: torch.Tensor, scores: to
     column = begin + first * size - block.low
     attended = (scores[..., column : column + count * size] > -torch.inf).unflatten(-1, (count, size))
     missing = size - attended.sum(-1, dtype=torch.uint8).float()
-    logits = final_scores_(scores_of(query, key, Buffers(0, query.device)), problem.scale, problem.softcap)
+    logits = final_scores_(scores_of(query, key), problem.scale, problem.softcap)
     seen, page = problem.visible[block.batch, block.rows], torch.arange(first, first + count, device=query.device)
     own = torch.div(seen[:, 1:] - 1 - begin, size, rounding_mode="floor")
     left_out = (begin + page * size < seen[:, :1]) | (page >= own)
@@ -129,13 +121,12 @@ def attention_gradients(
     zeros = lambda shape: torch.zeros(shape, dtype=torch.float32, device=query.device)  # noqa: E731
     grad_query, grad_key, grad_value, grad_sinks = map(zeros, (query.shape, key.shape, value.shape, Hq))
     grad_means = [] if means is None else [zeros(mean.shape) for mean in means]
-    buffers = _buffers(problem)
     for block in choice.blocks:
         b, span, length = block.batch, slice(block.low, block.high), block.high - block.low
         seen = problem.visible[b, block.rows]
         empty = (seen[:, 1] <= seen[:, 0])[:, None]
         q, k, v = _parts(problem, block)
-        scores = scores_of(q, k, buffers)
+        scores = scores_of(q, k)
         keep = choice.keep(scores, block)
         joined = final_scores_(scores, problem.scale, problem.softcap).masked_fill_(~keep, -torch.inf)
         pages = _pages_of(problem, block, q, joined)

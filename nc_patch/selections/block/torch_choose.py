@@ -3,7 +3,7 @@
 import torch
 
 from nc_patch.ops.problem import Problem
-from nc_patch.ops.rows import Buffers, final_scores_, hide_unseen_, scores_of
+from nc_patch.ops.rows import final_scores_, hide_unseen_, scores_of
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, PlannedBlock
 
 
@@ -39,7 +39,7 @@ def _shares(problem: Problem, plan: BlockPlan, block: PlannedBlock, options: Blo
     """The share of every key block for the S scored rows, as the definition says, float32 ``[Hkv, G, S, width]``."""
     b, rows = block.batch, plan.samples[block.first_sample : block.first_sample + block.samples].long()
     query, key = problem.query[b, :, rows].float(), problem.key[b, :, block.low : block.high].float()
-    scores = scores_of(query, key, Buffers(0, query.device))
+    scores = scores_of(query, key)
     final_scores_(scores, problem.scale, problem.softcap)
     position = torch.arange(block.low, block.high, device=query.device)
     hide_unseen_(scores, problem.visible[b, rows], position)
