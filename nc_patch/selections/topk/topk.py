@@ -66,7 +66,7 @@ class TopK(Selection):
 
     def takes_in(self, problem: Problem, backend: str) -> bool:
         """In kernels, while decoding by codes."""
-        return problem.phase == "decode" and (backend == "triton" or (backend == "cpu" and not problem.bounds))
+        return problem.phase == "decode" and backend != "torch"
 
     def with_means(self, problem: Problem, backend: str) -> Problem:
         """The problem with its page means: those that are kept, or new ones; without any where they do not count."""
@@ -101,21 +101,26 @@ class TopK(Selection):
         return cpu_topk_attention(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
 
     def decode_torch(self, problem: Problem) -> AttentionResult:
-        """As a prefill, by every score; the codes are for kernels."""
-        result = self.prefill_torch(problem._replace(stats=problem.stats or problem.bounds))
+        """By every score, as a prefill; the codes are for kernels."""
+        return self._bounded(problem, self.prefill_torch)
+
+    def decode_cpu(self, problem: Problem) -> AttentionResult:
+        """By codes, in compiled kernels; see ``cpu_decode``."""
+        from nc_patch.selections.topk.cpu_decode import cpu_topk_decode
+
+        def run(problem: Problem) -> AttentionResult:
+            return cpu_topk_decode(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
+
+        return self._bounded(problem, run)
+
+    def _bounded(self, problem: Problem, run: Callable[[Problem], AttentionResult]) -> AttentionResult:
+        """What ``run`` returns, with bounds of the kept mass where they are asked for: from that of every score."""
         if not problem.bounds:
-            return result
+            return run(problem)
+        result = run(problem._replace(stats=True))
         assert result.kept_mass is not None
         bounds = rounding_bounds(result.kept_mass, problem)
         return result._replace(kept_mass=result.kept_mass if problem.stats else None, kept_mass_bounds=bounds)
-
-    def decode_cpu(self, problem: Problem) -> AttentionResult:
-        """By codes, in compiled kernels; see ``cpu_decode``. Bounds of the kept mass in PyTorch."""
-        if problem.bounds:
-            return self.decode_torch(problem)
-        from nc_patch.selections.topk.cpu_decode import cpu_topk_decode
-
-        return cpu_topk_decode(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
 
     def bound(self, problem: Problem, backend: str) -> Callable[[Problem], AttentionResult]:
         """While decoding by codes in kernels, their launches."""
