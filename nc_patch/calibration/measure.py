@@ -192,14 +192,13 @@ def row_curves(
     low, high = int(seen[:, 0].min()), int(seen[:, 1].max())
     key, value = (tensor[0, :, low:high].detach().float() for tensor in (problem.key, problem.value))
     position = torch.arange(low, high, device=seen.device, dtype=torch.int32)
-    before, after = score_rows.split_scale(problem.scale)
-    scores = score_rows.scores_of(problem.query[0, :, rows].detach().float() * before, key)
-    scores = score_rows.hide_unseen_(score_rows.final_scores_(scores, after, problem.softcap), seen, position)
+    scores = score_rows.scores_of(problem.query[0, :, rows].detach().float(), key)
+    scores = score_rows.hide_unseen_(score_rows.final_scores_(scores, problem.scale, problem.softcap), seen, position)
     # What a learned sink adds to the denominator, in units of the mass of the keys.
     sink: float | torch.Tensor = 0.0
     if problem.sinks is not None:
         sink = torch.exp(problem.sinks.detach().float()[:, None] - torch.logsumexp(scores, -1))[None]
-    weights = score_rows.plain_softmax_(scores)
+    weights = torch.softmax(scores, -1)
     mass = weights.sort(-1, descending=True).values.cumsum(-1, dtype=torch.float64)
     support = torch.stack([(mass < 1 - share - _ROUNDING).sum(-1) + 1 for share in eps])
 

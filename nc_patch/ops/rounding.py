@@ -1,16 +1,16 @@
-"""Between which numbers a kept mass lies that was computed in float32."""
+"""What float32 rounds off: of a dot product, and of a kept mass that is computed from them."""
 
 import math
 
 import torch
 
 from nc_patch.ops.problem import Problem
-from nc_patch.ops.rows import product_slack
 
+# Half a unit in the last place of a float32 near 1, and what float32 loses in numbers near its smallest.
+HALF_ULP, SMALLEST = 2.0**-24, 1e-25
 # Relative error of sums of exponentials in float32, and absolute error of what underflows.
 _SUM_SLACK = 1e-4
 _SMALLEST_MASS = 1e-30
-_FLOAT32_ROUNDING = 2.0**-24
 # What a factor of a float32 matrix product is rounded by, by ``torch.get_float32_matmul_precision``.
 _FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 
@@ -33,13 +33,18 @@ def rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
     # What a score may be off by. Matrix units may cut where others round, and take factors of fewer digits.
     factors = _FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
     magnitude = (scale * size).clamp(max=problem.softcap or math.inf)
-    off = scale * (2 * product_slack(size, D) + size * (2 * factors + factors**2)) + 16 * _FLOAT32_ROUNDING * magnitude
+    off = scale * (2 * product_slack(size, D) + size * (2 * factors + factors**2)) + 16 * HALF_ULP * magnitude
     # Twice: what is attended may be lower and the rest higher than computed.
     shift = torch.exp(2 * off)
-    slack = _SUM_SLACK + 8 * _FLOAT32_ROUNDING * (magnitude + math.log(max(Lk, 2)))
+    slack = _SUM_SLACK + 8 * HALF_ULP * (magnitude + math.log(max(Lk, 2)))
     lower = kept / (kept + (1 - kept) * shift) * (1 - slack * shift) - _SMALLEST_MASS
     upper = kept * shift / (kept * shift + 1 - kept) * (1 + slack) + _SMALLEST_MASS
     # The float64 limits are rounded away from each other.
-    lower = lower.nan_to_num(nan=0.0) * (1 - 2 * _FLOAT32_ROUNDING)
-    upper = upper.nan_to_num(nan=1.0) * (1 + 2 * _FLOAT32_ROUNDING)
+    lower = lower.nan_to_num(nan=0.0) * (1 - 2 * HALF_ULP)
+    upper = upper.nan_to_num(nan=1.0) * (1 + 2 * HALF_ULP)
     return torch.stack((lower, upper), -1).clamp(0, 1).float().masked_fill(empty[:, None, :, None], 1.0)
+
+
+def product_slack(size: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """What a float32 dot product may be off by, and be rounded, where the norms' product is ``size``."""
+    return size * (2 * (head_dim + 16) * HALF_ULP) + SMALLEST

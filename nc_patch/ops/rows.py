@@ -5,7 +5,6 @@ are float32.
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,8 +17,6 @@ from nc_patch.ops.problem import Problem
 MOST_ROWS = 128
 # Score elements held at once per buffer: 16 MB in float32, near the size of a core's share of the last-level cache.
 SCORES_PER_BLOCK = 1 << 22
-# Half a unit in the last place of a float32 near 1, and what float32 loses in numbers near its smallest.
-HALF_ULP, SMALLEST = 2.0**-24, 1e-25
 
 
 @dataclass(frozen=True)
@@ -112,12 +109,6 @@ def _by_sequence(block: RowBlock, visible: torch.Tensor, origin: torch.Tensor) -
             yield RowBlock(block.batch, first, last, int(seen[:, 0].min()), int(seen[:, 1].max()))
 
 
-def split_scale(scale: float) -> tuple[float, float]:
-    """``scale`` as factors of the query, where it is a power of two that rounds nothing there, and of the scores."""
-    # Above one the query might overflow.
-    return (scale, 1.0) if math.frexp(scale)[0] == 0.5 and scale <= 1 else (1.0, scale)
-
-
 def scores_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """q·k: ``[Hq, R, D]`` with ``[Hkv, N, D]`` gives ``[Hq, R, N]``, query heads in groups of G."""
     (Hq, R, D), (Hkv, N, _) = query.shape, key.shape
@@ -142,15 +133,10 @@ def softmax_(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     A row with nothing but -inf becomes NaN, as in dense attention; the caller knows which rows see no key.
     """
     if sinks is None:
-        return plain_softmax_(scores)
+        return torch.softmax(scores, -1, out=scores)
     share_of_keys = torch.sigmoid(torch.logsumexp(scores, -1) - sinks)
-    weights = plain_softmax_(scores)
+    weights = torch.softmax(scores, -1, out=scores)
     return weights.mul_(share_of_keys[..., None]).masked_fill_(share_of_keys[..., None] == 0, 0.0)
-
-
-def plain_softmax_(scores: torch.Tensor) -> torch.Tensor:
-    """``torch.softmax`` over the last dimension, in place."""
-    return torch.softmax(scores, -1, out=scores)
 
 
 def weighted_values(weights: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
@@ -206,8 +192,3 @@ class RowStats:
         if self._sinks is not None:
             lse = torch.logaddexp(lse, self._sinks[:, None].expand_as(lse))
         self.lse[block.batch, :, block.rows] = lse
-
-
-def product_slack(size: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """What a float32 dot product may be off by, and be rounded, where the norms' product is ``size``."""
-    return size * (2 * (head_dim + 16) * HALF_ULP) + SMALLEST

@@ -33,7 +33,7 @@ from nc_patch.ops.cpu.softmax import add_listed, score_listed
 from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i8, set_i32
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.rows import HALF_ULP, SMALLEST
+from nc_patch.ops.rounding import HALF_ULP, SMALLEST
 from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes, code_slack
 from nc_patch.selections.topk.cpu_list import PAGE, weigh_list
 
