@@ -229,7 +229,7 @@ class Known(int):
     """An integer that is known when the instructions are written."""
 
 
-class Kind(Int):
+class Kind(int):
     """What elements are: float32 (0), bfloat16 (1) or float16 (2), which is known when the instructions run."""
 
     kinds = 3
