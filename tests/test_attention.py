@@ -43,8 +43,8 @@ def test_random_cases_equal_the_reference(way, dtype):
         expected = case.reference(way)
         for backend, stats in itertools.product(INSTALLED, (True, False)):
             check(way, case, backend, expected=expected, stats=stats)
-        if WAYS[way].index == "codes":
-            check(way, case, "torch", expected=expected, bounds=True)
+            if WAYS[way].index == "codes":
+                check(way, case, backend, expected=expected, stats=stats, bounds=True)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -72,8 +72,9 @@ def test_codes_choose_the_references_keys_and_bound_the_kept_mass(seed, kind, ne
     new = min(new, case.query.shape[2], int((case.visible[:, -1, 1] - case.visible[:, 0, 0]).min()))
     expected = case.reference("codes")
     for backend in INSTALLED:
-        check("codes", case, backend, expected=expected, new=max(new, 0), stats=False, tolerance=tolerance)
-    check("codes", case, "torch", expected=expected, stats=False, bounds=True, tolerance=tolerance)
+        for bounds in (False, True):
+            given = {"new": max(new, 0), "stats": False, "bounds": bounds, "tolerance": tolerance}
+            check("codes", case, backend, expected=expected, **given)
 
 
 def stretched(case: Case) -> torch.Tensor:

@@ -15,7 +15,7 @@ from nc_patch.ops.problem import Problem
 
 # Most rows of a block.
 MOST_ROWS = 128
-# Score elements held at once per buffer: 16 MB in float32, near the size of a core's share of the last-level cache.
+# Most score elements of a block: 16 MB in float32, near the size of a core's share of the last-level cache.
 SCORES_PER_BLOCK = 1 << 22
 
 
