@@ -33,15 +33,16 @@ class ChosenBlocks(Choice):
         self._choice, self.added = choose_blocks(problem, self._plan, options, self._expected)
         self.attended = problem.visible.new_zeros(problem.query.shape[:3])
         rows = rows_per_block(problem.query.shape[1], problem.key.shape[2])
-        self.blocks = [
-            RowBlock(block.batch, first, min(first + rows, block.last), block.low, block.high)
-            for block in self._plan.listed
+        self._numbers = {
+            RowBlock(block.batch, first, min(first + rows, block.last), block.low, block.high): number
+            for number, block in enumerate(self._plan.listed)
             for first in range(block.first, block.last, rows)
-        ]
+        }
+        self.blocks = self._numbers
 
     def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
         """See ``Choice.keep``."""
-        number = int(self._plan.owner[block.batch, block.first])
+        number = self._numbers[block]
         planned, (indices, counts) = self._plan.listed[number], (each[number] for each in self._choice)
         exists = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
         place = torch.where(exists, indices - planned.lowest, planned.width).long()
