@@ -56,7 +56,7 @@ class TopK(Selection):
         position, seen = rows.positions(scores.shape[-1]), rows.seen(scores.shape[-1])
         sinks, recents = self.forced(rows.budget)
         begin, stop = rows.visible[:, 0] + sinks, rows.visible[:, 1] - recents
-        rival = seen & (position >= begin[..., None]) & (position < stop[..., None])
+        rival = (position >= begin[..., None]) & (position < stop[..., None])
         return best_rivals(scores, rival, rows.budget - sinks - recents) | (seen & ~rival)
 
     @property
