@@ -5,25 +5,17 @@ the keys alone: neither a learned sink nor the means of ``tail="mean"`` count. A
 it whatever the rounding: from codes, or from every score.
 """
 
-import math
-
 import torch
 
 from nc_patch.common import DroppedMassError, logger
 from nc_patch.config import NCConfig
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.rows import product_slack
+from nc_patch.ops.rounding import rounding_bounds
 from nc_patch.stats import LayerCounters
 from nc_patch.visibility import own_keys
 
-# Relative error of sums of exponentials in float32, and absolute error of what underflows.
-_SUM_SLACK = 1e-4
-_SMALLEST_MASS = 1e-30
 # By how much an estimate may fall short without being said to, for its own rounding.
 _ESTIMATE_ROUNDING = 1e-5
-_FLOAT32_ROUNDING = 2.0**-24
-# What a factor of a float32 matrix product is rounded by, by ``torch.get_float32_matmul_precision``.
-_FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 
 
 @torch.compiler.disable
@@ -115,33 +107,7 @@ def certified_bounds(result: AttentionResult, problem: Problem) -> torch.Tensor:
     bounds, visible = result.kept_mass_bounds, problem.visible
     if bounds is None:
         assert result.kept_mass is not None
-        bounds = _rounding_bounds(result.kept_mass.double().clamp(0, 1), problem)
+        bounds = rounding_bounds(result.kept_mass, problem)
     assert result.attended is not None
     all_kept = result.attended >= (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
     return bounds.masked_fill(all_kept[..., None], 1.0)
-
-
-def _rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """What the kept mass can be where it was computed as ``kept`` in float32."""
-    query, key, visible, scale = problem.query, problem.key, problem.visible, problem.scale
-    Lk, D = key.shape[2:]
-    # A buffer may hold anything beyond the keys that are seen.
-    position = torch.arange(Lk, device=key.device)
-    start = torch.where(visible[..., 1] > visible[..., 0], visible[..., 0], Lk).amin(-1)[:, None, None]
-    end = visible[..., 1].amax(-1)[:, None, None]
-    query_norm, key_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (query, key))
-    largest = key_norm.masked_fill((position < start) | (position >= end), 0.0).amax(-1)
-    size = (query_norm * largest.repeat_interleave(problem.group, 1)[..., None]).double()
-    # What a score may be off by. Matrix units may cut where others round, and take factors of fewer digits.
-    factors = _FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
-    magnitude = (scale * size).clamp(max=problem.softcap or math.inf)
-    off = scale * (2 * product_slack(size, D) + size * (2 * factors + factors**2)) + 16 * _FLOAT32_ROUNDING * magnitude
-    # Twice: what is attended may be lower and the rest higher than computed.
-    shift = torch.exp(2 * off)
-    slack = _SUM_SLACK + 8 * _FLOAT32_ROUNDING * (magnitude + math.log(max(Lk, 2)))
-    lower = kept / (kept + (1 - kept) * shift) * (1 - slack * shift) - _SMALLEST_MASS
-    upper = kept * shift / (kept * shift + 1 - kept) * (1 + slack) + _SMALLEST_MASS
-    # The float64 limits are rounded away from each other.
-    lower = lower.nan_to_num(nan=0.0) * (1 - 2 * _FLOAT32_ROUNDING)
-    upper = upper.nan_to_num(nan=1.0) * (1 + 2 * _FLOAT32_ROUNDING)
-    return torch.stack((lower, upper), -1).clamp(0, 1).float()

@@ -26,10 +26,8 @@ from operations import assert_close, operation, problem_of_case, topk_mask
 
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.backends import has_numba
-from nc_patch.ops.kth_largest import by_partition_, by_topk
 from nc_patch.ops.problem import Problem, causal_intervals
 from nc_patch.selections import Block, TopK
-from nc_patch.selections.block import blocks
 
 BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not has_numba(), reason="needs Numba"))]
 INSTALLED = ("torch", "cpu") if has_numba() else ("torch",)
@@ -45,8 +43,8 @@ def test_random_cases_equal_the_reference(way, dtype):
         expected = case.reference(way)
         for backend, stats in itertools.product(INSTALLED, (True, False)):
             check(way, case, backend, expected=expected, stats=stats)
-        if WAYS[way].index == "codes":
-            check(way, case, "torch", expected=expected, bounds=True)
+            if WAYS[way].index == "codes":
+                check(way, case, backend, expected=expected, stats=stats, bounds=True)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -74,8 +72,9 @@ def test_codes_choose_the_references_keys_and_bound_the_kept_mass(seed, kind, ne
     new = min(new, case.query.shape[2], int((case.visible[:, -1, 1] - case.visible[:, 0, 0]).min()))
     expected = case.reference("codes")
     for backend in INSTALLED:
-        check("codes", case, backend, expected=expected, new=max(new, 0), stats=False, tolerance=tolerance)
-    check("codes", case, "torch", expected=expected, stats=False, bounds=True, tolerance=tolerance)
+        for bounds in (False, True):
+            given = {"new": max(new, 0), "stats": False, "bounds": bounds, "tolerance": tolerance}
+            check("codes", case, backend, expected=expected, **given)
 
 
 def stretched(case: Case) -> torch.Tensor:
@@ -168,37 +167,12 @@ def test_the_attended_set_is_exact_on_adversarial_keys(kind, way, backend):
         assert torch.equal(output > 0, expected), budget
 
 
-@pytest.mark.parametrize("algorithm", [by_topk, by_partition_])
-def test_thresholds_are_the_kth_largest(algorithm):
-    for seed in range(30):
-        g = torch.Generator().manual_seed(seed)
-        heads, rows, length = (int(torch.randint(1, n, (1,), generator=g)) for n in (5, 9, 200))
-        values = torch.randn(heads, rows, length, generator=g)
-        values = values.round() if seed % 3 == 0 else values
-        values[torch.rand(values.shape, generator=g) < 0.1 * (seed % 2)] = -torch.inf
-        count = torch.randint(0, length + 1, (heads, rows) if seed % 2 else (rows,), generator=g)
-        threshold, tied = algorithm(values.clone(), count)
-        padded = torch.nn.functional.pad(values.sort(-1, descending=True).values, (1, 1), value=torch.inf)
-        k = count.expand(heads, rows).long()[..., None]
-        at, after = padded.gather(-1, k)[..., 0], padded.gather(-1, k + 1)[..., 0]
-        assert torch.equal(threshold, at)
-        assert torch.equal(tied.expand(heads, rows), (at == after) & (k[..., 0] > 0) & (k[..., 0] < length))
-
-
-def test_thresholds_are_split_over_threads_alike():
-    torch.set_num_threads(3)
-    values, count = torch.randn(9, 40, 400), torch.randint(0, 401, (40,))
-    for found, expected in zip(by_partition_(values.clone(), count), by_topk(values, count), strict=True):
-        assert torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("way", ["drop", "window", "block"])
 def test_many_chunks_equal_one(way, monkeypatch):
     case = random_case(5)
     case.min_mass = 0.91
     whole = case.selection(way).run(problem_of_case(case), "torch")
     monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 64)
-    monkeypatch.setattr(blocks, "SCORES_AT_ONCE", 500)
     parts = case.selection(way).run(problem_of_case(case), "torch")
     assert relative_error(parts.output, whole.output) < 1e-6
     if way == "block":

@@ -15,7 +15,7 @@ from nc_patch.budget import row_budgets
 from nc_patch.ops.problem import Problem, causal_intervals, visible_mask
 from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
-from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, QueryBlocks, make_plan, plan_of, stride_by_law
+from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, make_plan, plan_of, stride_by_law
 from nc_patch.selections.block.definition import block_choice
 from nc_patch.selections.block.torch_choose import choose_blocks
 
@@ -41,34 +41,33 @@ def test_the_stride_is_the_nearest_power_of_two():
     assert stride_by_law(ratio).tolist() == expected
 
 
-def at_length(n: int, heads: int = 1) -> tuple[QueryBlocks, torch.Tensor]:
-    """The last query block of a prompt of n tokens, and its key blocks of 16 for a budget of 12 n^0.5."""
-    columns = (0, n - 64, n, 0, n, 0)
-    counts = -(-math.ceil(12 * n**0.5) // 16)
-    return QueryBlocks(*(torch.tensor([x], dtype=torch.int32) for x in columns)), torch.full((1, heads), counts)
+def stride_at(n: int, counts: list[int], stride: int | None = None) -> int:
+    """The stride of a query block that sees n keys and has so many key blocks of 16 for each key/value head."""
+    return int(
+        blocks.strides_of(
+            torch.tensor([n], dtype=torch.int32), torch.tensor([counts]), BlockOptions(sample_stride=stride)
+        )
+    )
 
 
 def test_strides_grow_with_the_square_root_of_the_length():
-    # n / 2k is n^0.5 / 24, here with k rounded up to whole blocks.
+    # n / 2k is n^0.5 / 24 for a budget of 12 n^0.5, here rounded up to whole blocks.
+    counts = lambda n: -(-math.ceil(12 * n**0.5) // 16)  # noqa: E731
     lengths = ((1024, 2048, 4096, 4607), (5000, 8192, 16_384, 18_000), (20_000, 32_768, 65_536), (131_072, 262_144))
     lengths += ((300_000, 524_288, 1_048_576),)
     expected = {n: 2 << step for step, of_stride in enumerate(lengths) for n in of_stride}
-    found = {n: int(blocks.strides_of(*at_length(n), BlockOptions())) for n in expected}
-    assert found == expected
+    assert {n: stride_at(n, [counts(n)]) for n in expected} == expected
     for stride in blocks.SAMPLE_STRIDES:
-        assert int(blocks.strides_of(*at_length(5000), BlockOptions(sample_stride=stride))) == stride
+        assert stride_at(5000, [counts(5000)], stride) == stride
     # Scoring costs n / stride keys a row, which is near 2k everywhere from where the stride is free to be so.
     for n in (8192, 32_768, 131_072, 524_288, 1_048_576):
-        table, counts = at_length(n)
-        scored = n / int(blocks.strides_of(table, counts, BlockOptions()))
-        assert 2**-0.5 < scored / (2 * 16 * int(counts)) <= 2**0.5
+        assert 2**-0.5 < n / stride_at(n, [counts(n)]) / (2 * 16 * counts(n)) <= 2**0.5
 
 
 def test_the_stride_follows_the_mean_over_key_value_heads():
-    table, _ = at_length(16_384)
     for counts in ([32, 160], [96, 96], [160, 32], [1, 191]):
-        assert int(blocks.strides_of(table, torch.tensor([counts]), BlockOptions())) == 4  # 16384 / (2 * 16 * 96) = 5.3
-    assert int(blocks.strides_of(table, torch.tensor([[1, 1]]), BlockOptions())) == 64
+        assert stride_at(16_384, counts) == 4  # 16384 / (2 * 16 * 96) = 5.3
+    assert stride_at(16_384, [1, 1]) == 64
 
 
 def by_law(visible: torch.Tensor, origin: torch.Tensor, dense_below: int = 0, heads: int = 2) -> Problem:
@@ -270,7 +269,7 @@ def test_what_an_audit_compares_with_is_the_kept_mass_of_the_rows_that_chose():
     dense = [samples == 0 for *_, samples in plan.listed]
     assert dense == [last <= 300 for _, _, last, *_ in plan.listed]
     scored = torch.zeros(2, 1024, dtype=torch.bool)
-    scored[plan.blocks.batch.long()[plan.sample_owner.long()], plan.samples.long()] = True
+    scored[plan.table[:, 0].long()[plan.sample_owner.long()], plan.samples.long()] = True
     sparse = torch.tensor([not d for d in dense])[plan.owner]
     kept = result.kept_mass.movedim(1, 0)
     assert kept[:, scored].mean() > kept[:, sparse & ~scored].mean(), "the rows that chose keep more, not less"

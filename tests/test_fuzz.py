@@ -98,3 +98,22 @@ def test_a_scale_above_one_does_not_overflow_the_query(selection):
     output = sparse_attention(query, key, value, alpha=1.0, C=1.0, selection=selection, scale=2.0**10)
     expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True, scale=2.0**10)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("what", [-torch.inf, torch.nan])
+def test_a_row_of_blocks_without_a_finite_score_is_no_number(what, stats):
+    query, key, value = torch.ones(1, 1, 100, 1), torch.randn(1, 1, 100, 1), torch.randn(1, 1, 100, 4)
+    key[:, :, :50] = what
+    options = {
+        "selection": "block",
+        "alpha": 1.0,
+        "C": 0.99,
+        "min_keys": 100,
+        "backend": "torch",
+        "return_stats": stats,
+    }
+    found = sparse_attention(query, key, value, **options)
+    output = found.output if stats else found
+    assert output[:, :, :50].isnan().all()
+    assert output[:, :, 50:].isnan().all() == (what != -torch.inf)

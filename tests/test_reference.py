@@ -34,6 +34,21 @@ def test_topk_mask_is_the_definition_read_aloud(seed):
         assert set(mask[b, h, i].nonzero()[:, 0].tolist()) == by_hand
 
 
+def test_topk_takes_nan_for_infinity_and_of_equal_scores_the_first():
+    g = torch.Generator().manual_seed(0)
+    values = torch.tensor([-torch.inf, -1.0, 0.0, 1.0, torch.inf, torch.nan])
+    scores = values[torch.randint(6, (2, 200, 30), generator=g)]
+    start = torch.randint(8, (200,), generator=g)
+    visible = torch.stack((start, start + torch.randint(23, (200,), generator=g)), -1).int()
+    budget = torch.rand(2, 200, generator=g).mul(visible[:, 1] - visible[:, 0] + 1).int()
+    mask = topk_mask(scores[None], visible[None], budget[None], 2, 1)[0]
+    for h, i in torch.cartesian_prod(torch.arange(2), torch.arange(200)).tolist():
+        ranked = scores[h, i].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).tolist()
+        assert set(mask[h, i].nonzero()[:, 0].tolist()) == topk_by_hand(
+            ranked, *visible[i].tolist(), int(budget[h, i]), 2, 1
+        )
+
+
 @pytest.mark.parametrize("selection", ["topk", "block", "window", "dense"])
 def test_a_full_budget_is_dense_attention(selection):
     query, key, value = torch.randn(2, 6, 33, 16), torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 8)

@@ -188,18 +188,17 @@ def row_curves(
         blocks = zip(rows.split(step), probes.split(step, 2), strict=True)
         parts = [row_curves(call, some, keys, eps, along) for some, along in blocks]
         return RowCurves(*(torch.cat(tensors, -1) for tensors in zip(*parts, strict=True)))
-    buffers, seen = score_rows.Buffers(0, rows.device), problem.visible[0, rows]
+    seen = problem.visible[0, rows]
     low, high = int(seen[:, 0].min()), int(seen[:, 1].max())
     key, value = (tensor[0, :, low:high].detach().float() for tensor in (problem.key, problem.value))
     position = torch.arange(low, high, device=seen.device, dtype=torch.int32)
-    before, after = score_rows.split_scale(problem.scale)
-    scores = score_rows.scores_of(problem.query[0, :, rows].detach().float() * before, key, buffers)
-    scores = score_rows.hide_unseen_(score_rows.final_scores_(scores, after, problem.softcap), seen, position)
+    scores = score_rows.scores_of(problem.query[0, :, rows].detach().float(), key)
+    scores = score_rows.hide_unseen_(score_rows.final_scores_(scores, problem.scale, problem.softcap), seen, position)
     # What a learned sink adds to the denominator, in units of the mass of the keys.
     sink: float | torch.Tensor = 0.0
     if problem.sinks is not None:
         sink = torch.exp(problem.sinks.detach().float()[:, None] - torch.logsumexp(scores, -1))[None]
-    weights = score_rows.plain_softmax_(scores)
+    weights = torch.softmax(scores, -1)
     mass = weights.sort(-1, descending=True).values.cumsum(-1, dtype=torch.float64)
     support = torch.stack([(mass < 1 - share - _ROUNDING).sum(-1) + 1 for share in eps])
 
@@ -216,7 +215,7 @@ def row_curves(
     kept = held(weights)
     error = torch.zeros_like(kept)
     for probe in probes:
-        along = weights * score_rows.scores_of(probe, value, buffers, "along")
+        along = weights * score_rows.scores_of(probe, value)
         dense = along.sum(-1, dtype=torch.float64)
         error += (held(along) / (kept + sink) - dense / (1.0 + sink)).square()
     visible = (seen[:, 1] - seen[:, 0]).long()

@@ -5,19 +5,17 @@ keys is the gradient.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from nc_patch.ops.means import TAIL_PAGE_SIZE, page_starts, spread_over_pages
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import (
-    Buffers,
     RowBlock,
     RowStats,
     final_scores_,
     hide_unseen_,
-    rows_per_block,
     scores_of,
     softmax_,
     weighted_values,
@@ -29,8 +27,8 @@ class Choice(Protocol):
 
     blocks: Iterable[RowBlock]
 
-    def hide_(self, scores: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
-        """Makes the scores of keys that are not attended -inf; returns by how much the others were lowered."""
+    def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
+        """Which keys are attended, bool ``[Hq or 1, R, N]``, by their scores q·k, float32 ``[Hq, R, N]``."""
 
 
 def attend_rows(problem: Problem, choice: Choice) -> AttentionResult:
@@ -38,103 +36,77 @@ def attend_rows(problem: Problem, choice: Choice) -> AttentionResult:
 
     Scores and softmax are float32.
     """
-    query, key, value, means = problem.query, problem.key, problem.value, problem.means
-    B, Hq, Lq, _ = query.shape
-    Lk = key.shape[2]
-    output = query.new_zeros(B, Hq, Lq, value.shape[-1])
-    logits = None if problem.sinks is None else problem.sinks.float()
-    stats = RowStats(query, logits, problem.stats)
-    buffers = Buffers(Hq * min(rows_per_block(Hq, Lk), Lq) * Lk, query.device)
-    loaded = -1
+    query, sinks = problem.query, None if problem.sinks is None else problem.sinks.float()
+    output = query.new_zeros(*query.shape[:3], problem.value.shape[-1])
+    stats = RowStats(query, sinks, problem.stats)
     for block in choice.blocks:
-        b = block.batch
-        if b != loaded:
-            keys, values, loaded = key[b].float(), value[b].float(), b
-        seen = problem.visible[b, block.rows]
+        seen = problem.visible[block.batch, block.rows]
         empty = seen[:, 1] <= seen[:, 0]
-        rows_query = query[b, :, block.rows].float()
-        scores = scores_of(rows_query, keys[:, block.low : block.high], buffers)
+        rows_query, keys, values = _parts(problem, block)
+        scores = scores_of(rows_query, keys)
+        keep = choice.keep(scores, block)
+        final_scores_(scores, problem.scale, problem.softcap)
         if problem.stats:
             position = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
-            dense = final_scores_(scores.clone(), problem.scale, problem.softcap)
-            dense = torch.logsumexp(hide_unseen_(dense, seen, position), -1)
-        shift = _hide_(problem, choice, block, scores, buffers)
-        joined, slots = _join_means(problem, block, scores, shift, rows_query, buffers)
+            dense = torch.logsumexp(hide_unseen_(scores.clone(), seen, position), -1)
+        scores.masked_fill_(~keep, -torch.inf)
+        pages = _pages_of(problem, block, rows_query, scores)
+        joined = scores if pages is None else torch.cat((scores, pages.logits), -1)
         if problem.stats:
-            kept = torch.logsumexp(scores, -1) + shift
-            every = kept if joined is scores else torch.logsumexp(joined, -1) + shift
-            stats.record(block, kept, dense, empty, every)
-        weights = softmax_(joined, None if logits is None else logits[:, None] - shift)
-        parts = [values[:, block.low : block.high]]
-        if slots is not None and means is not None:
-            parts.append(means.value[b, :, slots].float())
-        output[b, :, block.rows] = weighted_values(weights, *parts).masked_fill_(empty[:, None], 0.0).to(output.dtype)
+            kept = torch.logsumexp(scores, -1)
+            stats.record(block, kept, dense, empty, kept if pages is None else torch.logsumexp(joined, -1))
+        weights = softmax_(joined, None if sinks is None else sinks[:, None])
+        found = weighted_values(weights, values, *(() if pages is None else (pages.value,)))
+        output[block.batch, :, block.rows] = found.masked_fill_(empty[:, None], 0.0).to(output.dtype)
     return AttentionResult(output, *stats.results())
 
 
-def _hide_(problem: Problem, choice: Choice, block: RowBlock, scores: torch.Tensor, buffers: Buffers) -> torch.Tensor:
-    """Makes raw scores in place final ones less a shift ``[H or 1, R]``, which it returns; -inf where not attended."""
-    scale, softcap = problem.scale, problem.softcap
-    if not softcap:
-        shift = choice.hide_(scores, block, buffers)
-        scores.mul_(scale)
-        return shift * scale
-    # A score of -inf is a number once it is soft-capped, and must not look like one that is left out.
-    shift = choice.hide_(scores.clamp_(min=torch.finfo(torch.float32).min), block, buffers)
-    dropped = scores == -torch.inf
-    final_scores_(scores.add_(shift[..., None]), scale, softcap).masked_fill_(dropped, -torch.inf)
-    return torch.zeros_like(shift)
+def _parts(problem: Problem, block: RowBlock) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The queries ``[Hq, R, D]``, keys ``[Hkv, N, D]`` and values ``[Hkv, N, Dv]`` of a block in float32."""
+    b, span = block.batch, slice(block.low, block.high)
+    return problem.query[b, :, block.rows].float(), problem.key[b, :, span].float(), problem.value[b, :, span].float()
 
 
-def _join_means(
-    problem: Problem,
-    block: RowBlock,
-    scores: torch.Tensor,
-    shift: torch.Tensor,
-    query: torch.Tensor,
-    buffers: Buffers,
-) -> tuple[torch.Tensor, slice | None]:
-    """Scores of the attended keys and behind them those of the P page means that count, and the slots of those.
+class _Pages(NamedTuple):
+    """P page means that join the softmax of R rows.
 
-    Args:
-        scores: final scores float32 ``[H, R, N]`` less ``shift`` ``[H or 1, R]``, -inf where a key is not attended.
-        query: float32 ``[H, R, D]``.
+    Attributes:
+        slots: where they are among ``problem.means``. key, value: float32 ``[Hkv, P, D or Dv]``.
+        logits: float32 ``[H, R, P]``, final scores plus the logarithm of ``missing``; -inf where a page does not count.
+        missing: float32 ``[H, R, P]``, how many keys of each page the row does not attend.
+    """
 
-    Returns:
-        (float32 ``[H, R, N + P]``, slots); the scores and None where no page counts.
+    slots: slice
+    key: torch.Tensor
+    value: torch.Tensor
+    logits: torch.Tensor
+    missing: torch.Tensor
+
+
+def _pages_of(problem: Problem, block: RowBlock, query: torch.Tensor, scores: torch.Tensor) -> _Pages | None:
+    """The page means of a block of rows ``query [H, R, D]``; None where there are none.
+
+    ``scores``: final ones, float32 ``[H, R, N]``, -inf where a key is not attended.
     """
     if problem.means is None:
-        return scores, None
-    H, R, N = scores.shape
+        return None
     size, begin = TAIL_PAGE_SIZE, int(problem.origin[block.batch, block.first])
-    first_page = -((begin - block.low) // size)
-    count = (block.high - 1 - begin) // size - first_page
+    first = -((begin - block.low) // size)
+    count = (block.high - 1 - begin) // size - first
     if count <= 0:
-        return scores, None
-    slots = slice(first_page + begin // size, first_page + begin // size + count)
-    seen = problem.visible[block.batch, block.rows]
-    column = begin + first_page * size - block.low
-    missing = size - _sums_of_pages(scores[..., column : column + count * size] > -torch.inf)
-    keys = problem.means.key[block.batch, :, slots].float()
-    logits = final_scores_(scores_of(query, keys, buffers, "means"), problem.scale, problem.softcap)
-    # A page that is attended whole is left out whatever its mean holds: NaN less infinity would be NaN.
-    logits.masked_fill_(missing == 0, -torch.inf)
-    logits += missing.log_()
-    logits -= shift[..., None]
-    page = torch.arange(first_page, first_page + count, device=seen.device)
+        return None
+    slots = slice(first + begin // size, first + begin // size + count)
+    key, value = (mean[block.batch, :, slots].float() for mean in problem.means)
+    column = begin + first * size - block.low
+    attended = (scores[..., column : column + count * size] > -torch.inf).unflatten(-1, (count, size))
+    missing = size - attended.sum(-1, dtype=torch.uint8).float()
+    logits = final_scores_(scores_of(query, key), problem.scale, problem.softcap)
+    seen, page = problem.visible[block.batch, block.rows], torch.arange(first, first + count, device=query.device)
     own = torch.div(seen[:, 1:] - 1 - begin, size, rounding_mode="floor")
-    logits.masked_fill_((begin + page * size < seen[:, :1]) | (page >= own), -torch.inf)
-    joined = buffers.get("joined", (H, R, N + count))
-    joined[..., :N] = scores
-    joined[..., N:] = logits
-    return joined, slots
-
-
-def _sums_of_pages(attended: torch.Tensor) -> torch.Tensor:
-    """How many are true in each page, float32 ``[H, R, P]`` of bool ``[H, R, P * TAIL_PAGE_SIZE]``."""
-    # Eight bytes at once: the product's highest byte is the sum of all eight, several times faster than a sum of bools.
-    eights = (attended.view(torch.int64) * 0x0101010101010101) >> 56
-    return eights.unflatten(-1, (-1, TAIL_PAGE_SIZE // 8)).sum(-1).float()
+    left_out = (begin + page * size < seen[:, :1]) | (page >= own)
+    # A page that is attended whole is left out whatever its mean holds: NaN less infinity would be NaN.
+    logits.add_(missing.log()).masked_fill_(left_out | (missing == 0), -torch.inf)
+    return _Pages(slots, key, value, logits, missing)
 
 
 def attention_gradients(
@@ -145,34 +117,31 @@ def attention_gradients(
     ``choice`` is the same as in the forward pass. Through page means keys and values get a gradient too.
     """
     query, key, value, sinks, means = problem.query, problem.key, problem.value, problem.sinks, problem.means
-    scale, softcap = problem.scale, problem.softcap
-    _, Hq, Lq, D = query.shape
-    Hkv, Lk = key.shape[1], key.shape[2]
+    Hq, Hkv = query.shape[1], key.shape[1]
     zeros = lambda shape: torch.zeros(shape, dtype=torch.float32, device=query.device)  # noqa: E731
     grad_query, grad_key, grad_value, grad_sinks = map(zeros, (query.shape, key.shape, value.shape, Hq))
     grad_means = [] if means is None else [zeros(mean.shape) for mean in means]
-    buffers = Buffers(Hq * min(rows_per_block(Hq, Lk), Lq) * Lk, query.device)
     for block in choice.blocks:
-        b, span = block.batch, slice(block.low, block.high)
-        length = block.high - block.low
+        b, span, length = block.batch, slice(block.low, block.high), block.high - block.low
         seen = problem.visible[b, block.rows]
         empty = (seen[:, 1] <= seen[:, 0])[:, None]
-        q, k, v = query[b, :, block.rows].float(), key[b, :, span].float(), value[b, :, span].float()
-        scores = scores_of(q, k, buffers)
-        shift = _hide_(problem, choice, block, scores, buffers)
-        slope = 1 - (scores / softcap).square() if softcap else None
-        joined, slots = _join_means(problem, block, scores, shift, q, buffers)
-        if slots is not None and means is not None:
-            mean_keys, mean_values = (mean[b, :, slots].float() for mean in means)
-            if slope is not None:
-                capped = final_scores_(scores_of(q, mean_keys, buffers, "means"), scale, softcap)
-                slope = torch.cat((slope, 1 - (capped / softcap).square()), -1)
-            k, v = torch.cat((k, mean_keys), 1), torch.cat((v, mean_values), 1)
+        q, k, v = _parts(problem, block)
+        scores = scores_of(q, k)
+        keep = choice.keep(scores, block)
+        joined = final_scores_(scores, problem.scale, problem.softcap).masked_fill_(~keep, -torch.inf)
+        pages = _pages_of(problem, block, q, joined)
+        if pages is not None:
+            joined = torch.cat((joined, pages.logits), -1)
+            k, v = torch.cat((k, pages.key), 1), torch.cat((v, pages.value), 1)
         # With blocks a row may see keys and attend none of them.
         nothing = empty | (joined.amax(-1, keepdim=True) == -torch.inf)
-        if slope is not None:
-            slope.masked_fill_(joined == -torch.inf, 0.0)
-        logits = None if sinks is None else sinks.float()[:, None] - shift
+        slope = None
+        if problem.softcap:
+            capped = joined.clone()
+            if pages is not None:
+                capped[..., length:] -= pages.missing.log()
+            slope = (1 - (capped / problem.softcap).square()).masked_fill_(joined == -torch.inf, 0.0)
+        logits = None if sinks is None else sinks.float()[:, None]
         to_sink = None if logits is None else torch.sigmoid(logits - torch.logsumexp(joined, -1))
         weights = softmax_(joined, logits).masked_fill_(nothing, 0.0)
         grad = grad_output[b, :, block.rows].float().masked_fill(empty, 0.0)
@@ -182,20 +151,20 @@ def attention_gradients(
         mean = (weights * grad_weights).sum(-1, keepdim=True)
         if to_sink is not None:
             grad_sinks -= (to_sink.masked_fill(empty[:, 0], 0.0) * mean[..., 0]).sum(-1)
-        grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(scale)
+        grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(problem.scale)
         if slope is not None:
             grad_scores.mul_(slope)
-        grad_query[b, :, block.rows] = (_grouped(grad_scores, Hkv) @ k).view(Hq, -1, D)
+        grad_query[b, :, block.rows] = (_grouped(grad_scores, Hkv) @ k).view_as(q)
         grad_keys = _grouped(grad_scores, Hkv).transpose(1, 2) @ _grouped(q, Hkv)
         grad_key[b, :, span] += grad_keys[:, :length]
         grad_value[b, :, span] += grad_values[:, :length]
-        if slots is not None:
-            grad_means[0][b, :, slots] += grad_keys[:, length:]
-            grad_means[1][b, :, slots] += grad_values[:, length:]
+        if pages is not None:
+            grad_means[0][b, :, pages.slots] += grad_keys[:, length:]
+            grad_means[1][b, :, pages.slots] += grad_values[:, length:]
     if means is not None:
-        starts = page_starts(problem.visible, problem.origin, Lk)
+        starts = page_starts(problem.visible, problem.origin, key.shape[2])
         for whole, of_means in zip((grad_key, grad_value), grad_means, strict=True):
-            whole += spread_over_pages(of_means, starts, Lk)
+            whole += spread_over_pages(of_means, starts, key.shape[2])
     of_sinks = None if sinks is None else grad_sinks.to(sinks.dtype)
     return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), of_sinks
 

@@ -5,7 +5,6 @@ are float32.
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,12 +15,8 @@ from nc_patch.ops.problem import Problem
 
 # Most rows of a block.
 MOST_ROWS = 128
-# Below so many elements PyTorch's softmax, which wakes all threads whatever its size, is slower than its parts.
-_FEW_SCORES = 1 << 15
-# Score elements held at once per buffer: 16 MB in float32, near the size of a core's share of the last-level cache.
+# Most score elements of a block: 16 MB in float32, near the size of a core's share of the last-level cache.
 SCORES_PER_BLOCK = 1 << 22
-# Half a unit in the last place of a float32 near 1, and what float32 loses in numbers near its smallest.
-HALF_ULP, SMALLEST = 2.0**-24, 1e-25
 
 
 @dataclass(frozen=True)
@@ -114,19 +109,10 @@ def _by_sequence(block: RowBlock, visible: torch.Tensor, origin: torch.Tensor) -
             yield RowBlock(block.batch, first, last, int(seen[:, 0].min()), int(seen[:, 1].max()))
 
 
-def split_scale(scale: float) -> tuple[float, float]:
-    """``scale`` as factors of the query, where it is a power of two that rounds nothing there, and of the scores."""
-    # Above one the query might overflow.
-    return (scale, 1.0) if math.frexp(scale)[0] == 0.5 and scale <= 1 else (1.0, scale)
-
-
-def scores_of(query: torch.Tensor, key: torch.Tensor, buffers: "Buffers", name: str = "scores") -> torch.Tensor:
-    """q·k in float32: ``[Hq, R, D]`` with ``[Hkv, N, D]`` gives ``[Hq, R, N]``, query heads in groups of G."""
-    Hq, R, D = query.shape
-    Hkv, N, _ = key.shape
-    grouped = (Hkv, Hq // Hkv * R)
-    scores = buffers.get(name, (*grouped, N))
-    return torch.bmm(query.reshape(*grouped, D), key.transpose(1, 2), out=scores).view(Hq, R, N)
+def scores_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """q·k: ``[Hq, R, D]`` with ``[Hkv, N, D]`` gives ``[Hq, R, N]``, query heads in groups of G."""
+    (Hq, R, D), (Hkv, N, _) = query.shape, key.shape
+    return (query.reshape(Hkv, Hq // Hkv * R, D) @ key.transpose(1, 2)).view(Hq, R, N)
 
 
 def final_scores_(raw: torch.Tensor, factor: float, softcap: float) -> torch.Tensor:
@@ -147,18 +133,10 @@ def softmax_(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     A row with nothing but -inf becomes NaN, as in dense attention; the caller knows which rows see no key.
     """
     if sinks is None:
-        return plain_softmax_(scores)
-    share_of_keys = torch.sigmoid(torch.logsumexp(scores, -1) - sinks)
-    weights = plain_softmax_(scores)
-    return weights.mul_(share_of_keys[..., None]).masked_fill_(share_of_keys[..., None] == 0, 0.0)
-
-
-def plain_softmax_(scores: torch.Tensor) -> torch.Tensor:
-    """``torch.softmax`` over the last dimension, in place."""
-    if scores.numel() >= _FEW_SCORES:
         return torch.softmax(scores, -1, out=scores)
-    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    return weights.div_(weights.sum(-1, keepdim=True))
+    share_of_keys = torch.sigmoid(torch.logsumexp(scores, -1) - sinks)
+    weights = torch.softmax(scores, -1, out=scores)
+    return weights.mul_(share_of_keys[..., None]).masked_fill_(share_of_keys[..., None] == 0, 0.0)
 
 
 def weighted_values(weights: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
@@ -180,21 +158,6 @@ def weighted_values(weights: torch.Tensor, *values: torch.Tensor) -> torch.Tenso
         touched = torch.bmm((grouped != 0).float(), (~finite).float()) > 0
         output = torch.where(touched, torch.nan, output)
     return output.view(Hq, R, values[0].shape[-1])
-
-
-class Buffers:
-    """Scratch memory of one call, reused from block to block: fresh pages cost more than the arithmetic on them."""
-
-    def __init__(self, expected_elements: int, device: torch.device) -> None:
-        self._expected, self._device = expected_elements, device
-        self._made: dict[str, torch.Tensor] = {}
-
-    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The buffer ``name`` as an uninitialised float32 tensor of ``shape``; what it held before may be lost."""
-        needed = math.prod(shape)
-        if name not in self._made or self._made[name].numel() < needed:
-            self._made[name] = torch.empty(max(needed, self._expected), dtype=torch.float32, device=self._device)
-        return self._made[name][:needed].view(shape)
 
 
 class RowStats:
@@ -229,8 +192,3 @@ class RowStats:
         if self._sinks is not None:
             lse = torch.logaddexp(lse, self._sinks[:, None].expand_as(lse))
         self.lse[block.batch, :, block.rows] = lse
-
-
-def product_slack(size: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """What a float32 dot product may be off by, and be rounded, where the norms' product is ``size``."""
-    return size * (2 * (head_dim + 16) * HALF_ULP) + SMALLEST

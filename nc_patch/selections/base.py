@@ -11,7 +11,7 @@ from nc_patch.common import check_bool, check_choice, shown
 from nc_patch.ops.attend_rows import attend_rows
 from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
 from nc_patch.ops.reference import raw_scores, reference_attention
-from nc_patch.ops.rows import Buffers, RowBlock, Rows, row_blocks, rows_per_block
+from nc_patch.ops.rows import RowBlock, Rows, row_blocks, rows_per_block
 from nc_patch.selections.index import extend
 
 Kind = TypeVar("Kind", bound="type[Selection]")
@@ -26,23 +26,20 @@ class Choice:
         origin = None if problem.means is None else problem.origin
         self.blocks: Iterable[RowBlock] = row_blocks(problem.visible, rows, origin)
 
-    def hide_(self, scores: torch.Tensor, block: RowBlock, buffers: Buffers) -> torch.Tensor:
-        """Makes the scores of keys that are not attended -inf, in place.
+    def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
+        """Which keys are attended, bool ``[Hq or 1, R, N]``.
 
         Args:
             scores: q·k, float32 ``[Hq, R, N]``, of the rows of ``block`` and the keys ``block.low:block.high``.
-
-        Returns:
-            float32 ``[Hq or 1, R]``: by how much the other scores of each row were lowered, which no softmax sees.
         """
-        return self._selection.hide_(scores, Rows.of(self._problem, block), buffers)
+        return self._selection.keep(scores, Rows.of(self._problem, block))
 
 
 class Selection:
     """Which keys fill the budget of each query. Subclasses are frozen dataclasses whose fields are their options.
 
     ``keep`` is the definition; the forward pass in PyTorch, its gradient, ``torch.compile``, caches and ``generate``
-    follow from it. What else a subclass may have makes it faster: ``hide_``, ``prefill_torch``, ``prefill_triton`` and
+    follow from it. What else a subclass may have makes it faster: ``prefill_torch``, ``prefill_triton`` and
     ``prefill_cpu``; with a key index also ``decode_torch``, ``decode_triton`` and ``decode_cpu``. An option is a bool,
     an int, a float, either or None, or one of a few strings, listed in ``choices``.
 
@@ -89,11 +86,6 @@ class Selection:
             NotImplementedError: the class has no ``keep``.
         """
         raise NotImplementedError(f"{type(self).__name__} must say which keys it keeps")
-
-    def hide_(self, scores: torch.Tensor, rows: Rows, buffers: Buffers) -> torch.Tensor:
-        """``keep`` of scores ``[H, R, N]`` in the form of ``Choice.hide_``."""
-        scores.masked_fill_(~self.keep(scores, rows), -torch.inf)
-        return scores.new_zeros(1, scores.shape[1])
 
     def mask(self, problem: Problem, scores: torch.Tensor, decode: bool = False) -> torch.Tensor:
         """Which keys queries attend, bool ``[B, Hq, Lq, Lk]``, by their scores q·k, float64 ``[B, Hq, Lq, Lk]``."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.rows import Buffers, Rows, hide_unseen_
+from nc_patch.ops.rows import Rows
 from nc_patch.selections.base import Selection, register
 
 
@@ -17,11 +17,6 @@ class Dense(Selection):
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The definition, bool ``[H or 1, R, N]``; see ``Selection.keep``."""
         return rows.seen(scores.shape[-1])[None]
-
-    def hide_(self, scores: torch.Tensor, rows: Rows, buffers: Buffers) -> torch.Tensor:
-        """``keep`` of scores ``[H, R, N]`` in place."""
-        hide_unseen_(scores, rows.visible, rows.positions(scores.shape[-1]))
-        return scores.new_zeros(1, scores.shape[1])
 
     def prefill_triton(self, problem: Problem) -> AttentionResult:
         """The attention kernel over all that rows see."""

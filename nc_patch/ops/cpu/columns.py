@@ -10,6 +10,7 @@ from nc_patch.ops.cpu.llvm import LANES, TILE_ROWS
 from nc_patch.ops.cpu.products import column_exponentials, column_maxima, hide_columns, product
 from nc_patch.ops.cpu.rows import INF, compiled, padded, read_row, write_row
 from nc_patch.ops.cpu.softmax import cap, sink_share, write_log_sums
+from nc_patch.ops.cpu.tiles import add_product
 from nc_patch.ops.cpu.vectors import f32, fill, i32, scale_row, set_f32, set_i32
 
 COLUMNS = 32
@@ -151,24 +152,10 @@ def attend_pieces(p, head, room, pieces, number, count):
         held = 0
         for piece in range(begin, stop):
             first, last = i32(pieces, 2 * piece), i32(pieces, 2 * piece + 1)
-            _add_values(p, scores + held * 128, values + first * p.values_n, out, last - first, count)
-            held += last - first
+            keys, at = last - first, values + first * p.values_n
+            add_product(scores + held * 128, 4, 128, at, p.values_n, out, 4 * p.width, keys, count, p.width)
+            held += keys
         begin = stop
-
-
-@compiled
-def _add_values(p, weights, values, out, depth, count):
-    """Adds weights ``[depth, 32]`` of ``count`` columns, transposed, times values ``[depth, width]``."""
-    step = 4 * p.width
-    for row in range(0, count, TILE_ROWS):
-        column = 0
-        while column + 32 <= p.width:
-            product(weights + 4 * row, 4, 128, values + 4 * column, p.values_n, 64, out + row * step + 4 * column, step,
-                    depth, TILE_ROWS, 2, 1)  # fmt: skip
-            column += 32
-        if column < p.width:
-            product(weights + 4 * row, 4, 128, values + 4 * column, p.values_n, 64, out + row * step + 4 * column, step,
-                    depth, TILE_ROWS, 1, 1)  # fmt: skip
 
 
 @compiled

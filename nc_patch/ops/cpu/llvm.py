@@ -229,25 +229,39 @@ class Known(int):
     """An integer that is known when the instructions are written."""
 
 
-_TYPES = {Int: types.int64, Float: types.float32, None: types.void}
+class Kind(int):
+    """What elements are: float32 (0), bfloat16 (1) or float16 (2), which is known when the instructions run."""
+
+    kinds = 3
+
+
+class AnyKind(Kind):
+    """One of these or int8 (3)."""
+
+    kinds = 4
+
+
+_TYPES = {Int: types.int64, Kind: types.int64, AnyKind: types.int64, Float: types.float32, None: types.void}
 
 
 def instruction(write: Callable[..., Any]) -> Any:
     """Decorator that makes a function for compiled code of one that writes LLVM's instructions.
 
-    The annotations say what its arguments are: ``Int``, ``Float`` or ``Known``, after the builder.
+    The annotations say what its arguments are, after the builder. Where the last is a ``Kind``, instructions are
+    written for each kind, and those of the right one run.
     """
     annotations = dict(write.__annotations__)
     result = _TYPES[annotations.pop("return")]
     kinds = list(annotations.values())[1:]
-    known = [kind is Known for kind in kinds]
+    known, variants = [kind is Known for kind in kinds], getattr(kinds[-1], "kinds", 0)
 
     def typing(context: Any, *given: Any) -> Any:
         literals = [got.literal_value if is_known else None for is_known, got in zip(known, given, strict=True)]
         wanted = [got if is_known else _TYPES[k] for is_known, got, k in zip(known, given, kinds, strict=True)]
 
         def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            found = write(builder, *(v if x is None else x for v, x in zip(values, literals, strict=True)))
+            given = [v if x is None else x for v, x in zip(values, literals, strict=True)]
+            found = _by_kind(builder, write, given, variants) if variants else write(builder, *given)
             return context.get_dummy_value() if result is types.void else found
 
         return result(*wanted), lower
@@ -258,3 +272,22 @@ def instruction(write: Callable[..., Any]) -> Any:
         [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
     )
     return intrinsic(prefer_literal=any(known))(typing)
+
+
+def _by_kind(b: Builder, write: Callable[..., Any], given: Sequence[Value], kinds: int) -> Value | None:
+    """What ``write`` returns of the arguments ``given``, the last of which is a kind below ``kinds``."""
+    after, blocks = b.append_basic_block("after"), [b.append_basic_block(f"kind{kind}") for kind in range(kinds)]
+    switch, found = b.switch(given[-1], blocks[0]), []
+    for kind, block in enumerate(blocks):
+        if kind:
+            switch.add_case(const_int(kind), block)
+        b.position_at_end(block)
+        found.append((write(b, *given[:-1], kind), b.block))
+        b.branch(after)
+    b.position_at_end(after)
+    if found[0][0] is None:
+        return None
+    result = b.phi(found[0][0].type)
+    for value, block in found:
+        result.add_incoming(value, block)
+    return result

@@ -10,9 +10,11 @@ from nc_patch.ops.cpu.llvm import (
     I64,
     INTS,
     LANES,
+    AnyKind,
     Builder,
     Float,
     Int,
+    Kind,
     Known,
     Value,
     as_floats,
@@ -155,7 +157,7 @@ def product(
 
 
 @instruction
-def dot(b: Builder, x: Int, y: Int, count: Int, kind: Known) -> Float:
+def dot(b: Builder, x: Int, y: Int, count: Int, kind: AnyKind) -> Float:
     """The dot product of floats and elements of a kind."""
 
     def body(i: Value, total: Value) -> list[Value]:
@@ -170,7 +172,7 @@ _AHEAD = 16
 
 @instruction
 def listed_products(
-    b: Builder, x: Int, rows: Int, step: Int, places: Int, count: Int, depth: Int, out: Int, kind: Known
+    b: Builder, x: Int, rows: Int, step: Int, places: Int, count: Int, depth: Int, out: Int, kind: Kind
 ) -> None:
     """Dot products of a row of floats and rows of a kind at ``places``, ``step`` bytes apart; ``count`` of four.
 
@@ -198,7 +200,7 @@ def listed_products(
 
 @instruction
 def add_rows(
-    b: Builder, out: Int, weights: Int, places: Int, count: Int, rows: Int, step: Int, vectors: Known, kind: Known
+    b: Builder, out: Int, weights: Int, places: Int, count: Int, rows: Int, step: Int, vectors: Known, kind: Kind
 ) -> None:
     """Adds to ``16 * vectors`` floats the rows at ``places``, ``step`` bytes apart, each times its weight.
 

@@ -16,7 +16,7 @@ from nc_patch.ops.cpu.columns import (
 )
 from nc_patch.ops.cpu.launch import kernel
 from nc_patch.ops.cpu.parts import FIELDS, LogSums, arguments_of, parts_of
-from nc_patch.ops.cpu.tiles import tile_of
+from nc_patch.ops.cpu.tiles import leave_gap, tile_of
 from nc_patch.ops.cpu.vectors import i32
 from nc_patch.ops.problem import AttentionResult, Problem
 
@@ -67,7 +67,7 @@ def _attend_kernel(pointer, item, scratch):
             column, r = count, begin + count
             of_head, i = head * p.group + r // rows, first + r % rows
             start, end = i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1)
-            if start < end and low < high and (start > high or end < low):
+            if leave_gap(low, high, start, end):
                 break
             count += 1
             budget = min(i32(p.budget + of_head * p.budget_h * 4, i), end - start)

@@ -9,7 +9,7 @@ from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.products import dot
 from nc_patch.ops.cpu.vectors import (
     count_from,
-    element,
+    element_of,
     f32,
     from_floats,
     i8,
@@ -41,12 +41,7 @@ def padded(count):
 def read_row(target, source, count, kind):
     """Converts ``count`` elements of a kind to floats, zeros up to a whole vector."""
     whole = count // LANES * LANES
-    if kind == 0:
-        to_floats(target, source, whole, 0)
-    elif kind == 1:
-        to_floats(target, source, whole, 1)
-    else:
-        to_floats(target, source, whole, 2)
+    to_floats(target, source, whole, kind)
     for i in range(whole, count):
         set_f32(target, i, element_of(source, i, kind))
     for i in range(count, padded(count)):
@@ -60,12 +55,7 @@ def write_row(target, source, count, factor, kind, spare):
     size = 4 if kind == 0 else 2
     for part in range(2):
         to, first, many = (target, 0, whole) if part == 0 else (spare, whole, LANES if whole < count else 0)
-        if kind == 0:
-            from_floats(to, source + 4 * first, many, factor, 0)
-        elif kind == 1:
-            from_floats(to, source + 4 * first, many, factor, 1)
-        else:
-            from_floats(to, source + 4 * first, many, factor, 2)
+        from_floats(to, source + 4 * first, many, factor, kind)
     for i in range((count - whole) * size):
         set_i8(target + whole * size, i, i8(spare, i))
 
@@ -74,27 +64,10 @@ def write_row(target, source, count, factor, kind, spare):
 def dot_row(x, row, count, kind):
     """The dot product of floats and ``count`` elements of a kind."""
     whole = count // LANES * LANES
-    if kind == 0:
-        total = dot(x, row, whole, 0)
-    elif kind == 1:
-        total = dot(x, row, whole, 1)
-    elif kind == 2:
-        total = dot(x, row, whole, 2)
-    else:
-        total = dot(x, row, whole, 3)
+    total = dot(x, row, whole, kind)
     for i in range(whole, count):
         total += f32(x, i) * element_of(row, i, kind)
     return total
-
-
-@compiled
-def element_of(row, i, kind):
-    """An element of a kind that is not known beforehand, as a float."""
-    if kind == 0:
-        return element(row, i, 0)
-    if kind == 1:
-        return element(row, i, 1)
-    return element(row, i, 2) if kind == 2 else element(row, i, 3)
 
 
 @compiled

@@ -6,8 +6,8 @@ import numpy as np
 
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.products import add_rows, listed_products
-from nc_patch.ops.cpu.rows import INF, LOG2E, compiled, dot_row, element_of
-from nc_patch.ops.cpu.vectors import exponentials, f32, i32, largest, set_f32
+from nc_patch.ops.cpu.rows import INF, LOG2E, compiled, dot_row
+from nc_patch.ops.cpu.vectors import element_of, exponentials, f32, i32, largest, set_f32
 
 
 @compiled
@@ -72,25 +72,12 @@ def add_listed(out, width, weights, places, count, rows, step, kind):
 
     ``count`` is a multiple of 4.
     """
-    size = 4 if kind == 0 else 2
-    column = 0
+    size, column = 4 if kind == 0 else 2, 0
     while column + 64 <= width:
-        at, to = rows + size * column, out + 4 * column
-        if kind == 0:
-            add_rows(to, weights, places, count, at, step, 4, 0)
-        elif kind == 1:
-            add_rows(to, weights, places, count, at, step, 4, 1)
-        else:
-            add_rows(to, weights, places, count, at, step, 4, 2)
+        add_rows(out + 4 * column, weights, places, count, rows + size * column, step, 4, kind)
         column += 64
     while column + 16 <= width:
-        at, to = rows + size * column, out + 4 * column
-        if kind == 0:
-            add_rows(to, weights, places, count, at, step, 1, 0)
-        elif kind == 1:
-            add_rows(to, weights, places, count, at, step, 1, 1)
-        else:
-            add_rows(to, weights, places, count, at, step, 1, 2)
+        add_rows(out + 4 * column, weights, places, count, rows + size * column, step, 1, kind)
         column += 16
     for d in range(column, width):
         total = f32(out, d)
@@ -105,11 +92,6 @@ def score_listed(p, x, keys, places, count, scores):
     done = 0
     if p.D % LANES == 0:
         done = count // 4 * 4
-        if p.kind == 0:
-            listed_products(x, keys, p.key_n, places, done, p.D, scores, 0)
-        elif p.kind == 1:
-            listed_products(x, keys, p.key_n, places, done, p.D, scores, 1)
-        else:
-            listed_products(x, keys, p.key_n, places, done, p.D, scores, 2)
+        listed_products(x, keys, p.key_n, places, done, p.D, scores, p.kind)
     for j in range(done, count):
         set_f32(scores, j, dot_row(x, keys + i32(places, j) * p.key_n, p.D, p.kind))

@@ -20,6 +20,12 @@ def span_of(p, first, last):
 
 
 @compiled
+def leave_gap(low, high, start, end):
+    """Whether keys lie between [low, high) and [start, end), if neither is empty, that are in none of the two."""
+    return low < high and start < end and (start > high or end < low)
+
+
+@compiled
 def read_queries(p, target, head, first, last, count):
     """The queries of G heads and rows ``first:last`` as floats, rows beyond the last zero; ``count`` rows of a tile.
 
@@ -46,16 +52,16 @@ def score(x, depth, panels, count, z, step, rows):
 
 
 @compiled
-def add_product(x, x_step, y, y_step, z, z_step, depth, rows, width):
-    """Adds the product of x ``[rows, depth]`` and y ``[depth, width]`` to z; ``width`` a multiple of 16."""
+def add_product(x, x_step, x_next, y, y_step, z, z_step, depth, rows, width):
+    """Adds the product of x ``[rows, depth]`` and y ``[depth, width]`` to z; see ``product``, ``width`` of 16."""
     for row in range(0, rows, TILE_ROWS):
         column = 0
         while column + 32 <= width:
-            product(x + row * x_step, x_step, 4, y + 4 * column, y_step, 64, z + row * z_step + 4 * column, z_step,
+            product(x + row * x_step, x_step, x_next, y + 4 * column, y_step, 64, z + row * z_step + 4 * column, z_step,
                     depth, TILE_ROWS, 2, 1)  # fmt: skip
             column += 32
         if column < width:
-            product(x + row * x_step, x_step, 4, y + 4 * column, y_step, 64, z + row * z_step + 4 * column, z_step,
+            product(x + row * x_step, x_step, x_next, y + 4 * column, y_step, 64, z + row * z_step + 4 * column, z_step,
                     depth, TILE_ROWS, 1, 1)  # fmt: skip
 
 

@@ -19,9 +19,11 @@ from nc_patch.ops.cpu.llvm import (
     I64,
     INTS,
     LANES,
+    AnyKind,
     Builder,
     Float,
     Int,
+    Kind,
     Known,
     Value,
     as_floats,
@@ -91,7 +93,7 @@ def call(b: Builder, function: Int, arguments: Int, item: Int, scratch: Int) -> 
 
 
 @instruction
-def element(b: Builder, address: Int, index: Int, kind: Known) -> Float:
+def element_of(b: Builder, address: Int, index: Int, kind: AnyKind) -> Float:
     """One element of a kind, see ``as_floats``, as a float."""
     if kind == 0:
         return load(b, element_at(b, address, index, 4), F32)
@@ -149,7 +151,7 @@ def fill_i32(b: Builder, address: Int, count: Int, value: Int) -> None:
 
 
 @instruction
-def to_floats(b: Builder, target: Int, source: Int, count: Int, kind: Known) -> None:
+def to_floats(b: Builder, target: Int, source: Int, count: Int, kind: Kind) -> None:
     """Converts elements of a kind, see ``as_floats``."""
 
     def body(i: Value) -> list[Value]:
@@ -160,7 +162,7 @@ def to_floats(b: Builder, target: Int, source: Int, count: Int, kind: Known) -> 
 
 
 @instruction
-def from_floats(b: Builder, target: Int, source: Int, count: Int, factor: Float, kind: Known) -> None:
+def from_floats(b: Builder, target: Int, source: Int, count: Int, factor: Float, kind: Kind) -> None:
     """Converts floats times a factor to elements of a kind, rounded to the nearest, ties to even."""
     times = splat(b, factor)
 

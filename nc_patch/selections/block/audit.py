@@ -10,7 +10,7 @@ is compared with what the scored rows of its query block keep on average, which 
 import torch
 
 from nc_patch.ops.problem import Problem
-from nc_patch.ops.rows import Buffers, final_scores_, hide_unseen_, rows_per_block, scores_of, split_scale
+from nc_patch.ops.rows import final_scores_, hide_unseen_, rows_per_block, scores_of
 from nc_patch.selections.block.blocks import BlockChoice, BlockPlan
 
 # Columns of an audit, float32 [Hq + 1, 5]: how many rows there are, an estimate of the sum of their kept mass with its
@@ -102,8 +102,7 @@ def _draw(occupied: torch.Tensor, rows: torch.Tensor, count: int, seed: int) -> 
 
 def _weights(problem: Problem, query: torch.Tensor, keys: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """The softmax ``[Hq, a, Lk]`` of the rows ``query [Hq, a, D]`` of a sequence over its ``keys``, in float32."""
-    before, after = split_scale(problem.scale)
-    scores = final_scores_(scores_of(query.float() * before, keys, Buffers(0, keys.device)), after, problem.softcap)
+    scores = final_scores_(scores_of(query.float(), keys), problem.scale, problem.softcap)
     position = torch.arange(keys.shape[1], device=keys.device, dtype=torch.int32)
     return torch.softmax(hide_unseen_(scores, seen, position), -1, out=scores)
 

@@ -77,12 +77,13 @@ class Block(BlockOptions):
         return triton_block_attention(problem, self)
 
     def prefill_cpu(self, problem: Problem) -> AttentionResult:
-        """In a compiled kernel; see ``cpu``. With ``min_mass``, or where an audit is asked, in PyTorch."""
-        if self.min_mass is not None or problem.audit_seed >= 0:
+        """In a compiled kernel; see ``cpu``. With ``min_mass`` in PyTorch."""
+        if self.min_mass is not None:
             return self.prefill_torch(problem)
         from nc_patch.selections.block.cpu import cpu_block_attention
 
-        return cpu_block_attention(problem, self)
+        result = cpu_block_attention(problem, self)
+        return result if problem.audit_seed < 0 else result._replace(audit=ChosenBlocks(problem, self).audit())
 
     def decode_torch(self, problem: Problem) -> AttentionResult:
         """By page statistics, in PyTorch; see ``torch_decode``."""

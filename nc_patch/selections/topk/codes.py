@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from nc_patch.ops.rows import HALF_ULP, SMALLEST, product_slack
+from nc_patch.ops.rounding import HALF_ULP, SMALLEST
 
 LARGEST_CODE = 127
 # Keys that center and spread are taken from.
@@ -91,20 +91,3 @@ def _norm(left_over: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 def code_slack(head_dim: int) -> float:
     """What to add to ``residual``, per unit of ``scale``, for the rounding of a float32 dot product with the codes."""
     return LARGEST_CODE * math.sqrt(head_dim) * (head_dim + 16) * HALF_ULP
-
-
-def norm_of(vectors: torch.Tensor) -> torch.Tensor:
-    """Norms over the last dimension, float32 and not below the true ones but for its rounding of ordinary numbers.
-
-    They are taken in float64: in float32 the squares of tiny numbers vanish, and those of huge ones overflow.
-    """
-    return vectors.double().norm(dim=-1).float() + 2.0**-149
-
-
-def score_slack(query: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
-    """Rounding, per row, of ``q.center`` and of an exact score ``q.k`` in float32, in units of raw scores.
-
-    Args:
-        query: float32 ``[..., R, D]``. center: float32 ``[..., D]`` of each row's head.
-    """
-    return product_slack(norm_of(query) * norm_of(center)[..., None], query.shape[-1])

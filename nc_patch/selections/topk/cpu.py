@@ -15,10 +15,11 @@ from nc_patch.ops.cpu.launch import kernel
 from nc_patch.ops.cpu.llvm import LANES, TILE_ROWS
 from nc_patch.ops.cpu.parts import FIELDS, LogSums, Part, arguments_of, padded_length, parts_of
 from nc_patch.ops.cpu.recent import dense_log_sums
-from nc_patch.ops.cpu.rows import INF, best_of, compiled, pad_row, padded
+from nc_patch.ops.cpu.rows import best_of, compiled, padded
 from nc_patch.ops.cpu.softmax import add_listed, cap, hide_outside, softmax_row
 from nc_patch.ops.cpu.tiles import (
     add_product,
+    leave_gap,
     read_queries,
     score,
     span_of,
@@ -27,7 +28,7 @@ from nc_patch.ops.cpu.tiles import (
 )
 from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.selections.topk.cpu_list import PAGE, weigh_list
+from nc_patch.selections.topk.cpu_list import PAGE, forced_of, pad_list, weigh_list
 
 # Bytes of scores that a tile may have.
 _TILE_BYTES = 1 << 21
@@ -116,11 +117,11 @@ def _attend_kernel(pointer, item, scratch):
             fill(means + r * means_step, padded(slots), np.float32(0))
         set_f32(inverses, r, inverse)
     if whole:
-        add_product(z + 4 * (low - base), step, values + low * p.values_n, p.values_n, out, out_step, high - low, tile,
-                    p.width)  # fmt: skip
+        add_product(z + 4 * (low - base), step, 4, values + low * p.values_n, p.values_n, out, out_step, high - low,
+                    tile, p.width)  # fmt: skip
     elif first_slot < last_slot:
         mean_values = p.mean_values + head * p.mean_values_h + first_slot * p.mean_values_n
-        add_product(means + 4 * first_slot, means_step, mean_values, p.mean_values_n, out, out_step,
+        add_product(means + 4 * first_slot, means_step, 4, mean_values, p.mean_values_n, out, out_step,
                     last_slot - first_slot, tile, p.width)  # fmt: skip
     for r in range(p.group * rows):
         i, of_head = first + r % rows, head * p.group + r // rows
@@ -132,14 +133,14 @@ def _attend_kernel(pointer, item, scratch):
 @compiled
 def _attends_all(p, head, first, last):
     """Whether every row has a budget of all that it sees, and no key lies between the rows' intervals, seen by none."""
-    lowest, reach = 0, -1
+    low, high = 1 << 62, 0
     for i in range(first, last):
         start, end = i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1)
         seen = end - start
+        if leave_gap(low, high, start, end):
+            return False
         if seen > 0:
-            if reach >= 0 and (start > reach or end < lowest):
-                return False
-            lowest, reach = start if reach < 0 else min(lowest, start), max(reach, end)
+            low, high = min(low, start), max(high, end)
         for g in range(p.group if p.budget_h else 1):
             at = (head * p.group + g) * p.budget_h
             if i32(p.budget + 4 * at, i) < seen:
@@ -156,10 +157,7 @@ def _list_best(p, row, start, end, k, room):
     """
     values, places, _, sample = _parts_of(p, room)
     seen = end - start
-    recents = min(k, p.recent_keys)
-    sinks = min(k - recents, p.sink_keys)
-    if k >= seen:
-        recents, sinks = 0, k
+    sinks, recents = forced_of(p, k, seen)
     for j in range(sinks):
         set_f32(values, j, f32(row, j))
         set_i32(places, j, start + j)
@@ -170,9 +168,7 @@ def _list_best(p, row, start, end, k, room):
     if k > forced:
         best_of(row + 4 * sinks, seen - forced, k - forced, start + sinks, values + 4 * forced, places + 4 * forced,
                 sample)  # fmt: skip
-    pad_row(values, k, -INF)
-    for j in range(k, padded(k)):
-        set_i32(places, j, i32(places, 0))
+    pad_list(values, places, k)
     return k
 
 

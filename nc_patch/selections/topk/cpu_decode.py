@@ -23,7 +23,6 @@ from nc_patch.ops.cpu.rows import (
     best_of,
     compiled,
     dot_row,
-    pad_row,
     padded,
     read_row,
     threshold_of,
@@ -33,9 +32,9 @@ from nc_patch.ops.cpu.softmax import add_listed, score_listed
 from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i8, set_i32
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.rows import HALF_ULP, SMALLEST
+from nc_patch.ops.rounding import HALF_ULP, SMALLEST
 from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes, code_slack
-from nc_patch.selections.topk.cpu_list import PAGE, weigh_list
+from nc_patch.selections.topk.cpu_list import PAGE, forced_of, pad_list, weigh_list
 
 _OF_INDEX = (
     "key:4 value:4 heads N D Dv kind new codes scales residuals center spread room "
@@ -339,10 +338,7 @@ def _attend_kernel(pointer, item, scratch):
         keys = p.key + batch * p.key_b + kv_head * p.key_h
         values = p.value + batch * p.value_b + kv_head * p.value_h
         k = min(i32(p.budget, batch * p.budget_b + of_head * p.budget_h + i), end - start)
-        recents = min(k, p.recent_keys)
-        sinks = min(k - recents, p.sink_keys)
-        if k >= end - start:
-            sinks, recents = k, 0
+        sinks, recents = forced_of(p, k, end - start)
         forced = sinks + recents
         for j in range(forced):
             set_i32(places, j, start + j if j < sinks else end - forced + j)
@@ -359,9 +355,7 @@ def _attend_kernel(pointer, item, scratch):
                 best_of(exact, count, k - forced, 0, scores + 4 * forced, places + 4 * forced, sample)
                 for j in range(forced, k):
                     set_i32(places, j, i32(found, i32(places, j)))
-        pad_row(scores, k, -INF)
-        for j in range(k, padded(k)):
-            set_i32(places, j, i32(places, 0))
+        pad_list(scores, places, k)
         origin = i32(p.origin, batch * p.Lq + i)
         slots = min(end // PAGE + 1, p.mean_count)
         means = bounds + 4 * p.columns

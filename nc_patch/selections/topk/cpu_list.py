@@ -11,6 +11,21 @@ PAGE = TAIL_PAGE_SIZE
 
 
 @compiled
+def forced_of(p, k, seen):
+    """How many first and last of ``seen`` keys a row attends whatever they score; all it does, if it attends all."""
+    recents = min(k, p.recent_keys)
+    return (k, 0) if k >= seen else (min(k - recents, p.sink_keys), recents)
+
+
+@compiled
+def pad_list(scores, places, count):
+    """Fills the last vectors of a list: with -inf, and with its first place."""
+    pad_row(scores, count, -INF)
+    for j in range(count, padded(count)):
+        set_i32(places, j, i32(places, 0))
+
+
+@compiled
 def weigh_list(p, scores, places, taken, seen, head, at, means, slots, counts):
     """Makes weights of the scores of listed keys and of page means.
 

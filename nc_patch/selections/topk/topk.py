@@ -9,11 +9,11 @@ import torch
 from nc_patch.common import check_integer
 from nc_patch.ops.means import PageMeans, page_means, page_starts
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.rows import Buffers, Rows
+from nc_patch.ops.rounding import rounding_bounds
+from nc_patch.ops.rows import Rows
 from nc_patch.selections.base import Selection, check_options, register
 from nc_patch.selections.topk import layouts  # noqa: F401  registers them
-from nc_patch.selections.topk.torch import forced_counts, hide_all_but_best_
-from nc_patch.selections.topk.torch_decode import torch_topk_decode
+from nc_patch.selections.topk.torch import best_rivals, forced_counts
 
 # So few queries on a CPU read keys as they are; for more it pays to lay them out anew.
 _FEW_QUERIES = 4
@@ -53,22 +53,11 @@ class TopK(Selection):
 
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The definition, bool ``[H or 1, R, N]``; see ``Selection.keep``."""
-        count = scores.shape[-1]
-        seen, position = rows.seen(count), rows.positions(count)
-        sinks, recents = (number[..., None] for number in self.forced(rows.budget))
-        start, end = rows.visible[:, :1], rows.visible[:, 1:]
-        forced = seen & ((position < start + sinks) | (position >= end - recents))
-        # Order: forced keys, then visible keys by falling score, then the rest; a stable sort keeps ties by position.
-        by_score = torch.where(scores.isnan(), torch.inf, scores)
-        order = torch.sort(by_score, dim=-1, descending=True, stable=True).indices
-        tier = torch.where(forced, 0, torch.where(seen, 1, 2)).expand_as(scores).gather(-1, order)
-        order = order.gather(-1, torch.sort(tier, dim=-1, stable=True).indices)
-        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(count, device=order.device).expand_as(order))
-        return seen & (rank < rows.budget[..., None])
-
-    def hide_(self, scores: torch.Tensor, rows: Rows, buffers: Buffers) -> torch.Tensor:
-        """``keep`` of scores ``[H, R, N]`` without a sort; see ``Selection.hide_``."""
-        return hide_all_but_best_(scores, rows, *self.forced(rows.budget), buffers)
+        position, seen = rows.positions(scores.shape[-1]), rows.seen(scores.shape[-1])
+        sinks, recents = self.forced(rows.budget)
+        begin, stop = rows.visible[:, 0] + sinks, rows.visible[:, 1] - recents
+        rival = (position >= begin[..., None]) & (position < stop[..., None])
+        return best_rivals(scores, rival, rows.budget - sinks - recents) | (seen & ~rival)
 
     @property
     def uses_means(self) -> bool:
@@ -77,7 +66,7 @@ class TopK(Selection):
 
     def takes_in(self, problem: Problem, backend: str) -> bool:
         """In kernels, while decoding by codes."""
-        return problem.phase == "decode" and (backend == "triton" or (backend == "cpu" and not problem.bounds))
+        return problem.phase == "decode" and backend != "torch"
 
     def with_means(self, problem: Problem, backend: str) -> Problem:
         """The problem with its page means: those that are kept, or new ones; without any where they do not count."""
@@ -112,16 +101,26 @@ class TopK(Selection):
         return cpu_topk_attention(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
 
     def decode_torch(self, problem: Problem) -> AttentionResult:
-        """By codes: only keys that may be among the best are read."""
-        return torch_topk_decode(self.with_means(problem, "torch"), self.sink_keys, self.recent_keys)
+        """By every score, as a prefill; the codes are for kernels."""
+        return self._bounded(problem, self.prefill_torch)
 
     def decode_cpu(self, problem: Problem) -> AttentionResult:
-        """By codes, in compiled kernels; see ``cpu_decode``. Bounds of the kept mass in PyTorch."""
-        if problem.bounds:
-            return self.decode_torch(problem)
+        """By codes, in compiled kernels; see ``cpu_decode``."""
         from nc_patch.selections.topk.cpu_decode import cpu_topk_decode
 
-        return cpu_topk_decode(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
+        def run(problem: Problem) -> AttentionResult:
+            return cpu_topk_decode(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
+
+        return self._bounded(problem, run)
+
+    def _bounded(self, problem: Problem, run: Callable[[Problem], AttentionResult]) -> AttentionResult:
+        """What ``run`` returns, with bounds of the kept mass where they are asked for: from that of every score."""
+        if not problem.bounds:
+            return run(problem)
+        result = run(problem._replace(stats=True))
+        assert result.kept_mass is not None
+        bounds = rounding_bounds(result.kept_mass, problem)
+        return result._replace(kept_mass=result.kept_mass if problem.stats else None, kept_mass_bounds=bounds)
 
     def bound(self, problem: Problem, backend: str) -> Callable[[Problem], AttentionResult]:
         """While decoding by codes in kernels, their launches."""
