@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from nc_patch import attention  # noqa: F401  registers what transformers calls
 from nc_patch.common import as_integer
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
 from nc_patch.continuous import serve
