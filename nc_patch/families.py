@@ -25,7 +25,7 @@ _REFUSED_ARGUMENTS = {
     "position_bias": "adds a learned bias to every score",
     "indices": "brings its own sparse attention",
     "block_indices": "brings its own sparse attention",
-    "cache": "uses a paged cache (continuous batching)",
+    "cache": "uses the paged cache of a session that began before the model was patched",
 }
 # Attributes that mark an attention module which selects or compresses keys by itself.
 _ALREADY_SPARSE = ("indexer", "block_indexer", "compressor")
