@@ -19,7 +19,7 @@ class SparseBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = []  # all, of which validate_configuration refuses some with a remedy
+    supported_kv_cache_dtypes: ClassVar[list[str]] = []  # validate_configuration refuses some
 
     get_name = staticmethod(lambda: "CUSTOM")  # in whose place it is registered
     get_impl_cls = staticmethod(lambda: SparseAttention)
