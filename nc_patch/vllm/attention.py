@@ -1,0 +1,133 @@
+"""Attention of one layer in vLLM: new keys into the cache, then the rows that decode and the chunks of prompts."""
+
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from nc_patch.common import once
+from nc_patch.functional import attend
+from nc_patch.ops.problem import Problem
+from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
+from nc_patch.selections import Dense
+from nc_patch.vllm.blocks import paged_keys
+from nc_patch.vllm.settings import current_settings
+from nc_patch.vllm.step import Chunk, DecodingRows, SparseMetadata
+
+
+class SparseAttention(AttentionImpl[SparseMetadata]):
+    """One layer. A row attends what ``patch_model`` attends for its request alone."""
+
+    def __init__(
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None, sliding_window: int | None = None, kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None, attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None, sinks: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        if alibi_slopes is not None:
+            raise NotImplementedError("nc_patch cannot add ALiBi's slopes to scores; leave it out for this model")
+        if kv_sharing_target_layer_name is not None:
+            raise NotImplementedError(
+                f"nc_patch cannot run a layer that reads the cache of {kv_sharing_target_layer_name}; leave it out for "
+                "this model"
+            )
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
+        self.softcap, self.sinks = float(logits_soft_cap or 0.0), sinks
+        self.config = current_settings()
+        self.page_size = self.config.decode.page_size
+        first = get_tensor_model_parallel_rank() * num_heads
+        self.heads = slice(first, first + num_heads)  # of the model's, those of this rank
+        self._views: tuple[torch.Tensor, PagedKeys] | None = None
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Writes new keys and values ``[T, Hkv, D]`` to their slots, and statistics of the pages that they complete.
+
+        A slot is ``block * N`` plus the place in the block; what is padding has -1, and goes to block 0, which vLLM
+        reserves for it.
+        """
+        if kv_cache.numel() == 0:
+            return
+        paged, count = self._paged(layer, kv_cache), len(slot_mapping)
+        slots, size = slot_mapping.clamp(min=0), kv_cache.shape[2]
+        block, offset = slots // size, slots % size
+        paged.key[block, :, offset] = key[:count]
+        paged.value[block, :, offset] = value[:count]
+        summarize_slots_(paged, slot_mapping, self.page_size, self.config.backend)
+
+    def forward(
+        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
+        attn_metadata: SparseMetadata | None, output: torch.Tensor, output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention of a step's queries ``[T, Hq, D]`` into ``output`` ``[T, Hq, Dv]``; zeros while vLLM profiles."""
+        if attn_metadata is None or kv_cache.numel() == 0:
+            return output.zero_()
+        paged, index = self._paged(layer, kv_cache), extract_layer_index(layer.layer_name)
+        if attn_metadata.decoding is not None:
+            self._decode(query, paged, attn_metadata.decoding, index, output)
+        for chunk in attn_metadata.chunks:
+            new = key[chunk.rows], value[chunk.rows]
+            output[chunk.rows] = self._prefill(query[chunk.rows], new, paged, chunk, index)
+        return output
+
+    def _decode(
+        self, query: torch.Tensor, paged: PagedKeys, decoding: DecodingRows, layer: int, output: torch.Tensor
+    ) -> None:
+        """Writes the rows that decode into ``output``."""
+        (visible, table), most, config = decoding.seen(), decoding.most_keys, self.config
+        lengths = visible[0, :, 1].contiguous()
+        if config.is_dense(layer):
+            budget = lengths[:, None]
+        else:
+            budget = self._budget(visible, most, layer)[0].t().contiguous()
+            most = config.largest_budget(most, layer)
+        output[decoding.rows] = paged_block_attention(
+            query[decoding.rows], paged, table, lengths, budget, most=most, page_size=self.page_size,
+            scale=self.scale, softcap=self.softcap, sinks=self.sinks, backend=config.backend,
+        ).output  # fmt: skip
+
+    def _prefill(
+        self, query: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor], paged: PagedKeys, chunk: Chunk, layer: int
+    ) -> torch.Tensor:
+        """Output ``[Lq, Hq, Dv]`` of a chunk, whose own keys and values are ``new``.
+
+        Queries of a block that an earlier chunk began are dense: they can no longer choose together with the others.
+        """
+        config, visible, length = self.config, chunk.visible, chunk.length
+        if length == len(query):
+            key, value = (t.transpose(0, 1)[None] for t in new)
+        else:
+            blocks = chunk.blocks[: -(-length // paged.key.shape[2])]
+            key, value = (t[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length] for t in paged[:2])
+        dense = config.is_dense(layer) or length <= config.dense_below
+        budget = visible[:, None, :, 1] if dense else self._budget(visible, length, layer, chunk.cut)
+        tensors = (query.transpose(0, 1)[None], key, value, visible, chunk.origin, budget)
+        problem = Problem(*tensors, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
+        return attend(problem, Dense() if dense else config.prefill, config.backend).output[0].transpose(0, 1)
+
+    def _budget(self, visible: torch.Tensor, most_keys: int, layer: int, dense_rows: int = 0) -> torch.Tensor:
+        """Budgets int32 ``[1, Hq or 1, R]``; the first ``dense_rows`` attend all they see."""
+        laws = self.config.laws(layer)
+
+        def find() -> torch.Tensor:
+            budget = self.config.row_budgets(visible, most_keys, layer)
+            if len(laws) > 1:
+                budget = budget[:, self.heads].contiguous()
+            if dense_rows:
+                budget = budget.clone()
+                budget[..., :dense_rows] = visible[:, None, :dense_rows, 1]
+            return budget
+
+        return once(visible, ("budget", laws), find) if len(laws) == 1 else find()
+
+    def _paged(self, layer: Any, kv_cache: torch.Tensor) -> PagedKeys:
+        """Views of the cache, made when it is first seen."""
+        if self._views is None or self._views[0] is not kv_cache:
+            value_size = getattr(layer, "head_size_v", self.head_size)
+            self._views = kv_cache, paged_keys(kv_cache, self.head_size, value_size, self.page_size)
+        return self._views[1]

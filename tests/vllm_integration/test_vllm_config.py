@@ -1,0 +1,182 @@
+"""What is refused when an engine starts, and what a block of the cache costs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed; scripts/setup_vllm.sh makes an environment with it")
+
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from nc_patch import NCConfig
+from nc_patch.paged import paged_block_attention, summarize_slots_
+from nc_patch.selections.block.pages import summarize
+from nc_patch.vllm.blocks import bytes_per_key, paged_keys
+from nc_patch.vllm.settings import settings_of
+
+SETTINGS = {"alpha": 4, "C": 0.6}
+
+
+def engine_config(model: str, settings: Any, **options: Any) -> Any:
+    given = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 256,
+        "dtype": "float32",
+        "attention_backend": "CUSTOM",
+        **options,
+    }
+    extra = {} if settings is None else {"additional_config": {"nc_patch": settings}}
+    return EngineArgs(model=model, max_model_len=1024, **given, **extra).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({**SETTINGS, "alhpa": 1}, {}, "unknown option alhpa; allowed are alpha, C"),
+        ({"alpha": -1}, {}, "alpha must be a positive number"),
+        ({"C": 0.5}, {}, "alpha is missing"),
+        ([4, 0.6], {}, r'additional_config\["nc_patch"\] must be an object'),
+        ({**SETTINGS, "decode": "topk"}, {}, 'decode must be "block" in vLLM'),
+        ({**SETTINGS, "track": True}, {}, "track and on_drop act in patched models"),
+        ({"alpha": [4, 4]}, {}, "alpha has 2 layers, the model has 30"),
+        ({**SETTINGS, "dense_layers": [30]}, {}, "the model has layers 0 to 29"),
+        (None, {}, "CUSTOM is nc_patch, which needs its settings"),
+        (SETTINGS, {"attention_backend": None}, "add --attention-backend CUSTOM"),
+        (SETTINGS, {"block_size": 32}, "block_size must be a multiple of 64"),
+        (SETTINGS, {"max_num_batched_tokens": 66}, "max_num_batched_tokens must be at least 67"),
+        (SETTINGS, {"long_prefill_token_threshold": 32}, "long_prefill_token_threshold must be 0 or at least 64"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused_with_what_is_allowed(model, settings, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        engine_config(model, settings, **options)
+
+
+def test_settings_have_the_defaults_of_nc_config_and_decode_by_pages():
+    assert settings_of(SimpleNamespace(additional_config={"nc_patch": SETTINGS})) == NCConfig(4, 0.6, decode="block")
+
+
+def test_a_plain_engine_stays_as_it_is(model):
+    config = engine_config(model, None, attention_backend=None)
+    assert config.scheduler_config.scheduler_cls is None
+    assert engine_config(model, SETTINGS).scheduler_config.scheduler_cls == "nc_patch.vllm.scheduler.AlignedScheduler"
+
+
+@pytest.fixture(scope="module")
+def configured(model):
+    config = engine_config(model, SETTINGS)
+    with set_current_vllm_config(config):
+        yield config
+
+
+def layer(**asked: Any) -> AttentionSelectorConfig:
+    return AttentionSelectorConfig(
+        **{"head_size": 64, "dtype": torch.float32, "kv_cache_dtype": "auto", "block_size": None, **asked}
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"has_sliding_window": True}, "sliding window; give such layers another backend, .*backend_per_kind"),
+        ({"use_mla": True}, r"multi-head latent attention \(MLA\)"),
+        ({"attn_type": "encoder_only"}, "encoder_only is not causal"),
+        ({"kv_cache_dtype": "fp8"}, "a cache in fp8; use --kv-cache-dtype auto"),
+        ({"use_dcp": True}, "context parallelism .* use --tensor-parallel-size"),
+        ({"use_mm_prefix": True}, "partial multimodal token full attention"),
+    ],
+)  # fmt: skip
+def test_layers_that_it_cannot_run_are_refused_with_the_remedy(configured, asked, message):
+    from vllm.platforms import current_platform
+
+    with pytest.raises(ValueError, match=f"nc_patch cannot run a layer of this model: .*{message}"):
+        current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, layer(**asked))
+    assert current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, layer()).startswith("nc_patch.")
+    plain = current_platform.get_attn_backend_cls(AttentionBackendEnum.CPU_ATTN, layer())
+    assert plain == AttentionBackendEnum.CPU_ATTN.get_path()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"alibi_slopes": [1.0]}, "ALiBi"), ({"kv_sharing_target_layer_name": "layers.0"}, "the cache of layers.0")],
+)
+def test_layers_with_alibi_or_a_cache_of_others_are_refused(configured, options, message):
+    from nc_patch.vllm.attention import SparseAttention
+
+    with pytest.raises(NotImplementedError, match=message):
+        SparseAttention(9, 64, 0.125, 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "page_size", "most"),
+    [
+        (64, torch.float32, 16, 0.031), (128, torch.float32, 16, 0.031),
+        (64, torch.bfloat16, 16, 0.052), (128, torch.bfloat16, 16, 0.049),
+        (64, torch.bfloat16, 32, 0.031), (128, torch.bfloat16, 32, 0.027),
+    ],
+)  # fmt: skip
+def test_how_many_blocks_the_statistics_cost(head_dim, dtype, page_size, most):
+    """Three int8 vectors and scales for 16 keys and values in 16 bits are 4.9 % of these at least: one block in 20."""
+    plain = 2 * head_dim * dtype.itemsize
+    assert 1 - plain / bytes_per_key(head_dim, head_dim, dtype, page_size) < most
+
+
+def test_the_specification_of_a_cache_has_room_for_statistics_once(configured):
+    from nc_patch.vllm.backend import SparseBackend
+
+    spec = FullAttentionSpec(block_size=64, num_kv_heads=3, head_size=64, dtype=torch.float32)
+    larger = SparseBackend.customize_spec(spec)
+    assert larger.page_size_bytes == 64 * 3 * bytes_per_key(64, 64, torch.float32, 16)
+    assert SparseBackend.customize_spec(larger) == larger
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("D", "Dv"), [(64, 64), (128, 128), (40, 24), (18, 18)])
+def test_keys_values_and_statistics_share_a_block_without_overlapping(dtype, D, Dv):
+    content = bytes_per_key(D, Dv, dtype, 16) // dtype.itemsize
+    # Blocks apart from each other, as where several layers share them.
+    cache = torch.full((3, 2, 2, 64, content), torch.nan, dtype=dtype)[:, 1]
+    paged = paged_keys(cache, D, Dv, 16)
+    key, value = (torch.randn(3, 2, 64, size).to(dtype) for size in (D, Dv))
+    paged.key.copy_(key)
+    paged.value.copy_(value)
+    summarize_slots_(paged, torch.arange(3 * 64), 16, "torch")
+    assert torch.equal(paged.key, key)
+    assert torch.equal(paged.value, value)
+    wanted = summarize(key.unflatten(2, (4, 16)))
+    assert torch.equal(paged.codes, wanted.codes)
+    assert torch.equal(paged.scales, wanted.scales)
+    copied = cache.clone()[[2, 0, 1]]  # whole blocks, as vLLM copies and offloads them
+    moved = paged_keys(copied, D, Dv, 16)
+    query, lengths = torch.randn(1, 4, D).to(dtype), torch.tensor([180], dtype=torch.int32)
+    attend = lambda paged, table: paged_block_attention(  # noqa: E731
+        query, paged, torch.tensor([table], dtype=torch.int32), lengths, torch.full((1, 1), 48, dtype=torch.int32),
+        most=48, page_size=16, scale=D**-0.5,
+    ).output  # fmt: skip
+    assert torch.equal(attend(paged, [0, 1, 2]), attend(moved, [1, 2, 0]))
+
+
+def request(computed: int, prompt: int) -> Any:
+    return SimpleNamespace(num_computed_tokens=computed, num_prompt_tokens=prompt)
+
+
+@pytest.mark.parametrize(
+    ("computed", "prompt", "wanted", "got"),
+    [
+        (0, 500, 500, 500), (0, 500, 300, 256), (256, 500, 200, 192), (448, 500, 52, 52), (0, 500, 63, 0),
+        (0, 500, 640, 500), (500, 500, 140, 140), (600, 500, 5, 5), (70, 500, 100, 58), (0, 40, 40, 40),
+    ],
+)  # fmt: skip
+def test_chunks_of_a_prompt_end_between_blocks_of_queries_or_with_the_prompt(computed, prompt, wanted, got):
+    """Also where a request that was preempted comes back with tokens that it had generated."""
+    from nc_patch.vllm.scheduler import AlignedScheduler
+
+    scheduler = object.__new__(AlignedScheduler)
+    scheduler._step, scheduler._recurrent = 64, False
+    assert scheduler._mamba_block_aligned_split(request(computed, prompt), wanted) == got
