@@ -242,7 +242,7 @@ def name_of(launch: Launch, case: str) -> str:
 def on_architecture(architecture: str) -> Iterator[None]:
     """Within it ``nc_patch`` takes the CPU for a GPU of this architecture that Triton runs on."""
     for module in pkgutil.walk_packages(nc_patch.__path__, "nc_patch."):
-        if ".bench" not in module.name and not module.name.endswith("__main__"):
+        if not module.name.startswith("nc_patch.vllm.") and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     stand_ins = {"triton_problem": lambda device: None, "architecture_of": lambda device: architecture}
     with ExitStack() as stack:
