@@ -163,7 +163,10 @@ def test_a_session_that_is_kept_serves_again_until_the_model_is_patched_anew(pro
 def test_unpatching_gives_back_the_models_own_continuous_batching(prompts, dense):
     model = unpatch_model(model_with(**PAGES))
     assert "init_continuous_batching" not in model.__dict__
-    assert batched(model, prompts) == dense
+    tokens, logprobs = batched(model, prompts)
+    assert tokens == dense[0]
+    # Which requests share a pass depends on the time, and so does how sums are rounded.
+    assert logprobs == pytest.approx(dense[1], abs=1e-4)
     assert type(model.init_continuous_batching(GenerationConfig(**NO_END))) is ContinuousBatchingManager
     assert model.config._attn_implementation == "sdpa"
 

@@ -125,9 +125,9 @@ def test_queries_that_go_one_after_another_give_what_they_give_together(device, 
     case, calls = shape.case(), []
     decode = triton_decode_topk._decode_at_once
 
-    def counting(problem, *rest):
+    def counting(step, problem):
         calls.append(tuple(problem.query.shape))
-        return decode(problem, *rest)
+        return decode(step, problem)
 
     monkeypatch.setattr(triton_decode_topk, "_decode_at_once", counting)
     together = check("codes", case, "triton", device, bounds=True)

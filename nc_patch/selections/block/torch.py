@@ -4,7 +4,7 @@ import torch
 
 from nc_patch.ops.attend_rows import attend_rows
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.rows import RowBlock, Rows, final_scores_, rows_per_block, softmax_
+from nc_patch.ops.rows import RowBlock, Rows, final_scores_, rows_per_block, softmax_, weighted_values
 from nc_patch.selections.base import Choice
 from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
 from nc_patch.selections.block.blocks import BlockOptions, PlannedBlock, plan_of
@@ -35,8 +35,7 @@ def _attend_chosen(problem: Problem, chosen: "ChosenBlocks") -> AttentionResult:
         seen, key = problem.visible[block.batch, block.rows], position[:, None]
         keep = exists[:, None] & (key >= seen[:, :1]) & (key < seen[:, 1:])
         scores = scores.unflatten(1, (problem.group, -1)).masked_fill_(~keep[:, None], -torch.inf)
-        weights = softmax_(scores.flatten(0, 1), sinks).unflatten(0, by_group).flatten(1, 2)
-        found = (weights @ values).unflatten(1, (problem.group, -1)).flatten(0, 1)
+        found = weighted_values(softmax_(scores.flatten(0, 1), sinks), values)
         empty = (seen[:, 1] <= seen[:, 0])[:, None]
         output[block.batch, :, block.rows] = found.masked_fill_(empty, 0.0).to(output.dtype)
         chosen.count(block, keep)
