@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nc_patch.ops.means import PageMeans, touched_slots
+from nc_patch.ops.means import PageMeans, slot_count, touched_slots
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
 from nc_patch.ops.triton.launch import Launches, architecture_of, compiled_kernels, prepared, settings_of
 from nc_patch.ops.triton.structs import Heads, RowInputs
@@ -60,6 +60,8 @@ class Step(NamedTuple):
 # All layers of a step of generation share one, and so do those of many steps.
 _STEPS: dict[tuple[Any, ...], Step] = {}
 _MOST_STEPS = 256
+# Steps with as many of these runs of keys share a plan.
+_KEYS = 128
 
 
 def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> AttentionResult:
@@ -79,10 +81,13 @@ def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> At
 
 def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Problem], AttentionResult]:
     """``triton_topk_decode`` of problems like this one; see ``Selection.bound``."""
+    query, keys, values, *others = problem.tensors()
     key = (
         *(sink_keys, recent_keys, problem.scale, problem.softcap, problem.most, problem.new, problem.bounds),
-        *(problem.sinks is None, problem.means is None, problem.stats, architecture_of(problem.query.device)),
-        *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in problem.tensors()),
+        *(problem.sinks is None, problem.means is None, problem.stats, architecture_of(query.device)),
+        *(_planned_keys(problem), keys.shape[2] == values.shape[2]),
+        *((t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (keys, values)),
+        *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (query, *others)),
     )
     step = _STEPS.get(key)
     if step is None:
@@ -107,16 +112,25 @@ def _decode_in_parts(at_once: tuple[int, int], sink_keys: int, recent_keys: int,
     return whole
 
 
+def _planned_keys(problem: Problem) -> int:
+    """For how many keys a problem is planned: a few more, where its indexes have room, so that steps share a plan."""
+    Lk, means = problem.key.shape[2], problem.means
+    more = -(-Lk // _KEYS) * _KEYS
+    fits = more <= problem.key_index[0].shape[2] and (means is None or slot_count(more) <= means.key.shape[2])
+    return more if fits else Lk
+
+
 def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys: int) -> Step:
     """The ``Step`` of a problem, which it checks."""
     as_given, problem = problem, prepared(problem)
     _check_codes(problem)
-    (B, _, Lq, D), (_, Hkv, Lk, DV) = problem.query.shape, problem.value.shape
-    has_tail, most = problem.means is not None, max(1, min(problem.most, Lk))
+    (B, _, Lq, D), (_, Hkv, _, DV) = problem.query.shape, problem.value.shape
+    keys = _planned_keys(problem)
+    has_tail, most = problem.means is not None, max(1, min(problem.most, keys))
     dtype, architecture = problem.query.dtype, architecture_of(problem.query.device)
 
     def plan_of(batch: int, queries: int) -> tuple[Sizes, Plan]:
-        sizes = Sizes(batch, Hkv, problem.group, queries, Lk, D, DV)
+        sizes = Sizes(batch, Hkv, problem.group, queries, keys, D, DV)
         return sizes, plan_for(sizes, most, dtype, architecture, problem.bounds, has_tail)
 
     sequences, queries = B, Lq
@@ -128,7 +142,7 @@ def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys
     upkeep = -(-problem.new // key_shape(D).BLOCK_N) + touched
     sampled, splits = plan.options["prepare"]["SAMPLERS"], plan.splits
     arguments = {
-        "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq, "Lk": Lk,
+        "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq,
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
         "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "stride": plan.stride,
         "parts": plan.parts, "slots": plan.slots, "groups": plan.groups, "settings": settings_of(problem),
@@ -142,16 +156,19 @@ def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys
     compiled = compiled_kernels(
         *(architecture, plan.constants, problem.softcap != 0, problem.sinks is None),
         *(problem.means is None, problem.stats or problem.bounds),
-        *(of_tensor[1:] for of_tensor in key[-len(problem.tensors()) :]),
+        *(of_tensor[-4:] for of_tensor in key[-len(problem.tensors()) :]),
     )
-    as_heads = (problem.query, problem.key, problem.value, *(problem.means or ()))
     return Step(
         plan,
         all(mine is theirs for mine, theirs in zip(as_given.tensors(), problem.tensors(), strict=True)),
         (sequences, queries),
-        tuple(t.stride()[:3] for t in as_heads),
+        _strides_of(problem),
         Launches(tuple(zip(kernels, grids, options, strict=True)), arguments, compiled),
     )
+
+
+def _strides_of(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    return tuple(t.stride()[:3] for t in (problem.query, problem.key, problem.value, *(problem.means or ())))
 
 
 def _part(problem: Problem, of: slice, at: slice) -> Problem:
@@ -175,19 +192,20 @@ def _empty_result(problem: Problem) -> AttentionResult:
 
 def _decode_at_once(step: Step, problem: Problem) -> AttentionResult:
     """Decodes a problem all at once."""
+    strides = step.strides
     if not step.dense:
         problem = prepared(problem)
+        strides = _strides_of(problem)
     result, plan, means = _empty_result(problem), step.plan, problem.means
     if result.output.numel() == 0:
         return result
     query, key, value, visible, origin, budget, *_ = problem
     scratch = torch.empty(plan.numbers, dtype=torch.float32, device=query.device)
-    strides = step.strides
     changing: dict[str, Any] = {
         "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
         "codes": KeyCodes(*problem.key_index), "scratch": Scratch(scratch, *plan.offsets),
         "inputs": RowInputs(visible, budget, None if means is None else origin),
-        "results": Results(result.output, result.lse, result.kept_mass_bounds),
+        "results": Results(result.output, result.lse, result.kept_mass_bounds), "Lk": key.shape[2],
     }  # fmt: skip
     if problem.sinks is not None:
         changing["sinks"] = problem.sinks
