@@ -52,7 +52,8 @@ def forget_boundaries(*_: Any) -> None:
 def hand_on_cache(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a patched attention module: hands the layer of the cache on to the attention function."""
+    """``refuse_switched`` that also hands the layer of the cache on, to a function that takes more arguments."""
+    refuse_switched(module)
     # What attention modules call their cache; transformers 5.24 has renamed it.
     cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
     # A module that several layers share is told which of them it stands for.

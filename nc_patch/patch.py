@@ -296,10 +296,11 @@ def _attach(module: torch.nn.Module, patch: LayerPatch) -> bool:
     was_patched = _patch_of(module) is not None
     setattr(module, PATCH_ATTRIBUTE, patch)
     if not was_patched:
-        module.register_forward_pre_hook(refuse_switched)
         parameters = inspect.signature(type(module).forward).parameters.values()
         if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters):  # it hands them on
             module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
+        else:
+            module.register_forward_pre_hook(refuse_switched)
     _PATCHED.add(module)
     return was_patched
 

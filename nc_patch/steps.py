@@ -64,7 +64,7 @@ def is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
         and not torch.is_grad_enabled()
         and not in_transform()
         and forward_ad._current_level < 0
-        and all(type(tensor) is torch.Tensor for tensor in tensors)
+        and {torch.Tensor}.issuperset(map(type, tensors))
         and not torch.is_autocast_enabled(tensors[0].device.type)
     )
 
@@ -106,9 +106,8 @@ def repeat(
     if chosen:
         chosen = indexes[0].tensors()
         origin = indexes[0].row_origins(query.shape[2]) if step.paged else origin
-    problem = shared._replace(
-        query=query, key=key, value=value, origin=origin, budget=budget, means=means, key_index=chosen
-    )
+    seen, settings = (shared.visible, origin, budget), (shared.scale, shared.softcap, shared.sinks)
+    problem = Problem._make((query, key, value, *seen, *settings, means, chosen, *shared[11:]))
     result = step.run(problem)
     if step.kinds:
         held.nc_settle()
