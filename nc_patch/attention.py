@@ -153,13 +153,13 @@ def _attention(
         check_heads(module, laws, query.shape[1])
         find = lambda: config.row_budgets(visible, Lk, plan.layer)  # noqa: E731
         budgets: tuple[torch.Tensor, ...] = ()
-        if config.layers is None:
-            budget = once(visible, ("budget", config, Lk), find)
-        elif compiling or not decoding:  # by head they are large
-            budget = find()
-        else:
+        if config.layers is not None and decoding and not compiling:
             budgets = once(visible, ("budgets", config, Lk), lambda: config.budgets_by_layer(visible, Lk))
             budget = budgets[plan.layer]
+        elif len(laws) == 1:
+            budget = once(visible, ("budget", laws, config.min_keys, config.dense_below, Lk), find)
+        else:  # large, and as a rule of one layer alone
+            budget = find()
         problem = problem._replace(budget=budget)
     kept = Indexes()
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.

@@ -40,8 +40,12 @@ def serve(model: torch.nn.Module, sparse: bool) -> None:
             part.init_continuous_batching = StartSession(part)
 
 
+def _patched_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if PATCH_ATTRIBUTE in module.__dict__]
+
+
 def _patches(model: torch.nn.Module) -> list[LayerPatch]:
-    return [module.__dict__[PATCH_ATTRIBUTE] for module in model.modules() if PATCH_ATTRIBUTE in module.__dict__]
+    return [module.__dict__[PATCH_ATTRIBUTE] for module in _patched_modules(model)]
 
 
 class StartSession:
@@ -128,8 +132,8 @@ class SparseManager(ContinuousBatchingManager):
 
     @contextmanager
     def _paged_attention(self) -> Iterator[None]:
-        modules = [module for module in self.model.modules() if PATCH_ATTRIBUTE in module.__dict__]
-        configs = [self.model.config, self.model.config.get_text_config(), *(module.config for module in modules)]
+        own = (module.config for module in _patched_modules(self.model))
+        configs: list[Any] = [self.model.config, self.model.config.get_text_config(), *own]
         before = {id(config): (config, config._attn_implementation) for config in configs}
         try:
             for config, _ in before.values():
