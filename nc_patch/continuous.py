@@ -18,15 +18,15 @@ import transformers
 from transformers import AttentionInterface
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from nc_patch.common import UnsupportedModelError, once
+from nc_patch.common import UnsupportedModelError
 from nc_patch.config import NCConfig
 from nc_patch.families import refuse_unsupported
-from nc_patch.functional import attend, check_scale
+from nc_patch.functional import check_scale
 from nc_patch.hooks import PAGED_IMPLEMENTATION
 from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch
-from nc_patch.ops.problem import Problem, causal_intervals
-from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
-from nc_patch.selections import Dense
+from nc_patch.paged import PagedKeys, summarize_slots_
+from nc_patch.selections.base import Selection
+from nc_patch.serving import Chunk, DecodingRows, ServedLayer, chunk
 from nc_patch.stats import tally
 
 
@@ -175,21 +175,20 @@ class Request(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a pass holds. Its first T queries are no padding; R of them choose pages.
+    """What a pass holds. Its first T queries are no padding.
 
     Attributes:
         slots: int64 ``[T]``, where new keys go, as in ``summarize_slots_``. block, place: int64 ``[T]``, the same.
-        tables: int32 ``[M]`` of each request, its blocks.
-        rows: int64 ``[R]``, which queries choose pages. visible: int32 ``[R, 1, 2]``. table: int32 ``[R, M]``.
+        rows: int64 ``[R]``, which queries choose pages, as ``decoding`` says.
+        chunks: the other queries, of prompts and generated ones, with the selection of each.
     """
 
     slots: torch.Tensor
     block: torch.Tensor
     place: torch.Tensor
-    tables: tuple[torch.Tensor, ...]
     rows: torch.Tensor
-    visible: torch.Tensor
-    table: torch.Tensor
+    decoding: DecodingRows
+    chunks: list[tuple[Chunk, Selection]]
 
 
 class SparseCache:
@@ -241,23 +240,34 @@ class SparseCache:
     def batch(self) -> Batch:
         """The pass that runs; its tensors are made on first use, which is on the stream that it runs on."""
         if self._batch is None:
-            N = self.block_size
-            width = max(len(request.blocks) for request in self.requests)
-            width = 1 << (width - 1).bit_length()  # a power of two, since plans of kernels are kept by shape
-            slots, rows, seen, of_row = list[int](), list[int](), list[list[list[int]]](), list[int]()
-            for number, (first, past, prompt, end, blocks) in enumerate(self.requests):
-                slots += [blocks[at // N] * N + at % N for at in range(past, end)]
-                by_pages = range(max(prompt, past), end if self.page_size else 0)
-                rows += [first + at - past for at in by_pages]
-                seen += [[[0, at + 1]] for at in by_pages]
-                of_row += [number] * len(by_pages)
-            tensor = partial(torch.tensor, device=self._codes.device)
-            at_slot, which = tensor(slots), tensor(of_row, dtype=torch.int64)
-            tables = tensor([[*r.blocks, *[0] * (width - len(r.blocks))] for r in self.requests], dtype=torch.int32)
-            visible = tensor(seen, dtype=torch.int32).view(-1, 1, 2)
-            rows_of = tensor(rows, dtype=torch.int64)
-            self._batch = Batch(*(at_slot, at_slot // N, at_slot % N), tables.unbind(), rows_of, visible, tables[which])
+            self._batch = self._describe_pass()
         return self._batch
+
+    def _describe_pass(self) -> Batch:
+        config, N = self.config, self.block_size
+        width = max(len(request.blocks) for request in self.requests)
+        width = 1 << (width - 1).bit_length()  # a power of two, since plans of kernels are kept by shape
+        tensor = partial(torch.tensor, device=self._codes.device)
+        tables = tensor([[*r.blocks, *[0] * (width - len(r.blocks))] for r in self.requests], dtype=torch.int32)
+        slots, rows, seen, of_row, chunks = list[int](), list[int](), list[list[list[int]]](), list[int](), []
+        for number, (first, past, prompt, end, blocks) in enumerate(self.requests):
+            slots += [blocks[at // N] * N + at % N for at in range(past, end)]
+            middle = min(max(prompt, past), end)
+            parts = [(past, middle, config.prefill)]
+            if self.page_size:
+                rows += range(first + middle - past, first + end - past)
+                seen += [[[0, at + 1]] for at in range(middle, end)]
+                of_row += [number] * (end - middle)
+            else:
+                parts.append((middle, end, config.decode))
+            for low, high, selection in parts:
+                if low < high:
+                    queries = slice(first + low - past, first + high - past)
+                    chunks.append((chunk(queries, high, tables[number], selection, high == prompt), selection))
+        at_slot, of_rows = tensor(slots), tensor(rows, dtype=torch.int64)
+        visible = tensor(seen, dtype=torch.int32).view(-1, 1, 2)
+        decoding = DecodingRows(visible, tables[tensor(of_row, dtype=torch.int64)], width * N)
+        return Batch(at_slot, at_slot // N, at_slot % N, of_rows, decoding, chunks)
 
 
 # torch.compile leaves the graph here, as for the attention of transformers over a paged cache.
@@ -290,79 +300,22 @@ def paged_attention_forward(
     batch, paged = sparse.batch, sparse.layers[module.layer_idx]
     for memory, new in ((paged.key, key), (paged.value, value)):
         memory[batch.block, :, batch.place] = new[0, :, : len(batch.slots)].transpose(0, 1)
-    unseen = query.new_empty(1, 1, 0, dtype=torch.int32)
     scale = check_scale(scaling, softcap, query.shape[-1])
-    problem = Problem(query, key, value, unseen, unseen, unseen, scale, float(softcap or 0.0), s_aux)
+    served = ServedLayer(patch.config, patch.layer, scale, float(softcap or 0.0), s_aux)
     output = query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
     if sparse.page_size:
         summarize_slots_(paged, batch.slots, sparse.page_size, patch.config.backend)
     if len(batch.rows):
-        output[batch.rows] = _attend_pages(patch, problem, paged, batch, sparse.page_size)
-    for (first, past, prompt, end, _), blocks in zip(sparse.requests, batch.tables, strict=True):
-        middle = min(max(prompt, past), end)
-        for low, high in ((past, middle), (middle, middle if sparse.page_size else end)):
-            begin = first + low - past
-            if low < high:
-                rows = slice(begin, begin + high - low)
-                part = problem._replace(query=query[:, :, rows])
-                output[rows] = _attend_gathered(patch, part, paged, blocks, low, high, prompt)
+        result = served.decode(query[0].transpose(0, 1)[batch.rows], paged, batch.decoding, sparse.page_size)
+        output[batch.rows] = result.output
+        assert result.attended is not None
+        patch.counters.add_later(result.attended[..., None], batch.decoding.visible)
+    for part, selection in batch.chunks:
+        result, reason = served.prefill(query[:, :, part.rows], paged, part, selection)
+        output[part.rows] = result.output[0].transpose(0, 1)
+        assert result.attended is not None
+        patch.counters.add(tally(result.attended, part.visible, patch.counters.tail), reason)
     return output[None], None
-
-
-def _attend_pages(patch: LayerPatch, problem: Problem, paged: PagedKeys, batch: Batch, page_size: int) -> torch.Tensor:
-    """What the rows of a pass attend by page statistics, ``[R, Hq, Dv]``; every key in a layer that is dense."""
-    config, layer, visible = patch.config, patch.layer, batch.visible
-    most = batch.table.shape[1] * paged.key.shape[2]
-    lengths = visible[:, 0, 1].contiguous()
-    budget = lengths[:, None]
-    if not config.is_dense(layer):
-        find = partial(config.row_budgets, visible, most, layer)
-        budget, most = once(visible, ("budget", config.laws(layer)), find)[..., 0], config.largest_budget(most, layer)
-    result = paged_block_attention(
-        *(problem.query[0].transpose(0, 1)[batch.rows], paged, batch.table, lengths, budget),
-        most=most, page_size=page_size, backend=config.backend,
-        scale=problem.scale, softcap=problem.softcap, sinks=problem.sinks,
-    )  # fmt: skip
-    assert result.attended is not None
-    patch.counters.add_later(result.attended[..., None], visible)
-    return result.output
-
-
-def _attend_gathered(
-    patch: LayerPatch, problem: Problem, paged: PagedKeys, blocks: torch.Tensor, past: int, end: int, prompt: int
-) -> torch.Tensor:
-    """What the queries ``past:end`` of a request attend of its keys, ``[end - past, Hq, Dv]``.
-
-    Queries that choose keys together attend every key where a pass cuts them apart.
-    """
-    config = patch.config
-    selection = config.prefill if past < prompt else config.decode
-    reason = None
-    if isinstance(selection, Dense) or config.is_dense(patch.layer):
-        reason = "the settings of the layer attend every key"
-    elif end <= config.dense_below:
-        reason = f"no query sees more than dense_below={config.dense_below} keys"
-    together = getattr(selection, "query_block_size", 1) if selection.chooses_together and reason is None else 1
-    start = min(past - past % -together, end)
-    stop = end if end == prompt else max(start, end - end % together)
-    held = blocks[: -(-end // paged.key.shape[2])]
-    gather = lambda t: t.transpose(1, 2)[held].flatten(0, 1)[:end].transpose(0, 1)[None]  # noqa: E731
-    key, value = gather(paged.key), gather(paged.value)
-    outputs = []
-    for low, high, why in ((past, start, "a pass cuts it"), (start, stop, reason), (stop, end, "a pass cuts it")):
-        if low < high:
-            find = partial(causal_intervals, 1, high - low, high, key.device)
-            seen = once(blocks, (low, high), find)
-            law = ("budget", config.laws(patch.layer))
-            budget = once(seen, law, partial(config.row_budgets, seen, end, patch.layer))
-            part = problem._replace(query=problem.query[:, :, low - past : high - past], key=key, value=value)
-            part = part._replace(visible=seen, origin=seen[..., 0].contiguous(), budget=budget)
-            part = part if why is None else part.over_all_keys()
-            result = attend(part, selection if why is None else Dense(), config.backend)
-            attended = part.budget if result.attended is None else result.attended
-            patch.counters.add(tally(attended, seen, patch.counters.tail), why)
-            outputs.append(result.output[0].transpose(0, 1))
-    return torch.cat(outputs)
 
 
 AttentionInterface.register(PAGED_IMPLEMENTATION, paged_attention_forward)

@@ -7,14 +7,11 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from nc_patch.common import once
-from nc_patch.functional import attend
-from nc_patch.ops.problem import Problem
-from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
-from nc_patch.selections import Dense
+from nc_patch.paged import PagedKeys, summarize_slots_
+from nc_patch.serving import ServedLayer
 from nc_patch.vllm.blocks import paged_keys
 from nc_patch.vllm.settings import current_settings
-from nc_patch.vllm.step import Chunk, DecodingRows, SparseMetadata
+from nc_patch.vllm.step import SparseMetadata
 
 
 class SparseAttention(AttentionImpl[SparseMetadata]):
@@ -67,63 +64,17 @@ class SparseAttention(AttentionImpl[SparseMetadata]):
         """Attention of a step's queries ``[T, Hq, D]`` into ``output`` ``[T, Hq, Dv]``; zeros while vLLM profiles."""
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.zero_()
-        paged, index = self._paged(layer, kv_cache), extract_layer_index(layer.layer_name)
+        paged = self._paged(layer, kv_cache)
+        served = ServedLayer(
+            *(self.config, extract_layer_index(layer.layer_name), self.scale, self.softcap, self.sinks, self.heads)
+        )
         if attn_metadata.decoding is not None:
-            self._decode(query, paged, attn_metadata.decoding, index, output)
+            rows = attn_metadata.decoding.rows
+            output[rows] = served.decode(query[rows], paged, attn_metadata.decoding.seen(), self.page_size).output
         for chunk in attn_metadata.chunks:
-            new = key[chunk.rows], value[chunk.rows]
-            output[chunk.rows] = self._prefill(query[chunk.rows], new, paged, chunk, index)
+            part = query[chunk.rows].transpose(0, 1)[None]
+            output[chunk.rows] = served.prefill(part, paged, chunk, self.config.prefill)[0].output[0].transpose(0, 1)
         return output
-
-    def _decode(
-        self, query: torch.Tensor, paged: PagedKeys, decoding: DecodingRows, layer: int, output: torch.Tensor
-    ) -> None:
-        """Writes the rows that decode into ``output``."""
-        (visible, table), most, config = decoding.seen(), decoding.most_keys, self.config
-        lengths = visible[0, :, 1].contiguous()
-        if config.is_dense(layer):
-            budget = lengths[:, None]
-        else:
-            budget = self._budget(visible, most, layer)[0].t().contiguous()
-            most = config.largest_budget(most, layer)
-        output[decoding.rows] = paged_block_attention(
-            query[decoding.rows], paged, table, lengths, budget, most=most, page_size=self.page_size,
-            scale=self.scale, softcap=self.softcap, sinks=self.sinks, backend=config.backend,
-        ).output  # fmt: skip
-
-    def _prefill(
-        self, query: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor], paged: PagedKeys, chunk: Chunk, layer: int
-    ) -> torch.Tensor:
-        """Output ``[Lq, Hq, Dv]`` of a chunk, whose own keys and values are ``new``.
-
-        Queries of a block that an earlier chunk began are dense: they can no longer choose together with the others.
-        """
-        config, visible, length = self.config, chunk.visible, chunk.length
-        if length == len(query):
-            key, value = (t.transpose(0, 1)[None] for t in new)
-        else:
-            blocks = chunk.blocks[: -(-length // paged.key.shape[2])]
-            key, value = (t[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length] for t in paged[:2])
-        dense = config.is_dense(layer) or length <= config.dense_below
-        budget = visible[:, None, :, 1] if dense else self._budget(visible, length, layer, chunk.cut)
-        tensors = (query.transpose(0, 1)[None], key, value, visible, chunk.origin, budget)
-        problem = Problem(*tensors, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
-        return attend(problem, Dense() if dense else config.prefill, config.backend).output[0].transpose(0, 1)
-
-    def _budget(self, visible: torch.Tensor, most_keys: int, layer: int, dense_rows: int = 0) -> torch.Tensor:
-        """Budgets int32 ``[1, Hq or 1, R]``; the first ``dense_rows`` attend all they see."""
-        laws = self.config.laws(layer)
-
-        def find() -> torch.Tensor:
-            budget = self.config.row_budgets(visible, most_keys, layer)
-            if len(laws) > 1:
-                budget = budget[:, self.heads].contiguous()
-            if dense_rows:
-                budget = budget.clone()
-                budget[..., :dense_rows] = visible[:, None, :dense_rows, 1]
-            return budget
-
-        return once(visible, ("budget", laws), find) if len(laws) == 1 else find()
 
     def _paged(self, layer: Any, kv_cache: torch.Tensor) -> PagedKeys:
         """Views of the cache, made when it is first seen."""

@@ -9,6 +9,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from nc_patch.common import shown
 from nc_patch.config import NCConfig
 from nc_patch.selections import Block
+from nc_patch.serving import queries_together
 from nc_patch.vllm import BACKEND
 
 _latest: NCConfig | None = None
@@ -44,14 +45,9 @@ def current_settings() -> NCConfig:
     return _latest
 
 
-def queries_together(config: NCConfig) -> int:
-    """How many queries of a prompt choose together."""
-    return config.prefill.query_block_size if isinstance(config.prefill, Block) else 1
-
-
 def alignment(config: NCConfig) -> int:
     """Keys of which a block, and every chunk of a prompt but the last, holds a multiple: pages and query blocks."""
-    return math.lcm(queries_together(config), config.decode.page_size)
+    return math.lcm(queries_together(config.prefill), config.decode.page_size)
 
 
 def prepare(vllm_config: VllmConfig) -> None:

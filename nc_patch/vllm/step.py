@@ -7,59 +7,43 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from nc_patch.common import once
-from nc_patch.vllm.settings import current_settings, queries_together
+from nc_patch.serving import Chunk, DecodingRows, chunk
+from nc_patch.vllm.settings import current_settings
 
 
-class DecodingRows(NamedTuple):
+class Decoding(NamedTuple):
     """The rows of requests that are past their prompt: one each, or several that verify drafts.
 
     Attributes:
         rows, requests: int64 ``[R]``, each row's place among the step's queries, and its request.
-        most_keys: no row sees more; a power of two, so that the sizes of buffers seldom change.
     """
 
     rows: torch.Tensor
     requests: torch.Tensor
-    most_keys: int
     step: CommonAttentionMetadata
 
-    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Intervals int32 ``[1, R, 2]`` of the keys that rows see, and the blocks int32 ``[R, M]`` of their requests.
-
-        Computed on the device by the first layer that asks, so that a CUDA graph of all layers holds it.
+    def seen(self) -> DecodingRows:
+        """What they see; computed on the device by the first layer that asks, so that a CUDA graph of all layers holds
+        it.
         """
         capturing = self.rows.is_cuda and torch.cuda.is_current_stream_capturing()
-        found: tuple[torch.Tensor, torch.Tensor] = once(self.rows, ("seen", capturing), self._seen)
+        found: DecodingRows = once(self.rows, ("seen", capturing), self._seen)
         return found
 
-    def _seen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        after = self.step.query_start_loc[1:][self.requests] - 1 - self.rows
-        lengths = (self.step.seq_lens[self.requests] - after).int()
-        visible = torch.stack((torch.zeros_like(lengths), lengths), -1)[None]
-        return visible, self.step.block_table_tensor[self.requests]
-
-
-class Chunk(NamedTuple):
-    """A piece of a prompt.
-
-    Attributes:
-        rows: its place among the step's queries. length: the keys that its last query sees.
-        blocks: int32 ``[M]``, those of the request. visible: int32 ``[1, Lq, 2]``. origin: int32 ``[1, Lq]``, zeros.
-        cut: so many of its first queries belong to a block of queries that began in an earlier chunk.
-    """
-
-    rows: slice
-    length: int
-    blocks: torch.Tensor
-    visible: torch.Tensor
-    origin: torch.Tensor
-    cut: int
+    def _seen(self) -> DecodingRows:
+        step, requests = self.step, self.requests
+        after = step.query_start_loc[1:][requests] - 1 - self.rows
+        lengths = (step.seq_lens[requests] - after).int()
+        visible = torch.stack((torch.zeros_like(lengths), lengths), -1)[:, None]
+        # A power of two, so that the sizes of buffers seldom change.
+        most_keys = 1 << (step.max_seq_len - 1).bit_length()
+        return DecodingRows(visible, step.block_table_tensor[requests], most_keys)
 
 
 class SparseMetadata(NamedTuple):
     """A step: the rows that decode, if any, and the chunks of prompts."""
 
-    decoding: DecodingRows | None
+    decoding: Decoding | None
     chunks: list[Chunk]
 
 
@@ -70,7 +54,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._together = queries_together(current_settings())
+        self._prefill = current_settings().prefill
         self._captured: list[SparseMetadata] = []
 
     def build(
@@ -87,20 +71,13 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             if not prefilling[number]:
                 decoding += [(row, number) for row in range(start, end)]
             elif end > start:
-                chunks.append(self._chunk(slice(start, end), length, step.block_table_tensor[number]))
+                chunks.append(chunk(slice(start, end), length, step.block_table_tensor[number], self._prefill, True))
         if not decoding:
             return SparseMetadata(None, chunks)
         rows, requests = torch.tensor(decoding).t().contiguous().to(self.device, non_blocking=True)
-        return SparseMetadata(DecodingRows(rows, requests, 1 << (step.max_seq_len - 1).bit_length(), step), chunks)
+        return SparseMetadata(Decoding(rows, requests, step), chunks)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SparseMetadata:
         """Kept, since the graph reads its tensors at every replay."""
         self._captured.append(self.build(0, common_attn_metadata))
         return self._captured[-1]
-
-    def _chunk(self, rows: slice, length: int, blocks: torch.Tensor) -> Chunk:
-        first = length - (rows.stop - rows.start)
-        end = torch.arange(first + 1, length + 1, dtype=torch.int32, device=self.device)[None]
-        origin = torch.zeros_like(end)
-        cut = min(-first % self._together, length - first)
-        return Chunk(rows, length, blocks, torch.stack((origin, end), -1), origin, cut)

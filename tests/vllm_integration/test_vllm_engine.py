@@ -99,6 +99,14 @@ def test_settings_mean_what_they_mean_in_patch_model(engine, reference, prompts,
     assert_same(found, reference(prompts, {"decode": "block", "dense_below": 1024, **settings}))
 
 
+def test_a_prompt_longer_than_the_default_dense_below_is_dense_up_to_there(engine, reference, prompts):
+    long = [(prompts[2] + prompts[5])[:1301]]
+    wanted = reference(long, {"alpha": 1, "C": 0.5, "decode": "block", "dense_below": 1024})
+    assert_same(engine(long, custom({"alpha": 1, "C": 0.5})), wanted)
+    for other in (None, {"alpha": 1, "C": 0.5, "decode": "block", "dense_below": 0}):
+        assert reference(long, other)["logprobs"] != wanted["logprobs"]
+
+
 def test_a_hundred_requests_of_mixed_lengths_at_once_all_get_their_own_text(engine, reference, prompts):
     draw = random.Random(0)
     text = prompts[2] + prompts[5]

@@ -1,0 +1,118 @@
+"""What a serving engine's step attends, with keys in blocks of memory: rows that decode, and chunks of requests.
+
+A query attends what it attends in ``generate`` of its request alone.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from nc_patch.common import once
+from nc_patch.config import NCConfig
+from nc_patch.functional import attend
+from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
+from nc_patch.paged import PagedKeys, paged_block_attention
+from nc_patch.selections import Dense
+from nc_patch.selections.base import Selection
+
+
+class DecodingRows(NamedTuple):
+    """R queries that choose pages.
+
+    Attributes:
+        visible: int32 ``[R, 1, 2]``, the keys of its request that each sees. most_keys: none sees more.
+        table: int32 ``[R, M]``, the blocks of its request.
+    """
+
+    visible: torch.Tensor
+    table: torch.Tensor
+    most_keys: int
+
+
+class Chunk(NamedTuple):
+    """Queries of a request that follow each other.
+
+    Attributes:
+        rows: their place among the step's queries. length: the keys that the last one sees.
+        blocks: int32 ``[M]``, those of the request.
+        visible: int32 ``[1, Lq, 2]``, the keys that each sees. origin: int32 ``[1, Lq]``, zeros.
+        dense: so many of the first queries, and of the last, attend every key: of those that choose together with them
+            some are in another chunk.
+    """
+
+    rows: slice
+    length: int
+    blocks: torch.Tensor
+    visible: torch.Tensor
+    origin: torch.Tensor
+    dense: tuple[int, int]
+
+
+def chunk(rows: slice, length: int, blocks: torch.Tensor, selection: Selection, ends: bool) -> Chunk:
+    """A chunk for a selection; ``ends`` says that its last query is the last that chooses with those before it."""
+    count, together = rows.stop - rows.start, queries_together(selection)
+    visible = causal_intervals(1, count, length, blocks.device)
+    first = min(-(length - count) % together, count)
+    last = 0 if ends else min(length % together, count - first)
+    return Chunk(rows, length, blocks, visible, torch.zeros_like(visible[..., 0]), (first, last))
+
+
+def queries_together(selection: Selection) -> int:
+    """How many positions of a prompt choose their keys together."""
+    return int(getattr(selection, "query_block_size", 1)) if selection.chooses_together else 1
+
+
+class ServedLayer(NamedTuple):
+    """How a layer attends. ``heads``: of the model's query heads, those that are here."""
+
+    config: NCConfig
+    layer: int
+    scale: float
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
+    heads: slice = slice(None)
+
+    def decode(self, query: torch.Tensor, paged: PagedKeys, rows: DecodingRows, page_size: int) -> AttentionResult:
+        """Attention of ``query [R, Hq, D]`` by page statistics: output ``[R, Hq, Dv]`` and attended ``[R, Hq]``."""
+        lengths, most = rows.visible[:, 0, 1].contiguous(), rows.most_keys
+        if self.config.is_dense(self.layer):
+            budget = lengths[:, None]
+        else:
+            budget, most = self._budget(rows.visible, most)[..., 0], self.config.largest_budget(most, self.layer)
+        return paged_block_attention(
+            *(query, paged, rows.table, lengths, budget), most=most, page_size=page_size,
+            scale=self.scale, softcap=self.softcap, sinks=self.sinks, backend=self.config.backend,
+        )  # fmt: skip
+
+    def prefill(
+        self, query: torch.Tensor, paged: PagedKeys, chunk: Chunk, selection: Selection
+    ) -> tuple[AttentionResult, str | None]:
+        """Attention of a chunk ``[1, Hq, Lq, D]`` over all keys of its request, and why it was dense, if it was.
+
+        The result holds how many keys were attended, int32 ``[1, Hq or 1, Lq]``.
+        """
+        config, length, (first, last) = self.config, chunk.length, chunk.dense
+        held = chunk.blocks[: -(-length // paged.key.shape[2])]
+        key, value = (t[held].transpose(0, 1).flatten(1, 2)[None, :, :length] for t in paged[:2])
+        seen = chunk.visible[:, None, :, 1]
+        problem = Problem(*(query, key, value, chunk.visible, chunk.origin, seen), self.scale, self.softcap, self.sinks)
+        reason = None
+        if isinstance(selection, Dense) or config.is_dense(self.layer):
+            reason = "the settings of the layer attend every key"
+        elif length <= config.dense_below:
+            reason = f"no query sees more than dense_below={config.dense_below} keys"
+        if reason is None:
+            budget = self._budget(chunk.visible, length)
+            if first or last:
+                chooses = torch.arange(seen.shape[2], device=seen.device)
+                budget = torch.where((chooses >= first) & (chooses < seen.shape[2] - last), budget, seen)
+            problem = problem._replace(budget=budget)
+        result = attend(problem, selection if reason is None else Dense(), config.backend)
+        return result._replace(attended=problem.budget if result.attended is None else result.attended), reason
+
+    def _budget(self, visible: torch.Tensor, most_keys: int) -> torch.Tensor:
+        """Budgets int32 ``[B, heads or 1, Lq]`` of the queries that see ``visible [B, Lq, 2]``."""
+        find = partial(self.config.row_budgets, visible, most_keys, self.layer)
+        budget: torch.Tensor = once(visible, ("budget", self.config.laws(self.layer)), find)
+        return budget[:, self.heads].contiguous() if budget.shape[1] > 1 else budget
