@@ -23,6 +23,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.models import DTYPES, pick_device
 from eval_tasks.provenance import commit, hardware, hardware_words, versions
 from eval_tasks.store import check_out, write_atomically
+from eval_tasks.tasks import ascending
 from nc_patch.cli import USAGE_ERROR
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
@@ -44,21 +45,14 @@ def run_bench(arguments: Sequence[str]) -> int:
 
 def settings_of(parsed: argparse.Namespace) -> Settings:
     """The settings of parsed arguments, or else the defaults; raises ValueError or TypeError for what is wrong."""
-    benchmark = BENCHMARKS[parsed.benchmark]
-    device = pick_device(parsed.device)
-    if parsed.minutes is not None and not (math.isfinite(parsed.minutes) and parsed.minutes > 0):
+    benchmark, device = BENCHMARKS[parsed.benchmark], pick_device(parsed.device)
+    if not parsed.minutes > 0:
         raise ValueError(f"--minutes must be a positive number, got {parsed.minutes}")
-    for name in ("lengths", "batch", "geometry", "selections"):
-        given = getattr(parsed, name) or ()
-        if twice := [value for value in given if list(given).count(value) > 1]:
-            raise ValueError(f"--{name}: {twice[0]} is given twice")
-    if 1 in (parsed.lengths or ()):
-        raise ValueError("--lengths: a length must be at least 2, got 1")
     chosen: dict[str, Any] = {name: getattr(parsed, name) for name in ("batch", "selections", "alpha", "C", "seed")}
     for name in ("geometry", "lengths", "dtype", "repeats"):
         chosen[name] = getattr(parsed, name) or benchmark.defaults[device.type][name]
-    options = benchmark.options | dict(parsed.set)
-    settings = Settings(device=device, options=options, **chosen | {"dtype": DTYPES[chosen["dtype"]]})
+    chosen |= {"lengths": ascending(chosen["lengths"]), "dtype": DTYPES[chosen["dtype"]]}
+    settings = Settings(device=device, options=benchmark.options | dict(parsed.set), **chosen)
     for name in settings.selections:
         settings.config(name)  # raises for values outside their ranges
     return settings
@@ -75,9 +69,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Settings, command: str) -> int:
-    """Measures, writes the results after every case, and prints the report."""
-    started, out = time.monotonic(), parsed.out
-    deadline = started + (math.inf if parsed.minutes is None else 60 * parsed.minutes)
+    """Measures, writes the results after every case, prints the report, and returns the exit code."""
+    started, file, picture = time.monotonic(), *(parsed.out / f"{benchmark.phase}.{kind}" for kind in ("json", "png"))
     rows: list[Row] = []
     record: dict[str, Any] = {
         "command": command,
@@ -89,41 +82,29 @@ def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Setting
         "settings": _plain(settings, benchmark.phase),
         "rows": rows,
     }
-    print(f"{hardware_words(record['hardware'])}, {record['settings']['dtype']}: {len(settings.cases())} cases")
-
-    def say(case: str) -> None:
-        print(f"  {time.monotonic() - started:5.0f} s  {case}", flush=True)
+    machine, law = hardware_words(record["hardware"]), f"budget {settings.alpha:g} n^{settings.C:g}"
+    print(f"{machine}, {record['settings']['dtype']}: {len(settings.cases())} cases")
 
     def write() -> None:
-        record["minutes"] = (time.monotonic() - started) / 60
-        record["crossovers"] = report.crossovers(rows)
-        write_atomically(out / f"{benchmark.phase}.json", (json.dumps(record, indent=1) + "\n").encode())
+        record.update(minutes=(time.monotonic() - started) / 60, exponents=report.exponents(rows))
+        write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
 
+    problems = list[str]()
     try:
-        for found in measure_all(benchmark, settings, deadline, say):
+        say = lambda case: print(f"  {time.monotonic() - started:5.0f} s  {case}", flush=True)  # noqa: E731
+        for found in measure_all(benchmark, settings, started + 60 * parsed.minutes, say):
             rows += found
             write()
-    except KeyboardInterrupt:
-        record["stopped"] = "interrupted"
-    except RuntimeError as error:  # the device itself; what was measured before stays
-        record["stopped"] = first_line(error)
+    except (KeyboardInterrupt, RuntimeError) as error:  # the device itself; what was measured before stays
+        record["stopped"] = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+        problems.append(f"stopped: {record['stopped']}")
     write()
-    return _conclude(benchmark, record, f"budget {settings.alpha:g} n^{settings.C:g}", out)
-
-
-def _conclude(benchmark: Benchmark, record: dict[str, Any], law: str, out: Path) -> int:
-    """Prints and draws what was measured, and returns the exit code."""
-    rows, problems = record["rows"], []
-    print(f"\n{law}\n{report.text(rows, benchmark)}")
-    written = [out / f"{benchmark.phase}.json"]
+    print(f"\n{law}\n{report.text(rows, benchmark)}\n\nWritten: {file}")
     if any("median_seconds" in row for row in rows):
-        written.append(out / f"{benchmark.phase}.png")
-        report.draw(rows, benchmark, f"{hardware_words(record['hardware'])}, {law}", written[-1])
+        report.draw(rows, benchmark, f"{machine}, {law}", picture)
+        print(f"         {picture}")
     else:
         problems.append("nothing could be timed, see above")
-    print(f"\nWritten: {' and '.join(map(str, written))}")
-    if "stopped" in record:
-        problems.append(f"stopped: {record['stopped']}")
     if failed := report.failures(rows):
         problems.append(f"sparse attention failed or was wrong in {failed} rows, see above")
     for problem in problems:
@@ -169,4 +150,4 @@ def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark) ->
     add("--dtype", choices=DTYPES, help=both("dtype"))
     add("--repeats", type=positive, metavar="R", help=both("repeats"))
     add("--seed", type=int, default=0)
-    add("--minutes", type=float, help="no case begins after that; by default no limit")
+    add("--minutes", type=float, default=math.inf, help="no case begins after that; by default no limit")

@@ -1,6 +1,6 @@
 """What is timed: shapes of known models, and random queries and keys whose attention is local, has sinks, and seeks.
 
-**Keys** are ``offset + spread * (basis z + noise)``, channel by channel: ``spread`` is log-normal, and four channels
+**Keys** of a head are ``offset + spread * (z @ basis + noise)``: ``spread`` is log-normal by channel, and four channels
 carry large offsets. In the space of ``basis``, which queries look into, ``z`` is content (rank 16, 85 % common to runs
 of 40 keys) and whether the key is one of the first four, the sinks, whose values are small.
 
@@ -24,7 +24,6 @@ _MASS, _FEWEST_KEYS, _SINK_VALUE = 0.95, 64, 0.1
 # Of the variance of what keys hold and queries seek: common to a run, to a head and a run, and of the query's own key.
 _KEY_RUN, _QUERY_RUN, _HEAD_RUN, _OWN_KEY = 0.85, 0.3, 0.1, 0.5
 _EXPONENTS, _SINK_SHARE = (0.6, 0.95), (0.15, 0.55)
-_ROWS_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -63,54 +62,42 @@ def make_inputs(
     geometry: Geometry, batch: int, length: int, queries: int, dtype: torch.dtype, generator: torch.Generator
 ) -> Inputs:
     """Draws the keys of sequences, and their last ``queries`` queries, on the generator's device."""
-    device = generator.device
+    D, group, device = geometry.head_dim, geometry.heads // geometry.kv_heads, generator.device
+    rank, own_share = min(_CONTENT_RANK, D // 4), 1 - _OWN_KEY - _QUERY_RUN - _HEAD_RUN
+    query = torch.empty(batch, geometry.kv_heads, group, queries, D, dtype=dtype, device=device)
+    key = torch.empty(batch, geometry.kv_heads, length, D, dtype=dtype, device=device)
+    value = torch.empty_like(key)
+    is_sink = (torch.arange(length, device=device) < SINKS).float()[:, None]
+    n = torch.arange(length - queries + 1, length + 1, dtype=torch.float64, device=device)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    Hq, Hkv, D = geometry.heads, geometry.kv_heads, geometry.head_dim
-    group, rank, before = Hq // Hkv, min(_CONTENT_RANK, D // 4), length - queries
-    spread, offset = (_SPREAD * normal(Hkv, 1, D)).exp(), normal(Hkv, 1, D)
-    outliers = torch.randint(D, (Hkv, 1, min(_OUTLIERS, D)), generator=generator, device=device)
-    offset.scatter_(2, outliers, _OUTLIER_OFFSET * normal(Hkv, 1, outliers.shape[-1]).sign())
-    basis = torch.linalg.qr(normal(Hkv, D, rank + 1)).Q.transpose(1, 2)
-    n = torch.arange(before + 1, length + 1, dtype=torch.float64, device=device)
-    weights = [of_heads.view(Hkv, group, queries, 1) for of_heads in _weights(Hq, n, generator)]
-    query = torch.empty(batch, Hq, queries, D, dtype=dtype, device=device)
-    key = torch.empty(batch, Hkv, length, D, dtype=dtype, device=device)
-    value = torch.empty_like(key)
-    for b in range(batch):
-        for begin in range(0, length, _ROWS_AT_ONCE):
-            rows = slice(begin, min(begin + _ROWS_AT_ONCE, length))
-            count = rows.stop - begin
-            run = torch.arange(count, device=device) // _RUN
-            is_sink = (torch.arange(begin, rows.stop, device=device) < SINKS).float()[:, None]
-            own = (1 - _KEY_RUN) ** 0.5 * normal(Hkv, count, rank)
-            content = (_KEY_RUN**0.5 * normal(Hkv, count // _RUN + 1, rank)[:, run] + own) * (1 - is_sink)
-            noise = _NOISE * normal(Hkv, count, D)
-            noise -= noise @ basis.transpose(1, 2) @ basis
-            held = torch.cat((content, is_sink.expand(Hkv, -1, -1)), -1)
-            key[b, :, rows] = offset + spread * (held @ basis + noise)
-            value[b, :, rows] = normal(Hkv, count, D) * (1 - (1 - _SINK_VALUE) * is_sink)
+    def content_of_runs(rows: int, *heads: int) -> torch.Tensor:
+        return normal(*heads, -(-rows // _RUN), rank).repeat_interleave(_RUN, -2)[..., :rows, :]
 
-            asking = slice(max(begin, before), rows.stop)
-            if (count := asking.stop - asking.start) <= 0:
-                continue
-            content, run = content[:, None, -count:], run[:count]
-            direction = _OWN_KEY**0.5 * content + _QUERY_RUN**0.5 * normal(Hkv, 1, count // _RUN + 1, rank)[:, :, run]
-            direction = direction + _HEAD_RUN**0.5 * normal(Hkv, group, count // _RUN + 1, rank)[:, :, run]
-            own_share = 1 - _OWN_KEY - _QUERY_RUN - _HEAD_RUN
-            direction = direction + own_share**0.5 * normal(Hkv, group, count, rank)
-            place = slice(asking.start - before, asking.stop - before)
-            content_weight, sink = (of_rows[:, :, place] for of_rows in weights)
-            sought = torch.cat((torch.nn.functional.normalize(direction, dim=-1) * content_weight, sink), -1)
-            found = sought.flatten(1, 2) @ (basis / spread) * D**0.5
-            query[b, :, place] = found.view(Hq, count, D)
-    return Inputs(query, key, value)
+    for head in range(geometry.kv_heads):  # one at a time, which bounds the memory
+        spread, offset = (_SPREAD * normal(D)).exp(), normal(D)
+        offset[torch.randperm(D, generator=generator, device=device)[:_OUTLIERS]] *= _OUTLIER_OFFSET
+        basis = torch.linalg.qr(normal(D, rank + 1)).Q.T
+        content_weight, sink_weight = _weights(group, n, generator)
+        for b in range(batch):
+            content = _KEY_RUN**0.5 * content_of_runs(length) + (1 - _KEY_RUN) ** 0.5 * normal(length, rank)
+            content *= 1 - is_sink
+            noise = _NOISE * normal(length, D)
+            noise -= noise @ basis.T @ basis
+            key[b, head] = offset + spread * (torch.cat((content, is_sink), -1) @ basis + noise)
+            value[b, head] = normal(length, D) * (1 - (1 - _SINK_VALUE) * is_sink)
+            direction = _OWN_KEY**0.5 * content[-queries:] + _QUERY_RUN**0.5 * content_of_runs(queries)
+            direction = direction + _HEAD_RUN**0.5 * content_of_runs(queries, group)
+            direction += own_share**0.5 * normal(group, queries, rank)
+            direction = torch.nn.functional.normalize(direction, dim=-1) * content_weight
+            query[b, head] = torch.cat((direction, sink_weight), -1) @ (basis / spread) * D**0.5
+    return Inputs(query.flatten(1, 2), key, value)
 
 
 def _weights(heads: int, n: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much content and sinks count in rows that see n keys, float64 ``[R]``: a and S, float32 ``[Hq, R]``."""
+    """How much content and sinks count in rows that see n keys, float64 ``[R]``: a and S, float32 ``[heads, R, 1]``."""
 
     def draw(low: float, high: float) -> torch.Tensor:
         uniform = torch.rand(heads, 1, generator=generator, device=n.device, dtype=torch.float64)
@@ -122,4 +109,4 @@ def _weights(heads: int, n: torch.Tensor, generator: torch.Generator) -> tuple[t
     content = torch.special.ndtri(level) + torch.special.ndtri(1 - n ** (draw(*_EXPONENTS) - 1))
     # The sum over n keys of exp(content) is about this; the last term is what n draws lack of the tail.
     mass = n.log() + content.square() / 2 + torch.special.log_ndtr((2 * n.log()).sqrt() - content)
-    return content.float(), (mass + (sink_share / (1 - sink_share) / SINKS).log()).float()
+    return content.float()[..., None], (mass + (sink_share / (1 - sink_share) / SINKS).log()).float()[..., None]

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 
 from eval_tasks.bench.inputs import GEOMETRIES, Inputs, make_inputs
-from eval_tasks.bench.timing import Step, free_bytes
+from eval_tasks.bench.timing import Step
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
 from nc_patch.selections.index import KeyIndex
@@ -62,10 +63,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One subcommand of ``nc-patch bench``: ``"decode"`` or ``"prefill"``, and what a time is in its results.
+    """One subcommand of ``nc-patch bench``, ``"decode"`` or ``"prefill"``, whose times are shown in a ``unit``.
 
-    Times are shown in a ``unit`` of which ``per_second`` are a second. ``selections``, ``options`` and, by device type,
-    ``defaults`` are what is measured unasked.
+    ``selections``, ``options`` and, by device type, ``defaults`` are what is measured unasked.
     """
 
     phase: str
@@ -82,7 +82,7 @@ _GPU = {"geometry": ["llama3-8b"], "dtype": "bfloat16"}
 DECODE = Benchmark(
     phase="decode",
     what="One decoding step of one layer: upkeep of the indexes (one key), choice of keys, attention. CUDA graphs on a "
-    "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of all implementations that ran.",
+    "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of PyTorch's implementations.",
     unit="microseconds a step and layer",
     per_second=1e6,
     selections=("topk", "block", "window"),
@@ -95,7 +95,7 @@ DECODE = Benchmark(
 PREFILL = Benchmark(
     phase="prefill",
     what="Causal attention of a whole prompt at one layer: intervals, budgets, choice of keys, attention; medians of "
-    "interleaved repeats. Dense: the fastest of all implementations that ran.",
+    "interleaved repeats. Dense: the fastest of PyTorch's implementations.",
     unit="milliseconds a layer",
     per_second=1e3,
     selections=("block", "window", "topk"),
@@ -123,10 +123,15 @@ def make_sets(settings: Settings, case: Case, phase: str) -> list[Inputs]:
     return [make_inputs(geometry, case.batch, case.length, queries, settings.dtype, one) for one in generators]
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def sparse_step(sets: Sequence[Inputs], config: NCConfig, phase: str) -> Step:
     """A step of a selection; in decoding the last key is taken into the index and the page means first."""
-    selection, indexed = getattr(config, phase), phase == "decode"
-    kind, has_means = selection.index_kind if indexed else None, indexed and selection.uses_means
+    selection, decodes = getattr(config, phase), phase == "decode"
+    kind, has_means = selection.index_kind if decodes else None, decodes and selection.uses_means
     indexes = [KeyIndex.build(one.key, kind) if kind else None for one in sets]
     means_of = [KeyIndex.build(one.key, "means", value=one.value) if has_means else None for one in sets]
     batch, _, length, _ = sets[0].key.shape

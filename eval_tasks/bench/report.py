@@ -1,58 +1,53 @@
 """What was measured, as tables, sentences and a plot."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from eval_tasks.bench.measure import ABSENT, FAILED, LEFT_OUT, OK, WRONG, Row
+from eval_tasks.bench.measure import FAILED, OK, WRONG, Row
 from eval_tasks.bench.operator import Benchmark
 
 matplotlib.use("Agg")  # draws into files; needs no display
 _CASE = ["geometry", "batch", "length"]
-_MISSING = ["nan", "nanx"]
+_LINE = ["geometry", "batch", "line"]
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = {"fastest dense": "#000000", "topk": "#D55E00", "block": "#009E73", "window": "#CC79A7"}
 
 
 def timed(rows: Sequence[Row]) -> pd.DataFrame:
-    """Sparse rows, and of each case the fastest dense one, with ``seconds`` and ``speed`` over that dense one.
+    """Sparse rows, and of each case the fastest dense one, with ``speed`` over that dense one.
 
-    ``line`` is the method, or ``"dense"`` whatever its implementation. Empty where nothing was timed.
+    ``line`` is the selection, or ``"fastest dense"``. Empty where nothing was timed.
     """
-    found = pd.DataFrame([{"kept_mass": None, "backend": "-"} | row for row in rows if "median_seconds" in row])
+    columns = {"kept_mass": None, "backend": "-", "peak_bytes": None}
+    found = pd.DataFrame([columns | row for row in rows if "median_seconds" in row])
     if found.empty:
         return found
     dense = found[found.kind == "dense"]
     dense = dense.loc[dense.groupby(_CASE).median_seconds.idxmin()]
     shown = pd.concat([found[found.kind == "sparse"], dense]).sort_values(_CASE, kind="stable")
-    shown["line"] = shown.method.where(shown.kind == "sparse", "dense")
-    fastest = dense.set_index(_CASE).median_seconds.rename("fastest")
-    shown = shown.join(fastest, on=_CASE)
+    shown["line"] = shown.method.where(shown.kind == "sparse", "fastest dense")
+    shown = shown.join(dense.set_index(_CASE).median_seconds.rename("fastest"), on=_CASE)
     return shown.assign(speed=shown.fastest / shown.median_seconds)
 
 
-def crossovers(rows: Sequence[Row]) -> list[Row]:
-    """From which length on each selection is faster than the fastest dense, per geometry and batch.
-
-    ``length`` is interpolated in the logarithms between the longest measured length at which it is not faster and the
-    next one; None where it is not faster at the longest, or faster already at the shortest (``says`` tells which).
-    """
+def exponents(rows: Sequence[Row]) -> list[Row]:
+    """The exponent of time in n of each selection and the fastest dense, fitted to all lengths, where two or more."""
     shown, found = timed(rows), []
-    if not shown.empty:
-        sparse = shown[(shown.kind == "sparse") & shown.speed.notna()]
-        for (geometry, batch, method), of in sparse.groupby(["geometry", "batch", "method"], sort=False):
-            crossing, says = _crossing(list(zip(of.length, 1 / of.speed, strict=True)))
-            found.append({"geometry": geometry, "batch": batch, "selection": method, "length": crossing, "says": says})
+    for (geometry, batch, line), of in shown.groupby(_LINE, sort=False) if len(shown) else ():
+        if len(of) > 1:
+            slope = float(np.polyfit(np.log(of.length), np.log(of.median_seconds), 1)[0])
+            found.append({"geometry": geometry, "batch": batch, "method": line, "exponent": slope})
     return found
 
 
 def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
-    """The times of all cases, crossovers, and everything that did not run or not as meant."""
+    """The times of all cases, how they grow, and everything that did not run or not as meant."""
     shown, lines = timed(rows), []
     if not shown.empty:
         columns = {
@@ -63,13 +58,16 @@ def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
             "method": shown.method,
             benchmark.unit: (benchmark.per_second * shown.median_seconds).map("{:,.1f}".format),
             "over dense": shown.speed.map("{:.2f}x".format),
+            "MB": (shown.peak_bytes.astype(float) / 1e6).map("{:,.0f}".format),
             "kept mass": shown.kept_mass.astype(float).map("{:.3f}".format),
             "backend": shown.backend,
         }
-        table = pd.DataFrame(columns).replace(_MISSING, "-")
-        lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended)"]
-    lines += ["", "Faster than the fastest dense:"]
-    lines += [f"  {c['selection']:7} {c['geometry']}, batch {c['batch']}: {c['says']}" for c in crossovers(rows)]
+        table = pd.DataFrame(columns).replace(["nan", "nanx"], "-")
+        table = table.loc[:, (table != "-").any()]
+        lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended;"]
+        lines += [" MB: what a step allocates beside inputs and indexes)", "", "Time grows with the number of keys as"]
+    for found in exponents(rows):
+        lines.append(f"  n^{found['exponent']:.2f}  {found['method']} ({found['geometry']}, batch {found['batch']})")
     missing = dict.fromkeys(_problem(row) for row in rows if row["status"] != OK or row.get("captured") is False)
     return "\n".join([*lines, *(["Did not run, or not as meant:", *missing] if missing else [])])
 
@@ -81,8 +79,7 @@ def draw(rows: Sequence[Row], benchmark: Benchmark, title: str, path: Path) -> N
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, ((geometry, batch), panel) in zip(axes, panels, strict=True):
         times = panel.assign(time=benchmark.per_second * panel.median_seconds).pivot_table("time", "length", "line")
-        times = times.rename(columns={"dense": "fastest dense"}).rename_axis(columns=None)
-        times.plot(ax=axis, style="o-", color=_COLOURS, loglog=True, grid=True)
+        times.rename_axis(columns=None).plot(ax=axis, style="o-", color=_COLOURS, loglog=True, grid=True)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticks(times.index, [f"{n:,}" for n in times.index], rotation=45)
         axis.set(title=f"{geometry}, batch {batch}", xlabel="keys", ylabel=benchmark.unit)
@@ -95,23 +92,7 @@ def failures(rows: Sequence[Row]) -> int:
     return sum(row["kind"] != "dense" and row["status"] in (FAILED, WRONG) for row in rows)
 
 
-def _crossing(ratios: Sequence[tuple[int, float]]) -> tuple[int | None, str]:
-    last = max((i for i, (_, ratio) in enumerate(ratios) if ratio >= 1), default=None)
-    if last is None:
-        return None, f"at every length measured, from {ratios[0][0]:,} keys on"
-    if last == len(ratios) - 1:
-        return None, f"not up to {ratios[last][0]:,} keys, where it takes {ratios[last][1]:.2f} times as long"
-    (n, slower), (m, faster) = ratios[last], ratios[last + 1]
-    part = math.log(slower) / (math.log(slower) - math.log(faster))
-    length = round(n * (m / n) ** part)
-    return length, f"from about {length:,} keys on (measured: not at {n:,}, {1 / faster:.2f} times at {m:,})"
-
-
 def _problem(row: Row) -> str:
-    if row["status"] == ABSENT:
-        return f"  {row['method']}: {row['message']}"
-    if row["status"] == LEFT_OUT:
-        return f"  {row['method']} ({row['geometry']}, batch {row['batch']}): left out beyond: {row['message']}"
     where = f"{row['geometry']}, batch {row['batch']}, {row['length']:,} keys"
     what = "not captured in a CUDA graph" if row["status"] == OK else row["status"]
     return f"  {row['method']} ({where}): {what}: {row['message']}"

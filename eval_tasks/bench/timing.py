@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 Step = Callable[[int], torch.Tensor]  # runs a method on the i-th set of inputs
@@ -15,32 +14,33 @@ _WARM_UPS = 3
 
 @dataclass(frozen=True)
 class Prepared:
-    """Steps that are ready to be timed: ``launch`` runs one on each of so many sets of inputs.
+    """``launch`` runs one step on each set of inputs, as layers come.
 
     ``captured`` says whether that replays a CUDA graph (None where there are none), ``reason`` why it does not;
     ``replayed`` is what a replay returned for the first set.
     """
 
     launch: Callable[[], object]
-    steps: int = 1
     captured: bool | None = None
     reason: str | None = None
     replayed: torch.Tensor | None = None
 
 
 def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepared:
-    """What runs ``step(i)`` for i below ``steps``, in a row, as layers come; on a GPU as one CUDA graph, if wanted.
+    """What runs ``step(i)`` for i below ``steps``, in a row; on a GPU as one CUDA graph, if wanted.
 
     What the warm-up raises is raised here. What cannot be captured is timed as it is, and says so.
     """
 
-    def all_steps() -> None:
-        for i in range(steps):
+    def all_steps() -> torch.Tensor:
+        first = step(0)
+        for i in range(1, steps):
             step(i)
+        return first
 
     if device.type != "cuda" or not graph:
         all_steps()
-        return Prepared(all_steps, steps)
+        return Prepared(all_steps)
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -51,62 +51,50 @@ def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepar
     captured = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(captured):
-            replayed = step(0)
-            for i in range(1, steps):
-                step(i)
+            replayed = all_steps()
         replayed.fill_(torch.nan)  # so that a replay which leaves something out shows
         captured.replay()
         torch.cuda.synchronize(device)
-    except Exception as error:
+    except torch.OutOfMemoryError:
         torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        raise
+    except Exception as error:
+        torch.cuda.set_stream(current)
         torch.cuda.synchronize(device)
-        return Prepared(all_steps, steps, False, first_line(error))
-    return Prepared(captured.replay, steps, True, replayed=replayed)
+        return Prepared(all_steps, False, first_line(error))
+    return Prepared(captured.replay, True, replayed=replayed)
 
 
-def seconds_of(prepared: Prepared, device: torch.device) -> float:
-    """Seconds of one step, the mean over the sets of inputs."""
+def seconds_of(launch: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one launch."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        prepared.launch()
+        launch()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / prepared.steps
+        return begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
-    prepared.launch()
-    return (time.perf_counter() - start) / prepared.steps
+    launch()
+    return time.perf_counter() - start
 
 
 def interleave(
     methods: Mapping[str, Prepared], repeats: int, device: torch.device, deadline: float = float("inf")
-) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Seconds of a step of every method, in ``repeats`` rounds in which each has its turn, and what methods raised.
+) -> dict[str, list[float]]:
+    """Seconds of a launch of every method, in ``repeats`` rounds in which each has its turn.
 
     A method that is hopelessly slow is left out after a few rounds; after the deadline (``time.monotonic``) all are.
-    One that raises is in the second result alone.
     """
-    raised: dict[str, Exception] = {}
     taken: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeats):
-        best = min((min(seconds) for seconds in taken.values() if seconds), default=float("inf"))
-        for name, prepared in methods.items():
-            if name in raised or (turn >= _FEWEST and min(taken[name]) > _HOPELESS * best):
-                continue
-            try:
-                taken[name].append(seconds_of(prepared, device))
-            except Exception as error:
-                raised[name] = error
-        if turn + 1 >= _FEWEST and time.monotonic() > deadline:
+        if turn >= _FEWEST and time.monotonic() > deadline:
             break
-    return {name: seconds for name, seconds in taken.items() if name not in raised}, raised
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        best = min((min(seconds) for seconds in taken.values() if seconds), default=0.0)
+        for name, prepared in methods.items():
+            if turn < _FEWEST or min(taken[name]) <= _HOPELESS * best:
+                taken[name].append(seconds_of(prepared.launch, device))
+    return taken
 
 
 def first_line(error: BaseException) -> str:
