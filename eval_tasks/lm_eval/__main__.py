@@ -4,13 +4,12 @@
 takes every option of ``lm_eval``; so do ``ls`` and ``validate``.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 from lm_eval._cli import HarnessCLI
-from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
 from eval_tasks.errors import EvalError
@@ -18,37 +17,28 @@ from eval_tasks.lm_eval.settings import TASKS_DIRECTORY
 from eval_tasks.store import check_out
 from nc_patch.common import ProfileError, UnsupportedModelError
 
+_TaskManager = lm_eval.tasks.TaskManager
+
 
 def main() -> None:
     """Runs lm-eval's command line on ``sys.argv``; exits with 1 and one line on arguments that cannot be used."""
     setup_logging()
     cli = HarnessCLI()
     arguments = cli.parse_args()
-    if hasattr(arguments, "include_path"):
-        arguments.include_path = task_directories(arguments)
+    lm_eval.tasks.TaskManager = task_manager  # what every subcommand makes
     try:
-        # lm-eval tries to write when all is done, and where that fails keeps nothing.
-        output = _given(arguments, "output_path")
-        if output is not None:
+        if output := getattr(arguments, "output_path", None):  # lm-eval tries to write when all is done
             check_out(Path(output).parent if Path(output).suffix == ".json" else Path(output), option="--output_path")
         cli.execute(arguments)
-    except (EvalError, ProfileError, UnsupportedModelError) as error:
+    except (EvalError, OSError, ProfileError, UnsupportedModelError) as error:
         sys.exit(f"error: {error}")
 
 
-def task_directories(arguments: argparse.Namespace) -> list[str]:
-    """This package's tasks, then the user's ``--include_path`` (or the one in ``--config``), whose names win."""
-    given = _given(arguments, "include_path") or []
-    paths = [given] if isinstance(given, str) else given
-    return [str(TASKS_DIRECTORY), *(path for path in paths if Path(path).resolve() != TASKS_DIRECTORY)]
-
-
-def _given(arguments: argparse.Namespace, name: str) -> Any:
-    """The value of an option from the command line or the file ``--config``; None where neither has it."""
-    given = getattr(arguments, name, None)
-    if given is None and getattr(arguments, "config", None):
-        given = EvaluatorConfig.load_yaml_config(arguments.config).get(name)
-    return given
+def task_manager(*args: Any, include_path: Any = None, **options: Any) -> Any:
+    """lm-eval's task manager of this package's tasks, and then of the user's ``--include_path``, whose names win."""
+    given = include_path if isinstance(include_path, list) else [include_path] if include_path else []
+    further = [path for path in given if Path(path).resolve() != TASKS_DIRECTORY]
+    return _TaskManager(*args, include_path=[TASKS_DIRECTORY, *further], **options)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,20 @@
 """The lm-eval tasks that score a text: ``nc_perplexity``, ``nc_recall`` and ``nc_document``, as perplexities.
 
-``nc_perplexity`` scores the same last tokens under a growing left context, ``nc_recall`` a passage that the model has
-read at the start of its context, behind filler, and ``nc_document`` the parts of a document between the context
-lengths, each under all that goes before it.
+Texts are cut before whitespace, where a tokenizer yields the same tokens for the parts as for the whole, so lengths are
+reached from below, within a few tokens.
 """
 
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from itertools import islice, pairwise
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from itertools import cycle, islice, pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
+import datasets
 from lm_eval.api.registry import get_aggregation
-from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.hub_data import load_hub
 from eval_tasks.lm_eval.by_length import ByLengthTask, Samples
 from eval_tasks.lm_eval.settings import Settings
 from eval_tasks.synthetic.fitting import TOLERANCE, fill
@@ -30,42 +27,47 @@ from eval_tasks.texts import load_text
 _LEAD = 24
 # No tokenizer makes fewer tokens of so many characters; saves tokenising whole books.
 _CHARACTERS_PER_TOKEN = 12
+# What the passage of nc_perplexity and its contexts may lack of their lengths, which code and tables need.
+_LACKING = 0.1
 # Documents looked through for ones that are long enough.
 _MOST_ROWS = 2000
 
 
 class PerplexityByLength(ByLengthTask):
-    """``nc_perplexity``: per length ``exp(-Σll / Σtokens)`` and ``-Σll / (Σbytes · ln 2)`` over all passages."""
+    """``nc_perplexity``: the same last tokens under a growing left context.
+
+    The metrics are, per length, ``exp(-Σll / Σtokens)`` and ``-Σll / (Σbytes · ln 2)`` over all passages.
+    """
 
     numbers: ClassVar[dict[str, int]] = {"samples": 16, "scored": 256}
+    rules: ClassVar[dict[str, str]] = {"perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}
 
     def make_samples(self) -> Samples:
-        given = self.settings
-        layout = Layout(given.lengths, given.samples, given.scored, passage=0, seed=given.seed)
-        source = load_text(given.text)
-        text = WordText(source.content, given.tokenizer)
-        check_lengths([TASKS["perplexity"]], layout, len(text.tokens.prefix))
-        ends = (place + given.lengths[-1] + 1 for place in places(text.tokens, layout))
-        return [_passage(text, end, given) for end in ends], source.origin, source.sha256
+        found, origin, sha256 = _stretches(self.settings)
+        return [_passage(words, self.settings) for words in found], origin, sha256
+
+    def stages(self) -> list[str]:
+        """What the requests of a document are called in the names of metrics."""
+        return [str(length) for length in self.settings.lengths]
 
     def requests(self, doc: Mapping[str, Any], ctx: Any) -> list[tuple[str, str]]:
-        return [(context, doc["continuation"]) for context in doc["contexts"]]
+        return list(zip(doc["contexts"], doc["continuations"], strict=True))
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        size, scores = len(doc["continuation"].encode("utf-8")), dict[str, Any]()
-        for length, tokens, (loglikelihood, _) in zip(doc["lengths"], doc["scored_tokens"], results, strict=True):
-            scores[f"perplexity_{length}"] = (loglikelihood, tokens)
-            scores[f"bits_per_byte_{length}"] = (loglikelihood, size)
+        scores = dict[str, Any]()
+        columns = (self.stages(), doc["tokens"], doc["continuations"], results)
+        for stage, tokens, scored, (loglikelihood, _) in zip(*columns, strict=True):
+            sizes = {"perplexity": tokens, "bits_per_byte": len(scored.encode("utf-8"))}
+            scores |= {f"{name}_{stage}": (loglikelihood, sizes[name]) for name in self.rules}
         return scores
 
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], float]]:
-        rules = {"perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}
-        lengths = self.settings.lengths
-        return {f"{name}_{length}": get_aggregation(rule) for length in lengths for name, rule in rules.items()}
+        rules = self.rules.items()
+        return {f"{name}_{stage}": get_aggregation(rule) for stage in self.stages() for name, rule in rules}
 
 
 class RecallByLength(PerplexityByLength):
-    """``nc_recall``: the same metrics of a passage that stands at the start of the context too."""
+    """``nc_recall``: the same metrics of a passage that the model has read at the start of its context too."""
 
     numbers: ClassVar[dict[str, int]] = {"samples": 16, "passage": 128}
 
@@ -75,173 +77,124 @@ class RecallByLength(PerplexityByLength):
         return rows, prose.origin, prose.sha256
 
 
-class PerplexityByPosition(ByLengthTask):
-    """Perplexity of each part over all documents, ``exp(-Σll / Σtokens)``, and of the whole.
+class PerplexityByPosition(PerplexityByLength):
+    """``nc_document``: perplexity of the parts of documents between the lengths, and of the whole.
 
     Documents are stretches of one text that do not overlap, or, where the YAML names a ``dataset_path`` of the hub, the
     starts of the first documents in its column ``text`` that are long enough.
     """
 
     numbers: ClassVar[dict[str, int]] = {"samples": 8}
+    rules: ClassVar[dict[str, str]] = {"perplexity": "weighted_perplexity"}
 
     def make_samples(self) -> Samples:
-        name = self.config.dataset_path
-        if name is None:
-            source = load_text(self.settings.text)
-            texts, origin, sha256 = _stretches(source.content, self.settings), source.origin, source.sha256
-        else:
-            found = load_hub(name, copies=self.settings.hub_copies, **(self.config.dataset_kwargs or {}))
-            texts, origin, sha256 = _long_enough(found, self.settings, name), f"the data set {name}", ""
-        return [_cut(text, self.settings) for text in texts], origin, sha256
+        name, options = self.config.dataset_path, self.config.dataset_kwargs or {}
+        found = _stretches(self.settings) if name is None else _hub_documents(name, self.settings, **options)
+        return [_document(words, self.settings) for words in found[0]], *found[1:]
 
-    def requests(self, doc: Mapping[str, Any], ctx: Any) -> list[tuple[str, str]]:
-        return [("".join(doc["parts"][:index]), part) for index, part in enumerate(doc["parts"])]
+    def stages(self) -> list[str]:
+        return [f"{begin}_{end}" for begin, end in pairwise([0, *self.settings.lengths])]
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        scores = [(found, tokens) for (found, _), tokens in zip(results, doc["tokens"], strict=True)]
-        whole = (sum(found for found, _ in scores), sum(doc["tokens"]))
-        return dict(zip(self.aggregation(), [*scores, whole], strict=True))
+        whole = (sum(found for found, _ in results), sum(doc["tokens"]))
+        return super().process_results(doc, results) | {"perplexity": whole}
 
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], float]]:
-        parts = [f"perplexity_{begin}_{end}" for begin, end in pairwise([0, *self.settings.lengths])]
-        return dict.fromkeys([*parts, "perplexity"], get_aggregation("weighted_perplexity"))
+        return super().aggregation() | {"perplexity": get_aggregation("weighted_perplexity")}
 
 
-class WordText:
-    """A text that is cut before whitespace, where a tokenizer yields the same tokens for the parts as for the whole.
-
-    ``starts`` are the bytes at which tokens begin, and the text's end; ``borders``, ascending, those at which a cut may
-    fall: the starts of whitespace, and the text's ends.
-    """
-
-    def __init__(self, content: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._content = content.encode("utf-8")
-        self.tokens = tokenise(tokenizer, content)
-        self.starts = [0, *self.tokens.byte_ends.tolist()]
-        inner = (match.start() for match in re.finditer(rb"\s+(?=\S)", self._content) if match.start())
-        self.borders = [0, *inner, len(self._content)]
-
-    def part(self, begin: int, end: int) -> str:
-        """The text from one byte to another, which are borders."""
-        return self._content[begin:end].decode("utf-8")
+def _stretches(settings: Settings) -> tuple[list[list[str]], str, str]:
+    """The words of stretches of the text that do not overlap, chosen by the seed; origin and digest of the text."""
+    source = load_text(settings.text)
+    tokens, content = tokenise(settings.tokenizer, source.content), source.content.encode("utf-8")
+    layout = Layout(settings.lengths, settings.samples, settings.scored, passage=0, seed=settings.seed)
+    check_lengths([TASKS["perplexity"]], layout, len(tokens.prefix))
+    ends, length = [0, *tokens.byte_ends.tolist()], settings.lengths[-1]
+    pieces = (content[ends[place] : ends[place + length + 1]] for place in places(tokens, layout))
+    return [_words(piece.decode("utf-8", "ignore")) for piece in pieces], source.origin, source.sha256
 
 
-def _passage(text: WordText, end_token: int, settings: Settings) -> dict[str, Any]:
-    """The passage that ends at the last border before a token, and its left contexts, each the end of the next.
+def _hub_documents(name: str, settings: Settings, **options: Any) -> tuple[list[list[str]], str, str]:
+    """The words of the starts of documents; raises EvalError where there is no such data set, or it is too small."""
+    path, length = name if settings.hub_copies is None else f"{settings.hub_copies}/{name}", settings.lengths[-1]
+    try:
+        rows = islice(datasets.load_dataset(str(Path(path).expanduser()), **options), _MOST_ROWS)
+        texts = (row["text"][: _CHARACTERS_PER_TOKEN * length].strip() for row in rows)
+        found = list(islice((text for text in texts if settings.count(text) >= length), settings.samples))
+    except Exception as error:  # `datasets` raises its own, its file systems' and its HTTP client's exceptions
+        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+        raise EvalError(
+            f"the data set {name} could not be loaded ({reason}). Where the hub cannot be reached, download it before"
+            f" (hf download --repo-type dataset {name} --local-dir DIR/{name}) and give lm-eval"
+            ' --metadata \'{"hub_copies": "DIR"}\''
+        ) from error
+    if len(found) < settings.samples:
+        raise EvalError(
+            f"the data set {name} has {len(found)} documents of {length:,} tokens or more among its first {_MOST_ROWS},"
+            f" and {settings.samples} are asked for; ask for fewer samples or shorter lengths"
+        )
+    return [_words(text) for text in found], f"the data set {name}", ""
 
-    Cuts fall at the borders of words, so lengths are reached from below, within a few tokens.
-    """
 
-    def border_from(token: int) -> int:
-        return text.borders[bisect_left(text.borders, text.starts[max(0, token)])]
+def _passage(words: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """The last words of a stretch, and their left contexts, each the end of the next."""
 
-    end = text.borders[bisect_right(text.borders, text.starts[end_token]) - 1]
-    last = bisect_left(text.starts, end)
-    cut = border_from(last - settings.scored)
-    contexts, read, scored = [], [], []
-    for length in settings.lengths:
-        begin = border_from(last - length - 1 + len(text.tokens.prefix))
-        total = settings.count(text.part(begin, end))
-        # Cut off from what stood before it, the first word can take more tokens than it did in place.
-        while total > length + 1 and begin < cut:
-            begin = text.borders[bisect_right(text.borders, begin)]
-            total = settings.count(text.part(begin, end))
-        contexts.append(text.part(begin, cut))
-        # The last token is predicted and not read.
-        read.append(total - 1)
-        scored.append(total - settings.count(contexts[-1]))
-        for tokens, wanted in ((read[-1], length), (scored[-1], settings.scored)):
-            if not wanted - max(8, wanted // 10) <= tokens <= wanted:
-                raise EvalError(
-                    f"the text has too few spaces near byte {end} to score {settings.scored} tokens under a context of"
-                    f" {length}: got {scored[-1]} and {read[-1]}; give a text with words, or larger lengths"
-                )
-    continuation = text.part(cut, end)
-    return {"contexts": contexts, "continuation": continuation, "context_tokens": read, "scored_tokens": scored}
+    def last(count: int) -> str:
+        return "".join(words[len(words) - count :])
+
+    filled = partial(_filled, last, settings=settings, most=len(words), lacking=_LACKING)
+    scored, _ = filled(settings.scored + settings.count(""))
+    # The last token is predicted and not read.
+    sizes = [filled(length + 1) for length in settings.lengths]
+    contexts = ["".join(words[len(words) - size : len(words) - scored]) for size, _ in sizes]
+    tokens = [total - settings.count(context) for (_, total), context in zip(sizes, contexts, strict=True)]
+    return {"contexts": contexts, "continuations": [last(scored)] * len(contexts), "tokens": tokens}
 
 
 def _recalled(prose: Prose, settings: Settings, index: int) -> dict[str, Any]:
-    count = settings.count
     start = Request(0, settings.seed, index, Material(), "recall").random().choice(prose.sentence_starts)
-    size = fill(cache(lambda words: count(" ".join(prose.stretch(start, words)))), settings.passage)
+    size = fill(cache(lambda words: settings.count(" ".join(prose.stretch(start, words)))), settings.passage)
     if size + 2 * _LEAD > len(prose.words) // 2:
         raise EvalError(
             f"the text holds {len(prose.words)} words of prose, too few for a passage of {settings.passage} tokens and"
             " filler; ask for a shorter passage, or give more text"
         )
-    repeated = " ".join(prose.stretch(start, size))
-    lead = " ".join(prose.stretch((start - _LEAD) % len(prose.words), _LEAD))
+    passage, lead = prose.stretch(start, size), prose.stretch((start - _LEAD) % len(prose.words), _LEAD)
     # The rest of the text from behind the passage on, round to the lead.
     rest = prose.stretch((start + size) % len(prose.words), len(prose.words) - size - _LEAD)
+    scored = f" {' '.join(passage)}"
 
     def context(words: int) -> str:
-        whole, part = divmod(words, len(rest))
-        return " ".join([lead, repeated, *(rest * whole), *rest[:part]])
+        return " ".join([*lead, *passage, *islice(cycle(rest), words)])
 
-    total = cache(lambda words: count(f"{context(words)} {repeated}"))
-    sizes = [fill(total, length) for length in settings.lengths]
-    read = [total(words) for words in sizes]
-    for length, tokens in zip(settings.lengths, read, strict=True):
-        if tokens < (1 - TOLERANCE) * length:
-            raise EvalError(f"a word of the text {prose.origin} is too long to fill {length} tokens; got {tokens}")
-    contexts = [context(words) for words in sizes]
-    scored = [tokens - count(text) for tokens, text in zip(read, contexts, strict=True)]
-    return {"contexts": contexts, "continuation": f" {repeated}", "context_tokens": read, "scored_tokens": scored}
+    sizes = [_filled(lambda words: context(words) + scored, length, settings) for length in settings.lengths]
+    contexts = [context(words) for words, _ in sizes]
+    tokens = [total - settings.count(text) for (_, total), text in zip(sizes, contexts, strict=True)]
+    return {"contexts": contexts, "continuations": [scored] * len(contexts), "tokens": tokens}
 
 
-def _stretches(text: str, settings: Settings) -> list[str]:
-    """Stretches of a text, chosen by the seed and somewhat too long, each from the start of a word on."""
-    tokens = tokenise(settings.tokenizer, text)
-    size = settings.lengths[-1] + 1
-    slots = len(tokens.ids) // size
-    if slots < settings.samples:
-        raise EvalError(
-            f"the text has {len(tokens.ids):,} tokens; {settings.samples} documents of {size - 1:,} tokens need"
-            f" {settings.samples * size:,}. Ask for fewer or shorter ones, or give more text (text in --metadata)."
-        )
-    content = text.encode("utf-8")
-    pieces = []
-    for slot in np.random.default_rng(settings.seed).permutation(slots)[: settings.samples]:
-        start = int(tokens.byte_ends[slot * size - 1]) if slot else 0
-        piece = content[start : start + _CHARACTERS_PER_TOKEN * size].decode("utf-8", "ignore")
-        space = re.search(r"\s", piece)
-        pieces.append(piece[space.start() :].lstrip() if space else piece)
-    return pieces
+def _document(words: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """A document's parts, each under all that goes before it; special tokens are read, and none is scored."""
+    first = lambda count: "".join(words[:count])  # noqa: E731
+    ends, read = zip(*(_filled(first, length, settings, len(words)) for length in settings.lengths), strict=True)
+    contexts = [first(begin) for begin in (0, *ends[:-1])]
+    continuations = ["".join(words[begin:end]) for begin, end in pairwise([0, *ends])]
+    tokens = [total - before for before, total in pairwise([settings.count(""), *read])]
+    return {"contexts": contexts, "continuations": continuations, "tokens": tokens}
 
 
-def _long_enough(rows: Iterable[Mapping[str, Any]], settings: Settings, name: str) -> list[str]:
-    texts, length, longest = list[str](), settings.lengths[-1], 0
-    for row in islice(rows, _MOST_ROWS):
-        if "text" not in row:
-            raise EvalError(f"the data set {name} has no column 'text'; it has {', '.join(sorted(row))}")
-        text = row["text"][: _CHARACTERS_PER_TOKEN * length].strip()
-        tokens = settings.count(text)
-        longest = max(longest, tokens)
-        if tokens >= length:
-            texts.append(text)
-        if len(texts) == settings.samples:
-            return texts
-    raise EvalError(
-        f"the data set {name} has {len(texts)} documents of {length:,} tokens or more among its first {_MOST_ROWS}, and"
-        f" {settings.samples} are asked for (the longest has {longest:,}); ask for fewer samples or shorter lengths"
-    )
+def _words(text: str) -> list[str]:
+    """The words, each with the whitespace before it."""
+    return re.findall(r"\s*\S+", text)
 
 
-def _cut(text: str, settings: Settings) -> dict[str, Any]:
-    """A document's parts, which end at the last word before each length, and the tokens of each."""
-    words = WordText(text[: _CHARACTERS_PER_TOKEN * settings.lengths[-1]], settings.tokenizer)
-    # Special tokens are read, and none is scored.
-    special = settings.count("a") - len(settings.tokenizer.encode("a", add_special_tokens=False))
-    parts, counts, begin = list[str](), list[int](), 0
-    for length in settings.lengths:
-        border = bisect_right(words.borders, words.starts[min(length - special, len(words.tokens.ids))]) - 1
-        while (total := settings.count(words.part(0, words.borders[border]))) > length and border:
-            border -= 1
-        if not (1 - TOLERANCE) * length <= total <= length:
-            advice = "Give a text with words, or other lengths"
-            raise EvalError(f"a document cannot be cut at {length} tokens: its words end at {total}. {advice}")
-        end = words.borders[border]
-        parts.append(words.part(begin, end))
-        counts.append(total - special - sum(counts))
-        begin = end
-    return {"parts": parts, "tokens": counts}
+def _filled(
+    text_of: Callable[[int], str], room: int, settings: Settings, most: int | None = None, lacking: float = TOLERANCE
+) -> tuple[int, int]:
+    """How many words, up to ``most``, fill the room, and their tokens; raises EvalError where a share is lacking."""
+    counted = cache(lambda words: settings.count(text_of(words)))
+    words = fill(counted, room, most)
+    if counted(words) < room - max(8, lacking * room):
+        advice = "give a text with more spaces, or other lengths"
+        raise EvalError(f"the text cannot be cut at {room} tokens: its words end at {counted(words)}; {advice}")
+    return words, counted(words)

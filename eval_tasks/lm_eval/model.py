@@ -1,10 +1,10 @@
 """The lm-eval model ``nc_hf``: lm-eval's Hugging Face model with sparse attention of budget alpha * n**C."""
 
 import hashlib
-import inspect
 import json
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import CacheHook
@@ -13,29 +13,21 @@ from sqlitedict import SqliteDict  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.options import OPTIONS, located, misspelt, read_config, read_profile, split_arguments
+from eval_tasks.lm_eval.options import OPTIONS, located, read_config, split_arguments
 from eval_tasks.models import tokenizer_fingerprint
 from nc_patch import NCConfig, Profile, UnsupportedModelError, nc_stats, patch_model
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.version import __version__
 
-_ALLOWED = (
-    f"nc_hf takes {', '.join(OPTIONS)}, nc_config and profile beside the arguments of lm-eval's hf, of from_pretrained"
-    " and of the model's config"
-)
-# Where and in what portions the model runs; rounding apart, the answers do not depend on it.
-_PLACEMENT = {
-    *("batch_size", "cache_dir", "device", "device_map", "force_download", "local_files_only", "logits_cache"),
-    *("max_batch_size", "max_cpu_memory", "max_memory", "max_memory_per_gpu", "offload_folder", "parallelize"),
-    *("token", "tp_plan"),
-}
+# Arguments on which, rounding apart, answers do not depend.
+_PLACEMENT = ("batch_size", "device", "device_map", "max_batch_size", "parallelize", "tp_plan")
 
 
 class NCHFLM(HFLM):
     """``HFLM`` whose model, a name, a directory, ``smollm2`` or a loaded model, is patched right after it is loaded.
 
     Takes ``nc_config`` and ``profile`` as ``read_config``, and the options of ``NCConfig``; all else goes to ``HFLM``.
-    Raises EvalError for an argument that is missing, misspelt or out of range, before the weights are read, and
+    Raises EvalError for an argument that is missing, unknown or out of range, before the weights are read, and
     UnsupportedModelError where the attention cannot be patched.
     """
 
@@ -47,14 +39,12 @@ class NCHFLM(HFLM):
         **arguments: Any,
     ) -> None:
         options, others = split_arguments(arguments)
-        self.nc_profile = None if profile is None else read_profile(profile)
+        self.nc_profile = Profile.load(Path(profile)) if isinstance(profile, str) else profile
         self.nc_config = read_config(options, nc_config, self.nc_profile)
         if pretrained is None:
             raise EvalError("pretrained is missing: give a hub name or a local directory")
-        self._nc_model_arguments = located({"pretrained": pretrained, **others})
-        taken = inspect.signature(HFLM.__init__).parameters
-        self._nc_loader_arguments = {k: value for k, value in self._nc_model_arguments.items() if k not in taken}
-        super().__init__(**self._nc_model_arguments)
+        self._nc_arguments = located({"pretrained": pretrained, **others})
+        super().__init__(**self._nc_arguments)
         # HFLM counts the processes of all machines and takes its number among those of its own: on several machines
         # documents would be scored twice, and others never.
         if self._world_size > 1 and getattr(self, "accelerator", None) is not None:
@@ -62,23 +52,16 @@ class NCHFLM(HFLM):
         if not isinstance(pretrained, str):
             self._patch()
 
-    def _get_config(self, pretrained: str, **options: Any) -> None:
-        try:
-            super()._get_config(pretrained, **options)
-        except OSError as error:
-            raise EvalError(f"pretrained={pretrained} cannot be loaded: {error}") from error
-        wrong = misspelt(name for name in self._nc_loader_arguments if not hasattr(self.config, name))
-        if wrong:
-            advice = ", ".join(f"{name} (is it {option}?)" for name, option in wrong.items())
-            raise EvalError(f"unknown argument {advice}; {_ALLOWED}")
-
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._create_model(*args, **kwargs)
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
-            raise EvalError(f"{error}; {_ALLOWED}") from error
+            raise EvalError(
+                f"{error}; nc_hf takes {', '.join(OPTIONS)}, nc_config and profile beside the arguments of lm-eval's"
+                " hf, of from_pretrained and of the model's config"
+            ) from error
         self._patch()
 
     def _patch(self) -> None:
@@ -116,8 +99,7 @@ class NCHFLM(HFLM):
         if store is not None:
             if not isinstance(store, SqliteDict):
                 raise RuntimeError(
-                    f"lm-eval's response cache is a {type(store).__name__}, not a SqliteDict: answers of different"
-                    " settings could not be told apart; leave out --use_cache"
+                    f"lm-eval's cache is a {type(store).__name__}, not a SqliteDict: leave out --use_cache"
                 )
             store.tablename = f"nc_hf {self._fingerprint()}"
             SqliteDict(store.filename, tablename=store.tablename).close()  # makes the table
@@ -125,11 +107,10 @@ class NCHFLM(HFLM):
 
     def _fingerprint(self) -> str:
         """A short hash of everything that an answer depends on."""
-        arguments = {name: value for name, value in self._nc_model_arguments.items() if name not in _PLACEMENT}
+        arguments = {k: v for k, v in self._nc_arguments.items() if k not in _PLACEMENT and v is not None}
         arguments["pretrained"] = weights_fingerprint(self._model)
         arguments["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
-        given = {name: value for name, value in arguments.items() if value is not None}
-        content = {"nc_patch": __version__, "settings": self.nc_config.to_dict(), "arguments": given}
+        content = {"nc_patch": __version__, "settings": self.nc_config.to_dict(), "arguments": arguments}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
     def get_model_info(self) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def counter(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None = Non
     return count
 
 
-def fill(tokens_at: Callable[[int], int], room: int) -> int:
-    """How many units of filler fit: the largest number found whose text has at most ``room`` tokens.
+def fill(tokens_at: Callable[[int], int], room: int, most: int | None = None) -> int:
+    """How many units of filler fit, ``most`` or fewer: the largest number found whose text has at most ``room`` tokens.
 
     ``tokens_at`` gives the tokens of the whole text with that many units; it grows but for a few tokens, almost in
     proportion, so that secants land within a few steps. The search stops when at most 0.2 % of the room, or no whole
@@ -66,7 +66,7 @@ def fill(tokens_at: Callable[[int], int], room: int) -> int:
     low, low_tokens = 0, tokens_at(0)
     if low_tokens > room:
         raise EvalError(f"the text needs {low_tokens} tokens without any filler, and {room} are free; ask for more")
-    high: int | None = None  # known, or taken, not to fit
+    high = None if most is None else most + 1  # known, or taken, not to fit
     guess = _PROBE
     while high is None or high - low > 1:
         guess = max(low + 1, guess if high is None else min(guess, high - 1))

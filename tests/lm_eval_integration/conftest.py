@@ -1,6 +1,7 @@
 """A tiny random Llama with its tokenizer, and the tasks run on it."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,18 +18,9 @@ def model_dir(tmp_path_factory):
     tokenizer_of_kind("byte_bpe").save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=6000,
-        max_position_embeddings=POSITIONS,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 6000}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
+    config = LlamaConfig(**shape, **heads, initializer_range=0.3, bos_token_id=0, eos_token_id=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
@@ -83,11 +75,9 @@ def our_command(monkeypatch):
 
     from eval_tasks.lm_eval import __main__ as command
 
-    def run(*arguments):
-        def manager(include_path, **options):
-            return TaskManager(include_path=include_path, include_defaults=False, **options)
-
-        monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
+    def run(*arguments, manager=None):
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)  # which the command replaces
+        monkeypatch.setattr(command, "_TaskManager", manager or partial(TaskManager, include_defaults=False))
         monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
         command.main()
 

@@ -1,6 +1,5 @@
 """The stock command with this package's task, and ``python -m eval_tasks.lm_eval``."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 from lm_eval_case import POSITIONS, ROOT, SCORED, TASKS_DIRECTORY
 
-import eval_tasks.lm_eval.__main__ as command
+from eval_tasks.errors import EvalError
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig
 
@@ -66,13 +65,22 @@ def test_our_command_lists_and_validates_the_users_tasks_beside_ours(tmp_path, o
     assert "nc_perplexity" in printed
 
 
-def test_the_users_tasks_are_those_of_the_command_line_or_of_the_config(tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text("include_path: /theirs\ntasks: [x]\n")
-    given = lambda **values: command.task_directories(argparse.Namespace(**values))  # noqa: E731
-    assert given(include_path=None) == given(include_path=str(TASKS_DIRECTORY)) == [str(TASKS_DIRECTORY)]
-    assert given(include_path="/mine", config=str(config)) == [str(TASKS_DIRECTORY), "/mine"]
-    assert given(include_path=None, config=str(config)) == [str(TASKS_DIRECTORY), "/theirs"]
+def test_the_users_tasks_come_last_wherever_they_are_named(tmp_path, our_command, monkeypatch):
+    (tmp_path / "run.yaml").write_text("include_path: /theirs\ntasks: [x]\nmodel: nc_hf\n")
+    taken = []
+
+    def manager(*, include_path, **options):
+        taken.append([str(path) for path in include_path])
+        raise EvalError("stop here")
+
+    for line in (
+        ["run", "--config", str(tmp_path / "run.yaml")],
+        ["ls", "tasks", "--include_path", "/mine"],
+        ["validate", "--tasks", "x", "--include_path", str(TASKS_DIRECTORY)],
+    ):
+        with pytest.raises(SystemExit):
+            our_command(*line, manager=manager)
+    assert taken == [[str(TASKS_DIRECTORY), "/theirs"], [str(TASKS_DIRECTORY), "/mine"], [str(TASKS_DIRECTORY)]]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,6 @@ def test_the_users_tasks_are_those_of_the_command_line_or_of_the_config(tmp_path
             f"lengths [5000] exceed the {POSITIONS} positions of the model",
         ),
         (["alpha=2,C=0.5"], ["--output_path", "out"], "--output_path out is a file; give a directory"),
-        (["alpha=2,C=0.5"], ["--output_path", "out/results.json"], "--output_path out is a file; give a directory"),
     ],
 )
 def test_our_command_ends_with_one_line_on_a_bad_argument(

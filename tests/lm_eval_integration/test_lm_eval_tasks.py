@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
+from datasets import Dataset
 from lm_eval_case import LENGTHS, POSITIONS, SCORED, figures, load_task, rows
 from synthetic_tokenizers import tokenizer_of_kind
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,63 +100,59 @@ def test_figures_are_those_of_the_model_on_the_same_tokens(task, model_dir, run_
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def wholes(row):
+    """What a model reads and predicts of a document at each length."""
+    return [context + scored for context, scored in zip(row["contexts"], row["continuations"], strict=True)]
+
+
 def test_every_length_scores_the_same_tokens_of_each_passage(model_dir):
-    source = python_reference()[0]
-    lengths = [128, 256, 512]
-    ends = set()
-    for row in rows("nc_perplexity", pretrained=str(model_dir), lengths=lengths, scored=64):
-        wholes = [context + row["continuation"] for context in row["contexts"]]
-        assert all(longer.endswith(shorter) for shorter, longer in pairwise(wholes))
-        assert wholes[-1] in source
-        assert all(0.9 * n <= got <= n for got, n in zip(row["context_tokens"], lengths, strict=True))
-        assert len(set(row["scored_tokens"])) == 1
-        assert 56 <= row["scored_tokens"][0] <= 64
-        ends.add(source.index(wholes[-1]) + len(wholes[-1]))
+    source, tokenizer = python_reference()[0], AutoTokenizer.from_pretrained(model_dir)
+    lengths, ends = [128, 256, 512], set()
+    for row in rows("nc_perplexity", tokenizer=str(model_dir), lengths=lengths, scored=64):
+        assert len(set(row["continuations"])) == len(set(row["tokens"])) == 1
+        assert 56 <= row["tokens"][0] <= 64
+        found = wholes(row)
+        assert all(longer.endswith(shorter) for shorter, longer in pairwise(found))
+        read = [len(tokenizer.encode(text)) - 1 for text in found]
+        assert all(0.9 * n <= got <= n for got, n in zip(read, lengths, strict=True))
+        assert found[-1] in source
+        ends.add(source.index(found[-1]) + len(found[-1]))
     assert len(ends) == 16
 
 
 def test_recall_repeats_its_passage_behind_filler_even_beyond_the_text(model_dir):
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    lengths = [512, 2048, 100_000]
+    tokenizer, lengths = AutoTokenizer.from_pretrained(model_dir), [512, 2048, 100_000]
     found = rows("nc_recall", tokenizer=str(model_dir), lengths=lengths, samples=3)
     for row in found:
-        passage = row["continuation"].strip()
-        columns = (lengths, row["contexts"], row["context_tokens"], row["scored_tokens"])
-        for length, context, read, scored in zip(*columns, strict=True):
+        passage = row["continuations"][0].strip()
+        for length, context, scored, whole in zip(lengths, row["contexts"], row["tokens"], wholes(row), strict=True):
             assert context.count(passage) == 1
             assert context.index(passage) < 200
-            whole = tokenizer(context + row["continuation"])["input_ids"]
-            assert 0.98 * length <= len(whole) == read <= length
+            assert whole == f"{context} {passage}"
+            assert 0.98 * length <= len(tokenizer.encode(whole)) <= length
             assert 120 <= scored <= 130
-    assert len({row["continuation"] for row in found}) == 3
+    assert len({row["continuations"][0] for row in found}) == 3
 
 
 def test_documents_are_cut_at_the_lengths(model_dir):
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    text = python_reference()[0]
-    starts = set()
+    tokenizer, text, starts = AutoTokenizer.from_pretrained(model_dir), python_reference()[0], set()
     for row in rows("nc_document", tokenizer=str(model_dir), lengths=[512, 2048, 16384], samples=3):
-        for i, length in enumerate(row["lengths"], 1):
-            so_far = "".join(row["parts"][:i])
-            assert 0.98 * length <= len(tokenizer(so_far)["input_ids"]) == sum(row["tokens"][:i]) <= length
-        whole = "".join(row["parts"])
+        for i, (length, whole) in enumerate(zip(row["lengths"], wholes(row), strict=True), 1):
+            assert whole == "".join(row["continuations"][:i])
+            assert 0.98 * length <= len(tokenizer.encode(whole)) == sum(row["tokens"][:i]) <= length
         assert whole in text
         starts.add(text.index(whole))
     assert len(starts) == 3
 
 
 def test_special_tokens_count_towards_the_length_and_are_not_scored(tmp_path):
-    tokenizer_of_kind("bpe_with_bos").save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = tokenizer_of_kind("bpe_with_bos")
+    tokenizer.save_pretrained(tmp_path)
     (row,) = rows("nc_perplexity", tokenizer=str(tmp_path), lengths=[512], samples=1)
-    ids = tokenizer.encode(row["contexts"][0] + row["continuation"])
-    assert ids[0] == 0
-    assert len(ids) - 1 == row["context_tokens"][0] <= 512
+    assert 502 <= len(tokenizer.encode(wholes(row)[0])) - 1 <= 512
+    assert 248 <= row["tokens"][0] == len(tokenizer.encode(row["continuations"][0])) - 1 <= 256
     (row,) = rows("nc_document", tokenizer=str(tmp_path), lengths=[128, 512], samples=1)
-    ids = tokenizer.encode("".join(row["parts"]))
-    assert ids[0] == 0
-    assert sum(row["tokens"]) == len(ids) - 1
-    assert 502 <= len(ids) <= 512
+    assert 502 <= len(tokenizer.encode(wholes(row)[-1])) == sum(row["tokens"]) + 1 <= 512
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -209,41 +206,51 @@ def test_default_lengths_are_those_the_model_has_positions_for(model_dir):
     ("task", "settings", "message"),
     [
         ("nc_vt", {"lengths": [512, 4096]}, rf"\[4096\] exceed the {POSITIONS} positions"),
-        ("nc_vt", {"lengths": [512], "max_seq_lengths": [512]}, "mean the same: give one of them"),
-        ("nc_vt", {"lengths": ["512"]}, "lengths must be a list of integers"),
-        ("nc_vt", {"lengths": []}, "lengths must be a list of integers"),
-        ("nc_vt", {"lengths": None, "max_length": 192}, "the model has 192 positions: give lengths"),
+        ("nc_vt", {"max_seq_lengths": [512]}, "mean the same: give one of them"),
+        ("nc_vt", {"lengths": ["512"]}, "lengths must be an integer of at least 2, got '512'"),
+        ("nc_vt", {"lengths": None, "max_length": 192}, "lengths must be .* at most the 192 positions"),
         ("nc_vt", {"samples": 0}, "samples must be a positive integer, got 0"),
-        ("nc_vt", {"seed": "x"}, "seed must be an integer, got 'x'"),
+        ("nc_vt", {"seed": "x"}, "seed must be an integer of at least 0, got 'x'"),
         ("nc_vt", {"pretrained": None}, "nc_vt measures context in tokens: give pretrained=.* or tokenizer="),
         ("nc_vt", {"tokenizer": "/absent/tokenizer"}, "the tokenizer /absent/tokenizer cannot be loaded"),
         ("nc_vt", {"text": "/absent.txt"}, "no text named '/absent.txt'"),
         ("nc_niah_single_2", {"lengths": [150]}, "cannot fill 150 tokens, of which 128 are kept for the answer"),
-        ("nc_perplexity", {"scored": 0}, "scored must be a positive integer"),
         ("nc_perplexity", {"lengths": [255]}, "too short for the task perplexity"),
         ("nc_perplexity", {"text": "short.txt"}, r"the text has \d tokens"),
-        ("nc_perplexity", {"text": "wordless.txt", "samples": 1}, "too few spaces"),
-        ("nc_recall", {"passage": 0}, "passage must be a positive integer"),
+        ("nc_perplexity", {"text": "wordless.txt", "samples": 1}, "the text cannot be cut at 256 tokens"),
         ("nc_recall", {"lengths": [128]}, "needs .* tokens without any filler"),
-        (
-            "nc_recall",
-            {"passage": 40_000, "lengths": [100_000], "max_length": 100_000},
-            "too few for a passage of 40000 tokens",
-        ),
-        (
-            "nc_document",
-            {"lengths": [200_000], "max_length": 200_000},
-            r"the text has [\d,]+ tokens; 8 documents of 200,000 tokens",
-        ),
-        ("nc_document", {"text": "wordless.txt", "samples": 1}, "a document cannot be cut at 512 tokens"),
+        ("nc_recall", {"passage": 40_000, "lengths": [512]}, "too few for a passage of 40000 tokens"),
+        ("nc_document", {"text": "wordless.txt", "samples": 1}, "the text cannot be cut at 512 tokens"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(model_dir, tmp_path, monkeypatch, task, settings, message):
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("abc def")
     Path("wordless.txt").write_text("x" * 20_000)
-    with pytest.raises(EvalError, match=message):
+    with pytest.raises(ValueError, match=message):
         load_task(task, **{"pretrained": str(model_dir), "lengths": [512], **settings}).build_all_requests()
+
+
+def test_documents_of_the_hub_are_those_that_are_long_enough(run_tasks, model_dir, tmp_path):
+    words = "The weather on the coast changed again, and the keeper of the lighthouse wrote it into his book of number"
+    books = Dataset.from_list([{"text": "short"}, *({"text": " ".join([f"{words} {i}."] * 60)} for i in range(4))])
+    pg19, proofs = tmp_path / "emozilla/pg19-test", tmp_path / "dwzhu/PoSE-Datasets/proof-pile"
+    pg19.mkdir(parents=True)
+    proofs.mkdir(parents=True)
+    books.to_parquet(str(pg19 / "test-00000-of-00001.parquet"))
+    books.to_json(str(proofs / "test.jsonl"))
+    metadata = {"lengths": [256, 1024], "samples": 3, "hub_copies": str(tmp_path)}
+    results = run_tasks(["nc_hub_perplexity"], metadata=metadata)
+    for task in ("nc_pg19", "nc_proof_pile"):
+        assert results["results"][task]["perplexity_256_1024,none"] > 1
+        assert [sample["arguments"][0][1].count(" ") > 50 for sample in results["samples"][task]] == [True] * 3
+    given = {"tokenizer": str(model_dir), **metadata}
+    for task, further, message in (
+        ("nc_pg19", {"samples": 5}, r"emozilla/pg19-test has 4 documents of 1,024 tokens .* and 5 are asked"),
+        ("nc_pg19", {"hub_copies": str(proofs)}, "emozilla/pg19-test could not be loaded .*hf download.*hub_copies"),
+    ):
+        with pytest.raises(EvalError, match=message):
+            load_task(task, **{**given, **further})
 
 
 @pytest.mark.slow
