@@ -1,6 +1,5 @@
 """``nc-patch calibrate``: the files it writes, how it refuses and shares, and what takes its profile."""
 
-import json
 import socket
 from dataclasses import replace
 
@@ -10,10 +9,8 @@ from processes import start
 from profiles import made_up_profile
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
-from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.options import read_config
 from eval_tasks.matching import MATCHES, Budgets, total_of
-from eval_tasks.methods import METHODS, budget_at, find_method
+from eval_tasks.methods import METHODS, budget_at
 from eval_tasks.profile_report import layer_table, profile_findings, write_profile_report
 from eval_tasks.store import read_rows, read_run
 from nc_patch import NCConfig, Profile
@@ -28,7 +25,7 @@ def home(tmp_path_factory):
     return home
 
 
-def arguments(home, out: str, *further: str) -> list[str]:
+def arguments(home, out, *further):
     shared = ["--model", str(home / "model"), "--text", str(home / "text.txt"), "--out", str(home / out)]
     sizes = ["--lengths", "32", "64", "128", "--pieces", "3", "--rows", "4", "--device", "cpu"]
     return ["calibrate", *shared, *sizes, *further]
@@ -36,50 +33,37 @@ def arguments(home, out: str, *further: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def calibrated(home):
+    """The file of a profile."""
     assert main(arguments(home, "alone")) == 0
-    return home / "alone"
+    return home / "alone" / "profile.json"
 
 
-def test_it_writes_a_profile_a_page_and_a_picture_and_the_same_again(home, calibrated, capsys):
-    profile = Profile.load(calibrated / "profile.json")
+def test_it_writes_a_profile_a_page_and_a_picture(home, calibrated):
+    profile = Profile.load(calibrated)
     assert (profile.model, profile.lengths) == (str(home / "model"), (32, 64, 128))
-    assert (calibrated / "calibration.png").read_bytes().startswith(b"\x89PNG")
-    page = (calibrated / "calibration.html").read_text(encoding="utf-8")
+    assert calibrated.with_name("calibration.png").read_bytes().startswith(b"\x89PNG")
+    page = calibrated.with_name("calibration.html").read_text(encoding="utf-8")
     assert page.count("<table") == page.count("<img") == page.count('src="data:') == 1
     assert "http" not in page
-    assert main(arguments(home, "again")) == 0
-    said = capsys.readouterr().out
-    assert "The exponent C runs from" in said
-    assert "profile.json" in said
-    assert Profile.load(home / "again" / "profile.json") == profile
 
 
-def test_a_budget_holds_for_rows_that_are_dense_up_to_the_length_that_is_given(home, calibrated, capsys):
-    profiles = {}
-    for out, below in (("default", ()), ("below", ("--dense-below", "40"))):
-        assert main(arguments(home, out, "--fraction", "0.3", "--at", "128", *below)) == 0
-        profiles[out] = Profile.load(home / out / "profile.json")
-        assert profiles[out].aim == "30 % of the keys at 128 tokens, sequence"
-        length = int(below[1]) if below else NCConfig(1.0).dense_below
-        assert f"dense_below={length}." in capsys.readouterr().out
-        assert f"dense_below={length}." in (home / out / "calibration.html").read_text(encoding="utf-8")
-    measured = Profile.load(calibrated / "profile.json")
-    assert profiles["default"] == measured.at_budget(0.3, n=128)
-    assert profiles["below"] == measured.at_budget(0.3, n=128, dense_below=40)
-    assert (profiles["below"].alpha != profiles["default"].alpha).any()
+@pytest.mark.parametrize("below", [None, 40])
+def test_a_budget_holds_for_rows_that_are_dense_up_to_the_length_that_is_given(home, calibrated, capsys, below):
+    given = [] if below is None else ["--dense-below", str(below)]
+    assert main(arguments(home, f"below-{below}", "--fraction", "0.3", "--at", "128", *given)) == 0
+    found = Profile.load(home / f"below-{below}" / "profile.json")
+    assert found == Profile.load(calibrated).at_budget(0.3, n=128, dense_below=below)
+    assert found.aim == "30 % of the keys at 128 tokens, sequence"
+    assert f"dense_below={NCConfig(1.0).dense_below if below is None else below}." in capsys.readouterr().out
 
 
-def test_the_page_escapes_what_comes_from_outside(tmp_path):
-    profile = replace(made_up_profile(), model="<script>alert(1)</script>")
+def test_the_report_escapes_what_comes_from_outside_and_names_the_heads_that_are_not_sparse(tmp_path):
+    profile = replace(made_up_profile().at_mass(0.9), model="<script>alert(1)</script>")
     write_profile_report(profile, tmp_path, "nc-patch calibrate --model '<b>'")
     page = (tmp_path / "calibration.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;" in page
     assert "<script>" not in page
     assert "<b>" not in page
-
-
-def test_the_report_names_the_heads_that_are_not_sparse():
-    profile = made_up_profile().at_mass(0.9)
     assert "of 12 heads are not sparse, as they need 50 % of the keys or more (layers 1, 2)" in " ".join(
         profile_findings(profile)
     )
@@ -92,12 +76,8 @@ def test_the_report_names_the_heads_that_are_not_sparse():
     [
         (("--lengths", "64"), "at least two different numbers of tokens"),
         (("--at", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
-        (("--dense-below", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
         (("--fraction", "0.1", "--dense-below", "-1"), "dense_below must be an integer of at least 0, got -1"),
-        (
-            ("--fraction", "0.1", "--dense-below", "64"),
-            "attend 0.432 of all keys, and --fraction is 0.1",
-        ),
+        (("--fraction", "0.1", "--dense-below", "64"), "attend 0.432 of all keys, and --fraction is 0.1"),
         (("--fraction", "1e-3", "--at", "128"), "no budgets attend 0.001 of the keys"),
         (("--dense-layers", "9"), "dense_layers must be a list of layers from 0 to 2"),
         (("--text", "no-such-text"), "no text named 'no-such-text'"),
@@ -119,38 +99,34 @@ def test_two_processes_find_what_one_does(home, calibrated):
     for process in ranks:
         process.join(120)
     assert [process.exitcode for process in ranks] == [0, 0], (home / "said0").read_text()
-    assert Profile.load(home / "two" / "profile.json") == Profile.load(calibrated / "profile.json")
+    assert Profile.load(home / "two" / "profile.json") == Profile.load(calibrated)
 
 
-def test_the_method_profile_attends_as_many_keys_as_the_others(tmp_path):
-    path = tmp_path / "profile.json"
-    made_up_profile().at_mass(0.9).save(path)
-    for match in MATCHES[:3]:
-        budgets = Budgets(2.0, 0.5, 256, match=match, profile=str(path)).at(512)
-        config = METHODS["profile"].config(budgets)
+@pytest.mark.parametrize("match", MATCHES[:3])
+def test_the_method_profile_attends_as_many_keys_as_the_others(tmp_path, match):
+    made_up_profile().at_mass(0.9).save(tmp_path / "profile.json")
+    budgets = Budgets(2.0, 0.5, 256, match=match, profile=str(tmp_path / "profile.json")).at(512)
+    config = METHODS["profile"].config(budgets)
+    assert config.prefill.tail == "drop"
+    if match == "total":
         laws = [law for layer in range(3) for law in config.laws(layer)]
-        assert config.prefill.tail == "drop"
-        if match == "total":
-            found = sum(total_of(512, alpha, C) for alpha, C in laws) / len(laws)
-            assert found == pytest.approx(total_of(512, 2.0, 0.5), rel=0.01)
-        else:
-            n = 256 if match == "deploy" else 512
-            assert budget_at("profile", budgets, n) == pytest.approx(budgets.fixed, rel=0.02)
-    for missing, message in ((None, "needs a calibrated profile"), (str(tmp_path / "nothing"), "cannot be read")):
-        with pytest.raises(EvalError, match=message):
-            find_method("profile").config(Budgets(2.0, 0.5, 256, profile=missing))
+        found = sum(total_of(512, alpha, C) for alpha, C in laws) / len(laws)
+        assert found == pytest.approx(total_of(512, 2.0, 0.5), rel=0.01)
+    else:
+        assert budget_at("profile", budgets, 256 if match == "deploy" else 512) == pytest.approx(
+            budgets.fixed, rel=0.02
+        )
 
 
 def test_a_sweep_measures_a_profile_and_keeps_it_apart_from_others(home, calibrated, capsys):
-    path, changed = calibrated / "profile.json", home / "changed.json"
-    Profile.load(path).at_mass(0.5).save(changed)
+    Profile.load(calibrated).at_mass(0.5).save(home / "changed.json")
     sweep = lambda file: sweep_arguments(  # noqa: E731
         home, home / "sweep", "--profile", str(file), "--methods", "dense", "nc-topk"
     )
-    assert main(sweep(path)) == 0
+    assert main(sweep(calibrated)) == 0
     assert {row["method"] for row in read_rows(home / "sweep")} == {"dense", "nc-topk", "profile"}
     assert read_run(home / "sweep")["identity"]["methods"] == ["dense", "nc-topk", "profile"]
-    assert main(sweep(changed)) == 2
+    assert main(sweep(home / "changed.json")) == 2
     assert "profile was" in capsys.readouterr().err
 
 
@@ -165,22 +141,6 @@ def test_a_sweep_measures_a_profile_and_keeps_it_apart_from_others(home, calibra
 )
 def test_profiles_that_a_sweep_cannot_take_are_refused(home, calibrated, capsys, tmp_path, further, message):
     made_up_profile(layers=2, windows=(0, 0)).save(tmp_path / "other.json")
-    known = {"PATH": str(calibrated / "profile.json"), "OTHER": str(tmp_path / "other.json")}
+    known = {"PATH": str(calibrated), "OTHER": str(tmp_path / "other.json")}
     assert main(sweep_arguments(home, home / "refused", *(known.get(word, word) for word in further))) == 2
     assert message in capsys.readouterr().err
-
-
-def test_lm_evals_model_arguments_take_a_profile(calibrated, tmp_path):
-    path = str(calibrated / "profile.json")
-    config = read_config({"tail": "drop", "selection": "topk", "dense_layers": "0+1"}, profile=path)
-    assert config.alpha == Profile.load(path).config().alpha
-    assert (config.prefill.tail, config.dense_layers) == ("drop", (0, 1))
-    (tmp_path / "broken.json").write_text(json.dumps({"format": 99}))
-    for options, given, message in (
-        ({"alpha": 2.0}, {"profile": path}, "profile: a profile brings alpha of its own"),
-        ({}, {"profile": path, "nc_config": "x.json"}, "nc_config holds every setting: leave out profile"),
-        ({}, {"profile": str(tmp_path / "broken.json")}, "written by a newer nc_patch"),
-        ({}, {}, "or profile=FILE"),
-    ):
-        with pytest.raises(EvalError, match=message):
-            read_config(options, **given)

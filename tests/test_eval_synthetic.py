@@ -3,13 +3,12 @@
 import copy
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
 from eval_tasks.errors import EvalError
-from eval_tasks.synthetic import GENERATORS, Material, SyntheticSample, synthesize
+from eval_tasks.synthetic import GENERATORS, Material, synthesize
 from eval_tasks.synthetic.fitting import counter, fill
 from eval_tasks.synthetic.haystack import NOISE, load_prose, noise
 from eval_tasks.synthetic.sample import DEPTHS
@@ -18,16 +17,16 @@ from eval_tasks.synthetic.words import WordStream, english_words
 NEEDLES = tuple(name for name in GENERATORS if name.startswith("niah_"))
 
 
-def sample(name: str, length: int = 2048, seed: int = 0, index: int = 0, kind: str = "byte_bpe") -> SyntheticSample:
+def sample(name, length=2048, seed=0, index=0, kind="byte_bpe", **options):
     chat = kind == "unigram_chat"
-    return synthesize(GENERATORS[name], tokenizer_of_kind(kind), length, seed, index, use_chat_template=chat)
+    return synthesize(GENERATORS[name], tokenizer_of_kind(kind), length, seed, index, use_chat_template=chat, **options)
 
 
 @pytest.mark.parametrize(
     ("kind", "length"), [*((kind, length) for kind in KINDS for length in (512, 2048)), (KINDS[0], 16384)]
 )
 @pytest.mark.parametrize("name", GENERATORS)
-def test_a_sample_fills_its_length_to_two_percent_and_never_over(name: str, kind: str, length: int) -> None:
+def test_a_sample_fills_its_length_to_two_percent_and_never_over(name, kind, length):
     found = sample(name, length, index=1, kind=kind)
     tokens = tokenizer_of_kind(kind)(found.prompt, add_special_tokens=not found.prompt.startswith("<s>"))["input_ids"]
     assert len(tokens) == found.prompt_tokens
@@ -36,18 +35,17 @@ def test_a_sample_fills_its_length_to_two_percent_and_never_over(name: str, kind
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_samples_depend_on_seed_and_index_alone(name: str) -> None:
+def test_samples_depend_on_seed_and_index_alone(name):
     first = sample(name, 1024, seed=3, index=5)
     assert sample(name, 1024, seed=3, index=5) == first
     assert sample(name, 1024, seed=4, index=5).prompt != first.prompt
     assert sample(name, 1024, seed=3, index=6).prompt != first.prompt
-    longer = sample(name, 2048, seed=3, index=5)
-    assert longer.answers == first.answers == GENERATORS[name].answers(3, 5)
+    assert sample(name, 2048, seed=3, index=5).answers == first.answers == GENERATORS[name].answers(3, 5)
 
 
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("name", NEEDLES)
-def test_every_needle_is_there_once_and_holds_its_answer(name: str, index: int) -> None:
+def test_every_needle_is_there_once_and_holds_its_answer(name, index):
     found = sample(name, index=index)
     assert len(found.answers) == len(set(found.answers)) == (4 if name in ("niah_multivalue", "niah_multiquery") else 1)
     needles = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", found.prompt)
@@ -62,7 +60,7 @@ def test_every_needle_is_there_once_and_holds_its_answer(name: str, index: int) 
     assert len(needles) == expected or (name in ("niah_multikey_2", "niah_multikey_3") and len(needles) > 10)
 
 
-def test_a_long_sample_hides_its_passkey_twice_and_nothing_else_than_noise() -> None:
+def test_a_long_sample_hides_its_passkey_twice_and_nothing_else_than_noise():
     found = sample("passkey", 131072)
     (key,) = found.answers
     assert re.fullmatch(r"\d{5}", key)
@@ -73,36 +71,29 @@ def test_a_long_sample_hides_its_passkey_twice_and_nothing_else_than_noise() -> 
     assert found.prompt.count(key) == 2
 
 
-def test_needles_lie_at_every_depth_of_the_grid_once() -> None:
+def test_needles_lie_at_every_depth_of_the_grid_once():
     depths = sorted(sample("passkey", 4096, index=i).depths[0] for i in range(DEPTHS))
     assert depths == pytest.approx([i / (DEPTHS - 1) for i in range(DEPTHS)], abs=0.05)
 
 
 @pytest.mark.parametrize("length", [512, 1024, 4096])
-def test_variables_form_a_chain_that_ends_in_the_value(length: int) -> None:
+def test_variables_form_a_chain_that_ends_in_the_value(length):
     found = sample("vt", length, index=2)
     last_question = found.prompt[found.prompt.rindex("Memorize and track") :]
-    value = re.search(r"assigned the value (\d+)", last_question)
-    assert value is not None
+    value = re.search(r"assigned the value (\d+)", last_question)[1]
     assigned = dict(re.findall(r"VAR (\w{5}) = (?:VAR )?(\w+)", last_question))
-    assert set(assigned) == set(found.answers)
-    assert [assigned[variable] for variable in found.answers] == [value[1], *found.answers[:-1]]
-    order = [last_question.index(f"VAR {variable} = ") for variable in found.answers]
-    assert order == sorted(order)
+    assert list(assigned) == list(found.answers)
+    assert list(assigned.values()) == [value, *found.answers[:-1]]
 
 
 @pytest.mark.parametrize("length", [512, 2048, 8192])
-def test_common_words_are_the_most_common(length: int) -> None:
+def test_the_words_that_are_asked_for_are_the_most_common(length):
     found = sample("cwe", length, index=1)
     items = re.findall(r"(\d+)\. (\w+)", found.question[found.question.rindex("Below is a numbered list") :])
     assert [int(number) for number, _ in items] == list(range(1, len(items) + 1))
     ranked = Counter(word for _, word in items).most_common()
     assert {word for word, _ in ranked[:10]} == set(found.answers)
     assert ranked[9][1] > ranked[10][1]
-
-
-@pytest.mark.parametrize("length", [512, 2048, 8192])
-def test_frequent_words_are_the_most_frequent(length: int) -> None:
     found = sample("fwe", length, index=1)
     ranked = Counter(found.question.split("coded words. ")[1].split("\nQuestion:")[0].split()).most_common(5)
     assert [word for word, _ in ranked[:4]] == ["...", *found.answers]
@@ -115,7 +106,7 @@ USER_TURNS = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('user tu
 @pytest.mark.parametrize(
     "start", ["", USER_TURNS, "{% set messages = messages[:1] %}"], ids=["opens", "raises", "drops"]
 )
-def test_a_chat_template_wraps_the_question_and_opens_the_answer(start: str) -> None:
+def test_a_chat_template_wraps_the_question_and_opens_the_answer(start):
     tokenizer, plain = copy.deepcopy(tokenizer_of_kind("unigram_chat")), sample("niah_single_2", 1024)
     tokenizer.chat_template = start + CHAT_TEMPLATE
     found = synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
@@ -123,48 +114,43 @@ def test_a_chat_template_wraps_the_question_and_opens_the_answer(start: str) -> 
     assert (found.answers, found.prefix) == (plain.answers, plain.prefix)
 
 
-def test_a_template_that_takes_no_question_is_refused() -> None:
+def test_a_template_that_takes_no_question_is_refused():
     tokenizer = copy.deepcopy(tokenizer_of_kind("unigram_chat"))
-    templates = {
-        None: "has no chat template",
-        "{{ raise_exception('no turns') }}": r"take a user's question \(no turns\)",
-    }
-    for tokenizer.chat_template, message in templates.items():
+    messages = {None: "has no chat template", "{{ raise_exception('no') }}": r"take a user's question \(no\)"}
+    for tokenizer.chat_template, message in messages.items():
         with pytest.raises(EvalError, match=message):
             synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
 
 
-def test_the_room_for_the_answer_can_be_chosen_and_a_length_without_room_is_refused() -> None:
-    found = synthesize(GENERATORS["niah_single_1"], tokenizer_of_kind("byte_bpe"), 1024, new_tokens=20)
+def test_the_room_for_the_answer_can_be_chosen_and_a_length_without_room_is_refused():
+    found = sample("niah_single_1", 1024, new_tokens=20)
     assert found.new_tokens == 20
     assert 0.98 * 1024 - 20 <= found.prompt_tokens <= 1004
     with pytest.raises(EvalError, match="niah_single_2 cannot fill 160 tokens, of which 128 are kept for the answer"):
         sample("niah_single_2", 160)
-    with pytest.raises(EvalError, match="fwe fills only 683 of 700 tokens, since one step more of its filler"):
+    with pytest.raises(EvalError, match="fwe fills only 683 of 700 tokens"):
         sample("fwe", 700, seed=3, index=47)
 
 
-def test_other_texts_hide_the_facts_unless_they_say_them_or_are_too_short(tmp_path: Path) -> None:
-    file = tmp_path / "novel.txt"
-    material, generator, tokenizer = Material(str(file)), GENERATORS["niah_single_2"], tokenizer_of_kind("byte_bpe")
+def test_other_texts_hide_the_facts_unless_they_say_them_or_are_too_short(tmp_path):
+    def hidden(name, story, length=1024):
+        (tmp_path / name).write_text(story)
+        return sample("niah_single_2", length, material=Material(str(tmp_path / name))).prompt
+
     words = "It was a quiet evening and nobody in the old house had anything to say about the strange letter"
     story = "\n\n".join(f"{words} of day {i}.  More   was to come." for i in range(60))
-    file.write_text(story)
-    found = synthesize(generator, tokenizer, 1024, material=material)
-    assert "It was a quiet evening" in found.prompt
-    assert "   " not in found.prompt
-    (needle,) = re.findall(r"One of the special magic .*?: \d+\.", found.prompt)
-    file.write_text(f"{story}\n\nNobody there knew what the next sentence of this letter was to tell them. {needle}")
-    load_prose.cache_clear()
+    prompt = hidden("novel", story)
+    assert "It was a quiet evening" in prompt
+    assert "   " not in prompt
+    (needle,) = re.findall(r"One of the special magic .*?: \d+\.", prompt)
+    told = f"{story}\n\nNobody there knew what the next sentence of this letter was to tell them. {needle}"
     with pytest.raises(EvalError, match=r"stands \d times in the prompt, .*give another text"):
-        synthesize(generator, tokenizer, 4096, material=Material(str(file)))
-    file.write_text("Too little.")
-    load_prose.cache_clear()
+        hidden("told", told, 4096)
     with pytest.raises(EvalError, match="holds 0 words of prose; a haystack needs 400"):
-        load_prose(str(file))
+        hidden("short", "Too little.")
 
 
-def test_prose_is_prose_and_noise_has_as_many_sentences_as_asked() -> None:
+def test_prose_is_prose_and_noise_has_as_many_sentences_as_asked():
     prose = load_prose("python-reference")
     assert len(prose.words) > 20_000
     assert ">>>" not in " ".join(prose.words)
@@ -174,7 +160,7 @@ def test_prose_is_prose_and_noise_has_as_many_sentences_as_asked() -> None:
         assert len(re.findall(r"\.", " ".join(noise(count)))) == count
 
 
-def test_words_are_distinct_however_many_are_asked_for() -> None:
+def test_words_are_distinct_however_many_are_asked_for():
     stream = WordStream("seed")
     many = stream.first(5000)
     assert len(set(many)) == 5000
@@ -182,20 +168,22 @@ def test_words_are_distinct_however_many_are_asked_for() -> None:
     assert WordStream("seed").first(10) == many[:10] == stream.first(10) != WordStream("other").first(10)
 
 
-@pytest.mark.parametrize(("per_unit", "room"), [(1, 100), (3, 1000), (17, 123_456), (1, 123_456), (17, 100)])
-def test_filling_finds_the_room_in_a_few_steps(per_unit: int, room: int) -> None:
-    asked: list[int] = []
+@pytest.mark.parametrize("most", [None, 90])
+@pytest.mark.parametrize(("per_unit", "room"), [(1, 100), (3, 1000), (17, 123_456), (17, 100)])
+def test_filling_finds_the_room_in_a_few_steps(per_unit, room, most):
+    asked = []
 
-    def tokens_at(units: int) -> int:
+    def tokens_at(units):
         asked.append(units)
         return 40 + per_unit * units + units % 3
 
-    found = fill(tokens_at, room)
+    found = fill(tokens_at, room, most)
     assert tokens_at(found) <= room
-    assert room - tokens_at(found) <= max(0.002 * room, per_unit + 2)
+    assert found == most or room - tokens_at(found) <= max(0.002 * room, per_unit + 2)
+    assert most is None or max(asked) <= most
     assert len(asked) < 16
 
 
-def test_counting_adds_special_tokens_once() -> None:
+def test_counting_adds_special_tokens_once():
     tokenizer = tokenizer_of_kind("bpe_with_bos")
     assert counter(tokenizer)("a word") == counter(tokenizer)("<s>a word") == counter(tokenizer, False)("a word") + 1

@@ -15,8 +15,7 @@ from eval_tasks.texts import load_text, reflow
 LAYOUT = Layout(lengths=(64, 100, 257), samples=3, scored=20, passage=24, seed=5)
 WRAPPED = """\
 The extended form of the statement is equivalent to another, longer,
-one that follows here, which was hyphen-broken by the wrapping of the
-documentation, and in which a hyphen breaks a word, for example quote-
+one that follows here, in which a hyphen breaks a word, such as quote-
 delimited words.
 
    if __debug__:
@@ -26,8 +25,8 @@ delimited words.
   of the page
 * another item"""
 REFLOWED = """\
-The extended form of the statement is equivalent to another, longer, one that follows here, which was hyphen-broken \
-by the wrapping of the documentation, and in which a hyphen breaks a word, for example quote-delimited words.
+The extended form of the statement is equivalent to another, longer, one that follows here, in which a hyphen breaks \
+a word, such as quote-delimited words.
 
    if __debug__:
        if not expression: raise AssertionError
@@ -40,12 +39,8 @@ def test_the_python_reference_is_the_same_every_time_and_its_lines_are_whole():
     text = load_text("python-reference")
     assert text == load_text("python-reference")
     assert text.sha256 == hashlib.sha256(text.content.encode()).hexdigest()
-    assert "language reference of Python" in text.origin
     assert "Assert statements are a convenient way to insert debugging assertions into a program:" in text.content
     assert len(text.content) > 300_000
-
-
-def test_reflow_joins_wrapped_prose_and_leaves_code_lists_and_paragraphs_alone():
     assert reflow(WRAPPED) == REFLOWED
 
 
@@ -54,7 +49,6 @@ def test_files_and_data_sets_of_local_files_are_read_as_they_are(tmp_path):
     novel.write_text("Call me\nIshmael. é\n", encoding="utf-8")
     books.write_text('{"body": "first"}\n{"body": "second"}\n', encoding="utf-8")
     assert load_text(str(novel)).content == "Call me\nIshmael. é\n"
-    assert load_text(str(novel)).sha256 == hashlib.sha256(novel.read_bytes()).hexdigest()
     assert load_text(f"text,{novel}:train").content == "Call me\nIshmael. é"
     assert load_text(f"json,{books}:train:body").content == "first\n\nsecond"
 
@@ -82,8 +76,31 @@ def text(request):
     return tokenise(tiny_tokenizer(bos=request.param), tiny_text(3000))
 
 
-def sample(text, task, length, index=0):
-    return TASKS[task].build(text, places(text, LAYOUT)[index], length, LAYOUT)
+def read(text, task, length, index=0):
+    """The tokens of a sample, without those that the tokenizer puts before: what is read, and the last scored one."""
+    ids = TASKS[task].build(text, places(text, LAYOUT)[index], length, LAYOUT).ids
+    assert len(ids) == length + 1
+    assert tuple(ids[: len(text.prefix)]) == text.prefix
+    return ids[len(text.prefix) :]
+
+
+def test_recall_holds_the_same_passage_near_the_start_and_at_the_end_and_the_text_around_it(text):
+    place = passage_start(text, places(text, LAYOUT)[1], LAYOUT)
+    passage, first = text.ids[place : place + LAYOUT.passage], place - LAYOUT.lead
+    for length in LAYOUT.lengths:
+        ids = read(text, "recall", length, 1)
+        np.testing.assert_array_equal(ids[-LAYOUT.passage :], passage)
+        np.testing.assert_array_equal(ids[: -LAYOUT.passage], text.ids[first : first + len(ids) - LAYOUT.passage])
+        unseen = read(text, "unseen", length, 1)
+        np.testing.assert_array_equal(unseen[-LAYOUT.passage :], passage)
+        earlier = np.lib.stride_tricks.sliding_window_view(unseen[: -LAYOUT.passage], LAYOUT.passage)
+        assert not (earlier == passage).all(axis=1).any()
+
+
+def test_perplexity_scores_the_same_tokens_under_contexts_that_grow_to_the_left(text):
+    short, middle, long = (read(text, "perplexity", length) for length in LAYOUT.lengths)
+    np.testing.assert_array_equal(middle[-len(short) :], short)
+    np.testing.assert_array_equal(long[-len(middle) :], middle)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -95,43 +112,8 @@ def test_the_last_stretch_of_a_text_is_long_enough_wherever_the_passage_lies(tas
         assert len(TASKS[task].build(text, 0, length, LAYOUT).ids) == length + 1
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("length", LAYOUT.lengths)
-def test_the_model_reads_exactly_as_many_tokens_as_asked(text, task, length):
-    ids = sample(text, task, length).ids
-    assert len(ids[:-1]) == length
-    assert tuple(ids[: len(text.prefix)]) == text.prefix
-
-
-@pytest.mark.parametrize("length", LAYOUT.lengths)
-def test_recall_holds_the_same_passage_near_the_start_and_at_the_end_and_the_text_around_it(text, length):
-    place = passage_start(text, places(text, LAYOUT)[1], LAYOUT)
-    ids = sample(text, "recall", length, 1).ids[len(text.prefix) :]
-    passage = text.ids[place : place + LAYOUT.passage]
-    np.testing.assert_array_equal(ids[LAYOUT.lead :][: LAYOUT.passage], passage)
-    np.testing.assert_array_equal(ids[-LAYOUT.passage :], passage)
-    first = place - LAYOUT.lead
-    np.testing.assert_array_equal(ids[: -LAYOUT.passage], text.ids[first : first + len(ids) - LAYOUT.passage])
-
-
-def test_the_unseen_passage_stands_only_at_the_end(text):
-    ids = sample(text, "unseen", 100).ids
-    passage = sample(text, "recall", 100).ids[-LAYOUT.passage :]
-    np.testing.assert_array_equal(ids[-LAYOUT.passage :], passage)
-    earlier = np.lib.stride_tricks.sliding_window_view(ids[: -LAYOUT.passage], LAYOUT.passage)
-    assert not (earlier == passage).all(axis=1).any()
-
-
-def test_perplexity_scores_the_same_tokens_under_every_length(text):
-    ends = [sample(text, "perplexity", length).ids[-LAYOUT.scored :] for length in LAYOUT.lengths]
-    assert all((end == ends[0]).all() for end in ends)
-    short, long = (sample(text, "perplexity", length).ids[len(text.prefix) :] for length in (64, 257))
-    np.testing.assert_array_equal(long[-len(short) :], short)
-
-
 def test_the_passage_is_prose_where_the_stretch_begins_with_something_else():
-    words = ["12"] * 40 + ["abcdefgh"] * 24 + ["34"] * 100 + ["abcdefghij"] * 400
-    text = tokenise(tiny_tokenizer(), " ".join(words))
+    text = tokenise(tiny_tokenizer(), " ".join(["12"] * 40 + ["abcdefgh"] * 24 + ["34"] * 100 + ["abcdefghij"] * 400))
     layout = Layout(lengths=(128,), samples=1, scored=20, passage=24, seed=0)
     assert passage_start(text, 0, layout) == passage_start(text, 30, layout) == 40
 
@@ -153,17 +135,15 @@ def test_places_do_not_overlap_and_fewer_are_the_first_of_more(text):
 @pytest.mark.parametrize(("task", "least"), [("perplexity", 20), ("recall", 54), ("unseen", 25)])
 def test_lengths_below_what_a_task_needs_are_refused_and_that_length_works(text, task, least):
     least += len(text.prefix)
-    fits = Layout((least,), 1, LAYOUT.scored, LAYOUT.passage, 0)
+    fits, short = (Layout((length,), 1, LAYOUT.scored, LAYOUT.passage, 0) for length in (least, least - 1))
     check_lengths([TASKS[task]], fits, len(text.prefix))
     assert len(TASKS[task].build(text, 0, least, fits).ids) == least + 1
-    short = Layout((least - 1,), 1, LAYOUT.scored, LAYOUT.passage, 0)
     with pytest.raises(EvalError, match=f"length {least - 1} is too short for the task {task}, which needs {least}"):
         check_lengths([TASKS[task]], short, len(text.prefix))
 
 
 def test_lengths_are_sorted_and_repeats_and_nonsense_are_refused():
     assert ascending([2048, 512]) == (512, 2048)
-    with pytest.raises(EvalError, match="512 is given twice"):
-        ascending([512, 1024, 512])
-    with pytest.raises(EvalError, match="at least 2"):
-        ascending([0, 512])
+    for lengths, message in (([512, 1024, 512], "512 is given twice"), ([0, 512], "at least 2")):
+        with pytest.raises(EvalError, match=message):
+            ascending(lengths)
