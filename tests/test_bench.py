@@ -68,8 +68,8 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
 @PHASES
 def test_inputs_are_the_same_for_a_seed_and_others_for_another_and_cold_in_decoding(phase):
     def draw(seed):
-        settings = operator.Settings(CPU, torch.bfloat16, ["tiny"], [2], [70], ["topk"], 4.0, 0.5, 1, seed=seed)
-        return operator.make_sets(settings, settings.cases()[0], phase)
+        settings = operator.Settings(phase, CPU, torch.bfloat16, ["tiny"], [2], [70], ["topk"], 4.0, 0.5, 1, seed=seed)
+        return operator.make_sets(settings, settings.cases()[0])
 
     first, again, other = draw(0), draw(0), draw(1)
     assert len(first) == (2 if phase == "decode" else 1)

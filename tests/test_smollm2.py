@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from eval_tasks.errors import EvalError
 from eval_tasks.log_law import LogConfig
@@ -117,16 +116,6 @@ def test_decoding_by_an_index_gives_the_tokens_of_decoding_without(smollm2, text
             by_index = generate()
         with patched(smollm2.model, 2.0, 0.7, key_index="never", **options_of_patch):
             assert torch.equal(generate(), by_index)
-
-
-def test_continuous_batching_gives_each_request_the_tokens_of_generate(smollm2, text):
-    prompts = [text.ids[begin : begin + length].tolist() for begin, length in ((0, 320), (900, 193), (2000, 250))]
-    how = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    settings = ContinuousBatchingConfig(num_blocks=32, page_size=64, allow_block_sharing=False)
-    with patched(smollm2.model, 2.0, 0.6, selection="block", dense_below=0):
-        batch = smollm2.model.generate_batch(prompts, how, settings)
-        alone = [smollm2.model.generate(torch.tensor([each]), how)[0, len(each) :].tolist() for each in prompts]
-    assert [output.generated_tokens for output in batch.values()] == alone
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from eval_tasks.arguments import positive, spaced
 from eval_tasks.bench import report
 from eval_tasks.bench.inputs import GEOMETRIES
 from eval_tasks.bench.measure import Row, measure_all
-from eval_tasks.bench.operator import DECODE, PREFILL, Benchmark, Settings
+from eval_tasks.bench.operator import Settings
 from eval_tasks.bench.timing import first_line
 from eval_tasks.errors import EvalError
 from eval_tasks.models import DTYPES, pick_device
@@ -27,32 +27,46 @@ from eval_tasks.tasks import ascending
 from nc_patch.cli import USAGE_ERROR
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
-BENCHMARKS = {benchmark.phase: benchmark for benchmark in (DECODE, PREFILL)}
+PHASES = {
+    "decode": "one decoding step of a layer: upkeep of indexes, choice of keys, attention; CUDA graphs on a GPU",
+    "prefill": "causal attention of a whole prompt at a layer: budgets, choice of keys, attention",
+}
+SELECTIONS = ("topk", "block", "window")
+# What is measured unasked, by phase and device. In prefill the keys that are attended are what is compared: nothing
+# stands for the others.
+_OPTIONS: dict[str, dict[str, Any]] = {"decode": {"dense_below": 0}, "prefill": {"tail": "drop"}}
+_CPU, _GPU = {"geometry": ["smollm2"], "dtype": "float32"}, {"geometry": ["llama3-8b"], "dtype": "bfloat16"}
+_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("decode", "cpu"): _CPU | {"lengths": [512, 2048, 8192], "repeats": 5},
+    ("decode", "cuda"): _GPU | {"lengths": [2**i for i in range(12, 19)], "repeats": 30},
+    ("prefill", "cpu"): _CPU | {"lengths": [1024, 2048, 4096, 8192], "repeats": 5},
+    ("prefill", "cuda"): _GPU | {"lengths": [2**i for i in range(13, 21)], "repeats": 20},
+}
 
 
 def run_bench(arguments: Sequence[str]) -> int:
     """Runs ``nc-patch bench``; returns 0, 1 where sparse attention failed or was wrong, or 2 for wrong arguments."""
     parsed = parser().parse_args(list(arguments))
-    benchmark = BENCHMARKS[parsed.benchmark]
+    files = [parsed.out / f"{parsed.benchmark}.{kind}" for kind in ("json", "png")]
     try:
         settings = settings_of(parsed)
-        check_out(parsed.out, (f"{benchmark.phase}.json", f"{benchmark.phase}.png"))
+        check_out(parsed.out, [file.name for file in files])
     except (EvalError, ValueError, TypeError) as error:
         print(f"nc-patch bench: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return _measure(benchmark, parsed, settings, shlex.join(["nc-patch", "bench", *arguments]))
+    return _measure(settings, parsed.minutes, shlex.join(["nc-patch", "bench", *arguments]), *files)
 
 
 def settings_of(parsed: argparse.Namespace) -> Settings:
     """The settings of parsed arguments, or else the defaults; raises ValueError or TypeError for what is wrong."""
-    benchmark, device = BENCHMARKS[parsed.benchmark], pick_device(parsed.device)
+    phase, device = parsed.benchmark, pick_device(parsed.device)
     if not parsed.minutes > 0:
         raise ValueError(f"--minutes must be a positive number, got {parsed.minutes}")
     chosen: dict[str, Any] = {name: getattr(parsed, name) for name in ("batch", "selections", "alpha", "C", "seed")}
-    for name in ("geometry", "lengths", "dtype", "repeats"):
-        chosen[name] = getattr(parsed, name) or benchmark.defaults[device.type][name]
+    for name, default in _DEFAULTS[phase, device.type].items():
+        chosen[name] = getattr(parsed, name) or default
     chosen |= {"lengths": ascending(chosen["lengths"]), "dtype": DTYPES[chosen["dtype"]]}
-    settings = Settings(device=device, options=benchmark.options | dict(parsed.set), **chosen)
+    settings = Settings(phase=phase, device=device, options=_OPTIONS[phase] | dict(parsed.set), **chosen)
     for name in settings.selections:
         settings.config(name)  # raises for values outside their ranges
     return settings
@@ -62,24 +76,23 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of ``nc-patch bench``."""
     description = "Times sparse attention against the fastest dense attention of PyTorch."
     found = argparse.ArgumentParser(prog="nc-patch bench", description=description)
-    commands = found.add_subparsers(dest="benchmark", metavar="{" + ",".join(BENCHMARKS) + "}", required=True)
-    for name, what in (("decode", "one step of a layer"), ("prefill", "attention of a whole prompt at a layer")):
-        _add_options(commands.add_parser(name, help=what, description=BENCHMARKS[name].what), BENCHMARKS[name])
+    commands = found.add_subparsers(dest="benchmark", metavar="{" + ",".join(PHASES) + "}", required=True)
+    for phase, what in PHASES.items():
+        _add_options(commands.add_parser(phase, help=what, description=f"Times {what}."), phase)
     return found
 
 
-def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Settings, command: str) -> int:
+def _measure(settings: Settings, minutes: float, command: str, file: Path, picture: Path) -> int:
     """Measures, writes the results after every case, prints the report, and returns the exit code."""
-    started, file, picture = time.monotonic(), *(parsed.out / f"{benchmark.phase}.{kind}" for kind in ("json", "png"))
-    rows: list[Row] = []
+    started, rows, problems = time.monotonic(), list[Row](), list[str]()
     record: dict[str, Any] = {
         "command": command,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions() | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "hardware": hardware(settings.device, torch.get_num_threads()),
-        "what": benchmark.what,
-        "settings": _plain(settings, benchmark.phase),
+        "what": f"{PHASES[settings.phase]}; medians of interleaved repeats, dense: the fastest of PyTorch's",
+        "settings": _plain(settings),
         "rows": rows,
     }
     machine, law = hardware_words(record["hardware"]), f"budget {settings.alpha:g} n^{settings.C:g}"
@@ -89,19 +102,18 @@ def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Setting
         record.update(minutes=(time.monotonic() - started) / 60, exponents=report.exponents(rows))
         write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
 
-    problems = list[str]()
     try:
         say = lambda case: print(f"  {time.monotonic() - started:5.0f} s  {case}", flush=True)  # noqa: E731
-        for found in measure_all(benchmark, settings, started + 60 * parsed.minutes, say):
+        for found in measure_all(settings, started + 60 * minutes, say):
             rows += found
             write()
     except (KeyboardInterrupt, RuntimeError) as error:  # the device itself; what was measured before stays
         record["stopped"] = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
         problems.append(f"stopped: {record['stopped']}")
     write()
-    print(f"\n{law}\n{report.text(rows, benchmark)}\n\nWritten: {file}")
+    print(f"\n{law}\n{report.text(rows)}\n\nWritten: {file}")
     if any("median_seconds" in row for row in rows):
-        report.draw(rows, benchmark, f"{machine}, {law}", picture)
+        report.draw(rows, f"{machine}, {law}", picture)
         print(f"         {picture}")
     else:
         problems.append("nothing could be timed, see above")
@@ -112,9 +124,10 @@ def _measure(benchmark: Benchmark, parsed: argparse.Namespace, settings: Setting
     return 1 if problems else 0
 
 
-def _plain(settings: Settings, phase: str) -> dict[str, Any]:
+def _plain(settings: Settings) -> dict[str, Any]:
     found = {**vars(settings), "device": str(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")}
-    return {**found, "options": [getattr(settings.config(name), phase).to_dict() for name in settings.selections]}
+    chosen = [getattr(settings.config(name), settings.phase).to_dict() for name in settings.selections]
+    return {**found, "options": chosen}
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -128,23 +141,23 @@ def _option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _add_options(of_benchmark: argparse.ArgumentParser, benchmark: Benchmark) -> None:
+def _add_options(of_phase: argparse.ArgumentParser, phase: str) -> None:
     def both(name: str) -> str:
-        by_device = (benchmark.defaults[kind][name] for kind in ("cpu", "cuda"))
-        cpu, cuda = (spaced(d) if isinstance(d, list) else d for d in by_device)
-        return f"by default {cpu} on the CPU, {cuda} on a GPU"
+        cpu, cuda = (_DEFAULTS[phase, kind][name] for kind in ("cpu", "cuda"))
+        return "by default {} on the CPU, {} on a GPU".format(
+            *(spaced(default) if isinstance(default, list) else default for default in (cpu, cuda))
+        )
 
-    add, files = of_benchmark.add_argument, f"{benchmark.phase}.json and {benchmark.phase}.png"
-    add("--out", type=Path, required=True, metavar="DIR", help=f"where {files} go")
+    add = of_phase.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help=f"where {phase}.json and {phase}.png go")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="by default the GPU where there is one")
     add("--lengths", type=positive, nargs="+", metavar="N", help=f"keys, or tokens of a prompt; {both('lengths')}")
     add("--batch", type=positive, nargs="+", default=[1], metavar="B", help="by default 1")
     add("--geometry", choices=GEOMETRIES, nargs="+", help=both("geometry"))
     add("--alpha", type=float, default=DEFAULT_ALPHA, help="factor of the budget; by default %(default)g")
     add("--C", type=float, default=DEFAULT_C, help="exponent of the budget; by default %(default)g")
-    selections = list(benchmark.selections)
-    add("--selections", choices=selections, nargs="+", default=selections, help="by default all")
-    unasked = spaced(f"{name}={json.dumps(value)}" for name, value in benchmark.options.items())
+    add("--selections", choices=SELECTIONS, nargs="+", default=SELECTIONS, help="by default all")
+    unasked = spaced(f"{name}={json.dumps(value)}" for name, value in _OPTIONS[phase].items())
     options = f"of NCConfig, by the names that it has for them, such as sample_stride=4; by default {unasked}"
     add("--set", type=_option, nargs="+", default=[], metavar="OPTION=VALUE", help=options)
     add("--dtype", choices=DTYPES, help=both("dtype"))

@@ -6,8 +6,8 @@ of 40 keys) and whether the key is one of the first four, the sinks, whose value
 
 **Scores.** Query i over its n = i + 1 keys has ``a(n) <content> + S(n) [j < 4]``. ``a(n)`` is the standard deviation
 for which 95 % of the softmax of the content lie in the n^c best keys, c of each head between 0.6 and 0.95; what a query
-seeks is in part common to its group and a run of 40 queries, in part the head's own, in part the content of its own
-key, which makes attention local. ``S(n)`` gives the sinks a share of each head between 0.15 and 0.55.
+seeks is in part common to a run of 40 queries, in part the head's own, in part the content of its own key, which makes
+attention local. ``S(n)`` gives the sinks a share of each head between 0.15 and 0.55.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ SINKS = 4
 _CONTENT_RANK, _RUN, _NOISE = 16, 40, 0.3
 _OUTLIERS, _OUTLIER_OFFSET, _SPREAD = 4, 8.0, 0.5
 _MASS, _FEWEST_KEYS, _SINK_VALUE = 0.95, 64, 0.1
-# Of the variance of what keys hold and queries seek: common to a run, to a head and a run, and of the query's own key.
-_KEY_RUN, _QUERY_RUN, _HEAD_RUN, _OWN_KEY = 0.85, 0.3, 0.1, 0.5
+# Of the variance of what keys hold and queries seek: common to a run, and the content of the query's own key.
+_KEY_RUN, _QUERY_RUN, _OWN_KEY = 0.85, 0.35, 0.5
 _EXPONENTS, _SINK_SHARE = (0.6, 0.95), (0.15, 0.55)
 
 
@@ -63,7 +63,7 @@ def make_inputs(
 ) -> Inputs:
     """Draws the keys of sequences, and their last ``queries`` queries, on the generator's device."""
     D, group, device = geometry.head_dim, geometry.heads // geometry.kv_heads, generator.device
-    rank, own_share = min(_CONTENT_RANK, D // 4), 1 - _OWN_KEY - _QUERY_RUN - _HEAD_RUN
+    rank, own_share = min(_CONTENT_RANK, D // 4), 1 - _OWN_KEY - _QUERY_RUN
     query = torch.empty(batch, geometry.kv_heads, group, queries, D, dtype=dtype, device=device)
     key = torch.empty(batch, geometry.kv_heads, length, D, dtype=dtype, device=device)
     value = torch.empty_like(key)
@@ -73,8 +73,8 @@ def make_inputs(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    def content_of_runs(rows: int, *heads: int) -> torch.Tensor:
-        return normal(*heads, -(-rows // _RUN), rank).repeat_interleave(_RUN, -2)[..., :rows, :]
+    def content_of_runs(rows: int) -> torch.Tensor:
+        return normal(-(-rows // _RUN), rank).repeat_interleave(_RUN, 0)[:rows]
 
     for head in range(geometry.kv_heads):  # one at a time, which bounds the memory
         spread, offset = (_SPREAD * normal(D)).exp(), normal(D)
@@ -89,8 +89,7 @@ def make_inputs(
             key[b, head] = offset + spread * (torch.cat((content, is_sink), -1) @ basis + noise)
             value[b, head] = normal(length, D) * (1 - (1 - _SINK_VALUE) * is_sink)
             direction = _OWN_KEY**0.5 * content[-queries:] + _QUERY_RUN**0.5 * content_of_runs(queries)
-            direction = direction + _HEAD_RUN**0.5 * content_of_runs(queries, group)
-            direction += own_share**0.5 * normal(group, queries, rank)
+            direction = direction + own_share**0.5 * normal(group, queries, rank)
             direction = torch.nn.functional.normalize(direction, dim=-1) * content_weight
             query[b, head] = torch.cat((direction, sink_weight), -1) @ (basis / spread) * D**0.5
     return Inputs(query.flatten(1, 2), key, value)

@@ -10,7 +10,7 @@ import torch
 
 from eval_tasks.bench.checks import Expected, checked_rows, compare, expected_output
 from eval_tasks.bench.inputs import Inputs
-from eval_tasks.bench.operator import Benchmark, Case, Settings, make_sets, sparse_step
+from eval_tasks.bench.operator import Case, Settings, make_sets, sparse_step
 from eval_tasks.bench.rivals import rivals
 from eval_tasks.bench.timing import Prepared, Step, first_line, interleave, prepare
 from nc_patch.config import NCConfig
@@ -26,9 +26,7 @@ _LONG_SECONDS, _TOO_SLOW = 0.25, 2.0
 _CASE_SECONDS = 20.0
 
 
-def measure_all(
-    benchmark: Benchmark, settings: Settings, deadline: float, say: Callable[[str], None]
-) -> Iterator[list[Row]]:
+def measure_all(settings: Settings, deadline: float, say: Callable[[str], None]) -> Iterator[list[Row]]:
     """The rows of one case after another; a case that fails is a row that says why, and the next goes on.
 
     After the deadline (``time.monotonic``) no case begins; ``say`` is told of each that does.
@@ -42,7 +40,7 @@ def measure_all(
         say(str(case))
         try:
             with torch.inference_mode():
-                rows = _measure_case(benchmark.phase, settings, case, slow, deadline)
+                rows = _measure_case(settings, case, slow, deadline)
         except Exception as error:
             fail(rows[0], error)
         slow |= _too_slow(rows)
@@ -53,11 +51,9 @@ def measure_all(
             torch.cuda.empty_cache()
 
 
-def _measure_case(
-    phase: str, settings: Settings, case: Case, slow: dict[tuple[str, int, str], str], deadline: float
-) -> list[Row]:
+def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str], str], deadline: float) -> list[Row]:
     """One row for each selection and each dense implementation, all checked before any is timed."""
-    sets = make_sets(settings, case, phase)
+    phase, sets = settings.phase, make_sets(settings, case)
     compared = checked_rows(sets[0].query.shape[2], settings.options.get("query_block_size", Block.query_block_size))
     dense, right = rivals(sets), dict[str, Expected]()
     rows: dict[str, Row] = {}

@@ -38,8 +38,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed, on what; ``options`` are those of selections, by name, as ``NCConfig`` takes them."""
+    """What is timed, on what, in the phase ``"decode"`` or ``"prefill"``; ``options`` are those of ``NCConfig``."""
 
+    phase: str
     device: torch.device
     dtype: torch.dtype
     geometry: Sequence[str]
@@ -61,58 +62,12 @@ class Settings:
         return [Case(g, b, n) for g in self.geometry for b in self.batch for n in sorted(self.lengths)]
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One subcommand of ``nc-patch bench``, ``"decode"`` or ``"prefill"``, whose times are shown in a ``unit``.
-
-    ``selections``, ``options`` and, by device type, ``defaults`` are what is measured unasked.
-    """
-
-    phase: str
-    what: str
-    unit: str
-    per_second: float
-    selections: tuple[str, ...]
-    options: dict[str, Any]
-    defaults: dict[str, dict[str, Any]]
-
-
-_CPU = {"geometry": ["smollm2"], "dtype": "float32", "repeats": 5}
-_GPU = {"geometry": ["llama3-8b"], "dtype": "bfloat16"}
-DECODE = Benchmark(
-    phase="decode",
-    what="One decoding step of one layer: upkeep of the indexes (one key), choice of keys, attention. CUDA graphs on a "
-    "GPU; medians of interleaved repeats over rotating inputs. Dense: the fastest of PyTorch's implementations.",
-    unit="microseconds a step and layer",
-    per_second=1e6,
-    selections=("topk", "block", "window"),
-    options={"dense_below": 0},
-    defaults={
-        "cpu": _CPU | {"lengths": [512, 2048, 8192]},
-        "cuda": _GPU | {"lengths": [2**i for i in range(12, 19)], "repeats": 30},
-    },
-)
-PREFILL = Benchmark(
-    phase="prefill",
-    what="Causal attention of a whole prompt at one layer: intervals, budgets, choice of keys, attention; medians of "
-    "interleaved repeats. Dense: the fastest of PyTorch's implementations.",
-    unit="milliseconds a layer",
-    per_second=1e3,
-    selections=("block", "window", "topk"),
-    options={"tail": "drop"},  # the keys that are attended are what is compared: nothing stands for the others
-    defaults={
-        "cpu": _CPU | {"lengths": [1024, 2048, 4096, 8192]},
-        "cuda": _GPU | {"lengths": [2**i for i in range(13, 21)], "repeats": 20},
-    },
-)
-
-
-def make_sets(settings: Settings, case: Case, phase: str) -> list[Inputs]:
+def make_sets(settings: Settings, case: Case) -> list[Inputs]:
     """One prompt, or as many decoding steps as keep the cache cold and the memory holds; else raises MemoryError."""
     geometry, device = GEOMETRIES[case.geometry], settings.device
     keys = 2 * geometry.kv_heads * case.batch * case.length * geometry.head_dim * settings.dtype.itemsize
     queries, wanted, size = case.length, 1, keys * (1 + geometry.heads / geometry.kv_heads)
-    if phase == "decode":
+    if settings.phase == "decode":
         cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE_BYTES
         queries, size = 1, 2.5 * keys
         wanted = min(_MOST_SETS, max(_FEWEST_SETS, -(-_TIMES_CACHE * cache // keys)))

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from eval_tasks.bench.measure import FAILED, OK, WRONG, Row
-from eval_tasks.bench.operator import Benchmark
 
 matplotlib.use("Agg")  # draws into files; needs no display
+_UNIT = "milliseconds a layer"
 _CASE = ["geometry", "batch", "length"]
 _LINE = ["geometry", "batch", "line"]
 # Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -46,7 +46,7 @@ def exponents(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
+def text(rows: Sequence[Row]) -> str:
     """The times of all cases, how they grow, and everything that did not run or not as meant."""
     shown, lines = timed(rows), []
     if not shown.empty:
@@ -56,7 +56,7 @@ def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
             "keys": shown.length.map("{:,}".format),
             "budget": shown.budget.map("{:,}".format),
             "method": shown.method,
-            benchmark.unit: (benchmark.per_second * shown.median_seconds).map("{:,.1f}".format),
+            _UNIT: (1e3 * shown.median_seconds).map("{:,.3f}".format),
             "over dense": shown.speed.map("{:.2f}x".format),
             "MB": (shown.peak_bytes.astype(float) / 1e6).map("{:,.0f}".format),
             "kept mass": shown.kept_mass.astype(float).map("{:.3f}".format),
@@ -72,17 +72,17 @@ def text(rows: Sequence[Row], benchmark: Benchmark) -> str:
     return "\n".join([*lines, *(["Did not run, or not as meant:", *missing] if missing else [])])
 
 
-def draw(rows: Sequence[Row], benchmark: Benchmark, title: str, path: Path) -> None:
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     """Writes the plot: time by length, sparse and the fastest dense, one panel per geometry and batch."""
     panels = list(timed(rows).groupby(["geometry", "batch"], sort=False))
     figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, ((geometry, batch), panel) in zip(axes, panels, strict=True):
-        times = panel.assign(time=benchmark.per_second * panel.median_seconds).pivot_table("time", "length", "line")
+        times = panel.assign(time=1e3 * panel.median_seconds).pivot_table("time", "length", "line")
         times.rename_axis(columns=None).plot(ax=axis, style="o-", color=_COLOURS, loglog=True, grid=True)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticks(times.index, [f"{n:,}" for n in times.index], rotation=45)
-        axis.set(title=f"{geometry}, batch {batch}", xlabel="keys", ylabel=benchmark.unit)
+        axis.set(title=f"{geometry}, batch {batch}", xlabel="keys", ylabel=_UNIT)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
