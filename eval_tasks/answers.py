@@ -13,6 +13,7 @@ from eval_tasks.measure import Attention, Phase, in_phase, only_last, with_cache
 from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.peak import Peak, memory_watched
 from eval_tasks.synthetic import GENERATORS, Material, synthesize
+from eval_tasks.synthetic.fitting import tokens_of
 
 # With phase "question" so many last tokens of a prompt count as the question, which stands at its end.
 QUESTION_TOKENS = 64
@@ -22,9 +23,8 @@ KEPT_LETTERS = 400
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as tokens, int64 ``[N]``, and what is expected.
+    """A prompt as tokens, int64 ``[N]``, and what is expected, as in ``SyntheticSample``.
 
-    The answer is searched for ``answers``: all count in proportion (``match="all"``), or any one suffices (``"part"``).
     ``depth`` is where the first sentence of evidence lies, as a share of the prompt; None without evidence.
     """
 
@@ -59,12 +59,9 @@ def build_question(
     chat = bool(tokenizer.chat_template)
     options: dict[str, Any] = {"material": material, "new_tokens": new_tokens, "use_chat_template": chat}
     sample = synthesize(GENERATORS[name], tokenizer, length, seed, index, **options)
-    bos = getattr(tokenizer, "bos_token", None)
-    special = {"add_special_tokens": False} if bos and sample.prompt.startswith(bos) else {}
-    ids = tokenizer(sample.prompt, verbose=False, **special)["input_ids"]
-    assert len(ids) == sample.prompt_tokens
+    ids = np.asarray(tokens_of(tokenizer, sample.prompt), dtype=np.int64)
     depth = sample.depths[0] if sample.depths else None
-    return Question(np.asarray(ids, dtype=np.int64), sample.answers, sample.match, sample.new_tokens, depth)
+    return Question(ids, sample.answers, sample.match, sample.new_tokens, depth)
 
 
 def answer(

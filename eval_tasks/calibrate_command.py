@@ -63,9 +63,9 @@ def _calibrate(arguments: argparse.Namespace, command: str, processes: Processes
 def _check_budget(arguments: argparse.Namespace) -> None:
     """Raises EvalError or ProfileError for a budget that is none, before anything is measured."""
     if arguments.fraction is None:
-        if arguments.at is not None or arguments.dense_below is not None:
-            raise EvalError("--at and --dense-below say how the budget of --fraction is counted: give that too")
-        return
+        if arguments.at is None and arguments.dense_below is None:
+            return
+        raise EvalError("--at and --dense-below say how the budget of --fraction is counted: give that too")
     fraction = checked_number("fraction", arguments.fraction)
     ends = arguments.lengths if arguments.at is None else [checked_count("n", arguments.at)]
     below = NCConfig(1.0).dense_below if arguments.dense_below is None else arguments.dense_below
@@ -95,16 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     add_lengths(parser, defaults.DEFAULT_LENGTHS, "context lengths in tokens")
     shares = f"shares of the mass to leave out (default: {' '.join(map(str, defaults.DEFAULT_EPS))})"
     add("--eps", nargs="+", type=float, default=list(defaults.DEFAULT_EPS), metavar="E", help=shares)
-    mass = "mass that the budgets are for (default: %(default)g)"
-    add("--target", type=float, default=defaults.DEFAULT_TARGET, help=mass)
+    add("--target", type=float, default=defaults.DEFAULT_TARGET, help="mass of the budgets (default: %(default)g)")
     add("--fraction", type=float, metavar="F", help="budgets for this share of all keys, in place of --target")
     add("--at", type=int, metavar="N", help="context length at which --fraction holds (default: over all lengths)")
     below = f"count the budget of --fraction for rows that attend all of up to N keys (default: {DEFAULT_DENSE_BELOW})"
     add("--dense-below", type=int, metavar="N", help=below)
     add("--dense-layers", nargs="+", type=int, default=[], metavar="LAYER", help="layers that stay dense")
     add("--pieces", type=int, default=defaults.DEFAULT_PIECES, help="pieces of text (default: %(default)s)")
-    rows = "rows at each length of each piece (default: %(default)s)"
-    add("--rows", type=int, default=defaults.DEFAULT_ROWS, help=rows)
+    add("--rows", type=int, default=defaults.DEFAULT_ROWS, help="rows at each length of a piece (default: %(default)s)")
     add("--seed", type=not_negative, default=0, help="of random numbers (default: 0)")
     add("--processes", type=positive, metavar="N", help="share the pieces among N processes of this machine")
     return parser

@@ -99,10 +99,9 @@ def _continues(line: str, following: str, width: int) -> bool:
 def _read_file(path: Path) -> tuple[str, str]:
     try:
         return path.read_text(encoding="utf-8"), f"the file {path.name}"
-    except UnicodeDecodeError as error:
-        raise EvalError(f"the text file {path} is not UTF-8: {error}. Convert it first.") from error
-    except OSError as error:
-        raise EvalError(f"the text file {path} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        said = "cannot be read" if isinstance(error, OSError) else "is not UTF-8; convert it first"
+        raise EvalError(f"the text file {path} {said}: {error}") from error
 
 
 def _read_dataset(name: str) -> tuple[str, str]:
@@ -111,18 +110,14 @@ def _read_dataset(name: str) -> tuple[str, str]:
         raise EvalError(f"a data set is written NAME[,CONFIG]:SPLIT[:COLUMN], for example {_EXAMPLE}; got {name!r}")
     split, column = fields[0], (*fields, "text")[1]
     builder, _, config = source.partition(",")
-    arguments: dict[str, Any] = {"split": split, "streaming": True}
+    arguments: dict[str, Any] = {"name": config} if config else {}
     if builder in FILE_BUILDERS:
-        if not Path(config).expanduser().is_file():
-            raise EvalError(f"the data set {name!r} names the file {config!r}, which does not exist")
-        arguments["data_files"] = {split: str(Path(config).expanduser())}
+        arguments = {"data_files": {split: str(Path(config).expanduser())}}
         arguments |= {"sample_by": "document"} if builder == "text" else {}
-    elif config:
-        arguments["name"] = config
     try:
         from datasets import load_dataset
 
-        content, count = _join_documents(load_dataset(builder, **arguments), name, column)
+        content, count = _join_documents(load_dataset(builder, split=split, streaming=True, **arguments), name, column)
     except EvalError:
         raise
     except ImportError as error:

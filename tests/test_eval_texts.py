@@ -57,7 +57,7 @@ def test_files_and_data_sets_of_local_files_are_read_as_they_are(tmp_path):
     ("name", "content", "message"),
     [
         ("no-such-text", None, "no text named 'no-such-text'"),
-        ("text,{}/nothing.txt:train", None, "does not exist"),
+        ("text,{}/nothing.txt:train", None, "could not be loaded .FileNotFoundError: .*nothing.txt"),
         ("pg19:", None, r"written NAME.*for example emozilla/pg19-test:test"),
         ("{}/file", b" \n", "is empty"),
         ("{}/file", "é".encode("latin-1"), "not UTF-8"),

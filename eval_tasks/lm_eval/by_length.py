@@ -25,8 +25,7 @@ class ByLengthTask(ConfigurableTask):
     """A task whose documents hold the same sample at several context lengths, which the settings describe."""
 
     numbers: ClassVar[dict[str, int]] = {"samples": 16}  # the settings that are positive integers, with their defaults
-    plain_text: ClassVar[bool] = True  # no chat template belongs to it
-    more_is_better: ClassVar[bool] = False  # of every metric
+    generates: ClassVar[bool] = False  # answers, which are the better the higher they score; else plain text is scored
     settings: Settings
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -56,11 +55,11 @@ class ByLengthTask(ConfigurableTask):
         return [Instance(self.OUTPUT_TYPE, doc, given, i, metadata=options["metadata"]) for i, given in asked]
 
     def higher_is_better(self) -> dict[str, bool]:
-        return dict.fromkeys(self.aggregation(), self.more_is_better)
+        return dict.fromkeys(self.aggregation(), self.generates)
 
     def build_all_requests(self, *, tokenizer_name: str = "", **options: Any) -> None:
         """Builds the requests; lm-eval's cache of built requests is told these documents from others'."""
-        if self.plain_text and (options.get("apply_chat_template") or options.get("system_instruction")):
+        if not self.generates and (options.get("apply_chat_template") or options.get("system_instruction")):
             logging.getLogger(__name__).warning(
                 "%s scores plain text: no chat template and no system instruction is applied", self.config.task
             )

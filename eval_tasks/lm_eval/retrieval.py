@@ -6,6 +6,7 @@ instruction count towards the length.
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, ClassVar
 
 from lm_eval.api.metrics import mean
@@ -24,8 +25,7 @@ class RetrievalByLength(ByLengthTask):
     """String match of answers, one metric per context length and their mean; ``dataset_kwargs`` name the generator."""
 
     numbers: ClassVar[dict[str, int]] = {"samples": 100}
-    plain_text: ClassVar[bool] = False
-    more_is_better: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._generator = GENERATORS[config["dataset_kwargs"]["generator"]]
@@ -43,17 +43,15 @@ class RetrievalByLength(ByLengthTask):
     def fewshot_context(self, doc: Mapping[str, Any], num_fewshot: int = 0, **options: Any) -> list[str]:
         """The prompts of a sample, one per context length; each with what the model is to generate fits its length."""
         options.pop("gen_prefix", None)
-        plain_context = super().fewshot_context
+        plain_context, given = super().fewshot_context, self.settings
 
         def render(question: str, prefix: str) -> str:
-            filled = {**doc, "question": question}
-            prompt: str = plain_context(filled, num_fewshot=0, gen_prefix=prefix or None, **options)
-            return prompt
+            return str(plain_context({**doc, "question": question}, num_fewshot=0, gen_prefix=prefix, **options))
 
-        generator, tokenizer, place = self._generator, self.settings.tokenizer, (self.settings.seed, doc["sample"])
-        ways: dict[str, Any] = {"material": self._material, "render": render, "count": self.settings.count}
+        ways: dict[str, Any] = {"material": self._material, "render": render, "count": given.count}
         ways["new_tokens"] = self.config.generation_kwargs["max_gen_toks"]
-        return [synthesize(generator, tokenizer, length, *place, **ways).prompt for length in doc["lengths"]]
+        make = partial(synthesize, self._generator, given.tokenizer, seed=given.seed, index=doc["sample"], **ways)
+        return [make(length).prompt for length in doc["lengths"]]
 
     def requests(self, doc: Mapping[str, Any], ctx: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
         return [(prompt, deepcopy(self.config.generation_kwargs)) for prompt in ctx]

@@ -42,18 +42,16 @@ def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
 
 
 def counter(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None = None) -> Count:
-    """Counts tokens as lm-eval's Hugging Face models read a text: special tokens once, template or not.
+    """Counts tokens as lm-eval's Hugging Face models read a text; arguments as of ``tokens_of``."""
+    return lambda text: len(tokens_of(tokenizer, text, add_bos_token))
 
-    ``add_bos_token`` says whether special tokens are added; by default the tokenizer decides.
-    """
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, add_bos_token: bool | None = None) -> list[int]:
+    """The tokens of a text with special ones once, template or not; None leaves to the tokenizer whether any."""
     bos = getattr(tokenizer, "bos_token", None)
-
-    def count(text: str) -> int:
-        add = False if bos and text.startswith(bos) else add_bos_token
-        options = {} if add is None else {"add_special_tokens": add}
-        return len(tokenizer(text, return_attention_mask=False, verbose=False, **options)["input_ids"])
-
-    return count
+    add = False if bos and text.startswith(bos) else add_bos_token
+    options = {} if add is None else {"add_special_tokens": add}
+    return list(tokenizer(text, return_attention_mask=False, verbose=False, **options)["input_ids"])
 
 
 def fill(tokens_at: Callable[[int], int], room: int, most: int | None = None) -> int:

@@ -43,10 +43,9 @@ class Prose:
 
 @lru_cache(maxsize=4)
 def load_prose(name: str) -> Prose:
-    """The prose of a text, by its name as in ``eval_tasks.texts.load_text``.
+    """The prose of a text, by its name as in ``load_text``: no code, tables or headings, repeated paragraphs once.
 
-    Paragraphs are kept that have a dozen words or more, end with a full stop, and are nine tenths letters and spaces:
-    no code, no tables, no headings. Repeated paragraphs are kept once. Raises EvalError where there is too little.
+    Raises EvalError where there is too little.
     """
     text = load_text(name)
     pieces = re.split(r"\n\s*\n", text.content)
@@ -61,17 +60,16 @@ def load_prose(name: str) -> Prose:
 
 
 def noise(count: int) -> list[str]:
-    """``count`` sentences of noise in lines of five, as RULER writes them; the last line may be shorter."""
+    """Sentences of noise in lines of five, as RULER writes them; the last line may be shorter."""
     return [" ".join(NOISE[: count - begin]) for begin in range(0, count, len(NOISE))]
 
 
 def insert(pieces: Sequence[str], inserted: Sequence[str], depths: Sequence[float]) -> list[str]:
     """The pieces with each inserted string at its depth in [0, 1]; depths ascend."""
-    places = [min(int(len(pieces) * depth), len(pieces)) for depth in depths]
-    found: list[str] = []
-    for string, (begin, place) in zip(inserted, pairwise([0, *places]), strict=True):
-        found += [*pieces[begin:place], string]
-    return [*found, *pieces[places[-1] :]]
+    found = list(pieces)
+    for i, (string, depth) in enumerate(zip(inserted, depths, strict=True)):
+        found.insert(i + int(len(pieces) * depth), string)
+    return found
 
 
 def _is_prose(paragraph: str) -> bool:

@@ -104,10 +104,8 @@ def _tracking(request: Request) -> Recipe:
     # RULER's worked example has 500 tokens, twelve lines of noise. Where that is more than a fifth of the length it is
     # shorter, and below 1,024 tokens there is none.
     lines = 12 if request.length >= 2560 else request.length // 512 - 1
-    shown = ""
-    if lines > 0:
-        shown = f"{example.question(lines * len(NOISE), 0)} {example.prefix} {' '.join(example.answers)}\n\n"
-    return replace(chain, question=lambda units, padding: shown + chain.question(units, padding))
+    shown = f"{example.question(lines * len(NOISE), 0)} {example.prefix} {' '.join(example.answers)}\n\n"
+    return replace(chain, question=lambda units, padding: shown * (lines > 0) + chain.question(units, padding))
 
 
 def _chain(draw: random.Random, letters: int) -> Recipe:
@@ -145,13 +143,9 @@ NEEDLE_GENERATORS: tuple[Generator, ...] = (
     _niah("single_3", "one UUID under a word, in prose", "prose", values="uuids"),
     _niah("multikey_1", "one of four numbers, each under its word, in prose", "prose", key_count=4),
     _niah("multikey_2", "one number under a word, among others of its kind and nothing else", "needles"),
-    _niah(
-        "multikey_3", "one UUID under a UUID, among others and nothing else", "needles", keys="uuids", values="uuids"
-    ),
+    _niah("multikey_3", "one UUID under a UUID, among others alone", "needles", keys="uuids", values="uuids"),
     _niah("multivalue", "four numbers under one word, in prose", "prose", values_per_key=4),
     _niah("multiquery", "four numbers under four words, in prose", "prose", key_count=4, queried=4),
     Generator("passkey", "a five-digit key, said twice, among sentences of noise", _passkey, 16, chance=1 / 90_000),
-    Generator(
-        "vt", "the five variables that hold a value, handed on by a chain of four copies in noise", _tracking, 30
-    ),
+    Generator("vt", "five variables that hold a value, handed on by a chain of copies, in noise", _tracking, 30),
 )

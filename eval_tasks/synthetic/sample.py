@@ -20,7 +20,7 @@ Match = Literal["all", "part"]
 
 @dataclass(frozen=True)
 class Material:
-    """The prose that hides the facts: that of a text, by its name as in ``eval_tasks.texts.load_text``."""
+    """The prose that hides the facts: that of a text, by its name as in ``load_text``."""
 
     text: str = PYTHON_REFERENCE
 
@@ -92,7 +92,7 @@ class Generator:
 class SyntheticSample:
     """A prompt, its parts that are the user's turn and open the answer, and what is expected of the model.
 
-    ``prompt_tokens``, special tokens included, and ``new_tokens``, kept free for the answer, fill 98 to 100 % of the
+    ``prompt_tokens``, special ones included, and the ``new_tokens`` kept free for the answer fill 98 to 100 % of the
     length. ``depths`` are where the sentences of evidence lie, as shares of the prompt's letters.
     """
 
@@ -122,11 +122,10 @@ def synthesize(
 ) -> SyntheticSample:
     """A sample that fills ``length`` tokens of the tokenizer, the answer's included, to 98 % or more and never over.
 
-    The same arguments give the same sample; needles, keys and answers depend on the seed and the index alone, so
-    samples of several lengths ask for the same things. ``new_tokens``, kept free for the answer, ``render``, from
-    question to prompt, and ``count``, of tokens, take the place of the generator's, of plain text or chat template, and
-    of the tokenizer's. Raises EvalError where the length is too short, the text says what is hidden in it, or there is
-    no chat template.
+    Needles, keys and answers depend on the seed and the index alone, so samples of several lengths ask for the same
+    things. ``new_tokens``, kept free for the answer, ``render``, from question to prompt, and ``count``, of tokens,
+    take the place of the generator's, of plain text or chat template, and of the tokenizer's. Raises EvalError where
+    the length is too short, the text says what is hidden in it, or there is no chat template.
     """
     material = material or Material()
     render = render or (chat(tokenizer) if use_chat_template else "{} {}".format)
@@ -139,17 +138,17 @@ def synthesize(
     def measured(units: int, padding: int = 0) -> int:
         return count(render(recipe.question(units, padding), recipe.prefix))
 
+    padding = 0
     try:
-        units, padding = fill(measured, room), 0
+        units = fill(measured, room)
         if recipe.padded and room - measured(units) > TOLERANCE / 2 * length:
             padding = fill(lambda sentences: measured(units, sentences), room)
+        tokens = measured(units, padding)
+        if tokens + reserve < (1 - TOLERANCE) * length:
+            raise EvalError(f"one step of filler more than {tokens + reserve} goes beyond them; ask for more")
     except EvalError as error:
         said = f"{generator.name} cannot fill {length} tokens, of which {reserve} are kept for the answer"
         raise EvalError(f"{said}: {error}") from error
-    tokens = measured(units, padding)
-    if tokens + reserve < (1 - TOLERANCE) * length:
-        said = f"{generator.name} fills only {tokens + reserve} of {length} tokens"
-        raise EvalError(f"{said}, since one step more of its filler goes beyond them; ask for more")
     question = recipe.question(units, padding)
     prompt = render(question, recipe.prefix)
     for sentence in recipe.evidence:
