@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,36 +37,31 @@ class Answer:
 
     text: str = ""
     first: float = 0.0  # seconds to the first token
-    steps: list[float] = field(default_factory=list)  # seconds of each further one
+    step: float = math.nan  # median seconds of each further one
     nats: float = 0.0  # mean loss of the prompt's last tokens
     shares: tuple[float, float] = (1.0, 1.0)  # of the keys attended by the prompt, and by the steps
-
-    @property
-    def step(self) -> float:
-        """Median seconds of a token after the first."""
-        return statistics.median(self.steps) if self.steps else math.nan
 
 
 def run_demo(argv: Sequence[str]) -> int:
     """Prints both answers and the comparison, and returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    given = _parser().parse_args(argv)
     try:
-        config = NCConfig(arguments.alpha, arguments.C)
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        loaded = load_chosen_model(arguments)
+        config = NCConfig(given.alpha, given.C)
+        if given.threads is not None:
+            torch.set_num_threads(given.threads)
+        loaded = load_chosen_model(given)
         model, tokenizer = loaded.model, loaded.tokenizer
-        prompt = prompt_of(tokenizer, arguments.text, arguments.tokens, arguments.question).to(model.device)
+        prompt = prompt_of(tokenizer, given.text, given.tokens, given.question).to(model.device)
     except (ValueError, TypeError) as error:
         print(f"nc-patch: {error}", file=sys.stderr)
         return USAGE_ERROR
     where = f"{torch.get_num_threads()} threads" if model.device.type == "cpu" else str(model.device)
-    print(f"{arguments.model}, a prompt of {prompt.shape[1]:,} tokens of {arguments.text}, on {where}")
-    print(f"Question: {arguments.question or QUESTION}\n")
+    print(f"{given.model}, a prompt of {prompt.shape[1]:,} tokens of {given.text}, on {where}")
+    print(f"Question: {given.question or QUESTION}\n")
     for each in (None, config):  # what compiles and loads on first use is not timed
         with contextlib.redirect_stdout(None):
             answer(model, tokenizer, prompt[:, : config.dense_below + 64], each, 2)
-    dense, sparse = (answer(model, tokenizer, prompt, each, arguments.answer_tokens) for each in (None, config))
+    dense, sparse = (answer(model, tokenizer, prompt, each, given.answer_tokens) for each in (None, config))
     print("\n".join(["", *comparison(dense, sparse, prompt.shape[1], config)]))
     return 0
 
@@ -89,7 +84,8 @@ def prompt_of(tokenizer: Any, text: str, tokens: int, question: str | None) -> t
 @torch.inference_mode()
 def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | None, most: int) -> Answer:
     """The greedy answer of at most ``most`` tokens to ``prompt`` ``[1, N]``, printed as it comes; None is dense."""
-    found, cache, taken, ends = Answer(), DynamicCache(), list[int](), end_tokens(model, tokenizer)
+    found, cache, ends = Answer(), DynamicCache(), end_tokens(model, tokenizer)
+    taken, seconds = list[int](), list[float]()
     with patched(model, config=config) if config else contextlib.nullcontext():
         begin = time.perf_counter()
         scored = min(SCORED, prompt.shape[1] - 1)
@@ -108,8 +104,9 @@ def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | 
             found.text, begin = text, time.perf_counter()
             logits = model(prompt.new_tensor([[token]]), past_key_values=cache).logits
             token = int(logits[0, -1].argmax())
-            found.steps.append(time.perf_counter() - begin)
-        if config and found.steps:
+            seconds.append(time.perf_counter() - begin)
+        found.step = statistics.median(seconds) if seconds else math.nan
+        if config and seconds:
             found.shares = (share, nc_stats(model)["attended_fraction"])
     print(f"   ({found.step * 1e3:.0f} ms a token)", flush=True)
     return found
@@ -118,21 +115,19 @@ def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | 
 def comparison(dense: Answer, sparse: Answer, tokens: int, config: NCConfig) -> list[str]:
     """Lines that say what sparse attention saves, what it costs, and what to do."""
     prompt, step = sparse.first / dense.first, sparse.step / dense.step
-    quality = math.exp(sparse.nats - dense.nats)
-    ((alpha, C),) = config.laws(0)
-    law = f"alpha={alpha:g}, C={C:g}"
+    quality, ((alpha, C),) = math.exp(sparse.nats - dense.nats), config.laws(0)
     if tokens <= config.dense_below:
         advice = f"a prompt of more than {config.dense_below:,} tokens: a shorter one attends every key."
     elif quality > GOOD:
-        larger = f"nc-patch demo --alpha {2 * alpha:g}"
-        advice = f"a larger budget, as this one costs {quality - 1:.1%} of perplexity: {larger}"
+        advice = f"nc-patch demo --alpha {2 * alpha:g}, as this budget costs {quality - 1:.1%} of perplexity"
     elif min(prompt, step) > 1:
         advice = "dense attention: at this length sparse attention saves no time."
     else:
-        advice = f"patch_model(model, {law})"
+        advice = f"patch_model(model, alpha={alpha:g}, C={C:g})"
+    shares = f"{sparse.shares[0]:.0%} by the prompt, {sparse.shares[1]:.0%} by the answer"
     return [
         f"time        prompt {prompt:.2f}, each further token {step:.2f} of dense attention's",
-        f"keys read   {sparse.shares[0]:.0%} by the prompt, {sparse.shares[1]:.0%} by the answer, at {law}",
+        f"keys read   {shares}, at alpha={alpha:g}, C={C:g}",
         f"perplexity  {quality:.3f} times dense attention's, over the last {SCORED} tokens of the prompt",
         f"suggestion  {advice}",
     ]

@@ -8,16 +8,16 @@ from eval_tasks.demo import Answer, comparison
 from nc_patch import NCConfig
 from nc_patch.cli import main
 
-DENSE = Answer("marigold", 10.0, [0.1, 0.2, 0.3], 2.0)
+DENSE = Answer("marigold", 10.0, 0.2, 2.0)
 
 
 @pytest.mark.parametrize(
     ("sparse", "tokens", "advice"),
     [
-        (Answer("marigold", 6.0, [0.15], 2.0, (0.2, 0.1)), 6000, "patch_model(model, alpha=12, C=0.5)"),
-        (Answer("rose", 6.0, [0.15], 2.0 + math.log(1.1), (0.2, 0.1)), 6000, "nc-patch demo --alpha 24"),
-        (Answer("marigold", 11.0, [0.3], 2.0, (0.9, 0.8)), 6000, "dense attention"),
-        (Answer("marigold", 10.0, [0.2], 2.0), 900, "a prompt of more than 1,024 tokens"),
+        (Answer("marigold", 6.0, 0.15, 2.0, (0.2, 0.1)), 6000, "patch_model(model, alpha=12, C=0.5)"),
+        (Answer("rose", 6.0, 0.15, 2.0 + math.log(1.1), (0.2, 0.1)), 6000, "nc-patch demo --alpha 24"),
+        (Answer("marigold", 11.0, 0.3, 2.0, (0.9, 0.8)), 6000, "dense attention"),
+        (Answer("marigold", 10.0, 0.2, 2.0), 900, "a prompt of more than 1,024 tokens"),
     ],
 )
 def test_the_comparison_says_what_to_do(sparse, tokens, advice):

@@ -51,7 +51,7 @@ class RetrievalByLength(ByLengthTask):
         ways: dict[str, Any] = {"material": self._material, "render": render, "count": given.count}
         ways["new_tokens"] = self.config.generation_kwargs["max_gen_toks"]
         make = partial(synthesize, self._generator, given.tokenizer, seed=given.seed, index=doc["sample"], **ways)
-        return [make(length).prompt for length in doc["lengths"]]
+        return [make(length=length).prompt for length in doc["lengths"]]
 
     def requests(self, doc: Mapping[str, Any], ctx: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
         return [(prompt, deepcopy(self.config.generation_kwargs)) for prompt in ctx]

@@ -56,15 +56,6 @@ def test_the_stock_command_and_ours_run_the_tasks_with_no_cache_that_can_be_writ
     assert written["config"].get("nc_config") == settings
 
 
-@pytest.mark.parametrize("line", [["ls", "subtasks"], ["validate", "--tasks", "my_task,nc_perplexity,nc_ruler"]])
-def test_our_command_lists_and_validates_the_users_tasks_beside_ours(tmp_path, our_command, capsys, line):
-    (tmp_path / "mine.yaml").write_text("task: my_task\noutput_type: loglikelihood\n")
-    our_command(*line, "--include_path", str(tmp_path))
-    printed = capsys.readouterr().out
-    assert "my_task" in printed
-    assert "nc_perplexity" in printed
-
-
 def test_the_users_tasks_come_last_wherever_they_are_named(tmp_path, our_command, monkeypatch):
     (tmp_path / "run.yaml").write_text("include_path: /theirs\ntasks: [x]\nmodel: nc_hf\n")
     taken = []

@@ -1,7 +1,6 @@
 """The tasks of this package in lm-eval: what is read and scored, the figures, the settings, and what is refused."""
 
 import math
-import random
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,14 +10,12 @@ import torch
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 from datasets import Dataset
-from lm_eval_case import LENGTHS, POSITIONS, SCORED, figures, load_task, rows
+from lm_eval_case import POSITIONS, figures, load_task, rows
 from synthetic_tokenizers import tokenizer_of_kind
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_tasks.errors import EvalError
-from eval_tasks.smollm2 import smollm2_directory
 from eval_tasks.synthetic import GENERATORS
-from eval_tasks.tasks import TASKS, Layout, places, tokenise
 from eval_tasks.texts import python_reference
 
 RULER = [
@@ -48,24 +45,6 @@ def test_another_kind_of_model_runs_the_tasks_at_lengths_of_the_named_tokenizer(
     assert figures(results, "nc_niah_single_2")["string_match_2048"] == 0
     assert figures(results, "nc_recall")["perplexity_2048"] > 0
     assert results["n-samples"]["nc_recall"] == {"original": 3, "effective": 2}
-
-
-def test_figures_are_those_of_the_harness_where_every_token_is_a_word(model_dir, tmp_path, run_tasks):
-    file = tmp_path / "letters.txt"
-    file.write_text(" ".join(random.Random(2).choices("abcdefgh", k=2000)))
-    tokens = tokenise(AutoTokenizer.from_pretrained(model_dir), file.read_text())
-    layout = Layout(tuple(LENGTHS), samples=4, scored=SCORED, passage=0, seed=0)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    metadata = {"lengths": LENGTHS, "samples": 4, "scored": SCORED, "text": str(file)}
-    found = figures(run_tasks(["nc_perplexity"], metadata=metadata), "nc_perplexity")
-    for length in LENGTHS:
-        losses = []
-        for place in places(tokens, layout):
-            sample = TASKS["perplexity"].build(tokens, place, length, layout)
-            ids = torch.tensor(sample.ids)
-            logp = model(ids[None, :-1]).logits[0].log_softmax(-1).gather(-1, ids[1:, None])
-            losses.append(-logp[-sample.scored :].mean().item())
-        assert found[f"perplexity_{length}"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
 
 @pytest.mark.parametrize("task", LOSSES)
@@ -251,18 +230,3 @@ def test_documents_of_the_hub_are_those_that_are_long_enough(run_tasks, model_di
     ):
         with pytest.raises(EvalError, match=message):
             load_task(task, **{**given, **further})
-
-
-@pytest.mark.slow
-def test_a_real_model_keeps_its_perplexity_with_few_keys(run_tasks):
-    def perplexity(model, **options):
-        metadata = {"lengths": [512, 1024], "pretrained": "smollm2"}
-        given = {"pretrained": str(smollm2_directory()), **options}
-        found = figures(run_tasks(["nc_perplexity"], model, metadata, model_args=given, limit=2), "nc_perplexity")
-        return found["perplexity_512"], found["perplexity_1024"]
-
-    dense, sparse = perplexity("hf"), perplexity("nc_hf", alpha=2, C=0.7)
-    window = perplexity("nc_hf", alpha=2, C=0.7, selection="window")
-    assert 6 < dense[1] < dense[0] < 20
-    assert sparse[1] == pytest.approx(dense[1], rel=0.05)
-    assert window[1] > sparse[1]
