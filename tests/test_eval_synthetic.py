@@ -9,10 +9,9 @@ from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
 from eval_tasks.errors import EvalError
 from eval_tasks.synthetic import GENERATORS, Material, synthesize
-from eval_tasks.synthetic.fitting import counter, fill
+from eval_tasks.synthetic.fitting import fill
 from eval_tasks.synthetic.haystack import NOISE, load_prose, noise
 from eval_tasks.synthetic.sample import DEPTHS
-from eval_tasks.synthetic.words import WordStream, english_words
 
 NEEDLES = tuple(name for name in GENERATORS if name.startswith("niah_"))
 
@@ -160,14 +159,6 @@ def test_prose_is_prose_and_noise_has_as_many_sentences_as_asked():
         assert len(re.findall(r"\.", " ".join(noise(count)))) == count
 
 
-def test_words_are_distinct_however_many_are_asked_for():
-    stream = WordStream("seed")
-    many = stream.first(5000)
-    assert len(set(many)) == 5000
-    assert set(many[: len(english_words())]) == set(english_words())
-    assert WordStream("seed").first(10) == many[:10] == stream.first(10) != WordStream("other").first(10)
-
-
 @pytest.mark.parametrize("most", [None, 90])
 @pytest.mark.parametrize(("per_unit", "room"), [(1, 100), (3, 1000), (17, 123_456), (17, 100)])
 def test_filling_finds_the_room_in_a_few_steps(per_unit, room, most):
@@ -182,8 +173,3 @@ def test_filling_finds_the_room_in_a_few_steps(per_unit, room, most):
     assert found == most or room - tokens_at(found) <= max(0.002 * room, per_unit + 2)
     assert most is None or max(asked) <= most
     assert len(asked) < 16
-
-
-def test_counting_adds_special_tokens_once():
-    tokenizer = tokenizer_of_kind("bpe_with_bos")
-    assert counter(tokenizer)("a word") == counter(tokenizer)("<s>a word") == counter(tokenizer, False)("a word") + 1

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from eval_tasks.bench.measure import FAILED, OK, WRONG, Row
+from eval_tasks.bench.measure import OK, Row
 
 matplotlib.use("Agg")  # draws into files; needs no display
 _UNIT = "milliseconds a layer"
@@ -85,11 +85,6 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         axis.set(title=f"{geometry}, batch {batch}", xlabel="keys", ylabel=_UNIT)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def failures(rows: Sequence[Row]) -> int:
-    """How many rows there are in which sparse attention failed or was wrong."""
-    return sum(row["kind"] != "dense" and row["status"] in (FAILED, WRONG) for row in rows)
 
 
 def _problem(row: Row) -> str:

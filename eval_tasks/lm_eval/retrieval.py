@@ -22,13 +22,13 @@ GROUP_METRICS = [{"metric": name, "weight_by_size": False} for name in _NAMES]
 
 
 class RetrievalByLength(ByLengthTask):
-    """String match of answers, one metric per context length and their mean; ``dataset_kwargs`` name the generator."""
+    """String match of answers, one metric per context length and their mean, for the generator in the task's name."""
 
     numbers: ClassVar[dict[str, int]] = {"samples": 100}
     generates: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._generator = GENERATORS[config["dataset_kwargs"]["generator"]]
+        self._generator = GENERATORS[config["task"].removeprefix("nc_")]
         generation = dict(config.get("generation_kwargs", {}))
         generation.setdefault("max_gen_toks", self._generator.new_tokens)
         super().__init__({**config, "generation_kwargs": generation})
