@@ -1,5 +1,6 @@
-"""The lm-eval model ``nc_hf`` on a tiny random model: what it computes, records and refuses."""
+"""The lm-eval model ``nc_hf`` on a tiny random model: its arguments, what it computes, caches, records and refuses."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.model import NCHFLM
+from eval_tasks.lm_eval.options import located, read_config, split_arguments
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig, UnsupportedModelError
+from nc_patch.selections import Block, TopK
 
 
 def small_model(pretrained, name="nc_hf", **options):
@@ -154,3 +157,98 @@ def test_a_model_that_cannot_be_patched_is_refused(model_dir, tmp_path):
     AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError):
         small_model(tmp_path)
+
+
+def test_the_response_cache_tells_settings_and_weights_apart(model_dir, evaluate, tmp_path, forwards):
+    copy = shutil.copytree(model_dir, tmp_path / "model")
+
+    def run(**arguments):
+        forwards.clear()
+        options = {"use_cache": str(tmp_path / "cache" / "of"), "device": "cpu"}
+        return figures(evaluate(**arguments, pretrained=str(copy), options=options)), len(forwards)
+
+    first, calls = run(model="nc_hf", alpha=2, C=0.5)
+    assert calls == 4 * len(LENGTHS)
+    assert run(model="nc_hf", alpha=2.0, C=0.5) == (first, 0)
+    for other in ({"model": "nc_hf", "alpha": 4, "C": 0.5}, {"model": "hf"}):
+        found, calls = run(**other)
+        assert calls == 4 * len(LENGTHS)
+        assert found != pytest.approx(first, rel=1e-4)
+    changed = AutoModelForCausalLM.from_pretrained(copy)
+    with torch.no_grad():
+        changed.lm_head.weight.mul_(1.5)
+    changed.save_pretrained(copy)
+    assert run(model="nc_hf", alpha=2, C=0.5)[0] != pytest.approx(first, rel=1e-4)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_cache_of_built_requests_tells_lengths_apart(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path))
+    fresh = figures(evaluate("hf", lengths=[64, 96]))
+    evaluate("hf", lengths=[48, 96], options={"cache_requests": True})
+    assert figures(evaluate("hf", lengths=[64, 96], options={"cache_requests": True})) == fresh
+    assert figures(evaluate("hf", lengths=[64, 96], options={"cache_requests": True})) == fresh
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({}, {}),
+        ({"selection": "window"}, {"prefill": "window", "decode": "window"}),
+        (
+            {"prefill": "block", "block_size": 16, "min_mass": 0.9, "tail": "drop"},
+            {"prefill": Block(16, min_mass=0.9), "decode": TopK(tail="drop")},
+        ),
+        ({"dense_layers": "0+1+29"}, {"dense_layers": (0, 1, 29)}),
+        ({"dense_layers": 3}, {"dense_layers": (3,)}),
+        ({"dense_layers": [0, 1]}, {"dense_layers": (0, 1)}),
+    ],
+)
+def test_model_arguments_become_settings(given, meant):
+    assert read_config({"alpha": 2, "C": 0.5, **given}) == NCConfig(**{"alpha": 2.0, "C": 0.5, **meant})
+
+
+def test_settings_come_from_a_file_or_a_profile(tmp_path):
+    config = NCConfig((1.0, 2.0), (0.5, 0.7), prefill="window", dense_layers=(1,))
+    file, profile, path = tmp_path / "settings.json", made_up_profile().at_mass(0.9), tmp_path / "profile.json"
+    file.write_text(config.to_json())
+    assert read_config({}, str(file)) == read_config({}, config.to_dict()) == read_config({}, config) == config
+    profile.save(path)
+    options = {"tail": "drop", "selection": "topk", "dense_layers": (0, 1)}
+    assert read_config(options, profile=str(path)) == read_config(options, profile=profile) == profile.config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({"C": 0.5}, {}, "alpha missing: .* or profile=FILE"),
+        ({"alpha": 2}, {}, "C missing"),
+        ({"alpha": 2, "C": 1.5}, {}, r"C must be a number in \[0, 1\], got 1.5"),
+        ({"alpha": 2, "C": 0.5, "dense_layers": "a+b"}, {}, "dense_layers must be an integer"),
+        ({"alpha": 2, "C": 0.5, "backend": "cuda"}, {}, "backend must be one of .*'triton'"),
+        ({"alpha": 1}, {"nc_config": "absent.json"}, "leave out alpha"),
+        ({}, {"nc_config": "absent.json"}, "No such file"),
+        ({}, {"nc_config": "broken.json"}, "no JSON"),
+        ({}, {"nc_config": "x.json", "profile": "x.json"}, "leave out profile"),
+        ({}, {"profile": "newer.json"}, "written by a newer nc_patch"),
+        ({"alpha": 2}, {"profile": made_up_profile()}, "a profile brings alpha of its own"),
+    ],
+)
+def test_a_bad_argument_is_refused_by_name(options, given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "newer.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(EvalError, match=message):
+        read_config(options, **given)
+
+
+def test_backend_means_the_kernels_or_lm_evals_kind_of_model():
+    assert split_arguments({"backend": "torch", "dtype": "auto"}) == ({"backend": "torch"}, {"dtype": "auto"})
+    assert split_arguments({"backend": "causal", "alpha": 1}) == ({"alpha": 1}, {"backend": "causal"})
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_located_model_keeps_what_was_said_of_its_code(trusted):
+    given = {"pretrained": "someone/model", "trust_remote_code": trusted, "revision": "v2"}
+    assert located(given) == given
