@@ -42,15 +42,13 @@ def row_of(method, length, seconds, kind="dense"):
     return {**known, "median_seconds": seconds}
 
 
-@pytest.mark.parametrize(
-    ("phase", "forms"), [("decode", ("gqa", "rows")), ("prefill", ("gqa", "expanded"))], ids=["decode", "prefill"]
-)
-def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsys, phase, forms):
+@pytest.mark.parametrize(("phase", "form"), [("decode", "rows"), ("prefill", "expanded")])
+def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsys, phase, form):
     assert bench(phase, tmp_path, "--batch", "1", "2") == 0
     record = json.loads((tmp_path / f"{phase}.json").read_text())
     assert record["versions"]["torch"] == torch.__version__
     assert record["command"].startswith(f"nc-patch bench {phase} --device cpu")
-    methods = {"topk", "block", "window", *(f"sdpa {b}, {f}" for b in ("flash", "math") for f in forms)}
+    methods = {"topk", "block", "window", *(f"sdpa {b}, {f}" for b in ("flash", "math") for f in ("gqa", form))}
     ran = {(row["batch"], row["length"], row["method"]): row for row in record["rows"] if row["status"] == "ok"}
     assert ran.keys() == {(batch, length, method) for batch in (1, 2) for length in (64, 200) for method in methods}
     for row in ran.values():
@@ -65,21 +63,19 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
     assert (tmp_path / f"{phase}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@PHASES
-def test_inputs_are_the_same_for_a_seed_and_others_for_another_and_cold_in_decoding(phase):
+@pytest.mark.parametrize(("phase", "sets", "queries"), [("decode", 2, 1), ("prefill", 1, 70)])
+def test_inputs_are_the_same_for_a_seed_and_others_for_another_and_cold_in_decoding(phase, sets, queries):
     def draw(seed):
         settings = operator.Settings(phase, CPU, torch.bfloat16, ["tiny"], [2], [70], ["topk"], 4.0, 0.5, 1, seed=seed)
         return operator.make_sets(settings, settings.cases()[0])
 
-    first, again, other = draw(0), draw(0), draw(1)
-    assert len(first) == (2 if phase == "decode" else 1)
-    assert first[0].query.shape == (2, 4, 1 if phase == "decode" else 70, 16)
+    first, again, other = (draw(seed)[0] for seed in (0, 0, 1))
+    assert len(draw(0)) == sets
+    assert first.query.shape == (2, 4, queries, 16)
     for name in ("query", "key", "value"):
-        one, same, another = (getattr(sets[0], name) for sets in (first, again, other))
-        assert torch.equal(one, same)
-        assert not torch.equal(one, another)
-        assert one.isfinite().all()
-        assert one.count_nonzero() > 0.9 * one.numel()
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert not torch.equal(getattr(first, name), getattr(other, name))
+        assert getattr(first, name).isfinite().all()
 
 
 def test_decoding_attends_by_indexes_and_means_that_are_kept(tmp_path, monkeypatch):
@@ -92,11 +88,8 @@ def test_decoding_attends_by_indexes_and_means_that_are_kept(tmp_path, monkeypat
 
     monkeypatch.setattr(operator, "sparse_attention", attend)
     assert bench("decode", tmp_path) == 0
-    assert set(kinds) == {
-        ("topk", True, "codes", "means"),
-        ("block", False, "pages", None),
-        ("window", False, None, None),
-    }
+    known = {"topk": (True, "codes", "means"), "block": (False, "pages", None), "window": (False, None, None)}
+    assert set(kinds) == {(name, *kinds_of) for name, kinds_of in known.items()}
 
 
 def broken(error):
@@ -151,9 +144,7 @@ def test_a_case_without_memory_is_skipped_with_its_message(tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize(
-    ("stop", "says"),
-    [(KeyboardInterrupt(), "interrupted"), (RuntimeError("the GPU is gone"), "RuntimeError: the GPU is gone")],
-    ids=["key", "gpu"],
+    ("stop", "says"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("it is gone"), "RuntimeError: it is gone")]
 )
 def test_what_was_measured_before_a_stop_is_written_and_reported(tmp_path, capsys, monkeypatch, stop, says):
     def measure_all(*arguments):
@@ -221,19 +212,12 @@ def test_methods_have_their_turns_and_hopeless_ones_leave_the_others(monkeypatch
 
 
 def test_methods_that_were_slow_are_left_out_of_longer_cases(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "seconds_of", lambda launch, device: 1.0 if launch() is None else 2.0)
-    prepared = iter(range(100))
-
-    def prepare(step, steps, device, graph):
-        first = next(prepared) == 0  # topk in the first case
-        return timing.Prepared((lambda: 1) if first else (lambda: None))
-
-    monkeypatch.setattr(measure, "prepare", prepare)
-    monkeypatch.setattr(measure, "_TOO_SLOW", 1.5)
+    monkeypatch.setattr(measure, "_LONG_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "interleave", lambda ready, *_: {name: [1 + 2 * (name == "topk")] for name in ready})
     assert bench("decode", tmp_path, "--selections", "topk", "window") == 0
     slow, left_out = rows_of("decode", tmp_path, "topk")
     assert (slow["status"], left_out["status"]) == ("ok", "left out")
-    assert left_out["message"] == "took 2.0 times as long as the fastest dense at 64 keys"
+    assert left_out["message"] == "took 3.0 times as long as the fastest dense at 64 keys"
     assert [row["status"] for row in rows_of("decode", tmp_path, "window")] == ["ok", "ok"]
 
 
