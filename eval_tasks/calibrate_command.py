@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dense-below", type=int, metavar="N", help=below)
     add("--dense-layers", nargs="+", type=int, default=[], metavar="LAYER", help="layers that stay dense")
     add("--pieces", type=int, default=defaults.DEFAULT_PIECES, help="pieces of text (default: %(default)s)")
-    add("--rows", type=int, default=defaults.DEFAULT_ROWS, help="rows at each length of a piece (default: %(default)s)")
+    rows = "rows at each length of each piece (default: %(default)s)"
+    add("--rows", type=int, default=defaults.DEFAULT_ROWS, help=rows)
     add("--seed", type=not_negative, default=0, help="of random numbers (default: 0)")
     add("--processes", type=positive, metavar="N", help="share the pieces among N processes of this machine")
     return parser
