@@ -1,7 +1,7 @@
 """The common ground of this package's lm-eval tasks: one document is one sample, scored once per context length.
 
 So ``--limit N`` takes N samples at every length, where lm-eval's own tasks list all samples of the shortest length
-first. Nothing here needs ``nc_patch``: any of lm-eval's models can run the tasks.
+first. Any of lm-eval's models can run the tasks.
 """
 
 import hashlib
@@ -25,7 +25,6 @@ class ByLengthTask(ConfigurableTask):
     """A task whose documents hold the same sample at several context lengths, which the settings describe."""
 
     numbers: ClassVar[dict[str, int]] = {"samples": 16}  # the settings that are positive integers, with their defaults
-    generates: ClassVar[bool] = False  # answers, which are the better the higher they score; else plain text is scored
     settings: Settings
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -55,11 +54,12 @@ class ByLengthTask(ConfigurableTask):
         return [Instance(self.OUTPUT_TYPE, doc, given, i, metadata=options["metadata"]) for i, given in asked]
 
     def higher_is_better(self) -> dict[str, bool]:
-        return dict.fromkeys(self.aggregation(), self.generates)
+        return dict.fromkeys(self.aggregation(), self.OUTPUT_TYPE == "generate_until")
 
     def build_all_requests(self, *, tokenizer_name: str = "", **options: Any) -> None:
         """Builds the requests; lm-eval's cache of built requests is told these documents from others'."""
-        if not self.generates and (options.get("apply_chat_template") or options.get("system_instruction")):
+        ignored = options.get("apply_chat_template") or options.get("system_instruction")
+        if ignored and self.OUTPUT_TYPE == "loglikelihood":
             logging.getLogger(__name__).warning(
                 "%s scores plain text: no chat template and no system instruction is applied", self.config.task
             )

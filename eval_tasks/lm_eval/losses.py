@@ -40,7 +40,6 @@ class PerplexityByLength(ByLengthTask):
     """
 
     numbers: ClassVar[dict[str, int]] = {"samples": 16, "scored": 256}
-    rules: ClassVar[dict[str, str]] = {"perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}
 
     def make_samples(self) -> Samples:
         found, origin, sha256 = _stretches(self.settings)
@@ -57,12 +56,12 @@ class PerplexityByLength(ByLengthTask):
         scores = dict[str, Any]()
         columns = (self.stages(), doc["tokens"], doc["continuations"], results)
         for stage, tokens, scored, (loglikelihood, _) in zip(*columns, strict=True):
-            sizes = {"perplexity": tokens, "bits_per_byte": len(scored.encode("utf-8"))}
-            scores |= {f"{name}_{stage}": (loglikelihood, sizes[name]) for name in self.rules}
+            scores[f"perplexity_{stage}"] = (loglikelihood, tokens)
+            scores[f"bits_per_byte_{stage}"] = (loglikelihood, len(scored.encode("utf-8")))
         return scores
 
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], float]]:
-        rules = self.rules.items()
+        rules = {"perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}.items()
         return {f"{name}_{stage}": get_aggregation(rule) for stage in self.stages() for name, rule in rules}
 
 
@@ -78,14 +77,13 @@ class RecallByLength(PerplexityByLength):
 
 
 class PerplexityByPosition(PerplexityByLength):
-    """``nc_document``: perplexity of the parts of documents between the lengths, and of the whole.
+    """``nc_document``: the same metrics of the parts of documents between the lengths, and perplexity of the whole.
 
     Documents are stretches of one text that do not overlap, or, where the YAML names a ``dataset_path`` of the hub, the
     starts of the first documents in its column ``text`` that are long enough.
     """
 
     numbers: ClassVar[dict[str, int]] = {"samples": 8}
-    rules: ClassVar[dict[str, str]] = {"perplexity": "weighted_perplexity"}
 
     def make_samples(self) -> Samples:
         name, options = self.config.dataset_path, self.config.dataset_kwargs or {}

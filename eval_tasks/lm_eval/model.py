@@ -80,10 +80,9 @@ class NCHFLM(HFLM):
         ``HFLM`` pads on the right and passes no mask. A row of ``topk`` or ``window`` depends on its own keys alone, so
         padding after it changes nothing; rows of one query block choose together, so there it would.
         """
-        if not self.nc_config.prefill.chooses_together:
-            return super()._loglikelihood_tokens(*args, **kwargs)
         batch_size = self.batch_size
-        self.batch_size_per_gpu = 1
+        if self.nc_config.prefill.chooses_together:
+            self.batch_size_per_gpu = 1
         try:
             return super()._loglikelihood_tokens(*args, **kwargs)
         finally:

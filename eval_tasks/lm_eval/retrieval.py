@@ -25,7 +25,6 @@ class RetrievalByLength(ByLengthTask):
     """String match of answers, one metric per context length and their mean, for the generator in the task's name."""
 
     numbers: ClassVar[dict[str, int]] = {"samples": 100}
-    generates: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._generator = GENERATORS[config["task"].removeprefix("nc_")]
