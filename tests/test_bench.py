@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from eval_tasks.bench import checks, command, measure, operator, report, rivals, timing
+from eval_tasks.bench import checks, command, measure, operator, report, timing
 from eval_tasks.bench.inputs import GEOMETRIES, Geometry, make_inputs
 from nc_patch.cli import main
 from nc_patch.config import NCConfig
@@ -294,12 +294,12 @@ def test_prompts_are_local_have_sinks_and_seek_few_of_the_other_keys():
 @PHASES
 def test_the_rivals_are_right_and_plain_attention_is_not_tried_on_long_prompts(phase, monkeypatch):
     inputs = drawn(queries=None if phase == "prefill" else 1, batch=2)
-    found = rivals.rivals([inputs])
+    found = operator.dense_steps([inputs])
     assert len(found) == 4
     for step in found.values():
         assert torch.allclose(step(0), dense(inputs), atol=1e-5)
-    monkeypatch.setattr(rivals, "_MATH_KEYS", 100)
-    assert len(rivals.rivals([inputs])) == (2 if phase == "prefill" else 4)
+    monkeypatch.setattr(operator, "_MATH_KEYS", 100)
+    assert len(operator.dense_steps([inputs])) == (2 if phase == "prefill" else 4)
 
 
 def test_a_rival_without_a_kernel_is_absent_and_sparse_attention_without_one_has_failed():

@@ -10,8 +10,7 @@ import torch
 
 from eval_tasks.bench.checks import Expected, checked_rows, compare, expected_output
 from eval_tasks.bench.inputs import Inputs
-from eval_tasks.bench.operator import Case, Settings, make_sets, sparse_step
-from eval_tasks.bench.rivals import rivals
+from eval_tasks.bench.operator import Case, Settings, dense_steps, make_sets, sparse_step
 from eval_tasks.bench.timing import Prepared, Step, first_line, interleave, prepare
 from nc_patch.config import NCConfig
 from nc_patch.ops.backends import choose_backend
@@ -55,7 +54,7 @@ def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str
     """One row for each selection and each dense implementation, all checked before any is timed."""
     phase, sets = settings.phase, make_sets(settings, case)
     compared = checked_rows(sets[0].query.shape[2], settings.options.get("query_block_size", Block.query_block_size))
-    dense, right = rivals(sets), dict[str, Expected]()
+    dense, right = dense_steps(sets), dict[str, Expected]()
     rows: dict[str, Row] = {}
     ready: dict[str, Prepared] = {}
     for name in (*settings.selections, *dense):

@@ -1,15 +1,21 @@
 """What is timed: one decoding step of one layer, or attention of a whole prompt at one layer, as a model calls it.
 
 A decoding step is the upkeep of the index and the tail's means (one key taken in), the choice of keys, and attention.
-The projections and the write to the cache are the same for all methods and left out.
+The projections and the write to the cache are the same for all methods and left out. Dense attention runs by every
+backend of ``scaled_dot_product_attention``, each in two forms: ``gqa``, as it is called in a model, and one that spares
+it the repeating of keys. With one query per sequence that is ``rows``, where the query heads of a group stand as rows
+of one head; for a prompt it is ``expanded``, over keys and values repeated beforehand, which is not timed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from eval_tasks.bench.inputs import GEOMETRIES, Inputs, make_inputs
 from eval_tasks.bench.timing import Step
@@ -22,6 +28,10 @@ _TIMES_CACHE, _FEWEST_SETS, _MOST_SETS = 3, 4, 16
 _CPU_CACHE_BYTES = 32 << 20
 # Of the free memory, what inputs may take with what methods make of them: indexes, copies in pages, an output.
 _MEMORY_SHARE = 0.6
+_FLASH = {"flash": SDPBackend.FLASH_ATTENTION}
+_OF_GPUS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+# Up to so many keys PyTorch's plain implementation, which stores all scores of a prompt, is tried.
+_MATH_KEYS = 4096
 
 
 @dataclass(frozen=True)
@@ -105,3 +115,22 @@ def sparse_step(sets: Sequence[Inputs], config: NCConfig, phase: str) -> Step:
         return output
 
     return step
+
+
+def dense_steps(sets: Sequence[Inputs]) -> dict[str, Step]:
+    """A step of each implementation by name, the plain one last; the first step raises where there is no kernel."""
+    query, key = sets[0].query, sets[0].key
+    decodes, backends = query.shape[2] == 1, _FLASH | (_OF_GPUS if query.device.type == "cuda" else {})
+    if decodes or key.shape[2] <= _MATH_KEYS:
+        backends["math"] = SDPBackend.MATH
+    forms = ("gqa", "rows" if decodes else "expanded")
+    return {f"sdpa {name}, {form}": partial(_dense, sets, backends[name], form) for name in backends for form in forms}
+
+
+def _dense(sets: Sequence[Inputs], backend: SDPBackend, form: str, i: int) -> torch.Tensor:
+    query, keys, values = sets[i].query, *(sets[i].expanded if form == "expanded" else (sets[i].key, sets[i].value))
+    rows = query.view(*keys.shape[:2], -1, keys.shape[-1]) if form == "rows" else query
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(
+            rows, keys, values, is_causal=query.shape[2] > 1, enable_gqa=rows.shape[1] != keys.shape[1]
+        ).view(query.shape)
