@@ -103,7 +103,7 @@ def _checked(row: Row, step: Step, expected: Expected, steps: int) -> Prepared |
     if not _is_right(row, output, expected):
         return None
     prepared = prepare(step, steps, device, graph=output.shape[2] == 1)
-    row |= {"captured": prepared.captured, "message": prepared.reason}
+    row |= {"in_graph": prepared.replayed is not None, "message": prepared.reason}
     if prepared.replayed is not None and not _is_right(row, prepared.replayed, expected):
         row["message"] += ", in a CUDA graph"
         return None

@@ -65,11 +65,12 @@ def text(rows: Sequence[Row]) -> str:
         table = pd.DataFrame(columns).replace(["nan", "nanx"], "-")
         table = table.loc[:, (table != "-").any()]
         lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended;"]
-        lines += [" MB: what a step allocates beside inputs and indexes)", "", "Time grows with the number of keys as"]
-    for found in exponents(rows):
-        lines.append(f"  n^{found['exponent']:.2f}  {found['method']} ({found['geometry']}, batch {found['batch']})")
-    missing = dict.fromkeys(_problem(row) for row in rows if row["status"] != OK or row.get("captured") is False)
-    return "\n".join([*lines, *(["Did not run, or not as meant:", *missing] if missing else [])])
+        lines += [" MB: what a step allocates beside inputs and indexes)"]
+    grown = [f"  n^{g['exponent']:.2f}  {g['method']} ({g['geometry']}, batch {g['batch']})" for g in exponents(rows)]
+    missing = list(dict.fromkeys(_problem(row) for row in rows if row["status"] != OK or row.get("message")))
+    for title, found in (("Time grows with the number of keys as", grown), ("Not run, or not as meant:", missing)):
+        lines += ["", title, *found] if found else []
+    return "\n".join(lines)
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -89,5 +90,4 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def _problem(row: Row) -> str:
     where = f"{row['geometry']}, batch {row['batch']}, {row['length']:,} keys"
-    what = "not captured in a CUDA graph" if row["status"] == OK else row["status"]
-    return f"  {row['method']} ({where}): {what}: {row['message']}"
+    return f"  {row['method']} ({where}): {row['status']}: {row['message']}"

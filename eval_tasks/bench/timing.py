@@ -16,14 +16,12 @@ _WARM_UPS = 3
 class Prepared:
     """``launch`` runs one step on each set of inputs, as layers come.
 
-    ``captured`` says whether that replays a CUDA graph (None where there are none), ``reason`` why it does not;
-    ``replayed`` is what a replay returned for the first set.
+    ``replayed`` is what a CUDA graph returned for the first set, ``reason`` why none could be captured.
     """
 
     launch: Callable[[], object]
-    captured: bool | None = None
-    reason: str | None = None
     replayed: torch.Tensor | None = None
+    reason: str | None = None
 
 
 def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepared:
@@ -61,8 +59,8 @@ def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepar
     except Exception as error:
         torch.cuda.set_stream(current)
         torch.cuda.synchronize(device)
-        return Prepared(all_steps, False, first_line(error))
-    return Prepared(captured.replay, True, replayed=replayed)
+        return Prepared(all_steps, reason=f"not captured in a CUDA graph: {first_line(error)}")
+    return Prepared(captured.replay, replayed)
 
 
 def seconds_of(launch: Callable[[], object], device: torch.device) -> float:
