@@ -65,7 +65,7 @@ def text(rows: Sequence[Row]) -> str:
         table = pd.DataFrame(columns).replace(["nan", "nanx"], "-")
         table = table.loc[:, (table != "-").any()]
         lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended;"]
-        lines += [" MB: what a step allocates beside inputs and indexes)"]
+        lines += [" MB: what a step allocates beside inputs and indexes, on a GPU)"]
     grown = [f"  n^{g['exponent']:.2f}  {g['method']} ({g['geometry']}, batch {g['batch']})" for g in exponents(rows)]
     missing = list(dict.fromkeys(_problem(row) for row in rows if row["status"] != OK or row.get("message")))
     for title, found in (("Time grows with the number of keys as", grown), ("Not run, or not as meant:", missing)):
