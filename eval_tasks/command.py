@@ -14,6 +14,7 @@ from eval_tasks.arguments import (
     add_lengths,
     add_model_options,
     model_options,
+    not_negative,
     positive,
     spaced,
 )  # fmt: skip
@@ -21,7 +22,8 @@ from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
 from eval_tasks.measure import PHASES, SPARSE_IN
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
-from eval_tasks.processes import is_started_here, joined_processes, launched_rank, refused, start_processes
+from eval_tasks.presses import find_press
+from eval_tasks.processes import joined_processes, launched_rank, refused
 from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.run import run_sweep
 from eval_tasks.sweep import Sweep
@@ -29,37 +31,30 @@ from eval_tasks.synthetic import GENERATORS, Generator
 from eval_tasks.tasks import TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch.cli import INTERRUPTED
+from nc_patch.common import ProfileError
 from nc_patch.ops.backends import BACKENDS
 
 _LENGTHS = (512, 1024, 2048)
 _ISO_KEYS = (16, 32, 64, 128, 256, 512, 1024)
 _ISO_METHODS = (DENSE, "fixed-topk", "fixed-topk-mean", "streaming")
+_TASKS: dict[str, Task | Generator] = {**TASKS, **GENERATORS}
 
 
 def run_eval(argv: Sequence[str]) -> int:
     """Measures methods by context length and writes the report; returns 0, 2 for errors, or 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    if arguments.list_methods or arguments.list_tasks:
-        print(_listed(METHODS if arguments.list_methods else {**TASKS, **GENERATORS}))
-        return 0
     transformers_logging.disable_progress_bar()
-    command = shlex.join(["nc-patch", "eval", *argv])
+    command, directory = shlex.join(["nc-patch", "eval", *argv]), arguments.out.expanduser()
     try:
-        directory = _directory(arguments)
         sweep = _sweep(arguments)
-        code = start_processes(arguments.processes, ["eval", *argv])
-        if code is not None:
-            return code
-        with joined_processes(sweep.tp_plan is not None, sweep.device) as processes:
-            if sweep.tp_plan is not None and processes.world == 1:
-                raise EvalError("--tp-plan spreads a model over several processes: add --processes N, or use torchrun")
+        with joined_processes() as processes:
             run_sweep(sweep, directory, command, processes)
         if processes.is_first:
             _write_report([directory], None, arguments.within / 100)
-    except EvalError as error:
+    except (EvalError, ProfileError) as error:
         return refused(error)
     except KeyboardInterrupt:
-        if launched_rank() == 0 and not is_started_here():
+        if launched_rank() == 0:
             print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
         return INTERRUPTED
     return 0
@@ -98,101 +93,86 @@ def _percentage(text: str) -> float:
     return value
 
 
-def _directory(arguments: argparse.Namespace) -> Path:
-    if arguments.out is None:
-        raise EvalError("say where the results go: --out DIR")
-    directory: Path = arguments.out.expanduser()
-    if directory.exists() and not directory.is_dir():
-        raise EvalError(f"--out {directory} is a file; give a directory")
-    return directory
-
-
-def _sweep(arguments: argparse.Namespace) -> Sweep:
+def _sweep(given: argparse.Namespace) -> Sweep:
     """The sweep that the arguments ask for; raises EvalError for values that do not fit."""
-    given = arguments
+    iso = given.match == "iso"
     try:
         law = (given.alpha, given.C, given.equal_at)
         budgets = Budgets(*law, given.backend, given.match, profile=given.profile)
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
-    if given.match == "iso" and min(given.iso_keys) >= max(given.lengths):
+    if iso and min(given.iso_keys) >= max(given.lengths):
         raise EvalError(
             f"every budget of --iso-keys ({spaced(given.iso_keys)}) holds all keys of every length "
             f"({spaced(given.lengths)}): give smaller ones, or longer --lengths"
         )
-    if len(set(given.seed)) < len(given.seed) or min(given.seed) < 0:
-        raise EvalError(f"--seed takes different numbers from 0 on, got {spaced(given.seed)}")
+    if len(set(given.seed)) < len(given.seed):
+        raise EvalError(f"--seed takes different numbers, got {spaced(given.seed)}")
     return Sweep(
-        model=given.model,
-        text=given.text,
         methods=_methods(given),
-        tasks=_tasks(given.tasks),
+        tasks=tuple(name for name in _TASKS if name in given.tasks),
         budgets=budgets,
         layout=Layout(ascending(given.lengths), given.samples, given.scored, given.passage, given.seed[0]),
-        threads=given.threads,
-        tp_plan=given.tp_plan,
-        phase=given.phase,
-        iso_keys=tuple(sorted(set(given.iso_keys))) if given.match == "iso" else (),
-        answer_tokens=given.answer_tokens,
-        retry_failed=given.retry_failed,
+        iso_keys=tuple(sorted(set(given.iso_keys))) if iso else (),
         seeds=tuple(given.seed),
+        **{
+            name: getattr(given, name)
+            for name in ("model", "text", "threads", "phase", "answer_tokens", "retry_failed")
+        },
         **model_options(given),
     )
 
 
-def _tasks(names: Sequence[str]) -> tuple[str, ...]:
-    """The tasks asked for, in the order in which they are listed; raises EvalError for unknown ones."""
-    known = [*TASKS, *GENERATORS]
-    if unknown := [name for name in names if name not in known]:
-        said = f"unknown task {unknown[0]!r}; allowed are {', '.join(known)}"
-        raise EvalError(f"{said}. Tasks of lm-eval run by python -m eval_tasks.lm_eval")
-    return tuple(name for name in known if name in names)
-
-
-def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The methods asked for, in the order in which they are listed; raises EvalError for unknown ones."""
-    iso = arguments.match == "iso"
-    names = {*(arguments.methods or (_ISO_METHODS if iso else DEFAULT_METHODS))}
-    if PROFILE in names and arguments.profile is None:
+def _methods(given: argparse.Namespace) -> tuple[str, ...]:
+    """The methods asked for, in the order in which they are listed; raises EvalError for those that do not fit."""
+    iso = given.match == "iso"
+    names = {*(given.methods or (_ISO_METHODS if iso else DEFAULT_METHODS)), *([PROFILE] if given.profile else [])}
+    if PROFILE in names and given.profile is None:
         raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
-    if arguments.profile:
-        names.add(PROFILE)
-    for name in sorted(names, key=order_of):
+    for name in names:
+        press = find_method(name).press
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
-        if find_method(name).press is not None and iso:
-            raise EvalError(f"{name} has no budget that --match iso could vary; leave it out")
-        if name == PROFILE and iso:
-            raise EvalError(f"{name} gives each head its own budget, which --match iso cannot set; leave it out")
+        if iso and (press or name == PROFILE):
+            raise EvalError(f"{name} has no one budget that --match iso could vary; leave it out")
+        if press and given.phase not in ("question", "decode"):
+            raise EvalError(
+                f"{name} compresses what a dense prefill left, which is not what the other methods do; measure all of "
+                "them that way with --phase question or --phase decode"
+            )
+        if press:
+            find_press(press)
     if iso and names == {DENSE}:
         raise EvalError("--match iso compares budgets of sparse methods with dense: name one, for example fixed-topk")
     return tuple(sorted(names, key=order_of))
 
 
 def _parser() -> argparse.ArgumentParser:
+    methods, tasks = _listed(METHODS), _listed(_TASKS)
     parser = argparse.ArgumentParser(
         prog="nc-patch eval",
         allow_abbrev=False,
         description="Measure what sparse attention keeps of a model, by context length.\n"
         "Interrupted, the same command goes on where it was.",
-        epilog=f"methods:\n{_listed(METHODS)}\n\ntasks:\n{_listed({**TASKS, **GENERATORS})}",
+        epilog=f"methods:\n{methods}\n\ntasks:\n{tasks}\n\nTasks of lm-eval run by python -m eval_tasks.lm_eval.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
     phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
-    methods = f"default: {spaced(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed"
+    default = f"default: {spaced(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed"
     keys = f"with --match iso: the budgets, in keys, that are measured (default: {spaced(_ISO_KEYS)})"
-    add("--out", type=Path, metavar="DIR", help="directory for results.jsonl, summary.csv, run.json and report.html")
+    results = "directory for results.jsonl, summary.csv, run.json and report.html"
+    add("--out", type=Path, required=True, metavar="DIR", help=results)
     add_model_options(parser)
     add("--text", default=PYTHON_REFERENCE, help=f"{TEXT_FORMS} (default)")
-    add("--methods", nargs="+", metavar="METHOD", help=methods)
+    add("--methods", nargs="+", metavar="METHOD", help=default)
     add("--profile", metavar="FILE", help="a profile from nc-patch calibrate; adds the method profile")
     add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
     add("--iso-keys", nargs="+", type=positive, metavar="K", default=list(_ISO_KEYS), help=keys)
     _add_within(parser)
     add("--phase", choices=list(PHASES), default="all", help=f"what is sparse (default: all). {phases}")
-    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {spaced(TASKS)}")
+    add("--tasks", nargs="+", choices=_TASKS, default=[*TASKS], metavar="TASK", help=f"default: {spaced(TASKS)}")
     add_lengths(parser, _LENGTHS, "context lengths in tokens")
     add("--samples", type=positive, default=4, help="stretches of text at each length (default: 4)")
     add_budget_options(parser)
@@ -200,13 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--passage", type=positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
     add("--answer-tokens", type=positive, metavar="N", help="most tokens of an answer (default: as in the original)")
     seeds = "seeds of the random draws; each draws --samples samples (default: 0)"
-    add("--seed", type=int, nargs="+", default=[0], help=seeds)
+    add("--seed", type=not_negative, nargs="+", default=[0], help=seeds)
     add("--backend", choices=list(BACKENDS), default="auto", help="what runs sparse attention (default: auto)")
-    add("--processes", type=positive, metavar="N", help="share the samples among N processes of this machine")
-    add("--tp-plan", metavar="PLAN", help="auto: spread every layer of one model over all processes")
     add("--retry-failed", action="store_true", help="measure cells again that ran out of memory before")
-    add("--list-methods", action="store_true", help="print the methods and end")
-    add("--list-tasks", action="store_true", help="print the tasks and end")
+    add("--list-methods", action="version", version=methods, help="print the methods and end")
+    add("--list-tasks", action="version", version=tasks, help="print the tasks and end")
     return parser
 
 

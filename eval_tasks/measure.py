@@ -53,8 +53,13 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
     if not math.isfinite(loss_sum):
         raise EvalError(f"the loss is {loss_sum}: the logits hold NaN or Inf in {model.dtype}; try --dtype float32")
     token_losses = [round(loss, 4) for loss in losses.tolist()]
-    sums = {"loss_sum": loss_sum, "tokens": scored, "token_losses": token_losses, "bytes": sample.scored_bytes}
-    return sums | counts
+    return {
+        "loss_sum": loss_sum,
+        "tokens": scored,
+        "token_losses": token_losses,
+        "bytes": sample.scored_bytes,
+        **counts,
+    }
 
 
 @torch.inference_mode()
@@ -77,38 +82,29 @@ def in_phase(
     positions; ``ran_dense``, how many calls ran dense although patched, by reason; ``seconds`` of all that was read,
     ``prefill_seconds`` of the context where that is apart, and ``peak_memory`` in bytes above what was held before.
     """
-    cache: DynamicCache | None = None
+    config = attention if isinstance(attention, NCConfig) else None
+    cache, counts = None, {}
     with Peak(model) as peak:
-        if phase == "all":
-            with _attending(model, attention, tail) as count:
-                result, further, scored = read(None, peak)
-                counts = count()
-        elif phase == "prefill":
-            with _attending(model, attention, None) as count:
-                cache = _prefilled(model, context)
-                counts = count()
+        if phase != "all":
+            with _attending(model, config if phase == "prefill" else None, None) as counts:
+                cache = _prefilled(model, context, attention)
             peak.mark("prefill_seconds")
+        with _attending(model, None if phase == "prefill" else config, tail) as counted:
             result, further, scored = read(cache, peak)
-        else:
-            cache = _prefilled(model, context, attention)
-            peak.mark("prefill_seconds")
-            with _attending(model, attention, tail) as count:
-                result, further, scored = read(cache, peak)
-                counts = count()
-    timed = {"seconds": peak.seconds, "peak_memory": peak.bytes, **peak.marks}
+    length, timed = len(context) + further, {"seconds": peak.seconds, "peak_memory": peak.bytes, **peak.marks}
     if isinstance(attention, Press):
         assert cache is not None
-        return result, _compressed(cache, len(context) + further, scored) | timed
-    dense = _dense(model, phase, len(context), len(context) + further, scored)
-    if counts is not None and phase == "prefill":  # what is scored was read densely
-        counts |= {name: dense[name] for name in _COUNTS[2:]}
-    return result, (counts or dense) | timed
+        return result, _compressed(cache, length, scored) | timed
+    dense = _dense(model, phase, len(context), length, scored)
+    if config is not None and phase == "prefill":  # what is scored was read densely
+        counted = counts | {name: dense[name] for name in _COUNTS[2:]}
+    return result, dense | counted | timed
 
 
 def warm_up(model: Any, attention: Attention) -> None:
     """Runs a few tokens, so that one-off costs (thread pools, compilation) do not enter the first measurement."""
     ids = torch.zeros(_WARM_UP_TOKENS, dtype=torch.long, device=model.device)
-    with torch.inference_mode(), _attending(model, attention, None):
+    with torch.inference_mode(), _attending(model, attention if isinstance(attention, NCConfig) else None, None):
         _forward(model, ids, 1)
 
 
@@ -123,21 +119,18 @@ def with_cache(model: Any, cache: DynamicCache) -> dict[str, DynamicCache]:
 
 
 @contextlib.contextmanager
-def _attending(model: Any, attention: Attention, tail: int | None) -> Iterator[Callable[[], dict[str, Any] | None]]:
-    """Patches the model within the block where ``attention`` is of this package; yields what counts the keys so far."""
-    if not isinstance(attention, NCConfig):
-        yield lambda: None
+def _attending(model: Any, config: NCConfig | None, tail: int | None) -> Iterator[dict[str, Any]]:
+    """Patches the model within the block; yields a dict that holds, once the block is left, what it attended."""
+    found: dict[str, Any] = {}
+    if config is None:
+        yield found
         return
-    with patched(model, config=attention):
+    with patched(model, config=config):
         reset_stats(model, tail=tail)
-        yield lambda: _attended(model)
-
-
-def _attended(model: Any) -> dict[str, Any]:
-    """What a patched model attended since its counts were set to zero."""
-    stats = nc_stats(model)
-    ran_dense = sum((Counter(layer["dense_calls"]) for layer in stats["layers"]), Counter[str]())
-    return {**{key: stats[key] for key in _COUNTS}, "ran_dense": dict(ran_dense)}
+        yield found
+        stats = nc_stats(model)
+        ran_dense = sum((Counter(layer["dense_calls"]) for layer in stats["layers"]), Counter[str]())
+        found |= {**{key: stats[key] for key in _COUNTS}, "ran_dense": dict(ran_dense)}
 
 
 def _dense(model: Any, phase: Phase, context: int, length: int, scored: int) -> dict[str, Any]:
@@ -155,16 +148,16 @@ def _compressed(cache: DynamicCache, length: int, scored: int) -> dict[str, Any]
     return {**dict(zip(_COUNTS, 2 * (keys / visible, keys), strict=True)), "ran_dense": {}}
 
 
-def _prefilled(model: Any, context: torch.Tensor, attention: Attention = None) -> DynamicCache:
+def _prefilled(model: Any, context: torch.Tensor, attention: Attention) -> DynamicCache:
     """The cache of a prefill of ``context``, int64 ``[N]``; compressed where a press is given."""
     cache = DynamicCache(config=model.config)
     options: dict[str, Any] = {**with_cache(model, cache), "use_cache": True, **only_last(model, 1)}
-    compressing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if isinstance(attention, Press):
-        # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
-        options["cache_position"] = torch.arange(len(context), device=context.device)
-        compressing = attention.compressing(model, len(context))
-    with compressing:
+    if not isinstance(attention, Press):
+        model(input_ids=context[None], **options)
+        return cache
+    # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
+    options["cache_position"] = torch.arange(len(context), device=context.device)
+    with attention.compressing(model, len(context)):
         model(input_ids=context[None], **options)
     return cache
 

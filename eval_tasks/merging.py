@@ -9,7 +9,7 @@ from typing import Any
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHES
 from eval_tasks.measure import PHASES
-from eval_tasks.methods import find_method, order_of
+from eval_tasks.methods import METHODS, PRESS, keys_of, order_of
 from eval_tasks.store import each_key_once, read_rows, read_run
 from eval_tasks.summary import Row
 from eval_tasks.tasks import TASKS
@@ -43,7 +43,8 @@ def merge_runs(directories: Sequence[Path]) -> list[MergedRun]:
         if run is None or not rows:
             raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
         _check_known(directory, run["identity"], rows)
-        identity = {name: value for name, value in run["identity"].items() if name not in _CELLS}
+        # An option that an older version lacked counts as None.
+        identity = {name: value for name, value in run["identity"].items() if name not in _CELLS and value is not None}
         setting = json.dumps([identity, max(run["identity"]["lengths"], default=0), run["hardware"]], sort_keys=True)
         groups.setdefault(setting, []).append((directory, run, list(rows)))
     return [_merged(group) for group in groups.values()]
@@ -58,18 +59,11 @@ def differing(runs: Sequence[MergedRun]) -> list[str]:
 
 
 def _check_known(directory: Path, identity: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    for name, known in (("match", MATCHES), ("phase", PHASES)):
-        if identity[name] not in known:
-            got = ascii(identity[name])[:60]
-            raise EvalError(f"{directory} was measured with {name} {got}, which this version does not know")
-    texts = {row["task"] for row in rows if "loss_sum" in row}
-    if unknown := sorted(texts - set(TASKS)):
-        raise EvalError(f"{directory} holds results of {', '.join(unknown)}, which this version does not know")
-    for name in sorted({row["method"] for row in rows} | set(identity["methods"])):
-        try:
-            find_method(name)
-        except EvalError as error:
-            raise EvalError(f"{directory} holds results that this version does not know: {error}") from error
+    methods = {row["method"] for row in rows} | {*identity["methods"]}
+    names = {keys_of(name)[0] for name in methods if not name.startswith(PRESS)}
+    names |= {row["task"] for row in rows if "loss_sum" in row} | {identity["match"], identity["phase"]}
+    if unknown := sorted(names - {*METHODS, *TASKS, *MATCHES, *PHASES}):
+        raise EvalError(f"{directory} holds results of {ascii(unknown[0])[:60]}, which this version does not know")
 
 
 def _merged(group: Sequence[tuple[Path, dict[str, Any], list[Row]]]) -> MergedRun:

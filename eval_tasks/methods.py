@@ -35,62 +35,59 @@ class Method:
     press: str | None = None
 
 
-def _law(budgets: Budgets, alpha: float, C: float = 0.0, make: type[NCConfig] = NCConfig, **options: Any) -> NCConfig:
+_LAWS: dict[str, Callable[[Budgets], tuple[float, float]]] = {
+    "fixed": lambda budgets: (budgets.fixed, 0.0),
+    "log": lambda budgets: (budgets.log_factor, 0.0),
+    "fraction": lambda budgets: (budgets.fraction, 1.0),
+    "power": lambda budgets: (budgets.alpha, budgets.C),
+}
+
+
+def _by(law: str, selection: str, make: type[NCConfig] = NCConfig, **options: Any) -> Callable[[Budgets], NCConfig]:
     """The settings of a law alone, from the first key on: methods are compared by what their laws choose."""
-    return make(alpha, C, backend=budgets.backend, dense_below=0, **options)
+    return lambda b: make(*_LAWS[law](b), backend=b.backend, dense_below=0, selection=selection, **options)
 
 
-def _topk(budgets: Budgets, alpha: float, C: float = 0.0, tail: str = "drop", **options: Any) -> NCConfig:
-    return _law(budgets, alpha, C, selection="topk", tail=tail, **options)
+def _profiled(budgets: Budgets) -> NCConfig:
+    return replace(budgets.profile_config(), backend=budgets.backend, dense_below=0)
 
 
-def _window(budgets: Budgets, alpha: float, C: float = 0.0, sinks: int = STREAMING_SINKS) -> NCConfig:
-    return _law(budgets, alpha, C, selection="window", sink_keys=sinks)
-
-
+_DROP, _MEAN, _SINKS = {"tail": "drop"}, {"tail": "mean"}, {"sink_keys": STREAMING_SINKS}
 _RECENT = f"the first {STREAMING_SINKS} keys and the most recent ones"
 _MEANS = "and beside it the mean of the other keys in every page of 16, which counts as no key"
+_UNASKED = (
+    "what patch_model does with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of the other keys, "
+    f"and every key where a query sees at most {DEFAULT_DENSE_BELOW:,}"
+)
+_CALIBRATED = "the highest scores, as many as a calibrated profile gives each layer and head; needs --profile FILE"
 _LISTED = (
     Method(DENSE, "dense", "every key, the unpatched model", lambda b: None),
-    Method("window", "fixed window", "the most recent keys, a fixed number", lambda b: _window(b, b.fixed, sinks=0)),
+    Method("window", "fixed window", "the most recent keys, a fixed number", _by("fixed", "window", sink_keys=0)),
     Method(
-        *("streaming", "sinks + fixed window", f"{_RECENT}, a fixed number (StreamingLLM)"),
-        lambda b: _window(b, b.fixed),
+        "streaming",
+        "sinks + fixed window",
+        f"{_RECENT}, a fixed number (StreamingLLM)",
+        _by("fixed", "window", **_SINKS),
     ),
-    Method("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", lambda b: _topk(b, b.fixed)),
-    Method(
-        *("log-topk", "log n top-k", "the highest scores, a·log2(n) of them"),
-        lambda b: _topk(b, b.log_factor, make=LogConfig),
-    ),
+    Method("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", _by("fixed", "topk", **_DROP)),
+    Method("log-topk", "log n top-k", "the highest scores, a·log2(n) of them", _by("log", "topk", LogConfig, **_DROP)),
     Method(
         *("fraction-topk", "fixed-fraction top-k", "the highest scores, a fixed share of all keys"),
-        lambda b: _topk(b, b.fraction, 1.0),
+        *(_by("fraction", "topk", **_DROP), False),
+    ),
+    Method("nc-window", "α·n^C window", f"{_RECENT}, α·n^C in all", _by("power", "window", **_SINKS)),
+    Method("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", _by("power", "topk", **_DROP)),
+    Method(
+        "fixed-topk-mean",
+        "fixed-k top-k + means",
+        f"fixed-topk, {_MEANS}",
+        _by("fixed", "topk", **_MEAN),
         default=False,
     ),
-    Method("nc-window", "α·n^C window", f"{_RECENT}, α·n^C in all", lambda b: _window(b, b.alpha, b.C)),
-    Method("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", lambda b: _topk(b, b.alpha, b.C)),
-    Method(
-        *("fixed-topk-mean", "fixed-k top-k + means", f"fixed-topk, {_MEANS}"),
-        lambda b: _topk(b, b.fixed, tail="mean"),
-        default=False,
-    ),
-    Method("nc-topk-mean", "α·n^C top-k + means", f"nc-topk, {_MEANS}", lambda b: _topk(b, b.alpha, b.C, "mean")),
-    Method(
-        *(NC, "default"),
-        "what patch_model does with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of the other "
-        f"keys, and every key where a query sees at most {DEFAULT_DENSE_BELOW:,}",
-        lambda b: NCConfig(b.alpha, b.C, backend=b.backend),
-    ),
-    Method(
-        *(PROFILE, "calibrated top-k"),
-        "the highest scores, as many as a calibrated profile gives each layer and head; needs --profile FILE",
-        lambda b: replace(b.profile_config(), backend=b.backend, dense_below=0),
-        default=False,
-    ),
-    Method(
-        *("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all"),
-        lambda b: _law(b, b.alpha, b.C, selection="block"),
-    ),
+    Method("nc-topk-mean", "α·n^C top-k + means", f"nc-topk, {_MEANS}", _by("power", "topk", **_MEAN)),
+    Method(NC, "default", _UNASKED, lambda b: NCConfig(b.alpha, b.C, backend=b.backend)),
+    Method(PROFILE, "calibrated top-k", _CALIBRATED, _profiled, default=False),
+    Method("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", _by("power", "block")),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _LISTED}
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)

@@ -1,7 +1,4 @@
-"""Presses of the package ``kvpress`` as peers: they drop keys from the cache that a dense prefill has filled.
-
-The package is imported when a press is asked for; nothing else of the harness needs it.
-"""
+"""Presses of the package ``kvpress`` as peers: they drop keys from the cache that a dense prefill has filled."""
 
 import importlib
 import importlib.util
@@ -35,9 +32,11 @@ def find_press(name: str) -> type[Any]:
         package = importlib.import_module("kvpress")
     except ImportError as error:
         raise EvalError(f"kvpress is installed and cannot be imported: {error}") from error
-    classes = {name: value for name, value in inspect.getmembers(package, inspect.isclass) if name.endswith("Press")}
-    presses = {k: v for k, v in classes.items() if "compression_ratio" in inspect.signature(v).parameters}
+    presses: dict[str, type[Any]] = {
+        each: found
+        for each, found in inspect.getmembers(package, inspect.isclass)
+        if each.endswith("Press") and "compression_ratio" in inspect.signature(found).parameters
+    }
     if name not in presses:
         raise EvalError(f"kvpress has no press {name!r} with a compression ratio; it has {', '.join(sorted(presses))}")
-    found: type[Any] = presses[name]
-    return found
+    return presses[name]

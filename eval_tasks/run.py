@@ -1,7 +1,7 @@
 """Runs a sweep: measures what a directory does not hold yet, alone or with other processes."""
 
 import contextlib
-import secrets
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -17,9 +17,8 @@ from eval_tasks.answers import Question, answer, build_question, check_generated
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import load_profile
 from eval_tasks.measure import measure, warm_up
-from eval_tasks.methods import Method, attention_by, budget_at, find_method
+from eval_tasks.methods import attention_by, budget_at, find_method
 from eval_tasks.models import attention_of, find_model, load_model, load_tokenizer, max_positions, tokenizer_fingerprint
-from eval_tasks.presses import find_press
 from eval_tasks.processes import Processes
 from eval_tasks.provenance import check_same, commit, hardware, hardware_words, record_session, versions
 from eval_tasks.report import REPORT_FILES
@@ -28,7 +27,6 @@ from eval_tasks.sweep import Cells, Sweep, plan_of, total
 from eval_tasks.synthetic import GENERATORS, Material
 from eval_tasks.tasks import TASKS, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
-from nc_patch import ProfileError
 from nc_patch.calibration.fingerprint import weights_fingerprint
 
 
@@ -45,17 +43,13 @@ class Source:
     starts: dict[int, list[int]]
     material: Material
 
-    def start(self, cells: Cells) -> int | None:
-        """Where in the text the sample begins; None for a generated task."""
-        return self.starts[cells.seed][cells.index] if cells.task in TASKS else None
-
-    def build(self, cells: Cells, sweep: Sweep) -> Sample | Question:
-        """The sample of some cells."""
-        start = self.start(cells)
-        if start is not None:
-            return TASKS[cells.task].build(self.tokens, start, cells.length, sweep.layout)
+    def build(self, cells: Cells, sweep: Sweep) -> tuple[Sample | Question, int | None]:
+        """The sample of some cells, and where in the text it begins (None for a generated task)."""
+        if cells.task in TASKS:
+            start = self.starts[cells.seed][cells.index]
+            return TASKS[cells.task].build(self.tokens, start, cells.length, sweep.layout), start
         drawn = (cells.length, cells.seed, cells.index)
-        return build_question(cells.task, self.tokenizer, *drawn, self.material, sweep.answer_tokens)
+        return build_question(cells.task, self.tokenizer, *drawn, self.material, sweep.answer_tokens), None
 
 
 def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes | None = None) -> None:
@@ -65,42 +59,43 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes 
     where something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
     processes = processes or Processes()
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as claim:
         with processes.together():
             if sweep.threads is not None:
                 torch.set_num_threads(sweep.threads)
             check_same(directory, sweep.identity() | versions())
-            source = load_source(sweep)
-            device = processes.device(sweep.device)
-        with processes.together():
+            source, device = load_source(sweep), processes.device(sweep.device)
             if processes.is_first:
                 check_out(directory, REPORT_FILES)
-                stack.enter_context(claimed(directory))
-        with processes.together():
-            spread = (sweep.device_map, sweep.tp_plan, sweep.revision, sweep.trust_remote_code)
-            model = load_model(sweep.model, sweep.dtype, str(device), *spread).model
-            identity = sweep.identity() | versions() | _fingerprints(model, source)
-            if processes.is_first:
-                check_same(directory, identity)
+                claim.enter_context(claimed(directory))
+            how = (sweep.dtype, str(device), sweep.device_map, sweep.revision, sweep.trust_remote_code)
+            model = load_model(sweep.model, *how).model
+            constants = {"weights": weights_fingerprint(model), "text": source.text.sha256, "dtype": str(model.dtype)}
+            identity = sweep.identity() | versions() | {"weights": constants["weights"]}
+            identity |= {"attention": attention_of(model), "tokenizer": tokenizer_fingerprint(source.tokenizer)}
+            identity |= {"text_sha256": source.text.sha256}
+            check_same(directory, identity)
             check_methods(sweep, model)
-        _check_alike(sweep, processes, identity | {"model's dtype": str(model.dtype)})
-        plan = plan_of(sweep, {"weights": identity["weights"], "text": source.text.sha256, "dtype": str(model.dtype)})
-        session = _session(command, hardware(device, torch.get_num_threads()), processes)
+        plan = plan_of(sweep, constants)
+        found = processes.gathered((identity | constants, hardware(device, torch.get_num_threads())))
         with processes.together():
+            _check_alike([each for each, _ in found])
             if processes.is_first:
+                session = _session(command, [machine for _, machine in found])
                 record_session(directory, identity, _details(sweep, model, source, plan, session), session)
+        recorded = processes.from_first(read_run(directory) if processes.is_first else None)
         with processes.together():
-            if (read_run(directory) or {"sessions": [{}]})["sessions"][-1].get("id") != session["id"]:
+            if read_run(directory) != recorded:
                 raise EvalError(
                     f"{directory} is not the directory that process 0 writes to; several machines need one they share"
                 )
             if not processes.is_first:
-                stack.enter_context(claimed(directory, is_first=False))
+                claim.enter_context(claimed(directory, is_first=False))
             todo = _todo(sweep, plan, read_rows(directory)) if processes.is_first else []
         # All share out the list of the first one, since what they read of a file may differ between machines.
         todo = processes.from_first(todo)
         began = time.monotonic()
-        _measure_all(sweep, model, source, todo, directory, processes)
+        _measure_all(sweep, model, source, todo[processes.rank :: processes.world], directory, processes.rank)
         processes.gathered(None)  # the first one waits for all shares
         if processes.is_first:
             print(f"Measured in {tqdm.format_interval(time.monotonic() - began)}.", file=sys.stderr)
@@ -131,109 +126,70 @@ def load_source(sweep: Sweep) -> Source:
 def check_methods(sweep: Sweep, model: Any) -> None:
     """Tries every method on a few tokens, which also takes its one-off costs out of the first measurement.
 
-    Raises EvalError where a method does not run on the model, or the profile is of another one.
+    Raises EvalError where a method does not run on the model, and ProfileError where the profile is of another one.
     """
     if sweep.budgets.profile is not None:
-        try:
-            load_profile(sweep.budgets.profile).check_model(model)
-        except ProfileError as error:
-            raise EvalError(str(error)) from error
+        load_profile(sweep.budgets.profile).check_model(model)
     for name in sweep.methods:
-        _check_method(sweep, model, find_method(name))
+        try:
+            warm_up(model, find_method(name).config(sweep.budgets.at(max(sweep.layout.lengths))))
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise EvalError(f"the method {name} does not run on this model and device: {error}") from error
 
 
-def _check_method(sweep: Sweep, model: Any, method: Method) -> None:
-    if method.press is not None:
-        find_press(method.press)
-        if sweep.phase not in ("question", "decode"):
-            raise EvalError(
-                f"{method.name} compresses what a dense prefill left, which is not what the other methods do; measure "
-                "all of them that way with --phase question or --phase decode"
-            )
-        return
-    try:
-        warm_up(model, method.config(sweep.budgets.at(max(sweep.layout.lengths))))
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise EvalError(f"the method {method.name} does not run on this model and device: {error}") from error
-
-
-def _measure_all(
-    sweep: Sweep, model: Any, source: Source, todo: Sequence[Cells], directory: Path, processes: Processes
-) -> None:
-    """Measures this process's share; all of it where the processes share one model."""
-    source_commit, shares = commit(), sweep.tp_plan is not None
-    mine = todo if shares else todo[processes.rank :: processes.world]
+def _measure_all(sweep: Sweep, model: Any, source: Source, share: Sequence[Cells], directory: Path, rank: int) -> None:
+    """Measures the share of the process of a rank."""
+    measured_by = {"commit": commit(), "process": rank}
     terminal = sys.stderr.isatty()
     with tqdm(
-        total=sum(cells.cost * len(cells.keys) for cells in mine),
-        disable=not processes.is_first,
+        total=sum(cells.cost * len(cells.keys) for cells in share),
+        disable=rank != 0,
         bar_format="{percentage:3.0f}%|{bar}| {desc}{remaining} left",
         mininterval=0.1 if terminal else 30,
         delay=0.5 if terminal else 30,
         leave=False,
     ) as bar:
-        for cells in mine:
-            subject = source.build(cells, sweep)
-            for method in cells.keys:
-                bar.set_description_str(f"{cells.length:,} tokens, {cells.task}, {method}, ", refresh=terminal)
-                row = _row(sweep, model, source, cells, method, subject)
-                if processes.is_first or not shares:
-                    append_row(directory, row | {"commit": source_commit, "process": processes.rank})
+        for cells in share:
+            sample, start = source.build(cells, sweep)
+            where = {name: getattr(cells, name) for name in ("task", "length", "sample", "seed", "index")}
+            # Two seeds that choose the same stretch have one document between them.
+            where |= {"place": start} if start is None else {"place": start, "document": str(start)}
+            for method, key in cells.keys.items():
+                what = f"{cells.task} with {method} at {cells.length:,} tokens"
+                bar.set_description_str(f"{what}, ", refresh=terminal)
+                row = {"key": key, "model": sweep.model, "method": method, **where, "phase": sweep.phase}
+                row["budget"] = budget_at(method, sweep.budgets, cells.length)
+                try:
+                    attention = attention_by(method, sweep.budgets, cells.length)
+                    if isinstance(sample, Sample):
+                        row |= measure(model, attention, sample, sweep.phase)
+                    else:
+                        row |= answer(model, source.tokenizer, attention, sample, sweep.phase)
+                except MemoryRanOut as error:
+                    print(f"{what}: {error}. It is recorded, and the run goes on.", file=sys.stderr)
+                    row |= {"failed": "out of memory", "error": str(error)}
+                except EvalError as error:
+                    raise EvalError(f"{what}: {error}") from error
+                append_row(directory, row | measured_by)
                 bar.update(cells.cost)
 
 
-def _row(
-    sweep: Sweep, model: Any, source: Source, cells: Cells, method: str, subject: Sample | Question
-) -> dict[str, Any]:
-    """The row of one method on a sample; where memory runs out, one that says so."""
-    start, what = source.start(cells), f"{cells.task} with {method} at {cells.length:,} tokens"
-    try:
-        attention = attention_by(method, sweep.budgets, cells.length)
-        if isinstance(subject, Sample):
-            measured = measure(model, attention, subject, sweep.phase)
-        else:
-            measured = answer(model, source.tokenizer, attention, subject, sweep.phase)
-    except MemoryRanOut as error:
-        if sweep.tp_plan is not None:  # the other processes still wait for this one's part of a layer
-            raise EvalError(f"{what}: {error}") from error
-        print(f"{what}: {error}. It is recorded, and the run goes on.", file=sys.stderr)
-        measured = {"failed": "out of memory", "error": str(error)}
-    except EvalError as error:
-        raise EvalError(f"{what}: {error}") from error
-    return {
-        "key": cells.keys[method],
-        "model": sweep.model,
-        "method": method,
-        **{name: getattr(cells, name) for name in ("task", "length", "sample", "seed", "index")},
-        "place": start,
-        # Two seeds that choose the same stretch have one document between them.
-        **({} if start is None else {"document": str(start)}),
-        "phase": sweep.phase,
-        "budget": budget_at(method, sweep.budgets, cells.length),
-        **measured,
-    }
+def _check_alike(identities: Sequence[dict[str, Any]]) -> None:
+    """Raises EvalError where a process would measure something else than the first."""
+    for (rank, other), name in itertools.product(enumerate(identities), identities[0]):
+        if other[name] != identities[0][name]:
+            raise EvalError(
+                f"{name} is {other[name]} in process {rank}, {identities[0][name]} in process 0: all machines need the "
+                "same model, text and versions"
+            )
 
 
-def _fingerprints(model: Any, source: Source) -> dict[str, Any]:
-    """What must be the same in every session, and is known once the model is there."""
-    return {
-        "weights": weights_fingerprint(model),
-        "attention": attention_of(model),
-        "tokenizer": tokenizer_fingerprint(source.tokenizer),
-        "text_sha256": source.text.sha256,
-    }
-
-
-def _check_alike(sweep: Sweep, processes: Processes, identity: dict[str, Any]) -> None:
-    """Raises EvalError in all processes where one of them would measure something else than the first."""
-    first = processes.from_first(identity)
-    # Where processes hold parts of one model, what tells its weights from others may differ, too.
-    compared = set(identity) - ({"weights"} if sweep.tp_plan is not None else set())
-    differing = [name for name in identity if name in compared and identity[name] != first[name]]
-    with processes.together():
-        if differing:
-            said = "; ".join(f"{name} is {identity[name]} here, {first[name]} in process 0" for name in differing)
-            raise EvalError(f"{said}. All machines need the same model, text and versions")
+def _session(command: str, machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is recorded of a session: the command, the hardware of process 0, and any other that processes run on."""
+    first, others = hardware_words(machines[0]), {hardware_words(each): each for each in machines[1:]}
+    others.pop(first, None)
+    session = {"command": command, "processes": len(machines), "hardware": machines[0]}
+    return session | ({"other_hardware": [*others.values()]} if others else {})
 
 
 def _details(
@@ -250,15 +206,6 @@ def _details(
         "planned": total(plan),
         "hardware": session["hardware"],
     }
-
-
-def _session(command: str, here: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """What is recorded of a session: an id, the hardware of process 0, and any other that processes run on."""
-    first, *machines = processes.gathered(here)
-    others = {hardware_words(each): each for each in machines if hardware_words(each) != hardware_words(first)}
-    session = {"id": secrets.token_hex(8), "command": command, "processes": processes.world, "hardware": first}
-    found: dict[str, Any] = processes.from_first(session | ({"other_hardware": [*others.values()]} if others else {}))
-    return found
 
 
 def _todo(sweep: Sweep, plan: Sequence[Cells], known: Sequence[dict[str, Any]]) -> list[Cells]:

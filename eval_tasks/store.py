@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,12 +63,14 @@ def claimed(directory: Path, is_first: bool = True) -> Iterator[None]:
         try:
             if is_first:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _say_torn_line(directory)
+                with _opened(directory / RESULTS) as file:
+                    if _cut_torn_line(file):
+                        said = "was torn off when the last run ended; it is measured again."
+                        print(f"The last line of {directory / RESULTS} {said}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
-            raise EvalError(
-                f"another process is measuring into {directory}; wait for it, or give another --out"
-            ) from error
+            said = f"another process is measuring into {directory}; wait for it, or give another --out"
+            raise EvalError(said) from error
         yield
 
 
@@ -108,8 +110,7 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
             if line and number < len(lines):
                 raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
             continue
-        problem = _problem(row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW)
-        if problem is not None:
+        if problem := _problem(row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW):
             raise EvalError(
                 f"{directory} holds a damaged result, {ascii(row['key'])[:60]}: {problem}. Remove line {number} of "
                 f"{path}, or give another directory"
@@ -136,7 +137,11 @@ def read_run(directory: Path) -> dict[str, Any] | None:
         return None
     run = _parsed(content)
     problem = "it is no object of JSON" if run is None else _problem(run, _RUN)
-    problem = problem or _problem(run["identity"], _IDENTITY)  # type: ignore[index]
+    if run is not None and problem is None:
+        seed = run["identity"].get("seed")  # one, or a list of several
+        problem = _problem(
+            run["identity"], _IDENTITY | {"seed": [_COUNT] if seed and isinstance(seed, list) else _COUNT}
+        )
     if problem is not None:
         raise EvalError(f"{path} is damaged: {problem}. Give another directory, or remove this one")
     return run
@@ -160,27 +165,17 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _say_torn_line(directory: Path) -> None:
-    with _opened(directory / RESULTS) as file:
-        if _cut_torn_line(file):
-            said = "was torn off when the last run ended; it is measured again."
-            print(f"The last line of {directory / RESULTS} {said}", file=sys.stderr)
-
-
 def _cut_torn_line(descriptor: int) -> bool:
     """Cuts off a last line that is not whole: torn by the end of a process, or damaged by that of the machine."""
     size = os.fstat(descriptor).st_size
     tail = os.pread(descriptor, min(size, 1 << 24), max(0, size - (1 << 24)))
-    start = tail.removesuffix(b"\n").rfind(b"\n") + 1
-    last = tail[start:]
-    row = _parsed(last)
-    if not last or (row is not None and "key" in row and last.endswith(b"\n")):
-        return False
-    if row is not None and "key" in row:
+    last = tail[tail.removesuffix(b"\n").rfind(b"\n") + 1 :]
+    if last and "key" not in (_parsed(last) or ()):
+        os.ftruncate(descriptor, size - len(last))
+        return True
+    if last and not last.endswith(b"\n"):
         os.write(descriptor, b"\n")
-        return False
-    os.ftruncate(descriptor, size - len(last))
-    return True
+    return False
 
 
 def _content(path: Path) -> bytes | None:
@@ -207,70 +202,40 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _is_number(value: Any, low: float = -1e15, high: float = 1e15) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+# What a field may hold: whole numbers of a range, numbers between two, texts of a pattern, lists of something, objects.
+# Names go into file names, tables and headings; control characters move a terminal's cursor.
+_NAME = re.compile(r"[\w.:/][\w.@:/+=, -]{0,119}")
+_TEXT = re.compile("[^\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,99999}")
+_COUNT, _POSITIVE = range(10**15), range(1, 10**15)
+_NUMBER, _NOT_NEGATIVE, _SHARE = (-1e15, 1e15), (0, 1e15), (0, 1 + 1e-6)
+_CELL = {"method": _NAME, "task": _NAME, "length": _POSITIVE, **dict.fromkeys(("sample", "seed", "index"), _COUNT)}
+_FAILED_ROW = _CELL | {"failed": _TEXT}
+_MEASURED = _CELL | {"budget": _COUNT, "peak_memory": _COUNT, "seconds": _NOT_NEGATIVE, "phase": _TEXT, "ran_dense": {}}
+_MEASURED |= dict.fromkeys(("attended_fraction", "tail_attended_fraction"), _SHARE)
+_MEASURED |= dict.fromkeys(("mean_keys", "tail_mean_keys"), _NOT_NEGATIVE)
+_ANSWER_ROW = _MEASURED | {"score": _NUMBER}
+_TEXT_ROW = _MEASURED | {"loss_sum": _NUMBER, "tokens": _POSITIVE, "bytes": _POSITIVE}
+_RUN = dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), _TEXT)
+_RUN |= dict.fromkeys(("model_parameters", "text_tokens", "planned"), _COUNT) | {"identity": {}, "hardware": {}}
+_RUN |= {"budget_at_equal": _NUMBER, "log_factor": _NUMBER, "sessions": [{"hardware": {}, "other_hardware": [{}]}]}
+_IDENTITY = {"model": _TEXT, "phase": _TEXT, "match": _TEXT, "methods": [_NAME], "tasks": [_NAME]}
+_IDENTITY |= {"lengths": [_POSITIVE], "alpha": _NUMBER, "C": _NUMBER}
+_IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), _POSITIVE)
+_OPTIONAL = {"depth": _SHARE, "token_losses": [_NUMBER], "said_tokens": _COUNT, "commit": _TEXT}
+_OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), _NOT_NEGATIVE)
+_MAY_BE_NULL = ("commit", "mean_keys", "tail_mean_keys")
 
 
-def _is_flat(value: Any, depth: int = 0) -> bool:
-    """Whether a value is made of texts, numbers, lists and objects, none of them deep."""
-    if value is None or isinstance(value, bool) or _KINDS["text"](value) or _is_number(value):
-        return True
-    if depth > 6 or not isinstance(value, (list, dict)):
-        return False
-    names, items = (value, value.values()) if isinstance(value, dict) else ((), value)
-    return all(map(_KINDS["text"], names)) and all(_is_flat(item, depth + 1) for item in items)
-
-
-# What a field may hold. Names go into file names, tables and headings; control characters move a terminal's cursor.
-_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "name": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.:/][\w.@:/+=, -]{0,119}", v) is not None,
-    "text": lambda v: isinstance(v, str) and len(v) < 1e5 and not _CONTROL.search(v),
-    "number": _is_number,
-    "count": lambda v: isinstance(v, int) and _is_number(v, 0),
-    "positive count": lambda v: isinstance(v, int) and _is_number(v, 1),
-    "number from 0 on": lambda v: _is_number(v, 0),
-    "share of 1": lambda v: _is_number(v, 0, 1 + 1e-6),
-    "object": lambda v: isinstance(v, dict) and _is_flat(v),
-    "session": lambda v: (
-        _fits(v, "object")
-        and isinstance(v.get("hardware", {}), dict)
-        and _fits(v.get("other_hardware", []), "list of object")
-    ),
-    "seed or several": lambda v: _fits(v, "count") or (v != [] and _fits(v, "list of count")),
-}
-_CELL = {
-    "method": "name",
-    "task": "name",
-    "length": "positive count",
-    **dict.fromkeys(("sample", "seed", "index"), "count"),
-}
-_FAILED_ROW = _CELL | {"failed": "text"}
-_MEASURED = _CELL | {"budget": "count", "peak_memory": "count", "seconds": "number from 0 on", "phase": "text"}
-_MEASURED |= dict.fromkeys(("attended_fraction", "tail_attended_fraction"), "share of 1") | {"ran_dense": "object"}
-_MEASURED |= dict.fromkeys(("mean_keys", "tail_mean_keys"), "number from 0 on or null")
-_ANSWER_ROW = _MEASURED | {"score": "number"}
-_TEXT_ROW = _MEASURED | {"loss_sum": "number", "tokens": "positive count", "bytes": "positive count"}
-_RUN = {"identity": "object", "sessions": "list of session", "model_parameters": "count", "text_tokens": "count"}
-_RUN |= dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), "text")
-_RUN |= dict.fromkeys(("budget_at_equal", "log_factor"), "number") | {"planned": "count", "hardware": "object"}
-_IDENTITY = {"model": "text", "lengths": "list of positive count", "alpha": "number", "C": "number", "phase": "text"}
-_IDENTITY |= dict.fromkeys(("methods", "tasks"), "list of name") | {"match": "text", "seed": "seed or several"}
-_IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), "positive count")
-# What a row may lack.
-_OPTIONAL = {"commit": "text or null", "depth": "share of 1", "token_losses": "list of number", "said_tokens": "count"}
-_OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), "number from 0 on")
-
-
-def _problem(values: Mapping[str, Any], required: Mapping[str, str]) -> str | None:
+def _problem(values: Mapping[str, Any], required: Mapping[str, Any]) -> str | None:
     """What is wrong with an object, in words; None where nothing is."""
-    for name, kind in {**required, **{name: _OPTIONAL[name] for name in _OPTIONAL if name in values}}.items():
-        if name not in values:
-            return f"{name} is missing"
-        if not _fits(values[name], kind):
-            return f"{name} must be a {kind}, got {type(values[name]).__name__} {ascii(values[name])[:60]}"
+    if missing := [name for name in required if name not in values]:
+        return f"{missing[0]} is missing"
+    for name, kind in (_OPTIONAL | required).items():
+        value = values.get(name)
+        if name in values and not _fits(value, kind) and not (value is None and name in _MAY_BE_NULL):
+            return f"{name} must be {_words(kind)}, got {type(value).__name__} {ascii(value)[:60]}"
     if "loss_sum" in required:
-        losses, tokens = values.get("token_losses"), values["tokens"]
+        tokens, losses = values["tokens"], values.get("token_losses")
         if losses is not None and len(losses) != tokens:
             return f"token_losses must be {tokens}, one for each of the tokens, got {len(losses)}"
         if abs(values["loss_sum"] / tokens) > 700:  # its exponential must be a number
@@ -278,9 +243,27 @@ def _problem(values: Mapping[str, Any], required: Mapping[str, str]) -> str | No
     return None
 
 
-def _fits(value: Any, kind: str) -> bool:
-    if kind.endswith(" or null"):
-        return value is None or _fits(value, kind.removesuffix(" or null"))
-    if kind.startswith("list of "):
-        return isinstance(value, list) and all(_fits(item, kind.removeprefix("list of ")) for item in value)
-    return _KINDS[kind](value)
+def _words(kind: Any) -> str:
+    if isinstance(kind, (range, tuple)):
+        return f"a {'whole ' * isinstance(kind, range)}number from {kind[0]:g} to {kind[-1]:g}"
+    return "a text in one line" if isinstance(kind, re.Pattern) else "a list" if isinstance(kind, list) else "an object"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    if isinstance(kind, tuple):
+        return type(value) in (int, float) and kind[0] <= value <= kind[1]
+    if isinstance(kind, re.Pattern):
+        return isinstance(value, str) and kind.fullmatch(value) is not None
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(item, kind[0]) for item in value)
+    return isinstance(value, dict) and _is_plain(value) and all(_fits(value[n], kind[n]) for n in kind if n in value)
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value is made of texts, numbers, lists and objects, none of them deep."""
+    if not isinstance(value, (list, dict)):
+        return value is None or isinstance(value, bool) or _fits(value, _TEXT) or _fits(value, _NUMBER)
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    return depth < 7 and all(_is_plain(item, depth + 1) for item in items)

@@ -34,7 +34,6 @@ class Sweep:
     device: str = "auto"
     threads: int | None = None
     device_map: str | None = None
-    tp_plan: str | None = None
     phase: Phase = "all"
     iso_keys: tuple[int, ...] = ()
     answer_tokens: int | None = None
@@ -51,7 +50,7 @@ class Sweep:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in every session that adds to one directory."""
-        profile, own = self.budgets.profile, ("model", "text", "dtype", "device", "threads", "device_map", "tp_plan")
+        profile, own = self.budgets.profile, ("model", "text", "dtype", "device", "threads", "device_map")
         return {
             **{name: getattr(self, name) for name in (*own, "phase", "answer_tokens")},
             **{name: list(getattr(self, name)) for name in ("methods", "tasks", "iso_keys")},

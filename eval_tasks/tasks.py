@@ -11,9 +11,9 @@ from eval_tasks.errors import EvalError
 
 @dataclass(frozen=True)
 class TokenisedText:
-    """A text as tokens, int64 ``[N]``, without any that the tokenizer adds; ``prefix`` are those that it puts before.
+    """A text as tokens, int64 ``[N]``, and the bytes of UTF-8 and the letters up to the end of each, int64 ``[N]``.
 
-    ``byte_ends`` and ``letter_ends`` count the bytes of UTF-8 and the letters up to the end of each token.
+    ``prefix`` are the tokens that the tokenizer puts before a text; those of the text are without.
     """
 
     ids: np.ndarray
@@ -73,15 +73,15 @@ class Layout:
 class Task:
     """One way to score a model at a context length; name, title and description are as in ``Method``.
 
-    ``build`` makes the sample from (text, start of the place, length, layout); ``shortest`` is the shortest length,
-    from (layout, tokens of the prefix). One that is ``dense_only`` is a reference, measured with dense attention alone.
+    ``build`` makes the sample from (text, start of the place, length, layout); ``shortest`` is the shortest length
+    without a prefix. One that is ``dense_only`` is a reference, measured with dense attention alone.
     """
 
     name: str
     title: str
     description: str
     build: Callable[[TokenisedText, int, int, Layout], Sample]
-    shortest: Callable[[Layout, int], int]
+    shortest: Callable[[Layout], int]
     dense_only: bool = False
 
 
@@ -95,18 +95,13 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, content: str) -> TokenisedText:
     encoded = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.asarray(encoded["input_ids"], dtype=np.int64)
     char_ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
-    bytes_of_chars = np.frombuffer(content.encode("utf-32-le"), dtype=np.uint32)
-    widths = 1 + (bytes_of_chars >= 0x80) + (bytes_of_chars >= 0x800) + (bytes_of_chars >= 0x10000)
-    letters = np.fromiter((char.isalpha() for char in content), dtype=np.int64, count=len(content))
+    widths = [len(char.encode()) for char in content]
+    letters = [char.isalpha() for char in content]
     byte_ends, letter_ends = (np.append(0, np.cumsum(n, dtype=np.int64))[char_ends] for n in (widths, letters))
-    return TokenisedText(ids, byte_ends, letter_ends, _prefix(tokenizer))
-
-
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    with_special = tokenizer("a", verbose=False)["input_ids"]
+    whole = tokenizer("a", verbose=False)["input_ids"]
     plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    before = (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
-    return tuple(with_special[: next(before, 0)])
+    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return TokenisedText(ids, byte_ends, letter_ends, tuple(whole[:before]))
 
 
 def places(text: TokenisedText, layout: Layout) -> list[int]:
@@ -127,7 +122,7 @@ def places(text: TokenisedText, layout: Layout) -> list[int]:
 def check_lengths(tasks: Sequence[Task], layout: Layout, prefix: int) -> None:
     """Raises EvalError for a length that is too short for a task."""
     for task in tasks:
-        needed = task.shortest(layout, prefix)
+        needed = task.shortest(layout) + prefix
         if min(layout.lengths) < needed:
             raise EvalError(
                 f"length {min(layout.lengths)} is too short for the task {task.name}, which needs {needed} tokens: "
@@ -157,7 +152,7 @@ def _recall(text: TokenisedText, place: int, length: int, layout: Layout) -> Sam
     start = passage_start(text, place, layout)
     stop, lead = start + layout.passage, start - layout.lead
     filler = (stop, lead + length + 1 - len(text.prefix) - layout.passage)
-    ids = text.joined((lead, start), (start, stop), filler, (start, stop))
+    ids = text.joined((lead, stop), filler, (start, stop))
     return Sample(ids, layout.passage, text.bytes_of(start, stop))
 
 
@@ -168,37 +163,24 @@ def _unseen(text: TokenisedText, place: int, length: int, layout: Layout) -> Sam
     return Sample(ids, layout.passage, text.bytes_of(start, stop))
 
 
+_RECALL = (
+    "a few words, a passage, the text that follows it as filler, and the passage again, which is scored: only "
+    "attention that reaches back to the first copy makes the second one easy"
+)
+_UNSEEN = "the passage of recall behind the filler alone, without its first copy: what recalling nothing looks like"
+_PERPLEXITY = "the same last tokens of a stretch of text, under a left context that grows with the length"
 _LISTED = (
-    Task(
-        "recall",
-        "recall perplexity",
-        "a few words, a passage, the text that follows it as filler, and the passage again, which is scored: only "
-        "attention that reaches back to the first copy makes the second one easy",
-        *(_recall, lambda layout, prefix: layout.lead + 2 * layout.passage + prefix),
-    ),
-    Task(
-        "unseen",
-        "passage not seen before",
-        "the passage of recall behind the filler alone, without its first copy: what recalling nothing looks like",
-        *(_unseen, lambda layout, prefix: layout.passage + 1 + prefix),
-        dense_only=True,
-    ),
-    Task(
-        "perplexity",
-        "perplexity",
-        "the same last tokens of a stretch of text, under a left context that grows with the length",
-        *(_perplexity, lambda layout, prefix: layout.scored + prefix),
-    ),
+    Task("recall", "recall perplexity", _RECALL, _recall, lambda layout: layout.lead + 2 * layout.passage),
+    Task("unseen", "passage not seen before", _UNSEEN, _unseen, lambda layout: layout.passage + 1, dense_only=True),
+    Task("perplexity", "perplexity", _PERPLEXITY, _perplexity, lambda layout: layout.scored),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _LISTED}
 
 
 def ascending(lengths: Sequence[int]) -> tuple[int, ...]:
     """The lengths in ascending order; raises EvalError for one that is below 2 or given twice."""
-    ordered = sorted(lengths)
-    if ordered[0] < 2:
-        raise EvalError(f"lengths must be at least 2 tokens, got {ordered[0]}")
-    twice = [length for length in ordered if ordered.count(length) > 1]
-    if twice:
+    if min(lengths) < 2:
+        raise EvalError(f"lengths must be at least 2 tokens, got {min(lengths)}")
+    if twice := [length for length in lengths if lengths.count(length) > 1]:
         raise EvalError(f"the length {twice[0]} is given twice")
-    return tuple(ordered)
+    return tuple(sorted(lengths))
