@@ -2,6 +2,7 @@
 
 import multiprocessing.process
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,59 +11,24 @@ from typing import Any
 
 from tiny_sweep import sweep_arguments
 
-from eval_tasks.processes import free_port
-
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["eval_tasks.command"])
-
-
-def _begin(environment: Mapping[str, str], said: Path) -> None:
-    os.environ.update(environment)
-    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _call(
-    function: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], said: Path
-) -> None:
-    _begin(environment, said)
-    function(*arguments)
-
-
-def _started(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
-    process = _CONTEXT.Process(target=target, args=arguments, daemon=True)
-    process.start()
-    return process
 
 
 def start_call(
     function: Callable[..., None], *arguments: Any, said: Path, **environment: str
 ) -> multiprocessing.process.BaseProcess:
     """Starts ``function(*arguments)``, a function of a module; what it says goes to the file ``said``."""
-    return _started(_call, function, arguments, environment, said)
-
-
-def _run(arguments: list[str], environment: Mapping[str, str], said: Path, setup: Callable[[], None] | None) -> None:
-    _begin(environment, said)
-    from nc_patch.cli import main
-
-    if setup is not None:
-        setup()
-    code = main(arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    process = _CONTEXT.Process(target=_call, args=(function, arguments, environment, said), daemon=True)
+    process.start()
+    return process
 
 
 def start(
     arguments: list[str], said: Path, setup: Callable[[], None] | None = None, **environment: str
 ) -> multiprocessing.process.BaseProcess:
     """Starts ``nc-patch ARGUMENTS``; what it says goes to the file ``said``; ``setup`` runs in it first."""
-    return _started(_run, arguments, environment, said, setup)
+    return start_call(_run, arguments, setup, said=said, **environment)
 
 
 def start_ranks(
@@ -76,6 +42,13 @@ def start_ranks(
     return ranks
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Waits until a condition holds; fails when it does not in time."""
     deadline = time.monotonic() + seconds
@@ -87,3 +60,27 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
 def lines(path: Path) -> int:
     """How many whole lines a file has; 0 where there is none."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _call(
+    function: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], said: Path
+) -> None:
+    os.environ.update(environment)
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _run(arguments: list[str], setup: Callable[[], None] | None) -> None:
+    from nc_patch.cli import main
+
+    if setup is not None:
+        setup()
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

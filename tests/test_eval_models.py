@@ -62,12 +62,10 @@ def test_an_interrupted_conversion_leaves_nothing_behind(packaged, monkeypatch, 
 
 def test_the_copy_of_a_process_that_was_faster_is_used(packaged, monkeypatch):
     convert = smollm2.convert_gguf
-    nested = []
 
     def slow(source, directory):
         convert(source, directory)
-        if not nested:
-            nested.append(True)
+        if len(packaged) == 1:
             smollm2.smollm2_directory()
 
     monkeypatch.setattr(smollm2, "convert_gguf", slow)
@@ -77,15 +75,9 @@ def test_the_copy_of_a_process_that_was_faster_is_used(packaged, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_and_a_missing_package_are_refused(packaged, monkeypatch, tmp_path):
-    def full(source, directory):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(smollm2, "convert_gguf", full)
-    with pytest.raises(EvalError, match=r"No space left on device.*make room, or set NC_PATCH_CACHE"):
-        smollm2.smollm2_directory()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NC_PATCH_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(EvalError, match="cannot be written"):
+    with pytest.raises(EvalError, match=r"cannot be written.*make room, or set NC_PATCH_CACHE"):
         smollm2.smollm2_directory()
     monkeypatch.undo()
     monkeypatch.setattr(smollm2, "PACKAGE", "no-such-package-at-all")
@@ -95,14 +87,15 @@ def test_a_cache_that_cannot_be_written_and_a_missing_package_are_refused(packag
 
 def test_paths_are_told_from_hub_names(tmp_path):
     assert find_model("org/name").location == "org/name"
-    gguf = tmp_path / "some.gguf"
-    gguf.write_bytes(b"")
-    assert (find_model(str(gguf)).location, find_model(str(gguf)).gguf_file) == (str(tmp_path), "some.gguf")
+    assert find_model("org/name", "v2").options == {"revision": "v2", "trust_remote_code": False}
+    (tmp_path / "some.gguf").write_bytes(b"")
+    gguf = find_model(str(tmp_path / "some.gguf"))
+    assert (gguf.location, gguf.options["gguf_file"]) == (str(tmp_path), "some.gguf")
     (tmp_path / "notes.txt").write_text("")
     for wrong, message in [
         ("./nothing", "no such file"),
         ("nothing.gguf", "no such file"),
-        (str(tmp_path), "no config.json"),
+        (str(tmp_path), "must be a directory with config.json"),
         (str(tmp_path / "notes.txt"), "is no model"),
     ]:
         with pytest.raises(EvalError, match=message):
@@ -123,13 +116,8 @@ def test_every_family_is_loaded_with_an_implementation_it_has_and_eager_is_said(
 def test_dtypes_and_positions_are_those_that_are_asked_for_and_stated(tmp_path):
     directory = str(save_tiny_model(tmp_path))
     assert max_positions(find_model(directory)) == 512
-    assert [load_model(directory, d, "cpu").model.dtype for d in ("auto", "bfloat16")] == [
-        torch.float32,
-        torch.bfloat16,
-    ]
-    with pytest.raises(EvalError, match="--revision v2 is for models on the hub"):
-        find_model(directory, revision="v2")
-    assert find_model("org/name", "v2").options == {"revision": "v2", "trust_remote_code": False}
+    assert load_model(directory, "auto", "cpu").model.dtype == torch.float32
+    assert load_model(directory, "bfloat16", "cpu").model.dtype == torch.bfloat16
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(EvalError, match=r"the model .* could not be loaded"):
         load_model(directory, "float32", "cpu")
@@ -138,10 +126,7 @@ def test_dtypes_and_positions_are_those_that_are_asked_for_and_stated(tmp_path):
 @pytest.mark.parametrize(
     ("said", "advice"),
     [
-        (
-            "You are trying to access a gated repo.\nMake sure to have access at https://hf.co/a/b.",
-            "hf auth login",
-        ),
+        ("You are trying to access a gated repo.\nMake sure to have access at https://hf.co/a/b.", "hf auth login"),
         ("a/b is not a valid model identifier\nIf this is a private repository, pass a token", "hf auth login"),
         ("a/b contains custom code.\nPlease pass the argument `trust_remote_code=True`", "--trust-remote-code"),
         ("v9 is not a valid git identifier (branch name, tag name or commit id)", "--revision"),
@@ -178,11 +163,10 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tmp_path, mo
     assert type(load_model(str(directory), device="cpu", trust_remote_code=True).model).__name__ == "OwnForCausalLM"
 
 
-def test_the_fingerprint_sees_a_change_of_one_weight_and_not_the_file(tmp_path):
-    directory = save_tiny_model(tmp_path)
-    model = load_model(str(directory), "float32", "cpu").model
+def test_the_fingerprint_sees_a_change_of_one_weight():
+    model = tiny_model("llama")
     before = weights_fingerprint(model)
-    assert weights_fingerprint(load_model(str(directory), "float32", "cpu").model) == before
+    assert weights_fingerprint(tiny_model("llama")) == before
     model.lm_head.weight.data[0, 0] += 1
     assert weights_fingerprint(model) != before
 

@@ -11,13 +11,10 @@ import sys
 import time
 
 import pytest
-from processes import lines, start, start_ranks, wait_until
+from processes import free_port, lines, start, start_ranks, wait_until
 from tiny_sweep import sweep_arguments
 
-from eval_tasks import processes as module
 from eval_tasks.errors import EvalError
-from eval_tasks.models import load_model
-from eval_tasks.processes import Processes, free_port, start_processes
 from eval_tasks.store import read_rows
 from nc_patch import config
 from nc_patch.cli import main
@@ -25,7 +22,6 @@ from nc_patch.cli import main
 # Fields that say when, where and how fast, and not what was found.
 TIMES = ("seconds", "first_token_seconds", "prefill_seconds", "peak_memory", "commit", "process")
 TIME_COLUMNS = ("seconds", "tokens_per_second", "peak_memory_mb", "sparse_seconds", "seconds_per_answer_token")
-FEW = ("--methods", "dense", "nc-topk", "--tasks", "recall")
 
 
 def results(out):
@@ -40,13 +36,9 @@ def table(out):
     return [[row[place] for place in kept] for row in (header, *rows)]
 
 
-def losses(out):
-    return {(row["length"], row["sample"], row["method"]): row["loss_sum"] for row in read_rows(out)}
-
-
-def ended(home, *outs, further=(), setups=(None, None)):
+def ended(home, *outs, setups=(None, None)):
     """The exit codes of the two processes of a tiny sweep, and what each of them said."""
-    ranks = start_ranks(home, list(outs), *further, setups=setups)
+    ranks = start_ranks(home, list(outs), setups=setups)
     for process in ranks:
         process.join(120)
     return [process.exitcode for process in ranks], *((home / f"said{rank}").read_text() for rank in (0, 1))
@@ -72,8 +64,15 @@ def alone(home):
     return home / "alone"
 
 
-def test_two_processes_share_the_work_and_find_what_one_does(home, alone):
-    codes, said, other = ended(home, "two", "two")
+def _other_machine():
+    from eval_tasks import run
+
+    hardware = run.hardware
+    run.hardware = lambda *what: hardware(*what) | {"processor": "another"}
+
+
+def test_two_processes_share_the_work_find_what_one_does_and_say_that_their_machines_differ(home, alone):
+    codes, said, other = ended(home, "two", "two", setups=(None, _other_machine))
     assert codes == [0, 0], said
     assert results(home / "two") == results(alone)
     assert table(home / "two") == table(alone)
@@ -81,6 +80,23 @@ def test_two_processes_share_the_work_and_find_what_one_does(home, alone):
     assert {row["process"] for row in rows} == {0, 1}
     assert lines(home / "two" / "results.jsonl") == len(rows)
     assert ("Report:" in said, "Report:" in other) == (True, False)
+    record = json.loads((home / "two" / "run.json").read_text(encoding="utf-8"))
+    [session] = record["sessions"]
+    assert session["hardware"] == record["hardware"]
+    assert [machine["processor"] for machine in session["other_hardware"]] == ["another"]
+    assert "different hardware" in (home / "two" / "report.html").read_text(encoding="utf-8")
+
+
+def _slow_rows():
+    from eval_tasks import run
+
+    measure = run.measure
+
+    def slowly(*arguments):
+        time.sleep(0.03)
+        return measure(*arguments)
+
+    run.measure = slowly
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -100,18 +116,6 @@ def test_a_process_that_dies_stops_the_run_with_an_error_and_it_goes_on_later(ho
     assert all(row in read_rows(out) for row in kept)
 
 
-def _slow_rows():
-    from eval_tasks import run
-
-    measure = run.measure
-
-    def slowly(*arguments):
-        time.sleep(0.03)
-        return measure(*arguments)
-
-    run.measure = slowly
-
-
 def _no_disk():
     from eval_tasks import run
 
@@ -126,23 +130,6 @@ def test_an_error_in_one_process_is_said_and_stops_the_others(home):
     assert codes == [2, 2]
     assert "the disk of this machine is full" in other
     assert "process 1" in said or "another" in said
-
-
-def _other_machine():
-    from eval_tasks import run
-
-    hardware = run.hardware
-    run.hardware = lambda *what: hardware(*what) | {"processor": "another"}
-
-
-def test_processes_on_different_machines_are_recorded_and_said(home):
-    codes, said, _ = ended(home, "mixed", "mixed", further=FEW, setups=(None, _other_machine))
-    assert codes == [0, 0], said
-    record = json.loads((home / "mixed" / "run.json").read_text(encoding="utf-8"))
-    [session] = record["sessions"]
-    assert session["hardware"] == record["hardware"]
-    assert [machine["processor"] for machine in session["other_hardware"]] == ["another"]
-    assert "different hardware" in (home / "mixed" / "report.md").read_text()
 
 
 def _stale_file():
@@ -169,17 +156,19 @@ def _other_version():
     run.versions = lambda: versions() | {"torch": "1.0"}
 
 
-def test_processes_of_other_versions_are_refused(home):
-    codes, said, _ = ended(home, "old", "old", further=FEW, setups=(None, _other_version))
+@pytest.mark.parametrize(
+    ("outs", "setup", "message"),
+    [
+        (("old", "old"), _other_version, "torch is 1.0 in process 1, "),
+        (("here", "there"), None, "there is not the directory that process 0 writes to"),
+    ],
+    ids=["versions", "directories"],
+)
+def test_processes_that_would_not_measure_the_same_into_one_directory_are_refused(home, outs, setup, message):
+    codes, said, _ = ended(home, *outs, setups=(None, setup))
     assert codes == [2, 2], said
-    assert "process 1 of 2: torch is 1.0 here, " in said
-    assert not lines(home / "old" / "results.jsonl")
-
-
-def test_directories_that_are_not_shared_are_refused(home):
-    codes, said, _ = ended(home, "here", "there")
-    assert codes == [2, 2]
-    assert "there is not the directory that process 0 writes to" in said
+    assert message in said
+    assert not lines(home / outs[0] / "results.jsonl")
 
 
 def test_killed_twenty_times_at_random_the_table_is_that_of_an_undisturbed_run(home, alone):
@@ -194,14 +183,13 @@ def test_killed_twenty_times_at_random_the_table_is_that_of_an_undisturbed_run(h
     out, kills = next(outs), 0
     while kills < 20:
         process = start(sweep_arguments(home, out), home / "said")
-        before = lines(out / "results.jsonl")
         # Some are killed while the model loads, the rest after a few rows, wherever that is in the code.
         if draw.random() < 0.2:
             time.sleep(draw.uniform(0.0, 0.5))
         else:
-            more = before + draw.randint(1, 4)
-            results_file = out / "results.jsonl"
-            wait_until(lambda f=results_file, n=more, p=process: lines(f) >= n or not p.is_alive())
+            file = out / "results.jsonl"
+            more = lines(file) + draw.randint(1, 4)
+            wait_until(lambda f=file, n=more, p=process: lines(f) >= n or not p.is_alive())
             time.sleep(draw.uniform(0.0, 0.02))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -215,77 +203,24 @@ def test_killed_twenty_times_at_random_the_table_is_that_of_an_undisturbed_run(h
     same_as_alone(out)
 
 
-@pytest.fixture(scope="module")
-def whole(home):
-    assert main(sweep_arguments(home, home / "whole", *FEW, "--samples", "1")) == 0
-    return home / "whole"
+def test_a_device_map_changes_no_number(home, alone):
+    assert main(sweep_arguments(home, home / "mapped", "--device-map", "auto")) == 0
+    assert results(home / "mapped") == results(alone)
 
 
-def test_a_device_map_changes_no_number(home, whole):
-    assert main(sweep_arguments(home, home / "mapped", *FEW, "--samples", "1", "--device-map", "auto")) == 0
-    assert losses(home / "mapped") == losses(whole)
-    with pytest.raises(EvalError, match="give one"):
-        load_model(str(home / "model"), device="cpu", device_map="auto", tp_plan="auto")
-
-
-def test_a_model_over_two_processes_measures_what_one_does_and_writes_once(home, whole):
-    codes, said, _ = ended(home, "split", "split", further=(*FEW, "--samples", "1", "--tp-plan", "auto"))
-    assert codes == [0, 0], said
-    assert losses(home / "split") == pytest.approx(losses(whole), rel=1e-5)
-    assert {row["process"] for row in read_rows(home / "split")} == {0}
-    assert lines(home / "split" / "results.jsonl") == len(losses(whole))
-
-
-def test_processes_that_the_user_asks_for_are_started_and_end_as_the_first_that_failed(home, alone, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = sweep_arguments(home, home / "asked", "--processes", "2")
-    assert main(arguments) == 0
-    assert results(home / "asked") == results(alone)
-    assert {row["process"] for row in read_rows(home / "asked")} == {0, 1}
-    monkeypatch.setattr(module.sys, "executable", "/bin/false")
-    assert start_processes(2, ["eval"]) == 1
-
-
-def test_what_accelerate_announces_is_taken_from_its_configuration(monkeypatch, tmp_path):
-    settings = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "use_cpu": True}
-    settings |= {"num_processes": 3, "num_machines": 1, "machine_rank": 0, "mixed_precision": "no"}
-    (tmp_path / "accelerate.json").write_text(json.dumps(settings))
+def test_a_launcher_that_started_one_process_in_place_of_several_is_refused(home, monkeypatch, capsys):
     for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    command = ["--config_file", str(tmp_path / "accelerate.json"), "-m", "nc_patch", "eval"]
-    monkeypatch.setattr(module, "_launcher_command", lambda: command)
-    assert module._announced()[:2] == (1, 3)
-
-
-def test_what_accelerate_announces_is_taken_from_its_command_line(monkeypatch):
-    command = ["--cpu", "--num_processes", "6", "--num_machines", "2", "--machine_rank", "1", "-m", "nc_patch", "eval"]
-    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29511"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(module, "_launcher_command", lambda: command)
-    meeting = {"rdzv_backend": "static", "rdzv_endpoint": "10.0.0.1:29511", "rdzv_configs": {"rank": 1}}
-    assert module._announced() == (2, 3, meeting)
-    monkeypatch.setattr(module, "_launcher_command", lambda: None)
-    with pytest.raises(EvalError, match="started one process"):
-        start_processes(None, ["eval"])
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert start_processes(None, ["eval"]) is None
-    with pytest.raises(EvalError, match="leave out --processes"):
-        start_processes(2, ["eval"])
-
-
-def test_processes_do_not_start_processes(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", module._RUN_ID)
-    assert start_processes(4, ["eval"]) is None
-    assert (Processes().gathered(3), Processes().from_first(4)) == ([3], 4)
+    assert main(sweep_arguments(home, home / "one")) == 2
+    assert "give it --multi_gpu in place of --cpu" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_accelerate_launch_on_the_cpu_with_two_processes(home, alone):
+def test_accelerate_launches_two_processes_on_the_cpu(home, alone):
     arguments = sweep_arguments(home, home / "accelerated", "--threads", "1")
-    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command = ["-m", *launcher, "--main_process_port", str(free_port()), "-m", "nc_patch", *arguments]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "starting the 2 of this machine" in done.stderr
-    assert len({row["process"] for row in read_rows(home / "accelerated")}) == 2
+    assert {row["process"] for row in read_rows(home / "accelerated")} == {0, 1}
     assert table(home / "accelerated") == table(alone)

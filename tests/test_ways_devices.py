@@ -6,13 +6,12 @@ import threading
 
 import pytest
 import torch
-from processes import start_call
+from processes import free_port, start_call
 from tiny_models import random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, TextGenerationPipeline
 from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction, full, full_and_small, small
 
-from eval_tasks.processes import free_port
 from nc_patch import (
     UnsupportedModelError,
     is_patched,
