@@ -100,8 +100,8 @@ def joined_processes() -> Iterator[Processes]:
     try:
         if state.num_processes == 1 and {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys():
             raise EvalError(
-                "accelerate launch started one process instead of several, as it does on CPUs: give it --multi_gpu in place "
-                "of --cpu, or use torchrun --nproc_per_node N"
+                "accelerate launch started one process instead of several, as it does on CPUs: give it --multi_gpu in "
+                "place of --cpu, or use torchrun --nproc_per_node N"
             )
         yield Processes(state.process_index, state.num_processes, state.local_process_index)
     finally:

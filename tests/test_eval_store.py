@@ -92,6 +92,7 @@ def test_a_retry_takes_the_place_of_a_failure_and_never_the_other_way_round(tmp_
 
 def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path):
     append_row(tmp_path, row("a"))
+    write_atomically(tmp_path / RUN, b"old")
     before = (tmp_path / RESULTS).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
@@ -103,6 +104,7 @@ def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / RESULTS).read_bytes() == before
+    assert (tmp_path / RUN).read_bytes() == b"old"
     assert not list(tmp_path.glob(".run.json*"))
     append_row(tmp_path, row("b"))
     assert keys(tmp_path) == ["a", "b"]
@@ -118,17 +120,17 @@ def test_a_value_that_json_cannot_hold_is_an_error_and_leaves_the_file_alone(tmp
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"method": "=cmd()"}, "method must be a name"),
-        ({"task": "\x1b[2J"}, "task must be a name"),
-        ({"length": 0}, "length must be a positive count"),
-        ({"budget": True}, "budget must be a count"),
+        ({"method": "=cmd()"}, "method must be a text"),
+        ({"task": "\x1b[2J"}, "task must be a text"),
+        ({"length": 0}, "length must be a whole number from 1"),
+        ({"budget": True}, "budget must be a whole number from 0"),
         ({"loss_sum": 1e12, "tokens": 1}, "within 700"),
-        ({"attended_fraction": 1.5}, "attended_fraction must be a share"),
-        ({"seconds": "1"}, "seconds must be a number from 0 on"),
-        ({"token_losses": [1.0, "x"]}, "token_losses must be a list of number"),
+        ({"attended_fraction": 1.5}, "attended_fraction must be a number from 0 to 1"),
+        ({"seconds": "1"}, "seconds must be a number from 0"),
+        ({"token_losses": [1.0, "x"]}, "token_losses must be a list"),
         ({"token_losses": [1.0]}, "token_losses must be 2, one for each of the tokens"),
-        ({"depth": 2}, "depth must be a share"),
-        ({"seed": "first"}, "seed must be a count"),
+        ({"depth": 2}, "depth must be a number from 0 to 1"),
+        ({"seed": "first"}, "seed must be a whole number"),
     ],
 )
 def test_a_row_that_cannot_have_been_measured_is_refused_by_its_field(tmp_path, damage, message):
@@ -137,10 +139,7 @@ def test_a_row_that_cannot_have_been_measured_is_refused_by_its_field(tmp_path, 
         read_rows(tmp_path)
 
 
-def test_damage_in_the_middle_and_missing_fields_are_refused_with_their_line(tmp_path):
-    (tmp_path / RESULTS).write_text(line("a") + '{"key": \n' + line("c"))
-    with pytest.raises(EvalError, match=r"line 2 of .* is damaged"):
-        read_rows(tmp_path)
+def test_a_row_without_a_field_is_refused_with_its_line(tmp_path):
     lacking = row("b")
     del lacking["tokens"]
     (tmp_path / RESULTS).write_text(line("a") + json.dumps(lacking) + "\n")
@@ -187,13 +186,3 @@ def test_each_session_is_recorded_the_first_command_stays_and_other_hardware_is_
     assert [session["command"] for session in run["sessions"]] == ["nc-patch eval", "second"]
     assert {"started", "commit"} <= run["sessions"][0].keys()
     assert "runs on other hardware" in capsys.readouterr().err
-
-
-def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "summary.csv"
-    write_atomically(path, b"old")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("failed")))
-    with pytest.raises(EvalError, match=r"summary.csv cannot be written: failed"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.csv"]
