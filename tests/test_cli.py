@@ -83,7 +83,7 @@ def test_commands_without_what_they_need_are_refused(arguments, message, tmp_pat
     ("further", "message"),
     [
         (("--model", "/no/such/model"), "no model at /no/such/model"),
-        (("--model", "nobody/no-such-model"), "'nobody/no-such-model' is no directory here"),
+        (("--model", "nobody/no-such-model"), "nobody/no-such-model is no directory here"),
         (("--text", "no-such-text"), "no text named 'no-such-text'"),
         (("--lengths", "48", "1024"), "length 1,024 is beyond the 512 positions"),
         (("--lengths", "8"), "length 8 is too short for the task recall"),
