@@ -39,8 +39,8 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
     """Runs one sample through a model that is not patched; ``SPARSE_IN`` says what is sparse in each phase.
 
     Returns fields of a row: ``loss_sum``, Σ −ln p over the scored ``tokens``, in nats; ``token_losses``, of each, to
-    four digits; ``bytes`` of UTF-8 that they stand for; and the fields of ``in_phase``. Raises EvalError for a loss
-    that is not finite, and MemoryRanOut once what was allocated is free again.
+    four digits; ``bytes`` of UTF-8 that they stand for; and those of ``in_phase``. Raises EvalError for a loss that is
+    not finite, and MemoryRanOut once what was allocated is free again.
     """
     ids = torch.from_numpy(sample.ids).to(model.device)
     length, scored = len(ids) - 1, sample.scored
@@ -74,13 +74,12 @@ def in_phase(
     """Reads a context, int64 ``[N]``, and what follows it, with sparse attention in the part that a phase names.
 
     ``read`` reads the rest, given the cache of the context, or everything, given None; it returns its result, how many
-    tokens it read after the context, and how many positions were scored, for which the last ``tail`` queries are
-    counted.
+    tokens it read after the context, and how many positions were scored, in calls whose last ``tail`` queries count.
 
     Returns the result of ``read``, and fields of a row: ``attended_fraction`` of the visible keys over all queries,
     layers and heads; ``mean_keys`` per query, None where it is not known; with ``tail_`` the same over the scored
-    positions; ``ran_dense``, how many calls ran dense although patched, by reason; ``seconds`` of all that was read,
-    ``prefill_seconds`` of the context where that is apart, and ``peak_memory`` in bytes above what was held before.
+    positions; ``ran_dense``, how many calls ran dense although patched, by reason; ``seconds``, of them
+    ``prefill_seconds`` where the context is apart, and ``peak_memory`` in bytes above what was held before.
     """
     config = attention if isinstance(attention, NCConfig) else None
     cache, counts = None, {}

@@ -52,7 +52,9 @@ def _profiled(budgets: Budgets) -> NCConfig:
     return replace(budgets.profile_config(), backend=budgets.backend, dense_below=0)
 
 
-_DROP, _MEAN, _SINKS = {"tail": "drop"}, {"tail": "mean"}, {"sink_keys": STREAMING_SINKS}
+_DROP: dict[str, Any] = {"tail": "drop"}
+_MEAN: dict[str, Any] = {"tail": "mean"}
+_SINKS: dict[str, Any] = {"sink_keys": STREAMING_SINKS}
 _RECENT = f"the first {STREAMING_SINKS} keys and the most recent ones"
 _MEANS = "and beside it the mean of the other keys in every page of 16, which counts as no key"
 _UNASKED = (

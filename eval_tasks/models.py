@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
 from eval_tasks.smollm2 import SMOLLM2, smollm2_directory
@@ -40,6 +40,22 @@ class ModelSource:
     name: str
     location: str
     options: dict[str, Any]
+
+    def load(self, auto_class: Any, **options: Any) -> Any:
+        """``auto_class.from_pretrained``; raises EvalError with what transformers says, and what to do."""
+        is_local = Path(self.location).is_dir()
+        # Without this the hub client retries for most of a minute, several times over, before it gives up.
+        if offline := not is_local and not hub_resolves():
+            options["local_files_only"] = True
+        try:
+            return auto_class.from_pretrained(self.location, **self.options, **options)
+        except (ImportError, OSError, ValueError, KeyError) as error:
+            reason = textwrap.shorten(str(error) or type(error).__name__, 600, placeholder=" ...").removesuffix(".")
+            advice = " ".join(advice for words, advice in _ADVICE.items() if re.search(words, reason))
+            if offline or not (is_local or advice):
+                advice = f"Check the name and the network, or use --model {SMOLLM2}, which needs neither."
+            where = "" if is_local else f" is no directory here and{' the hub is out of reach, so it' * offline}"
+            raise EvalError(f"the model {self.name}{where} could not be loaded: {reason}. {advice}".rstrip()) from error
 
 
 @dataclass(frozen=True)
@@ -75,17 +91,6 @@ def find_model(name: str, revision: str | None = None, trust_remote_code: bool =
     return ModelSource(name, name, options | ({} if revision is None else {"revision": revision}))
 
 
-def max_positions(source: ModelSource) -> int | None:
-    """The longest sequence the model was made for (``max_position_embeddings``), or None where it states none."""
-    return getattr(_from_pretrained(AutoConfig, source).get_text_config(), "max_position_embeddings", None)
-
-
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; raises EvalError when it is missing."""
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, source)
-    return tokenizer
-
-
 def load_model(
     name: str,
     dtype: str = "auto",
@@ -106,8 +111,8 @@ def load_model(
         raise EvalError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     chosen: Any = DTYPES.get(dtype, "auto" if target.type == "cuda" else torch.float32)
     source = find_model(name, revision, trust_remote_code)
-    tokenizer = load_tokenizer(source)
-    model = _from_pretrained(AutoModelForCausalLM, source, dtype=chosen, device_map=device_map)
+    tokenizer = source.load(AutoTokenizer)
+    model = source.load(AutoModelForCausalLM, dtype=chosen, device_map=device_map)
     if attention_of(model) == "eager" and os.environ.get("RANK", "0") == "0":  # said by one of the processes of a run
         said = "has no SDPA attention: dense attention runs eagerly, which holds every score in memory."
         print(f"{name} {said}", file=sys.stderr)
@@ -151,20 +156,3 @@ def hub_resolves() -> bool:
     except OSError:
         return False
     return True
-
-
-def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> Any:
-    """``auto_class.from_pretrained`` of a source; raises EvalError with what transformers says, and what to do."""
-    is_local = Path(source.location).is_dir()
-    # Without this the hub client retries for most of a minute, several times over, before it gives up.
-    if offline := not is_local and not hub_resolves():
-        options["local_files_only"] = True
-    try:
-        return auto_class.from_pretrained(source.location, **source.options, **options)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        reason = textwrap.shorten(str(error) or type(error).__name__, 600, placeholder=" ...").removesuffix(".")
-        advice = " ".join(advice for words, advice in _ADVICE.items() if re.search(words, reason))
-        if offline or not (is_local or advice):
-            advice = f"Check the name and the network, or use --model {SMOLLM2}, which needs neither."
-        where = "" if is_local else f" is no directory here and{' the hub is out of reach, so it' * offline}"
-        raise EvalError(f"the model {source.name}{where} could not be loaded: {reason}. {advice}".rstrip()) from error

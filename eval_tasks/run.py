@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from eval_tasks.answers import Question, answer, build_question, check_generated
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import load_profile
 from eval_tasks.measure import measure, warm_up
 from eval_tasks.methods import attention_by, budget_at, find_method
-from eval_tasks.models import attention_of, find_model, load_model, load_tokenizer, max_positions, tokenizer_fingerprint
+from eval_tasks.models import attention_of, find_model, load_model, tokenizer_fingerprint
 from eval_tasks.processes import Processes
 from eval_tasks.provenance import check_same, commit, hardware, hardware_words, record_session, versions
 from eval_tasks.report import REPORT_FILES
@@ -108,13 +108,14 @@ def load_source(sweep: Sweep) -> Source:
     """
     text = load_text(sweep.text)
     found = find_model(sweep.model, sweep.revision, sweep.trust_remote_code)
-    positions, longest = max_positions(found), max(sweep.layout.lengths)
+    positions = getattr(found.load(AutoConfig).get_text_config(), "max_position_embeddings", None)
+    longest = max(sweep.layout.lengths)
     if positions is not None and longest > positions:
         raise EvalError(
             f"length {longest:,} is beyond the {positions:,} positions of {sweep.model} (max_position_embeddings); "
             "leave it out of --lengths"
         )
-    tokenizer = load_tokenizer(found)
+    tokenizer = found.load(AutoTokenizer)
     tokens = tokenise(tokenizer, text.content)
     scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
     check_lengths(scored, sweep.layout, len(tokens.prefix))

@@ -132,15 +132,14 @@ def each_key_once(rows: Iterable[Row]) -> list[Row]:
 def read_run(directory: Path) -> dict[str, Any] | None:
     """The directory's ``run.json``, or None where there is none; raises EvalError for a damaged one."""
     path = directory / RUN
-    content = _content(path)
-    if content is None:
+    if (content := _content(path)) is None:
         return None
     run = _parsed(content)
     problem = "it is no object of JSON" if run is None else _problem(run, _RUN)
     if run is not None and problem is None:
-        seed = run["identity"].get("seed")  # one, or a list of several
+        seeds = run["identity"].get("seed")  # one, or a list of several
         problem = _problem(
-            run["identity"], _IDENTITY | {"seed": [_COUNT] if seed and isinstance(seed, list) else _COUNT}
+            run["identity"] | {"seed": seeds if seeds and isinstance(seeds, list) else [seeds]}, _IDENTITY
         )
     if problem is not None:
         raise EvalError(f"{path} is damaged: {problem}. Give another directory, or remove this one")
@@ -184,13 +183,10 @@ def _content(path: Path) -> bytes | None:
         if not path.exists():
             return None
         if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
-            raise EvalError(
-                f"{path} is no file of results: it must be an ordinary file of at most {_LARGEST_FILE:,} bytes. "
-                "Remove it, or give another directory"
-            )
+            raise OSError(errno.EINVAL, f"it is no ordinary file of at most {_LARGEST_FILE:,} bytes")
         return path.read_bytes()
     except OSError as error:
-        raise EvalError(f"{path} cannot be read: {error.strerror}") from error
+        raise EvalError(f"{path} cannot be read: {error.strerror}. Remove it, or give another directory") from error
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
@@ -208,32 +204,33 @@ _NAME = re.compile(r"[\w.:/][\w.@:/+=, -]{0,119}")
 _TEXT = re.compile("[^\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,99999}")
 _COUNT, _POSITIVE = range(10**15), range(1, 10**15)
 _NUMBER, _NOT_NEGATIVE, _SHARE = (-1e15, 1e15), (0, 1e15), (0, 1 + 1e-6)
-_CELL = {"method": _NAME, "task": _NAME, "length": _POSITIVE, **dict.fromkeys(("sample", "seed", "index"), _COUNT)}
+_Kinds = dict[str, Any]
+_CELL: _Kinds = {"method": _NAME, "task": _NAME, "length": _POSITIVE, "sample": _COUNT, "seed": _COUNT, "index": _COUNT}
 _FAILED_ROW = _CELL | {"failed": _TEXT}
 _MEASURED = _CELL | {"budget": _COUNT, "peak_memory": _COUNT, "seconds": _NOT_NEGATIVE, "phase": _TEXT, "ran_dense": {}}
 _MEASURED |= dict.fromkeys(("attended_fraction", "tail_attended_fraction"), _SHARE)
 _MEASURED |= dict.fromkeys(("mean_keys", "tail_mean_keys"), _NOT_NEGATIVE)
 _ANSWER_ROW = _MEASURED | {"score": _NUMBER}
 _TEXT_ROW = _MEASURED | {"loss_sum": _NUMBER, "tokens": _POSITIVE, "bytes": _POSITIVE}
-_RUN = dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), _TEXT)
+_RUN: _Kinds = dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), _TEXT)
 _RUN |= dict.fromkeys(("model_parameters", "text_tokens", "planned"), _COUNT) | {"identity": {}, "hardware": {}}
 _RUN |= {"budget_at_equal": _NUMBER, "log_factor": _NUMBER, "sessions": [{"hardware": {}, "other_hardware": [{}]}]}
-_IDENTITY = {"model": _TEXT, "phase": _TEXT, "match": _TEXT, "methods": [_NAME], "tasks": [_NAME]}
-_IDENTITY |= {"lengths": [_POSITIVE], "alpha": _NUMBER, "C": _NUMBER}
+_IDENTITY: _Kinds = {"model": _TEXT, "phase": _TEXT, "match": _TEXT, "methods": [_NAME], "tasks": [_NAME]}
+_IDENTITY |= {"lengths": [_POSITIVE], "seed": [_COUNT], "alpha": _NUMBER, "C": _NUMBER}
 _IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), _POSITIVE)
-_OPTIONAL = {"depth": _SHARE, "token_losses": [_NUMBER], "said_tokens": _COUNT, "commit": _TEXT}
+_OPTIONAL: _Kinds = {"depth": _SHARE, "token_losses": [_NUMBER], "said_tokens": _COUNT, "commit": _TEXT}
 _OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), _NOT_NEGATIVE)
 _MAY_BE_NULL = ("commit", "mean_keys", "tail_mean_keys")
 
 
-def _problem(values: Mapping[str, Any], required: Mapping[str, Any]) -> str | None:
+def _problem(values: Mapping[str, Any], required: _Kinds) -> str | None:
     """What is wrong with an object, in words; None where nothing is."""
     if missing := [name for name in required if name not in values]:
         return f"{missing[0]} is missing"
     for name, kind in (_OPTIONAL | required).items():
         value = values.get(name)
         if name in values and not _fits(value, kind) and not (value is None and name in _MAY_BE_NULL):
-            return f"{name} must be {_words(kind)}, got {type(value).__name__} {ascii(value)[:60]}"
+            return f"{name} cannot be {type(value).__name__} {ascii(value)[:60]}"
     if "loss_sum" in required:
         tokens, losses = values["tokens"], values.get("token_losses")
         if losses is not None and len(losses) != tokens:
@@ -241,12 +238,6 @@ def _problem(values: Mapping[str, Any], required: Mapping[str, Any]) -> str | No
         if abs(values["loss_sum"] / tokens) > 700:  # its exponential must be a number
             return f"loss_sum / tokens must be within 700, got {values['loss_sum'] / tokens:g}"
     return None
-
-
-def _words(kind: Any) -> str:
-    if isinstance(kind, (range, tuple)):
-        return f"a {'whole ' * isinstance(kind, range)}number from {kind[0]:g} to {kind[-1]:g}"
-    return "a text in one line" if isinstance(kind, re.Pattern) else "a list" if isinstance(kind, list) else "an object"
 
 
 def _fits(value: Any, kind: Any) -> bool:
