@@ -98,12 +98,11 @@ def test_a_model_without_sdpa_is_swept_and_its_attention_is_recorded(sweep, tmp_
     assert {row["method"] for row in read_rows(tmp_path / "out")} == {"dense", "nc-topk"}
 
 
-@pytest.mark.parametrize("processes", [(), ("--processes", "2")], ids=["alone", "two processes"])
-def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path, processes):
+def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path):
     few = ("--lengths", "400", "--samples", "8", "--methods", "dense", "nc-topk", "--tasks", "recall", "perplexity")
     arguments = sweep_arguments(tmp_path, tmp_path / "out", *few, words=5000)
     process = subprocess.Popen(
-        [sys.executable, "-m", "nc_patch", *arguments, *processes],
+        [sys.executable, "-m", "nc_patch", *arguments],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -120,7 +119,6 @@ def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path, processes):
     assert 5 <= before.count(b"\n") < 32
     assert process.returncode == 130
     assert said.count("To go on: nc-patch eval") == 1
-    assert all(word in said.partition("To go on:")[2] for word in processes)
     assert main(arguments) == 0
     assert results.read_bytes().startswith(before)
     assert lines(results) == len(read_rows(tmp_path / "out")) == 32
