@@ -128,12 +128,9 @@ def pick_device(device: str) -> torch.device:
     """The device that a name means; ``"auto"`` is the GPU where there is one. Raises EvalError for an absent one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        target = torch.device("meta")
-    if target.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise EvalError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")
+    target = torch.device(device)
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise EvalError(f"device {device!r} is not there: torch sees {there} GPUs. Use --device cpu.")

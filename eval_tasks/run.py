@@ -1,7 +1,6 @@
 """Runs a sweep: measures what a directory does not hold yet, alone or with other processes."""
 
 import contextlib
-import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -77,23 +76,23 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes 
             check_same(directory, identity)
             check_methods(sweep, model)
         plan = plan_of(sweep, constants)
-        found = processes.gathered((identity | constants, hardware(device, torch.get_num_threads())))
+        machines = processes.gathered(hardware(device, torch.get_num_threads()))
+        agreed: Any = None
         with processes.together():
-            _check_alike([each for each, _ in found])
             if processes.is_first:
-                session = _session(command, [machine for _, machine in found])
+                session = _session(command, machines)
                 record_session(directory, identity, _details(sweep, model, source, plan, session), session)
-        recorded = processes.from_first(read_run(directory) if processes.is_first else None)
+                agreed = read_run(directory), _todo(sweep, plan, read_rows(directory))
+        # All share out the list of the first one, since what they read of a file may differ between machines.
+        recorded, todo = processes.from_first(agreed)
         with processes.together():
             if read_run(directory) != recorded:
                 raise EvalError(
                     f"{directory} is not the directory that process 0 writes to; several machines need one they share"
                 )
+            check_same(directory, identity)  # which machines with other weights or versions do not have
             if not processes.is_first:
                 claim.enter_context(claimed(directory, is_first=False))
-            todo = _todo(sweep, plan, read_rows(directory)) if processes.is_first else []
-        # All share out the list of the first one, since what they read of a file may differ between machines.
-        todo = processes.from_first(todo)
         began = time.monotonic()
         _measure_all(sweep, model, source, todo[processes.rank :: processes.world], directory, processes.rank)
         processes.gathered(None)  # the first one waits for all shares
@@ -175,20 +174,10 @@ def _measure_all(sweep: Sweep, model: Any, source: Source, share: Sequence[Cells
                 bar.update(cells.cost)
 
 
-def _check_alike(identities: Sequence[dict[str, Any]]) -> None:
-    """Raises EvalError where a process would measure something else than the first."""
-    for (rank, other), name in itertools.product(enumerate(identities), identities[0]):
-        if other[name] != identities[0][name]:
-            raise EvalError(
-                f"{name} is {other[name]} in process {rank}, {identities[0][name]} in process 0: all machines need the "
-                "same model, text and versions"
-            )
-
-
 def _session(command: str, machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What is recorded of a session: the command, the hardware of process 0, and any other that processes run on."""
-    first, others = hardware_words(machines[0]), {hardware_words(each): each for each in machines[1:]}
-    others.pop(first, None)
+    others = {hardware_words(each): each for each in machines}
+    others.pop(hardware_words(machines[0]))
     session = {"command": command, "processes": len(machines), "hardware": machines[0]}
     return session | ({"other_hardware": [*others.values()]} if others else {})
 

@@ -21,14 +21,6 @@ class TokenisedText:
     letter_ends: np.ndarray
     prefix: tuple[int, ...]
 
-    def bytes_of(self, start: int, stop: int) -> int:
-        """Bytes of the tokens from ``start`` (at least 0) up to ``stop``."""
-        return int(self.byte_ends[stop - 1] - (self.byte_ends[start - 1] if start else 0))
-
-    def joined(self, *spans: tuple[int, int]) -> np.ndarray:
-        """The prefix and the tokens of each half-open span, int64."""
-        return np.concatenate([np.asarray(self.prefix, dtype=np.int64), *(self.ids[a:b] for a, b in spans)])
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -73,16 +65,25 @@ class Layout:
 class Task:
     """One way to score a model at a context length; name, title and description are as in ``Method``.
 
-    ``build`` makes the sample from (text, start of the place, length, layout); ``shortest`` is the shortest length
-    without a prefix. One that is ``dense_only`` is a reference, measured with dense attention alone.
+    ``spans`` of (text, start of the place, length, layout) are what is read of the text, half-open, the last of them
+    scored, and ``shortest`` is the shortest length, both without a prefix. One that is ``dense_only`` is a reference,
+    measured with dense attention alone.
     """
 
     name: str
     title: str
     description: str
-    build: Callable[[TokenisedText, int, int, Layout], Sample]
+    spans: Callable[[TokenisedText, int, int, Layout], list[tuple[int, int]]]
     shortest: Callable[[Layout], int]
     dense_only: bool = False
+
+    def build(self, text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
+        """The sample of a length in the stretch of text that begins at ``place``."""
+        spans = self.spans(text, place, length - len(text.prefix), layout)
+        ids = [np.asarray(text.prefix, dtype=np.int64), *(text.ids[start:stop] for start, stop in spans)]
+        start, stop = spans[-1]
+        before = text.byte_ends[start - 1] if start else 0
+        return Sample(np.concatenate(ids), stop - start, int(text.byte_ends[stop - 1] - before))
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, content: str) -> TokenisedText:
@@ -141,26 +142,22 @@ def passage_start(text: TokenisedText, place: int, layout: Layout) -> int:
     return int(starts[np.argmax(text.letter_ends[starts + layout.passage - 1] - before)])
 
 
-def _perplexity(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
+def _perplexity(text: TokenisedText, place: int, length: int, layout: Layout) -> list[tuple[int, int]]:
     # The stretch ends at the same token for every length: what grows is the context to the left.
     stop = place + max(layout.lengths) + 1
-    ids = text.joined((stop - length - 1 + len(text.prefix), stop))
-    return Sample(ids, layout.scored, text.bytes_of(stop - layout.scored, stop))
+    return [(stop - length - 1, stop - layout.scored), (stop - layout.scored, stop)]
 
 
-def _recall(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
+def _recall(text: TokenisedText, place: int, length: int, layout: Layout) -> list[tuple[int, int]]:
     start = passage_start(text, place, layout)
     stop, lead = start + layout.passage, start - layout.lead
-    filler = (stop, lead + length + 1 - len(text.prefix) - layout.passage)
-    ids = text.joined((lead, stop), filler, (start, stop))
-    return Sample(ids, layout.passage, text.bytes_of(start, stop))
+    return [(lead, stop), (stop, lead + length + 1 - layout.passage), (start, stop)]
 
 
-def _unseen(text: TokenisedText, place: int, length: int, layout: Layout) -> Sample:
+def _unseen(text: TokenisedText, place: int, length: int, layout: Layout) -> list[tuple[int, int]]:
     start = passage_start(text, place, layout)
     stop = start + layout.passage
-    ids = text.joined((stop, start + length + 1 - len(text.prefix)), (start, stop))
-    return Sample(ids, layout.passage, text.bytes_of(start, stop))
+    return [(stop, start + length + 1), (start, stop)]
 
 
 _RECALL = (
