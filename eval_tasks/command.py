@@ -134,7 +134,8 @@ def _methods(given: argparse.Namespace) -> tuple[str, ...]:
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
         if iso and (press or name == PROFILE):
-            raise EvalError(f"{name} has no one budget that --match iso could vary; leave it out")
+            what = "keeps a share of the cache" if press else "gives each head its own budget"
+            raise EvalError(f"{name} {what}, which --match iso cannot set; leave it out")
         if press and given.phase not in ("question", "decode"):
             raise EvalError(
                 f"{name} compresses what a dense prefill left, which is not what the other methods do; measure all of "

@@ -96,7 +96,7 @@ def test_commands_without_what_they_need_are_refused(arguments, message, tmp_pat
         (("--methods", "magic"), "unknown method 'magic'; allowed are dense, window"),
         (("--methods", "fixed-topk@64"), "chosen by --match iso"),
         (("--methods", "dense", "--match", "iso"), "name one, for example fixed-topk"),
-        (("--methods", "kvpress:SnapKVPress", "--match", "iso"), "no one budget that --match iso could vary"),
+        (("--methods", "kvpress:SnapKVPress", "--match", "iso"), "which --match iso cannot set; leave it out"),
         (("--methods", "kvpress:SnapKVPress"), "--phase question"),
         (("--iso-keys", "96", "--match", "iso"), "(96) holds all keys of every length (48 96)"),
         (("--match", "luck"), "invalid choice: 'luck'"),
