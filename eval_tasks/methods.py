@@ -21,7 +21,7 @@ PRESS = "kvpress:"  # before the name of a class of the package kvpress
 
 @dataclass(frozen=True)
 class Method:
-    """One way to attend: its name on command lines and in results, its label in plots, a sentence for a newcomer.
+    """One way to attend: its name in results, its label in plots, a sentence for a newcomer.
 
     ``config`` gives the settings for given budgets; None is the unpatched model. A ``default`` method is measured
     unasked; ``press`` is the class of kvpress that compresses the cache, for methods that are not this package's.
@@ -118,14 +118,11 @@ def find_method(name: str) -> Method:
     method = METHODS[base]
     if keys is None:
         return method
-
-    def fixed(budgets: Budgets) -> NCConfig:
-        config = method.config(budgets)
-        if config is None:
-            raise EvalError(f"{method.name} attends by no budget and takes no number of keys")
-        return NCConfig(**vars(config) | {"alpha": float(keys), "C": 0.0, "dense_below": 0})
-
-    return replace(method, name=name, title=f"{method.title}, {keys} keys", config=fixed)
+    if base == DENSE:
+        raise EvalError(f"{base} attends by no budget and takes no number of keys")
+    fixed = {"alpha": float(keys), "C": 0.0, "dense_below": 0}
+    config = lambda budgets: NCConfig(**vars(method.config(budgets)) | fixed)  # noqa: E731
+    return replace(method, name=name, title=f"{method.title}, {keys} keys", config=config)
 
 
 def order_of(name: str) -> tuple[int, str, int]:

@@ -40,20 +40,6 @@ def sweep_arguments(directory: Path, out: Path, *further: str, words: int = 2000
     if not model.exists():
         save_tiny_model(model)
         text.write_text(tiny_text(words), encoding="utf-8")
-    settings = {
-        "--model": str(model),
-        "--text": str(text),
-        "--out": str(out),
-        "--lengths": "48 96",
-        "--samples": "2",
-        "--scored": "16",
-        "--passage": "12",
-        "--equal-at": "48",
-        "--alpha": "2",
-        "--device": "cpu",
-    }
-    arguments = ["eval"]
-    for name, value in settings.items():
-        if name not in further:
-            arguments += [name, *value.split()] if name == "--lengths" else [name, value]
-    return [*arguments, *further]
+    settings = [("--model", model), ("--text", text), ("--out", out), ("--lengths", 48, 96), ("--samples", 2)]
+    settings += [("--scored", 16), ("--passage", 12), ("--equal-at", 48), ("--alpha", 2), ("--device", "cpu")]
+    return ["eval", *(str(word) for setting in settings if setting[0] not in further for word in setting), *further]
