@@ -58,31 +58,29 @@ def test_rounding_never_lifts_the_logarithmic_budget():
         assert budget_at("log-topk", budgets, equal_at) == budgets.fixed, equal_at
 
 
-@pytest.mark.parametrize("name", SPARSE)
-def test_budgets_grow_as_the_method_says(name):
-    budgets = Budgets(2.0, 0.5, 1024)
-    later = budget_at(name, budgets, 4096)
-    if name == "log-topk":
-        assert budgets.fixed < later < 1.25 * budgets.fixed
-    else:
-        assert later == budgets.fixed * (4 if name == "fraction-topk" else 1 if "fixed" in METHODS[name].title else 2)
-
-
 @pytest.mark.parametrize(
-    ("name", "selection", "sinks"),
-    [("window", "window", 0), ("streaming", "window", 4), ("nc-window", "window", 4), ("nc-topk", "topk", None)],
+    ("name", "selection", "options", "growth"),
+    [
+        ("window", "window", {"sink_keys": 0}, 1),
+        ("streaming", "window", {"sink_keys": 4}, 1),
+        ("fixed-topk", "topk", {"tail": "drop"}, 1),
+        ("log-topk", "topk", {"tail": "drop"}, 1.2),
+        ("fraction-topk", "topk", {"tail": "drop"}, 4),
+        ("nc-window", "window", {"sink_keys": 4}, 2),
+        ("nc-topk", "topk", {"tail": "drop"}, 2),
+        ("fixed-topk-mean", "topk", {"tail": "mean"}, 1),
+        ("nc-topk-mean", "topk", {"tail": "mean"}, 2),
+        ("block", "block", {}, 2),
+    ],
 )
-def test_selection_and_sinks_are_those_of_the_method(name, selection, sinks):
-    config = METHODS[name].config(Budgets(2.0, 0.5, 1024))
-    assert (config.prefill, config.prefill.name) == (config.decode, selection)
-    assert sinks is None or config.prefill.sink_keys == sinks
-
-
-def test_means_beside_topk_are_the_same_budget_with_another_tail():
-    for name in ("fixed-topk", "nc-topk"):
-        plain, mean = (METHODS[each].config(Budgets(2.0, 0.5, 1024)) for each in (name, f"{name}-mean"))
-        assert (plain.prefill.tail, mean.prefill.tail) == ("drop", "mean")
-        assert replace(plain, tail="mean").to_dict() == mean.to_dict()
+def test_a_method_selects_by_its_options_and_its_budget_grows_from_1024_to_4096_tokens(
+    name, selection, options, growth
+):
+    budgets = Budgets(2.0, 0.5, 1024)
+    config = METHODS[name].config(budgets)
+    assert (config.dense_below, config.prefill, config.prefill.name) == (0, config.decode, selection)
+    assert {option: getattr(config.prefill, option) for option in options} == options
+    assert budget_at(name, budgets, 4096) == math.ceil(growth * budgets.fixed)
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -94,16 +92,13 @@ def test_a_method_with_a_number_of_keys_attends_so_many_at_every_length(name):
     assert (config.prefill, config.decode, config.dense_below) == (plain.prefill, plain.decode, 0)
 
 
-def test_methods_are_laws_alone_but_for_what_patch_model_does_unasked(dense_with_few_keys):
+def test_the_method_nc_is_what_patch_model_does_unasked(dense_with_few_keys):
     budgets, model = Budgets(3.0, 0.6, 1024), patch_model(tiny_model("llama"), 3.0, 0.6)
     unasked = next(module for module in model.modules() if hasattr(module, "_nc_patch"))._nc_patch.config
     assert METHODS[NC].config(budgets) == unasked
     assert (unasked.dense_below, unasked.prefill, unasked.decode) == (1024, Block(), TopK(tail="mean"))
     assert budget_at(NC, budgets, 1024) == 1024
     assert budget_at(NC, budgets, 2048) == budget_at("nc-topk", budgets, 2048)
-    for name in {*SPARSE} - {NC}:
-        config = METHODS[name].config(budgets)
-        assert (config.dense_below, config.prefill) == (0, config.decode), name
     assert NC in DEFAULT_METHODS
     assert METHODS[DENSE].config(budgets) is None
     assert budget_at(DENSE, budgets, 4096) == 4096

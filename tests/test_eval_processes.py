@@ -62,27 +62,31 @@ def alone(home):
     return home / "alone"
 
 
-def _other_machine():
+def _other_machine_with_a_stale_file():
     from eval_tasks import run
 
     hardware = run.hardware
     run.hardware = lambda *what: hardware(*what) | {"processor": "another"}
+    run.read_rows = lambda directory: []
 
 
-def test_two_processes_share_the_work_find_what_one_does_and_say_that_their_machines_differ(home, alone):
-    codes, said, other = ended(home, "two", "two", setups=(None, _other_machine))
-    assert codes == [0, 0], said
-    assert results(home / "two") == results(alone)
-    assert table(home / "two") == table(alone)
-    rows = read_rows(home / "two")
-    assert {row["process"] for row in rows} == {0, 1}
-    assert lines(home / "two" / "results.jsonl") == len(rows)
+def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_those_of_one(home, alone):
+    out, half = home / "two", (alone / "results.jsonl").read_text().splitlines(keepends=True)[::2]
+    out.mkdir()
+    (out / "results.jsonl").write_text("".join(half))
+    codes, said, other = ended(home, "two", "two", setups=(None, _other_machine_with_a_stale_file))
+    assert codes == [0, 0], said + other
+    assert results(out) == results(alone)
+    assert table(out) == table(alone)
+    rows = read_rows(out)
+    assert {row["process"] for row in rows[len(half) :]} == {0, 1}
+    assert lines(out / "results.jsonl") == len(rows)
     assert ("Report:" in said, "Report:" in other) == (True, False)
-    record = json.loads((home / "two" / "run.json").read_text(encoding="utf-8"))
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     [session] = record["sessions"]
     assert session["hardware"] == record["hardware"]
     assert [machine["processor"] for machine in session["other_hardware"]] == ["another"]
-    assert "different hardware" in (home / "two" / "report.html").read_text(encoding="utf-8")
+    assert "different hardware" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def _slow_rows():
@@ -128,23 +132,6 @@ def test_an_error_in_one_process_is_said_and_stops_the_others(home):
     assert codes == [2, 2]
     assert "the disk of this machine is full" in other
     assert "process 1" in said or "another" in said
-
-
-def _stale_file():
-    from eval_tasks import run
-
-    run.read_rows = lambda directory: []
-
-
-def test_processes_share_out_the_list_of_the_first_whatever_they_read_themselves(home, alone):
-    out = home / "stale"
-    shutil.copytree(alone, out)
-    whole = (alone / "results.jsonl").read_text().splitlines(keepends=True)
-    (out / "results.jsonl").write_text("".join(whole[:-3]))
-    codes, said, other = ended(home, "stale", "stale", setups=(None, _stale_file))
-    assert codes == [0, 0], said + other
-    assert results(out) == results(alone)
-    assert lines(out / "results.jsonl") == len(whole)
 
 
 def _other_version():
