@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from eval_tasks.models import DTYPES, LoadedModel, load_model
 from eval_tasks.smollm2 import SMOLLM2
@@ -48,15 +47,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive, help="threads of PyTorch on the CPU")
 
 
-def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the options say about the model, by the names that ``load_model`` and ``Sweep`` share."""
-    names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
-    return {name: getattr(arguments, name) for name in names}
-
-
-def load_chosen_model(arguments: argparse.Namespace, device: str | None = None) -> LoadedModel:
+def load_chosen_model(given: argparse.Namespace, device: str | None = None) -> LoadedModel:
     """The model that the options name, on ``device`` in place of theirs where it is given; errors of ``load_model``."""
-    return load_model(arguments.model, **model_options(arguments) | ({} if device is None else {"device": device}))
+    options = (given.device_map, given.revision, given.trust_remote_code)
+    return load_model(given.model, given.dtype, given.device if device is None else device, *options)
 
 
 def add_budget_options(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -13,7 +14,6 @@ from eval_tasks.arguments import (
     add_budget_options,
     add_lengths,
     add_model_options,
-    model_options,
     not_negative,
     positive,
     spaced,
@@ -108,19 +108,11 @@ def _sweep(given: argparse.Namespace) -> Sweep:
         )
     if len(set(given.seed)) < len(given.seed):
         raise EvalError(f"--seed takes different numbers, got {spaced(given.seed)}")
-    return Sweep(
-        methods=_methods(given),
-        tasks=tuple(name for name in _TASKS if name in given.tasks),
-        budgets=budgets,
-        layout=Layout(ascending(given.lengths), given.samples, given.scored, given.passage, given.seed[0]),
-        iso_keys=tuple(sorted(set(given.iso_keys))) if iso else (),
-        seeds=tuple(given.seed),
-        **{
-            name: getattr(given, name)
-            for name in ("model", "text", "threads", "phase", "answer_tokens", "retry_failed")
-        },
-        **model_options(given),
-    )
+    options = {field.name: getattr(given, field.name) for field in fields(Sweep) if field.name in given}
+    options["methods"], options["tasks"] = _methods(given), tuple(name for name in _TASKS if name in given.tasks)
+    options["iso_keys"] = tuple(sorted(set(given.iso_keys))) if iso else ()
+    layout = Layout(ascending(given.lengths), given.samples, given.scored, given.passage, given.seed[0])
+    return Sweep(budgets=budgets, layout=layout, seeds=tuple(given.seed), **options)
 
 
 def _methods(given: argparse.Namespace) -> tuple[str, ...]:
@@ -129,7 +121,7 @@ def _methods(given: argparse.Namespace) -> tuple[str, ...]:
     names = {*(given.methods or (_ISO_METHODS if iso else DEFAULT_METHODS)), *([PROFILE] if given.profile else [])}
     if PROFILE in names and given.profile is None:
         raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
-    for name in names:
+    for name in sorted(names):
         press = find_method(name).press
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
