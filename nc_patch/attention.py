@@ -7,20 +7,11 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from nc_patch import steps
+from nc_patch import families, steps
 from nc_patch.cache import Indexes, LayerCache, indexes_of
 from nc_patch.certificates import record, record_dense, refuse_graphs
 from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once
 from nc_patch.config import NCConfig
-from nc_patch.families import (
-    check_heads,
-    no_mask,
-    refuse_indexes,
-    refuse_masked_keys,
-    refuse_missing_keys,
-    refuse_unsupported,
-    say_unpatched,
-)
 from nc_patch.functional import attend, backend_of, by_index, check_scale
 from nc_patch.hooks import IMPLEMENTATION, told_boundaries
 from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed
@@ -30,7 +21,6 @@ from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_mapped
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
 from nc_patch.selections import Dense, Selection
-from nc_patch.selections.index import LAYOUTS
 from nc_patch.stats import tally
 from nc_patch.visibility import (
     BOUNDARIES,
@@ -44,6 +34,12 @@ from nc_patch.visibility import (
     visibility_of,
 )
 
+_DENSE = Dense()
+# The settings of a module that is not patched.
+_UNPATCHED = NCConfig(1.0, 1.0)
+# Steps of as many keys, rounded up, have buffers of one size.
+_LENGTHS = 1024
+
 
 def nc_attention_forward(
     module: torch.nn.Module,
@@ -52,84 +48,78 @@ def nc_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as ``transformers`` asks for it: ``[B, H, L, D]`` in, ``([B, Lq, Hq, Dv], None)`` out.
 
     A module that carries no ``LayerPatch`` has its config from a patched model: it runs dense, and the log says so.
-    Of the other arguments ``nc_layer_cache`` comes from ``hooks.hand_on_cache``, ``BOUNDARIES`` say where packed
-    sequences begin, and those that ask for what sparse attention cannot do are refused.
+    Of the other arguments ``scaling``, ``softcap`` and ``s_aux`` (sinks) count, ``nc_layer_cache`` comes from
+    ``hooks.hand_on_cache``, ``BOUNDARIES`` say where packed sequences begin, and those that ask for what sparse
+    attention cannot do are refused.
 
     Raises:
         UnsupportedMaskError: the mask lets a query see several runs of keys, or is not there.
         UnsupportedModelError: the model asks for what sparse attention cannot do.
     """
     patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
-    arguments = {**kwargs, "dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    arguments["dropout"] = dropout
     if patch is not None and patch.observe is None:
         repeated = steps.repeat(module, (query, key, value), attention_mask, patch, arguments)
         if repeated is not None:
             return repeated.transpose(1, 2).contiguous(), None
+    compiling = torch.compiler.is_compiling()
     crosses = patch is None and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)
-    refuse_unsupported(module, arguments, crosses)
-    nc_layer_cache: LayerCache | None = kwargs.get("nc_layer_cache")
-    if patch is None and not crosses and not torch.compiler.is_compiling():
-        say_unpatched(type(module).__name__)
-    if nc_layer_cache is not None and nc_layer_cache.layer is not None and not torch.compiler.is_compiling():
-        nc_layer_cache.layer.nc_compare(key, value)
+    families.refuse_unsupported(module, arguments, crosses)
+    cache: LayerCache | None = arguments.get("nc_layer_cache")
+    if patch is None and not crosses and not compiling:
+        families.say_unpatched(type(module).__name__)
+    if cache is not None and cache.layer is not None and not compiling:
+        cache.layer.nc_compare(key, value)
     query, key, value = cast_for_autocast(query, key, value)
     if isinstance(attention_mask, torch.Tensor):
         (attention_mask,) = cast_for_autocast(attention_mask)
+    scaling, softcap, sinks = (arguments.get(name) for name in ("scaling", "softcap", "s_aux"))
     with autocast_off(query):
         unseen = query.new_empty(query.shape[0], 1, 0, dtype=torch.int32)
-        problem = Problem(
-            *(query, key, value, unseen, unseen, unseen),
-            scale=check_scale(scaling, softcap, query.shape[-1]),
-            softcap=0.0 if softcap is None else float(softcap),
-            sinks=s_aux,
-        )
-        return _attention(module, problem, attention_mask, patch, arguments, crosses)
+        scale = check_scale(scaling, softcap, query.shape[-1])
+        problem = Problem(query, key, value, unseen, unseen, unseen, scale, float(softcap or 0.0), sinks)
+        check_tensors(query, key, value, sinks)
+        refuse_tangents(query, key, value)
+        output = _attention(module, problem, attention_mask, patch, arguments, crosses)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _attention(
     module: torch.nn.Module,
     problem: Problem,
-    attention_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
     patch: LayerPatch | None,
     arguments: dict[str, Any],
     crosses: bool,
-) -> tuple[torch.Tensor, None]:
-    """``nc_attention_forward`` of a problem that lacks what its queries may see, and its budgets.
+) -> torch.Tensor:
+    """Attention ``[B, Hq, Lq, Dv]`` of a problem that lacks what its queries may see, and its budgets.
 
     ``arguments`` are what else was given; ``crosses``: every query may see every key.
     """
-    nc_layer_cache: LayerCache | None = arguments.get("nc_layer_cache")
-    told = told_boundaries()
-    boundaries = {name: arguments[name] if arguments.get(name) is not None else told.get(name) for name in BOUNDARIES}
+    cache: LayerCache | None = arguments.get("nc_layer_cache")
     query, key, value = problem.query, problem.key, problem.value
-    B, _, Lq, Lk = check_tensors(query, key, value, problem.sinks)
-    refuse_tangents(query, key, value)
+    Lq, Lk = query.shape[2], key.shape[2]
     compiling = torch.compiler.is_compiling()
-    cached = None if nc_layer_cache is None or compiling else nc_layer_cache.layer
-    plan = _plan(patch, query, Lk, nc_layer_cache)
+    plan = _plan(patch, query, Lk, cache)
     if Lq != Lk:
-        refuse_masked_keys(module, IMPLEMENTATION, nc_attention_forward, plan.dense_reason is not None)
-    plain = not problem.softcap and problem.sinks is None
-    if attention_mask is None and not (crosses and plain):
-        raise UnsupportedMaskError(no_mask(module))
-    observes = patch is not None and patch.observe is not None
-    if not is_packed(attention_mask) and plan.dense_reason is not None and not observes:
-        output = _dense_by_mask(problem, attention_mask, crosses)
-        if patch is not None and attention_mask is not None and not compiling and not in_transform():
-            n = seen_keys(attention_mask).sum(-1).expand(B, -1, Lq)
+        families.refuse_masked_keys(module, IMPLEMENTATION, nc_attention_forward, plan.dense_reason is not None)
+    if mask is None and (not crosses or problem.softcap or problem.sinks is not None):
+        raise UnsupportedMaskError(families.no_mask(module))
+    observe = None if patch is None else patch.observe
+    counts = patch is not None and not compiling and not in_transform()
+    if plan.dense_reason is not None and not is_packed(mask) and observe is None:
+        if patch is not None and counts and mask is not None:
+            n = seen_keys(mask).sum(-1).expand(len(query), -1, Lq)
             visible = torch.stack((torch.zeros_like(n[:, 0]), n.amax(1)), -1)
             patch.counters.add(tally(n, visible, patch.counters.tail), plan.dense_reason)
-        return output.transpose(1, 2).contiguous(), None
-    assert attention_mask is not None
-    visibility, in_place, several = _visible_keys(module, patch, plan.layer, attention_mask, boundaries, (B, Lq, Lk))
+        return _dense_by_mask(problem, mask, crosses)
+    assert mask is not None
+    visibility, in_place, several = _visible_keys(module, patch, problem, mask, arguments)
     if several and plan.decoding and Lq > 1:
         plan = _plan(patch, query, Lk, None)  # an index is of one sequence a row
     config, decoding, selection = plan.config, plan.decoding, plan.selection
@@ -143,23 +133,13 @@ def _attention(
             )
         problem = problem._replace(key=visibility.take(key), value=visibility.take(value))
     if not in_place:
-        refuse_indexes(module, nc_layer_cache)
-    indexed = nc_layer_cache if in_place else None
-
+        families.refuse_indexes(module, cache)
+    budgets: tuple[torch.Tensor, ...] = ()
     if plan.dense_reason is not None:
-        selection, budget = _DENSE, None
+        selection = _DENSE
     else:
-        laws = config.laws(plan.layer)
-        check_heads(module, laws, query.shape[1])
-        find = lambda: config.row_budgets(visible, Lk, plan.layer)  # noqa: E731
-        budgets: tuple[torch.Tensor, ...] = ()
-        if config.layers is not None and decoding and not compiling:
-            budgets = once(visible, ("budgets", config, Lk), lambda: config.budgets_by_layer(visible, Lk))
-            budget = budgets[plan.layer]
-        elif len(laws) == 1:
-            budget = once(visible, ("budget", laws, config.min_keys, config.dense_below, Lk), find)
-        else:  # large, and as a rule of one layer alone
-            budget = find()
+        families.check_heads(module, config.laws(plan.layer), query.shape[1])
+        budget, budgets = _budgets(plan, visible, Lk)
         problem = problem._replace(budget=budget)
     kept = Indexes()
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
@@ -168,84 +148,36 @@ def _attention(
         detached = problem
         if key.requires_grad or value.requires_grad:
             detached = problem._replace(key=problem.key.detach(), value=problem.value.detach())
-        kept = indexes_of(config, detached, indexed, decoding, decoding and plan.dense_reason is None)
+        later = decoding and plan.dense_reason is None
+        kept = indexes_of(config, detached, cache if in_place else None, decoding, later)
     if decoding and kept.means is not None:
         problem = problem._replace(means=PageMeans(*kept.means.tensors()), new=kept.new)
     if plan.dense_reason is None and decoding and kept.choosing is not None:
         most = config.largest_budget(Lk, plan.layer) if compiling else _most(config, Lk)
         problem = by_index(problem, kept.choosing, most)._replace(new=kept.new)
 
-    def run(selection: Selection) -> AttentionResult:
-        dense = selection is _DENSE
-        # The kernel for CPUs is faster than PyTorch's for a prompt, and PyTorch's for a single query.
-        own = dense and patch is not None and Lq > 1 and _runs_dense_kernel(problem, config.backend)
-        if dense and not own and plain and in_place and Lq in (1, Lk) and plan.host_reads:
-            causal = once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
-            if causal:
-                return AttentionResult(_sdpa(problem, None))
-        if dense:
-            return attend(problem._replace(key_index=(), means=None, new=0), selection, config.backend)
-        if not plan.measures:
-            return attend(problem, selection, config.backend)
-        decodes = problem.phase == "decode"
-        bounded = decodes and selection.bounds_kept_mass
-        estimated = selection.estimates and not decodes
-        seed = patch.audit_seed if patch is not None and estimated else -1
-        asked = problem._replace(stats=not bounded and not estimated, bounds=bounded, audit_seed=seed)
-        return attend(asked, selection, config.backend)
-
-    result, dense_reason = run(selection), plan.dense_reason
-    if cached is not None:
-        cached.nc_done()
+    result, dense_reason = _run(plan, patch, problem, selection, in_place), plan.dense_reason
+    if cache is not None and cache.layer is not None and not compiling:
+        cache.layer.nc_done()
     if plan.measures and patch is not None:
         phase = "decode" if decoding else "prefill"
         if isinstance(selection, Dense):
             record_dense(patch.counters, config, problem, phase)
         elif record(patch.counters, config, problem, result, plan.layer, phase):
-            result, selection, budget = run(_DENSE), _DENSE, None
+            result, selection = _run(plan, patch, problem, _DENSE, in_place), _DENSE
             dense_reason = f'it dropped more than max_dropped_mass={config.max_dropped_mass:g}, with on_drop="dense"'
             record_dense(patch.counters, config, problem, phase)
-    if patch is not None and patch.observe is not None:
-        patch.observe(Observed(plan.layer, problem, result.output))
-    if patch is not None and not compiling and not in_transform():
-        own = result.attended if selection.counts_attended else None
-        _count(patch, visible, budget if own is None else own, dense_reason, own is not None)
-        shared = decoding and in_place and cached is not None and not plan.measures and patch.observe is None
-        if shared and dense_reason is None and problem.sinks is None and steps.is_plain(problem[:3]):
+    if observe is not None:
+        observe(Observed(plan.layer, problem, result.output))
+    if patch is not None and counts:
+        _count(patch, problem, result.attended if selection.counts_attended else None, dense_reason)
+        repeats = decoding and in_place and cache is not None and cache.layer is not None and dense_reason is None
+        alike = problem.sinks is None and not plan.measures and observe is None and steps.is_plain(problem[:3])
+        if repeats and alike:
             backend, _ = backend_of(problem, selection, config.backend)
-            steps.remember(
-                attention_mask, module, problem, arguments, config=config, run=selection.bound(problem, backend),
-                kinds=steps.kinds_of(kept), paged=kept.choosing is not None and LAYOUTS[kept.choosing.kind].paged,
-                budgets=budgets,
-            )  # fmt: skip
-    return result.output.transpose(1, 2).contiguous(), None
-
-
-_DENSE = Dense()
-
-
-# Steps of as many keys, rounded up, have buffers of one size.
-_LENGTHS = 1024
-
-
-@lru_cache(maxsize=64)
-def _most(config: NCConfig, key_length: int) -> int:
-    """What no budget of a step exceeds."""
-    return config.largest_budget(-(-key_length // _LENGTHS) * _LENGTHS)
-
-
-def _runs_dense_kernel(problem: Problem, backend: str) -> bool:
-    """Whether dense attention of several queries goes through the kernel for CPUs."""
-    if backend not in ("auto", "cpu") or needs_gradient(*problem[:3]):
-        return False
-    chosen, _ = choose_backend(
-        "auto", problem.query.device, head_dims=problem.head_dims, implemented=_DENSE.backends("prefill")
-    )
-    return chosen == "cpu"
-
-
-# The settings of a module that is not patched.
-_UNPATCHED = NCConfig(1.0, 1.0)
+            run = selection.bound(problem, backend)
+            steps.remember(mask, module, problem, arguments, kept, config=config, run=run, budgets=budgets)
+    return result.output
 
 
 class _Plan(NamedTuple):
@@ -266,26 +198,30 @@ class _Plan(NamedTuple):
 
 
 def _plan(patch: LayerPatch | None, query: torch.Tensor, key_length: int, cache: LayerCache | None) -> _Plan:
-    config = _UNPATCHED if patch is None else patch.config
-    layer = 0 if patch is None else patch.layer
-    Lq = query.shape[2]
-    started = cache is not None and cache.started
+    config, layer = (_UNPATCHED, 0) if patch is None else (patch.config, patch.layer)
     # A prompt in pieces, whose last may be short, chooses as if it were whole.
     together = config.prefill.chooses_together and config.decode.chooses_together
-    several_decode = started and Lq <= MAX_DECODE_QUERIES and not together
-    decoding = Lq == 1 or several_decode
+    continues = cache is not None and cache.started and query.shape[2] <= MAX_DECODE_QUERIES and not together
+    decoding = query.shape[2] == 1 or continues
     selection = config.decode if decoding else config.prefill
-    dense_reason = _dense_reason(patch, config, layer, selection)
-    short = dense_reason is None and key_length <= config.dense_below
-    if short:
-        dense_reason = f"no query sees more than dense_below={config.dense_below} keys"
+    short, reason = False, None
+    if patch is None:
+        reason = "the module is not patched"
+    elif layer in config.dense_layers:
+        reason = "the layer is in dense_layers"
+    elif isinstance(selection, Dense):
+        reason = 'the selection is "dense"'
+    elif config.is_dense(layer):
+        reason = "alpha >= 1 with C = 1 attends every key"
+    elif key_length <= config.dense_below:
+        short, reason = True, f"no query sees more than dense_below={config.dense_below} keys"
     host_reads = not torch.compiler.is_compiling() and not _capturing(query)
     # Inside torch.func's transforms a value of the computation may stand for many.
     readable = host_reads and not in_transform()
-    if config.on_drop != "ignore" and dense_reason is None and not readable:
+    if config.on_drop != "ignore" and reason is None and not readable:
         refuse_graphs(config.on_drop, layer)
     measures = patch is not None and (config.track or config.on_drop != "ignore") and readable
-    return _Plan(config, layer, decoding, selection, dense_reason, short, host_reads, measures)
+    return _Plan(config, layer, decoding, selection, reason, short, host_reads, measures)
 
 
 class _Seen(NamedTuple):
@@ -300,25 +236,22 @@ class _Seen(NamedTuple):
 
 
 def _visible_keys(
-    module: torch.nn.Module,
-    patch: LayerPatch | None,
-    layer: int,
-    mask: torch.Tensor,
-    boundaries: dict[str, torch.Tensor | None],
-    lengths: tuple[int, int, int],
+    module: torch.nn.Module, patch: LayerPatch | None, problem: Problem, mask: torch.Tensor, arguments: dict[str, Any]
 ) -> _Seen:
-    """What the queries of a call of B, Lq and Lk in ``lengths`` see."""
+    """What the queries of a problem see, by its mask and by the ``BOUNDARIES`` that were given or told."""
+    told, name = told_boundaries(), type(module).__name__
+    boundaries = {each: arguments[each] if arguments.get(each) is not None else told.get(each) for each in BOUNDARIES}
+    lengths = (len(problem.query), problem.query.shape[2], problem.key.shape[2])
     if patch is not None and is_bidirectional(mask):
         raise UnsupportedMaskError(
-            f"{type(module).__name__} got a bidirectional mask, and sparse attention is causal. Unpatch the model, or "
-            "use it as a decoder."
+            f"{name} got a bidirectional mask, and sparse attention is causal. Unpatch the model, or use it as a "
+            "decoder."
         )
     refuse_mapped(attention_mask=mask)
-    name = type(module).__name__
     if not is_packed(mask):  # the caller may write to it between calls
         found = visibility_of(mask, *lengths, name)
         return _Seen(split_sequences(found, **{**boundaries, "position_ids": None}), False, True)
-    refuse_missing_keys(module, layer, mask, lengths[2])
+    families.refuse_missing_keys(module, 0 if patch is None else patch.layer, mask, lengths[2])
     if not torch.compiler.is_compiling() and made_for(mask) is None and "_hf_hook" in vars(module):
         say_once(
             "accelerate copies the mask for each layer, which works out again what follows from it, because the model "
@@ -342,17 +275,49 @@ def _visible_keys(
     return seen
 
 
-def _dense_reason(patch: LayerPatch | None, config: NCConfig, layer: int, selection: Selection) -> str | None:
-    """Why a call attends every key, or None when it does not."""
-    if patch is None:
-        return "the module is not patched"
-    if layer in config.dense_layers:
-        return "the layer is in dense_layers"
-    if isinstance(selection, Dense):
-        return 'the selection is "dense"'
-    if config.is_dense(layer):
-        return "alpha >= 1 with C = 1 attends every key"
-    return None
+def _budgets(plan: _Plan, visible: torch.Tensor, key_length: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The budgets of a layer's queries; and those of all layers, where they differ and were found at once."""
+    config, laws = plan.config, plan.config.laws(plan.layer)
+    if config.layers is not None and plan.decoding and not torch.compiler.is_compiling():
+        find_all = lambda: config.budgets_by_layer(visible, key_length)  # noqa: E731
+        budgets: tuple[torch.Tensor, ...] = once(visible, ("budgets", config, key_length), find_all)
+        return budgets[plan.layer], budgets
+    find = lambda: config.row_budgets(visible, key_length, plan.layer)  # noqa: E731
+    if len(laws) > 1:  # large, and as a rule of one layer alone
+        return find(), ()
+    return once(visible, ("budget", laws, config.min_keys, config.dense_below, key_length), find), ()
+
+
+@lru_cache(maxsize=64)
+def _most(config: NCConfig, key_length: int) -> int:
+    """What no budget of a step exceeds."""
+    return config.largest_budget(-(-key_length // _LENGTHS) * _LENGTHS)
+
+
+def _run(
+    plan: _Plan, patch: LayerPatch | None, problem: Problem, selection: Selection, in_place: bool
+) -> AttentionResult:
+    """Attention of a problem by a selection, which may be that of all keys whatever the plan's is."""
+    backend, query, Lk = plan.config.backend, problem.query, problem.key.shape[2]
+    if selection is _DENSE:
+        problem = problem._replace(key_index=(), means=None, new=0)
+        by_kernel = False
+        if patch is not None and query.shape[2] > 1 and backend in ("auto", "cpu") and not needs_gradient(*problem[:3]):
+            # The kernel for CPUs is faster than PyTorch's for a prompt, and PyTorch's for a single query.
+            implemented = _DENSE.backends("prefill")
+            chosen, _ = choose_backend("auto", query.device, head_dims=problem.head_dims, implemented=implemented)
+            by_kernel = chosen == "cpu"
+        plain = not problem.softcap and problem.sinks is None and in_place and query.shape[2] in (1, Lk)
+        if plain and not by_kernel and plan.host_reads:
+            visible = problem.visible
+            if once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk)):
+                return AttentionResult(_sdpa(problem, None))
+    elif plan.measures:
+        bounded = problem.phase == "decode" and selection.bounds_kept_mass
+        estimated = problem.phase != "decode" and selection.estimates
+        seed = patch.audit_seed if patch is not None and estimated else -1
+        problem = problem._replace(stats=not bounded and not estimated, bounds=bounded, audit_seed=seed)
+    return attend(problem, selection, backend)
 
 
 def _dense_by_mask(problem: Problem, mask: torch.Tensor | None, crosses: bool) -> torch.Tensor:
@@ -375,38 +340,30 @@ def _dense_by_mask(problem: Problem, mask: torch.Tensor | None, crosses: bool) -
 def _sdpa(problem: Problem, mask: torch.Tensor | None, causal: bool = True) -> torch.Tensor:
     """PyTorch's dense attention; without a mask plain causal, for which Lq must be 1 or Lk, or of all keys."""
     query, key, value = problem.query, problem.key, problem.value
+    attend_all = torch.nn.functional.scaled_dot_product_attention
     if query.device.type == "cpu" and query.shape[2] == 1 and mask is None:
         # As rows of their key/value head the queries of a group share the reading of its keys.
         rows = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
-        output = torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=problem.scale)
-        return output.reshape(*query.shape[:3], -1)
-    return torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        scale=problem.scale,
-        is_causal=causal and mask is None and query.shape[2] > 1,
-        enable_gqa=problem.group > 1,
-    )
+        return attend_all(rows, key, value, scale=problem.scale).reshape(*query.shape[:3], -1)
+    causal = causal and mask is None and query.shape[2] > 1
+    return attend_all(query, key, value, mask, 0.0, causal, scale=problem.scale, enable_gqa=problem.group > 1)
 
 
-def _count(
-    patch: LayerPatch, visible: torch.Tensor, attended: torch.Tensor | None, dense_reason: str | None, own: bool
-) -> None:
+def _count(patch: LayerPatch, problem: Problem, own: torch.Tensor | None, dense_reason: str | None) -> None:
     """Counts one call, with what it attended: its budget, or where the selection has its ``own`` number, that.
 
     What follows from the intervals and the settings alone is worked out once for all layers.
     """
-    tail = patch.counters.tail
-    if attended is None:
+    visible, tail = problem.visible, patch.counters.tail
+    attended = problem.budget if own is None else own
+    if dense_reason is not None:
         n = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
         counts = once(visible, ("tally", "dense", tail), lambda: tally(n, visible, tail))
-    elif dense_reason is None and attended.shape[-1] <= MAX_DECODE_QUERIES:
+    elif attended.shape[-1] <= MAX_DECODE_QUERIES:
         patch.counters.add_later(attended, visible)
         return
-    elif own:
-        counts = tally(attended, visible, tail)
+    elif own is not None:
+        counts = tally(own, visible, tail)
     else:
         law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.dense_below)
         counts = once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))

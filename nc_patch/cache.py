@@ -7,6 +7,7 @@ built again when attention runs.
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,22 +25,6 @@ class LayerCache(NamedTuple):
 
     layer: "KeyIndexMixin | None"
     started: bool
-
-
-class Room(NamedTuple):
-    """Memory for keys and values to come, and what a layer holds of it; what is there may be held by others too, and is
-    never written again: where the layer holds other views, shorter ones too, it gets other memory.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    held_keys: torch.Tensor
-    held_values: torch.Tensor
-
-    def holds(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether these are what the layer was left with, in memory that may be written to."""
-        alike = self.held_keys is keys and self.held_values is values
-        return alike and self.keys.is_inference() == torch.is_inference_mode_enabled()
 
 
 def _state(keys: torch.Tensor) -> tuple[torch.Size, int | None]:
@@ -61,39 +46,33 @@ class KeyIndexMixin:
     nc_indexes: "dict[str, KeyIndex]" = {}  # noqa: RUF012
     # The keys that the indexes describe, and their state; None where keys have come that no attention has taken in.
     _nc_seen: "tuple[weakref.ref[torch.Tensor], tuple[torch.Size, int | None]] | None" = None
-    # Whether the keys have been moved, and the indexes have not.
-    _nc_moved = False
+    # Where keys and values have been moved elsewhere, and the indexes have not: what ``update`` returned.
+    _nc_moved: "tuple[weakref.ref[torch.Tensor], ...] | None" = None
     _nc_updated: frozenset[str] = frozenset()
-    # Of a ``DynamicLayer``.
-    _nc_room: "Room | None" = None
-    # What ``update`` returned last, and of which kinds no index may be kept: a model may attend keys that the layer
-    # does not hold, because it computes them from what is cached, or because a module stands for several layers.
-    _nc_handed: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None" = None
+    # Of which kinds no index may be kept: a model may attend keys that the layer does not hold, because it computes
+    # them from what is cached, or because a module stands for several layers.
     nc_never: frozenset[str] = frozenset()
-
-    def nc_hand(self, handed: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes note of what ``update`` returns, and returns it."""
-        if not torch.compiler.is_compiling():
-            self._nc_seen = None
-            self._nc_handed = (weakref.ref(handed[0]), weakref.ref(handed[1]))
-        return handed
+    # Of a ``DynamicLayer``: memory for keys and values to come, and the views of it that the layer holds. What is there
+    # may be held by others too, and is never written again: where the layer holds other views, shorter ones too, it
+    # gets other memory.
+    _nc_room: tuple[torch.Tensor, ...] | None = None
 
     def nc_compare(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps no index any more where the keys or values of a call of attention are not what ``update`` returned."""
-        handed = self._nc_handed
-        if handed is None or handed[0]() is not key:
+        held = (self.keys, self.values) if self._nc_moved is None else [each() for each in self._nc_moved]
+        if held[0] is not key:
             self.nc_never = frozenset(LAYOUTS)
-        elif handed[1]() is not value:
+        elif held[1] is not value:
             self.nc_never |= {kind for kind, layout in LAYOUTS.items() if layout.takes_values}
         if self.nc_never:
             self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind not in self.nc_never}
 
     def nc_check(self) -> None:
         """Drops the indexes if the keys are not those they were made of."""
-        seen, keys = self._nc_seen, self.keys
-        unchanged = seen is not None and keys is not None and seen[0]() is keys and seen[1] == _state(keys)
-        if self.nc_indexes and not unchanged:
-            self.nc_forget()
+        if self.nc_indexes:
+            seen, keys = self._nc_seen, self.keys
+            if seen is None or keys is None or seen[0]() is not keys or seen[1] != _state(keys):
+                self.nc_forget()
 
     def nc_forget(self) -> None:
         """Drops the indexes; attention builds new ones from the keys."""
@@ -104,24 +83,24 @@ class KeyIndexMixin:
 
         With ``later`` there is room for them, and who asks takes them in.
         """
-        key, value = problem.key, problem.value
+        key, compiling = problem.key, torch.compiler.is_compiling()
         index = self.nc_indexes.get(kind)
-        if index is None or index.block_size != block_size or not index.fits(key) or self.nc_unstarted(kind):
+        if index is None or index.block_size != block_size or not index.fits(key) or index.is_unstarted():
             index = _built(problem, kind, block_size, backend)
-            self.nc_indexes = {**self.nc_indexes, kind: index}
             if isinstance(self, StaticLayer):
-                self.nc_unstarted(kind)  # read now: a compiled step cannot
+                index.is_unstarted()  # read now: a compiled step cannot
                 for tensor in index.everything():
                     torch._dynamo.mark_static_address(tensor)
         else:
-            if not torch.compiler.is_compiling() and index.is_frozen():
+            if not compiling and index.is_frozen():
                 index = index.clone()
-                self.nc_indexes = {**self.nc_indexes, kind: index}
             if later:
                 index.make_room(key.shape[2])
             else:
-                index.extend(key, problem.visible.shape[1], problem.visible[..., 1].amax(-1), value)
-        if not torch.compiler.is_compiling():  # nothing settles there, and a graph would guard what it left
+                index.extend(key, problem.visible.shape[1], problem.visible[..., 1].amax(-1), problem.value)
+        if index is not self.nc_indexes.get(kind):
+            self.nc_indexes = {**self.nc_indexes, kind: index}
+        if not compiling:  # nothing settles there, and a graph would guard what it left
             self._nc_updated |= {kind}
         return index
 
@@ -130,7 +109,7 @@ class KeyIndexMixin:
         there is, are right for the keys before, and only have to take in new ones, which who asks does.
         """
         indexes = self.nc_indexes
-        if len(indexes) != len(kinds) or self._nc_moved:
+        if len(indexes) != len(kinds) or self._nc_moved is not None:
             return None
         found = []
         for kind, block_size, capacity in kinds:
@@ -143,13 +122,6 @@ class KeyIndexMixin:
             found.append(index)
         return found
 
-    def nc_unstarted(self, kind: str) -> bool:
-        """Whether an index was made while a sequence had only padding, so that where it begins was not known."""
-        index = self.nc_indexes[kind]
-        if isinstance(index.unstarted, torch.Tensor) and not torch.compiler.is_compiling():
-            index.unstarted = bool(index.unstarted)
-        return index.unstarted is True
-
     def nc_done(self) -> None:
         """To be called at the end of each call of attention: an index that did not take in its keys is dropped."""
         if len(self.nc_indexes) != len(self._nc_updated):
@@ -159,33 +131,36 @@ class KeyIndexMixin:
 
     def nc_settle(self) -> None:
         """Takes note that the indexes belong to the keys as they are now."""
-        if self.nc_indexes and self.keys is not None:
-            if self._nc_moved:
+        if self.keys is not None:
+            if self._nc_moved is not None:
                 for index in self.nc_indexes.values():
                     index.to(self.keys.device)
-                self._nc_moved = False
-            self._nc_seen = (weakref.ref(self.keys), _state(self.keys))
+                self._nc_moved = None
+            if self.nc_indexes:
+                self._nc_seen = (weakref.ref(self.keys), _state(self.keys))
 
     def offload(self) -> None:
         # The cache offloads a layer as soon as it is updated, before attention has run.
-        self._nc_moved, self._nc_room = bool(self.nc_indexes), None
+        if self.keys is not None:
+            self._nc_moved = (weakref.ref(self.keys), weakref.ref(self.values))
+        self._nc_room = None
         super().offload()  # type: ignore[misc]
 
     def prefetch(self) -> None:
         self.nc_check()
         super().prefetch()  # type: ignore[misc]
-        self._nc_moved = bool(self.nc_indexes)
+        self._nc_moved = ()
         self.nc_settle()
 
     def reset(self) -> None:
         self.nc_forget()
-        self._nc_room = None
+        self._nc_moved = self._nc_room = None
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._nc_follow(lambda index: index.select(beam_idx), "reorder_cache", beam_idx)
 
-    def _nc_follow(self, change: Any, method: str, *arguments: Any) -> None:
+    def _nc_follow(self, change: Callable[[KeyIndex], None], method: str, *arguments: Any) -> None:
         self.nc_check()
         getattr(super(), method)(*arguments)
         for index in self.nc_indexes.values():
@@ -200,59 +175,56 @@ class KeyIndexMixin:
         return copy.copy, (plain,)
 
     def __copy__(self) -> "KeyIndexMixin":
-        twin = object.__new__(type(self))
-        twin.__setstate__(self.__getstate__())
-        return twin
+        return self.__deepcopy__(None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "KeyIndexMixin":
-        memo[id(self)] = twin = object.__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> "KeyIndexMixin":
         # What the keys were last seen as does not survive a copy: only whether the index was right. Nor does the room,
-        # into which a copy must not write.
+        # into which a copy must not write; and a shallow copy has indexes of its own.
         self.nc_check()
-        left_out = ("_nc_seen", "_nc_handed", "_nc_room")
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # A shallow copy must not write into the other's.
-        self.nc_indexes = {kind: index.clone() for kind, index in self.nc_indexes.items()}
-        self.nc_settle()
+        left_out = ("_nc_seen", "_nc_moved", "_nc_room")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        twin = object.__new__(type(self))
+        twin.__dict__.update(state if memo is None else copy.deepcopy(state, memo))
+        twin.nc_indexes = {kind: index.clone() for kind, index in self.nc_indexes.items()}
+        twin.nc_settle()
+        return twin
 
 
 class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
     """``DynamicLayer`` with a key index, and with room for keys to come, so that a step does not copy all of them."""
 
+    def nc_started(self) -> bool:
+        """Whether it holds keys."""
+        length = self.get_seq_length()
+        return length > 0 if isinstance(length, int) else bool(self.nc_indexes)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.keys is None or not self._nc_may_grow(key_states, value_states):
-            self._nc_room = None
-            return self.nc_hand(super().update(key_states, value_states, *args, **kwargs))
-        length, new = self.keys.shape[2], key_states.shape[2]
         room, self._nc_room = self._nc_room, None
-        if room is None or not room.holds(self.keys, self.values) or room.keys.shape[2] < length + new:
-            keys, values = (_with_room(held, length + new) for held in (self.keys, self.values))
-        else:
-            keys, values = room.keys, room.values
+        if torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._nc_seen = self._nc_moved = None
+        if self.keys is None or not self._nc_may_grow(key_states, value_states):
+            return super().update(key_states, value_states, *args, **kwargs)
+        length, new = self.keys.shape[2], key_states.shape[2]
+        keys, values, *held = room or (self.keys, self.values)
+        right = bool(held) and held[0] is self.keys and held[1] is self.values
+        if not right or keys.is_inference() != torch.is_inference_mode_enabled() or keys.shape[2] < length + new:
+            keys, values = (_with_room(tensor, length + new) for tensor in (self.keys, self.values))
         keys.narrow(2, length, new).copy_(key_states)
         values.narrow(2, length, new).copy_(value_states)
         self.keys, self.values = keys.narrow(2, 0, length + new), values.narrow(2, 0, length + new)
-        self._nc_room = Room(keys, values, self.keys, self.values)
-        return self.nc_hand((self.keys, self.values))
+        self._nc_room = (keys, values, self.keys, self.values)
+        return self.keys, self.values
 
     def _nc_may_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether new keys may be written into memory that is there: not where a gradient or a graph is recorded."""
-        assert self.keys is not None
-        if not self.keys.numel() or torch.compiler.is_compiling():
-            return False
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (key_states, value_states, self.keys)):
-            return False
+        """Whether new keys may be written into memory that is there: not where a gradient is recorded."""
         keys, values = self.keys, self.values
-        alike = key_states.dtype == keys.dtype and value_states.dtype == values.dtype
+        assert keys is not None
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or keys.requires_grad):
+            return False
+        alike = key_states.dtype == keys.dtype and value_states.dtype == values.dtype and keys.numel() > 0
         return alike and key_states.shape[0] == keys.shape[0] and value_states.shape[0] == values.shape[0]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -275,12 +247,16 @@ class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
     # Whether it holds keys: its length lies on the device, and is not read at every call.
     nc_filled = False
 
+    def nc_started(self) -> bool:
+        """Whether it holds keys."""
+        return self.nc_filled or bool(self.nc_indexes)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not torch.compiler.is_compiling():
-            self.nc_filled = True
-        return self.nc_hand(super().update(key_states, value_states, *args, **kwargs))
+            self.nc_filled, self._nc_seen, self._nc_moved = True, None, None
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def reset(self) -> None:
         self.nc_filled = False
@@ -291,7 +267,7 @@ class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
 
 
 # Exactly these classes: a subclass may keep its keys in another form.
-_INDEXED: dict[type, type] = {DynamicLayer: IndexedDynamicLayer, StaticLayer: IndexedStaticLayer}
+_INDEXED: dict[type, Any] = {DynamicLayer: IndexedDynamicLayer, StaticLayer: IndexedStaticLayer}
 
 
 def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
@@ -308,7 +284,7 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
         if getattr(cache, "layer_class_to_replicate", None) is None:
             return None
         cache.layers.append(cache.layer_class_to_replicate())
-    found = cache.layers[layer]
+    found: Any = cache.layers[layer]
     compiling = torch.compiler.is_compiling()
     if not isinstance(found, KeyIndexMixin):
         indexed = None if compiling else _INDEXED.get(type(found))
@@ -318,14 +294,10 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
         plain, found = found, object.__new__(indexed)
         found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
         cache.layers[layer] = found
-        if isinstance(found, IndexedStaticLayer):
-            found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
+        found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
     if not compiling:
         found.nc_check()
-    if isinstance(found, IndexedStaticLayer):
-        return LayerCache(found, found.nc_filled or bool(found.nc_indexes))
-    length = found.get_seq_length()
-    return LayerCache(found, length > 0 if isinstance(length, int) else bool(found.nc_indexes))
+    return LayerCache(found, found.nc_started())
 
 
 class Indexes(NamedTuple):
@@ -344,17 +316,28 @@ def indexes_of(config: NCConfig, problem: Problem, cache: LayerCache | None, dec
 
     With ``later`` those that the cache keeps have room for the new keys, which decoding takes in itself.
     """
-    selection, kind = config.decode, config.decode.index_kind
+    selection, kind, layer = config.decode, config.decode.index_kind, None if cache is None else cache.layer
     if not problem.visible.numel():
         return Indexes()
+
+    def kept(kind: str, page_size: int) -> KeyIndex | None:
+        if layer is None or in_transform():
+            return None
+        if torch.compiler.is_compiling():
+            index = layer.nc_indexes.get(kind)
+            if index is None or index.is_unstarted():
+                return None  # what would have to be built waits for a call outside the graph
+        elif kind in layer.nc_never:
+            return None
+        return layer.nc_update(problem, kind, page_size, config.backend, later)
+
     index = means = None
-    page_size = selection.page_size
     if kind is not None:
         backend, _ = choose_backend(config.backend, problem.key.device, head_dims=problem.head_dims)
         if config.key_index == "always" or (config.key_index == "auto" and backend in LAYOUTS[kind].pays_on):
-            index = _kept_index(config, problem, cache, kind, page_size, later)
+            index = kept(kind, selection.page_size)
     if selection.uses_means and config.key_index != "never":
-        means = _kept_index(config, problem, cache, "means", 1, later)
+        means = kept("means", 1)
     new = problem.visible.shape[1] if later and (index is not None or means is not None) else 0
     if index is None and decoding and selection.needs_index and kind is not None:
         if in_transform():
@@ -363,23 +346,8 @@ def indexes_of(config: NCConfig, problem: Problem, cache: LayerCache | None, dec
                 'it, or without an index: decode="topk" or "window"'
             )
         # The same choice as with an index that is kept, from one that is not.
-        return Indexes(_built(problem, kind, page_size, config.backend), means)
+        return Indexes(_built(problem, kind, selection.page_size, config.backend), means)
     return Indexes(index, means, new)
-
-
-def _kept_index(
-    config: NCConfig, problem: Problem, cache: LayerCache | None, kind: str, block_size: int, later: bool
-) -> KeyIndex | None:
-    """The index of a kind that a cache layer keeps, see ``indexes_of``; None where the cache can keep none."""
-    layer = None if cache is None else cache.layer
-    if layer is None or in_transform():
-        return None
-    if torch.compiler.is_compiling():
-        if kind not in layer.nc_indexes or layer.nc_unstarted(kind):
-            return None  # what would have to be built waits for a call outside the graph
-    elif kind in layer.nc_never:
-        return None
-    return layer.nc_update(problem, kind, block_size, config.backend, later)
 
 
 def _built(problem: Problem, kind: str, block_size: int, backend: str) -> KeyIndex:

@@ -10,17 +10,12 @@ from nc_patch.config import NCConfig
 from nc_patch.ops.problem import Problem
 from nc_patch.stats import LayerCounters
 
-# The attribute of an attention module that holds its LayerPatch.
-PATCH_ATTRIBUTE = "_nc_patch"
+PATCH_ATTRIBUTE = "_nc_patch"  # of an attention module: its LayerPatch
 
 
 class Observed(NamedTuple):
-    """One call of attention, as an observer sees it.
-
-    Attributes:
-        layer: index of the layer.
-        problem: what attention was computed of; its budget may be empty.
-        output: ``[B, Hq, Lq, Dv]``, which goes on through the model.
+    """One call of attention of a layer, as an observer sees it: the problem, whose budget may be empty, and the output
+    ``[B, Hq, Lq, Dv]``, which goes on through the model.
     """
 
     layer: int
@@ -30,9 +25,7 @@ class Observed(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerPatch:
-    """What one attention module needs to know: its settings, its place, what ran before, its counters, and who else
-    wants to see its calls.
-    """
+    """What one attention module needs to know; ``observe`` is who else sees its calls."""
 
     config: NCConfig
     layer: int

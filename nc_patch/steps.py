@@ -17,6 +17,7 @@ from nc_patch.layers import LayerPatch
 from nc_patch.ops.derivatives import in_transform
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.selections.index import LAYOUTS
 
 _ATTRIBUTE = "_nc_step"
 
@@ -25,11 +26,11 @@ class Step(NamedTuple):
     """What the layers of one forward pass have in common.
 
     Attributes:
-        config: of the model. run: of ``Selection.bound``.
+        config, module_config: of the model. run: of ``Selection.bound``.
         problem: of the first layer; what it sees, its budgets and its settings are those of all.
         alike: what of query, key and value the computation was chosen for and checked, and the scale.
-        module_config: of the model. arguments: what else the attention function was given, the cache aside.
-        kinds: of the key indexes that each layer keeps: of the one that is chosen by, and of means; see ``kinds_of``.
+        arguments: what else the attention function was given, the cache aside.
+        kinds: kind, page size and capacity of the key indexes that each layer keeps: to choose by, and of means.
         paged: whether pages are counted from the first index's origin. budgets: of each layer, where they differ.
         dense_layers: those that attend every key.
     """
@@ -47,13 +48,17 @@ class Step(NamedTuple):
 
 
 def remember(
-    mask: torch.Tensor, module: torch.nn.Module, problem: Problem, arguments: dict[str, Any], **fields: Any
+    mask: torch.Tensor, module: Any, problem: Problem, arguments: dict[str, Any], kept: Indexes, **fields: Any
 ) -> None:
     """Keeps a step for the layers after this one, on the mask that they share; ``fields`` are its others."""
-    alike = _alike(problem[:3], arguments)
+    fields["alike"], fields["dense_layers"] = _alike(problem[:3], arguments), _dense_layers(fields["config"])
     others = {name: value for name, value in arguments.items() if name not in ("nc_layer_cache", "scaling")}
-    fields |= {"alike": alike, "module_config": module.config, "dense_layers": _dense_layers(fields["config"])}
-    step = Step(problem=problem, arguments=others, **fields)
+    indexes = [index for index in (kept.choosing, kept.means) if index is not None]
+    kinds = tuple((index.kind, index.block_size, index.capacity) for index in indexes)
+    paged = kept.choosing is not None and LAYOUTS[kept.choosing.kind].paged
+    step = Step(
+        problem=problem, module_config=module.config, arguments=others, kinds=kinds, paged=paged, **fields
+    )  # fmt: skip
     setattr(mask, _ATTRIBUTE, step)
 
 
@@ -78,8 +83,7 @@ def repeat(
 ) -> torch.Tensor | None:
     """Attention ``[B, Hq, Lq, Dv]`` of a layer whose forward pass has a step that fits; None where there is none.
 
-    Args:
-        tensors: query, key and value. arguments: what else the attention function was given.
+    ``arguments`` are what the attention function was given beside query, key and value.
     """
     step: Step | None = getattr(mask, _ATTRIBUTE, None)
     cache: LayerCache | None = arguments.get("nc_layer_cache")
@@ -115,12 +119,6 @@ def repeat(
     return result.output
 
 
-def kinds_of(kept: Indexes) -> tuple[tuple[str, int, int], ...]:
-    """The kinds, page sizes and capacities of the indexes that a layer decodes by."""
-    indexes = [index for index in (kept.choosing, kept.means) if index is not None]
-    return tuple((index.kind, index.block_size, index.capacity) for index in indexes)
-
-
 @lru_cache(maxsize=64)
 def _dense_layers(config: NCConfig) -> frozenset[int]:
     by_law = range(config.layers) if config.layers is not None else ()
@@ -132,5 +130,5 @@ def _alike(tensors: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> tupl
     return (
         *(query.shape, query.stride(), query.dtype, query.device, query.data_ptr() & 15),
         *(key.shape, key.stride(), key.dtype, key.device, key.data_ptr() & 15),
-        *(value.shape, value.stride(), value.dtype, value.data_ptr() & 15, arguments["scaling"]),
+        *(value.shape, value.stride(), value.dtype, value.data_ptr() & 15, arguments.get("scaling")),
     )

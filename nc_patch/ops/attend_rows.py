@@ -4,14 +4,14 @@ Which keys are attended is piecewise constant in the inputs, so that almost ever
 keys is the gradient.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from nc_patch.ops.means import TAIL_PAGE_SIZE, page_starts, spread_over_pages
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import (
+    Choice,
     RowBlock,
     RowStats,
     final_scores_,
@@ -20,15 +20,6 @@ from nc_patch.ops.rows import (
     softmax_,
     weighted_values,
 )
-
-
-class Choice(Protocol):
-    """Which keys rows attend; see ``nc_patch.selections.base.Choice``."""
-
-    blocks: Iterable[RowBlock]
-
-    def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
-        """Which keys are attended, bool ``[Hq or 1, R, N]``, by their scores q·k, float32 ``[Hq, R, N]``."""
 
 
 def attend_rows(problem: Problem, choice: Choice) -> AttentionResult:
@@ -40,73 +31,75 @@ def attend_rows(problem: Problem, choice: Choice) -> AttentionResult:
     output = query.new_zeros(*query.shape[:3], problem.value.shape[-1])
     stats = RowStats(query, sinks, problem.stats)
     for block in choice.blocks:
-        seen = problem.visible[block.batch, block.rows]
-        empty = seen[:, 1] <= seen[:, 0]
-        rows_query, keys, values = _parts(problem, block)
-        scores = scores_of(rows_query, keys)
-        keep = choice.keep(scores, block)
-        final_scores_(scores, problem.scale, problem.softcap)
-        if problem.stats:
-            position = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
-            dense = torch.logsumexp(hide_unseen_(scores.clone(), seen, position), -1)
-        scores.masked_fill_(~keep, -torch.inf)
-        pages = _pages_of(problem, block, rows_query, scores)
-        joined = scores if pages is None else torch.cat((scores, pages.logits), -1)
-        if problem.stats:
-            kept = torch.logsumexp(scores, -1)
-            stats.record(block, kept, dense, empty, kept if pages is None else torch.logsumexp(joined, -1))
-        weights = softmax_(joined, None if sinks is None else sinks[:, None])
-        found = weighted_values(weights, values, *(() if pages is None else (pages.value,)))
-        output[block.batch, :, block.rows] = found.masked_fill_(empty[:, None], 0.0).to(output.dtype)
+        rows = _scored(problem, choice, block)
+        if rows.dense is not None:
+            kept = torch.logsumexp(rows.logits[..., : block.high - block.low], -1)
+            with_means = None if rows.missing is None else torch.logsumexp(rows.logits, -1)
+            stats.record(block, kept, rows.dense, rows.empty, with_means)
+        weights = softmax_(rows.logits, None if sinks is None else sinks[:, None])
+        found = weighted_values(weights, *rows.values)
+        output[block.batch, :, block.rows] = found.masked_fill_(rows.empty[:, None], 0.0).to(output.dtype)
     return AttentionResult(output, *stats.results())
 
 
-def _parts(problem: Problem, block: RowBlock) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The queries ``[Hq, R, D]``, keys ``[Hkv, N, D]`` and values ``[Hkv, N, Dv]`` of a block in float32."""
-    b, span = block.batch, slice(block.low, block.high)
-    return problem.query[b, :, block.rows].float(), problem.key[b, :, span].float(), problem.value[b, :, span].float()
-
-
-class _Pages(NamedTuple):
-    """P page means that join the softmax of R rows.
+class _Scored(NamedTuple):
+    """R rows of a block, and what joins their softmax: N keys and P page means, where there are any.
 
     Attributes:
-        slots: where they are among ``problem.means``. key, value: float32 ``[Hkv, P, D or Dv]``.
-        logits: float32 ``[H, R, P]``, final scores plus the logarithm of ``missing``; -inf where a page does not count.
-        missing: float32 ``[H, R, P]``, how many keys of each page the row does not attend.
+        empty: bool ``[R]``, which rows see no key. query: float32 ``[Hq, R, D]``.
+        keys, values: float32 ``[Hkv, N, D or Dv]``, and ``[Hkv, P, D or Dv]`` of the page means.
+        logits: float32 ``[Hq, R, N + P]``, final scores, of a page plus the logarithm of ``missing``; -inf where a key
+            is not attended or a page does not count.
+        dense: float32 ``[Hq, R]``, the log-sum-exp over the visible keys, with ``problem.stats``.
+        slots: where the pages are among ``problem.means``.
+        missing: float32 ``[Hq, R, P]``, how many keys of each page a row does not attend.
     """
 
-    slots: slice
-    key: torch.Tensor
-    value: torch.Tensor
+    empty: torch.Tensor
+    query: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
     logits: torch.Tensor
-    missing: torch.Tensor
+    dense: torch.Tensor | None = None
+    slots: slice = slice(0)
+    missing: torch.Tensor | None = None
 
 
-def _pages_of(problem: Problem, block: RowBlock, query: torch.Tensor, scores: torch.Tensor) -> _Pages | None:
-    """The page means of a block of rows ``query [H, R, D]``; None where there are none.
-
-    ``scores``: final ones, float32 ``[H, R, N]``, -inf where a key is not attended.
-    """
+def _scored(problem: Problem, choice: Choice, block: RowBlock) -> _Scored:
+    """The rows of a block with their scores."""
+    b, span, seen = block.batch, slice(block.low, block.high), problem.visible[block.batch, block.rows]
+    query, key, value = (
+        t[b, :, of].float() for t, of in ((problem.query, block.rows), (problem.key, span), (problem.value, span))
+    )
+    scores = scores_of(query, key)
+    keep = choice.keep(scores, block)
+    final_scores_(scores, problem.scale, problem.softcap)
+    dense = None
+    if problem.stats:
+        position = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
+        dense = torch.logsumexp(hide_unseen_(scores.clone(), seen, position), -1)
+    scores.masked_fill_(~keep, -torch.inf)
+    alone = _Scored(seen[:, 1] <= seen[:, 0], query, [key], [value], scores, dense)
     if problem.means is None:
-        return None
-    size, begin = TAIL_PAGE_SIZE, int(problem.origin[block.batch, block.first])
+        return alone
+    size, begin = TAIL_PAGE_SIZE, int(problem.origin[b, block.first])
     first = -((begin - block.low) // size)
     count = (block.high - 1 - begin) // size - first
     if count <= 0:
-        return None
+        return alone
     slots = slice(first + begin // size, first + begin // size + count)
-    key, value = (mean[block.batch, :, slots].float() for mean in problem.means)
+    mean_key, mean_value = (mean[b, :, slots].float() for mean in problem.means)
     column = begin + first * size - block.low
     attended = (scores[..., column : column + count * size] > -torch.inf).unflatten(-1, (count, size))
     missing = size - attended.sum(-1, dtype=torch.uint8).float()
-    logits = final_scores_(scores_of(query, key), problem.scale, problem.softcap)
-    seen, page = problem.visible[block.batch, block.rows], torch.arange(first, first + count, device=query.device)
+    logits = final_scores_(scores_of(query, mean_key), problem.scale, problem.softcap)
+    page = torch.arange(first, first + count, device=query.device)
     own = torch.div(seen[:, 1:] - 1 - begin, size, rounding_mode="floor")
     left_out = (begin + page * size < seen[:, :1]) | (page >= own)
     # A page that is attended whole is left out whatever its mean holds: NaN less infinity would be NaN.
     logits.add_(missing.log()).masked_fill_(left_out | (missing == 0), -torch.inf)
-    return _Pages(slots, key, value, logits, missing)
+    joined = torch.cat((scores, logits), -1)
+    return _Scored(alone.empty, query, [key, mean_key], [value, mean_value], joined, dense, slots, missing)
 
 
 def attention_gradients(
@@ -117,50 +110,41 @@ def attention_gradients(
     ``choice`` is the same as in the forward pass. Through page means keys and values get a gradient too.
     """
     query, key, value, sinks, means = problem.query, problem.key, problem.value, problem.sinks, problem.means
-    Hq, Hkv = query.shape[1], key.shape[1]
+    problem, Hkv = problem._replace(stats=False), key.shape[1]
     zeros = lambda shape: torch.zeros(shape, dtype=torch.float32, device=query.device)  # noqa: E731
-    grad_query, grad_key, grad_value, grad_sinks = map(zeros, (query.shape, key.shape, value.shape, Hq))
+    grad_query, grad_key, grad_value, grad_sinks = map(zeros, (query.shape, key.shape, value.shape, query.shape[1]))
     grad_means = [] if means is None else [zeros(mean.shape) for mean in means]
     for block in choice.blocks:
         b, span, length = block.batch, slice(block.low, block.high), block.high - block.low
-        seen = problem.visible[b, block.rows]
-        empty = (seen[:, 1] <= seen[:, 0])[:, None]
-        q, k, v = _parts(problem, block)
-        scores = scores_of(q, k)
-        keep = choice.keep(scores, block)
-        joined = final_scores_(scores, problem.scale, problem.softcap).masked_fill_(~keep, -torch.inf)
-        pages = _pages_of(problem, block, q, joined)
-        if pages is not None:
-            joined = torch.cat((joined, pages.logits), -1)
-            k, v = torch.cat((k, pages.key), 1), torch.cat((v, pages.value), 1)
+        rows = _scored(problem, choice, block)
+        joined, empty, q = rows.logits, rows.empty[:, None], rows.query
         # With blocks a row may see keys and attend none of them.
         nothing = empty | (joined.amax(-1, keepdim=True) == -torch.inf)
         slope = None
         if problem.softcap:
             capped = joined.clone()
-            if pages is not None:
-                capped[..., length:] -= pages.missing.log()
+            if rows.missing is not None:
+                capped[..., length:] -= rows.missing.log()
             slope = (1 - (capped / problem.softcap).square()).masked_fill_(joined == -torch.inf, 0.0)
         logits = None if sinks is None else sinks.float()[:, None]
         to_sink = None if logits is None else torch.sigmoid(logits - torch.logsumexp(joined, -1))
         weights = softmax_(joined, logits).masked_fill_(nothing, 0.0)
-        grad = grad_output[b, :, block.rows].float().masked_fill(empty, 0.0)
+        grad = _grouped(grad_output[b, :, block.rows].float().masked_fill(empty, 0.0), Hkv)
 
-        grad_values = _grouped(weights, Hkv).transpose(1, 2) @ _grouped(grad, Hkv)
-        grad_weights = (_grouped(grad, Hkv) @ v.transpose(1, 2)).view_as(weights)
+        grad_values = _grouped(weights, Hkv).transpose(1, 2) @ grad
+        grad_weights = (grad @ torch.cat(rows.values, 1).transpose(1, 2)).view_as(weights)
         mean = (weights * grad_weights).sum(-1, keepdim=True)
         if to_sink is not None:
-            grad_sinks -= (to_sink.masked_fill(empty[:, 0], 0.0) * mean[..., 0]).sum(-1)
+            grad_sinks -= (to_sink.masked_fill(rows.empty, 0.0) * mean[..., 0]).sum(-1)
         grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(problem.scale)
         if slope is not None:
             grad_scores.mul_(slope)
-        grad_query[b, :, block.rows] = (_grouped(grad_scores, Hkv) @ k).view_as(q)
+        grad_query[b, :, block.rows] = (_grouped(grad_scores, Hkv) @ torch.cat(rows.keys, 1)).view_as(q)
         grad_keys = _grouped(grad_scores, Hkv).transpose(1, 2) @ _grouped(q, Hkv)
         grad_key[b, :, span] += grad_keys[:, :length]
         grad_value[b, :, span] += grad_values[:, :length]
-        if pages is not None:
-            grad_means[0][b, :, pages.slots] += grad_keys[:, length:]
-            grad_means[1][b, :, pages.slots] += grad_values[:, length:]
+        for of_means, part in zip(grad_means, (grad_keys, grad_values), strict=False):
+            of_means[b, :, rows.slots] += part[:, length:]
     if means is not None:
         starts = page_starts(problem.visible, problem.origin, key.shape[2])
         for whole, of_means in zip((grad_key, grad_value), grad_means, strict=True):

@@ -5,8 +5,7 @@ are float32.
 """
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,8 +18,7 @@ MOST_ROWS = 128
 SCORES_PER_BLOCK = 1 << 22
 
 
-@dataclass(frozen=True)
-class RowBlock:
+class RowBlock(NamedTuple):
     """Rows ``first:last`` of the sequence ``batch``, and the keys ``low:high`` that any of them sees."""
 
     batch: int
@@ -41,8 +39,7 @@ class Rows(NamedTuple):
     Attributes:
         visible: int32 ``[R, 2]``, the half-open interval of keys that each row sees.
         budget: int32 ``[H or 1, R]``, how many keys each head and row attends, at most as many as it sees.
-        origin: int32 ``[R]``, the position at which each row's sequence begins.
-        low: the position of the first key.
+        origin: int32 ``[R]``, the position at which each row's sequence begins. low: the position of the first key.
         group: how many heads share a key/value head, side by side.
     """
 
@@ -109,6 +106,24 @@ def _by_sequence(block: RowBlock, visible: torch.Tensor, origin: torch.Tensor) -
             yield RowBlock(block.batch, first, last, int(seen[:, 0].min()), int(seen[:, 1].max()))
 
 
+class Choice:
+    """Which keys the rows of a problem attend, by ``blocks`` of rows that together hold every row that sees a key."""
+
+    def __init__(self, problem: Problem, keep: Callable[[torch.Tensor, Rows], torch.Tensor]) -> None:
+        self._problem, self._keep = problem, keep
+        rows = rows_per_block(problem.query.shape[1], problem.key.shape[2])
+        origin = None if problem.means is None else problem.origin
+        self.blocks: Iterable[RowBlock] = row_blocks(problem.visible, rows, origin)
+
+    def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
+        """Which keys are attended, bool ``[Hq or 1, R, N]``.
+
+        Args:
+            scores: q·k, float32 ``[Hq, R, N]``, of the rows of ``block`` and the keys ``block.low:block.high``.
+        """
+        return self._keep(scores, Rows.of(self._problem, block))
+
+
 def scores_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """q·k: ``[Hq, R, D]`` with ``[Hkv, N, D]`` gives ``[Hq, R, N]``, query heads in groups of G."""
     (Hq, R, D), (Hkv, N, _) = query.shape, key.shape
@@ -164,25 +179,20 @@ class RowStats:
     """Collects lse and kept mass, ``float32 [B, Hq, Lq]`` each, row block by row block; holds nothing unless wanted."""
 
     def __init__(self, query: torch.Tensor, sinks: torch.Tensor | None, wanted: bool) -> None:
-        self.wanted, self._sinks = wanted, sinks
-        shape = query.shape[:3] if wanted else (0,)
-        self.lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device)
-        self.kept_mass = torch.ones(shape, dtype=torch.float32, device=query.device)
-        if wanted and sinks is not None:
-            self.lse.copy_(sinks[None, :, None].expand(shape))
+        self.wanted, self._sinks = wanted, None if sinks is None else sinks[:, None]
+        shape = query.shape[:3] if wanted else (*query.shape[:2], 0)
+        self.lse, self.kept_mass = (query.new_full(shape, x, dtype=torch.float32) for x in (-torch.inf, 1.0))
+        if sinks is not None:
+            self.lse[:] = sinks[:, None]
 
     def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Log-sum-exp and kept mass, or twice None."""
         return (self.lse, self.kept_mass) if self.wanted else (None, None)
 
     def record(
-        self,
-        block: RowBlock,
-        attended: torch.Tensor,
-        dense: torch.Tensor,
-        empty: torch.Tensor,
+        self, block: RowBlock, attended: torch.Tensor, dense: torch.Tensor, empty: torch.Tensor,
         with_means: torch.Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Takes the log-sum-exp ``[H, R]`` over attended keys, visible keys, and attended keys and page means.
 
         ``empty`` bool ``[R]``: which rows see no key.
@@ -190,5 +200,5 @@ class RowStats:
         self.kept_mass[block.batch, :, block.rows] = torch.where(empty, 1.0, torch.exp(attended - dense))
         lse = attended if with_means is None else with_means
         if self._sinks is not None:
-            lse = torch.logaddexp(lse, self._sinks[:, None].expand_as(lse))
+            lse = torch.logaddexp(lse, self._sinks)
         self.lse[block.batch, :, block.rows] = lse

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,28 +11,10 @@ from nc_patch.common import check_bool, check_choice, shown
 from nc_patch.ops.attend_rows import attend_rows
 from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
 from nc_patch.ops.reference import raw_scores, reference_attention
-from nc_patch.ops.rows import RowBlock, Rows, row_blocks, rows_per_block
+from nc_patch.ops.rows import Choice, RowBlock, Rows
 from nc_patch.selections.index import extend
 
 Kind = TypeVar("Kind", bound="type[Selection]")
-
-
-class Choice:
-    """Which keys the rows of a problem attend, by ``blocks`` of rows that together hold every row that sees a key."""
-
-    def __init__(self, problem: Problem, selection: "Selection") -> None:
-        self._problem, self._selection = problem, selection
-        rows = rows_per_block(problem.query.shape[1], problem.key.shape[2])
-        origin = None if problem.means is None else problem.origin
-        self.blocks: Iterable[RowBlock] = row_blocks(problem.visible, rows, origin)
-
-    def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
-        """Which keys are attended, bool ``[Hq or 1, R, N]``.
-
-        Args:
-            scores: q·k, float32 ``[Hq, R, N]``, of the rows of ``block`` and the keys ``block.low:block.high``.
-        """
-        return self._selection.keep(scores, Rows.of(self._problem, block))
 
 
 class Selection:
@@ -66,12 +48,6 @@ class Selection:
     bounds_kept_mass: ClassVar[bool] = False
     on_host: ClassVar[tuple[tuple[str, str], ...]] = (("prefill", "torch"), ("decode", "torch"))
 
-    prefill_triton: ClassVar[Callable[..., AttentionResult] | None] = None
-    prefill_cpu: ClassVar[Callable[..., AttentionResult] | None] = None
-    decode_torch: ClassVar[Callable[..., AttentionResult] | None] = None
-    decode_cpu: ClassVar[Callable[..., AttentionResult] | None] = None
-    decode_triton: ClassVar[Callable[..., AttentionResult] | None] = None
-
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Which keys rows attend: exactly as many as their budget, none that they do not see.
 
@@ -81,9 +57,6 @@ class Selection:
 
         Returns:
             bool ``[H or 1, R, N]``.
-
-        Raises:
-            NotImplementedError: the class has no ``keep``.
         """
         raise NotImplementedError(f"{type(self).__name__} must say which keys it keeps")
 
@@ -91,8 +64,8 @@ class Selection:
         """Which keys queries attend, bool ``[B, Hq, Lq, Lk]``, by their scores q·k, float64 ``[B, Hq, Lq, Lk]``."""
         attended = torch.zeros_like(scores, dtype=torch.bool)
         for b in range(len(scores)):
-            rows = Rows(problem.visible[b], problem.budget[b], problem.origin[b], 0, problem.group)
-            attended[b] = self.keep(scores[b], rows)
+            rows = RowBlock(b, 0, scores.shape[2], 0, scores.shape[3])
+            attended[b] = self.keep(scores[b], Rows.of(problem, rows))
         return attended & visible_mask(problem.visible, scores.shape[-1])
 
     def reference(self, problem: Problem, decode: bool = False) -> AttentionResult:
@@ -120,7 +93,7 @@ class Selection:
 
     def choice(self, problem: Problem) -> Choice:
         """What each block of rows attends, for a forward or backward pass in PyTorch."""
-        return Choice(problem, self)
+        return Choice(problem, self.keep)
 
     def prefill_torch(self, problem: Problem) -> AttentionResult:
         """Attention in PyTorch without an index, in blocks of rows: O(rows · keys) extra memory."""
@@ -135,8 +108,7 @@ class Selection:
         """Attention on ``backend``, by the index where the problem has one; ``new`` keys are taken in first."""
         if problem.new and not self.takes_in(problem, backend):
             problem = extend(problem, self.index_kind, backend)
-        implementation: Any = getattr(self, f"{problem.phase}_{backend}")
-        result: AttentionResult = implementation(problem)
+        result: AttentionResult = getattr(self, f"{problem.phase}_{backend}")(problem)
         return result
 
     def bound(self, problem: Problem, backend: str) -> Callable[[Problem], AttentionResult]:
@@ -147,7 +119,7 @@ class Selection:
 
     def backends(self, phase: str) -> tuple[str, ...]:
         """The backends that have the phase, ``"prefill"`` or ``"decode"``."""
-        return tuple(name for name in ("triton", "cpu", "torch") if getattr(self, f"{phase}_{name}") is not None)
+        return tuple(name for name in ("triton", "cpu", "torch") if hasattr(self, f"{phase}_{name}"))
 
     def numbers(self) -> list[float]:
         """The options as numbers, which is how operations of ``torch.library`` take them."""
@@ -187,11 +159,10 @@ def register(name: str) -> Callable[[Kind], Kind]:
     """
 
     def add(kind: Kind) -> Kind:
-        options = fields(kind)  # type: ignore[arg-type]
-        kind.name, kind.options = name, tuple(option.name for option in options)
-        for option in options:
+        kind.name, kind.options = name, tuple(option.name for option in fields(kind))  # type: ignore[arg-type]
+        for option in fields(kind):  # type: ignore[arg-type]
             listed = option.default in kind.choices.get(option.name, ())
-            if option.default is MISSING or not (listed or isinstance(option.default, (int, float, type(None)))):
+            if not listed and not isinstance(option.default, (int, float, type(None))):
                 raise TypeError(
                     f"{kind.__name__}.{option.name} needs a default that is a number, a bool or None, or a string of "
                     "its choices"
@@ -208,11 +179,7 @@ def selection_names() -> tuple[str, ...]:
 
 
 def selection_class(name: str) -> "type[Selection]":
-    """The selection of a name.
-
-    Raises:
-        ValueError: there is none; the message lists those there are.
-    """
+    """The selection of a name; raises ValueError where there is none, which lists those there are."""
     if not isinstance(name, str) or name not in _SELECTIONS:
         raise ValueError(f"a selection must be one of {', '.join(map(repr, _SELECTIONS))}, got {shown(name)}")
     return _SELECTIONS[name]

@@ -74,10 +74,28 @@ def reserve_for(length: int) -> int:
     return (length + max(_CAPACITY_UNIT, length // 64)) // _CAPACITY_UNIT * _CAPACITY_UNIT
 
 
-def write_index(
+def extend(problem: Problem, kind: str | None, backend: str) -> Problem:
+    """The problem after its index, of a kind, and its means have taken in its new keys, in place."""
+    end = problem.visible[..., 1].amax(-1)
+    tensors = [problem.key.detach(), problem.origin[:, -1], end - problem.new, end, problem.value.detach()]
+    for of_kind, index in (("means", problem.means), (kind, problem.key_index)):
+        if index and of_kind is not None:
+            _write([*index], tensors, of_kind, problem.new, problem.page_size, backend)
+    return problem._replace(new=0)
+
+
+def _write(
     index: list[torch.Tensor], tensors: list[torch.Tensor], kind: str, count: int, block_size: int, backend: str
 ) -> None:
-    """Takes new keys into the tensors of an index of one kind; see ``Layout.write``."""
+    """Takes new keys into the tensors of an index of one kind; ``tensors`` as in ``Layout.write``, value or not."""
+    tensors = tensors[: 4 + LAYOUTS[kind].takes_values]
+    write = _write_directly if runs_directly([*index, *tensors]) else _EXTEND[backend != "triton"]
+    write(index, tensors, kind, count, block_size, backend)
+
+
+def _write_directly(
+    index: list[torch.Tensor], tensors: list[torch.Tensor], kind: str, count: int, block_size: int, backend: str
+) -> None:
     with autocast_off(tensors[0]):
         LAYOUTS[kind].write(index, tensors, count, block_size, backend)
 
@@ -86,30 +104,10 @@ def write_index(
 _EXTEND: dict[bool, Any] = {}
 for _reads_host, _suffix in ((False, ""), (True, "_on_host")):
     _EXTEND[_reads_host] = torch.library.custom_op(
-        f"nc_patch::extend_index{_suffix}", write_index, mutates_args=("index",), tags=READS_HOST if _reads_host else ()
-    )
-    _EXTEND[_reads_host].register_fake(lambda index, tensors, kind, count, block_size, backend: None)
-
-
-def extend(problem: Problem, kind: str | None, backend: str) -> Problem:
-    """The problem after its index, of a kind, and its means have taken in its new keys, in place."""
-    end = problem.visible[..., 1].amax(-1)
-    key, value = problem.key.detach(), problem.value.detach()
-    tensors = [key, problem.origin[:, -1], end - problem.new, end]
-    indexes = [("means", [*problem.means])] if problem.means is not None else []
-    if problem.key_index and kind is not None:
-        indexes.append((kind, [*problem.key_index]))
-    for of_kind, index in indexes:
-        given = [*tensors, value] if LAYOUTS[of_kind].takes_values else tensors
-        _write(index, given, of_kind, problem.new, problem.page_size, backend)
-    return problem._replace(new=0)
-
-
-def _write(
-    index: list[torch.Tensor], tensors: list[torch.Tensor], kind: str, count: int, block_size: int, backend: str
-) -> None:
-    write = write_index if runs_directly([*index, *tensors]) else _EXTEND[backend != "triton"]
-    write(index, tensors, kind, count, block_size, backend)
+        f"nc_patch::extend_index{_suffix}", _write_directly, mutates_args=("index",),
+        tags=READS_HOST if _reads_host else (),
+    )  # fmt: skip
+    _EXTEND[_reads_host].register_fake(lambda *_: None)
 
 
 @dataclass(eq=False, repr=False)
@@ -117,11 +115,9 @@ class KeyIndex:
     """Index of the keys ``[B, Hkv, L, D]`` of one layer; made by ``build``, extended as keys arrive.
 
     Attributes:
-        kind: ``"codes"``, ``"pages"`` or ``"means"``.
-        block_size: keys per page of ``"pages"``.
+        kind: ``"codes"``, ``"pages"`` or ``"means"``. block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
-        capacity: how many keys fit without a new allocation.
-        head_dim, dtype: those of the keys.
+        capacity: how many keys fit without a new allocation. head_dim, dtype: those of the keys.
         unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
 
@@ -138,25 +134,16 @@ class KeyIndex:
 
     @classmethod
     def build(
-        cls,
-        key: torch.Tensor,
-        kind: str,
-        *,
-        value: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
-        end: torch.Tensor | None = None,
-        block_size: int = 16,
-        capacity: int | None = None,
-        backend: str = "auto",
-    ) -> "KeyIndex":
+        cls, key: torch.Tensor, kind: str, *, value: torch.Tensor | None = None, start: torch.Tensor | None = None,
+        end: torch.Tensor | None = None, block_size: int = 16, capacity: int | None = None, backend: str = "auto",
+    ) -> "KeyIndex":  # fmt: skip
         """Indexes keys that are there; reads nothing back from the device.
 
         Args:
             key: ``[B, Hkv, L, D]``, bfloat16, float16 or float32.
             kind: ``"codes"``, ``"pages"`` or ``"means"``.
             value: ``[B, Hkv, L, Dv]``, for ``"means"``.
-            start: int ``[B]``, where each sequence begins within L; by default 0.
-            end: int ``[B]``, where each sequence ends within L; by default L.
+            start, end: int ``[B]``, where each sequence begins and ends within L; by default 0 and L.
             block_size: keys per page.
             capacity: how many keys to make room for; by default L.
             backend: as in ``NCConfig``.
@@ -181,17 +168,13 @@ class KeyIndex:
         tensors, origin = dict(zip(layout.names, allocated, strict=True)), start.to(torch.int32).clone()
         index = cls(kind, block_size, origin, capacity, D, key.dtype, chosen, tensors)
         if L:
-            index._write(key, value, torch.zeros_like(index.origin), L, end)
+            index._write(key, value, torch.zeros_like(origin), end, L)
         return index
 
     def extend(self, key: torch.Tensor, count: int, end: torch.Tensor, value: torch.Tensor | None = None) -> None:
-        """Takes in the last ``count`` keys before ``end[b]`` of each sequence b.
+        """Takes in the last ``count`` keys before ``end[b]``, int ``[B]``, of each sequence b.
 
-        Args:
-            key: ``[B, Hkv, L, D]``, all keys of the layer.
-            count: how many are new.
-            end: int ``[B]``, where each sequence ends now.
-            value: ``[B, Hkv, L, Dv]``, for ``"means"``.
+        ``key`` and, for ``"means"``, ``value`` are all those of the layer, ``[B, Hkv, L, D or Dv]``.
 
         Raises:
             ValueError: keys or values that do not fit, or fewer of them than are new.
@@ -204,12 +187,24 @@ class KeyIndex:
             )
         _check(self.kind, key, value, end=end)
         self.make_room(key.shape[2])
-        self._write(key, value, end - new, new, end)
+        self._write(key, value, end - new, end, new)
+
+    def _write(
+        self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, end: torch.Tensor, count: int
+    ) -> None:
+        tensors = [key, self.origin, first, end, key if value is None else value]
+        _write([*self._tensors.values()], tensors, self.kind, count, self.block_size, self._backend)
 
     def make_room(self, length: int) -> None:
         """Makes room for ``length`` keys, with which what ``tensors`` returned before may be stale."""
-        if length > self.capacity:
-            self._reserve(length)
+        if length <= self.capacity:
+            return
+        layout, self.capacity = LAYOUTS[self.kind], reserve_for(length)
+        rows = layout.rows(self.capacity, self.block_size)
+        for name in self._tensors.keys() - set(layout.fixed):
+            old = self._tensors[name]
+            self._tensors[name] = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
+            self._tensors[name][:, :, : old.shape[2]] = old
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What the kernels read, in the order of the layout; what lies beyond the sequences' ends means nothing."""
@@ -234,13 +229,15 @@ class KeyIndex:
 
     def copy_selected_(self, indices: torch.Tensor) -> None:
         """``select`` with int64 ``[B]``, as many as sequences, into the same memory: static addresses stay."""
-        for tensor in self.everything():
-            tensor.copy_(tensor.index_select(0, indices.to(tensor.device)))
-        self._row_origins = None
+        self._map(lambda tensor: tensor.copy_(tensor.index_select(0, indices.to(tensor.device))))
 
     def repeat(self, repeats: int) -> None:
         """Repeats every sequence ``repeats`` times, copies side by side."""
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the index to a device."""
+        self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
@@ -248,13 +245,19 @@ class KeyIndex:
         twin._map(torch.clone)
         return twin
 
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._tensors = {name: change(tensor) for name, tensor in self._tensors.items()}
+        self.origin, self._row_origins = change(self.origin), None
+
     def is_frozen(self) -> bool:
         """Whether it was made or grew in inference mode, which is over: then only its clone may be written to."""
         return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.everything())
 
-    def to(self, device: torch.device | str) -> None:
-        """Moves the index to a device."""
-        self._map(lambda tensor: tensor.to(device, non_blocking=True))
+    def is_unstarted(self) -> bool:
+        """Whether it was made while a sequence had only padding, so that where it begins was not known."""
+        if isinstance(self.unstarted, torch.Tensor) and not torch.compiler.is_compiling():
+            self.unstarted = bool(self.unstarted)
+        return self.unstarted is True
 
     def everything(self) -> list[torch.Tensor]:
         """Everything that the index keeps."""
@@ -263,26 +266,6 @@ class KeyIndex:
     def nbytes(self) -> int:
         """Bytes that the index takes, reserve included."""
         return sum(tensor.nbytes for tensor in self.everything())
-
-    def _write(
-        self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, count: int, end: torch.Tensor
-    ) -> None:
-        tensors = [key, self.origin, first, end]
-        if LAYOUTS[self.kind].takes_values and value is not None:
-            tensors.append(value)
-        _write(list(self._tensors.values()), tensors, self.kind, count, self.block_size, self._backend)
-
-    def _reserve(self, length: int) -> None:
-        layout, self.capacity = LAYOUTS[self.kind], reserve_for(length)
-        rows = layout.rows(self.capacity, self.block_size)
-        for name in [name for name in self._tensors if name not in layout.fixed]:
-            old = self._tensors[name]
-            self._tensors[name] = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
-            self._tensors[name][:, :, : old.shape[2]] = old
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._tensors = {name: change(tensor) for name, tensor in self._tensors.items()}
-        self.origin, self._row_origins = change(self.origin), None
 
 
 def _check(kind: str, key: torch.Tensor, value: torch.Tensor | None, **given: torch.Tensor) -> None:
