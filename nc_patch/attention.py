@@ -18,6 +18,7 @@ from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed
 from nc_patch.masks import interval_mask
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_mapped, refuse_tangents
+from nc_patch.ops.derivatives import is_capturing as _capturing
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
 from nc_patch.selections import Dense, Selection
@@ -368,10 +369,6 @@ def _count(patch: LayerPatch, problem: Problem, own: torch.Tensor | None, dense_
         law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.dense_below)
         counts = once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))
     patch.counters.add(counts, dense_reason)
-
-
-def _capturing(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 AttentionInterface.register(IMPLEMENTATION, nc_attention_forward)

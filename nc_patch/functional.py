@@ -114,13 +114,12 @@ def sparse_attention(
         )
     origin = visible[..., 0] if origin is None else origin
     check_bool("return_stats", return_stats)
+    wants_bounds = return_kept_mass is not None
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
-    if index is not None:
-        check_index(index, key, chosen.index_kind, repr(chosen), Lq)
-    if means is not None:
-        check_index(means, key, "means" if chosen.uses_means else None, repr(chosen), Lq)
-    wants_bounds = return_kept_mass is not None
+    for given, kind in ((index, chosen.index_kind), (means, "means" if chosen.uses_means else None)):
+        if given is not None:
+            check_index(given, key, kind, repr(chosen), Lq)
     if wants_bounds and (index is None or not chosen.bounds_kept_mass):
         raise ValueError('bounds of the kept mass come from codes: pass index=KeyIndex.build(key, "codes")')
     if return_stats and index is not None and chosen.bounds_kept_mass:
@@ -179,29 +178,25 @@ def attend(problem: Problem, selection: Selection, backend: str) -> AttentionRes
     Returns:
         The output, with what the problem asks for; ``attended`` also where only the selection knows it.
     """
-    p, (chosen, reason) = problem, backend_of(problem, selection, backend)
+    chosen, reason = backend_of(problem, selection, backend)
     if reason is not None:
-        what = f"decoding by {selection.index_kind}" if p.phase == "decode" else f"{selection.name} attention"
+        what = f"decoding by {selection.index_kind}" if problem.phase == "decode" else f"{selection.name} attention"
         say_once(f"{what} runs on the PyTorch backend: {reason}.")
-    result = library.attend(selection, p, chosen)
-    if result.lse is not None and not p.stats and not p.bounds:
-        result = result._replace(lse=None)
-    if (p.stats or p.bounds) and result.attended is None:
-        budget = (p.over_all_keys() if isinstance(selection, Dense) else p).budget
-        result = result._replace(attended=budget.expand(p.query.shape[:3]).contiguous())
+    result = library.attend(selection, problem, chosen)
+    if not problem.stats and not problem.bounds:
+        return result if result.lse is None else result._replace(lse=None)
+    if result.attended is None:
+        budget = (problem.over_all_keys() if isinstance(selection, Dense) else problem).budget
+        result = result._replace(attended=budget.expand(problem.query.shape[:3]).contiguous())
     return result
 
 
 def backend_of(problem: Problem, selection: Selection, backend: str) -> tuple[str, str | None]:
     """Which backend runs a selection on a problem, and why no faster one; ``backend`` as in ``NCConfig``."""
     phase = problem.phase
-    return choose_backend(
-        backend,
-        problem.query.device,
-        head_dims=problem.head_dims,
-        needs_grad=phase == "prefill" and needs_gradient(*problem[:3], problem.sinks),
-        implemented=selection.backends(phase),
-    )
+    needs_grad = phase == "prefill" and needs_gradient(*problem[:3], problem.sinks)
+    options = {"head_dims": problem.head_dims, "needs_grad": needs_grad, "implemented": selection.backends(phase)}
+    return choose_backend(backend, problem.query.device, **options)  # type: ignore[arg-type]
 
 
 def check_index(index: KeyIndex, key: torch.Tensor, kind: str | None, used_by: str, query_length: int) -> None:
@@ -225,9 +220,8 @@ def check_index(index: KeyIndex, key: torch.Tensor, kind: str | None, used_by: s
 
 
 def check_sequences(visible: torch.Tensor, origin: torch.Tensor) -> None:
-    """Raises ValueError unless every interval lies within its own sequence; reads the tensors.
-
-    A sequence reaches from its origin to the next one in the same row of the batch.
+    """Raises ValueError unless every interval lies within its own sequence, which reaches from its origin to the next
+    one in the same row of the batch; reads the tensors.
     """
     far = torch.iinfo(torch.int32).max
     is_token, origin = visible[..., 1] > visible[..., 0], origin.contiguous()

@@ -39,15 +39,14 @@ def attend(selection: Selection, problem: Problem, backend: str) -> AttentionRes
         index = problem.kept()
         output, *found = op(tensors[: len(tensors) - len(index)], index, *rest)
     else:
-        output, *found = _call_transformed(op, *rest, *tensors) if in_transform() else op(tensors, *rest)
+        output, *found = _call_transformed(op, rest, tensors) if in_transform() else op(tensors, *rest)
     fields = zip(found, _fields(selection, problem), strict=True)
     return AttentionResult(output, *(field if wanted else None for field, (wanted, _, _) in fields))
 
 
 def operation(selection: Selection, problem: Problem, backend: str) -> Any:
     """The op that runs a problem: one that inductor leaves out of CUDA graphs, where the backend reads the host."""
-    on_host = (problem.phase, backend) in selection.on_host
-    return _OPERATIONS["decode" if problem.new else "attend", on_host]
+    return _OPERATIONS["decode" if problem.new else "attend", (problem.phase, backend) in selection.on_host]
 
 
 def arguments(selection: Selection, problem: Problem, backend: str) -> tuple[Any, ...]:
@@ -95,37 +94,28 @@ def _run_fake(
     return [output, *(output.new_empty(shape if wanted else 0, dtype=dtype) for wanted, shape, dtype in fields)]
 
 
-# The fields of an ``AttentionResult``: an op that changes tensors in place cannot return a list.
-_Fields = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]  # fmt: skip
-
-
-def _run_decode(
-    tensors: list[torch.Tensor], index: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int],
-    most: int, backend: str,
-) -> _Fields:  # fmt: skip
+def _run_decode(tensors: list[torch.Tensor], index: list[torch.Tensor], *rest: Any) -> tuple[torch.Tensor, ...]:
     """``_run`` of a problem whose ``index`` takes in new keys."""
-    return tuple(_run([*tensors, *index], selection, numbers, flags, most, backend))  # type: ignore[return-value]
+    return tuple(_run([*tensors, *index], *rest))
 
 
-def _run_decode_fake(
-    tensors: list[torch.Tensor], index: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int],
-    most: int, backend: str,
-) -> _Fields:  # fmt: skip
-    return tuple(_run_fake([*tensors, *index], selection, numbers, flags, most, backend))  # type: ignore[return-value]
+def _run_decode_fake(tensors: list[torch.Tensor], index: list[torch.Tensor], *rest: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(_run_fake([*tensors, *index], *rest))
 
 
+_REST = "str selection, float[] numbers, int[] flags, int most, str backend"
+# An op that changes tensors in place cannot return a list.
+_FIELDS = ", ".join(["Tensor"] * len(AttentionResult._fields))
 # By name, and whether it reads the device on the host.
 _OPERATIONS: dict[tuple[str, bool], Any] = {}
-for _name, _runs, _fakes, _mutates in (
-    ("attend", _run, _run_fake, ()),
-    ("decode", _run_decode, _run_decode_fake, ("index",)),
+for _name, _runs, _fakes, _index, _returns in (
+    ("attend", _run, _run_fake, "", "Tensor[]"),
+    ("decode", _run_decode, _run_decode_fake, "Tensor(a!)[] index, ", f"({_FIELDS})"),
 ):
     for _on_host in (False, True):
-        _op = torch.library.custom_op(
-            f"nc_patch::{_name}{'_on_host' * _on_host}", _runs, mutates_args=_mutates,
-            tags=READS_HOST if _on_host else (),
+        _op: Any = torch.library.custom_op(
+            f"nc_patch::{_name}{'_on_host' * _on_host}", _runs, mutates_args=("index",) if _index else (),
+            schema=f"(Tensor[] tensors, {_index}{_REST}) -> {_returns}", tags=READS_HOST if _on_host else (),
         )  # fmt: skip
         _op.register_fake(_fakes)
         _OPERATIONS[_name, _on_host] = _op
@@ -169,7 +159,7 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)  # to be asked for once: gradient checkpointing computes them when it is
     grad_output = grads[0][0] if isinstance(grads[0], (list, tuple)) else grads[0]
     if in_transform():
-        found = _BackwardInTransform.apply(*ctx.settings, grad_output, *tensors)
+        found = _InTransform.apply(_attend_backward, ctx.settings, grad_output, *tensors)
     else:
         found = _attend_backward(grad_output, tensors, *ctx.settings)
     has_sinks = ctx.settings[2][0]
@@ -199,46 +189,35 @@ _attend_backward.register_vmap(
 _attend_backward.register_autograd(refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
-class _AttendInTransform(torch.autograd.Function):
-    """``attend`` for the transforms of ``torch.func``, in which an op with a gradient takes no part."""
+class _InTransform(torch.autograd.Function):
+    """``attend`` or ``attend_backward`` in the transforms of ``torch.func``, which know no op with a gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: Any, selection: str, numbers: Any, flags: Any, most: int, backend: str, *tensors: Any) -> Any:
-        return tuple(op(list(tensors), selection, list(numbers), list(flags), most, backend))
+    def forward(op: Any, settings: tuple[Any, ...], *tensors: Any) -> Any:
+        given = (tensors[0], list(tensors[1:])) if op is _attend_backward else (list(tensors),)
+        return tuple(op(*given, *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _setup(ctx, (inputs[6:], *inputs[1:6]), output)
+        op, settings, *tensors = inputs
+        ctx.is_second = op is _attend_backward
+        if not ctx.is_second:
+            _setup(ctx, (tensors, *settings), output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if ctx.is_second:
+            refuse_second_derivative(ctx)
         of_tensors, *_ = _backward(ctx, *grads)
-        return *(None,) * 6, *of_tensors
+        return None, None, *of_tensors
 
-    jvp = staticmethod(refuse_forward_mode)  # type: ignore[assignment]
-
-
-class _BackwardInTransform(torch.autograd.Function):
-    """``attend_backward`` for the transforms of ``torch.func``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(selection: str, numbers: Any, flags: Any, grad_output: Any, *tensors: Any) -> Any:
-        return tuple(_attend_backward(grad_output, list(tensors), selection, list(numbers), list(flags)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    backward = staticmethod(refuse_second_derivative)
     jvp = staticmethod(refuse_forward_mode)  # type: ignore[assignment]
 
 
 @torch.compiler.disable(
     reason="sparse attention in a transform of torch.func (grad, vmap) runs outside of graphs: leave out fullgraph=True"
 )
-def _call_transformed(*arguments: Any) -> Any:
-    return _AttendInTransform.apply(*arguments)
+def _call_transformed(op: Any, settings: tuple[Any, ...], tensors: list[torch.Tensor]) -> Any:
+    return _InTransform.apply(op, settings, *tensors)

@@ -8,10 +8,12 @@ from torch.nn.functional import pad
 from transformers import masking_utils
 
 from nc_patch.common import UnsupportedMaskError
-from nc_patch.ops.derivatives import refuse_mapped
+from nc_patch.ops.derivatives import is_capturing, refuse_mapped
 from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
 
 MaskFunction = Callable[..., Any]
+# The first visible position and the origin of each query, int64 ``[B, Lq]``.
+Starts = tuple[torch.Tensor, ...]
 
 # Elements of a mask that are looked at together, to bound memory.
 _ELEMENTS_AT_ONCE = 1 << 24
@@ -31,9 +33,7 @@ def interval_mask(
     """The mask function that ``transformers`` calls: packed visible intervals instead of a mask.
 
     Args:
-        batch_size, q_length, kv_length: B, Lq and Lk.
         q_offset, kv_offset: positions of the first query and the first key within the whole context.
-        mask_function: causal, sliding, chunked, packed, an intersection of those, or plain bidirectional.
         attention_mask: the 2-D padding mask ``[B, positions]``, true for tokens; or the result of an earlier call.
         options: of ``transformers``: ``use_vmap`` where a model adds a function of its own, and ``local_size``.
 
@@ -77,17 +77,17 @@ def interval_mask(
         packed = _all_keys(batch_size, q_length, kv_length, padding, device)
         return seen(0, q_length) if packed is None else packed
     compiling = torch.compiler.is_compiling()
-    found: tuple[torch.Tensor, torch.Tensor] | None
+    found: Starts | None
     if compiling:
         found = _probe(mask_function, position.expand(batch_size, -1), options)
     else:
         found = _derive(mask_function, position)
     visibility: Visibility | None
-    if found is not None:
-        start, origin = (t.expand(batch_size, q_length) for t in found)
-        visibility = _within_keys(start, origin, position, padding, kv_offset, kv_length)
-    else:
+    if found is None:
         visibility = runs_of(seen_by_tokens(), kv_length)
+    else:
+        found = tuple(t.expand(batch_size, q_length) for t in found)
+        visibility = _within_keys(found, position, padding, kv_offset, kv_length)
     if visibility is None:
         mask = seen(0, q_length)
         mask._nc_function = getattr(mask_function, "__qualname__", repr(mask_function))  # type: ignore[attr-defined]
@@ -99,17 +99,12 @@ def interval_mask(
 
 
 def _within_keys(
-    start: torch.Tensor,
-    origin: torch.Tensor,
-    position: torch.Tensor,
-    padding: torch.Tensor | None,
-    kv_offset: int,
-    kv_length: int,
+    found: Starts, position: torch.Tensor, padding: torch.Tensor | None, kv_offset: int, kv_length: int
 ) -> Visibility:
-    """Intervals from ``start`` to the query's own position, int64 ``[B, Lq]``, as they lie among the keys of a call."""
-    end = (position + 1).expand_as(start)
+    """Intervals from their start to the query's own position, int64 ``[B, Lq]``, as they lie among a call's keys."""
+    start, origin = found
+    end, order = (position + 1).expand_as(start), None
     offset: int | torch.Tensor = kv_offset
-    order = None
     if padding is not None:
         # Cut to the tokens; a padding query sees nothing.
         first, stop, whole = _token_run(padding)
@@ -131,10 +126,7 @@ def _within_keys(
 def _all_keys(
     batch_size: int, q_length: int, kv_length: int, padding: torch.Tensor | None, device: torch.device | str
 ) -> torch.Tensor | None:
-    """Packed intervals of all keys that a 2-D padding mask leaves, with the column that marks them as not causal.
-
-    None where the padding mask has holes.
-    """
+    """Packed intervals of all keys but padding, with the column that says not causal; None where padding has holes."""
     visible = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 1, 2)
     if padding is not None:
         first, stop, whole = _token_run(padding)
@@ -160,8 +152,7 @@ def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]
     first = torch.where(padding, index, padding.shape[-1]).amin(-1, keepdim=True)
     stop = torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
     whole = (padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)).all()
-    capturing = padding.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing:
+    if torch.compiler.is_compiling() or is_capturing(padding):
         torch._assert_async(whole, _HOLES)
         return first, stop, True
     return first, stop, bool(whole)
@@ -216,7 +207,7 @@ def _parts(mask_function: MaskFunction, positions: torch.Tensor | None = None) -
         yield kind, closed | {"positions": positions}
 
 
-def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _derive(mask_function: MaskFunction, position: torch.Tensor) -> Starts | None:
     """First visible position and origin ``[B or 1, Lq]`` of the queries at ``position[1, Lq]``, from a mask's parts.
 
     None where a part is not recognised, or none of them is causal.
@@ -243,9 +234,7 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> tuple[torch.
     return start, origin
 
 
-def _probe(
-    mask_function: MaskFunction, position: torch.Tensor, options: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _probe(mask_function: MaskFunction, position: torch.Tensor, options: dict[str, Any]) -> Starts:
     """First visible position and origin of the queries at ``position[B, Lq]``, by bisection on the mask function.
 
     While ``torch.compile`` traces, closures cannot be looked into, but the function can be called: below its own

@@ -84,8 +84,8 @@ def patch_model(
     with _LOCK:
         for layer, module in modules:
             _attach(module, LayerPatch(settings, layer, _original_of(module)))
-        for _, module in modules:
-            _use(module, IMPLEMENTATION)
+        for module in _patches(model):  # without the checks of set_attn_implementation
+            module.config._attn_implementation_internal = IMPLEMENTATION
         for part in mask_builders(model):
             if note_boundaries not in part._forward_pre_hooks.values():
                 part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
@@ -104,47 +104,38 @@ def unpatch_model(model: Model) -> Model:
     Raises:
         ValueError: the model is not patched; ``is_patched`` says whether it is.
     """
-    modules, holders = _patched_modules(model), _holders(model)
+    patches, holders = _need_patches(model), _holders(model)
     serve(model, sparse=False)
     with _LOCK:
-        for module, _ in modules:
+        for module in patches:
             delattr(module, PATCH_ATTRIBUTE)
-            _remove_hooks(module)
             _PATCHED.discard(module)
-        for part in (*mask_builders(model), *holders):
+        for part in (*patches, *mask_builders(model), *holders):
             _remove_hooks(part)
-        for module, patch in modules:
+        for module, patch in patches.items():
             # What the user has set since stays.
-            switched = _implementation_of(module) != IMPLEMENTATION
+            switched = module.config._attn_implementation != IMPLEMENTATION
             if not switched and not any(other.config is module.config for other in _PATCHED):
-                _use(module, patch.original_implementation)
+                module.config._attn_implementation_internal = patch.original_implementation
     return model
 
 
 @contextmanager
-def patched(
-    model: Model,
-    alpha: Any = None,
-    C: Any = None,
-    *,
-    config: NCConfig | None = None,
-    profile: HasBudgets | None = None,
-    **options: Any,
-) -> Iterator[Model]:
+def patched(model: Model, *budget: Any, **options: Any) -> Iterator[Model]:
     """``with patched(model, alpha, C):`` patches for the block, and afterwards restores what the model was before.
 
     Arguments and errors as in ``patch_model``.
     """
-    before = [(module, patch) for module in model.modules() if (patch := _patch_of(module)) is not None]
-    patch_model(model, alpha, C, config=config, profile=profile, **options)
+    before = _patches(model)
+    patch_model(model, *budget, **options)
     try:
         yield model
     finally:
         if before:
             with _LOCK:
-                for module, patch in before:
+                for module, patch in before.items():
                     if not _attach(module, patch):  # the block has unpatched it
-                        _use(module, IMPLEMENTATION)
+                        module.config._attn_implementation_internal = IMPLEMENTATION
             serve(model, sparse=True)
         elif is_patched(model):
             unpatch_model(model)
@@ -158,7 +149,7 @@ def observed(model: Model, observe: Callable[[Observed], None]) -> Iterator[Mode
     patched or not. Errors as in ``patch_model``.
     """
     with patched(model, config=NCConfig(1.0, 1.0)):
-        for module, patch in _patched_modules(model):
+        for module, patch in _need_patches(model).items():
             setattr(module, PATCH_ATTRIBUTE, replace(patch, observe=observe))
         yield model
 
@@ -172,7 +163,7 @@ def model_shape(model: torch.nn.Module) -> tuple[int, int]:
 
 def is_patched(model: torch.nn.Module) -> bool:
     """Whether any attention module of the model is patched."""
-    return any(_patch_of(module) is not None for module in _modules(model))
+    return bool(_patches(model))
 
 
 def nc_stats(model: torch.nn.Module) -> PatchStats:
@@ -200,11 +191,10 @@ def nc_stats(model: torch.nn.Module) -> PatchStats:
     Raises:
         ValueError: the model is not patched.
     """
-    modules = _patched_modules(model)
-    names = {module: name for name, module in model.named_modules()}
-    layers = [{"layer": patch.layer, "name": names[module], **summary(patch.counters)} for module, patch in modules]
-    parts = [part._asdict() for part in left_dense(model, [module for module, _ in modules])]
-    return PatchStats(total([patch.counters for _, patch in modules]), layers=layers, left_dense=parts)
+    patches, names = _need_patches(model), {module: name for name, module in model.named_modules()}
+    layers = [{"layer": p.layer, "name": names[module], **summary(p.counters)} for module, p in patches.items()]
+    parts = [part._asdict() for part in left_dense(model, [*patches])]
+    return PatchStats(total([patch.counters for patch in patches.values()]), layers=layers, left_dense=parts)
 
 
 def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
@@ -216,7 +206,7 @@ def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
     queries = as_integer(tail)
     if tail is not None and (queries is None or queries < 1):
         raise ValueError(f"tail must be a positive number of queries or None, got {tail!r}")
-    for _, patch in _patched_modules(model):
+    for patch in _need_patches(model).values():
         patch.counters.reset()
         patch.counters.tail = queries
 
@@ -251,26 +241,24 @@ def _settings(
     return NCConfig(alpha, C, **options) if given else NCConfig(DEFAULT_ALPHA, DEFAULT_C, **options)
 
 
-def _patch_of(module: torch.nn.Module) -> LayerPatch | None:
-    patch: LayerPatch | None = module.__dict__.get(PATCH_ATTRIBUTE)
-    return patch
-
-
-def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def _patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
+    """The patched attention modules of a model, and what they carry."""
     check_is_module(model)
-    return model.modules()
+    found = ((module, module.__dict__.get(PATCH_ATTRIBUTE)) for module in model.modules())
+    return {module: patch for module, patch in found if patch is not None}
 
 
-def _patched_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, LayerPatch]]:
-    modules = [(module, patch) for module in _modules(model) if (patch := _patch_of(module)) is not None]
-    if not modules:
+def _need_patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
+    patches = _patches(model)
+    if not patches:
         raise ValueError(f"{type(model).__name__} is not patched; call patch_model first")
-    return modules
+    return patches
 
 
 def _holders(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The layers that hold a model's patched attention modules."""
-    return [module for module in model.modules() if any(_patch_of(child) is not None for child in module.children())]
+    patches = _patches(model)
+    return [module for module in model.modules() if any(child in patches for child in module.children())]
 
 
 def _remove_hooks(module: torch.nn.Module) -> None:
@@ -281,19 +269,9 @@ def _remove_hooks(module: torch.nn.Module) -> None:
             module._forward_hooks_always_called.pop(number, None)
 
 
-def _implementation_of(module: Any) -> str:
-    implementation: str = module.config._attn_implementation
-    return implementation
-
-
-def _use(module: Any, implementation: str) -> None:
-    """Makes a module call an implementation, without the checks of ``set_attn_implementation``."""
-    module.config._attn_implementation_internal = implementation
-
-
 def _attach(module: torch.nn.Module, patch: LayerPatch) -> bool:
     """Gives an attention module its settings, and the hooks where it has none; returns whether it was patched."""
-    was_patched = _patch_of(module) is not None
+    was_patched = PATCH_ATTRIBUTE in module.__dict__
     setattr(module, PATCH_ATTRIBUTE, patch)
     if not was_patched:
         parameters = inspect.signature(type(module).forward).parameters.values()
@@ -305,13 +283,14 @@ def _attach(module: torch.nn.Module, patch: LayerPatch) -> bool:
     return was_patched
 
 
-def _original_of(module: torch.nn.Module) -> str:
+def _original_of(module: Any) -> str:
     """The implementation that unpatching a module gives back."""
-    if _implementation_of(module) != IMPLEMENTATION:
-        return _implementation_of(module)
+    implementation: str = module.config._attn_implementation
+    if implementation != IMPLEMENTATION:
+        return implementation
     # Where another model that shares this config object is patched, what that had.
     sharing = [module, *(other for other in _PATCHED if other.config is module.config)]
-    patches = (_patch_of(each) for each in sharing)
+    patches = (each.__dict__.get(PATCH_ATTRIBUTE) for each in sharing)
     return next((patch.original_implementation for patch in patches if patch is not None), "sdpa")
 
 

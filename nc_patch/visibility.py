@@ -19,11 +19,8 @@ from nc_patch.ops.problem import causal_intervals
 
 
 class Visibility(NamedTuple):
-    """Which keys each query may see: ``visible`` and ``origin`` as in ``Problem``.
-
-    Attributes:
-        order: int32 ``[B, Lk]``, the order in which keys are to be taken before intervals and origins count; None where
-            they count in the keys as they lie.
+    """Which keys each query may see: ``visible`` and ``origin`` as in ``Problem``, and ``order``, int32 ``[B, Lk]``, in
+    which keys are to be taken before intervals and origins count; None where they count in the keys as they lie.
     """
 
     visible: torch.Tensor
@@ -56,11 +53,11 @@ class Visibility(NamedTuple):
 
     def expand(self, batch: int) -> "Visibility":
         """The same for every sequence of a batch, where it was given for one."""
-        if self.visible.shape[0] == batch:
+        if len(self.visible) == batch:
             return self
-        order = None if self.order is None else self.order.expand(batch, -1)
-        visible, origin = self.visible.expand(batch, -1, -1), self.origin.expand(batch, -1)
-        return Visibility(visible.contiguous(), origin.contiguous(), order)
+        expand = lambda t: t.expand(batch, *t.shape[1:]).contiguous()  # noqa: E731
+        order = None if self.order is None else expand(self.order)
+        return Visibility(expand(self.visible), expand(self.origin), order)
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keys or values ``[B, H, Lk, D]`` in the order in which intervals count."""
@@ -69,9 +66,8 @@ class Visibility(NamedTuple):
 
 def is_packed(mask: Any) -> bool:
     """Whether a mask is one that ``Visibility.pack`` made."""
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.uint32 or mask.ndim != 4:
-        return False
-    return mask.shape[1] == 1 and mask.shape[3] in (3, 4)
+    four = isinstance(mask, torch.Tensor) and mask.dtype == torch.uint32 and mask.ndim == 4
+    return four and mask.shape[1] == 1 and mask.shape[3] in (3, 4)
 
 
 def is_bidirectional(mask: Any) -> bool:
@@ -182,10 +178,10 @@ def own_keys(visible: torch.Tensor) -> torch.Tensor:
 def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -> Visibility:
     """Cuts intervals to their own sequence where several are packed into a row and the caller says where they begin.
 
-    ``boundaries`` are what ``transformers`` hands on, of which the first that is given counts: ``cu_seq_lens_q`` and
-    ``cu_seq_lens_k``, int ``[sequences + 1]``; ``seq_idx``, int ``[B or 1, Lq]``, the number of each token's sequence;
-    ``position_ids``, int ``[B or 1, Lq]``, which begin again with 0 or with less than the token's before. The last of
-    the Lq queries is at the last key that any of them sees.
+    ``boundaries`` are ``BOUNDARIES``, of which the first that is given counts: ``cu_seq_lens_q`` and ``_k``, int
+    ``[sequences + 1]``; ``seq_idx``, int ``[B or 1, Lq]``, the number of each token's sequence; ``position_ids``, int
+    ``[B or 1, Lq]``, which begin again with 0 or with less than the token's before. The last of the Lq queries is at
+    the last key that any of them sees.
 
     Returns the same object where that changes nothing; while ``torch.compile`` traces always a new one.
 
@@ -193,7 +189,7 @@ def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -
         UnsupportedMaskError: the boundaries do not fit the call.
     """
     B, Lq = visibility.visible.shape[:2]
-    numbers, restart = _numbered(B, Lq, **boundaries) if Lq > 1 else (None, False)
+    numbers, restart = _numbered(B, Lq, boundaries) if Lq > 1 else (None, False)
     if numbers is None:
         return visibility
     start, end = visibility.visible.unbind(-1)
@@ -214,16 +210,12 @@ def split_sequences(visibility: Visibility, **boundaries: torch.Tensor | None) -
 
 
 def _numbered(
-    batch: int,
-    query_length: int,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    cu_seq_lens_k: torch.Tensor | None = None,
-    seq_idx: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
+    batch: int, query_length: int, boundaries: dict[str, torch.Tensor | None]
 ) -> tuple[torch.Tensor | None, bool]:
     """A number of each query, int ``[B or 1, Lq]``, and whether it restarts where a sequence begins or only changes."""
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        ends = [e for e in (cu_seq_lens_q, cu_seq_lens_k) if e is not None]
+    *lengths, seq_idx, position_ids = (boundaries.get(name) for name in BOUNDARIES)
+    ends = [each for each in lengths if each is not None]
+    if ends:
         if not torch.compiler.is_compiling():
             said = [e.tolist() if isinstance(e, torch.Tensor) else e for e in ends]
             one, first = isinstance(ends[0], torch.Tensor) and ends[0].ndim == 1 and batch == 1, said[0]

@@ -80,11 +80,9 @@ def triton_problem(device: torch.device) -> str | None:
     interpreted = _triton_interprets()
     if interpreted is None:
         return "is not installed (pip install triton)"
-    if interpreted:
-        return None
-    if device.type != "cuda":
+    if not interpreted and device.type != "cuda":
         return f"needs a GPU, and the tensors are on {device.type}"
-    return _capability_problem(device)
+    return None if interpreted else _capability_problem(device)
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace how Triton reads its settings

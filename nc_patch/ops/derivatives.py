@@ -12,11 +12,14 @@ def in_transform() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def runs_directly(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether an implementation may be called without its op: nothing traces it and nothing records a gradient.
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which no value may be read on the host."""
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    ``tensors`` are those that a gradient may be asked for; where they are plain tensors, so are all that belong to
-    them. Going through the dispatcher takes longer than a step of decoding over the pages of a small model.
+
+def runs_directly(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether an implementation may be called without its op, which takes longer than a step of a small model: nothing
+    traces it, and nothing records a gradient of these ``tensors``.
     """
     return (
         not torch.compiler.is_compiling()

@@ -79,17 +79,14 @@ class Problem(NamedTuple):
         return "decode" if len(self.key_index) > 0 else "prefill"
 
     def over_all_keys(self) -> "Problem":
-        """The problem with budgets of all that each query sees, and nothing that stands for what is left out."""
+        """The problem with budgets of all that each query sees, and without page means."""
         start, end = self.visible.unbind(-1)
         seen = (end.clamp(max=self.key.shape[2]) - start.clamp(min=0)).clamp(min=0)
         return self._replace(budget=seen[:, None].contiguous(), means=None)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is there, in the order of ``unflatten``."""
-        given = [self.query, self.key, self.value, self.visible, self.origin, self.budget]
-        if self.sinks is not None:
-            given.append(self.sinks)
-        return [*given, *self.kept()]
+        return [*self[:6], *(() if self.sinks is None else (self.sinks,)), *self.kept()]
 
     def kept(self) -> list[torch.Tensor]:
         """The tensors that are kept beside keys and values: ``means`` and ``key_index``."""
@@ -106,11 +103,11 @@ class Problem(NamedTuple):
     ) -> "Problem":
         """The inverse of ``tensors`` and ``flags``."""
         has_sinks, has_means, stats, bounds, page_size, new, audit_seed = flags
-        query, key, value, visible, origin, budget, *rest = tensors
+        rest = tensors[6:]
         sinks = rest.pop(0) if has_sinks else None
         means = PageMeans(rest.pop(0), rest.pop(0)) if has_means else None
-        given = (query, key, value, visible, origin, budget, scale, softcap, sinks, means, tuple(rest))
-        return cls(*given, page_size, new, most, bool(stats), bool(bounds), audit_seed)
+        scores = (scale, softcap, sinks, means, tuple(rest))
+        return cls(*tensors[:6], *scores, page_size, new, most, bool(stats), bool(bounds), audit_seed)  # type: ignore
 
 
 class AttentionResult(NamedTuple):
@@ -120,8 +117,8 @@ class AttentionResult(NamedTuple):
         output: ``[B, Hq, Lq, Dv]``; zero for a query that sees no key.
         lse: float ``[B, Hq, Lq]``, the natural log of the softmax denominator (attended keys, page means, and the sink
             logit where there is one); ``-inf`` for a query that sees no key and has no sink.
-        kept_mass: float ``[B, Hq, Lq]``, the sum of the dense softmax weights, over the keys alone, of the keys that
-            were attended; 1 for a query that sees no key.
+        kept_mass: float ``[B, Hq, Lq]``, the sum of the attended keys' weights in the dense softmax over the keys
+            alone; 1 for a query that sees no key.
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
         kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
         enlarged: float32 ``[Hq, 2]``, how many blocks of queries there are, and how many attend more than their budget.
