@@ -43,14 +43,9 @@ _LENGTHS = 1024
 
 
 def nc_attention_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    **arguments: Any,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, **arguments: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention as ``transformers`` asks for it: ``[B, H, L, D]`` in, ``([B, Lq, Hq, Dv], None)`` out.
 
     A module that carries no ``LayerPatch`` has its config from a patched model: it runs dense, and the log says so.
@@ -91,13 +86,9 @@ def nc_attention_forward(
 
 
 def _attention(
-    module: torch.nn.Module,
-    problem: Problem,
-    mask: torch.Tensor | None,
-    patch: LayerPatch | None,
-    arguments: dict[str, Any],
-    crosses: bool,
-) -> torch.Tensor:
+    module: torch.nn.Module, problem: Problem, mask: torch.Tensor | None, patch: LayerPatch | None,
+    arguments: dict[str, Any], crosses: bool,
+) -> torch.Tensor:  # fmt: skip
     """Attention ``[B, Hq, Lq, Dv]`` of a problem that lacks what its queries may see, and its budgets.
 
     ``arguments`` are what else was given; ``crosses``: every query may see every key.

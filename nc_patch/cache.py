@@ -35,8 +35,8 @@ def _state(keys: torch.Tensor) -> tuple[torch.Size, int | None]:
 class KeyIndexMixin:
     """A cache layer with key indexes, at most one of a kind.
 
-    In-place writes to the keys from outside are noticed by the tensor's version, which PyTorch counts neither for
-    tensors made in inference mode nor inside a compiled graph: call ``forget_index`` after writing there.
+    In-place writes to the keys from outside are noticed by the tensor's version, which counts neither in inference mode
+    nor in a compiled graph: call ``forget_index`` after writing there.
     """
 
     _layer_type = None
@@ -79,10 +79,7 @@ class KeyIndexMixin:
         self.nc_indexes, self._nc_seen = {}, None
 
     def nc_update(self, problem: Problem, kind: str, block_size: int, backend: str, later: bool = False) -> KeyIndex:
-        """The index of one kind of all keys; those of this call, whose keys ``update`` returned, are taken in.
-
-        With ``later`` there is room for them, and who asks takes them in.
-        """
+        """The index of one kind, with the keys of this call; with ``later`` it has room, and who asks takes them in."""
         key, compiling = problem.key, torch.compiler.is_compiling()
         index = self.nc_indexes.get(kind)
         if index is None or index.block_size != block_size or not index.fits(key) or index.is_unstarted():
@@ -106,7 +103,7 @@ class KeyIndexMixin:
 
     def nc_ready(self, kinds: tuple[tuple[str, int, int], ...], key: torch.Tensor) -> list[KeyIndex] | None:
         """The indexes of these kinds, page sizes and capacities, with room for ``key``; None unless they are all that
-        there is, are right for the keys before, and only have to take in new ones, which who asks does.
+        there is, and only have to take in new keys, which who asks does.
         """
         indexes = self.nc_indexes
         if len(indexes) != len(kinds) or self._nc_moved is not None:
@@ -149,7 +146,7 @@ class KeyIndexMixin:
     def prefetch(self) -> None:
         self.nc_check()
         super().prefetch()  # type: ignore[misc]
-        self._nc_moved = ()
+        self._nc_moved = () if self.nc_indexes else None
         self.nc_settle()
 
     def reset(self) -> None:
@@ -271,10 +268,9 @@ _INDEXED: dict[type, Any] = {DynamicLayer: IndexedDynamicLayer, StaticLayer: Ind
 
 
 def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
-    """What a cache holds for an attention layer that is about to run; None where there is no cache.
+    """What a cache, if any, holds for an attention layer that is about to run.
 
-    Replaces the cache's layer by one that carries an index where that is possible, but not while ``torch.compile``
-    traces.
+    Replaces the cache's layer by one that carries an index where it can, but not while ``torch.compile`` traces.
     """
     if isinstance(cache, EncoderDecoderCache):  # patched modules are those of self-attention
         cache = cache.self_attention_cache
@@ -301,9 +297,8 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
 
 
 class Indexes(NamedTuple):
-    """What a layer decodes by: the index that its selection chooses by, and page means; None where there are none.
-
-    ``new``: how many keys of each sequence both have to take in before, where the cache keeps them.
+    """What a layer decodes by: the index that its selection chooses by, and page means, where there are any; ``new``:
+    how many keys of each sequence both have to take in before.
     """
 
     choosing: KeyIndex | None = None
@@ -312,9 +307,8 @@ class Indexes(NamedTuple):
 
 
 def indexes_of(config: NCConfig, problem: Problem, cache: LayerCache | None, decoding: bool, later: bool) -> Indexes:
-    """The indexes of a layer, brought up to date or built for the call.
-
-    With ``later`` those that the cache keeps have room for the new keys, which decoding takes in itself.
+    """The indexes of a layer, built for the call or kept by the cache and brought up to date; with ``later`` these have
+    room for the new keys, which decoding takes in itself.
     """
     selection, kind, layer = config.decode, config.decode.index_kind, None if cache is None else cache.layer
     if not problem.visible.numel():
@@ -362,8 +356,6 @@ def _built(problem: Problem, kind: str, block_size: int, backend: str) -> KeyInd
 
 def forget_index(cache: Cache) -> None:
     """Drops the key indexes of a cache, after its keys were written from outside; the next call builds them again.
-
-    Of an ``EncoderDecoderCache`` those of its self-attention, which are all it has.
 
     Raises:
         TypeError: ``cache`` is no cache of ``transformers``.

@@ -27,24 +27,12 @@ from nc_patch.selections.index import LAYOUTS, KeyIndex
 
 
 def sparse_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    alpha: float | Sequence[float],
-    C: float | Sequence[float] = 0.0,
-    selection: str | Selection = "topk",
-    scale: float | None = None,
-    visible: torch.Tensor | None = None,
-    origin: torch.Tensor | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    index: KeyIndex | None = None,
-    means: KeyIndex | None = None,
-    return_stats: bool = False,
-    return_kept_mass: Literal["bounds"] | None = None,
-    **options: Any,
-) -> torch.Tensor | AttentionResult:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, alpha: float | Sequence[float],
+    C: float | Sequence[float] = 0.0, selection: str | Selection = "topk", scale: float | None = None,
+    visible: torch.Tensor | None = None, origin: torch.Tensor | None = None, softcap: float | None = None,
+    sinks: torch.Tensor | None = None, index: KeyIndex | None = None, means: KeyIndex | None = None,
+    return_stats: bool = False, return_kept_mass: Literal["bounds"] | None = None, **options: Any,
+) -> torch.Tensor | AttentionResult:  # fmt: skip
     """Causal attention of each query over ``k(n) = min(n, max(min_keys, ceil(alpha * n**C)))`` of its n visible keys.
 
     With ``alpha >= 1`` and ``C = 1``, or ``selection="dense"``, it equals ``scaled_dot_product_attention`` to rounding.
@@ -57,10 +45,8 @@ def sparse_attention(
 
     Args:
         query: ``[B, Hq, Lq, D]``, bfloat16, float16 or float32.
-        key: ``[B, Hkv, Lk, D]``, Hkv a divisor of Hq (grouped queries).
-        value: ``[B, Hkv, Lk, Dv]``.
-        alpha: factor of the budget, positive; a number, or one per query head.
-        C: exponent of the budget in [0, 1]; a number, or one per query head.
+        key, value: ``[B, Hkv, Lk, D]`` and ``[B, Hkv, Lk, Dv]``, Hkv a divisor of Hq (grouped queries).
+        alpha, C: positive factor of the budget, and its exponent in [0, 1]; numbers, or one per query head.
         selection: ``"topk"`` (highest scores), ``"block"`` (key blocks shared by a block of queries), ``"window"``
             (sinks and most recent keys) or ``"dense"``; or an object of ``nc_patch.selections``, such as ``TopK()``.
         scale: factor of the scores, by default ``1 / sqrt(D)``.
@@ -75,10 +61,8 @@ def sparse_attention(
             itself. Given, it decides ``origin`` and ``block_size``. It has no gradient.
         means: the ``KeyIndex`` of kind ``"means"`` of ``key`` and ``value``, which spares ``tail="mean"`` the reading
             of all of them; at most 32 queries a sequence, of one origin.
-        return_stats: return an ``AttentionResult`` (output, lse, kept_mass, attended) instead of the output alone. The
-            kept mass needs the score of every key.
-        return_kept_mass: ``"bounds"`` returns an ``AttentionResult`` with ``kept_mass_bounds``, which a codes index
-            gives almost for free.
+        return_stats: return an ``AttentionResult`` with lse, attended and kept_mass, which needs every key's score.
+        return_kept_mass: ``"bounds"`` returns one with ``kept_mass_bounds``, which a codes index gives almost for free.
         options: options of the selection by name, such as ``sink_keys`` or ``block_size``, and ``min_keys``,
             ``backend`` and ``dense_below``, here 0 by default, of ``NCConfig``.
 
@@ -173,10 +157,8 @@ def by_index(problem: Problem, index: KeyIndex, most: int) -> Problem:
 
 
 def attend(problem: Problem, selection: Selection, backend: str) -> AttentionResult:
-    """Runs a selection on a problem; ``backend`` as in ``NCConfig``.
-
-    Returns:
-        The output, with what the problem asks for; ``attended`` also where only the selection knows it.
+    """The output of a selection on a problem, with what that asks for, and ``attended`` where only the selection knows
+    it; ``backend`` as in ``NCConfig``.
     """
     chosen, reason = backend_of(problem, selection, backend)
     if reason is not None:

@@ -65,9 +65,8 @@ def hand_on_cache(
 def hand_on_mask(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a layer with patched attention: moves the mask to its device, once for all layers there.
-
-    Otherwise accelerate's hook copies it for each layer, and a copy knows nothing of what is remembered on it.
+    """Forward pre-hook of a layer with patched attention: moves the mask to its device once for all layers there, where
+    accelerate's hook makes copies, which know nothing of what is remembered on the mask.
     """
     hook: Any = module.__dict__.get("_hf_hook")
     mask: Any = kwargs.get("attention_mask")

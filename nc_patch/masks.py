@@ -12,7 +12,7 @@ from nc_patch.ops.derivatives import is_capturing, refuse_mapped
 from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
 
 MaskFunction = Callable[..., Any]
-# The first visible position and the origin of each query, int64 ``[B, Lq]``.
+# The first visible position and the origin of each query, int64 ``[B or 1, Lq]``.
 Starts = tuple[torch.Tensor, ...]
 
 # Elements of a mask that are looked at together, to bound memory.
@@ -20,16 +20,10 @@ _ELEMENTS_AT_ONCE = 1 << 24
 
 
 def interval_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: MaskFunction = masking_utils.causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **options: Any,
-) -> torch.Tensor:
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | torch.Tensor = 0, kv_offset: int = 0,
+    mask_function: MaskFunction = masking_utils.causal_mask_function, attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu", **options: Any,
+) -> torch.Tensor:  # fmt: skip
     """The mask function that ``transformers`` calls: packed visible intervals instead of a mask.
 
     Args:
@@ -188,10 +182,7 @@ if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # absent befo
 
 
 def _parts(mask_function: MaskFunction, positions: torch.Tensor | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The elementary mask functions whose intersection ``mask_function`` is, each with what it closes over.
-
-    What is not recognised is ``"other"``.
-    """
+    """The elementary functions, or ``"other"``, whose intersection a mask function is, and what each closes over."""
     kind = _CODES.get(getattr(mask_function, "__code__", None), "other")
     if kind == "other":
         yield kind, {}
@@ -208,10 +199,7 @@ def _parts(mask_function: MaskFunction, positions: torch.Tensor | None = None) -
 
 
 def _derive(mask_function: MaskFunction, position: torch.Tensor) -> Starts | None:
-    """First visible position and origin ``[B or 1, Lq]`` of the queries at ``position[1, Lq]``, from a mask's parts.
-
-    None where a part is not recognised, or none of them is causal.
-    """
+    """The starts of the queries at ``position[1, Lq]``, from a mask's parts; None unless all are known, one causal."""
     parts = list(_parts(mask_function))
     kinds = {kind for kind, _ in parts}
     if "causal" not in kinds or "other" in kinds:
@@ -235,7 +223,7 @@ def _derive(mask_function: MaskFunction, position: torch.Tensor) -> Starts | Non
 
 
 def _probe(mask_function: MaskFunction, position: torch.Tensor, options: dict[str, Any]) -> Starts:
-    """First visible position and origin of the queries at ``position[B, Lq]``, by bisection on the mask function.
+    """The starts of the queries at ``position[B, Lq]``, by bisection on the mask function.
 
     While ``torch.compile`` traces, closures cannot be looked into, but the function can be called: below its own
     position a query's visibility is monotone in the key's position, so that 31 evaluations find the start.

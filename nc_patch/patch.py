@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,26 +35,10 @@ _HOOKS = (hand_on_cache, hand_on_mask, refuse_switched, note_boundaries, forget_
 _LOCK = threading.RLock()
 
 
-@runtime_checkable
-class HasBudgets(Protocol):
-    """What ``patch_model`` takes as a profile: ``nc_patch.Profile``, or what else brings budgets for a model."""
-
-    def check_model(self, model: torch.nn.Module) -> None:
-        """Raises ValueError where the budgets are not for this model."""
-
-    def config(self, **options: Any) -> NCConfig:
-        """The settings with these budgets; ``options`` are those of ``NCConfig`` but for alpha and C."""
-
-
 def patch_model(
-    model: Model,
-    alpha: Any = None,
-    C: Any = None,
-    *,
-    config: NCConfig | None = None,
-    profile: HasBudgets | None = None,
+    model: Model, alpha: Any = None, C: Any = None, *, config: NCConfig | None = None, profile: Any = None,
     **options: Any,
-) -> Model:
+) -> Model:  # fmt: skip
     """Turns a model's attention into attention over ``k(n) = alpha * n**C`` of the n keys each query may see.
 
     The model is changed in place and returned. Nothing is written to ``model.config``; ``save_pretrained`` writes the
@@ -63,15 +47,12 @@ def patch_model(
     Args:
         model: a causal language model of ``transformers`` whose attention goes through ``AttentionInterface``; one
             wrapped by PEFT works too.
-        alpha: factor of the budget; a number, a list per layer, or a list per layer and query head. With neither
-            alpha nor C they are ``DEFAULT_ALPHA`` and ``DEFAULT_C`` of ``nc_patch.config``.
-        C: exponent of the budget in [0, 1], in the same forms.
+        alpha, C: factor of the budget, and its exponent in [0, 1]; numbers, lists per layer, or lists per layer and
+            query head. Without both they are ``DEFAULT_ALPHA`` and ``DEFAULT_C`` of ``nc_patch.config``.
         config: all settings as an ``NCConfig``, instead of alpha, C and options.
-        profile: what ``calibrate`` measured on this model, instead of alpha and C: budgets for every layer and head.
+        profile: a ``Profile``, which ``calibrate`` measures on this model, instead of alpha and C: budgets for every
+            layer and head.
         options: fields of ``NCConfig``, and ``selection``, which sets ``prefill`` and ``decode``.
-
-    Returns:
-        The same model.
 
     Raises:
         UnsupportedModelError: the model cannot be patched; it is left as it was.
@@ -220,10 +201,11 @@ def _settings(
         given += ["config"] * (config is not None)
         if given:
             raise TypeError(f"profile brings alpha and C of its own; leave out {', '.join(given)}")
-        if not isinstance(profile, HasBudgets):
+        if not hasattr(profile, "check_model"):
             raise TypeError(f"profile must be a Profile, for example Profile.load(path), got {type(profile).__name__}")
         profile.check_model(model)
-        return profile.config(**options)
+        with_budgets: NCConfig = profile.config(**options)
+        return with_budgets
     if config is not None:
         if given or options:
             raise TypeError(f"config holds every setting; leave out {', '.join([*given, *sorted(options)])}")

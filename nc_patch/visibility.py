@@ -1,11 +1,11 @@
 """Which keys each query may see, as one interval a query; no kernel knows another mask.
 
 Where a mask leaves holes, as padding in the middle of a row does, the keys that some query sees are taken first, in
-their order: among those every query sees one run again, and ``Visibility.order`` says which they are.
+their order: among those every query sees one run again.
 
 Between the mask function and the attention function ``transformers`` carries one tensor, ``uint32[B, 1, R, 3]`` (start,
-end, origin of each query; then the order, if any): four dimensions, because ``generate`` hands masks in twice and a 4-D
-mask is passed through as it is; and a dtype that no mask of anybody else has.
+end, origin of each query; then the order, if any): 4-D, since ``generate`` hands masks in twice and passes such ones
+through as they are; and of a dtype that no other mask has.
 """
 
 from collections.abc import Iterable
@@ -36,11 +36,7 @@ class Visibility(NamedTuple):
 
     @classmethod
     def unpack(cls, mask: torch.Tensor, query_length: int, key_length: int) -> "Visibility":
-        """The inverse of ``pack`` for Lq queries and Lk keys.
-
-        Raises:
-            UnsupportedMaskError: the mask was made for another call.
-        """
+        """The inverse of ``pack`` for Lq queries and Lk keys; raises UnsupportedMaskError if made for another call."""
         rows = mask.view(torch.int32)[:, 0]
         if rows.shape[1] not in (query_length, query_length + -(-key_length // 3)):
             raise UnsupportedMaskError(
@@ -87,10 +83,8 @@ def is_plain_causal(visible: torch.Tensor, key_length: int) -> bool:
 
 
 def runs_of(rows: Iterable[torch.Tensor], key_length: int) -> Visibility | None:
-    """What a mask lets queries see; None where a query sees several runs of the keys that any query of its row sees.
-
-    A query whose interval begins where those before it have ended begins a sequence. ``rows`` are the mask, bool
-    ``[B, some queries, Lk]``, a part at a time.
+    """What a mask, bool ``[B, some queries, Lk]`` a part, lets queries see; None where a query sees several runs of the
+    keys that any query of its row sees. A query whose interval begins where those before have ended begins a sequence.
     """
     parts, union = [], None
     for part in rows:
@@ -132,7 +126,7 @@ def visibility_of(mask: torch.Tensor, batch: int, query_length: int, key_length:
     """What a mask lets queries see: a packed one, or ``[B or 1, heads or 1, Lq, Lk]``, bool or added to the scores.
 
     Raises:
-        UnsupportedMaskError: sparse attention cannot take it; the message says why, and names its ``owner``.
+        UnsupportedMaskError: sparse attention cannot take it; the message names its ``owner``.
     """
     if is_packed(mask):
         return Visibility.unpack(mask, query_length, key_length).expand(batch)
@@ -166,10 +160,7 @@ BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
 
 
 def own_keys(visible: torch.Tensor) -> torch.Tensor:
-    """The key at each query's own position, int64 ``[B, Lq]``, behind which its interval may end.
-
-    Queries that see a key lie at the last of the keys that any of them sees, and at those before it.
-    """
+    """The key at each query's own position, int64 ``[B, Lq]``: queries that see a key lie at the last that any sees."""
     is_token = visible[..., 1] > visible[..., 0]
     later = is_token.sum(1, keepdim=True) - is_token.cumsum(1)
     return visible[..., 1].amax(1, keepdim=True) - 1 - later

@@ -15,12 +15,12 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+def ampere(monkeypatch):
     """A GPU of compute capability 8.0, of which nothing but that is asked."""
     gpu_of(monkeypatch, (8, 0))
 
 
-def gpu_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None = None) -> None:
+def gpu_of(monkeypatch, capability, hip=None):
     monkeypatch.setattr(backends, "_triton_interprets", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -53,21 +53,17 @@ def test_what_triton_cannot_run_runs_in_pytorch_and_by_name_is_refused(call, rea
         choose_backend("triton", **call)
 
 
+@pytest.mark.parametrize("hip", [None, "6.4"])
 @pytest.mark.parametrize("capability", [(6, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)])
-def test_gpus_from_ampere_on_run_triton_and_others_pytorch_and_say_so(capability, monkeypatch):
-    gpu_of(monkeypatch, capability)
-    if capability >= (8, 0):
+def test_gpus_from_ampere_on_and_all_of_amd_run_triton_and_others_pytorch_and_say_so(capability, hip, monkeypatch):
+    gpu_of(monkeypatch, capability, hip)
+    if capability >= (8, 0) or hip:
         assert triton_problem(CUDA) is None
         return
     reason = "needs a GPU of compute capability 8.0 or higher, and cuda:0 has " + ".".join(map(str, capability))
     assert choose_backend("auto", CUDA, head_dims=(64,)) == ("torch", f"Triton {reason}")
     with pytest.raises(RuntimeError, match=reason):
         choose_backend("triton", CUDA, head_dims=(64,))
-
-
-def test_amd_counts_capabilities_otherwise(monkeypatch):
-    gpu_of(monkeypatch, (7, 5), hip="6.4")
-    assert triton_problem(CUDA) is None
 
 
 @pytest.mark.parametrize("numba", [True, False])

@@ -3,11 +3,13 @@
 ``test_cache_sequences.py`` drives caches at random.
 """
 
+import contextlib
 import copy
 import io
 import pickle
 import pickletools
 import zipfile
+from functools import partial
 
 import pytest
 import torch
@@ -36,16 +38,6 @@ def indexed_model(selection="topk", **options):
 def run(model, cache, ids, *lengths):
     """Logits of the pieces of ids ``[B, L]``, one after the other."""
     return [model(piece, past_key_values=cache).logits for piece in ids.split(lengths, 1)]
-
-
-def test_a_cache_filled_by_an_unpatched_model_is_indexed_when_it_is_met():
-    model, ids, cache = tiny_model("llama"), random_ids(1, 80), DynamicCache()
-    run(model, cache, ids[:, :-1], 79)
-    twin = copy.deepcopy(cache)
-    found = run(patch_model(model, 1.0, 0.7, **OPTIONS["topk"]), cache, ids[:, -1:], 1)
-    assert cache.layers[0].nc_indexes
-    patch_model(model, 1.0, 0.7, key_index="never", selection="topk")
-    assert_close(found, run(model, twin, ids[:, -1:], 1))
 
 
 def test_keys_written_in_inference_mode_need_forget_index():
@@ -77,32 +69,20 @@ def test_a_cache_goes_in_and_out_of_inference_mode(options, inference):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @EACH_INDEX
-def test_an_index_that_missed_the_steps_of_an_unpatched_model_is_not_trusted(options, static, mode):
+def test_an_index_that_missed_calls_is_not_trusted(options, static, mode):
+    """Calls of an unpatched model, by another selection, and with a gradient, among those that keep one."""
     model, ids, logits = tiny_model("llama"), random_ids(1, 80), []
-    for forget in (False, True):
-        cache = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache()
-        with mode():
-            with patched(model, 2.0, 0.5, **options):
-                model(ids[:, :40], past_key_values=cache)
-            model(ids[:, 40:72], past_key_values=cache)
-            if forget:
-                forget_index(cache)
-            with patched(model, 2.0, 0.5, **options):
-                logits.append([model(step, past_key_values=cache).logits for step in ids[:, 72:].split(1, 1)])
-    assert all(map(torch.equal, *logits))
-
-
-def test_an_index_that_missed_a_call_by_another_selection_or_with_a_gradient_is_not_trusted():
-    model, ids = tiny_model("llama"), random_ids(1, 60)
-    cache, plain = DynamicCache(), DynamicCache()
-    steps = ({}, {"decode": "window"}, {}, {"with_gradient": True}, {})
-    for i, options in enumerate(steps):
-        with torch.set_grad_enabled(options.pop("with_gradient", False)):
-            new, logits = ids[:, :50] if i == 0 else ids[:, 49 + i : 50 + i], []
-            for use, each in (("always", cache), ("never", plain)):
-                patch_model(model, 1.0, 0.7, key_index=use, **options)
-                logits.append(model(new, past_key_values=each).logits.detach())
-            assert_close(*logits)
+    for use in ({}, {"key_index": "never"}):
+        cache, found = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache(), []
+        calls = (None, options, None, options, {"decode": "window"}, options, "with a gradient", options)
+        for call, piece in zip(calls, ids[:, :79].split([20, 20, 32, 1, 1, 1, 1, 3], 1), strict=True):
+            settings = call if isinstance(call, dict) else options
+            patches = contextlib.nullcontext() if call is None else patched(model, 2.0, 0.5, **settings | use)
+            with patches, torch.enable_grad() if call == "with a gradient" and mode is torch.no_grad else mode():
+                found.append(model(piece, past_key_values=cache).logits.detach())
+        assert bool(use) or cache.layers[0].nc_indexes
+        logits.append(torch.cat(found, 1))
+    assert_close(*logits)
 
 
 def _named_in(content):
@@ -121,12 +101,8 @@ def test_a_saved_cache_is_of_transformers_alone_and_goes_on_where_it_was_patched
     run(model, cache, ids[:, :50], 50)
     (pickle.dump if way == "pickle" else torch.save)(cache, file)
     assert not any("nc_" in name for name in _named_in(file.getvalue()))
-    found, dense = (
-        pickle.loads(file.getvalue())
-        if way == "pickle"
-        else torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-        for _ in range(2)
-    )
+    load = pickle.load if way == "pickle" else partial(torch.load, weights_only=False)
+    found, dense = (load(io.BytesIO(file.getvalue())) for _ in range(2))
     plain = DynamicCache()
     assert_close(run(model, cache, ids[:, 50:], *[1] * 10), run(model, found, ids[:, 50:], *[1] * 10))
     assert found.layers[0].nc_indexes

@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import PREFILL, TOLERANCE, random_case, relative_error
 from operations import problem_of, problem_of_case
+from test_attention import INSTALLED
 from torch.nn.functional import scaled_dot_product_attention
 
 from nc_patch import AttentionResult, NCConfig, library, sparse_attention
@@ -45,41 +46,25 @@ def test_statistics_on_request_and_budgets_per_head():
 
 
 @EACH_SELECTION
-def test_strided_and_expanded_inputs(selection):
+def test_inputs_that_are_expanded_over_the_batch_are_taken(selection):
     query, key, value = tensors()
     options = {"alpha": 2.0, "C": 0.5, "selection": selection}
-    expected = sparse_attention(query, key, value, **options)
-    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
-    assert relative_error(sparse_attention(*strided, **options), expected) < 1e-6
     key, value = key[:1].expand(2, -1, -1, -1), value[:1].expand(2, -1, -1, -1)
     repeated = sparse_attention(query, key.contiguous(), value.contiguous(), **options)
     assert relative_error(sparse_attention(query, key, value, **options), repeated) < 1e-6
 
 
-@EACH_SELECTION
-def test_gradients_flow_through_the_functional_form(selection):
-    query, key, value = tensors(requires_grad=True)
-    sparse_attention(query, key, value, alpha=2.0, C=0.5, selection=selection).square().sum().backward()
-    assert all(bool(t.grad.abs().sum() > 0) for t in (query, key, value))
-
-
-@pytest.mark.parametrize("way", [way for way in PREFILL if way not in ("dense", "drop")])
+@pytest.mark.parametrize("way", [way for way in PREFILL if way != "drop"])
 def test_custom_ops_keep_the_contract_of_torch(way):
     case = random_case(8, longest=40)
     for t in (case.query, case.key, case.value):
         t.requires_grad_()
     problem, chosen = problem_of_case(case, stats=True), case.selection(way)
-    op = library.operation(chosen, problem, "torch")
-    torch.library.opcheck(op, (problem.tensors(), *library.arguments(chosen, problem, "torch")))
-
-
-@pytest.mark.parametrize("way", [way for way in PREFILL if way != "drop"])
-def test_the_kernels_for_cpus_return_what_compiled_graphs_expect(way):
-    pytest.importorskip("numba", reason="Numba is not installed")
-    case = random_case(8, longest=40)
-    problem, chosen = problem_of_case(case), case.selection(way)
-    arguments = (problem.tensors(), *library.arguments(chosen, problem, "cpu"))
-    torch.library.opcheck(library.operation(chosen, problem, "cpu"), arguments, test_utils="test_faketensor")
+    for backend in INSTALLED:  # the kernels for CPUs have no gradient, and return what compiled graphs expect
+        problem = problem if backend == "torch" else problem_of_case(random_case(8, longest=40))
+        arguments = (problem.tensors(), *library.arguments(chosen, problem, backend))
+        utils = {} if backend == "torch" else {"test_utils": "test_faketensor"}
+        torch.library.opcheck(library.operation(chosen, problem, backend), arguments, **utils)
 
 
 @EACH_SELECTION
@@ -129,6 +114,10 @@ def test_empty_batches_and_single_tokens(selection):
         ({"visible": torch.zeros(2, 20, 2)}, r"visible must be int32 \[2, 20, 2\]"),
         ({"visible": torch.full((2, 20, 2), 32).int()}, "within the keys, 0 to 31, got 32 to 32"),
         ({"visible": torch.tensor([5, 3]).int().expand(2, 20, 2)}, "ends before it starts"),
+        (
+            {"visible": torch.stack((torch.arange(20), torch.arange(20) + 9), -1).int().expand(2, 20, 2)},
+            r"the interval \[0, 9\] in sequence 0 of the batch, which reaches from 0 to 1, and page means",
+        ),
         ({"origin": torch.zeros(2, 20)}, r"origin must be int32 \[2, 20\]"),
     ],
 )

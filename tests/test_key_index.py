@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import KINDS, TOLERANCE, tail_case
+from attention_cases import KINDS, TOLERANCE, relative_error, tail_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import assert_summarises, problem_of
@@ -27,17 +27,19 @@ def test_bounds_are_narrow_where_attention_is_sharp():
     assert float((upper - lower).max()) < 0.05
 
 
-def test_each_query_of_a_call_chooses_pages_as_it_would_alone():
-    g = torch.Generator().manual_seed(2)
-    key, value = torch.randn(1, 2, 300, 32, generator=g), torch.randn(1, 2, 300, 32, generator=g)
-    query = torch.randn(1, 4, 8, 32, generator=g)
-    options = {"alpha": 2.0, "C": 0.6, "selection": "block", "block_size": 16}
-    together = sparse_attention(query, key, value, index=KeyIndex.build(key, "pages"), **options)
-    for i in range(8):
-        keys, values = key[:, :, : 293 + i], value[:, :, : 293 + i]
-        index = KeyIndex.build(keys, "pages")
-        alone = sparse_attention(query[:, :, i : i + 1], keys, values, index=index, **options)
-        torch.testing.assert_close(alone[:, :, 0], together[:, :, i], atol=1e-6, rtol=1e-5)
+def test_an_index_of_means_changes_no_result():
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, length, 16, generator=g) for heads, length in ((4, 3), (2, 77), (2, 77)))
+    options = {"alpha": 1.0, "C": 0.5, "tail": "mean"}
+    plain = sparse_attention(query, key, value, **options)
+    means, codes = KeyIndex.build(key, "means", value=value), KeyIndex.build(key, "codes")
+    assert relative_error(sparse_attention(query, key, value, means=means, **options), plain) < 1e-6
+    both = sparse_attention(query, key, value, means=means, index=codes, return_kept_mass="bounds", **options)
+    assert relative_error(both.output, plain) < 1e-5
+    assert torch.equal(sparse_attention(query, key, value, alpha=1.0, C=0.5), plain)
+    assert relative_error(sparse_attention(query, key, value, alpha=1.0, C=0.5, tail="drop"), plain) > 1e-2
+    # There is room for a multiple of 128 keys; and the origins.
+    assert means.nbytes() * 16 <= (key.nbytes + value.nbytes) * 128 / 77 + 16 * 8
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -71,32 +73,6 @@ def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(seed, kin
                 continue
             for h in range(2):
                 assert_summarises(codes[h], scales[h], key[b, h, max(first, 0) : last])
-
-
-@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("where", ["key", "value"])
-def test_nan_and_inf_in_a_page_reach_only_the_rows_that_attend_it(what, where):
-    g = torch.Generator().manual_seed(3)
-    key, value = torch.randn(1, 2, 333, 24, generator=g), torch.randn(1, 2, 333, 24, generator=g)
-    query = torch.randn(1, 4, 2, 24, generator=g)
-    options = {"alpha": 40.0, "C": 0.0, "selection": "block", "return_stats": True, "backend": "torch"}
-    plain = sparse_attention(query, key, value, index=KeyIndex.build(key, "pages"), **options)
-    broken = {"key": key.clone(), "value": value.clone()}
-    broken[where][0, 0, 100, 3] = what
-    index = KeyIndex.build(broken["key"], "pages")
-    result = sparse_attention(query, broken["key"], broken["value"], index=index, **options)
-    # The other key/value head does not notice.
-    assert torch.equal(result.output[:, 2:], plain.output[:, 2:])
-    if where == "key":
-        assert index.tensors()[1][0, 0, 6].isnan().all()
-        assert not index.tensors()[1][0, 1].isnan().any()
-        # Its page is attended before all others, and the attended numbers stay what the budget allows.
-        assert result.output[:, :2].isnan().all() or what != torch.nan
-        assert torch.equal(result.attended, plain.attended)
-    else:
-        sound = ~result.output.isnan()
-        torch.testing.assert_close(result.output[sound], plain.output[sound])
-        assert not result.output[0, :2, :, :3].isnan().any()
 
 
 @EACH
@@ -162,7 +138,7 @@ def test_what_no_index_can_be_built_from_is_refused(changes, error, message):
         KeyIndex.build(**{"key": KEY, "kind": "codes"} | changes)
 
 
-CODES, PAGES = KeyIndex.build(KEY, "codes"), KeyIndex.build(KEY, "pages")
+CODES, PAGES, MEANS = (KeyIndex.build(KEY, kind, value=KEY) for kind in ("codes", "pages", "means"))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +148,7 @@ CODES, PAGES = KeyIndex.build(KEY, "codes"), KeyIndex.build(KEY, "pages")
         ({"index": CODES, "selection": "block"}, ValueError, 'got "codes" for Block'),
         ({"index": "codes"}, TypeError, r"made by KeyIndex.build\(key, ...\), got str"),
         ({"means": "codes"}, TypeError, r"made by KeyIndex.build\(key, ...\), got str"),
+        ({"means": MEANS, "tail": "drop"}, ValueError, r'"means" for one with tail="mean"; got "means" for TopK.*drop'),
         ({"index": CODES, "key": torch.cat((KEY, KEY), 2)}, ValueError, "other keys"),
         ({"index": CODES, "query": QUERY.expand(1, 4, 33, 16)}, ValueError, "at most 32 queries"),
         ({"return_kept_mass": "bounds"}, ValueError, "come from codes"),

@@ -80,9 +80,8 @@ def test_a_call_on_a_cache_sees_what_transformers_lets_it_see(function, local, c
 @PLAIN_KINDS
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_cut_off_and_sequences_begin_after_it(function, local, side):
-    padding = torch.ones(3, LENGTH, dtype=torch.bool)
-    for row, count in enumerate((0, 9, 31)):
-        padding[row, slice(0, count) if side == "left" else slice(LENGTH - count, LENGTH)] = False
+    padding = torch.arange(LENGTH) >= torch.tensor([[0], [9], [31]])
+    padding = padding if side == "left" else padding.flip(1)
     visibility = found(function, padding=padding, batch=3, local=local)
     assert visibility.order is None
     assert_sees(visibility, expected(function, padding=padding, batch=3))
@@ -103,14 +102,10 @@ def test_padding_with_holes_leaves_the_keys_that_are_tokens(function, local, cal
     assert torch.equal(visibility.origin[is_token], (-dropped).expand_as(is_token)[is_token].int())
 
 
-def test_chunks_are_counted_from_the_first_token_of_a_left_padded_row():
-    padding = torch.ones(2, LENGTH, dtype=torch.bool)
-    padding[1, :5] = False
+def test_chunks_and_origins_are_counted_from_where_sequences_begin_also_before_the_first_key():
+    padding = torch.arange(LENGTH) >= torch.tensor([[0], [5]])
     function = mu.chunked_causal_mask_function(8, torch.tensor([0, 5]))
     assert_sees(found(function, padding=padding, batch=2), expected(function, padding=padding, batch=2))
-
-
-def test_origins_are_where_sequences_begin_before_the_first_key_where_a_cache_dropped_it():
     assert found(KINDS["packed sliding"][0]).origin.tolist() == BEGINS
     assert found(KINDS["sliding"][0], (1, 7, 30, 24), local=7).origin.tolist() == [[-24]]
 
@@ -121,17 +116,17 @@ PARTED = torch.where(IMAGES == 1, 0, IMAGES)
 WITH_IMAGES = mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(IMAGES))
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        pytest.param(WITH_IMAGES, id="images"),
-        pytest.param(mu.and_masks(WITH_IMAGES, mu.sliding_window_overlay(9)), id="images, sliding"),
-        pytest.param(mu.or_masks(mu.causal_mask_function, lambda b, h, q, k: k < 13), id="prefix"),
-        pytest.param(mu.and_masks(mu.causal_mask_function, lambda b, h, q, k: k % 2 == 0), id="every second key"),
-        pytest.param(mu.sliding_window_overlay(4), id="no end"),
-        pytest.param(mu.sliding_window_bidirectional_mask_function(4), id="both ways"),
-    ],
-)
+ONE_RUN = {
+    "images": WITH_IMAGES,
+    "images, sliding": mu.and_masks(WITH_IMAGES, mu.sliding_window_overlay(9)),
+    "prefix": mu.or_masks(mu.causal_mask_function, lambda b, h, q, k: k < 13),
+    "every second key": mu.and_masks(mu.causal_mask_function, lambda b, h, q, k: k % 2 == 0),
+    "no end": mu.sliding_window_overlay(4),
+    "both ways": mu.sliding_window_bidirectional_mask_function(4),
+}
+
+
+@pytest.mark.parametrize("function", ONE_RUN.values(), ids=ONE_RUN)
 @pytest.mark.parametrize("left", [0, 6])
 @pytest.mark.parametrize("elements", [50, 1 << 20])
 def test_whatever_lets_a_query_see_one_run_of_the_keys_is_taken(function, left, elements, monkeypatch):
@@ -142,18 +137,14 @@ def test_whatever_lets_a_query_see_one_run_of_the_keys_is_taken(function, left, 
     assert bool((visibility.origin[padding] <= visibility.visible[padding][:, 0]).all())
 
 
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [
-        (mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(PARTED)), "or_mask"),
-        (mu.and_masks(mu.causal_mask_function, lambda b, h, q, k: (q - k) % 2 == 0), "and_mask"),
-    ],
-)
-def test_a_mask_of_several_runs_becomes_what_sdpa_takes_and_is_refused_by_name(function, name):
-    mask = interval_mask(1, LENGTH, LENGTH, mask_function=function)
-    assert torch.equal(mask, expected(function))
-    with pytest.raises(UnsupportedMaskError, match=rf"Layer got a custom.*{name}.*several runs of keys"):
-        visibility_of(mask, 1, LENGTH, LENGTH, "Layer")
+def test_a_mask_of_several_runs_becomes_what_sdpa_takes_and_is_refused_by_name():
+    parted = mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(PARTED))
+    every_second = mu.and_masks(mu.causal_mask_function, lambda b, h, q, k: (q - k) % 2 == 0)
+    for function, name in ((parted, "or_mask"), (every_second, "and_mask")):
+        mask = interval_mask(1, LENGTH, LENGTH, mask_function=function)
+        assert torch.equal(mask, expected(function))
+        with pytest.raises(UnsupportedMaskError, match=rf"Layer got a custom.*{name}.*several runs of keys"):
+            visibility_of(mask, 1, LENGTH, LENGTH, "Layer")
 
 
 def test_masks_of_four_dimensions_are_taken_where_every_row_is_one_run_and_refused_with_the_reason_otherwise():
@@ -189,19 +180,16 @@ def test_a_mask_of_four_dimensions_has_documents_that_begin_where_their_rows_do_
     assert visibility.visible[0, 5:].tolist() == [[5, end] for end in range(6, 21)]
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.float32, torch.uint8])
-@pytest.mark.parametrize("keys", [3, 4])
-def test_no_mask_of_the_callers_is_taken_for_packed_intervals(dtype, keys):
-    assert not is_packed(torch.ones(1, 1, keys, keys).tril().to(dtype))
-    mask = interval_mask(1, keys, keys)
-    assert is_packed(mask)
-    assert interval_mask(1, keys, keys, attention_mask=mask) is mask
-
-
-@pytest.mark.parametrize(("made", "called"), [(30, 20), (20, 30)])
-def test_packed_intervals_of_another_call_are_refused(made, called):
-    with pytest.raises(UnsupportedMaskError, match=f"another call than one of {called} queries"):
-        visibility_of(interval_mask(1, made, called), 1, called, called, "Layer")
+def test_packed_intervals_are_handed_in_again_and_neither_other_masks_nor_those_of_other_calls_are_taken_for_them():
+    for keys in (3, 4):
+        mask = interval_mask(1, keys, keys)
+        assert is_packed(mask)
+        assert interval_mask(1, keys, keys, attention_mask=mask) is mask
+        for dtype in (torch.int32, torch.int64, torch.bool, torch.float32, torch.uint8):
+            assert not is_packed(torch.ones(1, 1, keys, keys).tril().to(dtype))
+    for made, called in ((30, 20), (20, 30)):
+        with pytest.raises(UnsupportedMaskError, match=f"another call than one of {called} queries"):
+            visibility_of(interval_mask(1, made, called), 1, called, called, "Layer")
 
 
 def test_the_mask_of_cross_attention_holds_every_key_that_is_no_padding_and_is_marked():
@@ -223,12 +211,7 @@ def test_custom_masks_are_refused_while_compiling(monkeypatch, compose):
 
 
 def test_plain_causal_is_told_from_the_rest():
-    plain = lambda call, padding=None: is_plain_causal(  # noqa: E731
-        found(mu.causal_mask_function, (*call, 0), padding, batch=2).visible, call[1]
-    )
-    assert plain((5, 9, 4))
-    assert not plain((5, 12, 4))
-    padding = torch.ones(2, 5, dtype=torch.bool)
-    assert plain((5, 5, 0), padding)
-    padding[1, 0] = False
-    assert not plain((5, 5, 0), padding)
+    padding = torch.tensor([[1] * 5, [0, 1, 1, 1, 1]]).bool()
+    cases = (((5, 9, 4), None), ((5, 12, 4), None), ((5, 5, 0), padding | True), ((5, 5, 0), padding))
+    seen = [found(mu.causal_mask_function, (*call, 0), given, batch=2).visible for call, given in cases]
+    assert [is_plain_causal(s, call[1]) for s, (call, _) in zip(seen, cases, strict=True)] == [True, False] * 2

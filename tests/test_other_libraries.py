@@ -13,6 +13,7 @@ from nc_patch import BrokenCacheError, UnsupportedModelError, patch_model
 from nc_patch.hooks import IMPLEMENTATION
 
 LENGTH = 40
+DENSE, ALL_KEYS, SPARSE = ({"alpha": alpha, "C": C} for alpha, C in ((1.0, 1.0), (1e6, 0.0), (2.0, 0.5)))
 
 
 def attention_patch(attend):
@@ -47,17 +48,15 @@ def imported(monkeypatch):
 
 
 @torch.no_grad()
-def decoded(model, compress):
+def decoded(compress, options=None):
     """Logits of three tokens after a prefill whose cache ``compress(attention modules, cache)`` has changed."""
+    model = tiny_model("llama") if options is None else patch_model(tiny_model("llama"), **options)
     torch.manual_seed(3)
     ids, cache = random_ids(1, LENGTH + 3), DynamicCache(config=model.config)
     model(ids[:, :LENGTH], past_key_values=cache)
     compress([layer.self_attn for layer in model.model.layers], cache)
-    steps = [
-        model(ids[:, n : n + 1], past_key_values=cache, position_ids=torch.tensor([[n]])).logits
-        for n in range(LENGTH, LENGTH + 3)
-    ]
-    return torch.cat(steps, 1)
+    steps = zip(ids[:, LENGTH:].split(1, 1), torch.arange(LENGTH, LENGTH + 3)[:, None, None], strict=True)
+    return torch.cat([model(step, past_key_values=cache, position_ids=at).logits for step, at in steps], 1)
 
 
 def by_head(modules, cache):
@@ -77,25 +76,16 @@ def to_lengths(*lengths):
     return compress
 
 
-DENSE, ALL_KEYS = {"alpha": 1.0, "C": 1.0}, {"alpha": 1e6, "C": 0.0}
-SPARSE = {"alpha": 2.0, "C": 0.5}
-
-
-def by_patched(options, compress):
-    return decoded(patch_model(tiny_model("llama"), **options), compress)
-
-
-@pytest.mark.parametrize("options", [DENSE, SPARSE | {"selection": "dense"}], ids=str)
-def test_keys_masked_by_head_are_not_attended_where_all_others_are(imported, options):
+def test_keys_masked_by_head_are_not_attended_where_all_others_are(imported):
     imported("sdpa", IMPLEMENTATION)
-    expected = decoded(tiny_model("llama"), by_head)
-    torch.testing.assert_close(by_patched(options, by_head), expected)
-    unmasked = decoded(tiny_model("llama"), lambda modules, cache: None)
+    expected = decoded(by_head)
+    for options in (DENSE, SPARSE | {"selection": "dense"}):
+        torch.testing.assert_close(decoded(by_head, options), expected)
+    unmasked = decoded(lambda modules, cache: None)
     assert not torch.allclose(unmasked, expected, atol=0.1), "they make a difference"
 
 
 BEFORE, AMONG = r"imported before nc_patch.*Import nc_patch first", "sparse attention would choose among these keys"
-BOTH = ("sdpa", IMPLEMENTATION)
 
 
 @pytest.mark.parametrize(
@@ -103,32 +93,28 @@ BOTH = ("sdpa", IMPLEMENTATION)
     [
         (("sdpa",), DENSE, BEFORE),
         (("sdpa",), SPARSE, BEFORE),
-        (BOTH, SPARSE | {"selection": "topk"}, AMONG),
-        (BOTH, SPARSE | {"selection": "block"}, AMONG),
-        (BOTH, SPARSE | {"selection": "window"}, AMONG),
+        *((("sdpa", IMPLEMENTATION), SPARSE | {"selection": name}, AMONG) for name in ("topk", "block", "window")),
     ],
 )
 def test_keys_masked_by_head_are_refused_where_nothing_masks_them_or_attention_is_sparse(
     imported, names, options, message
 ):
     imported(*names)
-    model = patch_model(tiny_model("llama"), **options)
     with pytest.raises(UnsupportedModelError, match=message):
-        decoded(model, by_head)
-    model(random_ids(1, 20))  # a prefill masks none
+        decoded(by_head, options)
 
 
 @pytest.mark.parametrize("options", [DENSE, ALL_KEYS, ALL_KEYS | {"selection": "block"}], ids=str)
 def test_keys_dropped_alike_in_every_layer_are_dropped(options):
     compress = to_lengths(20, 20, 20)
-    torch.testing.assert_close(by_patched(options, compress), decoded(tiny_model("llama"), compress))
+    torch.testing.assert_close(decoded(compress, options), decoded(compress))
 
 
 @pytest.mark.parametrize("lengths", [(10, 20, 30), (30, 20, 10), (20, 20, 21)], ids=str)
 @pytest.mark.parametrize("options", [DENSE, SPARSE], ids=str)
 def test_other_numbers_of_keys_in_each_layer_are_refused(lengths, options):
     with pytest.raises(BrokenCacheError, match="drops keys layer by layer, let it keep as many in every layer"):
-        by_patched(options, to_lengths(*lengths))
+        decoded(to_lengths(*lengths), options)
 
 
 def closed_over(forward):
@@ -143,25 +129,21 @@ def marked(forward):
     return functools.update_wrapper(lambda *args, held=[forward], **kwargs: held[0](*args, **kwargs), forward)
 
 
-def own_attention(self, hidden_states, **_):
-    return hidden_states, None
+def test_a_forward_that_another_library_has_wrapped_is_patched_and_one_that_it_has_replaced_is_refused(monkeypatch):
+    ids, model = random_ids(1, 30), tiny_model("llama")
+    expected = patch_model(tiny_model("llama"), 2.0, 0.5, selection="topk")  # the class has been seen before
+    for wrap, layer in zip((closed_over, partly, marked), model.model.layers, strict=True):
+        layer.self_attn.forward = wrap(layer.self_attn.forward)
+    assert torch.equal(patch_model(model, 2.0, 0.5, selection="topk")(ids).logits, expected(ids).logits)
 
+    def own_attention(self, hidden_states, **_):
+        return hidden_states, None
 
-def test_a_model_whose_attention_another_library_has_replaced_is_refused(monkeypatch):
-    patch_model(tiny_model("llama"), 2.0, 0.5)  # the class has been seen before
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.forward = types.MethodType(own_attention, layer.self_attn)
-    with pytest.raises(UnsupportedModelError, match=r"put own_attention in the place of forward of LlamaAttention"):
+    with pytest.raises(UnsupportedModelError, match=r"put \S*own_attention in the place of forward of LlamaAttention"):
         patch_model(model, 2.0, 0.5)
     monkeypatch.setattr(type(layer.self_attn), "forward", own_attention)
     with pytest.raises(UnsupportedModelError, match="does not go through transformers' AttentionInterface"):
         patch_model(tiny_model("llama"), 2.0, 0.5)
-
-
-def test_a_forward_that_another_library_has_wrapped_is_patched():
-    ids, model = random_ids(1, 30), tiny_model("llama")
-    expected = patch_model(tiny_model("llama"), 2.0, 0.5, selection="topk")
-    for wrap, layer in zip((closed_over, partly, marked), model.model.layers, strict=True):
-        layer.self_attn.forward = wrap(layer.self_attn.forward)
-    assert torch.equal(patch_model(model, 2.0, 0.5, selection="topk")(ids).logits, expected(ids).logits)

@@ -12,7 +12,6 @@ from transformers import (
     BertForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
-    DynamicCache,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
@@ -63,16 +62,6 @@ def test_a_law_of_every_key_is_dense_and_unpatching_leaves_the_model_bit_for_bit
         assert (model.config.to_dict(), model.config._attn_implementation) == (config, implementation)
         assert all(map(torch.equal, in_a_batch(model, rows), before))
         assert torch.equal(model.generate(rows[0][None], max_new_tokens=4), text)
-
-
-@pytest.mark.parametrize("window", [33, 100, 128])
-def test_blocks_hold_every_key_of_a_sliding_window_at_a_full_budget(window):
-    model, ids = tiny_model("mistral", sliding_window=window), random_ids(1, 300)
-    dense, cache = model(ids).logits, DynamicCache(config=model.config)
-    patch_model(model, 500.0, 0.0, selection="block")
-    assert_close(model(ids).logits, dense)
-    steps = [model(piece, past_key_values=cache).logits for piece in ids.split([290] + [1] * 10, 1)]
-    assert_close(torch.cat(steps, 1), dense)
 
 
 # What is patched, and for how long

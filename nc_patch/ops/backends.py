@@ -23,17 +23,12 @@ def check_backend(requested: str) -> None:
 
 
 def choose_backend(
-    requested: str,
-    device: torch.device,
-    *,
-    head_dims: Sequence[int],
-    needs_grad: bool = False,
-    implemented: Sequence[str] = ("triton", "cpu", "torch"),
-) -> tuple[str, str | None]:
+    requested: str, device: torch.device, *, head_dims: Sequence[int], needs_grad: bool = False,
+    implemented: Sequence[str] = BACKENDS[1:],
+) -> tuple[str, str | None]:  # fmt: skip
     """The backend that runs a call on ``device``, and why it is not a faster one, where that may surprise.
 
-    ``head_dims`` are of the keys, and of the values where they take part; ``needs_grad`` is whether a gradient will be
-    asked for, which only PyTorch has; ``implemented`` are the backends that have what is called.
+    ``head_dims`` are of the keys, and of the values where they take part; ``implemented``: what has what is called.
 
     Raises:
         RuntimeError: a backend was asked for by name where it cannot run.

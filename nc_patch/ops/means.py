@@ -39,10 +39,8 @@ def touched_slots(count: int, slots: int) -> int:
 def page_starts(visible: torch.Tensor, origin: torch.Tensor, key_length: int) -> torch.Tensor:
     """The position at which the page in each slot starts, int64 ``[B, S + 1]``; -1 where there is no whole page.
 
-    The last slot is a spare one, so that there are two or more: PyTorch takes a size of one for a constant, and a graph
-    of means in one slot would serve up to 16 keys only, or more only.
-
-    Only queries that see a key count. Nothing is read back from the device.
+    The last slot is a spare one: PyTorch takes a size of one for a constant, and a graph of means in one slot would
+    serve up to 16 keys only, or more only. Only queries that see a key count. Does not read the device.
     """
     B = visible.shape[0]
     slots = slot_count(key_length) + 1

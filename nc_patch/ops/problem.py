@@ -30,9 +30,9 @@ class Problem(NamedTuple):
         sinks: ``[Hq]``, learned logits that join the softmax's denominator, or None.
         means: page means of ``key`` and ``value`` that are kept beside them, or None.
         key_index: the tensors of the index that decoding chooses by; none for prefill. page_size: keys per page of it.
-        table: int32 ``[B, M]``, the blocks of memory in which each sequence's keys lie, where they are paged; else
-            None. With a table ``key`` is ``[blocks, Hkv, N, D]``, ``value`` and ``key_index`` are alike, ``visible`` is
-            int32 ``[B, 1]``, how many keys the only query of each sequence sees, and ``origin`` is not read.
+        table: int32 ``[B, M]``, the blocks of memory in which each sequence's keys lie, where they are paged. Then
+            ``key`` is ``[blocks, Hkv, N, D]``, ``value`` and ``key_index`` are alike, ``visible`` is int32 ``[B, 1]``,
+            how many keys the only query of each sequence sees, and ``origin`` is not read.
         new: how many keys before the end of each sequence ``key_index`` and ``means`` take in first, in place.
         most: no budget is larger; buffers of decoding are sized by it.
         stats: whether the log-sum-exp and the kept mass are wanted. bounds: whether bounds of the kept mass are.

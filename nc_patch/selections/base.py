@@ -21,9 +21,8 @@ class Selection:
     """Which keys fill the budget of each query. Subclasses are frozen dataclasses whose fields are their options.
 
     ``keep`` is the definition; the forward pass in PyTorch, its gradient, ``torch.compile``, caches and ``generate``
-    follow from it. What else a subclass may have makes it faster: ``prefill_torch``, ``prefill_triton`` and
-    ``prefill_cpu``; with a key index also ``decode_torch``, ``decode_triton`` and ``decode_cpu``. An option is a bool,
-    an int, a float, either or None, or one of a few strings, listed in ``choices``.
+    follow from it. ``prefill_torch``, ``_triton`` and ``_cpu``, and with a key index ``decode_torch``, ``_triton`` and
+    ``_cpu``, make it faster. An option is a bool, an int, a float, either or None, or a string listed in ``choices``.
 
     Attributes:
         name: by which ``NCConfig`` and the command line know it; set by ``register``.
@@ -112,8 +111,8 @@ class Selection:
         return result
 
     def bound(self, problem: Problem, backend: str) -> Callable[[Problem], AttentionResult]:
-        """What runs problems like this one: with tensors of the same shapes, strides, dtypes, devices and alignment to
-        16 bytes, and the same settings. Asked for once a forward pass, and called in each layer.
+        """What each layer of a forward pass runs its problem by: one like this, with the same settings, and tensors of
+        the same shapes, strides, dtypes, devices and alignment to 16 bytes.
         """
         return lambda like: self.run(like, backend)
 
@@ -152,11 +151,7 @@ _SELECTIONS: "dict[str, type[Selection]]" = {}
 
 
 def register(name: str) -> Callable[[Kind], Kind]:
-    """Decorator that makes a frozen dataclass of ``Selection`` known by a name, in place of one that had it.
-
-    Raises:
-        TypeError: an option has no default, or one that is neither a number, a bool, None nor a listed string.
-    """
+    """Decorator that makes a frozen dataclass of ``Selection`` known by a name, in place of one that had it."""
 
     def add(kind: Kind) -> Kind:
         kind.name, kind.options = name, tuple(option.name for option in fields(kind))  # type: ignore[arg-type]

@@ -50,8 +50,7 @@ class Layout(Protocol):
     ) -> None:
         """Takes in the ``count`` keys from ``first[b]`` on of each sequence b, in place.
 
-        ``tensors`` are key ``[B, Hkv, N, D]``; origin, first and end, int ``[B]`` each; and value ``[B, Hkv, N, Dv]``
-        where the layout takes it.
+        ``tensors``: key ``[B, Hkv, N, D]``; origin, first and end, int ``[B]``; value where the layout takes it.
         """
 
 
@@ -254,7 +253,7 @@ class KeyIndex:
         return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.everything())
 
     def is_unstarted(self) -> bool:
-        """Whether it was made while a sequence had only padding, so that where it begins was not known."""
+        """Whether it was made while a sequence had only padding, so that where that begins was not known."""
         if isinstance(self.unstarted, torch.Tensor) and not torch.compiler.is_compiling():
             self.unstarted = bool(self.unstarted)
         return self.unstarted is True
