@@ -54,8 +54,9 @@ def hand_on_cache(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """``refuse_switched`` that also hands the layer of the cache on, to a function that takes more arguments."""
     refuse_switched(module)
-    # What attention modules call their cache; transformers 5.24 has renamed it.
-    cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
+    cache = kwargs.get("past_key_values")
+    if cache is None:  # transformers 5.24 has renamed it
+        cache = kwargs.get("cache")
     # A module that several layers share is told which of them it stands for.
     layer = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
     found = None if cache is None else layer_cache(cache, layer)

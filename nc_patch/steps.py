@@ -93,13 +93,17 @@ def repeat(
     told = module.config is step.module_config and module.__dict__.get("masked_key_indices") is None
     if not (told and is_plain(tensors) and _alike(tensors, arguments) == step.alike):
         return None
-    given = step.arguments
-    if len(arguments) != len(given) + 2 or any(arguments.get(name) is not value for name, value in given.items()):
+    if len(arguments) != len(step.arguments) + 2:
         return None
+    for name, given in step.arguments.items():
+        if arguments.get(name) is not given:
+            return None
     shared, (query, key, value) = step.problem, tensors
-    budget = step.budgets[patch.layer] if step.budgets else shared.budget
-    if budget.shape != shared.budget.shape or (budget.data_ptr() - shared.budget.data_ptr()) & 15:
-        return None
+    budget = shared.budget
+    if step.budgets:
+        budget = step.budgets[patch.layer]
+        if budget.shape != shared.budget.shape or (budget.data_ptr() - shared.budget.data_ptr()) & 15:
+            return None
     held.nc_compare(key, value)
     indexes = held.nc_ready(step.kinds, key)
     if indexes is None:

@@ -6,27 +6,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine as Machine
+from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
+from ways import SETTINGS
 
 from nc_patch import KeyIndex, forget_index, patch_model
 from nc_patch.cache import KeyIndexMixin
 from nc_patch.selections.topk.codes import KeyCodes, encode_keys
 
-OPTIONS = {
-    "topk": {"selection": "topk", "tail": "drop"},
-    "tail": {"selection": "topk", "tail": "mean"},
-    "block": {"selection": "block", "block_size": 16},
-    "window": {"selection": "window"},
+OPTIONS = SETTINGS | {
     "blocks-then-topk": {"prefill": "block", "block_size": 16, "tail": "drop"},
     "topk-then-blocks": {"prefill": "topk", "decode": "block", "block_size": 16},
 }
@@ -51,7 +42,7 @@ def assert_equals_fresh(index: KeyIndex, layer: CacheLayerMixin, length: int) ->
             torch.testing.assert_close(held[row, :, slots], new[row, :, slots], atol=1e-6, rtol=1e-5)
 
 
-class CacheSequences(RuleBasedStateMachine):
+class CacheSequences(Machine):
     """Two caches of one model: the calls of one keep an index, those of the other none."""
 
     family, static = "llama", False
@@ -87,7 +78,7 @@ class CacheSequences(RuleBasedStateMachine):
         self.length += count
         ids, logits = random_ids(self.batch, count), []
         for use, cache in zip((self.use, "never"), self.caches, strict=True):
-            patch_model(self.model, 1.0, 0.7, **self.options, key_index=use)
+            patch_model(self.model, 1.0, 0.7, **self.options | {"key_index": use})
             logits.append(self.model(ids, attention_mask=self.mask, past_key_values=cache).logits[new_mask.bool()])
         torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
         layer = self.caches[0].layers[0]
@@ -170,18 +161,10 @@ class CacheSequences(RuleBasedStateMachine):
 
 
 def explore(examples: int, steps: int, **attributes: object) -> None:
-    run_state_machine_as_test(
-        type("Machine", (CacheSequences,), attributes),
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            derandomize=True,
-            # Shrinking a sequence of model calls takes longer than reading it.
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    how = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+    how |= {"phases": [Phase.generate]}  # shrinking a sequence of model calls takes longer than reading it
+    machine = type("Machine", (CacheSequences,), attributes)
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps, **how))
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])

@@ -7,15 +7,7 @@ import json
 import pytest
 import torch
 from tiny_models import FAMILIES, random_ids, tiny_model
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BloomConfig,
-    BloomForCausalLM,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 from ways import FULL, SMALL, TOPK, alone, assert_close, in_a_batch, rows_of, saved_and_loaded, small
 
 from nc_patch import (
@@ -233,15 +225,17 @@ def test_wrong_settings_are_refused_and_nothing_changes(arguments, options, erro
     assert torch.equal(model(ids).logits, logits)
 
 
-_SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+def made(kind, **sizes):
+    sizes |= {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return lambda: AutoModel.from_config(AutoConfig.for_model(kind, **sizes))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BertForMaskedLM(BertConfig(**_SIZES, intermediate_size=32)), "no causal attention"),
-        (lambda: BloomForCausalLM(BloomConfig(**_SIZES)), "does not go through"),
-        (lambda: T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, num_heads=2)), "encoder-decoder"),
+        (made("bert", intermediate_size=32), "no causal attention"),
+        (made("bloom"), "does not go through"),
+        (made("t5", d_model=32, num_layers=1, num_heads=2), "encoder-decoder"),
         (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
         (lambda: "llama", "expected a model of transformers, got str"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -78,14 +79,12 @@ def scaled(attention):
     attention.scaling *= 0.5
 
 
-def under_autocast(attention):
-    attention.register_forward_pre_hook(lambda *_: torch.set_autocast_enabled("cpu", True))
-    attention.register_forward_hook(lambda *_: torch.set_autocast_enabled("cpu", False))
-
-
-def with_gradients(attention):
-    attention.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(True) and None)
-    attention.register_forward_hook(lambda *_: torch.set_grad_enabled(False) and None)
+def within(switch):
+    """Calls attention between ``switch(True)`` and ``switch(False)``."""
+    return lambda attention: (
+        attention.register_forward_pre_hook(lambda *_: switch(True) and None),
+        attention.register_forward_hook(lambda *_: switch(False) and None),
+    )
 
 
 def with_another_argument(attention):
@@ -96,8 +95,8 @@ def with_another_argument(attention):
     ("change", "expected"),
     [
         (scaled, [1, 0, 1, 1]),  # and leaves a step that does not fit the next layer
-        (under_autocast, [1, 0, 1, 1]),
-        (with_gradients, [1, 0, 1, 0]),
+        (within(partial(torch.set_autocast_enabled, "cpu")), [1, 0, 1, 1]),
+        (within(torch.set_grad_enabled), [1, 0, 1, 0]),
         (with_another_argument, [1, 0, 1, 1]),
     ],
 )
