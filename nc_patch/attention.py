@@ -17,7 +17,7 @@ from nc_patch.hooks import IMPLEMENTATION, told_boundaries
 from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed
 from nc_patch.masks import interval_mask
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_mapped, refuse_tangents
+from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_tangents
 from nc_patch.ops.derivatives import is_capturing as _capturing
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
@@ -239,7 +239,6 @@ def _visible_keys(
             f"{name} got a bidirectional mask, and sparse attention is causal. Unpatch the model, or use it as a "
             "decoder."
         )
-    refuse_mapped(attention_mask=mask)
     if not is_packed(mask):  # the caller may write to it between calls
         found = visibility_of(mask, *lengths, name)
         return _Seen(split_sequences(found, **{**boundaries, "position_ids": None}), False, True)

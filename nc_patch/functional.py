@@ -10,7 +10,7 @@ from nc_patch import library
 from nc_patch.common import as_number, autocast_off, cast_for_autocast, check_bool, plain, say_once, shown
 from nc_patch.config import NCConfig, option_owners
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.derivatives import needs_gradient, refuse_mapped, refuse_tangents
+from nc_patch.ops.derivatives import needs_gradient, refuse_tangents
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import (
     MAX_DECODE_QUERIES,
@@ -74,7 +74,6 @@ def sparse_attention(
         TypeError: an option has an unknown name or a wrong type.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
-    refuse_mapped(alpha=alpha, C=C, visible=visible, origin=origin, scale=scale, softcap=softcap)
     config = _config(plain(alpha), plain(C), selection, **options)
     chosen = config.prefill
     query, key, value = cast_for_autocast(query, key, value)

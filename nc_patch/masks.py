@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from transformers import masking_utils
 
 from nc_patch.common import UnsupportedMaskError
-from nc_patch.ops.derivatives import is_capturing, refuse_mapped
+from nc_patch.ops.derivatives import is_capturing
 from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
 
 MaskFunction = Callable[..., Any]
@@ -41,7 +41,6 @@ def interval_mask(
     """
     if is_packed(attention_mask):
         return attention_mask  # type: ignore[return-value]
-    refuse_mapped(attention_mask=attention_mask)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedMaskError(
             f"expected a 2-D padding mask [batch, positions], got shape {tuple(attention_mask.shape)}. Pass what the "

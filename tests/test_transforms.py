@@ -89,25 +89,20 @@ def test_a_model_maps_over_rows_with_and_without_a_cache(settings):
     model.generate(ids, max_new_tokens=3, do_sample=False)  # nothing of the transform is left in the model
 
 
-def test_what_cannot_be_mapped_is_named():
-    model, blocks, ids = small(), small(selection="block"), random_ids(2, 20)
-    mask = torch.ones_like(ids)
-    with pytest.raises(NotImplementedError, match=r"maps over attention_mask.*Give all rows to one call"):
-        vmap(lambda row, seen: model(row[None], attention_mask=seen[None]).logits)(ids, mask)
-    query = torch.randn(2, 1, 2, 5, 4)
-    with pytest.raises(NotImplementedError, match="maps over scale"):
-        vmap(lambda q, scale: sparse_attention(q, q, q, alpha=2.0, scale=scale))(query, torch.tensor([0.5, 1.0]))
-    visible = torch.tensor([0, 1], dtype=torch.int32).expand(2, 1, 5, 2)
-    with pytest.raises(NotImplementedError, match="maps over visible"):
-        vmap(lambda q, seen: sparse_attention(q, q, q, alpha=2.0, visible=seen))(query, visible)
-    with (
-        pytest.raises(NotImplementedError, match=r"decoding by an index does not run inside a transform"),
-        torch.no_grad(),
-    ):
-        vmap(lambda row: blocks(row[None]).logits)(random_ids(2, 1))
-    model = small(on_drop="warn")
-    with pytest.raises(RuntimeError, match=r"nor a transform of torch.func"):
-        vmap(lambda row: model(row[None]).logits)(ids)
+def test_what_cannot_be_mapped_is_refused():
+    model, ids, query = small(), random_ids(2, 20), torch.randn(2, 1, 2, 5, 4)
+    visible, scales = torch.tensor([0, 1], dtype=torch.int32).expand(2, 1, 5, 2), torch.tensor([0.5, 1.0])
+    call = lambda option: lambda q, other: sparse_attention(q, q, q, alpha=2.0, **{option: other})  # noqa: E731
+    by_mask = lambda row, seen: model(row[None], attention_mask=seen[None]).logits  # noqa: E731
+    calls = ((by_mask, ids, ids > 0), (call("scale"), query, scales), (call("visible"), query, visible))
+    for function, *given in calls:
+        with pytest.raises(RuntimeError, match=r"vmap"):  # PyTorch's own: their values are read
+            vmap(function)(*given)
+    by_index = ({"selection": "block"}, 1, r"decoding by an index does not run inside a transform")
+    for options, length, reason in (by_index, ({"on_drop": "warn"}, 20, r"nor a transform of torch.func")):
+        model = small(**options)
+        with pytest.raises(RuntimeError, match=reason), torch.no_grad():
+            vmap(lambda row, model=model: model(row[None]).logits)(random_ids(2, length))
 
 
 def test_an_index_that_is_given_serves_a_map_and_has_no_gradient_there_either():

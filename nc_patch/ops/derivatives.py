@@ -35,19 +35,6 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and wanted
 
 
-def refuse_mapped(**arguments: Any) -> None:
-    """Raises NotImplementedError where an argument has another value in each step of a ``torch.func.vmap``."""
-    functorch = torch._C._functorch
-    for name, value in arguments.items() if in_transform() and not torch.compiler.is_compiling() else ():
-        while isinstance(value, torch.Tensor) and functorch.is_functorch_wrapped_tensor(value):
-            if functorch.is_batchedtensor(value):
-                raise NotImplementedError(
-                    f"torch.func.vmap maps over {name}, whose values are read before anything is computed. Give all "
-                    "rows to one call, as its batch, or map over other arguments alone"
-                )
-            value = functorch.get_unwrapped(value)
-
-
 def refuse_tangents(*tensors: torch.Tensor) -> None:
     """Refuses derivatives in forward mode, which PyTorch takes for zero where an operation has none."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
