@@ -167,32 +167,22 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     return [*of_tensors, *(None,) * (len(tensors) - len(of_tensors))], None, None, None, None, None
 
 
-def _one_by_one(info: Any, dims: list[int | None], tensors: list[torch.Tensor], call: Any) -> Any:
-    """The rule of ``torch.func.vmap``: a call for each of what it maps over."""
-    slices = [
-        [t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)] for i in range(info.batch_size)
-    ]
-    results = [torch.stack(parts) for parts in zip(*map(call, slices), strict=True)]
-    return results, [0] * len(results)
-
-
 for _op in (_OPERATIONS["attend", False], _OPERATIONS["attend", True]):
     _op.register_autograd(_backward, setup_context=_setup)
-    _op.register_vmap(
-        lambda info, dims, tensors, *rest, _op=_op: _one_by_one(info, dims[0], tensors, lambda each: _op(each, *rest))
-    )
-_attend_backward.register_vmap(
-    lambda info, dims, grad, tensors, *rest: _one_by_one(
-        info, [dims[0], *dims[1]], [grad, *tensors], lambda each: _attend_backward(each[0], each[1:], *rest)
-    )
-)
 _attend_backward.register_autograd(refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
 class _InTransform(torch.autograd.Function):
     """``attend`` or ``attend_backward`` in the transforms of ``torch.func``, which know no op with a gradient."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], op: Any, settings: tuple[Any, ...], *tensors: Any) -> Any:
+        """A call for each of what ``torch.func.vmap`` maps over."""
+        given = list(zip(tensors, dims[2:], strict=True))
+        for_each = [[t if d is None else t.select(d, i) for t, d in given] for i in range(info.batch_size)]
+        results = zip(*(_InTransform.apply(op, settings, *each) for each in for_each), strict=True)
+        stacked = tuple(map(torch.stack, results))
+        return stacked, (0,) * len(stacked)
 
     @staticmethod
     def forward(op: Any, settings: tuple[Any, ...], *tensors: Any) -> Any:
