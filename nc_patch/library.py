@@ -94,13 +94,9 @@ def _run_fake(
     return [output, *(output.new_empty(shape if wanted else 0, dtype=dtype) for wanted, shape, dtype in fields)]
 
 
-def _run_decode(tensors: list[torch.Tensor], index: list[torch.Tensor], *rest: Any) -> tuple[torch.Tensor, ...]:
-    """``_run`` of a problem whose ``index`` takes in new keys."""
-    return tuple(_run([*tensors, *index], *rest))
-
-
-def _run_decode_fake(tensors: list[torch.Tensor], index: list[torch.Tensor], *rest: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(_run_fake([*tensors, *index], *rest))
+def _decoding(run: Any) -> Any:
+    """``_run``, or its fake, of a problem whose ``index`` takes in new keys."""
+    return lambda tensors, index, *rest: tuple(run([*tensors, *index], *rest))
 
 
 _REST = "str selection, float[] numbers, int[] flags, int most, str backend"
@@ -110,7 +106,7 @@ _FIELDS = ", ".join(["Tensor"] * len(AttentionResult._fields))
 _OPERATIONS: dict[tuple[str, bool], Any] = {}
 for _name, _runs, _fakes, _index, _returns in (
     ("attend", _run, _run_fake, "", "Tensor[]"),
-    ("decode", _run_decode, _run_decode_fake, "Tensor(a!)[] index, ", f"({_FIELDS})"),
+    ("decode", _decoding(_run), _decoding(_run_fake), "Tensor(a!)[] index, ", f"({_FIELDS})"),
 ):
     for _on_host in (False, True):
         _op: Any = torch.library.custom_op(

@@ -36,8 +36,7 @@ def interval_mask(
         mask ``[B, 1, Lq, Lk]``, which layers that are left dense can take.
 
     Raises:
-        UnsupportedMaskError: the padding mask is not 2-D; or while ``torch.compile`` traces, the mask is not one
-            interval per query.
+        UnsupportedMaskError: the padding mask is not 2-D; or ``torch.compile`` traces what is not one interval a query.
     """
     if is_packed(attention_mask):
         return attention_mask  # type: ignore[return-value]
@@ -53,10 +52,8 @@ def interval_mask(
         """The rows ``first:last`` as ``transformers`` would make them, bool ``[B, 1, last - first, Lk]``."""
         return masking_utils.sdpa_mask(
             *(batch_size, last - first, kv_length, q_offset + first, kv_offset, mask_function, padding),
-            allow_is_causal_skip=False,
-            use_vmap=options.get("use_vmap", False),
-            device=device,
-        )
+            allow_is_causal_skip=False, use_vmap=options.get("use_vmap", False), device=device,
+        )  # fmt: skip
 
     def seen_by_tokens() -> Iterator[torch.Tensor]:
         """The rows, some at a time, bool ``[B, some, Lk]``; those of padding queries see nothing."""

@@ -91,9 +91,8 @@ def repeat(
     if step is None or held is None or patch.config is not step.config or patch.layer in step.dense_layers:
         return None
     told = module.config is step.module_config and module.__dict__.get("masked_key_indices") is None
+    told = told and len(arguments) == len(step.arguments) + 2
     if not (told and is_plain(tensors) and _alike(tensors, arguments) == step.alike):
-        return None
-    if len(arguments) != len(step.arguments) + 2:
         return None
     for name, given in step.arguments.items():
         if arguments.get(name) is not given:

@@ -54,15 +54,7 @@ def test_the_largest_budget_is_that_of_the_most_expensive_length(dense_below):
             assert config.largest_budget(n, layer) == max(found[: n + 1])
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        (-1, ValueError, "dense_below must be at least 0, got -1"),
-        (1.5, TypeError, "dense_below must be an integer, got 1.5"),
-        (True, TypeError, "dense_below must be an integer, got True"),
-        (2**40, ValueError, "dense_below must be at most 2147483647"),
-    ],
-)
-def test_what_is_no_number_of_keys_is_refused(given, error, message):
-    with pytest.raises(error, match=message):
-        NCConfig(1.0, 0.5, dense_below=given)
+def test_what_is_no_number_of_keys_is_refused():
+    for given, error in ((-1, ValueError), (2**40, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"dense_below must be .*got {given}"):
+            NCConfig(1.0, 0.5, dense_below=given)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
 
 def in_transform() -> bool:
     """Whether a transform of ``torch.func`` runs: grad, vmap, jvp, or one that is made of them."""
@@ -21,12 +23,8 @@ def runs_directly(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether an implementation may be called without its op, which takes longer than a step of a small model: nothing
     traces it, and nothing records a gradient of these ``tensors``.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not in_transform()
-        and all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    )
+    traced = torch.compiler.is_compiling() or in_transform() or not _PLAIN.issuperset(map(type, tensors))
+    return not traced and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

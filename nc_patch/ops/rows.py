@@ -116,10 +116,8 @@ class Choice:
         self.blocks: Iterable[RowBlock] = row_blocks(problem.visible, rows, origin)
 
     def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
-        """Which keys are attended, bool ``[Hq or 1, R, N]``.
-
-        Args:
-            scores: q·k, float32 ``[Hq, R, N]``, of the rows of ``block`` and the keys ``block.low:block.high``.
+        """Which of the keys ``block.low:block.high`` a block's rows attend, bool ``[Hq or 1, R, N]``, by their scores
+        q·k, float32 ``[Hq, R, N]``.
         """
         return self._keep(scores, Rows.of(self._problem, block))
 
