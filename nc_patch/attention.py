@@ -134,20 +134,8 @@ def _attention(
         budget, budgets = _budgets(plan, visible, Lk)
         problem = problem._replace(budget=budget)
     kept = Indexes()
-    # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
-    by_an_index = config.decode.needs_index or not needs_gradient(query, key, value, problem.sinks)
-    if patch is not None and not plan.short and not config.is_dense(plan.layer) and by_an_index:
-        detached = problem
-        if key.requires_grad or value.requires_grad:
-            detached = problem._replace(key=problem.key.detach(), value=problem.value.detach())
-        later = decoding and plan.dense_reason is None
-        kept = indexes_of(config, detached, cache if in_place else None, decoding, later)
-    if decoding and kept.means is not None:
-        problem = problem._replace(means=PageMeans(*kept.means.tensors()), new=kept.new)
-    if plan.dense_reason is None and decoding and kept.choosing is not None:
-        most = config.largest_budget(Lk, plan.layer) if compiling else _most(config, Lk)
-        problem = by_index(problem, kept.choosing, most)._replace(new=kept.new)
-
+    if patch is not None and not plan.short and not config.is_dense(plan.layer):
+        problem, kept = _with_indexes(plan, problem, cache if in_place else None)
     result, dense_reason = _run(plan, patch, problem, selection, in_place), plan.dense_reason
     if cache is not None and cache.layer is not None and not compiling:
         cache.layer.nc_done()
@@ -277,6 +265,25 @@ def _budgets(plan: _Plan, visible: torch.Tensor, key_length: int) -> tuple[torch
     if len(laws) > 1:  # large, and as a rule of one layer alone
         return find(), ()
     return once(visible, ("budget", laws, config.min_keys, config.dense_below, key_length), find), ()
+
+
+def _with_indexes(plan: _Plan, problem: Problem, cache: LayerCache | None) -> tuple[Problem, Indexes]:
+    """The problem with what a layer decodes by, and that, brought up to date."""
+    config, key, value = plan.config, problem.key, problem.value
+    # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
+    if not config.decode.needs_index and needs_gradient(*problem[:3], problem.sinks):
+        return problem, Indexes()
+    detached = problem
+    if key.requires_grad or value.requires_grad:
+        detached = problem._replace(key=key.detach(), value=value.detach())
+    kept = indexes_of(config, detached, cache, plan.decoding, plan.decoding and plan.dense_reason is None)
+    if plan.decoding and kept.means is not None:
+        problem = problem._replace(means=PageMeans(*kept.means.tensors()), new=kept.new)
+    if plan.dense_reason is None and plan.decoding and kept.choosing is not None:
+        Lk = key.shape[2]
+        most = config.largest_budget(Lk, plan.layer) if torch.compiler.is_compiling() else _most(config, Lk)
+        problem = by_index(problem, kept.choosing, most)._replace(new=kept.new)
+    return problem, kept
 
 
 @lru_cache(maxsize=64)
