@@ -17,8 +17,10 @@ PAGED_IMPLEMENTATION = "nc_sparse_flash"
 
 def refuse_switched(module: torch.nn.Module, *_: Any) -> None:
     """Forward pre-hook of a patched attention module: what was switched to another implementation is not run dense."""
-    # As it is stored: the property of a config takes longer than the rest of the hook.
-    implementation = vars(module.config).get("_attn_implementation_internal")
+    # As it is stored: what a config does to look an attribute up takes longer than the rest of the hook.
+    compiling, config = torch.compiler.is_compiling(), module.config
+    fields: Any = vars(config) if compiling else object.__getattribute__(config, "__dict__")
+    implementation = fields.get("_attn_implementation_internal")
     if implementation not in (IMPLEMENTATION, PAGED_IMPLEMENTATION):
         raise UnsupportedModelError(
             f"{type(module).__name__} is patched, but its attention implementation has been set to {implementation!r} "
