@@ -22,25 +22,19 @@ TILE_ROWS = 8 if _WIDE else 2
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
-FLOATS, INTS, MASK, HALVES = (ir.VectorType(kind, LANES) for kind in (F32, I32, I1, I16))
+_BYTES = {"float": 4, "half": 2, "i8": 1, "i16": 2, "i32": 4}
+FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 Builder = Any
 Value = Any
 
 
-def const_int(value: int) -> Value:
-    """A constant int64."""
-    return ir.Constant(I64, value)
+def constant(kind: Any, value: float) -> Value:
+    """A number of a type, or a vector of that number."""
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
-def const_ints(value: int) -> Value:
-    """A vector of one int32."""
-    return ir.Constant(INTS, [value] * LANES)
-
-
-def const_vector(value: float) -> Value:
-    """A vector of one float."""
-    return ir.Constant(FLOATS, [value] * LANES)
+ZERO, LOWEST = constant(FLOATS, 0.0), constant(FLOATS, -float("inf"))
 
 
 def call_llvm(b: Builder, name: str, result: Any, arguments: Sequence[Value]) -> Value:
@@ -51,24 +45,33 @@ def call_llvm(b: Builder, name: str, result: Any, arguments: Sequence[Value]) ->
 
 def element_at(b: Builder, address: Value, index: Value | int, size: int) -> Value:
     """The address of the element ``index`` of so many bytes."""
-    index = const_int(index) if isinstance(index, int) else index
-    return b.add(address, b.mul(index, const_int(size)))
+    return b.add(address, b.mul(constant(I64, index) if isinstance(index, int) else index, constant(I64, size)))
 
 
-def load(b: Builder, address: Value, kind: Any = FLOATS) -> Value:
-    """What lies at an address, 16 floats unless another type is given."""
-    return b.load(b.inttoptr(address, kind.as_pointer()), align=1)
+def load(b: Builder, address: Value, index: Value | int = 0, kind: Any = FLOATS) -> Value:
+    """What lies at an array's element ``index``: 16 floats unless another type is given."""
+    return b.load(_pointer(b, address, index, kind), align=1)
 
 
-def store(b: Builder, value: Value, address: Value) -> None:
-    """Writes a value to an address."""
-    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
+def store(b: Builder, value: Value, address: Value, index: Value | int = 0) -> None:
+    """Writes a value, or a vector's, from an array's element ``index`` on."""
+    b.store(value, _pointer(b, address, index, value.type), align=1)
+
+
+def _pointer(b: Builder, address: Value, index: Value | int, kind: Any) -> Value:
+    size = _BYTES[str(kind.element if isinstance(kind, ir.VectorType) else kind)]
+    return b.inttoptr(element_at(b, address, index, size), kind.as_pointer())
 
 
 def splat(b: Builder, value: Value, kind: Any = FLOATS) -> Value:
     """A vector of one value."""
-    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
-    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), const_ints(0))
+    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, constant(I32, 0))
+    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), constant(INTS, 0))
+
+
+def counted_from(b: Builder, first: Value) -> Value:
+    """The vector of ``first``, an int64, and the 15 integers after it."""
+    return b.add(ir.Constant(INTS, list(range(LANES))), splat(b, b.trunc(first, I32), INTS))
 
 
 def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
@@ -76,15 +79,20 @@ def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
     return call_llvm(b, "llvm.fma.v16f32", FLOATS, (x, y, z))
 
 
+def _fold(b: Builder, vectors: Sequence[Value], width: int, join: Callable[[Value, Value], Value]) -> Value:
+    """Each run of twice ``width`` lanes joined, half to half; of two vectors the runs follow each other by turns."""
+    count = vectors[0].type.count
+    lanes = [[run + half + i + count * side for run in range(0, count, 2 * width) for side in range(len(vectors))
+              for i in range(width)] for half in (0, width)]  # fmt: skip
+    kind = ir.VectorType(I32, len(lanes[0]))
+    return join(*(b.shuffle_vector(vectors[0], vectors[-1], ir.Constant(kind, each)) for each in lanes))
+
+
 def _folded(b: Builder, vector: Value, join: Callable[[Value, Value], Value]) -> Value:
-    """The lanes joined to one, always in the same order: halves are joined to halves."""
-    width = LANES
-    while width > 1:
-        width //= 2
-        kind = ir.VectorType(I32, width)
-        halves = (ir.Constant(kind, list(range(first, first + width))) for first in (0, width))
-        vector = join(*(b.shuffle_vector(vector, vector, half) for half in halves))
-    return b.extract_element(vector, ir.Constant(I32, 0))
+    """The lanes joined to one, always in the same order."""
+    for width in (8, 4, 2, 1):
+        vector = _fold(b, [vector], width, join)
+    return b.extract_element(vector, constant(I32, 0))
 
 
 def lane_sum(b: Builder, vector: Value) -> Value:
@@ -92,9 +100,20 @@ def lane_sum(b: Builder, vector: Value) -> Value:
     return _folded(b, vector, b.fadd)
 
 
+def four_sums(b: Builder, vectors: Sequence[Value]) -> Value:
+    """The sums of the lanes of each of four vectors, as a vector of four; added up as in ``lane_sum``."""
+    whole = _fold(b, [_fold(b, vectors[first::2], 8, b.fadd) for first in (0, 1)], 4, b.fadd)
+    return _fold(b, [_fold(b, [whole], 2, b.fadd)], 1, b.fadd)
+
+
 def larger(b: Builder, x: Value, y: Value) -> Value:
     """The larger of both, ``y`` where ``x`` is NaN."""
     return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def larger_or_nan(b: Builder, x: Value, y: Value) -> Value:
+    """The larger of both, NaN where one is."""
+    return b.select(b.or_(b.fcmp_ordered("<=", x, y), b.fcmp_unordered("uno", y, y)), y, x)
 
 
 def largest_lane(b: Builder, vector: Value) -> Value:
@@ -102,37 +121,35 @@ def largest_lane(b: Builder, vector: Value) -> Value:
     return _folded(b, vector, lambda x, y: larger(b, x, y))
 
 
-def as_floats(b: Builder, address: Value, index: Value | int, kind: int) -> Value:
-    """16 elements from an array's element ``index`` on: of float32 (0), bfloat16 (1), float16 (2) or int8 (3)."""
+def as_floats(b: Builder, address: Value, index: Value | int, kind: int, lanes: int = LANES) -> Value:
+    """16 elements, or one, from an array's ``index`` on: of float32 (0), bfloat16 (1), float16 (2) or int8 (3)."""
+    half, word, floats, byte, short = (
+        ir.VectorType(one, lanes) if lanes > 1 else one for one in (ir.HalfType(), I32, F32, I8, I16)
+    )
     if kind == 0:
-        return load(b, element_at(b, address, index, 4))
+        return load(b, address, index, floats)
     if kind == 1:
-        half = load(b, element_at(b, address, index, 2), HALVES)
-        return b.bitcast(b.shl(b.zext(half, INTS), const_ints(16)), FLOATS)
+        return b.bitcast(b.shl(b.zext(load(b, address, index, short), word), constant(word, 16)), floats)
     if kind == 2:
-        return b.fpext(load(b, element_at(b, address, index, 2), ir.VectorType(ir.HalfType(), LANES)), FLOATS)
-    return b.sitofp(b.sext(load(b, element_at(b, address, index, 1), ir.VectorType(I8, LANES)), INTS), FLOATS)
+        return b.fpext(load(b, address, index, half), floats)
+    return b.sitofp(b.sext(load(b, address, index, byte), word), floats)
 
 
 def loop(
-    b: Builder, stop: Value, step: int, begin: Sequence[Value], body: Callable[..., Sequence[Value]]
+    b: Builder, stop: Value, step: int, begin: Sequence[Value], body: Callable[..., Sequence[Value] | None]
 ) -> list[Value]:
     """Runs ``body(index, *values)``, which returns new values, for 0, step, ... below ``stop``; the last values."""
     entry, head = b.block, b.append_basic_block("head")
     inside, after = b.append_basic_block("body"), b.append_basic_block("after")
     b.branch(head)
     b.position_at_end(head)
-    index = b.phi(I64)
-    index.add_incoming(const_int(0), entry)
-    values = []
-    for value in begin:
-        phi = b.phi(value.type)
-        phi.add_incoming(value, entry)
-        values.append(phi)
+    index, *values = (b.phi(first.type) for first in (constant(I64, 0), *begin))
+    for phi, first in zip((index, *values), (constant(I64, 0), *begin), strict=True):
+        phi.add_incoming(first, entry)
     b.cbranch(b.icmp_signed("<", index, stop), inside, after)
     b.position_at_end(inside)
-    changed = body(index, *values)
-    index.add_incoming(b.add(index, const_int(step)), b.block)
+    changed = body(index, *values) or ()
+    index.add_incoming(b.add(index, constant(I64, step)), b.block)
     for phi, value in zip(values, changed, strict=True):
         phi.add_incoming(value, b.block)
     b.branch(head)
@@ -148,39 +165,39 @@ _TO_INTEGER = 1.5 * 2**23
 
 def exp2(b: Builder, x: Value) -> Value:
     """2 ** x for x below 127; zero from -126 down."""
-    low = const_vector(-126.0)
+    low, to_integer = constant(FLOATS, -126.0), constant(FLOATS, _TO_INTEGER)
     vanishes = b.fcmp_ordered("<", x, low)
-    shifted = b.fadd(b.select(vanishes, low, x), const_vector(_TO_INTEGER))
-    fraction = b.fsub(b.select(vanishes, low, x), b.fsub(shifted, const_vector(_TO_INTEGER)))
-    power = const_vector(_EXP2[-1])
+    held = b.select(vanishes, low, x)
+    shifted = b.fadd(held, to_integer)
+    fraction = b.fsub(held, b.fsub(shifted, to_integer))
+    power = constant(FLOATS, _EXP2[-1])
     for coefficient in reversed(_EXP2[:-1]):
-        power = fma(b, power, fraction, const_vector(coefficient))
-    exponent = b.shl(b.bitcast(shifted, INTS), const_ints(23))
-    value = b.select(vanishes, const_vector(0.0), b.bitcast(b.add(b.bitcast(power, INTS), exponent), FLOATS))
-    return b.select(b.fcmp_unordered("uno", x, x), x, value)
+        power = fma(b, power, fraction, constant(FLOATS, coefficient))
+    exponent = b.shl(b.bitcast(shifted, INTS), constant(INTS, 23))
+    value = b.bitcast(b.add(b.bitcast(power, INTS), exponent), FLOATS)
+    return b.select(b.fcmp_unordered("uno", x, x), x, b.select(vanishes, ZERO, value))
 
 
 def prefetch(b: Builder, address: Value, size: int) -> None:
     """Asks for ``size`` bytes from an address on; an address where nothing is does no harm."""
-    kind = I8.as_pointer()
-    flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]
+    flags = [constant(I32, flag) for flag in (0, 3, 1)]
     for offset in range(0, size, 64):
-        pointer = b.inttoptr(b.add(address, const_int(offset)), kind)
+        pointer = b.inttoptr(b.add(address, constant(I64, offset)), I8.as_pointer())
         call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
 
 
-def compress(b: Builder, mask: Value, pairs: Sequence[tuple[Value, Value]]) -> Value:
-    """Writes the lanes of vectors where a mask holds side by side to addresses; how many those are.
+def compress(b: Builder, mask: Value, pairs: Sequence[tuple[Value, Value]], index: Value) -> Value:
+    """Writes the lanes of vectors where a mask holds side by side, from element ``index`` of arrays on; how many.
 
-    Up to 16 elements are written to each address.
+    Up to 16 elements are written to each array.
     """
     bits = b.bitcast(mask, I16)
     count = b.zext(call_llvm(b, "llvm.ctpop.i16", I16, [bits]), I64)
     if _WIDE:
         for vector, target in pairs:
-            suffix = "f32" if vector.type == FLOATS else "i32"
-            name = f"llvm.experimental.vector.compress.v16{suffix}"
-            store(b, call_llvm(b, name, vector.type, (vector, mask, ir.Constant(vector.type, ir.Undefined))), target)
+            name = f"llvm.experimental.vector.compress.v16{'f32' if vector.type == FLOATS else 'i32'}"
+            joined = call_llvm(b, name, vector.type, (vector, mask, ir.Constant(vector.type, ir.Undefined)))
+            store(b, joined, target, index)
         return count
     # Without an instruction for it: one lane after the other, by the lowest bit of the mask that is left.
     copies = [cgutils.alloca_once(b, vector.type) for vector, _ in pairs]
@@ -188,33 +205,13 @@ def compress(b: Builder, mask: Value, pairs: Sequence[tuple[Value, Value]]) -> V
         b.store(vector, copy)
 
     def body(i: Value, left: Value) -> list[Value]:
-        lane = b.zext(call_llvm(b, "llvm.cttz.i16", I16, [left, ir.Constant(I1, 1)]), I64)
+        lane = b.zext(call_llvm(b, "llvm.cttz.i16", I16, [left, constant(I1, 1)]), I64)
         for (vector, target), copy in zip(pairs, copies, strict=True):
-            value = load(b, element_at(b, b.ptrtoint(copy, I64), lane, 4), vector.type.element)
-            store(b, value, element_at(b, target, i, 4))
-        return [b.and_(left, b.sub(left, ir.Constant(I16, 1)))]
+            store(b, load(b, b.ptrtoint(copy, I64), lane, vector.type.element), target, b.add(index, i))
+        return [b.and_(left, b.sub(left, constant(I16, 1)))]
 
     loop(b, count, 1, [bits], body)
     return count
-
-
-def four_sums(b: Builder, vectors: Sequence[Value]) -> Value:
-    """The sums of the lanes of each of four vectors, as a vector of four; added up as in ``lane_sum``."""
-
-    def folded(x: Value, y: Value, width: int) -> Value:
-        lanes = [[run + offset + i + other for run in range(0, LANES, 2 * width) for other in (0, LANES)
-                  for i in range(width)] for offset in (0, width)]  # fmt: skip
-        kind = ir.VectorType(I32, LANES)
-        return b.fadd(*(b.shuffle_vector(x, y, ir.Constant(kind, each)) for each in lanes))
-
-    whole = folded(folded(vectors[0], vectors[2], 8), folded(vectors[1], vectors[3], 8), 4)
-    for width, count in ((2, 16), (1, 8)):
-        lanes = [
-            [run + offset + i for run in range(0, count, 2 * width) for i in range(width)] for offset in (0, width)
-        ]
-        kind = ir.VectorType(I32, count // 2)
-        whole = b.fadd(*(b.shuffle_vector(whole, whole, ir.Constant(kind, each)) for each in lanes))
-    return whole
 
 
 class Int:
@@ -232,16 +229,13 @@ class Known(int):
 class Kind(int):
     """What elements are: float32 (0), bfloat16 (1) or float16 (2), which is known when the instructions run."""
 
-    kinds = 3
-
 
 class AnyKind(Kind):
     """One of these or int8 (3)."""
 
-    kinds = 4
-
 
 _TYPES = {Int: types.int64, Kind: types.int64, AnyKind: types.int64, Float: types.float32, None: types.void}
+_VARIANTS = {Kind: 3, AnyKind: 4}
 
 
 def instruction(write: Callable[..., Any]) -> Any:
@@ -253,7 +247,7 @@ def instruction(write: Callable[..., Any]) -> Any:
     annotations = dict(write.__annotations__)
     result = _TYPES[annotations.pop("return")]
     kinds = list(annotations.values())[1:]
-    known, variants = [kind is Known for kind in kinds], getattr(kinds[-1], "kinds", 0)
+    known, variants = [kind is Known for kind in kinds], _VARIANTS.get(kinds[-1], 0)
 
     def typing(context: Any, *given: Any) -> Any:
         literals = [got.literal_value if is_known else None for is_known, got in zip(known, given, strict=True)]
@@ -280,7 +274,7 @@ def _by_kind(b: Builder, write: Callable[..., Any], given: Sequence[Value], kind
     switch, found = b.switch(given[-1], blocks[0]), []
     for kind, block in enumerate(blocks):
         if kind:
-            switch.add_case(const_int(kind), block)
+            switch.add_case(constant(I64, kind), block)
         b.position_at_end(block)
         found.append((write(b, *given[:-1], kind), b.block))
         b.branch(after)

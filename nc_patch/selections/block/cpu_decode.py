@@ -214,7 +214,7 @@ def _estimate_kernel(pointer, item, scratch):
                 codes = first_codes + vector * p.D
                 weighted = squares if vector == 2 else x
                 if p.D % LANES == 0:
-                    code_products(weighted, step, codes, p.D, p.D, found + 64 * vector, 16, 4)
+                    code_products(weighted, step, codes, 1, p.D, found + 64 * vector, 16, 4)
                 else:
                     for r in range(4):
                         set_f32(found + 64 * vector, 4 * r, dot_row(weighted + r * step, codes, p.D, 3))

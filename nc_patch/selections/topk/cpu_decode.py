@@ -246,18 +246,14 @@ def _multiply_codes(p, x, step, place, count, rows, raw):
     """Products of up to four rows with ``count`` codes from ``place`` on, ``raw [4, _KEYS]``."""
     codes = p.codes + place * p.D
     if rows == 1:
-        for j in range(0, count - 3, 4):
-            code_products(x, step, codes + j * p.D, p.D, p.D, raw + 4 * j, 4 * _KEYS, 1)
-        for j in range(count // 4 * 4, count):
-            code_products(x, step, codes + j * p.D, 0, p.D, raw + 4 * j, 4 * _KEYS, 1)
+        for j in range(0, count, 4):
+            code_products(x, step, codes + j * p.D, count - j, p.D, raw + 4 * j, 4 * _KEYS, 1)
     elif rows == 2:
-        for j in range(0, count - 1, 2):
-            code_products(x, step, codes + j * p.D, p.D, p.D, raw + 4 * j, 4 * _KEYS, 2)
-        if count % 2:
-            code_products(x, step, codes + (count - 1) * p.D, 0, p.D, raw + 4 * (count - 1), 4 * _KEYS, 2)
+        for j in range(0, count, 2):
+            code_products(x, step, codes + j * p.D, count - j, p.D, raw + 4 * j, 4 * _KEYS, 2)
     else:
         for j in range(count):
-            code_products(x, step, codes + j * p.D, p.D, p.D, raw + 4 * j, 4 * _KEYS, 4)
+            code_products(x, step, codes + j * p.D, 1, p.D, raw + 4 * j, 4 * _KEYS, 4)
 
 
 @compiled
