@@ -8,9 +8,9 @@ import numpy as np
 
 from nc_patch.ops.cpu.llvm import LANES, TILE_ROWS
 from nc_patch.ops.cpu.products import column_exponentials, column_maxima, hide_columns, product
-from nc_patch.ops.cpu.rows import INF, compiled, padded, read_row, write_row
+from nc_patch.ops.cpu.rows import INF, compiled, padded
 from nc_patch.ops.cpu.softmax import cap, sink_share, write_log_sums
-from nc_patch.ops.cpu.tiles import add_product
+from nc_patch.ops.cpu.tiles import add_product, read_query, write_output
 from nc_patch.ops.cpu.vectors import f32, fill, i32, scale_row, set_f32, set_i32
 
 COLUMNS = 32
@@ -51,11 +51,9 @@ def set_limits(room, p, column, start, end, gap, after):
 
 
 @compiled
-def read_query(p, room, column, head, row):
-    """Converts a query, which ``pack_queries`` then packs."""
-    rows = addresses_of(p, room)[7]
-    at = p.query + head * p.query_h + row * p.query_n
-    read_row(rows + column * 4 * padded(p.D), at, p.D, p.kind)
+def read_column(p, room, column, head, i):
+    """Converts the query of a row, which ``pack_queries`` then packs."""
+    read_query(p, addresses_of(p, room)[7] + column * 4 * padded(p.D), 0, head, i)
 
 
 @compiled
@@ -89,17 +87,14 @@ def clear_run(limits, count):
 def score_keys(p, head, room, target, first, last, clear):
     """Soft-capped raw scores of the keys ``first:last``, 128 bytes a key; -inf where a column does not attend."""
     parts = addresses_of(p, room)
-    keys, depth, z = p.keys + head * p.keys_h + first * p.keys_n, p.D, target
+    keys, depth, z = p.key + head * p.key_h + first * p.key_n, p.D, target
     count = last - first
     whole = count // TILE_ROWS * TILE_ROWS
     for row in range(0, whole, TILE_ROWS):
-        product(
-            keys + row * p.keys_n, p.keys_n, 4, parts[0], 64, 64 * depth, z + row * 128, 128, depth, TILE_ROWS, 2, 0
-        )
+        product(keys + row * p.key_n, p.key_n, 4, parts[0], 64, 64 * depth, z + row * 128, 128, depth, TILE_ROWS, 2, 0)
     for row in range(whole, count):
-        product(keys + row * p.keys_n, p.keys_n, 4, parts[0], 64, 64 * depth, z + row * 128, 128, depth, 1, 2, 0)
-    if p.softcap != 0:
-        cap(z, count * COLUMNS, p.scale, p.softcap)
+        product(keys + row * p.key_n, p.key_n, 4, parts[0], 64, 64 * depth, z + row * 128, 128, depth, 1, 2, 0)
+    cap(z, count * COLUMNS, p.scale, p.softcap)
     seen_from, seen_to, gap, after = clear
     if first < seen_from or last > seen_to or (last > gap and first < after):
         hide_columns(z, count, first, parts[1])
@@ -122,7 +117,7 @@ def attend_pieces(p, head, room, pieces, number, count):
     _, limits, scores, out, maxima, sums, shifts, _ = addresses_of(p, room)
     factor = np.float32(p.factor)
     clear = clear_run(limits, count)
-    values = p.values + head * p.values_h
+    values = p.value + head * p.value_h
     fill(out, COLUMNS * p.width, np.float32(0))
     fill(maxima, COLUMNS, -INF)
     fill(sums, COLUMNS, np.float32(0))
@@ -152,25 +147,24 @@ def attend_pieces(p, head, room, pieces, number, count):
         held = 0
         for piece in range(begin, stop):
             first, last = i32(pieces, 2 * piece), i32(pieces, 2 * piece + 1)
-            keys, at = last - first, values + first * p.values_n
-            add_product(scores + held * 128, 4, 128, at, p.values_n, out, 4 * p.width, keys, count, p.width)
+            keys, at = last - first, values + first * p.value_n
+            add_product(scores + held * 128, 4, 128, at, p.value_n, out, 4 * p.width, keys, count, p.width)
             held += keys
         begin = stop
 
 
 @compiled
-def write_column(p, room, column, head, row, attended):
+def write_column(p, room, column, head, i, attended):
     """Writes the output of a column's query, zeros where it attends nothing, and its log-sum-exp on request."""
     parts = addresses_of(p, room)
-    source, spare = parts[3] + 4 * column * p.width, parts[7]
-    at = p.output + head * p.output_h + row * p.output_n
+    source, spare, factor = parts[3] + 4 * column * p.width, parts[7], np.float32(1)
     if attended == 0:
         fill(source, p.width, np.float32(0))
-        write_row(at, source, p.Dv, np.float32(1), p.kind, spare)
-        return
-    shift, kept = f32(parts[6], column), f32(parts[5], column)
-    write_log_sums(p, head, head * p.Lq + row, shift, kept, kept)
-    write_row(at, source, p.Dv, np.float32(1.0 / (kept + sink_share(p, head, shift))), p.kind, spare)
+    else:
+        shift, kept = f32(parts[6], column), f32(parts[5], column)
+        write_log_sums(p, head, head * p.Lq + i, shift, kept, kept)
+        factor = np.float32(1.0 / (kept + sink_share(p, head, shift)))
+    write_output(p, 0, head, i, source, factor, spare)
 
 
 @compiled

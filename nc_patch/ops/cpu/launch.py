@@ -60,7 +60,7 @@ class Kernel:
         row = record[0]
         for name, value in arguments.items():
             if not isinstance(value, torch.Tensor):
-                row[name] = value
+                row[name] = value or 0
                 continue
             row[name] = value.data_ptr()
             if name in self._tensors:

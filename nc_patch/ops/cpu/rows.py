@@ -44,20 +44,18 @@ def read_row(target, source, count, kind):
     to_floats(target, source, whole, kind)
     for i in range(whole, count):
         set_f32(target, i, element_of(source, i, kind))
-    for i in range(count, padded(count)):
-        set_f32(target, i, np.float32(0))
+    pad_row(target, count, np.float32(0))
 
 
 @compiled
 def write_row(target, source, count, factor, kind, spare):
     """Writes ``count`` floats times a factor as elements of a kind; ``spare`` has room for a whole vector more."""
-    whole = count // LANES * LANES
-    size = 4 if kind == 0 else 2
-    for part in range(2):
-        to, first, many = (target, 0, whole) if part == 0 else (spare, whole, LANES if whole < count else 0)
-        from_floats(to, source + 4 * first, many, factor, kind)
-    for i in range((count - whole) * size):
-        set_i8(target + whole * size, i, i8(spare, i))
+    whole, size = count // LANES * LANES, 4 if kind == 0 else 2
+    from_floats(target, source, whole, factor, kind)
+    if whole < count:
+        from_floats(spare, source + 4 * whole, LANES, factor, kind)
+        for i in range((count - whole) * size):
+            set_i8(target + whole * size, i, i8(spare, i))
 
 
 @compiled
@@ -71,10 +69,18 @@ def dot_row(x, row, count, kind):
 
 
 @compiled
+def fill_outside(row, count, begin, stop, value):
+    """Fills a row of ``count`` floats but for those of [begin, stop)."""
+    for i in range(begin):
+        set_f32(row, i, value)
+    for i in range(stop, count):
+        set_f32(row, i, value)
+
+
+@compiled
 def pad_row(row, count, value):
     """Fills the last vector of a row of ``count`` floats."""
-    for i in range(count, padded(count)):
-        set_f32(row, i, value)
+    fill_outside(row, padded(count), 0, count, value)
 
 
 @compiled

@@ -6,21 +6,16 @@ import numpy as np
 
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.products import add_rows, listed_products
-from nc_patch.ops.cpu.rows import INF, LOG2E, compiled, dot_row
-from nc_patch.ops.cpu.vectors import element_of, exponentials, f32, i32, largest, set_f32
+from nc_patch.ops.cpu.rows import INF, LOG2E, compiled, dot_row, padded
+from nc_patch.ops.cpu.vectors import element_of, exponentials, f32, i32, largest, set_f32, times_counts
 
 
 @compiled
 def cap(row, count, scale, softcap):
-    """Soft-caps raw scores: ``softcap * tanh(scale * score / softcap)``."""
-    for i in range(count):
-        set_f32(row, i, np.float32(softcap * math.tanh(f32(row, i) * scale / softcap)))
-
-
-@compiled
-def shift_of(p, most):
-    """What is taken from the raw scores of a row before the exponentials: the largest of them."""
-    return np.float32(0) if most == -INF and p.sinks != 0 else most
+    """Soft-caps raw scores: ``softcap * tanh(scale * score / softcap)``; none where that is 0."""
+    if softcap != 0:
+        for i in range(count):
+            set_f32(row, i, np.float32(softcap * math.tanh(f32(row, i) * scale / softcap)))
 
 
 @compiled
@@ -49,21 +44,19 @@ def write_log_sums(p, head, at, shift, kept, total):
 
 
 @compiled
-def softmax_row(p, row, count, head, at):
-    """Makes exponentials of ``count`` raw scores, a multiple of 16, -inf where not attended; one over their sum."""
-    shift = shift_of(p, largest(row, count))
-    total = exponentials(row, count, shift, np.float32(p.factor))
-    write_log_sums(p, head, at, shift, total, total)
+def softmax_row(p, row, count, means, counts, counted, head, at):
+    """Makes exponentials of raw scores, -inf where not attended, up to a whole vector; one over the sum of all.
+
+    Those of ``counted`` page means count as often as an int32 of ``counts`` says. ``at``: the row's number in what is
+    written on request.
+    """
+    most = max(largest(row, padded(count)), largest(means, padded(counted)))
+    shift = np.float32(0) if most == -INF and p.sinks != 0 else most
+    kept = exponentials(row, padded(count), shift, np.float32(p.factor))
+    exponentials(means, padded(counted), shift, np.float32(p.factor))
+    total = kept + times_counts(means, counts, padded(counted))
+    write_log_sums(p, head, at, shift, kept, total)
     return np.float32(1.0 / (total + sink_share(p, head, shift)))
-
-
-@compiled
-def hide_outside(row, count, begin, stop):
-    """Makes ``count`` scores but for those in [begin, stop) -inf."""
-    for i in range(begin):
-        set_f32(row, i, -INF)
-    for i in range(stop, count):
-        set_f32(row, i, -INF)
 
 
 @compiled
@@ -72,14 +65,12 @@ def add_listed(out, width, weights, places, count, rows, step, kind):
 
     ``count`` is a multiple of 4.
     """
-    size, column = 4 if kind == 0 else 2, 0
-    while column + 64 <= width:
+    size, most, whole = 4 if kind == 0 else 2, width // 64 * 64, width // LANES * LANES
+    for column in range(0, most, 64):
         add_rows(out + 4 * column, weights, places, count, rows + size * column, step, 4, kind)
-        column += 64
-    while column + 16 <= width:
+    for column in range(most, whole, LANES):
         add_rows(out + 4 * column, weights, places, count, rows + size * column, step, 1, kind)
-        column += 16
-    for d in range(column, width):
+    for d in range(whole, width):
         total = f32(out, d)
         for j in range(count):
             total += f32(weights, j) * element_of(rows + i32(places, j) * step, d, kind)

@@ -7,28 +7,15 @@ Chosen blocks that lie side by side are attended as one run of keys, by 32 queri
 import numpy as np
 from numba import carray
 
-from nc_patch.ops.cpu.columns import (
-    COLUMNS,
-    PIECE,
-    add_run,
-    addresses_of,
-    attend_pieces,
-    clear_run,
-    clip_runs,
-    pack_queries,
-    read_query,
-    room_floats,
-    score_keys,
-    set_limits,
-    set_shifts,
-    write_column,
-)
+from nc_patch.ops.cpu import columns
+from nc_patch.ops.cpu.columns import COLUMNS, PIECE, add_run
 from nc_patch.ops.cpu.launch import kernel
 from nc_patch.ops.cpu.llvm import LANES
-from nc_patch.ops.cpu.parts import FIELDS, LogSums, arguments_of, padded_length, parts_of
+from nc_patch.ops.cpu.parts import FIELDS, Outputs, padded_length, parts_of
 from nc_patch.ops.cpu.products import column_exponentials, column_maxima, largest_product
 from nc_patch.ops.cpu.recent import dense_log_sums
 from nc_patch.ops.cpu.rows import INF, best_of, compiled, padded
+from nc_patch.ops.cpu.tiles import row_of
 from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockOptions, PlannedBlock, plan_of
@@ -39,31 +26,24 @@ assert PlannedBlock._fields[-2:] == ("first_sample", "samples")
 
 def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionResult:
     """Attention over key blocks that a query block shares, as ``definition`` says; without ``min_mass``."""
-    query, key, value = problem.query, problem.key, problem.value
-    B, Hq, Lq, D = query.shape
-    plan = plan_of(problem, options)
-    output = query.new_empty(B, Lq, Hq, value.shape[3]).transpose(1, 2)
-    sums = LogSums.of(problem)
-    attended = problem.visible.new_zeros(B, Hq, Lq)
+    plan, outputs = plan_of(problem, options), Outputs.of(problem, attended=True)
     if bool((plan.owner < 0).any()):
-        output.zero_()
-    counts = [sum(block.batch == b for block in plan.listed) for b in range(B)]
-    blocks = padded_length(max((block.width for block in plan.listed), default=0)) + 2 * LANES
-    runs = plan.capacity + key.shape[2] // PIECE + 8
-    for part in parts_of(key, value):
-        b, first = part.batch, sum(counts[: part.batch])
-        arguments = arguments_of(problem, output, part, sums)
-        floats = room_floats(D, arguments["width"]) + (COLUMNS + 5) * blocks + 512 + 2 * 2 * runs
-        heads = slice(part.heads.start * problem.group, part.heads.stop * problem.group)
+        outputs.output.zero_()
+    counts = [sum(block.batch == b for block in plan.listed) for b in range(len(problem.query))]
+    widest = padded_length(max((block.width for block in plan.listed), default=0)) + 2 * LANES
+    runs = plan.capacity + problem.key.shape[2] // PIECE + 8
+    for b, heads, arguments in parts_of(problem, outputs):
+        first = sum(counts[:b])
+        floats = columns.room_floats(arguments["D"], arguments["width"]) + (COLUMNS + 5) * widest + 512 + 2 * 2 * runs
         _attend_kernel(
             counts[b] * arguments["heads"], floats, table=plan.table[first:], blocks=counts[b], size=options.size,
-            law=plan.law[first:, part.heads].contiguous(), recent=plan.recent[first:, part.heads].contiguous(),
-            samples=plan.samples, widest=blocks, runs=runs, attended=attended[b, heads], **arguments,
+            law=plan.law[first:, heads].contiguous(), recent=plan.recent[first:, heads].contiguous(),
+            samples=plan.samples, widest=widest, runs=runs, **arguments,
         )  # fmt: skip
-    return sums.result(problem, output, dense_log_sums(problem))._replace(attended=attended)
+    return outputs.result(problem, dense_log_sums(problem))
 
 
-@kernel(f"{FIELDS} table blocks size law recent samples widest runs attended")
+@kernel(f"{FIELDS} table blocks size law recent samples widest runs")
 def _attend_kernel(pointer, item, scratch):
     """One query block of one head; the last ones, which see most keys, come first."""
     p = carray(pointer, 1)[0]
@@ -72,8 +52,7 @@ def _attend_kernel(pointer, item, scratch):
     first, rows = i32(block, _FIRST), i32(block, _LAST) - i32(block, _FIRST)
     begin, lowest, width = i32(block, _BEGIN), i32(block, _LOWEST), i32(block, _WIDTH)
     law, recent = i32(p.law, number * p.heads + head), i32(p.recent, number * p.heads + head)
-    room = scratch
-    logits = room + 4 * room_floats(p.D, p.width)
+    logits = scratch + 4 * columns.room_floats(p.D, p.width)
     weights = logits + 4 * COLUMNS * p.widest
     values = weights + 4 * p.widest
     chosen = values + 4 * p.widest
@@ -83,9 +62,9 @@ def _attend_kernel(pointer, item, scratch):
     start = begin + lowest * p.size
     number_of = 0
     if law >= width:
-        number_of = add_run(pieces, 0, max(start, 0), min(start + width * p.size, p.Lk))
+        number_of = add_run(pieces, 0, max(start, 0), min(start + width * p.size, p.N))
     else:
-        _weigh(p, head, room, block, logits, weights)
+        _weigh(p, head, scratch, block, logits, weights)
         others = law - (width - recent + (1 if recent > 0 else 0))
         if recent > 0:
             number_of = add_run(pieces, 0, max(start, 0), start + p.size)
@@ -94,62 +73,56 @@ def _attend_kernel(pointer, item, scratch):
             for j in range(others):
                 at = start + i32(chosen, j) * p.size
                 number_of = add_run(pieces, number_of, at, at + p.size)
-        number_of = add_run(pieces, number_of, max(start + recent * p.size, 0), min(start + width * p.size, p.Lk))
-    for column_of in range(0, p.group * rows, COLUMNS):
-        count = min(COLUMNS, p.group * rows - column_of)
-        low, high = p.Lk, 0
+        number_of = add_run(pieces, number_of, max(start + recent * p.size, 0), min(start + width * p.size, p.N))
+    for r in range(0, p.group * rows, COLUMNS):
+        count, low, high = min(COLUMNS, p.group * rows - r), p.N, 0
         for column in range(count):
-            r = column_of + column
-            of_head, i = head * p.group + r // rows, first + r % rows
-            seen_from, seen_to = i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1)
-            set_limits(room, p, column, seen_from, seen_to, 0, 0)
-            read_query(p, room, column, of_head, i)
+            of_head, i, seen_from, seen_to = row_of(p, head, first, rows, r + column)
+            columns.set_limits(scratch, p, column, seen_from, seen_to, 0, 0)
+            columns.read_column(p, scratch, column, of_head, i)
             low, high = min(low, seen_from), max(high, seen_to)
-        pack_queries(p, room, count)
-        attend_pieces(p, head, room, clipped, clip_runs(pieces, number_of, clipped, low, high), count)
+        columns.pack_queries(p, scratch, count)
+        found = columns.clip_runs(pieces, number_of, clipped, low, high)
+        columns.attend_pieces(p, head, scratch, clipped, found, count)
         for column in range(count):
-            r = column_of + column
-            of_head, i = head * p.group + r // rows, first + r % rows
-            seen_from, seen_to = i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1)
+            of_head, i, seen_from, seen_to = row_of(p, head, first, rows, r + column)
             keys = 0
             for piece in range(number_of):
                 keys += max(min(i32(pieces, 2 * piece + 1), seen_to) - max(i32(pieces, 2 * piece), seen_from), 0)
-            write_column(p, room, column, of_head, i, keys)
+            columns.write_column(p, scratch, column, of_head, i, keys)
             set_i32(p.attended, of_head * p.Lq + i, keys)
 
 
 @compiled
 def _weigh(p, head, room, block, logits, weights):
     """Writes the weight of every key block: its largest share of any sampled query of the group."""
-    begin, lowest, width = i32(block, _BEGIN), i32(block, _LOWEST), i32(block, _WIDTH)
-    samples = i32(block, _SAMPLES)
-    start = begin + lowest * p.size
-    _, limits, scores, _, maxima, sums, shifts, _ = addresses_of(p, room)
+    width, samples = i32(block, _WIDTH), i32(block, _SAMPLES)
+    start = i32(block, _BEGIN) + i32(block, _LOWEST) * p.size
+    _, limits, scores, _, maxima, sums, shifts, _ = columns.addresses_of(p, room)
     fill(weights, padded(width), np.float32(0))
     at_once = PIECE // p.size
-    for column_of in range(0, p.group * samples, COLUMNS):
-        count = min(COLUMNS, p.group * samples - column_of)
+    for r in range(0, p.group * samples, COLUMNS):
+        count = min(COLUMNS, p.group * samples - r)
         for column in range(count):
-            r = column_of + column
-            i = i32(p.samples, i32(block, _FIRST_SAMPLE) + r % samples)
-            set_limits(room, p, column, i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1), 0, 0)
-            read_query(p, room, column, head * p.group + r // samples, i)
-        pack_queries(p, room, count)
-        clear = clear_run(limits, count)
+            i = i32(p.samples, i32(block, _FIRST_SAMPLE) + (r + column) % samples)
+            columns.set_limits(room, p, column, i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1), 0, 0)
+            columns.read_column(p, room, column, head * p.group + (r + column) // samples, i)
+        columns.pack_queries(p, room, count)
+        clear = columns.clear_run(limits, count)
         fill(logits, COLUMNS * width, -INF)
         fill(maxima, COLUMNS, -INF)
         fill(sums, COLUMNS, np.float32(0))
         for j in range(0, width, at_once):
             first = start + j * p.size
             last = min(first + at_once * p.size, start + width * p.size)
-            from_key, to_key = max(first, 0), min(last, p.Lk)
-            score_keys(p, head, room, scores, from_key, to_key, clear)
+            from_key, to_key = max(first, 0), min(last, p.N)
+            columns.score_keys(p, head, room, scores, from_key, to_key, clear)
             for k in range(j, min(j + at_once, width)):
                 key = max(start + k * p.size, 0)
-                keys = min(start + (k + 1) * p.size, p.Lk) - key
+                keys = min(start + (k + 1) * p.size, p.N) - key
                 column_maxima(scores + (key - from_key) * 128, keys, logits + 128 * k)
         column_maxima(logits, width, maxima)
-        set_shifts(maxima, shifts)
+        columns.set_shifts(maxima, shifts)
         column_exponentials(logits, width, shifts, np.float32(p.factor), sums)
         for column in range(COLUMNS):
             set_f32(sums, column, np.float32(1.0 / f32(sums, column)) if column < count else np.float32(0))

@@ -17,30 +17,19 @@ from numba import carray
 from nc_patch.common import LARGEST_INTEGER
 from nc_patch.ops.cpu.launch import KINDS, kernel
 from nc_patch.ops.cpu.llvm import LANES
-from nc_patch.ops.cpu.parts import LogSums, decode_arguments, last_dense, padded_length
+from nc_patch.ops.cpu.parts import FIELDS, Outputs, arguments_of, last_dense, padded_length
 from nc_patch.ops.cpu.products import code_products
 from nc_patch.ops.cpu.recent import dense_log_sums
-from nc_patch.ops.cpu.rows import (
-    INF,
-    LOG2E,
-    best_of,
-    compiled,
-    dot_row,
-    element_of,
-    pad_row,
-    padded,
-    read_row,
-    write_row,
-)
+from nc_patch.ops.cpu.rows import INF, LOG2E, best_of, compiled, dot_row, element_of, pad_row, padded
 from nc_patch.ops.cpu.softmax import add_listed, cap, score_listed, softmax_row
+from nc_patch.ops.cpu.tiles import budget_of, read_query, write_output
 from nc_patch.ops.cpu.vectors import ask_for, exponentials, f32, fill, i32, largest, set_f32, set_i8, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
 
 _FIELDS = (
-    "query:4 key:4 value:4 output:4 visible origin budget budget_b budget_h sinks codes:4 scales:4 room estimates "
-    "width most group heads Lq N D Dv kind new size factor:f softcap:f scale:f attended lse lse_kept table table_b "
-    "pages key_block key_row value_block value_row"
+    f"{FIELDS} codes:4 scales:4 room estimates columns most size table table_b pages key_block key_row value_block "
+    "value_row"
 )
 # Pages of an item of the first launch.
 _PAGES = 64
@@ -55,31 +44,27 @@ def cpu_block_decode(problem: Problem) -> AttentionResult:
 
     ``problem.key_index`` are ``PageStatistics``; what lies beyond a query's own page is not read.
     """
-    query, key, value = problem.query, problem.key, problem.value
-    B, Hq, Lq, D = query.shape
-    N, Dv, size, table = key.shape[2], value.shape[3], problem.page_size, problem.table
-    output, sums = query.new_empty(B, Lq, Hq, Dv).transpose(1, 2), LogSums.of(problem)
-    attended = problem.visible.new_zeros(B, Hq, Lq)
+    key, size, table, outputs = problem.key, problem.page_size, problem.table, Outputs.of(problem, attended=True)
+    B, Hq, Lq, D = problem.query.shape
     codes, scales = problem.key_index
+    arguments = arguments_of(problem, outputs) | {"key_row": 1, "value_row": 1, "room": codes.shape[2]}
     if table is not None:
         N = span = min(problem.key_length, max(0, int(problem.visible.max()))) if B else 0
-    else:
-        span = max(N, int((problem.visible[..., 1] - problem.origin).max())) if B * Lq else 0
-    width = padded_length(span // size + 2) + LANES
-    estimates = torch.empty(B * Hq * Lq, 2 * width, dtype=torch.float32, device="cpu")
-    most = min(N, -(-problem.most // size) * size + 2 * size if problem.most else N) + 2 * LANES
-    arguments = decode_arguments(problem, output, sums) | {
-        "codes": codes, "scales": scales, "room": codes.shape[2], "estimates": estimates, "width": width,
-        "most": most, "size": size, "attended": attended, "N": N, "key_row": 1, "value_row": 1,
-    }  # fmt: skip
-    if table is not None:
         arguments |= {"table": table, "table_b": table.stride(0), "pages": codes.shape[2], "room": span // size}
-        arguments |= {**_steps("key", key), **_steps("value", value)}
+        arguments |= {**_steps("key", key), **_steps("value", problem.value)}
+    else:
+        N = key.shape[2]
+        span = max(N, int((problem.visible[..., 1] - problem.origin).max())) if B * Lq else 0
+    columns = padded_length(span // size + 2) + LANES
+    estimates = torch.empty(B * Hq * Lq, 2 * columns, dtype=torch.float32, device="cpu")
+    most = min(N, -(-problem.most // size) * size + 2 * size if problem.most else N) + 2 * LANES
+    arguments |= {"codes": codes, "scales": scales, "estimates": estimates, "columns": columns, "most": most,
+                  "size": size, "N": N}  # fmt: skip
     floats = max(8 * padded_length(D) + 12 * LANES, size * D + 4 * padded_length(D))
     _estimate_kernel(B * key.shape[1] * -(-(N // size + 2) // _PAGES), floats, **arguments)
-    floats = 2 * most + 4 * width + padded_length(D) + padded_length(Dv) + size + 512 + 2 * LANES
+    floats = 2 * most + 4 * columns + sum(map(padded_length, problem.head_dims)) + size + 512 + 2 * LANES
     _attend_kernel(B * Hq * Lq, floats, **arguments)
-    return sums.result(problem, output, dense_log_sums(problem))._replace(attended=attended)
+    return outputs.result(problem, dense_log_sums(problem))
 
 
 def _steps(name: str, tensor: torch.Tensor) -> dict[str, int]:
@@ -99,51 +84,40 @@ def cpu_summarize_pages_(
     statistics: PageStatistics, block_size: int,
 ) -> None:  # fmt: skip
     """``pages.update_pages_`` in a compiled kernel."""
-    B, Hkv, N, D = key.shape
-    pages = min(statistics.codes.shape[2], N // block_size + 2)
-    origin, first, end = (t.to(torch.int32).contiguous() for t in (origin, first, end))
-    _summarize_kernel(
-        B * Hkv * -(-pages // _PAGES), block_size * D + 4 * D, key=last_dense(key), origin=origin, firsts=first,
-        ends=end, codes=statistics.codes, scales=statistics.scales, room=statistics.codes.shape[2], pages=pages,
-        heads=Hkv, N=N, D=D, kind=KINDS[key.dtype], new=count, size=block_size,
-    )  # fmt: skip
+    pages = torch.arange(min(statistics.codes.shape[2], key.shape[2] // block_size + 2), dtype=torch.int32)
+    begin = origin.to(torch.int32)[:, None] + pages * block_size
+    stop = torch.minimum(end, first + (count + block_size - 1)).clamp(max=key.shape[2])
+    whole = (begin + block_size > first[:, None]) & (begin + block_size <= stop[:, None])
+    batch, page = whole.nonzero().to(torch.int32).unbind(1)
+    _summarize(key, statistics, torch.stack((batch, begin[whole], page), 1), block_size)
 
 
 def cpu_summarize_slots_(key: torch.Tensor, statistics: PageStatistics, slots: torch.Tensor, block_size: int) -> None:
     """The pages in blocks of memory whose last keys are in these slots; see ``paged``."""
-    Hkv, N, D = key.shape[1:]
-    _summarize_slots_kernel(
-        Hkv * -(-len(slots) // _PAGES), block_size * D + 4 * D, key=key, slots=slots.to(torch.int32).contiguous(),
-        codes=statistics.codes, scales=statistics.scales, count=len(slots), heads=Hkv, N=N, D=D,
-        kind=KINDS[key.dtype], size=block_size,
+    N = key.shape[2]
+    first = slots[(slots >= 0) & (slots % block_size == block_size - 1)] - (block_size - 1)
+    row = first % N
+    _summarize(key, statistics, torch.stack((first // N, row, row // block_size), 1).to(torch.int32), block_size)
+
+
+def _summarize(key: torch.Tensor, statistics: PageStatistics, pages: torch.Tensor, size: int) -> None:
+    """Writes statistics of pages, int32 ``[P, 3]``: a sequence or block of memory, the first key, and the number."""
+    _, Hkv, _, D = key.shape
+    _summarize_kernel(
+        Hkv * -(-len(pages) // _PAGES), size * D + 4 * D, key=last_dense(key), pages=pages, codes=statistics.codes,
+        scales=statistics.scales, count=len(pages), heads=Hkv, D=D, kind=KINDS[key.dtype], size=size,
     )  # fmt: skip
 
 
-@kernel("key:4 slots codes:4 scales:4 count heads N D kind size")
-def _summarize_slots_kernel(pointer, item, scratch):
-    """A run of slots, for one head."""
+@kernel("key:4 pages codes:4 scales:4 count heads D kind size")
+def _summarize_kernel(pointer, item, scratch):
+    """Some pages, for one head."""
     p = carray(pointer, 1)[0]
     head, first = item % p.heads, item // p.heads * _PAGES
-    for i in range(first, min(first + _PAGES, p.count)):
-        slot = i32(p.slots, i)
-        if slot >= 0 and slot % p.size == p.size - 1:
-            block, page = slot // p.N, slot % p.N // p.size
-            keys = p.key + block * p.key_b + head * p.key_h
-            summarize_page(p, keys, page * p.size, *_statistics_at(p, block, head, page), scratch)
-
-
-@kernel("key:4 origin firsts ends codes:4 scales:4 room pages heads N D kind new size")
-def _summarize_kernel(pointer, item, scratch):
-    """A run of pages of one head."""
-    p = carray(pointer, 1)[0]
-    runs = (p.pages + _PAGES - 1) // _PAGES
-    head, page = item // runs, item % runs * _PAGES
-    batch = head // p.heads
-    begin, changed = i32(p.origin, batch), i32(p.firsts, batch)
-    stop = min(i32(p.ends, batch), p.N, changed + p.new + p.size - 1)
-    keys = p.key + batch * p.key_b + head % p.heads * p.key_h
-    for j in range(max(page, max(changed - begin, 0) // p.size), min(page + _PAGES, p.room, (stop - begin) // p.size)):
-        summarize_page(p, keys, begin + j * p.size, *_statistics_at(p, batch, head % p.heads, j), scratch)
+    for j in range(first, min(first + _PAGES, p.count)):
+        block, begin, page = i32(p.pages, 3 * j), i32(p.pages, 3 * j + 1), i32(p.pages, 3 * j + 2)
+        keys = p.key + block * p.key_b + head * p.key_h
+        summarize_page(p, keys, begin, *_statistics_at(p, block, head, page), scratch)
 
 
 @compiled
@@ -199,7 +173,7 @@ def _estimate_kernel(pointer, item, scratch):
             start, stop, its_begin = _interval(p, batch, i)
             if stop > start:
                 low, high = min(low, (start - its_begin) // p.size), max(high, (stop - 1 - its_begin) // p.size)
-            read_row(x + r * step, p.query + batch * p.query_b + of_head * p.query_h + i * p.query_n, p.D, p.kind)
+            read_query(p, x + r * step, batch, of_head, i)
             for d in range(p.D):
                 scaled = f32(x + r * step, d) * np.float32(p.scale)
                 set_f32(x + r * step, d, scaled)
@@ -221,10 +195,10 @@ def _estimate_kernel(pointer, item, scratch):
             apart, mean, spread = f32(scales, 0), f32(scales, 1), f32(scales, 2)
             for r in range(many):
                 of_head, i = kv_head * p.group + (r0 + r) // p.Lq, (r0 + r) % p.Lq
-                at = p.estimates + 8 * p.width * ((batch * p.heads * p.group + of_head) * p.Lq + i)
+                at = p.estimates + 8 * p.columns * ((batch * p.heads * p.group + of_head) * p.Lq + i)
                 set_f32(at, page, f32(found, 4 * r) * apart)
                 others = f32(found + 64, 4 * r) * mean + f32(found + 128, 4 * r) * spread * spread
-                set_f32(at, p.width + page, others)
+                set_f32(at, p.columns + page, others)
 
 
 @compiled
@@ -298,7 +272,7 @@ def _attend_kernel(pointer, item, scratch):
     kv_head, at = of_head // p.group, (batch * p.heads * p.group + of_head) * p.Lq + i
     scores, places = scratch, scratch + 4 * p.most
     weights = places + 4 * p.most
-    x = weights + 16 * p.width
+    x = weights + 16 * p.columns
     out = x + 4 * padded(p.D)
     own_scores = out + 4 * padded(p.Dv)
     sample = own_scores + 4 * padded(p.size)
@@ -309,36 +283,35 @@ def _attend_kernel(pointer, item, scratch):
         low, own = (start - begin) // p.size, (end - 1 - begin) // p.size
         budget = 0
         for g in range(p.group):
-            budget = max(budget, i32(p.budget, batch * p.budget_b + (kv_head * p.group + g) * p.budget_h + i))
+            budget = max(budget, budget_of(p, batch, kv_head * p.group + g, i))
         pages = own + 1 - low
         count = min((budget + p.size - 1) // p.size, pages) if budget < end - start else pages
         keys, values = p.key + kv_head * p.key_h, p.value + kv_head * p.value_h
         if p.table == 0:
             keys, values = keys + batch * p.key_b, values + batch * p.value_b
-        chosen = weights + 8 * p.width
+        chosen = weights + 8 * p.columns
         others = max(count - 2, 0)
         if others < pages - 2:
             own_keys = keys + _place_of(p, batch, begin, own, p.key_block, p.key_row) * p.key_n
             _weigh_pages(p, batch, kv_head, i, own_keys, (start, end, begin), x, own_scores, weights)
             if others > 0:
-                best_of(weights + 4, pages - 2, others, 1, weights + 4 * p.width, chosen, sample)
+                best_of(weights + 4, pages - 2, others, 1, weights + 4 * p.columns, chosen, sample)
         else:
             for j in range(others):
                 set_i32(chosen, j, j + 1)
         taken = _list_places(p, batch, (start, end, begin), chosen, others, p.key_block, p.key_row, places)
-        read_row(x, p.query + batch * p.query_b + of_head * p.query_h + i * p.query_n, p.D, p.kind)
+        read_query(p, x, batch, of_head, i)
         score_listed(p, x, keys, places, taken, scores)
-        if p.softcap != 0:
-            cap(scores, taken, p.scale, p.softcap)
+        cap(scores, taken, p.scale, p.softcap)
         pad_row(scores, taken, -INF)
         if p.value_block != p.key_block or p.value_row != p.key_row:
             _list_places(p, batch, (start, end, begin), chosen, others, p.value_block, p.value_row, places)
         for j in range(taken, padded(taken)):
             set_i32(places, j, i32(places, 0))
-        inverse = softmax_row(p, scores, padded(taken), of_head, at)
+        inverse = softmax_row(p, scores, taken, 0, 0, 0, of_head, at)
         add_listed(out, p.Dv, scores, places, padded(taken), values, p.value_n, p.kind)
         set_i32(p.attended, at, taken)
-    write_row(p.output + batch * p.output_b + of_head * p.output_h + i * p.output_n, out, p.Dv, inverse, p.kind, sample)
+    write_output(p, batch, of_head, i, out, inverse, sample)
 
 
 @compiled
@@ -374,23 +347,22 @@ def _weigh_pages(p, batch, kv_head, i, own_keys, seen, x, own_scores, weights):
     start, end, begin = seen
     low, own = (start - begin) // p.size, (end - 1 - begin) // p.size
     pages, first_own = own - low, max(begin + own * p.size, start)
-    far, rest = weights + 4 * p.width, weights + 8 * p.width
+    far, rest = weights + 4 * p.columns, weights + 8 * p.columns
     in_first = begin + (low + 1) * p.size - start
     fill(weights, padded(pages), np.float32(0))
     for g in range(p.group):
         of_head = kv_head * p.group + g
-        read_row(x, p.query + batch * p.query_b + of_head * p.query_h + i * p.query_n, p.D, p.kind)
+        read_query(p, x, batch, of_head, i)
         for j in range(end - first_own):
             row = own_keys + (first_own - begin - own * p.size + j) * p.key_row * p.key_n
             set_f32(own_scores, j, dot_row(x, row, p.D, p.kind) * np.float32(p.scale))
-        at = p.estimates + 8 * p.width * ((batch * p.heads * p.group + of_head) * p.Lq + i)
+        at = p.estimates + 8 * p.columns * ((batch * p.heads * p.group + of_head) * p.Lq + i)
         for j in range(pages):
             set_f32(far, j, f32(at, low + j))
-            set_f32(rest, j, f32(at, p.width + low + j))
-        if p.softcap != 0:
-            cap(own_scores, end - first_own, 1.0, p.softcap)
-            cap(far, pages, 1.0, p.softcap)
-            cap(rest, pages, 1.0, p.softcap)
+            set_f32(rest, j, f32(at, p.columns + low + j))
+        cap(own_scores, end - first_own, 1.0, p.softcap)
+        cap(far, pages, 1.0, p.softcap)
+        cap(rest, pages, 1.0, p.softcap)
         for j in range(pages):
             # What is no number, or infinite, outweighs all others, and has no part in the softmax.
             if not (f32(far, j) < INF and f32(rest, j) < INF):

@@ -15,35 +15,22 @@ from numba import carray
 
 from nc_patch.ops.cpu.launch import KINDS, Kernel, kernel
 from nc_patch.ops.cpu.llvm import LANES
-from nc_patch.ops.cpu.parts import LogSums, decode_arguments, last_dense, padded_length
+from nc_patch.ops.cpu.parts import FIELDS, Outputs, arguments_of, last_dense, padded_length
 from nc_patch.ops.cpu.products import code_products, take_bounded, to_lower_bounds
 from nc_patch.ops.cpu.recent import dense_log_sums
-from nc_patch.ops.cpu.rows import (
-    INF,
-    best_of,
-    compiled,
-    dot_row,
-    padded,
-    read_row,
-    threshold_of,
-    write_row,
-)
+from nc_patch.ops.cpu.rows import INF, best_of, compiled, dot_row, padded, read_row, threshold_of, write_row
 from nc_patch.ops.cpu.softmax import add_listed, score_listed
+from nc_patch.ops.cpu.tiles import budget_of, read_query, write_output
 from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i8, set_i32
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rounding import HALF_ULP, SMALLEST
 from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes, code_slack
-from nc_patch.selections.topk.cpu_list import PAGE, forced_of, pad_list, weigh_list
+from nc_patch.selections.topk.cpu_list import PAGE, forced_of, list_best, weigh_list
 
-_OF_INDEX = (
-    "key:4 value:4 heads N D Dv kind new codes scales residuals center spread room "
-    "mean_key:4 mean_value:4 mean_count origin"
-)
-_FIELDS = (
-    f"{_OF_INDEX} query:4 output:4 visible budget budget_b budget_h sinks coded bounds bounds_n columns slots group Lq "
-    "first queries factor:f softcap:f scale:f per_scale:f sink_keys recent_keys lse lse_kept"
-)
+_INDEX = "codes scales residuals center spread room mean_key:4 mean_value:4 mean_count"
+_TAKEN_IN = f"key:4 value:4 origin heads N D Dv kind new {_INDEX} first_keys span"
+_FIELDS = f"{FIELDS} {_INDEX} coded bounds bounds_n columns slots first queries per_scale:f sink_keys recent_keys"
 # Keys of an item of the first launch, and floats of bounds that are kept at once.
 _KEYS = 1024
 _MOST_BOUNDS = 1 << 24
@@ -56,34 +43,32 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
 
     By ``problem.key_index``, where there is one and codes of a head fill whole vectors; page means join as in prefill.
     """
-    query, key, value, means = problem.query, problem.key, problem.value, problem.means
-    B, Hq, Lq, D = query.shape
-    N, Dv = key.shape[2], value.shape[3]
-    output, sums = query.new_empty(B, Lq, Hq, Dv).transpose(1, 2), LogSums.of(problem)
+    key, means, index, outputs = problem.key, problem.means, problem.key_index, Outputs.of(problem)
+    B, Hq, Lq, D = problem.query.shape
+    N = key.shape[2]
     columns = padded_length(N) + 2 * LANES
     slots = 0 if means is None else padded_length(min(means.key.shape[2], N // PAGE + 1)) + 2 * LANES
     width = columns + slots + _STATE
     at_once = max(1, min(Lq, _MOST_BOUNDS // max(1, B * Hq * width)))
     bounds = torch.empty(B * Hq * at_once, width, dtype=torch.float32, device="cpu")
-    arguments = decode_arguments(problem, output, sums) | {
+    arguments = arguments_of(problem, outputs) | {
         "bounds": bounds, "bounds_n": 4 * width, "columns": columns, "slots": slots, "per_scale": code_slack(D),
         "sink_keys": sink_keys, "recent_keys": recent_keys,
-        **dict(zip(("codes", "scales", "residuals", "center", "spread"), map(torch.Tensor.data_ptr, problem.key_index),
-                   strict=False)),
     }  # fmt: skip
-    if problem.key_index:
-        arguments.update(coded=D % LANES == 0, room=problem.key_index[0].shape[2])
+    if index:
+        arguments |= dict(zip(("codes", "scales", "residuals", "center", "spread"), index, strict=True))
+        arguments |= {"coded": D % LANES == 0, "room": index[0].shape[2]}
     if means is not None:
-        arguments.update(mean_key=means.key, mean_value=means.value, mean_count=means.key.shape[2])
+        arguments |= {"mean_key": means.key, "mean_value": means.value, "mean_count": means.key.shape[2]}
     for first in range(0, Lq, at_once):
         queries = min(at_once, Lq - first)
-        arguments.update(first=first, queries=queries)
+        arguments |= {"first": first, "queries": queries}
         floats = 5 * padded_length(D) + 4 * _KEYS + _STATE + 2 * LANES
         _scan_kernel(B * key.shape[1] * -(-N // _KEYS), floats, **arguments)
-        floats = 4 * columns + slots + padded_length(D) + padded_length(Dv) + 512 + 2 * LANES
+        floats = 4 * columns + slots + sum(map(padded_length, problem.head_dims)) + 512 + 2 * LANES
         _attend_kernel(B * Hq * queries, floats, **arguments)
         arguments["new"] = 0
-    return sums.result(problem, output, dense_log_sums(problem))
+    return outputs.result(problem, dense_log_sums(problem))
 
 
 def cpu_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyCodes) -> None:
@@ -92,7 +77,7 @@ def cpu_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: 
     Args:
         key: ``[B, Hkv, N, D]``. first: int ``[B]``. codes: contiguous, as those of an index are.
     """
-    _write(_encode_kernel, key, key, first, count, key.shape[2], codes=codes.codes.data_ptr(), scales=codes.scale,
+    _write(_encode_kernel, key, key, first, count, key.shape[2], codes=codes.codes, scales=codes.scale,
            residuals=codes.residual, center=codes.center, spread=codes.spread, room=codes.codes.shape[2])  # fmt: skip
 
 
@@ -121,7 +106,7 @@ def _write(
     )  # fmt: skip
 
 
-@kernel(f"{_OF_INDEX} first_keys span")
+@kernel(_TAKEN_IN)
 def _encode_kernel(pointer, item, scratch):
     """The codes of a run of keys of one head."""
     p = carray(pointer, 1)[0]
@@ -133,7 +118,7 @@ def _encode_kernel(pointer, item, scratch):
         _encode(p, head, keys + position * p.key_n, head * p.room + position, scratch)
 
 
-@kernel(f"{_OF_INDEX} first_keys span")
+@kernel(_TAKEN_IN)
 def _average_kernel(pointer, item, scratch):
     """The page means of a run of keys of one head."""
     p = carray(pointer, 1)[0]
@@ -217,8 +202,7 @@ def _scan_kernel(pointer, item, scratch):
                 continue
             of_head, i = kv_head * p.group + (first + r) // p.queries, (first + r) % p.queries
             bounds = _bounds_of(p, batch, of_head, i)
-            read_row(x + r * step, p.query + batch * p.query_b + of_head * p.query_h + (p.first + i) * p.query_n, p.D,
-                     p.kind)  # fmt: skip
+            read_query(p, x + r * step, batch, of_head, p.first + i)
             for j in range(slots):
                 mean = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h + (slot + j) * p.mean_key_n
                 set_f32(bounds + 4 * p.columns, slot + j, dot_row(x + r * step, mean, p.D, p.kind))
@@ -326,46 +310,40 @@ def _attend_kernel(pointer, item, scratch):
     out = x + 4 * padded(p.D)
     sample = out + 4 * padded(p.Dv)
     start, end = _interval(p, batch, i)
-    target = p.output + batch * p.output_b + of_head * p.output_h + i * p.output_n
     fill(out, padded(p.Dv), np.float32(0))
     inverse = np.float32(1)
     if end > start:
-        read_row(x, p.query + batch * p.query_b + of_head * p.query_h + i * p.query_n, p.D, p.kind)
-        keys = p.key + batch * p.key_b + kv_head * p.key_h
-        values = p.value + batch * p.value_b + kv_head * p.value_h
-        k = min(i32(p.budget, batch * p.budget_b + of_head * p.budget_h + i), end - start)
-        sinks, recents = forced_of(p, k, end - start)
-        forced = sinks + recents
-        for j in range(forced):
-            set_i32(places, j, start + j if j < sinks else end - forced + j)
-        score_listed(p, x, keys, places, forced, scores)
-        if k > forced:
-            first, stop = start + sinks, end - recents
-            if p.coded == 0:
-                best_of(bounds + 4 * first, stop - first, k - forced, first, scores + 4 * forced, places + 4 * forced,
-                        sample)  # fmt: skip
-            else:
-                found, count = _candidates(p, batch * p.heads + kv_head, bounds, first, stop, k - forced,
-                                           (scores + 4 * forced, places + 4 * forced, listed, sample))  # fmt: skip
+        k = min(budget_of(p, batch, of_head, i), end - start)
+        if p.coded == 0:
+            list_best(p, bounds + 4 * start, start, end, k, scores, places, sample)
+        else:
+            read_query(p, x, batch, of_head, i)
+            keys = p.key + batch * p.key_b + kv_head * p.key_h
+            sinks, recents = forced_of(p, k, end - start)
+            forced = sinks + recents
+            for j in range(forced):
+                set_i32(places, j, start + j if j < sinks else end - forced + j)
+            score_listed(p, x, keys, places, forced, scores)
+            if k > forced:
+                best, at = scores + 4 * forced, places + 4 * forced
+                found, count = _candidates(p, batch * p.heads + kv_head, bounds, start + sinks, end - recents,
+                                           k - forced, (best, at, listed, sample))  # fmt: skip
                 score_listed(p, x, keys, found, count, exact)
-                best_of(exact, count, k - forced, 0, scores + 4 * forced, places + 4 * forced, sample)
+                best_of(exact, count, k - forced, 0, best, at, sample)
                 for j in range(forced, k):
                     set_i32(places, j, i32(found, i32(places, j)))
-        pad_list(scores, places, k)
-        origin = i32(p.origin, batch * p.Lq + i)
-        slots = min(end // PAGE + 1, p.mean_count)
-        means = bounds + 4 * p.columns
-        inverse, slot, counted = weigh_list(
-            p, scores, places, k, (start, end, origin), of_head, (batch * p.heads * p.group + of_head) * p.Lq + i,
-            means, slots, counts,
-        )  # fmt: skip
+        seen = (start, end, i32(p.origin, batch * p.Lq + i))
+        slots, means = min(end // PAGE + 1, p.mean_count), bounds + 4 * p.columns
+        number = (batch * p.heads * p.group + of_head) * p.Lq + i
+        inverse, slot, counted = weigh_list(p, scores, places, k, seen, of_head, number, means, slots, counts)
+        values = p.value + batch * p.value_b + kv_head * p.value_h
         add_listed(out, p.Dv, scores, places, padded(k), values, p.value_n, p.kind)
         if counted > 0:
             for j in range(padded(counted)):
                 set_i32(listed, j, slot + min(j, counted - 1))
             values = p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h
             add_listed(out, p.Dv, means + 4 * slot, listed, padded(counted), values, p.mean_value_n, p.kind)
-    write_row(target, out, p.Dv, inverse, p.kind, sample)
+    write_output(p, batch, of_head, i, out, inverse, sample)
 
 
 @compiled

@@ -1,10 +1,9 @@
-"""What a row does with the keys that it has listed: their weights, those of page means, and the sum of their values."""
+"""The keys that a row lists as its best, and the weights of those and of page means."""
 
-import numpy as np
 
-from nc_patch.ops.cpu.rows import INF, compiled, pad_row, padded
-from nc_patch.ops.cpu.softmax import cap, shift_of, sink_share, write_log_sums
-from nc_patch.ops.cpu.vectors import exponentials, fill_i32, i32, largest, set_f32, set_i32, times_counts
+from nc_patch.ops.cpu.rows import INF, best_of, compiled, pad_row, padded
+from nc_patch.ops.cpu.softmax import cap, softmax_row
+from nc_patch.ops.cpu.vectors import f32, fill_i32, i32, set_f32, set_i32
 from nc_patch.ops.means import TAIL_PAGE_SIZE
 
 PAGE = TAIL_PAGE_SIZE
@@ -18,50 +17,43 @@ def forced_of(p, k, seen):
 
 
 @compiled
-def pad_list(scores, places, count):
-    """Fills the last vectors of a list: with -inf, and with its first place."""
-    pad_row(scores, count, -INF)
-    for j in range(count, padded(count)):
-        set_i32(places, j, i32(places, 0))
+def list_best(p, row, start, end, k, scores, places, sample):
+    """Lists the scores and the positions of the ``k`` keys that a row attends, of raw scores from ``start`` on."""
+    seen = end - start
+    sinks, recents = forced_of(p, k, seen)
+    forced = sinks + recents
+    for j in range(forced):
+        place = j if j < sinks else seen - forced + j
+        set_f32(scores, j, f32(row, place))
+        set_i32(places, j, start + place)
+    if k > forced:
+        best_of(row + 4 * sinks, seen - forced, k - forced, start + sinks, scores + 4 * forced, places + 4 * forced,
+                sample)  # fmt: skip
 
 
 @compiled
 def weigh_list(p, scores, places, taken, seen, head, at, means, slots, counts):
-    """Makes weights of the scores of listed keys and of page means.
+    """Makes weights of the scores of ``taken`` listed keys and of ``slots`` page means; fills up both lists.
 
     Args:
-        scores, places: of ``taken`` keys, up to whole vectors -inf and the first place.
         seen: start and end of the row's interval, and the origin of its sequence.
         at: the row's number in what is written on request.
-        means: raw scores of ``slots`` page means, which become weights, zero where a page does not count.
-        counts: room for as many int32.
+        counts: room for as many int32 as there are slots.
 
     Returns:
         (one over the sum of all weights, slot of the first page that counts, how many do).
     """
     start, end, origin = seen
-    if p.softcap != 0:
-        cap(scores, taken, p.scale, p.softcap)
-    most = largest(scores, padded(taken))
     slot = counted = 0
+    cap(scores, taken, p.scale, p.softcap)
+    pad_row(scores, taken, -INF)
+    for j in range(taken, padded(taken)):
+        set_i32(places, j, i32(places, 0))
     if slots > 0 and taken < end - start:
         slot, counted = missing_of_pages(places, taken, start, end, origin, counts)
-        if p.softcap != 0:
-            cap(means + 4 * slot, counted, p.scale, p.softcap)
+        cap(means + 4 * slot, counted, p.scale, p.softcap)
         pad_row(means + 4 * slot, counted, -INF)
-        most = max(most, largest(means + 4 * slot, padded(counted)))
-    shift = shift_of(p, most)
-    kept = exponentials(scores, padded(taken), shift, np.float32(p.factor))
-    total = kept
-    if counted > 0:
-        exponentials(means + 4 * slot, padded(counted), shift, np.float32(p.factor))
-        total += times_counts(means + 4 * slot, counts, padded(counted))
-    write_log_sums(p, head, at, shift, kept, total)
-    for j in range(slot):
-        set_f32(means, j, np.float32(0))
-    for j in range(slot + counted, slots):
-        set_f32(means, j, np.float32(0))
-    return np.float32(1.0 / (total + sink_share(p, head, shift))), slot, counted
+    return softmax_row(p, scores, taken, means + 4 * slot, counts, counted, head, at), slot, counted
 
 
 @compiled
