@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,16 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None], fields: str) -> None:
         self._function = function
-        names = [(name, "i8") for name in _HEADER]
+        self._types = dict.fromkeys(_HEADER, "i8")
         self._tensors = frozenset(field[:-2] for field in fields.split() if field.endswith(":4"))
         for field in fields.split():
             name, _, kind = field.partition(":")
-            names.append((name, "f8" if kind == "f" else "i8"))
-            names += [(f"{name}_{step}", "i8") for step in "bhn"] if kind == "4" else []
+            steps = [f"{name}_{step}" for step in "bhn"] if kind == "4" else []
+            self._types |= {name: "f8" if kind == "f" else "i8"} | dict.fromkeys(steps, "i8")
         # What is kept on the disk depends on the sources of all kernels, as its key has the record's fields.
-        self.record = np.dtype([*names, (f"sources_{_sources()}", "i8")])
+        self._types[f"sources_{_sources()}"] = "i8"
+        self.record = np.dtype(list(self._types.items()))
+        self._packed = struct.Struct("".join("d" if kind == "f8" else "q" for kind in self._types.values()))
 
     @functools.cached_property
     def _address(self) -> int:
@@ -56,28 +59,19 @@ class Kernel:
         """Runs ``items`` items; each thread has scratch memory of so many floats, which begins at a multiple of 64."""
         if items <= 0:
             return
-        record = np.zeros(1, self.record)
-        row = record[0]
-        for name, value in arguments.items():
-            if not isinstance(value, torch.Tensor):
-                row[name] = value or 0
-                continue
-            row[name] = value.data_ptr()
-            if name in self._tensors:
-                for suffix, step in zip("bhn", value.stride(), strict=False):
-                    row[f"{name}_{suffix}"] = step * value.element_size()
         threads = 1 if os.getpid() != _PROCESS else min(items, torch.get_num_threads())
         scratch = -(-4 * floats // 4096) * 4096 + 64
         memory = torch.empty(threads * scratch, dtype=torch.uint8, device="cpu")
-        header = (items, 0, 0, memory.data_ptr(), scratch, self._address)
-        for name, value in zip(_HEADER, header, strict=True):
-            row[name] = value
-        function, arguments_at = _loop_address(), record.ctypes.data
-        parallel = _gomp_parallel() if threads > 1 else None
-        if parallel is None:
-            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(arguments_at)
-        else:
-            parallel(function, arguments_at, threads, 0)
+        values = dict.fromkeys(self._types, 0)
+        for name, value in arguments.items():
+            values[name] = value.data_ptr() if isinstance(value, torch.Tensor) else value or 0
+            if name in self._tensors:
+                size = value.element_size()
+                values |= {f"{name}_{suffix}": step * size for suffix, step in zip("bhn", value.stride(), strict=False)}
+        values |= {"items": items, "memory": memory.data_ptr(), "scratch": scratch, "function": self._address}
+        record = ctypes.create_string_buffer(self._packed.pack(*values.values()))
+        run = _gomp_parallel() if threads > 1 else _alone
+        run(_loop(), ctypes.addressof(record), threads, 0)
 
 
 # OpenMP's threads do not live on in a forked process, where a parallel region would wait for them for ever.
@@ -116,9 +110,10 @@ def _sources() -> str:
 
 
 @functools.cache
-def _loop_address() -> int:
-    """The address of what a thread of a launch runs."""
-    return _compile(_run_items, types.CPointer(numba.from_dtype(Kernel(_run_items, "").record)))
+def _loop() -> Any:
+    """What a thread of a launch runs."""
+    address = _compile(_run_items, types.CPointer(numba.from_dtype(Kernel(_run_items, "").record)))
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
 def _run_items(pointer):
@@ -136,13 +131,17 @@ _ITEM, _WORKER = (8 * _HEADER.index(name) for name in ("item", "worker"))
 
 @functools.cache
 def _gomp_parallel() -> Any:
-    """``GOMP_parallel`` of the OpenMP runtime that PyTorch uses, or None."""
+    """``GOMP_parallel`` of the OpenMP runtime that PyTorch uses; without it one thread."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         function = library.GOMP_parallel
     except (OSError, AttributeError):
         say_once("PyTorch's OpenMP threads were not found: the CPU kernels run on one thread.")
-        return None
+        return _alone
     function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     function.restype = None
     return function
+
+
+def _alone(function: Any, arguments: int, threads: int, flags: int) -> None:
+    function(arguments)
