@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numba import carray
 
@@ -16,8 +17,8 @@ from nc_patch.ops.cpu.rows import LOG2E, padded, read_row
 from nc_patch.ops.cpu.vectors import f32, fill, set_f32
 from nc_patch.ops.problem import AttentionResult, Problem
 
-# Panels and rows that an item of work makes.
-_PANELS, _ROWS = 16, 256
+# Rows that an item of work copies.
+_ROWS = 256
 # Bytes of keys, and as many of values, that are copied at once.
 _MOST_BYTES = 1 << 26
 
@@ -113,20 +114,20 @@ def as_rows(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     """``[1, H, N, D]`` in float32, D rounded up with zeros to a multiple; the tensor itself where it is like that."""
     if _is_ready(tensor, multiple):
         return tensor
-    _, H, N, D = tensor.shape
-    copied = torch.empty(1, H, N, padded_length(D), dtype=torch.float32, device="cpu")
-    _copy_kernel(H * -(-N // _ROWS), source=last_dense(tensor), target=copied, N=N, D=D, kind=KINDS[tensor.dtype])
-    return copied
+    return _copied(tensor, (tensor.shape[2], padded_length(tensor.shape[3])), False)
 
 
 def in_panels(tensor: torch.Tensor) -> torch.Tensor:
     """Keys ``[1, H, N, D]`` in panels ``[1, H, S + 1, D * 16]``: the last has room alone, keys beyond N are zero."""
+    return _copied(tensor, (-(-tensor.shape[2] // LANES) + 1, tensor.shape[3] * LANES), True)
+
+
+def _copied(tensor: torch.Tensor, shape: tuple[int, int], panels: bool) -> torch.Tensor:
     _, H, N, D = tensor.shape
-    S = -(-N // LANES)
-    panels = torch.empty(1, H, S + 1, D * LANES, dtype=torch.float32, device="cpu")
-    _pack_kernel(H * -(-S // _PANELS), LANES * padded_length(D), source=last_dense(tensor), target=panels, S=S, N=N,
-                 D=D, kind=KINDS[tensor.dtype])  # fmt: skip
-    return panels
+    target = torch.empty(1, H, *shape, dtype=torch.float32, device="cpu")
+    _copy_kernel(H * -(-N // _ROWS), padded_length(D), source=last_dense(tensor), target=target, N=N, D=D,
+                 kind=KINDS[tensor.dtype], panels=panels)  # fmt: skip
+    return target
 
 
 def last_dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -139,32 +140,19 @@ def _is_ready(tensor: torch.Tensor, multiple: int) -> bool:
     return tensor.dtype == torch.float32 and tensor.stride(3) == 1 and tensor.shape[3] % multiple == 0
 
 
-@kernel("source:4 target:4 S N D kind")
-def _pack_kernel(pointer, item, scratch):
-    """Makes up to ``_PANELS`` panels of one head."""
-    p = carray(pointer, 1)[0]
-    chunks = (p.S + _PANELS - 1) // _PANELS
-    head, first = item // chunks, item % chunks * _PANELS
-    step = 4 * padded(p.D)
-    for panel in range(first, min(first + _PANELS, p.S)):
-        for lane in range(LANES):
-            position = panel * LANES + lane
-            if position < p.N:
-                read_row(scratch + lane * step, p.source + head * p.source_h + position * p.source_n, p.D, p.kind)
-            else:
-                fill(scratch + lane * step, padded(p.D), 0.0)
-        target = p.target + head * p.target_h + panel * p.target_n
-        for d in range(p.D):
-            for lane in range(LANES):
-                set_f32(target + 64 * d, lane, f32(scratch + lane * step, d))
-
-
-@kernel("source:4 target:4 N D kind")
+@kernel("source:4 target:4 N D kind panels")
 def _copy_kernel(pointer, item, scratch):
-    """Converts up to ``_ROWS`` rows of one head."""
+    """Converts up to ``_ROWS`` rows of one head; those that the last panel lacks are zero."""
     p = carray(pointer, 1)[0]
     chunks = (p.N + _ROWS - 1) // _ROWS
     head, first = item // chunks, item % chunks * _ROWS
-    for row in range(first, min(first + _ROWS, p.N)):
-        read_row(p.target + head * p.target_h + row * p.target_n, p.source + head * p.source_h + row * p.source_n,
-                 p.D, p.kind)  # fmt: skip
+    source, target = p.source + head * p.source_h, p.target + head * p.target_h
+    for row in range(first, min(first + _ROWS, p.N if p.panels == 0 else padded(p.N))):
+        if p.panels == 0:
+            read_row(target + row * p.target_n, source + row * p.source_n, p.D, p.kind)
+            continue
+        fill(scratch, padded(p.D), np.float32(0))
+        if row < p.N:
+            read_row(scratch, source + row * p.source_n, p.D, p.kind)
+        for d in range(p.D):
+            set_f32(target + row // LANES * p.target_n + 64 * d, row % LANES, f32(scratch, d))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import carray
 
-from nc_patch.ops.cpu.launch import KINDS, Kernel, kernel
+from nc_patch.ops.cpu.launch import KINDS, kernel
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import FIELDS, Outputs, arguments_of, last_dense, padded_length
 from nc_patch.ops.cpu.products import code_products, take_bounded, to_lower_bounds
@@ -29,7 +29,7 @@ from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes, code_slack
 from nc_patch.selections.topk.cpu_list import PAGE, forced_of, list_best, weigh_list
 
 _INDEX = "codes scales residuals center spread room mean_key:4 mean_value:4 mean_count"
-_TAKEN_IN = f"key:4 value:4 origin heads N D Dv kind new {_INDEX} first_keys span"
+_TAKEN_IN = f"key:4 value:4 origin heads Lq N D Dv kind new {_INDEX} first_keys"
 _FIELDS = f"{FIELDS} {_INDEX} coded bounds bounds_n columns slots first queries per_scale:f sink_keys recent_keys"
 # Keys of an item of the first launch, and floats of bounds that are kept at once.
 _KEYS = 1024
@@ -77,8 +77,8 @@ def cpu_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: 
     Args:
         key: ``[B, Hkv, N, D]``. first: int ``[B]``. codes: contiguous, as those of an index are.
     """
-    _write(_encode_kernel, key, key, first, count, key.shape[2], codes=codes.codes, scales=codes.scale,
-           residuals=codes.residual, center=codes.center, spread=codes.spread, room=codes.codes.shape[2])  # fmt: skip
+    _take_in(key, key, first, count, codes=codes.codes, scales=codes.scale, residuals=codes.residual,
+             center=codes.center, spread=codes.spread, room=codes.codes.shape[2])  # fmt: skip
 
 
 def cpu_page_means_(
@@ -89,44 +89,48 @@ def cpu_page_means_(
     Args:
         key: ``[B, Hkv, N, D]``. value: ``[B, Hkv, N, Dv]``. origin, first: int ``[B]``.
     """
-    slots = min(means.key.shape[2], key.shape[2] // PAGE + 1)
-    _write(_average_kernel, key, value, first, count, slots * PAGE, mean_key=means.key, mean_value=means.value,
-           mean_count=slots, origin=origin.to(torch.int32).contiguous())  # fmt: skip
+    _take_in(key, value, first, count, mean_key=means.key, mean_value=means.value, mean_count=means.key.shape[2],
+             origin=origin.to(torch.int32).contiguous(), Lq=1)  # fmt: skip
 
 
-def _write(
-    launch: Kernel, key: torch.Tensor, value: torch.Tensor, first: torch.Tensor, count: int, span: int, **index: Any
-) -> None:
-    """Launches a kernel over runs of ``span`` keys of each head."""
+def _take_in(key: torch.Tensor, value: torch.Tensor, first: torch.Tensor, count: int, **index: Any) -> None:
     B, Hkv, N, D = key.shape
-    launch(
-        B * Hkv * -(-span // _KEYS), 2 * padded_length(max(D, value.shape[3])) + LANES, key=last_dense(key),
-        value=last_dense(value), first_keys=first.to(torch.int32).contiguous(), new=count, heads=Hkv, N=N, D=D,
-        Dv=value.shape[3], span=span, kind=KINDS[key.dtype], **index,
+    Dv = value.shape[3]
+    _take_in_kernel(
+        B * Hkv * -(-N // _KEYS), 2 * padded_length(max(D, Dv)) + LANES, key=last_dense(key), value=last_dense(value),
+        first_keys=first.to(torch.int32).contiguous(), new=count, heads=Hkv, N=N, D=D, Dv=Dv, kind=KINDS[key.dtype],
+        **index,
     )  # fmt: skip
 
 
 @kernel(_TAKEN_IN)
-def _encode_kernel(pointer, item, scratch):
-    """The codes of a run of keys of one head."""
+def _take_in_kernel(pointer, item, scratch):
+    """A run of keys of one head."""
     p = carray(pointer, 1)[0]
-    runs = (p.span + _KEYS - 1) // _KEYS
-    head, begin = item // runs, item % runs * _KEYS
+    runs = (p.N + _KEYS - 1) // _KEYS
+    head = item // runs
     first = i32(p.first_keys, head // p.heads)
-    keys = p.key + head // p.heads * p.key_b + head % p.heads * p.key_h
-    for position in range(max(begin, first), min(begin + _KEYS, first + p.new, p.N, p.room)):
-        _encode(p, head, keys + position * p.key_n, head * p.room + position, scratch)
+    take_in(p, head, item % runs * _KEYS, first, min(first + p.new, p.N), scratch)
 
 
-@kernel(_TAKEN_IN)
-def _average_kernel(pointer, item, scratch):
-    """The page means of a run of keys of one head."""
-    p = carray(pointer, 1)[0]
-    runs = (p.span + _KEYS - 1) // _KEYS
-    head, slot = item // runs, item % runs * (_KEYS // PAGE)
-    batch, end = head // p.heads, min(i32(p.first_keys, head // p.heads) + p.new, p.N)
-    _average(p, batch, head % p.heads, i32(p.origin, batch) % PAGE, end, slot, min(_KEYS // PAGE, p.mean_count - slot),
-             scratch)  # fmt: skip
+@compiled
+def take_in(p, head, begin, first, end, scratch):
+    """Of a run of keys from ``begin`` on: the codes of those of [first, end), and the means of pages that have any."""
+    batch, kv_head = head // p.heads, head % p.heads
+    keys, values = p.key + batch * p.key_b + kv_head * p.key_h, p.value + batch * p.value_b + kv_head * p.value_h
+    if p.codes != 0:
+        for position in range(max(begin, first), min(begin + _KEYS, end, p.room)):
+            _encode(p, head, keys + position * p.key_n, head * p.room + position, scratch)
+    if p.mean_count == 0:
+        return
+    mean_keys = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h
+    mean_values = p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h
+    shift = i32(p.origin, batch * p.Lq + p.Lq - 1) % PAGE
+    for slot in range(begin // PAGE, min((begin + _KEYS) // PAGE, p.mean_count)):
+        page = slot * PAGE + shift
+        if first - PAGE < page <= end - PAGE:
+            _average(p, keys + page * p.key_n, p.key_n, mean_keys + slot * p.mean_key_n, p.D, scratch)
+            _average(p, values + page * p.value_n, p.value_n, mean_values + slot * p.mean_value_n, p.Dv, scratch)
 
 
 @compiled
@@ -186,11 +190,7 @@ def _scan_kernel(pointer, item, scratch):
     slot = begin // PAGE
     slots = min(_KEYS // PAGE, min(p.mean_count, p.N // PAGE + 1) - slot)
     if p.new > 0:
-        if p.codes != 0:
-            for position in range(max(begin, end - p.new), min(begin + _KEYS, end)):
-                _encode(p, head, keys + position * p.key_n, head * p.room + position, scratch)
-        if slots > 0:
-            _average(p, batch, kv_head, i32(p.origin, batch * p.Lq + p.Lq - 1) % PAGE, end, slot, slots, scratch)
+        take_in(p, head, begin, end - p.new, end, scratch)
     count, step = min(begin + _KEYS, high) - begin, 4 * padded(p.D)
     x, raw = scratch, scratch + 4 * step
     rows = p.group * p.queries
@@ -270,20 +270,7 @@ def _encode(p, head, key, place, x):
 
 
 @compiled
-def _average(p, batch, kv_head, shift, end, slot, slots, x):
-    """Writes the means of the whole pages among so many slots that hold any of the new keys, which end at ``end``."""
-    key, value = p.key + batch * p.key_b + kv_head * p.key_h, p.value + batch * p.value_b + kv_head * p.value_h
-    mean_key = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h
-    mean_value = p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h
-    for j in range(slots):
-        page = (slot + j) * PAGE + shift
-        if end - p.new - PAGE < page <= end - PAGE:
-            _average_rows(p, key + page * p.key_n, p.key_n, mean_key + (slot + j) * p.mean_key_n, p.D, x)
-            _average_rows(p, value + page * p.value_n, p.value_n, mean_value + (slot + j) * p.mean_value_n, p.Dv, x)
-
-
-@compiled
-def _average_rows(p, rows, step, target, width, x):
+def _average(p, rows, step, target, width, x):
     """Writes the mean of a page's rows."""
     total = x + 4 * padded(width)
     fill(total, padded(width), np.float32(0))

@@ -1,6 +1,5 @@
 """The keys that a row lists as its best, and the weights of those and of page means."""
 
-
 from nc_patch.ops.cpu.rows import INF, best_of, compiled, pad_row, padded
 from nc_patch.ops.cpu.softmax import cap, softmax_row
 from nc_patch.ops.cpu.vectors import f32, fill_i32, i32, set_f32, set_i32
