@@ -58,6 +58,18 @@ def device(poisoned_memory: None, request: pytest.FixtureRequest) -> str:
     return "cpu"
 
 
+@pytest.fixture(scope="session")
+def subword_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a tiny model with a tokenizer of subwords, which can read any text."""
+    from synthetic_tokenizers import tokenizer_of_kind
+    from tiny_models import tiny_model
+
+    directory, tokenizer = str(tmp_path_factory.mktemp("model")), tokenizer_of_kind("byte_bpe")
+    tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed_and_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same random numbers every time; one thread, which is fastest on small tensors, except for real models."""

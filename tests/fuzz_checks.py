@@ -38,12 +38,9 @@ class Call(NamedTuple):
 
     def run(self, **more: Any) -> Any:
         """The call; ``more`` are further arguments."""
-        given = self.inputs._asdict()
-        given.pop("exact")
-        if self.index is not None:
-            more["index"] = self._built(self.index)
-        if self.means:
-            more["means"] = self._built("means")
+        given = {name: tensor for name, tensor in self.inputs._asdict().items() if name != "exact"}
+        indices = {"index": self.index, "means": "means" if self.means else None}
+        given |= {name: self._built(kind) for name, kind in indices.items() if kind is not None}
         return sparse_attention(**given, **self.options, **more)
 
     def _built(self, kind: str) -> KeyIndex:
@@ -61,12 +58,14 @@ class Call(NamedTuple):
 
 
 def check(kind: str, seed: int) -> str | None:
-    """Runs one case; what is wrong with it, or None."""
+    """Runs one case, of ``KINDS`` or ``KERNELS``; what is wrong with it, or None."""
     if kind == "refused":
         from fuzz_refusals import check_refused
 
         return check_refused(seed)
-    rng = random.Random(f"{kind} {seed}")
+    if kind in KERNELS:
+        return _check_kernel(kind, seed)
+    rng, index, means = random.Random(f"{kind} {seed}"), None, False
     layouts = LAYOUTS + COLUMN_LAYOUTS
     if kind == "decode":
         selection = rng.choice(("topk", "topk", "block"))
@@ -75,23 +74,20 @@ def check(kind: str, seed: int) -> str | None:
             inputs = random_inputs(rng, rng.choice((1, 1, 3, 32)), 200, broken=broken, layouts=layouts)
             if inputs.has_one_origin and inputs.query.shape[2]:
                 break
-        options = random_options(rng, inputs, selection)
-        means = options.get("tail") == "mean" and rng.random() < 0.7
-        index = None if means and rng.random() < 0.3 else {"topk": "codes", "block": "pages"}[selection]
-        call = Call(inputs, options, index, means)
     else:
         selection = rng.choice(("topk", "topk", "topk", "window", "block", "dense"))
         longest = 60 if kind == "gradient" else 260 if selection == "block" else 150
         inputs = random_inputs(rng, longest, longest, broken=kind == "broken", layouts=layouts)
-        call = Call(inputs, random_options(rng, inputs, selection))
+    options = random_options(rng, inputs, selection)
+    if kind == "decode":
+        means = options.get("tail") == "mean" and rng.random() < 0.7
+        index = None if means and rng.random() < 0.3 else {"topk": "codes", "block": "pages"}[selection]
+    call = Call(inputs, options, index, means)
     return _said(call, f"{kind} {seed}", _check_gradient if kind == "gradient" else _check_forward)
 
 
-def check_kernel(kernel: str, seed: int) -> str | None:
-    """One case of the Triton kernels in the interpreter, as on a GPU, with tiles of which two in three are small.
-
-    The interpreter must be on before triton is imported.
-    """
+def _check_kernel(kernel: str, seed: int) -> str | None:
+    """A case of the Triton kernels in the interpreter, as on a GPU, with tiles of which two in three are small."""
     from gpu_semantics import GpuSemantics
 
     from nc_patch.ops.triton import launch

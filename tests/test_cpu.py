@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,12 +30,11 @@ def test_a_nan_of_any_bits_stays_one(bits):
 def test_a_default_device_is_not_where_kernels_compute():
     tensors, visible = [torch.randn(1, 2, 40, 16) for _ in range(3)], causal_intervals(1, 40, 40, "cpu")
     with torch.device("meta"):
-        for name in ("topk", "block", "window", "dense"):
-            result = sparse_attention(
-                *tensors, alpha=2.0, C=0.5, visible=visible, origin=visible[..., 0], selection=name
-            )
+        for name in SELECTIONS:
+            given = {"visible": visible, "origin": visible[..., 0], "selection": name}
+            result = sparse_attention(*tensors, alpha=2.0, C=0.5, **given)
             assert result.device.type == "cpu"
-            assert bool(result.isfinite().all())
+            assert result.isfinite().all()
 
 
 def test_few_rows_at_the_end_of_a_long_buffer_choose_blocks():
@@ -43,20 +42,15 @@ def test_few_rows_at_the_end_of_a_long_buffer_choose_blocks():
     query, key = torch.randn(1, 1, rows, 16), torch.randn(1, 1, n, 16)
     end = torch.arange(n - rows + 1, n + 1, dtype=torch.int32)
     visible = torch.stack((end - 128, end), -1)[None].contiguous()
-    options = {
-        "alpha": 2.0,
-        "C": 0.5,
-        "selection": "block",
-        "visible": visible,
-        "origin": visible[..., 0].clamp(max=n - 160),
-    }
+    options = {"alpha": 2.0, "C": 0.5, "selection": "block", "visible": visible}
+    options["origin"] = visible[..., 0].clamp(max=n - 160)
     found, expected = (sparse_attention(query, key, key, **options, backend=name) for name in ("cpu", "torch"))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_no_sequence_is_no_fault():
     empty = torch.empty(0, 1, 3, 16)
-    for name in ("topk", "block", "window", "dense"):
+    for name in SELECTIONS:
         assert sparse_attention(empty, empty, empty, alpha=1.0, C=0.5, selection=name).shape == empty.shape
 
 
@@ -83,34 +77,29 @@ def test_results_do_not_depend_on_the_number_of_threads():
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 700, 48, generator=g) for heads in (6, 2, 2))
     index = {kind: KeyIndex.build(key, kind) for kind in ("codes", "pages")}
-    found: dict[int, list[torch.Tensor]] = {}
-    for threads in (1, 2, 3, 5):
+
+    def outputs(threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(threads)
-        found[threads] = [
+        last = {"codes": "topk", "pages": "block"}
+        return [
             *(sparse_attention(query, key, value, alpha=2.0, C=0.6, selection=name) for name in SELECTIONS),
-            sparse_attention(query[:, :, -1:], key, value, alpha=2.0, C=0.6, index=index["codes"]),
-            sparse_attention(query[:, :, -1:], key, value, alpha=2.0, C=0.6, selection="block", index=index["pages"]),
-        ]
+            *(sparse_attention(query[:, :, -1:], key, value, alpha=2.0, C=0.6, selection=name, index=index[kind])
+              for kind, name in last.items()),
+        ]  # fmt: skip
+
+    expected = outputs(1)
     for threads in (2, 3, 5):
-        assert all(torch.equal(x, y) for x, y in zip(found[threads], found[1], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(outputs(threads), expected, strict=True))
 
 
 def test_two_threads_generate_with_one_model():
     model = patch_model(tiny_model("llama"), 1.0, 0.6)
     prompts = [random_ids(1, 40 + 7 * i) for i in range(2)]
-    alone = [model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0) for ids in prompts]
+    generate = lambda ids: model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)  # noqa: E731
+    alone = list(map(generate, prompts))
     for _ in range(3):
-        found: list[torch.Tensor] = [torch.empty(0)] * 2
-
-        def work(i: int, found: list[torch.Tensor] = found) -> None:
-            found[i] = model.generate(prompts[i], max_new_tokens=20, do_sample=False, pad_token_id=0)
-
-        workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        assert all(torch.equal(x, y) for x, y in zip(found, alone, strict=True))
+        with ThreadPoolExecutor(2) as users:
+            assert all(torch.equal(x, y) for x, y in zip(users.map(generate, prompts), alone, strict=True))
 
 
 @pytest.mark.parametrize("selection", ["dense", "window", "topk"])

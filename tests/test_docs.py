@@ -1,17 +1,20 @@
-"""The documentation: links that lead somewhere, a table of options that is true, figures from files, code that runs."""
+"""The documentation: links that lead somewhere, a table of options that is true, figures from files, code that runs,
+every public name on its page."""
 
 import dataclasses
+import inspect
 import json
 import re
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from script_modules import load_script
-from synthetic_tokenizers import tokenizer_of_kind
 from tiny_models import tiny_model
 
+import nc_patch
 from nc_patch import NCConfig
 from nc_patch.config import option_owners
 from nc_patch.selections import Selection, base
@@ -119,28 +122,15 @@ def test_a_table_that_is_out_of_date_is_named(tmp_path, monkeypatch, capsys):
     assert page.read_text().endswith("<!-- end -->\nAfter.\n")
 
 
-WITH_CODE = (
-    "README",
-    "docs/choosing",
-    "docs/decoding",
-    "docs/families",
-    "docs/selection",
-    "docs/settings",
-    "docs/start",
-)
+WITH_CODE = ("choosing", "decoding", "families", "selection", "settings", "start")
 
 
-@pytest.mark.parametrize("page", [f"{name}.md" for name in WITH_CODE])
-def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in WITH_CODE)])
+def test_code_of_a_page_runs(page, subword_model, monkeypatch):
     """Every block of a page, one after the other, with a tiny model in the place of those that the page names."""
-    import nc_patch
-
     monkeypatch.setattr(base, "_SELECTIONS", dict(base._SELECTIONS))  # a page may register one
-    tokenizer = tokenizer_of_kind("byte_bpe")
-    tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
     names = {name: getattr(nc_patch, name) for name in ("NCConfig", "nc_stats", "patch_model")}
-    names |= {"NAME": str(tmp_path), "model": tiny_model("llama"), "ids": torch.arange(1, 65)[None]}
+    names |= {"NAME": subword_model, "model": tiny_model("llama"), "ids": torch.arange(1, 65)[None]}
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.S | re.M)
     assert blocks
     for block in blocks:
@@ -176,3 +166,29 @@ def test_the_oldest_and_the_newest_supported_minor_version_are_on_record_as_pass
     passed = {".".join(cell[package].split(".")[:2]) for cell in cells if cell["outcome"] == "passed"}
     assert not others
     assert {oldest, f"{major}.{minor - 1}"} <= passed
+
+
+REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+DIRECTIVES = re.findall(r"^::: ([\w.]+)\.(\w+)$", REFERENCE, re.M)
+MODULES = re.findall(r"^## ([\w.]+)$", REFERENCE, re.M)
+
+
+def test_every_name_that_nc_patch_exports_stands_on_the_page_of_reference():
+    assert {name for module, name in DIRECTIVES if module == "nc_patch"} == set(nc_patch.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_function_and_class_of_a_module_stands_on_the_page(module):
+    loaded = import_module(module)
+    own = [name for name, each in vars(loaded).items() if getattr(each, "__module__", "") == module and name[0] != "_"]
+    public = [getattr(loaded, name) for name in getattr(loaded, "__all__", own)]
+    public = [each for each in public if inspect.isclass(each) or inspect.isfunction(inspect.unwrap(each))]
+    shown = [getattr(import_module(place), name) for place, name in DIRECTIVES]
+    assert public
+    assert [each.__name__ for each in public if each not in shown] == []
+
+
+def test_every_module_that_pages_and_examples_import_has_its_part_of_the_page():
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    assert set(re.findall(r"^from ((?:nc_patch|eval_tasks)[\w.]*) import", text, re.M)) <= set(MODULES)

@@ -15,24 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic_tokenizers import tokenizer_of_kind
-from tiny_models import tiny_model
 from transformers import ContinuousBatchingConfig
 
-import nc_patch
+from eval_tasks.models import load_model
+from nc_patch import patch_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MOST_LINES = 42
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The directory of a tiny model with a tokenizer of subwords, which can read any text."""
-    directory = tmp_path_factory.mktemp("model")
-    tokenizer = tokenizer_of_kind("byte_bpe")
-    tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture
@@ -62,8 +51,8 @@ def test_every_example_is_shown_with_its_output_and_run_by_a_test():
         assert f'"{name}"' in tested, f"no test runs {name}"
 
 
-def test_a_long_prompt_is_answered_densely_and_sparsely(run, model):
-    said = run("generate_long_prompt.py", "--model", model, "--length", 400)
+def test_a_long_prompt_is_answered_densely_and_sparsely(run, subword_model):
+    said = run("generate_long_prompt.py", "--model", subword_model, "--length", 400)
     tokens = int(re.match(r"(\d+) tokens", said).group(1))
     assert 350 <= tokens <= 400
     assert "dense: " in said
@@ -73,11 +62,9 @@ def test_a_long_prompt_is_answered_densely_and_sparsely(run, model):
     assert 0 < float(share) < 80
 
 
-def test_a_profile_is_calibrated_once_and_generates_with_its_budget(run, model, tmp_path):
-    if not hasattr(nc_patch, "calibrate"):
-        pytest.skip("nc_patch has no calibrate yet")
+def test_a_profile_is_calibrated_once_and_generates_with_its_budget(run, subword_model, tmp_path):
     profile = tmp_path / "profile.json"
-    arguments = ("--model", model, "--lengths", 64, 128, "--fraction", 0.2, "--profile", profile)
+    arguments = ("--model", subword_model, "--lengths", 64, 128, "--fraction", 0.2, "--profile", profile)
     said = run("calibrate_then_generate.py", *arguments)
     written = profile.read_bytes()
     assert len(re.findall(r"^layer \d+: keys of 128 by head \[\d+(, \d+)*\]$", said, re.M)) == 3
@@ -86,9 +73,9 @@ def test_a_profile_is_calibrated_once_and_generates_with_its_budget(run, model, 
     assert profile.read_bytes() == written
 
 
-def test_a_lora_adapter_learns_through_sparse_attention(run, model):
+def test_a_lora_adapter_learns_through_sparse_attention(run, subword_model):
     pytest.importorskip("peft")
-    said = run("lora_step.py", "--model", model, "--length", 128, "--steps", 3)
+    said = run("lora_step.py", "--model", subword_model, "--length", 128, "--steps", 3)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
     norms = [float(norm) for norm in re.findall(r"norm ([\d.]+)", said)]
     assert len(losses) == 3
@@ -97,12 +84,9 @@ def test_a_lora_adapter_learns_through_sparse_attention(run, model):
     assert 0 < float(re.search(r"attended ([\d.]+) %", said).group(1)) < 50
 
 
-def test_the_server_answers_as_generate_does_and_refuses_what_it_cannot_read(model):
-    from eval_tasks.models import load_model
-    from nc_patch import patch_model
-
+def test_the_server_answers_as_generate_does_and_refuses_what_it_cannot_read(subword_model):
     example = runpy.run_path(str(EXAMPLES / "serve.py"))
-    loaded = load_model(str(model))
+    loaded = load_model(subword_model)
     patch_model(loaded.model, 2.0, 0.5, decode="block")
     prompt = "A class definition is an executable statement. " * 8
     inputs = loaded.tokenizer(prompt, return_tensors="pt")
@@ -141,13 +125,13 @@ def test_the_server_answers_as_generate_does_and_refuses_what_it_cannot_read(mod
             thread.join(10)
 
 
-def test_the_notebook_runs_from_top_to_bottom(model, monkeypatch, capsys):
+def test_the_notebook_runs_from_top_to_bottom(subword_model, monkeypatch, capsys):
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
     notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
     names: dict[str, object] = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            source = "".join(cell["source"]).replace('"smollm2", 3000, 256', f'"{model}", 400, 32')
+            source = "".join(cell["source"]).replace('"smollm2", 3000, 256', f'"{subword_model}", 400, 32')
             exec(compile(source, "tour.ipynb", "exec"), names)
     said = capsys.readouterr().out
     assert "a prompt of 400 tokens" in said
@@ -164,22 +148,14 @@ def test_the_notebook_runs_from_top_to_bottom(model, monkeypatch, capsys):
         ("accelerate_sweep.sh", ("--lengths", "96", "--scored", "16", "--passage", "12"), "report.html"),
     ],
 )
-def test_scripts_run_from_end_to_end(model, tmp_path, name, further, written):
-    environment = {
-        **os.environ,
-        "OUTPUT": str(tmp_path / "out"),
-        "METADATA": '{"lengths": [300, 400]}',
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{EXAMPLES.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    done = subprocess.run(
-        ["bash", str(EXAMPLES / name), str(model), *further],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+def test_scripts_run_from_end_to_end(subword_model, tmp_path, name, further, written):
+    path, python_path = os.environ["PATH"], os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {
+        "OUTPUT": str(tmp_path / "out"), "METADATA": '{"lengths": [300, 400]}',
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{path}",
+        "PYTHONPATH": f"{EXAMPLES.parent}{os.pathsep}{python_path}",
+    }  # fmt: skip
+    command = ["bash", EXAMPLES / name, subword_model, *further]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((tmp_path / "out").glob(written))

@@ -1,20 +1,21 @@
-"""Random calls against the float64 reference, within the minutes of a test run; ``scripts/fuzz.py`` goes on for longer.
+"""Random calls against the float64 reference: a few in every run, with ``-m wide`` as many as FUZZ_CASES says.
 
-Below, what calls with extreme values once showed.
+FUZZ_FIRST is the first seed of those. Below, what calls with extreme values once showed.
 """
 
-import subprocess
-import sys
+import os
 
 import fuzz_checks
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from script_modules import SCRIPTS
+from operations import INTERPRETED
 from torch.nn.functional import scaled_dot_product_attention
 
 from nc_patch import KeyIndex, sparse_attention
+
+CASES, FIRST = int(os.environ.get("FUZZ_CASES", "2000")), int(os.environ.get("FUZZ_FIRST", "2000000"))
 
 
 @pytest.mark.parametrize("kind", fuzz_checks.KINDS)
@@ -25,32 +26,38 @@ def test_random_calls_equal_the_reference_or_are_refused_by_name(kind, seed):
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("options", [["--cases", "2000"], ["--cases", "16", "--triton"]], ids=["torch", "triton"])
-def test_many_more_random_calls(options):
-    command = [sys.executable, str(SCRIPTS / "fuzz.py"), *options, "--first", "2000000"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("kind", fuzz_checks.KERNELS if INTERPRETED else fuzz_checks.KINDS)
+def test_many_more_random_calls(kind):
+    count = CASES * fuzz_checks.KINDS.get(kind, 1) // 1000  # the interpreter takes half a minute for two
+    said = [fuzz_checks.check(kind, seed) for seed in range(FIRST, FIRST + count)]
+    assert [each for each in said if each is not None] == []
+
+
+@pytest.mark.wide
+def test_many_more_random_calls_of_the_triton_kernels():
+    pytest.importorskip("triton", reason="the interpreter is Triton's")
+    from gpu_semantics import run_in_the_interpreter
+
+    done = run_in_the_interpreter("-m", "wide", "-k", "many_more_random_calls and not triton", __file__)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
     ("kind", "wrong"),
     [
-        ("forward", lambda run, q, k, v, **options: run(q * 1.01, k, v, **options)),
         ("forward", lambda run, q, k, v, **options: run(q, k * 1.01, v, **options)),
         ("forward", lambda run, q, k, v, **options: run(q, k, v * 1.01, **options)),
         ("broken", lambda run, q, k, v, **options: run(q, k, v.nan_to_num(0, 0, 0), **options)),
         ("gradient", lambda run, q, k, v, **options: run(q, k, v * 1.1, **options)),
         ("decode", lambda run, q, k, v, **options: run((q[:1, :1, :1, :1].neg_(), q)[1], k, v, **options)),
     ],
-    ids=["query", "key", "value", "no number", "gradient", "written"],
+    ids=["key", "value", "no number", "gradient", "written"],
 )
 def test_what_is_wrong_is_noticed(kind, wrong, monkeypatch):
     run = fuzz_checks.sparse_attention
-    monkeypatch.setattr(
-        fuzz_checks, "sparse_attention", lambda query, key, value, **o: wrong(run, query, key, value, **o)
-    )
-    noticed = [fuzz_checks.check(kind, seed) for seed in range(24)]
-    assert sum(said is not None for said in noticed) > 6
+    changed = lambda query, key, value, **options: wrong(run, query, key, value, **options)  # noqa: E731
+    monkeypatch.setattr(fuzz_checks, "sparse_attention", changed)
+    assert sum(fuzz_checks.check(kind, seed) is not None for seed in range(24)) > 6
 
 
 def one_row(scores: list[float], budget: int, **options):
@@ -85,9 +92,8 @@ def test_scores_below_the_smallest_float32_choose_as_well_as_their_rounding_lets
 
 
 def test_infinite_scores_that_are_soft_capped_are_numbers():
-    weights = one_row([torch.inf, 1.0, -torch.inf], 3, softcap=2.0)
     expected = torch.softmax(2.0 * torch.tanh(torch.tensor([torch.inf, 0.5, -torch.inf])), 0)
-    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(one_row([torch.inf, 1.0, -torch.inf], 3, softcap=2.0), expected)
     assert torch.equal(one_row([torch.inf, 1.0, -torch.inf], 1, softcap=2.0), torch.tensor([1.0, 0.0, 0.0]))
 
 
@@ -105,15 +111,8 @@ def test_a_scale_above_one_does_not_overflow_the_query(selection):
 def test_a_row_of_blocks_without_a_finite_score_is_no_number(what, stats):
     query, key, value = torch.ones(1, 1, 100, 1), torch.randn(1, 1, 100, 1), torch.randn(1, 1, 100, 4)
     key[:, :, :50] = what
-    options = {
-        "selection": "block",
-        "alpha": 1.0,
-        "C": 0.99,
-        "min_keys": 100,
-        "backend": "torch",
-        "return_stats": stats,
-    }
-    found = sparse_attention(query, key, value, **options)
+    options = {"selection": "block", "alpha": 1.0, "C": 0.99, "min_keys": 100, "backend": "torch"}
+    found = sparse_attention(query, key, value, return_stats=stats, **options)
     output = found.output if stats else found
     assert output[:, :, :50].isnan().all()
     assert output[:, :, 50:].isnan().all() == (what != -torch.inf)

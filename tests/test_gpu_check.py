@@ -93,13 +93,12 @@ def add_products_kernel(target, ROWS: tl.constexpr, INNER: tl.constexpr):
         ((1,), {"ROWS": 128, "INNER": 1024}, "shared memory"),
         ((1,), {"ROWS": 64, "INNER": 64, "num_warps": 64}, "threads"),
         ((1, 65536), {"ROWS": 64, "INNER": 64}, "a grid is at most"),
-        ((1,), {"ROWS": 64, "INNER": 64, "COLUMNS": 64}, "COLUMNS"),
     ],
 )
 def test_the_pretended_gpu_takes_the_launches_that_a_gpu_takes(grid, constants, error):
     target = torch.empty(128 * 1024, dtype=torch.bfloat16)
     with pretended_gpu() as launches:
-        with pytest.raises((OutOfResources, ValueError, KeyError), match=error) if error else nullcontext():
+        with pytest.raises((OutOfResources, ValueError), match=error) if error else nullcontext():
             add_products_kernel[grid](target, **constants)
         assert launches == ([] if error else [("add_products_kernel", (7, 2, 1))])
 
@@ -118,11 +117,10 @@ def test_both_parts_run_their_own_tests_and_fit_into_six_minutes_each(with_stand
         summary, files = results_of(tmp_path / "out", part)
         assert summary == [[step, "ok" if step != "sanitizer" else "not"] for step in steps]
         assert f"path {TESTS.parent}:/packages/of/mine\n" in files["machine.txt"]
-        assert re.search(
-            rf"bench {part} --geometry llama3-8b .* --device cuda --minutes [345]\.\d", files[f"{part}.log"]
-        )
-        assert ("test_triton_graphs.py" in files[f"{steps[0]}.log"]) == (part == "decode")
-        assert ("test_triton_block.py" in files[f"{steps[0]}.log"]) == (part == "prefill")
+        how = rf"bench {part} --geometry llama3-8b .* --device cuda --minutes [345]\.\d"
+        assert re.search(how, files[f"{part}.log"])
+        for name, its_part in (("graphs", "decode"), ("block", "prefill")):
+            assert (f"test_triton_{name}.py" in files[f"{steps[0]}.log"]) == (part == its_part)
     # What takes no time leaves it to the next; what does not end when it is interrupted is killed after 15 s.
     limits = [int(seconds) for seconds in re.findall(r"^== \w+, (\d+) s at most: ", done.stdout, re.M)]
     assert 300 < max(limits) <= 345
@@ -131,19 +129,11 @@ def test_both_parts_run_their_own_tests_and_fit_into_six_minutes_each(with_stand
 @pytest.mark.parametrize(
     ("part", "ends", "status", "line"),
     [
-        (
-            "prefill",
-            {"PYTEST_SAYS": "1 failed, 4 passed in 1s", "PYTEST_ENDS": "1"},
-            1,
-            "1 failed, 4 passed in 1s; see",
-        ),
+        ("prefill", {"PYTEST_SAYS": "1 failed, 4 passed in 1s", "PYTEST_ENDS": "1"}, 1, "FAILED 1 failed, 4 passed"),
         ("prefill", {"PYTEST_SAYS": "5 skipped in 0.10s"}, 1, "FAILED 5 skipped in 0.10s; see tests.log"),
         ("prefill", {"PYTEST_SAYS": "", "PYTEST_ENDS": "137"}, 1, "FAILED stopped at its time limit: nothing ended"),
-        ("prefill", {"BENCH_ENDS": "1"}, 1, "prefill FAILED ended with 1; see prefill.log"),
         ("decode", {"BENCH_ENDS": "124"}, 0, "decode stopped at its time limit; what was measured is in decode.json"),
         ("decode", {"SANITIZER_ENDS": "99"}, 1, "FAILED ========= ERROR SUMMARY: 3 errors; see sanitizer.log"),
-        ("decode", {"SANITIZER_ENDS": "1"}, 0, "sanitizer not run ended with 1 without a finding"),
-        ("prefill", {"GPU": "none"}, 0, "tests dry tests for a GPU can be collected"),
         ("decode", {"GPU": "none", "LAUNCHES_END": "1"}, 1, "decode FAILED a launch for a GPU that is not there"),
     ],
 )
@@ -154,12 +144,14 @@ def test_how_a_step_ends_is_said_and_the_others_still_run(with_stand_ins, tmp_pa
     assert len(text.splitlines()) == len(PARTS[part])
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
-    for arguments, python, message in (
+@pytest.mark.parametrize(
+    ("arguments", "python", "message"),
+    [
         (["--quick"], sys.executable, "unknown option --quick"),
         (["prefill", "a"], sys.executable, "one OUT is enough, got a and "),
-        (["prefill"], "/no/such/python", "PYTHON=/no/such/python does not run"),
         (["prefill"], "/bin/false", "/bin/false lacks what is needed"),
-    ):
-        done = run(*arguments, tmp_path, PYTHON=python)
-        assert (done.returncode, message in done.stdout) == (2, True)
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, arguments, python, message):
+    done = run(*arguments, tmp_path, PYTHON=python)
+    assert (done.returncode, message in done.stdout) == (2, True)

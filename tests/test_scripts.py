@@ -2,26 +2,14 @@
 
 import json
 
-import pytest
 import torch
 from script_modules import load_script
-from synthetic_tokenizers import tokenizer_of_kind
-from tiny_models import tiny_model
 
 
-@pytest.fixture
-def model(tmp_path):
-    """The directory of a tiny model with a tokenizer of bytes."""
-    tokenizer = tokenizer_of_kind("byte_bpe")
-    tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    return str(tmp_path / "m")
-
-
-def test_prefill_is_compared_with_dense_on_the_same_tokens_and_rows_are_kept(tmp_path, model):
+def test_prefill_is_compared_with_dense_on_the_same_tokens_and_rows_are_kept(tmp_path, subword_model):
     measure, out, text = load_script("measure_prefill"), tmp_path / "prefill.json", tmp_path / "text.txt"
     text.write_text("".join(f"{number * number} sheep. " for number in range(400)))
-    arguments = ["--model", model, "--texts", str(text), "--lengths", "1100", "--tasks", "perplexity"]
+    arguments = ["--model", subword_model, "--texts", str(text), "--lengths", "1100", "--tasks", "perplexity"]
     arguments += ["--stretches", "1", "--out", str(out)]
     measure.main([*arguments, "--settings", "dense"])
     (dense,) = json.loads(out.read_text())["rows"]
@@ -41,13 +29,13 @@ def test_recall_scores_the_passage_that_a_stretch_begins_with():
     assert torch.equal(ids[0, :344], torch.arange(344))
 
 
-def test_times_on_a_cpu_are_written_beside_those_of_dense_attention(tmp_path, model):
+def test_times_on_a_cpu_are_written_beside_those_of_dense_attention(tmp_path, subword_model):
     measure, out = load_script("measure_cpu"), tmp_path / "cpu.json"
     out.write_text('{"steps": {"8": {"dense": 1}}}')
-    measure.main(["--model", model, "--context", "8", "--lengths", "--parts", "prompts", "--out", str(out)])
+    measure.main(["--model", subword_model, "--context", "8", "--lengths", "--parts", "prompts", "--out", str(out)])
     assert json.loads(out.read_text())["steps"] == {"8": {"dense": 1}}
     sizes = ["--keys", "2048", "--context", "1030", "--lengths", "1040", "--repeats", "1"]
-    measure.main(["--model", model, *sizes, "--parts", "operator", "steps", "prompts", "--out", str(out)])
+    measure.main(["--model", subword_model, *sizes, "--parts", "operator", "steps", "prompts", "--out", str(out)])
     record = json.loads(out.read_text())
     assert list(record["steps"]["1030"]) == list(measure.STEPS)
     assert list(record["prompts"]["1040"]) == list(measure.PROMPTS)

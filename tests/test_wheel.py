@@ -19,14 +19,9 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def python(*command, **options):
-    options = {"capture_output": True, "text": True, "timeout": 300, "check": False} | options
-    done = subprocess.run([sys.executable, *map(str, command)], **options)
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def pip(*arguments):
-    return python("-m", "pip", "--disable-pip-version-check", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +31,8 @@ def wheel(tmp_path_factory):
     home = tmp_path_factory.mktemp("wheel")
     left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "results")
     shutil.copytree(ROOT, home / "source", ignore=left_out)
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", home, home / "source")
+    how = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    python("-m", "pip", "wheel", *how, "-w", home, home / "source")
     (found,) = home.glob("*.whl")
     return found
 
@@ -45,7 +41,7 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     """A directory that the wheel is installed into."""
     target = tmp_path_factory.mktemp("installed")
-    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
+    python("-m", "pip", "install", "--no-deps", "--no-index", "--disable-pip-version-check", "--target", target, wheel)
     return target
 
 
@@ -57,19 +53,11 @@ def run_outside(installed, cwd, script):
 def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        assert "EvalError" in archive.read("eval_tasks/errors.py").decode()
+    there = (path for package in PACKAGES for path in (ROOT / package).rglob("*"))
     suffixes = {".py", ".yaml", ".html", ".txt", ".typed"}
-    wanted = {
-        path.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*")
-        if path.suffix in suffixes
-    }
-    assert names == wanted
+    assert names == {path.relative_to(ROOT).as_posix() for path in there if path.suffix in suffixes}
     assert {"nc_patch/py.typed", "eval_tasks/py.typed", "eval_tasks/templates/report.html"} <= names
-    assert "eval_tasks/nc_perplexity.yaml" in names
     assert len([name for name in names if name.startswith("eval_tasks/yaml/")]) >= 20
-    assert "eval_tasks/metrics/string_match/string_match.py" in names
 
 
 def test_the_one_version_the_licence_and_the_command_are_stated(wheel):
@@ -88,24 +76,23 @@ def test_the_one_version_the_licence_and_the_command_are_stated(wheel):
 
 def test_outside_the_checkout_the_lines_of_the_readme_and_an_eval_run(installed, tmp_path):
     arguments = sweep_arguments(tmp_path, tmp_path / "out", "--tasks", "perplexity", "--backend", "torch")
-    lines = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert lines is not None
-    assert HUB_NAME in lines.group(1)
+    lines = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert HUB_NAME in lines
     script = tmp_path / "readme.py"
+    # In PyTorch: compiling kernels for another place takes a minute.
+    lines = lines.replace(HUB_NAME, str(tmp_path / "model")).replace("C=0.5)", "C=0.5, backend='torch')")
     script.write_text(
-        # In PyTorch: compiling kernels for another place takes a minute.
-        lines.group(1).replace(HUB_NAME, str(tmp_path / "model")).replace("C=0.5)", "C=0.5, backend='torch')")
-        + "import sys, torch, nc_patch, eval_tasks\n"
-        + "model(torch.arange(40)[None])\n"
-        + "assert 0 < nc_stats(model)['attended_fraction'] < 1\n"
-        + "print(nc_patch.__file__, eval_tasks.__file__)\n"
-        + "from nc_patch.cli import main\n"
-        + f"sys.exit(main({arguments!r}))\n"
+        f"""{lines}
+import sys, torch, nc_patch, eval_tasks
+model(torch.arange(40)[None])
+assert 0 < nc_stats(model)["attended_fraction"] < 1
+print(nc_patch.__file__, eval_tasks.__file__)
+from nc_patch.cli import main
+sys.exit(main({arguments!r}))
+"""
     )
     said = run_outside(installed, tmp_path, script)
-    for package in PACKAGES:
-        assert str(installed / package / "__init__.py") in said
-    assert "Report:" in said
+    assert all(str(installed / package / "__init__.py") in said for package in PACKAGES)
     for name in ("results.jsonl", "summary.csv", "run.json", "report.md", "report.html"):
         assert (tmp_path / "out" / name).stat().st_size > 0
 
@@ -115,17 +102,15 @@ def test_outside_the_checkout_tasks_and_metrics_are_found_and_the_command_is_the
     pytest.importorskip("lm_eval")
     script = tmp_path / "tasks.py"
     script.write_text(
-        "from pathlib import Path\n"
-        "import eval_tasks, evaluate\n"
-        "from lm_eval.tasks import TaskManager\n"
-        "from eval_tasks.metrics import METRICS, metric_path\n"
-        "found = TaskManager(include_path=str(Path(eval_tasks.__file__).parent), include_defaults=False).all_tasks\n"
-        "print(sorted(found))\n"
-        "print([evaluate.load(str(metric_path(name))).name for name in METRICS])\n"
+        """from pathlib import Path
+import eval_tasks, evaluate
+from lm_eval.tasks import TaskManager
+from eval_tasks.metrics import METRICS, metric_path
+folder = str(Path(eval_tasks.__file__).parent)
+print(sorted(TaskManager(include_path=folder, include_defaults=False).all_tasks))
+print([evaluate.load(str(metric_path(name))).name for name in METRICS])
+"""
     )
     said = run_outside(installed, tmp_path, script)
-    assert "'nc_perplexity'" in said
-    assert "'nc_niah_single_2'" in said
-    assert "string_match" in said
-    command = (installed / "bin" / "nc-patch").read_text()
-    assert "from nc_patch.cli import main" in command
+    assert all(name in said for name in ("'nc_perplexity'", "'nc_niah_single_2'", "string_match"))
+    assert "from nc_patch.cli import main" in (installed / "bin" / "nc-patch").read_text()
