@@ -123,15 +123,14 @@ def random_options(rng: random.Random, inputs: Inputs, selection: str) -> dict[s
     exponent = lambda: rng.choice((0.0, 0.5, 1.0, rng.random()))  # noqa: E731
     per_head = rng.random() < 0.3
     options: dict[str, Any] = {
-        "selection": selection,
+        "selection": selection, "backend": "torch",
         "alpha": [alpha() for _ in range(Hq)] if per_head else alpha(),
         "C": [exponent() for _ in range(Hq)] if per_head and rng.random() < 0.5 else exponent(),
         "min_keys": rng.choice((1, 1, 1, rng.randint(1, 40), 10**9)),
         "sink_keys": rng.choice((4, 0, rng.randint(0, 20), 10**6)),
         "recent_keys": rng.choice((1, 0, rng.randint(0, 20), 10**6)),
         "dense_below": rng.choice((0, 0, 0, rng.randint(0, 260), 10**6)),
-        "backend": "torch",
-    }
+    }  # fmt: skip
     if selection == "block":
         options |= {
             "block_size": rng.choice(BLOCK_SIZES),

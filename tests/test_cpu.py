@@ -1,6 +1,5 @@
 """The kernels for CPUs: what is theirs alone, whatever the threads, the processes, and what is installed."""
 
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
 
 from nc_patch import KeyIndex, patch_model, sparse_attention
 from nc_patch.ops.problem import causal_intervals
@@ -68,6 +66,8 @@ def test_of_a_first_page_with_one_visible_key_only_that_counts():
 
 
 def test_a_backend_by_name_leaves_dense_layers_to_train():
+    from tiny_models import random_ids, tiny_model
+
     model = patch_model(tiny_model("llama"), 1.0, 0.6, backend="cpu", dense_below=1024)
     model(random_ids(1, 40), labels=random_ids(1, 40)).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -93,6 +93,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_two_threads_generate_with_one_model():
+    from tiny_models import random_ids, tiny_model
+
     model = patch_model(tiny_model("llama"), 1.0, 0.6)
     prompts = [random_ids(1, 40 + 7 * i) for i in range(2)]
     generate = lambda ids: model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)  # noqa: E731
@@ -119,39 +121,18 @@ def test_sums_over_many_keys_lose_no_digits(selection):
     assert selection != "dense" or torch.allclose(result.lse[0, 0].double(), dense, rtol=0, atol=3e-6)
 
 
-def run_program(text: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Runs a program in a process of its own."""
-    (folder / "program.py").write_text(text)
-    return subprocess.run(
-        [sys.executable, str(folder / "program.py"), *arguments], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
-    )  # fmt: skip
-
-
-IN_A_WORKER = """
-import sys
-import torch
-import torch.multiprocessing as processes
-from nc_patch import sparse_attention
-
-def attend(seed):
+def attended(seed: int) -> float:
     g = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(1, 2, 300, 16, generator=g) for _ in range(3)]
-    return float(sparse_attention(*tensors, alpha=2.0, C=0.5).sum())
-
-if __name__ == "__main__":
-    torch.set_num_threads(2)
-    here = [attend(seed) for seed in range(4)]
-    with processes.get_context(sys.argv[1]).Pool(2) as pool:
-        assert pool.map(attend, range(4)) == here
-    print("equal")
-"""
+    tensors = (torch.randn(1, 2, 300, 16, generator=g) for _ in range(3))
+    return float(sparse_attention(*tensors, alpha=2.0, C=0.5, dense_below=0).sum())
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_attend_alike(method, tmp_path):
-    done = run_program(IN_A_WORKER, tmp_path, method)
-    assert done.stdout == "equal\n", done.stderr[-2000:]
+def test_workers_attend_alike(method):
+    torch.set_num_threads(2)
+    here = [attended(seed) for seed in range(4)]
+    with torch.multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map_async(attended, range(4)).get(timeout=240) == here
 
 
 WITHOUT_NUMBA = """
@@ -174,7 +155,8 @@ except RuntimeError as error:
 """
 
 
-def test_without_numba_pytorch_runs_and_says_once_what_to_install(tmp_path):
-    done = run_program(WITHOUT_NUMBA, tmp_path)
+def test_without_numba_pytorch_runs_and_says_once_what_to_install():
+    command, root = [sys.executable, "-c", WITHOUT_NUMBA], Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert "needs Numba (pip install 'nc_patch[cpu]')" in done.stdout, done.stderr[-2000:]
     assert "the CPU kernels need Numba" in done.stderr

@@ -102,8 +102,9 @@ def test_a_decoding_step_or_a_later_piece_of_a_prompt_may_fail_anywhere(settings
     logits(model, ids[:, :LENGTH], filled)
     expected, fresh = without_index(model, settings, filled, new), logits(model, ids)
     logits(model, new, copy.deepcopy(filled))  # what is worked out once for all calls
+    twin = copy.deepcopy(filled)
     with Lines() as lines:
-        found = logits(model, new, copy.deepcopy(filled))
+        found = logits(model, new, twin)
     assert_close(found, expected)
     before, refused = state_of(model), 0
     for at in places(lines.count, wanted):

@@ -14,9 +14,8 @@ from nc_patch.ops.cpu.tiles import add_product, read_query, write_output
 from nc_patch.ops.cpu.vectors import f32, fill, i32, scale_row, set_f32, set_i32
 
 COLUMNS = 32
-# Keys whose scores are held at once, and floats that they take.
+# Keys whose scores are held at once.
 PIECE = 1024
-SCORES = PIECE * COLUMNS
 
 
 @compiled
@@ -25,17 +24,12 @@ def room_floats(D, width):
     return COLUMNS * (D + 4 + PIECE + width + 3) + COLUMNS * padded(D) + 2 * LANES
 
 
-def pieces_floats(length: int) -> int:
-    """Room for the runs that ``length`` keys may be cut into, none of them longer than a piece, and four more."""
-    return 2 * (length // PIECE + 4)
-
-
 @compiled
 def addresses_of(p, room):
     """Addresses in scratch memory: packed queries, limits, scores, output, maxima, sums, shifts, rows."""
     limits = room + 4 * COLUMNS * p.D
     scores = limits + 4 * COLUMNS * 4
-    out = scores + 4 * SCORES
+    out = scores + 4 * PIECE * COLUMNS
     maxima = out + 4 * COLUMNS * p.width
     return room, limits, scores, out, maxima, maxima + 128, maxima + 256, maxima + 384
 
@@ -109,8 +103,15 @@ def set_shifts(maxima, shifts):
 
 
 @compiled
-def attend_pieces(p, head, room, pieces, number, count):
-    """Attends runs of keys: ``number`` pairs of int32 [first, last), ascending, none longer than ``PIECE``.
+def _within(pieces, number, low, high):
+    """The part of a run of keys that lies within [low, high)."""
+    first, last = max(i32(pieces, 2 * number), low), min(i32(pieces, 2 * number + 1), high)
+    return first, max(first, last)
+
+
+@compiled
+def attend_pieces(p, head, room, pieces, number, low, high, count):
+    """Attends runs of keys within [low, high): ``number`` pairs of int32, ascending, none longer than ``PIECE``.
 
     Leaves the sums of weighted values, the maxima of scores and the sums of exponentials of ``count`` columns.
     """
@@ -125,7 +126,7 @@ def attend_pieces(p, head, room, pieces, number, count):
     while begin < number:
         held, stop = 0, begin
         while stop < number:
-            first, last = i32(pieces, 2 * stop), i32(pieces, 2 * stop + 1)
+            first, last = _within(pieces, stop, low, high)
             if held + last - first > PIECE:
                 break
             score_keys(p, head, room, scores + held * 128, first, last, clear)
@@ -146,10 +147,11 @@ def attend_pieces(p, head, room, pieces, number, count):
         column_exponentials(scores, held, shifts, factor, sums)
         held = 0
         for piece in range(begin, stop):
-            first, last = i32(pieces, 2 * piece), i32(pieces, 2 * piece + 1)
-            keys, at = last - first, values + first * p.value_n
-            add_product(scores + held * 128, 4, 128, at, p.value_n, out, 4 * p.width, keys, count, p.width)
-            held += keys
+            first, last = _within(pieces, piece, low, high)
+            if first < last:
+                at = values + first * p.value_n
+                add_product(scores + held * 128, 4, 128, at, p.value_n, out, 4 * p.width, last - first, count, p.width)
+                held += last - first
         begin = stop
 
 
@@ -179,16 +181,3 @@ def add_run(pieces, number, first, last):
         set_i32(pieces, 2 * number + 1, first)
         number += 1
     return number
-
-
-@compiled
-def clip_runs(pieces, number, clipped, low, high):
-    """The parts of runs within [low, high); how many pieces."""
-    found = 0
-    for piece in range(number):
-        first, last = max(i32(pieces, 2 * piece), low), min(i32(pieces, 2 * piece + 1), high)
-        if first < last:
-            set_i32(clipped, 2 * found, first)
-            set_i32(clipped, 2 * found + 1, last)
-            found += 1
-    return found

@@ -4,8 +4,8 @@ Numba has no vectors of its own and vectorises few loops well; what is written h
 address is an int64.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from inspect import Parameter, Signature
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -249,6 +249,7 @@ def instruction(write: Callable[..., Any]) -> Any:
     kinds = list(annotations.values())[1:]
     known, variants = [kind is Known for kind in kinds], _VARIANTS.get(kinds[-1], 0)
 
+    @functools.wraps(write)
     def typing(context: Any, *given: Any) -> Any:
         literals = [got.literal_value if is_known else None for is_known, got in zip(known, given, strict=True)]
         wanted = [got if is_known else _TYPES[k] for is_known, got, k in zip(known, given, kinds, strict=True)]
@@ -260,11 +261,6 @@ def instruction(write: Callable[..., Any]) -> Any:
 
         return result(*wanted), lower
 
-    typing.__name__, typing.__doc__, typing.__module__ = write.__name__, write.__doc__, write.__module__
-    names = ("context", *list(annotations)[1:])
-    typing.__signature__ = Signature(  # type: ignore[attr-defined]
-        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-    )
     return intrinsic(prefer_literal=any(known))(typing)
 
 

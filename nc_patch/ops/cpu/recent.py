@@ -27,7 +27,7 @@ def dense_log_sums(problem: Problem) -> torch.Tensor | None:
 def _attend(problem: Problem, first_keys: int) -> Outputs:
     outputs = Outputs.of(problem)
     for _, _, arguments in parts_of(problem, outputs):
-        floats = columns.room_floats(arguments["D"], arguments["width"]) + columns.pieces_floats(arguments["N"])
+        floats = columns.room_floats(arguments["D"], arguments["width"]) + 2 * (arguments["N"] // columns.PIECE + 4)
         items = -(-arguments["Lq"] // _ROWS) * arguments["heads"]
         _attend_kernel(items, floats, first_keys=first_keys, rows=_ROWS, **arguments)
     return outputs
@@ -60,7 +60,7 @@ def _attend_kernel(pointer, item, scratch):
             number = add_run(pieces, add_run(pieces, 0, low, min(left, right)), min(left, right), left)
             number = add_run(pieces, number, max(left, right), high)
         columns.pack_queries(p, scratch, count)
-        columns.attend_pieces(p, head, scratch, pieces, number, count)
+        columns.attend_pieces(p, head, scratch, pieces, number, 0, p.N, count)
         for column in range(count):
             of_head, i, start, end = row_of(p, head, first, rows, begin + column)
             columns.write_column(p, scratch, column, of_head, i, min(end - start, budget_of(p, 0, of_head, i)))

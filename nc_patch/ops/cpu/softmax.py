@@ -47,7 +47,7 @@ def write_log_sums(p, head, at, shift, kept, total):
 def softmax_row(p, row, count, means, counts, counted, head, at):
     """Makes exponentials of raw scores, -inf where not attended, up to a whole vector; one over the sum of all.
 
-    Those of ``counted`` page means count as often as an int32 of ``counts`` says. ``at``: the row's number in what is
+    Those of ``counted`` page means count as often as ``counts`` says. ``at``: the row's number in what is
     written on request.
     """
     most = max(largest(row, padded(count)), largest(means, padded(counted)))

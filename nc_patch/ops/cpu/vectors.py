@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from nc_patch.ops.cpu import llvm as vec
-from nc_patch.ops.cpu.llvm import FLOATS, LANES, Builder, Float, Int, Value, constant, instruction, load, loop, store
+from nc_patch.ops.cpu.llvm import LANES, Builder, Float, Int, Value, constant, instruction, load, loop, store
 
 # Numbers and memory.
 
@@ -27,28 +27,19 @@ def set_f32(b: Builder, address: Int, index: Int, value: Float) -> None:
     store(b, value, address, index)
 
 
-@instruction
-def i32(b: Builder, address: Int, index: Int) -> Int:
-    """The int32 at ``address[index]``."""
-    return b.sext(load(b, address, index, vec.I32), vec.I64)
+def _integers(kind: Any) -> tuple[Any, Any]:
+    """Instructions that read and write the integer at ``address[index]``."""
+
+    def read(b: Builder, address: Int, index: Int) -> Int:
+        return b.sext(load(b, address, index, kind), vec.I64)
+
+    def write(b: Builder, address: Int, index: Int, value: Int) -> None:
+        store(b, b.trunc(value, kind), address, index)
+
+    return instruction(read), instruction(write)
 
 
-@instruction
-def set_i32(b: Builder, address: Int, index: Int, value: Int) -> None:
-    """``address[index] = value``, an int32."""
-    store(b, b.trunc(value, vec.I32), address, index)
-
-
-@instruction
-def i8(b: Builder, address: Int, index: Int) -> Int:
-    """The int8 at ``address[index]``."""
-    return b.sext(load(b, address, index, vec.I8), vec.I64)
-
-
-@instruction
-def set_i8(b: Builder, address: Int, index: Int, value: Int) -> None:
-    """``address[index] = value``, an int8."""
-    store(b, b.trunc(value, vec.I8), address, index)
+(i32, set_i32), (i8, set_i8) = _integers(vec.I32), _integers(vec.I8)
 
 
 @instruction
@@ -90,13 +81,6 @@ def add_to(b: Builder, address: Int, value: Int) -> Int:
 def fill(b: Builder, address: Int, count: Int, value: Float) -> None:
     """Writes ``count`` floats."""
     vector = vec.splat(b, value)
-    loop(b, count, LANES, [], lambda i: store(b, vector, address, i))
-
-
-@instruction
-def fill_i32(b: Builder, address: Int, count: Int, value: Int) -> None:
-    """Writes ``count`` int32."""
-    vector = vec.splat(b, b.trunc(value, vec.I32), vec.INTS)
     loop(b, count, LANES, [], lambda i: store(b, vector, address, i))
 
 
@@ -156,10 +140,10 @@ def exponentials(b: Builder, row: Int, count: Int, shift: Float, factor: Float) 
 
 @instruction
 def times_counts(b: Builder, row: Int, counts: Int, count: Int) -> Float:
-    """Each float is multiplied by an int32 of ``counts``, and is zero where that is; their sum."""
+    """Each float is multiplied by one of ``counts``, and is zero where that is; their sum."""
 
     def body(i: Value, total: Value) -> list[Value]:
-        many = b.sitofp(load(b, counts, i, vec.INTS), FLOATS)
+        many = load(b, counts, i)
         value = b.select(b.fcmp_ordered("==", many, vec.ZERO), vec.ZERO, b.fmul(load(b, row, i), many))
         store(b, value, row, i)
         return [b.fadd(total, value)]

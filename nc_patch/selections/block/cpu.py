@@ -34,16 +34,16 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
     runs = plan.capacity + problem.key.shape[2] // PIECE + 8
     for b, heads, arguments in parts_of(problem, outputs):
         first = sum(counts[:b])
-        floats = columns.room_floats(arguments["D"], arguments["width"]) + (COLUMNS + 5) * widest + 512 + 2 * 2 * runs
+        floats = columns.room_floats(arguments["D"], arguments["width"]) + (COLUMNS + 5) * widest + 512 + 2 * runs
         _attend_kernel(
             counts[b] * arguments["heads"], floats, table=plan.table[first:], blocks=counts[b], size=options.size,
             law=plan.law[first:, heads].contiguous(), recent=plan.recent[first:, heads].contiguous(),
-            samples=plan.samples, widest=widest, runs=runs, **arguments,
+            samples=plan.samples, widest=widest, **arguments,
         )  # fmt: skip
     return outputs.result(problem, dense_log_sums(problem))
 
 
-@kernel(f"{FIELDS} table blocks size law recent samples widest runs")
+@kernel(f"{FIELDS} table blocks size law recent samples widest")
 def _attend_kernel(pointer, item, scratch):
     """One query block of one head; the last ones, which see most keys, come first."""
     p = carray(pointer, 1)[0]
@@ -58,7 +58,6 @@ def _attend_kernel(pointer, item, scratch):
     chosen = values + 4 * p.widest
     sample = chosen + 4 * p.widest
     pieces = sample + 4 * 512
-    clipped = pieces + 8 * p.runs
     start = begin + lowest * p.size
     number_of = 0
     if law >= width:
@@ -82,8 +81,7 @@ def _attend_kernel(pointer, item, scratch):
             columns.read_column(p, scratch, column, of_head, i)
             low, high = min(low, seen_from), max(high, seen_to)
         columns.pack_queries(p, scratch, count)
-        found = columns.clip_runs(pieces, number_of, clipped, low, high)
-        columns.attend_pieces(p, head, scratch, clipped, found, count)
+        columns.attend_pieces(p, head, scratch, pieces, number_of, low, high, count)
         for column in range(count):
             of_head, i, seen_from, seen_to = row_of(p, head, first, rows, r + column)
             keys = 0

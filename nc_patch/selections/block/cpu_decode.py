@@ -280,32 +280,34 @@ def _attend_kernel(pointer, item, scratch):
     fill(out, padded(p.Dv), np.float32(0))
     inverse = np.float32(1)
     if end > start:
-        low, own = (start - begin) // p.size, (end - 1 - begin) // p.size
-        budget = 0
+        seen, budget = (start, end, begin), 0
         for g in range(p.group):
             budget = max(budget, budget_of(p, batch, kv_head * p.group + g, i))
-        pages = own + 1 - low
-        count = min((budget + p.size - 1) // p.size, pages) if budget < end - start else pages
+        pages = (end - 1 - begin) // p.size + 1 - (start - begin) // p.size
+        count = pages
+        if budget < end - start:
+            count = min(max((budget + p.size - 1) // p.size, 2), pages)
         keys, values = p.key + kv_head * p.key_h, p.value + kv_head * p.value_h
         if p.table == 0:
             keys, values = keys + batch * p.key_b, values + batch * p.value_b
         chosen = weights + 8 * p.columns
-        others = max(count - 2, 0)
-        if others < pages - 2:
-            own_keys = keys + _place_of(p, batch, begin, own, p.key_block, p.key_row) * p.key_n
-            _weigh_pages(p, batch, kv_head, i, own_keys, (start, end, begin), x, own_scores, weights)
-            if others > 0:
-                best_of(weights + 4, pages - 2, others, 1, weights + 4 * p.columns, chosen, sample)
-        else:
-            for j in range(others):
-                set_i32(chosen, j, j + 1)
-        taken = _list_places(p, batch, (start, end, begin), chosen, others, p.key_block, p.key_row, places)
+        if count < pages:
+            set_i32(chosen, 0, pages - 1)
+            own = _list_places(p, batch, seen, chosen, 1, p.key_block, p.key_row, places)
+            _weigh_pages(p, batch, kv_head, i, keys, seen, x, (places, own, own_scores), weights)
+        for j in range(count):
+            set_i32(chosen, j, j)
+        if count < pages:
+            if count > 2:
+                best_of(weights + 4, pages - 2, count - 2, 1, weights + 4 * p.columns, chosen + 4, sample)
+            set_i32(chosen, count - 1, pages - 1)
+        taken = _list_places(p, batch, seen, chosen, count, p.key_block, p.key_row, places)
         read_query(p, x, batch, of_head, i)
         score_listed(p, x, keys, places, taken, scores)
         cap(scores, taken, p.scale, p.softcap)
         pad_row(scores, taken, -INF)
         if p.value_block != p.key_block or p.value_row != p.key_row:
-            _list_places(p, batch, (start, end, begin), chosen, others, p.value_block, p.value_row, places)
+            _list_places(p, batch, seen, chosen, count, p.value_block, p.value_row, places)
         for j in range(taken, padded(taken)):
             set_i32(places, j, i32(places, 0))
         inverse = softmax_row(p, scores, taken, 0, 0, 0, of_head, at)
@@ -315,23 +317,14 @@ def _attend_kernel(pointer, item, scratch):
 
 
 @compiled
-def _place_of(p, batch, begin, page, of_block, of_row):
-    """The place of a page's first key, in steps for each block of memory and for each key."""
-    block, number = _page_at(p, batch, page)
-    return block * of_block + (begin + number * p.size) * of_row
-
-
-@compiled
-def _list_places(p, batch, seen, chosen, others, of_block, of_row, places):
-    """Lists the places of the visible keys of the first page, of ``others`` that are chosen and of the own one."""
+def _list_places(p, batch, seen, chosen, count, of_block, of_row, places):
+    """Lists the places of the visible keys of chosen pages, which count from the first visible one; how many."""
     start, end, begin = seen
-    low, own, taken = (start - begin) // p.size, (end - 1 - begin) // p.size, 0
-    for j in range(-1, others + 1):
-        page = low if j < 0 else own if j == others else low + i32(chosen, j)
-        if j == others and own == low:
-            continue
-        first = begin + page * p.size
-        place = _place_of(p, batch, begin, page, of_block, of_row)
+    low, taken = (start - begin) // p.size, 0
+    for j in range(count):
+        page = low + i32(chosen, j)
+        block, number = _page_at(p, batch, page)
+        first, place = begin + page * p.size, block * of_block + (begin + number * p.size) * of_row
         for position in range(max(first, start), min(first + p.size, end)):
             set_i32(places, taken, place + (position - first) * of_row)
             taken += 1
@@ -339,28 +332,30 @@ def _list_places(p, batch, seen, chosen, others, of_block, of_row, places):
 
 
 @compiled
-def _weigh_pages(p, batch, kv_head, i, own_keys, seen, x, own_scores, weights):
+def _weigh_pages(p, batch, kv_head, i, keys, seen, x, own_keys, weights):
     """Writes the weight of each page from the first visible one up to the query's own: its share, over all heads.
 
-    Three times as much room follows the weights.
+    Three times as much room follows the weights. ``own_keys`` are the places of those of the own page, how many, and
+    room for their scores.
     """
     start, end, begin = seen
-    low, own = (start - begin) // p.size, (end - 1 - begin) // p.size
-    pages, first_own = own - low, max(begin + own * p.size, start)
+    places, own, own_scores = own_keys
+    low = (start - begin) // p.size
+    pages = (end - 1 - begin) // p.size - low
     far, rest = weights + 4 * p.columns, weights + 8 * p.columns
     in_first = begin + (low + 1) * p.size - start
     fill(weights, padded(pages), np.float32(0))
     for g in range(p.group):
         of_head = kv_head * p.group + g
         read_query(p, x, batch, of_head, i)
-        for j in range(end - first_own):
-            row = own_keys + (first_own - begin - own * p.size + j) * p.key_row * p.key_n
-            set_f32(own_scores, j, dot_row(x, row, p.D, p.kind) * np.float32(p.scale))
+        score_listed(p, x, keys, places, own, own_scores)
+        for j in range(own):
+            set_f32(own_scores, j, f32(own_scores, j) * np.float32(p.scale))
         at = p.estimates + 8 * p.columns * ((batch * p.heads * p.group + of_head) * p.Lq + i)
         for j in range(pages):
             set_f32(far, j, f32(at, low + j))
             set_f32(rest, j, f32(at, p.columns + low + j))
-        cap(own_scores, end - first_own, 1.0, p.softcap)
+        cap(own_scores, own, 1.0, p.softcap)
         cap(far, pages, 1.0, p.softcap)
         cap(rest, pages, 1.0, p.softcap)
         for j in range(pages):
@@ -371,11 +366,11 @@ def _weigh_pages(p, batch, kv_head, i, own_keys, seen, x, own_scores, weights):
                 set_f32(rest, j, -INF)
         if in_first == 1:  # the key apart is the only one
             set_f32(rest, 0, -INF)
-        own_is_sound = True
-        for j in range(end - first_own):
-            own_is_sound = own_is_sound and f32(own_scores, j) < INF
-        count_own = padded(end - first_own) if own_is_sound else 0
-        pad_row(own_scores, end - first_own, -INF)
+        is_sound = True
+        for j in range(own):
+            is_sound = is_sound and f32(own_scores, j) < INF
+        count_own = padded(own) if is_sound else 0
+        pad_row(own_scores, own, -INF)
         pad_row(far, pages, -INF)
         pad_row(rest, pages, -INF)
         most = max(largest(far, padded(pages)), largest(rest, padded(pages)), largest(own_scores, count_own))

@@ -1,8 +1,10 @@
 """The keys that a row lists as its best, and the weights of those and of page means."""
 
+import numpy as np
+
 from nc_patch.ops.cpu.rows import INF, best_of, compiled, pad_row, padded
 from nc_patch.ops.cpu.softmax import cap, softmax_row
-from nc_patch.ops.cpu.vectors import f32, fill_i32, i32, set_f32, set_i32
+from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i32
 from nc_patch.ops.means import TAIL_PAGE_SIZE
 
 PAGE = TAIL_PAGE_SIZE
@@ -37,7 +39,7 @@ def weigh_list(p, scores, places, taken, seen, head, at, means, slots, counts):
     Args:
         seen: start and end of the row's interval, and the origin of its sequence.
         at: the row's number in what is written on request.
-        counts: room for as many int32 as there are slots.
+        counts: room for as many floats as there are slots.
 
     Returns:
         (one over the sum of all weights, slot of the first page that counts, how many do).
@@ -60,16 +62,15 @@ def missing_of_pages(places, taken, start, end, origin, counts):
     """How many keys of each page that counts for a row are not among those at ``places``, and where the pages are.
 
     Returns:
-        (slot of the first page, number of pages); ``counts`` receives an int32 for each, zeros up to a whole vector.
+        (slot of the first page, number of pages); ``counts`` receives a float for each, zeros up to a whole vector.
     """
     first = (start - origin + PAGE - 1) // PAGE
     counted = max((end - 1 - origin) // PAGE - first, 0)
-    fill_i32(counts, padded(counted), PAGE)
+    fill(counts, padded(counted), np.float32(PAGE))
     begin = origin + first * PAGE
     for j in range(taken):
         place = i32(places, j) - begin
         if 0 <= place < counted * PAGE:
-            set_i32(counts, place // PAGE, i32(counts, place // PAGE) - 1)
-    for j in range(counted, padded(counted)):
-        set_i32(counts, j, 0)
+            set_f32(counts, place // PAGE, f32(counts, place // PAGE) - np.float32(1))
+    pad_row(counts, counted, np.float32(0))
     return origin // PAGE + first, counted
