@@ -106,7 +106,8 @@ def parts_of(
             budget=problem.budget[row, of] if problem.budget.shape[1] > 1 else problem.budget[row],
             sinks=None if problem.sinks is None else problem.sinks[of],
         )  # fmt: skip
-        written = Outputs(*(None if each is None else each[row, of] for each in outputs))
+        further = (None if each is None else each[row, of] for each in outputs[1:])
+        written = Outputs(outputs.output[row, of], *further)
         yield b, heads, arguments_of(part, written) | {"N": N}
 
 
