@@ -8,7 +8,6 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -25,7 +24,7 @@ from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
 
 from eval_tasks.iso_quality import IsoQuality
-from eval_tasks.methods import DENSE, NC, find_method, keys_of, order_of
+from eval_tasks.methods import DENSE, NC, find_method, keys_of
 from eval_tasks.summary import PLACE, UNSEEN, title_of
 from nc_patch.budget import law_values
 
@@ -50,16 +49,12 @@ _POSITION_BINS, _DEPTH_BINS, _TICKS = 16, 10, 4
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a plot, named at its end; ``low`` and ``high`` are ends of bars, ``law`` a curve, ``beyond`` arrows."""
+    """A line of a plot, named at its end where it has a label; ``style`` is as ``Axes.errorbar`` takes it."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     style: dict[str, Any]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    law: Sequence[float] = ()
-    beyond: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -77,14 +72,14 @@ def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
     """Quality by length, a plot for each task of ``overview``; the summary has what was not seen before."""
     panels = []
     for task, own in shown.groupby("task", sort=False, observed=True):
-        answers = own["score"].notna().any()
+        answers = bool(own["score"].notna().any())
         lines = _lines_of(own, 100 * own["score"] if answers else own["perplexity"])
         unseen = summary[(summary["task"] == UNSEEN) & (task == "recall")].dropna(subset=["perplexity"])
         if len(unseen):
             dotted = {"color": "#444444", "linestyle": ":", "linewidth": 1.6}
             lines.append(Line("dense, not seen before", list(unseen["length"]), list(unseen["perplexity"]), dotted))
         title = f"{title_of(task)}, {'% right' if answers else 'lower is better'}"
-        panels.append(Panel(title, lines, sorted(set(own["length"])), bool(answers)))
+        panels.append(Panel(title, lines, sorted(set(own["length"])), answers))
     return panels
 
 
@@ -101,23 +96,21 @@ def position_panels(frame: pd.DataFrame) -> list[Panel]:
     Of the same samples for a method and for dense.
     """
     panels = []
-    sample = ["length", *PLACE]
     for task, own in frame.dropna(subset=["token_losses"]).groupby("task", observed=True):
-        dense = own.loc[own["method"] == DENSE, [*sample, "token_losses"]]
-        pairs = own[own["method"] != DENSE].merge(dense, on=sample, suffixes=("", "_dense"))
-        pairs = pairs[pairs["length"] == pairs["length"].max()]
-        if not len(pairs):
+        wide = own.pivot(index=["length", *PLACE], columns="method", values="token_losses")
+        if DENSE not in wide or not len(wide := wide.dropna(subset=[DENSE]).dropna(thresh=2)):  # dense and another
             continue
-        over = np.array(list(pairs["token_losses"])) - np.array(list(pairs["token_losses_dense"]))
-        scored = over.shape[1]
-        edges = np.unique(np.linspace(0, scored, min(_POSITION_BINS, scored) + 1).astype(int))
-        middles = list((edges[:-1] + edges[1:]) / 2)
-        methods = pairs["method"].cat.remove_unused_categories()
-        means = {name: over[(methods == name).to_numpy()].mean(axis=0) for name in methods.cat.categories}
-        binned = {name: [mean[a:b].mean() for a, b in pairwise(edges)] for name, mean in means.items()}
-        lines = [Line(find_method(name).title, middles, y, _style(name)) for name, y in binned.items()]
-        lines.append(Line("dense", middles, [0.0] * len(middles), {"color": "#000000"}))
-        title = f"{title_of(task)} at {pairs['length'].max():,} tokens"
+        length = max(wide.index.get_level_values("length"))
+        dense, *methods = wide.loc[[length]].dropna(axis=1, how="all").items()
+        lines = []
+        for name, losses in methods:
+            pairs = zip(losses, dense[1], strict=True)
+            over = np.mean([np.subtract(*pair) for pair in pairs if isinstance(pair[0], list)], axis=0)
+            edges = np.unique(np.linspace(0, len(over), min(_POSITION_BINS, len(over)) + 1).astype(int))
+            means = np.add.reduceat(over, edges[:-1]) / np.diff(edges)
+            lines.append(Line(find_method(name).title, (edges[:-1] + edges[1:]) / 2, means, _style(name)))
+        lines.append(Line("dense", lines[0].x, [0.0] * len(lines[0].x), {"color": "#000000"}))
+        title = f"{title_of(task)} at {length:,} tokens"
         panels.append(Panel(title, lines, x_label="position among the scored tokens"))
     return panels
 
@@ -128,13 +121,16 @@ def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
     for task in dict.fromkeys(iso.task for iso in needed):
         lines = []
         for iso in (iso for iso in needed if iso.task == task):
+            style, title = _style(iso.method) | {"linestyle": "", "capsize": 3}, find_method(iso.method).title
             n = iso.needed.dropna(subset=["keys"])
-            law = law_values(n["length"].to_numpy(float), iso.law.alpha, iso.law.C) if iso.law else ()
-            beyond = iso.needed.loc[iso.needed["keys"].isna(), ["length", "largest"]]
-            ends = list(n[["low", "keys"]].min(axis=1)), list(n[["high", "keys"]].max(axis=1))
-            points, style = (list(n["length"]), list(n["keys"])), _style(iso.method) | {"linestyle": ""}
-            arrows = list(beyond.itertuples(index=False))
-            lines.append(Line(find_method(iso.method).title, *points, style, *ends, list(law), arrows))
+            ends = n["keys"] - n[["low", "keys"]].min(axis=1), n[["high", "keys"]].max(axis=1) - n["keys"]
+            lines.append(Line(title, list(n["length"]), list(n["keys"]), style | {"yerr": ends}))
+            if iso.law:
+                law = law_values(n["length"].to_numpy(float), iso.law.alpha, iso.law.C)
+                lines.append(Line("", list(n["length"]), law, {"color": style["color"]}))
+            beyond = iso.needed[iso.needed["keys"].isna()]
+            arrow = style | {"yerr": 0.4 * beyond["largest"], "lolims": True}
+            lines.append(Line("", list(beyond["length"]), list(beyond["largest"]), arrow))
         lengths = sorted({n for iso in needed for n in iso.needed["length"]})
         panels.append(Panel(f"keys needed, {title_of(task)}", lines, lengths))
     return panels
@@ -143,7 +139,8 @@ def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
 def draw(panels: Sequence[Panel]) -> Figure:
     """The plots side by side."""
     count = max(1, len(panels))
-    height = max(270.0, 100 + _LABEL_HEIGHT * max((len(panel.lines) for panel in panels), default=0))
+    most = max((sum(bool(line.label) for line in panel.lines) for panel in panels), default=0)
+    height = max(270.0, 100 + _LABEL_HEIGHT * most)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(count * _WIDTH / 72, height / 72), dpi=72, layout="constrained")
         axes = figure.subplots(1, count, squeeze=False)[0]
@@ -156,44 +153,33 @@ def draw(panels: Sequence[Panel]) -> Figure:
 
 
 def depth_maps(own: pd.DataFrame) -> list[Figure]:
-    """Share of right answers of one task by depth of the needle and context length, two methods in a figure."""
-    methods, lengths = sorted(set(own["method"]), key=order_of), sorted(set(own["length"]))
+    """Share of right answers of one task by depth of the needle and context length, a figure for each method."""
+    lengths, found = sorted(set(own["length"])), []
     band = np.minimum((own["depth"] * _DEPTH_BINS).astype(int), _DEPTH_BINS - 1)
     scores = 100 * own.groupby(["method", band, "length"], observed=True)["score"].mean().unstack()
-    found = []
-    for pair in (methods[i : i + 2] for i in range(0, len(methods), 2)):
-        with matplotlib.rc_context(_STYLE | {"font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13}):
+    for name in scores.index.unique("method"):
+        with matplotlib.rc_context(_STYLE):
             figure = Figure(figsize=(_WIDTH / 72, 270 / 72), dpi=72, layout="constrained")
-            axes = figure.subplots(1, 2, sharey=True)
-            for axis, name in zip(axes, pair, strict=False):
-                cells = scores.loc[name].reindex(index=range(_DEPTH_BINS), columns=lengths)
-                image = axis.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto", origin="upper")
-                axis.set_facecolor("#DDDDDD")  # where nothing was measured
-                axis.set_title(textwrap.fill(find_method(name).title, 17))
-                _length_ticks(axis, range(len(lengths)), lengths, 3)
-            axes[0].set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["0 %", "50 %", "100 %"])
-            axes[0].set_ylabel("depth of the needle")
-            axes[1].set_visible(len(pair) > 1)
-            figure.colorbar(image, ax=axes, label="% right", location="bottom", aspect=30)
+            axis = figure.subplots()
+            cells = scores.loc[name].reindex(index=range(_DEPTH_BINS), columns=lengths)
+            image = axis.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+            axis.set_facecolor("#DDDDDD")  # where nothing was measured
+            axis.set(title=find_method(name).title, ylabel="depth of the needle")
+            _length_ticks(axis, range(len(lengths)), lengths)
+            axis.set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["0 %", "50 %", "100 %"])
+            figure.colorbar(image, label="% right")
         found.append(figure)
     return found
 
 
-def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element; equal figures give equal text."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(FONT | {"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+def to_svg(figure: Figure, salt: str = "nc_patch") -> bytes:
+    """The figure as an SVG file; equal figures give equal bytes."""
+    return _saved(figure, {"svg.hashsalt": salt}, format="svg", metadata={"Date": None})
 
 
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(FONT):
-        figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
+    return _saved(figure, {}, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
 
 
 def logarithmic_y(axis: Axes) -> None:
@@ -201,6 +187,13 @@ def logarithmic_y(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+
+
+def _saved(figure: Figure, settings: dict[str, str], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(FONT | settings):
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
 
 
 def _lines_of(own: pd.DataFrame, y: pd.Series) -> list[Line]:
@@ -219,18 +212,11 @@ def _style(name: str) -> dict[str, Any]:
 
 def _draw_panel(axis: Axes, panel: Panel) -> None:
     for line in panel.lines:
-        if line.low:
-            bars = np.abs(np.array([line.low, line.high]) - line.y)
-            axis.errorbar(line.x, line.y, bars, color=line.style["color"], linestyle="", capsize=3)
-        if line.law:
-            axis.plot(line.x, line.law, color=line.style["color"])
-        for length, most in line.beyond:
-            axis.errorbar([length], [most], yerr=[0.4 * most], lolims=True, **line.style)
-        axis.plot(line.x, line.y, **line.style)
-    values = [value for line in panel.lines for value in (*line.y, *line.low, *line.high)]
+        axis.errorbar(line.x, line.y, **line.style)
+    low, high = axis.dataLim.intervaly
     if panel.percent:
         axis.set_ylim(-3, 103)
-    elif values and min(values) > 0 and max(values) > _LOGARITHMIC_FROM * min(values):
+    elif low > 0 and high > _LOGARITHMIC_FROM * low:
         logarithmic_y(axis)
     axis.set_title(textwrap.fill(panel.title, 36))
     axis.set_xlabel(panel.x_label)
@@ -239,29 +225,28 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     if panel.lengths:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_minor_locator(NullLocator())
-        _length_ticks(axis, panel.lengths, panel.lengths, _TICKS)
+        _length_ticks(axis, panel.lengths, panel.lengths)
 
 
-def _length_ticks(axis: Axes, places: Sequence[float], lengths: Sequence[int], most: int) -> None:
+def _length_ticks(axis: Axes, places: Sequence[float], lengths: Sequence[int]) -> None:
     """Labels of lengths, 4,096 as 4K; of many every second or third, the longest among them."""
-    step = math.ceil(len(lengths) / most)
+    step = math.ceil(len(lengths) / _TICKS)
     words = [f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}" for length in lengths]
     axis.set_xticks(list(places)[::-1][::step], words[::-1][::step])
 
 
 def _name_lines(axis: Axes, panel: Panel) -> None:
     """Puts the name of each line beside its last point, as near as the other names let it stand."""
-    ends = sorted(((line.x[-1], line.y[-1], line) for line in panel.lines if len(line.x)), key=lambda end: end[1])
-    if not ends:
+    lines = sorted((line for line in panel.lines if line.label and len(line.x)), key=lambda line: line.y[-1])
+    if not lines:
         return
-    wanted = axis.transAxes.inverted().transform(axis.transData.transform([(x, y) for x, y, _ in ends]))[:, 1]
-    gap = _LABEL_HEIGHT / axis.get_window_extent().height
-    steps = gap * np.arange(len(ends))
+    ends = [(line.x[-1], line.y[-1]) for line in lines]
+    wanted = axis.transAxes.inverted().transform(axis.transData.transform(ends))[:, 1]
+    steps = _LABEL_HEIGHT / axis.get_window_extent().height * np.arange(len(ends))
     places = np.clip(isotonic_regression(wanted - steps).x, 0.0, max(0.0, 1.0 - steps[-1])) + steps
     beside = axis.transAxes + ScaledTranslation(18 / 72, 0, axis.figure.dpi_scale_trans)
-    for (x, y, line), place in zip(ends, places, strict=True):
+    leader = {"arrowstyle": "-", "linewidth": 0.9, "alpha": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
+    for line, end, place in zip(lines, ends, places, strict=True):
         colour = {"color": line.style["color"]}
-        leader = colour | {"arrowstyle": "-", "linewidth": 0.9, "alpha": 0.7, "shrinkA": 1, "shrinkB": 4}
-        leader["relpos"] = (0, 0.5)
         options: dict[str, Any] = colour | {"va": "center", "fontsize": 13, "annotation_clip": False}
-        axis.annotate(line.label, (x, y), (1.0, place), textcoords=beside, arrowprops=leader, **options)
+        axis.annotate(line.label, end, (1.0, place), textcoords=beside, arrowprops=leader | colour, **options)

@@ -7,12 +7,10 @@ Elsewhere it is censored: such lengths do not enter the fit, and in resamples it
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from eval_tasks.stats import CONFIDENCE, MIN_SAMPLES, RESAMPLES
 
@@ -22,15 +20,15 @@ _LENGTHS_NEEDED = 3
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """The power law k = α·n^C through the needed budgets of some lengths, and the interval of C, None of one document.
+    """The power law k = α·n^C through the needed budgets of some lengths, and the interval of C, NaN of one document.
 
     ``errors`` gives by the name of a law the typical factor by which it misses a length that was left out.
     """
 
     alpha: float
     C: float
-    C_low: float | None
-    C_high: float | None
+    C_low: float
+    C_high: float
     errors: dict[str, float]
 
     @property
@@ -61,25 +59,20 @@ class IsoQuality:
         return self.needed[self.needed["keys"].isna() | self.needed["at_most"]]
 
 
-def iso_quality(
-    task: str, method: str, differences: Mapping[int, Mapping[int, Sequence[float]]], within: float, seed: int = 0
-) -> IsoQuality:
-    """Finds the needed budgets and fits the laws; raises ValueError where documents differ in number or are none.
+def iso_quality(task: str, method: str, losses: pd.DataFrame, within: float, seed: int = 0) -> IsoQuality:
+    """Finds the needed budgets and fits the laws.
 
-    ``differences``: length → budget → loss over dense of each document, in the same order throughout. ``within``: how
-    much loss counts as none, in nats per token or as a share of the answers.
+    ``losses`` are those over dense of each document, a row each, by columns (length, budget). ``within``: how much loss
+    counts as none, in nats per token or as a share of the answers.
     """
-    counts = {len(values) for budgets in differences.values() for values in budgets.values()}
-    if len(counts) != 1 or 0 in counts:
-        raise ValueError(f"every length and budget needs the same documents, at least one; got {sorted(counts)}")
-    documents = counts.pop()
+    documents = len(losses)
     drawn = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES) / documents
     rows, lowest, highest = [], [], []
-    for length in sorted(differences):
-        budgets = sorted(differences[length])
-        losses = np.array([differences[length][k] for k in budgets], dtype=np.float64)
-        keys = float(_smallest(budgets, losses.mean(axis=1)[:, None], within)[0])
-        sample = _smallest(budgets, losses @ drawn.T, within)
+    for length in sorted(set(losses.columns.get_level_values(0))):
+        own = losses[length].sort_index(axis=1)
+        budgets, values = own.columns.to_numpy(), own.to_numpy(float).T
+        keys = float(_smallest(budgets, values.mean(axis=1)[:, None], within)[0])
+        sample = _smallest(budgets, values @ drawn.T, within)
         # What may be needed at least and at most: one key, and all of them, beyond what was measured.
         lowest.append(np.where(np.isnan(sample), budgets[-1], np.where(sample == budgets[0], 1.0, sample)))
         highest.append(np.where(np.isnan(sample), max(length, budgets[-1]), sample))
@@ -88,14 +81,22 @@ def iso_quality(
             spread = [*_interval(lowest[-1], highest[-1]), float(np.mean(~np.isnan(sample)))]
         rows.append([length, keys, *spread, keys == budgets[0], budgets[-1]])
     needed = pd.DataFrame(rows, columns=["length", "keys", "low", "high", "reached", "at_most", "largest"])
-    known = np.array(needed["keys"].notna() & ~needed["at_most"])
-    law = None
+    known, law = np.array(needed["keys"].notna() & ~needed["at_most"]), None
     if known.sum() >= _LENGTHS_NEEDED:
-        law = _fit(needed[known], np.array(lowest)[known], np.array(highest)[known], documents)
+        log_n, log_k = np.log(needed.loc[known, ["length", "keys"]].to_numpy(float)).T
+        C, intercept = np.polyfit(log_n, log_k, 1)
+        C_low, C_high = math.nan, math.nan
+        if documents >= MIN_SAMPLES:
+            # A slope is a sum of the values with fixed weights, so it is extreme where each is at one of its ends.
+            weights = (log_n - log_n.mean()) / ((log_n - log_n.mean()) ** 2).sum()
+            rising, falling = np.maximum(weights, 0), np.minimum(weights, 0)
+            low, high = np.log(np.array(lowest)[known]), np.log(np.array(highest)[known])
+            C_low, C_high = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
+        law = FittedLaw(float(np.exp(intercept)), float(C), C_low, C_high, _errors(log_n, log_k))
     return IsoQuality(task, method, documents, needed, law)
 
 
-def _smallest(budgets: Sequence[int], losses: np.ndarray, within: float) -> np.ndarray:
+def _smallest(budgets: np.ndarray, losses: np.ndarray, within: float) -> np.ndarray:
     """The smallest budget from which on all are within the margin; losses ``[budgets, R]`` → ``[R]``, NaN for none."""
     inside = losses <= within
     # The first budget from which on every larger one is inside.
@@ -105,23 +106,9 @@ def _smallest(budgets: Sequence[int], losses: np.ndarray, within: float) -> np.n
     between = np.flatnonzero((first > 0) & (first < len(budgets)))
     above, below = first[between], first[between] - 1
     high, low = losses[below, between], losses[above, between]
-    logs = np.log(np.array(budgets, dtype=np.float64))
+    logs = np.log(budgets.astype(float))
     keys[between] = np.exp(logs[below] + (high - within) / (high - low) * (logs[above] - logs[below]))
     return keys
-
-
-def _fit(needed: pd.DataFrame, lowest: np.ndarray, highest: np.ndarray, documents: int) -> FittedLaw:
-    """The law through budgets that are known; of their resamples the bounds ``[L, R]``."""
-    log_n, log_k = np.log(needed["length"].to_numpy(float)), np.log(needed["keys"].to_numpy())
-    line, C_low, C_high = stats.linregress(log_n, log_k), None, None
-    if documents >= MIN_SAMPLES:
-        # A slope is a sum of the values with fixed weights, so it is extreme where each is at one of its ends.
-        weights = (log_n - log_n.mean()) / ((log_n - log_n.mean()) ** 2).sum()
-        rising, falling = np.maximum(weights, 0), np.minimum(weights, 0)
-        low, high = np.log(lowest), np.log(highest)
-        C_low, C_high = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
-    alpha, C = float(np.exp(line.intercept)), float(line.slope)
-    return FittedLaw(alpha, C, C_low, C_high, _errors(log_n, log_k))
 
 
 def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:
@@ -129,9 +116,9 @@ def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:
     foretold = []
     for left_out in range(len(log_n)):
         rest = np.arange(len(log_n)) != left_out
-        line = stats.linregress(log_n[rest], log_k[rest])
+        power = np.polyval(np.polyfit(log_n[rest], log_k[rest], 1), log_n[left_out])
         logarithmic = (log_k - np.log(log_n))[rest].mean() + np.log(log_n[left_out])
-        foretold.append((log_k[rest].mean(), logarithmic, line.intercept + line.slope * log_n[left_out]))
+        foretold.append((log_k[rest].mean(), logarithmic, power))
     missed = np.exp(np.sqrt(np.square(np.array(foretold) - log_k[:, None]).mean(axis=0)))
     return dict(zip(("constant", "logarithmic", "power"), missed.tolist(), strict=True))
 

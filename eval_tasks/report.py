@@ -1,4 +1,4 @@
-"""The outputs made from the rows of one or more runs: ``report.html``, ``report.md``, CSV files, ``main.png``."""
+"""The outputs made from the rows of one or more runs: ``report.html``, CSV files, ``main.png``."""
 
 import base64
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment
-from matplotlib.figure import Figure
 
 from eval_tasks import figures, sentences, summary, tables
 from eval_tasks.errors import EvalError
@@ -19,8 +18,8 @@ from eval_tasks.methods import find_method
 from eval_tasks.store import check_out, write_atomically
 from eval_tasks.tasks import TASKS
 
-REPORT_FILES = ("report.html", "report.md", "summary.csv", "comparisons.csv", "needed.csv", "main.png")
-REPORT, MARKDOWN, SUMMARY, COMPARISONS, NEEDED, MAIN_FIGURE = REPORT_FILES
+REPORT_FILES = ("report.html", "summary.csv", "comparisons.csv", "needed.csv", "main.png")
+REPORT, SUMMARY, COMPARISONS, NEEDED, MAIN_FIGURE = REPORT_FILES
 WITHIN = 0.05
 # Read before a run, not at its end.
 PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -46,75 +45,71 @@ _NEEDED = (
 class Section:
     """Everything that is said about one run, or several that were put together.
 
-    ``table`` is the first one, at the longest length that can be judged (None where nothing is compared), ``details``
-    are the others; ``result`` is the main finding and ``caveats`` what to keep in mind, as sentences.
+    ``table`` is the first one, at the longest length that can be judged (None where nothing is compared); ``details``
+    are the others, each a title, a note and HTML, and ``csv`` those for programs. ``result`` is the main finding and
+    ``caveats`` what to keep in mind, as sentences.
     """
 
     def __init__(self, merged: MergedRun, within: float) -> None:
-        self.merged, self.run, self.identity = merged, merged.run, merged.run["identity"]
+        self.merged, self.run = merged, merged.run
         self.frame = summary.measurements(merged.rows)
-        self.compared = summary.comparisons(self.frame, within)
-        self.summary = summary.summarise(self.frame, self.compared)
-        self.shown = summary.overview(self.summary)
-        self.found = summary.needed_budgets(self.frame, within)
-        self.needed = summary.needed_table(self.found)
-        self.caveats = sentences.caveats(self.run, self.frame, self.compared, self.found)
-        self.details = [tables.full_table("All that was measured", _MEASURED, self.summary)]
-        if len(self.compared):
-            note = _TESTS.format(percent=100 * within)
-            self.details.append(tables.full_table("Tests against dense", note, _for_programs(self.compared)))
-            lengths = summary.effective_lengths(self.summary, self.compared, within)
-            self.details.append(tables.full_table("Effective context length", _EFFECTIVE, lengths))
-        length = summary.longest_compared(self.summary, self.compared)
-        self.table: tables.Table | None = None
-        self.result = [sentences.NOTHING_COMPARED]
+        compared = summary.comparisons(self.frame, within)
+        measured = summary.summarise(self.frame, compared)
+        self.shown, self.found = summary.overview(measured), summary.needed_budgets(self.frame, within)
+        self.caveats = sentences.caveats(self.run, self.frame, compared, self.found)
+        planned, done = self.run["planned"], len(merged.rows)
+        self.progress = f"{done} of {planned} measurements are made; the same command goes on." * (done < planned)
+        self.table, self.result = None, sentences.NOTHING_COMPARED
+        self.csv, details = {SUMMARY: measured, COMPARISONS: compared}, [("All that was measured", _MEASURED, measured)]
+        length = summary.longest_compared(measured, compared)
         if self.found:
-            self.table = tables.needed_main(self.found)
-            self.details.insert(0, tables.full_table("Budgets needed, by length", _NEEDED, self.needed))
-            self.result = [sentences.iso_lead(self.found, within)]
+            self.table, self.result = tables.needed_main(self.found), sentences.iso_lead(self.found, within)
+            self.csv[NEEDED] = summary.needed_table(self.found)
+            details.insert(0, ("Budgets needed, by length", _NEEDED, self.csv[NEEDED]))
         elif length is not None:
             at = self.shown[self.shown["length"] == length]
             cost = sentences.costs(at, self.run)
-            self.table = tables.main_table(at, self.compared, *cost)
-            self.result = [sentences.lead(at, self.compared, *cost)]
-
-    def progress(self) -> str:
-        """How much of the plan is measured; empty for a run that is whole."""
-        planned, done = self.run["planned"], len(self.merged.rows)
-        return "" if done >= planned else f"{done} of {planned} measurements are made; the same command goes on."
+            self.table, self.result = tables.main_table(at, *cost), sentences.lead(at, *cost)
+        if len(compared):
+            lengths = summary.effective_lengths(measured, compared, within)
+            details.append(("Tests against dense", _TESTS.format(percent=100 * within), compared))
+            details.append(("Effective context length", _EFFECTIVE, lengths))
+        self.details = [(title, note, tables.to_html(frame)) for title, note, frame in details]
 
     def facts(self) -> str:
         """What was measured on what, in a line."""
-        counts = self.frame.groupby(summary.CELL, observed=True).size()
-        parameters = _in_millions(self.run["model_parameters"])
-        model = f"{self.identity['model']} ({parameters} parameters, {self.run['model_dtype']})"
-        sizes = [f"{_span(self.frame['length'])} tokens", f"{_span(counts)} samples each"]
+        count = self.run["model_parameters"]
+        size = f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count:,}"
+        model = f"{self.run['identity']['model']} ({size} parameters, {self.run['model_dtype']})"
+        samples = self.frame.groupby(summary.CELL, observed=True).size()
+        sizes = [f"{_span(self.frame['length'])} tokens", f"{_span(samples)} samples each"]
         return " · ".join([model, self.run["text_origin"], *sizes, *sentences.hardware_of(self.run)])
 
-    def main_panels(self) -> list[figures.Panel]:
+    def panels(self) -> list[figures.Panel]:
         """The result in plots: quality by length, or the budgets that iso-quality found."""
-        return figures.needed_panels(self.found) if self.found else figures.quality_panels(self.shown, self.summary)
+        measured = self.csv[SUMMARY]
+        return figures.needed_panels(self.found) if self.found else figures.quality_panels(self.shown, measured)
 
-    def main_figures(self) -> list[Figure]:
-        """``main_panels``, each drawn by itself."""
-        return [figures.draw([panel]) for panel in self.main_panels()]
-
-    def figures(self) -> Iterator[tuple[str, str, list[Figure]]]:
-        """The other plots: heading, caption, and what is drawn."""
+    def plots(self) -> Iterator[tuple[str, str, list[figures.Figure]]]:
+        """All plots: heading, caption, and what is drawn; the result comes first and has no heading."""
+        drawn = lambda panels: [figures.draw([panel]) for panel in panels]  # noqa: E731
+        caption = "Quality by context length: perplexity (lower is better), or right answers (higher is better)."
+        needed = "Budgets that the quality of dense attention needs, by context length."
+        yield "", needed if self.found else caption, drawn(self.panels())
         for task, own in self.frame.dropna(subset=["depth", "score"]).groupby("task", observed=True):
             caption = f"{summary.title_of(task)}: share of right answers by depth and length."
             yield "Needles by depth", caption, figures.depth_maps(own)
         if panels := figures.position_panels(self.frame):
             caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
-            yield "Loss by position", caption, [figures.draw([panel]) for panel in panels]
+            yield "Loss by position", caption, drawn(panels)
         if not self.found and len(self.shown):
             own = self.shown[self.shown["task"] == self.shown["task"].iloc[0]]
             caption = "What each method attended: the realised budget, and its share of all visible keys."
-            yield "Budgets", caption, [figures.draw([panel]) for panel in figures.budget_panels(own)]
+            yield "Budgets", caption, drawn(figures.budget_panels(own))
 
     def record(self) -> dict[str, str]:
         """Tasks, methods, versions, hardware and all settings, name by name."""
-        identity, match = self.identity, self.identity["match"]
+        identity, match = self.run["identity"], self.run["identity"]["match"]
         values = {
             "model class": self.run["model_class"],
             "text": f"{self.run['text_origin']}, {self.run['text_tokens']:,} tokens",
@@ -144,62 +139,36 @@ def write_report(directories: Path | Sequence[Path], out: Path | None = None, wi
     target = out or directories[0]
     merged = merge_runs(directories)
     check_out(target, REPORT_FILES)
-    sections, labels = [Section(run, within) for run in merged], differing(merged)
-    first, csv = sections[0], csv_files(sections)
-    content = {name: text.encode() for name, text in csv.items()}
-    content[MAIN_FIGURE] = figures.to_png(figures.draw(first.main_panels()))
-    content[MARKDOWN] = markdown(sections, labels).encode()
-    content[REPORT] = render(sections, labels, csv).encode()
-    for name, what in content.items():
-        write_atomically(target / name, what)
-    return [*([first.table.title, "", first.table.to_text(), ""] if first.table else []), *first.result]
-
-
-def csv_files(sections: Sequence[Section]) -> dict[str, str]:
-    """The tables for programs by file name; with several sections a first column says which."""
-    found = {SUMMARY: [one.summary for one in sections], COMPARISONS: [_for_programs(one.compared) for one in sections]}
+    sections = [Section(run, within) for run in merged]
+    csv = {name: _csv([section.csv.get(name) for section in sections]) for name in (SUMMARY, COMPARISONS)}
     if any(section.found for section in sections):
-        found[NEEDED] = [section.needed for section in sections]
-    if len(sections) == 1:
-        return {name: summary.csv_of(one) for name, (one,) in found.items()}
-    keys = range(1, len(sections) + 1)
-    joined = {name: pd.concat(parts, keys=keys, names=["section", None]) for name, parts in found.items()}
-    return {name: summary.csv_of(table.reset_index("section")) for name, table in joined.items()}
+        csv[NEEDED] = _csv([section.csv.get(NEEDED) for section in sections])
+    first, files = sections[0], {name: _data("text/csv", content) for name, content in csv.items()}
+    models = ", ".join(dict.fromkeys(str(run.run["identity"]["model"]) for run in merged))
+    page = PAGE.render(
+        title=f"Sparse against dense attention: {models}",
+        sections=list(zip(sections, differing(merged), strict=True)),
+        files=files,
+        picture=lambda figure: _data("image/svg+xml", figures.to_svg(figure)),
+    )
+    picture = figures.to_png(figures.draw(first.panels()))
+    for name, content in {**csv, MAIN_FIGURE: picture, REPORT: page.encode()}.items():
+        write_atomically(target / name, content)
+    return [*([first.table.title, "", first.table.to_text(), ""] if first.table else []), first.result]
 
 
-def render(sections: Sequence[Section], labels: Sequence[str], csv: dict[str, str]) -> str:
-    """The report as one page of HTML that refers to nothing outside itself; all text in it is escaped."""
-    models = ", ".join(dict.fromkeys(str(section.identity["model"]) for section in sections))
-    title, files = f"Sparse against dense attention: {models}", {name: _data("text/csv", csv[name]) for name in csv}
-    pairs = list(zip(sections, labels, strict=True))
-    picture = lambda figure: _data("image/svg+xml", figures.to_svg(figure, "a"))  # noqa: E731
-    return PAGE.render(title=title, sections=pairs, files=files, picture=picture)
+def _csv(tables: Sequence[pd.DataFrame | None]) -> bytes:
+    """Tables of sections for programs; with several a first column says which."""
+    if len(tables) == 1 and tables[0] is not None:
+        return summary.csv_of(tables[0]).encode()
+    joined = pd.concat({place: table for place, table in enumerate(tables, 1) if table is not None}, names=["section"])
+    return summary.csv_of(joined.reset_index("section")).encode()
 
 
-def markdown(sections: Sequence[Section], labels: Sequence[str]) -> str:
-    """The sentences, tables and commands of the report as Markdown, beside ``main.png``."""
-    lines = ["# Sparse against dense attention", "", f"![Quality by context length]({MAIN_FIGURE})", ""]
-    for section, label in zip(sections, labels, strict=True):
-        lines += [f"## {tables.plain(section.identity['model'])}{': ' + tables.plain(label) if label else ''}", ""]
-        lines += [tables.plain(section.facts()), "", tables.plain(" ".join(section.result)), ""]
-        lines += [f"- {tables.plain(said)}" for said in (section.progress(), *section.caveats) if said]
-        lines += ["", *(table.to_markdown() for table in (section.table, *section.details) if table)]
-        lines += ["```", *(command.replace("```", "") for command in section.merged.commands), "```", ""]
-    return "\n".join(lines)
-
-
-def _for_programs(compared: pd.DataFrame) -> pd.DataFrame:
-    return compared.drop(columns=["dense_fails", "worse_samples"])
-
-
-def _data(kind: str, content: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content.encode()).decode()}"
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _span(values: pd.Series) -> str:
     low, high = values.min(), values.max()
     return f"{low:,} to {high:,}" if low < high else f"{low:,}"
-
-
-def _in_millions(count: int) -> str:
-    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count:,}"

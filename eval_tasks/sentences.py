@@ -10,25 +10,18 @@ from eval_tasks.iso_quality import IsoQuality
 from eval_tasks.measure import SPARSE_IN
 from eval_tasks.methods import DENSE, NC, find_method
 from eval_tasks.provenance import hardware_words
-from eval_tasks.stats import DENSE_FAILS
 from eval_tasks.summary import title_of
-from eval_tasks.tasks import TASKS
 
 NOTHING_COMPARED = (
     "Dense attention was not measured beside a method that could be used on the same samples, so nothing is compared."
 )
-# The verdicts of a comparison in the words of the first table.
-VERDICTS = {name: name for name in ("better", "worse", "undecided")} | {
-    "non-inferior": "as good", "worse, yet within the margin": "slightly worse",
-    "too few documents": "too few samples", DENSE_FAILS: "dense fails",
-}  # fmt: skip
 _FEW = 10
 
 
-def lead(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str) -> str:
+def lead(at: pd.DataFrame, cost: pd.DataFrame, what: str) -> str:
     """The result of one method in two sentences: the package's own where it was measured, else the best.
 
-    ``at`` is of ``overview``, at one length; ``compared`` of ``comparisons``; ``cost`` and ``what`` of ``costs``.
+    ``at`` is of ``overview``, at one length; ``cost`` and ``what`` are of ``costs``.
     """
     usable = at.dropna(subset=["loss_minus_dense"])
     first = usable[usable["task"] == usable["task"].iloc[0]].set_index("method")
@@ -43,8 +36,7 @@ def lead(at: pd.DataFrame, compared: pd.DataFrame, cost: pd.DataFrame, what: str
     for row in own.itertuples():
         amount = quality(row)[0]
         side = {"+": " higher", "−": " lower"}.get(amount[0], "")
-        amount = amount.lstrip("+−")
-        results.append(f"{title_of(row.task)} is {amount}{side} ({verdict(compared, row)})")
+        results.append(f"{title_of(row.task)} is {amount.lstrip('+−')}{side} ({row.verdict})")
     return f"{said}. Against dense attention, {', '.join(results)}."
 
 
@@ -66,14 +58,13 @@ def caveats(
     run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame, found: Sequence[IsoQuality]
 ) -> list[str]:
     """Few samples, lengths where dense fails, calls that ran dense, different hardware, failures."""
-    said = []
-    for iso in found:
-        if listed := ", ".join(f"{length:,}" for length in iso.bounded["length"]):
-            said.append(
-                f"{find_method(iso.method).title} in {title_of(iso.task)}: at {listed} tokens the needed budget is "
-                "known on one side alone (at most the smallest measured, or more than the largest), which enters no "
-                "law."
-            )
+    said = [
+        f"{find_method(iso.method).title} in {title_of(iso.task)}: at {_listed(iso.bounded['length'])} tokens the "
+        "needed budget is known on one side alone (at most the smallest measured, or more than the largest), which "
+        "enters no law."
+        for iso in found
+        if len(iso.bounded)
+    ]
     if len(compared):
         fewest = compared["documents"].min()
         judged = compared[~compared["dense_fails"] & compared["p_difference"].notna()]
@@ -87,18 +78,16 @@ def caveats(
             )
         said.append(told)
     for task, own in compared[compared["dense_fails"]].groupby("task", observed=True):
-        listed = ", ".join(f"{length:,}" for length in sorted(set(own["length"])))
-        said.append(f"Dense attention itself fails in {title_of(task)} at {listed} tokens: judge no method there.")
+        where = f"{title_of(task)} at {_listed(own['length'])} tokens"
+        said.append(f"Dense attention itself fails in {where}: judge no method there.")
     failed = frame.dropna(subset=["failed"])
     for (reason, method), own in failed.groupby(["failed", "method"], observed=True):
         cells = own.groupby(["task", "length"], observed=True).size().items()
         listed = ", ".join(f"{title_of(task)} at {n:,} tokens ({count} samples)" for (task, n), count in cells)
         said.append(f"Not measured, {reason}: {find_method(method).title} in {listed}.")
-    ran_dense = sorted({reason for calls in frame["ran_dense"].dropna() for reason in calls})
-    if ran_dense:
+    if ran_dense := sorted({reason for calls in frame["ran_dense"].dropna() for reason in calls}):
         said.append(f"Some calls of patched models ran dense: {'; '.join(ran_dense)}.")
-    machines = hardware_of(run)
-    if len(machines) > 1:
+    if len(machines := hardware_of(run)) > 1:
         said.append(
             f"Parts of this run were measured on different hardware ({'; '.join(machines)}): times and memory of "
             "different samples do not compare."
@@ -152,18 +141,12 @@ def quality(row: Any) -> tuple[str, str]:
     return mean.replace("-", "−"), "" if math.isnan(row.low) else " … ".join(ends).replace("-", "−")
 
 
-def verdict(compared: pd.DataFrame, row: Any) -> str:
-    """The verdict on a method at a row of an overview, in plain words; of a mean of tasks how often there is which."""
-    own = compared[(compared["length"] == row.length) & (compared["method"] == row.method)]
-    alone = own[own["task"] == row.task]
-    if len(alone) or math.isnan(row.loss_minus_dense):
-        return VERDICTS[alone["verdict"].iloc[0]] if len(alone) else ""
-    counts = own.loc[~own["task"].isin(TASKS), "verdict"].map(VERDICTS).value_counts()
-    return ", ".join(f"{name} in {count}" for name, count in counts.items())
-
-
 def percent(share: float) -> str:
     """A share as a percentage, with a decimal where it is small; a dash for what is missing."""
     if math.isnan(share):
         return "–"
     return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _listed(lengths: pd.Series) -> str:
+    return ", ".join(f"{length:,}" for length in sorted(set(lengths)))

@@ -4,15 +4,12 @@ A difference that is not significant proves nothing. So a method is non-inferior
 more than a stated margin. Of many comparisons, all of this is at the level that Holm's procedure asks of the first.
 """
 
-import itertools
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special, stats
+from scipy import special, stats
 
 RESAMPLES, CONFIDENCE, SIGNIFICANCE, POWER = 10_000, 0.95, 0.05, 0.8
 # Fewer documents say nothing about the spread; of unbounded losses, too little about their tail to test the margin.
@@ -24,73 +21,21 @@ _STEPS = 1 << 17
 Numbers = Sequence[float] | np.ndarray
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """The mean of paired differences, its bootstrap interval (None below two documents), and what it rests on."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    samples: int
-    documents: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One method against dense attention, on so many independent documents.
-
-    ``difference`` is the mean loss over dense, in nats per token or as the share of answers lost, with its bootstrap
-    interval; ``margin`` the loss that counts as none; ``detectable`` the smallest difference that so many documents
-    show in 80 of 100 cases. ``p_difference`` is of a difference either way, ``p_margin`` of a loss below the margin,
-    one-sided; None where there is too little to test. ``needed`` and ``needed_within`` are the documents below which
-    neither can be shown.
-    """
-
-    documents: int
-    difference: float
-    low: float | None
-    high: float | None
-    margin: float
-    detectable: float | None
-    p_difference: float | None
-    p_margin: float | None
-    needed: int
-    needed_within: int
-    dense_fails: bool = False
-
-    @property
-    def verdict(self) -> str:
-        """What the corrected tests say, in words."""
-        if self.dense_fails:
-            return DENSE_FAILS
-        if self.p_difference is None:
-            return "too few documents"
-        within = self.p_margin is not None and self.p_margin <= SIGNIFICANCE
-        if self.p_difference <= SIGNIFICANCE:
-            if self.difference < 0:
-                return "better"
-            return "worse, yet within the margin" if within else "worse"
-        return "non-inferior" if within else "undecided"
-
-
 def paired_difference(
-    values: Numbers, reference: Numbers, seed: int = 0, documents: Sequence[Hashable] | None = None
-) -> PairedDifference:
-    """The difference ``values - reference`` over the same samples in the same order.
+    values: Numbers, reference: Numbers, documents: Sequence[Hashable] | None = None, seed: int = 0
+) -> tuple[float, float, float]:
+    """The mean of ``values - reference`` over the same samples, and its bootstrap interval, NaN below two documents.
 
     Samples of one document resemble each other, so whole documents are resampled; None where each is one of its own.
     Raises ValueError for sequences that differ in length or are empty.
     """
     sums, counts = _by_document(values, reference, documents)
-    mean, samples, found = float(sums.sum() / counts.sum()), int(counts.sum()), len(sums)
-    if found < MIN_SAMPLES:
-        return PairedDifference(mean, None, None, samples, found)
-    options: dict[str, Any] = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile"}
-    options |= {"paired": True, "vectorized": True, "rng": np.random.default_rng(seed)}
-    low, high = stats.bootstrap(
-        (sums, counts), lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis), **options
-    ).confidence_interval
-    return PairedDifference(mean, float(low), float(high), samples, found)
+    mean, interval = float(sums.sum() / counts.sum()), (math.nan, math.nan)
+    if len(sums) >= MIN_SAMPLES:
+        ratio = lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis)  # noqa: E731
+        options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", "rng": seed}
+        interval = stats.bootstrap((sums, counts), ratio, paired=True, vectorized=True, **options).confidence_interval
+    return mean, float(interval[0]), float(interval[1])
 
 
 def compare(
@@ -99,56 +44,68 @@ def compare(
     documents: Sequence[Hashable],
     margin: float,
     answers: bool = False,
-    dense_fails: bool = False,
     family: int = 1,
-) -> Comparison:
+) -> dict[str, float]:
     """Compares a method's losses with dense attention's (``reference``) on the same samples; p-values are uncorrected.
 
     ``documents`` are those of each sample, ``answers`` says whether losses are 1 − score, and ``family`` is how many
     comparisons are corrected together.
+
+    ``difference`` is the mean loss over dense, in nats per token or as the share of answers lost, with its interval;
+    ``margin`` the loss that counts as none; ``detectable`` the smallest difference that so many documents show in 80
+    of 100 cases. ``p_difference`` is of a difference either way, ``p_margin`` of a loss below the margin, one-sided;
+    NaN where there is too little to test. ``needed`` and ``needed_within`` are the documents below which neither can be
+    shown.
     """
-    found = paired_difference(values, reference, documents=documents)
+    difference, low, high = paired_difference(values, reference, documents)
     sums, counts = _by_document(values, reference, documents)
     means = sums / counts
     # McNemar's and the binomial test take samples for independent, which those of one document are not.
     right_or_wrong = answers and len(means) == len(values) and bool(np.isin([*values, *reference], (0.0, 1.0)).all())
-    p_difference = p_margin = None
+    p_difference = p_margin = math.nan
     if len(means) >= MIN_SAMPLES:
-        p_difference = mcnemar(values, reference) if right_or_wrong else sign_flips(means)
+        p_difference = mcnemar(means) if right_or_wrong else sign_flips(means)
         p_margin = losses_within(means, margin) if answers else mean_within(means, margin)
-    detectable = smallest_detectable(means, right_or_wrong, family)
-    needed = documents_for_difference(family), documents_for_margin(margin, answers, family)
-    difference = (found.documents, found.mean, found.low, found.high)
-    return Comparison(*difference, margin, detectable, p_difference, p_margin, *needed, dense_fails)
+    found = {"documents": len(means), "difference": difference, "low": low, "high": high, "margin": margin}
+    found |= {"detectable": smallest_detectable(means, right_or_wrong, family)}
+    found |= {"p_difference": p_difference, "p_margin": p_margin, "needed": documents_for_difference(family)}
+    return found | {"needed_within": documents_for_margin(margin, answers, family)}
 
 
-def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons with p-values after Holm's correction, of each of the two questions, over all with a verdict.
+def corrected(compared: pd.DataFrame) -> pd.DataFrame:
+    """Comparisons with the p-values of each question after Holm's correction, and the ``verdict`` in words.
 
-    One whose margin could not be tested counts as if its p were 1, since it was asked.
+    Lines with ``dense_fails``, or too few documents, have no verdict and do not count. A margin that could not be
+    tested counts as if its p were 1, since it was asked.
     """
-    judged = [i for i, c in enumerate(comparisons) if not c.dense_fails and c.p_difference is not None]
-    differences = holm([comparisons[i].p_difference or 0.0 for i in judged])
-    margins = holm([1.0 if (p := comparisons[i].p_margin) is None else p for i in judged])
-    result = list(comparisons)
-    for i, difference, margin in zip(judged, differences, margins, strict=True):
-        result[i] = replace(result[i], p_difference=difference, p_margin=None if result[i].p_margin is None else margin)
-    return result
+    table, judged = compared.copy(), ~compared["dense_fails"] & compared["p_difference"].notna()
+    for name in ("p_difference", "p_margin"):
+        p = table.loc[judged, name]
+        table.loc[judged, name] = np.where(p.isna(), math.nan, holm(p.fillna(1.0)))
+    shown, within = table["p_difference"] <= SIGNIFICANCE, table["p_margin"] <= SIGNIFICANCE
+    verdicts = {
+        DENSE_FAILS: table["dense_fails"],
+        "too few documents": table["p_difference"].isna(),
+        "better": shown & (table["difference"] < 0),
+        "worse, yet within the margin": shown & within,
+        "worse": shown,
+        "non-inferior": within,
+    }
+    return table.assign(verdict=np.select([*verdicts.values()], [*verdicts], "undecided"))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Numbers) -> np.ndarray:
     """p-values adjusted by Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979)."""
     order, count = np.argsort(p_values, kind="stable"), len(p_values)
     adjusted = np.empty(count)
     adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(count, 0, -1) * np.asarray(p_values)[order]))
-    return list(map(float, adjusted))
+    return adjusted
 
 
-def mcnemar(values: Numbers, reference: Numbers) -> float:
+def mcnemar(differences: Numbers) -> float:
     """p of McNemar's exact test: among samples on which the two differ, each is as often the wrong one."""
-    signs = np.sign(np.asarray(values) - np.asarray(reference))
-    differ = int(np.abs(signs).sum())
-    return float(stats.binomtest(int((signs > 0).sum()), differ).pvalue) if differ else 1.0
+    lost, differ = int(np.sum(np.greater(differences, 0))), int(np.count_nonzero(differences))
+    return float(stats.binomtest(lost, differ).pvalue) if differ else 1.0
 
 
 def sign_flips(means: Numbers) -> float:
@@ -187,15 +144,15 @@ def losses_within(means: Numbers, margin: float) -> float:
     return float(np.exp(-len(lost) * divergence))
 
 
-def mean_within(means: Numbers, margin: float) -> float | None:
+def mean_within(means: Numbers, margin: float) -> float:
     """p of the hypothesis that the mean loss is ``margin`` or more, from each document's loss, which has no bound.
 
     The larger one-sided p of the t-test and of Johnson's (JASA 73, 1978), corrected for skewness: a few documents with
-    large losses, of which none or few were drawn, deceive the first. None below ``MARGIN_DOCUMENTS``.
+    large losses, of which none or few were drawn, deceive the first. NaN below ``MARGIN_DOCUMENTS``.
     """
     count = len(means)
     if count < MARGIN_DOCUMENTS:
-        return None
+        return math.nan
     mean, deviation = float(np.mean(means)), float(np.std(means, ddof=1))
     excess = mean - margin
     if deviation <= 1e-12 * max(1.0, abs(mean)):
@@ -221,35 +178,29 @@ def documents_for_margin(margin: float, answers: bool, family: int = 1) -> int:
     return math.ceil(math.log(SIGNIFICANCE / max(1, family)) / math.log1p(-margin)) if 0 < margin < 1 else 1
 
 
-def smallest_detectable(means: Numbers, right_or_wrong: bool = False, family: int = 1) -> float | None:
+def smallest_detectable(means: Numbers, right_or_wrong: bool = False, family: int = 1) -> float:
     """The smallest difference that so many documents show as the first of a family, with a power of ``POWER``.
 
     Of answers the share lost that McNemar's test finds when none are won, else that of a paired two-sided t-test with
-    the spread that was found; None where no difference, however large, reaches significance.
+    the spread that was found; NaN where no difference, however large, reaches significance.
     """
     count, fewest = len(means), documents_for_difference(family)
     if count < fewest:
-        return None
-    if right_or_wrong:
-        return float(optimize.brentq(lambda share: stats.binom.sf(fewest - 1, count, share) - POWER, 0.0, 1.0))
+        return math.nan
+    if right_or_wrong:  # the share at which the binomial chance of so many lost answers is POWER
+        return float(stats.beta.ppf(POWER, fewest, count - fewest + 1))
     deviation = float(np.std(means, ddof=1))
     quantiles = stats.t.ppf([1 - SIGNIFICANCE / 2 / max(1, family), POWER], count - 1).sum()
     return float(quantiles * deviation / math.sqrt(count))
 
 
-def effective_length(ratios: dict[int, float], within: float) -> int | None:
-    """The longest length up to which a method's loss, as a share of dense attention's quality, is within a margin."""
-    return max(itertools.takewhile(lambda length: ratios[length] <= within, sorted(ratios)), default=None)
-
-
 def _by_document(
-    values: Numbers, reference: Numbers, documents: Sequence[Hashable] | None = None
-) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
+    values: Numbers, reference: Numbers, documents: Sequence[Hashable] | None
+) -> tuple[np.ndarray, np.ndarray]:
     """The sum of differences and the number of samples of each document, float64 ``[documents]`` both."""
-    owners = list(range(len(values)) if documents is None else documents)
+    owners = range(len(values)) if documents is None else documents
     if not len(values) == len(reference) == len(owners) or not len(values):
         counts = f"{len(values)}, {len(reference)} and {len(owners)}"
         raise ValueError(f"pairs need the same samples, at least one: got {counts}")
-    differences = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     rows, _ = pd.factorize(np.array(owners, dtype=object))
-    return np.bincount(rows, differences), np.bincount(rows).astype(np.float64)
+    return np.bincount(rows, np.subtract(values, reference, dtype=np.float64)), np.bincount(rows).astype(np.float64)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from eval_tasks.iso_quality import IsoQuality, iso_quality
 from eval_tasks.methods import DENSE, keys_of, order_of
-from eval_tasks.stats import MIN_SAMPLES, compare, corrected, effective_length
+from eval_tasks.stats import DENSE_FAILS, MIN_SAMPLES, compare, corrected
 from eval_tasks.tasks import TASKS
 
 Row = Mapping[str, Any]
@@ -20,6 +20,11 @@ CELL = ["task", "length", "method"]
 # What tells a sample from others of its task and length: its seed, and its number among those of the seed.
 PLACE = ["seed", "index"]
 UNSEEN = "unseen"
+# The verdicts of a comparison in the words of the first table.
+VERDICTS = {name: name for name in ("better", "worse", "undecided")} | {
+    "non-inferior": "as good", "worse, yet within the margin": "slightly worse",
+    "too few documents": "too few samples", DENSE_FAILS: "dense fails",
+}  # fmt: skip
 _TASKS_SHOWN = 3
 # Dense attention has to gain so many nats from the first copy, or answer so much right, to be compared with.
 _GAIN_NEEDED = _SCORE_NEEDED = 0.5
@@ -55,55 +60,48 @@ def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
     ``seconds`` is the median of all that was read, ``sparse_seconds`` and ``tokens_per_second`` of the part that is
     sparse.
     """
-    frame = frame.join(_sparse_part(frame))
-    cells = frame.groupby(CELL, observed=True)
-    found = pd.DataFrame([_cell(own) for _, own in cells], index=pd.MultiIndex.from_tuples(list(cells.groups)))
-    found = found.rename_axis(CELL).reset_index().astype(frame.dtypes[CELL].to_dict())
-    against = compared[[*CELL, "difference", "low", "high", "worse_samples"]]
-    found = found.merge(against.rename(columns={"difference": "loss_minus_dense"}), how="left", on=CELL)
-    found["perplexity"] = np.exp(found["loss"]).where(found["score"].isna())
-    found["perplexity_ratio"] = np.exp(found["loss_minus_dense"]).where(found["score"].isna())
-    counts = ["samples", "budget", "worse_samples", "failed"]
-    found = found.astype(dict.fromkeys(found.columns.drop(CELL), float)).astype(dict.fromkeys(counts, "Int64"))
-    return found[
-        [
-            *CELL, "samples", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys",
-            "score", "loss", "perplexity", "bits_per_byte", "loss_minus_dense", "low", "high", "worse_samples",
-            "perplexity_ratio", "seconds", "tokens_per_second", "peak_memory_mb", "failed", "sparse_seconds",
-            "seconds_per_answer_token", "answer_tokens",
-        ]
-    ]  # fmt: skip
+    frame = _with_sparse_part(frame)
+    every, done = (own.groupby(CELL, observed=True) for own in (frame, frame[frame["failed"].isna()]))
+    failed = every["failed"].count()
+    found = pd.DataFrame({"samples": every.size() - failed, "failed": failed, "budget": done["budget"].first()})
+    keys = ["attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys"]
+    found = found.join(done[[*keys, "loss", "score"]].mean())
+    texts = found["score"].isna()
+    found["perplexity"] = np.exp(found["loss"]).where(texts)
+    found["bits_per_byte"] = done["loss_sum"].sum() / done["bytes"].sum().where(texts) / math.log(2)
+    against = compared.set_index(CELL)[["difference", "low", "high", "verdict"]]
+    against = against.rename(columns={"difference": "loss_minus_dense"})
+    found = found.join(against.astype({"loss_minus_dense": float, "low": float, "high": float}))
+    found["perplexity_ratio"] = np.exp(found["loss_minus_dense"]).where(texts)
+    found = found.join(done[["seconds", "tokens_per_second"]].median())
+    found["peak_memory_mb"] = done["peak_memory"].max() / 1e6
+    found["sparse_seconds"] = done["part_seconds"].median().where(texts)
+    found["seconds_per_answer_token"] = done["seconds_per_token"].median().mask(texts)
+    found["answer_tokens"] = done["said_tokens"].mean()
+    return found.astype(dict.fromkeys(("samples", "failed", "budget"), "Int64")).reset_index()
 
 
 def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
-    """Every method against dense at every task and length, p-values corrected over all of them by Holm's procedure.
+    """Every method against dense at every task and length: ``compare``, with p-values ``corrected`` over all of them.
 
     ``within`` is the margin: 0.05 is five percent more perplexity, or five answers in a hundred.
     """
-    cells, paired = [], []
+    paired = []
     for (task, length), own in frame.dropna(subset=["loss"]).groupby(["task", "length"], observed=True):
-        wide = own.pivot(index=PLACE, columns="method", values="loss")
-        owners = own.drop_duplicates(PLACE, keep="last").set_index(PLACE)["document"]
-        for method in wide.columns.drop(DENSE, errors="ignore"):
-            pairs = wide[[method, DENSE]].dropna() if DENSE in wide else wide[:0]
-            if len(pairs):
-                cells.append((task, length, method))
-                fails = dense_fails(frame, task, length)
-                paired.append((pairs[method], pairs[DENSE], list(owners[pairs.index]), fails))
-    family = sum(len(set(documents)) >= MIN_SAMPLES for *_, documents, fails in paired if not fails)
-    found = [
-        compare(a.to_numpy(), b.to_numpy(), documents, *_margin(frame, task, within), fails, family)
-        for (task, _, _), (a, b, documents, fails) in zip(cells, paired, strict=True)
-    ]
-    worse = [int((a > b).sum()) for a, b, *_ in paired]
-    names = [
-        "documents", "difference", "low", "high", "margin", "detectable", "p_difference", "p_margin", "needed",
-        "needed_within", "verdict", "dense_fails",
-    ]  # fmt: skip
-    rows = [[*cell, *(getattr(c, name) for name in names)] for cell, c in zip(cells, corrected(found), strict=True)]
-    table = pd.DataFrame(rows, columns=[*CELL, *names]).astype(frame.dtypes[CELL].to_dict())
-    numbers = ["difference", "low", "high", "margin", "detectable", "p_difference", "p_margin", "worse_samples"]
-    return table.assign(worse_samples=worse).astype(dict.fromkeys(numbers, float) | {"dense_fails": bool})
+        wide = own.pivot(index=[*PLACE, "document"], columns="method", values="loss")
+        if DENSE in wide:
+            fails = dense_fails(frame, task, length)
+            for method in wide.columns.drop(DENSE):
+                if len(pairs := wide[[method, DENSE]].dropna()):
+                    paired.append((task, length, method, fails, pairs, list(pairs.index.get_level_values("document"))))
+    family = sum(len(set(documents)) >= MIN_SAMPLES for *_, fails, _, documents in paired if not fails)
+    rows = []
+    for *cell, fails, pairs, documents in paired:
+        found = compare(*pairs.to_numpy().T, documents, *_margin(frame, cell[0], within), family)
+        rows.append(dict(zip(CELL, cell, strict=True)) | found | {"dense_fails": fails})
+    columns = [*CELL, *compare([0.0], [0.0], [0], 1.0), "dense_fails"]
+    table = pd.DataFrame(rows, columns=columns).astype(frame.dtypes[CELL].to_dict() | {"dense_fails": bool})
+    return corrected(table)
 
 
 def dense_fails(frame: pd.DataFrame, task: str, length: int) -> bool:
@@ -121,36 +119,38 @@ def is_answer(frame: pd.DataFrame, task: str) -> bool:
 
 
 def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: float) -> pd.DataFrame:
-    """The longest context within the margin of dense, by the means, of each method and task (0 for none).
+    """The longest context up to which the mean of a method stays within the margin of dense, by task (0 for none).
 
     Lengths where dense fails are left out; ``longest`` is the longest of the others.
     """
-    dense = summary[summary["method"] == DENSE].set_index(["task", "length"])["score"]
-    found = []
-    for (task, method), own in compared[~compared["dense_fails"]].groupby(["task", "method"], observed=True):
-        right = own["length"].map(lambda length, task=task: dense[task, length])
-        ratios = (own["difference"] / right).where(right.notna(), np.expm1(own["difference"]))
-        reached = effective_length(dict(zip(own["length"], ratios, strict=True)), within)
-        found.append((task, method, reached or 0, own["length"].max()))
-    return pd.DataFrame(found, columns=["task", "method", "length", "longest"])
+    right = summary[summary["method"] == DENSE].set_index(["task", "length"])["score"].rename("right")
+    own = compared[~compared["dense_fails"]].join(right, on=["task", "length"])
+    over = (own["difference"] / own["right"]).fillna(np.expm1(own["difference"]))
+    inside = (over <= within).groupby([own["task"], own["method"]], observed=True).cummin()
+    lengths = own.assign(reached=own["length"].where(inside, 0)).groupby(["task", "method"], observed=True)
+    return lengths.agg(length=("reached", "max"), longest=("length", "max")).reset_index()
 
 
 def overview(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary of the tasks that methods are compared in; of more than three, those with answers as one mean."""
+    """The summary of the tasks that methods are compared in, with verdicts in the words of ``VERDICTS``.
+
+    Of more than three tasks, those with answers are shown as one mean, and how often there is which verdict.
+    """
     dense_only = [name for name, task in TASKS.items() if task.dense_only]
     shown = summary[~summary["task"].isin(dense_only)].astype({"task": object})
+    shown["verdict"] = shown["verdict"].map(VERDICTS).fillna("")
     answers = shown[shown["score"].notna()]
-    tasks = answers["task"].nunique()
-    if shown["task"].nunique() <= _TASKS_SHOWN or tasks < 2:
-        return shown
-    cells = answers.groupby(["length", "method"], observed=True)
-    mean = cells.mean(numeric_only=True)[(cells.size() == tasks)].reset_index()
-    if set(mean["method"]) <= {DENSE}:  # no method has answered all tasks
-        return shown
-    compared = (cells["loss_minus_dense"].count() == tasks)[cells.size() == tasks].to_numpy()
-    mean["loss_minus_dense"] = mean["loss_minus_dense"].where(compared)
-    mean = mean.assign(task=f"mean of {tasks} tasks", low=np.nan, high=np.nan)
-    return pd.concat([shown[shown["score"].isna()], mean], ignore_index=True)
+    tasks, cells = answers["task"].nunique(), answers.groupby(["length", "method"], observed=True)
+    mean = cells.mean(numeric_only=True).assign(task=f"mean of {tasks} tasks", low=np.nan, high=np.nan)
+    mean["loss_minus_dense"] = cells["loss_minus_dense"].agg(lambda losses: losses.mean(skipna=False))
+    mean["verdict"] = cells["verdict"].agg(
+        lambda said: ", ".join(f"{word} in {n}" for word, n in said[said != ""].value_counts().items())
+    )
+    mean = mean[cells.size() == tasks].reset_index()
+    # Too many tasks for the table, and some method has answered all of those with answers.
+    if shown["task"].nunique() > _TASKS_SHOWN and tasks > 1 and set(mean["method"]) - {DENSE}:
+        return pd.concat([shown[shown["score"].isna()], mean], ignore_index=True)
+    return shown
 
 
 def longest_compared(summary: pd.DataFrame, compared: pd.DataFrame) -> int | None:
@@ -159,14 +159,12 @@ def longest_compared(summary: pd.DataFrame, compared: pd.DataFrame) -> int | Non
     Else the longest at which a line of ``overview`` compares anything; None without any.
     """
     shown = overview(summary).dropna(subset=["loss_minus_dense"])
+    judged = compared[compared["length"].isin(shown["length"])]
     usable = summary[summary["samples"] > 0]
     tried = (usable["samples"] + usable["failed"]).groupby([usable["task"], usable["length"]], observed=True).nunique()
-    judged = compared[compared["length"].isin(shown["length"])]
-    if not len(judged):
-        return None
-    whole = [tried[cell] == 1 for cell in zip(judged["task"], judged["length"], strict=True)]
-    best = judged[np.array(whole) & ~judged["dense_fails"]]
-    return int((best if len(best) else judged)["length"].max())
+    whole = np.array([tried[cell] == 1 for cell in zip(judged["task"], judged["length"], strict=True)], dtype=bool)
+    best = judged[whole & ~judged["dense_fails"]]
+    return int((best if len(best) else judged)["length"].max()) if len(judged) else None
 
 
 def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
@@ -176,28 +174,23 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
     are not measured to the end: fewer documents, or fewer budgets, would say less of all others.
     """
     named = pd.DataFrame([keys_of(name) for name in frame["method"]], columns=["base", "keys"], index=frame.index)
-    swept, found = frame.join(named).dropna(subset=["keys"]), []
+    cell = ["task", "length", *PLACE]
+    dense = frame[frame["method"] == DENSE].set_index(cell)["loss"].rename("dense")
+    swept, found = frame.join(named).dropna(subset=["keys"]).join(dense, on=cell), []
+    swept["over"] = swept["loss"] - swept["dense"]
     for task, method in dict.fromkeys(zip(swept["task"], swept["base"], strict=True)):
-        own, cells = swept[(swept["task"] == task) & (swept["base"] == method)], {}
+        own = swept[(swept["task"] == task) & (swept["base"] == method)]
         own = own[~own["length"].isin([n for n in set(own["length"]) if dense_fails(frame, task, n)])]
-        for length, cell in own.groupby("length"):
-            dense = frame[(frame["task"] == task) & (frame["length"] == length) & (frame["method"] == DENSE)]
-            wide = cell.pivot(index=PLACE, columns="keys", values="loss")
-            if set(own.loc[own["keys"] < length, "keys"]) <= set(wide.columns):
-                # What failed was measured, and holds nothing.
-                over = wide.dropna(axis=1, how="all").sub(dense.set_index(PLACE)["loss"], axis=0)
-                if len(over.columns):
-                    cells[length] = over.dropna()
-        most = max(map(len, cells.values()), default=0)
-        cells = {length: cell for length, cell in cells.items() if len(cell) == most}
-        shared = pd.concat(cells.values(), axis=1, join="inner").index if cells else []
-        if len(shared):
-            owners = frame[frame["task"] == task].drop_duplicates(PLACE, keep="last").set_index(PLACE)["document"]
-            by_document = {
-                length: cell.loc[shared].groupby(list(owners[shared]), sort=False).mean().to_dict("list")
-                for length, cell in cells.items()
-            }
-            found.append(iso_quality(task, method, by_document, _margin(frame, task, within)[0]))
+        tried = own.groupby("length")["keys"].agg(set)
+        ended = [n for n, keys in tried.items() if keys >= set(own.loc[own["keys"] < n, "keys"])]
+        own = own[own["length"].isin(ended)]
+        over = own.pivot(index=[*PLACE, "document"], columns=["length", "keys"], values="over")
+        over = over.dropna(axis=1, how="all")  # what failed was measured, and holds nothing
+        samples = over.notna().T.groupby(level="length").all().sum(axis=1)
+        over = over[samples.index[samples == samples.max()]].dropna()
+        if over.size:
+            documents = over.groupby(level="document", sort=False).mean()
+            found.append(iso_quality(task, method, documents, _margin(frame, task, within)[0]))
     return found
 
 
@@ -228,36 +221,16 @@ def _margin(frame: pd.DataFrame, task: str, within: float) -> tuple[float, bool]
     return (within if answers else math.log1p(within)), answers
 
 
-def _cell(own: pd.DataFrame) -> dict[str, Any]:
-    done = own[own["failed"].isna()]
-    answers = bool(done["score"].notna().any())
-    means = ["attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys", "loss"]
-    nats, letters = (done[name].sum(min_count=1) for name in ("loss_sum", "bytes"))
-    return {
-        "samples": len(done),
-        "failed": len(own) - len(done),
-        "budget": done["budget"].iloc[0] if len(done) else None,
-        **done[means].mean(skipna=False),
-        "score": 1.0 - done["loss"].mean() if answers else None,
-        "bits_per_byte": None if answers else nats / letters / math.log(2),
-        "seconds": done["seconds"].median(),
-        "tokens_per_second": (done["part_tokens"] / done["part_seconds"]).median(),
-        "peak_memory_mb": done["peak_memory"].max() / 1e6,
-        "sparse_seconds": None if answers else done["part_seconds"].median(),
-        "seconds_per_answer_token": (done["part_seconds"] / done["part_tokens"]).median() if answers else None,
-        "answer_tokens": done["said_tokens"].mean(skipna=False),
-    }
-
-
-def _sparse_part(frame: pd.DataFrame) -> pd.DataFrame:
-    """Tokens and seconds of what the phase of a row makes sparse; of an answer, of its tokens after the first.
+def _with_sparse_part(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with time and speed of what the phase of a row makes sparse; of an answer, its tokens after the first.
 
     NaN where it was not timed apart, or holds no token.
     """
     which = [frame["score"].notna(), frame["phase"] == "all", frame["phase"] == "prefill"]
     read = [frame["said_tokens"] - 1, frame["length"], frame["length"] - frame["tokens"]]
     spent = [frame["seconds"] - frame["first_token_seconds"], frame["seconds"], frame["prefill_seconds"]]
-    tokens = np.select(which, read, frame["tokens"])
-    seconds = np.select(which, spent, frame["seconds"] - frame["prefill_seconds"])
-    part = pd.DataFrame({"part_tokens": tokens, "part_seconds": seconds}, index=frame.index)
-    return part.where((part["part_tokens"] > 0) & (part["part_seconds"] > 0))
+    tokens = pd.Series(np.select(which, read, frame["tokens"]), frame.index)
+    seconds = pd.Series(np.select(which, spent, frame["seconds"] - frame["prefill_seconds"]), frame.index)
+    seconds = seconds.where((tokens > 0) & (seconds > 0))
+    speed = {"tokens_per_second": tokens / seconds, "seconds_per_token": seconds / tokens}
+    return frame.assign(part_seconds=seconds, **speed)

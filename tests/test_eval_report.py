@@ -1,6 +1,5 @@
 """The report: all of it escaped and in one file, words that follow the numbers, and a page that fits its screen."""
 
-import html
 import itertools
 import json
 import math
@@ -14,9 +13,9 @@ import pytest
 from eval_tasks.figures import position_panels
 from eval_tasks.merging import merge_runs
 from eval_tasks.methods import METHODS
-from eval_tasks.report import Section, markdown, write_report
+from eval_tasks.report import Section, write_report
 from eval_tasks.stats import paired_difference
-from eval_tasks.summary import comparisons, measurements, needed_budgets, overview, summarise
+from eval_tasks.summary import comparisons, effective_lengths, measurements, needed_budgets, overview, summarise
 from nc_patch.cli import main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -68,9 +67,11 @@ def write_run(directory, rows, sessions=({"started": "now"},), **identity):
 
 
 def said_of(directory, rows, **further):
-    """The Markdown of a report in one line."""
+    """What the report of some rows says, but for its tables of all numbers."""
     [merged] = merge_runs([write_run(directory, rows, **further)])
-    return html.unescape(" ".join(markdown([Section(merged, 0.05)], [""]).split()))
+    section = Section(merged, 0.05)
+    table = [section.table.title, section.table.to_text()] if section.table else []
+    return " ".join([section.result, section.progress, *section.caveats, *table])
 
 
 def summary_of(rows):
@@ -86,12 +87,9 @@ def test_the_report_escapes_every_text_and_refers_to_nothing_outside_itself(tmp_
     assert "<b>" not in page
     assert page.count("&lt;script&gt;") >= 5
     assert {source.partition(":")[0] for source in re.findall(r'(?:src|href|srcset)="([^"]*)"', page)} == {"data"}
-    prose, _, _ = (tmp_path / "<b>" / "report.md").read_text(encoding="utf-8").split("```")
-    assert "<script" not in prose
-    assert re.findall(r"(?<!\\)\[[^]]*\]\([^)]*\)", prose) == ["[Quality by context length](main.png)"]
 
 
-def test_runs_of_the_same_setting_are_merged_and_others_stand_apart(tmp_path):
+def test_runs_of_the_same_setting_are_merged_into_one_place_and_others_stand_apart(tmp_path, capsys):
     dense = rows_of("recall", 4096, {"dense": 2.0})
     first = write_run(tmp_path / "a", dense + rows_of("recall", 4096, {"nc-topk": 3.0}), methods=["dense", "nc-topk"])
     second = write_run(tmp_path / "b", dense + rows_of("recall", 4096, {"window": 9.0}), methods=["dense", "window"])
@@ -104,8 +102,9 @@ def test_runs_of_the_same_setting_are_merged_and_others_stand_apart(tmp_path):
     page = (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
     for text in ("1. tiny: alpha 2.0", "2. tiny: alpha 4.0", *(f"nc-patch eval --out {name}" for name in "abc")):
         assert text in page
-    for name in ("report.md", "comparisons.csv", "main.png"):
-        assert (tmp_path / "all" / name).stat().st_size > 0
+    assert (tmp_path / "all" / "main.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["report", str(first), str(second)]) == 2
+    assert "--out DIR" in capsys.readouterr().err
 
 
 def test_cells_that_several_runs_measured_count_once_and_a_success_before_any_failure(tmp_path):
@@ -116,10 +115,9 @@ def test_cells_that_several_runs_measured_count_once_and_a_success_before_any_fa
         [merged] = merge_runs(runs)
         assert {row["key"] for row in merged.rows} == {row["key"] for row in rows}
         assert not any("failed" in row for row in merged.rows)
-        assert not measurements([entry | {"key": str(n)} for n, entry in enumerate(itertools.chain(*order))])[
-            "failed"
-        ].any()
-        assert Section(merged, 0.05).progress() == "7 of 21 measurements are made; the same command goes on."
+        twice = [entry | {"key": str(n)} for n, entry in enumerate(itertools.chain(*order))]
+        assert not measurements(twice)["failed"].any()
+        assert Section(merged, 0.05).progress == "7 of 21 measurements are made; the same command goes on."
 
 
 def test_loss_by_position_is_of_the_samples_that_a_method_shares_with_dense():
@@ -130,9 +128,9 @@ def test_loss_by_position_is_of_the_samples_that_a_method_shares_with_dense():
     rows = [measured(sample, "dense", 0.0) for sample in range(3)] + [measured(2, "nc-topk", 0.5)]
     [panel] = position_panels(measurements([*rows, measured(0, "dense", 0.0, 1024)]))
     assert panel.title == "perplexity at 512 tokens"
-    assert {line.label: pytest.approx(line.y) for line in panel.lines} == {
-        "α·n^C top-k": [0.5 * place for place in range(10)], "dense": [0.0] * 10,
-    }  # fmt: skip
+    sparse, dense = panel.lines
+    assert (sparse.label, list(sparse.y)) == ("α·n^C top-k", pytest.approx([0.5 * place for place in range(10)]))
+    assert (dense.label, dense.y) == ("dense", [0.0] * 10)
 
 
 def test_samples_of_one_text_are_paired_whatever_the_number_of_samples_of_a_run(tmp_path):
@@ -154,12 +152,6 @@ def test_samples_of_one_text_are_paired_whatever_the_number_of_samples_of_a_run(
     assert (compared.documents, compared.difference) == (4, pytest.approx(math.log(1.1)))
 
 
-def test_several_directories_need_a_place_for_the_report(tmp_path, capsys):
-    runs = [write_run(tmp_path / name, rows_of("recall", 4096, {"dense": 2.0})) for name in "ab"]
-    assert main(["report", *map(str, runs)]) == 2
-    assert "--out DIR" in capsys.readouterr().err
-
-
 def test_the_summary_is_the_mean_of_the_samples_and_pairs_them_with_those_of_dense():
     rows = [row("perplexity", 512, i, "dense", p) for i, p in enumerate((10.0, 20.0, 40.0))]
     rows += [row("perplexity", 512, i, "nc-topk", p) for i, p in enumerate((12.0, 22.0))]
@@ -170,9 +162,9 @@ def test_the_summary_is_the_mean_of_the_samples_and_pairs_them_with_those_of_den
     assert dense["bits_per_byte"] == pytest.approx(math.log2(20) / 4)
     assert pd.isna(dense["loss_minus_dense"])
     expected = paired_difference([math.log(12), math.log(22)], [math.log(10), math.log(20)])
-    assert (sparse["loss_minus_dense"], sparse["low"], sparse["high"]) == (expected.mean, expected.low, expected.high)
+    assert (sparse["loss_minus_dense"], sparse["low"], sparse["high"]) == expected
     assert sparse["perplexity_ratio"] == pytest.approx(math.sqrt(1.2 * 1.1))
-    assert (sparse["samples"], sparse["worse_samples"], failed["samples"], failed["failed"]) == (2, 2, 0, 1)
+    assert (sparse["samples"], failed["samples"], failed["failed"]) == (2, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -181,26 +173,39 @@ def test_the_summary_is_the_mean_of_the_samples_and_pairs_them_with_those_of_den
 def test_time_is_that_of_the_part_that_is_sparse(phase, tokens, seconds):
     rows = rows_of("perplexity", 512, {"dense": 5.0}, seconds=3.0, prefill_seconds=2.0, phase=phase)
     [cell] = summary_of(rows).itertuples()
-    assert (cell.seconds, cell.sparse_seconds, cell.tokens_per_second) == pytest.approx(
-        (3.0, seconds, tokens / seconds)
-    )
-    [cell] = summary_of(
-        answers_of(512, {"dense": lambda i: 1}, seconds=4.0, said_tokens=11, first_token_seconds=2.0)
-    ).itertuples()
+    expected = pytest.approx((3.0, seconds, tokens / seconds))
+    assert (cell.seconds, cell.sparse_seconds, cell.tokens_per_second) == expected
+    answers = answers_of(512, {"dense": lambda i: 1}, seconds=4.0, said_tokens=11, first_token_seconds=2.0)
+    [cell] = summary_of(answers).itertuples()
     assert (cell.seconds_per_answer_token, cell.answer_tokens) == pytest.approx((0.2, 11))
 
 
 def test_verdicts_and_effective_lengths_are_those_of_the_losses(tmp_path):
-    rows = [
-        row("perplexity", 512, i, method, (10.0 + i) * factor)
-        for i, (method, factor) in itertools.product(range(24), {"dense": 1, "nc-topk": 1.01, "window": 2.0}.items())
-    ]
+    factors = {"dense": 1.0, "nc-topk": 1.01, "window": 2.0}
+    rows = [row("perplexity", 512, i, name, (10 + i) * by) for i in range(24) for name, by in factors.items()]
     said = said_of(tmp_path / "a", rows, lengths=[512])
     assert "At 512 tokens, α·n^C top-k attention reads 5.0 % of the keys and takes 1.00 times as long" in said
     assert "perplexity is 1.0 % higher (slightly worse)" in said
-    assert "| perplexity | fixed window | 0 | 512 | | perplexity | α·n^C top-k | 512 | 512 |" in said
     [window, _] = comparisons(measurements(rows), 0.05).itertuples()
     assert (window.verdict, window.documents, window.needed, window.needed_within) == ("worse", 24, 7, 20)
+
+
+@pytest.mark.parametrize(
+    ("losses", "reached"),
+    [
+        ({512: 1.01, 1024: 1.04, 2048: 1.2, 4096: 1.0}, 1024),
+        ({512: 1.2, 1024: 1.0}, 0),
+        ({512: 0.9, 8192: 1.0499}, 8192),
+    ],
+)
+def test_the_effective_length_ends_at_the_first_length_outside(losses, reached):
+    rows = [entry for n, factor in losses.items() for entry in rows_of("perplexity", n, {"dense": 2, "nc": 2 * factor})]
+    rows += answers_of(1024, {"dense": lambda i: i % 10 < 8, "nc": lambda i: i % 20 < 15})  # loses 0.05 of 0.8
+    frame = measurements(rows)
+    compared = comparisons(frame, 0.05)
+    texts, answers = effective_lengths(summarise(frame, compared), compared, 0.05).itertuples(index=False)
+    assert tuple(texts) == ("perplexity", "nc", reached, max(losses))
+    assert tuple(answers) == ("niah_single_1", "nc", 0, 1024)
 
 
 def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_shown(tmp_path):
@@ -209,23 +214,15 @@ def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_sh
     compared = comparisons(measurements(rows), 0.05).set_index("method")
     assert dict(compared["difference"]) == pytest.approx({"window": 0.8, "nc-topk": 0.05})
     assert dict(compared["verdict"]) == {"window": "worse", "nc-topk": "undecided"}
-    said = said_of(tmp_path / "a", rows, tasks=["niah_single_1"], lengths=[1024])
-    assert "niah_single_1 is 5 points lower (undecided)" in said
+    assert "niah_single_1 is 5 points lower (undecided)" in said_of(tmp_path / "a", rows, lengths=[1024])
     rows += [entry for name in "bcd" for entry in answers_of(1024, rights, task=name)]
     shown = overview(summary_of(rows).reset_index())
     assert set(shown["task"]) == {"mean of 4 tasks"}
     assert list(shown["score"]) == pytest.approx([1.0, 0.2, 0.95])
-
-
-@pytest.mark.parametrize("samples", [1, 20])
-def test_answers_of_many_tasks_or_of_one_sample_have_no_interval(tmp_path, samples):
-    rights = {"dense": lambda i: 1, "nc-topk": lambda i: i % 2}
-    rows = answers_of(1024, rights, samples)
-    said = said_of(tmp_path / "a", rows)
-    assert ("100 points lower (too few samples)" if samples == 1 else "50 points lower (worse)") in said
-    rows += [entry for name in "bcd" for entry in answers_of(1024, rights, samples, name)]
-    said = said_of(tmp_path / "b", rows)
-    assert "mean of 4 tasks is " + ("100" if samples == 1 else "50") + " points lower" in said
+    assert shown["low"].isna().all()
+    assert "mean of 4 tasks is 5 points lower (undecided in 4)" in said_of(tmp_path / "b", rows, lengths=[1024])
+    one = [entry for entry in rows if entry["index"] == 0]
+    assert "mean of 4 tasks is 100 points lower (too few samples in 4)" in said_of(tmp_path / "c", one)
 
 
 def test_many_tasks_are_summed_up_where_all_are_there_to_be_compared(tmp_path):
