@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from eval_tasks.errors import EvalError
-from eval_tasks.texts import Text
+from nc_patch import AttentionResult
+from nc_patch.config import Backend
+from nc_patch.functional import attend
 from nc_patch.layers import Observed
 from nc_patch.ops.problem import Problem
 from nc_patch.patch import observed
+from nc_patch.selections import Selection
 
 
 def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Problem]:
@@ -33,24 +35,12 @@ def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) ->
     return [found[layer] for layer in layers]
 
 
-def capture(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Problem]:
-    """``receive`` for layers of plain causal attention, which query, key, value and scale say everything about.
-
-    Raises EvalError for a layer that slides, goes by chunks, has a soft-cap or sinks.
-    """
-    received = receive(model, ids, layers)
-    for layer, p in zip(layers, received, strict=True):
-        extras = {"a window": p.visible[..., 0].any(), "a soft-cap": p.softcap, "sinks": p.sinks is not None}
-        if found := [name for name, there in extras.items() if there]:
-            said = f"layer {layer} has {' and '.join(found)}, and this measurement is of plain causal attention"
-            raise EvalError(f"{said}: choose other layers, or another model")
-    return received
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> torch.Tensor:
-    """The first ``length`` tokens of a text, ``[1, length]``; raises EvalError where it is shorter."""
-    # Tokenising a text of millions of characters to its end would take longer than the forward pass.
-    ids = tokenizer(text.content[: length * 12])["input_ids"][:length]
-    if len(ids) < length:
-        raise EvalError(f"the text {text.name} has {len(ids)} tokens, {length} are needed: ask for a smaller length")
-    return torch.tensor([ids])
+def attend_rows(
+    received: Problem, rows: torch.Tensor, length: int, budget: torch.Tensor, selection: Selection, backend: Backend
+) -> AttentionResult:
+    """What some of the queries, int64 ``[R]``, attend of the first ``length`` keys, with what it kept."""
+    visible = received.visible[:, rows].contiguous()
+    keys = {"key": received.key[:, :, :length], "value": received.value[:, :, :length]}
+    problem = received._replace(query=received.query[:, :, rows], visible=visible, **keys)
+    origin = torch.zeros_like(visible[..., 0])
+    return attend(problem._replace(origin=origin, budget=budget, stats=True), selection, backend)

@@ -25,7 +25,7 @@ from eval_tasks.arguments import (
     not_negative,
     positive,
 )
-from eval_tasks.capture import receive
+from eval_tasks.capture import attend_rows, receive
 from eval_tasks.errors import EvalError
 from eval_tasks.figures import to_png
 from eval_tasks.matching import Budgets
@@ -38,7 +38,6 @@ from eval_tasks.tasks import Layout, ascending, places, tokenise
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch import AttentionResult, NCConfig
 from nc_patch.cli import USAGE_ERROR
-from nc_patch.functional import attend
 from nc_patch.ops.problem import Problem
 from nc_patch.selections import Dense
 
@@ -163,13 +162,10 @@ def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
 
 def _attend(problem: Problem, length: int, config: NCConfig) -> AttentionResult:
     """Attention of the last ``ROWS`` of the first ``length`` queries, over the first ``length`` keys."""
-    rows = slice(length - ROWS, length)
-    visible = problem.visible[:, rows].contiguous()
-    query, key, value = problem.query[:, :, rows], problem.key[:, :, :length], problem.value[:, :, :length]
-    origin, budget = torch.zeros_like(visible[..., 0]), config.row_budgets(visible, length)
-    problem = problem._replace(query=query, key=key, value=value, visible=visible, origin=origin)
-    problem = problem._replace(budget=budget, stats=True)
-    return attend(problem, Dense() if config.is_dense() else config.prefill, config.backend)
+    rows = torch.arange(length - ROWS, length)
+    budget = config.row_budgets(problem.visible[:, rows].contiguous(), length)
+    selection = Dense() if config.is_dense() else config.prefill
+    return attend_rows(problem, rows, length, budget, selection, config.backend)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -68,16 +68,16 @@ class Budgets:
         """The factor a of ``ceil(a * log2(n))``."""
         if self.parameters:
             return self.parameters[1]
-        at = lambda factor: int(log_budgets(np.array(self.equal_at), factor))  # noqa: E731
-        return not_above(self.fixed, self.fixed / math.log2(self.equal_at), at)
+        fits = lambda factor: log_budgets(np.array(self.equal_at), factor) <= self.fixed  # noqa: E731
+        return bracket(fits, self.fixed / math.log2(self.equal_at))[0]
 
     @property
     def fraction(self) -> float:
         """The share f of ``ceil(f * n)``."""
         if self.parameters:
             return self.parameters[2]
-        at = lambda fraction: budget_of(self.equal_at, fraction, 1.0)  # noqa: E731
-        return not_above(self.fixed, self.fixed / self.equal_at, at)
+        fits = lambda fraction: budget_of(self.equal_at, fraction, 1.0) <= self.fixed  # noqa: E731
+        return bracket(fits, self.fixed / self.equal_at)[0]
 
     def profile_config(self) -> NCConfig:
         """Top-k with the budgets of the profile, shared among layers and heads and matched as all others are.
@@ -115,25 +115,20 @@ def _config_of_profile(path: str, keys: float, n: int, over: Over) -> NCConfig:
         raise EvalError(f"{path}: {error}") from error
 
 
-def not_above(budget: int, factor: float, budget_at: Callable[[float], int]) -> float:
-    """The factor, lowered by what rounding made it too large: ``budget_at`` gives at most ``budget`` for it."""
-    while budget_at(factor) > budget:
-        factor = math.nextafter(factor, 0.0)
-    return factor
-
-
 @lru_cache(maxsize=256)
 def _same_total(alpha: float, C: float, length: int) -> tuple[int, float, float]:
     """Fixed budget, logarithmic factor and fraction whose totals over a sequence come nearest to the power law's."""
     wanted, n = total_of(length, alpha, C), np.arange(1, length + 1)
     fixed = int(np.argmin(np.abs(n * length - n * (n - 1) // 2 - wanted))) + 1
-    log_factor = _bisect(lambda factor: int(log_budgets(n, factor).sum()), wanted, float(length))
-    return fixed, log_factor, _bisect(lambda factor: total_of(length, factor, 1.0), wanted, 1.0)
+    _, log_factor = bracket(lambda factor: log_budgets(n, factor).sum() < wanted, float(length))
+    _, fraction = bracket(lambda factor: total_of(length, factor, 1.0) < wanted, 1.0)
+    return fixed, log_factor, fraction
 
 
-def _bisect(total: Callable[[float], int], wanted: int, high: float) -> float:
-    low = 0.0
-    for _ in range(40):
+def bracket(below: Callable[[float], Any], high: float, steps: int = 60) -> tuple[float, float]:
+    """Two factors as near as floats allow, between which ``below``, true from 0 on, ends; ``high`` twice if beyond."""
+    low = high if below(high) else 0.0
+    for _ in range(steps if low < high else 0):
         middle = (low + high) / 2
-        low, high = (middle, high) if total(middle) < wanted else (low, middle)
-    return high
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low, high

@@ -16,38 +16,35 @@ from typing import Any
 
 import torch
 
-from eval_tasks.capture import token_ids
 from eval_tasks.figures import to_png
 from eval_tasks.models import load_model
 from eval_tasks.paper import model, synthetic
 from eval_tasks.paper.figures import figures
 from eval_tasks.paper.laws import equal_at
 from eval_tasks.provenance import commit, hardware, versions
+from eval_tasks.tasks import tokenise
 from eval_tasks.texts import load_text
 from nc_patch.common import check_directory
 
-PARTS = ("synthetic", "model", "figures")
 # For each part its arguments of ``measure``, and the length at which all laws give 64 keys.
 FULL: dict[str, dict[str, Any]] = {
-    "synthetic": {
-        "equal_at": 1024,
-        "lengths": [4**i for i in range(4, 11)],
-        "seeds": 32,
-        "mixed_lengths": [1024, 4096, 16384, 65536],
-        "mixed_keys": 256,
-    },
+    "synthetic": {"equal_at": 1024, "lengths": [4**i for i in range(4, 11)], "seeds": 32}
+    | {"mixed_lengths": [1024, 4096, 16384, 65536], "mixed_keys": 256},
+    "model": {"equal_at": 1024, "samples": 3, "layers": [0, 1, 3, 6, 10, 14, 18, 22, 26, 29]}
+    | {"lengths": [512, 1024, 2048, 4096, 8192], "mixed_keys": 128, "rows": 8},
+}
+QUICK: dict[str, dict[str, Any]] = {
+    "synthetic": {"equal_at": 256, "lengths": [256, 1024, 4096], "seeds": 4}
+    | {"mixed_lengths": [1024, 4096], "mixed_keys": 64},
     "model": {
-        "equal_at": 1024,
-        "samples": 3,
-        "layers": [0, 1, 3, 6, 10, 14, 18, 22, 26, 29],
-        "lengths": [512, 1024, 2048, 4096, 8192],
-        "mixed_keys": 128,
-        "rows": 8,
+        "equal_at": 256,
+        "samples": 2,
+        "layers": [0, 10],
+        "lengths": [128, 256, 512],
+        "mixed_keys": 32,
+        "rows": 4,
     },
 }
-_QUICK_ROWS = {"lengths": [256, 1024, 4096], "seeds": 4, "mixed_lengths": [1024, 4096], "mixed_keys": 64}
-_QUICK_MODEL = {"samples": 2, "layers": [0, 10], "lengths": [128, 256, 512], "mixed_keys": 32, "rows": 4}
-QUICK = {"synthetic": {"equal_at": 256, **_QUICK_ROWS}, "model": {"equal_at": 256, **_QUICK_MODEL}}
 
 
 def measure(part: str, plan: dict[str, Any], name: str, text_name: str) -> dict[str, Any]:
@@ -59,25 +56,18 @@ def measure(part: str, plan: dict[str, Any], name: str, text_name: str) -> dict[
         return found | synthetic.measure(laws=laws, **arguments)
     loaded, text, longest = load_model(name, "float32", "cpu"), load_text(text_name), max(plan["lengths"])
     found |= {"model": name, "text": {"name": text.name, "origin": text.origin, "sha256": text.sha256}}
-    arguments["samples"] = token_ids(loaded.tokenizer, text, longest * plan["samples"]).split(longest, 1)
+    ids = torch.from_numpy(tokenise(loaded.tokenizer, text.content).ids)[None]
+    if ids.shape[1] < longest * plan["samples"]:
+        raise SystemExit(f"{text_name} has {ids.shape[1]} tokens, {longest * plan['samples']} are needed")
+    arguments["samples"] = ids.split(longest, 1)[: plan["samples"]]
     return found | model.measure(loaded.model, laws=laws, **arguments)
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record: numbers to 5 digits, a line for each row of a list of rows."""
-    record = json.loads(json.dumps(record), parse_float=lambda number: float(f"{float(number):.5g}"))
-    lines = []
-    for name, value in record.items():
-        rows = isinstance(value, list) and value and isinstance(value[0], dict)
-        text = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value) if rows else json.dumps(value)
-        lines.append(f' "{name}": ' + (f"[\n  {text}\n ]" if rows else text))
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; ``arguments`` are those of ``sys.argv`` unless given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parts = [*FULL, "figures"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--quick", action="store_true", help="short rows and few of them: seconds instead of minutes")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", default="python-reference")
@@ -86,16 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     check_directory(options.out)
     torch.set_num_threads(options.threads)
+    files = {part: options.out / f"{part}.json" for part in FULL}
     for part in [part for part in FULL if part in options.parts]:
         begin = time.perf_counter()
         found = measure(part, (QUICK if options.quick else FULL)[part], options.model, options.text)
         record = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "versions": versions()}
         record |= {"hardware": hardware(torch.device("cpu"), options.threads), "seconds": time.perf_counter() - begin}
-        write(options.out / f"{part}.json", record | found)
-        print(f"{options.out / part}.json after {record['seconds']:.0f} s", flush=True)
+        rounded = json.loads(json.dumps(record | found), parse_float=lambda number: float(f"{float(number):.5g}"))
+        lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in rounded.items()]
+        files[part].write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        print(f"{files[part]} after {record['seconds']:.0f} s", flush=True)
     if "figures" in options.parts:
-        files = {name: options.out / f"{name}.json" for name in FULL}
-        records = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+        records = {part: json.loads(file.read_text(encoding="utf-8")) for part, file in files.items() if file.is_file()}
         if not records:
             raise SystemExit(f"{options.out} holds neither synthetic.json nor model.json: measure first")
         for name, figure in figures(records.get("synthetic"), records.get("model")).items():

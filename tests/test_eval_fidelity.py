@@ -8,7 +8,7 @@ import torch
 from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import save_tiny_model, tiny_text
 
-from eval_tasks.capture import capture, receive
+from eval_tasks.capture import receive
 from eval_tasks.errors import EvalError
 from eval_tasks.fidelity_command import ROWS, fidelity
 from eval_tasks.matching import Budgets
@@ -45,25 +45,6 @@ def test_figures_are_those_of_the_models_own_weights_in_float64(family, length):
         assert row["kept_mass"] == pytest.approx(kept.tolist(), rel=1e-4)
         assert row["output_error"] == pytest.approx(error.tolist(), rel=1e-3, abs=1e-5)
         assert row["attended_fraction"] == pytest.approx(float((budget / n[0, 0]).mean()), rel=1e-5)
-
-
-def test_of_plain_causal_attention_query_key_and_scale_say_everything():
-    model, ids = tiny_model("llama"), random_ids(1, 64)
-    [captured], position = capture(model, ids, [1]), torch.arange(64)
-    model.set_attn_implementation("eager")
-    keys = captured.key.repeat_interleave(2, 1)
-    scores = (captured.query @ keys.transpose(-1, -2) * captured.scale).double()
-    weights = torch.softmax(scores.masked_fill(position > position[:, None], -torch.inf), -1)
-    assert torch.allclose(weights, model(ids, output_attentions=True).attentions[1].double(), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [("mistral", "layer 1 has a window"), ("gemma2", "has a soft-cap"), ("gpt_oss", "layer 1 has sinks")],
-)
-def test_what_plain_causal_attention_cannot_stand_for_is_not_captured(family, message):
-    with pytest.raises(EvalError, match=message):
-        capture(tiny_model(family), random_ids(1, 32), [1])
 
 
 @pytest.mark.parametrize("method", ["window", "streaming", "log-topk", "block"])

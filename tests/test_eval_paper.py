@@ -3,18 +3,18 @@
 import json
 import math
 import runpy
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import integrate, stats
 from tiny_models import random_ids, tiny_model
 
-from eval_tasks.capture import capture
-from eval_tasks.paper import model, synthetic, theory
+from eval_tasks.errors import EvalError
+from eval_tasks.paper import model, synthetic
 from eval_tasks.paper.laws import Law, compare, equal_at, equal_in_mean, estimate
 from nc_patch import sparse_attention
 
@@ -22,24 +22,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
-def test_formulas_are_the_integrals_over_lognormal_weights(sigma: float) -> None:
+def test_the_expected_share_is_the_integral_over_lognormal_weights(sigma: float) -> None:
     weight = lambda z: math.exp(sigma * z - sigma**2 / 2) * stats.norm.pdf(z)  # noqa: E731
-    share = theory.mass_share(sigma, 0.05)
-    threshold = stats.norm.isf(share)
+    threshold = stats.norm.isf(synthetic.mass_share(sigma, 0.05))
     assert integrate.quad(weight, threshold, threshold + 20 + sigma)[0] == pytest.approx(0.95, abs=1e-8)
-    assert stats.norm.cdf(sigma + stats.norm.ppf(share)) == pytest.approx(0.95, abs=1e-12)
 
 
 @pytest.mark.parametrize(("keys", "length"), [(64, 1024), (37, 1000)])
 def test_laws_are_equal_where_they_are_said_to_be(keys: int, length: int) -> None:
     laws = equal_at(keys, length)
-    assert {law.budget(length) for law in laws} == {keys}
-    assert len({law.budget(64 * length) for law in laws}) == len(laws)
+    assert {law.mean(length) for law in laws} == {keys}
+    assert len({law.mean(64 * length) for law in laws}) == len(laws)
 
 
 def test_laws_of_equal_mean_cost_spend_it_and_no_more() -> None:
     lengths = [512, 2048, 8192]
-    fixed, *growing = (sum(law.budget(n) for n in lengths) for law in equal_in_mean(100, lengths))
+    fixed, *growing = (3 * law.mean(lengths) for law in equal_in_mean(100, lengths))
     assert fixed == 300
     assert len(growing) == 10
     assert all(300 - len(lengths) < spent <= 300 for spent in growing)
@@ -81,7 +79,7 @@ def test_the_library_attends_a_row_as_the_float64_sums_do(sigma: float) -> None:
     row, options = synthetic.draw(2048, 0), {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
     query, key = (torch.from_numpy(x).float().view(1, 1, -1, synthetic.CHANNELS) for x in (row.direction, row.inputs))
     values = {"independent": torch.from_numpy(row.values).float()[None, None], "shared": key}
-    budgets = [law.budget(2048) for law in equal_at(16, 128)]
+    budgets = [int(law.mean(2048)) for law in equal_at(16, 128)]
     kept, outputs, _ = synthetic.attend(row, sigma, budgets)
     for (place, budget), (name, value) in product(enumerate(budgets), values.items()):
         found = sparse_attention(sigma * query, key, value, alpha=budget, scale=1.0, **options)
@@ -109,8 +107,9 @@ def test_measured_exponents_are_those_of_the_theory() -> None:
 
 
 def test_mixed_lengths_are_averaged_and_compared_pair_by_pair() -> None:
-    losses = np.stack(([[1.0, 2.0], [3.0, 4.0]], [[1.0, 1.0], [2.0, 2.0]]), -1)
-    first, second = compare([Law("a", 8.0, 0.0), Law("b", 1.0, 0.5)], [16, 144], losses)
+    index = pd.MultiIndex.from_product([[16, 144], [0, 1], ["a", "b"]], names=["n", "seed", "law"])
+    losses = pd.Series([1.0, 1.0, 2.0, 1.0, 3.0, 2.0, 4.0, 2.0], index)
+    first, second = compare([Law("a", 8.0, 0.0), Law("b", 1.0, 0.5)], losses)
     assert (first["loss"], first["difference"]) == (2.5, 0.0)
     assert (second["loss"], second["difference"], second["mean_budget"]) == (1.5, -1.0, 8.0)
     assert second["by_length"] == [1.0, 2.0]
@@ -123,26 +122,37 @@ def test_estimates_are_student_intervals() -> None:
 
 
 def test_counts_and_losses_of_a_layer_are_those_of_its_exact_weights() -> None:
-    [captured], positions = capture(tiny_model("llama"), random_ids(1, 96), [1]), model.positions_before(80, 3)
+    tiny, ids = tiny_model("llama"), random_ids(1, 96)
+    [captured], positions = model.capture(tiny, ids, [1]), model.positions_before(80, 3)
     assert positions.tolist() in ([74, 76, 79], [74, 77, 79])
     law = Law("2 n^0.5", 2.0, 0.5)
-    counts, lost = model.count_keys(captured, positions), model.losses(captured, positions, [law])
-    key, value = (x[0].double().repeat_interleave(2, 0) for x in (captured.key, captured.value))
+    counts, lost = model.count_keys(captured, positions), model.losses(captured, positions, [law]).loc[law.name]
+    tiny.set_attn_implementation("eager")
+    with torch.inference_mode():
+        every = tiny(ids, output_attentions=True).attentions[1][0].double()
+    value = captured.value[0].double().repeat_interleave(2, 0)
     for row, position in enumerate(positions.tolist()):
-        n, k = position + 1, law.budget(position + 1)
-        scores = captured.scale * torch.einsum("hd,hnd->hn", captured.query[0, :, position].double(), key[:, :n])
-        weights, order = torch.softmax(scores, -1).sort(descending=True)
-        mass, sigma = weights.cumsum(-1), scores.std(-1, correction=0).numpy()
-        assert counts["mass 0.95"][:, row].tolist() == (1 + (mass < 0.95).sum(-1)).tolist()
-        np.testing.assert_allclose(counts["sigma"][:, row], sigma)
-        expected = np.maximum(1.0, n * theory.mass_share(sigma, 0.05))
-        np.testing.assert_allclose(counts["normal 0.95"][:, row], expected)
+        n, k, found = position + 1, int(law.mean(position + 1)), counts.xs(row, level="row")
+        weights, order = every[:, position, :n].sort(descending=True)
+        mass, sigma = weights.cumsum(-1), weights.log().std(-1, correction=0).numpy()
+        assert found["mass 0.95"].tolist() == (1 + (mass < 0.95).sum(-1)).tolist()
+        np.testing.assert_allclose(found["sigma"], sigma, rtol=1e-5)
+        expected = np.maximum(1.0, n * synthetic.mass_share(sigma, 0.05))
+        np.testing.assert_allclose(found["normal 0.95"], expected, rtol=1e-4)
         values = value.take_along_dim(order[..., None], 1)
         dense = torch.einsum("hn,hnd->hd", weights, values)
         difference = torch.einsum("hn,hnd->hd", weights[:, :k] / mass[:, k - 1 : k], values[:, :k]) - dense
-        found = [lost[name][0, row] for name in ("kept_mass", "output_error", "relative_error")]
-        expected = [float(x) for x in (mass[:, k - 1].mean(), difference.abs().max(), difference.norm() / dense.norm())]
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        expected = [mass[:, k - 1].mean(), difference.abs().max(), difference.norm() / dense.norm()]
+        assert lost.loc[row].tolist() == pytest.approx([float(x) for x in expected], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("mistral", "layer 1 has a window"), ("gemma2", "has a soft-cap"), ("gpt_oss", "layer 1 has sinks")],
+)
+def test_what_plain_causal_attention_cannot_stand_for_is_not_captured(family: str, message: str) -> None:
+    with pytest.raises(EvalError, match=message):
+        model.capture(tiny_model(family), random_ids(1, 32), [1])
 
 
 def test_a_model_is_measured_sample_by_sample() -> None:
@@ -152,19 +162,15 @@ def test_a_model_is_measured_sample_by_sample() -> None:
     assert len(found["errors"]) == len(laws) * len(lengths)
     assert len({tuple(row["relative_error"]) for row in found["errors"] if row["n"] == 64}) == 1  # all equal there
     # The laws keep 8 of 64 keys, so the fixed one loses more of 64 than of 32.
-    fixed = [row["relative_error"][0] for row in found["errors"] if row["law"] == "fixed"]
-    assert fixed[0] < fixed[1]
-    assert found["slopes"][0]["relative_error"][0] == pytest.approx(math.log2(fixed[1] / fixed[0]), abs=0.05)
+    small, large = (row["relative_error"][0] for row in found["errors"] if row["law"] == "fixed")
+    assert small < large
+    [slope] = [row["relative_error"][0] for row in found["slopes"] if row["law"] == "fixed"]
+    assert slope == pytest.approx(math.log2(large / small), abs=0.05)
     assert [row["C"] for row in found["mixed"]["rows"]["dropped_mass"]] == [step / 10 for step in range(11)]
 
 
-@pytest.fixture(scope="module")
-def script() -> Callable[..., None]:
-    main: Callable[..., None] = runpy.run_path(str(ROOT / "scripts" / "reproduce_paper.py"))["main"]
-    return main
-
-
-def test_the_quick_run_writes_records_and_pictures(script: Callable[..., None], tmp_path: Path) -> None:
+def test_the_quick_run_writes_records_and_pictures(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "reproduce_paper.py"))["main"]
     with pytest.raises(SystemExit, match="measure first"):
         script(["--parts", "figures", "--out", str(tmp_path)])
     script(["--quick", "--parts", "synthetic", "figures", "--threads", "1", "--out", str(tmp_path)])

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from eval_tasks.figures import logarithmic_y
-from eval_tasks.paper.laws import exponents
-from eval_tasks.paper.theory import growing_spread, mass_share
+from eval_tasks.paper.synthetic import growing_spread, mass_share
 
 Record = dict[str, Any]
 Rows = Sequence[Record]
@@ -98,7 +97,7 @@ def _exponents(record: Record) -> Figure:
     unfrozen = grid[grid <= 1]
     counts = [np.maximum(1, n * mass_share(growing_spread(n, unfrozen), 0.05)) for n in lengths]
     label = "keys that hold 95 %, expected over these n"
-    axis.plot(unfrozen, exponents(lengths, np.array(counts)), color="#0072B2", linestyle="--", label=label)
+    axis.plot(unfrozen, np.polyfit(np.log(lengths), np.log(counts), 1)[0], color="#0072B2", linestyle="--", label=label)
     title = f"exponent fitted over n = {lengths[0]:,} … {lengths[-1]:,}"
     axis.set(title=title, xlabel="s, where σ² = s²·2·ln n", ylabel="C", ylim=(-0.05, 1.5))
     axis.legend(fontsize=9, loc="upper right")

@@ -1,16 +1,19 @@
-"""The budget laws that are compared, and the statistics of a comparison."""
+"""The budget laws that are compared, and the statistics of a comparison.
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
+Losses come as a frame with a row for each query, length ``n`` and ``law``, and one column for each loss.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
 from eval_tasks.log_law import log_budgets
-from eval_tasks.matching import not_above
+from eval_tasks.matching import bracket
 from eval_tasks.stats import CONFIDENCE, paired_difference
 from nc_patch.budget import budgets
 
@@ -30,17 +33,20 @@ class Law:
             return np.zeros_like(n)
         return log_budgets(n, self.alpha) if self.kind == "log" else budgets(n, self.alpha, self.C)
 
-    def budget(self, n: int) -> int:
-        """The same of one query."""
-        return int(self.budgets(np.array(n)))
+    def mean(self, lengths: Sequence[int] | int) -> float:
+        """The mean budget of queries that see so many keys."""
+        return float(self.budgets(np.array(lengths)).mean())
+
+    def largest(self, keys: int, lengths: Sequence[int] | int) -> "Law":
+        """The same law with the largest alpha whose mean budget is at most ``keys``."""
+        alpha, _ = bracket(lambda alpha: replace(self, alpha=alpha).mean(lengths) <= keys, float(keys))
+        return replace(self, alpha=alpha)
 
 
 def equal_at(keys: int, length: int) -> list[Law]:
     """Laws that all give ``keys`` at ``length``: fixed, logarithmic, and α·n^C for C = 0.25, 0.5, 0.75 and 1."""
-    laws = [Law("fixed", float(keys), 0.0), Law("log n", keys / math.log2(length), 0.0, "log")]
-    laws += [Law(f"n^{C:g}", keys / length**C, C) for C in (0.25, 0.5, 0.75, 1.0)]
-    at = [lambda alpha, law=law: replace(law, alpha=alpha).budget(length) for law in laws]
-    return [replace(law, alpha=not_above(keys, law.alpha, budget)) for law, budget in zip(laws, at, strict=True)]
+    growing = [Law("log n", 1.0, 0.0, "log"), *(Law(f"n^{C:g}", 1.0, C) for C in (0.25, 0.5, 0.75, 1.0))]
+    return [Law("fixed", float(keys), 0.0), *(law.largest(keys, length) for law in growing)]
 
 
 def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
@@ -50,30 +56,24 @@ def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
     """
     if not 1 <= keys <= min(lengths):
         raise ValueError(f"keys must be between 1 and the shortest length {min(lengths)}, got {keys}")
-    laws = [Law(f"n^{step / 10:g}, mean {keys}", float(keys), step / 10) for step in range(11)]
-    for place, law in enumerate(laws[1:], 1):
-        low, high = replace(law, alpha=0.0), law
-        for _ in range(60):
-            middle = replace(law, alpha=(low.alpha + high.alpha) / 2)
-            low, high = (low, middle) if middle.budgets(np.array(lengths)).mean() > keys else (middle, high)
-        laws[place] = low
-    return laws
+    first, *growing = (Law(f"n^{step / 10:g}, mean {keys}", float(keys), step / 10) for step in range(11))
+    return [first, *(law.largest(keys, lengths) for law in growing)]
 
 
-def compare(
-    laws: Sequence[Law], lengths: Sequence[int], losses: np.ndarray, documents: Sequence[Hashable] | None = None
-) -> list[dict[str, Any]]:
-    """The mean loss of each law of ``equal_in_mean`` over all lengths and samples, and its difference from the first's.
+def compare(laws: Sequence[Law], losses: pd.Series) -> list[dict[str, Any]]:
+    """The mean loss of each law of ``equal_in_mean`` over all queries, and its difference from the first's.
 
-    ``losses`` are ``[lengths, samples, laws]``; a sample's losses are averaged over lengths. Documents are resampled,
-    by default each sample as one of its own.
+    ``losses`` has an index of law and n and, first, the document of a query and what else tells it from others. Losses
+    of a query are averaged over lengths; documents are resampled.
     """
-    found = []
-    for law, own in zip(laws, np.moveaxis(losses, -1, 0), strict=True):
-        difference = paired_difference(own.mean(0).tolist(), losses[..., 0].mean(0).tolist(), documents=documents)
-        row = {"C": law.C, "alpha": law.alpha, "mean_budget": float(law.budgets(np.array(lengths)).mean())}
-        row |= {"loss": float(own.mean()), "difference": difference.mean}
-        found.append(row | {"low": difference.low, "high": difference.high, "by_length": own.mean(1).tolist()})
+    queries = losses.unstack("law").groupby([name for name in losses.index.names if name not in ("law", "n")]).mean()
+    by_length, found = losses.groupby(["law", "n"]).mean(), []
+    for law in laws:
+        documents = queries.index.get_level_values(0)
+        difference, low, high = paired_difference(queries[law.name], queries[laws[0].name], documents)
+        row = {"C": law.C, "alpha": law.alpha, "mean_budget": law.mean(list(by_length[law.name].index))}
+        row |= {"loss": float(queries[law.name].mean()), "difference": difference, "low": low, "high": high}
+        found.append(row | {"by_length": by_length[law.name].tolist()})
     return found
 
 
@@ -84,23 +84,22 @@ def estimate(values: ArrayLike) -> tuple[float, float, float]:
     return float(found.mean()), float(found.mean() - half), float(found.mean() + half)
 
 
-def estimates(lengths: Sequence[int], laws: Sequence[Law], losses: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """A row for each length and law, with the ``estimate`` of each loss ``[lengths, samples, laws]``."""
-    return [
-        {"n": n, "law": law.name, "budget": law.budget(n)} | {name: estimate(x[i, :, k]) for name, x in losses.items()}
-        for i, n in enumerate(lengths)
-        for k, law in enumerate(laws)
-    ]
+def estimates(values: pd.DataFrame, by: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each group of samples ``by`` some levels of the index, with the ``estimate`` of each column."""
+    groups = values.groupby(list(by), sort=False)
+    return [dict(zip(by, key, strict=True)) | {name: estimate(own[name]) for name in own} for key, own in groups]
 
 
-def exponents(lengths: ArrayLike, counts: np.ndarray) -> np.ndarray:
-    """The slope of log count against log n of each sample: counts ``[lengths, samples]`` → ``[samples]``."""
-    return np.polyfit(np.log(lengths), np.log(counts), 1)[0]
+def errors(losses: pd.DataFrame, laws: Sequence[Law], by: Sequence[str]) -> list[dict[str, Any]]:
+    """The ``estimates`` of the losses of some laws, each with its budget; ``by`` has n and law."""
+    named = {law.name: law for law in laws}
+    rows = estimates(losses[losses.index.isin(named, level="law")], by)
+    return [row | {"budget": round(named[row["law"]].mean(row["n"]))} for row in rows]
 
 
-def gather(nested: Any) -> dict[str, np.ndarray]:
-    """Nested lists of dicts of arrays, as one dict of arrays whose first axes are the lists."""
-    if isinstance(nested, Mapping):
-        return {name: np.asarray(values) for name, values in nested.items()}
-    parts = [gather(part) for part in nested]
-    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+def exponents(values: pd.DataFrame) -> pd.DataFrame:
+    """The slope of log value against log n of each column, by all levels of the index but ``n``."""
+    rest = [name for name in values.index.names if name != "n"]
+    wide = np.log(values).unstack(rest)
+    slopes = np.polyfit(np.log(wide.index.to_numpy(float)), wide, 1)[0]
+    return pd.Series(slopes, wide.columns).unstack(0)

@@ -6,21 +6,38 @@ inputs themselves, as in self-attention with W_V = I. Since σ only scales the s
 since attention over the k highest scores is a ratio of partial sums in that order, one pass serves every budget.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy.special import ndtr, ndtri
 
-from eval_tasks.paper.laws import Law, compare, equal_in_mean, estimate, estimates, exponents, gather
-from eval_tasks.paper.theory import growing_spread
+from eval_tasks.paper.laws import Law, compare, equal_in_mean, errors, estimates, exponents
 
 CHANNELS = 16
 VALUES = ("independent", "shared")
 SPREADS = tuple(f"sigma={sigma:g}" for sigma in (1, 2, 4)) + tuple(f"s={s:g}" for s in (0.3, 0.5, 0.707, 0.866, 1, 1.2))
 """Standard deviations of the scores: σ at every n, or growing so that σ² = s²·2·ln n."""
+
+
+def growing_spread(n: float, s: Any) -> Any:
+    """σ with σ² = s²·2·ln n, at which the entropy support n·exp(−σ²/2) is n^(1 − s²), for s up to 1."""
+    return s * math.sqrt(2.0 * math.log(n))
+
+
+def mass_share(sigma: Any, epsilon: float) -> Any:
+    """The share of the keys, from the largest down, that hold 1 − ε of the mass of scores N(0, σ²): Φ(−σ − Φ⁻¹(ε)).
+
+    Tilting a normal density by exp(σ z) shifts it by σ: the mass above a threshold t, in units of σ, is Φ(σ − t), the
+    share of keys above it Φ(−t). That holds while σ² < 2 ln n; beyond, the few largest keys hold the mass (the frozen
+    phase of Derrida's random energy model).
+    """
+    return ndtr(-sigma - ndtri(epsilon))
 
 
 def sigma_of(spread: str, n: float) -> float:
@@ -104,29 +121,22 @@ def measure(
 ) -> dict[str, Any]:
     """Rows of all lengths and of the seeds 0, 1, 2 …, every spread and law.
 
-    ``errors`` has estimates over the seeds by spread, length and law; ``supports`` geometric means by spread and
-    length; ``exponents`` the slopes of the supports; ``mixed`` by spread the dropped mass of α·n^C by C at a mean cost
-    of ``mixed_keys`` over ``mixed_lengths``.
+    ``errors`` has estimates over the seeds by spread, length and law; ``exponents`` the slopes of the supports;
+    ``mixed`` by spread the dropped mass of α·n^C by C at a mean cost of ``mixed_keys`` over ``mixed_lengths``.
     """
     shown, of_mean = [Law("zero", 0.0, 0.0), *laws], equal_in_mean(mixed_keys, mixed_lengths)
-
-    def measured(n: int, seed: int) -> list[dict[str, Any]]:
-        row, budgets = draw(n, seed), [law.budget(n) for law in [*shown, *of_mean]]
-        return [losses(row, sigma_of(s, n), budgets) | supports(row, sigma_of(s, n)) for s in SPREADS]
-
-    # [lengths, seeds, spreads], and laws behind them where it is a loss.
-    table = gather([[measured(n, seed) for seed in range(seeds)] for n in lengths])
-    found: dict[str, Any] = {"errors": [], "supports": [], "exponents": []}
-    mixed, places = {}, [list(lengths).index(n) for n in mixed_lengths]
-    for s, spread in enumerate(SPREADS):
-        lost = {name: x[:, :, s] for name, x in table.items() if x.ndim == 4}
-        counts = {name: x[:, :, s] for name, x in table.items() if x.ndim == 3}
-        found["errors"] += [{"spread": spread} | row for row in estimates(lengths, shown, lost)]
-        for i, n in enumerate(lengths):
-            means = {name: np.exp(estimate(np.log(x[i]))).tolist() for name, x in counts.items()}
-            found["supports"].append({"spread": spread, "n": n} | means)
-        slopes = {name: estimate(exponents(lengths, x)) for name, x in counts.items()}
-        found["exponents"].append({"spread": spread} | slopes)
-        dropped = 1 - lost["kept_mass"][places, :, len(shown) :]
-        mixed[spread] = {"dropped_mass": compare(of_mean, mixed_lengths, dropped)}
-    return found | {"mixed": {"rows": mixed}}
+    lost, held, names = {}, {}, [law.name for law in [*shown, *of_mean]]
+    for n, seed in product(lengths, range(seeds)):
+        row, budgets = draw(n, seed), [round(law.mean(n)) for law in [*shown, *of_mean]]
+        for spread in SPREADS:
+            sigma = sigma_of(spread, n)
+            lost[spread, n, seed] = pd.DataFrame(losses(row, sigma, budgets), names)
+            held[spread, n, seed] = supports(row, sigma)
+    table, levels = pd.concat(lost, names=["spread", "n", "seed", "law"]), ["spread", "n", "seed"]
+    slopes = exponents(pd.DataFrame.from_dict(held, orient="index").rename_axis(levels))
+    dropped = 1 - table.loc[table.index.isin(mixed_lengths, level="n"), "kept_mass"]
+    return {
+        "errors": errors(table, shown, ["spread", "n", "law"]),
+        "exponents": estimates(slopes, ["spread"]),
+        "mixed": {"rows": {spread: {"dropped_mass": compare(of_mean, dropped.xs(spread))} for spread in SPREADS}},
+    }
