@@ -8,26 +8,18 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
+from tqdm import tqdm
 
-from eval_tasks.arguments import (
-    TEXT_FORMS,
-    add_budget_options,
-    add_lengths,
-    add_model_options,
-    load_chosen_model,
-    not_negative,
-    positive,
-)
+from eval_tasks import arguments as options
 from eval_tasks.capture import attend_rows, receive
 from eval_tasks.errors import EvalError
-from eval_tasks.figures import to_png
+from eval_tasks.figures import Figure, Line, Panel, draw, style_of, to_png
 from eval_tasks.matching import Budgets
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, find_method, order_of
 from eval_tasks.models import attention_of
@@ -52,9 +44,8 @@ def run_fidelity(argv: Sequence[str]) -> int:
     out = arguments.out
     try:
         check_out(out, (RESULTS, TABLE, PICTURE))
-        rows, setup = _measure(arguments)
-        layers = by_layer(rows)
-        record = {"command": shlex.join(["nc-patch", "fidelity", *argv]), **setup, "rows": rows}
+        record = {"command": shlex.join(["nc-patch", "fidelity", *argv])} | _measure(arguments)
+        layers = by_layer(record["rows"])
         write_atomically(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
         write_atomically(out / TABLE, csv_of(layers).encode())
         write_atomically(out / PICTURE, to_png(figure(layers)))
@@ -88,7 +79,7 @@ def fidelity(
     configs = [(name, length, _config(name, budgets, length)) for name in methods for length in lengths]
     if min(lengths) < ROWS or max(lengths) > ids.shape[1]:
         raise EvalError(f"lengths must lie between {ROWS} and the {ids.shape[1]} tokens that are read, got {lengths}")
-    chosen = list(range(model.config.get_text_config().num_hidden_layers)) if layers is None else list(layers)
+    chosen = range(model.config.get_text_config().num_hidden_layers) if layers is None else layers
     for layer, problem in zip(chosen, receive(model, ids[:, : max(lengths)], chosen), strict=True):
         dense = {length: _attend(problem, length, NCConfig(1.0, 1.0)).output.float() for length in lengths}
         for name, length, config in configs:
@@ -97,59 +88,52 @@ def fidelity(
             assert result.attended is not None
             error = (result.output.float() - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
             start, end = problem.visible[0, length - ROWS : length].unbind(-1)
-            attended = float((result.attended.float().mean((0, 1)) / (end - start)).mean())
-            figures = {"kept_mass": result.kept_mass.mean((0, 2)).tolist(), "output_error": error.mean((0, 2)).tolist()}
-            row: dict[str, Any] = {"method": name, "length": length, "sample": sample, "layer": layer}
-            yield row | figures | {"attended_fraction": attended}
+            yield {
+                "method": name,
+                "length": length,
+                "sample": sample,
+                "layer": layer,
+                "kept_mass": result.kept_mass.mean((0, 2)).tolist(),
+                "output_error": error.mean((0, 2)).tolist(),
+                "attended_fraction": float((result.attended.float().mean((0, 1)) / (end - start)).mean()),
+            }
 
 
-def by_layer(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def by_layer(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Means over samples and heads, and the error of the worst head, by method, length and layer."""
-    figures, which = ["kept_mass", "output_error", "attended_fraction"], ["method", "length", "layer"]
-    heads = pd.DataFrame(rows).explode(["kept_mass", "output_error"]).astype(dict.fromkeys(figures, float))
+    which, figures = ["method", "length", "layer"], ["output_error", "kept_mass", "attended_fraction"]
+    heads = pd.DataFrame(rows).explode(figures[:2]).astype(dict.fromkeys(figures, float))
     heads["head"] = heads.groupby(level=0).cumcount()
     layers = heads.groupby([*which, "head"], sort=False)[figures].mean().groupby(which, sort=False)
-    found = layers.mean()
-    found.insert(2, "worst_head_error", layers["output_error"].max())
-    return found.reset_index()
+    return layers.mean().assign(worst_head_error=layers["output_error"].max()).reset_index()
 
 
 def figure(layers: pd.DataFrame) -> Figure:
-    """Output error by layer at the longest length; the shaded bands reach to the worst heads."""
-    longest = layers.length.max()
-    picture = Figure(figsize=(9, 5), layout="constrained")
-    axis = picture.subplots()
+    """Output error by layer at the longest length; the bars reach to the worst heads."""
+    longest, lines = layers.length.max(), []
     for name, own in layers[layers.length == longest].groupby("method", sort=False):
-        (line,) = axis.plot(own.layer, own.output_error, label=find_method(str(name)).title)
-        colour = line.get_color()
-        axis.fill_between(own.layer, own.output_error, own.worst_head_error, color=colour, alpha=0.12, linewidth=0)
-    axis.set(yscale="log", xlabel="layer", ylabel=f"output error at {longest:,} keys, mean over heads to the worst")
-    axis.grid(alpha=0.3)
-    picture.legend(loc="outside lower center", ncols=4, frameon=False)
-    return picture
+        worst = {"yerr": (0 * own.output_error, own.worst_head_error - own.output_error), "elinewidth": 0.6}
+        lines.append(Line(find_method(name).title, list(own.layer), list(own.output_error), style_of(name) | worst))
+    return draw([Panel(f"output error at {longest:,} keys, up to the worst head", lines, x_label="layer")])
 
 
-def _measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The figures, and what they were measured on."""
-    lengths = ascending(arguments.lengths)
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rows of ``fidelity``, and what they were measured on."""
+    lengths, methods = ascending(arguments.lengths), sorted(set(arguments.methods), key=order_of)
     budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at)
-    methods = sorted(set(arguments.methods), key=order_of)
     for name in methods:
-        find_method(name)
+        _config(name, budgets, max(lengths))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    loaded, source = load_chosen_model(arguments), load_text(arguments.text)
-    text = tokenise(loaded.tokenizer, source.content)
-    starts = places(text, Layout((max(lengths),), arguments.samples, 1, 1, arguments.seed))
-    rows: list[dict[str, Any]] = []
-    for sample, start in enumerate(starts):
-        ids = torch.from_numpy(text.ids[start : start + max(lengths)])[None].to(loaded.model.device)
-        rows.extend(fidelity(loaded.model, ids, methods, budgets, lengths, sample))
-        print(f"sample {sample + 1} of {len(starts)}", file=sys.stderr)
-    machine = hardware(loaded.model.device, torch.get_num_threads())
-    described = {"name": source.name, "origin": source.origin, "sha256": source.sha256}
-    setup: dict[str, Any] = {"commit": commit(), "versions": versions(), "hardware": machine, "model": arguments.model}
-    return rows, setup | {"attention": attention_of(loaded.model), "text": described, "queries": ROWS}
+    loaded, source = options.load_chosen_model(arguments), load_text(arguments.text)
+    text, model = tokenise(loaded.tokenizer, source.content), loaded.model
+    starts, rows = places(text, Layout((max(lengths),), arguments.samples, 1, 1, arguments.seed)), []
+    for start in tqdm(starts, desc="samples", leave=False):
+        ids = torch.from_numpy(text.ids[start : start + max(lengths)])[None].to(model.device)
+        rows += fidelity(model, ids, methods, budgets, lengths, starts.index(start))
+    record = {"commit": commit(), "versions": versions(), "hardware": hardware(model.device, torch.get_num_threads())}
+    record |= {"model": arguments.model, "attention": attention_of(model), "queries": ROWS}
+    return record | {"text": {"origin": source.origin, "sha256": source.sha256}, "rows": rows}
 
 
 def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
@@ -170,14 +154,13 @@ def _attend(problem: Problem, length: int, config: NCConfig) -> AttentionResult:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nc-patch fidelity", allow_abbrev=False, description=__doc__)
-    add = parser.add_argument
-    sparse = [name for name in DEFAULT_METHODS if name != DENSE]
+    add, sparse = parser.add_argument, [name for name in DEFAULT_METHODS if name != DENSE]
     add("--out", type=Path, required=True, metavar="DIR", help=f"directory for {RESULTS}, {TABLE} and {PICTURE}")
-    add_model_options(parser)
-    add("--text", default=PYTHON_REFERENCE, help=f"{TEXT_FORMS} (default)")
+    options.add_model_options(parser)
+    add("--text", default=PYTHON_REFERENCE, help=f"{options.TEXT_FORMS} (default)")
     add("--methods", nargs="+", default=sparse, metavar="METHOD", help=f"default: {' '.join(sparse)}")
-    add_lengths(parser, (512, 1024, 2048), "keys that a query sees")
-    add("--samples", type=positive, default=2, help="stretches of text (default: 2)")
-    add("--seed", type=not_negative, default=0, help="of the choice of stretches (default: 0)")
-    add_budget_options(parser)
+    options.add_lengths(parser, (512, 1024, 2048), "keys that a query sees")
+    add("--samples", type=options.positive, default=2, help="stretches of text (default: 2)")
+    add("--seed", type=options.not_negative, default=0, help="of the choice of stretches (default: 0)")
+    options.add_budget_options(parser)
     return parser

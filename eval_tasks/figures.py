@@ -108,7 +108,7 @@ def position_panels(frame: pd.DataFrame) -> list[Panel]:
             over = np.mean([np.subtract(*pair) for pair in pairs if isinstance(pair[0], list)], axis=0)
             edges = np.unique(np.linspace(0, len(over), min(_POSITION_BINS, len(over)) + 1).astype(int))
             means = np.add.reduceat(over, edges[:-1]) / np.diff(edges)
-            lines.append(Line(find_method(name).title, (edges[:-1] + edges[1:]) / 2, means, _style(name)))
+            lines.append(Line(find_method(name).title, (edges[:-1] + edges[1:]) / 2, means, style_of(name)))
         lines.append(Line("dense", lines[0].x, [0.0] * len(lines[0].x), {"color": "#000000"}))
         title = f"{title_of(task)} at {length:,} tokens"
         panels.append(Panel(title, lines, x_label="position among the scored tokens"))
@@ -121,7 +121,7 @@ def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
     for task in dict.fromkeys(iso.task for iso in needed):
         lines = []
         for iso in (iso for iso in needed if iso.task == task):
-            style, title = _style(iso.method) | {"linestyle": "", "capsize": 3}, find_method(iso.method).title
+            style, title = style_of(iso.method) | {"linestyle": "", "capsize": 3}, find_method(iso.method).title
             n = iso.needed.dropna(subset=["keys"])
             ends = n["keys"] - n[["low", "keys"]].min(axis=1), n[["high", "keys"]].max(axis=1) - n["keys"]
             lines.append(Line(title, list(n["length"]), list(n["keys"]), style | {"yerr": ends}))
@@ -136,14 +136,15 @@ def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
     return panels
 
 
-def draw(panels: Sequence[Panel]) -> Figure:
-    """The plots side by side."""
-    count = max(1, len(panels))
+def draw(panels: Sequence[Panel], columns: int | None = None) -> Figure:
+    """The plots side by side, or in rows of so many."""
+    count = columns or max(1, len(panels))
+    rows = max(1, math.ceil(len(panels) / count))
     most = max((sum(bool(line.label) for line in panel.lines) for panel in panels), default=0)
-    height = max(270.0, 100 + _LABEL_HEIGHT * most)
+    height = rows * max(270.0, 100 + _LABEL_HEIGHT * most)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(count * _WIDTH / 72, height / 72), dpi=72, layout="constrained")
-        axes = figure.subplots(1, count, squeeze=False)[0]
+        axes = list(figure.subplots(rows, count, squeeze=False).flat)
         for axis, panel in zip(axes, panels, strict=False):
             _draw_panel(axis, panel)
         figure.draw_without_rendering()  # what follows needs heights
@@ -200,10 +201,10 @@ def _lines_of(own: pd.DataFrame, y: pd.Series) -> list[Line]:
     """A line by length for each method, of the values that there are."""
     table = pd.DataFrame({"method": own["method"].astype(str), "x": own["length"], "y": y}).dropna()
     groups = table.groupby("method", sort=False)
-    return [Line(find_method(name).title, list(own["x"]), list(own["y"]), _style(name)) for name, own in groups]
+    return [Line(find_method(name).title, list(own["x"]), list(own["y"]), style_of(name)) for name, own in groups]
 
 
-def _style(name: str) -> dict[str, Any]:
+def style_of(name: str) -> dict[str, Any]:
     """How a method is drawn; those with a number of keys and presses get a colour that follows from the name."""
     colour = _COLOURS.get(name) or _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)]
     line, marker = ("-", "o") if name == DENSE else ("--", "s") if keys_of(name)[0] in _BY_POSITION else ("-", "^")
@@ -231,7 +232,7 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
 def _length_ticks(axis: Axes, places: Sequence[float], lengths: Sequence[int]) -> None:
     """Labels of lengths, 4,096 as 4K; of many every second or third, the longest among them."""
     step = math.ceil(len(lengths) / _TICKS)
-    words = [f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}" for length in lengths]
+    words = [f"{n >> 20}M" if n >= 1 << 20 else f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths]
     axis.set_xticks(list(places)[::-1][::step], words[::-1][::step])
 
 

@@ -125,10 +125,10 @@ def _same_total(alpha: float, C: float, length: int) -> tuple[int, float, float]
     return fixed, log_factor, fraction
 
 
-def bracket(below: Callable[[float], Any], high: float, steps: int = 60) -> tuple[float, float]:
+def bracket(below: Callable[[float], Any], high: float) -> tuple[float, float]:
     """Two factors as near as floats allow, between which ``below``, true from 0 on, ends; ``high`` twice if beyond."""
     low = high if below(high) else 0.0
-    for _ in range(steps if low < high else 0):
+    for _ in range(40 if low < high else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if below(middle) else (low, middle)
     return low, high

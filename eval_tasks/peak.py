@@ -20,64 +20,50 @@ _SAMPLING_SECONDS = 0.005
 class Peak:
     """Times a block and finds its peak memory above the start: ``seconds`` and ``bytes`` when it is left.
 
-    Memory is resident on the CPU, and allocated on GPUs, added up over those that share a model.
+    Memory is resident on the CPU, sampled in the background, and allocated on GPUs, added up over those that share a
+    model.
     """
 
     def __init__(self, model: Any) -> None:
         self.devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-        self.seconds = 0.0
-        self.bytes = 0
+        self.seconds, self.bytes = 0.0, 0
         self.marks: dict[str, float] = {}
 
     def __enter__(self) -> "Peak":
-        self._synchronize()
         for device in self.devices:
+            torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-        if self.devices:
-            self._before = sum(torch.cuda.memory_allocated(device) for device in self.devices)
-        else:
-            _return_freed_memory()
-            self._sampler = _ResidentSampler()
-            self._sampler.start()
+        if not self.devices:
+            # Freed memory goes back to the system (glibc), so that the peak is not hidden in what an earlier one left.
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+        self._before = self._peak = self._held()
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._synchronize()
-        self.seconds = time.perf_counter() - self._start
-        if self.devices:
-            self.bytes = sum(torch.cuda.max_memory_allocated(device) for device in self.devices) - self._before
-        else:
-            self.bytes = self._sampler.stop()
+        self.mark("")
+        self.seconds = self.marks.pop("")
+        self._done.set()
+        self._sampler.join()
+        self.bytes = max(self._peak, self._held()) - self._before
 
     def mark(self, name: str) -> None:
         """Notes, under a name, how many seconds have passed; what was begun on GPUs is waited for."""
-        self._synchronize()
-        self.marks[name] = time.perf_counter() - self._start
-
-    def _synchronize(self) -> None:
         for device in self.devices:
             torch.cuda.synchronize(device)
+        self.marks[name] = time.perf_counter() - self._start
 
+    def _held(self) -> int:
+        if self.devices:  # whose peak is kept by PyTorch, so that before and after is enough
+            return sum(torch.cuda.max_memory_allocated(device) for device in self.devices)
+        return int(psutil.Process().memory_info().rss)
 
-class _ResidentSampler(threading.Thread):
-    """Samples the resident memory of this process in the background."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._process = psutil.Process()
-        self._done = threading.Event()
-        self._before = self._peak = self._process.memory_info().rss
-
-    def run(self) -> None:
-        while not self._done.wait(_SAMPLING_SECONDS):
-            self._peak = max(self._peak, self._process.memory_info().rss)
-
-    def stop(self) -> int:
-        """Ends the sampling and returns the bytes of the peak above the start."""
-        self._done.set()
-        self.join()
-        return max(self._peak, self._process.memory_info().rss) - self._before
+    def _sample(self) -> None:
+        while not self.devices and not self._done.wait(_SAMPLING_SECONDS):
+            self._peak = max(self._peak, self._held())
 
 
 @contextlib.contextmanager
@@ -88,8 +74,7 @@ def memory_watched(tokens: int) -> Iterator[None]:
         return
     except (RuntimeError, MemoryError) as error:
         # On the CPU PyTorch raises a plain RuntimeError, which only its words tell apart.
-        ours = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-        if not ours:
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)):
             raise
         reason = str(error).split("\n")[0]
         traceback.clear_frames(error.__traceback__)  # which hold what was allocated, and are held by the next error
@@ -97,10 +82,3 @@ def memory_watched(tokens: int) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     raise MemoryRanOut(f"memory ran out at {tokens:,} tokens ({reason}); ask for shorter lengths")
-
-
-def _return_freed_memory() -> None:
-    """Gives freed memory back to the system, so that a later peak is not hidden in what an earlier one left (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -59,16 +59,15 @@ def write_profile_report(profile: Profile, directory: Path, command: str, dense_
 def profile_findings(profile: Profile, dense_below: int | None = None) -> list[str]:
     """What calibration found, as sentences; ``dense_below`` is that of the laws' budget, None for ``NCConfig``'s."""
     fit, longest = shown_fit(profile), profile.lengths[-1]
-    by_layer = np.median(fit.C, 1)
-    low, high = int(by_layer.argmin()), int(by_layer.argmax())
-    share = fit.support[-1] / profile.visible[-1][:, None]
+    C = pd.Series(np.median(fit.C, 1))
+    share = np.median(fit.support[-1] / profile.visible[-1][:, None])
     below = NCConfig(1.0).dense_below if dense_below is None else dense_below
     dense = np.argwhere(~profile.is_sparse())
-    layers = ", ".join(map(str, np.unique(dense[:, 0])))
+    layers = f" (layers {', '.join(map(str, np.unique(dense[:, 0])))})" if len(dense) else ""
     sentences = [
-        f"At {longest:,} tokens the median head holds {100 * (1 - fit.eps):g} % of its mass in "
-        f"{100 * np.median(share):.2g} % of the keys.",
-        f"The exponent C runs from {by_layer[low]:.2f} in layer {low} to {by_layer[high]:.2f} in layer {high} (median "
+        f"At {longest:,} tokens the median head holds {100 * (1 - fit.eps):g} % of its mass in {100 * share:.2g} % of "
+        "the keys.",
+        f"The exponent C runs from {C.min():.2f} in layer {C.idxmin()} to {C.max():.2f} in layer {C.idxmax()} (median "
         f"over heads); over all heads its median is {np.median(fit.C):.2f}.",
         f"The laws of this profile are for {profile.aim}; at {longest:,} tokens they are predicted to keep "
         f"{100 * float(np.mean(profile.kept_mass(longest)[0])):.1f} % of the mass, averaged over heads.",
@@ -76,29 +75,22 @@ def profile_findings(profile: Profile, dense_below: int | None = None) -> list[s
         f"dense_below={below}.",
         f"R² of the fits: median {np.median(fit.r2):.2f}; it is low where C is near 0, because there is little to "
         f"explain. Half the width of C's 90 % interval: median {np.median((fit.C_high - fit.C_low) / 2):.2f}.",
-        f"{len(dense)} of {fit.C.size} heads are not sparse, as they need {100 * SPARSE_BELOW:g} % of the keys or more"
-        + (f" (layers {layers})." if layers else "."),
+        f"{len(dense)} of {fit.C.size} heads are not sparse, as they need {100 * SPARSE_BELOW:g} % of the keys or "
+        f"more{layers}.",
     ]
-    if profile.pieces == 1:
-        sentences.append("One piece of text was read, so the intervals say nothing about other texts.")
-    return sentences
+    one = ["One piece of text was read, so the intervals say nothing about other texts."]
+    return sentences + one * (profile.pieces == 1)
 
 
 def layer_table(profile: Profile) -> pd.DataFrame:
     """Exponents, keys, sensitivity and laws, one row a layer."""
-    fit, layers = shown_fit(profile), range(profile.shape[0])
-    columns = {
-        "layer": layers,
-        "C": np.median(fit.C, 1),
-        "C, least": fit.C.min(1),
-        "C, most": fit.C.max(1),
-        f"% of keys for {100 * (1 - fit.eps):g} %": 100 * np.median(fit.support[-1], 1) / profile.visible[-1],
-        "heads not sparse": [", ".join(map(str, np.flatnonzero(row))) for row in ~profile.is_sparse()],
-        "sensitivity": np.median(profile.sensitivity, 1),
-        "alpha in force": np.median(profile.alpha, 1),
-        "C in force": np.median(profile.C, 1),
-        "dense": ["yes" if layer in profile.dense_layers else "" for layer in layers],
-    }
+    fit, layers, median = shown_fit(profile), range(profile.shape[0]), lambda values: np.median(values, 1)
+    columns = {"layer": layers, "C": median(fit.C), "C, least": fit.C.min(1), "C, most": fit.C.max(1)}
+    columns[f"% of keys for {100 * (1 - fit.eps):g} %"] = 100 * median(fit.support[-1]) / profile.visible[-1]
+    columns["heads not sparse"] = [", ".join(map(str, np.flatnonzero(row))) for row in ~profile.is_sparse()]
+    columns |= {"sensitivity": median(profile.sensitivity), "alpha in force": median(profile.alpha)}
+    columns["C in force"] = median(profile.C)
+    columns["dense"] = ["yes" if layer in profile.dense_layers else "" for layer in layers]
     return pd.DataFrame(columns)
 
 
@@ -121,10 +113,8 @@ def profile_figure(profile: Profile) -> Figure:
     ):
         image = axis.imshow(values.T, norm=norm, aspect="auto", origin="lower")
         axis.set(title=title, xlabel="layer", ylabel="query head")
-        for which in (axis.xaxis, axis.yaxis):
-            which.get_major_locator().set_params(integer=True)
-        bar = figure.colorbar(image, ax=axis, format="{x:g}")
-        bar.ax.yaxis.set_minor_formatter("{x:g}")
+        axis.locator_params(integer=True)
+        figure.colorbar(image, ax=axis, format="{x:g}").ax.yaxis.set_minor_formatter("{x:g}")
     for kept, length in zip(profile.kept, profile.lengths, strict=True):
         keys = [k for k in profile.keys if k < length]
         low, middle, high = np.percentile(100 * kept[..., : len(keys)], (25, 50, 75), axis=(0, 1))

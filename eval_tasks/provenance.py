@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -32,14 +33,11 @@ def versions() -> dict[str, str]:
 
 def hardware(device: torch.device, threads: int) -> dict[str, Any]:
     """What is measured on: processor, cores, memory, and the GPU where it is used."""
-    found: dict[str, Any] = {
-        "device": device.type,
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "system": platform.system(),
-    }
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    processor = name[1].strip() if name else platform.processor() or platform.machine()
+    found: dict[str, Any] = {"device": device.type, "processor": processor, "cores": os.cpu_count(), "threads": threads}
+    found |= {"memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "system": platform.system()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 1e9, 1)}
@@ -58,11 +56,9 @@ def commit() -> str | None:
     root = Path(nc_patch.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    git = lambda *arguments: subprocess.run(  # noqa: E731
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
-    ).stdout.strip()
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return str(git("rev-parse", "HEAD")) + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         print(f"The git commit could not be read ({error}); it is recorded as unknown.", file=sys.stderr)
         return None
@@ -74,10 +70,8 @@ def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
     ``identity`` has everything that must not change within one directory; what its record lacks is not compared.
     """
     before = (read_run(directory) or {"identity": {}})["identity"]
-    now = json.loads(json.dumps(identity))
-    shown = lambda value: json.dumps(value, ensure_ascii=False)  # noqa: E731
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    if changed:
+    now, shown = json.loads(json.dumps(identity)), lambda value: json.dumps(value, ensure_ascii=False)
+    if changed := [name for name in now if name in before and before[name] != now[name]]:
         differing = [f"{name} was {shown(before[name])}, is {shown(now[name])}" for name in changed]
         raise EvalError(
             f"{directory} holds a run of other arguments: {'; '.join(differing)}. Give another --out, the same "
@@ -93,22 +87,10 @@ def record_session(
     ``details`` are what later sessions need not repeat; of a session, ``command``, ``hardware`` and more is recorded.
     """
     run = read_run(directory) or {"command": session["command"], "identity": dict(identity), **details, "sessions": []}
-    before, here = run["hardware"], session["hardware"]
-    if hardware_words(before) != hardware_words(here):
-        print(
-            f"This session runs on other hardware ({hardware_words(here)}) than the first ({hardware_words(before)}); "
-            "it is recorded, and the report says that times do not compare.",
-            file=sys.stderr,
-        )
+    before, here = hardware_words(run["hardware"]), hardware_words(session["hardware"])
+    if before != here:
+        said = f"This session runs on other hardware ({here}) than the first ({before}); it is recorded, and the report"
+        print(f"{said} says that times do not compare.", file=sys.stderr)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     run["sessions"].append({"started": now, "commit": commit(), **session})
     write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

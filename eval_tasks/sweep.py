@@ -1,8 +1,6 @@
 """The settings of a sweep, and what follows from them: every cell to measure, in an order in which a part is of use."""
 
-import hashlib
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,25 +48,22 @@ class Sweep:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in every session that adds to one directory."""
-        profile, own = self.budgets.profile, ("model", "text", "dtype", "device", "threads", "device_map")
-        return {
-            **{name: getattr(self, name) for name in (*own, "phase", "answer_tokens")},
-            **{name: list(getattr(self, name)) for name in ("methods", "tasks", "iso_keys")},
-            "lengths": list(self.layout.lengths),
-            "seed": list(self.seeds) if len(self.seeds) > 1 else self.seeds[0],
-            **{name: getattr(self.layout, name) for name in ("samples", "scored", "passage")},
-            **{n: getattr(self.budgets, n) for n in ("alpha", "C", "equal_at", "backend", "match")},
-            **({} if profile is None else {"profile": _digest(load_profile(profile).to_dict())}),
-            **({} if self.revision is None else {"revision": self.revision}),
-        }
+        own = ("model", "text", "dtype", "device", "threads", "device_map", "phase", "answer_tokens")
+        found = {name: getattr(self, name) for name in own}
+        found |= {name: list(getattr(self, name)) for name in ("methods", "tasks", "iso_keys")}
+        found |= {"lengths": list(self.layout.lengths), "seed": list(self.seeds) if self.seeds[1:] else self.seeds[0]}
+        found |= {name: getattr(self.layout, name) for name in ("samples", "scored", "passage")}
+        found |= {name: getattr(self.budgets, name) for name in ("alpha", "C", "equal_at", "backend", "match")}
+        if self.budgets.profile is not None:  # what it holds, wherever its file lies
+            found["profile"] = measurement_key(load_profile(self.budgets.profile).to_dict())
+        return found if self.revision is None else found | {"revision": self.revision}
 
 
 @dataclass(frozen=True)
 class Cells:
     """What all methods are measured on together: one sample of one task and length.
 
-    The sample is number ``index`` among those of its ``seed``, and number ``sample`` over all seeds; ``keys`` gives
-    the key of each method's row.
+    It is number ``index`` of its ``seed``, and number ``sample`` over all; ``keys`` are those of rows, by method.
     """
 
     length: int
@@ -124,8 +119,3 @@ def _cell(sweep: Sweep, name: str, task: str, length: int) -> dict[str, Any]:
         **({} if task in TASKS else {"answer_tokens": sweep.answer_tokens}),
         **({"budget": budget_at(name, sweep.budgets, length)} if method.press else {}),
     }
-
-
-def _digest(content: Any) -> str:
-    """What a profile holds, in short, wherever its file lies."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
