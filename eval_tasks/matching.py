@@ -126,7 +126,7 @@ def _same_total(alpha: float, C: float, length: int) -> tuple[int, float, float]
 
 
 def bracket(below: Callable[[float], Any], high: float) -> tuple[float, float]:
-    """Two factors as near as floats allow, between which ``below``, true from 0 on, ends; ``high`` twice if beyond."""
+    """Two factors, 2^-40 of ``high`` apart, between which ``below``, true from 0 on, ends; ``high`` twice if beyond."""
     low = high if below(high) else 0.0
     for _ in range(40 if low < high else 0):
         middle = (low + high) / 2
