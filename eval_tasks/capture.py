@@ -39,8 +39,7 @@ def attend_rows(
     received: Problem, rows: torch.Tensor, length: int, budget: torch.Tensor, selection: Selection, backend: Backend
 ) -> AttentionResult:
     """What some of the queries, int64 ``[R]``, attend of the first ``length`` keys, with what it kept."""
-    visible = received.visible[:, rows].contiguous()
-    keys = {"key": received.key[:, :, :length], "value": received.value[:, :, :length]}
-    problem = received._replace(query=received.query[:, :, rows], visible=visible, **keys)
-    origin = torch.zeros_like(visible[..., 0])
-    return attend(problem._replace(origin=origin, budget=budget, stats=True), selection, backend)
+    query, visible = received.query[:, :, rows], received.visible[:, rows].contiguous()
+    key, value, origin = received.key[:, :, :length], received.value[:, :, :length], torch.zeros_like(visible[..., 0])
+    problem = received._replace(query=query, key=key, value=value, visible=visible, origin=origin)
+    return attend(problem._replace(budget=budget, stats=True), selection, backend)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from eval_tasks import arguments as options
 from eval_tasks.capture import attend_rows, receive
@@ -127,12 +126,14 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(arguments.threads)
     loaded, source = options.load_chosen_model(arguments), load_text(arguments.text)
     text, model = tokenise(loaded.tokenizer, source.content), loaded.model
-    starts, rows = places(text, Layout((max(lengths),), arguments.samples, 1, 1, arguments.seed)), []
-    for start in tqdm(starts, desc="samples", leave=False):
+    rows: list[dict[str, Any]] = []
+    for sample, start in enumerate(places(text, Layout((max(lengths),), arguments.samples, 1, 1, arguments.seed))):
         ids = torch.from_numpy(text.ids[start : start + max(lengths)])[None].to(model.device)
-        rows += fidelity(model, ids, methods, budgets, lengths, starts.index(start))
-    record = {"commit": commit(), "versions": versions(), "hardware": hardware(model.device, torch.get_num_threads())}
-    record |= {"model": arguments.model, "attention": attention_of(model), "queries": ROWS}
+        rows += fidelity(model, ids, methods, budgets, lengths, sample)
+        print(f"sample {sample + 1} of {arguments.samples}", file=sys.stderr)
+    machine = hardware(model.device, torch.get_num_threads())
+    record: dict[str, Any] = {"commit": commit(), "versions": versions(), "hardware": machine, "queries": ROWS}
+    record |= {"model": arguments.model, "attention": attention_of(model)}
     return record | {"text": {"origin": source.origin, "sha256": source.sha256}, "rows": rows}
 
 

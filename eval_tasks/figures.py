@@ -28,7 +28,6 @@ from eval_tasks.methods import DENSE, NC, find_method, keys_of
 from eval_tasks.summary import PLACE, UNSEEN, title_of
 from nc_patch.budget import law_values
 
-FONT = {"font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "svg.fonttype": "path"}
 # Colours that people with any colour vision tell apart, each dark enough to be read as text on white.
 _COLOURS = {
     DENSE: "#000000", "window": "#6E6E6E", "streaming": "#9A5B00", "fixed-topk": "#0072B2", "log-topk": "#5A4FCF",
@@ -37,7 +36,7 @@ _COLOURS = {
 }  # fmt: skip
 _OTHER_COLOURS = ("#8C564B", "#00727E", "#5F6B00", "#7A55A0")
 _BY_POSITION = ("window", "streaming", "nc-window")  # whose lines are dashed
-_STYLE = FONT | {
+_STYLE = {
     "font.size": 14, "axes.titlesize": 15, "axes.labelsize": 14, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#666666", "grid.color": "#DDDDDD", "axes.titlelocation": "left", "axes.titlepad": 10,
 }  # fmt: skip
@@ -52,8 +51,8 @@ class Line:
     """A line of a plot, named at its end where it has a label; ``style`` is as ``Axes.errorbar`` takes it."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     style: dict[str, Any]
 
 
@@ -175,12 +174,17 @@ def depth_maps(own: pd.DataFrame) -> list[Figure]:
 
 def to_svg(figure: Figure, salt: str = "nc_patch") -> bytes:
     """The figure as an SVG file; equal figures give equal bytes."""
-    return _saved(figure, {"svg.hashsalt": salt}, format="svg", metadata={"Date": None})
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
-    return _saved(figure, {}, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def logarithmic_y(axis: Axes) -> None:
@@ -188,13 +192,6 @@ def logarithmic_y(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-
-
-def _saved(figure: Figure, settings: dict[str, str], **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(FONT | settings):
-        figure.savefig(buffer, **options)
-    return buffer.getvalue()
 
 
 def _lines_of(own: pd.DataFrame, y: pd.Series) -> list[Line]:

@@ -12,7 +12,7 @@ import numpy as np
 from eval_tasks.errors import EvalError
 from eval_tasks.log_law import log_budgets
 from nc_patch.budget import budget_of, budgets
-from nc_patch.calibration.profile import Over, Profile
+from nc_patch.calibration.profile import Profile
 from nc_patch.common import ProfileError
 from nc_patch.config import Backend, NCConfig
 
@@ -30,9 +30,8 @@ MATCHED_BY = {
 class Budgets:
     """The budgets of a comparison: α·n^C, and the other laws matched to it.
 
-    With ``match="deploy"`` all methods have the same budget at ``equal_at`` tokens, at least 2. ``parameters`` are
-    fixed budget, logarithmic factor and fraction in place of those that follow from it; ``profile`` is the path of a
-    calibrated profile. Raises ValueError for a value out of its range.
+    With ``match="deploy"`` all methods have the same budget at ``equal_at`` tokens, at least 2; ``profile`` is the path
+    of a calibrated profile. Raises ValueError for a value out of its range.
     """
 
     alpha: float
@@ -40,7 +39,6 @@ class Budgets:
     equal_at: int
     backend: Backend = "auto"
     match: Match = "deploy"
-    parameters: tuple[int, float, float] | None = None
     profile: str | None = None
 
     def __post_init__(self) -> None:
@@ -52,33 +50,24 @@ class Budgets:
 
     def at(self, length: int) -> "Budgets":
         """The budgets at one context length, whose laws are matched as ``match`` says."""
-        if self.match in ("deploy", "iso"):
-            return self
-        if self.match == "scored":
-            return replace(self, equal_at=length)
-        return replace(self, equal_at=length, parameters=_same_total(self.alpha, self.C, length))
+        return self if self.match in ("deploy", "iso") else replace(self, equal_at=length)
 
     @property
     def fixed(self) -> int:
         """The budget that the fixed methods keep."""
-        return self.parameters[0] if self.parameters else budget_of(self.equal_at, self.alpha, self.C)
+        return _matched(self.alpha, self.C, self.equal_at, self.match)[0]
 
     @property
     def log_factor(self) -> float:
         """The factor a of ``ceil(a * log2(n))``."""
-        if self.parameters:
-            return self.parameters[1]
-        fits = lambda factor: log_budgets(np.array(self.equal_at), factor) <= self.fixed  # noqa: E731
-        return bracket(fits, self.fixed / math.log2(self.equal_at))[0]
+        return _matched(self.alpha, self.C, self.equal_at, self.match)[1]
 
     @property
     def fraction(self) -> float:
         """The share f of ``ceil(f * n)``."""
-        if self.parameters:
-            return self.parameters[2]
-        fits = lambda fraction: budget_of(self.equal_at, fraction, 1.0) <= self.fixed  # noqa: E731
-        return bracket(fits, self.fixed / self.equal_at)[0]
+        return _matched(self.alpha, self.C, self.equal_at, self.match)[2]
 
+    @lru_cache(maxsize=256)  # noqa: B019 (budgets are small)
     def profile_config(self) -> NCConfig:
         """Top-k with the budgets of the profile, shared among layers and heads and matched as all others are.
 
@@ -86,10 +75,14 @@ class Budgets:
         """
         if self.profile is None:
             raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
-        if self.parameters:
-            keys = total_of(self.equal_at, self.alpha, self.C) / self.equal_at
-            return _config_of_profile(self.profile, keys, self.equal_at, "sequence")
-        return _config_of_profile(self.profile, float(self.fixed), self.equal_at, "last")
+        total = self.match == "total"
+        keys = total_of(self.equal_at, self.alpha, self.C) / self.equal_at if total else float(self.fixed)
+        aim: dict[str, Any] = {"n": self.equal_at, "over": "sequence" if total else "last", "dense_below": 0}
+        try:
+            shared = load_profile(self.profile).at_budget(keys=keys, **aim)
+            return shared.config(selection="topk", tail="drop")
+        except ProfileError as error:
+            raise EvalError(f"{self.profile}: {error}") from error
 
 
 @lru_cache(maxsize=4)
@@ -107,21 +100,20 @@ def total_of(length: int, alpha: float, C: float) -> int:
 
 
 @lru_cache(maxsize=256)
-def _config_of_profile(path: str, keys: float, n: int, over: Over) -> NCConfig:
-    try:
-        shared = load_profile(path).at_budget(keys=keys, n=n, over=over, dense_below=0)
-        return shared.config(selection="topk", tail="drop")
-    except ProfileError as error:
-        raise EvalError(f"{path}: {error}") from error
+def _matched(alpha: float, C: float, length: int, match: Match) -> tuple[int, float, float]:
+    """Fixed budget, logarithmic factor and fraction that equal the power law at a length, for its last query.
 
-
-@lru_cache(maxsize=256)
-def _same_total(alpha: float, C: float, length: int) -> tuple[int, float, float]:
-    """Fixed budget, logarithmic factor and fraction whose totals over a sequence come nearest to the power law's."""
-    wanted, n = total_of(length, alpha, C), np.arange(1, length + 1)
-    fixed = int(np.argmin(np.abs(n * length - n * (n - 1) // 2 - wanted))) + 1
-    _, log_factor = bracket(lambda factor: log_budgets(n, factor).sum() < wanted, float(length))
-    _, fraction = bracket(lambda factor: total_of(length, factor, 1.0) < wanted, 1.0)
+    With ``match="total"`` those whose totals over all queries of the sequence come nearest.
+    """
+    if match == "total":
+        wanted, n = total_of(length, alpha, C), np.arange(1, length + 1)
+        fixed = int(np.argmin(np.abs(n * length - n * (n - 1) // 2 - wanted))) + 1
+        _, log_factor = bracket(lambda factor: log_budgets(n, factor).sum() < wanted, float(length))
+        _, fraction = bracket(lambda factor: total_of(length, factor, 1.0) < wanted, 1.0)
+        return fixed, log_factor, fraction
+    fixed, n = budget_of(length, alpha, C), np.array(length)
+    log_factor, _ = bracket(lambda factor: log_budgets(n, factor) <= fixed, fixed / math.log2(length))
+    fraction, _ = bracket(lambda factor: budget_of(length, factor, 1.0) <= fixed, fixed / length)
     return fixed, log_factor, fraction
 
 

@@ -97,7 +97,8 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
     family = sum(len(set(documents)) >= MIN_SAMPLES for *_, fails, _, documents in paired if not fails)
     rows = []
     for *cell, fails, pairs, documents in paired:
-        found = compare(*pairs.to_numpy().T, documents, *_margin(frame, cell[0], within), family)
+        values, reference = pairs.to_numpy().T
+        found = compare(values, reference, documents, *_margin(frame, cell[0], within), family)
         rows.append(dict(zip(CELL, cell, strict=True)) | found | {"dense_fails": fails})
     columns = [*CELL, *compare([0.0], [0.0], [0], 1.0), "dense_fails"]
     table = pd.DataFrame(rows, columns=columns).astype(frame.dtypes[CELL].to_dict() | {"dense_fails": bool})
