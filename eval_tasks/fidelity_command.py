@@ -134,7 +134,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     machine = hardware(model.device, torch.get_num_threads())
     record: dict[str, Any] = {"commit": commit(), "versions": versions(), "hardware": machine, "queries": ROWS}
     record |= {"model": arguments.model, "attention": attention_of(model)}
-    return record | {"text": {"origin": source.origin, "sha256": source.sha256}, "rows": rows}
+    return record | {"text": {"name": source.name, "origin": source.origin, "sha256": source.sha256}, "rows": rows}
 
 
 def _config(name: str, budgets: Budgets, length: int) -> NCConfig:

@@ -74,7 +74,7 @@ class Section:
             lengths = summary.effective_lengths(measured, compared, within)
             details.append(("Tests against dense", _TESTS.format(percent=100 * within), compared))
             details.append(("Effective context length", _EFFECTIVE, lengths))
-        self.details = [(title, note, tables.to_html(frame)) for title, note, frame in details]
+        self.details = [(title, note, tables.to_html(frame)) for title, note, frame in details if len(frame)]
 
     def facts(self) -> str:
         """What was measured on what, in a line."""
