@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 
-from eval_tasks import figures, sentences, summary, tables
+from eval_tasks import figures, findings, summary
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHED_BY
 from eval_tasks.measure import SPARSE_IN
@@ -27,18 +27,17 @@ PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_s
 )
 _MEASURED = "Those that begin with “tail” are of the scored positions; losses are in nats per token, memory in MB."
 _TESTS = (
-    "Loss over dense on the same documents (nats per token, or share of answers). Non-inferior: a loss of more than "
-    "the margin ({percent:g} % of perplexity, or points of answers) is excluded. p-values are corrected over all lines "
-    "by Holm's procedure. p difference: exact McNemar test for answers that are right or wrong, else all flips of the "
-    "signs of whole documents. p margin: for answers the exact binomial test on those lost (of partial scores "
-    "Hoeffding's bound), else a t-test corrected for skewness. Detectable: the smallest difference that so many "
-    "documents show in 80 of 100 cases at the level of the first of all lines."
+    "Loss over dense on the same documents (nats per token, or share of answers), p-values corrected over all lines by "
+    "Holm's procedure. p difference: exact McNemar test of answers that are right or wrong, else all flips of the "
+    "signs of documents. p margin, of a loss beyond {percent:g} % of perplexity or points of answers: exact binomial "
+    "test of answers lost (Hoeffding's bound of partial scores), else a t-test corrected for skewness. Detectable: the "
+    "smallest difference that so many documents show in 80 of 100 cases."
 )
 _EFFECTIVE = "The longest context up to which a method stays within the margin of dense, by the means; 0 for none."
 _NEEDED = (
     "The smallest k within the margin of dense, interpolated between measured budgets; none where the largest is not "
     "enough. Reached: the share of resamples in which a measured budget is. One key and all keys end the interval of "
-    "budgets that are known on one side alone. The law is fitted to the lengths at which they are known on both sides."
+    "budgets known on one side alone, which the law is not fitted to."
 )
 
 
@@ -56,25 +55,26 @@ class Section:
         compared = summary.comparisons(self.frame, within)
         measured = summary.summarise(self.frame, compared)
         self.shown, self.found = summary.overview(measured), summary.needed_budgets(self.frame, within)
-        self.caveats = sentences.caveats(self.run, self.frame, compared, self.found)
+        self.caveats = findings.caveats(self.run, self.frame, compared, self.found)
         planned, done = self.run["planned"], len(merged.rows)
         self.progress = f"{done} of {planned} measurements are made; the same command goes on." * (done < planned)
-        self.table, self.result = None, sentences.NOTHING_COMPARED
+        self.table, self.result = None, findings.NOTHING_COMPARED
         self.csv, details = {SUMMARY: measured, COMPARISONS: compared}, [("All that was measured", _MEASURED, measured)]
         length = summary.longest_compared(measured, compared)
         if self.found:
-            self.table, self.result = tables.needed_main(self.found), sentences.iso_lead(self.found, within)
+            self.table = findings.needed_main(self.found)
+            self.result = findings.iso_lead(self.table.cells, within)
             self.csv[NEEDED] = summary.needed_table(self.found)
             details.insert(0, ("Budgets needed, by length", _NEEDED, self.csv[NEEDED]))
         elif length is not None:
             at = self.shown[self.shown["length"] == length]
-            cost = sentences.costs(at, self.run)
-            self.table, self.result = tables.main_table(at, *cost), sentences.lead(at, *cost)
+            cost = findings.costs(at, self.run)
+            self.table, self.result = findings.main_table(at, *cost), findings.lead(at, *cost)
         if len(compared):
             lengths = summary.effective_lengths(measured, compared, within)
             details.append(("Tests against dense", _TESTS.format(percent=100 * within), compared))
             details.append(("Effective context length", _EFFECTIVE, lengths))
-        self.details = [(title, note, tables.to_html(frame)) for title, note, frame in details if len(frame)]
+        self.details = [(title, note, findings.to_html(frame)) for title, note, frame in details if len(frame)]
 
     def facts(self) -> str:
         """What was measured on what, in a line."""
@@ -83,7 +83,7 @@ class Section:
         model = f"{self.run['identity']['model']} ({size} parameters, {self.run['model_dtype']})"
         samples = self.frame.groupby(summary.CELL, observed=True).size()
         sizes = [f"{_span(self.frame['length'])} tokens", f"{_span(samples)} samples each"]
-        return " · ".join([model, self.run["text_origin"], *sizes, *sentences.hardware_of(self.run)])
+        return " · ".join([model, self.run["text_origin"], *sizes, *findings.hardware_of(self.run)])
 
     def panels(self) -> list[figures.Panel]:
         """The result in plots: quality by length, or the budgets that iso-quality found."""
@@ -111,17 +111,14 @@ class Section:
         """Tasks, methods, versions, hardware and all settings, name by name."""
         identity, match = self.run["identity"], self.run["identity"]["match"]
         values = {
-            "model class": self.run["model_class"],
             "text": f"{self.run['text_origin']}, {self.run['text_tokens']:,} tokens",
             "sparse": SPARSE_IN[identity["phase"]],
             "matched budgets": f"{match}: {MATCHED_BY[match].format(equal_at=identity['equal_at'])}",
             **{TASKS[name].title: TASKS[name].description for name in identity["tasks"] if name in TASKS},
             **{find_method(name).title: find_method(name).description for name in identity["methods"]},
-            **{name: value for name, value in identity.items() if name != "text"},
-            **self.run["hardware"],
+            **{name: value for name, value in (identity | self.run["hardware"]).items() if name != "text"},
             "commit": ", ".join(dict.fromkeys(str(row.get("commit")) for row in self.merged.rows)),
             "measured": ", ".join(str(session.get("started")) for session in self.run["sessions"]),
-            "directories": ", ".join(map(str, self.merged.directories)),
         }
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 

@@ -48,14 +48,13 @@ def compare(
 ) -> dict[str, float]:
     """Compares a method's losses with dense attention's (``reference``) on the same samples; p-values are uncorrected.
 
-    ``documents`` are those of each sample, ``answers`` says whether losses are 1 − score, and ``family`` is how many
+    ``documents`` are those of each sample; ``answers`` says whether losses are 1 − score; ``family`` is how many
     comparisons are corrected together.
 
-    ``difference`` is the mean loss over dense, in nats per token or as the share of answers lost, with its interval;
-    ``margin`` the loss that counts as none; ``detectable`` the smallest difference that so many documents show in 80
-    of 100 cases. ``p_difference`` is of a difference either way, ``p_margin`` of a loss below the margin, one-sided;
-    NaN where there is too little to test. ``needed`` and ``needed_within`` are the documents below which neither can be
-    shown.
+    ``difference`` is the mean loss over dense, in nats per token or as the share of answers lost, ``margin`` the loss
+    that counts as none, ``detectable`` as in ``smallest_detectable``. ``p_difference`` is of a difference either way,
+    ``p_margin`` of a loss below the margin, one-sided; NaN where there is too little to test. ``needed`` and
+    ``needed_within`` are the documents below which neither can be shown.
     """
     difference, low, high = paired_difference(values, reference, documents)
     sums, counts = _by_document(values, reference, documents)

@@ -92,8 +92,8 @@ def attend(row: Row, sigma: float, budgets: Sequence[int]) -> tuple[np.ndarray, 
 def losses(row: Row, sigma: float, budgets: Sequence[int]) -> dict[str, np.ndarray]:
     """What attention over the k highest scores loses, for each k of ``budgets``; k = 0 stands for answering zero.
 
-    ``kept_mass``; ``weight_error``, the largest difference of an attention weight; of each of ``VALUES`` the largest
-    difference of an output channel, ``output_error.…``, and ``relative_error.…``, ‖o − o_dense‖ / ‖o_dense‖.
+    ``weight_error`` is the largest difference of an attention weight, ``output_error`` that of an output channel, and
+    ``relative_error`` ‖o − o_dense‖ / ‖o_dense‖, for each of ``VALUES``.
     """
     mass, outputs, weights = attend(row, sigma, budgets)
     kept = mass[:-1]
