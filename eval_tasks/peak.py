@@ -26,7 +26,7 @@ class Peak:
 
     def __init__(self, model: Any) -> None:
         self.devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-        self.seconds, self.bytes = 0.0, 0
+        self.seconds, self.bytes, self._process = 0.0, 0, psutil.Process()
         self.marks: dict[str, float] = {}
 
     def __enter__(self) -> "Peak":
@@ -59,7 +59,7 @@ class Peak:
     def _held(self) -> int:
         if self.devices:  # whose peak is kept by PyTorch, so that before and after is enough
             return sum(torch.cuda.max_memory_allocated(device) for device in self.devices)
-        return int(psutil.Process().memory_info().rss)
+        return int(self._process.memory_info().rss)
 
     def _sample(self) -> None:
         while not self.devices and not self._done.wait(_SAMPLING_SECONDS):
