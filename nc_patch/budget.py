@@ -39,20 +39,17 @@ def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, dense_below: in
 
 def budgets(n: np.ndarray, alpha: float, C: float, min_keys: int = 1, dense_below: int = 0) -> np.ndarray:
     """``budget_of`` of every entry of an array of integers, int64 of the same shape."""
-    flat = n.reshape(-1)
-    with np.errstate(over="ignore"):
-        raw = np.clip(alpha * np.power(flat.astype(np.float64), C), 0.0, flat)
-    found = np.minimum(flat, np.maximum(min_keys, np.ceil(raw).astype(np.int64)))
-    if 0.0 < C < 1.0:
-        # The vectorised power may differ from the scalar one in the last bit, which matters where it meets an integer.
-        for i in np.flatnonzero(_doubtful(raw)):
-            found[i] = budget_of(int(flat[i]), alpha, C, min_keys)
-    return np.where(flat <= dense_below, flat, found).reshape(n.shape)
+    found, raw = budgets_for(n, alpha, C, min_keys, dense_below).astype(np.int64).reshape(-1), law_values(n, alpha, C)
+    # The vectorised power may differ from the scalar one in the last bit, which matters where it meets an integer.
+    for i in np.flatnonzero(_doubtful(np.where(raw < n, raw, 0.5))) if 0.0 < C < 1.0 else ():
+        found[i] = budget_of(int(n.flat[i]), alpha, C, min_keys, dense_below)
+    return found.reshape(n.shape)
 
 
 def law_values(n: ArrayLike, alpha: ArrayLike, C: ArrayLike) -> np.ndarray:
     """The law in float64 before it is rounded up and limited; alpha and C are broadcast against n."""
-    return np.asarray(np.multiply(alpha, np.power(np.asarray(n, np.float64), C)))
+    with np.errstate(over="ignore"):
+        return np.asarray(np.multiply(alpha, np.power(np.asarray(n, np.float64), C)))
 
 
 def budgets_for(n: ArrayLike, alpha: ArrayLike, C: ArrayLike, min_keys: int = 1, dense_below: int = 0) -> np.ndarray:

@@ -31,10 +31,8 @@ class UnsupportedMaskError(ValueError):
 class DroppedMassError(RuntimeError):
     """With ``on_drop="raise"``: a call of attention dropped more than ``max_dropped_mass`` of the dense softmax.
 
-    Attributes:
-        layer, head: where.
-        position: the query's position in its sequence; None where an estimate over the whole call was acted on.
-        kept_mass: a proven lower limit of what it keeps, if ``certified``; else an estimate for the head's rows.
+    ``layer`` and ``head`` say where; ``position`` is the query's in its sequence, None where an estimate over the whole
+    call was acted on; ``kept_mass`` is a proven lower limit if ``certified``, else an estimate for the head's rows.
     """
 
     def __init__(
@@ -112,10 +110,11 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raises ValueError unless a setting is one of those allowed."""
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """A setting as it is; raises ValueError unless it is one of those allowed."""
     if not isinstance(value, (str, int)) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
+    return value
 
 
 def check_integer(name: str, value: Any, least: int) -> int:
@@ -145,6 +144,21 @@ def check_bool(name: str, value: Any) -> bool:
     if found is None:
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return found
+
+
+def student_quantile(freedom: float, normal: float) -> float:
+    """The quantile of Student's t whose counterpart of the normal distribution is ``normal``.
+
+    Abramowitz and Stegun, 26.7.5; within 1 % from 3 degrees of freedom on.
+    """
+    v, z = freedom, normal
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
+    )
 
 
 # Devices that have autocast, asked for once, since PyTorch 2.11 cannot compile the question.

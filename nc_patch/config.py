@@ -4,16 +4,16 @@ import dataclasses
 import difflib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from nc_patch.budget import budget_of, budgets, is_dense_law, row_budgets
 from nc_patch.common import (
-    LARGEST_INTEGER,
-    as_integer,
     as_number,
     check_bool,
     check_choice,
@@ -22,7 +22,7 @@ from nc_patch.common import (
     plain,
     shown,
 )
-from nc_patch.ops.backends import check_backend
+from nc_patch.ops.backends import BACKENDS
 from nc_patch.selections import Block, Selection, TopK, selection_class, selection_names
 
 Backend = Literal["auto", "triton", "cpu", "torch"]
@@ -38,12 +38,8 @@ DEFAULT_DENSE_BELOW = 1024
 DEFAULT_PREFILL, DEFAULT_DECODE = Block(), TopK()
 _DEFAULT_SELECTIONS = {"prefill": DEFAULT_PREFILL, "decode": DEFAULT_DECODE}
 _PHASES = tuple(_DEFAULT_SELECTIONS)
-# Options of earlier versions: the value that ``to_dict`` wrote by default, which files may still hold, and what is now.
-_REMOVED: dict[str, tuple[Any, str]] = {
-    "estimator": ("sampled", "block-sparse prefill always scores sampled queries; leave it out"),
-    "refine": (True, "decoding by an index is always exact; leave it out"),
-    "law": ("power", "the budget is alpha * n**C, and its logarithm was a baseline to compare with; leave it out"),
-}
+# Options of earlier versions, which files may still hold with the value that was their default.
+_REMOVED = {"estimator": "sampled", "refine": True, "law": "power"}
 
 
 @dataclass(frozen=True, init=False)
@@ -59,19 +55,16 @@ class NCConfig:
         decode: selection for calls with one query per sequence, or with up to 32 queries that continue a cache. With
             blocks for both ``prefill`` and ``decode``, calls with several queries count as prefill.
         min_keys: lower limit of the budget.
-        dense_below: a query that sees at most so many keys attends them all, whatever the selection: with so few sparse
-            attention saves no time. A call in which no query sees more runs dense. 0 is the law alone.
-        track: whether ``nc_stats`` holds the kept mass, layer by layer and head by head: see docs/certificates.md for
-            what that costs.
+        dense_below: a query that sees at most so many keys attends them all, since sparse attention saves no time
+            there; a call in which no query sees more runs dense. 0 is the law alone.
+        track: whether ``nc_stats`` holds the kept mass: see docs/certificates.md for what that costs.
         on_drop: what happens when a call of a layer drops more than ``max_dropped_mass``: ``"ignore"``, ``"warn"`` once
-            a layer, ``"raise"`` a ``DroppedMassError``, or redo the call ``"dense"``. What a call keeps is judged by
-            the proven lower limit of every row, and in prefill by blocks by an estimate for each head. All but
-            ``"ignore"`` read the device in every call, and refuse to be compiled into a graph.
+            a layer, ``"raise"`` a ``DroppedMassError``, or redo the call ``"dense"``. All but ``"ignore"`` read the
+            device in every call, and refuse to be compiled into a graph.
         max_dropped_mass: the part of the dense softmax mass, in [0, 1), that a row (a query and head) may drop.
         dense_layers: indices of layers that keep dense attention.
-        backend: ``"triton"`` for GPUs (NVIDIA's from Ampere on, and AMD's), ``"cpu"`` for kernels that Numba compiles
-            for the CPU, ``"torch"`` for PyTorch alone, or ``"auto"`` for the fastest that has what a call needs.
-            Where Triton has not, or Numba is not installed, the log says so once.
+        backend: ``"triton"`` for GPUs, ``"cpu"`` for kernels that Numba compiles, ``"torch"`` for PyTorch alone, or
+            ``"auto"`` for the fastest that has what a call needs.
         key_index: whether a layer keeps an index beside its keys to decode by: ``"always"``, ``"never"``, or ``"auto"``
             where it saves time: for blocks, and for top-k on Triton. It changes no result.
 
@@ -100,24 +93,14 @@ class NCConfig:
 
     def __init__(self, alpha: Any, C: Any = 0.0, **options: Any) -> None:
         settings = _known({"alpha": alpha, "C": C, **options})
-        for name, value in _selections_of(settings).items():
-            object.__setattr__(self, name, value)
         given = _DEFAULTS | {name: value for name, value in settings.items() if name in _DEFAULTS}
         fields: dict[str, Any] = {
+            **_selections_of(settings),
             "alpha": _per_head("alpha", alpha, "a positive number", lambda v: v > 0),
             "C": _per_head("C", C, "a number in [0, 1]", lambda v: 0 <= v <= 1),
-            "min_keys": check_integer("min_keys", given["min_keys"], 1),
-            "dense_below": check_integer("dense_below", given["dense_below"], 0),
-            "track": check_bool("track", given["track"]),
-            "max_dropped_mass": check_number(
-                "max_dropped_mass", given["max_dropped_mass"], "a number in [0, 1)", lambda v: 0 <= v < 1
-            ),
-            "dense_layers": _layers(given["dense_layers"]),
+            **{name: _CHECKS[name](name, value) for name, value in given.items()},
         }
-        check_choice("on_drop", given["on_drop"], ON_DROP)
-        check_choice("key_index", given["key_index"], INDEX_USES)
-        check_backend(given["backend"])
-        for name, value in {**given, **fields}.items():
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
         _same_form(self.alpha, self.C)
 
@@ -129,53 +112,38 @@ class NCConfig:
             written["selection"] = repr(kind.name)
             changed = [option for option in options if getattr(self.prefill, option) != getattr(kind, option)]
             written |= {kind.shorthand.get(option, option): repr(getattr(self.prefill, option)) for option in changed}
-        else:
-            chosen = {phase: getattr(self, phase) for phase in _PHASES}
-            written |= {phase: repr(each) for phase, each in chosen.items() if each != _DEFAULT_SELECTIONS[phase]}
-        changed = [name for name, default in _DEFAULTS.items() if getattr(self, name) != default]
+        defaults = _DEFAULTS if "selection" in written else _DEFAULT_SELECTIONS | _DEFAULTS
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         written |= {name: repr(getattr(self, name)) for name in changed}
         return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in written.items())})"
 
     def budget(self, n: int | torch.Tensor, layer: int | None = None, head: int | None = None) -> Any:
-        """The budget law: how many of ``n`` visible keys a query attends.
+        """The budget law: how many of ``n`` visible keys, an int or an int tensor of any shape, a query attends.
 
-        Args:
-            n: number of visible keys, an int or an int tensor ``[...]`` of any shape.
-            layer: layer index; needed when alpha or C are per layer.
-            head: query head; needed when alpha or C are per layer and head.
-
-        Returns:
-            An int for an int, an int32 tensor of the same shape and device for a tensor.
+        ``layer`` and ``head`` are needed where alpha or C differ by them. Returns an int for an int, and an int32
+        tensor of the same shape and device for a tensor.
 
         Raises:
-            ValueError: a negative ``n``, or no layer or head where alpha or C need one.
-            TypeError: a tensor that does not hold integers.
+            ValueError: ``n`` is negative or too large, or no layer or head is given where one is needed.
+            TypeError: ``n`` is no integer.
         """
-        alpha, C = _pick("alpha", self.alpha, layer, head), _pick("C", self.C, layer, head)
+        laws = self.laws(layer)
+        alpha, C = laws[0] if len(laws) == 1 else _entry("alpha and C", laws, "head", head)
+        law = (alpha, C, self.min_keys, self.dense_below)
         if not isinstance(n, torch.Tensor):
-            count = as_integer(n)
-            if count is None:
-                raise TypeError(f"n must be an int or an int tensor, got {shown(n)}")
-            return budget_of(count, alpha, C, self.min_keys, self.dense_below)
+            return budget_of(check_integer("n", n, 0), *law)
         if n.dtype.is_floating_point or n.dtype == torch.bool:
-            raise TypeError(f"n must be an int tensor, got {n.dtype}")
-        if n.numel() == 0:
-            return n.to(torch.int32)
-        if int(n.min()) < 0:
-            raise ValueError(f"n must be at least 0 everywhere, got {int(n.min())}")
-        if int(n.max()) > LARGEST_INTEGER:
-            raise ValueError(f"n must be at most {LARGEST_INTEGER} everywhere, got {int(n.max())}")
-        found = budgets(n.cpu().numpy(), alpha, C, self.min_keys, self.dense_below)
-        return torch.from_numpy(found).to(n.device, torch.int32)
+            raise TypeError(f"n must be an integer tensor, got {n.dtype}")
+        if n.numel():
+            check_integer("n", n.min(), 0), check_integer("n", n.max(), 0)
+        return torch.from_numpy(budgets(n.cpu().numpy(), *law)).to(n.device, torch.int32)
 
     def row_budgets(self, visible: torch.Tensor, max_n: int, layer: int | None = None) -> torch.Tensor:
         """Budgets int32 ``[B, 1 or Hq, Lq]`` of a layer's queries, of which none sees more than ``max_n`` keys.
 
-        Args:
-            visible: int32 ``[B, Lq, 2]``, the interval of keys that each query sees.
+        ``visible`` is int32 ``[B, Lq, 2]``, the interval of keys that each query sees.
         """
-        alphas, exponents = zip(*self.laws(layer), strict=True)
-        return row_budgets(visible, max_n, list(alphas), list(exponents), self.min_keys, self.dense_below)
+        return self._row_budgets(visible, max_n, self.laws(layer))
 
     @property
     def layers(self) -> int | None:
@@ -186,9 +154,12 @@ class NCConfig:
     def budgets_by_layer(self, visible: torch.Tensor, max_n: int) -> tuple[torch.Tensor, ...]:
         """``row_budgets`` of every layer, where alpha or C are per layer, found at once."""
         laws = [self.laws(layer) for layer in range(self.layers or 0)]
-        alphas, exponents = zip(*itertools.chain.from_iterable(laws), strict=True)
-        found = row_budgets(visible, max_n, list(alphas), list(exponents), self.min_keys, self.dense_below)
+        found = self._row_budgets(visible, max_n, list(itertools.chain.from_iterable(laws)))
         return tuple(each.contiguous() for each in found.split([len(of_layer) for of_layer in laws], 1))
+
+    def _row_budgets(self, visible: torch.Tensor, max_n: int, laws: Sequence[tuple[float, float]]) -> torch.Tensor:
+        alphas, exponents = map(list, zip(*laws, strict=True))
+        return row_budgets(visible, max_n, alphas, exponents, self.min_keys, self.dense_below)
 
     def largest_budget(self, n: int, layer: int | None = None) -> int:
         """The largest budget that any head of a layer, or of all layers, has for up to ``n`` visible keys."""
@@ -199,12 +170,12 @@ class NCConfig:
 
     def laws(self, layer: int | None = None) -> tuple[tuple[float, float], ...]:
         """The (alpha, C) pairs of a layer: one pair shared by all heads, or one per query head."""
-        if not isinstance(self.alpha, tuple) and not isinstance(self.C, tuple):
-            return ((self.alpha, self.C),)
-        alpha, C = _of_layer("alpha", self.alpha, layer), _of_layer("C", self.C, layer)
+        alpha, C = (
+            _entry(name, value, "layer", layer) if isinstance(value, tuple) else value
+            for name, value in (("alpha", self.alpha), ("C", self.C))
+        )
         heads = max(len(v) if isinstance(v, tuple) else 1 for v in (alpha, C))
-        spread = lambda v: v if isinstance(v, tuple) else (v,) * heads  # noqa: E731
-        return tuple(zip(spread(alpha), spread(C), strict=True))
+        return tuple(zip(*(v if isinstance(v, tuple) else (v,) * heads for v in (alpha, C)), strict=True))
 
     def is_dense(self, layer: int | None = None) -> bool:
         """Whether the layer attends every key at every length, whatever the selection."""
@@ -233,17 +204,12 @@ class NCConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NCConfig":
-        """The config that ``to_dict`` wrote, here or in earlier versions.
-
-        Raises:
-            TypeError: an unknown name, a value of a wrong type, or no mapping at all.
-            ValueError: a value outside its range.
-        """
+        """The config that ``to_dict`` wrote, here or in earlier versions; raises as the constructor."""
         if not isinstance(values, Mapping):
             raise TypeError(f"a config is a mapping of names to values, got {type(values).__name__}")
         if "alpha" not in values:
             raise TypeError("alpha is missing: give the factor of the budget law, for example alpha=2.0")
-        return cls(**{name: value for name, value in values.items() if not _is_removed_default(name, value)})
+        return cls(**{name: value for name, value in values.items() if (name, value) not in _REMOVED.items()})
 
     def to_json(self) -> str:
         """The config as a JSON object."""
@@ -251,23 +217,26 @@ class NCConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "NCConfig":
-        """The config that ``to_json`` wrote.
-
-        Raises:
-            ValueError: the text is no JSON, or names a setting twice; or as the constructor.
-            TypeError: as the constructor.
-        """
+        """The config that ``to_json`` wrote; raises ValueError for what is no JSON, and as the constructor."""
         try:
             values = json.loads(text, object_pairs_hook=_each_once)
-        except RecursionError as error:
-            raise ValueError("a config is a JSON object, got one that is nested too deep to read") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"a config is a JSON object, and this is no JSON: {error}") from error
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"a config is a JSON object, and this cannot be read as one: {error}") from error
         return cls.from_dict(values)
 
 
-# The defaults of all settings but the budget law and the selections.
+# The defaults of all settings but the budget law and the selections, and what each is checked by.
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(NCConfig)[4:]}
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "min_keys": partial(check_integer, least=1),
+    "dense_below": partial(check_integer, least=0),
+    "track": check_bool,
+    "on_drop": partial(check_choice, allowed=ON_DROP),
+    "max_dropped_mass": partial(check_number, allowed="a number in [0, 1)", ok=lambda v: 0 <= v < 1),
+    "dense_layers": lambda name, value: _layers(value),
+    "backend": partial(check_choice, allowed=BACKENDS),
+    "key_index": partial(check_choice, allowed=INDEX_USES),
+}
 
 
 def option_owners() -> dict[str, list[tuple[type[Selection], str]]]:
@@ -307,44 +276,36 @@ def as_selection(name: str, given: Any) -> Selection:
 def _selections_of(settings: Mapping[str, Any]) -> dict[str, Selection]:
     """``prefill`` and ``decode``, with the options that are given by name."""
     both = settings.get("selection")
-    if both is not None:
-        clash = [phase for phase in _PHASES if phase in settings]
-        if clash:
-            raise TypeError(f"selection sets prefill and decode; leave it out or leave out {' and '.join(clash)}")
-    name = lambda phase: phase if both is None else "selection"  # noqa: E731
-    given = {phase: settings.get(phase, _DEFAULT_SELECTIONS[phase]) if both is None else both for phase in _PHASES}
-    chosen = {phase: as_selection(name(phase), value) for phase, value in given.items()}
+    clash = [phase for phase in _PHASES if phase in settings and both is not None]
+    if clash:
+        raise TypeError(f"selection sets prefill and decode; leave it out or leave out {' and '.join(clash)}")
+    chosen = {
+        phase: as_selection(phase, settings.get(phase, default)) if both is None else as_selection("selection", both)
+        for phase, default in _DEFAULT_SELECTIONS.items()
+    }
     for option, owners in option_owners().items():
         if option not in settings:
             continue
         for kind, field in owners:
             kind(**{field: settings[option]})  # an option that no phase has is checked too
-        fields = dict(owners)
-        chosen = {
-            phase: dataclasses.replace(each, **{fields[type(each)]: settings[option]}) if type(each) in fields else each  # type: ignore[type-var]
-            for phase, each in chosen.items()
-        }
+            chosen = {
+                phase: dataclasses.replace(each, **{field: settings[option]}) if type(each) is kind else each  # type: ignore[type-var]
+                for phase, each in chosen.items()
+            }
     return chosen
-
-
-def _is_removed_default(name: Any, value: Any) -> bool:
-    """Whether an entry of a file is a removed option at its default, which asks for what is done anyway."""
-    return name in _REMOVED and type(value) is type(_REMOVED[name][0]) and value == _REMOVED[name][0]
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings; raises TypeError where a name is none."""
     names = ["alpha", "C", *_PHASES, *_DEFAULTS, *option_owners(), "selection"]
-    for name, (_, instead) in _REMOVED.items():
-        if name in settings:
-            raise TypeError(f"the option {name} was removed: {instead}")
-    written = lambda name: name[:80] if isinstance(name, str) and name.isprintable() else shown(name)  # noqa: E731
-    unknown = sorted(map(written, settings.keys() - set(names)))
+    unknown = [name for name in settings if name not in names]
     if unknown:
-        hint = _meant(unknown[0], names)
+        lower = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(str(unknown[0]).lower(), lower, n=1)
+        wrong = ", ".join(shown(name).strip("'") for name in unknown[:9])
         raise TypeError(
-            f"unknown option {', '.join(unknown[:9])}; allowed are {', '.join(names[:-1])}, and selection"
-            f"{f'. Did you mean {hint}?' if hint else ''}"
+            f"unknown option {wrong}; allowed are {', '.join(names[:-1])}, and selection"
+            f"{f'. Did you mean {lower[near[0]]}?' if near else ''}"
         )
     return settings
 
@@ -357,17 +318,11 @@ def _layers(given: Any) -> tuple[int, ...]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"a config holds every setting once, got {', '.join(map(shown, twice))} several times")
+    names = Counter(name for name, _ in pairs)
+    if len(names) < len(pairs):
+        twice = ", ".join(shown(name) for name, count in names.items() if count > 1)
+        raise ValueError(f"a config holds every setting once, got {twice} several times")
     return dict(pairs)
-
-
-def _meant(unknown: str, names: list[str]) -> str | None:
-    """The name that a misspelled one most likely stands for, if any comes near."""
-    same = [name for name in names if name.lower() == unknown.lower()]
-    return next(iter(same or difflib.get_close_matches(unknown, names, n=1, cutoff=0.6)), None)
 
 
 def _summary(value: PerHead) -> str:
@@ -403,25 +358,13 @@ def _same_form(alpha: PerHead, C: PerHead) -> None:
                 raise ValueError(f"layer {layer}: alpha has {len(a)} heads and C has {len(c)}; give both the same")
 
 
-def _of_layer(name: str, value: PerHead, layer: int | None) -> float | tuple[float, ...]:
-    if not isinstance(value, tuple):
-        return value
-    if layer is None:
-        raise ValueError(f"{name} is given per layer: say which layer")
-    if not 0 <= layer < len(value):
-        raise ValueError(f"{name} is given for {len(value)} layers, got layer {layer}")
-    return value[layer]
-
-
-def _pick(name: str, value: PerHead, layer: int | None, head: int | None) -> float:
-    of_layer = _of_layer(name, value, layer)
-    if not isinstance(of_layer, tuple):
-        return of_layer
-    if head is None:
-        raise ValueError(f"{name} is given per head: say which head")
-    if not 0 <= head < len(of_layer):
-        raise ValueError(f"{name} is given for {len(of_layer)} heads, got head {head}")
-    return of_layer[head]
+def _entry(name: str, values: tuple[Any, ...], of: str, number: int | None) -> Any:
+    """What is given for one layer or head; ``of`` says of which of the two."""
+    if number is None:
+        raise ValueError(f"{name} is given per {of}: say which {of}")
+    if not 0 <= number < len(values):
+        raise ValueError(f"{name} is given for {len(values)} {of}s, got {of} {number}")
+    return values[number]
 
 
 def _as_lists(value: Any) -> Any:

@@ -3,6 +3,7 @@
 Counting never reads the device while the model runs: a call appends small tensors, which are summed when somebody asks.
 """
 
+import itertools
 import math
 import threading
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nc_patch.common import student_quantile
 from nc_patch.ops.problem import MAX_DECODE_QUERIES
 
 PHASES = ("prefill", "decode")
@@ -38,15 +40,13 @@ def tally_bounds(bounds: torch.Tensor, visible: torch.Tensor, limit: float) -> t
 
     Columns: rows; sums of the lower and upper ``bounds``, which are ``[B, Hq, Lq, 2]``; of an estimate its variance,
     degrees of freedom and audited rows; query blocks, and how many took more than their budget; rows below ``limit``;
-    and, the one that is no sum, the least lower bound. Queries that see nothing, by ``visible`` int32 ``[B, Lq, 2]``,
-    are not counted.
+    and, the one that is no sum, the least lower bound. Queries that see nothing are not counted.
     """
     seen = (visible[..., 1] > visible[..., 0])[:, None].expand(bounds.shape[:3])
     lower, upper = (edge.masked_fill(~seen, 0.0) for edge in bounds.double().unbind(-1))
     rows, lowers, uppers, below = (t.double().sum((0, 2)) for t in (seen, lower, upper, (lower < limit) & seen))
-    none = [torch.zeros_like(rows)] * 5
     least = lower.masked_fill(~seen, 1.0).amin((0, 2))
-    heads = torch.stack((rows, lowers, uppers, *none, below, least), -1)
+    heads = torch.stack((rows, lowers, uppers, *[torch.zeros_like(rows)] * 5, below, least), -1)
     return torch.cat((heads, _joined(heads)[None]))
 
 
@@ -85,7 +85,7 @@ class Sums:
         with _LOCK:
             self._pending.append(counts)
             if len(self._pending) >= _FOLD_AT:
-                self._pending = [self.join(torch.stack(_on_one_device(self._pending)))]
+                self._fold()
 
     def add_later(self, values: torch.Tensor, visible: torch.Tensor, setting: Any) -> None:
         """Adds the tally of a call; where it has few queries it is taken of many such calls together."""
@@ -103,37 +103,39 @@ class Sums:
         """The sum, float64 on the CPU; empty where nothing was added. Reads the device."""
         with _LOCK:
             self._take_tally()
-            if self._pending:
-                self._pending = [self.join(torch.stack(_on_one_device(self._pending))).cpu()]
+            self._fold()
+            self._pending = [each.cpu() for each in self._pending]
             return self._pending[0] if self._pending else torch.empty(0, dtype=torch.float64)
+
+    def _fold(self) -> None:
+        self._pending = [self.join(_together(torch.stack, self._pending))] if self._pending else []
 
     def _take_tally(self) -> None:
         later, self._later = self._later, []
         if later:
             values, visible, settings = zip(*later, strict=True)
-            self.add(self.tally(*(torch.cat(_on_one_device(parts)) for parts in (values, visible)), settings[0]))
+            self.add(self.tally(_together(torch.cat, values), _together(torch.cat, visible), settings[0]))
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold numbers, not tensors of a device or of inference mode.
         with _LOCK:
-            return {"_pending": self.read().tolist(), **{k: v for k, v in vars(self).items() if k != "_pending"}}
+            return {**vars(self), "_later": [], "_pending": self.read().tolist()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         numbers = state["_pending"]
         vars(self).update(state, _pending=[torch.tensor(numbers, dtype=torch.float64)] if numbers else [])
 
 
-def _on_one_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors on the device of the last: a model may have been moved while it was counted, or be in replicas."""
-    return [tensor.to(tensors[-1].device) for tensor in tensors]
+def _together(join: Callable[[list[torch.Tensor]], torch.Tensor], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Joins tensors on the device of the last: a model may have been moved while it was counted, or be in replicas."""
+    return join([tensor.to(tensors[-1].device) for tensor in tensors])
 
 
 class MassCounts(Sums):
     """The kept mass of one layer's calls of prefill, or of decoding, as ``tally_bounds`` has it.
 
-    Attributes:
-        calls: how many there were by what their figures rest on: ``"exact"`` where every score was computed,
-            ``"bounds"``, ``"estimate"``, or ``"dense"`` where all keys were attended.
+    ``calls`` counts them by what their figures rest on: ``"exact"`` where every score was computed, ``"bounds"``,
+    ``"estimate"``, or ``"dense"`` where all keys were attended.
     """
 
     tally = staticmethod(tally_bounds)
@@ -181,7 +183,7 @@ def total_mass(counts: Sequence[MassCounts]) -> dict[str, Any] | None:
 def _figures(line: list[float]) -> dict[str, Any]:
     """Mean kept mass, the interval it lies in, proven or at 95 % where some rows are estimated, and what it is of."""
     rows, lower, upper, variance, freedom, audited, _, _, below, least = line
-    spread = _t_quantile(freedom) * math.sqrt(max(variance, 0.0)) if freedom > 0 else 0.0
+    spread = student_quantile(freedom, 1.959964) * math.sqrt(max(variance, 0.0)) if freedom > 0 else 0.0
     edges = {"mean": (lower + upper) / 2, "lower": lower - spread, "upper": upper + spread}
     return {
         **{name: min(1.0, max(0.0, mass / rows)) if rows else 1.0 for name, mass in edges.items()},
@@ -191,11 +193,6 @@ def _figures(line: list[float]) -> dict[str, Any]:
         "least": least if least < math.inf else None,
         "below": int(below),
     }
-
-
-def _t_quantile(freedom: float) -> float:
-    """The 97.5 % quantile of Student's t (Abramowitz and Stegun, 26.7.5), within 1 % from 3 degrees of freedom on."""
-    return 1.959964 + 2.372271 / freedom + 2.822499 / freedom**2 + 2.555850 / freedom**3 + 1.589534 / freedom**4
 
 
 class LayerCounters:
@@ -287,13 +284,9 @@ class PatchStats(dict[str, Any]):
 
 def _ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers with runs of them joined, for example ``"0, 2-29"``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    runs = (list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]))
+    ends = ((run[0][1], run[-1][1]) for run in runs)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
 def _row(counts: dict[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from nc_patch.calibration.fit import fit_power_laws, student_quantile, theil_sen
+from nc_patch.calibration.fit import fit_power_laws, theil_sen
+from nc_patch.common import student_quantile
 
 LENGTHS = np.log([256.0, 512.0, 1024.0, 2048.0, 4096.0])[:, None]
 

@@ -1,10 +1,9 @@
 """Sharing a number of keys among layers and heads so that the sum of their predicted losses is least.
 
-There one more key is worth the same to every head. So every head takes the keys at which its own slope is one common
-price, and the price is sought that spends the budget. Each head's law runs through what it takes at each length.
+There one more key is worth the same to every head: each takes the keys at which its slope is one common price, and its
+law runs through what it takes at each length. The price is sought that spends the budget.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from nc_patch.budget import budgets_for
 from nc_patch.common import ProfileError
 
 _ROWS = 64  # queries on which the price is sought; the last step counts every one
+_TRACE = 1e-6  # by which laws that are alike differ
 _DENSE_SHARE = 0.9  # of the keys: a law that gives as many at every length is made dense
 
 
@@ -37,8 +37,7 @@ class Demand:
     """How many keys each head takes at each length, by the price of a key.
 
     ``keys`` are ``[G]``, ascending; ``visible [L, M]`` is how many the rows of each length see, ``cost [L, M, H, G]``
-    what heads lose with so many keys, and ``steepest [M, H]`` the log of what the first further key is worth at the
-    longest length.
+    what heads lose with so many keys.
     """
 
     def __init__(self, keys: np.ndarray, visible: np.ndarray, cost: np.ndarray) -> None:
@@ -48,23 +47,23 @@ class Demand:
         keys = np.broadcast_to(np.minimum(keys, seen), cost.shape)
         slopes = -_hull_slopes(keys, cost)
         tiny = max(float(slopes.max(where=np.isfinite(slopes), initial=0.0)), 1e-300) * 1e-12
-        self._log_slopes = np.log(np.fmax(slopes, tiny))
+        self.log_slopes = np.log(np.fmax(slopes, tiny))
         # A slope between two numbers of keys belongs to their geometric mean.
         self._log_keys = np.log(np.sqrt(keys[..., 1:] * keys[..., :-1]))
         self._log_least, self._log_most = np.log(keys[..., :1]), np.log(seen)
-        self.steepest = self._log_slopes[-1, ..., 0]
 
     def price_range(self) -> tuple[float, float]:
         """Prices at which every head takes all keys, and at which every head takes fewest."""
-        return float(np.exp(self._log_slopes.min())) / 2, float(np.exp(self._log_slopes.max())) * 2
+        return float(np.exp(self.log_slopes.min())) / 2, float(np.exp(self.log_slopes.max())) * 2
 
     def at(self, price: float) -> np.ndarray:
         """Keys of every head at a price, ``[L, M, H]``: the fewest above its first slope, all below its last one."""
-        wanted, slopes = np.log(price), self._log_slopes
+        wanted, slopes = np.log(price), self.log_slopes
         above = (slopes > wanted).sum(-1, keepdims=True)
         after = np.clip(above, 1, slopes.shape[-1] - 1)
-        high, low = (np.take_along_axis(slopes, place, -1) for place in (after - 1, after))
-        fewer, more = (np.take_along_axis(self._log_keys, place, -1) for place in (after - 1, after))
+        high, low, fewer, more = (
+            np.take_along_axis(of, place, -1) for of in (slopes, self._log_keys) for place in (after - 1, after)
+        )
         between = fewer + (high - wanted) / np.maximum(high - low, 1e-300) * (more - fewer)
         found = np.where(above == 0, self._log_least, np.where(above == slopes.shape[-1], self._log_most, between))
         return np.exp(found[..., 0])
@@ -81,22 +80,17 @@ def allocate(
 ) -> Laws:
     """The laws under which heads lose least while they attend ``fraction`` of the keys that ``rows`` see.
 
-    Args:
-        rows, windows, limits: as in ``attended_fraction``.
-        fraction: in (0, 1].
-        dense_layers: layers that attend every key, which counts too.
-        lengths: those calibrated; heads that attend nearly all keys at both ends attend all.
+    ``rows``, ``windows`` and ``limits`` are as in ``attended_fraction``. ``dense_layers`` attend every key, which
+    counts too; so do heads that attend nearly all at the first and the last of the calibrated ``lengths``.
 
     Raises:
         ProfileError: no laws spend that little or that much.
     """
     coarse = rows[np.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).round().astype(int)]
     weights = _level_weights(demand.visible, rows)
-    sparse = np.ones(demand.steepest.shape, dtype=bool)
+    first = demand.log_slopes[-1, ..., 0]  # what the first further key is worth at the longest length
+    sparse = np.ones(first.shape, dtype=bool)
     sparse[list(dense_layers)] = False
-
-    def spent(laws: Laws, rows: np.ndarray = rows) -> float:
-        return attended_fraction(laws, rows, windows, *limits)
 
     def laws_at(price: float) -> Laws:
         return _power_laws(demand.at(price), demand.visible, weights).where(sparse)
@@ -104,21 +98,20 @@ def allocate(
     def scaled(factor: float) -> Laws:
         return laws._replace(alpha=laws.alpha * factor).where(sparse)
 
-    def mixed(count: int) -> Laws:
-        return laws._replace(alpha=np.where(place < count, upper, lower))
+    def spent(laws: Laws, rows: np.ndarray = rows) -> float:
+        return attended_fraction(laws, rows, windows, *limits)
 
-    _, price = _closest(lambda price: spent(laws_at(price), coarse) <= fraction, *demand.price_range())
+    price = _first(lambda price: spent(laws_at(price), coarse) <= fraction, *demand.price_range())
     laws = laws_at(price)
     sparse &= ~laws.attend_all(lengths)
-    laws = laws.where(sparse)
-    # Budgets are whole numbers, so all of them together go in steps. Between two steps some heads take the upper one.
-    low, high = _closest(lambda factor: spent(scaled(factor)) > fraction, 1e-6, 1e6)
-    # A little away from the step, where the last bit would decide.
-    lower, upper = scaled(low * (1 - 1e-6)).alpha, scaled(high * (1 + 1e-6)).alpha
-    place = np.argsort(np.argsort(-np.where(sparse, demand.steepest, -np.inf), axis=None, kind="stable"))
-    place = place.reshape(sparse.shape)
-    few = bisect_left(range(1, sparse.size), True, key=lambda count: spent(mixed(count)) > fraction)
-    found = min(mixed(few), mixed(few + 1), key=lambda laws: abs(spent(laws) - fraction))
+    # Budgets are whole numbers, and heads of one law would all take a key more at once: they differ by a trace, by
+    # which those to which it is worth most come first.
+    rank = np.argsort(np.argsort(first, axis=None, kind="stable")).reshape(first.shape)
+    laws = laws._replace(alpha=laws.alpha * (1 + _TRACE * rank / rank.size))
+    over = _first(lambda factor: spent(scaled(factor)) > fraction, 1e-6, 1e6)
+    # On either side of the step, a little away from it, where the last bit would decide.
+    away = _TRACE / (4 * rank.size)
+    found = min((scaled(over * (1 - away)), scaled(over * (1 + away))), key=lambda laws: abs(spent(laws) - fraction))
     if abs(spent(found) - fraction) > 0.01 * fraction:
         raise ProfileError(
             f"no budgets attend {fraction:.4g} of the keys: with min_keys={limits[0]}, dense_below={limits[1]} and the "
@@ -131,12 +124,9 @@ def allocate(
 def attended_fraction(
     laws: Laws, rows: np.ndarray, windows: np.ndarray, min_keys: int = 1, dense_below: int = 0
 ) -> float:
-    """Attended keys / visible keys, over the queries at ``rows`` of all layers and heads.
+    """Attended keys / visible keys, over the queries at ``rows``, int64 ``[R]`` from 1, of all layers and heads.
 
-    Args:
-        rows: int64 ``[R]``, the positions of the queries, from 1.
-        windows: ``[M]``, the most keys that a layer's queries see, 0 where there is no such limit.
-        min_keys, dense_below: as in ``NCConfig``.
+    ``windows [M]`` are the most keys that a layer's queries see, 0 where there is no such limit.
     """
     attended = seen = 0.0
     for window, alpha, C in zip(windows, *laws, strict=True):
@@ -177,10 +167,10 @@ def _power_laws(keys: np.ndarray, visible: np.ndarray, weights: np.ndarray) -> L
     return Laws(np.exp(my - C * mx), C)
 
 
-def _closest(reached: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
-    """The two nearest arguments, on a log scale, of which only the second one has reached something."""
+def _first(reached: Callable[[float], bool], low: float, high: float) -> float:
+    """The least argument between two, on a log scale, from which on something is reached."""
     a, b = np.log(low), np.log(high)
     for _ in range(60):
         middle = (a + b) / 2
         a, b = (a, middle) if reached(float(np.exp(middle))) else (middle, b)
-    return float(np.exp(a)), float(np.exp(b))
+    return float(np.exp(b))

@@ -43,10 +43,8 @@ def calibrate(
 ) -> Profile:
     """Measures on real text how many keys each layer and query head needs, and makes a ``Profile`` of it.
 
-    Every piece of text goes through the model once, densely, while exact rows of its attention just before each length
-    are taken; and its beginning a second time, backwards too, for what an error of each head does to the loss. The
-    model is left as it was. With ``torch.distributed`` initialised the processes share the pieces, and each returns the
-    same profile.
+    docs/calibration.md says how. The model is left as it was. With ``torch.distributed`` initialised the processes
+    share the pieces, and each returns the same profile.
 
     Args:
         model: a causal language model that ``patch_model`` takes.
@@ -63,19 +61,17 @@ def calibrate(
         ProfileError: no text, a text shorter than the longest length, or a value out of its range.
         UnsupportedModelError: the model cannot be patched.
     """
-    numbers = plain(lengths) if isinstance(plain(lengths), Iterable) else [lengths]
-    ordered = sorted({as_integer(n) or 0 for n in numbers})
+    given = plain(lengths)
+    ordered = sorted({as_integer(n) or 0 for n in (given if isinstance(given, Iterable) else ())})
     if len(ordered) < 2 or ordered[0] < SHORTEST:
         raise ProfileError(
             f"lengths must be a list of at least two different numbers of tokens, each at least {SHORTEST}, got "
             f"{lengths!r}; for example {list(DEFAULT_LENGTHS)}"
         )
-    if as_integer(seed) is None:
-        raise ProfileError(f"seed must be an integer, got {seed!r}")
     missing = [checked_number("eps", share, below=True) for share in eps]
     missing.append(1 - checked_number("target", target, below=True))
     shares = tuple(sorted({round(share, 9) for share in missing}))
-    plan = Plan(tuple(ordered), checked_count("rows", rows), shares, int(seed))
+    plan = Plan(tuple(ordered), checked_count("rows", rows), shares, checked_count("seed", seed, 0))
     without = sorted(set(range(model_shape(model)[0])) - {layer for layer, _ in attention_modules(model)})
     if without:
         raise ProfileError(

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nc_patch.common import student_quantile
+
+_NORMAL = 1.6448536  # the 95 % quantile of the normal distribution
 _BOOTSTRAPS = 200
 _SAME = 0.05  # lengths whose logarithms are nearer to each other say nothing about a slope
 _WIDEST = 25.0  # the limit of the interval of log alpha
@@ -36,14 +39,9 @@ class Fit:
 def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int = 0) -> Fit:
     """The law of each head: a Theil-Sen line through the mean logarithms at each length.
 
-    Its standard error is the larger of the bootstrap's, over pieces and their rows, and of that which the residuals of
-    the line give, so that a law that bends has a wide interval.
-
-    Args:
-        log_n: ``[L, M]``, log of the keys that rows see.
-        log_k: ``[P, L, M, H, R]``, log of the keys that R rows of each of P pieces need.
-        eps: as in ``Fit``.
-        seed: of the bootstrap.
+    ``log_n [L, M]`` is of the keys that rows see, ``log_k [P, L, M, H, R]`` of those that R rows of each of P pieces
+    need. The standard error is the larger of the bootstrap's, over pieces and their rows, and of that of the line's
+    residuals, so that a law that bends has a wide interval.
     """
     P, L, M, H, R = log_k.shape
     points = log_k.mean((0, 4))  # [L, M, H]
@@ -64,22 +62,18 @@ def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int =
         line = np.sqrt(residual / (L - 2))
         slope_error = np.maximum(slope_error, line / np.sqrt(np.maximum(spread, _SAME**2)))
         level_error = np.maximum(level_error, line / np.sqrt(L))
-    quantile = student_quantile(P - 1)
+    quantile = student_quantile(max(P - 1, 2), _NORMAL) if P > 1 else _NORMAL
     C_half = np.where(spread < _SAME**2, 1.0, quantile * slope_error)
     # log alpha is the level at the middle minus C times the middle, so its error has both.
     alpha_half = np.hypot(quantile * level_error, C_half * log_n.mean(0)[:, None])
-    arrays = {
-        "alpha": np.exp(intercept),
-        "alpha_low": np.exp(np.maximum(intercept - alpha_half, -_WIDEST)),
-        "alpha_high": np.exp(np.minimum(intercept + alpha_half, _WIDEST)),
-        "C": slope,
-        "C_low": np.clip(slope - C_half, 0.0, 1.0),
-        "C_high": np.clip(slope + C_half, 0.0, 1.0),
-        "r2": np.where(variance > 1e-12, 1 - residual / np.maximum(variance, 1e-12), 1.0),
-        "level_half": quantile * level_error,
-        "support": np.exp(points),
-    }
-    return Fit(eps, **{name: significant(values) for name, values in arrays.items()})
+    arrays = (
+        *np.exp([intercept, np.maximum(intercept - alpha_half, -_WIDEST), np.minimum(intercept + alpha_half, _WIDEST)]),
+        *np.clip([slope, slope - C_half, slope + C_half], 0.0, 1.0),
+        np.where(variance > 1e-12, 1 - residual / np.maximum(variance, 1e-12), 1.0),
+        quantile * level_error,
+        np.exp(points),
+    )
+    return Fit(eps, *map(significant, arrays))
 
 
 def theil_sen(log_n: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,15 +88,6 @@ def theil_sen(log_n: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.nda
     slopes = np.where(far.any(0), slopes, 0.0)
     slope = np.clip(np.nanmedian(slopes, axis=0), 0.0, 1.0)
     return slope, np.median(points - slope * log_n[..., None], axis=0)
-
-
-def student_quantile(freedom: int) -> float:
-    """The 95 % quantile of Student's t, by its Cornish-Fisher expansion; with no degree of freedom the normal one."""
-    z = 1.6448536
-    if freedom < 1:
-        return z
-    v = max(freedom, 2)
-    return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
 
 
 def significant(values: np.ndarray, digits: int = 6) -> np.ndarray:

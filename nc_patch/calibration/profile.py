@@ -56,12 +56,10 @@ class Profile:
 
     Attributes:
         model, model_class: their names. fingerprint: of the weights. versions: of the software that measured.
-        texts: SHA-256 of the tokens that were read. pieces: how many pieces of text.
-        lengths: numbers of tokens at which rows were taken, ascending.
-        visible: ``[L, M]``, keys that these rows see; less than the length where a layer slides.
+        texts: SHA-256 of the tokens that were read, in so many ``pieces``.
+        lengths: numbers of tokens at which rows were taken, ascending; ``visible [L, M]``: keys that these rows see.
         windows: ``[M]``, the most keys that a layer's queries see, 0 where there is no such limit.
-        keys: ``[G]``, at which curves were taken.
-        kept, error: ``[L, M, H, G]``, mean share of the softmax mass that top-k keeps with each number of keys, and
+        kept, error: ``[L, M, H, G]``, mean share of the softmax mass that top-k keeps with so many ``keys [G]``, and
             mean squared norm of the output's error.
         sensitivity: ``[M, H]``, the loss in nats per token that a unit of this error adds, to second order.
         fits: laws of the keys that hold ``1 - eps`` of the mass, one for each eps, ascending.
@@ -89,8 +87,8 @@ class Profile:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        size = "{} layers of {} heads".format(*self.shape)
-        return f"Profile({self.model!r}, {size}, lengths={self.lengths}, pieces={self.pieces}, aim={self.aim!r})"
+        layers, heads = self.shape
+        return f"Profile({self.model!r}, {layers} layers of {heads} heads, lengths={self.lengths}, aim={self.aim!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Profile) and self.to_dict() == other.to_dict()
@@ -152,9 +150,8 @@ class Profile:
             n: context length for which the budget holds; None for all calibrated lengths together.
             over: ``"sequence"`` counts every query of a sequence of n tokens, as a prefill does; ``"last"`` the query
                 that sees all n, as a decoding step does.
-            dense_layers: layers that attend every key, which counts; None for the profile's own.
-            min_keys: that of the config, which counts too.
-            dense_below: that of the config, which counts too; None for its default.
+            dense_layers, min_keys, dense_below: those of the config, which count too; None for the profile's own layers
+                and the default of ``dense_below``.
 
         Raises:
             ProfileError: values out of range, or a budget that cannot be had.
@@ -163,7 +160,7 @@ class Profile:
             raise ProfileError("give fraction, for example at_budget(fraction=0.1), or keys, and not both")
         if over not in ("sequence", "last"):
             raise ProfileError(f'over must be "sequence" or "last", got {over!r}')
-        dense = checked_layers(self.dense_layers if dense_layers is None else dense_layers, self.shape[0])
+        dense = self._dense(dense_layers)
         min_keys = checked_count("min_keys", min_keys)
         below = NCConfig(1.0).dense_below if dense_below is None else checked_count("dense_below", dense_below, 0)
         ends = self.lengths if n is None else (checked_count("n", n),)
@@ -193,8 +190,9 @@ class Profile:
         C, intercept = theil_sen(np.log(self.visible), log_keys)
         laws = Laws(np.exp(intercept), C)
         laws = laws.where(~laws.attend_all(self.lengths))
-        dense = checked_layers(self.dense_layers if dense_layers is None else dense_layers, self.shape[0])
-        return replace(self, **laws._asdict(), aim=f"{100 * mass:g} % of every head's mass", dense_layers=dense)
+        return replace(
+            self, **laws._asdict(), aim=f"{100 * mass:g} % of every head's mass", dense_layers=self._dense(dense_layers)
+        )
 
     def kept_mass(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The share of the mass that the laws in force are predicted to keep for a query that sees n keys.
@@ -218,11 +216,7 @@ class Profile:
         return np.asarray(nearest.support[-1] < SPARSE_BELOW * self.visible[-1][:, None])
 
     def save(self, path: str | Path) -> None:
-        """Writes the profile as JSON, whole or not at all.
-
-        Raises:
-            ProfileError: the file cannot be written.
-        """
+        """Writes the profile as JSON, whole or not at all; raises ProfileError where that cannot be done."""
         content = json.dumps(self.to_dict(), allow_nan=False, separators=(",", ":"))
         try:
             replace_file(Path(path), content.encode())
@@ -231,11 +225,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | Path) -> "Profile":
-        """The profile that ``save`` wrote.
-
-        Raises:
-            ProfileError: the file is missing or damaged, or as in ``from_dict``.
-        """
+        """The profile that ``save`` wrote; raises ProfileError where it is missing or damaged."""
         try:
             values = json.loads(Path(path).read_bytes())
         except (OSError, ValueError) as error:
@@ -279,6 +269,9 @@ class Profile:
     def _demand(self) -> Demand:
         return Demand(np.array(self.keys, dtype=float), self.visible, self.sensitivity[..., None] * self.error)
 
+    def _dense(self, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+        return checked_layers(self.dense_layers if layers is None else layers, self.shape[0])
+
     def _curve(self, level: int, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
         """Logarithms of numbers of keys up to all that the rows of a length see, and the mass that they keep."""
         keys, seen = np.array(self.keys, dtype=float), self.visible[level, layer]
@@ -288,18 +281,16 @@ class Profile:
     def _mass_at(self, budget: np.ndarray, n: int) -> np.ndarray:
         """Mass ``[M, H]`` that budgets keep of n keys."""
         found, longest = np.ones(self.shape), self.lengths[-1]
-        for layer, head in np.ndindex(*self.shape):
-            seen, keys = min(n, self.windows[layer] or n), float(budget[layer, head])
-            if keys >= seen:
+        for at in np.ndindex(*self.shape):
+            seen, keys = min(n, self.windows[at[0]] or n), max(float(budget[at]), 1.0)
+            if budget[at] >= seen:
                 continue
             if seen > longest:
                 # Scaled to the longest length, by the fit that gives most nearly so many keys.
-                laws = [(fit.alpha[layer, head], fit.C[layer, head]) for fit in self.fits]
-                _, C = min(laws, key=lambda law: abs(np.log(law_values(seen, *law) / max(keys, 1.0))))
-                keys *= (longest / seen) ** float(C)
-            curves = [self._curve(level, layer, head) for level in range(len(self.lengths))]
-            levels = [np.interp(np.log(max(keys, 1.0)), *curve) for curve in curves]
-            found[layer, head] = np.interp(np.log(min(seen, longest)), np.log(self.lengths), levels)
+                fit = min(self.fits, key=lambda fit: abs(np.log(law_values(seen, fit.alpha[at], fit.C[at]) / keys)))
+                keys *= (longest / seen) ** fit.C[at]
+            levels = [np.interp(np.log(keys), *self._curve(level, *at)) for level in range(len(self.lengths))]
+            found[at] = np.interp(np.log(min(seen, longest)), np.log(self.lengths), levels)
         return found
 
     def _log_spread(self, n: int, mass: np.ndarray) -> np.ndarray:
@@ -315,18 +306,17 @@ class Profile:
 def checked_layers(given: Any, layers: int) -> tuple[int, ...]:
     """Layers by their number, each once and ascending; raises ProfileError for what a model of ``layers`` lacks."""
     values = plain(given)
-    found = [as_integer(value) for value in values] if isinstance(values, Iterable) else [None]
-    if not all(layer is not None and 0 <= layer < layers for layer in found):
+    found = {as_integer(value) for value in values} if isinstance(values, Iterable) else {None}
+    if not found <= set(range(layers)):
         raise ProfileError(f"dense_layers must be a list of layers from 0 to {layers - 1}, got {shown(given)}")
-    return tuple(sorted({layer for layer in found if layer is not None}))
+    return tuple(layer for layer in range(layers) if layer in found)
 
 
 def checked_count(name: str, value: Any, least: int = 1) -> int:
     """The value as an int; raises ProfileError unless it is an integer of at least ``least``."""
     found = as_integer(value)
     if found is None or found < least:
-        allowed = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ProfileError(f"{name} must be {allowed}, got {value!r}")
+        raise ProfileError(f"{name} must be an integer of at least {least}, got {value!r}")
     return found
 
 
