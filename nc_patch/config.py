@@ -135,7 +135,7 @@ class NCConfig:
         if n.dtype.is_floating_point or n.dtype == torch.bool:
             raise TypeError(f"n must be an integer tensor, got {n.dtype}")
         if n.numel():
-            check_integer("n", n.min(), 0), check_integer("n", n.max(), 0)
+            check_integer("n", int(n.min()), 0), check_integer("n", int(n.max()), 0)
         return torch.from_numpy(budgets(n.cpu().numpy(), *law)).to(n.device, torch.int32)
 
     def row_budgets(self, visible: torch.Tensor, max_n: int, layer: int | None = None) -> torch.Tensor:

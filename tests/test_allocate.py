@@ -1,6 +1,7 @@
 """Sharing a budget: what is asked is spent, and no other way of sharing found loses less."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,18 +12,17 @@ from nc_patch.budget import budget_of
 from nc_patch.calibration.allocate import Demand, Laws, attended_fraction
 
 
-def spent(profile, n: int, over: str) -> float:
+def spent(profile, n: int, over: str, dense_below: int = 0) -> float:
     """Attended keys / visible keys, counted one by one with the budget law itself."""
     config = profile.config()
-    rows = range(1, n + 1) if over == "sequence" else [n]
     attended = seen = 0
-    for layer, window in enumerate(profile.windows):
-        for head in range(profile.shape[1]):
-            alpha, C = config.laws(layer)[head]
-            for row in rows:
-                visible = min(row, window or row)
-                attended += visible if layer in config.dense_layers else budget_of(visible, alpha, C)
-                seen += visible
+    for (layer, window), head in itertools.product(enumerate(profile.windows), range(profile.shape[1])):
+        alpha, C = config.laws(layer)[head]
+        for row in range(1, n + 1) if over == "sequence" else [n]:
+            visible = min(row, window or row)
+            dense = layer in config.dense_layers
+            attended += visible if dense else budget_of(visible, alpha, C, 1, dense_below)
+            seen += visible
     return attended / seen
 
 
@@ -32,10 +32,8 @@ def spent(profile, n: int, over: str) -> float:
 def test_budgets_sum_to_what_is_asked_at_every_calibrated_length(fraction, over, windows):
     profile = made_up_profile(windows=windows)
     for n in LENGTHS:
-        if fraction * n < 8:  # fewer keys than curves are taken at
-            continue
-        shared = profile.at_budget(fraction, n=n, over=over)
-        assert spent(shared, n, over) == pytest.approx(fraction, rel=0.01)
+        if fraction * n >= 8:  # curves are taken at no fewer keys
+            assert spent(profile.at_budget(fraction, n=n, over=over), n, over) == pytest.approx(fraction, rel=0.01)
 
 
 def test_budgets_over_all_lengths_and_in_keys():
@@ -43,32 +41,26 @@ def test_budgets_over_all_lengths_and_in_keys():
     shared = profile.at_budget(0.1)
     rows = np.concatenate([np.arange(1, n + 1) for n in LENGTHS])
     assert attended_fraction(Laws(shared.alpha, shared.C), rows, np.zeros(3, int), 1) == pytest.approx(0.1, rel=0.01)
-    assert "over all calibrated lengths" in shared.aim
     last = profile.at_budget(keys=64.0, n=1024, over="last")
     assert spent(last, 1024, "last") * 1024 == pytest.approx(64, rel=0.01)
     assert spent(profile.at_budget(keys=64.0, n=1024), 1024, "sequence") * 512.5 == pytest.approx(64, rel=0.01)
 
 
-def test_queries_that_attend_all_of_few_keys_are_counted(dense_with_few_keys):
+def test_heads_that_are_all_alike_share_a_budget_to_the_key():
     profile = made_up_profile()
-    rows = np.arange(1, 2049)
+    error = np.broadcast_to(profile.error[:, :1, :1], profile.error.shape)
+    profile = replace(profile, error=error, sensitivity=np.ones((3, 4)))
+    assert spent(profile.at_budget(keys=20.5, n=1024, over="last"), 1024, "last") * 1024 == pytest.approx(20.5)
+
+
+def test_what_is_dense_counts(dense_with_few_keys):
+    profile = made_up_profile()
     for given, below in (({}, 1024), ({"dense_below": 300}, 300), ({"dense_below": 0}, 0)):
         shared = profile.at_budget(0.5, n=2048, **given)
-        found = attended_fraction(Laws(shared.alpha, shared.C), rows, np.zeros(3, int), 1, below)
-        assert found == pytest.approx(0.5, rel=0.01)
-    with pytest.raises(ProfileError, match=r"no budgets attend 0.1 .* dense_below=1024"):
-        profile.at_budget(0.1, n=2048)
-    with pytest.raises(ProfileError, match="dense_below must be an integer of at least 0, got -1"):
-        profile.at_budget(0.1, n=2048, dense_below=-1)
-
-
-def test_dense_layers_stay_dense_and_count():
-    profile = made_up_profile()
-    shared = profile.at_budget(0.5, n=512, dense_layers=(1,))
+        assert spent(shared, 2048, "sequence", below) == pytest.approx(0.5, rel=0.01)
+    shared = profile.at_budget(0.5, n=512, dense_layers=(1,), dense_below=0)
     assert [shared.config().is_dense(layer) for layer in range(3)] == [False, True, False]
     assert spent(shared, 512, "sequence") == pytest.approx(0.5, rel=0.01)
-    with pytest.raises(ProfileError, match=r"no budgets attend 0.3 of the keys: .* dense layers \[1\]"):
-        profile.at_budget(0.3, n=512, dense_layers=(1,))
 
 
 def test_no_exchange_of_keys_between_heads_loses_less():
@@ -91,7 +83,7 @@ def test_no_exchange_of_keys_between_heads_loses_less():
 
 
 def test_a_shared_budget_is_predicted_to_lose_less_than_any_uniform_law():
-    profile = made_up_profile()
+    profile, rows, windows = made_up_profile(), np.arange(1, 1025), np.zeros(3, int)
     shared = profile.at_budget(0.1, n=1024)
 
     def lost(laws: Laws) -> float:
@@ -104,12 +96,9 @@ def test_a_shared_budget_is_predicted_to_lose_less_than_any_uniform_law():
 
     def uniform(C: float) -> Laws:
         """The smallest law for all heads that attends as much."""
-        alpha, rows = 1e-3, np.arange(1, 1025)
-        while True:
-            laws = Laws(np.full((3, 4), alpha), np.full((3, 4), C))
-            if attended_fraction(laws, rows, np.zeros(3, int), 1) >= 0.1:
-                return laws
-            alpha *= 1.01
+        alphas = 1e-3 * 1.01 ** np.arange(2000)
+        laws = (Laws(np.full((3, 4), alpha), np.full((3, 4), C)) for alpha in alphas)
+        return next(each for each in laws if attended_fraction(each, rows, windows, 1) >= 0.1)
 
     assert lost(Laws(shared.alpha, shared.C)) < 0.9 * min(lost(uniform(C)) for C in (0.3, 0.5, 0.7, 1.0))
 
@@ -120,14 +109,16 @@ def test_a_shared_budget_is_predicted_to_lose_less_than_any_uniform_law():
         ({}, "give fraction, for example"),
         ({"fraction": 0.1, "keys": 3}, "and not both"),
         ({"fraction": 0.0}, "fraction must be a number in .0, 1., got 0.0"),
-        ({"fraction": 1.5}, "fraction must be a number"),
         ({"fraction": float("nan")}, "fraction must be a number"),
         ({"keys": -1.0}, "keys must be a number in .0, inf"),
-        ({"fraction": 0.1, "n": 0}, "n must be a positive integer, got 0"),
+        ({"fraction": 0.1, "n": 0}, "n must be an integer of at least 1, got 0"),
+        ({"fraction": 0.1, "dense_below": -1}, "dense_below must be an integer of at least 0, got -1"),
         ({"fraction": 0.1, "over": "all"}, "over must be"),
         ({"fraction": 0.1, "dense_layers": (3,)}, "dense_layers must be a list of layers from 0 to 2"),
+        ({"fraction": 0.1, "n": 2048}, "no budgets attend 0.1 .* dense_below=1024"),
+        ({"fraction": 0.3, "n": 512, "dense_layers": (1,)}, r"no budgets attend 0.3 of the keys: .* layers \[1\]"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(arguments, message):
+def test_what_cannot_be_asked_or_had_is_refused(arguments, message, dense_with_few_keys):
     with pytest.raises(ProfileError, match=message):
         made_up_profile().at_budget(**arguments)
