@@ -3,8 +3,6 @@
 import copy
 import logging
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -12,19 +10,16 @@ import torch
 from attention_cases import KINDS, WAYS, Case, decode_case, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import problem_of, problem_of_case
+from operations import problem_of_case
 from tiny_models import random_ids, tiny_model
-from transformers import AttentionInterface
 from ways import CHOICES, TOPK, UNASKED
 
 from nc_patch import DroppedMassError, NCConfig, nc_stats, patch_model, reset_stats, sparse_attention
-from nc_patch.attention import nc_attention_forward
 from nc_patch.certificates import certified_bounds, find_drop
 from nc_patch.functional import attend
-from nc_patch.hooks import IMPLEMENTATION
+from nc_patch.layers import Observed
 from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
 from nc_patch.selections import Dense
-from nc_patch.visibility import Visibility
 
 WITHOUT_MEANS = {"topk": "drop", "codes with means": "codes"}
 
@@ -81,15 +76,11 @@ def test_bounds_hold_the_truth_in_prefill_and_are_narrow(seed, way):
     assert float(width.max()) < 1e-3
 
 
-def test_what_is_attended_whole_is_certain_to_be_whole():
+def test_what_is_attended_whole_is_certain_to_be_whole_and_a_nan_never_to_be_kept():
     case = random_case(4)
     case.budget = (case.visible[..., 1] - case.visible[..., 0]).clamp(min=0)[:, None]
     for way in ("drop", "window"):
-        bounds = certified_bounds(run(case, way, case.value), problem_of_case(case))
-        assert bool((bounds == 1).all())
-
-
-def test_a_nan_is_never_certain_to_be_kept():
+        assert bool((certified_bounds(run(case, way, case.value), problem_of_case(case)) == 1).all())
     case = decode_case(12)
     n = case.visible[..., 1] - case.visible[..., 0]
     assert int(n.min()) > 8
@@ -97,8 +88,7 @@ def test_a_nan_is_never_certain_to_be_kept():
     case.key[:, :, int(case.visible[0, 0, 1]) - 4] = torch.nan
     for way in ("drop", "codes", "window"):
         lower, upper = certified_bounds(run(case, way, case.value), problem_of_case(case))[0].unbind(-1)
-        assert bool((lower == 0).all()), way
-        assert bool((upper == 1).all()), way
+        assert bool((lower == 0).all() and (upper == 1).all()), way
 
 
 def least_kept(kept: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor) -> DroppedMassError | None:
@@ -114,8 +104,9 @@ def test_the_least_certain_row_is_found_with_its_place():
     kept[1, 2, 3], kept[0, 1, 1] = 0.25, 0.5
     found = least_kept(kept, visible, visible[..., 0])
     assert (found.layer, found.head, found.position, found.kept_mass, found.certified) == (3, 2, 4, 0.25, True)
-    said = "layer 3, head 2, position 4 of sequence 1: in decode only 0.2500 of the dense softmax"
-    assert str(found).startswith(said)
+    assert str(found).startswith(
+        "layer 3, head 2, position 4 of sequence 1: in decode only 0.2500 of the dense softmax"
+    )
     # The position of a row is its own where its interval ends behind it.
     visible = torch.tensor([[[0, 1], [0, 2], *[[0, 8]] * 6]], dtype=torch.int32)
     kept = torch.ones(1, 1, 8)
@@ -123,97 +114,60 @@ def test_the_least_certain_row_is_found_with_its_place():
     assert least_kept(kept, visible, torch.zeros(1, 8, dtype=torch.int32)).position == 3
 
 
-class Spied:
-    """Every call of attention: what went in and what came out, and what the float64 definition says of it."""
+def watched(model: torch.nn.Module, config: NCConfig, most_dropped: float) -> list[bool]:
+    """Holds every call of a patched model to what float64 says of it; fills a list with which of them ran dense."""
+    ran_dense: list[bool] = []
 
-    def __init__(self) -> None:
-        self.calls: list[tuple] = []
+    def check(call: Observed) -> None:
+        n = (call.problem.visible[..., 1] - call.problem.visible[..., 0])[:, None]
+        problem = call.problem._replace(budget=config.budget(n), key_index=(), means=None, new=0)
+        decodes = call.output.shape[2] == 1
+        chosen = config.decode if decodes else config.prefill
+        if chosen.uses_means:
+            chosen = replace(chosen, tail="drop")
+        least = float(chosen.reference(problem, decodes and chosen.name == "block").kept_mass.min())
+        ran_dense.append(torch.allclose(call.output.double(), Dense().reference(problem).output, atol=1e-5))
+        assert ran_dense[-1] or least >= 1 - most_dropped
 
-    def __call__(self, module, query, key, value, mask, **options):
-        output, weights = nc_attention_forward(module, query, key, value, mask, **options)
-        # A static cache is written to again.
-        self.calls.append((module.layer_idx, query, key.clone(), value.clone(), mask, options, output))
-        return output, weights
-
-
-@contextmanager
-def spied() -> Iterator[Spied]:
-    spy = Spied()
-    AttentionInterface.register(IMPLEMENTATION, spy)
-    try:
-        yield spy
-    finally:
-        AttentionInterface.register(IMPLEMENTATION, nc_attention_forward)
-
-
-def masses_and_outputs(call, selection: str, config: NCConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(kept mass of the sparse rows, dense output, output that the call returned), in float64."""
-    _, query, key, value, mask, options, output = call
-    visible, origin, _ = Visibility.unpack(mask, query.shape[2], key.shape[2]).expand(len(query))
-    n = (visible[..., 1] - visible[..., 0])[:, None]
-    problem = problem_of(
-        *(query, key, value, visible, config.budget(n), options.get("s_aux")),
-        scale=options["scaling"],
-        softcap=options.get("softcap"),
-        origin=origin,
-    )
-    chosen = config.decode if selection == "pages" else config.prefill
-    if chosen.uses_means:
-        chosen = replace(chosen, tail="drop")
-    dense = Dense().reference(problem)
-    return chosen.reference(problem, selection == "pages").kept_mass, dense.output, output.transpose(1, 2).double()
+    for layer in model.model.layers:
+        layer.self_attn._nc_patch = replace(layer.self_attn._nc_patch, observe=check)
+    return ran_dense
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize(
-    ("family", "options", "selections"),
+    ("family", "options"),
     [
-        ("llama", TOPK | {"key_index": "always", "tail": "mean"}, ("topk", "topk")),
-        ("llama", TOPK | {"tail": "drop", "key_index": "never"}, ("topk", "topk")),
-        ("gemma2", {"selection": "window"}, ("window", "window")),
-        ("gpt_oss", TOPK | {"key_index": "always", "tail": "drop"}, ("topk", "topk")),
-        ("llama", {"prefill": "topk", "decode": "block", "block_size": 16}, ("topk", "pages")),
+        ("llama", TOPK | {"key_index": "always", "tail": "mean"}),
+        ("llama", TOPK | {"tail": "drop", "key_index": "never"}),
+        ("gemma2", {"selection": "window"}),
+        ("gpt_oss", TOPK | {"key_index": "always", "tail": "drop"}),
+        ("llama", {"prefill": "topk", "decode": "block", "block_size": 16}),
     ],
     ids=str,
 )
-def test_dense_never_returns_a_row_that_keeps_too_little(family, options, selections, cache):
+def test_dense_never_returns_a_row_that_keeps_too_little(family, options, cache):
     model, ids, padding = tiny_model(family), random_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
     padding[0, :9] = 0
-    short = random_ids(1, 6)
     redone, kept = 0, 0
-    for max_dropped_mass in (0.35, 0.6):
-        patch_model(model, 1.5, 0.6, on_drop="dense", max_dropped_mass=max_dropped_mass, **options)
-        config = NCConfig(1.5, 0.6, **options)
-        with spied() as spy:
-            run = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
-            model.generate(ids, attention_mask=padding, **run)
-            model.generate(short, **run)
-        for call in spy.calls:
-            selection = selections[call[1].shape[2] == 1]
-            mass, dense, output = masses_and_outputs(call, selection, config)
-            is_dense = torch.allclose(output, dense, atol=1e-5)
-            assert is_dense or float(mass.min()) >= 1 - max_dropped_mass
-            kept += not is_dense
+    for most_dropped in (0.35, 0.6):
+        patch_model(model, 1.5, 0.6, on_drop="dense", max_dropped_mass=most_dropped, **options)
+        ran_dense = watched(model, NCConfig(1.5, 0.6, **options), most_dropped)
+        run = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+        model.generate(ids, attention_mask=padding, **run)
+        model.generate(random_ids(1, 6), **run)
         layers = nc_stats(model)["layers"]
-        assert sum(layer["calls"] for layer in layers) == len(spy.calls)
+        assert sum(layer["calls"] for layer in layers) == len(ran_dense)
+        kept += ran_dense.count(False)
         for layer in layers:
             found = sum(count for reason, count in layer["dense_calls"].items() if 'on_drop="dense"' in reason)
             assert found == layer["exceeded_calls"] == sum(layer["dense_calls"].values())
             redone += found
-            for phase in ("prefill", "decode"):
-                assert layer["kept_mass"][phase]["least"] >= 1 - max_dropped_mass
-                assert layer["kept_mass"][phase]["calls"].get("dense", 0) <= found
+            for mass in layer["kept_mass"].values():
+                assert mass["least"] >= 1 - most_dropped
+                assert mass["calls"].get("dense", 0) <= found
     assert redone > 0
     assert kept > 0 or family == "gemma2", "some calls keep enough"
-
-
-@pytest.mark.parametrize("length", [16, 32])
-def test_blocks_that_attend_every_key_of_a_short_prompt_keep_all_of_it(length):
-    model, ids = tiny_model("llama"), random_ids(2, length)
-    patch_model(model, 2.0, 0.5, **UNASKED, on_drop="raise", max_dropped_mass=0.0)
-    with torch.inference_mode():
-        model(ids)
-    assert nc_stats(model)["kept_mass"]["prefill"]["mean"] == 1.0
 
 
 def test_a_call_redone_equals_the_dense_model_and_counts_every_key():
@@ -224,8 +178,7 @@ def test_a_call_redone_equals_the_dense_model_and_counts_every_key():
             patch_model(model, 2.0, 0.5, selection=selection, block_size=16, on_drop="dense", max_dropped_mass=0.0)
             assert torch.allclose(model(ids).logits, dense, atol=1e-5)
             stats = nc_stats(model)
-            assert stats["attended_fraction"] == 1.0
-            assert stats["kept_mass"]["prefill"]["least"] == 1.0
+            assert stats["attended_fraction"] == stats["kept_mass"]["prefill"]["least"] == 1.0
             assert [layer["exceeded_calls"] for layer in stats["layers"]] == [1, 1, 1]
 
 
@@ -240,6 +193,10 @@ def test_where_enough_is_kept_nothing_changes():
             assert [layer["exceeded_calls"] for layer in stats["layers"]] == [0, 0, 0]
             assert (stats["kept_mass"]["decode"] is None) == (on_drop == "ignore")
         assert all(torch.equal(text, texts[0]) for text in texts[1:]), options
+    # Blocks attend every key of a short prompt.
+    with torch.inference_mode():
+        patch_model(model, 2.0, 0.5, **UNASKED, on_drop="raise", max_dropped_mass=0.0)(ids[:, :16])
+    assert nc_stats(model)["kept_mass"]["prefill"]["mean"] == 1.0
 
 
 @pytest.mark.parametrize("selection", ["topk", "block"])
@@ -250,19 +207,13 @@ def test_raise_names_the_place_and_the_remedy(selection):
         DroppedMassError, match=r"layer 0, head \d.*less than 1 - max_dropped_mass = 0.75. Raise"
     ) as info:
         model(ids)
-    error = info.value
-    assert error.layer == 0
+    error, certified = info.value, selection == "topk"
     assert 0 < error.kept_mass < 0.75
-    assert error.certified == (selection == "topk")
-    assert (error.position is not None) == error.certified
-    assert ("certain" in str(error)) == error.certified
-    assert ("by estimate" in str(error)) != error.certified
+    assert (error.layer, error.certified, error.position is not None) == (0, certified, certified)
+    assert ("certain" if certified else "by estimate") in str(error)
     assert nc_stats(model)["layers"][0]["exceeded_calls"] == 1
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.__dict__) == (str(error), error.__dict__)
-    patch_model(model, 2.0, 0.5, selection=selection)
-    with torch.inference_mode():
-        assert bool(model(ids).logits.isfinite().all())
 
 
 def test_after_an_error_the_cache_serves_on_once_it_is_cropped():
@@ -280,33 +231,24 @@ def test_after_an_error_the_cache_serves_on_once_it_is_cropped():
         assert torch.allclose(model(ids[:, :1], past_key_values=cache).logits, expected, atol=1e-5)
 
 
-def test_warn_says_so_once_for_each_layer_and_counts(caplog):
+def test_warn_says_so_once_for_each_layer_and_counts_and_copies_keep_that(caplog):
     model, ids = tiny_model("llama"), random_ids(2, 60)
     patch_model(model, 2.0, 0.5, on_drop="warn", max_dropped_mass=0.2, selection="topk")
     with caplog.at_level(logging.WARNING, logger="nc_patch"), torch.inference_mode():
-        for _ in range(3):
-            model(ids)
+        model(ids), model(ids)
         reset_stats(model)
         model(ids)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        assert [nc_stats(each) for each in copies] == [nc_stats(model)] * 2
+        for each in copies:
+            each(ids)
     said = [record.getMessage() for record in caplog.records if "max_dropped_mass" in record.getMessage()]
     assert len(said) == 3
     assert all(f"layer {layer}, head" in message for layer, message in enumerate(said))
-    layers = nc_stats(model)["layers"]
-    assert [layer["exceeded_calls"] for layer in layers] == [1, 1, 1]
-    assert all(layer["kept_mass"]["prefill"]["below"] > 0 for layer in layers)
-    assert all(layer["dense_calls"] == {} for layer in layers)
-
-
-def test_copies_keep_counts_and_what_was_said():
-    model, ids = tiny_model("llama"), random_ids(2, 150)
-    patch_model(model, 2.0, 0.5, on_drop="warn", max_dropped_mass=0.2, selection="block", block_size=16)
-    model.generate(ids, max_new_tokens=4, do_sample=False)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert nc_stats(other) == nc_stats(model)
-        assert other.model.layers[0].self_attn._nc_patch.counters.warned
-        with torch.inference_mode():
-            other(ids)
-        assert nc_stats(other)["layers"][0]["exceeded_calls"] == nc_stats(model)["layers"][0]["exceeded_calls"] + 1
+    for each, calls in ((model, 1), (copies[0], 2), (copies[1], 2)):
+        for layer in nc_stats(each)["layers"]:
+            assert (layer["exceeded_calls"], layer["dense_calls"]) == (calls, {})
+            assert layer["kept_mass"]["prefill"]["below"] > 0
 
 
 def test_training_goes_through_calls_that_are_redone():
@@ -318,37 +260,29 @@ def test_training_goes_through_calls_that_are_redone():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_compiled_graph_refuses_by_name():
-    model, ids = tiny_model("llama", num_hidden_layers=1), random_ids(1, 40)
-    patch_model(model, 2.0, 0.5, backend="torch", on_drop="dense", selection="topk")
-    torch._dynamo.reset()
-    with (
-        torch.inference_mode(),
-        pytest.raises(Exception, match=r'on_drop="dense" reads in layer 0 how much was dropped'),
-    ):
-        torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False)
-
-
-@pytest.mark.wide
-def test_compiled_in_several_graphs_it_acts():
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.wide)])
+def test_one_compiled_graph_refuses_by_name_and_in_several_it_acts(whole):
     model, ids = tiny_model("llama", num_hidden_layers=1), random_ids(1, 40)
     with torch.inference_mode():
         dense = model(ids, use_cache=False).logits
         patch_model(model, 2.0, 0.5, backend="torch", on_drop="dense", selection="topk")
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager")(ids, use_cache=False).logits
-    assert nc_stats(model)["layers"][0]["exceeded_calls"] == 1
-    assert torch.allclose(compiled, dense, atol=1e-5)
+        compiled = torch.compile(model, fullgraph=whole, backend="eager")
+        if whole:
+            with pytest.raises(Exception, match=r'on_drop="dense" reads in layer 0 how much was dropped'):
+                compiled(ids, use_cache=False)
+        else:
+            assert torch.allclose(compiled(ids, use_cache=False).logits, dense, atol=1e-5)
+            assert nc_stats(model)["layers"][0]["exceeded_calls"] == 1
 
 
-def test_a_cuda_graph_refuses_by_name(monkeypatch):
+def test_a_cuda_graph_refuses_by_name_and_tracks_nothing(monkeypatch):
     model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, on_drop="warn", selection="topk"), random_ids(1, 20)
     monkeypatch.setattr("nc_patch.attention._capturing", lambda tensor: True)
-    with pytest.raises(RuntimeError, match=r'on_drop="warn".*nor a CUDA graph can'), torch.inference_mode():
-        model(ids)
-    patch_model(model, 2.0, 0.5, track=True, selection="topk")
     with torch.inference_mode():
-        model(ids)
+        with pytest.raises(RuntimeError, match=r'on_drop="warn".*nor a CUDA graph can'):
+            model(ids)
+        patch_model(model, 2.0, 0.5, track=True, selection="topk")(ids)
     assert nc_stats(model)["kept_mass"] == {"prefill": None, "decode": None}
 
 
