@@ -1,88 +1,75 @@
 """However a model is run, a full budget gives dense attention's numbers, and a small one those of each row alone."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 import transformers
+import ways
 from packaging.version import Version
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, QuantizedCache, StaticCache
-from ways import (
-    BY_PLACE,
-    CHOICES,
-    CUT_ANYWHERE,
-    CUTS,
-    EACH_FAMILY,
-    EACH_FAMILY_AND_SETTING,
-    SETTINGS,
-    SMALL,
-    TOPK,
-    UNASKED,
-    WAYS,
-    WITHOUT_WINDOWS,
-    alone,
-    assert_close,
-    attended_fraction,
-    full,
-    full_and_small,
-    in_a_batch,
-    left_padded,
-    no_streams,
-    right_padded,
-    rows_of,
-    slides,
-    small,
-    with_holes,
-)
+from ways import assert_close, full, full_and_small, generated, left_padded, rows_of, slides, small, with_holes
 
 from nc_patch import UnsupportedMaskError, patch_model, unpatch_model
 from nc_patch.config import NCConfig
 from nc_patch.ops.problem import MAX_DECODE_QUERIES
-from nc_patch.selections import base
+from nc_patch.selections import selection_names
 
-__all__ = ["no_streams"]  # a fixture
-
-NEW = 6
+NAMES = selection_names()  # before tests register more
 
 
 def test_the_settings_hold_every_selection():
-    configs = [NCConfig(1.0, 0.5, **settings) for settings in SETTINGS.values()]
-    chosen = {phase.name for config in configs for phase in (config.prefill, config.decode)}
-    assert chosen | {"dense"} == set(base._SELECTIONS)
+    configs = [NCConfig(1.0, 0.5, **settings) for settings in ways.SETTINGS.values()]
+    assert {phase.name for config in configs for phase in (config.prefill, config.decode)} | {"dense"} == set(NAMES)
 
 
-@pytest.fixture(scope="module", params=EACH_FAMILY)
+class NoStream(contextlib.nullcontext):
+    """What stands in for a stream of an accelerator where there is none."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing runs apart, so that there is nothing to wait for."""
+
+
+@pytest.fixture
+def no_streams(monkeypatch):
+    """Offloaded caches on a machine without an accelerator: the same steps, from one memory to the same one."""
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: NoStream())
+
+
+@pytest.fixture(scope="module", params=ways.EACH_FAMILY)
 def family(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
+@pytest.fixture(scope="module", params=ways.SETTINGS)
 def compared(family, request):
     """Models of a family with a full and with a small budget, rows, and what each row scores alone."""
     torch.manual_seed(0)
     rows, scores = [*rows_of(4, shortest=40, step=25), random_ids(1)], []
-    for model, reference in full_and_small(family, **SETTINGS[request.param]):
+    for model, reference in full_and_small(family, **ways.SETTINGS[request.param]):
         with torch.inference_mode():
-            scores.append((model, alone(reference, rows)))
+            scores.append((model, ways.alone(reference, rows)))
     # All layers of Mistral slide, over fewer keys than a block holds.
-    assert family == "mistral" or attended_fraction(model) < 0.75
+    assert family == "mistral" or ways.attended_fraction(model) < 0.75
     return request.param, rows, scores
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ways.WAYS)
 def test_logits_are_dense_with_a_full_budget_and_those_of_the_row_alone_with_a_small_one(family, compared, way):
     setting, rows, ((full_model, dense), (small_model, own)) = compared
     with torch.inference_mode():
-        if way in WITHOUT_WINDOWS and slides(family):
+        if way in ways.WITHOUT_WINDOWS and slides(family):
             pytest.skip("a mask of the caller's takes the place of the windows")
-        if way in BY_PLACE and slides(family):
-            assert_close(WAYS[way](full_model, rows), WAYS[way](tiny_model(family), rows))
+        if way in ways.BY_PLACE and slides(family):
+            assert_close(ways.WAYS[way](full_model, rows), ways.WAYS[way](tiny_model(family), rows))
             return
-        found = WAYS[way](full_model, rows)
+        found = ways.WAYS[way](full_model, rows)
         assert_close(found, dense[: len(found)])
-        if setting in CUT_ANYWHERE or way not in CUTS:
-            found = WAYS[way](small_model, rows)
+        if setting in ways.CUT_ANYWHERE or way not in ways.CUTS:
+            found = ways.WAYS[way](small_model, rows)
             assert_close(found, own[: len(found)])
 
 
@@ -95,16 +82,16 @@ OTHER_EXPERT = 0.1
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_half_precision_is_that_of_dense_and_of_the_row_alone_whenever_it_is_taken(family, dtype):
     rows = rows_of(3)
-    for settings in (TOPK, UNASKED):
+    for settings in (ways.TOPK, ways.UNASKED):
         with torch.inference_mode():
             for model, reference in full_and_small(family, **settings):
-                expected = alone(reference.to(dtype), rows)
-                for found, row in zip(in_a_batch(model.to(dtype), rows), expected, strict=True):
+                expected = ways.alone(reference.to(dtype), rows)
+                for found, row in zip(ways.in_a_batch(model.to(dtype), rows), expected, strict=True):
                     assert found.dtype == dtype
                     error = (found - row).float().norm(dim=-1) / row.float().norm(dim=-1)
                     has_experts = hasattr(model.config, "num_local_experts")
                     assert (error > TOLERANCE[dtype]).float().mean() <= (OTHER_EXPERT if has_experts else 0)
-            before = patch_model(tiny_model(family).to(dtype), *SMALL, **settings)
+            before = patch_model(tiny_model(family).to(dtype), *ways.SMALL, **settings)
             assert torch.equal(before(rows[0][None]).logits, model(rows[0][None]).logits)
             dense = tiny_model(family).to(dtype)
             assert torch.equal(unpatch_model(model)(rows[0][None]).logits, dense(rows[0][None]).logits)
@@ -143,20 +130,12 @@ def skip_what_dense_cannot(family, way):
         pytest.skip(f"transformers cannot: {NOT_DENSE_EITHER[family, way]}")
 
 
-def generated(model, batch, **options):
-    """The new tokens of a batch, or of rows of ids ``[B, L]``."""
-    torch.manual_seed(5)
-    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": NEW, "disable_compile": True} | options
-    batch = batch if isinstance(batch, dict) else {"input_ids": batch}
-    return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
-
-
 def each_alone(model, rows, **options):
     options.pop("cache_implementation", None)
     return torch.cat([generated(model, row[None], **options) for row in rows])
 
 
-@EACH_FAMILY_AND_SETTING
+@ways.EACH_FAMILY_AND_SETTING
 @pytest.mark.parametrize("way", GENERATION)
 def test_generation_is_dense_with_a_full_budget_and_that_of_the_row_alone_with_a_small_one(
     family, way, settings, no_streams
@@ -179,33 +158,26 @@ def test_a_full_budget_generates_as_dense_by_every_strategy(family, strategy):
     repeated = random_ids(1, 9).repeat(1, 4)  # so that there is something to look up
     ids = repeated if strategy in ("prompt lookup", "early exit") else left_padded(rows_of(3))
     expected = generated(tiny_model(family), ids, **STRATEGIES[strategy])
-    for settings in (TOPK, {"on_drop": "dense", "max_dropped_mass": 0.5}):
+    for settings in (ways.TOPK, {"on_drop": "dense", "max_dropped_mass": 0.5}):
         model = full(family, **settings)
         assert torch.equal(generated(model, ids, **STRATEGIES[strategy]), expected)
-        assert attended_fraction(model) == 1.0
+        assert ways.attended_fraction(model) == 1.0
 
 
 def test_what_an_assistant_proposes_changes_no_token(family):
-    ids = random_ids(1, 40)
+    ids, lookup = random_ids(1, 40), STRATEGIES["prompt lookup"]
     for model, reference in full_and_small(family, key_index="always"):
         expected = generated(reference, ids)
-        for how in (
-            {"assistant_model": tiny_model("llama")},
-            {"assistant_model": small()},
-            STRATEGIES["prompt lookup"],
-        ):
+        for how in ({"assistant_model": tiny_model("llama")}, {"assistant_model": small()}, lookup):
             assert torch.equal(generated(model, ids, **how), expected)
     assert torch.equal(generated(tiny_model("llama"), ids), generated(tiny_model("llama"), ids, assistant_model=model))
-
-
-def caches_of(config):
-    return [DynamicCache(), DynamicCache(config=config), StaticCache(config=config, max_cache_len=120)]
 
 
 def test_a_cache_goes_on_over_several_calls_as_one_long_call_and_so_do_its_copies(family):
     turns = [random_ids(1, 23), random_ids(1, 9), random_ids(1, 1)]
     for model, reference in full_and_small(family, key_index="always"):
-        for cache in caches_of(model.config):
+        config = model.config
+        for cache in (DynamicCache(), DynamicCache(config=config), StaticCache(config=config, max_cache_len=120)):
             text = turns[0][:, :0]
             for turn in turns:
                 text = torch.cat((text, turn), 1)
@@ -214,13 +186,6 @@ def test_a_cache_goes_on_over_several_calls_as_one_long_call_and_so_do_its_copie
                 assert torch.equal(generated(model, text, past_key_values=cache), expected)
                 text = torch.cat((text, expected), 1)
             assert family != "llama" or all(layer.nc_indexes for layer in cache.layers)
-
-
-def test_an_offloaded_cache_keeps_its_index(no_streams):
-    model, ids = small(key_index="always"), random_ids(2, 60)
-    cache = DynamicCache(config=model.config, offloading=True)
-    assert torch.equal(generated(model, ids, past_key_values=cache), generated(model, ids))
-    assert all(layer.nc_indexes for layer in cache.layers)
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block"])
@@ -235,9 +200,9 @@ def test_a_chat_goes_on_with_its_cache_over_turns_padded_each_on_its_own(selecti
     assert torch.equal(found, each_alone(model, map(torch.cat, zip(first, answer, second, strict=True))))
 
 
-@pytest.mark.parametrize("options", CHOICES, ids=str)
+@pytest.mark.parametrize("options", ways.CHOICES, ids=str)
 def test_a_cropped_cache_goes_on_as_one_that_never_was_longer(options):
-    model, ids = patch_model(tiny_model("llama"), *SMALL, **options), random_ids(1, 60)
+    model, ids = patch_model(tiny_model("llama"), *ways.SMALL, **options), random_ids(1, 60)
     cache, plain = DynamicCache(), DynamicCache()
     generated(model, ids, past_key_values=cache)
     cache.crop(48 - cache.get_seq_length())
@@ -261,19 +226,19 @@ def test_a_quantised_cache_gives_the_logits_of_dense_over_the_same_cache(name, b
             logits.append(torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], 1))
     assert_close(logits[1], logits[0])
     assert not torch.allclose(logits[2], logits[0], atol=1e-3)
-    assert attended_fraction(model) < 1
+    assert ways.attended_fraction(model) < 1
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
 def test_generating_after_right_padding_is_refused_as_it_would_leave_a_hole(options):
     with pytest.raises(UnsupportedMaskError, match=r"holes.*to generate, to the left"):
-        generated(small(), right_padded(rows_of(3)), **options)
+        generated(small(), ways.right_padded(rows_of(3)), **options)
 
 
 @pytest.mark.parametrize("cut", [100, 117, 118, 149])
 def test_a_piece_of_at_most_32_tokens_that_continues_a_cache_decodes_and_a_longer_one_is_prefill(cut):
     dense, ids = tiny_model("llama"), random_ids(1, 150)
-    model = patch_model(tiny_model("llama"), *SMALL, prefill="dense", decode="topk")
+    model = patch_model(tiny_model("llama"), *ways.SMALL, prefill="dense", decode="topk")
     with torch.inference_mode():
         expected, found = [], []
         for each, results in ((dense, expected), (model, found)):

@@ -3,11 +3,8 @@
 However a model is run, a full budget gives dense attention's numbers, and a small one the numbers of each row alone.
 """
 
-import contextlib
-import copy
 import io
 import itertools
-import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -98,6 +95,14 @@ def attended_fraction(model: PreTrainedModel) -> float:
     return fraction
 
 
+def generated(model: PreTrainedModel, batch: Any, **options: Any) -> torch.Tensor:
+    """The six new tokens of a batch, or of rows of ids ``[B, L]``."""
+    torch.manual_seed(5)
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 6, "disable_compile": True} | options
+    batch = batch if isinstance(batch, dict) else {"input_ids": batch}
+    return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+
+
 def rows_of(count: int, shortest: int = 20, step: int = 7) -> list[torch.Tensor]:
     """Up to eight rows of random ids, each of another length."""
     return [random_ids(shortest + step * (3 * place % 8)) for place in range(count)]
@@ -139,12 +144,18 @@ def boundaries(kind: str, lengths: list[int]) -> dict[str, Any]:
     named: dict[str, Any] = {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
     if kind == "cu_seq_lens":
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        named |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-        named |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        named |= {f"cu_seq_lens_{of}": ends for of in "qk"} | {f"max_length_{of}": max(lengths) for of in "qk"}
     if kind == "seq_idx":
-        numbers = torch.arange(len(lengths), dtype=torch.int32)
-        named["seq_idx"] = numbers.repeat_interleave(torch.tensor(lengths))[None]
+        named["seq_idx"] = torch.arange(len(lengths)).int().repeat_interleave(torch.tensor(lengths))[None]
     return named
+
+
+def dynamic_cache(config: Any) -> DynamicCache:
+    return DynamicCache(config=config)
+
+
+def static_cache(config: Any) -> StaticCache:
+    return StaticCache(config=config, max_cache_len=250)
 
 
 # The ways: a model and rows of ids ``[L]`` → the logits of each row, ``[L, vocabulary]``.
@@ -155,15 +166,12 @@ def alone(model: Callable[..., Any], rows: Rows) -> Rows:
     return [model(row[None], use_cache=False).logits[0] for row in rows]
 
 
-def in_a_batch(
-    model: Callable[..., Any], rows: Rows, pad: Any = left_padded, cache: Any = None, **options: Any
-) -> Rows:
+def in_a_batch(model: Callable[..., Any], rows: Rows, pad: Any = left_padded, cache: Any = None) -> Rows:
     batch = pad(rows)
-    kept = batch["attention_mask"].bool()
     held = None if cache is None else cache(model.config)
-    options |= {"position_ids": positions_of(batch["attention_mask"]), "past_key_values": held}
+    options = {"position_ids": positions_of(batch["attention_mask"]), "past_key_values": held}
     logits = model(**batch, use_cache=held is not None, **options).logits
-    return [logits[place][tokens] for place, tokens in enumerate(kept)]
+    return [logits[place][tokens] for place, tokens in enumerate(batch["attention_mask"].bool())]
 
 
 def by_a_mask_of_four_dimensions(model: Callable[..., Any], rows: Rows, added: bool) -> Rows:
@@ -193,35 +201,29 @@ def packed_beside_a_mask(model: Callable[..., Any], rows: Rows, dimensions: int)
     return packed(model, rows, "cu_seq_lens" if dimensions == 4 else "position_ids", attention_mask=ones)
 
 
-def in_pieces(model: Callable[..., Any], rows: Rows, cache: Any) -> Rows:
-    """A padded batch: the first pieces hold only padding of some rows, the last ones several queries, and one."""
+def in_pieces(model: Callable[..., Any], rows: Rows, cuts: Callable[[int], Any], cache: Any = dynamic_cache) -> Rows:
+    """A batch padded on the left on a cache, cut at ``cuts`` of its length."""
     batch, logits = left_padded(rows), []
     held, positions = cache(model.config), positions_of(batch["attention_mask"])
-    length = batch["input_ids"].shape[1]
-    for first, last in itertools.pairwise((0, 1, 17, 38, 39, 60, length - 4, length - 1, length)):
-        piece = slice(first, last)
+    for first, last in itertools.pairwise(cuts(batch["input_ids"].shape[1])):
         options = {"attention_mask": batch["attention_mask"][:, :last], "past_key_values": held}
-        logits.append(model(batch["input_ids"][:, piece], position_ids=positions[:, piece], **options).logits)
+        ids = batch["input_ids"][:, first:last]
+        logits.append(model(ids, position_ids=positions[:, first:last], **options).logits)
     return [row[tokens] for row, tokens in zip(torch.cat(logits, 1), batch["attention_mask"].bool(), strict=True)]
 
 
-def cut_at_query_blocks(model: Callable[..., Any], rows: Rows, cache: Any) -> Rows:
-    """Each row by itself, cut at multiples of 64 tokens; the last piece has more queries than a decoding call."""
-    found = []
-    for row in rows:
-        held, cuts = cache(model.config), [0, *range(64, len(row) - 32, 64), len(row)]
-        pieces = [row[None, first:last] for first, last in itertools.pairwise(cuts)]
-        found.append(torch.cat([model(piece, past_key_values=held).logits[0] for piece in pieces]))
-    return found
+def anywhere(length: int) -> tuple[int, ...]:
+    """The first pieces hold only padding of some rows, the last ones several queries, and one."""
+    return (0, 1, 17, 38, 39, 60, length - 4, length - 1, length)
 
 
-def token_by_token(model: Callable[..., Any], rows: Rows) -> Rows:
-    row, cache = rows[0], DynamicCache(config=model.config)
-    return [torch.cat([model(token[None, None], past_key_values=cache).logits[0] for token in row])]
+def at_query_blocks(length: int) -> list[int]:
+    """Multiples of 64 tokens; the last piece has more queries than a decoding call."""
+    return [0, *range(64, length - 32, 64), length]
 
 
-def copied(model: PreTrainedModel, rows: Rows, copier: Callable[[Any], Any]) -> Rows:
-    return alone(copier(model), rows)
+def each_in_pieces(model: Callable[..., Any], rows: Rows, **options: Any) -> Rows:
+    return [in_pieces(model, [row], **options)[0] for row in rows]
 
 
 def saved_and_loaded(model: PreTrainedModel) -> PreTrainedModel:
@@ -237,14 +239,6 @@ def while_training(model: PreTrainedModel, rows: Rows) -> Rows:
             return [logits.detach() for logits in alone(model.train(), rows)]
         finally:
             model.eval()
-
-
-def dynamic_cache(config: Any) -> DynamicCache:
-    return DynamicCache(config=config)
-
-
-def static_cache(config: Any) -> StaticCache:
-    return StaticCache(config=config, max_cache_len=250)
 
 
 WAYS: dict[str, Callable[[Any, Rows], Rows]] = {
@@ -267,14 +261,11 @@ WAYS: dict[str, Callable[[Any, Rows], Rows]] = {
     "packed by numbers, padding between": partial(packed, kind="seq_idx", filler=99),
     "packed, with a mask of ones": partial(packed_beside_a_mask, dimensions=2),
     "packed, with a mask of four dimensions": partial(packed_beside_a_mask, dimensions=4),
-    "in pieces": partial(in_pieces, cache=dynamic_cache),
-    "in pieces, static cache": partial(in_pieces, cache=static_cache),
-    "cut at query blocks": partial(cut_at_query_blocks, cache=dynamic_cache),
-    "cut at query blocks, static cache": partial(cut_at_query_blocks, cache=static_cache),
-    "token by token": token_by_token,
-    "deepcopy": partial(copied, copier=copy.deepcopy),
-    "pickle": partial(copied, copier=lambda model: pickle.loads(pickle.dumps(model))),
-    "torch.save": partial(copied, copier=saved_and_loaded),
+    "in pieces": partial(in_pieces, cuts=anywhere),
+    "in pieces, static cache": partial(in_pieces, cuts=anywhere, cache=static_cache),
+    "cut at query blocks": partial(each_in_pieces, cuts=at_query_blocks),
+    "cut at query blocks, static cache": partial(each_in_pieces, cuts=at_query_blocks, cache=static_cache),
+    "token by token": lambda model, rows: in_pieces(model, rows[:1], cuts=lambda length: range(length + 1)),
     "while training": while_training,
 }
 # What blocks of queries, or decoding by another selection, need not score as the whole sequence does.
@@ -283,17 +274,3 @@ CUTS = ("in pieces", "in pieces, static cache", "token by token")
 # a mask of the caller's has none.
 BY_PLACE = tuple(name for name in WAYS if "holes" in name)
 WITHOUT_WINDOWS = tuple(name for name in WAYS if "four dimensions" in name)
-
-
-class _NoStream(contextlib.nullcontext):
-    """What stands in for a stream of an accelerator where there is none."""
-
-    def wait_stream(self, stream: object) -> None:
-        """Nothing runs apart, so that there is nothing to wait for."""
-
-
-@pytest.fixture
-def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offloaded caches on a machine without an accelerator: the same steps, from one memory to the same one."""
-    monkeypatch.setattr(torch, "Stream", _NoStream)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: _NoStream())
