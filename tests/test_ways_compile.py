@@ -13,6 +13,7 @@ from ways import (
     assert_close,
     boundaries,
     full_and_small,
+    generated,
     left_padded,
     rows_of,
     small,
@@ -30,15 +31,9 @@ EACH_PLAIN = pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN)
 def families_and_settings(*plain):
     """All families with two settings; those that are not ``plain`` are left to the wide sweep."""
     cases = [(family, name) for family in FAMILIES for name in ("topk", "unasked")]
-    return pytest.mark.parametrize(
-        ("family", "settings"),
-        [
-            pytest.param(
-                *(case[0], SETTINGS[case[1]]), marks=() if case in plain else pytest.mark.wide, id="-".join(case)
-            )
-            for case in cases
-        ],
-    )
+    marks = {case: () if case in plain else pytest.mark.wide for case in cases}
+    given = [pytest.param(case[0], SETTINGS[case[1]], marks=marks[case], id="-".join(case)) for case in cases]
+    return pytest.mark.parametrize(("family", "settings"), given)
 
 
 @pytest.fixture(autouse=True)
@@ -144,10 +139,9 @@ def test_a_compiled_call_refuses_a_padding_mask_with_holes():
 @pytest.mark.parametrize("selection", ["topk", pytest.param("window", marks=pytest.mark.wide), "block"])
 def test_a_compiled_static_cache_takes_holes_that_were_there_from_the_first_call(selection):
     model, batch = small(layers=1, selection=selection, block_size=16), with_holes(rows_of(3, shortest=30))
-    how = {"max_new_tokens": 5, "pad_token_id": 0, "disable_compile": True, "cache_implementation": "static"}
-    eager = model.generate(**batch, **how)
+    eager = generated(model, batch, cache_implementation="static")
     model.forward = whole(model.forward)
-    assert torch.equal(model.generate(**batch, **how), eager)
+    assert torch.equal(generated(model, batch, cache_implementation="static"), eager)
 
 
 def test_a_compiled_call_refuses_holes_that_come_once_the_cache_has_an_index():
@@ -166,15 +160,16 @@ def test_a_compiled_call_refuses_holes_that_come_once_the_cache_has_an_index():
     assert bool(eager.logits.isfinite().all())
 
 
-class Call(torch.nn.Module):
-    """A function as a module, for ``torch.export``."""
+def exported(function, inputs, shapes, model=None):
+    """What ``torch.export`` makes of a function of tensors, and of the model that it runs."""
 
-    def __init__(self, function, model=None):
-        super().__init__()
-        self.function, self.model = function, model
+    class Call(torch.nn.Module):
+        def forward(self, *tensors):
+            return function(*tensors)
 
-    def forward(self, *tensors):
-        return self.function(*tensors)
+    call = Call()
+    call.model = model
+    return torch.export.export(call, tuple(inputs), dynamic_shapes=(shapes,)).module()
 
 
 @pytest.mark.parametrize(
@@ -182,19 +177,18 @@ class Call(torch.nn.Module):
 )
 def test_an_exported_model_takes_every_length_from_two_on(settings):
     model, length = small(**{"layers": 1} | settings), torch.export.Dim("length", min=2, max=8192)
-    logits = Call(lambda ids: model(ids, use_cache=False).logits, model)
-    exported = torch.export.export(logits, (random_ids(2, 40),), dynamic_shapes=(({1: length},),)).module()
+    logits = lambda ids: model(ids, use_cache=False).logits  # noqa: E731
+    run = exported(logits, [random_ids(2, 40)], ({1: length},), model)
     for ids in (random_ids(2, length) for length in (2, 9, 16, 17, 70)):
-        assert_close(exported(ids), logits(ids))
+        assert_close(run(ids), logits(ids))
 
 
 @EACH_PLAIN
 def test_exported_attention_takes_every_number_of_queries_and_keys(settings):
-    attention = Call(lambda q, k, v: sparse_attention(q, k, v, alpha=2.0, C=0.5, **settings))
+    attention = lambda q, k, v: sparse_attention(q, k, v, alpha=2.0, C=0.5, **settings)  # noqa: E731
     tensors = lambda queries, keys: [torch.randn(1, h, n, 16) for h, n in ((4, queries), (2, keys), (2, keys))]  # noqa: E731
     queries, keys = torch.export.Dim("queries", min=2, max=512), torch.export.Dim("keys", min=2, max=4096)
-    shapes = (({2: queries}, {2: keys}, {2: keys}),)
-    exported = torch.export.export(attention, (*tensors(40, 90),), dynamic_shapes=shapes).module()
+    run = exported(attention, tensors(40, 90), ({2: queries}, {2: keys}, {2: keys}))
     for asked, seen in ((2, 2), (2, 9), (9, 17), (60, 70), (2, 300)):
         inputs = tensors(asked, seen)
-        assert_close(exported(*inputs), attention(*inputs))
+        assert_close(run(*inputs), attention(*inputs))

@@ -3,6 +3,7 @@
 import copy
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,17 +11,9 @@ from processes import free_port, start_call
 from tiny_models import random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, TextGenerationPipeline
-from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction, full, full_and_small, small
+from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction, full, full_and_small, generated, small
 
-from nc_patch import (
-    UnsupportedModelError,
-    is_patched,
-    nc_stats,
-    patch_model,
-    patched,
-    reset_stats,
-    unpatch_model,
-)
+from nc_patch import UnsupportedModelError, is_patched, nc_stats, patch_model, patched, reset_stats, unpatch_model
 from nc_patch.common import say_once
 from nc_patch.hooks import hand_on_mask
 from nc_patch.masks import interval_mask
@@ -29,30 +22,19 @@ from nc_patch.visibility import is_packed, made_for
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module  # noqa: E402
 
-
-def generated(model, ids, **options):
-    return model.generate(ids, **{"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options)
-
-
 # Devices
+
+
+def dispatch(model, directory):
+    """A device map that leaves a layer on disk."""
+    names = [*model.model.named_children(), *((f"layers.{i}", layer) for i, layer in enumerate(model.model.layers))]
+    places = {f"model.{name}": "disk" if name == "layers.1" else "cpu" for name, _ in names if name != "layers"}
+    places |= {name: "cpu" for name, _ in model.named_children() if name != "model"}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=directory, force_hooks=True)
 
 
 def offload_to_cpu(model, directory):
     return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-
-
-def offload_to_disk(model, directory):
-    accelerate.disk_offload(model, directory, execution_device=torch.device("cpu"))
-    return model
-
-
-def dispatch(model, directory):
-    """A device map that leaves every second layer on disk."""
-    inner = model.model
-    places = {f"model.{name}": "cpu" for name, _ in inner.named_children() if name != "layers"}
-    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(len(inner.layers))}
-    places |= {name: "cpu" for name, _ in model.named_children() if name != "model"}
-    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=directory, force_hooks=True)
 
 
 def load_by_a_device_map(model, directory):
@@ -61,7 +43,7 @@ def load_by_a_device_map(model, directory):
     return AutoModelForCausalLM.from_pretrained(directory, device_map="auto", **implementation)
 
 
-@pytest.mark.parametrize("place", [offload_to_cpu, offload_to_disk, dispatch, load_by_a_device_map])
+@pytest.mark.parametrize("place", [offload_to_cpu, dispatch, load_by_a_device_map])
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_where_weights_lie_changes_no_number_patched_before_or_after(family, place, tmp_path):
     ids, dense = random_ids(2, 40), tiny_model(family)
@@ -166,13 +148,12 @@ def int8_quanto(model):
 
 def int8_bitsandbytes(model):
     nn = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
-    for module in list(model.modules()):
-        for name, linear in list(module.named_children()):
-            if isinstance(linear, torch.nn.Linear):
-                sizes = (linear.in_features, linear.out_features)
-                quantised = nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
-                quantised.load_state_dict(linear.state_dict())
-                setattr(module, name, quantised.to("cpu"))
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in linears:
+        linear = model.get_submodule(name)
+        quantised = nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
+        quantised.load_state_dict(linear.state_dict())
+        model.set_submodule(name, quantised.to("cpu"))
 
 
 @pytest.mark.parametrize("quantise", [int8_torchao, int8_quanto, int8_bitsandbytes])
@@ -237,23 +218,14 @@ THREADS = 4
 
 def in_threads(work):
     """Results of ``work(i)`` in so many threads, begun together; raises what one of them raised."""
-    results, problems, together = {}, [], threading.Barrier(THREADS)
+    together = threading.Barrier(THREADS)
 
     def run(i):
-        try:
-            together.wait()
-            results[i] = work(i)
-        except BaseException as problem:
-            problems.append(problem)
+        together.wait()
+        return work(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if problems:
-        raise problems[0]
-    return [results[i] for i in range(THREADS)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(run, range(THREADS)))
 
 
 def test_threads_that_generate_on_one_model_get_what_one_alone_gets_and_every_call_is_counted():

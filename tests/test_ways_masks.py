@@ -8,17 +8,13 @@ import torch
 import transformers
 from tiny_models import VOCABULARY, random_ids, tiny_model
 from transformers import DynamicCache
-from ways import assert_close, attended_fraction, boundaries, full, left_padded, rows_of, small, with_holes
+from ways import assert_close, attended_fraction, boundaries, full, generated, left_padded, rows_of, small, with_holes
 
 from nc_patch import UnsupportedMaskError, nc_stats, patch_model
 from nc_patch.common import say_once
 from nc_patch.masks import interval_mask
 
 SELECTIONS = pytest.mark.parametrize("selection", ["topk", "window", "block"])
-
-
-def generated(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model.generate(**batch, do_sample=False, pad_token_id=0, max_new_tokens=5, disable_compile=True)
 
 
 # Packed sequences
@@ -29,9 +25,8 @@ def test_the_cache_of_packed_sequences_goes_on_as_one_sequence(selection):
     model, ids, cache, plain = small(selection=selection), random_ids(1, 110), DynamicCache(), DynamicCache()
     with torch.inference_mode():
         model(ids, past_key_values=cache, **boundaries("positions", [40, 70]))
-        plain.layers = [type(layer)() for layer in cache.layers]
-        for layer, held in zip(plain.layers, cache.layers, strict=True):
-            layer.update(held.keys, held.values)
+        for number, held in enumerate(cache.layers):
+            plain.update(held.keys, held.values, number)
         later = {"input_ids": random_ids(1, 1), "position_ids": torch.tensor([[70]])}
         assert_close(*(model(**later, past_key_values=each).logits for each in (cache, plain)))
 
@@ -72,8 +67,7 @@ def test_boundaries_that_do_not_fit_are_refused(ends, key_ends, rows):
 def test_holes_are_said_once_in_the_log(caplog):
     model, batch = small(), with_holes(rows_of(3))
     say_once.cache_clear()
-    for _ in range(2):
-        model(**batch)
+    model(**batch), model(**batch)
     assert sum("mask of a call has holes" in record.message for record in caplog.records) == 1
 
 
@@ -104,10 +98,7 @@ def test_prompt_tuning_before_left_padding_equals_dense_at_a_full_budget_and_tra
 
 def vision_model() -> Any:
     """A tiny Gemma 3 whose image tokens see one another both ways, in a layer that slides and in one that does not."""
-    text = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}
-    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-    text |= {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+    text = tiny_model("gemma2", num_hidden_layers=2, sliding_window=24).config.to_dict() | {"model_type": "gemma3_text"}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"vision_config": vision | {"image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4}
     config = transformers.Gemma3Config(text_config=text, image_token_index=VOCABULARY - 1, **sizes)
