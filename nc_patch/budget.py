@@ -27,9 +27,7 @@ def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, dense_below: in
     """Number of keys attended by a query that may see ``n`` keys: ``min(n, max(min_keys, ceil(alpha * n**C)))``.
 
     All of them where ``n`` is at most ``dense_below``. In float64; arXiv 2404.02690 shows that Ω(n^C) entries suffice.
-
-    Raises:
-        ValueError: ``n`` is negative.
+    Raises ValueError for a negative ``n``.
     """
     if n < 0:
         raise ValueError(f"n must be the number of visible keys, at least 0, got {n}")

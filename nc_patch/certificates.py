@@ -1,8 +1,7 @@
 """What a call of attention is certain to keep of the dense softmax mass, and what happens where that is too little.
 
-The kept mass of a row, a query and a head, is the sum of the dense softmax weights of the keys that it attends, over
-the keys alone: neither a learned sink nor the means of ``tail="mean"`` count. A certificate is an interval that holds
-it whatever the rounding: from codes, or from every score.
+The kept mass of a row, a query and a head, is the sum of the dense softmax weights of the keys that it attends, without
+a learned sink and the means of ``tail="mean"``. A certificate is an interval that holds it whatever the rounding.
 """
 
 import torch
@@ -26,12 +25,9 @@ def record(
     """Counts the kept mass of a call, and does what ``on_drop`` asks where it is too little.
 
     ``result`` has an audit, or what ``certified_bounds`` needs. Returns whether the call is to be done again, dense; it
-    is then not counted.
-
-    Raises:
-        DroppedMassError: ``on_drop`` is ``"raise"``.
+    is then not counted. Raises DroppedMassError where ``on_drop`` is ``"raise"``.
     """
-    limit, audit = 1 - config.max_dropped_mass, result.audit
+    limit, audit, mass = 1 - config.max_dropped_mass, result.audit, counters.mass[phase]
     if audit is None:
         bounds = certified_bounds(result, problem)
         kept = bounds[..., 0]
@@ -44,10 +40,9 @@ def record(
     if error is not None and config.on_drop == "dense":
         return True
     if audit is None:
-        basis = "exact" if result.kept_mass_bounds is None else "bounds"
-        counters.mass[phase].add_bounds(basis, bounds, problem.visible, limit)
+        mass.add_bounds("exact" if result.kept_mass_bounds is None else "bounds", bounds, problem.visible, limit)
     else:
-        counters.mass[phase].add_audit(audit, result.enlarged)
+        mass.add_audit(audit, result.enlarged)
     if error is not None and config.on_drop == "raise":
         raise error
     if first:

@@ -189,8 +189,7 @@ def _is_on(device: torch.device) -> bool:
 def check_directory(directory: Path, names: Iterable[str] = ()) -> None:
     """Makes a directory where it is missing, before a long run whose end is to write files of these names there.
 
-    Raises:
-        OSError: it cannot be made or written, or a directory is in the place of a file.
+    Raises OSError where it cannot be made or written, or a directory is in the place of a file.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -201,11 +200,7 @@ def check_directory(directory: Path, names: Iterable[str] = ()) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file beside ``path`` and puts it in its place.
-
-    Raises:
-        OSError: the directory cannot be written, or the disk is full; ``path`` is as it was.
-    """
+    """Writes a file beside ``path`` and puts it in its place; after an OSError ``path`` is as it was."""
     temporary = ""
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

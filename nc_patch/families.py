@@ -53,11 +53,7 @@ def check_is_module(model: object) -> None:
 
 
 def attention_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
-    """(layer index, module) of the attention modules to patch.
-
-    Raises:
-        UnsupportedModelError: the model cannot be patched; the message says why, and what to do.
-    """
+    """(layer index, module) of the attention modules to patch; raises UnsupportedModelError, which says why not."""
     check_is_module(model)
     inner, name = _inner(model), type(model).__name__
     if inner is None:

@@ -6,7 +6,7 @@ Counting never reads the device while the model runs: a call appends small tenso
 import itertools
 import math
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,59 +76,58 @@ class Sums:
     join: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda tensors: tensors.sum(0))
 
     def __init__(self) -> None:
-        self._pending: list[torch.Tensor] = []
+        self._counts: list[torch.Tensor] = []
         # Calls of few queries, whose tally is taken together: values, intervals, and the setting of ``tally``.
-        self._later: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
+        self._calls: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
 
     def add(self, counts: torch.Tensor) -> None:
         """Adds a tensor as ``tally`` makes it."""
         with _LOCK:
-            self._pending.append(counts)
-            if len(self._pending) >= _FOLD_AT:
-                self._fold()
+            self._counts.append(counts)
+            self._fold(_FOLD_AT)
 
     def add_later(self, values: torch.Tensor, visible: torch.Tensor, setting: Any) -> None:
         """Adds the tally of a call; where it has few queries it is taken of many such calls together."""
+        if values.shape[2] > MAX_DECODE_QUERIES:
+            self.add(self.tally(values, visible, setting))
+            return
         with _LOCK:
-            if values.shape[2] > MAX_DECODE_QUERIES:
-                self.add(self.tally(values, visible, setting))
-                return
-            if self._later and (self._later[0][0].shape, self._later[0][2]) != (values.shape, setting):
-                self._take_tally()
-            self._later.append((values, visible, setting))
-            if len(self._later) >= _FOLD_AT:
-                self._take_tally()
+            self._calls.append((values, visible, setting))
+            self._fold(_FOLD_AT)
 
     def read(self) -> torch.Tensor:
         """The sum, float64 on the CPU; empty where nothing was added. Reads the device."""
         with _LOCK:
-            self._take_tally()
-            self._fold()
-            self._pending = [each.cpu() for each in self._pending]
-            return self._pending[0] if self._pending else torch.empty(0, dtype=torch.float64)
+            self._fold(1)
+            self._counts = [counts.cpu() for counts in self._counts]
+            return self._counts[0] if self._counts else torch.empty(0, dtype=torch.float64)
 
-    def _fold(self) -> None:
-        self._pending = [self.join(_together(torch.stack, self._pending))] if self._pending else []
-
-    def _take_tally(self) -> None:
-        later, self._later = self._later, []
-        if later:
-            values, visible, settings = zip(*later, strict=True)
-            self.add(self.tally(_together(torch.cat, values), _together(torch.cat, visible), settings[0]))
+    def _fold(self, least: int) -> None:
+        """Makes one tensor of all that waits, where there is as much."""
+        if len(self._calls) >= least:
+            alike: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+            for values, visible, setting in self._calls:
+                alike[values.shape, setting].append((values, visible))
+            self._calls = []
+            for (_, setting), calls in alike.items():
+                together = (torch.cat(_on_one_device(tensors)) for tensors in zip(*calls, strict=True))
+                self._counts.append(self.tally(*together, setting))
+        if len(self._counts) >= least:
+            self._counts = [self.join(torch.stack(_on_one_device(self._counts)))]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold numbers, not tensors of a device or of inference mode.
         with _LOCK:
-            return {**vars(self), "_later": [], "_pending": self.read().tolist()}
+            return {**vars(self), "_calls": [], "_counts": [self.read().tolist()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        numbers = state["_pending"]
-        vars(self).update(state, _pending=[torch.tensor(numbers, dtype=torch.float64)] if numbers else [])
+        counts = [torch.tensor(numbers, dtype=torch.float64) for numbers in state["_counts"] if numbers]
+        vars(self).update(state, _counts=counts)
 
 
-def _together(join: Callable[[list[torch.Tensor]], torch.Tensor], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Joins tensors on the device of the last: a model may have been moved while it was counted, or be in replicas."""
-    return join([tensor.to(tensors[-1].device) for tensor in tensors])
+def _on_one_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors on the device of the last: a model may have been moved while it was counted, or be in replicas."""
+    return [tensor.to(tensors[-1].device) for tensor in tensors]
 
 
 class MassCounts(Sums):
@@ -163,13 +162,15 @@ class MassCounts(Sums):
         if overall is None:
             return None
         *heads, every = self.read().tolist()
-        of_heads, (blocks, enlarged) = [_figures(head) for head in heads], every[6:8]
+        names = ("mean", "lower", "upper", "least")
+        by_head: dict[str, Any] = {f"{name}_by_head": [_figures(head)[name] for head in heads] for name in names}
+        if overall["least"] is None:
+            by_head["least_by_head"] = None
         return {
             "calls": dict(self.calls),
             **overall,
-            **{f"{name}_by_head": [head[name] for head in of_heads] for name in ("mean", "lower", "upper")},
-            "least_by_head": None if overall["least"] is None else [head["least"] for head in of_heads],
-            "enlarged_fraction": enlarged / blocks if blocks else None,
+            **by_head,
+            "enlarged_fraction": every[7] / every[6] if every[6] else None,
         }
 
 

@@ -48,8 +48,8 @@ def calibrate(
 
     Args:
         model: a causal language model that ``patch_model`` takes.
-        tokenizer: of the model; None where ``texts`` are tokens.
-        texts: texts, or lists of token ids; the pieces are taken evenly from all of them, and do not overlap.
+        tokenizer: of the model; None where ``texts`` are lists of token ids.
+        texts: the pieces are taken evenly from all of them, and do not overlap.
         lengths: at least two numbers of tokens; a piece is as long as the longest.
         target: share of the softmax mass that the laws of the profile are for; see ``Profile.at_mass``.
         eps: shares of the mass that may be missing, for each of which a power law is fitted; 1 - target joins them.
@@ -88,10 +88,7 @@ def calibrate(
 def cut_pieces(tokenizer: Any, texts: Sequence[Any], length: int, pieces: int) -> list[list[int]]:
     """Token ids of ``pieces`` stretches of ``length`` tokens that do not overlap, taken in turn from all texts.
 
-    What the tokenizer puts before a text (a BOS token) stands before each stretch.
-
-    Raises:
-        ProfileError: there is no text, or it is too short.
+    What the tokenizer puts before a text (a BOS token) stands before each. Raises ProfileError where text is too short.
     """
     if isinstance(texts, str) or not isinstance(texts, Sequence) or not len(texts):
         raise ProfileError(f"texts must be a list of at least one text, or list of token ids, got {shown(texts)}")

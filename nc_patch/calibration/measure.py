@@ -30,8 +30,7 @@ _TOPK = TopK()  # curves are of what it attends by default
 class Plan:
     """What is measured on each piece of text: so many rows just before each of the ascending lengths.
 
-    The keys that hold all but a share of the mass are counted for each of the ascending ``eps``; ``seed`` is that of
-    random directions and sampled tokens.
+    The keys that hold all but a share of the mass are counted for each of the ascending ``eps``.
     """
 
     lengths: tuple[int, ...]
@@ -56,11 +55,10 @@ class Plan:
 class Piece(NamedTuple):
     """What one piece of text gave; L lengths, M layers, H query heads, R rows, G numbers of keys, E shares.
 
-    Attributes:
-        visible, support: int32 ``[L, M, R]`` and ``[E, L, M, H, R]``, as in ``RowCurves``.
-        kept, error: float32 ``[L, M, H, G]``, means over rows of the mass kept and of the output error's squared norm.
-        loss: float32 ``[L', M, H, G]`` for lengths up to ``GRADIENT_LENGTH``, nats per token that this error adds: half
-            its mean square along the loss's gradient for tokens that the model draws (the Fisher information).
+    ``visible`` int32 ``[L, M, R]`` and ``support`` int32 ``[E, L, M, H, R]`` are as in ``RowCurves``; ``kept`` and
+    ``error`` float32 ``[L, M, H, G]`` means over rows of the mass kept and of the output error's squared norm; ``loss``
+    float32 ``[L', M, H, G]``, for lengths up to ``GRADIENT_LENGTH``, nats per token that this error adds: half its mean
+    square along the loss's gradient for tokens that the model draws (the Fisher information).
     """
 
     visible: np.ndarray
@@ -73,11 +71,8 @@ class Piece(NamedTuple):
 def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable[[], Any] = lambda: None) -> Piece:
     """What the attention of a model holds on a piece of text, from a dense pass and one with gradients.
 
-    The model is left as it was: its patch, its training modes and its parameters' ``requires_grad``. There are as many
-    ``ids`` as the longest length; ``on_layer`` is called after each layer of each of the two passes.
-
-    Raises:
-        ProfileError: the attention holds NaN or Inf.
+    There are as many ``ids`` as the longest length; ``on_layer`` is called after each layer of each of the two passes.
+    The model is left as it was. Raises ProfileError where the attention holds NaN or Inf.
     """
     (M, H), L, R, G = model_shape(model), len(plan.lengths), plan.rows, len(plan.keys)
     beginning = [n for n in plan.lengths if n <= max(GRADIENT_LENGTH, plan.lengths[0])]
@@ -153,14 +148,12 @@ def loss_of_drawn_tokens(logits: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 class RowCurves(NamedTuple):
-    """What rows of one layer hold; H query heads, R rows, G numbers of keys, E shares of the mass, P probes.
+    """What rows of one layer hold; H query heads, R rows, G numbers of keys, E shares of the mass.
 
-    Attributes:
-        visible: int64 ``[R]``, how many keys each row sees.
-        support: int32 ``[E, H, R]``, the smallest number of keys that hold the share 1 - eps of the softmax mass.
-        kept: float32 ``[G, H, R]``, the mass of the keys that top-k attends with each number of keys.
-        error: float32 ``[G, H, R]``, the square of the output's difference from the dense one, summed over the probes
-            along which it is taken; with standard normal ones its mean is P times the difference's squared norm.
+    ``visible`` int64 ``[R]`` is how many keys each row sees; ``support`` int32 ``[E, H, R]`` the smallest number of
+    keys that hold the share 1 - eps of the softmax mass; ``kept`` float32 ``[G, H, R]`` the mass of the keys that top-k
+    attends with each number of keys; ``error`` float32 ``[G, H, R]`` the square of the output's difference from the
+    dense one, summed over the probes along which it is taken.
     """
 
     visible: torch.Tensor
@@ -172,14 +165,10 @@ class RowCurves(NamedTuple):
 def row_curves(
     call: Observed, rows: torch.Tensor, keys: Sequence[int], eps: Sequence[float], probes: torch.Tensor
 ) -> RowCurves:
-    """The curves of some rows of one attention call, exact but for the rounding of float32 scores.
+    """The curves of rows of a call of one sequence, exact but for the rounding of float32 scores.
 
-    Args:
-        call: of one sequence.
-        rows: int64 ``[R]``, which queries; each sees at least one key.
-        keys: G numbers of keys, ascending, at least ``SMALLEST_KEYS``.
-        eps: E shares of the mass that may be missing, in (0, 1).
-        probes: float32 ``[P, H, R, Dv]``, directions along which the error of the output is measured.
+    ``rows`` int64 ``[R]`` are queries that see at least one key, ``keys`` ascending numbers from ``SMALLEST_KEYS`` on,
+    ``eps`` shares of the mass that may be missing, ``probes`` float32 ``[P, H, R, Dv]`` directions of the output.
     """
     problem = call.problem
     rows, probes = rows.to(problem.query.device), probes.to(problem.query.device)
