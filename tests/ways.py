@@ -202,14 +202,16 @@ def packed_beside_a_mask(model: Callable[..., Any], rows: Rows, dimensions: int)
 
 
 def in_pieces(model: Callable[..., Any], rows: Rows, cuts: Callable[[int], Any], cache: Any = dynamic_cache) -> Rows:
-    """A batch padded on the left on a cache, cut at ``cuts`` of its length."""
+    """A batch padded on the left on a cache, the model's own where ``cache`` is None, cut at ``cuts`` of its length."""
     batch, logits = left_padded(rows), []
-    held, positions = cache(model.config), positions_of(batch["attention_mask"])
-    for first, last in itertools.pairwise(cuts(batch["input_ids"].shape[1])):
-        options = {"attention_mask": batch["attention_mask"][:, :last], "past_key_values": held}
-        ids = batch["input_ids"][:, first:last]
-        logits.append(model(ids, position_ids=positions[:, first:last], **options).logits)
-    return [row[tokens] for row, tokens in zip(torch.cat(logits, 1), batch["attention_mask"].bool(), strict=True)]
+    mask, held = batch["attention_mask"], None if cache is None else cache(model.config)
+    for first, last in itertools.pairwise(cuts(mask.shape[1])):
+        options = {"attention_mask": None if mask.all() else mask[:, :last], "past_key_values": held, "use_cache": True}
+        ids, positions = (of[:, first:last] for of in (batch["input_ids"], positions_of(mask)))
+        out = model(ids, position_ids=positions, **options)
+        held = out.past_key_values
+        logits.append(out.logits)
+    return [row[tokens] for row, tokens in zip(torch.cat(logits, 1), mask.bool(), strict=True)]
 
 
 def anywhere(length: int) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ out first, and then nothing more is asked of the patched model than to do the sa
 """
 
 import inspect
-import itertools
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from family_walk import Family
 from transformers import PreTrainedModel
 
 from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
+
+sys.path.append(str(Path(__file__).parents[1]))  # for scripts, which know of this folder alone
+import ways
 
 LENGTH, PADDING, STEPS = 41, 12, 4
 # Rounding of logits, for logits of size 1 and, relatively, for larger ones.
@@ -65,32 +69,24 @@ class Outcome:
 class _Runs:
     """The ways of running one model that are compared."""
 
-    def __init__(self, model: PreTrainedModel, family: Family) -> None:
-        self.model = model.eval()
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.config = model.eval(), model.config
         self.takes = set(inspect.signature(type(model).forward).parameters)
         generator = torch.Generator().manual_seed(7)
-        self.ids = torch.randint(2, VOCABULARY, (1, LENGTH), generator=generator)
-        self.other = torch.randint(2, VOCABULARY, (1, LENGTH + PADDING), generator=generator)
-        self.batch = torch.cat((torch.cat((torch.zeros(1, PADDING, dtype=torch.long), self.ids), 1), self.other))
-        self.padding = torch.ones_like(self.batch)
-        self.padding[0, :PADDING] = 0
+        self.ids, self.other = (
+            torch.randint(2, VOCABULARY, (n,), generator=generator) for n in (LENGTH, LENGTH + PADDING)
+        )
         with torch.inference_mode():
-            self._find_out()
+            given = self(self.ids[None], position_ids=torch.arange(LENGTH)[None], use_cache=False).logits[0]
+            if _difference(given, self.alone()) > DIFFERENT:  # it does not count positions from 0: it is given none
+                self.takes.discard("position_ids")
 
-    def _find_out(self) -> None:
-        """Finds out whether the family counts positions from 0: to others none are passed."""
-        if "position_ids" in self.takes:
-            positions = torch.arange(LENGTH)[None]
-            given = self.logits(self.ids, position_ids=positions, use_cache=False).logits[0]
-            if _difference(given, self.alone()) > DIFFERENT:
-                self.takes.remove("position_ids")
-
-    def logits(self, ids: torch.Tensor, **arguments: Any) -> Any:
+    def __call__(self, ids: torch.Tensor, **arguments: Any) -> Any:
         arguments = {name: value for name, value in arguments.items() if name in self.takes and value is not None}
         return self.model(input_ids=ids, **arguments)
 
     def alone(self, length: int = LENGTH) -> torch.Tensor:
-        return self.logits(self.ids[:, :length], use_cache=False).logits[0]
+        return ways.alone(self, [self.ids[:length]])[0]
 
     def single(self) -> torch.Tensor:
         return self.alone(1)
@@ -99,46 +95,22 @@ class _Runs:
         return self.alone(2)
 
     def padded(self) -> torch.Tensor:
-        """Logits of both rows' tokens, the padded row first."""
-        positions = (self.padding.cumsum(-1) - 1).clamp(min=0)
-        out = self.logits(self.batch, attention_mask=self.padding, position_ids=positions, use_cache=False)
-        return out.logits[self.padding.bool()]
+        return torch.cat(ways.in_a_batch(self, [self.ids, self.other]))
 
     def packed(self, use_cache: bool = False) -> torch.Tensor:
-        """Logits of the second of two packed sequences, which is ``ids``."""
-        positions = torch.cat((torch.arange(LENGTH + PADDING), torch.arange(LENGTH)))[None]
-        ids = torch.cat((self.other, self.ids), 1)
-        return self.logits(ids, position_ids=positions, use_cache=use_cache).logits[0, LENGTH + PADDING :]
-
-    def pieces(self, cuts: list[int]) -> torch.Tensor:
-        """Logits of ``ids`` run in pieces on one cache, the model's own."""
-        cache, results = None, []
-        for first, last in itertools.pairwise(cuts):
-            positions = torch.arange(first, last)[None]
-            out = self.logits(self.ids[:, first:last], past_key_values=cache, position_ids=positions, use_cache=True)
-            cache = out.past_key_values
-            results.append(out.logits[0])
-        return torch.cat(results)
+        return ways.packed(self, [self.other, self.ids], "positions", use_cache=use_cache)[1]
 
     def chunks(self) -> torch.Tensor:
-        return self.pieces([0, 14, 15, 30, LENGTH])
+        return ways.in_pieces(self, [self.ids], lambda length: (0, 14, 15, 30, length), cache=None)[0]
 
     def steps(self) -> torch.Tensor:
-        return self.pieces([0, *range(LENGTH - 12, LENGTH + 1)])
+        return ways.in_pieces(self, [self.ids], lambda length: (0, *range(length - 12, length + 1)), cache=None)[0]
 
     def generated(self) -> torch.Tensor:
         """Logits of a few greedy steps after the left-padded batch."""
-        out = self.model.generate(
-            self.batch,
-            attention_mask=self.padding,
-            max_new_tokens=STEPS,
-            min_new_tokens=STEPS,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            disable_compile=True,
-            pad_token_id=0,
-        )
+        how = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
+        how |= {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "pad_token_id": 0}
+        out = self.model.generate(**ways.left_padded([self.ids, self.other]), **how)
         return torch.stack(out.logits, 1).flatten(0, 1)
 
 
@@ -161,7 +133,7 @@ def examine(family: Family) -> Outcome:
             outcome.wrong.append("a refused model was changed")
         return outcome
     unpatch_model(model)
-    runs = _Runs(model, family)
+    runs = _Runs(model)
     patch_model(model, **FULL["topk"])
     with torch.inference_mode():
         try:
@@ -176,7 +148,7 @@ def examine(family: Family) -> Outcome:
 
 def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outcome: Outcome) -> None:
     before = runs.alone()
-    reference = _Runs(tiny_model(family, "eager"), family)
+    reference = _Runs(tiny_model(family, "eager"))
     alone = reference.alone()
     expected: dict[str, torch.Tensor] = {"prefill": alone}
     ways: dict[str, Any] = {"prefill": runs.alone}
