@@ -26,12 +26,12 @@ TOLERANCE = 2e-5
 # Where two runs of a dense model differ by more than this, they are not meant to be the same.
 DIFFERENT = 1e-3
 FULL = {
-    "topk": {"alpha": 500.0, "C": 0.0},
-    "window": {"alpha": 500.0, "C": 0.0},
-    "block": {"alpha": 500.0, "C": 0.0, "block_size": 16},
+    "topk": {"alpha": 500.0, "C": 0.0, "dense_below": 0},
+    "window": {"alpha": 500.0, "C": 0.0, "dense_below": 0},
+    "block": {"alpha": 500.0, "C": 0.0, "dense_below": 0, "block_size": 16},
     "dense": {"alpha": 1.0, "C": 1.0},
 }
-_BUDGET = {"alpha": 1.0, "C": 0.5, "sink_keys": 1}
+_BUDGET = {"alpha": 1.0, "C": 0.5, "dense_below": 0, "sink_keys": 1}
 SMALL: dict[str, dict[str, Any]] = {
     "topk": {"selection": "topk", "tail": "drop", **_BUDGET},
     "topk by an index, with means": {"selection": "topk", "tail": "mean", "key_index": "always", **_BUDGET},
@@ -81,9 +81,9 @@ class _Runs:
             if _difference(given, self.alone()) > DIFFERENT:  # it does not count positions from 0: it is given none
                 self.takes.discard("position_ids")
 
-    def __call__(self, ids: torch.Tensor, **arguments: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, **arguments: Any) -> Any:
         arguments = {name: value for name, value in arguments.items() if name in self.takes and value is not None}
-        return self.model(input_ids=ids, **arguments)
+        return self.model(input_ids=input_ids, **arguments)
 
     def alone(self, length: int = LENGTH) -> torch.Tensor:
         return ways.alone(self, [self.ids[:length]])[0]
