@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from profiles import made_up_profile
 
 from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
-from nc_patch.budget import _device_steps, row_budgets
+from nc_patch.budget import _laws, row_budgets
 from nc_patch.common import as_bool, as_integer, as_number
 from nc_patch.selections import Window
 
@@ -202,23 +202,29 @@ def test_lists_are_taken_from_arrays_tensors_and_any_iterable(make):
 # The budget law; test_budgets.py holds that all ways to a budget agree
 
 
-def test_budgets_of_many_heads_and_of_a_few_huge_n_take_little_memory():
-    laws = tuple((2.0 + head / 100, 0.5) for head in range(64))
-    empty = torch.empty(0, 4, 2, dtype=torch.int32)
-    alphas, exponents = map(list, zip(*laws, strict=True))
-    assert row_budgets(empty, 8, alphas, exponents, 1).shape == (0, 64, 4)
-    assert row_budgets(empty.view(2, 0, 2), 8, alphas, exponents, 1).shape == (2, 64, 0)
-    steps, _ = _device_steps(2**20, laws, 1, torch.device("cpu"))
-    assert steps.numel() < 64 * 2800  # the largest budget, where a table would have a million entries a head
-    n, config = torch.tensor([[2**31 - 1, 7], [10**9, 7]]), NCConfig(2.0, 0.5)
-    assert config.budget(n).tolist() == [[math.ceil(2 * math.sqrt(int(x))) for x in row] for row in n]
+def test_budgets_of_many_heads_and_of_huge_n_are_exact():
+    draw = np.random.default_rng(0)
+    squares, fractions = (
+        draw.integers(1, 46340, 300),
+        [Fraction(1, 1), Fraction(2, 1), Fraction(5, 8), Fraction(300, 1)],
+    )
+    n = np.concatenate([squares**2 + off for off in (-1, 0, 1)] + [draw.integers(1, 2**31, 300), [0, 2**31 - 1]])
+    visible = torch.from_numpy(np.stack((np.zeros_like(n), n), -1)).int()[None]
+    found = row_budgets(visible, 2**31 - 1, [float(f) for f in fractions], [0.5] * 4, 1)
+    for factor, of_law in zip(fractions, found[0].tolist(), strict=True):
+        # ceil(sqrt(x)) of whole numbers x is exact.
+        scaled = [-(-(factor.numerator**2) * int(x) // factor.denominator**2) for x in n]
+        expected = [min(int(x), math.isqrt(y - 1) + 1) if x else 0 for x, y in zip(n, scaled, strict=True)]
+        assert of_law == expected
+        assert NCConfig(float(factor), 0.5).budget(torch.from_numpy(n)).tolist() == expected
+    assert row_budgets(visible[:0], 8, [1.0, 2.0], [0.5] * 2, 1).shape == (0, 2, len(n))
 
 
 @pytest.mark.parametrize("name", ["cpu", "meta"])
-def test_steps_made_in_inference_mode_serve_training(name):
+def test_laws_sent_to_a_device_in_inference_mode_serve_training(name):
     # On the device "meta" as on a GPU: they are copied by a thread that no mode of this one applies to.
     with torch.inference_mode():
-        made = _device_steps(4096, ((1.375, 0.75), (2.0, 0.5)), 1, torch.device(name))
+        made = _laws((1.375, 2.0), (0.75, 0.5), torch.device(name))
     assert [(each.device.type, each.is_inference()) for each in made] == [(name, False)] * 2
 
 

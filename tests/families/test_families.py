@@ -31,9 +31,6 @@ BY_NAME = {family.name: family for family in families()}
 _RECORD = json.loads((Path(__file__).parents[2] / "docs" / "results" / "families.json").read_text(encoding="utf-8"))
 RECORDED = {each["class_name"]: each for each in _RECORD["families"]}
 RECORDED_WITH = _RECORD["versions"]["transformers"]
-    {each["class_name"]: each for each in _RECORD["families"]},
-    _RECORD["versions"]["transformers"],
-)
 
 
 def family_named(name: str) -> Family:
