@@ -152,10 +152,10 @@ def test_it_is_a_frozen_value_that_json_and_its_repr_hold(alpha):
 
 
 def test_the_repr_says_what_differs_from_the_defaults_and_stays_short():
+    profiled = NCConfig([[1.0, 2.0, 3.0]] * 30, [0.5] * 30, dense_below=7, selection="topk")
+    layers = "alpha=<30 layers of 3 heads, 1 to 3>, C=<30 layers, 0.5 to 0.5>"
+    assert repr(profiled) == f"NCConfig({layers}, selection='topk', dense_below=7)"
     assert repr(NCConfig(2.0, 0.5)) == "NCConfig(alpha=2.0, C=0.5)"
-    assert repr(NCConfig(2.0, 0.5, selection="topk")) == "NCConfig(alpha=2.0, C=0.5, selection='topk')"
-    profiled = NCConfig([[1.0, 2.0, 3.0]] * 30, [0.5] * 30, dense_below=7)
-    assert repr(profiled) == "NCConfig(alpha=<30 layers of 3 heads, 1 to 3>, C=<30 layers, 0.5 to 0.5>, dense_below=7)"
 
 
 # Numbers of Python, numpy and PyTorch

@@ -53,22 +53,14 @@ def test_a_lora_step_is_dense_with_a_full_budget_whether_patched_before_or_after
     assert_same(gradients(patch_model(with_lora(tiny_model(family)), *FULL, selection="topk"), ids), expected)
 
 
-def test_lora_training_lowers_the_loss_and_merging_keeps_the_patch():
+def test_merging_lora_keeps_the_patch():
     ids, model = random_ids(2, 30), with_lora(small())
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    losses = []
-    for _ in range(5):
-        losses.append(model(ids, labels=ids).loss)
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0] - 0.05
-    assert attended_fraction(model) < 0.7
     with torch.inference_mode():
         adapted = model(ids).logits
         merged = model.merge_and_unload()
         assert is_patched(merged)
         torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-4, rtol=0)
+    assert attended_fraction(merged) < 0.7
 
 
 def test_trainer_evaluates_and_steps_as_a_plain_loop_would_and_what_it_saves_is_unpatched(tmp_path):
