@@ -170,6 +170,8 @@ class NCConfig:
 
     def laws(self, layer: int | None = None) -> tuple[tuple[float, float], ...]:
         """The (alpha, C) pairs of a layer: one pair shared by all heads, or one per query head."""
+        if not isinstance(self.alpha, tuple) and not isinstance(self.C, tuple):
+            return ((self.alpha, self.C),)
         alpha, C = (
             _entry(name, value, "layer", layer) if isinstance(value, tuple) else value
             for name, value in (("alpha", self.alpha), ("C", self.C))
