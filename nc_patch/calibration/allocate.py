@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nc_patch.budget import budgets_for
+from nc_patch.calibration.fit import theil_sen
 from nc_patch.common import ProfileError
 
 _ROWS = 64  # queries on which the price is sought; the last step counts every one
@@ -87,13 +88,14 @@ def allocate(
         ProfileError: no laws spend that little or that much.
     """
     coarse = rows[np.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).round().astype(int)]
-    weights = _level_weights(demand.visible, rows)
+    log_n = np.log(demand.visible)
     first = demand.log_slopes[-1, ..., 0]  # what the first further key is worth at the longest length
     sparse = np.ones(first.shape, dtype=bool)
     sparse[list(dense_layers)] = False
 
     def laws_at(price: float) -> Laws:
-        return _power_laws(demand.at(price), demand.visible, weights).where(sparse)
+        C, intercept = theil_sen(log_n, np.log(demand.at(price)))
+        return Laws(np.exp(intercept), C).where(sparse)
 
     def scaled(factor: float) -> Laws:
         return laws._replace(alpha=laws.alpha * factor).where(sparse)
@@ -145,26 +147,6 @@ def _hull_slopes(keys: np.ndarray, curves: np.ndarray) -> np.ndarray:
         lowest = np.fmin.accumulate(chords[..., ::-1], -1)[..., ::-1]  # of those that end at each key or beyond
         slopes[..., first:] = np.fmax(slopes[..., first:], lowest)
     return np.where(np.diff(keys) > 0, slopes, np.nan)
-
-
-def _level_weights(visible: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """How many rows lie nearest to each calibrated length on a log scale, ``[L, M]``, and never quite none."""
-    weights = np.empty(visible.shape)
-    for layer, n in enumerate(visible.T):
-        edges = np.concatenate(([0.0], np.sqrt(n[1:] * n[:-1]), [np.inf]))
-        weights[:, layer] = np.histogram(np.minimum(rows, n[-1]), edges)[0]
-    return np.maximum(weights, 1e-3 * len(rows))
-
-
-def _power_laws(keys: np.ndarray, visible: np.ndarray, weights: np.ndarray) -> Laws:
-    """The laws nearest to keys ``[L, M, H]``: weighted least squares of the logarithms."""
-    x, w = np.log(visible)[..., None], weights[..., None] / weights.sum(0)[..., None]
-    y = np.log(keys)
-    mx, my = (w * x).sum(0), (w * y).sum(0)
-    variance = (w * (x - mx) ** 2).sum(0)
-    slope = (w * (x - mx) * (y - my)).sum(0) / np.maximum(variance, 1e-12)
-    C = np.clip(np.where(variance > 1e-6, slope, 0.0), 0.0, 1.0)
-    return Laws(np.exp(my - C * mx), C)
 
 
 def _first(reached: Callable[[float], bool], low: float, high: float) -> float:
