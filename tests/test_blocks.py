@@ -17,7 +17,7 @@ from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
 from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, make_plan, plan_of, stride_by_law
 from nc_patch.selections.block.definition import block_choice
-from nc_patch.selections.block.torch_choose import choose_blocks
+from nc_patch.selections.block.torch import choose_blocks
 
 
 def test_rows_without_keys_are_in_no_query_block():

@@ -20,7 +20,7 @@ from nc_patch.selections.block import prefill as triton_block  # noqa: E402
 from nc_patch.selections.block.blocks import BlockPlan, PlannedBlock, make_plan, stride_by_law  # noqa: E402
 from nc_patch.selections.block.definition import block_choice  # noqa: E402
 from nc_patch.selections.block.prefill import block_tiles, choose_blocks  # noqa: E402
-from nc_patch.selections.block.torch_choose import choose_blocks as torch_choose_blocks  # noqa: E402
+from nc_patch.selections.block.torch import choose_blocks as torch_choose_blocks  # noqa: E402
 
 small_tiles = pytest.fixture(small_sizes)
 

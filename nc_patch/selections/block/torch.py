@@ -4,57 +4,94 @@ import torch
 
 from nc_patch.ops.attend_rows import attend_rows
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.rows import RowBlock, Rows, final_scores_, rows_per_block, softmax_, weighted_values
+from nc_patch.ops.rows import (
+    RowBlock,
+    final_scores_,
+    hide_unseen_,
+    rows_per_block,
+    scores_of,
+    softmax_,
+    weighted_values,
+)
 from nc_patch.selections.base import Choice
 from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
-from nc_patch.selections.block.blocks import BlockOptions, PlannedBlock, plan_of
-from nc_patch.selections.block.torch_choose import choose_blocks
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, PlannedBlock, plan_of
 
 
 def torch_block_attention(problem: Problem, options: BlockOptions) -> AttentionResult:
     """Attention over key blocks that a query block shares; see ``definition``. With stats every score is computed."""
-    chosen, problem = ChosenBlocks(problem, options), problem._replace(means=None)
-    result = attend_rows(problem, chosen) if problem.stats else _attend_chosen(problem, chosen)
+    chosen = ChosenBlocks(problem, options)
     enlarged = enlarged_of(chosen.added, problem.group) if options.enlarges else None
-    return result._replace(attended=chosen.attended, enlarged=enlarged, audit=chosen.audit())
+    return chosen.attend()._replace(enlarged=enlarged, audit=chosen.audit())
 
 
-def _attend_chosen(problem: Problem, chosen: "ChosenBlocks") -> AttentionResult:
-    """``attend_rows`` that reads the keys of the chosen blocks alone."""
-    sinks = None if problem.sinks is None else problem.sinks.float()[:, None]
-    output = problem.query.new_zeros(*problem.query.shape[:3], problem.value.shape[-1])
-    by_group = (problem.key.shape[1], problem.group)
-    for block in chosen.blocks:
-        position, exists = chosen.positions(block)
-        at = position.clamp(block.low, block.high - 1)[..., None]
-        keys, values = (
-            t[block.batch].gather(1, at.expand(-1, -1, t.shape[-1])).float() for t in (problem.key, problem.value)
-        )
-        query = problem.query[block.batch, :, block.rows].float().unflatten(0, by_group).flatten(1, 2)
-        scores = final_scores_(query @ keys.transpose(1, 2), problem.scale, problem.softcap)
-        seen, key = problem.visible[block.batch, block.rows], position[:, None]
-        keep = exists[:, None] & (key >= seen[:, :1]) & (key < seen[:, 1:])
-        scores = scores.unflatten(1, (problem.group, -1)).masked_fill_(~keep[:, None], -torch.inf)
-        found = weighted_values(softmax_(scores.flatten(0, 1), sinks), values)
-        empty = (seen[:, 1] <= seen[:, 0])[:, None]
-        output[block.batch, :, block.rows] = found.masked_fill_(empty, 0.0).to(output.dtype)
-        chosen.count(block, keep)
-    return AttentionResult(output)
-
-
-class ChosenBlocks(Choice):
-    """The chosen blocks of a prefill, query block by query block.
+class Chosen(Choice):
+    """The key blocks that rows attend, of ``size`` keys each, counted from where their sequence begins.
 
     Attributes:
         attended: int32 ``[B, Hq, Lq]``, how many keys the rows attend that have been attended.
-        added: int32 ``[N, Hkv]``, how many blocks ``min_mass`` has added.
     """
 
+    def __init__(self, problem: Problem, size: int) -> None:
+        self._problem, self._size = problem, size
+        self.attended = problem.visible.new_zeros(problem.query.shape[:3])
+
+    def chosen(self, block: RowBlock) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Where the sequence begins; the blocks that rows attend, ``[Hkv, K]``, and which of them there are."""
+        raise NotImplementedError
+
+    def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
+        """See ``Choice.keep``."""
+        begin, indices, exists = self.chosen(block)
+        lowest, last = (block.low - begin) // self._size, (block.high - 1 - begin) // self._size
+        place = torch.where(exists, indices - lowest, last + 1 - lowest).long()
+        chosen = exists.new_zeros(len(indices), last + 2 - lowest).scatter_(1, place, True)
+        position = torch.arange(block.low, block.high, device=chosen.device)
+        of_keys = chosen[:, (position - begin) // self._size - lowest]
+        return self._seen(block, of_keys, position).repeat_interleave(self._problem.group, 0)
+
+    def attend(self) -> AttentionResult:
+        """Attention over the chosen keys, which alone are read unless statistics are wanted."""
+        problem = self._problem._replace(means=None)
+        if problem.stats:
+            return attend_rows(problem, self)._replace(attended=self.attended)
+        sinks = None if problem.sinks is None else problem.sinks.float()[:, None]
+        output = problem.query.new_zeros(*problem.query.shape[:3], problem.value.shape[-1])
+        by_group = (problem.key.shape[1], problem.group)
+        for block in self.blocks:
+            begin, indices, exists = self.chosen(block)
+            within = torch.arange(self._size, device=indices.device)
+            position = (begin + indices[..., None] * self._size + within).flatten(1).long()
+            at = position.clamp(block.low, block.high - 1)[..., None]
+            keys, values = (
+                t[block.batch].gather(1, at.expand(-1, -1, t.shape[-1])).float() for t in (problem.key, problem.value)
+            )
+            query = problem.query[block.batch, :, block.rows].float().unflatten(0, by_group).flatten(1, 2)
+            scores = final_scores_(query @ keys.transpose(1, 2), problem.scale, problem.softcap)
+            keep = self._seen(block, exists.repeat_interleave(self._size, 1), position[:, None])
+            scores = scores.unflatten(1, (problem.group, -1)).masked_fill_(~keep[:, None], -torch.inf)
+            found = weighted_values(softmax_(scores.flatten(0, 1), sinks), values)
+            nothing = self.attended[block.batch, :, block.rows, None] == 0
+            output[block.batch, :, block.rows] = found.masked_fill_(nothing, 0.0).to(output.dtype)
+        return AttentionResult(output, attended=self.attended)
+
+    def _seen(self, block: RowBlock, chosen: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Which of the ``chosen`` keys, bool ``[Hkv, M]``, each row sees, ``[Hkv, R, M]``; notes how many they are."""
+        seen = self._problem.visible[block.batch, block.rows]
+        keep = chosen[:, None] & (position >= seen[:, :1]) & (position < seen[:, 1:])
+        of_heads = keep.sum(-1, dtype=torch.int32).repeat_interleave(self._problem.group, 0)
+        self.attended[block.batch, :, block.rows] = of_heads
+        return keep
+
+
+class ChosenBlocks(Chosen):
+    """The chosen blocks of a prefill; ``added``, int32 ``[N, Hkv]``, is how many of them ``min_mass`` has added."""
+
     def __init__(self, problem: Problem, options: BlockOptions) -> None:
-        self._problem, self._size, self._plan = problem, options.size, plan_of(problem, options)
+        super().__init__(problem, options.size)
+        self._plan = plan_of(problem, options)
         self._expected = expected_of(problem, len(self._plan.listed))
         self._choice, self.added = choose_blocks(problem, self._plan, options, self._expected)
-        self.attended = problem.visible.new_zeros(problem.query.shape[:3])
         rows = rows_per_block(problem.query.shape[1], problem.key.shape[2])
         self._numbers = {
             RowBlock(block.batch, first, min(first + rows, block.last), block.low, block.high): number
@@ -63,38 +100,75 @@ class ChosenBlocks(Choice):
         }
         self.blocks = self._numbers
 
-    def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
-        """See ``Choice.keep``."""
-        planned, indices, exists = self._chosen(block)
-        place = torch.where(exists, indices - planned.lowest, planned.width).long()
-        chosen = exists.new_zeros(len(indices), planned.width + 1).scatter_(1, place, True)
-        first = planned.low - planned.begin - planned.lowest * self._size
-        of_keys = chosen.repeat_interleave(self._size, 1)[:, first : first + scores.shape[2]]
-        keep = of_keys[:, None] & Rows.of(self._problem, block).seen(scores.shape[2])
-        self.count(block, keep)
-        return keep.repeat_interleave(self._problem.group, 0)
-
-    def positions(self, block: RowBlock) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys of the chosen blocks, int64 ``[Hkv, M]``, and which of them there are."""
-        planned, indices, exists = self._chosen(block)
-        within = torch.arange(self._size, device=indices.device)
-        position = planned.begin + indices[..., None] * self._size + within
-        return position.flatten(1).long(), exists.repeat_interleave(self._size, 1)
-
-    def count(self, block: RowBlock, keep: torch.Tensor) -> None:
-        """Takes note of what rows attend, bool ``[Hkv, R, M]``."""
-        of_heads = keep.sum(-1, dtype=torch.int32).repeat_interleave(self._problem.group, 0)
-        self.attended[block.batch, :, block.rows] = of_heads
-
-    def _chosen(self, block: RowBlock) -> tuple[PlannedBlock, torch.Tensor, torch.Tensor]:
-        """The plan of a row block's query block, its chosen blocks int32 ``[Hkv, K]``, and which of them there are."""
+    def chosen(self, block: RowBlock) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """See ``Chosen``."""
         number = self._numbers[block]
         indices, counts = (each[number] for each in self._choice)
         exists = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
-        return self._plan.listed[number], indices, exists
+        return self._plan.listed[number].begin, indices, exists
 
     def audit(self) -> torch.Tensor | None:
         """The audit of the choice; None where none is asked for."""
         if self._expected is None:
             return None
         return audit(self._problem, self._plan, self._choice, self._expected, self._size)
+
+
+def choose_blocks(
+    problem: Problem, plan: BlockPlan, options: BlockOptions, expected: torch.Tensor | None = None
+) -> tuple[BlockChoice, torch.Tensor]:
+    """The blocks that each query block attends, as ``definition.block_choice`` says; how many ``min_mass`` has added.
+
+    ``expected``, float32 ``[N, Hq]``, is given the mean kept mass of each query block's scored rows, 1 where there are
+    none; a row whose shares are not numbers counts as keeping nothing. The second result is int32 ``[N, Hkv]``.
+    """
+    most = max((block.width for block in plan.listed), default=0)
+    indices, counts = plan.law.new_full((*plan.law.shape, most), -1), plan.law.clone()
+    for number, block in enumerate(plan.listed):
+        shares = _shares(problem, plan, block, options)
+        order, count = _heaviest(shares, plan.recent[number], plan.law[number], plan.limit[number], options.min_mass)
+        ranked = torch.arange(block.width, device=order.device).expand_as(order)
+        chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, ranked < count[:, None])
+        found = torch.where(chosen, ranked, most).sort(-1).values  # ascending, behind them what is not chosen
+        indices[number, :, : block.width] = torch.where(found < most, found + block.lowest, -1).int()
+        counts[number] = count
+        if expected is not None:
+            kept = (shares * chosen[:, None, None]).sum(-1).nan_to_num(nan=0.0).clamp(max=1.0).flatten(0, 1)
+            expected[number] = kept.mean(-1) if block.samples else 1.0
+    return BlockChoice(indices[..., : int(counts.max()) if len(counts) else 0], counts), counts - plan.law
+
+
+def _shares(problem: Problem, plan: BlockPlan, block: PlannedBlock, options: BlockOptions) -> torch.Tensor:
+    """The share of every key block for the S scored rows, as the definition says, float32 ``[Hkv, G, S, width]``."""
+    b, rows = block.batch, plan.samples[block.first_sample : block.first_sample + block.samples].long()
+    query, key = problem.query[b, :, rows].float(), problem.key[b, :, block.low : block.high].float()
+    scores = final_scores_(scores_of(query, key), problem.scale, problem.softcap)
+    position = torch.arange(block.low, block.high, device=query.device)
+    hide_unseen_(scores, problem.visible[b, rows], position)
+    start = block.begin + block.lowest * options.size
+    missing = (block.low - start, start + block.width * options.size - block.high)
+    by_block = torch.nn.functional.pad(scores, missing, value=-torch.inf).unflatten(-1, (block.width, options.size))
+    logits = by_block.amax(-1) if options.min_mass is None else torch.logsumexp(by_block, -1)
+    return torch.softmax(logits, -1).unflatten(0, (key.shape[0], problem.group))
+
+
+def _heaviest(
+    shares: torch.Tensor, recent: torch.Tensor, law: torch.Tensor, limit: torch.Tensor, min_mass: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The key blocks from the first to be attended to the last, int64 ``[Hkv, width]``, and how many are, ``[Hkv]``.
+
+    ``recent``, ``law`` and ``limit``: int32 ``[Hkv]``, see ``BlockPlan``.
+    """
+    rows = shares.flatten(1, 2)
+    block = torch.arange(rows.shape[-1], device=law.device)
+    if rows.shape[1] == 0:  # every block is attended
+        return block.expand(len(law), -1), law
+    # The largest share, not their sum: one row that needs a block for itself alone would not be heard among many.
+    weight = rows.amax(1).nan_to_num_(nan=torch.finfo(torch.float32).max)
+    weight.masked_fill_((block == 0) | (block >= recent[:, None]), torch.inf)  # attended always
+    order = torch.sort(weight, dim=-1, descending=True, stable=True).indices
+    if min_mass is None:
+        return order, law
+    kept = rows.nan_to_num(nan=0.0).sum(1).gather(-1, order).cumsum(-1)
+    needed = (kept < min_mass * rows.shape[1]).sum(-1, dtype=torch.int32) + 1
+    return order, torch.maximum(law, needed.minimum(limit))
