@@ -8,11 +8,8 @@ import torch
 from nc_patch import library
 from nc_patch.ops import backends
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.reference import reference_attention as attention_over
 from nc_patch.ops.rows import Rows
 from nc_patch.selections import Block, Dense, Selection, TopK, Window
-from nc_patch.selections.block.blocks import BlockChoice
-from nc_patch.selections.block.definition import chosen_mask
 
 # Whether kernels run in Triton's interpreter, which is settled when they are imported.
 INTERPRETED = bool(backends._triton_interprets())
@@ -82,19 +79,11 @@ def reference_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     origin: torch.Tensor | None = None,
-    choice: BlockChoice | None = None,
     **options: Any,
 ) -> AttentionResult:
-    """Attention in float64, as a selection defines it; ``"pages"`` are blocks while decoding.
-
-    With a ``choice`` the key blocks that it names are attended.
-    """
+    """Attention in float64, as a selection defines it; ``"pages"`` are blocks while decoding."""
     problem = problem_of(query, key, value, visible, budget, sinks, scale=scale, softcap=softcap, origin=origin)
-    chosen = selection_of(selection, **options)
-    if choice is not None:
-        assert isinstance(chosen, Block)
-        return attention_over(problem, chosen_mask(problem, choice, chosen))
-    return chosen.reference(problem, decode=selection == "pages")
+    return selection_of(selection, **options).reference(problem, decode=selection == "pages")
 
 
 def topk_mask(
