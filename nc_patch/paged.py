@@ -1,8 +1,7 @@
 """``block`` while decoding where keys lie in blocks of memory, as serving engines keep them.
 
-A sequence's keys are named by a table of blocks; its first key is the first of its first block. The statistics of a
-page lie beside its keys, so that they move with the block. A row attends what ``patch_model(..., decode="block")``
-attends for its sequence alone.
+A sequence's keys are named by a table of blocks, from the first of its first block on. The statistics of a page lie
+beside its keys. A row attends what ``patch_model(..., decode="block")`` attends for its sequence alone.
 """
 
 from typing import NamedTuple

@@ -39,6 +39,7 @@ class Arithmetic:
             "create_fmul": self.multiply,
             "create_fadd": self.add,
             "create_fsub": partial(self.add, sign=-1),
+            "create_reshape": self.reshape,
             **{name: partial(self.inexact, operation) for name, operation in inexact.items()},
             "create_maxnumf": self.larger,
             "create_minnumf": self.smaller,
@@ -53,6 +54,15 @@ class Arithmetic:
         result = plain(builder, left, right)
         if result.data.dtype == np.float32:
             result.attr["factors"] = left.data, right.data
+        return result
+
+    def reshape(self, plain: Plain, builder: Any, source: TensorHandle, shape: list[int], *rest: Any) -> TensorHandle:
+        """A product stays one in another shape."""
+        result = plain(builder, source, shape, *rest)
+        if "factors" in source.attr:
+            result.attr["factors"] = tuple(
+                np.broadcast_to(x, source.data.shape).reshape(shape) for x in source.attr["factors"]
+            )
         return result
 
     def add(self, plain: Plain, builder: Any, left: TensorHandle, right: TensorHandle, sign: int = 1) -> TensorHandle:

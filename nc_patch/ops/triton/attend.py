@@ -27,8 +27,8 @@ def attend_kernel(
     """Output, and on request log-sum-exp and kept mass, of one block of rows.
 
     A row attends the first and the last keys that the selection forces and those that its ``limits`` (``Limits``)
-    admit. Without limits only tiles that may hold forced keys are read. With a ``tail`` (``Tail``) what
-    it does not attend enters by the means of its pages. ``sinks``, ``lse`` and ``kept_mass`` are pointers or None.
+    admit; without limits only tiles that may hold forced keys are read. With a ``tail`` (``Tail``) what it does not
+    attend enters by the means of its pages.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     selected = select_keys(rows, limits, sink_keys, recent_keys)

@@ -110,31 +110,19 @@ def shape_of(head_dim: int, value_dim: int, tiles: Tiles) -> Shape:
     return shape
 
 
-@lru_cache(maxsize=256)
-def tail_shape_of(head_dim: int, value_dim: int, tiles: Tiles) -> Shape:
-    """The constants of a tile of page means beside these tiles: the fewest pages that matrix instructions take."""
-    return shape_of(head_dim, value_dim, replace(tiles, keys=16, chunk=min(tiles.chunk or 64, 64)))
-
-
 @dataclass(frozen=True)
 class RowLaunch:
-    """What the kernels over whole rows are launched with, made once an operation.
-
-    Attributes:
-        programs: how many; 0 where there is no row. device: of the tensors.
-        arguments: by keyword, of every such kernel. options: of the compiler.
-    """
+    """What the kernels over whole rows are launched with: how many programs, and what each such kernel takes."""
 
     programs: int
     device: torch.device
     arguments: dict[str, Any]
-    options: dict[str, Any]
 
     def run(self, kernel: Any, **arguments: Any) -> None:
-        """Launches a kernel with these arguments beside the common ones."""
+        """Launches a kernel with these arguments beside the common ones, unless there is no row."""
         if self.programs:
             with on_device(self.device):
-                kernel[(self.programs,)](**self.arguments, **arguments, **self.options)
+                kernel[(self.programs,)](**self.arguments, **arguments)
 
 
 def launch_attention(
@@ -149,9 +137,6 @@ def launch_attention(
         problem: its ``means``, where there are any, stand for the keys that are not attended.
         sink_keys, recent_keys: the first and the last keys that are attended whatever they score.
         find_limits: launches what writes the limits of each row, where keys are attended by their scores.
-
-    Raises:
-        TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
     problem = prepared(problem)
     query, means = problem.query, problem.means
@@ -159,35 +144,28 @@ def launch_attention(
     Hkv, group, architecture = problem.key.shape[1], problem.group, architecture_of(device)
     tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group, means is not None)
     arguments = {
-        "query": heads_of(query, tiles),
-        "key": heads_of(problem.key, tiles),
-        "inputs": RowInputs(problem.visible, problem.budget, None if means is None else problem.origin),
-        "budget_heads": problem.budget.shape[1],
-        "num_kv_heads": Hkv,
-        "group": group,
-        "Lq": Lq,
-        "Lk": Lk,
-        "sink_keys": sink_keys,
-        "recent_keys": recent_keys,
-        "shape": shape_of(D, DV, tiles),
-    }
-    programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
-    launch = RowLaunch(programs, device, arguments, compile_options(tiles, architecture))
-
-    def floats() -> torch.Tensor:
-        return torch.empty(B, Hq, Lq, dtype=torch.float32, device=device)
-
-    limits = tail = None
+        "query": heads_of(query, tiles), "key": heads_of(problem.key, tiles), "num_kv_heads": Hkv, "group": group,
+        "inputs": RowInputs(problem.visible, problem.budget, None if means is None else problem.origin), "Lq": Lq,
+        "Lk": Lk, "budget_heads": problem.budget.shape[1], "sink_keys": sink_keys, "recent_keys": recent_keys,
+        "shape": shape_of(D, DV, tiles), **compile_options(tiles, architecture),
+    }  # fmt: skip
+    launch = RowLaunch(triton.cdiv(Lq * group, tiles.rows) * B * Hkv, device, arguments)
+    limits = tail = lse = kept_mass = None
     if find_limits is not None:
-        limits = Limits(floats(), torch.empty(B, Hq, Lq, dtype=torch.int32, device=device))
+        row = problem.visible.new_empty(B, Hq, Lq)
+        limits = Limits(torch.empty_like(row, dtype=torch.float32), row)
         find_limits(launch, limits)
     if means is not None:
-        tail = Tail(heads_of(means.key, tiles), heads_of(means.value, tiles), tail_shape_of(D, DV, tiles))
-    output = torch.empty(B, Hq, Lq, DV, dtype=query.dtype, device=device)
-    lse, kept_mass = (floats(), floats()) if problem.stats else (None, None)
-    value, settings = heads_of(problem.value, tiles), settings_of(problem)
-    results = {"output": output, "lse": lse, "kept_mass": kept_mass}
-    launch.run(attend_kernel, value=value, limits=limits, tail=tail, sinks=problem.sinks, settings=settings, **results)
+        # The fewest pages that matrix instructions take.
+        pages = shape_of(D, DV, replace(tiles, keys=16, chunk=min(tiles.chunk or 64, 64)))
+        tail = Tail(heads_of(means.key, tiles), heads_of(means.value, tiles), pages)
+    output = query.new_empty(B, Hq, Lq, DV)
+    if problem.stats:
+        lse, kept_mass = (output.new_empty((B, Hq, Lq), dtype=torch.float32) for _ in range(2))
+    launch.run(
+        attend_kernel, value=heads_of(problem.value, tiles), limits=limits, tail=tail, sinks=problem.sinks,
+        settings=settings_of(problem), output=output, lse=lse, kept_mass=kept_mass,
+    )  # fmt: skip
     return AttentionResult(output, lse, kept_mass)
 
 
@@ -223,19 +201,15 @@ def compiled_kernels(*key: Any) -> dict[Any, Any]:
 class Launches:
     """Kernels that are launched one after another, for problems that are alike: what changes is given by name.
 
-    Args:
-        kernels: with the grid and the options of each: compile-time arguments, and what the compiler takes.
-        arguments: whatever several kernels take, and does not change.
-        compiled: of ``compiled_kernels``. What is found there is launched at once; otherwise Triton looks at every
-            argument, which takes several times as long as the rest of a launch.
+    ``kernels`` come with the grid and the options of each; ``arguments`` are what several take, and does not change.
+    What is found in ``compiled``, of ``compiled_kernels``, is launched at once; otherwise Triton looks at every
+    argument, which takes several times as long as the rest of a launch.
     """
 
     def __init__(
-        self,
-        kernels: Sequence[tuple[Any, tuple[int, int, int], dict[str, Any]]],
-        arguments: dict[str, Any],
+        self, kernels: Sequence[tuple[Any, tuple[int, int, int], dict[str, Any]]], arguments: dict[str, Any],
         compiled: dict[Any, Any],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._kernels, self._arguments, self._compiled = kernels, arguments, compiled
         # Of each kernel what launches it, its arguments in order, and where those are that change.
         self._ready: list[tuple[Any, list[Any], list[tuple[int, str]]]] = []
@@ -301,25 +275,11 @@ def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:
 
 
 def prepared(problem: Problem) -> Problem:
-    """The problem, checked, with last axes that are dense and integers that are contiguous: copies where they are not.
+    """The problem, with last axes that are dense and integers that are contiguous: copies where they are not.
 
     Raises:
-        TypeError, ValueError: as ``check_problem``.
+        TypeError, ValueError: tensors that do not fit each other and the kernels.
     """
-    check_problem(problem)
-    query, key, value = (dense_last(x) for x in (problem.query, problem.key, problem.value))
-    visible, origin, budget = (x.contiguous() for x in (problem.visible, problem.origin, problem.budget))
-    sinks = None if problem.sinks is None else problem.sinks.contiguous()
-    means = None if problem.means is None else PageMeans(*map(dense_last, problem.means))
-    index = tuple(x.contiguous() for x in problem.key_index)
-    return problem._replace(
-        query=query, key=key, value=value, visible=visible, origin=origin, budget=budget, sinks=sinks, means=means,
-        key_index=index,
-    )  # fmt: skip
-
-
-def check_problem(problem: Problem) -> None:
-    """Raises TypeError or ValueError unless the tensors of a problem fit each other and the kernels."""
     query, key, value, means = problem.query, problem.key, problem.value, problem.means
     B, Hq, Lq, Lk = check_tensors(query, key, value, problem.sinks)
     if max(problem.head_dims) > MAX_HEAD_DIM:
@@ -333,3 +293,10 @@ def check_problem(problem: Problem) -> None:
         shape = (*rows.shape[:2], slots, rows.shape[3])
         if mean.dtype != rows.dtype or tuple(mean.shape) != shape or mean.device != rows.device:
             raise ValueError(f"means of {name} must be {describe(rows.new_empty(shape))}, got {describe(mean)}")
+    return problem._replace(
+        query=dense_last(query), key=dense_last(key), value=dense_last(value), visible=problem.visible.contiguous(),
+        origin=problem.origin.contiguous(), budget=problem.budget.contiguous(),
+        sinks=None if problem.sinks is None else problem.sinks.contiguous(),
+        means=None if means is None else PageMeans(*map(dense_last, means)),
+        key_index=tuple(x.contiguous() for x in problem.key_index),
+    )  # fmt: skip

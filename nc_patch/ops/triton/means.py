@@ -15,19 +15,15 @@ from nc_patch.ops.triton.structs import heads
 _CHANNELS = 64
 # Slots of a program: one where few pages are touched, several in a prompt.
 _FEW, _MANY = 1, 8
+_NO_PAGES = {"starts": None, "origin": None, "first": None}
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def triton_page_means(key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> PageMeans:
-    """Means over the pages that start at ``starts``; see ``means.page_means``. One launch.
-
-    Args:
-        key: ``[B, Hkv, N, D]``. value: ``[B, Hkv, N, Dv]``. Any strides.
-        starts: int64 ``[B, S]``. A negative start gives a mean of other keys.
-    """
+    """``means.page_means`` in one launch: over the pages that start at ``starts``, int64 ``[B, S]``."""
     shape = (*key.shape[:2], starts.shape[1])
     means = PageMeans(key.new_empty(*shape, key.shape[3]), value.new_empty(*shape, value.shape[3]))
-    _launch(key, value, starts.contiguous(), None, None, shape[2], means)
+    _launch(key, value, means, shape[2], starts=starts.contiguous())
     return means
 
 
@@ -49,44 +45,23 @@ def triton_page_means_(
     if any(t.stride(-1) != 1 for t in means):
         raise ValueError(f"means need a dense last axis, got strides {means.key.stride()} and {means.value.stride()}")
     touched = touched_slots(count, means.key.shape[2])
-    _launch(key, value, None, origin.contiguous(), first.contiguous(), touched, means)
+    _launch(key, value, means, touched, origin=origin.contiguous(), first=first.contiguous())
 
 
-def _launch(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    first: torch.Tensor | None,
-    touched: int,
-    means: PageMeans,
-) -> None:
+def _launch(key: torch.Tensor, value: torch.Tensor, means: PageMeans, touched: int, **pages: torch.Tensor) -> None:
+    """Averages the ``touched`` slots that ``pages``, the ``starts`` or ``origin`` and ``first``, tell."""
     B, Hkv, N, D = key.shape
     DV = value.shape[3]
     if touched == 0 or N == 0 or B * Hkv == 0:
         return
-    pages = _MANY if touched > _MANY else _FEW
+    slots = _MANY if touched > _MANY else _FEW
     columns = triton.cdiv(D, _CHANNELS) + triton.cdiv(DV, _CHANNELS)
     with on_device(key.device):
-        means_kernel[(triton.cdiv(touched, pages), columns, B * Hkv)](
-            key=heads(dense_last(key)),
-            value=heads(dense_last(value)),
-            starts=starts,
-            origin=origin,
-            first=first,
-            mean_key=heads(means.key),
-            mean_value=heads(means.value),
-            num_kv_heads=Hkv,
-            N=N,
-            S=means.key.shape[2],
-            touched=touched,
-            D=D,
-            DV=DV,
-            PAGE=TAIL_PAGE_SIZE,
-            BLOCK_P=pages,
-            CHANNELS=_CHANNELS,
-            **_OPTIONS,
-        )
+        means_kernel[(triton.cdiv(touched, slots), columns, B * Hkv)](
+            key=heads(dense_last(key)), value=heads(dense_last(value)), mean_key=heads(means.key),
+            mean_value=heads(means.value), num_kv_heads=Hkv, N=N, S=means.key.shape[2], touched=touched, D=D, DV=DV,
+            PAGE=TAIL_PAGE_SIZE, BLOCK_P=slots, CHANNELS=_CHANNELS, **{**_NO_PAGES, **pages}, **_OPTIONS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "N", "S", "touched", "D", "DV"])
@@ -112,15 +87,11 @@ def means_kernel(
     block = tl.program_id(1)
     of_keys = tl.cdiv(D, CHANNELS)
     if block < of_keys:
-        average_rows(
-            head_of(key, batch, kv_head), head_of(mean_key, batch, kv_head), start, slot, here, block * CHANNELS, N,
-            D, PAGE, CHANNELS,
-        )  # fmt: skip
+        keys, means = head_of(key, batch, kv_head), head_of(mean_key, batch, kv_head)
+        average_rows(keys, means, start, slot, here, block * CHANNELS, N, D, PAGE, CHANNELS)
     else:
-        average_rows(
-            head_of(value, batch, kv_head), head_of(mean_value, batch, kv_head), start, slot, here,
-            (block - of_keys) * CHANNELS, N, DV, PAGE, CHANNELS,
-        )  # fmt: skip
+        values, means = head_of(value, batch, kv_head), head_of(mean_value, batch, kv_head)
+        average_rows(values, means, start, slot, here, (block - of_keys) * CHANNELS, N, DV, PAGE, CHANNELS)
 
 
 @triton.jit

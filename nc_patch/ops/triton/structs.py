@@ -1,11 +1,9 @@
-"""The structures that Triton kernels take, pass on and return: named tuples.
+"""The structures that Triton kernels take, pass on and return: named tuples, the first of them built on the host.
 
-Those of the first part are built on the host, once an operation, and passed by keyword. A member that is None compiles
-what it would be used for out of the kernel: ``if structure.member is not None``. Constants are members too, wrapped by
+A member that is None compiles what it would be used for out of the kernel. Constants are members too, wrapped by
 ``tl.constexpr``. Integers for whose values no kernel is compiled (``PER_CALL``) stay arguments of their own, since
-``do_not_specialize`` does not reach into tuples. Those of the second part are built by kernels.
-
-Shapes: a program works on ``BLOCK_M`` rows; vectors of its rows are ``[BLOCK_M]``, tiles ``[BLOCK_M, BLOCK_N]``.
+``do_not_specialize`` does not reach into tuples. A program works on ``BLOCK_M`` rows; vectors of its rows are
+``[BLOCK_M]``, tiles ``[BLOCK_M, BLOCK_N]``.
 """
 
 from functools import lru_cache
@@ -14,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-# Arguments whose values no kernel is compiled for: numbers of heads, queries and keys, and settings. Prompts of any
-# length share one variant.
+# Arguments whose values no kernel is compiled for: prompts of any length share one variant.
 PER_CALL = ("num_kv_heads", "group", "Lq", "Lk", "budget_heads", "sink_keys", "recent_keys")
 
 
@@ -36,13 +33,10 @@ class Table(NamedTuple):
 
 
 class RowInputs(NamedTuple):
-    """What is given for each query: contiguous int32 tensors.
+    """What is given for each query: contiguous int32 ``[B, Lq, 2]``, ``[B, 1 or Hq, Lq]`` and ``[B, Lq]``.
 
-    Attributes:
-        visible: ``[B, Lq, 2]``. budget: ``[B, budget_heads, Lq]``, with ``budget_heads`` (1 or Hq) an argument of the
-            kernel.
-        origin: ``[B, Lq]``, or None where a kernel has no use for it. Where keys lie in blocks of memory it is None
-            too, and ``visible`` is ``[B, 1]``, how many keys the only query of each sequence sees.
+    ``origin`` is None where a kernel has no use for it. Where keys lie in blocks of memory it is None too, and
+    ``visible`` is ``[B, 1]``, how many keys the only query of each sequence sees.
     """
 
     visible: Any
@@ -58,10 +52,9 @@ class ScoreSettings(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The constants of a program: ``head_dim``s, rows, keys in a tile, padded ``head_dim``s and channels in a dot.
+    """The constants of a program: ``head_dim``s of keys and of values, rows, keys in a tile, padded ``head_dim``s.
 
-    ``D`` and ``BLOCK_D`` are of queries and keys, ``DV`` and ``BLOCK_DV`` of values. Scores are summed over ``CHUNK_D``
-    channels at a time; where that is ``BLOCK_D``, queries are held in registers. See ``constants``.
+    Scores are summed over ``CHUNK_D`` channels at a time; where that is ``BLOCK_D``, queries are held in registers.
     """
 
     D: Any

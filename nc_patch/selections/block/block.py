@@ -46,8 +46,7 @@ class Block(BlockOptions):
         return self.size
 
     def takes_in(self, problem: Problem, backend: str) -> bool:
-        """In kernels; on a GPU one key for one query: the page that it completes is the query's own, whose statistics
-        are not read."""
+        """In kernels; on a GPU one key of one query: the page that it completes is the query's own, and not read."""
         one = problem.new == 1 and problem.query.shape[2] == 1
         fits = backend == "cpu" or (backend == "triton" and one)
         return fits and problem.means is None and problem.phase == "decode"
@@ -60,10 +59,7 @@ class Block(BlockOptions):
         return chosen_mask(problem, block_choice(problem, scores, self), self)
 
     def choice(self, problem: Problem) -> Choice:
-        """The blocks, chosen once more by the computation of the forward pass on the same tensors: they are the same.
-
-        Keeping them instead would make an output's shape depend on what is in ``visible``.
-        """
+        """The blocks, chosen anew by the same computation: kept, they would have a shape that ``visible`` decides."""
         return ChosenBlocks(problem, self)
 
     def prefill_torch(self, problem: Problem) -> AttentionResult:

@@ -1,9 +1,8 @@
 """What block-sparse prefill is made of, whatever computes it: its options, query blocks, sampled rows, chosen blocks.
 
 Rows are queries. A query block is a run of rows of one sequence with the same ``position // query_block_size``, where a
-row's position is ``end - 1 - origin``, its distance from the sequence's first token. Key blocks are counted from there
-too: block ``j`` of a sequence that begins at ``begin`` holds the keys ``begin + j * size`` and the ``size - 1`` after
-it. So nothing depends on where a sequence lies in the buffer, nor on its neighbours.
+row's position is ``end - 1 - origin``, its distance from the sequence's first token. Key block ``j`` holds ``size``
+keys from ``origin + j * size`` on. So nothing depends on where a sequence lies in the buffer, nor on its neighbours.
 """
 
 from dataclasses import dataclass
@@ -39,30 +38,26 @@ class BlockOptions(Selection):
         return self.min_mass is not None
 
     def __post_init__(self) -> None:
-        def keep(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)
-
-        sizes = (("size", BLOCK_SIZES), ("query_block_size", QUERY_BLOCK_SIZES), ("sample_stride", SAMPLE_STRIDES))
-        for name, allowed in sizes:
-            if name == "sample_stride" and self.sample_stride is None:
-                continue
-            spelled = self.shorthand.get(name, name)
-            keep(name, check_integer(spelled, getattr(self, name), 1))
-            check_choice(spelled, getattr(self, name), allowed)
-        keep("local_keys", check_integer("local_keys", self.local_keys, 0))
+        factor = check_number("max_factor", self.max_factor, "a number of at least 1", lambda v: v >= 1)
+        checked: dict[str, float] = {
+            "local_keys": check_integer("local_keys", self.local_keys, 0),
+            "max_factor": factor,
+        }
+        allowed = {"size": BLOCK_SIZES, "query_block_size": QUERY_BLOCK_SIZES, "sample_stride": SAMPLE_STRIDES}
+        for name, sizes in allowed.items():
+            if name != "sample_stride" or self.sample_stride is not None:
+                spelled = self.shorthand.get(name, name)
+                checked[name] = check_integer(spelled, getattr(self, name), 1)
+                check_choice(spelled, checked[name], sizes)
         if self.min_mass is not None:
-            mass = check_number("min_mass", self.min_mass, "a number in (0, 1), or None", lambda v: 0 < v < 1)
-            keep("min_mass", mass)
-        keep("max_factor", check_number("max_factor", self.max_factor, "a number of at least 1", lambda v: v >= 1))
+            stated = "a number in (0, 1), or None"
+            checked["min_mass"] = check_number("min_mass", self.min_mass, stated, lambda v: 0 < v < 1)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 class BlockChoice(NamedTuple):
-    """The key blocks that each query block attends.
-
-    Attributes:
-        block_indices: int32 ``[N, Hkv, M]``, numbers of blocks counted from ``begin``, ascending; -1 beyond the count.
-        block_counts: int32 ``[N, Hkv]``.
-    """
+    """The key blocks that each query block attends: int32 ``[N, Hkv, M]``, ascending, -1 beyond the ``[N, Hkv]``."""
 
     block_indices: torch.Tensor
     block_counts: torch.Tensor
@@ -76,7 +71,7 @@ class PlannedBlock(NamedTuple):
         low, high: the keys ``low:high`` that any of its rows sees.
         begin: key position of the sequence's first token; negative where a cache has dropped it.
         lowest: the first key block that a row sees. width: how many there are from there on.
-        first_sample: where its scored rows begin among the plan's ``samples``. samples: how many they are.
+        first_sample, samples: where its scored rows begin among the plan's ``samples``, and how many they are.
     """
 
     batch: int
@@ -159,7 +154,7 @@ def make_plan(problem: Problem, options: BlockOptions) -> BlockPlan:
 
     low, high, rows = reduce(start, "amin"), reduce(end, "amax"), reduce(torch.ones_like(start), "sum")
     first, begins, position = (opens % Lq).int(), begin[opens], (end - 1 - begin)[opens]
-    lowest, highest = ((x - begins).div(size, rounding_mode="floor") for x in (low, high - 1))
+    lowest, highest = (_floored(x - begins, size) for x in (low, high - 1))
     width = highest - lowest + 1
     # The largest budget of the rows and of the group's heads; every block where all rows may attend all their keys.
     budget = problem.budget if len(problem.budget[0]) == 1 else problem.budget.unflatten(1, (heads, -1)).amax(2)
@@ -195,9 +190,7 @@ def _attended_counts(
         position: int32 ``[N]``, of the query block's first row.
     """
     width = (highest - lowest + 1)[:, None]
-    own, local = (
-        x.div(options.size, rounding_mode="floor")[:, None] for x in (position, position - options.local_keys)
-    )
+    own, local = (_floored(x, options.size)[:, None] for x in (position, position - options.local_keys))
     # The first block and the most recent ones are together no more than the budget has, but for the block's own.
     recent = torch.minimum(torch.maximum(local, (highest + 2)[:, None] - counts), own)
     recent = (recent - lowest[:, None]).clamp_(min=0)
@@ -210,11 +203,11 @@ def _attended_counts(
 
 
 def _query_blocks(visible: torch.Tensor, origin: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which query block each row is in, int64 ``[B, Lq]``, -1 for rows that see no key; and in which row each begins.
+    """Which query block each row is in, int64 ``[B, Lq]``, -1 for rows that see no key; the rows where blocks begin.
 
-    The rows where the N query blocks begin, int64 ``[N]``, count on over the batch. Reads the device once, for N.
+    These, int64 ``[N]``, count on over the batch. Reads the device once, for N.
     """
-    number = torch.div(visible[..., 1] - 1 - origin, size, rounding_mode="floor")
+    number = _floored(visible[..., 1] - 1 - origin, size)
     occupied = visible[..., 1] > visible[..., 0]
     opens = occupied.clone()
     same = (number[:, 1:] == number[:, :-1]) & (origin[:, 1:] == origin[:, :-1])
@@ -223,12 +216,15 @@ def _query_blocks(visible: torch.Tensor, origin: torch.Tensor, size: int) -> tup
     return owner, opens.flatten().nonzero()[:, 0]
 
 
+def _floored(numbers: torch.Tensor, size: int) -> torch.Tensor:
+    return numbers.div(size, rounding_mode="floor")
+
+
 def strides_of(seen: torch.Tensor, counts: torch.Tensor, options: BlockOptions) -> torch.Tensor:
     """Every how many rows each query block scores one, int32 ``[N]``: ``sample_stride``, or by the law near ``n / 2k``.
 
     n is how many keys the block's rows see, int32 ``seen [N]``, k their budget, ``size`` times the mean of ``counts``
-    int32 ``[N, Hkv]``; the stride is the nearest power of two, on a logarithmic scale, from 2 to 64. So scoring costs
-    n / stride for each row, which grows with n as the budget does.
+    int32 ``[N, Hkv]``. So scoring costs n / stride for each row, which grows with n as the budget does.
     """
     if options.sample_stride is not None:
         return torch.full_like(seen, options.sample_stride)
@@ -236,11 +232,9 @@ def strides_of(seen: torch.Tensor, counts: torch.Tensor, options: BlockOptions) 
     return stride_by_law(seen / keys)
 
 
-# n / 2k from which on the next power of two is nearer, on a logarithmic scale.
-_STRIDE_STEPS = tuple(2.0 ** (power + 0.5) for power in range(1, 6))
-
-
 def stride_by_law(ratio: torch.Tensor) -> torch.Tensor:
-    """The power of two from 2 to 64 that is nearest to n / 2k; int32 for float64, by comparisons, which are exact."""
-    steps = torch.stack([ratio >= step for step in _STRIDE_STEPS]).sum(0)
-    return (2 << steps).int()
+    """The power of two from 2 to 64 that is nearest to n / 2k, on a logarithmic scale; int32 for float64.
+
+    By comparisons, which are exact.
+    """
+    return (2 << sum((ratio >= 2.0 ** (power + 0.5)).long() for power in range(1, 6))).int()  # type: ignore[operator]

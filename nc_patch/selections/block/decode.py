@@ -7,9 +7,7 @@
 3. Attend: the list is divided among programs, which gather ``2 * (D + Dv)`` bytes in 16 bits for each attended key.
    The last of a row joins what they leave: see ``split``.
 
-One layer of Llama-3-8B (Hq 32, Hkv 8, D 128, bfloat16, batch 1), pages of 32, 4,705 keys, at 131,072 keys: statistics
-13.0 MB, logits 0.5 MB written and read, K and V 19.3 MB, partial sums 1.1 MB written and read: 36 MB against 537 MB
-for dense attention. Nothing is read back to the host and every size follows from shapes and host integers.
+Nothing is read back to the host and every size follows from shapes and host integers.
 """
 
 from collections.abc import Callable
@@ -58,6 +56,7 @@ class Plan(NamedTuple):
     """What steps that are alike are launched with: all that follows from shapes, strides and dtypes.
 
     Attributes:
+        dense: whether their tensors are taken as they are, and none is copied.
         strides: of query, key, value and, in blocks of memory, codes and scales, as in ``Heads``.
         words: 32 bits each, of the scratch memory; none for no row.
         sizes: words of its parts, multiples of 16 bytes: logits, peaks and totals of pages; peaks, totals and sums of
@@ -65,6 +64,7 @@ class Plan(NamedTuple):
         launches: the three kernels.
     """
 
+    dense: bool
     strides: tuple[tuple[int, ...], ...]
     words: int
     sizes: list[int]
@@ -81,18 +81,37 @@ def triton_block_decode(problem: Problem) -> AttentionResult:
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take, or more than ``MAX_PAGES`` pages.
     """
-    problem, plan = _planned(problem)
-    return _decode(plan, problem)
+    return bound_block_decode(problem)(problem)
 
 
 def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]:
-    """``triton_block_decode`` of problems like this one; see ``Selection.bound``."""
-    checked, plan = _planned(problem)
-    taken = all(given is taken for given, taken in zip(problem.tensors(), checked.tensors(), strict=True))
-    return partial(_decode, plan) if taken else triton_block_decode
+    """``triton_block_decode`` of problems like this one, of which one is checked; see ``Selection.bound``."""
+    query, key, value, *_ = problem
+    others = (query, *problem[3:6], *problem.key_index, problem.sinks, problem.table)
+    keys = -(-key.shape[-2] // _KEYS) if problem.table is None else key.shape[-2]
+    plans = _plans(
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in others],
+        *[(t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device) for t in (key, value)],
+        *(key.shape[2:3] == value.shape[2:3], keys, -(-problem.most // problem.page_size)),
+        *(problem.page_size, problem.new, problem.stats, problem.scale, problem.softcap),
+        *(architecture_of(query.device), _CHOOSE_AT_ONCE),
+        alignment(*problem.tensors(), problem.table),
+    )
+    if not plans:
+        plans.append(_plan(problem))
+    return partial(_decode, plans[0])
+
+
+@lru_cache(maxsize=256)
+def _plans(*layout: Any) -> list[Plan]:
+    """Room for the plan of problems of a layout."""
+    return []
 
 
 def _decode(plan: Plan, problem: Problem) -> AttentionResult:
+    if not plan.dense:
+        # New keys first: the kernels would write to copies.
+        return triton_block_decode(prepared(extend(problem, "pages", "triton") if problem.new else problem))
     query, key, value, visible, origin, budget, *_ = problem
     B, Hq, Lq, _ = query.shape
     attended, strides = budget.new_empty((B, Hq, Lq)), plan.strides
@@ -122,48 +141,19 @@ def _decode(plan: Plan, problem: Problem) -> AttentionResult:
     return AttentionResult(output, lse, kept_mass, attended)
 
 
-@lru_cache(maxsize=256)
-def _plans(*layout: Any) -> list[Plan]:
-    """Room for the plan of problems of a layout, once one of them has been checked."""
-    return []
-
-
-def _planned(problem: Problem) -> tuple[Problem, Plan]:
-    """The problem as the kernels take it, and its plan; what is alike is checked once."""
-    query, key, value, *_ = problem
-    others = (query, *problem[3:6], *problem.key_index, problem.sinks, problem.table)
-    keys = -(-key.shape[-2] // _KEYS) if problem.table is None else key.shape[-2]
-    plans = _plans(
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in others],
-        *[(t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device) for t in (key, value)],
-        *(key.shape[2:3] == value.shape[2:3], keys, -(-problem.most // problem.page_size)),
-        *(problem.page_size, problem.new, problem.stats, problem.scale, problem.softcap),
-        *(architecture_of(query.device), _CHOOSE_AT_ONCE),
-        alignment(*problem.tensors(), problem.table),
-    )
-    if plans:
-        return problem, plans[0]
-    if problem.table is None:
-        checked = prepared(problem)
-        codes, scales = checked.key_index
-        check_pages(checked.key, codes, scales, codes.shape[2] if codes.ndim == 5 else 0)
+def _plan(given: Problem) -> Plan:
+    """The plan of a problem, which it checks."""
+    problem, table, block_size, Lk = given, given.table, given.page_size, given.key_length
+    if table is None:
+        problem = prepared(given)
+        codes, scales = problem.key_index
+        check_pages(problem.key, codes, scales, codes.shape[2] if codes.ndim == 5 else 0)
     else:
-        checked = problem
         check_table(problem)
-    plan = _plan(checked)
-    if all(given is taken for given, taken in zip(problem.tensors(), checked.tensors(), strict=True)):
-        plans.append(plan)
-    elif problem.new:
-        # The kernels would write to copies.
-        return _planned(extend(problem, "pages", "triton"))
-    return checked, plan
-
-
-def _plan(problem: Problem) -> Plan:
-    query, key, value, block_size = problem.query, problem.key, problem.value, problem.page_size
+    query, key, value, group = problem.query, problem.key, problem.value, problem.group
     B, _, Lq, D = query.shape
     Hkv, _, DV = value.shape[1:]
-    group, numbers, Lk, table = problem.group, B * Lq * Hkv, problem.key_length, problem.table
+    numbers, keys_stored = B * Lq * Hkv, 0 if table is None else key.shape[2]
     stored_pages = problem.key_index[0].shape[2] if table is None else page_count(Lk, block_size)
     # A query's pages: those that a run of at most Lk keys can touch.
     width = max(1, min(stored_pages, page_count(-(-Lk // _KEYS) * _KEYS, block_size) + 1))
@@ -183,41 +173,38 @@ def _plan(problem: Problem) -> Plan:
     at_once = min(_CHOOSE_AT_ONCE, max(128, triton.next_power_of_2(width)))
     choosing = Tiles(1, at_once, max(4, at_once // 512), 1)
     joining = replace(attending, rows=min(attending.rows, triton.next_power_of_2(group)))
-    blocks_of = None if table is None else (table.stride(0), key.shape[2])
-    pages_stored = 0 if table is None else key.shape[2] // block_size
-    choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1), pages_stored)
+    choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1), keys_stored // block_size)
+    architecture = architecture_of(query.device)
     common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
-    page = page_shape_of(D, block_size, 0 if table is None else key.shape[2])
-    scored = {**common, "settings": settings_of(problem), "page": page}
-    score = {"stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, scoring)}
-    choose = {"width": width, "splits": score_splits + 1, "capacity": capacity, "blocks": blocks}
-    choose |= {"budget_heads": problem.budget.shape[1], "shape": constants(choice)}
-    shapes = {"shape": shape_of(D, DV, attending), "join_shape": shape_of(D, DV, joining)}
-    placed = (query, key, value) if table is None else (query, key, value, *problem.key_index)
-    architecture, strides = architecture_of(query.device), tuple(t.stride()[:3] for t in placed)
+    scored = common | {"settings": settings_of(problem), "page": page_shape_of(D, block_size, keys_stored)}
+    score = scored | compile_options(scoring, architecture) | {
+        "stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, scoring),
+    }  # fmt: skip
+    choose = common | compile_options(choosing, architecture) | {
+        "width": width, "splits": score_splits + 1, "capacity": capacity, "blocks": blocks,
+        "budget_heads": problem.budget.shape[1], "shape": constants(choice),
+    }  # fmt: skip
+    attend = scored | compile_options(attending, architecture) | {
+        "splits": splits, "capacity": capacity, "shape": shape_of(D, DV, attending),
+        "join_shape": shape_of(D, DV, joining),
+    }  # fmt: skip
+    placed = (query, key, value, *(() if table is None else problem.key_index))
+    strides = tuple(t.stride()[:3] for t in placed)
+    # All that the kernels are compiled for.
     sinks = None if problem.sinks is None else problem.sinks.dtype
+    blocks_of = None if table is None else (table.stride(0), keys_stored)
     alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats, blocks_of)
-    scoring_options = {**scored, **score, **compile_options(scoring, architecture)}
-    choosing_options = {**common, **choose, **compile_options(choosing, architecture)}
-    attending_options = {**scored, **shapes, "splits": splits, "capacity": capacity}
-    attending_options |= compile_options(attending, architecture)
     compiled = compiled_kernels(
-        ("block", strides, D, DV, choice, joining.rows, *alike), alignment(*problem.tensors(), problem.table)
+        ("block", strides, D, DV, choice, joining.rows, *alike), alignment(*problem.tensors(), table)
     )
+    kernels = (
+        (score_pages_kernel, (numbers, score_splits + 1 + problem.new, blocks), score),
+        (choose_pages_kernel, (numbers, 1, 1), choose),
+        (attend_pages_kernel, (numbers, splits, blocks), attend),
+    )
+    dense = all(mine is theirs for mine, theirs in zip(given.tensors(), problem.tensors(), strict=True))
     return Plan(
-        strides,
-        sum(sizes) + sum(counts),
-        [*sizes, sum(counts)],
-        counts,
-        Launches(
-            (
-                (score_pages_kernel, (numbers, score_splits + 1 + problem.new, blocks), scoring_options),
-                (choose_pages_kernel, (numbers, 1, 1), choosing_options),
-                (attend_pages_kernel, (numbers, splits, blocks), attending_options),
-            ),
-            {},
-            compiled,
-        ),
+        dense, strides, sum(sizes) + sum(counts), [*sizes, sum(counts)], counts, Launches(kernels, {}, compiled)
     )
 
 

@@ -15,7 +15,7 @@ from nc_patch.ops.triton.rows import budget_of, head_of
 from nc_patch.ops.triton.scores import dot, dot_scores, finite_or_zero, fold, load_queries, logits_base2
 from nc_patch.ops.triton.split import arrives_last, join_parts, store_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Rows, Softmax
-from nc_patch.selections.block.heaviest import find_cut, load_ranks, places
+from nc_patch.selections.block.heaviest import find_cut, take
 from nc_patch.selections.block.summarize import summarize_page
 
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -297,9 +297,9 @@ def choose_pages_kernel(
     ties_before = 0
     for first in range(0, count, shape.BLOCK_P):
         page = first + tl.arange(0, shape.BLOCK_P)
-        rank = load_ranks(weights, count - 1, page)
-        above = (page < count) & ((page == 0) | (page == count - 1) | (rank > cut))
-        place, taken, taken_before, ties_before = places(above, rank == cut, spare, taken_before, ties_before)
+        place, taken, taken_before, ties_before = take(
+            weights, count, count - 1, page, cut, spare, taken_before, ties_before
+        )
         stored = chosen.pages + number.to(tl.int64) * capacity + place
         stays = taken & (place < capacity)
         found = seen.low + page

@@ -59,7 +59,10 @@ def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) 
             order = [*always, *sorted({*range(width)} - always, key=weight.__getitem__, reverse=True)]
             taken = max(count, len(always))
             if options.min_mass is not None:
-                missing, most = options.min_mass * len(sampled) * group, min(math.ceil(options.max_factor * count), width)
+                missing, most = (
+                    options.min_mass * len(sampled) * group,
+                    min(math.ceil(options.max_factor * count), width),
+                )
                 while taken < most and sum(mass[j] for j in order[:taken]) < missing:
                     taken += 1
             found.append(torch.tensor(sorted(order[:taken]), dtype=torch.int32) + low)

@@ -1,7 +1,7 @@
 """The heaviest of many weights: what the kernels that choose blocks, and those that choose pages, share.
 
-Weights are float32 and not negative, so that their bits are their ranks. The first of them and those from ``stop`` on
-are no candidates: what they stand for is attended anyway.
+Weights are float32 and not negative, so that their bits are their ranks. The first and those from ``stop`` on are no
+candidates: what they stand for is attended anyway.
 """
 
 import triton
@@ -84,12 +84,14 @@ def weigh(weights, masses, stop, least_rank, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def places(above, tied, spare, taken_before, ties_before):
-    """Where a tile of a list that ascends goes: (places, which are taken, taken and ties up to its end).
+def take(weights, count, stop, place, cut, spare, taken_before, ties_before):
+    """Where a tile of ``count`` places goes in an ascending list: (where, which are taken, taken and ties to its end).
 
-    Taken are all ``above`` and the first ``spare`` of all that are ``tied``. Without spare ones, ``tied`` counts for
-    nothing.
+    Taken are the places that are no candidates, those above the cut, and the first ``spare`` at it.
     """
+    rank = load_ranks(weights, stop, place)
+    above = (place < count) & ((place == 0) | (place >= stop) | (rank > cut))
+    tied = rank == cut
     ties = ties_before + tl.cumsum(tied.to(tl.int32), axis=0)
     certain = taken_before + tl.cumsum(above.to(tl.int32), axis=0)
     return (

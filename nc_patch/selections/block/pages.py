@@ -1,10 +1,10 @@
-"""Pages: runs of ``block_size`` keys, and the statistics from which decoding chooses among them.
+"""Pages: runs of ``block_size`` keys from the sequence's origin on, and the statistics that decoding chooses by.
 
 A page's share of a query's softmax is estimated from one of its keys, the one that lies farthest from the page's mean,
 and from the mean and the variance of the others. If these were normal with independent channels, the mean of their
 ``exp(s * q.k)`` would be ``exp(s * q.mean + s^2 / 2 * sum(q^2 * variance))``. All three vectors are kept as 8-bit codes
-with one scale each, and follow from the keys of the page alone, so that an index that is kept and one that is built
-anew choose the same pages. Pages are counted from the sequence's origin, not from the start of the padded buffer.
+with one scale each, and follow from the keys of the page alone: an index that is kept and one that is built anew choose
+the same pages.
 """
 
 import math
@@ -142,14 +142,9 @@ def summarize(keys: torch.Tensor, exists: torch.Tensor | None = None) -> PageSta
 
 
 def update_pages_(
-    key: torch.Tensor,
-    origin: torch.Tensor,
-    first: torch.Tensor,
-    count: int,
-    end: torch.Tensor,
-    statistics: PageStatistics,
-    block_size: int,
-) -> None:
+    key: torch.Tensor, origin: torch.Tensor, first: torch.Tensor, count: int, end: torch.Tensor,
+    statistics: PageStatistics, block_size: int,
+) -> None:  # fmt: skip
     """Writes, in place, the statistics of each whole page that holds any of the keys ``first[b]`` on to ``+ count``.
 
     A page is whole once its last key is there; before, no query chooses by it. Reads the three tensors on the host.
@@ -164,18 +159,16 @@ def update_pages_(
         low = max(changed - begin, 0) // block_size
         high = min((min(stop, N, changed + count + block_size - 1) - begin) // block_size, P)
         for page in range(low, high, at_once):
-            pages = min(high - page, at_once)
-            at, until = begin + page * block_size, begin + (page + pages) * block_size
+            upto = min(page + at_once, high)
+            at, until = begin + page * block_size, begin + upto * block_size
             keys, exists = key[b, :, max(at, 0) : max(until, 0)], None
-            if at < 0:
-                # Of a sequence whose first keys were dropped.
-                missing = pages * block_size - keys.shape[1]
-                keys = torch.nn.functional.pad(keys, (0, 0, missing, 0))
-                exists = torch.arange(pages * block_size, device=key.device) >= missing
-                exists = exists.view(1, -1, block_size).expand(len(keys), -1, -1)
-            new = summarize(keys.unflatten(1, (pages, block_size)), exists)
-            statistics.codes[b, :, page : page + pages] = new.codes
-            statistics.scales[b, :, page : page + pages] = new.scales
+            if at < 0:  # of a sequence whose first keys were dropped
+                keys = torch.nn.functional.pad(keys, (0, 0, until - at - keys.shape[1], 0))
+                there = torch.arange(at, until, device=key.device) >= 0
+                exists = there.view(1, -1, block_size).expand(len(keys), -1, -1)
+            new = summarize(keys.unflatten(1, (upto - page, block_size)), exists)
+            for kept, written in zip(statistics, new, strict=True):
+                kept[b, :, page:upto] = written
 
 
 def page_logits(

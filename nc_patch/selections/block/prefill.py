@@ -1,16 +1,13 @@
 """``block`` over many rows, in three kernels; ``definition`` says what is attended.
 
 1. Score: sampled rows of several query blocks fill a tile of matrix rows and run over all visible keys; a logit for
-   each key block is written, for a chunk of query blocks at a time: as many as ``SCORE_BYTES`` hold or, if more, as
-   fill the GPU, within ``MOST_SCORE_BYTES``.
+   each key block is written, for a chunk of query blocks at a time: see ``score_chunks``.
 2. Choose: one program for a query block and key/value head turns them into shares and picks blocks by bisection.
-3. Attend: flash attention over the chosen blocks, whose lists are what remains of the choice:
-   ``4 * N * Hkv * M`` bytes for N query blocks of at most M key blocks.
+3. Attend: flash attention over the chosen blocks, whose lists, int32, are what remains of the choice.
 
 Nothing of size Lq * Lk is stored. The plan reads the device three times, once for all layers of a forward pass.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,8 +30,8 @@ from nc_patch.ops.triton.launch import (
 from nc_patch.ops.triton.structs import heads
 from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, plan_of
-from nc_patch.selections.block.prefill_attend import Results, attend_blocks_kernel
-from nc_patch.selections.block.prefill_choice import Choice, Plan, Scratch, choose_blocks_kernel, score_blocks_kernel
+from nc_patch.selections.block.prefill_attend import attend_blocks_kernel
+from nc_patch.selections.block.prefill_choice import Plan, choose_blocks_kernel, score_blocks_kernel
 
 # Scores of a chunk of query blocks: about what the second level cache of a large GPU holds. A chunk that gives the
 # multiprocessors too few programs, of long prompts, takes more: half of what keys and values of 524,288 tokens take.
@@ -97,18 +94,17 @@ def triton_block_attention(problem: Problem, options: BlockOptions) -> Attention
         RuntimeError: a CUDA graph is being captured.
     """
     problem = prepared(problem)
-    plan, query = plan_of(problem, options), problem.query
-    architecture = architecture_of(query.device)
-    tiles = block_tiles(architecture, query.dtype, *problem.head_dims, options.size)
+    plan, device = plan_of(problem, options), problem.query.device
+    tiles = block_tiles(architecture_of(device), problem.query.dtype, *problem.head_dims, options.size)
     expected, audited = expected_of(problem, len(plan.listed)), None
-    with on_device(query.device):
+    with on_device(device):
         choice, added = choose_blocks(problem, plan, tiles.score, options, expected)
         if expected is not None:
             audited = audit(problem, plan, choice, expected, options.size)
-        output, lse, lse_keys, attended = attend_blocks(problem, plan, choice, tiles, options.size)
+        result, lse_keys = attend_blocks(problem, plan, choice, tiles, options.size)
     kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
     enlarged = enlarged_of(added, problem.group) if options.enlarges else None
-    return AttentionResult(output, lse, kept_mass, attended, enlarged=enlarged, audit=audited)
+    return result._replace(kept_mass=kept_mass, enlarged=enlarged, audit=audited)
 
 
 def choose_blocks(
@@ -119,66 +115,46 @@ def choose_blocks(
     ``expected``, float32 ``[N, Hq]``, is given the mean kept mass of each query block's sampled rows, 1 without any.
     """
     query, device, D = problem.query, problem.query.device, problem.query.shape[3]
-    Hkv, group, N, S = problem.key.shape[1], problem.group, len(plan.listed), plan.samples.shape[0]
-    architecture = architecture_of(device)
+    Hkv, group, S = problem.key.shape[1], problem.group, plan.samples.shape[0]
+    architecture, indices = architecture_of(device), plan.law.new_full((*plan.law.shape, plan.capacity), -1)
+    choice = BlockChoice(indices, torch.empty_like(plan.law))
     chunks = score_chunks(plan, Hkv, group, multiprocessors(device))
+    segments = [max(1, triton.cdiv(chunk.width * options.size, _SEGMENT)) for chunk in chunks]
+    blocks = max((chunk.width * (chunk.last - chunk.first) for chunk in chunks), default=0)
+    scores = max((chunk.width * chunk.samples for chunk in chunks), default=0)
+    sums = max((chunk.samples * of for chunk, of in zip(chunks, segments, strict=True)), default=0)
 
-    def scratch(*shape: int) -> torch.Tensor:
+    def floats(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    def scratch_for(size: Callable[[Chunk], int]) -> torch.Tensor:
-        return scratch(max(map(size, chunks), default=0) * Hkv)
-
-    indices = torch.full((N, Hkv, plan.capacity), -1, dtype=torch.int32, device=device)
-    kept = None if expected is None else scratch(Hkv, S, group)
-    choice = Choice(indices, torch.empty_like(plan.law), kept)
-    row_lse = scratch_for(lambda chunk: chunk.samples * group * _segments(chunk, options))
-    blocks = lambda chunk: chunk.width * (chunk.last - chunk.first)  # noqa: E731
-    masses = scratch_for(blocks) if options.enlarges else None
+    kept = None if expected is None else floats(Hkv, S, group)
     both = {
         "plan": Plan(plan.table, plan.samples, plan.sample_owner, plan.recent, plan.law, plan.limit),
-        "scores": scratch_for(lambda chunk: chunk.width * chunk.samples * group),
-        "group": group,
-    }
+        "scores": floats(scores * group * Hkv), "row_lse": floats(sums * group * Hkv), "group": group,
+    }  # fmt: skip
     scored = {
-        **both,
-        "row_lse": row_lse,
-        "query": heads(query),
-        "key": heads(problem.key),
-        "visible": problem.visible,
-        "Lq": query.shape[2],
-        "Lk": problem.key.shape[2],
-        "settings": settings_of(problem),
-        "shape": shape_of(D, D, tiles),
-        "BLOCK_SIZE": options.size,
-        "MASS": options.enlarges,
-        **score_options(D, tiles, architecture),
-    }
+        "query": heads(query), "key": heads(problem.key), "visible": problem.visible, "Lq": query.shape[2],
+        "Lk": problem.key.shape[2], "settings": settings_of(problem), "shape": shape_of(D, D, tiles),
+        "BLOCK_SIZE": options.size, "MASS": options.enlarges, **both, **score_options(D, tiles, architecture),
+    }  # fmt: skip
     chosen = {
-        **both,
-        "scratch": Scratch(scratch_for(blocks), masses, row_lse),
-        "choice": choice,
-        "num_kv_heads": Hkv,
-        "sample_count": S,
-        "capacity": plan.capacity,
-        "min_mass": options.min_mass,
-        "BLOCK_R": _ROWS_AT_ONCE,
-        "BLOCK_C": _BLOCKS_AT_ONCE,
-        "BLOCK_P": _RANKS_AT_ONCE,
-        **compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),
-    }
-    for chunk in chunks:
-        rows, segments = chunk.samples * group, _segments(chunk, options)
-        of_chunk = {"first_sample": chunk.first_sample, "row_count": rows, "width": chunk.width}
+        "all_weights": floats(blocks * Hkv), "all_masses": floats(blocks * Hkv) if options.enlarges else None,
+        "choice": choice, "kept": kept, "num_kv_heads": Hkv, "sample_count": S, "capacity": plan.capacity,
+        "min_mass": options.min_mass, "BLOCK_R": _ROWS_AT_ONCE, "BLOCK_C": _BLOCKS_AT_ONCE, "BLOCK_P": _RANKS_AT_ONCE,
+        **both, **compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),
+    }  # fmt: skip
+    for chunk, of in zip(chunks, segments, strict=True):
+        rows = chunk.samples * group
+        changing = {"first_sample": chunk.first_sample, "row_count": rows, "width": chunk.width}
         if rows:
-            score_blocks_kernel[(triton.cdiv(rows, tiles.rows), Hkv, segments)](**of_chunk, **scored)
+            score_blocks_kernel[(triton.cdiv(rows, tiles.rows), Hkv, of)](**changing, **scored)
         pairs = (chunk.last - chunk.first, Hkv)
-        choose_blocks_kernel[pairs](first_number=chunk.first, segments=segments, **of_chunk, **chosen)
+        choose_blocks_kernel[pairs](first_number=chunk.first, segments=of, **changing, **chosen)
     if expected is not None and kept is not None:
-        of_samples, lengths = kept.transpose(0, 1).reshape(S, -1), plan.table[:, 9].long()
-        mean = torch.segment_reduce(of_samples, "sum", lengths=lengths, axis=0, unsafe=True) / lengths[:, None]
-        expected.copy_(mean.masked_fill(lengths[:, None] == 0, 1.0))
-    return BlockChoice(choice.indices, choice.counts), choice.counts - plan.law
+        lengths = plan.table[:, 9].long()
+        total = torch.segment_reduce(kept.transpose(0, 1).flatten(1), "sum", lengths=lengths, axis=0, unsafe=True)
+        expected.copy_((total / lengths[:, None]).masked_fill(lengths[:, None] == 0, 1.0))
+    return choice, choice.block_counts - plan.law
 
 
 class Chunk(NamedTuple):
@@ -211,10 +187,6 @@ def score_chunks(plan: BlockPlan, kv_heads: int, group: int, multiprocessors: in
     return chunks
 
 
-def _segments(chunk: Chunk, options: BlockOptions) -> int:
-    return max(1, triton.cdiv(chunk.width * options.size, _SEGMENT))
-
-
 def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, Any]:
     """Options of the compiler for ``score_blocks_kernel``: on Hopper registers for two programs, where they suffice."""
     options = compile_options(tiles, architecture)
@@ -225,47 +197,30 @@ def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, A
 
 def attend_blocks(
     problem: Problem, plan: BlockPlan, choice: BlockChoice, tiles: BlockTiles, block_size: int
-) -> Results:
-    """The results of attending the chosen blocks; both lse are None unless there are to be statistics."""
+) -> tuple[AttentionResult, torch.Tensor | None]:
+    """Attention over the chosen blocks, and with statistics the log-sum-exp of its keys alone, without sinks."""
     query, value = problem.query, problem.value
     B, Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
-
-    def result(dtype: torch.dtype, *last: int) -> torch.Tensor:
-        return torch.empty(B, Hq, Lq, *last, dtype=dtype, device=query.device)
-
-    lse, lse_keys = (result(torch.float32) if problem.stats else None for _ in range(2))
-    results = Results(result(query.dtype, DV), lse, lse_keys, result(torch.int32))
+    output, attended = query.new_empty(B, Hq, Lq, DV), problem.visible.new_empty(B, Hq, Lq)
+    lse = lse_keys = None
+    if problem.stats:
+        lse, lse_keys = (torch.empty_like(attended, dtype=torch.float32) for _ in range(2))
     N, sizes = len(plan.listed), [block.last - block.first for block in plan.listed]
     if sum(sizes) < B * Lq:  # some rows see no key
-        for tensor, nothing in zip(results, (0.0, -torch.inf, -torch.inf, 0), strict=True):
-            if tensor is not None:
-                tensor.fill_(nothing)
-        if lse is not None and problem.sinks is not None:
-            lse.copy_(problem.sinks[:, None])
-    if N == 0 or results.output.numel() == 0:
-        return results
-    row_tiles = triton.cdiv(max(sizes) * problem.group, tiles.attend.rows)
-    attend_blocks_kernel[(N * Hkv * row_tiles,)](
-        query=heads(query),
-        key=heads(problem.key),
-        value=heads(value),
-        visible=problem.visible,
-        table=plan.table,
-        choice=choice,
-        sinks=problem.sinks,
-        results=results,
-        query_blocks=N,
-        num_kv_heads=Hkv,
-        group=problem.group,
-        Lq=Lq,
-        Lk=Lk,
-        capacity=choice.block_indices.shape[2],
-        row_tiles=row_tiles,
-        settings=settings_of(problem),
-        shape=shape_of(D, DV, tiles.attend),
-        EDGE_N=tiles.edge_keys,
-        BLOCK_SIZE=block_size,
-        **compile_options(tiles.attend, architecture_of(query.device)),
-    )
-    return results
+        output.zero_()
+        attended.zero_()
+        if lse is not None and lse_keys is not None:
+            lse_keys.fill_(-torch.inf)
+            lse.copy_(lse_keys if problem.sinks is None else problem.sinks[:, None])
+    if N and output.numel():
+        row_tiles = triton.cdiv(max(sizes) * problem.group, tiles.attend.rows)
+        attend_blocks_kernel[(N * Hkv * row_tiles,)](
+            query=heads(query), key=heads(problem.key), value=heads(value), visible=problem.visible, table=plan.table,
+            choice=choice, sinks=problem.sinks, output=output, lse=lse, lse_keys=lse_keys, attended=attended,
+            query_blocks=N, num_kv_heads=Hkv, group=problem.group, Lq=Lq, Lk=Lk, row_tiles=row_tiles,
+            capacity=choice.block_indices.shape[2], settings=settings_of(problem), shape=shape_of(D, DV, tiles.attend),
+            EDGE_N=tiles.edge_keys, BLOCK_SIZE=block_size,
+            **compile_options(tiles.attend, architecture_of(query.device)),
+        )  # fmt: skip
+    return AttentionResult(output, lse, attended=attended), lse_keys

@@ -1,7 +1,5 @@
 """The kernel of block-sparse prefill that attends the chosen key blocks."""
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -25,29 +23,17 @@ from nc_patch.selections.block.prefill_choice import load_query_block
 _LIST = tl.constexpr(128)
 
 
-class Results(NamedTuple):
-    """Where attention goes, contiguous: the output, and float32 or int32 ``[B, Hq, Lq]``.
-
-    ``lse`` and, without the sinks, ``lse_keys`` are None where they are not wanted.
-    """
-
-    output: Any
-    lse: Any
-    lse_keys: Any
-    attended: Any
-
-
 @triton.jit(do_not_specialize=[*PER_CALL, "query_blocks", "capacity", "row_tiles"])
 def attend_blocks_kernel(
-    query, key, value, visible, table, choice, sinks, results, query_blocks, num_kv_heads, group, Lq, Lk, capacity,
-    row_tiles, settings, shape, EDGE_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    query, key, value, visible, table, choice, sinks, output, lse, lse_keys, attended, query_blocks, num_kv_heads,
+    group, Lq, Lk, capacity, row_tiles, settings, shape, EDGE_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The ``Results`` of ``BLOCK_M`` rows of one query block and key/value head over the blocks chosen for them.
+    """The output of ``BLOCK_M`` rows of one query block and key/value head over the blocks chosen for them.
 
-    All rows attend the same blocks, so that a tile of keys, gathered from several blocks, is loaded once for the group.
-    Only the blocks at the edges of what the rows see are masked: the chosen blocks ascend, so that those that every row
-    sees whole are one run of the list. Programs run from the last query blocks, which have most to attend, to the
-    first.
+    ``attended`` is int32 ``[B, Hq, Lq]``; ``lse`` and, without the sinks, ``lse_keys`` are float32, or None. All rows
+    attend the same blocks, so that a tile of keys, gathered from several blocks, is loaded once for the group. Only the
+    blocks at the edges of what the rows see are masked: the chosen blocks ascend, so that those that every row sees
+    whole are one run of the list. Programs run from the last query blocks, which have most to attend, to the first.
     """
     program = tl.program_id(0)
     kv_head = ((program // row_tiles) % num_kv_heads).to(tl.int64)
@@ -123,12 +109,12 @@ def attend_blocks_kernel(
             seen_keys += tl.sum(seen.to(tl.int32), axis=1)
 
         base, share, denominator = join_sink(peak, total, sinks, head, valid)
-        write_rows(results.output, rows, acc * (share / denominator)[:, None], seen_keys, shape)
-        tl.store(results.attended + row, seen_keys, mask=valid)
-        if results.lse is not None:
-            lse_keys = (finite_or_zero(peak) + tl.log2(total)) * LN_2
-            tl.store(results.lse + row, (base + tl.log2(denominator)) * LN_2, mask=valid)
-            tl.store(results.lse_keys + row, lse_keys, mask=valid)
+        write_rows(output, rows, acc * (share / denominator)[:, None], seen_keys, shape)
+        tl.store(attended + row, seen_keys, mask=valid)
+        if lse is not None:
+            of_keys = (finite_or_zero(peak) + tl.log2(total)) * LN_2
+            tl.store(lse + row, (base + tl.log2(denominator)) * LN_2, mask=valid)
+            tl.store(lse_keys + row, of_keys, mask=valid)
 
 
 @triton.jit

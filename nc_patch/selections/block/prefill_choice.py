@@ -18,15 +18,14 @@ from nc_patch.ops.triton.scores import (
     score_run,
 )
 from nc_patch.ops.triton.structs import PER_CALL, Rows
-from nc_patch.selections.block.blocks import PLAN_COLUMNS
-from nc_patch.selections.block.heaviest import count_to_mass, find_cut, load_ranks, places
+from nc_patch.selections.block.blocks import PLAN_COLUMNS, PlannedBlock
+from nc_patch.selections.block.heaviest import count_to_mass, find_cut, take
 
-# Columns of a plan's table; see ``blocks.BlockPlan``.
 _COLUMNS = tl.constexpr(PLAN_COLUMNS)
 
 
 class Plan(NamedTuple):
-    """Pointers to what the kernels are told of the query blocks; see ``blocks.BlockPlan``."""
+    """The tensors of a ``blocks.BlockPlan`` that the kernels read."""
 
     table: Any
     samples: Any
@@ -36,33 +35,16 @@ class Plan(NamedTuple):
     limit: Any
 
 
-class QueryBlock(NamedTuple):
-    """A query block as the plan's table has it.
-
-    Attributes:
-        batch: the sequence. first, last: its rows ``first:last`` of Lq.
-        begin: the key position of block 0. lowest: the first visible block. blocks: how many there are.
-        first_sample, samples: which of the plan's samples are its own.
-    """
-
-    batch: Any
-    first: Any
-    last: Any
-    begin: Any
-    lowest: Any
-    blocks: Any
-    first_sample: Any
-    samples: Any
-
-
 @triton.jit
 def load_query_block(table, number, mask):
-    """The ``QueryBlock`` of each number, from the plan's table; zeros where the mask has none."""
+    """The ``PlannedBlock`` of each number, from the plan's table; zeros where the mask has none."""
     row = table + number.to(tl.int64) * _COLUMNS
-    return QueryBlock(
+    return PlannedBlock(
         tl.load(row, mask=mask, other=0).to(tl.int64),
         tl.load(row + 1, mask=mask, other=0),
         tl.load(row + 2, mask=mask, other=0),
+        tl.load(row + 3, mask=mask, other=0),
+        tl.load(row + 4, mask=mask, other=0),
         tl.load(row + 5, mask=mask, other=0),
         tl.load(row + 6, mask=mask, other=0),
         tl.load(row + 7, mask=mask, other=0),
@@ -87,14 +69,12 @@ def score_blocks_kernel(
     """The logits of key blocks for sampled rows: ``scores [num_kv_heads, width, row_count]``.
 
     A block's logit is its highest, or with ``MASS`` the log-sum-exp of its keys'. Of each segment of the keys a row's
-    log-sum-exp over the blocks goes to ``row_lse [segments, num_kv_heads, row_count]``.
-
-    Rows are (sample, query head of the group), the head running fastest, from the plan's ``first_sample`` on; blocks
-    are counted from the first that the row's query block sees.
+    log-sum-exp over the blocks goes to ``row_lse [segments, num_kv_heads, row_count]``. Rows are (sample, query head of
+    the group), the head running fastest, from the plan's ``first_sample`` on; blocks are counted from the first that
+    the row's query block sees.
 
     A program takes ``BLOCK_M`` consecutive rows of one key/value head, whatever query blocks they belong to, so that
-    keys are read once for several query blocks. A block's logit needs nothing of the others: the third axis of the grid
-    divides the keys that a program's rows see into segments.
+    keys are read once for several query blocks. The third axis of the grid divides these keys into segments.
     """
     kv_head = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
@@ -117,7 +97,7 @@ def score_blocks_kernel(
         begin = tl.sum(tl.where(leads, own.begin, 0), axis=0)
         here = remaining & (own.batch == batch) & (own.begin == begin)
         lowest = tl.min(tl.where(here, own.lowest, FAR), axis=0)
-        past = tl.max(tl.where(here, own.lowest + own.blocks, -FAR), axis=0)
+        past = tl.max(tl.where(here, own.lowest + own.width, -FAR), axis=0)
         tiles = tl.cdiv((past - lowest) * BLOCK_SIZE, shape.BLOCK_N)
         share = tl.cdiv(tiles, tl.num_programs(2))
         low = begin + lowest * BLOCK_SIZE + segment * share * shape.BLOCK_N
@@ -130,7 +110,7 @@ def score_blocks_kernel(
         after = tl.maximum(after, before)
         keys = head_of(key, batch, kv_head)
         first_block = lowest - own.lowest + segment * share * (shape.BLOCK_N // BLOCK_SIZE)
-        written = BlockScores(scores + kv_head * width * row_count + flat, row_count, tl.where(here, own.blocks, 0))
+        written = BlockScores(scores + kv_head * width * row_count + flat, row_count, tl.where(here, own.width, 0))
         peak, total = score_tiles(
             queries, keys, rows, low, 0, before, after, tiles, Lk, written, first_block, peak, total, settings, shape,
             BLOCK_SIZE, MASS, True,
@@ -200,44 +180,21 @@ def block_logits(
     return logits
 
 
-class Scratch(NamedTuple):
-    """Memory for the programs that choose: weights and masses, a row of ``width`` for each, and log-sum-exps of rows.
-
-    ``masses`` is None where no ``min_mass`` is asked for. ``row_lse`` is ``[segments, num_kv_heads, row_count]``.
-    """
-
-    weights: Any
-    masses: Any
-    row_lse: Any
+_CHANGING = ("first_number", "first_sample", "segments", "sample_count", "row_count", "width", "capacity")
 
 
-class Choice(NamedTuple):
-    """Where a choice goes, for each query block and key/value head.
-
-    Attributes:
-        indices: int32 ``[N, Hkv, capacity]``, filled with -1. counts: int32 ``[N, Hkv]``.
-        kept: float32 ``[Hkv, S, group]``, each sampled row's mass on the chosen blocks; None where it is not wanted.
-    """
-
-    indices: Any
-    counts: Any
-    kept: Any
-
-
-@triton.jit(
-    do_not_specialize=[
-        *(*PER_CALL, "first_number", "first_sample", "segments", "sample_count"),
-        *("row_count", "width", "capacity"),
-    ]
-)
+@triton.jit(do_not_specialize=[*PER_CALL, *_CHANGING])
 def choose_blocks_kernel(
-    plan, scores, scratch, choice, num_kv_heads, group, first_number, first_sample, segments, sample_count, row_count,
-    width, capacity, min_mass, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    plan, scores, row_lse, all_weights, all_masses, choice, kept, num_kv_heads, group, first_number, first_sample,
+    segments, sample_count, row_count, width, capacity, min_mass, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The ``Choice`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
+    """The ``BlockChoice`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
 
-    Reads the ``scores``, as ``score_blocks_kernel`` writes them, once, for the largest share that any row puts on each
-    block; and once more for what each row keeps, where that is wanted. ``min_mass`` is None for none.
+    Reads ``scores`` and ``row_lse``, as ``score_blocks_kernel`` writes them, for the largest share that any row puts on
+    each block, which goes to the program's row of ``all_weights``, and for its mass, to ``all_masses``; and once more
+    for what each sampled row keeps, ``kept [num_kv_heads, sample_count, group]``. ``all_masses`` and ``min_mass`` are
+    None for no ``min_mass``, ``kept`` where it is not wanted.
     """
     local = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -246,10 +203,10 @@ def choose_blocks_kernel(
     pair = number * num_kv_heads + kv_head
     rows = own.samples * group
     program = local.to(tl.int64) * num_kv_heads + kv_head
-    weights = scratch.weights + program * width
+    weights = all_weights + program * width
     before = (own.first_sample - first_sample).to(tl.int64) * group
-    lse_row = scratch.row_lse + kv_head * row_count + before
-    logits = BlockScores(scores + kv_head * width * row_count + before, row_count, own.blocks)
+    lse_row = row_lse + kv_head * row_count + before
+    logits = BlockScores(scores + kv_head * width * row_count + before, row_count, own.width)
 
     # The segments' sums of each row become one, in the place of the first.
     for from_row in range(0, rows, BLOCK_R):
@@ -267,7 +224,7 @@ def choose_blocks_kernel(
         tl.store(lse_row + row, finite_or_zero(peak) + tl.log2(total), mask=present)
     # Every thread has written what others read.
     tl.debug_barrier()
-    for from_block in range(0, tl.where(rows > 0, own.blocks, 0), BLOCK_C):
+    for from_block in range(0, tl.where(rows > 0, own.width, 0), BLOCK_C):
         block = from_block + tl.arange(0, BLOCK_C)
         share = tl.full([BLOCK_C], float("-inf"), dtype=tl.float32)
         held = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -280,35 +237,35 @@ def choose_blocks_kernel(
             share = tl.maximum(share, tl.max(tl.where(tile == tile, tile, float("inf")), axis=0))
             if min_mass is not None:
                 held += tl.sum(tl.where(tile == tile, tl.exp2(tile), 0.0), axis=0)
-        tl.store(weights + block, tl.exp2(share), mask=block < own.blocks)
+        tl.store(weights + block, tl.exp2(share), mask=block < own.width)
         if min_mass is not None:
-            tl.store(scratch.masses + program * width + block, held, mask=block < own.blocks)
+            tl.store(all_masses + program * width + block, held, mask=block < own.width)
     tl.debug_barrier()
 
     # Without a sampled row all blocks are attended, and there are no weights to look at.
     recent = tl.where(rows > 0, tl.load(plan.recent + pair), 0)
-    always = tl.minimum(recent, 1) + own.blocks - recent
+    always = tl.minimum(recent, 1) + own.width - recent
     wanted = tl.load(plan.law + pair)
     if min_mass is not None:
-        masses = scratch.masses + program * width
+        masses = all_masses + program * width
         # Without a sampled row there are no masses either, and none is missing.
-        weighed = tl.where(rows > 0, own.blocks, 0)
+        weighed = tl.where(rows > 0, own.width, 0)
         missing = min_mass * tl.cast(rows, tl.float32) - mass_of_always(masses, weighed, recent, BLOCK_P)
         more = always + count_to_mass(weights, masses, recent, missing, BLOCK_P)
         # Where even all blocks miss the target by rounding, all are asked for.
         wanted = tl.minimum(tl.maximum(wanted, more), tl.load(plan.limit + pair))
     cut, spare = find_cut(weights, recent, wanted - always, BLOCK_P)
-    tl.store(choice.counts + pair, wanted)
+    tl.store(choice.block_counts + pair, wanted)
     taken_before = 0
     ties_before = 0
-    for from_block in range(0, own.blocks, BLOCK_C):
+    for from_block in range(0, own.width, BLOCK_C):
         block = from_block + tl.arange(0, BLOCK_C)
-        place, taken, taken_before, ties_before = take_blocks(
-            weights, own.blocks, recent, block, cut, spare, taken_before, ties_before
+        place, taken, taken_before, ties_before = take(
+            weights, own.width, recent, block, cut, spare, taken_before, ties_before
         )
-        tl.store(choice.indices + pair * capacity + place, own.lowest + block, mask=taken & (place < capacity))
+        tl.store(choice.block_indices + pair * capacity + place, own.lowest + block, mask=taken & (place < capacity))
 
-    if choice.kept is not None:
+    if kept is not None:
         for from_row in range(0, rows, BLOCK_R):
             row = from_row + tl.arange(0, BLOCK_R)
             present = row < rows
@@ -316,23 +273,17 @@ def choose_blocks_kernel(
             kept_here = tl.zeros([BLOCK_R], dtype=tl.float32)
             taken_before = 0
             ties_before = 0
-            for from_block in range(0, own.blocks, BLOCK_C):
+            for from_block in range(0, own.width, BLOCK_C):
                 block = from_block + tl.arange(0, BLOCK_C)
-                _place, taken, taken_before, ties_before = take_blocks(
-                    weights, own.blocks, recent, block, cut, spare, taken_before, ties_before
+                _place, taken, taken_before, ties_before = take(
+                    weights, own.width, recent, block, cut, spare, taken_before, ties_before
                 )
-                mass = load_mass(logits, row, present, block, whole)
+                # No mask after the load: it would hold each load's predicate, of which there are few, and so the loads
+                # would wait for each other. Beyond the last block nothing is taken.
+                mass = tl.exp2(load_scores(logits, row, present, block) - whole[:, None])
                 kept_here += tl.sum(tl.where(taken[None, :], mass, 0.0), axis=1)
-            stored = choice.kept + (kv_head * sample_count + own.first_sample) * group + row
+            stored = kept + (kv_head * sample_count + own.first_sample) * group + row
             tl.store(stored, kept_here, mask=present)
-
-
-@triton.jit
-def take_blocks(weights, blocks, recent, block, cut, spare, taken_before, ties_before):
-    """``places`` of a tile of blocks: those attended always, those above the cut, and the first ``spare`` at it."""
-    rank = load_ranks(weights, recent, block)
-    above = (block < blocks) & ((block == 0) | (block >= recent) | (rank > cut))
-    return places(above, rank == cut, spare, taken_before, ties_before)
 
 
 @triton.jit
@@ -340,16 +291,6 @@ def load_scores(scores, row, present, block):
     """Scores ``[BLOCK_R, BLOCK_C]`` of rows and blocks; -inf where there is no such row or block."""
     pointers = scores.data + (block.to(tl.int64)[None, :] * scores.stride + row[:, None])
     return tl.load(pointers, mask=present[:, None] & (block < scores.blocks)[None, :], other=float("-inf"))
-
-
-@triton.jit
-def load_mass(scores, row, present, block, whole):
-    """The share of each row's mass on each block, ``[BLOCK_R, BLOCK_C]``; 0 where there is no such row.
-
-    What lies beyond the last block means nothing. No mask is needed after the load: a mask would hold each load's
-    predicate, of which there are few, and so the loads would wait for each other.
-    """
-    return tl.exp2(load_scores(scores, row, present, block) - whole[:, None])
 
 
 @triton.jit

@@ -51,24 +51,12 @@ def score_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
 
 
 def triton_summarize_pages_(
-    key: torch.Tensor,
-    origin: torch.Tensor,
-    first: torch.Tensor,
-    count: int,
-    end: torch.Tensor,
-    statistics: PageStatistics,
-    block_size: int,
-) -> None:
-    """Writes the statistics of each whole page that holds any of the keys ``first[b]`` on to ``+ count``; one launch.
+    key: torch.Tensor, origin: torch.Tensor, first: torch.Tensor, count: int, end: torch.Tensor,
+    statistics: PageStatistics, block_size: int,
+) -> None:  # fmt: skip
+    """``pages.update_pages_`` in one launch; statistics that are not contiguous are copied, and copied back.
 
-    ``pages.summarize`` defines them. Where a page's keys do not fit into registers they are read several times.
-
-    Args:
-        key: ``[B, Hkv, N, D]``, any strides.
-        origin, first, end: int ``[B]`` on the device, see ``pages.update_pages_``.
-        count: how many positions from ``first`` on have changed.
-        statistics: codes ``[B, Hkv, P, 3, D]`` and scales ``[B, Hkv, P, 3]``, changed in place; pages beyond P are
-            left out. Copied, and copied back, where they are not contiguous.
+    Where a page's keys do not fit into registers they are read several times.
     """
     B, Hkv, N, D = key.shape
     dense = PageStatistics(*(tensor.contiguous() for tensor in statistics))
@@ -77,19 +65,11 @@ def triton_summarize_pages_(
         return
     with on_device(key.device):
         summarize_kernel[(touched, B * Hkv)](
-            key=heads(dense_last(key)),
-            origin=origin.contiguous(),
-            first=first.contiguous(),
-            end=end.contiguous(),
-            statistics=dense,
-            num_kv_heads=Hkv,
-            N=N,
-            stored_pages=dense.codes.shape[2],
-            count=count,
+            key=heads(dense_last(key)), origin=origin.contiguous(), first=first.contiguous(), end=end.contiguous(),
+            statistics=dense, num_kv_heads=Hkv, N=N, stored_pages=dense.codes.shape[2], count=count,
             page=page_shape_of(D, block_size),
             **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
-        )
-    # Of a view of something larger a copy was written.
+        )  # fmt: skip
     for given, written in zip(statistics, dense, strict=True):
         if written is not given:
             given.copy_(written)
@@ -118,12 +98,10 @@ def triton_summarize_slots_(
     Hkv, N, D = key.shape[1:]
     with on_device(key.device):
         summarize_slots_kernel[(len(slots), Hkv)](
-            key=heads(key),
-            statistics=PageStatistics(*map(heads, statistics)),  # type: ignore[arg-type]
-            slots=slots.contiguous(),
-            page=page_shape_of(D, block_size, N),
+            key=heads(key), statistics=PageStatistics(*map(heads, statistics)),  # type: ignore[arg-type]
+            slots=slots.contiguous(), page=page_shape_of(D, block_size, N),
             **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
-        )
+        )  # fmt: skip
 
 
 @triton.jit
