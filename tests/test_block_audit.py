@@ -1,7 +1,6 @@
 """The audit of prefill by blocks: without bias, with an interval that holds the truth as often as it says."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from operations import problem_of
 
 from nc_patch import NCConfig
 from nc_patch.functional import attend
-from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
+from nc_patch.ops.problem import AttentionResult, causal_intervals
 from nc_patch.selections.block.audit import AUDIT_COLUMNS, audited_rows
 from nc_patch.stats import MassCounts
 
@@ -31,22 +30,12 @@ def intervals(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     return visible, origin
 
 
-def problem_for(tensors, kind: str, seed: int, **options) -> tuple[Problem, Any]:
+def attended(tensors, kind: str, seed: int, **options) -> AttentionResult:
     query, key, value = tensors
     visible, origin = intervals(kind)
     config = NCConfig(4.0, 0.5, prefill="block", **{"dense_below": 0, **options})
-    problem = problem_of(
-        *(query, key, value, visible, config.row_budgets(visible, N, 0)),
-        scale=0.25,
-        origin=origin,
-        stats=True,
-        audit_seed=seed,
-    )
-    return problem, config.prefill
-
-
-def attended(tensors, kind: str, seed: int, **options) -> AttentionResult:
-    return attend(*problem_for(tensors, kind, seed, **options), "torch")
+    given = (query, key, value, visible, config.row_budgets(visible, N, 0))
+    return attend(problem_of(*given, scale=0.25, origin=origin, stats=True, audit_seed=seed), config.prefill, "torch")
 
 
 def truth(result: AttentionResult, kind: str) -> torch.Tensor:
@@ -86,7 +75,7 @@ def test_the_audit_is_unbiased(kind, options):
 
 def test_its_interval_holds_the_truth():
     held, count = 0, 0
-    for case, kind in itertools.product(range(12), ("plain", "padded", "packed", "sliding")):
+    for case, kind in itertools.product(range(9), ("plain", "padded", "packed", "sliding")):
         tensors = peaked(100 + case, 2, N, Hq=(2, 4, 6)[case % 3])
         result = attended(tensors, kind, seed=case)
         counts = MassCounts()
@@ -95,7 +84,7 @@ def test_its_interval_holds_the_truth():
         lower, upper = (torch.tensor([*found[f"{edge}_by_head"], found[edge]]) for edge in ("lower", "upper"))
         held += int(((lower <= true) & (true <= upper)).sum())
         count += len(true)
-    assert count == 48 * 5
+    assert count == 36 * 5
     assert held / count >= 0.88, held / count  # 95 % is what it says
 
 

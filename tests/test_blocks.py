@@ -36,37 +36,26 @@ def test_the_stride_is_the_nearest_power_of_two():
         below, above = math.nextafter(boundary, 0.0), math.nextafter(boundary, math.inf)
         found = stride_by_law(torch.tensor([below, boundary, above], dtype=torch.float64))
         assert found.tolist() == [2**power, 2 ** (power + 1), 2 ** (power + 1)]
-    ratio = torch.cat((torch.zeros(1).double(), torch.logspace(-1, 3, 1000, dtype=torch.float64)))
-    expected = [2, *(min(max(2 ** round(math.log2(r)), 2), 64) for r in ratio[1:].tolist())]
-    assert stride_by_law(ratio).tolist() == expected
+    assert stride_by_law(torch.tensor([0.0, 0.1, 1e3], dtype=torch.float64)).tolist() == [2, 2, 64]
 
 
 def stride_at(n: int, counts: list[int], stride: int | None = None) -> int:
     """The stride of a query block that sees n keys and has so many key blocks of 16 for each key/value head."""
-    return int(
-        blocks.strides_of(
-            torch.tensor([n], dtype=torch.int32), torch.tensor([counts]), BlockOptions(sample_stride=stride)
-        )
-    )
+    seen, options = torch.tensor([n], dtype=torch.int32), BlockOptions(sample_stride=stride)
+    return int(blocks.strides_of(seen, torch.tensor([counts]), options))
 
 
-def test_strides_grow_with_the_square_root_of_the_length():
+def test_strides_grow_with_the_square_root_of_the_length_and_follow_the_mean_over_key_value_heads():
     # n / 2k is n^0.5 / 24 for a budget of 12 n^0.5, here rounded up to whole blocks.
     counts = lambda n: -(-math.ceil(12 * n**0.5) // 16)  # noqa: E731
-    lengths = ((1024, 2048, 4096, 4607), (5000, 8192, 16_384, 18_000), (20_000, 32_768, 65_536), (131_072, 262_144))
-    lengths += ((300_000, 524_288, 1_048_576),)
-    expected = {n: 2 << step for step, of_stride in enumerate(lengths) for n in of_stride}
+    expected = {1024: 2, 4607: 2, 5000: 4, 18_000: 4, 20_000: 8, 65_536: 8, 131_072: 16, 262_144: 16, 300_000: 32}
     assert {n: stride_at(n, [counts(n)]) for n in expected} == expected
-    for stride in blocks.SAMPLE_STRIDES:
-        assert stride_at(5000, [counts(5000)], stride) == stride
+    assert [stride_at(5000, [counts(5000)], stride) for stride in blocks.SAMPLE_STRIDES] == [*blocks.SAMPLE_STRIDES]
     # Scoring costs n / stride keys a row, which is near 2k everywhere from where the stride is free to be so.
     for n in (8192, 32_768, 131_072, 524_288, 1_048_576):
         assert 2**-0.5 < n / stride_at(n, [counts(n)]) / (2 * 16 * counts(n)) <= 2**0.5
-
-
-def test_the_stride_follows_the_mean_over_key_value_heads():
-    for counts in ([32, 160], [96, 96], [160, 32], [1, 191]):
-        assert stride_at(16_384, counts) == 4  # 16384 / (2 * 16 * 96) = 5.3
+    for of_heads in ([32, 160], [96, 96], [160, 32], [1, 191]):
+        assert stride_at(16_384, of_heads) == 4  # 16384 / (2 * 16 * 96) = 5.3
     assert stride_at(16_384, [1, 1]) == 64
 
 
@@ -93,8 +82,7 @@ def positions(plan: BlockPlan, problem: Problem, batch: int, begin: int) -> list
     return found
 
 
-@pytest.mark.parametrize("dense_below", [0, 300])
-@pytest.mark.parametrize("local_keys", [0, 64, 100])
+@pytest.mark.parametrize(("local_keys", "dense_below"), [(0, 0), (64, 300), (100, 0)])
 def test_a_plan_depends_neither_on_neighbours_nor_on_padding_nor_on_where_a_prompt_is_cut(local_keys, dense_below):
     n, options = 1500, BlockOptions(local_keys=local_keys)
     visible = causal_intervals(1, n, n, "cpu")
@@ -145,30 +133,25 @@ def test_the_chosen_blocks_are_those_of_the_definition(min_mass):
     assert mixed > 3, "cases in which some query blocks attend everything and some do not"
 
 
-@pytest.mark.parametrize("local_keys", [0, 16, 100, 1000])
-@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize(("size", "local_keys"), [(16, 0), (16, 100), (32, 16), (32, 1000)])
 def test_local_keys_are_attended_within_the_budget_and_never_beyond_it(size, local_keys):
     g = torch.Generator().manual_seed(local_keys)
-    query, key = (torch.randn(1, 1, 1024, 16, generator=g) for _ in range(2))
-    visible = causal_intervals(1, 1024, 1024, "cpu")
-    value = torch.eye(1024)[None, None]
-    for budget in (1, 3 * size, 4 * size, 6 * size, 9 * size, 20 * size):
+    query, key = (torch.randn(1, 1, 512, 16, generator=g) for _ in range(2))
+    value, own = torch.eye(512)[None, None], 64 // size
+    for budget in (1, 4 * size, 6 * size, 9 * size):
         options = {"selection": "block", "block_size": size, "local_keys": local_keys, "dense_below": 0}
         output = sparse_attention(query, key, value, alpha=float(budget), **options)
-        attended = (output[0, 0] > 0).view(16, 64, 1024)
-        assert not attended[~visible_mask(visible, 1024).view(16, 64, 1024)].any()
-        for number in range(16):
-            chosen = attended[number, -1].nonzero()[:, 0].div(size, rounding_mode="floor").unique()
-            own = 64 // size
-            first = 64 * number // size
+        attended = (output[0, 0] > 0).view(8, 64, 512)
+        assert not attended[~visible_mask(causal_intervals(1, 512, 512, "cpu"), 512).view(8, 64, 512)].any()
+        for number in range(8):
+            chosen = set(attended[number, -1].nonzero()[:, 0].div(size, rounding_mode="floor").tolist())
+            first = number * own
             in_all = min(max(-(-budget // size), own + (number > 0)), first + own)
             assert len(chosen) == in_all, "as many blocks as the budget has, or those that are attended always"
-            always = {0, *range(first, first + own)}
-            assert always <= set(chosen.tolist())
             # The most recent first: as many of them as the budget leaves, and all if it leaves that many.
             local = range(max(64 * number - local_keys, 0) // size, first)
-            reached = [j for j in local if j >= first - (in_all - own - (number > 0))]
-            assert set(reached) <= set(chosen.tolist())
+            reached = {j for j in local if j >= first - (in_all - own - (number > 0))}
+            assert {0, *range(first, first + own)} | reached <= chosen
         # Nor does a kept mass to aim at change that.
         options |= {"min_mass": 0.5, "max_factor": 1.0, "return_stats": True}
         most = sparse_attention(query, key, value, alpha=float(budget), **options).attended.max()
@@ -177,24 +160,20 @@ def test_local_keys_are_attended_within_the_budget_and_never_beyond_it(size, loc
 
 @pytest.mark.parametrize("dense_below", [1, 100, 128, 400])
 def test_a_query_block_that_sees_no_more_than_dense_below_attends_all_and_scores_nothing(dense_below):
-    n = 600
-    g = torch.Generator().manual_seed(2)
+    n, g = 600, torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(1, heads, n, 16, generator=g) for heads in (4, 2, 2))
     options = {"alpha": 8.0, "selection": "block", "return_stats": True, "dense_below": dense_below}
     result = sparse_attention(query, key, value, **options)
-    seen = torch.arange(1, n + 1, dtype=torch.int32)
-    whole = dense_below // 64 * 64
-    assert torch.equal(result.attended[0, :, :whole], seen[:whole].expand(4, whole))
+    seen, whole, beyond = torch.arange(1, n + 1), dense_below // 64 * 64, max(-(-dense_below // 64) * 64, 192)
+    assert torch.equal(result.attended[0, :, :whole].long(), seen[:whole].expand(4, whole))
     assert bool((result.kept_mass[0, :, :whole] > 0.999999).all())
-    beyond = -(-dense_below // 64) * 64
-    assert bool((result.attended[0, :, max(beyond, 192) :] < seen[max(beyond, 192) :]).all())
+    assert bool((result.attended[0, :, beyond:] < seen[beyond:]).all())
     visible = causal_intervals(1, n, n, "cpu")
     budget = row_budgets(visible, n, [8.0], [0.0], 1, dense_below)
     plan = make_plan(problem_of(query, key, value, visible, budget), Block())
-    assert [last for _, _, last, *_, samples in plan.listed if not samples] == [
-        last for (_, _, last, *_, width, _, _), law in zip(plan.listed, plan.law, strict=True) if int(law[0]) == width
-    ]
-    assert all(samples == 0 for _, _, last, *_, samples in plan.listed if last <= dense_below)
+    unscored = [block.samples == 0 for block in plan.listed]
+    assert unscored == [int(law[0]) == block.width for block, law in zip(plan.listed, plan.law, strict=True)]
+    assert all(none for none, block in zip(unscored, plan.listed, strict=True) if block.last <= dense_below)
 
 
 @pytest.mark.parametrize(
@@ -243,21 +222,22 @@ def test_min_mass_adds_blocks_within_its_factor_and_never_takes_any_away():
     # A query block of a key/value head is enlarged where its last row, which sees most, attends more than by the law.
     grown = (most.attended > by_law.attended)[0].view(2, 2, 16, 64).any((1, 3)).sum(-1)
     assert torch.equal(most.enlarged[:, 1], grown.repeat_interleave(2).float())
-    visible = causal_intervals(1, 1024, 1024, "cpu")
-    budget = NCConfig(2.0, 0.5, dense_below=0).row_budgets(visible, 1024)
-    problem = problem_of(query, key, value, visible, budget, scale=0.25)
-    plan = plan_of(problem, BlockOptions(min_mass=0.9, max_factor=1000.0))
+    plan = plan_of(causal_problem(query, key, value, 2.0), BlockOptions(min_mass=0.9, max_factor=1000.0))
     kept = most.kept_mass[0, :, plan.samples.long()].double()
     for number in plan.sample_owner.unique():
         of_heads = kept[:, plan.sample_owner == number].view(2, -1).mean(-1)
         assert bool((of_heads >= 0.9 - 1e-5).all()), "of the scored rows, for each key/value head"
 
 
+def causal_problem(query, key, value, alpha: float, dense_below: int = 0, **more) -> Problem:
+    """A problem with a budget of alpha n^0.5."""
+    visible = causal_intervals(len(query), query.shape[2], key.shape[2], "cpu")
+    budget = NCConfig(alpha, 0.5, dense_below=dense_below).row_budgets(visible, key.shape[2])
+    return problem_of(query, key, value, visible, budget, scale=0.25, **more)
+
+
 def test_what_an_audit_compares_with_is_the_kept_mass_of_the_rows_that_chose():
-    query, key, value = peaked(7, 2, 1024)
-    visible = causal_intervals(2, 1024, 1024, "cpu")
-    budget = NCConfig(4.0, 0.5, dense_below=300).row_budgets(visible, 1024)
-    problem = problem_of(query, key, value, visible, budget, scale=0.25, stats=True)
+    problem = causal_problem(*peaked(7, 2, 1024), 4.0, 300, stats=True)
     options = Block(min_mass=0.5, max_factor=1.0)  # by which rows share out their softmax, not their highest scores
     result, plan = options.run(problem, "torch"), plan_of(problem, options)
     expected = torch.full((len(plan.listed), 4), torch.nan)
@@ -302,13 +282,9 @@ def made(monkeypatch) -> list[BlockPlan]:
 
 
 def test_a_plan_is_made_once_for_layers_with_the_same_intervals_and_budgets_and_anew_for_others(made):
-    problem, options = problem_of_case(replace(random_case(3, longest=300))), Block()
-    if problem.budget.shape[1] > 1:
-        problem = problem._replace(budget=problem.budget.amax(1, keepdim=True))
+    problem, options = causal_problem(*peaked(3, 1, 200), 2.0), Block()
     first = blocks.plan_of(problem, options)
-    again = problem._replace(query=problem.query * 2, key=problem.key + 1)
-    assert blocks.plan_of(again, options) is first
-    assert blocks.plan_of(again, Block()) is first
+    assert blocks.plan_of(problem._replace(query=problem.query * 2, key=problem.key + 1), Block()) is first
     assert len(made) == 1
     others = (
         (problem._replace(budget=problem.budget.clone()), options),
@@ -318,9 +294,7 @@ def test_a_plan_is_made_once_for_layers_with_the_same_intervals_and_budgets_and_
         (problem, Block(local_keys=0)),
         (problem._replace(key=problem.key[:, :1], query=problem.query[:, :1]), options),
     )
-    for number, (other, of) in enumerate(others):
-        of_one_head = number == 5 and problem.key.shape[1] == 1
-        assert (blocks.plan_of(other, of) is first) == of_one_head
+    assert all(blocks.plan_of(other, of) is not first for other, of in others)
     by_head = problem._replace(budget=problem.budget.expand(-1, problem.query.shape[1], -1).contiguous())
     assert blocks.plan_of(by_head, options) is not blocks.plan_of(by_head, options)
 
@@ -330,12 +304,9 @@ def test_a_patched_model_makes_one_plan_for_all_layers_of_a_forward_pass(made):
     layers, settings = model.config.num_hidden_layers, {"prefill": "block", "backend": "torch", "dense_below": 0}
     with torch.no_grad():
         patch_model(model, 2.0, 0.5, **settings)
-        model(tokens)
-        assert len(made) == 1
-        model(tokens)
-        assert len(made) == 2
-        model(tokens[:, :70])
-        assert len(made) == 3
+        for number, given in enumerate((tokens, tokens, tokens[:, :70]), 1):
+            model(given)
+            assert len(made) == number
         patch_model(model, [2.0 + layer for layer in range(layers)], 0.5, **settings)
         model(tokens)
     assert len(made) == 3 + layers

@@ -15,21 +15,20 @@ BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", pytest.param("triton"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-def blocks_of_memory(
-    blocks: int, kv_heads: int, keys: int, dims: tuple[int, int], page_size: int, dtype: torch.dtype, together: bool
-) -> PagedKeys:
+def blocks_of_memory(engine: "Engine", blocks: int) -> PagedKeys:
     """Memory full of NaN: each head of a block holds its keys, its values and their statistics, or all are apart."""
-    (D, Dv), pages = dims, keys // page_size
-    if not together:
-        codes = torch.full((blocks, kv_heads, pages, 3, D), -1, dtype=torch.int8)
+    (D, Dv), keys, kv_heads, dtype = engine.dims, engine.keys, engine.kv_heads, engine.dtype
+    pages = keys // engine.page_size
+    if not engine.together:
         key, value, scales = (
             torch.full((blocks, *shape), torch.nan, dtype=of)
             for shape, of in (
                 ((keys, kv_heads, D), dtype),
                 ((kv_heads, keys, Dv), dtype),
-                (codes.shape[1:-1], torch.float32),
+                ((kv_heads, pages, 3), torch.float32),
             )
         )
+        codes = torch.full((*scales.shape, D), -1, dtype=torch.int8)
         return PagedKeys(key.transpose(1, 2), value, codes, scales)
     whole, of_page = keys * (D + Dv) * dtype.itemsize, -(-3 * (D + 4) // 16) * 16
     memory = torch.full((blocks, kv_heads, whole + pages * of_page), 0xFF, dtype=torch.uint8)
@@ -37,6 +36,10 @@ def blocks_of_memory(
     statistics = memory[..., whole:].unflatten(-1, (pages, of_page))
     codes = statistics[..., : 3 * D].view(torch.int8).unflatten(-1, (3, D))
     return PagedKeys(rows[..., :D], rows[..., D:], codes, statistics[..., -16:-4].view(torch.float32))
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
 
 
 @dataclass
@@ -63,9 +66,7 @@ class Engine:
         g = torch.Generator().manual_seed(self.seed)
         rows = self.rows or tuple(enumerate(self.lengths))
         counts = [-(-n // self.keys) for n in self.lengths]
-        self.paged = blocks_of_memory(
-            sum(counts) + 3, self.kv_heads, self.keys, self.dims, self.page_size, self.dtype, self.together
-        )
+        self.paged = blocks_of_memory(self, sum(counts) + 3)
         free = torch.randperm(sum(counts) + 3, generator=g)[: sum(counts)].split(counts)
         table = torch.full((len(counts), max(counts) + self.wider), -1, dtype=torch.int32)
         self.sequences = []
@@ -77,41 +78,39 @@ class Engine:
             for memory, rows_of in zip(self.paged, (key, value), strict=False):
                 memory[block, :, place] = rows_of.transpose(0, 1)
             self.sequences.append((key, value, block * self.keys + place))
-        of = torch.tensor([b for b, _ in rows], dtype=torch.long)
-        heads = self.kv_heads * self.group
-        self.table, self.visible = table[of], torch.tensor([n for _, n in rows], dtype=torch.int32)
+        self.of, heads = [b for b, _ in rows], self.kv_heads * self.group
+        self.table, self.visible = table[self.of], torch.tensor([n for _, n in rows], dtype=torch.int32)
         self.query = torch.randn(len(rows), self.dims[0], heads, generator=g).mT.to(self.dtype)
         largest = torch.full((len(rows), heads if self.by_head else 1), self.budget, dtype=torch.int32)
         largest -= torch.randint(0, self.budget, largest.shape, generator=g, dtype=torch.int32) * self.by_head
         self.given_budget = largest.minimum(self.visible[:, None])
         self.sink_logits = torch.randn(heads, generator=g) if self.sinks else None
-        self.of = of
 
     def settings(self) -> dict[str, Any]:
         return {"scale": self.dims[0] ** -0.5, "softcap": self.softcap, "sinks": self.sink_logits}
 
     def summarize(self, backend: str) -> None:
-        """A prompt first, then keys one by one, beside padding."""
+        """A prompt first, then keys three by three, beside padding."""
         for *_, slots in self.sequences:
             prompt = max(len(slots) - 40, 0)
-            self.write(torch.cat((torch.tensor([-1]), slots[:prompt])), backend)
-            for slot in slots[prompt:].split(3):
-                self.write(slot, backend)
+            for some in (torch.cat((torch.tensor([-1]), slots[:prompt])), *slots[prompt:].split(3)):
+                self.write(some, backend)
 
     def write(self, slots: torch.Tensor, backend: str) -> None:
-        device = "cuda" if backend == "triton" and not INTERPRETED else "cpu"
-        paged = PagedKeys(*(t.to(device) for t in self.paged))
-        summarize_slots_(paged, slots.to(device), self.page_size, backend)
+        paged = PagedKeys(*(t.to(device_of(backend)) for t in self.paged))
+        summarize_slots_(paged, slots.to(paged.key.device), self.page_size, backend)
         for mine, written in zip(self.paged, paged, strict=True):
             mine.copy_(written)
 
     def attend(self, backend: str) -> AttentionResult:
-        device = "cuda" if backend == "triton" and not INTERPRETED else "cpu"
-        paged = PagedKeys(*(t.to(device) for t in self.paged))
-        rows = (t.to(device) for t in (self.table, self.visible, self.given_budget))
-        sinks = None if self.sink_logits is None else self.sink_logits.to(device)
-        settings = {**self.settings(), "sinks": sinks, "most": self.budget, "page_size": self.page_size}
-        found = paged_block_attention(self.query.to(device), paged, *rows, backend=backend, **settings)
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device_of(backend))
+
+        paged, rows = PagedKeys(*map(moved, self.paged)), map(moved, (self.table, self.visible, self.given_budget))
+        settings = self.settings() | {"sinks": moved(self.sink_logits), "most": self.budget}
+        found = paged_block_attention(
+            moved(self.query), paged, *rows, page_size=self.page_size, backend=backend, **settings
+        )
         return AttentionResult(*(None if t is None else t.cpu() for t in found))
 
     def check_rows(self, backend: str) -> None:
@@ -167,19 +166,21 @@ def test_what_follows_a_rows_length_is_not_read(backend):
     engine.check_rows(backend)
 
 
+def assert_same(now: torch.Tensor, before: torch.Tensor) -> None:
+    torch.testing.assert_close(now, before, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_of_no_rows_and_no_slots_nothing_comes(backend):
     engine = Engine((20,))
     before = [t.clone() for t in engine.paged]
     engine.write(torch.empty(0, dtype=torch.int64), backend)
     for now, old in zip(engine.paged, before, strict=True):
-        torch.testing.assert_close(now, old, rtol=0, atol=0, equal_nan=True)
+        assert_same(now, old)
     engine.query, engine.table, engine.visible = engine.query[:0], engine.table[:0], engine.visible[:0]
     engine.given_budget = engine.given_budget[:0]
     found = engine.attend(backend)
-    assert found.output.shape == (0, 4, 32)
-    assert found.attended is not None
-    assert found.attended.shape == (0, 4)
+    assert (found.output.shape, found.attended.shape) == ((0, 4, 32), (0, 4))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -195,10 +196,8 @@ def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_chan
         for h in range(2):
             codes, scales = engine.paged.codes[block, h, page], engine.paged.scales[block, h, page]
             assert_summarises(codes, scales, key[h, last - 15 : last + 1])
-    for now, old in zip(engine.paged[2:], before[2:], strict=True):
-        torch.testing.assert_close(now[~written], old[~written], rtol=0, atol=0, equal_nan=True)
-    for now, old in zip(engine.paged[:2], before[:2], strict=True):
-        torch.testing.assert_close(now, old, rtol=0, atol=0, equal_nan=True)
+    for number, (now, old) in enumerate(zip(engine.paged, before, strict=True)):
+        assert_same(*((now, old) if number < 2 else (now[~written], old[~written])))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,6 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 small_tiles = pytest.fixture(small_sizes)
-# Rows of topk and window without statistics, where nothing else is looked at.
 ROWS = pytest.mark.parametrize("way", ["drop", "window"])
 FP32_BF16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -69,8 +68,8 @@ def test_described_cases_equal_the_reference(name, device):
 @on_kernel_device
 @pytest.mark.parametrize("way", WAYS)
 def test_random_cases_equal_the_reference(way, device):
-    for seed in (2, 6, 31):  # the first and the last have a budget for each head
-        check(way, case_for(way, seed, longest=60), "triton", device, bounds=WAYS[way].index == "codes")
+    for seed in (2, 31):  # with a budget for each head
+        check(way, case_for(way, seed, longest=50), "triton", device, bounds=WAYS[way].index == "codes")
 
 
 @on_kernel_device
@@ -90,14 +89,6 @@ def tied_case(shape: Shape) -> Case:
     return case
 
 
-def _infinite(key):
-    key[:, :, 11], key[:, :, 12], key[:, :, 30] = torch.inf, -torch.inf, torch.inf
-
-
-def _nan(key):
-    key[:, :, 11] = key[:, :, 40] = torch.nan
-
-
 SPOILED = {
     "all equal": lambda key: key.fill_(0.5),
     "all zero": lambda key: key.zero_()[:, :, ::2].mul_(-1),
@@ -105,16 +96,15 @@ SPOILED = {
     "tiny": lambda key: key.mul_(1e-38),
     "outlier": lambda key: key[:, :, ::16].fill_(1e6),
     "far apart": lambda key: key.mul_(torch.logspace(-30, 16, key.shape[2])[:, None]),
-    "infinite": _infinite,
-    "nan": _nan,
+    "infinite": lambda key: key.index_fill_(2, torch.tensor([11, 30]), torch.inf)[:, :, 12].fill_(-torch.inf),
+    "nan": lambda key: key.index_fill_(2, torch.tensor([11, 40]), torch.nan),
 }
 
 
 def spoiled_case(kind: str, queries: int, keys: int) -> Case:
     """Positive queries along one axis: then no order of summation changes which score is larger."""
     case = Shape("spoiled", (), group=1, queries=queries, keys=keys, unequal=0.0).case(3)
-    case.query = torch.zeros_like(case.query)
-    case.query[..., 0] = 1.5
+    case.query.zero_()[..., 0] = 1.5
     case.key[..., 1:] = 0.0
     SPOILED[kind](case.key)
     if kind not in ("infinite", "nan"):
@@ -143,13 +133,10 @@ def test_nan_and_infinity_rank_together_and_softcap_makes_infinity_finite(device
     [(None, "full", 0), (None, "law", 9), ("all equal", "law", 4), ("tiny", "law", 25), ("far apart", "any", 25)],
 )
 def test_counting_passes_are_few_and_bounded(kind, budget, most, device, monkeypatch):
-    passes = []
-    count_range = triton_threshold.count_range
+    passes, count_range = [], triton_threshold.count_range
     monkeypatch.setattr(triton_threshold, "count_range", lambda *args: passes.append(1) or count_range(*args))
-    one_program = lambda *_: Tiles(32, 16, 4, 1, 32)  # noqa: E731
-    monkeypatch.setattr(triton_launch, "tiles_for", one_program)
-    shape = Shape("one-program", (), group=1, queries=30, keys=90, budget=budget, sink_keys=0, recent_keys=0)
-    case = shape.case()
+    monkeypatch.setattr(triton_launch, "tiles_for", lambda *_: Tiles(32, 16, 4, 1, 32))  # one program
+    case = Shape("", (), group=1, queries=30, keys=90, budget=budget, sink_keys=0, recent_keys=0).case()
     if kind is not None:
         SPOILED[kind](case.key)
     check("drop", case, "triton", device, stats=False)
@@ -167,8 +154,7 @@ def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_prog
     expected = case.reference(way).output
     attending = expected.isnan()
     assert 0 < int(attending.sum()) < 2 * 40
-    architecture = triton_launch.architecture_of(torch.device(device))
-    rows = triton_launch.tiles_for(architecture, dtype, 80, 80, 40).rows
+    rows = triton_launch.tiles_for(triton_launch.architecture_of(torch.device(device)), dtype, 80, 80, 40).rows
     # The first row that sees the first of them: rows of its program may be NaN in the column, all others are right.
     first = (48 - (53 - 40)) // rows * rows
     assert output.isfinite()[attending].sum() == 0
@@ -196,21 +182,15 @@ def test_neighbours_in_a_batch_change_nothing(way, device):
     case.min_mass = 0.6
     alone = replace(case, **{n: getattr(case, n)[1:] for n in ("query", "key", "value", "visible", "origin", "budget")})
     case.key[0], case.value[0] = 2.0, 3.0
-    both, one = (
-        each.selection(way).run(each.problem(way, "triton", device), "triton").output for each in (case, alone)
-    )
+    both, one = (of.selection(way).run(of.problem(way, "triton", device), "triton").output for of in (case, alone))
     assert torch.equal(both[1], one[0])
 
 
 @on_kernel_device
-def test_a_row_of_no_query_is_an_empty_output(device):
-    for way in ("drop", "block"):
-        case = Shape("nothing", (), sinks=True).case()
-        case = replace(
-            case, query=case.query[:, :, :0], budget=case.budget[..., :0], visible=case.visible[:, :0],
-            origin=case.origin[:, :0],
-        )  # fmt: skip
-        assert case.selection(way).run(problem_of_case(case, device), "triton").output.shape == (1, 2, 0, 64)
+@pytest.mark.parametrize("way", ["drop", "block"])
+def test_no_query_is_an_empty_output(way, device):
+    case = Shape("nothing", (), queries=0, sinks=True).case()
+    assert case.selection(way).run(problem_of_case(case, device), "triton").output.shape == (1, 2, 0, 64)
 
 
 def means_of(case: Case) -> PageMeans:
@@ -239,22 +219,22 @@ def test_a_page_that_is_attended_whole_hides_what_its_mean_holds(way, whole, dev
 def test_means_are_those_of_pytorch(dtype, device):
     g = torch.Generator().manual_seed(0)
     key, value = (torch.randn(2, 1, 93, width, generator=g).to(dtype) for width in (16, 70))
-    # The interpreter cuts what does not fit 16 bits.
-    close = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-6, "atol": 1e-6}
+
+    def check_means(ours, theirs):
+        for mine, other in zip(ours, theirs, strict=True):
+            # The interpreter cuts what does not fit 16 bits.
+            torch.testing.assert_close(mine.cpu(), other, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
     origin = torch.tensor([[0] * 20 + [20] * 33 + [53] * 40, [3] * 93], dtype=torch.int32)
     visible = torch.stack((origin.clamp(min=0), torch.arange(1, 94, dtype=torch.int32).expand(2, -1)), -1)
     starts = page_starts(visible, origin, 93)
-    found = triton_page_means(key.to(device), value.to(device), starts.to(device))
-    for ours, theirs in zip(found, page_means(key, value, starts), strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs, **close)
+    check_means(triton_page_means(*(t.to(device) for t in (key, value, starts))), page_means(key, value, starts))
     for begin, first, count in (([0, 5], [0, 5], 93), ([-3, 17], [40, 92], 1)):
-        of, at = torch.tensor(begin, dtype=torch.int32), torch.tensor(first)
-        kept = []
+        of, at, kept = torch.tensor(begin, dtype=torch.int32), torch.tensor(first), {}
         for backend, place in (("torch", "cpu"), ("triton", device)):
-            kept.append([key.new_zeros(2, 1, 6, width, device=place) for width in (16, 70)])
-            Means.write(kept[-1], [t.to(place) for t in (key, of, at, at, value)], count, 0, backend)
-        for ours, theirs in zip(kept[1], kept[0], strict=True):
-            torch.testing.assert_close(ours.cpu(), theirs, **close)
+            kept[backend] = [key.new_zeros(2, 1, 6, width, device=place) for width in (16, 70)]
+            Means.write(kept[backend], [t.to(place) for t in (key, of, at, at, value)], count, 0, backend)
+        check_means(kept["triton"], kept["torch"])
 
 
 @on_kernel_device
@@ -295,11 +275,9 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
 def test_means_that_do_not_fit_are_refused():
     case = Shape("means", (), queries=2, keys=40, head_dim=16, value_dim=24).case()
     means, problem = means_of(case), problem_of_case(case)
+    of_keys = r"means of keys must be float32 \[1, 1, 3, 16\] on cpu, got float32 \[1, 1, 2, 16\] on cpu"
     for tail, message in (
-        (
-            PageMeans(means.key[:, :, :2], means.value),
-            r"means of keys must be float32 \[1, 1, 3, 16\] on cpu, got float32 \[1, 1, 2, 16\] on cpu",
-        ),
+        (PageMeans(means.key[:, :, :2], means.value), of_keys),
         (PageMeans(means.key, means.value[..., :8]), r"means of values must be float32 \[1, 1, 4, 24\]"),
         (PageMeans(*(t.half() for t in means)), "means of keys must be float32"),
     ):
