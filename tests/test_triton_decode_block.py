@@ -1,11 +1,8 @@
-"""What is special in Triton's decoding over pages: ties, broken numbers, upkeep of the index, and the join of parts.
-
-As in ``test_triton_kernels.py`` the interpreter needs a process of its own, which the last test starts.
-"""
+"""What is special in Triton's decoding over pages: ties, broken numbers, upkeep of the index, and the join of parts."""
 
 import pytest
 import torch
-from attention_cases import Case, Shape, check
+from attention_cases import Shape, check
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
@@ -15,7 +12,6 @@ from test_triton_kernels import FP32_BF16, small_sizes  # noqa: E402
 
 from nc_patch import KeyIndex  # noqa: E402
 from nc_patch.functional import by_index  # noqa: E402
-from nc_patch.ops.problem import Problem  # noqa: E402
 from nc_patch.selections import Block  # noqa: E402
 from nc_patch.selections.block.decode import triton_block_decode  # noqa: E402
 from nc_patch.selections.block.pages import PageStatistics  # noqa: E402
@@ -83,10 +79,9 @@ def test_summaries_follow_new_keys(first, count, dtype, device):
     end = first + count
     for b in range(2):
         key[b, :, int(end[b]) :] = torch.nan
-    codes = torch.full((2, 3, 9, 3, 80), 77, dtype=torch.int8, device=device)
-    scales = torch.full((2, 3, 9, 3), 7.0, device=device)
     # As the buffers of a cache may be: views of something larger.
-    found = PageStatistics(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (codes, scales)))
+    filled = torch.full((2, 9, 3, 3, 80), 77, dtype=torch.int8), torch.full((2, 9, 3, 3), 7.0)
+    found = PageStatistics(*(x.to(device).transpose(1, 2) for x in filled))
     triton_summarize_pages_(*(x.to(device) for x in (key, origin.int(), first)), count, end.to(device), found, 16)
     written = 0
     for b, j in ((b, j) for b in range(2) for j in range(9)):
@@ -102,19 +97,13 @@ def test_summaries_follow_new_keys(first, count, dtype, device):
     assert written == {1: 0, 16: 2, 90: 9}[count]
 
 
-def problem_by(index: KeyIndex, case: Case, device: str) -> Problem:
-    return by_index(problem_of_case(case, device), index, int(case.budget.max()))
-
-
 # Keys that end with a page of the first sequence, that begin one and that lie within one.
 @on_kernel_device
 @pytest.mark.parametrize(
     ("dtype", "queries", "keys"),
     [(torch.float32, 1, 160), (torch.float32, 1, 161), (torch.bfloat16, 1, 170), (torch.float32, 3, 161)],
 )
-def test_a_step_that_takes_in_its_keys_leaves_and_attends_by_the_index_that_is_built_afresh(
-    dtype, queries, keys, device
-):
+def test_a_step_that_takes_in_its_keys_has_the_index_that_is_built_afresh(dtype, queries, keys, device):
     case = decode_shape(dtype=dtype, batch=3, queries=queries, keys=keys, head_dim=80, budget=50).case()
     case.origin[:] = torch.tensor([0, 7, -22], dtype=torch.int32)[:, None]
     case.visible[..., 0] = case.origin.clamp(min=0)
@@ -124,9 +113,10 @@ def test_a_step_that_takes_in_its_keys_leaves_and_attends_by_the_index_that_is_b
         KeyIndex.build(case.key.to(device), "pages", end=end - missing, capacity=keys + 64, **options)
         for missing in (queries, queries, 0)
     )
-    problem = problem_by(index, case, device)._replace(new=queries)
+    problem, anew = (by_index(problem_of_case(case, device), of, int(case.budget.max())) for of in (index, afresh))
+    problem = problem._replace(new=queries)
     assert Block(16).takes_in(problem, "triton") == (queries == 1)
-    found, expected = Block(16).run(problem, "triton"), Block(16).run(problem_by(afresh, case, device), "triton")
+    found, expected = Block(16).run(problem, "triton"), Block(16).run(anew, "triton")
     assert torch.equal(found.output, expected.output)
     assert torch.equal(found.attended, expected.attended)
     completed = [(keys - b) // 16 > (keys - queries - b) // 16 for b in (0, 7, -22)]

@@ -11,8 +11,7 @@ from nc_patch.ops.reference import final_scores
 from nc_patch.selections.base import Choice, Selection, register
 from nc_patch.selections.block.blocks import BlockOptions
 from nc_patch.selections.block.definition import block_choice, chosen_mask, page_mask
-from nc_patch.selections.block.torch import ChosenBlocks, torch_block_attention
-from nc_patch.selections.block.torch_decode import torch_block_decode
+from nc_patch.selections.block.torch import ChosenBlocks, torch_block_attention, torch_block_decode
 
 
 @register("block")
@@ -82,7 +81,7 @@ class Block(BlockOptions):
         return result if problem.audit_seed < 0 else result._replace(audit=ChosenBlocks(problem, self).audit())
 
     def decode_torch(self, problem: Problem) -> AttentionResult:
-        """By page statistics, in PyTorch; see ``torch_decode``."""
+        """By page statistics, in PyTorch; see ``torch``."""
         return torch_block_decode(problem)
 
     def decode_cpu(self, problem: Problem) -> AttentionResult:

@@ -6,7 +6,7 @@ visible one, except in the list of chosen pages and in the statistics, where the
 a softmax are as ``ops.triton.split`` describes them; those over pages have no values, and ``acc`` is None.
 """
 
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -24,23 +24,9 @@ _SMALLEST = tl.constexpr(1.1754943508222875e-38)
 _LOW_PART = tl.constexpr(2048.0)
 
 
-class Seen(NamedTuple):
-    """What a query sees.
-
-    Attributes:
-        batch, index, kv_head: the query, and the key/value head of the program.
-        start, end: positions of the keys that it sees. begin: the position of page 0.
-        low: the first visible page. pages: how many there are.
-    """
-
-    batch: Any
-    index: Any
-    kv_head: Any
-    start: Any
-    end: Any
-    begin: Any
-    low: Any
-    pages: Any
+# What a query sees: the query and the key/value head of the program, the positions ``start:end`` of the keys, that of
+# page 0, the first visible page, and how many there are.
+Seen = namedtuple("Seen", "batch index kv_head start end begin low pages")
 
 
 @triton.jit
@@ -239,33 +225,15 @@ def score_pages_kernel(
                 summarize_page(keys, statistics, number.to(tl.int64) * stored_pages + completed, first, page)
 
 
-class Chosen(NamedTuple):
-    """Where the choice goes.
+# Where a choice goes, int32. ``pages [number, capacity]`` ascend; with a ``Table`` as ``page_in_memory`` counts
+# them. ``count [number, 2]`` is how many they are, and the offset of the group's first query head in results, so that
+# those who attend need not keep it in registers. ``attended [B, Hq, Lq]`` is the number of their visible keys.
+# ``arrivals [number, blocks]`` are set to zero for those who attend: see ``split.arrives_last``.
+Chosen = namedtuple("Chosen", "pages count attended arrivals")
 
-    Attributes:
-        pages: int32 ``[number, capacity]``, ascending; with a ``Table`` as ``page_in_memory`` counts them.
-        count: int32 ``[number, 2]``, how many they are, and the offset of the group's first query head in results, so
-            that those who attend need not keep it in registers.
-        attended: int32 ``[B, Hq, Lq]``, the number of their visible keys.
-        arrivals: int32 ``[number, blocks]``, which are set to zero for those who attend: see ``split.arrives_last``.
-    """
-
-    pages: Any
-    count: Any
-    attended: Any
-    arrivals: Any
-
-
-class ChooseShape(NamedTuple):
-    """The constants of a choice: keys of a page, pages that are looked at together, and parts of a softmax, padded.
-
-    ``PAGES`` are those of a block of memory, 0 where pages do not lie in such.
-    """
-
-    BLOCK_SIZE: Any
-    BLOCK_P: Any
-    BLOCK_S: Any
-    PAGES: Any = 0
+# The constants of a choice: keys of a page, pages that are looked at together, parts of a softmax, padded, and pages of
+# a block of memory, 0 where they do not lie in such.
+ChooseShape = namedtuple("ChooseShape", "BLOCK_SIZE BLOCK_P BLOCK_S PAGES")
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])

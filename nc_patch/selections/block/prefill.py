@@ -30,8 +30,12 @@ from nc_patch.ops.triton.launch import (
 from nc_patch.ops.triton.structs import heads
 from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, plan_of
-from nc_patch.selections.block.prefill_attend import attend_blocks_kernel
-from nc_patch.selections.block.prefill_choice import Plan, choose_blocks_kernel, score_blocks_kernel
+from nc_patch.selections.block.prefill_kernels import (
+    Plan,
+    attend_blocks_kernel,
+    choose_blocks_kernel,
+    score_blocks_kernel,
+)
 
 # Scores of a chunk of query blocks: about what the second level cache of a large GPU holds. A chunk that gives the
 # multiprocessors too few programs, of long prompts, takes more: half of what keys and values of 524,288 tokens take.

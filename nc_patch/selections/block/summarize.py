@@ -1,7 +1,7 @@
 """Upkeep of page statistics: the pages that new keys have completed are summarised, in place."""
 
+from collections import namedtuple
 from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,17 +21,9 @@ _ELEMENTS = 4096
 _CHANNELS = 32
 
 
-class PageShape(NamedTuple):
-    """The constants of a page: channels, keys, keys padded, channels that are summarised at once.
-
-    ``KEYS`` are those of a block of memory, 0 where pages do not lie in such.
-    """
-
-    D: Any
-    BLOCK_SIZE: Any
-    BLOCK_K: Any
-    CHANNELS: Any
-    KEYS: Any = 0
+# The constants of a page: channels, keys, keys padded, channels that are summarised at once, and the keys of a block of
+# memory, 0 where pages do not lie in such.
+PageShape = namedtuple("PageShape", "D BLOCK_SIZE BLOCK_K CHANNELS KEYS")
 
 
 @lru_cache(maxsize=64)
