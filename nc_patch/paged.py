@@ -20,10 +20,9 @@ class PagedKeys(NamedTuple):
     """One layer's keys and values in blocks of memory, with the statistics of their pages (``PageStatistics``).
 
     Attributes:
-        key: ``[blocks, Hkv, N, D]``, N keys a block, a multiple of the page size. value: ``[blocks, Hkv, N, Dv]``. Any
-            strides, with the last axis dense.
-        codes: int8 ``[blocks, Hkv, N // page_size, 3, D]``. scales: float32 ``[blocks, Hkv, N // page_size, 3]``. Any
-            strides, with the vectors of a page side by side.
+        key, value: ``[blocks, Hkv, N, D or Dv]``, N keys a block, a multiple of the page size; the last axis is dense.
+        codes: int8 ``[blocks, Hkv, N // page_size, 3, D]``, the vectors of a page side by side.
+        scales: float32 ``[blocks, Hkv, N // page_size, 3]``, the last axis dense.
     """
 
     key: torch.Tensor

@@ -29,7 +29,7 @@ def choose(case: Case, problem: Problem) -> tuple[torch.Tensor, ...]:
     """(block_indices, block_counts, how many were added, what the scored rows keep) of the kernels, on the CPU."""
     options = case.selection("block")
     plan = make_plan(problem, options)
-    architecture = triton_block.architecture_of(problem.query.device)
+    architecture = triton_block.launch.architecture_of(problem.query.device)
     tiles = triton_block.block_tiles(architecture, problem.query.dtype, *problem.head_dims, options.size)
     kept = torch.full((len(plan.listed), problem.query.shape[1]), torch.nan, device=problem.query.device)
     choice, added = choose_blocks(problem, plan, tiles.score, options, kept)

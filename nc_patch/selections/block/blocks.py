@@ -237,4 +237,4 @@ def stride_by_law(ratio: torch.Tensor) -> torch.Tensor:
 
     By comparisons, which are exact.
     """
-    return (2 << sum((ratio >= 2.0 ** (power + 0.5)).long() for power in range(1, 6))).int()  # type: ignore[operator]
+    return (2 << sum((ratio >= 2.0 ** (power + 0.5)).long() for power in range(1, 6))).int()

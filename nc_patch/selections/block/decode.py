@@ -1,11 +1,10 @@
 """``block`` while decoding, in three launches; ``definition.page_mask`` defines what it computes.
 
-1. Score: the statistics are read once for the query heads of a group: ``3 * D + 12`` bytes for each visible page and
-   key/value head, and a float32 logit written for each query head. A new key is taken into the statistics.
-2. Choose: one program for a query and group reads the logits once, writes the pages' weights over the first
-   head's, and finds the cut by bisection, reading them back from the cache; it writes the list of pages.
-3. Attend: the list is divided among programs, which gather ``2 * (D + Dv)`` bytes in 16 bits for each attended key.
-   The last of a row joins what they leave: see ``split``.
+1. Score: the statistics, ``3 * D + 12`` bytes for each visible page and key/value head, are read once for a group; a
+   float32 logit is written for each query head. A new key is taken into the statistics.
+2. Choose: one program for a query and group writes the pages' weights over the first head's logits, finds the cut by
+   bisection, and writes the list of pages.
+3. Attend: the list is divided among programs; the last of a row joins what they leave: see ``split``.
 
 Nothing is read back to the host and every size follows from shapes and host integers.
 """
@@ -19,19 +18,8 @@ import torch
 import triton
 
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.triton.launch import (
-    Launches,
-    Tiles,
-    alignment,
-    architecture_of,
-    compile_options,
-    compiled_kernels,
-    kept_mass_of,
-    padded_dim,
-    prepared,
-    settings_of,
-    shape_of,
-)
+from nc_patch.ops.triton import launch
+from nc_patch.ops.triton.launch import Launches, Tiles
 from nc_patch.ops.triton.split import padded_splits, share
 from nc_patch.ops.triton.structs import Heads, RowInputs, Softmax, Table, constants
 from nc_patch.selections.block.decode_kernels import (
@@ -58,15 +46,12 @@ class Plan(NamedTuple):
     Attributes:
         dense: whether their tensors are taken as they are, and none is copied.
         strides: of query, key, value and, in blocks of memory, codes and scales, as in ``Heads``.
-        words: 32 bits each, of the scratch memory; none for no row.
-        sizes: words of its parts, multiples of 16 bytes: logits, peaks and totals of pages; peaks, totals and sums of
-            attended keys; and of one that holds integers, whose parts have ``counts``: see ``Chosen``.
-        launches: the three kernels.
+        sizes: 32-bit words of the parts of the scratch memory, multiples of 16 bytes: logits, peaks and totals of
+            pages; peaks, totals and sums of attended keys; and integers, whose parts, of ``Chosen``, have ``counts``.
     """
 
     dense: bool
     strides: tuple[tuple[int, ...], ...]
-    words: int
     sizes: list[int]
     counts: list[int]
     launches: Launches
@@ -94,8 +79,8 @@ def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]
         *[(t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device) for t in (key, value)],
         *(key.shape[2:3] == value.shape[2:3], keys, -(-problem.most // problem.page_size)),
         *(problem.page_size, problem.new, problem.stats, problem.scale, problem.softcap),
-        *(architecture_of(query.device), _CHOOSE_AT_ONCE),
-        alignment(*problem.tensors(), problem.table),
+        *(launch.architecture_of(query.device), _CHOOSE_AT_ONCE),
+        launch.alignment(*problem.tensors(), problem.table),
     )
     if not plans:
         plans.append(_plan(problem))
@@ -111,7 +96,7 @@ def _plans(*layout: Any) -> list[Plan]:
 def _decode(plan: Plan, problem: Problem) -> AttentionResult:
     if not plan.dense:
         # New keys first: the kernels would write to copies.
-        return triton_block_decode(prepared(extend(problem, "pages", "triton") if problem.new else problem))
+        return triton_block_decode(launch.prepared(extend(problem, "pages", "triton") if problem.new else problem))
     query, key, value, visible, origin, budget, *_ = problem
     B, Hq, Lq, _ = query.shape
     attended, strides = budget.new_empty((B, Hq, Lq)), plan.strides
@@ -119,9 +104,9 @@ def _decode(plan: Plan, problem: Problem) -> AttentionResult:
     lse = lse_keys = None
     if problem.stats:
         lse, lse_keys = (torch.empty_like(attended, dtype=torch.float32) for _ in range(2))
-    if not plan.words:
+    if not output.numel():
         return AttentionResult(output, lse, lse_keys, attended)
-    scratch = torch.empty(plan.words, dtype=torch.float32, device=query.device)
+    scratch = torch.empty(sum(plan.sizes), dtype=torch.float32, device=query.device)
     page_logits, page_peak, page_total, peak, total, acc, integers = scratch.split_with_sizes(plan.sizes)
     pages, count, arrivals = integers.view(torch.int32).split_with_sizes(plan.counts)
     statistics, table = PageStatistics(*problem.key_index), None
@@ -137,7 +122,7 @@ def _decode(plan: Plan, problem: Problem) -> AttentionResult:
         "parts": Softmax(acc, peak, total),
     }  # fmt: skip
     plan.launches(query.device, changing)
-    kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
+    kept_mass = None if lse_keys is None else launch.kept_mass_of(problem, lse_keys)
     return AttentionResult(output, lse, kept_mass, attended)
 
 
@@ -145,7 +130,7 @@ def _plan(given: Problem) -> Plan:
     """The plan of a problem, which it checks."""
     problem, table, block_size, Lk = given, given.table, given.page_size, given.key_length
     if table is None:
-        problem = prepared(given)
+        problem = launch.prepared(given)
         codes, scales = problem.key_index
         check_pages(problem.key, codes, scales, codes.shape[2] if codes.ndim == 5 else 0)
     else:
@@ -174,19 +159,19 @@ def _plan(given: Problem) -> Plan:
     choosing = Tiles(1, at_once, max(4, at_once // 512), 1)
     joining = replace(attending, rows=min(attending.rows, triton.next_power_of_2(group)))
     choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1), keys_stored // block_size)
-    architecture = architecture_of(query.device)
+    architecture = launch.architecture_of(query.device)
     common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
-    scored = common | {"settings": settings_of(problem), "page": page_shape_of(D, block_size, keys_stored)}
-    score = scored | compile_options(scoring, architecture) | {
-        "stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": shape_of(D, D, scoring),
+    scored = common | {"settings": launch.settings_of(problem), "page": page_shape_of(D, block_size, keys_stored)}
+    score = scored | launch.compile_options(scoring, architecture) | {
+        "stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": launch.shape_of(D, D, scoring),
     }  # fmt: skip
-    choose = common | compile_options(choosing, architecture) | {
+    choose = common | launch.compile_options(choosing, architecture) | {
         "width": width, "splits": score_splits + 1, "capacity": capacity, "blocks": blocks,
         "budget_heads": problem.budget.shape[1], "shape": constants(choice),
     }  # fmt: skip
-    attend = scored | compile_options(attending, architecture) | {
-        "splits": splits, "capacity": capacity, "shape": shape_of(D, DV, attending),
-        "join_shape": shape_of(D, DV, joining),
+    attend = scored | launch.compile_options(attending, architecture) | {
+        "splits": splits, "capacity": capacity, "shape": launch.shape_of(D, DV, attending),
+        "join_shape": launch.shape_of(D, DV, joining),
     }  # fmt: skip
     placed = (query, key, value, *(() if table is None else problem.key_index))
     strides = tuple(t.stride()[:3] for t in placed)
@@ -194,8 +179,8 @@ def _plan(given: Problem) -> Plan:
     sinks = None if problem.sinks is None else problem.sinks.dtype
     blocks_of = None if table is None else (table.stride(0), keys_stored)
     alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats, blocks_of)
-    compiled = compiled_kernels(
-        ("block", strides, D, DV, choice, joining.rows, *alike), alignment(*problem.tensors(), table)
+    compiled = launch.compiled_kernels(
+        ("block", strides, D, DV, choice, joining.rows, *alike), launch.alignment(*problem.tensors(), table)
     )
     kernels = (
         (score_pages_kernel, (numbers, score_splits + 1 + problem.new, blocks), score),
@@ -203,18 +188,16 @@ def _plan(given: Problem) -> Plan:
         (attend_pages_kernel, (numbers, splits, blocks), attend),
     )
     dense = all(mine is theirs for mine, theirs in zip(given.tensors(), problem.tensors(), strict=True))
-    return Plan(
-        dense, strides, sum(sizes) + sum(counts), [*sizes, sum(counts)], counts, Launches(kernels, {}, compiled)
-    )
+    return Plan(dense, strides, [*sizes, sum(counts)], counts, Launches(kernels, {}, compiled))
 
 
 def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Tiles, Tiles, int, int]:
     """Tiles of pages scored and of keys attended, and how many programs of each a multiprocessor's registers hold."""
-    scoring, widest = score_tiles(dtype, head_dim), max(padded_dim(head_dim), padded_dim(value_dim))
+    scoring, widest = score_tiles(dtype, head_dim), max(launch.padded_dim(head_dim), launch.padded_dim(value_dim))
     if dtype == torch.float32:
         attending = Tiles(scoring.rows, 32, 8 if widest > 128 else 4, 1, 32)
         return scoring, attending, 8 // scoring.warps, 8 // attending.warps
     # Channels beyond the head_dim are masked, which takes registers.
-    scorers = 3 if head_dim == padded_dim(head_dim) <= 128 else 2
+    scorers = 3 if head_dim == launch.padded_dim(head_dim) <= 128 else 2
     keys, attenders = (32, 2) if widest > 128 else (64, 3)
     return scoring, Tiles(scoring.rows, keys, 4, 2), scorers, attenders

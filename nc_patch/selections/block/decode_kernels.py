@@ -1,9 +1,8 @@
 """The kernels of ``block`` while decoding: they score pages by their statistics, choose some, and attend these.
 
-A program works for one query and one key/value head, for up to ``BLOCK_M`` of its query heads; ``number`` below counts
-(batch, query, key/value head) with the head running fastest. Logits are in base 2. Pages are counted from the first
-visible one, except in the list of chosen pages and in the statistics, where they are counted from the origin. Parts of
-a softmax are as ``ops.triton.split`` describes them; those over pages have no values, and ``acc`` is None.
+A program works for up to ``BLOCK_M`` query heads of one query and key/value head; ``number`` counts (batch, query,
+key/value head), the head running fastest. Logits are in base 2. Pages are counted from the first visible one, in the
+list of chosen pages and in the statistics from the origin. Parts of a softmax are as in ``ops.triton.split``.
 """
 
 from collections import namedtuple
@@ -85,9 +84,9 @@ def group_rows(seen, group, shape):
 
 @triton.jit
 def squares(part, norm):
-    """``(part / norm) ** 2`` as a sum ``high + low / _LOW_PART`` of numbers of part's dtype, exact for 16-bit ones.
+    """``(part / norm) ** 2`` as ``high + low / _LOW_PART`` in part's dtype, exact for 16 bits; ``norm`` a power of two.
 
-    ``norm`` is a power of two, and so is what it divides 1 to: exactly, unlike the plain division of a GPU.
+    The plain division of a GPU is not exact.
     """
     scaled = part.to(tl.float32) * tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)[:, None]
     square = scaled * scaled
@@ -146,13 +145,10 @@ def score_pages_kernel(
 ):  # fmt: skip
     """Logits ``[number, group, width]`` of visible pages; ``page_parts`` of their softmax, ``splits + 1`` for each row.
 
-    Program s along the second axis scores the s-th share of the pages from their statistics; the one after the last
-    scores the query's own page from its keys. What is NaN or +inf stays out of the softmax.
-
-    One program more, where there is one, takes the last key of the only query's sequence into the statistics. The page
-    that it completes is the query's own, so that nobody reads in this launch what is written.
-
-    With a ``Table`` the statistics are ``Heads``.
+    Program s along the second axis scores the s-th share of the pages from their statistics, with a ``Table``
+    ``Heads``; the one after the last scores the query's own page from its keys. What is NaN or +inf stays out of the
+    softmax. One program more, where there is one, takes the last key of the only query's sequence into the statistics:
+    the page that it completes is the query's own, so that nobody reads in this launch what is written.
     """
     number = tl.program_id(0)
     split = tl.program_id(1)
@@ -289,10 +285,7 @@ def choose_pages_kernel(
 
 @triton.jit
 def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
-    """Writes, over the first head's logits, each page's weight, summed over the group.
-
-    A logit that is NaN or +inf weighs +inf.
-    """
+    """Writes, over the first head's logits, each page's weight, summed over the group; NaN and +inf weigh +inf."""
     split = tl.arange(0, shape.BLOCK_S)
     for first in range(0, pages, shape.BLOCK_P):
         page = first + tl.arange(0, shape.BLOCK_P)
@@ -319,9 +312,7 @@ def attend_pages_kernel(
 ):  # fmt: skip
     """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
 
-    ``join_shape`` is ``shape`` with no more rows than a group has.
-
-    All rows of a program attend the same keys and no other key is loaded, so that what others hold cannot matter.
+    ``join_shape`` is ``shape`` with no more rows than a group has. No key is loaded that a row does not attend.
     """
     number = tl.program_id(0)
     split = tl.program_id(1)

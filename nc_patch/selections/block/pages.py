@@ -29,8 +29,6 @@ _KEYS_AT_ONCE = 8192
 class PageStatistics(NamedTuple):
     """Statistics of each page: the key apart, the mean and the variance of the other keys.
 
-    Page j of a sequence holds the keys at ``origin + j * block_size`` up to ``origin + (j + 1) * block_size``.
-
     Attributes:
         codes: int8 ``[B, Hkv, P, 3, D]``, of the variance from 0 to 127, of the others from -127 to 127.
         scales: float32 ``[B, Hkv, P, 3]``. The key apart is ``codes[..., 0, :] * scales[..., 0]``, the mean is
@@ -147,11 +145,8 @@ def update_pages_(
 ) -> None:  # fmt: skip
     """Writes, in place, the statistics of each whole page that holds any of the keys ``first[b]`` on to ``+ count``.
 
-    A page is whole once its last key is there; before, no query chooses by it. Reads the three tensors on the host.
-
-    Args:
-        key: ``[B, Hkv, N, D]``. origin, first, end: int ``[B]``. count: how many positions have changed.
-        statistics: of pages from 0 on; pages beyond it are left out.
+    A page is whole once its last key is there; before, no query chooses by it. Pages beyond the statistics' are left
+    out. ``key`` is ``[B, Hkv, N, D]``; origin, first and end are int ``[B]``, and are read on the host.
     """
     N, P = key.shape[2], statistics.codes.shape[2]
     at_once = max(1, _KEYS_AT_ONCE // block_size)
@@ -177,11 +172,10 @@ def page_logits(
     """Log of the sum of ``exp(score)`` over each page's keys, as estimated: ``[..., R, P]``.
 
     Args:
-        query: ``[..., R, D]``, in the dtype to calculate in, which must hold the squares of its elements times
-            ``scale``.
+        query: ``[..., R, D]``, in the dtype to calculate in, which must hold squares of its elements times ``scale``.
         statistics: codes ``[..., P, 3, D]`` and scales ``[..., P, 3]``.
         count: how many keys of a page are seen, a number or ``[P]``; at least one.
-        scale, softcap: of the scores; a soft-cap is applied to both parts of the estimate.
+        softcap: is applied to both parts of the estimate.
     """
     rows, pages = query.shape[-2], statistics.codes.shape[-3]
     query = query * scale

@@ -8,25 +8,15 @@
 Nothing of size Lq * Lk is stored. The plan reads the device three times, once for all layers of a forward pass.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.triton.launch import (
-    Tiles,
-    architecture_of,
-    compile_options,
-    kept_mass_of,
-    multiprocessors,
-    on_device,
-    padded_dim,
-    prepared,
-    settings_of,
-    shape_of,
-)
+from nc_patch.ops.triton import launch
+from nc_patch.ops.triton.launch import Tiles
 from nc_patch.ops.triton.structs import heads
 from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, plan_of
@@ -48,8 +38,7 @@ _BLOCKS_AT_ONCE = 128
 _RANKS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
-class BlockTiles:
+class BlockTiles(NamedTuple):
     """Tile sizes of the kernels that score and that attend, and of the masked edges there: masks cost registers."""
 
     score: Tiles
@@ -75,11 +64,11 @@ _ATTEND = {
 
 def block_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim: int, block_size: int) -> BlockTiles:
     """The one place where tile sizes of block-sparse prefill are chosen; a tile that is scored holds whole blocks."""
-    padded = max(64, padded_dim(head_dim), padded_dim(value_dim))
+    padded = max(64, launch.padded_dim(head_dim), launch.padded_dim(value_dim))
     if dtype == torch.float32:
         score = attend = _FLOAT32[padded]
     else:
-        score, attend = _SCORE[architecture][max(64, padded_dim(head_dim))], _ATTEND[architecture][padded]
+        score, attend = _SCORE[architecture][max(64, launch.padded_dim(head_dim))], _ATTEND[architecture][padded]
     if score.keys < block_size and padded == 256:
         # A wide block of wide keys leaves shared memory for one stage, and registers for fewer rows.
         score = replace(score, rows=32 if architecture in ("sm_80", "gfx942") else 64, stages=1)
@@ -97,16 +86,16 @@ def triton_block_attention(problem: Problem, options: BlockOptions) -> Attention
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
         RuntimeError: a CUDA graph is being captured.
     """
-    problem = prepared(problem)
+    problem = launch.prepared(problem)
     plan, device = plan_of(problem, options), problem.query.device
-    tiles = block_tiles(architecture_of(device), problem.query.dtype, *problem.head_dims, options.size)
+    tiles = block_tiles(launch.architecture_of(device), problem.query.dtype, *problem.head_dims, options.size)
     expected, audited = expected_of(problem, len(plan.listed)), None
-    with on_device(device):
+    with launch.on_device(device):
         choice, added = choose_blocks(problem, plan, tiles.score, options, expected)
         if expected is not None:
             audited = audit(problem, plan, choice, expected, options.size)
         result, lse_keys = attend_blocks(problem, plan, choice, tiles, options.size)
-    kept_mass = None if lse_keys is None else kept_mass_of(problem, lse_keys)
+    kept_mass = None if lse_keys is None else launch.kept_mass_of(problem, lse_keys)
     enlarged = enlarged_of(added, problem.group) if options.enlarges else None
     return result._replace(kept_mass=kept_mass, enlarged=enlarged, audit=audited)
 
@@ -120,9 +109,9 @@ def choose_blocks(
     """
     query, device, D = problem.query, problem.query.device, problem.query.shape[3]
     Hkv, group, S = problem.key.shape[1], problem.group, plan.samples.shape[0]
-    architecture, indices = architecture_of(device), plan.law.new_full((*plan.law.shape, plan.capacity), -1)
+    architecture, indices = launch.architecture_of(device), plan.law.new_full((*plan.law.shape, plan.capacity), -1)
     choice = BlockChoice(indices, torch.empty_like(plan.law))
-    chunks = score_chunks(plan, Hkv, group, multiprocessors(device))
+    chunks = score_chunks(plan, Hkv, group, launch.multiprocessors(device))
     segments = [max(1, triton.cdiv(chunk.width * options.size, _SEGMENT)) for chunk in chunks]
     blocks = max((chunk.width * (chunk.last - chunk.first) for chunk in chunks), default=0)
     scores = max((chunk.width * chunk.samples for chunk in chunks), default=0)
@@ -138,14 +127,14 @@ def choose_blocks(
     }  # fmt: skip
     scored = {
         "query": heads(query), "key": heads(problem.key), "visible": problem.visible, "Lq": query.shape[2],
-        "Lk": problem.key.shape[2], "settings": settings_of(problem), "shape": shape_of(D, D, tiles),
+        "Lk": problem.key.shape[2], "settings": launch.settings_of(problem), "shape": launch.shape_of(D, D, tiles),
         "BLOCK_SIZE": options.size, "MASS": options.enlarges, **both, **score_options(D, tiles, architecture),
     }  # fmt: skip
     chosen = {
         "all_weights": floats(blocks * Hkv), "all_masses": floats(blocks * Hkv) if options.enlarges else None,
         "choice": choice, "kept": kept, "num_kv_heads": Hkv, "sample_count": S, "capacity": plan.capacity,
         "min_mass": options.min_mass, "BLOCK_R": _ROWS_AT_ONCE, "BLOCK_C": _BLOCKS_AT_ONCE, "BLOCK_P": _RANKS_AT_ONCE,
-        **both, **compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),
+        **both, **launch.compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),
     }  # fmt: skip
     for chunk, of in zip(chunks, segments, strict=True):
         rows = chunk.samples * group
@@ -193,8 +182,8 @@ def score_chunks(plan: BlockPlan, kv_heads: int, group: int, multiprocessors: in
 
 def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, Any]:
     """Options of the compiler for ``score_blocks_kernel``: on Hopper registers for two programs, where they suffice."""
-    options = compile_options(tiles, architecture)
-    if architecture == "sm_90" and tiles.keys <= 64 and padded_dim(head_dim) <= 128:
+    options = launch.compile_options(tiles, architecture)
+    if architecture == "sm_90" and tiles.keys <= 64 and launch.padded_dim(head_dim) <= 128:
         options["maxnreg"] = 65536 // (2 * 32 * tiles.warps)
     return options
 
@@ -223,8 +212,8 @@ def attend_blocks(
             query=heads(query), key=heads(problem.key), value=heads(value), visible=problem.visible, table=plan.table,
             choice=choice, sinks=problem.sinks, output=output, lse=lse, lse_keys=lse_keys, attended=attended,
             query_blocks=N, num_kv_heads=Hkv, group=problem.group, Lq=Lq, Lk=Lk, row_tiles=row_tiles,
-            capacity=choice.block_indices.shape[2], settings=settings_of(problem), shape=shape_of(D, DV, tiles.attend),
-            EDGE_N=tiles.edge_keys, BLOCK_SIZE=block_size,
-            **compile_options(tiles.attend, architecture_of(query.device)),
+            capacity=choice.block_indices.shape[2], settings=launch.settings_of(problem), EDGE_N=tiles.edge_keys,
+            BLOCK_SIZE=block_size, shape=launch.shape_of(D, DV, tiles.attend),
+            **launch.compile_options(tiles.attend, launch.architecture_of(query.device)),
         )  # fmt: skip
     return AttentionResult(output, lse, attended=attended), lse_keys

@@ -127,8 +127,8 @@ def score_tiles(
 ):  # fmt: skip
     """Scores the tiles ``from_tile:to_tile`` and ``later_from:later_to`` of the keys from ``low`` on.
 
-    ``first_block`` is the number that each row gives to the block at ``low``. Returns the softmax over blocks that each
-    row had in ``peak`` and ``total``, with these.
+    ``first_block`` is the number that each row gives to the block at ``low``. Returns ``peak`` and ``total`` of each
+    row's softmax over blocks, with these.
     """
     blocks_of_tile: tl.constexpr = shape.BLOCK_N // BLOCK_SIZE
     for step in range(to_tile - from_tile + later_to - later_from):
