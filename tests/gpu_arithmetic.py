@@ -41,8 +41,8 @@ class Arithmetic:
             "create_fsub": partial(self.add, sign=-1),
             "create_reshape": self.reshape,
             **{name: partial(self.inexact, operation) for name, operation in inexact.items()},
-            "create_maxnumf": self.larger,
-            "create_minnumf": self.smaller,
+            "create_maxnumf": lambda plain, builder, left, right: builder.binary_op(left, right, np.fmax),
+            "create_minnumf": lambda plain, builder, left, right: builder.binary_op(left, right, np.fmin),
             "create_fp_to_si": self.to_integer,
             "create_fp_to_ui": self.to_integer,
             "cast_impl": self.cast,
@@ -96,12 +96,6 @@ class Arithmetic:
             result[result < 2.0**-126] = 0
             result[values[0] == 0] = 1
         return TensorHandle(result, operands[0].dtype.scalar)
-
-    def larger(self, plain: Plain, builder: Any, left: TensorHandle, right: TensorHandle) -> TensorHandle:
-        return builder.binary_op(left, right, np.fmax)
-
-    def smaller(self, plain: Plain, builder: Any, left: TensorHandle, right: TensorHandle) -> TensorHandle:
-        return builder.binary_op(left, right, np.fmin)
 
     def to_integer(self, plain: Plain, builder: Any, source: TensorHandle, to: tl.dtype) -> TensorHandle:
         target = interpreter._get_np_dtype(to)

@@ -9,7 +9,8 @@ from nc_patch import library
 from nc_patch.ops import backends
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import Rows
-from nc_patch.selections import Block, Dense, Selection, TopK, Window
+from nc_patch.selections import Block, Selection, TopK
+from nc_patch.selections.base import selection_class
 
 # Whether kernels run in Triton's interpreter, which is settled when they are imported.
 INTERPRETED = bool(backends._triton_interprets())
@@ -35,18 +36,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float)
 
 
 def problem_of(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    sinks: torch.Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = 0.0,
-    origin: torch.Tensor | None = None,
-    **more: Any,
-) -> Problem:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, budget: torch.Tensor,
+    sinks: torch.Tensor | None = None, *, scale: float = 1.0, softcap: float | None = 0.0,
+    origin: torch.Tensor | None = None, **more: Any,
+) -> Problem:  # fmt: skip
     """A problem; each sequence begins where its interval does, unless ``origin`` says otherwise."""
     origin = visible[..., 0] if origin is None else origin
     tensors = (query, key, value, visible.contiguous(), origin.contiguous(), budget.contiguous())
@@ -55,32 +48,19 @@ def problem_of(
 
 def selection_of(name: str, **options: Any) -> Selection:
     """The selection of a name with those of the options that it has; ``tail`` is whether page means count."""
-    if name == "topk":
-        tail = "mean" if options.get("tail") else "drop"
-        return TopK(options.get("sink_keys", 0), options.get("recent_keys", 0), tail)
-    if name == "window":
-        return Window(options.get("sink_keys", 0))
-    if name in ("block", "pages"):
-        block = Block(**{name: options[name] for name in Block.options if name in options})
-        object.__setattr__(block, "size", options.get("block_size", block.size))  # tests take smaller ones too
-        return block
-    return Dense()
+    kind = selection_class({"pages": "block"}.get(name, name))
+    given = {"sink_keys": 0, "recent_keys": 0, **options, "tail": "mean" if options.get("tail") else "drop"}
+    chosen = kind(**{option: given[option] for option in kind.options if option in given})
+    if isinstance(chosen, Block):  # tests take smaller ones too
+        object.__setattr__(chosen, "size", options.get("block_size", chosen.size))
+    return chosen
 
 
 def reference_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    visible: torch.Tensor,
-    budget: torch.Tensor,
-    selection: str,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    origin: torch.Tensor | None = None,
-    **options: Any,
-) -> AttentionResult:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, visible: torch.Tensor, budget: torch.Tensor,
+    selection: str, scale: float, softcap: float | None = None, sinks: torch.Tensor | None = None,
+    origin: torch.Tensor | None = None, **options: Any,
+) -> AttentionResult:  # fmt: skip
     """Attention in float64, as a selection defines it; ``"pages"`` are blocks while decoding."""
     problem = problem_of(query, key, value, visible, budget, sinks, scale=scale, softcap=softcap, origin=origin)
     return selection_of(selection, **options).reference(problem, decode=selection == "pages")

@@ -90,10 +90,10 @@ class Engine:
         return {"scale": self.dims[0] ** -0.5, "softcap": self.softcap, "sinks": self.sink_logits}
 
     def summarize(self, backend: str) -> None:
-        """A prompt first, then keys three by three, beside padding."""
+        """A prompt first, beside padding, then the other keys, seven at a time."""
         for *_, slots in self.sequences:
-            prompt = max(len(slots) - 40, 0)
-            for some in (torch.cat((torch.tensor([-1]), slots[:prompt])), *slots[prompt:].split(3)):
+            prompt = max(len(slots) - 35, 0)
+            for some in (torch.cat((torch.tensor([-1]), slots[:prompt])), *slots[prompt:].split(7)):
                 self.write(some, backend)
 
     def write(self, slots: torch.Tensor, backend: str) -> None:
@@ -137,7 +137,7 @@ class Engine:
     "engine",
     [
         Engine((50, 200, 333)),
-        Engine((31, 190, 700), dtype=torch.bfloat16, dims=(128, 64), kv_heads=1, group=6, keys=64, page_size=32),
+        Engine((31, 190, 500), dtype=torch.bfloat16, dims=(128, 64), kv_heads=1, group=6, keys=64, page_size=32),
         Engine((1, 16, 17, 250), dtype=torch.float16, dims=(80, 80), keys=16, by_head=True),
         Engine((70, 129), ((0, 68), (0, 69), (0, 70), (1, 129), (1, 0)), group=3, sinks=True),
         Engine((400, 90), softcap=2.0, sinks=True, by_head=True, keys=48, seed=3),
