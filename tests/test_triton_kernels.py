@@ -59,10 +59,12 @@ FP32_BF16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], id
 @pytest.mark.parametrize("name", DESCRIBED)
 def test_described_cases_equal_the_reference(name, device):
     shape, way = DESCRIBED[name]
-    by_codes = WAYS[way].index == "codes"
-    check(way, shape.case(), "triton", device, bounds=by_codes and not shape.transposed)
+    bounds = WAYS[way].index == "codes" and not shape.transposed
+    # The kept mass of blocks takes a pass over all keys.
+    stats = WAYS[way].selection != "block" or shape.sinks or shape.softcap > 0 or shape.intervals != "causal"
+    check(way, shape.case(), "triton", device, stats=stats, bounds=bounds)
     if shape.name in ("plain", "decode"):
-        check(way, shape.case(), "triton", device, stats=False)
+        check(way, shape.case(), "triton", device, stats=not stats)
 
 
 @on_kernel_device
