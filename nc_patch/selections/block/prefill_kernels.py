@@ -181,7 +181,7 @@ _CHANGING = ("first_number", "first_sample", "segments", "sample_count", "row_co
 
 @triton.jit(do_not_specialize=[*PER_CALL, *_CHANGING])
 def choose_blocks_kernel(
-    plan, scores, row_lse, all_weights, all_masses, choice, kept, num_kv_heads, group, first_number, first_sample,
+    plan, scores, all_weights, all_masses, row_lse, choice, kept, num_kv_heads, group, first_number, first_sample,
     segments, sample_count, row_count, width, capacity, min_mass, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
