@@ -160,19 +160,6 @@ def _plan(given: Problem) -> Plan:
     joining = replace(attending, rows=min(attending.rows, triton.next_power_of_2(group)))
     choice = ChooseShape(block_size, at_once, padded_splits(score_splits + 1), keys_stored // block_size)
     architecture = launch.architecture_of(query.device)
-    common = {"num_kv_heads": Hkv, "group": group, "Lq": Lq}
-    scored = common | {"settings": launch.settings_of(problem), "page": page_shape_of(D, block_size, keys_stored)}
-    score = scored | launch.compile_options(scoring, architecture) | {
-        "stored_pages": stored_pages, "width": width, "splits": score_splits, "shape": launch.shape_of(D, D, scoring),
-    }  # fmt: skip
-    choose = common | launch.compile_options(choosing, architecture) | {
-        "width": width, "splits": score_splits + 1, "capacity": capacity, "blocks": blocks,
-        "budget_heads": problem.budget.shape[1], "shape": constants(choice),
-    }  # fmt: skip
-    attend = scored | launch.compile_options(attending, architecture) | {
-        "splits": splits, "capacity": capacity, "shape": launch.shape_of(D, DV, attending),
-        "join_shape": launch.shape_of(D, DV, joining),
-    }  # fmt: skip
     placed = (query, key, value, *(() if table is None else problem.key_index))
     strides = tuple(t.stride()[:3] for t in placed)
     # All that the kernels are compiled for.
@@ -182,13 +169,25 @@ def _plan(given: Problem) -> Plan:
     compiled = launch.compiled_kernels(
         ("block", strides, D, DV, choice, joining.rows, *alike), launch.alignment(*problem.tensors(), table)
     )
+    arguments = {
+        "num_kv_heads": Hkv, "group": group, "Lq": Lq, "settings": launch.settings_of(problem), "width": width,
+        "page": page_shape_of(D, block_size, keys_stored), "stored_pages": stored_pages, "capacity": capacity,
+        "blocks": blocks, "budget_heads": problem.budget.shape[1],
+    }  # fmt: skip
+
+    def options(tiles: Tiles, splits: int, **shapes: Any) -> dict[str, Any]:
+        return {"splits": splits, **shapes, **launch.compile_options(tiles, architecture)}
+
+    score = options(scoring, score_splits, shape=launch.shape_of(D, D, scoring))
+    choose = options(choosing, score_splits + 1, shape=constants(choice))
+    shapes = {"shape": launch.shape_of(D, DV, attending), "join_shape": launch.shape_of(D, DV, joining)}
     kernels = (
         (score_pages_kernel, (numbers, score_splits + 1 + problem.new, blocks), score),
         (choose_pages_kernel, (numbers, 1, 1), choose),
-        (attend_pages_kernel, (numbers, splits, blocks), attend),
+        (attend_pages_kernel, (numbers, splits, blocks), options(attending, splits, **shapes)),
     )
     dense = all(mine is theirs for mine, theirs in zip(given.tensors(), problem.tensors(), strict=True))
-    return Plan(dense, strides, [*sizes, sum(counts)], counts, Launches(kernels, {}, compiled))
+    return Plan(dense, strides, [*sizes, sum(counts)], counts, Launches(kernels, arguments, compiled))
 
 
 def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Tiles, Tiles, int, int]:
