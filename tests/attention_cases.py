@@ -394,7 +394,7 @@ ROWS, ALL = ("drop", "window"), ("topk", "drop", "window", "block")
 BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = [
     Shape("plain", (*ALL, "dense")),
-    Shape("bf16-d80-g3-transposed", ALL, BF16, 2, 2, 3, 9, head_dim=80, transposed=True),
+    Shape("bf16-d80-g3-transposed", ALL, BF16, 1, 2, 3, 7, head_dim=80, transposed=True),
     Shape("fp16-d96-g5", ("drop",), FP16, group=5, head_dim=96, queries=7, sink_keys=0, recent_keys=0),
     Shape("bf16-d128-g7-left-padding", ROWS, BF16, 2, 1, 7, 9, head_dim=128, intervals="padding"),
     Shape("d192-narrow-values", ("drop", "block"), group=1, queries=23, head_dim=192, value_dim=128),
