@@ -47,8 +47,9 @@ class Chosen(Choice):
         lowest, last = (block.low - begin) // self._size, (block.high - 1 - begin) // self._size
         place = torch.where(exists, indices - lowest, last + 1 - lowest).long()
         chosen = exists.new_zeros(len(indices), last + 2 - lowest).scatter_(1, place, True)
-        position = torch.arange(block.low, block.high, device=chosen.device)
-        of_keys = chosen[:, (position - begin) // self._size - lowest]
+        position = torch.arange(block.low, block.high, dtype=torch.int32, device=chosen.device)
+        first = block.low - begin - lowest * self._size
+        of_keys = chosen.repeat_interleave(self._size, 1)[:, first : first + len(position)]
         return self._seen(block, of_keys, position).repeat_interleave(self._problem.group, 0)
 
     def attend(self) -> AttentionResult:
@@ -79,7 +80,7 @@ class Chosen(Choice):
     def _seen(self, block: RowBlock, chosen: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Which of the ``chosen`` keys, bool ``[Hkv, M]``, each row sees, ``[Hkv, R, M]``; notes how many they are."""
         seen = self._problem.visible[block.batch, block.rows]
-        keep = chosen[:, None] & (position >= seen[:, :1]) & (position < seen[:, 1:])
+        keep = chosen[:, None] & ((position >= seen[:, :1]) & (position < seen[:, 1:]))
         of_heads = keep.sum(-1, dtype=torch.int32).repeat_interleave(self._problem.group, 0)
         self.attended[block.batch, :, block.rows] = of_heads
         return keep
