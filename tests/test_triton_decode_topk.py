@@ -23,7 +23,7 @@ from nc_patch.budget import budget_of  # noqa: E402
 from nc_patch.functional import by_index  # noqa: E402
 from nc_patch.ops.means import PageMeans  # noqa: E402
 from nc_patch.ops.problem import MAX_DECODE_QUERIES  # noqa: E402
-from nc_patch.ops.triton.split import MAX_SPLITS, PARTS_AT_ONCE  # noqa: E402
+from nc_patch.ops.triton.split import GROUP, MAX_SPLITS, MOST_ARRIVALS  # noqa: E402
 from nc_patch.selections import TopK  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
@@ -64,13 +64,13 @@ def taken_whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks of each call chose among all keys."""
     seen: list[int] = []
 
-    def look(inputs, scratch, num_kv_heads, group, Lq, ROWS, **_):
-        blocks = inputs.visible.shape[0] * num_kv_heads * -(-group * Lq // ROWS)
+    def look(inputs, scratch, num_kv_heads, group, Lq, join_shape, **_):
+        blocks = inputs.visible.shape[0] * num_kv_heads * -(-group * Lq // join_shape.BLOCK_M.value)
         seen.append(int(part_of(scratch, "whole", blocks, dtype=torch.int32).sum()))
 
     # Not what is remembered: kernels are known by their identity there.
     monkeypatch.setattr(triton_decode_topk, "_STEPS", {})
-    monkeypatch.setattr(triton_decode_topk, "choose_kernel", Watched(triton_decode_topk.choose_kernel, look))
+    monkeypatch.setattr(triton_decode_topk, "gather_kernel", Watched(triton_decode_topk.gather_kernel, look))
     return seen
 
 
@@ -116,7 +116,7 @@ def test_many_parts_are_joined_in_groups(device, monkeypatch):
     monkeypatch.setattr(triton_decode_topk, "plan_for", lambda *args: plans.append(planned(*args)) or plans[-1])
     case = decode_shape(queries=2, keys=700, group=2, head_dim=16).case()
     check("codes with means", case, "triton", device, bounds=True)
-    assert plans[0].parts > 18 > PARTS_AT_ONCE
+    assert plans[0].splits == 18 > GROUP.value
 
 
 @on_kernel_device
@@ -125,9 +125,9 @@ def test_queries_that_go_one_after_another_give_what_they_give_together(device, 
     case, calls = shape.case(), []
     decode = triton_decode_topk._decode_at_once
 
-    def counting(step, problem):
-        calls.append(tuple(problem.query.shape))
-        return decode(step, problem)
+    def counting(*args):
+        calls.append(tuple(args[-1].query.shape))
+        return decode(*args)
 
     monkeypatch.setattr(triton_decode_topk, "_decode_at_once", counting)
     together = check("codes", case, "triton", device, bounds=True)
@@ -308,11 +308,12 @@ def test_inputs_that_do_not_fit_are_refused():
 def test_a_plan_grows_with_the_budget_and_never_beyond_the_keys():
     for keys in (1, 7, 1000, 131072, 1 << 20):
         for budget in (1, 100, 5000, keys):
-            plan = plan_for(Sizes(1, 8, 4, 1, keys, 128, 128), min(budget, keys))
+            plan = plan_for(Sizes(1, 8, 4, 1, keys, 128, 128), min(budget, keys), torch.bfloat16, "sm_90", False, False)
+            tile, samples = plan.variant.keys, plan.variant.samples
             assert plan.segment * plan.splits >= min(budget, keys)
-            assert plan.segment <= -(-(-(-keys // plan.keys) + 1) // plan.splits) * plan.keys
+            assert plan.segment <= -(-(-(-keys // tile) + 1) // plan.splits) * tile
             assert plan.stride >= max(keys, plan.segment * plan.splits)
-            assert plan.samples % plan.keys == 0
+            assert samples % tile == 0
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -324,9 +325,8 @@ def test_a_block_is_divided_among_one_wave_of_programs(architecture):
         sizes = Sizes(batch, kv_heads, group, queries, keys, head_dim, head_dim)
         for alpha, C in laws:
             plan = plan_for(sizes, budget_of(keys, alpha, C), torch.bfloat16, architecture, False, True)
-            assert 1 <= plan.splits <= MAX_SPLITS
-            assert plan.splits * sizes.blocks(plan.rows) <= 3 * 132 or plan.splits == 1
-            assert plan.tail_parts >= 1
+            assert 1 <= plan.splits <= MAX_SPLITS < GROUP.value * (MOST_ARRIVALS.value - 1)
+            assert plan.splits * sizes.blocks(plan.variant.rows) <= 3 * 132 or plan.splits == 1
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")

@@ -25,7 +25,6 @@ from nc_patch.ops.triton.means import triton_page_means  # noqa: E402
 from nc_patch.selections import Block, TopK, Window  # noqa: E402
 from nc_patch.selections.block import decode as triton_decode_block  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
-from nc_patch.selections.topk import plan as topk_plan  # noqa: E402
 from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
 from nc_patch.selections.topk.layouts import Means  # noqa: E402
 
@@ -42,7 +41,6 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         return triton_block.BlockTiles(score, Tiles(64, 32, 4, 1, chunk), 16)
 
     monkeypatch.setattr(triton_launch, "tiles_for", tiles)
-    monkeypatch.setattr(topk_plan, "tiles_for", lambda *_: Tiles(16, 16, 4, 1))
     monkeypatch.setattr(triton_block, "block_tiles", block_tiles)
     for name, size in (("_BLOCKS_AT_ONCE", 8), ("_RANKS_AT_ONCE", 16), ("_SEGMENT", 64)):
         monkeypatch.setattr(triton_block, name, size)

@@ -1,10 +1,8 @@
 """One cut over ranked scores: how the k highest of many are found by counting, without a sort.
 
 A rank is an int32 that orders as the float32 it stands for. A ``Bracket`` of ranks closes on the k-th highest: each
-pass counts how many scores reach three ranks inside it, and ``narrow`` keeps the part between two of them. After at
-most 17 passes that quarter it the bracket is one rank wide, which several scores may share.
-
-All but ``count_ranks`` and ``search`` work on single brackets as well as on a bracket for each row.
+pass counts how many scores reach three ranks that quarter it, so that at most 17 leave one rank, which several scores
+may share. All but ``count_ranks`` and ``search`` work on a bracket for each row, too.
 """
 
 from typing import Any, NamedTuple
@@ -15,6 +13,8 @@ import triton.language as tl
 RANK_NEGATIVE_INFINITY = tl.constexpr(-2139095041)
 RANK_INFINITY = tl.constexpr(2139095040)
 ABOVE_INFINITY = tl.constexpr(2139095041)
+# Below the rank of every score.
+NO_RANK = tl.constexpr(-2147483648)
 # Three counts travel in one int64, so that they are summed at once.
 _FIELD_BITS = tl.constexpr(20)
 _FIELD = tl.constexpr((1 << 20) - 1)

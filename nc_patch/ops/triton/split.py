@@ -1,14 +1,8 @@
 """Split-K: one row's keys are divided among programs, and the last of them joins what each has accumulated.
 
-Decoding has few rows and many keys, so that a row has to be spread over the GPU. The program of split s leaves three
-things about the keys it attended, in float32 and with logits in base 2 (``scores.logits_base2``):
-
-- ``peak[row, s]``: the largest logit,
-- ``total[row, s]``: the sum of ``2 ** (logit - base)``, where ``base = scores.finite_or_zero(peak)``,
-- ``acc[row, s]``: the sum of ``2 ** (logit - base)`` times the value.
-
-That is what a ``Softmax`` holds. A split that attended nothing has ``peak = -inf`` and ``total = 0``, and its ``acc``
-counts for nothing.
+Decoding has few rows and many keys, so that a row has to be spread over the GPU. The program of split s leaves a
+``Softmax`` of the keys it attended, in float32 and with logits in base 2: ``peak[row, s]``, ``total[row, s]`` and
+``acc[row, s]``. One that attended nothing has ``peak = -inf`` and ``total = 0``, and its ``acc`` counts for nothing.
 """
 
 import torch
@@ -26,8 +20,9 @@ MOST_USEFUL_SPLITS = 64
 # Fewer keys than this are divided like this many.
 _SHORTEST = 4096
 # Parts that are joined one after another.
-PARTS_AT_ONCE = 16
-GROUP = tl.constexpr(PARTS_AT_ONCE)
+GROUP = tl.constexpr(16)
+# Room for ``arrivals`` of a block: one for each group of parts and one for all groups, a power of two.
+MOST_ARRIVALS = tl.constexpr(32)
 # On AMD's GPUs a barrier does not wait for stores: each thread waits for its own, by an atomic that adds nothing.
 _EACH_WAITS = tl.constexpr(torch.version.hip is not None)
 _THREADS = tl.constexpr(512)
@@ -105,11 +100,10 @@ def join_parts(parts, rows, first, step, count, shape):
 def finish_part(parts, rows, softmax, part, count, arrivals, shape, join_rows, join_shape):
     """(whether this program is the last of ``count``, the ``Softmax`` of all parts of its rows).
 
-    ``join_rows`` are the same rows, in a tile of ``join_shape`` that may have room for fewer.
-
     Each program comes here with its ``part``. The last one of every ``GROUP`` parts joins these, and the last of those
-    the groups, so that neither has many to read one after another. ``arrivals`` has an int32 for the groups together
-    and for each, ``cdiv(count, GROUP) + 1``, all zero before the launch.
+    the groups, so that neither has many to read one after another. ``join_rows`` are the same rows in a tile of
+    ``join_shape``, which may have room for fewer. ``arrivals`` points to ``MOST_ARRIVALS`` int32, zero before the
+    launch.
     """
     store_part(parts, rows, softmax, rows.row * count + part, shape)
     group = part // GROUP

@@ -1,13 +1,11 @@
-"""``topk`` with a tail, over whole rows: what a row does not attend enters by the means of its pages.
+"""``topk`` with a tail, over whole rows: what a row does not attend enters by the means of its pages (``means.py``).
 
-``means.py`` defines the tail. After the keys that a row attends ``attend_kernel`` goes over the row's pages, sixteen at
-a time: their keys are scored once more to count how many of each page are attended, in registers, and the pages join
-the softmax by one dot product with their mean keys and one with their mean values. Nothing of size Lq * Lk is stored.
-Beside a pass of the search that precedes it, which costs 2 * D floating point operations for each pair of a row and a
-key, the tail costs 2 * D + 32 + (2 * D + 2 * Dv) / 16.
+After the keys that a row attends ``attend_kernel`` goes over its pages, sixteen at a time: their keys are scored once
+more to count, in registers, how many of each page are attended, and the pages join the softmax by their mean keys and
+values. For a pair of a row and a key that costs 2 * D + 32 + (2 * D + 2 * Dv) / 16 operations.
 
-Rows of one program may belong to sequences that begin anywhere: rows whose pages begin at the same positions modulo the
-page size go together, and the program goes over the pages once for each such set of rows, one where nothing is packed.
+Rows of one program may belong to sequences that begin anywhere: those whose pages begin at the same positions modulo
+the page size go together, and the program goes over the pages once for each such set, one where nothing is packed.
 """
 
 from typing import Any, NamedTuple

@@ -4,10 +4,9 @@ The scan (``scan.scan_kernel``) leaves segments of candidates, which the rows of
 scored exactly for all rows of its block at once, and a row collects those of its rivals that reach its guess, in any
 order. The exact k-th largest of these is the row's threshold. All that is not collected scores less than the guess; so
 the best are among them if the list is complete and as many of the row's rivals as are needed reach the guess, which the
-scan has proved by their bounds. Where it has not, the block takes all keys: they are scored then, and chosen from.
+scan has proved by their bounds. Where it has not, the block takes all keys, and its rows collect all their rivals.
 
-``plan.Scratch`` describes what the kernels hand on. Rows are those of a contiguous ``[B, Hq, Lq]``; blocks are those of
-``program_rows``.
+``plan.parts_of`` describes what the kernels hand on. Blocks of rows are those of ``program_rows``.
 """
 
 from typing import Any, NamedTuple
@@ -15,20 +14,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.ranks import (
-    RANK_INFINITY,
-    RANK_NEGATIVE_INFINITY,
-    Bracket,
-    count_ranks,
-    rank_of,
-    score_of,
-    search,
-)
+from nc_patch.ops.triton.ranks import NO_RANK, RANK_INFINITY, Bracket, count_ranks, rank_of, score_of, search
 from nc_patch.ops.triton.rows import FAR, head_of, program_rows, span
 from nc_patch.ops.triton.scores import dot, load_queries
 from nc_patch.ops.triton.structs import PER_CALL
 from nc_patch.ops.triton.tail import PAGE
-from nc_patch.selections.topk.scan import NO_RIVAL, floats, integers, one_row, rivals_of
+from nc_patch.selections.topk.scan import integers, one_row, rivals_of
 
 # What one step of a sum on matrix units may lose, relative to the sum of the sizes: they cut where float32 rounds.
 _MATRIX_ULP = tl.constexpr(2.0**-22)
@@ -37,32 +28,29 @@ _COUNTED = tl.constexpr(1024)
 
 
 class Entries(NamedTuple):
-    """Entries of a block: those from ``begin`` to ``stop``.
+    """Entries of a block, from ``begin`` to ``stop``: ``positions`` points to those of entries below ``listed``.
 
-    ``positions`` points to those of listed ones, up to ``listed``; if ``whole``, an entry is its own position.
+    Another entry is its own position.
     """
 
     begin: Any
     stop: Any
     positions: Any
     listed: Any
-    whole: Any
 
 
 class Rivals(NamedTuple):
-    """``length`` rivals of a row: their scores, and the positions of the ``listed`` ones.
+    """``count`` rivals of a row: their scores and positions, and the ranks ``held`` of the first of them.
 
-    If ``whole``, none is, and they are all keys from ``first`` on. ``held`` are the ranks of the first of them, in
-    registers; as many are looked at at once.
+    As many are looked at at once. They are ranked by their scores or, where ``tied`` is not None, those of this rank
+    by their positions, from the last to the first.
     """
 
-    held: Any
     scores: Any
     positions: Any
-    listed: Any
-    whole: Any
-    first: Any
-    length: Any
+    count: Any
+    held: Any
+    tied: Any
 
 
 @triton.jit
@@ -76,13 +64,13 @@ def entries_of(scratch, rows, whole, splits, segment):
     share = tl.cdiv(high - low, splits)
     begin = tl.where(whole, low + split * share, split * segment)
     stop = tl.where(whole, tl.minimum(begin + share, high), begin + count)
-    return Entries(begin, stop, positions, tl.where(whole, 0, stop), whole)
+    return Entries(begin, stop, positions, tl.where(whole, 0, stop))
 
 
 @triton.jit
 def positions_at(entries, e):
     """The positions of keys that are entries."""
-    return tl.where(entries.whole, e, tl.load(entries.positions + e, mask=e < entries.listed, other=0))
+    return tl.load(entries.positions + e, mask=e < entries.listed, other=e)
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride"])
@@ -90,20 +78,18 @@ def score_kernel(
     query, key, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, splits, segment,
     stride, shape, ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Exact scores of one split's share of a block's entries; see ``plan.Scratch``.
+    """Exact scores of one split's share of a block's entries, and the collections of its rows.
 
-    The rivals of each row that reach its guess are collected as ``reached``. A block has at most ``ROWS`` rows: fewer
-    than a matrix instruction takes.
+    A block has at most ``ROWS`` rows: fewer than a matrix instruction takes.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     block = tl.program_id(0).to(tl.int64)
-    first, last = rivals_of(rows, sink_keys, recent_keys)
-    least = tl.load(floats(scratch, scratch.guess) + rows.row, mask=rows.valid, other=float("inf"))
+    _first, _last, needed = rivals_of(rows, sink_keys, recent_keys)
+    least = tl.load(scratch.memory + scratch.guess + rows.row, mask=rows.valid, other=float("inf"))
     s = tl.arange(0, BLOCK_S)
     sizes = tl.load(integers(scratch, scratch.counts) + block * splits + s, mask=s < splits, other=0)
     known = rows.valid[:, None] & (s < splits)[None, :]
     sure = tl.load(integers(scratch, scratch.sure) + rows.row[:, None] * splits + s[None, :], mask=known, other=0)
-    needed = rows.wanted - (rows.end - rows.start - (last - first))
     # A guess of -inf lists every rival.
     short = (tl.sum(sure, axis=1) < needed) & (least > float("-inf"))
     whole = (tl.max(sizes, axis=0) > segment) | (tl.max(short.to(tl.int32), axis=0) > 0)
@@ -114,55 +100,48 @@ def score_kernel(
     for begin in range(entries.begin, entries.stop, shape.BLOCK_N):
         e = begin + tl.arange(0, shape.BLOCK_N)
         here = e < entries.stop
-        position = positions_at(entries, e)
-        score, error = exact_scores(queries, keys, position, here, shape, BOUNDS)
+        score, error = exact_scores(queries, keys, positions_at(entries, e), here, shape, BOUNDS)
         at = rows.row[:, None] * stride + e[None, :]
         inside = rows.valid[:, None] & here[None, :]
-        tl.store(floats(scratch, scratch.scores) + at, score, mask=inside)
+        tl.store(scratch.memory + scratch.scores + at, score, mask=inside)
         if BOUNDS:
-            tl.store(floats(scratch, scratch.errors) + at, error, mask=inside)
-    if not whole:
-        # What other threads have stored is read back.
-        tl.debug_barrier()
-        few = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, ROWS)
-        collect(few, entries, scratch, sink_keys, recent_keys, stride, shape.BLOCK_N)
+            tl.store(scratch.memory + scratch.errors + at, error, mask=inside)
+    # What other threads have stored is read back.
+    tl.debug_barrier()
+    few = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, ROWS)
+    collect(few, entries, scratch, whole, sink_keys, recent_keys, stride, shape.BLOCK_N)
 
 
 @triton.jit
-def collect(rows, entries, scratch, sink_keys, recent_keys, stride, BLOCK_N: tl.constexpr):
-    """Adds the entries that reach each row's guess to its collection.
+def collect(rows, entries, scratch, whole, sink_keys, recent_keys, stride, BLOCK_N: tl.constexpr):
+    """Adds the entries that are rivals of a row and reach its guess, or all if ``whole``, to its collection.
 
-    Places in it are given out a split at a time. Their order is no matter: it is a set.
+    Places in it are given out a split at a time, after they are counted. Their order is no matter: it is a set.
     """
-    first, last = rivals_of(rows, sink_keys, recent_keys)
-    least = tl.load(floats(scratch, scratch.guess) + rows.row, mask=rows.valid, other=float("inf"))
-    many = tl.zeros([rows.row.shape[0]], dtype=tl.int32)
-    for begin in range(entries.begin, entries.stop, BLOCK_N):
-        _position, _score, ones = reaching(rows, entries, begin, scratch, first, last, least, stride, BLOCK_N)
-        many += tl.sum(ones, axis=1)
-    counts = integers(scratch, scratch.reached) + rows.row
-    taken = tl.atomic_add(counts, many, mask=rows.valid & (many > 0), sem="relaxed")
-    for begin in range(entries.begin, entries.stop, BLOCK_N):
-        position, score, ones = reaching(rows, entries, begin, scratch, first, last, least, stride, BLOCK_N)
-        at = rows.row[:, None] * stride + taken[:, None] + tl.cumsum(ones, axis=1) - ones
-        places = integers(scratch, scratch.reached_positions) + at
-        tl.store(places, tl.broadcast_to(position[None, :], at.shape), mask=ones > 0)
-        tl.store(floats(scratch, scratch.reached_scores) + at, score, mask=ones > 0)
-        taken += tl.sum(ones, axis=1)
-
-
-@triton.jit
-def reaching(rows, entries, begin, scratch, first, last, least, stride, BLOCK_N: tl.constexpr):
-    """(position, score of each row, 1 where it is a rival that scores the row's guess or more, else 0) of entries.
-
-    NaN reaches any guess.
-    """
-    e = begin + tl.arange(0, BLOCK_N)
-    position = positions_at(entries, e)
-    inside = rows.valid[:, None] & (e < entries.stop)[None, :]
-    score = tl.load(floats(scratch, scratch.scores) + rows.row[:, None] * stride + e[None, :], mask=inside, other=0.0)
-    rival = (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
-    return position, score, (inside & rival & ~(score < least[:, None])).to(tl.int32)
+    first, last, _needed = rivals_of(rows, sink_keys, recent_keys)
+    least = tl.load(scratch.memory + scratch.guess + rows.row, mask=rows.valid, other=float("inf"))
+    least = tl.where(whole, float("-inf"), least)
+    tl.store(scratch.memory + scratch.threshold + rows.row, least, mask=rows.valid & (tl.program_id(1) == 0))
+    taken = tl.zeros([rows.row.shape[0]], dtype=tl.int32)
+    for writes in tl.static_range(2):
+        for begin in range(entries.begin, entries.stop, BLOCK_N):
+            e = begin + tl.arange(0, BLOCK_N)
+            position = positions_at(entries, e)
+            inside = rows.valid[:, None] & (e < entries.stop)[None, :]
+            at = rows.row[:, None] * stride + e[None, :]
+            score = tl.load(scratch.memory + scratch.scores + at, mask=inside, other=0.0)
+            rival = (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
+            # NaN reaches any guess.
+            ones = (inside & rival & ~(score < least[:, None])).to(tl.int32)
+            if writes:
+                at = rows.row[:, None] * stride + taken[:, None] + tl.cumsum(ones, axis=1) - ones
+                places = integers(scratch, scratch.reached_positions) + at
+                tl.store(places, tl.broadcast_to(position[None, :], at.shape), mask=ones > 0)
+                tl.store(scratch.memory + scratch.reached_scores + at, score, mask=ones > 0)
+            taken += tl.sum(ones, axis=1)
+        if writes == 0:
+            counts = integers(scratch, scratch.reached) + rows.row
+            taken = tl.atomic_add(counts, taken, mask=rows.valid & (taken > 0), sem="relaxed")
 
 
 @triton.jit
@@ -188,40 +167,41 @@ def exact_scores(queries, keys, position, here, shape, BOUNDS: tl.constexpr):
 @triton.jit(do_not_specialize=[*PER_CALL, "stride", "slots"])
 def choose_kernel(
     inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, stride, slots,
-    ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The ``Limits`` of what a row attends of its entries; a block has ``ROWS`` rows.
+    """The ``Limits`` of what a row attends of its entries, from what it has collected.
 
     Where ``inputs`` have an origin, every key attended is added to the count of its page, ``page_counts``.
     """
     row = one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk)
-    first, last = rivals_of(row, sink_keys, recent_keys)
-    needed = row.wanted - (row.end - row.start - (last - first))
-    # As ``program_rows`` divides rows into blocks.
-    blocks = tl.cdiv(Lq * group, ROWS)
-    block = (row.batch * num_kv_heads + row.kv_head) * blocks
-    block += blocks - 1 - (row.index * group + row.head % group) // ROWS
-    whole = tl.load(integers(scratch, scratch.whole) + block) != 0
-    low = rank_of(tl.load(floats(scratch, scratch.guess) + row.row))
-    scores = floats(scratch, scratch.reached_scores) + row.row * stride
+    first, last, needed = rivals_of(row, sink_keys, recent_keys)
+    low = rank_of(tl.load(scratch.memory + scratch.threshold + row.row))
+    scores = scratch.memory + scratch.reached_scores + row.row * stride
     positions = integers(scratch, scratch.reached_positions) + row.row * stride
     count = tl.load(integers(scratch, scratch.reached) + row.row)
-    if whole:
-        scores = floats(scratch, scratch.scores) + row.row * stride + first
-        count = last - first
-        low = low * 0 + RANK_NEGATIVE_INFINITY
-    held = load_ranks(scores, 0, count, BLOCK_E)
-    rivals = Rivals(held, scores, positions, tl.where(whole, 0, count), whole, first, count)
-    limit, limit_end = find_best(rivals, low, needed, first, last)
-    tl.store(floats(scratch, scratch.threshold) + row.row, limit)
+    rivals = hold(scores, positions, count, None, BLOCK_E)
+    limit = tl.where(needed > 0, float("-inf"), float("inf"))
+    limit_end = tl.where(needed > 0, FAR, 0)
+    if (needed > 0) & (needed < last - first):
+        highest = tl.max(rivals.held, axis=0)
+        for begin in range(BLOCK_E, count, BLOCK_E):
+            highest = tl.maximum(highest, tl.max(ranks_at(rivals, begin, BLOCK_E), axis=0))
+        bracket = search(Bracket(low, highest + 1, count, count * 0), needed, count_rivals, rivals)
+        limit = score_of(bracket.low)
+        if bracket.count_low != needed:
+            # Too many ties: the position after the last one that is admitted.
+            ties = hold(scores, positions, count, bracket.low, BLOCK_E)
+            places = Bracket(-last + 1, -first + 1, bracket.count_low - bracket.count_high, count * 0)
+            limit_end = -search(places, needed - bracket.count_high, count_rivals, ties).low + 1
+    tl.store(scratch.memory + scratch.threshold + row.row, limit)
     tl.store(integers(scratch, scratch.ties_end) + row.row, limit_end)
     if inputs.origin is not None:
         residue = tl.load(inputs.origin + row.batch * Lq + row.index) & (PAGE - 1)
         counts = integers(scratch, scratch.page_counts) + row.row * slots
         for begin in range(0, count, _COUNTED):
             e = begin + tl.arange(0, _COUNTED)
-            rank = load_ranks(scores, begin, count, _COUNTED)
-            position = rival_positions(rivals, e)
+            rank = ranks_at(rivals, begin, _COUNTED)
+            position = tl.load(positions + e, mask=e < count, other=0)
             taken = (rank > rank_of(limit)) | ((rank == rank_of(limit)) & (position < limit_end))
             count_pages(counts, position, residue, taken & (e < count))
         for begin in range(row.start, row.end - (last - first), _COUNTED):
@@ -238,67 +218,30 @@ def count_pages(counts, position, residue, among):
 
 
 @triton.jit
-def rival_positions(rivals, e):
-    """The positions of rivals."""
-    return tl.where(rivals.whole, rivals.first + e, tl.load(rivals.positions + e, mask=e < rivals.listed, other=FAR))
+def hold(scores, positions, count, tied, BLOCK_E: tl.constexpr):
+    """``Rivals``, of which ``BLOCK_E`` are held."""
+    rivals = Rivals(scores, positions, count, None, tied)
+    return Rivals(scores, positions, count, ranks_at(rivals, 0, BLOCK_E), tied)
 
 
 @triton.jit
-def find_best(rivals, low, needed, first, last):
-    """Threshold and end of its ties of the ``needed`` best of the rivals in ``[first, last)``, as ``find_thresholds``.
-
-    ``rivals`` are of rank ``low`` or more, with all of the best among them.
-    """
-    count = rivals.length
-    limit = tl.where(needed > 0, float("-inf"), float("inf"))
-    limit_end = tl.where(needed > 0, FAR, 0)
-    highest = tl.max(rivals.held, axis=0)
-    for begin in range(rivals.held.shape[0], count, rivals.held.shape[0]):
-        highest = tl.maximum(highest, tl.max(load_ranks(rivals.scores, begin, count, rivals.held.shape[0]), axis=0))
-    if (needed > 0) & (needed < last - first):
-        bracket = search(Bracket(low, highest + 1, count, count * 0), needed, count_rivals, rivals)
-        limit = score_of(bracket.low)
-        if bracket.count_low != needed:
-            # Too many ties: the position after the last one that is admitted.
-            spare = needed - bracket.count_high
-            before = first
-            after = last
-            while after - before > 1:
-                middle = before + (after - before) // 2
-                ties = count_ties(rivals, bracket.low, middle)
-                before = tl.where(ties < spare, middle, before)
-                after = tl.where(ties < spare, after, middle)
-            limit_end = after
-    return limit, limit_end
-
-
-@triton.jit
-def load_ranks(scores, begin, count, BLOCK_E: tl.constexpr):
-    """Ranks of ``BLOCK_E`` scores; NaN is as high as +inf, and what is beyond the end is below every score."""
+def ranks_at(rivals, begin, BLOCK_E: tl.constexpr):
+    """Ranks of ``BLOCK_E`` rivals, ``NO_RANK`` beyond the end; NaN is as high as +inf."""
     e = begin + tl.arange(0, BLOCK_E)
-    score = tl.load(scores + e, mask=e < count, other=0.0)
+    score = tl.load(rivals.scores + e, mask=e < rivals.count, other=0.0)
     # -0.0 equals 0.0.
     rank = tl.where(score == score, rank_of(score + 0.0), RANK_INFINITY)
-    return tl.where(e < count, rank, NO_RIVAL)
+    if rivals.tied is not None:
+        position = tl.load(rivals.positions + e, mask=e < rivals.count, other=0)
+        rank = tl.where(rank == rivals.tied, -position, NO_RANK)
+    return tl.where(e < rivals.count, rank, NO_RANK)
 
 
 @triton.jit
 def count_rivals(rivals, first, second, third):
     """``count_ranks`` of ``Rivals``."""
     counts = count_ranks(rivals.held, first, second, third)
-    for begin in range(rivals.held.shape[0], rivals.length, rivals.held.shape[0]):
-        ranks = load_ranks(rivals.scores, begin, rivals.length, rivals.held.shape[0])
-        more = count_ranks(ranks, first, second, third)
+    for begin in range(rivals.held.shape[0], rivals.count, rivals.held.shape[0]):
+        more = count_ranks(ranks_at(rivals, begin, rivals.held.shape[0]), first, second, third)
         counts = (counts[0] + more[0], counts[1] + more[1], counts[2] + more[2])
     return counts
-
-
-@triton.jit
-def count_ties(rivals, rank, before):
-    """How many rivals of this rank stand before a position."""
-    ties = rivals.length * 0
-    for begin in range(0, rivals.length, rivals.held.shape[0]):
-        ranks = load_ranks(rivals.scores, begin, rivals.length, rivals.held.shape[0])
-        position = rival_positions(rivals, begin + tl.arange(0, rivals.held.shape[0]))
-        ties += tl.sum(((ranks == rank) & (position < before)).to(tl.int32), axis=0)
-    return ties

@@ -1,27 +1,27 @@
 """Exact ``topk`` while decoding, from int8 codes of the keys; equal to the set of ``reference_attention``.
 
-Nothing is read back from the device and all sizes follow from shapes, so that a step can be captured in a graph:
+Six launches, whatever is asked for. Nothing is read back from the device and all sizes follow from shapes, so that a
+step can be captured in a graph:
 
 1. ``prepare_kernel``: approximate scores of sampled keys; new keys are taken into the codes and the means of pages.
 2. ``guess_kernel``: from the sample a score that the k-th best key should reach.
 3. ``scan_kernel``: reads all codes once; lists the keys whose score may reach the guess of any row of a block, and the
    forced ones, and counts those whose score certainly does.
-4. ``score_kernel``: reads the listed keys once for all rows of the block and scores them exactly. Collects, for each
-   row, what reaches its guess. A block whose list overflowed, or for which too few keys certainly reach a guess, takes
-   all keys from here on.
+4. ``score_kernel``: scores the listed keys exactly, each read once for all rows of the block, and collects what reaches
+   each row's guess. A block whose list overflowed, or for which too few keys certainly reach a guess, takes all keys.
 5. ``choose_kernel``: the exact k-th largest of these scores.
 6. ``gather_kernel``: softmax times value over the chosen keys, and over the means of the other keys' pages, in parts,
    which the last program joins. A value is read once for all rows of a block that attend its key.
 
-Six launches, whatever is asked for. Means add n / 16 * (D + Dv) elements for a key/value head with n keys, and n / 16
-* 4 bytes for each row. What is held between the launches takes at most ``SCRATCH_BYTES``: where several queries of
-several sequences would take more, some of them go after the others, in as many launches again.
+Means add n / 16 * (D + Dv) elements for a key/value head with n keys, and n / 16 * 4 bytes for each row. What is held
+between the launches takes at most ``SCRATCH_BYTES``: several queries of several sequences go after each other where
+they would take more.
 """
 
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,7 +33,7 @@ from nc_patch.selections.topk.choose import choose_kernel, score_kernel
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import key_shape
 from nc_patch.selections.topk.gather import Results, gather_kernel
-from nc_patch.selections.topk.plan import Plan, Scratch, Sizes, plan_for
+from nc_patch.selections.topk.plan import Plan, Scratch, Sizes, options_of, plan_for
 from nc_patch.selections.topk.prepare import guess_kernel, prepare_kernel
 from nc_patch.selections.topk.scan import scan_kernel
 
@@ -41,24 +41,8 @@ from nc_patch.selections.topk.scan import scan_kernel
 SCRATCH_BYTES = 256 * 2**20
 
 
-class Step(NamedTuple):
-    """A call, as far as shapes, strides, dtypes and numbers of the host determine it.
-
-    Attributes:
-        plan: how it is divided. dense: whether its tensors are taken as they are, and none is copied.
-        at_once: how many sequences and queries are decoded together.
-        strides: of query, key, value and means, as in ``Heads``. launches: the kernels.
-    """
-
-    plan: Plan
-    dense: bool
-    at_once: tuple[int, int]
-    strides: tuple[tuple[int, ...], ...]
-    launches: Launches
-
-
-# All layers of a step of generation share one, and so do those of many steps.
-_STEPS: dict[tuple[Any, ...], Step] = {}
+# What runs problems that are alike: those of all layers of a step of generation, and of many steps.
+_STEPS: dict[tuple[Any, ...], Callable[[Problem], AttentionResult]] = {}
 _MOST_STEPS = 256
 # Steps with as many of these runs of keys share a plan.
 _KEYS = 128
@@ -89,14 +73,12 @@ def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Cal
         *((t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (keys, values)),
         *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (query, *others)),
     )
-    step = _STEPS.get(key)
-    if step is None:
+    run = _STEPS.get(key)
+    if run is None:
         if len(_STEPS) >= _MOST_STEPS:
             _STEPS.clear()
-        step = _STEPS[key] = _step_of(problem, key, sink_keys, recent_keys)
-    if step.at_once != tuple(problem.visible.shape[:2]):
-        return partial(_decode_in_parts, step.at_once, sink_keys, recent_keys)
-    return partial(_decode_at_once, step)
+        run = _STEPS[key] = _bound(problem, key, sink_keys, recent_keys)
+    return run
 
 
 def _decode_in_parts(at_once: tuple[int, int], sink_keys: int, recent_keys: int, problem: Problem) -> AttentionResult:
@@ -120,55 +102,51 @@ def _planned_keys(problem: Problem) -> int:
     return more if fits else Lk
 
 
-def _step_of(problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys: int) -> Step:
-    """The ``Step`` of a problem, which it checks."""
+def _bound(
+    problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys: int
+) -> Callable[[Problem], AttentionResult]:
+    """What decodes problems like this one, which it checks; ``key`` is all that they have in common."""
     as_given, problem = problem, prepared(problem)
     _check_codes(problem)
+    if any(mine is not theirs for mine, theirs in zip(as_given.tensors(), problem.tensors(), strict=True)):
+        return lambda problem: triton_topk_decode(prepared(problem), sink_keys, recent_keys)
     (B, _, Lq, D), (_, Hkv, _, DV) = problem.query.shape, problem.value.shape
-    keys = _planned_keys(problem)
+    keys, dtype, architecture = _planned_keys(problem), problem.query.dtype, architecture_of(problem.query.device)
     has_tail, most = problem.means is not None, max(1, min(problem.most, keys))
-    dtype, architecture = problem.query.dtype, architecture_of(problem.query.device)
-
-    def plan_of(batch: int, queries: int) -> tuple[Sizes, Plan]:
-        sizes = Sizes(batch, Hkv, problem.group, queries, keys, D, DV)
-        return sizes, plan_for(sizes, most, dtype, architecture, problem.bounds, has_tail)
-
     sequences, queries = B, Lq
-    sizes, plan = plan_of(B, Lq)
-    while problem.query.numel() and sequences * queries > 1 and 4 * plan.numbers > SCRATCH_BYTES:
+    while True:
+        sizes = Sizes(sequences, Hkv, problem.group, queries, keys, D, DV)
+        plan = plan_for(sizes, most, dtype, architecture, problem.bounds, has_tail)
+        if sequences * queries <= 1 or 4 * plan.numbers <= SCRATCH_BYTES:
+            break
         sequences, queries = (-(-sequences // 2), queries) if sequences > 1 else (1, -(-queries // 2))
-        sizes, plan = plan_of(sequences, queries)
-    blocks, rows, touched = sizes.blocks(plan.rows), sizes.rows, touched_slots(problem.new, plan.slots)
+    if (sequences, queries) != (B, Lq):
+        return partial(_decode_in_parts, (sequences, queries), sink_keys, recent_keys)
+    variant, splits, options = plan.variant, plan.splits, options_of(plan.variant)
+    blocks, rows, touched = sizes.blocks(variant.rows), sizes.rows, touched_slots(problem.new, plan.slots)
     upkeep = -(-problem.new // key_shape(D).BLOCK_N) + touched
-    sampled, splits = plan.options["prepare"]["SAMPLERS"], plan.splits
     arguments = {
         "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq,
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
         "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "stride": plan.stride,
-        "parts": plan.parts, "slots": plan.slots, "groups": plan.groups, "settings": settings_of(problem),
-        "mean_key": None, "mean_value": None, "sinks": None,
+        "slots": plan.slots, "settings": settings_of(problem), "mean_key": None, "mean_value": None, "sinks": None,
     }  # fmt: skip
-    scanning, whole_rows = (blocks, splits, 1), (rows, 1, 1)
-    grids = ((blocks, sampled + upkeep, 1), whole_rows, scanning, scanning, whole_rows, (blocks, plan.parts, 1))
-    kernels = (prepare_kernel, guess_kernel, scan_kernel, score_kernel, choose_kernel, gather_kernel)
-    options = (plan.options[name] for name in ("prepare", "guess", "scan", "score", "choose", "gather"))
-    # All that the kernels are compiled for is in the plan or among what the tensors of a step have in common.
+    kernels = (
+        (prepare_kernel, (blocks, variant.samplers + upkeep, 1), options["prepare"]),
+        (guess_kernel, (rows, 1, 1), options["guess"]),
+        (scan_kernel, (blocks, splits, 1), options["scan"]),
+        (score_kernel, (blocks, splits, 1), options["score"]),
+        (choose_kernel, (rows, 1, 1), options["choose"]),
+        (gather_kernel, (blocks, splits, 1), options["gather"]),
+    )
+    # All that the kernels are compiled for is in the variant or among what the tensors of a step have in common.
     compiled = compiled_kernels(
-        *(architecture, plan.constants, problem.softcap != 0, problem.sinks is None),
-        *(problem.means is None, problem.stats or problem.bounds),
-        *(of_tensor[-4:] for of_tensor in key[-len(problem.tensors()) :]),
+        *(variant, problem.softcap != 0, problem.sinks is None, problem.means is None),
+        *(problem.stats or problem.bounds, *(of_tensor[-4:] for of_tensor in key[-len(problem.tensors()) :])),
     )
-    return Step(
-        plan,
-        all(mine is theirs for mine, theirs in zip(as_given.tensors(), problem.tensors(), strict=True)),
-        (sequences, queries),
-        _strides_of(problem),
-        Launches(tuple(zip(kernels, grids, options, strict=True)), arguments, compiled),
-    )
-
-
-def _strides_of(problem: Problem) -> tuple[tuple[int, ...], ...]:
-    return tuple(t.stride()[:3] for t in (problem.query, problem.key, problem.value, *(problem.means or ())))
+    as_heads = (problem.query, problem.key, problem.value, *(problem.means or ()))
+    strides = tuple(t.stride()[:3] for t in as_heads)
+    return partial(_decode_at_once, plan, strides, Launches(kernels, arguments, compiled))
 
 
 def _part(problem: Problem, of: slice, at: slice) -> Problem:
@@ -190,13 +168,11 @@ def _empty_result(problem: Problem) -> AttentionResult:
     return AttentionResult(output, lse, kept_mass_bounds=bounds)
 
 
-def _decode_at_once(step: Step, problem: Problem) -> AttentionResult:
-    """Decodes a problem all at once."""
-    strides = step.strides
-    if not step.dense:
-        problem = prepared(problem)
-        strides = _strides_of(problem)
-    result, plan, means = _empty_result(problem), step.plan, problem.means
+def _decode_at_once(
+    plan: Plan, strides: tuple[tuple[int, ...], ...], launches: Launches, problem: Problem
+) -> AttentionResult:
+    """Decodes a problem all at once; ``strides`` are of query, key, value and means, as in ``Heads``."""
+    result, means = _empty_result(problem), problem.means
     if result.output.numel() == 0:
         return result
     query, key, value, visible, origin, budget, *_ = problem
@@ -211,7 +187,7 @@ def _decode_at_once(step: Step, problem: Problem) -> AttentionResult:
         changing["sinks"] = problem.sinks
     if means is not None:
         changing |= {"mean_key": Heads(means.key, *strides[3]), "mean_value": Heads(means.value, *strides[4])}
-    step.launches(query.device, changing)
+    launches(query.device, changing)
     return result
 
 

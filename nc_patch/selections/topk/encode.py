@@ -9,47 +9,45 @@ import torch
 import triton
 import triton.language as tl
 
+from nc_patch.ops import rounding
 from nc_patch.ops.triton.launch import dense_last, on_device, padded_dim
 from nc_patch.ops.triton.rows import head_of
 from nc_patch.ops.triton.structs import constants, heads
 from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes
 
-_HALF_ULP = tl.constexpr(2.0**-24)
-_SMALLEST = tl.constexpr(1e-25)
-_LARGEST_CODE = tl.constexpr(float(LARGEST_CODE))
+# Half a unit in the last place of a float32 near 1, what it loses near its smallest number, and the largest code.
+HALF_ULP, SMALLEST = tl.constexpr(rounding.HALF_ULP), tl.constexpr(rounding.SMALLEST)
+LARGEST = tl.constexpr(float(LARGEST_CODE))
 # Elements of a tile of keys: few registers, and a single new key wastes little.
 _TILE = 2048
 
 
-class KeyShape(NamedTuple):
-    """The constants of a program over keys: ``head_dim``, keys, and padded ``head_dim``."""
+class CodeShape(NamedTuple):
+    """The constants of a program over codes: ``head_dim``, rows, keys in a tile, padded ``head_dim``, tiles at once."""
 
     D: Any
+    BLOCK_M: Any
     BLOCK_N: Any
     BLOCK_D: Any
+    STAGES: Any
 
 
-def key_shape(head_dim: int) -> KeyShape:
+def key_shape(head_dim: int) -> CodeShape:
     """The shape of a tile of keys that are encoded together."""
     padded = padded_dim(head_dim)
-    return KeyShape(head_dim, max(1, _TILE // padded), padded)
+    return CodeShape(head_dim, 1, max(1, _TILE // padded), padded, 1)
 
 
 def triton_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyCodes) -> None:
     """Writes the codes of the keys ``[first, first + count)`` of each sequence into ``codes``; one launch.
 
     Args:
-        key: ``[B, Hkv, N, D]``, any strides. first: int32 or int64 ``[B]``, on the device. count: of keys; those at
-            positions outside the keys or the codes are skipped.
+        key: ``[B, Hkv, N, D]``, any strides. first: int ``[B]``, on the device. count: of keys; those at positions
+            outside the keys or the codes are skipped.
         codes: contiguous, as those of an index are.
     """
-    B, Hkv, N, D = key.shape
-    if first.dtype not in (torch.int32, torch.int64) or tuple(first.shape) != (B,):
-        raise ValueError(f"first must be int32 or int64 [{B}], got {first.dtype} {list(first.shape)}")
-    for name, tensor in zip(codes._fields, codes, strict=True):
-        if not tensor.is_contiguous():
-            raise ValueError(f"codes must be contiguous, got strides {tensor.stride()} of {name} {list(tensor.shape)}")
-    length = codes.codes.shape[2]
+    (B, Hkv, N, D), length = key.shape, codes.codes.shape[2]
+    assert all(tensor.is_contiguous() for tensor in codes)
     if count <= 0 or min(N, length) == 0 or B * Hkv == 0:
         return
     shape = key_shape(D)
@@ -70,16 +68,15 @@ def encode_kernel(key, first, codes, num_kv_heads, count, keys, length, shape):
     batch = kv_row // num_kv_heads
     begin = tl.load(first + batch).to(tl.int64)
     matrix = head_of(key, batch, kv_row % num_kv_heads)
-    encode_run(
-        matrix, codes, kv_row, begin + tl.program_id(0) * shape.BLOCK_N, tl.minimum(begin + count, keys), length, shape
-    )
+    stop = tl.minimum(begin + count, keys)
+    encode_run(matrix, codes, kv_row, begin + tl.program_id(0) * shape.BLOCK_N, stop, length, shape)
 
 
 @triton.jit
 def encode_run(keys, codes, kv_row, begin, stop, length, shape):
-    """Encodes the ``BLOCK_N`` keys from ``begin`` on of a head, as far as they lie in ``[0, stop)``.
+    """Encodes the ``BLOCK_N`` keys from ``begin`` on of a head (``Matrix``), as far as they lie in ``[0, stop)``.
 
-    ``keys`` is its ``Matrix``, and ``kv_row`` its number among all heads of all sequences.
+    ``kv_row`` is its number among all heads of all sequences.
     """
     position = begin + tl.arange(0, shape.BLOCK_N)
     within = (position >= 0) & (position < stop)
@@ -94,16 +91,16 @@ def encode_run(keys, codes, kv_row, begin, stop, length, shape):
     broken = tl.sum((~(tl.abs(x) < float("inf"))).to(tl.int32), axis=1) > 0
     x = tl.where(broken[:, None], 0.0, x)
     largest = tl.max(tl.abs(x), axis=1)
-    scale = tl.where(largest < _SMALLEST, 0.0, largest / _LARGEST_CODE)
+    scale = tl.where(largest < SMALLEST, 0.0, largest / LARGEST)
     code = x / tl.where(scale > 0, scale, 1.0)[:, None]
     code = tl.where((scale > 0)[:, None], tl.floor(code + 0.5), 0.0)
-    code = tl.minimum(tl.maximum(code, -_LARGEST_CODE), _LARGEST_CODE)
+    code = tl.minimum(tl.maximum(code, -LARGEST), LARGEST)
     # At least the norm of what is left over, without overflow or underflow on the way.
     rest = x - scale[:, None] * code
     unit = tl.max(tl.abs(rest), axis=1)
     size = tl.where(unit > 0, unit, 1.0)[:, None]
-    norm = unit * tl.sqrt(tl.sum((rest / size) * (rest / size), axis=1)) * (1.0 + (shape.D + 8) * _HALF_ULP)
-    norm += largest * (8.0 * (shape.D**0.5) * _HALF_ULP) + _SMALLEST
+    norm = unit * tl.sqrt(tl.sum((rest / size) * (rest / size), axis=1)) * (1.0 + (shape.D + 8) * HALF_ULP)
+    norm += largest * (8.0 * (shape.D**0.5) * HALF_ULP) + SMALLEST
     at = kv_row * length + position
     tl.store(codes.codes + (at * shape.D)[:, None] + d[None, :], code.to(tl.int8), mask=mask)
     tl.store(codes.scale + at, scale, mask=within)

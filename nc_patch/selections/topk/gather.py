@@ -19,11 +19,11 @@ from nc_patch.ops.triton.scores import (
     logits_base2,
     score_run,
 )
-from nc_patch.ops.triton.split import GROUP, finish_part, write_joined
+from nc_patch.ops.triton.split import MOST_ARRIVALS, finish_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Limits, Softmax
 from nc_patch.ops.triton.tail import PAGE, pages_of_rows
 from nc_patch.selections.topk.choose import entries_of, positions_at
-from nc_patch.selections.topk.scan import Mass, add_logits, empty_mass, floats, integers, logit_bounds, store_mass
+from nc_patch.selections.topk.scan import Mass, add_logits, empty_mass, integers, logit_bounds, store_mass
 
 # Relative width given to bounds of sums of exponentials, for their rounding in float32, and what underflow may lose.
 _SUM_SLACK = tl.constexpr(1e-4)
@@ -38,37 +38,34 @@ class Results(NamedTuple):
     bounds: Any
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride", "parts", "slots"])
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride", "slots"])
 def gather_kernel(
     query, value, mean_key, mean_value, inputs, scratch, sinks, results, budget_heads, num_kv_heads, group, Lq, Lk,
-    sink_keys, recent_keys, splits, segment, stride, parts, slots, settings, shape, pages, join_shape,
-    BLOCK_S: tl.constexpr, BOUNDS: tl.constexpr,
+    sink_keys, recent_keys, splits, segment, stride, slots, settings, shape, join_shape, BLOCK_S: tl.constexpr,
+    BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    """One part of the attention of a block of rows: of a split of its entries or, after those, of the pages.
+    """One part of the attention of a block of rows, of its entries and of its pages; the last writes the ``Results``.
 
-    The last part writes the ``Results``.
+    ``join_shape`` is ``shape`` with no more rows than a block has.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     block = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
     whole = tl.load(integers(scratch, scratch.whole) + block) != 0
-    softmax = empty_softmax(shape)
-    if part < splits:
-        limits = Limits(floats(scratch, scratch.threshold), integers(scratch, scratch.ties_end))
-        selected = select_keys(rows, limits, sink_keys, recent_keys)
-        softmax = gather_entries(
-            softmax, head_of(value, rows.batch, rows.kv_head), rows, selected, scratch, whole, splits, segment, stride,
-            settings, shape, BOUNDS,
-        )  # fmt: skip
-    elif pages is not None:
+    limits = Limits(scratch.memory + scratch.threshold, integers(scratch, scratch.ties_end))
+    selected = select_keys(rows, limits, sink_keys, recent_keys)
+    values = head_of(value, rows.batch, rows.kv_head)
+    softmax = gather_entries(values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS)
+    if mean_key is not None:
+        mean_keys = head_of(mean_key, rows.batch, rows.kv_head)
+        mean_values = head_of(mean_value, rows.batch, rows.kv_head)
         softmax = gather_pages(
-            softmax, query, head_of(mean_key, rows.batch, rows.kv_head), head_of(mean_value, rows.batch, rows.kv_head),
-            rows, inputs, scratch, part - splits, parts - splits, Lq, slots, settings, pages,
-        )  # fmt: skip
-    partial = Softmax(floats(scratch, scratch.acc), floats(scratch, scratch.peak), floats(scratch, scratch.total))
-    arrivals = integers(scratch, scratch.arrivals) + block * (tl.cdiv(parts, GROUP) + 1)
+            softmax, query, mean_keys, mean_values, rows, inputs, scratch, splits, Lq, slots, settings, shape
+        )
+    partial = Softmax(scratch.memory + scratch.acc, scratch.memory + scratch.peak, scratch.memory + scratch.total)
+    arrivals = integers(scratch, scratch.arrivals) + block * MOST_ARRIVALS
     joining = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, join_shape.BLOCK_M)
-    last, softmax = finish_part(partial, rows, softmax, part, parts, arrivals, shape, joining, join_shape)
+    split = tl.program_id(1)
+    last, softmax = finish_part(partial, rows, softmax, split, splits, arrivals, shape, joining, join_shape)
     if last:
         write_joined(softmax, joining, sinks, joining.wanted, results.output, results.lse, None, join_shape)
         if BOUNDS:
@@ -77,9 +74,10 @@ def gather_kernel(
 
 @triton.jit
 def gather_entries(
-    softmax, values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS: tl.constexpr
-):
-    """The ``Softmax`` of one split's entries; with ``BOUNDS`` their ``kept`` masses are stored."""
+    values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS: tl.constexpr
+):  # fmt: skip
+    """The ``Softmax`` of one split's entries; with ``BOUNDS`` their masses are stored as ``kept``."""
+    softmax = empty_softmax(shape)
     entries = entries_of(scratch, rows, whole, splits, segment)
     dv = tl.arange(0, shape.BLOCK_DV)
     # Of the keys attended and of the other entries: at least, and at most.
@@ -92,14 +90,14 @@ def gather_entries(
         position = positions_at(entries, e)
         here = rows.valid[:, None] & (e < entries.stop)[None, :]
         at = rows.row[:, None] * stride + e[None, :]
-        score = tl.load(floats(scratch, scratch.scores) + at, mask=here, other=0.0)
+        score = tl.load(scratch.memory + scratch.scores + at, mask=here, other=0.0)
         chosen = here & attended_keys(score, position, selected)
         read = tl.max(chosen.to(tl.int32), axis=0) > 0
         places = values.data + position.to(tl.int64)[:, None] * values.stride + dv[None, :]
         tile_values = tl.load(places, mask=read[:, None] & (dv < shape.DV)[None, :], other=0.0)
         softmax = accumulate(softmax, tl.where(chosen, logits_base2(score, settings), float("-inf")), tile_values)
         if BOUNDS:
-            error = tl.load(floats(scratch, scratch.errors) + at, mask=here, other=0.0)
+            error = tl.load(scratch.memory + scratch.errors + at, mask=here, other=0.0)
             lower, upper = logit_bounds(score, error, settings)
             seen = (position[None, :] >= rows.start[:, None]) & (position[None, :] < rows.end[:, None])
             rest = here & seen & ~chosen
@@ -108,7 +106,7 @@ def gather_entries(
             out_least = add_logits(out_least, lower, rest)
             out_most = add_logits(out_most, upper, rest)
     if BOUNDS:
-        kept = floats(scratch, scratch.kept) + (rows.row * splits + tl.program_id(1)) * 8
+        kept = scratch.memory + scratch.kept + (rows.row * splits + tl.program_id(1)) * 8
         store_mass(kept, in_least, rows.valid)
         store_mass(kept + 2, in_most, rows.valid)
         store_mass(kept + 4, out_least, rows.valid)
@@ -117,10 +115,8 @@ def gather_entries(
 
 
 @triton.jit
-def gather_pages(
-    softmax, query, mean_keys, mean_values, rows, inputs, scratch, split, splits, Lq, slots, settings, shape
-):
-    """The ``Softmax`` of one of ``splits`` shares of the pages; tiles have ``BLOCK_N`` pages.
+def gather_pages(softmax, query, mean_keys, mean_values, rows, inputs, scratch, splits, Lq, slots, settings, shape):
+    """The ``Softmax`` with one split's share of the pages, ``BLOCK_N`` at a time.
 
     A page counts as often as a row does not attend a key of it. A row's origin says where the pages in the slots begin
     for it, so that rows of several sequences go together.
@@ -131,6 +127,7 @@ def gather_pages(
     low, high = span(tl.cdiv(rows.start - residue, PAGE), (own - residue) // PAGE, has_pages)
     queries = load_queries(query, rows, shape)
     tiles = tl.cdiv(high - low, shape.BLOCK_N)
+    split = tl.program_id(1)
     for tile in tl.range(tiles * split // splits, tiles * (split + 1) // splits, num_stages=2):
         slot = low + tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
         here = slot < high
@@ -151,17 +148,15 @@ def gather_pages(
 @triton.jit
 def write_bounds(bounds, rows, scratch, whole, splits, BLOCK_S: tl.constexpr):
     """Kept mass of rows from below and above, ``[rows, 2]``. Of a block that takes all keys, all are entries."""
-    kept = floats(scratch, scratch.kept) + rows.row * splits * 8
-    more = floats(scratch, scratch.outside) + rows.row * splits * 4
+    kept = scratch.memory + scratch.kept + rows.row * splits * 8
+    more = scratch.memory + scratch.outside + rows.row * splits * 4
     unlisted = tl.where(whole, 0, splits)
-    out_least = add_masses(
-        join_masses(kept + 4, 8, splits, rows.valid, BLOCK_S), join_masses(more, 4, unlisted, rows.valid, BLOCK_S)
-    )
-    out_most = add_masses(
-        join_masses(kept + 6, 8, splits, rows.valid, BLOCK_S), join_masses(more + 2, 4, unlisted, rows.valid, BLOCK_S)
-    )
-    lower = share_of(join_masses(kept, 8, splits, rows.valid, BLOCK_S), out_most)
-    upper = share_of(join_masses(kept + 2, 8, splits, rows.valid, BLOCK_S), out_least)
+    in_least = join_masses(kept, 8, splits, rows.valid, BLOCK_S)
+    in_most = join_masses(kept + 2, 8, splits, rows.valid, BLOCK_S)
+    out_least = join_masses(kept + 4, 8, splits, rows.valid, BLOCK_S)
+    out_most = join_masses(kept + 6, 8, splits, rows.valid, BLOCK_S)
+    lower = share_of(in_least, out_most, join_masses(more + 2, 4, unlisted, rows.valid, BLOCK_S))
+    upper = share_of(in_most, out_least, join_masses(more, 4, unlisted, rows.valid, BLOCK_S))
     lower = lower * (1.0 - _SUM_SLACK) - _SMALLEST_MASS
     upper = upper * (1.0 + _SUM_SLACK) + _SMALLEST_MASS
     lower = tl.where(lower == lower, tl.minimum(tl.maximum(lower, 0.0), 1.0), 0.0)
@@ -182,19 +177,12 @@ def join_masses(parts, stride, count, valid, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_masses(mass, other):
-    """Two of ``Mass`` together."""
-    peak = tl.maximum(mass.peak, other.peak)
-    base = finite_or_zero(peak)
-    return Mass(peak, relative(mass.peak, mass.total, base) + relative(other.peak, other.total, base))
-
-
-@triton.jit
-def share_of(mass, rest):
-    """The share of one ``Mass`` in both together."""
-    base = finite_or_zero(tl.maximum(mass.peak, rest.peak))
+def share_of(mass, rest, more):
+    """The share of one ``Mass`` in all three together."""
+    base = finite_or_zero(tl.maximum(tl.maximum(mass.peak, rest.peak), more.peak))
     own = relative(mass.peak, mass.total, base)
-    return own / (own + relative(rest.peak, rest.total, base))
+    others = relative(rest.peak, rest.total, base) + relative(more.peak, more.total, base)
+    return own / (own + others)
 
 
 @triton.jit

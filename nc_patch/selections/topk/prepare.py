@@ -4,18 +4,17 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton.means import average_rows, changed_slots
-from nc_patch.ops.triton.ranks import RANK_INFINITY, Bracket, count_ranks, narrow, rank_of, score_of, width_of
+from nc_patch.ops.triton.ranks import NO_RANK, RANK_INFINITY, Bracket, count_ranks, rank_of, score_of, search
 from nc_patch.ops.triton.rows import head_of, program_rows, span
+from nc_patch.ops.triton.split import MOST_ARRIVALS
 from nc_patch.ops.triton.structs import PER_CALL
 from nc_patch.ops.triton.tail import PAGE
 from nc_patch.selections.topk.encode import encode_run
 from nc_patch.selections.topk.scan import (
-    NO_RIVAL,
     code_products,
     coded_rows,
     coded_scores,
     codes_of_head,
-    floats,
     integers,
     one_row,
     rivals_of,
@@ -27,8 +26,6 @@ _GOLDEN = tl.constexpr(40503)
 _QUERIES = tl.constexpr(32)
 # Entries that are set to zero at once.
 _ZEROS = tl.constexpr(1024)
-# Quarterings of the bracket of a guess: then it is 2**12 floats wide at most, a relative 2**-11.
-_GUESS_PASSES = tl.constexpr(10)
 # Deviations of the sample's count by which the guess lies on the safe side.
 _DEVIATIONS = tl.constexpr(5.0)
 
@@ -56,10 +53,10 @@ def prepare_kernel(
     if number < SAMPLERS:
         codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
         coded = coded_rows(query, rows, codes, shape)
-        first, last = rivals_of(rows, sink_keys, recent_keys)
+        first, last, _needed = rivals_of(rows, sink_keys, recent_keys)
         begin, end = span(first, last, last > first)
         end = tl.maximum(tl.minimum(end, first_new), begin)
-        samples = floats(scratch, scratch.samples) + (rows.row * SAMPLES)[:, None]
+        samples = scratch.memory + scratch.samples + (rows.row * SAMPLES)[:, None]
         for start in tl.range(number * (SAMPLES // SAMPLERS), (number + 1) * (SAMPLES // SAMPLERS), shape.BLOCK_N):
             place = start + tl.arange(0, shape.BLOCK_N)
             at = (place.to(tl.int64) << 16) + (place * _GOLDEN & 0xFFFF)
@@ -94,40 +91,31 @@ def prepare_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "slots", "groups"])
+@triton.jit(do_not_specialize=[*PER_CALL, "slots"])
 def guess_kernel(
-    inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, slots, groups,
-    SAMPLES: tl.constexpr,
+    inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, slots, SAMPLES: tl.constexpr
 ):  # fmt: skip
     """A score that at least the needed rivals of a row should reach, and few more; -inf where the sample is no help.
 
     Sets to zero what later kernels count in: ``reached``, ``page_counts`` and ``arrivals``.
     """
     row = one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk)
-    zeros = tl.arange(0, _ZEROS)
-    nothing = tl.zeros([_ZEROS], tl.int32)
+    arrivals = integers(scratch, scratch.arrivals) + row.row * MOST_ARRIVALS
+    tl.store(arrivals + tl.arange(0, MOST_ARRIVALS), tl.zeros([MOST_ARRIVALS], tl.int32))
     tl.store(integers(scratch, scratch.reached) + row.row, 0)
-    tl.store(integers(scratch, scratch.arrivals) + row.row * groups + zeros, nothing, mask=zeros < groups)
-    for slot in range(0, slots, _ZEROS):
-        at = integers(scratch, scratch.page_counts) + row.row * slots + slot + zeros
-        tl.store(at, nothing, mask=slot + zeros < slots)
-    first, last = rivals_of(row, sink_keys, recent_keys)
-    rivals = last - first
-    needed = row.wanted - (row.end - row.start - rivals)
-    sampled = tl.load(floats(scratch, scratch.samples) + row.row * SAMPLES + tl.arange(0, SAMPLES))
-    ranks = tl.where(sampled > float("-inf"), rank_of(sampled), NO_RIVAL)
-    size = tl.sum((ranks > NO_RIVAL).to(tl.int32), axis=0)
-    share = needed.to(tl.float32) * size.to(tl.float32) / tl.maximum(rivals, 1).to(tl.float32)
+    for begin in range(0, slots, _ZEROS):
+        slot = begin + tl.arange(0, _ZEROS)
+        at = integers(scratch, scratch.page_counts) + row.row * slots + slot
+        tl.store(at, tl.zeros([_ZEROS], tl.int32), mask=slot < slots)
+    first, last, needed = rivals_of(row, sink_keys, recent_keys)
+    sampled = tl.load(scratch.memory + scratch.samples + row.row * SAMPLES + tl.arange(0, SAMPLES))
+    ranks = tl.where(sampled > float("-inf"), rank_of(sampled), NO_RANK)
+    size = tl.sum((ranks > NO_RANK).to(tl.int32), axis=0)
+    share = needed.to(tl.float32) * size.to(tl.float32) / tl.maximum(last - first, 1).to(tl.float32)
     place = tl.ceil(share + _DEVIATIONS * tl.sqrt(share) + 4.0).to(tl.int32)
-    low = tl.min(tl.where(ranks > NO_RIVAL, ranks, RANK_INFINITY), axis=0)
-    bracket = Bracket(low, tl.maximum(tl.max(ranks, axis=0) + 1, low), size, size * 0)
-    for _pass in range(_GUESS_PASSES):
-        width = width_of(bracket)
-        a = (bracket.low.to(tl.int64) + width // 4).to(tl.int32)
-        b = (bracket.low.to(tl.int64) + width // 2).to(tl.int32)
-        c = (bracket.low.to(tl.int64) + width * 3 // 4).to(tl.int32)
-        count_a, count_b, count_c = count_ranks(ranks, a, b, c)
-        bracket = narrow(bracket, place, a, b, c, count_a, count_b, count_c)
-    value = tl.where(place > size, float("-inf"), score_of(bracket.low))
-    value = tl.where(needed >= rivals, float("-inf"), value)
-    tl.store(floats(scratch, scratch.guess) + row.row, tl.where(needed > 0, value, float("inf")))
+    guess = tl.where(needed > 0, float("-inf"), float("inf"))
+    if (needed > 0) & (needed < last - first) & (place <= size):
+        low = tl.min(tl.where(ranks > NO_RANK, ranks, RANK_INFINITY), axis=0)
+        bracket = Bracket(low, tl.max(ranks, axis=0) + 1, size, size * 0)
+        guess = score_of(search(bracket, place, count_ranks, ranks).low)
+    tl.store(scratch.memory + scratch.guess + row.row, guess)

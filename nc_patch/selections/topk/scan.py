@@ -1,9 +1,8 @@
 """Scores from codes: how a program bounds q·k of a tile of keys without reading a key, and lists what may matter.
 
-``codes.py`` defines the codes and the bounds. A weighted query ``w = q * spread`` is itself rounded to 16 bits,
-``w ~= step * (256 * high + low)`` with two int8 vectors, so that its product with a key's codes is an exact integer
-product of the tensor cores; what the rounding leaves out is part of the error. Both vectors of a program's rows are
-stacked into one operand of twice the rows, which is the least number of rows that a matrix instruction takes.
+``codes.py`` defines the codes and the bounds. A weighted query ``w = q * spread`` is rounded to 16 bits,
+``w ~= step * (256 * high + low)`` with two int8 vectors, so that its product with codes is an exact integer product of
+the tensor cores. Both vectors of all rows are stacked into one operand, of as many rows as a matrix instruction takes.
 """
 
 from typing import Any, NamedTuple
@@ -14,42 +13,24 @@ import triton.language as tl
 from nc_patch.ops.triton.rows import budget_of, forced_keys, program_rows, row_pointers, span, visible_keys
 from nc_patch.ops.triton.scores import fold, logits_base2
 from nc_patch.ops.triton.structs import PER_CALL, Rows
-from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes
+from nc_patch.selections.topk.codes import KeyCodes
+from nc_patch.selections.topk.encode import HALF_ULP, LARGEST, SMALLEST
 
 # The largest weight: 127 * 256 + 127.
 _LARGEST_WEIGHT = tl.constexpr(32639.0)
-# As in codes.py: half a unit in the last place of a float32 near 1, what float32 loses near its smallest number, and
-# the largest code.
-_HALF_ULP = tl.constexpr(2.0**-24)
-_SMALLEST = tl.constexpr(1e-25)
-_LARGEST = tl.constexpr(float(LARGEST_CODE))
 # The bits of a float32 that are its exponent, what less these are those of the inverse, and of 2**-126 and 2**126.
 _EXPONENT, _INVERSE = tl.constexpr(0x7F800000), tl.constexpr(254 << 23)
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = tl.constexpr(1 << 23), tl.constexpr(253 << 23)
 # Rounding of a logit on its way from a raw score, relative to the logit and to the soft-cap: sixteen half units.
 _LOGIT_SLACK = tl.constexpr(2.0**-20)
-# Below the rank of every score.
-NO_RIVAL = tl.constexpr(-2147483648)
-
-
-class CodeShape(NamedTuple):
-    """The constants of a program over codes: ``head_dim``, rows, keys in a tile, padded ``head_dim``, tiles at once."""
-
-    D: Any
-    BLOCK_M: Any
-    BLOCK_N: Any
-    BLOCK_D: Any
-    STAGES: Any
 
 
 class CodedRows(NamedTuple):
     """The rows of a program against codes: a score is ``at_center + scale * step * product`` of weights and codes.
 
-    It is off by at most ``per_residual * residual + per_scale * scale + slack``, float32's rounding included.
-
-    Attributes:
-        weights: int8 ``[2 * BLOCK_M, BLOCK_D]``, the high parts of all rows, then the low ones.
-        step, at_center, per_residual, per_scale, slack: float32 ``[BLOCK_M]``.
+    It is off by at most ``per_residual * residual + per_scale * scale + slack``, float32's rounding included. All are
+    float32 ``[BLOCK_M]`` but the weights, int8 ``[2 * BLOCK_M, BLOCK_D]``: the high parts of all rows, then the low
+    ones.
     """
 
     weights: Any
@@ -61,25 +42,10 @@ class CodedRows(NamedTuple):
 
 
 class Mass(NamedTuple):
-    """A sum of exponentials of each row: the largest logit in base 2, and the sum relative to its power of two.
-
-    Powers are of ``finite_or_zero(peak)``.
-    """
+    """A sum of exponentials of each row: the largest logit in base 2, and the sum over ``2**finite_or_zero(peak)``."""
 
     peak: Any
     total: Any
-
-
-@triton.jit
-def floats(scratch, offset):
-    """A pointer to a part of ``Scratch`` that holds float32 numbers."""
-    return scratch.memory + offset
-
-
-@triton.jit
-def integers(scratch, offset):
-    """A pointer to a part of ``Scratch`` that holds int32 numbers."""
-    return (scratch.memory + offset).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment"])
@@ -90,14 +56,13 @@ def scan_kernel(
     """Lists, of every ``splits``-th tile of keys, those that may reach the ``guess`` of any row or are forced for one.
 
     The rows of a program share its list, a segment of its own, whose positions rise; its count goes on where the
-    segment is full. ``sure`` is how many rivals of each row certainly reach its guess. With ``BOUNDS`` also what the
-    keys that are not listed have of each row's softmax, ``outside``.
+    segment is full. With ``BOUNDS`` also the masses of the keys that are not listed.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
     coded = coded_rows(query, rows, codes, shape)
-    first, last = rivals_of(rows, sink_keys, recent_keys)
-    least = tl.load(floats(scratch, scratch.guess) + rows.row, mask=rows.valid, other=float("inf"))
+    first, last, _needed = rivals_of(rows, sink_keys, recent_keys)
+    least = tl.load(scratch.memory + scratch.guess + rows.row, mask=rows.valid, other=float("inf"))
     lowest, highest = span(rows.start, rows.end, rows.end > rows.start)
     split = tl.program_id(1)
     own = tl.program_id(0).to(tl.int64) * splits + split
@@ -138,9 +103,14 @@ def scan_kernel(
     per_row = rows.row * splits + split
     tl.store(integers(scratch, scratch.sure) + per_row, tl.sum(sure, axis=1), mask=rows.valid)
     if BOUNDS:
-        sums = floats(scratch, scratch.outside) + per_row * 4
-        store_mass(sums, least_mass, rows.valid)
-        store_mass(sums + 2, most_mass, rows.valid)
+        store_mass(scratch.memory + scratch.outside + per_row * 4, least_mass, rows.valid)
+        store_mass(scratch.memory + scratch.outside + per_row * 4 + 2, most_mass, rows.valid)
+
+
+@triton.jit
+def integers(scratch, offset):
+    """A pointer to a part of ``Scratch`` that holds int32 numbers; others begin at ``scratch.memory + offset``."""
+    return (scratch.memory + offset).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
@@ -158,9 +128,9 @@ def one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk):
 
 @triton.jit
 def rivals_of(rows, sink_keys, recent_keys):
-    """(first, end) of the keys of each row that are attended by their score, if at all."""
+    """(first, end) of the keys of each row that are attended by their score, if at all, and how many of them are."""
     firsts, recents = forced_keys(rows.wanted, sink_keys, recent_keys, True)
-    return rows.start + firsts, rows.end - recents
+    return rows.start + firsts, rows.end - recents, rows.wanted - firsts - recents
 
 
 @triton.jit
@@ -178,53 +148,35 @@ def codes_of_head(codes, rows, num_kv_heads, length, shape):
 def coded_rows(query, rows, codes, shape):
     """The ``CodedRows`` of a program's rows against the codes of their head.
 
-    Channels come first in the tiles that are summed: sums over them then stay within few threads. The weights are made
-    again in the order in which they are multiplied.
+    Channels come first in the tiles that are summed: sums over them then stay within few threads.
     """
     D: tl.constexpr = shape.D
     d = tl.arange(0, shape.BLOCK_D)
-    exists = d < D
-    pointers = row_pointers(query, rows)
-    q = tl.load(pointers[None, :] + d[:, None], mask=exists[:, None] & rows.valid[None, :], other=0.0).to(tl.float32)
-    center = tl.load(codes.center + d[:, None], mask=exists[:, None], other=0.0)
-    w = q * tl.load(codes.spread + d[:, None], mask=exists[:, None], other=0.0)
+    exists = (d < D)[:, None]
+    places = row_pointers(query, rows)[None, :] + d[:, None]
+    q = tl.load(places, mask=exists & rows.valid[None, :], other=0.0).to(tl.float32)
+    center = tl.load(codes.center + d[:, None], mask=exists, other=0.0)
+    w = q * tl.load(codes.spread + d[:, None], mask=exists, other=0.0)
     at_center = tl.sum(q * center, axis=0)
     # Of the sum above, and of the center's part in an exact score.
-    slack = tl.sum(tl.abs(q * center), axis=0) * (2 * (D + 16) * _HALF_ULP) + _SMALLEST
+    slack = tl.sum(tl.abs(q * center), axis=0) * (2 * (D + 16) * HALF_ULP) + SMALLEST
 
     largest = tl.max(tl.abs(w), axis=0)
     step = largest / _LARGEST_WEIGHT
     step = tl.where((step > 1e-37) & (largest < float("inf")), step, 0.0)
-    inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
+    level = w * tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)[None, :]
+    level = tl.floor(tl.where(level == level, level, 0.0) + 0.5)
+    level = tl.minimum(tl.maximum(level, -_LARGEST_WEIGHT), _LARGEST_WEIGHT)
     # NaN and infinity stay in what is left over, so that such a row bounds nothing.
-    left_over = column_norms(w - step[None, :] * levels(w, inverse[None, :]), largest)
+    left_over = column_norms(w - step[None, :] * level, largest)
     size = column_norms(w, largest)
-    widest = _LARGEST * (D**0.5) * (1.0 + 8 * _HALF_ULP)
+    widest = LARGEST * (D**0.5) * (1.0 + 8 * HALF_ULP)
+    per_scale = widest * (size * ((D + 16) * HALF_ULP) + left_over)
 
-    valid = twice(rows.valid.to(tl.int32), shape.BLOCK_M) > 0
-    places = twice(pointers, shape.BLOCK_M)[:, None] + d[None, :]
-    q = tl.load(places, mask=valid[:, None] & exists[None, :], other=0.0).to(tl.float32)
-    w = q * tl.load(codes.spread + d[None, :], mask=exists[None, :], other=0.0)
-    level = levels(w, twice(inverse, shape.BLOCK_M)[:, None])
-    upper = tl.floor((level + 128.0) * (1.0 / 256.0))
-    is_high = tl.arange(0, 2 * shape.BLOCK_M) < shape.BLOCK_M
-    weights = tl.where(is_high[:, None], upper, level - 256.0 * upper).to(tl.int8)
-    per_scale = widest * (size * ((D + 16) * _HALF_ULP) + left_over)
+    high = tl.floor((level + 128.0) * (1.0 / 256.0))
+    both = tl.join(high, level - 256.0 * high).to(tl.int8)
+    weights = tl.reshape(tl.permute(both, (2, 1, 0)), [2 * shape.BLOCK_M, shape.BLOCK_D])
     return CodedRows(weights, step, at_center, size, per_scale, slack)
-
-
-@triton.jit
-def levels(w, inverse):
-    """Whole numbers of at most 16 bits nearest to ``w * inverse``; 0 for NaN."""
-    level = w * inverse
-    level = tl.where(level == level, level, 0.0)
-    return tl.minimum(tl.maximum(tl.floor(level + 0.5), -_LARGEST_WEIGHT), _LARGEST_WEIGHT)
-
-
-@triton.jit
-def twice(vector, LENGTH: tl.constexpr):
-    """A vector, and the same again after it."""
-    return tl.reshape(tl.broadcast_to(vector[None, :], [2, LENGTH]), [2 * LENGTH])
 
 
 @triton.jit
@@ -238,20 +190,18 @@ def column_norms(tile, largest):
     inverse = -exponent + _INVERSE  # in this order also where constants are objects
     scaled = tile * inverse.to(tl.float32, bitcast=True)[None, :]
     size = exponent.to(tl.float32, bitcast=True)
-    return size * tl.sqrt(tl.sum(scaled * scaled, axis=0)) * (1.0 + (tile.shape[0] + 16) * _HALF_ULP)
+    return size * tl.sqrt(tl.sum(scaled * scaled, axis=0)) * (1.0 + (tile.shape[0] + 16) * HALF_ULP)
 
 
 @triton.jit
 def code_products(coded, codes, keys, within, shape):
     """int32 ``[BLOCK_M, BLOCK_N]``, exact: the 16-bit weights times the codes of ``keys``."""
     d = tl.arange(0, shape.BLOCK_D)
-    places = codes + (keys[None, :] * shape.D + d[:, None])
-    if shape.D == shape.BLOCK_D:
-        tile = tl.load(places, mask=within[None, :], other=0)
-    else:
-        tile = tl.load(places, mask=within[None, :] & (d < shape.D)[:, None], other=0)
-    product = tl.dot(coded.weights, tile, out_dtype=tl.int32)
-    parts = tl.reshape(product, [2, shape.BLOCK_M, shape.BLOCK_N])
+    mask = within[None, :]
+    if shape.D < shape.BLOCK_D:
+        mask = mask & (d < shape.D)[:, None]
+    tile = tl.load(codes + (keys[None, :] * shape.D + d[:, None]), mask=mask, other=0)
+    parts = tl.reshape(tl.dot(coded.weights, tile, out_dtype=tl.int32), [2, shape.BLOCK_M, shape.BLOCK_N])
     worth = tl.where(tl.arange(0, 2) == 0, 256, 1)
     return tl.sum(parts * worth[:, None, None], axis=0)
 
@@ -287,15 +237,9 @@ def logit_bounds(score, error, settings):
     """(lower, upper) logits in base 2 of raw scores that may be off by ``error``; what is not known is infinite."""
     lower = logits_base2(score - error, settings)
     upper = logits_base2(score + error, settings)
-    lower -= logit_slack(lower, settings)
-    upper += logit_slack(upper, settings)
-    return tl.where(lower == lower, lower, float("-inf")), tl.where(upper == upper, upper, float("inf"))
-
-
-@triton.jit
-def logit_slack(logits, settings):
-    """What logits in base 2 may be off by beyond the error of the scores they are made of."""
-    slack = tl.abs(logits) * _LOGIT_SLACK
+    limit = 0.0
     if settings.softcap is not None:
-        slack += settings.softcap * _LOGIT_SLACK
-    return slack
+        limit = settings.softcap
+    lower -= (tl.abs(lower) + limit) * _LOGIT_SLACK
+    upper += (tl.abs(upper) + limit) * _LOGIT_SLACK
+    return tl.where(lower == lower, lower, float("-inf")), tl.where(upper == upper, upper, float("inf"))
