@@ -74,18 +74,6 @@ def score_run(queries, keys, begin, in_range, shape, EDGE: tl.constexpr):
 
 
 @triton.jit
-def load_run(values, begin, in_range, shape):
-    """The ``BLOCK_N`` rows of values from ``begin`` on, of one head (``Matrix``); 0 where they are not ``in_range``."""
-    offsets = tl.arange(0, shape.BLOCK_N) * values.stride
-    dv = tl.arange(0, shape.BLOCK_DV)
-    return tl.load(
-        values.data + tl.cast(begin, tl.int64) * values.stride + (offsets[:, None] + dv[None, :]),
-        mask=in_range[:, None] & (dv[None, :] < shape.DV),
-        other=0.0,
-    )
-
-
-@triton.jit
 def logits_base2(scores, settings):
     """Raw scores scaled, soft-capped, and times log2(e), so that the softmax can use exp2."""
     bent, factor = factored_logits(scores, settings)
@@ -134,17 +122,17 @@ def fold(logits, peak, total):
 
 
 @triton.jit
-def accumulate(softmax, logits, values):
-    """The ``Softmax`` with a tile of logits ``[BLOCK_M, N]``, -inf where a row does not attend, and its values."""
-    peak, total, weights, shrink = fold(logits, softmax.peak, softmax.total)
-    return Softmax(dot(weights.to(values.dtype), values, softmax.acc * shrink[:, None]), peak, total)
-
-
-@triton.jit
 def accumulate_run(softmax, logits, values, begin, in_range, shape):
-    """``accumulate`` with the values of ``load_run``, loaded after the logits are folded: fewer registers."""
+    """The ``Softmax`` with a tile of logits ``[BLOCK_M, BLOCK_N]``, -inf where a row does not attend.
+
+    The values of one head (``Matrix``) from ``begin`` on that are ``in_range`` are loaded after the logits are folded:
+    fewer registers.
+    """
     peak, total, weights, shrink = fold(logits, softmax.peak, softmax.total)
-    tile = load_run(values, begin, in_range, shape)
+    dv = tl.arange(0, shape.BLOCK_DV)
+    places = tl.cast(begin, tl.int64) * values.stride
+    places = values.data + places + ((tl.arange(0, shape.BLOCK_N) * values.stride)[:, None] + dv[None, :])
+    tile = tl.load(places, mask=in_range[:, None] & (dv[None, :] < shape.DV), other=0.0)
     return Softmax(dot(weights.to(tile.dtype), tile, softmax.acc * shrink[:, None]), peak, total)
 
 

@@ -17,8 +17,6 @@ MAX_SPLITS = 256
 _MULTIPROCESSORS = 132
 # Beyond this, writing and joining the partial sums costs more than the parallelism gains.
 MOST_USEFUL_SPLITS = 64
-# Fewer keys than this are divided like this many.
-_SHORTEST = 4096
 # Parts that are joined one after another.
 GROUP = tl.constexpr(16)
 # Room for ``arrivals`` of a block: one for each group of parts and one for all groups, a power of two.
@@ -26,11 +24,6 @@ MOST_ARRIVALS = tl.constexpr(32)
 # On AMD's GPUs a barrier does not wait for stores: each thread waits for its own, by an atomic that adds nothing.
 _EACH_WAITS = tl.constexpr(torch.version.hip is not None)
 _THREADS = tl.constexpr(512)
-
-
-def planned_length(keys: int) -> int:
-    """For how many keys work is divided: a power of two that is no less, so that few steps take other variants."""
-    return max(_SHORTEST, triton.next_power_of_2(keys))
 
 
 def share(resident: int, blocks: int, units: int, most: int = MOST_USEFUL_SPLITS) -> int:

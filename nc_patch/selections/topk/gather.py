@@ -11,10 +11,11 @@ import triton.language as tl
 
 from nc_patch.ops.triton.rows import attended_keys, head_of, program_rows, select_keys, span
 from nc_patch.ops.triton.scores import (
-    accumulate,
     accumulate_run,
+    dot,
     empty_softmax,
     finite_or_zero,
+    fold,
     load_queries,
     logits_base2,
     score_run,
@@ -95,7 +96,9 @@ def gather_entries(
         read = tl.max(chosen.to(tl.int32), axis=0) > 0
         places = values.data + position.to(tl.int64)[:, None] * values.stride + dv[None, :]
         tile_values = tl.load(places, mask=read[:, None] & (dv < shape.DV)[None, :], other=0.0)
-        softmax = accumulate(softmax, tl.where(chosen, logits_base2(score, settings), float("-inf")), tile_values)
+        logits = tl.where(chosen, logits_base2(score, settings), float("-inf"))
+        peak, total, weights, shrink = fold(logits, softmax.peak, softmax.total)
+        softmax = Softmax(dot(weights.to(tile_values.dtype), tile_values, softmax.acc * shrink[:, None]), peak, total)
         if BOUNDS:
             error = tl.load(scratch.memory + scratch.errors + at, mask=here, other=0.0)
             lower, upper = logit_bounds(score, error, settings)

@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import torch
 
-from nc_patch.common import autocast_off
 from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans, page_means, slot_count, touched_slots
 from nc_patch.selections.index import layout
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
@@ -34,12 +33,10 @@ class Codes:
         key: torch.Tensor, value: torch.Tensor | None, ends: tuple[torch.Tensor, torch.Tensor], rows: int
     ) -> list[torch.Tensor]:
         """Zeros, and the moments of the channels."""
-        B, Hkv, L, D = key.shape
-        new = lambda *shape, dtype: torch.zeros(B, Hkv, *shape, dtype=dtype, device=key.device)  # noqa: E731
-        with autocast_off(key):
-            center, spread = channel_moments(key, *ends) if L else (new(D, dtype=torch.float32) for _ in range(2))
-        of_keys = (new(rows, D, dtype=torch.int8), *(new(rows, dtype=torch.float32) for _ in range(2)))
-        return [*of_keys, center, spread]
+        B, Hkv, _, D = key.shape
+        of_keys = [key.new_zeros(B, Hkv, rows, D, dtype=torch.int8)]
+        of_keys += [key.new_zeros(B, Hkv, rows, dtype=torch.float32) for _ in range(2)]
+        return [*of_keys, *channel_moments(key, *ends)]
 
     @staticmethod
     def write(
@@ -59,13 +56,12 @@ class Codes:
             cpu_encode_keys_(key, first, count, codes)
             return
         Hkv, N, D = key.shape[1:]
-        for begin in range(0, count, _KEYS_AT_ONCE):
-            offset = torch.arange(begin, min(begin + _KEYS_AT_ONCE, count), device=key.device)
+        for offset in torch.arange(count, device=key.device).split(_KEYS_AT_ONCE):
             # A key's codes depend on it alone, so that writing one twice, where a position is clamped, does no harm.
-            at = (first.long()[:, None] + offset).clamp(0, N - 1)[:, None].expand(-1, Hkv, -1)
-            keys = key.gather(2, at[..., None].expand(-1, -1, -1, D))
-            for target, new in zip(codes, encode_keys(keys, codes.center, codes.spread), strict=False):
-                target.scatter_(2, at if new.dim() == 3 else at[..., None].expand_as(new), new)
+            at = (first.long()[:, None] + offset).clamp(0, N - 1)[:, None, :, None].expand(-1, Hkv, -1, D)
+            encoded = encode_keys(key.gather(2, at), codes.center, codes.spread)
+            for target, new in zip(codes, encoded, strict=False):
+                target.scatter_(2, at if new.dim() == 4 else at[..., 0], new)
 
 
 @layout("means")

@@ -9,12 +9,14 @@ import torch
 
 from nc_patch.ops.means import slot_count
 from nc_patch.ops.triton.launch import Tiles, compile_options, padded_dim, shape_of
-from nc_patch.ops.triton.split import MAX_SPLITS, MOST_ARRIVALS, padded_splits, planned_length, share
+from nc_patch.ops.triton.split import MAX_SPLITS, MOST_ARRIVALS, padded_splits, share
 from nc_patch.ops.triton.structs import constants
 from nc_patch.selections.topk.encode import CodeShape, key_shape
 
 # Keys that a guess is taken from: fewer up to so many keys, and more beyond, where a closer guess saves more keys.
 _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
+# Fewer keys than this are divided like this many.
+_SHORTEST = 4096
 # Room in a block's list, per key of the largest budget: for so many rows, each with twice its budget; and besides.
 _LEAST_SHARES, _MOST_SHARES, _ROOM_BESIDES = 4, 8, 4096
 # Room that a segment has beyond its even share of the list.
@@ -98,7 +100,7 @@ def plan_for(
 ) -> Plan:
     """The one place where splits and capacities are chosen; ``budget`` is the largest.
 
-    What kernels are compiled for follows from the ``planned_length``, so that few steps of a generation take others.
+    What kernels are compiled for follows from the next power of two, so that few steps of a generation take others.
     """
     largest, keys, group_rows = max(sizes[-2:]), sizes.keys, sizes.group * sizes.queries
     slim = _is_slim(dtype, largest, want_bounds)
@@ -106,7 +108,7 @@ def plan_for(
     rows = 8 if group_rows <= 8 else 16
     few = padded_dim(sizes.head_dim) <= 128 and rows == 8
     tile = 128 if few else 32 if architecture.startswith("gfx") else 64
-    blocks, planned = sizes.blocks(rows), planned_length(keys)
+    blocks, planned = sizes.blocks(rows), max(_SHORTEST, _power_of_2(keys))
     splits = share(resident, blocks, planned // tile, MAX_SPLITS)
     capacity = min(keys, 2 * min(_MOST_SHARES, max(_LEAST_SHARES, group_rows)) * budget + _ROOM_BESIDES)
     whole = -(-(-(-keys // tile) + 1) // splits) * tile

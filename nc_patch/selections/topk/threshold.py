@@ -1,14 +1,15 @@
-"""The search for each row's k-th largest score, over tiles of QK^T that are recomputed in every pass.
+"""The prefill of exact ``topk``: a search for each row's k-th largest score, over tiles of QK^T made anew in each pass.
 
-A row keeps a bracket ``[low, high)`` of scores such that at least k candidates score ``low`` or more and fewer than k
-score ``high`` or more. A pass counts, for three thresholds inside the bracket, how many candidates reach each, and
-finds the largest score below the middle one. Where the thresholds lie is a guess (a normal quantile of a sample at
-first, then interpolation of the logarithm of the count), which decides how fast the bracket closes, not what it closes
-on. After ``GUESSED_PASSES`` the bracket is quartered by the rank of its floats instead, so that 17 more passes end the
-search for any input: the bracket is at most 2**32 floats wide.
+A program takes a block of rows of one key/value head. A row keeps a bracket ``[low, high)`` of scores: at least k
+candidates score ``low`` or more, and fewer than k ``high`` or more. A pass counts how many reach each of three
+thresholds inside it, and finds the largest score below the middle one. Where the thresholds lie is a guess (a normal
+quantile of a sample at first, then interpolation of the logarithm of the count), which decides how fast the bracket
+closes, not what it closes on. After ``GUESSED_PASSES`` it is quartered by the rank of its floats, so that 17 more
+passes end any search. One ends when the count at a threshold is exactly k, or when the bracket holds a single float:
+that score is tied, and one more pass finds the last tie that is admitted.
 
-A search ends when the count at a threshold is exactly k, or when the bracket holds a single float: that score is tied,
-and one more pass finds the position of the last tie that is admitted.
+With p passes a block reads K p + 1 times here, and ``attend_kernel`` K and V once: 2 * D * (p + 1) + 2 * Dv operations
+for a pair of a query and a key. None is made where every budget covers the row's interval.
 """
 
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from nc_patch.ops.triton.launch import RowLaunch
 from nc_patch.ops.triton.ranks import (
     ABOVE_INFINITY,
     RANK_NEGATIVE_INFINITY,
@@ -25,9 +27,9 @@ from nc_patch.ops.triton.ranks import (
     score_of,
     width_of,
 )
-from nc_patch.ops.triton.rows import FAR, forced_keys, head_of, program_rows, row_pointers, span
-from nc_patch.ops.triton.scores import dot_scores, load_rows, score_run
-from nc_patch.ops.triton.structs import PER_CALL
+from nc_patch.ops.triton.rows import FAR, forced_keys, head_of, program_rows, span
+from nc_patch.ops.triton.scores import dot_scores, load_queries, score_run
+from nc_patch.ops.triton.structs import PER_CALL, Limits
 
 GUESSED_PASSES = tl.constexpr(8)
 # Three counts of a tile travel in one int32, ten bits each, so that they are summed over the tile at once.
@@ -36,14 +38,10 @@ _FIELD = tl.constexpr((1 << 10) - 1)
 
 
 class Candidates(NamedTuple):
-    """Of each row: the keys ``[first, last)`` and how many of them are wanted, ``[BLOCK_M]``.
-
-    Tiles of keys are counted from ``origin``, the first key that any row sees.
-    """
+    """Of each row: the keys ``[first, last)``. Tiles are counted from ``origin``, the first key that any row sees."""
 
     first: Any
     last: Any
-    needed: Any
     origin: Any
 
 
@@ -56,36 +54,33 @@ class Counts(NamedTuple):
     below: Any
 
 
+def find_limits(launch: RowLaunch, limits: Limits) -> None:
+    """Launches the search that writes each row's threshold."""
+    launch.run(threshold_kernel, limits=limits)
+
+
 @triton.jit(do_not_specialize=PER_CALL)
 def threshold_kernel(
     query, key, inputs, limits, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, shape
 ):  # fmt: skip
-    """Writes the ``Limits`` of one block of rows: what ``find_thresholds`` returns."""
+    """Writes the ``Limits`` of one block of rows.
+
+    Of its candidates a row attends those that score above the threshold and, at positions below ``ties_end``, those
+    that equal it. Blocks in which every row takes all or none of its candidates make no pass.
+    """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     firsts, recents = forced_keys(rows.wanted, sink_keys, recent_keys, True)
     origin, _last = span(rows.start, rows.end, rows.end > rows.start)
-    candidates = Candidates(rows.start + firsts, rows.end - recents, rows.wanted - firsts - recents, origin)
+    candidates = Candidates(rows.start + firsts, rows.end - recents, origin)
     keys = head_of(key, rows.batch, rows.kv_head)
-    limit, limit_end = find_thresholds(row_pointers(query, rows), rows.valid, keys, candidates, shape)
-    tl.store(limits.threshold + rows.row, limit, mask=rows.valid)
-    tl.store(limits.ties_end + rows.row, limit_end, mask=rows.valid)
-
-
-@triton.jit
-def find_thresholds(query_rows, valid, keys, candidates, shape):
-    """(threshold, ties_end) of each row's ``needed`` highest candidates.
-
-    They are the keys that score above the threshold and, at positions below ``ties_end``, those that equal it. Blocks
-    in which every row takes all or none of its candidates make no pass.
-    """
-    needed = candidates.needed
+    needed = rows.wanted - firsts - recents
     size = candidates.last - candidates.first
     threshold = tl.where(needed > 0, float("-inf"), float("inf"))
     ties_end = tl.where(needed > 0, FAR, 0)
     searching = (needed > 0) & (needed < size)
     remaining = tl.sum(searching.to(tl.int32), axis=0)
     if remaining > 0:
-        queries = load_rows(query_rows, valid, shape)
+        queries = load_queries(query, rows, shape)
         mean, deviation = sample_moments(queries, keys, candidates, searching, shape)
         nothing = tl.zeros([shape.BLOCK_M], dtype=tl.int32)
         bracket = Bracket(nothing + RANK_NEGATIVE_INFINITY, nothing + ABOVE_INFINITY, size, nothing)
@@ -112,7 +107,8 @@ def find_thresholds(query_rows, valid, keys, candidates, shape):
             remaining = tl.sum(searching.to(tl.int32), axis=0)
             number += 1
         ties_end = end_ties(queries, keys, candidates, threshold, spare, ties_end, shape)
-    return threshold, ties_end
+    tl.store(limits.threshold + rows.row, threshold, mask=rows.valid)
+    tl.store(limits.ties_end + rows.row, ties_end, mask=rows.valid)
 
 
 @triton.jit
@@ -138,17 +134,6 @@ def end_ties(queries, keys, candidates, threshold, spare, ties_end, shape):
 def among_candidates(columns, candidates):
     """Which keys of a tile are candidates of each row."""
     return (columns[None, :] >= candidates.first[:, None]) & (columns[None, :] < candidates.last[:, None])
-
-
-@triton.jit
-def normal_quantile(upper):
-    """The z that a standard normal exceeds with probability ``upper`` (Abramowitz and Stegun 26.2.23, error 5e-4)."""
-    tail = tl.minimum(upper, 1.0 - upper)
-    t = tl.sqrt(-2.0 * 0.6931471805599453 * tl.log2(tail))
-    over = 2.515517 + t * (0.802853 + t * 0.010328)
-    under = 1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308))
-    z = t - over / under
-    return tl.where(upper < 0.5, z, -z)
 
 
 @triton.jit
@@ -185,34 +170,31 @@ def next_ranks(bracket, needed, size, mean, deviation, suspect, number):
     slope = (most - least) / (top - tl.log2(bracket.count_high + 0.5))
     step = deviation * tl.exp2(tl.maximum(number - 1, 0).to(tl.float32))
 
-    for_third = rank_of(least)
-    for_first = for_third
-    for_second = for_third
+    first = bracket.low + 1
+    second = first
+    third = first
     for i in tl.static_range(3):
-        aim = tl.minimum(
-            tl.maximum(needed - 0.5 + (1 - i) * aside, bracket.count_high + 0.25), bracket.count_low - 0.25
-        )
+        aim = needed - 0.5 + (1 - i) * aside
+        aim = tl.minimum(tl.maximum(aim, bracket.count_high + 0.25), bracket.count_low - 0.25)
         guess = least + slope * (top - tl.log2(aim + 0.5))
         # One side of the bracket still unknown: walk away from the other in growing steps.
         guess = tl.where(tl.abs(most) == float("inf"), least + step * (i + 1), guess)
         guess = tl.where(tl.abs(least) == float("inf"), most - step * (3 - i), guess)
+        # What a standard normal exceeds with probability p, by Tukey's lambda: within 0.2 for p of 1e-4 or more.
         upper = (needed.to(tl.float32) - 0.5) * (2.0 if i == 0 else (1.0 if i == 1 else 0.5)) / size
-        normal = mean + deviation * normal_quantile(tl.minimum(tl.maximum(upper, 1e-9), 0.9999))
-        guess = tl.where(number == 0, normal, guess)
+        upper = tl.minimum(tl.maximum(upper, 1e-9), 0.9999)
+        normal = 4.91 * (tl.exp2(0.14 * tl.log2(1.0 - upper)) - tl.exp2(0.14 * tl.log2(upper)))
+        guess = tl.where(number == 0, mean + deviation * normal, guess)
         rank = rank_of(guess)
         # The top of the bracket may be a score that occurs; where it is, its count ends the search.
         if i > 0:
             rank = tl.where(suspect, bracket.high - 1, rank)
         quarter = (bracket.low.to(tl.int64) + width_of(bracket) * (i + 1) // 4).to(tl.int32)
         rank = tl.where(number >= GUESSED_PASSES, quarter, rank)
-        rank = tl.minimum(tl.maximum(rank, bracket.low + 1), bracket.high - 1)
-        if i == 0:
-            for_first = rank
-        elif i == 1:
-            for_second = tl.maximum(rank, for_first)
-        else:
-            for_third = tl.maximum(rank, for_second)
-    return for_first, for_second, for_third
+        first = second
+        second = third
+        third = tl.minimum(tl.maximum(rank, third), bracket.high - 1)
+    return first, second, third
 
 
 @triton.jit

@@ -47,14 +47,10 @@ class TopK(Selection):
         for name in ("sink_keys", "recent_keys"):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 0))
 
-    def forced(self, budget: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many first and last keys queries attend whatever they score, int32 of the shape of ``budget [...]``."""
-        return forced_counts(budget, self.sink_keys, self.recent_keys)
-
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The definition, bool ``[H or 1, R, N]``; see ``Selection.keep``."""
         position, seen = rows.positions(scores.shape[-1]), rows.seen(scores.shape[-1])
-        sinks, recents = self.forced(rows.budget)
+        sinks, recents = forced_counts(rows.budget, self.sink_keys, self.recent_keys)
         begin, stop = rows.visible[:, 0] + sinks, rows.visible[:, 1] - recents
         rival = (position >= begin[..., None]) & (position < stop[..., None])
         return best_rivals(scores, rival, rows.budget - sinks - recents) | (seen & ~rival)
@@ -75,22 +71,20 @@ class TopK(Selection):
         if problem.means is not None:
             return problem
         starts = page_starts(problem.visible, problem.origin, problem.key.shape[2])
+        make = page_means
         if backend == "triton":
-            from nc_patch.ops.triton.means import triton_page_means
-
-            return problem._replace(means=triton_page_means(problem.key, problem.value, starts))
-        means = page_means(problem.key, problem.value, starts)
+            from nc_patch.ops.triton.means import triton_page_means as make
+        means = make(problem.key, problem.value, starts)
         if backend == "cpu":  # whose kernels multiply what is between the pages of two sequences by zero
             means = PageMeans(*(mean.masked_fill_((starts < 0)[:, None, :, None], 0.0) for mean in means))
         return problem._replace(means=means)
 
     def prefill_triton(self, problem: Problem) -> AttentionResult:
-        """Two kernels: a search for each row's threshold, and the attention; see ``prefill``."""
+        """Two kernels: a search for each row's threshold, and the attention; see ``threshold``."""
         from nc_patch.ops.triton.launch import launch_attention
-        from nc_patch.selections.topk.prefill import find_limits
+        from nc_patch.selections.topk.threshold import find_limits
 
-        problem = self.with_means(problem, "triton")
-        return launch_attention(problem, self.sink_keys, self.recent_keys, find_limits)
+        return launch_attention(self.with_means(problem, "triton"), self.sink_keys, self.recent_keys, find_limits)
 
     def prefill_cpu(self, problem: Problem) -> AttentionResult:
         """In compiled kernels; see ``cpu``, and for few queries ``cpu_decode``."""
@@ -108,24 +102,20 @@ class TopK(Selection):
         """By codes, in compiled kernels; see ``cpu_decode``."""
         from nc_patch.selections.topk.cpu_decode import cpu_topk_decode
 
-        def run(problem: Problem) -> AttentionResult:
-            return cpu_topk_decode(self.with_means(problem, "cpu"), self.sink_keys, self.recent_keys)
-
-        return self._bounded(problem, run)
+        forced = self.sink_keys, self.recent_keys
+        return self._bounded(problem, lambda like: cpu_topk_decode(self.with_means(like, "cpu"), *forced))
 
     def _bounded(self, problem: Problem, run: Callable[[Problem], AttentionResult]) -> AttentionResult:
         """What ``run`` returns, with bounds of the kept mass where they are asked for: from that of every score."""
-        if not problem.bounds:
-            return run(problem)
-        result = run(problem._replace(stats=True))
-        assert result.kept_mass is not None
+        result = run(problem._replace(stats=problem.stats or problem.bounds))
+        if not problem.bounds or result.kept_mass is None:
+            return result
         bounds = rounding_bounds(result.kept_mass, problem)
         return result._replace(kept_mass=result.kept_mass if problem.stats else None, kept_mass_bounds=bounds)
 
     def bound(self, problem: Problem, backend: str) -> Callable[[Problem], AttentionResult]:
         """While decoding by codes in kernels, their launches."""
-        complete = self.uses_means == (problem.means is not None)
-        if backend != "triton" or problem.phase != "decode" or not complete:
+        if (backend, problem.phase) != ("triton", "decode") or self.uses_means != (problem.means is not None):
             return super().bound(problem, backend)
         from nc_patch.selections.topk.decode import bound_topk_decode
 
