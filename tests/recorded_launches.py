@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
@@ -280,20 +280,26 @@ def recorded(target: str, cases: Sequence[str] | None = None) -> dict[str, Launc
             launches[next(free for free in names if free not in launches)] = launch
         return True  # by which Triton leaves it at that
 
+    with torch.inference_mode(), hooked(target, record):
+        for case in CASES if cases is None else cases:
+            call(case)
+    return launches
+
+
+@contextmanager
+def hooked(target: str, hook: Callable[..., bool]) -> Iterator[None]:
+    """Within it launches are of a GPU that Triton takes for there; ``hook`` sees what each would compile."""
     pretended = SimpleNamespace(
         get_current_target=lambda: TARGETS[target].gpu,
         get_current_device=lambda: target,  # a device of its own, for what Triton keeps of each
         get_current_stream=lambda _: 0,
     )
     with (
-        torch.inference_mode(),
         on_architecture(target),
         mock.patch.object(driver, "_active", pretended),
-        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", record),
+        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook),
     ):
-        for case in CASES if cases is None else cases:
-            call(case)
-    return launches
+        yield
 
 
 def _as_tuples(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Grids of all kernel launches at the largest sizes, and what no launch may do on the way: read a tensor on the host.
 
-The kernels are replaced by what records their grids, and the tensors have shapes but no memory, so that reading one
+The kernels are replaced by what checks their grids, and the tensors have shapes but no memory, so that reading one
 fails. Nothing of this needs a GPU.
 """
 
@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from operations import problem_of  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from recorded_launches import hooked  # noqa: E402
 
 from nc_patch import KeyIndex, library, ops, selections  # noqa: E402
 from nc_patch import budget as budget_module  # noqa: E402
@@ -37,6 +36,7 @@ from nc_patch.selections.index import LAYOUTS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 
 needs_tag = pytest.mark.skipif(not READS_HOST, reason="this version of PyTorch cannot mark such operations")
+compiles = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
 # What CUDA allows along a grid's axes.
 LIMITS = (2**31 - 1, 65_535, 65_535)
 KEYS = 1 << 21
@@ -54,24 +54,23 @@ KERNELS = {
 }
 
 
-class Launches:
-    """Stands in for a kernel: takes a launch and keeps its grid."""
-
-    def __init__(self, name: str, kernel: Any, grids: dict[str, tuple[int, ...]]) -> None:
-        self.name, self.grids, self.arg_names = name, grids, kernel.arg_names
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        self.grids[self.name] = grid
-        return lambda *args, **options: None
-
-
 @pytest.fixture
-def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
-    """Every kernel replaced; the grids of the launches, by the kernel's name."""
-    found: dict[str, tuple[int, ...]] = {}
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of the kernels that are launched, all replaced by what takes grids that CUDA allows."""
+    found: set[str] = set()
+
+    class Checked:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.arg_names = name, kernel.arg_names
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert all(1 <= size <= limit for size, limit in zip(grid, LIMITS, strict=False)), (self.name, grid)
+            found.add(self.name)
+            return lambda *args, **options: None
+
     for module in MODULES:
         for name in KERNELS & vars(module).keys():
-            monkeypatch.setattr(module, name, Launches(name, getattr(module, name), found))
+            monkeypatch.setattr(module, name, Checked(name, getattr(module, name)))
     return found
 
 
@@ -109,20 +108,13 @@ def page_tensors(head_dim: int, block_size: int) -> tuple[torch.Tensor, ...]:
     return codes, floats(BATCH, HEADS, pages, VECTORS)
 
 
-def attend_rows(selection: Selection, head_dim: int, means: PageMeans | None = None) -> None:
-    selection.run(of_rows(KEYS, head_dim, means=means, stats=True), "triton")
+def run(selection: Selection, queries: int, head_dim: int, **more: Any) -> None:
+    selection.run(of_rows(queries, head_dim, **more), "triton")
 
 
-def decode_by_codes(head_dim: int, tail: bool, bounds: bool) -> None:
-    means = mean_tensors(head_dim) if tail else None
-    problem = of_rows(1, head_dim, key_index=code_tensors(head_dim), means=means, most=20_000, bounds=bounds)
-    TopK(4, 4, "mean" if tail else "drop").run(problem, "triton")
-
-
-def decode_by_pages(head_dim: int, block_size: int, queries: int = 1, **more: Any) -> None:
-    index = page_tensors(head_dim, block_size)
-    problem = of_rows(queries, head_dim, key_index=index, page_size=block_size, most=20_000, **more)
-    Block(block_size).run(problem, "triton")
+def by_pages(block_size: int, head_dim: int, queries: int = 1, **more: Any) -> None:
+    pages = page_tensors(head_dim, block_size)
+    run(Block(block_size), queries, head_dim, key_index=pages, page_size=block_size, most=20_000, **more)
 
 
 class Shown(list[list[int]]):
@@ -158,16 +150,6 @@ def write(kind: str, index: tuple[torch.Tensor, ...], head_dim: int, block_size:
     LAYOUTS[kind].write(list(index), [key, position, position, position, *values], KEYS, block_size, "triton")
 
 
-def average(head_dim: int) -> None:
-    TopK().with_means(of_rows(1, head_dim), "triton")
-    write("means", mean_tensors(head_dim), head_dim)
-
-
-BLOCK_KERNELS = {"score_blocks", "choose_blocks", "attend_blocks"}
-CODE_KERNELS = {"prepare", "guess", "scan", "score", "choose", "gather"}
-PAGE_KERNELS = {"score_pages", "choose_pages", "attend_pages"}
-
-
 def summarize_slots(head_dim: int) -> None:
     """New keys of blocks of memory, as many as grids allow keys of one sequence."""
     keys, codes = meta(2**18, HEADS, 16, head_dim), meta(2**18, HEADS, 1, VECTORS, head_dim, dtype=torch.int8)
@@ -175,66 +157,46 @@ def summarize_slots(head_dim: int) -> None:
     triton_summarize_slots_(keys, statistics, meta(KEYS, dtype=torch.int64), 16)
 
 
-# What runs, and the kernels that it launches.
-CALLS: dict[str, tuple[Callable[[int], None], set[str]]] = {
-    "topk": (lambda D: attend_rows(TopK(4, 4, "drop"), D), {"threshold", "attend"}),
-    "topk-tail": (lambda D: attend_rows(TopK(4, 4), D, mean_tensors(D)), {"threshold", "attend"}),
-    "window": (lambda D: attend_rows(Window(4), D), {"attend"}),
-    "block-16": (lambda D: attend_blocks(D, 16), BLOCK_KERNELS),
-    "block-128": (lambda D: attend_blocks(D, 128), BLOCK_KERNELS),
-    "codes": (lambda D: decode_by_codes(D, False, True), CODE_KERNELS),
-    "codes-tail": (lambda D: decode_by_codes(D, True, False), CODE_KERNELS),
-    "pages-16": (lambda D: decode_by_pages(D, 16), PAGE_KERNELS),
-    "pages-128": (lambda D: decode_by_pages(D, 128), PAGE_KERNELS),
-    "pages-stats": (lambda D: decode_by_pages(D, 16, stats=True), {*PAGE_KERNELS, "attend"}),
-    "pages-new": (lambda D: decode_by_pages(D, 16, new=1), PAGE_KERNELS),
-    "pages-several-new": (lambda D: decode_by_pages(D, 16, 2, new=2), {*PAGE_KERNELS, "summarize"}),
-    "summarize": (lambda D: write("pages", page_tensors(D, 16), D), {"summarize"}),
-    "summarize-slots": (summarize_slots, {"summarize_slots"}),
-    "encode": (lambda D: write("codes", code_tensors(D), D), {"encode"}),
-    "means": (average, {"means"}),
-}
+def launch_everything(D: int) -> None:
+    """Every kernel, at the largest sizes."""
+    by_codes: dict[str, Any] = {"key_index": code_tensors(D), "most": 20_000}
+    for selection in (TopK(4, 4, "drop"), Window(4)):
+        run(selection, KEYS, D, stats=True)
+    run(TopK(4, 4), KEYS, D, means=mean_tensors(D), stats=True)
+    run(TopK(4, 4, "drop"), 1, D, bounds=True, **by_codes)
+    run(TopK(4, 4), 1, D, means=mean_tensors(D), **by_codes)
+    for block_size in (16, 128):
+        attend_blocks(D, block_size)
+        by_pages(block_size, D)
+    by_pages(16, D, stats=True)
+    by_pages(16, D, new=1)
+    by_pages(16, D, 2, new=2)
+    TopK().with_means(of_rows(1, D), "triton")
+    for kind, tensors in (("pages", page_tensors(D, 16)), ("codes", code_tensors(D)), ("means", mean_tensors(D))):
+        write(kind, tensors, D)
+    summarize_slots(D)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_no_grid_is_larger_than_cuda_allows(head_dim, launched):
+    launch_everything(head_dim)
+    assert launched == KERNELS
 
 
 @pytest.mark.parametrize(
     ("sequences", "queries", "tail", "bounds"), [(8, 32, True, True), (8, 1, True, False), (1, 32, False, True)]
 )
-def test_decoding_holds_no_more_memory_than_allowed(sequences, queries, tail, bounds, grids, monkeypatch):
+def test_decoding_holds_no_more_memory_than_allowed(sequences, queries, tail, bounds, launched, monkeypatch):
     # Llama-3-8B at 131,072 tokens, where several queries of several sequences would take gigabytes.
-    held: list[int] = []
-    empty, decode = torch.empty, triton_decode_topk._decode_at_once
-
-    def counting_empty(*shape, **options):
-        made = empty(*shape, **options)
-        held[-1:] = [sum(held[-1:]) + made.nbytes]
-        return made
-
-    def decoding(*args, **options):
-        held.append(0)
-        results = decode(*args, **options)
-        # The output is no ``torch.empty``.
-        held[-1] -= sum(result.nbytes for result in results[1:] if result is not None)
-        held.append(0)
-        return results
-
+    held, decode = [], triton_decode_topk._decode_at_once
+    decoding = lambda plan, *rest: held.append(4 * plan.numbers) or decode(plan, *rest)  # noqa: E731
     for name, size in (("KEYS", 131_072), ("BATCH", sequences), ("HEADS", 8)):
         monkeypatch.setitem(globals(), name, size)
     problem = of_rows(queries, 128, key_index=code_tensors(128), most=4_705, bounds=bounds)
     problem = problem._replace(query=meta(sequences, 32, queries, 128), means=mean_tensors(128) if tail else None)
-    monkeypatch.setattr(torch, "empty", counting_empty)
     monkeypatch.setattr(triton_decode_topk, "_decode_at_once", decoding)
     triton_decode_topk.triton_topk_decode(problem, 4, 4)
     assert 0 < max(held) <= triton_decode_topk.SCRATCH_BYTES
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("call", CALLS)
-def test_no_grid_is_larger_than_cuda_allows(call, head_dim, grids):
-    launch, launched = CALLS[call]
-    launch(head_dim)
-    assert grids.keys() == {f"{name}_kernel" for name in launched}
-    for name, grid in grids.items():
-        assert all(1 <= size <= limit for size, limit in zip(grid, LIMITS, strict=False)), (name, grid)
 
 
 def meta_calls() -> dict[str, tuple[Any, Callable[[], Any]]]:
@@ -293,7 +255,7 @@ def test_an_operation_of_triton_that_reads_nothing_on_the_host_may_be_in_a_cuda_
     assert READS_HOST[0] not in index._EXTEND[False]._opoverload.tags
 
 
-def test_the_calls_are_of_every_operation_and_kernel():
+def test_the_calls_are_of_every_operation():
     registered = {
         value
         for module in (library, index, budget_module)
@@ -302,27 +264,6 @@ def test_the_calls_are_of_every_operation_and_kernel():
     }
     of_triton = {library._OPERATIONS["attend", False], library._OPERATIONS["decode", False], index._EXTEND[False]}
     assert registered == {op for op, _ in meta_calls().values()} | of_triton
-    assert {f"{name}_kernel" for _, launched in CALLS.values() for name in launched} == KERNELS
-
-
-@pytest.fixture
-def variants(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
-    """What each launch would have compiled, which nothing does: kernels and what they are specialised for."""
-    found: set[tuple[str, str]] = set()
-    pretended = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", pretended)
-    monkeypatch.setattr(triton_launch, "architecture_of", lambda device: "sm_90")
-
-    def skip(*, key: str, fn: Any, **_: Any) -> bool:
-        found.add((fn.name, key))
-        return True
-
-    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", skip)
-    return found
 
 
 def heads(queries: int, keys: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -375,64 +316,69 @@ def indexes_of(n: int, D: int) -> dict[str, KeyIndex]:
     }
 
 
-@pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
-def test_a_step_over_pages_is_three_launches_of_which_triton_specialises_none_again(monkeypatch):
+NAMES = {
+    TopK: ("prepare", "guess", "scan", "score", "choose", "gather"),
+    Block: ("score_pages", "choose_pages", "attend_pages"),
+}
+
+
+@compiles
+@pytest.mark.parametrize("selection", [TopK(tail="drop"), Block()])
+def test_a_step_is_a_few_launches_of_which_triton_specialises_none_again(selection, monkeypatch):
     compiled: list[str] = []
     launched: list[tuple[str, int]] = []
 
-    @dataclass
     class Compiled:
         """What Triton returns for a launch."""
 
-        name: str
-        arguments: int
+        def __init__(self, kernel: Any) -> None:
+            self.name, self.arguments = kernel.fn.__name__, len(kernel.arg_names)
+            compiled.append(self.name)
 
         def __getitem__(self, grid: Any) -> Any:
             return lambda *arguments, stream=0: launched.append((self.name, len(arguments) - self.arguments))
 
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Compiled:
-        compiled.append(kernel.fn.__name__)
-        return Compiled(kernel.fn.__name__, len(kernel.arg_names))
-
     driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda kernel, *args, **options: Compiled(kernel))
     monkeypatch.setattr(backends, "triton_problem", lambda device: None)
+    monkeypatch.setattr(triton_decode_topk, "_STEPS", {})
     triton_launch.compiled_kernels.cache_clear()
-    query, _ = heads(1, 1200, 64)
+    query, _ = heads(1, 3200, 64)
     visible, origin = packed(1, 1100)
-    index = indexes_of(1200, 64)["pages"].tensors()
+    index, room = indexes_of(3200, 64)[str(selection.index_kind)].tensors(), 64
     compiled.clear()
-    names = ["score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
-    for n, room in ((1100, 64), (1101, 64), (1102, 90), (3000, 64)):
+    names = [f"{name}_kernel" for name in NAMES[type(selection)]]
+    for n in (1100, 1101, 1102, 3000):
         visible[..., 1] = n
         keys = torch.zeros(1, 2, 3200, 64, dtype=torch.bfloat16)[:, :, :n]
         problem = problem_of(query, keys, keys, visible, torch.full((1, 1, 1), room, dtype=torch.int32), scale=0.1)
         problem = problem._replace(origin=origin, key_index=index, page_size=32, most=room, new=1)
-        Block().run(problem, "triton")
+        selection.run(problem, "triton")
         assert compiled == names
     assert launched == [(name, 0) for name in names] * 3
     # Memory that begins elsewhere is specialised for.
     assert origin.data_ptr() % 16
-    Block().run(problem._replace(origin=origin.clone()), "triton")
+    selection.run(problem._replace(origin=origin.clone()), "triton")
     assert compiled == names * 2
     triton_launch.compiled_kernels.cache_clear()
 
 
-@pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
-def test_prompts_of_other_lengths_and_further_steps_compile_nothing_new(variants, monkeypatch):
-    monkeypatch.setattr(backends, "triton_problem", lambda device: None)
-    for head_dim in (80, 128):
-        prefill(1000, head_dim)
-        indexes = indexes_of(1000, head_dim)
-        step(1001, head_dim, indexes)
-        step(1130, head_dim, indexes)
-        first = set(variants)
-        for n in (1001, 1007, 1008, 1024, 1025, 1040, 1100):
-            prefill(n, head_dim)
-            step(n + 1, head_dim, indexes_of(n, head_dim))
-        indexes = indexes_of(1000, head_dim)
-        for n in (*range(1001, 1034), *range(1040, 1200, 13)):
-            step(n, head_dim, indexes)
-        assert variants == first
+@compiles
+def test_prompts_of_other_lengths_and_further_steps_compile_nothing_new():
+    variants: set[tuple[str, str]] = set()
+    with hooked("sm_90", lambda *, key, fn, **_: variants.add((fn.name, key)) or True):
+        for head_dim in (80, 128):
+            prefill(1000, head_dim)
+            indexes = indexes_of(1000, head_dim)
+            step(1001, head_dim, indexes)
+            step(1130, head_dim, indexes)
+            first = set(variants)
+            for n in (1001, 1007, 1008, 1024, 1025, 1040, 1100):
+                prefill(n, head_dim)
+                step(n + 1, head_dim, indexes_of(n, head_dim))
+            indexes = indexes_of(1000, head_dim)
+            for n in (*range(1001, 1034), *range(1040, 1200, 13)):
+                step(n, head_dim, indexes)
+            assert variants == first
     assert {name for name, _ in variants} == KERNELS - {"summarize_slots_kernel"}  # of serving engines

@@ -126,8 +126,7 @@ def gather_pages(softmax, query, mean_keys, mean_values, rows, inputs, scratch, 
     """
     begin = tl.load(inputs.origin + rows.batch * Lq + rows.index, mask=rows.valid, other=0)
     residue, own = pages_of_rows(begin, rows.end)
-    has_pages = own > rows.start
-    low, high = span(tl.cdiv(rows.start - residue, PAGE), (own - residue) // PAGE, has_pages)
+    low, high = span(tl.cdiv(rows.start - residue, PAGE), (own - residue) // PAGE, own > rows.start)
     queries = load_queries(query, rows, shape)
     tiles = tl.cdiv(high - low, shape.BLOCK_N)
     split = tl.program_id(1)
@@ -135,15 +134,14 @@ def gather_pages(softmax, query, mean_keys, mean_values, rows, inputs, scratch, 
         slot = low + tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
         here = slot < high
         page_begin = slot[None, :] * PAGE + residue[:, None]
-        within = (page_begin >= rows.start[:, None]) & (page_begin < own[:, None]) & has_pages[:, None] & here[None, :]
+        within = (page_begin >= rows.start[:, None]) & (page_begin < own[:, None])
         counts = integers(scratch, scratch.page_counts) + rows.row[:, None] * slots + slot[None, :]
         missing = -tl.load(counts, mask=within, other=PAGE) + PAGE
-        within = within & (missing > 0)
         raw = score_run(queries, mean_keys, low + tile * shape.BLOCK_N, here, shape, True)
         logits = logits_base2(raw, settings) + tl.log2(tl.maximum(missing, 1).to(tl.float32))
+        logits = tl.where(missing > 0, logits, float("-inf"))
         # Pages that no row sees, between sequences, may hold anything.
-        read = tl.max(within.to(tl.int32), axis=0) > 0
-        logits = tl.where(within, logits, float("-inf"))
+        read = tl.max(missing, axis=0) > 0
         softmax = accumulate_run(softmax, logits, mean_values, low + tile * shape.BLOCK_N, read, shape)
     return softmax
 
