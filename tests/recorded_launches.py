@@ -99,17 +99,6 @@ class Launch(NamedTuple):
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
 
-    def named_constants(self) -> dict[str, Any]:
-        """The values of the kernel's compile-time arguments, and of those within named tuples, by their names."""
-        found = {}
-        for (place, *within), value in self.constants.items():
-            name = self.kernel.arg_names[place]
-            types = self.signature[name]
-            for index in within:
-                name, types = types._fields[index], types[index]
-            found[name] = getattr(value, "value", value)
-        return found
-
 
 class Resources(NamedTuple):
     """What one compiled launch needs on one target.

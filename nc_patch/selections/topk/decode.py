@@ -129,7 +129,7 @@ def _bound(
         "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq,
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
         "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "stride": plan.stride,
-        "slots": plan.slots, "settings": settings_of(problem), "mean_key": None, "mean_value": None, "sinks": None,
+        "parts": plan.parts, "slots": plan.slots, "settings": settings_of(problem), "mean_key": None, "mean_value": None, "sinks": None,
     }  # fmt: skip
     kernels = (
         (prepare_kernel, (blocks, variant.samplers + upkeep, 1), options["prepare"]),
@@ -137,7 +137,7 @@ def _bound(
         (scan_kernel, (blocks, splits, 1), options["scan"]),
         (score_kernel, (blocks, splits, 1), options["score"]),
         (choose_kernel, (rows, 1, 1), options["choose"]),
-        (gather_kernel, (blocks, splits, 1), options["gather"]),
+        (gather_kernel, (blocks, plan.parts, 1), options["gather"]),
     )
     # All that the kernels are compiled for is in the variant or among what the tensors of a step have in common.
     compiled = compiled_kernels(

@@ -39,34 +39,39 @@ class Results(NamedTuple):
     bounds: Any
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride", "slots"])
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride", "parts", "slots"])
 def gather_kernel(
     query, value, mean_key, mean_value, inputs, scratch, sinks, results, budget_heads, num_kv_heads, group, Lq, Lk,
-    sink_keys, recent_keys, splits, segment, stride, slots, settings, shape, join_shape, BLOCK_S: tl.constexpr,
+    sink_keys, recent_keys, splits, segment, stride, parts, slots, settings, shape, join_shape, BLOCK_S: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    """One part of the attention of a block of rows, of its entries and of its pages; the last writes the ``Results``.
+    """One part of the attention of a block of rows: of a split of its entries or, after those, of the pages.
 
-    ``join_shape`` is ``shape`` with no more rows than a block has.
+    The last part writes the ``Results``. ``join_shape`` is ``shape`` with no more rows than a block has.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     block = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     whole = tl.load(integers(scratch, scratch.whole) + block) != 0
-    limits = Limits(scratch.memory + scratch.threshold, integers(scratch, scratch.ties_end))
-    selected = select_keys(rows, limits, sink_keys, recent_keys)
-    values = head_of(value, rows.batch, rows.kv_head)
-    softmax = gather_entries(values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS)
-    if mean_key is not None:
+    softmax = empty_softmax(shape)
+    if part < splits:
+        limits = Limits(scratch.memory + scratch.threshold, integers(scratch, scratch.ties_end))
+        selected = select_keys(rows, limits, sink_keys, recent_keys)
+        values = head_of(value, rows.batch, rows.kv_head)
+        softmax = gather_entries(
+            softmax, values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS
+        )
+    elif mean_key is not None:
         mean_keys = head_of(mean_key, rows.batch, rows.kv_head)
         mean_values = head_of(mean_value, rows.batch, rows.kv_head)
         softmax = gather_pages(
-            softmax, query, mean_keys, mean_values, rows, inputs, scratch, splits, Lq, slots, settings, shape
-        )
+            softmax, query, mean_keys, mean_values, rows, inputs, scratch, part - splits, parts - splits, Lq, slots,
+            settings, shape,
+        )  # fmt: skip
     partial = Softmax(scratch.memory + scratch.acc, scratch.memory + scratch.peak, scratch.memory + scratch.total)
     arrivals = integers(scratch, scratch.arrivals) + block * MOST_ARRIVALS
     joining = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, join_shape.BLOCK_M)
-    split = tl.program_id(1)
-    last, softmax = finish_part(partial, rows, softmax, split, splits, arrivals, shape, joining, join_shape)
+    last, softmax = finish_part(partial, rows, softmax, part, parts, arrivals, shape, joining, join_shape)
     if last:
         write_joined(softmax, joining, sinks, joining.wanted, results.output, results.lse, None, join_shape)
         if BOUNDS:
@@ -75,10 +80,9 @@ def gather_kernel(
 
 @triton.jit
 def gather_entries(
-    values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS: tl.constexpr
-):  # fmt: skip
+    softmax, values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS: tl.constexpr
+):
     """The ``Softmax`` of one split's entries; with ``BOUNDS`` their masses are stored as ``kept``."""
-    softmax = empty_softmax(shape)
     entries = entries_of(scratch, rows, whole, splits, segment)
     dv = tl.arange(0, shape.BLOCK_DV)
     # Of the keys attended and of the other entries: at least, and at most.
@@ -118,8 +122,10 @@ def gather_entries(
 
 
 @triton.jit
-def gather_pages(softmax, query, mean_keys, mean_values, rows, inputs, scratch, splits, Lq, slots, settings, shape):
-    """The ``Softmax`` with one split's share of the pages, ``BLOCK_N`` at a time.
+def gather_pages(
+    softmax, query, mean_keys, mean_values, rows, inputs, scratch, split, splits, Lq, slots, settings, shape
+):
+    """The ``Softmax`` of one of ``splits`` shares of the pages, ``BLOCK_N`` at a time.
 
     A page counts as often as a row does not attend a key of it. A row's origin says where the pages in the slots begin
     for it, so that rows of several sequences go together.
@@ -129,7 +135,6 @@ def gather_pages(softmax, query, mean_keys, mean_values, rows, inputs, scratch, 
     low, high = span(tl.cdiv(rows.start - residue, PAGE), (own - residue) // PAGE, own > rows.start)
     queries = load_queries(query, rows, shape)
     tiles = tl.cdiv(high - low, shape.BLOCK_N)
-    split = tl.program_id(1)
     for tile in tl.range(tiles * split // splits, tiles * (split + 1) // splits, num_stages=2):
         slot = low + tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
         here = slot < high

@@ -25,6 +25,8 @@ _SEGMENT_SLACK = 64
 _MOST_HELD, _HELD_BESIDES = 16384, 256
 # The least that a matrix instruction takes: of 8-bit numbers to be summed, and of rows.
 _LEAST_CHANNELS, _MATRIX_ROWS = 32, 16
+# Pages of a tile, at most.
+_PAGES = 32
 # Parts of the scratch memory begin at multiples of so many numbers.
 _ALIGNED = 32
 # Where each of the ``parts_of`` a plan begins in a ``memory`` of float32 or int32 numbers.
@@ -83,6 +85,7 @@ class Plan(NamedTuple):
     Attributes:
         variant: what its kernels are compiled for. splits: programs that share a block of rows.
         segment: list entries of a split. stride: entries that a row has room for. slots: of its pages, or 0.
+        parts: of a row's softmax, of the splits and of what besides shares its pages.
         offsets: of the parts of ``Scratch``. numbers: how many it holds.
     """
 
@@ -91,6 +94,7 @@ class Plan(NamedTuple):
     segment: int
     stride: int
     slots: int
+    parts: int
     offsets: tuple[int, ...] = ()
     numbers: int = 0
 
@@ -121,7 +125,9 @@ def plan_for(
         *(rows, tile, samples, samplers, held, padded_splits(splits)), dtype, *sizes[-2:], architecture, want_bounds
     )
     slots = slot_count(keys) if has_tail else 0
-    return with_scratch(Plan(variant, splits, segment, max(splits * segment, keys), slots), sizes)
+    # By their registers eight warps of those that go over pages fit a multiprocessor.
+    tail = share(1 if largest > 128 else 2, sizes.blocks(_MATRIX_ROWS), -(-slots // _PAGES)) if has_tail else 0
+    return with_scratch(Plan(variant, splits, segment, max(splits * segment, keys), slots, splits + tail), sizes)
 
 
 def _power_of_2(number: int) -> int:
@@ -141,7 +147,7 @@ def parts_of(plan: Plan, sizes: Sizes) -> dict[str, int]:
     An entry is a place in a block's list, or a position where the block takes all keys.
     """
     rows, blocks, bounds = sizes.rows, sizes.blocks(plan.variant.rows), int(plan.variant.bounds)
-    splits, entries = rows * plan.splits, rows * plan.stride
+    splits, parts, entries = rows * plan.splits, rows * plan.parts, rows * plan.stride
     return {
         # Scores of sampled keys, and from these one that the needed keys of the row should reach.
         "samples": rows * plan.variant.samples,
@@ -167,9 +173,9 @@ def parts_of(plan: Plan, sizes: Sizes) -> dict[str, int]:
         "page_counts": rows * plan.slots,
         # Int, of blocks, see ``split.finish_part``; and the parts of each row's softmax.
         "arrivals": rows * MOST_ARRIVALS.value,
-        "peak": splits,
-        "total": splits,
-        "acc": splits * sizes.value_dim,
+        "peak": parts,
+        "total": parts,
+        "acc": parts * sizes.value_dim,
         # ``Mass`` of the lower and the upper logits of keys not listed; of the keys attended and of the other entries.
         "outside": 4 * splits * bounds,
         "kept": 8 * splits * bounds,
@@ -197,7 +203,7 @@ def options_of(variant: Variant) -> dict[str, dict[str, Any]]:
     warps = 8 if (is_float32 or (largest > 128 and bounds)) and not amd else 4
     # Two tiles on their way: positions come first, and one tile of so few values would leave the memory idle.
     stages = 2 if amd else 3 if many else 4 if is_float32 else 5
-    gathered = Tiles(_MATRIX_ROWS, 32 if many else 16, warps, stages, chunk)
+    gathered = Tiles(_MATRIX_ROWS, _PAGES if many else 16, warps, stages, chunk)
 
     def of_tiles(tiles: Tiles) -> dict[str, Any]:
         return {**compile_options(tiles, architecture), "shape": shape_of(head_dim, value_dim, tiles)}
