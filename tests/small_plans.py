@@ -15,13 +15,8 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
         splits, tile = min(made.splits, changes.get("splits", 2)), 32
         variant = made.variant._replace(keys=tile, samples=changes.get("samples", 64), samplers=1, held=128)
         segment = changes.get("segment", -(-(-(-sizes.keys // tile) + 1) // splits) * tile)
-        sizes_of = {
-            "splits": splits,
-            "parts": splits + made.parts - made.splits,
-            "segment": segment,
-            "stride": max(splits * segment, sizes.keys),
-        }
-        return plan.with_scratch(made._replace(variant=variant, **sizes_of), sizes)
+        made = made._replace(variant=variant, splits=splits, parts=splits + made.parts - made.splits)
+        return plan.with_scratch(made._replace(segment=segment, stride=max(splits * segment, sizes.keys)), sizes)
 
     monkeypatch.setattr(decode, "plan_for", small)
     monkeypatch.setattr(decode, "_STEPS", {})

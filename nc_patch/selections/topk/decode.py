@@ -129,7 +129,8 @@ def _bound(
         "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq,
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
         "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "stride": plan.stride,
-        "parts": plan.parts, "slots": plan.slots, "settings": settings_of(problem), "mean_key": None, "mean_value": None, "sinks": None,
+        "parts": plan.parts, "slots": plan.slots, "settings": settings_of(problem), "mean_key": None,
+        "mean_value": None, "sinks": None,
     }  # fmt: skip
     kernels = (
         (prepare_kernel, (blocks, variant.samplers + upkeep, 1), options["prepare"]),
