@@ -53,8 +53,8 @@ def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> At
 
     Args:
         problem: of at most ``MAX_DECODE_QUERIES`` queries. ``key_index`` are ``KeyCodes`` for at least Lk positions;
-            what lies beyond the intervals is not looked at. A budget larger than ``most`` is right, but slow. ``means``
-            stand for the keys that are not attended. Both take in the ``new`` keys first.
+            what lies beyond the intervals is not looked at. A budget larger than ``most`` is right, but slow. The codes
+            and the ``means``, which stand for the keys that are not attended, take in the ``new`` keys first.
         sink_keys, recent_keys: keys attended always.
 
     Raises:
@@ -87,8 +87,13 @@ def _decode_in_parts(at_once: tuple[int, int], sink_keys: int, recent_keys: int,
     whole, (sequences, queries) = _empty_result(problem), at_once
     for b, q in itertools.product(range(0, B, sequences), range(0, Lq, queries)):
         of, at = slice(b, b + sequences), slice(q, q + queries)
-        found = triton_topk_decode(_part(problem, of, at), sink_keys, recent_keys)
-        for into, some in zip(whole, found, strict=True):
+        part = problem._replace(
+            query=problem.query[of, :, at], key=problem.key[of], value=problem.value[of],
+            visible=problem.visible[of, at], origin=problem.origin[of, at], budget=problem.budget[of, :, at],
+            key_index=tuple(t[of] for t in problem.key_index),
+            means=None if problem.means is None else PageMeans(*(t[of] for t in problem.means)),
+        )  # fmt: skip
+        for into, some in zip(whole, triton_topk_decode(part, sink_keys, recent_keys), strict=True):
             if into is not None and some is not None:
                 into[of, :, at] = some
     return whole
@@ -107,7 +112,8 @@ def _bound(
 ) -> Callable[[Problem], AttentionResult]:
     """What decodes problems like this one, which it checks; ``key`` is all that they have in common."""
     as_given, problem = problem, prepared(problem)
-    _check_codes(problem)
+    assert problem.query.shape[2] <= MAX_DECODE_QUERIES
+    assert problem.key_index[0].shape[2] >= problem.key.shape[2]
     if any(mine is not theirs for mine, theirs in zip(as_given.tensors(), problem.tensors(), strict=True)):
         return lambda problem: triton_topk_decode(prepared(problem), sink_keys, recent_keys)
     (B, _, Lq, D), (_, Hkv, _, DV) = problem.query.shape, problem.value.shape
@@ -150,16 +156,6 @@ def _bound(
     return partial(_decode_at_once, plan, strides, Launches(kernels, arguments, compiled))
 
 
-def _part(problem: Problem, of: slice, at: slice) -> Problem:
-    """Some of the sequences and of their queries."""
-    return problem._replace(
-        query=problem.query[of, :, at], key=problem.key[of], value=problem.value[of], visible=problem.visible[of, at],
-        origin=problem.origin[of, at], budget=problem.budget[of, :, at],
-        key_index=tuple(t[of] for t in problem.key_index),
-        means=None if problem.means is None else PageMeans(*(t[of] for t in problem.means)),
-    )  # fmt: skip
-
-
 def _empty_result(problem: Problem) -> AttentionResult:
     """Memory for the output, its log-sum-exp and the bounds."""
     rows, device = problem.query.shape[:3], problem.query.device
@@ -190,18 +186,3 @@ def _decode_at_once(
         changing |= {"mean_key": Heads(means.key, *strides[3]), "mean_value": Heads(means.value, *strides[4])}
     launches(query.device, changing)
     return result
-
-
-def _check_codes(problem: Problem) -> None:
-    """Raises unless the codes fit the keys and the kernels."""
-    (B, Hkv, Lk, D), queries, codes = problem.key.shape, problem.query.shape[2], KeyCodes(*problem.key_index)
-    if queries > MAX_DECODE_QUERIES:
-        raise ValueError(f"at most {MAX_DECODE_QUERIES} queries are decoded at once, got {queries}: use topk attention")
-    length = codes.codes.shape[2]
-    shapes = ((B, Hkv, length, D), *((B, Hkv, length),) * 2, *((B, Hkv, D),) * 2)
-    if tuple(tuple(t.shape) for t in codes) != shapes or length < Lk:
-        got = ", ".join(str(list(t.shape)) for t in codes)
-        raise ValueError(f"codes must be those of keys [{B}, {Hkv}, at least {Lk}, {D}], got {got}")
-    if tuple(t.dtype for t in codes) != (torch.int8, *(torch.float32,) * 4):
-        got = ", ".join(str(t.dtype) for t in codes)
-        raise TypeError(f"codes must be int8 and the rest float32, got {got}")
