@@ -195,7 +195,7 @@ def test_decoding_holds_no_more_memory_than_allowed(sequences, queries, tail, bo
     problem = of_rows(queries, 128, key_index=code_tensors(128), most=4_705, bounds=bounds)
     problem = problem._replace(query=meta(sequences, 32, queries, 128), means=mean_tensors(128) if tail else None)
     monkeypatch.setattr(triton_decode_topk, "_decode_at_once", decoding)
-    triton_decode_topk.triton_topk_decode(problem, 4, 4)
+    triton_decode_topk.bound_topk_decode(problem, 4, 4)(problem)
     assert 0 < max(held) <= triton_decode_topk.SCRATCH_BYTES
 
 

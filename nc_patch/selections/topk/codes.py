@@ -28,12 +28,10 @@ class KeyCodes(NamedTuple):
     """The codes of the keys ``[B, Hkv, N, D]``.
 
     Attributes:
-        codes: int8 ``[B, Hkv, N, D]``, from -127 to 127.
-        scale: float32 ``[B, Hkv, N]``.
+        codes: int8 ``[B, Hkv, N, D]``, from -127 to 127. scale: float32 ``[B, Hkv, N]``.
         residual: float32 ``[B, Hkv, N]``, at least the norm of ``(k - center) / spread - scale * codes``; infinite for
             keys that hold NaN or infinity.
-        center: float32 ``[B, Hkv, D]``.
-        spread: float32 ``[B, Hkv, D]``, positive.
+        center, spread: float32 ``[B, Hkv, D]``; the latter is positive.
     """
 
     codes: torch.Tensor

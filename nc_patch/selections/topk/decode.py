@@ -48,8 +48,8 @@ _MOST_STEPS = 256
 _KEYS = 128
 
 
-def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> AttentionResult:
-    """Attention over the best keys of each query, chosen by codes; the set is the definition's.
+def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Problem], AttentionResult]:
+    """Attention of problems like this one over the best keys of each query, chosen by codes; see ``Selection.bound``.
 
     Args:
         problem: of at most ``MAX_DECODE_QUERIES`` queries. ``key_index`` are ``KeyCodes`` for at least Lk positions;
@@ -60,11 +60,6 @@ def triton_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> At
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
-    return bound_topk_decode(problem, sink_keys, recent_keys)(problem)
-
-
-def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Problem], AttentionResult]:
-    """``triton_topk_decode`` of problems like this one; see ``Selection.bound``."""
     query, keys, values, *others = problem.tensors()
     key = (
         *(sink_keys, recent_keys, problem.scale, problem.softcap, problem.most, problem.new, problem.bounds),
@@ -93,7 +88,7 @@ def _decode_in_parts(at_once: tuple[int, int], sink_keys: int, recent_keys: int,
             key_index=tuple(t[of] for t in problem.key_index),
             means=None if problem.means is None else PageMeans(*(t[of] for t in problem.means)),
         )  # fmt: skip
-        for into, some in zip(whole, triton_topk_decode(part, sink_keys, recent_keys), strict=True):
+        for into, some in zip(whole, bound_topk_decode(part, sink_keys, recent_keys)(part), strict=True):
             if into is not None and some is not None:
                 into[of, :, at] = some
     return whole
@@ -115,7 +110,12 @@ def _bound(
     assert problem.query.shape[2] <= MAX_DECODE_QUERIES
     assert problem.key_index[0].shape[2] >= problem.key.shape[2]
     if any(mine is not theirs for mine, theirs in zip(as_given.tensors(), problem.tensors(), strict=True)):
-        return lambda problem: triton_topk_decode(prepared(problem), sink_keys, recent_keys)
+
+        def decode_copies(like: Problem) -> AttentionResult:
+            like = prepared(like)
+            return bound_topk_decode(like, sink_keys, recent_keys)(like)
+
+        return decode_copies
     (B, _, Lq, D), (_, Hkv, _, DV) = problem.query.shape, problem.value.shape
     keys, dtype, architecture = _planned_keys(problem), problem.query.dtype, architecture_of(problem.query.device)
     has_tail, most = problem.means is not None, max(1, min(problem.most, keys))

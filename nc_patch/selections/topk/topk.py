@@ -27,8 +27,7 @@ class TopK(Selection):
     The recent keys come first in the budget, then the sinks. Ties go to the lower position; NaN is above every score.
 
     Args:
-        sink_keys: the first visible keys, attended always, within the budget.
-        recent_keys: the last visible keys, attended always, within the budget.
+        sink_keys, recent_keys: the first and the last visible keys, attended always, within the budget.
         tail: what is done with the keys that are not attended. ``"mean"``: every page of 16 keys enters as one more
             key, its mean, which counts as often as the page has keys that are not attended; this costs a sixteenth of
             dense attention more. ``"drop"``: nothing, which is the paper's definition.
@@ -123,6 +122,5 @@ class TopK(Selection):
 
     def decode_triton(self, problem: Problem) -> AttentionResult:
         """By codes, in kernels; see ``decode``."""
-        from nc_patch.selections.topk.decode import triton_topk_decode
-
-        return triton_topk_decode(self.with_means(problem, "triton"), self.sink_keys, self.recent_keys)
+        problem = self.with_means(problem, "triton")
+        return self.bound(problem, "triton")(problem)
