@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,43 +200,26 @@ def test_decoding_holds_no_more_memory_than_allowed(sequences, queries, tail, bo
     assert 0 < max(held) <= triton_decode_topk.SCRATCH_BYTES
 
 
-def meta_calls() -> dict[str, tuple[Any, Callable[[], Any]]]:
-    """Each operation that PyTorch runs, with a call of what it runs on tensors without memory."""
-    D, block_size = 32, 16
-    problem, position, pages = of_rows(3, D, stats=True), integers(BATCH), page_tensors(D, block_size)
-    by_codes = problem._replace(key_index=code_tensors(D), most=20, stats=False)
-    by_pages = problem._replace(key_index=pages, page_size=block_size, most=20)
-    topk, window, block = TopK(4, 4, "drop"), Window(4), Block(block_size)
-
-    def backward(selection: Selection) -> tuple[Any, Callable[[], Any]]:
-        settings = library.arguments(selection, problem, "torch")[:3]
-        op = library._attend_backward
-        return op, lambda: op._init_fn(problem.query, problem.tensors(), *settings)
-
-    def attend(selection: Selection, problem: Problem) -> tuple[Any, Callable[[], Any]]:
-        return library.operation(selection, problem, "torch"), lambda: selection.run(problem, "torch")
-
-    return {
-        "row_budgets": (row_budgets, lambda: row_budgets._init_fn(problem.visible, KEYS, [2.0], [0.5], 1, 30)),
-        "topk": attend(topk, problem),
-        "window": attend(window, problem),
-        "block": attend(block, problem),
-        "topk_backward": backward(topk),
-        "block_backward": backward(block),
-        "topk_decode": attend(topk, by_codes),
-        "block_decode": attend(block, by_pages),
-        "topk_step": attend(topk, by_codes._replace(new=1)),
-        "pages": (
-            index._EXTEND[True],
-            lambda: LAYOUTS["pages"].write(list(pages), [problem.key, *(position,) * 3], 20, block_size, "torch"),
-        ),
-    }
+def meta_calls() -> list[tuple[Any, Callable[[], Any]]]:
+    """Each operation that PyTorch runs, with calls of what it runs on tensors without memory."""
+    problem, at, pages = of_rows(3, 32, stats=True), integers(BATCH), page_tensors(32, 16)
+    by_codes = problem._replace(key_index=code_tensors(32), most=20, stats=False)
+    by_pages = problem._replace(key_index=pages, page_size=16, most=20)
+    topk, window, block = TopK(4, 4, "drop"), Window(4), Block(16)
+    attended = [(selection, problem) for selection in (topk, window, block)]
+    attended += [(topk, by_codes), (topk, by_codes._replace(new=1)), (block, by_pages)]
+    calls = [(library.operation(chosen, of, "torch"), partial(chosen.run, of, "torch")) for chosen, of in attended]
+    for selection in (topk, block):
+        given = (problem.query, problem.tensors(), *library.arguments(selection, problem, "torch")[:3])
+        calls.append((library._attend_backward, partial(library._attend_backward._init_fn, *given)))
+    written = (list(pages), [problem.key, at, at, at], 20, 16, "torch")
+    calls.append((index._EXTEND[True], partial(LAYOUTS["pages"].write, *written)))
+    return [*calls, (row_budgets, partial(row_budgets._init_fn, problem.visible, KEYS, [2.0], [0.5], 1, 30))]
 
 
 @needs_tag
-@pytest.mark.parametrize("name", meta_calls())
-def test_an_operation_of_pytorch_that_reads_a_tensor_on_the_host_is_left_out_of_cuda_graphs(name):
-    op, call = meta_calls()[name]
+@pytest.mark.parametrize(("op", "call"), meta_calls())
+def test_an_operation_of_pytorch_that_reads_a_tensor_on_the_host_is_left_out_of_cuda_graphs(op, call):
     tagged = READS_HOST[0] in op._opoverload.tags
     # PyTorch raises where there is nothing to read.
     with pytest.raises((RuntimeError, NotImplementedError), match="meta") if tagged else contextlib.nullcontext():
@@ -263,7 +247,7 @@ def test_the_calls_are_of_every_operation():
         if isinstance(value, torch._library.custom_ops.CustomOpDef)
     }
     of_triton = {library._OPERATIONS["attend", False], library._OPERATIONS["decode", False], index._EXTEND[False]}
-    assert registered == {op for op, _ in meta_calls().values()} | of_triton
+    assert registered == {op for op, _ in meta_calls()} | of_triton
 
 
 def heads(queries: int, keys: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:

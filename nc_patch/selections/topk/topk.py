@@ -107,8 +107,9 @@ class TopK(Selection):
     def _bounded(self, problem: Problem, run: Callable[[Problem], AttentionResult]) -> AttentionResult:
         """What ``run`` returns, with bounds of the kept mass where they are asked for: from that of every score."""
         result = run(problem._replace(stats=problem.stats or problem.bounds))
-        if not problem.bounds or result.kept_mass is None:
+        if not problem.bounds:
             return result
+        assert result.kept_mass is not None
         bounds = rounding_bounds(result.kept_mass, problem)
         return result._replace(kept_mass=result.kept_mass if problem.stats else None, kept_mass_bounds=bounds)
 
