@@ -16,7 +16,7 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
         variant = made.variant._replace(keys=tile, samples=changes.get("samples", 64), samplers=1, held=128)
         segment = changes.get("segment", -(-(-(-sizes.keys // tile) + 1) // splits) * tile)
         made = made._replace(variant=variant, splits=splits, parts=splits + made.parts - made.splits)
-        return plan.with_scratch(made._replace(segment=segment, stride=max(splits * segment, sizes.keys)), sizes)
+        return plan.with_scratch(made._replace(segment=segment, stride=max(splits * segment, sizes.keys)))
 
     monkeypatch.setattr(decode, "plan_for", small)
     monkeypatch.setattr(decode, "_STEPS", {})

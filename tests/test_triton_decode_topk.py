@@ -280,7 +280,7 @@ def test_a_block_is_divided_among_one_wave_of_programs_with_room_for_its_budget(
             tile, listed = plan.variant.keys, plan.segment * plan.splits
             assert 1 <= plan.splits <= min(plan.parts - 1, MAX_SPLITS)
             assert plan.parts <= GROUP.value * (MOST_ARRIVALS.value - 1)
-            assert plan.splits * sizes.blocks(plan.variant.rows) <= 3 * 132 or plan.splits == 1
+            assert plan.splits * plan.blocks <= 3 * 132 or plan.splits == 1
             assert min(budget, keys) <= listed <= max(plan.stride, keys)
             assert plan.segment <= -(-(-(-keys // tile) + 1) // plan.splits) * tile
             assert plan.variant.samples % tile == 0

@@ -6,7 +6,7 @@ order. The exact k-th largest of these is the row's threshold. All that is not c
 the best are among them if the list is complete and as many of the row's rivals as are needed reach the guess, which the
 scan has proved by their bounds. Where it has not, the block takes all keys, and its rows collect all their rivals.
 
-``plan.parts_of`` describes what the kernels hand on. Blocks of rows are those of ``program_rows``.
+``plan.with_scratch`` describes what the kernels hand on. Blocks of rows are those of ``program_rows``.
 """
 
 from typing import Any, NamedTuple

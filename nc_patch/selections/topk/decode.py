@@ -129,7 +129,7 @@ def _bound(
     if (sequences, queries) != (B, Lq):
         return partial(_decode_in_parts, (sequences, queries), sink_keys, recent_keys)
     variant, splits, options = plan.variant, plan.splits, options_of(plan.variant)
-    blocks, rows, touched = sizes.blocks(variant.rows), sizes.rows, touched_slots(problem.new, plan.slots)
+    blocks, touched = plan.blocks, touched_slots(problem.new, plan.slots)
     upkeep = -(-problem.new // key_shape(D).BLOCK_N) + touched
     arguments = {
         "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq,
@@ -140,10 +140,10 @@ def _bound(
     }  # fmt: skip
     kernels = (
         (prepare_kernel, (blocks, variant.samplers + upkeep, 1), options["prepare"]),
-        (guess_kernel, (rows, 1, 1), options["guess"]),
+        (guess_kernel, (plan.rows, 1, 1), options["guess"]),
         (scan_kernel, (blocks, splits, 1), options["scan"]),
         (score_kernel, (blocks, splits, 1), options["score"]),
-        (choose_kernel, (rows, 1, 1), options["choose"]),
+        (choose_kernel, (plan.rows, 1, 1), options["choose"]),
         (gather_kernel, (blocks, plan.parts, 1), options["gather"]),
     )
     # All that the kernels are compiled for is in the variant or among what the tensors of a step have in common.

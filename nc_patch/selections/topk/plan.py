@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from nc_patch.ops.means import slot_count
 from nc_patch.ops.triton.launch import Tiles, compile_options, padded_dim, shape_of
@@ -29,7 +30,7 @@ _LEAST_CHANNELS, _MATRIX_ROWS = 32, 16
 _PAGES = 32
 # Parts of the scratch memory begin at multiples of so many numbers.
 _ALIGNED = 32
-# Where each of the ``parts_of`` a plan begins in a ``memory`` of float32 or int32 numbers.
+# Where each part begins in a ``memory`` of float32 or int32 numbers; see ``with_scratch``.
 Scratch = namedtuple(
     "Scratch",
     "memory samples guess positions counts sure whole scores errors reached reached_positions reached_scores threshold "
@@ -47,15 +48,6 @@ class Sizes(NamedTuple):
     keys: int
     head_dim: int
     value_dim: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of all heads and sequences: of a contiguous ``[B, Hq, Lq]``."""
-        return self.batch * self.kv_heads * self.group * self.queries
-
-    def blocks(self, rows: int) -> int:
-        """Blocks of at most so many rows of one key/value head, of all heads and sequences."""
-        return -(-self.group * self.queries // rows) * self.batch * self.kv_heads
 
 
 class Variant(NamedTuple):
@@ -83,13 +75,16 @@ class Plan(NamedTuple):
     """How a call is divided, from shapes and host integers alone.
 
     Attributes:
-        variant: what its kernels are compiled for. splits: programs that share a block of rows.
+        variant: what its kernels are compiled for. rows, blocks: of all heads and sequences.
+        splits: programs that share a block of rows.
         segment: list entries of a split. stride: entries that a row has room for. slots: of its pages, or 0.
         parts: of a row's softmax, of the splits and of what besides shares its pages.
         offsets: of the parts of ``Scratch``. numbers: how many it holds.
     """
 
     variant: Variant
+    rows: int
+    blocks: int
     splits: int
     segment: int
     stride: int
@@ -112,27 +107,24 @@ def plan_for(
     rows = 8 if group_rows <= 8 else 16
     few = padded_dim(sizes.head_dim) <= 128 and rows == 8
     tile = 128 if few else 32 if architecture.startswith("gfx") else 64
-    blocks, planned = sizes.blocks(rows), max(_SHORTEST, _power_of_2(keys))
+    of_rows = lambda rows: -(-group_rows // rows) * sizes.batch * sizes.kv_heads  # noqa: E731
+    blocks, planned = of_rows(rows), max(_SHORTEST, triton.next_power_of_2(keys))
     splits = share(resident, blocks, planned // tile, MAX_SPLITS)
     capacity = min(keys, 2 * min(_MOST_SHARES, max(_LEAST_SHARES, group_rows)) * budget + _ROOM_BESIDES)
     whole = -(-(-(-keys // tile) + 1) // splits) * tile
     segment = whole if capacity >= keys else min(whole, 2 * -(-capacity // splits) + _SEGMENT_SLACK)
     samples = _SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES
     # Powers of two, so that few batches take other variants.
-    samplers = min(samples // tile, _power_of_2(max(1, 132 // blocks)))
-    held = min(_MOST_HELD, _power_of_2(min(planned, 8 * budget // 5 + _HELD_BESIDES)))
+    samplers = min(samples // tile, triton.next_power_of_2(max(1, 132 // blocks)))
+    held = min(_MOST_HELD, triton.next_power_of_2(min(planned, 8 * budget // 5 + _HELD_BESIDES)))
     variant = Variant(
         *(rows, tile, samples, samplers, held, padded_splits(splits)), dtype, *sizes[-2:], architecture, want_bounds
     )
     slots = slot_count(keys) if has_tail else 0
     # By their registers eight warps of those that go over pages fit a multiprocessor.
-    tail = share(1 if largest > 128 else 2, sizes.blocks(_MATRIX_ROWS), -(-slots // _PAGES)) if has_tail else 0
-    return with_scratch(Plan(variant, splits, segment, max(splits * segment, keys), slots, splits + tail), sizes)
-
-
-def _power_of_2(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << (number - 1).bit_length()
+    tail = share(1 if largest > 128 else 2, of_rows(_MATRIX_ROWS), -(-slots // _PAGES)) if has_tail else 0
+    all_rows, stride = group_rows * sizes.batch * sizes.kv_heads, max(splits * segment, keys)
+    return with_scratch(Plan(variant, all_rows, blocks, splits, segment, stride, slots, splits + tail))
 
 
 def _is_slim(dtype: torch.dtype, head_dim: int, want_bounds: bool) -> bool:
@@ -140,15 +132,15 @@ def _is_slim(dtype: torch.dtype, head_dim: int, want_bounds: bool) -> bool:
     return dtype != torch.float32 and head_dim in (64, 128) and not want_bounds
 
 
-def parts_of(plan: Plan, sizes: Sizes) -> dict[str, int]:
-    """What the kernels of a step hand on to each other, and how many numbers of each.
+def with_scratch(plan: Plan) -> Plan:
+    """The plan with the places of what the kernels of a step hand on to each other.
 
     Rows are those of ``[B, Hq, Lq]``; a block is of rows that share a list, of which each of the splits has a segment.
     An entry is a place in a block's list, or a position where the block takes all keys.
     """
-    rows, blocks, bounds = sizes.rows, sizes.blocks(plan.variant.rows), int(plan.variant.bounds)
+    rows, blocks, bounds = plan.rows, plan.blocks, int(plan.variant.bounds)
     splits, parts, entries = rows * plan.splits, rows * plan.parts, rows * plan.stride
-    return {
+    lengths = {
         # Scores of sampled keys, and from these one that the needed keys of the row should reach.
         "samples": rows * plan.variant.samples,
         "guess": rows,
@@ -175,17 +167,14 @@ def parts_of(plan: Plan, sizes: Sizes) -> dict[str, int]:
         "arrivals": rows * MOST_ARRIVALS.value,
         "peak": parts,
         "total": parts,
-        "acc": parts * sizes.value_dim,
+        "acc": parts * plan.variant.value_dim,
         # ``Mass`` of the lower and the upper logits of keys not listed; of the keys attended and of the other entries.
         "outside": 4 * splits * bounds,
         "kept": 8 * splits * bounds,
     }
-
-
-def with_scratch(plan: Plan, sizes: Sizes) -> Plan:
-    """The plan with the places of its parts."""
-    parts = parts_of(plan, sizes)
-    *offsets, numbers = accumulate((-(-parts[name] // _ALIGNED) * _ALIGNED for name in Scratch._fields[1:]), initial=0)
+    *offsets, numbers = accumulate(
+        (-(-lengths[name] // _ALIGNED) * _ALIGNED for name in Scratch._fields[1:]), initial=0
+    )
     return plan._replace(offsets=tuple(offsets), numbers=numbers)
 
 
