@@ -110,7 +110,8 @@ def test_both_kernels_score_tiles_of_the_same_shape(case, target):
     shapes = []
     for launch in (search, attention):
         shape = launch.kernel.arg_names.index("shape")
-        shapes.append({within: value for (place, *within), value in launch.constants.items() if place == shape})
+        constants = {place[1:]: value for place, value in launch.constants.items() if place[0] == shape}
+        shapes.append({place: getattr(value, "value", value) for place, value in constants.items()})
     assert shapes[0] == shapes[1] != {}
     assert search.options == attention.options
 
