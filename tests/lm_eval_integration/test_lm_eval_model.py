@@ -229,7 +229,7 @@ def test_settings_come_from_a_file_or_a_profile(tmp_path):
         ({"alpha": 2, "C": 0.5, "backend": "cuda"}, {}, "backend must be one of .*'triton'"),
         ({"alpha": 1}, {"nc_config": "absent.json"}, "leave out alpha"),
         ({}, {"nc_config": "absent.json"}, "No such file"),
-        ({}, {"nc_config": "broken.json"}, "no JSON"),
+        ({}, {"nc_config": "broken.json"}, "a config is a JSON object"),
         ({}, {"nc_config": "x.json", "profile": "x.json"}, "leave out profile"),
         ({}, {"profile": "newer.json"}, "written by a newer nc_patch"),
         ({"alpha": 2}, {"profile": made_up_profile()}, "a profile brings alpha of its own"),
