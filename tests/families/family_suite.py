@@ -73,8 +73,9 @@ class _Runs:
         self.model, self.config = model.eval(), model.config
         self.takes = set(inspect.signature(type(model).forward).parameters)
         generator = torch.Generator().manual_seed(7)
+        # No token comes twice: in layers without positions its keys would tie, and rounding decide which is attended.
         self.ids, self.other = (
-            torch.randint(2, VOCABULARY, (n,), generator=generator) for n in (LENGTH, LENGTH + PADDING)
+            torch.randperm(VOCABULARY - 2, generator=generator)[:n] + 2 for n in (LENGTH, LENGTH + PADDING)
         )
         with torch.inference_mode():
             given = self(self.ids[None], position_ids=torch.arange(LENGTH)[None], use_cache=False).logits[0]
