@@ -145,7 +145,10 @@ def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(
 
 @pytest.mark.parametrize(
     ("further", "message"),
-    [(("--fraction", "2"), "fraction must be a number"), (("--fraction", "0.1", "--at", "0"), "n must be an integer of at least 1")],
+    [
+        (("--fraction", "2"), "fraction must be a number"),
+        (("--fraction", "0.1", "--at", "0"), "n must be an integer of at least 1"),
+    ],
 )
 def test_calibrate_sees_before_it_measures_that_its_budget_is_none(arguments_of, capsys, unmeasured, further, message):
     assert main(arguments_of("calibrate", *further)) == 2

@@ -18,6 +18,7 @@ import numba
 import numpy as np
 import torch
 from numba import carray, types
+from numba.core.datamodel import models, register_default
 
 from nc_patch.common import say_once
 from nc_patch.ops.cpu.vectors import add_to, address_of, call
@@ -25,6 +26,27 @@ from nc_patch.ops.cpu.vectors import add_to, address_of, call
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The first fields of every record, which a launch fills in.
 _HEADER = ("items", "item", "worker", "memory", "scratch", "function")
+
+
+class Arguments(types.Record):
+    """The arguments of a kernel, named in compiled code by what they are.
+
+    A ``types.Record`` is named by a number that another process gives to other arguments: of two kernels that different
+    processes have kept on the disk one would run the other's functions, whose arguments lie elsewhere.
+    """
+
+    @classmethod
+    def of(cls, record: np.dtype[Any]) -> "Arguments":
+        like = numba.from_dtype(record)
+        fields = [(name, {"type": field.type, "offset": field.offset}) for name, field in like.fields.items()]
+        return cls(fields, like.size, like.aligned)
+
+    @property
+    def mangling_args(self) -> tuple[str, tuple[int, ...]]:
+        return type(self).__name__, (int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big"),)
+
+
+register_default(Arguments)(models.RecordModel)
 
 
 class Kernel:
@@ -53,7 +75,7 @@ class Kernel:
 
     @functools.cached_property
     def _address(self) -> int:
-        return _compile(self._function, types.CPointer(numba.from_dtype(self.record)), types.int64, types.int64)
+        return _compile(self._function, types.CPointer(Arguments.of(self.record)), types.int64, types.int64)
 
     def __call__(self, items: int, floats: int = 0, **arguments: Any) -> None:
         """Runs ``items`` items; each thread has scratch memory of so many floats, which begins at a multiple of 64."""
@@ -112,7 +134,7 @@ def _sources() -> str:
 @functools.cache
 def _loop() -> Any:
     """What a thread of a launch runs."""
-    address = _compile(_run_items, types.CPointer(numba.from_dtype(Kernel(_run_items, "").record)))
+    address = _compile(_run_items, types.CPointer(Arguments.of(Kernel(_run_items, "").record)))
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 

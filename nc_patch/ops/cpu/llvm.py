@@ -135,6 +135,10 @@ def as_floats(b: Builder, address: Value, index: Value | int, kind: int, lanes: 
     return b.sitofp(b.sext(load(b, address, index, byte), word), floats)
 
 
+# LLVM 20 unrolls some loops as if they ran twice at least. What must not be moved to other threads is not unrolled.
+_UNROLLS_ONE = llvm.llvm_version_info < (22,)
+
+
 def loop(
     b: Builder, stop: Value, step: int, begin: Sequence[Value], body: Callable[..., Sequence[Value] | None]
 ) -> list[Value]:
@@ -148,6 +152,8 @@ def loop(
         phi.add_incoming(first, entry)
     b.cbranch(b.icmp_signed("<", index, stop), inside, after)
     b.position_at_end(inside)
+    if _UNROLLS_ONE:
+        b.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], True).attributes.add("convergent")
     changed = body(index, *values) or ()
     index.add_incoming(b.add(index, constant(I64, step)), b.block)
     for phi, value in zip(values, changed, strict=True):
