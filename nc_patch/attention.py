@@ -17,8 +17,7 @@ from nc_patch.hooks import IMPLEMENTATION, told_boundaries
 from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed
 from nc_patch.masks import interval_mask
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.derivatives import in_transform, needs_gradient, refuse_tangents
-from nc_patch.ops.derivatives import is_capturing as _capturing
+from nc_patch.ops.derivatives import in_transform, is_capturing, needs_gradient, refuse_tangents
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
 from nc_patch.selections import Dense, Selection
@@ -195,7 +194,7 @@ def _plan(patch: LayerPatch | None, query: torch.Tensor, key_length: int, cache:
         reason = "alpha >= 1 with C = 1 attends every key"
     elif key_length <= config.dense_below:
         short, reason = True, f"no query sees more than dense_below={config.dense_below} keys"
-    host_reads = not torch.compiler.is_compiling() and not _capturing(query)
+    host_reads = not torch.compiler.is_compiling() and not is_capturing(query)
     # Inside torch.func's transforms a value of the computation may stand for many.
     readable = host_reads and not in_transform()
     if config.on_drop != "ignore" and reason is None and not readable:

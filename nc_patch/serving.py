@@ -3,7 +3,6 @@
 A query attends what it attends in ``generate`` of its request alone.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -92,7 +91,7 @@ class ServedLayer(NamedTuple):
 
         The result holds how many keys were attended, int32 ``[1, Hq or 1, Lq]``.
         """
-        config, length, (first, last) = self.config, chunk.length, chunk.dense
+        config, length = self.config, chunk.length
         held = chunk.blocks[: -(-length // paged.key.shape[2])]
         key, value = (t[held].transpose(0, 1).flatten(1, 2)[None, :, :length] for t in paged[:2])
         seen = chunk.visible[:, None, :, 1]
@@ -103,16 +102,26 @@ class ServedLayer(NamedTuple):
         elif length <= config.dense_below:
             reason = f"no query sees more than dense_below={config.dense_below} keys"
         if reason is None:
-            budget = self._budget(chunk.visible, length)
-            if first or last:
-                chooses = torch.arange(seen.shape[2], device=seen.device)
-                budget = torch.where((chooses >= first) & (chooses < seen.shape[2] - last), budget, seen)
-            problem = problem._replace(budget=budget)
+            problem = problem._replace(budget=self._budget(chunk.visible, length, *chunk.dense))
         result = attend(problem, selection if reason is None else Dense(), config.backend)
         return result._replace(attended=problem.budget if result.attended is None else result.attended), reason
 
-    def _budget(self, visible: torch.Tensor, most_keys: int) -> torch.Tensor:
-        """Budgets int32 ``[B, heads or 1, Lq]`` of the queries that see ``visible [B, Lq, 2]``."""
-        find = partial(self.config.row_budgets, visible, most_keys, self.layer)
-        budget: torch.Tensor = once(visible, ("budget", self.config.laws(self.layer)), find)
-        return budget[:, self.heads].contiguous() if budget.shape[1] > 1 else budget
+    def _budget(self, visible: torch.Tensor, most_keys: int, first: int = 0, last: int = 0) -> torch.Tensor:
+        """Budgets int32 ``[B, heads or 1, Lq]`` of the queries that see ``visible [B, Lq, 2]``.
+
+        So many of the first and of the last attend every key.
+        """
+        laws = self.config.laws(self.layer)
+
+        def find() -> torch.Tensor:
+            budget = self.config.row_budgets(visible, most_keys, self.layer)
+            budget = budget[:, self.heads].contiguous() if len(laws) > 1 else budget
+            if first or last:
+                row, count = torch.arange(visible.shape[1], device=visible.device), visible.shape[1]
+                budget = torch.where((row >= first) & (row < count - last), budget, visible[:, None, :, 1])
+            return budget
+
+        if len(laws) > 1:  # large, and as a rule of one layer alone
+            return find()
+        budget: torch.Tensor = once(visible, ("budget", laws), find)
+        return budget

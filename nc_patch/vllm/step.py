@@ -7,6 +7,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from nc_patch.common import once
+from nc_patch.ops.derivatives import is_capturing
 from nc_patch.serving import Chunk, DecodingRows, chunk
 from nc_patch.vllm.settings import current_settings
 
@@ -26,8 +27,7 @@ class Decoding(NamedTuple):
         """What they see; computed on the device by the first layer that asks, so that a CUDA graph of all layers holds
         it.
         """
-        capturing = self.rows.is_cuda and torch.cuda.is_current_stream_capturing()
-        found: DecodingRows = once(self.rows, ("seen", capturing), self._seen)
+        found: DecodingRows = once(self.rows, ("seen", is_capturing(self.rows)), self._seen)
         return found
 
     def _seen(self) -> DecodingRows:

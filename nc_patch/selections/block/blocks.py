@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from nc_patch.common import check_choice, check_integer, check_number, once
+from nc_patch.ops.derivatives import is_capturing
 from nc_patch.ops.problem import Problem
 from nc_patch.selections.base import Selection
 
@@ -131,7 +132,7 @@ def make_plan(problem: Problem, options: BlockOptions) -> BlockPlan:
         RuntimeError: a CUDA graph is being captured, which a read of the device would break.
     """
     visible, origin, heads, size = problem.visible, problem.origin, problem.key.shape[1], options.size
-    if visible.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(visible):
         raise RuntimeError(
             "block attention counts its query blocks on the host, which a CUDA graph cannot capture: capture decoding "
             'steps only, or prefill with selection "topk", "window" or "dense"'
