@@ -274,7 +274,7 @@ def test_one_compiled_graph_refuses_by_name_and_in_several_it_acts(whole):
 
 def test_a_cuda_graph_refuses_by_name_and_tracks_nothing(monkeypatch):
     model, ids = patch_model(tiny_model("llama"), 2.0, 0.5, on_drop="warn", selection="topk"), random_ids(1, 20)
-    monkeypatch.setattr("nc_patch.attention._capturing", lambda tensor: True)
+    monkeypatch.setattr("nc_patch.attention.is_capturing", lambda tensor: True)
     with torch.inference_mode():
         with pytest.raises(RuntimeError, match=r'on_drop="warn".*nor a CUDA graph can'):
             model(ids)
