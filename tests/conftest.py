@@ -45,17 +45,31 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def device(poisoned_memory: None, request: pytest.FixtureRequest) -> str:
+def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where kernels run; memory that is only allocated holds NaN, so that whatever a kernel leaves out shows.
 
-    In the interpreter the file's ``small_tiles`` count, by which short inputs cross many tiles.
+    In the interpreter tiles are small, so that short inputs cross many.
     """
     from operations import INTERPRETED  # imports the library, which not all tests need
 
     if not INTERPRETED:
         return "cuda"
-    request.getfixturevalue("small_tiles")
+    from small_sizes import small_sizes
+
+    small_sizes(monkeypatch)
     return "cpu"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests that take ``device`` need a GPU, but in the interpreter."""
+    if "device" in getattr(item, "fixturenames", ()):
+        from operations import INTERPRETED
+
+        if not INTERPRETED:
+            item.add_marker(pytest.mark.gpu)
+            item.add_marker(
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
+            )
 
 
 @pytest.fixture(scope="session")

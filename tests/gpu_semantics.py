@@ -22,9 +22,6 @@ It replaces parts of the interpreter of Triton 3.7. Where another version lacks 
 
 import os
 import random
-import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -172,28 +169,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     semantics = config.stash[STATE]
     ran = f"{semantics.launches} launches of {semantics.programs} programs"
     terminalreporter.write_line(f"gpu_semantics: {ran}, seed {semantics.seed}")
-
-
-def run_in_the_interpreter(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """pytest in a process of its own, as whether kernels are interpreted is settled when they are imported."""
-    tests = os.path.dirname(__file__)
-    # One thread: the interpreter's tiles are too small to share.
-    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    settings["PYTHONPATH"] = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        cwd=os.path.dirname(tests),
-        env={**os.environ, **settings, **environment},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-
-
-def check_as_on_a_gpu(file: str, **environment: str) -> None:
-    """Fails unless every test of a file passes under this plugin, but the one that calls this: it is skipped there."""
-    done = run_in_the_interpreter("-p", "gpu_semantics", file, **environment)
-    said = done.stdout[-8000:] + done.stderr[-2000:]
-    assert done.returncode == 0, said
-    assert re.search(r"^gpu_semantics: [1-9]\d* launches", done.stdout, re.M), said
-    assert re.search(r"^[1-9]\d* passed, 1 skipped\b", done.stdout, re.M), said

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 
 from nc_patch import library
@@ -14,14 +13,6 @@ from nc_patch.selections.base import selection_class
 
 # Whether kernels run in Triton's interpreter, which is settled when they are imported.
 INTERPRETED = bool(backends._triton_interprets())
-
-
-def on_kernel_device(test: Any) -> Any:
-    """Marks a test that launches kernels: it runs in the interpreter, or on a GPU."""
-    if INTERPRETED:
-        return test
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
-    return pytest.mark.gpu(no_gpu(test))
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

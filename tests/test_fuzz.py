@@ -36,7 +36,7 @@ def test_many_more_random_calls(kind):
 @pytest.mark.wide
 def test_many_more_random_calls_of_the_triton_kernels():
     pytest.importorskip("triton", reason="the interpreter is Triton's")
-    from gpu_semantics import run_in_the_interpreter
+    from interpreted import run_in_the_interpreter
 
     done = run_in_the_interpreter("-m", "wide", "-k", "many_more_random_calls and not triton", __file__)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

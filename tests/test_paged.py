@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import test_every_case_in_the_interpreter  # noqa: F401
 from operations import INTERPRETED, assert_close, assert_summarises, reference_attention
 
 from nc_patch.ops.problem import AttentionResult
@@ -246,11 +247,3 @@ def test_blocks_whose_steps_have_no_common_measure_are_refused_on_a_cpu():
 def test_slots_that_are_no_list_of_int64_are_refused(slots):
     with pytest.raises(ValueError, match=r"slots must be int64 \[T\] on cpu, got int"):
         summarize_slots_(Engine((20,)).paged, slots, 16)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_every_case_in_the_interpreter():
-    pytest.importorskip("triton", reason="the interpreter is Triton's")
-    from gpu_semantics import check_as_on_a_gpu
-
-    check_as_on_a_gpu(__file__)

@@ -6,9 +6,9 @@ from attention_cases import DESCRIBED, TOLERANCE, Case, Shape, check
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import INTERPRETED, assert_close, on_kernel_device, problem_of_case  # noqa: E402
-from test_triton_kernels import FP32_BF16, small_sizes  # noqa: E402
+from interpreted import test_every_case_in_the_interpreter  # noqa: E402, F401
+from operations import assert_close, problem_of_case  # noqa: E402
+from test_triton_kernels import FP32_BF16  # noqa: E402
 
 from nc_patch.ops.problem import Problem  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
@@ -16,8 +16,6 @@ from nc_patch.selections.block.blocks import BlockPlan, PlannedBlock, make_plan,
 from nc_patch.selections.block.definition import block_choice  # noqa: E402
 from nc_patch.selections.block.prefill import block_tiles, choose_blocks  # noqa: E402
 from nc_patch.selections.block.torch import choose_blocks as torch_choose_blocks  # noqa: E402
-
-small_tiles = pytest.fixture(small_sizes)
 
 
 def shape_of(name: str, **more: object) -> Shape:
@@ -36,7 +34,6 @@ def choose(case: Case, problem: Problem) -> tuple[torch.Tensor, ...]:
     return tuple(x.cpu() for x in (*choice, added, kept))
 
 
-@on_kernel_device
 @pytest.mark.parametrize(
     "name", ["stride-by-the-law", "local-keys", "packed-dense-rows", "min-mass", "min-mass-sliding"]
 )
@@ -58,7 +55,6 @@ def test_choice_and_what_it_keeps_are_those_of_the_definition_and_of_pytorch(nam
     assert_close(kept, by_pytorch.double(), 1e-4)
 
 
-@on_kernel_device
 @pytest.mark.parametrize("name", ["min-mass", "dense-rows", "full-budget"])
 def test_the_audit_and_how_many_attend_more_equal_those_of_the_other_backend(name, device):
     case = DESCRIBED[f"{name}-block"][0].case(2)
@@ -72,7 +68,6 @@ def test_the_audit_and_how_many_attend_more_equal_those_of_the_other_backend(nam
     assert ours.enlarged is None or torch.equal(ours.enlarged.cpu(), theirs.enlarged)
 
 
-@on_kernel_device
 def test_ties_go_to_the_lower_position(device):
     case = shape_of("ties", group=1, queries=20, keys=260, budget=80).case()
     case.key.zero_()
@@ -82,7 +77,6 @@ def test_ties_go_to_the_lower_position(device):
     assert block_indices.flatten(0, 1).tolist() == [[0, 1, 2, 3, 15], [0, 1, 2, 3, 16]]
 
 
-@on_kernel_device
 @pytest.mark.parametrize("bytes_at_once", [1, 6000])
 def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatch):
     case = shape_of("chunks", batch=2, group=1, intervals="padding", blocks={"min_mass": 0.8}).case()
@@ -96,7 +90,6 @@ def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatc
     assert_close(kept, whole[3].double(), 1e-6)
 
 
-@on_kernel_device
 @pytest.mark.parametrize("softcap", [0.0, 80.0])
 def test_a_block_scores_the_same_whether_its_tile_is_masked_or_not(softcap, device, monkeypatch):
     # A compiler, and ``gpu_semantics``, round a product once where it goes straight into a difference: no mask between.
@@ -119,7 +112,6 @@ def test_a_block_scores_the_same_whether_its_tile_is_masked_or_not(softcap, devi
     assert torch.equal(*found)
 
 
-@on_kernel_device
 @FP32_BF16
 def test_a_broken_value_shows_in_the_rows_that_attend_it_and_reaches_none_of_another_query_block(dtype, device):
     case = shape_of("values", dtype=dtype, head_dim=80, queries=100, keys=130, budget="full").case()
@@ -138,7 +130,6 @@ def test_a_broken_value_shows_in_the_rows_that_attend_it_and_reaches_none_of_ano
     assert_close(output[sound], expected[sound], TOLERANCE[dtype])
 
 
-@on_kernel_device
 @FP32_BF16
 def test_what_no_row_of_a_query_block_sees_is_not_read_from_the_blocks_at_its_edges(dtype, device):
     case = shape_of("edges", dtype=dtype, batch=2, queries=70, keys=100, intervals="padding").case()
@@ -149,7 +140,6 @@ def test_what_no_row_of_a_query_block_sees_is_not_read_from_the_blocks_at_its_ed
     check("block", case, "triton", device)
 
 
-@on_kernel_device
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
 def test_a_broken_key_reaches_only_the_rows_that_attend_it(spoil, device):
     case = shape_of("keys", group=1, queries=70, intervals="packed", budget="full").case()
@@ -195,8 +185,3 @@ def test_scored_tiles_hold_whole_blocks(architecture):
             for head_dim in (16, 64, 80, 128, 192, 256):
                 tiles = block_tiles(architecture, dtype, head_dim, head_dim, block_size)
                 assert tiles.score.keys % block_size == 0
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_every_case_in_the_interpreter():
-    check_as_on_a_gpu(__file__)

@@ -6,9 +6,9 @@ from attention_cases import Shape, check
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import INTERPRETED, assert_close, assert_summarises, on_kernel_device, problem_of_case  # noqa: E402
-from test_triton_kernels import FP32_BF16, small_sizes  # noqa: E402
+from interpreted import test_every_case_in_the_interpreter  # noqa: E402, F401
+from operations import assert_close, assert_summarises, problem_of_case  # noqa: E402
+from test_triton_kernels import FP32_BF16  # noqa: E402
 
 from nc_patch import KeyIndex  # noqa: E402
 from nc_patch.functional import by_index  # noqa: E402
@@ -17,15 +17,12 @@ from nc_patch.selections.block.decode import triton_block_decode  # noqa: E402
 from nc_patch.selections.block.pages import PageStatistics  # noqa: E402
 from nc_patch.selections.block.summarize import triton_summarize_pages_  # noqa: E402
 
-small_tiles = pytest.fixture(small_sizes)
-
 
 def decode_shape(**more: object) -> Shape:
     """A query of two heads over a dozen pages."""
     return Shape("pages", ("pages",), **{"queries": 1, "keys": 200, "budget": 70} | more)
 
 
-@on_kernel_device
 @pytest.mark.parametrize("kinds", [1, 3])
 def test_ties_go_to_the_lower_page(kinds, device):
     case = decode_shape(group=3, queries=2, keys=256, budget=112).case()
@@ -35,7 +32,6 @@ def test_ties_go_to_the_lower_page(kinds, device):
     check("pages", case, "triton", device)
 
 
-@on_kernel_device
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_an_unattended_value_may_be_anything_and_an_attended_one_is_seen(broken, device):
     case = decode_shape().case()
@@ -48,7 +44,6 @@ def test_an_unattended_value_may_be_anything_and_an_attended_one_is_seen(broken,
     assert not check("pages", case, "triton", device).output.isfinite().all()
 
 
-@on_kernel_device
 def test_a_page_with_a_nan_key_is_chosen_first(device):
     case = decode_shape(kv_heads=2, budget=48).case()
     case.key[:, 0, 100] = torch.nan
@@ -62,7 +57,6 @@ def test_a_page_with_a_nan_key_is_chosen_first(device):
         assert of_other_heads[:, 2:].isfinite().all()
 
 
-@on_kernel_device
 def test_a_row_without_keys_beside_others_is_zero(device):
     case = decode_shape(batch=2, queries=3, keys=60, intervals="padding", sinks=True).case()
     case.visible[1, 0], case.visible[0, 1] = 25, 0
@@ -70,7 +64,6 @@ def test_a_row_without_keys_beside_others_is_zero(device):
     assert not check("pages", case, "triton", device).output[0, :, 1].any()
 
 
-@on_kernel_device
 @FP32_BF16
 @pytest.mark.parametrize(("first", "count"), [((40, 55), 1), ((33, 47), 16), ((0, 0), 90)])
 def test_summaries_follow_new_keys(first, count, dtype, device):
@@ -98,7 +91,6 @@ def test_summaries_follow_new_keys(first, count, dtype, device):
 
 
 # Keys that end with a page of the first sequence, that begin one and that lie within one.
-@on_kernel_device
 @pytest.mark.parametrize(
     ("dtype", "queries", "keys"),
     [(torch.float32, 1, 160), (torch.float32, 1, 161), (torch.bfloat16, 1, 170), (torch.float32, 3, 161)],
@@ -125,7 +117,6 @@ def test_a_step_that_takes_in_its_keys_has_the_index_that_is_built_afresh(dtype,
         assert [not torch.equal(*pair) for pair in zip(kept, old, strict=True)] == completed
 
 
-@on_kernel_device
 def test_a_key_goes_into_an_index_that_is_a_view_of_something_larger(device):
     case = decode_shape(kv_heads=2, keys=160).case()
     kept, afresh = (case.problem("pages", "triton", device, new=new) for new in (1, 0))
@@ -148,8 +139,3 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
     index = (change.pop("codes", codes), change.pop("scales", scales))
     with pytest.raises(ValueError, match=message):
         triton_block_decode(problem._replace(key_index=index, **change))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_every_case_in_the_interpreter():
-    check_as_on_a_gpu(__file__)

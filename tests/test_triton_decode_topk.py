@@ -12,10 +12,10 @@ from attention_cases import DESCRIBED, Shape, check
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import INTERPRETED, on_kernel_device, problem_of_case, topk_mask  # noqa: E402
-from small_plans import plan_with  # noqa: E402
-from test_triton_kernels import FP32_BF16, SPOILED, small_sizes, spoiled_case, tied_case  # noqa: E402
+from interpreted import test_every_case_in_the_interpreter  # noqa: E402, F401
+from operations import problem_of_case, topk_mask  # noqa: E402
+from small_sizes import plan_with  # noqa: E402
+from test_triton_kernels import FP32_BF16, SPOILED, spoiled_case, tied_case  # noqa: E402
 
 from nc_patch import KeyIndex  # noqa: E402
 from nc_patch.budget import budget_of  # noqa: E402
@@ -27,8 +27,6 @@ from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
 from nc_patch.selections.topk.encode import triton_encode_keys_  # noqa: E402
 from nc_patch.selections.topk.plan import Scratch, Sizes, plan_for  # noqa: E402
-
-small_tiles = pytest.fixture(small_sizes)
 
 
 def decode_shape(**more: object) -> Shape:
@@ -84,7 +82,6 @@ def spoil(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_decode_topk, "scan_kernel", Watched(triton_decode_topk.scan_kernel, raise_guesses))
 
 
-@on_kernel_device
 @pytest.mark.parametrize("spoiled", ["segment", "guess", "none"])
 def test_exactly_the_reference_set_is_attended_where_scores_tie(spoiled, device, taken_whole, monkeypatch):
     spoil(spoiled, monkeypatch)
@@ -94,7 +91,6 @@ def test_exactly_the_reference_set_is_attended_where_scores_tie(spoiled, device,
     assert (taken_whole[0] > 0) == (spoiled != "none")
 
 
-@on_kernel_device
 @pytest.mark.parametrize("what", ["segment", "guess"])
 @pytest.mark.parametrize("way", ["codes", "codes with means"])
 def test_blocks_without_a_proof_choose_among_all_keys(way, what, device, taken_whole, monkeypatch):
@@ -106,14 +102,12 @@ def test_blocks_without_a_proof_choose_among_all_keys(way, what, device, taken_w
     assert (bounds[..., 1] - bounds[..., 0]).max() < 1e-3
 
 
-@on_kernel_device
 def test_many_parts_are_joined_in_groups(device, monkeypatch):
     plan_with(monkeypatch, splits=GROUP.value + 2)
     case = decode_shape(queries=2, keys=700, group=2, head_dim=16).case()
     check("codes with means", case, "triton", device, bounds=True)
 
 
-@on_kernel_device
 def test_queries_that_go_one_after_another_give_what_they_give_together(device, monkeypatch):
     shape = decode_shape(dtype=torch.bfloat16, batch=2, queries=3, keys=90, budget="per_head", intervals="padding")
     case, calls = shape.case(), []
@@ -133,7 +127,6 @@ def test_queries_that_go_one_after_another_give_what_they_give_together(device, 
     assert calls == [(2, 3, 3, 64)] + [(1, 3, 1, 64)] * 6
 
 
-@on_kernel_device
 @pytest.mark.parametrize("name", ["decode", "decode-ragged", "decode-full-budget", "decode-forced-keys"])
 def test_blocks_of_ordinary_keys_have_a_proof(name, device, taken_whole):
     case = DESCRIBED[f"{name}-codes"][0].case()
@@ -141,7 +134,6 @@ def test_blocks_of_ordinary_keys_have_a_proof(name, device, taken_whole):
     assert taken_whole == [0]
 
 
-@on_kernel_device
 def test_a_sample_is_not_in_step_with_a_text_that_repeats_itself(device, taken_whole):
     # 64 samples of 1,024 keys, of which every sixteenth scores high: a sample in step sees these alone, or none.
     for phase in range(0, 16, 4):
@@ -152,7 +144,6 @@ def test_a_sample_is_not_in_step_with_a_text_that_repeats_itself(device, taken_w
     assert taken_whole == [0] * 4
 
 
-@on_kernel_device
 @pytest.mark.parametrize("kind", SPOILED)
 def test_decoding_is_exact_for_keys_that_are(kind, device, monkeypatch):
     # With room for all keys in the list, and without, so that blocks take all keys.
@@ -160,7 +151,6 @@ def test_decoding_is_exact_for_keys_that_are(kind, device, monkeypatch):
     check("codes", spoiled_case(kind, 3, 130), "triton", device, bounds=True)
 
 
-@on_kernel_device
 def test_a_query_that_is_not_finite_gives_nan_and_leaves_others_alone(device):
     case = decode_shape(queries=3).case()
     case.query[0, 1, 1, 5] = torch.nan
@@ -173,7 +163,6 @@ def test_a_query_that_is_not_finite_gives_nan_and_leaves_others_alone(device):
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@on_kernel_device
 @FP32_BF16
 def test_a_broken_value_reaches_its_column_of_rows_that_attend_it_and_none_whose_rows_do_not(dtype, device):
     case = decode_shape(dtype=dtype, queries=5).case()
@@ -189,7 +178,6 @@ def test_a_broken_value_reaches_its_column_of_rows_that_attend_it_and_none_whose
     assert (output[..., sound].double() - expected[..., sound]).norm() <= tolerance * expected[..., sound].norm()
 
 
-@on_kernel_device
 @FP32_BF16
 @pytest.mark.parametrize("kind", [None, "huge", "tiny", "far apart", "infinite", "nan"])
 def test_codes_written_in_place_bound_the_keys(kind, dtype, device):
@@ -215,7 +203,6 @@ def test_codes_written_in_place_bound_the_keys(kind, dtype, device):
         assert torch.equal(bound.isinf(), exact.isinf())
 
 
-@on_kernel_device
 @pytest.mark.parametrize(("queries", "keys", "begin"), [(1, 97, 5), (17, 64, 0)])
 def test_a_step_takes_its_keys_into_the_index_first(queries, keys, begin, device):
     case = decode_shape(batch=2, kv_heads=2, queries=queries, keys=keys, value_dim=80, budget=9).case()
@@ -247,14 +234,12 @@ def test_a_step_takes_its_keys_into_the_index_first(queries, keys, begin, device
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
 
 
-@on_kernel_device
 def test_decoding_is_exact_for_queries_of_any_size(device):
     case = decode_shape(queries=6, unequal=0.0).case()
     case.query *= torch.logspace(-36, 30, 6)[:, None]
     check("codes", case, "triton", device, bounds=True)
 
 
-@on_kernel_device
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_a_tensor_whose_last_axis_is_not_dense_is_copied(name, device):
     case = decode_shape(queries=2).case()
@@ -284,8 +269,3 @@ def test_a_block_is_divided_among_one_wave_of_programs_with_room_for_its_budget(
             assert min(budget, keys) <= listed <= max(plan.stride, keys)
             assert plan.segment <= -(-(-(-keys // tile) + 1) // plan.splits) * tile
             assert plan.variant.samples % tile == 0
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_every_case_in_the_interpreter():
-    check_as_on_a_gpu(__file__)

@@ -13,9 +13,8 @@ from tiny_models import random_ids, tiny_model
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from gpu_semantics import check_as_on_a_gpu  # noqa: E402
-from operations import INTERPRETED, assert_close, on_kernel_device, problem_of_case, topk_mask  # noqa: E402
-from small_plans import plan_with  # noqa: E402
+from interpreted import test_every_case_in_the_interpreter  # noqa: E402, F401
+from operations import INTERPRETED, assert_close, problem_of_case, topk_mask  # noqa: E402
 
 from nc_patch import patch_model  # noqa: E402
 from nc_patch.ops.means import PageMeans, page_means, page_starts  # noqa: E402
@@ -23,37 +22,13 @@ from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.ops.triton.launch import Tiles  # noqa: E402
 from nc_patch.ops.triton.means import triton_page_means  # noqa: E402
 from nc_patch.selections import Block, TopK, Window  # noqa: E402
-from nc_patch.selections.block import decode as triton_decode_block  # noqa: E402
-from nc_patch.selections.block import prefill as triton_block  # noqa: E402
 from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
 from nc_patch.selections.topk.layouts import Means  # noqa: E402
 
-
-def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes by which short inputs cross many tiles in the interpreter."""
-
-    def tiles(_, dtype, *sizes):
-        return Tiles(16, 32, 4, 1, 32 if dtype == torch.float32 else None)
-
-    def block_tiles(architecture, dtype, head_dim, value_dim, block_size):
-        chunk = 32 if dtype == torch.float32 else None
-        score = Tiles(32, max(32, block_size), 4, 1, chunk)
-        return triton_block.BlockTiles(score, Tiles(64, 32, 4, 1, chunk), 16)
-
-    monkeypatch.setattr(triton_launch, "tiles_for", tiles)
-    monkeypatch.setattr(triton_block, "block_tiles", block_tiles)
-    for name, size in (("_BLOCKS_AT_ONCE", 8), ("_RANKS_AT_ONCE", 16), ("_SEGMENT", 64)):
-        monkeypatch.setattr(triton_block, name, size)
-    monkeypatch.setattr(triton_decode_block, "_CHOOSE_AT_ONCE", 4)
-    plan_with(monkeypatch)
-
-
-small_tiles = pytest.fixture(small_sizes)
 ROWS = pytest.mark.parametrize("way", ["drop", "window"])
 FP32_BF16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-@on_kernel_device
 @pytest.mark.parametrize("name", DESCRIBED)
 def test_described_cases_equal_the_reference(name, device):
     shape, way = DESCRIBED[name]
@@ -65,7 +40,6 @@ def test_described_cases_equal_the_reference(name, device):
         check(way, shape.case(), "triton", device, stats=not stats)
 
 
-@on_kernel_device
 @FP32_BF16
 def test_topk_attends_exactly_the_reference_set_where_scores_tie(dtype, device):
     case = tied_case(Shape("grid", (), dtype, 1, 2, 1, 30, 64, budget="any", sink_keys=2, recent_keys=2))
@@ -105,13 +79,11 @@ def spoiled_case(kind: str, queries: int, keys: int) -> Case:
     return case
 
 
-@on_kernel_device
 @pytest.mark.parametrize("kind", SPOILED)
 def test_topk_ends_and_is_exact_for_keys_that_are(kind, device):
     check("drop", spoiled_case(kind, 20, 53), "triton", device, stats=False)
 
 
-@on_kernel_device
 def test_nan_and_infinity_rank_together_and_softcap_makes_infinity_finite(device):
     case = spoiled_case("all equal", 20, 53)
     case.softcap, case.sink_keys, case.recent_keys = 3.0, 0, 0
@@ -137,7 +109,6 @@ def test_counting_passes_are_few_and_bounded(kind, budget, most, device, monkeyp
     assert len(passes) <= most
 
 
-@on_kernel_device
 @ROWS
 @FP32_BF16
 def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_program(way, dtype, device):
@@ -156,7 +127,6 @@ def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_prog
     assert_close(output[..., untouched], expected[..., untouched], TOLERANCE[dtype])
 
 
-@on_kernel_device
 @ROWS
 def test_keys_between_what_the_rows_of_a_program_see_change_nothing(way, device):
     case = Shape("apart", (), group=1).case()
@@ -167,7 +137,6 @@ def test_keys_between_what_the_rows_of_a_program_see_change_nothing(way, device)
     assert check(way, case, "triton", device).output.isfinite().all()
 
 
-@on_kernel_device
 @pytest.mark.parametrize("way", ["topk", "block", "codes", "pages"])
 def test_neighbours_in_a_batch_change_nothing(way, device):
     few = {"queries": 1, "group": 3} if WAYS[way].index else {"queries": 40}
@@ -179,7 +148,6 @@ def test_neighbours_in_a_batch_change_nothing(way, device):
     assert torch.equal(both[1], one[0])
 
 
-@on_kernel_device
 @pytest.mark.parametrize("way", ["drop", "block"])
 def test_no_query_is_an_empty_output(way, device):
     case = Shape("nothing", (), queries=0, sinks=True).case()
@@ -190,7 +158,6 @@ def means_of(case: Case) -> PageMeans:
     return page_means(case.key, case.value, page_starts(case.visible, case.origin, case.key.shape[2]))
 
 
-@on_kernel_device
 @pytest.mark.parametrize("way", ["topk", "codes with means"])
 @pytest.mark.parametrize("whole", [False, True], ids=["some", "all"])
 def test_a_page_that_is_attended_whole_hides_what_its_mean_holds(way, whole, device):
@@ -207,7 +174,6 @@ def test_a_page_that_is_attended_whole_hides_what_its_mean_holds(way, whole, dev
         assert not output[:, :, 1].isfinite().any()
 
 
-@on_kernel_device
 @FP32_BF16
 def test_means_are_those_of_pytorch(dtype, device):
     g = torch.Generator().manual_seed(0)
@@ -230,7 +196,6 @@ def test_means_are_those_of_pytorch(dtype, device):
         check_means(kept["triton"], kept["torch"])
 
 
-@on_kernel_device
 def test_a_patched_model_generates_as_with_pytorch(device):
     ids = random_ids(1, 35).to(device)
     tokens, logits = {}, {}
@@ -276,8 +241,3 @@ def test_means_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             TopK().prefill_triton(problem._replace(means=tail))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_every_case_in_the_interpreter():
-    check_as_on_a_gpu(__file__)

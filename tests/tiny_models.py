@@ -21,8 +21,6 @@ FAMILIES = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _GEMMA2, "eager"),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", _GPT_OSS, "eager"),
 }
-# transformers builds this family's masks without position ids: packed sequences see each other when it is dense.
-NOT_PACKED_WHEN_DENSE = {"gpt_oss"}
 
 
 def tiny_model(family: str, **settings: object) -> PreTrainedModel:
