@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +46,6 @@ def test_few_rows_at_the_end_of_a_long_buffer_choose_blocks():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_no_sequence_is_no_fault():
-    empty = torch.empty(0, 1, 3, 16)
-    for name in SELECTIONS:
-        assert sparse_attention(empty, empty, empty, alpha=1.0, C=0.5, selection=name).shape == empty.shape
-
-
 def test_of_a_first_page_with_one_visible_key_only_that_counts():
     g = torch.Generator().manual_seed(0)
     key = 0.001 * torch.randn(1, 1, 320, 16, generator=g)
@@ -91,18 +84,6 @@ def test_results_do_not_depend_on_the_number_of_threads():
     expected = outputs(1)
     for threads in (2, 3, 5):
         assert all(torch.equal(x, y) for x, y in zip(outputs(threads), expected, strict=True))
-
-
-def test_two_threads_generate_with_one_model():
-    from tiny_models import random_ids, tiny_model
-
-    model = patch_model(tiny_model("llama"), 1.0, 0.6)
-    prompts = [random_ids(1, 40 + 7 * i) for i in range(2)]
-    generate = lambda ids: model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)  # noqa: E731
-    alone = list(map(generate, prompts))
-    for _ in range(3):
-        with ThreadPoolExecutor(2) as users:
-            assert all(torch.equal(x, y) for x, y in zip(users.map(generate, prompts), alone, strict=True))
 
 
 @pytest.mark.parametrize("selection", ["dense", "window", "topk"])

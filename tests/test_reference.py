@@ -5,8 +5,7 @@ import torch
 from attention_cases import Case, random_case, relative_error
 from operations import reference_attention, topk_mask
 
-from nc_patch.ops.means import page_starts
-from nc_patch.ops.problem import causal_intervals, visible_mask
+from nc_patch.ops.problem import causal_intervals
 from nc_patch.ops.rows import Rows
 from nc_patch.selections.window import Window
 
@@ -49,20 +48,6 @@ def test_topk_takes_nan_for_infinity_and_of_equal_scores_the_first():
         )
 
 
-@pytest.mark.parametrize("selection", ["topk", "block", "window", "dense"])
-def test_a_full_budget_is_dense_attention(selection):
-    query, key, value = torch.randn(2, 6, 33, 16), torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 8)
-    visible = causal_intervals(2, 33, 70, "cpu")
-    budget = (visible[..., 1] - visible[..., 0])[:, None]
-    result = reference_attention(query, key, value, visible=visible, budget=budget, selection=selection, scale=0.25)
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), attn_mask=visible_mask(visible, 70), scale=0.25, enable_gqa=True
-    )
-    assert relative_error(result.output, dense) < 1e-13
-    assert torch.allclose(result.kept_mass, torch.ones(2, 6, 33, dtype=torch.float64))
-    assert torch.equal(result.attended, budget.expand(2, 6, 33))
-
-
 def test_a_window_is_the_first_keys_and_the_most_recent_ones():
     budget, visible = torch.arange(12)[None], torch.tensor([[3, 40]], dtype=torch.int32).expand(12, 2)
     kept = Window(4).keep(torch.zeros(1, 12, 50), Rows(visible, budget, visible[:, 0], 0, 1))[0]
@@ -93,13 +78,3 @@ def test_a_page_whose_keys_are_equal_is_not_missed():
     sparse = case.selection("topk").run(case.problem("topk"), "torch").output
     assert relative_error(sparse[:, :, rows], dense[:, :, rows]) < 1e-6
     assert relative_error(dropped[:, :, rows], dense[:, :, rows]) > 0.1
-
-
-def test_pages_of_packed_sequences_lie_in_slots_of_their_own():
-    origin = torch.tensor([[0] * 20 + [20] * 33 + [53] * 40], dtype=torch.int32)
-    end = torch.arange(1, 94, dtype=torch.int32)[None]
-    starts = page_starts(torch.stack((origin, end), -1), origin, 93)
-    assert starts.tolist() == [[0, 20, 36, 53, 69, -1, -1]]
-    negative = torch.full_like(origin, -5)  # a sequence whose first five keys are gone
-    starts = page_starts(torch.stack((torch.zeros_like(end), end), -1), negative, 93)
-    assert starts.tolist() == [[11, 27, 43, 59, 75, -1, -1]]

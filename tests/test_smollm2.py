@@ -101,20 +101,6 @@ def test_a_full_budget_gives_the_logits_and_the_greedy_text_of_sdpa(smollm2, sel
         assert torch.equal(model(**prompt).logits, dense)
 
 
-def test_decoding_by_an_index_gives_the_tokens_of_decoding_without(smollm2, text):
-    prompt = torch.from_numpy(text.ids[None, :300])
-    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 16, "min_new_tokens": 16}
-    generate = lambda: smollm2.model.generate(prompt, **options, do_sample=False)  # noqa: E731
-    dense = generate()
-    with patched(smollm2.model, 1.0, 0.0, min_keys=4096, key_index="always", selection="topk"):  # every key
-        assert torch.equal(generate(), dense)
-    for options_of_patch in ({"selection": "topk"}, {"selection": "block", "block_size": 16}):
-        with patched(smollm2.model, 2.0, 0.7, key_index="always", **options_of_patch):
-            by_index = generate()
-        with patched(smollm2.model, 2.0, 0.7, key_index="never", **options_of_patch):
-            assert torch.equal(generate(), by_index)
-
-
 @pytest.fixture(scope="module")
 def calibrated(smollm2, text):
     """(profile of the first half of the text up to 4,096 tokens, what pieces of the second half hold at 8,192)."""
