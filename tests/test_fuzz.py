@@ -19,7 +19,7 @@ CASES, FIRST = int(os.environ.get("FUZZ_CASES", "2000")), int(os.environ.get("FU
 
 
 @pytest.mark.parametrize("kind", fuzz_checks.KINDS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**9))
 def test_random_calls_equal_the_reference_or_are_refused_by_name(kind, seed):
     assert fuzz_checks.check(kind, seed) is None

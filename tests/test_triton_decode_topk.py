@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from interpreted import test_every_case_in_the_interpreter  # noqa: E402, F401
 from operations import problem_of_case, topk_mask  # noqa: E402
-from small_sizes import plan_with  # noqa: E402
+from small_plans import plan_with  # noqa: E402
 from test_triton_kernels import FP32_BF16, SPOILED, spoiled_case, tied_case  # noqa: E402
 
 from nc_patch import KeyIndex  # noqa: E402

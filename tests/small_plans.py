@@ -1,4 +1,4 @@
-"""Sizes that are small enough for Triton's interpreter: of tiles, and of plans of decoding by codes."""
+"""Tiles, and plans of decoding by codes, that are small enough for Triton's interpreter."""
 
 from typing import Any
 
@@ -10,6 +10,21 @@ from nc_patch.ops.triton.launch import Tiles
 from nc_patch.selections.block import decode as block_decode
 from nc_patch.selections.block import prefill
 from nc_patch.selections.topk import decode, plan
+
+
+def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    """Makes plans of several tiles, splits and blocks for few keys; ``splits``, ``samples`` or ``segment`` as given."""
+
+    def small(sizes: plan.Sizes, *settings: Any) -> plan.Plan:
+        made = plan.plan_for(sizes, *settings)
+        splits, tile = min(made.splits, changes.get("splits", 2)), 32
+        variant = made.variant._replace(keys=tile, samples=changes.get("samples", 64), samplers=1, held=128)
+        segment = changes.get("segment", -(-(-(-sizes.keys // tile) + 1) // splits) * tile)
+        made = made._replace(variant=variant, splits=splits, parts=splits + made.parts - made.splits)
+        return plan.with_scratch(made._replace(segment=segment, stride=max(splits * segment, sizes.keys)))
+
+    monkeypatch.setattr(decode, "plan_for", small)
+    monkeypatch.setattr(decode, "_STEPS", {})
 
 
 def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,18 +44,3 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(prefill, name, size)
     monkeypatch.setattr(block_decode, "_CHOOSE_AT_ONCE", 4)
     plan_with(monkeypatch)
-
-
-def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
-    """Makes plans of several tiles, splits and blocks for few keys; ``splits``, ``samples`` or ``segment`` as given."""
-
-    def small(sizes: plan.Sizes, *settings: Any) -> plan.Plan:
-        made = plan.plan_for(sizes, *settings)
-        splits, tile = min(made.splits, changes.get("splits", 2)), 32
-        variant = made.variant._replace(keys=tile, samples=changes.get("samples", 64), samplers=1, held=128)
-        segment = changes.get("segment", -(-(-(-sizes.keys // tile) + 1) // splits) * tile)
-        made = made._replace(variant=variant, splits=splits, parts=splits + made.parts - made.splits)
-        return plan.with_scratch(made._replace(segment=segment, stride=max(splits * segment, sizes.keys)))
-
-    monkeypatch.setattr(decode, "plan_for", small)
-    monkeypatch.setattr(decode, "_STEPS", {})
