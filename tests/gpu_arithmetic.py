@@ -1,10 +1,7 @@
-"""A GPU's arithmetic for Triton's interpreter: what PTX allows where it differs from numpy.
-
-Methods of ``Arithmetic`` replace those of the interpreter, which they are given as ``plain``.
-"""
+"""A GPU's arithmetic for Triton's interpreter: what PTX allows where it differs from numpy."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -12,77 +9,65 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
-Plain = Callable[..., Any]
 # What division, square root, and powers and logarithms to base 2 may be off by, in units in the last place.
 ULPS = 2.0
 # How many products a matrix unit adds to its sum at once.
 PRODUCTS_AT_ONCE = 16
 
 
-class Arithmetic:
-    """What PTX allows where it differs from numpy.
+class ArithmeticBuilder(interpreter.InterpreterBuilder):
+    """The interpreter's builder, by whose methods kernels compute, with what PTX allows.
 
     - A product that is added to something is not rounded first.
-    - ``x / y``, ``exp2``, ``log2`` and ``sqrt`` are off by up to ``ULPS``, by the bits of their operands and the seed:
+    - ``x / y``, ``exp2``, ``log2`` and ``sqrt`` are off by up to ``ULPS``, by the bits of their operands and ``seed``:
       the same operands give the same result. Powers of two below float32's normal numbers are zero.
     - The larger, and the smaller, of a NaN and a number is the number.
     - Of numbers beyond an integer type the nearest integer is taken, of NaN 0; 8 bits are the lower half of 16.
     - bfloat16 is rounded to nearest, ties to even.
-    - A matrix product is summed in groups, each sum cut toward zero. Other sums are folded in halves.
+    - A matrix product is summed in groups, each sum cut toward zero. Other sums are folded in halves (``fold``).
     """
 
     def __init__(self, seed: int) -> None:
-        self._hash = np.uint32(seed * 0x9E3779B1 % 2**32)
-        inexact = {"create_fdiv": np.divide, "create_exp2": np.exp2, "create_log2": np.log2, "create_sqrt": np.sqrt}
-        # In place of methods of the interpreter's builder.
-        self.replacements: dict[str, Callable[..., TensorHandle]] = {
-            "create_fmul": self.multiply,
-            "create_fadd": self.add,
-            "create_fsub": partial(self.add, sign=-1),
-            "create_reshape": self.reshape,
-            **{name: partial(self.inexact, operation) for name, operation in inexact.items()},
-            "create_maxnumf": lambda plain, builder, left, right: builder.binary_op(left, right, np.fmax),
-            "create_minnumf": lambda plain, builder, left, right: builder.binary_op(left, right, np.fmin),
-            "create_fp_to_si": self.to_integer,
-            "create_fp_to_ui": self.to_integer,
-            "cast_impl": self.cast,
-            "create_dot": self.dot,
-        }
+        super().__init__()
+        self.seed = seed
 
-    def multiply(self, plain: Plain, builder: Any, left: TensorHandle, right: TensorHandle) -> TensorHandle:
-        """A product that remembers its factors, for ``add``."""
-        result = plain(builder, left, right)
+    def create_fmul(self, left: TensorHandle, right: TensorHandle) -> TensorHandle:
+        """A product that remembers its factors, for what it is added to."""
+        result = super().create_fmul(left, right)
         if result.data.dtype == np.float32:
             result.attr["factors"] = left.data, right.data
         return result
 
-    def reshape(self, plain: Plain, builder: Any, source: TensorHandle, shape: list[int], *rest: Any) -> TensorHandle:
+    def create_reshape(self, source: TensorHandle, shape: list[int], *rest: Any) -> TensorHandle:
         """A product stays one in another shape."""
-        result = plain(builder, source, shape, *rest)
+        result = super().create_reshape(source, shape, *rest)
         if "factors" in source.attr:
             result.attr["factors"] = tuple(
                 np.broadcast_to(x, source.data.shape).reshape(shape) for x in source.attr["factors"]
             )
         return result
 
-    def add(self, plain: Plain, builder: Any, left: TensorHandle, right: TensorHandle, sign: int = 1) -> TensorHandle:
-        """``left + sign * right``, rounded once where one of the two is a product."""
+    def _add(self, operation: np.ufunc, left: TensorHandle, right: TensorHandle) -> TensorHandle:
+        """A sum or a difference, rounded once where one of the two is a product."""
         if "factors" in left.attr:
             first, second = left.attr["factors"]
-            total = first.astype(np.float64) * second + sign * right.data.astype(np.float64)
+            total = operation(first.astype(np.float64) * second, right.data.astype(np.float64))
         elif "factors" in right.attr:
             first, second = right.attr["factors"]
-            total = left.data.astype(np.float64) + sign * first.astype(np.float64) * second
+            total = operation(left.data.astype(np.float64), first.astype(np.float64) * second)
         else:
-            return plain(builder, left, right)
+            return self.binary_op(left, right, operation)
         return TensorHandle(total.astype(np.float32), left.dtype.scalar)
 
-    def inexact(self, operation: np.ufunc, plain: Plain, builder: Any, *operands: TensorHandle) -> TensorHandle:
+    create_fadd = partialmethod(_add, np.add)
+    create_fsub = partialmethod(_add, np.subtract)
+
+    def _inexact(self, operation: np.ufunc, *operands: TensorHandle) -> TensorHandle:
         """``operation`` off by up to ``ULPS``, of which rounding takes half a unit."""
         values = np.broadcast_arrays(*(operand.data for operand in operands))
         if values[0].dtype != np.float32:
-            return plain(builder, *operands)
-        bits = np.full(values[0].shape, self._hash)
+            return TensorHandle(operation(*values), operands[0].dtype.scalar)
+        bits = np.full(values[0].shape, self.seed * 0x9E3779B1 % 2**32, np.uint32)
         for value in values:
             bits = (bits ^ np.ascontiguousarray(value).view(np.uint32)) * np.uint32(0x9E3779B1)
             bits ^= bits >> np.uint32(15)
@@ -97,7 +82,14 @@ class Arithmetic:
             result[values[0] == 0] = 1
         return TensorHandle(result, operands[0].dtype.scalar)
 
-    def to_integer(self, plain: Plain, builder: Any, source: TensorHandle, to: tl.dtype) -> TensorHandle:
+    create_fdiv = partialmethod(_inexact, np.divide)
+    create_exp2 = partialmethod(_inexact, np.exp2)
+    create_log2 = partialmethod(_inexact, np.log2)
+    create_sqrt = partialmethod(_inexact, np.sqrt)
+    create_maxnumf = partialmethod(interpreter.InterpreterBuilder.binary_op, op=np.fmax)
+    create_minnumf = partialmethod(interpreter.InterpreterBuilder.binary_op, op=np.fmin)
+
+    def create_fp_to_si(self, source: TensorHandle, to: tl.dtype) -> TensorHandle:
         target = interpreter._get_np_dtype(to)
         wide = np.promote_types(target, np.int16 if target.kind == "i" else np.uint16)
         low, high = np.iinfo(wide).min, np.iinfo(wide).max
@@ -106,18 +98,18 @@ class Arithmetic:
         whole = np.where(cut >= high, wide.type(high), np.where(cut <= low, wide.type(low), within))
         return TensorHandle(whole.astype(target), to.scalar)
 
-    def cast(self, plain: Plain, builder: Any, source: TensorHandle, to: tl.dtype) -> TensorHandle:
+    create_fp_to_ui = create_fp_to_si
+
+    def cast_impl(self, source: TensorHandle, to: tl.dtype) -> TensorHandle:
         if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
-            return plain(builder, source, to)
+            return super().cast_impl(source, to)
         bits = np.ascontiguousarray(source.data).view(np.uint32).astype(np.uint64)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return TensorHandle(np.where(np.isnan(source.data), 0x7FFF, rounded).astype(np.uint16), tl.bfloat16)
 
-    def dot(
-        self, plain: Plain, builder: Any, left: TensorHandle, right: TensorHandle, start: TensorHandle, *options: Any
-    ) -> TensorHandle:
+    def create_dot(self, left: TensorHandle, right: TensorHandle, start: TensorHandle, *options: Any) -> TensorHandle:
         if left.data.dtype not in (np.float32, np.float16) or start.data.dtype != np.float32:
-            return plain(builder, left, right, start, *options)
+            return super().create_dot(left, right, start, *options)
         rows, columns = left.data.astype(np.float64), right.data.astype(np.float64)
         total = start.data
         for first in range(0, rows.shape[-1], PRODUCTS_AT_ONCE):
@@ -128,12 +120,14 @@ class Arithmetic:
             total = np.where(beyond, np.nextafter(total, np.float32(0)), total)
         return TensorHandle(total, start.dtype.scalar)
 
-    def reduce(self, plain: Plain, reduction: interpreter.ReduceOps, tensors: tuple[tl.tensor, ...]) -> Any:
-        data = tensors[0].handle.data
-        if data.dtype.kind != "f" or reduction.combine_fn != tl.standard._sum_combine:
-            return plain(reduction, tensors)  # whose maxima and minima drop NaN
-        axes = tuple(range(data.ndim)) if reduction.axis is None else (reduction.axis,)
-        for axis in axes:
-            while data.shape[axis] > 1:
-                data = np.add(*np.split(data, 2, axis))
-        return reduction.to_tensor(data if reduction.keep_dims else data.squeeze(axes), tensors[0].dtype)
+
+def fold(plain: Callable[..., Any], reduction: interpreter.ReduceOps, tensors: tuple[tl.tensor, ...]) -> Any:
+    """In place of ``ReduceOps.apply_impl``, which is ``plain``: sums are folded in halves."""
+    data = tensors[0].handle.data
+    if data.dtype.kind != "f" or reduction.combine_fn != tl.standard._sum_combine:
+        return plain(reduction, tensors)  # whose maxima and minima drop NaN
+    axes = tuple(range(data.ndim)) if reduction.axis is None else (reduction.axis,)
+    for axis in axes:
+        while data.shape[axis] > 1:
+            data = np.add(*np.split(data, 2, axis))
+    return reduction.to_tensor(data if reduction.keep_dims else data.squeeze(axes), tensors[0].dtype)

@@ -11,7 +11,7 @@ come in any order, the threads of one see each other's stores only past a barrie
   and acquire order what programs do before a barrier in front of them;
 - *memory*: what ``torch.empty`` returns holds a pattern. Reading it is found, and so is leaving the tensors that the
   launch was given, unless a mask forbids the access; what a mask forbids and no ``other`` replaces holds the pattern;
-- *arithmetic*: see ``Arithmetic``.
+- *arithmetic*: see ``ArithmeticBuilder``.
 
 As a plugin it is active in every test, and a test with findings fails; ``GPU_SEMANTICS_SEED`` (0) is the seed:
 
@@ -32,13 +32,11 @@ import numpy as np
 import pytest
 import torch
 import triton
-from gpu_arithmetic import Arithmetic
+from gpu_arithmetic import ArithmeticBuilder, fold
 from gpu_memory import ATOMIC, POISON, READ, WRITE, Memory, poisoned
 from triton._C.libtriton.ir import MEM_SEMANTIC
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
-
-Plain = Callable[..., Any]  # what is replaced: the first argument of what replaces it
 
 
 def tensors_in(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -49,8 +47,8 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield argument
 
 
-class GpuSemantics:
-    """Triton's interpreter as a GPU may be, while ``active``.
+class GpuSemantics(ArithmeticBuilder):
+    """Triton's interpreter as a GPU may be, while ``active``: a builder in place of the interpreter's.
 
     Attributes:
         findings: what was found, by the kernel and its line, and how often.
@@ -58,7 +56,7 @@ class GpuSemantics:
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
+        super().__init__(seed)
         self.findings: Counter[str] = Counter()
         self.launches = self.programs = 0
 
@@ -72,27 +70,25 @@ class GpuSemantics:
         if not triton.knobs.runtime.interpret:
             raise RuntimeError("gpu_semantics needs kernels that are interpreted: set TRITON_INTERPRET=1")
         self._random = random.Random(self.seed)
-        builder, arithmetic = interpreter.InterpreterBuilder, Arithmetic(self.seed)
-        replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-            (interpreter.GridExecutor, "__call__", self._launch),
-            (interpreter.ReduceOps, "apply_impl", arithmetic.reduce),
-            (builder, "set_grid_dim", self._set_grid_dim),
-            (builder, "set_grid_idx", self._set_grid_idx),
-            (builder, "create_masked_load", self._load),
-            (builder, "create_masked_store", self._store),
-            (builder, "create_atomic_rmw", self._atomic),
-            (builder, "create_atomic_cas", self._compare_and_swap),
-            (builder, "create_barrier", lambda plain, builder: self._memory.barrier()),
-            *((builder, name, replacement) for name, replacement in arithmetic.replacements.items()),
-            (torch, "empty", poisoned),
-            (torch, "empty_like", poisoned),
-            (torch.Tensor, "new_empty", poisoned),
-        )
+        methods = (name for kind in (ArithmeticBuilder, GpuSemantics) for name in vars(kind))
+        needed = [
+            (interpreter.InterpreterBuilder, name) for name in methods if name.startswith(("create_", "set_", "cast_"))
+        ]
+        replacements: dict[tuple[Any, str], Callable[..., Any]] = {
+            (interpreter.GridExecutor, "__call__"): self._launch,
+            (interpreter.ReduceOps, "apply_impl"): fold,
+            (torch, "empty"): poisoned,
+            (torch, "empty_like"): poisoned,
+            (torch.Tensor, "new_empty"): poisoned,
+        }
+        for owner, name in (*needed, *replacements):
+            if not hasattr(owner, name):
+                missing = f"no {owner.__name__}.{name}, which gpu_semantics replaces"
+                raise RuntimeError(f"the interpreter of Triton {triton.__version__} has {missing}")
         with pytest.MonkeyPatch.context() as patch:
-            for owner, name, replacement in replacements:
-                if not hasattr(owner, name):
-                    missing = f"no {owner.__name__}.{name}, which gpu_semantics replaces"
-                    raise RuntimeError(f"the interpreter of Triton {triton.__version__} has {missing}")
+            patch.setattr(interpreter, "interpreter_builder", self)
+            patch.setattr(interpreter.interpreter_semantic, "builder", self)
+            for (owner, name), replacement in replacements.items():
                 patch.setattr(owner, name, method(replacement, getattr(owner, name)))
             yield self
 
@@ -102,45 +98,50 @@ class GpuSemantics:
         self.findings.clear()
         return lines
 
-    def _launch(self, plain: Plain, executor: interpreter.GridExecutor, *arguments: Any, **options: Any) -> None:
+    def _launch(self, plain: Callable[..., Any], executor: Any, *arguments: Any, **options: Any) -> None:
         self.launches += 1
         self._memory = Memory(executor.fn.__name__, tensors_in((*arguments, *options.values())), self.findings)
         with np.errstate(all="ignore"):
             plain(executor, *arguments, **options)
 
-    def _set_grid_dim(self, plain: Plain, builder: Any, *sizes: int) -> None:
+    def set_grid_dim(self, *sizes: int) -> None:
         programs = list(product(*map(range, sizes)))
         self._random.shuffle(programs)
         self._programs = iter(programs)
-        plain(builder, *sizes)
+        super().set_grid_dim(*sizes)
 
-    def _set_grid_idx(self, plain: Plain, builder: Any, *_: int) -> None:
+    def set_grid_idx(self, *_: int) -> None:
         self.programs += 1
         self._memory.begin_program()
-        plain(builder, *next(self._programs))
+        super().set_grid_idx(*next(self._programs))
 
-    def _load(self, plain: Plain, builder: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> TensorHandle:
+    def create_masked_load(self, pointers: TensorHandle, mask: Any, other: Any, *rest: Any) -> TensorHandle:
         if other is None:
             element = pointers.get_element_ty()
             anything = np.repeat(POISON, 4).view(interpreter._get_np_dtype(element))[0]
             other = TensorHandle(np.full(pointers.data.shape, anything), element)
-        return plain(builder, pointers, self._memory.access(READ, pointers, mask.data), other, *rest)
+        return super().create_masked_load(pointers, self._memory.access(READ, pointers, mask.data), other, *rest)
 
-    def _store(self, plain: Plain, builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
-        plain(builder, pointers, value, self._memory.access(WRITE, pointers, mask.data, value.data), *rest)
+    def create_masked_store(self, pointers: TensorHandle, value: TensorHandle, mask: Any, *rest: Any) -> None:
+        allowed = self._memory.access(WRITE, pointers, mask.data, value.data)
+        super().create_masked_store(pointers, value, allowed, *rest)
 
-    def _atomic(self, plain: Plain, builder: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def create_atomic_rmw(self, op: Any, pointers: TensorHandle, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
         allowed = self._memory.access(ATOMIC, pointers, mask.data)
-        if rest[0] == MEM_SEMANTIC.ACQUIRE_RELEASE:
+        if sem == MEM_SEMANTIC.ACQUIRE_RELEASE:
             self._memory.meet(pointers, allowed.data)
-        return plain(builder, op, pointers, value, allowed, *rest)
+        return super().create_atomic_rmw(op, pointers, value, allowed, sem, scope)
 
-    def _compare_and_swap(self, plain: Plain, builder: Any, pointers: Any, *rest: Any) -> TensorHandle:
+    def create_atomic_cas(self, pointers: TensorHandle, *rest: Any) -> TensorHandle:
         self._memory.access(ATOMIC, pointers, np.ones(pointers.data.shape, bool))
-        return plain(builder, pointers, *rest)
+        return super().create_atomic_cas(pointers, *rest)
+
+    def create_barrier(self) -> None:
+        self._memory.barrier()
 
 
-def method(replacement: Callable[..., Any], plain: Plain) -> Callable[..., Any]:
+def method(replacement: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """``replacement``, which is given ``plain``, what it takes the place of."""
     return lambda *arguments, **options: replacement(plain, *arguments, **options)
 
 
