@@ -73,24 +73,6 @@ def test_a_whole_sequence_sees_what_transformers_lets_it_see_while_compiling_too
 
 @PLAIN_KINDS
 @CALLS
-def test_a_call_on_a_cache_sees_what_transformers_lets_it_see(function, local, call):
-    assert_sees(found(function, call, batch=2, local=local), expected(function, call, batch=2))
-
-
-@PLAIN_KINDS
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_cut_off_and_sequences_begin_after_it(function, local, side):
-    padding = torch.arange(LENGTH) >= torch.tensor([[0], [9], [31]])
-    padding = padding if side == "left" else padding.flip(1)
-    visibility = found(function, padding=padding, batch=3, local=local)
-    assert visibility.order is None
-    assert_sees(visibility, expected(function, padding=padding, batch=3))
-    first = padding.int().argmax(-1, keepdim=True).expand(3, LENGTH)
-    assert torch.equal(visibility.origin[padding], first[padding].int())
-
-
-@PLAIN_KINDS
-@CALLS
 def test_padding_with_holes_leaves_the_keys_that_are_tokens(function, local, call):
     padding = torch.ones(4, LENGTH, dtype=torch.bool)
     padding[0, 7:20], padding[1, [0, 1, 2, 15, 33, 36]], padding[2, :30:2] = False, False, False
