@@ -7,7 +7,8 @@ import torch
 from nc_patch import library
 from nc_patch.ops import backends
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.selections import Block, Selection
+from nc_patch.ops.rows import Rows
+from nc_patch.selections import Block, Selection, TopK
 from nc_patch.selections.base import selection_class
 
 # Whether kernels run in Triton's interpreter, which is settled when they are imported.
@@ -54,6 +55,15 @@ def reference_attention(
     """Attention in float64, as a selection defines it; ``"pages"`` are blocks while decoding."""
     problem = problem_of(query, key, value, visible, budget, sinks, scale=scale, softcap=softcap, origin=origin)
     return selection_of(selection, **options).reference(problem, decode=selection == "pages")
+
+
+def topk_mask(
+    scores: torch.Tensor, visible: torch.Tensor, budget: torch.Tensor, sink_keys: int, recent_keys: int
+) -> torch.Tensor:
+    """Keys that ``topk`` attends by scores ``[B, H, Lq, Lk]``, bool of the same shape."""
+    chosen = TopK(sink_keys, recent_keys, "drop")
+    rows = (Rows(visible[b], budget[b], visible[b, :, 0], 0, 1) for b in range(len(scores)))
+    return torch.stack([chosen.keep(each, of) for each, of in zip(scores, rows, strict=True)])
 
 
 def operation(selection: Selection, problem: Problem, backend: str = "torch") -> AttentionResult:

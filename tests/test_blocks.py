@@ -20,6 +20,16 @@ from nc_patch.selections.block.definition import block_choice
 from nc_patch.selections.block.torch import choose_blocks
 
 
+def test_rows_without_keys_are_in_no_query_block():
+    visible, key = torch.zeros(2, 5, 2, dtype=torch.int32), torch.zeros(2, 3, 0, 8)
+    plan = make_plan(problem_of(torch.zeros(2, 3, 5, 8), key, key, visible, visible[:, None, :, 0]), Block())
+    assert plan.listed == []
+    assert torch.equal(plan.owner, torch.full((2, 5), -1))
+    assert plan.table.shape == (0, blocks.PLAN_COLUMNS)
+    assert plan.law.shape == plan.limit.shape == plan.recent.shape == (0, 3)
+    assert len(plan.samples) == len(plan.sample_owner) == 0
+
+
 def test_the_stride_is_the_nearest_power_of_two():
     for power in range(1, 6):
         boundary = 2.0 ** (power + 0.5)
@@ -164,6 +174,23 @@ def test_a_query_block_that_sees_no_more_than_dense_below_attends_all_and_scores
     unscored = [block.samples == 0 for block in plan.listed]
     assert unscored == [int(law[0]) == block.width for block, law in zip(plan.listed, plan.law, strict=True)]
     assert all(none for none, block in zip(unscored, plan.listed, strict=True) if block.last <= dense_below)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_keys": -1}, "local_keys must be at least 0, got -1"),
+        ({"local_keys": 1.5}, "local_keys must be an integer, got 1.5"),
+        ({"local_keys": None}, "local_keys must be an integer, got None"),
+        ({"sample_stride": 0}, "sample_stride must be at least 1, got 0"),
+        ({"query_block_size": 16}, "query_block_size must be one of 32, 64, 128, got 16"),
+        ({"block_size": 8}, "block_size must be one of 16, 32, 64, 128, got 8"),
+    ],
+    ids=str,
+)
+def test_options_that_there_are_not_are_refused_with_those_that_there_are(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sparse_attention(*(torch.zeros(1, 1, 2, 4),) * 3, alpha=1.0, selection="block", **options)
 
 
 @pytest.mark.parametrize(("local_keys", "budget"), [(0, 192.0), (64, 208.0)])

@@ -7,7 +7,7 @@ from operations import problem_of, problem_of_case
 from test_attention import INSTALLED
 from torch.nn.functional import scaled_dot_product_attention
 
-from nc_patch import NCConfig, library, sparse_attention
+from nc_patch import AttentionResult, NCConfig, library, sparse_attention
 from nc_patch.functional import attend
 
 EACH_SELECTION = pytest.mark.parametrize("selection", ["topk", "window", "block", "dense"])
@@ -28,6 +28,21 @@ def test_a_full_budget_equals_sdpa(settings, dtype):
     dense = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     assert output.dtype == dtype
     assert relative_error(output, dense) < TOLERANCE[dtype]
+
+
+def test_statistics_on_request_and_budgets_per_head():
+    query, key, value = tensors()
+    result = sparse_attention(query, key, value, alpha=2.0, C=0.5, return_stats=True)
+    assert isinstance(result, AttentionResult)
+    assert result.output.shape == (2, 6, 20, 8)
+    assert result.lse.shape == result.kept_mass.shape == result.attended.shape == (2, 6, 20)
+    assert result.attended[0, 0].tolist() == [min(n, -(-2 * n**0.5 // 1)) for n in range(12, 32)]
+    assert bool(((result.kept_mass > 0) & (result.kept_mass <= 1 + 1e-6)).all())
+    assert torch.equal(result.output, sparse_attention(query, key, value, alpha=2.0, C=0.5))
+    result = sparse_attention(query, key, value, alpha=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], return_stats=True)
+    assert result.attended[0, :, -1].tolist() == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ValueError, match="given for 2 heads, query has 6"):
+        sparse_attention(query, key, value, alpha=[1.0, 2.0])
 
 
 @EACH_SELECTION
@@ -80,7 +95,10 @@ def test_empty_batches_and_single_tokens(selection):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alpha": [1.0, 2.0]}, "given for 2 heads, query has 6"),
+        ({"alpha": 0}, "alpha must be a positive number, got 0"),
+        ({"C": 2}, r"C must be a number in \[0, 1\], got 2"),
+        ({"selection": "magic"}, "selection must be one of 'block', 'dense', 'topk', 'window', got 'magic'"),
+        ({"backend": "cuda"}, "backend must be one of"),
         ({"query": torch.zeros(6, 20, 16)}, r"query must be \[batch, heads, .*\], got shape \(6, 20, 16\)"),
         ({"query": torch.zeros(2, 5, 20, 16)}, "multiple of the key/value heads, got 5 and 2"),
         ({"query": torch.zeros(2, 6, 20, 16).double()}, "one of bfloat16, float16, float32, got torch.float64"),
@@ -115,6 +133,12 @@ def test_bad_input_is_refused_by_name(change, message):
 )
 def test_options_of_patched_models_are_refused_by_name(option):
     name = next(iter(option))
-    message = f"{name} acts in patched models; sparse_attention takes .*sink_keys.* ask for return_stats"
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=f"{name} acts in patched models; sparse_attention takes .*sink_keys"):
         sparse_attention(*tensors(), alpha=1.0, C=0.5, **option)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_triton_without_a_gpu_is_refused_with_the_remedy():
+    message = r'backend="triton" needs a GPU, and the tensors are on cpu. Use backend="auto"'
+    with pytest.raises(RuntimeError, match=message):
+        sparse_attention(*tensors(), alpha=1.0, C=0.5, backend="triton")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from attention_cases import Case, random_case, relative_error
-from operations import problem_of_case, reference_attention
+from operations import reference_attention, topk_mask
 
 from nc_patch.ops.problem import causal_intervals, visible_mask
 from nc_patch.ops.rows import Rows
-from nc_patch.selections import TopK, Window
+from nc_patch.selections.window import Window
 
 
 def topk_by_hand(scores, start, end, budget, sink_keys, recent_keys):
@@ -23,7 +23,7 @@ def test_topk_mask_is_the_definition_read_aloud(seed):
     case = random_case(seed, longest=30)
     group = case.query.shape[1] // case.key.shape[1]
     scores = case.query.double() @ case.key.double().repeat_interleave(group, 1).transpose(-1, -2)
-    mask = case.selection("drop").mask(problem_of_case(case), scores)
+    mask = topk_mask(scores, case.visible, case.budget, case.sink_keys, case.recent_keys)
     budget = case.budget.expand(scores.shape[:3])
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
         start, end = case.visible[b, i].tolist()
@@ -40,7 +40,7 @@ def test_topk_takes_nan_for_infinity_and_of_equal_scores_the_first():
     start = torch.randint(8, (200,), generator=g)
     visible = torch.stack((start, start + torch.randint(23, (200,), generator=g)), -1).int()
     budget = torch.rand(2, 200, generator=g).mul(visible[:, 1] - visible[:, 0] + 1).int()
-    mask = TopK(2, 1, "drop").keep(scores, Rows(visible, budget, visible[:, 0], 0, 1))
+    mask = topk_mask(scores[None], visible[None], budget[None], 2, 1)[0]
     for h, i in torch.cartesian_prod(torch.arange(2), torch.arange(200)).tolist():
         ranked = scores[h, i].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).tolist()
         assert set(mask[h, i].nonzero()[:, 0].tolist()) == topk_by_hand(

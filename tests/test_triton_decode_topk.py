@@ -13,7 +13,7 @@ from attention_cases import DESCRIBED, Shape, check
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from interpreted import test_every_case_in_the_interpreter  # noqa: E402, F401
-from operations import problem_of_case  # noqa: E402
+from operations import problem_of_case, topk_mask  # noqa: E402
 from small_plans import plan_with  # noqa: E402
 from test_triton_kernels import FP32_BF16, SPOILED, spoiled_case, tied_case  # noqa: E402
 
@@ -87,7 +87,7 @@ def test_exactly_the_reference_set_is_attended_where_scores_tie(spoiled, device,
     spoil(spoiled, monkeypatch)
     case = tied_case(decode_shape(queries=6, keys=128, group=2, kv_heads=2, budget="per_head"))
     output = check("codes", case, "triton", device, bounds=True).output
-    assert torch.equal(output > 0, case.selection("codes").mask(problem_of_case(case), case.scores()))
+    assert torch.equal(output > 0, topk_mask(case.scores(), case.visible, case.budget, 4, 2))
     assert (taken_whole[0] > 0) == (spoiled != "none")
 
 

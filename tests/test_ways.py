@@ -73,6 +73,15 @@ def test_logits_are_dense_with_a_full_budget_and_those_of_the_row_alone_with_a_s
             assert_close(found, own[: len(found)])
 
 
+@pytest.mark.parametrize("way", ["padded left", "packed by lengths", "cut at query blocks"])
+def test_blocks_that_are_chosen_by_scores_are_those_of_the_row_alone(way):
+    # Beyond 256 keys the budget is four blocks, of which three are attended always; every other or fourth row chooses.
+    model = patch_model(tiny_model("llama"), 3.0, 0.5, query_block_size=32, local_keys=0)
+    rows = [random_ids(length) for length in (300, 450)]
+    with torch.inference_mode():
+        assert_close(ways.WAYS[way](model, rows), ways.alone(model, rows))
+
+
 # Of the norm of a token's logits; and of the tokens of a model with experts, since rounding sends one to another expert
 # where two score nearly the same.
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}

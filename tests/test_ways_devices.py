@@ -10,20 +10,8 @@ import torch
 from processes import free_port, start_call
 from tiny_models import random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
-from transformers import AutoModelForCausalLM, TextGenerationPipeline
-from ways import (
-    EACH_FAMILY,
-    FULL,
-    SMALL,
-    TOPK,
-    UNASKED,
-    assert_close,
-    attended_fraction,
-    full,
-    full_and_small,
-    generated,
-    small,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, TextGenerationPipeline
+from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction, full, full_and_small, generated, small
 
 from nc_patch import UnsupportedModelError, is_patched, nc_stats, patch_model, patched, reset_stats, unpatch_model
 from nc_patch.common import say_once
@@ -197,6 +185,8 @@ def test_a_pipeline_writes_what_dense_writes_and_with_a_small_budget_what_each_t
 
 def test_what_would_run_dense_in_silence_is_refused_by_name():
     model, ids = small(), random_ids(1, 20)
+    with pytest.raises(UnsupportedModelError, match=r'decode="topk".*patch with decode="block"'):
+        model.generate_batch([[3, 4, 5], [6, 7]], GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=2))
     with pytest.raises(UnsupportedModelError, match=r"asks for attention weights \(output_attentions\)"):
         model(ids, output_attentions=True)
     assert nc_stats(model)["layers"][0]["calls"] == 0
@@ -234,7 +224,7 @@ def in_threads(work):
         return list(pool.map(run, range(THREADS)))
 
 
-@pytest.mark.parametrize("settings", [TOPK, UNASKED])
+@pytest.mark.parametrize("settings", [TOPK, {"query_block_size": 32, "local_keys": 0}], ids=["topk", "unasked"])
 def test_threads_that_generate_on_one_model_get_what_one_alone_gets_and_every_call_is_counted(settings):
     model, prompts = small(**settings), [random_ids(1 + i % 2, 20 + 15 * i) for i in range(THREADS)]
     alone = [generated(model, prompt) for prompt in prompts]
