@@ -54,7 +54,7 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
 
     if not INTERPRETED:
         return "cuda"
-    from small_plans import small_sizes
+    from interpreted import small_sizes
 
     small_sizes(monkeypatch)
     return "cpu"

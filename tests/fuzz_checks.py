@@ -93,7 +93,7 @@ def check(kind: str, seed: int) -> str | None:
 def _check_kernel(kernel: str, seed: int) -> str | None:
     """A case of the Triton kernels in the interpreter, as on a GPU, with tiles of which two in three are small."""
     from gpu_semantics import GpuSemantics
-    from small_plans import small_sizes
+    from interpreted import small_sizes
 
     rng = random.Random(f"triton {kernel} {seed}")
     selection = {"block": "block", "window": "window", "dense": "dense", "pages": "block"}.get(kernel, "topk")

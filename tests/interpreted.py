@@ -1,6 +1,6 @@
-"""Tests of kernels once more in Triton's interpreter, with the semantics of a GPU.
+"""Tests of kernels in Triton's interpreter: small sizes, and a file of them run once more as on a GPU.
 
-Whether kernels are interpreted is settled when they are imported, so that takes a process of its own.
+Whether kernels are interpreted is settled when they are imported, so that the latter takes a process of its own.
 """
 
 import os
@@ -9,7 +9,31 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from operations import INTERPRETED
+
+
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes by which short inputs cross many tiles."""
+    from small_plans import plan_with
+
+    from nc_patch.ops.triton import launch
+    from nc_patch.selections.block import decode, prefill
+
+    def tiles(_, dtype, *sizes):
+        return launch.Tiles(16, 32, 4, 1, 32 if dtype == torch.float32 else None)
+
+    def block_tiles(architecture, dtype, head_dim, value_dim, block_size):
+        chunk = 32 if dtype == torch.float32 else None
+        score = launch.Tiles(32, max(32, block_size), 4, 1, chunk)
+        return prefill.BlockTiles(score, launch.Tiles(64, 32, 4, 1, chunk), 16)
+
+    monkeypatch.setattr(launch, "tiles_for", tiles)
+    monkeypatch.setattr(prefill, "block_tiles", block_tiles)
+    for name, size in (("_BLOCKS_AT_ONCE", 8), ("_RANKS_AT_ONCE", 16), ("_SEGMENT", 64)):
+        monkeypatch.setattr(prefill, name, size)
+    monkeypatch.setattr(decode, "_CHOOSE_AT_ONCE", 4)
+    plan_with(monkeypatch)
 
 
 def run_in_the_interpreter(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
