@@ -61,15 +61,14 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests that take ``device`` need a GPU, but in the interpreter."""
+    """Tests that take ``device`` need a GPU, but in the interpreter; without one, what needs it is skipped."""
     if "device" in getattr(item, "fixturenames", ()):
         from operations import INTERPRETED
 
         if not INTERPRETED:
             item.add_marker(pytest.mark.gpu)
-            item.add_marker(
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports")
-            )
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        item.add_marker(pytest.mark.skip(reason="needs a GPU that Triton supports"))
 
 
 @pytest.fixture(scope="session")

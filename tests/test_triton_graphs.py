@@ -7,8 +7,7 @@ from transformers import CompileConfig
 
 from nc_patch import KeyIndex, patch_model, sparse_attention
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-pytestmark = [pytest.mark.gpu, no_gpu]
+pytestmark = pytest.mark.gpu
 SELECTIONS = {"topk": "codes", "block": "pages"}
 
 
