@@ -23,7 +23,7 @@ from nc_patch.selections import Block
 from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
 
 # How often each kind is drawn in a thousand cases.
-KINDS = {"forward": 450, "broken": 150, "decode": 250, "gradient": 50, "refused": 100}
+KINDS = {"forward": 500, "broken": 150, "decode": 300, "gradient": 50}
 # What is asked of the Triton kernels: a selection and its tail, or the index by which it decodes.
 KERNELS = ("topk", "window", "dense", "block", "tail", "codes", "pages", "means")
 _PERTURBED = 16
@@ -60,10 +60,6 @@ class Call(NamedTuple):
 
 def check(kind: str, seed: int) -> str | None:
     """Runs one case, of ``KINDS`` or ``KERNELS``; what is wrong with it, or None."""
-    if kind == "refused":
-        from fuzz_refusals import check_refused
-
-        return check_refused(seed)
     if kind in KERNELS:
         return _check_kernel(kind, seed)
     rng, index, means, broken = random.Random(f"{kind} {seed}"), None, False, kind == "broken"

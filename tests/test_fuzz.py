@@ -21,7 +21,7 @@ CASES, FIRST = int(os.environ.get("FUZZ_CASES", "2000")), int(os.environ.get("FU
 @pytest.mark.parametrize("kind", fuzz_checks.KINDS)
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**9))
-def test_random_calls_equal_the_reference_or_are_refused_by_name(kind, seed):
+def test_random_calls_equal_the_reference(kind, seed):
     assert fuzz_checks.check(kind, seed) is None
 
 

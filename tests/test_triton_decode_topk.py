@@ -1,6 +1,6 @@
 """What is special in Triton's decoding by codes: proofs and lists, ties, broken numbers, codes and plans.
 
-As in ``test_triton_kernels.py`` the interpreter needs a process of its own, which the last test starts.
+As in ``test_triton_kernels.py`` the interpreter needs a process of its own.
 """
 
 import itertools
