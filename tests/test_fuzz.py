@@ -8,8 +8,6 @@ import os
 import fuzz_checks
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from operations import INTERPRETED
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -19,10 +17,9 @@ CASES, FIRST = int(os.environ.get("FUZZ_CASES", "2000")), int(os.environ.get("FU
 
 
 @pytest.mark.parametrize("kind", fuzz_checks.KINDS)
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10**9))
-def test_random_calls_equal_the_reference(kind, seed):
-    assert fuzz_checks.check(kind, seed) is None
+def test_random_calls_equal_the_reference(kind):
+    said = [fuzz_checks.check(kind, seed) for seed in range(100)]
+    assert [each for each in said if each is not None] == []
 
 
 @pytest.mark.wide
@@ -64,8 +61,8 @@ def one_row(scores: list[float], budget: int, **options):
     """Attention of one query over keys with these raw scores, and values that show the weights."""
     key = torch.tensor(scores)[None, None, :, None]
     value = torch.eye(len(scores))[None, None]
-    settings_ = {"sink_keys": 0, "recent_keys": 0, "scale": 1.0, "tail": "drop", "backend": "torch", "dense_below": 0}
-    return sparse_attention(torch.ones(1, 1, 1, 1), key, value, alpha=budget, **(settings_ | options))[0, 0, 0]
+    settings = {"sink_keys": 0, "recent_keys": 0, "scale": 1.0, "tail": "drop", "backend": "torch", "dense_below": 0}
+    return sparse_attention(torch.ones(1, 1, 1, 1), key, value, alpha=budget, **(settings | options))[0, 0, 0]
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
