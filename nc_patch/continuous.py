@@ -23,7 +23,7 @@ from nc_patch.config import NCConfig
 from nc_patch.families import refuse_unsupported
 from nc_patch.functional import check_scale
 from nc_patch.hooks import PAGED_IMPLEMENTATION
-from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch
+from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, patches_of
 from nc_patch.paged import PagedKeys, summarize_slots_
 from nc_patch.selections.base import Selection
 from nc_patch.serving import Chunk, DecodingRows, ServedLayer, chunk
@@ -38,14 +38,6 @@ def serve(model: torch.nn.Module, sparse: bool) -> None:
         part.__dict__.pop("init_continuous_batching", None)
         if sparse:
             part.init_continuous_batching = StartSession(part)
-
-
-def _patched_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [module for module in model.modules() if PATCH_ATTRIBUTE in module.__dict__]
-
-
-def _patches(model: torch.nn.Module) -> list[LayerPatch]:
-    return [module.__dict__[PATCH_ATTRIBUTE] for module in _patched_modules(model)]
 
 
 class StartSession:
@@ -89,7 +81,7 @@ def _refuse_settings(model: Any, generation: Any, settings: Any) -> None:
         )
     from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
-    patches = _patches(model)
+    patches = list(patches_of(model).values())
     config, decode = patches[0].config, patches[0].config.decode
     kinds = group_layers_by_attn_type(model.config.get_text_config()).keys() - {"full_attention"}
     sparse = not all(config.is_dense(patch.layer) for patch in patches)
@@ -132,7 +124,7 @@ class SparseManager(ContinuousBatchingManager):
 
     @contextmanager
     def _paged_attention(self) -> Iterator[None]:
-        own = (module.config for module in _patched_modules(self.model))
+        own = (module.config for module in patches_of(self.model))
         configs: list[Any] = [self.model.config, self.model.config.get_text_config(), *own]
         before = {id(config): (config, config._attn_implementation) for config in configs}
         try:
@@ -147,7 +139,8 @@ class SparseManager(ContinuousBatchingManager):
         with self._paged_attention():
             processor = super()._create_batch_processor()
         if not hasattr(processor.cache, "nc_sparse"):
-            sparse = processor.cache.nc_sparse = SparseCache(processor.cache, _patches(self.model)[0].config)
+            patch = next(iter(patches_of(self.model).values()))
+            sparse = processor.cache.nc_sparse = SparseCache(processor.cache, patch.config)
             inputs = processor.inputs_and_outputs
             inputs.prepare_batch_tensors = partial(sparse.prepare, inputs.prepare_batch_tensors)
         return processor
@@ -209,7 +202,9 @@ class SparseCache:
         self._codes = torch.zeros(*of_pages, memory.shape[-1], dtype=torch.int8, device=memory.device)
         self._scales = torch.zeros(of_pages, device=memory.device)
         layers = zip(allocator.layer_indices, blocks.unbind(1), self._codes, self._scales, strict=True)
-        self.layers = {layer: PagedKeys(both[:, 0], both[:, 1], *pages) for layer, both, *pages in layers}
+        self.layers = {
+            layer: PagedKeys(both[:, 0], both[:, 1], *pages, self.page_size) for layer, both, *pages in layers
+        }
         allocator.copy_blocks = partial(self._copy_blocks, allocator.copy_blocks)
         cache.update = self._hand_on
 
@@ -304,9 +299,9 @@ def paged_attention_forward(
     served = ServedLayer(patch.config, patch.layer, scale, float(softcap or 0.0), s_aux)
     output = query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
     if sparse.page_size:
-        summarize_slots_(paged, batch.slots, sparse.page_size, patch.config.backend)
+        summarize_slots_(paged, batch.slots, patch.config.backend)
     if len(batch.rows):
-        result = served.decode(query[0].transpose(0, 1)[batch.rows], paged, batch.decoding, sparse.page_size)
+        result = served.decode(query[0].transpose(0, 1)[batch.rows], paged, batch.decoding)
         output[batch.rows] = result.output
         assert result.attended is not None
         patch.counters.add_later(result.attended[..., None], batch.decoding.visible)

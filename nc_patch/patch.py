@@ -23,7 +23,7 @@ from nc_patch.hooks import (
     note_boundaries,
     refuse_switched,
 )
-from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed
+from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed, patches_of
 from nc_patch.stats import PatchStats, summary, total
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -226,8 +226,7 @@ def _settings(
 def _patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
     """The patched attention modules of a model, and what they carry."""
     check_is_module(model)
-    found = ((module, module.__dict__.get(PATCH_ATTRIBUTE)) for module in model.modules())
-    return {module: patch for module, patch in found if patch is not None}
+    return patches_of(model)
 
 
 def _need_patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:

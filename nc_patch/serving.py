@@ -11,7 +11,7 @@ from nc_patch.common import once
 from nc_patch.config import NCConfig
 from nc_patch.functional import attend
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
-from nc_patch.paged import PagedKeys, paged_block_attention
+from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention
 from nc_patch.selections import Dense
 from nc_patch.selections.base import Selection
 
@@ -72,7 +72,7 @@ class ServedLayer(NamedTuple):
     sinks: torch.Tensor | None = None
     heads: slice = slice(None)
 
-    def decode(self, query: torch.Tensor, paged: PagedKeys, rows: DecodingRows, page_size: int) -> AttentionResult:
+    def decode(self, query: torch.Tensor, paged: PagedKeys, rows: DecodingRows) -> AttentionResult:
         """Attention of ``query [R, Hq, D]`` by page statistics: output ``[R, Hq, Dv]`` and attended ``[R, Hq]``."""
         lengths, most = rows.visible[:, 0, 1].contiguous(), rows.most_keys
         if self.config.is_dense(self.layer):
@@ -80,7 +80,7 @@ class ServedLayer(NamedTuple):
         else:
             budget, most = self._budget(rows.visible, most)[..., 0], self.config.largest_budget(most, self.layer)
         return paged_block_attention(
-            *(query, paged, rows.table, lengths, budget), most=most, page_size=page_size,
+            query, paged, PagedRows(rows.table, lengths, budget, most),
             scale=self.scale, softcap=self.softcap, sinks=self.sinks, backend=self.config.backend,
         )  # fmt: skip
 

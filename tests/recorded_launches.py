@@ -30,7 +30,7 @@ from triton.runtime.driver import driver
 
 import nc_patch
 from nc_patch import functional
-from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
+from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention, summarize_slots_
 
 RECORD = Path(__file__).parent.parent / "docs" / "results" / "kernel_resources.json"
 # What is called: FAMILY-DTYPE-dHEAD_DIM and options. The families are the rows of a selection, "blocks" and "pages" of
@@ -188,13 +188,13 @@ def _call_paged(dtype: torch.dtype, head_dim: int, page_size: int, options: Sequ
     shape = (1, 2, 128, head_dim)
     key, value = (_long(torch.empty(shape, dtype=dtype)) for _ in "kv")
     codes = _long(torch.empty(1, 2, 128 // page_size, 3, head_dim, dtype=torch.int8))
-    paged = PagedKeys(key, value, codes, torch.empty(codes.shape[:-1]))
-    summarize_slots_(paged, torch.zeros(4, dtype=torch.int64), page_size, "triton")
+    paged = PagedKeys(key, value, codes, torch.empty(codes.shape[:-1]), page_size)
+    summarize_slots_(paged, torch.zeros(4, dtype=torch.int64), "triton")
     numbers = torch.ones(4, 128, dtype=torch.int32)
     paged_block_attention(
-        *(torch.empty(4, 8, head_dim, dtype=dtype), paged, numbers, numbers[:, 0], numbers[:, :1]),
-        most=2354,
-        page_size=page_size,
+        torch.empty(4, 8, head_dim, dtype=dtype),
+        paged,
+        PagedRows(numbers, numbers[:, 0], numbers[:, :1], 2354),
         scale=1.0,
         softcap=30.0 if "softcap" in options else 0.0,
         sinks=torch.zeros(8) if "sinks" in options else None,

@@ -28,8 +28,7 @@ def test_a_step_on_a_gpu_is_four_launches_and_reads_nothing_on_the_host():
     engine = Engine((50, 200), dims=(64, 64), dtype=torch.bfloat16)
     with torch.inference_mode(), pretended_gpu() as launches, NoHostReads():
         for _ in range(2):
-            summarize_slots_(engine.paged, engine.sequences[0][2][-4:], 16, "triton")
-            rows = (engine.table, engine.visible, engine.given_budget)
-            paged_block_attention(engine.query, engine.paged, *rows, most=70, page_size=16, scale=1.0, backend="triton")
+            summarize_slots_(engine.paged, engine.sequences[0][2][-4:], "triton")
+            paged_block_attention(engine.query, engine.paged, engine.rows_of_step, scale=1.0, backend="triton")
     step = ["summarize_slots_kernel", "score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
     assert [launch.kernel for launch in launches] == 2 * step

@@ -54,7 +54,7 @@ class SparseAttention(AttentionImpl[SparseMetadata]):
         block, offset = slots // size, slots % size
         paged.key[block, :, offset] = key[:count]
         paged.value[block, :, offset] = value[:count]
-        summarize_slots_(paged, slot_mapping, self.page_size, self.config.backend)
+        summarize_slots_(paged, slot_mapping, self.config.backend)
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
@@ -70,7 +70,7 @@ class SparseAttention(AttentionImpl[SparseMetadata]):
         )
         if attn_metadata.decoding is not None:
             rows = attn_metadata.decoding.rows
-            output[rows] = served.decode(query[rows], paged, attn_metadata.decoding.seen(), self.page_size).output
+            output[rows] = served.decode(query[rows], paged, attn_metadata.decoding.seen()).output
         for chunk in attn_metadata.chunks:
             part = query[chunk.rows].transpose(0, 1)[None]
             output[chunk.rows] = served.prefill(part, paged, chunk, self.config.prefill)[0].output[0].transpose(0, 1)

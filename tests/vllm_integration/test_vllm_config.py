@@ -15,7 +15,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from nc_patch import NCConfig
-from nc_patch.paged import paged_block_attention, summarize_slots_
+from nc_patch.paged import PagedRows, paged_block_attention, summarize_slots_
 from nc_patch.selections.block.pages import summarize
 from nc_patch.vllm.blocks import bytes_per_key, paged_keys
 from nc_patch.vllm.settings import settings_of
@@ -146,7 +146,7 @@ def test_keys_values_and_statistics_share_a_block_without_overlapping(dtype, D, 
     key, value = (torch.randn(3, 2, 64, size).to(dtype) for size in (D, Dv))
     paged.key.copy_(key)
     paged.value.copy_(value)
-    summarize_slots_(paged, torch.arange(3 * 64), 16, "torch")
+    summarize_slots_(paged, torch.arange(3 * 64), "torch")
     assert torch.equal(paged.key, key)
     assert torch.equal(paged.value, value)
     wanted = summarize(key.unflatten(2, (4, 16)))
@@ -155,11 +155,11 @@ def test_keys_values_and_statistics_share_a_block_without_overlapping(dtype, D, 
     copied = cache.clone()[[2, 0, 1]]  # whole blocks, as vLLM copies and offloads them
     moved = paged_keys(copied, D, Dv, 16)
     query, lengths = torch.randn(1, 4, D).to(dtype), torch.tensor([180], dtype=torch.int32)
-    attend = lambda paged, table: paged_block_attention(  # noqa: E731
-        query, paged, torch.tensor([table], dtype=torch.int32), lengths, torch.full((1, 1), 48, dtype=torch.int32),
-        most=48, page_size=16, scale=D**-0.5,
-    ).output  # fmt: skip
-    assert torch.equal(attend(paged, [0, 1, 2]), attend(moved, [1, 2, 0]))
+    budget, found = torch.full((1, 1), 48, dtype=torch.int32), []
+    for keys, table in ((paged, [0, 1, 2]), (moved, [1, 2, 0])):
+        rows = PagedRows(torch.tensor([table], dtype=torch.int32), lengths, budget, 48)
+        found.append(paged_block_attention(query, keys, rows, scale=D**-0.5).output)
+    assert torch.equal(*found)
 
 
 def request(computed: int, prompt: int) -> Any:
