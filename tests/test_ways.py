@@ -200,18 +200,6 @@ def test_a_chat_goes_on_with_its_cache_over_turns_padded_each_on_its_own(selecti
     assert torch.equal(found, each_alone(model, map(torch.cat, zip(first, answer, second, strict=True))))
 
 
-@pytest.mark.parametrize("options", ways.CHOICES, ids=str)
-def test_a_cropped_cache_goes_on_as_one_that_never_was_longer(options):
-    model, ids = patch_model(tiny_model("llama"), *ways.SMALL, **options), random_ids(1, 60)
-    cache, plain = DynamicCache(), DynamicCache()
-    generated(model, ids, past_key_values=cache)
-    cache.crop(48 - cache.get_seq_length())
-    with torch.inference_mode():
-        model(ids[:, :48], past_key_values=plain)
-        for step in range(48, 60):
-            assert_close(*(model(ids[:, step : step + 1], past_key_values=c).logits for c in (cache, plain)))
-
-
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_quantised_cache_gives_the_logits_of_dense_over_the_same_cache(name, backend):

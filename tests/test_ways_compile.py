@@ -46,12 +46,16 @@ def whole(model, backend="aot_eager"):
 
 
 @families_and_settings(("llama", "topk"), ("gemma2", "unasked"))
-def test_a_compiled_forward_equals_dense_and_the_eager_one(family, settings):
-    ids = random_ids(2, 70)
+def test_compiled_prompts_of_many_lengths_equal_dense_and_eager_ones_and_share_their_graphs(family, settings):
     for model, reference in full_and_small(family, LAYERS.get(family, 1), **settings):
         torch._dynamo.reset()
+        frames = CompileCounterWithBackend("aot_eager")
+        compiled = whole(model, frames)
         with torch.inference_mode():
-            assert_close(whole(model)(ids, use_cache=False).logits, reference(ids, use_cache=False).logits)
+            for length in (70, 20, 31, 9, 55, 64):  # of a page or less too
+                ids = random_ids(2, length)
+                assert_close(*(each(ids, use_cache=False).logits for each in (compiled, reference)))
+        assert frames.frame_count == 2  # the first length is taken for a constant
 
 
 @pytest.mark.parametrize("kind", ["positions", "cu_seq_lens"])
@@ -101,17 +105,6 @@ def test_a_compiled_step_keeps_the_index_of_a_static_cache(options):
     assert torch.equal(torch.cat(tokens, -1), expected[:, 60:])
     assert frames.frame_count <= 2  # a step is not compiled anew for every token
     assert all(layer.nc_indexes for layer in cache.layers)
-
-
-@families_and_settings(("llama", "unasked"))
-def test_prompts_of_many_lengths_share_their_graphs(family, settings):
-    model, frames = small(family, LAYERS.get(family, 1), **settings), CompileCounterWithBackend("aot_eager")
-    compiled = whole(model, frames)
-    with torch.inference_mode():
-        for length in (40, 20, 31, 9, 55, 64):  # of a page or less too
-            ids = random_ids(2, length)
-            assert_close(*(each(ids, use_cache=False).logits for each in (compiled, model)))
-    assert frames.frame_count == 2  # the first length is taken for a constant
 
 
 @EACH_PLAIN
