@@ -24,9 +24,9 @@ from nc_patch.families import refuse_unsupported
 from nc_patch.functional import check_scale
 from nc_patch.hooks import PAGED_IMPLEMENTATION
 from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, patches_of
-from nc_patch.paged import PagedKeys, summarize_slots_
+from nc_patch.paged import PagedKeys, PagedRows, summarize_slots_
 from nc_patch.selections.base import Selection
-from nc_patch.serving import Chunk, DecodingRows, ServedLayer, chunk
+from nc_patch.serving import Chunk, ServedLayer, chunk
 from nc_patch.stats import tally
 
 
@@ -180,7 +180,7 @@ class Batch(NamedTuple):
     block: torch.Tensor
     place: torch.Tensor
     rows: torch.Tensor
-    decoding: DecodingRows
+    decoding: PagedRows
     chunks: list[tuple[Chunk, Selection]]
 
 
@@ -203,7 +203,8 @@ class SparseCache:
         self._scales = torch.zeros(of_pages, device=memory.device)
         layers = zip(allocator.layer_indices, blocks.unbind(1), self._codes, self._scales, strict=True)
         self.layers = {
-            layer: PagedKeys(both[:, 0], both[:, 1], *pages, self.page_size) for layer, both, *pages in layers
+            layer: PagedKeys(both[:, 0], both[:, 1], codes, scales, self.page_size)
+            for layer, both, codes, scales in layers
         }
         allocator.copy_blocks = partial(self._copy_blocks, allocator.copy_blocks)
         cache.update = self._hand_on
@@ -244,14 +245,14 @@ class SparseCache:
         width = 1 << (width - 1).bit_length()  # a power of two, since plans of kernels are kept by shape
         tensor = partial(torch.tensor, device=self._codes.device)
         tables = tensor([[*r.blocks, *[0] * (width - len(r.blocks))] for r in self.requests], dtype=torch.int32)
-        slots, rows, seen, of_row, chunks = list[int](), list[int](), list[list[list[int]]](), list[int](), []
+        slots, rows, seen, of_row, chunks = list[int](), list[int](), list[int](), list[int](), []
         for number, (first, past, prompt, end, blocks) in enumerate(self.requests):
             slots += [blocks[at // N] * N + at % N for at in range(past, end)]
             middle = min(max(prompt, past), end)
             parts = [(past, middle, config.prefill)]
             if self.page_size:
                 rows += range(first + middle - past, first + end - past)
-                seen += [[[0, at + 1]] for at in range(middle, end)]
+                seen += range(middle + 1, end + 1)
                 of_row += [number] * (end - middle)
             else:
                 parts.append((middle, end, config.decode))
@@ -260,8 +261,8 @@ class SparseCache:
                     queries = slice(first + low - past, first + high - past)
                     chunks.append((chunk(queries, high, tables[number], selection, high == prompt), selection))
         at_slot, of_rows = tensor(slots), tensor(rows, dtype=torch.int64)
-        visible = tensor(seen, dtype=torch.int32).view(-1, 1, 2)
-        decoding = DecodingRows(visible, tables[tensor(of_row, dtype=torch.int64)], width * N)
+        lengths = tensor(seen, dtype=torch.int32)
+        decoding = PagedRows(tables[tensor(of_row, dtype=torch.int64)], lengths, lengths[:, None], width * N)
         return Batch(at_slot, at_slot // N, at_slot % N, of_rows, decoding, chunks)
 
 

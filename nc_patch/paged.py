@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from nc_patch.common import once
 from nc_patch.ops.backends import check_backend, choose_backend
 from nc_patch.ops.problem import AttentionResult, Problem, describe
 from nc_patch.selections import Block
@@ -34,7 +35,7 @@ class PagedKeys(NamedTuple):
 
 
 class PagedRows(NamedTuple):
-    """What rows attend, each for a query token; several may be of one sequence.
+    """What rows see and attend, each for a query token; several may be of one sequence.
 
     Attributes:
         table: int32 ``[R, M]``, the blocks of each row's sequence; what follows those of its length may be anything.
@@ -46,6 +47,13 @@ class PagedRows(NamedTuple):
     lengths: torch.Tensor
     budget: torch.Tensor
     most: int
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """int32 ``[R, 1, 2]``, the interval of keys that each row sees; worked out once for all layers."""
+        from_first = lambda: torch.nn.functional.pad(self.lengths[:, None, None], (1, 0))  # noqa: E731
+        found: torch.Tensor = once(self.lengths, ("visible",), from_first)
+        return found
 
 
 def summarize_slots_(paged: PagedKeys, slots: torch.Tensor, backend: str = "auto") -> None:

@@ -16,19 +16,6 @@ from nc_patch.selections import Dense
 from nc_patch.selections.base import Selection
 
 
-class DecodingRows(NamedTuple):
-    """R queries that choose pages.
-
-    Attributes:
-        visible: int32 ``[R, 1, 2]``, the keys of its request that each sees. most_keys: none sees more.
-        table: int32 ``[R, M]``, the blocks of its request.
-    """
-
-    visible: torch.Tensor
-    table: torch.Tensor
-    most_keys: int
-
-
 class Chunk(NamedTuple):
     """Queries of a request that follow each other.
 
@@ -72,17 +59,17 @@ class ServedLayer(NamedTuple):
     sinks: torch.Tensor | None = None
     heads: slice = slice(None)
 
-    def decode(self, query: torch.Tensor, paged: PagedKeys, rows: DecodingRows) -> AttentionResult:
-        """Attention of ``query [R, Hq, D]`` by page statistics: output ``[R, Hq, Dv]`` and attended ``[R, Hq]``."""
-        lengths, most = rows.visible[:, 0, 1].contiguous(), rows.most_keys
-        if self.config.is_dense(self.layer):
-            budget = lengths[:, None]
-        else:
-            budget, most = self._budget(rows.visible, most)[..., 0], self.config.largest_budget(most, self.layer)
+    def decode(self, query: torch.Tensor, paged: PagedKeys, rows: PagedRows) -> AttentionResult:
+        """Attention of ``query [R, Hq, D]`` by page statistics: output ``[R, Hq, Dv]`` and attended ``[R, Hq]``.
+
+        The budget of ``rows`` is of every key that they see, of which this layer attends what its law says.
+        """
+        if not self.config.is_dense(self.layer):
+            budget = self._budget(rows.visible, rows.most)[..., 0]
+            rows = rows._replace(budget=budget, most=self.config.largest_budget(rows.most, self.layer))
         return paged_block_attention(
-            query, paged, PagedRows(rows.table, lengths, budget, most),
-            scale=self.scale, softcap=self.softcap, sinks=self.sinks, backend=self.config.backend,
-        )  # fmt: skip
+            query, paged, rows, scale=self.scale, softcap=self.softcap, sinks=self.sinks, backend=self.config.backend
+        )
 
     def prefill(
         self, query: torch.Tensor, paged: PagedKeys, chunk: Chunk, selection: Selection

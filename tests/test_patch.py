@@ -233,7 +233,7 @@ def made(kind, **sizes):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (made("bert", intermediate_size=32), "no causal attention"),
+        (made("bert", intermediate_size=32), "no causal attention.*set it"),
         (made("bloom"), "does not go through"),
         (made("t5", d_model=32, num_layers=1, num_heads=2), "encoder-decoder"),
         (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers"),

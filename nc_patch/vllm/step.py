@@ -8,7 +8,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 
 from nc_patch.common import once
 from nc_patch.ops.derivatives import is_capturing
-from nc_patch.serving import Chunk, DecodingRows, chunk
+from nc_patch.paged import PagedRows
+from nc_patch.serving import Chunk, chunk
 from nc_patch.vllm.settings import current_settings
 
 
@@ -23,21 +24,20 @@ class Decoding(NamedTuple):
     requests: torch.Tensor
     step: CommonAttentionMetadata
 
-    def seen(self) -> DecodingRows:
+    def seen(self) -> PagedRows:
         """What they see; computed on the device by the first layer that asks, so that a CUDA graph of all layers holds
         it.
         """
-        found: DecodingRows = once(self.rows, ("seen", is_capturing(self.rows)), self._seen)
+        found: PagedRows = once(self.rows, ("seen", is_capturing(self.rows)), self._seen)
         return found
 
-    def _seen(self) -> DecodingRows:
+    def _seen(self) -> PagedRows:
         step, requests = self.step, self.requests
         after = step.query_start_loc[1:][requests] - 1 - self.rows
         lengths = (step.seq_lens[requests] - after).int()
-        visible = torch.stack((torch.zeros_like(lengths), lengths), -1)[:, None]
         # A power of two, so that the sizes of buffers seldom change.
         most_keys = 1 << (step.max_seq_len - 1).bit_length()
-        return DecodingRows(visible, step.block_table_tensor[requests], most_keys)
+        return PagedRows(step.block_table_tensor[requests], lengths, lengths[:, None], most_keys)
 
 
 class SparseMetadata(NamedTuple):
