@@ -25,7 +25,6 @@ from nc_patch.functional import check_scale
 from nc_patch.hooks import PAGED_IMPLEMENTATION
 from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, patches_of
 from nc_patch.paged import PagedKeys, PagedRows, summarize_slots_
-from nc_patch.selections.base import Selection
 from nc_patch.serving import Chunk, ServedLayer, chunk
 from nc_patch.stats import tally
 
@@ -95,9 +94,8 @@ def _refuse_settings(model: Any, generation: Any, settings: Any) -> None:
         "and be observed: use generate": any(patch.observe for patch in patches),
         "with cpu_offload_space, which leaves page statistics behind: set it to 0": settings.cpu_offload_space,
         f"with page_size={settings.page_size}: give a multiple of {decode.page_size}, the keys per page": misfit,
-        f"with use_cuda_graph={graphs}, as it reads what a pass holds on the host: leave it out": graphs not in (
-            *(None, False), (False, False)
-        ),
+        f"with use_cuda_graph={graphs}, as it reads what a pass holds on the host: leave it out":
+            graphs not in (None, False, (False, False)),
         "with a quantized cache: leave cache_implementation out": generation.cache_implementation == "quantized",
     }  # fmt: skip
     for what, applies in refused.items():
@@ -173,7 +171,7 @@ class Batch(NamedTuple):
     Attributes:
         slots: int64 ``[T]``, where new keys go, as in ``summarize_slots_``. block, place: int64 ``[T]``, the same.
         rows: int64 ``[R]``, which queries choose pages, as ``decoding`` says.
-        chunks: the other queries, of prompts and generated ones, with the selection of each.
+        chunks: the other queries, of prompts and generated ones.
     """
 
     slots: torch.Tensor
@@ -181,7 +179,7 @@ class Batch(NamedTuple):
     place: torch.Tensor
     rows: torch.Tensor
     decoding: PagedRows
-    chunks: list[tuple[Chunk, Selection]]
+    chunks: list[Chunk]
 
 
 class SparseCache:
@@ -259,7 +257,7 @@ class SparseCache:
             for low, high, selection in parts:
                 if low < high:
                     queries = slice(first + low - past, first + high - past)
-                    chunks.append((chunk(queries, high, tables[number], selection, high == prompt), selection))
+                    chunks.append(chunk(queries, high, tables[number], selection, high == prompt))
         at_slot, of_rows = tensor(slots), tensor(rows, dtype=torch.int64)
         lengths = tensor(seen, dtype=torch.int32)
         decoding = PagedRows(tables[tensor(of_row, dtype=torch.int64)], lengths, lengths[:, None], width * N)
@@ -306,8 +304,8 @@ def paged_attention_forward(
         output[batch.rows] = result.output
         assert result.attended is not None
         patch.counters.add_later(result.attended[..., None], batch.decoding.visible)
-    for part, selection in batch.chunks:
-        result, reason = served.prefill(query[:, :, part.rows], paged, part, selection)
+    for part in batch.chunks:
+        result, reason = served.prefill(query[:, :, part.rows], paged, part)
         output[part.rows] = result.output[0].transpose(0, 1)
         assert result.attended is not None
         patch.counters.add(tally(result.attended, part.visible, patch.counters.tail), reason)

@@ -17,7 +17,7 @@ from nc_patch.selections.base import Selection
 
 
 class Chunk(NamedTuple):
-    """Queries of a request that follow each other.
+    """Queries of a request that follow each other, and what they choose by.
 
     Attributes:
         rows: their place among the step's queries. length: the keys that the last one sees.
@@ -33,6 +33,7 @@ class Chunk(NamedTuple):
     visible: torch.Tensor
     origin: torch.Tensor
     dense: tuple[int, int]
+    selection: Selection
 
 
 def chunk(rows: slice, length: int, blocks: torch.Tensor, selection: Selection, ends: bool) -> Chunk:
@@ -41,7 +42,7 @@ def chunk(rows: slice, length: int, blocks: torch.Tensor, selection: Selection, 
     visible = causal_intervals(1, count, length, blocks.device)
     first = min(-(length - count) % together, count)
     last = 0 if ends else min(length % together, count - first)
-    return Chunk(rows, length, blocks, visible, torch.zeros_like(visible[..., 0]), (first, last))
+    return Chunk(rows, length, blocks, visible, torch.zeros_like(visible[..., 0]), (first, last), selection)
 
 
 def queries_together(selection: Selection) -> int:
@@ -71,9 +72,7 @@ class ServedLayer(NamedTuple):
             query, paged, rows, scale=self.scale, softcap=self.softcap, sinks=self.sinks, backend=self.config.backend
         )
 
-    def prefill(
-        self, query: torch.Tensor, paged: PagedKeys, chunk: Chunk, selection: Selection
-    ) -> tuple[AttentionResult, str | None]:
+    def prefill(self, query: torch.Tensor, paged: PagedKeys, chunk: Chunk) -> tuple[AttentionResult, str | None]:
         """Attention of a chunk ``[1, Hq, Lq, D]`` over all keys of its request, and why it was dense, if it was.
 
         The result holds how many keys were attended, int32 ``[1, Hq or 1, Lq]``.
@@ -84,13 +83,13 @@ class ServedLayer(NamedTuple):
         seen = chunk.visible[:, None, :, 1]
         problem = Problem(*(query, key, value, chunk.visible, chunk.origin, seen), self.scale, self.softcap, self.sinks)
         reason = None
-        if isinstance(selection, Dense) or config.is_dense(self.layer):
+        if isinstance(chunk.selection, Dense) or config.is_dense(self.layer):
             reason = "the settings of the layer attend every key"
         elif length <= config.dense_below:
             reason = f"no query sees more than dense_below={config.dense_below} keys"
         if reason is None:
             problem = problem._replace(budget=self._budget(chunk.visible, length, *chunk.dense))
-        result = attend(problem, selection if reason is None else Dense(), config.backend)
+        result = attend(problem, chunk.selection if reason is None else Dense(), config.backend)
         return result._replace(attended=problem.budget if result.attended is None else result.attended), reason
 
     def _budget(self, visible: torch.Tensor, most_keys: int, first: int = 0, last: int = 0) -> torch.Tensor:

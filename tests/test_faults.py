@@ -13,10 +13,10 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
-from ways import EACH_SETTING, assert_close
+from ways import EACH_SETTING, assert_close, state_of
 
 import nc_patch
-from nc_patch import BrokenCacheError, forget_index, nc_stats, patch_model, stats, unpatch_model
+from nc_patch import BrokenCacheError, forget_index, nc_stats, patch_model, unpatch_model
 
 PACKAGE = str(Path(nc_patch.__file__).parent)
 LENGTH = 50
@@ -47,13 +47,6 @@ class Lines:
             if self.count == self.at:
                 raise self.error("simulated")
         return self._line
-
-
-def state_of(model: torch.nn.Module) -> tuple:
-    """What a call must leave as it was: hooks, threads, locks, and whether gradients are recorded."""
-    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return hooks, torch.get_num_threads(), stats._LOCK._is_owned(), modes
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, random_ids, tiny_model
+from tiny_models import random_ids, tiny_model
 from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, StaticCache
@@ -12,6 +12,7 @@ from ways import (
     SETTINGS,
     assert_close,
     boundaries,
+    families_and_settings,
     full_and_small,
     generated,
     left_padded,
@@ -26,14 +27,7 @@ from nc_patch import sparse_attention
 LAYERS = {"gemma2": 2, "gpt_oss": 2}
 PLAIN = {name: settings for name, settings in SETTINGS.items() if name != "topk by codes"}
 EACH_PLAIN = pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN)
-
-
-def families_and_settings(*plain):
-    """All families with two settings; those that are not ``plain`` are left to the wide sweep."""
-    cases = [(family, name) for family in FAMILIES for name in ("topk", "unasked")]
-    marks = {case: () if case in plain else pytest.mark.wide for case in cases}
-    given = [pytest.param(case[0], SETTINGS[case[1]], marks=marks[case], id="-".join(case)) for case in cases]
-    return pytest.mark.parametrize(("family", "settings"), given)
+COMPILED = ("topk", "unasked")  # in the wide sweep over families
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +39,7 @@ def whole(model, backend="aot_eager"):
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-@families_and_settings(("llama", "topk"), ("gemma2", "unasked"))
+@families_and_settings(("llama", "topk"), ("gemma2", "unasked"), names=COMPILED)
 def test_compiled_prompts_of_many_lengths_equal_dense_and_eager_ones_and_share_their_graphs(family, settings):
     for model, reference in full_and_small(family, LAYERS.get(family, 1), **settings):
         torch._dynamo.reset()
@@ -81,7 +75,7 @@ def generated_by_compiled_steps(model, ids):
     return found, len(graphs)
 
 
-@families_and_settings(("llama", "unasked"))
+@families_and_settings(("llama", "unasked"), names=COMPILED)
 def test_generate_compiles_itself_on_a_static_cache(family, settings):
     ids = random_ids(2, 40)
     _, graphs_of_dense = generated_by_compiled_steps(tiny_model(family, num_hidden_layers=LAYERS.get(family, 1)), ids)
