@@ -9,6 +9,7 @@ from operations import INTERPRETED, assert_close, assert_summarises, reference_a
 
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention, summarize_slots_
+from nc_patch.vllm.blocks import bytes_per_key, paged_keys
 
 gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports"))
 BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", pytest.param("triton", marks=gpu)]
@@ -16,27 +17,17 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 def blocks_of_memory(engine: "Engine", blocks: int) -> PagedKeys:
-    """Memory full of NaN: each head of a block holds its keys, its values and their statistics, or all are apart."""
+    """Memory full of NaN, in blocks as vLLM's cache holds them, beside another layer's, or transformers' cache."""
     (D, Dv), keys, kv_heads, dtype = engine.dims, engine.keys, engine.kv_heads, engine.dtype
-    pages = keys // engine.page_size
-    if not engine.together:
-        key, value, scales = (
-            torch.full((blocks, *shape), torch.nan, dtype=of)
-            for shape, of in (
-                ((keys, kv_heads, D), dtype),
-                ((kv_heads, keys, Dv), dtype),
-                ((kv_heads, pages, 3), torch.float32),
-            )
-        )
-        codes = torch.full((*scales.shape, D), -1, dtype=torch.int8)
-        return PagedKeys(key.transpose(1, 2), value, codes, scales, engine.page_size)
-    whole, of_page = keys * (D + Dv) * dtype.itemsize, -(-3 * (D + 4) // 16) * 16
-    memory = torch.full((blocks, kv_heads, whole + pages * of_page), 0xFF, dtype=torch.uint8)
-    rows = memory[..., :whole].view(dtype).unflatten(-1, (keys, D + Dv))
-    statistics = memory[..., whole:].unflatten(-1, (pages, of_page))
-    codes = statistics[..., : 3 * D].view(torch.int8).unflatten(-1, (3, D))
-    scales = statistics[..., -16:-4].view(torch.float32)
-    return PagedKeys(rows[..., :D], rows[..., D:], codes, scales, engine.page_size)
+    if engine.together:
+        size = keys * bytes_per_key(D, Dv, dtype, engine.page_size)
+        memory = torch.full((blocks, 2, kv_heads, size), 0xFF, dtype=torch.uint8)[:, 1]
+        return paged_keys(memory.view(dtype).unflatten(-1, (keys, -1)), D, Dv, engine.page_size)
+    key, value = (
+        torch.full((blocks, keys, kv_heads, size), torch.nan, dtype=dtype).transpose(1, 2) for size in (D, Dv)
+    )
+    scales = torch.full((blocks, kv_heads, keys // engine.page_size, 3), torch.nan)
+    return PagedKeys(key, value, torch.full((*scales.shape, D), -1, dtype=torch.int8), scales, engine.page_size)
 
 
 def device_of(backend: str) -> str:
@@ -143,8 +134,8 @@ class Engine:
         Engine((50, 200, 333)),
         Engine((31, 190, 500), dtype=torch.bfloat16, dims=(128, 64), kv_heads=1, group=6, keys=64, page_size=32),
         Engine((1, 16, 17, 250), dtype=torch.float16, dims=(80, 80), keys=16, by_head=True),
-        Engine((70, 129), ((0, 68), (0, 69), (0, 70), (1, 129), (1, 0)), group=3, sinks=True),
-        Engine((400, 90), softcap=2.0, sinks=True, by_head=True, keys=48, seed=3),
+        Engine((70, 129), ((0, 68), (0, 69), (0, 70), (1, 129), (1, 0)), dims=(40, 24), group=3, sinks=True),
+        Engine((400, 90), dims=(18, 18), softcap=2.0, sinks=True, by_head=True, keys=48, seed=3),
         Engine((300,), ((0, 0), (0, 300), (0, 240)), budget=300, wider=0),
         Engine((90, 300), dtype=torch.bfloat16, dims=(64, 32), together=False),
     ],

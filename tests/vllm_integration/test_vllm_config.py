@@ -15,9 +15,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from nc_patch import NCConfig
-from nc_patch.paged import PagedRows, paged_block_attention, summarize_slots_
-from nc_patch.selections.block.pages import summarize
-from nc_patch.vllm.blocks import bytes_per_key, paged_keys
+from nc_patch.vllm.blocks import bytes_per_key
 from nc_patch.vllm.settings import settings_of
 
 SETTINGS = {"alpha": 4, "C": 0.6}
@@ -134,32 +132,6 @@ def test_the_specification_of_a_cache_has_room_for_statistics_once(configured):
     larger = SparseBackend.customize_spec(spec)
     assert larger.page_size_bytes == 64 * 3 * bytes_per_key(64, 64, torch.float32, 16)
     assert SparseBackend.customize_spec(larger) == larger
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("D", "Dv"), [(64, 64), (128, 128), (40, 24), (18, 18)])
-def test_keys_values_and_statistics_share_a_block_without_overlapping(dtype, D, Dv):
-    content = bytes_per_key(D, Dv, dtype, 16) // dtype.itemsize
-    # Blocks apart from each other, as where several layers share them.
-    cache = torch.full((3, 2, 2, 64, content), torch.nan, dtype=dtype)[:, 1]
-    paged = paged_keys(cache, D, Dv, 16)
-    key, value = (torch.randn(3, 2, 64, size).to(dtype) for size in (D, Dv))
-    paged.key.copy_(key)
-    paged.value.copy_(value)
-    summarize_slots_(paged, torch.arange(3 * 64), "torch")
-    assert torch.equal(paged.key, key)
-    assert torch.equal(paged.value, value)
-    wanted = summarize(key.unflatten(2, (4, 16)))
-    assert torch.equal(paged.codes, wanted.codes)
-    assert torch.equal(paged.scales, wanted.scales)
-    copied = cache.clone()[[2, 0, 1]]  # whole blocks, as vLLM copies and offloads them
-    moved = paged_keys(copied, D, Dv, 16)
-    query, lengths = torch.randn(1, 4, D).to(dtype), torch.tensor([180], dtype=torch.int32)
-    budget, found = torch.full((1, 1), 48, dtype=torch.int32), []
-    for keys, table in ((paged, [0, 1, 2]), (moved, [1, 2, 0])):
-        rows = PagedRows(torch.tensor([table], dtype=torch.int32), lengths, budget, 48)
-        found.append(paged_block_attention(query, keys, rows, scale=D**-0.5).output)
-    assert torch.equal(*found)
 
 
 def request(computed: int, prompt: int) -> Any:
