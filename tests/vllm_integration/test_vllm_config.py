@@ -22,15 +22,9 @@ SETTINGS = {"alpha": 4, "C": 0.6}
 
 
 def engine_config(model: str, settings: Any, **options: Any) -> Any:
-    given = {
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 256,
-        "dtype": "float32",
-        "attention_backend": "CUSTOM",
-        **options,
-    }
+    given = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "dtype": "float32", "attention_backend": "CUSTOM"}
     extra = {} if settings is None else {"additional_config": {"nc_patch": settings}}
-    return EngineArgs(model=model, max_model_len=1024, **given, **extra).create_engine_config()
+    return EngineArgs(model=model, max_model_len=1024, **given | options, **extra).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -134,10 +128,6 @@ def test_the_specification_of_a_cache_has_room_for_statistics_once(configured):
     assert SparseBackend.customize_spec(larger) == larger
 
 
-def request(computed: int, prompt: int) -> Any:
-    return SimpleNamespace(num_computed_tokens=computed, num_prompt_tokens=prompt)
-
-
 @pytest.mark.parametrize(
     ("computed", "prompt", "wanted", "got"),
     [
@@ -151,4 +141,5 @@ def test_chunks_of_a_prompt_end_between_blocks_of_queries_or_with_the_prompt(com
 
     scheduler = object.__new__(AlignedScheduler)
     scheduler._step, scheduler._recurrent = 64, False
-    assert scheduler._mamba_block_aligned_split(request(computed, prompt), wanted) == got
+    request = SimpleNamespace(num_computed_tokens=computed, num_prompt_tokens=prompt)
+    assert scheduler._mamba_block_aligned_split(request, wanted) == got
