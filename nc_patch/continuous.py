@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -191,7 +191,6 @@ class SparseCache:
         self.requests: list[Request] = []
         self.page_size = config.decode.page_size if config.decode.index_kind == "pages" else 0
         self._tables = allocator.block_table
-        self._batch: Batch | None = None
         self.block_size = N = allocator.tokens_per_page
         memory = allocator.cache_tensor
         # A block holds N keys and then N values of each layer: [blocks, layers, 2, Hkv, N, D].
@@ -219,7 +218,8 @@ class SparseCache:
 
     def prepare(self, prepare: Any, requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> None:
         """``prepare_batch_tensors``, which also takes note of what the pass holds."""
-        self.requests, self._batch, first = [], None, 0
+        self.requests, first = [], 0
+        self.__dict__.pop("batch", None)  # of the pass before
         for future in requests_in_batch:
             state, past = future.state, future.state.position_offset
             # Of a request that is computed again the initial tokens hold generated ones.
@@ -230,14 +230,9 @@ class SparseCache:
             first += end - past
         prepare(requests_in_batch, *args, **kwargs)
 
-    @property
+    @cached_property
     def batch(self) -> Batch:
         """The pass that runs; its tensors are made on first use, which is on the stream that it runs on."""
-        if self._batch is None:
-            self._batch = self._describe_pass()
-        return self._batch
-
-    def _describe_pass(self) -> Batch:
         config, N = self.config, self.block_size
         width = max(len(request.blocks) for request in self.requests)
         width = 1 << (width - 1).bit_length()  # a power of two, since plans of kernels are kept by shape
