@@ -162,13 +162,6 @@ def _plan(given: Problem) -> Plan:
     architecture = launch.architecture_of(query.device)
     placed = (query, key, value, *(() if table is None else problem.key_index))
     strides = tuple(t.stride()[:3] for t in placed)
-    # All that the kernels are compiled for.
-    sinks = None if problem.sinks is None else problem.sinks.dtype
-    blocks_of = None if table is None else (table.stride(0), keys_stored)
-    alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats, blocks_of)
-    compiled = launch.compiled_kernels(
-        ("block", strides, D, DV, choice, joining.rows, *alike), launch.alignment(*problem.tensors(), table)
-    )
     arguments = {
         "num_kv_heads": Hkv, "group": group, "Lq": Lq, "settings": launch.settings_of(problem), "width": width,
         "page": page_shape_of(D, block_size, keys_stored), "stored_pages": stored_pages, "capacity": capacity,
@@ -187,7 +180,7 @@ def _plan(given: Problem) -> Plan:
         (attend_pages_kernel, (numbers, splits, blocks), options(attending, splits, **shapes)),
     )
     dense = all(mine is theirs for mine, theirs in zip(given.tensors(), problem.tensors(), strict=True))
-    return Plan(dense, strides, [*sizes, sum(counts)], counts, Launches(kernels, arguments, compiled))
+    return Plan(dense, strides, [*sizes, sum(counts)], counts, Launches(kernels, arguments))
 
 
 def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Tiles, Tiles, int, int]:

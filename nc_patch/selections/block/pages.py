@@ -15,7 +15,7 @@ import torch
 from nc_patch.common import LARGEST_INTEGER, check_choice
 from nc_patch.ops.problem import DTYPES, Problem, check_int32, describe
 from nc_patch.selections.block.blocks import BLOCK_SIZES
-from nc_patch.selections.index import layout
+from nc_patch.selections.index import Layout
 
 # The rows of PageStatistics.codes: the key apart, mean and variance of the others.
 VECTORS = 3
@@ -192,20 +192,10 @@ def page_logits(
     return torch.logaddexp(far, rest + (math.log(count - 1) if count > 1 else -math.inf))
 
 
-@layout("pages")
-class Pages:
+class Pages(Layout, kind="pages"):
     """What the key index of ``block`` holds: ``PageStatistics``, of which none is kept for a page that is not whole."""
 
-    names: ClassVar = ("page_codes", "page_scales")
-    fixed: ClassVar = ()
     paged: ClassVar = True
-    takes_values: ClassVar = False
-    pays_on: ClassVar = ("triton", "cpu", "torch")
-
-    @staticmethod
-    def rows(capacity: int, block_size: int) -> int:
-        """One for each page."""
-        return page_count(capacity, block_size)
 
     @staticmethod
     def allocate(
