@@ -110,7 +110,12 @@ def _bound(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Prob
     assert problem.query.shape[2] <= MAX_DECODE_QUERIES
     assert problem.key_index[0].shape[2] >= problem.key.shape[2]
     if any(mine is not theirs for mine, theirs in zip(as_given.tensors(), problem.tensors(), strict=True)):
-        return lambda like: bound_topk_decode(like := prepared(like), sink_keys, recent_keys)(like)
+
+        def decode_copies(like: Problem) -> AttentionResult:
+            like = prepared(like)
+            return bound_topk_decode(like, sink_keys, recent_keys)(like)
+
+        return decode_copies
     Hkv, Lq, architecture = problem.key.shape[1], problem.query.shape[2], architecture_of(problem.query.device)
     plan = plan_for(problem, _planned_keys(problem), architecture)
     if len(problem.query) * Lq > 1 and 4 * plan.offsets[-1] > SCRATCH_BYTES:
