@@ -23,9 +23,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
 
-from eval_tasks.iso_quality import IsoQuality
 from eval_tasks.methods import DENSE, NC, find_method, keys_of
-from eval_tasks.summary import PLACE, UNSEEN, title_of
+from eval_tasks.summary import UNSEEN, title_of
 from nc_patch.budget import law_values
 
 # Colours that people with any colour vision tell apart, each dark enough to be read as text on white.
@@ -43,7 +42,7 @@ _STYLE = {
 _WIDTH, _LABEL_HEIGHT = 352, 17.0
 # Above this ratio of largest to smallest value an axis is logarithmic.
 _LOGARITHMIC_FROM = 4.0
-_POSITION_BINS, _DEPTH_BINS, _TICKS = 16, 10, 4
+_DEPTH_BINS, _TICKS = 10, 4
 
 
 @dataclass(frozen=True)
@@ -82,56 +81,21 @@ def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
     return panels
 
 
-def budget_panels(own: pd.DataFrame) -> list[Panel]:
-    """Keys attended at the scored positions of one task, and the share of all keys, by length."""
-    shown = {"keys read by a scored query": own["tail_mean_keys"]}
-    shown["% of the keys, all queries"] = 100 * own["attended_fraction"]
-    return [Panel(title, _lines_of(own, y), sorted(set(own["length"]))) for title, y in shown.items()]
-
-
-def position_panels(frame: pd.DataFrame) -> list[Panel]:
-    """Loss over dense by position within the scored tokens, at the longest length of each task of texts.
-
-    Of the same samples for a method and for dense.
-    """
-    panels = []
-    for task, own in frame.dropna(subset=["token_losses"]).groupby("task", observed=True):
-        wide = own.pivot(index=["length", *PLACE], columns="method", values="token_losses")
-        if DENSE not in wide or not len(wide := wide.dropna(subset=[DENSE]).dropna(thresh=2)):  # dense and another
-            continue
-        length = max(wide.index.get_level_values("length"))
-        dense, *methods = wide.loc[[length]].dropna(axis=1, how="all").items()
-        lines = []
-        for name, losses in methods:
-            pairs = zip(losses, dense[1], strict=True)
-            over = np.mean([np.subtract(*pair) for pair in pairs if isinstance(pair[0], list)], axis=0)
-            edges = np.unique(np.linspace(0, len(over), min(_POSITION_BINS, len(over)) + 1).astype(int))
-            means = np.add.reduceat(over, edges[:-1]) / np.diff(edges)
-            lines.append(Line(find_method(name).title, (edges[:-1] + edges[1:]) / 2, means, style_of(name)))
-        lines.append(Line("dense", lines[0].x, [0.0] * len(lines[0].x), {"color": "#000000"}))
-        title = f"{title_of(task)} at {length:,} tokens"
-        panels.append(Panel(title, lines, x_label="position among the scored tokens"))
-    return panels
-
-
-def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
+def needed_panels(needed: pd.DataFrame) -> list[Panel]:
     """The budget that each method needs by length, its interval and the fitted law; an arrow where none is enough."""
     panels = []
-    for task in dict.fromkeys(iso.task for iso in needed):
+    for task, found in needed.groupby("task", sort=False):
         lines = []
-        for iso in (iso for iso in needed if iso.task == task):
-            style, title = style_of(iso.method) | {"linestyle": "", "capsize": 3}, find_method(iso.method).title
-            n = iso.needed.dropna(subset=["keys"])
+        for method, own in found.groupby("method", sort=False):
+            style, title = style_of(method) | {"linestyle": "", "capsize": 3}, find_method(method).title
+            n, beyond = own.dropna(subset=["keys"]), own[own["keys"].isna()]
             ends = n["keys"] - n[["low", "keys"]].min(axis=1), n[["high", "keys"]].max(axis=1) - n["keys"]
             lines.append(Line(title, list(n["length"]), list(n["keys"]), style | {"yerr": ends}))
-            if iso.law:
-                law = law_values(n["length"].to_numpy(float), iso.law.alpha, iso.law.C)
-                lines.append(Line("", list(n["length"]), law, {"color": style["color"]}))
-            beyond = iso.needed[iso.needed["keys"].isna()]
+            law = law_values(n["length"].to_numpy(float), own["alpha"].iloc[0], own["C"].iloc[0])
+            lines.append(Line("", list(n["length"]), law, {"color": style["color"]}))
             arrow = style | {"yerr": 0.4 * beyond["largest"], "lolims": True}
             lines.append(Line("", list(beyond["length"]), list(beyond["largest"]), arrow))
-        lengths = sorted({n for iso in needed for n in iso.needed["length"]})
-        panels.append(Panel(f"keys needed, {title_of(task)}", lines, lengths))
+        panels.append(Panel(f"keys needed, {title_of(task)}", lines, sorted(set(needed["length"]))))
     return panels
 
 

@@ -131,7 +131,7 @@ def test_a_backend_that_needs_a_gpu_is_refused_on_the_cpu_before_any_work(tmp_pa
     [
         *(("eval", file) for file in ("report.html", "main.png", "summary.csv")),
         *(("fidelity", file) for file in ("fidelity.json", "fidelity.png")),
-        *(("calibrate", file) for file in ("profile.json", "calibration.html", "calibration.png")),
+        *(("calibrate", file) for file in ("profile.json", "calibration.csv", "calibration.png")),
         *(("bench", file) for file in ("decode.json", "decode.png")),
     ],
 )

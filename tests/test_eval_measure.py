@@ -52,8 +52,6 @@ def test_the_loss_is_that_of_the_scored_tokens_and_the_model_stays_unpatched(sam
     measured = measure(model, None, sample)
     assert measured["loss_sum"] == pytest.approx(loss_under(model, sample), rel=1e-5)
     assert (measured["tokens"], measured["bytes"]) == (16, 16 * len(" w00"))
-    assert len(measured["token_losses"]) == 16
-    assert sum(measured["token_losses"]) == pytest.approx(measured["loss_sum"], abs=1e-3)
     assert measure(model, TOPK, sample)["loss_sum"] != measured["loss_sum"]
     assert measure(model, None, sample)["loss_sum"] == measured["loss_sum"]
     sliding = measure(tiny_model("mistral"), None, sample)  # how many keys they see is left open
@@ -199,7 +197,7 @@ def test_a_sweep_asks_every_method_the_same_and_refuses_lengths_that_are_too_sho
     asked = ["--out", str(tmp_path / "out"), "--tasks", "passkey", "--lengths", "512", "640", "--samples", "2"]
     assert main([*arguments, *asked]) == 0
     rows = read_rows(tmp_path / "out")
-    same = {(r["length"], r["sample"], tuple(r["expected"]), r["depth"], r["prompt_tokens"]) for r in rows}
+    same = {(r["length"], r["index"], tuple(r["expected"]), r["depth"], r["prompt_tokens"]) for r in rows}
     assert (len(rows), len(same)) == (8, 4)
     assert len({row["expected"][0] for row in rows}) == 2
     assert json.loads((tmp_path / "out" / "run.json").read_text())["identity"]["tasks"] == ["passkey"]

@@ -13,18 +13,18 @@ from processes import free_port, lines, start, start_ranks, wait_until
 from tiny_sweep import sweep_arguments
 
 from eval_tasks.errors import EvalError
-from eval_tasks.store import read_rows
+from eval_tasks.store import Cell, read_rows
 from nc_patch import config
 from nc_patch.cli import main
 
 # Fields that say when, where and how fast, and not what was found.
 TIMES = ("seconds", "first_token_seconds", "prefill_seconds", "peak_memory", "commit", "process")
-TIME_COLUMNS = ("seconds", "tokens_per_second", "peak_memory_mb", "sparse_seconds", "seconds_per_answer_token")
+TIME_COLUMNS = ("seconds", "peak_memory_mb", "sparse_seconds", "seconds_per_answer_token")
 
 
 def results(out):
-    """The rows without times, by key."""
-    return {row["key"]: {k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out)}
+    """The rows without times, by cell."""
+    return {Cell.of(row): {k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out)}
 
 
 def table(out):
@@ -74,6 +74,7 @@ def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_tho
     out, half = home / "two", (alone / "results.jsonl").read_text().splitlines(keepends=True)[::2]
     out.mkdir()
     (out / "results.jsonl").write_text("".join(half))
+    shutil.copy(alone / "run.json", out)
     codes, said, other = ended(home, "two", "two", setups=(None, _other_machine_with_a_stale_file))
     assert codes == [0, 0], said + other
     assert results(out) == results(alone)
@@ -83,7 +84,7 @@ def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_tho
     assert lines(out / "results.jsonl") == len(rows)
     assert ("Report:" in said, "Report:" in other) == (True, False)
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    [session] = record["sessions"]
+    _, session = record["sessions"]
     assert session["hardware"] == record["hardware"]
     assert [machine["processor"] for machine in session["other_hardware"]] == ["another"]
     assert "different hardware" in (out / "report.html").read_text(encoding="utf-8")
