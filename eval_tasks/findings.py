@@ -13,7 +13,7 @@ from eval_tasks.measure import SPARSE_IN
 from eval_tasks.methods import DENSE, NC, find_method
 from eval_tasks.provenance import hardware_words
 from eval_tasks.stats import DENSE_FAILS
-from eval_tasks.summary import VERDICTS, title_of
+from eval_tasks.summary import title_of
 from eval_tasks.tasks import TASKS
 
 NOTHING_COMPARED = (
@@ -39,17 +39,17 @@ class Table:
 
 def main_table(at: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
     """What each method reads at one length, how good it is in each task, and what it costs; see ``lead``."""
-    tasks, rows, fails = list(dict.fromkeys(at["task"])), [], VERDICTS[DENSE_FAILS]
+    tasks, rows = list(dict.fromkeys(at["task"])), []
     for method, own in at.groupby("method", observed=True):
         cells, verdicts = dict.fromkeys(tasks, "not measured"), defaultdict(list)
         for row in own.itertuples():
             verdicts[row.verdict].append(row.task)
             cells[row.task] = "\n".join(filter(None, quality(row)))
             if method == DENSE:
-                failing = (at.loc[at["task"] == row.task, "verdict"] == fails).any()
+                failing = (at.loc[at["task"] == row.task, "verdict"] == DENSE_FAILS).any()
                 value = f"{row.perplexity:,.2f}" if pd.isna(row.score) else f"{100 * row.score:.0f} % right"
-                cells[row.task] = value + "\ndense fails" * bool(failing)
-        told = {word: names for word, names in verdicts.items() if word not in ("", fails)} or verdicts
+                cells[row.task] = value + f"\n{DENSE_FAILS}" * bool(failing)
+        told = {word: names for word, names in verdicts.items() if word not in ("", DENSE_FAILS)} or verdicts
         said = "; ".join(word + f" in {', '.join(names)}" * (len(told) > 1) for word, names in told.items())
         seconds, memory = cost["seconds"].get(method, math.nan), cost["peak_memory_mb"].get(method, math.nan)
         time = f"{seconds / cost['seconds'].get(DENSE, math.nan):.2f}×"

@@ -52,7 +52,7 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     """What figures depend on. Places in the text follow from the longest length; times may be of any machine."""
     identity = {name: value for name, value in run["identity"].items() if name not in _CELLS}
     longest = max(run["identity"]["lengths"], default=0)
-    return identity | {"longest": longest, "dtype": run["model_dtype"], "device": run["hardware"].get("device")}
+    return identity | {"longest": longest, "device": run["hardware"].get("device")}
 
 
 def _check_known(directory: Path, identity: Mapping[str, Any], rows: Sequence[Row]) -> None:

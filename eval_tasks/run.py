@@ -5,7 +5,7 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from eval_tasks.answers import Question, answer, build_question, check_generated
+from eval_tasks.answers import answer, check_generated
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import load_profile
 from eval_tasks.measure import measure, warm_up
@@ -25,7 +25,7 @@ from eval_tasks.provenance import check_same, commit, hardware, hardware_words, 
 from eval_tasks.report import REPORT_FILES
 from eval_tasks.store import Cell, Row, append_row, check_out, claimed, read_rows, read_run
 from eval_tasks.sweep import Sweep
-from eval_tasks.synthetic import GENERATORS, Material
+from eval_tasks.synthetic import GENERATORS, Material, SyntheticSample, synthesize
 from eval_tasks.tasks import TASKS, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
 from nc_patch.calibration.fingerprint import weights_fingerprint
@@ -35,22 +35,29 @@ from nc_patch.calibration.fingerprint import weights_fingerprint
 class Source:
     """All that samples are built from: the text as it is and as tokens, the tokenizer, and what generated tasks use.
 
-    ``starts`` says where in the text the samples of each seed begin.
+    ``starts`` says where in the text the samples begin.
     """
 
     text: Text
     tokens: TokenisedText
     tokenizer: PreTrainedTokenizerBase
-    starts: dict[int, list[int]]
+    starts: list[int]
     material: Material
 
-    def build(self, cell: Cell, sweep: Sweep) -> tuple[Sample | Question, int | None]:
-        """The sample of a cell, and where in the text it begins (None for a generated task)."""
+    def build(self, cell: Cell, sweep: Sweep) -> Sample | SyntheticSample:
+        """The sample of a cell."""
         if cell.task in TASKS:
-            start = self.starts[cell.seed][cell.index]
-            return TASKS[cell.task].build(self.tokens, start, cell.length, sweep.layout), start
-        drawn = (cell.length, cell.seed, cell.index)
-        return build_question(cell.task, self.tokenizer, *drawn, self.material, sweep.answer_tokens), None
+            return TASKS[cell.task].build(self.tokens, self.starts[cell.sample], cell.length, sweep.layout)
+        return synthesize(
+            GENERATORS[cell.task],
+            self.tokenizer,
+            cell.length,
+            sweep.layout.seed,
+            cell.sample,
+            material=self.material,
+            new_tokens=sweep.answer_tokens,
+            use_chat_template=bool(self.tokenizer.chat_template),
+        )
 
 
 def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes | None = None) -> None:
@@ -130,7 +137,7 @@ def load_source(sweep: Sweep) -> Source:
     scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
     check_lengths(scored, sweep.layout, len(tokens.prefix))
     check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
-    starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
+    starts = places(tokens, sweep.layout) if scored else []
     return Source(text, tokens, tokenizer, starts, Material(sweep.text))
 
 
@@ -163,13 +170,11 @@ def _measure_all(
         leave=False,
     ) as bar:
         for cells in share:
-            sample, start = source.build(cells[0], sweep)
-            # Two seeds that choose the same stretch have one document between them.
-            place = {"place": start} if start is None else {"place": start, "document": str(start)}
+            sample = source.build(cells[0], sweep)
             for cell in cells:
                 what = f"{cell.task} with {cell.method} at {cell.length:,} tokens"
                 bar.set_description_str(f"{what}, ", refresh=terminal)
-                row = {"model": sweep.model, **vars(cell), **place, "phase": sweep.phase}
+                row = {"model": sweep.model, **vars(cell), "phase": sweep.phase}
                 row["budget"] = budget_at(cell.method, sweep.budgets, cell.length)
                 try:
                     attention = attention_by(cell.method, sweep.budgets, cell.length)
@@ -208,4 +213,4 @@ def _todo(plan: Sequence[Cell], rows: Sequence[Row], retry_failed: bool) -> list
     if gone := there & failed:
         print(f"{len(gone)} of them failed; --retry-failed measures them again.", file=sys.stderr)
     left = [cell for cell in plan if cell not in done]
-    return [list(cells) for _, cells in itertools.groupby(left, attrgetter("task", "length", "seed", "index"))]
+    return [list(cells) for _, cells in itertools.groupby(left, attrgetter("task", "length", "sample"))]

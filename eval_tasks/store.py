@@ -30,12 +30,11 @@ _LARGEST_FILE = 1 << 30
 
 @dataclass(frozen=True)
 class Cell:
-    """What one row is of: a method on sample number ``index`` of a ``seed``, of one task and length."""
+    """What one row is of: a method, on a sample of a task and length."""
 
     task: str
     length: int
-    seed: int
-    index: int
+    sample: int
     method: str
 
     @classmethod
@@ -216,7 +215,7 @@ _TEXT = re.compile("[^\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,99999}")
 _COUNT, _POSITIVE = range(10**15), range(1, 10**15)
 _NUMBER, _NOT_NEGATIVE, _SHARE = (-1e15, 1e15), (0, 1e15), (0, 1 + 1e-6)
 _Kinds = dict[str, Any]
-_CELL: _Kinds = {"method": _NAME, "task": _NAME, "length": _POSITIVE, "seed": _COUNT, "index": _COUNT}
+_CELL: _Kinds = {"method": _NAME, "task": _NAME, "length": _POSITIVE, "sample": _COUNT}
 _FAILED_ROW = _CELL | {"failed": _TEXT}
 _MEASURED = _CELL | {"budget": _COUNT, "peak_memory": _COUNT, "seconds": _NOT_NEGATIVE, "phase": _TEXT, "ran_dense": {}}
 _MEASURED |= dict.fromkeys(("attended_fraction", "tail_attended_fraction"), _SHARE)
@@ -227,7 +226,7 @@ _RUN: _Kinds = dict.fromkeys(("command", "model_class", "model_dtype", "text_ori
 _RUN |= dict.fromkeys(("model_parameters", "text_tokens", "planned"), _COUNT) | {"identity": {}, "hardware": {}}
 _RUN |= {"budget_at_equal": _NUMBER, "log_factor": _NUMBER, "sessions": [{"hardware": {}, "other_hardware": [{}]}]}
 _IDENTITY: _Kinds = {"model": _TEXT, "phase": _TEXT, "match": _TEXT, "methods": [_NAME], "tasks": [_NAME]}
-_IDENTITY |= {"lengths": [_POSITIVE], "alpha": _NUMBER, "C": _NUMBER}
+_IDENTITY |= {"lengths": [_POSITIVE], "alpha": _NUMBER, "C": _NUMBER, "seed": _COUNT}
 _IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), _POSITIVE)
 _OPTIONAL: _Kinds = {"depth": _SHARE, "said_tokens": _COUNT, "commit": _TEXT}
 _OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), _NOT_NEGATIVE)

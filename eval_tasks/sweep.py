@@ -19,7 +19,7 @@ class Sweep:
 
     How the model runs is said as ``load_model`` takes it; ``threads`` are PyTorch's on the CPU. ``phase`` is as
     ``measure`` takes it, ``iso_keys`` are the budgets that ``match="iso"`` tries, ``answer_tokens`` the most tokens of
-    an answer (None: each task's own number). Each of the ``seeds`` draws as many samples; the first is the layout's.
+    an answer (None: each task's own number).
     """
 
     model: str
@@ -28,7 +28,6 @@ class Sweep:
     tasks: tuple[str, ...]
     budgets: Budgets
     layout: Layout
-    seeds: tuple[int, ...]
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -54,14 +53,13 @@ class Sweep:
         if self.budgets.profile is not None:  # what it holds, wherever its file lies
             content = json.dumps(load_profile(self.budgets.profile).to_dict(), sort_keys=True)
             found["profile"] = hashlib.sha256(content.encode()).hexdigest()[:20]
-        others = ("seed", "retry_failed", "trust_remote_code")  # the seed of a layout is one of the seeds
-        return {name: value for name, value in found.items() if name not in others}
+        return {name: value for name, value in found.items() if name not in ("retry_failed", "trust_remote_code")}
 
     def plan(self) -> list[Cell]:
         """Every cell, short lengths first, at each length task by task, with all methods of a sample together."""
         plan: list[Cell] = []
         for length, task in itertools.product(self.layout.lengths, self.tasks):
             methods = (DENSE,) if task in TASKS and TASKS[task].dense_only else self.methods_at(length)
-            places = itertools.product(self.seeds, range(self.layout.samples), methods)
-            plan += [Cell(task, length, seed, index, method) for seed, index, method in places]
+            places = itertools.product(range(self.layout.samples), methods)
+            plan += [Cell(task, length, sample, method) for sample, method in places]
         return plan

@@ -24,7 +24,7 @@ def row(task, length, sample, method, perplexity, budget=64, **further):
     measured = {"loss_sum": 10 * math.log(perplexity), "tokens": 10, "bytes": 40}
     counts = {"attended_fraction": 1.0 if method == "dense" else 0.05, "mean_keys": 50.0, "tail_mean_keys": 60.0}
     costs = {"seconds": 2.0, "peak_memory": 5_000_000, "ran_dense": {}, "commit": NASTY, "tail_attended_fraction": 0.05}
-    which = {"method": method, "task": task, "length": length, "seed": 0, "index": sample, "phase": "all"}
+    which = {"method": method, "task": task, "length": length, "sample": sample, "phase": "all"}
     return {**which, "budget": budget, **measured, **counts, **costs, **further}
 
 
@@ -41,13 +41,13 @@ def answers_of(length, rights, samples=20, task="niah_single_1", **further):
 
 
 def failed(entry):
-    cell = ("method", "task", "length", "seed", "index", "phase")
+    cell = ("method", "task", "length", "sample", "phase")
     return {name: entry[name] for name in cell} | {"failed": "out of memory"}
 
 
 def run_of(**identity):
     known = {"model": NASTY, "methods": list(METHODS), "tasks": ["recall", "unseen", "perplexity"], "lengths": [4096]}
-    known |= {"samples": 3, "scored": 10, "passage": 10, "alpha": 2.0, "C": 0.5, "equal_at": 1024, "seeds": [0]}
+    known |= {"samples": 3, "scored": 10, "passage": 10, "alpha": 2.0, "C": 0.5, "equal_at": 1024, "seed": 0}
     model = {"model_class": "LlamaForCausalLM", "model_dtype": "float32", "model_parameters": 10}
     text = {"text_origin": NASTY, "text_tokens": 1000, "budget_at_equal": 64, "log_factor": 6.4}
     here = {"planned": 14, "hardware": {"processor": NASTY, "threads": 2}}
@@ -117,22 +117,6 @@ def test_cells_that_several_runs_measured_count_once_and_a_success_before_any_fa
         assert Report(*merged, 0.05).progress == "7 of 21 measurements are made; the same command goes on."
 
 
-def test_samples_of_one_text_are_paired_whatever_the_number_of_samples_of_a_run(tmp_path):
-    """Two seeds, of which one run measured two samples each and the other three: their third samples differ."""
-
-    def measured(method, factor, samples):
-        return [
-            row("perplexity", 512, index, method, (10.0 + 20 * seed + 5 * index) * factor, seed=seed)
-            for seed, index in itertools.product((0, 7), range(samples))
-        ]
-
-    first = write_run(tmp_path / "a", measured("dense", 1.0, 2), samples=2, lengths=[512], seeds=[0, 7])
-    second = write_run(tmp_path / "b", measured("nc-topk", 1.1, 3), samples=3, lengths=[512], seeds=[0, 7])
-    _, rows = merge_runs([first, second])
-    [compared] = comparisons(measurements(rows), 0.05).itertuples()
-    assert (compared.documents, compared.difference) == (4, pytest.approx(math.log(1.1)))
-
-
 def test_the_summary_is_the_mean_of_the_samples_and_pairs_them_with_those_of_dense():
     rows = [row("perplexity", 512, i, "dense", p) for i, p in enumerate((10.0, 20.0, 40.0))]
     rows += [row("perplexity", 512, i, "nc-topk", p) for i, p in enumerate((12.0, 22.0))]
@@ -180,7 +164,7 @@ def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_sh
     assert list(shown["score"]) == pytest.approx([1.0, 0.2, 0.95])
     assert shown["low"].isna().all()
     assert "mean of 4 tasks is 5 points lower (undecided in 4)" in said_of(rows)
-    one = [entry for entry in rows if entry["index"] == 0]
+    one = [entry for entry in rows if entry["sample"] == 0]
     assert "mean of 4 tasks is 100 points lower (too few samples in 4)" in said_of(one)
     assert "Against dense attention at 1,024 tokens" in said_of(rows + answers_of(2048, rights, task="b"))
     for method in ("dense", "nc-topk"):

@@ -17,27 +17,27 @@ from eval_tasks.store import (
     write_atomically,
 )
 
-CELL = {"method": "dense", "task": "recall", "length": 48, "seed": 0, "phase": "all"}
+CELL = {"method": "dense", "task": "recall", "length": 48, "phase": "all"}
 COUNTS = {"budget": 48, "attended_fraction": 1.0, "tail_attended_fraction": 1.0, "mean_keys": None, "ran_dense": {}}
 COUNTS |= {"tail_mean_keys": 3.5, "seconds": 0.1, "peak_memory": 7}
 LOSS = {"loss_sum": 5.0, "tokens": 2, "bytes": 8}
 IDENTITY = {"model": "m", "methods": ["dense"], "tasks": ["recall"], "lengths": [48], "samples": 1, "scored": 16}
-IDENTITY |= {"passage": 12, "alpha": 2.0, "C": 0.5, "equal_at": 48, "phase": "all", "match": "deploy"}
+IDENTITY |= {"passage": 12, "alpha": 2.0, "C": 0.5, "equal_at": 48, "seed": 0, "phase": "all", "match": "deploy"}
 DETAILS = {"model_class": "M", "model_dtype": "float32", "model_parameters": 1, "text_origin": "é", "text_tokens": 9}
 SESSION = {"command": "nc-patch eval", "hardware": {"processor": "p", "cores": 2, "threads": 2}}
 DETAILS |= {"budget_at_equal": 14, "log_factor": 2.5, "planned": 1, "hardware": SESSION["hardware"]}
 
 
-def row(index, **fields):
-    return {"index": index, **CELL, **COUNTS, **LOSS, **fields}
+def row(sample, **fields):
+    return {"sample": sample, **CELL, **COUNTS, **LOSS, **fields}
 
 
-def line(index, **fields):
-    return json.dumps(row(index, **fields)) + "\n"
+def line(sample, **fields):
+    return json.dumps(row(sample, **fields)) + "\n"
 
 
-def indices(directory):
-    return [each["index"] for each in read_rows(directory)]
+def samples(directory):
+    return [each["sample"] for each in read_rows(directory)]
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
@@ -54,7 +54,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
 @pytest.mark.parametrize("who", ["the next run", "another process of the run"])
 def test_a_torn_last_line_is_cut_off(tmp_path, capsys, torn, who):
     (tmp_path / RESULTS).write_text(line(0) + torn, encoding="utf-8")
-    assert indices(tmp_path) == [0]
+    assert samples(tmp_path) == [0]
     if who == "the next run":
         with claimed(tmp_path):
             assert "torn off" in capsys.readouterr().err
@@ -66,7 +66,7 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path, capsys):
     (tmp_path / RESULTS).write_text((line(0) + line(1)).rstrip("\n"), encoding="utf-8")
     with claimed(tmp_path):
         append_row(tmp_path, row(2))
-    assert indices(tmp_path) == [0, 1, 2]
+    assert samples(tmp_path) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 
 
@@ -83,8 +83,8 @@ def test_the_next_run_waits_for_the_processes_that_a_killed_first_one_leaves(tmp
 
 
 def test_a_retry_takes_the_place_of_a_failure_and_never_the_other_way_round(tmp_path):
-    failed = {"index": 0, **CELL, "failed": "out of memory"}
-    for each in (failed, row(1), row(0, tokens=3), {**failed, "index": 1}):
+    failed = {"sample": 0, **CELL, "failed": "out of memory"}
+    for each in (failed, row(1), row(0, tokens=3), {**failed, "sample": 1}):
         append_row(tmp_path, each)
     assert read_rows(tmp_path) == [row(0, tokens=3), row(1)]
 
@@ -106,14 +106,14 @@ def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path):
     assert (tmp_path / RUN).read_bytes() == b"old"
     assert not list(tmp_path.glob(".run.json*"))
     append_row(tmp_path, row(1))
-    assert indices(tmp_path) == [0, 1]
+    assert samples(tmp_path) == [0, 1]
 
 
 def test_a_value_that_json_cannot_hold_is_an_error_and_leaves_the_file_alone(tmp_path):
     append_row(tmp_path, row(0))
     with pytest.raises(ValueError, match="JSON"):
         append_row(tmp_path, row(1, loss_sum=float("nan")))
-    assert indices(tmp_path) == [0]
+    assert samples(tmp_path) == [0]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,6 @@ def test_a_value_that_json_cannot_hold_is_an_error_and_leaves_the_file_alone(tmp
         ({"attended_fraction": 1.5}, "attended_fraction cannot be"),
         ({"seconds": "1"}, "seconds cannot be"),
         ({"depth": 2}, "depth cannot be"),
-        ({"seed": "first"}, "seed cannot be"),
     ],
 )
 def test_a_row_that_cannot_have_been_measured_is_refused_by_its_field(tmp_path, damage, message):
@@ -147,6 +146,7 @@ def test_a_row_without_a_field_is_refused_with_its_line(tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
+        {"identity": IDENTITY | {"seed": "first"}},
         {"sessions": [{"hardware": "a laptop"}]},
         {"sessions": [{"other_hardware": {"processor": "p"}}]},
         {"hardware": {"processor": "\x1b[2J"}},
@@ -156,7 +156,7 @@ def test_a_row_without_a_field_is_refused_with_its_line(tmp_path):
 )
 def test_a_record_of_another_kind_is_refused(tmp_path, damage):
     (tmp_path / RUN).write_text(json.dumps(DETAILS | {"identity": IDENTITY, "command": "c", "sessions": []} | damage))
-    with pytest.raises(EvalError, match=r"run.json is damaged: (sessions|hardware|identity|lengths) cannot be"):
+    with pytest.raises(EvalError, match=r"run.json is damaged: (sessions|hardware|identity|lengths|seed) cannot be"):
         read_run(tmp_path)
 
 
