@@ -94,8 +94,6 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes 
                     "model_class": type(model).__name__,
                     "model_dtype": str(model.dtype).removeprefix("torch."),
                     "model_parameters": model.num_parameters(),
-                    "budget_at_equal": sweep.budgets.fixed,
-                    "log_factor": sweep.budgets.log_factor,
                     "planned": len(plan),
                     "hardware": machines[0],
                 }

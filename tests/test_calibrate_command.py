@@ -107,7 +107,7 @@ def test_the_method_profile_attends_as_many_keys_as_the_others(tmp_path, match):
         assert found == pytest.approx(total_of(512, 2.0, 0.5), rel=0.01)
     else:
         assert budget_at("profile", budgets, 256 if match == "deploy" else 512) == pytest.approx(
-            budgets.fixed, rel=0.02
+            budgets.laws["fixed"][0], rel=0.02
         )
 
 

@@ -49,7 +49,7 @@ def run_of(**identity):
     known = {"model": NASTY, "methods": list(METHODS), "tasks": ["recall", "unseen", "perplexity"], "lengths": [4096]}
     known |= {"samples": 3, "scored": 10, "passage": 10, "alpha": 2.0, "C": 0.5, "equal_at": 1024, "seed": 0}
     model = {"model_class": "LlamaForCausalLM", "model_dtype": "float32", "model_parameters": 10}
-    text = {"text_origin": NASTY, "text_tokens": 1000, "budget_at_equal": 64, "log_factor": 6.4}
+    text = {"text_origin": NASTY, "text_tokens": 1000}
     here = {"planned": 14, "hardware": {"processor": NASTY, "threads": 2}}
     return {"identity": known | {"phase": "all", "match": "deploy"} | identity, **model, **text, **here}
 

@@ -25,7 +25,7 @@ IDENTITY = {"model": "m", "methods": ["dense"], "tasks": ["recall"], "lengths": 
 IDENTITY |= {"passage": 12, "alpha": 2.0, "C": 0.5, "equal_at": 48, "seed": 0, "phase": "all", "match": "deploy"}
 DETAILS = {"model_class": "M", "model_dtype": "float32", "model_parameters": 1, "text_origin": "é", "text_tokens": 9}
 SESSION = {"command": "nc-patch eval", "hardware": {"processor": "p", "cores": 2, "threads": 2}}
-DETAILS |= {"budget_at_equal": 14, "log_factor": 2.5, "planned": 1, "hardware": SESSION["hardware"]}
+DETAILS |= {"planned": 1, "hardware": SESSION["hardware"]}
 
 
 def row(sample, **fields):
