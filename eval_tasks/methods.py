@@ -57,7 +57,12 @@ _LISTED = (
     _sparse("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", "fixed", "topk", tail="drop"),
     _sparse("log-topk", "log n top-k", "the highest scores, a·log2(n) of them", "log", "topk", LogConfig, tail="drop"),
     _sparse(
-        "fraction-topk", "fixed-fraction top-k", "the highest scores, a share of all", "fraction", "topk", tail="drop"
+        "fraction-topk",
+        "fixed-fraction top-k",
+        "the highest scores, a fixed share of all keys",
+        "fraction",
+        "topk",
+        tail="drop",
     ),
     _sparse("nc-window", "α·n^C window", f"{_RECENT}, α·n^C in all", "power", "window", sink_keys=STREAMING_SINKS),
     _sparse("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", "power", "topk", tail="drop"),

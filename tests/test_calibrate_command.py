@@ -1,11 +1,9 @@
 """``nc-patch calibrate``: the files it writes, how it refuses and shares, and what takes its profile."""
 
-import socket
-
 import numpy as np
 import pandas as pd
 import pytest
-from processes import start
+from processes import ended, start_ranks
 from profiles import made_up_profile
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
@@ -83,15 +81,8 @@ def test_what_does_not_fit_is_refused(home, capsys, further, message):
 
 
 def test_two_processes_find_what_one_does(home, calibrated):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [
-        start(arguments(home, "two"), home / f"said{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0], (home / "said0").read_text()
+    codes, said, _ = ended(home, start_ranks(home, [arguments(home, "two")] * 2))
+    assert codes == [0, 0], said
     assert Profile.load(home / "two" / "profile.json") == Profile.load(calibrated)
 
 

@@ -4,6 +4,8 @@ import json
 import resource
 
 import pytest
+from test_eval_report import row as made_up_row
+from test_eval_report import run_of
 
 from eval_tasks.errors import EvalError
 from eval_tasks.provenance import check_same, record_session
@@ -17,19 +19,13 @@ from eval_tasks.store import (
     write_atomically,
 )
 
-CELL = {"method": "dense", "task": "recall", "length": 48, "phase": "all"}
-COUNTS = {"budget": 48, "attended_fraction": 1.0, "tail_attended_fraction": 1.0, "mean_keys": None, "ran_dense": {}}
-COUNTS |= {"tail_mean_keys": 3.5, "seconds": 0.1, "peak_memory": 7}
-LOSS = {"loss_sum": 5.0, "tokens": 2, "bytes": 8}
-IDENTITY = {"model": "m", "methods": ["dense"], "tasks": ["recall"], "lengths": [48], "samples": 1, "scored": 16}
-IDENTITY |= {"passage": 12, "alpha": 2.0, "C": 0.5, "equal_at": 48, "seed": 0, "phase": "all", "match": "deploy"}
-DETAILS = {"model_class": "M", "model_dtype": "float32", "model_parameters": 1, "text_origin": "é", "text_tokens": 9}
-SESSION = {"command": "nc-patch eval", "hardware": {"processor": "p", "cores": 2, "threads": 2}}
-DETAILS |= {"planned": 1, "hardware": SESSION["hardware"]}
+DETAILS = run_of(model="m")
+IDENTITY = DETAILS.pop("identity")
+SESSION = {"command": "nc-patch eval", "hardware": DETAILS["hardware"]}
 
 
 def row(sample, **fields):
-    return {"sample": sample, **CELL, **COUNTS, **LOSS, **fields}
+    return made_up_row("recall", 48, sample, "dense", 2.0) | fields
 
 
 def line(sample, **fields):
@@ -83,7 +79,7 @@ def test_the_next_run_waits_for_the_processes_that_a_killed_first_one_leaves(tmp
 
 
 def test_a_retry_takes_the_place_of_a_failure_and_never_the_other_way_round(tmp_path):
-    failed = {"sample": 0, **CELL, "failed": "out of memory"}
+    failed = {**row(0), "failed": "out of memory"}
     for each in (failed, row(1), row(0, tokens=3), {**failed, "sample": 1}):
         append_row(tmp_path, each)
     assert read_rows(tmp_path) == [row(0, tokens=3), row(1)]
@@ -163,9 +159,10 @@ def test_a_record_of_another_kind_is_refused(tmp_path, damage):
 def test_each_session_is_recorded_the_first_command_stays_and_other_hardware_is_said(tmp_path, capsys):
     record_session(tmp_path, IDENTITY, DETAILS, SESSION)
     record_session(tmp_path, IDENTITY, {}, SESSION | {"command": "second", "hardware": {"processor": "q"}})
-    check_same(tmp_path, {**IDENTITY, "methods": ("dense",), "new": 1})  # what the record lacks is not compared
+    # Tuples are lists in a file, and what the record lacks is not compared.
+    check_same(tmp_path, {**IDENTITY, "methods": tuple(IDENTITY["methods"]), "new": 1})
     run = read_run(tmp_path)
-    assert (run["command"], run["text_origin"], run["identity"]) == ("nc-patch eval", "é", IDENTITY)
+    assert (run["command"], run["text_origin"], run["identity"]) == ("nc-patch eval", DETAILS["text_origin"], IDENTITY)
     assert [session["command"] for session in run["sessions"]] == ["nc-patch eval", "second"]
     assert {"started", "commit"} <= run["sessions"][0].keys()
     assert "runs on other hardware" in capsys.readouterr().err

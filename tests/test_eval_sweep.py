@@ -3,13 +3,11 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
 import torch
-from processes import lines, wait_until
+from processes import lines, start, wait_until
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
 from eval_tasks import measure as measuring
@@ -90,27 +88,23 @@ def test_a_model_without_sdpa_is_swept_and_its_attention_is_recorded(sweep, tmp_
     assert {row["method"] for row in read_rows(tmp_path / "out")} == {"dense", "nc-topk"}
 
 
+def _interruptible():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
+
 def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path):
     few = ("--lengths", "400", "--samples", "8", "--methods", "dense", "nc-topk", "--tasks", "recall", "perplexity")
     arguments = sweep_arguments(tmp_path, tmp_path / "out", *few, words=5000)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nc_patch", *arguments],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    )
+    process = start(arguments, tmp_path / "said", _interruptible)
     results = tmp_path / "out" / "results.jsonl"
-    wait_until(lambda: lines(results) >= 5 or process.poll() is not None)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=60)
+    wait_until(lambda: lines(results) >= 5 or not process.is_alive())
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
     before = results.read_bytes()
     assert before.endswith(b"\n")
     assert 5 <= before.count(b"\n") < 32
-    assert process.returncode == 130
-    assert said.count("To go on: nc-patch eval") == 1
+    assert process.exitcode == 130
+    assert (tmp_path / "said").read_text().count("To go on: nc-patch eval") == 1
     assert main(arguments) == 0
     assert results.read_bytes().startswith(before)
     assert lines(results) == len(read_rows(tmp_path / "out")) == 32
