@@ -38,24 +38,23 @@ def run_calibrate(argv: Sequence[str]) -> int:
 
 def _calibrate(arguments: argparse.Namespace, processes: Processes) -> None:
     out: Path = arguments.out.expanduser()
-    with processes.together():
-        check_out(out, _FILES)
-        _check_budget(arguments)
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
-        loaded = load_chosen_model(arguments, str(processes.device(arguments.device)))
-        dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
+    check_out(out, _FILES)
+    _check_budget(arguments)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
+    loaded = load_chosen_model(arguments, str(processes.device(arguments.device)))
+    dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
+    processes.gathered(None)  # nothing is measured where one of them cannot
     options = {name: getattr(arguments, name) for name in ("eps", "pieces", "rows", "seed")}
     profile = calibrate(loaded.model, loaded.tokenizer, texts, arguments.lengths, arguments.target, **options)
     profile = replace(profile, model=arguments.model, dense_layers=dense)
-    with processes.together():
-        if arguments.fraction is not None:
-            profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
-        if processes.is_first:
-            profile.save(out / PROFILE)
-            print("\n".join(write_profile_report(profile, out, arguments.dense_below)))
-            print(f"\nWritten: {', '.join(str(out / name) for name in _FILES)}")
+    if arguments.fraction is not None:
+        profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
+    if processes.is_first:
+        profile.save(out / PROFILE)
+        print("\n".join(write_profile_report(profile, out, arguments.dense_below)))
+        print(f"\nWritten: {', '.join(str(out / name) for name in _FILES)}")
 
 
 def _check_budget(arguments: argparse.Namespace) -> None:

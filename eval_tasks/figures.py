@@ -136,10 +136,10 @@ def depth_maps(own: pd.DataFrame) -> list[Figure]:
     return found
 
 
-def to_svg(figure: Figure, salt: str = "nc_patch") -> bytes:
+def to_svg(figure: Figure) -> bytes:
     """The figure as an SVG file; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
+    with matplotlib.rc_context({"svg.hashsalt": "nc_patch"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
@@ -149,13 +149,6 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def logarithmic_y(axis: Axes) -> None:
-    """Makes the y axis logarithmic, with labels at 2 and 5 too, for axes that span less than a decade."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
 
 
 def _lines_of(own: pd.DataFrame, y: pd.Series) -> list[Line]:
@@ -179,7 +172,10 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     if panel.percent:
         axis.set_ylim(-3, 103)
     elif low > 0 and high > _LOGARITHMIC_FROM * low:
-        logarithmic_y(axis)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        # An axis of less than a decade has labels at 2 and 5 too.
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axis.set_title(textwrap.fill(panel.title, 36))
     axis.set_xlabel(panel.x_label)
     axis.grid(axis="y")

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from eval_tasks.answers import answer, check_generated
+from eval_tasks.answers import answer
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import load_profile
 from eval_tasks.measure import measure, warm_up
@@ -60,55 +60,52 @@ class Source:
         )
 
 
-def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes | None = None) -> None:
+def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes) -> None:
     """Measures what the directory does not hold yet, and adds it there; ``command`` is for the record.
 
     The ``processes`` share the work; on several machines they need the directory to be the same one. Raises EvalError
     where something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
-    processes = processes or Processes()
     with contextlib.ExitStack() as claim:
-        with processes.together():
-            if sweep.threads is not None:
-                torch.set_num_threads(sweep.threads)
-            identity = sweep.identity() | versions()
-            check_same(directory, identity)
-            source, device = load_source(sweep), processes.device(sweep.device)
-            if processes.is_first:
-                check_out(directory, REPORT_FILES)
-                claim.enter_context(claimed(directory))
-            how = (sweep.dtype, str(device), sweep.device_map, sweep.revision, sweep.trust_remote_code)
-            model = load_model(sweep.model, *how).model
-            identity |= {"weights": weights_fingerprint(model), "text_sha256": source.text.sha256}
-            identity |= {"attention": attention_of(model), "tokenizer": tokenizer_fingerprint(source.tokenizer)}
-            check_same(directory, identity)
-            check_methods(sweep, model)
-        plan = sweep.plan()
+        if sweep.threads is not None:
+            torch.set_num_threads(sweep.threads)
+        identity = sweep.identity() | versions()
+        check_same(directory, identity)
+        source, device = load_source(sweep), processes.device(sweep.device)
+        if processes.is_first:
+            check_out(directory, REPORT_FILES)
+            claim.enter_context(claimed(directory))
+        how = (sweep.dtype, str(device), sweep.device_map, sweep.revision, sweep.trust_remote_code)
+        model = load_model(sweep.model, *how).model
+        identity |= {"weights": weights_fingerprint(model), "text_sha256": source.text.sha256}
+        identity |= {"attention": attention_of(model), "tokenizer": tokenizer_fingerprint(source.tokenizer)}
+        check_same(directory, identity)
+        check_methods(sweep, model)
         machines = processes.gathered(hardware(device, torch.get_num_threads()))
         agreed: Any = None
-        with processes.together():
-            if processes.is_first:
-                details = {
-                    "text_origin": source.text.origin,
-                    "text_tokens": len(source.tokens.ids),
-                    "model_class": type(model).__name__,
-                    "model_dtype": str(model.dtype).removeprefix("torch."),
-                    "model_parameters": model.num_parameters(),
-                    "planned": len(plan),
-                    "hardware": machines[0],
-                }
-                record_session(directory, identity, details, _session(command, machines))
-                agreed = read_run(directory), _todo(plan, read_rows(directory), sweep.retry_failed)
+        if processes.is_first:
+            plan = sweep.plan()
+            details = {
+                "text_origin": source.text.origin,
+                "text_tokens": len(source.tokens.ids),
+                "model_class": type(model).__name__,
+                "model_dtype": str(model.dtype).removeprefix("torch."),
+                "model_parameters": model.num_parameters(),
+                "planned": len(plan),
+                "hardware": machines[0],
+            }
+            record_session(directory, identity, details, _session(command, machines))
+            agreed = read_run(directory), _todo(plan, read_rows(directory), sweep.retry_failed)
         # All share out the list of the first one, since what they read of a file may differ between machines.
         recorded, todo = processes.from_first(agreed)
-        with processes.together():
-            if read_run(directory) != recorded:
-                raise EvalError(
-                    f"{directory} is not the directory that process 0 writes to; several machines need one they share"
-                )
-            check_same(directory, identity)  # which machines with other weights or versions do not have
-            if not processes.is_first:
-                claim.enter_context(claimed(directory, is_first=False))
+        if read_run(directory) != recorded:
+            raise EvalError(
+                f"{directory} is not the directory that process 0 writes to; several machines need one they share"
+            )
+        check_same(directory, identity)  # which machines with other weights or versions do not have
+        if not processes.is_first:
+            claim.enter_context(claimed(directory, is_first=False))
+        processes.gathered(None)  # nothing is measured where one of them cannot
         began = time.monotonic()
         _measure_all(sweep, model, source, todo[processes.rank :: processes.world], directory, processes.rank)
         processes.gathered(None)  # the first one waits for all shares
@@ -134,7 +131,10 @@ def load_source(sweep: Sweep) -> Source:
     tokens = tokenise(tokenizer, text.content)
     scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
     check_lengths(scored, sweep.layout, len(tokens.prefix))
-    check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
+    shortest = min(sweep.layout.lengths)
+    for name in sweep.tasks:
+        if name in GENERATORS and shortest < (needed := GENERATORS[name].shortest):
+            raise EvalError(f"length {shortest} is too short for the task {name}, which needs {needed} tokens")
     starts = places(tokens, sweep.layout) if scored else []
     return Source(text, tokens, tokenizer, starts, Material(sweep.text))
 

@@ -176,7 +176,7 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
             "before = set(sys.modules)\n"
             "figure = Figure()\n"
             "figure.subplots().plot([1, 2], [1, 2], label='a')\n"
-            "to_png(figure), to_svg(figure, 'a')\n",
+            "to_png(figure), to_svg(figure)\n",
             "matplotlib",
         ),
     ],

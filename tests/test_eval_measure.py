@@ -252,7 +252,7 @@ def test_presses_that_are_not_there_are_refused_with_what_is(kvpress, monkeypatc
         with pytest.raises(EvalError, match="it has RecentPress"):
             find_press(name)
     monkeypatch.setitem(sys.modules, "kvpress", None)
-    with pytest.raises(EvalError, match="pip install kvpress"):
+    with pytest.raises(EvalError, match=r"pip install kvpress\), which cannot be imported: import of kvpress halted"):
         find_press("SnapKVPress")
     (tmp_path / "kvpress").mkdir()
     (tmp_path / "kvpress" / "__init__.py").write_text("import a_package_that_is_not_there\n")

@@ -129,7 +129,7 @@ def test_an_error_in_one_process_is_said_and_stops_the_others(home):
     codes, said, other = run_two(home, "full", "full", setups=(None, _no_disk))
     assert codes == [2, 2]
     assert "the disk of this machine is full" in other
-    assert "process 1" in said or "another" in said
+    assert "another of the 2 processes ended or does not answer" in said
 
 
 def _other_version():
@@ -148,9 +148,10 @@ def _other_version():
     ids=["versions", "directories"],
 )
 def test_processes_that_would_not_measure_the_same_into_one_directory_are_refused(home, outs, setup, message):
-    codes, said, _ = run_two(home, *outs, setups=(None, setup))
+    codes, said, other = run_two(home, *outs, setups=(None, setup))
     assert codes == [2, 2], said
-    assert message in said
+    assert f"process 1: {home / outs[1]}" in other
+    assert message in other
     assert not lines(home / outs[0] / "results.jsonl")
 
 
