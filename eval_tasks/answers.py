@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from eval_tasks.measure import Attention, Phase, in_phase, only_last, with_cache
+from eval_tasks.measure import Attention, Phase, forward, in_phase
 from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.peak import Peak, memory_watched
 from eval_tasks.synthetic import SyntheticSample
@@ -33,9 +33,9 @@ def answer(
     ends = end_tokens(model, tokenizer)
 
     def read(cache: DynamicCache | None, peak: Peak) -> tuple[list[int], int, int]:
-        rest = ids if cache is None else ids[before:]
+        rest = len(ids) if cache is None else len(ids) - before
         cache = DynamicCache(config=model.config) if cache is None else cache
-        said = _greedy(model, rest, len(ids), cache, sample.new_tokens, ends, peak)
+        said = _greedy(model, ids, rest, cache, sample.new_tokens, ends, peak)
         return said, len(ids) - before + len(said) - 1, len(said)
 
     with memory_watched(len(ids)):
@@ -53,23 +53,16 @@ def answer(
 
 
 def _greedy(
-    model: Any, rest: torch.Tensor, length: int, cache: DynamicCache, new_tokens: int, ends: set[int], peak: Peak
+    model: Any, ids: torch.Tensor, rest: int, cache: DynamicCache, new_tokens: int, ends: set[int], peak: Peak
 ) -> list[int]:
-    """The likeliest token after another, up to one that ends the answer; ``rest`` are the last of ``length`` tokens."""
+    """The likeliest token after another, up to one that ends the answer; the cache lacks the ``rest`` of ``ids``."""
     said: list[int] = []
-    step, first = rest[None], length - len(rest)
-    while len(said) < new_tokens:
-        positions = torch.arange(first, first + step.shape[1], device=rest.device)[None]
-        options = {**with_cache(model, cache), **only_last(model, 1)}
-        logits = model(input_ids=step, position_ids=positions, use_cache=True, **options).logits
-        token = int(logits[0, -1].argmax())
-        first += step.shape[1]
-        said.append(token)
+    while len(said) < new_tokens and ends.isdisjoint(said):
+        token = forward(model, ids, 1, cache, rest).argmax()
+        said.append(int(token))
         if len(said) == 1:
             peak.mark("first_token_seconds")
-        if token in ends:
-            break
-        step = torch.tensor([[token]], device=rest.device)
+        ids, rest = torch.cat([ids, token[None]]), 1
     return said
 
 

@@ -166,3 +166,10 @@ def test_each_session_is_recorded_the_first_command_stays_and_other_hardware_is_
     assert [session["command"] for session in run["sessions"]] == ["nc-patch eval", "second"]
     assert {"started", "commit"} <= run["sessions"][0].keys()
     assert "runs on other hardware" in capsys.readouterr().err
+
+
+def test_results_without_the_record_of_what_they_are_of_are_refused(tmp_path):
+    check_same(tmp_path, IDENTITY)
+    append_row(tmp_path, row(0))
+    with pytest.raises(EvalError, match=r"holds results and no run.json"):
+        check_same(tmp_path, IDENTITY)
