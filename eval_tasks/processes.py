@@ -29,14 +29,14 @@ class ProcessEnded(EvalError):
 
 @dataclass(frozen=True)
 class Processes:
-    """One of the ``world`` processes that share a run, by default a process alone.
+    """One of the ``world`` processes that share a run.
 
     ``rank`` counts the processes of all machines, from 0, ``local_rank`` those of this one, which has a GPU for each.
     """
 
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
+    rank: int
+    world: int
+    local_rank: int
 
     @property
     def is_first(self) -> bool:
@@ -62,10 +62,6 @@ class Processes:
                 "sweep keeps what it has measured, and the same command goes on"
             ) from error
         return found
-
-    def from_first(self, value: Any) -> Any:
-        """What the first process passed, in all of them."""
-        return self.gathered(value)[0]
 
 
 @contextmanager
@@ -97,7 +93,7 @@ def refused(error: Exception) -> int:
     """Prints an error for the user, and returns the exit code; that another process ended, only the first one says."""
     rank = launched_rank()
     if rank == 0 or not isinstance(error, ProcessEnded):
-        print(f"nc-patch: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        print("nc-patch:", *([f"process {rank}:"] if rank else []), error, file=sys.stderr)
     return USAGE_ERROR
 
 

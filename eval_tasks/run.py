@@ -97,7 +97,7 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes)
             record_session(directory, identity, details, _session(command, machines))
             agreed = read_run(directory), _todo(plan, read_rows(directory), sweep.retry_failed)
         # All share out the list of the first one, since what they read of a file may differ between machines.
-        recorded, todo = processes.from_first(agreed)
+        recorded, todo = processes.gathered(agreed)[0]
         if read_run(directory) != recorded:
             raise EvalError(
                 f"{directory} is not the directory that process 0 writes to; several machines need one they share"
