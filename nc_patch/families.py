@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nc_patch.cache import LayerCache
+from nc_patch.cache import KeyIndexMixin
 from nc_patch.common import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError, say_once
 from nc_patch.visibility import made_for
 
@@ -117,13 +117,6 @@ def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[L
             if kind not in attending:
                 groups[f"{kind} layer", "has no attention over keys to patch"].append(f"layer {layer}")
     return [LeftDense(tuple(names), kind, reason) for (kind, reason), names in groups.items()]
-
-
-def say_left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> None:
-    """Logs once per class of model what stays dense."""
-    parts = left_dense(model, patched)
-    if parts:
-        say_once(f"{type(model).__name__}: left as it was: {'; '.join(map(str, parts))}")
 
 
 def _inner(model: torch.nn.Module) -> PreTrainedModel | None:
@@ -322,9 +315,9 @@ def no_mask(module: torch.nn.Module) -> str:
     )
 
 
-def refuse_indexes(module: torch.nn.Module, cache: LayerCache | None) -> None:
+def refuse_indexes(module: torch.nn.Module, held: KeyIndexMixin | None) -> None:
     """Refuses a compiled call that cannot keep the key indexes of its layer, and cannot drop them in a graph either."""
-    if torch.compiler.is_compiling() and cache is not None and cache.layer is not None and cache.layer.nc_indexes:
+    if torch.compiler.is_compiling() and held is not None and held.nc_indexes:
         raise UnsupportedMaskError(
             f"{type(module).__name__}: the mask has holes that it had not when the cache was filled, and a compiled "
             "call cannot drop the key index, which knows nothing of them. Make this call without torch.compile."

@@ -10,6 +10,7 @@ from operations import assert_close, problem_of_case, selection_of
 from nc_patch import KeyIndex
 from nc_patch.functional import by_index
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals, visible_mask
+from nc_patch.ops.reference import final_scores, raw_scores
 from nc_patch.selections import Selection
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -76,9 +77,8 @@ class Case:
 
     def scores(self) -> torch.Tensor:
         """q·k in float64, ``[B, Hq, Lq, Lk]``, scaled and soft-capped."""
-        key = self.key.double().repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
-        scores = self.scale * (self.query.double() @ key.transpose(2, 3))
-        return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
+        problem = problem_of_case(self)
+        return final_scores(problem, raw_scores(problem))
 
     def unread(self, way: str) -> torch.Tensor:
         """Positions that nothing may be read from, bool ``[B, 1, Lk, 1]``: what no query sees.
@@ -306,7 +306,6 @@ class Shape:
             directions, ``"ragged"`` rows of which some are empty, or ``"empty"`` ones.
         budget: of a row with n keys: so many, ``"law"``, ``"full"``, ``"any"`` number, or any number ``"per_head"``.
         dense_below: rows that see no more keys attend all of them.
-        unequal: how unlike in size keys are, so that blocks differ in mass.
         transposed: whether tensors lie in memory by position before head, as projections leave them.
         blocks: the options of ``block``.
     """
@@ -328,7 +327,6 @@ class Shape:
     sinks: bool = False
     sink_keys: int = 4
     recent_keys: int = 1
-    unequal: float = 3.0
     transposed: bool = False
     blocks: dict[str, Any] = field(default_factory=dict)
 
@@ -344,7 +342,8 @@ class Shape:
                 (self.kv_heads, self.keys, self.value_dim or self.head_dim),
             )
         )
-        key = key * (1 + self.unequal * torch.rand(self.batch, self.kv_heads, self.keys, 1, generator=g) ** 4)
+        # Unlike in size, so that blocks differ in mass.
+        key = key * (1 + 3.0 * torch.rand(self.batch, self.kv_heads, self.keys, 1, generator=g) ** 4)
         tensors = [t.to(self.dtype) for t in (query, key, value)]
         if self.transposed:
             tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]

@@ -1,6 +1,5 @@
 """Every way of attending in PyTorch and in the kernels for CPUs, against the float64 definitions."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -12,7 +11,6 @@ from attention_cases import (
     PREFILL,
     TOLERANCE,
     WAYS,
-    Case,
     case_for,
     check,
     decode_case,
@@ -26,6 +24,7 @@ from operations import operation, problem_of_case
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.backends import has_numba
 from nc_patch.ops.problem import Problem, causal_intervals
+from nc_patch.ops.reference import raw_scores
 from nc_patch.selections import Block, TopK
 
 BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not has_numba(), reason="needs Numba"))]
@@ -66,7 +65,7 @@ def test_topk_chooses_the_references_keys_whatever_they_are_and_codes_bound_the_
         case.query = (case.query * 4).round()
     case.key = KINDS[kind](case.key)
     # What float32 rounds off a large logit; of still larger ones a single key has all of the softmax.
-    largest = float((case.scale * case.query.double() @ stretched(case).transpose(2, 3)).abs().max())
+    largest = float((case.scale * raw_scores(problem_of_case(case))).abs().max())
     tolerance = 1e-5 + (5e-7 * largest if largest < 1e5 else 0.0)
     new = min(new, case.query.shape[2], int((case.visible[:, -1, 1] - case.visible[:, 0, 0]).min()))
     expected = case.reference("codes")
@@ -75,11 +74,6 @@ def test_topk_chooses_the_references_keys_whatever_they_are_and_codes_bound_the_
             given = {"new": max(new, 0), "stats": False, "bounds": bounds, "tolerance": tolerance}
             check("codes", case, backend, expected=expected, **given)
         check("drop", case, backend, expected=expected, stats=False, tolerance=tolerance)
-
-
-def stretched(case: Case) -> torch.Tensor:
-    """The keys in float64, for each query head."""
-    return case.key.double().repeat_interleave(case.query.shape[1] // case.key.shape[1], 1)
 
 
 @pytest.mark.parametrize("kind", [None, *PAGE_KINDS])
@@ -182,22 +176,3 @@ def test_memory_grows_with_keys_and_not_with_queries_times_keys(backend):
     for selection in (TopK(), Block()):
         selection.run(problem, backend)
     assert process.memory_info().rss - before < 150e6
-
-
-OPTIONS = [
-    {"query_block_size": 128, "sample_stride": 16, "local_keys": 0},
-    {"query_block_size": 32, "sample_stride": 1},
-    {"sample_stride": 64, "block_size": 64, "local_keys": 100},
-    {"sample_stride": None, "local_keys": 64},
-    {"min_mass": 0.8371},
-    {"min_mass": 0.6173, "max_factor": 1.5, "query_block_size": 128, "sample_stride": 8},
-    {"min_mass": 0.7119, "sample_stride": None, "local_keys": 16, "block_size": 32},
-]
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@EACH
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda given: ", ".join(f"{name}={x}" for name, x in given.items()))
-def test_every_setting_of_block_equals_the_reference(options, backend):
-    for seed in range(100, 108):
-        check("block", dataclasses.replace(random_case(seed, longest=300), **options), backend)

@@ -52,9 +52,3 @@ def test_the_largest_budget_is_that_of_the_most_expensive_length(dense_below):
         found = [max(int(config.budget(n, layer, head)) for head in range(2)) for n in range(400)]
         for n in (1, 2, 30, 62, 63, 64, 65, 150, 199, 200, 201, 399):
             assert config.largest_budget(n, layer) == max(found[: n + 1])
-
-
-def test_what_is_no_number_of_keys_is_refused():
-    for given, error in ((-1, ValueError), (2**40, ValueError), (1.5, TypeError), (True, TypeError)):
-        with pytest.raises(error, match=f"dense_below must be .*got {given}"):
-            NCConfig(1.0, 0.5, dense_below=given)

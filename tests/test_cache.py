@@ -124,17 +124,6 @@ def append(layer, new):
     layer.nc_settle()
 
 
-def test_offloading_moves_the_index_when_attention_is_done_with_it():
-    layer = layer_cache(DynamicCache(), 0).layer
-    append(layer, torch.randn(1, HEADS, 20, DIM))
-    layer.offload()
-    layer.nc_settle()
-    assert layer.nc_indexes["codes"].tensors()[0].device == layer.keys.device
-    layer.prefetch()
-    layer.nc_check()
-    assert layer.nc_indexes
-
-
 def test_an_index_that_grows_a_key_at_a_time_keeps_within_its_reserve():
     layer, new = layer_cache(DynamicCache(), 0).layer, torch.randn(1, 1, 1, 16)
     for step in range(6000):

@@ -14,7 +14,7 @@ from operations import problem_of_case
 from tiny_models import random_ids, tiny_model
 from ways import CHOICES, TOPK, UNASKED
 
-from nc_patch import DroppedMassError, NCConfig, nc_stats, patch_model, reset_stats, sparse_attention
+from nc_patch import DroppedMassError, NCConfig, nc_stats, patch_model, reset_stats
 from nc_patch.certificates import certified_bounds, find_drop
 from nc_patch.functional import attend
 from nc_patch.layers import Observed
@@ -280,9 +280,3 @@ def test_a_cuda_graph_refuses_by_name_and_tracks_nothing(monkeypatch):
             model(ids)
         patch_model(model, 2.0, 0.5, track=True, selection="topk")(ids)
     assert nc_stats(model)["kept_mass"] == {"prefill": None, "decode": None}
-
-
-def test_the_functional_form_leaves_acting_to_the_caller():
-    query = torch.randn(1, 2, 8, 4)
-    with pytest.raises(TypeError, match=r"on_drop acts in patched models.*ask for return_stats"):
-        sparse_attention(query, query, query, alpha=1.0, on_drop="raise")

@@ -15,7 +15,7 @@ from profiles import made_up_profile
 
 from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
 from nc_patch.budget import _laws, row_budgets
-from nc_patch.common import as_bool, as_integer, as_number
+from nc_patch.common import as_integer, as_number
 from nc_patch.selections import Window
 
 NAN, INF = math.nan, math.inf
@@ -61,7 +61,9 @@ REFUSED = [
     (law, {"sample_stride": 5}, ValueError, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 5"),
     (law, {"min_mass": 1.0}, ValueError, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
     (law, {"max_factor": Decimal("nan")}, ValueError, "max_factor must be a number of at least 1, got "),
-    (law, {"track": 1}, TypeError, "track must be True or False, got 1"),
+    *((law, {"track": x}, TypeError, "track must be True or False, got ") for x in (0, 1, "yes", None, np.int8(1))),
+    *((law, {"dense_below": x}, ValueError, f"dense_below must be .*got {x}") for x in (-1, 2**40)),
+    *((law, {"dense_below": x}, TypeError, f"dense_below must be .*got {x}") for x in (1.5, True)),
     (law, {"dense_layers": [-1]}, ValueError, "dense_layers must be at least 0, got -1"),
     *(
         (law, {"dense_layers": wrong}, TypeError, "dense_layers must be")
@@ -170,8 +172,7 @@ def test_integers_numbers_and_truth_values_of_any_library_become_those_of_python
     assert {(as_integer(three), type(as_integer(three)), as_number(three)) for three in THREES} == {(3, int, 3)}
     assert {(as_number(half), type(as_number(half))) for half in HALVES} == {(0.5, float)}
     assert {as_integer(value) for value in NO_INTEGERS} == {as_number(value) for value in NO_NUMBERS} == {None}
-    assert as_bool(np.True_) is as_bool(torch.tensor(True)) is True
-    assert {as_bool(value) for value in (0, 1, "yes", None, np.int8(1))} == {None}
+    assert {law(track=true).track for true in (np.True_, torch.tensor(True))} == {True}
 
 
 @pytest.mark.parametrize(("three", "half"), list(zip(THREES, HALVES, strict=True)), ids=repr)
