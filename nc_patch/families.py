@@ -10,7 +10,7 @@ import inspect
 import re
 import textwrap
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -33,17 +33,6 @@ _ALREADY_SPARSE = ("indexer", "block_indexer", "compressor")
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # Deeper than so many wrappers of a function nobody looks.
 _MOST_WRAPPERS = 8
-
-
-class LeftDense(NamedTuple):
-    """Modules or layers that patching leaves as they are: their names, their class or layer type, and why."""
-
-    names: tuple[str, ...]
-    kind: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{len(self.names)} x {self.kind}: {self.reason}"
 
 
 def check_is_module(model: object) -> None:
@@ -91,8 +80,12 @@ def mask_builders(model: torch.nn.Module) -> list[PreTrainedModel]:
     return [m for m in models if any(map(creates, _used_names(type(m))))]
 
 
-def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[LeftDense]:
-    """What of a model stays as it is when ``patched`` are the attention modules that are patched."""
+def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[dict[str, Any]]:
+    """What of a model stays as it is when ``patched`` are the attention modules that are patched.
+
+    Of modules or layers that are alike: their ``names``, their ``kind``, which is a class or a type of layer, and the
+    ``reason``.
+    """
     inner = _inner(model)
     if inner is None:
         return []
@@ -116,7 +109,7 @@ def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[L
         for layer, kind in enumerate(types):
             if kind not in attending:
                 groups[f"{kind} layer", "has no attention over keys to patch"].append(f"layer {layer}")
-    return [LeftDense(tuple(names), kind, reason) for (kind, reason), names in groups.items()]
+    return [{"names": tuple(names), "kind": kind, "reason": reason} for (kind, reason), names in groups.items()]
 
 
 def _inner(model: torch.nn.Module) -> PreTrainedModel | None:

@@ -63,10 +63,12 @@ def patch_model(
     modules = attention_modules(model)
     _check_shape(settings, modules)
     with _LOCK:
-        _attach(model, {module: LayerPatch(settings, layer, _original_of(module)) for layer, module in modules})
-    parts = left_dense(model, [module for _, module in modules])
+        patches: dict[Any, LayerPatch] = {m: LayerPatch(settings, layer, _original_of(m)) for layer, m in modules}
+        _attach(model, patches)
+    serve(model, sparse=True)
+    parts = [f"{len(part['names'])} x {part['kind']}: {part['reason']}" for part in left_dense(model, [*patches])]
     if parts:
-        say_once(f"{type(model).__name__}: left as it was: {'; '.join(map(str, parts))}")
+        say_once(f"{type(model).__name__}: left as it was: {'; '.join(parts)}")
     return model
 
 
@@ -103,7 +105,9 @@ def patched(model: Model, *budget: Any, **options: Any) -> Iterator[Model]:
         yield model
     finally:
         if before:
-            _attach(model, before)
+            with _LOCK:
+                _attach(model, before)
+            serve(model, sparse=True)
         elif is_patched(model):
             unpatch_model(model)
 
@@ -160,8 +164,8 @@ def nc_stats(model: torch.nn.Module) -> PatchStats:
     """
     patches, names = _need_patches(model), {module: name for name, module in model.named_modules()}
     layers = [{"layer": p.layer, "name": names[module], **summary(p.counters)} for module, p in patches.items()]
-    parts = [part._asdict() for part in left_dense(model, [*patches])]
-    return PatchStats(total([patch.counters for patch in patches.values()]), layers=layers, left_dense=parts)
+    every = total([patch.counters for patch in patches.values()])
+    return PatchStats(every, layers=layers, left_dense=left_dense(model, [*patches]))
 
 
 def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
@@ -225,24 +229,22 @@ def _need_patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
 
 def _attach(model: torch.nn.Module, patches: dict[Any, LayerPatch]) -> None:
     """Gives the attention modules of a model their settings, and the model its hooks anew."""
-    with _LOCK:
-        _remove_hooks(model)
-        for module, patch in patches.items():
-            setattr(module, PATCH_ATTRIBUTE, patch)
-            _PATCHED.add(module)
-            module.config._attn_implementation_internal = IMPLEMENTATION  # without transformers' checks
-            parameters = inspect.signature(type(module).forward).parameters.values()
-            if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters):  # it hands them on
-                module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
-            else:
-                module.register_forward_pre_hook(refuse_switched)
-        for part in mask_builders(model):
-            part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
-            part.register_forward_hook(forget_boundaries, always_call=True)
-        for layer in model.modules():
-            if "_hf_hook" in vars(layer) and any(child in patches for child in layer.children()):
-                layer.register_forward_pre_hook(hand_on_mask, with_kwargs=True)
-    serve(model, sparse=True)
+    _remove_hooks(model)
+    for module, patch in patches.items():
+        setattr(module, PATCH_ATTRIBUTE, patch)
+        _PATCHED.add(module)
+        module.config._attn_implementation_internal = IMPLEMENTATION  # without the checks of set_attn_implementation
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters):  # it hands them on
+            module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
+        else:
+            module.register_forward_pre_hook(refuse_switched)
+    for part in mask_builders(model):
+        part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
+        part.register_forward_hook(forget_boundaries, always_call=True)
+    for layer in model.modules():
+        if "_hf_hook" in vars(layer) and any(child in patches for child in layer.children()):
+            layer.register_forward_pre_hook(hand_on_mask, with_kwargs=True)
 
 
 def _remove_hooks(model: torch.nn.Module) -> None:

@@ -51,14 +51,12 @@ def remember(
     mask: torch.Tensor, module: Any, problem: Problem, arguments: dict[str, Any], kept: Indexes, **fields: Any
 ) -> None:
     """Keeps a step for the layers after this one, on the mask that they share; ``fields`` are its others."""
-    fields["alike"], fields["dense_layers"] = _alike(problem[:3], arguments), _dense_layers(fields["config"])
     others = {name: value for name, value in arguments.items() if name not in ("nc_layer_cache", "scaling")}
     indexes = [index for index in (kept.choosing, kept.means) if index is not None]
     kinds = tuple((index.kind, index.block_size, index.capacity) for index in indexes)
     paged = kept.choosing is not None and LAYOUTS[kept.choosing.kind].paged
-    step = Step(
-        problem=problem, module_config=module.config, arguments=others, kinds=kinds, paged=paged, **fields
-    )  # fmt: skip
+    fields |= {"alike": _alike(problem[:3], arguments), "dense_layers": _dense_layers(fields["config"])}
+    step = Step(problem=problem, module_config=module.config, arguments=others, kinds=kinds, paged=paged, **fields)
     setattr(mask, _ATTRIBUTE, step)
 
 

@@ -132,11 +132,8 @@ def test_many_chunks_equal_one(way, monkeypatch):
 
 @pytest.mark.parametrize("way", PREFILL)
 def test_gradients_equal_those_of_the_reference(way):
-    compared = 0
     for seed in range(16):
         case = case_for(way, seed, longest=90)
-        if bool((case.rows <= 0).any()):  # the reference's own gradient is NaN where a row sees nothing
-            continue
         names = [name for name in ("query", "key", "value", "sinks") if getattr(case, name) is not None]
         gradients, weight = [], torch.randn(*case.query.shape[:3], case.value.shape[-1])
         for dtype in (torch.float32, torch.float64):
@@ -147,21 +144,6 @@ def test_gradients_equal_those_of_the_reference(way):
             gradients.append(torch.autograd.grad(output, list(leaves.values()), weight.to(output.dtype)))
         for found, expected in zip(*gradients, strict=True):
             assert relative_error(found, expected) < 1e-4, seed
-        compared += 1
-    assert compared > 5
-
-
-def test_a_row_that_sees_nothing_has_no_gradient_and_no_nan():
-    query, key, value = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
-    visible = causal_intervals(1, 6, 6, "cpu").clone()
-    visible[0, :2] = 3
-    budget = (visible[..., 1] - visible[..., 0])[:, None].clamp(max=2)
-    problem = Problem(query, key, value, visible, visible[..., 0].contiguous(), budget, 0.5)
-    output = operation(TopK(1, 1, "drop"), problem).output
-    output.sum().backward()
-    assert torch.equal(output[:, :, :2], torch.zeros(1, 2, 2, 4))
-    assert all(bool(t.grad.isfinite().all()) for t in (query, key, value))
-    assert torch.equal(query.grad[:, :, :2], torch.zeros(1, 2, 2, 4))
 
 
 @EACH
