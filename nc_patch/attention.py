@@ -109,7 +109,8 @@ def _attention(
             patch.counters.add(tally(n, visible, patch.counters.tail), plan.dense_reason)
         return _dense_by_mask(problem, mask, crosses)
     assert mask is not None
-    visibility, in_place, several = _visible_keys(module, patch, problem, mask, arguments)
+    visibility, several = _visible_keys(module, patch, problem, mask, arguments)
+    in_place = visibility.order is None and not several  # as the keys lie in a cache
     if several and plan.decoding and Lq > 1:
         plan = _plan(patch, query, Lk, False)  # an index is of one sequence a row
     config, layer, decoding, selection = patch.config, patch.layer, plan.decoding, plan.selection
@@ -137,12 +138,12 @@ def _attention(
         held.nc_done()
     if plan.measures:
         phase = "decode" if decoding else "prefill"
-        if isinstance(selection, Dense):
-            record_dense(patch.counters, config, problem, phase)
-        elif record(patch.counters, config, problem, result, layer, phase):
+        if selection is _DENSE:
+            record_dense(patch, problem, phase)
+        elif record(patch, problem, result, phase):
             result, selection = _run(plan, patch, problem, _DENSE, in_place), _DENSE
             dense_reason = f'it dropped more than max_dropped_mass={config.max_dropped_mass:g}, with on_drop="dense"'
-            record_dense(patch.counters, config, problem, phase)
+            record_dense(patch, problem, phase)
     if patch.observe is not None:
         patch.observe(Observed(layer, problem, result.output))
     if counts:
@@ -196,21 +197,12 @@ def _plan(patch: LayerPatch, query: torch.Tensor, key_length: int, started: bool
     return _Plan(decoding, selection if reason is None else _DENSE, reason, host_reads, measures)
 
 
-class _Seen(NamedTuple):
-    """What the queries of a call see, whether that counts in the keys of the cache, and whether in several sequences.
-
-    It does not where keys have been left out or sequences were cut apart, of which the cache knows nothing.
-    """
-
-    visibility: Visibility
-    in_place: bool
-    several: bool
-
-
 def _visible_keys(
     module: torch.nn.Module, patch: LayerPatch, problem: Problem, mask: torch.Tensor, arguments: dict[str, Any]
-) -> _Seen:
-    """What the queries of a problem see, by its mask and by the ``BOUNDARIES`` that were given or told."""
+) -> tuple[Visibility, bool]:
+    """What the queries of a problem see, by its mask and by the ``BOUNDARIES`` that were given or told; and whether
+    they may be of several sequences, of which a cache knows nothing.
+    """
     told, name = told_boundaries(), type(module).__name__
     boundaries = {each: arguments[each] if arguments.get(each) is not None else told.get(each) for each in BOUNDARIES}
     lengths = (len(problem.query), problem.query.shape[2], problem.key.shape[2])
@@ -221,7 +213,7 @@ def _visible_keys(
         )
     if not is_packed(mask):  # the caller may write to it between calls
         found = visibility_of(mask, *lengths, name)
-        return _Seen(split_sequences(found, **{**boundaries, "position_ids": None}), False, True)
+        return split_sequences(found, **{**boundaries, "position_ids": None}), True
     families.refuse_missing_keys(module, patch.layer, mask, lengths[2])
     if not torch.compiler.is_compiling() and made_for(mask) is None and "_hf_hook" in vars(module):
         say_once(
@@ -229,20 +221,18 @@ def _visible_keys(
             "was patched before it was dispatched. To save that time call patch_model again."
         )
 
-    def look() -> _Seen:
+    def look() -> tuple[Visibility, bool]:
         found = visibility_of(mask, *lengths, name)
-        if is_bidirectional(mask):
-            return _Seen(found, False, False)
-        cut = split_sequences(found, **boundaries)
+        cut = found if is_bidirectional(mask) else split_sequences(found, **boundaries)
         several = cut is not found and not torch.compiler.is_compiling()
         if several and getattr(module.config, "attention_chunk_size", None):
             raise UnsupportedMaskError(
                 f"{name} attends by chunks, which begin anew with each packed sequence, and a mask that is made for a "
                 "cache has them elsewhere. Pass use_cache=False."
             )
-        return _Seen(cut, cut.order is None and not several, several)
+        return cut, several
 
-    seen: _Seen = once(mask, ("seen", lengths, *boundaries.values()), look)
+    seen: tuple[Visibility, bool] = once(mask, ("seen", lengths, *boundaries.values()), look)
     return seen
 
 
@@ -350,8 +340,9 @@ def _count(patch: LayerPatch, problem: Problem, own: torch.Tensor | None, dense_
     """
     visible, tail, config = problem.visible, patch.counters.tail, patch.config
     attended = problem.budget if own is None else own
+    law: tuple[Any, ...] = ()
     if dense_reason is not None:
-        attended, law = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None], ()
+        attended = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
     elif own is not None or attended.shape[-1] <= MAX_DECODE_QUERIES:
         patch.counters.add_later(attended, visible)
         return

@@ -16,16 +16,16 @@ import torch
 from test_cache_sequences import assert_equals_fresh
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-from ways import assert_close
+from ways import BLOCKS, SETTINGS, TOPK, assert_close
 
 from nc_patch import forget_index, patch_model, patched, unpatch_model
 from nc_patch.cache import layer_cache
 from nc_patch.ops.problem import Problem
 
 OPTIONS = {
-    "topk": {"selection": "topk", "key_index": "always"},
-    "block": {"selection": "block", "block_size": 16},
-    "tail": {"selection": "topk", "key_index": "always", "tail": "mean"},
+    "topk": SETTINGS["topk by codes"],
+    "block": BLOCKS,
+    "tail": TOPK | {"key_index": "always"},
 }
 EACH_INDEX = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 

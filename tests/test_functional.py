@@ -1,6 +1,6 @@
 """sparse_attention: the contract of its custom ops, and what it refuses.
 
-``test_fuzz.py`` holds that its numbers are right, ``test_ways_compile.py`` that it is compiled.
+``test_fuzz.py`` holds that its numbers are right, ``test_selection.py`` that it compiles.
 """
 
 import pytest

@@ -82,8 +82,10 @@ def test_the_context_manager_restores_what_was_before():
         assert not torch.equal(model(ids).logits, sparse)
         raise KeyError
     assert torch.equal(model(ids).logits, sparse)
+    hooks = hooks_of(model)
     with patched(model, 1.0, 0.0, **TOPK):
         unpatch_model(model)
+    assert hooks_of(model) == hooks
     assert torch.equal(model(ids).logits, sparse)
     model.set_attn_implementation("eager")
     with pytest.raises(UnsupportedModelError, match="has been set to 'eager'"):

@@ -13,8 +13,8 @@ from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import (
     Choice,
     RowBlock,
+    Rows,
     final_scores_,
-    hide_unseen_,
     scores_of,
     softmax_,
     weighted_values,
@@ -78,8 +78,8 @@ def _scored(problem: Problem, choice: Choice, block: RowBlock) -> _Scored:
     final_scores_(scores, problem.scale, problem.softcap)
     dense = None
     if problem.stats:
-        position = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
-        dense = torch.logsumexp(hide_unseen_(scores.clone(), seen, position), -1)
+        unseen = ~Rows.of(problem, block).seen(block.high - block.low)
+        dense = torch.logsumexp(scores.masked_fill(unseen, -torch.inf), -1)
     scores.masked_fill_(~keep, -torch.inf)
     alone = _Scored(seen[:, 1] <= seen[:, 0], query, [key], [value], scores, dense)
     if problem.means is None:
