@@ -33,7 +33,8 @@ def inference():
 
 
 def hooks_of(model):
-    return [hook for module in model.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+    held = (hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks))
+    return [hook for hooks in held for hook in hooks.values()]
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block", "dense"])
