@@ -9,7 +9,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from nc_patch import families, steps
 from nc_patch.cache import NO_CACHE, Indexes, KeyIndexMixin, indexes_of
-from nc_patch.certificates import record, record_dense, refuse_graphs
+from nc_patch.certificates import record, record_dense
 from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once
 from nc_patch.config import NCConfig
 from nc_patch.functional import attend, backend_of, by_index, check_scale
@@ -192,7 +192,11 @@ def _plan(patch: LayerPatch, query: torch.Tensor, key_length: int, started: bool
     # Inside torch.func's transforms a value of the computation may stand for many.
     readable = host_reads and not in_transform()
     if config.on_drop != "ignore" and reason is None and not readable:
-        refuse_graphs(config.on_drop, layer)
+        raise RuntimeError(
+            f'on_drop="{config.on_drop}" reads in layer {layer} how much was dropped, which neither '
+            "torch.compile(fullgraph=True) nor a CUDA graph can, nor a transform of torch.func: set "
+            'on_drop="ignore" (track=True has no effect there), or run without them'
+        )
     measures = (config.track or config.on_drop != "ignore") and readable
     return _Plan(decoding, selection if reason is None else _DENSE, reason, host_reads, measures)
 

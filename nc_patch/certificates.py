@@ -82,15 +82,6 @@ def find_drop(
     return DroppedMassError(message, layer=layer, head=head, position=position, kept_mass=share, certified=certified)
 
 
-def refuse_graphs(on_drop: str, layer: int) -> None:
-    """Raises RuntimeError: a compiled or captured graph, or a transform, cannot look at what it has dropped."""
-    raise RuntimeError(
-        f'on_drop="{on_drop}" reads in layer {layer} how much was dropped, which neither torch.compile(fullgraph=True) '
-        'nor a CUDA graph can, nor a transform of torch.func: set on_drop="ignore" (track=True has no effect there), '
-        "or run without them"
-    )
-
-
 def certified_bounds(result: AttentionResult, problem: Problem) -> torch.Tensor:
     """Limits between which the kept mass of every row lies, float32 ``[B, Hq, Lq, 2]``; does not read the device.
 
