@@ -69,10 +69,3 @@ def test_options_of_patched_models_are_refused_by_name(option):
     name = next(iter(option))
     with pytest.raises(TypeError, match=f"{name} acts in .*; sparse_attention takes .*sink_keys.*ask for return_stats"):
         sparse_attention(*tensors(), alpha=1.0, C=0.5, **option)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_triton_without_a_gpu_is_refused_with_the_remedy():
-    message = r'backend="triton" needs a GPU, and the tensors are on cpu. Use backend="auto"'
-    with pytest.raises(RuntimeError, match=message):
-        sparse_attention(*tensors(), alpha=1.0, C=0.5, backend="triton")
