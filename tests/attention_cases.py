@@ -306,6 +306,7 @@ class Shape:
             directions, ``"ragged"`` rows of which some are empty, or ``"empty"`` ones.
         budget: of a row with n keys: so many, ``"law"``, ``"full"``, ``"any"`` number, or any number ``"per_head"``.
         dense_below: rows that see no more keys attend all of them.
+        unequal: how unlike in size keys are, so that blocks differ in mass.
         transposed: whether tensors lie in memory by position before head, as projections leave them.
         blocks: the options of ``block``.
     """
@@ -327,6 +328,7 @@ class Shape:
     sinks: bool = False
     sink_keys: int = 4
     recent_keys: int = 1
+    unequal: float = 3.0
     transposed: bool = False
     blocks: dict[str, Any] = field(default_factory=dict)
 
@@ -342,8 +344,7 @@ class Shape:
                 (self.kv_heads, self.keys, self.value_dim or self.head_dim),
             )
         )
-        # Unlike in size, so that blocks differ in mass.
-        key = key * (1 + 3.0 * torch.rand(self.batch, self.kv_heads, self.keys, 1, generator=g) ** 4)
+        key = key * (1 + self.unequal * torch.rand(self.batch, self.kv_heads, self.keys, 1, generator=g) ** 4)
         tensors = [t.to(self.dtype) for t in (query, key, value)]
         if self.transposed:
             tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
