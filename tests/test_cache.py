@@ -106,7 +106,7 @@ def test_a_saved_cache_is_of_transformers_alone_and_goes_on_where_it_was_patched
     plain = DynamicCache()
     assert_close(run(model, cache, ids[:, 50:], *[1] * 10), run(model, found, ids[:, 50:], *[1] * 10))
     assert found.layers[0].nc_indexes
-    run(patch_model(model, 1.0, 0.7, key_index="never", selection="topk"), plain, ids[:, :50], 50)
+    run(patch_model(model, 1.0, 0.7, **OPTIONS["topk"] | {"key_index": "never"}), plain, ids[:, :50], 50)
     unpatch_model(model)
     assert_close(run(model, dense, ids[:, 50:], 10), run(model, plain, ids[:, 50:], 10))
 
