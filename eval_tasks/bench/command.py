@@ -99,7 +99,7 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
     print(f"{machine}, {record['settings']['dtype']}: {len(settings.cases())} cases")
 
     def write() -> None:
-        record.update(minutes=(time.monotonic() - started) / 60, exponents=report.exponents(rows))
+        record["minutes"] = (time.monotonic() - started) / 60
         write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
 
     try:
@@ -108,7 +108,7 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
             rows += found
             write()
     except (KeyboardInterrupt, RuntimeError) as error:  # the device itself; what was measured before stays
-        record["stopped"] = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+        record["stopped"] = first_line(error)
         problems.append(f"stopped: {record['stopped']}")
     write()
     print(f"\n{law}\n{report.text(rows)}\n\nWritten: {file}")
