@@ -12,7 +12,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.measure import Attention, Phase, in_phase, only_last, with_cache
 from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.peak import Peak, memory_watched
-from eval_tasks.synthetic import GENERATORS, Material, synthesize
+from eval_tasks.synthetic import GENERATORS, chat, synthesize
 from eval_tasks.synthetic.fitting import tokens_of
 
 # With phase "question" so many last tokens of a prompt count as the question, which stands at its end.
@@ -30,7 +30,6 @@ class Question:
 
     ids: np.ndarray
     answers: tuple[str, ...]
-    match: str
     new_tokens: int
     depth: float | None
 
@@ -49,19 +48,20 @@ def build_question(
     length: int,
     seed: int,
     index: int,
-    material: Material,
+    text: str,
     new_tokens: int | None = None,
 ) -> Question:
     """A sample of a generated task, in the tokenizer's chat template where it has one; arguments as of ``synthesize``.
 
     Raises EvalError where the length cannot be filled.
     """
-    chat = bool(tokenizer.chat_template)
-    options: dict[str, Any] = {"material": material, "new_tokens": new_tokens, "use_chat_template": chat}
+    options: dict[str, Any] = {"text": text, "new_tokens": new_tokens}
+    if tokenizer.chat_template:
+        options["render"] = chat(tokenizer)
     sample = synthesize(GENERATORS[name], tokenizer, length, seed, index, **options)
     ids = np.asarray(tokens_of(tokenizer, sample.prompt), dtype=np.int64)
     depth = sample.depths[0] if sample.depths else None
-    return Question(ids, sample.answers, sample.match, sample.new_tokens, depth)
+    return Question(ids, sample.answers, sample.new_tokens, depth)
 
 
 def answer(
@@ -88,7 +88,7 @@ def answer(
         said, counts = in_phase(phase, model, attention, ids[:before], 1, read)
     text = tokenizer.decode(said, skip_special_tokens=True)
     return {
-        "score": score(text, question.answers, question.match),
+        "score": score(text, question.answers),
         "said": text[:KEPT_LETTERS],
         "expected": list(question.answers),
         "prompt_tokens": len(ids),

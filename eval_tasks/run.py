@@ -23,7 +23,7 @@ from eval_tasks.provenance import check_same, commit, hardware, hardware_words, 
 from eval_tasks.report import REPORT_FILES
 from eval_tasks.store import append_row, check_out, claimed, read_rows, read_run
 from eval_tasks.sweep import Cells, Sweep, plan_of, total
-from eval_tasks.synthetic import GENERATORS, Material
+from eval_tasks.synthetic import GENERATORS
 from eval_tasks.tasks import TASKS, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
 from nc_patch.calibration.fingerprint import weights_fingerprint
@@ -31,7 +31,7 @@ from nc_patch.calibration.fingerprint import weights_fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """All that samples are built from: the text as it is and as tokens, the tokenizer, and what generated tasks use.
+    """All that samples are built from: the text as it is and as tokens, and the tokenizer.
 
     ``starts`` says where in the text the samples of each seed begin.
     """
@@ -40,7 +40,6 @@ class Source:
     tokens: TokenisedText
     tokenizer: PreTrainedTokenizerBase
     starts: dict[int, list[int]]
-    material: Material
 
     def build(self, cells: Cells, sweep: Sweep) -> tuple[Sample | Question, int | None]:
         """The sample of some cells, and where in the text it begins (None for a generated task)."""
@@ -48,7 +47,7 @@ class Source:
             start = self.starts[cells.seed][cells.index]
             return TASKS[cells.task].build(self.tokens, start, cells.length, sweep.layout), start
         drawn = (cells.length, cells.seed, cells.index)
-        return build_question(cells.task, self.tokenizer, *drawn, self.material, sweep.answer_tokens), None
+        return build_question(cells.task, self.tokenizer, *drawn, sweep.text, sweep.answer_tokens), None
 
 
 def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes | None = None) -> None:
@@ -120,7 +119,7 @@ def load_source(sweep: Sweep) -> Source:
     check_lengths(scored, sweep.layout, len(tokens.prefix))
     check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
     starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
-    return Source(text, tokens, tokenizer, starts, Material(sweep.text))
+    return Source(text, tokens, tokenizer, starts)
 
 
 def check_methods(sweep: Sweep, model: Any) -> None:

@@ -22,8 +22,8 @@ from eval_tasks.measure import PHASES, measure
 from eval_tasks.methods import METHODS, Budgets
 from eval_tasks.presses import Press, find_press
 from eval_tasks.store import read_rows
-from eval_tasks.synthetic import Material
 from eval_tasks.tasks import TASKS, Layout, tokenise
+from eval_tasks.texts import PYTHON_REFERENCE
 from nc_patch import NCConfig, patched
 from nc_patch.cli import main
 
@@ -145,7 +145,7 @@ def speaker(tokenizer):
 
 @pytest.fixture(scope="module")
 def question(tokenizer):
-    return Question(np.random.default_rng(0).integers(5, len(tokenizer), size=200), ("needle",), "all", 12, 0.25)
+    return Question(np.random.default_rng(0).integers(5, len(tokenizer), size=200), ("needle",), 12, 0.25)
 
 
 @pytest.mark.parametrize("config", [None, NCConfig(2.0, 0.5, dense_below=0), TOPK], ids=["dense", "default", "topk"])
@@ -181,9 +181,9 @@ def test_what_an_answer_attends_is_the_law_at_its_positions_and_its_tokens_are_t
 
 
 def test_a_question_fills_its_length_and_holds_its_answer(tokenizer):
-    question = build_question("niah_single_1", tokenizer, 768, 0, 3, Material())
+    question = build_question("niah_single_1", tokenizer, 768, 0, 3, PYTHON_REFERENCE)
     assert 0.9 * 768 <= len(question.ids) + question.new_tokens <= 768
-    shorter = build_question("niah_single_1", tokenizer, 768, 0, 3, Material(), new_tokens=16)
+    shorter = build_question("niah_single_1", tokenizer, 768, 0, 3, PYTHON_REFERENCE, new_tokens=16)
     assert (shorter.answers, shorter.new_tokens) == (question.answers, 16)
     assert len(shorter.ids) > len(question.ids)
     assert all(expected in tokenizer.decode(question.ids) for expected in question.answers)
