@@ -11,7 +11,6 @@ from eval_tasks.bench import checks, command, measure, operator, timing
 from eval_tasks.bench.inputs import GEOMETRIES, Geometry, make_inputs
 from nc_patch.cli import main
 from nc_patch.config import NCConfig
-from nc_patch.ops.problem import Problem, causal_intervals
 
 CPU = torch.device("cpu")
 operator_attention = operator.sparse_attention
@@ -29,8 +28,7 @@ def tiny(monkeypatch):
 
 def bench(phase, out, *further):
     arguments = ["--device", "cpu", "--geometry", "tiny", "--lengths", "64", "200", "--repeats", "2", "--alpha", "4"]
-    more = ["--set", "dense_below=0"] if phase == "prefill" else []
-    return main(["bench", phase, *arguments, *more, "--out", str(out), *further])
+    return main(["bench", phase, *arguments, "--out", str(out), *further])
 
 
 def rows_of(phase, out, method=None):
@@ -48,6 +46,7 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
     assert ran.keys() == {(batch, length, method) for batch in (1, 2) for length in (64, 200) for method in methods}
     for row in ran.values():
         assert row["relative_error"] < 1e-3
+        assert row["method"] != "window" or phase == "prefill" or row["attended"] == row["budget"]
         assert row["median_seconds"] > 0
         assert row["kind"] == "dense" or 0 < row["kept_mass"] <= 1
         assert row["kind"] == "dense" or row["backend"] == "cpu" or row["backend"].startswith("torch")
@@ -209,22 +208,6 @@ def dense(inputs):
     )
 
 
-@pytest.mark.parametrize("queries", [200, 1], ids=["prefill", "decode"])
-@pytest.mark.parametrize("selection", ["block", "topk", "window", "dense"])
-def test_what_counts_as_right_is_the_reference(selection, queries):
-    options = {"min_mass": 0.8, "tail": "drop", "dense_below": 0}
-    inputs, config = drawn(queries=queries), NCConfig(2.0, 0.6, selection=selection, **options)
-    rows, phase = checks.checked_rows(queries, 64), "prefill" if queries > 1 else "decode"
-    right = checks.expected_output(inputs, config, phase, rows)
-    visible, scale = causal_intervals(1, queries, 200, CPU), inputs.query.shape[-1] ** -0.5
-    budget = config.row_budgets(visible, 200, 0)
-    problem = Problem(inputs.query, inputs.key, inputs.value, visible, visible[..., 0], budget, scale=scale, stats=True)
-    reference = getattr(config, phase).reference(problem, decode=queries == 1)
-    assert (right.output - reference.output[:, :, rows]).norm() < 1e-5 * right.output.norm()
-    assert torch.equal(right.attended, reference.attended[:, :, rows])
-    assert torch.allclose(right.kept_mass.double(), reference.kept_mass[:, :, rows], rtol=1e-5)
-
-
 def test_an_output_is_wrong_by_a_percent_in_its_last_row_and_by_a_nan_in_a_row_that_is_not_compared():
     inputs, rows = drawn(300), checks.checked_rows(300, 64)
     assert rows.tolist() == [*range(192), *range(256, 300)]
@@ -237,17 +220,11 @@ def test_an_output_is_wrong_by_a_percent_in_its_last_row_and_by_a_nan_in_a_row_t
     assert found == [True, False, False, False]
 
 
-def test_options_reach_the_attention(tmp_path):
-    def block(out, *options):
-        known = ["--lengths", "300", "--alpha", "1", "--selections", "block", "--set", *options]
-        assert bench("prefill", tmp_path / out, *known) == 0
-        return rows_of("prefill", tmp_path / out)[0]
-
-    plain = block("plain", "dense_below=0")
-    enlarged = block("more", "dense_below=0", "min_mass=0.99", "max_factor=8", "block_size=32", "local_keys=32")
-    assert enlarged["kept_mass"] > plain["kept_mass"]
-    assert enlarged["attended"] > plain["attended"]
-    assert block("dense", "dense_below=300")["kept_mass"] == pytest.approx(1)
+@pytest.mark.parametrize(("option", "attends_all"), [("dense_below=300", True), ("min_mass=0.5", False)])
+def test_options_reach_the_attention(tmp_path, option, attends_all):
+    assert bench("prefill", tmp_path, "--lengths", "300", "--alpha", "1", "--selections", "block", "--set", option) == 0
+    (row,) = rows_of("prefill", tmp_path, "block")
+    assert (row["kept_mass"] == pytest.approx(1)) == attends_all
 
 
 def test_prompts_are_local_have_sinks_and_seek_few_of_the_other_keys():

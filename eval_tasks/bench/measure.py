@@ -58,6 +58,7 @@ def measure_all(settings: Settings, deadline: float, say: Callable[[str], None])
 def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str], str], deadline: float) -> list[Row]:
     """One row for each selection and each dense implementation, all checked before any is timed."""
     phase, sets = settings.phase, make_sets(settings, case)
+    device = sets[0].query.device
     compared = checked_rows(sets[0].query.shape[2], settings.options.get("query_block_size", Block.query_block_size))
     dense, right = dense_steps(sets), dict[str, AttentionResult]()
     rows: dict[str, Row] = {}
@@ -77,15 +78,15 @@ def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str
                 row |= {what: _mean(getattr(right[name], what)) for what in ("attended", "kept_mass")}
                 row["backend"] = _backend(sets[0], config, phase)
             step = dense.get(name) or sparse_step(sets, config, phase)
-            _check(row, _first_output(row, step, settings.device), right[selection].output, compared)
-            prepared = prepare(step, len(sets), settings.device, graph=phase == "decode")
+            _check(row, _first_output(row, step, device), right[selection].output, compared)
+            prepared = prepare(step, len(sets), device, graph=phase == "decode")
             row |= {"in_graph": prepared.replayed is not None, "message": prepared.reason}
             if prepared.replayed is not None:
                 _check(row, prepared.replayed, right[selection].output, compared, ", in a CUDA graph")
             ready[name] = prepared
         except Exception as error:
             fail(row, error)
-    taken = interleave(ready, settings.repeats, settings.device, min(deadline, time.monotonic() + _CASE_SECONDS))
+    taken = interleave(ready, settings.repeats, device, min(deadline, time.monotonic() + _CASE_SECONDS))
     for name, launches in taken.items():
         seconds = [launch / len(sets) for launch in launches]
         rows[name] |= {"seconds": seconds, "median_seconds": median(seconds)}
