@@ -10,8 +10,9 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
 from eval_tasks.measure import Attention, Phase, in_phase, only_last, with_cache
+from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.peak import Peak, memory_watched
-from eval_tasks.synthetic import GENERATORS, chat, score, synthesize
+from eval_tasks.synthetic import GENERATORS, chat, synthesize
 from eval_tasks.synthetic.fitting import tokens_of
 
 # With phase "question" so many last tokens of a prompt count as the question, which stands at its end.

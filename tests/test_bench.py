@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from eval_tasks.bench import checks, command, measure, operator, timing
+from eval_tasks.bench import checks, command, measure, operator, report, timing
 from eval_tasks.bench.inputs import GEOMETRIES, Geometry, make_inputs
 from nc_patch.cli import main
 from nc_patch.config import NCConfig
@@ -50,8 +50,11 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
         assert row["median_seconds"] > 0
         assert row["kind"] == "dense" or 0 < row["kept_mass"] <= 1
         assert row["kind"] == "dense" or row["backend"] == "cpu" or row["backend"].startswith("torch")
+    record = json.loads((tmp_path / f"{phase}.json").read_text())
+    assert {one["method"] for one in record["exponents"]} == {"topk", "block", "window", "fastest dense"}
     said = capsys.readouterr().out
-    assert "budget 4 n^0.5" in said
+    for part in ("budget 4 n^0.5", "Time grows with the number of keys as", "fastest dense (tiny, batch 2)"):
+        assert part in said
     assert sum(line.split()[:1] == ["tiny"] for line in said.splitlines()) == 2 * 2 * 4  # the fastest dense one alone
     assert (tmp_path / f"{phase}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -262,3 +265,14 @@ def test_a_rival_without_a_kernel_is_absent_and_sparse_attention_without_one_has
         row = {"kind": kind}
         measure.fail(row, error)
         assert (row["status"], "No available kernel" in row["message"]) == (status, True)
+
+
+def test_exponents_are_those_of_the_fastest_dense_and_of_each_selection():
+    def rows(method, kind, exponent, factor):
+        known = {"geometry": "tiny", "batch": 1, "method": method, "kind": kind, "status": "ok"}
+        return [{**known, "length": n, "median_seconds": factor * n**exponent} for n in (100, 200, 800)]
+
+    found = report.exponents(
+        rows("sdpa a", "dense", 1.5, 1) + rows("sdpa b", "dense", 2, 0.01) + rows("topk", "sparse", 0.5, 3)
+    )
+    assert {one["method"]: one["exponent"] for one in found} == pytest.approx({"fastest dense": 2, "topk": 0.5})

@@ -8,7 +8,7 @@ import pytest
 from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
 from eval_tasks.errors import EvalError
-from eval_tasks.synthetic import GENERATORS, chat, score, synthesize
+from eval_tasks.synthetic import GENERATORS, chat, synthesize
 from eval_tasks.synthetic.fitting import fill
 from eval_tasks.synthetic.haystack import NOISE, load_prose, noise
 from eval_tasks.synthetic.sample import DEPTHS
@@ -99,20 +99,6 @@ def test_the_words_that_are_asked_for_are_the_most_common(length):
     ranked = Counter(found.question.split("coded words. ")[1].split("\nQuestion:")[0].split()).most_common(5)
     assert [word for word, _ in ranked[:4]] == ["...", *found.answers]
     assert ranked[3][1] > ranked[4][1]
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected", "share"),
-    [
-        ("The numbers are 12, 34 and 56.", ["12", "34", "56"], 1.0),
-        ("only 34", ["12", "34", "56", "78"], 0.25),
-        ("", ["12"], 0.0),
-        ("  ECHO-Lamp\x07", ["echo-lamp"], 1.0),
-        ("12\x0034", ["1234"], 0.0),
-    ],
-)
-def test_the_score_is_rulers(answer, expected, share):
-    assert score(answer, expected) == share
 
 
 USER_TURNS = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('user turns only') }}{% endif %}"

@@ -98,17 +98,19 @@ sys.exit(main({arguments!r}))
 
 
 @pytest.mark.wide
-def test_outside_the_checkout_tasks_are_found_and_the_command_is_there(installed, tmp_path):
+def test_outside_the_checkout_tasks_and_metrics_are_found_and_the_command_is_there(installed, tmp_path):
     pytest.importorskip("lm_eval")
     script = tmp_path / "tasks.py"
     script.write_text(
         """from pathlib import Path
-import eval_tasks
+import eval_tasks, evaluate
 from lm_eval.tasks import TaskManager
+from eval_tasks.metrics import string_match
 folder = str(Path(eval_tasks.__file__).parent)
 print(sorted(TaskManager(include_path=folder, include_defaults=False).all_tasks))
+print(evaluate.load(string_match.__path__[0]).name)
 """
     )
     said = run_outside(installed, tmp_path, script)
-    assert all(name in said for name in ("'nc_perplexity'", "'nc_niah_single_2'"))
+    assert all(name in said for name in ("'nc_perplexity'", "'nc_niah_single_2'", "string_match"))
     assert "from nc_patch.cli import main" in (installed / "bin" / "nc-patch").read_text()

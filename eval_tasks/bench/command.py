@@ -99,7 +99,7 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
     print(f"{machine}, {record['settings']['dtype']}: {len(settings.cases())} cases")
 
     def write() -> None:
-        record["minutes"] = (time.monotonic() - started) / 60
+        record.update(minutes=(time.monotonic() - started) / 60, exponents=report.exponents(rows))
         write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
 
     try:

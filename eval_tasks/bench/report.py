@@ -1,9 +1,10 @@
-"""What was measured, as a table and a plot."""
+"""What was measured, as tables, sentences and a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -13,6 +14,7 @@ from eval_tasks.bench.measure import OK, Row
 matplotlib.use("Agg")  # draws into files; needs no display
 _UNIT = "milliseconds a layer"
 _CASE = ["geometry", "batch", "length"]
+_LINE = ["geometry", "batch", "line"]
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = {"fastest dense": "#000000", "topk": "#D55E00", "block": "#009E73", "window": "#CC79A7"}
 
@@ -34,8 +36,18 @@ def timed(rows: Sequence[Row]) -> pd.DataFrame:
     return shown.assign(speed=shown.fastest / shown.median_seconds)
 
 
+def exponents(rows: Sequence[Row]) -> list[Row]:
+    """The exponent of time in n of each selection and the fastest dense, fitted to all lengths, where two or more."""
+    shown, found = timed(rows), []
+    for (geometry, batch, line), of in shown.groupby(_LINE, sort=False) if len(shown) else ():
+        if len(of) > 1:
+            slope = float(np.polyfit(np.log(of.length), np.log(of.median_seconds), 1)[0])
+            found.append({"geometry": geometry, "batch": batch, "method": line, "exponent": slope})
+    return found
+
+
 def text(rows: Sequence[Row]) -> str:
-    """The times of all cases, and everything that did not run or not as meant."""
+    """The times of all cases, how they grow, and everything that did not run or not as meant."""
     shown, lines = timed(rows), []
     if not shown.empty:
         columns = {
@@ -54,8 +66,10 @@ def text(rows: Sequence[Row]) -> str:
         table = table.loc[:, (table != "-").any()]
         lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended;"]
         lines += [" MB: what a step allocates beside inputs and indexes, on a GPU)"]
-    if missing := dict.fromkeys(_problem(row) for row in rows if row["status"] != OK or row.get("message")):
-        lines += ["", "Not run, or not as meant:", *missing]
+    grown = [f"  n^{g['exponent']:.2f}  {g['method']} ({g['geometry']}, batch {g['batch']})" for g in exponents(rows)]
+    missing = list(dict.fromkeys(_problem(row) for row in rows if row["status"] != OK or row.get("message")))
+    for title, found in (("Time grows with the number of keys as", grown), ("Not run, or not as meant:", missing)):
+        lines += ["", title, *found] if found else []
     return "\n".join(lines)
 
 

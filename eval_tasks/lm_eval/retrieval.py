@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from lm_eval.api.metrics import mean
 
 from eval_tasks.lm_eval.by_length import ByLengthTask, Samples
-from eval_tasks.synthetic import GENERATORS, score, synthesize
+from eval_tasks.metrics.string_match.string_match import score
+from eval_tasks.synthetic import GENERATORS, synthesize
 from eval_tasks.synthetic.haystack import load_prose
 
 METRIC = "string_match"

@@ -1,8 +1,7 @@
 """What a generator of tasks is, and the sample of a length that it makes: a pure function of its arguments."""
 
 import random
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -138,10 +137,3 @@ def synthesize(
             raise EvalError(f"{said}; give another text")
     depths = tuple(prompt.index(sentence) / len(prompt) for sentence in recipe.evidence)
     return SyntheticSample(prompt, question, recipe.prefix, recipe.answers, tokens, reserve, depths)
-
-
-def score(answer: str, expected: Sequence[str]) -> float:
-    """The share of the expected strings that an answer holds, upper and lower case alike: RULER's string match."""
-    # Control characters become line ends, so that a string is not found across them.
-    text = re.sub(r"[\x00-\x1f]", "\n", answer.strip()).strip().lower()
-    return sum(each.lower() in text for each in expected) / len(expected)
