@@ -42,7 +42,7 @@ def answer(
         said, counts = in_phase(phase, model, attention, ids[:before], 1, read)
     text = tokenizer.decode(said, skip_special_tokens=True)
     return {
-        "score": score(text, sample.answers, sample.match),
+        "score": score(text, sample.answers),
         "said": text[:KEPT_LETTERS],
         "expected": list(sample.answers),
         "prompt_tokens": len(ids),

@@ -14,7 +14,8 @@ from eval_tasks.log_law import log_budgets
 from nc_patch.budget import budget_of, budgets
 from nc_patch.calibration.profile import Profile
 from nc_patch.common import ProfileError
-from nc_patch.config import Backend, NCConfig
+from nc_patch.config import NCConfig
+from nc_patch.ops.backends import Backend
 
 Match = Literal["deploy", "scored", "total", "iso"]
 MATCHES: tuple[Match, ...] = get_args(Match)

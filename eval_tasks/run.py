@@ -25,7 +25,7 @@ from eval_tasks.provenance import check_same, commit, hardware, hardware_words, 
 from eval_tasks.report import REPORT_FILES
 from eval_tasks.store import Cell, Row, append_row, check_out, claimed, read_rows, read_run
 from eval_tasks.sweep import Sweep
-from eval_tasks.synthetic import GENERATORS, Material, SyntheticSample, synthesize
+from eval_tasks.synthetic import GENERATORS, SyntheticSample, chat, synthesize
 from eval_tasks.tasks import TASKS, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
 from nc_patch.calibration.fingerprint import weights_fingerprint
@@ -33,7 +33,7 @@ from nc_patch.calibration.fingerprint import weights_fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """All that samples are built from: the text as it is and as tokens, the tokenizer, and what generated tasks use.
+    """All that samples are built from: the text as it is and as tokens, and the tokenizer.
 
     ``starts`` says where in the text the samples begin.
     """
@@ -42,22 +42,16 @@ class Source:
     tokens: TokenisedText
     tokenizer: PreTrainedTokenizerBase
     starts: list[int]
-    material: Material
 
     def build(self, cell: Cell, sweep: Sweep) -> Sample | SyntheticSample:
         """The sample of a cell."""
         if cell.task in TASKS:
             return TASKS[cell.task].build(self.tokens, self.starts[cell.sample], cell.length, sweep.layout)
-        return synthesize(
-            GENERATORS[cell.task],
-            self.tokenizer,
-            cell.length,
-            sweep.layout.seed,
-            cell.sample,
-            material=self.material,
-            new_tokens=sweep.answer_tokens,
-            use_chat_template=bool(self.tokenizer.chat_template),
-        )
+        options: dict[str, Any] = {"text": sweep.text, "new_tokens": sweep.answer_tokens}
+        if self.tokenizer.chat_template:
+            options["render"] = chat(self.tokenizer)
+        drawn = (cell.length, sweep.layout.seed, cell.sample)
+        return synthesize(GENERATORS[cell.task], self.tokenizer, *drawn, **options)
 
 
 def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes) -> None:
@@ -136,7 +130,7 @@ def load_source(sweep: Sweep) -> Source:
         if name in GENERATORS and shortest < (needed := GENERATORS[name].shortest):
             raise EvalError(f"length {shortest} is too short for the task {name}, which needs {needed} tokens")
     starts = places(tokens, sweep.layout) if scored else []
-    return Source(text, tokens, tokenizer, starts, Material(sweep.text))
+    return Source(text, tokens, tokenizer, starts)
 
 
 def check_methods(sweep: Sweep, model: Any) -> None:
