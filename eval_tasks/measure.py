@@ -39,9 +39,9 @@ _WARM_UP_TOKENS = 64
 def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "all") -> dict[str, Any]:
     """Runs one sample through a model that is not patched; ``SPARSE_IN`` says what is sparse in each phase.
 
-    Returns fields of a row: ``loss_sum``, Σ −ln p over the scored ``tokens``, in nats; ``bytes`` of UTF-8 that they
-    stand for; and those of ``in_phase``. Raises EvalError for a loss that is not finite, and MemoryRanOut once what was
-    allocated is free again.
+    Returns fields of a row: ``loss_sum``, Σ −ln p over the scored ``tokens``, in nats; ``token_losses``, of each, to
+    four digits; ``bytes`` of UTF-8 that they stand for; and those of ``in_phase``. Raises EvalError for a loss that is
+    not finite, and MemoryRanOut once what was allocated is free again.
     """
     ids = torch.from_numpy(sample.ids).to(model.device)
     length, scored = len(ids) - 1, sample.scored
@@ -53,7 +53,9 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
     loss_sum = float(losses.sum())
     if not math.isfinite(loss_sum):
         raise EvalError(f"the loss is {loss_sum}: the logits hold NaN or Inf in {model.dtype}; try --dtype float32")
-    return {"loss_sum": loss_sum, "tokens": scored, "bytes": sample.scored_bytes, **counts}
+    token_losses = [round(loss, 4) for loss in losses.tolist()]
+    found = {"loss_sum": loss_sum, "tokens": scored, "token_losses": token_losses, "bytes": sample.scored_bytes}
+    return found | counts
 
 
 @torch.inference_mode()

@@ -34,6 +34,7 @@ _TESTS = (
     "test of answers lost (Hoeffding's bound of partial scores), else a t-test corrected for skewness. Detectable: the "
     "smallest difference that so many documents show in 80 of 100 cases."
 )
+_EFFECTIVE = "The longest context up to which a method stays within the margin of dense, by the means; 0 for none."
 _NEEDED = (
     "The smallest k within the margin of dense, interpolated between measured budgets; none where the largest is not "
     "enough. Reached: the share of resamples in which a measured budget is. One key and all keys end the interval of "
@@ -71,7 +72,9 @@ class Report:
             cost = findings.costs(at, run)
             self.table, self.result = findings.main_table(at, *cost), findings.lead(at, *cost)
         if len(compared):
+            lengths = summary.effective_lengths(measured, compared, within)
             details.append(("Tests against dense", _TESTS.format(percent=100 * within), compared))
+            details.append(("Effective context length", _EFFECTIVE, lengths))
         self.details = [(title, note, findings.to_html(frame)) for title, note, frame in details if len(frame)]
 
     def facts(self) -> str:
@@ -90,12 +93,20 @@ class Report:
         return figures.quality_panels(self.shown, self.csv[SUMMARY])
 
     def plots(self) -> Iterator[tuple[str, list[figures.Figure]]]:
-        """All plots, each caption with what is drawn; the result comes first, then maps of answers by depth."""
+        """All plots, each caption with what is drawn; the result comes first."""
+        drawn = lambda panels: [figures.draw([panel]) for panel in panels]  # noqa: E731
         caption = "Quality by context length: perplexity (lower is better), or right answers (higher is better)."
         needed = "Budgets that the quality of dense attention needs, by context length."
-        yield needed if len(self.needed) else caption, [figures.draw([panel]) for panel in self.panels()]
+        yield needed if len(self.needed) else caption, drawn(self.panels())
         for task, own in self.frame.dropna(subset=["depth", "score"]).groupby("task", observed=True):
             yield f"{task}: share of right answers by depth of the needle and length.", figures.depth_maps(own)
+        if panels := figures.position_panels(self.frame):
+            caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
+            yield caption, drawn(panels)
+        if not len(self.needed) and len(self.shown):
+            own = self.shown[self.shown["task"] == self.shown["task"].iloc[0]]
+            caption = "What each method attended: the realised budget, and its share of all visible keys."
+            yield caption, drawn(figures.budget_panels(own))
 
     def record(self) -> dict[str, str]:
         """Tasks, methods, versions, hardware and all settings, name by name."""

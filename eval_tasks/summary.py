@@ -24,7 +24,7 @@ _NUMBERS = [
     "score", "loss_sum", "tokens", "bytes", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction",
     "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens", "depth",
 ]  # fmt: skip
-_OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense"]
+_OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense", "token_losses"]
 
 
 def measurements(rows: Iterable[Row]) -> pd.DataFrame:
@@ -105,6 +105,19 @@ def dense_fails(frame: pd.DataFrame, task: str, length: int) -> bool:
 def is_answer(frame: pd.DataFrame, task: str) -> bool:
     """Whether a task scores generated answers, and not a text."""
     return bool(frame.loc[frame["task"] == task, "score"].notna().any())
+
+
+def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: float) -> pd.DataFrame:
+    """The longest context up to which the mean of a method stays within the margin of dense, by task (0 for none).
+
+    Lengths where dense fails are left out; ``longest`` is the longest of the others.
+    """
+    right = summary[summary["method"] == DENSE].set_index(["task", "length"])["score"].rename("right")
+    own = compared[~compared["dense_fails"]].join(right, on=["task", "length"])
+    over = (own["difference"] / own["right"]).fillna(np.expm1(own["difference"]))
+    inside = (over <= within).groupby([own["task"], own["method"]], observed=True).cummin()
+    lengths = own.assign(reached=own["length"].where(inside, 0)).groupby(["task", "method"], observed=True)
+    return lengths.agg(length=("reached", "max"), longest=("length", "max")).reset_index()
 
 
 def overview(summary: pd.DataFrame) -> pd.DataFrame:

@@ -53,6 +53,8 @@ def test_the_loss_is_that_of_the_scored_tokens_and_the_model_stays_unpatched(sam
     measured = measure(model, None, sample)
     assert measured["loss_sum"] == pytest.approx(loss_under(model, sample), rel=1e-5)
     assert (measured["tokens"], measured["bytes"]) == (16, 16 * len(" w00"))
+    assert len(measured["token_losses"]) == 16
+    assert sum(measured["token_losses"]) == pytest.approx(measured["loss_sum"], abs=1e-3)
     assert measure(model, TOPK, sample)["loss_sum"] != measured["loss_sum"]
     assert measure(model, None, sample)["loss_sum"] == measured["loss_sum"]
     sliding = measure(tiny_model("mistral"), None, sample)  # how many keys they see is left open

@@ -10,11 +10,12 @@ import subprocess
 import pandas as pd
 import pytest
 
+from eval_tasks.figures import position_panels
 from eval_tasks.merging import merge_runs
 from eval_tasks.methods import METHODS
 from eval_tasks.report import Report, write_report
 from eval_tasks.stats import paired_difference
-from eval_tasks.summary import comparisons, measurements, needed_budgets, overview, summarise
+from eval_tasks.summary import comparisons, effective_lengths, measurements, needed_budgets, overview, summarise
 from nc_patch.cli import main
 
 NASTY = "<script>alert('x')</script>& ![x](http://x.org/x.png)"
@@ -117,6 +118,19 @@ def test_cells_that_several_runs_measured_count_once_and_a_success_before_any_fa
         assert Report(*merged, 0.05).progress == "7 of 21 measurements are made; the same command goes on."
 
 
+def test_loss_by_position_is_of_the_samples_that_a_method_shares_with_dense():
+    def measured(sample, method, over, length=512):
+        losses = [sample + place / 10 + over * place for place in range(10)]
+        return row("perplexity", length, sample, method, 2.0, token_losses=losses)
+
+    rows = [measured(sample, "dense", 0.0) for sample in range(3)] + [measured(2, "nc-topk", 0.5)]
+    [panel] = position_panels(measurements([*rows, measured(0, "dense", 0.0, 1024)]))
+    assert panel.title == "perplexity at 512 tokens"
+    sparse, dense = panel.lines
+    assert (sparse.label, list(sparse.y)) == ("α·n^C top-k", pytest.approx([0.5 * place for place in range(10)]))
+    assert (dense.label, dense.y) == ("dense", [0.0] * 10)
+
+
 def test_the_summary_is_the_mean_of_the_samples_and_pairs_them_with_those_of_dense():
     rows = [row("perplexity", 512, i, "dense", p) for i, p in enumerate((10.0, 20.0, 40.0))]
     rows += [row("perplexity", 512, i, "nc-topk", p) for i, p in enumerate((12.0, 22.0))]
@@ -149,6 +163,24 @@ def test_verdicts_are_those_of_the_losses(said_of):
     assert "perplexity is 1.0 % higher (slightly worse)" in said
     [window, _] = comparisons(measurements(rows), 0.05).itertuples()
     assert (window.verdict, window.documents, window.needed, window.needed_within) == ("worse", 24, 7, 20)
+
+
+@pytest.mark.parametrize(
+    ("losses", "reached"),
+    [
+        ({512: 1.01, 1024: 1.04, 2048: 1.2, 4096: 1.0}, 1024),
+        ({512: 1.2, 1024: 1.0}, 0),
+        ({512: 0.9, 8192: 1.0499}, 8192),
+    ],
+)
+def test_the_effective_length_ends_at_the_first_length_outside(losses, reached):
+    rows = [entry for n, factor in losses.items() for entry in rows_of("perplexity", n, {"dense": 2, "nc": 2 * factor})]
+    rows += answers_of(1024, {"dense": lambda i: i % 10 < 8, "nc": lambda i: i % 20 < 15})  # loses 0.05 of 0.8
+    frame = measurements(rows)
+    compared = comparisons(frame, 0.05)
+    texts, answers = effective_lengths(summarise(frame, compared), compared, 0.05).itertuples(index=False)
+    assert tuple(texts) == ("perplexity", "nc", reached, max(losses))
+    assert tuple(answers) == ("niah_single_1", "nc", 0, 1024)
 
 
 def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_shown_where_all_are_there(said_of):

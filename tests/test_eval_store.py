@@ -122,6 +122,8 @@ def test_a_value_that_json_cannot_hold_is_an_error_and_leaves_the_file_alone(tmp
         ({"loss_sum": 1e12, "tokens": 1}, "within 700"),
         ({"attended_fraction": 1.5}, "attended_fraction cannot be"),
         ({"seconds": "1"}, "seconds cannot be"),
+        ({"token_losses": [1.0, "x"]}, "token_losses cannot be"),
+        ({"token_losses": [1.0]}, "token_losses must be 10, one for each of the tokens"),
         ({"depth": 2}, "depth cannot be"),
     ],
 )
