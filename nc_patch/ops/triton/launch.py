@@ -190,6 +190,15 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
+def stream_of(device: torch.device) -> int:
+    """The stream on which this thread launches on a device."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream: int = torch._C._cuda_getCurrentRawStream(index)
+    return stream
+
+
 @lru_cache(maxsize=256)
 def compiled_kernels(*key: Any) -> dict[Any, Any]:
     """What ``Launches`` have compiled for launches that are alike; ``key`` is all that Triton specialises them for."""

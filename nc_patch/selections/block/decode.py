@@ -84,7 +84,7 @@ def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]
     )
     if not plans:
         plans.append(_plan(problem))
-    return partial(_decode, plans[0])
+    return partial(_decode, plans[0], {})
 
 
 @lru_cache(maxsize=256)
@@ -93,7 +93,8 @@ def _plans(*layout: Any) -> list[Plan]:
     return []
 
 
-def _decode(plan: Plan, problem: Problem) -> AttentionResult:
+def _decode(plan: Plan, kept: dict[int, Any], problem: Problem) -> AttentionResult:
+    """Attention of a problem by its plan; ``kept`` is the scratch memory by stream, which one layer after another uses."""
     if not plan.dense:
         # New keys first: the kernels would write to copies.
         return triton_block_decode(launch.prepared(extend(problem, "pages", "triton") if problem.new else problem))
@@ -106,9 +107,10 @@ def _decode(plan: Plan, problem: Problem) -> AttentionResult:
         lse, lse_keys = (torch.empty_like(attended, dtype=torch.float32) for _ in range(2))
     if not output.numel():
         return AttentionResult(output, lse, lse_keys, attended)
-    scratch = torch.empty(sum(plan.sizes), dtype=torch.float32, device=query.device)
-    page_logits, page_peak, page_total, peak, total, acc, integers = scratch.split_with_sizes(plan.sizes)
-    pages, count, arrivals = integers.view(torch.int32).split_with_sizes(plan.counts)
+    stream = launch.stream_of(query.device)
+    if stream not in kept:
+        kept[stream] = _scratch(plan, query.device)
+    lists, scratch = kept[stream]
     statistics, table = PageStatistics(*problem.key_index), None
     inputs = RowInputs(visible, budget, origin)
     if problem.table is not None:
@@ -117,13 +119,20 @@ def _decode(plan: Plan, problem: Problem) -> AttentionResult:
     changing = {
         "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
         "inputs": inputs, "Lk": problem.key_length, "table": table, "statistics": statistics,
-        "chosen": Chosen(pages, count, attended, arrivals), "page_logits": page_logits, "sinks": problem.sinks,
-        "output": output, "lse": lse, "lse_keys": lse_keys, "page_parts": Softmax(None, page_peak, page_total),
-        "parts": Softmax(acc, peak, total),
+        "chosen": Chosen(*lists, attended), "sinks": problem.sinks, "output": output, "lse": lse,
+        "lse_keys": lse_keys, **scratch,
     }  # fmt: skip
     plan.launches(query.device, changing)
     kept_mass = None if lse_keys is None else launch.kept_mass_of(problem, lse_keys)
     return AttentionResult(output, lse, kept_mass, attended)
+
+
+def _scratch(plan: Plan, device: torch.device) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Memory for what the kernels leave for one another: that of ``Chosen``, and their other arguments."""
+    memory = torch.empty(sum(plan.sizes), dtype=torch.float32, device=device)
+    page_logits, page_peak, page_total, peak, total, acc, integers = memory.split_with_sizes(plan.sizes)
+    parts = {"page_parts": Softmax(None, page_peak, page_total), "parts": Softmax(acc, peak, total)}
+    return list(integers.view(torch.int32).split_with_sizes(plan.counts)), {"page_logits": page_logits, **parts}
 
 
 def _plan(given: Problem) -> Plan:

@@ -225,7 +225,7 @@ def score_pages_kernel(
 # them. ``count [number, 2]`` is how many they are, and the offset of the group's first query head in results, so that
 # those who attend need not keep it in registers. ``attended [B, Hq, Lq]`` is the number of their visible keys.
 # ``arrivals [number, blocks]`` are set to zero for those who attend: see ``split.arrives_last``.
-Chosen = namedtuple("Chosen", "pages count attended arrivals")
+Chosen = namedtuple("Chosen", "pages count arrivals attended")
 
 # The constants of a choice: keys of a page, pages that are looked at together, parts of a softmax, padded, and pages of
 # a block of memory, 0 where they do not lie in such.
