@@ -223,9 +223,9 @@ def score_pages_kernel(
 
 # Where a choice goes, int32. ``pages [number, capacity]`` ascend; with a ``Table`` as ``page_in_memory`` counts
 # them. ``count [number, 2]`` is how many they are, and the offset of the group's first query head in results, so that
-# those who attend need not keep it in registers. ``attended [B, Hq, Lq]`` is the number of their visible keys.
-# ``arrivals [number, blocks]`` are set to zero for those who attend: see ``split.arrives_last``.
-Chosen = namedtuple("Chosen", "pages count arrivals attended")
+# those who attend need not keep it in registers. ``arrivals [number, blocks]`` are set to zero for those who attend:
+# see ``split.arrives_last``.
+Chosen = namedtuple("Chosen", "pages count arrivals")
 
 # The constants of a choice: keys of a page, pages that are looked at together, parts of a softmax, padded, and pages of
 # a block of memory, 0 where they do not lie in such.
@@ -234,10 +234,13 @@ ChooseShape = namedtuple("ChooseShape", "BLOCK_SIZE BLOCK_P BLOCK_S PAGES")
 
 @triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])
 def choose_pages_kernel(
-    table, inputs, page_logits, page_parts, chosen, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity,
-    blocks, shape,
+    table, inputs, page_logits, page_parts, chosen, attended, budget_heads, num_kv_heads, group, Lq, Lk, width, splits,
+    capacity, blocks, shape,
 ):  # fmt: skip
-    """What one query and the group attend (``Chosen``); ``page_parts`` has ``splits`` of each query head."""
+    """What one query and the group attend (``Chosen``), and how many keys these are, ``attended [B, Hq, Lq]``.
+
+    ``page_parts`` has ``splits`` of each query head.
+    """
     number = tl.program_id(0)
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, shape.BLOCK_SIZE)
     count = tl.minimum(seen.pages, width)
@@ -280,7 +283,7 @@ def choose_pages_kernel(
     tl.store(chosen.count + number * 2, wanted)
     tl.store(chosen.count + number * 2 + 1, row.to(tl.int32))
     for member in range(group):
-        tl.store(chosen.attended + row + member * Lq, keys)
+        tl.store(attended + row + member * Lq, keys)
 
 
 @triton.jit
@@ -307,8 +310,8 @@ def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
 def attend_pages_kernel(
-    query, key, value, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk, splits,
-    capacity, settings, shape, join_shape, page,
+    query, key, value, inputs, chosen, attended, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk,
+    splits, capacity, settings, shape, join_shape, page,
 ):  # fmt: skip
     """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
 
@@ -339,14 +342,14 @@ def attend_pages_kernel(
         offset = tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
         of_page = tl.load(page_list + offset // page.BLOCK_SIZE, mask=offset < keys_left, other=0)
         place = seen.begin + of_page * page.BLOCK_SIZE + offset % page.BLOCK_SIZE
-        attended = offset < keys_left
+        there = offset < keys_left
         if page.KEYS == 0:
-            attended = attended & (place >= seen.start) & (place < seen.end)
-        raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), attended, shape, True)
-        logits = tl.where(attended[None, :], logits_base2(raw, settings), float("-inf"))
+            there = there & (place >= seen.start) & (place < seen.end)
+        raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), there, shape, True)
+        logits = tl.where(there[None, :], logits_base2(raw, settings), float("-inf"))
         tile_values = tl.load(
             values + (offsets_of(value, place, page.KEYS)[:, None] + dv[None, :]),
-            mask=attended[:, None] & (dv[None, :] < shape.DV),
+            mask=there[:, None] & (dv[None, :] < shape.DV),
             other=0.0,
         )
         peak, total, weights, shrink = fold(logits, peak, total)
@@ -361,5 +364,5 @@ def attend_pages_kernel(
         head = (row // Lq) % (num_kv_heads * group)
         results = Rows(None, None, None, head, row, member_of < group, None, None, None)
         joined = join_parts(parts, results, place * splits, 1, splits, join_shape)
-        attended = tl.load(chosen.attended + row, mask=results.valid, other=0)
-        write_joined(joined, results, sinks, attended, output, lse, lse_keys, join_shape)
+        counted = tl.load(attended + row, mask=results.valid, other=0)
+        write_joined(joined, results, sinks, counted, output, lse, lse_keys, join_shape)
