@@ -14,11 +14,9 @@ from nc_patch.ops.triton.rows import budget_of, head_of
 from nc_patch.ops.triton.scores import dot, dot_scores, finite_or_zero, fold, load_queries, logits_base2
 from nc_patch.ops.triton.split import arrives_last, join_parts, store_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Rows, Softmax
-from nc_patch.selections.block.heaviest import find_cut, take
-from nc_patch.selections.block.summarize import summarize_page
+from nc_patch.selections.block.heaviest import Weights, find_cut, take
+from nc_patch.selections.block.summarize import power_of_two, summarize_page
 
-_EXPONENT = tl.constexpr(0x7F800000)
-_SMALLEST = tl.constexpr(1.1754943508222875e-38)
 # What is lost of a square, kept apart, is this much smaller: so that float16 can hold it.
 _LOW_PART = tl.constexpr(2048.0)
 
@@ -119,9 +117,7 @@ def page_scores(queries, codes, scales, in_range, scale, shape):
         far = dot(queries.tile, load_codes(codes, d, in_range, shape.D, queries.tile.dtype), far)
         along = dot(queries.tile, load_codes(codes + shape.D, d, in_range, shape.D, queries.tile.dtype), along)
         # Divided by a power of two, so that squares stay in the range of the dtype.
-        largest = tl.max(tl.abs(queries.tile.to(tl.float32)), axis=1)
-        norm = (largest.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
-        norm = tl.maximum(norm, _SMALLEST)
+        norm = power_of_two(tl.max(tl.abs(queries.tile.to(tl.float32)), axis=1))
         high, low = squares(queries.tile, norm)
         variance = load_codes(codes + 2 * shape.D, d, in_range, shape.D, queries.tile.dtype)
         spread = dot(low, variance, spread) * (1.0 / _LOW_PART)
@@ -244,10 +240,10 @@ def choose_pages_kernel(
     number = tl.program_id(0)
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, shape.BLOCK_SIZE)
     count = tl.minimum(seen.pages, width)
-    weights = page_logits + number.to(tl.int64) * group * width
+    weights = Weights(page_logits + number.to(tl.int64) * group * width, count - 1, tl.arange(0, shape.BLOCK_P))
     first_part = number.to(tl.int64) * group * splits
     own_parts = Softmax(None, page_parts.peak + first_part, page_parts.total + first_part)
-    sum_weights(weights, own_parts, group, width, splits, count, shape)
+    sum_weights(weights.data, own_parts, group, width, splits, count, shape)
     largest_budget = 0
     for member in range(group):
         head = seen.kv_head * group + member
@@ -259,14 +255,12 @@ def choose_pages_kernel(
     more = tl.where(largest_budget >= seen.end - seen.start, shape.BLOCK_SIZE, 0)
     wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + shape.BLOCK_SIZE - 1) // shape.BLOCK_SIZE, always)
     wanted = tl.minimum(tl.minimum(wanted, count), capacity)
-    cut, spare = find_cut(weights, count - 1, wanted - always, shape.BLOCK_P)
+    cut, spare = find_cut(weights, wanted - always)
     taken_before = 0
     ties_before = 0
     for first in range(0, count, shape.BLOCK_P):
         page = first + tl.arange(0, shape.BLOCK_P)
-        place, taken, taken_before, ties_before = take(
-            weights, count, count - 1, page, cut, spare, taken_before, ties_before
-        )
+        place, taken, taken_before, ties_before = take(weights, count, page, cut, spare, taken_before, ties_before)
         stored = chosen.pages + number.to(tl.int64) * capacity + place
         stays = taken & (place < capacity)
         found = seen.low + page
