@@ -11,8 +11,8 @@ import triton.language as tl
 
 from nc_patch.ops.triton.ranks import ABOVE_INFINITY, Bracket, count_ranks, search
 
-# A pointer to weights, of which the first and those from ``stop`` on are no candidates. As many are looked at at once as
-# ``lanes`` has numbers, from 0 on.
+# A pointer to weights, of which the first and those from ``stop`` on are no candidates. ``lanes`` counts those that are
+# looked at at once, from 0 on.
 Weights = namedtuple("Weights", "data stop lanes")
 
 
