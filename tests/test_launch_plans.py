@@ -31,7 +31,7 @@ from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockPlan, PlannedBlock  # noqa: E402
-from nc_patch.selections.block.pages import VECTORS, PageStatistics, page_count  # noqa: E402
+from nc_patch.selections.block.pages import VECTORS, PageStatistics  # noqa: E402
 from nc_patch.selections.block.summarize import triton_summarize_slots_  # noqa: E402
 from nc_patch.selections.index import LAYOUTS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
@@ -104,7 +104,7 @@ def code_tensors(head_dim: int) -> tuple[torch.Tensor, ...]:
 
 
 def page_tensors(head_dim: int, block_size: int) -> tuple[torch.Tensor, ...]:
-    pages = page_count(KEYS, block_size)
+    pages = LAYOUTS["pages"].rows(KEYS, block_size)
     codes = meta(BATCH, HEADS, pages, VECTORS, head_dim, dtype=torch.int8)
     return codes, floats(BATCH, HEADS, pages, VECTORS)
 

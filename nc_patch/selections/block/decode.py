@@ -29,7 +29,7 @@ from nc_patch.selections.block.decode_kernels import (
     choose_pages_kernel,
     score_pages_kernel,
 )
-from nc_patch.selections.block.pages import PageStatistics, check_pages, check_table, page_count
+from nc_patch.selections.block.pages import PageStatistics, check_pages, check_table
 from nc_patch.selections.block.summarize import page_shape_of, score_tiles
 from nc_patch.selections.index import extend
 
@@ -153,9 +153,9 @@ def _plan(given: Problem) -> Plan:
     B, _, Lq, D = query.shape
     Hkv, _, DV = value.shape[1:]
     numbers, keys_stored = B * Lq * Hkv, 0 if table is None else key.shape[2]
-    stored_pages = problem.key_index[0].shape[2] if table is None else page_count(Lk, block_size)
+    stored_pages = problem.key_index[0].shape[2] if table is None else triton.cdiv(Lk, block_size)
     # A query's pages: those that a run of at most Lk keys can touch.
-    width = max(1, min(stored_pages, page_count(-(-Lk // _KEYS) * _KEYS, block_size) + 1))
+    width = max(1, min(stored_pages, triton.cdiv(triton.cdiv(Lk, _KEYS) * _KEYS, block_size) + 1))
     if width > MAX_PAGES:
         larger = block_size * -(-width // MAX_PAGES)
         raise ValueError(f"at most {MAX_PAGES} pages can be chosen from, got {width}: use block_size >= {larger}")

@@ -93,11 +93,6 @@ def check_table(problem: Problem) -> None:
         raise ValueError(f"sinks must be [{Hq}] on {device}, got {describe(problem.sinks)}")
 
 
-def page_count(key_length: int, block_size: int) -> int:
-    """How many pages a sequence may have that lies anywhere within ``key_length`` keys."""
-    return -(-key_length // block_size)
-
-
 def summarize(keys: torch.Tensor, exists: torch.Tensor | None = None) -> PageStatistics:
     """Statistics of pages given by their keys, in float32; this is their definition.
 
@@ -197,7 +192,7 @@ class Pages:
     @staticmethod
     def rows(capacity: int, block_size: int) -> int:
         """One for each page."""
-        return page_count(capacity, block_size)
+        return -(-capacity // block_size)
 
     @staticmethod
     def allocate(
