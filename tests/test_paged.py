@@ -166,25 +166,6 @@ def test_what_follows_a_rows_length_is_not_read(backend):
     engine.check_rows(backend)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-def test_a_step_on_a_gpu_is_four_launches_and_reads_nothing_on_the_host():
-    pytest.importorskip("triton", reason="the kernels need triton")
-    from pretended_gpu import pretended_gpu
-
-    engine = Engine((50, 200), dims=(64, 64), dtype=torch.bfloat16)
-    # Of tensors without memory nothing can be read.
-    paged, slots = PagedKeys(*(t.to("meta") for t in engine.paged)), engine.sequences[0][2][-4:].to("meta")
-    rows = [t.to("meta") for t in (engine.table, engine.visible, engine.given_budget)]
-    with torch.inference_mode(), pretended_gpu() as launches:
-        for _ in range(2):
-            summarize_slots_(paged, slots, 16, "triton")
-            paged_block_attention(
-                engine.query.to("meta"), paged, *rows, most=70, page_size=16, scale=1.0, backend="triton"
-            )
-    step = ["summarize_slots_kernel", "score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
-    assert [launch.kernel for launch in launches] == 2 * step
-
-
 def assert_same(now: torch.Tensor, before: torch.Tensor) -> None:
     torch.testing.assert_close(now, before, rtol=0, atol=0, equal_nan=True)
 

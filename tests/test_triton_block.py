@@ -135,17 +135,6 @@ def test_a_broken_value_shows_in_the_rows_that_attend_it_and_reaches_none_of_ano
 
 
 @on_kernel_device
-@FP32_BF16
-def test_what_no_row_of_a_query_block_sees_is_not_read_from_the_blocks_at_its_edges(dtype, device):
-    case = shape_of("edges", dtype=dtype, batch=2, queries=70, keys=100, intervals="padding").case()
-    # Blocks begin at key 13 of sequence 1: with a later start, and an earlier end, the first and last are seen in part.
-    case.visible[..., 0] += 5
-    case.visible[..., 1] = case.visible[..., 1].clamp(max=97)
-    case.budget = case.rows.contiguous()
-    check("block", case, "triton", device)
-
-
-@on_kernel_device
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
 def test_a_broken_key_reaches_only_the_rows_that_attend_it(spoil, device):
     case = shape_of("keys", group=1, queries=70, intervals="packed", budget="full").case()
