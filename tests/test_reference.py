@@ -59,15 +59,6 @@ def test_a_window_is_the_first_keys_and_the_most_recent_ones():
         assert row.nonzero()[:, 0].tolist() == [*range(3, 3 + firsts), *range(40 - count + firsts, 40)]
 
 
-def test_a_nan_reaches_only_the_rows_that_attend_it():
-    query, key, value = (torch.randn(1, 1, 8, 4) for _ in range(3))
-    value[0, 0, 5] = torch.nan
-    visible = causal_intervals(1, 8, 8, "cpu")
-    budget = (visible[..., 1] - visible[..., 0])[:, None]
-    output = reference_attention(query, key, value, visible=visible, budget=budget, selection="dense", scale=1.0).output
-    assert output.isnan().any(-1).flatten().tolist() == [False] * 5 + [True] * 3
-
-
 def test_a_page_whose_keys_are_equal_is_not_missed():
     """Keys and values that are constant over pages are approximated without an error, however few are attended."""
     g = torch.Generator().manual_seed(0)
