@@ -98,7 +98,7 @@ def _decode(plan: Plan, kept: dict[int, dict[str, Any]], problem: Problem) -> At
         # New keys first: the kernels would write to copies.
         problem = launch.prepared(extend(problem, "pages", "triton") if problem.new else problem)
         return bound_block_decode(problem)(problem)
-    query, key, value, visible, origin, budget, *_ = problem
+    query, key, value, visible, origin, budget = problem[:6]
     attended, output, lse, lse_keys = budget.new_empty(plan.rows), query.new_empty(plan.output), None, None
     if problem.stats:
         lse, lse_keys = (torch.empty_like(attended, dtype=torch.float32) for _ in range(2))
