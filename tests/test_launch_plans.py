@@ -18,7 +18,9 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from operations import problem_of  # noqa: E402
+from pretended_gpu import pretended_gpu  # noqa: E402
 from recorded_launches import hooked  # noqa: E402
+from test_paged import Engine  # noqa: E402
 
 from nc_patch import KeyIndex, library, ops, selections, sparse_attention  # noqa: E402
 from nc_patch import budget as budget_module  # noqa: E402
@@ -27,10 +29,11 @@ from nc_patch.ops import backends  # noqa: E402
 from nc_patch.ops.backends import READS_HOST  # noqa: E402
 from nc_patch.ops.means import PageMeans, slot_count  # noqa: E402
 from nc_patch.ops.problem import Problem  # noqa: E402
+from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_  # noqa: E402
 from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockPlan, PlannedBlock  # noqa: E402
-from nc_patch.selections.block.pages import VECTORS, PageStatistics, page_count  # noqa: E402
+from nc_patch.selections.block.pages import VECTORS, PageStatistics  # noqa: E402
 from nc_patch.selections.block.summarize import triton_summarize_slots_  # noqa: E402
 from nc_patch.selections.index import LAYOUTS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
@@ -103,7 +106,7 @@ def code_tensors(head_dim: int) -> tuple[torch.Tensor, ...]:
 
 
 def page_tensors(head_dim: int, block_size: int) -> tuple[torch.Tensor, ...]:
-    pages = page_count(KEYS, block_size)
+    pages = LAYOUTS["pages"].rows(KEYS, block_size)
     codes = meta(BATCH, HEADS, pages, VECTORS, head_dim, dtype=torch.int8)
     return codes, floats(BATCH, HEADS, pages, VECTORS)
 
@@ -342,6 +345,19 @@ def test_a_step_is_a_few_launches_at_none_of_which_triton_looks_again(selection,
     assert origin.data_ptr() % 16
     selection.run(problem._replace(origin=origin.clone()), "triton")
     assert compiled == names * 2
+
+
+@compiles
+def test_a_step_over_blocks_of_memory_is_four_launches_and_reads_nothing_on_the_host():
+    engine = Engine((50, 200), dims=(64, 64), dtype=torch.bfloat16)
+    paged, slots = PagedKeys(*(t.to("meta") for t in engine.paged)), engine.sequences[0][2][-4:].to("meta")
+    query, *rows = (t.to("meta") for t in (engine.query, engine.table, engine.visible, engine.given_budget))
+    with torch.inference_mode(), pretended_gpu() as launches:
+        for _ in range(2):
+            summarize_slots_(paged, slots, 16, "triton")
+            paged_block_attention(query, paged, *rows, most=70, page_size=16, scale=1.0, backend="triton")
+    step = ["summarize_slots_kernel", "score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
+    assert [launch.kernel for launch in launches] == 2 * step
 
 
 @compiles

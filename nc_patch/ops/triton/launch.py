@@ -175,6 +175,15 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
+def stream_of(device: torch.device) -> int:
+    """The stream on which this thread launches on a device."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream: int = torch._C._cuda_getCurrentRawStream(index)
+    return stream
+
+
 class Launches:
     """Kernels that are launched one after another, for problems that are alike: what changes is given by name.
 
@@ -189,14 +198,13 @@ class Launches:
         # Of each kernel what launches it, its arguments in order, and where those are that change.
         self._ready: list[tuple[Any, list[Any], list[tuple[int, str]]]] = []
 
-    def __call__(self, device: torch.device, changing: dict[str, Any]) -> None:
-        """Launches the kernels on a device with those of the arguments that each takes."""
+    def __call__(self, device: torch.device, changing: dict[str, Any], stream: int | None = None) -> None:
+        """Launches the kernels on a device, on its current ``stream``, with those of the arguments that each takes."""
         with on_device(device):
             if not self._ready:
                 self._launch_first(changing)
                 return
-            driver = triton.runtime.driver.active
-            stream = driver.get_current_stream(driver.get_current_device())
+            stream = stream_of(device) if stream is None else stream
             for launch, arguments, places in self._ready:
                 taken = arguments.copy()
                 for place, name in places:
