@@ -50,7 +50,6 @@ blocks-{bf16-d64-k32,bf16-d128-k16,bf16-d128-k32,bf16-d256-k16,bf16-d256-k32,fp3
 blocks-{fp16-d128-k16,fp32-d64-k16,fp32-d128-k32,fp32-d256-k16}
 blocks-bf16-d128-k16{-audit,-min_mass,-min_mass-audit}
 encode-{bf16-d64,bf16-d80,bf16-d128,bf16-d256,fp16-d80,fp32-d128,fp32-d256}
-means-{bf16-touched,bf16-touched-many,fp32-touched-many}
 summarize-{bf16-d128-p128,fp16-d80-p64}
 pages-{bf16-d64-p16,bf16-d64-p16-many_pages,bf16-d128-p32,bf16-d128-p128-softcap,bf16-d256-p128-softcap}
 pages-{bf16-d64-p16,bf16-d128-p32,bf16-d256-p128-softcap,fp16-d96-p64-sinks,fp32-d128-p128-softcap}-paged
@@ -136,7 +135,7 @@ def call(case: str) -> None:
     numbers = dict(re.findall(r"([dvkpq])(\d+)", "-".join(options)))
     head_dim = int(numbers.get("d", 128))
     block_size = int(numbers.get("k", numbers.get("p", 32)))
-    decodes, few = family in ("codes", "pages"), "few_rows" in options or options == ["touched"]
+    decodes, few = family in ("codes", "pages"), "few_rows" in options
     keys = 65536 if "many_pages" in options else 16384 if decodes else 100 if few else 300
     queries = int(numbers.get("q", 1 if decodes or few else keys))
     kv_heads = 1 if "few_heads" in options else 8 if decodes and "many_pages" not in options else 2
@@ -157,10 +156,8 @@ def call(case: str) -> None:
                 tensor.set_(_long(tensor))
         return built
 
-    if family in ("encode", "summarize", "means"):
-        built = index({"encode": "codes", "summarize": "pages"}.get(family, family))
-        if few:
-            built.extend(key, 1, torch.full((1,), keys, dtype=torch.int32), value)
+    if family in ("encode", "summarize"):
+        index({"encode": "codes", "summarize": "pages"}[family])
         return
     # Budgets of "blocks" leave some out; the others' are as of 131,072 keys. What is compiled follows from both.
     alpha, sizes = (64.0, {"block_size": block_size}) if family == "blocks" else (2354.0, {})

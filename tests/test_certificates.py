@@ -14,11 +14,12 @@ from operations import problem_of_case
 from tiny_models import random_ids, tiny_model
 from ways import CHOICES, TOPK, UNASKED
 
-from nc_patch import DroppedMassError, NCConfig, nc_stats, patch_model, reset_stats, sparse_attention
+from nc_patch import DroppedMassError, NCConfig, nc_stats, patch_model, reset_stats
 from nc_patch.certificates import certified_bounds, find_drop
 from nc_patch.functional import attend
 from nc_patch.layers import Observed
-from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
+from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.ops.reference import reference_attention
 from nc_patch.selections import Dense
 
 WITHOUT_MEANS = {"topk": "drop", "codes with means": "codes"}
@@ -30,15 +31,6 @@ def run(case: Case, way: str, value: torch.Tensor) -> AttentionResult:
     return attend(problem, case.selection(way), "torch")
 
 
-def true_mass(case: Case, attended: torch.Tensor) -> torch.Tensor:
-    """The kept mass in float64 of the keys that are ``attended``, bool ``[B, Hq, Lq, Lk]``."""
-    seen = visible_mask(case.visible, case.key.shape[2])
-    kept, whole = (
-        torch.logsumexp(case.scores().masked_fill(~mask, -torch.inf), -1) for mask in (attended & seen, seen)
-    )
-    return torch.where(seen.any(-1), torch.exp(kept - whole), 1.0)
-
-
 def check_bounds(case: Case, way: str) -> torch.Tensor:
     """Asserts that the bounds hold the truth; returns their width ``[B, Hq, Lq]``."""
     length = case.key.shape[2]
@@ -47,7 +39,7 @@ def check_bounds(case: Case, way: str) -> torch.Tensor:
     result = run(case, way, ones)
     # Means of pages would show what they stand for too: the same keys are attended where they are left out.
     attended = run(case, WITHOUT_MEANS.get(way, way), ones).output
-    true = true_mass(case, attended > 0)
+    true = reference_attention(problem_of_case(case), attended > 0).kept_mass
     lower, upper = certified_bounds(result, problem_of_case(case)).double().unbind(-1)
     assert bool((lower <= true + 1e-12).all()), float((lower - true).max())
     assert bool((true <= upper + 1e-12).all()), float((true - upper).max())
@@ -280,9 +272,3 @@ def test_a_cuda_graph_refuses_by_name_and_tracks_nothing(monkeypatch):
             model(ids)
         patch_model(model, 2.0, 0.5, track=True, selection="topk")(ids)
     assert nc_stats(model)["kept_mass"] == {"prefill": None, "decode": None}
-
-
-def test_the_functional_form_leaves_acting_to_the_caller():
-    query = torch.randn(1, 2, 8, 4)
-    with pytest.raises(TypeError, match=r"on_drop acts in patched models.*ask for return_stats"):
-        sparse_attention(query, query, query, alpha=1.0, on_drop="raise")
