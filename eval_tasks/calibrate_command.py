@@ -1,7 +1,6 @@
 """``nc-patch calibrate``: a model and texts in, ``profile.json`` and a report of it out."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, not_negative
 from eval_tasks.errors import EvalError
 from eval_tasks.processes import Processes, joined_processes, refused
-from eval_tasks.profile_report import PROFILE, PROFILE_PICTURE, PROFILE_REPORT, write_profile_report
+from eval_tasks.profile_report import PROFILE, PROFILE_PICTURE, PROFILE_TABLE, write_profile_report
 from eval_tasks.store import check_out
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch.calibration import calibrate as defaults
@@ -22,6 +21,8 @@ from nc_patch.common import ProfileError, UnsupportedModelError
 from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.patch import model_shape
 
+_FILES = (PROFILE, PROFILE_TABLE, PROFILE_PICTURE)
+
 
 def run_calibrate(argv: Sequence[str]) -> int:
     """Calibrates a model and writes the profile and its report; returns 0, or 2 for errors."""
@@ -29,32 +30,31 @@ def run_calibrate(argv: Sequence[str]) -> int:
     transformers_logging.disable_progress_bar()
     try:
         with joined_processes() as processes:
-            _calibrate(arguments, shlex.join(["nc-patch", "calibrate", *argv]), processes)
+            _calibrate(arguments, processes)
     except (EvalError, ProfileError, UnsupportedModelError) as error:
         return refused(error)
     return 0
 
 
-def _calibrate(arguments: argparse.Namespace, command: str, processes: Processes) -> None:
+def _calibrate(arguments: argparse.Namespace, processes: Processes) -> None:
     out: Path = arguments.out.expanduser()
-    with processes.together():
-        check_out(out, (PROFILE, PROFILE_REPORT, PROFILE_PICTURE))
-        _check_budget(arguments)
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
-        loaded = load_chosen_model(arguments, str(processes.device(arguments.device)))
-        dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
+    check_out(out, _FILES)
+    _check_budget(arguments)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
+    loaded = load_chosen_model(arguments, str(processes.device(arguments.device)))
+    dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
+    processes.gathered(None)  # nothing is measured where one of them cannot
     options = {name: getattr(arguments, name) for name in ("eps", "pieces", "rows", "seed")}
     profile = calibrate(loaded.model, loaded.tokenizer, texts, arguments.lengths, arguments.target, **options)
     profile = replace(profile, model=arguments.model, dense_layers=dense)
-    with processes.together():
-        if arguments.fraction is not None:
-            profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
-        if processes.is_first:
-            profile.save(out / PROFILE)
-            print("\n".join(write_profile_report(profile, out, command, arguments.dense_below)))
-            print("\nProfile: {}\nReport: {}".format(*(shlex.quote(str(out / f)) for f in (PROFILE, PROFILE_REPORT))))
+    if arguments.fraction is not None:
+        profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
+    if processes.is_first:
+        profile.save(out / PROFILE)
+        print("\n".join(write_profile_report(profile, out, arguments.dense_below)))
+        print(f"\nWritten: {', '.join(str(out / name) for name in _FILES)}")
 
 
 def _check_budget(arguments: argparse.Namespace) -> None:

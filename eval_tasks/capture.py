@@ -6,9 +6,9 @@ import torch
 from transformers import PreTrainedModel
 
 from nc_patch import AttentionResult
-from nc_patch.config import Backend
 from nc_patch.functional import attend
 from nc_patch.layers import Observed
+from nc_patch.ops.backends import Backend
 from nc_patch.ops.problem import Problem
 from nc_patch.patch import observed
 from nc_patch.selections import Selection

@@ -106,13 +106,11 @@ def _sweep(given: argparse.Namespace) -> Sweep:
             f"every budget of --iso-keys ({spaced(given.iso_keys)}) holds all keys of every length "
             f"({spaced(given.lengths)}): give smaller ones, or longer --lengths"
         )
-    if len(set(given.seed)) < len(given.seed):
-        raise EvalError(f"--seed takes different numbers, got {spaced(given.seed)}")
     options = {field.name: getattr(given, field.name) for field in fields(Sweep) if field.name in given}
     options["methods"], options["tasks"] = _methods(given), tuple(name for name in _TASKS if name in given.tasks)
     options["iso_keys"] = tuple(sorted(set(given.iso_keys))) if iso else ()
-    layout = Layout(ascending(given.lengths), given.samples, given.scored, given.passage, given.seed[0])
-    return Sweep(budgets=budgets, layout=layout, seeds=tuple(given.seed), **options)
+    layout = Layout(ascending(given.lengths), given.samples, given.scored, given.passage, given.seed)
+    return Sweep(budgets=budgets, layout=layout, **options)
 
 
 def _methods(given: argparse.Namespace) -> tuple[str, ...]:
@@ -172,8 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scored", type=positive, default=256, help="last tokens that perplexity scores (default: 256)")
     add("--passage", type=positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
     add("--answer-tokens", type=positive, metavar="N", help="most tokens of an answer (default: as in the original)")
-    seeds = "seeds of the random draws; each draws --samples samples (default: 0)"
-    add("--seed", type=not_negative, nargs="+", default=[0], help=seeds)
+    add("--seed", type=not_negative, default=0, help="of the choice of samples (default: 0)")
     add("--backend", choices=list(BACKENDS), default="auto", help="what runs sparse attention (default: auto)")
     add("--retry-failed", action="store_true", help="measure cells again that ran out of memory before")
     add("--list-methods", action="version", version=methods, help="print the methods and end")

@@ -23,9 +23,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
 
-from eval_tasks.iso_quality import IsoQuality
 from eval_tasks.methods import DENSE, NC, find_method, keys_of
-from eval_tasks.summary import PLACE, UNSEEN, title_of
+from eval_tasks.summary import UNSEEN, title_of
 from nc_patch.budget import law_values
 
 # Colours that people with any colour vision tell apart, each dark enough to be read as text on white.
@@ -96,7 +95,7 @@ def position_panels(frame: pd.DataFrame) -> list[Panel]:
     """
     panels = []
     for task, own in frame.dropna(subset=["token_losses"]).groupby("task", observed=True):
-        wide = own.pivot(index=["length", *PLACE], columns="method", values="token_losses")
+        wide = own.pivot(index=["length", "sample"], columns="method", values="token_losses")
         if DENSE not in wide or not len(wide := wide.dropna(subset=[DENSE]).dropna(thresh=2)):  # dense and another
             continue
         length = max(wide.index.get_level_values("length"))
@@ -114,24 +113,21 @@ def position_panels(frame: pd.DataFrame) -> list[Panel]:
     return panels
 
 
-def needed_panels(needed: Sequence[IsoQuality]) -> list[Panel]:
+def needed_panels(needed: pd.DataFrame) -> list[Panel]:
     """The budget that each method needs by length, its interval and the fitted law; an arrow where none is enough."""
     panels = []
-    for task in dict.fromkeys(iso.task for iso in needed):
+    for task, found in needed.groupby("task", sort=False):
         lines = []
-        for iso in (iso for iso in needed if iso.task == task):
-            style, title = style_of(iso.method) | {"linestyle": "", "capsize": 3}, find_method(iso.method).title
-            n = iso.needed.dropna(subset=["keys"])
+        for method, own in found.groupby("method", sort=False):
+            style, title = style_of(method) | {"linestyle": "", "capsize": 3}, find_method(method).title
+            n, beyond = own.dropna(subset=["keys"]), own[own["keys"].isna()]
             ends = n["keys"] - n[["low", "keys"]].min(axis=1), n[["high", "keys"]].max(axis=1) - n["keys"]
             lines.append(Line(title, list(n["length"]), list(n["keys"]), style | {"yerr": ends}))
-            if iso.law:
-                law = law_values(n["length"].to_numpy(float), iso.law.alpha, iso.law.C)
-                lines.append(Line("", list(n["length"]), law, {"color": style["color"]}))
-            beyond = iso.needed[iso.needed["keys"].isna()]
+            law = law_values(n["length"].to_numpy(float), own["alpha"].iloc[0], own["C"].iloc[0])
+            lines.append(Line("", list(n["length"]), law, {"color": style["color"]}))
             arrow = style | {"yerr": 0.4 * beyond["largest"], "lolims": True}
             lines.append(Line("", list(beyond["length"]), list(beyond["largest"]), arrow))
-        lengths = sorted({n for iso in needed for n in iso.needed["length"]})
-        panels.append(Panel(f"keys needed, {title_of(task)}", lines, lengths))
+        panels.append(Panel(f"keys needed, {title_of(task)}", lines, sorted(set(needed["length"]))))
     return panels
 
 
@@ -172,10 +168,10 @@ def depth_maps(own: pd.DataFrame) -> list[Figure]:
     return found
 
 
-def to_svg(figure: Figure, salt: str = "nc_patch") -> bytes:
+def to_svg(figure: Figure) -> bytes:
     """The figure as an SVG file; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
+    with matplotlib.rc_context({"svg.hashsalt": "nc_patch"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
@@ -185,13 +181,6 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def logarithmic_y(axis: Axes) -> None:
-    """Makes the y axis logarithmic, with labels at 2 and 5 too, for axes that span less than a decade."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
 
 
 def _lines_of(own: pd.DataFrame, y: pd.Series) -> list[Line]:
@@ -215,7 +204,10 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     if panel.percent:
         axis.set_ylim(-3, 103)
     elif low > 0 and high > _LOGARITHMIC_FROM * low:
-        logarithmic_y(axis)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        # An axis of less than a decade has labels at 2 and 5 too.
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axis.set_title(textwrap.fill(panel.title, 36))
     axis.set_xlabel(panel.x_label)
     axis.grid(axis="y")

@@ -2,18 +2,18 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from eval_tasks.iso_quality import IsoQuality
+from eval_tasks.iso_quality import LAWS, bounded
 from eval_tasks.measure import SPARSE_IN
 from eval_tasks.methods import DENSE, NC, find_method
 from eval_tasks.provenance import hardware_words
 from eval_tasks.stats import DENSE_FAILS
-from eval_tasks.summary import VERDICTS, title_of
+from eval_tasks.summary import title_of
 from eval_tasks.tasks import TASKS
 
 NOTHING_COMPARED = (
@@ -39,17 +39,17 @@ class Table:
 
 def main_table(at: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
     """What each method reads at one length, how good it is in each task, and what it costs; see ``lead``."""
-    tasks, rows, fails = list(dict.fromkeys(at["task"])), [], VERDICTS[DENSE_FAILS]
+    tasks, rows = list(dict.fromkeys(at["task"])), []
     for method, own in at.groupby("method", observed=True):
         cells, verdicts = dict.fromkeys(tasks, "not measured"), defaultdict(list)
         for row in own.itertuples():
             verdicts[row.verdict].append(row.task)
             cells[row.task] = "\n".join(filter(None, quality(row)))
             if method == DENSE:
-                failing = (at.loc[at["task"] == row.task, "verdict"] == fails).any()
+                failing = (at.loc[at["task"] == row.task, "verdict"] == DENSE_FAILS).any()
                 value = f"{row.perplexity:,.2f}" if pd.isna(row.score) else f"{100 * row.score:.0f} % right"
-                cells[row.task] = value + "\ndense fails" * bool(failing)
-        told = {word: names for word, names in verdicts.items() if word not in ("", fails)} or verdicts
+                cells[row.task] = value + f"\n{DENSE_FAILS}" * bool(failing)
+        told = {word: names for word, names in verdicts.items() if word not in ("", DENSE_FAILS)} or verdicts
         said = "; ".join(word + f" in {', '.join(names)}" * (len(told) > 1) for word, names in told.items())
         seconds, memory = cost["seconds"].get(method, math.nan), cost["peak_memory_mb"].get(method, math.nan)
         time = f"{seconds / cost['seconds'].get(DENSE, math.nan):.2f}×"
@@ -66,20 +66,21 @@ def main_table(at: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
     return Table(title, note, pd.DataFrame(rows, columns=header))
 
 
-def needed_main(found: Sequence[IsoQuality]) -> Table:
+def needed_main(needed: pd.DataFrame) -> Table:
     """What each method needs for the quality of dense, at the longest length where that is known, and by which law."""
     rows = []
-    for iso in found:
-        known = iso.needed.dropna(subset=["keys"])
-        n, law = (known if len(known) else iso.needed).iloc[-1], iso.law
+    for (task, method), own in needed.groupby(["task", "method"], sort=False):
+        known = own.dropna(subset=["keys"])
+        n = (known if len(known) else own).iloc[-1]
         keys = "at most " * bool(n["at_most"]) + f"{n['keys']:,.0f}" if len(known) else f"more than {n['largest']:,}"
         keys += "" if pd.isna(n["low"]) else f"\n{n['low']:,.0f} … {n['high']:,.0f}"
         fitted = ["needs three known lengths", "–", "–"]
-        if law is not None:
-            exponents = "" if math.isnan(law.C_low) else f"\n{law.C_low:.2f} … {law.C_high:.2f}"
-            best = f"{law.best}, misses by {law.errors[law.best]:.2f}"
-            fitted = [f"{law.alpha:.3g}·n^{law.C:.2f}", f"{law.C:.2f}{exponents}", best]
-        rows.append([find_method(iso.method).title, title_of(iso.task), keys, f"{n['length']:,}", *fitted])
+        if pd.notna(n["C"]):
+            exponents = "" if pd.isna(n["C_low"]) else f"\n{n['C_low']:.2f} … {n['C_high']:.2f}"
+            best = min(LAWS, key=n.get)
+            law = f"{n['alpha']:.3g}·n^{n['C']:.2f}"
+            fitted = [law, f"{n['C']:.2f}{exponents}", f"{best}, misses by {n[best]:.2f}"]
+        rows.append([find_method(method).title, title_of(task), keys, f"{n['length']:,}", *fitted])
     note = "Small print: 95 % interval. The best law misses a length left out of the fit by this factor; 1 is perfect."
     header = ["Method", "Task", "Keys needed", "At tokens", "Fitted law", "C", "Best law"]
     return Table("Budget needed for the quality of dense", note, pd.DataFrame(rows, columns=header))
@@ -126,17 +127,14 @@ def iso_lead(needed: pd.DataFrame, within: float) -> str:
     return f"To stay within {100 * within:g} % of dense attention, {'; '.join(said)}."
 
 
-def caveats(
-    run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame, found: Sequence[IsoQuality]
-) -> list[str]:
+def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame, needed: pd.DataFrame) -> list[str]:
     """Few samples, lengths where dense fails, calls that ran dense, different hardware, failures."""
-    said = [
-        f"{find_method(iso.method).title} in {title_of(iso.task)}: at {_listed(iso.bounded['length'])} tokens the "
-        "needed budget is known on one side alone (at most the smallest measured, or more than the largest), which "
-        "enters no law."
-        for iso in found
-        if len(iso.bounded)
-    ]
+    said = []
+    for (task, method), own in needed[bounded(needed)].groupby(["task", "method"], sort=False) if len(needed) else ():
+        said.append(
+            f"{find_method(method).title} in {title_of(task)}: at {_listed(own['length'])} tokens the needed budget is "
+            "known on one side alone (at most the smallest measured, or more than the largest), which enters no law."
+        )
     if len(compared):
         fewest = compared["documents"].min()
         judged = compared[~compared["dense_fails"] & compared["p_difference"].notna()]

@@ -7,63 +7,29 @@ Elsewhere it is censored: such lengths do not enter the fit, and in resamples it
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from eval_tasks.stats import CONFIDENCE, MIN_SAMPLES, RESAMPLES
 
+LAWS = ("constant", "logarithmic", "power")
 # Fewer lengths than this leave no point to check a fitted line by.
 _LENGTHS_NEEDED = 3
 
 
-@dataclass(frozen=True)
-class FittedLaw:
-    """The power law k = α·n^C through the needed budgets of some lengths, and the interval of C, NaN of one document.
-
-    ``errors`` gives by the name of a law the typical factor by which it misses a length that was left out.
-    """
-
-    alpha: float
-    C: float
-    C_low: float
-    C_high: float
-    errors: dict[str, float]
-
-    @property
-    def best(self) -> str:
-        """The law that predicts a length left out best."""
-        return min(self.errors, key=lambda law: self.errors[law])
-
-
-@dataclass(frozen=True)
-class IsoQuality:
-    """What one method needs on one task, from documents that all lengths and budgets share.
-
-    ``needed`` has a line for each length: ``keys``, missing where no measured budget is within the margin, their
-    bootstrap interval ``low`` to ``high`` (one key or all keys where a resample is censored), ``reached``, the share of
-    resamples in which some budget is within it, ``at_most``, whether the smallest already is, and the ``largest``
-    measured one.
-    """
-
-    task: str
-    method: str
-    documents: int
-    needed: pd.DataFrame
-    law: FittedLaw | None
-
-    @property
-    def bounded(self) -> pd.DataFrame:
-        """The lengths at which the budget is known on one side alone."""
-        return self.needed[self.needed["keys"].isna() | self.needed["at_most"]]
-
-
-def iso_quality(task: str, method: str, losses: pd.DataFrame, within: float, seed: int = 0) -> IsoQuality:
+def iso_quality(losses: pd.DataFrame, within: float, seed: int = 0) -> pd.DataFrame:
     """Finds the needed budgets and fits the laws.
 
     ``losses`` are those over dense of each document, a row each, by columns (length, budget). ``within``: how much loss
     counts as none, in nats per token or as a share of the answers.
+
+    Returns a line for each length: ``keys``, missing where no measured budget is within the margin, their bootstrap
+    interval ``low`` to ``high`` (one key or all keys where a resample is censored), ``reached``, the share of resamples
+    in which some budget is within it, ``at_most``, whether the smallest already is, the ``largest`` measured one, and
+    the ``documents``. On every line stand the law through all lengths, ``alpha`` and ``C`` with its interval ``C_low``
+    to ``C_high``, and by the name of each law in ``LAWS`` the typical factor by which it misses a length that was left
+    out; NaN where fewer than three lengths are known. Intervals of one document are NaN.
     """
     documents = len(losses)
     drawn = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES) / documents
@@ -81,19 +47,23 @@ def iso_quality(task: str, method: str, losses: pd.DataFrame, within: float, see
             spread = [*_interval(lowest[-1], highest[-1]), float(np.mean(~np.isnan(sample)))]
         rows.append([length, keys, *spread, keys == budgets[0], budgets[-1]])
     needed = pd.DataFrame(rows, columns=["length", "keys", "low", "high", "reached", "at_most", "largest"])
-    known, law = np.array(needed["keys"].notna() & ~needed["at_most"]), None
+    known, law = ~bounded(needed).to_numpy(), dict.fromkeys(("alpha", "C", "C_low", "C_high", *LAWS), math.nan)
     if known.sum() >= _LENGTHS_NEEDED:
         log_n, log_k = np.log(needed.loc[known, ["length", "keys"]].to_numpy(float)).T
         C, intercept = np.polyfit(log_n, log_k, 1)
-        C_low, C_high = math.nan, math.nan
+        law |= {"alpha": float(np.exp(intercept)), "C": float(C), **_errors(log_n, log_k)}
         if documents >= MIN_SAMPLES:
             # A slope is a sum of the values with fixed weights, so it is extreme where each is at one of its ends.
             weights = (log_n - log_n.mean()) / ((log_n - log_n.mean()) ** 2).sum()
             rising, falling = np.maximum(weights, 0), np.minimum(weights, 0)
             low, high = np.log(np.array(lowest)[known]), np.log(np.array(highest)[known])
-            C_low, C_high = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
-        law = FittedLaw(float(np.exp(intercept)), float(C), C_low, C_high, _errors(log_n, log_k))
-    return IsoQuality(task, method, documents, needed, law)
+            law["C_low"], law["C_high"] = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
+    return needed.assign(documents=documents, **law)
+
+
+def bounded(needed: pd.DataFrame) -> pd.Series:
+    """Whether the budget of a line is known on one side alone."""
+    return needed["keys"].isna() | needed["at_most"].astype(bool)
 
 
 def _smallest(budgets: np.ndarray, losses: np.ndarray, within: float) -> np.ndarray:
@@ -120,7 +90,7 @@ def _errors(log_n: np.ndarray, log_k: np.ndarray) -> dict[str, float]:
         logarithmic = (log_k - np.log(log_n))[rest].mean() + np.log(log_n[left_out])
         foretold.append((log_k[rest].mean(), logarithmic, power))
     missed = np.exp(np.sqrt(np.square(np.array(foretold) - log_k[:, None]).mean(axis=0)))
-    return dict(zip(("constant", "logarithmic", "power"), missed.tolist(), strict=True))
+    return dict(zip(LAWS, missed.tolist(), strict=True))
 
 
 def _interval(lowest: np.ndarray, highest: np.ndarray) -> tuple[float, float]:

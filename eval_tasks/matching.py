@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +14,8 @@ from eval_tasks.log_law import log_budgets
 from nc_patch.budget import budget_of, budgets
 from nc_patch.calibration.profile import Profile
 from nc_patch.common import ProfileError
-from nc_patch.config import Backend, NCConfig
+from nc_patch.config import NCConfig
+from nc_patch.ops.backends import Backend
 
 Match = Literal["deploy", "scored", "total", "iso"]
 MATCHES: tuple[Match, ...] = get_args(Match)
@@ -48,26 +49,31 @@ class Budgets:
             raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {self.match!r}")
         NCConfig(self.alpha, self.C, backend=self.backend)
 
+    @lru_cache(maxsize=256)  # noqa: B019 (budgets are small, and keep what they worked out)
     def at(self, length: int) -> "Budgets":
         """The budgets at one context length, whose laws are matched as ``match`` says."""
         return self if self.match in ("deploy", "iso") else replace(self, equal_at=length)
 
-    @property
-    def fixed(self) -> int:
-        """The budget that the fixed methods keep."""
-        return _matched(self.alpha, self.C, self.equal_at, self.match)[0]
+    @cached_property
+    def laws(self) -> dict[str, tuple[float, float]]:
+        """Factor and exponent of each law by its name; the factor of ``log`` is that of ``log2(n)``.
 
-    @property
-    def log_factor(self) -> float:
-        """The factor a of ``ceil(a * log2(n))``."""
-        return _matched(self.alpha, self.C, self.equal_at, self.match)[1]
+        All equal the power law for the last query of ``equal_at`` tokens; with ``match="total"`` their totals over all
+        queries come nearest to its.
+        """
+        length, n = self.equal_at, np.arange(1, self.equal_at + 1)
+        if self.match == "total":
+            wanted = total_of(length, self.alpha, self.C)
+            fixed = int(np.argmin(np.abs(n * length - n * (n - 1) // 2 - wanted))) + 1
+            _, log = bracket(lambda factor: log_budgets(n, factor).sum() < wanted, float(length))
+            _, fraction = bracket(lambda factor: total_of(length, factor, 1.0) < wanted, 1.0)
+        else:
+            fixed = budget_of(length, self.alpha, self.C)
+            log, _ = bracket(lambda factor: log_budgets(n[-1], factor) <= fixed, fixed / math.log2(length))
+            fraction, _ = bracket(lambda factor: budget_of(length, factor, 1.0) <= fixed, fixed / length)
+        return {"power": (self.alpha, self.C), "fixed": (fixed, 0.0), "log": (log, 0.0), "fraction": (fraction, 1.0)}
 
-    @property
-    def fraction(self) -> float:
-        """The share f of ``ceil(f * n)``."""
-        return _matched(self.alpha, self.C, self.equal_at, self.match)[2]
-
-    @lru_cache(maxsize=256)  # noqa: B019 (budgets are small)
+    @cached_property
     def profile_config(self) -> NCConfig:
         """Top-k with the budgets of the profile, shared among layers and heads and matched as all others are.
 
@@ -75,12 +81,14 @@ class Budgets:
         """
         if self.profile is None:
             raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
-        total = self.match == "total"
-        keys = total_of(self.equal_at, self.alpha, self.C) / self.equal_at if total else float(self.fixed)
-        aim: dict[str, Any] = {"n": self.equal_at, "over": "sequence" if total else "last", "dense_below": 0}
+        n, profile = self.equal_at, load_profile(self.profile)
         try:
-            shared = load_profile(self.profile).at_budget(keys=keys, **aim)
-            return shared.config(selection="topk", tail="drop")
+            if self.match == "total":
+                keys = total_of(n, self.alpha, self.C) / n
+                shared = profile.at_budget(keys=keys, n=n, over="sequence", dense_below=0)
+            else:
+                shared = profile.at_budget(keys=self.laws["fixed"][0], n=n, over="last", dense_below=0)
+            return shared.config(selection="topk", tail="drop", backend=self.backend, dense_below=0)
         except ProfileError as error:
             raise EvalError(f"{self.profile}: {error}") from error
 
@@ -97,24 +105,6 @@ def load_profile(path: str) -> Profile:
 def total_of(length: int, alpha: float, C: float) -> int:
     """Keys that the law lets the queries of a sequence attend together, each seeing those up to itself."""
     return int(budgets(np.arange(1, length + 1), alpha, C).sum())
-
-
-@lru_cache(maxsize=256)
-def _matched(alpha: float, C: float, length: int, match: Match) -> tuple[int, float, float]:
-    """Fixed budget, logarithmic factor and fraction that equal the power law at a length, for its last query.
-
-    With ``match="total"`` those whose totals over all queries of the sequence come nearest.
-    """
-    if match == "total":
-        wanted, n = total_of(length, alpha, C), np.arange(1, length + 1)
-        fixed = int(np.argmin(np.abs(n * length - n * (n - 1) // 2 - wanted))) + 1
-        _, log_factor = bracket(lambda factor: log_budgets(n, factor).sum() < wanted, float(length))
-        _, fraction = bracket(lambda factor: total_of(length, factor, 1.0) < wanted, 1.0)
-        return fixed, log_factor, fraction
-    fixed, n = budget_of(length, alpha, C), np.array(length)
-    log_factor, _ = bracket(lambda factor: log_budgets(n, factor) <= fixed, fixed / math.log2(length))
-    fraction, _ = bracket(lambda factor: budget_of(length, factor, 1.0) <= fixed, fixed / length)
-    return fixed, log_factor, fraction
 
 
 def bracket(below: Callable[[float], Any], high: float) -> tuple[float, float]:

@@ -4,7 +4,8 @@ import contextlib
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from statistics import fmean
 from typing import Any, Literal, TypeVar, get_args
 
@@ -44,8 +45,8 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
     """
     ids = torch.from_numpy(sample.ids).to(model.device)
     length, scored = len(ids) - 1, sample.scored
-    forward = _one_by_one if phase == "decode" else _forward
-    read = lambda cache, peak: (forward(model, ids[:-1], scored, cache), scored, scored)  # noqa: E731
+    compute = _one_by_one if phase == "decode" else forward
+    read = lambda cache, peak: (compute(model, ids[:-1], scored, cache), scored, scored)  # noqa: E731
     with memory_watched(length):
         logits, counts = in_phase(phase, model, attention, ids[: -scored - 1], scored, read)
         losses = torch.nn.functional.cross_entropy(logits.float(), ids[-scored:], reduction="none").double()
@@ -53,13 +54,8 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
     if not math.isfinite(loss_sum):
         raise EvalError(f"the loss is {loss_sum}: the logits hold NaN or Inf in {model.dtype}; try --dtype float32")
     token_losses = [round(loss, 4) for loss in losses.tolist()]
-    return {
-        "loss_sum": loss_sum,
-        "tokens": scored,
-        "token_losses": token_losses,
-        "bytes": sample.scored_bytes,
-        **counts,
-    }
+    found = {"loss_sum": loss_sum, "tokens": scored, "token_losses": token_losses, "bytes": sample.scored_bytes}
+    return found | counts
 
 
 @torch.inference_mode()
@@ -104,17 +100,39 @@ def warm_up(model: Any, attention: Attention) -> None:
     """Runs a few tokens, so that one-off costs (thread pools, compilation) do not enter the first measurement."""
     ids = torch.zeros(_WARM_UP_TOKENS, dtype=torch.long, device=model.device)
     with torch.inference_mode(), _attending(model, attention if isinstance(attention, NCConfig) else None, None):
-        _forward(model, ids, 1)
+        forward(model, ids, 1)
 
 
-def only_last(model: Any, keep: int) -> dict[str, int]:
+def forward(
+    model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache | None = None, read: int | None = None
+) -> torch.Tensor:
+    """Logits ``[keep, V]`` of the last positions of a sequence, int64 ``[N]``.
+
+    With a cache, which holds the other tokens, the last ``read`` are read, by default ``keep``.
+    """
+    if cache is None:
+        logits: torch.Tensor = model(input_ids=ids[None], use_cache=False, **_only_last(model, keep)).logits
+    else:
+        read = read or keep
+        positions = torch.arange(len(ids) - read, len(ids), device=ids.device)[None]
+        options = {**_with_cache(model, cache), **_only_last(model, keep)}
+        logits = model(input_ids=ids[None, -read:], position_ids=positions, **options).logits
+    return logits[0, -keep:]
+
+
+def _only_last(model: Any, keep: int) -> dict[str, int]:
     """The argument that lets a model compute the last logits alone, where it takes one."""
-    return {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return {"logits_to_keep": keep} if "logits_to_keep" in _parameters(type(model).forward) else {}
 
 
-def with_cache(model: Any, cache: DynamicCache) -> dict[str, DynamicCache]:
-    """The argument that hands a model its cache; transformers 5.24 has renamed it, and warns of the old name."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+def _with_cache(model: Any, cache: DynamicCache) -> dict[str, Any]:
+    """The arguments that hand a model its cache; transformers 5.24 has renamed it, and warns of the old name."""
+    return {"cache" if "cache" in _parameters(type(model).forward) else "past_key_values": cache, "use_cache": True}
+
+
+@lru_cache
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 @contextlib.contextmanager
@@ -150,7 +168,7 @@ def _compressed(cache: DynamicCache, length: int, scored: int) -> dict[str, Any]
 def _prefilled(model: Any, context: torch.Tensor, attention: Attention) -> DynamicCache:
     """The cache of a prefill of ``context``, int64 ``[N]``; compressed where a press is given."""
     cache = DynamicCache(config=model.config)
-    options: dict[str, Any] = {**with_cache(model, cache), "use_cache": True, **only_last(model, 1)}
+    options: dict[str, Any] = {**_with_cache(model, cache), **_only_last(model, 1)}
     if not isinstance(attention, Press):
         model(input_ids=context[None], **options)
         return cache
@@ -161,16 +179,6 @@ def _prefilled(model: Any, context: torch.Tensor, attention: Attention) -> Dynam
     return cache
 
 
-def _forward(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache | None = None) -> torch.Tensor:
-    """Logits ``[keep, V]`` of the last positions; with a cache only the last ``keep`` tokens are read."""
-    if cache is None:
-        logits: torch.Tensor = model(input_ids=ids[None], use_cache=False, **only_last(model, keep)).logits
-    else:
-        positions = torch.arange(len(ids) - keep, len(ids), device=ids.device)[None]
-        logits = model(input_ids=ids[None, -keep:], position_ids=positions, **with_cache(model, cache)).logits
-    return logits[0, -keep:]
-
-
 def _one_by_one(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache) -> torch.Tensor:
-    """The logits of ``_forward`` with a cache, from one call for each token."""
-    return torch.cat([_forward(model, ids[: len(ids) - keep + i + 1], 1, cache) for i in range(keep)])
+    """The logits of ``forward`` with a cache, from one call for each token."""
+    return torch.cat([forward(model, ids[: len(ids) - keep + i + 1], 1, cache) for i in range(keep)])

@@ -23,39 +23,27 @@ PRESS = "kvpress:"  # before the name of a class of the package kvpress
 class Method:
     """One way to attend: its name in results, its label in plots, a sentence for a newcomer.
 
-    ``config`` gives the settings for given budgets; None is the unpatched model. A ``default`` method is measured
-    unasked; ``press`` is the class of kvpress that compresses the cache, for methods that are not this package's.
+    ``config`` gives the settings for given budgets; None is the unpatched model. ``press`` is the class of kvpress that
+    compresses the cache, for methods that are not this package's.
     """
 
     name: str
     title: str
     description: str
     config: Callable[[Budgets], NCConfig | None]
-    default: bool = True
     press: str | None = None
 
 
-_LAWS: dict[str, Callable[[Budgets], tuple[float, float]]] = {
-    "fixed": lambda budgets: (budgets.fixed, 0.0),
-    "log": lambda budgets: (budgets.log_factor, 0.0),
-    "fraction": lambda budgets: (budgets.fraction, 1.0),
-    "power": lambda budgets: (budgets.alpha, budgets.C),
-}
+def _sparse(
+    name: str, title: str, description: str, law: str, selection: str, make: type[NCConfig] = NCConfig, **options: Any
+) -> Method:
+    """A method that follows a law of ``Budgets`` from the first key on: methods are compared by what laws choose."""
+    options |= {"selection": selection, "dense_below": 0}
+    return Method(name, title, description, lambda b: make(*b.laws[law], backend=b.backend, **options))
 
 
-def _by(law: str, selection: str, make: type[NCConfig] = NCConfig, **options: Any) -> Callable[[Budgets], NCConfig]:
-    """The settings of a law alone, from the first key on: methods are compared by what their laws choose."""
-    return lambda b: make(*_LAWS[law](b), backend=b.backend, dense_below=0, selection=selection, **options)
-
-
-def _profiled(budgets: Budgets) -> NCConfig:
-    return replace(budgets.profile_config(), backend=budgets.backend, dense_below=0)
-
-
-_DROP: dict[str, Any] = {"tail": "drop"}
-_MEAN: dict[str, Any] = {"tail": "mean"}
-_SINKS: dict[str, Any] = {"sink_keys": STREAMING_SINKS}
 _RECENT = f"the first {STREAMING_SINKS} keys and the most recent ones"
+_STREAMING = f"{_RECENT}, a fixed number (StreamingLLM)"
 _MEANS = "and beside it the mean of the other keys in every page of 16, which counts as no key"
 _UNASKED = (
     "what patch_model does with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of the other keys, "
@@ -64,35 +52,28 @@ _UNASKED = (
 _CALIBRATED = "the highest scores, as many as a calibrated profile gives each layer and head; needs --profile FILE"
 _LISTED = (
     Method(DENSE, "dense", "every key, the unpatched model", lambda b: None),
-    Method("window", "fixed window", "the most recent keys, a fixed number", _by("fixed", "window", sink_keys=0)),
-    Method(
-        "streaming",
-        "sinks + fixed window",
-        f"{_RECENT}, a fixed number (StreamingLLM)",
-        _by("fixed", "window", **_SINKS),
+    _sparse("window", "fixed window", "the most recent keys, a fixed number", "fixed", "window", sink_keys=0),
+    _sparse("streaming", "sinks + fixed window", _STREAMING, "fixed", "window", sink_keys=STREAMING_SINKS),
+    _sparse("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", "fixed", "topk", tail="drop"),
+    _sparse("log-topk", "log n top-k", "the highest scores, a·log2(n) of them", "log", "topk", LogConfig, tail="drop"),
+    _sparse(
+        "fraction-topk",
+        "fixed-fraction top-k",
+        "the highest scores, a fixed share of all keys",
+        "fraction",
+        "topk",
+        tail="drop",
     ),
-    Method("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", _by("fixed", "topk", **_DROP)),
-    Method("log-topk", "log n top-k", "the highest scores, a·log2(n) of them", _by("log", "topk", LogConfig, **_DROP)),
-    Method(
-        *("fraction-topk", "fixed-fraction top-k", "the highest scores, a fixed share of all keys"),
-        *(_by("fraction", "topk", **_DROP), False),
-    ),
-    Method("nc-window", "α·n^C window", f"{_RECENT}, α·n^C in all", _by("power", "window", **_SINKS)),
-    Method("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", _by("power", "topk", **_DROP)),
-    Method(
-        "fixed-topk-mean",
-        "fixed-k top-k + means",
-        f"fixed-topk, {_MEANS}",
-        _by("fixed", "topk", **_MEAN),
-        default=False,
-    ),
-    Method("nc-topk-mean", "α·n^C top-k + means", f"nc-topk, {_MEANS}", _by("power", "topk", **_MEAN)),
+    _sparse("nc-window", "α·n^C window", f"{_RECENT}, α·n^C in all", "power", "window", sink_keys=STREAMING_SINKS),
+    _sparse("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", "power", "topk", tail="drop"),
+    _sparse("fixed-topk-mean", "fixed-k top-k + means", f"fixed-topk, {_MEANS}", "fixed", "topk", tail="mean"),
+    _sparse("nc-topk-mean", "α·n^C top-k + means", f"nc-topk, {_MEANS}", "power", "topk", tail="mean"),
     Method(NC, "default", _UNASKED, lambda b: NCConfig(b.alpha, b.C, backend=b.backend)),
-    Method(PROFILE, "calibrated top-k", _CALIBRATED, _profiled, default=False),
-    Method("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", _by("power", "block")),
+    Method(PROFILE, "calibrated top-k", _CALIBRATED, lambda b: b.profile_config),
+    _sparse("block", "α·n^C blocks", "the best blocks of keys, α·n^C keys in all", "power", "block"),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _LISTED}
-DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.default)
+DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("fraction-topk", "fixed-topk-mean", PROFILE))
 
 
 def with_keys(name: str, keys: int) -> str:

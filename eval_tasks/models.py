@@ -60,9 +60,8 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode with its tokenizer, and the name the user gave."""
+    """A model in evaluation mode, with its tokenizer."""
 
-    name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -116,7 +115,7 @@ def load_model(
     if attention_of(model) == "eager" and os.environ.get("RANK", "0") == "0":  # said by one of the processes of a run
         said = "has no SDPA attention: dense attention runs eagerly, which holds every score in memory."
         print(f"{name} {said}", file=sys.stderr)
-    return LoadedModel(name, (model if device_map else model.to(target)).eval(), tokenizer)
+    return LoadedModel((model if device_map else model.to(target)).eval(), tokenizer)
 
 
 def attention_of(model: PreTrainedModel) -> str:

@@ -1,7 +1,6 @@
 """Presses of the package ``kvpress`` as peers: they drop keys from the cache that a dense prefill has filled."""
 
 import importlib
-import importlib.util
 import inspect
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,12 +25,11 @@ class Press:
 
 def find_press(name: str) -> type[Any]:
     """The class of a press; raises EvalError where kvpress is missing, does not load, or has none with a ratio."""
-    if importlib.util.find_spec("kvpress") is None:
-        raise EvalError(f"the method kvpress:{name} needs the package kvpress: pip install kvpress")
     try:
         package = importlib.import_module("kvpress")
     except ImportError as error:
-        raise EvalError(f"kvpress is installed and cannot be imported: {error}") from error
+        needs = f"the method kvpress:{name} needs the package kvpress (pip install kvpress)"
+        raise EvalError(f"{needs}, which cannot be imported: {error}") from error
     presses: dict[str, type[Any]] = {
         each: found
         for each, found in inspect.getmembers(package, inspect.isclass)

@@ -18,26 +18,25 @@ from accelerate.utils import gather_object
 from eval_tasks.errors import EvalError
 from eval_tasks.models import pick_device
 from nc_patch.cli import USAGE_ERROR
-from nc_patch.common import ProfileError
 
 # How long a process waits for the others, which may load a model or be slower; of one that is gone it hears at once.
 _PATIENCE = timedelta(days=1)
 
 
-class AgreedError(EvalError):
-    """An error that all processes raise, and that the first one prints."""
+class ProcessEnded(EvalError):
+    """Another process ended or does not answer; what happened there, it has said itself."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """One of the ``world`` processes that share a run, by default a process alone.
+    """One of the ``world`` processes that share a run.
 
     ``rank`` counts the processes of all machines, from 0, ``local_rank`` those of this one, which has a GPU for each.
     """
 
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
+    rank: int
+    world: int
+    local_rank: int
 
     @property
     def is_first(self) -> bool:
@@ -52,36 +51,17 @@ class Processes:
         return device
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process passed, in their order, in all of them; waits for them."""
+        """What each process passed, in their order, in all of them; waits for them, or raises ProcessEnded."""
         if self.world == 1:
             return [value]
         try:
             found: list[Any] = gather_object([value])
         except RuntimeError as error:
-            raise AgreedError(
+            raise ProcessEnded(
                 f"another of the {self.world} processes ended or does not answer ({str(error).splitlines()[0]}); a "
                 "sweep keeps what it has measured, and the same command goes on"
             ) from error
         return found
-
-    def from_first(self, value: Any) -> Any:
-        """What the first process passed, in all of them."""
-        return self.gathered(value)[0]
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """A step that all processes take; where one of them raises EvalError or ProfileError, all do."""
-        mine: EvalError | ProfileError | None = None
-        try:
-            yield
-        except (EvalError, ProfileError) as error:
-            if self.world == 1:
-                raise
-            mine = error
-        errors = self.gathered(None if mine is None else str(mine))
-        for rank, text in enumerate(errors):
-            if text is not None:
-                raise AgreedError(text if rank == 0 else f"process {rank} of {self.world}: {text}") from mine
 
 
 @contextmanager
@@ -110,9 +90,10 @@ def joined_processes() -> Iterator[Processes]:
 
 
 def refused(error: Exception) -> int:
-    """Prints an error for the user, once where all processes raise it, and returns the exit code."""
-    if launched_rank() == 0 or not isinstance(error, AgreedError):
-        print(f"nc-patch: {error}", file=sys.stderr)
+    """Prints an error for the user, and returns the exit code; that another process ended, only the first one says."""
+    rank = launched_rank()
+    if rank == 0 or not isinstance(error, ProcessEnded):
+        print("nc-patch:", *([f"process {rank}:"] if rank else []), error, file=sys.stderr)
     return USAGE_ERROR
 
 

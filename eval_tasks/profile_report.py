@@ -1,9 +1,6 @@
-"""The report of a calibration: one page of HTML that refers to nothing outside itself, and its figure as a PNG."""
+"""What a calibration found: sentences, a table of the layers, and a figure."""
 
-import base64
-import html
 from pathlib import Path
-from string import Template
 
 import numpy as np
 import pandas as pd
@@ -12,48 +9,20 @@ from matplotlib.figure import Figure
 
 from eval_tasks.figures import to_png
 from eval_tasks.store import write_atomically
+from eval_tasks.summary import csv_of
 from nc_patch.budget import budgets_for
 from nc_patch.calibration.fit import Fit
 from nc_patch.calibration.profile import SPARSE_BELOW, Profile
 from nc_patch.config import NCConfig
 
-PROFILE, PROFILE_REPORT, PROFILE_PICTURE = "profile.json", "calibration.html", "calibration.png"
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; } th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid; }
-img { width: 100%; } pre { background: #f4f4f4; padding: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-</style></head><body>
-<h1>$title</h1>
-<ul>$findings</ul>
-<img alt="Exponents and budgets by layer and head, and the mass kept" src="data:image/png;base64,$picture">
-<h2>Layer by layer</h2>
-<p>Medians over heads. Sensitivity: the loss, in nats per token, that an error of unit norm in a head's output adds.</p>
-$table
-<h2>Measure it again</h2>
-<pre>$command</pre>
-</body></html>
-""")
+PROFILE, PROFILE_TABLE, PROFILE_PICTURE = "profile.json", "calibration.csv", "calibration.png"
 
 
-def write_profile_report(profile: Profile, directory: Path, command: str, dense_below: int | None = None) -> list[str]:
-    """Writes the page, which tells the command, and the picture; returns what ``profile_findings`` says."""
-    sentences, picture = profile_findings(profile, dense_below), to_png(profile_figure(profile))
-    versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
-    setup = (
-        f"Measured on {profile.pieces} pieces of text (SHA-256 of their tokens {profile.texts}) at {profile.lengths} "
-        f"tokens: {profile.model_class}, weights {profile.fingerprint}, with {versions}."
-    )
-    write_atomically(directory / PROFILE_PICTURE, picture)
-    page = _PAGE.substitute(
-        title=html.escape(f"How sparse attention is: {profile.model}"),
-        findings="\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in (*sentences, setup)),
-        picture=base64.b64encode(picture).decode(),
-        table=layer_table(profile).to_html(index=False, border=0, float_format="{:.3g}".format),
-        command=html.escape(command),
-    )
-    write_atomically(directory / PROFILE_REPORT, page.encode())
-    return sentences
+def write_profile_report(profile: Profile, directory: Path, dense_below: int | None = None) -> list[str]:
+    """Writes the table of layers and the picture; returns what ``profile_findings`` says."""
+    write_atomically(directory / PROFILE_TABLE, csv_of(layer_table(profile)).encode())
+    write_atomically(directory / PROFILE_PICTURE, to_png(profile_figure(profile)))
+    return profile_findings(profile, dense_below)
 
 
 def profile_findings(profile: Profile, dense_below: int | None = None) -> list[str]:
@@ -83,7 +52,10 @@ def profile_findings(profile: Profile, dense_below: int | None = None) -> list[s
 
 
 def layer_table(profile: Profile) -> pd.DataFrame:
-    """Exponents, keys, sensitivity and laws, one row a layer."""
+    """Medians over heads of exponents, keys, sensitivity and laws, one row a layer.
+
+    Sensitivity is the loss, in nats per token, that an error of unit norm in a head's output adds.
+    """
     fit, layers, median = shown_fit(profile), range(profile.shape[0]), lambda values: np.median(values, 1)
     columns = {"layer": layers, "C": median(fit.C), "C, least": fit.C.min(1), "C, most": fit.C.max(1)}
     columns[f"% of keys for {100 * (1 - fit.eps):g} %"] = 100 * median(fit.support[-1]) / profile.visible[-1]

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import transformers
 
 import nc_patch
 from eval_tasks.errors import EvalError
-from eval_tasks.store import RUN, read_run, write_atomically
+from eval_tasks.store import RUN, read_rows, read_run, write_atomically
 
 
 def versions() -> dict[str, str]:
@@ -69,14 +69,22 @@ def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
 
     ``identity`` has everything that must not change within one directory; what its record lacks is not compared.
     """
-    before = (read_run(directory) or {"identity": {}})["identity"]
-    now, shown = json.loads(json.dumps(identity)), lambda value: json.dumps(value, ensure_ascii=False)
-    if changed := [name for name in now if name in before and before[name] != now[name]]:
-        differing = [f"{name} was {shown(before[name])}, is {shown(now[name])}" for name in changed]
+    if (run := read_run(directory)) is None:
+        if read_rows(directory):
+            raise EvalError(f"{directory} holds results and no {RUN}, which says what they are of: give another --out")
+        return
+    before = run["identity"]
+    if changed := differing(before, identity, [name for name in identity if name in before]):
         raise EvalError(
-            f"{directory} holds a run of other arguments: {'; '.join(differing)}. Give another --out, the same "
-            "arguments as before, or remove the directory."
+            f"{directory} holds a run of other arguments: {changed}. Give another --out, the same arguments as before, "
+            "or remove the directory."
         )
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Which of the settings of these names differ, in words; a missing one is None."""
+    shown = {name: [json.dumps(each.get(name), ensure_ascii=False) for each in (before, now)] for name in names}
+    return "; ".join(f"{name} was {was}, is {new}" for name, (was, new) in shown.items() if was != new)
 
 
 def record_session(

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment
@@ -13,9 +14,9 @@ from eval_tasks import figures, findings, summary
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHED_BY
 from eval_tasks.measure import SPARSE_IN
-from eval_tasks.merging import MergedRun, differing, merge_runs
+from eval_tasks.merging import merge_runs
 from eval_tasks.methods import find_method
-from eval_tasks.store import check_out, write_atomically
+from eval_tasks.store import Row, check_out, write_atomically
 from eval_tasks.tasks import TASKS
 
 REPORT_FILES = ("report.html", "summary.csv", "comparisons.csv", "needed.csv", "main.png")
@@ -41,34 +42,34 @@ _NEEDED = (
 )
 
 
-class Section:
-    """Everything that is said about one run, or several that were put together.
+class Report:
+    """Everything that is said about what ``merge_runs`` returns, the ``run`` and its rows.
 
     ``table`` is the first one, at the longest length that can be judged (None where nothing is compared); ``details``
-    are the others, each a title, a note and HTML, and ``csv`` those for programs. ``result`` is the main finding and
-    ``caveats`` what to keep in mind, as sentences.
+    are the others, each a title, a note and HTML, and ``csv`` those for programs, by file. ``result`` is the main
+    finding and ``caveats`` what to keep in mind, as sentences.
     """
 
-    def __init__(self, merged: MergedRun, within: float) -> None:
-        self.merged, self.run = merged, merged.run
-        self.frame = summary.measurements(merged.rows)
+    def __init__(self, run: dict[str, Any], rows: Sequence[Row], within: float) -> None:
+        self.run, self.rows = run, rows
+        self.frame = summary.measurements(rows)
         compared = summary.comparisons(self.frame, within)
         measured = summary.summarise(self.frame, compared)
-        self.shown, self.found = summary.overview(measured), summary.needed_budgets(self.frame, within)
-        self.caveats = findings.caveats(self.run, self.frame, compared, self.found)
-        planned, done = self.run["planned"], len(merged.rows)
+        self.shown, self.needed = summary.overview(measured), summary.needed_budgets(self.frame, within)
+        self.caveats = findings.caveats(run, self.frame, compared, self.needed)
+        planned, done = run["planned"], len(rows)
         self.progress = f"{done} of {planned} measurements are made; the same command goes on." * (done < planned)
         self.table, self.result = None, findings.NOTHING_COMPARED
         self.csv, details = {SUMMARY: measured, COMPARISONS: compared}, [("All that was measured", _MEASURED, measured)]
         length = summary.longest_compared(measured, compared)
-        if self.found:
-            self.table = findings.needed_main(self.found)
+        if len(self.needed):
+            self.table = findings.needed_main(self.needed)
             self.result = findings.iso_lead(self.table.cells, within)
-            self.csv[NEEDED] = summary.needed_table(self.found)
-            details.insert(0, ("Budgets needed, by length", _NEEDED, self.csv[NEEDED]))
+            self.csv[NEEDED] = self.needed
+            details.insert(0, ("Budgets needed, by length", _NEEDED, self.needed))
         elif length is not None:
             at = self.shown[self.shown["length"] == length]
-            cost = findings.costs(at, self.run)
+            cost = findings.costs(at, run)
             self.table, self.result = findings.main_table(at, *cost), findings.lead(at, *cost)
         if len(compared):
             lengths = summary.effective_lengths(measured, compared, within)
@@ -87,25 +88,25 @@ class Section:
 
     def panels(self) -> list[figures.Panel]:
         """The result in plots: quality by length, or the budgets that iso-quality found."""
-        measured = self.csv[SUMMARY]
-        return figures.needed_panels(self.found) if self.found else figures.quality_panels(self.shown, measured)
+        if len(self.needed):
+            return figures.needed_panels(self.needed)
+        return figures.quality_panels(self.shown, self.csv[SUMMARY])
 
-    def plots(self) -> Iterator[tuple[str, str, list[figures.Figure]]]:
-        """All plots: heading, caption, and what is drawn; the result comes first and has no heading."""
+    def plots(self) -> Iterator[tuple[str, list[figures.Figure]]]:
+        """All plots, each caption with what is drawn; the result comes first."""
         drawn = lambda panels: [figures.draw([panel]) for panel in panels]  # noqa: E731
         caption = "Quality by context length: perplexity (lower is better), or right answers (higher is better)."
         needed = "Budgets that the quality of dense attention needs, by context length."
-        yield "", needed if self.found else caption, drawn(self.panels())
+        yield needed if len(self.needed) else caption, drawn(self.panels())
         for task, own in self.frame.dropna(subset=["depth", "score"]).groupby("task", observed=True):
-            caption = f"{summary.title_of(task)}: share of right answers by depth and length."
-            yield "Needles by depth", caption, figures.depth_maps(own)
+            yield f"{task}: share of right answers by depth of the needle and length.", figures.depth_maps(own)
         if panels := figures.position_panels(self.frame):
             caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
-            yield "Loss by position", caption, drawn(panels)
-        if not self.found and len(self.shown):
+            yield caption, drawn(panels)
+        if not len(self.needed) and len(self.shown):
             own = self.shown[self.shown["task"] == self.shown["task"].iloc[0]]
             caption = "What each method attended: the realised budget, and its share of all visible keys."
-            yield "Budgets", caption, drawn(figures.budget_panels(own))
+            yield caption, drawn(figures.budget_panels(own))
 
     def record(self) -> dict[str, str]:
         """Tasks, methods, versions, hardware and all settings, name by name."""
@@ -117,49 +118,34 @@ class Section:
             **{TASKS[name].title: TASKS[name].description for name in identity["tasks"] if name in TASKS},
             **{find_method(name).title: find_method(name).description for name in identity["methods"]},
             **{name: value for name, value in (identity | self.run["hardware"]).items() if name != "text"},
-            "commit": ", ".join(dict.fromkeys(str(row.get("commit")) for row in self.merged.rows)),
+            "commit": ", ".join(dict.fromkeys(str(row.get("commit")) for row in self.rows)),
             "measured": ", ".join(str(session.get("started")) for session in self.run["sessions"]),
         }
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
-def write_report(directories: Path | Sequence[Path], out: Path | None = None, within: float = WITHIN) -> list[str]:
+def write_report(directories: Sequence[Path], out: Path | None = None, within: float = WITHIN) -> list[str]:
     """Writes the report of directories of runs to ``out``, by default the only one of them.
 
-    Those that measured the same thing the same way share a section. A method counts as no worse than dense ``within``
-    this margin. Returns the main finding of the first section, its table and sentences, line by line; raises EvalError
-    where a directory holds no measurement or is damaged, or the report cannot be written.
+    A method counts as no worse than dense ``within`` this margin. Returns the table and the main finding, line by line;
+    raises EvalError for what ``merge_runs`` refuses, or where the report cannot be written.
     """
-    directories = [directories] if isinstance(directories, Path) else list(directories)
     if out is None and len(directories) != 1:
         raise EvalError("say where the report of several directories goes: --out DIR")
     target = out or directories[0]
     merged = merge_runs(directories)
     check_out(target, REPORT_FILES)
-    sections = [Section(run, within) for run in merged]
-    csv = {name: _csv([section.csv.get(name) for section in sections]) for name in (SUMMARY, COMPARISONS)}
-    if any(section.found for section in sections):
-        csv[NEEDED] = _csv([section.csv.get(NEEDED) for section in sections])
-    first, files = sections[0], {name: _data("text/csv", content) for name, content in csv.items()}
-    models = ", ".join(dict.fromkeys(str(run.run["identity"]["model"]) for run in merged))
+    report = Report(*merged, within)
+    csv = {name: summary.csv_of(table).encode() for name, table in report.csv.items()}
     page = PAGE.render(
-        title=f"Sparse against dense attention: {models}",
-        sections=list(zip(sections, differing(merged), strict=True)),
-        files=files,
+        report=report,
+        files={name: _data("text/csv", content) for name, content in csv.items()},
         picture=lambda figure: _data("image/svg+xml", figures.to_svg(figure)),
     )
-    picture = figures.to_png(figures.draw(first.panels()))
+    picture = figures.to_png(figures.draw(report.panels()))
     for name, content in {**csv, MAIN_FIGURE: picture, REPORT: page.encode()}.items():
         write_atomically(target / name, content)
-    return [*([first.table.title, "", first.table.to_text(), ""] if first.table else []), first.result]
-
-
-def _csv(tables: Sequence[pd.DataFrame | None]) -> bytes:
-    """Tables of sections for programs; with several a first column says which."""
-    if len(tables) == 1 and tables[0] is not None:
-        return summary.csv_of(tables[0]).encode()
-    joined = pd.concat({place: table for place, table in enumerate(tables, 1) if table is not None}, names=["section"])
-    return summary.csv_of(joined.reset_index("section")).encode()
+    return [*([report.table.title, "", report.table.to_text(), ""] if report.table else []), report.result]
 
 
 def _data(kind: str, content: bytes) -> str:

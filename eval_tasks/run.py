@@ -1,10 +1,12 @@
 """Runs a sweep: measures what a directory does not hold yet, alone or with other processes."""
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from eval_tasks.answers import Question, answer, build_question, check_generated
+from eval_tasks.answers import answer
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import load_profile
 from eval_tasks.measure import measure, warm_up
@@ -21,9 +23,9 @@ from eval_tasks.models import attention_of, find_model, load_model, tokenizer_fi
 from eval_tasks.processes import Processes
 from eval_tasks.provenance import check_same, commit, hardware, hardware_words, record_session, versions
 from eval_tasks.report import REPORT_FILES
-from eval_tasks.store import append_row, check_out, claimed, read_rows, read_run
-from eval_tasks.sweep import Cells, Sweep, plan_of, total
-from eval_tasks.synthetic import GENERATORS, Material
+from eval_tasks.store import Cell, Row, append_row, check_out, claimed, read_rows, read_run
+from eval_tasks.sweep import Sweep
+from eval_tasks.synthetic import GENERATORS, SyntheticSample, chat, synthesize
 from eval_tasks.tasks import TASKS, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
 from nc_patch.calibration.fingerprint import weights_fingerprint
@@ -31,68 +33,73 @@ from nc_patch.calibration.fingerprint import weights_fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """All that samples are built from: the text as it is and as tokens, the tokenizer, and what generated tasks use.
+    """All that samples are built from: the text as it is and as tokens, and the tokenizer.
 
-    ``starts`` says where in the text the samples of each seed begin.
+    ``starts`` says where in the text the samples begin.
     """
 
     text: Text
     tokens: TokenisedText
     tokenizer: PreTrainedTokenizerBase
-    starts: dict[int, list[int]]
-    material: Material
+    starts: list[int]
 
-    def build(self, cells: Cells, sweep: Sweep) -> tuple[Sample | Question, int | None]:
-        """The sample of some cells, and where in the text it begins (None for a generated task)."""
-        if cells.task in TASKS:
-            start = self.starts[cells.seed][cells.index]
-            return TASKS[cells.task].build(self.tokens, start, cells.length, sweep.layout), start
-        drawn = (cells.length, cells.seed, cells.index)
-        return build_question(cells.task, self.tokenizer, *drawn, self.material, sweep.answer_tokens), None
+    def build(self, cell: Cell, sweep: Sweep) -> Sample | SyntheticSample:
+        """The sample of a cell."""
+        if cell.task in TASKS:
+            return TASKS[cell.task].build(self.tokens, self.starts[cell.sample], cell.length, sweep.layout)
+        options: dict[str, Any] = {"text": sweep.text, "new_tokens": sweep.answer_tokens}
+        if self.tokenizer.chat_template:
+            options["render"] = chat(self.tokenizer)
+        drawn = (cell.length, sweep.layout.seed, cell.sample)
+        return synthesize(GENERATORS[cell.task], self.tokenizer, *drawn, **options)
 
 
-def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes | None = None) -> None:
+def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes) -> None:
     """Measures what the directory does not hold yet, and adds it there; ``command`` is for the record.
 
     The ``processes`` share the work; on several machines they need the directory to be the same one. Raises EvalError
     where something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
-    processes = processes or Processes()
     with contextlib.ExitStack() as claim:
-        with processes.together():
-            if sweep.threads is not None:
-                torch.set_num_threads(sweep.threads)
-            check_same(directory, sweep.identity() | versions())
-            source, device = load_source(sweep), processes.device(sweep.device)
-            if processes.is_first:
-                check_out(directory, REPORT_FILES)
-                claim.enter_context(claimed(directory))
-            how = (sweep.dtype, str(device), sweep.device_map, sweep.revision, sweep.trust_remote_code)
-            model = load_model(sweep.model, *how).model
-            constants = {"weights": weights_fingerprint(model), "text": source.text.sha256, "dtype": str(model.dtype)}
-            identity = sweep.identity() | versions() | {"weights": constants["weights"]}
-            identity |= {"attention": attention_of(model), "tokenizer": tokenizer_fingerprint(source.tokenizer)}
-            identity |= {"text_sha256": source.text.sha256}
-            check_same(directory, identity)
-            check_methods(sweep, model)
-        plan = plan_of(sweep, constants)
+        if sweep.threads is not None:
+            torch.set_num_threads(sweep.threads)
+        identity = sweep.identity() | versions()
+        check_same(directory, identity)
+        source, device = load_source(sweep), processes.device(sweep.device)
+        if processes.is_first:
+            check_out(directory, REPORT_FILES)
+            claim.enter_context(claimed(directory))
+        how = (sweep.dtype, str(device), sweep.device_map, sweep.revision, sweep.trust_remote_code)
+        model = load_model(sweep.model, *how).model
+        identity |= {"weights": weights_fingerprint(model), "text_sha256": source.text.sha256}
+        identity |= {"attention": attention_of(model), "tokenizer": tokenizer_fingerprint(source.tokenizer)}
+        check_same(directory, identity)
+        check_methods(sweep, model)
         machines = processes.gathered(hardware(device, torch.get_num_threads()))
         agreed: Any = None
-        with processes.together():
-            if processes.is_first:
-                session = _session(command, machines)
-                record_session(directory, identity, _details(sweep, model, source, plan, session), session)
-                agreed = read_run(directory), _todo(sweep, plan, read_rows(directory))
+        if processes.is_first:
+            plan = sweep.plan()
+            details = {
+                "text_origin": source.text.origin,
+                "text_tokens": len(source.tokens.ids),
+                "model_class": type(model).__name__,
+                "model_dtype": str(model.dtype).removeprefix("torch."),
+                "model_parameters": model.num_parameters(),
+                "planned": len(plan),
+                "hardware": machines[0],
+            }
+            record_session(directory, identity, details, _session(command, machines))
+            agreed = read_run(directory), _todo(plan, read_rows(directory), sweep.retry_failed)
         # All share out the list of the first one, since what they read of a file may differ between machines.
-        recorded, todo = processes.from_first(agreed)
-        with processes.together():
-            if read_run(directory) != recorded:
-                raise EvalError(
-                    f"{directory} is not the directory that process 0 writes to; several machines need one they share"
-                )
-            check_same(directory, identity)  # which machines with other weights or versions do not have
-            if not processes.is_first:
-                claim.enter_context(claimed(directory, is_first=False))
+        recorded, todo = processes.gathered(agreed)[0]
+        if read_run(directory) != recorded:
+            raise EvalError(
+                f"{directory} is not the directory that process 0 writes to; several machines need one they share"
+            )
+        check_same(directory, identity)  # which machines with other weights or versions do not have
+        if not processes.is_first:
+            claim.enter_context(claimed(directory, is_first=False))
+        processes.gathered(None)  # nothing is measured where one of them cannot
         began = time.monotonic()
         _measure_all(sweep, model, source, todo[processes.rank :: processes.world], directory, processes.rank)
         processes.gathered(None)  # the first one waits for all shares
@@ -118,9 +125,12 @@ def load_source(sweep: Sweep) -> Source:
     tokens = tokenise(tokenizer, text.content)
     scored = [TASKS[name] for name in sweep.tasks if name in TASKS]
     check_lengths(scored, sweep.layout, len(tokens.prefix))
-    check_generated([name for name in sweep.tasks if name in GENERATORS], sweep.layout.lengths)
-    starts = {seed: places(tokens, replace(sweep.layout, seed=seed)) if scored else [] for seed in sweep.seeds}
-    return Source(text, tokens, tokenizer, starts, Material(sweep.text))
+    shortest = min(sweep.layout.lengths)
+    for name in sweep.tasks:
+        if name in GENERATORS and shortest < (needed := GENERATORS[name].shortest):
+            raise EvalError(f"length {shortest} is too short for the task {name}, which needs {needed} tokens")
+    starts = places(tokens, sweep.layout) if scored else []
+    return Source(text, tokens, tokenizer, starts)
 
 
 def check_methods(sweep: Sweep, model: Any) -> None:
@@ -137,12 +147,14 @@ def check_methods(sweep: Sweep, model: Any) -> None:
             raise EvalError(f"the method {name} does not run on this model and device: {error}") from error
 
 
-def _measure_all(sweep: Sweep, model: Any, source: Source, share: Sequence[Cells], directory: Path, rank: int) -> None:
-    """Measures the share of the process of a rank."""
+def _measure_all(
+    sweep: Sweep, model: Any, source: Source, share: Sequence[Sequence[Cell]], directory: Path, rank: int
+) -> None:
+    """Measures the share of the process of a rank: all methods on a sample, then those on the next."""
     measured_by = {"commit": commit(), "process": rank}
     terminal = sys.stderr.isatty()
     with tqdm(
-        total=sum(cells.cost * len(cells.keys) for cells in share),
+        total=sum(map(_cost, itertools.chain(*share))),
         disable=rank != 0,
         bar_format="{percentage:3.0f}%|{bar}| {desc}{remaining} left",
         mininterval=0.1 if terminal else 30,
@@ -150,17 +162,14 @@ def _measure_all(sweep: Sweep, model: Any, source: Source, share: Sequence[Cells
         leave=False,
     ) as bar:
         for cells in share:
-            sample, start = source.build(cells, sweep)
-            where = {name: getattr(cells, name) for name in ("task", "length", "sample", "seed", "index")}
-            # Two seeds that choose the same stretch have one document between them.
-            where |= {"place": start} if start is None else {"place": start, "document": str(start)}
-            for method, key in cells.keys.items():
-                what = f"{cells.task} with {method} at {cells.length:,} tokens"
+            sample = source.build(cells[0], sweep)
+            for cell in cells:
+                what = f"{cell.task} with {cell.method} at {cell.length:,} tokens"
                 bar.set_description_str(f"{what}, ", refresh=terminal)
-                row = {"key": key, "model": sweep.model, "method": method, **where, "phase": sweep.phase}
-                row["budget"] = budget_at(method, sweep.budgets, cells.length)
+                row = {"model": sweep.model, **vars(cell), "phase": sweep.phase}
+                row["budget"] = budget_at(cell.method, sweep.budgets, cell.length)
                 try:
-                    attention = attention_by(method, sweep.budgets, cells.length)
+                    attention = attention_by(cell.method, sweep.budgets, cell.length)
                     if isinstance(sample, Sample):
                         row |= measure(model, attention, sample, sweep.phase)
                     else:
@@ -171,7 +180,12 @@ def _measure_all(sweep: Sweep, model: Any, source: Source, share: Sequence[Cells
                 except EvalError as error:
                     raise EvalError(f"{what}: {error}") from error
                 append_row(directory, row | measured_by)
-                bar.update(cells.cost)
+                bar.update(_cost(cell))
+
+
+def _cost(cell: Cell) -> float:
+    """Relative cost of a forward pass, of linear layers and attention: what a forecast of its time goes by."""
+    return cell.length * (1 + cell.length / 2048)
 
 
 def _session(command: str, machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -182,29 +196,13 @@ def _session(command: str, machines: Sequence[dict[str, Any]]) -> dict[str, Any]
     return session | ({"other_hardware": [*others.values()]} if others else {})
 
 
-def _details(
-    sweep: Sweep, model: Any, source: Source, plan: Sequence[Cells], session: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "text_origin": source.text.origin,
-        "text_tokens": len(source.tokens.ids),
-        "model_class": type(model).__name__,
-        "model_dtype": str(model.dtype).removeprefix("torch."),
-        "model_parameters": model.num_parameters(),
-        "budget_at_equal": sweep.budgets.fixed,
-        "log_factor": sweep.budgets.log_factor,
-        "planned": total(plan),
-        "hardware": session["hardware"],
-    }
-
-
-def _todo(sweep: Sweep, plan: Sequence[Cells], known: Sequence[dict[str, Any]]) -> list[Cells]:
-    """What is not measured yet; says how much is there."""
-    failed = {row["key"] for row in known if "failed" in row}
-    done = {row["key"] for row in known} - (failed if sweep.retry_failed else set())
-    todo = [left for cells in plan if (left := cells.without(done)).keys]
-    if there := total(plan) - total(todo):
-        print(f"{there} of {total(plan)} measurements are there already.", file=sys.stderr)
-    if gone := sum(key in failed & done for cells in plan for key in cells.keys.values()):
-        print(f"{gone} of them failed; --retry-failed measures them again.", file=sys.stderr)
-    return todo
+def _todo(plan: Sequence[Cell], rows: Sequence[Row], retry_failed: bool) -> list[list[Cell]]:
+    """The cells of a plan that are not measured yet, those of one sample together; says how much is there."""
+    failed = {Cell.of(row) for row in rows if "failed" in row}
+    done = {Cell.of(row) for row in rows} - (failed if retry_failed else set())
+    if there := done.intersection(plan):
+        print(f"{len(there)} of {len(plan)} measurements are there already.", file=sys.stderr)
+    if gone := there & failed:
+        print(f"{len(gone)} of them failed; --retry-failed measures them again.", file=sys.stderr)
+    left = [cell for cell in plan if cell not in done]
+    return [list(cells) for _, cells in itertools.groupby(left, attrgetter("task", "length", "sample"))]

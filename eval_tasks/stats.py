@@ -1,6 +1,6 @@
 """Each method against dense attention on the same samples: intervals, tests, a margin, and what could be detected.
 
-A difference that is not significant proves nothing. So a method is non-inferior only when the data exclude a loss of
+A difference that is not significant proves nothing. So a method is “as good” only when the data exclude a loss of
 more than a stated margin. Of many comparisons, all of this is at the level that Holm's procedure asks of the first.
 """
 
@@ -14,7 +14,7 @@ from scipy import special, stats
 RESAMPLES, CONFIDENCE, SIGNIFICANCE, POWER = 10_000, 0.95, 0.05, 0.8
 # Fewer documents say nothing about the spread; of unbounded losses, too little about their tail to test the margin.
 MIN_SAMPLES, MARGIN_DOCUMENTS = 2, 20
-DENSE_FAILS = "dense fails here: no verdict"
+DENSE_FAILS = "dense fails"
 # Steps into which the sum of all differences is divided for the exact distribution of its flips.
 _STEPS = 1 << 17
 
@@ -29,7 +29,12 @@ def paired_difference(
     Samples of one document resemble each other, so whole documents are resampled; None where each is one of its own.
     Raises ValueError for sequences that differ in length or are empty.
     """
-    sums, counts = _by_document(values, reference, documents)
+    owners = range(len(values)) if documents is None else documents
+    if not len(values) == len(reference) == len(owners) or not len(values):
+        found = f"{len(values)}, {len(reference)} and {len(owners)}"
+        raise ValueError(f"pairs need the same samples, at least one: got {found}")
+    rows, _ = pd.factorize(np.array(owners, dtype=object))
+    sums, counts = np.bincount(rows, np.subtract(values, reference, dtype=np.float64)), np.bincount(rows)
     mean, interval = float(sums.sum() / counts.sum()), (math.nan, math.nan)
     if len(sums) >= MIN_SAMPLES:
         ratio = lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis)  # noqa: E731
@@ -39,36 +44,36 @@ def paired_difference(
 
 
 def compare(
-    values: Numbers,
-    reference: Numbers,
-    documents: Sequence[Hashable],
-    margin: float,
-    answers: bool = False,
-    family: int = 1,
+    values: Numbers, reference: Numbers, margin: float, answers: bool = False, family: int = 1
 ) -> dict[str, float]:
-    """Compares a method's losses with dense attention's (``reference``) on the same samples; p-values are uncorrected.
+    """Compares a method's losses with dense attention's (``reference``), one of each document; p is uncorrected.
 
-    ``documents`` are those of each sample; ``answers`` says whether losses are 1 − score; ``family`` is how many
-    comparisons are corrected together.
+    ``answers`` says whether losses are 1 − score; ``family`` is how many comparisons are corrected together.
 
     ``difference`` is the mean loss over dense, in nats per token or as the share of answers lost, ``margin`` the loss
     that counts as none, ``detectable`` as in ``smallest_detectable``. ``p_difference`` is of a difference either way,
     ``p_margin`` of a loss below the margin, one-sided; NaN where there is too little to test. ``needed`` and
     ``needed_within`` are the documents below which neither can be shown.
     """
-    difference, low, high = paired_difference(values, reference, documents)
-    sums, counts = _by_document(values, reference, documents)
-    means = sums / counts
-    # McNemar's and the binomial test take samples for independent, which those of one document are not.
-    right_or_wrong = answers and len(means) == len(values) and bool(np.isin([*values, *reference], (0.0, 1.0)).all())
+    difference, low, high = paired_difference(values, reference)
+    losses = np.subtract(values, reference)
+    right_or_wrong = answers and bool(np.isin([*values, *reference], (0.0, 1.0)).all())
     p_difference = p_margin = math.nan
-    if len(means) >= MIN_SAMPLES:
-        p_difference = mcnemar(means) if right_or_wrong else sign_flips(means)
-        p_margin = losses_within(means, margin) if answers else mean_within(means, margin)
-    found = {"documents": len(means), "difference": difference, "low": low, "high": high, "margin": margin}
-    found |= {"detectable": smallest_detectable(means, right_or_wrong, family)}
-    found |= {"p_difference": p_difference, "p_margin": p_margin, "needed": documents_for_difference(family)}
-    return found | {"needed_within": documents_for_margin(margin, answers, family)}
+    if len(losses) >= MIN_SAMPLES:
+        p_difference = mcnemar(losses) if right_or_wrong else sign_flips(losses)
+        p_margin = losses_within(losses, margin) if answers else mean_within(losses, margin)
+    return {
+        "documents": len(losses),
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "margin": margin,
+        "detectable": smallest_detectable(losses, right_or_wrong, family),
+        "p_difference": p_difference,
+        "p_margin": p_margin,
+        "needed": documents_for_difference(family),
+        "needed_within": documents_for_margin(margin, answers, family),
+    }
 
 
 def corrected(compared: pd.DataFrame) -> pd.DataFrame:
@@ -84,11 +89,11 @@ def corrected(compared: pd.DataFrame) -> pd.DataFrame:
     shown, within = table["p_difference"] <= SIGNIFICANCE, table["p_margin"] <= SIGNIFICANCE
     verdicts = {
         DENSE_FAILS: table["dense_fails"],
-        "too few documents": table["p_difference"].isna(),
+        "too few samples": table["p_difference"].isna(),
         "better": shown & (table["difference"] < 0),
-        "worse, yet within the margin": shown & within,
+        "slightly worse": shown & within,
         "worse": shown,
-        "non-inferior": within,
+        "as good": within,
     }
     return table.assign(verdict=np.select([*verdicts.values()], [*verdicts], "undecided"))
 
@@ -101,22 +106,22 @@ def holm(p_values: Numbers) -> np.ndarray:
     return adjusted
 
 
-def mcnemar(differences: Numbers) -> float:
+def mcnemar(losses: Numbers) -> float:
     """p of McNemar's exact test: among samples on which the two differ, each is as often the wrong one."""
-    lost, differ = int(np.sum(np.greater(differences, 0))), int(np.count_nonzero(differences))
+    lost, differ = int(np.sum(np.greater(losses, 0))), int(np.count_nonzero(losses))
     return float(stats.binomtest(lost, differ).pvalue) if differ else 1.0
 
 
-def sign_flips(means: Numbers) -> float:
+def sign_flips(losses: Numbers) -> float:
     """p of the permutation test that flips the sign of each document's difference, two-sided.
 
     All flips are counted, by the distribution of their sum: the differences are rounded to one part in 131,072 of the
     sum of all of them, which leaves the test exact, and p as small as the documents allow.
     """
-    sizes = np.abs(np.asarray(means, dtype=np.float64))
+    sizes = np.abs(np.asarray(losses, dtype=np.float64))
     if not np.any(sizes > 1e-12):
         return 1.0
-    steps = np.rint(np.asarray(means) * (_STEPS / sizes.sum())).astype(np.int64)
+    steps = np.rint(np.asarray(losses) * (_STEPS / sizes.sum())).astype(np.int64)
     # The sum of all flips is the sum of all sizes, less twice that of those which count as negative.
     negative = np.ones(1)
     for size in np.abs(steps):
@@ -126,15 +131,15 @@ def sign_flips(means: Numbers) -> float:
     return float(min(1.0, negative[np.abs(flipped) >= abs(int(steps.sum()))].sum()))
 
 
-def losses_within(means: Numbers, margin: float) -> float:
+def losses_within(losses: Numbers, margin: float) -> float:
     """p of the hypothesis that answers lose ``margin`` or more on average, from each document's loss in [-1, 1].
 
     What was won counts as nothing lost. Answers that are right or wrong are then lost by a binomial chance of at least
     the margin (Clopper and Pearson, Biometrika 26, 1934); of partial scores the bound is Hoeffding's (JASA 58, 1963,
     theorem 1).
     """
-    lost = np.clip(np.asarray(means, dtype=np.float64), 0.0, 1.0)
-    if np.all(np.isin(means, (-1.0, 0.0, 1.0))):
+    lost = np.clip(np.asarray(losses, dtype=np.float64), 0.0, 1.0)
+    if np.all(np.isin(losses, (-1.0, 0.0, 1.0))):
         return float(stats.binom.cdf(int(lost.sum()), len(lost), margin))
     mean = float(lost.mean())
     if mean >= margin:
@@ -143,20 +148,20 @@ def losses_within(means: Numbers, margin: float) -> float:
     return float(np.exp(-len(lost) * divergence))
 
 
-def mean_within(means: Numbers, margin: float) -> float:
+def mean_within(losses: Numbers, margin: float) -> float:
     """p of the hypothesis that the mean loss is ``margin`` or more, from each document's loss, which has no bound.
 
     The larger one-sided p of the t-test and of Johnson's (JASA 73, 1978), corrected for skewness: a few documents with
     large losses, of which none or few were drawn, deceive the first. NaN below ``MARGIN_DOCUMENTS``.
     """
-    count = len(means)
+    count = len(losses)
     if count < MARGIN_DOCUMENTS:
         return math.nan
-    mean, deviation = float(np.mean(means)), float(np.std(means, ddof=1))
+    mean, deviation = float(np.mean(losses)), float(np.std(losses, ddof=1))
     excess = mean - margin
     if deviation <= 1e-12 * max(1.0, abs(mean)):
         return 0.0 if excess < 0 else 1.0
-    third = float(np.mean((np.asarray(means) - mean) ** 3))
+    third = float(np.mean((np.asarray(losses) - mean) ** 3))
     skewed = third / (6 * count * deviation**2) + third * excess**2 / (3 * deviation**4)
     statistic = max(excess, excess + skewed) * math.sqrt(count) / deviation
     return float(stats.t.cdf(statistic, count - 1))
@@ -177,29 +182,17 @@ def documents_for_margin(margin: float, answers: bool, family: int = 1) -> int:
     return math.ceil(math.log(SIGNIFICANCE / max(1, family)) / math.log1p(-margin)) if 0 < margin < 1 else 1
 
 
-def smallest_detectable(means: Numbers, right_or_wrong: bool = False, family: int = 1) -> float:
+def smallest_detectable(losses: Numbers, right_or_wrong: bool = False, family: int = 1) -> float:
     """The smallest difference that so many documents show as the first of a family, with a power of ``POWER``.
 
     Of answers the share lost that McNemar's test finds when none are won, else that of a paired two-sided t-test with
     the spread that was found; NaN where no difference, however large, reaches significance.
     """
-    count, fewest = len(means), documents_for_difference(family)
+    count, fewest = len(losses), documents_for_difference(family)
     if count < fewest:
         return math.nan
     if right_or_wrong:  # the share at which the binomial chance of so many lost answers is POWER
         return float(stats.beta.ppf(POWER, fewest, count - fewest + 1))
-    deviation = float(np.std(means, ddof=1))
+    deviation = float(np.std(losses, ddof=1))
     quantiles = stats.t.ppf([1 - SIGNIFICANCE / 2 / max(1, family), POWER], count - 1).sum()
     return float(quantiles * deviation / math.sqrt(count))
-
-
-def _by_document(
-    values: Numbers, reference: Numbers, documents: Sequence[Hashable] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of differences and the number of samples of each document, float64 ``[documents]`` both."""
-    owners = range(len(values)) if documents is None else documents
-    if not len(values) == len(reference) == len(owners) or not len(values):
-        counts = f"{len(values)}, {len(reference)} and {len(owners)}"
-        raise ValueError(f"pairs need the same samples, at least one: got {counts}")
-    rows, _ = pd.factorize(np.array(owners, dtype=object))
-    return np.bincount(rows, np.subtract(values, reference, dtype=np.float64)), np.bincount(rows).astype(np.float64)

@@ -7,20 +7,20 @@ the run's. What is read is checked, since directories of results are passed from
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from eval_tasks.errors import EvalError
 from nc_patch.common import check_directory, replace_file
 
-Row = TypeVar("Row", bound=Mapping[str, Any])
+Row = Mapping[str, Any]
 RESULTS = "results.jsonl"
 RUN = "run.json"
 _LOCK = ".lock"
@@ -28,9 +28,19 @@ _LOCK = ".lock"
 _LARGEST_FILE = 1 << 30
 
 
-def measurement_key(identity: Mapping[str, Any]) -> str:
-    """A short hex digest of what identifies a measurement; equal for equal JSON, whatever the order of the fields."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:20]
+@dataclass(frozen=True)
+class Cell:
+    """What one row is of: a method, on a sample of a task and length."""
+
+    task: str
+    length: int
+    sample: int
+    method: str
+
+    @classmethod
+    def of(cls, row: Row) -> "Cell":
+        """The cell of a row."""
+        return cls(*(row[field.name] for field in fields(cls)))
 
 
 def check_out(directory: Path, names: Iterable[str] = (), option: str = "--out") -> None:
@@ -97,35 +107,34 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> None:
             ) from error
 
 
-def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a directory, each key once; a last line that was never finished is left out.
+def read_rows(directory: Path) -> list[Row]:
+    """The rows of a directory, each cell once; a last line that was never finished is left out.
 
     Raises EvalError where a line that is not the last is damaged, or a row is not as ``nc-patch eval`` writes it.
     """
     path, rows = directory / RESULTS, []
     lines = (_content(path) or b"").removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
-        row = _parsed(line)
-        if row is None or not isinstance(row.get("key"), str):
+        row = _parsed_row(line)
+        if row is None:
             if line and number < len(lines):
                 raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
-            continue
-        if problem := _problem(row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW):
+        elif problem := _problem(row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW):
             raise EvalError(
-                f"{directory} holds a damaged result, {ascii(row['key'])[:60]}: {problem}. Remove line {number} of "
-                f"{path}, or give another directory"
+                f"line {number} of {path} is a damaged result: {problem}. Remove that line, or give another directory"
             )
-        rows.append(row)
-    return each_key_once(rows)
+        else:
+            rows.append(row)
+    return each_cell_once(rows)
 
 
-def each_key_once(rows: Iterable[Row]) -> list[Row]:
-    """Of rows with one key the last one, a cell that failed and was tried again; a success in place of any failure."""
-    found: dict[str, Row] = {}
+def each_cell_once(rows: Iterable[Row]) -> list[Row]:
+    """Of rows of one cell the last one, as it failed and was tried again; a success in place of any failure."""
+    found: dict[Cell, Row] = {}
     for row in rows:
-        here = found.get(row["key"])
+        here = found.get(Cell.of(row))
         if here is None or "failed" in here or "failed" not in row:
-            found[row["key"]] = row
+            found[Cell.of(row)] = row
     return list(found.values())
 
 
@@ -135,12 +144,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     if (content := _content(path)) is None:
         return None
     run = _parsed(content)
-    problem = "it is no object of JSON" if run is None else _problem(run, _RUN)
-    if run is not None and problem is None:
-        seeds = run["identity"].get("seed")  # one, or a list of several
-        problem = _problem(
-            run["identity"] | {"seed": seeds if seeds and isinstance(seeds, list) else [seeds]}, _IDENTITY
-        )
+    problem = "it is no object of JSON" if run is None else _problem(run, _RUN) or _problem(run["identity"], _IDENTITY)
     if problem is not None:
         raise EvalError(f"{path} is damaged: {problem}. Give another directory, or remove this one")
     return run
@@ -169,7 +173,7 @@ def _cut_torn_line(descriptor: int) -> bool:
     size = os.fstat(descriptor).st_size
     tail = os.pread(descriptor, min(size, 1 << 24), max(0, size - (1 << 24)))
     last = tail[tail.removesuffix(b"\n").rfind(b"\n") + 1 :]
-    if last and "key" not in (_parsed(last) or ()):
+    if last and _parsed_row(last) is None:
         os.ftruncate(descriptor, size - len(last))
         return True
     if last and not last.endswith(b"\n"):
@@ -198,6 +202,12 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _parsed_row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds; None where it holds anything else."""
+    row = _parsed(line)
+    return row if row is not None and "method" in row else None
+
+
 # What a field may hold: whole numbers of a range, numbers between two, texts of a pattern, lists of something, objects.
 # Names go into file names, tables and headings; control characters move a terminal's cursor.
 _NAME = re.compile(r"[\w.:/][\w.@:/+=, -]{0,119}")
@@ -205,7 +215,7 @@ _TEXT = re.compile("[^\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,99999}")
 _COUNT, _POSITIVE = range(10**15), range(1, 10**15)
 _NUMBER, _NOT_NEGATIVE, _SHARE = (-1e15, 1e15), (0, 1e15), (0, 1 + 1e-6)
 _Kinds = dict[str, Any]
-_CELL: _Kinds = {"method": _NAME, "task": _NAME, "length": _POSITIVE, "sample": _COUNT, "seed": _COUNT, "index": _COUNT}
+_CELL: _Kinds = {"method": _NAME, "task": _NAME, "length": _POSITIVE, "sample": _COUNT}
 _FAILED_ROW = _CELL | {"failed": _TEXT}
 _MEASURED = _CELL | {"budget": _COUNT, "peak_memory": _COUNT, "seconds": _NOT_NEGATIVE, "phase": _TEXT, "ran_dense": {}}
 _MEASURED |= dict.fromkeys(("attended_fraction", "tail_attended_fraction"), _SHARE)
@@ -214,9 +224,9 @@ _ANSWER_ROW = _MEASURED | {"score": _NUMBER}
 _TEXT_ROW = _MEASURED | {"loss_sum": _NUMBER, "tokens": _POSITIVE, "bytes": _POSITIVE}
 _RUN: _Kinds = dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), _TEXT)
 _RUN |= dict.fromkeys(("model_parameters", "text_tokens", "planned"), _COUNT) | {"identity": {}, "hardware": {}}
-_RUN |= {"budget_at_equal": _NUMBER, "log_factor": _NUMBER, "sessions": [{"hardware": {}, "other_hardware": [{}]}]}
+_RUN |= {"sessions": [{"hardware": {}, "other_hardware": [{}]}]}
 _IDENTITY: _Kinds = {"model": _TEXT, "phase": _TEXT, "match": _TEXT, "methods": [_NAME], "tasks": [_NAME]}
-_IDENTITY |= {"lengths": [_POSITIVE], "seed": [_COUNT], "alpha": _NUMBER, "C": _NUMBER}
+_IDENTITY |= {"lengths": [_POSITIVE], "alpha": _NUMBER, "C": _NUMBER, "seed": _COUNT}
 _IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), _POSITIVE)
 _OPTIONAL: _Kinds = {"depth": _SHARE, "token_losses": [_NUMBER], "said_tokens": _COUNT, "commit": _TEXT}
 _OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), _NOT_NEGATIVE)

@@ -4,27 +4,19 @@ All tables are data frames of pandas, in the order in which tasks, lengths and m
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
-from eval_tasks.iso_quality import IsoQuality, iso_quality
+from eval_tasks.iso_quality import iso_quality
 from eval_tasks.methods import DENSE, keys_of, order_of
-from eval_tasks.stats import DENSE_FAILS, MIN_SAMPLES, compare, corrected
+from eval_tasks.stats import MIN_SAMPLES, compare, corrected
+from eval_tasks.store import Row
 from eval_tasks.tasks import TASKS
 
-Row = Mapping[str, Any]
 CELL = ["task", "length", "method"]
-# What tells a sample from others of its task and length: its seed, and its number among those of the seed.
-PLACE = ["seed", "index"]
 UNSEEN = "unseen"
-# The verdicts of a comparison in the words of the first table.
-VERDICTS = {name: name for name in ("better", "worse", "undecided")} | {
-    "non-inferior": "as good", "worse, yet within the margin": "slightly worse",
-    "too few documents": "too few samples", DENSE_FAILS: "dense fails",
-}  # fmt: skip
 _TASKS_SHOWN = 3
 # Dense attention has to gain so many nats from the first copy, or answer so much right, to be compared with.
 _GAIN_NEEDED = _SCORE_NEEDED = 0.5
@@ -32,24 +24,21 @@ _NUMBERS = [
     "score", "loss_sum", "tokens", "bytes", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction",
     "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens", "depth",
 ]  # fmt: skip
-_OTHERS = [*CELL, *PLACE, "document", "phase", "failed", "ran_dense", "token_losses"]
+_OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense", "token_losses"]
 
 
 def measurements(rows: Iterable[Row]) -> pd.DataFrame:
-    """Rows of ``results.jsonl`` with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed."""
+    """Rows, each cell once, with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed."""
     names = [*_OTHERS, *_NUMBERS]
     frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype=object)
-    frame = frame.astype(dict.fromkeys(_NUMBERS, float) | dict.fromkeys(("length", *PLACE), "int64"))
-    alone = "sample " + frame["index"].astype(str) + " of seed " + frame["seed"].astype(str)
-    frame["document"] = frame["document"].where(frame["document"].notna(), alone).map(ascii)
+    frame = frame.astype(dict.fromkeys(_NUMBERS, float) | dict.fromkeys(("length", "sample"), "int64"))
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
     there = set(frame["task"])
     tasks = [*(name for name in TASKS if name in there), *sorted(there - set(TASKS))]
     frame["task"] = pd.Categorical(frame["task"], tasks)
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
-    frame = frame.loc[frame["failed"].isna().sort_values(kind="stable").index]  # a success counts before any failure
-    return frame.drop_duplicates([*CELL, *PLACE], keep="last").sort_values([*CELL, *PLACE], ignore_index=True)
+    return frame.sort_values([*CELL, "sample"], ignore_index=True)
 
 
 def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
@@ -57,10 +46,9 @@ def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
 
     ``perplexity``, its ratio and ``bits_per_byte`` are of texts, ``score`` and ``answer_tokens`` (the mean) of answers.
     ``budget`` is k(n) of the method's law; attended keys are realised, with ``tail_`` at the scored positions.
-    ``seconds`` is the median of all that was read, ``sparse_seconds`` and ``tokens_per_second`` of the part that is
-    sparse.
+    ``seconds`` is the median of all that was read, ``sparse_seconds`` of the part that is sparse.
     """
-    frame = _with_sparse_part(frame)
+    frame = frame.assign(part_seconds=_sparse_seconds(frame))
     every, done = (own.groupby(CELL, observed=True) for own in (frame, frame[frame["failed"].isna()]))
     failed = every["failed"].count()
     found = pd.DataFrame({"samples": every.size() - failed, "failed": failed, "budget": done["budget"].first()})
@@ -73,10 +61,10 @@ def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
     against = against.rename(columns={"difference": "loss_minus_dense"})
     found = found.join(against.astype({"loss_minus_dense": float, "low": float, "high": float}))
     found["perplexity_ratio"] = np.exp(found["loss_minus_dense"]).where(texts)
-    found = found.join(done[["seconds", "tokens_per_second"]].median())
+    found = found.join(done["seconds"].median())
     found["peak_memory_mb"] = done["peak_memory"].max() / 1e6
     found["sparse_seconds"] = done["part_seconds"].median().where(texts)
-    found["seconds_per_answer_token"] = done["seconds_per_token"].median().mask(texts)
+    found["seconds_per_answer_token"] = done["part_seconds"].median().mask(texts)
     found["answer_tokens"] = done["said_tokens"].mean()
     return found.astype(dict.fromkeys(("samples", "failed", "budget"), "Int64")).reset_index()
 
@@ -88,19 +76,19 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
     """
     paired = []
     for (task, length), own in frame.dropna(subset=["loss"]).groupby(["task", "length"], observed=True):
-        wide = own.pivot(index=[*PLACE, "document"], columns="method", values="loss")
+        wide = own.pivot(index="sample", columns="method", values="loss")
         if DENSE in wide:
             fails = dense_fails(frame, task, length)
             for method in wide.columns.drop(DENSE):
                 if len(pairs := wide[[method, DENSE]].dropna()):
-                    paired.append((task, length, method, fails, pairs, list(pairs.index.get_level_values("document"))))
-    family = sum(len(set(documents)) >= MIN_SAMPLES for *_, fails, _, documents in paired if not fails)
+                    paired.append((task, length, method, fails, pairs))
+    family = sum(len(pairs) >= MIN_SAMPLES for *_, fails, pairs in paired if not fails)
     rows = []
-    for *cell, fails, pairs, documents in paired:
+    for *cell, fails, pairs in paired:
         values, reference = pairs.to_numpy().T
-        found = compare(values, reference, documents, *_margin(frame, cell[0], within), family)
+        found = compare(values, reference, *_margin(frame, cell[0], within), family)
         rows.append(dict(zip(CELL, cell, strict=True)) | found | {"dense_fails": fails})
-    columns = [*CELL, *compare([0.0], [0.0], [0], 1.0), "dense_fails"]
+    columns = [*CELL, *compare([0.0], [0.0], 1.0), "dense_fails"]
     table = pd.DataFrame(rows, columns=columns).astype(frame.dtypes[CELL].to_dict() | {"dense_fails": bool})
     return corrected(table)
 
@@ -133,13 +121,13 @@ def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: flo
 
 
 def overview(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary of the tasks that methods are compared in, with verdicts in the words of ``VERDICTS``.
+    """The summary of the tasks that methods are compared in.
 
     Of more than three tasks, those with answers are shown as one mean, and how often there is which verdict.
     """
     dense_only = [name for name, task in TASKS.items() if task.dense_only]
     shown = summary[~summary["task"].isin(dense_only)].astype({"task": object})
-    shown["verdict"] = shown["verdict"].map(VERDICTS).fillna("")
+    shown["verdict"] = shown["verdict"].fillna("")
     answers = shown[shown["score"].notna()]
     tasks, cells = answers["task"].nunique(), answers.groupby(["length", "method"], observed=True)
     mean = cells.mean(numeric_only=True).assign(task=f"mean of {tasks} tasks", low=np.nan, high=np.nan)
@@ -168,14 +156,15 @@ def longest_compared(summary: pd.DataFrame, compared: pd.DataFrame) -> int | Non
     return int((best if len(best) else judged)["length"].max()) if len(judged) else None
 
 
-def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
+def needed_budgets(frame: pd.DataFrame, within: float) -> pd.DataFrame:
     """What each method needs to stay within the margin of dense, from rows of methods with numbers of keys.
 
-    Only documents measured with every length and budget count. Lengths where dense fails are left out, and those that
-    are not measured to the end: fewer documents, or fewer budgets, would say less of all others.
+    The tables of ``iso_quality`` with ``task`` and ``method``, one below the other; without columns where nothing is
+    found. Only samples measured with every length and budget count. Lengths where dense fails are left out, and those
+    that are not measured to the end: fewer samples, or fewer budgets, would say less of all others.
     """
     named = pd.DataFrame([keys_of(name) for name in frame["method"]], columns=["base", "keys"], index=frame.index)
-    cell = ["task", "length", *PLACE]
+    cell = ["task", "length", "sample"]
     dense = frame[frame["method"] == DENSE].set_index(cell)["loss"].rename("dense")
     swept, found = frame.join(named).dropna(subset=["keys"]).join(dense, on=cell), []
     swept["over"] = swept["loss"] - swept["dense"]
@@ -185,25 +174,16 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> list[IsoQuality]:
         tried = own.groupby("length")["keys"].agg(set)
         ended = [n for n, keys in tried.items() if keys >= set(own.loc[own["keys"] < n, "keys"])]
         own = own[own["length"].isin(ended)]
-        over = own.pivot(index=[*PLACE, "document"], columns=["length", "keys"], values="over")
+        over = own.pivot(index="sample", columns=["length", "keys"], values="over")
         over = over.dropna(axis=1, how="all")  # what failed was measured, and holds nothing
         samples = over.notna().T.groupby(level="length").all().sum(axis=1)
         over = over[samples.index[samples == samples.max()]].dropna()
         if over.size:
-            documents = over.groupby(level="document", sort=False).mean()
-            found.append(iso_quality(task, method, documents, _margin(frame, task, within)[0]))
-    return found
-
-
-def needed_table(found: Sequence[IsoQuality]) -> pd.DataFrame:
-    """The budgets that the quality of dense needs, each with the law through those of its task and method."""
-    laws = ["alpha", "C", "C_low", "C_high"]
-    columns = ["task", "method", "length", "keys", "low", "high", "reached", "at_most", "largest", "documents", *laws]
-    parts = [pd.DataFrame(columns=columns)] if not found else []
-    for iso in found:
-        law = {name: getattr(iso.law, name, math.nan) for name in laws}
-        parts.append(iso.needed.assign(task=iso.task, method=iso.method, documents=iso.documents, **law))
-    return pd.concat(parts, ignore_index=True)[columns]
+            needed = iso_quality(over, _margin(frame, task, within)[0])
+            needed.insert(0, "task", task)
+            needed.insert(1, "method", method)
+            found.append(needed)
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def csv_of(table: pd.DataFrame) -> str:
@@ -222,16 +202,13 @@ def _margin(frame: pd.DataFrame, task: str, within: float) -> tuple[float, bool]
     return (within if answers else math.log1p(within)), answers
 
 
-def _with_sparse_part(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with time and speed of what the phase of a row makes sparse; of an answer, its tokens after the first.
+def _sparse_seconds(frame: pd.DataFrame) -> pd.Series:
+    """The time of what the phase of a row makes sparse; of an answer, of each of its tokens after the first.
 
-    NaN where it was not timed apart, or holds no token.
+    NaN where it was not timed apart, or there is no such token.
     """
+    after_first = (frame["seconds"] - frame["first_token_seconds"]) / (frame["said_tokens"] - 1)
     which = [frame["score"].notna(), frame["phase"] == "all", frame["phase"] == "prefill"]
-    read = [frame["said_tokens"] - 1, frame["length"], frame["length"] - frame["tokens"]]
-    spent = [frame["seconds"] - frame["first_token_seconds"], frame["seconds"], frame["prefill_seconds"]]
-    tokens = pd.Series(np.select(which, read, frame["tokens"]), frame.index)
+    spent = [after_first, frame["seconds"], frame["prefill_seconds"]]
     seconds = pd.Series(np.select(which, spent, frame["seconds"] - frame["prefill_seconds"]), frame.index)
-    seconds = seconds.where((tokens > 0) & (seconds > 0))
-    speed = {"tokens_per_second": tokens / seconds, "seconds_per_token": seconds / tokens}
-    return frame.assign(part_seconds=seconds, **speed)
+    return seconds.where(np.isfinite(seconds) & (seconds > 0))

@@ -1,14 +1,15 @@
 """The settings of a sweep, and what follows from them: every cell to measure, in an order in which a part is of use."""
 
+import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase
-from eval_tasks.methods import DENSE, budget_at, find_method, with_keys
-from eval_tasks.store import measurement_key
+from eval_tasks.methods import DENSE, with_keys
+from eval_tasks.store import Cell
 from eval_tasks.tasks import TASKS, Layout
 
 
@@ -18,7 +19,7 @@ class Sweep:
 
     How the model runs is said as ``load_model`` takes it; ``threads`` are PyTorch's on the CPU. ``phase`` is as
     ``measure`` takes it, ``iso_keys`` are the budgets that ``match="iso"`` tries, ``answer_tokens`` the most tokens of
-    an answer (None: each task's own number). Each of the ``seeds`` draws as many samples; the first is the layout's.
+    an answer (None: each task's own number).
     """
 
     model: str
@@ -27,7 +28,6 @@ class Sweep:
     tasks: tuple[str, ...]
     budgets: Budgets
     layout: Layout
-    seeds: tuple[int, ...]
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -48,74 +48,18 @@ class Sweep:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in every session that adds to one directory."""
-        own = ("model", "text", "dtype", "device", "threads", "device_map", "phase", "answer_tokens")
-        found = {name: getattr(self, name) for name in own}
-        found |= {name: list(getattr(self, name)) for name in ("methods", "tasks", "iso_keys")}
-        found |= {"lengths": list(self.layout.lengths), "seed": list(self.seeds) if self.seeds[1:] else self.seeds[0]}
-        found |= {name: getattr(self.layout, name) for name in ("samples", "scored", "passage")}
-        found |= {name: getattr(self.budgets, name) for name in ("alpha", "C", "equal_at", "backend", "match")}
+        found = asdict(self)
+        found |= found.pop("budgets") | found.pop("layout")
         if self.budgets.profile is not None:  # what it holds, wherever its file lies
-            found["profile"] = measurement_key(load_profile(self.budgets.profile).to_dict())
-        return found if self.revision is None else found | {"revision": self.revision}
+            content = json.dumps(load_profile(self.budgets.profile).to_dict(), sort_keys=True)
+            found["profile"] = hashlib.sha256(content.encode()).hexdigest()[:20]
+        return {name: value for name, value in found.items() if name not in ("retry_failed", "trust_remote_code")}
 
-
-@dataclass(frozen=True)
-class Cells:
-    """What all methods are measured on together: one sample of one task and length.
-
-    It is number ``index`` of its ``seed``, and number ``sample`` over all; ``keys`` are those of rows, by method.
-    """
-
-    length: int
-    task: str
-    seed: int
-    index: int
-    sample: int
-    keys: Mapping[str, str]
-
-    @property
-    def cost(self) -> float:
-        """Relative cost of a forward pass, of linear layers and attention: what a forecast of its time goes by."""
-        return self.length * (1 + self.length / 2048)
-
-    def without(self, done: set[str]) -> "Cells":
-        """What is left when rows of these keys are there."""
-        return replace(self, keys={method: key for method, key in self.keys.items() if key not in done})
-
-
-def plan_of(sweep: Sweep, constants: Mapping[str, Any]) -> list[Cells]:
-    """The cells of a sweep, short lengths first, at each length task by task.
-
-    ``constants`` are what all cells share and a result depends on, for their keys.
-    """
-    drawn = [(seed, index) for seed in sweep.seeds for index in range(sweep.layout.samples)]
-    plan = []
-    for length, task in itertools.product(sweep.layout.lengths, sweep.tasks):
-        methods = sweep.methods_at(length) if task not in TASKS or not TASKS[task].dense_only else (DENSE,)
-        for sample, (seed, index) in enumerate(drawn):
-            shared = {**constants, "task": task, "length": length, "sample": index, "seed": seed}
-            keys = {name: measurement_key(shared | _cell(sweep, name, task, length)) for name in methods}
-            plan.append(Cells(length, task, seed, index, sample, keys))
-    return plan
-
-
-def total(plan: Sequence[Cells]) -> int:
-    """How many rows they give."""
-    return sum(len(cells.keys) for cells in plan)
-
-
-def _cell(sweep: Sweep, name: str, task: str, length: int) -> dict[str, Any]:
-    """What a row depends on beside the sample."""
-    method, layout = find_method(name), sweep.layout
-    config = method.config(sweep.budgets.at(length))
-    return {
-        "method": name,
-        "config": config and config.to_dict(),
-        "samples_of": max(layout.lengths),
-        "phase": sweep.phase,
-        "scored": layout.scored,
-        "passage": layout.passage,
-        "device": sweep.device,
-        **({} if task in TASKS else {"answer_tokens": sweep.answer_tokens}),
-        **({"budget": budget_at(name, sweep.budgets, length)} if method.press else {}),
-    }
+    def plan(self) -> list[Cell]:
+        """Every cell, short lengths first, at each length task by task, with all methods of a sample together."""
+        plan: list[Cell] = []
+        for length, task in itertools.product(self.layout.lengths, self.tasks):
+            methods = (DENSE,) if task in TASKS and TASKS[task].dense_only else self.methods_at(length)
+            places = itertools.product(range(self.layout.samples), methods)
+            plan += [Cell(task, length, sample, method) for sample, method in places]
+        return plan

@@ -6,7 +6,7 @@ import time
 import torch
 
 from eval_tasks.models import load_model
-from eval_tasks.synthetic import GENERATORS, synthesize
+from eval_tasks.synthetic import GENERATORS, chat, synthesize
 from nc_patch import nc_stats, patch_model
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -20,7 +20,7 @@ loaded = load_model(arguments.model)
 model, tokenizer = loaded.model, loaded.tokenizer
 # A number hidden in prose of the length that was asked for, and the question for it.
 has_template = tokenizer.chat_template is not None
-options = {"use_chat_template": has_template, "new_tokens": 16}
+options = {"new_tokens": 16, **({"render": chat(tokenizer)} if has_template else {})}
 sample = synthesize(GENERATORS["niah_single_2"], tokenizer, arguments.length, 0, 0, **options)
 prompt = tokenizer(sample.prompt, return_tensors="pt", add_special_tokens=not has_template).to(model.device)
 print(f"{prompt['input_ids'].shape[1]} tokens, which hide {', '.join(sample.answers)} and end with the question for it")

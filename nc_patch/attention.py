@@ -8,8 +8,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from nc_patch import families, steps
-from nc_patch.cache import Indexes, LayerCache, indexes_of
-from nc_patch.certificates import record, record_dense, refuse_graphs
+from nc_patch.cache import NO_CACHE, Indexes, KeyIndexMixin, indexes_of
+from nc_patch.certificates import record, record_dense
 from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once
 from nc_patch.config import NCConfig
 from nc_patch.functional import attend, backend_of, by_index, check_scale
@@ -35,8 +35,8 @@ from nc_patch.visibility import (
 )
 
 _DENSE = Dense()
-# The settings of a module that is not patched.
-_UNPATCHED = NCConfig(1.0, 1.0)
+# What a module that is not patched counts as carrying.
+_UNPATCHED = LayerPatch(NCConfig(1.0, 1.0), 0, "")
 # Steps of as many keys, rounded up, have buffers of one size.
 _LENGTHS = 1024
 
@@ -56,20 +56,20 @@ def nc_attention_forward(
         UnsupportedMaskError: the mask lets a query see several runs of keys, or is not there.
         UnsupportedModelError: the model asks for what sparse attention cannot do.
     """
-    patch: LayerPatch | None = getattr(module, PATCH_ATTRIBUTE, None)
+    patch: LayerPatch = getattr(module, PATCH_ATTRIBUTE, _UNPATCHED)
     arguments["dropout"] = dropout
-    if patch is not None and patch.observe is None:
+    if patch is not _UNPATCHED and patch.observe is None:
         repeated = steps.repeat(module, (query, key, value), attention_mask, patch, arguments)
         if repeated is not None:
             return repeated.transpose(1, 2).contiguous(), None
     compiling = torch.compiler.is_compiling()
-    crosses = patch is None and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)
+    crosses = patch is _UNPATCHED and (is_bidirectional(attention_mask) or getattr(module, "is_causal", True) is False)
     families.refuse_unsupported(module, arguments, crosses)
-    cache: LayerCache | None = arguments.get("nc_layer_cache")
-    if patch is None and not crosses and not compiling:
+    held = arguments.get("nc_layer_cache", NO_CACHE).layer
+    if patch is _UNPATCHED and not crosses and not compiling:
         families.say_unpatched(type(module).__name__)
-    if cache is not None and cache.layer is not None and not compiling:
-        cache.layer.nc_compare(key, value)
+    if held is not None and not compiling:
+        held.nc_compare(key, value)
     query, key, value = cast_for_autocast(query, key, value)
     if isinstance(attention_mask, torch.Tensor):
         (attention_mask,) = cast_for_autocast(attention_mask)
@@ -85,35 +85,35 @@ def nc_attention_forward(
 
 
 def _attention(
-    module: torch.nn.Module, problem: Problem, mask: torch.Tensor | None, patch: LayerPatch | None,
+    module: torch.nn.Module, problem: Problem, mask: torch.Tensor | None, patch: LayerPatch,
     arguments: dict[str, Any], crosses: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Attention ``[B, Hq, Lq, Dv]`` of a problem that lacks what its queries may see, and its budgets.
 
     ``arguments`` are what else was given; ``crosses``: every query may see every key.
     """
-    cache: LayerCache | None = arguments.get("nc_layer_cache")
+    held, started = arguments.get("nc_layer_cache", NO_CACHE)
     query, key, value = problem.query, problem.key, problem.value
     Lq, Lk = query.shape[2], key.shape[2]
     compiling = torch.compiler.is_compiling()
-    plan = _plan(patch, query, Lk, cache)
+    plan = _plan(patch, query, Lk, started)
     if Lq != Lk:
         families.refuse_masked_keys(module, IMPLEMENTATION, nc_attention_forward, plan.dense_reason is not None)
     if mask is None and (not crosses or problem.softcap or problem.sinks is not None):
         raise UnsupportedMaskError(families.no_mask(module))
-    observe = None if patch is None else patch.observe
-    counts = patch is not None and not compiling and not in_transform()
-    if plan.dense_reason is not None and not is_packed(mask) and observe is None:
-        if patch is not None and counts and mask is not None:
+    counts = patch is not _UNPATCHED and not compiling and not in_transform()
+    if plan.dense_reason is not None and not is_packed(mask) and patch.observe is None:
+        if counts and mask is not None:
             n = seen_keys(mask).sum(-1).expand(len(query), -1, Lq)
             visible = torch.stack((torch.zeros_like(n[:, 0]), n.amax(1)), -1)
             patch.counters.add(tally(n, visible, patch.counters.tail), plan.dense_reason)
         return _dense_by_mask(problem, mask, crosses)
     assert mask is not None
-    visibility, in_place, several = _visible_keys(module, patch, problem, mask, arguments)
+    visibility, several = _visible_keys(module, patch, problem, mask, arguments)
+    in_place = visibility.order is None and not several  # as the keys lie in a cache
     if several and plan.decoding and Lq > 1:
-        plan = _plan(patch, query, Lk, None)  # an index is of one sequence a row
-    config, decoding, selection = plan.config, plan.decoding, plan.selection
+        plan = _plan(patch, query, Lk, False)  # an index is of one sequence a row
+    config, layer, decoding, selection = patch.config, patch.layer, plan.decoding, plan.selection
     visible = visibility.visible
     problem = problem._replace(visible=visible, origin=visibility.origin)
     if visibility.order is not None:
@@ -124,34 +124,32 @@ def _attention(
             )
         problem = problem._replace(key=visibility.take(key), value=visibility.take(value))
     if not in_place:
-        families.refuse_indexes(module, cache)
+        families.refuse_indexes(module, held)
     budgets: tuple[torch.Tensor, ...] = ()
-    if plan.dense_reason is not None:
-        selection = _DENSE
-    else:
-        families.check_heads(module, config.laws(plan.layer), query.shape[1])
-        budget, budgets = _budgets(plan, visible, Lk)
+    if plan.dense_reason is None:
+        families.check_heads(module, config.laws(layer), query.shape[1])
+        budget, budgets = _budgets(patch, visible, Lk, decoding)
         problem = problem._replace(budget=budget)
     kept = Indexes()
-    if patch is not None and not plan.short and not config.is_dense(plan.layer):
-        problem, kept = _with_indexes(plan, problem, cache if in_place else None)
+    if patch is not _UNPATCHED and Lk > config.dense_below and not config.is_dense(layer):
+        problem, kept = _with_indexes(plan, patch, problem, held if in_place else None)
     result, dense_reason = _run(plan, patch, problem, selection, in_place), plan.dense_reason
-    if cache is not None and cache.layer is not None and not compiling:
-        cache.layer.nc_done()
-    if plan.measures and patch is not None:
+    if held is not None and not compiling:
+        held.nc_done()
+    if plan.measures:
         phase = "decode" if decoding else "prefill"
-        if isinstance(selection, Dense):
-            record_dense(patch.counters, config, problem, phase)
-        elif record(patch.counters, config, problem, result, plan.layer, phase):
+        if selection is _DENSE:
+            record_dense(patch, problem, phase)
+        elif record(patch, problem, result, phase):
             result, selection = _run(plan, patch, problem, _DENSE, in_place), _DENSE
             dense_reason = f'it dropped more than max_dropped_mass={config.max_dropped_mass:g}, with on_drop="dense"'
-            record_dense(patch.counters, config, problem, phase)
-    if observe is not None:
-        observe(Observed(plan.layer, problem, result.output))
-    if patch is not None and counts:
+            record_dense(patch, problem, phase)
+    if patch.observe is not None:
+        patch.observe(Observed(layer, problem, result.output))
+    if counts:
         _count(patch, problem, result.attended if selection.counts_attended else None, dense_reason)
-        repeats = decoding and in_place and cache is not None and cache.layer is not None and dense_reason is None
-        alike = problem.sinks is None and not plan.measures and observe is None and steps.is_plain(problem[:3])
+        repeats = decoding and in_place and held is not None and dense_reason is None
+        alike = problem.sinks is None and not plan.measures and patch.observe is None and steps.is_plain(problem[:3])
         if repeats and alike:
             backend, _ = backend_of(problem, selection, config.backend)
             run = selection.bound(problem, backend)
@@ -162,29 +160,25 @@ def _attention(
 class _Plan(NamedTuple):
     """What a call does, as far as that follows from the settings, the cache and the number of queries.
 
-    ``short``: there are too few keys for sparse attention to pay. ``host_reads``: whether a value may be read on the
-    host. ``measures``: whether kept mass is.
+    ``host_reads``: whether a value may be read on the host. ``measures``: whether kept mass is.
     """
 
-    config: NCConfig
-    layer: int
     decoding: bool
     selection: Selection
     dense_reason: str | None
-    short: bool
     host_reads: bool
     measures: bool
 
 
-def _plan(patch: LayerPatch | None, query: torch.Tensor, key_length: int, cache: LayerCache | None) -> _Plan:
-    config, layer = (_UNPATCHED, 0) if patch is None else (patch.config, patch.layer)
+def _plan(patch: LayerPatch, query: torch.Tensor, key_length: int, started: bool) -> _Plan:
+    config, layer = patch.config, patch.layer
     # A prompt in pieces, whose last may be short, chooses as if it were whole.
     together = config.prefill.chooses_together and config.decode.chooses_together
-    continues = cache is not None and cache.started and query.shape[2] <= MAX_DECODE_QUERIES and not together
+    continues = started and query.shape[2] <= MAX_DECODE_QUERIES and not together
     decoding = query.shape[2] == 1 or continues
     selection = config.decode if decoding else config.prefill
-    short, reason = False, None
-    if patch is None:
+    reason = None
+    if patch is _UNPATCHED:
         reason = "the module is not patched"
     elif layer in config.dense_layers:
         reason = "the layer is in dense_layers"
@@ -193,94 +187,92 @@ def _plan(patch: LayerPatch | None, query: torch.Tensor, key_length: int, cache:
     elif config.is_dense(layer):
         reason = "alpha >= 1 with C = 1 attends every key"
     elif key_length <= config.dense_below:
-        short, reason = True, f"no query sees more than dense_below={config.dense_below} keys"
+        reason = f"no query sees more than dense_below={config.dense_below} keys"
     host_reads = not torch.compiler.is_compiling() and not is_capturing(query)
     # Inside torch.func's transforms a value of the computation may stand for many.
     readable = host_reads and not in_transform()
     if config.on_drop != "ignore" and reason is None and not readable:
-        refuse_graphs(config.on_drop, layer)
-    measures = patch is not None and (config.track or config.on_drop != "ignore") and readable
-    return _Plan(config, layer, decoding, selection, reason, short, host_reads, measures)
-
-
-class _Seen(NamedTuple):
-    """What the queries of a call see, whether that counts in the keys of the cache, and whether in several sequences.
-
-    It does not where keys have been left out or sequences were cut apart, of which the cache knows nothing.
-    """
-
-    visibility: Visibility
-    in_place: bool
-    several: bool
+        raise RuntimeError(
+            f'on_drop="{config.on_drop}" reads in layer {layer} how much was dropped, which neither '
+            "torch.compile(fullgraph=True) nor a CUDA graph can, nor a transform of torch.func: set "
+            'on_drop="ignore" (track=True has no effect there), or run without them'
+        )
+    measures = (config.track or config.on_drop != "ignore") and readable
+    return _Plan(decoding, selection if reason is None else _DENSE, reason, host_reads, measures)
 
 
 def _visible_keys(
-    module: torch.nn.Module, patch: LayerPatch | None, problem: Problem, mask: torch.Tensor, arguments: dict[str, Any]
-) -> _Seen:
-    """What the queries of a problem see, by its mask and by the ``BOUNDARIES`` that were given or told."""
+    module: torch.nn.Module, patch: LayerPatch, problem: Problem, mask: torch.Tensor, arguments: dict[str, Any]
+) -> tuple[Visibility, bool]:
+    """What the queries of a problem see, by its mask and by the ``BOUNDARIES`` that were given or told; and whether
+    they may be of several sequences, of which a cache knows nothing.
+    """
     told, name = told_boundaries(), type(module).__name__
     boundaries = {each: arguments[each] if arguments.get(each) is not None else told.get(each) for each in BOUNDARIES}
     lengths = (len(problem.query), problem.query.shape[2], problem.key.shape[2])
-    if patch is not None and is_bidirectional(mask):
+    if patch is not _UNPATCHED and is_bidirectional(mask):
         raise UnsupportedMaskError(
             f"{name} got a bidirectional mask, and sparse attention is causal. Unpatch the model, or use it as a "
             "decoder."
         )
     if not is_packed(mask):  # the caller may write to it between calls
         found = visibility_of(mask, *lengths, name)
-        return _Seen(split_sequences(found, **{**boundaries, "position_ids": None}), False, True)
-    families.refuse_missing_keys(module, 0 if patch is None else patch.layer, mask, lengths[2])
+        return split_sequences(found, **{**boundaries, "position_ids": None}), True
+    families.refuse_missing_keys(module, patch.layer, mask, lengths[2])
     if not torch.compiler.is_compiling() and made_for(mask) is None and "_hf_hook" in vars(module):
         say_once(
             "accelerate copies the mask for each layer, which works out again what follows from it, because the model "
             "was patched before it was dispatched. To save that time call patch_model again."
         )
 
-    def look() -> _Seen:
+    def look() -> tuple[Visibility, bool]:
         found = visibility_of(mask, *lengths, name)
-        if is_bidirectional(mask):
-            return _Seen(found, False, False)
-        cut = split_sequences(found, **boundaries)
+        cut = found if is_bidirectional(mask) else split_sequences(found, **boundaries)
         several = cut is not found and not torch.compiler.is_compiling()
         if several and getattr(module.config, "attention_chunk_size", None):
             raise UnsupportedMaskError(
                 f"{name} attends by chunks, which begin anew with each packed sequence, and a mask that is made for a "
                 "cache has them elsewhere. Pass use_cache=False."
             )
-        return _Seen(cut, cut.order is None and not several, several)
+        return cut, several
 
-    seen: _Seen = once(mask, ("seen", lengths, *boundaries.values()), look)
+    seen: tuple[Visibility, bool] = once(mask, ("seen", lengths, *boundaries.values()), look)
     return seen
 
 
-def _budgets(plan: _Plan, visible: torch.Tensor, key_length: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def _budgets(
+    patch: LayerPatch, visible: torch.Tensor, key_length: int, decoding: bool
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The budgets of a layer's queries; and those of all layers, where they differ and were found at once."""
-    config, laws = plan.config, plan.config.laws(plan.layer)
-    if config.layers is not None and plan.decoding and not torch.compiler.is_compiling():
+    config, laws = patch.config, patch.config.laws(patch.layer)
+    if config.layers is not None and decoding and not torch.compiler.is_compiling():
         find_all = lambda: config.budgets_by_layer(visible, key_length)  # noqa: E731
         budgets: tuple[torch.Tensor, ...] = once(visible, ("budgets", config, key_length), find_all)
-        return budgets[plan.layer], budgets
-    find = lambda: config.row_budgets(visible, key_length, plan.layer)  # noqa: E731
+        return budgets[patch.layer], budgets
+    find = lambda: config.row_budgets(visible, key_length, patch.layer)  # noqa: E731
     if len(laws) > 1:  # large, and as a rule of one layer alone
         return find(), ()
     return once(visible, ("budget", laws, config.min_keys, config.dense_below, key_length), find), ()
 
 
-def _with_indexes(plan: _Plan, problem: Problem, cache: LayerCache | None) -> tuple[Problem, Indexes]:
+def _with_indexes(
+    plan: _Plan, patch: LayerPatch, problem: Problem, held: KeyIndexMixin | None
+) -> tuple[Problem, Indexes]:
     """The problem with what a layer decodes by, and that, brought up to date."""
-    config, key, value = plan.config, problem.key, problem.value
+    config, key, value = patch.config, problem.key, problem.value
     # Without an index decoding has a gradient; what cannot do without has none, and says so in backward.
     if not config.decode.needs_index and needs_gradient(*problem[:3], problem.sinks):
         return problem, Indexes()
     detached = problem
     if key.requires_grad or value.requires_grad:
         detached = problem._replace(key=key.detach(), value=value.detach())
-    kept = indexes_of(config, detached, cache, plan.decoding, plan.decoding and plan.dense_reason is None)
+    decodes = plan.decoding and plan.dense_reason is None
+    kept = indexes_of(config, detached, held, plan.decoding, decodes)
     if plan.decoding and kept.means is not None:
         problem = problem._replace(means=PageMeans(*kept.means.tensors()), new=kept.new)
-    if plan.dense_reason is None and plan.decoding and kept.choosing is not None:
+    if decodes and kept.choosing is not None:
         Lk = key.shape[2]
-        most = config.largest_budget(Lk, plan.layer) if torch.compiler.is_compiling() else _most(config, Lk)
+        most = config.largest_budget(Lk, patch.layer) if torch.compiler.is_compiling() else _most(config, Lk)
         problem = by_index(problem, kept.choosing, most)._replace(new=kept.new)
     return problem, kept
 
@@ -291,15 +283,14 @@ def _most(config: NCConfig, key_length: int) -> int:
     return config.largest_budget(-(-key_length // _LENGTHS) * _LENGTHS)
 
 
-def _run(
-    plan: _Plan, patch: LayerPatch | None, problem: Problem, selection: Selection, in_place: bool
-) -> AttentionResult:
+def _run(plan: _Plan, patch: LayerPatch, problem: Problem, selection: Selection, in_place: bool) -> AttentionResult:
     """Attention of a problem by a selection, which may be that of all keys whatever the plan's is."""
-    backend, query, Lk = plan.config.backend, problem.query, problem.key.shape[2]
+    backend, query, Lk = patch.config.backend, problem.query, problem.key.shape[2]
     if selection is _DENSE:
         problem = problem._replace(key_index=(), means=None, new=0)
         by_kernel = False
-        if patch is not None and query.shape[2] > 1 and backend in ("auto", "cpu") and not needs_gradient(*problem[:3]):
+        prompt = patch is not _UNPATCHED and query.shape[2] > 1
+        if prompt and backend in ("auto", "cpu") and not needs_gradient(*problem[:3]):
             # The kernel for CPUs is faster than PyTorch's for a prompt, and PyTorch's for a single query.
             implemented = _DENSE.backends("prefill")
             chosen, _ = choose_backend("auto", query.device, head_dims=problem.head_dims, implemented=implemented)
@@ -312,7 +303,7 @@ def _run(
     elif plan.measures:
         bounded = problem.phase == "decode" and selection.bounds_kept_mass
         estimated = problem.phase != "decode" and selection.estimates
-        seed = patch.audit_seed if patch is not None and estimated else -1
+        seed = patch.audit_seed if estimated else -1
         problem = problem._replace(stats=not bounded and not estimated, bounds=bounded, audit_seed=seed)
     return attend(problem, selection, backend)
 
@@ -351,19 +342,17 @@ def _count(patch: LayerPatch, problem: Problem, own: torch.Tensor | None, dense_
 
     What follows from the intervals and the settings alone is worked out once for all layers.
     """
-    visible, tail = problem.visible, patch.counters.tail
+    visible, tail, config = problem.visible, patch.counters.tail, patch.config
     attended = problem.budget if own is None else own
+    law: tuple[Any, ...] = ()
     if dense_reason is not None:
-        n = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
-        counts = once(visible, ("tally", "dense", tail), lambda: tally(n, visible, tail))
-    elif attended.shape[-1] <= MAX_DECODE_QUERIES:
+        attended = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
+    elif own is not None or attended.shape[-1] <= MAX_DECODE_QUERIES:
         patch.counters.add_later(attended, visible)
         return
-    elif own is not None:
-        counts = tally(own, visible, tail)
     else:
-        law = (patch.config.laws(patch.layer), patch.config.min_keys, patch.config.dense_below)
-        counts = once(visible, ("tally", *law, tail), lambda: tally(attended, visible, tail))
+        law = (config.laws(patch.layer), config.min_keys, config.dense_below)
+    counts = once(visible, ("tally", law, tail), lambda: tally(attended, visible, tail))
     patch.counters.add(counts, dense_reason)
 
 

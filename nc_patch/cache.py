@@ -27,6 +27,9 @@ class LayerCache(NamedTuple):
     started: bool
 
 
+NO_CACHE = LayerCache(None, False)
+
+
 def _state(keys: torch.Tensor) -> tuple[torch.Size, int | None]:
     """The shape of keys, and how often they were written."""
     return keys.shape, None if keys.is_inference() else keys._version
@@ -267,7 +270,7 @@ class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
 _INDEXED: dict[type, Any] = {DynamicLayer: IndexedDynamicLayer, StaticLayer: IndexedStaticLayer}
 
 
-def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
+def layer_cache(cache: Any, layer: int | None) -> LayerCache:
     """What a cache, if any, holds for an attention layer that is about to run.
 
     Replaces the cache's layer by one that carries an index where it can, but not while ``torch.compile`` traces.
@@ -275,10 +278,10 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache | None:
     if isinstance(cache, EncoderDecoderCache):  # patched modules are those of self-attention
         cache = cache.self_attention_cache
     if not isinstance(cache, Cache) or layer is None:
-        return None
+        return NO_CACHE
     while len(cache.layers) <= layer:
         if getattr(cache, "layer_class_to_replicate", None) is None:
-            return None
+            return NO_CACHE
         cache.layers.append(cache.layer_class_to_replicate())
     found: Any = cache.layers[layer]
     compiling = torch.compiler.is_compiling()
@@ -306,11 +309,11 @@ class Indexes(NamedTuple):
     new: int = 0
 
 
-def indexes_of(config: NCConfig, problem: Problem, cache: LayerCache | None, decoding: bool, later: bool) -> Indexes:
+def indexes_of(config: NCConfig, problem: Problem, layer: KeyIndexMixin | None, decoding: bool, later: bool) -> Indexes:
     """The indexes of a layer, built for the call or kept by the cache and brought up to date; with ``later`` these have
     room for the new keys, which decoding takes in itself.
     """
-    selection, kind, layer = config.decode, config.decode.index_kind, None if cache is None else cache.layer
+    selection, kind = config.decode, config.decode.index_kind
     if not problem.visible.numel():
         return Indexes()
 

@@ -7,10 +7,9 @@ a learned sink and the means of ``tail="mean"``. A certificate is an interval th
 import torch
 
 from nc_patch.common import DroppedMassError, logger
-from nc_patch.config import NCConfig
+from nc_patch.layers import LayerPatch
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rounding import rounding_bounds
-from nc_patch.stats import LayerCounters
 from nc_patch.visibility import own_keys
 
 # By how much an estimate may fall short without being said to, for its own rounding.
@@ -19,15 +18,14 @@ _ESTIMATE_ROUNDING = 1e-5
 
 @torch.compiler.disable
 @torch.no_grad()
-def record(
-    counters: LayerCounters, config: NCConfig, problem: Problem, result: AttentionResult, layer: int, phase: str
-) -> bool:
+def record(patch: LayerPatch, problem: Problem, result: AttentionResult, phase: str) -> bool:
     """Counts the kept mass of a call, and does what ``on_drop`` asks where it is too little.
 
     ``result`` has an audit, or what ``certified_bounds`` needs. Returns whether the call is to be done again, dense; it
     is then not counted. Raises DroppedMassError where ``on_drop`` is ``"raise"``.
     """
-    limit, audit, mass = 1 - config.max_dropped_mass, result.audit, counters.mass[phase]
+    config, counters, audit = patch.config, patch.counters, result.audit
+    limit, mass = 1 - config.max_dropped_mass, counters.mass[phase]
     if audit is None:
         bounds = certified_bounds(result, problem)
         kept = bounds[..., 0]
@@ -35,7 +33,7 @@ def record(
         kept = (audit[None, :-1, 1:2].double() / audit[None, :-1, :1]).nan_to_num(nan=1.0).clamp(0, 1)
     error = None
     if config.on_drop != "ignore":
-        error = find_drop(kept, problem, limit, layer=layer, phase=phase, certified=audit is None)
+        error = find_drop(kept, problem, limit, layer=patch.layer, phase=phase, certified=audit is None)
     first = error is not None and counters.add_exceeded()
     if error is not None and config.on_drop == "dense":
         return True
@@ -51,10 +49,10 @@ def record(
 
 
 @torch.compiler.disable
-def record_dense(counters: LayerCounters, config: NCConfig, problem: Problem, phase: str) -> None:
+def record_dense(patch: LayerPatch, problem: Problem, phase: str) -> None:
     """Counts a call that attended every key."""
     whole = torch.ones((), device=problem.visible.device).expand(*problem.query.shape[:3], 2)
-    counters.mass[phase].add_bounds("dense", whole, problem.visible, 1 - config.max_dropped_mass)
+    patch.counters.mass[phase].add_bounds("dense", whole, problem.visible, 1 - patch.config.max_dropped_mass)
 
 
 def find_drop(
@@ -82,15 +80,6 @@ def find_drop(
         'max_dropped_mass, leave the layer dense with dense_layers, or set on_drop="dense".'
     )
     return DroppedMassError(message, layer=layer, head=head, position=position, kept_mass=share, certified=certified)
-
-
-def refuse_graphs(on_drop: str, layer: int) -> None:
-    """Raises RuntimeError: a compiled or captured graph, or a transform, cannot look at what it has dropped."""
-    raise RuntimeError(
-        f'on_drop="{on_drop}" reads in layer {layer} how much was dropped, which neither torch.compile(fullgraph=True) '
-        'nor a CUDA graph can, nor a transform of torch.func: set on_drop="ignore" (track=True has no effect there), '
-        "or run without them"
-    )
 
 
 def certified_bounds(result: AttentionResult, problem: Problem) -> torch.Tensor:

@@ -88,12 +88,6 @@ def as_number(value: Any) -> int | float | None:
     return float(value)
 
 
-def as_bool(value: Any) -> bool | None:
-    """The value as a bool, or None where it is neither true nor false; 0 and 1 are numbers."""
-    value = plain(value)
-    return value if isinstance(value, bool) else None
-
-
 class _Short(reprlib.Repr):
     """Representations of whatever a user or a file may give: never long, never deep."""
 
@@ -139,9 +133,9 @@ def check_number(name: str, value: Any, allowed: str, ok: Callable[[float], bool
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """A setting as a bool; raises TypeError unless it is one."""
-    found = as_bool(value)
-    if found is None:
+    """A setting as a bool; raises TypeError unless it is one, which 0 and 1 are not."""
+    found = plain(value)
+    if not isinstance(found, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return found
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -22,21 +22,17 @@ from nc_patch.common import (
     plain,
     shown,
 )
-from nc_patch.ops.backends import BACKENDS
+from nc_patch.ops.backends import BACKENDS, Backend
 from nc_patch.selections import Block, Selection, TopK, selection_class, selection_names
 
-Backend = Literal["auto", "triton", "cpu", "torch"]
 IndexUse = Literal["auto", "always", "never"]
 OnDrop = Literal["ignore", "warn", "raise", "dense"]
 PerHead = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
-INDEX_USES: tuple[IndexUse, ...] = ("auto", "always", "never")
-ON_DROP: tuple[OnDrop, ...] = ("ignore", "warn", "raise", "dense")
 # The budget of patch_model(model): see the table in docs/choosing.md.
 DEFAULT_ALPHA, DEFAULT_C = 12.0, 0.5
 DEFAULT_DENSE_BELOW = 1024
-DEFAULT_PREFILL, DEFAULT_DECODE = Block(), TopK()
-_DEFAULT_SELECTIONS = {"prefill": DEFAULT_PREFILL, "decode": DEFAULT_DECODE}
+_DEFAULT_SELECTIONS: dict[str, Selection] = {"prefill": Block(), "decode": TopK()}
 _PHASES = tuple(_DEFAULT_SELECTIONS)
 # Options of earlier versions, which files may still hold with the value that was their default.
 _REMOVED = {"estimator": "sampled", "refine": True, "law": "power"}
@@ -80,8 +76,8 @@ class NCConfig:
     alpha: PerHead
     C: PerHead = 0.0
     _: KW_ONLY
-    prefill: Selection = DEFAULT_PREFILL
-    decode: Selection = DEFAULT_DECODE
+    prefill: Selection = _DEFAULT_SELECTIONS["prefill"]
+    decode: Selection = _DEFAULT_SELECTIONS["decode"]
     min_keys: int = 1
     dense_below: int = DEFAULT_DENSE_BELOW
     track: bool = False
@@ -92,7 +88,7 @@ class NCConfig:
     key_index: IndexUse = "auto"
 
     def __init__(self, alpha: Any, C: Any = 0.0, **options: Any) -> None:
-        settings = _known({"alpha": alpha, "C": C, **options})
+        settings = check_option_names({"alpha": alpha, "C": C, **options})
         given = _DEFAULTS | {name: value for name, value in settings.items() if name in _DEFAULTS}
         fields: dict[str, Any] = {
             **_selections_of(settings),
@@ -233,11 +229,11 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "min_keys": partial(check_integer, least=1),
     "dense_below": partial(check_integer, least=0),
     "track": check_bool,
-    "on_drop": partial(check_choice, allowed=ON_DROP),
+    "on_drop": partial(check_choice, allowed=get_args(OnDrop)),
     "max_dropped_mass": partial(check_number, allowed="a number in [0, 1)", ok=lambda v: 0 <= v < 1),
     "dense_layers": lambda name, value: _layers(value),
     "backend": partial(check_choice, allowed=BACKENDS),
-    "key_index": partial(check_choice, allowed=INDEX_USES),
+    "key_index": partial(check_choice, allowed=get_args(IndexUse)),
 }
 
 
@@ -248,11 +244,6 @@ def option_owners() -> dict[str, list[tuple[type[Selection], str]]]:
         for option in kind.options:
             owners.setdefault(kind.shorthand.get(option, option), []).append((kind, option))
     return owners
-
-
-def check_option_names(names: Iterable[str]) -> None:
-    """Raises TypeError where a name is no setting of ``NCConfig``; the message lists those that there are."""
-    _known(dict.fromkeys(names))
 
 
 def as_selection(name: str, given: Any) -> Selection:
@@ -297,8 +288,8 @@ def _selections_of(settings: Mapping[str, Any]) -> dict[str, Selection]:
     return chosen
 
 
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings; raises TypeError where a name is none."""
+def check_option_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``NCConfig`` by name; raises TypeError where a name is none, and lists those that there are."""
     names = ["alpha", "C", *_PHASES, *_DEFAULTS, *option_owners(), "selection"]
     unknown = [name for name in settings if name not in names]
     if unknown:

@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,9 @@ from nc_patch.config import NCConfig
 from nc_patch.families import refuse_unsupported
 from nc_patch.functional import check_scale
 from nc_patch.hooks import PAGED_IMPLEMENTATION
-from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch
-from nc_patch.paged import PagedKeys, summarize_slots_
-from nc_patch.selections.base import Selection
-from nc_patch.serving import Chunk, DecodingRows, ServedLayer, chunk
+from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, patches_of
+from nc_patch.paged import PagedKeys, PagedRows, summarize_slots_
+from nc_patch.serving import Chunk, ServedLayer, chunk
 from nc_patch.stats import tally
 
 
@@ -38,14 +37,6 @@ def serve(model: torch.nn.Module, sparse: bool) -> None:
         part.__dict__.pop("init_continuous_batching", None)
         if sparse:
             part.init_continuous_batching = StartSession(part)
-
-
-def _patched_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [module for module in model.modules() if PATCH_ATTRIBUTE in module.__dict__]
-
-
-def _patches(model: torch.nn.Module) -> list[LayerPatch]:
-    return [module.__dict__[PATCH_ATTRIBUTE] for module in _patched_modules(model)]
 
 
 class StartSession:
@@ -89,7 +80,7 @@ def _refuse_settings(model: Any, generation: Any, settings: Any) -> None:
         )
     from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
-    patches = _patches(model)
+    patches = list(patches_of(model).values())
     config, decode = patches[0].config, patches[0].config.decode
     kinds = group_layers_by_attn_type(model.config.get_text_config()).keys() - {"full_attention"}
     sparse = not all(config.is_dense(patch.layer) for patch in patches)
@@ -103,9 +94,8 @@ def _refuse_settings(model: Any, generation: Any, settings: Any) -> None:
         "and be observed: use generate": any(patch.observe for patch in patches),
         "with cpu_offload_space, which leaves page statistics behind: set it to 0": settings.cpu_offload_space,
         f"with page_size={settings.page_size}: give a multiple of {decode.page_size}, the keys per page": misfit,
-        f"with use_cuda_graph={graphs}, as it reads what a pass holds on the host: leave it out": graphs not in (
-            *(None, False), (False, False)
-        ),
+        f"with use_cuda_graph={graphs}, as it reads what a pass holds on the host: leave it out":
+            graphs not in (None, False, (False, False)),
         "with a quantized cache: leave cache_implementation out": generation.cache_implementation == "quantized",
     }  # fmt: skip
     for what, applies in refused.items():
@@ -132,7 +122,7 @@ class SparseManager(ContinuousBatchingManager):
 
     @contextmanager
     def _paged_attention(self) -> Iterator[None]:
-        own = (module.config for module in _patched_modules(self.model))
+        own = (module.config for module in patches_of(self.model))
         configs: list[Any] = [self.model.config, self.model.config.get_text_config(), *own]
         before = {id(config): (config, config._attn_implementation) for config in configs}
         try:
@@ -147,7 +137,8 @@ class SparseManager(ContinuousBatchingManager):
         with self._paged_attention():
             processor = super()._create_batch_processor()
         if not hasattr(processor.cache, "nc_sparse"):
-            sparse = processor.cache.nc_sparse = SparseCache(processor.cache, _patches(self.model)[0].config)
+            patch = next(iter(patches_of(self.model).values()))
+            sparse = processor.cache.nc_sparse = SparseCache(processor.cache, patch.config)
             inputs = processor.inputs_and_outputs
             inputs.prepare_batch_tensors = partial(sparse.prepare, inputs.prepare_batch_tensors)
         return processor
@@ -180,15 +171,15 @@ class Batch(NamedTuple):
     Attributes:
         slots: int64 ``[T]``, where new keys go, as in ``summarize_slots_``. block, place: int64 ``[T]``, the same.
         rows: int64 ``[R]``, which queries choose pages, as ``decoding`` says.
-        chunks: the other queries, of prompts and generated ones, with the selection of each.
+        chunks: the other queries, of prompts and generated ones.
     """
 
     slots: torch.Tensor
     block: torch.Tensor
     place: torch.Tensor
     rows: torch.Tensor
-    decoding: DecodingRows
-    chunks: list[tuple[Chunk, Selection]]
+    decoding: PagedRows
+    chunks: list[Chunk]
 
 
 class SparseCache:
@@ -200,7 +191,6 @@ class SparseCache:
         self.requests: list[Request] = []
         self.page_size = config.decode.page_size if config.decode.index_kind == "pages" else 0
         self._tables = allocator.block_table
-        self._batch: Batch | None = None
         self.block_size = N = allocator.tokens_per_page
         memory = allocator.cache_tensor
         # A block holds N keys and then N values of each layer: [blocks, layers, 2, Hkv, N, D].
@@ -209,7 +199,10 @@ class SparseCache:
         self._codes = torch.zeros(*of_pages, memory.shape[-1], dtype=torch.int8, device=memory.device)
         self._scales = torch.zeros(of_pages, device=memory.device)
         layers = zip(allocator.layer_indices, blocks.unbind(1), self._codes, self._scales, strict=True)
-        self.layers = {layer: PagedKeys(both[:, 0], both[:, 1], *pages) for layer, both, *pages in layers}
+        self.layers = {
+            layer: PagedKeys(both[:, 0], both[:, 1], codes, scales, self.page_size)
+            for layer, both, codes, scales in layers
+        }
         allocator.copy_blocks = partial(self._copy_blocks, allocator.copy_blocks)
         cache.update = self._hand_on
 
@@ -225,7 +218,8 @@ class SparseCache:
 
     def prepare(self, prepare: Any, requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> None:
         """``prepare_batch_tensors``, which also takes note of what the pass holds."""
-        self.requests, self._batch, first = [], None, 0
+        self.requests, first = [], 0
+        self.__dict__.pop("batch", None)  # of the pass before
         for future in requests_in_batch:
             state, past = future.state, future.state.position_offset
             # Of a request that is computed again the initial tokens hold generated ones.
@@ -236,37 +230,32 @@ class SparseCache:
             first += end - past
         prepare(requests_in_batch, *args, **kwargs)
 
-    @property
+    @cached_property
     def batch(self) -> Batch:
         """The pass that runs; its tensors are made on first use, which is on the stream that it runs on."""
-        if self._batch is None:
-            self._batch = self._describe_pass()
-        return self._batch
-
-    def _describe_pass(self) -> Batch:
         config, N = self.config, self.block_size
         width = max(len(request.blocks) for request in self.requests)
         width = 1 << (width - 1).bit_length()  # a power of two, since plans of kernels are kept by shape
         tensor = partial(torch.tensor, device=self._codes.device)
         tables = tensor([[*r.blocks, *[0] * (width - len(r.blocks))] for r in self.requests], dtype=torch.int32)
-        slots, rows, seen, of_row, chunks = list[int](), list[int](), list[list[list[int]]](), list[int](), []
+        slots, rows, seen, of_row, chunks = list[int](), list[int](), list[int](), list[int](), []
         for number, (first, past, prompt, end, blocks) in enumerate(self.requests):
             slots += [blocks[at // N] * N + at % N for at in range(past, end)]
             middle = min(max(prompt, past), end)
             parts = [(past, middle, config.prefill)]
             if self.page_size:
                 rows += range(first + middle - past, first + end - past)
-                seen += [[[0, at + 1]] for at in range(middle, end)]
+                seen += range(middle + 1, end + 1)
                 of_row += [number] * (end - middle)
             else:
                 parts.append((middle, end, config.decode))
             for low, high, selection in parts:
                 if low < high:
                     queries = slice(first + low - past, first + high - past)
-                    chunks.append((chunk(queries, high, tables[number], selection, high == prompt), selection))
+                    chunks.append(chunk(queries, high, tables[number], selection, high == prompt))
         at_slot, of_rows = tensor(slots), tensor(rows, dtype=torch.int64)
-        visible = tensor(seen, dtype=torch.int32).view(-1, 1, 2)
-        decoding = DecodingRows(visible, tables[tensor(of_row, dtype=torch.int64)], width * N)
+        lengths = tensor(seen, dtype=torch.int32)
+        decoding = PagedRows(tables[tensor(of_row, dtype=torch.int64)], lengths, lengths[:, None], width * N)
         return Batch(at_slot, at_slot // N, at_slot % N, of_rows, decoding, chunks)
 
 
@@ -304,14 +293,14 @@ def paged_attention_forward(
     served = ServedLayer(patch.config, patch.layer, scale, float(softcap or 0.0), s_aux)
     output = query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
     if sparse.page_size:
-        summarize_slots_(paged, batch.slots, sparse.page_size, patch.config.backend)
+        summarize_slots_(paged, batch.slots, patch.config.backend)
     if len(batch.rows):
-        result = served.decode(query[0].transpose(0, 1)[batch.rows], paged, batch.decoding, sparse.page_size)
+        result = served.decode(query[0].transpose(0, 1)[batch.rows], paged, batch.decoding)
         output[batch.rows] = result.output
         assert result.attended is not None
         patch.counters.add_later(result.attended[..., None], batch.decoding.visible)
-    for part, selection in batch.chunks:
-        result, reason = served.prefill(query[:, :, part.rows], paged, part, selection)
+    for part in batch.chunks:
+        result, reason = served.prefill(query[:, :, part.rows], paged, part)
         output[part.rows] = result.output[0].transpose(0, 1)
         assert result.attended is not None
         patch.counters.add(tally(result.attended, part.visible, patch.counters.tail), reason)

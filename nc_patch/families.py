@@ -10,13 +10,13 @@ import inspect
 import re
 import textwrap
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nc_patch.cache import LayerCache
+from nc_patch.cache import KeyIndexMixin
 from nc_patch.common import BrokenCacheError, UnsupportedMaskError, UnsupportedModelError, say_once
 from nc_patch.visibility import made_for
 
@@ -33,17 +33,6 @@ _ALREADY_SPARSE = ("indexer", "block_indexer", "compressor")
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # Deeper than so many wrappers of a function nobody looks.
 _MOST_WRAPPERS = 8
-
-
-class LeftDense(NamedTuple):
-    """Modules or layers that patching leaves as they are: their names, their class or layer type, and why."""
-
-    names: tuple[str, ...]
-    kind: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{len(self.names)} x {self.kind}: {self.reason}"
 
 
 def check_is_module(model: object) -> None:
@@ -91,8 +80,12 @@ def mask_builders(model: torch.nn.Module) -> list[PreTrainedModel]:
     return [m for m in models if any(map(creates, _used_names(type(m))))]
 
 
-def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[LeftDense]:
-    """What of a model stays as it is when ``patched`` are the attention modules that are patched."""
+def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[dict[str, Any]]:
+    """What of a model stays as it is when ``patched`` are the attention modules that are patched.
+
+    Of modules or layers that are alike: their ``names``, their ``kind``, which is a class or a type of layer, and the
+    ``reason``.
+    """
     inner = _inner(model)
     if inner is None:
         return []
@@ -116,14 +109,7 @@ def left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> list[L
         for layer, kind in enumerate(types):
             if kind not in attending:
                 groups[f"{kind} layer", "has no attention over keys to patch"].append(f"layer {layer}")
-    return [LeftDense(tuple(names), kind, reason) for (kind, reason), names in groups.items()]
-
-
-def say_left_dense(model: torch.nn.Module, patched: list[torch.nn.Module]) -> None:
-    """Logs once per class of model what stays dense."""
-    parts = left_dense(model, patched)
-    if parts:
-        say_once(f"{type(model).__name__}: left as it was: {'; '.join(map(str, parts))}")
+    return [{"names": tuple(names), "kind": kind, "reason": reason} for (kind, reason), names in groups.items()]
 
 
 def _inner(model: torch.nn.Module) -> PreTrainedModel | None:
@@ -322,9 +308,9 @@ def no_mask(module: torch.nn.Module) -> str:
     )
 
 
-def refuse_indexes(module: torch.nn.Module, cache: LayerCache | None) -> None:
+def refuse_indexes(module: torch.nn.Module, held: KeyIndexMixin | None) -> None:
     """Refuses a compiled call that cannot keep the key indexes of its layer, and cannot drop them in a graph either."""
-    if torch.compiler.is_compiling() and cache is not None and cache.layer is not None and cache.layer.nc_indexes:
+    if torch.compiler.is_compiling() and held is not None and held.nc_indexes:
         raise UnsupportedMaskError(
             f"{type(module).__name__}: the mask has holes that it had not when the cache was filled, and a compiled "
             "call cannot drop the key index, which knows nothing of them. Make this call without torch.compile."

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from nc_patch.cache import layer_cache
+from nc_patch.cache import NO_CACHE, layer_cache
 from nc_patch.common import UnsupportedModelError, once
 from nc_patch.visibility import BOUNDARIES, is_packed, made_for
 
@@ -61,8 +61,8 @@ def hand_on_cache(
         cache = kwargs.get("cache")
     # A module that several layers share is told which of them it stands for.
     layer = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
-    found = None if cache is None else layer_cache(cache, layer)
-    return None if found is None else (args, {**kwargs, "nc_layer_cache": found})
+    found = layer_cache(cache, layer)
+    return None if found is NO_CACHE else (args, {**kwargs, "nc_layer_cache": found})
 
 
 def hand_on_mask(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,3 +37,9 @@ class LayerPatch:
     def audit_seed(self) -> int:
         """Seed of the rows that an audit of the next call draws: another for each layer and call."""
         return self.counters.calls * 4096 + self.layer
+
+
+def patches_of(model: torch.nn.Module) -> dict[Any, LayerPatch]:
+    """The patched attention modules of a model, and what they carry."""
+    found = ((module, module.__dict__.get(PATCH_ATTRIBUTE)) for module in model.modules())
+    return {module: patch for module, patch in found if patch is not None}

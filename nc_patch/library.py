@@ -23,9 +23,6 @@ from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.base import Selection, selection_class
 from nc_patch.selections.index import extend
 
-# Columns of an audit.
-_AUDIT_COLUMNS = 5
-
 
 def attend(selection: Selection, problem: Problem, backend: str) -> AttentionResult:
     """Attention of a problem by a selection on a backend, "torch" or "triton"; through the op where that is needed."""
@@ -65,7 +62,7 @@ def _fields(selection: Selection, problem: Problem) -> list[tuple[bool, tuple[in
         (selection.counts_attended, rows, torch.int32),
         (bounds, (*rows, 2), torch.float32),
         (estimates and selection.enlarges, (heads, 2), torch.float32),
-        (estimates and problem.audit_seed >= 0, (heads + 1, _AUDIT_COLUMNS), torch.float32),
+        (estimates and problem.audit_seed >= 0, (heads + 1, 5), torch.float32),
     ]
 
 

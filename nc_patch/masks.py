@@ -67,11 +67,8 @@ def interval_mask(
         packed = _all_keys(batch_size, q_length, kv_length, padding, device)
         return seen(0, q_length) if packed is None else packed
     compiling = torch.compiler.is_compiling()
-    found: Starts | None
-    if compiling:
-        found = _probe(mask_function, position.expand(batch_size, -1), options)
-    else:
-        found = _derive(mask_function, position)
+    every = position.expand(batch_size, -1)
+    found = _probe(mask_function, every, options) if compiling else _derive(mask_function, position)
     visibility: Visibility | None
     if found is None:
         visibility = runs_of(seen_by_tokens(), kv_length)

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 
 from nc_patch import attention  # noqa: F401  registers what transformers calls
-from nc_patch.common import as_integer
+from nc_patch.common import as_integer, say_once
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
 from nc_patch.continuous import serve
-from nc_patch.families import attention_modules, check_is_module, left_dense, mask_builders, say_left_dense
+from nc_patch.families import attention_modules, check_is_module, left_dense, mask_builders
 from nc_patch.hooks import (
     IMPLEMENTATION,
     forget_boundaries,
@@ -23,7 +23,7 @@ from nc_patch.hooks import (
     note_boundaries,
     refuse_switched,
 )
-from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed
+from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed, patches_of
 from nc_patch.stats import PatchStats, summary, total
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -63,19 +63,12 @@ def patch_model(
     modules = attention_modules(model)
     _check_shape(settings, modules)
     with _LOCK:
-        for layer, module in modules:
-            _attach(module, LayerPatch(settings, layer, _original_of(module)))
-        for module in _patches(model):  # without the checks of set_attn_implementation
-            module.config._attn_implementation_internal = IMPLEMENTATION
-        for part in mask_builders(model):
-            if note_boundaries not in part._forward_pre_hooks.values():
-                part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
-                part.register_forward_hook(forget_boundaries, always_call=True)
-        for holder in _holders(model):
-            if "_hf_hook" in vars(holder) and hand_on_mask not in holder._forward_pre_hooks.values():
-                holder.register_forward_pre_hook(hand_on_mask, with_kwargs=True)
+        patches: dict[Any, LayerPatch] = {m: LayerPatch(settings, layer, _original_of(m)) for layer, m in modules}
+        _attach(model, patches)
     serve(model, sparse=True)
-    say_left_dense(model, [module for _, module in modules])
+    parts = [f"{len(part['names'])} x {part['kind']}: {part['reason']}" for part in left_dense(model, [*patches])]
+    if parts:
+        say_once(f"{type(model).__name__}: left as it was: {'; '.join(parts)}")
     return model
 
 
@@ -85,14 +78,13 @@ def unpatch_model(model: Model) -> Model:
     Raises:
         ValueError: the model is not patched; ``is_patched`` says whether it is.
     """
-    patches, holders = _need_patches(model), _holders(model)
+    patches = _need_patches(model)
     serve(model, sparse=False)
     with _LOCK:
         for module in patches:
             delattr(module, PATCH_ATTRIBUTE)
             _PATCHED.discard(module)
-        for part in (*patches, *mask_builders(model), *holders):
-            _remove_hooks(part)
+        _remove_hooks(model)
         for module, patch in patches.items():
             # What the user has set since stays.
             switched = module.config._attn_implementation != IMPLEMENTATION
@@ -114,9 +106,7 @@ def patched(model: Model, *budget: Any, **options: Any) -> Iterator[Model]:
     finally:
         if before:
             with _LOCK:
-                for module, patch in before.items():
-                    if not _attach(module, patch):  # the block has unpatched it
-                        module.config._attn_implementation_internal = IMPLEMENTATION
+                _attach(model, before)
             serve(model, sparse=True)
         elif is_patched(model):
             unpatch_model(model)
@@ -174,8 +164,8 @@ def nc_stats(model: torch.nn.Module) -> PatchStats:
     """
     patches, names = _need_patches(model), {module: name for name, module in model.named_modules()}
     layers = [{"layer": p.layer, "name": names[module], **summary(p.counters)} for module, p in patches.items()]
-    parts = [part._asdict() for part in left_dense(model, [*patches])]
-    return PatchStats(total([patch.counters for patch in patches.values()]), layers=layers, left_dense=parts)
+    every = total([patch.counters for patch in patches.values()])
+    return PatchStats(every, layers=layers, left_dense=left_dense(model, [*patches]))
 
 
 def reset_stats(model: torch.nn.Module, tail: int | None = None) -> None:
@@ -226,8 +216,7 @@ def _settings(
 def _patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
     """The patched attention modules of a model, and what they carry."""
     check_is_module(model)
-    found = ((module, module.__dict__.get(PATCH_ATTRIBUTE)) for module in model.modules())
-    return {module: patch for module, patch in found if patch is not None}
+    return patches_of(model)
 
 
 def _need_patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
@@ -237,32 +226,33 @@ def _need_patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
     return patches
 
 
-def _holders(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers that hold a model's patched attention modules."""
-    patches = _patches(model)
-    return [module for module in model.modules() if any(child in patches for child in module.children())]
-
-
-def _remove_hooks(module: torch.nn.Module) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for number in [number for number, hook in hooks.items() if hook in _HOOKS]:
-            del hooks[number]
-            module._forward_pre_hooks_with_kwargs.pop(number, None)
-            module._forward_hooks_always_called.pop(number, None)
-
-
-def _attach(module: torch.nn.Module, patch: LayerPatch) -> bool:
-    """Gives an attention module its settings, and the hooks where it has none; returns whether it was patched."""
-    was_patched = PATCH_ATTRIBUTE in module.__dict__
-    setattr(module, PATCH_ATTRIBUTE, patch)
-    if not was_patched:
+def _attach(model: torch.nn.Module, patches: dict[Any, LayerPatch]) -> None:
+    """Gives the attention modules of a model their settings, and the model its hooks anew."""
+    _remove_hooks(model)
+    for module, patch in patches.items():
+        setattr(module, PATCH_ATTRIBUTE, patch)
+        _PATCHED.add(module)
+        module.config._attn_implementation_internal = IMPLEMENTATION  # without the checks of set_attn_implementation
         parameters = inspect.signature(type(module).forward).parameters.values()
         if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters):  # it hands them on
             module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
         else:
             module.register_forward_pre_hook(refuse_switched)
-    _PATCHED.add(module)
-    return was_patched
+    for part in mask_builders(model):
+        part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
+        part.register_forward_hook(forget_boundaries, always_call=True)
+    for layer in model.modules():
+        if "_hf_hook" in vars(layer) and any(child in patches for child in layer.children()):
+            layer.register_forward_pre_hook(hand_on_mask, with_kwargs=True)
+
+
+def _remove_hooks(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [number for number, hook in hooks.items() if hook in _HOOKS]:
+                del hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+                module._forward_hooks_always_called.pop(number, None)
 
 
 def _original_of(module: Any) -> str:

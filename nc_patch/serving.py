@@ -11,26 +11,13 @@ from nc_patch.common import once
 from nc_patch.config import NCConfig
 from nc_patch.functional import attend
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
-from nc_patch.paged import PagedKeys, paged_block_attention
+from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention
 from nc_patch.selections import Dense
 from nc_patch.selections.base import Selection
 
 
-class DecodingRows(NamedTuple):
-    """R queries that choose pages.
-
-    Attributes:
-        visible: int32 ``[R, 1, 2]``, the keys of its request that each sees. most_keys: none sees more.
-        table: int32 ``[R, M]``, the blocks of its request.
-    """
-
-    visible: torch.Tensor
-    table: torch.Tensor
-    most_keys: int
-
-
 class Chunk(NamedTuple):
-    """Queries of a request that follow each other.
+    """Queries of a request that follow each other, and what they choose by.
 
     Attributes:
         rows: their place among the step's queries. length: the keys that the last one sees.
@@ -46,6 +33,7 @@ class Chunk(NamedTuple):
     visible: torch.Tensor
     origin: torch.Tensor
     dense: tuple[int, int]
+    selection: Selection
 
 
 def chunk(rows: slice, length: int, blocks: torch.Tensor, selection: Selection, ends: bool) -> Chunk:
@@ -54,7 +42,7 @@ def chunk(rows: slice, length: int, blocks: torch.Tensor, selection: Selection, 
     visible = causal_intervals(1, count, length, blocks.device)
     first = min(-(length - count) % together, count)
     last = 0 if ends else min(length % together, count - first)
-    return Chunk(rows, length, blocks, visible, torch.zeros_like(visible[..., 0]), (first, last))
+    return Chunk(rows, length, blocks, visible, torch.zeros_like(visible[..., 0]), (first, last), selection)
 
 
 def queries_together(selection: Selection) -> int:
@@ -72,21 +60,19 @@ class ServedLayer(NamedTuple):
     sinks: torch.Tensor | None = None
     heads: slice = slice(None)
 
-    def decode(self, query: torch.Tensor, paged: PagedKeys, rows: DecodingRows, page_size: int) -> AttentionResult:
-        """Attention of ``query [R, Hq, D]`` by page statistics: output ``[R, Hq, Dv]`` and attended ``[R, Hq]``."""
-        lengths, most = rows.visible[:, 0, 1].contiguous(), rows.most_keys
-        if self.config.is_dense(self.layer):
-            budget = lengths[:, None]
-        else:
-            budget, most = self._budget(rows.visible, most)[..., 0], self.config.largest_budget(most, self.layer)
-        return paged_block_attention(
-            *(query, paged, rows.table, lengths, budget), most=most, page_size=page_size,
-            scale=self.scale, softcap=self.softcap, sinks=self.sinks, backend=self.config.backend,
-        )  # fmt: skip
+    def decode(self, query: torch.Tensor, paged: PagedKeys, rows: PagedRows) -> AttentionResult:
+        """Attention of ``query [R, Hq, D]`` by page statistics: output ``[R, Hq, Dv]`` and attended ``[R, Hq]``.
 
-    def prefill(
-        self, query: torch.Tensor, paged: PagedKeys, chunk: Chunk, selection: Selection
-    ) -> tuple[AttentionResult, str | None]:
+        The budget of ``rows`` is of every key that they see, of which this layer attends what its law says.
+        """
+        if not self.config.is_dense(self.layer):
+            budget = self._budget(rows.visible, rows.most)[..., 0]
+            rows = rows._replace(budget=budget, most=self.config.largest_budget(rows.most, self.layer))
+        return paged_block_attention(
+            query, paged, rows, scale=self.scale, softcap=self.softcap, sinks=self.sinks, backend=self.config.backend
+        )
+
+    def prefill(self, query: torch.Tensor, paged: PagedKeys, chunk: Chunk) -> tuple[AttentionResult, str | None]:
         """Attention of a chunk ``[1, Hq, Lq, D]`` over all keys of its request, and why it was dense, if it was.
 
         The result holds how many keys were attended, int32 ``[1, Hq or 1, Lq]``.
@@ -97,13 +83,13 @@ class ServedLayer(NamedTuple):
         seen = chunk.visible[:, None, :, 1]
         problem = Problem(*(query, key, value, chunk.visible, chunk.origin, seen), self.scale, self.softcap, self.sinks)
         reason = None
-        if isinstance(selection, Dense) or config.is_dense(self.layer):
+        if isinstance(chunk.selection, Dense) or config.is_dense(self.layer):
             reason = "the settings of the layer attend every key"
         elif length <= config.dense_below:
             reason = f"no query sees more than dense_below={config.dense_below} keys"
         if reason is None:
             problem = problem._replace(budget=self._budget(chunk.visible, length, *chunk.dense))
-        result = attend(problem, selection if reason is None else Dense(), config.backend)
+        result = attend(problem, chunk.selection if reason is None else Dense(), config.backend)
         return result._replace(attended=problem.budget if result.attended is None else result.attended), reason
 
     def _budget(self, visible: torch.Tensor, most_keys: int, first: int = 0, last: int = 0) -> torch.Tensor:

@@ -221,7 +221,7 @@ class LayerCounters:
             self.keys.add(counts)
 
     def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
-        """Counts one call of few queries; ``tally`` is taken of many such calls together. Arguments as there."""
+        """Counts one call; ``tally`` is taken of many calls of few queries together. Arguments as there."""
         with _LOCK:
             self.calls += 1
             self.keys.add_later(attended, visible, self.tail)

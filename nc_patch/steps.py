@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from nc_patch.cache import Indexes, LayerCache
+from nc_patch.cache import NO_CACHE, Indexes
 from nc_patch.config import NCConfig
 from nc_patch.layers import LayerPatch
-from nc_patch.ops.derivatives import in_transform
+from nc_patch.ops.derivatives import runs_directly
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.index import LAYOUTS
@@ -51,27 +51,19 @@ def remember(
     mask: torch.Tensor, module: Any, problem: Problem, arguments: dict[str, Any], kept: Indexes, **fields: Any
 ) -> None:
     """Keeps a step for the layers after this one, on the mask that they share; ``fields`` are its others."""
-    fields["alike"], fields["dense_layers"] = _alike(problem[:3], arguments), _dense_layers(fields["config"])
     others = {name: value for name, value in arguments.items() if name not in ("nc_layer_cache", "scaling")}
     indexes = [index for index in (kept.choosing, kept.means) if index is not None]
     kinds = tuple((index.kind, index.block_size, index.capacity) for index in indexes)
     paged = kept.choosing is not None and LAYOUTS[kept.choosing.kind].paged
-    step = Step(
-        problem=problem, module_config=module.config, arguments=others, kinds=kinds, paged=paged, **fields
-    )  # fmt: skip
+    fields |= {"alike": _alike(problem[:3], arguments), "dense_layers": _dense_layers(fields["config"])}
+    step = Step(problem=problem, module_config=module.config, arguments=others, kinds=kinds, paged=paged, **fields)
     setattr(mask, _ATTRIBUTE, step)
 
 
 def is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether nothing traces, transforms or differentiates a call, or casts its tensors."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and not in_transform()
-        and forward_ad._current_level < 0
-        and {torch.Tensor}.issuperset(map(type, tensors))
-        and not torch.is_autocast_enabled(tensors[0].device.type)
-    )
+    casts = torch.is_autocast_enabled(tensors[0].device.type)
+    return not torch.is_grad_enabled() and runs_directly(tensors) and forward_ad._current_level < 0 and not casts
 
 
 def repeat(
@@ -86,8 +78,7 @@ def repeat(
     ``arguments`` are what the attention function was given beside query, key and value.
     """
     step: Step | None = getattr(mask, _ATTRIBUTE, None)
-    cache: LayerCache | None = arguments.get("nc_layer_cache")
-    held = None if cache is None else cache.layer
+    held = arguments.get("nc_layer_cache", NO_CACHE).layer
     if step is None or held is None or patch.config is not step.config or patch.layer in step.dense_layers:
         return None
     told = module.config is step.module_config and module.__dict__.get("masked_key_indices") is None

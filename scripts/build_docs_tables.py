@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         "budgets": budgets,
         "prefill": prefill,
         "quality": quality,
-        "peers": peers,
+        "peers": lambda: quality("question"),  # of methods that read a question after a dense prefill
         "speed": speed,
         "times": times,
         "decode_cpu": decode_cpu,
@@ -116,11 +116,6 @@ def quality(run: str = "prefill") -> str:
             cells = [f"1 ({found['perplexity', task]:.2f})" for task in ("perplexity", "recall")]
         rows.append([find_method(name).title, *cells, _percent(found["tail_attended_fraction", "perplexity"])])
     return _markdown([f"{longest:,} tokens", "perplexity", "recall perplexity", "keys read"], rows)
-
-
-def peers() -> str:
-    """The same for methods that read a question after a dense prefill."""
-    return quality("question")
 
 
 def speed() -> str:

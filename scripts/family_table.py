@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from frame import Measurement
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "families"))
+sys.path += [str(Path(__file__).parents[1] / part) for part in ("tests", "tests/families")]
 
 from family_suite import examine
 from family_walk import families

@@ -10,6 +10,7 @@ from operations import assert_close, problem_of_case, selection_of
 from nc_patch import KeyIndex
 from nc_patch.functional import by_index
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals, visible_mask
+from nc_patch.ops.reference import final_scores, raw_scores
 from nc_patch.selections import Selection
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -76,9 +77,8 @@ class Case:
 
     def scores(self) -> torch.Tensor:
         """q·k in float64, ``[B, Hq, Lq, Lk]``, scaled and soft-capped."""
-        key = self.key.double().repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
-        scores = self.scale * (self.query.double() @ key.transpose(2, 3))
-        return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
+        problem = problem_of_case(self)
+        return final_scores(problem, raw_scores(problem))
 
     def unread(self, way: str) -> torch.Tensor:
         """Positions that nothing may be read from, bool ``[B, 1, Lk, 1]``: what no query sees.

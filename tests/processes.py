@@ -5,11 +5,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from tiny_sweep import sweep_arguments
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["eval_tasks.command"])
@@ -32,14 +30,20 @@ def start(
 
 
 def start_ranks(
-    home: Path, outs: list[str], *further: str, setups: tuple[Callable[[], None] | None, ...] = (None, None)
+    home: Path, arguments: Sequence[list[str]], setups: Sequence[Callable[[], None] | None] = (None, None)
 ) -> list[multiprocessing.process.BaseProcess]:
-    """Starts the two processes of one tiny sweep below ``home``; what they say goes to ``said0`` and ``said1``."""
+    """Starts the processes of one run, each ``nc-patch ARGUMENTS``; what they say goes to ``said0`` and ``said1``."""
     shared, ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}, []
-    for rank, (out, setup) in enumerate(zip(outs, setups, strict=True)):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(start(sweep_arguments(home, home / out, *further), home / f"said{rank}", setup, **place, **shared))
+    for rank, (own, setup) in enumerate(zip(arguments, setups, strict=True)):
+        ranks.append(start(own, home / f"said{rank}", setup, RANK=str(rank), LOCAL_RANK=str(rank), **shared))
     return ranks
+
+
+def ended(home: Path, ranks: Sequence[multiprocessing.process.BaseProcess]) -> tuple[list[int | None], str, str]:
+    """The exit codes of two processes of ``start_ranks``, and what each of them said."""
+    for process in ranks:
+        process.join(120)
+    return [process.exitcode for process in ranks], *((home / f"said{rank}").read_text() for rank in (0, 1))
 
 
 def free_port() -> int:

@@ -30,7 +30,7 @@ from triton.runtime.driver import driver
 
 import nc_patch
 from nc_patch import functional
-from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
+from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention, summarize_slots_
 
 RECORD = Path(__file__).parent.parent / "docs" / "results" / "kernel_resources.json"
 # What is called: FAMILY-DTYPE-dHEAD_DIM and options. The families are the rows of a selection, "blocks" and "pages" of
@@ -50,7 +50,6 @@ blocks-{bf16-d64-k32,bf16-d128-k16,bf16-d128-k32,bf16-d256-k16,bf16-d256-k32,fp3
 blocks-{fp16-d128-k16,fp32-d64-k16,fp32-d128-k32,fp32-d256-k16}
 blocks-bf16-d128-k16{-audit,-min_mass,-min_mass-audit}
 encode-{bf16-d64,bf16-d80,bf16-d128,bf16-d256,fp16-d80,fp32-d128,fp32-d256}
-means-{bf16-touched,bf16-touched-many,fp32-touched-many}
 summarize-{bf16-d128-p128,fp16-d80-p64}
 pages-{bf16-d64-p16,bf16-d64-p16-many_pages,bf16-d128-p32,bf16-d128-p128-softcap,bf16-d256-p128-softcap}
 pages-{bf16-d64-p16,bf16-d128-p32,bf16-d256-p128-softcap,fp16-d96-p64-sinks,fp32-d128-p128-softcap}-paged
@@ -136,7 +135,7 @@ def call(case: str) -> None:
     numbers = dict(re.findall(r"([dvkpq])(\d+)", "-".join(options)))
     head_dim = int(numbers.get("d", 128))
     block_size = int(numbers.get("k", numbers.get("p", 32)))
-    decodes, few = family in ("codes", "pages"), "few_rows" in options or options == ["touched"]
+    decodes, few = family in ("codes", "pages"), "few_rows" in options
     keys = 65536 if "many_pages" in options else 16384 if decodes else 100 if few else 300
     queries = int(numbers.get("q", 1 if decodes or few else keys))
     kv_heads = 1 if "few_heads" in options else 8 if decodes and "many_pages" not in options else 2
@@ -157,10 +156,8 @@ def call(case: str) -> None:
                 tensor.set_(_long(tensor))
         return built
 
-    if family in ("encode", "summarize", "means"):
-        built = index({"encode": "codes", "summarize": "pages"}.get(family, family))
-        if few:
-            built.extend(key, 1, torch.full((1,), keys, dtype=torch.int32), value)
+    if family in ("encode", "summarize"):
+        index({"encode": "codes", "summarize": "pages"}[family])
         return
     # Budgets of "blocks" leave some out; the others' are as of 131,072 keys. What is compiled follows from both.
     alpha, sizes = (64.0, {"block_size": block_size}) if family == "blocks" else (2354.0, {})
@@ -188,13 +185,13 @@ def _call_paged(dtype: torch.dtype, head_dim: int, page_size: int, options: Sequ
     shape = (1, 2, 128, head_dim)
     key, value = (_long(torch.empty(shape, dtype=dtype)) for _ in "kv")
     codes = _long(torch.empty(1, 2, 128 // page_size, 3, head_dim, dtype=torch.int8))
-    paged = PagedKeys(key, value, codes, torch.empty(codes.shape[:-1]))
-    summarize_slots_(paged, torch.zeros(4, dtype=torch.int64), page_size, "triton")
+    paged = PagedKeys(key, value, codes, torch.empty(codes.shape[:-1]), page_size)
+    summarize_slots_(paged, torch.zeros(4, dtype=torch.int64), "triton")
     numbers = torch.ones(4, 128, dtype=torch.int32)
     paged_block_attention(
-        *(torch.empty(4, 8, head_dim, dtype=dtype), paged, numbers, numbers[:, 0], numbers[:, :1]),
-        most=2354,
-        page_size=page_size,
+        torch.empty(4, 8, head_dim, dtype=dtype),
+        paged,
+        PagedRows(numbers, numbers[:, 0], numbers[:, :1], 2354),
         scale=1.0,
         softcap=30.0 if "softcap" in options else 0.0,
         sinks=torch.zeros(8) if "sinks" in options else None,

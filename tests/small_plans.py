@@ -1,22 +1,23 @@
 """Plans of decoding by codes that are small enough for Triton's interpreter."""
 
-from typing import Any
-
 import pytest
 
+from nc_patch.ops.problem import Problem
 from nc_patch.selections.topk import decode, plan
 
 
 def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
     """Makes plans of several tiles, splits and blocks for few keys; ``splits``, ``samples`` or ``segment`` as given."""
 
-    def small(sizes: plan.Sizes, *settings: Any) -> plan.Plan:
-        made = plan.plan_for(sizes, *settings)
+    def small(problem: Problem, keys: int, architecture: str) -> plan.Plan:
+        made = plan.plan_for(problem, keys, architecture)
         splits, tile = min(made.splits, changes.get("splits", 2)), 32
-        variant = made.variant._replace(keys=tile, samples=changes.get("samples", 64), samplers=1, held=128)
-        segment = changes.get("segment", -(-(-(-sizes.keys // tile) + 1) // splits) * tile)
-        made = made._replace(variant=variant, splits=splits, parts=splits + made.parts - made.splits)
-        return plan.with_scratch(made._replace(segment=segment, stride=max(splits * segment, sizes.keys)))
+        segment = changes.get("segment", -(-(-(-keys // tile) + 1) // splits) * tile)
+        made = made._replace(
+            tile=tile, samples=changes.get("samples", 64), samplers=1, held=128, splits=splits, segment=segment,
+            stride=max(splits * segment, keys), parts=splits + made.parts - made.splits,
+        )  # fmt: skip
+        return plan.with_scratch(made, problem)
 
     monkeypatch.setattr(decode, "plan_for", small)
     monkeypatch.setattr(decode, "_STEPS", {})

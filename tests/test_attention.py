@@ -1,6 +1,5 @@
 """Every way of attending in PyTorch and in the kernels for CPUs, against the float64 definitions."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -12,7 +11,6 @@ from attention_cases import (
     PREFILL,
     TOLERANCE,
     WAYS,
-    Case,
     case_for,
     check,
     decode_case,
@@ -26,6 +24,7 @@ from operations import operation, problem_of_case
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.backends import has_numba
 from nc_patch.ops.problem import Problem, causal_intervals
+from nc_patch.ops.reference import raw_scores
 from nc_patch.selections import Block, TopK
 
 BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not has_numba(), reason="needs Numba"))]
@@ -66,7 +65,7 @@ def test_topk_chooses_the_references_keys_whatever_they_are_and_codes_bound_the_
         case.query = (case.query * 4).round()
     case.key = KINDS[kind](case.key)
     # What float32 rounds off a large logit; of still larger ones a single key has all of the softmax.
-    largest = float((case.scale * case.query.double() @ stretched(case).transpose(2, 3)).abs().max())
+    largest = float((case.scale * raw_scores(problem_of_case(case))).abs().max())
     tolerance = 1e-5 + (5e-7 * largest if largest < 1e5 else 0.0)
     new = min(new, case.query.shape[2], int((case.visible[:, -1, 1] - case.visible[:, 0, 0]).min()))
     expected = case.reference("codes")
@@ -75,11 +74,6 @@ def test_topk_chooses_the_references_keys_whatever_they_are_and_codes_bound_the_
             given = {"new": max(new, 0), "stats": False, "bounds": bounds, "tolerance": tolerance}
             check("codes", case, backend, expected=expected, **given)
         check("drop", case, backend, expected=expected, stats=False, tolerance=tolerance)
-
-
-def stretched(case: Case) -> torch.Tensor:
-    """The keys in float64, for each query head."""
-    return case.key.double().repeat_interleave(case.query.shape[1] // case.key.shape[1], 1)
 
 
 @pytest.mark.parametrize("kind", [None, *PAGE_KINDS])
@@ -138,11 +132,8 @@ def test_many_chunks_equal_one(way, monkeypatch):
 
 @pytest.mark.parametrize("way", PREFILL)
 def test_gradients_equal_those_of_the_reference(way):
-    compared = 0
     for seed in range(16):
         case = case_for(way, seed, longest=90)
-        if bool((case.rows <= 0).any()):  # the reference's own gradient is NaN where a row sees nothing
-            continue
         names = [name for name in ("query", "key", "value", "sinks") if getattr(case, name) is not None]
         gradients, weight = [], torch.randn(*case.query.shape[:3], case.value.shape[-1])
         for dtype in (torch.float32, torch.float64):
@@ -153,21 +144,6 @@ def test_gradients_equal_those_of_the_reference(way):
             gradients.append(torch.autograd.grad(output, list(leaves.values()), weight.to(output.dtype)))
         for found, expected in zip(*gradients, strict=True):
             assert relative_error(found, expected) < 1e-4, seed
-        compared += 1
-    assert compared > 5
-
-
-def test_a_row_that_sees_nothing_has_no_gradient_and_no_nan():
-    query, key, value = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
-    visible = causal_intervals(1, 6, 6, "cpu").clone()
-    visible[0, :2] = 3
-    budget = (visible[..., 1] - visible[..., 0])[:, None].clamp(max=2)
-    problem = Problem(query, key, value, visible, visible[..., 0].contiguous(), budget, 0.5)
-    output = operation(TopK(1, 1, "drop"), problem).output
-    output.sum().backward()
-    assert torch.equal(output[:, :, :2], torch.zeros(1, 2, 2, 4))
-    assert all(bool(t.grad.isfinite().all()) for t in (query, key, value))
-    assert torch.equal(query.grad[:, :, :2], torch.zeros(1, 2, 2, 4))
 
 
 @EACH
@@ -182,22 +158,3 @@ def test_memory_grows_with_keys_and_not_with_queries_times_keys(backend):
     for selection in (TopK(), Block()):
         selection.run(problem, backend)
     assert process.memory_info().rss - before < 150e6
-
-
-OPTIONS = [
-    {"query_block_size": 128, "sample_stride": 16, "local_keys": 0},
-    {"query_block_size": 32, "sample_stride": 1},
-    {"sample_stride": 64, "block_size": 64, "local_keys": 100},
-    {"sample_stride": None, "local_keys": 64},
-    {"min_mass": 0.8371},
-    {"min_mass": 0.6173, "max_factor": 1.5, "query_block_size": 128, "sample_stride": 8},
-    {"min_mass": 0.7119, "sample_stride": None, "local_keys": 16, "block_size": 32},
-]
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@EACH
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda given: ", ".join(f"{name}={x}" for name, x in given.items()))
-def test_every_setting_of_block_equals_the_reference(options, backend):
-    for seed in range(100, 108):
-        check("block", dataclasses.replace(random_case(seed, longest=300), **options), backend)

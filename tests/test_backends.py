@@ -33,6 +33,8 @@ def test_a_gpu_runs_every_selection_on_triton(selection, ampere):
         assert choose_backend("auto", **call) == ("triton", None)
         assert choose_backend("triton", **call) == ("triton", None)
         assert choose_backend("torch", **call) == ("torch", None)
+        with pytest.raises(RuntimeError, match="needs the tensors on a CPU, and they are on cuda"):
+            choose_backend("cpu", **call)
 
 
 @pytest.mark.parametrize(
@@ -81,11 +83,6 @@ def test_a_cpu_runs_compiled_kernels_and_without_numba_pytorch(numba, monkeypatc
     if not numba:
         with pytest.raises(RuntimeError, match=r"""needs Numba \(pip install 'nc_patch\[cpu\]'\)"""):
             choose_backend("cpu", device, **call)
-
-
-def test_the_kernels_for_cpus_do_not_run_on_a_gpu(ampere):
-    with pytest.raises(RuntimeError, match="needs the tensors on a CPU, and they are on cuda"):
-        choose_backend("cpu", CUDA, head_dims=(64,), implemented=TopK().backends("prefill"))
 
 
 @pytest.mark.parametrize(("selection", "head_dim"), [("topk", 512), ("block", 288)])

@@ -16,16 +16,16 @@ import torch
 from test_cache_sequences import assert_equals_fresh
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-from ways import assert_close
+from ways import BLOCKS, SETTINGS, TOPK, assert_close
 
 from nc_patch import forget_index, patch_model, patched, unpatch_model
 from nc_patch.cache import layer_cache
 from nc_patch.ops.problem import Problem
 
 OPTIONS = {
-    "topk": {"selection": "topk", "key_index": "always"},
-    "block": {"selection": "block", "block_size": 16},
-    "tail": {"selection": "topk", "key_index": "always", "tail": "mean"},
+    "topk": SETTINGS["topk by codes"],
+    "block": BLOCKS,
+    "tail": TOPK | {"key_index": "always"},
 }
 EACH_INDEX = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -106,7 +106,7 @@ def test_a_saved_cache_is_of_transformers_alone_and_goes_on_where_it_was_patched
     plain = DynamicCache()
     assert_close(run(model, cache, ids[:, 50:], *[1] * 10), run(model, found, ids[:, 50:], *[1] * 10))
     assert found.layers[0].nc_indexes
-    run(patch_model(model, 1.0, 0.7, key_index="never", selection="topk"), plain, ids[:, :50], 50)
+    run(patch_model(model, 1.0, 0.7, **OPTIONS["topk"] | {"key_index": "never"}), plain, ids[:, :50], 50)
     unpatch_model(model)
     assert_close(run(model, dense, ids[:, 50:], 10), run(model, plain, ids[:, 50:], 10))
 
@@ -122,17 +122,6 @@ def append(layer, new):
     call = Problem(new, keys, values, visible, visible[..., 0], visible.new_empty(0), scale=1.0)
     layer.nc_update(call, "codes", 16, "torch")
     layer.nc_settle()
-
-
-def test_offloading_moves_the_index_when_attention_is_done_with_it():
-    layer = layer_cache(DynamicCache(), 0).layer
-    append(layer, torch.randn(1, HEADS, 20, DIM))
-    layer.offload()
-    layer.nc_settle()
-    assert layer.nc_indexes["codes"].tensors()[0].device == layer.keys.device
-    layer.prefetch()
-    layer.nc_check()
-    assert layer.nc_indexes
 
 
 def test_an_index_that_grows_a_key_at_a_time_keeps_within_its_reserve():

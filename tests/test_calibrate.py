@@ -11,8 +11,9 @@ from processes import start_call
 from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from ways import state_of
 
-from nc_patch import ProfileError, UnsupportedModelError, calibrate, is_patched, nc_stats, patch_model
+from nc_patch import ProfileError, UnsupportedModelError, calibrate, nc_stats, patch_model
 from nc_patch.calibration import measure
 from nc_patch.calibration.calibrate import cut_pieces
 from nc_patch.calibration.measure import Plan, measure_piece
@@ -20,14 +21,6 @@ from nc_patch.patch import observed
 
 LENGTHS = (32, 64, 128)
 IDS = list(range(1, 97)) * 4
-
-
-def state_of(model) -> tuple:
-    """Everything of a model that calibration might leave changed."""
-    modes = [module.training for module in model.modules()]
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    gradients = [(p.requires_grad, p.grad) for p in model.parameters()]
-    return modes, hooks, gradients, model.config._attn_implementation, is_patched(model), model.config.to_json_string()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,17 +1,15 @@
 """``nc-patch calibrate``: the files it writes, how it refuses and shares, and what takes its profile."""
 
-import socket
-from dataclasses import replace
-
 import numpy as np
+import pandas as pd
 import pytest
-from processes import start
+from processes import ended, start_ranks
 from profiles import made_up_profile
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
 from eval_tasks.matching import MATCHES, Budgets, total_of
 from eval_tasks.methods import METHODS, budget_at
-from eval_tasks.profile_report import layer_table, profile_findings, write_profile_report
+from eval_tasks.profile_report import layer_table, profile_findings
 from eval_tasks.store import read_rows, read_run
 from nc_patch import NCConfig, Profile
 from nc_patch.cli import main
@@ -38,13 +36,11 @@ def calibrated(home):
     return home / "alone" / "profile.json"
 
 
-def test_it_writes_a_profile_a_page_and_a_picture(home, calibrated):
+def test_it_writes_a_profile_a_table_and_a_picture(home, calibrated):
     profile = Profile.load(calibrated)
     assert (profile.model, profile.lengths) == (str(home / "model"), (32, 64, 128))
     assert calibrated.with_name("calibration.png").read_bytes().startswith(b"\x89PNG")
-    page = calibrated.with_name("calibration.html").read_text(encoding="utf-8")
-    assert page.count("<table") == page.count("<img") == page.count('src="data:') == 1
-    assert "http" not in page
+    assert list(pd.read_csv(calibrated.with_name("calibration.csv"))["layer"]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("below", [None, 40])
@@ -57,13 +53,8 @@ def test_a_budget_holds_for_rows_that_are_dense_up_to_the_length_that_is_given(h
     assert f"dense_below={NCConfig(1.0).dense_below if below is None else below}." in capsys.readouterr().out
 
 
-def test_the_report_escapes_what_comes_from_outside_and_names_the_heads_that_are_not_sparse(tmp_path):
-    profile = replace(made_up_profile().at_mass(0.9), model="<script>alert(1)</script>")
-    write_profile_report(profile, tmp_path, "nc-patch calibrate --model '<b>'")
-    page = (tmp_path / "calibration.html").read_text(encoding="utf-8")
-    assert "&lt;script&gt;" in page
-    assert "<script>" not in page
-    assert "<b>" not in page
+def test_the_heads_that_are_not_sparse_are_named():
+    profile = made_up_profile().at_mass(0.9)
     assert "of 12 heads are not sparse, as they need 50 % of the keys or more (layers 1, 2)" in " ".join(
         profile_findings(profile)
     )
@@ -90,15 +81,8 @@ def test_what_does_not_fit_is_refused(home, capsys, further, message):
 
 
 def test_two_processes_find_what_one_does(home, calibrated):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [
-        start(arguments(home, "two"), home / f"said{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0], (home / "said0").read_text()
+    codes, said, _ = ended(home, start_ranks(home, [arguments(home, "two")] * 2))
+    assert codes == [0, 0], said
     assert Profile.load(home / "two" / "profile.json") == Profile.load(calibrated)
 
 
@@ -114,7 +98,7 @@ def test_the_method_profile_attends_as_many_keys_as_the_others(tmp_path, match):
         assert found == pytest.approx(total_of(512, 2.0, 0.5), rel=0.01)
     else:
         assert budget_at("profile", budgets, 256 if match == "deploy" else 512) == pytest.approx(
-            budgets.fixed, rel=0.02
+            budgets.laws["fixed"][0], rel=0.02
         )
 
 

@@ -18,7 +18,8 @@ from nc_patch import DroppedMassError, NCConfig, nc_stats, patch_model, reset_st
 from nc_patch.certificates import certified_bounds, find_drop
 from nc_patch.functional import attend
 from nc_patch.layers import Observed
-from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
+from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.ops.reference import reference_attention
 from nc_patch.selections import Dense
 
 WITHOUT_MEANS = {"topk": "drop", "codes with means": "codes"}
@@ -30,15 +31,6 @@ def run(case: Case, way: str, value: torch.Tensor) -> AttentionResult:
     return attend(problem, case.selection(way), "torch")
 
 
-def true_mass(case: Case, attended: torch.Tensor) -> torch.Tensor:
-    """The kept mass in float64 of the keys that are ``attended``, bool ``[B, Hq, Lq, Lk]``."""
-    seen = visible_mask(case.visible, case.key.shape[2])
-    kept, whole = (
-        torch.logsumexp(case.scores().masked_fill(~mask, -torch.inf), -1) for mask in (attended & seen, seen)
-    )
-    return torch.where(seen.any(-1), torch.exp(kept - whole), 1.0)
-
-
 def check_bounds(case: Case, way: str) -> torch.Tensor:
     """Asserts that the bounds hold the truth; returns their width ``[B, Hq, Lq]``."""
     length = case.key.shape[2]
@@ -47,7 +39,7 @@ def check_bounds(case: Case, way: str) -> torch.Tensor:
     result = run(case, way, ones)
     # Means of pages would show what they stand for too: the same keys are attended where they are left out.
     attended = run(case, WITHOUT_MEANS.get(way, way), ones).output
-    true = true_mass(case, attended > 0)
+    true = reference_attention(problem_of_case(case), attended > 0).kept_mass
     lower, upper = certified_bounds(result, problem_of_case(case)).double().unbind(-1)
     assert bool((lower <= true + 1e-12).all()), float((lower - true).max())
     assert bool((true <= upper + 1e-12).all()), float((true - upper).max())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 from decimal import Decimal
 from fractions import Fraction
 
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from profiles import made_up_profile
 
 from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
-from nc_patch.budget import _laws, row_budgets
-from nc_patch.common import as_bool, as_integer, as_number
+from nc_patch.budget import _laws, budget_of, budgets, budgets_for, law_values, row_budgets
+from nc_patch.common import as_integer, as_number
 from nc_patch.selections import Window
 
 NAN, INF = math.nan, math.inf
@@ -58,13 +59,18 @@ REFUSED = [
     (law, {"min_keys": 0}, ValueError, "min_keys must be at least 1, got 0"),
     (law, {"block_size": 48}, ValueError, "block_size must be one of 16, 32, 64, 128, got 48"),
     (law, {"query_block_size": 16}, ValueError, "query_block_size must be one of 32, 64, 128, got 16"),
+    (law, {"local_keys": -1}, ValueError, "local_keys must be at least 0, got -1"),
+    *((law, {"local_keys": x}, TypeError, f"local_keys must be an integer, got {x}") for x in (1.5, None)),
+    (law, {"sample_stride": 0}, ValueError, "sample_stride must be at least 1, got 0"),
     (law, {"sample_stride": 5}, ValueError, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 5"),
     (law, {"local_keys": -1}, ValueError, "local_keys must be at least 0, got -1"),
     *((law, {"local_keys": x}, TypeError, f"local_keys must be an integer, got {x}") for x in (1.5, None)),
     (law, {"sample_stride": 0}, ValueError, "sample_stride must be at least 1, got 0"),
     (law, {"min_mass": 1.0}, ValueError, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
     (law, {"max_factor": Decimal("nan")}, ValueError, "max_factor must be a number of at least 1, got "),
-    (law, {"track": 1}, TypeError, "track must be True or False, got 1"),
+    *((law, {"track": x}, TypeError, "track must be True or False, got ") for x in (0, 1, "yes", None, np.int8(1))),
+    *((law, {"dense_below": x}, ValueError, f"dense_below must be .*got {x}") for x in (-1, 2**40)),
+    *((law, {"dense_below": x}, TypeError, f"dense_below must be .*got {x}") for x in (1.5, True)),
     (law, {"dense_layers": [-1]}, ValueError, "dense_layers must be at least 0, got -1"),
     *(
         (law, {"dense_layers": wrong}, TypeError, "dense_layers must be")
@@ -173,8 +179,7 @@ def test_integers_numbers_and_truth_values_of_any_library_become_those_of_python
     assert {(as_integer(three), type(as_integer(three)), as_number(three)) for three in THREES} == {(3, int, 3)}
     assert {(as_number(half), type(as_number(half))) for half in HALVES} == {(0.5, float)}
     assert {as_integer(value) for value in NO_INTEGERS} == {as_number(value) for value in NO_NUMBERS} == {None}
-    assert as_bool(np.True_) is as_bool(torch.tensor(True)) is True
-    assert {as_bool(value) for value in (0, 1, "yes", None, np.int8(1))} == {None}
+    assert {law(track=true).track for true in (np.True_, torch.tensor(True))} == {True}
 
 
 @pytest.mark.parametrize(("three", "half"), list(zip(THREES, HALVES, strict=True)), ids=repr)
@@ -202,7 +207,50 @@ def test_lists_are_taken_from_arrays_tensors_and_any_iterable(make):
     assert np.array_equal(one.alpha, made_up_profile().at_budget(0.5, n=64, dense_layers=(0,)).alpha)
 
 
-# The budget law; test_budgets.py holds that all ways to a budget agree
+# The budget law
+
+LAWS = [(2.0, 0.5), (4.0, 0.6), (0.5, 1.0), (1.0, 1.0), (100.0, 0.0), (3.0, 1 / 3), (1e6, 0.7), (1e-3, 0.3)]
+
+
+def by_hand(n: int, alpha: float, C: float, min_keys: int, dense_below: int) -> int:
+    """The law as its description has it."""
+    return n if n <= dense_below else min(n, max(min_keys, math.ceil(alpha * float(n) ** C)))
+
+
+@pytest.mark.parametrize("dense_below", [0, 1, 63, 1024, 10**6])
+@pytest.mark.parametrize("min_keys", [1, 50])
+def test_all_ways_to_a_budget_agree(dense_below, min_keys):
+    draw = random.Random(dense_below)
+    edges = [n for n in range(dense_below - 2, dense_below + 3) if n >= 0]
+    n = torch.tensor([*range(90), 1023, 1024, 1025, *edges, 2**20, *(draw.randrange(2**20) for _ in range(200))])
+    visible = torch.stack((torch.full_like(n, 5), n + 5), -1)[None].int()
+    alphas, exponents = map(list, zip(*LAWS, strict=True))
+    of_rows = row_budgets(visible, int(n.max()), alphas, exponents, min_keys, dense_below)
+    by_head = NCConfig([alphas], [exponents], min_keys=min_keys, dense_below=dense_below)
+    assert torch.equal(by_head.row_budgets(visible, int(n.max()), 0), of_rows)
+    for head, (alpha, C) in enumerate(LAWS):
+        law = (alpha, C, min_keys, dense_below)
+        expected = [by_hand(i, *law) for i in n.tolist()]
+        assert [budget_of(i, *law) for i in n.tolist()] == expected, law
+        assert budgets(n.numpy(), *law).tolist() == expected, law
+        assert of_rows[0, head].tolist() == expected, law
+        config = NCConfig(alpha, C, min_keys=min_keys, dense_below=dense_below)
+        assert config.budget(n).tolist() == expected, law
+        assert [config.budget(i) for i in n.tolist()] == expected, law
+        assert by_head.budget(n, 0, head).tolist() == expected, law
+        assert config.row_budgets(visible, int(n.max()))[0, 0].tolist() == expected, law
+        raw = law_values(n.numpy(), alpha, C)
+        sure = (np.abs(raw - np.rint(raw)) > 1e-9 * raw) | (n.numpy() <= dense_below)
+        assert (budgets_for(n.numpy(), *law) == expected)[sure].all(), law
+
+
+@pytest.mark.parametrize("dense_below", [0, 1, 63, 200, 1000])
+def test_the_largest_budget_is_that_of_the_most_expensive_length(dense_below):
+    config = NCConfig([[2.0, 9.0], [1.0, 1.5]], [[0.5, 0.1], [0.3, 0.6]], dense_below=dense_below)
+    for layer in range(2):
+        found = [max(int(config.budget(n, layer, head)) for head in range(2)) for n in range(400)]
+        for n in (1, 2, 30, 62, 63, 64, 65, 150, 199, 200, 201, 399):
+            assert config.largest_budget(n, layer) == max(found[: n + 1])
 
 
 def test_budgets_of_many_heads_and_of_huge_n_are_exact():

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_model
-from torch.testing import assert_close
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState
@@ -39,9 +38,17 @@ def model_with(**settings: Any) -> Any:
     return patch_model(tiny_model("llama", max_position_embeddings=1024), **settings)
 
 
+def greedy(**more: Any) -> GenerationConfig:
+    return GenerationConfig(**NO_END, do_sample=False, **more)
+
+
+def memory(**options: Any) -> ContinuousBatchingConfig:
+    return ContinuousBatchingConfig(**{"page_size": 16, "num_blocks": 120, "max_batch_tokens": 64, **options})
+
+
 def alone(model: Any, prompts: Tokens) -> tuple[Tokens, list[float]]:
     """Tokens of generate for each prompt by itself, and their log-probabilities."""
-    how = GenerationConfig(**NO_END, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    how = greedy(output_logits=True, return_dict_in_generate=True)
     tokens, logprobs = [], []
     for prompt in prompts:
         found = model.generate(torch.tensor([prompt]), generation_config=how)
@@ -54,12 +61,10 @@ def alone(model: Any, prompts: Tokens) -> tuple[Tokens, list[float]]:
 
 def batched(model: Any, prompts: Tokens, copies: int = 1, **options: Any) -> tuple[Tokens, list[float]]:
     """The same of all prompts together; each ``copies`` times, which shares or copies the blocks of its prompt."""
-    settings = ContinuousBatchingConfig(
-        **{"page_size": 16, "num_blocks": 120, "max_batch_tokens": 64, "return_logprobs": True, **options}
-    )
     # Several continuations need sampling, of which top_k=1 leaves nothing to chance.
-    sampling = {"do_sample": True, "top_k": 1, "num_return_sequences": copies} if copies > 1 else {"do_sample": False}
-    found = model.generate_batch(prompts, GenerationConfig(**NO_END, **sampling), settings)
+    sampling = GenerationConfig(**NO_END, do_sample=True, top_k=1, num_return_sequences=copies)
+    how = sampling if copies > 1 else greedy()
+    found = model.generate_batch(prompts, how, memory(return_logprobs=True, **options))
     assert [output.error for output in found.values()] == [None] * (len(prompts) * copies)
     outputs = [output for output in found.values() if "child" not in output.request_id or copies > 1]
     return [output.generated_tokens for output in outputs], [x for output in outputs for x in output.logprobs]
@@ -70,7 +75,7 @@ def assert_as_alone(model: Any, prompts: Tokens, copies: int = 1, **options: Any
     found, found_logprobs = batched(model, prompts, copies, **options)
     assert found == [request for request in tokens for _ in range(copies)]
     if copies == 1:
-        assert_close(torch.tensor(found_logprobs), torch.tensor(logprobs), atol=2e-3, rtol=0)
+        assert found_logprobs == pytest.approx(logprobs, abs=2e-3)
     return tokens
 
 
@@ -102,7 +107,7 @@ def test_each_request_gets_what_it_gets_alone(prompts, dense, settings, options)
 def test_with_a_full_budget_it_is_that_of_the_unpatched_model(prompts, dense, settings):
     found, logprobs = batched(model_with(alpha=1.0, C=1.0, **settings), prompts)
     assert found == dense[0]
-    assert_close(torch.tensor(logprobs), torch.tensor(dense[1]), atol=1e-4, rtol=0)
+    assert logprobs == pytest.approx(dense[1], abs=1e-4)
 
 
 def test_block_sparse_prefill_in_pieces_of_whole_query_blocks_is_that_of_the_prompt_at_once(prompts):
@@ -117,7 +122,7 @@ def test_a_query_block_that_a_pass_cuts_attends_every_key_and_the_statistics_say
     tokens, logprobs = alone(dense, [prompt])
     found, found_logprobs = batched(model, [prompt], max_batch_tokens=40)
     assert found == tokens
-    assert_close(torch.tensor(found_logprobs), torch.tensor(logprobs), atol=2e-3, rtol=0)
+    assert found_logprobs == pytest.approx(logprobs, abs=2e-3)
     assert nc_stats(model)["attended_fraction"] == nc_stats(dense)["attended_fraction"]
 
 
@@ -128,8 +133,8 @@ def test_a_request_that_is_computed_again_continues_as_it_began(prompts, monkeyp
     )
     # Each grows out of its sixth block, and there is one block more.
     requests = [prompts[4][start : start + 95] for start in (0, 50, 100)]
-    memory = {"num_blocks": 19, "max_batch_tokens": 512, "safety_margin": 0.0, "allow_block_sharing": False}
-    assert_as_alone(model_with(**PAGES, prefill="topk"), requests, **memory)
+    little = {"num_blocks": 19, "max_batch_tokens": 512, "safety_margin": 0.0, "allow_block_sharing": False}
+    assert_as_alone(model_with(**PAGES, prefill="topk"), requests, **little)
     assert any(request.generated_tokens for request in again)
 
 
@@ -149,11 +154,9 @@ def test_a_request_counts_what_generate_counts(prompts):
 
 def test_a_session_that_is_kept_serves_again_until_the_model_is_patched_anew(prompts):
     model = model_with(**PAGES, prefill="topk")
-    how = GenerationConfig(**NO_END, do_sample=False)
-    settings = ContinuousBatchingConfig(page_size=16, num_blocks=120, max_batch_tokens=64)
     expected = alone(model, prompts)[0]
     for _ in range(2):
-        found = model.generate_batch(prompts, how, settings, persistent_manager=True)
+        found = model.generate_batch(prompts, greedy(), memory(), persistent_manager=True)
         assert [output.generated_tokens for output in found.values()] == expected
     with patched(model, **{**PAGES, "alpha": 1.0, "prefill": "topk"}):
         assert assert_as_alone(model, prompts[3:]) != expected[3:]
@@ -183,9 +186,7 @@ def test_copies_and_pickles_serve_by_themselves(prompts):
 def test_a_session_goes_on_after_a_pause_and_fails_when_the_model_is_unpatched(prompts):
     model = model_with(**PAGES, prefill="topk")
     expected = alone(model, prompts)[0]
-    settings = ContinuousBatchingConfig(page_size=16, num_blocks=120, max_batch_tokens=64)
-    how = GenerationConfig(**NO_END, do_sample=False)
-    with model.continuous_batching_context_manager(how, continuous_batching_config=settings) as manager:
+    with model.continuous_batching_context_manager(greedy(), continuous_batching_config=memory()) as manager:
         manager.add_requests(prompts)
         with manager.pause():
             assert alone(model, prompts[:2])[0] == expected[:2]

@@ -63,7 +63,6 @@ def test_every_script_and_test_that_a_page_names_exists():
         (page, name)
         for page in NAMES
         for name in re.findall(r"\b((?:scripts|tests|examples)/[\w/]+\.(?:py|sh|md))\b", (ROOT / page).read_text())
-        if not (name.startswith("tests/") and page == "docs/upstream_tests.md")  # there they are of transformers
     }
     assert len(named) > 20
     assert sorted(item for item in named if not (ROOT / item[1]).exists()) == []

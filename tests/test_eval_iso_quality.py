@@ -1,13 +1,10 @@
 """Needed budgets and fitted laws: recovered where the truth is known."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
 
-from eval_tasks.iso_quality import iso_quality
-from eval_tasks.summary import needed_table
+from eval_tasks.iso_quality import LAWS, bounded, iso_quality
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BUDGETS = (8, 16, 32, 64, 128, 256, 512)
@@ -24,80 +21,78 @@ def root(n):
 
 
 def needs(losses, within=0.0, seed=0):
-    return iso_quality("recall", "fixed-topk", losses, within, seed)
+    """The needed budgets, and the law that stands on every line."""
+    needed = iso_quality(losses, within, seed)
+    return needed, needed.iloc[0]
 
 
 def test_a_power_law_is_recovered_and_predicts_best():
-    found = needs(losses(root))
-    assert pytest.approx(0.5, abs=1e-6) == found.law.C
-    assert found.law.alpha == pytest.approx(2.0, rel=1e-5)
-    assert found.law.errors["power"] == pytest.approx(1.0, abs=1e-5)
-    assert found.law.errors["power"] < found.law.errors["logarithmic"] < found.law.errors["constant"]
-    assert list(found.needed["keys"]) == pytest.approx(list(map(root, LENGTHS)), rel=1e-6)
-    table = needed_table([found, replace(found, method="streaming", law=None)])
-    assert list(table["keys"]) == list(found.needed["keys"]) * 2
-    assert set(table.loc[table["method"] == "fixed-topk", "C"]) == {found.law.C}
-    assert table.loc[table["method"] == "streaming", ["alpha", "C", "C_low", "C_high"]].isna().all(axis=None)
+    needed, law = needs(losses(root))
+    assert (law["C"], law["alpha"]) == pytest.approx((0.5, 2.0), rel=1e-5)
+    assert law["power"] == pytest.approx(1.0, abs=1e-5)
+    assert law["power"] < law["logarithmic"] < law["constant"]
+    assert list(needed["keys"]) == pytest.approx(list(map(root, LENGTHS)), rel=1e-6)
 
 
 @pytest.mark.parametrize(("law", "best"), [(lambda n: 6.4 * np.log2(n), "logarithmic"), (lambda n: 50.0, "constant")])
 def test_another_law_is_recognised_by_what_it_predicts(law, best):
-    errors = needs(losses(law)).law.errors
-    assert errors[best] == pytest.approx(1.0, abs=1e-6)
-    assert errors[best] <= min(errors.values()) + 1e-9
+    _, found = needs(losses(law))
+    assert found[best] == pytest.approx(1.0, abs=1e-6)
+    assert found[best] <= min(found[name] for name in LAWS) + 1e-9
 
 
 def test_the_interval_of_C_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for trial in range(20):
         tilts = np.random.default_rng(trial).normal(0.0, 0.05, 30)
-        law = needs(losses(lambda n, tilts=tilts: 2.0 * n ** (0.5 + tilts), [0.0] * 30), seed=trial).law
-        covered += law.C_low <= 0.5 <= law.C_high
+        _, law = needs(losses(lambda n, tilts=tilts: 2.0 * n ** (0.5 + tilts), [0.0] * 30), seed=trial)
+        covered += law["C_low"] <= 0.5 <= law["C_high"]
     assert covered >= 16
 
 
 def test_a_margin_lets_a_smaller_budget_do():
-    strict, lax = (needs(losses(lambda n: 64.0), within) for within in (0.0, np.log(2)))
-    assert list(lax.needed["keys"]) == pytest.approx(list(strict.needed["keys"] / 2))
+    (strict, _), (lax, _) = (needs(losses(lambda n: 64.0), within) for within in (0.0, np.log(2)))
+    assert list(lax["keys"]) == pytest.approx(list(strict["keys"] / 2))
 
 
 def test_a_budget_that_none_reaches_is_none_and_one_that_the_smallest_reaches_is_a_bound():
     shifts = np.random.default_rng(0).normal(0.0, 0.1, 20)
-    found = needs(losses(lambda n: 10_000.0 if n > 1024 else 2.0, shifts - shifts.mean()))
-    assert list(found.needed["keys"].fillna(0)) == [8, 8, 0, 0, 0]
-    assert list(found.needed["at_most"]) == [True, True, False, False, False]
-    assert list(found.needed["reached"]) == pytest.approx([1, 1, 0, 0, 0])
-    assert len(found.bounded) == 5
-    assert found.law is None
+    needed, law = needs(losses(lambda n: 10_000.0 if n > 1024 else 2.0, shifts - shifts.mean()))
+    assert list(needed["keys"].fillna(0)) == [8, 8, 0, 0, 0]
+    assert list(needed["at_most"]) == [True, True, False, False, False]
+    assert list(needed["reached"]) == pytest.approx([1, 1, 0, 0, 0])
+    assert bounded(needed).all()
+    assert law[["alpha", "C", "C_low", "C_high", *LAWS]].isna().all()
 
 
 def test_lengths_where_the_budget_is_only_bounded_do_not_enter_the_law_which_takes_three_known_ones():
     """Measured with 40 and 128 keys, 2·n^0.5 is known from 512 to 2,048 tokens, and bounded below and above them."""
-    found = needs(losses(root, lengths=(256, 512, 1024, 2048, 8192), budgets=(40, 128)))
-    assert list(found.needed.loc[found.needed["at_most"], "length"]) == [256]
-    assert list(found.needed.loc[found.needed["keys"].isna(), "length"]) == [8192]
-    assert pytest.approx(0.5, abs=1e-6) == found.law.C
-    assert needs(losses(root, lengths=(256, 512, 1024, 8192), budgets=(40, 128))).law is None
+    needed, law = needs(losses(root, lengths=(256, 512, 1024, 2048, 8192), budgets=(40, 128)))
+    assert list(needed.loc[needed["at_most"], "length"]) == [256]
+    assert list(needed.loc[needed["keys"].isna(), "length"]) == [8192]
+    assert law["C"] == pytest.approx(0.5, abs=1e-6)
+    _, law = needs(losses(root, lengths=(256, 512, 1024, 8192), budgets=(40, 128)))
+    assert np.isnan(law["C"])
 
 
 def test_resamples_without_a_known_budget_widen_the_interval_and_are_not_left_out():
     """One document in ten needs far more keys, which is beyond all measured ones at the longest length."""
     shifts = np.where(np.arange(20) < 2, np.log(4.0) * 10, 0.0)
-    found = needs(losses(root, shifts - shifts.mean(), budgets=(8, 16, 32, 64, 128, 200)))
-    longest = found.needed.iloc[-1]
+    needed, law = needs(losses(root, shifts - shifts.mean(), budgets=(8, 16, 32, 64, 128, 200)))
+    longest = needed.iloc[-1]
     assert longest["reached"] < 0.975
     assert longest["high"] == 8192
     assert longest["low"] < longest["keys"] < 200
-    assert found.law.C_low < 0.5
-    assert found.law.C_high > 0.75
+    assert law["C_low"] < 0.5
+    assert law["C_high"] > 0.75
 
 
 def test_a_larger_budget_that_is_worse_again_counts_against_the_smaller():
     data = pd.DataFrame({(512, 16): [-1.0], (512, 32): [1.0], (512, 64): [-1.0]})
-    assert 32 < needs(data).needed["keys"][0] < 64
+    _, first = needs(data)
+    assert 32 < first["keys"] < 64
 
 
 def test_one_document_has_no_intervals():
-    found = needs(losses(root, [0.0]))
-    assert np.isnan(found.law.C_low)
-    assert found.needed["low"].isna().all()
+    needed, _ = needs(losses(root, [0.0]))
+    assert needed[["low", "high", "C_low", "C_high"]].isna().all(axis=None)

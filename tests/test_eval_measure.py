@@ -16,13 +16,14 @@ from tiny_models import tiny_model
 from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
 
 from eval_tasks import measure as measuring
-from eval_tasks.answers import QUESTION_TOKENS, Question, answer, build_question
+from eval_tasks.answers import QUESTION_TOKENS, answer
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.measure import PHASES, measure
 from eval_tasks.methods import METHODS, Budgets
 from eval_tasks.presses import Press, find_press
 from eval_tasks.store import read_rows
-from eval_tasks.synthetic import Material
+from eval_tasks.synthetic import GENERATORS, synthesize
+from eval_tasks.synthetic.fitting import tokens_of
 from eval_tasks.tasks import TASKS, Layout, tokenise
 from nc_patch import NCConfig, patched
 from nc_patch.cli import main
@@ -117,7 +118,7 @@ def test_where_memory_ran_out_what_was_allocated_is_free_and_other_errors_are_th
         held.append(weakref.ref(large))
         raise raised
 
-    monkeypatch.setattr(measuring, "_forward", greedy)
+    monkeypatch.setattr(measuring, "forward", greedy)
     with pytest.raises(error, match=message) as caught:
         measure(tiny_model("llama"), TOPK, sample)
     assert held[0]() is None or caught.type is RuntimeError
@@ -145,18 +146,19 @@ def speaker(tokenizer):
 
 @pytest.fixture(scope="module")
 def question(tokenizer):
-    return Question(np.random.default_rng(0).integers(5, len(tokenizer), size=200), ("needle",), "all", 12, 0.25)
+    sample = synthesize(GENERATORS["niah_single_1"], tokenizer, 512, 0, 0, new_tokens=12)
+    return dataclasses.replace(sample, answers=("needle",))
 
 
 @pytest.mark.parametrize("config", [None, NCConfig(2.0, 0.5, dense_below=0), TOPK], ids=["dense", "default", "topk"])
 def test_answers_are_those_of_generate(speaker, tokenizer, question, config):
-    ids = torch.from_numpy(question.ids)[None]
+    ids = torch.tensor([tokens_of(tokenizer, question.prompt)])
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
     with contextlib.nullcontext() if config is None else patched(speaker, config=config):
         out = speaker.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    expected = tokenizer.decode(out[0, 200:], skip_special_tokens=True)
+    expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     row = answer(speaker, tokenizer, config, question)
-    assert (row["said"], row["score"]) == (expected[:400], 0.0)
+    assert (row["said"], row["score"], row["depth"]) == (expected[:400], 0.0, question.depths[0])
     asked = dataclasses.replace(question, answers=(expected[2:6],))
     assert answer(speaker, tokenizer, config, asked)["score"] == 1.0
 
@@ -167,27 +169,16 @@ def test_what_an_answer_attends_is_the_law_at_its_positions_and_its_tokens_are_t
 ):
     row, dense = (answer(speaker, tokenizer, config, question, phase) for config in (TOPK, None))
     law = lambda first, last: np.mean([TOPK.budget(n) for n in range(first, last)])  # noqa: E731
-    end = 200 + row["said_tokens"]
-    begin = {"question": 200 - QUESTION_TOKENS + 1, "decode": 200}.get(phase, 1)
-    assert row["mean_keys"] == pytest.approx(law(1, 200) if phase == "prefill" else law(begin, end))
-    tail = np.mean(range(200, end)) if phase == "prefill" else law(200, end)
-    assert row["tail_mean_keys"] == pytest.approx(tail)
-    last = 200 + dense["said_tokens"]
-    assert dense["tail_mean_keys"] == pytest.approx(np.mean(range(200, last)))
-    assert dense["mean_keys"] == pytest.approx(np.mean(range(begin, 200 if phase == "prefill" else last)))
+    n = row["prompt_tokens"]
+    end, last = n + row["said_tokens"], n + dense["said_tokens"]
+    begin = {"question": n - QUESTION_TOKENS + 1, "decode": n}.get(phase, 1)
+    assert row["mean_keys"] == pytest.approx(law(1, n) if phase == "prefill" else law(begin, end))
+    assert row["tail_mean_keys"] == pytest.approx(np.mean(range(n, end)) if phase == "prefill" else law(n, end))
+    assert dense["tail_mean_keys"] == pytest.approx(np.mean(range(n, last)))
+    assert dense["mean_keys"] == pytest.approx(np.mean(range(begin, n if phase == "prefill" else last)))
     assert dense["said"] == answer(speaker, tokenizer, None, question)["said"]
     assert 0 < row.get("prefill_seconds", 1e-9) < row["first_token_seconds"] < row["seconds"]
     assert ("prefill_seconds" in row) == (phase != "all")
-
-
-def test_a_question_fills_its_length_and_holds_its_answer(tokenizer):
-    question = build_question("niah_single_1", tokenizer, 768, 0, 3, Material())
-    assert 0.9 * 768 <= len(question.ids) + question.new_tokens <= 768
-    shorter = build_question("niah_single_1", tokenizer, 768, 0, 3, Material(), new_tokens=16)
-    assert (shorter.answers, shorter.new_tokens) == (question.answers, 16)
-    assert len(shorter.ids) > len(question.ids)
-    assert all(expected in tokenizer.decode(question.ids) for expected in question.answers)
-    assert 0 <= question.depth <= 1
 
 
 def test_a_sweep_asks_every_method_the_same_and_refuses_lengths_that_are_too_short(
@@ -197,10 +188,12 @@ def test_a_sweep_asks_every_method_the_same_and_refuses_lengths_that_are_too_sho
     tokenizer.save_pretrained(tmp_path / "model")
     arguments = ["eval", "--model", str(tmp_path / "model"), "--device", "cpu", "--methods", "dense", "nc-topk"]
     asked = ["--out", str(tmp_path / "out"), "--tasks", "passkey", "--lengths", "512", "640", "--samples", "2"]
+    asked += ["--answer-tokens", "4"]
     assert main([*arguments, *asked]) == 0
     rows = read_rows(tmp_path / "out")
     same = {(r["length"], r["sample"], tuple(r["expected"]), r["depth"], r["prompt_tokens"]) for r in rows}
     assert (len(rows), len(same)) == (8, 4)
+    assert {row["said_tokens"] for row in rows} == {4}
     assert len({row["expected"][0] for row in rows}) == 2
     assert json.loads((tmp_path / "out" / "run.json").read_text())["identity"]["tasks"] == ["passkey"]
     assert main([*arguments, "--out", str(tmp_path / "b"), "--tasks", "niah_single_1", "--lengths", "64"]) == 2
@@ -261,7 +254,7 @@ def test_presses_that_are_not_there_are_refused_with_what_is(kvpress, monkeypatc
         with pytest.raises(EvalError, match="it has RecentPress"):
             find_press(name)
     monkeypatch.setitem(sys.modules, "kvpress", None)
-    with pytest.raises(EvalError, match="pip install kvpress"):
+    with pytest.raises(EvalError, match=r"pip install kvpress\), which cannot be imported: import of kvpress halted"):
         find_press("SnapKVPress")
     (tmp_path / "kvpress").mkdir()
     (tmp_path / "kvpress" / "__init__.py").write_text("import a_package_that_is_not_there\n")

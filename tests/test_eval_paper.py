@@ -3,7 +3,6 @@
 import json
 import math
 import runpy
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +50,10 @@ def naive_losses(row: synthetic.Row, sigma: float, k: int) -> dict[str, float]:
     kept = np.zeros_like(weights)
     top = np.argsort(-row.z, kind="stable")[:k]
     kept[top] = weights[top] / weights[top].sum() if k else 0.0
+    dense = weights @ row.inputs
+    relative = np.linalg.norm(kept @ row.inputs - dense) / np.linalg.norm(dense)
     found = {"kept_mass": weights[top].sum(), "weight_error": np.abs(kept - weights).max()}
-    for name, values in (("independent", row.values), ("shared", row.inputs)):
-        difference = kept @ values - weights @ values
-        found[f"output_error.{name}"] = np.abs(difference).max()
-        found[f"relative_error.{name}"] = np.linalg.norm(difference) / np.linalg.norm(weights @ values)
-    return found
+    return found | {"relative_error.shared": relative}
 
 
 def test_losses_of_a_row_are_those_of_the_definition() -> None:
@@ -71,19 +68,17 @@ def test_the_inputs_of_a_row_have_its_scores_and_unit_covariance() -> None:
     row = synthetic.draw(20_000, 0)
     np.testing.assert_allclose(row.inputs @ row.direction, row.z, atol=1e-12)
     np.testing.assert_allclose(np.cov(row.inputs.T), np.eye(synthetic.CHANNELS), atol=0.05)
-    assert abs(np.corrcoef(row.values @ row.direction, row.z)[0, 1]) < 0.03
 
 
 @pytest.mark.parametrize("sigma", [2.0, 4.0])
 def test_the_library_attends_a_row_as_the_float64_sums_do(sigma: float) -> None:
     row, options = synthetic.draw(2048, 0), {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
     query, key = (torch.from_numpy(x).float().view(1, 1, -1, synthetic.CHANNELS) for x in (row.direction, row.inputs))
-    values = {"independent": torch.from_numpy(row.values).float()[None, None], "shared": key}
     budgets = [int(law.mean(2048)) for law in equal_at(16, 128)]
     kept, outputs, _ = synthetic.attend(row, sigma, budgets)
-    for (place, budget), (name, value) in product(enumerate(budgets), values.items()):
-        found = sparse_attention(sigma * query, key, value, alpha=budget, scale=1.0, **options)
-        np.testing.assert_allclose(found.output.flatten().numpy(), outputs[name][place], atol=1e-5)
+    for place, budget in enumerate(budgets):
+        found = sparse_attention(sigma * query, key, key, alpha=budget, scale=1.0, **options)
+        np.testing.assert_allclose(found.output.flatten().numpy(), outputs[place], atol=1e-5)
         assert float(found.kept_mass) == pytest.approx(kept[place], abs=1e-5)
 
 

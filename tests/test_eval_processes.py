@@ -8,38 +8,35 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
-from processes import free_port, lines, start, start_ranks, wait_until
+from processes import ended, free_port, lines, start, start_ranks, wait_until
 from tiny_sweep import sweep_arguments
 
 from eval_tasks.errors import EvalError
-from eval_tasks.store import read_rows
+from eval_tasks.store import Cell, read_rows
 from nc_patch import config
 from nc_patch.cli import main
 
 # Fields that say when, where and how fast, and not what was found.
 TIMES = ("seconds", "first_token_seconds", "prefill_seconds", "peak_memory", "commit", "process")
-TIME_COLUMNS = ("seconds", "tokens_per_second", "peak_memory_mb", "sparse_seconds", "seconds_per_answer_token")
+TIME_COLUMNS = ("seconds", "peak_memory_mb", "sparse_seconds", "seconds_per_answer_token")
 
 
 def results(out):
-    """The rows without times, by key."""
-    return {row["key"]: {k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out)}
+    """The rows without times, by cell."""
+    return {Cell.of(row): {k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out)}
 
 
-def table(out):
-    """The lines of summary.csv without the columns of times."""
-    header, *rows = [line.split(",") for line in (out / "summary.csv").read_text(encoding="utf-8").splitlines()]
-    kept = [place for place, name in enumerate(header) if name not in TIME_COLUMNS]
-    return [[row[place] for place in kept] for row in (header, *rows)]
+def same_table(out, other):
+    """Asserts that summary.csv is the same but for times."""
+    tables = [pd.read_csv(directory / "summary.csv").drop(columns=list(TIME_COLUMNS)) for directory in (out, other)]
+    pd.testing.assert_frame_equal(*tables)
 
 
-def ended(home, *outs, setups=(None, None)):
-    """The exit codes of the two processes of a tiny sweep, and what each of them said."""
-    ranks = start_ranks(home, list(outs), setups=setups)
-    for process in ranks:
-        process.join(120)
-    return [process.exitcode for process in ranks], *((home / f"said{rank}").read_text() for rank in (0, 1))
+def run_two(home, *outs, setups=(None, None)):
+    """Two processes of a tiny sweep, into directories of these names."""
+    return ended(home, start_ranks(home, [sweep_arguments(home, home / out) for out in outs], setups))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,16 +71,17 @@ def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_tho
     out, half = home / "two", (alone / "results.jsonl").read_text().splitlines(keepends=True)[::2]
     out.mkdir()
     (out / "results.jsonl").write_text("".join(half))
-    codes, said, other = ended(home, "two", "two", setups=(None, _other_machine_with_a_stale_file))
+    shutil.copy(alone / "run.json", out)
+    codes, said, other = run_two(home, "two", "two", setups=(None, _other_machine_with_a_stale_file))
     assert codes == [0, 0], said + other
     assert results(out) == results(alone)
-    assert table(out) == table(alone)
+    same_table(out, alone)
     rows = read_rows(out)
     assert {row["process"] for row in rows[len(half) :]} == {0, 1}
     assert lines(out / "results.jsonl") == len(rows)
     assert ("Report:" in said, "Report:" in other) == (True, False)
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    [session] = record["sessions"]
+    _, session = record["sessions"]
     assert session["hardware"] == record["hardware"]
     assert [machine["processor"] for machine in session["other_hardware"]] == ["another"]
     assert "different hardware" in (out / "report.html").read_text(encoding="utf-8")
@@ -104,7 +102,7 @@ def _slow_rows():
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_stops_the_run_with_an_error_and_it_goes_on_later(home, alone, victim):
     out = home / f"died{victim}"
-    ranks = start_ranks(home, [out.name, out.name], setups=(_slow_rows, _slow_rows))
+    ranks = start_ranks(home, [sweep_arguments(home, out)] * 2, (_slow_rows, _slow_rows))
     wait_until(lambda: lines(out / "results.jsonl") >= 4)
     ranks[victim].kill()
     survivor = ranks[1 - victim]
@@ -128,10 +126,10 @@ def _no_disk():
 
 
 def test_an_error_in_one_process_is_said_and_stops_the_others(home):
-    codes, said, other = ended(home, "full", "full", setups=(None, _no_disk))
+    codes, said, other = run_two(home, "full", "full", setups=(None, _no_disk))
     assert codes == [2, 2]
     assert "the disk of this machine is full" in other
-    assert "process 1" in said or "another" in said
+    assert "another of the 2 processes ended or does not answer" in said
 
 
 def _other_version():
@@ -150,9 +148,10 @@ def _other_version():
     ids=["versions", "directories"],
 )
 def test_processes_that_would_not_measure_the_same_into_one_directory_are_refused(home, outs, setup, message):
-    codes, said, _ = ended(home, *outs, setups=(None, setup))
+    codes, said, other = run_two(home, *outs, setups=(None, setup))
     assert codes == [2, 2], said
-    assert message in said
+    assert f"process 1: {home / outs[1]}" in other
+    assert message in other
     assert not lines(home / outs[0] / "results.jsonl")
 
 
@@ -174,7 +173,7 @@ def test_killed_twenty_times_at_random_the_table_is_that_of_an_undisturbed_run(h
             shutil.rmtree(out)
     assert main(sweep_arguments(home, out)) == 0
     assert results(out) == results(alone)
-    assert table(out) == table(alone)
+    same_table(out, alone)
     assert lines(out / "results.jsonl") == len(read_rows(out))
 
 
@@ -198,4 +197,4 @@ def test_accelerate_launches_two_processes_on_the_cpu(home, alone):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {row["process"] for row in read_rows(home / "accelerated")} == {0, 1}
-    assert table(home / "accelerated") == table(alone)
+    same_table(home / "accelerated", alone)

@@ -8,7 +8,7 @@ import pytest
 from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
 from eval_tasks.errors import EvalError
-from eval_tasks.synthetic import GENERATORS, Material, synthesize
+from eval_tasks.synthetic import GENERATORS, chat, synthesize
 from eval_tasks.synthetic.fitting import fill
 from eval_tasks.synthetic.haystack import NOISE, load_prose, noise
 from eval_tasks.synthetic.sample import DEPTHS
@@ -17,8 +17,10 @@ NEEDLES = tuple(name for name in GENERATORS if name.startswith("niah_"))
 
 
 def sample(name, length=2048, seed=0, index=0, kind="byte_bpe", **options):
-    chat = kind == "unigram_chat"
-    return synthesize(GENERATORS[name], tokenizer_of_kind(kind), length, seed, index, use_chat_template=chat, **options)
+    tokenizer = tokenizer_of_kind(kind)
+    if kind == "unigram_chat":
+        options["render"] = chat(tokenizer)
+    return synthesize(GENERATORS[name], tokenizer, length, seed, index, **options)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ USER_TURNS = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('user tu
 def test_a_chat_template_wraps_the_question_and_opens_the_answer(start):
     tokenizer, plain = copy.deepcopy(tokenizer_of_kind("unigram_chat")), sample("niah_single_2", 1024)
     tokenizer.chat_template = start + CHAT_TEMPLATE
-    found = synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
+    found = synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, render=chat(tokenizer))
     assert found.prompt == f"<s>[user] {found.question}</s>[assistant] {found.prefix}"
     assert (found.answers, found.prefix) == (plain.answers, plain.prefix)
 
@@ -118,7 +120,7 @@ def test_a_template_that_takes_no_question_is_refused():
     messages = {None: "has no chat template", "{{ raise_exception('no') }}": r"take a user's question \(no\)"}
     for tokenizer.chat_template, message in messages.items():
         with pytest.raises(EvalError, match=message):
-            synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, use_chat_template=True)
+            synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, render=chat(tokenizer))
 
 
 def test_the_room_for_the_answer_can_be_chosen_and_a_length_without_room_is_refused():
@@ -134,7 +136,7 @@ def test_the_room_for_the_answer_can_be_chosen_and_a_length_without_room_is_refu
 def test_other_texts_hide_the_facts_unless_they_say_them_or_are_too_short(tmp_path):
     def hidden(name, story, length=1024):
         (tmp_path / name).write_text(story)
-        return sample("niah_single_2", length, material=Material(str(tmp_path / name))).prompt
+        return sample("niah_single_2", length, text=str(tmp_path / name)).prompt
 
     words = "It was a quiet evening and nobody in the old house had anything to say about the strange letter"
     story = "\n\n".join(f"{words} of day {i}.  More   was to come." for i in range(60))

@@ -13,10 +13,10 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
-from ways import EACH_SETTING, assert_close
+from ways import EACH_SETTING, assert_close, state_of
 
 import nc_patch
-from nc_patch import BrokenCacheError, forget_index, nc_stats, patch_model, stats, unpatch_model
+from nc_patch import BrokenCacheError, forget_index, nc_stats, patch_model, unpatch_model
 
 PACKAGE = str(Path(nc_patch.__file__).parent)
 LENGTH = 50
@@ -47,13 +47,6 @@ class Lines:
             if self.count == self.at:
                 raise self.error("simulated")
         return self._line
-
-
-def state_of(model: torch.nn.Module) -> tuple:
-    """What a call must leave as it was: hooks, threads, locks, and whether gradients are recorded."""
-    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return hooks, torch.get_num_threads(), stats._LOCK._is_owned(), modes
 
 
 @torch.no_grad()
@@ -156,44 +149,3 @@ def test_a_cache_is_right_again_once_it_is_reset_after_a_call_that_failed_anywhe
         assert_close(logits(model, failing, begun(new())), expected)
         cache.reset()
         assert_close(logits(model, failing, begun(cache)), expected)
-
-
-@pytest.mark.parametrize(("layer", "step"), [(0, 0), (1, 0), (2, 3), (1, 7)])
-@EACH_SETTING
-def test_ctrl_c_inside_generate_leaves_the_model_and_the_cache_usable(settings, layer, step):
-    model, ids, calls = patched_model(settings), random_ids(2, LENGTH), []
-    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    expected, before = model.generate(ids, **how), state_of(model)
-
-    def interrupt(*_):
-        calls.append(None)
-        if len(calls) == step + 1:
-            raise KeyboardInterrupt
-
-    hook = model.model.layers[layer].mlp.register_forward_hook(interrupt)
-    cache = DynamicCache()
-    with pytest.raises(KeyboardInterrupt):
-        model.generate(ids, past_key_values=cache, **how)
-    hook.remove()
-    assert state_of(model) == before
-    assert torch.equal(model.generate(ids, **how), expected)
-    held = min(each.get_seq_length() for each in cache.layers) if len(cache.layers) == 3 else 0
-    if layer < 2:
-        with pytest.raises(BrokenCacheError):
-            logits(model, ids[:, :1], copy.deepcopy(cache))
-    if held:
-        crop_layers(cache, held)
-        assert torch.equal(model.generate(expected[:, : held + 1], past_key_values=cache, max_length=62), expected)
-    else:
-        cache.reset()
-        assert torch.equal(model.generate(ids, past_key_values=cache, **how), expected)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
-def test_layers_that_keep_no_keys_of_their_own_are_not_taken_for_broken_ones(family):
-    # Two calls on one model without a cache, and with one that starts empty, and a prompt shorter than a window.
-    model, ids = patch_model(tiny_model(family), 1.0, 0.7, selection="topk"), random_ids(2, 30)
-    cache = DynamicCache(config=model.config)
-    for piece in ids.split([3, 20, 1, 1, 5], 1):
-        found = logits(model, piece, cache)
-    assert_close(found, logits(model, ids))

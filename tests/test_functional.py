@@ -1,57 +1,19 @@
-"""sparse_attention: equality with SDPA, what it returns, custom-op contracts, compilation, and what it refuses."""
+"""sparse_attention: the contract of its custom ops, and what it refuses.
+
+``test_fuzz.py`` holds that its numbers are right, ``test_selection.py`` that it compiles.
+"""
 
 import pytest
 import torch
-from attention_cases import PREFILL, TOLERANCE, random_case, relative_error
-from operations import problem_of, problem_of_case
+from attention_cases import PREFILL, random_case
+from operations import problem_of_case
 from test_attention import INSTALLED
-from torch.nn.functional import scaled_dot_product_attention
 
-from nc_patch import AttentionResult, NCConfig, library, sparse_attention
-from nc_patch.functional import attend
-
-EACH_SELECTION = pytest.mark.parametrize("selection", ["topk", "window", "block", "dense"])
+from nc_patch import library, sparse_attention
 
 
-def tensors(Lq=20, Lk=31, dtype=torch.float32, **kwargs):
-    shapes = (2, 6, Lq, 16), (2, 2, Lk, 16), (2, 2, Lk, 8)
-    return [torch.randn(shape, dtype=dtype, **kwargs) for shape in shapes]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    "settings", [{"C": 1.0}, {"C": 1.0, "selection": "window"}, {"selection": "dense"}, {"alpha": 99.0}]
-)
-def test_a_full_budget_equals_sdpa(settings, dtype):
-    query, key, value = tensors(31, 31, dtype)
-    output = sparse_attention(query, key, value, **{"alpha": 1.0, **settings})
-    dense = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    assert output.dtype == dtype
-    assert relative_error(output, dense) < TOLERANCE[dtype]
-
-
-def test_statistics_on_request_and_budgets_per_head():
-    query, key, value = tensors()
-    result = sparse_attention(query, key, value, alpha=2.0, C=0.5, return_stats=True)
-    assert isinstance(result, AttentionResult)
-    assert result.output.shape == (2, 6, 20, 8)
-    assert result.lse.shape == result.kept_mass.shape == result.attended.shape == (2, 6, 20)
-    assert result.attended[0, 0].tolist() == [min(n, -(-2 * n**0.5 // 1)) for n in range(12, 32)]
-    assert bool(((result.kept_mass > 0) & (result.kept_mass <= 1 + 1e-6)).all())
-    assert torch.equal(result.output, sparse_attention(query, key, value, alpha=2.0, C=0.5))
-    result = sparse_attention(query, key, value, alpha=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], return_stats=True)
-    assert result.attended[0, :, -1].tolist() == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(ValueError, match="given for 2 heads, query has 6"):
-        sparse_attention(query, key, value, alpha=[1.0, 2.0])
-
-
-@EACH_SELECTION
-def test_inputs_that_are_expanded_over_the_batch_are_taken(selection):
-    query, key, value = tensors()
-    options = {"alpha": 2.0, "C": 0.5, "selection": selection}
-    key, value = key[:1].expand(2, -1, -1, -1), value[:1].expand(2, -1, -1, -1)
-    repeated = sparse_attention(query, key.contiguous(), value.contiguous(), **options)
-    assert relative_error(sparse_attention(query, key, value, **options), repeated) < 1e-6
+def tensors():
+    return [torch.randn(shape) for shape in ((2, 6, 20, 16), (2, 2, 31, 16), (2, 2, 31, 8))]
 
 
 @pytest.mark.parametrize("way", [way for way in PREFILL if way != "drop"])
@@ -67,38 +29,10 @@ def test_custom_ops_keep_the_contract_of_torch(way):
         torch.library.opcheck(library.operation(chosen, problem, backend), arguments, **utils)
 
 
-@EACH_SELECTION
-def test_it_compiles_without_a_graph_break(selection):
-    query, key, value = tensors()
-    visible = torch.stack((torch.zeros(2, 20), torch.arange(12, 32).expand(2, -1)), -1).int()
-    config = NCConfig(2.0, 0.5, selection=selection)
-
-    def attention(query, key, value):
-        budget = config.row_budgets(visible, key.shape[2])
-        return attend(problem_of(query, key, value, visible, budget, scale=0.25), config.prefill, "torch").output
-
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(query, key, value)
-    assert torch.equal(compiled, attention(query, key, value))
-
-
-@EACH_SELECTION
-def test_empty_batches_and_single_tokens(selection):
-    options = {"alpha": 0.1, "C": 0.5, "selection": selection}
-    empty = [torch.zeros(0, 2, 5, 16) for _ in range(3)]
-    assert sparse_attention(*empty, **options).shape == (0, 2, 5, 16)
-    query, key, value = (torch.randn(1, 2, 1, 16) for _ in range(3))
-    assert torch.allclose(sparse_attention(query, key, value, **options), value)
-    nothing = torch.tensor([[[1, 1]]], dtype=torch.int32)
-    assert not sparse_attention(query, key, value, visible=nothing, **options).any()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alpha": 0}, "alpha must be a positive number, got 0"),
-        ({"C": 2}, r"C must be a number in \[0, 1\], got 2"),
-        ({"selection": "magic"}, "selection must be one of 'block', 'dense', 'topk', 'window', got 'magic'"),
-        ({"backend": "cuda"}, "backend must be one of"),
+        ({"alpha": [1.0, 2.0]}, "given for 2 heads, query has 6"),
         ({"query": torch.zeros(6, 20, 16)}, r"query must be \[batch, heads, .*\], got shape \(6, 20, 16\)"),
         ({"query": torch.zeros(2, 5, 20, 16)}, "multiple of the key/value heads, got 5 and 2"),
         ({"query": torch.zeros(2, 6, 20, 16).double()}, "one of bfloat16, float16, float32, got torch.float64"),
@@ -133,12 +67,5 @@ def test_bad_input_is_refused_by_name(change, message):
 )
 def test_options_of_patched_models_are_refused_by_name(option):
     name = next(iter(option))
-    with pytest.raises(TypeError, match=f"{name} acts in patched models; sparse_attention takes .*sink_keys"):
+    with pytest.raises(TypeError, match=f"{name} acts in .*; sparse_attention takes .*sink_keys.*ask for return_stats"):
         sparse_attention(*tensors(), alpha=1.0, C=0.5, **option)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_triton_without_a_gpu_is_refused_with_the_remedy():
-    message = r'backend="triton" needs a GPU, and the tensors are on cpu. Use backend="auto"'
-    with pytest.raises(RuntimeError, match=message):
-        sparse_attention(*tensors(), alpha=1.0, C=0.5, backend="triton")

@@ -22,7 +22,7 @@ import eval_tasks
 import nc_patch
 from eval_tasks.errors import EvalError
 from eval_tasks.merging import merge_runs
-from eval_tasks.report import Section
+from eval_tasks.report import Report
 from eval_tasks.store import claimed, read_rows
 from nc_patch.cli import main
 
@@ -98,8 +98,7 @@ def test_damaged_directories_are_reported_or_refused_by_name(part, tmp_path):
         write(directory, rows, run)
         said = text = ""
         try:
-            merged = merge_runs([directory])
-            text = " ".join(part for one in merged for detail in Section(one, 0.05).details for part in detail)
+            text = " ".join(part for detail in Report(*merge_runs([directory]), 0.05).details for part in detail)
         except EvalError as error:
             said = str(error)
         refused += bool(said)

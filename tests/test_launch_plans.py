@@ -18,20 +18,22 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from operations import problem_of  # noqa: E402
+from pretended_gpu import pretended_gpu  # noqa: E402
 from recorded_launches import hooked  # noqa: E402
+from test_paged import Engine  # noqa: E402
 
-from nc_patch import KeyIndex, library, ops, selections  # noqa: E402
+from nc_patch import KeyIndex, library, ops, selections, sparse_attention  # noqa: E402
 from nc_patch import budget as budget_module  # noqa: E402
 from nc_patch.budget import budget_of, row_budgets  # noqa: E402
 from nc_patch.ops import backends  # noqa: E402
 from nc_patch.ops.backends import READS_HOST  # noqa: E402
 from nc_patch.ops.means import PageMeans, slot_count  # noqa: E402
 from nc_patch.ops.problem import Problem  # noqa: E402
-from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
+from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention, summarize_slots_  # noqa: E402
 from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockPlan, PlannedBlock  # noqa: E402
-from nc_patch.selections.block.pages import VECTORS, PageStatistics, page_count  # noqa: E402
+from nc_patch.selections.block.pages import VECTORS, PageStatistics  # noqa: E402
 from nc_patch.selections.block.summarize import triton_summarize_slots_  # noqa: E402
 from nc_patch.selections.index import LAYOUTS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
@@ -104,7 +106,7 @@ def code_tensors(head_dim: int) -> tuple[torch.Tensor, ...]:
 
 
 def page_tensors(head_dim: int, block_size: int) -> tuple[torch.Tensor, ...]:
-    pages = page_count(KEYS, block_size)
+    pages = LAYOUTS["pages"].rows(KEYS, block_size)
     codes = meta(BATCH, HEADS, pages, VECTORS, head_dim, dtype=torch.int8)
     return codes, floats(BATCH, HEADS, pages, VECTORS)
 
@@ -190,7 +192,7 @@ def test_no_grid_is_larger_than_cuda_allows(head_dim, launched):
 def test_decoding_holds_no_more_memory_than_allowed(sequences, queries, tail, bounds, launched, monkeypatch):
     # Llama-3-8B at 131,072 tokens, where several queries of several sequences would take gigabytes.
     held, decode = [], triton_decode_topk._decode_at_once
-    decoding = lambda plan, *rest: held.append(4 * plan.numbers) or decode(plan, *rest)  # noqa: E731
+    decoding = lambda plan, *rest: held.append(4 * plan.offsets[-1]) or decode(plan, *rest)  # noqa: E731
     for name, size in (("KEYS", 131_072), ("BATCH", sequences), ("HEADS", 8)):
         monkeypatch.setitem(globals(), name, size)
     problem = of_rows(queries, 128, key_index=code_tensors(128), most=4_705, bounds=bounds)
@@ -264,11 +266,10 @@ def packed(queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def prefill(n: int, D: int) -> None:
     query, key = heads(n, n, D)
-    visible, origin = packed(n, n)
-    budget = torch.full((1, 1, n), 64, dtype=torch.int32)
-    problem = problem_of(query, key, key, visible, budget, scale=0.1, origin=origin)
-    for selection in (TopK(4, 4, "drop"), Window(4), Block(), TopK(4, 4)):
-        selection.run(problem, "triton")
+    for options in ({"tail": "drop"}, {"tail": "mean"}, {"selection": "window"}, {"selection": "block"}):
+        sparse_attention(
+            query, key, key, **{"selection": "topk", "alpha": 1.0, "C": 0.6, "backend": "triton"} | options
+        )
 
 
 def step(n: int, D: int, indexes: dict[str, KeyIndex], alpha: float = 4.0) -> None:
@@ -308,7 +309,7 @@ NAMES = {
 
 @compiles
 @pytest.mark.parametrize("selection", [TopK(tail="drop"), Block()])
-def test_a_step_is_a_few_launches_of_which_triton_specialises_none_again(selection, monkeypatch):
+def test_a_step_is_a_few_launches_at_none_of_which_triton_looks_again(selection, monkeypatch):
     compiled: list[str] = []
     launched: list[tuple[str, int]] = []
 
@@ -327,25 +328,37 @@ def test_a_step_is_a_few_launches_of_which_triton_specialises_none_again(selecti
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda kernel, *args, **options: Compiled(kernel))
     monkeypatch.setattr(backends, "triton_problem", lambda device: None)
     monkeypatch.setattr(triton_decode_topk, "_STEPS", {})
-    triton_launch.compiled_kernels.cache_clear()
     query, _ = heads(1, 3200, 64)
     visible, origin = packed(1, 1100)
     index, room = indexes_of(3200, 64)[str(selection.index_kind)].tensors(), 64
     compiled.clear()
     names = [f"{name}_kernel" for name in NAMES[type(selection)]]
-    for n in (1100, 1101, 1102, 3000):
+    for n in (1100, 1101, 1102):
         visible[..., 1] = n
         keys = torch.zeros(1, 2, 3200, 64, dtype=torch.bfloat16)[:, :, :n]
         problem = problem_of(query, keys, keys, visible, torch.full((1, 1, 1), room, dtype=torch.int32), scale=0.1)
         problem = problem._replace(origin=origin, key_index=index, page_size=32, most=room, new=1)
         selection.run(problem, "triton")
         assert compiled == names
-    assert launched == [(name, 0) for name in names] * 3
-    # Memory that begins elsewhere is specialised for.
+    assert launched == [(name, 0) for name in names] * 2
+    # Memory that begins elsewhere is looked at.
     assert origin.data_ptr() % 16
     selection.run(problem._replace(origin=origin.clone()), "triton")
     assert compiled == names * 2
-    triton_launch.compiled_kernels.cache_clear()
+
+
+@compiles
+def test_a_step_over_blocks_of_memory_is_four_launches_and_reads_nothing_on_the_host():
+    engine = Engine((50, 200), dims=(64, 64), dtype=torch.bfloat16)
+    paged = PagedKeys(*(t.to("meta") for t in engine.paged[:4]), 16)
+    slots, query = engine.sequences[0][2][-4:].to("meta"), engine.query.to("meta")
+    rows = PagedRows(*(t.to("meta") for t in (engine.table, engine.visible, engine.given_budget)), 70)
+    with torch.inference_mode(), pretended_gpu() as launches:
+        for _ in range(2):
+            summarize_slots_(paged, slots, "triton")
+            paged_block_attention(query, paged, rows, scale=1.0, backend="triton")
+    step = ["summarize_slots_kernel", "score_pages_kernel", "choose_pages_kernel", "attend_pages_kernel"]
+    assert [launch.kernel for launch in launches] == 2 * step
 
 
 @compiles

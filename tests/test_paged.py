@@ -9,33 +9,26 @@ from interpreted import test_every_case_in_the_interpreter  # noqa: F401
 from operations import INTERPRETED, assert_close, assert_summarises, reference_attention
 
 from nc_patch.ops.problem import AttentionResult
-from nc_patch.paged import PagedKeys, paged_block_attention, summarize_slots_
+from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention, summarize_slots_
+from nc_patch.vllm.blocks import bytes_per_key, paged_keys
 
-BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", pytest.param("triton", marks=pytest.mark.gpu)]
+gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that Triton supports"))
+BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", pytest.param("triton", marks=gpu)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 def blocks_of_memory(engine: "Engine", blocks: int) -> PagedKeys:
-    """Memory full of NaN: each head of a block holds its keys, its values and their statistics, or all are apart."""
+    """Memory full of NaN, in blocks as vLLM's cache holds them, beside another layer's, or transformers' cache."""
     (D, Dv), keys, kv_heads, dtype = engine.dims, engine.keys, engine.kv_heads, engine.dtype
-    pages = keys // engine.page_size
-    if not engine.together:
-        key, value, scales = (
-            torch.full((blocks, *shape), torch.nan, dtype=of)
-            for shape, of in (
-                ((keys, kv_heads, D), dtype),
-                ((kv_heads, keys, Dv), dtype),
-                ((kv_heads, pages, 3), torch.float32),
-            )
-        )
-        codes = torch.full((*scales.shape, D), -1, dtype=torch.int8)
-        return PagedKeys(key.transpose(1, 2), value, codes, scales)
-    whole, of_page = keys * (D + Dv) * dtype.itemsize, -(-3 * (D + 4) // 16) * 16
-    memory = torch.full((blocks, kv_heads, whole + pages * of_page), 0xFF, dtype=torch.uint8)
-    rows = memory[..., :whole].view(dtype).unflatten(-1, (keys, D + Dv))
-    statistics = memory[..., whole:].unflatten(-1, (pages, of_page))
-    codes = statistics[..., : 3 * D].view(torch.int8).unflatten(-1, (3, D))
-    return PagedKeys(rows[..., :D], rows[..., D:], codes, statistics[..., -16:-4].view(torch.float32))
+    if engine.together:
+        size = keys * bytes_per_key(D, Dv, dtype, engine.page_size)
+        memory = torch.full((blocks, 2, kv_heads, size), 0xFF, dtype=torch.uint8)[:, 1]
+        return paged_keys(memory.view(dtype).unflatten(-1, (keys, -1)), D, Dv, engine.page_size)
+    key, value = (
+        torch.full((blocks, keys, kv_heads, size), torch.nan, dtype=dtype).transpose(1, 2) for size in (D, Dv)
+    )
+    scales = torch.full((blocks, kv_heads, keys // engine.page_size, 3), torch.nan)
+    return PagedKeys(key, value, torch.full((*scales.shape, D), -1, dtype=torch.int8), scales, engine.page_size)
 
 
 def device_of(backend: str) -> str:
@@ -86,6 +79,10 @@ class Engine:
         self.given_budget = largest.minimum(self.visible[:, None])
         self.sink_logits = torch.randn(heads, generator=g) if self.sinks else None
 
+    @property
+    def rows_of_step(self) -> PagedRows:
+        return PagedRows(self.table, self.visible, self.given_budget, self.budget)
+
     def settings(self) -> dict[str, Any]:
         return {"scale": self.dims[0] ** -0.5, "softcap": self.softcap, "sinks": self.sink_logits}
 
@@ -97,20 +94,19 @@ class Engine:
                 self.write(some, backend)
 
     def write(self, slots: torch.Tensor, backend: str) -> None:
-        paged = PagedKeys(*(t.to(device_of(backend)) for t in self.paged))
-        summarize_slots_(paged, slots.to(paged.key.device), self.page_size, backend)
-        for mine, written in zip(self.paged, paged, strict=True):
+        paged = PagedKeys(*(t.to(device_of(backend)) for t in self.paged[:4]), self.page_size)
+        summarize_slots_(paged, slots.to(paged.key.device), backend)
+        for mine, written in zip(self.paged[:4], paged[:4], strict=True):
             mine.copy_(written)
 
     def attend(self, backend: str) -> AttentionResult:
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device_of(backend))
 
-        paged, rows = PagedKeys(*map(moved, self.paged)), map(moved, (self.table, self.visible, self.given_budget))
-        settings = self.settings() | {"sinks": moved(self.sink_logits), "most": self.budget}
-        found = paged_block_attention(
-            moved(self.query), paged, *rows, page_size=self.page_size, backend=backend, **settings
-        )
+        paged = PagedKeys(*map(moved, self.paged[:4]), self.page_size)
+        settings = self.settings() | {"sinks": moved(self.sink_logits)}
+        rows = PagedRows(*map(moved, self.rows_of_step[:3]), self.budget)
+        found = paged_block_attention(moved(self.query), paged, rows, backend=backend, **settings)
         return AttentionResult(*(None if t is None else t.cpu() for t in found))
 
     def check_rows(self, backend: str) -> None:
@@ -139,8 +135,8 @@ class Engine:
         Engine((50, 200, 333)),
         Engine((31, 190, 500), dtype=torch.bfloat16, dims=(128, 64), kv_heads=1, group=6, keys=64, page_size=32),
         Engine((1, 16, 17, 250), dtype=torch.float16, dims=(80, 80), keys=16, by_head=True),
-        Engine((70, 129), ((0, 68), (0, 69), (0, 70), (1, 129), (1, 0)), group=3, sinks=True),
-        Engine((400, 90), softcap=2.0, sinks=True, by_head=True, keys=48, seed=3),
+        Engine((70, 129), ((0, 68), (0, 69), (0, 70), (1, 129), (1, 0)), dims=(40, 24), group=3, sinks=True),
+        Engine((400, 90), dims=(18, 18), softcap=2.0, sinks=True, by_head=True, keys=48, seed=3),
         Engine((300,), ((0, 0), (0, 300), (0, 240)), budget=300, wider=0),
         Engine((90, 300), dtype=torch.bfloat16, dims=(64, 32), together=False),
     ],
@@ -159,7 +155,7 @@ def test_what_follows_a_rows_length_is_not_read(backend):
     engine.summarize(backend)
     *_, slots = engine.sequences[0]
     for last in slots[240::16]:
-        for t in engine.paged[2:]:
+        for t in engine.paged[2:4]:
             t[last // 32, :, last % 32 // 16] = -1
     for t in engine.paged[:2]:
         t[slots[240:] // 32, :, slots[240:] % 32] = torch.nan
@@ -173,9 +169,9 @@ def assert_same(now: torch.Tensor, before: torch.Tensor) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_of_no_rows_and_no_slots_nothing_comes(backend):
     engine = Engine((20,))
-    before = [t.clone() for t in engine.paged]
+    before = [t.clone() for t in engine.paged[:4]]
     engine.write(torch.empty(0, dtype=torch.int64), backend)
-    for now, old in zip(engine.paged, before, strict=True):
+    for now, old in zip(engine.paged[:4], before, strict=True):
         assert_same(now, old)
     engine.query, engine.table, engine.visible = engine.query[:0], engine.table[:0], engine.visible[:0]
     engine.given_budget = engine.given_budget[:0]
@@ -186,7 +182,7 @@ def test_of_no_rows_and_no_slots_nothing_comes(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_changes(backend):
     engine = Engine((100,), dtype=torch.bfloat16, keys=48)
-    before = [t.clone() for t in engine.paged]
+    before = [t.clone() for t in engine.paged[:4]]
     key, _, slots = engine.sequences[0]
     engine.write(slots[[15, 16, 30, 47, 95, 99]], backend)
     written = torch.zeros(engine.paged.codes.shape[:3], dtype=torch.bool)
@@ -196,7 +192,7 @@ def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_chan
         for h in range(2):
             codes, scales = engine.paged.codes[block, h, page], engine.paged.scales[block, h, page]
             assert_summarises(codes, scales, key[h, last - 15 : last + 1])
-    for number, (now, old) in enumerate(zip(engine.paged, before, strict=True)):
+    for number, (now, old) in enumerate(zip(engine.paged[:4], before, strict=True)):
         assert_same(*((now, old) if number < 2 else (now[~written], old[~written])))
 
 
@@ -217,32 +213,33 @@ def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_chan
 )
 def test_what_does_not_fit_is_refused(change, message):
     engine = Engine((20, 30))
-    arguments = {
-        "query": engine.query, "table": engine.table, "lengths": engine.visible, "budget": engine.given_budget,
-        "most": 70, "page_size": 16, "scale": 1.0,
-    }  # fmt: skip
+    of_keys, of_rows = engine.paged, engine.rows_of_step
+    if "page_size" in change:
+        of_keys, change = of_keys._replace(**change), {}
+    elif change.keys() & set(PagedRows._fields):
+        of_rows, change = of_rows._replace(**change), {}
     with pytest.raises((ValueError, RuntimeError), match=message):
-        paged_block_attention(paged=engine.paged, **arguments | change)
+        paged_block_attention(**{"query": engine.query, "paged": of_keys, "rows": of_rows, "scale": 1.0} | change)
 
 
 def test_more_keys_than_32_bits_count_are_refused():
     of = lambda *shape, dtype=torch.float32: torch.zeros(1, *shape, dtype=dtype).expand(2**27, *shape)  # noqa: E731
-    paged = PagedKeys(of(1, 16, 32), of(1, 16, 32), of(1, 1, 3, 32, dtype=torch.int8), of(1, 1, 3))
+    paged = PagedKeys(of(1, 16, 32), of(1, 16, 32), of(1, 1, 3, 32, dtype=torch.int8), of(1, 1, 3), 16)
     with pytest.raises(ValueError, match="blocks can hold at most 2147483647 keys, got 134217728 of 16"):
-        summarize_slots_(paged, torch.tensor([15]), 16)
+        summarize_slots_(paged, torch.tensor([15]))
 
 
 def test_blocks_whose_steps_have_no_common_measure_are_refused_on_a_cpu():
     memory = torch.empty(2**31 + 2**12, dtype=torch.bfloat16)  # never touched
     key = memory.as_strided((2049, 1, 16, 16), (2**20 + 1, 16, 19, 1))
-    paged = PagedKeys(key, key, torch.zeros(2049, 1, 1, 3, 16, dtype=torch.int8), torch.zeros(2049, 1, 1, 3))
+    paged = PagedKeys(key, key, torch.zeros(2049, 1, 1, 3, 16, dtype=torch.int8), torch.zeros(2049, 1, 1, 3), 16)
     number = torch.ones(1, dtype=torch.int32)
-    rest = {"most": 1, "page_size": 16, "scale": 1.0, "backend": "cpu"}
+    rows = PagedRows(number[:, None], number, number[:, None], 1)
     with pytest.raises(ValueError, match="key has blocks of 2097154 bytes and rows of 38"):
-        paged_block_attention(key[0, :1, :1], paged, number[:, None], number, number[:, None], **rest)
+        paged_block_attention(key[0, :1, :1], paged, rows, scale=1.0, backend="cpu")
 
 
 @pytest.mark.parametrize("slots", [torch.zeros(3, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int64)])
 def test_slots_that_are_no_list_of_int64_are_refused(slots):
     with pytest.raises(ValueError, match=r"slots must be int64 \[T\] on cpu, got int"):
-        summarize_slots_(Engine((20,)).paged, slots, 16)
+        summarize_slots_(Engine((20,)).paged, slots)

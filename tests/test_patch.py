@@ -33,7 +33,8 @@ def inference():
 
 
 def hooks_of(model):
-    return [hook for module in model.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+    held = (hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks))
+    return [hook for hooks in held for hook in hooks.values()]
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block", "dense"])
@@ -82,8 +83,10 @@ def test_the_context_manager_restores_what_was_before():
         assert not torch.equal(model(ids).logits, sparse)
         raise KeyError
     assert torch.equal(model(ids).logits, sparse)
+    hooks = hooks_of(model)
     with patched(model, 1.0, 0.0, **TOPK):
         unpatch_model(model)
+    assert hooks_of(model) == hooks
     assert torch.equal(model(ids).logits, sparse)
 
 
@@ -204,11 +207,9 @@ def test_without_alpha_and_C_the_defaults_are_taken():
     [
         ((0.0, 0.5), {}, ValueError, "alpha must be a positive number"),
         ((1.0,), {}, TypeError, "give alpha and C"),
-        ((1.0, 0.5), {"selection": "best"}, ValueError, "selection must be one of"),
         ((1.0,), {"c": 0.5}, TypeError, r"unknown option c; .* Did you mean C\?"),
         ((NCConfig(1.0, 0.5),), {}, TypeError, r"patch_model\(model, config=NCConfig\(\.\.\.\)\)"),
         ((1.0, 0.5), {"dense_layers": [3]}, ValueError, r"dense_layers names layers \[3\], .* has layers 0 to 2"),
-        (([1.0, 2.0], 0.5), {}, ValueError, "alpha has 2 layers, the model has 3"),
         ((1.0, 0.5), {"config": NCConfig(1.0, 0.5)}, TypeError, "config holds every setting; leave out alpha, C"),
         ((), {"config": {"alpha": 1.0}}, TypeError, "config must be an NCConfig, got dict"),
     ],
@@ -230,7 +231,7 @@ def made(kind, **sizes):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (made("bert", intermediate_size=32), "no causal attention"),
+        (made("bert", intermediate_size=32), "no causal attention.*set it"),
         (made("bloom"), "does not go through"),
         (made("t5", d_model=32, num_layers=1, num_heads=2), "encoder-decoder"),
         (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers"),

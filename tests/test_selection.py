@@ -58,11 +58,12 @@ def test_it_attends_exactly_what_it_says(Stride):
     assert torch.allclose(result.kept_mass.double(), expected.kept_mass, atol=1e-5)
 
 
-def test_it_compiles_as_a_whole(Stride):
+@pytest.mark.parametrize("selection", ["stride", "topk", "window", "block", "dense"])
+def test_it_compiles_as_a_whole_as_all_do(Stride, selection):
     query, key, value = tensors()
 
     def attention(query, key, value):
-        return sparse_attention(query, key, value, alpha=3.0, C=0.5, selection="stride", every=4)
+        return sparse_attention(query, key, value, alpha=3.0, C=0.5, selection=selection)
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(query, key, value)
     assert torch.equal(compiled, attention(query, key, value))

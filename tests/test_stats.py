@@ -21,25 +21,6 @@ def kept(model, phase="prefill"):
     return [layer["kept_mass"][phase] for layer in nc_stats(model)["layers"]]
 
 
-@pytest.mark.parametrize("selection", ["topk", "block", "dense"])
-def test_kept_mass_is_there_only_where_it_is_tracked(selection):
-    model, ids = tiny_model("llama"), random_ids(1, 200)
-    with torch.inference_mode():
-        patch_model(model, 2.0, 0.5, selection=selection)(ids)
-        assert [layer["kept_mass"] for layer in nc_stats(model)["layers"]] == [NONE] * 3
-        assert nc_stats(model)["kept_mass"] == NONE
-        patch_model(model, 2.0, 0.5, selection=selection, track=True)(ids)
-    for found in kept(model):
-        assert 0 < found["lower"] <= found["mean"] <= found["upper"] <= 1
-        assert found["rows"] == 4 * 200
-        assert found["mean"] == pytest.approx(sum(found["mean_by_head"]) / 4, rel=1e-6)
-        assert found["enlarged_fraction"] is None
-    assert kept(model, "decode") == [None] * 3
-    assert nc_stats(model)["kept_mass"]["prefill"]["rows"] == 3 * 4 * 200
-    reset_stats(model)
-    assert kept(model) == [None] * 3
-
-
 @pytest.mark.parametrize(
     ("options", "prefill", "decode"),
     [
@@ -62,6 +43,9 @@ def test_every_figure_says_what_it_rests_on(options, prefill, decode):
         for found in kept(model, phase):
             assert found["calls"] == {basis: calls}
             assert found["rows"] == rows
+            assert 0 < found["lower"] <= found["mean"] <= found["upper"] <= 1
+            assert found["mean"] == pytest.approx(sum(found["mean_by_head"]) / 4, rel=1e-6)
+            assert found["enlarged_fraction"] is None
             assert found["certified"] == (basis != "estimate")
             assert (found["audited_rows"] > 0) == (basis == "estimate")
             assert (found["least"] is None) == (basis == "estimate")
@@ -71,7 +55,10 @@ def test_every_figure_says_what_it_rests_on(options, prefill, decode):
                 assert found["least"] <= found["lower"] < 1
                 assert found["least"] == min(found["least_by_head"])
                 assert found["upper"] - found["lower"] < (1e-3 if basis == "exact" else 0.1)
+        assert nc_stats(model)["kept_mass"][phase]["rows"] == 3 * rows
     json.dumps(nc_stats(model))
+    reset_stats(model)
+    assert [layer["kept_mass"] for layer in nc_stats(model)["layers"]] == [NONE] * 3
 
 
 @EACH_SETTING
@@ -81,6 +68,7 @@ def test_tracking_changes_no_output_and_no_gradient_keeps_no_graph_and_counts_a_
         model = patch_model(tiny_model("llama"), 2.0, 0.5, track=track, **settings)
         torch.manual_seed(5)
         texts.append(model.generate(ids, max_new_tokens=12, do_sample=True))
+        assert (nc_stats(model)["kept_mass"] == NONE) == (not track)
         reset_stats(model)
         model.train()(ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -47,6 +47,18 @@ def decode(model, monkeypatch, repeats, static=False, count=1):
     return torch.cat(logits, 1), [worked_out[layer] // STEPS for layer in range(LAYERS)]
 
 
+def compared(tiny, monkeypatch, settings, change=None, **how):
+    """How often each layer is worked out, in a model that gives what it gives where all always are."""
+    models = [patch_model(copy.deepcopy(tiny), dense_below=0, **settings) for _ in range(2)]
+    for model in models if change else ():
+        change(model.model.layers[2].self_attn)
+    found, layers = decode(models[0], monkeypatch, True, **how)
+    every, _ = decode(models[1], monkeypatch, False, **how)
+    assert torch.equal(found, every)
+    assert nc_stats(models[0])["layers"] == nc_stats(models[1])["layers"]
+    return layers
+
+
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(
@@ -65,14 +77,7 @@ def decode(model, monkeypatch, repeats, static=False, count=1):
     ids=["default", "drop", "no index", "block", "window", "torch", "dense layers", "by head", "track"],
 )
 def test_steps_give_what_they_give_where_each_layer_is_worked_out(tiny, monkeypatch, settings, expected, static, count):
-    models = [copy.deepcopy(tiny) for _ in range(2)]
-    for model in models:
-        patch_model(model, dense_below=0, **settings)
-    found, layers = decode(models[0], monkeypatch, True, static, count)
-    every, _ = decode(models[1], monkeypatch, False, static, count)
-    assert torch.equal(found, every)
-    assert nc_stats(models[0])["layers"] == nc_stats(models[1])["layers"]
-    assert layers == expected
+    assert compared(tiny, monkeypatch, settings, static=static, count=count) == expected
 
 
 def scaled(attention):
@@ -101,11 +106,4 @@ def with_another_argument(attention):
     ],
 )
 def test_a_layer_that_is_called_in_another_way_is_worked_out(tiny, monkeypatch, change, expected):
-    models = [copy.deepcopy(tiny) for _ in range(2)]
-    for model in models:
-        patch_model(model, dense_below=0, **LAW)
-        change(model.model.layers[2].self_attn)
-    found, layers = decode(models[0], monkeypatch, True)
-    every, _ = decode(models[1], monkeypatch, False)
-    assert torch.equal(found, every)
-    assert layers == expected
+    assert compared(tiny, monkeypatch, LAW, change) == expected

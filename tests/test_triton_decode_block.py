@@ -13,7 +13,6 @@ from test_triton_kernels import FP32_BF16  # noqa: E402
 from nc_patch import KeyIndex  # noqa: E402
 from nc_patch.functional import by_index  # noqa: E402
 from nc_patch.selections import Block  # noqa: E402
-from nc_patch.selections.block.decode import triton_block_decode  # noqa: E402
 from nc_patch.selections.block.pages import PageStatistics  # noqa: E402
 from nc_patch.selections.block.summarize import triton_summarize_pages_  # noqa: E402
 
@@ -138,4 +137,4 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
     codes, scales = problem.key_index
     index = (change.pop("codes", codes), change.pop("scales", scales))
     with pytest.raises(ValueError, match=message):
-        triton_block_decode(problem._replace(key_index=index, **change))
+        Block(16).run(problem._replace(key_index=index, **change), "triton")

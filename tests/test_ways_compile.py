@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, random_ids, tiny_model
+from tiny_models import random_ids, tiny_model
 from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, StaticCache
@@ -12,6 +12,7 @@ from ways import (
     SETTINGS,
     assert_close,
     boundaries,
+    families_and_settings,
     full_and_small,
     generated,
     left_padded,
@@ -26,14 +27,7 @@ from nc_patch import sparse_attention
 LAYERS = {"gemma2": 2, "gpt_oss": 2}
 PLAIN = {name: settings for name, settings in SETTINGS.items() if name != "topk by codes"}
 EACH_PLAIN = pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN)
-
-
-def families_and_settings(*plain):
-    """All families with two settings; those that are not ``plain`` are left to the wide sweep."""
-    cases = [(family, name) for family in FAMILIES for name in ("topk", "unasked")]
-    marks = {case: () if case in plain else pytest.mark.wide for case in cases}
-    given = [pytest.param(case[0], SETTINGS[case[1]], marks=marks[case], id="-".join(case)) for case in cases]
-    return pytest.mark.parametrize(("family", "settings"), given)
+COMPILED = ("topk", "unasked")  # in the wide sweep over families
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +39,17 @@ def whole(model, backend="aot_eager"):
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-@families_and_settings(("llama", "topk"), ("gemma2", "unasked"))
-def test_a_compiled_forward_equals_dense_and_the_eager_one(family, settings):
-    ids = random_ids(2, 70)
+@families_and_settings(("llama", "topk"), ("gemma2", "unasked"), names=COMPILED)
+def test_compiled_prompts_of_many_lengths_equal_dense_and_eager_ones_and_share_their_graphs(family, settings):
     for model, reference in full_and_small(family, LAYERS.get(family, 1), **settings):
         torch._dynamo.reset()
+        frames = CompileCounterWithBackend("aot_eager")
+        compiled = whole(model, frames)
+        lengths = (70, 20, 31, 9, 55, 64) if model is reference else (70,)  # of a page or less too
         with torch.inference_mode():
-            assert_close(whole(model)(ids, use_cache=False).logits, reference(ids, use_cache=False).logits)
+            for ids in (random_ids(2, length) for length in lengths):
+                assert_close(*(each(ids, use_cache=False).logits for each in (compiled, reference)))
+        assert frames.frame_count == min(2, len(lengths))  # the first length is taken for a constant
 
 
 @pytest.mark.parametrize("kind", ["positions", "cu_seq_lens"])
@@ -77,7 +75,7 @@ def generated_by_compiled_steps(model, ids):
     return found, len(graphs)
 
 
-@families_and_settings(("llama", "unasked"))
+@families_and_settings(("llama", "unasked"), names=COMPILED)
 def test_generate_compiles_itself_on_a_static_cache(family, settings):
     ids = random_ids(2, 40)
     _, graphs_of_dense = generated_by_compiled_steps(tiny_model(family, num_hidden_layers=LAYERS.get(family, 1)), ids)
@@ -101,17 +99,6 @@ def test_a_compiled_step_keeps_the_index_of_a_static_cache(options):
     assert torch.equal(torch.cat(tokens, -1), expected[:, 60:])
     assert frames.frame_count <= 2  # a step is not compiled anew for every token
     assert all(layer.nc_indexes for layer in cache.layers)
-
-
-@families_and_settings(("llama", "unasked"))
-def test_prompts_of_many_lengths_share_their_graphs(family, settings):
-    model, frames = small(family, LAYERS.get(family, 1), **settings), CompileCounterWithBackend("aot_eager")
-    compiled = whole(model, frames)
-    with torch.inference_mode():
-        for length in (40, 20, 31, 9, 55, 64):  # of a page or less too
-            ids = random_ids(2, length)
-            assert_close(*(each(ids, use_cache=False).logits for each in (compiled, model)))
-    assert frames.frame_count == 2  # the first length is taken for a constant
 
 
 @EACH_PLAIN

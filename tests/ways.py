@@ -5,7 +5,7 @@ However a model is run, a full budget gives dense attention's numbers, and a sma
 
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from tiny_models import FAMILIES, random_ids, tiny_model
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from nc_patch import nc_stats, patch_model
+from nc_patch import is_patched, nc_stats, patch_model, stats
 
 # Every key, by way of the selection; and few enough keys that the output is far from dense.
 FULL, SMALL = (1e6, 0.0), (2.0, 0.5)
@@ -38,22 +38,20 @@ CUT_ANYWHERE = ("topk", "topk by codes", "window")
 CORE = ("llama", "gemma2")
 
 
-def each_family(*core: str) -> list[Any]:
-    """All families for ``parametrize``; those that are not among ``core`` are left to the wide sweep."""
-    return [pytest.param(family, marks=() if family in core else pytest.mark.wide, id=family) for family in FAMILIES]
-
-
-EACH_FAMILY = each_family(*CORE)
+EACH_FAMILY = [pytest.param(name, marks=() if name in CORE else pytest.mark.wide, id=name) for name in FAMILIES]
 EACH_SETTING = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+
+
+def families_and_settings(*plain: tuple[str, str], names: Iterable[str] = SETTINGS) -> pytest.MarkDecorator:
+    """All families with settings of these names; those that are not ``plain`` are left to the wide sweep."""
+    marks = {case: () if case in plain else pytest.mark.wide for case in itertools.product(FAMILIES, names)}
+    cases = [pytest.param(case[0], SETTINGS[case[1]], marks=mark, id="-".join(case)) for case, mark in marks.items()]
+    return pytest.mark.parametrize(("family", "settings"), cases)
+
+
 # A plain run goes through every setting of the first family, and two of the second.
-EACH_FAMILY_AND_SETTING = pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        pytest.param(family, settings, marks=() if plain else pytest.mark.wide, id=f"{family}-{name}")
-        for family in FAMILIES
-        for name, settings in SETTINGS.items()
-        for plain in [family == CORE[0] or (family in CORE and name in ("topk", "unasked"))]
-    ],
+EACH_FAMILY_AND_SETTING = families_and_settings(
+    *((CORE[0], name) for name in SETTINGS), (CORE[1], "topk"), (CORE[1], "unasked")
 )
 
 
@@ -86,6 +84,15 @@ def _with_selection(options: dict[str, Any]) -> dict[str, Any]:
 def assert_close(found: Any, expected: Any, atol: float = 2e-5) -> None:
     """Tensors, or lists of them, are equal but for rounding."""
     torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
+def state_of(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What a call or a calibration, done or failed, must leave as it was: of a model, the thread and the library."""
+    of_modules = [(m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    of_weights = [(p.requires_grad, p.grad) for p in model.parameters()]
+    settings = is_patched(model), model.config._attn_implementation, model.config.to_json_string()
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads()
+    return of_modules, of_weights, settings, modes, stats._LOCK._is_owned()
 
 
 def attended_fraction(model: PreTrainedModel) -> float:

@@ -108,7 +108,7 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
             rows += found
             write()
     except (KeyboardInterrupt, RuntimeError) as error:  # the device itself; what was measured before stays
-        record["stopped"] = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+        record["stopped"] = first_line(error)
         problems.append(f"stopped: {record['stopped']}")
     write()
     print(f"\n{law}\n{report.text(rows)}\n\nWritten: {file}")

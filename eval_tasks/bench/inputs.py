@@ -15,8 +15,6 @@ from functools import cached_property
 
 import torch
 
-from nc_patch.ops.problem import causal_intervals
-
 SINKS = 4
 _CONTENT_RANK, _RUN, _NOISE = 16, 40, 0.3
 _OUTLIERS, _OUTLIER_OFFSET, _SPREAD = 4, 8.0, 0.5
@@ -46,10 +44,6 @@ class Inputs:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-
-    def visible(self) -> torch.Tensor:
-        """Causal intervals int32 ``[B, Lq, 2]``."""
-        return causal_intervals(len(self.query), self.query.shape[2], self.key.shape[2], self.query.device)
 
     @cached_property
     def expanded(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from eval_tasks.bench.checks import Expected, checked_rows, compare, expected_output
+from eval_tasks.bench.checks import checked_rows, compare, expected_output
 from eval_tasks.bench.inputs import Inputs
 from eval_tasks.bench.operator import Case, Settings, dense_steps, make_sets, sparse_step
 from eval_tasks.bench.timing import Prepared, Step, first_line, interleave, prepare
 from nc_patch.config import NCConfig
 from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.problem import AttentionResult
 from nc_patch.selections import Block
 
 Row = dict[str, Any]
@@ -23,6 +24,10 @@ LEFT_OUT = "left out"  # was too slow at a shorter length to be of interest at a
 _LONG_SECONDS, _TOO_SLOW = 0.25, 2.0
 # Repeats of a case go on for this long, and three in any case.
 _CASE_SECONDS = 20.0
+
+
+class WrongOutput(Exception):
+    """A method's output is not what the PyTorch backend returns."""
 
 
 def measure_all(settings: Settings, deadline: float, say: Callable[[str], None]) -> Iterator[list[Row]]:
@@ -53,8 +58,9 @@ def measure_all(settings: Settings, deadline: float, say: Callable[[str], None])
 def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str], str], deadline: float) -> list[Row]:
     """One row for each selection and each dense implementation, all checked before any is timed."""
     phase, sets = settings.phase, make_sets(settings, case)
+    device = sets[0].query.device
     compared = checked_rows(sets[0].query.shape[2], settings.options.get("query_block_size", Block.query_block_size))
-    dense, right = dense_steps(sets), dict[str, Expected]()
+    dense, right = dense_steps(sets), dict[str, AttentionResult]()
     rows: dict[str, Row] = {}
     ready: dict[str, Prepared] = {}
     for name in (*settings.selections, *dense):
@@ -69,14 +75,18 @@ def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str
             if selection not in right:
                 right[selection] = expected_output(sets[0], config, phase, compared)
             if name not in dense:
-                row |= {"attended": right[name].attended, "kept_mass": right[name].kept_mass}
+                row |= {what: _mean(getattr(right[name], what)) for what in ("attended", "kept_mass")}
                 row["backend"] = _backend(sets[0], config, phase)
-            prepared = _checked(row, dense.get(name) or sparse_step(sets, config, phase), right[selection], len(sets))
-            if prepared is not None:
-                ready[name] = prepared
+            step = dense.get(name) or sparse_step(sets, config, phase)
+            _check(row, _first_output(row, step, device), right[selection].output, compared)
+            prepared = prepare(step, len(sets), device, graph=phase == "decode")
+            row |= {"in_graph": prepared.replayed is not None, "message": prepared.reason}
+            if prepared.replayed is not None:
+                _check(row, prepared.replayed, right[selection].output, compared, ", in a CUDA graph")
+            ready[name] = prepared
         except Exception as error:
             fail(row, error)
-    taken = interleave(ready, settings.repeats, settings.device, min(deadline, time.monotonic() + _CASE_SECONDS))
+    taken = interleave(ready, settings.repeats, device, min(deadline, time.monotonic() + _CASE_SECONDS))
     for name, launches in taken.items():
         seconds = [launch / len(sets) for launch in launches]
         rows[name] |= {"seconds": seconds, "median_seconds": median(seconds)}
@@ -84,37 +94,31 @@ def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str
 
 
 def fail(row: Row, error: Exception) -> None:
-    """Writes into a row that its method has no kernel here, or is short of memory, or broke."""
+    """Writes into a row that its method has no kernel here, is short of memory, wrong, or broke."""
+    if isinstance(error, WrongOutput):
+        row |= {"status": WRONG, "message": str(error)}
+        return
     absent = row["kind"] == "dense" and "No available kernel" in str(error)
     short_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     status = ABSENT if absent else NO_MEMORY if short_of_memory else FAILED
     row |= {"status": status, "message": first_line(error)}
 
 
-def _checked(row: Row, step: Step, expected: Expected, steps: int) -> Prepared | None:
-    """The method ready to be timed, or None where its output, which the row tells of, is not right."""
-    device = expected.output.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+def _first_output(row: Row, step: Step, device: torch.device) -> torch.Tensor:
+    """The output for the first set of inputs; the row gets the memory that a step takes on a GPU."""
+    if device.type != "cuda":
+        return step(0)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     output = step(0)
-    if device.type == "cuda":
-        row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    if not _is_right(row, output, expected):
-        return None
-    prepared = prepare(step, steps, device, graph=output.shape[2] == 1)
-    row |= {"in_graph": prepared.replayed is not None, "message": prepared.reason}
-    if prepared.replayed is not None and not _is_right(row, prepared.replayed, expected):
-        row["message"] += ", in a CUDA graph"
-        return None
-    return prepared
+    row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    return output
 
 
-def _is_right(row: Row, output: torch.Tensor, expected: Expected) -> bool:
-    row["relative_error"], right = compare(output, expected, row["method"])
-    if not right:
-        row |= {"status": WRONG, "message": f"off by {row['relative_error']:.2g} from the PyTorch backend"}
-    return right
+def _check(row: Row, output: torch.Tensor, right: torch.Tensor, compared: torch.Tensor, where: str = "") -> None:
+    row["relative_error"], is_right = compare(output, right, compared, row["method"])
+    if not is_right:
+        raise WrongOutput(f"off by {row['relative_error']:.2g} from the PyTorch backend{where}")
 
 
 def _too_slow(rows: Sequence[Row]) -> dict[tuple[str, int, str], str]:
@@ -127,6 +131,12 @@ def _too_slow(rows: Sequence[Row]) -> dict[tuple[str, int, str], str]:
             times = f"took {row['median_seconds'] / fastest:.1f} times as long as the fastest dense"
             found[row["geometry"], row["batch"], row["method"]] = f"{times} at {row['length']:,} keys"
     return found
+
+
+def _mean(values: torch.Tensor | None) -> float:
+    """The mean over heads and rows of a statistic that was asked for."""
+    assert values is not None
+    return float(values.double().mean())
 
 
 def _backend(inputs: Inputs, config: NCConfig, phase: str) -> str:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 
 Step = Callable[[int], torch.Tensor]  # runs a method on the i-th set of inputs
-# A method that takes this many times as long as the fastest is not repeated beyond the fewest.
-_HOPELESS, _FEWEST = 4.0, 3
-_WARM_UPS = 3
+_FEWEST_ROUNDS, _WARM_UPS = 3, 3
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,8 @@ def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepar
     """
 
     def all_steps() -> torch.Tensor:
-        first = step(0)
-        for i in range(1, steps):
-            step(i)
-        return first
+        outputs = [step(i) for i in range(steps)]
+        return outputs[0]
 
     if device.type != "cuda" or not graph:
         all_steps()
@@ -53,11 +49,10 @@ def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepar
         replayed.fill_(torch.nan)  # so that a replay which leaves something out shows
         captured.replay()
         torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError:
-        torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
-        raise
     except Exception as error:
-        torch.cuda.set_stream(current)
+        torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         torch.cuda.synchronize(device)
         return Prepared(all_steps, reason=f"not captured in a CUDA graph: {first_line(error)}")
     return Prepared(captured.replay, replayed)
@@ -82,16 +77,14 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of a launch of every method, in ``repeats`` rounds in which each has its turn.
 
-    A method that is hopelessly slow is left out after a few rounds; after the deadline (``time.monotonic``) all are.
+    After the deadline (``time.monotonic``) no round begins, but for the first three.
     """
     taken: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeats):
-        if turn >= _FEWEST and time.monotonic() > deadline:
+        if turn >= _FEWEST_ROUNDS and time.monotonic() > deadline:
             break
-        best = min((min(seconds) for seconds in taken.values() if seconds), default=0.0)
         for name, prepared in methods.items():
-            if turn < _FEWEST or min(taken[name]) <= _HOPELESS * best:
-                taken[name].append(seconds_of(prepared.launch, device))
+            taken[name].append(seconds_of(prepared.launch, device))
     return taken
 
 

@@ -26,7 +26,8 @@ _PLACEMENT = ("batch_size", "device", "device_map", "max_batch_size", "paralleli
 class NCHFLM(HFLM):
     """``HFLM`` whose model, a name, a directory, ``smollm2`` or a loaded model, is patched right after it is loaded.
 
-    Takes ``nc_config`` and ``profile`` as ``read_config``, and the options of ``NCConfig``; all else goes to ``HFLM``.
+    Takes ``nc_config`` as ``read_config``, the path of a ``profile`` or the profile itself, and the options of
+    ``NCConfig``; all else goes to ``HFLM``.
     Raises EvalError for an argument that is missing, unknown or out of range, before the weights are read, and
     UnsupportedModelError where the attention cannot be patched.
     """

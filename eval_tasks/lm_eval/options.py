@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,13 @@ def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def read_config(
     options: Mapping[str, Any],
     nc_config: NCConfig | Mapping[str, Any] | str | None = None,
-    profile: Profile | str | PathLike[str] | None = None,
+    profile: Profile | None = None,
 ) -> NCConfig:
     """The ``NCConfig`` that model arguments describe; raises EvalError, which says what to give, where they do not.
 
     ``options`` are by name, as ``--model_args`` gives them; ``dense_layers`` may be ``0+1+29``. In their place
     ``nc_config`` is a JSON file that ``NCConfig.to_json`` wrote, a mapping, or an ``NCConfig``; in place of alpha and
-    C, ``profile`` is a calibrated profile or its path.
+    C there may be a calibrated profile.
     """
     dense = options.get("dense_layers", ())
     if isinstance(dense, int | str):
@@ -58,7 +57,7 @@ def read_config(
                 return NCConfig.from_dict(nc_config)
             return NCConfig.from_json(Path(nc_config).read_text(encoding="utf-8"))
         if profile is not None:
-            return (profile if isinstance(profile, Profile) else Profile.load(Path(profile))).config(**options)
+            return profile.config(**options)
         if missing := [name for name in ("alpha", "C") if name not in options]:
             raise EvalError(
                 f"{' and '.join(missing)} missing: give the factor and the exponent of the budget k(n) = alpha * n**C,"

@@ -13,7 +13,8 @@ from lm_eval.api.metrics import mean
 
 from eval_tasks.lm_eval.by_length import ByLengthTask, Samples
 from eval_tasks.metrics.string_match.string_match import score
-from eval_tasks.synthetic import GENERATORS, Material, synthesize
+from eval_tasks.synthetic import GENERATORS, synthesize
+from eval_tasks.synthetic.haystack import load_prose
 
 METRIC = "string_match"
 # What a group of these tasks takes the mean of, each task counting the same: lm-eval wants the names in advance.
@@ -33,9 +34,8 @@ class RetrievalByLength(ByLengthTask):
         super().__init__({**config, "generation_kwargs": generation})
 
     def make_samples(self) -> Samples:
-        self._material = Material(self.settings.text)
-        seed, prose = self.settings.seed, self._material.prose
-        answers = (list(self._generator.answers(seed, i, self._material)) for i in range(self.settings.samples))
+        seed, text, prose = self.settings.seed, self.settings.text, load_prose(self.settings.text)
+        answers = (list(self._generator.answers(seed, i, text)) for i in range(self.settings.samples))
         rows = [{"sample": i, "answers": found, "seed": seed, "question": ""} for i, found in enumerate(answers)]
         return rows, prose.origin, prose.sha256
 
@@ -47,7 +47,7 @@ class RetrievalByLength(ByLengthTask):
         def render(question: str, prefix: str) -> str:
             return str(plain_context({**doc, "question": question}, num_fewshot=0, gen_prefix=prefix, **options))
 
-        ways: dict[str, Any] = {"material": self._material, "render": render, "count": given.count}
+        ways: dict[str, Any] = {"text": given.text, "render": render, "count": given.count}
         ways["new_tokens"] = self.config.generation_kwargs["max_gen_toks"]
         make = partial(synthesize, self._generator, given.tokenizer, seed=given.seed, index=doc["sample"], **ways)
         return [make(length=length).prompt for length in doc["lengths"]]
@@ -56,7 +56,7 @@ class RetrievalByLength(ByLengthTask):
         return [(prompt, deepcopy(self.config.generation_kwargs)) for prompt in ctx]
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-        scores = [score(answer, doc["answers"], self._generator.match) for answer in results]
+        scores = [score(answer, doc["answers"]) for answer in results]
         return dict(zip(self.aggregation(), [*scores, mean(scores)], strict=True))
 
     def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:

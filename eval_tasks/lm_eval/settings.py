@@ -25,15 +25,13 @@ class Settings:
     """What ``--metadata`` says, with the tokenizer of the model under test.
 
     ``lengths`` ascend, in tokens; by default those of 512, 1024, 2048 and 4096 that the model has positions for.
-    ``text`` is a name as ``load_text`` takes it, ``hub_copies`` a directory with copies of the hub's data sets. There
-    are ``samples`` at each length, of which so many tokens are ``scored``, or are the ``passage``, for tasks that have
-    these.
+    ``text`` is a name as ``load_text`` takes it. There are ``samples`` at each length, of which so many tokens are
+    ``scored``, or are the ``passage``, for tasks that have these.
     """
 
     lengths: tuple[int, ...]
     seed: int
     text: str
-    hub_copies: str | None
     tokenizer: PreTrainedTokenizerBase
     count: Count
     samples: int
@@ -52,7 +50,7 @@ def read_settings(task: str, given: Mapping[str, Any], **numbers: int) -> Settin
     tokenizer = _tokenizer_of(model, task)
     lengths = _lengths_of(given, _max_length_of(model, tokenizer))
     count, text = counter(tokenizer, model.get("add_bos_token")), given.get("text", PYTHON_REFERENCE)
-    return Settings(lengths, seed, text, given.get("hub_copies"), tokenizer, count, **chosen)
+    return Settings(lengths, seed, text, tokenizer, count, **chosen)
 
 
 def _tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBase:

@@ -1,15 +1,14 @@
 """One query row over n Gaussian keys, in float64: what attention over its k highest scores loses.
 
-Inputs x_j ~ N(0, I) in ``CHANNELS`` dimensions are the keys; a query of length σ along a random unit vector u gives
-independent scores σ·z_j with z_j = u·x_j ~ N(0, 1). Values are ``independent`` of the keys, N(0, I), or ``shared``: the
-inputs themselves, as in self-attention with W_V = I. Since σ only scales the scores, one sorted row serves every σ;
-since attention over the k highest scores is a ratio of partial sums in that order, one pass serves every budget.
+Inputs x_j ~ N(0, I) in ``CHANNELS`` dimensions are the keys and the values, as in self-attention with W_V = I. A query
+of length σ along a random unit vector u gives independent scores σ·z_j with z_j = u·x_j ~ N(0, 1). Since σ only scales
+the scores, one sorted row serves every σ; since attention over the k highest scores is a ratio of partial sums in that
+order, one pass serves every budget.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise, product
 from typing import Any
 
@@ -20,7 +19,6 @@ from scipy.special import ndtr, ndtri
 from eval_tasks.paper.laws import Law, compare, equal_in_mean, errors, estimates, exponents
 
 CHANNELS = 16
-VALUES = ("independent", "shared")
 SPREADS = tuple(f"sigma={sigma:g}" for sigma in (1, 2, 4)) + tuple(f"s={s:g}" for s in (0.3, 0.5, 0.707, 0.866, 1, 1.2))
 """Standard deviations of the scores: σ at every n, or growing so that σ² = s²·2·ln n."""
 
@@ -48,63 +46,58 @@ def sigma_of(spread: str, n: float) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One row in float64, highest score first: the scores z ``[n]`` at σ = 1, and values ``[n, CHANNELS]``.
+    """One row in float64, highest score first: the scores z ``[n]`` at σ = 1, and the inputs x_j ``[n, CHANNELS]``.
 
-    Values are independent of z; ``direction`` ``[CHANNELS]`` is the unit vector u.
+    ``direction`` ``[CHANNELS]`` is the unit vector u.
     """
 
     z: np.ndarray
-    values: np.ndarray
+    inputs: np.ndarray
     direction: np.ndarray
-
-    @cached_property
-    def inputs(self) -> np.ndarray:
-        """The inputs x_j, ``[n, CHANNELS]``: the independent values with their component along u replaced by z."""
-        return self.values + np.outer(self.z - self.values @ self.direction, self.direction)
 
 
 def draw(n: int, seed: int) -> Row:
     """The row of n keys of a seed; rows of different lengths are independent too."""
     random = np.random.default_rng([seed, n])
     direction = random.standard_normal(CHANNELS)
+    direction /= np.linalg.norm(direction)
     z = np.sort(random.standard_normal(n))[::-1].copy()
-    return Row(z, random.standard_normal((n, CHANNELS)), direction / np.linalg.norm(direction))
+    inputs = random.standard_normal((n, CHANNELS))
+    return Row(z, inputs + np.outer(z - inputs @ direction, direction), direction)  # of which z are the components
 
 
-def attend(row: Row, sigma: float, budgets: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+def attend(row: Row, sigma: float, budgets: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Attends the k highest scores for each of K budgets in [0, n], and last all keys; k = 0 gives zero.
 
-    Returns the mass kept ``[K + 1]``, for each of ``VALUES`` the outputs ``[K + 1, CHANNELS]``, all weights ``[n]``.
+    Returns the mass kept ``[K + 1]``, the outputs ``[K + 1, CHANNELS]``, and all weights ``[n]``.
     """
     n = len(row.z)
     weights = np.exp(sigma * (row.z - row.z[0]))
     weights /= weights.sum()
     cuts = np.unique([0, *budgets, n])
-    columns = np.column_stack((np.ones(n), row.values, row.inputs))
+    columns = np.column_stack((np.ones(n), row.inputs))
     by_span = [weights[begin:end] @ columns[begin:end] for begin, end in pairwise(cuts)]
-    sums = np.cumsum([np.zeros(1 + 2 * CHANNELS), *by_span], axis=0)[np.searchsorted(cuts, [*budgets, n])]
-    mass = sums[:, :1]
+    sums = np.cumsum([np.zeros(1 + CHANNELS), *by_span], axis=0)[np.searchsorted(cuts, [*budgets, n])]
+    mass = sums[:, 0]
     # Sums over no key are zero, and so is what they are divided to.
-    outputs = np.split(sums[:, 1:] / np.maximum(mass, np.finfo(np.float64).tiny), 2, axis=1)
-    return mass[:, 0], dict(zip(VALUES, outputs, strict=True)), weights
+    return mass, sums[:, 1:] / np.maximum(mass, np.finfo(np.float64).tiny)[:, None], weights
 
 
 def losses(row: Row, sigma: float, budgets: Sequence[int]) -> dict[str, np.ndarray]:
     """What attention over the k highest scores loses, for each k of ``budgets``; k = 0 stands for answering zero.
 
-    ``weight_error`` is the largest difference of an attention weight, ``output_error`` that of an output channel, and
-    ``relative_error`` ‖o − o_dense‖ / ‖o_dense‖, for each of ``VALUES``.
+    ``weight_error`` is the largest difference of an attention weight, ``relative_error.shared`` ‖o − o_dense‖ /
+    ‖o_dense‖ where keys and values share their inputs.
     """
     mass, outputs, weights = attend(row, sigma, budgets)
-    kept = mass[:-1]
+    kept, dense = mass[:-1], outputs[-1]
     # The weights of keys that are kept grow by 1 / kept, those of the others become zero.
     raised = weights[0] * np.divide(1.0 - kept, kept, out=np.zeros_like(kept), where=kept > 0)
-    found = {"kept_mass": kept, "weight_error": np.maximum(raised, np.append(weights, 0.0)[np.asarray(budgets)])}
-    for name, output in outputs.items():
-        difference = output[:-1] - output[-1]
-        found[f"output_error.{name}"] = np.abs(difference).max(-1)
-        found[f"relative_error.{name}"] = np.linalg.norm(difference, axis=-1) / np.linalg.norm(output[-1])
-    return found
+    return {
+        "kept_mass": kept,
+        "weight_error": np.maximum(raised, np.append(weights, 0.0)[np.asarray(budgets)]),
+        "relative_error.shared": np.linalg.norm(outputs[:-1] - dense, axis=-1) / np.linalg.norm(dense),
+    }
 
 
 def supports(row: Row, sigma: float) -> dict[str, float]:

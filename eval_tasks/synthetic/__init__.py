@@ -4,9 +4,10 @@
 """
 
 from eval_tasks.synthetic.counting import COUNTING_GENERATORS
+from eval_tasks.synthetic.fitting import chat
 from eval_tasks.synthetic.needles import NEEDLE_GENERATORS
-from eval_tasks.synthetic.sample import Generator, Material, SyntheticSample, synthesize
+from eval_tasks.synthetic.sample import Generator, SyntheticSample, synthesize
 
 GENERATORS: dict[str, Generator] = {one.name: one for one in (*NEEDLE_GENERATORS, *COUNTING_GENERATORS)}
 
-__all__ = ["GENERATORS", "Generator", "Material", "SyntheticSample", "synthesize"]
+__all__ = ["GENERATORS", "Generator", "SyntheticSample", "chat", "synthesize"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval_tasks.synthetic.sample import Generator, Recipe, Request
-from eval_tasks.synthetic.words import WordStream, english_words
+from eval_tasks.synthetic.words import WordStream
 
 _COMMON, _FREQUENT = 10, 3
 _COMMON_PREFIX = "Answer: The top 10 words that appear most often in the list are:"
@@ -74,8 +74,7 @@ def _frequent_words(request: Request) -> Recipe:
     return Recipe(question, _FREQUENT_PREFIX, tuple(vocabulary[1 : _FREQUENT + 1]))
 
 
-_CHANCE = _COMMON / len(english_words())
 COUNTING_GENERATORS: tuple[Generator, ...] = (
-    Generator("cwe", "the ten words that stand most often in a numbered list", _common_words, 120, chance=_CHANCE),
+    Generator("cwe", "the ten words that stand most often in a numbered list", _common_words, 120),
     Generator("fwe", "the three coded words that stand most often", _frequent_words, new_tokens=50),
 )

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
-from eval_tasks.synthetic.haystack import NOISE, insert, noise
+from eval_tasks.synthetic.haystack import NOISE, insert, load_prose, noise
 from eval_tasks.synthetic.sample import DEPTHS, Generator, Recipe, Request
 from eval_tasks.synthetic.words import ADJECTIVES, NOUNS
 
@@ -39,15 +39,16 @@ def _needles(
     draw.shuffle(needles)
     places = draw.sample(range(DEPTHS), len(needles)) if len(needles) > 1 else []
     depths = sorted(place / (DEPTHS - 1) for place in places) or [request.depth()]
-    start = request.random("prose").choice(request.material.prose.sentence_starts) if haystack == "prose" else 0
+    prose = load_prose(request.text) if haystack == "prose" else None
+    start = request.random("prose").choice(prose.sentence_starts) if prose else 0
     others: list[str] = []
 
     def pieces(units: int) -> list[str]:
         """Sentences of noise, words of prose in sentences, or needles that nobody asks for."""
         if haystack == "noise":
             return noise(units)
-        if haystack == "prose":
-            return request.material.prose.sentences(start, units)
+        if prose:
+            return prose.sentences(start, units)
         others.extend(needle(next(some_key), next(some_value)) for _ in range(len(others), units))
         return others[:units]
 
@@ -58,7 +59,7 @@ def _needles(
     asks = f"special magic {kind} for {query} mentioned in the provided text"
 
     def question(units: int, padding: int) -> str:
-        glue = " " if haystack == "prose" else "\n"
+        glue = " " if prose else "\n"
         context = glue.join([*noise(padding), *insert(pieces(units), needles, depths)])
         return (
             f"{some} special magic {kind} {verb} hidden within the following text. Make sure to memorize it. I will"
@@ -146,6 +147,6 @@ NEEDLE_GENERATORS: tuple[Generator, ...] = (
     _niah("multikey_3", "one UUID under a UUID, among others alone", "needles", keys="uuids", values="uuids"),
     _niah("multivalue", "four numbers under one word, in prose", "prose", values_per_key=4),
     _niah("multiquery", "four numbers under four words, in prose", "prose", key_count=4, queried=4),
-    Generator("passkey", "a five-digit key, said twice, among sentences of noise", _passkey, 16, chance=1 / 90_000),
+    Generator("passkey", "a five-digit key, said twice, among sentences of noise", _passkey, 16),
     Generator("vt", "five variables that hold a value, handed on by a chain of copies, in noise", _tracking, 30),
 )

@@ -4,40 +4,27 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.synthetic.fitting import TOLERANCE, Count, Render, chat, counter, fill
-from eval_tasks.synthetic.haystack import Prose, load_prose
+from eval_tasks.synthetic.fitting import TOLERANCE, Count, Render, counter, fill
 from eval_tasks.texts import PYTHON_REFERENCE
 
 DEPTHS = 40  # RULER puts needles at this many evenly spaced depths
-# How an answer is scored: the share of the expected strings it holds, or whether it holds any of them.
-Match = Literal["all", "part"]
-
-
-@dataclass(frozen=True)
-class Material:
-    """The prose that hides the facts: that of a text, by its name as in ``load_text``."""
-
-    text: str = PYTHON_REFERENCE
-
-    @property
-    def prose(self) -> Prose:
-        """The prose of the text; raises EvalError where there is none."""
-        return load_prose(self.text)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sample that a generator is asked for; ``key`` names the generator and is part of every seed."""
+    """One sample that a generator is asked for, hidden in the prose of ``text``, a name as ``load_text`` takes it.
+
+    ``key`` names the generator and is part of every seed.
+    """
 
     length: int
     seed: int
     index: int
-    material: Material
+    text: str
     key: str
 
     def random(self, purpose: str = "") -> random.Random:
@@ -71,21 +58,18 @@ class Recipe:
 class Generator:
     """One task whose samples are generated at any length, from ``shortest`` tokens on with tokenizers of usual size.
 
-    So many ``new_tokens`` are kept free for the answer, as in the original; ``chance`` is the expected score of one who
-    answers at random without reading the context.
+    So many ``new_tokens`` are kept free for the answer, as in the original.
     """
 
     name: str
     description: str
     recipe: Callable[[Request], Recipe]
     new_tokens: int
-    match: Match = "all"
-    chance: float = 0.0
     shortest: int = 512
 
-    def answers(self, seed: int, index: int, material: Material | None = None) -> tuple[str, ...]:
+    def answers(self, seed: int, index: int, text: str = PYTHON_REFERENCE) -> tuple[str, ...]:
         """The answers of a sample, which are the same at every length; no tokenizer is needed."""
-        return self.recipe(Request(self.shortest, seed, index, material or Material(), self.name)).answers
+        return self.recipe(Request(self.shortest, seed, index, text, self.name)).answers
 
 
 @dataclass(frozen=True)
@@ -100,8 +84,6 @@ class SyntheticSample:
     question: str = field(repr=False)
     prefix: str
     answers: tuple[str, ...]
-    match: Match
-    length: int
     prompt_tokens: int
     new_tokens: int
     depths: tuple[float, ...]
@@ -114,23 +96,21 @@ def synthesize(
     seed: int = 0,
     index: int = 0,
     *,
-    material: Material | None = None,
-    use_chat_template: bool = False,
+    text: str = PYTHON_REFERENCE,
     new_tokens: int | None = None,
-    render: Render | None = None,
+    render: Render = "{} {}".format,
     count: Count | None = None,
 ) -> SyntheticSample:
     """A sample that fills ``length`` tokens of the tokenizer, the answer's included, to 98 % or more and never over.
 
     Needles, keys and answers depend on the seed and the index alone, so samples of several lengths ask for the same
-    things. ``new_tokens``, kept free for the answer, ``render``, from question to prompt, and ``count``, of tokens,
-    take the place of the generator's, of plain text or chat template, and of the tokenizer's. Raises EvalError where
-    the length is too short, the text says what is hidden in it, or there is no chat template.
+    things. Prose that hides them is of ``text``, as ``load_text`` takes it. ``render`` makes the prompt of a question
+    and the words that open its answer: plain text, or a chat template by ``chat(tokenizer)``. ``new_tokens``, kept free
+    for the answer, and ``count``, of tokens, take the place of the generator's and the tokenizer's. Raises EvalError
+    where the length is too short, or the text says what is hidden in it.
     """
-    material = material or Material()
-    render = render or (chat(tokenizer) if use_chat_template else "{} {}".format)
     count = count or counter(tokenizer)
-    recipe = generator.recipe(Request(length, seed, index, material, generator.name))
+    recipe = generator.recipe(Request(length, seed, index, text, generator.name))
     reserve = generator.new_tokens if new_tokens is None else new_tokens
     room = length - reserve
 
@@ -153,8 +133,7 @@ def synthesize(
     prompt = render(question, recipe.prefix)
     for sentence in recipe.evidence:
         if (times := prompt.count(sentence)) != 1:
-            said = f"{sentence!r} stands {times} times in the prompt, so the text {material.text!r} says it too"
+            said = f"{sentence!r} stands {times} times in the prompt, so the text {text!r} says it too"
             raise EvalError(f"{said}; give another text")
     depths = tuple(prompt.index(sentence) / len(prompt) for sentence in recipe.evidence)
-    expected = (recipe.prefix, recipe.answers, generator.match)
-    return SyntheticSample(prompt, question, *expected, length, tokens, reserve, depths)
+    return SyntheticSample(prompt, question, recipe.prefix, recipe.answers, tokens, reserve, depths)

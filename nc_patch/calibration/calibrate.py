@@ -134,17 +134,16 @@ def _measured(model: Any, ids: list[list[int]], plan: Plan) -> list[Piece]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     numbers = range(rank, len(ids), world)
     steps = len(numbers) * 2 * model_shape(model)[0]
-    own: dict[int, Piece] = {}
+    own: Any = None
     error = None
     try:
         with tqdm(total=steps, desc="calibrating", unit="layer", disable=True if rank else None) as bar:
             own = {number: measure_piece(model, ids[number], plan, bar.update) for number in numbers}
     except Exception as caught:  # the other processes wait for this one, and must hear of it
-        error = caught
-    gathered: list[Any] = [own]
+        own, error = f"{type(caught).__name__}: {caught}", caught
+    gathered = [own] * world
     if world > 1:
-        gathered *= world
-        dist.all_gather_object(gathered, own if error is None else f"{type(error).__name__}: {error}")
+        dist.all_gather_object(gathered, own)
     if error is not None:
         raise error
     if failed := [f"process {number}: {part}" for number, part in enumerate(gathered) if isinstance(part, str)]:

@@ -1,6 +1,5 @@
 """Telling models apart by their weights."""
 
-import contextlib
 import hashlib
 
 import torch
@@ -32,10 +31,9 @@ def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:
     for depth in reversed(range(len(parts))):
         hook = getattr(model.get_submodule(".".join(parts[:depth])), "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
-            weights = getattr(one, "weights_map", None)
-            with contextlib.suppress(KeyError):
-                if weights is not None:
-                    return weights[".".join(parts[depth:])]
+            weight = (getattr(one, "weights_map", None) or {}).get(".".join(parts[depth:]))
+            if weight is not None:
+                return weight
     raise ValueError(
         f"{name} is on the meta device and holds no weights, so the model cannot be told from others: load its "
         "weights, or without --device-map place it on one device"

@@ -13,9 +13,8 @@ from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import (
     Choice,
     RowBlock,
-    RowStats,
+    Rows,
     final_scores_,
-    hide_unseen_,
     scores_of,
     softmax_,
     weighted_values,
@@ -27,19 +26,22 @@ def attend_rows(problem: Problem, choice: Choice) -> AttentionResult:
 
     Scores and softmax are float32.
     """
-    query, sinks = problem.query, None if problem.sinks is None else problem.sinks.float()
+    query, sinks = problem.query, None if problem.sinks is None else problem.sinks.float()[:, None]
     output = query.new_zeros(*query.shape[:3], problem.value.shape[-1])
-    stats = RowStats(query, sinks, problem.stats)
+    shape = query.shape[:3] if problem.stats else (*query.shape[:2], 0)
+    lse, kept_mass = (query.new_full(shape, x, dtype=torch.float32) for x in (-torch.inf, 1.0))
+    if sinks is not None:
+        lse[:] = sinks
     for block in choice.blocks:
-        rows = _scored(problem, choice, block)
+        rows, at = _scored(problem, choice, block), (block.batch, slice(None), block.rows)
         if rows.dense is not None:
             kept = torch.logsumexp(rows.logits[..., : block.high - block.low], -1)
-            with_means = None if rows.missing is None else torch.logsumexp(rows.logits, -1)
-            stats.record(block, kept, rows.dense, rows.empty, with_means)
-        weights = softmax_(rows.logits, None if sinks is None else sinks[:, None])
-        found = weighted_values(weights, *rows.values)
-        output[block.batch, :, block.rows] = found.masked_fill_(rows.empty[:, None], 0.0).to(output.dtype)
-    return AttentionResult(output, *stats.results())
+            kept_mass[at] = torch.where(rows.empty, 1.0, torch.exp(kept - rows.dense))
+            total = kept if rows.missing is None else torch.logsumexp(rows.logits, -1)
+            lse[at] = total if sinks is None else torch.logaddexp(total, sinks)
+        found = weighted_values(softmax_(rows.logits, sinks), *rows.values)
+        output[at] = found.masked_fill_(rows.empty[:, None], 0.0).to(output.dtype)
+    return AttentionResult(output, lse, kept_mass) if problem.stats else AttentionResult(output)
 
 
 class _Scored(NamedTuple):
@@ -76,8 +78,8 @@ def _scored(problem: Problem, choice: Choice, block: RowBlock) -> _Scored:
     final_scores_(scores, problem.scale, problem.softcap)
     dense = None
     if problem.stats:
-        position = torch.arange(block.low, block.high, device=query.device, dtype=torch.int32)
-        dense = torch.logsumexp(hide_unseen_(scores.clone(), seen, position), -1)
+        unseen = ~Rows.of(problem, block).seen(block.high - block.low)
+        dense = torch.logsumexp(scores.masked_fill(unseen, -torch.inf), -1)
     scores.masked_fill_(~keep, -torch.inf)
     alone = _Scored(seen[:, 1] <= seen[:, 0], query, [key], [value], scores, dense)
     if problem.means is None:

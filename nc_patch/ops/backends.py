@@ -2,13 +2,15 @@
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 
 from nc_patch.common import check_choice
 from nc_patch.ops.problem import MAX_HEAD_DIM
 
-BACKENDS = ("auto", "triton", "cpu", "torch")
+Backend = Literal["auto", "triton", "cpu", "torch"]
+BACKENDS = get_args(Backend)
 # Of an op that reads the device's memory on the host: inductor leaves it out of its CUDA graphs.
 READS_HOST = (torch.Tag.cudagraph_unsafe,)
 # Ampere: what came before lacks the 8-bit matrix instructions and the shared memory that the kernels use.

@@ -30,10 +30,12 @@ def rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
     largest = key_norm.masked_fill((position < start) | (position >= end), 0.0).amax(-1)
     size = (query_norm * largest.repeat_interleave(problem.group, 1)[..., None]).double()
     kept = kept.double().clamp(0, 1)
-    # What a score may be off by. Matrix units may cut where others round, and take factors of fewer digits.
+    # What a dot product of float32 may be off by, and be rounded, and then a score. Matrix units may cut where others
+    # round, and take factors of fewer digits.
+    product = size * (2 * (D + 16) * HALF_ULP) + SMALLEST
     factors = _FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
     magnitude = (scale * size).clamp(max=problem.softcap or math.inf)
-    off = scale * (2 * product_slack(size, D) + size * (2 * factors + factors**2)) + 16 * HALF_ULP * magnitude
+    off = scale * (2 * product + size * (2 * factors + factors**2)) + 16 * HALF_ULP * magnitude
     # Twice: what is attended may be lower and the rest higher than computed.
     shift = torch.exp(2 * off)
     slack = _SUM_SLACK + 8 * HALF_ULP * (magnitude + math.log(max(Lk, 2)))
@@ -43,8 +45,3 @@ def rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
     lower = lower.nan_to_num(nan=0.0) * (1 - 2 * HALF_ULP)
     upper = upper.nan_to_num(nan=1.0) * (1 + 2 * HALF_ULP)
     return torch.stack((lower, upper), -1).clamp(0, 1).float().masked_fill(empty[:, None, :, None], 1.0)
-
-
-def product_slack(size: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """What a float32 dot product may be off by, and be rounded, where the norms' product is ``size``."""
-    return size * (2 * (head_dim + 16) * HALF_ULP) + SMALLEST

@@ -171,32 +171,3 @@ def weighted_values(weights: torch.Tensor, *values: torch.Tensor) -> torch.Tenso
         touched = torch.bmm((grouped != 0).float(), (~finite).float()) > 0
         output = torch.where(touched, torch.nan, output)
     return output.view(Hq, R, values[0].shape[-1])
-
-
-class RowStats:
-    """Collects lse and kept mass, ``float32 [B, Hq, Lq]`` each, row block by row block; holds nothing unless wanted."""
-
-    def __init__(self, query: torch.Tensor, sinks: torch.Tensor | None, wanted: bool) -> None:
-        self.wanted, self._sinks = wanted, None if sinks is None else sinks[:, None]
-        shape = query.shape[:3] if wanted else (*query.shape[:2], 0)
-        self.lse, self.kept_mass = (query.new_full(shape, x, dtype=torch.float32) for x in (-torch.inf, 1.0))
-        if sinks is not None:
-            self.lse[:] = sinks[:, None]
-
-    def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Log-sum-exp and kept mass, or twice None."""
-        return (self.lse, self.kept_mass) if self.wanted else (None, None)
-
-    def record(
-        self, block: RowBlock, attended: torch.Tensor, dense: torch.Tensor, empty: torch.Tensor,
-        with_means: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Takes the log-sum-exp ``[H, R]`` over attended keys, visible keys, and attended keys and page means.
-
-        ``empty`` bool ``[R]``: which rows see no key.
-        """
-        self.kept_mass[block.batch, :, block.rows] = torch.where(empty, 1.0, torch.exp(attended - dense))
-        lse = attended if with_means is None else with_means
-        if self._sinks is not None:
-            lse = torch.logaddexp(lse, self._sinks)
-        self.lse[block.batch, :, block.rows] = lse

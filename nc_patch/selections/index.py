@@ -6,7 +6,7 @@ It follows from the keys, so that it can be dropped and built again. What one of
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,30 +19,39 @@ from nc_patch.ops.problem import Problem, check_tensor, describe
 _CAPACITY_UNIT = 128
 
 
-class Layout(Protocol):
-    """What an index of one kind holds.
+LAYOUTS: dict[str, type["Layout"]] = {}
+
+
+class Layout:
+    """What an index of one kind holds; subclasses say which kind.
 
     Attributes:
-        names: of its tensors, ``[B, Hkv, ...]``. fixed: those of them that do not grow with the keys.
-        takes_values: whether it indexes values too. paged: whether it is of pages, counted from the index's origin.
-        pays_on: the backends on which keeping one saves time.
+        growing: how many of its tensors ``[B, Hkv, ...]``, the first ones, grow with the keys; the others never change.
+        span: the keys that one row of these is of. paged: whether these are pages, of ``block_size`` keys, which are
+            counted from the index's origin.
+        takes_values: whether it indexes values too. pays_on: the backends on which keeping one saves time.
     """
 
-    names: ClassVar[tuple[str, ...]]
-    fixed: ClassVar[tuple[str, ...]]
-    takes_values: ClassVar[bool]
-    paged: ClassVar[bool]
-    pays_on: ClassVar[tuple[str, ...]]
+    growing: ClassVar[int] = 2
+    span: ClassVar[int] = 1
+    paged: ClassVar[bool] = False
+    takes_values: ClassVar[bool] = False
+    pays_on: ClassVar[tuple[str, ...]] = ("triton", "cpu", "torch")
 
-    @staticmethod
-    def rows(capacity: int, block_size: int) -> int:
+    def __init_subclass__(cls, kind: str) -> None:
+        LAYOUTS[kind] = cls
+
+    @classmethod
+    def rows(cls, capacity: int, block_size: int) -> int:
         """How long the tensors that grow are for ``capacity`` keys."""
+        return -(-capacity // (block_size if cls.paged else cls.span))
 
     @staticmethod
     def allocate(
         key: torch.Tensor, value: torch.Tensor | None, ends: tuple[torch.Tensor, torch.Tensor], rows: int
     ) -> list[torch.Tensor]:
-        """The tensors in the order of ``names``; ``ends`` are int ``[B]``, where each sequence begins and ends."""
+        """The tensors, of which the first ends in D; ``ends`` are int ``[B]``, where each sequence begins and ends."""
+        raise NotImplementedError
 
     @staticmethod
     def write(
@@ -52,20 +61,7 @@ class Layout(Protocol):
 
         ``tensors``: key ``[B, Hkv, N, D]``; origin, first and end, int ``[B]``; value where the layout takes it.
         """
-
-
-LAYOUTS: dict[str, type[Layout]] = {}
-Kind = TypeVar("Kind", bound=type)
-
-
-def layout(kind: str) -> Callable[[Kind], Kind]:
-    """Decorator that makes a layout known as that of indexes of a kind."""
-
-    def add(chosen: Kind) -> Kind:
-        LAYOUTS[kind] = chosen
-        return chosen
-
-    return add
+        raise NotImplementedError
 
 
 def reserve_for(length: int) -> int:
@@ -116,7 +112,7 @@ class KeyIndex:
     Attributes:
         kind: ``"codes"``, ``"pages"`` or ``"means"``. block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
-        capacity: how many keys fit without a new allocation. head_dim, dtype: those of the keys.
+        capacity: how many keys fit without a new allocation. dtype: that of the keys.
         unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
 
@@ -124,10 +120,9 @@ class KeyIndex:
     block_size: int
     origin: torch.Tensor
     capacity: int
-    head_dim: int
     dtype: torch.dtype
     _backend: str
-    _tensors: dict[str, torch.Tensor]
+    _tensors: list[torch.Tensor]
     unstarted: torch.Tensor | bool = False
     _row_origins: torch.Tensor | None = None
 
@@ -163,9 +158,9 @@ class KeyIndex:
         head_dims = (D,) if value is None else (D, value.shape[-1])
         chosen, _ = choose_backend(backend, key.device, head_dims=head_dims)
         layout, room = LAYOUTS[kind], -(-capacity // _CAPACITY_UNIT) * _CAPACITY_UNIT
-        allocated = layout.allocate(key, value, (start, end), layout.rows(room, block_size))
-        tensors, origin = dict(zip(layout.names, allocated, strict=True)), start.to(torch.int32).clone()
-        index = cls(kind, block_size, origin, capacity, D, key.dtype, chosen, tensors)
+        tensors = layout.allocate(key, value, (start, end), layout.rows(room, block_size))
+        origin = start.to(torch.int32).clone()
+        index = cls(kind, block_size, origin, capacity, key.dtype, chosen, tensors)
         if L:
             index._write(key, value, torch.zeros_like(origin), end, L)
         return index
@@ -192,7 +187,7 @@ class KeyIndex:
         self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, end: torch.Tensor, count: int
     ) -> None:
         tensors = [key, self.origin, first, end, key if value is None else value]
-        _write([*self._tensors.values()], tensors, self.kind, count, self.block_size, self._backend)
+        _write(self._tensors, tensors, self.kind, count, self.block_size, self._backend)
 
     def make_room(self, length: int) -> None:
         """Makes room for ``length`` keys, with which what ``tensors`` returned before may be stale."""
@@ -200,14 +195,13 @@ class KeyIndex:
             return
         layout, self.capacity = LAYOUTS[self.kind], reserve_for(length)
         rows = layout.rows(self.capacity, self.block_size)
-        for name in self._tensors.keys() - set(layout.fixed):
-            old = self._tensors[name]
-            self._tensors[name] = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
-            self._tensors[name][:, :, : old.shape[2]] = old
+        for number, old in enumerate(self._tensors[: layout.growing]):
+            self._tensors[number] = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
+            self._tensors[number][:, :, : old.shape[2]] = old
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What the kernels read, in the order of the layout; what lies beyond the sequences' ends means nothing."""
-        return tuple(self._tensors.values())
+        return tuple(self._tensors)
 
     def row_origins(self, query_length: int) -> torch.Tensor:
         """``origin`` of each query, int32 ``[B, query_length]``."""
@@ -218,9 +212,9 @@ class KeyIndex:
 
     def fits(self, key: torch.Tensor) -> bool:
         """Whether the index can belong to ``key`` ``[B, Hkv, L, D]``: the same B, Hkv, D, dtype and device."""
-        tensor = next(iter(self._tensors.values()))
+        tensor = self._tensors[0]
         alike = self.dtype == key.dtype and tensor.device == key.device
-        return alike and tensor.shape[:2] == key.shape[:2] and self.head_dim == key.shape[-1]
+        return alike and tensor.shape[:2] == key.shape[:2] and tensor.shape[-1] == key.shape[-1]
 
     def select(self, indices: torch.Tensor) -> None:
         """Keeps the sequences ``indices``, int64 ``[B']``, of the batch, in this order; they may repeat (beams)."""
@@ -245,7 +239,7 @@ class KeyIndex:
         return twin
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._tensors = {name: change(tensor) for name, tensor in self._tensors.items()}
+        self._tensors = [change(tensor) for tensor in self._tensors]
         self.origin, self._row_origins = change(self.origin), None
 
     def is_frozen(self) -> bool:
@@ -260,7 +254,7 @@ class KeyIndex:
 
     def everything(self) -> list[torch.Tensor]:
         """Everything that the index keeps."""
-        return [*self._tensors.values(), self.origin]
+        return [*self._tensors, self.origin]
 
     def nbytes(self) -> int:
         """Bytes that the index takes, reserve included."""

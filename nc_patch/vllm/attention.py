@@ -34,7 +34,6 @@ class SparseAttention(AttentionImpl[SparseMetadata]):
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.softcap, self.sinks = float(logits_soft_cap or 0.0), sinks
         self.config = current_settings()
-        self.page_size = self.config.decode.page_size
         first = get_tensor_model_parallel_rank() * num_heads
         self.heads = slice(first, first + num_heads)  # of the model's, those of this rank
         self._views: tuple[torch.Tensor, PagedKeys] | None = None
@@ -54,7 +53,7 @@ class SparseAttention(AttentionImpl[SparseMetadata]):
         block, offset = slots // size, slots % size
         paged.key[block, :, offset] = key[:count]
         paged.value[block, :, offset] = value[:count]
-        summarize_slots_(paged, slot_mapping, self.page_size, self.config.backend)
+        summarize_slots_(paged, slot_mapping, self.config.backend)
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
@@ -68,17 +67,17 @@ class SparseAttention(AttentionImpl[SparseMetadata]):
         served = ServedLayer(
             *(self.config, extract_layer_index(layer.layer_name), self.scale, self.softcap, self.sinks, self.heads)
         )
-        if attn_metadata.decoding is not None:
-            rows = attn_metadata.decoding.rows
-            output[rows] = served.decode(query[rows], paged, attn_metadata.decoding.seen(), self.page_size).output
+        rows = attn_metadata.rows
+        if len(rows):
+            output[rows] = served.decode(query[rows], paged, attn_metadata.decoding()).output
         for chunk in attn_metadata.chunks:
             part = query[chunk.rows].transpose(0, 1)[None]
-            output[chunk.rows] = served.prefill(part, paged, chunk, self.config.prefill)[0].output[0].transpose(0, 1)
+            output[chunk.rows] = served.prefill(part, paged, chunk)[0].output[0].transpose(0, 1)
         return output
 
     def _paged(self, layer: Any, kv_cache: torch.Tensor) -> PagedKeys:
         """Views of the cache, made when it is first seen."""
         if self._views is None or self._views[0] is not kv_cache:
             value_size = getattr(layer, "head_size_v", self.head_size)
-            self._views = kv_cache, paged_keys(kv_cache, self.head_size, value_size, self.page_size)
+            self._views = kv_cache, paged_keys(kv_cache, self.head_size, value_size, self.config.decode.page_size)
         return self._views[1]

@@ -32,4 +32,5 @@ def paged_keys(cache: torch.Tensor, head_size: int, value_size: int, page_size: 
         value.unflatten(-1, (N, value_size)),
         codes[..., : pages * VECTORS * head_size].unflatten(-1, (pages, VECTORS, head_size)),
         scales.view(torch.float32).unflatten(-1, (pages, VECTORS)),
+        page_size,
     )

@@ -8,12 +8,13 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 
 from nc_patch.common import once
 from nc_patch.ops.derivatives import is_capturing
-from nc_patch.serving import Chunk, DecodingRows, chunk
+from nc_patch.paged import PagedRows
+from nc_patch.serving import Chunk, chunk
 from nc_patch.vllm.settings import current_settings
 
 
-class Decoding(NamedTuple):
-    """The rows of requests that are past their prompt: one each, or several that verify drafts.
+class SparseMetadata(NamedTuple):
+    """A step: rows of requests that are past their prompt, one each or several that verify drafts; chunks of prompts.
 
     Attributes:
         rows, requests: int64 ``[R]``, each row's place among the step's queries, and its request.
@@ -21,30 +22,23 @@ class Decoding(NamedTuple):
 
     rows: torch.Tensor
     requests: torch.Tensor
+    chunks: list[Chunk]
     step: CommonAttentionMetadata
 
-    def seen(self) -> DecodingRows:
-        """What they see; computed on the device by the first layer that asks, so that a CUDA graph of all layers holds
-        it.
+    def decoding(self) -> PagedRows:
+        """What the rows see; computed on the device by the first layer that asks, so that a CUDA graph of all layers
+        holds it.
         """
-        found: DecodingRows = once(self.rows, ("seen", is_capturing(self.rows)), self._seen)
+        found: PagedRows = once(self.rows, ("decoding", is_capturing(self.rows)), self._decoding)
         return found
 
-    def _seen(self) -> DecodingRows:
+    def _decoding(self) -> PagedRows:
         step, requests = self.step, self.requests
         after = step.query_start_loc[1:][requests] - 1 - self.rows
         lengths = (step.seq_lens[requests] - after).int()
-        visible = torch.stack((torch.zeros_like(lengths), lengths), -1)[:, None]
         # A power of two, so that the sizes of buffers seldom change.
         most_keys = 1 << (step.max_seq_len - 1).bit_length()
-        return DecodingRows(visible, step.block_table_tensor[requests], most_keys)
-
-
-class SparseMetadata(NamedTuple):
-    """A step: the rows that decode, if any, and the chunks of prompts."""
-
-    decoding: Decoding | None
-    chunks: list[Chunk]
+        return PagedRows(step.block_table_tensor[requests], lengths, lengths[:, None], most_keys)
 
 
 class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
@@ -72,10 +66,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 decoding += [(row, number) for row in range(start, end)]
             elif end > start:
                 chunks.append(chunk(slice(start, end), length, step.block_table_tensor[number], self._prefill, True))
-        if not decoding:
-            return SparseMetadata(None, chunks)
-        rows, requests = torch.tensor(decoding).t().contiguous().to(self.device, non_blocking=True)
-        return SparseMetadata(Decoding(rows, requests, step), chunks)
+        places = torch.tensor(decoding, dtype=torch.int64).view(-1, 2).t().contiguous()
+        rows, requests = places.to(self.device, non_blocking=True)
+        return SparseMetadata(rows, requests, chunks, step)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SparseMetadata:
         """Kept, since the graph reads its tensors at every replay."""

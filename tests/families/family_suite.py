@@ -5,20 +5,16 @@ out first, and then nothing more is asked of the patched model than to do the sa
 """
 
 import inspect
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+import ways
 from family_shapes import NOT_BUILT, VOCABULARY, tiny_model
 from family_walk import Family
 from transformers import PreTrainedModel
 
 from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
-
-sys.path.append(str(Path(__file__).parents[1]))  # for scripts, which know of this folder alone
-import ways
 
 LENGTH, PADDING, STEPS = 41, 12, 4
 # Rounding of logits, for logits of size 1 and, relatively, for larger ones.

@@ -4,24 +4,21 @@ import sys
 from functools import partial
 
 import pytest
-import torch
 import transformers
 from lm_eval_case import LENGTHS, POSITIONS, SCORED, TASKS_DIRECTORY
 from synthetic_tokenizers import CHAT_TEMPLATE, tokenizer_of_kind
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_models import tiny_model
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A Llama of two layers with weights large enough that attention is uneven, and a tokenizer with a template."""
-    directory = tmp_path_factory.mktemp("model")
-    tokenizer_of_kind("byte_bpe").save_pretrained(directory)
+    directory, tokenizer = tmp_path_factory.mktemp("model"), tokenizer_of_kind("byte_bpe")
+    tokenizer.save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 6000}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
-    config = LlamaConfig(**shape, **heads, initializer_range=0.3, bos_token_id=0, eos_token_id=1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    shape = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": POSITIONS}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    tiny_model("llama", **shape, **tokens, initializer_range=0.3).save_pretrained(directory)
     return directory
 
 

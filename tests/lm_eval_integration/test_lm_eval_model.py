@@ -1,6 +1,5 @@
 """The lm-eval model ``nc_hf`` on a tiny random model: its arguments, what it computes, caches, records and refuses."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,19 +57,15 @@ def test_processes_of_several_machines_share_the_documents(model_dir, monkeypatc
     assert sorted(taken) == list(range(10))
 
 
-def test_a_dense_budget_gives_the_figures_of_hf(evaluate):
+def test_a_dense_budget_gives_the_figures_of_hf_and_results_name_the_settings_and_what_was_attended(evaluate):
     dense = figures(evaluate("hf"))
     assert len(dense) == 2 * len(LENGTHS)
     assert figures(evaluate("nc_hf", alpha=1, C=1)) == pytest.approx(dense, rel=1e-5)
-
-
-def test_results_name_the_settings_and_what_was_attended(evaluate):
     settings = {"alpha": 2.0, "C": 0.5, "selection": "topk", "sink_keys": 2, "tail": "drop", "dense_below": 0}
     results = evaluate("nc_hf", **settings)
     assert results["config"]["nc_config"] == NCConfig(**settings).to_dict()
     assert 0 < results["config"]["nc_attended_fraction"] < 0.5
-    dense = evaluate("hf")
-    assert figures(results)["perplexity_160"] != pytest.approx(figures(dense)["perplexity_160"], rel=1e-3)
+    assert figures(results)["perplexity_160"] != pytest.approx(dense["perplexity_160"], rel=1e-3)
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block"])
@@ -211,12 +206,11 @@ def test_model_arguments_become_settings(given, meant):
 
 def test_settings_come_from_a_file_or_a_profile(tmp_path):
     config = NCConfig((1.0, 2.0), (0.5, 0.7), prefill="window", dense_layers=(1,))
-    file, profile, path = tmp_path / "settings.json", made_up_profile().at_mass(0.9), tmp_path / "profile.json"
+    file, profile = tmp_path / "settings.json", made_up_profile().at_mass(0.9)
     file.write_text(config.to_json())
     assert read_config({}, str(file)) == read_config({}, config.to_dict()) == read_config({}, config) == config
-    profile.save(path)
     options = {"tail": "drop", "selection": "topk", "dense_layers": (0, 1)}
-    assert read_config(options, profile=str(path)) == read_config(options, profile=profile) == profile.config(**options)
+    assert read_config(options, profile=profile) == profile.config(**options)
 
 
 @pytest.mark.parametrize(
@@ -224,21 +218,17 @@ def test_settings_come_from_a_file_or_a_profile(tmp_path):
     [
         ({"C": 0.5}, {}, "alpha missing: .* or profile=FILE"),
         ({"alpha": 2}, {}, "C missing"),
-        ({"alpha": 2, "C": 1.5}, {}, r"C must be a number in \[0, 1\], got 1.5"),
         ({"alpha": 2, "C": 0.5, "dense_layers": "a+b"}, {}, "dense_layers must be an integer"),
-        ({"alpha": 2, "C": 0.5, "backend": "cuda"}, {}, "backend must be one of .*'triton'"),
         ({"alpha": 1}, {"nc_config": "absent.json"}, "leave out alpha"),
         ({}, {"nc_config": "absent.json"}, "No such file"),
         ({}, {"nc_config": "broken.json"}, "a config is a JSON object"),
-        ({}, {"nc_config": "x.json", "profile": "x.json"}, "leave out profile"),
-        ({}, {"profile": "newer.json"}, "written by a newer nc_patch"),
+        ({}, {"nc_config": "x.json", "profile": made_up_profile()}, "leave out profile"),
         ({"alpha": 2}, {"profile": made_up_profile()}, "a profile brings alpha of its own"),
     ],
 )
 def test_a_bad_argument_is_refused_by_name(options, given, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "newer.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(EvalError, match=message):
         read_config(options, **given)
 

@@ -204,23 +204,17 @@ def test_settings_that_do_not_fit_are_refused(model_dir, tmp_path, monkeypatch, 
         load_task(task, **{"pretrained": str(model_dir), "lengths": [512], **settings}).build_all_requests()
 
 
-def test_documents_of_the_hub_are_those_that_are_long_enough(run_tasks, model_dir, tmp_path):
+def test_documents_of_the_hub_can_be_local_copies(run_tasks, model_dir, tmp_path):
     words = "The weather on the coast changed again, and the keeper of the lighthouse wrote it into his book of number"
-    books = Dataset.from_list([{"text": "short"}, *({"text": " ".join([f"{words} {i}."] * 60)} for i in range(4))])
-    pg19, proofs = tmp_path / "emozilla/pg19-test", tmp_path / "dwzhu/PoSE-Datasets/proof-pile"
-    pg19.mkdir(parents=True)
-    proofs.mkdir(parents=True)
-    books.to_parquet(str(pg19 / "test-00000-of-00001.parquet"))
-    books.to_json(str(proofs / "test.jsonl"))
-    metadata = {"lengths": [256, 1024], "samples": 3, "hub_copies": str(tmp_path)}
-    results = run_tasks(["nc_hub_perplexity"], metadata=metadata)
-    for task in ("nc_pg19", "nc_proof_pile"):
+    books = Dataset.from_list([{"text": " ".join([f"{words} {i}."] * 60)} for i in range(4)])
+    (tmp_path / "proof-pile").mkdir()
+    books.to_parquet(str(tmp_path / "test-00000-of-00001.parquet"))
+    books.to_json(str(tmp_path / "proof-pile" / "test.jsonl"))
+    metadata = {"lengths": [256, 1024], "samples": 3}
+    for task, text in (("nc_pg19", "{}:test"), ("nc_proof_pile", "{},proof-pile/test.jsonl:train")):
+        results = run_tasks([task], metadata={**metadata, "text": text.format(tmp_path)})
         assert results["results"][task]["perplexity_256_1024,none"] > 1
         assert [sample["arguments"][0][1].count(" ") > 50 for sample in results["samples"][task]] == [True] * 3
-    given = {"tokenizer": str(model_dir), **metadata}
-    for task, further, message in (
-        ("nc_pg19", {"samples": 5}, r"emozilla/pg19-test has 4 documents of 1,024 tokens .* and 5 are asked"),
-        ("nc_pg19", {"hub_copies": str(proofs)}, "emozilla/pg19-test could not be loaded .*hf download.*hub_copies"),
-    ):
-        with pytest.raises(EvalError, match=message):
-            load_task(task, **{**given, **further})
+    for task, text in (("nc_pg19", "emozilla/pg19-test:test"), ("nc_proof_pile", "dwzhu/PoSE-Datasets,.*:train")):
+        with pytest.raises(EvalError, match=f"the data set '{text}' could not be loaded"):
+            load_task(task, tokenizer=str(model_dir), **metadata)

@@ -15,24 +15,16 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from nc_patch import NCConfig
-from nc_patch.paged import paged_block_attention, summarize_slots_
-from nc_patch.selections.block.pages import summarize
-from nc_patch.vllm.blocks import bytes_per_key, paged_keys
+from nc_patch.vllm.blocks import bytes_per_key
 from nc_patch.vllm.settings import settings_of
 
 SETTINGS = {"alpha": 4, "C": 0.6}
 
 
 def engine_config(model: str, settings: Any, **options: Any) -> Any:
-    given = {
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 256,
-        "dtype": "float32",
-        "attention_backend": "CUSTOM",
-        **options,
-    }
+    given = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "dtype": "float32", "attention_backend": "CUSTOM"}
     extra = {} if settings is None else {"additional_config": {"nc_patch": settings}}
-    return EngineArgs(model=model, max_model_len=1024, **given, **extra).create_engine_config()
+    return EngineArgs(model=model, max_model_len=1024, **given | options, **extra).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -136,36 +128,6 @@ def test_the_specification_of_a_cache_has_room_for_statistics_once(configured):
     assert SparseBackend.customize_spec(larger) == larger
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("D", "Dv"), [(64, 64), (128, 128), (40, 24), (18, 18)])
-def test_keys_values_and_statistics_share_a_block_without_overlapping(dtype, D, Dv):
-    content = bytes_per_key(D, Dv, dtype, 16) // dtype.itemsize
-    # Blocks apart from each other, as where several layers share them.
-    cache = torch.full((3, 2, 2, 64, content), torch.nan, dtype=dtype)[:, 1]
-    paged = paged_keys(cache, D, Dv, 16)
-    key, value = (torch.randn(3, 2, 64, size).to(dtype) for size in (D, Dv))
-    paged.key.copy_(key)
-    paged.value.copy_(value)
-    summarize_slots_(paged, torch.arange(3 * 64), 16, "torch")
-    assert torch.equal(paged.key, key)
-    assert torch.equal(paged.value, value)
-    wanted = summarize(key.unflatten(2, (4, 16)))
-    assert torch.equal(paged.codes, wanted.codes)
-    assert torch.equal(paged.scales, wanted.scales)
-    copied = cache.clone()[[2, 0, 1]]  # whole blocks, as vLLM copies and offloads them
-    moved = paged_keys(copied, D, Dv, 16)
-    query, lengths = torch.randn(1, 4, D).to(dtype), torch.tensor([180], dtype=torch.int32)
-    attend = lambda paged, table: paged_block_attention(  # noqa: E731
-        query, paged, torch.tensor([table], dtype=torch.int32), lengths, torch.full((1, 1), 48, dtype=torch.int32),
-        most=48, page_size=16, scale=D**-0.5,
-    ).output  # fmt: skip
-    assert torch.equal(attend(paged, [0, 1, 2]), attend(moved, [1, 2, 0]))
-
-
-def request(computed: int, prompt: int) -> Any:
-    return SimpleNamespace(num_computed_tokens=computed, num_prompt_tokens=prompt)
-
-
 @pytest.mark.parametrize(
     ("computed", "prompt", "wanted", "got"),
     [
@@ -179,4 +141,5 @@ def test_chunks_of_a_prompt_end_between_blocks_of_queries_or_with_the_prompt(com
 
     scheduler = object.__new__(AlignedScheduler)
     scheduler._step, scheduler._recurrent = 64, False
-    assert scheduler._mamba_block_aligned_split(request(computed, prompt), wanted) == got
+    request = SimpleNamespace(num_computed_tokens=computed, num_prompt_tokens=prompt)
+    assert scheduler._mamba_block_aligned_split(request, wanted) == got

@@ -34,12 +34,7 @@ def custom(settings: dict[str, Any]) -> dict[str, Any]:
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any], atol: float = 1e-3) -> None:
     assert found["tokens"] == wanted["tokens"]
-    worst = max(
-        abs(a - b)
-        for f, w in zip(found["logprobs"], wanted["logprobs"], strict=True)
-        for a, b in zip(f, w, strict=True)
-    )
-    assert worst < atol
+    assert found["logprobs"] == [pytest.approx(logprobs, abs=atol) for logprobs in wanted["logprobs"]]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,7 +1,7 @@
 """From tensors to a kernel launch: what the kernels take, the tile sizes they use, and their outputs."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -108,51 +108,29 @@ def shape_of(head_dim: int, value_dim: int, tiles: Tiles) -> Shape:
     return shape
 
 
-@dataclass(frozen=True)
-class RowLaunch:
-    """What the kernels over whole rows are launched with: how many programs, and what each such kernel takes."""
-
-    programs: int
-    device: torch.device
-    arguments: dict[str, Any]
-
-    def run(self, kernel: Any, **arguments: Any) -> None:
-        """Launches a kernel with these arguments beside the common ones, unless there is no row."""
-        if self.programs:
-            with on_device(self.device):
-                kernel[(self.programs,)](**self.arguments, **arguments)
-
-
 def launch_attention(
-    problem: Problem,
-    sink_keys: int = 0,
-    recent_keys: int = 0,
-    find_limits: Callable[[RowLaunch, Limits], None] | None = None,
+    problem: Problem, sink_keys: int = 0, recent_keys: int = 0, search_kernel: Any = None
 ) -> AttentionResult:
     """Attention over each row's first and last keys, as many as its budget has, or over the keys that limits leave.
 
     Args:
         problem: its ``means``, where there are any, stand for the keys that are not attended.
         sink_keys, recent_keys: the first and the last keys that are attended whatever they score.
-        find_limits: launches what writes the limits of each row, where keys are attended by their scores.
+        search_kernel: writes the limits of each row, where keys are attended by their scores.
     """
     problem = prepared(problem)
     query, means = problem.query, problem.means
     (B, Hq, Lq, D), (Lk, DV), device = query.shape, problem.value.shape[2:], query.device
     Hkv, group, architecture = problem.key.shape[1], problem.group, architecture_of(device)
     tiles = tiles_for(architecture, query.dtype, D, DV, Lq * group, means is not None)
+    programs = triton.cdiv(Lq * group, tiles.rows) * B * Hkv
     arguments = {
         "query": heads_of(query, tiles), "key": heads_of(problem.key, tiles), "num_kv_heads": Hkv, "group": group,
         "inputs": RowInputs(problem.visible, problem.budget, None if means is None else problem.origin), "Lq": Lq,
         "Lk": Lk, "budget_heads": problem.budget.shape[1], "sink_keys": sink_keys, "recent_keys": recent_keys,
         "shape": shape_of(D, DV, tiles), **compile_options(tiles, architecture),
     }  # fmt: skip
-    launch = RowLaunch(triton.cdiv(Lq * group, tiles.rows) * B * Hkv, device, arguments)
     limits = tail = lse = kept_mass = None
-    if find_limits is not None:
-        row = problem.visible.new_empty(B, Hq, Lq)
-        limits = Limits(torch.empty_like(row, dtype=torch.float32), row)
-        find_limits(launch, limits)
     if means is not None:
         # The fewest pages that matrix instructions take.
         pages = shape_of(D, DV, replace(tiles, keys=16, chunk=min(tiles.chunk or 64, 64)))
@@ -160,10 +138,17 @@ def launch_attention(
     output = query.new_empty(B, Hq, Lq, DV)
     if problem.stats:
         lse, kept_mass = (output.new_empty((B, Hq, Lq), dtype=torch.float32) for _ in range(2))
-    launch.run(
-        attend_kernel, value=heads_of(problem.value, tiles), limits=limits, tail=tail, sinks=problem.sinks,
-        settings=settings_of(problem), output=output, lse=lse, kept_mass=kept_mass,
-    )  # fmt: skip
+    if search_kernel is not None:
+        row = problem.visible.new_empty(B, Hq, Lq)
+        limits = Limits(torch.empty_like(row, dtype=torch.float32), row)
+    if programs:
+        with on_device(device):
+            if search_kernel is not None:
+                search_kernel[(programs,)](limits=limits, **arguments)
+            attend_kernel[(programs,)](
+                value=heads_of(problem.value, tiles), limits=limits, tail=tail, sinks=problem.sinks,
+                settings=settings_of(problem), output=output, lse=lse, kept_mass=kept_mass, **arguments,
+            )  # fmt: skip
     return AttentionResult(output, lse, kept_mass)
 
 
@@ -190,36 +175,36 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
-@lru_cache(maxsize=256)
-def compiled_kernels(*key: Any) -> dict[Any, Any]:
-    """What ``Launches`` have compiled for launches that are alike; ``key`` is all that Triton specialises them for."""
-    return {}
+def stream_of(device: torch.device) -> int:
+    """The stream on which this thread launches on a device."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream: int = torch._C._cuda_getCurrentRawStream(index)
+    return stream
 
 
 class Launches:
     """Kernels that are launched one after another, for problems that are alike: what changes is given by name.
 
     ``kernels`` come with the grid and the options of each; ``arguments`` are what several take, and does not change.
-    What is found in ``compiled``, of ``compiled_kernels``, is launched at once; otherwise Triton looks at every
-    argument, which takes several times as long as the rest of a launch.
+    Triton looks at every argument the first time, which takes several times as long as the rest of a launch.
     """
 
     def __init__(
-        self, kernels: Sequence[tuple[Any, tuple[int, int, int], dict[str, Any]]], arguments: dict[str, Any],
-        compiled: dict[Any, Any],
-    ) -> None:  # fmt: skip
-        self._kernels, self._arguments, self._compiled = kernels, arguments, compiled
+        self, kernels: Sequence[tuple[Any, tuple[int, int, int], dict[str, Any]]], arguments: dict[str, Any]
+    ) -> None:
+        self._kernels, self._arguments = kernels, arguments
         # Of each kernel what launches it, its arguments in order, and where those are that change.
         self._ready: list[tuple[Any, list[Any], list[tuple[int, str]]]] = []
 
-    def __call__(self, device: torch.device, changing: dict[str, Any]) -> None:
-        """Launches the kernels on a device with those of the arguments that each takes."""
+    def __call__(self, device: torch.device, changing: dict[str, Any], stream: int | None = None) -> None:
+        """Launches the kernels on a device, on its current ``stream``, with those of the arguments that each takes."""
         with on_device(device):
             if not self._ready:
                 self._launch_first(changing)
                 return
-            driver = triton.runtime.driver.active
-            stream = driver.get_current_stream(driver.get_current_device())
+            stream = stream_of(device) if stream is None else stream
             for launch, arguments, places in self._ready:
                 taken = arguments.copy()
                 for place, name in places:
@@ -229,20 +214,11 @@ class Launches:
     def _launch_first(self, changing: dict[str, Any]) -> None:
         ready = []
         for kernel, grid, options in self._kernels:
-            fixed = {**self._arguments, **options}
-            # By its identity: a kernel's hash is made of its source.
-            found = self._compiled.get(id(kernel))
-            if found is None:
-                given = {**self._arguments, **changing}
-                taken = {name: given[name] for name in kernel.arg_names if name in given}
-                found = kernel[grid](**taken, **options)
-                if found is None:  # in the interpreter
-                    continue
-                self._compiled[id(kernel)] = found
-            else:
-                found[grid](*(changing[name] if name in changing else fixed[name] for name in kernel.arg_names))
-            places = [(at, name) for at, name in enumerate(kernel.arg_names) if name in changing]
-            ready.append((found[grid], [fixed.get(name) for name in kernel.arg_names], places))
+            given, fixed = {**self._arguments, **changing}, {**self._arguments, **options}
+            compiled = kernel[grid](**{name: given[name] for name in kernel.arg_names if name in given}, **options)
+            if compiled is not None:  # as it is in the interpreter
+                places = [(at, name) for at, name in enumerate(kernel.arg_names) if name in changing]
+                ready.append((compiled[grid], [fixed.get(name) for name in kernel.arg_names], places))
         if len(ready) == len(self._kernels):
             self._ready = ready
 

@@ -8,9 +8,9 @@ drawn, and what it keeps is compared with what the scored rows of its query bloc
 
 import torch
 
-from nc_patch.ops.problem import Problem
+from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import final_scores_, hide_unseen_, rows_per_block, scores_of
-from nc_patch.selections.block.blocks import BlockChoice, BlockPlan
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan
 
 # Columns of an audit, float32 [Hq + 1, 5]: how many rows there are, an estimate of the sum of their kept mass with its
 # variance and degrees of freedom, and how many were audited. The last line is of all heads together, whose estimates
@@ -27,16 +27,17 @@ def audited_rows(query_length: int) -> int:
     return min(max(query_length // _ROWS_PER_AUDITED, _FEWEST), _MOST)
 
 
-def expected_of(problem: Problem, query_blocks: int) -> torch.Tensor | None:
-    """Memory for what an audit compares with, float32 ``[N, Hq]``; None where there is to be none."""
-    shape = (query_blocks, problem.query.shape[1])
-    return None if problem.audit_seed < 0 else problem.query.new_empty(shape, dtype=torch.float32)
-
-
-def enlarged_of(added: torch.Tensor, group: int) -> torch.Tensor:
-    """How many query blocks each head has, and in how many blocks were ``added`` int32 ``[N, Hkv]``: ``[Hq, 2]``."""
-    more = (added > 0).sum(0).repeat_interleave(group)
-    return torch.stack((torch.full_like(more, len(added)), more), -1).float()
+def judged(
+    result: AttentionResult, problem: Problem, plan: BlockPlan, options: BlockOptions, choice: BlockChoice,
+    expected: torch.Tensor | None,
+) -> AttentionResult:  # fmt: skip
+    """A result with what there is to say of its choice: how often ``min_mass`` has enlarged it, and the ``audit``."""
+    if options.enlarges:
+        more = (choice.block_counts > plan.law).sum(0).repeat_interleave(problem.group)
+        result = result._replace(enlarged=torch.stack((torch.full_like(more, len(plan.law)), more), -1).float())
+    if expected is not None:
+        result = result._replace(audit=audit(problem, plan, choice, expected, options.size))
+    return result
 
 
 def audit(

@@ -9,9 +9,10 @@ import torch
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.reference import final_scores
 from nc_patch.selections.base import Choice, Selection, register
-from nc_patch.selections.block.blocks import BlockOptions
+from nc_patch.selections.block.audit import judged
+from nc_patch.selections.block.blocks import BlockOptions, plan_of
 from nc_patch.selections.block.definition import block_choice, chosen_mask, page_mask
-from nc_patch.selections.block.torch import ChosenBlocks, torch_block_attention, torch_block_decode
+from nc_patch.selections.block.torch import choose_blocks, chosen_blocks, torch_block_decode
 
 
 @register("block")
@@ -59,11 +60,15 @@ class Block(BlockOptions):
 
     def choice(self, problem: Problem) -> Choice:
         """The blocks, chosen anew by the same computation: kept, they would have a shape that ``visible`` decides."""
-        return ChosenBlocks(problem, self)
+        plan = plan_of(problem, self)
+        return chosen_blocks(problem, plan, choose_blocks(problem, plan, self)[0], self.size)
 
     def prefill_torch(self, problem: Problem) -> AttentionResult:
-        """In PyTorch; see ``torch``."""
-        return torch_block_attention(problem, self)
+        """In PyTorch, see ``torch``; with statistics every score is computed."""
+        plan = plan_of(problem, self)
+        choice, expected = choose_blocks(problem, plan, self)
+        result = chosen_blocks(problem, plan, choice, self.size).attend()
+        return judged(result, problem, plan, self, choice, expected)
 
     def prefill_triton(self, problem: Problem) -> AttentionResult:
         """In kernels; see ``prefill``."""
@@ -77,8 +82,10 @@ class Block(BlockOptions):
             return self.prefill_torch(problem)
         from nc_patch.selections.block.cpu import cpu_block_attention
 
-        result = cpu_block_attention(problem, self)
-        return result if problem.audit_seed < 0 else result._replace(audit=ChosenBlocks(problem, self).audit())
+        result, plan = cpu_block_attention(problem, self), plan_of(problem, self)
+        if problem.audit_seed < 0:
+            return result
+        return judged(result, problem, plan, self, *choose_blocks(problem, plan, self))
 
     def decode_torch(self, problem: Problem) -> AttentionResult:
         """By page statistics, in PyTorch; see ``torch``."""
@@ -100,6 +107,4 @@ class Block(BlockOptions):
 
     def decode_triton(self, problem: Problem) -> AttentionResult:
         """By page statistics, in kernels; see ``decode``."""
-        from nc_patch.selections.block.decode import triton_block_decode
-
-        return triton_block_decode(problem)
+        return self.bound(problem, "triton")(problem)

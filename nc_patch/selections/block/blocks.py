@@ -163,7 +163,15 @@ def make_plan(problem: Problem, options: BlockOptions) -> BlockPlan:
     every = reduce((by_row >= (end - start)[:, None]).int(), "amin") > 0
     counts = torch.minimum((reduce(by_row, "amax") + size - 1) // size, width[:, None])
     counts = torch.where(every, width[:, None], counts).expand(N, heads)
-    recent, law, limit = _attended_counts(options, counts, lowest, highest, position)
+    # The first block and the most recent ones are together no more than the budget has, but for the block's own.
+    own, local = (_floored(x, size)[:, None] for x in (position, position - options.local_keys))
+    recent = ((highest + 2)[:, None] - counts).clamp(local, own)
+    recent = (recent - lowest[:, None]).clamp_(min=0).contiguous()
+    always = (recent > 0).int() + width[:, None] - recent
+    law = limit = counts.clamp(always, width[:, None]).contiguous()
+    if options.min_mass is not None:
+        most = (counts.double() * options.max_factor).ceil_().clamp_(max=2**31 - 1).int()
+        limit = most.clamp(always, width[:, None]).contiguous()
 
     # Of each query block the last row of every stride is scored, and its last row.
     stride = strides_of(high - low, counts, options)[block_of_row]
@@ -179,28 +187,6 @@ def make_plan(problem: Problem, options: BlockOptions) -> BlockPlan:
     *found, (capacity, *_) = torch.cat((table, limit.max().expand(1, PLAN_COLUMNS))).tolist()
     listed = [PlannedBlock(*row) for row in found]
     return BlockPlan(table, owner, recent, law, limit, (samples % Lq).int(), of_block.int(), listed, capacity)
-
-
-def _attended_counts(
-    options: BlockOptions, counts: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor, position: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``recent``, ``law`` and ``limit`` of a plan, from how many key blocks the budgets have, int32 ``[N, Hkv]``.
-
-    Args:
-        lowest, highest: int32 ``[N]``, the first and the last key block that a row sees.
-        position: int32 ``[N]``, of the query block's first row.
-    """
-    width = (highest - lowest + 1)[:, None]
-    own, local = (_floored(x, options.size)[:, None] for x in (position, position - options.local_keys))
-    # The first block and the most recent ones are together no more than the budget has, but for the block's own.
-    recent = torch.minimum(torch.maximum(local, (highest + 2)[:, None] - counts), own)
-    recent = (recent - lowest[:, None]).clamp_(min=0)
-    always = (recent > 0).int() + width - recent
-    within = lambda count: torch.minimum(torch.maximum(count, always), width).contiguous()  # noqa: E731
-    law = limit = within(counts)
-    if options.min_mass is not None:
-        limit = within((counts.double() * options.max_factor).ceil_().clamp_(max=2**31 - 1).int())
-    return recent.contiguous(), law, limit
 
 
 def _query_blocks(visible: torch.Tensor, origin: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,7 @@ from nc_patch.selections.block.decode_kernels import (
     choose_pages_kernel,
     score_pages_kernel,
 )
-from nc_patch.selections.block.pages import PageStatistics, check_pages, check_table, page_count
+from nc_patch.selections.block.pages import PageStatistics, check_pages, check_table
 from nc_patch.selections.block.summarize import page_shape_of, score_tiles
 from nc_patch.selections.index import extend
 
@@ -45,32 +45,31 @@ class Plan(NamedTuple):
 
     Attributes:
         dense: whether their tensors are taken as they are, and none is copied.
+        rows, output: the shapes ``[B, Hq, Lq]`` and ``[B, Hq, Lq, Dv]``.
         strides: of query, key, value and, in blocks of memory, codes and scales, as in ``Heads``.
         sizes: 32-bit words of the parts of the scratch memory, multiples of 16 bytes: logits, peaks and totals of
             pages; peaks, totals and sums of attended keys; and integers, whose parts, of ``Chosen``, have ``counts``.
     """
 
     dense: bool
+    rows: tuple[int, ...]
+    output: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
     sizes: list[int]
     counts: list[int]
     launches: Launches
 
 
-def triton_block_decode(problem: Problem) -> AttentionResult:
-    """Attention of each query over the pages that it chooses by their statistics; no budget is larger than ``most``.
+def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]:
+    """Attention of problems like this one over the pages that each query chooses; see ``Selection.bound``.
 
-    ``problem.key_index`` are ``PageStatistics``; what lies beyond a query's own page is not read. ``problem.new`` is 0,
-    or 1 where there is one query. The kept mass costs as much as dense attention.
+    ``problem.key_index`` are ``PageStatistics``; what lies beyond a query's own page is not read. No budget is larger
+    than ``problem.most``. ``problem.new`` is 0, or 1 where there is one query. The kept mass costs as much as dense
+    attention.
 
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take, or more than ``MAX_PAGES`` pages.
     """
-    return bound_block_decode(problem)(problem)
-
-
-def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]:
-    """``triton_block_decode`` of problems like this one, of which one is checked; see ``Selection.bound``."""
     query, key, value, *_ = problem
     others = (query, *problem[3:6], *problem.key_index, problem.sinks, problem.table)
     keys = -(-key.shape[-2] // _KEYS) if problem.table is None else key.shape[-2]
@@ -84,7 +83,7 @@ def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]
     )
     if not plans:
         plans.append(_plan(problem))
-    return partial(_decode, plans[0])
+    return partial(_decode, plans[0], {})
 
 
 @lru_cache(maxsize=256)
@@ -93,37 +92,52 @@ def _plans(*layout: Any) -> list[Plan]:
     return []
 
 
-def _decode(plan: Plan, problem: Problem) -> AttentionResult:
+def _decode(plan: Plan, kept: dict[int, dict[str, Any]], problem: Problem) -> AttentionResult:
+    """Attention of a problem by its plan; ``kept`` are the arguments of ``_shared``, by stream."""
     if not plan.dense:
         # New keys first: the kernels would write to copies.
-        return triton_block_decode(launch.prepared(extend(problem, "pages", "triton") if problem.new else problem))
-    query, key, value, visible, origin, budget, *_ = problem
-    B, Hq, Lq, _ = query.shape
-    attended, strides = budget.new_empty((B, Hq, Lq)), plan.strides
-    output = query.new_empty((B, Hq, Lq, value.shape[3]))
-    lse = lse_keys = None
+        problem = launch.prepared(extend(problem, "pages", "triton") if problem.new else problem)
+        return bound_block_decode(problem)(problem)
+    query, key, value, visible, origin, budget = problem[:6]
+    attended, output, lse, lse_keys = budget.new_empty(plan.rows), query.new_empty(plan.output), None, None
     if problem.stats:
         lse, lse_keys = (torch.empty_like(attended, dtype=torch.float32) for _ in range(2))
     if not output.numel():
         return AttentionResult(output, lse, lse_keys, attended)
-    scratch = torch.empty(sum(plan.sizes), dtype=torch.float32, device=query.device)
-    page_logits, page_peak, page_total, peak, total, acc, integers = scratch.split_with_sizes(plan.sizes)
-    pages, count, arrivals = integers.view(torch.int32).split_with_sizes(plan.counts)
-    statistics, table = PageStatistics(*problem.key_index), None
-    inputs = RowInputs(visible, budget, origin)
-    if problem.table is not None:
-        statistics = PageStatistics(*(Heads(t, *at) for t, at in zip(statistics, strides[3:], strict=True)))  # type: ignore[arg-type]
-        inputs, table = RowInputs(visible, budget), Table(problem.table, problem.table.stride(0))
+    stream = launch.stream_of(query.device)
+    if stream not in kept:
+        kept[stream] = _shared(plan, problem)
+    strides = plan.strides
     changing = {
         "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
-        "inputs": inputs, "Lk": problem.key_length, "table": table, "statistics": statistics,
-        "chosen": Chosen(pages, count, attended, arrivals), "page_logits": page_logits, "sinks": problem.sinks,
-        "output": output, "lse": lse, "lse_keys": lse_keys, "page_parts": Softmax(None, page_peak, page_total),
-        "parts": Softmax(acc, peak, total),
+        "output": output, "attended": attended, **kept[stream],
     }  # fmt: skip
-    plan.launches(query.device, changing)
+    if problem.table is None:
+        changing["inputs"] = RowInputs(visible, budget, origin)
+        changing["statistics"] = PageStatistics(*problem.key_index)
+    else:
+        changing["inputs"] = RowInputs(visible, budget)
+        changing["table"] = Table(problem.table, problem.table.stride(0))
+        statistics = (Heads(t, *at) for t, at in zip(problem.key_index, strides[3:], strict=True))
+        changing["statistics"] = PageStatistics(*statistics)  # type: ignore[arg-type]
+    if problem.sinks is not None:
+        changing["sinks"] = problem.sinks
+    if problem.stats:
+        changing["lse"], changing["lse_keys"] = lse, lse_keys
+    plan.launches(query.device, changing, stream)
     kept_mass = None if lse_keys is None else launch.kept_mass_of(problem, lse_keys)
     return AttentionResult(output, lse, kept_mass, attended)
+
+
+def _shared(plan: Plan, problem: Problem) -> dict[str, Any]:
+    """Arguments that one layer after another uses: memory for what the kernels leave each other; and Lk."""
+    memory = torch.empty(sum(plan.sizes), dtype=torch.float32, device=problem.query.device)
+    page_logits, page_peak, page_total, peak, total, acc, integers = memory.split_with_sizes(plan.sizes)
+    pages, count, arrivals = integers.view(torch.int32).split_with_sizes(plan.counts)
+    return {
+        "page_logits": page_logits, "page_parts": Softmax(None, page_peak, page_total),
+        "chosen": Chosen(pages, count, arrivals), "parts": Softmax(acc, peak, total), "Lk": problem.key_length,
+    }  # fmt: skip
 
 
 def _plan(given: Problem) -> Plan:
@@ -139,9 +153,9 @@ def _plan(given: Problem) -> Plan:
     B, _, Lq, D = query.shape
     Hkv, _, DV = value.shape[1:]
     numbers, keys_stored = B * Lq * Hkv, 0 if table is None else key.shape[2]
-    stored_pages = problem.key_index[0].shape[2] if table is None else page_count(Lk, block_size)
+    stored_pages = problem.key_index[0].shape[2] if table is None else triton.cdiv(Lk, block_size)
     # A query's pages: those that a run of at most Lk keys can touch.
-    width = max(1, min(stored_pages, page_count(-(-Lk // _KEYS) * _KEYS, block_size) + 1))
+    width = max(1, min(stored_pages, triton.cdiv(triton.cdiv(Lk, _KEYS) * _KEYS, block_size) + 1))
     if width > MAX_PAGES:
         larger = block_size * -(-width // MAX_PAGES)
         raise ValueError(f"at most {MAX_PAGES} pages can be chosen from, got {width}: use block_size >= {larger}")
@@ -162,17 +176,11 @@ def _plan(given: Problem) -> Plan:
     architecture = launch.architecture_of(query.device)
     placed = (query, key, value, *(() if table is None else problem.key_index))
     strides = tuple(t.stride()[:3] for t in placed)
-    # All that the kernels are compiled for.
-    sinks = None if problem.sinks is None else problem.sinks.dtype
-    blocks_of = None if table is None else (table.stride(0), keys_stored)
-    alike = (architecture, query.device, query.dtype, sinks, not problem.softcap, problem.stats, blocks_of)
-    compiled = launch.compiled_kernels(
-        ("block", strides, D, DV, choice, joining.rows, *alike), launch.alignment(*problem.tensors(), table)
-    )
     arguments = {
         "num_kv_heads": Hkv, "group": group, "Lq": Lq, "settings": launch.settings_of(problem), "width": width,
         "page": page_shape_of(D, block_size, keys_stored), "stored_pages": stored_pages, "capacity": capacity,
-        "blocks": blocks, "budget_heads": problem.budget.shape[1],
+        "blocks": blocks, "budget_heads": problem.budget.shape[1], "table": None, "sinks": None, "lse": None,
+        "lse_keys": None,
     }  # fmt: skip
 
     def options(tiles: Tiles, splits: int, **shapes: Any) -> dict[str, Any]:
@@ -187,7 +195,8 @@ def _plan(given: Problem) -> Plan:
         (attend_pages_kernel, (numbers, splits, blocks), options(attending, splits, **shapes)),
     )
     dense = all(mine is theirs for mine, theirs in zip(given.tensors(), problem.tensors(), strict=True))
-    return Plan(dense, strides, [*sizes, sum(counts)], counts, Launches(kernels, arguments, compiled))
+    row_shape, launches = tuple(query.shape[:3]), Launches(kernels, arguments)
+    return Plan(dense, row_shape, (*row_shape, DV), strides, [*sizes, sum(counts)], counts, launches)
 
 
 def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Tiles, Tiles, int, int]:

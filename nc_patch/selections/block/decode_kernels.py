@@ -14,11 +14,9 @@ from nc_patch.ops.triton.rows import budget_of, head_of
 from nc_patch.ops.triton.scores import dot, dot_scores, finite_or_zero, fold, load_queries, logits_base2
 from nc_patch.ops.triton.split import arrives_last, join_parts, store_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Rows, Softmax
-from nc_patch.selections.block.heaviest import find_cut, take
-from nc_patch.selections.block.summarize import summarize_page
+from nc_patch.selections.block.heaviest import Weights, find_cut, take
+from nc_patch.selections.block.summarize import power_of_two, summarize_page
 
-_EXPONENT = tl.constexpr(0x7F800000)
-_SMALLEST = tl.constexpr(1.1754943508222875e-38)
 # What is lost of a square, kept apart, is this much smaller: so that float16 can hold it.
 _LOW_PART = tl.constexpr(2048.0)
 
@@ -119,9 +117,7 @@ def page_scores(queries, codes, scales, in_range, scale, shape):
         far = dot(queries.tile, load_codes(codes, d, in_range, shape.D, queries.tile.dtype), far)
         along = dot(queries.tile, load_codes(codes + shape.D, d, in_range, shape.D, queries.tile.dtype), along)
         # Divided by a power of two, so that squares stay in the range of the dtype.
-        largest = tl.max(tl.abs(queries.tile.to(tl.float32)), axis=1)
-        norm = (largest.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
-        norm = tl.maximum(norm, _SMALLEST)
+        norm = power_of_two(tl.max(tl.abs(queries.tile.to(tl.float32)), axis=1))
         high, low = squares(queries.tile, norm)
         variance = load_codes(codes + 2 * shape.D, d, in_range, shape.D, queries.tile.dtype)
         spread = dot(low, variance, spread) * (1.0 / _LOW_PART)
@@ -223,9 +219,9 @@ def score_pages_kernel(
 
 # Where a choice goes, int32. ``pages [number, capacity]`` ascend; with a ``Table`` as ``page_in_memory`` counts
 # them. ``count [number, 2]`` is how many they are, and the offset of the group's first query head in results, so that
-# those who attend need not keep it in registers. ``attended [B, Hq, Lq]`` is the number of their visible keys.
-# ``arrivals [number, blocks]`` are set to zero for those who attend: see ``split.arrives_last``.
-Chosen = namedtuple("Chosen", "pages count attended arrivals")
+# those who attend need not keep it in registers. ``arrivals [number, blocks]`` are set to zero for those who attend:
+# see ``split.arrives_last``.
+Chosen = namedtuple("Chosen", "pages count arrivals")
 
 # The constants of a choice: keys of a page, pages that are looked at together, parts of a softmax, padded, and pages of
 # a block of memory, 0 where they do not lie in such.
@@ -234,17 +230,20 @@ ChooseShape = namedtuple("ChooseShape", "BLOCK_SIZE BLOCK_P BLOCK_S PAGES")
 
 @triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])
 def choose_pages_kernel(
-    table, inputs, page_logits, page_parts, chosen, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity,
-    blocks, shape,
+    table, inputs, page_logits, page_parts, chosen, attended, budget_heads, num_kv_heads, group, Lq, Lk, width, splits,
+    capacity, blocks, shape,
 ):  # fmt: skip
-    """What one query and the group attend (``Chosen``); ``page_parts`` has ``splits`` of each query head."""
+    """What one query and the group attend (``Chosen``), and how many keys these are, ``attended [B, Hq, Lq]``.
+
+    ``page_parts`` has ``splits`` of each query head.
+    """
     number = tl.program_id(0)
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, shape.BLOCK_SIZE)
     count = tl.minimum(seen.pages, width)
-    weights = page_logits + number.to(tl.int64) * group * width
+    weights = Weights(page_logits + number.to(tl.int64) * group * width, count - 1, tl.arange(0, shape.BLOCK_P))
     first_part = number.to(tl.int64) * group * splits
     own_parts = Softmax(None, page_parts.peak + first_part, page_parts.total + first_part)
-    sum_weights(weights, own_parts, group, width, splits, count, shape)
+    sum_weights(weights.data, own_parts, group, width, splits, count, shape)
     largest_budget = 0
     for member in range(group):
         head = seen.kv_head * group + member
@@ -256,14 +255,12 @@ def choose_pages_kernel(
     more = tl.where(largest_budget >= seen.end - seen.start, shape.BLOCK_SIZE, 0)
     wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + shape.BLOCK_SIZE - 1) // shape.BLOCK_SIZE, always)
     wanted = tl.minimum(tl.minimum(wanted, count), capacity)
-    cut, spare = find_cut(weights, count - 1, wanted - always, shape.BLOCK_P)
+    cut, spare = find_cut(weights, wanted - always)
     taken_before = 0
     ties_before = 0
     for first in range(0, count, shape.BLOCK_P):
         page = first + tl.arange(0, shape.BLOCK_P)
-        place, taken, taken_before, ties_before = take(
-            weights, count, count - 1, page, cut, spare, taken_before, ties_before
-        )
+        place, taken, taken_before, ties_before = take(weights, count, page, cut, spare, taken_before, ties_before)
         stored = chosen.pages + number.to(tl.int64) * capacity + place
         stays = taken & (place < capacity)
         found = seen.low + page
@@ -280,7 +277,7 @@ def choose_pages_kernel(
     tl.store(chosen.count + number * 2, wanted)
     tl.store(chosen.count + number * 2 + 1, row.to(tl.int32))
     for member in range(group):
-        tl.store(chosen.attended + row + member * Lq, keys)
+        tl.store(attended + row + member * Lq, keys)
 
 
 @triton.jit
@@ -307,8 +304,8 @@ def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
 def attend_pages_kernel(
-    query, key, value, inputs, chosen, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk, splits,
-    capacity, settings, shape, join_shape, page,
+    query, key, value, inputs, chosen, attended, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk,
+    splits, capacity, settings, shape, join_shape, page,
 ):  # fmt: skip
     """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
 
@@ -339,14 +336,14 @@ def attend_pages_kernel(
         offset = tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
         of_page = tl.load(page_list + offset // page.BLOCK_SIZE, mask=offset < keys_left, other=0)
         place = seen.begin + of_page * page.BLOCK_SIZE + offset % page.BLOCK_SIZE
-        attended = offset < keys_left
+        there = offset < keys_left
         if page.KEYS == 0:
-            attended = attended & (place >= seen.start) & (place < seen.end)
-        raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), attended, shape, True)
-        logits = tl.where(attended[None, :], logits_base2(raw, settings), float("-inf"))
+            there = there & (place >= seen.start) & (place < seen.end)
+        raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), there, shape, True)
+        logits = tl.where(there[None, :], logits_base2(raw, settings), float("-inf"))
         tile_values = tl.load(
             values + (offsets_of(value, place, page.KEYS)[:, None] + dv[None, :]),
-            mask=attended[:, None] & (dv[None, :] < shape.DV),
+            mask=there[:, None] & (dv[None, :] < shape.DV),
             other=0.0,
         )
         peak, total, weights, shrink = fold(logits, peak, total)
@@ -361,5 +358,5 @@ def attend_pages_kernel(
         head = (row // Lq) % (num_kv_heads * group)
         results = Rows(None, None, None, head, row, member_of < group, None, None, None)
         joined = join_parts(parts, results, place * splits, 1, splits, join_shape)
-        attended = tl.load(chosen.attended + row, mask=results.valid, other=0)
-        write_joined(joined, results, sinks, attended, output, lse, lse_keys, join_shape)
+        counted = tl.load(attended + row, mask=results.valid, other=0)
+        write_joined(joined, results, sinks, counted, output, lse, lse_keys, join_shape)

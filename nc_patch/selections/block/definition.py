@@ -107,7 +107,8 @@ def page_mask(problem: Problem, scores: torch.Tensor, block_size: int) -> torch.
         for h in range(key.shape[1]):
             heads, logits = slice(h * group, (h + 1) * group), []
             for first, last in pages[:-1]:
-                statistics, seen = summarize(key[b, h, max(first, 0) : last][None]), last - max(first, start)
+                statistics = summarize(key[b, h, max(first, 0) : last][None])
+                seen = torch.tensor([last - max(first, start)], device=key.device)
                 logits.append(page_logits(query[b, heads, i], statistics, seen, problem.scale, problem.softcap)[:, 0])
             logits.append(torch.logsumexp(scores[b, heads, i, max(pages[-1][0], start) : end], -1))
             of_pages = torch.stack(logits)

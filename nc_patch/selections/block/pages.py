@@ -7,7 +7,6 @@ with one scale each, and follow from the keys of the page alone: an index that i
 the same pages.
 """
 
-import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from nc_patch.common import LARGEST_INTEGER, check_choice
 from nc_patch.ops.problem import DTYPES, Problem, check_int32, describe
 from nc_patch.selections.block.blocks import BLOCK_SIZES
-from nc_patch.selections.index import layout
+from nc_patch.selections.index import Layout
 
 # The rows of PageStatistics.codes: the key apart, mean and variance of the others.
 VECTORS = 3
@@ -94,11 +93,6 @@ def check_table(problem: Problem) -> None:
         raise ValueError(f"sinks must be [{Hq}] on {device}, got {describe(problem.sinks)}")
 
 
-def page_count(key_length: int, block_size: int) -> int:
-    """How many pages a sequence may have that lies anywhere within ``key_length`` keys."""
-    return -(-key_length // block_size)
-
-
 def summarize(keys: torch.Tensor, exists: torch.Tensor | None = None) -> PageStatistics:
     """Statistics of pages given by their keys, in float32; this is their definition.
 
@@ -110,21 +104,17 @@ def summarize(keys: torch.Tensor, exists: torch.Tensor | None = None) -> PageSta
         Codes int8 ``[..., 3, D]`` and scales float32 ``[..., 3]``; zero for a page without keys. Of keys equally far
         from the mean the first is apart. A page of one key has no others: their mean and variance are zero.
     """
-    keys = keys.float()
-    if exists is not None:
-        keys = torch.where(exists[..., None], keys, 0.0)
+    exists = torch.ones(keys.shape[:-1], dtype=torch.bool, device=keys.device) if exists is None else exists
+    keys = torch.where(exists[..., None], keys.float(), 0.0)
     largest = keys.abs().amax((-2, -1))
     sound = largest.isfinite()
     # Numbers near one, whose squares neither overflow nor vanish; a power of two rounds nothing.
     unit = (largest.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp(min=_SMALLEST)
     keys = torch.where(sound[..., None, None], keys / unit[..., None, None], 0.0)
-    whole = torch.full((1,), keys.shape[-2], device=keys.device)
-    count = whole if exists is None else exists.sum(-1, keepdim=True)
+    count = exists.sum(-1, keepdim=True)
     distance = (keys - keys.sum(-2, keepdim=True) / count.clamp(min=1)[..., None]).square().sum(-1)
-    distance = distance if exists is None else torch.where(exists, distance, -1.0)
-    far = distance.argmax(-1, keepdim=True)
-    other = torch.arange(keys.shape[-2], device=keys.device) != far
-    other = other if exists is None else other & exists
+    far = torch.where(exists, distance, -1.0).argmax(-1, keepdim=True)
+    other = (torch.arange(keys.shape[-2], device=keys.device) != far) & exists
     others = (count - 1).clamp(min=1)
     mean = torch.where(other[..., None], keys, 0.0).sum(-2) / others
     variance = torch.where(other[..., None], keys - mean[..., None, :], 0.0).square().sum(-2) / others
@@ -156,25 +146,24 @@ def update_pages_(
         for page in range(low, high, at_once):
             upto = min(page + at_once, high)
             at, until = begin + page * block_size, begin + upto * block_size
-            keys, exists = key[b, :, max(at, 0) : max(until, 0)], None
-            if at < 0:  # of a sequence whose first keys were dropped
-                keys = torch.nn.functional.pad(keys, (0, 0, until - at - keys.shape[1], 0))
-                there = torch.arange(at, until, device=key.device) >= 0
-                exists = there.view(1, -1, block_size).expand(len(keys), -1, -1)
-            new = summarize(keys.unflatten(1, (upto - page, block_size)), exists)
+            keys = key[b, :, max(at, 0) : max(until, 0)]
+            # Of a sequence whose first keys were dropped they are missing.
+            keys = torch.nn.functional.pad(keys, (0, 0, until - at - keys.shape[1], 0))
+            exists = torch.arange(at, until, device=key.device).view(-1, block_size) >= 0
+            new = summarize(keys.unflatten(1, exists.shape), exists)
             for kept, written in zip(statistics, new, strict=True):
                 kept[b, :, page:upto] = written
 
 
 def page_logits(
-    query: torch.Tensor, statistics: PageStatistics, count: torch.Tensor | int, scale: float, softcap: float
+    query: torch.Tensor, statistics: PageStatistics, count: torch.Tensor, scale: float, softcap: float
 ) -> torch.Tensor:
     """Log of the sum of ``exp(score)`` over each page's keys, as estimated: ``[..., R, P]``.
 
     Args:
         query: ``[..., R, D]``, in the dtype to calculate in, which must hold squares of its elements times ``scale``.
         statistics: codes ``[..., P, 3, D]`` and scales ``[..., P, 3]``.
-        count: how many keys of a page are seen, a number or ``[P]``; at least one.
+        count: int ``[P]``, how many keys of each page are seen, at least one.
         softcap: is applied to both parts of the estimate.
     """
     rows, pages = query.shape[-2], statistics.codes.shape[-3]
@@ -187,25 +176,13 @@ def page_logits(
     rest = products[..., :rows, :, 1] * mean + products[..., rows:, :, 2] * deviation * deviation
     if softcap:
         far, rest = (softcap * torch.tanh(x / softcap) for x in (far, rest))
-    if isinstance(count, torch.Tensor):
-        return torch.logaddexp(far, rest + (count - 1).to(query.dtype).log())
-    return torch.logaddexp(far, rest + (math.log(count - 1) if count > 1 else -math.inf))
+    return torch.logaddexp(far, rest + (count - 1).to(query.dtype).log())
 
 
-@layout("pages")
-class Pages:
+class Pages(Layout, kind="pages"):
     """What the key index of ``block`` holds: ``PageStatistics``, of which none is kept for a page that is not whole."""
 
-    names: ClassVar = ("page_codes", "page_scales")
-    fixed: ClassVar = ()
     paged: ClassVar = True
-    takes_values: ClassVar = False
-    pays_on: ClassVar = ("triton", "cpu", "torch")
-
-    @staticmethod
-    def rows(capacity: int, block_size: int) -> int:
-        """One for each page."""
-        return page_count(capacity, block_size)
 
     @staticmethod
     def allocate(

@@ -18,7 +18,7 @@ from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.triton import launch
 from nc_patch.ops.triton.launch import Tiles
 from nc_patch.ops.triton.structs import heads
-from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
+from nc_patch.selections.block.audit import judged
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, plan_of
 from nc_patch.selections.block.prefill_kernels import (
     Plan,
@@ -46,8 +46,6 @@ class BlockTiles(NamedTuple):
     edge_keys: int
 
 
-# float32 multiplies on the plain floating point units of NVIDIA GPUs and is summed in chunks of head_dim.
-_FLOAT32 = {64: Tiles(32, 32, 4, 1, 32), 128: Tiles(32, 32, 8, 1, 32), 256: Tiles(16, 32, 8, 1, 32)}
 _SCORE = {
     "sm_80": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
     "sm_90": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
@@ -66,7 +64,7 @@ def block_tiles(architecture: str, dtype: torch.dtype, head_dim: int, value_dim:
     """The one place where tile sizes of block-sparse prefill are chosen; a tile that is scored holds whole blocks."""
     padded = max(64, launch.padded_dim(head_dim), launch.padded_dim(value_dim))
     if dtype == torch.float32:
-        score = attend = _FLOAT32[padded]
+        score = attend = launch.tiles_for(architecture, dtype, head_dim, value_dim, 1 << 20)
     else:
         score, attend = _SCORE[architecture][max(64, launch.padded_dim(head_dim))], _ATTEND[architecture][padded]
     if score.keys < block_size and padded == 256:
@@ -89,23 +87,18 @@ def triton_block_attention(problem: Problem, options: BlockOptions) -> Attention
     problem = launch.prepared(problem)
     plan, device = plan_of(problem, options), problem.query.device
     tiles = block_tiles(launch.architecture_of(device), problem.query.dtype, *problem.head_dims, options.size)
-    expected, audited = expected_of(problem, len(plan.listed)), None
     with launch.on_device(device):
-        choice, added = choose_blocks(problem, plan, tiles.score, options, expected)
-        if expected is not None:
-            audited = audit(problem, plan, choice, expected, options.size)
-        result, lse_keys = attend_blocks(problem, plan, choice, tiles, options.size)
-    kept_mass = None if lse_keys is None else launch.kept_mass_of(problem, lse_keys)
-    enlarged = enlarged_of(added, problem.group) if options.enlarges else None
-    return result._replace(kept_mass=kept_mass, enlarged=enlarged, audit=audited)
+        choice, expected = choose_blocks(problem, plan, tiles.score, options)
+        result = attend_blocks(problem, plan, choice, tiles, options.size)
+    return judged(result, problem, plan, options, choice, expected)
 
 
 def choose_blocks(
-    problem: Problem, plan: BlockPlan, tiles: Tiles, options: BlockOptions, expected: torch.Tensor | None = None
-) -> tuple[BlockChoice, torch.Tensor]:
-    """The blocks that each query block attends, and int32 ``[N, Hkv]``, how many of them ``min_mass`` has added.
+    problem: Problem, plan: BlockPlan, tiles: Tiles, options: BlockOptions
+) -> tuple[BlockChoice, torch.Tensor | None]:
+    """The blocks that each query block attends, and what an audit compares with, None where there is to be none.
 
-    ``expected``, float32 ``[N, Hq]``, is given the mean kept mass of each query block's sampled rows, 1 without any.
+    That is the mean kept mass of each query block's sampled rows, float32 ``[N, Hq]``, 1 without any.
     """
     query, device, D = problem.query, problem.query.device, problem.query.shape[3]
     Hkv, group, S = problem.key.shape[1], problem.group, plan.samples.shape[0]
@@ -120,7 +113,7 @@ def choose_blocks(
     def floats(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    kept = None if expected is None else floats(Hkv, S, group)
+    kept = None if problem.audit_seed < 0 else floats(Hkv, S, group)
     both = {
         "plan": Plan(plan.table, plan.samples, plan.sample_owner, plan.recent, plan.law, plan.limit),
         "scores": floats(scores * group * Hkv), "row_lse": floats(sums * group * Hkv), "group": group,
@@ -143,11 +136,11 @@ def choose_blocks(
             score_blocks_kernel[(triton.cdiv(rows, tiles.rows), Hkv, of)](**changing, **scored)
         pairs = (chunk.last - chunk.first, Hkv)
         choose_blocks_kernel[pairs](first_number=chunk.first, segments=of, **changing, **chosen)
-    if expected is not None and kept is not None:
-        lengths = plan.table[:, 9].long()
-        total = torch.segment_reduce(kept.transpose(0, 1).flatten(1), "sum", lengths=lengths, axis=0, unsafe=True)
-        expected.copy_((total / lengths[:, None]).masked_fill(lengths[:, None] == 0, 1.0))
-    return choice, choice.block_counts - plan.law
+    if kept is None:
+        return choice, None
+    lengths = plan.table[:, 9].long()
+    total = torch.segment_reduce(kept.transpose(0, 1).flatten(1), "sum", lengths=lengths, axis=0, unsafe=True)
+    return choice, (total / lengths[:, None]).masked_fill_(lengths[:, None] == 0, 1.0)
 
 
 class Chunk(NamedTuple):
@@ -190,8 +183,8 @@ def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, A
 
 def attend_blocks(
     problem: Problem, plan: BlockPlan, choice: BlockChoice, tiles: BlockTiles, block_size: int
-) -> tuple[AttentionResult, torch.Tensor | None]:
-    """Attention over the chosen blocks, and with statistics the log-sum-exp of its keys alone, without sinks."""
+) -> AttentionResult:
+    """Attention over the chosen blocks."""
     query, value = problem.query, problem.value
     B, Hq, Lq, D = query.shape
     Hkv, Lk, DV = value.shape[1:]
@@ -216,4 +209,5 @@ def attend_blocks(
             BLOCK_SIZE=block_size, shape=launch.shape_of(D, DV, tiles.attend),
             **launch.compile_options(tiles.attend, launch.architecture_of(query.device)),
         )  # fmt: skip
-    return AttentionResult(output, lse, attended=attended), lse_keys
+    kept_mass = None if lse_keys is None else launch.kept_mass_of(problem, lse_keys)
+    return AttentionResult(output, lse, kept_mass, attended)

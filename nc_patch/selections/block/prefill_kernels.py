@@ -25,7 +25,7 @@ from nc_patch.ops.triton.scores import (
 )
 from nc_patch.ops.triton.structs import PER_CALL, Rows
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, PlannedBlock
-from nc_patch.selections.block.heaviest import count_to_mass, find_cut, take
+from nc_patch.selections.block.heaviest import Weights, count_to_mass, find_cut, take
 
 _COLUMNS = tl.constexpr(PLAN_COLUMNS)
 # Entries of the list of blocks that are looked at in one step.
@@ -199,7 +199,6 @@ def choose_blocks_kernel(
     pair = number * num_kv_heads + kv_head
     rows = own.samples * group
     program = local.to(tl.int64) * num_kv_heads + kv_head
-    weights = all_weights + program * width
     before = (own.first_sample - first_sample).to(tl.int64) * group
     lse_row = row_lse + kv_head * row_count + before
     logits = BlockScores(scores + kv_head * width * row_count + before, row_count, own.width)
@@ -233,13 +232,14 @@ def choose_blocks_kernel(
             share = tl.maximum(share, tl.max(tl.where(tile == tile, tile, float("inf")), axis=0))
             if min_mass is not None:
                 held += tl.sum(tl.where(tile == tile, tl.exp2(tile), 0.0), axis=0)
-        tl.store(weights + block, tl.exp2(share), mask=block < own.width)
+        tl.store(all_weights + program * width + block, tl.exp2(share), mask=block < own.width)
         if min_mass is not None:
             tl.store(all_masses + program * width + block, held, mask=block < own.width)
     tl.debug_barrier()
 
     # Without a sampled row all blocks are attended, and there are no weights to look at.
     recent = tl.where(rows > 0, tl.load(plan.recent + pair), 0)
+    weights = Weights(all_weights + program * width, recent, tl.arange(0, BLOCK_P))
     always = tl.minimum(recent, 1) + own.width - recent
     wanted = tl.load(plan.law + pair)
     if min_mass is not None:
@@ -247,18 +247,16 @@ def choose_blocks_kernel(
         # Without a sampled row there are no masses either, and none is missing.
         weighed = tl.where(rows > 0, own.width, 0)
         missing = min_mass * tl.cast(rows, tl.float32) - mass_of_always(masses, weighed, recent, BLOCK_P)
-        more = always + count_to_mass(weights, masses, recent, missing, BLOCK_P)
+        more = always + count_to_mass(weights, masses, missing)
         # Where even all blocks miss the target by rounding, all are asked for.
         wanted = tl.minimum(tl.maximum(wanted, more), tl.load(plan.limit + pair))
-    cut, spare = find_cut(weights, recent, wanted - always, BLOCK_P)
+    cut, spare = find_cut(weights, wanted - always)
     tl.store(choice.block_counts + pair, wanted)
     taken_before = 0
     ties_before = 0
     for from_block in range(0, own.width, BLOCK_C):
         block = from_block + tl.arange(0, BLOCK_C)
-        place, taken, taken_before, ties_before = take(
-            weights, own.width, recent, block, cut, spare, taken_before, ties_before
-        )
+        place, taken, taken_before, ties_before = take(weights, own.width, block, cut, spare, taken_before, ties_before)
         tl.store(choice.block_indices + pair * capacity + place, own.lowest + block, mask=taken & (place < capacity))
 
     if kept is not None:
@@ -272,7 +270,7 @@ def choose_blocks_kernel(
             for from_block in range(0, own.width, BLOCK_C):
                 block = from_block + tl.arange(0, BLOCK_C)
                 _place, taken, taken_before, ties_before = take(
-                    weights, own.width, recent, block, cut, spare, taken_before, ties_before
+                    weights, own.width, block, cut, spare, taken_before, ties_before
                 )
                 # No mask after the load: it would hold each load's predicate, of which there are few, and so the loads
                 # would wait for each other. Beyond the last block nothing is taken.

@@ -133,8 +133,7 @@ def summarize_page(keys, statistics, place, first, page):
     # Not ``exists & sound``: a mask made from a scalar's truth is none in the interpreter of Triton 3.9.
     exists = exists & (k < tl.where(sound, page.BLOCK_SIZE, 0))
     most = tl.max(tl.where(broken == 0, largest, 0.0), axis=0)
-    unit = (most.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
-    unit = tl.maximum(unit, _SMALLEST)
+    unit = power_of_two(most)
     distance = tl.zeros([page.BLOCK_K], dtype=tl.float32)
     for channel in range(0, D, page.CHANNELS):
         tile = load_scaled(rows, exists, channel, unit, page)
@@ -168,6 +167,13 @@ def summarize_page(keys, statistics, place, first, page):
     tl.store(scales, tl.where(sound, far_step * unit, float("nan")))
     tl.store(scales + 1, tl.where(sound, mean_step * unit, float("nan")))
     tl.store(scales + 2, tl.where(sound, tl.sqrt(variance_step) * unit, float("nan")))
+
+
+@triton.jit
+def power_of_two(largest):
+    """The power of two at or below numbers that are not negative, at least the smallest normal one."""
+    power = (largest.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
+    return tl.maximum(power, _SMALLEST)
 
 
 @triton.jit

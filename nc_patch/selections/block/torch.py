@@ -1,5 +1,7 @@
 """``block`` in PyTorch: rows choose the key blocks that a query block attends; while decoding each query, its pages."""
 
+import itertools
+
 import torch
 
 from nc_patch.ops.attend_rows import attend_rows
@@ -14,36 +16,30 @@ from nc_patch.ops.rows import (
     weighted_values,
 )
 from nc_patch.selections.base import Choice
-from nc_patch.selections.block.audit import audit, enlarged_of, expected_of
-from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, PlannedBlock, plan_of
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, PlannedBlock
 from nc_patch.selections.block.pages import PageStatistics, page_logits
 
-
-def torch_block_attention(problem: Problem, options: BlockOptions) -> AttentionResult:
-    """Attention over key blocks that a query block shares; see ``definition``. With stats every score is computed."""
-    chosen = ChosenBlocks(problem, options)
-    enlarged = enlarged_of(chosen.added, problem.group) if options.enlarges else None
-    return chosen.attend()._replace(enlarged=enlarged, audit=chosen.audit())
+# Of rows: where their sequence begins, the key blocks that they attend, ``[Hkv, K]``, and which of these there are.
+Chosen = tuple[int, torch.Tensor, torch.Tensor]
 
 
-class Chosen(Choice):
+class ChosenBlocks(Choice):
     """The key blocks that rows attend, of ``size`` keys each, counted from where their sequence begins.
 
     Attributes:
+        blocks: what each block of rows attends.
         attended: int32 ``[B, Hq, Lq]``, how many keys the rows attend that have been attended.
     """
 
-    def __init__(self, problem: Problem, size: int) -> None:
-        self._problem, self._size = problem, size
-        self.attended = problem.visible.new_zeros(problem.query.shape[:3])
+    blocks: dict[RowBlock, Chosen]
 
-    def chosen(self, block: RowBlock) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Where the sequence begins; the blocks that rows attend, ``[Hkv, K]``, and which of them there are."""
-        raise NotImplementedError
+    def __init__(self, problem: Problem, size: int, blocks: dict[RowBlock, Chosen]) -> None:
+        self._problem, self._size, self.blocks = problem, size, blocks
+        self.attended = problem.visible.new_zeros(problem.query.shape[:3])
 
     def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
         """See ``Choice.keep``."""
-        begin, indices, exists = self.chosen(block)
+        begin, indices, exists = self.blocks[block]
         lowest, last = (block.low - begin) // self._size, (block.high - 1 - begin) // self._size
         place = torch.where(exists, indices - lowest, last + 1 - lowest).long()
         chosen = exists.new_zeros(len(indices), last + 2 - lowest).scatter_(1, place, True)
@@ -60,8 +56,7 @@ class Chosen(Choice):
         sinks = None if problem.sinks is None else problem.sinks.float()[:, None]
         output = problem.query.new_zeros(*problem.query.shape[:3], problem.value.shape[-1])
         by_group = (problem.key.shape[1], problem.group)
-        for block in self.blocks:
-            begin, indices, exists = self.chosen(block)
+        for block, (begin, indices, exists) in self.blocks.items():
             within = torch.arange(self._size, device=indices.device)
             position = (begin + indices[..., None] * self._size + within).flatten(1).long()
             at = position.clamp(block.low, block.high - 1)[..., None]
@@ -86,46 +81,30 @@ class Chosen(Choice):
         return keep
 
 
-class ChosenBlocks(Chosen):
-    """The chosen blocks of a prefill; ``added``, int32 ``[N, Hkv]``, is how many of them ``min_mass`` has added."""
-
-    def __init__(self, problem: Problem, options: BlockOptions) -> None:
-        super().__init__(problem, options.size)
-        self._plan = plan_of(problem, options)
-        self._expected = expected_of(problem, len(self._plan.listed))
-        self._choice, self.added = choose_blocks(problem, self._plan, options, self._expected)
-        rows = rows_per_block(problem.query.shape[1], problem.key.shape[2])
-        self._numbers = {
-            RowBlock(block.batch, first, min(first + rows, block.last), block.low, block.high): number
-            for number, block in enumerate(self._plan.listed)
-            for first in range(block.first, block.last, rows)
-        }
-        self.blocks = self._numbers
-
-    def chosen(self, block: RowBlock) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """See ``Chosen``."""
-        number = self._numbers[block]
-        indices, counts = (each[number] for each in self._choice)
-        exists = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
-        return self._plan.listed[number].begin, indices, exists
-
-    def audit(self) -> torch.Tensor | None:
-        """The audit of the choice; None where none is asked for."""
-        if self._expected is None:
-            return None
-        return audit(self._problem, self._plan, self._choice, self._expected, self._size)
+def chosen_blocks(problem: Problem, plan: BlockPlan, choice: BlockChoice, size: int) -> ChosenBlocks:
+    """The chosen blocks of a prefill."""
+    rows = rows_per_block(problem.query.shape[1], problem.key.shape[2])
+    indices, counts = choice
+    exists = torch.arange(indices.shape[2], device=indices.device) < counts[..., None]
+    blocks = {
+        RowBlock(block.batch, first, min(first + rows, block.last), block.low, block.high): (block.begin, *chosen)
+        for block, *chosen in zip(plan.listed, indices, exists, strict=True)
+        for first in range(block.first, block.last, rows)
+    }
+    return ChosenBlocks(problem, size, blocks)
 
 
-def choose_blocks(
-    problem: Problem, plan: BlockPlan, options: BlockOptions, expected: torch.Tensor | None = None
-) -> tuple[BlockChoice, torch.Tensor]:
-    """The blocks that each query block attends, as ``definition.block_choice`` says; how many ``min_mass`` has added.
+def choose_blocks(problem: Problem, plan: BlockPlan, options: BlockOptions) -> tuple[BlockChoice, torch.Tensor | None]:
+    """The blocks that each query block attends, as ``definition.block_choice`` says; and what an audit compares with.
 
-    ``expected``, float32 ``[N, Hq]``, is given the mean kept mass of each query block's scored rows, 1 where there are
-    none; a row whose shares are not numbers counts as keeping nothing. The second result is int32 ``[N, Hkv]``.
+    That is the mean kept mass of each query block's scored rows, float32 ``[N, Hq]``, 1 where there are none; a row
+    whose shares are not numbers counts as keeping nothing. None where there is to be no audit.
     """
     most = max((block.width for block in plan.listed), default=0)
     indices, counts = plan.law.new_full((*plan.law.shape, most), -1), plan.law.clone()
+    expected = None
+    if problem.audit_seed >= 0:
+        expected = problem.query.new_ones(len(plan.listed), problem.query.shape[1], dtype=torch.float32)
     for number, block in enumerate(plan.listed):
         shares = _shares(problem, plan, block, options)
         order, count = _heaviest(shares, plan.recent[number], plan.law[number], plan.limit[number], options.min_mass)
@@ -134,10 +113,10 @@ def choose_blocks(
         found = torch.where(chosen, ranked, most).sort(-1).values  # ascending, behind them what is not chosen
         indices[number, :, : block.width] = torch.where(found < most, found + block.lowest, -1).int()
         counts[number] = count
-        if expected is not None:
+        if expected is not None and block.samples:
             kept = (shares * chosen[:, None, None]).sum(-1).nan_to_num(nan=0.0).clamp(max=1.0).flatten(0, 1)
-            expected[number] = kept.mean(-1) if block.samples else 1.0
-    return BlockChoice(indices[..., : int(counts.max()) if len(counts) else 0], counts), counts - plan.law
+            expected[number] = kept.mean(-1)
+    return BlockChoice(indices[..., : int(counts.max()) if len(counts) else 0], counts), expected
 
 
 def _shares(problem: Problem, plan: BlockPlan, block: PlannedBlock, options: BlockOptions) -> torch.Tensor:
@@ -182,7 +161,18 @@ def torch_block_decode(problem: Problem) -> AttentionResult:
     ``problem.key_index`` are ``PageStatistics``; what lies beyond a query's own page is not read. The kept mass costs
     as much as dense attention.
     """
-    return ChosenPages(problem if problem.table is None else _gathered(problem)).attend()
+    problem = problem if problem.table is None else _gathered(problem)
+    (B, Hkv, N, _), Lq, budget = problem.key.shape, problem.query.shape[2], problem.budget
+    of_group = (B, Hkv, problem.group, Lq) if budget.shape[1] > 1 else (B, 1, 1, Lq)
+    budgets = budget.view(of_group).amax(2).expand(B, Hkv, Lq).transpose(1, 2).tolist()
+    origins, end = problem.origin.tolist(), problem.visible[..., 1].clamp(max=N).tolist()
+    start = torch.maximum(problem.visible[..., 0], problem.origin).clamp(min=0).tolist()
+    blocks = {}
+    for b, i in itertools.product(range(B), range(Lq)):
+        if start[b][i] < end[b][i]:
+            query = RowBlock(b, i, i + 1, start[b][i], end[b][i])
+            blocks[query] = _choose_pages(problem, query, origins[b][i], budgets[b][i])
+    return ChosenBlocks(problem, problem.page_size, blocks).attend()
 
 
 def _gathered(problem: Problem) -> Problem:
@@ -198,51 +188,35 @@ def _gathered(problem: Problem) -> Problem:
     return problem._replace(key=key, value=value, visible=visible, origin=starts, key_index=(codes, scales), table=None)
 
 
-class ChosenPages(Chosen):
-    """The pages that each query chooses."""
+def _choose_pages(problem: Problem, query: RowBlock, begin: int, budgets: list[int]) -> Chosen:
+    """The pages that a query chooses by the budget of each key/value head."""
+    size, device = problem.page_size, problem.key.device
+    low, own = (query.low - begin) // size, (query.high - 1 - begin) // size
+    pages = own + 1 - low
+    counts = [pages if k >= query.high - query.low else max(min(2, pages), min(-(-k // size), pages)) for k in budgets]
+    if min(counts) == pages:
+        order = torch.arange(pages, device=device).expand(len(counts), -1)
+    else:
+        weight = _page_weights(problem, query, begin, low, own)
+        order = torch.sort(weight, dim=-1, descending=True, stable=True).indices[:, : max(counts)]
+    exists = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+    return begin, low + order, exists
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, problem.page_size)
-        (B, Hkv, N, _), Lq, budget = problem.key.shape, problem.query.shape[2], problem.budget
-        of_group = (B, Hkv, problem.group, Lq) if budget.shape[1] > 1 else (B, 1, 1, Lq)
-        self._budgets = budget.view(of_group).amax(2).expand(B, Hkv, Lq).transpose(1, 2).tolist()
-        self._origins = problem.origin.tolist()
-        start = torch.maximum(problem.visible[..., 0], problem.origin).clamp(min=0).tolist()
-        end = problem.visible[..., 1].clamp(max=N).tolist()
-        queries = [RowBlock(b, i, i + 1, start[b][i], end[b][i]) for b in range(B) for i in range(Lq)]
-        self.blocks = [query for query in queries if query.high > query.low]
 
-    def chosen(self, block: RowBlock) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """See ``Chosen``."""
-        size, device = self._size, self.attended.device
-        begin, budgets = self._origins[block.batch][block.first], self._budgets[block.batch][block.first]
-        low, own = (block.low - begin) // size, (block.high - 1 - begin) // size
-        pages = own + 1 - low
-        counts = [
-            pages if k >= block.high - block.low else max(min(2, pages), min(-(-k // size), pages)) for k in budgets
-        ]
-        if min(counts) == pages:
-            order = torch.arange(pages, device=device).expand(len(counts), -1)
-        else:
-            weight = self._page_weights(block, begin, low, own)
-            order = torch.sort(weight, dim=-1, descending=True, stable=True).indices[:, : max(counts)]
-        exists = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
-        return begin, low + order, exists
-
-    def _page_weights(self, block: RowBlock, begin: int, low: int, own: int) -> torch.Tensor:
-        """Weights float32 ``[Hkv, P]`` of the pages from ``low`` to the query's ``own``; infinite for both."""
-        problem, size, b = self._problem, self._size, block.batch
-        key = problem.key[b, :, max(begin + own * size, block.low) : block.high].float()
-        rows = problem.query[b, :, block.first].view(len(key), problem.group, -1).float()
-        own_scores = final_scores_(rows @ key.transpose(1, 2), problem.scale, problem.softcap)
-        statistics = PageStatistics(*(t[b, :, low:own] for t in problem.key_index))
-        count = torch.full((own - low,), size, device=rows.device)
-        count[:1] = begin + (low + 1) * size - block.low
-        estimates = page_logits(rows, statistics, count, problem.scale, problem.softcap)
-        logits = torch.cat((estimates, torch.logsumexp(own_scores, -1, keepdim=True)), -1)
-        overwhelming = logits.isnan() | (logits == torch.inf)
-        weight = torch.softmax(logits.masked_fill(overwhelming, -torch.inf), -1).nan_to_num_(nan=0.0)
-        # Beyond every number, but after the two pages that are attended always.
-        weight = weight.sum(1).masked_fill_(overwhelming.any(1), torch.finfo(torch.float32).max)
-        weight[:, 0] = weight[:, -1] = torch.inf
-        return weight
+def _page_weights(problem: Problem, query: RowBlock, begin: int, low: int, own: int) -> torch.Tensor:
+    """Weights float32 ``[Hkv, P]`` of the pages from ``low`` to the query's ``own``; infinite for both."""
+    size, b = problem.page_size, query.batch
+    key = problem.key[b, :, max(begin + own * size, query.low) : query.high].float()
+    rows = problem.query[b, :, query.first].view(len(key), problem.group, -1).float()
+    own_scores = final_scores_(rows @ key.transpose(1, 2), problem.scale, problem.softcap)
+    statistics = PageStatistics(*(t[b, :, low:own] for t in problem.key_index))
+    count = torch.full((own - low,), size, device=rows.device)
+    count[:1] = begin + (low + 1) * size - query.low
+    estimates = page_logits(rows, statistics, count, problem.scale, problem.softcap)
+    logits = torch.cat((estimates, torch.logsumexp(own_scores, -1, keepdim=True)), -1)
+    overwhelming = logits.isnan() | (logits == torch.inf)
+    weight = torch.softmax(logits.masked_fill(overwhelming, -torch.inf), -1).nan_to_num_(nan=0.0)
+    # Beyond every number, but after the two pages that are attended always.
+    weight = weight.sum(1).masked_fill_(overwhelming.any(1), torch.finfo(torch.float32).max)
+    weight[:, 0] = weight[:, -1] = torch.inf
+    return weight

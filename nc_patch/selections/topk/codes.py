@@ -22,6 +22,8 @@ LARGEST_CODE = 127
 SAMPLED_KEYS = 4096
 # A channel's spread is at least this part of the largest channel's: a constant channel must not blow up rounding.
 _SPREAD_FLOOR = 1e-4
+# Keys that PyTorch encodes at once, to bound its memory.
+_KEYS_AT_ONCE = 8192
 
 
 class KeyCodes(NamedTuple):
@@ -75,6 +77,17 @@ def encode_keys(
     codes = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
     residual = torch.where(sound, _norm(x - scale[..., None] * codes, largest), torch.inf)
     return codes.to(torch.int8), scale, residual
+
+
+def encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyCodes) -> None:
+    """Writes the codes of the keys ``[first[b], first[b] + count)`` of each sequence b, as far as there are any."""
+    Hkv, N, D = key.shape[1:]
+    for offset in torch.arange(count, device=key.device).split(_KEYS_AT_ONCE):
+        # A key's codes depend on it alone, so that writing one twice, where a position is clamped, does no harm.
+        at = (first.long()[:, None] + offset).clamp(0, N - 1)[:, None, :, None].expand(-1, Hkv, -1, D)
+        encoded = encode_keys(key.gather(2, at), codes.center, codes.spread)
+        for target, new in zip(codes, encoded, strict=False):
+            target.scatter_(2, at if new.dim() == 4 else at[..., 0], new)
 
 
 def _norm(left_over: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ between the launches takes at most ``SCRATCH_BYTES``: several queries of several
 they would take more.
 """
 
-import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,25 +27,26 @@ import torch
 
 from nc_patch.ops.means import PageMeans, slot_count, touched_slots
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
-from nc_patch.ops.triton.launch import Launches, architecture_of, compiled_kernels, prepared, settings_of
+from nc_patch.ops.triton.launch import Launches, architecture_of, prepared, settings_of
 from nc_patch.ops.triton.structs import Heads, RowInputs
 from nc_patch.selections.topk.choose import choose_kernel, score_kernel
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import key_shape
-from nc_patch.selections.topk.gather import Results, gather_kernel
-from nc_patch.selections.topk.plan import Plan, Scratch, Sizes, options_of, plan_for
+from nc_patch.selections.topk.gather import gather_kernel
+from nc_patch.selections.topk.plan import Plan, Scratch, options_of, plan_for
 from nc_patch.selections.topk.prepare import guess_kernel, prepare_kernel
 from nc_patch.selections.topk.scan import scan_kernel
 
 # What the kernels hand on to each other takes at most this much, unless one query of one sequence takes more.
 SCRATCH_BYTES = 256 * 2**20
 
-
 # What runs problems that are alike: those of all layers of a step of generation, and of many steps.
 _STEPS: dict[tuple[Any, ...], Callable[[Problem], AttentionResult]] = {}
 _MOST_STEPS = 256
 # Steps with as many of these runs of keys share a plan.
 _KEYS = 128
+# Relative width given to bounds of sums of exponentials, for their rounding in float32, and what underflow may lose.
+_SUM_SLACK, _SMALLEST_MASS = 1e-4, 1e-30
 
 
 def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Problem], AttentionResult]:
@@ -72,26 +73,27 @@ def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Cal
     if run is None:
         if len(_STEPS) >= _MOST_STEPS:
             _STEPS.clear()
-        run = _STEPS[key] = _bound(problem, key, sink_keys, recent_keys)
+        run = _STEPS[key] = _bound(problem, sink_keys, recent_keys)
     return run
 
 
-def _decode_in_parts(at_once: tuple[int, int], sink_keys: int, recent_keys: int, problem: Problem) -> AttentionResult:
-    """Decodes so many sequences and queries at a time."""
+def _decode_halves(sink_keys: int, recent_keys: int, problem: Problem) -> AttentionResult:
+    """Decodes one half of the sequences, or of the queries of one, and then the other."""
     B, Lq = problem.visible.shape[:2]
-    whole, (sequences, queries) = _empty_result(problem), at_once
-    for b, q in itertools.product(range(0, B, sequences), range(0, Lq, queries)):
-        of, at = slice(b, b + sequences), slice(q, q + queries)
+    middle = -(-(B if B > 1 else Lq) // 2)
+    results = []
+    for half in (slice(middle), slice(middle, None)):
+        of, at = (half, slice(None)) if B > 1 else (slice(None), half)
         part = problem._replace(
             query=problem.query[of, :, at], key=problem.key[of], value=problem.value[of],
             visible=problem.visible[of, at], origin=problem.origin[of, at], budget=problem.budget[of, :, at],
             key_index=tuple(t[of] for t in problem.key_index),
             means=None if problem.means is None else PageMeans(*(t[of] for t in problem.means)),
         )  # fmt: skip
-        for into, some in zip(whole, bound_topk_decode(part, sink_keys, recent_keys)(part), strict=True):
-            if into is not None and some is not None:
-                into[of, :, at] = some
-    return whole
+        results.append(bound_topk_decode(part, sink_keys, recent_keys)(part))
+    axis = 0 if B > 1 else 2
+    joined = (None if each[0] is None else torch.cat(each, axis) for each in zip(*results, strict=True))
+    return AttentionResult._make(joined)
 
 
 def _planned_keys(problem: Problem) -> int:
@@ -102,10 +104,8 @@ def _planned_keys(problem: Problem) -> int:
     return more if fits else Lk
 
 
-def _bound(
-    problem: Problem, key: tuple[Any, ...], sink_keys: int, recent_keys: int
-) -> Callable[[Problem], AttentionResult]:
-    """What decodes problems like this one, which it checks; ``key`` is all that they have in common."""
+def _bound(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Problem], AttentionResult]:
+    """What decodes problems like this one, which it checks."""
     as_given, problem = problem, prepared(problem)
     assert problem.query.shape[2] <= MAX_DECODE_QUERIES
     assert problem.key_index[0].shape[2] >= problem.key.shape[2]
@@ -116,21 +116,13 @@ def _bound(
             return bound_topk_decode(like, sink_keys, recent_keys)(like)
 
         return decode_copies
-    (B, _, Lq, D), (_, Hkv, _, DV) = problem.query.shape, problem.value.shape
-    keys, dtype, architecture = _planned_keys(problem), problem.query.dtype, architecture_of(problem.query.device)
-    has_tail, most = problem.means is not None, max(1, min(problem.most, keys))
-    sequences, queries = B, Lq
-    while True:
-        sizes = Sizes(sequences, Hkv, problem.group, queries, keys, D, DV)
-        plan = plan_for(sizes, most, dtype, architecture, problem.bounds, has_tail)
-        if sequences * queries <= 1 or 4 * plan.numbers <= SCRATCH_BYTES:
-            break
-        sequences, queries = (-(-sequences // 2), queries) if sequences > 1 else (1, -(-queries // 2))
-    if (sequences, queries) != (B, Lq):
-        return partial(_decode_in_parts, (sequences, queries), sink_keys, recent_keys)
-    variant, splits, options = plan.variant, plan.splits, options_of(plan.variant)
-    blocks, touched = plan.blocks, touched_slots(problem.new, plan.slots)
-    upkeep = -(-problem.new // key_shape(D).BLOCK_N) + touched
+    Hkv, Lq, architecture = problem.key.shape[1], problem.query.shape[2], architecture_of(problem.query.device)
+    plan = plan_for(problem, _planned_keys(problem), architecture)
+    if len(problem.query) * Lq > 1 and 4 * plan.offsets[-1] > SCRATCH_BYTES:
+        return partial(_decode_halves, sink_keys, recent_keys)
+    options, blocks, splits = options_of(plan, problem, architecture), plan.blocks, plan.splits
+    touched = touched_slots(problem.new, plan.slots)
+    upkeep = -(-problem.new // key_shape(problem.query.shape[3]).BLOCK_N) + touched
     arguments = {
         "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq,
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
@@ -139,50 +131,52 @@ def _bound(
         "mean_value": None, "sinks": None,
     }  # fmt: skip
     kernels = (
-        (prepare_kernel, (blocks, variant.samplers + upkeep, 1), options["prepare"]),
+        (prepare_kernel, (blocks, plan.samplers + upkeep, 1), options["prepare"]),
         (guess_kernel, (plan.rows, 1, 1), options["guess"]),
         (scan_kernel, (blocks, splits, 1), options["scan"]),
         (score_kernel, (blocks, splits, 1), options["score"]),
         (choose_kernel, (plan.rows, 1, 1), options["choose"]),
         (gather_kernel, (blocks, plan.parts, 1), options["gather"]),
     )
-    # All that the kernels are compiled for is in the variant or among what the tensors of a step have in common.
-    compiled = compiled_kernels(
-        *(variant, problem.softcap != 0, problem.sinks is None, problem.means is None),
-        *(problem.stats or problem.bounds, *(of_tensor[-4:] for of_tensor in key[-len(problem.tensors()) :])),
-    )
     as_heads = (problem.query, problem.key, problem.value, *(problem.means or ()))
     strides = tuple(t.stride()[:3] for t in as_heads)
-    return partial(_decode_at_once, plan, strides, Launches(kernels, arguments, compiled))
-
-
-def _empty_result(problem: Problem) -> AttentionResult:
-    """Memory for the output, its log-sum-exp and the bounds."""
-    rows, device = problem.query.shape[:3], problem.query.device
-    lse = torch.empty(rows, dtype=torch.float32, device=device) if problem.stats or problem.bounds else None
-    bounds = torch.empty((*rows, 2), dtype=torch.float32, device=device) if problem.bounds else None
-    output = problem.query.new_empty(*rows, problem.value.shape[-1])
-    return AttentionResult(output, lse, kept_mass_bounds=bounds)
+    return partial(_decode_at_once, plan, strides, Launches(kernels, arguments))
 
 
 def _decode_at_once(
     plan: Plan, strides: tuple[tuple[int, ...], ...], launches: Launches, problem: Problem
 ) -> AttentionResult:
     """Decodes a problem all at once; ``strides`` are of query, key, value and means, as in ``Heads``."""
-    result, means = _empty_result(problem), problem.means
-    if result.output.numel() == 0:
-        return result
     query, key, value, visible, origin, budget, *_ = problem
-    scratch = torch.empty(plan.numbers, dtype=torch.float32, device=query.device)
+    means, rows, device = problem.means, query.shape[:3], query.device
+    output, lse, bounds = query.new_empty(*rows, value.shape[-1]), None, None
+    if problem.stats or problem.bounds:
+        lse = torch.empty(rows, dtype=torch.float32, device=device)
+    scratch = Scratch(torch.empty(plan.offsets[-1], dtype=torch.float32, device=device), *plan.offsets[:-1])
     changing: dict[str, Any] = {
         "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
-        "codes": KeyCodes(*problem.key_index), "scratch": Scratch(scratch, *plan.offsets),
+        "codes": KeyCodes(*problem.key_index), "scratch": scratch, "output": output, "lse": lse, "Lk": key.shape[2],
         "inputs": RowInputs(visible, budget, None if means is None else origin),
-        "results": Results(result.output, result.lse, result.kept_mass_bounds), "Lk": key.shape[2],
     }  # fmt: skip
     if problem.sinks is not None:
         changing["sinks"] = problem.sinks
     if means is not None:
         changing |= {"mean_key": Heads(means.key, *strides[3]), "mean_value": Heads(means.value, *strides[4])}
-    launches(query.device, changing)
-    return result
+    if output.numel():
+        launches(device, changing)
+    if problem.bounds:
+        masses = scratch.memory[scratch.masses :][: plan.rows * plan.splits * 12]
+        bounds = _kept_mass_bounds(masses.view(*rows, plan.splits, 3, 2, 2), visible)
+    return AttentionResult(output, lse, kept_mass_bounds=bounds)
+
+
+def _kept_mass_bounds(masses: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Bounds ``[B, Hq, Lq, 2]`` of the kept mass from ``[B, Hq, Lq, splits, 3, 2, 2]``, ``Masses`` of three kinds."""
+    peak, total = masses.double().unbind(-1)
+    unlisted, kept, others = (math.log(2) * (peak + total.log2())).logsumexp(3).unbind(3)
+    # At least so much is kept of what the others are at most, and the other way round.
+    share = torch.sigmoid(kept - torch.logaddexp(unlisted, others).flip(-1))
+    lower = share[..., 0].nan_to_num(nan=0.0) * (1 - _SUM_SLACK) - _SMALLEST_MASS
+    upper = share[..., 1].nan_to_num(nan=1.0) * (1 + _SUM_SLACK) + _SMALLEST_MASS
+    empty = visible[..., 1] <= visible[..., 0]
+    return torch.stack((lower, upper), -1).clamp(0, 1).float().masked_fill(empty[:, None, :, None], 1.0)

@@ -1,10 +1,8 @@
-"""Softmax times value over the keys that a block of rows attends and the pages of a tail, and bounds of the rest.
+"""Softmax times value over the keys that a block of rows attends and the pages of a tail, and what bounds the rest.
 
 A value is read once for all rows of the block that attend its key. The entries and the pages of a block are divided
 among programs, and the last of them joins what all leave. Logits are in base 2.
 """
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,7 +12,6 @@ from nc_patch.ops.triton.scores import (
     accumulate_run,
     dot,
     empty_softmax,
-    finite_or_zero,
     fold,
     load_queries,
     logits_base2,
@@ -24,30 +21,17 @@ from nc_patch.ops.triton.split import MOST_ARRIVALS, finish_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Limits, Softmax
 from nc_patch.ops.triton.tail import PAGE, pages_of_rows
 from nc_patch.selections.topk.choose import entries_of, positions_at
-from nc_patch.selections.topk.scan import Mass, add_logits, empty_mass, integers, logit_bounds, store_mass
-
-# Relative width given to bounds of sums of exponentials, for their rounding in float32, and what underflow may lose.
-_SUM_SLACK = tl.constexpr(1e-4)
-_SMALLEST_MASS = tl.constexpr(1e-30)
-
-
-class Results(NamedTuple):
-    """Pointers to the fields of an ``AttentionResult``."""
-
-    output: Any
-    lse: Any
-    bounds: Any
+from nc_patch.selections.topk.scan import add_masses, integers, no_masses, store_masses
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride", "parts", "slots"])
 def gather_kernel(
-    query, value, mean_key, mean_value, inputs, scratch, sinks, results, budget_heads, num_kv_heads, group, Lq, Lk,
-    sink_keys, recent_keys, splits, segment, stride, parts, slots, settings, shape, join_shape, BLOCK_S: tl.constexpr,
-    BOUNDS: tl.constexpr,
+    query, value, mean_key, mean_value, inputs, scratch, sinks, output, lse, budget_heads, num_kv_heads, group, Lq, Lk,
+    sink_keys, recent_keys, splits, segment, stride, parts, slots, settings, shape, join_shape, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """One part of the attention of a block of rows: of a split of its entries or, after those, of the pages.
 
-    The last part writes the ``Results``. ``join_shape`` is ``shape`` with no more rows than a block has.
+    The last part writes the results. ``join_shape`` is ``shape`` with no more rows than a block has.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     block = tl.program_id(0).to(tl.int64)
@@ -73,23 +57,19 @@ def gather_kernel(
     joining = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, join_shape.BLOCK_M)
     last, softmax = finish_part(partial, rows, softmax, part, parts, arrivals, shape, joining, join_shape)
     if last:
-        write_joined(softmax, joining, sinks, joining.wanted, results.output, results.lse, None, join_shape)
-        if BOUNDS:
-            write_bounds(results.bounds, joining, scratch, whole, splits, BLOCK_S)
+        write_joined(softmax, joining, sinks, joining.wanted, output, lse, None, join_shape)
 
 
 @triton.jit
 def gather_entries(
     softmax, values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS: tl.constexpr
 ):
-    """The ``Softmax`` of one split's entries; with ``BOUNDS`` their masses are stored as ``kept``."""
+    """The ``Softmax`` of one split's entries; with ``BOUNDS`` their ``Masses`` are stored."""
     entries = entries_of(scratch, rows, whole, splits, segment)
     dv = tl.arange(0, shape.BLOCK_DV)
-    # Of the keys attended and of the other entries: at least, and at most.
-    in_least = empty_mass(shape.BLOCK_M)
-    in_most = in_least
-    out_least = in_least
-    out_most = in_least
+    nothing = no_masses(shape.BLOCK_M)
+    kept = nothing
+    others = nothing
     for begin in range(entries.begin, entries.stop, shape.BLOCK_N):
         e = begin + tl.arange(0, shape.BLOCK_N)
         position = positions_at(entries, e)
@@ -105,19 +85,15 @@ def gather_entries(
         softmax = Softmax(dot(weights.to(tile_values.dtype), tile_values, softmax.acc * shrink[:, None]), peak, total)
         if BOUNDS:
             error = tl.load(scratch.memory + scratch.errors + at, mask=here, other=0.0)
-            lower, upper = logit_bounds(score, error, settings)
             seen = (position[None, :] >= rows.start[:, None]) & (position[None, :] < rows.end[:, None])
-            rest = here & seen & ~chosen
-            in_least = add_logits(in_least, lower, chosen)
-            in_most = add_logits(in_most, upper, chosen)
-            out_least = add_logits(out_least, lower, rest)
-            out_most = add_logits(out_most, upper, rest)
+            kept = add_masses(kept, score, error, chosen, settings)
+            others = add_masses(others, score, error, here & seen & ~chosen, settings)
     if BOUNDS:
-        kept = scratch.memory + scratch.kept + (rows.row * splits + tl.program_id(1)) * 8
-        store_mass(kept, in_least, rows.valid)
-        store_mass(kept + 2, in_most, rows.valid)
-        store_mass(kept + 4, out_least, rows.valid)
-        store_mass(kept + 6, out_most, rows.valid)
+        at_split = rows.row * splits + tl.program_id(1)
+        if whole:  # All keys are entries.
+            store_masses(scratch, at_split, 0, nothing, rows.valid)
+        store_masses(scratch, at_split, 1, kept, rows.valid)
+        store_masses(scratch, at_split, 2, others, rows.valid)
     return softmax
 
 
@@ -149,49 +125,3 @@ def gather_pages(
         read = tl.max(missing, axis=0) > 0
         softmax = accumulate_run(softmax, logits, mean_values, low + tile * shape.BLOCK_N, read, shape)
     return softmax
-
-
-@triton.jit
-def write_bounds(bounds, rows, scratch, whole, splits, BLOCK_S: tl.constexpr):
-    """Kept mass of rows from below and above, ``[rows, 2]``. Of a block that takes all keys, all are entries."""
-    kept = scratch.memory + scratch.kept + rows.row * splits * 8
-    more = scratch.memory + scratch.outside + rows.row * splits * 4
-    unlisted = tl.where(whole, 0, splits)
-    in_least = join_masses(kept, 8, splits, rows.valid, BLOCK_S)
-    in_most = join_masses(kept + 2, 8, splits, rows.valid, BLOCK_S)
-    out_least = join_masses(kept + 4, 8, splits, rows.valid, BLOCK_S)
-    out_most = join_masses(kept + 6, 8, splits, rows.valid, BLOCK_S)
-    lower = share_of(in_least, out_most, join_masses(more + 2, 4, unlisted, rows.valid, BLOCK_S))
-    upper = share_of(in_most, out_least, join_masses(more, 4, unlisted, rows.valid, BLOCK_S))
-    lower = lower * (1.0 - _SUM_SLACK) - _SMALLEST_MASS
-    upper = upper * (1.0 + _SUM_SLACK) + _SMALLEST_MASS
-    lower = tl.where(lower == lower, tl.minimum(tl.maximum(lower, 0.0), 1.0), 0.0)
-    upper = tl.where(upper == upper, tl.minimum(tl.maximum(upper, 0.0), 1.0), 1.0)
-    tl.store(bounds + rows.row * 2, tl.where(rows.end > rows.start, lower, 1.0), mask=rows.valid)
-    tl.store(bounds + rows.row * 2 + 1, tl.where(rows.end > rows.start, upper, 1.0), mask=rows.valid)
-
-
-@triton.jit
-def join_masses(parts, stride, count, valid, BLOCK: tl.constexpr):
-    """The ``Mass`` of each row's ``count`` masses, stored ``stride`` apart from its pointer of ``parts`` on."""
-    at = tl.arange(0, BLOCK)
-    there = valid[:, None] & (at < count)[None, :]
-    peaks = tl.load(parts[:, None] + at[None, :] * stride, mask=there, other=float("-inf"))
-    totals = tl.load(parts[:, None] + at[None, :] * stride + 1, mask=there, other=0.0)
-    peak = tl.max(peaks, axis=1)
-    return Mass(peak, tl.sum(relative(peaks, totals, finite_or_zero(peak)[:, None]), axis=1))
-
-
-@triton.jit
-def share_of(mass, rest, more):
-    """The share of one ``Mass`` in all three together."""
-    base = finite_or_zero(tl.maximum(tl.maximum(mass.peak, rest.peak), more.peak))
-    own = relative(mass.peak, mass.total, base)
-    others = relative(rest.peak, rest.total, base) + relative(more.peak, more.total, base)
-    return own / (own + others)
-
-
-@triton.jit
-def relative(peak, total, base):
-    """A sum relative to ``2 ** base`` that is relative to its peak's."""
-    return tl.where(total != 0.0, total * tl.exp2(finite_or_zero(peak) - base), 0.0)

@@ -4,29 +4,17 @@ from typing import ClassVar
 
 import torch
 
-from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans, page_means, slot_count, touched_slots
-from nc_patch.selections.index import layout
-from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
-
-# Keys that the PyTorch backend encodes at once, to bound its memory.
-_KEYS_AT_ONCE = 8192
+from nc_patch.ops.means import TAIL_PAGE_SIZE, PageMeans, page_means, touched_slots
+from nc_patch.selections.index import Layout
+from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys_
 
 
-@layout("codes")
-class Codes:
+class Codes(Layout, kind="codes"):
     """One byte an element and eight a key besides, which bound every score: see ``codes``."""
 
-    names: ClassVar = KeyCodes._fields
-    fixed: ClassVar = ("center", "spread")
-    paged: ClassVar = False
-    takes_values: ClassVar = False
+    growing: ClassVar = 3
     # PyTorch has no product of bytes and floats: there codes cost more than they save.
     pays_on: ClassVar = ("triton", "cpu")
-
-    @staticmethod
-    def rows(capacity: int, block_size: int) -> int:
-        """One for each key."""
-        return capacity
 
     @staticmethod
     def allocate(
@@ -44,40 +32,19 @@ class Codes:
     ) -> None:
         """Encodes new keys; positions that do not exist are left out."""
         key, _, first, _ = tensors
-        codes = KeyCodes(*index)
+        encode = encode_keys_
         if backend == "triton":
-            from nc_patch.selections.topk.encode import triton_encode_keys_
-
-            triton_encode_keys_(key, first, count, codes)
-            return
-        if backend == "cpu":
-            from nc_patch.selections.topk.cpu_decode import cpu_encode_keys_
-
-            cpu_encode_keys_(key, first, count, codes)
-            return
-        Hkv, N, D = key.shape[1:]
-        for offset in torch.arange(count, device=key.device).split(_KEYS_AT_ONCE):
-            # A key's codes depend on it alone, so that writing one twice, where a position is clamped, does no harm.
-            at = (first.long()[:, None] + offset).clamp(0, N - 1)[:, None, :, None].expand(-1, Hkv, -1, D)
-            encoded = encode_keys(key.gather(2, at), codes.center, codes.spread)
-            for target, new in zip(codes, encoded, strict=False):
-                target.scatter_(2, at if new.dim() == 4 else at[..., 0], new)
+            from nc_patch.selections.topk.encode import triton_encode_keys_ as encode
+        elif backend == "cpu":
+            from nc_patch.selections.topk.cpu_decode import cpu_encode_keys_ as encode
+        encode(key, first, count, KeyCodes(*index))
 
 
-@layout("means")
-class Means:
+class Means(Layout, kind="means"):
     """The mean key and the mean value of each page of 16, by which keys that are not attended count."""
 
-    names: ClassVar = ("key", "value")
-    fixed: ClassVar = ()
-    paged: ClassVar = False
+    span: ClassVar = TAIL_PAGE_SIZE
     takes_values: ClassVar = True
-    pays_on: ClassVar = ("triton", "cpu", "torch")
-
-    @staticmethod
-    def rows(capacity: int, block_size: int) -> int:
-        """One for each slot."""
-        return slot_count(capacity)
 
     @staticmethod
     def allocate(
@@ -93,21 +60,19 @@ class Means:
     ) -> None:
         """Averages each page that holds a new key; one that is not full yet is overwritten when it is."""
         key, origin, first, _, value = tensors
-        if backend == "triton":
-            from nc_patch.ops.triton.means import triton_page_means_
-
-            triton_page_means_(key, value, origin, first, count, PageMeans(*index))
-            return
+        average = page_means
         if backend == "cpu":
             from nc_patch.selections.topk.cpu_decode import cpu_page_means_
 
             cpu_page_means_(key, value, origin, first, count, PageMeans(*index))
             return
+        if backend == "triton":
+            from nc_patch.ops.triton.means import triton_page_means as average
         slots = index[0].shape[2]
         touched = touched_slots(count, slots)
         begin = origin.long() % TAIL_PAGE_SIZE
         # Means depend on the page alone, so that writing one twice, where a slot is clamped, does no harm.
         slot = torch.div(first.long() - begin, TAIL_PAGE_SIZE, rounding_mode="floor").clamp(0, slots - touched)
         at = slot[:, None] + torch.arange(touched, device=key.device)
-        for kept, new in zip(index, page_means(key, value, at * TAIL_PAGE_SIZE + begin[:, None]), strict=True):
+        for kept, new in zip(index, average(key, value, at * TAIL_PAGE_SIZE + begin[:, None]), strict=True):
             kept.scatter_(2, at[:, None, :, None].expand_as(new), new)

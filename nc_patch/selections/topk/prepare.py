@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.means import average_rows, changed_slots
+from nc_patch.ops.triton.means import average_rows
 from nc_patch.ops.triton.ranks import NO_RANK, RANK_INFINITY, Bracket, count_ranks, rank_of, score_of, search
 from nc_patch.ops.triton.rows import head_of, program_rows, span
 from nc_patch.ops.triton.split import MOST_ARRIVALS
@@ -78,7 +78,12 @@ def prepare_kernel(
             encode_run(keys, codes, rows.batch * num_kv_heads + rows.kv_head, begin, stop, length, new_keys)
         elif mean_key is not None:
             origin = tl.load(inputs.origin + rows.batch * Lq + Lq - 1)
-            changed, residue = changed_slots(origin, first_new, touched, slots, PAGE)
+            # Division that rounds down, for origins before the first key too.
+            residue = origin.to(tl.int64) & (PAGE - 1)
+            changed = first_new.to(tl.int64) - residue
+            changed = (changed - (changed & (PAGE - 1))) // PAGE
+            # Where the first slot is clamped some are written twice, with the same means.
+            changed = tl.minimum(tl.maximum(changed, 0), slots - touched)
             slot = changed + (number - tiles) + tl.arange(0, 1)
             start = slot * PAGE + residue
             average_rows(

@@ -41,11 +41,16 @@ class CodedRows(NamedTuple):
     slack: Any
 
 
-class Mass(NamedTuple):
-    """A sum of exponentials of each row: the largest logit in base 2, and the sum over ``2**finite_or_zero(peak)``."""
+class Masses(NamedTuple):
+    """Sums of exponentials of each row, at least and at most, of keys whose scores are known from both sides.
 
-    peak: Any
-    total: Any
+    Each is the largest logit in base 2, and the sum over ``2**finite_or_zero(peak)``.
+    """
+
+    least_peak: Any
+    least_total: Any
+    most_peak: Any
+    most_total: Any
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment"])
@@ -70,8 +75,7 @@ def scan_kernel(
     n = tl.arange(0, shape.BLOCK_N)
     listed = 0
     sure = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.int32)
-    least_mass = empty_mass(shape.BLOCK_M)
-    most_mass = least_mass
+    unlisted = no_masses(shape.BLOCK_M)
     for tile in tl.range(
         lowest // shape.BLOCK_N + split, tl.cdiv(highest, shape.BLOCK_N), splits, num_stages=shape.STAGES
     ):
@@ -95,16 +99,12 @@ def scan_kernel(
         tl.store(positions + place, columns, mask=(chosen > 0) & (place < segment))
         listed += tl.sum(chosen, axis=0)
         if BOUNDS:
-            rest = seen & (chosen == 0)[None, :]
-            lower, upper = logit_bounds(score, error, settings)
-            least_mass = add_logits(least_mass, lower, rest)
-            most_mass = add_logits(most_mass, upper, rest)
+            unlisted = add_masses(unlisted, score, error, seen & (chosen == 0)[None, :], settings)
     tl.store(integers(scratch, scratch.counts) + own, listed)
     per_row = rows.row * splits + split
     tl.store(integers(scratch, scratch.sure) + per_row, tl.sum(sure, axis=1), mask=rows.valid)
     if BOUNDS:
-        store_mass(scratch.memory + scratch.outside + per_row * 4, least_mass, rows.valid)
-        store_mass(scratch.memory + scratch.outside + per_row * 4 + 2, most_mass, rows.valid)
+        store_masses(scratch, per_row, 0, unlisted, rows.valid)
 
 
 @triton.jit
@@ -213,28 +213,19 @@ def coded_scores(coded, product, sizes):
 
 
 @triton.jit
-def empty_mass(BLOCK_M: tl.constexpr):
-    """The ``Mass`` of no key."""
-    return Mass(tl.full([BLOCK_M], float("-inf"), dtype=tl.float32), tl.zeros([BLOCK_M], dtype=tl.float32))
+def no_masses(BLOCK_M: tl.constexpr):
+    """The ``Masses`` of no key."""
+    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    return Masses(peak, total, peak, total)
 
 
 @triton.jit
-def add_logits(mass, logits, among):
-    """The ``Mass`` with those of a tile of logits that are ``among`` a row's."""
-    peak, total, _weights, _shrink = fold(tl.where(among, logits, float("-inf")), mass.peak, mass.total)
-    return Mass(peak, total)
+def add_masses(masses, score, error, among, settings):
+    """The ``Masses`` with the keys of a tile that are ``among`` a row's, whose raw scores may be off by ``error``.
 
-
-@triton.jit
-def store_mass(places, mass, valid):
-    """Stores a ``Mass`` as two numbers side by side."""
-    tl.store(places, mass.peak, mask=valid)
-    tl.store(places + 1, mass.total, mask=valid)
-
-
-@triton.jit
-def logit_bounds(score, error, settings):
-    """(lower, upper) logits in base 2 of raw scores that may be off by ``error``; what is not known is infinite."""
+    A logit that is not known is infinite.
+    """
     lower = logits_base2(score - error, settings)
     upper = logits_base2(score + error, settings)
     limit = 0.0
@@ -242,4 +233,21 @@ def logit_bounds(score, error, settings):
         limit = settings.softcap
     lower -= (tl.abs(lower) + limit) * _LOGIT_SLACK
     upper += (tl.abs(upper) + limit) * _LOGIT_SLACK
-    return tl.where(lower == lower, lower, float("-inf")), tl.where(upper == upper, upper, float("inf"))
+    lower = tl.where(among & (lower == lower), lower, float("-inf"))
+    upper = tl.where(among, tl.where(upper == upper, upper, float("inf")), float("-inf"))
+    least_peak, least_total, _weights, _shrink = fold(lower, masses.least_peak, masses.least_total)
+    most_peak, most_total, _weights, _shrink = fold(upper, masses.most_peak, masses.most_total)
+    return Masses(least_peak, least_total, most_peak, most_total)
+
+
+@triton.jit
+def store_masses(scratch, at, kind, masses, valid):
+    """Stores ``Masses`` of one of three kinds: of keys not listed, of keys attended, or of the other entries.
+
+    ``at`` numbers the splits of all rows.
+    """
+    places = scratch.memory + scratch.masses + (at * 3 + kind) * 4
+    tl.store(places, masses.least_peak, mask=valid)
+    tl.store(places + 1, masses.least_total, mask=valid)
+    tl.store(places + 2, masses.most_peak, mask=valid)
+    tl.store(places + 3, masses.most_total, mask=valid)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.launch import RowLaunch
 from nc_patch.ops.triton.ranks import (
     ABOVE_INFINITY,
     RANK_NEGATIVE_INFINITY,
@@ -29,7 +28,7 @@ from nc_patch.ops.triton.ranks import (
 )
 from nc_patch.ops.triton.rows import FAR, forced_keys, head_of, program_rows, span
 from nc_patch.ops.triton.scores import dot_scores, load_queries, score_run
-from nc_patch.ops.triton.structs import PER_CALL, Limits
+from nc_patch.ops.triton.structs import PER_CALL
 
 GUESSED_PASSES = tl.constexpr(8)
 # Three counts of a tile travel in one int32, ten bits each, so that they are summed over the tile at once.
@@ -52,11 +51,6 @@ class Counts(NamedTuple):
     second: Any
     third: Any
     below: Any
-
-
-def find_limits(launch: RowLaunch, limits: Limits) -> None:
-    """Launches the search that writes each row's threshold."""
-    launch.run(threshold_kernel, limits=limits)
 
 
 @triton.jit(do_not_specialize=PER_CALL)

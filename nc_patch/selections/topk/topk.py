@@ -81,9 +81,9 @@ class TopK(Selection):
     def prefill_triton(self, problem: Problem) -> AttentionResult:
         """Two kernels: a search for each row's threshold, and the attention; see ``threshold``."""
         from nc_patch.ops.triton.launch import launch_attention
-        from nc_patch.selections.topk.threshold import find_limits
+        from nc_patch.selections.topk.threshold import threshold_kernel
 
-        return launch_attention(self.with_means(problem, "triton"), self.sink_keys, self.recent_keys, find_limits)
+        return launch_attention(self.with_means(problem, "triton"), self.sink_keys, self.recent_keys, threshold_kernel)
 
     def prefill_cpu(self, problem: Problem) -> AttentionResult:
         """In compiled kernels; see ``cpu``, and for few queries ``cpu_decode``."""
