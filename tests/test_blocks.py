@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -130,6 +131,21 @@ def test_what_an_audit_compares_with_is_the_kept_mass_of_the_rows_that_chose():
     sparse = torch.tensor([not d for d in dense])[plan.owner]
     kept = result.kept_mass.movedim(1, 0)
     assert kept[:, scored].mean() > kept[:, sparse & ~scored].mean(), "the rows that chose keep more, not less"
+
+
+def test_rows_that_attend_none_of_the_keys_they_see_are_zero_with_and_without_statistics():
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 88, 8, generator=draw)
+    start = torch.randint(0, 87, (1, 88), generator=draw, dtype=torch.int32)
+    visible = torch.stack((start, (start + torch.randint(1, 60, (1, 88), generator=draw)).clamp(max=88).int()), -1)
+    call = partial(sparse_attention, query, key, value, alpha=1.0, selection="block", visible=visible, backend="torch")
+    call = partial(call, origin=torch.zeros_like(start))
+    found = call(return_stats=True)
+    nothing = found.attended == 0
+    assert 0 < nothing.sum() < nothing.numel()
+    assert (found.output[nothing] == 0).all()
+    assert (found.kept_mass[nothing] == 0).all()
+    torch.testing.assert_close(call(), found.output)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 200])

@@ -40,7 +40,7 @@ def attend_rows(problem: Problem, choice: Choice) -> AttentionResult:
             total = kept if rows.missing is None else torch.logsumexp(rows.logits, -1)
             lse[at] = total if sinks is None else torch.logaddexp(total, sinks)
         found = weighted_values(softmax_(rows.logits, sinks), *rows.values)
-        output[at] = found.masked_fill_(rows.empty[:, None], 0.0).to(output.dtype)
+        output[at] = found.masked_fill_(rows.nothing[..., None], 0.0).to(output.dtype)
     return AttentionResult(output, lse, kept_mass) if problem.stats else AttentionResult(output)
 
 
@@ -48,7 +48,8 @@ class _Scored(NamedTuple):
     """R rows of a block, and what joins their softmax: N keys and P page means, where there are any.
 
     Attributes:
-        empty: bool ``[R]``, which rows see no key. query: float32 ``[Hq, R, D]``.
+        empty: bool ``[R]``, which rows see no key; nothing: bool ``[Hq or 1, R]``, which attend none, as with blocks a
+            row may that sees some. query: float32 ``[Hq, R, D]``.
         keys, values: float32 ``[Hkv, N, D or Dv]``, and ``[Hkv, P, D or Dv]`` of the page means.
         logits: float32 ``[Hq, R, N + P]``, final scores, of a page plus the logarithm of ``missing``; -inf where a key
             is not attended or a page does not count.
@@ -58,6 +59,7 @@ class _Scored(NamedTuple):
     """
 
     empty: torch.Tensor
+    nothing: torch.Tensor
     query: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -81,7 +83,7 @@ def _scored(problem: Problem, choice: Choice, block: RowBlock) -> _Scored:
         unseen = ~Rows.of(problem, block).seen(block.high - block.low)
         dense = torch.logsumexp(scores.masked_fill(unseen, -torch.inf), -1)
     scores.masked_fill_(~keep, -torch.inf)
-    alone = _Scored(seen[:, 1] <= seen[:, 0], query, [key], [value], scores, dense)
+    alone = _Scored(seen[:, 1] <= seen[:, 0], ~keep.any(-1), query, [key], [value], scores, dense)
     if problem.means is None:
         return alone
     size, begin = TAIL_PAGE_SIZE, int(problem.origin[b, block.first])
@@ -101,7 +103,7 @@ def _scored(problem: Problem, choice: Choice, block: RowBlock) -> _Scored:
     # A page that is attended whole is left out whatever its mean holds: NaN less infinity would be NaN.
     logits.add_(missing.log()).masked_fill_(left_out | (missing == 0), -torch.inf)
     joined = torch.cat((scores, logits), -1)
-    return _Scored(alone.empty, query, [key, mean_key], [value, mean_value], joined, dense, slots, missing)
+    return _Scored(alone.empty, alone.nothing, query, [key, mean_key], [value, mean_value], joined, dense, slots, missing)
 
 
 def attention_gradients(
