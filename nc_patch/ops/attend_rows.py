@@ -103,7 +103,8 @@ def _scored(problem: Problem, choice: Choice, block: RowBlock) -> _Scored:
     # A page that is attended whole is left out whatever its mean holds: NaN less infinity would be NaN.
     logits.add_(missing.log()).masked_fill_(left_out | (missing == 0), -torch.inf)
     joined = torch.cat((scores, logits), -1)
-    return _Scored(alone.empty, alone.nothing, query, [key, mean_key], [value, mean_value], joined, dense, slots, missing)
+    keys, values = [key, mean_key], [value, mean_value]
+    return alone._replace(keys=keys, values=values, logits=joined, slots=slots, missing=missing)
 
 
 def attention_gradients(
