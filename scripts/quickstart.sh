@@ -25,7 +25,7 @@ if [ $# -eq 0 ]; then
     cd "$NC_ROOT"
 fi
 OUT="${1:-runs/quickstart$FULL}"
-MEASURED=(--methods dense nc-window nc --tasks recall perplexity --lengths 2048 4096 --samples 2)
+MEASURED=(--methods dense nc-window nc --tasks recall perplexity --lengths 2048 4096 --samples 1)
 if [ -n "$FULL" ]; then
     MEASURED=(--methods dense streaming nc-window fixed-topk nc-topk nc-topk-mean nc --lengths 1024 2048 4096 --samples 4)
 elif [ ! -e "$OUT" ]; then
