@@ -1,7 +1,4 @@
-"""Serves completions over HTTP with sparse attention, many at once: python examples/serve.py [MODEL] [PORT]
-
-POST /v1/completions takes {"prompt": ..., "max_tokens": ...} and answers as OpenAI's interface does.
-"""
+"""Serves completions over HTTP as OpenAI's interface does, many at once: python examples/serve.py [MODEL] [PORT]"""
 
 import json
 import sys
