@@ -29,8 +29,10 @@ def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepar
     """
 
     def all_steps() -> torch.Tensor:
-        outputs = [step(i) for i in range(steps)]
-        return outputs[0]
+        first = step(0)
+        for i in range(1, steps):  # whose outputs are not kept: a long prompt's take gigabytes
+            step(i)
+        return first
 
     if device.type != "cuda" or not graph:
         all_steps()
