@@ -1,4 +1,4 @@
-"""Writes the tables in README.md and docs/choosing.md, decoding.md, families.md and prefill.md, from docs/results/.
+"""Writes the tables in README.md and in pages of docs, from docs/results/.
 
 python scripts/build_docs_tables.py            writes the pages
 python scripts/build_docs_tables.py --check    exits with 1 where a committed page is not what would be written
@@ -21,7 +21,7 @@ from nc_patch.config import DEFAULT_DENSE_BELOW
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-DOCS = ("choosing.md", "decoding.md", "families.md", "prefill.md")
+DOCS = ("certificates.md", "choosing.md", "decoding.md", "families.md", "prefill.md")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in DOCS))
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 # Rows of docs/families.md, and what the findings of the families in a row match.
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
         "speed": speed,
         "times": times,
         "decode_cpu": decode_cpu,
+        "track": track,
     }
     tables |= {"supported": lambda: families(_SUPPORTED), "refused": lambda: families(_REFUSED)}
     stale = []
@@ -139,6 +140,13 @@ def decode_cpu() -> str:
     """Time of decoding as an operator on a CPU, as a share of the fastest dense attention's."""
     found = {f"{int(keys):,}": found for keys, found in _read("cpu.json")["operator"].items()}
     return _over_dense("keys", found, list(next(iter(found.values()))))
+
+
+def track() -> str:
+    """Time of a real model on a CPU with ``track=True``, as a share of that without."""
+    found = _read("cpu.json")["track"]
+    rows = [[f"`{name}`", *(f"{found[phase][name]:.2f}" for phase in found)] for name in found["prompt"]]
+    return _markdown(["", *found], rows)
 
 
 def families(rows: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """Times attention on this CPU against dense attention, and writes docs/results/cpu.json.
 
 Decoding as an operator, in Llama-3-8B's geometry, against three forms of PyTorch's dense attention; steps of a real
-model, each method on its own copy of one prompt's cache; forward passes of prompts.
+model, each method on its own copy of one prompt's cache; forward passes of prompts; both with the kept mass tracked.
 Methods take turns, so that whatever else the machine does falls on all of them alike; figures are medians.
 """
 
@@ -26,11 +26,11 @@ from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import Problem, causal_intervals
 from nc_patch.selections import Block, TopK
 
-PARTS = ("operator", "steps", "prompts")
+PARTS = ("operator", "steps", "prompts", "track")
 LAW = {"alpha": 4.0, "C": 0.6}
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 Options = dict[str, Any] | None
-STEPS: dict[str, Options] = {
+STEPS: dict[str, Any] = {
     "dense": None,
     "topk with means": LAW | {"selection": "topk"},
     "topk": LAW | {"selection": "topk", "tail": "drop"},
@@ -39,6 +39,7 @@ STEPS: dict[str, Options] = {
 }
 # Prompts by blocks are followed by decoding by top-k, as by default.
 PROMPTS = {"dense": None, "dense, patched": {"alpha": 1.0, "C": 1.0}, "default": {}, **STEPS, "block": LAW}
+TRACKED = {"topk": LAW | {"selection": "topk"}, "window": STEPS["window"], "block": STEPS["block"]}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,12 +60,19 @@ def main(argv: list[str] | None = None) -> None:
             found = {keys: in_turns(decoding(keys), 3 * repeats, cold=True) for keys in arguments.keys}
             record["operator"] = over_dense("decoding over {:,} keys", found)
         if "steps" in arguments.parts:
-            found = {arguments.context: in_turns(steps(model, ids, arguments.context), 32)}
+            found = {arguments.context: in_turns(steps(model, ids, arguments.context, STEPS), 32)}
             record["steps"] = over_dense("a step after {:,} tokens", found)
         if "prompts" in arguments.parts:
             rounds = max(1, repeats // 2)
-            found = {length: in_turns(prompts(model, ids[:, :length]), rounds) for length in arguments.lengths}
+            found = {length: in_turns(prompts(model, ids[:, :length], PROMPTS), rounds) for length in arguments.lengths}
             record["prompts"] = over_dense("a prompt of {:,} tokens", found)
+        if "track" in arguments.parts:
+            context, rounds = arguments.context, max(1, repeats // 2)
+            record["track"] = {
+                "prompt": tracked(partial(prompts, model, ids[:, :context]), rounds),
+                "decoding": tracked(partial(steps, model, ids, context), 32),
+            }
+            print("with track=True over without", record["track"])
     measurement.save(**{part: record[part] for part in PARTS if part in record})
 
 
@@ -128,7 +136,18 @@ def decoding(keys: int) -> dict[str, Callable[[], float]]:
     return {name: partial(seconds_of, run) for name, run in methods.items()}
 
 
-def steps(model: Any, ids: torch.Tensor, context: int) -> dict[str, Callable[[], float]]:
+def tracked(make: Callable[[dict[str, Options]], dict[str, Callable[[], float]]], repeats: int) -> dict[str, float]:
+    """The time of each method with its kept mass tracked, over that without."""
+    found = {}
+    for name, options in TRACKED.items():
+        plain, tracking = in_turns(make({"plain": options, "tracked": options | {"track": True}}), repeats).values()
+        found[name] = tracking / plain
+    return found
+
+
+def steps(
+    model: Any, ids: torch.Tensor, context: int, methods: dict[str, Options]
+) -> dict[str, Callable[[], float]]:  # fmt: skip
     """Decoding of a token after ``context`` others, by name."""
     prompt = DynamicCache()
     model(ids[:, :context], past_key_values=prompt, logits_to_keep=1)
@@ -139,14 +158,14 @@ def steps(model: Any, ids: torch.Tensor, context: int) -> dict[str, Callable[[],
 
     return {
         name: partial(step, options, copy.deepcopy(prompt), iter(ids[:, context:].split(1, 1)))
-        for name, options in STEPS.items()
+        for name, options in methods.items()
     }
 
 
-def prompts(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], float]]:
+def prompts(model: Any, ids: torch.Tensor, methods: dict[str, Options]) -> dict[str, Callable[[], float]]:
     """A forward pass, by name."""
     forward = partial(model, ids, logits_to_keep=1)
-    return {name: partial(seconds_of, forward, model, options) for name, options in PROMPTS.items()}
+    return {name: partial(seconds_of, forward, model, options) for name, options in methods.items()}
 
 
 def loaded_text(model: str, length: int) -> tuple[Any, torch.Tensor]:

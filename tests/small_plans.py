@@ -7,15 +7,14 @@ from nc_patch.selections.topk import decode, plan
 
 
 def plan_with(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
-    """Makes plans of several tiles, splits and blocks for few keys; ``splits``, ``samples`` or ``segment`` as given."""
+    """Makes plans of several tiles, splits and blocks for few keys; ``splits`` or ``samples`` as given."""
 
     def small(problem: Problem, keys: int, architecture: str) -> plan.Plan:
         made = plan.plan_for(problem, keys, architecture)
         splits, tile = min(made.splits, changes.get("splits", 2)), 32
-        segment = changes.get("segment", -(-(-(-keys // tile) + 1) // splits) * tile)
         made = made._replace(
-            tile=tile, samples=changes.get("samples", 64), samplers=1, held=128, splits=splits, segment=segment,
-            stride=max(splits * segment, keys), parts=splits + made.parts - made.splits,
+            tile=tile, samples=changes.get("samples", 64), samplers=1, held=128, splits=splits,
+            segment=plan.segment_of(keys, tile, splits), parts=splits + made.parts - made.splits,
         )  # fmt: skip
         return plan.with_scratch(made, problem)
 

@@ -302,7 +302,7 @@ def indexes_of(n: int, D: int) -> dict[str, KeyIndex]:
 
 
 NAMES = {
-    TopK: ("prepare", "guess", "scan", "score", "choose", "gather"),
+    TopK: ("prepare", "guess", "scan", "scan", "choose", "gather"),
     Block: ("score_pages", "choose_pages", "attend_pages"),
 }
 

@@ -35,11 +35,12 @@ def test_times_on_a_cpu_are_written_beside_those_of_dense_attention(tmp_path, su
     measure.main(["--model", subword_model, "--context", "8", "--lengths", "--parts", "prompts", "--out", str(out)])
     assert json.loads(out.read_text())["steps"] == {"8": {"dense": 1}}
     sizes = ["--keys", "2048", "--context", "1030", "--lengths", "1040", "--repeats", "1"]
-    measure.main(["--model", subword_model, *sizes, "--parts", "operator", "steps", "prompts", "--out", str(out)])
+    measure.main(["--model", subword_model, *sizes, "--out", str(out)])
     record = json.loads(out.read_text())
     assert list(record["steps"]["1030"]) == list(measure.STEPS)
     assert list(record["prompts"]["1040"]) == list(measure.PROMPTS)
     assert {"topk with means", "topk", "block"} < record["operator"]["2048"].keys()
+    assert all(record["track"][phase][name] > 0 for phase in ("prompt", "decoding") for name in measure.TRACKED)
     for part in ("operator", "steps", "prompts"):
         (found,) = record[part].values()
         dense = next(iter(found.values()))["seconds"]

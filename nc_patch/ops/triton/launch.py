@@ -223,9 +223,15 @@ class Launches:
             self._ready = ready
 
 
-def alignment(*tensors: torch.Tensor | None) -> tuple[bool | None, ...]:
-    """Whether the memory of each tensor begins at a multiple of 16 bytes, which Triton specialises kernels for."""
-    return tuple(None if t is None else t.data_ptr() & 15 == 0 for t in tensors)
+def layout_of(problem: Problem, keys: int, most: int) -> tuple[Any, ...]:
+    """What the launches of a decoding step follow from, taken as one over so many keys with so large a budget."""
+    query, key, value, *others = problem.tensors() + ([] if problem.table is None else [problem.table])
+    return (
+        *(keys, most, problem.scale, problem.softcap, *problem.flags(), problem.table is None),
+        *(architecture_of(query.device), key.shape[2:3] == value.shape[2:3]),
+        *((t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (key, value)),
+        *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (query, *others)),
+    )
 
 
 def heads_of(tensor: torch.Tensor, tiles: Tiles) -> Heads:

@@ -70,17 +70,10 @@ def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take, or more than ``MAX_PAGES`` pages.
     """
-    query, key, value, *_ = problem
-    others = (query, *problem[3:6], *problem.key_index, problem.sinks, problem.table)
-    keys = -(-key.shape[-2] // _KEYS) if problem.table is None else key.shape[-2]
-    plans = _plans(
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in others],
-        *[(t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device) for t in (key, value)],
-        *(key.shape[2:3] == value.shape[2:3], keys, -(-problem.most // problem.page_size)),
-        *(problem.page_size, problem.new, problem.stats, problem.scale, problem.softcap),
-        *(launch.architecture_of(query.device), _CHOOSE_AT_ONCE),
-        launch.alignment(*problem.tensors(), problem.table),
-    )
+    length = problem.key.shape[-2]
+    keys = length if problem.table is not None else -(-length // _KEYS)
+    layout = launch.layout_of(problem, keys, -(-problem.most // problem.page_size))
+    plans = _plans(_CHOOSE_AT_ONCE, *layout)
     if not plans:
         plans.append(_plan(problem))
     return partial(_decode, plans[0], {})

@@ -6,10 +6,9 @@ step can be captured in a graph:
 1. ``prepare_kernel``: approximate scores of sampled keys; new keys are taken into the codes and the means of pages.
 2. ``guess_kernel``: from the sample a score that the k-th best key should reach.
 3. ``scan_kernel``: reads all codes once; lists the keys whose score may reach the guess of any row of a block, and the
-   forced ones, and counts those whose score certainly does.
-4. ``score_kernel``: scores the listed keys exactly, each read once for all rows of the block, and collects what reaches
-   each row's guess. A block whose list overflowed, or for which too few keys certainly reach a guess, takes all keys.
-5. ``choose_kernel``: the exact k-th largest of these scores.
+   forced ones. Each listed key is read once, scored exactly for all rows, and collected where it reaches a row's guess.
+4. ``scan_kernel`` again, which ends at once but for blocks with a row that has collected too few: they list all keys.
+5. ``choose_kernel``: the exact k-th largest of the collected scores.
 6. ``gather_kernel``: softmax times value over the chosen keys, and over the means of the other keys' pages, in parts,
    which the last program joins. A value is read once for all rows of a block that attend its key.
 
@@ -27,9 +26,9 @@ import torch
 
 from nc_patch.ops.means import PageMeans, slot_count, touched_slots
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
-from nc_patch.ops.triton.launch import Launches, architecture_of, prepared, settings_of
+from nc_patch.ops.triton.launch import Launches, architecture_of, layout_of, prepared, settings_of
 from nc_patch.ops.triton.structs import Heads, RowInputs
-from nc_patch.selections.topk.choose import choose_kernel, score_kernel
+from nc_patch.selections.topk.choose import choose_kernel
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import key_shape
 from nc_patch.selections.topk.gather import gather_kernel
@@ -61,14 +60,7 @@ def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Cal
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
-    query, keys, values, *others = problem.tensors()
-    key = (
-        *(sink_keys, recent_keys, problem.scale, problem.softcap, problem.most, problem.new, problem.bounds),
-        *(problem.sinks is None, problem.means is None, problem.stats, architecture_of(query.device)),
-        *(_planned_keys(problem), keys.shape[2] == values.shape[2]),
-        *((t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (keys, values)),
-        *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (query, *others)),
-    )
+    key = (sink_keys, recent_keys, *layout_of(problem, _planned_keys(problem), problem.most))
     run = _STEPS.get(key)
     if run is None:
         if len(_STEPS) >= _MOST_STEPS:
@@ -126,15 +118,14 @@ def _bound(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Prob
     arguments = {
         "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq,
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
-        "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "stride": plan.stride,
-        "parts": plan.parts, "slots": plan.slots, "settings": settings_of(problem), "mean_key": None,
+        "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "parts": plan.parts,
+        "slots": plan.slots, "settings": settings_of(problem), "mean_key": None,
         "mean_value": None, "sinks": None,
     }  # fmt: skip
     kernels = (
         (prepare_kernel, (blocks, plan.samplers + upkeep, 1), options["prepare"]),
         (guess_kernel, (plan.rows, 1, 1), options["guess"]),
-        (scan_kernel, (blocks, splits, 1), options["scan"]),
-        (score_kernel, (blocks, splits, 1), options["score"]),
+        *((scan_kernel, (blocks, splits, 1), {**options["scan"], "again": again}) for again in (0, 1)),
         (choose_kernel, (plan.rows, 1, 1), options["choose"]),
         (gather_kernel, (blocks, plan.parts, 1), options["gather"]),
     )

@@ -20,14 +20,13 @@ from nc_patch.ops.triton.scores import (
 from nc_patch.ops.triton.split import MOST_ARRIVALS, finish_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Limits, Softmax
 from nc_patch.ops.triton.tail import PAGE, pages_of_rows
-from nc_patch.selections.topk.choose import entries_of, positions_at
-from nc_patch.selections.topk.scan import add_masses, integers, no_masses, store_masses
+from nc_patch.selections.topk.scan import add_masses, entries_of, integers, no_masses, store_masses
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "stride", "parts", "slots"])
+@triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "parts", "slots"])
 def gather_kernel(
     query, value, mean_key, mean_value, inputs, scratch, sinks, output, lse, budget_heads, num_kv_heads, group, Lq, Lk,
-    sink_keys, recent_keys, splits, segment, stride, parts, slots, settings, shape, join_shape, BOUNDS: tl.constexpr,
+    sink_keys, recent_keys, splits, segment, parts, slots, settings, shape, join_shape, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """One part of the attention of a block of rows: of a split of its entries or, after those, of the pages.
 
@@ -36,15 +35,12 @@ def gather_kernel(
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     block = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    whole = tl.load(integers(scratch, scratch.whole) + block) != 0
     softmax = empty_softmax(shape)
     if part < splits:
         limits = Limits(scratch.memory + scratch.threshold, integers(scratch, scratch.ties_end))
         selected = select_keys(rows, limits, sink_keys, recent_keys)
         values = head_of(value, rows.batch, rows.kv_head)
-        softmax = gather_entries(
-            softmax, values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS
-        )
+        softmax = gather_entries(softmax, values, rows, selected, scratch, splits, segment, settings, shape, BOUNDS)
     elif mean_key is not None:
         mean_keys = head_of(mean_key, rows.batch, rows.kv_head)
         mean_values = head_of(mean_value, rows.batch, rows.kv_head)
@@ -61,20 +57,18 @@ def gather_kernel(
 
 
 @triton.jit
-def gather_entries(
-    softmax, values, rows, selected, scratch, whole, splits, segment, stride, settings, shape, BOUNDS: tl.constexpr
-):
+def gather_entries(softmax, values, rows, selected, scratch, splits, segment, settings, shape, BOUNDS: tl.constexpr):
     """The ``Softmax`` of one split's entries; with ``BOUNDS`` their ``Masses`` are stored."""
-    entries = entries_of(scratch, rows, whole, splits, segment)
+    counts = integers(scratch, scratch.counts) + tl.program_id(0).to(tl.int64) * splits
+    entries = entries_of(scratch, splits, segment, tl.load(counts + tl.program_id(1)))
     dv = tl.arange(0, shape.BLOCK_DV)
-    nothing = no_masses(shape.BLOCK_M)
-    kept = nothing
-    others = nothing
+    kept = no_masses(shape.BLOCK_M)
+    others = kept
     for begin in range(entries.begin, entries.stop, shape.BLOCK_N):
         e = begin + tl.arange(0, shape.BLOCK_N)
-        position = positions_at(entries, e)
+        position = tl.load(entries.positions + e, mask=e < entries.stop, other=0)
         here = rows.valid[:, None] & (e < entries.stop)[None, :]
-        at = rows.row[:, None] * stride + e[None, :]
+        at = rows.row[:, None] * (splits * segment) + e[None, :]
         score = tl.load(scratch.memory + scratch.scores + at, mask=here, other=0.0)
         chosen = here & attended_keys(score, position, selected)
         read = tl.max(chosen.to(tl.int32), axis=0) > 0
@@ -90,8 +84,6 @@ def gather_entries(
             others = add_masses(others, score, error, here & seen & ~chosen, settings)
     if BOUNDS:
         at_split = rows.row * splits + tl.program_id(1)
-        if whole:  # All keys are entries.
-            store_masses(scratch, at_split, 0, nothing, rows.valid)
         store_masses(scratch, at_split, 1, kept, rows.valid)
         store_masses(scratch, at_split, 2, others, rows.valid)
     return softmax

@@ -11,7 +11,7 @@ import triton
 from nc_patch.ops.means import slot_count
 from nc_patch.ops.problem import Problem
 from nc_patch.ops.triton.launch import Tiles, compile_options, padded_dim, shape_of
-from nc_patch.ops.triton.split import MAX_SPLITS, MOST_ARRIVALS, padded_splits, share
+from nc_patch.ops.triton.split import MAX_SPLITS, MOST_ARRIVALS, share
 from nc_patch.ops.triton.structs import constants
 from nc_patch.selections.topk.encode import CodeShape, key_shape
 
@@ -19,10 +19,6 @@ from nc_patch.selections.topk.encode import CodeShape, key_shape
 _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
 # Fewer keys than this are divided like this many.
 _SHORTEST = 4096
-# Room in a block's list, per key of the largest budget: for so many rows, each with twice its budget; and besides.
-_LEAST_SHARES, _MOST_SHARES, _ROOM_BESIDES = 4, 8, 4096
-# Room that a segment has beyond its even share of the list.
-_SEGMENT_SLACK = 64
 # Of the scores that reach a row's guess, up to 1.5 for each key of its budget, so many at most are held in registers.
 _MOST_HELD, _HELD_BESIDES = 16384, 256
 # The least that a matrix instruction takes: of 8-bit numbers to be summed, and of rows.
@@ -34,8 +30,8 @@ _ALIGNED = 32
 # Where each part begins in a ``memory`` of float32 or int32 numbers; see ``with_scratch``.
 Scratch = namedtuple(
     "Scratch",
-    "memory samples guess positions counts sure whole scores errors reached reached_positions reached_scores threshold "
-    "ties_end page_counts arrivals peak total acc masses",
+    "memory samples guess positions counts scores errors reached reached_positions reached_scores threshold ties_end "
+    "page_counts arrivals peak total acc masses",
 )
 
 
@@ -47,7 +43,7 @@ class Plan(NamedTuple):
         samples: keys that a guess is taken from, a multiple of ``tile``, shared by ``samplers`` programs.
         held: scores that a search holds.
         rows, blocks: of all heads and sequences. splits: programs that share a block of rows.
-        segment: list entries of a split. stride: entries that a row has room for. slots: of its pages, or 0.
+        segment: keys of a split, all of which it has room to list. slots: of the pages, or 0.
         parts: of a row's softmax, of the splits and of what besides shares its pages.
         offsets: of the parts of ``Scratch``; the last is how many numbers it holds.
     """
@@ -61,7 +57,6 @@ class Plan(NamedTuple):
     blocks: int
     splits: int
     segment: int
-    stride: int
     slots: int
     parts: int
     offsets: tuple[int, ...] = ()
@@ -82,9 +77,7 @@ def plan_for(problem: Problem, keys: int, architecture: str) -> Plan:
     tile = 128 if few else 32 if architecture.startswith("gfx") else 64
     blocks, planned = B * Hkv * -(-group_rows // block_rows), max(_SHORTEST, triton.next_power_of_2(keys))
     splits = share(resident, blocks, planned // tile, MAX_SPLITS)
-    capacity = min(keys, 2 * min(_MOST_SHARES, max(_LEAST_SHARES, group_rows)) * budget + _ROOM_BESIDES)
-    whole = -(-(-(-keys // tile) + 1) // splits) * tile
-    segment = whole if capacity >= keys else min(whole, 2 * -(-capacity // splits) + _SEGMENT_SLACK)
+    segment = segment_of(keys, tile, splits)
     samples = _SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES
     # Powers of two, so that few batches take other variants.
     samplers = min(samples // tile, triton.next_power_of_2(max(1, 132 // blocks)))
@@ -94,9 +87,14 @@ def plan_for(problem: Problem, keys: int, architecture: str) -> Plan:
         slots = slot_count(keys)
         # By their registers eight warps of those that go over pages fit a multiprocessor.
         parts = share(1 if largest > 128 else 2, B * Hkv * -(-group_rows // _MATRIX_ROWS), -(-slots // _PAGES))
-    rows, stride = B * Hkv * group_rows, max(splits * segment, keys)
-    plan = Plan(block_rows, tile, samples, samplers, held, rows, blocks, splits, segment, stride, slots, splits + parts)
+    rows = B * Hkv * group_rows
+    plan = Plan(block_rows, tile, samples, samplers, held, rows, blocks, splits, segment, slots, splits + parts)
     return with_scratch(plan, problem)
+
+
+def segment_of(keys: int, tile: int, splits: int) -> int:
+    """The keys of a split at most: every ``splits``-th tile of those that hold any."""
+    return -(-(-(-keys // tile) + 1) // splits) * tile
 
 
 def _is_slim(problem: Problem) -> bool:
@@ -108,29 +106,25 @@ def with_scratch(plan: Plan, problem: Problem) -> Plan:
     """The plan with the places of what the kernels of a step hand on to each other.
 
     Rows are those of ``[B, Hq, Lq]``; a block is of rows that share a list, of which each of the splits has a segment.
-    An entry is a place in a block's list, or a position where the block takes all keys.
+    An entry is a place in a block's list.
     """
     rows, blocks, bounds = plan.rows, plan.blocks, int(problem.bounds)
-    splits, parts, entries = rows * plan.splits, rows * plan.parts, rows * plan.stride
+    splits, parts, entries = rows * plan.splits, rows * plan.parts, rows * plan.splits * plan.segment
     lengths = {
         # Scores of sampled keys, and from these one that the needed keys of the row should reach.
         "samples": rows * plan.samples,
         "guess": rows,
-        # Int: the listed keys, rising, and how many they are; more than ``segment`` where there was no room.
+        # Int: the listed keys, rising, and how many they are.
         "positions": blocks * plan.splits * plan.segment,
         "counts": blocks * plan.splits,
-        # Int: how many rivals in the split certainly reach the row's guess.
-        "sure": splits,
-        # Int: 1 where the list is no proof and the block takes all keys.
-        "whole": blocks,
         # Exact scores of entries and, where bounds are wanted, what they may be off by.
         "scores": entries,
         "errors": entries * bounds,
-        # Int: how many rivals the row has collected; their positions (int) and scores.
-        "reached": rows,
+        # Int: how many rivals the row has collected, at first and again; their positions (int) and scores.
+        "reached": 2 * rows,
         "reached_positions": entries,
         "reached_scores": entries,
-        # Float and int: what the row's collection reaches at least, and then the ``Limits`` of what it attends.
+        # Float and int: the ``Limits`` of what the row attends.
         "threshold": rows,
         "ties_end": rows,
         # Int: how many keys of each page the row attends.
@@ -175,9 +169,7 @@ def options_of(plan: Plan, problem: Problem, architecture: str) -> dict[str, dic
                     "SAMPLERS": plan.samplers, "DV": DV, "BLOCK_DV": padded_dim(DV)},
         "guess": {**plain, "num_warps": 16 if plan.samples > 4096 else 8, "SAMPLES": plan.samples},
         "scan": {**plain, "num_warps": 8 if largest > 128 and not amd else 4, **third, "shape": codes,
-                 "BOUNDS": bounds},
-        "score": {**of_tiles(scored), **third, "ROWS": plan.block_rows, "BLOCK_S": padded_splits(plan.splits),
-                  "BOUNDS": bounds},
+                 "scored": shape_of(D, DV, scored), "BOUNDS": bounds},
         "choose": {**plain, **({} if amd else {"maxnreg": min(255, 2048 // choosers)}), "num_warps": choosers,
                    "BLOCK_E": plan.held},
         "gather": {**of_tiles(gathered), **third, "BOUNDS": bounds,

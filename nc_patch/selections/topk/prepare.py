@@ -107,7 +107,7 @@ def guess_kernel(
     row = one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk)
     arrivals = integers(scratch, scratch.arrivals) + row.row * MOST_ARRIVALS
     tl.store(arrivals + tl.arange(0, MOST_ARRIVALS), tl.zeros([MOST_ARRIVALS], tl.int32))
-    tl.store(integers(scratch, scratch.reached) + row.row, 0)
+    tl.store(integers(scratch, scratch.reached) + row.row * 2 + tl.arange(0, 2), tl.zeros([2], tl.int32))
     for begin in range(0, slots, _ZEROS):
         slot = begin + tl.arange(0, _ZEROS)
         at = integers(scratch, scratch.page_counts) + row.row * slots + slot

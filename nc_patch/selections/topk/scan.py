@@ -1,4 +1,6 @@
-"""Scores from codes: how a program bounds q·k of a tile of keys without reading a key, and lists what may matter.
+"""Scores from codes: how a program bounds q·k of a tile of keys without reading a key, and reads only what may matter.
+
+All that a row does not collect scores less than its guess; so the best are collected if as many as are needed are.
 
 ``codes.py`` defines the codes and the bounds. A weighted query ``w = q * spread`` is rounded to 16 bits,
 ``w ~= step * (256 * high + low)`` with two int8 vectors, so that its product with codes is an exact integer product of
@@ -10,8 +12,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.rows import budget_of, forced_keys, program_rows, row_pointers, span, visible_keys
-from nc_patch.ops.triton.scores import fold, logits_base2
+from nc_patch.ops.triton.rows import (
+    budget_of,
+    forced_keys,
+    head_of,
+    program_rows,
+    row_pointers,
+    span,
+    visible_keys,
+)
+from nc_patch.ops.triton.scores import dot, fold, load_queries, logits_base2
 from nc_patch.ops.triton.structs import PER_CALL, Rows
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import HALF_ULP, LARGEST, SMALLEST
@@ -21,6 +31,8 @@ _LARGEST_WEIGHT = tl.constexpr(32639.0)
 # The bits of a float32 that are its exponent, what less these are those of the inverse, and of 2**-126 and 2**126.
 _EXPONENT, _INVERSE = tl.constexpr(0x7F800000), tl.constexpr(254 << 23)
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = tl.constexpr(1 << 23), tl.constexpr(253 << 23)
+# What one step of a sum on matrix units may lose, relative to the sum of the sizes: they cut where float32 rounds.
+_MATRIX_ULP = tl.constexpr(2.0**-22)
 # Rounding of a logit on its way from a raw score, relative to the logit and to the soft-cap: sixteen half units.
 _LOGIT_SLACK = tl.constexpr(2.0**-20)
 
@@ -41,6 +53,14 @@ class CodedRows(NamedTuple):
     slack: Any
 
 
+class Entries(NamedTuple):
+    """A program's share of a block's entries, ``begin:stop``; ``positions`` points to those of all entries."""
+
+    positions: Any
+    begin: Any
+    stop: Any
+
+
 class Masses(NamedTuple):
     """Sums of exponentials of each row, at least and at most, of keys whose scores are known from both sides.
 
@@ -53,28 +73,53 @@ class Masses(NamedTuple):
     most_total: Any
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment"])
+@triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment", "again"])
 def scan_kernel(
-    query, codes, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, length, splits,
-    segment, settings, shape, BOUNDS: tl.constexpr,
+    query, key, codes, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, length,
+    splits, segment, again, settings, shape, scored, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """Lists, of every ``splits``-th tile of keys, those that may reach the ``guess`` of any row or are forced for one.
 
-    The rows of a program share its list, a segment of its own, whose positions rise; its count goes on where the
-    segment is full. With ``BOUNDS`` also the masses of the keys that are not listed.
+    The keys of this list, the program's own segment, whose positions rise, are scored exactly, and each row collects
+    its rivals that reach its guess. Where fewer do than it needs, the guess was too high: launched ``again``, the rows
+    of such a block list every key they see, and those that were short collect all their rivals. With ``BOUNDS`` also
+    the masses of the keys that are not listed. ``scored`` is the shape of the tiles of exact scores.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
+    least = tl.load(scratch.memory + scratch.guess + rows.row, mask=rows.valid, other=float("inf"))
+    at_work = again == 0
+    if again:
+        short = is_short(scratch, rows, sink_keys, recent_keys)
+        least = tl.where(short, float("-inf"), least)
+        at_work = tl.max(short.to(tl.int32), axis=0) > 0
+    if at_work:
+        listed = list_keys(
+            query, codes, rows, least, scratch, num_kv_heads, sink_keys, recent_keys, length, splits, segment, settings,
+            shape, BOUNDS,
+        )  # fmt: skip
+        entries = entries_of(scratch, splits, segment, listed)
+        tile_rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, scored.BLOCK_M)
+        keys = head_of(key, rows.batch, rows.kv_head)
+        collect(
+            query, keys, tile_rows, entries, scratch, again, sink_keys, recent_keys, splits * segment, scored, BOUNDS
+        )
+
+
+@triton.jit
+def list_keys(
+    query, codes, rows, least, scratch, num_kv_heads, sink_keys, recent_keys, length, splits, segment, settings, shape,
+    BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """Lists the keys of a program that may reach the scores ``least`` of any of its rows; returns how many they are."""
     codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
     coded = coded_rows(query, rows, codes, shape)
     first, last, _needed = rivals_of(rows, sink_keys, recent_keys)
-    least = tl.load(scratch.memory + scratch.guess + rows.row, mask=rows.valid, other=float("inf"))
     lowest, highest = span(rows.start, rows.end, rows.end > rows.start)
     split = tl.program_id(1)
     own = tl.program_id(0).to(tl.int64) * splits + split
     positions = integers(scratch, scratch.positions) + own * segment
     n = tl.arange(0, shape.BLOCK_N)
     listed = 0
-    sure = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.int32)
     unlisted = no_masses(shape.BLOCK_M)
     for tile in tl.range(
         lowest // shape.BLOCK_N + split, tl.cdiv(highest, shape.BLOCK_N), splits, num_stages=shape.STAGES
@@ -92,19 +137,109 @@ def scan_kernel(
         rival = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
         seen = (columns[None, :] >= rows.start[:, None]) & (columns[None, :] < rows.end[:, None])
         # NaN is below nothing, so that a key whose score is not known at all is listed.
-        reaches = seen & ~(rival & (score + error < least[:, None]))
-        sure += (rival & (score - error >= least[:, None])).to(tl.int32)
-        chosen = tl.max(reaches.to(tl.int32), axis=0)
+        chosen = tl.max((seen & ~(rival & (score + error < least[:, None]))).to(tl.int32), axis=0)
         place = listed + tl.cumsum(chosen, axis=0) - chosen
-        tl.store(positions + place, columns, mask=(chosen > 0) & (place < segment))
+        tl.store(positions + place, columns, mask=chosen > 0)
         listed += tl.sum(chosen, axis=0)
         if BOUNDS:
             unlisted = add_masses(unlisted, score, error, seen & (chosen == 0)[None, :], settings)
     tl.store(integers(scratch, scratch.counts) + own, listed)
-    per_row = rows.row * splits + split
-    tl.store(integers(scratch, scratch.sure) + per_row, tl.sum(sure, axis=1), mask=rows.valid)
     if BOUNDS:
-        store_masses(scratch, per_row, 0, unlisted, rows.valid)
+        store_masses(scratch, rows.row * splits + split, 0, unlisted, rows.valid)
+    # What other threads have stored is read back.
+    tl.debug_barrier()
+    return listed
+
+
+@triton.jit
+def entries_of(scratch, splits, segment, count):
+    """The ``Entries`` of this program: ``count`` listed keys."""
+    split = tl.program_id(1)
+    positions = integers(scratch, scratch.positions) + tl.program_id(0).to(tl.int64) * splits * segment
+    return Entries(positions, split * segment, split * segment + count)
+
+
+@triton.jit
+def collect(
+    query, keys, rows, entries, scratch, again, sink_keys, recent_keys, stride, shape, BOUNDS: tl.constexpr
+):  # fmt: skip
+    """Scores entries exactly, and adds those that are a row's rivals and reach its guess to the row's collection.
+
+    ``again``, only rows that were short collect, all their rivals. Places in a collection are given out to a program at
+    once, after it has counted. Their order is no matter: it is a set. With ``BOUNDS`` what scores may be off by is
+    stored, too.
+    """
+    queries = load_queries(query, rows, shape)
+    first, last, _needed = rivals_of(rows, sink_keys, recent_keys)
+    least = tl.load(scratch.memory + scratch.guess + rows.row, mask=rows.valid, other=float("inf"))
+    if again:
+        short = is_short(scratch, rows, sink_keys, recent_keys)
+        least = tl.where(short, float("-inf"), least)
+        last = tl.where(short, last, first)
+    taken = tl.zeros([shape.BLOCK_M], dtype=tl.int32)
+    for begin in tl.range(entries.begin, entries.stop, shape.BLOCK_N, num_stages=2):
+        e = begin + tl.arange(0, shape.BLOCK_N)
+        here = e < entries.stop
+        position = tl.load(entries.positions + e, mask=here, other=0)
+        score, error = exact_scores(queries, keys, position, here, shape, BOUNDS)
+        at = rows.row[:, None] * stride + e[None, :]
+        inside = rows.valid[:, None] & here[None, :]
+        tl.store(scratch.memory + scratch.scores + at, score, mask=inside)
+        if BOUNDS:
+            tl.store(scratch.memory + scratch.errors + at, error, mask=inside)
+        taken += tl.sum(reaching(score, position, inside, first, last, least), axis=1)
+    counts = integers(scratch, scratch.reached) + rows.row * 2 + again
+    taken = tl.atomic_add(counts, taken, mask=rows.valid & (taken > 0), sem="relaxed")
+    # What other threads have stored is read back.
+    tl.debug_barrier()
+    for begin in range(entries.begin, entries.stop, shape.BLOCK_N):
+        e = begin + tl.arange(0, shape.BLOCK_N)
+        position = tl.load(entries.positions + e, mask=e < entries.stop, other=0)
+        inside = rows.valid[:, None] & (e < entries.stop)[None, :]
+        score = tl.load(
+            scratch.memory + scratch.scores + rows.row[:, None] * stride + e[None, :], mask=inside, other=0.0
+        )
+        ones = reaching(score, position, inside, first, last, least)
+        at = rows.row[:, None] * stride + taken[:, None] + tl.cumsum(ones, axis=1) - ones
+        places = integers(scratch, scratch.reached_positions) + at
+        tl.store(places, tl.broadcast_to(position[None, :], at.shape), mask=ones > 0)
+        tl.store(scratch.memory + scratch.reached_scores + at, score, mask=ones > 0)
+        taken += tl.sum(ones, axis=1)
+
+
+@triton.jit
+def reaching(score, position, inside, first, last, least):
+    """1 for the entries ``inside`` that are rivals of a row, ``first:last``, and reach its ``least`` score."""
+    rival = (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
+    # NaN reaches any score.
+    return (inside & rival & ~(score < least[:, None])).to(tl.int32)
+
+
+@triton.jit
+def exact_scores(queries, keys, position, here, shape, BOUNDS: tl.constexpr):
+    """q·k in float32 of the keys at ``position``, and with ``BOUNDS`` what it may be off by."""
+    score = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
+    size = score
+    offsets = position.to(tl.int64) * keys.stride
+    for begin in tl.static_range(0, shape.BLOCK_D, shape.CHUNK_D):
+        d = begin + tl.arange(0, shape.CHUNK_D)
+        part = queries.tile
+        if shape.CHUNK_D < shape.BLOCK_D:
+            inside = queries.valid[:, None] & (d < shape.D)[None, :]
+            part = tl.load(queries.rows[:, None] + d[None, :], mask=inside, other=0.0)
+        inside = here[None, :] & (d < shape.D)[:, None]
+        tile = tl.load(keys.data + (offsets[None, :] + d[:, None]), mask=inside, other=0.0)
+        score = dot(part, tile, score)
+        if BOUNDS:
+            size = dot(tl.abs(part), tl.abs(tile), size)
+    return score, size * ((shape.D + 16) * _MATRIX_ULP)
+
+
+@triton.jit
+def is_short(scratch, rows, sink_keys, recent_keys):
+    """Whether rows have collected fewer rivals at first than they need, so that the list was not complete for them."""
+    _first, _last, needed = rivals_of(rows, sink_keys, recent_keys)
+    return tl.load(integers(scratch, scratch.reached) + rows.row * 2, mask=rows.valid, other=0) < needed
 
 
 @triton.jit
