@@ -98,16 +98,14 @@ class Problem(NamedTuple):
         return [*map(int, there), self.page_size, self.new, self.audit_seed]
 
     @classmethod
-    def unflatten(
-        cls, tensors: list[torch.Tensor], scale: float, softcap: float, flags: list[int], most: int = 0
-    ) -> "Problem":
-        """The inverse of ``tensors`` and ``flags``."""
+    def unflatten(cls, tensors: list[torch.Tensor], numbers: list[float], flags: list[int], most: int = 0) -> "Problem":
+        """The inverse of ``tensors`` and ``flags``; ``numbers`` are the scale and the soft-cap."""
         has_sinks, has_means, stats, bounds, page_size, new, audit_seed = flags
         rest = tensors[6:]
         sinks = rest.pop(0) if has_sinks else None
         means = PageMeans(rest.pop(0), rest.pop(0)) if has_means else None
-        scores = (scale, softcap, sinks, means, tuple(rest))
-        return cls(*tensors[:6], *scores, page_size, new, most, bool(stats), bool(bounds), audit_seed)  # type: ignore
+        given = (*numbers, sinks, means, tuple(rest), page_size, new, most, bool(stats), bool(bounds), audit_seed)
+        return cls(*tensors[:6], *given)  # type: ignore[arg-type]
 
 
 class AttentionResult(NamedTuple):
