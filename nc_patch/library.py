@@ -19,7 +19,7 @@ from nc_patch.ops.derivatives import (
     refuse_second_derivative,
     runs_directly,
 )
-from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.ops.problem import AUDIT_COLUMNS, AttentionResult, Problem
 from nc_patch.selections.base import Selection, read_selection
 from nc_patch.selections.index import extend
 
@@ -61,7 +61,7 @@ def _fields(selection: Selection, problem: Problem) -> list[tuple[bool, tuple[in
         (selection.counts_attended, rows, torch.int32),
         (bounds, (*rows, 2), torch.float32),
         (estimates and selection.enlarges, (heads, 2), torch.float32),
-        (estimates and problem.audit_seed >= 0, (heads + 1, 5), torch.float32),
+        (estimates and problem.audit_seed >= 0, (heads + 1, len(AUDIT_COLUMNS)), torch.float32),
     ]
 
 

@@ -54,8 +54,7 @@ def tally_audit(audit: torch.Tensor, choice: torch.Tensor | None) -> torch.Tenso
     """The same of a call whose kept mass is estimated.
 
     Args:
-        audit: float32 ``[Hq + 1, 5]``: rows, an estimate of the sum of their kept mass with its variance and degrees of
-            freedom, and audited rows; by head, and of all together.
+        audit: as in ``AttentionResult``.
         choice: ``[Hq, 2]``, query blocks and how many took more than their budget, where they may.
     """
     rows, kept, variance, freedom, audited = audit.double().unbind(-1)

@@ -108,6 +108,11 @@ class Problem(NamedTuple):
         return cls(*tensors[:6], *given)  # type: ignore[arg-type]
 
 
+# Columns of an audit: how many rows there are, an estimate of the sum of their kept mass with its variance and degrees
+# of freedom, and how many were audited.
+AUDIT_COLUMNS = ("rows", "kept_mass", "variance", "freedom", "audited")
+
+
 class AttentionResult(NamedTuple):
     """What attention returns: the output, and on request what it attended.
 
@@ -120,7 +125,8 @@ class AttentionResult(NamedTuple):
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
         kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
         enlarged: float32 ``[Hq, 2]``, how many blocks of queries there are, and how many attend more than their budget.
-        audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what such a choice keeps; see ``stats.tally_audit``.
+        audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what such a choice keeps, in ``AUDIT_COLUMNS``; a line
+            for each head, and one of all together, whose estimates come from the same rows, and err together.
     """
 
     output: torch.Tensor
