@@ -228,10 +228,6 @@ class KeyIndex:
         """Repeats every sequence ``repeats`` times, copies side by side."""
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
-    def to(self, device: torch.device | str) -> None:
-        """Moves the index to a device."""
-        self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
         twin = copy.copy(self)
