@@ -272,10 +272,13 @@ def as_selection(name: str, given: Any) -> Selection:
     if isinstance(given, Selection):
         return given
     options = dict(given) if isinstance(given, Mapping) else {"name": given}
-    kind = selection_class(options.pop("name", None), name)
+    kind_name = options.pop("name", None)
+    if not isinstance(kind_name, str) or kind_name not in selection_names():
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, selection_names()))}, got {shown(kind_name)}")
+    kind = selection_class(kind_name)
     unknown = sorted(map(str, options.keys() - set(kind.options)))
     if unknown:
-        raise TypeError(f"{name}: {kind.name!r} has no option {', '.join(unknown)}; it has {', '.join(kind.options)}")
+        raise TypeError(f"{name}: {kind_name!r} has no option {', '.join(unknown)}; it has {', '.join(kind.options)}")
     return kind(**options)
 
 

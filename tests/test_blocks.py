@@ -99,7 +99,7 @@ def test_what_an_audit_compares_with_is_the_share_of_the_rows_that_chose():
     for number, (batch, *_, first_sample, samples) in enumerate(plan.listed):
         rows = plan.samples[first_sample : first_sample + samples].long()
         for head in range(4):
-            chosen = choice[number, head // 2][: plan.law[number, head // 2]].long()
+            chosen = choice.block_indices[number, head // 2, : choice.block_counts[number, head // 2]].long()
             held = float(shares[batch, head, rows][:, chosen].sum(-1).mean()) if samples else 1.0
             assert float(expected[number, head]) == pytest.approx(held, abs=1e-5)
     dense = [samples == 0 for *_, samples in plan.listed]

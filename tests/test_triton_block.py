@@ -12,7 +12,7 @@ from test_triton_kernels import FP32_BF16  # noqa: E402
 
 from nc_patch.ops.problem import Problem  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
-from nc_patch.selections.block.blocks import NO_BLOCK, BlockPlan, PlannedBlock, make_plan, stride_by_law  # noqa: E402
+from nc_patch.selections.block.blocks import BlockPlan, PlannedBlock, make_plan, stride_by_law  # noqa: E402
 from nc_patch.selections.block.definition import block_choice  # noqa: E402
 from nc_patch.selections.block.prefill import block_tiles, choose_blocks  # noqa: E402
 from nc_patch.selections.block.torch import choose_blocks as torch_choose_blocks  # noqa: E402
@@ -24,13 +24,13 @@ def shape_of(name: str, **more: object) -> Shape:
 
 
 def choose(case: Case, problem: Problem) -> tuple[torch.Tensor, ...]:
-    """(the choice, what the scored rows keep) of the kernels, on the CPU."""
+    """(block_indices, block_counts, what the scored rows keep) of the kernels, on the CPU."""
     options, problem = case.selection("block"), problem._replace(audit_seed=0)
     plan = make_plan(problem, options)
     architecture = triton_block.launch.architecture_of(problem.query.device)
     tiles = triton_block.block_tiles(architecture, problem.query.dtype, *problem.head_dims, options.size)
     choice, kept = choose_blocks(problem, plan, tiles.score, options)
-    return choice.cpu(), kept.cpu()
+    return tuple(x.cpu() for x in (*choice, kept))
 
 
 @pytest.mark.parametrize("name", ["stride-by-the-law", "local-keys", "packed-dense-rows", "sliding-blocks"])
@@ -38,11 +38,14 @@ def test_choice_and_what_it_keeps_are_those_of_the_definition_and_of_pytorch(nam
     case = DESCRIBED[f"{name}-block"][0].case(1)
     problem, options = problem_of_case(case, audit_seed=0), case.selection("block")
     expected = block_choice(problem, case.scores(), options)
-    found, kept = choose(case, problem_of_case(case, device))
-    assert torch.equal(found, expected)
+    indices, counts, kept = choose(case, problem_of_case(case, device))
+    most = expected.block_indices.shape[-1]
+    assert torch.equal(counts, expected.block_counts)
+    assert torch.equal(indices[..., :most], expected.block_indices)
+    assert (indices[..., most:] == -1).all()
     plan = make_plan(problem, options)
     assert len(plan.samples) > 0
-    assert torch.equal((found < NO_BLOCK).sum(-1), plan.law)
+    assert torch.equal(counts, plan.law)
     assert_close(kept, torch_choose_blocks(problem, plan, options)[1].double(), 1e-4)
 
 
@@ -60,9 +63,10 @@ def test_the_audit_equals_that_of_the_other_backend(name, device):
 def test_ties_go_to_the_lower_position(device):
     case = shape_of("ties", group=1, queries=20, keys=260, budget=80).case()
     case.key.zero_()
-    choice, _ = choose(case, problem_of_case(case, device))
+    block_indices, block_counts, *_ = choose(case, problem_of_case(case, device))
     # Queries 240 to 259 lie in blocks 15 and 16 of two query blocks; all full blocks weigh the same.
-    assert choice.flatten(0, 1).tolist() == [[0, 1, 2, 3, 15], [0, 1, 2, 3, 16]]
+    assert block_counts.flatten().tolist() == [5, 5]
+    assert block_indices.flatten(0, 1).tolist() == [[0, 1, 2, 3, 15], [0, 1, 2, 3, 16]]
 
 
 @pytest.mark.parametrize("bytes_at_once", [1, 6000])
@@ -72,10 +76,10 @@ def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatc
     whole = choose(case, problem)
     for name in ("SCORE_BYTES", "MOST_SCORE_BYTES"):
         monkeypatch.setattr(triton_block, name, bytes_at_once)
-    choice, kept = choose(case, problem)
-    assert torch.equal(choice, whole[0])
+    *choice, kept = choose(case, problem)
+    assert all(map(torch.equal, choice, whole[:2]))
     # Tiles of other shapes may sum in another order.
-    assert_close(kept, whole[1].double(), 1e-6)
+    assert_close(kept, whole[2].double(), 1e-6)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 80.0])

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from nc_patch.common import check_choice, plain
+from nc_patch.common import plain, shown
 from nc_patch.ops.attend_rows import attend_rows
 from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
 from nc_patch.ops.reference import raw_scores, reference_attention
@@ -155,9 +155,11 @@ def selection_names() -> tuple[str, ...]:
     return tuple(_SELECTIONS)
 
 
-def selection_class(name: str, setting: str = "a selection") -> "type[Selection]":
-    """The selection of a name; raises ValueError where there is none, which lists those that a ``setting`` may be."""
-    return _SELECTIONS[check_choice(setting, name, selection_names())]
+def selection_class(name: str) -> "type[Selection]":
+    """The selection of a name; raises ValueError where there is none, which lists those there are."""
+    if not isinstance(name, str) or name not in _SELECTIONS:
+        raise ValueError(f"a selection must be one of {', '.join(map(repr, _SELECTIONS))}, got {shown(name)}")
+    return _SELECTIONS[name]
 
 
 def read_selection(text: str) -> Selection:

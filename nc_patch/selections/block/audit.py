@@ -10,7 +10,7 @@ import torch
 
 from nc_patch.ops.problem import AUDIT_COLUMNS, AttentionResult, Problem
 from nc_patch.ops.rows import final_scores_, hide_unseen_, rows_per_block, scores_of
-from nc_patch.selections.block.blocks import NO_BLOCK, BlockPlan
+from nc_patch.selections.block.blocks import BlockChoice, BlockPlan
 
 # One row of so many is audited, within limits: few rows say little, and more than enough cost for nothing.
 _ROWS_PER_AUDITED = 256
@@ -23,14 +23,13 @@ def audited_rows(query_length: int) -> int:
 
 
 def audited(
-    result: AttentionResult, problem: Problem, plan: BlockPlan, choice: torch.Tensor, expected: torch.Tensor | None,
+    result: AttentionResult, problem: Problem, plan: BlockPlan, choice: BlockChoice, expected: torch.Tensor | None,
     block_size: int,
 ) -> AttentionResult:  # fmt: skip
     """A result with the ``audit`` of its choice for N query blocks.
 
     Its rows are drawn by ``problem.audit_seed``; the global random state is left alone. Does not read the device.
-    ``expected``, float32 ``[N, Hq]``, is the mean share that each query block's scored rows have in its blocks; None
-    for no audit.
+    ``expected``, float32 ``[N, Hq]``, is the mean kept mass of each query block's scored rows; None for no audit.
     """
     if expected is None:
         return result
@@ -47,7 +46,8 @@ def audited(
     for b in range(B):
         keys = problem.key[b].float()
         for some in (slice(first, first + step) for first in range(0, count, step)):
-            kept[b, :, some] = _kept_mass(problem, b, drawn[b, some], keys, choice[number[b, some]], block_size)
+            chosen = BlockChoice(*(each[number[b, some]] for each in choice))
+            kept[b, :, some] = _kept_mass(problem, b, drawn[b, some], keys, chosen, block_size)
     difference = kept - expected.T[:, number].transpose(0, 1)  # [B, Hq, count]
     spread = difference.var(-1)
     # Of a head that rarely drops much, few rows may show none of it: half of what other heads show counts too.
@@ -79,7 +79,7 @@ def _draw(occupied: torch.Tensor, rows: torch.Tensor, count: int, seed: int) -> 
 
 
 def _kept_mass(
-    problem: Problem, b: int, rows: torch.Tensor, keys: torch.Tensor, choice: torch.Tensor, block_size: int
+    problem: Problem, b: int, rows: torch.Tensor, keys: torch.Tensor, choice: BlockChoice, block_size: int
 ) -> torch.Tensor:
     """What the ``rows [a]`` of a sequence keep, ``[Hq, a]``, of its ``keys``, float32, by the choice for each."""
     (Hkv, Lk, _), width = keys.shape, -(-keys.shape[1] // block_size) + 1
@@ -88,8 +88,10 @@ def _kept_mass(
     weights = torch.softmax(hide_unseen_(scores, problem.visible[b, rows], position), -1, out=scores)
     # Blocks are counted here from the one that holds the first of the buffer's keys.
     of_key = torch.div(position - problem.origin[b, rows, None], block_size, rounding_mode="floor")
-    place = torch.where(choice < NO_BLOCK, choice - of_key[:, None, :1], width).clamp(0, width).long()
-    chosen = weights.new_zeros(*choice.shape[:2], width + 1).scatter_(-1, place, 1.0)
+    indices, counts = choice
+    exists = torch.arange(indices.shape[-1], device=keys.device) < counts[..., None]
+    place = torch.where(exists, indices - of_key[:, None, :1], width).clamp(0, width).long()
+    chosen = weights.new_zeros(*counts.shape, width + 1).scatter_(-1, place, 1.0)
     attended = chosen.gather(-1, (of_key - of_key[:, :1]).long()[:, None].expand(-1, Hkv, -1))
     shares = weights.unflatten(0, (Hkv, -1)) * attended.transpose(0, 1)[:, None]
     # A row whose scores are not numbers counts as keeping nothing, as among those that choose.

@@ -1,11 +1,8 @@
-"""What block-sparse prefill is made of, whatever computes it: its options, query blocks and sampled rows.
+"""What block-sparse prefill is made of, whatever computes it: its options, query blocks, sampled rows, chosen blocks.
 
 Rows are queries. A query block is a run of rows of one sequence with the same ``position // query_block_size``, where a
 row's position is ``end - 1 - origin``, its distance from the sequence's first token. Key block ``j`` holds ``size``
 keys from ``origin + j * size`` on. So nothing depends on where a sequence lies in the buffer, nor on its neighbours.
-
-A choice for N query blocks is int32 ``[N, Hkv, M]``: the numbers of the key blocks that each attends, ascending, and
-``NO_BLOCK`` behind them.
 """
 
 from dataclasses import dataclass
@@ -19,8 +16,6 @@ from nc_patch.ops.derivatives import is_capturing
 from nc_patch.ops.problem import Problem
 from nc_patch.selections.base import Selection
 
-# Above the number of every key block.
-NO_BLOCK = 2**31 - 1
 BLOCK_SIZES = (16, 32, 64, 128)
 QUERY_BLOCK_SIZES = (32, 64, 128)
 SAMPLE_STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -46,6 +41,13 @@ class BlockOptions(Selection):
         "sample_stride": partial(_one_of, allowed=SAMPLE_STRIDES),
         "local_keys": partial(check_integer, least=0),
     }
+
+
+class BlockChoice(NamedTuple):
+    """The key blocks that each query block attends: int32 ``[N, Hkv, M]``, ascending, -1 beyond the ``[N, Hkv]``."""
+
+    block_indices: torch.Tensor
+    block_counts: torch.Tensor
 
 
 class PlannedBlock(NamedTuple):

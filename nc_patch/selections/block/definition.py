@@ -7,11 +7,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from nc_patch.ops.problem import Problem, visible_mask
-from nc_patch.selections.block.blocks import NO_BLOCK, BlockOptions, stride_by_law
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, stride_by_law
 from nc_patch.selections.block.pages import page_logits, summarize
 
 
-def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) -> torch.Tensor:
+def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) -> BlockChoice:
     """The key blocks that each query block attends, by final scores (scaled, soft-capped), float64 ``[B, Hq, Lq, Lk]``.
 
     Queries and keys are cut into blocks by their position within the sequence, that is their distance from ``origin``.
@@ -52,17 +52,19 @@ def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) 
             always = {0, *range(recent - low, width)}
             order = [*always, *sorted({*range(width)} - always, key=weight.__getitem__, reverse=True)]
             found.append(torch.tensor(sorted(order[: max(count, len(always))]), dtype=torch.int32) + low)
-    padded = pad_sequence([*found, torch.empty(0, dtype=torch.int32)], batch_first=True, padding_value=NO_BLOCK)[:-1]
-    return padded.view(len(found) // Hkv, Hkv, padded.shape[1])
+    shape = (len(found) // Hkv, Hkv)
+    padded = pad_sequence([*found, torch.empty(0, dtype=torch.int32)], batch_first=True, padding_value=-1)[:-1]
+    counted = torch.tensor([len(chosen) for chosen in found], dtype=torch.int32)
+    return BlockChoice(padded.view(*shape, padded.shape[1]), counted.view(shape))
 
 
-def chosen_mask(problem: Problem, choice: torch.Tensor, options: BlockOptions) -> torch.Tensor:
+def chosen_mask(problem: Problem, choice: BlockChoice, options: BlockOptions) -> torch.Tensor:
     """Keys that rows attend once their query blocks' key blocks are chosen, bool ``[B, Hq, Lq, Lk]``."""
     (B, Hkv, Lk, _), Lq, size = problem.key.shape, problem.query.shape[2], options.size
     attended = torch.zeros(B, Hkv, Lq, Lk, dtype=torch.bool, device=problem.visible.device)
-    for (b, rows), of_heads in zip(query_blocks(problem, options), choice, strict=True):
-        for h, indices in enumerate(of_heads):
-            for j in indices[indices < NO_BLOCK].tolist():
+    for (b, rows), *of_heads in zip(query_blocks(problem, options), *choice, strict=True):
+        for h, (indices, count) in enumerate(zip(*of_heads, strict=True)):
+            for j in indices[:count].tolist():
                 first = int(problem.origin[b, rows[0]]) + j * size
                 attended[b, h, rows, max(first, 0) : max(first + size, 0)] = True
     return attended.repeat_interleave(problem.group, 1) & visible_mask(problem.visible, Lk)

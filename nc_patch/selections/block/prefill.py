@@ -19,7 +19,7 @@ from nc_patch.ops.triton import launch
 from nc_patch.ops.triton.launch import Tiles
 from nc_patch.ops.triton.structs import heads
 from nc_patch.selections.block.audit import audited
-from nc_patch.selections.block.blocks import NO_BLOCK, BlockOptions, BlockPlan, plan_of
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, plan_of
 from nc_patch.selections.block.prefill_kernels import (
     Plan,
     attend_blocks_kernel,
@@ -95,14 +95,14 @@ def triton_block_attention(problem: Problem, options: BlockOptions) -> Attention
 
 def choose_blocks(
     problem: Problem, plan: BlockPlan, tiles: Tiles, options: BlockOptions
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[BlockChoice, torch.Tensor | None]:
     """The blocks that each query block attends, and what an audit compares with, None where there is to be none.
 
-    That is the mean share that each query block's sampled rows have in its blocks, float32 ``[N, Hq]``, 1 without any.
+    That is the mean kept mass of each query block's sampled rows, float32 ``[N, Hq]``, 1 without any.
     """
     query, device, D = problem.query, problem.query.device, problem.query.shape[3]
     Hkv, group, S = problem.key.shape[1], problem.group, plan.samples.shape[0]
-    architecture, choice = launch.architecture_of(device), plan.law.new_full((*plan.law.shape, plan.capacity), NO_BLOCK)
+    architecture, indices = launch.architecture_of(device), plan.law.new_full((*plan.law.shape, plan.capacity), -1)
     chunks = score_chunks(plan, Hkv, group, launch.multiprocessors(device))
     segments = [max(1, triton.cdiv(chunk.width * options.size, _SEGMENT)) for chunk in chunks]
     blocks = max((chunk.width * (chunk.last - chunk.first) for chunk in chunks), default=0)
@@ -123,7 +123,7 @@ def choose_blocks(
         "BLOCK_SIZE": options.size, **both, **score_options(D, tiles, architecture),
     }  # fmt: skip
     chosen = {
-        "all_weights": floats(blocks * Hkv), "choice": choice, "kept": kept, "num_kv_heads": Hkv,
+        "all_weights": floats(blocks * Hkv), "block_indices": indices, "kept": kept, "num_kv_heads": Hkv,
         "sample_count": S, "capacity": plan.capacity,
         "BLOCK_R": _ROWS_AT_ONCE, "BLOCK_C": _BLOCKS_AT_ONCE, "BLOCK_P": _RANKS_AT_ONCE,
         **both, **launch.compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),
@@ -135,6 +135,7 @@ def choose_blocks(
             score_blocks_kernel[(triton.cdiv(rows, tiles.rows), Hkv, of)](**changing, **scored)
         pairs = (chunk.last - chunk.first, Hkv)
         choose_blocks_kernel[pairs](first_number=chunk.first, segments=of, **changing, **chosen)
+    choice = BlockChoice(indices, plan.law)
     if kept is None:
         return choice, None
     lengths = plan.table[:, 9].long()
@@ -181,7 +182,7 @@ def score_options(head_dim: int, tiles: Tiles, architecture: str) -> dict[str, A
 
 
 def attend_blocks(
-    problem: Problem, plan: BlockPlan, choice: torch.Tensor, tiles: BlockTiles, block_size: int
+    problem: Problem, plan: BlockPlan, choice: BlockChoice, tiles: BlockTiles, block_size: int
 ) -> AttentionResult:
     """Attention over the chosen blocks."""
     query, value = problem.query, problem.value
@@ -202,9 +203,9 @@ def attend_blocks(
         row_tiles = triton.cdiv(max(sizes) * problem.group, tiles.attend.rows)
         attend_blocks_kernel[(N * Hkv * row_tiles,)](
             query=heads(query), key=heads(problem.key), value=heads(value), visible=problem.visible, table=plan.table,
-            choice=choice, counts=plan.law, sinks=problem.sinks, output=output, lse=lse, lse_keys=lse_keys,
-            attended=attended, query_blocks=N, num_kv_heads=Hkv, group=problem.group, Lq=Lq, Lk=Lk,
-            row_tiles=row_tiles, capacity=choice.shape[2], settings=launch.settings_of(problem), EDGE_N=tiles.edge_keys,
+            choice=choice, sinks=problem.sinks, output=output, lse=lse, lse_keys=lse_keys, attended=attended,
+            query_blocks=N, num_kv_heads=Hkv, group=problem.group, Lq=Lq, Lk=Lk, row_tiles=row_tiles,
+            capacity=choice.block_indices.shape[2], settings=launch.settings_of(problem), EDGE_N=tiles.edge_keys,
             BLOCK_SIZE=block_size, shape=launch.shape_of(D, DV, tiles.attend),
             **launch.compile_options(tiles.attend, launch.architecture_of(query.device)),
         )  # fmt: skip

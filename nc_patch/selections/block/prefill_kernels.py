@@ -165,10 +165,10 @@ _CHANGING = ("first_number", "first_sample", "segments", "sample_count", "row_co
 
 @triton.jit(do_not_specialize=[*PER_CALL, *_CHANGING])
 def choose_blocks_kernel(
-    plan, scores, all_weights, row_lse, choice, kept, num_kv_heads, group, first_number, first_sample, segments,
+    plan, scores, all_weights, row_lse, block_indices, kept, num_kv_heads, group, first_number, first_sample, segments,
     sample_count, row_count, width, capacity, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The ``choice`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
+    """The ``block_indices`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
 
     Reads ``scores`` and ``row_lse``, as ``score_blocks_kernel`` writes them, for the largest share that any row puts on
     each block, which goes to the program's row of ``all_weights``; and once more for what each sampled row keeps,
@@ -224,7 +224,7 @@ def choose_blocks_kernel(
     for from_block in range(0, own.width, BLOCK_C):
         block = from_block + tl.arange(0, BLOCK_C)
         place, taken, taken_before, ties_before = take(weights, own.width, block, cut, spare, taken_before, ties_before)
-        tl.store(choice + pair * capacity + place, own.lowest + block, mask=taken & (place < capacity))
+        tl.store(block_indices + pair * capacity + place, own.lowest + block, mask=taken & (place < capacity))
 
     if kept is not None:
         for from_row in range(0, rows, BLOCK_R):
@@ -256,8 +256,8 @@ def load_scores(scores, row, present, block):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "query_blocks", "capacity", "row_tiles"])
 def attend_blocks_kernel(
-    query, key, value, visible, table, choice, counts, sinks, output, lse, lse_keys, attended, query_blocks,
-    num_kv_heads, group, Lq, Lk, capacity, row_tiles, settings, shape, EDGE_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    query, key, value, visible, table, choice, sinks, output, lse, lse_keys, attended, query_blocks, num_kv_heads,
+    group, Lq, Lk, capacity, row_tiles, settings, shape, EDGE_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """The output of ``BLOCK_M`` rows of one query block and key/value head over the blocks chosen for them.
 
@@ -282,8 +282,8 @@ def attend_blocks_kernel(
         keys = head_of(key, own.batch, kv_head)
         values = head_of(value, own.batch, kv_head)
         queries = load_queries(query, rows, shape)
-        block_list = choice + (number * num_kv_heads + kv_head) * capacity
-        count = tl.load(counts + number * num_kv_heads + kv_head)
+        block_list = choice.block_indices + (number * num_kv_heads + kv_head) * capacity
+        count = tl.load(choice.block_counts + number * num_kv_heads + kv_head)
         before, clear_tiles = clear_run(block_list, count, own.begin, rows, shape.BLOCK_N, BLOCK_SIZE)
 
         acc = tl.zeros([shape.BLOCK_M, shape.BLOCK_DV], dtype=tl.float32)

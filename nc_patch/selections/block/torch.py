@@ -16,11 +16,11 @@ from nc_patch.ops.rows import (
     weighted_values,
 )
 from nc_patch.selections.base import Choice
-from nc_patch.selections.block.blocks import NO_BLOCK, BlockOptions, BlockPlan, PlannedBlock
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, PlannedBlock
 from nc_patch.selections.block.pages import PageStatistics, page_logits
 
-# Of rows: where their sequence begins, and the key blocks that they attend, ``[Hkv, K]``; ``NO_BLOCK`` for none.
-Chosen = tuple[int, torch.Tensor]
+# Of rows: where their sequence begins, the key blocks that they attend, ``[Hkv, K]``, and which of these there are.
+Chosen = tuple[int, torch.Tensor, torch.Tensor]
 
 
 class ChosenBlocks(Choice):
@@ -39,11 +39,10 @@ class ChosenBlocks(Choice):
 
     def keep(self, scores: torch.Tensor, block: RowBlock) -> torch.Tensor:
         """See ``Choice.keep``."""
-        begin, indices = self.blocks[block]
+        begin, indices, exists = self.blocks[block]
         lowest, last = (block.low - begin) // self._size, (block.high - 1 - begin) // self._size
-        place = torch.where(indices < NO_BLOCK, indices - lowest, last + 1 - lowest).long()
-        chosen = torch.zeros(len(indices), last + 2 - lowest, dtype=torch.bool, device=place.device)
-        chosen.scatter_(1, place, True)
+        place = torch.where(exists, indices - lowest, last + 1 - lowest).long()
+        chosen = exists.new_zeros(len(indices), last + 2 - lowest).scatter_(1, place, True)
         position = torch.arange(block.low, block.high, dtype=torch.int32, device=chosen.device)
         first = block.low - begin - lowest * self._size
         of_keys = chosen.repeat_interleave(self._size, 1)[:, first : first + len(position)]
@@ -57,7 +56,7 @@ class ChosenBlocks(Choice):
         sinks = None if problem.sinks is None else problem.sinks.float()[:, None]
         output = problem.query.new_zeros(*problem.query.shape[:3], problem.value.shape[-1])
         by_group = (problem.key.shape[1], problem.group)
-        for block, (begin, indices) in self.blocks.items():
+        for block, (begin, indices, exists) in self.blocks.items():
             within = torch.arange(self._size, device=indices.device)
             position = (begin + indices[..., None] * self._size + within).flatten(1).long()
             at = position.clamp(block.low, block.high - 1)[..., None]
@@ -66,7 +65,7 @@ class ChosenBlocks(Choice):
             )
             query = problem.query[block.batch, :, block.rows].float().unflatten(0, by_group).flatten(1, 2)
             scores = final_scores_(query @ keys.transpose(1, 2), problem.scale, problem.softcap)
-            keep = self._seen(block, (indices < NO_BLOCK).repeat_interleave(self._size, 1), position[:, None])
+            keep = self._seen(block, exists.repeat_interleave(self._size, 1), position[:, None])
             scores = scores.unflatten(1, (problem.group, -1)).masked_fill_(~keep[:, None], -torch.inf)
             found = weighted_values(softmax_(scores.flatten(0, 1), sinks), values)
             nothing = self.attended[block.batch, :, block.rows, None] == 0
@@ -82,24 +81,26 @@ class ChosenBlocks(Choice):
         return keep
 
 
-def chosen_blocks(problem: Problem, plan: BlockPlan, choice: torch.Tensor, size: int) -> ChosenBlocks:
+def chosen_blocks(problem: Problem, plan: BlockPlan, choice: BlockChoice, size: int) -> ChosenBlocks:
     """The chosen blocks of a prefill."""
     rows = rows_per_block(problem.query.shape[1], problem.key.shape[2])
+    indices, counts = choice
+    exists = torch.arange(indices.shape[2], device=indices.device) < counts[..., None]
     blocks = {
-        RowBlock(block.batch, first, min(first + rows, block.last), block.low, block.high): (block.begin, indices)
-        for block, indices in zip(plan.listed, choice, strict=True)
+        RowBlock(block.batch, first, min(first + rows, block.last), block.low, block.high): (block.begin, *chosen)
+        for block, *chosen in zip(plan.listed, indices, exists, strict=True)
         for first in range(block.first, block.last, rows)
     }
     return ChosenBlocks(problem, size, blocks)
 
 
-def choose_blocks(problem: Problem, plan: BlockPlan, options: BlockOptions) -> tuple[torch.Tensor, torch.Tensor | None]:
+def choose_blocks(problem: Problem, plan: BlockPlan, options: BlockOptions) -> tuple[BlockChoice, torch.Tensor | None]:
     """The blocks that each query block attends, as ``definition.block_choice`` says; and what an audit compares with.
 
-    That is the mean share that each query block's scored rows have in its blocks, float32 ``[N, Hq]``, 1 where there
-    are none; a row whose shares are not numbers counts as having none. None where there is to be no audit.
+    That is the mean kept mass of each query block's scored rows, float32 ``[N, Hq]``, 1 where there are none; a row
+    whose shares are not numbers counts as keeping nothing. None where there is to be no audit.
     """
-    choice, expected = plan.law.new_full((*plan.law.shape, plan.capacity), NO_BLOCK), None
+    indices, expected = plan.law.new_full((*plan.law.shape, plan.capacity), -1), None
     if problem.audit_seed >= 0:
         expected = problem.query.new_ones(len(plan.listed), problem.query.shape[1], dtype=torch.float32)
     for number, block in enumerate(plan.listed):
@@ -107,12 +108,13 @@ def choose_blocks(problem: Problem, plan: BlockPlan, options: BlockOptions) -> t
         order = _heaviest_first(shares, plan.recent[number])
         ranked = torch.arange(block.width, device=order.device).expand_as(order)
         chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, ranked < plan.law[number][:, None])
-        found = torch.where(chosen, ranked + block.lowest, NO_BLOCK).sort(-1).values[:, : plan.capacity]
-        choice[number, :, : found.shape[1]] = found
+        # Ascending, behind them what is not chosen.
+        found = torch.where(chosen, ranked, block.width).sort(-1).values[:, : plan.capacity]
+        indices[number, :, : found.shape[1]] = torch.where(found < block.width, found + block.lowest, -1).int()
         if expected is not None and block.samples:
             kept = (shares * chosen[:, None, None]).sum(-1).nan_to_num(nan=0.0).clamp(max=1.0).flatten(0, 1)
             expected[number] = kept.mean(-1)
-    return choice, expected
+    return BlockChoice(indices, plan.law), expected
 
 
 def _shares(problem: Problem, plan: BlockPlan, block: PlannedBlock, size: int) -> torch.Tensor:
@@ -188,7 +190,7 @@ def _choose_pages(problem: Problem, query: RowBlock, begin: int, budgets: list[i
         weight = _page_weights(problem, query, begin, low, own)
         order = torch.sort(weight, dim=-1, descending=True, stable=True).indices[:, : max(counts)]
     exists = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
-    return begin, torch.where(exists, low + order, NO_BLOCK)
+    return begin, low + order, exists
 
 
 def _page_weights(problem: Problem, query: RowBlock, begin: int, low: int, own: int) -> torch.Tensor:
